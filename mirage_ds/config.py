@@ -1,0 +1,146 @@
+"""What a run is: every setting, typed and checked, with its default. Imports no torch.
+
+The names and meanings of the public Mirage code's flags are kept: --model --stage --task --data_path --latent_size
+--compress_strategy --epochs --gradient_accumulation_steps --save_model_path --load_model_path --cache_dir --log_file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from mirage_ds.errors import UserError
+
+Stage = Literal["sft", "stage1", "stage2"]
+
+# The public code trains at micro-batch 1; the paper's batch is 8 rows an optimizer step.
+PAPER_BATCH = 8
+# The paper's γ: stage 1's objective is 0.1 · CE + (1 − mean cosine).
+PAPER_GAMMA = 0.1
+
+
+class RunConfig(BaseModel):
+    """One training run. Field order is the order of `--help`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    # what is trained
+    model: str | None = Field(None, description="Folder or hub id of a Qwen2.5-VL: config, tokenizer, first weights.")
+    load_model_path: Path | None = Field(
+        None, description="Folder that an earlier stage saved with --save_model_path: start from its weights."
+    )
+    save_model_path: Path | None = Field(None, description="Run folder: log, checkpoints and the trained model.")
+    stage: Stage = Field(description="sft (text only), stage1 (latents grounded in the helper), stage2 (own latents).")
+    task: str | None = Field(None, description="Task of the records, for the log and the evaluation.")
+    latent_size: PositiveInt = Field(4, description="k, latent tokens a run.")
+    compress_strategy: Literal["average"] = Field(
+        "average", description="How stage 1 compresses the helper's features to k targets."
+    )
+    train_vision: bool = Field(False, description="Train the vision tower too (frozen otherwise).")
+
+    # data
+    data_path: Path | None = Field(None, description="JSON-lines file of records.")
+    image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
+    max_length: PositiveInt = Field(4096, description="Longer rows are dropped and counted, never cut.")
+    max_dropped_share: float = Field(0.1, ge=0, le=1, description="Refuse to train when more rows are dropped.")
+    min_pixels: PositiveInt | None = Field(None, description="Smallest input image; the processor's own if not set.")
+    max_pixels: PositiveInt | None = Field(None, description="Largest input image; the processor's own if not set.")
+    helper_min_pixels: PositiveInt | None = Field(None, description="As --min_pixels, for helper images.")
+    helper_max_pixels: PositiveInt | None = Field(None, description="As --max_pixels, for helper images.")
+    num_workers: int = Field(2, ge=0, description="Data-loader processes a rank.")
+    cache_dir: Path | None = Field(None, description="Cache of hub downloads and of the Arrow form of the records.")
+
+    # the optimizer step
+    epochs: PositiveFloat = Field(10, description="Passes over the data.")
+    max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps.")
+    global_batch_size: PositiveInt | None = Field(
+        None, description="Rows an optimizer step, on any number of ranks. [default: 8]"
+    )
+    gradient_accumulation_steps: PositiveInt | None = Field(
+        None, description="The public code's flag: rows an optimizer step (its micro-batch is 1 in one process)."
+    )
+    micro_batch_tokens: PositiveInt = Field(8192, description="Tokens packed into one micro-batch of one rank, at most.")
+    micro_batch_size: PositiveInt | None = Field(None, description="Rows packed into one micro-batch, at most.")
+    allow_idle_ranks: bool = Field(False, description="Let ranks without a row run along on an empty micro-batch.")
+    reduction: Literal["sample", "token"] = Field(
+        "sample", description="sample: mean of the rows' losses, as the public code has it; token: mean over tokens."
+    )
+    ce_weight: float | None = Field(
+        None, ge=0, description="Weight of the cross-entropy, the paper's γ. [default: 0.1 in stage1, else 1]"
+    )
+    learning_rate: PositiveFloat = Field(1e-5, description="Peak learning rate of AdamW.")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")
+    warmup_steps: int = Field(10, ge=0, description="Optimizer steps of linear warm-up.")
+    adam_beta1: float = Field(0.9, gt=0, lt=1, description="AdamW β1.")
+    adam_beta2: float = Field(0.95, gt=0, lt=1, description="AdamW β2.")
+    adam_eps: PositiveFloat = Field(1e-8, description="AdamW ε.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay; norms and biases are exempt.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's global norm to this; 0 switches it off.")
+    seed: int = Field(42, description="Chooses the rows of each step; nothing else is random.")
+
+    # the machine
+    deepspeed: Path | None = Field(None, description="DeepSpeed JSON. [default: the stage's own in ds_configs/]")
+    attention: Literal["auto", "flash", "torch_varlen", "sdpa"] = Field("auto", description="Attention back end.")
+    gradient_checkpointing: bool = Field(True, description="Recompute each layer in backward, in every pass.")
+    loss_chunk_mb: PositiveInt = Field(256, description="Memory for one chunk of logits, in MiB.")
+
+    # what is written
+    save_every: PositiveInt | None = Field(None, description="Sharded checkpoint every so many optimizer steps.")
+    overwrite: bool = Field(False, description="Start over in a --save_model_path that holds an earlier run.")
+    log_file: Path | None = Field(None, description="Also write the log lines to this file.")
+    report_to: list[Literal["tensorboard", "wandb", "none"]] = Field(
+        ["tensorboard"], description="Where metrics go besides the console and the JSON lines."
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.model is None and self.load_model_path is None:
+            raise ValueError("--model is required: the folder or hub id of a Qwen2.5-VL (or --load_model_path)")
+        for name in ("data_path", "save_model_path"):
+            if getattr(self, name) is None:
+                raise ValueError(f"--{name} is required")
+        if (
+            self.global_batch_size
+            and self.gradient_accumulation_steps
+            and self.global_batch_size != self.gradient_accumulation_steps
+        ):
+            raise ValueError(
+                f"--global_batch_size {self.global_batch_size} and --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps} both say how many rows an optimizer step has: give one of them"
+            )
+        if self.max_length > self.micro_batch_tokens:
+            raise ValueError(
+                f"--max_length {self.max_length} is above --micro_batch_tokens {self.micro_batch_tokens}: "
+                "a row must fit into one micro-batch; lower the first or raise the second"
+            )
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows an optimizer step (the contract: the same rows on any number of ranks)."""
+        return self.global_batch_size or self.gradient_accumulation_steps or PAPER_BATCH
+
+    @property
+    def gamma(self) -> float:
+        """Weight of the cross-entropy in the objective."""
+        if self.ce_weight is not None:
+            return self.ce_weight
+        return PAPER_GAMMA if self.stage == "stage1" else 1.0
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of settings; UserError when it is missing, broken or not a mapping."""
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected `key: value` lines, found {type(values).__name__}")
+    return values

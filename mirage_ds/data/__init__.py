@@ -1,0 +1,1 @@
+"""Records to packed batches: record → Sample → Batch."""

@@ -1,0 +1,196 @@
+"""The Batch: the Samples of one micro-step, packed without padding, with the schedule of its passes.
+
+T tokens of the packed batch, N samples, M labelled tokens, P patches, F merged features, k latents a run, H hidden.
+Made in the data-loader's workers, so that the forward only indexes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from mirage_ds.data.encode import IGNORE, Sample
+from mirage_ds.data.pack import PassPlan, schedule
+
+Tree = TypeVar("Tree")
+
+
+class Pass(NamedTuple):
+    """One pass of the forward, on tensors (see pack.PassPlan).
+
+    Attributes:
+        tokens: (Tq,) packed indices; first: (Nq,) where each sample begins in them; sources: (Nq,) or empty.
+        keys: (Tk,) order of the visible keys; cu_q, cu_k: (Nq + 1,) int32 cumulative lengths; max_q, max_k: longest.
+        labelled: (Mj,) places in `tokens` whose next token is a label.
+    """
+
+    tokens: torch.Tensor
+    first: torch.Tensor
+    sources: torch.Tensor
+    keys: torch.Tensor
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    max_q: int
+    max_k: int
+    labelled: torch.Tensor
+
+
+class Batch(NamedTuple):
+    """N samples packed to T tokens.
+
+    Attributes:
+        rows: (N,) dataset rows, −1 for the dummy row of weight zero; weight: (N,) float32, 1 or 0.
+        input_ids: (T,); position_ids: (3, T); cu_seqlens: (N + 1,) int32.
+        targets: (M,) labels in the order in which the passes reach them; target_sample: (M,) the sample of each;
+            label_count: (N,) labels of each sample.
+        latents: (N_runs · k,) packed positions of the latents; latent_sample: their samples; latent_count: (N,).
+        image_positions: (F,) packed positions of input images' features.
+        pixel_values, image_grid_thw: (P, 1176) and (n, 3); image_features: (F, H) once the tower has run.
+        helper_…: the same for the helper images of stage1.
+        pool_from, pool_to: which helper feature goes into the mean of which latent's target; pool_size: (N_runs · k,)
+            features in each mean.
+        passes: the schedule, one Pass a pass.
+    """
+
+    rows: torch.Tensor
+    weight: torch.Tensor
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    targets: torch.Tensor
+    target_sample: torch.Tensor
+    label_count: torch.Tensor
+    latents: torch.Tensor
+    latent_sample: torch.Tensor
+    latent_count: torch.Tensor
+    image_positions: torch.Tensor
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+    image_features: torch.Tensor | None
+    helper_pixel_values: torch.Tensor
+    helper_grid_thw: torch.Tensor
+    helper_features: torch.Tensor | None
+    pool_from: torch.Tensor
+    pool_to: torch.Tensor
+    pool_size: torch.Tensor
+    passes: tuple[Pass, ...]
+
+
+def pool_groups(features: int, k: int) -> tuple[np.ndarray, int]:
+    """Assign a helper's merged features to its k targets: contiguous groups in raster order.
+
+    The last `features mod k` are dropped, as the public code does.
+
+    Returns:
+        (features // k · k,) group of each kept feature, and the size of a group.
+    """
+    size = features // k
+    return np.repeat(np.arange(k), size), size
+
+
+def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def _pass(plan: PassPlan, predicts: np.ndarray) -> Pass:
+    starts = np.concatenate([[0], np.cumsum(plan.query_lengths)[:-1]]).astype(np.int64)
+    return Pass(
+        tokens=torch.from_numpy(plan.tokens),
+        first=torch.from_numpy(starts),
+        sources=torch.from_numpy(plan.sources),
+        keys=torch.from_numpy(plan.keys),
+        cu_q=_cumulative(plan.query_lengths),
+        cu_k=_cumulative(plan.key_lengths),
+        max_q=max(plan.query_lengths),
+        max_k=max(plan.key_lengths),
+        labelled=torch.from_numpy(np.flatnonzero(predicts[plan.tokens])),
+    )
+
+
+def collate(samples: Sequence[Sample], passes: int, dummy: Sample, merge: int = 2) -> Batch:
+    """Pack Samples into one Batch.
+
+    Args:
+        passes: passes of every micro-batch of this run: most latent runs · k + 1 in stage2, otherwise 1.
+        dummy: row of weight zero (Encoder.dummy), appended where some pass would find no token.
+        merge: patches a side that become one feature.
+    """
+    packed = list(samples)
+    recurrent = passes > 1
+    deepest = max((sum(k for _, k in sample.runs) for sample in packed), default=-1)
+    if not packed or (recurrent and deepest + 1 < passes):
+        packed.append(dummy)
+    lengths = [len(sample.input_ids) for sample in packed]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    labels = torch.cat([sample.labels for sample in packed]).numpy()
+    # labels[i + 1] is predicted at i; a sample's first token is nobody's target.
+    predicts = np.zeros(len(labels), dtype=bool)
+    predicts[:-1] = labels[1:] != IGNORE
+    predicts[starts[1:-1] - 1] = False
+    plans = schedule(lengths, [sample.runs if recurrent else () for sample in packed], passes)
+    made = tuple(_pass(plan, predicts) for plan in plans)
+    labelled = np.concatenate([plan.tokens[one.labelled.numpy()] for plan, one in zip(plans, made, strict=True)])
+    sample_of = np.repeat(np.arange(len(packed)), lengths)
+    runs = [(number, start, k) for number, sample in enumerate(packed) for start, k in sample.runs]
+    latents = [starts[number] + start + np.arange(k) for number, start, k in runs]
+    latent_samples = [np.full(k, number) for number, _, k in runs]
+    pools = _pools(packed, merge)
+    return Batch(
+        rows=torch.tensor([sample.row for sample in packed]),
+        weight=torch.tensor([float(sample.row >= 0) for sample in packed]),
+        input_ids=torch.cat([sample.input_ids for sample in packed]),
+        position_ids=torch.cat([sample.position_ids for sample in packed], dim=1),
+        cu_seqlens=_cumulative(lengths),
+        targets=torch.from_numpy(labels[labelled + 1]),
+        target_sample=torch.from_numpy(sample_of[labelled]),
+        label_count=torch.from_numpy(np.bincount(sample_of[labelled], minlength=len(packed))),
+        latents=_indices(latents),
+        latent_sample=_indices(latent_samples),
+        latent_count=torch.tensor([sum(k for _, k in sample.runs) for sample in packed]),
+        image_positions=torch.cat(
+            [sample.image_positions + int(start) for sample, start in zip(packed, starts[:-1], strict=True)]
+        ),
+        pixel_values=torch.cat([sample.pixel_values for sample in packed]),
+        image_grid_thw=torch.cat([sample.image_grid_thw for sample in packed]),
+        image_features=None,
+        helper_pixel_values=torch.cat([sample.helper_pixel_values for sample in packed]),
+        helper_grid_thw=torch.cat([sample.helper_grid_thw for sample in packed]),
+        helper_features=None,
+        pool_from=pools[0],
+        pool_to=pools[1],
+        pool_size=pools[2],
+        passes=made,
+    )
+
+
+def _indices(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64))
+
+
+def _pools(samples: Sequence[Sample], merge: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Build the pooling indices of all helpers; one helper a latent run, in order."""
+    sources, targets, sizes = [], [], []
+    feature = latent = 0
+    for sample in samples:
+        for grid, (_, k) in zip(sample.helper_grid_thw.tolist(), sample.runs, strict=False):
+            count = grid[0] * grid[1] * grid[2] // merge**2
+            groups, size = pool_groups(count, k)
+            sources.append(feature + np.arange(len(groups)))
+            targets.append(latent + groups)
+            sizes.append(np.full(k, size))
+            feature += count
+            latent += k
+    return _indices(sources), _indices(targets), _indices(sizes)
+
+
+def to_device(tree: Tree, device: torch.device) -> Tree:
+    """Move every tensor of a (nested) named tuple to a device."""
+    if isinstance(tree, torch.Tensor):
+        return tree.to(device, non_blocking=True)  # type: ignore[return-value]
+    if isinstance(tree, tuple):
+        parts: list[Any] = [to_device(part, device) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)  # type: ignore[return-value]
+    return tree

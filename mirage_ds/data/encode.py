@@ -1,0 +1,363 @@
+"""Encoding: one Record to one Sample, exactly the sequence that Mirage trains on.
+
+T tokens of the row, n images, P patches (14 × 14 × 2 pixels × 3 channels = 1176 numbers), k latents a run.
+
+The row is the chat template's text: the user turn with its image slots, then the answer with each helper mark replaced
+by `<|latent_start|>` + k × `<|latent_pad|>` + `<|latent_end|>`. Every token after `<|im_start|>assistant` is a label
+but `<|latent_pad|>` (arXiv 2506.17218, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mirage_ds.config import Stage
+from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, ImageFinder, Record
+from mirage_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+LATENT_PAD, LATENT_START, LATENT_END = "<|latent_pad|>", "<|latent_start|>", "<|latent_end|>"
+# In this order, so that on a public Qwen2.5-VL tokenizer (151,665 entries) they get ids 151665, 151666, 151667.
+LATENT_TOKENS = (LATENT_PAD, LATENT_START, LATENT_END)
+IMAGE_PAD = "<|image_pad|>"
+ASSISTANT = "<|im_start|>assistant"
+IGNORE = -100
+
+Grid = tuple[int, int, int]
+
+
+class Sample(NamedTuple):
+    """One encoded row, unpadded.
+
+    Attributes:
+        row: the row's place in the dataset.
+        input_ids: (T,) int64.
+        labels: (T,) int64, IGNORE where nothing is learnt; labels[i] is the token itself (predicted from i − 1).
+        position_ids: (3, T) int64, M-RoPE's time, height and width.
+        image_positions: int64, where the merged features of the input images stand.
+        pixel_values: (P, 1176) float32; image_grid_thw: (n, 3) int64, in patches.
+        runs: the latent runs as (first latent's position, k).
+        helper_pixel_values, helper_grid_thw: the same for the helper images (stage1 only, else empty).
+    """
+
+    row: int
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    image_positions: torch.Tensor
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+    runs: tuple[tuple[int, int], ...]
+    helper_pixel_values: torch.Tensor
+    helper_grid_thw: torch.Tensor
+
+
+class Measure(NamedTuple):
+    """What planning needs to know of a row before it is encoded; counted in tokens (patches: of all its images)."""
+
+    tokens: int
+    labels: int
+    runs: int
+    patches: int
+
+
+@dataclass(frozen=True)
+class _Layout:
+    input_ids: list[int]
+    answer_start: int
+    grids: list[Grid]
+    helper_grids: list[Grid]
+
+
+def mrope_positions(input_ids: np.ndarray, grids: list[Grid], image_pad: int, merge: int) -> np.ndarray:
+    """M-RoPE positions of one row (arXiv 2409.12191, section 2.1).
+
+    Text and latents advance all three axes by one. An image starts all axes at the next position p; its merged tokens
+    are at (p, p + row, p + column); what follows starts at p + max(rows, columns).
+
+    Args:
+        input_ids: (T,) with `image_pad` repeated once per merged token.
+        grids: (t, h, w) of each image in patches, in order.
+        merge: patches a side that are merged into one token.
+
+    Returns:
+        (3, T) int64.
+    """
+    positions = np.empty((3, len(input_ids)), dtype=np.int64)
+    at, place = 0, 0
+    is_image = input_ids == image_pad
+    for time, height, width in grids:
+        start = at + int(np.argmax(is_image[at:]))
+        positions[:, at:start] = place + np.arange(start - at)
+        place += start - at
+        rows, columns = height // merge, width // merge
+        end = start + time * rows * columns
+        # A still image is one frame: its time axis stays at the first position.
+        positions[:, start:end] = place + np.indices((time, rows, columns)).reshape(3, -1)
+        place += max(rows, columns)
+        at = end
+    positions[:, at:] = place + np.arange(len(input_ids) - at)
+    return positions
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns Records into Samples for one stage. Build it with `load_encoder`.
+
+    Attributes:
+        tokenizer: with the three latent tokens.
+        images, helpers: the image processors of input and helper images (they differ in their pixel limits).
+        finder: finds image files.
+        stage: sft drops the latents; only stage1 reads the helper images.
+        latent_size: k.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    images: Qwen2VLImageProcessorPil
+    helpers: Qwen2VLImageProcessorPil
+    finder: ImageFinder
+    stage: Stage
+    latent_size: int
+
+    def id_of(self, token: str) -> int:
+        """Return the id of a special token."""
+        return int(self.tokenizer.convert_tokens_to_ids(token))
+
+    def _grid(self, processor: Any, height: int, width: int) -> Grid:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        patch = processor.patch_size
+        rows, columns = smart_resize(
+            height,
+            width,
+            factor=patch * processor.merge_size,
+            min_pixels=processor.size["shortest_edge"],
+            max_pixels=processor.size["longest_edge"],
+        )
+        return 1, rows // patch, columns // patch
+
+    def _merged(self, grid: Grid) -> int:
+        return grid[0] * grid[1] * grid[2] // self.images.merge_size**2
+
+    def _text(self, record: Record) -> str:
+        for name, text in (("text_input", record.text_input), ("text_output", record.text_output)):
+            for token in self.tokenizer.all_special_tokens:
+                if token in text:
+                    raise record.fault(name, f"holds the special token {token}", "remove it: the trainer places it")
+        parts = record.text_input.split(IMAGE_MARK)
+        content: list[dict[str, str]] = []
+        if len(parts) == 1:
+            content += [{"type": "image"}] * len(record.image_input)
+        for number, part in enumerate(parts):
+            content += [{"type": "image"}] if number else []
+            content += [{"type": "text", "text": part}] if part else []
+        prompt = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        answer = record.text_output
+        if self.stage == "sft":
+            latents = ""
+        else:
+            latents = LATENT_START + LATENT_PAD * self.latent_size + LATENT_END
+            if HELPER_MARK not in answer and record.image_output:
+                answer = HELPER_MARK + answer
+        answer = answer.replace(HELPER_MARK, latents)
+        return f"{prompt}{ASSISTANT}\n{answer}<|im_end|>\n"
+
+    def _lay_out(self, record: Record) -> _Layout:
+        """Place every token of a row; reads the images' headers only."""
+        text = self._text(record)
+        grids = [
+            self._grid(self.images, *self.finder.size(record, "image_input", path)) for path in record.image_input
+        ]
+        helper_grids: list[Grid] = []
+        if self.stage == "stage1":
+            if not record.image_output:
+                raise record.fault(
+                    "image_output", "stage1 needs a helper image", "add its path, or train this row in sft or stage2"
+                )
+            for path in record.image_output:
+                grid = self._grid(self.helpers, *self.finder.size(record, "image_output", path))
+                if self._merged(grid) < self.latent_size:
+                    raise record.fault(
+                        "image_output",
+                        f"helper {path} has {self._merged(grid)} merged tokens, fewer than latent_size "
+                        f"{self.latent_size}",
+                        "raise --helper_min_pixels or lower --latent_size",
+                    )
+                helper_grids.append(grid)
+        pieces = text.split(IMAGE_PAD)
+        expanded = pieces[0] + "".join(
+            IMAGE_PAD * self._merged(grid) + piece for grid, piece in zip(grids, pieces[1:], strict=True)
+        )
+        ids = self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+        # The answer starts behind the last `<|im_start|>` and the role's name.
+        head = self.tokenizer(ASSISTANT, add_special_tokens=False)["input_ids"]
+        turn = len(ids) - 1 - ids[::-1].index(head[0])
+        if ids[turn : turn + len(head)] != head:
+            raise UserError(f"the tokenizer does not keep {ASSISTANT!r} apart from what follows; use Qwen2.5-VL's")
+        return _Layout(ids, turn + len(head), grids, helper_grids)
+
+    def measure(self, record: Record) -> Measure:
+        """Count a row's tokens, labels, runs and patches without decoding its images.
+
+        Raises:
+            RecordError: the record cannot be used in this stage.
+        """
+        layout = self._lay_out(record)
+        pads = layout.input_ids.count(self.id_of(LATENT_PAD))
+        return Measure(
+            tokens=len(layout.input_ids),
+            labels=len(layout.input_ids) - layout.answer_start - pads,
+            runs=pads // self.latent_size,
+            patches=sum(t * h * w for t, h, w in layout.grids + layout.helper_grids),
+        )
+
+    def encode(self, record: Record, row: int) -> Sample:
+        """Encode one record.
+
+        Raises:
+            RecordError: the record cannot be used in this stage, or an image does not decode.
+        """
+        layout = self._lay_out(record)
+        ids = np.array(layout.input_ids, dtype=np.int64)
+        pad = self.id_of(LATENT_PAD)
+        labels = ids.copy()
+        labels[: layout.answer_start] = IGNORE
+        labels[ids == pad] = IGNORE
+        starts = np.flatnonzero(ids == self.id_of(LATENT_START)) + 1
+        pixels, grids = self._pixels(self.images, record, "image_input", record.image_input, layout.grids)
+        helpers = record.image_output if self.stage == "stage1" else ()
+        helper_pixels, helper_grids = self._pixels(self.helpers, record, "image_output", helpers, layout.helper_grids)
+        image_pad = self.id_of(IMAGE_PAD)
+        return Sample(
+            row=row,
+            input_ids=torch.from_numpy(ids),
+            labels=torch.from_numpy(labels),
+            position_ids=torch.from_numpy(mrope_positions(ids, layout.grids, image_pad, self.images.merge_size)),
+            image_positions=torch.from_numpy(np.flatnonzero(ids == image_pad)),
+            pixel_values=pixels,
+            image_grid_thw=grids,
+            runs=tuple((int(start), self.latent_size) for start in starts),
+            helper_pixel_values=helper_pixels,
+            helper_grid_thw=helper_grids,
+        )
+
+    def _pixels(
+        self, processor: Any, record: Record, name: str, paths: tuple[str, ...], expected: list[Grid]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        width = 3 * processor.temporal_patch_size * processor.patch_size**2
+        if not paths:
+            return torch.empty(0, width), torch.empty(0, 3, dtype=torch.int64)
+        images = [self.finder.load(record, name, path) for path in paths]
+        output = processor(images=images, return_tensors="pt")
+        grids = output["image_grid_thw"].to(torch.int64)
+        if [tuple(grid) for grid in grids.tolist()] != expected:
+            raise record.fault(name, "an image changed its size since it was measured", "start the run again")
+        return output["pixel_values"].to(torch.float32), grids
+
+    def dummy(self, runs: int) -> Sample:
+        """Make a row of weight zero: `<|endoftext|>`, then `runs` latent runs, then one labelled token.
+
+        It keeps a rank that has nothing to do in step with the others: every pass of the recurrent stage finds a token
+        on it, and its loss is multiplied by zero.
+        """
+        end = self.id_of("<|endoftext|>")
+        pad = self.id_of(LATENT_PAD)
+        ids = torch.tensor([end] + [pad] * (runs * self.latent_size) + [end], dtype=torch.int64)
+        labels = torch.full_like(ids, IGNORE)
+        labels[-1] = end
+        width = 3 * self.images.temporal_patch_size * self.images.patch_size**2
+        none, no_grid = torch.empty(0, width), torch.empty(0, 3, dtype=torch.int64)
+        return Sample(
+            row=-1,
+            input_ids=ids,
+            labels=labels,
+            position_ids=torch.arange(len(ids)).expand(3, -1).clone(),
+            image_positions=torch.empty(0, dtype=torch.int64),
+            pixel_values=none,
+            image_grid_thw=no_grid,
+            runs=tuple((1 + run * self.latent_size, self.latent_size) for run in range(runs)),
+            helper_pixel_values=none,
+            helper_grid_thw=no_grid,
+        )
+
+
+def load_tokenizer(folders: list[str], cache_dir: Path | None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer from the first of `folders` that has one, and give it the three latent tokens.
+
+    Raises:
+        UserError: no folder has a tokenizer, or it is not a Qwen2.5-VL one.
+    """
+    from transformers import AutoTokenizer
+
+    folder = _first_with(folders, ("tokenizer.json", "vocab.json", "tokenizer_config.json"), "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder, cache_dir=cache_dir)
+    if tokenizer.chat_template is None:
+        raise UserError(f"{folder}: the tokenizer has no chat template (chat_template.json); copy the model's own")
+    unknown = [t for t in (IMAGE_PAD, "<|im_start|>", "<|im_end|>", "<|endoftext|>") if t not in tokenizer.get_vocab()]
+    if unknown:
+        raise UserError(f"{folder}: the tokenizer lacks {', '.join(unknown)}; a Qwen2.5-VL tokenizer is needed")
+    missing = [token for token in LATENT_TOKENS if token not in tokenizer.get_vocab()]
+    if missing and len(missing) < len(LATENT_TOKENS):
+        raise UserError(f"{folder}: the tokenizer has some of the latent tokens but not {', '.join(missing)}")
+    if missing:
+        tokenizer.add_tokens(list(LATENT_TOKENS), special_tokens=True)
+    return tokenizer
+
+
+def load_encoder(
+    folders: list[str],
+    finder: ImageFinder,
+    stage: Stage,
+    latent_size: int,
+    pixels: tuple[int | None, int | None] = (None, None),
+    helper_pixels: tuple[int | None, int | None] = (None, None),
+    cache_dir: Path | None = None,
+) -> Encoder:
+    """Build the encoder from model folders (or hub ids), the first that has a part giving it.
+
+    Args:
+        folders: e.g. the --load_model_path, then the --model: the public code saves no image processor, so a stage-1
+            folder of its making takes the base model's.
+        pixels, helper_pixels: (min, max) pixels of input and of helper images; None keeps the processor's own.
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    source = _first_with(folders, ("preprocessor_config.json", "processor_config.json"), "image processor")
+
+    def processor(limits: tuple[int | None, int | None], name: str) -> Qwen2VLImageProcessorPil:
+        made = Qwen2VLImageProcessorPil.from_pretrained(source, cache_dir=cache_dir)
+        low = limits[0] or made.size["shortest_edge"]
+        high = limits[1] or made.size["longest_edge"]
+        if low > high:
+            raise UserError(f"--{name}min_pixels {low} is above --{name}max_pixels {high}")
+        made.size = {"shortest_edge": low, "longest_edge": high}
+        return made
+
+    return Encoder(
+        tokenizer=load_tokenizer(folders, cache_dir),
+        images=processor(pixels, ""),
+        helpers=processor(helper_pixels, "helper_"),
+        finder=finder,
+        stage=stage,
+        latent_size=latent_size,
+    )
+
+
+def _first_with(folders: list[str], names: tuple[str, ...], what: str) -> str:
+    for folder in folders:
+        place = Path(folder)
+        # A hub id is no folder here; the hub decides.
+        if not place.is_dir() or any((place / name).is_file() for name in names):
+            return folder
+    raise UserError(f"{', '.join(folders)}: no {what} ({' or '.join(names)}); copy the base model's files there")
+
+

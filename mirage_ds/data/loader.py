@@ -1,0 +1,196 @@
+"""Rows to micro-batches: measure the rows once, plan each step, encode and collate in worker processes.
+
+R usable rows, W ranks, G micro-steps of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from mirage_ds.data.batch import Batch, collate
+from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.pack import Planner, StepPlan
+from mirage_ds.data.record import Fault, Record, RecordError, record_of, scan
+from mirage_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# A share of dropped rows above this is worth a line in the log; --max_dropped_share decides when it is an error.
+WARN_DROPPED_SHARE = 0.01
+
+
+class Index(NamedTuple):
+    """The usable rows of a dataset, measured.
+
+    Attributes:
+        row_ids: (R,) place of each usable row in the dataset.
+        tokens, labels, runs: (R,) counts of each.
+        dropped: rows longer than the limit; longest: tokens of the longest row met.
+    """
+
+    row_ids: np.ndarray
+    tokens: np.ndarray
+    labels: np.ndarray
+    runs: np.ndarray
+    dropped: int
+    longest: int
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of the records that are too long."""
+        return self.dropped / max(1, self.dropped + len(self.row_ids))
+
+
+def image_paths(record: Record, stage: str) -> list[tuple[str, str]]:
+    """List the (field, path) of every image that a stage reads from a record."""
+    paths = [("image_input", path) for path in record.image_input]
+    return paths + [("image_output", path) for path in record.image_output if stage == "stage1"]
+
+
+def check_records(records: list[Record], encoder: Encoder, quiet: bool = True) -> tuple[list[Fault], np.ndarray]:
+    """Measure every record and decode every image once.
+
+    Returns:
+        The faults, and (records, 3) tokens, labels and runs of each record (zeros for a faulty one).
+    """
+    faults: dict[int, Fault] = {}
+    measures = np.zeros((len(records), 3), dtype=np.int64)
+    for i, record in enumerate(track(records, "measuring rows", disable=quiet, transient=True)):
+        try:
+            measures[i] = encoder.measure(record)[:3]
+        except RecordError as error:
+            faults[i] = error.fault
+
+    seen: dict[str, tuple[int, str]] = {}
+    for i, record in enumerate(records):
+        if i not in faults:
+            for name, path in image_paths(record, encoder.stage):
+                seen.setdefault(path, (i, name))
+
+    def decode(item: tuple[str, tuple[int, str]]) -> tuple[int, Fault] | None:
+        path, (i, name) = item
+        try:
+            encoder.finder.load(records[i], name, path)
+        except RecordError as error:
+            return i, error.fault
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        decoded = pool.map(decode, seen.items())
+        for found in track(decoded, "decoding images", total=len(seen), disable=quiet, transient=True):
+            if found:
+                faults.setdefault(*found)
+    return [faults[i] for i in sorted(faults)], measures
+
+
+def build_index(
+    data_path: Path, encoder: Encoder, max_length: int, max_dropped_share: float, quiet: bool = True
+) -> Index:
+    """Check and measure a records file before the first GPU second is spent.
+
+    Raises:
+        UserError: a record has a fault, too large a share is too long, or no row is left.
+    """
+    records, faults = scan(data_path)
+    more, measures = check_records(records, encoder, quiet)
+    faults = sorted(faults + more, key=lambda fault: fault.line)
+    if faults:
+        rest = f" (and {len(faults) - 1} more: `mirage-ds data check {data_path}` lists them)" if faults[1:] else ""
+        raise UserError(f"{data_path}: {faults[0]}{rest}")
+    tokens, labels, runs = measures.T
+    fits = np.flatnonzero(tokens <= max_length)
+    index = Index(
+        row_ids=fits,
+        tokens=tokens[fits],
+        labels=labels[fits],
+        runs=runs[fits],
+        dropped=len(records) - len(fits),
+        longest=int(tokens.max()),
+    )
+    if not len(fits):
+        raise UserError(
+            f"{data_path}: no usable row: all {len(records)} are longer than --max_length {max_length} "
+            f"(the longest has {index.longest} tokens); raise it or lower --max_pixels"
+        )
+    if index.dropped_share > max_dropped_share:
+        raise UserError(
+            f"{data_path}: {index.dropped} of {len(records)} rows are longer than --max_length {max_length} (the "
+            f"longest has {index.longest} tokens), above --max_dropped_share {max_dropped_share}; raise one of them"
+        )
+    return index
+
+
+class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Encodes a row when it is asked for; a faulty one arrives as its Fault, since a worker's exception loses it."""
+
+    def __init__(self, records: Dataset, encoder: Encoder):
+        self.records = records
+        self.encoder = encoder
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, row: int) -> Sample | Fault:
+        try:
+            return self.encoder.encode(record_of(self.records[row]), row)
+        except RecordError as error:
+            return error.fault
+
+
+def _collate(items: list[Sample | Fault], make: Callable[[list[Sample]], Batch]) -> Batch | Fault:
+    for item in items:
+        if isinstance(item, Fault):
+            return item
+    return make([item for item in items if isinstance(item, Sample)])
+
+
+class Loader:
+    """One rank's micro-batches, step by step.
+
+    Args:
+        records: the Arrow dataset.
+        planner: says which rows run where.
+        rank: this rank.
+        passes: passes of every micro-batch (see pack.schedule).
+        workers: worker processes.
+    """
+
+    def __init__(self, records: Dataset, encoder: Encoder, planner: Planner, rank: int, passes: int, workers: int):
+        self.rows = Rows(records, encoder)
+        self.planner = planner
+        self.rank = rank
+        self.workers = workers
+        dummy = encoder.dummy((passes - 1) // encoder.latent_size)
+        make = partial(collate, passes=passes, dummy=dummy, merge=encoder.images.merge_size)
+        self.collate = partial(_collate, make=make)
+
+    def steps(self, start: int, stop: int) -> Iterator[tuple[StepPlan, Iterator[Batch]]]:
+        """Yield (plan, its G micro-batches of this rank) for the steps start … stop − 1."""
+        bins = (micro[self.rank] for step in range(start, stop) for micro in self.planner.plan(step).bins)
+        loader = torch.utils.data.DataLoader(
+            self.rows,
+            batch_sampler=bins,  # type: ignore[arg-type]  # any iterable of index lists will do
+            collate_fn=self.collate,
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+        batches = iter(loader)
+        for step in range(start, stop):
+            plan = self.planner.plan(step)
+            yield plan, (self._next(batches) for _ in range(plan.micro_steps))
+
+    def _next(self, batches: Iterator[Batch | Fault]) -> Batch:
+        item = next(batches)
+        if isinstance(item, Fault):
+            raise UserError(f"record on {item}")
+        return item

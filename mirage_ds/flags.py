@@ -1,0 +1,105 @@
+"""Command-line flags made from pydantic models, so that a setting is written down once.
+
+Precedence: flags over YAML over defaults. An unknown key is an error in all three. `-` and `_` are alike in option
+names and in choices (click's ``token_normalize_func``).
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from pydantic import BaseModel, ValidationError
+
+from mirage_ds.errors import UserError, closest
+
+Model = TypeVar("Model", bound=BaseModel)
+
+CONTEXT = {"token_normalize_func": lambda token: token.replace("-", "_"), "max_content_width": 110}
+
+
+def _click_type(annotation: Any) -> tuple[Any, bool]:
+    """Translate a field's annotation to (click type, takes several values)."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return _click_type(next(arg for arg in args if arg is not type(None)))
+    if origin is typing.Annotated:
+        return _click_type(args[0])
+    if origin is typing.Literal:
+        return click.Choice([str(arg) for arg in args]), False
+    if origin in (list, tuple):
+        return _click_type(args[0])[0], True
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return click.Choice([str(member.value) for member in annotation]), False
+    if isinstance(annotation, type) and issubclass(annotation, Path):
+        return click.Path(path_type=Path), False
+    return (annotation if annotation in (int, float, bool, str) else str), False
+
+
+def model_options(model: type[BaseModel]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a click command one option per field of `model`; an option left out arrives as None (or an empty tuple).
+
+    Options that take several values are given several times, or once with commas between the values.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name, field in reversed(model.model_fields.items()):
+            kind, several = _click_type(field.annotation)
+            text = field.description or ""
+            if not field.is_required() and field.default not in (None, (), []):
+                text += f" [default: {field.default}]"
+            names = [f"--{name}"]
+            if kind is bool:
+                names = [f"--{name}/--no_{name}"]
+            option = click.option(
+                *names,
+                name,
+                type=str if several else kind,
+                default=None,
+                help=text,
+                metavar="A,B,…" if several else None,
+            )
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def build_model(
+    model: type[Model], flags: Mapping[str, Any], yaml_values: Mapping[str, Any] | None = None, source: str = "the YAML"
+) -> Model:
+    """Make `model` from flags over YAML over defaults.
+
+    Args:
+        flags: option values as click gives them; None means "not given".
+        yaml_values: the content of a YAML file, or None.
+        source: how the YAML file is called in messages.
+
+    Raises:
+        UserError: an unknown key or a value that does not fit, named with the place it came from.
+    """
+    values: dict[str, Any] = {}
+    for key, value in (yaml_values or {}).items():
+        name = str(key).replace("-", "_")
+        if name not in model.model_fields:
+            raise UserError(f"unknown key '{key}' in {source}{closest(name, model.model_fields)}")
+        values[name] = value
+    given = {name: value for name, value in flags.items() if value is not None}
+    for name, value in given.items():
+        several = _click_type(model.model_fields[name].annotation)[1]
+        values[name] = [part for part in str(value).split(",") if part] if several else value
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:
+            raise UserError(str(first["ctx"]["error"] if "ctx" in first else first["msg"])) from None
+        name = str(first["loc"][0])
+        where = f"--{name}" if name in given or name not in (yaml_values or {}) else f"'{name}' in {source}"
+        reason = "is required" if first["type"] == "missing" else f"is {first.get('input')!r}: {first['msg']}"
+        raise UserError(f"{where} {reason}") from None

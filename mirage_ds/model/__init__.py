@@ -1,0 +1,1 @@
+"""The model: load, attention, vision, latents, loss, forward."""

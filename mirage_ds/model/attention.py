@@ -1,0 +1,196 @@
+"""Attention over packed rows: one function, three back ends.
+
+Tq query tokens, Tk key tokens, Hq query heads, Hkv key heads (grouped-query attention), D head width, N samples.
+
+Causal with the mask aligned bottom-right: a sample's last query sees its last key. In every pass of the recurrent
+stage but the first, queries are fewer than keys, and a top-left mask would be silently wrong.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from mirage_ds.errors import UserError
+
+# The name under which transformers' AttentionInterface finds `packed_attention`.
+INTERFACE_NAME = "mirage_packed"
+FLASH_INSTALL = 'pip install --no-build-isolation "mirage-ds[flash]"'
+
+Backend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int, float], torch.Tensor
+]
+
+
+def _flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True)
+
+
+def _torch_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # window (−1, 0) is causal; like flash-attn's, the kernel aligns it bottom-right.
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0), enable_gqa=True)
+
+
+def _sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+) -> torch.Tensor:
+    # Sample by sample: one dense T × T mask over the packed row costs more than the loop.
+    outputs = []
+    query_lengths, key_lengths = cu_q.diff().tolist(), cu_k.diff().tolist()
+    for one_q, one_k, one_v in zip(
+        q.split(query_lengths), k.split(key_lengths), v.split(key_lengths), strict=True
+    ):
+        queries, keys = one_q.shape[0], one_k.shape[0]
+        mask = None
+        if queries not in (1, keys):
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        output = functional.scaled_dot_product_attention(
+            one_q.transpose(0, 1)[None],
+            one_k.transpose(0, 1)[None],
+            one_v.transpose(0, 1)[None],
+            attn_mask=mask,
+            is_causal=queries == keys and queries > 1,
+            scale=scale,
+            enable_gqa=True,
+        )
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+BACKENDS: dict[str, Backend] = {"flash": _flash, "torch_varlen": _torch_varlen, "sdpa": _sdpa}
+
+
+def choose_backend(name: str, device: torch.device) -> str:
+    """Resolve `auto` and refuse a back end that cannot run here.
+
+    `auto` is flash where flash-attn is installed, else torch's varlen kernel; on a CPU it is SDPA, the only one there.
+
+    Raises:
+        UserError: names the back end and the way to install it.
+    """
+    cuda, installed = device.type == "cuda", importlib.util.find_spec("flash_attn") is not None
+    if name == "auto":
+        return "sdpa" if not cuda else "flash" if installed else "torch_varlen"
+    if name == "flash" and not installed:
+        raise UserError(f"--attention flash: flash-attn is not installed; {FLASH_INSTALL}, or use --attention auto")
+    if name != "sdpa" and not cuda:
+        raise UserError(f"--attention {name} needs a CUDA GPU and this run is on {device.type}; use --attention sdpa")
+    return name
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    backend: str = "sdpa",
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attend within each sample of a packed batch, causally, aligned bottom-right.
+
+    Args:
+        q: (Tq, Hq, D); k, v: (Tk, Hkv, D), Hq a multiple of Hkv.
+        cu_seqlens_q, cu_seqlens_k: (N + 1,) int32 cumulative lengths, on the same device.
+        max_q, max_k: longest sample's queries and keys.
+        backend: a key of BACKENDS.
+        scale: factor on q · k; 1/√D if None.
+
+    Returns:
+        (Tq, Hq, D).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return BACKENDS[backend](q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale)
+
+
+class Packed(NamedTuple):
+    """What the packed attention needs beyond q, k and v; travels to it through the decoder layer's kwargs.
+
+    Attributes:
+        past: ((T_i, Hkv, D) keys, values) of each earlier pass, in order.
+        made: an empty list, which receives this pass's (keys, values).
+        keys: order of the visible keys, None where it is the order in which they are made (a single pass).
+    """
+
+    past: list[tuple[torch.Tensor, torch.Tensor]]
+    made: list[tuple[torch.Tensor, torch.Tensor]]
+    keys: torch.Tensor | None
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    max_q: int
+    max_k: int
+    backend: str
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    packed: Packed,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Be the attention function that transformers' decoder layers call.
+
+    Args:
+        query: (1, Hq, Tq, D) and key, value: (1, Hkv, Tq, D), rotary positions applied.
+
+    Returns:
+        (1, Tq, Hq, D) and None, as the interface wants it.
+    """
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    packed.made.append((k, v))
+    if packed.past:
+        k = torch.cat([past[0] for past in packed.past] + [k])
+        v = torch.cat([past[1] for past in packed.past] + [v])
+    if packed.keys is not None:
+        k, v = k.index_select(0, packed.keys), v.index_select(0, packed.keys)
+    output = varlen_attention(
+        q, k, v, packed.cu_q, packed.cu_k, packed.max_q, packed.max_k, backend=packed.backend, scale=scaling
+    )
+    return output[None], None
+
+
+def register() -> None:
+    """Make `packed_attention` known to transformers under INTERFACE_NAME."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(INTERFACE_NAME, packed_attention)

@@ -1,0 +1,110 @@
+"""MirageModel: Batch in, LossSums out. The only module that the engine sees.
+
+T tokens of the packed batch, N samples, M labelled tokens, k latents a run, F image features, H hidden, V vocabulary.
+
+It walks transformers' own decoder layers; weights, names and files stay those of Qwen2_5_VLForConditionalGeneration.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from mirage_ds.data.batch import Batch
+from mirage_ds.model.latents import compress, grounding, in_order, run_passes
+from mirage_ds.model.loss import LossHead, LossSums, loss_sums
+from mirage_ds.model.vision import trained_features
+
+
+class Traced(NamedTuple):
+    """What a forward computed on its way, for tests and parity checks.
+
+    Attributes:
+        hidden: (T, H) final-norm hidden states.
+        inputs: (T, H) input embeddings of stage1 and sft; in stage2 latents hold the embedding they do not use.
+        ce: (M,) cross-entropies in the order of batch.targets.
+        one_minus_cosine: (N_runs · k,) or (0,).
+    """
+
+    hidden: torch.Tensor
+    inputs: torch.Tensor
+    ce: torch.Tensor
+    one_minus_cosine: torch.Tensor
+
+
+class MirageModel(nn.Module):
+    """The trainable part of a Qwen2.5-VL with Mirage's forward.
+
+    Args:
+        language_model: transformers' text model.
+        head: the loss head over the model's output matrix.
+        visual: the vision tower where it is trained, else None (features then come with the batch).
+        grounded: stage1, where a trained tower also encodes the helpers.
+        reduction: "sample" or "token" (see loss.LossSums).
+        attention: back end, resolved by attention.choose_backend.
+        checkpointing: recompute layers in backward.
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module,
+        head: LossHead,
+        visual: nn.Module | None,
+        grounded: bool,
+        reduction: str,
+        attention: str,
+        checkpointing: bool,
+    ):
+        super().__init__()
+        self.language_model = language_model
+        self.head = head
+        self.visual = visual
+        self.grounded = grounded
+        self.reduction = reduction
+        self.attention = attention
+        self.checkpointing = checkpointing
+
+    def forward(self, batch: Batch) -> LossSums:
+        """Compute the sums of the micro-batch's losses."""
+        _, traced = self._run(batch)
+        return loss_sums(traced.ce, traced.one_minus_cosine, batch, self.reduction)
+
+    def trace(self, batch: Batch) -> tuple[LossSums, Traced]:
+        """As forward, with what was computed on the way."""
+        hidden, traced = self._run(batch)
+        sums = loss_sums(traced.ce, traced.one_minus_cosine, batch, self.reduction)
+        return sums, traced._replace(hidden=in_order(hidden, batch.passes))
+
+    def _run(self, batch: Batch) -> tuple[list[torch.Tensor], Traced]:
+        embeddings = self.language_model.embed_tokens(batch.input_ids)
+        images, helpers = self._features(batch)
+        embeddings = embeddings.index_copy(0, batch.image_positions, images.to(embeddings.dtype))
+        targets = None
+        if len(batch.pool_size):
+            # Teacher forcing: the targets are the latents' input embeddings.
+            targets = compress(helpers, batch).to(embeddings.dtype)
+            embeddings = embeddings.index_copy(0, batch.latents, targets)
+        hidden = run_passes(
+            self.language_model, embeddings, batch.position_ids, batch.passes, self.attention, self.checkpointing
+        )
+        labelled = torch.cat(
+            [states.index_select(0, one.labelled) for states, one in zip(hidden, batch.passes, strict=True)]
+        )
+        ce = self.head(labelled, batch.targets)
+        distance = ce.new_empty(0) if targets is None else grounding(hidden[0], targets, batch)
+        return hidden, Traced(hidden[0], embeddings, ce, distance)
+
+    def _features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.visual is None:
+            if batch.image_features is None or batch.helper_features is None:
+                raise ValueError("the tower is frozen: run FrozenTower.attach on the batch first")
+            return batch.image_features, batch.helper_features
+        images = trained_features(self.visual, batch.pixel_values, batch.image_grid_thw)
+        if not self.grounded:
+            return images, images.new_empty(0)
+        with torch.no_grad():
+            # Targets are what the hidden states are pulled towards: they must not move to meet them.
+            helpers = trained_features(self.visual, batch.helper_pixel_values, batch.helper_grid_thw)
+        return images, helpers

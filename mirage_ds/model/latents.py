@@ -1,0 +1,118 @@
+"""The latents: stage 1's targets, and the passes that feed hidden states back in stage 2.
+
+T tokens of the packed batch, Tq tokens of one pass, N samples, k latents a run, F helper features, H hidden, L layers,
+D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from mirage_ds.data.batch import Batch, Pass
+from mirage_ds.model.attention import Packed
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+
+def compress(features: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Average contiguous groups of each helper's features into its k targets (arXiv 2506.17218, equation 2).
+
+    Args:
+        features: (F, H) merged visual features of all helpers.
+
+    Returns:
+        (N_runs · k, H) targets in the dtype of `features`, reduced in float32.
+    """
+    size = batch.pool_size
+    sums = torch.zeros(len(size), features.shape[1], dtype=torch.float32, device=features.device)
+    sums = sums.index_add(0, batch.pool_to, features.float().index_select(0, batch.pool_from))
+    return (sums / size[:, None]).to(features.dtype)
+
+
+def grounding(hidden: torch.Tensor, targets: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Distance of the hidden state before each latent from the latent's target: 1 − cosine, in float32.
+
+    Args:
+        hidden: (T, H) final-norm hidden states of the single pass.
+        targets: (N_runs · k, H).
+
+    Returns:
+        (N_runs · k,) float32.
+    """
+    before = hidden.index_select(0, batch.latents - 1)
+    return 1 - functional.cosine_similarity(before.float(), targets.float(), dim=-1)
+
+
+def _run_layer(
+    layer: nn.Module,
+    x: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    past: list[KeysValues],
+    one: Pass,
+    reorder: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run one decoder layer over one pass; return its output (1, Tq, H) and its keys and values (Tq, Hkv, D)."""
+    # `made` is filled anew in each call, so that recomputing the layer in backward stays a pure function.
+    packed = Packed(past, [], one.keys if reorder else None, one.cu_q, one.cu_k, one.max_q, one.max_k, backend)
+    output = layer(x, position_embeddings=rotary, packed=packed)
+    return output, *packed.made[0]
+
+
+def run_passes(
+    language_model: nn.Module,
+    embeddings: torch.Tensor,
+    position_ids: torch.Tensor,
+    passes: Sequence[Pass],
+    backend: str,
+    checkpointing: bool,
+) -> list[torch.Tensor]:
+    """Walk the decoder layers once a pass, each pass seeing the keys and values of all before it.
+
+    The first token of a sample in pass j ≥ 1 is a latent: its input embedding is the final-norm hidden state of the
+    position before it, from pass j − 1 (arXiv 2506.17218, equation 4). Nothing is detached: gradients run through the
+    fed-back states and through the keys and values.
+
+    Args:
+        language_model: transformers' text model (embed_tokens, layers, norm, rotary_emb).
+        embeddings: (T, H) input embeddings, images already in place.
+        position_ids: (3, T).
+        passes: the schedule.
+        backend: attention back end.
+        checkpointing: recompute each layer call in backward, in every pass whatever its size: a pass of one token
+            saves a copy of all earlier keys and values otherwise, and keeps every layer gathered under ZeRO-3.
+
+    Returns:
+        The final-norm hidden states of each pass, (Tq, H), in the order of its tokens.
+    """
+    cos, sin = language_model.rotary_emb(embeddings[None], position_ids[:, None])
+    made: list[list[KeysValues]] = [[] for _ in language_model.layers]
+    hidden: list[torch.Tensor] = []
+    reorder = len(passes) > 1
+    for number, one in enumerate(passes):
+        x = embeddings.index_select(0, one.tokens)
+        if number:
+            x = x.index_copy(0, one.first, hidden[-1].index_select(0, one.sources))
+        rotary = (cos.index_select(1, one.tokens), sin.index_select(1, one.tokens))
+        x = x[None]
+        for layer, past in zip(language_model.layers, made, strict=True):
+            arguments = (layer, x, rotary, list(past), one, reorder, backend)
+            if checkpointing and torch.is_grad_enabled():
+                x, k, v = checkpoint(_run_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, k, v = _run_layer(*arguments)
+            if number + 1 < len(passes):
+                past.append((k, v))
+        hidden.append(language_model.norm(x)[0])
+    return hidden
+
+
+def in_order(hidden: Sequence[torch.Tensor], passes: Sequence[Pass]) -> torch.Tensor:
+    """Put the passes' hidden states back into the order of the packed batch: (T, H)."""
+    order = torch.cat([one.tokens for one in passes])
+    return torch.cat(list(hidden)).index_select(0, torch.argsort(order))

@@ -1,0 +1,222 @@
+"""Loading: public-format checkpoints, old and new naming, into a MirageModel and a frozen tower.
+
+H hidden, V vocabulary rows.
+
+Public folders hold `visual.*`, `model.*`, `lm_head.weight`; transformers 5 also knows `model.visual.*` and
+`model.language_model.*`. Both are read; the first is written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+
+from mirage_ds.config import Stage
+from mirage_ds.errors import UserError
+from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, register
+from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.loss import LossHead
+from mirage_ds.model.vision import FrozenTower
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLConfig
+
+FAMILY = "qwen2_5_vl"
+FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
+# Checkpoint name → the public (old) name; the same pairs translate MirageModel's own names when it is saved.
+TO_PUBLIC = (
+    (r"^model\.visual\.", "visual."),
+    (r"^model\.language_model\.", "model."),
+    (r"^language_model\.", "model."),
+    (r"^head\.weight$", "lm_head.weight"),
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready for the engine.
+
+    Attributes:
+        model: the trainable module.
+        tower: the frozen tower, or None where the tower is trained inside `model`.
+        config: the checkpoint's configuration.
+    """
+
+    model: MirageModel
+    tower: FrozenTower | None
+    config: Qwen2_5_VLConfig
+
+
+def public_name(name: str) -> str:
+    """Translate a parameter's name to the one that public checkpoints have."""
+    for pattern, replacement in TO_PUBLIC:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def resolve_folder(name: str, flag: str, cache_dir: Path | None) -> Path:
+    """Return a local model folder: `name` itself, or the hub's snapshot of it.
+
+    Raises:
+        UserError: neither a folder with a config.json nor a hub id that can be fetched.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{flag} {name}: no config.json there; give a model folder (as --save_model_path made it)")
+        return folder
+    if flag == "--load_model_path" or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"{flag} {name}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=list(FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{flag} {name}: no such folder, and the hub did not give it ({reason})") from None
+
+
+def read_config(folder: Path) -> Qwen2_5_VLConfig:
+    """Read a folder's configuration; UserError when it is not a Qwen2.5-VL."""
+    from transformers import AutoConfig
+
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder}/config.json: not valid JSON ({error})") from None
+    if kind != FAMILY:
+        raise UserError(f"{folder}: a model of type {kind!r}; mirage_ds trains {FAMILY!r} (Qwen2.5-VL)")
+    return AutoConfig.from_pretrained(folder)
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read names (public form) and shapes of a folder's tensors from the safetensors headers."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no *.safetensors; convert other weight files first (pickles are never read)")
+    shapes = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # safe_open is no dict
+                shapes[public_name(name)] = tuple(tensors.get_slice(name).get_shape())
+    return shapes
+
+
+def expected_shapes(config: Qwen2_5_VLConfig) -> dict[str, tuple[int, ...]]:
+    """Names (public form) and shapes of the parameters that `config` describes."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    return {public_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def check_weights(folder: Path, config: Qwen2_5_VLConfig) -> None:
+    """Refuse a folder whose tensors are not those of its config.json: under ZeRO-3 nobody else would notice."""
+    stored, expected = stored_shapes(folder), expected_shapes(config)
+    missing = sorted(expected.keys() - stored.keys())
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} tensor(s) missing, the first is {missing[0]}; the folder is not whole")
+    for name, shape in expected.items():
+        if stored[name] != shape:
+            raise UserError(f"{folder}: {name} has shape {stored[name]}, config.json says {shape}; they do not belong together")
+
+
+def check_vocabulary(config: Qwen2_5_VLConfig, ids: dict[str, int]) -> None:
+    """Check that the tokenizer's special tokens fit the model.
+
+    Public checkpoints have more embedding rows than tokens (152,064 or 151,936 for 151,665), so the latent tokens need
+    no resize; the public Mirage code's own have 151,668.
+
+    Args:
+        ids: token → id of `<|image_pad|>` and the latent tokens.
+    """
+    rows = config.get_text_config().vocab_size
+    beyond = [token for token, number in ids.items() if number >= rows]
+    if beyond:
+        raise UserError(
+            f"the embedding has {rows} rows and {', '.join(beyond)} would be number {max(ids.values())}: there is no "
+            "room for the latent tokens; give a checkpoint with at least that many rows"
+        )
+    if ids["<|image_pad|>"] != config.image_token_id:
+        raise UserError(
+            f"config.json's image_token_id is {config.image_token_id}, the tokenizer's <|image_pad|> is "
+            f"{ids['<|image_pad|>']}: model and tokenizer do not belong together"
+        )
+
+
+def load_tower(folder: Path, config: Qwen2_5_VLConfig, dtype: torch.dtype, device: torch.device) -> FrozenTower:
+    """Load the vision tower alone. Call it while no HfDeepSpeedConfig is alive, or ZeRO-3 partitions it."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    vision_config = config.vision_config
+    vision_config._attn_implementation = "sdpa"
+    tower = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(
+        folder, config=vision_config, dtype=dtype, key_mapping={r"^(model\.)?visual\.": ""}
+    )
+    return FrozenTower(tower.to(device))
+
+
+def load_model(
+    folder: Path,
+    *,
+    stage: Stage,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str = "auto",
+    checkpointing: bool = True,
+    train_vision: bool = False,
+    reduction: str = "sample",
+    loss_chunk_bytes: int = 256 << 20,
+    ds_config: dict[str, Any] | None = None,
+) -> Loaded:
+    """Load a checkpoint folder.
+
+    Args:
+        dtype: of the weights in the forward.
+        ds_config: the resolved DeepSpeed configuration. Under ZeRO-3 the weights are then partitioned as they are
+            read, so that no rank ever holds the whole model; None loads an ordinary module.
+
+    Raises:
+        UserError: the folder is not a whole Qwen2.5-VL in safetensors, or the attention back end cannot run here.
+    """
+    import transformers
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.integrations import HfDeepSpeedConfig
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    backend = choose_backend(attention, device)
+    config = read_config(folder)
+    check_weights(folder, config)
+    register()
+    tower = None if train_vision else load_tower(folder, config, dtype, device)
+    # from_pretrained finds the configuration through a weak reference: the name keeps it alive for the load.
+    alive = HfDeepSpeedConfig(ds_config) if ds_config is not None else None
+    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation={"": "sdpa", "text_config": INTERFACE_NAME, "vision_config": "sdpa"},
+    )
+    del alive
+    visual = whole.model.visual
+    if train_vision and checkpointing:
+        visual.gradient_checkpointing_enable({"use_reentrant": False})
+    head = LossHead(whole.lm_head.weight, config.get_text_config().vocab_size, loss_chunk_bytes)
+    model = MirageModel(
+        whole.model.language_model,
+        head,
+        visual if train_vision else None,
+        grounded=stage == "stage1",
+        reduction=reduction,
+        attention=backend,
+        checkpointing=checkpointing,
+    )
+    return Loaded(model.to(device) if ds_config is None else model, tower, config)
