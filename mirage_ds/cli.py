@@ -1,0 +1,125 @@
+"""`mirage-ds`: data build | check, init, export. Imports stay inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mirage_ds.errors import EXIT_USER_ERROR, UserError
+from mirage_ds.flags import CONTEXT, build_model, model_options
+from mirage_ds.tasks.spec import BuildSpec
+
+
+def _path(**options: Any) -> click.Path:
+    return click.Path(path_type=Path, **options)
+
+
+@click.group(context_settings=CONTEXT)
+def cli() -> None:
+    """Train and study vision-language models that think in latent visual tokens."""
+
+
+@cli.group()
+def data() -> None:
+    """Build and check records."""
+
+
+@data.command("build")
+@click.argument("task")
+@model_options(BuildSpec)
+def data_build(task: str, **flags: Any) -> None:
+    """Build records and images of a TASK: vsp-spatial-planning or vsp-spatial-reasoning."""
+    from mirage_ds.tasks.build import build, print_report, progress_bar
+
+    spec = build_model(BuildSpec, flags)
+    with progress_bar(f"building {task}") as progress:
+        report = build(task, spec, progress)
+    print_report(report)
+
+
+@data.command("check")
+@click.argument("file", type=_path())
+@click.option("--stage", default="stage1", show_default=True, type=click.Choice(["sft", "stage1", "stage2"]))
+@click.option("--image_root", type=_path(), help="Second place where relative image paths are looked for.")
+@click.option("--model", "model_folder", type=_path(), help="Model folder whose tokenizer and limits are applied.")
+@click.option("--latent_size", default=4, show_default=True, help="k: a helper needs as many merged tokens.")
+@click.option("--most", default=50, show_default=True, help="Faults listed at most.")
+def data_check(
+    file: Path, stage: Any, image_root: Path | None, model_folder: Path | None, latent_size: int, most: int
+) -> None:
+    """List every faulty record of FILE: line, field, what, how to mend. Exit code 2 if there is one."""
+    from mirage_ds.data.check import check_file, print_faults
+
+    count, faults = check_file(file, stage, image_root, model_folder, latent_size)
+    print_faults(file, count, faults, most)
+    if faults:
+        sys.exit(EXIT_USER_ERROR)
+
+
+@cli.command()
+@click.option("--preset", required=True, help="nano, bench-87m, or qwen2.5-vl-3b|7b|32b|72b with --config_only.")
+@click.option("--out", required=True, type=_path(), help="Folder to write.")
+@click.option("--text", "texts", multiple=True, type=_path(), help="Records whose text trains the tokenizer.")
+@click.option("--tokenizer", type=_path(), help="Folder whose tokenizer is taken instead.")
+@click.option("--tokenizer_size", default=512, show_default=True, help="Entries of the trained tokenizer.")
+@click.option("--seed", default=42, show_default=True)
+@click.option("--config_only", is_flag=True, help="No weights: config, tokenizer and image processor.")
+def init(
+    preset: str,
+    out: Path,
+    texts: tuple[Path, ...],
+    tokenizer: Path | None,
+    tokenizer_size: int,
+    seed: int,
+    config_only: bool,
+) -> None:
+    """Write a random Qwen2.5-VL with a tokenizer trained on the task's text."""
+    from mirage_ds.model.init import init_model
+
+    count = init_model(
+        preset,
+        out,
+        texts=list(texts),
+        tokenizer_from=tokenizer,
+        tokenizer_size=tokenizer_size,
+        seed=seed,
+        config_only=config_only,
+    )
+    print(f"{out}: {preset}, {count:,} parameters" if count else f"{out}: {preset}, configuration only")
+
+
+@cli.command()
+@click.argument("source", type=_path())
+@click.argument("target", type=_path())
+@click.option("--vocab_rows", required=True, type=int, help="151668 as the public Mirage code, 152064 as Qwen2.5-VL.")
+def export(source: Path, target: Path, vocab_rows: int) -> None:
+    """Copy the model folder SOURCE to TARGET with another number of vocabulary rows."""
+    from mirage_ds.data.encode import load_tokenizer
+    from mirage_ds.engine.export import change_rows
+    from mirage_ds.model.load import resolve_folder
+
+    folder = resolve_folder(str(source), "SOURCE", None)
+    change_rows(folder, target, vocab_rows, tokens=len(load_tokenizer([str(folder)], None)))
+    print(f"{target}: {vocab_rows} vocabulary rows")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence and exit code 2."""
+    # Quick commands must not wake the GPU, nor the tokenizers' threads complain after a fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        message = error.format_message()
+    except UserError as error:
+        message = str(error)
+    except click.Abort:
+        message = "stopped"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)

@@ -1,0 +1,76 @@
+"""`mirage-ds data check`: every fault of a records file at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mirage_ds.config import Stage
+from mirage_ds.data.record import Fault, ImageFinder, Record, RecordError, scan
+from mirage_ds.errors import UserError
+
+
+def _image_faults(record: Record, finder: ImageFinder) -> list[Fault]:
+    faults = []
+    for name, paths in (("image_input", record.image_input), ("image_output", record.image_output)):
+        for path in paths:
+            try:
+                finder.size(record, name, path)
+                finder.load(record, name, path)
+            except RecordError as error:
+                faults.append(error.fault)
+    return faults
+
+
+def check_file(
+    file: Path, stage: Stage, image_root: Path | None, model_folder: Path | None, latent_size: int
+) -> tuple[int, list[Fault]]:
+    """Check every record of a file: its form, its images, and with a model folder its encoding for a stage.
+
+    Returns:
+        The number of records, and the faults in the order of their lines.
+    """
+    from rich.progress import track
+
+    records, faults = scan(file)
+    finder = ImageFinder.beside(file, image_root)
+    encoder = None
+    if model_folder:
+        from mirage_ds.data.encode import load_encoder
+
+        if not model_folder.is_dir():
+            raise UserError(f"--model {model_folder}: no such folder")
+        encoder = load_encoder([str(model_folder)], finder, stage, latent_size)
+    for record in track(records, "checking", transient=True):
+        if stage == "stage1" and not record.image_output:
+            fault = Fault(
+                record.line, "image_output", "missing", "stage1 needs a helper image; or check with --stage sft|stage2"
+            )
+            faults.append(fault)
+            continue
+        found = _image_faults(record, finder)
+        if encoder and not found:
+            try:
+                encoder.measure(record)
+            except RecordError as error:
+                found.append(error.fault)
+        faults += found
+    return len(records) + len({fault.line for fault in faults} - {r.line for r in records}), sorted(
+        faults, key=lambda fault: fault.line
+    )
+
+
+def print_faults(file: Path, count: int, faults: list[Fault], most: int) -> None:
+    """Print the faults as a table, or one line when there is none."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not faults:
+        console.print(f"{file}: {count} records, no fault")
+        return
+    table = Table("line", "field", "what", "how to mend", title=f"{file}: {len(faults)} fault(s) in {count} records")
+    for fault in faults[:most]:
+        table.add_row(str(fault.line), fault.field, fault.what, fault.how)
+    console.print(table)
+    if faults[most:]:
+        console.print(f"… and {len(faults) - most} more (--most)")

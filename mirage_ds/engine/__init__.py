@@ -1,0 +1,1 @@
+"""DeepSpeed: its configuration, the engine, checkpoints and the saved model."""

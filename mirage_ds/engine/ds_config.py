@@ -1,0 +1,142 @@
+"""The DeepSpeed JSON: the only place that touches DeepSpeed's keys. Imports neither torch nor DeepSpeed.
+
+The JSON chooses ZeRO stage, offload and precision. Batch size, clipping and optimizer come from the run's settings; a
+JSON that says something else about them is refused, since one of the two would be silently ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mirage_ds.config import RunConfig
+from mirage_ds.errors import UserError, closest
+
+# Top-level keys that DeepSpeed 0.19.8 reads. It accepts any other without a word: `zero_optimisation` is ZeRO-0.
+KNOWN_KEYS = frozenset(
+    """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
+    optimizer scheduler gradient_clipping fp16 bf16 torch_autocast data_types zero_optimization
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type
+    seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor gradient_allreduce_op
+    activation_checkpointing comms_logger tensorboard wandb csv_monitor comet flops_profiler wall_clock_breakdown
+    memory_breakdown steps_per_print dump_state disable_python_gc disable_allgather log_level aio checkpoint timers
+    compile autotuning data_efficiency dataloader_drop_last hybrid_engine pipeline tensor_parallel expert_parallel
+    weight_quantization use_data_before_expert_parallelism vocabulary_size""".split()
+)
+# The run fills these; `"auto"` there means just that.
+FILLED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+
+
+def shipped_folder() -> Path:
+    """Return ds_configs/, inside the installed package or beside it in a checkout."""
+    inside = Path(__file__).parents[1] / "ds_configs"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "ds_configs"
+
+
+def default_path(stage: str, device: str) -> Path:
+    """Return the stage's own JSON for this kind of device ("cpu" or anything else)."""
+    return shipped_folder() / f"{stage}{'_cpu' if device == 'cpu' else ''}.json"
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"key '{key}' stands there twice")
+    return dict(pairs)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read and check a DeepSpeed JSON.
+
+    Raises:
+        UserError: missing, broken, a key that DeepSpeed does not know, or a choice this trainer cannot honour.
+    """
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.name for file in shipped_folder().glob("*.json")))
+        raise UserError(f"--deepspeed {path}: no such file; {shipped_folder()} holds {shipped}")
+    try:
+        values = json.loads(path.read_text(), object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; keep one of them") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected an object, found {type(values).__name__}")
+    for key in values:
+        if key not in KNOWN_KEYS:
+            raise UserError(f"{path}: DeepSpeed has no key '{key}' and would ignore it{closest(key, KNOWN_KEYS)}")
+    if "scheduler" in values:
+        raise UserError(f"{path}: 'scheduler' is set by --lr_scheduler and --warmup_steps; remove the block")
+    if values.get("fp16", {}).get("enabled"):
+        raise UserError(f"{path}: 'fp16' is not supported (Qwen2.5-VL overflows in it); use 'bf16'")
+    _refuse_auto(values, path)
+    return values
+
+
+def _refuse_auto(values: dict[str, Any], path: Path, prefix: str = "") -> None:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            _refuse_auto(value, path, f"{name}.")
+        elif value == "auto" and name not in FILLED and not name.startswith("optimizer.params."):
+            raise UserError(f"{path}: '{name}' is \"auto\", which DeepSpeed drops silently; write a value")
+
+
+def _fill(values: dict[str, Any], key: str, wanted: Any, said: str, path: Path) -> None:
+    stated = values.get(key, "auto")
+    if stated not in ("auto", wanted):
+        raise UserError(f"{path}: '{key}' is {stated}, but {said}; make them agree or remove the key from the JSON")
+    values[key] = wanted
+
+
+def resolve(values: dict[str, Any], path: Path, config: RunConfig, world_size: int) -> dict[str, Any]:
+    """Fill batch sizes, clipping and optimizer from the run's settings.
+
+    The engine is told micro-batch 1 and accumulation 1: rows are packed into as many micro-steps as each step needs,
+    the trainer sets the accumulation boundary itself, and the loss carries the scale of the whole step.
+
+    Raises:
+        UserError: the JSON contradicts a setting; the message names both.
+    """
+    filled = json.loads(json.dumps(values))
+    rows = config.rows_per_step
+    _fill(filled, "train_batch_size", rows, f"the run has {rows} rows an optimizer step (--global_batch_size)", path)
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        said = "rows are packed by --micro_batch_tokens into as many micro-steps as a step needs"
+        _fill(filled, key, 1, said, path)
+    # DeepSpeed asserts train = micro · accumulation · ranks; the contract of `rows` is the trainer's own.
+    filled["train_batch_size"] = world_size
+    _fill(filled, "gradient_clipping", config.max_grad_norm, f"--max_grad_norm is {config.max_grad_norm}", path)
+    _fill_optimizer(filled, path, config)
+    filled.setdefault("steps_per_print", 1 << 30)
+    return filled
+
+
+def _fill_optimizer(filled: dict[str, Any], path: Path, config: RunConfig) -> None:
+    block = filled.setdefault("optimizer", {"type": "AdamW"})
+    if block.get("type") not in ("AdamW", "Adam"):
+        raise UserError(f"{path}: optimizer type {block.get('type')!r}; this trainer runs 'AdamW'")
+    params = block.setdefault("params", {})
+    for key, flag, value in (
+        ("lr", "learning_rate", config.learning_rate),
+        ("betas", "adam_beta1/--adam_beta2", [config.adam_beta1, config.adam_beta2]),
+        ("eps", "adam_eps", config.adam_eps),
+        ("weight_decay", "weight_decay", config.weight_decay),
+    ):
+        _fill(params, key, value, f"--{flag} is {value}", path)
+    block["type"] = "AdamW"
+    # torch's AdamW compiles nothing at the first start; the offloaded step needs DeepSpeed's own.
+    offloaded = filled.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    params.setdefault("torch_adam", not offloaded)
+
+
+def compute_dtype(values: dict[str, Any]) -> str:
+    """Return the dtype of the weights in the forward: "bfloat16" or "float32"."""
+    return "bfloat16" if values.get("bf16", {}).get("enabled") else "float32"
+
+
+def zero_stage(values: dict[str, Any]) -> int:
+    """Return the ZeRO stage the JSON asks for."""
+    return int(values.get("zero_optimization", {}).get("stage", 0))

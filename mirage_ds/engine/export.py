@@ -1,0 +1,164 @@
+"""Saving the trained model: a folder of safetensors that plain transformers opens.
+
+V vocabulary rows, H hidden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from mirage_ds.engine.checkpoint import write_atomically
+from mirage_ds.errors import UserError
+from mirage_ds.model.load import public_name
+
+SHARD_BYTES = 4 << 30
+VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def _gathered(parameters: list[nn.Parameter]) -> Any:
+    """Hold the whole parameters on every rank where ZeRO-3 has partitioned them."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def whole_tensors(model: nn.Module, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (public name, whole tensor on the CPU) of each parameter, one gathered at a time. All ranks iterate.
+
+    Args:
+        keep: whether this rank wants the tensors; the others get empty ones.
+    """
+    for name, parameter in model.named_parameters():
+        with _gathered([parameter]):
+            yield public_name(name), parameter.detach().cpu().clone() if keep else torch.empty(0)
+
+
+class ShardWriter:
+    """Writes tensors into safetensors shards of bounded size under temporary names, and names them at the end."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self.shards: list[list[str]] = []
+        self.waiting: dict[str, torch.Tensor] = {}
+        self.total = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _partial(self, number: int) -> Path:
+        return self.folder / f".model-{number:05d}.safetensors.partial"
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one tensor; a full shard is written at once."""
+        size = tensor.numel() * tensor.element_size()
+        if self.waiting and sum(t.numel() * t.element_size() for t in self.waiting.values()) + size > self.shard_bytes:
+            self._flush()
+        self.waiting[name] = tensor.contiguous()
+        self.total += size
+
+    def _flush(self) -> None:
+        partial = self._partial(len(self.shards))
+        save_file(self.waiting, partial, metadata={"format": "pt"})
+        # safetensors makes files that only their owner reads; a model folder is shared like any other output.
+        partial.chmod(0o644)
+        self.shards.append(list(self.waiting))
+        self.waiting = {}
+
+    def finish(self) -> None:
+        """Put the shards and their index in place, and remove those of an earlier save."""
+        if self.waiting:
+            self._flush()
+        for old in self.folder.glob("model*.safetensors"):
+            old.unlink()
+        (self.folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        if len(self.shards) == 1:
+            self._partial(0).replace(self.folder / "model.safetensors")
+            return
+        weight_map = {}
+        for number, names in enumerate(self.shards):
+            file = f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
+            self._partial(number).replace(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+        write_atomically(self.folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+
+
+def save_model(
+    model: nn.Module,
+    tower: nn.Module | None,
+    folder: Path,
+    rank: int,
+    config: Any,
+    tokenizer: Any,
+    image_processor: Any,
+) -> None:
+    """Write the trained model, its frozen tower re-joined, with tokenizer and image processor. All ranks call it.
+
+    config.json is written last: a folder without it is no model, so that an interrupted save is never taken for one.
+
+    Args:
+        model: the MirageModel.
+        tower: the frozen tower, or None where the tower is part of `model`.
+    """
+    writer = ShardWriter(folder) if rank == 0 else None
+    dtype = torch.float32
+    for name, tensor in whole_tensors(model, keep=writer is not None):
+        if writer:
+            writer.add(name, tensor)
+            dtype = tensor.dtype
+    if not writer:
+        return
+    if tower is not None:
+        for name, tensor in tower.state_dict().items():
+            writer.add(f"visual.{name}", tensor.cpu())
+    (folder / "config.json").unlink(missing_ok=True)
+    writer.finish()
+    tokenizer.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    config.dtype = dtype
+    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    write_atomically(folder / "config.json", config.to_json_string())
+
+
+def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:
+    """Copy a model folder with another number of vocabulary rows.
+
+    The public Mirage code writes 151,668 rows, Qwen2.5-VL has 152,064 (7B and larger) or 151,936 (3B); tools differ in
+    which they take. Rows that no token uses are cut off, or added as zeros.
+
+    Args:
+        rows: V of the copy.
+        tokens: entries of the tokenizer; fewer rows than that would lose a token.
+    """
+    if rows < tokens:
+        raise UserError(f"--vocab_rows {rows} would cut off tokens: the tokenizer has {tokens}")
+    if target.exists():
+        raise UserError(f"{target} exists already; give a new folder")
+    writer = ShardWriter(target)
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
+                name, tensor = public_name(stored), tensors.get_tensor(stored)
+                if name in VOCABULARY_TENSORS:
+                    added = tensor.new_zeros(max(0, rows - len(tensor)), tensor.shape[1])
+                    tensor = torch.cat([tensor[:rows], added])
+                writer.add(name, tensor)
+    writer.finish()
+    for file in source.iterdir():
+        if file.is_file() and "safetensors" not in file.name and file.name != "config.json":
+            (target / file.name).write_bytes(file.read_bytes())
+    values = json.loads((source / "config.json").read_text())
+    for block in (values, values.get("text_config", {})):
+        if "vocab_size" in block:
+            block["vocab_size"] = rows
+    write_atomically(target / "config.json", json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,92 @@
+"""Starting up: the process group, agreement between ranks, the DeepSpeed engine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mirage_ds.config import RunConfig
+from mirage_ds.engine.private import use_plain_gloo
+from mirage_ds.errors import UserError
+
+Result = TypeVar("Result")
+
+
+class World(NamedTuple):
+    """This process among the others."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+
+def join() -> World:
+    """Join the process group the launcher describes; alone, make one of a single rank."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    use_plain_gloo()
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    device = torch.device(accelerator.current_device_name())
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def from_rank_zero(make: Callable[[], Result], world: World) -> Result:
+    """Run `make` on rank 0 and give every rank its result; a UserError there is raised on every rank.
+
+    Checks of files and records belong here: done once, and no rank is left waiting for one that has given up.
+    """
+    outcome: list[Any] = [None]
+    if world.rank == 0:
+        try:
+            outcome = [make()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0, device=world.device if world.device.type == "cuda" else None)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trained parameters: matrices decay, norms and biases (one-dimensional) do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Under ZeRO-3 a parameter's own shape is empty; DeepSpeed keeps the true one in ds_shape.
+    dimensions = [len(getattr(p, "ds_shape", p.shape)) for p in trained]
+    matrices = [p for p, size in zip(trained, dimensions, strict=True) if size > 1]
+    vectors = [p for p, size in zip(trained, dimensions, strict=True) if size <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def make_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any], steps: int) -> Any:
+    """Wrap the model in a DeepSpeed engine with AdamW and the learning-rate schedule of `steps` optimizer steps."""
+    import deepspeed
+    from transformers import get_scheduler
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+        return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=weight_decay_groups(model, config.weight_decay),
+        lr_scheduler=schedule,
+        config=ds_config,
+    )
+    return engine

@@ -1,0 +1,166 @@
+"""`mirage-ds init`: a random Qwen2.5-VL from a preset, with a tokenizer trained on the task's own text.
+
+V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, load_tokenizer
+from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, scan
+from mirage_ds.engine.checkpoint import write_atomically
+from mirage_ds.errors import UserError
+from mirage_ds.model.presets import PRESETS, WITH_WEIGHTS, preset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Qwen2.5-VL's special tokens that the trainer and the chat template use, in the order of their public ids.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    IMAGE_PAD,
+    "<|video_pad|>",
+)
+# The template's output is Qwen2.5-VL's: default system prompt, one turn a message, an image slot per image item.
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{%- if loop.first and message.role != 'system' %}"
+    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+    "{%- endif %}"
+    "{{- '<|im_start|>' + message.role + '\\n' }}"
+    "{%- if message.content is string %}{{- message.content }}{%- else %}"
+    "{%- for item in message.content %}"
+    "{%- if item.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{%- else %}{{- item.text }}{%- endif %}"
+    "{%- endfor %}{%- endif %}"
+    "{{- '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+# GPT-2's split with single digits: words, numbers and punctuation never merge across each other.
+SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+DEFAULT_TEXT = "system user assistant You are a helpful assistant."
+
+
+def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE of at most `size` entries, with Qwen2.5-VL's special tokens and the three latent ones."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    smallest = 256 + len(SPECIAL_TOKENS) + len(LATENT_TOKENS)
+    if size < smallest:
+        raise UserError(f"--tokenizer_size {size}: the bytes and special tokens alone need {smallest}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(SPECIAL_TOKENS) - len(LATENT_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+    )
+    fast.add_tokens([*SPECIAL_TOKENS, *LATENT_TOKENS], special_tokens=True)
+    return fast
+
+
+def _texts(files: list[Path]) -> list[str]:
+    texts = [DEFAULT_TEXT]
+    for file in files:
+        records, faults = scan(file)
+        if faults:
+            raise UserError(f"{file}: {faults[0]}; `mirage-ds data check {file}` lists all faults")
+        for record in records:
+            texts += [record.text_input.replace(IMAGE_MARK, ""), record.text_output.replace(HELPER_MARK, "")]
+    return texts
+
+
+def init_model(
+    name: str,
+    out: Path,
+    *,
+    texts: list[Path],
+    tokenizer_from: Path | None = None,
+    tokenizer_size: int = 512,
+    seed: int = 42,
+    config_only: bool = False,
+) -> int:
+    """Write a model folder.
+
+    Args:
+        name: a preset.
+        texts: record files whose text trains the tokenizer.
+        tokenizer_from: a folder whose tokenizer is taken instead.
+        tokenizer_size: entries of the trained tokenizer.
+        config_only: write config.json, tokenizer and image processor, no weights.
+
+    Returns:
+        The number of parameters (0 with `config_only`).
+    """
+    import torch
+    import transformers
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from mirage_ds.engine.export import ShardWriter
+    from mirage_ds.model.load import public_name
+
+    values = preset(name)
+    if not config_only and name.lower().replace("_", "-") not in WITH_WEIGHTS:
+        raise UserError(
+            f"preset '{name}': random weights are written for {' and '.join(WITH_WEIGHTS)} only; add --config_only"
+        )
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: not empty; give a new folder")
+    transformers.utils.logging.set_verbosity_error()
+    if tokenizer_from:
+        tokenizer = load_tokenizer([str(tokenizer_from)], None)
+    else:
+        tokenizer = train_tokenizer(_texts(texts), tokenizer_size)
+    text = values["text_config"]
+    text["vocab_size"] = text["vocab_size"] or len(tokenizer)
+    if len(tokenizer) > text["vocab_size"]:
+        raise UserError(f"preset '{name}' has {text['vocab_size']} rows, the tokenizer {len(tokenizer)} entries")
+    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}
+    text |= dict(bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"])
+    config = Qwen2_5_VLConfig(
+        **values,
+        image_token_id=ids[IMAGE_PAD],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        dtype="float32",
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    count = 0
+    if not config_only:
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+        count = sum(p.numel() for p in model.parameters())
+        writer = ShardWriter(out)
+        for parameter_name, parameter in model.named_parameters():
+            writer.add(public_name(parameter_name), parameter.detach())
+        writer.finish()
+    tokenizer.save_pretrained(out)
+    Qwen2VLImageProcessorPil().save_pretrained(out)
+    write_atomically(out / "generation_config.json", json.dumps({"eos_token_id": ids["<|im_end|>"]}) + "\n")
+    write_atomically(out / "config.json", config.to_json_string())
+    return count
+
+
+def preset_names() -> list[str]:
+    """Return the names that `init` and the planning commands take."""
+    return list(PRESETS)

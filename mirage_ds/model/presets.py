@@ -1,0 +1,97 @@
+"""Shapes of Qwen2.5-VL by name, as plain numbers: no torch, no transformers, so that planning commands are quick."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from mirage_ds.errors import UserError, closest
+
+PUBLIC_ROWS = 152_064
+
+
+def _text(hidden: int, layers: int, heads: int, kv: int, intermediate: int, rows: int, tied: bool) -> dict[str, Any]:
+    half = hidden // heads // 2
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "intermediate_size": intermediate,
+        "vocab_size": rows,
+        "tie_word_embeddings": tied,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 128_000,
+        # M-RoPE splits half the head width 1 : 1.5 : 1.5 between time, height and width ([16, 24, 24] at width 128).
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8],
+        },
+    }
+
+
+def _vision(depth: int, hidden: int, heads: int, intermediate: int, full: list[int], output: int) -> dict[str, Any]:
+    return {
+        "depth": depth,
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "intermediate_size": intermediate,
+        "fullatt_block_indexes": full,
+        "out_hidden_size": output,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "window_size": 112,
+        "tokens_per_second": 2,
+    }
+
+
+def _public_vision(intermediate: int, output: int) -> dict[str, Any]:
+    return _vision(32, 1280, 16, intermediate, [7, 15, 23, 31], output)
+
+
+# 3B and 7B as their stored configurations say; 32B and 72B from the published model cards.
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {
+        "text_config": _text(128, 4, 4, 2, 384, 0, tied=True),
+        "vision_config": _vision(2, 96, 3, 192, [1], 128),
+    },
+    "bench-87m": {
+        "text_config": _text(256, 8, 4, 2, 768, 151_668, tied=False),
+        "vision_config": _vision(8, 160, 5, 320, [3, 7], 256),
+    },
+    "qwen2.5-vl-3b": {
+        "text_config": _text(2048, 36, 16, 2, 11_008, 151_936, tied=True),
+        "vision_config": _public_vision(3420, 2048),
+    },
+    "qwen2.5-vl-7b": {
+        "text_config": _text(3584, 28, 28, 4, 18_944, PUBLIC_ROWS, tied=False),
+        "vision_config": _public_vision(3420, 3584),
+    },
+    "qwen2.5-vl-32b": {
+        "text_config": _text(5120, 64, 40, 8, 27_648, PUBLIC_ROWS, tied=False),
+        "vision_config": _public_vision(3456, 5120),
+    },
+    "qwen2.5-vl-72b": {
+        "text_config": _text(8192, 80, 64, 8, 29_568, PUBLIC_ROWS, tied=False),
+        "vision_config": _public_vision(3456, 8192),
+    },
+}
+# Those small enough that `mirage-ds init` writes random weights for them.
+WITH_WEIGHTS = ("nano", "bench-87m")
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Return the configuration of a preset as keyword arguments of Qwen2_5_VLConfig.
+
+    Raises:
+        UserError: no such preset.
+    """
+    known = {key.replace("_", "-"): value for key, value in PRESETS.items()}
+    wanted = name.lower().replace("_", "-")
+    if wanted not in known:
+        raise UserError(f"no preset '{name}'{closest(wanted, known)}; there are {', '.join(known)}")
+    found = copy.deepcopy(known[wanted])
+    found["tie_word_embeddings"] = found["text_config"]["tie_word_embeddings"]
+    return found

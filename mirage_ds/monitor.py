@@ -1,0 +1,152 @@
+"""What a run says of itself: one dense line a step, JSON lines, TensorBoard, a progress bar. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mirage_ds.errors import UserError
+
+
+def memory_gb() -> float:
+    """Peak memory of this process in GB: the GPU's where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    # Linux counts ru_maxrss in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def hours(seconds: float) -> str:
+    """Write a duration as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+
+
+class Monitor:
+    """Reports a run; on the other ranks every call does nothing.
+
+    Args:
+        folder: the run's own folder (log.jsonl, tensorboard/).
+        steps: optimizer steps of the whole run.
+        report_to: "tensorboard", "wandb", "none".
+        log_file: where the log lines are repeated, or None.
+        active: whether this is rank 0.
+    """
+
+    def __init__(self, folder: Path, steps: int, report_to: list[str], log_file: Path | None, active: bool):
+        self.active = active
+        if not active:
+            return
+        self.steps = steps
+        # A terminal gets a bar under the lines; a log file gets the lines alone.
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("steps", total=steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lines = (folder / "log.jsonl").open("a", buffering=1)
+        self.text = None
+        if log_file:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            self.text = log_file.open("a", buffering=1)
+        self.board = None
+        if "tensorboard" in report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder / "tensorboard")
+        self.wandb = None
+        if "wandb" in report_to:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--report_to wandb: wandb is not installed; pip install wandb") from None
+            self.wandb = wandb.init(dir=str(folder), name=folder.parent.name)
+        self.recent: deque[float] = deque(maxlen=50)
+        self.last = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        if self.active:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.active:
+            self.bar.stop()
+            self.lines.close()
+            if self.text:
+                self.text.close()
+            if self.board:
+                self.board.close()
+
+    def say(self, message: str) -> None:
+        """Print one line."""
+        if self.active:
+            self.console.print(message, markup=False)
+            if self.text:
+                self.text.write(message + "\n")
+
+    def start_clock(self) -> None:
+        """Begin timing the next step."""
+        if self.active:
+            self.last = time.perf_counter()
+
+    def step(self, step: int, epoch: float, rows: int, tokens: int, metrics: dict[str, float]) -> None:
+        """Report one optimizer step.
+
+        Args:
+            step: optimizer steps taken, from 1.
+            rows, tokens: of the whole step, over all ranks.
+            metrics: loss and its parts, grad_norm, lr, micro_steps.
+        """
+        if not self.active:
+            return
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        self.recent.append(seconds)
+        left = median(self.recent) * (self.steps - step)
+        record: dict[str, Any] = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            **metrics,
+            "rows": rows,
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+            "samples_per_second": rows / seconds,
+            "tokens_per_second": tokens / seconds,
+            "memory_gb": memory_gb(),
+        }
+        self.lines.write(json.dumps(record) + "\n")
+        sim = f" sim {metrics['sim']:.4f}" if "sim" in metrics else ""
+        self.say(
+            f"step {step}/{self.steps} epoch {epoch:.2f} loss {metrics['loss']:.4f} ce {metrics['ce']:.4f}{sim} "
+            f"grad {metrics['grad_norm']:.3f} lr {metrics['lr']:.2e} G {metrics['micro_steps']:.0f} "
+            f"{seconds:.2f} s {rows / seconds:.1f} rows/s {tokens / seconds:.0f} tok/s "
+            f"mem {record['memory_gb']:.2f} GB eta {hours(left)}"
+        )
+        scalars = {f"train/{name}": value for name, value in record.items() if name not in ("step", "rows", "tokens")}
+        if self.board:
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(scalars, step=step)
+        self.bar.update(self.task, completed=step)

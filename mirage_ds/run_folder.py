@@ -1,0 +1,66 @@
+"""The run folder: what was asked, with what, so that a run can be repeated from its folder.
+
+    <save_model_path>/            the trained model, as plain transformers opens it
+    <save_model_path>/run/        config.yaml, ds_config.json, versions.json, log.jsonl, tensorboard/, checkpoints/
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mirage_ds.config import RunConfig
+from mirage_ds.engine.checkpoint import write_atomically
+from mirage_ds.errors import UserError
+
+PACKAGES = ("mirage-ds", "torch", "transformers", "deepspeed", "accelerate", "datasets", "flash-attn")
+
+
+def claim(folder: Path, overwrite: bool) -> Path:
+    """Return the folder for a run's own files; refuse one that holds an earlier run or a model.
+
+    Raises:
+        UserError: something is there already and --overwrite was not given.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--save_model_path {folder}: is a file; give a folder")
+    for name in ("config.json", "run"):
+        if (folder / name).exists() and not overwrite:
+            raise UserError(
+                f"--save_model_path {folder}: holds an earlier run ({name}); give another folder, or --overwrite to "
+                "start over in it"
+            )
+    try:
+        (folder / "run").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save_model_path {folder}: cannot be written ({error.strerror})") from None
+    if overwrite:
+        (folder / "run" / "log.jsonl").unlink(missing_ok=True)
+    return folder / "run"
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    found["git_commit"] = commit.stdout.strip() or None
+    return found
+
+
+def describe(folder: Path, config: RunConfig, ds_config: dict[str, Any]) -> None:
+    """Write the configuration as run, the DeepSpeed configuration as resolved, and the versions."""
+    values = json.loads(config.model_dump_json(exclude_none=True))
+    write_atomically(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+    write_atomically(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    write_atomically(folder / "versions.json", json.dumps(_versions(), indent=2) + "\n")

@@ -1,0 +1,88 @@
+"""What a build tells its user: progress while it runs, counts at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+Advance = Callable[[int, int], None]
+
+
+@dataclass
+class BuildReport:
+    """The counts of a build.
+
+    Attributes:
+        file: the JSONL file written.
+        records: its rows.
+        images: pictures drawn and written; those that records share are drawn once.
+        levels: rows per side of the board.
+        classes: rows per class of the answer.
+        duplicates: repeated rows met (random boards: draws; the same map, or for reasoning the same map and plan).
+        duplicates_kept: whether they stand in the file all the same.
+        excluded: rows (random boards: draws) left out for --exclude.
+        replaced: answers or plans of the given rows that were wrong, and were replaced.
+    """
+
+    task: str
+    file: Path
+    records: int = 0
+    images: int = 0
+    levels: dict[int, int] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+    duplicates_kept: bool = False
+    excluded: int = 0
+    replaced: int = 0
+
+
+def print_report(report: BuildReport, console: Console | None = None) -> None:
+    """Print the counts as a table on stdout, or on `console`."""
+    console = console or Console()
+    console.print(f"{report.task}: {report.file}", soft_wrap=True, highlight=False, markup=False)
+    table = Table()
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    table.add_row("records", str(report.records))
+    table.add_row("images written", str(report.images))
+    for level, count in sorted(report.levels.items()):
+        table.add_row(f"level {level}", str(count))
+    for kind, count in sorted(report.classes.items(), key=lambda item: (len(item[0]), item[0])):
+        table.add_row(f"answer {kind}", str(count))
+    table.add_row(f"duplicates {'kept' if report.duplicates_kept else 'removed'}", str(report.duplicates))
+    table.add_row("excluded", str(report.excluded))
+    if report.replaced:
+        table.add_row("wrong answers replaced", str(report.replaced))
+    console.print(table)
+
+
+@contextmanager
+def progress_bar(title: str, after_s: float = 3.0) -> Iterator[Advance]:
+    """Yield a function (done, total) that draws a bar on stderr once `after_s` seconds have passed.
+
+    Without a terminal on stderr nothing is ever drawn.
+    """
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+    row = bar.add_task(title, total=None)
+    begin = time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        if not bar.live.is_started and console.is_terminal and time.monotonic() - begin >= after_s:
+            bar.start()
+        bar.update(row, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:  # stopping a bar that never started would print an empty line
+            bar.stop()

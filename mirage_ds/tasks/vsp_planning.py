@@ -1,0 +1,147 @@
+r"""VSP spatial planning: the shortest safe way from start to goal, as ``\boxed{RIGHT, DOWN}``.
+
+The helper image is the start map with the answer's own path in red, never another path of the same length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mirage_ds.tasks.boxed import last_boxed
+from mirage_ds.tasks.draft import Draft, Picture, Style, picture_name, state_picture
+from mirage_ds.tasks.maps import (
+    GOAL,
+    HOLE,
+    MOVES,
+    START,
+    Board,
+    find,
+    follow,
+    map_json,
+    parse_board,
+    shortest_path,
+    tile,
+)
+from mirage_ds.tasks.rationale import sentences, spot, with_helper
+from mirage_ds.tasks.render import red_path, render
+
+NAME = "vsp-spatial-planning"
+# Answers fall into no classes to balance.
+CLASSES: tuple[str, ...] = ()
+
+# Word for word the public training rows' prompt.
+PROMPT = """
+As a professional maze solver, your task is to analyze a grid-based map and devise an action plan that enables a player to reach the goal from the starting point without falling into any holes, using the fewest possible moves.
+
+## Game Setup
+- The game presents a fully observable grid-based map.
+- The player starts at a specified grid square, with the goal located elsewhere on the map.
+- Each grid square is either safe or contains a hole.
+- Your goal is to guide the player to the goal while avoiding holes.
+- For example, your final answer should be like "L,L,R,U,D", which means an action plan of left, left, right, up, and down.
+
+## Moving Rules
+- The action plan involves a series of moves: 'L' (left), 'R' (right), 'U' (up), or 'D' (down).
+- Each move transfers the player to the adjacent square in that direction, provided it is a safe square. The player cannot move more than one square at a time.
+- Moving off the edge of the map has no effect. The player will remain at the same square.
+- DO NOT MOVE INTO A HOLE! Falling into a hole results in defeat.
+- Locating at the grid containing the goal results in victory.
+
+Here is the map: <image>
+
+Please provide your action plan.
+ The final answer MUST BE put in \\boxed{}."""  # noqa: E501
+SHORT_PROMPT = "<image>Give the fewest moves (LEFT, RIGHT, UP, DOWN) to the goal in \\boxed{}."
+
+_LETTERS = {move[0]: move for move in MOVES}
+
+
+@dataclass(frozen=True)
+class PlanningScore:
+    """The score of one answer.
+
+    Attributes:
+        success: the moves end on the goal and meet no hole.
+        optimal: success with as few moves as can be.
+        invalid: there is no boxed answer, or no move in it.
+        moves: how many moves the answer has; 0 when invalid.
+    """
+
+    success: bool
+    optimal: bool
+    invalid: bool
+    moves: int
+
+
+def read_moves(boxed: str) -> list[str]:
+    """Return the moves of an answer: the letters U, D, L, R of the upper-cased string ("RIGHT" holds but one)."""
+    return [_LETTERS[letter] for letter in boxed.upper() if letter in _LETTERS]
+
+
+def solves(board: Board, moves: Sequence[str]) -> bool:
+    """Tell whether the moves end on the goal without meeting a hole; off-grid moves stay put."""
+    cells = follow(board, moves)
+    return tile(board, cells[-1]) == GOAL and all(tile(board, cell) != HOLE for cell in cells)
+
+
+def score(text: str, map_desc: Any) -> PlanningScore:
+    r"""Score a generated text by its last ``\boxed{…}`` on the map.
+
+    Raises:
+        UserError: map_desc is no board.
+    """
+    board = parse_board(map_desc, "the record to score")
+    moves = read_moves(last_boxed(text) or "")
+    success = solves(board, moves)
+    return PlanningScore(success, success and len(moves) == len(shortest_path(board)), not moves, len(moves))
+
+
+def score_record(text: str, record: Mapping[str, Any]) -> dict[str, float]:
+    """Score a generated text for a record; the keys are those of `PlanningScore`."""
+    return asdict(score(text, record["map_desc"]))
+
+
+def _given_moves(row: Mapping[str, Any]) -> list[str]:
+    """Return the moves a row brings along, in its answer or else in its `path`; none without either."""
+    boxed = last_boxed(str(row.get("text_output") or ""))
+    path = row.get("path") or ()
+    return read_moves(boxed if boxed is not None else " ".join(map(str, path)))
+
+
+def make(
+    board: Board, rng: random.Random, style: Style, row: Mapping[str, Any] | None = None, wanted: str | None = None
+) -> Draft:
+    """Make one record from a solvable board.
+
+    Args:
+        row: the row the board comes from; its own answer is kept when it solves the board, else replaced.
+        wanted: unused; planning has no classes.
+    """
+    given = _given_moves(row or {})
+    kept = bool(given) and solves(board, given)
+    moves = given if kept else shortest_path(board, style.ties, rng)
+    cells = follow(board, moves)
+    boxed = f"\\boxed{{{', '.join(moves)}}}"
+    if style.answer == "direct":
+        text_output = boxed
+    else:
+        where = f"I start at [{spot(find(board, START))},Start] and the goal is at [{spot(find(board, GOAL))},Target]."
+        text_output = with_helper([where], sentences(board, cells, moves), boxed)
+    size = style.cell_size
+    way = hashlib.sha256("".join(moves).encode()).hexdigest()[:8]
+    return Draft(
+        text_input=PROMPT if style.prompt == "full" else SHORT_PROMPT,
+        text_output=text_output,
+        image=state_picture(board, cells[0], None, size),
+        helper=Picture(
+            picture_name(board, size, f"path_{way}"), lambda: red_path(render(board, cell_size=size), cells, size)
+        ),
+        kind=f"{len(moves)} move{'s' if len(moves) > 1 else ''}",
+        key=map_json(board),
+        extra={"path": moves},
+        replaced=bool(given) and not kept,
+    )
