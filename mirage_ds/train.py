@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ def command(yaml_file: Path | None, local_rank: str | None, **flags: Any) -> Non
 
 def main() -> None:
     """Run the command; a user's mistake is one sentence, said by rank 0, and exit code 2 on every rank."""
+    # DeepSpeed calls collectives that torch has renamed: nothing the user can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     first = os.environ.get("RANK", "0") == "0"
     try:
         command.main(standalone_mode=False)
@@ -178,7 +181,7 @@ def _prepare(config: RunConfig, world: Any) -> _Prepared:
 
     def save() -> None:
         frozen = tower.tower if tower else None
-        parts = (config.save_model_path, world.rank, loaded.config, encoder.tokenizer, encoder.images)
+        parts = (config.save_model_path, world.rank, loaded.config, encoder.tokenizer, encoder.images, folders[0])
         save_model(engine.module, frozen, *parts)
 
     return _Prepared(world, engine, tower, loader, index, steps, save)
@@ -218,6 +221,7 @@ def _step(config: RunConfig, prepared: _Prepared, plan: Any, batches: Iterator[A
     for number, batch in enumerate(batches):
         engine.set_gradient_accumulation_boundary(number == plan.micro_steps - 1)
         totals += _micro_step(config, prepared, batch, counts)
+    learning_rate = engine.get_lr()[0]
     engine.step()
     dist.all_reduce(totals)
     loss, ce, sim, token_ce = totals.tolist()
@@ -227,7 +231,7 @@ def _step(config: RunConfig, prepared: _Prepared, plan: Any, batches: Iterator[A
         **({"sim": sim} if config.stage == "stage1" else {}),
         "token_ce": token_ce / max(1, counts.labels),
         "grad_norm": float(engine.get_global_grad_norm()),
-        "lr": float(engine.get_lr()[0]),
+        "lr": float(learning_rate),
         "micro_steps": plan.micro_steps,
     }
     return metrics, int(index.tokens[places].sum())

@@ -101,6 +101,7 @@ def save_model(
     config: Any,
     tokenizer: Any,
     image_processor: Any,
+    source: Path,
 ) -> None:
     """Write the trained model, its frozen tower re-joined, with tokenizer and image processor. All ranks call it.
 
@@ -109,6 +110,7 @@ def save_model(
     Args:
         model: the MirageModel.
         tower: the frozen tower, or None where the tower is part of `model`.
+        source: the folder that the model was loaded from; its generation_config.json comes along.
     """
     writer = ShardWriter(folder) if rank == 0 else None
     dtype = torch.float32
@@ -125,6 +127,8 @@ def save_model(
     writer.finish()
     tokenizer.save_pretrained(folder)
     image_processor.save_pretrained(folder)
+    if (source / "generation_config.json").is_file():
+        write_atomically(folder / "generation_config.json", (source / "generation_config.json").read_text())
     config.dtype = dtype
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
     write_atomically(folder / "config.json", config.to_json_string())

@@ -1,0 +1,55 @@
+"""Fixtures that every suite shares: a nano model and small record files, made once a session."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+# Before torch and DeepSpeed are imported anywhere. One thread: losses are compared to the fifth digit.
+os.environ.update(
+    DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", SDL_VIDEODRIVER="dummy"
+)
+
+import pytest
+from PIL import Image
+
+REPO = Path(__file__).parents[1]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random nano model whose tokenizer knows the samples' text."""
+    from mirage_ds.model.init import init_model
+
+    out = tmp_path_factory.mktemp("models") / "nano"
+    init_model("nano", out, texts=[REPO / "data/sample.jsonl", REPO / "data/sample_planning.jsonl"])
+    return out
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve rows of different lengths; of every four, one has no image, one no helper, one neither."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for number in range(12):
+        side = 56 + 28 * (number % 4)
+        Image.effect_noise((side, 84), 40 + number).convert("RGB").save(folder / f"in{number}.png")
+        Image.effect_noise((84, side), 90 + number).convert("RGB").save(folder / f"out{number}.png")
+    rows = []
+    for number in range(12):
+        row = {"text_input": f"Here is the map: <image> Question {'again ' * (3 * number)}?", "image_input": f"in{number}.png"}
+        row["text_output"] = f"First {'left ' * number}<output_image>then right.\\boxed{{A}}"
+        row["image_output"] = f"out{number}.png"
+        if number % 4 in (1, 3):
+            row["text_input"] = row["text_input"].replace("<image>", "")
+            del row["image_input"]
+        if number % 4 in (2, 3):
+            row["text_output"] = row["text_output"].replace("<output_image>", "")
+            del row["image_output"]
+        rows.append(row)
+    return write_jsonl(folder / "mixed.jsonl", rows)
