@@ -32,7 +32,7 @@ class RunConfig(BaseModel):
     load_model_path: Path | None = Field(
         None, description="Folder that an earlier stage saved with --save_model_path: start from its weights."
     )
-    save_model_path: Path | None = Field(None, description="Run folder: log, checkpoints and the trained model.")
+    save_model_path: Path = Field(description="Run folder: log, checkpoints and the trained model.")
     stage: Stage = Field(description="sft (text only), stage1 (latents grounded in the helper), stage2 (own latents).")
     task: str | None = Field(None, description="Task of the records, for the log and the evaluation.")
     latent_size: PositiveInt = Field(4, description="k, latent tokens a run.")
@@ -42,7 +42,7 @@ class RunConfig(BaseModel):
     train_vision: bool = Field(False, description="Train the vision tower too (frozen otherwise).")
 
     # data
-    data_path: Path | None = Field(None, description="JSON-lines file of records.")
+    data_path: Path = Field(description="JSON-lines file of records.")
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
     max_length: PositiveInt = Field(4096, description="Longer rows are dropped and counted, never cut.")
     max_dropped_share: float = Field(0.1, ge=0, le=1, description="Refuse to train when more rows are dropped.")
@@ -62,7 +62,9 @@ class RunConfig(BaseModel):
     gradient_accumulation_steps: PositiveInt | None = Field(
         None, description="The public code's flag: rows an optimizer step (its micro-batch is 1 in one process)."
     )
-    micro_batch_tokens: PositiveInt = Field(8192, description="Tokens packed into one micro-batch of one rank, at most.")
+    micro_batch_tokens: PositiveInt = Field(
+        8192, description="Tokens packed into one micro-batch of one rank, at most."
+    )
     micro_batch_size: PositiveInt | None = Field(None, description="Rows packed into one micro-batch, at most.")
     allow_idle_ranks: bool = Field(False, description="Let ranks without a row run along on an empty micro-batch.")
     reduction: Literal["sample", "token"] = Field(
@@ -99,9 +101,6 @@ class RunConfig(BaseModel):
     def _agree(self) -> Self:
         if self.model is None and self.load_model_path is None:
             raise ValueError("--model is required: the folder or hub id of a Qwen2.5-VL (or --load_model_path)")
-        for name in ("data_path", "save_model_path"):
-            if getattr(self, name) is None:
-                raise ValueError(f"--{name} is required")
         if (
             self.global_batch_size
             and self.gradient_accumulation_steps

@@ -6,7 +6,15 @@ EXIT_USER_ERROR = 2
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong, where, and how to mend it."""
+    """Something the user can mend. The message says what is wrong, where, and how to mend it.
+
+    Attributes:
+        everywhere: every rank raises it too, so that one of them says it; False where one rank alone has met it.
+    """
+
+    def __init__(self, message: str, everywhere: bool = True):
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 def closest(word: str, known: object) -> str:

@@ -1,7 +1,7 @@
 """The run folder: what was asked, with what, so that a run can be repeated from its folder.
 
-    <save_model_path>/            the trained model, as plain transformers opens it
-    <save_model_path>/run/        config.yaml, ds_config.json, versions.json, log.jsonl, tensorboard/, checkpoints/
+<save_model_path>/            the trained model, as plain transformers opens it
+<save_model_path>/run/        config.yaml, ds_config.json, versions.json, log.jsonl, tensorboard/, checkpoints/
 """
 
 from __future__ import annotations

@@ -192,5 +192,5 @@ def to_device(tree: Tree, device: torch.device) -> Tree:
         return tree.to(device, non_blocking=True)  # type: ignore[return-value]
     if isinstance(tree, tuple):
         parts: list[Any] = [to_device(part, device) for part in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)  # type: ignore[return-value]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     return tree

@@ -9,7 +9,6 @@ but `<|latent_pad|>` (arXiv 2506.17218, section 3).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -130,7 +129,8 @@ class Encoder:
 
     def id_of(self, token: str) -> int:
         """Return the id of a special token."""
-        return int(self.tokenizer.convert_tokens_to_ids(token))
+        number: Any = self.tokenizer.convert_tokens_to_ids(token)
+        return int(number)
 
     def _grid(self, processor: Any, height: int, width: int) -> Grid:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -154,13 +154,14 @@ class Encoder:
                 if token in text:
                     raise record.fault(name, f"holds the special token {token}", "remove it: the trainer places it")
         parts = record.text_input.split(IMAGE_MARK)
-        content: list[dict[str, str]] = []
+        content: list[Any] = []
         if len(parts) == 1:
             content += [{"type": "image"}] * len(record.image_input)
         for number, part in enumerate(parts):
             content += [{"type": "image"}] if number else []
             content += [{"type": "text", "text": part}] if part else []
-        prompt = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        turns: list[Any] = [{"role": "user", "content": content}]
+        prompt = self.tokenizer.apply_chat_template(turns, tokenize=False)
         answer = record.text_output
         if self.stage == "sft":
             latents = ""
@@ -174,9 +175,7 @@ class Encoder:
     def _lay_out(self, record: Record) -> _Layout:
         """Place every token of a row; reads the images' headers only."""
         text = self._text(record)
-        grids = [
-            self._grid(self.images, *self.finder.size(record, "image_input", path)) for path in record.image_input
-        ]
+        grids = [self._grid(self.images, *self.finder.size(record, "image_input", path)) for path in record.image_input]
         helper_grids: list[Grid] = []
         if self.stage == "stage1":
             if not record.image_output:
@@ -359,5 +358,3 @@ def _first_with(folders: list[str], names: tuple[str, ...], what: str) -> str:
         if not place.is_dir() or any((place / name).is_file() for name in names):
             return folder
     raise UserError(f"{', '.join(folders)}: no {what} ({' or '.join(names)}); copy the base model's files there")
-
-

@@ -129,7 +129,7 @@ def build_index(
     return index
 
 
-class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class Rows(torch.utils.data.Dataset):
     """Encodes a row when it is asked for; a faulty one arrives as its Fault, since a worker's exception loses it."""
 
     def __init__(self, records: Dataset, encoder: Encoder):
@@ -178,7 +178,7 @@ class Loader:
         bins = (micro[self.rank] for step in range(start, stop) for micro in self.planner.plan(step).bins)
         loader = torch.utils.data.DataLoader(
             self.rows,
-            batch_sampler=bins,  # type: ignore[arg-type]  # any iterable of index lists will do
+            batch_sampler=bins,
             collate_fn=self.collate,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
@@ -192,5 +192,5 @@ class Loader:
     def _next(self, batches: Iterator[Batch | Fault]) -> Batch:
         item = next(batches)
         if isinstance(item, Fault):
-            raise UserError(f"record on {item}")
+            raise UserError(f"record on {item}", everywhere=False)
         return item

@@ -22,7 +22,7 @@ KNOWN_KEYS = frozenset(
     activation_checkpointing comms_logger tensorboard wandb csv_monitor comet flops_profiler wall_clock_breakdown
     memory_breakdown steps_per_print dump_state disable_python_gc disable_allgather log_level aio checkpoint timers
     compile autotuning data_efficiency dataloader_drop_last hybrid_engine pipeline tensor_parallel expert_parallel
-    weight_quantization use_data_before_expert_parallelism vocabulary_size""".split()
+    weight_quantization use_data_before_expert_parallelism vocabulary_size""".split()  # noqa: SIM905
 )
 # The run fills these; `"auto"` there means just that.
 FILLED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")

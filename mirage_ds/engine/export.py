@@ -84,7 +84,7 @@ class ShardWriter:
         if len(self.shards) == 1:
             self._partial(0).replace(self.folder / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.shards):
             file = f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
             self._partial(number).replace(self.folder / file)

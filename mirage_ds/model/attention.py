@@ -54,7 +54,9 @@ def _torch_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     # window (−1, 0) is causal; like flash-attn's, the kernel aligns it bottom-right.
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0), enable_gqa=True)
+    output = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0), enable_gqa=True)
+    assert isinstance(output, torch.Tensor)  # a pair only where the log-sum-exp is asked for
+    return output
 
 
 def _sdpa(
@@ -70,9 +72,7 @@ def _sdpa(
     # Sample by sample: one dense T × T mask over the packed row costs more than the loop.
     outputs = []
     query_lengths, key_lengths = cu_q.diff().tolist(), cu_k.diff().tolist()
-    for one_q, one_k, one_v in zip(
-        q.split(query_lengths), k.split(key_lengths), v.split(key_lengths), strict=True
-    ):
+    for one_q, one_k, one_v in zip(q.split(query_lengths), k.split(key_lengths), v.split(key_lengths), strict=True):
         queries, keys = one_q.shape[0], one_k.shape[0]
         mask = None
         if queries not in (1, keys):

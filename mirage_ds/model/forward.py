@@ -7,7 +7,7 @@ It walks transformers' own decoder layers; weights, names and files stay those o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ class MirageModel(nn.Module):
 
     def __init__(
         self,
-        language_model: nn.Module,
+        language_model: Any,
         head: LossHead,
         visual: nn.Module | None,
         grounded: bool,
@@ -58,7 +58,7 @@ class MirageModel(nn.Module):
         checkpointing: bool,
     ):
         super().__init__()
-        self.language_model = language_model
+        self.language_model: Any = language_model
         self.head = head
         self.visual = visual
         self.grounded = grounded

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, load_tokenizer
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, scan
@@ -60,7 +60,10 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
         raise UserError(f"--tokenizer_size {size}: the bytes and special tokens alone need {smallest}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -133,7 +136,7 @@ def init_model(
     text["vocab_size"] = text["vocab_size"] or len(tokenizer)
     if len(tokenizer) > text["vocab_size"]:
         raise UserError(f"preset '{name}' has {text['vocab_size']} rows, the tokenizer {len(tokenizer)} entries")
-    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     text |= dict(bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"])
     config = Qwen2_5_VLConfig(
         **values,

@@ -7,6 +7,7 @@ D head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +66,7 @@ def _run_layer(
 
 
 def run_passes(
-    language_model: nn.Module,
+    language_model: Any,
     embeddings: torch.Tensor,
     position_ids: torch.Tensor,
     passes: Sequence[Pass],

@@ -123,10 +123,14 @@ def check_weights(folder: Path, config: Qwen2_5_VLConfig) -> None:
     stored, expected = stored_shapes(folder), expected_shapes(config)
     missing = sorted(expected.keys() - stored.keys())
     if missing:
-        raise UserError(f"{folder}: {len(missing)} tensor(s) missing, the first is {missing[0]}; the folder is not whole")
+        raise UserError(
+            f"{folder}: {len(missing)} tensor(s) missing, the first is {missing[0]}; the folder is not whole"
+        )
     for name, shape in expected.items():
         if stored[name] != shape:
-            raise UserError(f"{folder}: {name} has shape {stored[name]}, config.json says {shape}; they do not belong together")
+            raise UserError(
+                f"{folder}: {name} has shape {stored[name]}, config.json says {shape}; they do not belong together"
+            )
 
 
 def check_vocabulary(config: Qwen2_5_VLConfig, ids: dict[str, int]) -> None:
@@ -156,9 +160,9 @@ def load_tower(folder: Path, config: Qwen2_5_VLConfig, dtype: torch.dtype, devic
     """Load the vision tower alone. Call it while no HfDeepSpeedConfig is alive, or ZeRO-3 partitions it."""
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-    vision_config = config.vision_config
+    vision_config: Any = config.vision_config
     vision_config._attn_implementation = "sdpa"
-    tower = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(
+    tower: Any = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(
         folder, config=vision_config, dtype=dtype, key_mapping={r"^(model\.)?visual\.": ""}
     )
     return FrozenTower(tower.to(device))

@@ -79,9 +79,7 @@ class LossHead(nn.Module):
         Returns:
             (M,) losses.
         """
-        options = nn.LinearCrossEntropyOptions(
-            batch_chunk_size=min(self.chunk, len(targets)), chunking_method=None
-        )
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=min(self.chunk, len(targets)), chunking_method=None)
         return functional.linear_cross_entropy(hidden, self.weight, targets, reduction="none", options=options).float()
 
 

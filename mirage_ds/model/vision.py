@@ -5,13 +5,15 @@ P patches, n images, F merged features, H hidden width of the language model.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from mirage_ds.data.batch import Batch
 
 
-def features_of(tower: nn.Module, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+def features_of(tower: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
     """Merged features of images in raster order.
 
     Args:
@@ -30,7 +32,7 @@ class FrozenTower:
     """
 
     def __init__(self, tower: nn.Module):
-        self.tower = tower.requires_grad_(False).eval()
+        self.tower: Any = tower.requires_grad_(False).eval()
 
     @torch.no_grad()
     def attach(self, batch: Batch) -> Batch:
@@ -44,13 +46,11 @@ class FrozenTower:
 
     def _features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         if not len(grid_thw):
-            return torch.empty(
-                0, self.tower.config.out_hidden_size, dtype=self.tower.dtype, device=pixel_values.device
-            )
+            return torch.empty(0, self.tower.config.out_hidden_size, dtype=self.tower.dtype, device=pixel_values.device)
         return features_of(self.tower, pixel_values, grid_thw)
 
 
-def trained_features(tower: nn.Module, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+def trained_features(tower: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
     """Features from a tower that ZeRO-3 shards: called exactly once whatever the batch holds.
 
     A rank whose micro-batch has no image would skip the tower's collectives and hang the others, so a blank image of

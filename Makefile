@@ -1,0 +1,38 @@
+# Two commands are enough on a fresh machine with Python 3.11: `make demo` (see README) and `make test`.
+PYTHON ?= python3
+# On a machine without a GPU choose PyTorch's CPU wheel; see README, "Install".
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a process: the suite compares losses to the fifth digit and runs two ranks on two cores.
+ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PATH="$(abspath $(BIN)):$$PATH"
+
+.PHONY: install test test-slow lint parity clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+test: install
+	$(ENV) $(BIN)/python -m pytest
+
+test-slow: install
+	$(ENV) $(BIN)/python -m pytest tests/slow
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# DIR holds what the public Mirage code computed; its format is described in tests/parity/check.py.
+parity: install
+	$(ENV) $(BIN)/python tests/parity/check.py $(DIR)
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -1,0 +1,143 @@
+"""Before the first step: check everything that needs no GPU, then load the model and start the engine.
+
+W ranks, k latents a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mirage_ds import run_folder
+from mirage_ds.config import RunConfig
+from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder, load_encoder
+from mirage_ds.data.loader import Index, Loader, build_index
+from mirage_ds.data.pack import Planner, total_steps
+from mirage_ds.data.record import ImageFinder, open_records
+from mirage_ds.engine import ds_config as ds
+from mirage_ds.engine.export import save_model
+from mirage_ds.engine.setup import World, from_rank_zero, make_engine
+from mirage_ds.errors import UserError
+from mirage_ds.model.attention import choose_backend
+from mirage_ds.model.load import Loaded, check_vocabulary, load_model, read_config, resolve_folder
+from mirage_ds.model.vision import FrozenTower
+
+
+class Prepared(NamedTuple):
+    """What the loop runs on.
+
+    Attributes:
+        engine: the DeepSpeed engine around the MirageModel.
+        tower: the frozen tower, or None where it is trained.
+        loader: this rank's micro-batches.
+        measured: the usable rows, measured.
+        steps: optimizer steps of the run.
+        save: writes the trained model; all ranks call it.
+    """
+
+    world: World
+    engine: Any
+    tower: FrozenTower | None
+    loader: Loader
+    measured: Index
+    steps: int
+    save: Callable[[], None]
+
+
+def _model_folders(config: RunConfig, world: World) -> list[Path]:
+    """Folders that give weights, config, tokenizer and image processor, the first that has a part giving it."""
+    named = [("--load_model_path", config.load_model_path), ("--model", config.model)]
+    given = [(flag, str(name)) for flag, name in named if name is not None]
+    return from_rank_zero(lambda: [resolve_folder(name, flag, config.cache_dir) for flag, name in given], world)
+
+
+def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
+    """Build the encoder that a run's settings describe and check that its tokens fit the model."""
+    encoder = load_encoder(
+        [str(folder) for folder in folders],
+        ImageFinder.beside(config.data_path, config.image_root),
+        config.stage,
+        config.latent_size,
+        (config.min_pixels, config.max_pixels),
+        (config.helper_min_pixels, config.helper_max_pixels),
+        config.cache_dir,
+    )
+    check_vocabulary(read_config(folders[0]), {t: encoder.id_of(t) for t in (*LATENT_TOKENS, IMAGE_PAD)})
+    return encoder
+
+
+def make_loader(config: RunConfig, encoder: Encoder, index: Index, world: World) -> Loader:
+    """Build this rank's loader over the measured rows."""
+    planner = Planner(
+        lengths=index.tokens,
+        row_ids=index.row_ids,
+        rows_per_step=config.rows_per_step,
+        world_size=world.size,
+        micro_batch_tokens=config.micro_batch_tokens,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+    )
+    # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
+    passes = int(index.runs.max()) * config.latent_size + 1 if config.stage == "stage2" else 1
+    records = open_records(config.data_path, config.cache_dir)
+    return Loader(records, encoder, planner, world.rank, passes, config.num_workers)
+
+
+def make_model(config: RunConfig, folder: Path, ds_values: dict[str, Any], device: torch.device) -> Loaded:
+    """Load the model as a run's settings and the resolved DeepSpeed configuration say."""
+    return load_model(
+        folder,
+        stage=config.stage,
+        dtype=getattr(torch, ds.compute_dtype(ds_values)),
+        device=device,
+        attention=config.attention,
+        checkpointing=config.gradient_checkpointing,
+        train_vision=config.train_vision,
+        reduction=config.reduction,
+        loss_chunk_bytes=config.loss_chunk_mb << 20,
+        ds_config=ds_values,
+    )
+
+
+def prepare(config: RunConfig, world: World) -> Prepared:
+    """Check, load and start. All ranks call it.
+
+    Raises:
+        UserError: the same on every rank; nothing has been trained or overwritten.
+    """
+    if config.rows_per_step < world.size and not config.allow_idle_ranks:
+        raise UserError(
+            f"{config.rows_per_step} rows an optimizer step (--global_batch_size) are fewer than {world.size} ranks: "
+            "use fewer ranks, or --allow_idle_ranks"
+        )
+    json_path = config.deepspeed or ds.default_path(config.stage, world.device.type)
+    ds_values = ds.resolve(ds.read_json(json_path), json_path, config, world.size)
+    choose_backend(config.attention, world.device)
+    folders = _model_folders(config, world)
+    encoder = make_encoder(config, folders)
+    limits = (config.max_length, config.max_dropped_share)
+    index = from_rank_zero(lambda: build_index(config.data_path, encoder, *limits, quiet=False), world)
+    own_folder = from_rank_zero(lambda: run_folder.claim(config.save_model_path, config.overwrite), world)
+    if world.rank == 0:
+        run_folder.describe(own_folder, config, ds_values)
+    loaded = make_model(config, folders[0], ds_values, world.device)
+    steps = total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
+    loader = make_loader(config, encoder, index, world)
+    engine = make_engine(loaded.model, config, ds_values, steps)
+
+    def save() -> None:
+        save_model(
+            engine.module,
+            loaded.tower.tower if loaded.tower else None,
+            config.save_model_path,
+            rank=world.rank,
+            config=loaded.config,
+            tokenizer=encoder.tokenizer,
+            image_processor=encoder.images,
+            source=folders[0],
+        )
+
+    return Prepared(world, engine, loaded.tower, loader, index, steps, save)
