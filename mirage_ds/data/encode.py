@@ -127,6 +127,10 @@ class Encoder:
     stage: Stage
     latent_size: int
 
+    @property
+    def _grounded(self) -> bool:
+        return self.stage == "stage1"
+
     def id_of(self, token: str) -> int:
         """Return the id of a special token."""
         number: Any = self.tokenizer.convert_tokens_to_ids(token)
@@ -148,7 +152,8 @@ class Encoder:
     def _merged(self, grid: Grid) -> int:
         return grid[0] * grid[1] * grid[2] // self.images.merge_size**2
 
-    def _text(self, record: Record) -> str:
+    def _prompt(self, record: Record) -> str:
+        """Write the user turn and the head of the answer's turn."""
         for name, text in (("text_input", record.text_input), ("text_output", record.text_output)):
             for token in self.tokenizer.all_special_tokens:
                 if token in text:
@@ -161,7 +166,10 @@ class Encoder:
             content += [{"type": "image"}] if number else []
             content += [{"type": "text", "text": part}] if part else []
         turns: list[Any] = [{"role": "user", "content": content}]
-        prompt = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False)) + ASSISTANT
+
+    def _text(self, record: Record) -> str:
+        """Write the whole row."""
         answer = record.text_output
         if self.stage == "sft":
             latents = ""
@@ -170,14 +178,13 @@ class Encoder:
             if HELPER_MARK not in answer and record.image_output:
                 answer = HELPER_MARK + answer
         answer = answer.replace(HELPER_MARK, latents)
-        return f"{prompt}{ASSISTANT}\n{answer}<|im_end|>\n"
+        return f"{self._prompt(record)}\n{answer}<|im_end|>\n"
 
-    def _lay_out(self, record: Record) -> _Layout:
+    def _lay_out(self, record: Record, text: str, helpers: bool) -> _Layout:
         """Place every token of a row; reads the images' headers only."""
-        text = self._text(record)
         grids = [self._grid(self.images, *self.finder.size(record, "image_input", path)) for path in record.image_input]
         helper_grids: list[Grid] = []
-        if self.stage == "stage1":
+        if helpers:
             if not record.image_output:
                 raise record.fault(
                     "image_output", "stage1 needs a helper image", "add its path, or train this row in sft or stage2"
@@ -210,7 +217,7 @@ class Encoder:
         Raises:
             RecordError: the record cannot be used in this stage.
         """
-        layout = self._lay_out(record)
+        layout = self._lay_out(record, self._text(record), self._grounded)
         pads = layout.input_ids.count(self.id_of(LATENT_PAD))
         return Measure(
             tokens=len(layout.input_ids),
@@ -225,7 +232,18 @@ class Encoder:
         Raises:
             RecordError: the record cannot be used in this stage, or an image does not decode.
         """
-        layout = self._lay_out(record)
+        layout = self._lay_out(record, self._text(record), self._grounded)
+        return self._encode(record, row, layout, self._grounded)
+
+    def encode_prompt(self, record: Record, row: int) -> Sample:
+        """Encode the question alone, up to `<|im_start|>assistant`: what decoding starts from. It has no labels.
+
+        Raises:
+            RecordError: an image is missing or does not decode.
+        """
+        return self._encode(record, row, self._lay_out(record, self._prompt(record), helpers=False), helpers=False)
+
+    def _encode(self, record: Record, row: int, layout: _Layout, helpers: bool) -> Sample:
         ids = np.array(layout.input_ids, dtype=np.int64)
         pad = self.id_of(LATENT_PAD)
         labels = ids.copy()
@@ -233,8 +251,9 @@ class Encoder:
         labels[ids == pad] = IGNORE
         starts = np.flatnonzero(ids == self.id_of(LATENT_START)) + 1
         pixels, grids = self._pixels(self.images, record, "image_input", record.image_input, layout.grids)
-        helpers = record.image_output if self.stage == "stage1" else ()
-        helper_pixels, helper_grids = self._pixels(self.helpers, record, "image_output", helpers, layout.helper_grids)
+        paths = record.image_output if helpers else ()
+        expected = layout.helper_grids if helpers else []
+        helper_pixels, helper_grids = self._pixels(self.helpers, record, "image_output", paths, expected)
         image_pad = self.id_of(IMAGE_PAD)
         return Sample(
             row=row,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -27,6 +28,29 @@ class World(NamedTuple):
     device: torch.device
 
 
+# A GPU's device node: it is there whether or not torch can use the GPU.
+GPU_NODE = Path("/dev/nvidiactl")
+
+
+def check_accelerator(device_name: str, gpu_node: Path = GPU_NODE) -> None:
+    """Refuse to train on the CPU of a machine that has a GPU, unless the user has asked for it.
+
+    DeepSpeed falls back to the CPU without a word where torch does not see the GPU.
+
+    Args:
+        device_name: what DeepSpeed has chosen.
+
+    Raises:
+        UserError: names the wheel and the driver that are needed.
+    """
+    if device_name == "cpu" and "DS_ACCELERATOR" not in os.environ and gpu_node.exists():
+        raise UserError(
+            f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use: PyPI's torch wheel is built "
+            "for CUDA 13 and needs driver 580.65 or newer, PyTorch's cu126 wheel driver 560.28 or newer, a +cpu wheel "
+            "never works; install the one that fits `nvidia-smi`, or set DS_ACCELERATOR=cpu to train on the CPU"
+        )
+
+
 def join() -> World:
     """Join the process group the launcher describes; alone, make one of a single rank."""
     import deepspeed
@@ -39,6 +63,7 @@ def join() -> World:
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     use_plain_gloo()
     accelerator = get_accelerator()
+    check_accelerator(accelerator.device_name())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -139,8 +139,15 @@ def varlen_attention(
     return BACKENDS[backend](q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale)
 
 
+class Context(Protocol):
+    """What a decoder layer's attention needs beyond q, k and v; travels to it through the layer's kwargs."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attend with the new q (Tq, Hq, D) and k, v (Tq, Hkv, D), rotary positions applied → (Tq, Hq, D)."""
+
+
 class Packed(NamedTuple):
-    """What the packed attention needs beyond q, k and v; travels to it through the decoder layer's kwargs.
+    """One pass of training over packed rows.
 
     Attributes:
         past: ((T_i, Hkv, D) keys, values) of each earlier pass, in order.
@@ -157,6 +164,18 @@ class Packed(NamedTuple):
     max_k: int
     backend: str
 
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attend to this pass's keys and those of all before it."""
+        self.made.append((k, v))
+        if self.past:
+            k = torch.cat([past[0] for past in self.past] + [k])
+            v = torch.cat([past[1] for past in self.past] + [v])
+        if self.keys is not None:
+            k, v = k.index_select(0, self.keys), v.index_select(0, self.keys)
+        return varlen_attention(
+            q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, backend=self.backend, scale=scale
+        )
+
 
 def packed_attention(
     module: torch.nn.Module,
@@ -165,7 +184,7 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    packed: Packed,
+    packed: Context,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Be the attention function that transformers' decoder layers call.
@@ -177,16 +196,7 @@ def packed_attention(
         (1, Tq, Hq, D) and None, as the interface wants it.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    packed.made.append((k, v))
-    if packed.past:
-        k = torch.cat([past[0] for past in packed.past] + [k])
-        v = torch.cat([past[1] for past in packed.past] + [v])
-    if packed.keys is not None:
-        k, v = k.index_select(0, packed.keys), v.index_select(0, packed.keys)
-    output = varlen_attention(
-        q, k, v, packed.cu_q, packed.cu_k, packed.max_q, packed.max_k, backend=packed.backend, scale=scaling
-    )
-    return output[None], None
+    return packed.attend(q, k, v, scaling)[None], None
 
 
 def register() -> None:

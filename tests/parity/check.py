@@ -6,6 +6,7 @@ DIR holds what the public code computed (fp32, CPU, one row at a time):
     samples.jsonl, images/             the records; `id` names a sample
     index.json                         scalars of each case `<sample>.L<latent_size>`, in "stage1" and "stage2"
     stage1.safetensors, …              tensors `<case>.<tensor>`
+    generate.safetensors               greedy decoding, some tokens forced: `plan` in index.json maps a step to an id
 
 Each case runs through the code that training uses: Encoder → collate → FrozenTower → MirageModel → objective →
 backward, with gradient checkpointing. One JSON line per case with the largest differences; exit code 0 only if all lie
@@ -28,6 +29,7 @@ from mirage_ds.config import PAPER_GAMMA
 from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.record import ImageFinder, Record, scan
+from mirage_ds.model.generate import Limits, generate, greedy, latent_tokens
 from mirage_ds.model.load import Loaded, load_model, public_name
 from mirage_ds.model.loss import StepCounts, objective
 
@@ -36,6 +38,7 @@ from mirage_ds.model.loss import StepCounts, objective
 TOLERANCE = {
     "ids": 0,
     "labels": 0,
+    "fed": 0,
     "positions": 0,
     "pixels": 1e-6,
     "visual": 1e-5,
@@ -185,6 +188,38 @@ def check_gradients(model: torch.nn.Module, case: Case, rows: list[int]) -> dict
     return {"grad": worst, "grad_norm": max(norms, default=0.0)}
 
 
+def check_generation(case: Case, loaded: Loaded, encoder: Encoder, record: Record) -> dict[str, float]:
+    """Decode one case greedily with its forced tokens; return the largest difference of each kind."""
+    plan = {int(step): token for step, token in case.scalars["plan"].items()}
+
+    def forced(logits: torch.Tensor, step: int) -> torch.Tensor:
+        return torch.full((len(logits),), plan[step]) if step in plan else greedy(logits, step)
+
+    batch = collate([encoder.encode_prompt(record, row=0)], 1, encoder.dummy(0))
+    assert loaded.tower is not None
+    prompt = batch.input_ids
+    batch = loaded.tower.attach(batch)
+    # The public code goes on to its limit whatever is emitted.
+    tokens = latent_tokens(encoder)._replace(stops=())
+    limits = Limits(new_tokens=case.scalars["max_new_tokens"])
+    row = generate(loaded.model, batch, tokens, limits, forced, trace=True)[0]
+    tensors = case.tensors
+    return {
+        "ids": max(differ(prompt, tensors["prompt_ids"]), differ(torch.tensor(row.ids), tensors["new_ids"])),
+        "fed": float(row.fed != case.scalars["fed"]),
+        "hidden": differ(torch.stack(row.hidden), tensors["step_hidden"]),
+        "latents": differ(torch.stack(row.inputs), tensors["step_inputs"]),
+    }
+
+
+def report(stage: str, case: Case, found: dict[str, float]) -> bool:
+    """Print a case's line; return whether all differences lie within their tolerances."""
+    beyond = [name for name, value in found.items() if not value <= TOLERANCE[name]]
+    line = {"stage": stage, "case": case.name, "ok": not beyond, "beyond": beyond}
+    print(json.dumps(line | {name: float(f"{value:.3g}") for name, value in found.items()}), flush=True)
+    return not beyond
+
+
 def main(folder: Path) -> int:
     """Check every training case of a folder; return the exit code."""
     index = json.loads((folder / "index.json").read_text())
@@ -196,18 +231,17 @@ def main(folder: Path) -> int:
     good = total = 0
     for stage in ("stage1", "stage2"):
         cases = load_cases(folder, stage, index)
-        if not cases:
-            continue
         loaded = load_model(folder / "model", stage=stage, dtype=torch.float32, device=torch.device("cpu"))
         for case in cases:
             sample, size = case.name.rsplit(".L", 1)
             encoder = load_encoder([str(folder / "tokenizer")], finder, stage, int(size))
-            found = check_case(case, stage, loaded, encoder, by_id[sample], index)
-            beyond = [name for name, value in found.items() if not value <= TOLERANCE[name]]
-            line = {"stage": stage, "case": case.name, "ok": not beyond, "beyond": beyond}
-            print(json.dumps(line | {name: float(f"{value:.3g}") for name, value in found.items()}), flush=True)
-            good += not beyond
+            good += report(stage, case, check_case(case, stage, loaded, encoder, by_id[sample], index))
             total += 1
+    for case in load_cases(folder, "generate", index):
+        encoder = load_encoder([str(folder / "tokenizer")], finder, "stage2", 1)
+        found = check_generation(case, loaded, encoder, by_id[case.name.split(".")[0]])
+        good += report("generate", case, found)
+        total += 1
     print(json.dumps({"cases": total, "within_tolerance": good}))
     return 0 if total and good == total else 1
 

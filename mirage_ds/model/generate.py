@@ -1,0 +1,242 @@
+"""Decoding: batched, with a cache, and the latent state kept per row.
+
+N rows, P prompt tokens of the packed batch, S keys of the longest row, V vocabulary, H hidden, L layers, Hq query
+heads, Hkv key heads, D head width, k latents of a run.
+
+After an emitted `<|latent_start|>` a row's final-norm hidden states are fed back as its next inputs, and it emits
+`<|latent_pad|>`, until it emits `<|latent_end|>` or the longest run is reached and the end is forced. The hidden state
+of the last pad is not fed: the end token's embedding is. Each row enters and leaves its runs by itself, any number of
+times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from mirage_ds.data.batch import Batch
+from mirage_ds.data.encode import LATENT_TOKENS, Encoder
+from mirage_ds.model.attention import Packed
+from mirage_ds.model.forward import MirageModel
+
+# (logits (N, V), step) → (N,) token ids.
+Chooser = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class LatentTokens(NamedTuple):
+    """Ids of the three latent tokens, and of those that end an answer."""
+
+    pad: int
+    start: int
+    end: int
+    stops: tuple[int, ...]
+
+
+def latent_tokens(encoder: Encoder) -> LatentTokens:
+    """Look the ids up in a run's tokenizer."""
+    pad, start, end = (encoder.id_of(token) for token in LATENT_TOKENS)
+    return LatentTokens(pad, start, end, stops=(encoder.id_of("<|im_end|>"), encoder.id_of("<|endoftext|>")))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long rows and runs may become.
+
+    Attributes:
+        new_tokens: tokens a row may emit.
+        longest_run: latents after which the end of a run is forced; the public code has 8.
+        fixed_run: latents of every run whatever the model emits, or None to let it decide.
+    """
+
+    new_tokens: int = 1024
+    longest_run: int = 8
+    fixed_run: int | None = None
+
+
+@dataclass
+class Generated:
+    """What one row emitted.
+
+    Attributes:
+        ids: emitted tokens, the stop token included.
+        fed: for each token after which the row went on, "E" where its embedding was fed and "H" where the hidden state
+            was.
+        inputs, hidden: (H,) input embedding and final-norm hidden state of each forward, the prompt's last position
+            first; kept only with `trace`.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    fed: str = ""
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    hidden: list[torch.Tensor] = field(default_factory=list)
+
+
+def greedy(logits: torch.Tensor, step: int) -> torch.Tensor:
+    """Choose the likeliest token of each row."""
+    del step
+    return logits.argmax(dim=-1)
+
+
+def sampler(temperature: float, top_p: float, seeds: Sequence[int]) -> Chooser:
+    """Make a chooser that samples from the smallest set of tokens that holds `top_p` of the probability.
+
+    Args:
+        seeds: one a row, so that a row's answer does not depend on the rows beside it.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def choose(logits: torch.Tensor, step: int) -> torch.Tensor:
+        del step
+        probabilities, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)
+        # The token that crosses top_p is still in; what comes after it is out.
+        outside = probabilities.cumsum(-1) - probabilities >= top_p
+        kept = probabilities.masked_fill(outside, 0).cpu()
+        drawn = [torch.multinomial(row, 1, generator=one) for row, one in zip(kept, generators, strict=True)]
+        return order.gather(1, torch.stack(drawn).to(order.device))[:, 0]
+
+    return choose
+
+
+class _Cache:
+    """Keys and values of all rows, one padded tensor a layer: (N, Hkv, S, D)."""
+
+    def __init__(self, rows: int, room: int, like: torch.Tensor, layers: int):
+        _, heads, width = like.shape
+        self.keys = [like.new_zeros(rows, heads, room, width) for _ in range(layers)]
+        self.values = [like.new_zeros(rows, heads, room, width) for _ in range(layers)]
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
+
+    def fill(self, layer: int, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int]) -> None:
+        """Take the prompts' keys and values, packed (P, Hkv, D)."""
+        for row, (one_k, one_v) in enumerate(zip(k.split(list(lengths)), v.split(list(lengths)), strict=True)):
+            self.keys[layer][row, :, : len(one_k)] = one_k.transpose(0, 1)
+            self.values[layer][row, :, : len(one_v)] = one_v.transpose(0, 1)
+
+
+class _OneToken:
+    """Attention of one new token a row to its row's keys: the Context of a decoding step."""
+
+    def __init__(self, cache: _Cache, layer: int, longest: int):
+        self.cache, self.layer, self.longest = cache, layer, longest
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Append k and v (N, Hkv, D) at each row's end, then attend with q (N, Hq, D) → (N, Hq, D)."""
+        keys, values, at = self.cache.keys[self.layer], self.cache.values[self.layer], self.cache.lengths
+        rows = torch.arange(len(at), device=at.device)
+        keys[rows, :, at] = k
+        values[rows, :, at] = v
+        visible = torch.arange(self.longest, device=at.device)[None] <= at[:, None]
+        output = functional.scaled_dot_product_attention(
+            q[:, :, None],
+            keys[:, :, : self.longest],
+            values[:, :, : self.longest],
+            attn_mask=visible[:, None, None],
+            scale=scale,
+            enable_gqa=True,
+        )
+        return output[:, :, 0]
+
+
+def _prefill(
+    model: MirageModel, batch: Batch, lengths: Sequence[int], room: int
+) -> tuple[_Cache, torch.Tensor, torch.Tensor]:
+    """Run the packed prompts once; return the cache, the last hidden state (N, H) and next position (N,) of each."""
+    text = model.language_model
+    one = batch.passes[0]
+    x = text.embed_tokens(batch.input_ids)
+    assert batch.image_features is not None
+    x = x.index_copy(0, batch.image_positions, batch.image_features.to(x.dtype))[None]
+    rotary = text.rotary_emb(x, batch.position_ids[:, None])
+    cache: _Cache | None = None
+    for number, layer in enumerate(text.layers):
+        packed = Packed([], [], None, one.cu_q, one.cu_k, one.max_q, one.max_k, model.attention)
+        x = layer(x, position_embeddings=rotary, packed=packed)
+        k, v = packed.made[0]
+        cache = cache or _Cache(len(lengths), room, k, len(text.layers))
+        cache.fill(number, k, v, lengths)
+    assert cache is not None
+    cache.lengths += torch.tensor(lengths, device=x.device)
+    last = batch.cu_seqlens[1:].long() - 1
+    # Text goes on at one past the largest position of its row, on all three axes.
+    highest = [part.max() + 1 for part in batch.position_ids.split(list(lengths), dim=1)]
+    return cache, text.norm(x)[0].index_select(0, last), torch.stack(highest)
+
+
+def _trace(rows: list[Generated], alive: list[bool], inputs: torch.Tensor, hidden: torch.Tensor) -> None:
+    for row, lives, one, state in zip(rows, alive, inputs, hidden, strict=True):
+        if lives:
+            row.inputs.append(one.clone())
+            row.hidden.append(state.clone())
+
+
+@torch.no_grad()
+def generate(
+    model: MirageModel,
+    batch: Batch,
+    tokens: LatentTokens,
+    limits: Limits,
+    choose: Chooser = greedy,
+    trace: bool = False,
+) -> list[Generated]:
+    """Decode every row of a packed batch of prompts.
+
+    Args:
+        model: not sharded (plain module); its head's weight gives the logits.
+        batch: prompts with image features attached (FrozenTower.attach), one pass.
+        choose: how a token follows from logits.
+        trace: keep each step's inputs and hidden states.
+
+    Returns:
+        One Generated a row, in the order of the batch.
+    """
+    text: Any = model.language_model
+    lengths = batch.cu_seqlens.diff().tolist()
+    cache, hidden, position = _prefill(model, batch, lengths, max(lengths) + limits.new_tokens)
+    rows = [Generated() for _ in lengths]
+    device = hidden.device
+    alive = torch.ones(len(rows), dtype=torch.bool, device=device)
+    run = torch.full((len(rows),), -1, device=device)  # latents of the open run, −1 outside
+    longest = limits.fixed_run if limits.fixed_run is not None else limits.longest_run
+    if trace:
+        last = batch.input_ids[batch.cu_seqlens[1:].long() - 1]
+        _trace(rows, [True] * len(rows), text.embed_tokens(last), hidden)
+    for step in range(limits.new_tokens):
+        chosen = choose(functional.linear(hidden, model.head.weight), step)
+        inside = run >= 0
+        full = run >= longest
+        leaves = inside & (full | ((chosen == tokens.end) & (limits.fixed_run is None)))
+        stays = inside & ~leaves
+        chosen = torch.where(leaves, tokens.end, torch.where(stays, tokens.pad, chosen))
+        run = torch.where(stays, run + 1, torch.where(inside, -1, run))
+        run = torch.where(~inside & (chosen == tokens.start), 0, run)
+        x = torch.where(stays[:, None], hidden, text.embed_tokens(chosen))
+        for row, token, lives in zip(rows, chosen.tolist(), alive.tolist(), strict=True):
+            if lives:
+                row.ids.append(token)
+        alive &= ~torch.isin(chosen, torch.tensor(tokens.stops, device=device))
+        if step + 1 == limits.new_tokens or not alive.any():
+            break
+        living = alive.tolist()
+        for row, feeds, lives in zip(rows, stays.tolist(), living, strict=True):
+            row.fed += ("H" if feeds else "E") if lives else ""
+        hidden = _one_step(text, x, position, cache)
+        position = position + 1
+        if trace:
+            _trace(rows, living, x, hidden)
+    return rows
+
+
+def _one_step(text: Any, x: torch.Tensor, position: torch.Tensor, cache: _Cache) -> torch.Tensor:
+    """Run one token a row, x (N, H) at its position (N,), through all layers → final-norm hidden states (N, H)."""
+    # The rows stand side by side where a sequence stands in training: each attends to its own cache alone.
+    x = x[None]
+    rotary = text.rotary_emb(x, position.expand(3, 1, -1))
+    longest = int(cache.lengths.max()) + 1
+    for number, layer in enumerate(text.layers):
+        x = layer(x, position_embeddings=rotary, packed=_OneToken(cache, number, longest))
+    cache.lengths += 1
+    return text.norm(x)[0]
