@@ -107,6 +107,100 @@ def export(source: Path, target: Path, vocab_rows: int) -> None:
     print(f"{target}: {vocab_rows} vocabulary rows")
 
 
+def _decoding_options(command: Any) -> Any:
+    """Add the options that every decoding command has."""
+    for option in (
+        click.option("--processor", type=_path(), help="Folder that gives the image processor if FOLDER has none."),
+        click.option("--decoding", default="greedy", show_default=True, type=click.Choice(["greedy", "paper"]),
+                     help="paper: sampled, temperature 0.7, top_p 0.9."),
+        click.option("--max_new_tokens", default=1024, show_default=True),
+        click.option("--longest_run", default=8, show_default=True, help="Latents after which a run's end is forced."),
+        click.option("--run_length", default="trained", show_default=True,
+                     help="Latents a run: as trained, as the model decides, or a number."),
+        click.option("--no_latents", is_flag=True, help="Decode a model that was never trained on latents."),
+        click.option("--min_pixels", type=int, help="Smallest input image; the processor's own if not set."),
+        click.option("--max_pixels", type=int, help="Largest input image; the processor's own if not set."),
+        click.option("--seed", default=42, show_default=True),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("folder", type=_path())
+@click.option("--data_path", required=True, type=_path(), help="Records; they need no output fields.")
+@click.option("--task", help="Whose scorer is used; the records' own task if they name one.")
+@click.option("--image_root", type=_path(), help="Second place where relative image paths are looked for.")
+@click.option("--batch_size", default=32, show_default=True)
+@click.option("--most", type=int, help="Take only the first so many records.")
+@click.option("--out", type=_path(), help="Write scores and answers to this JSON file.")
+@_decoding_options
+def evaluate(
+    folder: Path,
+    data_path: Path,
+    task: str | None,
+    image_root: Path | None,
+    batch_size: int,
+    most: int | None,
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Answer the records of a file with the model in FOLDER and score the answers, per level with 95 % intervals."""
+    from functools import partial
+
+    from rich.progress import track
+
+    from mirage_ds import evaluate as evaluation
+    from mirage_ds.data.record import ImageFinder
+
+    decoder = _decoder(folder, ImageFinder.beside(data_path, image_root), options)
+    report = evaluation.evaluate_file(
+        decoder,
+        data_path,
+        task,
+        _limits(decoder, options),
+        options["decoding"],
+        options["seed"],
+        batch_size,
+        most,
+        track=partial(track, description="answering", transient=True),
+    )
+    evaluation.print_report(report)
+    if out:
+        evaluation.write_report(report, out)
+
+
+@cli.command()
+@click.argument("folder", type=_path())
+@click.option("--image", "images", multiple=True, type=_path(), help="Input image; may be given several times.")
+@click.option("--prompt", required=True, help="The question, with <image> where an image stands.")
+@_decoding_options
+def generate(folder: Path, images: tuple[Path, ...], prompt: str, **options: Any) -> None:
+    """Answer one question with the model in FOLDER; latent runs are marked."""
+    from mirage_ds import evaluate as evaluation
+    from mirage_ds.data.record import ImageFinder, Record
+
+    decoder = _decoder(folder, ImageFinder((Path.cwd(),)), options)
+    record = Record(1, prompt, "", tuple(str(image) for image in images), ())
+    answers = evaluation.answer_records(
+        decoder, [record], _limits(decoder, options), options["decoding"], options["seed"]
+    )
+    print(answers[0].marked(decoder.encoder))
+
+
+def _decoder(folder: Path, finder: Any, options: dict[str, Any]) -> Any:
+    from mirage_ds.evaluate import load_decoder
+
+    pixels = (options["min_pixels"], options["max_pixels"])
+    return load_decoder(folder, finder, options["processor"], not options["no_latents"], pixels)
+
+
+def _limits(decoder: Any, options: dict[str, Any]) -> Any:
+    from mirage_ds.evaluate import run_limits
+
+    return run_limits(decoder, options["max_new_tokens"], options["longest_run"], options["run_length"])
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one sentence and exit code 2."""
     # Quick commands must not wake the GPU, nor the tokenizers' threads complain after a fork.

@@ -138,6 +138,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
             tokenizer=encoder.tokenizer,
             image_processor=encoder.images,
             source=folders[0],
+            trained={"stage": config.stage, "latent_size": config.latent_size},
         )
 
     return Prepared(world, engine, loaded.tower, loader, index, steps, save)

@@ -10,6 +10,7 @@ but `<|latent_pad|>` (arXiv 2506.17218, section 3).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,6 +128,12 @@ class Encoder:
     stage: Stage
     latent_size: int
 
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """Every token that a text may not spell out: image slots, turns, latents and the like."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return [token.content for token in added if token.special]
+
     @property
     def _grounded(self) -> bool:
         return self.stage == "stage1"
@@ -155,7 +162,7 @@ class Encoder:
     def _prompt(self, record: Record) -> str:
         """Write the user turn and the head of the answer's turn."""
         for name, text in (("text_input", record.text_input), ("text_output", record.text_output)):
-            for token in self.tokenizer.all_special_tokens:
+            for token in self.special_tokens:
                 if token in text:
                     raise record.fault(name, f"holds the special token {token}", "remove it: the trainer places it")
         parts = record.text_input.split(IMAGE_MARK)
@@ -308,8 +315,11 @@ class Encoder:
         )
 
 
-def load_tokenizer(folders: list[str], cache_dir: Path | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(folders: list[str], cache_dir: Path | None, add_latents: bool = True) -> PreTrainedTokenizerBase:
     """Load the tokenizer from the first of `folders` that has one, and give it the three latent tokens.
+
+    Args:
+        add_latents: False leaves the tokenizer as it is.
 
     Raises:
         UserError: no folder has a tokenizer, or it is not a Qwen2.5-VL one.
@@ -326,7 +336,7 @@ def load_tokenizer(folders: list[str], cache_dir: Path | None) -> PreTrainedToke
     missing = [token for token in LATENT_TOKENS if token not in tokenizer.get_vocab()]
     if missing and len(missing) < len(LATENT_TOKENS):
         raise UserError(f"{folder}: the tokenizer has some of the latent tokens but not {', '.join(missing)}")
-    if missing:
+    if missing and add_latents:
         tokenizer.add_tokens(list(LATENT_TOKENS), special_tokens=True)
     return tokenizer
 

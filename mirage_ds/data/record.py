@@ -88,8 +88,12 @@ def _paths(value: Any, line: int, name: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def parse_record(text: str, line: int) -> Record:
-    """Parse one JSON line; RecordError when it does not have the format."""
+def parse_record(text: str, line: int, answers: bool = True) -> Record:
+    """Parse one JSON line; RecordError when it does not have the format.
+
+    Args:
+        answers: whether the record must have an answer; questions alone are enough to decode.
+    """
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
@@ -98,6 +102,8 @@ def parse_record(text: str, line: int) -> Record:
         ) from None
     if not isinstance(values, dict):
         raise RecordError(Fault(line, "json", f"expected an object, found {type(values).__name__}", "use {…}"))
+    if not answers:
+        values.setdefault("text_output", "")
     for name in ("text_input", "text_output"):
         if name not in values:
             raise RecordError(Fault(line, name, "missing", "add it as a string"))
@@ -118,6 +124,8 @@ def parse_record(text: str, line: int) -> Record:
             f"{marks} {IMAGE_MARK} mark(s) for {images} image(s)",
             "write one mark for each image, or none (images then stand first)",
         )
+    if not answers:
+        return record
     marks, helpers = record.text_output.count(HELPER_MARK), len(record.image_output)
     if helpers and marks != helpers and not (marks == 0 and helpers == 1):
         raise record.fault(
@@ -138,20 +146,23 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield line, text
 
 
-def scan(path: Path) -> tuple[list[Record], list[Fault]]:
+def scan(path: Path, answers: bool = True) -> tuple[list[Record], list[Fault]]:
     """Read a whole file; return the records that have the format and the faults of the others.
+
+    Args:
+        answers: see parse_record.
 
     Raises:
         UserError: the file is missing, not UTF-8, or holds no record.
     """
     if not path.is_file():
-        raise UserError(f"--data_path {path}: no such file")
+        raise UserError(f"{path}: no such file of records")
     records: list[Record] = []
     faults: list[Fault] = []
     try:
         for line, text in read_lines(path):
             try:
-                records.append(parse_record(text, line))
+                records.append(parse_record(text, line, answers))
             except RecordError as error:
                 faults.append(error.fault)
     except UnicodeDecodeError as error:

@@ -21,6 +21,8 @@ from mirage_ds.errors import UserError
 from mirage_ds.model.load import public_name
 
 SHARD_BYTES = 4 << 30
+# Where config.json says how the model was trained; plain transformers carries the key along.
+TRAINED_KEY = "mirage"
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -102,6 +104,7 @@ def save_model(
     tokenizer: Any,
     image_processor: Any,
     source: Path,
+    trained: dict[str, Any],
 ) -> None:
     """Write the trained model, its frozen tower re-joined, with tokenizer and image processor. All ranks call it.
 
@@ -111,6 +114,7 @@ def save_model(
         model: the MirageModel.
         tower: the frozen tower, or None where the tower is part of `model`.
         source: the folder that the model was loaded from; its generation_config.json comes along.
+        trained: stage and latent_size, kept in config.json.
     """
     writer = ShardWriter(folder) if rank == 0 else None
     dtype = torch.float32
@@ -130,6 +134,7 @@ def save_model(
     if (source / "generation_config.json").is_file():
         write_atomically(folder / "generation_config.json", (source / "generation_config.json").read_text())
     config.dtype = dtype
+    setattr(config, TRAINED_KEY, trained)
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
     write_atomically(folder / "config.json", config.to_json_string())
 
