@@ -91,6 +91,13 @@ class RunConfig(BaseModel):
 
     # what is written
     save_every: PositiveInt | None = Field(None, description="Sharded checkpoint every so many optimizer steps.")
+    keep_checkpoints: PositiveInt = Field(2, description="Older sharded checkpoints are deleted.")
+    resume: Literal["auto", "never"] = Field(
+        "never",
+        description="auto: continue from the newest checkpoint in --save_model_path, start where there is none.",
+    )
+    eval_data_path: Path | None = Field(None, description="Records whose loss is measured while training.")
+    eval_every: PositiveInt | None = Field(None, description="Optimizer steps between two such measurements.")
     overwrite: bool = Field(False, description="Start over in a --save_model_path that holds an earlier run.")
     log_file: Path | None = Field(None, description="Also write the log lines to this file.")
     report_to: list[Literal["tensorboard", "wandb", "none"]] = Field(
@@ -110,6 +117,10 @@ class RunConfig(BaseModel):
                 f"--global_batch_size {self.global_batch_size} and --gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps} both say how many rows an optimizer step has: give one of them"
             )
+        if (self.eval_data_path is None) != (self.eval_every is None):
+            raise ValueError("--eval_data_path and --eval_every belong together: give both or none")
+        if self.resume == "auto" and self.overwrite:
+            raise ValueError("--resume auto continues a run and --overwrite starts it over: give one of them")
         if self.max_length > self.micro_batch_tokens:
             raise ValueError(
                 f"--max_length {self.max_length} is above --micro_batch_tokens {self.micro_batch_tokens}: "

@@ -42,9 +42,12 @@ class Monitor:
         report_to: "tensorboard", "wandb", "none".
         log_file: where the log lines are repeated, or None.
         active: whether this is rank 0.
+        start: optimizer steps already taken; what an interrupted run logged beyond them is dropped.
     """
 
-    def __init__(self, folder: Path, steps: int, report_to: list[str], log_file: Path | None, active: bool):
+    def __init__(
+        self, folder: Path, steps: int, report_to: list[str], log_file: Path | None, active: bool, start: int = 0
+    ):
         self.active = active
         if not active:
             return
@@ -60,9 +63,13 @@ class Monitor:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("steps", total=steps)
+        self.task = self.bar.add_task("steps", total=steps, completed=start)
         folder.mkdir(parents=True, exist_ok=True)
-        self.lines = (folder / "log.jsonl").open("a", buffering=1)
+        log = folder / "log.jsonl"
+        if log.is_file():
+            kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= start]
+            log.write_text("".join(kept))
+        self.lines = log.open("a", buffering=1)
         self.text = None
         if log_file:
             log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +78,7 @@ class Monitor:
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(folder / "tensorboard")
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
         self.wandb = None
         if "wandb" in report_to:
             try:
@@ -143,10 +150,24 @@ class Monitor:
             f"{seconds:.2f} s {rows / seconds:.1f} rows/s {tokens / seconds:.0f} tok/s "
             f"mem {record['memory_gb']:.2f} GB eta {hours(left)}"
         )
-        scalars = {f"train/{name}": value for name, value in record.items() if name not in ("step", "rows", "tokens")}
+        self._plot(step, "train", {name: record[name] for name in record if name not in ("step", "rows", "tokens")})
+        self.bar.update(self.task, completed=step)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Report the losses on the evaluation records after `step` optimizer steps."""
+        if not self.active:
+            return
+        self.lines.write(
+            json.dumps({"step": step, **{f"eval_{name}": value for name, value in metrics.items()}}) + "\n"
+        )
+        parts = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.say(f"evaluation after step {step}: {parts}")
+        self._plot(step, "eval", metrics)
+
+    def _plot(self, step: int, group: str, values: dict[str, Any]) -> None:
+        scalars = {f"{group}/{name}": value for name, value in values.items()}
         if self.board:
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(scalars, step=step)
-        self.bar.update(self.task, completed=step)

@@ -5,6 +5,7 @@ W ranks, k latents a run.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +16,16 @@ from mirage_ds import run_folder
 from mirage_ds.config import RunConfig
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder, load_encoder
 from mirage_ds.data.loader import Index, Loader, build_index
-from mirage_ds.data.pack import Planner, total_steps
+from mirage_ds.data.pack import Planner, pack, total_steps
 from mirage_ds.data.record import ImageFinder, open_records
 from mirage_ds.engine import ds_config as ds
+from mirage_ds.engine.checkpoint import find_checkpoint
 from mirage_ds.engine.export import save_model
 from mirage_ds.engine.setup import World, from_rank_zero, make_engine
 from mirage_ds.errors import UserError
 from mirage_ds.model.attention import choose_backend
 from mirage_ds.model.load import Loaded, check_vocabulary, load_model, read_config, resolve_folder
+from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
 
 
@@ -36,6 +39,9 @@ class Prepared(NamedTuple):
         measured: the usable rows, measured.
         steps: optimizer steps of the run.
         save: writes the trained model; all ranks call it.
+        state: what a checkpoint of this run says of itself (checkpoint.MUST_AGREE).
+        checkpoint: the checkpoint to continue from, if any.
+        evaluation: the evaluation records, if any.
     """
 
     world: World
@@ -45,6 +51,21 @@ class Prepared(NamedTuple):
     measured: Index
     steps: int
     save: Callable[[], None]
+    state: dict[str, Any]
+    checkpoint: Path | None
+    evaluation: Evaluation | None
+
+
+class Evaluation(NamedTuple):
+    """Records whose loss is measured while training, packed once for all ranks.
+
+    Attributes:
+        bins: bins[micro-step][rank] = rows; counts: what they hold together.
+    """
+
+    loader: Loader
+    bins: list[list[list[int]]]
+    counts: StepCounts
 
 
 def _model_folders(config: RunConfig, world: World) -> list[Path]:
@@ -69,8 +90,10 @@ def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
     return encoder
 
 
-def make_loader(config: RunConfig, encoder: Encoder, index: Index, world: World) -> Loader:
-    """Build this rank's loader over the measured rows."""
+def make_loader(
+    config: RunConfig, encoder: Encoder, index: Index, world: World, data_path: Path, passes: int
+) -> Loader:
+    """Build this rank's loader over the measured rows of a records file."""
     planner = Planner(
         lengths=index.tokens,
         row_ids=index.row_ids,
@@ -80,10 +103,18 @@ def make_loader(config: RunConfig, encoder: Encoder, index: Index, world: World)
         micro_batch_size=config.micro_batch_size,
         seed=config.seed,
     )
-    # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
-    passes = int(index.runs.max()) * config.latent_size + 1 if config.stage == "stage2" else 1
-    records = open_records(config.data_path, config.cache_dir)
+    records = open_records(data_path, config.cache_dir)
     return Loader(records, encoder, planner, world.rank, passes, config.num_workers)
+
+
+def make_evaluation(config: RunConfig, loader: Loader, index: Index) -> Evaluation:
+    """Pack the evaluation rows into micro-steps once; the packing of training rows decides nothing here."""
+    planner = loader.planner
+    bins = pack([int(n) for n in index.tokens], planner.world_size, config.micro_batch_tokens, config.micro_batch_size)
+    rows = [[int(index.row_ids[i]) for i in one] for one in bins]
+    counts = StepCounts(len(index.row_ids), int(index.labels.sum()), int(index.runs.sum()) * config.latent_size)
+    width = planner.world_size
+    return Evaluation(loader, [rows[at : at + width] for at in range(0, len(rows), width)], counts)
 
 
 def make_model(config: RunConfig, folder: Path, ds_values: dict[str, Any], device: torch.device) -> Loaded:
@@ -120,12 +151,40 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     encoder = make_encoder(config, folders)
     limits = (config.max_length, config.max_dropped_share)
     index = from_rank_zero(lambda: build_index(config.data_path, encoder, *limits, quiet=False), world)
-    own_folder = from_rank_zero(lambda: run_folder.claim(config.save_model_path, config.overwrite), world)
+    eval_path = config.eval_data_path
+    eval_index = from_rank_zero(
+        lambda: build_index(eval_path, encoder, *limits, quiet=False) if eval_path else None, world
+    )
+    own_folder = from_rank_zero(
+        lambda: run_folder.claim(config.save_model_path, config.overwrite, config.resume == "auto"), world
+    )
+    state = dict(
+        world_size=world.size,
+        stage=config.stage,
+        latent_size=config.latent_size,
+        data=hashlib.sha256(config.data_path.read_bytes()).hexdigest(),
+        rows=len(index.row_ids),
+        rows_per_step=config.rows_per_step,
+        seed=config.seed,
+        train_vision=config.train_vision,
+        zero_stage=ds.zero_stage(ds_values),
+    )
+    checkpoint = None
+    if config.resume == "auto":
+        checkpoint = from_rank_zero(lambda: find_checkpoint(own_folder / "checkpoints", state), world)
     if world.rank == 0:
         run_folder.describe(own_folder, config, ds_values)
     loaded = make_model(config, folders[0], ds_values, world.device)
     steps = total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
-    loader = make_loader(config, encoder, index, world)
+    # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
+    most_runs = max(int(one.runs.max()) for one in (index, eval_index) if one is not None)
+    passes = most_runs * config.latent_size + 1 if config.stage == "stage2" else 1
+    loader = make_loader(config, encoder, index, world, config.data_path, passes)
+    evaluation = None
+    if eval_path and eval_index:
+        evaluation = make_evaluation(
+            config, make_loader(config, encoder, eval_index, world, eval_path, passes), eval_index
+        )
     engine = make_engine(loaded.model, config, ds_values, steps)
 
     def save() -> None:
@@ -141,4 +200,4 @@ def prepare(config: RunConfig, world: World) -> Prepared:
             trained={"stage": config.stage, "latent_size": config.latent_size},
         )
 
-    return Prepared(world, engine, loaded.tower, loader, index, steps, save)
+    return Prepared(world, engine, loaded.tower, loader, index, steps, save, state, checkpoint, evaluation)

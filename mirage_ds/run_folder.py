@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +23,12 @@ from mirage_ds.errors import UserError
 PACKAGES = ("mirage-ds", "torch", "transformers", "deepspeed", "accelerate", "datasets", "flash-attn")
 
 
-def claim(folder: Path, overwrite: bool) -> Path:
+def claim(folder: Path, overwrite: bool, resume: bool = False) -> Path:
     """Return the folder for a run's own files; refuse one that holds an earlier run or a model.
+
+    Args:
+        overwrite: start over in it: its log and checkpoints are deleted.
+        resume: an earlier run is welcome.
 
     Raises:
         UserError: something is there already and --overwrite was not given.
@@ -31,17 +36,24 @@ def claim(folder: Path, overwrite: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--save_model_path {folder}: is a file; give a folder")
     for name in ("config.json", "run"):
-        if (folder / name).exists() and not overwrite:
+        if (folder / name).exists() and not (overwrite or resume):
             raise UserError(
-                f"--save_model_path {folder}: holds an earlier run ({name}); give another folder, or --overwrite to "
-                "start over in it"
+                f"--save_model_path {folder}: holds an earlier run ({name}); give another folder, --resume auto to "
+                "continue it, or --overwrite to start over in it"
             )
+    if resume and (folder / "config.json").exists() and not (folder / "run" / "checkpoints" / "latest").exists():
+        raise UserError(
+            f"--resume auto: {folder} holds a finished model and no checkpoint to continue from; give another "
+            "--save_model_path, or --overwrite to train it again"
+        )
     try:
         (folder / "run").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--save_model_path {folder}: cannot be written ({error.strerror})") from None
     if overwrite:
         (folder / "run" / "log.jsonl").unlink(missing_ok=True)
+        for old in ("checkpoints", "tensorboard"):
+            shutil.rmtree(folder / "run" / old, ignore_errors=True)
     return folder / "run"
 
 

@@ -23,13 +23,13 @@ from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.data.batch import Batch, to_device
 from mirage_ds.data.loader import WARN_DROPPED_SHARE
 from mirage_ds.data.pack import StepPlan
-from mirage_ds.engine.checkpoint import save_checkpoint
+from mirage_ds.engine.checkpoint import load_checkpoint, save_checkpoint
 from mirage_ds.engine.setup import World, join
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.flags import CONTEXT, build_model, model_options
-from mirage_ds.model.loss import StepCounts, objective
+from mirage_ds.model.loss import LossSums, StepCounts, objective
 from mirage_ds.monitor import Monitor
-from mirage_ds.prepare import Prepared, prepare
+from mirage_ds.prepare import Evaluation, Prepared, prepare
 
 
 @click.command(context_settings=CONTEXT, no_args_is_help=True)
@@ -79,20 +79,24 @@ def train(config: RunConfig, prepared: Prepared, world: World) -> None:
     """Take every optimizer step, write checkpoints on the way and the model at the end."""
     own_folder = config.save_model_path / "run"
     report_to: list[str] = list(config.report_to)
-    with Monitor(own_folder, prepared.steps, report_to, config.log_file, active=world.rank == 0) as monitor:
+    start = load_checkpoint(prepared.engine, prepared.checkpoint) if prepared.checkpoint else 0
+    active = world.rank == 0
+    with Monitor(own_folder, prepared.steps, report_to, config.log_file, active, start) as monitor:
         for line in opening_lines(config, prepared):
             monitor.say(line)
         monitor.start_clock()
-        for plan, batches in prepared.loader.steps(0, prepared.steps):
+        for plan, batches in prepared.loader.steps(start, prepared.steps):
             metrics, tokens = step(config, prepared, plan, batches)
             done = plan.step + 1
             epoch = done * config.rows_per_step / len(prepared.measured.row_ids)
             monitor.step(done, epoch, len(plan.rows), tokens, metrics)
+            if prepared.evaluation and config.eval_every and (done % config.eval_every == 0 or done == prepared.steps):
+                monitor.evaluation(done, evaluate(config, prepared, prepared.evaluation))
             if config.save_every and done % config.save_every == 0:
-                state = dict(step=done, world_size=world.size, stage=config.stage, latent_size=config.latent_size)
-                place = save_checkpoint(prepared.engine, own_folder / "checkpoints", done, state)
+                state = {**prepared.state, "step": done}
+                place = save_checkpoint(prepared.engine, own_folder / "checkpoints", state, config.keep_checkpoints)
                 monitor.say(f"checkpoint {place}")
-                monitor.start_clock()
+            monitor.start_clock()
         prepared.save()
         monitor.say(f"model saved to {config.save_model_path}")
 
@@ -106,6 +110,8 @@ def opening_lines(config: RunConfig, prepared: Prepared) -> Iterator[str]:
         f"on {world.device.type}, attention {prepared.engine.module.attention}, k {config.latent_size}"
     )
     warning = "warning: " if index.dropped_share > WARN_DROPPED_SHARE else ""
+    if prepared.checkpoint:
+        yield f"continuing from {prepared.checkpoint}"
     yield f"{warning}{index.dropped} row(s) dropped as longer than --max_length {config.max_length}"
 
 
@@ -148,13 +154,36 @@ def step(
     return metrics, tokens
 
 
-def micro_step(config: RunConfig, prepared: Prepared, batch: Batch, counts: StepCounts) -> torch.Tensor:
-    """Forward and backward over one micro-batch; return (loss, ce, sim, token_ce), its share of the step's."""
+@torch.no_grad()
+def evaluate(config: RunConfig, prepared: Prepared, evaluation: Evaluation) -> dict[str, float]:
+    """Measure the mean losses on the evaluation records. All ranks call it."""
+    engine, world = prepared.engine, prepared.world
+    totals = torch.zeros(4, device=world.device)
+    engine.eval()
+    for batch in evaluation.loader.batches(micro[world.rank] for micro in evaluation.bins):
+        sums, loss, ce, sim = forward(config, prepared, batch, evaluation.counts)
+        totals += torch.stack([loss, ce, sim, sums.token_ce])
+    engine.train()
+    dist.all_reduce(totals)
+    loss, ce, sim, token_ce = totals.tolist()
+    parts = {"sim": sim} if config.stage == "stage1" else {}
+    return {"loss": loss, "ce": ce, **parts, "token_ce": token_ce / max(1, evaluation.counts.labels)}
+
+
+def forward(
+    config: RunConfig, prepared: Prepared, batch: Batch, counts: StepCounts
+) -> tuple[LossSums, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run one micro-batch forward; return its sums and its share of the step's (loss, ce, sim)."""
     batch = to_device(batch, prepared.world.device)
     if prepared.tower is not None:
         batch = prepared.tower.attach(batch)
     sums = prepared.engine(batch)
-    loss, ce, sim = objective(sums, counts, config.gamma, config.reduction)
+    return sums, *objective(sums, counts, config.gamma, config.reduction)
+
+
+def micro_step(config: RunConfig, prepared: Prepared, batch: Batch, counts: StepCounts) -> torch.Tensor:
+    """Forward and backward over one micro-batch; return (loss, ce, sim, token_ce), its share of the step's."""
+    sums, loss, ce, sim = forward(config, prepared, batch, counts)
     # DeepSpeed divides gradients by the number of ranks (and by an accumulation that it is told is 1).
     prepared.engine.backward(loss * prepared.world.size)
     return torch.stack([loss.detach(), ce.detach(), sim.detach(), sums.token_ce])

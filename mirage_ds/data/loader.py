@@ -5,9 +5,10 @@ R usable rows, W ranks, G micro-steps of a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -175,7 +176,19 @@ class Loader:
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[StepPlan, Iterator[Batch]]]:
         """Yield (plan, its G micro-batches of this rank) for the steps start … stop − 1."""
-        bins = (micro[self.rank] for step in range(start, stop) for micro in self.planner.plan(step).bins)
+        batches = self.batches(
+            micro[self.rank] for step in range(start, stop) for micro in self.planner.plan(step).bins
+        )
+        for step in range(start, stop):
+            plan = self.planner.plan(step)
+            yield plan, islice(batches, plan.micro_steps)
+
+    def batches(self, bins: Iterable[list[int]]) -> Iterator[Batch]:
+        """Yield one micro-batch per bin of rows.
+
+        Raises:
+            UserError: a row cannot be encoded; only this rank knows.
+        """
         loader = torch.utils.data.DataLoader(
             self.rows,
             batch_sampler=bins,
@@ -184,13 +197,7 @@ class Loader:
             prefetch_factor=4 if self.workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-        batches = iter(loader)
-        for step in range(start, stop):
-            plan = self.planner.plan(step)
-            yield plan, (self._next(batches) for _ in range(plan.micro_steps))
-
-    def _next(self, batches: Iterator[Batch | Fault]) -> Batch:
-        item = next(batches)
-        if isinstance(item, Fault):
-            raise UserError(f"record on {item}", everywhere=False)
-        return item
+        for item in loader:
+            if isinstance(item, Fault):
+                raise UserError(f"record on {item}", everywhere=False)
+            yield item
