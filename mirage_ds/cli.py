@@ -95,16 +95,17 @@ def init(
 @cli.command()
 @click.argument("source", type=_path())
 @click.argument("target", type=_path())
-@click.option("--vocab_rows", required=True, type=int, help="151668 as the public Mirage code, 152064 as Qwen2.5-VL.")
-def export(source: Path, target: Path, vocab_rows: int) -> None:
-    """Copy the model folder SOURCE to TARGET with another number of vocabulary rows."""
-    from mirage_ds.data.encode import load_tokenizer
-    from mirage_ds.engine.export import change_rows
-    from mirage_ds.model.load import resolve_folder
+@click.option("--vocab_rows", type=int, help="151668 as the public Mirage code writes, 152064 as Qwen2.5-VL has.")
+@click.option("--model", "base", type=_path(), help="Base folder, where it is no longer where training found it.")
+def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None) -> None:
+    """Write a complete model folder TARGET that plain transformers opens.
 
-    folder = resolve_folder(str(source), "SOURCE", None)
-    change_rows(folder, target, vocab_rows, tokens=len(load_tokenizer([str(folder)], None)))
-    print(f"{target}: {vocab_rows} vocabulary rows")
+    SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>), a run folder (its newest checkpoint is taken
+    where training has not finished), or a model folder that is to have another number of vocabulary rows.
+    """
+    from mirage_ds.export import export_folder
+
+    print(export_folder(source, target, vocab_rows, base))
 
 
 def _decoding_options(command: Any) -> Any:

@@ -20,7 +20,7 @@ from mirage_ds.data.pack import Planner, pack, total_steps
 from mirage_ds.data.record import ImageFinder, open_records
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.checkpoint import find_checkpoint
-from mirage_ds.engine.export import save_model
+from mirage_ds.engine.export import Parts, save_model
 from mirage_ds.engine.setup import World, from_rank_zero, make_engine
 from mirage_ds.errors import UserError
 from mirage_ds.model.attention import choose_backend
@@ -168,6 +168,10 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         seed=config.seed,
         train_vision=config.train_vision,
         zero_stage=ds.zero_stage(ds_values),
+        # For `mirage-ds export`: where the rest of a model folder comes from.
+        sources=[str(folder.resolve()) for folder in folders],
+        dtype=ds.compute_dtype(ds_values),
+        pixels=[config.min_pixels, config.max_pixels],
     )
     checkpoint = None
     if config.resume == "auto":
@@ -187,17 +191,15 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         )
     engine = make_engine(loaded.model, config, ds_values, steps)
 
+    trained = {"stage": config.stage, "latent_size": config.latent_size}
+
     def save() -> None:
         save_model(
             engine.module,
             loaded.tower.tower if loaded.tower else None,
             config.save_model_path,
-            rank=world.rank,
-            config=loaded.config,
-            tokenizer=encoder.tokenizer,
-            image_processor=encoder.images,
-            source=folders[0],
-            trained={"stage": config.stage, "latent_size": config.latent_size},
+            world.rank,
+            Parts(loaded.config, encoder.tokenizer, encoder.images, folders[0], trained),
         )
 
     return Prepared(world, engine, loaded.tower, loader, index, steps, save, state, checkpoint, evaluation)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -18,7 +18,7 @@ from torch import nn
 
 from mirage_ds.engine.checkpoint import write_atomically
 from mirage_ds.errors import UserError
-from mirage_ds.model.load import public_name
+from mirage_ds.model.load import expected_shapes, public_name
 
 SHARD_BYTES = 4 << 30
 # Where config.json says how the model was trained; plain transformers carries the key along.
@@ -95,26 +95,46 @@ class ShardWriter:
         write_atomically(self.folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
-def save_model(
-    model: nn.Module,
-    tower: nn.Module | None,
-    folder: Path,
-    rank: int,
-    config: Any,
-    tokenizer: Any,
-    image_processor: Any,
-    source: Path,
-    trained: dict[str, Any],
-) -> None:
-    """Write the trained model, its frozen tower re-joined, with tokenizer and image processor. All ranks call it.
+class Parts(NamedTuple):
+    """What a model folder holds besides its weights.
+
+    Attributes:
+        config: the model's configuration; tokenizer, image_processor: as transformers saves them.
+        source: the folder that the model was loaded from; its generation_config.json comes along.
+        trained: stage and latent_size, kept in config.json under TRAINED_KEY.
+    """
+
+    config: Any
+    tokenizer: Any
+    image_processor: Any
+    source: Path
+    trained: dict[str, Any]
+
+
+def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts) -> None:
+    """Put weights and everything else in place.
 
     config.json is written last: a folder without it is no model, so that an interrupted save is never taken for one.
+    """
+    folder = writer.folder
+    (folder / "config.json").unlink(missing_ok=True)
+    writer.finish()
+    parts.tokenizer.save_pretrained(folder)
+    parts.image_processor.save_pretrained(folder)
+    if (parts.source / "generation_config.json").is_file():
+        write_atomically(folder / "generation_config.json", (parts.source / "generation_config.json").read_text())
+    parts.config.dtype = dtype
+    setattr(parts.config, TRAINED_KEY, parts.trained)
+    parts.config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    write_atomically(folder / "config.json", parts.config.to_json_string())
+
+
+def save_model(model: nn.Module, tower: nn.Module | None, folder: Path, rank: int, parts: Parts) -> None:
+    """Write the trained model, its frozen tower re-joined, as a model folder. All ranks call it; rank 0 writes.
 
     Args:
         model: the MirageModel.
         tower: the frozen tower, or None where the tower is part of `model`.
-        source: the folder that the model was loaded from; its generation_config.json comes along.
-        trained: stage and latent_size, kept in config.json.
     """
     writer = ShardWriter(folder) if rank == 0 else None
     dtype = torch.float32
@@ -127,16 +147,50 @@ def save_model(
     if tower is not None:
         for name, tensor in tower.state_dict().items():
             writer.add(f"visual.{name}", tensor.cpu())
-    (folder / "config.json").unlink(missing_ok=True)
-    writer.finish()
-    tokenizer.save_pretrained(folder)
-    image_processor.save_pretrained(folder)
-    if (source / "generation_config.json").is_file():
-        write_atomically(folder / "generation_config.json", (source / "generation_config.json").read_text())
-    config.dtype = dtype
-    setattr(config, TRAINED_KEY, trained)
-    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
-    write_atomically(folder / "config.json", config.to_json_string())
+    finish_folder(writer, dtype, parts)
+
+
+def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Parts) -> None:
+    """Turn a sharded checkpoint into a model folder; tensors that were not trained come from `parts.source`.
+
+    Args:
+        checkpoint: a global_step<N> folder.
+        dtype: of the written weights; the checkpoint holds float32 masters.
+
+    Raises:
+        UserError: `out` exists, or a tensor is in neither place.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    refuse_existing(out)
+    expected = expected_shapes(parts.config)
+    masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
+    writer = ShardWriter(out)
+    written = set()
+    for stored, tensor in masters.items():
+        # A tied head stands there twice, and buffers are no weights.
+        name = public_name(stored)
+        if name in expected and name not in written:
+            writer.add(name, tensor.contiguous().to(dtype))
+            written.add(name)
+    missing = expected.keys() - written
+    for file in sorted(parts.source.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
+                name = public_name(stored)
+                if name in missing:
+                    writer.add(name, tensors.get_tensor(stored).to(dtype))
+                    written.add(name)
+    lost = sorted(expected.keys() - written)
+    if lost:
+        raise UserError(f"{lost[0]} is neither in {checkpoint} nor in {parts.source}; name the base with --model")
+    finish_folder(writer, dtype, parts)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise UserError where an output folder exists already."""
+    if out.exists():
+        raise UserError(f"{out} exists already; give a new folder")
 
 
 def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:
@@ -151,8 +205,7 @@ def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:
     """
     if rows < tokens:
         raise UserError(f"--vocab_rows {rows} would cut off tokens: the tokenizer has {tokens}")
-    if target.exists():
-        raise UserError(f"{target} exists already; give a new folder")
+    refuse_existing(target)
     writer = ShardWriter(target)
     for file in sorted(source.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
