@@ -78,7 +78,7 @@ def init(
     config_only: bool,
 ) -> None:
     """Write a random Qwen2.5-VL with a tokenizer trained on the task's text."""
-    from mirage_ds.model.init import init_model
+    from mirage_ds.init import init_model
 
     count = init_model(
         preset,

@@ -25,7 +25,7 @@ PAPER_GAMMA = 0.1
 class RunConfig(BaseModel):
     """One training run. Field order is the order of `--help`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     # what is trained
     model: str | None = Field(None, description="Folder or hub id of a Qwen2.5-VL: config, tokenizer, first weights.")
@@ -81,7 +81,7 @@ class RunConfig(BaseModel):
     adam_eps: PositiveFloat = Field(1e-8, description="AdamW ε.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay; norms and biases are exempt.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's global norm to this; 0 switches it off.")
-    seed: int = Field(42, description="Chooses the rows of each step; nothing else is random.")
+    seed: int = Field(42, ge=0, description="Chooses the rows of each step; nothing else is random.")
 
     # the machine
     deepspeed: Path | None = Field(None, description="DeepSpeed JSON. [default: the stage's own in ds_configs/]")
@@ -147,6 +147,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: no such file")
     try:
         values = yaml.safe_load(path.read_text())
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

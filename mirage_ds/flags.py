@@ -60,6 +60,7 @@ def model_options(model: type[BaseModel]) -> Callable[[Callable[..., Any]], Call
                 *names,
                 name,
                 type=str if several else kind,
+                multiple=several,
                 default=None,
                 help=text,
                 metavar="A,B,…" if several else None,
@@ -88,11 +89,15 @@ def build_model(
         name = str(key).replace("-", "_")
         if name not in model.model_fields:
             raise UserError(f"unknown key '{key}' in {source}{closest(name, model.model_fields)}")
-        values[name] = value
-    given = {name: value for name, value in flags.items() if value is not None}
+        kind = _click_type(model.model_fields[name].annotation)[0]
+        if kind in (int, float) and isinstance(value, bool):
+            raise UserError(f"'{name}' in {source} is {value}: a number is needed")
+        values[name] = value.replace("-", "_") if isinstance(kind, click.Choice) and isinstance(value, str) else value
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
     for name, value in given.items():
         several = _click_type(model.model_fields[name].annotation)[1]
-        values[name] = [part for part in str(value).split(",") if part] if several else value
+        texts = value if isinstance(value, tuple) else (value,)
+        values[name] = [part for text in texts for part in str(text).split(",") if part] if several else value
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -9,15 +9,14 @@ from mirage_ds.data.record import Fault, ImageFinder, Record, RecordError, scan
 from mirage_ds.errors import UserError
 
 
-def _image_faults(record: Record, finder: ImageFinder) -> list[Fault]:
+def _image_faults(record: Record, finder: ImageFinder, stage: Stage) -> list[Fault]:
     faults = []
-    for name, paths in (("image_input", record.image_input), ("image_output", record.image_output)):
-        for path in paths:
-            try:
-                finder.size(record, name, path)
-                finder.load(record, name, path)
-            except RecordError as error:
-                faults.append(error.fault)
+    for name, path in record.images(helpers=stage == "stage1"):
+        try:
+            finder.size(record, name, path)
+            finder.load(record, name, path)
+        except RecordError as error:
+            faults.append(error.fault)
     return faults
 
 
@@ -47,7 +46,7 @@ def check_file(
             )
             faults.append(fault)
             continue
-        found = _image_faults(record, finder)
+        found = _image_faults(record, finder, stage)
         if encoder and not found:
             try:
                 encoder.measure(record)
@@ -63,14 +62,17 @@ def print_faults(file: Path, count: int, faults: list[Fault], most: int) -> None
     """Print the faults as a table, or one line when there is none."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     if not faults:
-        console.print(f"{file}: {count} records, no fault")
+        console.print(f"{file}: {count} records, no fault", markup=False)
         return
-    table = Table("line", "field", "what", "how to mend", title=f"{file}: {len(faults)} fault(s) in {count} records")
+    # Text, not str: rich would read brackets in a path as markup.
+    title = Text(f"{file}: {len(faults)} fault(s) in {count} records")
+    table = Table("line", "field", "what", "how to mend", title=title)
     for fault in faults[:most]:
-        table.add_row(str(fault.line), fault.field, fault.what, fault.how)
+        table.add_row(str(fault.line), fault.field, Text(fault.what), Text(fault.how))
     console.print(table)
     if faults[most:]:
         console.print(f"… and {len(faults) - most} more (--most)")

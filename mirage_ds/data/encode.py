@@ -327,7 +327,10 @@ def load_tokenizer(folders: list[str], cache_dir: Path | None, add_latents: bool
     from transformers import AutoTokenizer
 
     folder = _first_with(folders, ("tokenizer.json", "vocab.json", "tokenizer_config.json"), "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder, cache_dir=cache_dir)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from None
     if tokenizer.chat_template is None:
         raise UserError(f"{folder}: the tokenizer has no chat template (chat_template.json); copy the model's own")
     unknown = [t for t in (IMAGE_PAD, "<|im_start|>", "<|im_end|>", "<|endoftext|>") if t not in tokenizer.get_vocab()]
@@ -362,7 +365,10 @@ def load_encoder(
     source = _first_with(folders, ("preprocessor_config.json", "processor_config.json"), "image processor")
 
     def processor(limits: tuple[int | None, int | None], name: str) -> Qwen2VLImageProcessorPil:
-        made = Qwen2VLImageProcessorPil.from_pretrained(source, cache_dir=cache_dir)
+        try:
+            made = Qwen2VLImageProcessorPil.from_pretrained(source, cache_dir=cache_dir)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{source}: the image processor cannot be read ({str(error).splitlines()[0]})") from None
         low = limits[0] or made.size["shortest_edge"]
         high = limits[1] or made.size["longest_edge"]
         if low > high:

@@ -5,8 +5,10 @@ R usable rows, W ranks, G micro-steps of a step.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -51,12 +53,6 @@ class Index(NamedTuple):
         return self.dropped / max(1, self.dropped + len(self.row_ids))
 
 
-def image_paths(record: Record, stage: str) -> list[tuple[str, str]]:
-    """List the (field, path) of every image that a stage reads from a record."""
-    paths = [("image_input", path) for path in record.image_input]
-    return paths + [("image_output", path) for path in record.image_output if stage == "stage1"]
-
-
 def check_records(records: list[Record], encoder: Encoder, quiet: bool = True) -> tuple[list[Fault], np.ndarray]:
     """Measure every record and decode every image once.
 
@@ -71,25 +67,25 @@ def check_records(records: list[Record], encoder: Encoder, quiet: bool = True) -
         except RecordError as error:
             faults[i] = error.fault
 
-    seen: dict[str, tuple[int, str]] = {}
+    users: dict[tuple[str, str], list[int]] = defaultdict(list)
     for i, record in enumerate(records):
         if i not in faults:
-            for name, path in image_paths(record, encoder.stage):
-                seen.setdefault(path, (i, name))
+            for name, path in record.images(helpers=encoder.stage == "stage1"):
+                users[name, path].append(i)
 
-    def decode(item: tuple[str, tuple[int, str]]) -> tuple[int, Fault] | None:
-        path, (i, name) = item
+    def decode(item: tuple[tuple[str, str], list[int]]) -> tuple[list[int], Fault | None]:
+        (name, path), rows = item
         try:
-            encoder.finder.load(records[i], name, path)
+            encoder.finder.load(records[rows[0]], name, path)
         except RecordError as error:
-            return i, error.fault
-        return None
+            return rows, error.fault
+        return rows, None
 
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(decode, seen.items())
-        for found in track(decoded, "decoding images", total=len(seen), disable=quiet, transient=True):
-            if found:
-                faults.setdefault(*found)
+        decoded = pool.map(decode, users.items())
+        for rows, fault in track(decoded, "decoding images", total=len(users), disable=quiet, transient=True):
+            if fault:
+                faults |= {i: replace(fault, line=records[i].line) for i in rows if i not in faults}
     return [faults[i] for i in sorted(faults)], measures
 
 

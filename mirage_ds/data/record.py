@@ -73,6 +73,11 @@ class Record:
         """Number of latent runs in the answer: one per mark, or one for an unmarked helper image."""
         return self.text_output.count(HELPER_MARK) or len(self.image_output)
 
+    def images(self, helpers: bool) -> list[tuple[str, str]]:
+        """List (field, path) of the input images and, with `helpers`, of the helper images."""
+        paths = [("image_input", path) for path in self.image_input]
+        return paths + [("image_output", path) for path in self.image_output if helpers]
+
     def fault(self, name: str, what: str, how: str) -> RecordError:
         """Make the error that names this record's line."""
         return RecordError(Fault(self.line, name, what, how))
@@ -109,6 +114,10 @@ def parse_record(text: str, line: int, answers: bool = True) -> Record:
             raise RecordError(Fault(line, name, "missing", "add it as a string"))
         if not isinstance(values[name], str):
             raise RecordError(Fault(line, name, f"expected a string, found {values[name]!r}", "write it as a string"))
+        if any("\ud800" <= character <= "\udfff" for character in values[name]):
+            raise RecordError(
+                Fault(line, name, "holds half a surrogate pair", "write both halves, or the character itself")
+            )
     record = Record(
         line=line,
         text_input=values["text_input"],
@@ -186,9 +195,13 @@ class ImageFinder:
     def find(self, record: Record, name: str, path: str) -> Path:
         """Return the image's place; RecordError that names every place looked at."""
         places = [Path(path)] if Path(path).is_absolute() else [folder / path for folder in self.folders]
-        for place in places:
-            if place.is_file():
-                return place
+        try:
+            for place in places:
+                if place.is_file():
+                    return place
+        except OSError as error:
+            how = "write the path of a file, not the image itself"
+            raise record.fault(name, f"{path[:60]!r}… is no path ({error.strerror})", how) from None
         looked = ", ".join(str(place) for place in dict.fromkeys(places))
         raise record.fault(name, f"no image {path!r}: looked for {looked}", "correct the path or give --image_root")
 

@@ -22,10 +22,14 @@ KNOWN_KEYS = frozenset(
     activation_checkpointing comms_logger tensorboard wandb csv_monitor comet flops_profiler wall_clock_breakdown
     memory_breakdown steps_per_print dump_state disable_python_gc disable_allgather log_level aio checkpoint timers
     compile autotuning data_efficiency dataloader_drop_last hybrid_engine pipeline tensor_parallel expert_parallel
+    bfloat16 sequence_parallel_size datastates_ckpt
     weight_quantization use_data_before_expert_parallelism vocabulary_size""".split()  # noqa: SIM905
 )
 # The run fills these; `"auto"` there means just that.
-FILLED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+FILLED = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *(f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")),
+)
 
 
 def shipped_folder() -> Path:
@@ -60,6 +64,8 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(), object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}; keep one of them") from None
     if not isinstance(values, dict):
@@ -67,6 +73,11 @@ def read_json(path: Path) -> dict[str, Any]:
     for key in values:
         if key not in KNOWN_KEYS:
             raise UserError(f"{path}: DeepSpeed has no key '{key}' and would ignore it{closest(key, KNOWN_KEYS)}")
+    _check_blocks(values, path)
+    if "bfloat16" in values:
+        raise UserError(f"{path}: 'bfloat16' is the old name of 'bf16'; rename it")
+    if "sequence_parallel_size" in values:
+        raise UserError(f"{path}: 'sequence_parallel_size' is not supported; every rank packs rows of its own")
     if "scheduler" in values:
         raise UserError(f"{path}: 'scheduler' is set by --lr_scheduler and --warmup_steps; remove the block")
     if values.get("fp16", {}).get("enabled"):
@@ -75,12 +86,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def _check_blocks(values: dict[str, Any], path: Path) -> None:
+    """Refuse blocks that this module reads and that are no blocks."""
+    zero, optimizer = values.get("zero_optimization", {}), values.get("optimizer", {})
+    blocks = {name: values.get(name, {}) for name in ("fp16", "bf16", "zero_optimization", "optimizer")}
+    if isinstance(zero, dict):
+        blocks["zero_optimization.offload_optimizer"] = zero.get("offload_optimizer") or {}
+        if zero.get("stage", 0) not in (0, 1, 2, 3):
+            raise UserError(f"{path}: 'zero_optimization.stage' is {zero['stage']!r}; write 0, 1, 2 or 3")
+    if isinstance(optimizer, dict):
+        blocks["optimizer.params"] = optimizer.get("params", {})
+    for name, block in blocks.items():
+        if not isinstance(block, dict):
+            raise UserError(f"{path}: '{name}' is {block!r}; write an object, such as {{…}}")
+
+
 def _refuse_auto(values: dict[str, Any], path: Path, prefix: str = "") -> None:
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             _refuse_auto(value, path, f"{name}.")
-        elif value == "auto" and name not in FILLED and not name.startswith("optimizer.params."):
+        elif value == "auto" and name not in FILLED:
             raise UserError(f"{path}: '{name}' is \"auto\", which DeepSpeed drops silently; write a value")
 
 
@@ -128,7 +154,8 @@ def _fill_optimizer(filled: dict[str, Any], path: Path, config: RunConfig) -> No
         _fill(params, key, value, f"--{flag} is {value}", path)
     block["type"] = "AdamW"
     # torch's AdamW compiles nothing at the first start; the offloaded step needs DeepSpeed's own.
-    offloaded = filled.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    offload = filled.get("zero_optimization", {}).get("offload_optimizer") or {}
+    offloaded = offload.get("device", "none") != "none"
     params.setdefault("torch_adam", not offloaded)
 
 

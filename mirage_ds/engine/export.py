@@ -18,7 +18,7 @@ from torch import nn
 
 from mirage_ds.engine.checkpoint import write_atomically
 from mirage_ds.errors import UserError
-from mirage_ds.model.load import expected_shapes, public_name
+from mirage_ds.model.load import expected_shapes, public_name, safetensors_of, stored_shapes
 
 SHARD_BYTES = 4 << 30
 # Where config.json says how the model was trained; plain transformers carries the key along.
@@ -83,6 +83,8 @@ class ShardWriter:
         for old in self.folder.glob("model*.safetensors"):
             old.unlink()
         (self.folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        for left in set(self.folder.glob(".model-*.partial")) - {self._partial(n) for n in range(len(self.shards))}:
+            left.unlink()
         if len(self.shards) == 1:
             self._partial(0).replace(self.folder / "model.safetensors")
             return
@@ -165,6 +167,9 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
     refuse_existing(out)
     expected = expected_shapes(parts.config)
     masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
+    lost = sorted(expected.keys() - {public_name(name) for name in masters} - stored_shapes(parts.source).keys())
+    if lost:
+        raise UserError(f"{lost[0]} is neither in {checkpoint} nor in {parts.source}; name the base with --model")
     writer = ShardWriter(out)
     written = set()
     for stored, tensor in masters.items():
@@ -174,16 +179,12 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
             writer.add(name, tensor.contiguous().to(dtype))
             written.add(name)
     missing = expected.keys() - written
-    for file in sorted(parts.source.glob("*.safetensors")):
+    for file in safetensors_of(parts.source):
         with safe_open(file, "pt") as tensors:
             for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
                 name = public_name(stored)
                 if name in missing:
                     writer.add(name, tensors.get_tensor(stored).to(dtype))
-                    written.add(name)
-    lost = sorted(expected.keys() - written)
-    if lost:
-        raise UserError(f"{lost[0]} is neither in {checkpoint} nor in {parts.source}; name the base with --model")
     finish_folder(writer, dtype, parts)
 
 
@@ -206,8 +207,9 @@ def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:
     if rows < tokens:
         raise UserError(f"--vocab_rows {rows} would cut off tokens: the tokenizer has {tokens}")
     refuse_existing(target)
+    files = safetensors_of(source)
     writer = ShardWriter(target)
-    for file in sorted(source.glob("*.safetensors")):
+    for file in files:
         with safe_open(file, "pt") as tensors:
             for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
                 name, tensor = public_name(stored), tensors.get_tensor(stored)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mirage_ds.config import Stage
 from mirage_ds.errors import UserError
@@ -88,24 +88,35 @@ def read_config(folder: Path) -> Qwen2_5_VLConfig:
     from transformers import AutoConfig
 
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        values = json.loads((folder / "config.json").read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{folder}/config.json: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{folder}/config.json: expected an object, found {type(values).__name__}")
+    kind = values.get("model_type")
     if kind != FAMILY:
         raise UserError(f"{folder}: a model of type {kind!r}; mirage_ds trains {FAMILY!r} (Qwen2.5-VL)")
     return AutoConfig.from_pretrained(folder)
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Read names (public form) and shapes of a folder's tensors from the safetensors headers."""
+def safetensors_of(folder: Path) -> list[Path]:
+    """List a folder's weight files; UserError when there is none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder}: no *.safetensors; convert other weight files first (pickles are never read)")
+    return files
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read names (public form) and shapes of a folder's tensors from the safetensors headers."""
     shapes = {}
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # safe_open is no dict
-                shapes[public_name(name)] = tuple(tensors.get_slice(name).get_shape())
+    for file in safetensors_of(folder):
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # safe_open is no dict
+                    shapes[public_name(name)] = tuple(tensors.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from None
     return shapes
 
 

@@ -125,6 +125,8 @@ def init_model(
         raise UserError(
             f"preset '{name}': random weights are written for {' and '.join(WITH_WEIGHTS)} only; add --config_only"
         )
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; give a folder")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: not empty; give a new folder")
     transformers.utils.logging.set_verbosity_error()

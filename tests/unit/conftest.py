@@ -1,0 +1,59 @@
+"""Fixtures of the unit tests: encoders over the nano model, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+from mirage_ds.data.encode import Encoder, load_encoder
+from mirage_ds.data.record import ImageFinder
+
+# The same examples on every run: a suite that is red by chance teaches nothing.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=150)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of noise: wWxH.png for several sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for width, height in ((56, 84), (140, 56), (84, 84), (112, 112), (100, 61), (20, 33)):
+        Image.effect_noise((width, height), 80).convert("RGB").save(folder / f"w{width}x{height}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_for(nano: Path, pictures: Path) -> Callable[..., Encoder]:
+    """Make an encoder over the nano model: encoder_for(stage, k, beside=records file, …)."""
+    made: dict[Any, Encoder] = {}
+
+    def make(stage: str = "stage1", latent_size: int = 4, beside: Path | None = None, **limits: Any) -> Encoder:
+        key = (stage, latent_size, beside, tuple(limits.items()))
+        if key not in made:
+            finder = ImageFinder.beside(beside or pictures / "rows.jsonl", None)
+            made[key] = load_encoder([str(nano)], finder, stage, latent_size, **limits)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def untied(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The nano shape with an output matrix of its own, written by transformers itself."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    out = tmp_path_factory.mktemp("models") / "untied"
+    config = AutoConfig.from_pretrained(nano)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    torch.manual_seed(7)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(out)
+    AutoTokenizer.from_pretrained(nano).save_pretrained(out)
+    Qwen2VLImageProcessorPil().save_pretrained(out)
+    return out

@@ -1,0 +1,285 @@
+"""The DeepSpeed JSON: what ships works, what DeepSpeed would ignore is refused, contradictions name both sides."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.runtime import config as theirs
+
+from mirage_ds.config import RunConfig
+from mirage_ds.engine.ds_config import (
+    KNOWN_KEYS,
+    compute_dtype,
+    default_path,
+    read_json,
+    resolve,
+    shipped_folder,
+    zero_stage,
+)
+from mirage_ds.errors import UserError
+
+SHIPPED = sorted(shipped_folder().glob("*.json"))
+STAGES = ("sft", "stage1", "stage2")
+HERE = Path("ds.json")
+
+
+def run_config(**settings: Any) -> RunConfig:
+    return RunConfig(**(dict(model="m", stage="stage2", data_path="d", save_model_path="o") | settings))
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[[Any], dict[str, Any]]:
+    """Read a JSON given as a value or as text."""
+
+    def call(content: Any) -> dict[str, Any]:
+        file = tmp_path / "ds.json"
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            file.write_text(content if isinstance(content, str) else json.dumps(content))
+        return read_json(file)
+
+    return call
+
+
+@pytest.fixture
+def refused(read: Callable[[Any], dict[str, Any]], tmp_path: Path) -> Callable[..., str]:
+    """The one sentence with which a JSON is refused, when it is read or when it meets the run's settings."""
+
+    def call(content: Any, **settings: Any) -> str:
+        def prepare() -> None:
+            values = read(content)
+            compute_dtype(values), zero_stage(values)
+            resolve(values, tmp_path / "ds.json", run_config(**settings), 2)
+
+        with pytest.raises(UserError) as caught:
+            prepare()
+        said = str(caught.value)
+        assert said.startswith(str(tmp_path / "ds.json"))
+        assert "\n" not in said
+        return said
+
+    return call
+
+
+def test_every_stage_has_a_json_for_gpus_and_one_for_cpus() -> None:
+    assert len(SHIPPED) >= 6
+    for stage in STAGES:
+        assert default_path(stage, "cuda") == shipped_folder() / f"{stage}.json"
+        assert default_path(stage, "cpu") == shipped_folder() / f"{stage}_cpu.json"
+        assert default_path(stage, "cuda").is_file()
+        assert default_path(stage, "cpu").is_file()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_json_resolves_to_what_deepspeed_then_reads(path: Path) -> None:
+    values = read_json(path)
+    before = copy.deepcopy(values)
+    settings = dict(
+        learning_rate=3e-4, adam_beta1=0.8, adam_beta2=0.97, adam_eps=1e-6, weight_decay=0.2, max_grad_norm=0.7
+    )
+    resolved = resolve(values, path, run_config(global_batch_size=16, **settings), 4)
+    assert values == before
+    assert resolved["train_batch_size"] == 4
+    made = theirs.DeepSpeedConfig(resolve(values, path, run_config(global_batch_size=16, **settings), 1))
+    assert (made.train_batch_size, made.train_micro_batch_size_per_gpu, made.gradient_accumulation_steps) == (1, 1, 1)
+    assert made.gradient_clipping == 0.7
+    assert made.optimizer_name == "adamw"
+    params = dict(made.optimizer_params)
+    offloaded = made.zero_config.offload_optimizer is not None and made.zero_config.offload_optimizer.device != "none"
+    assert params.pop("torch_adam") is not offloaded
+    assert params == {"lr": 3e-4, "betas": [0.8, 0.97], "eps": 1e-6, "weight_decay": 0.2}
+    assert made.scheduler_name is None
+    assert made.zero_optimization_stage == zero_stage(values)
+    on_cpu = "_cpu" in path.name
+    assert made.bfloat16_config.enabled is not on_cpu
+    assert compute_dtype(values) == ("float32" if on_cpu else "bfloat16")
+    # bf16 without this accumulates gradients in bf16 (ZeRO-1 and 2) and loses small ones.
+    assert on_cpu or made.grad_accum_dtype == "fp32"
+
+
+@pytest.mark.parametrize("name", ["stage2.json", "stage2_cpu.json"])
+def test_the_recurrent_stage_keeps_its_parameters_between_passes(name: str) -> None:
+    zero = read_json(shipped_folder() / name)["zero_optimization"]
+    # More than the 73 billion of the largest Qwen2.5-VL: never released inside a micro-step.
+    assert zero["stage3_max_live_parameters"] > 74e9
+    assert zero["stage3_max_reuse_distance"] > 74e9 * 9
+
+
+def test_a_missing_json_lists_the_shipped_ones() -> None:
+    with pytest.raises(UserError) as caught:
+        read_json(Path("gone.json"))
+    assert str(caught.value).startswith("--deepspeed gone.json: no such file")
+    assert all(path.name in str(caught.value) for path in SHIPPED)
+
+
+def test_an_unknown_key_is_refused_with_a_suggestion(refused: Callable[..., str]) -> None:
+    said = refused({"zero_optimisation": {"stage": 3}})
+    assert "no key 'zero_optimisation' and would ignore it (did you mean 'zero_optimization'?)" in said
+    assert "did you mean" not in refused({"qqqq": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('{"bf16": {"enabled": true}, "bf16": {}}', "key 'bf16' stands there twice"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "key 'stage' stands there twice"),
+        ('{"bf16": \n', "line 2: not valid JSON"),
+        ('{"bf16": {"enabled": True}}', "line 1: not valid JSON"),
+        ("[1]", "expected an object, found list"),
+        (b'{"tensorboard": {"job_name": "caf\xe9"}}', "UTF-8"),
+    ],
+    ids=["twice", "twice below", "cut off", "python", "list", "latin-1"],
+)
+def test_a_broken_json_says_where(text: str | bytes, part: str, refused: Callable[..., str]) -> None:
+    assert part in refused(text)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
+        {"bf16": {"enabled": "auto"}},
+        {"steps_per_print": "auto"},
+        {"optimizer": {"type": "AdamW", "params": {"torch_adam": "auto"}}},
+    ],
+)
+def test_auto_is_refused_where_nobody_fills_it(values: dict[str, Any], refused: Callable[..., str]) -> None:
+    assert '"auto"' in refused(values)
+
+
+def test_auto_is_filled_where_the_run_says_the_value(read: Callable[[Any], dict[str, Any]]) -> None:
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    params = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+    values = read(dict.fromkeys(names, "auto") | {"optimizer": {"type": "AdamW", "params": params}})
+    assert resolve(values, HERE, run_config(), 2) == resolve({}, HERE, run_config(), 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"train_batch_size": 32}, ["'train_batch_size' is 32", "8 rows", "--global_batch_size"]),
+        ({"train_micro_batch_size_per_gpu": 4}, ["'train_micro_batch_size_per_gpu' is 4", "--micro_batch_tokens"]),
+        ({"gradient_accumulation_steps": 2}, ["'gradient_accumulation_steps' is 2", "--micro_batch_tokens"]),
+        ({"gradient_clipping": 0.5}, ["'gradient_clipping' is 0.5", "--max_grad_norm is 1.0"]),
+        ({"lr": 1e-4}, ["'lr' is 0.0001", "--learning_rate is 1e-05"]),
+        ({"betas": [0.9, 0.999]}, ["'betas' is [0.9, 0.999]", "--adam_beta1/--adam_beta2 is [0.9, 0.95]"]),
+        ({"eps": 1e-6}, ["'eps' is 1e-06", "--adam_eps is 1e-08"]),
+        ({"weight_decay": 0.1}, ["'weight_decay' is 0.1", "--weight_decay is 0.01"]),
+    ],
+)
+def test_a_contradiction_names_both_sides(
+    values: dict[str, Any], parts: list[str], refused: Callable[..., str]
+) -> None:
+    if not values.keys() & KNOWN_KEYS:
+        values = {"optimizer": {"type": "AdamW", "params": values}}
+    said = refused(values)
+    assert all(part in said for part in parts), said
+
+
+def test_what_agrees_with_the_run_may_stand_in_the_json(read: Callable[[Any], dict[str, Any]]) -> None:
+    params = {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01}
+    values = {"train_batch_size": 24, "gradient_clipping": 1, "optimizer": {"type": "Adam", "params": params}}
+    made = resolve(read(values), HERE, run_config(global_batch_size=24), 3)
+    assert made == resolve({}, HERE, run_config(global_batch_size=24), 3)
+    assert made["train_batch_size"] == 3
+
+
+def test_scheduler_fp16_and_other_optimizers_are_refused(refused: Callable[..., str]) -> None:
+    assert "--lr_scheduler" in refused({"scheduler": {"type": "WarmupLR", "params": {}}})
+    assert "use 'bf16'" in refused({"fp16": {"enabled": True}})
+    assert "'Lion'" in refused({"optimizer": {"type": "Lion"}})
+
+
+@pytest.mark.parametrize("key", ["bfloat16", "sequence_parallel_size"])
+def test_a_key_that_would_work_against_the_trainer_is_refused_for_what_it_does(
+    key: str, refused: Callable[..., str]
+) -> None:
+    """`bfloat16` is `bf16` by its old name, beside which float32 weights would load; the other divides the ranks."""
+    said = refused({key: {"enabled": True}})
+    assert f"'{key}'" in said
+    assert "would ignore" not in said
+
+
+def test_fp16_switched_off_is_no_fault(read: Callable[[Any], dict[str, Any]]) -> None:
+    assert read({"fp16": {"enabled": False}, "bf16": {"enabled": True}})["bf16"]["enabled"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"bf16": True},
+        {"fp16": True},
+        {"zero_optimization": 3},
+        {"zero_optimization": {"stage": "three"}},
+        {"zero_optimization": {"offload_optimizer": "cpu"}},
+        {"optimizer": "AdamW"},
+        {"optimizer": {"type": "AdamW", "params": [1e-5]}},
+    ],
+    ids=json.dumps,
+)
+def test_a_block_of_the_wrong_type_is_one_sentence(values: dict[str, Any], refused: Callable[..., str]) -> None:
+    refused(values)
+
+
+def test_torchs_adam_runs_unless_the_step_is_offloaded_or_the_json_says_otherwise() -> None:
+    def chosen(zero: dict[str, Any], **params: Any) -> bool:
+        values = {"zero_optimization": zero, "optimizer": {"type": "AdamW", "params": params}}
+        return bool(resolve(values, HERE, run_config(), 1)["optimizer"]["params"]["torch_adam"])
+
+    assert chosen({"stage": 3})
+    assert chosen({"stage": 3, "offload_optimizer": {"device": "none"}})
+    assert chosen({"stage": 3, "offload_optimizer": None})
+    assert not chosen({"stage": 3, "offload_optimizer": {"device": "cpu"}})
+    assert not chosen({"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "x"}})
+    assert chosen({"stage": 3, "offload_optimizer": {"device": "cpu"}}, torch_adam=True)
+    assert not chosen({"stage": 3}, torch_adam=False)
+
+
+class Recorder(dict[str, Any]):
+    """A configuration that notes every top-level key it is asked for."""
+
+    asked: set[str] = set()  # noqa: RUF012  # shared on purpose: DeepSpeed works on copies
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self
+
+
+@pytest.fixture(scope="module")
+def asked() -> set[str]:
+    """The top-level keys that the installed DeepSpeed's configuration asks for."""
+    Recorder.asked.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        # As in a started process group, where it also looks for sequence_parallel_size.
+        patch.setattr(theirs.dist, "get_rank", lambda: 0)
+        patch.setattr(theirs.dist, "get_world_size", lambda: 1)
+        theirs.DeepSpeedConfig(Recorder(train_batch_size=1))
+    return Recorder.asked - theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys()
+
+
+def test_the_known_keys_are_those_that_the_installed_deepspeed_reads(asked: set[str]) -> None:
+    assert {"zero_optimization", "bf16", "compile", "data_types", "torch_autocast"} <= asked
+    assert sorted(asked - KNOWN_KEYS) == []
+    assert sorted(KNOWN_KEYS - asked) == []
+
+
+@pytest.mark.parametrize("key", sorted(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS))
+def test_what_deepspeed_has_removed_is_refused_before_it_starts(key: str, refused: Callable[..., str]) -> None:
+    assert f"'{key}'" in refused({key: {}})

@@ -1,0 +1,156 @@
+"""The index of a records file and the loader's micro-batches, against each row encoded by itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.loader import Index, Loader, build_index
+from mirage_ds.data.pack import Planner
+from mirage_ds.data.record import open_records, scan
+from mirage_ds.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_for: Callable[..., Encoder], mixed: Path) -> Encoder:
+    return encoder_for("stage2", 2, beside=mixed)
+
+
+@pytest.fixture(scope="module")
+def samples(mixed: Path, encoder: Encoder) -> list[Sample]:
+    return [encoder.encode(record, row) for row, record in enumerate(scan(mixed)[0])]
+
+
+def test_the_index_counts_what_each_row_encodes_to(mixed: Path, encoder: Encoder, samples: list[Sample]) -> None:
+    index = build_index(mixed, encoder, 10_000, 0)
+    assert index.row_ids.tolist() == list(range(12))
+    assert index.tokens.tolist() == [len(sample.input_ids) for sample in samples]
+    assert index.labels.tolist() == [int((sample.labels != -100).sum()) for sample in samples]
+    assert index.runs.tolist() == [1, 1, 0, 0] * 3
+    assert (index.dropped, index.dropped_share, index.longest) == (0, 0, max(index.tokens))
+
+
+def test_rows_above_the_limit_are_dropped_and_counted(mixed: Path, encoder: Encoder, samples: list[Sample]) -> None:
+    lengths = [len(sample.input_ids) for sample in samples]
+    limit = sorted(lengths)[8]
+    kept = [row for row, length in enumerate(lengths) if length <= limit]
+    assert 0 < len(kept) < 12
+    index = build_index(mixed, encoder, limit, 1)
+    assert index.row_ids.tolist() == kept
+    assert index.tokens.tolist() == [lengths[row] for row in kept]
+    assert (index.dropped, index.longest) == (12 - len(kept), max(lengths))
+    share = (12 - len(kept)) / 12
+    assert index.dropped_share == share
+    assert build_index(mixed, encoder, limit, share).dropped == 12 - len(kept)
+    with pytest.raises(UserError) as caught:
+        build_index(mixed, encoder, limit, share - 0.01)
+    for part in (
+        f"{12 - len(kept)} of 12 rows",
+        f"--max_length {limit}",
+        f"longest has {max(lengths)}",
+        "--max_dropped_share",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_file_whose_rows_are_all_too_long_is_refused_whatever_share_is_allowed(mixed: Path, encoder: Encoder) -> None:
+    with pytest.raises(UserError, match=r"no usable row: all 12 are longer than --max_length 10 \(the longest has"):
+        build_index(mixed, encoder, 10, 1)
+
+
+@pytest.fixture
+def spoilt(mixed: Path, tmp_path: Path) -> Path:
+    """A copy of the mixed rows whose files a test may break."""
+    shutil.copytree(mixed.parent, tmp_path / "copy")
+    return tmp_path / "copy" / mixed.name
+
+
+def test_the_first_fault_is_said_and_the_others_are_counted(spoilt: Path, encoder_for: Callable[..., Encoder]) -> None:
+    lines = spoilt.read_text().splitlines()
+    lines[3] = "{broken"
+    lines[6] = json.dumps({"text_input": "q", "text_output": " "})
+    spoilt.write_text("\n" + "\n".join(lines))
+    image = spoilt.parent / "in2.png"
+    image.write_bytes(image.read_bytes()[:200])
+    (spoilt.parent / "in8.png").unlink()
+    with pytest.raises(UserError) as caught:
+        build_index(spoilt, encoder_for("stage2", 2, beside=spoilt), 10_000, 1)
+    # Line 1 is blank: row 2 is line 4. A broken image is found although its header still reads.
+    said = str(caught.value)
+    assert said.startswith(f"{spoilt}: line 4, image_input: image {image} cannot be decoded (")
+    assert said.endswith(f"(and 3 more: `mirage-ds data check {spoilt}` lists them)")
+
+
+def test_a_single_fault_is_said_without_a_count(spoilt: Path, encoder_for: Callable[..., Encoder]) -> None:
+    (spoilt.parent / "in8.png").unlink()
+    with pytest.raises(UserError, match=r"line 9, image_input: no image 'in8.png': looked for .*--image_root$"):
+        build_index(spoilt, encoder_for("stage2", 2, beside=spoilt), 10_000, 1)
+
+
+def test_helpers_are_read_in_stage1_only(spoilt: Path, encoder_for: Callable[..., Encoder]) -> None:
+    rows = [json.loads(line) for line in spoilt.read_text().splitlines()]
+    spoilt.write_text("".join(json.dumps(row) + "\n" for row in rows if "image_output" in row))
+    (spoilt.parent / "out4.png").write_bytes(b"")
+    assert len(build_index(spoilt, encoder_for("stage2", 2, beside=spoilt), 10_000, 1).row_ids) == 6
+    with pytest.raises(UserError, match=r"line 3, image_output: image .*out4\.png cannot be decoded"):
+        build_index(spoilt, encoder_for("stage1", 2, beside=spoilt), 10_000, 1)
+
+
+def planner_for(index: Index, world: int) -> Planner:
+    return Planner(index.tokens, index.row_ids, 5, world, int(index.tokens.max()) * 2, None, 42)
+
+
+@pytest.fixture(scope="module")
+def arrow(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return open_records(mixed, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_each_rank_gets_its_planned_rows_in_every_micro_step(
+    world: int, workers: int, mixed: Path, encoder: Encoder, samples: list[Sample], arrow: Any
+) -> None:
+    index = build_index(mixed, encoder, len(samples[-1].input_ids) - 1, 1)
+    assert index.dropped
+    planner = planner_for(index, world)
+    seen: dict[int, list[int]] = {1: [], 2: []}
+    for rank in range(world):
+        plans = []
+        for plan, batches in Loader(arrow, encoder, planner, rank, 3, workers).steps(1, 3):
+            plans.append(plan.step)
+            made = list(batches)
+            assert len(made) == plan.micro_steps == planner.plan(plan.step).micro_steps
+            for batch, micro in zip(made, plan.bins, strict=True):
+                rows = [row for row in batch.rows.tolist() if row >= 0]
+                assert rows == micro[rank]
+                assert batch.rows.tolist() in (rows, [*rows, -1])
+                count = sum(len(samples[row].input_ids) for row in rows)
+                expected = torch.cat([torch.empty(0, dtype=torch.int64), *(samples[row].input_ids for row in rows)])
+                assert torch.equal(batch.input_ids[:count], expected)
+                assert len(batch.passes) == 3
+                seen[plan.step] += rows
+        assert plans == [1, 2]
+    for step, rows in seen.items():
+        assert sorted(rows) == sorted(int(index.row_ids[place]) for place in planner.rows_of(step))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_fault_met_while_training_is_one_sentence_with_its_line(
+    workers: int, spoilt: Path, encoder_for: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    encoder = encoder_for("stage2", 2, beside=spoilt)
+    index = build_index(spoilt, encoder, 10_000, 0)
+    records = open_records(spoilt, tmp_path / "cache")
+    (spoilt.parent / "in4.png").unlink()
+    plans = Planner(index.tokens, np.asarray(index.row_ids), 12, 1, 10_000, None, 0)
+    ((_, batches),) = Loader(records, encoder, plans, 0, 3, workers).steps(0, 1)
+    with pytest.raises(UserError, match=r"^record on line 5, image_input: no image 'in4\.png': looked for"):
+        list(batches)
