@@ -139,6 +139,9 @@ def step(
         engine.set_gradient_accumulation_boundary(number == plan.micro_steps - 1)
         totals += micro_step(config, prepared, batch, counts)
     learning_rate = engine.get_lr()[0]
+    # ZeRO-0 in fp32 keeps no norm; there the gradients are whole and averaged by now.
+    whole = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(whole) if whole else None
     engine.step()
     dist.all_reduce(totals)
     loss, ce, sim, token_ce = totals.tolist()
@@ -147,7 +150,7 @@ def step(
         "ce": ce,
         **({"sim": sim} if config.stage == "stage1" else {}),
         "token_ce": token_ce / max(1, counts.labels),
-        "grad_norm": float(engine.get_global_grad_norm()),
+        "grad_norm": float(engine.get_global_grad_norm() if norm is None else norm),
         "lr": float(learning_rate),
         "micro_steps": plan.micro_steps,
     }

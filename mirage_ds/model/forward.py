@@ -25,13 +25,13 @@ class Traced(NamedTuple):
         hidden: (T, H) final-norm hidden states.
         inputs: (T, H) input embeddings of stage1 and sft; in stage2 latents hold the embedding they do not use.
         ce: (M,) cross-entropies in the order of batch.targets.
-        one_minus_cosine: (N_runs · k,) or (0,).
+        one_minus_cosine: (N_runs · k,) in stage1, perhaps none; None in the other stages.
     """
 
     hidden: torch.Tensor
     inputs: torch.Tensor
     ce: torch.Tensor
-    one_minus_cosine: torch.Tensor
+    one_minus_cosine: torch.Tensor | None
 
 
 class MirageModel(nn.Module):
@@ -82,7 +82,8 @@ class MirageModel(nn.Module):
         images, helpers = self._features(batch)
         embeddings = embeddings.index_copy(0, batch.image_positions, images.to(embeddings.dtype))
         targets = None
-        if len(batch.pool_size):
+        if self.grounded:
+            # Also on a rank whose rows have no helper: ranks whose graphs differ hang ZeRO-3.
             # Teacher forcing: the targets are the latents' input embeddings.
             targets = compress(helpers, batch).to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, batch.latents, targets)
@@ -93,7 +94,7 @@ class MirageModel(nn.Module):
             [states.index_select(0, one.labelled) for states, one in zip(hidden, batch.passes, strict=True)]
         )
         ce = self.head(labelled, batch.targets)
-        distance = ce.new_empty(0) if targets is None else grounding(hidden[0], targets, batch)
+        distance = None if targets is None else grounding(hidden[0], targets, batch)
         return hidden, Traced(hidden[0], embeddings, ce, distance)
 
     def _features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -89,17 +89,17 @@ def per_sample_mean(values: torch.Tensor, sample: torch.Tensor, counts: torch.Te
     return sums / counts.clamp(min=1)
 
 
-def loss_sums(ce: torch.Tensor, one_minus_cosine: torch.Tensor, batch: Batch, reduction: str) -> LossSums:
+def loss_sums(ce: torch.Tensor, one_minus_cosine: torch.Tensor | None, batch: Batch, reduction: str) -> LossSums:
     """Reduce per-token losses to LossSums.
 
     Args:
         ce: (M,) cross-entropies in the order of batch.targets.
-        one_minus_cosine: (N_runs · k,) in the order of batch.latents, or (0,) outside stage1.
+        one_minus_cosine: (N_runs · k,) in the order of batch.latents, or None outside stage1.
         reduction: "sample" or "token".
     """
     token_weight = batch.weight[batch.target_sample]
     token_ce = (ce * token_weight).sum()
-    if not len(one_minus_cosine):
+    if one_minus_cosine is None:
         sim = token_ce.new_zeros(())
     elif reduction == "sample":
         means = per_sample_mean(one_minus_cosine, batch.latent_sample, batch.latent_count)

@@ -24,6 +24,7 @@ from mirage_ds.tasks.maps import (
     map_json,
     parse_board,
     shortest_path,
+    step,
     tile,
 )
 from mirage_ds.tasks.rationale import sentences, spot, with_helper
@@ -145,3 +146,29 @@ def make(
         extra={"path": moves},
         replaced=bool(given) and not kept,
     )
+
+
+def best_constant(boards: Sequence[Board], longest: int = 6) -> tuple[list[str], float]:
+    """Find the one answer that solves most boards: what a model scores that never looks at the map.
+
+    Args:
+        longest: moves of the answer at most; every one of the 4 + 16 + … answers is tried.
+
+    Returns:
+        The moves, and the share of boards they solve.
+    """
+    best: tuple[list[str], int] = ([], 0)
+
+    def extend(moves: list[str], places: list[tuple[Board, tuple[int, int]]]) -> None:
+        nonlocal best
+        # Only boards on which no hole was met are still here.
+        solved = sum(tile(board, cell) == GOAL for board, cell in places)
+        if moves and solved > best[1]:
+            best = (moves, solved)
+        if len(moves) < longest:
+            for move in MOVES:
+                after = [(board, step(board, cell, move)) for board, cell in places]
+                extend([*moves, move], [(board, cell) for board, cell in after if tile(board, cell) != HOLE])
+
+    extend([], [(board, find(board, START)) for board in boards])
+    return best[0], best[1] / max(1, len(boards))
