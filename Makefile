@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 # One thread a process: the suite compares losses to the fifth digit and runs two ranks on two cores.
 ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: install test test-slow lint parity clean
+# Where the demo writes; it wants a new folder.
+OUT ?= runs/demo
+
+.PHONY: install demo test test-slow lint parity clean
 
 install: $(VENV)/.installed
 
@@ -17,6 +20,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
+
+# Data, a small model, sft → stage1 → stage2 on two ranks under ZeRO-3, export, scores: ten minutes on two cores.
+demo: install
+	$(ENV) $(BIN)/python examples/demo.py --out $(OUT)
 
 test: install
 	$(ENV) $(BIN)/python -m pytest

@@ -47,7 +47,8 @@ CHAT_TEMPLATE = (
 )
 # GPT-2's split with single digits: words, numbers and punctuation never merge across each other.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
-DEFAULT_TEXT = "system user assistant You are a helpful assistant."
+# What the chat template adds to every row.
+TEMPLATE_TEXT = "system\nYou are a helpful assistant.\nuser\nassistant\n"
 
 
 def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
@@ -80,13 +81,17 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
 
 
 def _texts(files: list[Path]) -> list[str]:
-    texts = [DEFAULT_TEXT]
+    texts = [TEMPLATE_TEXT]
     for file in files:
         records, faults = scan(file)
         if faults:
             raise UserError(f"{file}: {faults[0]}; `mirage-ds data check {file}` lists all faults")
         for record in records:
-            texts += [record.text_input.replace(IMAGE_MARK, ""), record.text_output.replace(HELPER_MARK, "")]
+            texts += [
+                TEMPLATE_TEXT,
+                record.text_input.replace(IMAGE_MARK, ""),
+                record.text_output.replace(HELPER_MARK, ""),
+            ]
     return texts
 
 

@@ -56,7 +56,7 @@ Here is the map: <image>
 
 Please provide your action plan.
  The final answer MUST BE put in \\boxed{}."""  # noqa: E501
-SHORT_PROMPT = "<image>Give the fewest moves (LEFT, RIGHT, UP, DOWN) to the goal in \\boxed{}."
+SHORT_PROMPT = "<image>Fewest moves to the goal?"
 
 _LETTERS = {move[0]: move for move in MOVES}
 

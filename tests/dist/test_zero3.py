@@ -222,6 +222,8 @@ def _reference(
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> float:
+    if not one.any() and not other.any():
+        return 0.0
     return float(np.linalg.norm(one.astype(np.float64) - other) / np.linalg.norm(other.astype(np.float64)))
 
 
