@@ -132,8 +132,8 @@ def _decoding_options(command: Any) -> Any:
 @click.option("--data_path", required=True, type=_path(), help="Records; they need no output fields.")
 @click.option("--task", help="Whose scorer is used; the records' own task if they name one.")
 @click.option("--image_root", type=_path(), help="Second place where relative image paths are looked for.")
-@click.option("--batch_size", default=32, show_default=True)
-@click.option("--most", type=int, help="Take only the first so many records.")
+@click.option("--batch_size", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--most", type=click.IntRange(min=1), help="Take only the first so many records.")
 @click.option("--out", type=_path(), help="Write scores and answers to this JSON file.")
 @_decoding_options
 def evaluate(
@@ -179,8 +179,14 @@ def evaluate(
 def generate(folder: Path, images: tuple[Path, ...], prompt: str, **options: Any) -> None:
     """Answer one question with the model in FOLDER; latent runs are marked."""
     from mirage_ds import evaluate as evaluation
-    from mirage_ds.data.record import ImageFinder, Record
+    from mirage_ds.data.record import IMAGE_MARK, ImageFinder, Record
 
+    marks = prompt.count(IMAGE_MARK)
+    if marks and marks != len(images):
+        raise UserError(
+            f"--prompt: {marks} {IMAGE_MARK} mark(s) for {len(images)} image(s); give --image once for each mark, or "
+            "write none (images then stand first)"
+        )
     decoder = _decoder(folder, ImageFinder((Path.cwd(),)), options)
     record = Record(1, prompt, "", tuple(str(image) for image in images), ())
     answers = evaluation.answer_records(

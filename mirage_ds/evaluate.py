@@ -112,7 +112,7 @@ def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: 
         return Limits(new_tokens, longest_run, known.get("latent_size"))
     if run_length == "model":
         return Limits(new_tokens, longest_run, None)
-    if not run_length.isdigit():
+    if not run_length.isdecimal():
         raise UserError(f"--run_length {run_length}: give 'trained', 'model' or a number of latents")
     return Limits(new_tokens, longest_run, int(run_length))
 
@@ -222,7 +222,9 @@ def score(records: Sequence[Record], answers: Sequence[Answer], task: str) -> di
     groups: dict[str, list[dict[str, float]]] = defaultdict(list)
     for record, answer in zip(records, answers, strict=True):
         try:
-            values = scorer(answer.text, {**record.extra, "text_output": record.text_output})
+            # A question alone has an empty answer, and nothing is to be compared with that.
+            own = {"text_output": record.text_output} if record.text_output else {}
+            values = scorer(answer.text, {**record.extra, **own})
         except KeyError as error:
             raise UserError(f"record on line {record.line} has no {error}, which {task} is scored by") from None
         for group in (str(record.extra.get("level", _side(record))), "all"):

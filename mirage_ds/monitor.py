@@ -67,7 +67,9 @@ class Monitor:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.jsonl"
         if log.is_file():
-            kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= start]
+            lines = log.read_text().splitlines(keepends=True)
+            # The last line may be half of one, where the run broke off in the middle of it.
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
             log.write_text("".join(kept))
         self.lines = log.open("a", buffering=1)
         self.text = None

@@ -59,7 +59,9 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int)
     if dist.get_rank() == 0:
         write_atomically(folder / tag / STATE_FILE, json.dumps(state, indent=1) + "\n")
         write_atomically(folder / "latest", tag)
-        for old in whole_checkpoints(folder)[:-keep]:
+        # Later ones are there where a run went on from an older checkpoint; it will overwrite them.
+        until_now = [path for path in whole_checkpoints(folder) if _step_of(path) <= state["step"]]
+        for old in until_now[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return folder / tag
@@ -68,7 +70,11 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int)
 def whole_checkpoints(folder: Path) -> list[Path]:
     """List the finished checkpoints of a run, oldest first."""
     found = [path.parent for path in folder.glob(f"global_step*/{STATE_FILE}")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("global_step")))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("global_step"))
 
 
 def find_checkpoint(folder: Path, wanted: dict[str, Any]) -> Path | None:
