@@ -167,6 +167,12 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         rows_per_step=config.rows_per_step,
         seed=config.seed,
         train_vision=config.train_vision,
+        reduction=config.reduction,
+        ce_weight=config.gamma,
+        optimizer=[
+            *(config.learning_rate, config.lr_scheduler, config.warmup_steps),
+            *(config.adam_beta1, config.adam_beta2, config.adam_eps, config.weight_decay),
+        ],
         zero_stage=ds.zero_stage(ds_values),
         # For `mirage-ds export`: where the rest of a model folder comes from.
         sources=[str(folder.resolve()) for folder in folders],

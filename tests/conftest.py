@@ -8,7 +8,11 @@ from pathlib import Path
 
 # Before torch and DeepSpeed are imported anywhere. One thread: losses are compared to the fifth digit.
 os.environ.update(
-    DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", SDL_VIDEODRIVER="dummy"
+    DS_ACCELERATOR="cpu",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    SDL_VIDEODRIVER="dummy",
 )
 
 import pytest
@@ -42,7 +46,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.effect_noise((84, side), 90 + number).convert("RGB").save(folder / f"out{number}.png")
     rows = []
     for number in range(12):
-        row = {"text_input": f"Here is the map: <image> Question {'again ' * (3 * number)}?", "image_input": f"in{number}.png"}
+        row = {
+            "text_input": f"Here is the map: <image> Question {'again ' * (3 * number)}?",
+            "image_input": f"in{number}.png",
+        }
         row["text_output"] = f"First {'left ' * number}<output_image>then right.\\boxed{{A}}"
         row["image_output"] = f"out{number}.png"
         if number % 4 in (1, 3):

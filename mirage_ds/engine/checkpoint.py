@@ -26,6 +26,9 @@ MUST_AGREE = {
     "rows": "number of usable rows (--max_length, --max_pixels)",
     "rows_per_step": "--global_batch_size",
     "seed": "--seed",
+    "reduction": "--reduction",
+    "ce_weight": "--ce_weight",
+    "optimizer": "AdamW and its schedule (--learning_rate, --lr_scheduler, --warmup_steps, β, ε, --weight_decay)",
     "train_vision": "--train_vision",
     "zero_stage": "ZeRO stage of --deepspeed",
 }

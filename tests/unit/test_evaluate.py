@@ -1,0 +1,351 @@
+"""Scoring, model folders as they come, and the two decoding commands."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from math import sqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from mirage_ds.cli import main
+from mirage_ds.data.record import ImageFinder, Record, scan
+from mirage_ds.engine.export import change_rows
+from mirage_ds.errors import UserError
+from mirage_ds.evaluate import (
+    Answer,
+    Decoder,
+    answer_records,
+    evaluate_file,
+    load_decoder,
+    run_limits,
+    score,
+    task_of,
+    wilson,
+)
+from mirage_ds.model.generate import Limits
+from mirage_ds.tasks.vsp_planning import best_constant
+
+PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"
+SAMPLE = Path(__file__).parents[2] / "data/sample_planning.jsonl"
+PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+DELTAS = {"LEFT": (0, -1), "DOWN": (1, 0), "RIGHT": (0, 1), "UP": (-1, 0)}
+
+
+def write_jsonl(path: Path, rows: Sequence[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    error: str
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Run `mirage-ds` in this process."""
+    monkeypatch.setenv("COLUMNS", "500")
+
+    def run(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["mirage-ds", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as leave:
+            code = int(leave.code or 0)
+        return Said(code, *capsys.readouterr())
+
+    return run
+
+
+def refused(said: Said, *parts: object) -> None:
+    assert said.code == 2, said
+    assert said.error.startswith("error: ")
+    assert said.error.count("\n") == 1
+    assert all(str(part) in said.error for part in parts), said.error
+
+
+def changed(folder: Path, out: Path, without: Sequence[str] = (), **config: Any) -> Path:
+    """Copy a model folder without some files, with other values in config.json."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns(*without))
+    values = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(values | config))
+    return out
+
+
+@pytest.fixture(scope="module")
+def decoder(nano: Path) -> Decoder:
+    return load_decoder(nano, ImageFinder.beside(SAMPLE, None))
+
+
+def answer(text: str, runs: Sequence[int] = ()) -> Answer:
+    return Answer(text, list(runs), [])
+
+
+# ------------------------------------------------------------------------------------------------------- the numbers
+
+
+def by_hand(successes: int, count: int) -> tuple[float, float]:
+    """(s + z²/2 ± z √(s (n − s) / n + z²/4)) / (n + z²), exact but for the root."""
+    z = Fraction(1959964, 10**6)
+    share = Fraction(successes * (count - successes), count)
+    root = Fraction(sqrt(share + z * z / 4))
+    low, high = ((successes + z * z / 2 + sign * z * root) / (count + z * z) for sign in (-1, 1))
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize(
+    ("successes", "count", "low", "high"),
+    # The textbook's numbers; at 0 and at n of n the interval is z² / (n + z²) wide: 3.8415 / 13.8415.
+    [
+        (8, 10, 0.4902, 0.9433),
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (1, 2, 0.0945, 0.9055),
+        (81, 263, 0.2553, 0.3662),
+    ],
+)
+def test_wilson_gives_the_textbooks_interval(successes: int, count: int, low: float, high: float) -> None:
+    assert wilson(successes, count) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(successes, count) == pytest.approx(by_hand(successes, count), abs=1e-12)
+
+
+def test_wilson_of_nothing_is_everything() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+SMALL = [[1, 0, 0], [-1, -1, 0], [0, 0, 2]]  # R R D D
+LARGE = [[1, -1, 0, 0], [0, -1, 0, 0], [0, 0, 0, -1], [-1, -1, 0, 2]]  # D D R R D R
+
+
+def question(line: int, board: list, **extra: Any) -> Record:
+    return Record(line, "<image>?", "", ("a.png",), (), {"map_desc": board} | extra)
+
+
+def test_planning_is_scored_per_level_and_in_all() -> None:
+    boxed = ["R,R,D,D", "R,R,U,D,D", "D", "", "D,D,R,R,D,R", "DOWN DOWN RIGHT RIGHT RIGHT"]
+    boards = [SMALL] * 4 + [LARGE] * 2
+    answers = [answer(f"so \\boxed{{{text}}}" if text else "no answer") for text in boxed]
+    answers[0], answers[4] = answer(answers[0].text, [4]), answer(answers[4].text, [2, 3])
+    found = score([question(i + 1, board) for i, board in enumerate(boards)], answers, PLANNING)
+    assert list(found["levels"]) == ["3", "4"]
+    wanted = dict(success=0.5, optimal=0.25, invalid=0.25, moves=10 / 4, runs=0.25, latents=1.0, count=4)
+    assert {name: found["levels"]["3"][name] for name in wanted} == wanted
+    wanted = dict(success=0.5, optimal=0.5, invalid=0.0, moves=11 / 2, runs=1.0, latents=2.5, count=2)
+    assert {name: found["levels"]["4"][name] for name in wanted} == wanted
+    assert (found["all"]["success"], found["all"]["count"]) == (0.5, 6)
+    for group in (found["all"], *found["levels"].values()):
+        assert (group["low"], group["high"]) == wilson(group["success"] * group["count"], group["count"])
+
+
+def test_reasoning_is_scored_against_the_records_own_letter_and_written_level() -> None:
+    records = [
+        Record(i + 1, "?", f"\\boxed{{{letter}}}", (), (), {"map_desc": SMALL, "level": level})
+        for i, (letter, level) in enumerate([("A", 5), ("B", 5), ("C", "hard"), ("A", "hard")])
+    ]
+    answers = [answer(text) for text in ("\\boxed{A}", "\\boxed{A}", "\\boxed{B} or \\boxed{C}", "A")]
+    found = score(records, answers, REASONING)
+    assert {name: (row["correct"], row["invalid"], row["count"]) for name, row in found["levels"].items()} == {
+        "5": (0.5, 0.0, 2),
+        "hard": (0.5, 0.5, 2),
+    }
+    assert found["all"]["correct"] == 0.5
+
+
+def test_record_that_cannot_be_scored_is_named() -> None:
+    blind = Record(7, "?", "", (), (), {})
+    with pytest.raises(UserError, match=r"record on line 7 has no 'map_desc', which vsp-spatial-planning is scored by"):
+        score([blind], [answer("\\boxed{R}")], PLANNING)
+    # A question alone has no letter to compare with: no model is wrong for that.
+    with pytest.raises(UserError, match=r"record on line 7 has no 'text_output', which vsp-spatial-reasoning is"):
+        score([blind], [answer("\\boxed{A}")], REASONING)
+
+
+def test_task_is_the_named_one_or_the_records_own() -> None:
+    file = Path("rows.jsonl")
+    bare, planning = question(1, SMALL), question(2, SMALL, task=PLANNING)
+    other = question(3, SMALL, task="vsp_spatial_reasoning")
+    assert task_of([bare, planning], file, None) == PLANNING
+    assert task_of([bare], file, "VSP_spatial_planning") == PLANNING
+    assert task_of([other], file, None) == REASONING
+    for records, named, sentence in (
+        ([bare], None, "rows.jsonl: its records name 0 tasks; say which scorer to use with --task"),
+        ([planning, other], None, "rows.jsonl: its records name 2 tasks; say which scorer to use with --task"),
+        ([planning, other], PLANNING, f"rows.jsonl: holds records of {REASONING}, not of --task {PLANNING}"),
+        ([bare], "vsp-planing", "unknown task 'vsp-planing' (did you mean 'vsp-spatial-planning'?)"),
+    ):
+        with pytest.raises(UserError) as error:
+            task_of(records, file, named)
+        assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("longest", [1, 3, 4])
+def test_best_constant_equals_trying_every_answer(longest: int) -> None:
+    boards = [json.loads(line)["map_desc"] for line in SAMPLE.read_text().splitlines()]
+    boards = [tuple(map(tuple, board)) for board in [*boards, SMALL, LARGE]]
+
+    def solved(board: tuple, moves: Sequence[str]) -> bool:
+        side = len(board)
+        row, column = next(cell for cell in itertools.product(range(side), repeat=2) if board[cell[0]][cell[1]] == 1)
+        for move in moves:
+            down, right = DELTAS[move]
+            if 0 <= row + down < side and 0 <= column + right < side:
+                row, column = row + down, column + right
+            if board[row][column] == -1:
+                return False
+        return board[row][column] == 2
+
+    tried = {
+        moves: sum(solved(board, moves) for board in boards)
+        for length in range(1, longest + 1)
+        for moves in itertools.product(DELTAS, repeat=length)
+    }
+    moves, share = best_constant(boards, longest)
+    assert share == max(tried.values()) / len(boards) > 0
+    assert tried[tuple(moves)] == max(tried.values())
+
+
+# ------------------------------------------------------------------------------------------------- folders and records
+
+
+def test_folder_without_latent_tokens(nano: Path, tmp_path: Path, call: Callable) -> None:
+    folder = changed(nano, tmp_path / "model")
+    text = (folder / "tokenizer.json").read_text()
+    for token in ("pad", "start", "end"):
+        text = text.replace(f"<|latent_{token}|>", f"<|other_{token}|>")
+    (folder / "tokenizer.json").write_text(text)
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / file).is_file():
+            (folder / file).write_text((folder / file).read_text().replace("<|latent_", "<|other_"))
+    command = ("evaluate", folder, "--data_path", SAMPLE, "--most", 2, "--max_new_tokens", 3)
+    refused(call(*command), folder, "its tokenizer has no latent tokens", "--no_latents")
+    out = tmp_path / "report.json"
+    said = call(*command, "--no_latents", "--out", out)
+    assert said.code == 0, said
+    assert [one["runs"] for one in json.loads(out.read_text())["answers"]] == [[], []]
+
+
+def test_folder_without_image_processor(nano: Path, tmp_path: Path, call: Callable) -> None:
+    folder = changed(nano, tmp_path / "model", without=PROCESSOR)
+    command = ("evaluate", folder, "--data_path", SAMPLE, "--most", 2, "--max_new_tokens", 3, "--out")
+    refused(call(*command, tmp_path / "none.json"), folder, "no image processor")
+    assert not (tmp_path / "none.json").exists()
+    for name, model in (("given", [*command, tmp_path / "given.json", "--processor", nano]), ("own", None)):
+        words = model or ["evaluate", nano, *command[2:], tmp_path / "own.json"]
+        said = call(*words)
+        assert said.code == 0, (name, said)
+    given, own = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("given", "own"))
+    assert given["answers"] == own["answers"]
+
+
+def test_folder_as_the_public_code_saves_it(nano: Path, tmp_path: Path) -> None:
+    # More rows than tokens, no image processor: the added rows are zeros and are never the likeliest token.
+    more = len(AutoTokenizer.from_pretrained(nano)) + 40
+    change_rows(nano, tmp_path / "wide", more, tokens=more - 40)
+    folder = changed(tmp_path / "wide", tmp_path / "public", without=PROCESSOR)
+    assert load_file(folder / "model.safetensors")["model.embed_tokens.weight"].shape[0] == more
+    records, finder = scan(SAMPLE)[0][:3], ImageFinder.beside(SAMPLE, None)
+    public = load_decoder(folder, finder, processor=nano)
+    own = load_decoder(nano, finder)
+    limits = Limits(6)
+    assert answer_records(public, records, limits) == answer_records(own, records, limits)
+    # Where a row without a token is drawn after all, it is left out of the text.
+    drawn = answer_records(public, records * 2, Limits(20), "paper")
+    assert any(token >= more - 40 for one in drawn for token in one.ids)
+    assert all(isinstance(one.marked(public.encoder), str) for one in drawn)
+
+
+def test_records_need_no_output_fields(decoder: Decoder, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in SAMPLE.read_text().splitlines()[:3]]
+    bare = [{key: row[key] for key in ("text_input", "image_input", "map_desc", "task") if key in row} for row in rows]
+    for row in [*rows, *bare]:
+        row["image_input"] = str(SAMPLE.parent / row["image_input"])
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", made) for name, made in (("whole", rows), ("bare", bare))]
+    whole, alone = (evaluate_file(decoder, file, PLANNING, Limits(4)) for file in files)
+    assert whole["answers"] == alone["answers"]
+    assert whole["all"] == alone["all"]
+    assert len(alone["answers"]) == 3
+
+
+def test_answers_do_not_depend_on_the_batch(decoder: Decoder, mixed: Path) -> None:
+    decoder = replace(decoder, encoder=replace(decoder.encoder, finder=ImageFinder.beside(mixed, None)))
+    records = scan(mixed)[0][:7]
+    for decoding in ("greedy", "paper"):
+        made = [answer_records(decoder, records, Limits(5), decoding, batch_size=size) for size in (1, 3, 7)]
+        assert made[0] == made[1] == made[2]
+        assert len({tuple(one.ids) for one in made[0]}) > 1
+    assert made[0] != answer_records(decoder, records, Limits(5), "paper", seed=43)
+
+
+def test_run_length_trained_model_number_typo(decoder: Decoder, nano: Path, tmp_path: Path) -> None:
+    folder = changed(nano, tmp_path / "trained", mirage={"stage": "stage2", "latent_size": 6})
+    trained = load_decoder(folder, ImageFinder.beside(SAMPLE, None))
+    assert run_limits(trained, 9, 8, "trained") == Limits(9, 8, 6)
+    assert run_limits(decoder, 9, 8, "trained") == Limits(9, 8, None)
+    assert run_limits(trained, 9, 5, "model") == Limits(9, 5, None)
+    assert run_limits(trained, 9, 5, "3") == Limits(9, 5, 3)
+    assert run_limits(trained, 9, 5, "0") == Limits(9, 5, 0)
+    for typo in ("train", "-1", "2.5", "", "²"):
+        with pytest.raises(UserError, match=r"--run_length .*: give 'trained', 'model' or a number of latents"):
+            run_limits(trained, 9, 5, typo)
+
+
+# -------------------------------------------------------------------------------------------------------- the commands
+
+
+def test_evaluate_writes_scores_and_answers(nano: Path, tmp_path: Path, call: Callable) -> None:
+    out = tmp_path / "deep" / "report.json"
+    words = ("--max_new_tokens", 5, "--batch_size", 2, "--most", 5, "--out", out)
+    said = call("evaluate", nano, "--data_path", SAMPLE, "--task", PLANNING, *words)
+    assert said.code == 0, said
+    assert PLANNING in said.out
+    report = json.loads(out.read_text())
+    assert (report["task"], report["model"], report["data"]) == (PLANNING, str(nano), str(SAMPLE))
+    assert [one["line"] for one in report["answers"]] == [1, 2, 3, 4, 5]
+    assert sum(level["count"] for level in report["levels"].values()) == report["all"]["count"] == 5
+
+
+def test_evaluate_refuses_in_one_sentence(nano: Path, tmp_path: Path, call: Callable) -> None:
+    faulty = write_jsonl(tmp_path / "faulty.jsonl", [{"text_output": "A"}])
+    refused(call("evaluate", nano, "--data_path", faulty), faulty, "line 1, text_input: missing")
+    lost = write_jsonl(tmp_path / "lost.jsonl", [{"text_input": "?", "image_input": "gone.png", "task": PLANNING}])
+    refused(call("evaluate", nano, "--data_path", lost), "line 1, image_input", "gone.png")
+    refused(call("evaluate", tmp_path / "nowhere", "--data_path", SAMPLE), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--most", 0), ("--batch_size", 0)])
+def test_evaluate_refuses_numbers_that_leave_nothing_to_do(nano: Path, call: Callable, flag: str, value: int) -> None:
+    refused(call("evaluate", nano, "--data_path", SAMPLE, "--task", PLANNING, "--max_new_tokens", 2, flag, value), flag)
+
+
+def test_generate_answers_one_question(nano: Path, tmp_path: Path, call: Callable, pictures: Path) -> None:
+    image = pictures / "w56x84.png"
+    words = ("--image", image, "--prompt", "Here is the map: <image> ?", "--max_new_tokens", 6)
+    first, second = call("generate", nano, *words), call("generate", nano, *words)
+    assert first.code == 0, first
+    assert first.out == second.out
+    assert "<|" not in first.out
+    record = Record(1, "Here is the map: <image> ?", "", (str(image),), ())
+    made = answer_records(load_decoder(nano, ImageFinder(())), [record], Limits(6))[0]
+    assert first.out.strip() == made.text
+    refused(call("generate", nano, "--prompt", "<image>?"), "1 <image> mark(s) for 0 image(s)")
+
+
+def test_generated_runs_are_marked_with_their_length(decoder: Decoder) -> None:
+    encoder = decoder.encoder
+    pad, start, end = (encoder.id_of(f"<|latent_{name}|>") for name in ("pad", "start", "end"))
+    word = encoder.tokenizer("map", add_special_tokens=False)["input_ids"]
+    ids = [*word, start, pad, pad, end, *word, start, end, start, pad, encoder.id_of("<|im_end|>")]
+    marked = Answer("", [2, 0, 1], ids).marked(encoder)
+    assert marked == "map[2 latents]map[0 latents][1 latents]"
