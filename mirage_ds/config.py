@@ -50,6 +50,9 @@ class RunConfig(BaseModel):
     max_pixels: PositiveInt | None = Field(None, description="Largest input image; the processor's own if not set.")
     helper_min_pixels: PositiveInt | None = Field(None, description="As --min_pixels, for helper images.")
     helper_max_pixels: PositiveInt | None = Field(None, description="As --max_pixels, for helper images.")
+    feature_cache_mb: int = Field(
+        1024, ge=0, description="Host memory of a rank for the frozen tower's features, in MiB: each image once."
+    )
     num_workers: int = Field(2, ge=0, description="Data-loader processes a rank.")
     cache_dir: Path | None = Field(None, description="Cache of hub downloads and of the Arrow form of the records.")
 

@@ -146,7 +146,7 @@ def decode(
     loaded, encoder = decoder.loaded, decoder.encoder
     assert loaded.tower is not None
     device = next(loaded.model.parameters()).device
-    batch = loaded.tower.attach(to_device(collate(samples, 1, encoder.dummy(0)), device))
+    batch = to_device(loaded.tower.attach(collate(samples, 1, encoder.dummy(0))), device)
     tokens = latent_tokens(encoder)
     if not decoder.latents:
         tokens = tokens._replace(start=-1)

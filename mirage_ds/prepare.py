@@ -129,6 +129,7 @@ def make_model(config: RunConfig, folder: Path, ds_values: dict[str, Any], devic
         train_vision=config.train_vision,
         reduction=config.reduction,
         loss_chunk_bytes=config.loss_chunk_mb << 20,
+        feature_cache_bytes=config.feature_cache_mb << 20,
         ds_config=ds_values,
     )
 

@@ -177,10 +177,9 @@ def forward(
     config: RunConfig, prepared: Prepared, batch: Batch, counts: StepCounts
 ) -> tuple[LossSums, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run one micro-batch forward; return its sums and its share of the step's (loss, ce, sim)."""
-    batch = to_device(batch, prepared.world.device)
     if prepared.tower is not None:
         batch = prepared.tower.attach(batch)
-    sums = prepared.engine(batch)
+    sums = prepared.engine(to_device(batch, prepared.world.device))
     return sums, *objective(sums, counts, config.gamma, config.reduction)
 
 

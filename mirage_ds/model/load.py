@@ -167,7 +167,9 @@ def check_vocabulary(config: Qwen2_5_VLConfig, ids: dict[str, int]) -> None:
         )
 
 
-def load_tower(folder: Path, config: Qwen2_5_VLConfig, dtype: torch.dtype, device: torch.device) -> FrozenTower:
+def load_tower(
+    folder: Path, config: Qwen2_5_VLConfig, dtype: torch.dtype, device: torch.device, cache_bytes: int = 1 << 30
+) -> FrozenTower:
     """Load the vision tower alone. Call it while no HfDeepSpeedConfig is alive, or ZeRO-3 partitions it."""
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
@@ -176,7 +178,7 @@ def load_tower(folder: Path, config: Qwen2_5_VLConfig, dtype: torch.dtype, devic
     tower: Any = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(
         folder, config=vision_config, dtype=dtype, key_mapping={r"^(model\.)?visual\.": ""}
     )
-    return FrozenTower(tower.to(device))
+    return FrozenTower(tower.to(device), cache_bytes)
 
 
 def load_model(
@@ -190,6 +192,7 @@ def load_model(
     train_vision: bool = False,
     reduction: str = "sample",
     loss_chunk_bytes: int = 256 << 20,
+    feature_cache_bytes: int = 1 << 30,
     ds_config: dict[str, Any] | None = None,
 ) -> Loaded:
     """Load a checkpoint folder.
@@ -212,7 +215,7 @@ def load_model(
     config = read_config(folder)
     check_weights(folder, config)
     register()
-    tower = None if train_vision else load_tower(folder, config, dtype, device)
+    tower = None if train_vision else load_tower(folder, config, dtype, device, feature_cache_bytes)
     # from_pretrained finds the configuration through a weak reference: the name keeps it alive for the load.
     alive = HfDeepSpeedConfig(ds_config) if ds_config is not None else None
     whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(
