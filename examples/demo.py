@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 from rich.console import Console
@@ -41,8 +41,8 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage("sft", 600, 64, 2e-3),
-    Stage("stage1", 80, 64, 1e-3),
-    Stage("stage2", 150, 64, 1e-3),
+    Stage("stage1", 50, 64, 5e-4),
+    Stage("stage2", 110, 64, 1e-3),
 )
 
 
@@ -143,6 +143,18 @@ def constant_scores(test: Path) -> dict[str, float]:
     return {level: best_constant(found)[1] for level, found in boards.items()}
 
 
+def score(folder: Path, test: Path, latents: bool) -> dict[str, Any]:
+    """Answer the held-out maps and score the answers, as `mirage-ds evaluate` does."""
+    from mirage_ds.data.record import ImageFinder
+    from mirage_ds.evaluate import evaluate_file, load_decoder, run_limits, write_report
+
+    decoder = load_decoder(folder, ImageFinder.beside(test, None), latents=latents)
+    limits = run_limits(decoder, new_tokens=48, longest_run=8, run_length="trained")
+    scores = evaluate_file(decoder, test, None, limits, batch_size=100)
+    write_report(scores, folder / "scores.json")
+    return scores
+
+
 @click.command()
 @click.option("--out", default="runs/demo", show_default=True, type=click.Path(path_type=Path))
 @click.option("--count", default=8000, show_default=True, help="Training maps.")
@@ -156,7 +168,7 @@ def main(out: Path, count: int, test_count: int) -> None:
     logs = out / "logs"
     logs.mkdir(parents=True)
     mirage = BINARIES / "mirage-ds"
-    build = (mirage, "data", "build", "vsp-spatial-planning", "--levels", "3,4", "--hole_rate", 0.35)
+    build = (mirage, "data", "build", "vsp-spatial-planning", "--levels", "3,4", "--hole_rate", 0.25)
     style = ("--cell_size", 28, "--prompt", "short")
     train_data, test_data = out / "train" / "data.jsonl", out / "test" / "data.jsonl"
     arguments = ("--out", out / "train", "--count", count, "--proportions", "1,5", *style)
@@ -171,7 +183,8 @@ def main(out: Path, count: int, test_count: int) -> None:
         train(stage, weights, out / stage.name, train_data, logs / f"{stage.name}.log")
         weights = out / stage.name
     exported = out / "exported"
-    run("export of the last sharded checkpoint", (mirage, "export", weights, exported), logs / "export.log")
+    checkpoint = weights / "run" / "checkpoints" / f"global_step{STAGES[-1].steps}"
+    run("export of the last sharded checkpoint", (mirage, "export", checkpoint, exported), logs / "export.log")
 
     table = Table(
         "after", "steps so far", *(f"level {level}" for level in LEVELS), "all", title="success on held-out maps"
@@ -183,11 +196,8 @@ def main(out: Path, count: int, test_count: int) -> None:
     for stage in STAGES:
         steps += stage.steps
         folder = exported if stage is STAGES[-1] else out / stage.name
-        report = out / f"score_{stage.name}.json"
-        latents = ("--no_latents",) if stage.name == "sft" else ()
-        options = ("--data_path", test_data, "--max_new_tokens", 48, "--batch_size", 100, "--out", report, *latents)
-        run(f"scoring {stage.name}", (mirage, "evaluate", folder, *options), logs / f"score_{stage.name}.log")
-        scores = json.loads(report.read_text())
+        with console.status(f"scoring {stage.name}"):
+            scores = score(folder, test_data, latents=stage.name != "sft")
         rows = [scores["levels"][str(level)] for level in LEVELS] + [scores["all"]]
         cells = [f"{row['success']:.2f} ({row['low']:.2f}–{row['high']:.2f})" for row in rows]
         table.add_row(stage.name, str(steps), *cells)
