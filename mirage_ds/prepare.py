@@ -24,7 +24,7 @@ from mirage_ds.engine.export import Parts, save_model
 from mirage_ds.engine.setup import World, from_rank_zero, make_engine
 from mirage_ds.errors import UserError
 from mirage_ds.model.attention import choose_backend
-from mirage_ds.model.load import Loaded, check_vocabulary, load_model, read_config, resolve_folder
+from mirage_ds.model.load import Loaded, check_vocabulary, check_weights, load_model, read_config, resolve_folder
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
 
@@ -156,6 +156,8 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     eval_index = from_rank_zero(
         lambda: build_index(eval_path, encoder, *limits, quiet=False) if eval_path else None, world
     )
+    # Before the run folder is claimed: a refused run must not stand in the way of the mended one.
+    from_rank_zero(lambda: check_weights(folders[0], read_config(folders[0])), world)
     own_folder = from_rank_zero(
         lambda: run_folder.claim(config.save_model_path, config.overwrite, config.resume == "auto"), world
     )

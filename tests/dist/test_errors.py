@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,15 @@ def test_wrong_load_model_path(nano: Path, mixed: Path, tmp_path: Path) -> None:
     path = tmp_path / "nowhere"
     sentence = f"error: --load_model_path {path}: no such folder"
     refused(dict(model=nano, load_model_path=path, stage="sft", data_path=mixed), tmp_path, sentence)
+
+
+def test_broken_weights_leave_the_run_folder_unclaimed(nano: Path, mixed: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(nano, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    sentence = f"error: {weights}: not a whole safetensors file"
+    refused(dict(model=nano, load_model_path=broken, stage="sft", data_path=mixed), tmp_path, sentence)
 
 
 def test_no_usable_row(nano: Path, mixed: Path, tmp_path: Path) -> None:
