@@ -6,6 +6,7 @@ The names and meanings of the public Mirage code's flags are kept: --model --sta
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 from mirage_ds.errors import UserError
 
 Stage = Literal["sft", "stage1", "stage2"]
+FeatureCache = Literal["all", "targets", "off"]
 
 # The public code trains at micro-batch 1; the paper's batch is 8 rows an optimizer step.
 PAPER_BATCH = 8
@@ -50,8 +52,15 @@ class RunConfig(BaseModel):
     max_pixels: PositiveInt | None = Field(None, description="Largest input image; the processor's own if not set.")
     helper_min_pixels: PositiveInt | None = Field(None, description="As --min_pixels, for helper images.")
     helper_max_pixels: PositiveInt | None = Field(None, description="As --max_pixels, for helper images.")
-    feature_cache_mb: int = Field(
-        1024, ge=0, description="Host memory of a rank for the frozen tower's features, in MiB: each image once."
+    feature_cache: FeatureCache | None = Field(
+        None,
+        description="Features of the frozen tower kept on disk, each image encoded once for all epochs, stages and "
+        "runs: of all images, of the helpers alone (targets), or none (off). [default: all; off with --train_vision]",
+    )
+    feature_dir: Path | None = Field(
+        None,
+        description="Folder of kept features; all hosts must see it. [default: features/ in --cache_dir, or "
+        "~/.cache/mirage_ds/features]",
     )
     num_workers: int = Field(2, ge=0, description="Data-loader processes a rank.")
     cache_dir: Path | None = Field(None, description="Cache of hub downloads and of the Arrow form of the records.")
@@ -122,6 +131,11 @@ class RunConfig(BaseModel):
             )
         if (self.eval_data_path is None) != (self.eval_every is None):
             raise ValueError("--eval_data_path and --eval_every belong together: give both or none")
+        if self.train_vision and self.feature_cache in ("all", "targets"):
+            raise ValueError(
+                f"--train_vision changes the features that --feature_cache {self.feature_cache} would keep: use "
+                "--feature_cache off, or leave it out"
+            )
         if self.resume == "auto" and self.overwrite:
             raise ValueError("--resume auto continues a run and --overwrite starts it over: give one of them")
         if self.max_length > self.micro_batch_tokens:
@@ -135,6 +149,23 @@ class RunConfig(BaseModel):
     def rows_per_step(self) -> int:
         """Rows an optimizer step (the contract: the same rows on any number of ranks)."""
         return self.global_batch_size or self.gradient_accumulation_steps or PAPER_BATCH
+
+    @property
+    def kept_fields(self) -> tuple[str, ...]:
+        """Fields of the record whose images' features are kept on disk."""
+        if self.train_vision or self.feature_cache == "off":
+            return ()
+        helpers = ("image_output",) if self.stage == "stage1" else ()
+        return helpers if self.feature_cache == "targets" else ("image_input", *helpers)
+
+    @property
+    def features_folder(self) -> Path:
+        """Where kept features lie."""
+        if self.feature_dir is not None:
+            return self.feature_dir
+        if self.cache_dir is not None:
+            return self.cache_dir / "features"
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mirage_ds" / "features"
 
     @property
     def gamma(self) -> float:

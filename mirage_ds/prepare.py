@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from mirage_ds import run_folder
 from mirage_ds.config import RunConfig
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder, load_encoder
+from mirage_ds.data.features import KeptFeatures
 from mirage_ds.data.loader import Index, Loader, build_index
 from mirage_ds.data.pack import Planner, pack, total_steps
 from mirage_ds.data.record import ImageFinder, open_records
@@ -23,10 +26,22 @@ from mirage_ds.engine.checkpoint import find_checkpoint
 from mirage_ds.engine.export import Parts, save_model
 from mirage_ds.engine.setup import World, from_rank_zero, make_engine
 from mirage_ds.errors import UserError
+from mirage_ds.keep_features import keep_features
 from mirage_ds.model.attention import choose_backend
-from mirage_ds.model.load import Loaded, check_vocabulary, check_weights, load_model, read_config, resolve_folder
+from mirage_ds.model.load import (
+    Loaded,
+    check_vocabulary,
+    check_weights,
+    load_model,
+    load_tower,
+    read_config,
+    resolve_folder,
+)
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class Prepared(NamedTuple):
@@ -54,6 +69,16 @@ class Prepared(NamedTuple):
     state: dict[str, Any]
     checkpoint: Path | None
     evaluation: Evaluation | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A records file that has been checked: its rows, their measures and plan, the kept features of each field."""
+
+    records: Dataset
+    index: Index
+    planner: Planner
+    features: dict[str, KeptFeatures]
 
 
 class Evaluation(NamedTuple):
@@ -90,11 +115,34 @@ def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
     return encoder
 
 
-def make_loader(
-    config: RunConfig, encoder: Encoder, index: Index, world: World, data_path: Path, passes: int
-) -> Loader:
-    """Build this rank's loader over the measured rows of a records file."""
-    planner = Planner(
+def measure(
+    config: RunConfig,
+    encoder: Encoder,
+    tower: FrozenTower | None,
+    data_path: Path,
+    index: Index,
+    steps: int | None,
+    world: World,
+) -> Measured:
+    """Open a checked records file and keep the features of its images. All ranks call it.
+
+    Args:
+        tower: None where it is trained.
+        steps: optimizer steps of the run; None for a file of which every row is used.
+    """
+    records = open_records(data_path, config.cache_dir)
+    planner = make_planner(config, index, world)
+    features: dict[str, KeptFeatures] = {}
+    if tower is not None:
+        rows = index.row_ids.tolist() if steps is None else planner.reached(steps)
+        place, workers = config.features_folder, config.num_workers
+        features = keep_features(tower, encoder, records, index.images, rows, data_path, place, workers, world)
+    return Measured(records, index, planner, features)
+
+
+def make_planner(config: RunConfig, index: Index, world: World) -> Planner:
+    """Build the planner of a run's steps over the measured rows."""
+    return Planner(
         lengths=index.tokens,
         row_ids=index.row_ids,
         rows_per_step=config.rows_per_step,
@@ -103,8 +151,11 @@ def make_loader(
         micro_batch_size=config.micro_batch_size,
         seed=config.seed,
     )
-    records = open_records(data_path, config.cache_dir)
-    return Loader(records, encoder, planner, world.rank, passes, config.num_workers)
+
+
+def make_loader(config: RunConfig, encoder: Encoder, measured: Measured, rank: int, passes: int) -> Loader:
+    """Build this rank's loader over a records file."""
+    return Loader(measured.records, encoder, measured.planner, rank, passes, config.num_workers, kept=measured.features)
 
 
 def make_evaluation(config: RunConfig, loader: Loader, index: Index) -> Evaluation:
@@ -117,19 +168,21 @@ def make_evaluation(config: RunConfig, loader: Loader, index: Index) -> Evaluati
     return Evaluation(loader, [rows[at : at + width] for at in range(0, len(rows), width)], counts)
 
 
-def make_model(config: RunConfig, folder: Path, ds_values: dict[str, Any], device: torch.device) -> Loaded:
+def make_model(
+    config: RunConfig, folder: Path, ds_values: dict[str, Any], device: torch.device, tower: FrozenTower | None
+) -> Loaded:
     """Load the model as a run's settings and the resolved DeepSpeed configuration say."""
     return load_model(
         folder,
         stage=config.stage,
         dtype=getattr(torch, ds.compute_dtype(ds_values)),
         device=device,
+        tower=tower,
         attention=config.attention,
         checkpointing=config.gradient_checkpointing,
         train_vision=config.train_vision,
         reduction=config.reduction,
         loss_chunk_bytes=config.loss_chunk_mb << 20,
-        feature_cache_bytes=config.feature_cache_mb << 20,
         ds_config=ds_values,
     )
 
@@ -151,13 +204,27 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     folders = _model_folders(config, world)
     encoder = make_encoder(config, folders)
     limits = (config.max_length, config.max_dropped_share)
-    index = from_rank_zero(lambda: build_index(config.data_path, encoder, *limits, quiet=False), world)
-    eval_path = config.eval_data_path
-    eval_index = from_rank_zero(
-        lambda: build_index(eval_path, encoder, *limits, quiet=False) if eval_path else None, world
-    )
-    # Before the run folder is claimed: a refused run must not stand in the way of the mended one.
+    files = [config.data_path] + ([config.eval_data_path] if config.eval_data_path else [])
+    indices = [
+        from_rank_zero(partial(build_index, file, encoder, *limits, config.kept_fields, quiet=False), world)
+        for file in files
+    ]
+    # All that can refuse the run comes before its folder is claimed: a refused run must not stand in the way of the
+    # mended one.
     from_rank_zero(lambda: check_weights(folders[0], read_config(folders[0])), world)
+    tower = None
+    if not config.train_vision:
+        dtype = getattr(torch, ds.compute_dtype(ds_values))
+        tower = load_tower(folders[0], read_config(folders[0]), dtype, world.device)
+    index = indices[0]
+    steps = total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
+    measured = [
+        measure(config, encoder, tower, file, one, steps if one is index else None, world)
+        for file, one in zip(files, indices, strict=True)
+    ]
+    if tower is not None and "image_input" in config.kept_fields:
+        # No step calls it any more; it is kept for the model folder that is saved at the end.
+        tower.tower.to("cpu")
     own_folder = from_rank_zero(
         lambda: run_folder.claim(config.save_model_path, config.overwrite, config.resume == "auto"), world
     )
@@ -187,17 +254,12 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         checkpoint = from_rank_zero(lambda: find_checkpoint(own_folder / "checkpoints", state), world)
     if world.rank == 0:
         run_folder.describe(own_folder, config, ds_values)
-    loaded = make_model(config, folders[0], ds_values, world.device)
-    steps = total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
+    loaded = make_model(config, folders[0], ds_values, world.device, tower)
     # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
-    most_runs = max(int(one.runs.max()) for one in (index, eval_index) if one is not None)
+    most_runs = max(int(one.index.runs.max()) for one in measured)
     passes = most_runs * config.latent_size + 1 if config.stage == "stage2" else 1
-    loader = make_loader(config, encoder, index, world, config.data_path, passes)
-    evaluation = None
-    if eval_path and eval_index:
-        evaluation = make_evaluation(
-            config, make_loader(config, encoder, eval_index, world, eval_path, passes), eval_index
-        )
+    loader, *others = [make_loader(config, encoder, one, world.rank, passes) for one in measured]
+    evaluation = make_evaluation(config, others[0], measured[1].index) if others else None
     engine = make_engine(loaded.model, config, ds_values, steps)
 
     trained = {"stage": config.stage, "latent_size": config.latent_size}

@@ -48,7 +48,8 @@ class Batch(NamedTuple):
             label_count: (N,) labels of each sample.
         latents: (N_runs · k,) packed positions of the latents; latent_sample: their samples; latent_count: (N,).
         image_positions: (F,) packed positions of input images' features.
-        pixel_values, image_grid_thw: (P, 1176) and (n, 3); image_features: (F, H) once the tower has run.
+        pixel_values, image_grid_thw: (P, 1176) and (n, 3); image_features: (F, H) where they were kept, or once the
+            tower has run.
         helper_…: the same for the helper images of stage1.
         pool_from, pool_to: which helper feature goes into the mean of which latent's target; pool_size: (N_runs · k,)
             features in each mean.
@@ -155,15 +156,21 @@ def collate(samples: Sequence[Sample], passes: int, dummy: Sample, merge: int = 
         ),
         pixel_values=torch.cat([sample.pixel_values for sample in packed]),
         image_grid_thw=torch.cat([sample.image_grid_thw for sample in packed]),
-        image_features=None,
+        image_features=_features([sample.image_features for sample in packed]),
         helper_pixel_values=torch.cat([sample.helper_pixel_values for sample in packed]),
         helper_grid_thw=torch.cat([sample.helper_grid_thw for sample in packed]),
-        helper_features=None,
+        helper_features=_features([sample.helper_features for sample in packed]),
         pool_from=pools[0],
         pool_to=pools[1],
         pool_size=pools[2],
         passes=made,
     )
+
+
+def _features(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Join kept features; a dummy row has none. None where nothing was kept."""
+    kept = [part for part in parts if part is not None]
+    return torch.cat(kept) if kept else None
 
 
 def _indices(parts: Sequence[np.ndarray]) -> torch.Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mirage_ds.config import Stage
-from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, ImageFinder, Record
+from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, ImageFinder, Record, RecordError
 from mirage_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Sample(NamedTuple):
         pixel_values: (P, 1176) float32; image_grid_thw: (n, 3) int64, in patches.
         runs: the latent runs as (first latent's position, k).
         helper_pixel_values, helper_grid_thw: the same for the helper images (stage1 only, else empty).
+        image_features, helper_features: (F, H) where the frozen tower's features were kept; then there are no pixels.
     """
 
     row: int
@@ -59,15 +60,23 @@ class Sample(NamedTuple):
     runs: tuple[tuple[int, int], ...]
     helper_pixel_values: torch.Tensor
     helper_grid_thw: torch.Tensor
+    image_features: torch.Tensor | None = None
+    helper_features: torch.Tensor | None = None
 
 
 class Measure(NamedTuple):
-    """What planning needs to know of a row before it is encoded; counted in tokens (patches: of all its images)."""
+    """What planning needs to know of a row before it is encoded.
+
+    Attributes:
+        tokens, labels, runs: counts of each.
+        images, helpers: merged features of each input image and, in stage1, of each helper image.
+    """
 
     tokens: int
     labels: int
     runs: int
-    patches: int
+    images: tuple[int, ...]
+    helpers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -230,17 +239,27 @@ class Encoder:
             tokens=len(layout.input_ids),
             labels=len(layout.input_ids) - layout.answer_start - pads,
             runs=pads // self.latent_size,
-            patches=sum(t * h * w for t, h, w in layout.grids + layout.helper_grids),
+            images=tuple(self._merged(grid) for grid in layout.grids),
+            helpers=tuple(self._merged(grid) for grid in layout.helper_grids),
         )
 
-    def encode(self, record: Record, row: int) -> Sample:
+    def encode(
+        self,
+        record: Record,
+        row: int,
+        image_features: torch.Tensor | None = None,
+        helper_features: torch.Tensor | None = None,
+    ) -> Sample:
         """Encode one record.
+
+        Args:
+            image_features, helper_features: (F, H) features of its images, which are then not decoded.
 
         Raises:
             RecordError: the record cannot be used in this stage, or an image does not decode.
         """
         layout = self._lay_out(record, self._text(record), self._grounded)
-        return self._encode(record, row, layout, self._grounded)
+        return self._encode(record, row, layout, self._grounded, image_features, helper_features)
 
     def encode_prompt(self, record: Record, row: int) -> Sample:
         """Encode the question alone, up to `<|im_start|>assistant`: what decoding starts from. It has no labels.
@@ -250,17 +269,36 @@ class Encoder:
         """
         return self._encode(record, row, self._lay_out(record, self._prompt(record), helpers=False), helpers=False)
 
-    def _encode(self, record: Record, row: int, layout: _Layout, helpers: bool) -> Sample:
+    def pixels(self, record: Record, name: str, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode one image of a record: pixel patches (P, 1176) and grid (1, 3).
+
+        Args:
+            name: "image_input" or "image_output", which says whose pixel limits hold.
+
+        Raises:
+            RecordError: the image is missing or does not decode.
+        """
+        processor = self.images if name == "image_input" else self.helpers
+        return self._pixels(processor, record, name, (path,), None)
+
+    def _encode(
+        self,
+        record: Record,
+        row: int,
+        layout: _Layout,
+        helpers: bool,
+        image_features: torch.Tensor | None = None,
+        helper_features: torch.Tensor | None = None,
+    ) -> Sample:
         ids = np.array(layout.input_ids, dtype=np.int64)
         pad = self.id_of(LATENT_PAD)
         labels = ids.copy()
         labels[: layout.answer_start] = IGNORE
         labels[ids == pad] = IGNORE
         starts = np.flatnonzero(ids == self.id_of(LATENT_START)) + 1
-        pixels, grids = self._pixels(self.images, record, "image_input", record.image_input, layout.grids)
-        paths = record.image_output if helpers else ()
+        pixels, grids = self._images(self.images, record, "image_input", layout.grids, image_features)
         expected = layout.helper_grids if helpers else []
-        helper_pixels, helper_grids = self._pixels(self.helpers, record, "image_output", paths, expected)
+        helper_pixels, helper_grids = self._images(self.helpers, record, "image_output", expected, helper_features)
         image_pad = self.id_of(IMAGE_PAD)
         return Sample(
             row=row,
@@ -273,10 +311,28 @@ class Encoder:
             runs=tuple((int(start), self.latent_size) for start in starts),
             helper_pixel_values=helper_pixels,
             helper_grid_thw=helper_grids,
+            image_features=image_features,
+            helper_features=helper_features,
         )
 
+    def _images(
+        self, processor: Any, record: Record, name: str, expected: list[Grid], features: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode the images of a field unless their features are at hand."""
+        paths: tuple[str, ...] = getattr(record, name) if expected else ()
+        if features is None:
+            return self._pixels(processor, record, name, paths, expected)
+        if len(features) != sum(self._merged(grid) for grid in expected):
+            raise self._changed(record, name)
+        pixels, _ = self._pixels(processor, record, name, (), expected)
+        return pixels, torch.tensor(expected, dtype=torch.int64).reshape(-1, 3)
+
+    @staticmethod
+    def _changed(record: Record, name: str) -> RecordError:
+        return record.fault(name, "an image changed its size since it was measured", "start the run again")
+
     def _pixels(
-        self, processor: Any, record: Record, name: str, paths: tuple[str, ...], expected: list[Grid]
+        self, processor: Any, record: Record, name: str, paths: tuple[str, ...], expected: list[Grid] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         width = 3 * processor.temporal_patch_size * processor.patch_size**2
         if not paths:
@@ -284,8 +340,8 @@ class Encoder:
         images = [self.finder.load(record, name, path) for path in paths]
         output = processor(images=images, return_tensors="pt")
         grids = output["image_grid_thw"].to(torch.int64)
-        if [tuple(grid) for grid in grids.tolist()] != expected:
-            raise record.fault(name, "an image changed its size since it was measured", "start the run again")
+        if expected is not None and [tuple(grid) for grid in grids.tolist()] != expected:
+            raise self._changed(record, name)
         return output["pixel_values"].to(torch.float32), grids
 
     def dummy(self, runs: int) -> Sample:

@@ -6,7 +6,7 @@ R usable rows, W ranks, G micro-steps of a step.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,8 @@ import torch
 from rich.progress import track
 
 from mirage_ds.data.batch import Batch, collate
-from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.encode import Encoder, Measure, Sample
+from mirage_ds.data.features import ImageKeys, KeptFeatures, Key, image_key, image_keys
 from mirage_ds.data.pack import Planner, StepPlan
 from mirage_ds.data.record import Fault, Record, RecordError, record_of, scan
 from mirage_ds.errors import UserError
@@ -38,6 +39,7 @@ class Index(NamedTuple):
         row_ids: (R,) place of each usable row in the dataset.
         tokens, labels, runs: (R,) counts of each.
         dropped: rows longer than the limit; longest: tokens of the longest row met.
+        images: field name → its images, for the fields whose features are kept.
     """
 
     row_ids: np.ndarray
@@ -46,6 +48,7 @@ class Index(NamedTuple):
     runs: np.ndarray
     dropped: int
     longest: int
+    images: dict[str, ImageKeys]
 
     @property
     def dropped_share(self) -> float:
@@ -53,17 +56,22 @@ class Index(NamedTuple):
         return self.dropped / max(1, self.dropped + len(self.row_ids))
 
 
-def check_records(records: list[Record], encoder: Encoder, quiet: bool = True) -> tuple[list[Fault], np.ndarray]:
+def check_records(
+    records: list[Record], encoder: Encoder, keep: Sequence[str] = (), quiet: bool = True
+) -> tuple[list[Fault], list[Measure]]:
     """Measure every record and decode every image once.
 
+    Args:
+        keep: fields whose images are not decoded here, since whoever keeps their features decodes them.
+
     Returns:
-        The faults, and (records, 3) tokens, labels and runs of each record (zeros for a faulty one).
+        The faults, and the measure of each record (empty for a faulty one).
     """
     faults: dict[int, Fault] = {}
-    measures = np.zeros((len(records), 3), dtype=np.int64)
+    measures = [Measure(0, 0, 0, (), ())] * len(records)
     for i, record in enumerate(track(records, "measuring rows", disable=quiet, transient=True)):
         try:
-            measures[i] = encoder.measure(record)[:3]
+            measures[i] = encoder.measure(record)
         except RecordError as error:
             faults[i] = error.fault
 
@@ -71,7 +79,8 @@ def check_records(records: list[Record], encoder: Encoder, quiet: bool = True) -
     for i, record in enumerate(records):
         if i not in faults:
             for name, path in record.images(helpers=encoder.stage == "stage1"):
-                users[name, path].append(i)
+                if name not in keep:
+                    users[name, path].append(i)
 
     def decode(item: tuple[tuple[str, str], list[int]]) -> tuple[list[int], Fault | None]:
         (name, path), rows = item
@@ -89,21 +98,53 @@ def check_records(records: list[Record], encoder: Encoder, quiet: bool = True) -
     return [faults[i] for i in sorted(faults)], measures
 
 
+def faults_error(data_path: Path, faults: Sequence[Fault]) -> UserError:
+    """Make the error that says the first fault of a records file and counts the others."""
+    first, *others = sorted(faults, key=lambda fault: fault.line)
+    rest = f" (and {len(others)} more: `mirage-ds data check {data_path}` lists them)" if others else ""
+    return UserError(f"{data_path}: {first}{rest}")
+
+
+def _keys(records: list[Record], measures: list[Measure], encoder: Encoder, name: str) -> ImageKeys:
+    """Key every image of a field; files that several records share are read once."""
+    known: dict[Path, Key] = {}
+
+    def key_of(record: Record, path: str) -> Key:
+        place = encoder.finder.find(record, name, path)
+        if place not in known:
+            known[place] = image_key(place)
+        return known[place]
+
+    rows = []
+    for record, measure in zip(records, measures, strict=True):
+        sizes = measure.images if name == "image_input" else measure.helpers
+        paths = getattr(record, name) if sizes else ()
+        rows.append([(key_of(record, path), size) for path, size in zip(paths, sizes, strict=True)])
+    return image_keys(rows)
+
+
 def build_index(
-    data_path: Path, encoder: Encoder, max_length: int, max_dropped_share: float, quiet: bool = True
+    data_path: Path,
+    encoder: Encoder,
+    max_length: int,
+    max_dropped_share: float,
+    keep: Sequence[str] = (),
+    quiet: bool = True,
 ) -> Index:
     """Check and measure a records file before the first GPU second is spent.
+
+    Args:
+        keep: fields ("image_input", "image_output") whose features are kept: their images get keys here and are decoded
+            by whoever makes the features.
 
     Raises:
         UserError: a record has a fault, too large a share is too long, or no row is left.
     """
     records, faults = scan(data_path)
-    more, measures = check_records(records, encoder, quiet)
-    faults = sorted(faults + more, key=lambda fault: fault.line)
-    if faults:
-        rest = f" (and {len(faults) - 1} more: `mirage-ds data check {data_path}` lists them)" if faults[1:] else ""
-        raise UserError(f"{data_path}: {faults[0]}{rest}")
-    tokens, labels, runs = measures.T
+    more, measures = check_records(records, encoder, keep, quiet)
+    if faults + more:
+        raise faults_error(data_path, faults + more)
+    tokens, labels, runs = np.array([measure[:3] for measure in measures], dtype=np.int64).T
     fits = np.flatnonzero(tokens <= max_length)
     index = Index(
         row_ids=fits,
@@ -112,6 +153,7 @@ def build_index(
         runs=runs[fits],
         dropped=len(records) - len(fits),
         longest=int(tokens.max()),
+        images={name: _keys(records, measures, encoder, name) for name in keep},
     )
     if not len(fits):
         raise UserError(
@@ -127,18 +169,25 @@ def build_index(
 
 
 class Rows(torch.utils.data.Dataset):
-    """Encodes a row when it is asked for; a faulty one arrives as its Fault, since a worker's exception loses it."""
+    """Encodes a row when it is asked for; a faulty one arrives as its Fault, since a worker's exception loses it.
 
-    def __init__(self, records: Dataset, encoder: Encoder):
+    Args:
+        kept: field name → the kept features of its images.
+    """
+
+    def __init__(self, records: Dataset, encoder: Encoder, kept: Mapping[str, KeptFeatures]):
         self.records = records
         self.encoder = encoder
+        self.kept = kept
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, row: int) -> Sample | Fault:
         try:
-            return self.encoder.encode(record_of(self.records[row]), row)
+            features = {name: kept.of(row) for name, kept in self.kept.items()}
+            images, helpers = features.get("image_input"), features.get("image_output")
+            return self.encoder.encode(record_of(self.records[row]), row, images, helpers)
         except RecordError as error:
             return error.fault
 
@@ -159,10 +208,20 @@ class Loader:
         rank: this rank.
         passes: passes of every micro-batch (see pack.schedule).
         workers: worker processes.
+        kept: field name → the kept features of its images.
     """
 
-    def __init__(self, records: Dataset, encoder: Encoder, planner: Planner, rank: int, passes: int, workers: int):
-        self.rows = Rows(records, encoder)
+    def __init__(
+        self,
+        records: Dataset,
+        encoder: Encoder,
+        planner: Planner,
+        rank: int,
+        passes: int,
+        workers: int,
+        kept: Mapping[str, KeptFeatures] | None = None,
+    ):
+        self.rows = Rows(records, encoder, kept or {})
         self.planner = planner
         self.rank = rank
         self.workers = workers

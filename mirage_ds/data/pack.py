@@ -83,6 +83,13 @@ class Planner:
         at = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
         return [int(_permutation(self.seed, int(i) // count, count)[int(i) % count]) for i in at]
 
+    def reached(self, steps: int) -> list[int]:
+        """Dataset rows that the first `steps` steps train on, in the order of the dataset."""
+        count = len(self.row_ids)
+        epochs, rest = divmod(steps * self.rows_per_step, count)
+        places = np.arange(count) if epochs else np.sort(_permutation(self.seed, 0, count)[:rest])
+        return [int(row) for row in self.row_ids[places]]
+
     def plan(self, step: int) -> StepPlan:
         """Pack the rows of one step into G × W bins."""
         places = self.rows_of(step)

@@ -167,9 +167,7 @@ def check_vocabulary(config: Qwen2_5_VLConfig, ids: dict[str, int]) -> None:
         )
 
 
-def load_tower(
-    folder: Path, config: Qwen2_5_VLConfig, dtype: torch.dtype, device: torch.device, cache_bytes: int = 1 << 30
-) -> FrozenTower:
+def load_tower(folder: Path, config: Qwen2_5_VLConfig, dtype: torch.dtype, device: torch.device) -> FrozenTower:
     """Load the vision tower alone. Call it while no HfDeepSpeedConfig is alive, or ZeRO-3 partitions it."""
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
@@ -178,7 +176,7 @@ def load_tower(
     tower: Any = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(
         folder, config=vision_config, dtype=dtype, key_mapping={r"^(model\.)?visual\.": ""}
     )
-    return FrozenTower(tower.to(device), cache_bytes)
+    return FrozenTower(tower.to(device))
 
 
 def load_model(
@@ -192,13 +190,14 @@ def load_model(
     train_vision: bool = False,
     reduction: str = "sample",
     loss_chunk_bytes: int = 256 << 20,
-    feature_cache_bytes: int = 1 << 30,
+    tower: FrozenTower | None = None,
     ds_config: dict[str, Any] | None = None,
 ) -> Loaded:
     """Load a checkpoint folder.
 
     Args:
         dtype: of the weights in the forward.
+        tower: the frozen tower where it has been loaded already.
         ds_config: the resolved DeepSpeed configuration. Under ZeRO-3 the weights are then partitioned as they are
             read, so that no rank ever holds the whole model; None loads an ordinary module.
 
@@ -215,7 +214,8 @@ def load_model(
     config = read_config(folder)
     check_weights(folder, config)
     register()
-    tower = None if train_vision else load_tower(folder, config, dtype, device, feature_cache_bytes)
+    if tower is None and not train_vision:
+        tower = load_tower(folder, config, dtype, device)
     # from_pretrained finds the configuration through a weak reference: the name keeps it alive for the load.
     alive = HfDeepSpeedConfig(ds_config) if ds_config is not None else None
     whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(

@@ -6,7 +6,7 @@ P patches, n images, F merged features, H hidden width of the language model.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+import json
 from typing import Any
 
 import torch
@@ -30,26 +30,40 @@ def features_of(tower: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) 
 class FrozenTower:
     """The tower that is not trained: outside the module tree, so that ZeRO-3 does not partition it.
 
-    Every rank holds it whole and calls it as often as it likes: no collective hides in it. Its features are a function
-    of the image, so each image is encoded once and kept in host memory by content. Images are encoded one by one: the
-    features then do not depend on which rows shared a micro-batch, to the last bit, and a resumed run finds the same.
+    Every rank holds it whole and calls it as often as it likes: no collective hides in it. Images are encoded one by
+    one: in one call over several, the last bits of a feature depend on its neighbours, and what is kept on disk would
+    depend on who shared a call.
 
     Args:
         tower: the vision tower, on its device.
-        cache_bytes: host memory for kept features; those unused for longest go first.
     """
 
-    def __init__(self, tower: nn.Module, cache_bytes: int = 1 << 30):
+    def __init__(self, tower: nn.Module):
         self.tower: Any = tower.requires_grad_(False).eval()
-        self.cache_bytes = cache_bytes
-        self.kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-        self.bytes = 0
+
+    @property
+    def width(self) -> int:
+        """H."""
+        return int(self.tower.config.out_hidden_size)
+
+    def fingerprint(self) -> str:
+        """Hash of what the features are a function of: the tower's configuration and weights."""
+        digest = hashlib.sha256(json.dumps(self.tower.config.to_diff_dict(), sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.tower.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def attach(self, batch: Batch) -> Batch:
-        """Replace the batch's pixels by their features, on the batch's device."""
+        """Give the batch the features of those images that came as pixels, on the batch's device."""
+        images, helpers = batch.image_features, batch.helper_features
+        if images is None:
+            images = self.features(batch.pixel_values, batch.image_grid_thw)
+        if helpers is None:
+            helpers = self.features(batch.helper_pixel_values, batch.helper_grid_thw)
         return batch._replace(
-            image_features=self.features(batch.pixel_values, batch.image_grid_thw),
-            helper_features=self.features(batch.helper_pixel_values, batch.helper_grid_thw),
+            image_features=images,
+            helper_features=helpers,
             pixel_values=batch.pixel_values.new_empty(0),
             helper_pixel_values=batch.helper_pixel_values.new_empty(0),
         )
@@ -57,24 +71,14 @@ class FrozenTower:
     def features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """Merged features (F, H) of all images, in order, on the device of `pixel_values`."""
         if not len(grid_thw):
-            return pixel_values.new_empty(0, self.tower.config.out_hidden_size, dtype=self.tower.dtype)
+            return pixel_values.new_empty(0, self.width, dtype=self.tower.dtype)
         images = zip(pixel_values.split(grid_thw.prod(-1).tolist()), grid_thw.split(1), strict=True)
         return torch.cat([self._one(pixels, grid) for pixels, grid in images]).to(pixel_values.device)
 
     @torch.no_grad()
     def _one(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        content = grid_thw.cpu().numpy().tobytes() + pixel_values.cpu().numpy().tobytes()
-        key = hashlib.blake2b(content, digest_size=16).digest()
-        if key in self.kept:
-            self.kept.move_to_end(key)
-            return self.kept[key]
         device = next(self.tower.parameters()).device
-        found = features_of(self.tower, pixel_values.to(device), grid_thw.to(device)).cpu()
-        self.kept[key] = found
-        self.bytes += found.nbytes
-        while self.bytes > self.cache_bytes:
-            self.bytes -= self.kept.popitem(last=False)[1].nbytes
-        return found
+        return features_of(self.tower, pixel_values.to(device), grid_thw.to(device))
 
 
 def trained_features(tower: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,14 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import get_task, task_name
-from mirage_ds.tasks.draft import Draft, Style
+from mirage_ds.tasks.draft import Draft, Picture, Style
 from mirage_ds.tasks.maps import Board, map_hash
 from mirage_ds.tasks.render import check_renderer
 from mirage_ds.tasks.report import Advance, BuildReport, print_report, progress_bar
@@ -60,12 +61,34 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _draw(pictures: dict[str, Picture], folder: Path, progress: Advance | None) -> None:
+    """Draw and save pictures under `folder`; compressing them is most of a build and runs on all cores."""
+    for parent in {(folder / name).parent for name in pictures}:
+        parent.mkdir(parents=True, exist_ok=True)
+
+    def save(name: str) -> None:
+        pictures[name].draw().save(folder / name)
+
+    names = list(pictures)
+    # The first one alone: it takes the tiles from the real renderer, which is no matter for threads.
+    for name in names[:1]:
+        save(name)
+    pool = ThreadPoolExecutor()
+    try:
+        for done, _ in enumerate(pool.map(save, names[1:]), 2):
+            if progress is not None:
+                progress(done, len(pictures))
+    finally:
+        # Whoever stops the build does not wait for the pictures that nobody began.
+        pool.shutdown(cancel_futures=True)
+
+
 def build(task: str, spec: BuildSpec, progress: Advance | None = None) -> BuildReport:
     """Write `spec.out`/NAME.jsonl and the pictures it names, relative to it, under `spec.out`/images/.
 
     Args:
         task: a name of `mirage_ds.tasks.TASKS`.
-        progress: called with (records written, records in all).
+        progress: called with (pictures drawn, pictures in all).
 
     Raises:
         UserError: an unknown task, a target that exists, gymnasium 1.2.3 missing, a bad file, too few different maps.
@@ -82,17 +105,16 @@ def build(task: str, spec: BuildSpec, progress: Advance | None = None) -> BuildR
     style = Style(spec.answer, spec.prompt, spec.ties, spec.cell_size)
     supply = Supply(module, spec, style, read_exclude(spec.exclude), report)
     rows = supply.draw() if spec.maps is None else supply.take(spec.maps)
-    with _whole_or_nothing(out) as work, (work / target.name).open("w", encoding="utf-8", newline="\n") as file:
-        for done, (row, board, draft) in enumerate(rows, 1):
-            record = _record(row, board, draft, report, spec)
-            for key, picture in (("image_input", draft.image), ("image_output", draft.helper)):
-                if not (out / record[key]).exists() and not (work / record[key]).exists():
-                    (work / record[key]).parent.mkdir(parents=True, exist_ok=True)
-                    picture.draw().save(work / record[key])
-                    report.images += 1
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            if progress is not None:
-                progress(done, len(rows))
+    with _whole_or_nothing(out) as work:
+        pictures: dict[str, Picture] = {}
+        with (work / target.name).open("w", encoding="utf-8", newline="\n") as file:
+            for row, board, draft in rows:
+                record = _record(row, board, draft, report, spec)
+                pictures |= {record["image_input"]: draft.image, record["image_output"]: draft.helper}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        new = {name: picture for name, picture in pictures.items() if not (out / name).exists()}
+        _draw(new, work, progress)
+        report.images = len(new)
     report.records = len(rows)
     report.duplicates_kept = spec.maps is not None and not spec.drop_duplicates
     report.levels = dict(Counter(len(board) for _, board, _ in rows))

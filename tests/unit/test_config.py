@@ -253,3 +253,34 @@ def test_planning_modules_import_neither_torch_nor_transformers_nor_deepspeed() 
     code = "import sys\n" + "".join(f"import mirage_ds.{module}\n" for module in modules)
     code += "print(sorted({'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "fields"),
+    [
+        ([], ("image_input", "image_output")),
+        (["--feature_cache", "targets"], ("image_output",)),
+        (["--feature_cache", "off"], ()),
+        (["--stage", "stage2"], ("image_input",)),
+        (["--stage", "stage2", "--feature_cache", "targets"], ()),
+        (["--train_vision"], ()),
+        (["--train_vision", "--feature_cache", "off"], ()),
+    ],
+)
+def test_which_features_are_kept(flags: list[str], fields: tuple[str, ...], parse: Parse) -> None:
+    assert parse(*flags).kept_fields == fields
+
+
+def test_where_features_are_kept(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse().features_folder == Path("/home/me/.cache/mirage_ds/features")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch")
+    assert parse().features_folder == Path("/scratch/mirage_ds/features")
+    assert parse("--cache_dir", "/lab").features_folder == Path("/lab/features")
+    assert parse("--cache_dir", "/lab", "--feature_dir", "/fast").features_folder == Path("/fast")
+
+
+def test_features_of_a_trained_tower_are_not_kept(sentence: Callable[..., str]) -> None:
+    said = sentence("--train_vision", "--feature_cache", "targets")
+    assert said.startswith("--train_vision changes the features that --feature_cache targets would keep")

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.features import FeatureStore, KeptFeatures, ShardWriter
 from mirage_ds.data.loader import Index, Loader, build_index
 from mirage_ds.data.pack import Planner
-from mirage_ds.data.record import open_records, scan
+from mirage_ds.data.record import RecordError, open_records, scan
 from mirage_ds.errors import UserError
 
 
@@ -154,3 +155,42 @@ def test_a_fault_met_while_training_is_one_sentence_with_its_line(
     ((_, batches),) = Loader(records, encoder, plans, 0, 3, workers).steps(0, 1)
     with pytest.raises(UserError, match=r"^record on line 5, image_input: no image 'in4\.png': looked for"):
         list(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kept_features_come_instead_of_pixels(
+    workers: int, spoilt: Path, encoder_for: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    encoder = encoder_for("stage2", 2, beside=spoilt)
+    index = build_index(spoilt, encoder, 10_000, 0, keep=["image_input"])
+    images = index.images["image_input"]
+    assert images.starts.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    store = FeatureStore(tmp_path / "features", {}, 3, torch.float32)
+    writer = ShardWriter(store)
+    for number, (key, size) in enumerate(zip(images.keys, images.sizes, strict=True)):
+        writer.add(key, torch.full((int(size), 3), float(number)))
+    writer.flush()
+    store.refresh()
+    records = open_records(spoilt, tmp_path / "cache")
+    # Nobody opens them any more; the headers still tell the sizes.
+    for image in spoilt.parent.glob("in*.png"):
+        image.write_bytes(image.read_bytes()[:100])
+    kept = {"image_input": KeptFeatures(images, store)}
+    loader = Loader(records, encoder, planner_for(index, 1), 0, 3, workers, kept)
+    batches = [batch for _, micros in loader.steps(0, 2) for batch in micros]
+    assert sum(len(batch.rows) for batch in batches) >= 10
+    for batch in batches:
+        rows = [row for row in batch.rows.tolist() if row >= 0]
+        expected = [torch.full((int(images.sizes[row // 2]), 3), row // 2.0) for row in rows if row % 2 == 0]
+        assert batch.image_features is not None
+        assert torch.equal(batch.image_features, torch.cat([torch.empty(0, 3), *expected]))
+        assert len(batch.image_positions) == len(batch.image_features)
+        assert batch.pixel_values.numel() == 0
+
+
+def test_an_image_of_another_size_than_its_kept_features_is_said(mixed: Path, encoder: Encoder) -> None:
+    record = scan(mixed)[0][0]
+    right = encoder.measure(record).images[0]
+    assert encoder.encode(record, 0, torch.zeros(right, 3)).image_features is not None
+    with pytest.raises(RecordError, match=r"line 1, image_input: an image changed its size since it was measured"):
+        encoder.encode(record, 0, torch.zeros(right + 1, 3))

@@ -212,3 +212,11 @@ def test_too_few_passes_raise(runs: list[list[tuple[int, int]]], needed: int) ->
     assert len(schedule([9], runs, needed)) == needed
     with pytest.raises(ValueError, match=f"needs {needed} passes, the run has {needed - 1}"):
         schedule([9], runs, needed - 1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
+def test_reached_rows_are_those_of_the_steps(steps: int) -> None:
+    ids = np.array([2, 3, 5, 7, 11, 13, 17, 19, 23, 29])
+    planner = Planner(np.full(10, 5), ids, 3, 2, 100, None, 42)
+    taken = {row for step in range(steps) for row in planner.plan(step).rows}
+    assert planner.reached(steps) == sorted(taken)

@@ -1,0 +1,146 @@
+"""Kept features on two ranks: made once together, the same numbers as without, mended when broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from group import Group
+from test_resume import TIMES
+
+from mirage_ds import train
+from mirage_ds.config import RunConfig
+from mirage_ds.errors import UserError
+from mirage_ds.model.vision import FrozenTower
+from mirage_ds.prepare import prepare
+
+# 6 rows with helpers, 4 a step: 3 steps reach each of them twice.
+SETTINGS: dict[str, Any] = dict(
+    stage="stage1", latent_size=2, global_batch_size=4, micro_batch_size=1, max_steps=3, warmup_steps=0,
+    learning_rate=3e-3, num_workers=0, report_to=["none"], gradient_checkpointing=False,
+)  # fmt: skip
+
+
+def _train(world: Any, settings: dict[str, Any]) -> tuple[str | None, int]:
+    """Train; what the user is told, and how many images this rank's tower has encoded."""
+    calls = []
+    encode = FrozenTower._one
+
+    def counted(self: FrozenTower, *image: Any) -> Any:
+        calls.append(1)
+        return encode(self, *image)
+
+    FrozenTower._one = counted  # type: ignore[method-assign]
+    try:
+        config = RunConfig(**settings)
+        prepared = prepare(config, world)
+        train.train(config, prepared, world)
+        prepared.engine.destroy()
+    except UserError as error:
+        return str(error), len(calls)
+    finally:
+        FrozenTower._one = encode  # type: ignore[method-assign]
+    return None, len(calls)
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[Group]:
+    made = Group()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def data(mixed: Path, tmp_path: Path) -> Path:
+    """The rows that stage1 can use, with pictures of their own: 3 input images, 6 helpers."""
+    shutil.copytree(mixed.parent, tmp_path / "data")
+    path = tmp_path / "data/helped.jsonl"
+    rows = [line for line in mixed.read_text().splitlines() if "image_output" in json.loads(line)]
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+class Trainer:
+    def __init__(self, group: Group, base: dict[str, Any], folder: Path):
+        self.group, self.base, self.folder, self.count = group, base, folder, 0
+
+    def __call__(self, **settings: Any) -> tuple[list[dict[str, float]], int]:
+        """Train anew; the log without clocks, and the images encoded on both ranks."""
+        self.count += 1
+        out = self.folder / f"run{self.count}"
+        told = self.group.run(_train, self.base | dict(save_model_path=out) | settings)
+        assert [said for said, _ in told] == [None, None]
+        lines = [json.loads(line) for line in (out / "run/log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k not in TIMES} for line in lines], sum(n for _, n in told)
+
+    def refused(self, **settings: Any) -> str:
+        out = self.folder / "refused"
+        told = self.group.run(_train, self.base | dict(save_model_path=out) | settings)
+        assert told[0][0] == told[1][0]
+        assert not out.exists()
+        return str(told[0][0])
+
+
+@pytest.fixture
+def trainer(group: Group, nano: Path, data: Path, tmp_path: Path) -> Trainer:
+    folder = tmp_path / "features"
+    base = SETTINGS | dict(model=str(nano), data_path=data, cache_dir=tmp_path / "cache", feature_dir=folder)
+    return Trainer(group, base, tmp_path)
+
+
+def test_each_image_is_encoded_once_for_all_runs_and_no_digit_changes(trainer: Trainer) -> None:
+    # 12 rows of 1 helper and half an input image each: without the cache every use is encoded.
+    plain, calls = trainer(feature_cache="off")
+    assert calls == 18
+    kept, calls = trainer()
+    assert calls == 9
+    assert kept == plain
+    again, calls = trainer()
+    assert (again, calls) == (plain, 0)
+    targets, calls = trainer(feature_cache="targets", feature_dir=trainer.folder / "others")
+    assert (targets, calls) == (plain, 6 + 6)
+    # Another stage finds the input images, another pixel limit does not.
+    assert trainer(stage="stage2")[1] == 0
+    assert trainer(stage="stage2", max_pixels=4000)[1] == 3
+
+
+def test_only_rows_that_the_run_reaches_are_encoded(trainer: Trainer) -> None:
+    log, calls = trainer(max_steps=1)
+    assert log[0]["rows"] == 4
+    assert 4 <= calls <= 7
+    assert calls + trainer()[1] == 9
+
+
+def test_a_broken_or_lost_shard_is_made_anew(trainer: Trainer) -> None:
+    plain, _ = trainer()
+    shards = sorted((trainer.folder / "features").rglob("*.arrow"))
+    assert len(shards) == 4  # two fields on two ranks, in one space
+    shards[0].write_bytes(shards[0].read_bytes()[:100])
+    shards[1].unlink()
+    content = bytearray(shards[2].read_bytes())
+    content[len(content) // 2] ^= 255
+    shards[2].write_bytes(content)
+    again, calls = trainer()
+    assert again == plain
+    assert 3 <= calls < 9
+    assert trainer()[1] == 0
+
+
+def test_a_broken_image_is_said_on_every_rank_and_nothing_is_claimed(trainer: Trainer, data: Path) -> None:
+    image = data.parent / "out4.png"
+    image.write_bytes(image.read_bytes()[:300])
+    said = trainer.refused()
+    assert said.startswith(f"{data}: line 3, image_output: image {image} cannot be decoded (")
+    # What the other images gave is not lost.
+    shutil.copy(data.parent / "out2.png", image)
+    assert trainer()[1] == 1
+
+
+def test_a_folder_that_cannot_be_written_is_said(trainer: Trainer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = trainer.refused(feature_dir=tmp_path / "file" / "features")
+    assert said.startswith(f"--feature_dir {tmp_path}/file/features: cannot be written (")

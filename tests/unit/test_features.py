@@ -1,0 +1,143 @@
+"""Kept features: what comes back is what went in, and what is broken or foreign is never taken for whole."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures, ShardWriter, image_key, image_keys
+
+WIDTH = 8
+SPACE = {"tower": "a"}
+
+
+def features(number: int, rows: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(number)).to(dtype)
+
+
+def key(number: int) -> tuple[int, int]:
+    return (number * 7919 + 1) % 13, number
+
+
+def fill(store: FeatureStore, numbers: range, shard_bytes: int = 1 << 20) -> None:
+    writer = ShardWriter(store, shard_bytes)
+    for number in numbers:
+        writer.add(key(number), features(number, 1 + number % 4, store.dtype))
+    writer.flush()
+
+
+def keys_of(numbers: range) -> np.ndarray:
+    return np.array([key(number) for number in numbers], dtype=np.uint64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_image_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    # 13 high words for 50 keys: the low word decides.
+    store = FeatureStore(tmp_path, SPACE, WIDTH, dtype)
+    fill(store, range(50), shard_bytes=300)
+    assert store.refresh() == []
+    assert len(store.files) > 5
+    assert not store.missing(keys_of(range(50))).any()
+    for number in range(50):
+        found = store.get(key(number))
+        assert found.dtype == dtype
+        assert torch.equal(found, features(number, 1 + number % 4, dtype))
+    assert store.missing(keys_of(range(48, 53))).tolist() == [False, False, True, True, True]
+    with pytest.raises(KeyError, match="no features with key"):
+        store.get(key(50))
+    assert store.damaged(keys_of(range(50))) == []
+
+
+def test_another_process_finds_them_and_nobody_sees_half_a_shard(tmp_path: Path) -> None:
+    store, other = (FeatureStore(tmp_path, SPACE, WIDTH, torch.float32) for _ in range(2))
+    writer = ShardWriter(store)
+    writer.add(key(0), features(0, 3))
+    other.refresh()
+    assert other.missing(keys_of(range(1))).all()
+    writer.flush()
+    (store.place / ".0123.partial").write_bytes(b"half")
+    assert other.refresh() == []
+    again = pickle.loads(pickle.dumps(other))
+    assert again.tables == {}
+    assert torch.equal(again.get(key(0)), features(0, 3))
+
+
+def test_features_of_another_tower_dtype_or_setting_lie_elsewhere(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, SPACE, WIDTH, torch.float32)
+    others = [
+        FeatureStore(tmp_path, {"tower": "b"}, WIDTH, torch.float32),
+        FeatureStore(tmp_path, SPACE, WIDTH, torch.bfloat16),
+        FeatureStore(tmp_path, SPACE | {"size": 3}, WIDTH, torch.float32),
+        FeatureStore(tmp_path, SPACE, WIDTH * 2, torch.float32),
+    ]
+    assert len({store.place, *(other.place for other in others)}) == 5
+    assert FeatureStore(tmp_path, dict(SPACE), WIDTH, torch.float32).place == store.place
+    # A shard that somebody copied there is named, and none of it is used.
+    fill(others[0], range(3))
+    store.place.mkdir()
+    (shard,) = others[0].place.glob("*.arrow")
+    copied = store.place / shard.name
+    copied.write_bytes(shard.read_bytes())
+    assert store.refresh() == [copied]
+    assert store.missing(keys_of(range(3))).all()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
+def test_a_truncated_shard_is_named_and_not_used(keep: float, tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, SPACE, WIDTH, torch.float32)
+    fill(store, range(4))
+    fill(store, range(4, 8))
+    one = sorted(store.place.glob("*.arrow"))[0]
+    content = one.read_bytes()
+    one.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    assert store.refresh() == [one]
+    assert store.missing(keys_of(range(8))).sum() == 4
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, SPACE, WIDTH, torch.float32)
+    fill(store, range(4))
+    fill(store, range(4, 8))
+    store.refresh()
+    place = store._place(key(6))
+    assert place is not None
+    file = store.files[store.where[place][0]]
+    content = bytearray(file.read_bytes())
+    at = content.index(features(6, 3).numpy().tobytes())
+    content[at + 5] ^= 1
+    file.write_bytes(content)
+    assert store.refresh() == []
+    assert store.damaged(keys_of(range(4))) == []
+    assert store.damaged(keys_of(range(8))) == [file]
+
+
+def test_a_key_is_the_files_content(tmp_path: Path) -> None:
+    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / name).write_bytes(content)
+    assert image_key(tmp_path / "a") == image_key(tmp_path / "b") != image_key(tmp_path / "c")
+
+
+def table() -> ImageKeys:
+    return image_keys([[(key(0), 1), (key(1), 2)], [], [(key(1), 2)], [(key(2), 3)]])
+
+
+def test_a_records_features_stand_in_the_order_of_its_images(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, SPACE, WIDTH, torch.float32)
+    fill(store, range(3))
+    store.refresh()
+    kept = KeptFeatures(table(), store)
+    assert torch.equal(kept.of(0), torch.cat([features(0, 1), features(1, 2)]))
+    assert kept.of(1).shape == (0, WIDTH)
+    assert torch.equal(kept.of(3), features(2, 3))
+
+
+def test_each_image_is_needed_once(tmp_path: Path) -> None:
+    kept = KeptFeatures(table(), FeatureStore(tmp_path, SPACE, WIDTH, torch.bfloat16))
+    assert kept.needs(range(4)) == [0, 1, 3]
+    assert kept.needs([2, 0]) == [2, 0]
+    assert kept.needs([1]) == []
+    assert kept.bytes_of([0, 3]) == (1 + 3) * WIDTH * 2
