@@ -22,7 +22,15 @@ from typing import Any, NamedTuple
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    track,
+)
 from rich.table import Table
 
 BINARIES = Path(sys.executable).parent
@@ -40,34 +48,27 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("sft", 600, 64, 2e-3),
-    Stage("stage1", 50, 64, 5e-4),
-    Stage("stage2", 110, 64, 1e-3),
+    Stage("sft", 850, 32, 1.5e-3),
+    Stage("stage1", 72, 32, 5e-4),
+    Stage("stage2", 210, 32, 1e-3),
 )
 
 
-def run(title: str, command: Sequence[object], log: Path) -> None:
-    """Run a command with its output in `log`; on failure show the end of it and stop."""
-    words = [str(word) for word in command]
-    with console.status(title), log.open("w") as file:
-        started = time.perf_counter()
-        finished = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=environment(), check=False)
-    check(finished.returncode, title, log)
-    console.print(f"{title}: {time.perf_counter() - started:.0f} s")
+def run(title: str, command: Sequence[object]) -> None:
+    """Run a command, which shows its own progress; stop where it fails."""
+    started = time.perf_counter()
+    console.rule(title, align="left", style="dim")
+    code = subprocess.run([str(word) for word in command], env=environment(), check=False).returncode
+    if code:
+        console.print(f"{title} failed with exit code {code}")
+        sys.exit(code)
+    console.print(f"{time.perf_counter() - started:.0f} s", style="dim")
 
 
 def environment() -> dict[str, str]:
     """One thread a rank: two ranks share two cores. Commands are looked up beside this interpreter first."""
     defaults = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**defaults, **os.environ, "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}"}
-
-
-def check(code: int, title: str, log: Path) -> None:
-    """Stop the demo where a command has failed."""
-    if code:
-        console.print(f"{title} failed with exit code {code}; the end of {log}:")
-        console.print("\n".join(log.read_text().splitlines()[-15:]), markup=False)
-        sys.exit(code)
 
 
 def free_port() -> int:
@@ -85,21 +86,25 @@ def train(stage: Stage, weights: Path, out: Path, data: Path, log: Path) -> None
         *("--save_model_path", out, "--max_steps", stage.steps, "--global_batch_size", stage.rows),
         *("--learning_rate", stage.learning_rate, "--adam_beta2", 0.98, "--lr_scheduler", "linear"),
         *("--warmup_steps", min(50, stage.steps // 5), "--save_every", stage.steps),
+        *("--feature_dir", out.parent / "features"),
         # 1.3 M parameters leave room for every activation; a large model keeps checkpointing on.
         "--no_gradient_checkpointing",
     ]
     lines = out / "run" / "log.jsonl"
+    console.rule(f"training {stage.name}", align="left", style="dim")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with log.open("w") as file, Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task(f"training {stage.name}", total=stage.steps)
+        task = bar.add_task("reading rows, encoding images", total=None)
         words = [str(word) for word in command]
         with subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment()) as process:
             while process.poll() is None:
                 time.sleep(0.5)
-                if lines.is_file():
-                    bar.update(task, completed=lines.read_text().count("\n"))
-        bar.update(task, completed=stage.steps if process.returncode == 0 else 0)
-    check(process.returncode, f"training {stage.name}", log)
+                if lines.is_file() and (done := lines.read_text().count("\n")):
+                    bar.update(task, description="optimizer steps", completed=done, total=stage.steps)
+    if process.returncode:
+        console.print(f"training {stage.name} failed with exit code {process.returncode}; the end of {log}:")
+        console.print("\n".join(log.read_text().splitlines()[-15:]), markup=False)
+        sys.exit(process.returncode)
 
 
 def losses(folder: Path) -> tuple[list[int], list[float]]:
@@ -143,21 +148,24 @@ def constant_scores(test: Path) -> dict[str, float]:
     return {level: best_constant(found)[1] for level, found in boards.items()}
 
 
-def score(folder: Path, test: Path, latents: bool) -> dict[str, Any]:
+def score(folder: Path, test: Path, latents: bool, title: str) -> dict[str, Any]:
     """Answer the held-out maps and score the answers, as `mirage-ds evaluate` does."""
+    from functools import partial
+
     from mirage_ds.data.record import ImageFinder
     from mirage_ds.evaluate import evaluate_file, load_decoder, run_limits, write_report
 
     decoder = load_decoder(folder, ImageFinder.beside(test, None), latents=latents)
     limits = run_limits(decoder, new_tokens=48, longest_run=8, run_length="trained")
-    scores = evaluate_file(decoder, test, None, limits, batch_size=100)
+    bar = partial(track, description=title, console=console)
+    scores = evaluate_file(decoder, test, None, limits, batch_size=50, track=bar)
     write_report(scores, folder / "scores.json")
     return scores
 
 
 @click.command()
 @click.option("--out", default="runs/demo", show_default=True, type=click.Path(path_type=Path))
-@click.option("--count", default=8000, show_default=True, help="Training maps.")
+@click.option("--count", default=12_000, show_default=True, help="Training maps.")
 @click.option("--test_count", default=200, show_default=True, help="Held-out maps.")
 def main(out: Path, count: int, test_count: int) -> None:
     """Run the demo into a new folder."""
@@ -171,12 +179,12 @@ def main(out: Path, count: int, test_count: int) -> None:
     build = (mirage, "data", "build", "vsp-spatial-planning", "--levels", "3,4", "--hole_rate", 0.25)
     style = ("--cell_size", 28, "--prompt", "short")
     train_data, test_data = out / "train" / "data.jsonl", out / "test" / "data.jsonl"
-    arguments = ("--out", out / "train", "--count", count, "--proportions", "1,5", *style)
-    run(f"building {count} training maps", (*build, *arguments), logs / "build.log")
+    arguments = ("--out", out / "train", "--count", count, "--proportions", "1,8", *style)
+    run(f"building {count} training maps", (*build, *arguments))
     arguments = ("--out", out / "test", "--count", test_count, "--proportions", "1,1", "--split", "test", *style)
-    run(f"building {test_count} held-out maps", (*build, *arguments), logs / "build_test.log")
+    run(f"building {test_count} held-out maps", (*build, *arguments))
     arguments = ("--preset", "nano", "--out", out / "nano", "--text", train_data)
-    run("a random Qwen2.5-VL of 1.3 M parameters", (mirage, "init", *arguments), logs / "init.log")
+    run("a random Qwen2.5-VL of 1.3 M parameters", (mirage, "init", *arguments))
 
     weights = out / "nano"
     for stage in STAGES:
@@ -184,8 +192,9 @@ def main(out: Path, count: int, test_count: int) -> None:
         weights = out / stage.name
     exported = out / "exported"
     checkpoint = weights / "run" / "checkpoints" / f"global_step{STAGES[-1].steps}"
-    run("export of the last sharded checkpoint", (mirage, "export", checkpoint, exported), logs / "export.log")
+    run("export of the last sharded checkpoint", (mirage, "export", checkpoint, exported))
 
+    console.rule(f"answering {test_count} held-out maps", align="left", style="dim")
     table = Table(
         "after", "steps so far", *(f"level {level}" for level in LEVELS), "all", title="success on held-out maps"
     )
@@ -196,8 +205,7 @@ def main(out: Path, count: int, test_count: int) -> None:
     for stage in STAGES:
         steps += stage.steps
         folder = exported if stage is STAGES[-1] else out / stage.name
-        with console.status(f"scoring {stage.name}"):
-            scores = score(folder, test_data, latents=stage.name != "sft")
+        scores = score(folder, test_data, latents=stage.name != "sft", title=stage.name)
         rows = [scores["levels"][str(level)] for level in LEVELS] + [scores["all"]]
         cells = [f"{row['success']:.2f} ({row['low']:.2f}–{row['high']:.2f})" for row in rows]
         table.add_row(stage.name, str(steps), *cells)

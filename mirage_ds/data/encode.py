@@ -143,6 +143,12 @@ class Encoder:
         added = self.tokenizer.added_tokens_decoder.values()
         return [token.content for token in added if token.special]
 
+    @cached_property
+    def _head(self) -> list[int]:
+        """Ids of the answer's head; asked for by every row, so kept."""
+        ids: Any = self.tokenizer(ASSISTANT, add_special_tokens=False)["input_ids"]
+        return list(ids)
+
     @property
     def _grounded(self) -> bool:
         return self.stage == "stage1"
@@ -221,7 +227,7 @@ class Encoder:
         )
         ids = self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
         # The answer starts behind the last `<|im_start|>` and the role's name.
-        head = self.tokenizer(ASSISTANT, add_special_tokens=False)["input_ids"]
+        head = self._head
         turn = len(ids) - 1 - ids[::-1].index(head[0])
         if ids[turn : turn + len(head)] != head:
             raise UserError(f"the tokenizer does not keep {ASSISTANT!r} apart from what follows; use Qwen2.5-VL's")
