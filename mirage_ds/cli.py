@@ -11,6 +11,7 @@ import click
 
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.flags import CONTEXT, build_model, model_options
+from mirage_ds.stop import EXIT_STOPPED, Stopped, StopRequest
 from mirage_ds.tasks.spec import BuildSpec
 
 
@@ -212,14 +213,17 @@ def main() -> None:
     """Run the command line; a user's mistake is one sentence and exit code 2."""
     # Quick commands must not wake the GPU, nor the tokenizers' threads complain after a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    stop = StopRequest()
+    stop.listen(at_once=True)
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
         message = error.format_message()
     except UserError as error:
         message = str(error)
-    except click.Abort:
-        message = "stopped"
+    except (click.Abort, Stopped):
+        print("stopped", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
     else:
         return
     print(f"error: {message}", file=sys.stderr)

@@ -104,6 +104,10 @@ class RunConfig(BaseModel):
     # what is written
     save_every: PositiveInt | None = Field(None, description="Sharded checkpoint every so many optimizer steps.")
     keep_checkpoints: PositiveInt = Field(2, description="Older sharded checkpoints are deleted.")
+    max_skipped_steps: PositiveInt = Field(
+        5, description="End the run after so many optimizer steps in a row whose loss or gradient was not finite."
+    )
+    log_rows: bool = Field(False, description="Write the rows of each step into log.jsonl, as the ranks ran them.")
     resume: Literal["auto", "never"] = Field(
         "never",
         description="auto: continue from the newest checkpoint in --save_model_path, start where there is none.",

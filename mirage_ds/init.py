@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, load_tokenizer
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, scan
-from mirage_ds.engine.checkpoint import write_atomically
 from mirage_ds.errors import UserError
+from mirage_ds.files import write_atomically
 from mirage_ds.model.presets import PRESETS, WITH_WEIGHTS, preset
 
 if TYPE_CHECKING:

@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from rich.progress import track
 
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures, ShardWriter
 from mirage_ds.data.loader import faults_error
 from mirage_ds.data.record import Fault, RecordError, record_of
-from mirage_ds.engine.setup import World, from_rank_zero
+from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
 from mirage_ds.errors import UserError
 from mirage_ds.model.vision import FrozenTower
+from mirage_ds.stop import Stopped, ignore_in_worker, never
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,7 +42,6 @@ LISTING_DELAY_S = 90
 # Images that travel together from a worker: each tensor sent costs about as much as encoding a small image.
 CHUNK = 32
 
-Item = TypeVar("Item")
 Decoded = tuple[list[int], torch.Tensor, torch.Tensor]
 
 
@@ -76,13 +75,6 @@ def _join(items: list[tuple[int, torch.Tensor, torch.Tensor] | Fault]) -> tuple[
     return (list(places), torch.cat(pixels), torch.cat(grids)), faults
 
 
-def _everyone(own: list[Item], world: World) -> list[Item]:
-    """Join the lists of all ranks, in the order of ranks."""
-    lists: list[list[Item]] = [[] for _ in range(world.size)]
-    dist.all_gather_object(lists, own)
-    return [item for one in lists for item in one]
-
-
 def _store(folder: Path, tower: FrozenTower, encoder: Encoder, name: str, world: World) -> FeatureStore:
     processor: Any = encoder.images if name == "image_input" else encoder.helpers
     settings = {key: getattr(processor, key) for key in SETTINGS}
@@ -104,7 +96,7 @@ def _missing(kept: KeptFeatures, needed: list[int], world: World) -> list[int]:
     absent = from_rank_zero(lambda: store.missing(keys[needed]), world)
     present = [place for place, gone in zip(needed, absent, strict=True) if not gone]
     # Each rank reads its share: what was written years ago may have rotted.
-    damaged = _everyone(store.damaged(keys[present[world.rank :: world.size]]), world)
+    damaged = everyone(store.damaged(keys[present[world.rank :: world.size]]), world)
     if damaged:
         from_rank_zero(lambda: remove(sorted(set(damaged))), world)
         store.refresh()
@@ -128,10 +120,18 @@ def _check_room(kept: KeptFeatures, places: list[int], folder: Path) -> None:
 
 
 def _make(
-    tower: FrozenTower, kept: KeptFeatures, images: _Images, title: str, workers: int, world: World
+    tower: FrozenTower,
+    kept: KeptFeatures,
+    images: _Images,
+    title: str,
+    workers: int,
+    world: World,
+    asked: Callable[[], bool],
 ) -> list[Fault]:
-    """Encode this rank's images; return the faults met."""
-    loader = torch.utils.data.DataLoader(images, batch_size=CHUNK, collate_fn=_join, num_workers=workers)
+    """Encode this rank's images, or those before somebody asks to stop; return the faults met."""
+    loader = torch.utils.data.DataLoader(
+        images, batch_size=CHUNK, collate_fn=_join, num_workers=workers, worker_init_fn=ignore_in_worker
+    )
     writer = ShardWriter(kept.store)
     faults: list[Fault] = []
     for decoded, broken in track(loader, title, disable=world.rank > 0, transient=True):
@@ -143,6 +143,8 @@ def _make(
         sizes = [int(kept.images.sizes[place]) for place in places]
         for place, one in zip(places, features.split(sizes), strict=True):
             writer.add(kept.images.keys[place], one)
+        if asked():
+            break
     writer.flush()
     return faults
 
@@ -160,7 +162,7 @@ def _await(kept: KeptFeatures, needed: list[int], world: World) -> None:
         if not unseen or time.monotonic() > deadline:
             break
         time.sleep(1)
-    blind = _everyone([(world.rank, unseen)] if unseen else [], world)
+    blind = everyone([(world.rank, unseen)] if unseen else [], world)
     if blind:
         rank, count = blind[0]
         raise UserError(
@@ -179,6 +181,7 @@ def keep_features(
     folder: Path,
     workers: int,
     world: World,
+    asked: Callable[[], bool] = never,
 ) -> dict[str, KeptFeatures]:
     """Make and keep those features of the rows' images that are not kept yet. All ranks call it.
 
@@ -187,12 +190,14 @@ def keep_features(
         rows: the dataset rows whose images are needed.
         folder: holds all kept features; every rank must see it.
         workers: processes a rank that decode images.
+        asked: whether somebody wants this process to stop.
 
     Returns:
         Field name → its features.
 
     Raises:
         UserError: on every rank: a broken image, too little room, a folder that not all hosts share.
+        Stopped: on every rank; what has been made is kept.
     """
     made = {}
     for name, keys in images.items():
@@ -204,13 +209,15 @@ def keep_features(
             own = _Images(records, encoder, name, keys, missing[world.rank :: world.size])
             title = "encoding input images" if name == "image_input" else "encoding helper images"
             try:
-                faults = _make(tower, kept, own, title, workers, world)
+                faults = _make(tower, kept, own, title, workers, world, asked)
             except OSError as error:
                 how = "make room or name another folder, or --feature_cache off"
                 raise UserError(f"--feature_dir {folder}: {error.strerror}; {how}", everywhere=False) from None
-            faults = _everyone(faults, world)
+            faults = everyone(faults, world)
             if faults:
                 raise faults_error(data_path, faults)
+            if agree(asked(), world):
+                raise Stopped
         _await(kept, needed, world)
         made[name] = kept
     return made

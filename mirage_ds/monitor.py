@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -17,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mirage_ds.errors import UserError
+from mirage_ds.files import write_atomically
+from mirage_ds.run_folder import note
 
 
 def memory_gb() -> float:
@@ -31,6 +34,11 @@ def hours(seconds: float) -> str:
     """Write a duration as h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON has: it knows no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Monitor:
@@ -49,6 +57,7 @@ class Monitor:
         self, folder: Path, steps: int, report_to: list[str], log_file: Path | None, active: bool, start: int = 0
     ):
         self.active = active
+        self.folder = folder
         if not active:
             return
         self.steps = steps
@@ -70,7 +79,7 @@ class Monitor:
             lines = log.read_text().splitlines(keepends=True)
             # The last line may be half of one, where the run broke off in the middle of it.
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-            log.write_text("".join(kept))
+            write_atomically(log, "".join(kept))
         self.lines = log.open("a", buffering=1)
         self.text = None
         if log_file:
@@ -114,18 +123,32 @@ class Monitor:
             if self.text:
                 self.text.write(message + "\n")
 
+    def note(self, event: str, step: int | None = None) -> None:
+        """Write down that something began or ended."""
+        if self.active:
+            note(self.folder, event, step)
+
     def start_clock(self) -> None:
         """Begin timing the next step."""
         if self.active:
             self.last = time.perf_counter()
 
-    def step(self, step: int, epoch: float, rows: int, tokens: int, metrics: dict[str, float]) -> None:
+    def step(
+        self,
+        step: int,
+        epoch: float,
+        rows: int,
+        tokens: int,
+        metrics: dict[str, float],
+        row_ids: list[int] | None = None,
+    ) -> None:
         """Report one optimizer step.
 
         Args:
             step: optimizer steps taken, from 1.
             rows, tokens: of the whole step, over all ranks.
-            metrics: loss and its parts, grad_norm, lr, micro_steps.
+            metrics: loss and its parts, grad_norm, lr, micro_steps, skipped.
+            row_ids: the rows that the ranks ran, where they are to be logged.
         """
         if not self.active:
             return
@@ -144,16 +167,32 @@ class Monitor:
             "tokens_per_second": tokens / seconds,
             "memory_gb": memory_gb(),
         }
-        self.lines.write(json.dumps(record) + "\n")
+        logged = record if row_ids is None else {**record, "row_ids": row_ids}
+        self.lines.write(json.dumps({name: _plain(value) for name, value in logged.items()}) + "\n")
         sim = f" sim {metrics['sim']:.4f}" if "sim" in metrics else ""
         self.say(
             f"step {step}/{self.steps} epoch {epoch:.2f} loss {metrics['loss']:.4f} ce {metrics['ce']:.4f}{sim} "
             f"grad {metrics['grad_norm']:.3f} lr {metrics['lr']:.2e} G {metrics['micro_steps']:.0f} "
             f"{seconds:.2f} s {rows / seconds:.1f} rows/s {tokens / seconds:.0f} tok/s "
-            f"mem {record['memory_gb']:.2f} GB eta {hours(left)}"
+            f"mem {record['memory_gb']:.2f} GB eta {hours(left)}{' SKIPPED' if metrics['skipped'] else ''}"
         )
         self._plot(step, "train", {name: record[name] for name in record if name not in ("step", "rows", "tokens")})
         self.bar.update(self.task, completed=step)
+
+    def not_finite(self, step: int, records: list[dict[str, int]], whole: bool) -> None:
+        """Report a step that was skipped.
+
+        Args:
+            records: row and line of the samples whose loss was not finite.
+            whole: no loss was: these are all samples of the step, whose gradient was not.
+        """
+        if not self.active:
+            return
+        with (self.folder / "not_finite.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "gradient_only": whole, "records": records}) + "\n")
+        lines = ", ".join(str(record["line"]) for record in records[:8]) + (" …" if records[8:] else "")
+        what = "the gradient" if whole else "the loss"
+        self.say(f"step {step}: {what} was not finite, the step is skipped; records on line(s) {lines}")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Report the losses on the evaluation records after `step` optimizer steps."""

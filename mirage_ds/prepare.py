@@ -22,7 +22,7 @@ from mirage_ds.data.loader import Index, Loader, build_index
 from mirage_ds.data.pack import Planner, pack, total_steps
 from mirage_ds.data.record import ImageFinder, open_records
 from mirage_ds.engine import ds_config as ds
-from mirage_ds.engine.checkpoint import find_checkpoint
+from mirage_ds.engine.checkpoint import Found, find_checkpoint
 from mirage_ds.engine.export import Parts, save_model
 from mirage_ds.engine.setup import World, from_rank_zero, make_engine
 from mirage_ds.errors import UserError
@@ -39,6 +39,7 @@ from mirage_ds.model.load import (
 )
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
+from mirage_ds.stop import never
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,7 +68,7 @@ class Prepared(NamedTuple):
     steps: int
     save: Callable[[], None]
     state: dict[str, Any]
-    checkpoint: Path | None
+    checkpoint: Found | None
     evaluation: Evaluation | None
 
 
@@ -123,6 +124,7 @@ def measure(
     index: Index,
     steps: int | None,
     world: World,
+    asked: Callable[[], bool],
 ) -> Measured:
     """Open a checked records file and keep the features of its images. All ranks call it.
 
@@ -136,7 +138,7 @@ def measure(
     if tower is not None:
         rows = index.row_ids.tolist() if steps is None else planner.reached(steps)
         place, workers = config.features_folder, config.num_workers
-        features = keep_features(tower, encoder, records, index.images, rows, data_path, place, workers, world)
+        features = keep_features(tower, encoder, records, index.images, rows, data_path, place, workers, world, asked)
     return Measured(records, index, planner, features)
 
 
@@ -187,11 +189,15 @@ def make_model(
     )
 
 
-def prepare(config: RunConfig, world: World) -> Prepared:
+def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never) -> Prepared:
     """Check, load and start. All ranks call it.
+
+    Args:
+        asked: whether somebody wants this process to stop.
 
     Raises:
         UserError: the same on every rank; nothing has been trained or overwritten.
+        Stopped: the same.
     """
     if config.rows_per_step < world.size and not config.allow_idle_ranks:
         raise UserError(
@@ -219,7 +225,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     index = indices[0]
     steps = total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
     measured = [
-        measure(config, encoder, tower, file, one, steps if one is index else None, world)
+        measure(config, encoder, tower, file, one, steps if one is index else None, world, asked)
         for file, one in zip(files, indices, strict=True)
     ]
     if tower is not None and "image_input" in config.kept_fields:
@@ -251,9 +257,10 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     )
     checkpoint = None
     if config.resume == "auto":
-        checkpoint = from_rank_zero(lambda: find_checkpoint(own_folder / "checkpoints", state), world)
+        checkpoint = find_checkpoint(own_folder / "checkpoints", state, world)
     if world.rank == 0:
         run_folder.describe(own_folder, config, ds_values)
+        run_folder.note(own_folder, "load begins")
     loaded = make_model(config, folders[0], ds_values, world.device, tower)
     # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
     most_runs = max(int(one.index.runs.max()) for one in measured)

@@ -1,7 +1,8 @@
 """The run folder: what was asked, with what, so that a run can be repeated from its folder.
 
 <save_model_path>/            the trained model, as plain transformers opens it
-<save_model_path>/run/        config.yaml, ds_config.json, versions.json, log.jsonl, tensorboard/, checkpoints/
+<save_model_path>/run/        config.yaml, ds_config.json, versions.json, log.jsonl, events.jsonl, tensorboard/,
+                              checkpoints/; not_finite.jsonl, if a step was skipped
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import platform
 import shutil
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from typing import Any
 import yaml
 
 from mirage_ds.config import RunConfig
-from mirage_ds.engine.checkpoint import write_atomically
 from mirage_ds.errors import UserError
+from mirage_ds.files import write_atomically
 
 PACKAGES = ("mirage-ds", "torch", "transformers", "deepspeed", "accelerate", "datasets", "flash-attn")
 
@@ -48,13 +50,28 @@ def claim(folder: Path, overwrite: bool, resume: bool = False) -> Path:
         )
     try:
         (folder / "run").mkdir(parents=True, exist_ok=True)
+        # It asked the run before this one to stop.
+        stop_file(folder).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--save_model_path {folder}: cannot be written ({error.strerror})") from None
     if overwrite:
-        (folder / "run" / "log.jsonl").unlink(missing_ok=True)
+        for old in ("log.jsonl", "events.jsonl", "not_finite.jsonl"):
+            (folder / "run" / old).unlink(missing_ok=True)
         for old in ("checkpoints", "tensorboard"):
             shutil.rmtree(folder / "run" / old, ignore_errors=True)
     return folder / "run"
+
+
+def stop_file(folder: Path) -> Path:
+    """Return the file that asks a run to save and stop, once somebody makes it (`touch`)."""
+    return folder / "run" / "stop"
+
+
+def note(own_folder: Path, event: str, step: int | None = None) -> None:
+    """Add a line to the run's events.jsonl: what began or ended, when. Rank 0 calls it."""
+    line = {"time": time.time(), "event": event, **({} if step is None else {"step": step})}
+    with (own_folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _versions() -> dict[str, str | None]:

@@ -1,6 +1,6 @@
 """Training: `deepspeed --module mirage_ds.train --model … --stage … --data_path … --save_model_path …`.
 
-Read it from the top: main → run → train → step → micro_step.
+Read it from the top: main → run → train, then step.py.
 
 W ranks, G micro-steps of a step, B rows of a step.
 """
@@ -10,26 +10,24 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import torch
 import torch.distributed as dist
 
 from mirage_ds.config import RunConfig, read_yaml
-from mirage_ds.data.batch import Batch, to_device
 from mirage_ds.data.loader import WARN_DROPPED_SHARE
-from mirage_ds.data.pack import StepPlan
 from mirage_ds.engine.checkpoint import load_checkpoint, save_checkpoint
-from mirage_ds.engine.setup import World, join
+from mirage_ds.engine.setup import World, agree, join
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.flags import CONTEXT, build_model, model_options
-from mirage_ds.model.loss import LossSums, StepCounts, objective
 from mirage_ds.monitor import Monitor
-from mirage_ds.prepare import Evaluation, Prepared, prepare
+from mirage_ds.prepare import Prepared, prepare
+from mirage_ds.run_folder import stop_file
+from mirage_ds.step import evaluate, guilty, step
+from mirage_ds.stop import EXIT_STOPPED, Stopped, StopRequest, never
 
 
 @click.command(context_settings=CONTEXT, no_args_is_help=True)
@@ -55,6 +53,8 @@ def main() -> None:
     except UserError as error:
         # What goes wrong in the middle of a run may be known to one rank alone.
         message, says = str(error), says or not error.everywhere
+    except Stopped:
+        sys.exit(EXIT_STOPPED)
     else:
         return
     if says:
@@ -69,36 +69,103 @@ def run(config: RunConfig) -> None:
 
     Raises:
         UserError: something the user can mend.
+        Stopped: on request, once everything is saved.
     """
+    # One rank looks for the file; all of them hear of it at the next edge.
+    stop = StopRequest(stop_file(config.save_model_path) if os.environ.get("RANK", "0") == "0" else None)
+    stop.listen()
     world = join()
-    train(config, prepare(config, world), world)
-    dist.destroy_process_group()
+    try:
+        train(config, prepare(config, world, stop.asked), world, stop.asked)
+    finally:
+        # Not before every rank has written its part: a launcher ends the others once one has left.
+        if isinstance(sys.exc_info()[1], Stopped | None):
+            dist.barrier()
+            dist.destroy_process_group()
 
 
-def train(config: RunConfig, prepared: Prepared, world: World) -> None:
-    """Take every optimizer step, write checkpoints on the way and the model at the end."""
+def train(config: RunConfig, prepared: Prepared, world: World, asked: Callable[[], bool] = never) -> None:
+    """Take every optimizer step, write checkpoints on the way and the model at the end.
+
+    Args:
+        asked: whether somebody wants this process to stop.
+
+    Raises:
+        Stopped: on every rank, after a step that they have agreed on, with a checkpoint of it.
+        UserError: too many steps in a row were not finite, or the model cannot be written.
+    """
     own_folder = config.save_model_path / "run"
     report_to: list[str] = list(config.report_to)
-    start = load_checkpoint(prepared.engine, prepared.checkpoint) if prepared.checkpoint else 0
-    active = world.rank == 0
-    with Monitor(own_folder, prepared.steps, report_to, config.log_file, active, start) as monitor:
+    start = load_checkpoint(prepared.engine, prepared.checkpoint.place) if prepared.checkpoint else 0
+    with Monitor(own_folder, prepared.steps, report_to, config.log_file, world.rank == 0, start) as monitor:
         for line in opening_lines(config, prepared):
             monitor.say(line)
+        monitor.note("load ends", start)
+        if agree(asked(), world):
+            monitor.say("stopped on request before a step was taken")
+            raise Stopped
+        saver = Saver(config, prepared, monitor)
+        skipped = 0
         monitor.start_clock()
         for plan, batches in prepared.loader.steps(start, prepared.steps):
-            metrics, tokens = step(config, prepared, plan, batches)
+            taken = step(config, prepared, plan, batches, asked)
             done = plan.step + 1
             epoch = done * config.rows_per_step / len(prepared.measured.row_ids)
-            monitor.step(done, epoch, len(plan.rows), tokens, metrics)
+            monitor.step(done, epoch, len(plan.rows), taken.tokens, taken.metrics, taken.row_ids)
+            skipped = 0 if taken.applied else skipped + 1
+            if not taken.applied:
+                monitor.not_finite(done, *guilty(prepared, taken))
+            if skipped == config.max_skipped_steps:
+                raise UserError(
+                    f"{skipped} optimizer steps in a row, the last of them step {done}, had a loss or gradient that is "
+                    f"not finite ({own_folder / 'not_finite.jsonl'} names the records); the last good checkpoint is "
+                    f"{saver.last or 'none: --save_every was not given or not reached'}; lower --learning_rate or mend "
+                    "the records, then --resume auto"
+                )
+            stop = taken.stop
             if prepared.evaluation and config.eval_every and (done % config.eval_every == 0 or done == prepared.steps):
-                monitor.evaluation(done, evaluate(config, prepared, prepared.evaluation))
-            if config.save_every and done % config.save_every == 0:
-                state = {**prepared.state, "step": done}
-                place = save_checkpoint(prepared.engine, own_folder / "checkpoints", state, config.keep_checkpoints)
-                monitor.say(f"checkpoint {place}")
+                monitor.note("evaluation begins", done)
+                losses = None if stop else evaluate(config, prepared, prepared.evaluation, asked)
+                stop = losses is None
+                if losses:
+                    monitor.evaluation(done, losses)
+                monitor.note("evaluation ends", done)
+            if stop or (config.save_every and done % config.save_every == 0):
+                saver.save(done)
+            if stop:
+                monitor.note("stopped on request", done)
+                monitor.say(f"stopped on request after step {done}; the same command with --resume auto goes on")
+                raise Stopped
             monitor.start_clock()
+        monitor.note("model save begins", prepared.steps)
         prepared.save()
+        monitor.note("model save ends", prepared.steps)
         monitor.say(f"model saved to {config.save_model_path}")
+
+
+class Saver:
+    """Writes checkpoints and says what came of it; `last` is the newest good one."""
+
+    def __init__(self, config: RunConfig, prepared: Prepared, monitor: Monitor):
+        self.folder = config.save_model_path / "run" / "checkpoints"
+        self.keep = config.keep_checkpoints
+        self.prepared = prepared
+        self.monitor = monitor
+        self.last = prepared.checkpoint.place if prepared.checkpoint else None
+
+    def save(self, done: int) -> None:
+        """Write the checkpoint of `done` steps. One that cannot be written is said, and training goes on."""
+        prepared = self.prepared
+        state = {**prepared.state, "step": done}
+        self.monitor.note("save begins", done)
+        outcome = save_checkpoint(prepared.engine, self.folder, state, self.keep, prepared.world)
+        self.monitor.note("save ends", done)
+        if isinstance(outcome, str):
+            last = self.last or "none"
+            self.monitor.say(f"error: no checkpoint of step {done}: {outcome}; the last good one is {last}")
+            return
+        self.last = outcome
+        self.monitor.say(f"checkpoint {outcome}")
 
 
 def opening_lines(config: RunConfig, prepared: Prepared) -> Iterator[str]:
@@ -111,84 +178,9 @@ def opening_lines(config: RunConfig, prepared: Prepared) -> Iterator[str]:
     )
     warning = "warning: " if index.dropped_share > WARN_DROPPED_SHARE else ""
     if prepared.checkpoint:
-        yield f"continuing from {prepared.checkpoint}"
+        yield from prepared.checkpoint.passed_over
+        yield f"continuing from {prepared.checkpoint.place}"
     yield f"{warning}{index.dropped} row(s) dropped as longer than --max_length {config.max_length}"
-
-
-def step_counts(prepared: Prepared, plan: StepPlan, latent_size: int) -> tuple[StepCounts, int]:
-    """Count what the whole step holds, over all ranks and micro-steps, and its tokens.
-
-    From the plan alone, before the first backward: no rank asks another.
-    """
-    index = prepared.measured
-    places = np.searchsorted(index.row_ids, plan.rows)
-    counts = StepCounts(
-        rows=len(plan.rows), labels=int(index.labels[places].sum()), latents=int(index.runs[places].sum()) * latent_size
-    )
-    return counts, int(index.tokens[places].sum())
-
-
-def step(
-    config: RunConfig, prepared: Prepared, plan: StepPlan, batches: Iterator[Batch]
-) -> tuple[dict[str, float], int]:
-    """Take one optimizer step over its G micro-steps; return its metrics and its tokens over all ranks."""
-    engine = prepared.engine
-    counts, tokens = step_counts(prepared, plan, config.latent_size)
-    totals = torch.zeros(4, device=prepared.world.device)
-    for number, batch in enumerate(batches):
-        engine.set_gradient_accumulation_boundary(number == plan.micro_steps - 1)
-        totals += micro_step(config, prepared, batch, counts)
-    learning_rate = engine.get_lr()[0]
-    # ZeRO-0 in fp32 keeps no norm; there the gradients are whole and averaged by now.
-    whole = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(whole) if whole else None
-    engine.step()
-    dist.all_reduce(totals)
-    loss, ce, sim, token_ce = totals.tolist()
-    metrics = {
-        "loss": loss,
-        "ce": ce,
-        **({"sim": sim} if config.stage == "stage1" else {}),
-        "token_ce": token_ce / max(1, counts.labels),
-        "grad_norm": float(engine.get_global_grad_norm() if norm is None else norm),
-        "lr": float(learning_rate),
-        "micro_steps": plan.micro_steps,
-    }
-    return metrics, tokens
-
-
-@torch.no_grad()
-def evaluate(config: RunConfig, prepared: Prepared, evaluation: Evaluation) -> dict[str, float]:
-    """Measure the mean losses on the evaluation records. All ranks call it."""
-    engine, world = prepared.engine, prepared.world
-    totals = torch.zeros(4, device=world.device)
-    engine.eval()
-    for batch in evaluation.loader.batches(micro[world.rank] for micro in evaluation.bins):
-        sums, loss, ce, sim = forward(config, prepared, batch, evaluation.counts)
-        totals += torch.stack([loss, ce, sim, sums.token_ce])
-    engine.train()
-    dist.all_reduce(totals)
-    loss, ce, sim, token_ce = totals.tolist()
-    parts = {"sim": sim} if config.stage == "stage1" else {}
-    return {"loss": loss, "ce": ce, **parts, "token_ce": token_ce / max(1, evaluation.counts.labels)}
-
-
-def forward(
-    config: RunConfig, prepared: Prepared, batch: Batch, counts: StepCounts
-) -> tuple[LossSums, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run one micro-batch forward; return its sums and its share of the step's (loss, ce, sim)."""
-    if prepared.tower is not None:
-        batch = prepared.tower.attach(batch)
-    sums = prepared.engine(to_device(batch, prepared.world.device))
-    return sums, *objective(sums, counts, config.gamma, config.reduction)
-
-
-def micro_step(config: RunConfig, prepared: Prepared, batch: Batch, counts: StepCounts) -> torch.Tensor:
-    """Forward and backward over one micro-batch; return (loss, ce, sim, token_ce), its share of the step's."""
-    sums, loss, ce, sim = forward(config, prepared, batch, counts)
-    # DeepSpeed divides gradients by the number of ranks (and by an accumulation that it is told is 1).
-    prepared.engine.backward(loss * prepared.world.size)
-    return torch.stack([loss.detach(), ce.detach(), sim.detach(), sums.token_ce])
 
 
 if __name__ == "__main__":

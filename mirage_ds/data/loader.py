@@ -24,6 +24,7 @@ from mirage_ds.data.features import ImageKeys, KeptFeatures, Key, image_key, ima
 from mirage_ds.data.pack import Planner, StepPlan
 from mirage_ds.data.record import Fault, Record, RecordError, record_of, scan
 from mirage_ds.errors import UserError
+from mirage_ds.stop import ignore_in_worker
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -251,6 +252,7 @@ class Loader:
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=ignore_in_worker,
         )
         for item in loader:
             if isinstance(item, Fault):

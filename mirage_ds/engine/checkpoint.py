@@ -1,20 +1,29 @@
-"""Sharded checkpoints: every rank writes its part, `latest` is written last.
+"""Sharded checkpoints that are whole or not there: every rank writes its part, `latest` is written last.
 
-checkpoints/global_step<N>/     DeepSpeed's shards and mirage_state.json
-checkpoints/latest              the newest whole one
+    checkpoints/global_step<N>/     DeepSpeed's shards, mirage_state.json, mirage_manifest.json
+    checkpoints/latest              the newest one
+    checkpoints/.global_step<N>.partial/    being written, or left by a writer that was killed
+
+A checkpoint is written beside, read back, listed in its manifest, renamed. What cannot be written leaves the earlier
+ones as they are. DeepSpeed reads its files as pickles, so no file is given to it before its hash is the manifest's.
+
+W ranks.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.distributed as dist
-
+from mirage_ds.engine.manifest import Entry, entry_of, faults, write_manifest
+from mirage_ds.engine.private import collected_write_errors
+from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.errors import UserError
+from mirage_ds.files import sync, write_atomically
 
 STATE_FILE = "mirage_state.json"
 # What must be the same for a run to go on exactly; name in the state → how a person says it.
@@ -34,45 +43,101 @@ MUST_AGREE = {
 }
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is either the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+class Found(NamedTuple):
+    """A checkpoint to continue from, and what was wrong with the newer ones."""
+
+    place: Path
+    passed_over: list[str]
 
 
-def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int, world: World) -> Path | str:
     """Save the engine's whole state. All ranks call it.
 
     Args:
         folder: the run's checkpoint folder.
         state: what a resume checks before it loads (MUST_AGREE), and "step", the optimizer steps taken.
-        keep: newest checkpoints that stay; older ones are deleted once `latest` names this one.
+        keep: newest whole checkpoints that stay; older ones are deleted once `latest` names this one.
 
     Returns:
-        The checkpoint's folder.
+        The checkpoint's folder; or, the same on every rank, a sentence that says why there is none. The earlier
+        checkpoints are then as they were.
     """
-    tag = f"global_step{state['step']}"
-    engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        write_atomically(folder / tag / STATE_FILE, json.dumps(state, indent=1) + "\n")
-        write_atomically(folder / "latest", tag)
-        # Later ones are there where a run went on from an older checkpoint; it will overwrite them.
-        until_now = [path for path in whole_checkpoints(folder) if _step_of(path) <= state["step"]]
-        for old in until_now[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return folder / tag
+    place = folder / f"global_step{state['step']}"
+    beside = folder / f".{place.name}.partial"
+    trouble = _at_rank_zero(lambda: _make_room(folder, beside), world)
+    if trouble:
+        return trouble
+    with collected_write_errors(engine) as errors:
+        engine.save_checkpoint(str(folder), tag=beside.name, client_state=state, save_latest=False)
+    trouble, entries = _gather(errors.failed, errors.written, beside, world)
+    if trouble is None:
+        trouble = _at_rank_zero(lambda: _put_in_place(beside, place, state, entries, keep), world)
+    if trouble:
+        from_rank_zero(lambda: shutil.rmtree(beside, ignore_errors=True), world)
+        return trouble
+    return place
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """List the finished checkpoints of a run, oldest first."""
-    found = [path.parent for path in folder.glob(f"global_step*/{STATE_FILE}")]
+def _at_rank_zero(work: Callable[[], None], world: World) -> str | None:
+    """Do file work on rank 0; return, on every rank, why it failed."""
+
+    def attempt() -> str | None:
+        try:
+            work()
+        except OSError as error:
+            return f"{error.filename or 'a file'}: {error.strerror}"
+        return None
+
+    return from_rank_zero(attempt, world)
+
+
+def _make_room(folder: Path, beside: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".global_step*.partial"):
+        shutil.rmtree(left)
+    beside.mkdir()
+
+
+def _gather(failed: list[str], written: list[Path], beside: Path, world: World) -> tuple[str | None, list[Entry]]:
+    """Read back what each rank has written; return the first trouble, if any, and all entries."""
+    entries = []
+    for file in [] if failed else dict.fromkeys(written):
+        try:
+            entries.append(entry_of(beside, file))
+        except OSError as error:
+            failed = [f"{file}: {error.strerror}"]
+    troubles = everyone(failed, world)
+    return (troubles[0] if troubles else None), everyone(entries, world)
+
+
+def _put_in_place(beside: Path, place: Path, state: dict[str, Any], entries: list[Entry], keep: int) -> None:
+    write_atomically(beside / STATE_FILE, json.dumps(state, indent=1) + "\n")
+    write_manifest(beside, [*entries, entry_of(beside, beside / STATE_FILE)])
+    sync(beside)
+    if place.exists():
+        # A run that went on from an older checkpoint writes this one again.
+        old = place.with_name(f".{place.name}.partial-old")
+        place.replace(old)
+        beside.replace(place)
+        shutil.rmtree(old)
+    else:
+        beside.replace(place)
+    sync(place.parent)
+    write_atomically(place.parent / "latest", place.name)
+    # Later ones are there where a run went on from an older checkpoint; it will overwrite them. One whose files are
+    # gone or cut short counts for nothing: deleting the ones before it could delete the only good one.
+    whole = [one for one in checkpoints(place.parent) if _step_of(one) <= state["step"] and _is_whole(one)]
+    for old in whole[:-keep]:
+        shutil.rmtree(old)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    return next(faults(checkpoint, hashes=False), None) is None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints of a run, oldest first, damaged ones too."""
+    found = [path for path in folder.glob("global_step*") if path.name.removeprefix("global_step").isdecimal()]
     return sorted(found, key=_step_of)
 
 
@@ -80,28 +145,58 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("global_step"))
 
 
-def find_checkpoint(folder: Path, wanted: dict[str, Any]) -> Path | None:
-    """Return the checkpoint that `latest` names, None where the run has none yet.
+def _candidates(folder: Path) -> list[Path]:
+    """List the checkpoints to try: the one that `latest` names, then those before it; all where it names none."""
+    found = checkpoints(folder)[::-1]
+    try:
+        named = folder / (folder / "latest").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return found
+    return [one for one in found if _step_of(one) <= _step_of(named)] if named in found else found
+
+
+def find_checkpoint(folder: Path, wanted: dict[str, Any], world: World) -> Found | None:
+    """Return the newest checkpoint that is whole, up to the one that `latest` names; None where the run has none yet.
+
+    Every byte is read and compared with the manifest, each rank a share of the files. All ranks call it.
 
     Args:
         wanted: this run's values of MUST_AGREE.
 
     Raises:
-        UserError: the checkpoint was made by another run; one sentence with both values.
+        UserError: on every rank: the checkpoint was made by another run (one sentence with both values), or there are
+            checkpoints and none is whole.
     """
-    if not (folder / "latest").is_file():
-        return None
-    found = folder / (folder / "latest").read_text().strip()
-    if not (found / STATE_FILE).is_file():
-        raise UserError(f"{folder}/latest names {found.name}, which is not there or not whole; correct that file")
-    state = json.loads((found / STATE_FILE).read_text())
+    passed_over: list[str] = []
+    for place in from_rank_zero(lambda: _candidates(folder), world):
+        wrong = everyone(list(faults(place, world.rank, world.size)), world)
+        if not wrong:
+            from_rank_zero(partial(_check_state, place, wanted), world)
+            return Found(place, passed_over)
+        passed_over.append(f"{place} is damaged: {wrong[0]}")
+    if passed_over:
+        raise UserError(
+            f"--resume auto: no checkpoint in {folder} is whole ({'; '.join(passed_over)}); restore one, or start over "
+            "with another --save_model_path or --overwrite"
+        )
+    return None
+
+
+def _check_state(place: Path, wanted: dict[str, Any]) -> None:
+    state = json.loads((place / STATE_FILE).read_text())
     for name, said in MUST_AGREE.items():
         if state.get(name) != wanted[name]:
             raise UserError(
-                f"--resume auto: {found} was written with {said} {state.get(name)}, this run has {wanted[name]}; go on "
+                f"--resume auto: {place} was written with {said} {state.get(name)}, this run has {wanted[name]}; go on "
                 "with the same, or train into another --save_model_path"
             )
-    return found
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Compare every file of a checkpoint with its manifest; UserError names the first that differs."""
+    wrong = next(faults(checkpoint), None)
+    if wrong:
+        raise UserError(f"{checkpoint} is damaged: {wrong}; take an older one")
 
 
 def load_checkpoint(engine: Any, found: Path) -> int:

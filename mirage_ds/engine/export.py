@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from mirage_ds.engine.checkpoint import write_atomically
+from mirage_ds.engine.checkpoint import check_whole
 from mirage_ds.errors import UserError
+from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.load import expected_shapes, public_name, safetensors_of, stored_shapes
 
 SHARD_BYTES = 4 << 30
@@ -160,32 +161,34 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
         dtype: of the written weights; the checkpoint holds float32 masters.
 
     Raises:
-        UserError: `out` exists, or a tensor is in neither place.
+        UserError: `out` exists, a file differs from the checkpoint's manifest, or a tensor is in neither place.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     refuse_existing(out)
+    check_whole(checkpoint)
     expected = expected_shapes(parts.config)
     masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
     lost = sorted(expected.keys() - {public_name(name) for name in masters} - stored_shapes(parts.source).keys())
     if lost:
         raise UserError(f"{lost[0]} is neither in {checkpoint} nor in {parts.source}; name the base with --model")
-    writer = ShardWriter(out)
-    written = set()
-    for stored, tensor in masters.items():
-        # A tied head stands there twice, and buffers are no weights.
-        name = public_name(stored)
-        if name in expected and name not in written:
-            writer.add(name, tensor.contiguous().to(dtype))
-            written.add(name)
-    missing = expected.keys() - written
-    for file in safetensors_of(parts.source):
-        with safe_open(file, "pt") as tensors:
-            for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
-                name = public_name(stored)
-                if name in missing:
-                    writer.add(name, tensors.get_tensor(stored).to(dtype))
-    finish_folder(writer, dtype, parts)
+    with whole_folder(out) as folder:
+        writer = ShardWriter(folder)
+        written = set()
+        for stored, tensor in masters.items():
+            # A tied head stands there twice, and buffers are no weights.
+            name = public_name(stored)
+            if name in expected and name not in written:
+                writer.add(name, tensor.contiguous().to(dtype))
+                written.add(name)
+        missing = expected.keys() - written
+        for file in safetensors_of(parts.source):
+            with safe_open(file, "pt") as tensors:
+                for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
+                    name = public_name(stored)
+                    if name in missing:
+                        writer.add(name, tensors.get_tensor(stored).to(dtype))
+        finish_folder(writer, dtype, parts)
 
 
 def refuse_existing(out: Path) -> None:
@@ -207,9 +210,13 @@ def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:
     if rows < tokens:
         raise UserError(f"--vocab_rows {rows} would cut off tokens: the tokenizer has {tokens}")
     refuse_existing(target)
-    files = safetensors_of(source)
+    with whole_folder(target) as folder:
+        _copy_rows(source, folder, rows)
+
+
+def _copy_rows(source: Path, target: Path, rows: int) -> None:
     writer = ShardWriter(target)
-    for file in files:
+    for file in safetensors_of(source):
         with safe_open(file, "pt") as tensors:
             for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
                 name, tensor = public_name(stored), tensors.get_tensor(stored)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mirage_ds.config import RunConfig
-from mirage_ds.engine.private import use_plain_gloo
+from mirage_ds.engine.private import skip_steps_that_are_not_finite, use_plain_gloo
 from mirage_ds.errors import UserError
 
 Result = TypeVar("Result")
@@ -89,6 +89,20 @@ def from_rank_zero(make: Callable[[], Result], world: World) -> Result:
     return outcome[0]
 
 
+def agree(flag: bool, world: World) -> bool:
+    """Tell, on every rank alike, whether the flag is up on any of them."""
+    raised = torch.tensor(float(flag), device=world.device)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised.item())
+
+
+def everyone(own: list[Result], world: World) -> list[Result]:
+    """Join the lists of all ranks, in the order of ranks; every rank gets the whole."""
+    lists: list[list[Result]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(lists, own)
+    return [item for one in lists for item in one]
+
+
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trained parameters: matrices decay, norms and biases (one-dimensional) do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -114,4 +128,5 @@ def make_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any], 
         lr_scheduler=schedule,
         config=ds_config,
     )
+    skip_steps_that_are_not_finite(engine)
     return engine

@@ -26,11 +26,14 @@ class LossSums(NamedTuple):
         ce: Σ of the rows' mean cross-entropies (reduction "sample") or Σ over labelled tokens ("token").
         sim: Σ of the rows' 1 − mean cosine ("sample") or Σ over latents of 1 − cosine ("token"); 0 outside stage1.
         token_ce: Σ over labelled tokens of the cross-entropy, detached: the same number whatever the reduction.
+        rows: (N,) each sample's mean cross-entropy (plus 1 − mean cosine in stage1), detached: tells which sample is
+            not finite.
     """
 
     ce: torch.Tensor
     sim: torch.Tensor
     token_ce: torch.Tensor
+    rows: torch.Tensor
 
 
 class StepCounts(NamedTuple):
@@ -99,15 +102,15 @@ def loss_sums(ce: torch.Tensor, one_minus_cosine: torch.Tensor | None, batch: Ba
     """
     token_weight = batch.weight[batch.target_sample]
     token_ce = (ce * token_weight).sum()
+    rows = per_sample_mean(ce, batch.target_sample, batch.label_count)
+    total = (rows * batch.weight).sum() if reduction == "sample" else token_ce
     if one_minus_cosine is None:
         sim = token_ce.new_zeros(())
-    elif reduction == "sample":
+    else:
         means = per_sample_mean(one_minus_cosine, batch.latent_sample, batch.latent_count)
-        sim = (means * batch.weight).sum()
-    else:
-        sim = (one_minus_cosine * batch.weight[batch.latent_sample]).sum()
-    if reduction == "sample":
-        total = (per_sample_mean(ce, batch.target_sample, batch.label_count) * batch.weight).sum()
-    else:
-        total = token_ce
-    return LossSums(ce=total, sim=sim, token_ce=token_ce.detach())
+        rows = rows + means
+        if reduction == "sample":
+            sim = (means * batch.weight).sum()
+        else:
+            sim = (one_minus_cosine * batch.weight[batch.latent_sample]).sum()
+    return LossSums(ce=total, sim=sim, token_ce=token_ce.detach(), rows=rows.detach())

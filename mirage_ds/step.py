@@ -1,0 +1,160 @@
+"""One optimizer step over its micro-steps, and the loss on the evaluation records.
+
+W ranks, G micro-steps of a step, B rows of a step, N samples of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mirage_ds.config import RunConfig
+from mirage_ds.data.batch import Batch, to_device
+from mirage_ds.data.pack import StepPlan
+from mirage_ds.engine.setup import agree, everyone
+from mirage_ds.model.loss import LossSums, StepCounts, objective
+from mirage_ds.prepare import Evaluation, Prepared
+from mirage_ds.stop import never
+
+
+def step_counts(prepared: Prepared, plan: StepPlan, latent_size: int) -> tuple[StepCounts, int]:
+    """Count what the whole step holds, over all ranks and micro-steps, and its tokens.
+
+    From the plan alone, before the first backward: no rank asks another.
+    """
+    index = prepared.measured
+    places = np.searchsorted(index.row_ids, plan.rows)
+    counts = StepCounts(
+        rows=len(plan.rows), labels=int(index.labels[places].sum()), latents=int(index.runs[places].sum()) * latent_size
+    )
+    return counts, int(index.tokens[places].sum())
+
+
+class Taken(NamedTuple):
+    """What an optimizer step came to.
+
+    Attributes:
+        metrics: loss and its parts, over all ranks; tokens: of the step.
+        applied: False where a loss or gradient was not finite: the weights and the schedule are as before.
+        stop: whether the ranks have agreed to stop.
+        row_ids: the rows that all ranks ran, with --log_rows.
+        ran: this rank's rows and losses, a pair of (N,) tensors a micro-step.
+    """
+
+    metrics: dict[str, float]
+    tokens: int
+    applied: bool
+    stop: bool
+    row_ids: list[int] | None
+    ran: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def step(
+    config: RunConfig, prepared: Prepared, plan: StepPlan, batches: Iterator[Batch], asked: Callable[[], bool] = never
+) -> Taken:
+    """Take one optimizer step over its G micro-steps."""
+    engine, world = prepared.engine, prepared.world
+    counts, tokens = step_counts(prepared, plan, config.latent_size)
+    totals = torch.zeros(5, device=world.device)
+    ran = []
+    for number, batch in enumerate(batches):
+        engine.set_gradient_accumulation_boundary(number == plan.micro_steps - 1)
+        shares, losses = micro_step(config, prepared, batch, counts)
+        totals[:4] += shares
+        ran.append((batch.rows, losses))
+    learning_rate = engine.get_lr()[0]
+    applied, norm = apply_gradients(engine)
+    totals[4] = float(asked())
+    dist.all_reduce(totals)
+    loss, ce, sim, token_ce, stops = totals.tolist()
+    metrics = {
+        "loss": loss,
+        "ce": ce,
+        **({"sim": sim} if config.stage == "stage1" else {}),
+        "token_ce": token_ce / max(1, counts.labels),
+        "grad_norm": norm,
+        "lr": float(learning_rate),
+        "micro_steps": plan.micro_steps,
+        "skipped": int(not applied),
+    }
+    row_ids = None
+    if config.log_rows:
+        row_ids = everyone([row for rows, _ in ran for row in rows.tolist() if row >= 0], world)
+    return Taken(metrics, tokens, applied, stops > 0, row_ids, ran)
+
+
+def apply_gradients(engine: Any) -> tuple[bool, float]:
+    """Let the optimizer step unless the gradient is not finite; return whether it did and the norm before clipping."""
+    # ZeRO-0 in fp32 keeps no norm and refuses nothing; there the gradients are whole and averaged by now.
+    whole = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if not whole:
+        engine.step()
+        return engine.was_step_applied(), float(engine.get_global_grad_norm())
+    norm = float(torch.nn.utils.get_total_norm(whole))
+    if not math.isfinite(norm):
+        engine.zero_grad()
+        return False, norm
+    engine.step()
+    return engine.was_step_applied(), norm
+
+
+def guilty(prepared: Prepared, taken: Taken) -> tuple[list[dict[str, int]], bool]:
+    """Name the samples whose loss was not finite; all of the step, and True, where only the gradient was not."""
+    own = [(row, loss) for rows, losses in taken.ran for row, loss in zip(rows.tolist(), losses.tolist(), strict=True)]
+    ran = everyone([(row, loss) for row, loss in own if row >= 0], prepared.world)
+    bad = [row for row, loss in ran if not math.isfinite(loss)]
+    lines = prepared.loader.rows.records["line"]
+    return [{"row": row, "line": int(lines[row])} for row in bad or [row for row, _ in ran]], not bad
+
+
+@torch.no_grad()
+def evaluate(
+    config: RunConfig, prepared: Prepared, evaluation: Evaluation, asked: Callable[[], bool] = never
+) -> dict[str, float] | None:
+    """Measure the mean losses on the evaluation records; None when the ranks stop on request. All ranks call it."""
+    engine, world = prepared.engine, prepared.world
+    totals = torch.zeros(4, device=world.device)
+    engine.eval()
+    for batch in evaluation.loader.batches(micro[world.rank] for micro in evaluation.bins):
+        sums, loss, ce, sim = forward(config, prepared, batch, evaluation.counts)
+        totals += torch.stack([loss, ce, sim, sums.token_ce])
+        if agree(asked(), world):
+            engine.train()
+            return None
+    engine.train()
+    dist.all_reduce(totals)
+    loss, ce, sim, token_ce = totals.tolist()
+    parts = {"sim": sim} if config.stage == "stage1" else {}
+    return {"loss": loss, "ce": ce, **parts, "token_ce": token_ce / max(1, evaluation.counts.labels)}
+
+
+def forward(
+    config: RunConfig, prepared: Prepared, batch: Batch, counts: StepCounts
+) -> tuple[LossSums, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run one micro-batch forward; return its sums and its share of the step's (loss, ce, sim)."""
+    if prepared.tower is not None:
+        batch = prepared.tower.attach(batch)
+    sums = prepared.engine(to_device(batch, prepared.world.device))
+    return sums, *objective(sums, counts, config.gamma, config.reduction)
+
+
+def micro_step(
+    config: RunConfig, prepared: Prepared, batch: Batch, counts: StepCounts
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward and backward over one micro-batch.
+
+    Returns:
+        (loss, ce, sim, token_ce), its share of the step's, and the (N,) losses of its samples.
+    """
+    sums, loss, ce, sim = forward(config, prepared, batch, counts)
+    # An infinite loss may have a finite gradient. Turned into NaN it reaches every rank with the gradients, whose norm
+    # the optimizer then refuses: all ranks agree without another collective.
+    finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+    # DeepSpeed divides gradients by the number of ranks (and by an accumulation that it is told is 1).
+    prepared.engine.backward(loss * finite * prepared.world.size)
+    return torch.stack([loss.detach(), ce.detach(), sim.detach(), sums.token_ce]), sums.rows

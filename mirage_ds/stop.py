@@ -1,0 +1,81 @@
+"""Stopping on request: a signal or a file asks, the work ends at its next edge, the exit code says so.
+
+SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) only leave a mark. Whoever loops looks at it: the training loop at each step edge,
+where all ranks agree, save and leave together. A second Ctrl-C ends the process at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+# sysexits' EX_TEMPFAIL: "try again later". A scheduler's script requeues the job on this code.
+EXIT_STOPPED = 75
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# How often a stop file is looked for: on a network file system a look costs a round trip.
+LOOK_EVERY_S = 1.0
+
+
+class Stopped(Exception):
+    """The work has ended on request, before its end, with nothing half-written."""
+
+
+def never() -> bool:
+    """Be the `asked` of work that nobody can stop."""
+    return False
+
+
+class StopRequest:
+    """Whether somebody has asked this process to stop.
+
+    Args:
+        file: a stop file: once it exists, the process is asked to stop. None for signals alone.
+    """
+
+    def __init__(self, file: Path | None = None):
+        self.file = file
+        self.reason: str | None = None
+        self.looked = float("-inf")
+
+    def listen(self, at_once: bool = False) -> None:
+        """Take over the signals. Call it in the main thread.
+
+        Args:
+            at_once: a signal raises Stopped where the work stands, for commands of a single process whose output is
+                whole or not there.
+        """
+        for number in SIGNALS:
+            signal.signal(number, self._raise if at_once else self._mark)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        # One is enough: what is cleaned up now is not to be stopped in its turn.
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(signal.Signals(number).name)
+
+    def _mark(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if number == signal.SIGINT and self.reason:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+    def asked(self) -> bool:
+        """Look at the mark and, now and then, for the stop file."""
+        if self.reason is None and self.file and time.monotonic() - self.looked >= LOOK_EVERY_S:
+            self.looked = time.monotonic()
+            if self.file.exists():
+                self.reason = f"stop file {self.file}"
+        return self.reason is not None
+
+
+def ignore_in_worker(worker: int) -> None:
+    """Let a data-loader worker outlive the signals that a scheduler sends to every process of a job.
+
+    The rank that it works for finishes its step first, for which it needs the rows.
+    """
+    del worker
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,353 @@
+"""Nothing lost, on two ranks: damaged and unfinished checkpoints, full disks, requests to stop, numbers going wrong."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from group import Group
+from test_resume import BASE, STEPS, files, log_of, rewrite
+
+from mirage_ds import train
+from mirage_ds.config import RunConfig
+from mirage_ds.engine.checkpoint import save_checkpoint
+from mirage_ds.engine.manifest import MANIFEST
+from mirage_ds.errors import UserError
+from mirage_ds.prepare import prepare
+from mirage_ds.stop import Stopped, never
+
+# ------------------------------------------------------------------------------------------------------- on the ranks
+
+
+def asked_after(calls: int | None) -> Callable[[], bool]:
+    """Be asked to stop from the `calls`-th look on."""
+    if calls is None:
+        return never
+    left = iter(range(calls - 1))
+    return lambda: next(left, None) is None
+
+
+def _train(world: Any, settings: dict[str, Any], stops: dict[int, int] | None = None) -> tuple[str, list[str]]:
+    """Train; how it ended, and which checkpoints were passed over. `stops`: rank → look at which it is asked to stop."""
+    config = RunConfig(**settings)
+    asked = asked_after((stops or {}).get(world.rank))
+    passed: list[str] = []
+    prepared = None
+    try:
+        prepared = prepare(config, world, asked)
+        passed = prepared.checkpoint.passed_over if prepared.checkpoint else []
+        train.train(config, prepared, world, asked)
+    except (UserError, Stopped) as error:
+        return f"{type(error).__name__}: {error}", passed
+    finally:
+        if prepared:
+            prepared.engine.destroy()
+    return "", passed
+
+
+def _full_disk(world: Any, settings: dict[str, Any], rank: int) -> list[Any]:
+    """Save; save with no room for one rank's shard; save again. What each came to, and what lay there then."""
+    config = RunConfig(**settings)
+    prepared = prepare(config, world)
+    folder, found = config.save_model_path / "run/checkpoints", []
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step, limited in ((1, False), (2, True), (3, False)):
+        if limited and world.rank == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        outcome = save_checkpoint(prepared.engine, folder, {**prepared.state, "step": step}, 2, world)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        names = sorted(path.name for path in folder.iterdir())
+        found.append((str(outcome), names, (folder / "latest").read_text()))
+    prepared.engine.destroy()
+    return found
+
+
+def _poison(world: Any, settings: dict[str, Any], bad_rows: list[int], what: str) -> dict[str, Any]:
+    """Train while the loss (or the gradient alone) of some rows is not finite; weights before and after."""
+    import deepspeed
+
+    config = RunConfig(**settings)
+    prepared = prepare(config, world)
+    model = prepared.engine.module
+    current: list[Any] = []
+    model.register_forward_pre_hook(lambda module, inputs: current.append(inputs[0]))
+
+    def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        batch = current[-1]
+        hit = torch.isin(batch.rows, torch.tensor(bad_rows))[batch.target_sample]
+        if what == "gradient" and hit.any():
+            output.register_hook(lambda gradient: gradient * torch.inf)
+            return output
+        return torch.where(hit, output * torch.inf, output) if what == "loss" else output
+
+    model.head.register_forward_hook(spoil)
+    named = list(model.named_parameters())
+
+    def weights() -> dict[str, torch.Tensor]:
+        with deepspeed.zero.GatheredParameters([p for _, p in named if hasattr(p, "ds_id")]):
+            return {name: p.detach().clone() for name, p in named}
+
+    found: dict[str, Any] = {"weights": [weights()], "told": ""}
+    take = prepared.engine.step
+    prepared.engine.step = lambda: (take(), found["weights"].append(weights()))[0]
+    try:
+        train.train(config, prepared, world)
+    except UserError as error:
+        found["told"] = str(error)
+    found["end"] = weights()
+    prepared.engine.destroy()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- in this process
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[Group]:
+    made = Group()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def base(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return BASE | dict(model=str(nano), data_path=mixed, cache_dir=tmp_path_factory.mktemp("cache"), resume="auto")
+
+
+@pytest.fixture(scope="module")
+def whole(group: Group, base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run; checkpoints of steps 2, 4 and 6."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert group.run(_train, base | dict(save_model_path=out)) == [("", [])] * 2
+    return out
+
+
+@pytest.fixture
+def stopped(whole: Path, tmp_path: Path) -> Path:
+    """The run as if it had ended after step 4, with the checkpoints of steps 2 and 4."""
+    out = tmp_path / "stopped"
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("global_step6", "*.safetensors", "config.json"))
+    (out / "run/checkpoints/latest").write_text("global_step4")
+    return out
+
+
+def equal(out: Path, whole: Path) -> None:
+    assert log_of(out) == log_of(whole)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def shard(checkpoint: Path) -> Path:
+    return next(checkpoint.glob("*rank_1*optim_states.pt"))
+
+
+def cut(checkpoint: Path) -> str:
+    file = shard(checkpoint)
+    content = file.read_bytes()
+    file.write_bytes(content[:-7])
+    return f"{file.name} has {len(content) - 7} bytes, {len(content)} were written"
+
+
+def flip(checkpoint: Path) -> str:
+    file = shard(checkpoint)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 4
+    file.write_bytes(content)
+    return f"{file.name} differs from what was written (SHA-256)"
+
+
+def delete(checkpoint: Path) -> str:
+    shard(checkpoint).unlink()
+    return f"{next(checkpoint.glob('*rank_0*optim_states.pt')).name.replace('rank_0', 'rank_1')}: No such file"
+
+
+def unlist(checkpoint: Path) -> str:
+    (checkpoint / MANIFEST).unlink()
+    return f"{MANIFEST} is missing or broken: its writer did not finish"
+
+
+def garble(checkpoint: Path) -> str:
+    (checkpoint / MANIFEST).write_bytes(b"\xff{")
+    return f"{MANIFEST} is missing or broken: its writer did not finish"
+
+
+@pytest.mark.parametrize("harm", [cut, flip, delete, unlist, garble])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    harm: Callable[[Path], str], group: Group, base: dict[str, Any], whole: Path, stopped: Path
+) -> None:
+    newest = stopped / "run/checkpoints/global_step4"
+    said = harm(newest)
+    (told, passed), other = group.run(_train, base | dict(save_model_path=stopped))
+    assert told == ""
+    assert len(passed) == 1
+    assert passed[0].startswith(f"{newest} is damaged: {said}")
+    assert other == (told, passed)
+    equal(stopped, whole)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"global_step9", b"../elsewhere"])
+def test_a_lost_or_wrong_latest_is_no_loss(
+    content: bytes | None, group: Group, base: dict[str, Any], whole: Path, stopped: Path
+) -> None:
+    latest = stopped / "run/checkpoints/latest"
+    latest.unlink()
+    if content is not None:
+        latest.write_bytes(content)
+    # What a killed writer leaves is no checkpoint, and is cleared away.
+    unfinished = latest.with_name(".global_step6.partial")
+    shutil.copytree(latest.with_name("global_step4"), unfinished)
+    assert group.run(_train, base | dict(save_model_path=stopped)) == [("", [])] * 2
+    equal(stopped, whole)
+    assert not unfinished.exists()
+
+
+def test_where_none_is_whole_nothing_is_touched(group: Group, base: dict[str, Any], stopped: Path) -> None:
+    folder = stopped / "run/checkpoints"
+    said = [f"{folder / name} is damaged: {harm(folder / name)}" for name, harm in
+            (("global_step4", cut), ("global_step2", unlist))]  # fmt: skip
+    before = files(stopped)
+    told, _ = group.run(_train, base | dict(save_model_path=stopped))
+    assert told[0].startswith(f"UserError: --resume auto: no checkpoint in {folder} is whole ({'; '.join(said)});")
+    assert files(stopped) == before
+
+
+def test_a_state_that_does_not_match_its_manifest_is_damage(group: Group, base: dict[str, Any], stopped: Path) -> None:
+    state = stopped / "run/checkpoints/global_step4/mirage_state.json"
+    state.write_text(state.read_text().replace('"seed": 42', '"seed": 43'))
+    (_, passed), _ = group.run(_train, base | dict(save_model_path=stopped))
+    assert "mirage_state.json differs from what was written" in passed[0]
+    # With its manifest it is another run's.
+    state = stopped / "run/checkpoints/global_step6/mirage_state.json"
+    rewrite(state, {"seed": 43})
+    (told, _), _ = group.run(_train, base | dict(save_model_path=stopped))
+    assert told.startswith(f"UserError: --resume auto: {state.parent} was written with --seed 43, this run has 42")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_leaves_the_earlier_checkpoints(
+    rank: int, group: Group, base: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first, other = group.run(_full_disk, base | dict(save_model_path=out), rank)
+    assert first == other
+    folder = out / "run/checkpoints"
+    assert first[0] == (str(folder / "global_step1"), ["global_step1", "latest"], "global_step1")
+    told, names, latest = first[1]
+    assert told.startswith(f"{folder}/.global_step2.partial/")
+    assert (names, latest) == (["global_step1", "latest"], "global_step1")
+    assert first[2] == (str(folder / "global_step3"), ["global_step1", "global_step3", "latest"], "global_step3")
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_training_goes_on(
+    group: Group, base: dict[str, Any], whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "run").mkdir(parents=True)
+    (out / "run/checkpoints").write_text("in the way")
+    assert group.run(_train, base | dict(save_model_path=out)) == [("", [])] * 2
+    equal(out, whole)
+    said = capfd.readouterr().out
+    for step in (2, 4, 6):
+        sentence = f"error: no checkpoint of step {step}: {out}/run/checkpoints: File exists; the last good one is none"
+        assert said.count(sentence) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- stopping
+
+
+# Looks: one before the first step, one a step, one a micro-batch of an evaluation (3 of 5 rows on two ranks).
+@pytest.mark.parametrize(("rank", "look", "step"), [(1, 1, 0), (1, 2, 1), (0, 4, 3), (1, 7, 6)])
+def test_one_rank_is_asked_and_all_save_and_stop(
+    rank: int, look: int, step: int, group: Group, base: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    told = group.run(_train, base | dict(save_model_path=out), {rank: look})
+    assert told == [("Stopped: ", [])] * 2
+    checkpoints = out / "run/checkpoints"
+    assert not (out / "config.json").exists()
+    assert [line["step"] for line in log_of(out)] == list(range(1, step + 1))
+    if step:
+        assert (checkpoints / "latest").read_text() == f"global_step{step}"
+    assert group.run(_train, base | dict(save_model_path=out)) == [("", [])] * 2
+    equal(out, whole)
+
+
+def test_an_evaluation_is_left_on_request(
+    group: Group, base: dict[str, Any], whole: Path, mixed: Path, tmp_path: Path
+) -> None:
+    data, out = mixed.parent / "held_out_to_stop.jsonl", tmp_path / "out"
+    data.write_text("".join(mixed.read_text().splitlines(keepends=True)[3:8]))
+    settings = base | dict(save_model_path=out, eval_data_path=data, eval_every=3)
+    # Looks 2, 3, 4 are of the steps, the fifth of the evaluation's first micro-batch.
+    assert group.run(_train, settings, {1: 5}) == [("Stopped: ", [])] * 2
+    assert log_of(out, evaluations=True) == []
+    assert (out / "run/checkpoints/latest").read_text() == "global_step3"
+    assert group.run(_train, settings) == [("", [])] * 2
+    equal(out, whole)
+
+
+# ---------------------------------------------------------------------------------------------- numbers going wrong
+
+
+def zero(tmp_path: Path, stage: int) -> Path:
+    path = tmp_path / f"zero{stage}.json"
+    block = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    path.write_text(json.dumps({"zero_optimization": block}))
+    return path
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
+    stage: int, what: str, group: Group, base: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    settings = base | dict(save_model_path=out, deepspeed=zero(tmp_path, stage), stage="sft", save_every=None)
+    settings |= dict(max_steps=3, warmup_steps=0, log_rows=True)
+    clean = group.run(_poison, settings | dict(save_model_path=tmp_path / "clean"), [], "nothing")[0]
+    rows = [line["row_ids"] for line in log_of(tmp_path / "clean")]
+    bad = sorted(rows[1])[:1]
+    found, other = group.run(_poison, settings, bad, what)
+    assert found["told"] == other["told"] == ""
+    lines = log_of(out)
+    assert [line["skipped"] for line in lines] == [0, 1, 0]
+    assert (lines[1]["loss"] is None) == (what == "loss")
+    assert lines[1]["grad_norm"] is None
+    # The schedule has not moved either.
+    assert lines[2]["lr"] == lines[1]["lr"] != lines[0]["lr"]
+    (note,) = [json.loads(line) for line in (out / "run/not_finite.jsonl").read_text().splitlines()]
+    named = bad if what == "loss" else rows[1]
+    assert note["step"] == 2
+    assert note["gradient_only"] == (what == "gradient")
+    assert sorted(one["row"] for one in note["records"]) == sorted(named)
+    assert all(one["line"] == one["row"] + 1 for one in note["records"])
+    # Step 1 is the clean run's; step 3 starts from its weights and moves them.
+    for name, tensor in found["end"].items():
+        assert torch.equal(tensor, other["end"][name])
+        assert torch.equal(found["weights"][1][name], clean["weights"][1][name])
+        assert bool(tensor.isfinite().all())
+    assert any(not torch.equal(found["weights"][1][name], tensor) for name, tensor in found["end"].items())
+    if stage:  # ZeRO-0 in fp32 never calls the optimizer
+        assert all(torch.equal(found["weights"][2][name], found["weights"][1][name]) for name in found["end"])
+
+
+def test_too_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(
+    group: Group, base: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    settings = base | dict(save_model_path=out, max_skipped_steps=2, save_every=1, log_rows=True, stage="sft")
+    group.run(_poison, settings | dict(save_model_path=tmp_path / "clean", max_steps=1), [], "nothing")
+    first = log_of(tmp_path / "clean")[0]["row_ids"]
+    found, other = group.run(_poison, settings, [row for row in range(12) if row not in first], "loss")
+    assert found["told"] == other["told"]
+    assert found["told"].startswith("2 optimizer steps in a row, the last of them step 3, had a loss or gradient")
+    assert f"the last good checkpoint is {out}/run/checkpoints/global_step2;" in found["told"]
+    assert len(log_of(out)) == 3 < STEPS
