@@ -48,9 +48,9 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("sft", 850, 32, 1.5e-3),
-    Stage("stage1", 72, 32, 5e-4),
-    Stage("stage2", 210, 32, 1e-3),
+    Stage("sft", 560, 64, 1.5e-3),
+    Stage("stage1", 32, 64, 5e-4),
+    Stage("stage2", 140, 64, 1e-3),
 )
 
 
@@ -165,7 +165,7 @@ def score(folder: Path, test: Path, latents: bool, title: str) -> dict[str, Any]
 
 @click.command()
 @click.option("--out", default="runs/demo", show_default=True, type=click.Path(path_type=Path))
-@click.option("--count", default=12_000, show_default=True, help="Training maps.")
+@click.option("--count", default=10_000, show_default=True, help="Training maps.")
 @click.option("--test_count", default=200, show_default=True, help="Held-out maps.")
 def main(out: Path, count: int, test_count: int) -> None:
     """Run the demo into a new folder."""
@@ -176,12 +176,12 @@ def main(out: Path, count: int, test_count: int) -> None:
     logs = out / "logs"
     logs.mkdir(parents=True)
     mirage = BINARIES / "mirage-ds"
-    build = (mirage, "data", "build", "vsp-spatial-planning", "--levels", "3,4", "--hole_rate", 0.25)
+    build = (mirage, "data", "build", "vsp-spatial-planning", "--levels", "3,4")
     style = ("--cell_size", 28, "--prompt", "short")
     train_data, test_data = out / "train" / "data.jsonl", out / "test" / "data.jsonl"
-    arguments = ("--out", out / "train", "--count", count, "--proportions", "1,8", *style)
+    arguments = ("--out", out / "train", "--count", count, "--proportions", "1,24", *style)
     run(f"building {count} training maps", (*build, *arguments))
-    arguments = ("--out", out / "test", "--count", test_count, "--proportions", "1,1", "--split", "test", *style)
+    arguments = ("--out", out / "test", "--count", test_count, "--proportions", "1,4", "--split", "test", *style)
     run(f"building {test_count} held-out maps", (*build, *arguments))
     arguments = ("--preset", "nano", "--out", out / "nano", "--text", train_data)
     run("a random Qwen2.5-VL of 1.3 M parameters", (mirage, "init", *arguments))
