@@ -136,8 +136,8 @@ def draw(out: Path, stages: Sequence[Stage]) -> Path:
     return picture
 
 
-def constant_scores(test: Path) -> dict[str, float]:
-    """Score the best answer that never looks at the map, per level."""
+def constant_scores(test: Path) -> dict[str, tuple[float, int]]:
+    """Score the best answer that never looks at the map, per level; with the number of maps."""
     from mirage_ds.tasks.maps import parse_board
     from mirage_ds.tasks.vsp_planning import best_constant
 
@@ -145,7 +145,7 @@ def constant_scores(test: Path) -> dict[str, float]:
     for line in test.read_text().splitlines():
         board = parse_board(json.loads(line)["map_desc"], str(test))
         boards.setdefault(str(len(board)), []).append(board)
-    return {level: best_constant(found)[1] for level, found in boards.items()}
+    return {level: (best_constant(found)[1], len(found)) for level, found in boards.items()}
 
 
 def score(folder: Path, test: Path, latents: bool, title: str) -> dict[str, Any]:
@@ -199,8 +199,8 @@ def main(out: Path, count: int, test_count: int) -> None:
         "after", "steps so far", *(f"level {level}" for level in LEVELS), "all", title="success on held-out maps"
     )
     constant = constant_scores(test_data)
-    mean = sum(constant.values()) / len(constant)
-    table.add_row("best constant answer", "–", *(f"{constant[str(level)]:.2f}" for level in LEVELS), f"{mean:.2f}")
+    mean = sum(share * count for share, count in constant.values()) / test_count
+    table.add_row("best constant answer", "–", *(f"{constant[str(level)][0]:.2f}" for level in LEVELS), f"{mean:.2f}")
     steps = 0
     for stage in STAGES:
         steps += stage.steps
