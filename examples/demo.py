@@ -48,9 +48,9 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("sft", 850, 32, 1.5e-3),
-    Stage("stage1", 72, 32, 5e-4),
-    Stage("stage2", 210, 32, 1e-3),
+    Stage("sft", 560, 64, 1.5e-3),
+    Stage("stage1", 32, 64, 5e-4),
+    Stage("stage2", 140, 64, 1e-3),
 )
 
 
@@ -136,8 +136,8 @@ def draw(out: Path, stages: Sequence[Stage]) -> Path:
     return picture
 
 
-def constant_scores(test: Path) -> dict[str, float]:
-    """Score the best answer that never looks at the map, per level."""
+def constant_scores(test: Path) -> dict[str, tuple[float, int]]:
+    """Score the best answer that never looks at the map, per level; with the number of maps."""
     from mirage_ds.tasks.maps import parse_board
     from mirage_ds.tasks.vsp_planning import best_constant
 
@@ -145,7 +145,7 @@ def constant_scores(test: Path) -> dict[str, float]:
     for line in test.read_text().splitlines():
         board = parse_board(json.loads(line)["map_desc"], str(test))
         boards.setdefault(str(len(board)), []).append(board)
-    return {level: best_constant(found)[1] for level, found in boards.items()}
+    return {level: (best_constant(found)[1], len(found)) for level, found in boards.items()}
 
 
 def score(folder: Path, test: Path, latents: bool, title: str) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def score(folder: Path, test: Path, latents: bool, title: str) -> dict[str, Any]
 
 @click.command()
 @click.option("--out", default="runs/demo", show_default=True, type=click.Path(path_type=Path))
-@click.option("--count", default=12_000, show_default=True, help="Training maps.")
+@click.option("--count", default=10_000, show_default=True, help="Training maps.")
 @click.option("--test_count", default=200, show_default=True, help="Held-out maps.")
 def main(out: Path, count: int, test_count: int) -> None:
     """Run the demo into a new folder."""
@@ -176,12 +176,12 @@ def main(out: Path, count: int, test_count: int) -> None:
     logs = out / "logs"
     logs.mkdir(parents=True)
     mirage = BINARIES / "mirage-ds"
-    build = (mirage, "data", "build", "vsp-spatial-planning", "--levels", "3,4", "--hole_rate", 0.25)
+    build = (mirage, "data", "build", "vsp-spatial-planning", "--levels", "3,4")
     style = ("--cell_size", 28, "--prompt", "short")
     train_data, test_data = out / "train" / "data.jsonl", out / "test" / "data.jsonl"
-    arguments = ("--out", out / "train", "--count", count, "--proportions", "1,8", *style)
+    arguments = ("--out", out / "train", "--count", count, "--proportions", "1,24", *style)
     run(f"building {count} training maps", (*build, *arguments))
-    arguments = ("--out", out / "test", "--count", test_count, "--proportions", "1,1", "--split", "test", *style)
+    arguments = ("--out", out / "test", "--count", test_count, "--proportions", "1,4", "--split", "test", *style)
     run(f"building {test_count} held-out maps", (*build, *arguments))
     arguments = ("--preset", "nano", "--out", out / "nano", "--text", train_data)
     run("a random Qwen2.5-VL of 1.3 M parameters", (mirage, "init", *arguments))
@@ -199,8 +199,8 @@ def main(out: Path, count: int, test_count: int) -> None:
         "after", "steps so far", *(f"level {level}" for level in LEVELS), "all", title="success on held-out maps"
     )
     constant = constant_scores(test_data)
-    mean = sum(constant.values()) / len(constant)
-    table.add_row("best constant answer", "–", *(f"{constant[str(level)]:.2f}" for level in LEVELS), f"{mean:.2f}")
+    mean = sum(share * count for share, count in constant.values()) / test_count
+    table.add_row("best constant answer", "–", *(f"{constant[str(level)][0]:.2f}" for level in LEVELS), f"{mean:.2f}")
     steps = 0
     for stage in STAGES:
         steps += stage.steps

@@ -9,6 +9,7 @@ stage but the first, queries are fewer than keys, and a top-left mask would be s
 from __future__ import annotations
 
 import importlib.util
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -69,24 +70,31 @@ def _sdpa(
     max_k: int,
     scale: float,
 ) -> torch.Tensor:
-    # Sample by sample: one dense T × T mask over the packed row costs more than the loop.
-    outputs = []
+    # Samples of equal lengths together: one dense T × T mask over the packed row costs more than the loop, and in the
+    # passes of one token the calls cost more than the work.
     query_lengths, key_lengths = cu_q.diff().tolist(), cu_k.diff().tolist()
-    for one_q, one_k, one_v in zip(q.split(query_lengths), k.split(key_lengths), v.split(key_lengths), strict=True):
-        queries, keys = one_q.shape[0], one_k.shape[0]
+    parts = q.split(query_lengths), k.split(key_lengths), v.split(key_lengths)
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number, lengths in enumerate(zip(query_lengths, key_lengths, strict=True)):
+        alike[lengths].append(number)
+    outputs: list[torch.Tensor] = [q] * len(query_lengths)
+    for (queries, keys), members in alike.items():
         mask = None
         if queries not in (1, keys):
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        # (n, Hq, queries, D) and (n, Hkv, keys, D)
+        one_q, one_k, one_v = (torch.stack([part[number] for number in members]).transpose(1, 2) for part in parts)
         output = functional.scaled_dot_product_attention(
-            one_q.transpose(0, 1)[None],
-            one_k.transpose(0, 1)[None],
-            one_v.transpose(0, 1)[None],
+            one_q,
+            one_k,
+            one_v,
             attn_mask=mask,
             is_causal=queries == keys and queries > 1,
             scale=scale,
             enable_gqa=True,
         )
-        outputs.append(output[0].transpose(0, 1))
+        for number, one in zip(members, output.transpose(1, 2), strict=True):
+            outputs[number] = one
     return torch.cat(outputs)
 
 
