@@ -6,8 +6,9 @@ W ranks, k latents a run.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,11 +19,11 @@ from mirage_ds import run_folder
 from mirage_ds.config import RunConfig
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder, load_encoder
 from mirage_ds.data.features import KeptFeatures
-from mirage_ds.data.loader import Index, Loader, build_index
+from mirage_ds.data.loader import Index, Loader, build_index, without
 from mirage_ds.data.pack import Planner, pack, total_steps
-from mirage_ds.data.record import ImageFinder, open_records
+from mirage_ds.data.record import Fault, ImageFinder, open_records
 from mirage_ds.engine import ds_config as ds
-from mirage_ds.engine.checkpoint import find_checkpoint
+from mirage_ds.engine.checkpoint import find_checkpoint, write_atomically
 from mirage_ds.engine.export import Parts, save_model
 from mirage_ds.engine.setup import World, from_rank_zero, make_engine
 from mirage_ds.errors import UserError
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+# In the run folder, the records that --skip_bad_records leaves out.
+SKIPPED_FILE = "skipped.jsonl"
+
+
 class Prepared(NamedTuple):
     """What the loop runs on.
 
@@ -57,6 +62,7 @@ class Prepared(NamedTuple):
         state: what a checkpoint of this run says of itself (checkpoint.MUST_AGREE).
         checkpoint: the checkpoint to continue from, if any.
         evaluation: the evaluation records, if any.
+        skipped: (file, fault) of each record that is left out.
     """
 
     world: World
@@ -69,6 +75,7 @@ class Prepared(NamedTuple):
     state: dict[str, Any]
     checkpoint: Path | None
     evaluation: Evaluation | None
+    skipped: list[tuple[Path, Fault]]
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
     """Build the encoder that a run's settings describe and check that its tokens fit the model."""
     encoder = load_encoder(
         [str(folder) for folder in folders],
-        ImageFinder.beside(config.data_path, config.image_root),
+        ImageFinder.beside(config.data_path, config.image_root, config.confine_paths),
         config.stage,
         config.latent_size,
         (config.min_pixels, config.max_pixels),
@@ -121,23 +128,51 @@ def measure(
     tower: FrozenTower | None,
     data_path: Path,
     index: Index,
-    steps: int | None,
+    whole: bool,
     world: World,
 ) -> Measured:
     """Open a checked records file and keep the features of its images. All ranks call it.
 
     Args:
         tower: None where it is trained.
-        steps: optimizer steps of the run; None for a file of which every row is used.
+        whole: every row is used, not only those that the run's steps reach.
+
+    Raises:
+        UserError: on every rank: a broken image; with --skip_bad_records, too large a share of faulty records.
     """
     records = open_records(data_path, config.cache_dir)
-    planner = make_planner(config, index, world)
     features: dict[str, KeptFeatures] = {}
     if tower is not None:
-        rows = index.row_ids.tolist() if steps is None else planner.reached(steps)
+        # Which rows are skipped must depend on the records alone: a run that goes on for more steps finds the same.
+        whole = whole or config.skip_bad_records
+        rows = index.row_ids.tolist() if whole else make_planner(config, index, world).reached(run_steps(config, index))
         place, workers = config.features_folder, config.num_workers
-        features = keep_features(tower, encoder, records, index.images, rows, data_path, place, workers, world)
-    return Measured(records, index, planner, features)
+        features, broken = keep_features(
+            tower, encoder, records, index.images, rows, data_path, place, workers, world, config.skip_bad_records
+        )
+        if broken:
+            index = without(index, broken, data_path, config.max_bad_share)
+    return Measured(records, index, make_planner(config, index, world), features)
+
+
+def run_steps(config: RunConfig, index: Index) -> int:
+    """Count the optimizer steps of a run over the usable rows."""
+    return total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
+
+
+def skipped_lines(skipped: list[tuple[Path, Fault]]) -> str:
+    """Write the records that are left out as JSON lines: file, line, field, what, how."""
+    rows = ({"file": str(file), **asdict(fault)} for file, fault in skipped)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def usable_rows(index: Index) -> int | str:
+    """Say which rows a run has, for a checkpoint: their number and, where records are skipped, which these are."""
+    if not index.skipped:
+        return len(index.row_ids)
+    lines = " ".join(str(fault.line) for fault in index.skipped)
+    digest = hashlib.sha256(lines.encode()).hexdigest()[:12]
+    return f"{len(index.row_ids)} ({len(index.skipped)} skipped, lines {digest})"
 
 
 def make_planner(config: RunConfig, index: Index, world: World) -> Planner:
@@ -203,10 +238,10 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     choose_backend(config.attention, world.device)
     folders = _model_folders(config, world)
     encoder = make_encoder(config, folders)
-    limits = (config.max_length, config.max_dropped_share)
+    limits, share = (config.max_length, config.max_dropped_share), config.tolerated_share
     files = [config.data_path] + ([config.eval_data_path] if config.eval_data_path else [])
     indices = [
-        from_rank_zero(partial(build_index, file, encoder, *limits, config.kept_fields, quiet=False), world)
+        from_rank_zero(partial(build_index, file, encoder, *limits, config.kept_fields, False, share), world)
         for file in files
     ]
     # All that can refuse the run comes before its folder is claimed: a refused run must not stand in the way of the
@@ -216,12 +251,13 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     if not config.train_vision:
         dtype = getattr(torch, ds.compute_dtype(ds_values))
         tower = load_tower(folders[0], read_config(folders[0]), dtype, world.device)
-    index = indices[0]
-    steps = total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
     measured = [
-        measure(config, encoder, tower, file, one, steps if one is index else None, world)
+        measure(config, encoder, tower, file, one, one is not indices[0], world)
         for file, one in zip(files, indices, strict=True)
     ]
+    index = measured[0].index
+    steps = run_steps(config, index)
+    skipped = [(file, fault) for file, one in zip(files, measured, strict=True) for fault in one.index.skipped]
     if tower is not None and "image_input" in config.kept_fields:
         # No step calls it any more; it is kept for the model folder that is saved at the end.
         tower.tower.to("cpu")
@@ -233,7 +269,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         stage=config.stage,
         latent_size=config.latent_size,
         data=hashlib.sha256(config.data_path.read_bytes()).hexdigest(),
-        rows=len(index.row_ids),
+        rows=usable_rows(index),
         rows_per_step=config.rows_per_step,
         seed=config.seed,
         train_vision=config.train_vision,
@@ -254,6 +290,8 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         checkpoint = from_rank_zero(lambda: find_checkpoint(own_folder / "checkpoints", state), world)
     if world.rank == 0:
         run_folder.describe(own_folder, config, ds_values)
+        if config.skip_bad_records:
+            write_atomically(own_folder / SKIPPED_FILE, skipped_lines(skipped))
     loaded = make_model(config, folders[0], ds_values, world.device, tower)
     # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
     most_runs = max(int(one.index.runs.max()) for one in measured)
@@ -273,4 +311,4 @@ def prepare(config: RunConfig, world: World) -> Prepared:
             Parts(loaded.config, encoder.tokenizer, encoder.images, folders[0], trained),
         )
 
-    return Prepared(world, engine, loaded.tower, loader, index, steps, save, state, checkpoint, evaluation)
+    return Prepared(world, engine, loaded.tower, loader, index, steps, save, state, checkpoint, evaluation, skipped)

@@ -29,7 +29,7 @@ from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.flags import CONTEXT, build_model, model_options
 from mirage_ds.model.loss import LossSums, StepCounts, objective
 from mirage_ds.monitor import Monitor
-from mirage_ds.prepare import Evaluation, Prepared, prepare
+from mirage_ds.prepare import SKIPPED_FILE, Evaluation, Prepared, prepare
 
 
 @click.command(context_settings=CONTEXT, no_args_is_help=True)
@@ -113,6 +113,12 @@ def opening_lines(config: RunConfig, prepared: Prepared) -> Iterator[str]:
     if prepared.checkpoint:
         yield f"continuing from {prepared.checkpoint}"
     yield f"{warning}{index.dropped} row(s) dropped as longer than --max_length {config.max_length}"
+    if prepared.skipped:
+        file, fault = prepared.skipped[0]
+        yield (
+            f"warning: {len(prepared.skipped)} faulty record(s) skipped, listed in "
+            f"{config.save_model_path / 'run' / SKIPPED_FILE}; the first is {file}: {fault}"
+        )
 
 
 def step_counts(prepared: Prepared, plan: StepPlan, latent_size: int) -> tuple[StepCounts, int]:
