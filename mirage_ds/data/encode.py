@@ -446,6 +446,13 @@ def load_tokenizer(folders: list[str], cache_dir: Path | None, add_latents: bool
         raise UserError(f"{folder}: the tokenizer cannot be read ({reason(error)})") from None
     if tokenizer.chat_template is None:
         raise UserError(f"{folder}: the tokenizer has no chat template (chat_template.json); copy the model's own")
+    try:
+        trial: Any = [{"role": "user", "content": [{"type": "text", "text": "Question?"}, {"type": "image"}]}]
+        rendered = str(tokenizer.apply_chat_template(trial, tokenize=False))
+    except Exception as error:  # noqa: BLE001  # a template is a program, and its mistakes are of every class
+        raise UserError(f"{folder}: the chat template cannot be used ({reason(error)}); copy the model's own") from None
+    if "Question?" not in rendered or rendered.count(IMAGE_PAD) != 1:
+        raise UserError(f"{folder}: the chat template does not write a question with its image; copy the model's own")
     unknown = [t for t in (IMAGE_PAD, "<|im_start|>", "<|im_end|>", "<|endoftext|>") if t not in tokenizer.get_vocab()]
     if unknown:
         raise UserError(f"{folder}: the tokenizer lacks {', '.join(unknown)}; a Qwen2.5-VL tokenizer is needed")
