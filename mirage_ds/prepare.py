@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,8 +80,13 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """A records file that has been checked: its rows, their measures and plan, the kept features of each field."""
+    """A records file that has been checked: its rows, their measures and plan, the kept features of each field.
 
+    Attributes:
+        encoder: finds images beside this very file.
+    """
+
+    encoder: Encoder
     records: Dataset
     index: Index
     planner: Planner
@@ -107,11 +112,16 @@ def _model_folders(config: RunConfig, world: World) -> list[Path]:
     return from_rank_zero(lambda: [resolve_folder(name, flag, config.cache_dir) for flag, name in given], world)
 
 
+def finder_of(config: RunConfig, data_path: Path) -> ImageFinder:
+    """Build the finder of the images of one records file."""
+    return ImageFinder.beside(data_path, config.image_root, config.confine_paths)
+
+
 def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
     """Build the encoder that a run's settings describe and check that its tokens fit the model."""
     encoder = load_encoder(
         [str(folder) for folder in folders],
-        ImageFinder.beside(config.data_path, config.image_root, config.confine_paths),
+        finder_of(config, config.data_path),
         config.stage,
         config.latent_size,
         (config.min_pixels, config.max_pixels),
@@ -152,7 +162,7 @@ def measure(
         )
         if broken:
             index = without(index, broken, data_path, config.max_bad_share)
-    return Measured(records, index, make_planner(config, index, world), features)
+    return Measured(encoder, records, index, make_planner(config, index, world), features)
 
 
 def run_steps(config: RunConfig, index: Index) -> int:
@@ -188,9 +198,12 @@ def make_planner(config: RunConfig, index: Index, world: World) -> Planner:
     )
 
 
-def make_loader(config: RunConfig, encoder: Encoder, measured: Measured, rank: int, passes: int) -> Loader:
+def make_loader(config: RunConfig, measured: Measured, rank: int, passes: int) -> Loader:
     """Build this rank's loader over a records file."""
-    return Loader(measured.records, encoder, measured.planner, rank, passes, config.num_workers, kept=measured.features)
+    return Loader(
+        *(measured.records, measured.encoder, measured.planner, rank, passes, config.num_workers),
+        kept=measured.features,
+    )
 
 
 def make_evaluation(config: RunConfig, loader: Loader, index: Index) -> Evaluation:
@@ -240,9 +253,10 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     encoder = make_encoder(config, folders)
     limits, share = (config.max_length, config.max_dropped_share), config.tolerated_share
     files = [config.data_path] + ([config.eval_data_path] if config.eval_data_path else [])
+    encoders = [replace(encoder, finder=finder_of(config, file)) for file in files]
     indices = [
-        from_rank_zero(partial(build_index, file, encoder, *limits, config.kept_fields, False, share), world)
-        for file in files
+        from_rank_zero(partial(build_index, file, one, *limits, config.kept_fields, False, share), world)
+        for file, one in zip(files, encoders, strict=True)
     ]
     # All that can refuse the run comes before its folder is claimed: a refused run must not stand in the way of the
     # mended one.
@@ -252,8 +266,8 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         dtype = getattr(torch, ds.compute_dtype(ds_values))
         tower = load_tower(folders[0], read_config(folders[0]), dtype, world.device)
     measured = [
-        measure(config, encoder, tower, file, one, one is not indices[0], world)
-        for file, one in zip(files, indices, strict=True)
+        measure(config, own, tower, file, one, one is not indices[0], world)
+        for file, own, one in zip(files, encoders, indices, strict=True)
     ]
     index = measured[0].index
     steps = run_steps(config, index)
@@ -296,7 +310,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
     most_runs = max(int(one.index.runs.max()) for one in measured)
     passes = most_runs * config.latent_size + 1 if config.stage == "stage2" else 1
-    loader, *others = [make_loader(config, encoder, one, world.rank, passes) for one in measured]
+    loader, *others = [make_loader(config, one, world.rank, passes) for one in measured]
     evaluation = make_evaluation(config, others[0], measured[1].index) if others else None
     engine = make_engine(loaded.model, config, ds_values, steps)
 

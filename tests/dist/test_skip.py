@@ -161,12 +161,24 @@ def test_a_resumed_run_finds_the_same_rows_or_says_that_they_are_others(trainer:
 
 
 def test_faulty_evaluation_records_are_skipped_and_listed_too(trainer: Trainer, data: Path) -> None:
-    broken = data.parent / "broken.jsonl"
-    broken.write_text((data.parent / "clean.jsonl").read_text() + "{\n")
-    settings = dict(data_path=data.parent / "clean.jsonl", eval_every=3)
-    skipping = trainer.log("skipping", eval_data_path=broken, skip_bad_records=True, max_bad_share=0.2, **settings)
-    clean = trainer.log("clean", eval_data_path=data.parent / "clean.jsonl", **settings)
+    # Its images lie beside it and nowhere else.
+    folder = trainer.folder / "evaluation"
+    folder.mkdir()
+    good = [json.loads(line) for line in (data.parent / "clean.jsonl").read_text().splitlines()]
+    for row in good:
+        for key in ("image_input", "image_output"):
+            if key in row:
+                shutil.copy(data.parent / row[key], folder / f"own_{row[key]}")
+                row[key] = f"own_{row[key]}"
+    lines = "".join(json.dumps(row) + "\n" for row in good)
+    (folder / "clean.jsonl").write_text(lines)
+    (folder / "broken.jsonl").write_text(lines + "{\n")
+    settings = dict(data_path=data.parent / "clean.jsonl", eval_every=3, confine_paths=True)
+    skipping = trainer.log(
+        "skipping", eval_data_path=folder / "broken.jsonl", skip_bad_records=True, max_bad_share=0.2, **settings
+    )
+    clean = trainer.log("clean", eval_data_path=folder / "clean.jsonl", **settings)
     assert "eval_loss" in skipping[-1]
     assert skipping == clean
     (listed,) = (trainer.folder / "skipping/run/skipped.jsonl").read_text().splitlines()
-    assert (json.loads(listed)["file"], json.loads(listed)["line"]) == (str(broken), 5)
+    assert (json.loads(listed)["file"], json.loads(listed)["line"]) == (str(folder / "broken.jsonl"), 5)
