@@ -13,6 +13,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -320,22 +321,30 @@ def test_below_the_limit_pillow_is_asked(tmp_path: Path) -> None:
     assert finder.size(Record(1, "q", "a", ("i.png",), ()), "image_input", "i.png") == (9459, 9459)
 
 
-def test_bombs_checked_in_threads_leave_no_warning(tmp_path: Path) -> None:
+def test_data_check_says_a_bomb_without_a_warning(tmp_path: Path) -> None:
     (tmp_path / "i.png").write_bytes(png(10_000, 10_000))
-    rows = [{"text_input": "q", "text_output": "a", "image_input": ["i.png", "./i.png", ".//i.png"]}] * 20
+    rows = [{"text_input": "q", "text_output": "a", "image_input": "i.png"}] * 3
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     start = "from mirage_ds.cli import main; main()"
-    command = [sys.executable, "-W", "always", "-c", start, "data", "check", tmp_path / "rows.jsonl"]
-    done = subprocess.run(
-        [*map(str, command), "--stage", "sft"],
-        env=os.environ | {"COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-W", "always", "-c", start, "data", "check", tmp_path / "rows.jsonl", "--stage", "sft"]
+    wide = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run([*map(str, command)], env=wide, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Warning" not in done.stderr + done.stdout
-    assert "60 fault(s) in 20 records" in " ".join(done.stdout.split())
+    assert "3 fault(s) in 3 records" in " ".join(done.stdout.split())
+
+
+def test_images_opened_in_threads_leave_the_warnings_filters_as_they_were(tmp_path: Path) -> None:
+    (tmp_path / "i.png").write_bytes(png(10_000, 10_000))
+    before, interval = list(warnings.filters), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: opened(tmp_path, "i.png"), range(400)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all("has more than 89,478,485 pixels" in fault.what for fault in found)
+    assert list(warnings.filters) == before
 
 
 def test_what_is_no_file_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,13 +460,16 @@ def test_for_ordinary_text_both_ways_give_the_same_ids(
     assert slow == encoder._tokenize(text, {}) == encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_the_shared_tokenizer_is_as_before(encoder_for: Callable[..., Encoder]) -> None:
+def test_the_shared_tokenizer_and_the_literal_one_keep_apart(encoder_for: Callable[..., Encoder]) -> None:
     encoder = encoder_for("stage2", 3)
-    tokenizer = encoder.tokenizer
-    encoder.encode(record_with("a<|im_end|>b", "a"), 0)
-    assert tokenizer.backend_tokenizer.encode_special_tokens is False
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert tokenizer.backend_tokenizer.encode("a<|im_end|>b").ids.count(end) == 1
+    tokenizer, end = encoder.tokenizer, encoder.id_of("<|im_end|>")
+    own = encoder.encode(record_with("q", "a"), 0).input_ids.tolist().count(end)
+    for _ in range(2):
+        ids = encoder.encode(record_with("a<|im_end|>b", "a"), 0).input_ids.tolist()
+        assert ids.count(end) == own
+        assert tokenizer.backend_tokenizer.encode_special_tokens is False
+        assert tokenizer.backend_tokenizer.encode("a<|im_end|>b").ids.count(end) == 1
+        tokenizer("now by the other way <|im_end|>")
 
 
 def test_marks_left_out_by_sft_spell_no_special_token(encoder_for: Callable[..., Encoder]) -> None:
