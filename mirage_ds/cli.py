@@ -188,6 +188,10 @@ def generate(folder: Path, images: tuple[Path, ...], prompt: str, **options: Any
     from mirage_ds import evaluate as evaluation
     from mirage_ds.data.record import IMAGE_MARK, ImageFinder, Record
 
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("--prompt: not UTF-8 text; type it in a UTF-8 terminal") from None
     marks = prompt.count(IMAGE_MARK)
     if marks and marks != len(images):
         raise UserError(

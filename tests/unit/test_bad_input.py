@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mirage_ds.cli import cli
 from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.data.check import check_file
 from mirage_ds.data.encode import Encoder, Sample, load_encoder
@@ -43,6 +44,7 @@ from mirage_ds.data.record import (
 )
 from mirage_ds.engine.ds_config import read_json, resolve
 from mirage_ds.errors import UserError
+from mirage_ds.evaluate import Answer, score
 from mirage_ds.flags import build_model
 from mirage_ds.model.load import check_weights, read_config
 
@@ -613,6 +615,26 @@ def test_odd_settings_are_one_sentence(row: dict[str, Any], said: str) -> None:
 def test_a_fault_refuses_unless_asked_to_skip() -> None:
     assert RunConfig(**ASKED, max_bad_share=0.5).tolerated_share is None
     assert RunConfig(**ASKED, skip_bad_records=True).tolerated_share == 0.01
+
+
+# ----------------------------------------------------------------------------------------------------------- decoding
+
+
+def test_a_prompt_that_is_no_text_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--prompt: not UTF-8 text"):
+        cli.main(["generate", str(tmp_path), "--prompt", "caf\udce9"], standalone_mode=False)
+
+
+@pytest.mark.parametrize("board", [None, 3, "map", {}, [], [[1]], [1, "x"], True, [[3, 0], [0, 2]]])
+@pytest.mark.parametrize("task", ["vsp-spatial-planning", "vsp-spatial-reasoning"])
+def test_a_board_of_any_type_is_scored_or_a_sentence(task: str, board: Any) -> None:
+    record = Record(1, "q", "\\boxed{A}", (), (), {"map_desc": board})
+    try:
+        scores = score([record], [Answer("\\boxed{RIGHT}", [], [])], task)
+    except UserError as error:
+        sentence(error)
+        return
+    assert scores["all"]["count"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------ DeepSpeed JSONs
