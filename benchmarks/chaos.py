@@ -4,8 +4,9 @@
 
 Two ranks under ZeRO-3 on the CPU train a nano model on a few maps. One run is left alone. The other is killed (SIGKILL
 to launcher, ranks and workers together) during a step, a save, the first load or an evaluation; the run's own
-events.jsonl says in which. Between two starts the newest checkpoint is sometimes damaged, and sometimes the run may write
-no file above a size, as when a quota is used up. At the end weights, losses and the rows of every step are compared.
+events.jsonl says in which. Between two starts the newest checkpoint is sometimes damaged, and sometimes the run may
+write no file above a size, as when a quota is used up. At the end weights, losses and the rows of every step are
+compared.
 """
 
 from __future__ import annotations

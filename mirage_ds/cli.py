@@ -48,14 +48,21 @@ def data_build(task: str, **flags: Any) -> None:
 @click.option("--image_root", type=_path(), help="Second place where relative image paths are looked for.")
 @click.option("--model", "model_folder", type=_path(), help="Model folder whose tokenizer and limits are applied.")
 @click.option("--latent_size", default=4, show_default=True, help="k: a helper needs as many merged tokens.")
+@click.option("--confine_paths", is_flag=True, help="Images outside FILE's folder and --image_root are faults.")
 @click.option("--most", default=50, show_default=True, help="Faults listed at most.")
 def data_check(
-    file: Path, stage: Any, image_root: Path | None, model_folder: Path | None, latent_size: int, most: int
+    file: Path,
+    stage: Any,
+    image_root: Path | None,
+    model_folder: Path | None,
+    latent_size: int,
+    confine_paths: bool,
+    most: int,
 ) -> None:
     """List every faulty record of FILE: line, field, what, how to mend. Exit code 2 if there is one."""
     from mirage_ds.data.check import check_file, print_faults
 
-    count, faults = check_file(file, stage, image_root, model_folder, latent_size)
+    count, faults = check_file(file, stage, image_root, model_folder, latent_size, confine_paths)
     print_faults(file, count, faults, most)
     if faults:
         sys.exit(EXIT_USER_ERROR)
@@ -182,6 +189,10 @@ def generate(folder: Path, images: tuple[Path, ...], prompt: str, **options: Any
     from mirage_ds import evaluate as evaluation
     from mirage_ds.data.record import IMAGE_MARK, ImageFinder, Record
 
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("--prompt: not UTF-8 text; type it in a UTF-8 terminal") from None
     marks = prompt.count(IMAGE_MARK)
     if marks and marks != len(images):
         raise UserError(

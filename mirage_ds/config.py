@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, reason, shown
 
 Stage = Literal["sft", "stage1", "stage2"]
 FeatureCache = Literal["all", "targets", "off"]
@@ -48,6 +48,13 @@ class RunConfig(BaseModel):
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
     max_length: PositiveInt = Field(4096, description="Longer rows are dropped and counted, never cut.")
     max_dropped_share: float = Field(0.1, ge=0, le=1, description="Refuse to train when more rows are dropped.")
+    confine_paths: bool = Field(
+        False, description="Refuse images outside the records file's folder and --image_root, also behind links."
+    )
+    skip_bad_records: bool = Field(
+        False, description="Train without faulty records; they are counted and listed in run/skipped.jsonl."
+    )
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="Refuse to train when more records are faulty.")
     min_pixels: PositiveInt | None = Field(None, description="Smallest input image; the processor's own if not set.")
     max_pixels: PositiveInt | None = Field(None, description="Largest input image; the processor's own if not set.")
     helper_min_pixels: PositiveInt | None = Field(None, description="As --min_pixels, for helper images.")
@@ -142,12 +149,35 @@ class RunConfig(BaseModel):
             )
         if self.resume == "auto" and self.overwrite:
             raise ValueError("--resume auto continues a run and --overwrite starts it over: give one of them")
+        if self.latent_size > self.max_length:
+            raise ValueError(
+                f"--latent_size {self.latent_size} is above --max_length {self.max_length}: no row with a latent run "
+                "would fit; lower the first or raise the second"
+            )
         if self.max_length > self.micro_batch_tokens:
             raise ValueError(
                 f"--max_length {self.max_length} is above --micro_batch_tokens {self.micro_batch_tokens}: "
                 "a row must fit into one micro-batch; lower the first or raise the second"
             )
         return self
+
+    @field_validator("*")
+    @classmethod
+    def _nameable(cls, value: Any) -> Any:
+        """Refuse paths that no file can have and that no settings file can hold."""
+        text = str(value) if isinstance(value, Path) else value if isinstance(value, str) else ""
+        if "\0" in text:
+            raise ValueError("a path or name cannot hold a zero byte")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("not UTF-8 text") from None
+        return value
+
+    @property
+    def tolerated_share(self) -> float | None:
+        """Share of faulty records that is left out; None where one fault refuses the run."""
+        return self.max_bad_share if self.skip_bad_records else None
 
     @property
     def rows_per_step(self) -> int:
@@ -179,18 +209,40 @@ class RunConfig(BaseModel):
         return PAPER_GAMMA if self.stage == "stage1" else 1.0
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader takes the last of two equal keys without a word; here it is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    said = f"key {shown(key.value)} stands there twice"
+                    raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of settings; UserError when it is missing, broken or not a mapping."""
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
     try:
-        values = yaml.safe_load(path.read_text())
+        if not path.is_file():
+            raise UserError(f"--config {path}: no such file")
+        # _Loader is a SafeLoader.
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"--config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    except RecursionError:
+        raise UserError(f"--config {path}: nested too deeply; write `key: value` lines") from None
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+        # What PyYAML makes of a scalar of a kind that it is not: `2001-99-99`, `!!int x`.
+        raise UserError(f"--config {path}: holds a value that is none ({reason(error)})") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected `key: value` lines, found {type(values).__name__}")
     return values

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+from typing import Any, NoReturn
+
 EXIT_USER_ERROR = 2
 
 
@@ -23,3 +27,54 @@ def closest(word: str, known: object) -> str:
 
     near = difflib.get_close_matches(word, [str(name) for name in known], n=1)  # type: ignore[attr-defined]
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Return `repr(value)`, cut so that it fits into a sentence."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of another library's error, with its class where the text alone says little."""
+    text = (str(error).splitlines() or [""])[0]
+    return text if isinstance(error, (OSError, ValueError)) and text else f"{type(error).__name__}: {text}"
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {shown(digits)} is too large")
+    return value
+
+
+def _whole_number(digits: str) -> int:
+    # Python's own limit; beyond it int() refuses with a hint for programmers.
+    if len(digits) > 4000:
+        raise ValueError(f"a number of {len(digits)} digits is too large")
+    return int(digits)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in values if keys.count(key) > 1)
+        raise ValueError(f"key {shown(twice)} stands there twice")
+    return values
+
+
+def strict_json(text: str) -> Any:
+    """Parse JSON and nothing but JSON: json.loads also takes NaN and Infinity, and the last of two equal keys.
+
+    Raises:
+        json.JSONDecodeError: no JSON. ValueError: a key twice, a number that is not finite or too large.
+        RecursionError: nested too deeply.
+    """
+    return json.loads(
+        text, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole_number, object_pairs_hook=_once
+    )

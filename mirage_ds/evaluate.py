@@ -235,7 +235,7 @@ def score(records: Sequence[Record], answers: Sequence[Answer], task: str) -> di
 
 def _side(record: Record) -> str:
     board = record.extra.get("map_desc")
-    return str(len(board)) if board else "?"
+    return str(len(board)) if board and isinstance(board, list) else "?"
 
 
 def _summary(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import click
 from pydantic import BaseModel, ValidationError
 
-from mirage_ds.errors import UserError, closest
+from mirage_ds.errors import UserError, closest, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -88,7 +88,7 @@ def build_model(
     for key, value in (yaml_values or {}).items():
         name = str(key).replace("-", "_")
         if name not in model.model_fields:
-            raise UserError(f"unknown key '{key}' in {source}{closest(name, model.model_fields)}")
+            raise UserError(f"unknown key {shown(str(key))} in {source}{closest(name, model.model_fields)}")
         kind = _click_type(model.model_fields[name].annotation)[0]
         if kind in (int, float) and isinstance(value, bool):
             raise UserError(f"'{name}' in {source} is {value}: a number is needed")
@@ -106,5 +106,5 @@ def build_model(
             raise UserError(str(first["ctx"]["error"] if "ctx" in first else first["msg"])) from None
         name = str(first["loc"][0])
         where = f"--{name}" if name in given or name not in (yaml_values or {}) else f"'{name}' in {source}"
-        reason = "is required" if first["type"] == "missing" else f"is {first.get('input')!r}: {first['msg']}"
+        reason = "is required" if first["type"] == "missing" else f"is {shown(first.get('input'))}: {first['msg']}"
         raise UserError(f"{where} {reason}") from None

@@ -11,11 +11,11 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from rich.progress import track
 
@@ -43,10 +43,12 @@ LISTING_DELAY_S = 90
 CHUNK = 32
 
 Decoded = tuple[list[int], torch.Tensor, torch.Tensor]
+# Place in the table of images, and what is wrong with the image there.
+Broken = tuple[int, Fault]
 
 
 class _Images(torch.utils.data.Dataset):
-    """Decodes the images of one field: (place in the table, pixels (P, 1176), grid (1, 3)), or the Fault."""
+    """Decodes the images of one field: (place in the table, pixels (P, 1176), grid (1, 3)), or (place, Fault)."""
 
     def __init__(self, records: Dataset, encoder: Encoder, name: str, images: ImageKeys, places: Sequence[int]):
         self.records, self.encoder, self.name, self.images, self.places = records, encoder, name, images, places
@@ -54,21 +56,21 @@ class _Images(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, number: int) -> tuple[int, torch.Tensor, torch.Tensor] | Fault:
+    def __getitem__(self, number: int) -> tuple[int, torch.Tensor, torch.Tensor] | Broken:
         place = self.places[number]
-        row = int(np.searchsorted(self.images.starts, place, side="right")) - 1
+        row = self.images.row_of(place)
         record = record_of(self.records[row])
         path = getattr(record, self.name)[place - int(self.images.starts[row])]
         try:
             return place, *self.encoder.pixels(record, self.name, path)
         except RecordError as error:
-            return error.fault
+            return place, error.fault
 
 
-def _join(items: list[tuple[int, torch.Tensor, torch.Tensor] | Fault]) -> tuple[Decoded | None, list[Fault]]:
+def _join(items: list[tuple[int, torch.Tensor, torch.Tensor] | Broken]) -> tuple[Decoded | None, list[Broken]]:
     """Put the decoded images of a chunk into two tensors, and the faults beside them."""
-    good = [item for item in items if not isinstance(item, Fault)]
-    faults = [item for item in items if isinstance(item, Fault)]
+    good = [item for item in items if len(item) == 3]
+    faults = [item for item in items if len(item) == 2]
     if not good:
         return None, faults
     places, pixels, grids = zip(*good, strict=True)
@@ -127,15 +129,15 @@ def _make(
     workers: int,
     world: World,
     asked: Callable[[], bool],
-) -> list[Fault]:
-    """Encode this rank's images, or those before somebody asks to stop; return the faults met."""
+) -> list[Broken]:
+    """Encode this rank's images, or those before somebody asks to stop; return the broken ones."""
     loader = torch.utils.data.DataLoader(
         images, batch_size=CHUNK, collate_fn=_join, num_workers=workers, worker_init_fn=ignore_in_worker
     )
     writer = ShardWriter(kept.store)
-    faults: list[Fault] = []
-    for decoded, broken in track(loader, title, disable=world.rank > 0, transient=True):
-        faults += broken
+    broken: list[Broken] = []
+    for decoded, others in track(loader, title, disable=world.rank > 0, transient=True):
+        broken += others
         if decoded is None:
             continue
         places, pixels, grids = decoded
@@ -146,7 +148,21 @@ def _make(
         if asked():
             break
     writer.flush()
-    return faults
+    return broken
+
+
+def _rows_with(kept: KeptFeatures, broken: list[Broken], rows: Sequence[int], records: Dataset) -> dict[int, Fault]:
+    """Find the rows that have a broken image: also those whose image is another file with the same content."""
+    faults = {tuple(kept.images.keys[place].tolist()): fault for place, fault in broken}
+    found = {}
+    for place in kept.images.of(rows):
+        fault = faults.get(tuple(kept.images.keys[place].tolist()))
+        row = kept.images.row_of(place)
+        if fault and row not in found:
+            line = int(records[row]["line"])
+            same = line == fault.line
+            found[row] = fault if same else replace(fault, line=line, what=f"as on line {fault.line}: {fault.what}")
+    return found
 
 
 def _await(kept: KeptFeatures, needed: list[int], world: World) -> None:
@@ -181,8 +197,9 @@ def keep_features(
     folder: Path,
     workers: int,
     world: World,
+    skip: bool = False,
     asked: Callable[[], bool] = never,
-) -> dict[str, KeptFeatures]:
+) -> tuple[dict[str, KeptFeatures], dict[int, Fault]]:
     """Make and keep those features of the rows' images that are not kept yet. All ranks call it.
 
     Args:
@@ -190,16 +207,18 @@ def keep_features(
         rows: the dataset rows whose images are needed.
         folder: holds all kept features; every rank must see it.
         workers: processes a rank that decode images.
+        skip: go on without the rows that have a broken image.
         asked: whether somebody wants this process to stop.
 
     Returns:
-        Field name → its features.
+        Field name → its features; with `skip`, dataset row → its fault, the same on every rank.
 
     Raises:
         UserError: on every rank: a broken image, too little room, a folder that not all hosts share.
         Stopped: on every rank; what has been made is kept.
     """
-    made = {}
+    made: dict[str, KeptFeatures] = {}
+    faults: dict[int, Fault] = {}
     for name, keys in images.items():
         kept = KeptFeatures(keys, _store(folder, tower, encoder, name, world))
         needed = kept.needs(rows)
@@ -209,15 +228,18 @@ def keep_features(
             own = _Images(records, encoder, name, keys, missing[world.rank :: world.size])
             title = "encoding input images" if name == "image_input" else "encoding helper images"
             try:
-                faults = _make(tower, kept, own, title, workers, world, asked)
+                own_broken = _make(tower, kept, own, title, workers, world, asked)
             except OSError as error:
                 how = "make room or name another folder, or --feature_cache off"
                 raise UserError(f"--feature_dir {folder}: {error.strerror}; {how}", everywhere=False) from None
-            faults = everyone(faults, world)
-            if faults:
-                raise faults_error(data_path, faults)
+            broken = everyone(own_broken, world)
+            if broken and not skip:
+                raise faults_error(data_path, [fault for _, fault in broken])
             if agree(asked(), world):
                 raise Stopped
+            faults = _rows_with(kept, broken, rows, records) | faults
+            gone = {place for place, _ in broken}
+            needed = [place for place in needed if place not in gone]
         _await(kept, needed, world)
         made[name] = kept
-    return made
+    return made, faults

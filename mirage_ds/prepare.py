@@ -6,8 +6,9 @@ W ranks, k latents a run.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,14 +19,15 @@ from mirage_ds import run_folder
 from mirage_ds.config import RunConfig
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder, load_encoder
 from mirage_ds.data.features import KeptFeatures
-from mirage_ds.data.loader import Index, Loader, build_index
+from mirage_ds.data.loader import Index, Loader, build_index, without
 from mirage_ds.data.pack import Planner, pack, total_steps
-from mirage_ds.data.record import ImageFinder, open_records
+from mirage_ds.data.record import Fault, ImageFinder, open_records
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.checkpoint import Found, find_checkpoint
 from mirage_ds.engine.export import Parts, save_model
 from mirage_ds.engine.setup import World, from_rank_zero, make_engine
 from mirage_ds.errors import UserError
+from mirage_ds.files import write_atomically
 from mirage_ds.keep_features import keep_features
 from mirage_ds.model.attention import choose_backend
 from mirage_ds.model.load import (
@@ -45,6 +47,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+# In the run folder, the records that --skip_bad_records leaves out.
+SKIPPED_FILE = "skipped.jsonl"
+
+
 class Prepared(NamedTuple):
     """What the loop runs on.
 
@@ -58,6 +64,7 @@ class Prepared(NamedTuple):
         state: what a checkpoint of this run says of itself (checkpoint.MUST_AGREE).
         checkpoint: the checkpoint to continue from, if any.
         evaluation: the evaluation records, if any.
+        skipped: (file, fault) of each record that is left out.
     """
 
     world: World
@@ -70,12 +77,18 @@ class Prepared(NamedTuple):
     state: dict[str, Any]
     checkpoint: Found | None
     evaluation: Evaluation | None
+    skipped: list[tuple[Path, Fault]]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A records file that has been checked: its rows, their measures and plan, the kept features of each field."""
+    """A records file that has been checked: its rows, their measures and plan, the kept features of each field.
 
+    Attributes:
+        encoder: finds images beside this very file.
+    """
+
+    encoder: Encoder
     records: Dataset
     index: Index
     planner: Planner
@@ -101,11 +114,16 @@ def _model_folders(config: RunConfig, world: World) -> list[Path]:
     return from_rank_zero(lambda: [resolve_folder(name, flag, config.cache_dir) for flag, name in given], world)
 
 
+def finder_of(config: RunConfig, data_path: Path) -> ImageFinder:
+    """Build the finder of the images of one records file."""
+    return ImageFinder.beside(data_path, config.image_root, config.confine_paths)
+
+
 def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
     """Build the encoder that a run's settings describe and check that its tokens fit the model."""
     encoder = load_encoder(
         [str(folder) for folder in folders],
-        ImageFinder.beside(config.data_path, config.image_root),
+        finder_of(config, config.data_path),
         config.stage,
         config.latent_size,
         (config.min_pixels, config.max_pixels),
@@ -122,7 +140,7 @@ def measure(
     tower: FrozenTower | None,
     data_path: Path,
     index: Index,
-    steps: int | None,
+    whole: bool,
     world: World,
     asked: Callable[[], bool],
 ) -> Measured:
@@ -130,16 +148,46 @@ def measure(
 
     Args:
         tower: None where it is trained.
-        steps: optimizer steps of the run; None for a file of which every row is used.
+        whole: every row is used, not only those that the run's steps reach.
+
+    Raises:
+        UserError: on every rank: a broken image; with --skip_bad_records, too large a share of faulty records.
     """
     records = open_records(data_path, config.cache_dir)
-    planner = make_planner(config, index, world)
     features: dict[str, KeptFeatures] = {}
     if tower is not None:
-        rows = index.row_ids.tolist() if steps is None else planner.reached(steps)
+        # Which rows are skipped must depend on the records alone: a run that goes on for more steps finds the same.
+        whole = whole or config.skip_bad_records
+        rows = index.row_ids.tolist() if whole else make_planner(config, index, world).reached(run_steps(config, index))
         place, workers = config.features_folder, config.num_workers
-        features = keep_features(tower, encoder, records, index.images, rows, data_path, place, workers, world, asked)
-    return Measured(records, index, planner, features)
+        features, broken = keep_features(
+            *(tower, encoder, records, index.images, rows, data_path, place, workers, world),
+            skip=config.skip_bad_records,
+            asked=asked,
+        )
+        if broken:
+            index = without(index, broken, data_path, config.max_bad_share)
+    return Measured(encoder, records, index, make_planner(config, index, world), features)
+
+
+def run_steps(config: RunConfig, index: Index) -> int:
+    """Count the optimizer steps of a run over the usable rows."""
+    return total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
+
+
+def skipped_lines(skipped: list[tuple[Path, Fault]]) -> str:
+    """Write the records that are left out as JSON lines: file, line, field, what, how."""
+    rows = ({"file": str(file), **asdict(fault)} for file, fault in skipped)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def usable_rows(index: Index) -> int | str:
+    """Say which rows a run has, for a checkpoint: their number and, where records are skipped, which these are."""
+    if not index.skipped:
+        return len(index.row_ids)
+    lines = " ".join(str(fault.line) for fault in index.skipped)
+    digest = hashlib.sha256(lines.encode()).hexdigest()[:12]
+    return f"{len(index.row_ids)} ({len(index.skipped)} skipped, lines {digest})"
 
 
 def make_planner(config: RunConfig, index: Index, world: World) -> Planner:
@@ -155,9 +203,12 @@ def make_planner(config: RunConfig, index: Index, world: World) -> Planner:
     )
 
 
-def make_loader(config: RunConfig, encoder: Encoder, measured: Measured, rank: int, passes: int) -> Loader:
+def make_loader(config: RunConfig, measured: Measured, rank: int, passes: int) -> Loader:
     """Build this rank's loader over a records file."""
-    return Loader(measured.records, encoder, measured.planner, rank, passes, config.num_workers, kept=measured.features)
+    return Loader(
+        *(measured.records, measured.encoder, measured.planner, rank, passes, config.num_workers),
+        kept=measured.features,
+    )
 
 
 def make_evaluation(config: RunConfig, loader: Loader, index: Index) -> Evaluation:
@@ -209,11 +260,12 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never) 
     choose_backend(config.attention, world.device)
     folders = _model_folders(config, world)
     encoder = make_encoder(config, folders)
-    limits = (config.max_length, config.max_dropped_share)
+    limits, share = (config.max_length, config.max_dropped_share), config.tolerated_share
     files = [config.data_path] + ([config.eval_data_path] if config.eval_data_path else [])
+    encoders = [replace(encoder, finder=finder_of(config, file)) for file in files]
     indices = [
-        from_rank_zero(partial(build_index, file, encoder, *limits, config.kept_fields, quiet=False), world)
-        for file in files
+        from_rank_zero(partial(build_index, file, one, *limits, config.kept_fields, False, share), world)
+        for file, one in zip(files, encoders, strict=True)
     ]
     # All that can refuse the run comes before its folder is claimed: a refused run must not stand in the way of the
     # mended one.
@@ -222,12 +274,13 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never) 
     if not config.train_vision:
         dtype = getattr(torch, ds.compute_dtype(ds_values))
         tower = load_tower(folders[0], read_config(folders[0]), dtype, world.device)
-    index = indices[0]
-    steps = total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
     measured = [
-        measure(config, encoder, tower, file, one, steps if one is index else None, world, asked)
-        for file, one in zip(files, indices, strict=True)
+        measure(config, own, tower, file, one, one is not indices[0], world, asked)
+        for file, own, one in zip(files, encoders, indices, strict=True)
     ]
+    index = measured[0].index
+    steps = run_steps(config, index)
+    skipped = [(file, fault) for file, one in zip(files, measured, strict=True) for fault in one.index.skipped]
     if tower is not None and "image_input" in config.kept_fields:
         # No step calls it any more; it is kept for the model folder that is saved at the end.
         tower.tower.to("cpu")
@@ -239,7 +292,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never) 
         stage=config.stage,
         latent_size=config.latent_size,
         data=hashlib.sha256(config.data_path.read_bytes()).hexdigest(),
-        rows=len(index.row_ids),
+        rows=usable_rows(index),
         rows_per_step=config.rows_per_step,
         seed=config.seed,
         train_vision=config.train_vision,
@@ -261,11 +314,13 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never) 
     if world.rank == 0:
         run_folder.describe(own_folder, config, ds_values)
         run_folder.note(own_folder, "load begins")
+        if config.skip_bad_records:
+            write_atomically(own_folder / SKIPPED_FILE, skipped_lines(skipped))
     loaded = make_model(config, folders[0], ds_values, world.device, tower)
     # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
     most_runs = max(int(one.index.runs.max()) for one in measured)
     passes = most_runs * config.latent_size + 1 if config.stage == "stage2" else 1
-    loader, *others = [make_loader(config, encoder, one, world.rank, passes) for one in measured]
+    loader, *others = [make_loader(config, one, world.rank, passes) for one in measured]
     evaluation = make_evaluation(config, others[0], measured[1].index) if others else None
     engine = make_engine(loaded.model, config, ds_values, steps)
 
@@ -280,4 +335,4 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never) 
             Parts(loaded.config, encoder.tokenizer, encoder.images, folders[0], trained),
         )
 
-    return Prepared(world, engine, loaded.tower, loader, index, steps, save, state, checkpoint, evaluation)
+    return Prepared(world, engine, loaded.tower, loader, index, steps, save, state, checkpoint, evaluation, skipped)

@@ -24,7 +24,7 @@ from mirage_ds.engine.setup import World, agree, join
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.flags import CONTEXT, build_model, model_options
 from mirage_ds.monitor import Monitor
-from mirage_ds.prepare import Prepared, prepare
+from mirage_ds.prepare import SKIPPED_FILE, Prepared, prepare
 from mirage_ds.run_folder import stop_file
 from mirage_ds.step import evaluate, guilty, step
 from mirage_ds.stop import EXIT_STOPPED, Stopped, StopRequest, never
@@ -181,6 +181,12 @@ def opening_lines(config: RunConfig, prepared: Prepared) -> Iterator[str]:
         yield from prepared.checkpoint.passed_over
         yield f"continuing from {prepared.checkpoint.place}"
     yield f"{warning}{index.dropped} row(s) dropped as longer than --max_length {config.max_length}"
+    if prepared.skipped:
+        file, fault = prepared.skipped[0]
+        yield (
+            f"warning: {len(prepared.skipped)} faulty record(s) skipped, listed in "
+            f"{config.save_model_path / 'run' / SKIPPED_FILE}; the first is {file}: {fault}"
+        )
 
 
 if __name__ == "__main__":

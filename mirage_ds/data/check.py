@@ -9,8 +9,13 @@ from mirage_ds.data.record import Fault, ImageFinder, Record, RecordError, scan
 from mirage_ds.errors import UserError
 
 
-def _image_faults(record: Record, finder: ImageFinder, stage: Stage) -> list[Fault]:
+def _faults(record: Record, finder: ImageFinder, stage: Stage) -> list[Fault]:
     faults = []
+    if stage == "stage1":
+        try:
+            record.need_helper()
+        except RecordError as error:
+            faults.append(error.fault)
     for name, path in record.images(helpers=stage == "stage1"):
         try:
             finder.size(record, name, path)
@@ -21,7 +26,12 @@ def _image_faults(record: Record, finder: ImageFinder, stage: Stage) -> list[Fau
 
 
 def check_file(
-    file: Path, stage: Stage, image_root: Path | None, model_folder: Path | None, latent_size: int
+    file: Path,
+    stage: Stage,
+    image_root: Path | None,
+    model_folder: Path | None,
+    latent_size: int,
+    confine_paths: bool = False,
 ) -> tuple[int, list[Fault]]:
     """Check every record of a file: its form, its images, and with a model folder its encoding for a stage.
 
@@ -31,7 +41,7 @@ def check_file(
     from rich.progress import track
 
     records, faults = scan(file)
-    finder = ImageFinder.beside(file, image_root)
+    finder = ImageFinder.beside(file, image_root, confine_paths)
     encoder = None
     if model_folder:
         from mirage_ds.data.encode import load_encoder
@@ -40,13 +50,7 @@ def check_file(
             raise UserError(f"--model {model_folder}: no such folder")
         encoder = load_encoder([str(model_folder)], finder, stage, latent_size)
     for record in track(records, "checking", transient=True):
-        if stage == "stage1" and not record.image_output:
-            fault = Fault(
-                record.line, "image_output", "missing", "stage1 needs a helper image; or check with --stage sft|stage2"
-            )
-            faults.append(fault)
-            continue
-        found = _image_faults(record, finder, stage)
+        found = _faults(record, finder, stage)
         if encoder and not found:
             try:
                 encoder.measure(record)

@@ -5,11 +5,16 @@ T tokens of the row, n images, P patches (14 × 14 × 2 pixels × 3 channels = 1
 The row is the chat template's text: the user turn with its image slots, then the answer with each helper mark replaced
 by `<|latent_start|>` + k × `<|latent_pad|>` + `<|latent_end|>`. Every token after `<|im_start|>assistant` is a label
 but `<|latent_pad|>` (arXiv 2506.17218, section 3).
+
+What a user's text spells out, `<|im_end|>` say, stays text: only the template and the encoder place special tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,9 +24,10 @@ import torch
 
 from mirage_ds.config import Stage
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, ImageFinder, Record, RecordError
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, reason
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -31,6 +37,9 @@ LATENT_TOKENS = (LATENT_PAD, LATENT_START, LATENT_END)
 IMAGE_PAD = "<|image_pad|>"
 ASSISTANT = "<|im_start|>assistant"
 IGNORE = -100
+# Characters that stand for a special token in a user's text while the row is put together: those without a meaning
+# of their own first.
+PRIVATE_USE = range(0xE000, 0x110000)
 
 Grid = tuple[int, int, int]
 
@@ -139,7 +148,7 @@ class Encoder:
 
     @cached_property
     def special_tokens(self) -> list[str]:
-        """Every token that a text may not spell out: image slots, turns, latents and the like."""
+        """Every special token as it is spelt: image slots, turns, latents and the like."""
         added = self.tokenizer.added_tokens_decoder.values()
         return [token.content for token in added if token.special]
 
@@ -148,6 +157,21 @@ class Encoder:
         """Ids of the answer's head; asked for by every row, so kept."""
         ids: Any = self.tokenizer(ASSISTANT, add_special_tokens=False)["input_ids"]
         return list(ids)
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """Matches a special token, of several that begin at one place the longest."""
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile("|".join(re.escape(token) for token in longest_first))
+
+    @cached_property
+    def _literal(self) -> Tokenizer:
+        """The tokenizer to which special tokens are ordinary text; a copy, since the setting is the tokenizer's own."""
+        made: Tokenizer = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        made.no_padding()
+        made.no_truncation()
+        made.encode_special_tokens = True
+        return made
 
     @property
     def _grounded(self) -> bool:
@@ -176,10 +200,6 @@ class Encoder:
 
     def _prompt(self, record: Record) -> str:
         """Write the user turn and the head of the answer's turn."""
-        for name, text in (("text_input", record.text_input), ("text_output", record.text_output)):
-            for token in self.special_tokens:
-                if token in text:
-                    raise record.fault(name, f"holds the special token {token}", "remove it: the trainer places it")
         parts = record.text_input.split(IMAGE_MARK)
         content: list[Any] = []
         if len(parts) == 1:
@@ -202,15 +222,52 @@ class Encoder:
         answer = answer.replace(HELPER_MARK, latents)
         return f"{self._prompt(record)}\n{answer}<|im_end|>\n"
 
-    def _lay_out(self, record: Record, text: str, helpers: bool) -> _Layout:
-        """Place every token of a row; reads the images' headers only."""
+    def _veil(self, record: Record) -> tuple[Record, dict[str, str]]:
+        """Replace special tokens that the user's texts spell out by characters that the texts do not hold.
+
+        Returns:
+            The record, and special token → its character (empty where there is none, as in almost every record).
+        """
+        # sft leaves the marks out, and what stood on both sides of one may then spell a token.
+        answer = record.text_output.replace(HELPER_MARK, "") if self.stage == "sft" else record.text_output
+        texts = record.text_input, answer
+        spelt = {token for text in texts for token in self._special.findall(text)}
+        if not spelt:
+            return record, {}
+        held = set().union(*texts)
+        unused = (chr(code) for code in PRIVATE_USE if chr(code) not in held)
+        veils = dict(zip(sorted(spelt), unused, strict=False))
+        question, answer = (self._special.sub(lambda found: veils[found.group()], text) for text in texts)
+        return replace(record, text_input=question, text_output=answer), veils
+
+    def _tokenize(self, text: str, veils: Mapping[str, str]) -> list[int]:
+        """Tokenize a rendered row; what is veiled in it (_veil) becomes the ordinary tokens that spell it out."""
+        if not veils:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids: list[int] = []
+        at = 0
+        unveil = str.maketrans({veil: token for token, veil in veils.items()})
+        for own in [*self._special.finditer(text), None]:
+            between = text[at : own.start() if own else None]
+            if between:
+                ids += self._literal.encode(between.translate(unveil), add_special_tokens=False).ids
+            if own:
+                ids.append(self.id_of(own.group()))
+                at = own.end()
+        return ids
+
+    def _lay_out(self, record: Record, helpers: bool, write: Callable[[Record], str]) -> _Layout:
+        """Place every token of a row; reads the images' headers only.
+
+        Args:
+            write: renders the row, or its beginning, as one text.
+        """
+        record, veils = self._veil(record)
+        text = write(record)
         grids = [self._grid(self.images, *self.finder.size(record, "image_input", path)) for path in record.image_input]
         helper_grids: list[Grid] = []
         if helpers:
-            if not record.image_output:
-                raise record.fault(
-                    "image_output", "stage1 needs a helper image", "add its path, or train this row in sft or stage2"
-                )
+            record.need_helper()
             for path in record.image_output:
                 grid = self._grid(self.helpers, *self.finder.size(record, "image_output", path))
                 if self._merged(grid) < self.latent_size:
@@ -225,7 +282,7 @@ class Encoder:
         expanded = pieces[0] + "".join(
             IMAGE_PAD * self._merged(grid) + piece for grid, piece in zip(grids, pieces[1:], strict=True)
         )
-        ids = self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+        ids = self._tokenize(expanded, veils)
         # The answer starts behind the last `<|im_start|>` and the role's name.
         head = self._head
         turn = len(ids) - 1 - ids[::-1].index(head[0])
@@ -239,7 +296,7 @@ class Encoder:
         Raises:
             RecordError: the record cannot be used in this stage.
         """
-        layout = self._lay_out(record, self._text(record), self._grounded)
+        layout = self._lay_out(record, self._grounded, self._text)
         pads = layout.input_ids.count(self.id_of(LATENT_PAD))
         return Measure(
             tokens=len(layout.input_ids),
@@ -264,7 +321,7 @@ class Encoder:
         Raises:
             RecordError: the record cannot be used in this stage, or an image does not decode.
         """
-        layout = self._lay_out(record, self._text(record), self._grounded)
+        layout = self._lay_out(record, self._grounded, self._text)
         return self._encode(record, row, layout, self._grounded, image_features, helper_features)
 
     def encode_prompt(self, record: Record, row: int) -> Sample:
@@ -273,7 +330,7 @@ class Encoder:
         Raises:
             RecordError: an image is missing or does not decode.
         """
-        return self._encode(record, row, self._lay_out(record, self._prompt(record), helpers=False), helpers=False)
+        return self._encode(record, row, self._lay_out(record, False, self._prompt), helpers=False)
 
     def pixels(self, record: Record, name: str, path: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode one image of a record: pixel patches (P, 1176) and grid (1, 3).
@@ -391,10 +448,17 @@ def load_tokenizer(folders: list[str], cache_dir: Path | None, add_latents: bool
     folder = _first_with(folders, ("tokenizer.json", "vocab.json", "tokenizer_config.json"), "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # noqa: BLE001  # tokenizers raises Exception itself, and a wrong type almost any
+        raise UserError(f"{folder}: the tokenizer cannot be read ({reason(error)})") from None
     if tokenizer.chat_template is None:
         raise UserError(f"{folder}: the tokenizer has no chat template (chat_template.json); copy the model's own")
+    try:
+        trial: Any = [{"role": "user", "content": [{"type": "text", "text": "Question?"}, {"type": "image"}]}]
+        rendered = str(tokenizer.apply_chat_template(trial, tokenize=False))
+    except Exception as error:  # noqa: BLE001  # a template is a program, and its mistakes are of every class
+        raise UserError(f"{folder}: the chat template cannot be used ({reason(error)}); copy the model's own") from None
+    if "Question?" not in rendered or rendered.count(IMAGE_PAD) != 1:
+        raise UserError(f"{folder}: the chat template does not write a question with its image; copy the model's own")
     unknown = [t for t in (IMAGE_PAD, "<|im_start|>", "<|im_end|>", "<|endoftext|>") if t not in tokenizer.get_vocab()]
     if unknown:
         raise UserError(f"{folder}: the tokenizer lacks {', '.join(unknown)}; a Qwen2.5-VL tokenizer is needed")
@@ -429,8 +493,8 @@ def load_encoder(
     def processor(limits: tuple[int | None, int | None], name: str) -> Qwen2VLImageProcessorPil:
         try:
             made = Qwen2VLImageProcessorPil.from_pretrained(source, cache_dir=cache_dir)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{source}: the image processor cannot be read ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # noqa: BLE001  # a wrong type in its JSON leads transformers to almost any
+            raise UserError(f"{source}: the image processor cannot be read ({reason(error)})") from None
         low = limits[0] or made.size["shortest_edge"]
         high = limits[1] or made.size["longest_edge"]
         if low > high:

@@ -54,6 +54,10 @@ class ImageKeys(NamedTuple):
     sizes: np.ndarray
     starts: np.ndarray
 
+    def row_of(self, place: int) -> int:
+        """Return the record that the image at a place in `keys` belongs to."""
+        return int(np.searchsorted(self.starts, place, side="right")) - 1
+
     def of(self, rows: Iterable[int]) -> list[int]:
         """List the places in `keys` of these records' images."""
         return [place for row in rows for place in range(self.starts[row], self.starts[row + 1])]

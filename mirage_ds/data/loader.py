@@ -41,6 +41,8 @@ class Index(NamedTuple):
         tokens, labels, runs: (R,) counts of each.
         dropped: rows longer than the limit; longest: tokens of the longest row met.
         images: field name → its images, for the fields whose features are kept.
+        records: how many the file holds, usable or not.
+        skipped: one fault of each record that is left out for it.
     """
 
     row_ids: np.ndarray
@@ -50,6 +52,8 @@ class Index(NamedTuple):
     dropped: int
     longest: int
     images: dict[str, ImageKeys]
+    records: int
+    skipped: tuple[Fault, ...]
 
     @property
     def dropped_share(self) -> float:
@@ -59,17 +63,18 @@ class Index(NamedTuple):
 
 def check_records(
     records: list[Record], encoder: Encoder, keep: Sequence[str] = (), quiet: bool = True
-) -> tuple[list[Fault], list[Measure]]:
+) -> tuple[dict[int, Fault], list[Measure]]:
     """Measure every record and decode every image once.
 
     Args:
         keep: fields whose images are not decoded here, since whoever keeps their features decodes them.
 
     Returns:
-        The faults, and the measure of each record (empty for a faulty one).
+        Place in `records` → its fault, and the measure of each record (empty for a faulty one).
     """
     faults: dict[int, Fault] = {}
-    measures = [Measure(0, 0, 0, (), ())] * len(records)
+    nothing = Measure(0, 0, 0, (), ())
+    measures = [nothing] * len(records)
     for i, record in enumerate(track(records, "measuring rows", disable=quiet, transient=True)):
         try:
             measures[i] = encoder.measure(record)
@@ -96,7 +101,9 @@ def check_records(
         for rows, fault in track(decoded, "decoding images", total=len(users), disable=quiet, transient=True):
             if fault:
                 faults |= {i: replace(fault, line=records[i].line) for i in rows if i not in faults}
-    return [faults[i] for i in sorted(faults)], measures
+    for i in faults:
+        measures[i] = nothing
+    return faults, measures
 
 
 def faults_error(data_path: Path, faults: Sequence[Fault]) -> UserError:
@@ -104,6 +111,52 @@ def faults_error(data_path: Path, faults: Sequence[Fault]) -> UserError:
     first, *others = sorted(faults, key=lambda fault: fault.line)
     rest = f" (and {len(others)} more: `mirage-ds data check {data_path}` lists them)" if others else ""
     return UserError(f"{data_path}: {first}{rest}")
+
+
+def judge_faults(data_path: Path, faults: Sequence[Fault], count: int, max_bad_share: float | None) -> None:
+    """Decide whether the other records may be trained on.
+
+    Args:
+        faults: one of each faulty record.
+        count: records in the file.
+        max_bad_share: share of faulty records that is left out; None where one fault refuses the file.
+
+    Raises:
+        UserError: they may not.
+    """
+    if not faults:
+        return
+    if max_bad_share is None:
+        raise faults_error(data_path, faults)
+    if len(faults) > max_bad_share * count:
+        first = min(faults, key=lambda fault: fault.line)
+        raise UserError(
+            f"{data_path}: {len(faults)} of {count} records have a fault, above --max_bad_share {max_bad_share}; the "
+            f"first is {first} (`mirage-ds data check {data_path}` lists them)"
+        )
+
+
+def without(index: Index, broken: Mapping[int, Fault], data_path: Path, max_bad_share: float) -> Index:
+    """Leave out rows that turned out faulty after they were measured.
+
+    Args:
+        broken: dataset row → its fault.
+
+    Raises:
+        UserError: too large a share is faulty now, or no row is left.
+    """
+    skipped = tuple(sorted([*index.skipped, *broken.values()], key=lambda fault: fault.line))
+    judge_faults(data_path, skipped, index.records, max_bad_share)
+    stays = ~np.isin(index.row_ids, list(broken))
+    if not stays.any():
+        raise no_row_left(data_path, skipped)
+    rows = {name: getattr(index, name)[stays] for name in ("row_ids", "tokens", "labels", "runs")}
+    return index._replace(skipped=skipped, **rows)
+
+
+def no_row_left(data_path: Path, skipped: Sequence[Fault]) -> UserError:
+    """Make the error of a file of which faults leave no row."""
+    return UserError(f"{data_path}: no usable row: {len(skipped)} record(s) have a fault, the first is {skipped[0]}")
 
 
 def _keys(records: list[Record], measures: list[Measure], encoder: Encoder, name: str) -> ImageKeys:
@@ -131,39 +184,48 @@ def build_index(
     max_dropped_share: float,
     keep: Sequence[str] = (),
     quiet: bool = True,
+    max_bad_share: float | None = None,
 ) -> Index:
     """Check and measure a records file before the first GPU second is spent.
 
     Args:
         keep: fields ("image_input", "image_output") whose features are kept: their images get keys here and are decoded
             by whoever makes the features.
+        max_bad_share: see judge_faults.
 
     Raises:
-        UserError: a record has a fault, too large a share is too long, or no row is left.
+        UserError: a record has a fault (with max_bad_share: too large a share of them), too large a share is too long,
+            or no row is left.
     """
-    records, faults = scan(data_path)
-    more, measures = check_records(records, encoder, keep, quiet)
-    if faults + more:
-        raise faults_error(data_path, faults + more)
+    records, unread = scan(data_path)
+    faulty, measures = check_records(records, encoder, keep, quiet)
+    skipped = tuple(sorted([*unread, *faulty.values()], key=lambda fault: fault.line))
+    count = len(records) + len(unread)
+    judge_faults(data_path, skipped, count, max_bad_share)
+    if len(skipped) == count:
+        raise no_row_left(data_path, skipped)
     tokens, labels, runs = np.array([measure[:3] for measure in measures], dtype=np.int64).T
-    fits = np.flatnonzero(tokens <= max_length)
+    sound = np.array([i not in faulty for i in range(len(records))])
+    fits = np.flatnonzero(sound & (tokens <= max_length))
     index = Index(
         row_ids=fits,
         tokens=tokens[fits],
         labels=labels[fits],
         runs=runs[fits],
-        dropped=len(records) - len(fits),
+        dropped=int(sound.sum()) - len(fits),
         longest=int(tokens.max()),
         images={name: _keys(records, measures, encoder, name) for name in keep},
+        records=count,
+        skipped=skipped,
     )
     if not len(fits):
         raise UserError(
-            f"{data_path}: no usable row: all {len(records)} are longer than --max_length {max_length} "
+            f"{data_path}: no usable row: all {index.dropped} are longer than --max_length {max_length} "
             f"(the longest has {index.longest} tokens); raise it or lower --max_pixels"
         )
     if index.dropped_share > max_dropped_share:
         raise UserError(
-            f"{data_path}: {index.dropped} of {len(records)} rows are longer than --max_length {max_length} (the "
+            f"{data_path}: {index.dropped} of {sound.sum()} rows are longer than --max_length {max_length} (the "
             f"longest has {index.longest} tokens), above --max_dropped_share {max_dropped_share}; raise one of them"
         )
     return index

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, reason, shown, strict_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +33,14 @@ HELPER_MARK = "<output_image>"
 FIELDS = ("text_input", "text_output", "image_input", "image_output")
 # Beyond this the image processor refuses (transformers' smart_resize).
 MAX_ASPECT = 200
+# Pillow warns of more as of a decompression bomb, and raises at twice as many; here both are a fault.
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+# Python's own limit depends on who calls the parser, and a line must be a fault for all or for none.
+MAX_DEPTH = 64
+# Modes of 16 bits; Pillow would clip them to 8 instead of scaling, which leaves an almost white picture.
+MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+
+_opening = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,13 @@ class Record:
         paths = [("image_input", path) for path in self.image_input]
         return paths + [("image_output", path) for path in self.image_output if helpers]
 
+    def need_helper(self) -> None:
+        """RecordError unless there is a helper image, which stage1 takes its targets from."""
+        if not self.image_output:
+            raise self.fault(
+                "image_output", "stage1 needs a helper image", "add its path, or train this row in sft or stage2"
+            )
+
     def fault(self, name: str, what: str, how: str) -> RecordError:
         """Make the error that names this record's line."""
         return RecordError(Fault(self.line, name, what, how))
@@ -88,9 +106,53 @@ def _paths(value: Any, line: int, name: str) -> tuple[str, ...]:
     for item in values:
         if not isinstance(item, str) or not item:
             raise RecordError(
-                Fault(line, name, f"expected a path or a list of paths, found {item!r}", "write the image's path")
+                Fault(line, name, f"expected a path or a list of paths, found {shown(item)}", "write the image's path")
             )
+        if "\0" in item or not _whole(item):
+            raise RecordError(Fault(line, name, f"{shown(item)} can be no path", "write the image's path"))
     return tuple(values)
+
+
+def _whole(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, which JSON can spell and no file or tokenizer can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _values(text: str, line: int) -> dict[str, Any]:
+    """Parse the JSON object of one line."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # read_lines lets a byte that is not UTF-8 through as half a surrogate pair, so that its line can be named.
+        place = len(text[: error.start].encode("utf-8")) + 1
+        what = f"not UTF-8 text (byte 0x{ord(text[error.start]) & 0xFF:02x} at place {place} of the line)"
+        raise RecordError(Fault(line, "json", what, "save the file as UTF-8")) from None
+    too_deep = RecordError(
+        Fault(line, "json", f"more than {MAX_DEPTH} levels of lists and objects", "write a flat object")
+    )
+    try:
+        values = strict_json(text)
+    except json.JSONDecodeError as error:
+        raise RecordError(
+            Fault(line, "json", f"not valid JSON ({error.msg} at column {error.colno})", "write one object a line")
+        ) from None
+    except RecursionError:
+        raise too_deep from None
+    except ValueError as error:
+        raise RecordError(Fault(line, "json", str(error), "write each key once and finite numbers")) from None
+    if not isinstance(values, dict):
+        raise RecordError(Fault(line, "json", f"expected an object, found {type(values).__name__}", "use {…}"))
+    level: list[Any] = [values]
+    for _ in range(MAX_DEPTH):
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        level = [item for item in level if isinstance(item, (dict, list))]
+    if level:
+        raise too_deep
+    return values
 
 
 def parse_record(text: str, line: int, answers: bool = True) -> Record:
@@ -99,22 +161,17 @@ def parse_record(text: str, line: int, answers: bool = True) -> Record:
     Args:
         answers: whether the record must have an answer; questions alone are enough to decode.
     """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecordError(
-            Fault(line, "json", f"not valid JSON ({error.msg} at column {error.colno})", "write one object a line")
-        ) from None
-    if not isinstance(values, dict):
-        raise RecordError(Fault(line, "json", f"expected an object, found {type(values).__name__}", "use {…}"))
+    values = _values(text, line)
     if not answers:
         values.setdefault("text_output", "")
     for name in ("text_input", "text_output"):
         if name not in values:
             raise RecordError(Fault(line, name, "missing", "add it as a string"))
         if not isinstance(values[name], str):
-            raise RecordError(Fault(line, name, f"expected a string, found {values[name]!r}", "write it as a string"))
-        if any("\ud800" <= character <= "\udfff" for character in values[name]):
+            raise RecordError(
+                Fault(line, name, f"expected a string, found {shown(values[name])}", "write it as a string")
+            )
+        if not _whole(values[name]):
             raise RecordError(
                 Fault(line, name, "holds half a surrogate pair", "write both halves, or the character itself")
             )
@@ -148,11 +205,24 @@ def parse_record(text: str, line: int, answers: bool = True) -> Record:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of each line that is not blank."""
-    with path.open(encoding="utf-8") as file:
+    """Yield (line number from 1, text) of each line that is not blank.
+
+    A byte that is not UTF-8 arrives as half a surrogate pair; parse_record says it.
+    """
+    # -sig: some editors begin a UTF-8 file with a mark, which is no part of its first record.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for line, text in enumerate(file, start=1):
             if text.strip():
                 yield line, text
+
+
+def _parsed(path: Path, answers: bool) -> Iterator[Record | Fault]:
+    """Yield what each line that is not blank holds."""
+    for line, text in read_lines(path):
+        try:
+            yield parse_record(text, line, answers)
+        except RecordError as error:
+            yield error.fault
 
 
 def scan(path: Path, answers: bool = True) -> tuple[list[Record], list[Fault]]:
@@ -162,20 +232,20 @@ def scan(path: Path, answers: bool = True) -> tuple[list[Record], list[Fault]]:
         answers: see parse_record.
 
     Raises:
-        UserError: the file is missing, not UTF-8, or holds no record.
+        UserError: the file is missing, cannot be read, or holds no record.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of records")
     records: list[Record] = []
     faults: list[Fault] = []
     try:
-        for line, text in read_lines(path):
-            try:
-                records.append(parse_record(text, line, answers))
-            except RecordError as error:
-                faults.append(error.fault)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        if not path.is_file():
+            raise UserError(f"{path}: no such file of records")
+        for found in _parsed(path, answers):
+            if isinstance(found, Fault):
+                faults.append(found)
+            else:
+                records.append(found)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a readable file of records") from None
     if not records and not faults:
         raise UserError(f"{path}: holds no record; expected one JSON object a line")
     return records, faults
@@ -183,36 +253,60 @@ def scan(path: Path, answers: bool = True) -> tuple[list[Record], list[Fault]]:
 
 @dataclass(frozen=True)
 class ImageFinder:
-    """Finds a record's images: beside the file, under the image root, in the working directory."""
+    """Finds a record's images: beside the file, under the image root, in the working directory.
+
+    Attributes:
+        folders: where relative paths are looked for, in this order.
+        within: with these, an image must lie in one of them, also behind links; None allows any place.
+    """
 
     folders: tuple[Path, ...]
+    within: tuple[Path, ...] | None = None
 
     @classmethod
-    def beside(cls, data_path: Path, image_root: Path | None) -> ImageFinder:
-        """Make the finder of one records file."""
-        return cls(tuple(f.resolve() for f in (data_path.parent, image_root, Path.cwd()) if f is not None))
+    def beside(cls, data_path: Path, image_root: Path | None, confine: bool = False) -> ImageFinder:
+        """Make the finder of one records file.
+
+        Args:
+            confine: refuse images outside the file's folder and the image root.
+        """
+        own = tuple(f.resolve() for f in (data_path.parent, image_root) if f is not None)
+        return cls((*own, Path.cwd().resolve()), own if confine else None)
 
     def find(self, record: Record, name: str, path: str) -> Path:
         """Return the image's place; RecordError that names every place looked at."""
         places = [Path(path)] if Path(path).is_absolute() else [folder / path for folder in self.folders]
         try:
-            for place in places:
-                if place.is_file():
-                    return place
+            place = next((place for place in places if place.is_file()), None)
+        except PermissionError as error:
+            raise record.fault(
+                name, f"{shown(path)} cannot be looked for ({error.strerror})", "make its folder readable"
+            ) from None
         except OSError as error:
             how = "write the path of a file, not the image itself"
-            raise record.fault(name, f"{path[:60]!r}… is no path ({error.strerror})", how) from None
-        looked = ", ".join(str(place) for place in dict.fromkeys(places))
-        raise record.fault(name, f"no image {path!r}: looked for {looked}", "correct the path or give --image_root")
+            raise record.fault(name, f"{shown(path)} is no path ({error.strerror})", how) from None
+        if place is None:
+            looked = ", ".join(str(place) for place in dict.fromkeys(places))
+            raise record.fault(name, f"no image {path!r}: looked for {looked}", "correct the path or give --image_root")
+        if self.within is None:
+            return place
+        # Returned as resolved: a link that is bent afterwards leads nowhere else.
+        place = place.resolve()
+        if not any(place.is_relative_to(folder) for folder in self.within):
+            allowed = " and ".join(str(folder) for folder in self.within)
+            raise record.fault(
+                name, f"{path!r} is {place}, outside {allowed}", "copy it there, or leave --confine_paths out"
+            )
+        return place
 
     def size(self, record: Record, name: str, path: str) -> tuple[int, int]:
         """Return (height, width) in pixels, from the header alone."""
         place = self.find(record, name, path)
         try:
-            with Image.open(place) as image:
+            with _open(place) as image:
                 width, height = image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise self._broken(record, name, place, error) from None
+        except Exception as error:  # noqa: BLE001  # see _broken
+            raise _broken(record, name, place, error) from None
         if max(height, width) > MAX_ASPECT * min(height, width):
             raise record.fault(
                 name, f"image {place} is {width}×{height}, a side ratio above {MAX_ASPECT}", "crop or replace it"
@@ -220,26 +314,64 @@ class ImageFinder:
         return height, width
 
     def load(self, record: Record, name: str, path: str) -> Image.Image:
-        """Decode the image to RGB."""
+        """Decode the image, of an animation the first picture, to RGB; transparency is dropped."""
         place = self.find(record, name, path)
         try:
-            with Image.open(place) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise self._broken(record, name, place, error) from None
+            with _open(place) as image:
+                size, mode = image.size, image.mode
+                made = None if mode in ("I", "F") else _rgb(image)
+        except Exception as error:  # noqa: BLE001  # see _broken
+            raise _broken(record, name, place, error) from None
+        if made is None:
+            raise record.fault(
+                name, f"image {place} has 32 bits a channel (mode {mode}), of unknown range", "save it with 8 bits"
+            )
+        if made.size != size:
+            raise record.fault(
+                name, f"image {place} holds a picture of another size than its header says", "replace the file"
+            )
+        return made
 
-    @staticmethod
-    def _broken(record: Record, name: str, place: Path, error: Exception) -> RecordError:
-        return record.fault(name, f"image {place} cannot be decoded ({error})", "replace the file")
+
+def _open(place: Path) -> Image.Image:
+    """Open an image, decoding nothing; also what Pillow only warns of as of a decompression bomb is raised."""
+    # Filters of warnings belong to the process, and images are checked in threads.
+    with _opening, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(place)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any 8-bit or 16-bit mode to RGB."""
+    if image.mode in MODES_16_BIT:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        # The same colours as directly, without Pillow's warning.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _broken(record: Record, name: str, place: Path, error: Exception) -> RecordError:
+    """Make the error of a file that Pillow fails on.
+
+    A broken file leads Pillow's decoders to exceptions of almost any class (OSError, SyntaxError, struct.error,
+    IndexError …); whichever it is, the file is what the user can mend, and the message keeps the reason.
+    """
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return record.fault(name, f"image {place} has more than {MAX_PIXELS:,} pixels", "make it smaller")
+    if isinstance(error, OSError) and error.errno is not None:
+        return record.fault(name, f"image {place} cannot be read ({error.strerror})", "make it readable")
+    return record.fault(name, f"image {place} cannot be decoded ({reason(error)})", "replace the file")
 
 
 def _rows(path: str, digest: str) -> Iterator[dict[str, Any]]:
-    """Yield the Arrow rows of a file that `scan` found without fault (`digest` only keys the cache)."""
+    """Yield the Arrow rows of the records that `scan` returns (`digest` only keys the cache)."""
     del digest
-    for line, text in read_lines(Path(path)):
-        record = parse_record(text, line)
+    for record in _parsed(Path(path), answers=True):
+        if isinstance(record, Fault):
+            continue
         yield {
-            "line": line,
+            "line": record.line,
             "text_input": record.text_input,
             "text_output": record.text_output,
             "image_input": list(record.image_input),
@@ -250,7 +382,10 @@ def _rows(path: str, digest: str) -> Iterator[dict[str, Any]]:
 
 
 def open_records(path: Path, cache_dir: Path | None) -> Dataset:
-    """Open a faultless records file as a memory-mapped Arrow dataset, one row a record, in file order."""
+    """Open a records file as a memory-mapped Arrow dataset, a row for each record that `scan` returns, in file order.
+
+    Whether lines with faults may be left out is decided before (loader.build_index).
+    """
     import datasets
 
     datasets.disable_progress_bars()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.config import RunConfig
-from mirage_ds.errors import UserError, closest
+from mirage_ds.errors import UserError, closest, shown, strict_json
 
 # Top-level keys that DeepSpeed 0.19.8 reads. It accepts any other without a word: `zero_optimisation` is ZeRO-0.
 KNOWN_KEYS = frozenset(
@@ -43,14 +43,6 @@ def default_path(stage: str, device: str) -> Path:
     return shipped_folder() / f"{stage}{'_cpu' if device == 'cpu' else ''}.json"
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"key '{key}' stands there twice")
-    return dict(pairs)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read and check a DeepSpeed JSON.
 
@@ -61,13 +53,17 @@ def read_json(path: Path) -> dict[str, Any]:
         shipped = ", ".join(sorted(file.name for file in shipped_folder().glob("*.json")))
         raise UserError(f"--deepspeed {path}: no such file; {shipped_folder()} holds {shipped}")
     try:
-        values = json.loads(path.read_text(), object_pairs_hook=_no_duplicates)
+        values = strict_json(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; see {shipped_folder()} for what DeepSpeed reads") from None
     except ValueError as error:
-        raise UserError(f"{path}: {error}; keep one of them") from None
+        raise UserError(f"{path}: {error}; write each key once and finite numbers") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected an object, found {type(values).__name__}")
     for key in values:
@@ -92,13 +88,15 @@ def _check_blocks(values: dict[str, Any], path: Path) -> None:
     blocks = {name: values.get(name, {}) for name in ("fp16", "bf16", "zero_optimization", "optimizer")}
     if isinstance(zero, dict):
         blocks["zero_optimization.offload_optimizer"] = zero.get("offload_optimizer") or {}
-        if zero.get("stage", 0) not in (0, 1, 2, 3):
-            raise UserError(f"{path}: 'zero_optimization.stage' is {zero['stage']!r}; write 0, 1, 2 or 3")
+        stage = zero.get("stage", 0)
+        # True equals 1, and 1.0 does too.
+        if type(stage) is not int or stage not in (0, 1, 2, 3):
+            raise UserError(f"{path}: 'zero_optimization.stage' is {shown(stage)}; write 0, 1, 2 or 3")
     if isinstance(optimizer, dict):
         blocks["optimizer.params"] = optimizer.get("params", {})
     for name, block in blocks.items():
         if not isinstance(block, dict):
-            raise UserError(f"{path}: '{name}' is {block!r}; write an object, such as {{…}}")
+            raise UserError(f"{path}: '{name}' is {shown(block)}; write an object, such as {{…}}")
 
 
 def _refuse_auto(values: dict[str, Any], path: Path, prefix: str = "") -> None:
@@ -143,7 +141,7 @@ def resolve(values: dict[str, Any], path: Path, config: RunConfig, world_size: i
 def _fill_optimizer(filled: dict[str, Any], path: Path, config: RunConfig) -> None:
     block = filled.setdefault("optimizer", {"type": "AdamW"})
     if block.get("type") not in ("AdamW", "Adam"):
-        raise UserError(f"{path}: optimizer type {block.get('type')!r}; this trainer runs 'AdamW'")
+        raise UserError(f"{path}: optimizer type {shown(block.get('type'))}; this trainer runs 'AdamW'")
     params = block.setdefault("params", {})
     for key, flag, value in (
         ("lr", "learning_rate", config.learning_rate),

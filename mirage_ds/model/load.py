@@ -8,7 +8,6 @@ Public folders hold `visual.*`, `model.*`, `lm_head.weight`; transformers 5 also
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mirage_ds.config import Stage
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, register
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.loss import LossHead
@@ -88,15 +87,20 @@ def read_config(folder: Path) -> Qwen2_5_VLConfig:
     from transformers import AutoConfig
 
     try:
-        values = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder}/config.json: not valid JSON ({error})") from None
+        values = strict_json((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder}/config.json: not valid JSON ({reason(error)}); copy the model's own") from None
+    except OSError as error:
+        raise UserError(f"{folder}/config.json: cannot be read ({error.strerror}); copy the model's own") from None
     if not isinstance(values, dict):
         raise UserError(f"{folder}/config.json: expected an object, found {type(values).__name__}")
     kind = values.get("model_type")
     if kind != FAMILY:
         raise UserError(f"{folder}: a model of type {kind!r}; mirage_ds trains {FAMILY!r} (Qwen2.5-VL)")
-    return AutoConfig.from_pretrained(folder)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001  # a value of a wrong type leads transformers to almost any
+        raise UserError(f"{folder}/config.json: no Qwen2.5-VL ({reason(error)}); copy the model's own") from None
 
 
 def safetensors_of(folder: Path) -> list[Path]:

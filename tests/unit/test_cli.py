@@ -104,8 +104,14 @@ def test_check_lists_every_fault_with_line_field_what_and_how(call: Call, images
         ["5", "image_output"],
         ["6", "image_output"],
     ]
-    whats = ["not valid JSON", "no image 'gone.png': looked for", "empty answer", "cannot be decoded", "missing"]
-    hows = ["one object a line", "--image_root", "write the answer", "replace the file", "stage1 needs a helper image"]
+    whats = [
+        "not valid JSON",
+        "no image 'gone.png': looked for",
+        "empty answer",
+        "cannot be decoded",
+        "stage1 needs a helper image",
+    ]
+    hows = ["one object a line", "--image_root", "write the answer", "replace the file", "add its path"]
     for cell, what, how in zip(cells, whats, hows, strict=True):
         assert what in cell[2]
         assert how in cell[3]

@@ -17,7 +17,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder, Sample, load_encoder, load_tokenizer
 from mirage_ds.data.record import ImageFinder, Record, RecordError, parse_record
 from mirage_ds.errors import UserError
-from mirage_ds.init import SPECIAL_TOKENS
 
 EncoderFor = Callable[..., Encoder]
 
@@ -196,7 +195,8 @@ def test_a_row_is_the_slow_encoders_row(
     theirs, _ = reference.get_rope_index(sample.input_ids[None], kinds, image_grid_thw=grids)
     assert torch.equal(sample.position_ids, theirs[:, 0])
     measure = encoder.measure(record_for(name))
-    assert measure == (len(ids), sum(label != -100 for label in labels), len(runs), len(pixels) + len(helper_pixels))
+    merged = [tuple(grid.prod(dim=1).floor_divide(4).tolist()) for grid in (grids, helper_grids)]
+    assert measure == (len(ids), sum(label != -100 for label in labels), len(runs), *merged)
 
 
 def test_an_answer_with_two_runs_reads_as_the_public_code_writes_it(encoder_for: EncoderFor) -> None:
@@ -238,16 +238,6 @@ def test_the_template_says_what_the_public_one_says(messages: Any, prompt: bool,
         messages, tokenize=False, add_generation_prompt=prompt, chat_template=PUBLIC_TEMPLATE
     )
     assert ours == theirs
-
-
-@pytest.mark.parametrize("field", ["text_input", "text_output"])
-@pytest.mark.parametrize("token", [*SPECIAL_TOKENS, *LATENT_TOKENS])
-def test_a_special_token_in_the_text_is_a_fault(token: str, field: str, encoder_for: EncoderFor) -> None:
-    row = {"text_input": "q", "text_output": "a"} | {field: f"some {token} text"}
-    with pytest.raises(RecordError, match="the trainer places it") as caught:
-        encoder_for("stage2").measure(parse_record(json.dumps(row), 9))
-    assert (caught.value.fault.line, caught.value.fault.field) == (9, field)
-    assert token in caught.value.fault.what
 
 
 def test_a_helper_with_fewer_merged_tokens_than_k_is_a_fault(encoder_for: EncoderFor) -> None:

@@ -132,7 +132,6 @@ def test_scan_counts_blank_lines_and_returns_good_rows_and_faults(tmp_path: Path
     [
         (b"", "holds no record"),
         (b"\n \n\n", "holds no record"),
-        (b'{"text_input": "q", "text_output": "caf\xe9"}\n', "not UTF-8 text (invalid continuation byte at byte 39)"),
     ],
 )
 def test_an_unusable_file_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
