@@ -762,3 +762,16 @@ def test_a_model_configuration_with_a_wrong_value_works_or_is_a_sentence(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder_outcome(folder)
+
+
+@pytest.mark.parametrize(
+    "template", ["", "fixed", "{{ messages[0]['content'][0]['text'] }}", "<|image_pad|>", "{{ 1/0 }}"]
+)
+def test_a_template_that_loses_the_question_or_its_image_is_a_sentence(
+    template: str, nano: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(nano, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=r"chat[ _]template"):
+        load_encoder([str(folder)], ImageFinder(()), "stage2", 2)
