@@ -135,7 +135,11 @@ def expected_shapes(config: Qwen2_5_VLConfig) -> dict[str, tuple[int, ...]]:
 
 def check_weights(folder: Path, config: Qwen2_5_VLConfig) -> None:
     """Refuse a folder whose tensors are not those of its config.json: under ZeRO-3 nobody else would notice."""
-    stored, expected = stored_shapes(folder), expected_shapes(config)
+    stored = stored_shapes(folder)
+    try:
+        expected = expected_shapes(config)
+    except Exception as error:  # noqa: BLE001  # impossible sizes lead transformers and torch to almost any
+        raise UserError(f"{folder}/config.json: no Qwen2.5-VL ({reason(error)}); copy the model's own") from None
     missing = sorted(expected.keys() - stored.keys())
     if missing:
         raise UserError(

@@ -737,3 +737,41 @@ def test_a_model_folder_with_a_part_of_another_type_works_or_is_a_sentence(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder_outcome(folder)
+
+
+@pytest.mark.parametrize("wrong", [None, "x", [], {}, 0, -1, 1.5])
+@pytest.mark.parametrize(
+    ("block", "key"),
+    [
+        (None, "text_config"),
+        (None, "vision_config"),
+        (None, "dtype"),
+        ("text_config", "hidden_size"),
+        ("text_config", "rope_parameters"),
+        ("vision_config", "num_heads"),
+    ],
+)
+def test_a_model_configuration_with_a_wrong_value_works_or_is_a_sentence(
+    block: str | None, key: str, wrong: Any, nano: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(nano, folder)
+    content = json.loads((nano / "config.json").read_text())
+    (content[block] if block else content)[key] = wrong
+    (folder / "config.json").write_text(json.dumps(content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder_outcome(folder)
+
+
+@pytest.mark.parametrize(
+    "template", ["", "fixed", "{{ messages[0]['content'][0]['text'] }}", "<|image_pad|>", "{{ 1/0 }}"]
+)
+def test_a_template_that_loses_the_question_or_its_image_is_a_sentence(
+    template: str, nano: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(nano, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=r"chat[ _]template"):
+        load_encoder([str(folder)], ImageFinder(()), "stage2", 2)
