@@ -62,7 +62,8 @@ def _full_disk(world: Any, settings: dict[str, Any], rank: int) -> list[Any]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
         outcome = save_checkpoint(prepared.engine, folder, {**prepared.state, "step": step}, 2, world)
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        names = sorted(path.name for path in folder.iterdir())
+        # DeepSpeed also leaves scripts there.
+        names = sorted(path.name for path in folder.iterdir() if path.suffix != ".py")
         found.append((str(outcome), names, (folder / "latest").read_text()))
     prepared.engine.destroy()
     return found
@@ -84,7 +85,7 @@ def _poison(world: Any, settings: dict[str, Any], bad_rows: list[int], what: str
         if what == "gradient" and hit.any():
             output.register_hook(lambda gradient: gradient * torch.inf)
             return output
-        return torch.where(hit, output * torch.inf, output) if what == "loss" else output
+        return output * torch.where(hit, torch.inf, 1.0) if what == "loss" else output
 
     model.head.register_forward_hook(spoil)
     named = list(model.named_parameters())
@@ -165,8 +166,9 @@ def flip(checkpoint: Path) -> str:
 
 
 def delete(checkpoint: Path) -> str:
-    shard(checkpoint).unlink()
-    return f"{next(checkpoint.glob('*rank_0*optim_states.pt')).name.replace('rank_0', 'rank_1')}: No such file"
+    file = shard(checkpoint)
+    file.unlink()
+    return f"{file.name}: No such file or directory"
 
 
 def unlist(checkpoint: Path) -> str:
@@ -247,14 +249,14 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_training_goes_on(
-    group: Group, base: dict[str, Any], whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    group: Group, base: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    out, log = tmp_path / "out", tmp_path / "log"
     (out / "run").mkdir(parents=True)
     (out / "run/checkpoints").write_text("in the way")
-    assert group.run(_train, base | dict(save_model_path=out)) == [("", [])] * 2
+    assert group.run(_train, base | dict(save_model_path=out, log_file=log)) == [("", [])] * 2
     equal(out, whole)
-    said = capfd.readouterr().out
+    said = log.read_text()
     for step in (2, 4, 6):
         sentence = f"error: no checkpoint of step {step}: {out}/run/checkpoints: File exists; the last good one is none"
         assert said.count(sentence) == 1
