@@ -239,7 +239,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(
 ) -> None:
     out = tmp_path / "out"
     first, other = group.run(_full_disk, base | dict(save_model_path=out), rank)
-    assert first == other
+    assert [one[0] for one in first] == [one[0] for one in other]
     folder = out / "run/checkpoints"
     assert first[0] == (str(folder / "global_step1"), ["global_step1", "latest"], "global_step1")
     told, names, latest = first[1]
