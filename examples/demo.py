@@ -48,9 +48,9 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("sft", 560, 64, 1.5e-3),
+    Stage("sft", 600, 64, 1.5e-3),
     Stage("stage1", 32, 64, 5e-4),
-    Stage("stage2", 140, 64, 1e-3),
+    Stage("stage2", 150, 64, 1e-3),
 )
 
 
