@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.data.loader import WARN_DROPPED_SHARE
@@ -96,7 +97,8 @@ def train(config: RunConfig, prepared: Prepared, world: World, asked: Callable[[
     """
     own_folder = config.save_model_path / "run"
     report_to: list[str] = list(config.report_to)
-    start = load_checkpoint(prepared.engine, prepared.checkpoint.place) if prepared.checkpoint else 0
+    state = load_checkpoint(prepared.engine, prepared.checkpoint.place) if prepared.checkpoint else {}
+    start = int(state.get("step", 0))
     with Monitor(own_folder, prepared.steps, report_to, config.log_file, world.rank == 0, start) as monitor:
         for line in opening_lines(config, prepared):
             monitor.say(line)
@@ -105,6 +107,8 @@ def train(config: RunConfig, prepared: Prepared, world: World, asked: Callable[[
             monitor.say("stopped on request before a step was taken")
             raise Stopped
         saver = Saver(config, prepared, monitor)
+        if state.get("evaluation_owed") and not evaluated(config, prepared, monitor, start, asked):
+            raise Stopped
         skipped = 0
         monitor.start_clock()
         for plan, batches in prepared.loader.steps(start, prepared.steps):
@@ -122,29 +126,34 @@ def train(config: RunConfig, prepared: Prepared, world: World, asked: Callable[[
                     f"{saver.last or 'none: --save_every was not given or not reached'}; lower --learning_rate or mend "
                     "the records, then --resume auto"
                 )
-            stop = taken.stop
-            if prepared.evaluation and config.eval_every and (done % config.eval_every == 0 or done == prepared.steps):
-                monitor.note("evaluation begins", done)
-                losses = None if stop else evaluate(config, prepared, prepared.evaluation, asked)
-                stop = losses is None
-                if losses:
-                    monitor.evaluation(done, losses)
-                monitor.note("evaluation ends", done)
+            due = config.eval_every and (done % config.eval_every == 0 or done == prepared.steps)
+            owed = bool(due) and (taken.stop or not evaluated(config, prepared, monitor, done, asked))
+            stop = taken.stop or owed
             if stop or (config.save_every and done % config.save_every == 0):
-                saver.save(done)
+                saver.save(done, owed)
             if stop:
                 monitor.note("stopped on request", done)
                 monitor.say(f"stopped on request after step {done}; the same command with --resume auto goes on")
                 raise Stopped
             monitor.start_clock()
-        monitor.note("model save begins", prepared.steps)
-        prepared.save()
-        monitor.note("model save ends", prepared.steps)
+        saver.save_model()
         monitor.say(f"model saved to {config.save_model_path}")
 
 
+def evaluated(config: RunConfig, prepared: Prepared, monitor: Monitor, done: int, asked: Callable[[], bool]) -> bool:
+    """Measure and report the evaluation loss after `done` steps; False when the ranks left it on request."""
+    if prepared.evaluation is None:
+        return True
+    monitor.note("evaluation begins", done)
+    losses = evaluate(config, prepared, prepared.evaluation, asked)
+    if losses is not None:
+        monitor.evaluation(done, losses)
+    monitor.note("evaluation ends", done)
+    return losses is not None
+
+
 class Saver:
-    """Writes checkpoints and says what came of it; `last` is the newest good one."""
+    """Writes checkpoints and the model, and says what came of it; `last` is the newest good checkpoint."""
 
     def __init__(self, config: RunConfig, prepared: Prepared, monitor: Monitor):
         self.folder = config.save_model_path / "run" / "checkpoints"
@@ -153,10 +162,14 @@ class Saver:
         self.monitor = monitor
         self.last = prepared.checkpoint.place if prepared.checkpoint else None
 
-    def save(self, done: int) -> None:
-        """Write the checkpoint of `done` steps. One that cannot be written is said, and training goes on."""
+    def save(self, done: int, owed: bool) -> None:
+        """Write the checkpoint of `done` steps. One that cannot be written is said, and training goes on.
+
+        Args:
+            owed: the evaluation of this step is still to be made.
+        """
         prepared = self.prepared
-        state = {**prepared.state, "step": done}
+        state = {**prepared.state, "step": done, "evaluation_owed": owed}
         self.monitor.note("save begins", done)
         outcome = save_checkpoint(prepared.engine, self.folder, state, self.keep, prepared.world)
         self.monitor.note("save ends", done)
@@ -166,6 +179,19 @@ class Saver:
             return
         self.last = outcome
         self.monitor.say(f"checkpoint {outcome}")
+
+    def save_model(self) -> None:
+        """Write the trained model; UserError on the rank that cannot."""
+        self.monitor.note("model save begins", self.prepared.steps)
+        try:
+            self.prepared.save()
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the model cannot be written ({error}); make room and use --resume auto: the last good checkpoint is "
+                f"{self.last or 'none, since --save_every was not given'}",
+                everywhere=False,
+            ) from None
+        self.monitor.note("model save ends", self.prepared.steps)
 
 
 def opening_lines(config: RunConfig, prepared: Prepared) -> Iterator[str]:

@@ -199,9 +199,9 @@ def check_whole(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint} is damaged: {wrong}; take an older one")
 
 
-def load_checkpoint(engine: Any, found: Path) -> int:
-    """Load weights, optimizer and schedule; return the optimizer steps taken. All ranks call it."""
+def load_checkpoint(engine: Any, found: Path) -> dict[str, Any]:
+    """Load weights, optimizer and schedule; return the state that was saved with them. All ranks call it."""
     place, state = engine.load_checkpoint(str(found.parent), tag=found.name)
     if place is None:
         raise UserError(f"{found}: DeepSpeed could not load it; name an older one in {found.parent}/latest")
-    return int(state["step"])
+    return dict(state)

@@ -294,6 +294,23 @@ def test_an_evaluation_is_left_on_request(
     assert (out / "run/checkpoints/latest").read_text() == "global_step3"
     assert group.run(_train, settings) == [("", [])] * 2
     equal(out, whole)
+    # The one that was left is made up for.
+    assert [line["step"] for line in log_of(out, evaluations=True)] == [3, 6]
+
+
+def test_a_model_that_cannot_be_written_is_said_and_written_later(
+    group: Group, base: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    # A folder stands where the weights are to go.
+    (out / "model.safetensors").mkdir(parents=True)
+    told = group.run(_train, base | dict(save_model_path=out))
+    assert told[0][0].startswith("UserError: the model cannot be written (")
+    assert told[0][0].endswith(f"the last good checkpoint is {out}/run/checkpoints/global_step{STEPS}")
+    assert not (out / "config.json").exists()
+    (out / "model.safetensors").rmdir()
+    assert group.run(_train, base | dict(save_model_path=out)) == [("", [])] * 2
+    equal(out, whole)
 
 
 # ---------------------------------------------------------------------------------------------- numbers going wrong

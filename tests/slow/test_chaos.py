@@ -1,0 +1,27 @@
+"""A short chaos run: killed once in each phase, it ends equal to an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_every_phase_ends_equal(tmp_path: Path) -> None:
+    out = tmp_path / "chaos"
+    command = [sys.executable, "-m", "benchmarks.chaos", "--kills", "4", "--each", "1", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((out / "chaos.json").read_text())
+    assert report["problems"] == []
+    assert len(report["kills"]) == 4
+    met = Counter(kill["phase"] for kill in report["kills"])
+    assert sum(met.values()) == 4
+    assert met["step"] + met["load"] + met["save"] + met["evaluation"] == 4

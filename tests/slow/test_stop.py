@@ -1,0 +1,134 @@
+"""Requests to stop, through the real launcher with two ranks and workers: saved, left together, continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+LIMIT_S = 120
+# A step of nano takes a fifth of a second: it is not over before it is asked to stop.
+STEPS = 400
+
+
+class Job:
+    """A launched training run."""
+
+    def __init__(self, out: Path, model: Path, data: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        binaries = Path(sys.executable).parent
+        command = [
+            *(binaries / "deepspeed", "--num_accelerators", 2, "--master_port", port, "--module", "mirage_ds.train"),
+            *("--model", model, "--stage", "sft", "--data_path", data, "--save_model_path", out, "--resume", "auto"),
+            *("--max_steps", STEPS, "--num_workers", 1, "--report_to", "none", "--global_batch_size", 4),
+        ]
+        environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+        self.out = out
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def steps(self) -> list[int]:
+        log = self.out / "run/log.jsonl"
+        return [json.loads(line)["step"] for line in log.read_text().splitlines()] if log.is_file() else []
+
+    def rank(self, number: int) -> int:
+        """Process id of a rank: it is not a worker, whose parent is a rank."""
+        for folder in Path("/proc").iterdir():
+            try:
+                variables = (folder / "environ").read_bytes().split(b"\0")
+                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                words = (folder / "cmdline").read_bytes()
+                launcher = (Path("/proc") / str(parent) / "cmdline").read_bytes()
+            except (OSError, ValueError, IndexError):
+                continue
+            is_rank = b"deepspeed.launcher.launch" in launcher and f"RANK={number}".encode() in variables
+            if is_rank and str(self.out).encode() in words:
+                return int(folder.name)
+        raise AssertionError(f"no rank {number}")
+
+    def wait_for_step(self, step: int) -> None:
+        end = time.monotonic() + LIMIT_S
+        while step not in self.steps():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    def end(self) -> tuple[int, str]:
+        said, _ = self.process.communicate(timeout=LIMIT_S)
+        return self.process.returncode, said
+
+
+def by_file(job: Job) -> None:
+    (job.out / "run/stop").touch()
+
+
+def by_signal(number: signal.Signals, rank: int) -> Callable[[Job], None]:
+    return lambda job: os.kill(job.rank(rank), number)
+
+
+def to_all(job: Job) -> None:
+    """As a scheduler does: every process of the job but the launchers, workers too."""
+    for rank in (0, 1):
+        pid = job.rank(rank)
+        children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        for one in (*children, pid):
+            os.kill(one, signal.SIGTERM)
+
+
+def to_launcher(job: Job) -> None:
+    job.process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ask", "code"),
+    [
+        (by_file, 75),
+        (by_signal(signal.SIGUSR1, 1), 75),
+        (to_all, 75),
+        # DeepSpeed's launcher has its own code once it is signalled.
+        (to_launcher, 1),
+    ],
+    ids=["stop file", "SIGUSR1 to rank 1", "SIGTERM to every rank and worker", "SIGTERM to the launcher"],
+)
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
+    ask: Callable[[Job], None], code: int, nano: Path, mixed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    job = Job(out, nano, mixed)
+    job.wait_for_step(3)
+    asked = time.monotonic()
+    ask(job)
+    returned, said = job.end()
+    seconds = time.monotonic() - asked
+    assert returned == code, said
+    assert "Traceback" not in said
+    last = job.steps()[-1]
+    assert f"stopped on request after step {last}; the same command with --resume auto goes on" in said
+    assert (out / "run/checkpoints/latest").read_text() == f"global_step{last}"
+    assert not (out / "config.json").exists()
+    # One step, one save, the launcher's look at its ranks once a second; idle cores would need 2 s.
+    assert seconds < 30
+    print(f"from the request to the end of the job: {seconds:.1f} s")
+    if ask is by_file:
+        again = Job(out, nano, mixed)
+        again.wait_for_step(last + 2)
+        assert again.steps() == list(range(1, again.steps()[-1] + 1))
+        ask(again)
+        assert again.end()[0] == code
