@@ -26,8 +26,8 @@ class LossSums(NamedTuple):
         ce: Σ of the rows' mean cross-entropies (reduction "sample") or Σ over labelled tokens ("token").
         sim: Σ of the rows' 1 − mean cosine ("sample") or Σ over latents of 1 − cosine ("token"); 0 outside stage1.
         token_ce: Σ over labelled tokens of the cross-entropy, detached: the same number whatever the reduction.
-        rows: (N,) each sample's mean cross-entropy (plus 1 − mean cosine in stage1), detached: tells which sample is
-            not finite.
+        rows: (N,) each sample's mean cross-entropy (plus 1 − mean cosine in stage1), 0 for a dummy, detached: tells
+            which sample is not finite.
     """
 
     ce: torch.Tensor
@@ -113,4 +113,4 @@ def loss_sums(ce: torch.Tensor, one_minus_cosine: torch.Tensor | None, batch: Ba
             sim = (means * batch.weight).sum()
         else:
             sim = (one_minus_cosine * batch.weight[batch.latent_sample]).sum()
-    return LossSums(ce=total, sim=sim, token_ce=token_ce.detach(), rows=rows.detach())
+    return LossSums(ce=total, sim=sim, token_ce=token_ce.detach(), rows=(rows * batch.weight).detach())

@@ -23,7 +23,7 @@ import torch
 from group import Group, GroupFailure
 from safetensors.torch import load_file, save_file
 
-from mirage_ds import step
+from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.encode import load_encoder
@@ -112,7 +112,7 @@ def _run(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
     engine.step = step
     engine.module.language_model.norm.register_forward_hook(count)
     for plan, batches in prepared.loader.steps(0, prepared.steps):
-        found["steps"].append(step.step(config, prepared, plan, batches).metrics)
+        found["steps"].append(steps.step(config, prepared, plan, batches).metrics)
         found["bins"].append(plan.bins)
     found["weights"] = _gather(parameters)
     found["names"] = [public_name(name) for name, _ in parameters]
@@ -141,7 +141,7 @@ def _save(world: Any, settings: dict[str, Any], checkpoints: Path) -> dict[str, 
     prepared = prepare(config, world)
     engine = prepared.engine
     for plan, batches in prepared.loader.steps(0, 1):
-        step.step(config, prepared, plan, batches)
+        steps.step(config, prepared, plan, batches)
     save_checkpoint(engine, checkpoints, {"step": 1, "world_size": world.size}, 2, world)
     latest = [(checkpoints / "latest").read_text()]
     prepared.save()
