@@ -30,7 +30,18 @@ class Job:
         command = [
             *(binaries / "deepspeed", "--num_accelerators", 2, "--master_port", port, "--module", "mirage_ds.train"),
             *("--model", model, "--stage", "sft", "--data_path", data, "--save_model_path", out, "--resume", "auto"),
-            *("--max_steps", STEPS, "--num_workers", 1, "--report_to", "none", "--global_batch_size", 4),
+            *(
+                "--epochs",
+                STEPS,
+                "--max_steps",
+                STEPS,
+                "--num_workers",
+                1,
+                "--report_to",
+                "none",
+                "--global_batch_size",
+                4,
+            ),
         ]
         environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
         self.out = out
@@ -92,7 +103,9 @@ def to_all(job: Job) -> None:
 
 
 def to_launcher(job: Job) -> None:
-    job.process.send_signal(signal.SIGTERM)
+    """To the process that has started the ranks of this machine; it ends them one after another."""
+    status = Path(f"/proc/{job.rank(0)}/stat").read_text()
+    os.kill(int(status.rsplit(")", 1)[1].split()[1]), signal.SIGTERM)
 
 
 @pytest.mark.slow
@@ -102,7 +115,7 @@ def to_launcher(job: Job) -> None:
         (by_file, 75),
         (by_signal(signal.SIGUSR1, 1), 75),
         (to_all, 75),
-        # DeepSpeed's launcher has its own code once it is signalled.
+        # The launcher has its own code once it is signalled.
         (to_launcher, 1),
     ],
     ids=["stop file", "SIGUSR1 to rank 1", "SIGTERM to every rank and worker", "SIGTERM to the launcher"],
