@@ -1,4 +1,7 @@
-"""The only place that touches what DeepSpeed does not promise. tests/unit/test_private.py notices when it changes."""
+"""The only place that touches what DeepSpeed does not promise.
+
+tests/unit/test_private.py notices when it changes, and tests/dist/test_reliability.py for what happens in a save and a step.
+"""
 
 from __future__ import annotations
 
