@@ -1,6 +1,7 @@
 """The only place that touches what DeepSpeed does not promise.
 
-tests/unit/test_private.py notices when it changes, and tests/dist/test_reliability.py for what happens in a save and a step.
+tests/unit/test_private.py notices when it changes; for what happens in a save and in a step,
+tests/dist/test_reliability.py does.
 """
 
 from __future__ import annotations
