@@ -218,7 +218,7 @@ def main(kills: int, each: int, out: Path, seed: int) -> None:
             met = Counter(one.phase for one in done)
             wanted = [phase for phase in PHASES if met[phase] < each] or list(PHASES)
             aim = chance.choice(wanted)
-            quota = aim == "save" and met["save"] >= 1 and chance.random() < 0.3
+            quota = aim == "save" and chance.random() < 0.5
             started = time.perf_counter()
             struck = strike(start(out, run, out / "disturbed.log", quota), run, aim, chance)
             if struck is None:
@@ -230,7 +230,7 @@ def main(kills: int, each: int, out: Path, seed: int) -> None:
                 rounds += 1
                 shutil.rmtree(run)
                 continue
-            what = damage(run, chance) if chance.random() < 0.3 else "–"
+            what = damage(run, chance) if chance.random() < 0.5 else "–"
             what += " (quota)" if quota else ""
             done.append(Kill(aim, *struck, time.perf_counter() - started, what))
             bar.update(task, completed=len(done))

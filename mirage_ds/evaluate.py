@@ -20,6 +20,7 @@ from mirage_ds.data.encode import LATENT_PAD, LATENT_START, LATENT_TOKENS, Encod
 from mirage_ds.data.record import ImageFinder, Record, RecordError, scan
 from mirage_ds.engine.export import TRAINED_KEY
 from mirage_ds.errors import UserError
+from mirage_ds.files import write_atomically
 from mirage_ds.model.generate import Generated, Limits, generate, greedy, latent_tokens, sampler
 from mirage_ds.model.load import Loaded, load_model, read_config, resolve_folder
 from mirage_ds.tasks import get_task, task_name
@@ -301,5 +302,4 @@ def print_report(report: dict[str, Any]) -> None:
 
 def write_report(report: dict[str, Any], file: Path) -> None:
     """Write a report as JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    write_atomically(file, json.dumps(report, indent=1) + "\n")

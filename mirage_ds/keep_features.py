@@ -62,9 +62,13 @@ class _Images(torch.utils.data.Dataset):
         record = record_of(self.records[row])
         path = getattr(record, self.name)[place - int(self.images.starts[row])]
         try:
-            return place, *self.encoder.pixels(record, self.name, path)
+            pixels, grid = self.encoder.pixels(record, self.name, path)
         except RecordError as error:
             return place, error.fault
+        if int(grid.prod()) // self.encoder.images.merge_size**2 != int(self.images.sizes[place]):
+            what = f"image {path} has another size than a minute ago, when it was measured"
+            return place, Fault(record.line, self.name, what, "leave the images alone while a run starts")
+        return place, pixels, grid
 
 
 def _join(items: list[tuple[int, torch.Tensor, torch.Tensor] | Broken]) -> tuple[Decoded | None, list[Broken]]:

@@ -25,7 +25,7 @@ from mirage_ds.data.record import Fault, ImageFinder, open_records
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.checkpoint import Found, find_checkpoint
 from mirage_ds.engine.export import Parts, save_model
-from mirage_ds.engine.setup import World, from_rank_zero, make_engine
+from mirage_ds.engine.setup import World, check_ds_config, from_rank_zero, make_engine
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
 from mirage_ds.keep_features import keep_features
@@ -257,6 +257,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never) 
         )
     json_path = config.deepspeed or ds.default_path(config.stage, world.device.type)
     ds_values = ds.resolve(ds.read_json(json_path), json_path, config, world.size)
+    check_ds_config(ds_values, json_path)
     choose_backend(config.attention, world.device)
     folders = _model_folders(config, world)
     encoder = make_encoder(config, folders)

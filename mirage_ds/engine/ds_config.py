@@ -25,6 +25,10 @@ KNOWN_KEYS = frozenset(
     bfloat16 sequence_parallel_size datastates_ckpt
     weight_quantization use_data_before_expert_parallelism vocabulary_size""".split()  # noqa: SIM905
 )
+# What torch's AdamW and DeepSpeed's take; another name stops the start only after the model is loaded.
+OPTIMIZER_PARAMS = frozenset(
+    "lr betas eps weight_decay torch_adam adam_w_mode bias_correction amsgrad fused foreach capturable maximize".split()  # noqa: SIM905
+)
 # The run fills these; `"auto"` there means just that.
 FILLED = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -143,6 +147,11 @@ def _fill_optimizer(filled: dict[str, Any], path: Path, config: RunConfig) -> No
     if block.get("type") not in ("AdamW", "Adam"):
         raise UserError(f"{path}: optimizer type {shown(block.get('type'))}; this trainer runs 'AdamW'")
     params = block.setdefault("params", {})
+    for key, value in params.items():
+        if key not in OPTIMIZER_PARAMS:
+            raise UserError(f"{path}: AdamW has no parameter '{key}'{closest(key, OPTIMIZER_PARAMS)}; remove it")
+        if key == "torch_adam" and not isinstance(value, bool):
+            raise UserError(f"{path}: 'optimizer.params.torch_adam' is {shown(value)}; write true or false")
     for key, flag, value in (
         ("lr", "learning_rate", config.learning_rate),
         ("betas", "adam_beta1/--adam_beta2", [config.adam_beta1, config.adam_beta2]),

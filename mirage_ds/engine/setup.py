@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from mirage_ds.config import RunConfig
 from mirage_ds.engine.private import skip_steps_that_are_not_finite, use_plain_gloo
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, reason, shown
 
 Result = TypeVar("Result")
 
@@ -101,6 +102,30 @@ def everyone(own: list[Result], world: World) -> list[Result]:
     lists: list[list[Result]] = [[] for _ in range(world.size)]
     dist.all_gather_object(lists, own)
     return [item for one in lists for item in one]
+
+
+def check_ds_config(values: dict[str, Any], path: Path) -> None:
+    """Let DeepSpeed itself read a resolved configuration, before anything is loaded or claimed.
+
+    Raises:
+        UserError: names the key that it refuses, or says what it stumbles over.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedConfig(deepcopy(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        block, key = error.title.removeprefix("DeepSpeed").removesuffix("Config"), ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{path}: DeepSpeed refuses '{key}' (block {block}) with {shown(first['input'])}: {first['msg']}; mend it"
+        ) from None
+    # Where it has no schema, a block of a wrong type leads it to one of these.
+    except (ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(
+            f"{path}: DeepSpeed cannot read it ({reason(error)}); compare its blocks with those of the shipped JSONs"
+        ) from None
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -88,6 +88,13 @@ def test_json_typo_by_the_launcher(nano: Path, mixed: Path, tmp_path: Path) -> N
     refused(dict(model=nano, stage="sft", data_path=mixed, deepspeed=path), tmp_path, sentence, ranks=2)
 
 
+def test_json_value_that_deepspeed_refuses(nano: Path, mixed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "banana.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "overlap_comm": "banana"}}')
+    sentence = f"error: {path}: DeepSpeed refuses 'overlap_comm' (block Zero) with 'banana'"
+    refused(dict(model=nano, stage="sft", data_path=mixed, deepspeed=path), tmp_path, sentence)
+
+
 def test_wrong_load_model_path(nano: Path, mixed: Path, tmp_path: Path) -> None:
     path = tmp_path / "nowhere"
     sentence = f"error: --load_model_path {path}: no such folder"

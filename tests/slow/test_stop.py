@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 LIMIT_S = 120
+REPO = Path(__file__).parents[2]
 # A step of nano takes a fifth of a second: it is not over before it is asked to stop.
 STEPS = 400
 
@@ -145,3 +146,65 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
         assert again.steps() == list(range(1, again.steps()[-1] + 1))
         ask(again)
         assert again.end()[0] == code
+
+
+def run_command(*words: object, code: str = "") -> subprocess.Popen[str]:
+    """Start `mirage-ds`, after `code` in the same process."""
+    program = f"{code}\nfrom mirage_ds.cli import main\nmain()"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+# The process that works asks itself: at a moment that no test could hit from outside.
+AFTER_A_BATCH = """
+import os, signal
+from mirage_ds import evaluate
+whole = evaluate.answer_records
+def one(*words, **more):
+    found = whole(*words, **more)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return found
+evaluate.answer_records = one
+"""
+IN_A_WRITE = """
+import os, signal
+from mirage_ds.engine import export
+whole = export.save_file
+def half(tensors, path, **more):
+    whole(tensors, path, **more)
+    os.kill(os.getpid(), signal.SIGUSR1)
+export.save_file = half
+"""
+
+
+@pytest.mark.slow
+def test_evaluate_stops_at_once_and_writes_no_scores(nano: Path, mixed: Path, tmp_path: Path) -> None:
+    words = (
+        "evaluate",
+        nano,
+        "--data_path",
+        REPO / "data/sample_planning.jsonl",
+        "--no_latents",
+        "--max_new_tokens",
+        4,
+    )
+    stopped = run_command(*words, "--batch_size", 4, "--out", tmp_path / "scores.json", code=AFTER_A_BATCH)
+    _, said = stopped.communicate(timeout=LIMIT_S)
+    assert (stopped.returncode, said.splitlines()[-1]) == (75, "stopped")
+    assert list(tmp_path.iterdir()) == []
+    whole = run_command(*words, "--out", tmp_path / "scores.json")
+    whole.communicate(timeout=LIMIT_S)
+    assert (whole.returncode, [file.name for file in tmp_path.iterdir()]) == (0, ["scores.json"])
+
+
+@pytest.mark.slow
+def test_export_stops_at_once_and_leaves_no_folder(nano: Path, tmp_path: Path) -> None:
+    words = ("export", nano, tmp_path / "out", "--vocab_rows", 700)
+    stopped = run_command(*words, code=IN_A_WRITE)
+    _, said = stopped.communicate(timeout=LIMIT_S)
+    assert (stopped.returncode, said.splitlines()[-1]) == (75, "stopped")
+    assert list(tmp_path.iterdir()) == []
+    whole = run_command(*words)
+    whole.communicate(timeout=LIMIT_S)
+    assert (whole.returncode, (tmp_path / "out/model.safetensors").is_file()) == (0, True)

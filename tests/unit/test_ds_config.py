@@ -21,6 +21,7 @@ from mirage_ds.engine.ds_config import (
     shipped_folder,
     zero_stage,
 )
+from mirage_ds.engine.setup import check_ds_config
 from mirage_ds.errors import UserError
 
 SHIPPED = sorted(shipped_folder().glob("*.json"))
@@ -283,3 +284,38 @@ def test_the_known_keys_are_those_that_the_installed_deepspeed_reads(asked: set[
 @pytest.mark.parametrize("key", sorted(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS))
 def test_what_deepspeed_has_removed_is_refused_before_it_starts(key: str, refused: Callable[..., str]) -> None:
     assert f"'{key}'" in refused({key: {}})
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"zero_optimization": {"stage": 3, "reuse": 1}}, "'reuse' (block Zero)"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "moon"}}},
+            "'offload_param.device' (block Zero) with 'moon'",
+        ),
+        ({"bf16": {"enabled": "banana"}}, "'enabled' (block BF16) with 'banana'"),
+        ({"aio": "banana"}, "cannot read it"),
+        ({"comms_logger": 5}, "cannot read it"),
+        ({"communication_data_type": "fp17"}, "cannot read it (Invalid communication_data_type"),
+    ],
+)
+def test_values_that_deepspeed_refuses_are_one_sentence(block: dict[str, Any], said: str) -> None:
+    values = resolve(block, HERE, run_config(), 1)
+    with pytest.raises(UserError) as caught:
+        check_ds_config(values, HERE)
+    assert str(caught.value).startswith("ds.json: DeepSpeed ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_what_ships_is_not_refused(path: Path) -> None:
+    check_ds_config(resolve(read_json(path), path, run_config(), 1), path)
+
+
+def test_unknown_optimizer_parameters_are_refused_before_torch_does(refused: Callable[..., str]) -> None:
+    said = refused({"optimizer": {"type": "AdamW", "params": {"weight_decai": 0.1}}})
+    assert "no parameter 'weight_decai' (did you mean 'weight_decay'?)" in said
+    said = refused({"optimizer": {"type": "AdamW", "params": {"torch_adam": "yes"}}})
+    assert "'optimizer.params.torch_adam' is 'yes'; write true or false" in said

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures, ShardWriter, image_key, image_keys
+from mirage_ds.data.loader import build_index
+from mirage_ds.data.record import open_records
+from mirage_ds.keep_features import _Images
 
 WIDTH = 8
 SPACE = {"tower": "a"}
@@ -141,3 +148,20 @@ def test_each_image_is_needed_once(tmp_path: Path) -> None:
     assert kept.needs([2, 0]) == [2, 0]
     assert kept.needs([1]) == []
     assert kept.bytes_of([0, 3]) == (1 + 3) * WIDTH * 2
+
+
+def test_an_image_that_changes_after_it_was_measured_is_a_fault(
+    encoder_for: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    image = tmp_path / "map.png"
+    Image.new("RGB", (84, 84)).save(image)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text_input": "<image>?", "image_input": "map.png", "text_output": "A"}) + "\n")
+    encoder = encoder_for("sft", 4, rows)
+    index = build_index(rows, encoder, 4096, 0.0, ("image_input",))
+    images = _Images(open_records(rows, None), encoder, "image_input", index.images["image_input"], [0])
+    assert len(images[0]) == 3
+    Image.new("RGB", (84, 140)).save(image)
+    place, fault = images[0]
+    assert (place, fault.line, fault.field) == (0, 1, "image_input")
+    assert fault.what == "image map.png has another size than a minute ago, when it was measured"
