@@ -85,7 +85,8 @@ def _poison(world: Any, settings: dict[str, Any], bad_rows: list[int], what: str
         if what == "gradient" and hit.any():
             output.register_hook(lambda gradient: gradient * torch.inf)
             return output
-        return output * torch.where(hit, torch.inf, 1.0) if what == "loss" else output
+        # Infinite with a finite gradient: nobody would notice it by the gradient's norm.
+        return output + torch.where(hit, torch.inf, 0.0) if what == "loss" else output
 
     model.head.register_forward_hook(spoil)
     named = list(model.named_parameters())
