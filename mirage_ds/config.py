@@ -114,6 +114,9 @@ class RunConfig(BaseModel):
     max_skipped_steps: PositiveInt = Field(
         5, description="End the run after so many optimizer steps in a row whose loss or gradient was not finite."
     )
+    collective_timeout: PositiveInt = Field(
+        900, description="Seconds after which a rank gives up waiting for another, from the second step on."
+    )
     log_rows: bool = Field(False, description="Write the rows of each step into log.jsonl, as the ranks ran them.")
     resume: Literal["auto", "never"] = Field(
         "never",

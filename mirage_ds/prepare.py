@@ -41,6 +41,7 @@ from mirage_ds.model.load import (
 )
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
+from mirage_ds.startup import quiet
 from mirage_ds.stop import never
 
 if TYPE_CHECKING:
@@ -240,16 +241,20 @@ def make_model(
     )
 
 
-def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never) -> Prepared:
+def prepare(
+    config: RunConfig, world: World, asked: Callable[[], bool] = never, begin: Callable[[str], None] = quiet
+) -> Prepared:
     """Check, load and start. All ranks call it.
 
     Args:
         asked: whether somebody wants this process to stop.
+        begin: is told the name of each phase as it begins.
 
     Raises:
         UserError: the same on every rank; nothing has been trained or overwritten.
         Stopped: the same.
     """
+    begin("records")
     if config.rows_per_step < world.size and not config.allow_idle_ranks:
         raise UserError(
             f"{config.rows_per_step} rows an optimizer step (--global_batch_size) are fewer than {world.size} ranks: "
@@ -271,10 +276,12 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never) 
     # All that can refuse the run comes before its folder is claimed: a refused run must not stand in the way of the
     # mended one.
     from_rank_zero(lambda: check_weights(folders[0], read_config(folders[0])), world)
+    begin("vision tower")
     tower = None
     if not config.train_vision:
         dtype = getattr(torch, ds.compute_dtype(ds_values))
         tower = load_tower(folders[0], read_config(folders[0]), dtype, world.device)
+    begin("features")
     measured = [
         measure(config, own, tower, file, one, one is not indices[0], world, asked)
         for file, own, one in zip(files, encoders, indices, strict=True)
@@ -309,6 +316,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never) 
         dtype=ds.compute_dtype(ds_values),
         pixels=[config.min_pixels, config.max_pixels],
     )
+    begin("checkpoints")
     checkpoint = None
     if config.resume == "auto":
         checkpoint = find_checkpoint(own_folder / "checkpoints", state, world)
@@ -317,12 +325,14 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never) 
         run_folder.note(own_folder, "load begins")
         if config.skip_bad_records:
             write_atomically(own_folder / SKIPPED_FILE, skipped_lines(skipped))
+    begin("model")
     loaded = make_model(config, folders[0], ds_values, world.device, tower)
     # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
     most_runs = max(int(one.index.runs.max()) for one in measured)
     passes = most_runs * config.latent_size + 1 if config.stage == "stage2" else 1
     loader, *others = [make_loader(config, one, world.rank, passes) for one in measured]
     evaluation = make_evaluation(config, others[0], measured[1].index) if others else None
+    begin("engine")
     engine = make_engine(loaded.model, config, ds_values, steps)
 
     trained = {"stage": config.stage, "latent_size": config.latent_size}

@@ -20,6 +20,7 @@ from mirage_ds.engine.setup import agree, everyone
 from mirage_ds.model.loss import LossSums, StepCounts, objective
 from mirage_ds.prepare import Evaluation, Prepared
 from mirage_ds.stop import never
+from mirage_ds.whereabouts import COLLECTIVE, UNTOLD, Whereabouts
 
 
 def step_counts(prepared: Prepared, plan: StepPlan, latent_size: int) -> tuple[StepCounts, int]:
@@ -55,21 +56,32 @@ class Taken(NamedTuple):
 
 
 def step(
-    config: RunConfig, prepared: Prepared, plan: StepPlan, batches: Iterator[Batch], asked: Callable[[], bool] = never
+    config: RunConfig,
+    prepared: Prepared,
+    plan: StepPlan,
+    batches: Iterator[Batch],
+    asked: Callable[[], bool] = never,
+    where: Whereabouts = UNTOLD,
 ) -> Taken:
     """Take one optimizer step over its G micro-steps."""
     engine, world = prepared.engine, prepared.world
+    done = plan.step + 1
     counts, tokens = step_counts(prepared, plan, config.latent_size)
     totals = torch.zeros(5, device=world.device)
     ran = []
+    where.at("waits for data", done)
     for number, batch in enumerate(batches):
+        where.at(f"forward and backward of micro-step {number + 1}", done)
         engine.set_gradient_accumulation_boundary(number == plan.micro_steps - 1)
         shares, losses = micro_step(config, prepared, batch, counts)
         totals[:4] += shares
         ran.append((batch.rows, losses))
+        where.at("waits for data", done)
+    where.at("updates the weights", done)
     learning_rate = engine.get_lr()[0]
     applied, norm = apply_gradients(engine)
     totals[4] = float(asked())
+    where.at("sums up the losses", done, COLLECTIVE)
     dist.all_reduce(totals)
     loss, ce, sim, token_ce, stops = totals.tolist()
     metrics = {
@@ -114,13 +126,18 @@ def guilty(prepared: Prepared, taken: Taken) -> tuple[list[dict[str, int]], bool
 
 @torch.no_grad()
 def evaluate(
-    config: RunConfig, prepared: Prepared, evaluation: Evaluation, asked: Callable[[], bool] = never
+    config: RunConfig,
+    prepared: Prepared,
+    evaluation: Evaluation,
+    asked: Callable[[], bool] = never,
+    where: Whereabouts = UNTOLD,
 ) -> dict[str, float] | None:
     """Measure the mean losses on the evaluation records; None when the ranks stop on request. All ranks call it."""
     engine, world = prepared.engine, prepared.world
     totals = torch.zeros(4, device=world.device)
     engine.eval()
     for batch in evaluation.loader.batches(micro[world.rank] for micro in evaluation.bins):
+        where.at("evaluates")
         sums, loss, ce, sim = forward(config, prepared, batch, evaluation.counts)
         totals += torch.stack([loss, ce, sim, sums.token_ce])
         if agree(asked(), world):

@@ -21,14 +21,17 @@ from safetensors import SafetensorError
 from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.data.loader import WARN_DROPPED_SHARE
 from mirage_ds.engine.checkpoint import load_checkpoint, save_checkpoint
+from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, agree, join
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.flags import CONTEXT, build_model, model_options
 from mirage_ds.monitor import Monitor
 from mirage_ds.prepare import SKIPPED_FILE, Prepared, prepare
 from mirage_ds.run_folder import stop_file
+from mirage_ds.startup import StartUp, phases_line
 from mirage_ds.step import evaluate, guilty, step
 from mirage_ds.stop import EXIT_STOPPED, Stopped, StopRequest, never
+from mirage_ds.whereabouts import SAVING, UNTOLD, Whereabouts, guarded
 
 
 @click.command(context_settings=CONTEXT, no_args_is_help=True)
@@ -75,9 +78,12 @@ def run(config: RunConfig) -> None:
     # One rank looks for the file; all of them hear of it at the next edge.
     stop = StopRequest(stop_file(config.save_model_path) if os.environ.get("RANK", "0") == "0" else None)
     stop.listen()
+    where = guarded()
+    start = StartUp(where)
+    start.begin("process group")
     world = join()
     try:
-        train(config, prepare(config, world, stop.asked), world, stop.asked)
+        train(config, prepare(config, world, stop.asked, start.begin), world, stop.asked, where, start)
     finally:
         # Not before every rank has written its part: a launcher ends the others once one has left.
         if isinstance(sys.exc_info()[1], Stopped | None):
@@ -85,11 +91,20 @@ def run(config: RunConfig) -> None:
             dist.destroy_process_group()
 
 
-def train(config: RunConfig, prepared: Prepared, world: World, asked: Callable[[], bool] = never) -> None:
+def train(
+    config: RunConfig,
+    prepared: Prepared,
+    world: World,
+    asked: Callable[[], bool] = never,
+    where: Whereabouts = UNTOLD,
+    begun: StartUp | None = None,
+) -> None:
     """Take every optimizer step, write checkpoints on the way and the model at the end.
 
     Args:
         asked: whether somebody wants this process to stop.
+        where: tells a guard how far this rank is.
+        begun: has clocked the start.
 
     Raises:
         Stopped: on every rank, after a step that they have agreed on, with a checkpoint of it.
@@ -97,6 +112,7 @@ def train(config: RunConfig, prepared: Prepared, world: World, asked: Callable[[
     """
     own_folder = config.save_model_path / "run"
     report_to: list[str] = list(config.report_to)
+    where.folder(own_folder)
     state = load_checkpoint(prepared.engine, prepared.checkpoint.place) if prepared.checkpoint else {}
     start = int(state.get("step", 0))
     with Monitor(own_folder, prepared.steps, report_to, config.log_file, world.rank == 0, start) as monitor:
@@ -106,16 +122,21 @@ def train(config: RunConfig, prepared: Prepared, world: World, asked: Callable[[
         if agree(asked(), world):
             monitor.say("stopped on request before a step was taken")
             raise Stopped
-        saver = Saver(config, prepared, monitor)
-        if state.get("evaluation_owed") and not evaluated(config, prepared, monitor, start, asked):
+        saver = Saver(config, prepared, monitor, where)
+        if state.get("evaluation_owed") and not evaluated(config, prepared, monitor, start, asked, where):
             raise Stopped
         skipped = 0
         monitor.start_clock()
         for plan, batches in prepared.loader.steps(start, prepared.steps):
-            taken = step(config, prepared, plan, batches, asked)
+            taken = step(config, prepared, plan, batches, asked, where)
             done = plan.step + 1
             epoch = done * config.rows_per_step / len(prepared.measured.row_ids)
             monitor.step(done, epoch, len(plan.rows), taken.tokens, taken.metrics, taken.row_ids)
+            if begun:
+                begun.end()
+                monitor.say(phases_line(begun.seconds))
+                begun = None
+                set_collective_timeout(config.collective_timeout)
             skipped = 0 if taken.applied else skipped + 1
             if not taken.applied:
                 monitor.not_finite(done, *guilty(prepared, taken))
@@ -127,7 +148,7 @@ def train(config: RunConfig, prepared: Prepared, world: World, asked: Callable[[
                     "the records, then --resume auto"
                 )
             due = config.eval_every and (done % config.eval_every == 0 or done == prepared.steps)
-            owed = bool(due) and (taken.stop or not evaluated(config, prepared, monitor, done, asked))
+            owed = bool(due) and (taken.stop or not evaluated(config, prepared, monitor, done, asked, where))
             stop = taken.stop or owed
             if stop or (config.save_every and done % config.save_every == 0):
                 saver.save(done, owed)
@@ -140,12 +161,19 @@ def train(config: RunConfig, prepared: Prepared, world: World, asked: Callable[[
         monitor.say(f"model saved to {config.save_model_path}")
 
 
-def evaluated(config: RunConfig, prepared: Prepared, monitor: Monitor, done: int, asked: Callable[[], bool]) -> bool:
+def evaluated(
+    config: RunConfig,
+    prepared: Prepared,
+    monitor: Monitor,
+    done: int,
+    asked: Callable[[], bool],
+    where: Whereabouts,
+) -> bool:
     """Measure and report the evaluation loss after `done` steps; False when the ranks left it on request."""
     if prepared.evaluation is None:
         return True
     monitor.note("evaluation begins", done)
-    losses = evaluate(config, prepared, prepared.evaluation, asked)
+    losses = evaluate(config, prepared, prepared.evaluation, asked, where)
     if losses is not None:
         monitor.evaluation(done, losses)
     monitor.note("evaluation ends", done)
@@ -155,11 +183,12 @@ def evaluated(config: RunConfig, prepared: Prepared, monitor: Monitor, done: int
 class Saver:
     """Writes checkpoints and the model, and says what came of it; `last` is the newest good checkpoint."""
 
-    def __init__(self, config: RunConfig, prepared: Prepared, monitor: Monitor):
+    def __init__(self, config: RunConfig, prepared: Prepared, monitor: Monitor, where: Whereabouts):
         self.folder = config.save_model_path / "run" / "checkpoints"
         self.keep = config.keep_checkpoints
         self.prepared = prepared
         self.monitor = monitor
+        self.where = where
         self.last = prepared.checkpoint.place if prepared.checkpoint else None
 
     def save(self, done: int, owed: bool) -> None:
@@ -171,6 +200,7 @@ class Saver:
         prepared = self.prepared
         state = {**prepared.state, "step": done, "evaluation_owed": owed}
         self.monitor.note("save begins", done)
+        self.where.at("saves a checkpoint", done, SAVING)
         outcome = save_checkpoint(prepared.engine, self.folder, state, self.keep, prepared.world)
         self.monitor.note("save ends", done)
         if isinstance(outcome, str):
@@ -183,6 +213,7 @@ class Saver:
     def save_model(self) -> None:
         """Write the trained model; UserError on the rank that cannot."""
         self.monitor.note("model save begins", self.prepared.steps)
+        self.where.at("saves the model", kind=SAVING)
         try:
             self.prepared.save()
         except (OSError, SafetensorError) as error:

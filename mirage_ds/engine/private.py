@@ -1,4 +1,4 @@
-"""The only place that touches what DeepSpeed does not promise.
+"""The only place that touches what DeepSpeed and torch do not promise.
 
 tests/unit/test_private.py notices when it changes; for what happens in a save and in a step,
 tests/dist/test_reliability.py does.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,18 @@ def use_plain_gloo() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """Bound every collective of every process group that exists, DeepSpeed's own included.
+
+    torch takes the bound when a group is made: then the first step, which may compile and fill caches for many minutes,
+    has the same one as all that follow.
+    """
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 class Written(NamedTuple):

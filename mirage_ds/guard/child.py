@@ -1,0 +1,175 @@
+"""The process that a guard has started: its output, its marks, its stacks, and its end with everything below it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import psutil
+
+from mirage_ds.whereabouts import MARKS_FD, STACKS_FD, STACKS_SIGNAL
+
+# From linux/prctl.h.
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+# Lines of error output that are kept to say why a process failed.
+KEPT_LINES = 40
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every process below this one whose own parent ends: none can hide from `end_all`."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Child:
+    """A process that dies with its guard, whatever ends that.
+
+    Attributes:
+        progress: its last mark (whereabouts.py), and `progressed`, when it came (time.monotonic).
+        folder: where its run keeps its files, once it has said so.
+    """
+
+    def __init__(
+        self, command: Sequence[str], environment: dict[str, str], log: Path | None = None, own_session: bool = False
+    ):
+        """Start it.
+
+        Args:
+            log: gets a copy of everything that it prints.
+            own_session: whether a terminal's Ctrl-C reaches the guard alone.
+        """
+        self.progress: dict[str, Any] = {}
+        self.progressed = time.monotonic()
+        self.folder: Path | None = None
+        self._last_lines: deque[bytes] = deque(maxlen=KEPT_LINES)
+        self._log = log.open("ab", buffering=0) if log else None
+        self._stacks = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
+        # A progress bar is drawn for people: their terminal is left to the process.
+        self._direct = sys.stdout.isatty() and log is None
+        reading, writing = os.pipe()
+        handed = {MARKS_FD: str(writing), STACKS_FD: str(self._stacks.fileno())}
+        self.process = subprocess.Popen(
+            command,
+            env=environment | handed,
+            stdout=None if self._direct else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=(writing, self._stacks.fileno()),
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  # there is no other thread yet
+            start_new_session=own_session,
+        )
+        os.close(writing)
+        # Threads: the console may be a pipe that nobody empties any more, and the guard itself must never wait for it.
+        self._threads = [threading.Thread(target=self._copy, args=(self.process.stderr, sys.stderr.buffer, True))]
+        if self.process.stdout:
+            self._threads.append(
+                threading.Thread(target=self._copy, args=(self.process.stdout, sys.stdout.buffer, False))
+            )
+        self._threads.append(threading.Thread(target=self._read_marks, args=(os.fdopen(reading, "rb"),)))
+        for thread in self._threads:
+            thread.daemon = True
+            thread.start()
+
+    def _copy(self, source: BinaryIO, console: BinaryIO, keep: bool) -> None:
+        there = True
+        rest = b""
+        while chunk := os.read(source.fileno(), 1 << 16):
+            if self._log:
+                self._log.write(chunk)
+            if keep:
+                *whole, rest = (rest + chunk)[-(1 << 16) :].split(b"\n")
+                self._last_lines.extend(whole)
+            if there:
+                try:
+                    console.write(chunk)
+                    console.flush()
+                except (OSError, ValueError):
+                    # The launcher is gone; the log goes on, and the guard hears of it elsewhere.
+                    there = False
+        if rest:
+            self._last_lines.append(rest)
+
+    def _read_marks(self, pipe: BinaryIO) -> None:
+        for line in pipe:
+            message = json.loads(line)
+            if "folder" in message:
+                self.folder = Path(message["folder"])
+            else:
+                self.progress, self.progressed = message, time.monotonic()
+
+    def returned(self) -> int | None:
+        """Return the exit code as a shell has it (128 + N where signal N killed it), None while it runs."""
+        code = self.process.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+    def state(self) -> str:
+        """Return the state as Linux has it: R, S, D, T for stopped, Z; an empty string once it is gone."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except OSError:
+            return ""
+        return stat.rsplit(")", 1)[1].split()[0]
+
+    def why(self) -> str:
+        """Say in a few words why the ended process failed: its last line of error output, or the signal."""
+        code = self.process.returncode
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            hint = " (the kernel, when memory runs out, or somebody)" if code == -signal.SIGKILL else ""
+            return f"was killed by {name}{hint}"
+        said = [line.decode(errors="replace").strip() for line in self._last_lines]
+        last = next((line for line in reversed(said) if line), "")
+        return f"ended with exit code {code}" + (f": {last[-300:]}" if last else " and said nothing")
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process itself."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def ask_for_stacks(self) -> None:
+        """Let the process write its stacks, if it listens for that; the default of the signal would end it."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        with contextlib.suppress(OSError):
+            caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+            if int(caught.split()[1], 16) >> (STACKS_SIGNAL - 1) & 1:
+                self.process.send_signal(STACKS_SIGNAL)
+
+    def stacks(self) -> str:
+        """Return the stacks that the process has written so far."""
+        return os.pread(self._stacks.fileno(), 1 << 20, 0).decode(errors="replace")
+
+    def finish_output(self, seconds: float = 2.0) -> None:
+        """Wait until what the process printed has been passed on; a console that takes nothing is given up."""
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+
+def end_all() -> None:
+    """Kill every process below this one."""
+    me = psutil.Process()
+    # Killing a parent hands its children to this process: look until nobody is left.
+    for _ in range(20):
+        below = [
+            one for one in me.children(recursive=True) if one.is_running() and one.status() != psutil.STATUS_ZOMBIE
+        ]
+        if not below:
+            return
+        for one in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(below, timeout=0.5)

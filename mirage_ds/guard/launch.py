@@ -1,0 +1,86 @@
+"""The guard around a launcher: `python -m mirage_ds.guard.launch --master A --port P -- deepspeed …`.
+
+It ends with the job's own exit code and prints why as the last lines. SIGTERM, SIGUSR1 and Ctrl-C become a request to
+save and leave, which the launchers themselves do not pass on; a second Ctrl-C ends the job at once. A launcher that
+waits for a dead connection is ended; when this guard or its launcher is killed, the ranks' guards hear of it and end
+the job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from typing import Any
+
+import click
+
+from mirage_ds.guard.__main__ import leave_by_itself
+from mirage_ds.guard.child import Child, adopt_orphans, end_all
+from mirage_ds.guard.client import BEAT_S, Client
+from mirage_ds.guard.options import CONTEXT, bounds_options, leave
+from mirage_ds.guard.wire import Bounds, Verdict
+
+# A launcher looks at its processes about once a second.
+LAUNCHER_S = 10.0
+
+
+@click.command(context_settings=CONTEXT)
+@bounds_options
+@click.option("--master", required=True, help="Rank 0's host, as this host knows it.")
+@click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED)
+def main(port: int, job: str, master: str, words: tuple[str, ...], **bounds: float) -> None:
+    """Run the launcher's command WORDS; end when the job ends, however that comes."""
+    adopt_orphans()
+
+    async def until_the_end() -> None:
+        leave(await watch(list(words), master, port, job, Bounds(**bounds)))
+
+    asyncio.run(until_the_end())
+
+
+async def watch(words: list[str], master: str, port: int, job: str, bounds: Bounds) -> Verdict:
+    """Start the launcher, keep in touch with the hub, return what the job came to."""
+    child = Child(words, dict(os.environ), own_session=True)
+    client = Client(master, port, job, None, bounds)
+    asked = 0
+
+    def on(message: dict[str, Any]) -> None:
+        """The hub wants nothing of a launcher."""
+
+    def on_signal(number: signal.Signals) -> None:
+        nonlocal asked
+        asked += 1
+        if client.connected and not (asked > 1 and number == signal.SIGINT):
+            client.say({"stop": True})
+        else:
+            # Before the ranks run there is nothing to save.
+            client.verdict = client.verdict or Verdict(128 + number, (f"{number.name} at the launcher",))
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    talking = asyncio.create_task(client.run(on))
+    ended: float | None = None
+    while client.verdict is None:
+        code = child.returned()
+        if code is None:
+            client.say({"state": child.state(), "progress": {}})
+        else:
+            ended = ended or time.monotonic()
+            client.say({"ended": code, "why": child.why()})
+            if not client.connected or time.monotonic() - ended > LAUNCHER_S:
+                client.verdict = Verdict(code, (f"the launcher {child.why()}",))
+        await asyncio.sleep(BEAT_S)
+        client.judge()
+    if client.verdict.code > 128 and not client.connected:
+        child.signal(signal.SIGTERM)
+    await leave_by_itself(child, bounds.grace + LAUNCHER_S)
+    end_all()
+    await asyncio.to_thread(child.finish_output)
+    talking.cancel()
+    return client.verdict
+
+
+if __name__ == "__main__":
+    main()
