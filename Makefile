@@ -10,7 +10,7 @@ ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PATH="$
 # Where the demo writes; it wants a new folder.
 OUT ?= runs/demo
 
-.PHONY: install demo test test-slow lint parity clean
+.PHONY: install demo test test-slow test-cluster cluster-packages lint parity clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,16 @@ test: install
 
 test-slow: install
 	$(ENV) $(BIN)/python -m pytest tests/slow
+	$(ENV) $(BIN)/python -m pytest tests/cluster -m slow
+
+# Several hosts as namespaces of this machine, with the real launchers; needs root and cluster-packages.
+test-cluster: install
+	$(ENV) $(BIN)/python -m pytest tests/cluster -m "not slow"
+
+# On Debian and Ubuntu, as root. RUNLEVEL=1: installing a server must not start it.
+cluster-packages:
+	apt-get update -qq
+	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$(cat tests/cluster/packages.txt)
 
 lint: install
 	$(BIN)/ruff format --check .

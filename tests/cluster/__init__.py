@@ -1,0 +1,1 @@
+"""Several hosts on one machine, and tests that run real launchers on them."""

@@ -1,0 +1,54 @@
+"""The real trainer; in its third step rank 1 does what is asked for: `python -m tests.cluster.faulty FAULT flags…`.
+
+The fault `pace` makes every step a second longer, so that a time limit or another job finds it at work.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from mirage_ds import step as step_module
+from mirage_ds import train
+
+FAULTS = ("kill", "stop", "loader", "skip", "pace")
+
+
+def late(batches: Iterator[Any]) -> Iterator[Any]:
+    """Be a loader that does not come on."""
+    time.sleep(1000)
+    yield from batches
+
+
+def main() -> None:
+    fault = next(word for word in sys.argv if word in FAULTS)
+    sys.argv.remove(fault)
+    whole, collectives = train.step, step_module.dist
+
+    def step(config: Any, prepared: Any, plan: Any, batches: Any, *rest: Any) -> Any:
+        if fault == "pace":
+            time.sleep(1)
+        if prepared.world.rank == 1 and plan.step == 2:
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if fault == "loader":
+                batches = late(batches)
+            if fault == "skip":
+                step_module.dist = SimpleNamespace(all_reduce=lambda totals: None)  # type: ignore[assignment]
+        taken = whole(config, prepared, plan, batches, *rest)
+        step_module.dist = collectives
+        return taken
+
+    train.step = step  # type: ignore[assignment]
+    train.main()
+
+
+if __name__ == "__main__":
+    main()

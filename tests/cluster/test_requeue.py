@@ -1,0 +1,94 @@
+"""Under Slurm a time limit, a preemption and a dead host end in a requeued job with an undisturbed one's losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .hosts import Cluster, wait_until
+from .jobs import GUARD, Job
+from .slurm import Slurm
+
+STEPS = 16
+LIMIT_S = 240
+
+
+def start(slurm: Slurm, out: Path, model: Path, data: Path, features: Path, *options: str, pace: bool = False) -> Job:
+    """Submit a training run on both nodes, all their CPUs."""
+    flags = (
+        *("--model", model, "--stage", "sft", "--data_path", data, "--max_steps", STEPS, "--epochs", 1000),
+        *("--save_model_path", out / "model", "--global_batch_size", 4, "--save_every", 2),
+        *("--learning_rate", 1e-3, "--num_workers", 0, "--report_to", "none", "--log_rows"),
+        *("--feature_dir", features, "--cache_dir", features / "cache"),
+    )
+    shape = ("--exclusive", "--requeue", *options)
+    return Job(
+        *("sbatch", slurm.nodes[:2], 1, out, (*flags, "pace") if pace else flags),
+        module="tests.cluster.faulty" if pace else "mirage_ds.train",
+        login=slurm.login,
+        guard=GUARD,
+        options=shape,
+    )
+
+
+def lines(out: Path) -> list[dict[str, object]]:
+    """Return the whole lines of the run's log."""
+    log = out / "model/run/log.jsonl"
+    text = log.read_text() if log.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def curve(out: Path) -> list[tuple[object, ...]]:
+    return [(line["step"], line["loss"], line["grad_norm"], tuple(line["row_ids"])) for line in lines(out)]  # type: ignore[arg-type]
+
+
+def wait_for_step(job: Job, step: int) -> None:
+    wait_until(lambda: len(lines(job.out)) >= step, f"step {step}; it said {job.said()}", LIMIT_S)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("requeue")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nano: Path, mixed: Path, slurm: Slurm, shared: Path) -> list[tuple[object, ...]]:
+    job = start(slurm, shared / "undisturbed", nano, mixed, shared / "features")
+    assert job.end(LIMIT_S) == 0, job.said()
+    assert len(curve(job.out)) == STEPS
+    return curve(job.out)
+
+
+@pytest.mark.parametrize("cause", ["preemption", "dead host", pytest.param("time limit", marks=pytest.mark.slow)])
+def test_a_requeued_job_goes_on(
+    cause: str,
+    undisturbed: list[tuple[object, ...]],
+    nano: Path,
+    mixed: Path,
+    cluster: Cluster,
+    slurm: Slurm,
+    shared: Path,
+    tmp_path: Path,
+) -> None:
+    # Whole minutes; the signal comes up to a minute early.
+    limit = ("--time=1", "--signal=B:USR1@35") if cause == "time limit" else ()
+    job = start(slurm, tmp_path / "out", nano, mixed, shared / "features", *limit, pace=True)
+    if cause == "preemption":
+        wait_for_step(job, 5)
+        other = ["sbatch", "--partition=high", "--exclusive", "-N2", "--output=/dev/null", "--wrap", "srun sleep 2"]
+        slurm.login.run(other, cwd=tmp_path)
+    if cause == "dead host":
+        wait_for_step(job, 5)
+        slurm.nodes[1].power_off()
+        wait_until(lambda: "no sign of life" in job.said(), f"the guards' verdict; it said {job.said()}", 60)
+        slurm.nodes[1].power_on()
+    assert job.end(LIMIT_S) == 0, job.said()
+    attempts = [line for line in job.said().splitlines() if line.startswith("attempt ") and " on node" in line]
+    assert len(attempts) >= 2
+    assert "continuing from" in job.said()
+    assert curve(job.out) == undisturbed
+    if cause != "dead host":
+        assert "stopped on request after step" in job.said()
+    assert not job.left_behind()
