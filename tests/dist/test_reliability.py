@@ -34,7 +34,7 @@ def asked_after(calls: int | None) -> Callable[[], bool]:
 
 
 def _train(world: Any, settings: dict[str, Any], stops: dict[int, int] | None = None) -> tuple[str, list[str]]:
-    """Train; how it ended, and which checkpoints were passed over. `stops`: rank → look at which it is asked to stop."""
+    """Train; how it ended, and which checkpoints were passed over. `stops`: rank → look at which it is asked."""
     config = RunConfig(**settings)
     asked = asked_after((stops or {}).get(world.rank))
     passed: list[str] = []

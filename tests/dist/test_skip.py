@@ -133,8 +133,8 @@ def test_above_the_share_every_rank_refuses_with_the_first_fault(
     out = trainer.folder / "refused"
     said = trainer.said(out, skip_bad_records=True, max_bad_share=share)
     assert said == (
-        f"{data}: {count} of 14 records have a fault, above --max_bad_share {share}; the first is line 3, image_output: "
-        "stage1 needs a helper image; add its path, or train this row in sft or stage2 "
+        f"{data}: {count} of 14 records have a fault, above --max_bad_share {share}; the first is line 3, "
+        "image_output: stage1 needs a helper image; add its path, or train this row in sft or stage2 "
         f"(`mirage-ds data check {data}` lists them)"
     )
     assert not out.exists()

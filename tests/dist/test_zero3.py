@@ -6,7 +6,6 @@ torch.optim.AdamW with the schedule written out. That its forward is right stand
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
