@@ -20,6 +20,7 @@ from mirage_ds.guard.hub import Hub
 from mirage_ds.guard.options import CONTEXT, bounds_options, leave, log_file, tell
 from mirage_ds.guard.place import Place, find_place
 from mirage_ds.guard.wire import EXIT_HANG, Bounds, Verdict
+from mirage_ds.stop import EXIT_STOPPED
 
 # The hub's last word needs that long to reach every guard.
 FAREWELL_S = 1.0
@@ -66,17 +67,23 @@ async def watch(words: list[str], place: Place, port: int, job: str, bounds: Bou
         judging = asyncio.create_task(hub.watch())
     child = Child(words, dict(os.environ) | place.variables(), log)
     client = Client(place.master, port, job, place.rank, bounds)
+    asked = False
+
+    def stop() -> None:
+        nonlocal asked
+        asked = True
+        child.signal(signal.SIGTERM)
 
     def on(message: dict[str, Any]) -> None:
         if "stop" in message:
-            child.signal(signal.SIGTERM)
+            stop()
         if "stacks" in message:
             child.ask_for_stacks()
             # The signal's handler writes at once, also in a process that waits.
             asyncio.get_running_loop().call_later(1.0, lambda: client.say({"stacks": child.stacks()}))
 
     def on_signal() -> None:
-        child.signal(signal.SIGTERM)
+        stop()
         client.say({"stop": True})
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
@@ -84,6 +91,9 @@ async def watch(words: list[str], place: Place, port: int, job: str, bounds: Bou
     talking = asyncio.create_task(client.run(on))
     while client.verdict is None:
         code = child.returned()
+        if asked and code == 128 + signal.SIGTERM:
+            # It was still importing and could not listen: nothing was begun, nothing is lost.
+            code = EXIT_STOPPED
         folder = str(child.folder) if child.folder else None
         if code is None:
             client.say({"state": child.state(), "progress": child.progress, "folder": folder})

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mirage_ds.errors import EXIT_USER_ERROR
-from mirage_ds.guard.wire import EXIT_LOST, Bounds, Verdict, connect, messages, send
+from mirage_ds.guard.wire import EXIT_LOST, PAUSED_S, Bounds, Verdict, connect, messages, send
 
 # A sign of life is due this often, in seconds.
 BEAT_S = 0.5
@@ -29,7 +29,7 @@ class Client:
         self.connected = False
         self._hello = {"job": job, "rank": rank, "host": socket.gethostname()}
         self._writer: asyncio.StreamWriter | None = None
-        self._heard = time.monotonic()
+        self._heard = self._judged = time.monotonic()
 
     def say(self, message: dict[str, Any]) -> None:
         """Send a message; before the connection stands it is dropped."""
@@ -66,7 +66,12 @@ class Client:
         self.verdict = self.verdict or Verdict(EXIT_LOST, (f"{hub} is gone",))
 
     def judge(self) -> None:
-        """Give up a hub that has been silent for too long."""
-        if self.connected and self.verdict is None and time.monotonic() - self._heard > self.bounds.silence:
+        """Give up a hub that has been silent for too long; called a few times a second."""
+        now = time.monotonic()
+        if now - self._judged > PAUSED_S:
+            # This guard itself was stopped (Ctrl-Z, a debugger); what the hub has said waits in the socket.
+            self._heard += now - self._judged
+        self._judged = now
+        if self.connected and self.verdict is None and now - self._heard > self.bounds.silence:
             silent = f"no sign of life of rank 0's host {self.host} for {self.bounds.silence:.0f} s"
             self.verdict = Verdict(EXIT_LOST, (f"{silent}: it or the network is gone",))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +17,12 @@ from typing import Any
 
 from mirage_ds.errors import UserError
 from mirage_ds.guard.explain import by_position, late
-from mirage_ds.guard.wire import EXIT_HANG, EXIT_LOST, LONGEST_LINE, Bounds, Verdict, messages, send
+from mirage_ds.guard.wire import EXIT_HANG, EXIT_LOST, LONGEST_LINE, PAUSED_S, Bounds, Verdict, messages, send
 from mirage_ds.stop import EXIT_STOPPED
 from mirage_ds.whereabouts import LOADING, SAVING
 
-# Between two looks of the hub, in seconds. A look that comes much later means that the hub itself was stopped.
+# Between two looks of the hub, in seconds.
 LOOK_S = 0.25
-PAUSED_S = 5.0
 # One failure brings others: within this time the hub hears them too and names the one that began.
 SETTLE_S = 1.0
 # A process that is stopped this long is not being looked at by a debugger's single step.
@@ -100,7 +100,7 @@ def judge_failure(members: Sequence[Member], now: float) -> Verdict | None:
         return None
     first = failed[0]
     if first.code == EXIT_STOPPED:
-        return Verdict(EXIT_STOPPED, ("stopped on request, saved",))
+        return Verdict(EXIT_STOPPED, ("stopped on request",))
     others = tuple(f"then {one.name} {one.why}" for one in failed[1:9])
     return Verdict(int(first.code or 1), (*others, *by_position(members), f"{first.name} {first.why}"))
 
@@ -197,7 +197,7 @@ class Hub:
             await asyncio.start_server(self._serve, None, port, limit=LONGEST_LINE)
         except OSError as error:
             raise UserError(
-                f"port {port} for the guards cannot be opened ({error.strerror or error}); "
+                f"port {port} for the guards cannot be opened ({os.strerror(error.errno or 0)}); "
                 "another job on this host has it: choose another --port"
             ) from None
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 # Stacks of a rank with many threads are the longest message.
 LONGEST_LINE = 4 << 20
+# A guard that looks around several times a second, and for so long did not, was itself stopped.
+PAUSED_S = 3.0
 
 
 class Bounds(NamedTuple):

@@ -175,10 +175,19 @@ def check_vocabulary(config: Qwen2_5_VLConfig, ids: dict[str, int]) -> None:
         )
 
 
+def _keep_transformers_quiet() -> None:
+    """No bar and no report of every tensor, on every rank; what could be missing is checked before (check_weights)."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def load_tower(folder: Path, config: Qwen2_5_VLConfig, dtype: torch.dtype, device: torch.device) -> FrozenTower:
     """Load the vision tower alone. Call it while no HfDeepSpeedConfig is alive, or ZeRO-3 partitions it."""
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+    _keep_transformers_quiet()
     vision_config: Any = config.vision_config
     vision_config._attn_implementation = "sdpa"
     tower: Any = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(
@@ -212,12 +221,10 @@ def load_model(
     Raises:
         UserError: the folder is not a whole Qwen2.5-VL in safetensors, or the attention back end cannot run here.
     """
-    import transformers
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.integrations import HfDeepSpeedConfig
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _keep_transformers_quiet()
     backend = choose_backend(attention, device)
     config = read_config(folder)
     check_weights(folder, config)

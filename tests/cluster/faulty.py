@@ -1,6 +1,6 @@
 """The real trainer; in its third step rank 1 does what is asked for: `python -m tests.cluster.faulty FAULT flags…`.
 
-The fault `pace` makes every step a second longer, so that a time limit or another job finds it at work.
+The faults `walk` and `crawl` make every step longer, so that another job or a time limit finds it at work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from mirage_ds import step as step_module
 from mirage_ds import train
 
-FAULTS = ("kill", "stop", "loader", "skip", "pace")
+FAULTS = ("kill", "stop", "loader", "skip", "walk", "crawl")
+LONGER_S = {"walk": 0.3, "crawl": 1.0}
 
 
 def late(batches: Iterator[Any]) -> Iterator[Any]:
@@ -31,8 +32,7 @@ def main() -> None:
     whole, collectives = train.step, step_module.dist
 
     def step(config: Any, prepared: Any, plan: Any, batches: Any, *rest: Any) -> Any:
-        if fault == "pace":
-            time.sleep(1)
+        time.sleep(LONGER_S.get(fault, 0))
         if prepared.world.rank == 1 and plan.step == 2:
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)

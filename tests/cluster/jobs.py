@@ -22,6 +22,13 @@ LAUNCHERS = ("pdsh", "mpi", "slurm", "pods")
 # The guards' bounds in the tests; a job has to be over LIMIT_S after a fault.
 GUARD = "--silence 8 --hang 8 --start 25 --gather 40 --grace 2"
 LIMIT_S = 60
+# Submits a job, waits until it is over, however often it is requeued, and ends with its exit code. `sbatch --wait`
+# looks only every half minute.
+SUBMIT = """
+job=$(sbatch --parsable "$@") || exit
+while squeue --noheader --job "$job" 2>/dev/null | grep -q .; do sleep 0.5; done
+scontrol --oneliner show job "$job" | grep -oP 'ExitCode=\\K[0-9]+' | { read -r code; exit "$code"; }
+"""
 # Slurm and DeepSpeed's launcher start slowly when four jobs start at once on two cores.
 START_S = 60
 
@@ -71,12 +78,9 @@ class Job:
             commands = [(hosts[0], [script, hostfile, *words], base)]
         elif launcher in ("slurm", "sbatch"):
             assert login is not None
-            # From a script, and as a user who waits for it.
-            how = (
-                ["sbatch", "--wait", f"--output={self.log}", "--gpus-per-node=0", "--cpus-per-task=1"]
-                if launcher == "sbatch"
-                else ["salloc", "-Q"]
-            )
+            how = ["salloc", "-Q"]
+            if launcher == "sbatch":
+                how = ["bash", "-c", SUBMIT, "sbatch", f"--output={self.log}", "--gpus-per-node=0", "--cpus-per-task=1"]
             shape = ["-N", str(len(hosts)), f"--ntasks-per-node={slots}", "-w", ",".join(host.name for host in hosts)]
             shell = [] if launcher == "sbatch" else ["bash"]
             commands = [(login, [*how, *shape, *options, *shell, launch / "slurm.sbatch", *words], base)]

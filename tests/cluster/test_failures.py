@@ -106,7 +106,7 @@ def test_the_launcher_is_signalled(number: signal.Signals, cluster: Cluster, slu
     if number == signal.SIGKILL:
         all_end(jobs, "launcher killed with -9", None, "")
     else:
-        all_end(jobs, f"{number.name} at the launcher", EXIT_STOPPED, "stopped on request, saved")
+        all_end(jobs, f"{number.name} at the launcher", EXIT_STOPPED, "stopped on request")
         for job in jobs:
             assert "saved step" in job.said()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mirage_ds.guard.wire import EXIT_HANG
+from mirage_ds.guard.wire import EXIT_HANG, EXIT_LOST
 
 ROOT = Path(__file__).parents[2]
 BOUNDS = ("--gather", "15", "--silence", "4", "--start", "15", "--hang", "3", "--grace", "1")
@@ -112,9 +112,7 @@ def test_a_run_without_faults_ends_with_0(tmp_path: Path) -> None:
     ("fault", "code", "last"),
     [
         ("raise", 1, "ended with exit code 1: RuntimeError: the disk of this rank is on fire"),
-        ("exit", 7, "ended with exit code 7 and said nothing"),
         ("kill", 137, "was killed by SIGKILL (the kernel, when memory runs out, or somebody)"),
-        ("stop", EXIT_HANG, "is stopped (SIGSTOP); the others wait for it"),
         ("sleep", EXIT_HANG, "was late: waits for data, step 5, waits for"),
         ("skip", EXIT_HANG, "went past a collective in which rank 0"),
     ],
@@ -130,3 +128,67 @@ def test_a_fault_of_one_rank_ends_the_job_and_is_named(fault: str, code: int, la
     if fault in ("sleep", "skip"):
         assert "stub.py" in (out / "stacks/rank1.txt").read_text()
         assert "exchange" in (out / "stacks/rank0.txt").read_text()
+
+
+def test_a_job_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path / "out", "--steps", "60")
+    ranks.wait_for_step(5)
+    # As Ctrl-Z and fg do. Longer than a guard may be silent.
+    family = [psutil.Process(ranks.process.pid), *ranks.family()]
+    for one in family:
+        one.suspend()
+    time.sleep(5)
+    for one in reversed(family):
+        one.resume()
+    code, said = ranks.end()
+    assert (code, [line for line in said if line.startswith("guard:")]) == (0, [])
+
+
+def test_a_guard_that_is_killed_takes_its_rank_along_and_ends_the_job(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path / "out", "--steps", "4000")
+    ranks.wait_for_step(5)
+    ranks.guard_of(1).kill()
+    code, said = ranks.end()
+    assert code == EXIT_LOST
+    assert said[-1].endswith("lost its guard, which was killed")
+
+
+def alone(port: int, job: str, module: str = "nothing", **place: object) -> subprocess.Popen[str]:
+    """One guard, as a launcher starts it."""
+    words = [sys.executable, "-m", "mirage_ds.guard", "--port", str(port), "--job", job, *BOUNDS, module]
+    variables = {key.upper(): str(value) for key, value in place.items()}
+    return subprocess.Popen(
+        words, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_taken_port_and_another_jobs_port_are_one_sentence(tmp_path: Path) -> None:
+    port, master_port = free_ports(2)
+    place = dict(world_size=2, local_rank=0, master_addr="127.0.0.1", master_port=master_port)
+    with socket.create_server(("", port)):
+        taken = alone(port, "mine", rank=0, **place)
+        _, said = taken.communicate(timeout=LIMIT_S)
+    assert taken.returncode == 2
+    why = "(Address already in use); another job on this host has it: choose another --port"
+    assert said == f"error: port {port} for the guards cannot be opened {why}\n"
+    ranks = Ranks(tmp_path / "out", "--steps", "4000")
+    ranks.wait_for_step(1)
+    port = int(ranks.process.args[6])  # type: ignore[index]
+    stranger = alone(port, "mine", rank=1, **place)
+    _, said = stranger.communicate(timeout=LIMIT_S)
+    assert stranger.returncode == 2
+    assert "this port belongs to job mirage-ds, not to mine; choose another --port" in said
+    ranks.process.terminate()
+    assert ranks.end()[0] == 75
+
+
+def test_a_rank_that_is_asked_to_stop_while_it_still_imports_has_stopped(tmp_path: Path) -> None:
+    port, master_port = free_ports(2)
+    (tmp_path / "dozer.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(100)\n")
+    place = dict(rank=0, world_size=1, local_rank=0, master_addr="127.0.0.1", master_port=master_port)
+    started = alone(port, "mine", module="dozer", pythonpath=f"{tmp_path}{os.pathsep}{ROOT}", **place)
+    assert started.stdout is not None
+    assert started.stdout.readline() == "importing\n"
+    started.terminate()
+    _, said = started.communicate(timeout=LIMIT_S)
+    assert (started.returncode, said) == (75, "guard: stopped on request\n")
