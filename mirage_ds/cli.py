@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from mirage_ds.doctor.command import doctor
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.flags import CONTEXT, build_model, model_options
 from mirage_ds.stop import EXIT_STOPPED, Stopped, StopRequest
@@ -22,6 +23,9 @@ def _path(**options: Any) -> click.Path:
 @click.group(context_settings=CONTEXT)
 def cli() -> None:
     """Train and study vision-language models that think in latent visual tokens."""
+
+
+cli.add_command(doctor)
 
 
 @cli.group()

@@ -1,0 +1,360 @@
+"""The facts of one host, as one JSON object. Standard library alone: its text is sent to hosts, see transport.py.
+
+What cannot be found out is a fact too: its section is missing, and `errors` says why.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Request = dict[str, Any]
+
+# Lines of ours begin with it; a login script may print lines of its own.
+SIGN = "\x1emirage-doctor "
+GPU_FIELDS = (
+    "index",
+    "name",
+    "uuid",
+    "driver_version",
+    "memory.total",
+    "memory.used",
+    "ecc.errors.uncorrected.volatile.total",
+)
+COMPILERS = frozenset(("ninja", "nvcc", "cicc", "ptxas", "cc1plus", "c++", "g++"))
+# The write test ends here, however slow the disk.
+WRITE_LIMIT_S = 3.0
+CHUNK_BYTES = 8 << 20
+
+
+def say(**values: Any) -> None:
+    """Send one line to who asked, at once."""
+    sys.stdout.write(f"{SIGN}{json.dumps(values)}\n")
+    sys.stdout.flush()
+
+
+def run(*command: str, limit_s: float = 8.0) -> subprocess.CompletedProcess[str]:
+    """Run a program and keep what it says."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+
+
+def place(request: Request) -> dict[str, Any]:
+    """Who and where: names and addresses as the ranks will look them up."""
+    name = socket.gethostname()
+    try:
+        own = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None)})
+    except socket.gaierror:
+        own = []
+    try:
+        master = socket.gethostbyname(request["master"])
+    except OSError:
+        master = None
+    # What DeepSpeed takes the first host's address from.
+    listed = run("hostname", "-I").stdout.split() if shutil.which("hostname") else []
+    fabrics = Path("/sys/class/infiniband")
+    return {
+        "hostname": name,
+        "own_addresses": own,
+        "addresses": listed,
+        "master_address": master,
+        "interfaces": sorted(entry for _, entry in socket.if_nameindex()),
+        "infiniband": sorted(os.listdir(fabrics)) if fabrics.is_dir() else [],
+    }
+
+
+def python(request: Request) -> dict[str, Any]:
+    """The interpreter and the versions of what training imports."""
+    found: dict[str, str | None] = {}
+    for name in request["packages"]:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return {"version": platform.python_version(), "path": sys.executable, "packages": found}
+
+
+def code(request: Request) -> dict[str, Any]:
+    """Where `mirage_ds` would be imported from, the hash of its source, its git commit."""
+    del request
+    spec = importlib.util.find_spec("mirage_ds")
+    if spec is None or spec.origin is None:
+        return {"folder": None}
+    folder = Path(spec.origin).resolve().parent
+    content = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        content.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")
+    facts: dict[str, Any] = {"folder": str(folder), "hash": content.hexdigest(), "commit": None, "changed": False}
+    if shutil.which("git"):
+        head = run("git", "-C", str(folder), "rev-parse", "HEAD")
+        if head.returncode == 0:
+            status = run("git", "-C", str(folder), "status", "--porcelain", "--", str(folder))
+            facts |= {"commit": head.stdout.strip(), "changed": bool(status.stdout.strip())}
+    return facts
+
+
+def parse_gpus(gpus: str, processes: str) -> list[dict[str, Any]]:
+    """Read nvidia-smi's CSV of GPU_FIELDS and of `gpu_uuid, pid, used_memory`; memory in MiB."""
+    found = []
+    for line in gpus.splitlines():
+        index, name, uuid, driver, total, used, faults = (part.strip() for part in line.split(","))
+        holders = [row.split(",")[1].strip() for row in processes.splitlines() if row.split(",")[0].strip() == uuid]
+        found.append(
+            {
+                "index": int(index),
+                "name": name,
+                "driver": driver,
+                "total_mib": int(total),
+                "used_mib": int(used),
+                # "[N/A]" where the GPU has no ECC memory.
+                "ecc_faults": int(faults) if faults.isdecimal() else 0,
+                "pids": [int(pid) for pid in holders],
+            }
+        )
+    return found
+
+
+def gpus(request: Request) -> dict[str, Any]:
+    """What nvidia-smi says, where it is installed."""
+    del request
+    if not shutil.which("nvidia-smi"):
+        return {"there": Path("/dev/nvidiactl").exists(), "gpus": []}
+    form = "--format=csv,noheader,nounits"
+    seen = run("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", form)
+    if seen.returncode:
+        words = (seen.stdout + seen.stderr).strip().splitlines() or [f"exit code {seen.returncode}"]
+        return {"there": True, "gpus": [], "fault": words[0]}
+    holders = run("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory", form)
+    return {"there": True, "gpus": parse_gpus(seen.stdout, holders.stdout)}
+
+
+def limits(request: Request) -> dict[str, Any]:
+    """Soft ulimits (None: unlimited), in files, bytes and processes, and the bytes of /dev/shm."""
+    del request
+    kinds = {
+        "nofile": resource.RLIMIT_NOFILE,
+        "memlock": resource.RLIMIT_MEMLOCK,
+        "nproc": resource.RLIMIT_NPROC,
+        "core": resource.RLIMIT_CORE,
+    }
+    soft = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
+    shm = os.statvfs("/dev/shm")
+    return {
+        "ulimits": {name: None if value == resource.RLIM_INFINITY else value for name, value in soft.items()},
+        "shm_bytes": shm.f_frsize * shm.f_bavail,
+    }
+
+
+def locks(request: Request) -> dict[str, Any]:
+    """Lock files of torch's compiled extensions, with their age, and the compilers at work."""
+    del request
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
+    found = [*root.glob("*/lock"), *root.glob("*/*/lock")] if root.is_dir() else []
+    running = set()
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            try:
+                running.add(Path("/proc", entry, "comm").read_text().strip())
+            except OSError:
+                continue  # it has ended since
+    return {
+        "locks": [{"path": str(lock), "age_s": time.time() - lock.stat().st_mtime} for lock in sorted(found)],
+        "compilers": sorted(running & COMPILERS),
+    }
+
+
+def variables(request: Request) -> dict[str, str]:
+    """Variables of the asked names and prefixes, which a rank would find; never a secret's value."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if (name in request["names"] or name.startswith(tuple(request["prefixes"])))
+        and not re.search(request["secret"], name)
+    }
+
+
+def port(request: Request) -> dict[str, Any]:
+    """On the first host: whether the master's port can be listened on, and one that can."""
+    if request["number"]:
+        return {}
+    wanted: int = request["port"]
+    fault = None
+    for family, anywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        try:
+            with socket.socket(family) as test:
+                test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                test.bind((anywhere, wanted))
+                test.listen(1)
+        except OSError as error:
+            # A machine without IPv6 is no fault.
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                fault = os.strerror(error.errno or 0)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return {"fault": fault, "free": free.getsockname()[1]}
+
+
+def folder(request: Request) -> dict[str, Any]:
+    """The run folder: whether it is the asker's own, its free space, how fast a synced file is written to it."""
+    if not request["run_folder"]:
+        return {}
+    path = Path(request["run_folder"])
+    if not path.is_dir():
+        return {"there": False}
+    space = os.statvfs(path)
+    facts: dict[str, Any] = {"there": True, "free_bytes": space.f_frsize * space.f_bavail}
+    facts["shared"] = (path / request["token"]).exists()
+    test = path / f"{request['token']}-{request['number']}"
+    block, written, begin = os.urandom(CHUNK_BYTES), 0, time.monotonic()
+    try:
+        with test.open("wb", buffering=0) as file:
+            while written < request["write_bytes"] and time.monotonic() - begin < WRITE_LIMIT_S:
+                written += file.write(block)
+                os.fdatasync(file.fileno())
+        facts["write_bytes_s"] = written / (time.monotonic() - begin)
+    except OSError as error:
+        facts["fault"] = error.strerror
+    finally:
+        # Where it could not be made, unlink may fail with another error than "not there".
+        if test.exists():
+            test.unlink()
+    return facts
+
+
+def _weights(file: Path) -> int:
+    """Return the elements in a safetensors file; ValueError when its header or its size is wrong."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError("is cut off")
+        header = json.loads(opened.read(length))
+    tensors = [value for name, value in header.items() if name != "__metadata__"]
+    if size < 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0):
+        raise ValueError("is cut off")
+    return sum(math.prod(tensor["shape"]) for tensor in tensors)
+
+
+def model_files(path: Path) -> dict[str, Any]:
+    """What a model folder holds: name → bytes, elements, and the first thing wrong with it."""
+    files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
+    facts: dict[str, Any] = {"files": files, "elements": 0, "fault": None}
+    name = "config.json"
+    try:
+        json.loads((path / name).read_bytes())
+        named = {file for file in files if file.endswith(".safetensors")}
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            named |= set(json.loads(index.read_bytes())["weight_map"].values())
+        for name in sorted(named):
+            facts["elements"] += _weights(path / name)
+    except OSError as error:
+        facts["fault"] = f"{name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        facts["fault"] = f"{name}: {error if type(error) is ValueError else 'is no valid file of its kind'}"
+    return facts
+
+
+def hub_folder(name: str, cache: str | None) -> Path:
+    """Return where the hub's client keeps a model of this name."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    root = Path(cache or os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    return root / f"models--{name.replace('/', '--')}"
+
+
+def models(request: Request) -> dict[str, Any]:
+    """Each model that the run starts from: its files where it is a folder, else its place in the hub's cache."""
+    found = {}
+    for flag, name in request["models"].items():
+        path = Path(name)
+        if path.is_dir():
+            found[flag] = model_files(path)
+        else:
+            cache = hub_folder(name, request["cache_dir"])
+            found[flag] = {"hub": str(cache), "kept": any(cache.glob("snapshots/*/config.json"))}
+    return found
+
+
+def _images(line: str, beside: Path, root: str | None) -> str | None:
+    """Return the first image of a record that cannot be read; None when all can."""
+    record = json.loads(line)
+    for field in ("image_input", "image_output"):
+        value = record.get(field) or []
+        for name in value if isinstance(value, list) else [value]:
+            places = [place / name for place in (beside, Path(root or beside), Path())]
+            if not any(os.access(place, os.R_OK) for place in places):
+                return str(name)
+    return None
+
+
+def data(request: Request) -> dict[str, Any]:
+    """Each records file: its bytes, and whether it and the images of its first record can be read."""
+    found: dict[str, Any] = {}
+    for flag, name in request["files"].items():
+        facts: dict[str, Any] = {"bytes": None, "fault": None}
+        try:
+            with open(name, encoding="utf-8") as file:
+                line = next((line for line in file if line.strip()), "{}")
+            facts["bytes"] = os.stat(name).st_size
+            if flag in request["records"]:
+                missing = _images(line, Path(name).parent, request["image_root"])
+                facts["fault"] = missing and f"the first record's image {missing} cannot be read"
+        except OSError as error:
+            facts["fault"] = error.strerror
+        except (ValueError, AttributeError, TypeError):
+            facts["fault"] = "line 1 is no record"
+        found[flag] = facts
+    return found
+
+
+SECTIONS: tuple[Callable[[Request], dict[str, Any]], ...] = (
+    *(place, python, code, gpus, limits, locks, variables, port, models, data, folder),
+)
+
+
+def probe(request: Request) -> dict[str, Any]:
+    """Return all facts: section → what its function says."""
+    facts: dict[str, Any] = {"errors": {}}
+    for section in SECTIONS:
+        try:
+            facts[section.__name__] = section(request)
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+            facts["errors"][section.__name__] = str(error)
+    return facts
+
+
+def main() -> None:
+    """Answer the request that stands on standard input; the time is asked for in between, see transport.py."""
+    request = json.loads(sys.stdin.readline())
+    # Whatever hangs here, a dead network disk say, nothing stays behind.
+    signal.alarm(math.ceil(request["limit_s"]) + 2)
+    say(ready=True)
+    if sys.stdin.readline():
+        say(time=time.time())
+    try:
+        os.chdir(request["cwd"])
+        facts = probe(request)
+    except OSError as error:
+        facts = {"cwd": error.strerror}
+    say(facts=facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""How a self-contained Python file gets to the hosts, runs there and answers, on all of them at the same time.
+
+The interpreter on the host reads the file's text and one line of JSON from standard input, and prints lines of JSON. It
+is started as DeepSpeed starts a rank: over ssh with the same interpreter, working directory and exported variables, or
+by srun with the whole environment.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import suppress
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+from mirage_ds.doctor.probe import SIGN
+from mirage_ds.remote_env import as_exported
+
+# host → the command that runs LOADER on it.
+Reach = Callable[[str], list[str]]
+
+# The text comes as a line of JSON: ASCII, whatever the host's locale.
+LOADER = "import json,sys;source=json.loads(sys.stdin.readline());exec(source)"
+SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5", "-a", "-x")
+# DeepSpeed 0.19.8 hands on what begins with these (runner.py, EXPORT_ENVS), on GPUs NCCL too.
+EXPORTED = ("PYTHON", "MLFLOW", "MV2", "UCX")
+GRACE_S = 1.0
+
+
+class Fault(NamedTuple):
+    """What ssh or srun says when a host cannot be asked, what it means, how to mend it."""
+
+    pattern: str
+    what: str
+    mend: str
+
+
+# The first that fits counts.
+FAULTS = (
+    Fault(
+        # A shell's exit codes for it, and srun's words.
+        r"exit code 12[67]|execve",
+        "has no such interpreter",
+        "install the environment under the same path on every host, or on a disk that all see: {python}",
+    ),
+    Fault(
+        "IDENTIFICATION HAS CHANGED",
+        "host key has changed",
+        "find out why; if it was installed anew: ssh-keygen -R {host}, then ssh {host} once by hand",
+    ),
+    Fault(
+        "Host key verification failed",
+        "host key is not known here",
+        "ssh {host} once by hand, or ssh-keyscan {host} >> ~/.ssh/known_hosts",
+    ),
+    Fault(
+        "Permission denied",
+        "ssh key is refused",
+        "ssh-copy-id {host}; the key needs to have no passphrase, or to be in an ssh-agent",
+    ),
+    Fault(
+        "Connection refused",
+        "refuses the connection: no sshd listens there",
+        "start sshd on {host}, or write its port into ~/.ssh/config",
+    ),
+    Fault(
+        "Could not resolve|Name or service not known|Invalid node name|Unable to contact slurm|node.* not in this job",
+        "name cannot be resolved",
+        "write {host} as DNS, /etc/hosts, ~/.ssh/config or Slurm has it",
+    ),
+    Fault(
+        "timed out|No route to host|Network is unreachable|Connection reset|Connection closed|not responding",
+        "cannot be reached",
+        "see whether {host} is up, and look at its cable, address and firewall",
+    ),
+)
+
+
+class Answer(NamedTuple):
+    """What came back from one host.
+
+    Attributes:
+        lines: every line of JSON, in order.
+        fault: what went wrong, behind the host's name; empty when the program ended well.
+        mend: how to mend it.
+        offset_s: the host's clock minus this one's; None when it did not say the time.
+        error_s: by how much `offset_s` may be wrong, half the round trip.
+        ended_s: when it ended, by time.monotonic().
+    """
+
+    host: str
+    lines: list[dict[str, Any]]
+    fault: str = ""
+    mend: str = ""
+    offset_s: float | None = None
+    error_s: float = 0.0
+    ended_s: float = 0.0
+
+
+def source_of(name: str) -> str:
+    """Return the text of a file of this package."""
+    return (files("mirage_ds.doctor") / name).read_text(encoding="utf-8")
+
+
+def local(host: str) -> list[str]:
+    """Reach this machine, whatever it is called."""
+    del host
+    return [sys.executable, "-c", LOADER]
+
+
+def slurm(host: str) -> list[str]:
+    """Reach a node of the Slurm job that this runs in, beside whatever runs there."""
+    return [
+        *("srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--export=ALL", "--unbuffered"),
+        *(sys.executable, "-c", LOADER),
+    ]
+
+
+def ssh(exports: str) -> Reach:
+    """Reach hosts over ssh; `exports` is shell code that sets what DeepSpeed would hand on, before pdsh has read it."""
+
+    def command(host: str) -> list[str]:
+        # pdsh puts names in: the host's, the user's (and ranks for %n).
+        names = {"%%": "%", "%h": host, "%u": getpass.getuser()}
+        read = re.sub("%[%hu]", lambda match: names[match[0]], exports)
+        return ["ssh", *SSH_OPTIONS, host, f"{read}exec {shlex.quote(sys.executable)} -c {shlex.quote(LOADER)}"]
+
+    return command
+
+
+def exports(environment: Mapping[str, str], cwd: str, gpus: bool, remote_env: Mapping[str, str]) -> str:
+    """Return shell code that sets what DeepSpeed's pdsh launcher hands on.
+
+    Args:
+        remote_env: what `.deepspeed_env` holds: name → text behind `NAME=`.
+    """
+    begins = (*EXPORTED, "NCCL") if gpus else EXPORTED
+    texts = {name: shlex.quote(value) for name, value in environment.items() if name.startswith(begins)}
+    texts["PYTHONPATH"] = shlex.quote(":".join(filter(None, (cwd, environment.get("PYTHONPATH")))))
+    texts |= {name: as_exported(value) for name, value in remote_env.items()}
+    return "".join(f"export {name}={text}; " for name, text in texts.items())
+
+
+def explain(said: str, code: int, host: str) -> tuple[str, str]:
+    """Return (what is wrong, how to mend it) from what ssh or srun wrote and returned when a host gave no answer."""
+    for fault in FAULTS:
+        if re.search(fault.pattern, f"{said}\nexit code {code}"):
+            return fault.what, fault.mend.format(host=host, python=sys.executable)
+    last = (said.strip().splitlines() or ["it said nothing"])[-1]
+    return f"gave no answer (exit code {code}): {last}", f"run {sys.executable} --version on {host} by hand"
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    # srun cancels its step on SIGTERM; killed at once it would leave it.
+    process.terminate()
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def _end_all(running: list[subprocess.Popen[str]]) -> None:
+    for process in running:
+        if process.poll() is None:
+            _end(process)
+
+
+def _ask(
+    host: str,
+    command: list[str],
+    source: str,
+    request: dict[str, Any],
+    limit_s: float,
+    running: list[subprocess.Popen[str]],
+) -> Answer:
+    lines: list[dict[str, Any]] = []
+    offset_s, error_s, asked_at, late = None, 0.0, 0.0, threading.Event()
+
+    def give_up(process: subprocess.Popen[str]) -> None:
+        late.set()
+        _end(process)
+
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
+        )
+        running.append(process)
+        timer = threading.Timer(limit_s, give_up, [process])
+        timer.start()
+        assert process.stdin
+        assert process.stdout
+        # Where ssh has left already, its exit code and words say why.
+        with suppress(BrokenPipeError):
+            process.stdin.write(f"{json.dumps(source)}\n{json.dumps({**request, 'limit_s': limit_s})}\n")
+            process.stdin.flush()
+        for line in process.stdout:
+            if not line.startswith(SIGN):
+                continue
+            lines.append(json.loads(line.removeprefix(SIGN)))
+            if "ready" in lines[-1]:
+                asked_at = time.time()
+                with suppress(BrokenPipeError):
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+            elif "time" in lines[-1]:
+                error_s = (time.time() - asked_at) / 2
+                offset_s = lines[-1]["time"] - asked_at - error_s
+        code = process.wait()
+        ended_s = time.monotonic()
+        timer.cancel()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        errors.seek(0)
+        said = errors.read()
+    what, mend = "", ""
+    if late.is_set():
+        what = f"gave no answer within {limit_s:g} s"
+        mend = f"see whether {host} is up and whether a network disk hangs there"
+    elif not lines:
+        what, mend = explain(said, code, host)
+    elif code:
+        last = (said.strip().splitlines() or [""])[-1]
+        what, mend = f"ended with exit code {code}: {last}", "read that line; it is the host's own"
+    return Answer(host, lines, what, mend, offset_s, error_s, ended_s)
+
+
+def ask_all(
+    hosts: Sequence[str],
+    reach: Reach,
+    source: str,
+    requests: Sequence[dict[str, Any]],
+    limit_s: float,
+    together: bool = False,
+) -> list[Answer]:
+    """Run `source` on every host at once and return what each answers, in the order of `hosts`.
+
+    Args:
+        together: the programs wait for each other: when one has failed, the others are ended soon after.
+
+    However it ends, after `limit_s` or by an exception, no process of this machine is left; the programs themselves end
+    when their limit is over or their standard input is closed.
+    """
+    running: list[subprocess.Popen[str]] = []
+    with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
+        try:
+            asked = [
+                pool.submit(_ask, host, reach(host), source, request, limit_s, running)
+                for host, request in zip(hosts, requests, strict=True)
+            ]
+            for done in as_completed(asked):
+                if together and done.result().fault:
+                    wait(asked, GRACE_S)
+                    break
+            _end_all(running)
+            return [answer.result() for answer in asked]
+        finally:
+            _end_all(running)
