@@ -99,9 +99,8 @@ def test_the_launcher_is_killed(whom: str, slurm: Slurm, cluster: Cluster, tmp_p
         # The launching command is gone at once: what counts is how long the ranks outlive it.
         assert job.end() != 0
         assert not job.left_behind(LIMIT_S), job.launcher
-        print(
-            f"| the launcher's {whom} is killed with -9 | {job.launcher} | {time.monotonic() - begun:.0f} | – | nothing |"
-        )
+        seconds = time.monotonic() - begun
+        print(f"| the launcher's {whom} is killed with -9 | {job.launcher} | {seconds:.0f} | – | nothing |")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
