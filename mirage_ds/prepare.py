@@ -24,6 +24,7 @@ from mirage_ds.data.pack import Planner, pack, total_steps
 from mirage_ds.data.record import Fault, ImageFinder, open_records
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.checkpoint import Found, find_checkpoint
+from mirage_ds.engine.compiled import say_waits
 from mirage_ds.engine.export import Parts, save_model
 from mirage_ds.engine.setup import World, check_ds_config, from_rank_zero, make_engine
 from mirage_ds.errors import UserError
@@ -333,6 +334,8 @@ def prepare(
     loader, *others = [make_loader(config, one, world.rank, passes) for one in measured]
     evaluation = make_evaluation(config, others[0], measured[1].index) if others else None
     begin("engine")
+    if world.local_rank == 0:
+        say_waits(ds_values)
     engine = make_engine(loaded.model, config, ds_values, steps)
 
     trained = {"stage": config.stage, "latent_size": config.latent_size}
