@@ -26,6 +26,7 @@ from mirage_ds.data.record import Fault, RecordError, record_of
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
 from mirage_ds.errors import UserError
 from mirage_ds.model.vision import FrozenTower
+from mirage_ds.startup import quiet
 from mirage_ds.stop import Stopped, ignore_in_worker, never
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def _make(
     workers: int,
     world: World,
     asked: Callable[[], bool],
+    begin: Callable[[str], None],
 ) -> list[Broken]:
     """Encode this rank's images, or those before somebody asks to stop; return the broken ones."""
     loader = torch.utils.data.DataLoader(
@@ -142,6 +144,8 @@ def _make(
     broken: list[Broken] = []
     for decoded, others in track(loader, title, disable=world.rank > 0, transient=True):
         broken += others
+        # A sign of progress: encoding may take hours.
+        begin("features")
         if decoded is None:
             continue
         places, pixels, grids = decoded
@@ -203,6 +207,7 @@ def keep_features(
     world: World,
     skip: bool = False,
     asked: Callable[[], bool] = never,
+    begin: Callable[[str], None] = quiet,
 ) -> tuple[dict[str, KeptFeatures], dict[int, Fault]]:
     """Make and keep those features of the rows' images that are not kept yet. All ranks call it.
 
@@ -213,6 +218,7 @@ def keep_features(
         workers: processes a rank that decode images.
         skip: go on without the rows that have a broken image.
         asked: whether somebody wants this process to stop.
+        begin: is told again and again that this phase goes on.
 
     Returns:
         Field name → its features; with `skip`, dataset row → its fault, the same on every rank.
@@ -232,7 +238,7 @@ def keep_features(
             own = _Images(records, encoder, name, keys, missing[world.rank :: world.size])
             title = "encoding input images" if name == "image_input" else "encoding helper images"
             try:
-                own_broken = _make(tower, kept, own, title, workers, world, asked)
+                own_broken = _make(tower, kept, own, title, workers, world, asked, begin)
             except OSError as error:
                 how = "make room or name another folder, or --feature_cache off"
                 raise UserError(f"--feature_dir {folder}: {error.strerror}; {how}", everywhere=False) from None

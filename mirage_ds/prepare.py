@@ -145,6 +145,7 @@ def measure(
     whole: bool,
     world: World,
     asked: Callable[[], bool],
+    begin: Callable[[str], None],
 ) -> Measured:
     """Open a checked records file and keep the features of its images. All ranks call it.
 
@@ -166,6 +167,7 @@ def measure(
             *(tower, encoder, records, index.images, rows, data_path, place, workers, world),
             skip=config.skip_bad_records,
             asked=asked,
+            begin=begin,
         )
         if broken:
             index = without(index, broken, data_path, config.max_bad_share)
@@ -284,7 +286,7 @@ def prepare(
         tower = load_tower(folders[0], read_config(folders[0]), dtype, world.device)
     begin("features")
     measured = [
-        measure(config, own, tower, file, one, one is not indices[0], world, asked)
+        measure(config, own, tower, file, one, one is not indices[0], world, asked, begin)
         for file, own, one in zip(files, encoders, indices, strict=True)
     ]
     index = measured[0].index

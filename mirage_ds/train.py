@@ -136,6 +136,7 @@ def train(
                 begun.end()
                 monitor.say(phases_line(begun.seconds))
                 begun = None
+                where.settle()
                 set_collective_timeout(config.collective_timeout)
             skipped = 0 if taken.applied else skipped + 1
             if not taken.applied:

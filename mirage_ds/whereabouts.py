@@ -19,7 +19,7 @@ STACKS_SIGNAL = signal.SIGUSR2
 
 # Marks in which a rank does nothing but wait for the others.
 COLLECTIVE = "collective"
-# Marks that may take as long as a model is large.
+# Marks that may take as long as a model is large, as everything does that comes before the end of the first step.
 LOADING, SAVING = "load", "save"
 
 
@@ -29,6 +29,7 @@ class Whereabouts:
     def __init__(self, pipe: int | None = None):
         self._pipe = pipe
         self._count = 0
+        self._settled = False
 
     def at(self, doing: str, step: int | None = None, kind: str = "") -> None:
         """Mark that the rank begins something.
@@ -38,7 +39,12 @@ class Whereabouts:
             kind: COLLECTIVE, LOADING or SAVING, where it is one of these.
         """
         self._count += 1
-        self._tell({"count": self._count, "doing": doing, "step": step, "kind": kind})
+        slow = not self._settled or kind in (LOADING, SAVING)
+        self._tell({"count": self._count, "doing": doing, "step": step, "kind": kind, "slow": slow})
+
+    def settle(self) -> None:
+        """Say that the first step is done: what comes now takes as long as it did before, save for loads and saves."""
+        self._settled = True
 
     def folder(self, own_folder: Path) -> None:
         """Say where the run keeps its files: the guard writes stacks and verdicts there."""

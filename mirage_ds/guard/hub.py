@@ -19,7 +19,6 @@ from mirage_ds.errors import UserError
 from mirage_ds.guard.explain import by_position, late
 from mirage_ds.guard.wire import EXIT_HANG, EXIT_LOST, LONGEST_LINE, PAUSED_S, Bounds, Verdict, messages, send
 from mirage_ds.stop import EXIT_STOPPED
-from mirage_ds.whereabouts import LOADING, SAVING
 
 # Between two looks of the hub, in seconds.
 LOOK_S = 0.25
@@ -145,7 +144,7 @@ def hanging(members: Sequence[Member], size: int, bounds: Bounds, now: float) ->
     ranks = [one for one in members if one.rank is not None and one.code is None]
     if len(ranks) < size or not all(one.progress for one in ranks):
         return False
-    slow = any(one.progress.get("kind") in (LOADING, SAVING) for one in ranks)
+    slow = any(one.progress["slow"] for one in ranks)
     return now - max(one.progressed for one in ranks) > (bounds.start if slow else bounds.hang)
 
 

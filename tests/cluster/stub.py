@@ -115,6 +115,7 @@ def main() -> None:
         if exchange(rank, others, asked):
             print(f"rank {rank} saved step {step}", flush=True)
             sys.exit(EXIT_STOPPED)
+        where.settle()
 
 
 if __name__ == "__main__":

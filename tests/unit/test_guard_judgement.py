@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from typing import Any
 
 import pytest
@@ -12,13 +14,15 @@ from mirage_ds.guard.hub import Member, hanging, judge
 from mirage_ds.guard.place import Place, find_place
 from mirage_ds.guard.wire import EXIT_HANG, EXIT_LOST, Bounds, Verdict
 from mirage_ds.stop import EXIT_STOPPED
-from mirage_ds.whereabouts import COLLECTIVE, LOADING, SAVING
+from mirage_ds.whereabouts import COLLECTIVE, LOADING, SAVING, Whereabouts
 
 BOUNDS = Bounds(gather=50, silence=10, start=100, hang=20, grace=1)
 
 
-def mark(count: int, doing: str = "waits for data", step: int | None = 3, kind: str = "") -> dict[str, Any]:
-    return {"count": count, "doing": doing, "step": step, "kind": kind}
+def mark(
+    count: int, doing: str = "waits for data", step: int | None = 3, kind: str = "", slow: bool = False
+) -> dict[str, Any]:
+    return {"count": count, "doing": doing, "step": step, "kind": kind, "slow": slow}
 
 
 def rank(number: int, heard: float = 0.0, **more: Any) -> Member:
@@ -84,9 +88,9 @@ def test_a_launcher_that_ends_before_its_ranks_ends_them(code: int, wanted: int)
     assert found.code == wanted
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("", 20), (COLLECTIVE, 20), (LOADING, 100), (SAVING, 100)])
-def test_a_hang_is_no_progress_of_any_rank_for_as_long_as_its_work_may_take(kind: str, bound: float) -> None:
-    members = [rank(0, progress=mark(4, kind=kind), progressed=10.0), rank(1, progress=mark(4), progressed=30.0)]
+@pytest.mark.parametrize(("slow", "bound"), [(False, 20), (True, 100)])
+def test_a_hang_is_no_progress_of_any_rank_for_as_long_as_its_work_may_take(slow: bool, bound: float) -> None:
+    members = [rank(0, progress=mark(4, slow=slow), progressed=10.0), rank(1, progress=mark(4), progressed=30.0)]
     assert not hanging(members, 2, BOUNDS, 30 + bound - 0.1)
     assert hanging(members, 2, BOUNDS, 30 + bound + 0.1)
     assert not hanging(members, 3, BOUNDS, 1000), "a rank that has not come yet is another matter"
@@ -144,3 +148,30 @@ def test_a_place_is_read_from_any_launcher() -> None:
         find_place(meeting)
     with pytest.raises(UserError, match="MASTER_PORT not set"):
         find_place(slurm | {"MASTER_ADDR": "node1"})
+
+
+def test_marks_are_slow_until_the_first_step_is_done_and_in_loads_and_saves() -> None:
+    reading, writing = os.pipe()
+    where = Whereabouts(writing)
+    where.at("forward", 1)
+    where.settle()
+    where.at("forward", 2)
+    where.at("saves", 2, SAVING)
+    where.at("loads", kind=LOADING)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = [json.loads(line) for line in pipe]
+    assert [one["slow"] for one in told] == [True, False, True, True]
+    assert [one["count"] for one in told] == [1, 2, 3, 4]
+
+
+def test_a_guard_that_is_gone_or_takes_nothing_never_stops_a_rank() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    where = Whereabouts(writing)
+    for _ in range(10_000):  # more than a pipe holds
+        where.at("forward", 1)
+    os.close(reading)
+    where.at("forward", 2)
+    where.at("forward", 3)
+    os.close(writing)
