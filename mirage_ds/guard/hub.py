@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ SETTLE_S = 1.0
 STOPPED_S = 3.0
 STACKS_S = 5.0
 DISK_S = 3.0
+# Files that the hub's process has besides its connections.
+SPARE_FILES = 256
 # What a rank says that fails since another one is gone or late.
 CONSEQUENCES = (
     *("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout"),
@@ -192,8 +195,11 @@ class Hub:
         Raises:
             UserError: somebody else has it.
         """
+        # One connection a rank; many systems allow a process 1,024 files unless it asks for more.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, self.size + SPARE_FILES)), hard))
         try:
-            await asyncio.start_server(self._serve, None, port, limit=LONGEST_LINE)
+            await asyncio.start_server(self._serve, None, port, limit=LONGEST_LINE, backlog=self.size)
         except OSError as error:
             raise UserError(
                 f"port {port} for the guards cannot be opened ({os.strerror(error.errno or 0)}); "

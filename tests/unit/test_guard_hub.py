@@ -1,0 +1,69 @@
+"""The hub and very many guards, all in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from mirage_ds.guard.client import Client
+from mirage_ds.guard.hub import Hub
+from mirage_ds.guard.wire import Bounds, Verdict
+
+SIZE = 1200
+
+
+@pytest.fixture
+def few_files() -> Iterator[None]:
+    """The soft limit that many systems set: fewer files than connections. The clients need as many of their own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 3 * SIZE:
+        pytest.skip(f"needs {3 * SIZE} open files, the hard limit is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def _run(port: int, fail: int | None) -> tuple[Verdict, set[Verdict | None], float]:
+    """Let SIZE clients report and end; the hub's verdict, the clients' verdicts, the processor seconds of a beat."""
+    bounds = Bounds(gather=60, silence=60)
+    hub = Hub(SIZE, bounds, "job", lambda line: None)
+    await hub.listen(port)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft > SIZE
+    # The clients live in other processes otherwise.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3 * SIZE, hard))
+    judging = asyncio.create_task(hub.watch())
+    clients = [Client("127.0.0.1", port, "job", rank, bounds) for rank in range(SIZE)]
+    talking = [asyncio.create_task(client.run(lambda message: None)) for client in clients]
+    while len(hub.members) < SIZE:
+        await asyncio.sleep(0.05)
+    progress = {"count": 1, "doing": "forward", "step": 1, "kind": "", "slow": False}
+    begun = time.process_time()
+    for client in clients:
+        client.say({"state": "S", "progress": progress, "folder": None})
+    while not all(member.progress for member in hub.members):
+        await asyncio.sleep(0.01)
+    seconds = time.process_time() - begun
+    for rank, client in enumerate(clients):
+        client.say({"ended": 3 if rank == fail else 0, "why": "ended with exit code 3"})
+    verdict = await judging
+    await asyncio.wait(talking, timeout=20)
+    return verdict, {client.verdict for client in clients}, seconds
+
+
+@pytest.mark.parametrize("fail", [None, 777])
+def test_a_thousand_ranks_hear_one_verdict(fail: int | None, few_files: None) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    verdict, heard, seconds = asyncio.run(_run(port, fail))
+    assert heard == {verdict}
+    assert verdict.code == (0 if fail is None else 3)
+    if fail is not None:
+        assert verdict.lines[-1].startswith("rank 777 on ")
+    print(f"a beat of {SIZE} guards, both sides: {seconds:.2f} processor seconds")
