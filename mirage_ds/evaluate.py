@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from mirage_ds.data.batch import collate, to_device
-from mirage_ds.data.encode import LATENT_PAD, LATENT_START, LATENT_TOKENS, Encoder, Sample, load_encoder, load_tokenizer
+from mirage_ds.data.encode import LATENT_PAD, LATENT_START, LATENT_TOKENS, Encoder, Sample
+from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.data.record import ImageFinder, Record, RecordError, scan
 from mirage_ds.engine.export import TRAINED_KEY
 from mirage_ds.errors import UserError

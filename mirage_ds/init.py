@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, load_tokenizer
+from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS
+from mirage_ds.data.load import load_tokenizer
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, scan
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically

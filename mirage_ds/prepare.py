@@ -17,8 +17,9 @@ import torch
 
 from mirage_ds import run_folder
 from mirage_ds.config import RunConfig
-from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder, load_encoder
+from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.features import KeptFeatures
+from mirage_ds.data.load import load_encoder
 from mirage_ds.data.loader import Index, Loader, build_index, without
 from mirage_ds.data.pack import Planner, pack, total_steps
 from mirage_ds.data.record import Fault, ImageFinder, open_records

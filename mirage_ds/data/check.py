@@ -44,7 +44,7 @@ def check_file(
     finder = ImageFinder.beside(file, image_root, confine_paths)
     encoder = None
     if model_folder:
-        from mirage_ds.data.encode import load_encoder
+        from mirage_ds.data.load import load_encoder
 
         if not model_folder.is_dir():
             raise UserError(f"--model {model_folder}: no such folder")

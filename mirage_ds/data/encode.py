@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ import torch
 
 from mirage_ds.config import Stage
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, ImageFinder, Record, RecordError
-from mirage_ds.errors import UserError, reason
+from mirage_ds.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -432,90 +431,3 @@ class Encoder:
             helper_pixel_values=none,
             helper_grid_thw=no_grid,
         )
-
-
-def load_tokenizer(folders: list[str], cache_dir: Path | None, add_latents: bool = True) -> PreTrainedTokenizerBase:
-    """Load the tokenizer from the first of `folders` that has one, and give it the three latent tokens.
-
-    Args:
-        add_latents: False leaves the tokenizer as it is.
-
-    Raises:
-        UserError: no folder has a tokenizer, or it is not a Qwen2.5-VL one.
-    """
-    from transformers import AutoTokenizer
-
-    folder = _first_with(folders, ("tokenizer.json", "vocab.json", "tokenizer_config.json"), "tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, cache_dir=cache_dir)
-    except Exception as error:  # noqa: BLE001  # tokenizers raises Exception itself, and a wrong type almost any
-        raise UserError(f"{folder}: the tokenizer cannot be read ({reason(error)})") from None
-    if tokenizer.chat_template is None:
-        raise UserError(f"{folder}: the tokenizer has no chat template (chat_template.json); copy the model's own")
-    try:
-        trial: Any = [{"role": "user", "content": [{"type": "text", "text": "Question?"}, {"type": "image"}]}]
-        rendered = str(tokenizer.apply_chat_template(trial, tokenize=False))
-    except Exception as error:  # noqa: BLE001  # a template is a program, and its mistakes are of every class
-        raise UserError(f"{folder}: the chat template cannot be used ({reason(error)}); copy the model's own") from None
-    if "Question?" not in rendered or rendered.count(IMAGE_PAD) != 1:
-        raise UserError(f"{folder}: the chat template does not write a question with its image; copy the model's own")
-    unknown = [t for t in (IMAGE_PAD, "<|im_start|>", "<|im_end|>", "<|endoftext|>") if t not in tokenizer.get_vocab()]
-    if unknown:
-        raise UserError(f"{folder}: the tokenizer lacks {', '.join(unknown)}; a Qwen2.5-VL tokenizer is needed")
-    missing = [token for token in LATENT_TOKENS if token not in tokenizer.get_vocab()]
-    if missing and len(missing) < len(LATENT_TOKENS):
-        raise UserError(f"{folder}: the tokenizer has some of the latent tokens but not {', '.join(missing)}")
-    if missing and add_latents:
-        tokenizer.add_tokens(list(LATENT_TOKENS), special_tokens=True)
-    return tokenizer
-
-
-def load_encoder(
-    folders: list[str],
-    finder: ImageFinder,
-    stage: Stage,
-    latent_size: int,
-    pixels: tuple[int | None, int | None] = (None, None),
-    helper_pixels: tuple[int | None, int | None] = (None, None),
-    cache_dir: Path | None = None,
-) -> Encoder:
-    """Build the encoder from model folders (or hub ids), the first that has a part giving it.
-
-    Args:
-        folders: e.g. the --load_model_path, then the --model: the public code saves no image processor, so a stage-1
-            folder of its making takes the base model's.
-        pixels, helper_pixels: (min, max) pixels of input and of helper images; None keeps the processor's own.
-    """
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    source = _first_with(folders, ("preprocessor_config.json", "processor_config.json"), "image processor")
-
-    def processor(limits: tuple[int | None, int | None], name: str) -> Qwen2VLImageProcessorPil:
-        try:
-            made = Qwen2VLImageProcessorPil.from_pretrained(source, cache_dir=cache_dir)
-        except Exception as error:  # noqa: BLE001  # a wrong type in its JSON leads transformers to almost any
-            raise UserError(f"{source}: the image processor cannot be read ({reason(error)})") from None
-        low = limits[0] or made.size["shortest_edge"]
-        high = limits[1] or made.size["longest_edge"]
-        if low > high:
-            raise UserError(f"--{name}min_pixels {low} is above --{name}max_pixels {high}")
-        made.size = {"shortest_edge": low, "longest_edge": high}
-        return made
-
-    return Encoder(
-        tokenizer=load_tokenizer(folders, cache_dir),
-        images=processor(pixels, ""),
-        helpers=processor(helper_pixels, "helper_"),
-        finder=finder,
-        stage=stage,
-        latent_size=latent_size,
-    )
-
-
-def _first_with(folders: list[str], names: tuple[str, ...], what: str) -> str:
-    for folder in folders:
-        place = Path(folder)
-        # A hub id is no folder here; the hub decides.
-        if not place.is_dir() or any((place / name).is_file() for name in names):
-            return folder
-    raise UserError(f"{', '.join(folders)}: no {what} ({' or '.join(names)}); copy the base model's files there")

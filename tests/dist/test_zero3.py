@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.data.batch import collate
-from mirage_ds.data.encode import load_encoder
+from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import ImageFinder, scan
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.checkpoint import save_checkpoint

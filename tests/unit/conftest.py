@@ -10,7 +10,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from mirage_ds.data.encode import Encoder, load_encoder
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import ImageFinder
 
 # The same examples on every run: a suite that is red by chance teaches nothing.

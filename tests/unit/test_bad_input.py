@@ -28,7 +28,8 @@ from PIL import Image
 from mirage_ds.cli import cli
 from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.data.check import check_file
-from mirage_ds.data.encode import Encoder, Sample, load_encoder
+from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.load import load_encoder
 from mirage_ds.data.loader import build_index
 from mirage_ds.data.record import (
     MAX_DEPTH,

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from mirage_ds.data.batch import Batch, collate, to_device
-from mirage_ds.data.encode import IGNORE, Encoder, Sample, load_encoder
+from mirage_ds.data.encode import IGNORE, Encoder, Sample
+from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import ImageFinder, scan
 from mirage_ds.model.attention import BACKENDS
 from mirage_ds.model.load import Loaded, load_model

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from mirage_ds.data.batch import collate
-from mirage_ds.data.encode import Encoder, Sample, load_encoder
+from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import ImageFinder, scan
 from mirage_ds.model.generate import Generated, LatentTokens, Limits, generate, greedy, latent_tokens, sampler
 from mirage_ds.model.load import Loaded, load_model
