@@ -81,7 +81,9 @@ def undisturbed(nano: Path, mixed: Path, slurm: Slurm, shared: Path) -> list[tup
     return curve(job.out)
 
 
-@pytest.mark.parametrize("cause", ["preemption", "dead host", pytest.param("time limit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cause", ["preemption", *(pytest.param(cause, marks=pytest.mark.slow) for cause in ("dead host", "time limit"))]
+)
 def test_a_requeued_job_goes_on(
     cause: str,
     undisturbed: list[tuple[object, ...]],
