@@ -13,19 +13,18 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import click
 from rich.console import Console
 
+from benchmarks.listen import listening
 from benchmarks.scaling import Grid
 from mirage_ds.scale import Sizes, Zero3, gather_calls, sizes, volume, walk
 
 SAMPLE = Path(__file__).parents[1] / "data/sample.jsonl"
-K, RANKS, STEPS = 4, 2, 2
+K, RANKS, STEPS, MICRO_STEPS = 4, 2, 2, 2
 # Elements of one of nano's decoder layers, and limits in its measure; its vectors stay whole, as in a large model.
 LAYER = 196_608
 TWO_LAYERS = Zero3(max_live=2 * LAYER, reuse=2 * LAYER, prefetch=LAYER // 4, persistence=1000, bucket=LAYER // 10)
@@ -88,16 +87,14 @@ class Counted(NamedTuple):
         losses: of every step.
     """
 
-    elements: Counter[tuple[int, str]]
-    calls: Counter[tuple[int, str]]
+    elements: dict[tuple[int, str], int]
+    calls: dict[tuple[int, str], int]
     held: int
     losses: list[float]
 
 
 def run(world: Any, case: Case, model: Path, out: Path) -> Counted:
-    """Take the steps and count the last one's collectives, by listening to the two functions that start them."""
-    from deepspeed.runtime.zero import partition_parameters as partition
-    from deepspeed.runtime.zero import stage3
+    """Take the steps and count the last one's collectives."""
     from deepspeed.utils import groups
 
     from mirage_ds import step as steps
@@ -110,51 +107,22 @@ def run(world: Any, case: Case, model: Path, out: Path) -> Counted:
     json_path.write_text(json.dumps(ds_json(case.zero)))
     config = RunConfig(
         model=str(model), stage=case.stage, data_path=SAMPLE, save_model_path=out / "run", overwrite=True,
-        latent_size=K, global_batch_size=2 * 2 * RANKS, micro_batch_size=2, max_steps=STEPS, num_workers=0,
+        latent_size=K, global_batch_size=MICRO_STEPS * 2 * RANKS, micro_batch_size=2, max_steps=STEPS, num_workers=0,
         deepspeed=json_path, report_to=["none"], cache_dir=out / "cache", warmup_steps=0,
     )  # fmt: skip
     prepared = prepare(config, world)
-    elements: Counter[tuple[int, str]] = Counter()
-    calls: Counter[tuple[int, str]] = Counter()
-    now, begun, held = [-1], [0], [0]
-
-    def add(kind: str, number: int) -> None:
-        elements[now[0], kind] += number
-        calls[now[0], kind] += 1
-
-    gather, reduce = partition._dist_allgather_fn, stage3.reduce_scatter_coalesced
-
-    def counted_gather(part: Any, whole: Any, group: Any = None) -> Any:
-        inside = group is not None and group is groups._get_zero_param_intra_parallel_group()
-        add("node" if inside else "all ranks", whole.numel())
-        return gather(part, whole, group)
-
-    def counted_reduce(tensors: Any, group: Any = None) -> Any:
-        held[0] = held[0] or begun[0]
-        add("reduced", sum(tensor.numel() for tensor in tensors))
-        return reduce(tensors, group)
-
-    def next_micro_step(*_: Any) -> None:
-        now[0], begun[0], held[0] = now[0] + 1, 0, 0
-
-    def next_pass(*_: Any) -> None:
-        begun[0] += 1
-
-    # Before DeepSpeed's own hook, which starts to gather.
-    prepared.engine.module.register_forward_pre_hook(next_micro_step, prepend=True)
-    prepared.engine.module.language_model.layers[-1].register_full_backward_pre_hook(next_pass)
-    losses = []
-    with (
-        mock.patch.object(partition, "_dist_allgather_fn", counted_gather),
-        mock.patch.object(stage3, "reduce_scatter_coalesced", counted_reduce),
-    ):
-        for plan, batches in prepared.loader.steps(0, STEPS):
-            now[0] = -1
-            elements.clear()
-            calls.clear()
-            losses.append(steps.step(config, prepared, plan, batches).metrics["loss"])
+    with listening(prepared.engine) as heard:
+        losses = [
+            steps.step(config, prepared, plan, batches).metrics["loss"]
+            for plan, batches in prepared.loader.steps(0, STEPS)
+        ]
     prepared.engine.destroy()
-    return Counted(elements, calls, held[0], losses)
+    before = heard.now + 1 - MICRO_STEPS
+    elements, calls = (
+        {(number - before, kind): found for (number, kind), found in counted.items() if number >= before}
+        for counted in (heard.elements, heard.calls)
+    )
+    return Counted(elements, calls, heard.began[heard.now], losses)
 
 
 def work(rank: int, port: int, model: Path, out: Path, answers: Any) -> None:
@@ -212,7 +180,7 @@ def row_of(case: Case, found: Counted, model: Sizes, same: bool) -> list[str]:
         *(share.get((number, kind), "0") for kind in ("all ranks", "node") for number in (0, 1)),
         *(share[1, "reduced"], f"{found.held} of {walked.passes}"),
         str(gather_calls(model, walked, case.zero)),
-        str(found.calls[1, "all ranks"] + found.calls[1, "node"]),
+        str(found.calls.get((1, "all ranks"), 0) + found.calls.get((1, "node"), 0)),
         "yes" if same else "no",
     ]
 

@@ -43,6 +43,7 @@ from mirage_ds.model.load import (
 )
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
+from mirage_ds.scale import two_layers
 from mirage_ds.startup import quiet
 from mirage_ds.stop import never
 
@@ -269,6 +270,7 @@ def prepare(
     check_ds_config(ds_values, json_path)
     choose_backend(config.attention, world.device)
     folders = _model_folders(config, world)
+    ds.fill_limits(ds_values, two_layers(read_config(folders[0]).text_config.to_dict()))
     encoder = make_encoder(config, folders)
     limits, share = (config.max_length, config.max_dropped_share), config.tolerated_share
     files = [config.data_path] + ([config.eval_data_path] if config.eval_data_path else [])

@@ -66,10 +66,10 @@ def sizes(config: Mapping[str, Any]) -> Sizes:
         config: keyword arguments of Qwen2_5_VLConfig, as model.presets.preset returns them, with `vocab_size` set.
     """
     text, vision = config["text_config"], config["vision_config"]
-    hidden, inner, rows = text["hidden_size"], text["intermediate_size"], text["vocab_size"]
-    kv = hidden // text["num_attention_heads"] * text["num_key_value_heads"]
+    hidden, rows = text["hidden_size"], text["vocab_size"]
+    kv = _kv_width(text)
     return Sizes(
-        matrices=(hidden * hidden, hidden * kv, hidden * kv, hidden * hidden, *3 * (hidden * inner,)),
+        matrices=_matrices(text),
         vectors=hidden + 2 * kv + 2 * hidden,
         layers=text["num_hidden_layers"],
         embedding=rows * hidden,
@@ -78,6 +78,27 @@ def sizes(config: Mapping[str, Any]) -> Sizes:
         vision=_vision(vision),
         width=hidden,
     )
+
+
+def two_layers(text: Mapping[str, Any]) -> int:
+    """Elements of two decoder layers' matrices: the limits of released parameters.
+
+    `max_live` of one layer leaves no room to gather the next one while the first computes. `reuse` must be longer than
+    the way from a layer's first matrix to its end and back, or backward gathers a part of it twice (see volume).
+
+    Args:
+        text: the `text_config` of a Qwen2_5_VLConfig.
+    """
+    return 2 * sum(_matrices(text))
+
+
+def _matrices(text: Mapping[str, Any]) -> tuple[int, ...]:
+    hidden, kv = text["hidden_size"], _kv_width(text)
+    return (hidden * hidden, hidden * kv, hidden * kv, hidden * hidden, *3 * (hidden * text["intermediate_size"],))
+
+
+def _kv_width(text: Mapping[str, Any]) -> int:
+    return int(text["hidden_size"] // text["num_attention_heads"] * text["num_key_value_heads"])
 
 
 def _vision(vision: Mapping[str, Any]) -> int:

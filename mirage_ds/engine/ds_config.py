@@ -29,10 +29,13 @@ KNOWN_KEYS = frozenset(
 OPTIMIZER_PARAMS = frozenset(
     "lr betas eps weight_decay torch_adam adam_w_mode bias_correction amsgrad fused foreach capturable maximize".split()  # noqa: SIM905
 )
+# What of the gathered parameters may be whole at a time, and how near its next use must be for one to stay.
+LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
 # The run fills these; `"auto"` there means just that.
 FILLED = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *(f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")),
+    *(f"zero_optimization.{name}" for name in LIMITS),
 )
 
 
@@ -164,6 +167,16 @@ def _fill_optimizer(filled: dict[str, Any], path: Path, config: RunConfig) -> No
     offload = filled.get("zero_optimization", {}).get("offload_optimizer") or {}
     offloaded = offload.get("device", "none") != "none"
     params.setdefault("torch_adam", not offloaded)
+
+
+def fill_limits(values: dict[str, Any], elements: int) -> None:
+    """Write `elements` where a resolved JSON leaves ZeRO-3's limits to the model ("auto"; see scale.two_layers).
+
+    DeepSpeed itself drops `"auto"` and takes its default of 10⁹: half a layer too little for the 72B, and four layers of
+    the 7B.
+    """
+    zero = values.get("zero_optimization", {})
+    zero |= {key: elements for key in LIMITS if zero.get(key) == "auto"}
 
 
 def compute_dtype(values: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from mirage_ds.engine.ds_config import (
     KNOWN_KEYS,
     compute_dtype,
     default_path,
+    fill_limits,
     read_json,
     resolve,
     shipped_folder,
@@ -97,11 +98,26 @@ def test_every_shipped_json_resolves_to_what_deepspeed_then_reads(path: Path) ->
     assert params == {"lr": 3e-4, "betas": [0.8, 0.97], "eps": 1e-6, "weight_decay": 0.2}
     assert made.scheduler_name is None
     assert made.zero_optimization_stage == zero_stage(values)
-    on_cpu = "_cpu" in path.name
-    assert made.bfloat16_config.enabled is not on_cpu
-    assert compute_dtype(values) == ("float32" if on_cpu else "bfloat16")
+    states = "bf16_states" in path.name
+    in_fp32 = "_cpu" in path.name and not states
+    assert made.bfloat16_config.enabled is not in_fp32
+    assert made.bfloat16_config.bf16_optimizer_states is states
+    assert compute_dtype(values) == ("float32" if in_fp32 else "bfloat16")
     # bf16 without this accumulates gradients in bf16 (ZeRO-1 and 2) and loses small ones.
-    assert on_cpu or made.grad_accum_dtype == "fp32"
+    assert in_fp32 or states or made.grad_accum_dtype == "fp32"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_limits_left_to_the_model_are_filled(path: Path) -> None:
+    values = resolve(read_json(path), path, run_config(), 2)
+    zero = dict(values["zero_optimization"])
+    fill_limits(values, 12_345)
+    for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
+        assert values["zero_optimization"].get(key) == (12_345 if zero.get(key) == "auto" else zero.get(key))
+    made = theirs.DeepSpeedConfig(resolve(read_json(path), path, run_config(), 1)).zero_config
+    # DeepSpeed alone reads the file too, with a default of its own.
+    assert made.max_live_parameters in (10**9, 10**12)
+    fill_limits({}, 1)
 
 
 @pytest.mark.parametrize("name", ["stage2.json", "stage2_cpu.json"])

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.scaling import main
 from benchmarks.volumes import KEPT as NANO_KEPT
 from benchmarks.volumes import LAYER, TWO_LAYERS
-from mirage_ds.engine.ds_config import shipped_folder
+from mirage_ds.engine.ds_config import fill_limits, shipped_folder
 from mirage_ds.model.presets import PRESETS, preset
 from mirage_ds.scale import (
     BF16,
@@ -38,6 +38,7 @@ from mirage_ds.scale import (
     ring_latency,
     sizes,
     traffic,
+    two_layers,
     volume,
     walk,
 )
@@ -143,13 +144,22 @@ def test_short_reuse_gathers_the_attention_of_the_largest_twice() -> None:
 
 
 def test_shipped_files_keep_and_release_as_their_page_says() -> None:
-    def limits(name: str) -> Zero3:
-        zero = json.loads((shipped_folder() / name).read_text())["zero_optimization"]
-        return Zero3(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"])
-
-    assert limits("stage2.json").keeps(SEVEN)
-    assert not limits("stage1.json").keeps(SEVEN)
-    assert not limits("sft.json").keeps(sizes(preset("qwen2.5-vl-3b")))
+    for name in PRESETS:
+        model = preset(name) if name != "nano" else nano()
+        limits = {}
+        for path in shipped_folder().glob("*.json"):
+            values = json.loads(path.read_text())
+            fill_limits(values, two_layers(model["text_config"]))
+            zero = values["zero_optimization"]
+            if zero["stage"] == 3:
+                found = Zero3(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"])
+                limits[path.stem.removesuffix("_cpu")] = found
+        kept = {"stage2", "sft_kept", "stage1_kept", "stage2_bf16_states"}
+        assert {file for file, found in limits.items() if found.keeps(sizes(model))} == kept
+        for file in limits.keys() - kept:
+            # Nothing is gathered twice within a layer's backward.
+            assert volume(sizes(model), walk("stage1", 4), limits[file]).backward <= sizes(model).text * 1.2
+            assert limits[file].max_live < sizes(model).text
 
 
 def test_one_limit_alone_does_not_keep() -> None:
