@@ -25,8 +25,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(ENV) $(BIN)/python examples/demo.py --out $(OUT)
 
+# The unit tests by two processes; those of several ranks are two processes each.
 test: install
-	$(ENV) $(BIN)/python -m pytest
+	$(ENV) $(BIN)/python -m pytest tests/unit --numprocesses 2
+	$(ENV) $(BIN)/python -m pytest tests/dist
 
 test-slow: install
 	$(ENV) $(BIN)/python -m pytest tests/slow
