@@ -12,6 +12,7 @@ import click
 from mirage_ds.doctor.command import doctor
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.flags import CONTEXT, build_model, model_options
+from mirage_ds.plan.command import plan
 from mirage_ds.stop import EXIT_STOPPED, Stopped, StopRequest
 from mirage_ds.tasks.spec import BuildSpec
 
@@ -26,6 +27,7 @@ def cli() -> None:
 
 
 cli.add_command(doctor)
+cli.add_command(plan)
 
 
 @cli.group()

@@ -1,0 +1,43 @@
+"""`mirage-ds plan`, the command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from mirage_ds.flags import build_model, model_options
+from mirage_ds.plan.spec import PlanSpec
+
+# Of a JSON given by --deepspeed; 2 is a user's mistake.
+EXIT_DOES_NOT_FIT = 1
+
+
+@click.command("plan")
+@model_options(PlanSpec)
+@click.option(
+    "--json", "wants_json", is_flag=True, help="Print one JSON object, in bytes and seconds, and nothing else."
+)
+def plan(wants_json: bool, **flags: Any) -> None:
+    """Compute, before a GPU-hour is spent, what fits, which DeepSpeed JSON to take and what bounds a step.
+
+    From the model's config.json alone; nothing is downloaded, loaded or measured. Exit code 0 also where none of the
+    shipped JSONs fits; 1 where the one given by --deepspeed does not.
+    """
+    from rich.console import Console
+
+    from mirage_ds.plan.fit import Question, advice, chosen, rank
+    from mirage_ds.plan.report import as_json, print_tables
+
+    spec = build_model(PlanSpec, flags)
+    asked, paths = Question(spec), chosen(spec)
+    plans = rank(asked, paths)
+    fits = plans[0].problem is None
+    said = [] if fits else advice(asked, paths)
+    if wants_json:
+        click.echo(as_json(asked, plans, said))
+    else:
+        print_tables(asked, plans, said, Console())
+    if spec.deepspeed is not None and not fits:
+        sys.exit(EXIT_DOES_NOT_FIT)

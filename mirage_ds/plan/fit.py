@@ -1,0 +1,332 @@
+"""Whether a DeepSpeed JSON fits, what bounds its step, and which of several is best.
+
+T tokens of a rank's micro-batch, R rows of it, k latents a run, F image features, H hidden; W ranks; b bytes of an
+element of the compute dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mirage_ds.data.pack import schedule
+from mirage_ds.engine.ds_config import read_json, shipped_folder
+from mirage_ds.errors import UserError
+from mirage_ds.plan.activations import Micro, PassShape, saved_terms, total
+from mirage_ds.plan.cost import Host, Step, Work, step_cost
+from mirage_ds.plan.memory import Peak, peak
+from mirage_ds.plan.settings import Settings, read_settings
+from mirage_ds.plan.shape import Block, Parameter, block_of, read_shape, trained_parameters
+from mirage_ds.plan.spec import PlanSpec
+from mirage_ds.plan.states import States, states
+from mirage_ds.scale import BF16, Machine, Sizes, Walk, memory, sizes, walk
+
+GB = 1e9
+MIB = 1 << 20
+# Nominal; docs/scaling.md names the sources.
+CARDS = {
+    "h100": Machine("h100", 8, 989.4e12, 80e9, 3.35e12, 450e9, 400e9),
+    "a100": Machine("a100", 8, 312e12, 40e9, 1.555e12, 300e9, 50e9),
+}
+# Python with torch and DeepSpeed, CUDA's host side, two data-loader workers, of one rank: assumed, not measured.
+PROCESS_BYTES = 4 * 10**9
+# Node numbers that are tried where nothing fits.
+MOST_NODES = 128
+
+
+class Question:
+    """A PlanSpec, worked out as far as it does not depend on the JSON."""
+
+    def __init__(self, spec: PlanSpec):
+        self.spec = spec
+        card = CARDS[spec.card]
+        self.machine = Machine(
+            name=spec.card,
+            gpus=spec.gpus_per_node,
+            flops=card.flops if spec.tflops is None else spec.tflops * 1e12,
+            memory=card.memory if spec.gpu_memory is None else spec.gpu_memory * GB,
+            hbm=card.hbm if spec.hbm is None else spec.hbm * GB,
+            nvlink=card.nvlink if spec.nvlink is None else spec.nvlink * GB,
+            nics=card.nics if spec.network is None else spec.network * GB,
+        )
+        self.host = Host(spec.pcie * GB, spec.host_bandwidth * GB, spec.nvme * GB)
+
+    @cached_property
+    def shape(self) -> dict[str, Any]:
+        """The model's configuration."""
+        return read_shape(self.spec.model)
+
+    @cached_property
+    def model(self) -> Sizes:
+        """Its elements."""
+        return sizes(self.shape)
+
+    @cached_property
+    def block(self) -> Block:
+        """Its widths."""
+        return block_of(self.shape)
+
+    @cached_property
+    def parameters(self) -> list[Parameter]:
+        """What is trained."""
+        return trained_parameters(self.shape)
+
+    @property
+    def ranks(self) -> int:
+        """W."""
+        return self.spec.nodes * self.spec.gpus_per_node
+
+    @property
+    def walked(self) -> Walk:
+        """Walks over the layers."""
+        return walk(self.spec.stage, self.spec.latent_size, self.spec.latent_runs)
+
+    @cached_property
+    def micro(self) -> Micro:
+        """One rank's micro-batch: as many rows as fit, alike, each with all its latent runs.
+
+        The first run stands before the labelled tokens, the others spread over them evenly.
+        """
+        return _micro(self.spec)
+
+    @property
+    def features(self) -> int:
+        """F of a micro-batch: input images, and in stage1 a helper a run."""
+        helpers = self.spec.latent_runs if self.spec.stage == "stage1" else 0
+        return self.micro.rows * (self.spec.images + helpers) * self.spec.image_tokens
+
+    @property
+    def work(self) -> Work:
+        """The micro-batch as arithmetic sees it; a token sees half a row on the average."""
+        return Work(self.micro.tokens, self.micro.labelled, self.micro.tokens / self.micro.rows / 2)
+
+
+@lru_cache(maxsize=256)
+def _micro(spec: PlanSpec) -> Micro:
+    rows, k = spec.micro_batch_tokens // spec.row_tokens, spec.latent_size
+    first = int(spec.row_tokens * (1 - spec.labelled))
+    apart = (spec.row_tokens - first) // spec.latent_runs
+    runs = [(first + number * apart, k) for number in range(spec.latent_runs)]
+    recurrent = spec.stage == "stage2"
+    plans = schedule(
+        [spec.row_tokens] * rows,
+        [runs if recurrent else () for _ in range(rows)],
+        walk(spec.stage, k, spec.latent_runs).passes,
+    )
+    # A latent's own place carries no label.
+    labelled = spec.row_tokens - first - (0 if spec.stage == "sft" else k * spec.latent_runs)
+    return Micro(
+        passes=tuple(PassShape(tuple(one.query_lengths), tuple(one.key_lengths)) for one in plans),
+        labelled=rows * labelled,
+        rows=rows,
+        grounded=rows * k * spec.latent_runs if spec.stage == "stage1" else None,
+    )
+
+
+class Held(NamedTuple):
+    """Bytes of a GPU at its height, of a host, and of what is written.
+
+    Attributes:
+        states: model states of a rank.
+        gathered: whole weights at one time (ZeRO-3), without the small ones that always are.
+        reduced: the copy of a bucket while it is reduced.
+        height: activations, head and whole gradients.
+        saved, keys_values: of the activations, what the forward saved, and of that the earlier passes' keys and values.
+        features, tower: on the GPU.
+        reserve: what is kept free.
+        host, host_start, host_disk: of a node, running, while rank 0 reads the weights, and its local disk.
+        kept: features on disk, of all records.
+        checkpoint: a sharded checkpoint.
+    """
+
+    states: States
+    gathered: int
+    reduced: int
+    height: Peak
+    saved: int
+    keys_values: int
+    features: int
+    tower: int
+    reserve: int
+    host: dict[str, int]
+    host_start: int
+    host_disk: int
+    kept: int
+    checkpoint: int
+
+    @property
+    def backward(self) -> dict[str, int]:
+        """What is there beside the states in forward and backward, in the order in which it is said."""
+        return {
+            "gathered parameters": self.gathered,
+            "whole gradients of all layers (stage2)": self.height.gradients,
+            "copy of a bucket while it is reduced": self.reduced,
+            "activations at the height": self.height.activations,
+            "logits chunk and the head's gradient": self.height.head,
+            "image features of the micro-batch": self.features,
+        }
+
+    @property
+    def gpu(self) -> int:
+        """All of a GPU: the larger of backward and the optimizer's step, beside what is always there."""
+        always = total(self.states.gpu) + self.tower + self.reserve
+        return always + max(total(self.backward), total(self.states.step))
+
+
+class Plan(NamedTuple):
+    """One JSON, judged.
+
+    Attributes:
+        name: of the file.
+        held, step: its numbers.
+        problem: why it does not fit, or None.
+    """
+
+    name: str
+    settings: Settings
+    held: Held
+    step: Step
+    problem: str | None
+
+
+def shipped(stage: str) -> list[Path]:
+    """List the shipped JSONs of a stage, those for CPUs left out."""
+    return [path for path in sorted(shipped_folder().glob(f"{stage}*.json")) if not path.stem.endswith("_cpu")]
+
+
+def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
+    """Count what one rank, its node and the disks hold."""
+    spec, model, b = asked.spec, asked.model, settings.compute
+    found = states(asked.parameters, settings, asked.ranks, spec.micro_steps)
+    arguments = (asked.block, asked.micro, b, spec.attention, checkpointing)
+    saved = saved_terms(*arguments)
+    height = peak(*arguments, spec.loss_chunk_mb * MIB, "cuda", tied=not model.head)
+    gathered = reduced = 0
+    if settings.stage == 3:
+        live = int(memory(model, asked.walked, settings.zero, asked.ranks).gathered // BF16)
+        # Whatever the limits, embedding and head are gathered whole: at 3B and 7B more than two layers.
+        live = max(live, model.embedding)
+        small = sum(one.elements for one in asked.parameters if one.elements <= settings.zero.persistence)
+        gathered = (live - small if settings.zero.keeps(model) else live) * b
+        reduced = min(settings.zero.bucket, model.text) * b
+    if settings.whole_sums or (settings.stage == 0 and spec.micro_steps == 1):
+        # They are among the states already: autograd's sums become the parameters' own gradients.
+        height = height._replace(gradients=0)
+    every_kept = spec.feature_cache == "all"
+    tower = model.vision * b
+    host = {name: spec.gpus_per_node * size for name, size in found.host.items() if size}
+    if every_kept:
+        host["frozen tower, a copy a rank"] = spec.gpus_per_node * tower
+    host["processes (assumed)"] = spec.gpus_per_node * PROCESS_BYTES
+    images = {"off": 0, "targets": 0, "all": spec.images}[spec.feature_cache]
+    if spec.stage == "stage1" and spec.feature_cache != "off":
+        images += spec.latent_runs
+    optimizer = (settings.master + 2 * settings.moments) * model.text
+    return Held(
+        states=found,
+        gathered=gathered,
+        reduced=reduced,
+        height=height,
+        saved=total(saved),
+        keys_values=sum(size for name, size in saved.items() if name.startswith("keys and values")),
+        features=asked.features * asked.block.hidden * b,
+        tower=0 if every_kept else tower,
+        reserve=int(spec.reserve * GB),
+        host=host,
+        host_start=(model.text + model.vision) * b + spec.gpus_per_node * (tower + PROCESS_BYTES),
+        host_disk=spec.gpus_per_node * total(found.disk),
+        kept=spec.rows * images * spec.image_tokens * asked.block.hidden * b,
+        # ZeRO-3's shards hold the optimizer alone; the others also write the weights of the forward.
+        checkpoint=optimizer + (0 if settings.stage == 3 else b * model.text),
+    )
+
+
+def _problem(asked: Question, held: Held) -> str | None:
+    """Name the first thing that is too large."""
+    if held.states.obstacle:
+        return held.states.obstacle
+    room, so_far = asked.machine.memory, 0
+    parts = {**held.states.gpu, "frozen tower": held.tower, "reserve": held.reserve}
+    for phase in (held.backward, held.states.step):
+        so_far = 0
+        for name, size in {**parts, **phase}.items():
+            so_far += size
+            if so_far > room:
+                return f"{name}, {size / GB:.0f} GB"
+    for name, needed, given in (
+        ("RAM of a host", total(held.host), asked.spec.host_memory),
+        ("RAM of the host that reads the weights", held.host_start, asked.spec.host_memory),
+        ("disk of a host", held.host_disk, asked.spec.disk),
+    ):
+        if needed > given * GB:
+            return f"{name}: {needed / GB:,.0f} of {given:,.0f} GB"
+    return None
+
+
+def judge(asked: Question, path: Path) -> Plan:
+    """Work one JSON out.
+
+    Raises:
+        UserError: the JSON cannot be read, or DeepSpeed would refuse it.
+    """
+    spec = asked.spec
+    settings = read_settings(read_json(path), path, asked.shape["text_config"])
+    held = held_by(asked, settings, spec.gradient_checkpointing)
+    step = step_cost(
+        *(asked.model, asked.walked, settings, asked.machine, asked.host, asked.work, spec.nodes, spec.micro_steps),
+        *(spec.gradient_checkpointing, spec.used, spec.achieved),
+    )
+    return Plan(path.name, settings, held, step, _problem(asked, held))
+
+
+def _worth(asked: Question, plan: Plan) -> tuple[bool, bool, float, float]:
+    """Order: what fits, fp32 states before bf16 ones, by seconds to three digits, then by room; the rest by size."""
+    seconds = float(f"{plan.step.most:.3g}") if plan.problem is None else 0.0
+    return plan.problem is not None, not plan.settings.moves_all_weights, seconds, plan.held.gpu
+
+
+def rank(asked: Question, paths: Sequence[Path]) -> list[Plan]:
+    """Judge several JSONs, the best first."""
+    return sorted((judge(asked, path) for path in paths), key=lambda plan: _worth(asked, plan))
+
+
+def advice(asked: Question, paths: Sequence[Path]) -> list[str]:
+    """Say what would make something fit where nothing does: fewer tokens, more nodes, larger cards."""
+
+    def some(**changed: Any) -> str | None:
+        other = Question(asked.spec.model_copy(update=changed))
+        return next((plan.name for plan in rank(other, paths) if plan.problem is None), None)
+
+    spec, said = asked.spec, []
+    low, high = 0, spec.micro_batch_tokens // spec.row_tokens
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if some(micro_batch_tokens=middle * spec.row_tokens) else (low, middle)
+    if low:
+        tokens = low * spec.row_tokens
+        said.append(f"--micro_batch_tokens {tokens} ({some(micro_batch_tokens=tokens)})")
+    nodes = spec.nodes * 2
+    while nodes <= MOST_NODES:
+        if name := some(nodes=nodes):
+            said.append(f"--nodes {nodes} ({name})")
+            break
+        nodes *= 2
+    plans = [plan for plan in rank(asked, paths) if not plan.held.states.obstacle]
+    if plans:
+        least = min(plans, key=lambda plan: plan.held.gpu)
+        said.append(f"cards of {least.held.gpu / GB:.0f} GB ({least.name})")
+    if not spec.gradient_checkpointing and (name := some(gradient_checkpointing=True)):
+        said.insert(0, f"--gradient_checkpointing ({name})")
+    return said
+
+
+def chosen(spec: PlanSpec) -> list[Path]:
+    """Return the JSONs that are asked about: the one given, or the stage's own."""
+    if spec.deepspeed is not None:
+        return [spec.deepspeed]
+    found = shipped(spec.stage)
+    if not found:
+        raise UserError(f"{shipped_folder()} holds no {spec.stage}*.json; give --deepspeed FILE")
+    return found

@@ -1,0 +1,219 @@
+"""What the planner tells: tables for people, one JSON object for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mirage_ds.plan.activations import total
+from mirage_ds.plan.fit import GB, Held, Plan, Question, held_by
+
+# Wider terminals gain nothing.
+WIDTH = 100
+COLOURS = {True: "green", False: "bold red"}
+
+
+def _gb(size: float) -> str:
+    if 0 < size < 0.005 * GB:
+        return "< 0.01"
+    return f"{size / GB:,.2f}" if size < 10 * GB else f"{size / GB:,.1f}"
+
+
+def _table(*columns: str, right: Sequence[int] = (), whole: Sequence[int] = ()) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 0, 0, 1))
+    for number, title in enumerate(columns):
+        justify = "right" if number in right else "left"
+        table.add_column(title, justify=justify, overflow="fold", no_wrap=number in whole)  # type: ignore[arg-type]
+    return table
+
+
+def headline(asked: Question) -> str:
+    """Return the question in one line."""
+    spec, micro, model = asked.spec, asked.micro, asked.model
+    k = f", k = {spec.latent_size}" if spec.stage != "sft" else ""
+    runs = f" x {spec.latent_runs} runs" if spec.latent_runs > 1 else ""
+    return (
+        f"{spec.model}: {model.text / 1e9:.2f} B trained, {model.vision / 1e9:.2f} B frozen; {spec.stage}{k}{runs}; "
+        f"{spec.nodes} x {spec.gpus_per_node} {spec.card} of {asked.machine.memory / GB:.0f} GB; "
+        f"{micro.tokens:,} tokens ({micro.rows} rows) a GPU and micro-step, {spec.micro_steps} micro-step(s)"
+    )
+
+
+def ranking(asked: Question, plans: Sequence[Plan]) -> Table:
+    """Draw one line a JSON, the best first."""
+    table = _table(
+        *("", "JSON", "GPU\nGB", "free\nGB", "moved\nGB", "least\ns", "most\ns", "bound by, or too large"),
+        right=(2, 3, 4, 5, 6),
+        whole=(0, 1, 2, 3, 4, 5, 6),
+    )
+    room = asked.machine.memory
+    for plan in plans:
+        fits = plan.problem is None
+        moved = max(plan.step.network_bytes, plan.step.nvlink_bytes) / GB
+        remark = plan.step.bound if plan.problem is None else f"too large: {plan.problem}"
+        if not plan.settings.moves_all_weights:
+            remark += " (bf16 states)"
+        table.add_row(
+            Text("fits" if fits else "no", COLOURS[fits]),
+            plan.name.removesuffix(".json"),
+            f"{plan.held.gpu / GB:.0f}",
+            f"{(room - plan.held.gpu) / GB:.0f}",
+            f"{moved:.0f}",
+            f"{plan.step.least:.2f}",
+            f"{plan.step.most:.2f}",
+            Text(remark),
+        )
+    return table
+
+
+def _other(asked: Question, plan: Plan) -> Held:
+    """Count the same JSON with checkpointing the other way."""
+    return held_by(asked, plan.settings, not asked.spec.gradient_checkpointing)
+
+
+def gpu_table(asked: Question, plan: Plan) -> Table:
+    """Draw one GPU's memory, with and without gradient checkpointing."""
+    one, other = plan.held, _other(asked, plan)
+    on, off = (one, other) if asked.spec.gradient_checkpointing else (other, one)
+    table = _table(f"per GPU, GB ({plan.name})", "checkpointing", "without", right=(1, 2))
+    always = {**one.states.gpu, "frozen tower": one.tower}
+    for name, size in always.items():
+        if size:
+            table.add_row(Text(name), _gb(size), _gb(size))
+    for (name, size), without in zip(on.backward.items(), off.backward.values(), strict=True):
+        if size or without:
+            table.add_row(Text(name), _gb(size), _gb(without))
+        if name.startswith("activations"):
+            table.add_row("  (saved when the forward ends)", _gb(on.saved), _gb(off.saved), style="dim")
+            if on.keys_values:
+                table.add_row("  (of it keys and values)", _gb(on.keys_values), _gb(off.keys_values), style="dim")
+    if one.states.step:
+        table.add_row(Text("(the optimizer's step instead of backward)"), _gb(total(one.states.step)), "", style="dim")
+    table.add_row("reserve (CUDA, NCCL, allocator)", _gb(one.reserve), _gb(one.reserve))
+    table.add_section()
+    room = asked.machine.memory
+    sums = [Text(_gb(held.gpu), COLOURS[held.gpu <= room]) for held in (on, off)]
+    table.add_row(Text(f"all, of {room / GB:.0f}", "bold"), *sums)
+    return table
+
+
+def host_table(asked: Question, plan: Plan) -> Table:
+    """Draw a host's memory and the disks."""
+    held, spec = plan.held, asked.spec
+    table = _table("per host, GB", "", "disks, GB", "", right=(1, 3))
+    left = [*held.host.items(), ("all", total(held.host)), ("at the start, rank 0's host", held.host_start)]
+    right: list[tuple[str, str]] = [(name, _gb(spec.gpus_per_node * size)) for name, size in held.states.disk.items()]
+    right += [
+        (f"kept features of {spec.rows:,} records", _gb(held.kept)),
+        ("a checkpoint", _gb(held.checkpoint)),
+        (f"  seconds to write it at {spec.storage:g} GB/s", f"{held.checkpoint / GB / spec.storage:.1f}"),
+    ]
+    for number in range(max(len(left), len(right))):
+        name, size = left[number] if number < len(left) else ("", None)
+        other, said = right[number] if number < len(right) else ("", "")
+        table.add_row(Text(name), "" if size is None else _gb(size), Text(other), said)
+    return table
+
+
+def step_table(asked: Question, plan: Plan) -> Table:
+    """Draw an optimizer step: seconds that each thing takes at least."""
+    step, spec = plan.step, asked.spec
+    table = _table("one optimizer step", "", "s", right=(1, 2))
+    said = {
+        "arithmetic": f"{step.flops / 1e12:,.0f} TFLOP a GPU, {spec.used:.0%} of the peak",
+        "NVLink": f"{step.nvlink_bytes / GB:,.1f} GB a GPU, {spec.achieved:.0%} of the speed",
+        "network": f"{step.network_bytes / GB:,.1f} GB a host, {spec.achieved:.0%} of the speed",
+    }
+    for name, seconds in step.seconds.items():
+        mark = "  longest" if name == step.bound else ""
+        table.add_row(f"{name}{mark}", said.get(name, ""), f"{seconds:.2f}")
+    rows = asked.micro.rows * asked.ranks * spec.micro_steps
+    table.add_section()
+    table.add_row(
+        "all hidden behind the longest / nothing hidden",
+        f"{rows:,} rows a step",
+        f"{step.least:.2f} / {step.most:.2f}",
+    )
+    return table
+
+
+def print_tables(asked: Question, plans: Sequence[Plan], advice: Sequence[str], console: Console) -> None:
+    """Print the ranking, then the first JSON's numbers, then what to do where nothing fits."""
+    console.width = min(console.width, WIDTH)
+    console.print(headline(asked), markup=False, highlight=False)
+    console.print(ranking(asked, plans), highlight=False)
+    for draw in (gpu_table, host_table, step_table):
+        console.print(draw(asked, plans[0]), highlight=False)
+    console.print(closing(plans, advice), markup=False, highlight=False, soft_wrap=True)
+
+
+def closing(plans: Sequence[Plan], advice: Sequence[str]) -> str:
+    """Return the last line: what to take, or what to change."""
+    best = plans[0]
+    if best.problem is None:
+        return f"take {best.name}; numbers are computed, docs/plan.md says how far they were tested"
+    if not advice:
+        return f"nothing fits, nor would it with fewer tokens or more nodes: {best.name}: {best.problem}"
+    return f"nothing fits; any one of these would: {', '.join(advice)}"
+
+
+def as_json(asked: Question, plans: Sequence[Plan], advice: Sequence[str]) -> str:
+    """Return everything as one JSON object, in bytes and seconds."""
+    return json.dumps(
+        {
+            "question": asked.spec.model_dump(mode="json"),
+            "model": {
+                **{"trained": asked.model.text, "frozen": asked.model.vision, "layers": asked.model.layers},
+                **{"passes": asked.walked.passes, "ranks": asked.ranks},
+            },
+            "micro_batch": {
+                **{"tokens": asked.micro.tokens, "rows": asked.micro.rows, "labelled": asked.micro.labelled},
+                **{"queries_of_passes": [one.tokens for one in asked.micro.passes]},
+            },
+            "plans": [_plan(asked, plan) for plan in plans],
+            "fits": plans[0].problem is None,
+            "advice": list(advice),
+        },
+        indent=1,
+        ensure_ascii=False,
+    )
+
+
+def _gpu(held: Held) -> dict[str, Any]:
+    return {
+        "states": held.states.gpu,
+        "frozen tower": held.tower,
+        "backward": held.backward,
+        "height": held.height.phase,
+        "saved by the forward": held.saved,
+        "keys and values of earlier passes": held.keys_values,
+        "optimizer step instead of backward": held.states.step,
+        "reserve": held.reserve,
+        "all": held.gpu,
+    }
+
+
+def _plan(asked: Question, plan: Plan) -> dict[str, Any]:
+    held, step = plan.held, plan.step
+    return {
+        "json": plan.name,
+        "fits": plan.problem is None,
+        "problem": plan.problem,
+        "fp32_states": plan.settings.moves_all_weights,
+        "gpu": _gpu(held),
+        "gpu_with_checkpointing_the_other_way": _gpu(_other(asked, plan)),
+        "host": {**held.host, "all": total(held.host), "at the start": held.host_start},
+        "local_disk": held.host_disk,
+        "kept_features": held.kept,
+        "checkpoint": {"bytes": held.checkpoint, "seconds": held.checkpoint / GB / asked.spec.storage},
+        "step": {
+            **{"flops": step.flops, "nvlink_bytes": step.nvlink_bytes, "network_bytes": step.network_bytes},
+            **{"seconds": step.seconds, "bound": step.bound, "least": step.least, "most": step.most},
+        },
+    }

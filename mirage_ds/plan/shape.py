@@ -1,0 +1,181 @@
+"""A model's shape from its config.json, without transformers.
+
+H hidden, I inner width of the MLP, V vocabulary rows, L layers, D head width.
+
+Two layouts are read: the nested one (`text_config`, `vision_config`) and the public checkpoints' flat one, whose text
+keys stand at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mirage_ds.errors import UserError, reason, shown, strict_json
+from mirage_ds.model.presets import preset
+
+FAMILY = "qwen2_5_vl"
+TEXT_KEYS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "vocab_size"),
+)
+VISION_KEYS = ("depth", "hidden_size", "intermediate_size", "out_hidden_size")
+# Public configurations may leave these out; they are the same in the whole family (transformers' own defaults).
+VISION_DEFAULTS = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
+
+
+class Parameter(NamedTuple):
+    """One parameter.
+
+    Attributes:
+        name: without the layer's number.
+        elements: of it.
+        matrix: more than one dimension; decides the weight-decay group.
+    """
+
+    name: str
+    elements: int
+    matrix: bool
+
+
+class Block(NamedTuple):
+    """Widths of the text model.
+
+    Attributes:
+        hidden: H; inner: I; heads: Hq; kv_heads: Hkv; layers: L; vocabulary: V.
+    """
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    layers: int
+    vocabulary: int
+
+    @property
+    def head_width(self) -> int:
+        """D."""
+        return self.hidden // self.heads
+
+    @property
+    def kv_width(self) -> int:
+        """Hkv · D."""
+        return self.kv_heads * self.head_width
+
+
+def read_shape(model: str) -> dict[str, Any]:
+    """Find the configuration of a model and bring it into the nested layout.
+
+    Args:
+        model: a folder with a config.json, that file itself, or one of the public shapes by name.
+
+    Returns:
+        `text_config` and `vision_config` with at least TEXT_KEYS, `tie_word_embeddings`, VISION_KEYS and
+        VISION_DEFAULTS, as mirage_ds.scale.sizes takes it.
+
+    Raises:
+        UserError: no such folder or shape, or no Qwen2.5-VL.
+    """
+    path = Path(model)
+    if path.is_dir():
+        path /= "config.json"
+        if not path.is_file():
+            raise UserError(f"--model {model}: no config.json there; give a model folder or a public shape's name")
+    if path.is_file():
+        return _normalised(_read(path), str(path))
+    # `Qwen/Qwen2.5-VL-7B-Instruct` is the hub's name of a public shape: nothing is fetched.
+    found = preset(model.removeprefix("Qwen/").removesuffix("-Instruct"))
+    if not found["text_config"]["vocab_size"]:
+        raise UserError(f"--model {model}: its vocabulary is known once `mirage-ds init` has made it; give that folder")
+    return _normalised(found, model)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = strict_json(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({reason(error)}); copy the model's own") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); copy the model's own") from None
+    if not isinstance(values, dict) or values.get("model_type") != FAMILY:
+        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        raise UserError(f"{path}: a model of type {kind!r}; mirage_ds trains {FAMILY!r} (Qwen2.5-VL)")
+    return values
+
+
+def _normalised(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    text, vision = values.get("text_config", values), values.get("vision_config")
+    for part, block in (("text_config", text), ("vision_config", vision)):
+        if not isinstance(block, Mapping):
+            raise UserError(f"{name}: '{part}' is {shown(block)}; copy the model's own config.json")
+    made = {
+        "text_config": {key: _count(text, key, name) for key in TEXT_KEYS},
+        "vision_config": {key: _count(vision, key, name) for key in VISION_KEYS},  # type: ignore[arg-type]
+    }
+    for key, default in VISION_DEFAULTS.items():
+        made["vision_config"][key] = _count({key: default, **vision}, key, name)  # type: ignore[dict-item]
+    shape = made["text_config"]
+    if shape["hidden_size"] % shape["num_attention_heads"]:
+        raise UserError(
+            f"{name}: 'hidden_size' {shape['hidden_size']} is no multiple of 'num_attention_heads' "
+            f"{shape['num_attention_heads']}; copy the model's own config.json"
+        )
+    # As transformers does: older files have the key in text_config alone.
+    shape["tie_word_embeddings"] = bool(values.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    return made
+
+
+def _count(values: Mapping[str, Any], key: str, name: str) -> int:
+    value = values.get(key)
+    if type(value) is not int or value < 1:
+        raise UserError(
+            f"{name}: '{key}' is {shown(value)}; a whole number is needed, copy the model's own config.json"
+        )
+    return value
+
+
+def block_of(config: Mapping[str, Any]) -> Block:
+    """Return the text model's widths.
+
+    Args:
+        config: as read_shape returns it.
+    """
+    text = config["text_config"]
+    return Block(
+        hidden=text["hidden_size"],
+        inner=text["intermediate_size"],
+        heads=text["num_attention_heads"],
+        kv_heads=text["num_key_value_heads"],
+        layers=text["num_hidden_layers"],
+        vocabulary=text["vocab_size"],
+    )
+
+
+def trained_parameters(config: Mapping[str, Any]) -> list[Parameter]:
+    """List the parameters of the text model, in the order of `MirageModel.parameters()`: ZeRO partitions each.
+
+    Args:
+        config: as read_shape returns it.
+    """
+    block = block_of(config)
+    hidden, kv = block.hidden, block.kv_width
+    layer = [
+        Parameter("q_proj.weight", hidden * hidden, True),
+        Parameter("q_proj.bias", hidden, False),
+        Parameter("k_proj.weight", hidden * kv, True),
+        Parameter("k_proj.bias", kv, False),
+        Parameter("v_proj.weight", hidden * kv, True),
+        Parameter("v_proj.bias", kv, False),
+        Parameter("o_proj.weight", hidden * hidden, True),
+        Parameter("gate_proj.weight", hidden * block.inner, True),
+        Parameter("up_proj.weight", hidden * block.inner, True),
+        Parameter("down_proj.weight", hidden * block.inner, True),
+        Parameter("input_layernorm.weight", hidden, False),
+        Parameter("post_attention_layernorm.weight", hidden, False),
+    ]
+    embedding = Parameter("embed_tokens.weight", block.vocabulary * hidden, True)
+    listed = [embedding, *layer * block.layers, Parameter("norm.weight", hidden, False)]
+    if not config["text_config"]["tie_word_embeddings"]:
+        listed.append(embedding._replace(name="lm_head.weight"))
+    return listed

@@ -1,0 +1,87 @@
+"""The flags of `mirage-ds plan`. Imports little, so that the command line's `--help` is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+
+class PlanSpec(BaseModel):
+    """What is planned. The run's own flags keep their names and meaning. GB are 10⁹ bytes, speeds go one direction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    # what is trained
+    model: str = Field(description="Folder with a config.json, or a public shape: qwen2.5-vl-3b, -7b, -32b, -72b.")
+    stage: Literal["sft", "stage1", "stage2"] = Field(description="As for a run.")
+    latent_size: PositiveInt = Field(4, description="k, latents a run.")
+    latent_runs: PositiveInt = Field(1, description="Latent runs of a row, at most.")
+    deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: the stage's own in ds_configs/]")
+    micro_batch_tokens: PositiveInt = Field(8192, description="Tokens packed into one micro-batch of one rank.")
+    micro_steps: PositiveInt = Field(1, description="Micro-steps of an optimizer step.")
+    row_tokens: PositiveInt = Field(500, description="Tokens of a row.")
+    labelled: float = Field(0.2, gt=0, le=1, description="Share of the tokens with a label; latents stand before them.")
+    images: NonNegativeInt = Field(1, description="Input images of a row.")
+    image_tokens: PositiveInt = Field(256, description="Merged features of an image; 256 are 448 x 448 pixels.")
+    rows: PositiveInt = Field(3000, description="Records, for the size of the kept features.")
+    feature_cache: Literal["all", "targets", "off"] = Field("all", description="As for a run.")
+    gradient_checkpointing: bool = Field(True, description="Recompute each layer in backward, in every pass.")
+    attention: Literal["flash", "torch_varlen", "sdpa"] = Field("flash", description="Attention back end.")
+    loss_chunk_mb: PositiveInt = Field(256, description="Memory for one chunk of logits, in MiB.")
+
+    # the machines
+    nodes: PositiveInt = Field(1, description="Hosts.")
+    gpus_per_node: PositiveInt = Field(8, description="GPUs of a host.")
+    card: Literal["h100", "a100"] = Field("h100", description="Fills memory and speeds that are not given.")
+    gpu_memory: PositiveFloat | None = Field(None, description="GB of a GPU. [default: h100 80, a100 40]")
+    tflops: PositiveFloat | None = Field(None, description="Dense bf16 TFLOP/s of a GPU. [default: 989.4, 312]")
+    hbm: PositiveFloat | None = Field(None, description="GB/s of a GPU's memory. [default: 3350, 1555]")
+    nvlink: PositiveFloat | None = Field(None, description="GB/s of a GPU inside a host. [default: 450, 300]")
+    network: PositiveFloat | None = Field(
+        None, description="GB/s of all network cards of a host together (3,200 Gb/s are 400). [default: 400, 50]"
+    )
+    host_memory: PositiveFloat = Field(1000, description="GB of RAM of a host.")
+    disk: PositiveFloat = Field(3500, description="GB of free local disk of a host, for NVMe offload.")
+    pcie: PositiveFloat = Field(25, description="GB/s between a GPU and its host.")
+    host_bandwidth: PositiveFloat = Field(200, description="GB/s of a host's RAM, for an offloaded optimizer.")
+    nvme: PositiveFloat = Field(6, description="GB/s of a host's local disk, read and written alike.")
+    storage: PositiveFloat = Field(10, description="GB/s of the file system that checkpoints go to.")
+
+    # assumptions
+    reserve: NonNegativeFloat = Field(
+        5, description="GB of a GPU kept for the CUDA context, NCCL's buffers and the allocator's losses."
+    )
+    used: float = Field(0.4, gt=0, le=1, description="Share of the peak FLOP/s that is reached.")
+    achieved: float = Field(0.8, gt=0, le=1, description="Share of the link speeds that collectives reach.")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.row_tokens > self.micro_batch_tokens:
+            raise ValueError(
+                f"--row_tokens {self.row_tokens} is above --micro_batch_tokens {self.micro_batch_tokens}: a row must "
+                "fit into one micro-batch; lower the first or raise the second"
+            )
+        latents = self.latent_runs * (self.latent_size + 1) + 1
+        prompt = int(self.row_tokens * (1 - self.labelled))
+        if prompt < 1 or self.row_tokens - prompt < latents:
+            raise ValueError(
+                f"--row_tokens {self.row_tokens} with --labelled {self.labelled} leaves no room for a prompt and "
+                f"{self.latent_runs} run(s) of {self.latent_size} latents; raise --row_tokens"
+            )
+        if self.images * self.image_tokens > prompt:
+            raise ValueError(
+                f"{self.images} image(s) of --image_tokens {self.image_tokens} do not fit into the {prompt} tokens "
+                "before a row's answer; raise --row_tokens or lower --image_tokens"
+            )
+        return self

@@ -1,0 +1,95 @@
+"""Every shipped JSON that runs on the CPU, on two ranks: the same losses as plain ZeRO-3 in the same stage.
+
+That plain ZeRO-3 is right stands in test_zero3.py, and what each JSON gathers in test_traffic.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from group import Group
+
+from mirage_ds import step as steps
+from mirage_ds.config import RunConfig
+from mirage_ds.engine import ds_config as ds
+from mirage_ds.prepare import prepare
+
+STAGES = ("sft", "stage1", "stage2")
+BASE: dict[str, Any] = dict(
+    latent_size=2, global_batch_size=4, micro_batch_size=2, max_steps=3, warmup_steps=0, learning_rate=1e-3,
+    num_workers=0, report_to=["none"], overwrite=True,
+)  # fmt: skip
+ALL = sorted(path.stem.removesuffix("_cpu") for path in ds.shipped_folder().glob("*_cpu.json"))
+# The same numbers in the same order, summed by another collective or by one rank: rounding of float32 alone.
+FP32 = 1e-5
+# bf16 keeps 8 bits: 2⁻⁸ a rounding, some of which do not cancel in a mean over tokens.
+BF16 = 2e-2
+
+
+def _train(world: Any, settings: dict[str, Any]) -> list[float]:
+    from deepspeed.utils import groups
+
+    # DeepSpeed expects one such group in the life of a process.
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    config = RunConfig(**settings)
+    prepared = prepare(config, world)
+    losses = []
+    for plan, batches in prepared.loader.steps(0, prepared.steps):
+        taken = steps.step(config, prepared, plan, batches)
+        assert taken.applied
+        losses.append(taken.metrics["loss"])
+    prepared.engine.destroy()
+    return losses
+
+
+@pytest.fixture(scope="module")
+def train(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], list[float]]]:
+    group, scratch = Group(), tmp_path_factory.mktemp("configs")
+    helped = mixed.parent / "helped_configs.jsonl"
+    rows = mixed.read_text().splitlines()
+    helped.write_text("\n".join(row for row in rows if "image_output" in json.loads(row)) + "\n")
+    done: dict[str, list[float]] = {}
+
+    def run(name: str) -> list[float]:
+        if name not in done:
+            stage = name.partition("_")[0]
+            values = json.loads((ds.shipped_folder() / f"{name}_cpu.json").read_text())
+            for block in ("offload_param", "offload_optimizer"):
+                if "nvme_path" in values["zero_optimization"].get(block, {}):
+                    values["zero_optimization"][block]["nvme_path"] = str(scratch / "nvme")
+                    (scratch / "nvme").mkdir(exist_ok=True)
+            path = scratch / f"{name}.json"
+            path.write_text(json.dumps(values))
+            settings = BASE | dict(
+                model=str(nano), stage=stage, data_path=helped if stage == "stage1" else mixed, deepspeed=path,
+                save_model_path=scratch / "run", cache_dir=scratch / "cache",
+            )  # fmt: skip
+            own, others = group.run(_train, settings, timeout_s=240)
+            assert own == others
+            done[name] = own
+        return done[name]
+
+    yield run
+    group.stop()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_shipped_json_trains_as_plain_zero3_does(name: str, train: Callable[[str], list[float]]) -> None:
+    stage = name.partition("_")[0]
+    plain, losses = train("stage2_released" if stage == "stage2" else stage), train(name)
+    # At this rate they fall, so that a step that is not taken shows.
+    assert plain[0] - plain[-1] > 0.1
+    assert losses == pytest.approx(plain, rel=BF16 if "bf16" in name else FP32)
+
+
+def test_every_stage_has_every_budget_with_its_twin() -> None:
+    budgets = {"", "_hpz", "_offload", "_nvme", "_bf16_states", "_zero1", "_zero2"}
+    for stage in STAGES:
+        other = "_released" if stage == "stage2" else "_kept"
+        assert {name.removeprefix(stage) for name in ALL if name.partition("_")[0] == stage} == budgets | {other}
+    names = {path.stem for path in ds.shipped_folder().glob("*.json")}
+    assert names == {*ALL, *(f"{name}_cpu" for name in ALL)}
