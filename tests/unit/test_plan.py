@@ -648,3 +648,27 @@ def test_command_needs_neither_torch_nor_a_network(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 10
     assert found.stderr.strip() == ""
     assert json.loads(found.stdout)["model"]["trained"] == 72_706_203_648
+
+
+def test_the_page_of_the_jsons_holds_what_the_plan_says() -> None:
+    page = (shipped_folder() / "README.md").read_text()
+    lines = [line.split("|")[2:6] for line in page.splitlines() if line.startswith("| ") and " / " in line]
+    files = {path.stem for path in shipped_folder().glob("*.json") if not path.stem.endswith("_cpu")}
+    told = set()
+    for one, numbers, recurrent, others in lines[1:]:
+        for stages, cell, gigabytes in ((("sft", "stage1"), one, numbers), (("stage2",), recurrent, others)):
+            for stage in stages:
+                suffix = cell.replace("*", " ").split("`")[1]
+                name = stage + suffix if suffix.startswith("_") else stage
+                found = [
+                    judge(
+                        Question(PlanSpec(model="qwen2.5-vl-7b", stage=stage, nodes=nodes)),
+                        shipped_folder() / f"{name}.json",
+                    ).held.gpu
+                    for nodes in (1, 4)
+                ]
+                # The page rounds; sft and stage1 share a cell and differ by the helpers' features.
+                for size, said in zip(found, gigabytes.split("/"), strict=True):
+                    assert abs(size / 1e9 - int(said)) < 1, name
+                told.add(name)
+    assert told == files
