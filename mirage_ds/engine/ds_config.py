@@ -31,6 +31,8 @@ OPTIMIZER_PARAMS = frozenset(
 )
 # What of the gathered parameters may be whole at a time, and how near its next use must be for one to stay.
 LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+# Those that this module looks into.
+BLOCKS = ("fp16", "bf16", "torch_autocast", "zero_optimization", "optimizer")
 # The run fills these; `"auto"` there means just that.
 FILLED = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -83,16 +85,36 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: 'sequence_parallel_size' is not supported; every rank packs rows of its own")
     if "scheduler" in values:
         raise UserError(f"{path}: 'scheduler' is set by --lr_scheduler and --warmup_steps; remove the block")
-    if values.get("fp16", {}).get("enabled"):
-        raise UserError(f"{path}: 'fp16' is not supported (Qwen2.5-VL overflows in it); use 'bf16'")
+    _check_precision(values, path)
     _refuse_auto(values, path)
     return values
+
+
+def _check_precision(values: dict[str, Any], path: Path) -> None:
+    """Refuse combinations of dtypes that DeepSpeed stops at only once the model is loaded, or that overflow."""
+    if values.get("fp16", {}).get("enabled"):
+        raise UserError(f"{path}: 'fp16' is not supported (Qwen2.5-VL overflows in it); use 'bf16'")
+    cast, bf16 = values.get("torch_autocast", {}), values.get("bf16", {})
+    if cast.get("enabled") and cast.get("dtype") not in ("bfloat16", "bf16", "torch.bfloat16"):
+        raise UserError(
+            f"{path}: 'torch_autocast.dtype' is {shown(cast.get('dtype'))}; write \"bfloat16\" (float16, torch's own "
+            "choice on GPUs, overflows in Qwen2.5-VL)"
+        )
+    if cast.get("enabled") and bf16.get("enabled"):
+        raise UserError(f"{path}: 'torch_autocast' and 'bf16' are both enabled; keep one")
+    masters, states = (bf16.get(f"bf16_{name}") for name in ("master_weights_and_grads", "optimizer_states"))
+    offload = values.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if masters and not states and offload.get("device", "none") == "none":
+        raise UserError(
+            f"{path}: 'bf16.bf16_master_weights_and_grads' without 'bf16_optimizer_states' needs 'offload_optimizer'; "
+            "add one of them"
+        )
 
 
 def _check_blocks(values: dict[str, Any], path: Path) -> None:
     """Refuse blocks that this module reads and that are no blocks."""
     zero, optimizer = values.get("zero_optimization", {}), values.get("optimizer", {})
-    blocks = {name: values.get(name, {}) for name in ("fp16", "bf16", "zero_optimization", "optimizer")}
+    blocks = {name: values.get(name, {}) for name in BLOCKS}
     if isinstance(zero, dict):
         blocks["zero_optimization.offload_optimizer"] = zero.get("offload_optimizer") or {}
         stage = zero.get("stage", 0)
@@ -172,8 +194,8 @@ def _fill_optimizer(filled: dict[str, Any], path: Path, config: RunConfig) -> No
 def fill_limits(values: dict[str, Any], elements: int) -> None:
     """Write `elements` where a resolved JSON leaves ZeRO-3's limits to the model ("auto"; see scale.two_layers).
 
-    DeepSpeed itself drops `"auto"` and takes its default of 10⁹: half a layer too little for the 72B, and four layers of
-    the 7B.
+    DeepSpeed itself drops `"auto"` and takes its default of 10⁹: half a layer too little for the 72B, four layers of the
+    7B.
     """
     zero = values.get("zero_optimization", {})
     zero |= {key: elements for key in LIMITS if zero.get(key) == "auto"}

@@ -141,8 +141,10 @@ def varlen_attention(
         scale: factor on q · k; 1/√D if None.
 
     Returns:
-        (Tq, Hq, D).
+        (Tq, Hq, D) in the dtype of v.
     """
+    # Under torch_autocast rotary positions leave q and k in float32, and the varlen kernels take one dtype.
+    q, k = q.to(v.dtype), k.to(v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return BACKENDS[backend](q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale)
 

@@ -186,3 +186,18 @@ def test_backend_refused_in_one_sentence(name, device, installed, sentence, monk
     with pytest.raises(UserError) as refused:
         choose_backend(name, device)
     assert str(refused.value) == sentence
+
+
+def test_queries_and_keys_take_the_dtype_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As under torch_autocast: rotary positions make float32 of q and k.
+    lengths = LENGTHS["mixed"]
+    cu_q, cu_k = (cumulative([pair[side] for pair in lengths]) for side in (0, 1))
+    q = torch.randn(int(cu_q[-1]), 4, D, generator=torch.Generator().manual_seed(1))
+    k, v = torch.randn(2, int(cu_k[-1]), 2, D, generator=torch.Generator().manual_seed(2))
+    seen = []
+    real = BACKENDS["sdpa"]
+    monkeypatch.setitem(BACKENDS, "sdpa", lambda *args: seen.append([x.dtype for x in args[:3]]) or real(*args))
+    made = varlen_attention(q, k, v.bfloat16(), cu_q, cu_k, 4, 10)
+    assert seen == [[torch.bfloat16] * 3]
+    assert made.dtype == torch.bfloat16
+    assert made.equal(varlen_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), cu_q, cu_k, 4, 10))

@@ -335,3 +335,14 @@ def test_unknown_optimizer_parameters_are_refused_before_torch_does(refused: Cal
     assert "no parameter 'weight_decai' (did you mean 'weight_decay'?)" in said
     said = refused({"optimizer": {"type": "AdamW", "params": {"torch_adam": "yes"}}})
     assert "'optimizer.params.torch_adam' is 'yes'; write true or false" in said
+
+
+def test_dtypes_that_cannot_be_are_refused(refused: Callable[..., str]) -> None:
+    said = refused({"torch_autocast": {"enabled": True}})
+    assert "'torch_autocast.dtype' is None; write \"bfloat16\"" in said
+    assert "'float16'" in refused({"torch_autocast": {"enabled": True, "dtype": "float16"}})
+    said = refused({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "bf16": {"enabled": True}})
+    assert "both enabled; keep one" in said
+    masters = {"enabled": True, "bf16_master_weights_and_grads": True}
+    assert "needs 'offload_optimizer'" in refused({"bf16": masters, "zero_optimization": {"stage": 3}})
+    assert "write an object" in refused({"torch_autocast": True})
