@@ -355,7 +355,7 @@ def record(found: list[Found], stage: str, count: int, seconds: float) -> dict[s
 @click.option("--steps", "count", default=300, show_default=True, help="Optimizer steps of each run.")
 @click.option("--stage", default="stage1", show_default=True, type=click.Choice(["sft", "stage1", "stage2"]))
 @click.option("--rates", default="1e-5,1e-3", show_default=True, help="Learning rates, comma-separated.")
-@click.option("--rows", default=2000, show_default=True, help="Training maps.")
+@click.option("--rows", default=1200, show_default=True, help="Training maps.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON of the result. [default: benchmarks/results/]")
 @click.option("--markdown", is_flag=True, help="Print Markdown.")
 def main(count: int, stage: str, rates: str, rows: int, out: Path | None, markdown: bool) -> None:

@@ -194,7 +194,7 @@ def _fill_optimizer(filled: dict[str, Any], path: Path, config: RunConfig) -> No
 def fill_limits(values: dict[str, Any], elements: int) -> None:
     """Write `elements` where a resolved JSON leaves ZeRO-3's limits to the model ("auto"; see scale.two_layers).
 
-    DeepSpeed itself drops `"auto"` and takes its default of 10⁹: half a layer too little for the 72B, four layers of the
+    DeepSpeed itself drops `"auto"` and takes its default of 10⁹: half a layer too little for the 72B, four of the
     7B.
     """
     zero = values.get("zero_optimization", {})
