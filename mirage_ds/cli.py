@@ -1,4 +1,4 @@
-"""`mirage-ds`: data build | check, init, export. Imports stay inside the commands, so that `--help` is quick."""
+"""`mirage-ds`: plan, doctor, data, init, checkpoint, export, … Imports stay inside commands: `--help` is quick."""
 
 from __future__ import annotations
 
@@ -120,6 +120,38 @@ def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None
     from mirage_ds.export import export_folder
 
     print(export_folder(source, target, vocab_rows, base))
+
+
+@cli.group()
+def checkpoint() -> None:
+    """List a run's checkpoints, and make them loadable by another number of ranks."""
+
+
+@checkpoint.command("convert")
+@click.argument("source", type=_path())
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1),
+              help="Processes at a time; each holds the whole shard of a rank in RAM.")  # fmt: skip
+def checkpoint_convert(source: Path, workers: int) -> None:
+    """Write the universal form of a checkpoint into it: --resume auto then goes on with any number of ranks.
+
+    SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>), or a --save_model_path folder, whose newest whole
+    checkpoint is taken. Not while the run is training.
+    """
+    from functools import partial
+
+    from mirage_ds.engine.universal import convert
+
+    print(convert(source, workers, say=partial(print, file=sys.stderr, flush=True)))
+
+
+@checkpoint.command("list")
+@click.argument("run", type=_path())
+@click.option("--hashes", is_flag=True, help="Read every byte; without it sizes alone are compared.")
+def checkpoint_list(run: Path, hashes: bool) -> None:
+    """List the checkpoints of RUN, a --save_model_path folder: ranks, size, whole or damaged, universal or not."""
+    from mirage_ds.engine.universal import listed, print_list
+
+    print_list(listed(run, hashes))
 
 
 def _decoding_options(command: Any) -> Any:

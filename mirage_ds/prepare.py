@@ -24,10 +24,12 @@ from mirage_ds.data.loader import Index, Loader, build_index, without
 from mirage_ds.data.pack import Planner, pack, total_steps
 from mirage_ds.data.record import Fault, ImageFinder, open_records
 from mirage_ds.engine import ds_config as ds
-from mirage_ds.engine.checkpoint import Found, find_checkpoint
+from mirage_ds.engine.checkpoint import Found, find_checkpoint, load_checkpoint
 from mirage_ds.engine.compiled import say_waits
 from mirage_ds.engine.export import Parts, save_model
+from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
 from mirage_ds.engine.setup import World, check_ds_config, from_rank_zero, make_engine
+from mirage_ds.engine.universal import use_universal
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
 from mirage_ds.keep_features import keep_features
@@ -65,8 +67,8 @@ class Prepared(NamedTuple):
         measured: the usable rows, measured.
         steps: optimizer steps of the run.
         save: writes the trained model; all ranks call it.
-        state: what a checkpoint of this run says of itself (checkpoint.MUST_AGREE).
-        checkpoint: the checkpoint to continue from, if any.
+        state: what a checkpoint of this run says of itself (checkpoint.MUST_AGREE, and what training never changes).
+        checkpoint: the checkpoint that the engine continues from, if any; resumed: the state saved with it.
         evaluation: the evaluation records, if any.
         skipped: (file, fault) of each record that is left out.
     """
@@ -80,6 +82,7 @@ class Prepared(NamedTuple):
     save: Callable[[], None]
     state: dict[str, Any]
     checkpoint: Found | None
+    resumed: dict[str, Any]
     evaluation: Evaluation | None
     skipped: list[tuple[Path, Fault]]
 
@@ -249,7 +252,7 @@ def make_model(
 def prepare(
     config: RunConfig, world: World, asked: Callable[[], bool] = never, begin: Callable[[str], None] = quiet
 ) -> Prepared:
-    """Check, load and start. All ranks call it.
+    """Check, load and start, from the run's checkpoint where it goes on. All ranks call it.
 
     Args:
         asked: whether somebody wants this process to stop.
@@ -270,7 +273,7 @@ def prepare(
     check_ds_config(ds_values, json_path)
     choose_backend(config.attention, world.device)
     folders = _model_folders(config, world)
-    ds.fill_limits(ds_values, two_layers(read_config(folders[0]).text_config.to_dict()))
+    ds.fill_limits(ds_values, two_layers(read_config(folders[0]).to_dict()["text_config"]))
     encoder = make_encoder(config, folders)
     limits, share = (config.max_length, config.max_dropped_share), config.tolerated_share
     files = [config.data_path] + ([config.eval_data_path] if config.eval_data_path else [])
@@ -317,6 +320,7 @@ def prepare(
             *(config.adam_beta1, config.adam_beta2, config.adam_eps, config.weight_decay),
         ],
         zero_stage=ds.zero_stage(ds_values),
+        tower=notes_of_tower(tower.tower if tower else None, world),
         # For `mirage-ds export`: where the rest of a model folder comes from.
         sources=[str(folder.resolve()) for folder in folders],
         dtype=ds.compute_dtype(ds_values),
@@ -326,6 +330,7 @@ def prepare(
     checkpoint = None
     if config.resume == "auto":
         checkpoint = find_checkpoint(own_folder / "checkpoints", state, world)
+    use_universal(ds_values, checkpoint is not None and checkpoint.universal)
     if world.rank == 0:
         run_folder.describe(own_folder, config, ds_values)
         run_folder.note(own_folder, "load begins")
@@ -342,6 +347,13 @@ def prepare(
     if world.local_rank == 0:
         say_waits(ds_values)
     engine = make_engine(loaded.model, config, ds_values, steps)
+    begin("load")
+    resumed = load_checkpoint(engine, checkpoint) if checkpoint else {}
+    # After the load: what DeepSpeed restores of it is compared too.
+    kept = notes_of_engine(engine.module, world)
+    if checkpoint:
+        check_same(checkpoint.place, resumed.get("kept", {}), kept)
+    state["kept"] = kept
 
     trained = {"stage": config.stage, "latent_size": config.latent_size}
 
@@ -354,4 +366,6 @@ def prepare(
             Parts(loaded.config, encoder.tokenizer, encoder.images, folders[0], trained),
         )
 
-    return Prepared(world, engine, loaded.tower, loader, index, steps, save, state, checkpoint, evaluation, skipped)
+    return Prepared(
+        *(world, engine, loaded.tower, loader, index, steps, save, state, checkpoint, resumed, evaluation, skipped)
+    )

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.data.loader import WARN_DROPPED_SHARE
-from mirage_ds.engine.checkpoint import load_checkpoint, save_checkpoint
+from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, agree, join
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
@@ -113,8 +113,7 @@ def train(
     own_folder = config.save_model_path / "run"
     report_to: list[str] = list(config.report_to)
     where.folder(own_folder)
-    state = load_checkpoint(prepared.engine, prepared.checkpoint.place) if prepared.checkpoint else {}
-    start = int(state.get("step", 0))
+    start = int(prepared.resumed.get("step", 0))
     with Monitor(own_folder, prepared.steps, report_to, config.log_file, world.rank == 0, start) as monitor:
         for line in opening_lines(config, prepared):
             monitor.say(line)
@@ -123,7 +122,7 @@ def train(
             monitor.say("stopped on request before a step was taken")
             raise Stopped
         saver = Saver(config, prepared, monitor, where)
-        if state.get("evaluation_owed") and not evaluated(config, prepared, monitor, start, asked, where):
+        if prepared.resumed.get("evaluation_owed") and not evaluated(config, prepared, monitor, start, asked, where):
             raise Stopped
         skipped = 0
         monitor.start_clock()
@@ -237,7 +236,7 @@ def opening_lines(config: RunConfig, prepared: Prepared) -> Iterator[str]:
     warning = "warning: " if index.dropped_share > WARN_DROPPED_SHARE else ""
     if prepared.checkpoint:
         yield from prepared.checkpoint.passed_over
-        yield f"continuing from {prepared.checkpoint.place}"
+        yield f"continuing from {prepared.checkpoint.form}"
     yield f"{warning}{index.dropped} row(s) dropped as longer than --max_length {config.max_length}"
     if prepared.skipped:
         file, fault = prepared.skipped[0]

@@ -1,6 +1,7 @@
 """Sharded checkpoints that are whole or not there: every rank writes its part, `latest` is written last.
 
     checkpoints/global_step<N>/     DeepSpeed's shards, mirage_state.json, mirage_manifest.json
+    checkpoints/global_step<N>/universal/   the same for any number of ranks, once `checkpoint convert` made it
     checkpoints/latest              the newest one
     checkpoints/.global_step<N>.partial/    being written, or left by a writer that was killed
 
@@ -15,20 +16,25 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mirage_ds.engine.frozen import check_same
 from mirage_ds.engine.manifest import Entry, entry_of, faults, write_manifest
-from mirage_ds.engine.private import collected_write_errors
+from mirage_ds.engine.private import collected_write_errors, own_groups_and_steps
 from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync, write_atomically
 
 STATE_FILE = "mirage_state.json"
+# The folder in a checkpoint that holds its universal form, with a manifest of its own.
+UNIVERSAL = "universal"
+# The ZeRO stages whose checkpoints DeepSpeed converts to it.
+CONVERTIBLE = (1, 2, 3)
 # What must be the same for a run to go on exactly; name in the state → how a person says it.
 MUST_AGREE = {
-    "world_size": "number of ranks",
     "stage": "--stage",
     "latent_size": "--latent_size",
     "data": "content of --data_path (SHA-256)",
@@ -44,10 +50,22 @@ MUST_AGREE = {
 
 
 class Found(NamedTuple):
-    """A checkpoint to continue from, and what was wrong with the newer ones."""
+    """A checkpoint to continue from.
+
+    Attributes:
+        place: its folder.
+        passed_over: what was wrong with the newer ones.
+        form: the folder to load: `place`, or its universal form where another number of ranks wrote it.
+    """
 
     place: Path
     passed_over: list[str]
+    form: Path
+
+    @property
+    def universal(self) -> bool:
+        """Whether the universal form is loaded."""
+        return self.form != self.place
 
 
 def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int, world: World) -> Path | str:
@@ -68,7 +86,8 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int,
     if trouble:
         return trouble
     with collected_write_errors(engine) as errors:
-        engine.save_checkpoint(str(folder), tag=beside.name, client_state=state, save_latest=False)
+        # The state stays out of DeepSpeed's files: a key of its own there ("optimizer") would be overwritten.
+        engine.save_checkpoint(str(folder), tag=beside.name, save_latest=False)
     trouble, entries = _gather(errors.failed, errors.written, beside, world)
     if trouble is None:
         trouble = _at_rank_zero(lambda: _put_in_place(beside, place, state, entries, keep), world)
@@ -161,18 +180,18 @@ def find_checkpoint(folder: Path, wanted: dict[str, Any], world: World) -> Found
     Every byte is read and compared with the manifest, each rank a share of the files. All ranks call it.
 
     Args:
-        wanted: this run's values of MUST_AGREE.
+        wanted: this run's values of MUST_AGREE, and "tower", the notes of its frozen tower.
 
     Raises:
-        UserError: on every rank: the checkpoint was made by another run (one sentence with both values), or there are
-            checkpoints and none is whole.
+        UserError: on every rank: the checkpoint was made by another run (one sentence with both values), or by another
+            number of ranks and has no universal form; or there are checkpoints and none is whole.
     """
     passed_over: list[str] = []
     for place in from_rank_zero(lambda: _candidates(folder), world):
         wrong = everyone(list(faults(place, world.rank, world.size)), world)
         if not wrong:
-            from_rank_zero(partial(_check_state, place, wanted), world)
-            return Found(place, passed_over)
+            state = from_rank_zero(partial(_check_state, place, wanted), world)
+            return Found(place, passed_over, _form(place, state, world))
         passed_over.append(f"{place} is damaged: {wrong[0]}")
     if passed_over:
         raise UserError(
@@ -182,14 +201,60 @@ def find_checkpoint(folder: Path, wanted: dict[str, Any], world: World) -> Found
     return None
 
 
-def _check_state(place: Path, wanted: dict[str, Any]) -> None:
-    state = json.loads((place / STATE_FILE).read_text())
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read what a checkpoint says of itself."""
+    return dict(json.loads((checkpoint / STATE_FILE).read_text()))
+
+
+def _check_state(place: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    state = read_state(place)
     for name, said in MUST_AGREE.items():
         if state.get(name) != wanted[name]:
             raise UserError(
                 f"--resume auto: {place} was written with {said} {state.get(name)}, this run has {wanted[name]}; go on "
                 "with the same, or train into another --save_model_path"
             )
+    check_same(place, state.get("tower", {}), wanted["tower"])
+    return state
+
+
+def _form(place: Path, state: dict[str, Any], world: World) -> Path:
+    """Return the folder that this number of ranks can load; every byte of it is read, as of the checkpoint itself."""
+    written, stage = state["world_size"], state["zero_stage"]
+    if written == world.size:
+        return place
+    sizes = f"{place} was written by {written} rank(s), this run has {world.size}"
+    if stage not in CONVERTIBLE:
+        raise UserError(f"--resume auto: {sizes}; under ZeRO stage {stage} that cannot change: use {written}")
+    folder = place / UNIVERSAL
+    wrong = everyone(list(faults(folder, world.rank, world.size)), world)
+    if not wrong:
+        return folder
+    there = from_rank_zero(folder.exists, world)
+    damage = f", and its universal form is damaged ({wrong[0]})" if there else ""
+    raise UserError(
+        f"--resume auto: {sizes}{damage}; `mirage-ds checkpoint convert {place}` makes it loadable by any number of "
+        f"ranks, or use {written}"
+    )
+
+
+def newest_whole(folder: Path) -> Found | None:
+    """Return the newest checkpoint whose bytes are all as they were written; None where there is no checkpoint.
+
+    For one process. Like find_checkpoint it begins with the one that `latest` names.
+
+    Raises:
+        UserError: there are checkpoints and none is whole.
+    """
+    passed_over: list[str] = []
+    for place in _candidates(folder):
+        wrong = next(faults(place), None)
+        if wrong is None:
+            return Found(place, passed_over, place)
+        passed_over.append(f"{place} is damaged: {wrong}")
+    if passed_over:
+        raise UserError(f"no checkpoint in {folder} is whole ({'; '.join(passed_over)}); restore one")
+    return None
 
 
 def check_whole(checkpoint: Path) -> None:
@@ -199,9 +264,10 @@ def check_whole(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint} is damaged: {wrong}; take an older one")
 
 
-def load_checkpoint(engine: Any, found: Path) -> dict[str, Any]:
+def load_checkpoint(engine: Any, found: Found) -> dict[str, Any]:
     """Load weights, optimizer and schedule; return the state that was saved with them. All ranks call it."""
-    place, state = engine.load_checkpoint(str(found.parent), tag=found.name)
+    with own_groups_and_steps(engine) if found.universal else nullcontext():
+        place, _ = engine.load_checkpoint(str(found.form.parent), tag=found.form.name)
     if place is None:
-        raise UserError(f"{found}: DeepSpeed could not load it; name an older one in {found.parent}/latest")
-    return dict(state)
+        raise UserError(f"{found.place}: DeepSpeed could not load it; name an older one in {found.place.parent}/latest")
+    return read_state(found.place)

@@ -1,7 +1,7 @@
 """The only place that touches what DeepSpeed and torch do not promise.
 
 tests/unit/test_private.py notices when it changes; for what happens in a save and in a step,
-tests/dist/test_reliability.py does.
+tests/dist/test_reliability.py does, for a load on another number of ranks tests/dist/test_world_size.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from mirage_ds.files import sync
 
@@ -90,3 +92,66 @@ def skip_steps_that_are_not_finite(engine: Any) -> None:
     """
     if hasattr(engine.optimizer, "check_grad_overflow"):
         engine.optimizer.check_grad_overflow = True
+
+
+@contextmanager
+def own_groups_and_steps(engine: Any) -> Iterator[None]:
+    """Mend at its end what DeepSpeed's loader of a universal checkpoint does to AdamW under ZeRO-3 while it lasts.
+
+    It gives every parameter group the settings of the first one, so that norms and biases begin to decay; and all
+    sub-groups one and the same tensor that counts the steps, which torch's AdamW then raises once for each of them in
+    every step. The learning rate is the same in all groups and stays as loaded.
+    """
+    optimizer = engine.optimizer.optimizer
+    groups = optimizer.param_groups
+    own = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in groups]
+    yield
+    for group, settings in zip(groups, own, strict=True):
+        group.update(settings)
+    for state in optimizer.state.values():
+        # DeepSpeed's own Adam counts with an int.
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
+def shards_into_tensors(source: Path, target: Path, workers: int) -> None:
+    """Turn ZeRO's shards into one file a parameter and state: DeepSpeed's universal form.
+
+    Args:
+        source: a folder with the shards and nothing else. `target`: an empty folder. DeepSpeed reads their paths as
+            patterns, so they must have letters, digits, `_`, `-` and `/` only.
+        workers: processes at a time; each holds the whole shard of a rank.
+    """
+    from argparse import Namespace
+
+    from deepspeed.checkpoint import ds_to_universal
+
+    # It writes `latest_universal` beside `target`.
+    ds_to_universal.main(
+        Namespace(
+            input_folder=str(source),
+            output_folder=str(target),
+            num_extract_workers=workers,
+            num_merge_workers=workers,
+            keep_temp_folder=False,
+            strict=True,
+            # ZeRO-1 and 2 write what it looks for only where tensor parallelism is on.
+            inject_missing_state=True,
+        )
+    )
+    state = target / "zero" / "optimizer_state.pt"
+    # Of ZeRO-3 it copies rank 0's shard whole, which every rank would read: 12 bytes an element, over the ranks.
+    small = target / "zero" / ".optimizer_state.pt"
+    torch.save(_without_arrays(torch.load(state, map_location="cpu", weights_only=False)), small)
+    small.replace(state)
+
+
+def _without_arrays(value: Any) -> Any:
+    """Empty every tensor of more than one element; the steps that AdamW counts are tensors of one."""
+    if isinstance(value, torch.Tensor):
+        return value if value.numel() == 1 else value.new_empty(0)
+    if isinstance(value, dict):
+        return {key: _without_arrays(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_arrays(one) for one in value]
+    return value

@@ -202,7 +202,6 @@ def test_half_a_last_line_in_the_log_is_dropped(whole: Path, stopped) -> None:
 @pytest.mark.parametrize(
     ("written", "settings", "sentence"),
     [
-        ({"world_size": 4}, {}, "number of ranks 4, this run has 2"),
         ({"zero_stage": 2}, {}, "ZeRO stage of --deepspeed 2, this run has 3"),
         ({}, {"stage": "sft"}, "--stage stage2, this run has sft"),
         ({}, {"latent_size": 3}, "--latent_size 2, this run has 3"),

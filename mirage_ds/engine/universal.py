@@ -1,0 +1,229 @@
+"""The universal form of a checkpoint: one file a parameter and state, which any number of ranks can load.
+
+    checkpoints/global_step<N>/universal/            made by `mirage-ds checkpoint convert`, with its own manifest
+    checkpoints/global_step<N>/.universal.partial/   being made, or left by a conversion that was killed
+
+It lies inside its checkpoint, so that retention deletes both together. DeepSpeed does the conversion; it sees only
+files whose hashes are the manifest's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mirage_ds.engine.checkpoint import (
+    CONVERTIBLE,
+    STATE_FILE,
+    UNIVERSAL,
+    check_whole,
+    checkpoints,
+    newest_whole,
+    read_state,
+)
+from mirage_ds.engine.manifest import MANIFEST, Entry, entry_of, faults, read_manifest, write_manifest
+from mirage_ds.engine.private import shards_into_tensors
+from mirage_ds.errors import UserError
+from mirage_ds.files import sync
+
+Say = Callable[[str], None]
+
+# Where DeepSpeed puts an optimizer that lies on NVMe.
+ON_NVME = "offloaded_tensors"
+
+
+def use_universal(ds_config: dict[str, Any], wanted: bool) -> None:
+    """Tell DeepSpeed, before the engine is made, which form it will load; what the JSON says of it does not count.
+
+    Raises:
+        UserError: the optimizer is to lie on NVMe: DeepSpeed then reads swap files instead.
+    """
+    block = ds_config.get("checkpoint", {})
+    if wanted or block.get("load_universal"):
+        ds_config["checkpoint"] = {**block, "load_universal": wanted}
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if wanted and offload.get("device") == "nvme":
+        raise UserError(
+            "--resume auto: DeepSpeed cannot load a checkpoint of another number of ranks into an optimizer on NVMe; "
+            "use a JSON with the optimizer on the GPU or in RAM (--deepspeed)"
+        )
+
+
+def find(source: Path, say: Say) -> Path:
+    """Return the checkpoint to convert, all its bytes compared with its manifest.
+
+    Args:
+        source: a checkpoint, or a --save_model_path folder, whose newest whole one is taken.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if (source / STATE_FILE).is_file() or (source / MANIFEST).is_file():
+        say(f"comparing the bytes of {source} with its manifest")
+        check_whole(source)
+        return source
+    folder = source / "run" / "checkpoints"
+    if not checkpoints(folder):
+        raise UserError(
+            f"{source}: neither a checkpoint (…/run/checkpoints/global_step<N>) nor a --save_model_path folder with "
+            "one; name one of them"
+        )
+    say(f"comparing the bytes of the newest checkpoint in {folder} with its manifest")
+    found = newest_whole(folder)
+    if found is None:
+        raise UserError(f"{folder} has lost its checkpoints meanwhile; try again")
+    for sentence in found.passed_over:
+        say(sentence)
+    return found.place
+
+
+def convert(source: Path, workers: int = 1, say: Say = print) -> str:
+    """Make the universal form of a checkpoint; return one line that says what there is now.
+
+    Args:
+        source: see `find`.
+        workers: processes at a time; each holds the whole shard of a rank.
+
+    Raises:
+        UserError: no whole checkpoint, one that cannot be converted, or no room; everything is then as it was.
+    """
+    place = find(source, say)
+    target = place / UNIVERSAL
+    state = read_state(place)
+    if target.exists() and next(faults(target), None) is None:
+        return f"{target}: is there already, and whole"
+    files = read_manifest(place) or []
+    _check_convertible(place, int(state.get("zero_stage", 0)))
+    partial = place / f".{UNIVERSAL}.partial"
+    try:
+        # A conversion that was killed has left it; what it holds must not count as used.
+        shutil.rmtree(partial, ignore_errors=True)
+        _check_room(place, files)
+        partial.mkdir()
+        say("converting: first the shard of each rank, then each parameter")
+        _convert(place, files, partial, workers)
+        say("reading it back")
+        written = [file for file in sorted(partial.rglob("*")) if file.is_file()]
+        for file in written:
+            sync(file)
+        write_manifest(partial, [entry_of(partial, file) for file in written])
+        if target.exists():
+            shutil.rmtree(target)
+        partial.replace(target)
+        sync(place)
+    except OSError as error:
+        raise UserError(
+            f"{place} cannot be converted: {error.filename or 'a file'}: {error.strerror or error}"
+        ) from None
+    except BrokenProcessPool:
+        raise UserError(f"{place}: a process of the conversion was killed; take fewer --workers or more RAM") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    return f"{target}: step {state['step']}, written by {state['world_size']} rank(s), {size / 1e9:.3g} GB"
+
+
+def _convert(place: Path, files: list[Entry], partial: Path, workers: int) -> None:
+    # Links, so that DeepSpeed sees files of the manifest alone, and because it reads the paths as patterns.
+    with tempfile.TemporaryDirectory(prefix="mirage_universal_") as scratch:
+        source, target = Path(scratch, "in"), Path(scratch, "out")
+        source.mkdir()
+        for entry in files:
+            (source / entry.name).symlink_to((place / entry.name).resolve())
+        target.symlink_to(partial.resolve(), target_is_directory=True)
+        try:
+            # Its own words and bars are progress, not the command's answer.
+            with redirect_stdout(sys.stderr):
+                shards_into_tensors(source, target, workers)
+        except RuntimeError as error:
+            # So torch's zip writer reports a full disk.
+            if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+                raise
+            raise OSError(None, str(error).splitlines()[0], str(partial)) from None
+
+
+def _check_convertible(place: Path, zero_stage: int) -> None:
+    if zero_stage not in CONVERTIBLE:
+        raise UserError(f"{place}: ZeRO stage {zero_stage} cannot be converted; checkpoints of stages 1, 2 and 3 can")
+    if (place / ON_NVME).exists():
+        raise UserError(f"{place}: its optimizer lies on NVMe, which DeepSpeed cannot convert; use the same ranks")
+
+
+def needed_bytes(files: list[Entry]) -> int:
+    """Return the room that a conversion takes at its largest.
+
+    Fragments of every shard, then each parameter whole: twice the optimizer shards (12 bytes an element: weights and
+    both moments in float32). Rank 0's shard once more, before it is emptied. Copies of the other files, and in float32
+    what those hold in bfloat16. A twentieth for the heads of the many files.
+    """
+    shards = [entry.size for entry in files if "optim_states" in entry.name]
+    others = sum(entry.size for entry in files) - sum(shards)
+    return (2 * sum(shards) + max(shards, default=0) + 3 * others) * 21 // 20
+
+
+def _check_room(place: Path, files: list[Entry]) -> None:
+    needed, free = needed_bytes(files), shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{place}: a conversion needs {needed / 1e9:.3g} GB beside it (about half of that stays), "
+            f"{free / 1e9:.3g} GB are free; make room, or copy the checkpoint to a larger disk and convert it there"
+        )
+
+
+class Listed(NamedTuple):
+    """One checkpoint of a run, as `mirage-ds checkpoint list` shows it.
+
+    Attributes:
+        wrong: what is wrong with it, None where it is whole; universal: of its universal form, the same, "" if none.
+    """
+
+    step: int
+    ranks: int | None
+    size: int
+    wrong: str | None
+    universal: str | None
+
+
+def listed(source: Path, hashes: bool) -> list[Listed]:
+    """List the checkpoints of a --save_model_path folder, oldest first.
+
+    Args:
+        hashes: read every byte; False compares sizes alone.
+
+    Raises:
+        UserError: it has none.
+    """
+    found = checkpoints(source / "run" / "checkpoints")
+    if not found:
+        raise UserError(
+            f"{source}: has no checkpoints (run/checkpoints/global_step<N>); name a --save_model_path folder"
+        )
+    lines = []
+    for place in found:
+        wrong = next(faults(place, hashes=hashes), None)
+        form = place / UNIVERSAL
+        universal = next(faults(form, hashes=hashes), None) if form.exists() else ""
+        size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        ranks = None if wrong else read_state(place).get("world_size")
+        lines.append(Listed(int(place.name.removeprefix("global_step")), ranks, size, wrong, universal))
+    return lines
+
+
+def print_list(lines: list[Listed]) -> None:
+    """Print the checkpoints of a run as a table."""
+    table = Table("step", "ranks", "GB", "whole", "universal", box=box.SIMPLE)
+    for one in lines:
+        whole = "yes" if one.wrong is None else f"no: {one.wrong}"
+        universal = {None: "yes", "": "no"}.get(one.universal, f"no: {one.universal}")
+        table.add_row(str(one.step), str(one.ranks or "?"), f"{one.size / 1e9:.3g}", whole, universal)
+    Console().print(table)
