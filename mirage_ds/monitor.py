@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -54,7 +55,7 @@ class Monitor:
     """
 
     def __init__(
-        self, folder: Path, steps: int, report_to: list[str], log_file: Path | None, active: bool, start: int = 0
+        self, folder: Path, steps: int, report_to: Sequence[str], log_file: Path | None, active: bool, start: int = 0
     ):
         self.active = active
         self.folder = folder

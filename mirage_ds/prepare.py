@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,7 +29,9 @@ from mirage_ds.engine.checkpoint import Found, find_checkpoint, load_checkpoint
 from mirage_ds.engine.compiled import say_waits
 from mirage_ds.engine.export import Parts, save_model
 from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
+from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.setup import World, check_ds_config, from_rank_zero, make_engine
+from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
@@ -38,6 +41,7 @@ from mirage_ds.model.load import (
     Loaded,
     check_vocabulary,
     check_weights,
+    expected_shapes,
     load_model,
     load_tower,
     read_config,
@@ -45,7 +49,7 @@ from mirage_ds.model.load import (
 )
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.scale import two_layers
+from mirage_ds.scale import sizes, two_layers
 from mirage_ds.startup import quiet
 from mirage_ds.stop import never
 
@@ -71,6 +75,7 @@ class Prepared(NamedTuple):
         checkpoint: the checkpoint that the engine continues from, if any; resumed: the state saved with it.
         evaluation: the evaluation records, if any.
         skipped: (file, fault) of each record that is left out.
+        swap: this rank's hold on the run's folders on NVMe, to be released at the end.
     """
 
     world: World
@@ -85,6 +90,7 @@ class Prepared(NamedTuple):
     resumed: dict[str, Any]
     evaluation: Evaluation | None
     skipped: list[tuple[Path, Fault]]
+    swap: Swap
 
 
 @dataclass(frozen=True)
@@ -230,6 +236,14 @@ def make_evaluation(config: RunConfig, loader: Loader, index: Index) -> Evaluati
     return Evaluation(loader, [rows[at : at + width] for at in range(0, len(rows), width)], counts)
 
 
+def optimizer_groups(folder: Path, train_vision: bool) -> list[list[int]]:
+    """Elements of the trained parameters of each optimizer group (setup.weight_decay_groups), from config.json."""
+    named = sorted(expected_shapes(read_config(folder)).items(), key=lambda item: item[0].startswith("visual."))
+    trained = [shape for name, shape in named if train_vision or not name.startswith("visual.")]
+    matrices = [math.prod(shape) for shape in trained if len(shape) > 1]
+    return [matrices, [math.prod(shape) for shape in trained if len(shape) <= 1]]
+
+
 def make_model(
     config: RunConfig, folder: Path, ds_values: dict[str, Any], device: torch.device, tower: FrozenTower | None
 ) -> Loaded:
@@ -273,7 +287,8 @@ def prepare(
     check_ds_config(ds_values, json_path)
     choose_backend(config.attention, world.device)
     folders = _model_folders(config, world)
-    ds.fill_limits(ds_values, two_layers(read_config(folders[0]).to_dict()["text_config"]))
+    shape = read_config(folders[0]).to_dict()
+    ds.fill_limits(ds_values, two_layers(shape["text_config"]))
     encoder = make_encoder(config, folders)
     limits, share = (config.max_length, config.max_dropped_share), config.tolerated_share
     files = [config.data_path] + ([config.eval_data_path] if config.eval_data_path else [])
@@ -285,6 +300,10 @@ def prepare(
     # All that can refuse the run comes before its folder is claimed: a refused run must not stand in the way of the
     # mended one.
     from_rank_zero(lambda: check_weights(folders[0], read_config(folders[0])), world)
+    check_offload(
+        *(ds_values, json_path, optimizer_groups(folders[0], config.train_vision), sizes(shape).matrices, world),
+        checkpoints=config.save_every is not None or config.resume == "auto",
+    )
     begin("vision tower")
     tower = None
     if not config.train_vision:
@@ -336,6 +355,8 @@ def prepare(
         run_folder.note(own_folder, "load begins")
         if config.skip_bad_records:
             write_atomically(own_folder / SKIPPED_FILE, skipped_lines(skipped))
+    # In run/ stands the JSON as given: another start has other folders.
+    ds_values, swap = claim_folders(ds_values, world)
     begin("model")
     loaded = make_model(config, folders[0], ds_values, world.device, tower)
     # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
@@ -367,5 +388,6 @@ def prepare(
         )
 
     return Prepared(
-        *(world, engine, loaded.tower, loader, index, steps, save, state, checkpoint, resumed, evaluation, skipped)
+        *(world, engine, loaded.tower, loader, index, steps, save, state, checkpoint, resumed, evaluation, skipped),
+        swap=swap,
     )

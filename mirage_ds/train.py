@@ -83,7 +83,8 @@ def run(config: RunConfig) -> None:
     start.begin("process group")
     world = join()
     try:
-        train(config, prepare(config, world, stop.asked, start.begin), world, stop.asked, where, start)
+        with (prepared := prepare(config, world, stop.asked, start.begin)).swap:
+            train(config, prepared, world, stop.asked, where, start)
     finally:
         # Not before every rank has written its part: a launcher ends the others once one has left.
         if isinstance(sys.exc_info()[1], Stopped | None):
@@ -111,10 +112,9 @@ def train(
         UserError: too many steps in a row were not finite, or the model cannot be written.
     """
     own_folder = config.save_model_path / "run"
-    report_to: list[str] = list(config.report_to)
     where.folder(own_folder)
     start = int(prepared.resumed.get("step", 0))
-    with Monitor(own_folder, prepared.steps, report_to, config.log_file, world.rank == 0, start) as monitor:
+    with Monitor(own_folder, prepared.steps, config.report_to, config.log_file, world.rank == 0, start) as monitor:
         for line in opening_lines(config, prepared):
             monitor.say(line)
         monitor.note("load ends", start)

@@ -14,12 +14,10 @@ def needed(values: Mapping[str, Any]) -> list[str]:
     zero = values.get("zero_optimization", {})
     devices = {name: (zero.get(f"offload_{name}") or {}).get("device", "none") for name in ("optimizer", "param")}
     names = []
-    if devices["optimizer"] != "none":
-        names.append("cpu_adam")
-    elif not values["optimizer"]["params"].get("torch_adam", True):
-        names.append("fused_adam")
+    if not values["optimizer"]["params"].get("torch_adam", True):
+        names.append("fused_adam" if devices["optimizer"] == "none" else "cpu_adam")
     if "nvme" in devices.values():
-        names.append("async_io")
+        names += ["pin_memory", "async_io"]
     return names
 
 

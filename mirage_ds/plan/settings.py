@@ -85,11 +85,6 @@ def read_settings(values: Mapping[str, Any], path: Path, text: Mapping[str, Any]
         raise UserError(f"{path}: 'offload_param' needs ZeRO-3, and the stage is {stage}; remove it or write 3")
     if stage == 0 and (compute != accumulated or optimizer["device"] != "none"):
         raise UserError(f"{path}: ZeRO-0 knows neither sums of another dtype nor offload; write stage 1, 2 or 3")
-    if low_master and not low_moments and optimizer["device"] == "none":
-        raise UserError(
-            f"{path}: 'bf16_master_weights_and_grads' without 'bf16_optimizer_states' needs an offloaded optimizer; "
-            "write both or none"
-        )
     live, reuse = (
         two_layers(text) if zero.get(name) == "auto" else _number(zero, name, 10**9, path) for name in LIMITS
     )

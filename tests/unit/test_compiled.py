@@ -21,8 +21,9 @@ def config(torch_adam: bool = True, **zero: Any) -> dict[str, Any]:
         (config(), []),
         (config(torch_adam=False), ["fused_adam"]),
         (config(torch_adam=False, offload_optimizer={"device": "cpu"}), ["cpu_adam"]),
-        (config(offload_optimizer={"device": "nvme"}), ["cpu_adam", "async_io"]),
-        (config(offload_param={"device": "nvme"}), ["async_io"]),
+        (config(offload_optimizer={"device": "cpu"}), []),
+        (config(torch_adam=False, offload_optimizer={"device": "nvme"}), ["cpu_adam", "pin_memory", "async_io"]),
+        (config(offload_param={"device": "nvme"}), ["pin_memory", "async_io"]),
         (config(offload_param=None, offload_optimizer={"device": "none"}), []),
     ],
 )
@@ -32,7 +33,7 @@ def test_what_is_needed(values: dict[str, Any], names: list[str]) -> None:
 
 @pytest.mark.parametrize("below", ["", "py311_cpu"])
 def test_a_missing_extension_a_lock_and_a_finished_one(below: str, tmp_path: Path) -> None:
-    values = config(offload_optimizer={"device": "cpu"})
+    values = config(torch_adam=False, offload_optimizer={"device": "cpu"})
     (line,) = waits(values, tmp_path, "node1")
     assert line.startswith(f"node1: compiles DeepSpeed's cpu_adam into {tmp_path} first")
     place = tmp_path / below / "cpu_adam"

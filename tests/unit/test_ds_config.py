@@ -94,7 +94,8 @@ def test_every_shipped_json_resolves_to_what_deepspeed_then_reads(path: Path) ->
     assert made.optimizer_name == "adamw"
     params = dict(made.optimizer_params)
     offloaded = made.zero_config.offload_optimizer is not None and made.zero_config.offload_optimizer.device != "none"
-    assert params.pop("torch_adam") is not offloaded
+    # The twins avoid a compiler.
+    assert params.pop("torch_adam") is (not offloaded or "_cpu" in path.name)
     assert params == {"lr": 3e-4, "betas": [0.8, 0.97], "eps": 1e-6, "weight_decay": 0.2}
     assert made.scheduler_name is None
     assert made.zero_optimization_stage == zero_stage(values)

@@ -259,7 +259,7 @@ def test_auto_is_what_the_run_fills(tmp_path: Path) -> None:
         ({"data_types": {"grad_accum_dtype": "fp64"}}, "grad_accum_dtype' is 'fp64'"),
         (
             {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}, "zero_optimization": {"stage": 3}},
-            "needs an offloaded optimizer",
+            "needs 'offload_optimizer'",
         ),
     ],
 )
