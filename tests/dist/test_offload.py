@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 
 from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
+from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.offload_bytes import files_of, memory_of, read_keys
 from mirage_ds.engine.swap_folders import claim_folders
@@ -63,10 +66,11 @@ def wide(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def _train(world: Any, settings: dict[str, Any], checked: bool) -> dict[str, Any]:
     """Train through prepare and step; losses, and what this rank holds of offloaded things."""
     config = RunConfig(**settings)
-    prepared = prepare(config, world)
+    with nullcontext() if checked else mock.patch("mirage_ds.prepare.check_offload"):
+        prepared = prepare(config, world)
     losses = []
     for plan, batches in prepared.loader.steps(0, prepared.steps):
         taken = steps.step(config, prepared, plan, batches)
@@ -88,7 +92,11 @@ def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
     found["weights"] = sum(size for name, size in sizes.items() if "_param" in name)
     found["states"] = sum(size for name, size in sizes.items() if "_param" not in name and "_gradient_" not in name)
     found["gradients"] = sum(size for name, size in sizes.items() if "_gradient_" in name)
+    found["checkpoint"] = save_checkpoint(
+        prepared.engine, config.save_model_path / "checkpoints", {"step": 3}, 1, world
+    )
     prepared.engine.destroy()
+    prepared.swap.release()
     return found
 
 
@@ -113,14 +121,15 @@ class Runs:
         path.write_text(json.dumps(values))
         return path
 
-    def run(self, name: str, torch_adam: bool | None = None, **zero: Any) -> list[dict[str, Any]]:
+    def run(self, name: str, torch_adam: bool | None = None, checked: bool = True, **zero: Any) -> list[dict[str, Any]]:
         if name not in self.made:
             place = self.scratch / name
             settings = BASE | dict(
                 model=str(self.folder), data_path=self.data, save_model_path=place / "out", cache_dir=place / "cache",
-                feature_dir=self.scratch / "features", deepspeed=self.json(name, torch_adam, **zero),
+                feature_dir=self.scratch / "features", save_every=zero.pop("save_every", None),
+                deepspeed=self.json(name, torch_adam, **zero),
             )  # fmt: skip
-            self.made[name] = self.group.run(_train, settings, timeout_s=240)
+            self.made[name] = self.group.run(_train, settings, checked, timeout_s=240)
         return self.made[name]
 
     def losses(self) -> list[float]:
@@ -158,6 +167,7 @@ def test_losses_of_cpu_offload(runs: Runs, name: str, zero: dict[str, Any], torc
         assert found["losses"] == pytest.approx(runs.losses(), rel=FP32)
         assert found["adam"] == adam
         assert found["locked"] == 0
+        assert found["checkpoint"].is_dir()
 
 
 @pytest.mark.parametrize("torch_adam", [None, True])
@@ -175,6 +185,11 @@ def test_nvme_losses_files_and_memory(runs: Runs, torch_adam: bool | None) -> No
         assert (files.states, files.gradients) == (found["states"], found["gradients"])
         assert memory.locked == found["locked"]
         assert memory.total == found["locked"] + found["sums"]
+        # One that could not be restored is not written.
+        assert found["checkpoint"] == "DeepSpeed cannot restore one whose states or parameters are on NVMe"
+    assert not list((runs.scratch / name / "disk").glob("mirage_ds-*"))
+    with pytest.raises(GroupFailure, match="cannot restore a checkpoint of a run"):
+        runs.run(f"{name}_saving", torch_adam, save_every=1, **zero)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +212,7 @@ def test_deepspeed_still_dies_of_what_is_refused(runs: Runs, name: str, changed:
     # A layer's three swapped matrices stay: four buffers are the least, three too few.
     zero["offload_param"]["buffer_count"] = 3 if name == "few" else 9
     with pytest.raises(GroupFailure, match=words):
-        runs.run(name, **zero, **changed)
+        runs.run(name, checked=False, **zero, **changed)
 
 
 # ----------------------------------------------------------------------------------------------------- on all ranks
