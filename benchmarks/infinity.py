@@ -7,6 +7,9 @@ engine and step. Weights are drawn inside zero.Init, parameter by parameter, so 
 model is never whole in memory; the frozen tower is drawn whole, encodes the images once and is dropped, as kept
 features are for. Where disk or memory are too small for the depth that is asked for, the largest that fits is trained.
 
+`--dtype fp32` is for processors without bf16 instructions, on which a bf16 product takes hundreds of times as long; it
+takes more disk (4 bytes a weight) and far more memory (sums and whole gradients of 4 bytes), so that fewer layers fit.
+
 V vocabulary, H hidden; Ψ elements of the text model, E of its embedding.
 """
 
@@ -18,6 +21,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -34,7 +38,7 @@ from rich.console import Console
 
 from benchmarks.scaling import Grid
 from mirage_ds.model.presets import PRESETS, preset
-from mirage_ds.scale import BF16, Sizes, sizes
+from mirage_ds.scale import Sizes, sizes
 
 SAMPLE = Path(__file__).parents[1] / "data/sample.jsonl"
 RESULTS = Path(__file__).parent / "results"
@@ -43,6 +47,8 @@ STEPS = 2
 SUB_GROUP, BUCKET = 250_000_000, 50_000_000
 # The least that DeepSpeed runs with: one more weight than the one in use, AdamW's three states and the gradient.
 WEIGHT_BUFFERS, STATE_BUFFERS = 2, 4
+# Bytes of a weight in the forward, and of its gradient.
+WIDTHS = {"bf16": 2, "fp32": 4}
 # Left free on the disk: features, tokenizer, logs. Of memory: interpreter, libraries, logits and the allocator's gaps
 # (1.1 GB above what `needs` counts for bench-87m).
 SPARE_DISK, SPARE_MEMORY = 1 << 30, 5 << 29
@@ -61,12 +67,12 @@ def groups_of(model: Sizes) -> list[list[int]]:
     return [[outside[0], *model.matrices * model.layers, *outside[1:]], [*model.layers * [model.vectors], model.norm]]
 
 
-def ds_json(folder: str, model: Sizes) -> dict[str, Any]:
+def ds_json(folder: str, model: Sizes, dtype: str) -> dict[str, Any]:
     """Write the DeepSpeed JSON: everything on NVMe, nothing read ahead, nothing kept."""
     return {
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": dtype == "bf16"},
         # One micro-step a step: nothing is accumulated, so bf16 loses nothing and saves 2 Ψ bytes of memory.
-        "data_types": {"grad_accum_dtype": "bf16"},
+        "data_types": {"grad_accum_dtype": dtype},
         "zero_optimization": {
             "stage": 3,
             "overlap_comm": False,
@@ -102,26 +108,27 @@ def ds_json(folder: str, model: Sizes) -> dict[str, Any]:
     }
 
 
-def needs(model: Sizes) -> Needs:
+def needs(model: Sizes, dtype: str) -> Needs:
     """Count what training a model takes at its peak, on one rank.
 
-    Disk: 12 B of states, 4 B of gradient and 2 B of weight an element. Memory: what offloading itself takes
-    (engine.offload.memory_of: buffers, and 2 Ψ bytes of accumulated gradients); while backward runs 2 Ψ bytes of whole
-    gradients, since in stage2 a weight's gradient is whole only when backward has come to the first pass; the whole
-    embedding and its gradient (bf16), and that gradient in fp32 on its way to the disk. The tower is dropped before.
+    Disk: 12 B of states, 4 B of gradient and b B of weight an element, b = 2 in bf16 and 4 in fp32. Memory: what
+    offloading itself takes (engine.offload_bytes.memory_of: buffers, and b Ψ bytes of accumulated gradients); while
+    backward runs b Ψ bytes of whole gradients, since in stage2 a weight's gradient is whole only when backward has come
+    to the first pass; the whole embedding and its gradient, and that gradient in fp32 on its way to the disk. The tower
+    is dropped before.
     """
     from mirage_ds.engine.offload_bytes import files_of, memory_of, read_keys
 
-    keys = read_keys(ds_json("/", model))
+    keys, width = read_keys(ds_json("/", model, dtype)), WIDTHS[dtype]
     files = files_of(keys, groups_of(model), 1)
-    training = memory_of(keys, groups_of(model), 1).total + BF16 * model.text + (2 * BF16 + 4) * model.embedding
-    return Needs(files.weights + files.optimizer + SPARE_DISK, max(training, BF16 * model.vision) + SPARE_MEMORY)
+    training = memory_of(keys, groups_of(model), 1).total + width * model.text + (2 * width + 4) * model.embedding
+    return Needs(files.weights + files.optimizer + SPARE_DISK, max(training, width * model.vision) + SPARE_MEMORY)
 
 
-def deepest(model: Sizes, wanted: int, have: Needs) -> int:
+def deepest(model: Sizes, wanted: int, have: Needs, dtype: str) -> int:
     """Return the largest depth up to `wanted` whose needs are within `have`; 0 where not even one layer fits."""
     for depth in range(wanted, 0, -1):
-        one = needs(model._replace(layers=depth))
+        one = needs(model._replace(layers=depth), dtype)
         if one.disk <= have.disk and one.memory <= have.memory:
             return depth
     return 0
@@ -234,8 +241,8 @@ def draw_model(folder: Path, values: dict[str, Any], chunk_bytes: int) -> Any:
     )
 
 
-def draw_tower(folder: Path) -> Any:
-    """Draw the frozen tower in bf16."""
+def draw_tower(folder: Path, dtype: Any) -> Any:
+    """Draw the frozen tower."""
     import torch
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
@@ -245,7 +252,7 @@ def draw_tower(folder: Path) -> Any:
     vision: Any = read_config(folder).vision_config
     vision._attn_implementation = "sdpa"
     torch.manual_seed(1)
-    return FrozenTower(Qwen2_5_VisionTransformerPretrainedModel._from_config(vision, dtype=torch.bfloat16))
+    return FrozenTower(Qwen2_5_VisionTransformerPretrainedModel._from_config(vision, dtype=dtype))
 
 
 def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
@@ -274,7 +281,7 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
     check_offload(values, json_path, groups_of(model_sizes), model_sizes.matrices, world, checkpoints=False)
     values, swap = claim_folders(values, world)
     clock.cut("imports, checks")
-    tower = draw_tower(model_folder)
+    tower = draw_tower(model_folder, getattr(torch, ds.compute_dtype(values)))
     encoder = prepare.make_encoder(config, [model_folder])
     index = build_index(config.data_path, encoder, config.max_length, config.max_dropped_share, config.kept_fields)
     measured = prepare.measure(config, encoder, tower, config.data_path, index, False, world, never, quiet)
@@ -322,7 +329,7 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------- around the process
 
 
-def make_inputs(place: Path, name: str, depth: int, swap: Path) -> Sizes:
+def make_inputs(place: Path, name: str, depth: int, swap: Path, dtype: str) -> Sizes:
     """Write the model's configuration at `depth`, a tokenizer trained on the sample, and the DeepSpeed JSON."""
     from mirage_ds.init import init_model
 
@@ -335,7 +342,7 @@ def make_inputs(place: Path, name: str, depth: int, swap: Path) -> Sizes:
         text["layer_types"] = text["layer_types"][:depth]
     (folder / "config.json").write_text(json.dumps(values, indent=1))
     model = sizes(values)
-    (place / "ds.json").write_text(json.dumps(ds_json(str(swap), model), indent=1))
+    (place / "ds.json").write_text(json.dumps(ds_json(str(swap), model, dtype), indent=1))
     return model
 
 
@@ -366,6 +373,7 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
 @click.command()
 @click.option("--model", "name", default="qwen2.5-vl-3b", show_default=True, type=click.Choice(list(PRESETS)))
 @click.option("--depth", type=click.IntRange(1), help="Decoder layers.  [default: all]")
+@click.option("--dtype", default="bf16", show_default=True, type=click.Choice(list(WIDTHS)), help="Of the forward.")
 @click.option("--folder", default="runs/infinity", show_default=True, type=click.Path(path_type=Path), help="On NVMe.")
 @click.option("--latent_size", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--rows", default=2, show_default=True, type=click.IntRange(1), help="Rows an optimizer step.")
@@ -374,7 +382,14 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     "--out", type=click.Path(path_type=Path), help="JSON file.  [default: benchmarks/results/infinity-<date>]"
 )
 def main(
-    name: str, depth: int | None, folder: Path, latent_size: int, rows: int, threads: int, out: Path | None
+    name: str,
+    depth: int | None,
+    dtype: str,
+    folder: Path,
+    latent_size: int,
+    rows: int,
+    threads: int,
+    out: Path | None,
 ) -> None:
     """Train two steps of stage2 out of a disk, and say what it took."""
     console = Console(highlight=False, width=140)
@@ -387,14 +402,14 @@ def main(
 
     have = Needs(shutil.disk_usage(folder).free, memory_to_be_had())
     wanted = depth or model.layers
-    chosen = deepest(model, wanted, have)
+    chosen = deepest(model, wanted, have, dtype)
     said = f"{have.disk / 1e9:.1f} GB of disk are free in {folder} and {have.memory / 1e9:.1f} GB of memory"
-    least = needs(model._replace(layers=chosen or 1))
+    least = needs(model._replace(layers=chosen or 1), dtype)
     if not chosen:
         console.print(f"{said}; one layer of {name} takes {least.disk / 1e9:.1f} and {least.memory / 1e9:.1f}")
         sys.exit(2)
     if chosen < wanted:
-        asked = needs(model._replace(layers=wanted))
+        asked = needs(model._replace(layers=wanted), dtype)
         console.print(
             f"{said}; {wanted} layers take {asked.disk / 1e9:.1f} and {asked.memory / 1e9:.1f}: "
             f"stepping down to {chosen}"
@@ -412,7 +427,7 @@ def main(
         place = Path(scratch)
         swap = place / "swap"
         swap.mkdir()
-        used_model = make_inputs(place, name, chosen, swap)
+        used_model = make_inputs(place, name, chosen, swap, dtype)
         settings = dict(
             model=str(place / "model"), stage="stage2", latent_size=latent_size, data_path=SAMPLE,
             save_model_path=place / "out", cache_dir=place / "cache", global_batch_size=rows, max_steps=STEPS,
@@ -437,12 +452,15 @@ def main(
     if found is None:
         sys.exit(f"the training process ended with exit code {process.exitcode}")
     phases, steps, torch_version = found
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, cwd=SAMPLE.parent, capture_output=True, text=True, check=True)
     result = {
         "date": time.strftime("%Y-%m-%d"), "model": name, "depth": chosen, "full_depth": model.layers,
         "elements": used_model.text, "latent_size": latent_size, "threads": threads, "torch": torch_version,
         "memory": psutil.virtual_memory().total, "peak_memory": watch.memory, "peak_disk": watch.disk,
         "computed_memory": least.memory, "computed_disk": least.disk, "phases": phases, "steps": steps,
-        "ds_config": ds_json("…", used_model),
+        "ds_config": ds_json("…", used_model, dtype),
+        "dtype": dtype, "commit": commit.stdout.strip(),
     }  # fmt: skip
     out = out or RESULTS / f"infinity-{result['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,26 +23,28 @@ def model() -> Sizes:
     return sizes(preset("qwen2.5-vl-3b"))
 
 
-def test_the_3b_by_hand(model: Sizes) -> None:
+@pytest.mark.parametrize(("dtype", "b"), [("bf16", 2), ("fp32", 4)])
+def test_the_3b_by_hand(model: Sizes, dtype: str, b: int) -> None:
     assert model.layer + model.vectors == LAYER
     assert model.text == 36 * LAYER + EMBEDDING + 2048
     assert [sum(group) for group in groups_of(model)] == [model.layers * model.layer + EMBEDDING, 36 * 6656 + 2048]
-    wanted = needs(model)
-    # 18 B an element on the disk; vectors stay in memory, and rounding to whole units is below a megabyte.
-    assert wanted.disk - SPARE_DISK == pytest.approx(18 * model.text, rel=1e-3)
-    # 2 buffers of the embedding in bf16, its copy to write from, 4 buffers in fp32; 2 B of sums and 2 B of gradients
-    # an element; the embedding whole, its gradient, and that in fp32.
-    assert wanted.memory - SPARE_MEMORY == pytest.approx((2 * 2 + 2 + 4 * 4 + 8) * EMBEDDING + 4 * model.text, rel=1e-3)
+    wanted = needs(model, dtype)
+    # 16 + b bytes an element on the disk; vectors stay in memory, and rounding to whole units is below a megabyte.
+    assert wanted.disk - SPARE_DISK == pytest.approx((16 + b) * model.text, rel=1e-3)
+    # 2 buffers of the embedding, its copy to write from, 4 buffers in fp32; b bytes of sums and b of gradients an
+    # element; the embedding whole, its gradient, and that in fp32.
+    held = (3 * b + 4 * 4 + 2 * b + 4) * EMBEDDING + 2 * b * model.text
+    assert wanted.memory - SPARE_MEMORY == pytest.approx(held, rel=1e-3)
 
 
 def test_the_depth_that_fits(model: Sizes) -> None:
     for depth in (1, 20, 36):
-        just = needs(model._replace(layers=depth))
-        assert deepest(model, 36, just) == depth
-        assert deepest(model, 36, PLENTY._replace(disk=just.disk)) == depth
-        assert deepest(model, 36, PLENTY._replace(disk=just.disk - 1)) == depth - 1
-        assert deepest(model, 36, PLENTY._replace(memory=just.memory - 1)) == depth - 1
-    assert deepest(model, 5, PLENTY) == 5
+        just = needs(model._replace(layers=depth), "bf16")
+        assert deepest(model, 36, just, "bf16") == depth
+        assert deepest(model, 36, PLENTY._replace(disk=just.disk), "bf16") == depth
+        assert deepest(model, 36, PLENTY._replace(disk=just.disk - 1), "bf16") == depth - 1
+        assert deepest(model, 36, PLENTY._replace(memory=just.memory - 1), "bf16") == depth - 1
+    assert deepest(model, 5, PLENTY, "bf16") == 5
 
 
 def test_used_counts_blocks_on_the_disk(tmp_path: Path) -> None:
@@ -56,10 +58,11 @@ def test_used_counts_blocks_on_the_disk(tmp_path: Path) -> None:
 def test_json_is_resolvable(model: Sizes, tmp_path: Path) -> None:
     from benchmarks.infinity import ds_json
     from mirage_ds.engine import ds_config
-    from mirage_ds.engine.offload import Disk, Host, faults, read_keys
+    from mirage_ds.engine.offload import Disk, Host, faults
+    from mirage_ds.engine.offload_bytes import read_keys
 
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps(ds_json(str(tmp_path), model)))
+    path.write_text(json.dumps(ds_json(str(tmp_path), model, "bf16")))
     keys = read_keys(ds_config.read_json(path))
     host = Host("here", 1, 10**12, None, None, [Disk(tmp_path, None, 1, 10**12)])
     assert faults(keys, path, groups_of(model), model.matrices, 1, host, checkpoints=False) == []
