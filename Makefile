@@ -28,10 +28,10 @@ demo: install
 # The unit tests by two processes; those of several ranks are two processes each.
 test: install
 	$(ENV) $(BIN)/python -m pytest tests/unit --numprocesses 2
-	$(ENV) $(BIN)/python -m pytest tests/dist
+	$(ENV) $(BIN)/python -m pytest tests/dist -m "not slow"
 
 test-slow: install
-	$(ENV) $(BIN)/python -m pytest tests/slow
+	$(ENV) $(BIN)/python -m pytest tests/slow tests/dist -m slow
 	$(ENV) $(BIN)/python -m pytest tests/cluster -m slow
 
 # Several hosts as namespaces of this machine, with the real launchers; needs root and cluster-packages.
