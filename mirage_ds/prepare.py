@@ -379,6 +379,8 @@ def prepare(
     trained = {"stage": config.stage, "latent_size": config.latent_size}
 
     def save() -> None:
+        # After an evaluation some may be on their way, prefetched for a backward; they could not be gathered anew.
+        engine.empty_partition_cache()
         save_model(
             engine.module,
             loaded.tower.tower if loaded.tower else None,
