@@ -1,7 +1,7 @@
 """The planner: shapes, states at any number of ranks, cost, ranking, the command, and published runs.
 
 Ψ elements of the trained parameters, W ranks. tests/unit/test_plan_activations.py holds the activations,
-tests/dist/test_plan.py the states against a running engine.
+tests/dist/test_planned.py the states against a running engine.
 """
 
 from __future__ import annotations
