@@ -5,8 +5,8 @@ the summed gradients, the master weights, and each moment.
 
 Read in DeepSpeed 0.19.8: zero/stage3.py (`_create_fp16_partitions_with_defragmentation`, `_create_fp32_partitions`,
 `_setup_for_real_optimizer`, `initialize_optimizer_states`), zero/stage_1_and_2.py, bf16_optimizer.py, swap_tensor/.
-tests/dist/test_planned.py compares parameters, gradients, master weights and moments with the engine's own tensors, to the
-byte. Two scalars a parameter group (AdamW's step) are left out.
+tests/dist/test_planned.py compares parameters, gradients, master weights and moments with the engine's own tensors, to
+the byte. Two scalars a parameter group (AdamW's step) are left out.
 """
 
 from __future__ import annotations
