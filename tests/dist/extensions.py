@@ -20,6 +20,12 @@ for name in sys.argv[1:]:
 """
 
 
+def use_folder() -> None:
+    """Let this process and the children that it starts from now on find what has been compiled."""
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(FOLDER))
+    Path(os.environ["TORCH_EXTENSIONS_DIR"]).mkdir(parents=True, exist_ok=True)
+
+
 def compiled(*builders: str) -> None:
     """Compile what is not compiled yet, and let this process and its children use it; skip where that cannot be done.
 
@@ -31,6 +37,5 @@ def compiled(*builders: str) -> None:
     missing = missing_for_swapping() if "AsyncIOBuilder" in builders else None
     if missing:
         pytest.skip(missing)
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(FOLDER))
-    Path(os.environ["TORCH_EXTENSIONS_DIR"]).mkdir(parents=True, exist_ok=True)
+    use_folder()
     subprocess.run([sys.executable, "-c", PROGRAM, *builders], check=True, timeout=TIMEOUT_S, capture_output=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from extensions import compiled
+from extensions import compiled, use_folder
 from group import Group
 
 from mirage_ds import step as steps
@@ -50,6 +50,8 @@ def _train(world: Any, settings: dict[str, Any]) -> list[float]:
 
 @pytest.fixture(scope="module")
 def train(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], list[float]]]:
+    # Before the ranks start.
+    use_folder()
     group, scratch = Group(), tmp_path_factory.mktemp("configs")
     helped = mixed.parent / "helped_configs.jsonl"
     rows = mixed.read_text().splitlines()
