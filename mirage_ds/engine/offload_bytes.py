@@ -116,20 +116,23 @@ def part(elements: int, ranks: int) -> int:
     return -(-elements // ranks)
 
 
-def sub_groups(keys: Keys, group: Sequence[int], ranks: int) -> list[list[int]]:
+def sub_groups(group: Sequence[int], limit: int, ranks: int) -> list[list[int]]:
     """Split an optimizer group into the sub-groups whose states are swapped and stepped together.
+
+    stage3.py, `_create_fp16_sub_groups`.
 
     Args:
         group: elements of its parameters, in their order.
+        limit: sub_group_size.
 
     Returns:
         The elements (whole, not the rank's part) of each sub-group's parameters.
     """
-    if keys.sub_group >= sum(part(n, ranks) for n in group):
+    if limit >= sum(part(n, ranks) for n in group):
         return [list(group)] if group else []
     found: list[list[int]] = [[]]
     for elements in group:
-        if sum(part(n, ranks) for n in found[-1]) >= keys.sub_group:
+        if sum(part(n, ranks) for n in found[-1]) >= limit:
             found.append([])
         found[-1].append(elements)
     return found
@@ -170,7 +173,7 @@ def files_of(keys: Keys, groups: Sequence[Sequence[int]], ranks: int) -> Files:
 
 def swapped_groups(keys: Keys, groups: Sequence[Sequence[int]], ranks: int) -> Iterator[list[int]]:
     """Yield the sub-groups whose states lie on NVMe, as lists of their parameters' elements."""
-    for one in (one for group in groups for one in sub_groups(keys, group, ranks)):
+    for one in (one for group in groups for one in sub_groups(group, keys.sub_group, ranks)):
         if keys.optimizer == "nvme" and keys.swaps(sum(part(n, ranks) for n in one), keys.state):
             yield one
 
@@ -191,7 +194,7 @@ def memory_of(keys: Keys, groups: Sequence[Sequence[int]], ranks: int) -> HostMe
     (DeepSpeed takes the elements of the parameters there, not of the rank's parts), and buffer_count of the largest
     sub-group for the states.
     """
-    subs = [one for group in groups for one in sub_groups(keys, group, ranks)]
+    subs = [one for group in groups for one in sub_groups(group, keys.sub_group, ranks)]
     own = [sum(part(n, ranks) for n in one) for one in subs]
     total = locked = 0
     if keys.param == "cpu":

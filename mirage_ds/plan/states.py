@@ -15,13 +15,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mirage_ds.engine.offload_bytes import SWAPPED_BYTES, part, sub_groups
 from mirage_ds.plan.settings import Settings
 from mirage_ds.plan.shape import Parameter
 
 # stage_1_and_2.py and bf16_optimizer.py align the flat groups to 2 elements a rank (nccl_start_alignment_factor).
 ALIGNMENT = 2
-# swap_tensor/utils.py: smaller ones are never swapped.
-SMALLEST_SWAP = 1 << 20
 Terms = dict[str, int]
 
 
@@ -42,11 +41,6 @@ class States(NamedTuple):
     obstacle: str | None = None
 
 
-def partition(elements: int, ranks: int) -> int:
-    """Elements of one rank's part of a parameter under ZeRO-3: every parameter is padded to a multiple of W."""
-    return -(-elements // ranks)
-
-
 def groups(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
     """Split into the optimizer's two groups, as engine.setup.weight_decay_groups does."""
     both = [[one for one in parameters if one.matrix], [one for one in parameters if not one.matrix]]
@@ -65,32 +59,16 @@ def states(parameters: Sequence[Parameter], settings: Settings, ranks: int, micr
     return _flat(parameters, settings, ranks, micro_steps)
 
 
-def _sub_groups(parameters: Sequence[Parameter], settings: Settings, ranks: int) -> list[int]:
-    """Elements of each part that the optimizer updates at a time (stage3.py, `_create_fp16_sub_groups`)."""
-    made: list[int] = []
-    for group in groups(parameters):
-        sizes = [partition(one.elements, ranks) for one in group]
-        if settings.sub_group >= sum(sizes):
-            made.append(sum(sizes))
-            continue
-        waiting = 0
-        for number, size in enumerate(sizes):
-            waiting += size
-            if waiting >= settings.sub_group or number == len(sizes) - 1:
-                made.append(waiting)
-                waiting = 0
-    return made
-
-
 def _sharded(parameters: Sequence[Parameter], settings: Settings, ranks: int) -> States:
     zero, b = settings.zero, settings.compute
-    shard = sum(partition(one.elements, ranks) for one in parameters)
-    parts = _sub_groups(parameters, settings, ranks)
+    shard = sum(part(one.elements, ranks) for one in parameters)
+    elements = [[one.elements for one in group] for group in groups(parameters)]
+    whole = [sub for group in elements for sub in sub_groups(group, settings.sub_group, ranks)]
+    parts = [sum(part(n, ranks) for n in sub) for sub in whole]
     gpu: Terms = {}
     host: Terms = {}
     disk: Terms = {}
     obstacle = None
-    # Where parameters are
     if settings.parameters_on == "none":
         gpu["parameters, sharded (b Ψ / W)"] = shard * b
     elif settings.parameters_on == "cpu":
@@ -100,7 +78,11 @@ def _sharded(parameters: Sequence[Parameter], settings: Settings, ranks: int) ->
         host["parameters that stay in memory (max_in_cpu)"] = stays * b
         host["buffers of parameters"] = settings.parameter_buffers * settings.parameter_buffer * b
         disk["parameters, sharded (b Ψ / W)"] = shard * b
-        largest = max(partition(one.elements, ranks) for one in parameters)
+        if stays < shard:
+            # DeepSpeed takes the elements of the parameters there, not of the rank's parts of them.
+            written = sum(whole[parts.index(max(parts))])
+            host["copy of a sub-group's whole weights, to write them"] = written * b
+        largest = max(part(one.elements, ranks) for one in parameters)
         if largest > settings.parameter_buffer:
             obstacle = f"offload_param.buffer_size {settings.parameter_buffer:,} is below {largest:,}"
     gpu["small parameters, whole (persistence)"] = b * sum(
@@ -109,9 +91,7 @@ def _sharded(parameters: Sequence[Parameter], settings: Settings, ranks: int) ->
     if zero.hpz > 1:
         if ranks % zero.hpz:
             obstacle = f"zero_hpz_partition_size {zero.hpz} does not divide {ranks} ranks"
-        gpu["hpZ's second copy (b Ψ / hpZ)"] = (
-            sum(partition(one.elements, ranks) for one in parameters) * ranks * b // (min(zero.hpz, ranks))
-        )
+        gpu["hpZ's second copy (b Ψ / hpZ)"] = shard * ranks * b // min(zero.hpz, ranks)
     sums, masters, moments = shard * settings.accumulated, shard * settings.master, 2 * shard * settings.moments
     names = ("gradients, summed (a Ψ / W)", "master weights (m Ψ / W)", "moments (2 s Ψ / W)")
     if settings.optimizer_on == "none":
@@ -119,7 +99,7 @@ def _sharded(parameters: Sequence[Parameter], settings: Settings, ranks: int) ->
         gpu |= dict(zip(names, (sums, masters, moments), strict=True))
     else:
         host[names[0]] = sums
-        swapped = [part for part in parts if part * settings.master >= SMALLEST_SWAP] * (
+        swapped = [size for size in parts if size * settings.master >= SWAPPED_BYTES] * (
             settings.optimizer_on == "nvme"
         )
         here = shard - sum(swapped)

@@ -19,7 +19,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from mirage_ds.cli import cli, main
-from mirage_ds.engine.ds_config import read_json, shipped_folder
+from mirage_ds.engine.ds_config import fill_limits, read_json, shipped_folder
+from mirage_ds.engine.offload_bytes import memory_of, read_keys
 from mirage_ds.errors import UserError
 from mirage_ds.model.presets import PRESETS, preset
 from mirage_ds.plan.activations import Micro, PassShape, layer_terms, recomputed, saved_terms, total
@@ -174,6 +175,20 @@ def test_offload_moves_and_loses_nothing() -> None:
     assert total(swapped.disk) == 16 * matrices + 2 * (matrices + vectors)
     # Four buffers of the largest sub-group: it is closed by the parameter that takes it above 10⁸ elements.
     assert 4 * 4 * 10**8 <= swapped.host["buffers of the optimizer"] <= 4 * 4 * (10**8 + 152_064 * 3584 // 8)
+
+
+@pytest.mark.parametrize("name", ["stage1_offload", "stage1_nvme", "stage2_offload", "stage2_nvme"])
+@pytest.mark.parametrize("ranks", [8, 32])
+def test_a_host_holds_what_the_check_before_a_start_counts(name: str, ranks: int) -> None:
+    # Two ways to the same bytes: this one by name for people, that one to refuse a run.
+    path = shipped_folder() / f"{name}.json"
+    values, config = read_json(path), read_shape("qwen2.5-vl-7b")
+    settings = read_settings(values, path, config["text_config"])
+    fill_limits(values, two_layers(config["text_config"]))
+    parameters = trained_parameters(config)
+    counted = memory_of(read_keys(values), [[one.elements for one in group] for group in groups(parameters)], ranks)
+    # Files are whole kilobytes, and what is too small to swap stays in memory.
+    assert total(states(parameters, settings, ranks).host) == pytest.approx(counted.total, rel=1e-3)
 
 
 def test_offload_of_whole_weights_moves_the_optimizer() -> None:
