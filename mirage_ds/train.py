@@ -1,8 +1,6 @@
 """Training: `deepspeed --module mirage_ds.train --model … --stage … --data_path … --save_model_path …`.
 
-Read it from the top: main → run → train, then step.py.
-
-W ranks, G micro-steps of a step, B rows of a step.
+Read it from the top: main → run → train, then step.py. W ranks, G micro-steps of a step, B rows of a step.
 """
 
 from __future__ import annotations
@@ -154,7 +152,8 @@ def train(
                 saver.save(done, owed)
             if stop:
                 monitor.note("stopped on request", done)
-                monitor.say(f"stopped on request after step {done}; the same command with --resume auto goes on")
+                further = "the same command with --resume auto goes on" if saver.last else "nothing to go on from"
+                monitor.say(f"stopped on request after step {done}; {further}")
                 raise Stopped
             monitor.start_clock()
         saver.save_model()
