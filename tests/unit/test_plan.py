@@ -543,14 +543,19 @@ def test_a_published_run_with_and_without_offload() -> None:
 def test_a_published_run_without_checkpointing_keeps_more() -> None:
     """The same runs, two rows of 4,096 tokens: at most 75.7 without and 20.4 with checkpointing.
 
-    Its modelling code is of early 2024 and kept more a layer than the one that is counted here.
+    Its modelling code is of early 2024 and kept more a layer than the one that is counted here: the formula must come
+    out below it, by no more than a third. docs/plan.md says by how much.
     """
     block, rows = Block(4096, 11008, 32, 32, 32, 32000), Micro((PassShape((4096,) * 2, (4096,) * 2),), 8190, 2)
     off, on = (peak(block, rows, 2, "flash", way, 256 << 20, "cuda", False).activations for way in (False, True))
-    assert (off - on) / 2**30 / (75.7 - 20.4) == pytest.approx(0.76, abs=0.01)
+    assert 2 / 3 < (off - on) / 2**30 / (75.7 - 20.4) < 1
 
 
 # --------------------------------------------------------------------------------------------------------- the command
+
+
+# The one in the README.
+FLAGS = "--model qwen2.5-vl-7b --stage stage2 --nodes 4 --gpus_per_node 8 --gpu_memory 80".split()  # noqa: SIM905
 
 
 def run(*arguments: str) -> Result:
@@ -558,23 +563,11 @@ def run(*arguments: str) -> Result:
 
 
 def test_command_prints_a_table_and_json() -> None:
-    flags = (
-        "--model",
-        "qwen2.5-vl-7b",
-        "--stage",
-        "stage2",
-        "--nodes",
-        "4",
-        "--gpus_per_node",
-        "8",
-        "--gpu_memory",
-        "80",
-    )
-    printed = run(*flags)
+    printed = run(*FLAGS)
     assert printed.exit_code == 0
     for words in ("fits", "whole gradients of all layers (stage2)", "13.1", "take stage2.json"):
         assert words in printed.output
-    answer = json.loads(run(*flags, "--json").output)
+    answer = json.loads(run(*FLAGS, "--json").output)
     assert answer["fits"] is True
     best = answer["plans"][0]
     assert (answer["model"]["ranks"], answer["model"]["passes"], best["json"]) == (32, 5, "stage2.json")
@@ -595,21 +588,9 @@ def test_lines_fit_a_hundred_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_page_holds_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    flags = (
-        "--model",
-        "qwen2.5-vl-7b",
-        "--stage",
-        "stage2",
-        "--nodes",
-        "4",
-        "--gpus_per_node",
-        "8",
-        "--gpu_memory",
-        "80",
-    )
     page = (Path(__file__).parents[2] / "docs/plan.md").read_text()
-    assert f"mirage-ds plan {' '.join(flags)}" in page
-    printed = "\n".join(line.rstrip() for line in run(*flags).output.splitlines())
+    assert f"mirage-ds plan {' '.join(FLAGS)}" in page
+    printed = "\n".join(line.rstrip() for line in run(*FLAGS).output.splitlines())
     assert printed in page
 
 
