@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -28,8 +28,8 @@ def _gb(size: float) -> str:
 def _table(*columns: str, right: Sequence[int] = (), whole: Sequence[int] = ()) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 0, 0, 1))
     for number, title in enumerate(columns):
-        justify = "right" if number in right else "left"
-        table.add_column(title, justify=justify, overflow="fold", no_wrap=number in whole)  # type: ignore[arg-type]
+        justify: Literal["left", "right"] = "right" if number in right else "left"
+        table.add_column(title, justify=justify, overflow="fold", no_wrap=number in whole)
     return table
 
 

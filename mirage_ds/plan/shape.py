@@ -105,16 +105,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _normalised(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    text, vision = values.get("text_config", values), values.get("vision_config")
-    for part, block in (("text_config", text), ("vision_config", vision)):
-        if not isinstance(block, Mapping):
-            raise UserError(f"{name}: '{part}' is {shown(block)}; copy the model's own config.json")
+    text, vision = _part(values, "text_config", values, name), _part(values, "vision_config", None, name)
     made = {
         "text_config": {key: _count(text, key, name) for key in TEXT_KEYS},
-        "vision_config": {key: _count(vision, key, name) for key in VISION_KEYS},  # type: ignore[arg-type]
+        "vision_config": {key: _count(vision, key, name) for key in VISION_KEYS},
     }
     for key, default in VISION_DEFAULTS.items():
-        made["vision_config"][key] = _count({key: default, **vision}, key, name)  # type: ignore[dict-item]
+        made["vision_config"][key] = _count({key: default, **vision}, key, name)
     shape = made["text_config"]
     if shape["hidden_size"] % shape["num_attention_heads"]:
         raise UserError(
@@ -124,6 +121,13 @@ def _normalised(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     # As transformers does: older files have the key in text_config alone.
     shape["tie_word_embeddings"] = bool(values.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     return made
+
+
+def _part(values: Mapping[str, Any], key: str, default: object, name: str) -> Mapping[str, Any]:
+    block = values.get(key, default)
+    if not isinstance(block, Mapping):
+        raise UserError(f"{name}: '{key}' is {shown(block)}; copy the model's own config.json")
+    return block
 
 
 def _count(values: Mapping[str, Any], key: str, name: str) -> int:

@@ -81,7 +81,7 @@ def test_sub_groups_are_those_of_deepspeed(size: int, group: list[int]) -> None:
             return -(-self.elements // W)
 
     theirs = DeepSpeedZeroOptimizer_Stage3._create_fp16_sub_groups(
-        SimpleNamespace(sub_group_size=size),  # type: ignore[arg-type]
+        SimpleNamespace(sub_group_size=size),
         [Parameter(n) for n in group],
     )
     wanted = [[p.elements for p in one] for one in theirs]
@@ -204,7 +204,7 @@ def test_buffer_edge_is_that_of_deepspeed() -> None:
 
     def ask(size: int) -> None:
         swapper = SimpleNamespace(available_swap_in_buffers=lambda: 1, elements_per_buffer=size)
-        AsyncPartitionedParameterSwapper.get_buffer(swapper, SimpleNamespace(ds_id=0), LARGEST)  # type: ignore[arg-type]
+        AsyncPartitionedParameterSwapper.get_buffer(swapper, SimpleNamespace(ds_id=0), LARGEST)
 
     with pytest.raises(AssertionError, match="More elements 1500001 than buffer size 1500000"):
         ask(LARGEST - 1)
