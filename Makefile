@@ -25,10 +25,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(ENV) $(BIN)/python examples/demo.py --out $(OUT)
 
-# The unit tests by two processes; those of several ranks are two processes each.
+# Two processes; a file of tests/dist has one group of ranks, so its tests stay together.
 test: install
-	$(ENV) $(BIN)/python -m pytest tests/unit --numprocesses 2
-	$(ENV) $(BIN)/python -m pytest tests/dist -m "not slow"
+	$(ENV) $(BIN)/python -m pytest tests/unit tests/dist -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: install
 	$(ENV) $(BIN)/python -m pytest tests/slow tests/dist -m slow

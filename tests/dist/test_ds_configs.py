@@ -53,13 +53,12 @@ Train = Callable[[str], list[tuple[float, float]]]
 
 
 @pytest.fixture(scope="module")
-def train(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+def train(
+    nano: Path, mixed: Path, helped: Path, group: Group, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Train]:
     # Before the ranks start.
     use_folder()
-    group, scratch = Group(), tmp_path_factory.mktemp("configs")
-    helped = mixed.parent / "helped_configs.jsonl"
-    rows = mixed.read_text().splitlines()
-    helped.write_text("\n".join(row for row in rows if "image_output" in json.loads(row)) + "\n")
+    scratch = tmp_path_factory.mktemp("configs")
     done: dict[str, list[tuple[float, float]]] = {}
 
     def run(name: str) -> list[tuple[float, float]]:
@@ -84,7 +83,6 @@ def train(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         return done[name]
 
     yield run
-    group.stop()
     # Nothing is left of the runs' files.
     assert not list(scratch.glob("nvme/mirage_ds-*"))
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,13 +41,6 @@ BASE: dict[str, Any] = dict(
 )  # fmt: skip
 # Rounding of fp32 in another order (torch's AdamW against DeepSpeed's), three steps on.
 FP32 = 1e-6
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[Group]:
-    made = Group()
-    yield made
-    made.stop()
 
 
 @pytest.fixture(scope="module")

@@ -169,6 +169,8 @@ def test_two_ranks_hold_what_is_planned(two: Group, case: str, nano: Path, mixed
     check(two, case, nano, mixed, tmp_path)
 
 
+# On two cores four ranks take half a minute to start.
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["zero3 fp32", "zero3 bf16", "zero2 bf16", "zero1 bf16", "zero1 fp32"])
 def test_four_ranks_hold_what_is_planned(four: Group, case: str, nano: Path, mixed: Path, tmp_path: Path) -> None:
     check(four, case, nano, mixed, tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,6 @@ def _poison(world: Any, settings: dict[str, Any], bad_rows: list[int], what: str
 
 
 # ---------------------------------------------------------------------------------------------------- in this process
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[Group]:
-    made = Group()
-    yield made
-    made.stop()
 
 
 @pytest.fixture(scope="module")

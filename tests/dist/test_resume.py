@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from group import Group
+from on_disk import rewrite
 from safetensors.torch import load_file, save_file
 
 from mirage_ds import train
@@ -24,7 +25,6 @@ from mirage_ds.data.batch import collate
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import ImageFinder, scan
 from mirage_ds.engine.checkpoint import save_checkpoint
-from mirage_ds.engine.manifest import entry_of, read_manifest, write_manifest
 from mirage_ds.errors import UserError
 from mirage_ds.export import export_folder
 from mirage_ds.model.load import load_model
@@ -126,13 +126,6 @@ def log_of(out: Path, evaluations: bool = False) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (out / "run/log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if ("eval_loss" in line) == evaluations]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
-
-
-def rewrite(state: Path, values: dict[str, Any]) -> None:
-    """Change what a checkpoint says of itself, and its manifest with it."""
-    state.write_text(json.dumps(json.loads(state.read_text()) | values))
-    others = [entry for entry in read_manifest(state.parent) or [] if entry.name != state.name]
-    write_manifest(state.parent, [*others, entry_of(state.parent, state)])
 
 
 def files(folder: Path) -> dict[str, bytes]:

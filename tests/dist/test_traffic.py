@@ -112,11 +112,8 @@ Run = Callable[..., list[Counts]]
 
 
 @pytest.fixture(scope="module")
-def run(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    group, scratch = Group(), tmp_path_factory.mktemp("traffic")
-    helped = mixed.parent / "helped_traffic.jsonl"
-    rows = mixed.read_text().splitlines()
-    helped.write_text("\n".join(row for row in rows if "image_output" in json.loads(row)) + "\n")
+def run(nano: Path, mixed: Path, helped: Path, group: Group, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    scratch = tmp_path_factory.mktemp("traffic")
 
     def scaled(name: str) -> Path:
         """A shipped JSON that gathers as far ahead, in the measure of a layer, as its GPU twin does for the 7B.
@@ -142,8 +139,7 @@ def run(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         )  # fmt: skip
         return group.run(_count, values | settings, evaluate_after, wire, timeout_s=200)
 
-    yield make
-    group.stop()
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +147,7 @@ def kept(run: Run) -> list[Counts]:
     return run("stage2_cpu", wire=True, max_steps=3)
 
 
-@pytest.mark.parametrize("k", [2, 4, 8])
+@pytest.mark.parametrize("k", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_kept_parameters_are_gathered_once_whatever_k(k: int, run: Run, kept: list[Counts], psi: int) -> None:
     for rank in kept if k == 4 else run("stage2_cpu", k):
         assert len(rank.gathered) == (3 if k == 4 else 2)

@@ -11,7 +11,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,22 +40,6 @@ BASE: dict[str, Any] = dict(
     latent_size=K, global_batch_size=8, micro_batch_size=4, max_steps=2, warmup_steps=1, learning_rate=3e-3,
     adam_eps=1e-3, num_workers=0, report_to=["none"], max_grad_norm=1.0,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[Group]:
-    made = Group()
-    yield made
-    made.stop()
-
-
-@pytest.fixture(scope="module")
-def helped(mixed: Path) -> Path:
-    """The rows of `mixed` that stage1 can use."""
-    rows = [line for line in mixed.read_text().splitlines() if "image_output" in json.loads(line)]
-    path = mixed.parent / "helped.jsonl"
-    path.write_text("\n".join(rows) + "\n")
-    return path
 
 
 @pytest.fixture(scope="module")
