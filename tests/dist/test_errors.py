@@ -78,6 +78,7 @@ def test_missing_image_by_the_launcher(nano: Path, rows: list, tmp_path: Path) -
     refused(dict(model=nano, stage="stage2", data_path=data), tmp_path, sentence, ranks=2)
 
 
+@pytest.mark.slow
 def test_json_typo_by_the_launcher(nano: Path, mixed: Path, tmp_path: Path) -> None:
     path = tmp_path / "typo.json"
     path.write_text('{"zero_optimisation": {"stage": 3}}')
@@ -95,6 +96,7 @@ def test_json_value_that_deepspeed_refuses(nano: Path, mixed: Path, tmp_path: Pa
     refused(dict(model=nano, stage="sft", data_path=mixed, deepspeed=path), tmp_path, sentence)
 
 
+@pytest.mark.slow
 def test_wrong_load_model_path(nano: Path, mixed: Path, tmp_path: Path) -> None:
     path = tmp_path / "nowhere"
     sentence = f"error: --load_model_path {path}: no such folder"
@@ -110,11 +112,13 @@ def test_broken_weights_leave_the_run_folder_unclaimed(nano: Path, mixed: Path, 
     refused(dict(model=nano, load_model_path=broken, stage="sft", data_path=mixed), tmp_path, sentence)
 
 
+@pytest.mark.slow
 def test_no_usable_row(nano: Path, mixed: Path, tmp_path: Path) -> None:
     sentence = f"error: {mixed}: no usable row: all 12 are longer than --max_length 8 (the longest has "
     refused(dict(model=nano, stage="sft", data_path=mixed, max_length=8), tmp_path, sentence)
 
 
+@pytest.mark.slow
 def test_stage1_record_without_helper(nano: Path, mixed: Path, tmp_path: Path) -> None:
     sentence = f"error: {mixed}: line 3, image_output: stage1 needs a helper image; add its path, or train this row in"
     refused(dict(model=nano, stage="stage1", data_path=mixed), tmp_path, sentence)

@@ -310,7 +310,8 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 @pytest.mark.parametrize(
     ("size", "case"),
     [
-        (1, "stage2"), (1, "sft_untied"), (1, "zero2"),
+        (1, "stage2"),
+        *(pytest.param(1, case, marks=pytest.mark.slow) for case in ("sft_untied", "zero2")),
         (3, "stage2"), (3, "sft_untied"), (3, "zero1"),
         *(pytest.param(4, case, marks=pytest.mark.slow) for case in ("stage2", "sft_untied", "zero2")),
     ],
@@ -369,6 +370,7 @@ def test_frozen_parameters_and_buffers_are_noted_whole(runs: Runs) -> None:
     assert plain["rates"] == pytest.approx([0, 1 / 7, 2 / 7])
 
 
+@pytest.mark.slow
 def test_checkpoints_after_it_are_ordinary_ones(runs: Runs, tmp_path: Path) -> None:
     out, _ = runs.resumed("stage2", 4)
     made = out / "run/checkpoints" / f"global_step{2 * SAVED}"
@@ -515,6 +517,7 @@ def test_deepspeed_sees_files_of_the_manifest_alone(runs: Runs, tmp_path: Path) 
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_conversion_is_done_once_and_by_several_processes_alike(runs: Runs, tmp_path: Path) -> None:
     for case in ("stage2", "zero2"):
         whole = runs.whole(case)
@@ -550,6 +553,7 @@ def test_full_disk_leaves_the_checkpoint_as_it_was(runs: Runs, tmp_path: Path) -
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["sft_untied", "zero2"])
 def test_room_that_is_asked_for_is_enough(
     runs: Runs, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
