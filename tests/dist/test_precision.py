@@ -257,9 +257,10 @@ def test_at_the_default_rate_every_tensor_moves_by_about_the_rate(runs: Runs) ->
         size = before[name].double().abs()[live]
         # Rounded: 1 − rate · 0.01, the decayed weight, the moved one.
         room = 1.5 * ulp(before[name], after[name])[live] + RATE * DECAY * size
-        # Else nothing would be shown. Some elements are below the limit by chance, which differs among processors; of a
-        # token that does not occur, the embedding gets what its vanishing probability is worth.
-        assert live[occurring if "embed" in name else ...].double().mean() > 0.9, name
+        # Of a token that does not occur, the embedding gets what its vanishing probability is worth. In a bias, a
+        # sum over tokens in bf16 may cancel; where it does differs among processors.
+        shown = live[occurring if "embed" in name else ...].double()
+        assert shown.mean() > (0.9 if name.endswith("bias") else 0.99), name
         assert bool((way > 0).all()), name
         assert bool((way >= 10 / 11 * RATE - room).all()), name
         assert bool((way <= RATE + room).all()), name
@@ -320,9 +321,9 @@ def test_bf16_master_weights_stay_where_half_an_ulp_is_above_the_rate(runs: Runs
         if name.endswith("norm.weight"):
             assert share == 0, name
         elif name.endswith("bias"):
-            # They start at 0, whose neighbours are as near as can be: what is live moves, which is nearly all.
-            assert float(live[name].double().mean()) > 0.9, name
-            assert share > 0.9, name
+            # They start at 0, whose neighbours are as near as can be: whatever has a gradient moves.
+            assert torch.equal(moved, found["gradients"][0][name] != 0), name
+            assert moved.any(), name
         else:
             # Weights start as N(0, 0.08²): P(|w| < 2⁻⁸) = 3.9 %.
             assert share <= float((weight.abs() <= limit).double().mean()) < 0.05, name
