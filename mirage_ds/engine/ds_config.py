@@ -189,6 +189,9 @@ def _fill_optimizer(filled: dict[str, Any], path: Path, config: RunConfig) -> No
     offload = filled.get("zero_optimization", {}).get("offload_optimizer") or {}
     offloaded = offload.get("device", "none") != "none"
     params.setdefault("torch_adam", not offloaded)
+    if params["torch_adam"]:
+        # One pass over weights and moments in place of ten, on GPUs and CPUs alike.
+        params.setdefault("fused", not {"foreach", "capturable"} & params.keys())
 
 
 def fill_limits(values: dict[str, Any], elements: int) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from mirage_ds.data.batch import Batch
 from mirage_ds.model.latents import compress, grounding, in_order, run_passes
-from mirage_ds.model.loss import LossHead, LossSums, loss_sums
+from mirage_ds.model.loss import LossHead, LossSums, label_scales, loss_sums
 from mirage_ds.model.vision import trained_features
 
 
@@ -24,12 +24,14 @@ class Traced(NamedTuple):
     Attributes:
         hidden: (T, H) final-norm hidden states.
         inputs: (T, H) input embeddings of stage1 and sft; in stage2 latents hold the embedding they do not use.
-        ce: (M,) cross-entropies in the order of batch.targets.
+        total: Σ of the cross-entropies as loss.label_scales weighs them.
+        ce: (M,) cross-entropies in the order of batch.targets, without gradient.
         one_minus_cosine: (N_runs · k,) in stage1, perhaps none; None in the other stages.
     """
 
     hidden: torch.Tensor
     inputs: torch.Tensor
+    total: torch.Tensor
     ce: torch.Tensor
     one_minus_cosine: torch.Tensor | None
 
@@ -69,12 +71,12 @@ class MirageModel(nn.Module):
     def forward(self, batch: Batch) -> LossSums:
         """Compute the sums of the micro-batch's losses."""
         _, traced = self._run(batch)
-        return loss_sums(traced.ce, traced.one_minus_cosine, batch, self.reduction)
+        return loss_sums(traced.total, traced.ce, traced.one_minus_cosine, batch, self.reduction)
 
     def trace(self, batch: Batch) -> tuple[LossSums, Traced]:
         """As forward, with what was computed on the way."""
         hidden, traced = self._run(batch)
-        sums = loss_sums(traced.ce, traced.one_minus_cosine, batch, self.reduction)
+        sums = loss_sums(traced.total, traced.ce, traced.one_minus_cosine, batch, self.reduction)
         return sums, traced._replace(hidden=in_order(hidden, batch.passes))
 
     def _run(self, batch: Batch) -> tuple[list[torch.Tensor], Traced]:
@@ -93,9 +95,9 @@ class MirageModel(nn.Module):
         labelled = torch.cat(
             [states.index_select(0, one.labelled) for states, one in zip(hidden, batch.passes, strict=True)]
         )
-        ce = self.head(labelled, batch.targets)
+        total, ce = self.head(labelled, batch.targets, label_scales(batch, self.reduction))
         distance = None if targets is None else grounding(hidden[0], targets, batch)
-        return hidden, Traced(hidden[0], embeddings, ce, distance)
+        return hidden, Traced(hidden[0], embeddings, total, ce, distance)
 
     def _features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if self.visual is None:

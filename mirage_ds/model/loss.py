@@ -1,17 +1,16 @@
 """The loss: sums over the rows of a micro-batch, from labelled positions only.
 
-N samples, M labelled positions, V vocabulary, H hidden, k latents a run, B rows of the optimizer step.
+N samples, M labelled positions, C of a chunk, V vocabulary, H hidden, k latents a run, B rows of the optimizer step.
 
 No tensor of size T × V is ever made: the head runs on the M labelled positions in chunks whose logits fit a budget.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from mirage_ds.data.batch import Batch
 
@@ -64,26 +63,86 @@ class LossHead(nn.Module):
 
     Args:
         weight: (V, H), the model's own parameter (the embedding's, where they are tied).
-        chunk_bytes: memory for one chunk of float32 logits.
+        chunk_bytes: memory for one chunk of float32 logits and their softmax.
     """
 
     def __init__(self, weight: nn.Parameter, vocabulary: int, chunk_bytes: int):
         super().__init__()
         self.weight = weight
-        # torch's own choice of chunk is one row at this shape (10 × slower); the budget decides instead.
-        self.chunk = max(1, chunk_bytes // (4 * vocabulary))
+        self.chunk = max(1, chunk_bytes // (2 * 4 * vocabulary))
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of each position, float32.
+    def forward(
+        self, hidden: torch.Tensor, targets: torch.Tensor, scales: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sum of the positions' cross-entropies, and each of them.
 
         Args:
-            hidden: (M, H) final hidden states; targets: (M,) token ids.
+            hidden: (M, H) final hidden states; targets: (M,) token ids; scales: (M,) float32 weight of each position.
 
         Returns:
-            (M,) losses.
+            Σ scales · losses, a float32 scalar, and the (M,) float32 losses, which carry no gradient.
         """
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=min(self.chunk, len(targets)), chunking_method=None)
-        return functional.linear_cross_entropy(hidden, self.weight, targets, reduction="none", options=options).float()
+        total, losses = _WeightedCrossEntropy.apply(
+            hidden.to(self.weight.dtype), self.weight, targets, scales, self.chunk
+        )
+        return total, losses
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    """Σ scales · cross-entropy over chunks of C rows, with the gradients made on the way.
+
+    torch's `linear_cross_entropy` can do this for sums whose rows all weigh the same; for others its backward computes
+    the logits once more, a quarter of the head's work. The gradient of the weight, (V, H), waits between forward and
+    backward, when nothing but activations is held; backward needs as much anyway.
+
+    A GPU multiplies bf16 into float32 logits. A CPU computes in float32: without bf16 instructions its bf16 products
+    take hundreds of times as long.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scales: torch.Tensor, chunk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = weight.dtype if weight.is_cuda else torch.float32
+        states, matrix = hidden.to(dtype), weight.to(dtype)
+        losses = scales.new_empty(len(states))
+        wanted = any(ctx.needs_input_grad[:2])
+        by_state = torch.empty_like(states) if wanted else None
+        by_matrix = torch.empty_like(matrix) if wanted else None
+        kept = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
+        # Both buffers serve every chunk. torch_autocast casts no product that writes into a given tensor: the head's
+        # stay float32, as its weight does.
+        rows = min(chunk, len(states))
+        logits, softmax = (scales.new_empty(rows, len(matrix)) for _ in range(2))
+        for at in range(0, len(states), rows):
+            here = slice(at, min(at + rows, len(states)))
+            some, own = states[here], targets[here, None]
+            scores = torch.mm(some, matrix.t(), out=logits[: len(some)], **kept)
+            logs = torch.log_softmax(scores, dim=1, out=softmax[: len(some)])
+            losses[here] = -logs.gather(1, own)[:, 0]
+            if by_state is None or by_matrix is None:
+                continue
+            # ∂/∂logits = scale · (softmax − 1 at the target).
+            slope = logs.exp_().scatter_add_(1, own, logs.new_full(own.shape, -1.0)).mul_(scales[here, None]).to(dtype)
+            torch.mm(slope, matrix, out=by_state[here])
+            if at:
+                by_matrix.addmm_(slope.t(), some)
+            else:
+                torch.mm(slope.t(), some, out=by_matrix)
+        if by_state is not None and by_matrix is not None:
+            # Not save_for_backward: while it holds the tensors, autograd copies them into the parameter's gradient.
+            ctx.made = by_state.to(hidden.dtype), by_matrix.to(weight.dtype)
+        ctx.mark_non_differentiable(losses)
+        return (losses * scales).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        if ctx.made is None:
+            raise RuntimeError("the head's gradients are made once: backward through it twice is not possible")
+        by_state, by_matrix = ctx.made
+        ctx.made = None
+        # In place: a second (V, H) would be the largest tensor of all.
+        return by_state.mul_(gradients[0]), by_matrix.mul_(gradients[0]), None, None, None
 
 
 def per_sample_mean(values: torch.Tensor, sample: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -92,18 +151,28 @@ def per_sample_mean(values: torch.Tensor, sample: torch.Tensor, counts: torch.Te
     return sums / counts.clamp(min=1)
 
 
-def loss_sums(ce: torch.Tensor, one_minus_cosine: torch.Tensor | None, batch: Batch, reduction: str) -> LossSums:
+def label_scales(batch: Batch, reduction: str) -> torch.Tensor:
+    """What each labelled position's cross-entropy weighs in LossSums.ce: (M,) float32.
+
+    Args:
+        reduction: "sample" or "token".
+    """
+    weight = batch.weight if reduction == "token" else batch.weight / batch.label_count.clamp(min=1)
+    return weight[batch.target_sample]
+
+
+def loss_sums(
+    total: torch.Tensor, ce: torch.Tensor, one_minus_cosine: torch.Tensor | None, batch: Batch, reduction: str
+) -> LossSums:
     """Reduce per-token losses to LossSums.
 
     Args:
-        ce: (M,) cross-entropies in the order of batch.targets.
+        total: Σ of the cross-entropies as `label_scales` weighs them; ce: (M,) each, in the order of batch.targets.
         one_minus_cosine: (N_runs · k,) in the order of batch.latents, or None outside stage1.
         reduction: "sample" or "token".
     """
-    token_weight = batch.weight[batch.target_sample]
-    token_ce = (ce * token_weight).sum()
+    token_ce = (ce * batch.weight[batch.target_sample]).sum()
     rows = per_sample_mean(ce, batch.target_sample, batch.label_count)
-    total = (rows * batch.weight).sum() if reduction == "sample" else token_ce
     if one_minus_cosine is None:
         sim = token_ce.new_zeros(())
     else:

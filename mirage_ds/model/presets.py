@@ -71,6 +71,11 @@ PRESETS: dict[str, dict[str, Any]] = {
             "vision_config": _vision(2, 96, 3, 192, [1], 128),
         }
     ),
+    # Where the vocabulary does not dominate: for measuring the decoder.
+    "bench-40m": {
+        "text_config": _text(512, 12, 8, 4, 1536, 4096, tied=False),
+        "vision_config": _vision(8, 160, 5, 320, [3, 7], 512),
+    },
     "bench-87m": {
         "text_config": _text(256, 8, 4, 2, 768, 151_668, tied=False),
         "vision_config": _vision(8, 160, 5, 320, [3, 7], 256),
@@ -93,7 +98,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # Those small enough that `mirage-ds init` writes random weights for them.
-WITH_WEIGHTS = ("nano", "bench-87m")
+WITH_WEIGHTS = ("nano", "bench-40m", "bench-87m")
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from typing import NamedTuple
 from mirage_ds.plan.shape import Block
 
 FLOAT32 = 4
+# Name of the term: made by the head at the end of the forward, used by its backward.
+OUTPUT_GRADIENT = "gradient of the output matrix (b V H)"
 INT64 = 8
 Terms = dict[str, int]
 
@@ -99,8 +101,8 @@ def _outside_layers(block: Block, micro: Micro, width: int) -> Terms:
         "final norm ((4 + b) T H + 4 T)": (FLOAT32 + width) * tokens * hidden + FLOAT32 * tokens,
         "rotary cos and sin (2 b T D)": 2 * width * tokens * block.head_width,
         "states fed back (b N H a pass)": width * fed_back * hidden,
-        "labelled states (b M H)": width * micro.labelled * hidden,
-        "losses (8 M + 8 R)": 2 * FLOAT32 * micro.labelled + INT64 * micro.rows,
+        "gradient of the labelled states (b M H)": width * micro.labelled * hidden,
+        OUTPUT_GRADIENT: width * block.vocabulary * hidden,
     }
     if micro.grounded is not None:
         # before and target in float32, the index, two norms and the weight of each.

@@ -3,10 +3,10 @@
 T tokens of a pass, K visible keys, M labelled tokens, C rows of a chunk of logits, H hidden, I inner width, Hkv key
 heads, D head width, V vocabulary, L layers; b bytes of an element of the compute dtype.
 
-Autograd runs what was made last first: the head, then the passes from the last to the first, each from its last layer
-to its first. What a forward saved is freed on the way, and gradients come up. Model states, gathered weights and
-buckets are not here (states.py, fit.py). tests/unit/test_plan_activations.py compares the
-result with the storages that are alive.
+The head makes its gradients at the end of the forward. Autograd runs what was made last first: the head, then the
+passes from the last to the first, each from its last layer to its first. What a forward saved is freed on the way, and
+gradients come up. Model states, gathered weights and buckets are not here (states.py, fit.py).
+tests/unit/test_plan_activations.py compares the result with the storages that are alive.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from mirage_ds.plan.activations import (
     FLOAT32,
+    OUTPUT_GRADIENT,
     Micro,
     PassShape,
     Terms,
@@ -30,9 +31,9 @@ class Peak(NamedTuple):
     """Where the most is held.
 
     Attributes:
-        phase: "forward", "head", or the place in backward.
+        phase: "forward", "head", "head's backward", or the place in backward.
         activations: saved, recomputed, in work, and their gradients.
-        head: chunk of logits, and the whole gradient of the output matrix while it is held.
+        head: chunk of logits and softmax, and the whole gradient of the output matrix while it is held.
         gradients: whole gradients of decoder layers that are held (stage2) or have just been made.
     """
 
@@ -48,30 +49,27 @@ class Peak(NamedTuple):
 
 
 def head_terms(block: Block, labelled: int, width: int, chunk_bytes: int, device: str) -> Terms:
-    """Bytes that the loss head needs on top of what the forward saved, while its backward runs.
+    """Bytes that the loss head has in work at the end of the forward, beside the hidden states (model/loss.py).
 
-    torch's chunked `linear_cross_entropy` (2.13) as model/loss.py calls it. Its buffers for bf16 differ: a GPU
-    multiplies bf16 into float32 logits and makes a bf16 copy of a chunk; a CPU casts the whole matrix to float32 and
-    sums its gradient there. The CPU's are tested, the GPU's are read in torch/nn/modules/linear_cross_entropy.py.
+    A GPU multiplies bf16 into float32 logits and makes a bf16 copy of a chunk's slope. A CPU computes in float32: it
+    casts the whole matrix and makes its gradient in float32.
 
     Args:
         chunk_bytes: as LossHead takes them.
         device: "cuda" or "cpu".
     """
-    rows = min(max(1, chunk_bytes // (FLOAT32 * block.vocabulary)), max(1, labelled))
+    rows = min(max(1, chunk_bytes // (2 * FLOAT32 * block.vocabulary)), labelled)
     matrix = block.vocabulary * block.hidden
     terms = {
-        "logits chunk (4 C V)": FLOAT32 * rows * block.vocabulary,
-        "gradient of the output matrix (b V H)": width * matrix,
-        "gradient of the labelled states (b M H)": width * labelled * block.hidden,
+        "logits and softmax of a chunk (8 C V)": 2 * FLOAT32 * rows * block.vocabulary,
+        "labelled states and their gradient (2 b M H)": 2 * width * labelled * block.hidden,
+        OUTPUT_GRADIENT: width * matrix,
     }
     if width != FLOAT32 and device == "cpu":
         terms["matrix and its gradient in float32 (2 · 4 V H)"] = 2 * FLOAT32 * matrix
-        terms["gradient of the labelled states in float32 (4 M H)"] = FLOAT32 * labelled * block.hidden
-        terms["states of a chunk in float32 (4 C H)"] = FLOAT32 * rows * block.hidden
+        terms["the labelled states' in float32 (2 · 4 M H)"] = 2 * FLOAT32 * labelled * block.hidden
     elif width != FLOAT32:
-        terms["logits chunk in bf16 (b C V)"] = width * rows * block.vocabulary
-        terms["states of a chunk in float32 (4 C H)"] = FLOAT32 * rows * block.hidden
+        terms["slope of a chunk in bf16 (b C V)"] = width * rows * block.vocabulary
     return terms
 
 
@@ -105,21 +103,23 @@ def peak(
         tied: the output matrix is the embedding: its gradient is complete at the very end only.
     """
     passes, hidden = micro.passes, block.hidden
-    saved = total(saved_terms(block, micro, width, backend, checkpointing))
+    matrix, by_labelled = width * block.vocabulary * hidden, width * micro.labelled * hidden
+    # The head's own gradients are made at the forward's end.
+    saved = total(saved_terms(block, micro, width, backend, checkpointing)) - matrix - by_labelled
     head = head_terms(block, micro.labelled, width, chunk_bytes, device)
-    matrix = width * block.vocabulary * hidden
-    # At the forward's end embeddings and hidden states are there, and without checkpointing the keys and values that
-    # the passes handed on (with it they are among what is saved).
-    extra = 2 * width * micro.tokens * (hidden + block.head_width)
+    # Embeddings and hidden states are there too; until the last pass has ended, so are cos and sin in the batch's order
+    # and, without checkpointing, the keys and values that passes handed on (with it they are among what is saved).
+    all_states = width * micro.tokens * hidden
+    passing = 2 * width * micro.tokens * block.head_width
     if not checkpointing:
-        extra += 2 * width * sum(one.tokens for one in passes[:-1]) * block.kv_width * block.layers
+        passing += 2 * width * sum(one.tokens for one in passes[:-1]) * block.kv_width * block.layers
     heights = [
-        Peak("forward", saved + extra, head["logits chunk (4 C V)"], 0),
-        Peak("head", saved, total(head), 0),
+        Peak("forward", saved + 2 * all_states + passing, 0, 0),
+        Peak("head", saved + 2 * all_states, total(head), 0),
+        # The gradient of each pass's final states is made before the passes' turn comes.
+        Peak("head's backward", saved + by_labelled + all_states, matrix, 0),
     ]
-    held = saved - width * micro.labelled * hidden - 2 * FLOAT32 * micro.labelled
-    # The gradient of each pass's final states is made before the passes' turn comes.
-    held += width * micro.tokens * hidden
+    held = saved + all_states
     kept_head = matrix if tied else 0
     mlp = 3 * hidden * block.inner
     layer_weights = mlp + 2 * hidden * (hidden + block.kv_width) + 3 * hidden + 2 * block.kv_width

@@ -116,11 +116,8 @@ def _sharded(parameters: Sequence[Parameter], settings: Settings, ranks: int) ->
 
 
 def _optimizer_work(elements: int, settings: Settings) -> Terms:
-    """What updating `elements` takes beside the states: the gradient in the master's dtype, AdamW's denominator."""
-    return {
-        "gradients for the optimizer, of a sub-group": elements * settings.master,
-        "AdamW's square roots, of a sub-group": elements * settings.moments,
-    }
+    """What updating `elements` takes beside the states: the gradient in the master's dtype. AdamW is fused."""
+    return {"gradients for the optimizer, of a sub-group": elements * settings.master}
 
 
 def _flat(parameters: Sequence[Parameter], settings: Settings, ranks: int, micro_steps: int) -> States:

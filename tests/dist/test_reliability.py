@@ -79,14 +79,16 @@ def _poison(world: Any, settings: dict[str, Any], bad_rows: list[int], what: str
     current: list[Any] = []
     model.register_forward_pre_hook(lambda module, inputs: current.append(inputs[0]))
 
-    def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def spoil(module: Any, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        total, losses = output
         batch = current[-1]
         hit = torch.isin(batch.rows, torch.tensor(bad_rows))[batch.target_sample]
         if what == "gradient" and hit.any():
-            output.register_hook(lambda gradient: gradient * torch.inf)
-            return output
-        # Infinite with a finite gradient: nobody would notice it by the gradient's norm.
-        return output + torch.where(hit, torch.inf, 0.0) if what == "loss" else output
+            total.register_hook(lambda gradient: gradient * torch.inf)
+        if what == "loss" and hit.any():
+            # Infinite with a finite gradient: nobody would notice it by the gradient's norm.
+            return total + torch.inf, losses + torch.where(hit, torch.inf, 0.0)
+        return output
 
     model.head.register_forward_hook(spoil)
     named = list(model.named_parameters())
@@ -260,7 +262,15 @@ def test_a_folder_that_cannot_be_written_is_said_and_training_goes_on(
 
 
 # Looks: one before the first step, one a step, one a micro-batch of an evaluation (3 of 5 rows on two ranks).
-@pytest.mark.parametrize(("rank", "look", "step"), [(1, 1, 0), (1, 2, 1), (0, 4, 3), (1, 7, 6)])
+@pytest.mark.parametrize(
+    ("rank", "look", "step"),
+    [
+        (1, 1, 0),
+        pytest.param(1, 2, 1, marks=pytest.mark.slow),
+        (0, 4, 3),
+        pytest.param(1, 7, 6, marks=pytest.mark.slow),
+    ],
+)
 def test_one_rank_is_asked_and_all_save_and_stop(
     rank: int, look: int, step: int, group: Group, base: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:
@@ -317,7 +327,7 @@ def zero(tmp_path: Path, stage: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
     stage: int, what: str, group: Group, base: dict[str, Any], tmp_path: Path

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.runtime import config as theirs
 
 from mirage_ds.config import RunConfig
@@ -95,7 +96,10 @@ def test_every_shipped_json_resolves_to_what_deepspeed_then_reads(path: Path) ->
     params = dict(made.optimizer_params)
     offloaded = made.zero_config.offload_optimizer is not None and made.zero_config.offload_optimizer.device != "none"
     # The twins avoid a compiler.
-    assert params.pop("torch_adam") is (not offloaded or "_cpu" in path.name)
+    own_adam = offloaded and "_cpu" not in path.name
+    assert params.pop("torch_adam") is not own_adam
+    # DeepSpeed's own Adam is fused and has no such parameter.
+    assert params.pop("fused", None) is (None if own_adam else True)
     assert params == {"lr": 3e-4, "betas": [0.8, 0.97], "eps": 1e-6, "weight_decay": 0.2}
     assert made.scheduler_name is None
     assert made.zero_optimization_stage == zero_stage(values)
@@ -257,6 +261,15 @@ def test_torchs_adam_runs_unless_the_step_is_offloaded_or_the_json_says_otherwis
     assert not chosen({"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "x"}})
     assert chosen({"stage": 3, "offload_optimizer": {"device": "cpu"}}, torch_adam=True)
     assert not chosen({"stage": 3}, torch_adam=False)
+
+
+@pytest.mark.parametrize(("said", "fused"), [({}, True), ({"fused": False}, False), ({"foreach": True}, False)])
+def test_adamw_is_fused_unless_the_json_says_otherwise(said: dict, fused: bool) -> None:
+    values = {"optimizer": {"type": "AdamW", "params": said}}
+    params = resolve(values, HERE, run_config(), 1)["optimizer"]["params"]
+    assert params["fused"] is fused
+    # What torch takes together.
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], **{k: v for k, v in params.items() if k != "torch_adam"})
 
 
 class Recorder(dict[str, Any]):

@@ -387,7 +387,7 @@ def test_chunked_head_equals_whole_and_makes_no_larger_logits(sharp: Path, mixed
     wanted.backward()
     config = plain.model.config.get_text_config()
     rows = chunk or counts.labels
-    loaded = task.load(loss_chunk_bytes=4 * config.vocab_size * rows)
+    loaded = task.load(loss_chunk_bytes=2 * 4 * config.vocab_size * rows)
     batch = task.attach(loaded, task.pack(samples))
     # Rows 2, 3 and 11 have no latents, yet no dummy is added beside rows that have: V · M is the whole.
     assert len(batch.targets) == counts.labels

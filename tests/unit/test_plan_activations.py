@@ -191,6 +191,8 @@ def measure(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bo
 def test_saved_is_what_hooks_count(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bool) -> None:
     micro = micro_of(batch_of(name, stage, k, dtype), stage)
     terms = saved_terms(block_of(shape(name)), micro, dtype.itemsize, "sdpa", checkpointing)
+    # The head keeps the gradients that it makes out of the hooks' sight. They are alive (next test).
+    terms = {name: size for name, size in terms.items() if not name.startswith("gradient of")}
     if checkpointing:
         # A checkpoint keeps what lies in tuples and lists by reference: no hook sees it. It is alive (next test).
         terms = {name: size for name, size in terms.items() if not name.startswith(("rotary", "keys and values"))}
