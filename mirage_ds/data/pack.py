@@ -7,11 +7,13 @@ B rows an optimizer step, W ranks, G micro-steps of the step, k latents a run, p
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,15 @@ import numpy as np
 from mirage_ds.errors import UserError
 
 Bins = list[list[int]]
+
+# _fewest_bins counts rows down to a 17th of a bin; smaller ones fill the gaps that others leave.
+MOST_OF_A_SIZE = 16
+# Bins are even where ranks wait for less than one part in so many.
+EVEN = 1000
+# So many pairs of bins are looked at for an exchange, and one more for every 16 rows: a bound on the time of a plan.
+TRIES = 256
+# The fullest bin looks for a better one among so many of the emptiest.
+EXCHANGE_WITH = 16
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,21 @@ def total_steps(rows: int, rows_per_step: int, epochs: float, max_steps: int | N
     return steps if max_steps is None else min(steps, max_steps)
 
 
+def check_patches(row_ids: np.ndarray, patches: np.ndarray, micro_batch_patches: int) -> None:
+    """Refuse a row of more image patches than a bin has: unlike rows of too many tokens, it is not dropped.
+
+    Raises:
+        UserError: it names the row.
+    """
+    too_many = np.flatnonzero(patches > micro_batch_patches)
+    if len(too_many):
+        row, found = int(row_ids[too_many[0]]), int(patches[too_many[0]])
+        raise UserError(
+            f"row {row} of the records (from 0) has {found} image patches, more than --micro_batch_patches "
+            f"{micro_batch_patches}: raise it to {int(patches.max())}, or lower --max_pixels"
+        )
+
+
 @dataclass(frozen=True)
 class Planner:
     """Chooses the rows of each step by seed and epoch alone, then packs them for any number of ranks.
@@ -67,6 +93,11 @@ class Planner:
         micro_batch_tokens: tokens a bin holds at most.
         micro_batch_size: rows a bin holds at most; None for no limit.
         seed: chooses the order of rows.
+        patches: (R,) image patches of each usable row; needed with the next.
+        micro_batch_patches: patches a bin holds at most; None for no limit.
+
+    Raises:
+        UserError: a row has more patches than a bin, said before the first step.
     """
 
     lengths: np.ndarray
@@ -76,26 +107,46 @@ class Planner:
     micro_batch_tokens: int
     micro_batch_size: int | None
     seed: int
+    patches: np.ndarray | None = None
+    micro_batch_patches: int | None = None
 
-    def rows_of(self, step: int) -> list[int]:
-        """Places (in `row_ids`) of the B rows of a step: the epochs' permutations, one behind the other."""
+    def __post_init__(self) -> None:
+        if self.patches is not None and self.micro_batch_patches is not None:
+            check_patches(self.row_ids, self.patches, self.micro_batch_patches)
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """Places (in `row_ids`) of the rows of a step, (B,) int64: the epochs' permutations, one behind the other."""
         count = len(self.row_ids)
-        at = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
-        return [int(_permutation(self.seed, int(i) // count, count)[int(i) % count]) for i in at]
+        start, stop = step * self.rows_per_step, (step + 1) * self.rows_per_step
+        parts = [
+            _permutation(self.seed, epoch, count)[max(0, start - epoch * count) : stop - epoch * count]
+            for epoch in range(start // count, -(-stop // count))
+        ]
+        return np.concatenate(parts)
 
     def reached(self, steps: int) -> list[int]:
         """Dataset rows that the first `steps` steps train on, in the order of the dataset."""
         count = len(self.row_ids)
         epochs, rest = divmod(steps * self.rows_per_step, count)
         places = np.arange(count) if epochs else np.sort(_permutation(self.seed, 0, count)[:rest])
-        return [int(row) for row in self.row_ids[places]]
+        rows: list[int] = self.row_ids[places].tolist()
+        return rows
 
     def plan(self, step: int) -> StepPlan:
-        """Pack the rows of one step into G × W bins."""
+        """Pack the rows of one step into G × W bins.
+
+        Nothing but the step decides: a run that begins anew at any micro-step of it finds the same bins.
+        """
         places = self.rows_of(step)
-        lengths = [int(self.lengths[place]) for place in places]
-        bins = pack(lengths, self.world_size, self.micro_batch_tokens, self.micro_batch_size)
-        named = [[int(self.row_ids[places[i]]) for i in one] for one in bins]
+        bins = pack(
+            self.lengths[places],
+            self.world_size,
+            self.micro_batch_tokens,
+            self.micro_batch_size,
+            None if self.patches is None else self.patches[places],
+            self.micro_batch_patches,
+        )
+        named = [self.row_ids[places[one]].tolist() for one in bins]
         return StepPlan(step, [named[at : at + self.world_size] for at in range(0, len(named), self.world_size)])
 
 
@@ -104,43 +155,247 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def pack(lengths: Sequence[int], world_size: int, capacity: int, max_rows: int | None = None) -> Bins:
-    """Spread rows over few micro-steps, evenly over their G · W bins.
+class Fill(NamedTuple):
+    """How well a step's bins are used; 1 is perfect. There is no padding to count.
 
-    First-fit decreasing finds G (at most 11/9 of the fewest bins plus 6/9; Dósa 2007); then the longest row goes to
-    the emptiest bin, which evens out the ranks' work. Where that greedy step finds no room, the first-fit bins are
-    kept.
+    Attributes:
+        balance: Σ tokens / Σ over the micro-steps of W · (tokens of its largest bin): the share of their time that
+            ranks work, where a token costs the same everywhere; in the rest they wait for the largest bin.
+        capacity: the least number of micro-steps that the step could need, were rows divisible,
+            ceil(max(tokens / capacity, patches / patch_capacity) / W), over G.
+    """
+
+    balance: float
+    capacity: float
+
+
+def fill(
+    micro_steps: Sequence[Bins],
+    lengths: Sequence[int] | np.ndarray,
+    capacity: int,
+    patches: Sequence[int] | np.ndarray | None = None,
+    patch_capacity: int | None = None,
+) -> Fill:
+    """Measure a plan.
 
     Args:
-        lengths: tokens of each row, none above `capacity`.
+        micro_steps: G × W bins of rows, at least one row among them.
+        lengths: tokens of each row, by the numbers that the bins have.
+        capacity, patches, patch_capacity: as in `pack`.
+    """
+    tokens = [[sum(int(lengths[row]) for row in one) for one in micro] for micro in micro_steps]
+    total, width = sum(map(sum, tokens)), len(tokens[0])
+    least = -(-total // (width * capacity))
+    if patches is not None and patch_capacity is not None:
+        images = sum(int(patches[row]) for micro in micro_steps for one in micro for row in one)
+        least = max(least, -(-images // (width * patch_capacity)))
+    return Fill(total / (width * sum(map(max, tokens))), least / len(tokens))
+
+
+def pack(
+    lengths: Sequence[int] | np.ndarray,
+    world_size: int,
+    capacity: int,
+    max_rows: int | None = None,
+    patches: Sequence[int] | np.ndarray | None = None,
+    patch_capacity: int | None = None,
+) -> Bins:
+    """Spread rows over few micro-steps, evenly over their G · W bins.
+
+    Longest-processing-time-first (Graham 1969) deals the rows to the bins of the fewest micro-steps that could do, the
+    longest row to the emptiest bin. Exchanges of rows between full and empty bins even out what that leaves. Where a
+    bin is still too full, one micro-step more is tried, then as many as first-fit decreasing needs: without patches
+    and max_rows at most 11/9 of the fewest bins plus 6/9 (Dósa 2007), rounded up to whole micro-steps. Bins of like
+    load share a micro-step, so that ranks wait least.
+
+    Patches are a limit alone; what is evened out is tokens, on which most of a step's arithmetic is spent. Attention's
+    part of it grows with the length of a row, but long and short rows are dealt to all bins alike: what a load by FLOPs
+    could gain is in the table of benchmarks/packing.py.
+
+    Args:
+        lengths: tokens of each row.
+        capacity: tokens a bin holds at most.
+        max_rows: rows a bin holds at most; None for no limit.
+        patches: image patches of each row; patch_capacity: patches a bin holds at most, None for no limit.
 
     Returns:
-        G · W bins of indices into `lengths`, in the order (micro-step, rank); bins may be empty.
+        G · W bins of indices into `lengths`, in the order (micro-step, rank), heaviest first; bins may be empty.
+
+    Raises:
+        UserError: a row fits into no bin.
     """
-    longest = max(lengths, default=0)
-    if longest > capacity:
-        raise UserError(f"a row of {longest} tokens does not fit into --micro_batch_tokens {capacity}")
-    most = max_rows or len(lengths) or 1
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    fitted: Bins = []
-    for i in order:
-        for one in fitted:
-            if len(one) < most and sum(lengths[j] for j in one) + lengths[i] <= capacity:
-                one.append(i)
+    if patch_capacity is not None and patches is None:
+        raise ValueError("patch_capacity needs the patches of the rows")
+    if patches is None or patch_capacity is None:
+        patches, patch_capacity = np.zeros(len(lengths), dtype=np.int64), 1
+    tokens, images = np.asarray(lengths, dtype=np.int64), np.asarray(patches, dtype=np.int64)
+    _refuse_larger(tokens, "tokens", "--micro_batch_tokens", capacity)
+    _refuse_larger(images, "image patches", "--micro_batch_patches", patch_capacity)
+    # Both in one unit, the integer in which either capacity is `limit`: no rounding, the same bins on every host.
+    sizes, limit = np.stack([tokens * patch_capacity, images * capacity]), capacity * patch_capacity
+    most = max_rows or len(tokens) or 1
+    order = np.argsort(-sizes.max(axis=0), kind="stable").tolist()
+    bins = _fewest_micro_steps(sizes, order, limit, most, world_size)
+    loads = _sums(bins, sizes)[0]
+    return [bins[place] for place in np.argsort(-loads, kind="stable")]
+
+
+def _refuse_larger(sizes: np.ndarray, what: str, flag: str, capacity: int) -> None:
+    largest = int(sizes.max(initial=0))
+    if largest > capacity:
+        raise UserError(f"a row of {largest} {what} does not fit into {flag} {capacity}")
+
+
+def _fewest_micro_steps(sizes: np.ndarray, order: list[int], limit: int, most: int, width: int) -> Bins:
+    """Deal the rows to the bins of as few micro-steps, of `width` bins each, as are found to do."""
+    low = max(1, -(-_fewest_bins(sizes, limit, most) // width))
+    # Most steps end here; the others try one micro-step more before they take first-fit's number.
+    bins = _longest_first(sizes, order, low * width, most)
+    if _exchange(bins, sizes, limit, most, width):
+        return bins
+    fitted = _first_fit(sizes, order, limit, most)
+    fitted += [[] for _ in range(-len(fitted) % width)]
+    high = len(fitted) // width
+    for micro_steps in sorted({min(low + 1, high), high} - {low}):
+        bins = _longest_first(sizes, order, micro_steps * width, most)
+        if _exchange(bins, sizes, limit, most, width):
+            return bins
+    _exchange(fitted, sizes, limit, most, width)
+    return fitted
+
+
+def _fewest_bins(sizes: np.ndarray, limit: int, most: int) -> int:
+    """A bound from below: no packing has fewer bins.
+
+    By volume, by number, and since a bin holds at most j of the rows that fill more than 1 / (j + 1) of it.
+    """
+    volume = -(-int(sizes.sum(axis=1).max()) // limit)
+    by_size = [-(-int((sizes * (j + 1) > limit).sum(axis=1).max()) // j) for j in range(1, MOST_OF_A_SIZE + 1)]
+    return max(volume, -(-len(sizes[0]) // most), *by_size)
+
+
+def _sums(bins: Bins, sizes: np.ndarray) -> np.ndarray:
+    """Tokens and patches of each bin, (2, bins) int64."""
+    sums = np.zeros((len(bins), 2), dtype=np.int64)
+    rows = np.fromiter(chain.from_iterable(bins), dtype=np.int64)
+    np.add.at(sums, np.repeat(np.arange(len(bins)), [len(one) for one in bins]), sizes[:, rows].T)
+    return sums.T
+
+
+def _first_fit(sizes: np.ndarray, order: list[int], limit: int, most: int) -> Bins:
+    """Put each row into the first bin with room for it.
+
+    A tree over the bins holds the largest rooms below each node (node n has the children 2n and 2n + 1): O(log R) a
+    row without patches, and few nodes more with them, where a node's two rooms can be in different bins.
+    """
+    leaves = 1 << max(0, len(order) - 1).bit_length()
+    room, image_room = [limit] * (2 * leaves), [limit] * (2 * leaves)
+    tokens_of, images_of = sizes.tolist()
+    bins: Bins = []
+    for row in order:
+        tokens, images = tokens_of[row], images_of[row]
+        node = 1
+        while True:
+            if room[node] < tokens or image_room[node] < images:
+                # Nothing below: on to the next subtree. There is one, since as many bins as rows suffice.
+                while node & 1:
+                    node >>= 1
+                node += 1
+            elif node < leaves:
+                node *= 2
+            else:
+                break
+        if node - leaves == len(bins):
+            bins.append([])
+        one = bins[node - leaves]
+        one.append(row)
+        room[node] = room[node] - tokens if len(one) < most else -1
+        image_room[node] -= images
+        while node > 1:
+            node >>= 1
+            left, right = 2 * node, 2 * node + 1
+            largest = max(room[left], room[right]), max(image_room[left], image_room[right])
+            if largest == (room[node], image_room[node]):
+                break
+            room[node], image_room[node] = largest
+    return bins
+
+
+def _longest_first(sizes: np.ndarray, order: list[int], count: int, most: int) -> Bins:
+    """Put each row into the least loaded of `count` bins, whether it has room or not."""
+    bins: Bins = [[] for _ in range(count)]
+    tokens_of, images_of = sizes.tolist()
+    tokens, images = [0] * count, [0] * count
+    heap = [(0, place) for place in range(count)]
+    for row in order:
+        place = heap[0][1]
+        bins[place].append(row)
+        tokens[place] += tokens_of[row]
+        images[place] += images_of[row]
+        if len(bins[place]) < most:
+            heapq.heapreplace(heap, (max(tokens[place], images[place]), place))
+        else:
+            heapq.heappop(heap)
+    return bins
+
+
+def _exchange(bins: Bins, sizes: np.ndarray, limit: int, most: int, width: int) -> bool:
+    """Even out bins in place: the fullest gives a row to one of the emptiest, or takes one of its rows for it.
+
+    Ends where all are within the limit and ranks, `width` bins a micro-step, would wait little; where nothing helps;
+    or after a number of tries.
+
+    Returns:
+        Whether all bins are within the limit.
+    """
+    sums = _sums(bins, sizes)
+    # A row of nothing in exchange is a row given away.
+    nothing = sizes.shape[1]
+    sizes = np.pad(sizes, ((0, 0), (0, 1)))
+    if not sizes[1].any():
+        # Half the work where there are no patches.
+        sizes, sums = sizes[:1], sums[:1]
+    loads = _loads(sums, limit)
+    budget = TRIES + sizes.shape[1] // 16
+    while budget > 0 and not (loads.max() <= limit and _even(loads, width)):
+        full = int(loads.argmax())
+        for empty in _emptiest(sums.max(axis=0) if loads[full] > limit else loads):
+            budget -= 1
+            gives, takes = bins[full], bins[empty] + [nothing] * (len(bins[empty]) < most)
+            gain = sizes[:, gives, None] - sizes[:, None, takes]
+            left, got = sums[:, full, None, None] - gain, sums[:, empty, None, None] + gain
+            fuller = np.maximum(_loads(left, limit), _loads(got, limit))
+            given, taken = divmod(int(fuller.argmin()), len(takes))
+            if fuller[given, taken] < loads[full]:
+                sums[:, full], sums[:, empty] = left[:, given, taken], got[:, given, taken]
+                loads[[full, empty]] = _loads(sums[:, [full, empty]], limit)
+                row = bins[full].pop(given)
+                if takes[taken] != nothing:
+                    bins[full].append(bins[empty].pop(taken))
+                bins[empty].append(row)
                 break
         else:
-            fitted.append([i])
-    count = max(1, math.ceil(len(fitted) / world_size)) * world_size
-    even: Bins = [[] for _ in range(count)]
-    loads = [0] * count
-    for i in order:
-        room = [b for b in range(count) if len(even[b]) < most and loads[b] + lengths[i] <= capacity]
-        if not room:
-            return fitted + [[] for _ in range(count - len(fitted))]
-        best = min(room, key=lambda b: (loads[b], b))
-        even[best].append(i)
-        loads[best] += lengths[i]
-    return even
+            break
+    return bool(loads.max() <= limit)
+
+
+def _loads(sums: np.ndarray, limit: int) -> np.ndarray:
+    """What makes a bin full, (…) from (1 or 2, …): its tokens, or its patches where they are above the limit."""
+    tokens, *images = sums
+    loads: np.ndarray = np.maximum(tokens, np.where(images[0] > limit, images[0], 0)) if images else tokens.copy()
+    return loads
+
+
+def _even(loads: np.ndarray, width: int) -> bool:
+    """Whether ranks wait less than a thousandth of their time when bins of like load share a micro-step."""
+    longest = int(np.sort(loads)[::-width].sum())
+    return width * longest * (EVEN - 1) <= int(loads.sum()) * EVEN
+
+
+def _emptiest(loads: np.ndarray) -> Iterator[int]:
+    """Yield the places of a few bins, the emptiest first; sorted only when the first one does not serve."""
+    yield int(loads.argmin())
+    yield from np.argsort(loads, kind="stable")[1:EXCHANGE_WITH].tolist()
 
 
 class PassPlan(NamedTuple):
