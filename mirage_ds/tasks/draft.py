@@ -1,67 +1,76 @@
-"""What a task module hands to the builder: one record whose pictures are not drawn yet."""
+"""What a task hands to the writer: one record whose pictures are not written yet."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
-from mirage_ds.tasks.maps import Board, Cell, Ties, map_hash
-from mirage_ds.tasks.render import render
-
-Answer = Literal["direct", "cot"]
-Prompt = Literal["full", "short"]
-
+# The two marks of the record format; mirage_ds.data, which reads them, stands above the tasks.
+INPUT_IMAGE = "<image>"
 OUTPUT_IMAGE = "<output_image>"
 
 
-@dataclass(frozen=True)
-class Style:
-    """How records are written; the fields are those of `BuildSpec`."""
-
-    answer: Answer = "direct"
-    prompt: Prompt = "full"
-    ties: Ties = "rule"
-    cell_size: int = 64
+def _png(image: Image.Image, level: int = 6) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG", compress_level=level)
+    return content.getvalue()
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and its file name without ".png"; equal names mean equal pictures, so each is drawn once."""
+    """A picture to be.
+
+    Attributes:
+        name: its path under images/. Equal names mean equal pictures: each is written once, and kept where it exists.
+        content: makes the file's bytes; called in a thread.
+    """
 
     name: str
-    draw: Callable[[], Image.Image]
+    content: Callable[[], bytes]
+
+    @classmethod
+    def of(cls, image: Image.Image) -> Picture:
+        """Take a picture as a PNG that is named by its pixels."""
+        known = f"{image.mode} {image.size} ".encode() + image.tobytes()
+        digest = hashlib.sha256(known).hexdigest()[:16]
+        # Photographs hardly shrink any further, whatever the effort.
+        return cls(f"{digest[:2]}/{digest}.png", lambda: _png(image, level=1))
+
+    @classmethod
+    def drawn(cls, name: str, draw: Callable[[], Image.Image]) -> Picture:
+        """Draw a picture later, as `name`.png; the name must say all that tells it from others."""
+        return cls(f"{name}.png", lambda: _png(draw()))
+
+    @classmethod
+    def stored(cls, content: bytes, suffix: str) -> Picture:
+        """Keep the bytes of an image file, named by their hash."""
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        return cls(f"{digest[:2]}/{digest}.{suffix}", lambda: content)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """One record to be.
+    """One record to be; its question is made by the task's `prompt`.
 
     Attributes:
+        text_output: the answer, with a mark for each helper image; one helper needs no mark. Empty: nobody knows it.
+        images: input images, in the order of their marks.
+        helpers: helper images, one a latent run.
+        extra: keys the record keeps beside the four of the format. `level` groups scores and counts.
         kind: the class of the answer, for the report's counts.
         key: two drafts with one key are duplicates.
-        extra: keys the record keeps beside the four of the format.
         replaced: the row it was made from gave an answer that is wrong.
     """
 
-    text_input: str
     text_output: str
-    image: Picture
-    helper: Picture
-    kind: str
-    key: str
+    images: tuple[Picture, ...] = ()
+    helpers: tuple[Picture, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+    kind: str = ""
+    key: str = ""
     replaced: bool = False
-
-
-def picture_name(board: Board, cell_size: int, what: str) -> str:
-    """Name a picture by its map, its scale and what it shows."""
-    return f"{map_hash(board)[:16]}_{cell_size}px_{what}"
-
-
-def state_picture(board: Board, cell: Cell, facing: str | None, cell_size: int) -> Picture:
-    """Return the picture of the board with the agent at `cell`, facing as after the move `facing` (None: at first)."""
-    what = "start" if facing is None else f"r{cell[0]}c{cell[1]}_{facing.lower()}"
-    return Picture(picture_name(board, cell_size, what), lambda: render(board, cell, facing, cell_size))

@@ -12,35 +12,42 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-Advance = Callable[[int, int], None]
+# (done, total), the total None where nobody knows it yet
+Advance = Callable[[int, int | None], None]
 
 
 @dataclass
 class BuildReport:
-    """The counts of a build.
+    """The counts of a build or a conversion.
 
     Attributes:
         file: the JSONL file written.
         records: its rows.
-        images: pictures drawn and written; those that records share are drawn once.
-        levels: rows per side of the board.
+        images: pictures written; those that records share are written once.
+        levels: rows per `level`: the side of a board, the kind of a question.
         classes: rows per class of the answer.
         duplicates: repeated rows met (random boards: draws; the same map, or for reasoning the same map and plan).
         duplicates_kept: whether they stand in the file all the same.
-        excluded: rows (random boards: draws) left out for --exclude.
+        excluded: rows (random boards: draws) left out because a setting says so.
         replaced: answers or plans of the given rows that were wrong, and were replaced.
+        notes: further lines, what and how many.
     """
 
     task: str
     file: Path
     records: int = 0
     images: int = 0
-    levels: dict[int, int] = field(default_factory=dict)
+    levels: dict[int | str, int] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
     duplicates: int = 0
     duplicates_kept: bool = False
     excluded: int = 0
     replaced: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def note(self, what: str, count: int = 1) -> None:
+        """Count something that only this task knows; 0 puts the line into the table all the same."""
+        self.notes[what] = self.notes.get(what, 0) + count
 
 
 def print_report(report: BuildReport, console: Console | None = None) -> None:
@@ -52,7 +59,7 @@ def print_report(report: BuildReport, console: Console | None = None) -> None:
     table.add_column("count", justify="right")
     table.add_row("records", str(report.records))
     table.add_row("images written", str(report.images))
-    for level, count in sorted(report.levels.items()):
+    for level, count in sorted(report.levels.items(), key=lambda item: str(item[0])):
         table.add_row(f"level {level}", str(count))
     for kind, count in sorted(report.classes.items(), key=lambda item: (len(item[0]), item[0])):
         table.add_row(f"answer {kind}", str(count))
@@ -60,6 +67,8 @@ def print_report(report: BuildReport, console: Console | None = None) -> None:
     table.add_row("excluded", str(report.excluded))
     if report.replaced:
         table.add_row("wrong answers replaced", str(report.replaced))
+    for what, count in report.notes.items():
+        table.add_row(what, str(count))
     console.print(table)
 
 
@@ -76,7 +85,7 @@ def progress_bar(title: str, after_s: float = 3.0) -> Iterator[Advance]:
     row = bar.add_task(title, total=None)
     begin = time.monotonic()
 
-    def advance(done: int, total: int) -> None:
+    def advance(done: int, total: int | None) -> None:
         if not bar.live.is_started and console.is_terminal and time.monotonic() - begin >= after_s:
             bar.start()
         bar.update(row, completed=done, total=total)

@@ -1,23 +1,22 @@
-"""The settings of a build; each becomes a command-line flag."""
+"""The settings of a build from boards; each becomes a command-line flag."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
-from mirage_ds.tasks.draft import Answer, Prompt
+from mirage_ds.tasks.board_style import Answer, Prompt
 from mirage_ds.tasks.maps import Ties
+from mirage_ds.tasks.task import Settings
 
 _RANDOM_ONLY = ("levels", "proportions", "hole_rate", "split")
 
 
-class BuildSpec(BaseModel, extra="forbid"):
+class BuildSpec(Settings):
     """What to build."""
 
-    out: Path = Field(description="folder to write: NAME.jsonl and images/")
-    name: str = Field("data", pattern=r"^\w[\w.-]*$", description="name of the JSONL file, without .jsonl")
     maps: Path | None = Field(None, description="JSONL file with map_desc to take the boards from; else random boards")
     count: int | None = Field(None, ge=1, description="rows to make [default: 1000, or every row of --maps]")
     levels: list[int] = Field([3, 4, 5, 6], description="sides of the random boards, 3 to 8")

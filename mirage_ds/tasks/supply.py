@@ -6,15 +6,18 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mirage_ds.errors import UserError
-from mirage_ds.tasks.draft import Draft, Style
+from mirage_ds.tasks.board_style import Style
+from mirage_ds.tasks.draft import Draft
 from mirage_ds.tasks.maps import Board, check_solvable, most_holes, random_board, split_of, symmetry_hashes
 from mirage_ds.tasks.report import BuildReport
 from mirage_ds.tasks.sources import read_rows
 from mirage_ds.tasks.spec import BuildSpec
+
+if TYPE_CHECKING:
+    from mirage_ds.tasks.board_task import BoardTask
 
 # So many draws in a row without a new record mean that the supply is used up.
 _PATIENCE = 20_000
@@ -38,12 +41,12 @@ class Supply:
     """Makes the drafts of one build.
 
     Attributes:
-        task: the task's module.
+        task: makes a draft of a board.
         excluded: hashes of maps to leave out together with their symmetries.
         report: where duplicates, exclusions and replaced answers are counted.
     """
 
-    task: ModuleType
+    task: BoardTask
     spec: BuildSpec
     style: Style
     excluded: frozenset[str]
@@ -57,13 +60,13 @@ class Supply:
 
     def _wanted(self, turn: int) -> str | None:
         """Return the class of the answer whose turn it is, None for a task without classes."""
-        classes: tuple[str, ...] = self.task.CLASSES
+        classes = self.task.classes
         return classes[turn % len(classes)] if classes else None
 
     def _draw_level(self, level: int, count: int) -> list[Row]:
         """Draw `count` different records on random boards of one level, the classes of answers in turn."""
         spec = self.spec
-        rng = random.Random(f"{spec.seed}/{self.task.NAME}/{spec.split}/{level}")
+        rng = random.Random(f"{spec.seed}/{self.task.name}/{spec.split}/{level}")
         rows: list[Row] = []
         seen: set[str] = set()
         fruitless = 0
@@ -100,13 +103,13 @@ class Supply:
         rows: list[Row] = []
         for level, count in zip(spec.levels, apportion(spec.count or 1000, spec.shares()), strict=True):
             rows += self._draw_level(level, count)
-        random.Random(f"{spec.seed}/{self.task.NAME}/order").shuffle(rows)
+        random.Random(f"{spec.seed}/{self.task.name}/order").shuffle(rows)
         return rows
 
     def _make(self, board: Board, rng: random.Random, row: dict[str, Any], turn: int) -> Draft:
         """Make a record of the class whose turn it is, or of the next one that this board can have."""
-        for at in range(max(1, len(self.task.CLASSES))):
-            draft: Draft | None = self.task.make(board, rng, self.style, row, self._wanted(turn + at))
+        for at in range(max(1, len(self.task.classes))):
+            draft = self.task.make(board, rng, self.style, row, self._wanted(turn + at))
             if draft is not None:
                 return draft
         raise AssertionError(f"no record of any class on {board}")
@@ -127,7 +130,7 @@ class Supply:
             if self._is_excluded(board):
                 continue
             # Its own rng for each row: what a row becomes does not hang on the rows before it.
-            rng = random.Random(f"{spec.seed}/{self.task.NAME}/maps/{number}")
+            rng = random.Random(f"{spec.seed}/{self.task.name}/maps/{number}")
             draft = self._make(board, rng, row, len(rows))
             again = f"{draft.key} {draft.text_output}"
             if again in seen:

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mirage_ds.tasks.board_style import Style, picture_name, state_picture
+from mirage_ds.tasks.board_task import BoardTask
 from mirage_ds.tasks.boxed import last_boxed
-from mirage_ds.tasks.draft import Draft, Picture, Style, picture_name, state_picture
+from mirage_ds.tasks.draft import Draft, Picture
 from mirage_ds.tasks.maps import (
     GOAL,
     HOLE,
@@ -29,10 +31,9 @@ from mirage_ds.tasks.maps import (
 )
 from mirage_ds.tasks.rationale import sentences, spot, with_helper
 from mirage_ds.tasks.render import red_path, render
+from mirage_ds.tasks.spec import BuildSpec
 
 NAME = "vsp-spatial-planning"
-# Answers fall into no classes to balance.
-CLASSES: tuple[str, ...] = ()
 
 # Word for word the public training rows' prompt.
 PROMPT = """
@@ -101,11 +102,6 @@ def score(text: str, map_desc: Any) -> PlanningScore:
     return PlanningScore(success, success and len(moves) == len(shortest_path(board)), not moves, len(moves))
 
 
-def score_record(text: str, record: Mapping[str, Any]) -> dict[str, float]:
-    """Score a generated text for a record; the keys are those of `PlanningScore`."""
-    return asdict(score(text, record["map_desc"]))
-
-
 def _given_moves(row: Mapping[str, Any]) -> list[str]:
     """Return the moves a row brings along, in its answer or else in its `path`; none without either."""
     boxed = last_boxed(str(row.get("text_output") or ""))
@@ -113,39 +109,62 @@ def _given_moves(row: Mapping[str, Any]) -> list[str]:
     return read_moves(boxed if boxed is not None else " ".join(map(str, path)))
 
 
-def make(
-    board: Board, rng: random.Random, style: Style, row: Mapping[str, Any] | None = None, wanted: str | None = None
-) -> Draft:
-    """Make one record from a solvable board.
+class Planning(BoardTask):
+    """VSP spatial planning; see the module."""
 
-    Args:
-        row: the row the board comes from; its own answer is kept when it solves the board, else replaced.
-        wanted: unused; planning has no classes.
-    """
-    given = _given_moves(row or {})
-    kept = bool(given) and solves(board, given)
-    moves = given if kept else shortest_path(board, style.ties, rng)
-    cells = follow(board, moves)
-    boxed = f"\\boxed{{{', '.join(moves)}}}"
-    if style.answer == "direct":
-        text_output = boxed
-    else:
-        where = f"I start at [{spot(find(board, START))},Start] and the goal is at [{spot(find(board, GOAL))},Target]."
-        text_output = with_helper([where], sentences(board, cells, moves), boxed)
-    size = style.cell_size
-    way = hashlib.sha256("".join(moves).encode()).hexdigest()[:8]
-    return Draft(
-        text_input=PROMPT if style.prompt == "full" else SHORT_PROMPT,
-        text_output=text_output,
-        image=state_picture(board, cells[0], None, size),
-        helper=Picture(
+    name = NAME
+
+    def prompt(self, row: Mapping[str, Any], settings: BuildSpec) -> str:
+        """Return the public prompt, or one short sentence."""
+        return PROMPT if settings.prompt == "full" else SHORT_PROMPT
+
+    def parse(self, text: str, row: Mapping[str, Any]) -> list[str] | None:
+        r"""Return the moves of the last ``\boxed{…}``; None without any."""
+        return read_moves(last_boxed(text) or "") or None
+
+    def score_record(self, text: str, record: Mapping[str, Any]) -> dict[str, float]:
+        """Score a generated text for a record; the keys are those of `PlanningScore`."""
+        return asdict(score(text, record["map_desc"]))
+
+    def make(
+        self,
+        board: Board,
+        rng: random.Random,
+        style: Style,
+        row: Mapping[str, Any] | None = None,
+        wanted: str | None = None,
+    ) -> Draft:
+        """Make one record from a solvable board.
+
+        Args:
+            row: the row the board comes from; its own answer is kept when it solves the board, else replaced.
+            wanted: unused; answers fall into no classes.
+        """
+        given = _given_moves(row or {})
+        kept = bool(given) and solves(board, given)
+        moves = given if kept else shortest_path(board, style.ties, rng)
+        cells = follow(board, moves)
+        boxed = f"\\boxed{{{', '.join(moves)}}}"
+        if style.answer == "direct":
+            text_output = boxed
+        else:
+            start, goal = spot(find(board, START)), spot(find(board, GOAL))
+            where = f"I start at [{start},Start] and the goal is at [{goal},Target]."
+            text_output = with_helper([where], sentences(board, cells, moves), boxed)
+        size = style.cell_size
+        way = hashlib.sha256("".join(moves).encode()).hexdigest()[:8]
+        path = Picture.drawn(
             picture_name(board, size, f"path_{way}"), lambda: red_path(render(board, cell_size=size), cells, size)
-        ),
-        kind=f"{len(moves)} move{'s' if len(moves) > 1 else ''}",
-        key=map_json(board),
-        extra={"path": moves},
-        replaced=bool(given) and not kept,
-    )
+        )
+        return Draft(
+            text_output=text_output,
+            images=(state_picture(board, cells[0], None, size),),
+            helpers=(path,),
+            extra={"path": moves},
+            kind=f"{len(moves)} move{'s' if len(moves) > 1 else ''}",
+            key=map_json(board),
+            replaced=bool(given) and not kept,
+        )
 
 
 def best_constant(boards: Sequence[Board], longest: int = 6) -> tuple[list[str], float]:

@@ -12,10 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mirage_ds.tasks.board_style import Style, state_picture
+from mirage_ds.tasks.board_task import BoardTask
 from mirage_ds.tasks.boxed import last_boxed
-from mirage_ds.tasks.draft import Draft, Style, state_picture
+from mirage_ds.tasks.draft import Draft
 from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, Board, follow, map_json, shortest_path, tile
 from mirage_ds.tasks.rationale import sentences, with_helper
+from mirage_ds.tasks.spec import BuildSpec
 
 NAME = "vsp-spatial-reasoning"
 CLASSES = ("A", "B", "C")
@@ -63,16 +66,6 @@ class ReasoningScore:
     invalid: bool
 
 
-def prompt(plan: Sequence[str], style: Style) -> str:
-    """Return the prompt for a plan.
-
-    With direct answers the full prompt leaves out the sentences that ask for a rationale, which the answer lacks.
-    """
-    if style.prompt == "short":
-        return _SHORT.format(plan=", ".join(plan))
-    return _TEMPLATE.format(plan=", ".join(plan), think=_THINK if style.answer == "cot" else "")
-
-
 def outcome(board: Board, plan: Sequence[str]) -> str:
     """Return A, B or C: the first hole on the way decides, else where the plan ends."""
     end = tile(board, follow(board, plan)[-1])
@@ -89,11 +82,6 @@ def score(text: str, expected: str) -> ReasoningScore:
     """Score a generated text against the letter expected."""
     letter = read_letter(text)
     return ReasoningScore(letter == expected, letter is None)
-
-
-def score_record(text: str, record: Mapping[str, Any]) -> dict[str, float]:
-    """Score a generated text against a record's own answer; the keys are those of `ReasoningScore`."""
-    return asdict(score(text, str(read_letter(record["text_output"]))))
 
 
 def _perturbed(plan: Sequence[str], rng: random.Random) -> list[str]:
@@ -136,35 +124,65 @@ def draw_plan(board: Board, rng: random.Random, wanted: str) -> list[str] | None
     return None
 
 
-def make(
-    board: Board, rng: random.Random, style: Style, row: Mapping[str, Any] | None = None, wanted: str | None = None
-) -> Draft | None:
-    """Make one record from a solvable board.
+class Reasoning(BoardTask):
+    """VSP spatial reasoning; see the module."""
 
-    Args:
-        row: the row the board comes from; its own `plan`, a list of moves, is kept.
-        wanted: the class of the answer, drawn when None; without effect on a plan that is given.
+    name = NAME
+    classes = CLASSES
 
-    Returns:
-        None when no plan of the wanted class was found on this board.
-    """
-    given = (row or {}).get("plan")
-    usable = isinstance(given, list) and bool(given) and all(isinstance(move, str) and move in MOVES for move in given)
-    plan = list(given or ()) if usable else draw_plan(board, rng, wanted or rng.choice(CLASSES))
-    if plan is None:
-        return None
-    cells = follow(board, plan)
-    letter = outcome(board, plan)
-    boxed = f"\\boxed{{{letter}}}"
-    split = rng.randint(1, len(cells) - 1)
-    told = sentences(board, cells, plan)
-    return Draft(
-        text_input=prompt(plan, style),
-        text_output=boxed if style.answer == "direct" else with_helper(told[:split], told[split:], boxed),
-        image=state_picture(board, cells[0], None, style.cell_size),
-        helper=state_picture(board, cells[split], plan[split - 1], style.cell_size),
-        kind=letter,
-        key=f"{map_json(board)} {' '.join(plan)}",
-        extra={"plan": plan, "helper_step": split},
-        replaced=given is not None and not usable,
-    )
+    def prompt(self, row: Mapping[str, Any], settings: BuildSpec) -> str:
+        """Return the prompt for the row's plan.
+
+        With direct answers the full prompt leaves out the sentences that ask for a rationale, which the answer lacks.
+        """
+        plan = ", ".join(row["plan"])
+        if settings.prompt == "short":
+            return _SHORT.format(plan=plan)
+        return _TEMPLATE.format(plan=plan, think=_THINK if settings.answer == "cot" else "")
+
+    def parse(self, text: str, row: Mapping[str, Any]) -> str | None:
+        r"""Return the letter of the last ``\boxed{…}``; None without one."""
+        return read_letter(text)
+
+    def score_record(self, text: str, record: Mapping[str, Any]) -> dict[str, float]:
+        """Score a generated text against a record's own answer; the keys are those of `ReasoningScore`."""
+        return asdict(score(text, str(read_letter(record["text_output"]))))
+
+    def make(
+        self,
+        board: Board,
+        rng: random.Random,
+        style: Style,
+        row: Mapping[str, Any] | None = None,
+        wanted: str | None = None,
+    ) -> Draft | None:
+        """Make one record from a solvable board.
+
+        Args:
+            row: the row the board comes from; its own `plan`, a list of moves, is kept.
+            wanted: the class of the answer, drawn when None; without effect on a plan that is given.
+
+        Returns:
+            None when no plan of the wanted class was found on this board.
+        """
+        given = (row or {}).get("plan")
+        usable = (
+            isinstance(given, list) and bool(given) and all(isinstance(move, str) and move in MOVES for move in given)
+        )
+        plan = list(given or ()) if usable else draw_plan(board, rng, wanted or rng.choice(CLASSES))
+        if plan is None:
+            return None
+        cells = follow(board, plan)
+        letter = outcome(board, plan)
+        boxed = f"\\boxed{{{letter}}}"
+        split = rng.randint(1, len(cells) - 1)
+        told = sentences(board, cells, plan)
+        return Draft(
+            text_output=boxed if style.answer == "direct" else with_helper(told[:split], told[split:], boxed),
+            images=(state_picture(board, cells[0], None, style.cell_size),),
+            helpers=(state_picture(board, cells[split], plan[split - 1], style.cell_size),),
+            extra={"plan": plan, "helper_step": split},
+            kind=letter,
+            key=f"{map_json(board)} {' '.join(plan)}",
+            replaced=given is not None and not usable,
+        )
