@@ -22,6 +22,17 @@ FeatureCache = Literal["all", "targets", "off"]
 PAPER_BATCH = 8
 # The paper's γ: stage 1's objective is 0.1 · CE + (1 − mean cosine).
 PAPER_GAMMA = 0.1
+# What every evaluation measures; `sim` in stage1 alone.
+LOSSES = ("loss", "ce", "token_ce", "sim")
+
+
+def cache_folder(cache_dir: Path | None) -> Path:
+    """Where indices of records and kept features lie unless a run names another folder.
+
+    Args:
+        cache_dir: --cache_dir.
+    """
+    return cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mirage_ds"
 
 
 class RunConfig(BaseModel):
@@ -44,7 +55,9 @@ class RunConfig(BaseModel):
     train_vision: bool = Field(False, description="Train the vision tower too (frozen otherwise).")
 
     # data
-    data_path: Path = Field(description="JSON-lines file of records.")
+    data_path: Path = Field(
+        description="Records: a JSON-lines or Parquet file, a folder of such files, or a glob pattern in quotes."
+    )
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
     max_length: PositiveInt = Field(4096, description="Longer rows are dropped and counted, never cut.")
     max_dropped_share: float = Field(0.1, ge=0, le=1, description="Refuse to train when more rows are dropped.")
@@ -70,7 +83,11 @@ class RunConfig(BaseModel):
         "~/.cache/mirage_ds/features]",
     )
     num_workers: int = Field(2, ge=0, description="Data-loader processes a rank.")
-    cache_dir: Path | None = Field(None, description="Cache of hub downloads and of the Arrow form of the records.")
+    cache_dir: Path | None = Field(
+        None,
+        description="Cache of hub downloads, of the index of the records and of kept features. [default: the hub's own "
+        "for downloads, ~/.cache/mirage_ds for the rest]",
+    )
 
     # the optimizer step
     epochs: PositiveFloat = Field(10, description="Passes over the data.")
@@ -85,6 +102,11 @@ class RunConfig(BaseModel):
         8192, description="Tokens packed into one micro-batch of one rank, at most."
     )
     micro_batch_size: PositiveInt | None = Field(None, description="Rows packed into one micro-batch, at most.")
+    micro_batch_patches: PositiveInt | None = Field(
+        None,
+        description="Image patches (14 × 14 px) packed into one micro-batch, at most: for runs whose vision tower "
+        "works in every step (--train_vision, --feature_cache off).",
+    )
     allow_idle_ranks: bool = Field(False, description="Let ranks without a row run along on an empty micro-batch.")
     reduction: Literal["sample", "token"] = Field(
         "sample", description="sample: mean of the rows' losses, as the public code has it; token: mean over tokens."
@@ -124,6 +146,15 @@ class RunConfig(BaseModel):
     )
     eval_data_path: Path | None = Field(None, description="Records whose loss is measured while training.")
     eval_every: PositiveInt | None = Field(None, description="Optimizer steps between two such measurements.")
+    eval_decode: int = Field(
+        0, ge=0, description="So many of them are answered too, and scored by their task's scorer; 0 answers none."
+    )
+    eval_new_tokens: PositiveInt = Field(256, description="Tokens that such an answer may have.")
+    save_best: str | None = Field(
+        None,
+        description="Keep the model of the best evaluation in <save_model_path>/best: by loss, or by a metric of the "
+        "scorer.",
+    )
     overwrite: bool = Field(False, description="Start over in a --save_model_path that holds an earlier run.")
     log_file: Path | None = Field(None, description="Also write the log lines to this file.")
     report_to: list[Literal["tensorboard", "wandb", "none"]] = Field(
@@ -145,6 +176,14 @@ class RunConfig(BaseModel):
             )
         if (self.eval_data_path is None) != (self.eval_every is None):
             raise ValueError("--eval_data_path and --eval_every belong together: give both or none")
+        for flag, given in (("--eval_decode", self.eval_decode), ("--save_best", self.save_best)):
+            if given and self.eval_data_path is None:
+                raise ValueError(f"{flag} {given} needs records to evaluate: add --eval_data_path and --eval_every")
+        if self.save_best and self.save_best not in LOSSES and not self.eval_decode:
+            raise ValueError(
+                f"--save_best {self.save_best}: of losses there are {', '.join(LOSSES)}; a metric of the scorer needs "
+                "--eval_decode"
+            )
         if self.train_vision and self.feature_cache in ("all", "targets"):
             raise ValueError(
                 f"--train_vision changes the features that --feature_cache {self.feature_cache} would keep: use "
@@ -198,11 +237,7 @@ class RunConfig(BaseModel):
     @property
     def features_folder(self) -> Path:
         """Where kept features lie."""
-        if self.feature_dir is not None:
-            return self.feature_dir
-        if self.cache_dir is not None:
-            return self.cache_dir / "features"
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mirage_ds" / "features"
+        return self.feature_dir or cache_folder(self.cache_dir) / "features"
 
     @property
     def gamma(self) -> float:

@@ -11,26 +11,32 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import track
 
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures, ShardWriter
-from mirage_ds.data.loader import faults_error
-from mirage_ds.data.record import Fault, RecordError, record_of
+from mirage_ds.data.features import (
+    FeatureStore,
+    ImageKeys,
+    KeptFeatures,
+    ShardWriter,
+    image_key,
+    note_of,
+    sortable,
+)
+from mirage_ds.data.index import BesideEach, EncodedRows
+from mirage_ds.data.loader import Broken, by_place, faults_error
+from mirage_ds.data.record import Fault, RecordError
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
 from mirage_ds.errors import UserError
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.startup import quiet
 from mirage_ds.stop import Stopped, ignore_in_worker, never
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 # Settings of the image processor that decide what the tower sees.
 SETTINGS = (
@@ -45,35 +51,55 @@ CHUNK = 32
 
 Decoded = tuple[list[int], torch.Tensor, torch.Tensor]
 # Place in the table of images, and what is wrong with the image there.
-Broken = tuple[int, Fault]
+BrokenImage = tuple[int, Fault]
 
 
 class _Images(torch.utils.data.Dataset):
     """Decodes the images of one field: (place in the table, pixels (P, 1176), grid (1, 3)), or (place, Fault)."""
 
-    def __init__(self, records: Dataset, encoder: Encoder, name: str, images: ImageKeys, places: Sequence[int]):
-        self.records, self.encoder, self.name, self.images, self.places = records, encoder, name, images, places
+    def __init__(self, records: EncodedRows, encoder: Encoder, name: str, images: ImageKeys, places: np.ndarray):
+        self.records, self.name, self.images, self.places = records, name, images, places
+        self.encoders = BesideEach(encoder, records)
+        self.merged = encoder.images.merge_size**2
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, number: int) -> tuple[int, torch.Tensor, torch.Tensor] | Broken:
-        place = self.places[number]
-        row = self.images.row_of(place)
-        record = record_of(self.records[row])
+    def __getitem__(self, number: int) -> tuple[int, torch.Tensor, torch.Tensor] | BrokenImage:
+        place = int(self.places[number])
+        row = int(self.images.rows_of(np.array(place)))
+        record, _ = self.records.encoded(row)
         path = getattr(record, self.name)[place - int(self.images.starts[row])]
+        encoder = self.encoders[row]
+        how = "leave the images alone while a run starts"
         try:
-            pixels, grid = self.encoder.pixels(record, self.name, path)
+            pixels, grid = encoder.pixels(record, self.name, path)
+            if int(grid.prod()) // self.merged != int(self.images.sizes[place]):
+                what = f"image {path} has another size than a minute ago, when it was measured"
+                raise record.fault(self.name, what, how)
+            # Features under the key of another content would be wrong for every run to come.
+            if image_key(encoder.finder.find(record, self.name, path)) != tuple(self.images.keys[place].tolist()):
+                raise record.fault(self.name, f"image {path} is another one than a minute ago", how)
         except RecordError as error:
-            return place, error.fault
-        if int(grid.prod()) // self.encoder.images.merge_size**2 != int(self.images.sizes[place]):
-            what = f"image {path} has another size than a minute ago, when it was measured"
-            return place, Fault(record.line, self.name, what, "leave the images alone while a run starts")
+            return place, self.records.named(error.fault, row)
         return place, pixels, grid
 
+    def __getitems__(
+        self, numbers: Sequence[int]
+    ) -> list[tuple[int, torch.Tensor, torch.Tensor] | BrokenImage] | list[UserError]:
+        """Return several images; an error that is no record's is the only item."""
+        try:
+            return [self[number] for number in numbers]
+        except UserError as error:
+            return [error]
 
-def _join(items: list[tuple[int, torch.Tensor, torch.Tensor] | Broken]) -> tuple[Decoded | None, list[Broken]]:
+
+def _join(
+    items: list[tuple[int, torch.Tensor, torch.Tensor] | BrokenImage] | list[UserError],
+) -> tuple[Decoded | None, list[BrokenImage]] | UserError:
     """Put the decoded images of a chunk into two tensors, and the faults beside them."""
+    if isinstance(items[0], UserError):
+        return items[0]
     good = [item for item in items if len(item) == 3]
     faults = [item for item in items if len(item) == 2]
     if not good:
@@ -90,28 +116,29 @@ def _store(folder: Path, tower: FrozenTower, encoder: Encoder, name: str, world:
     return FeatureStore(folder, space, tower.width, tower.tower.dtype)
 
 
-def _missing(kept: KeptFeatures, needed: list[int], world: World) -> list[int]:
+def _missing(kept: KeptFeatures, needed: np.ndarray, world: World) -> np.ndarray:
     """Return the places whose features are not kept, or not whole; unusable shards are removed. All ranks call it."""
     store, keys = kept.store, kept.images.keys
 
     def remove(files: list[Path]) -> None:
         for file in files:
             file.unlink(missing_ok=True)
+            note_of(file).unlink(missing_ok=True)
 
     from_rank_zero(lambda: remove(store.refresh()), world)
     store.refresh()
     absent = from_rank_zero(lambda: store.missing(keys[needed]), world)
-    present = [place for place, gone in zip(needed, absent, strict=True) if not gone]
-    # Each rank reads its share: what was written years ago may have rotted.
-    damaged = everyone(store.damaged(keys[present[world.rank :: world.size]]), world)
+    # What nobody has read since it was written may have rotted. Each rank reads its share; what is whole is noted.
+    unread = from_rank_zero(lambda: store.unverified(keys[needed[~absent]]), world)
+    damaged = everyone(store.damaged(unread[world.rank :: world.size]), world)
     if damaged:
         from_rank_zero(lambda: remove(sorted(set(damaged))), world)
         store.refresh()
         absent = from_rank_zero(lambda: store.missing(keys[needed]), world)
-    return [place for place, gone in zip(needed, absent, strict=True) if gone]
+    return needed[absent]
 
 
-def _check_room(kept: KeptFeatures, places: list[int], folder: Path) -> None:
+def _check_room(kept: KeptFeatures, places: np.ndarray, folder: Path) -> None:
     """Refuse to begin what the disk cannot hold."""
     wanted = kept.bytes_of(places)
     try:
@@ -135,14 +162,17 @@ def _make(
     world: World,
     asked: Callable[[], bool],
     begin: Callable[[str], None],
-) -> list[Broken]:
+) -> list[BrokenImage]:
     """Encode this rank's images, or those before somebody asks to stop; return the broken ones."""
     loader = torch.utils.data.DataLoader(
         images, batch_size=CHUNK, collate_fn=_join, num_workers=workers, worker_init_fn=ignore_in_worker
     )
     writer = ShardWriter(kept.store)
-    broken: list[Broken] = []
-    for decoded, others in track(loader, title, disable=world.rank > 0, transient=True):
+    broken: list[BrokenImage] = []
+    for joined in track(loader, title, disable=world.rank > 0, transient=True):
+        if isinstance(joined, UserError):
+            raise joined
+        decoded, others = joined
         broken += others
         # A sign of progress: encoding may take hours.
         begin("features")
@@ -159,21 +189,22 @@ def _make(
     return broken
 
 
-def _rows_with(kept: KeptFeatures, broken: list[Broken], rows: Sequence[int], records: Dataset) -> dict[int, Fault]:
+def _rows_with(kept: KeptFeatures, broken: list[BrokenImage], rows: np.ndarray) -> Broken:
     """Find the rows that have a broken image: also those whose image is another file with the same content."""
-    faults = {tuple(kept.images.keys[place].tolist()): fault for place, fault in broken}
-    found = {}
-    for place in kept.images.of(rows):
-        fault = faults.get(tuple(kept.images.keys[place].tolist()))
-        row = kept.images.row_of(place)
-        if fault and row not in found:
-            line = int(records[row]["line"])
-            same = line == fault.line
-            found[row] = fault if same else replace(fault, line=line, what=f"as on line {fault.line}: {fault.what}")
-    return found
+    if not broken:
+        return Broken.none()
+    broken = sorted(broken, key=lambda one: by_place(one[1]))
+    keys, number = np.unique(sortable(kept.images.keys[[place for place, _ in broken]]), return_index=True)
+    places = kept.images.of(rows)
+    own = sortable(kept.images.keys[places])
+    at = np.minimum(np.searchsorted(keys, own), len(keys) - 1)
+    hit = keys[at] == own
+    # Of a row's broken images the first.
+    found, first = np.unique(kept.images.rows_of(places[hit]), return_index=True)
+    return Broken(found, number[at[hit]][first], tuple(fault for _, fault in broken))
 
 
-def _await(kept: KeptFeatures, needed: list[int], world: World) -> None:
+def _await(kept: KeptFeatures, needed: np.ndarray, world: World) -> None:
     """Wait until this rank sees what the others have written.
 
     Raises:
@@ -198,9 +229,9 @@ def _await(kept: KeptFeatures, needed: list[int], world: World) -> None:
 def keep_features(
     tower: FrozenTower,
     encoder: Encoder,
-    records: Dataset,
+    records: EncodedRows,
     images: Mapping[str, ImageKeys],
-    rows: Sequence[int],
+    rows: np.ndarray,
     data_path: Path,
     folder: Path,
     workers: int,
@@ -208,12 +239,12 @@ def keep_features(
     skip: bool = False,
     asked: Callable[[], bool] = never,
     begin: Callable[[str], None] = quiet,
-) -> tuple[dict[str, KeptFeatures], dict[int, Fault]]:
+) -> tuple[dict[str, KeptFeatures], Broken]:
     """Make and keep those features of the rows' images that are not kept yet. All ranks call it.
 
     Args:
-        records: the records file, opened; images: field name → its images, for the fields to be kept.
-        rows: the dataset rows whose images are needed.
+        records: the rows on disk; images: field name → its images, for the fields to be kept.
+        rows: the dataset rows whose images are needed, (n,).
         folder: holds all kept features; every rank must see it.
         workers: processes a rank that decode images.
         skip: go on without the rows that have a broken image.
@@ -221,19 +252,19 @@ def keep_features(
         begin: is told again and again that this phase goes on.
 
     Returns:
-        Field name → its features; with `skip`, dataset row → its fault, the same on every rank.
+        Field name → its features; with `skip`, the rows that have a broken image, the same on every rank.
 
     Raises:
         UserError: on every rank: a broken image, too little room, a folder that not all hosts share.
         Stopped: on every rank; what has been made is kept.
     """
     made: dict[str, KeptFeatures] = {}
-    faults: dict[int, Fault] = {}
+    lost = Broken.none()
     for name, keys in images.items():
         kept = KeptFeatures(keys, _store(folder, tower, encoder, name, world))
         needed = kept.needs(rows)
         missing = _missing(kept, needed, world)
-        if missing:
+        if len(missing):
             from_rank_zero(partial(_check_room, kept, missing, folder), world)
             own = _Images(records, encoder, name, keys, missing[world.rank :: world.size])
             title = "encoding input images" if name == "image_input" else "encoding helper images"
@@ -244,12 +275,11 @@ def keep_features(
                 raise UserError(f"--feature_dir {folder}: {error.strerror}; {how}", everywhere=False) from None
             broken = everyone(own_broken, world)
             if broken and not skip:
-                raise faults_error(data_path, [fault for _, fault in broken])
+                raise faults_error(data_path, min((fault for _, fault in broken), key=by_place), len(broken))
             if agree(asked(), world):
                 raise Stopped
-            faults = _rows_with(kept, broken, rows, records) | faults
-            gone = {place for place, _ in broken}
-            needed = [place for place in needed if place not in gone]
+            lost = lost.and_also(_rows_with(kept, broken, rows))
+            needed = np.setdiff1d(needed, [place for place, _ in broken])
         _await(kept, needed, world)
         made[name] = kept
-    return made, faults
+    return made, lost

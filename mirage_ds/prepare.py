@@ -8,29 +8,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from mirage_ds import run_folder
-from mirage_ds.config import RunConfig
+from mirage_ds.config import LOSSES, RunConfig, cache_folder
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.features import KeptFeatures
+from mirage_ds.data.index import EncodedRows
+from mirage_ds.data.indexing import open_index, open_made
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.loader import Index, Loader, build_index, without
-from mirage_ds.data.pack import Planner, pack, total_steps
-from mirage_ds.data.record import Fault, ImageFinder, open_records
+from mirage_ds.data.loader import Index, Loader, usable, without
+from mirage_ds.data.pack import Planner, check_patches, pack, total_steps
+from mirage_ds.data.record import Fault, ImageFinder, record_of
 from mirage_ds.engine import ds_config as ds
+from mirage_ds.engine.card import model_card
 from mirage_ds.engine.checkpoint import Found, find_checkpoint, load_checkpoint
 from mirage_ds.engine.compiled import say_waits
 from mirage_ds.engine.export import Parts, save_model
 from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
 from mirage_ds.engine.offload import check_offload
-from mirage_ds.engine.setup import World, check_ds_config, from_rank_zero, make_engine
+from mirage_ds.engine.setup import World, check_ds_config, everyone, from_rank_zero, make_engine
 from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.errors import UserError
@@ -50,15 +54,19 @@ from mirage_ds.model.load import (
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.scale import sizes, two_layers
+from mirage_ds.scoring import check_evaluation, spread
 from mirage_ds.startup import quiet
 from mirage_ds.stop import never
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-
 # In the run folder, the records that --skip_bad_records leaves out.
 SKIPPED_FILE = "skipped.jsonl"
+
+
+class Save(Protocol):
+    """Writes the trained model; all ranks call it, and what fails is raised on rank 0 once all have done their part."""
+
+    def __call__(self, folder: Path = ..., step: int = ..., scores: Mapping[str, float] | None = ...) -> None:
+        """Write it into a folder (the run's own), with the steps it has taken (all) and what it scores, if known."""
 
 
 class Prepared(NamedTuple):
@@ -70,7 +78,7 @@ class Prepared(NamedTuple):
         loader: this rank's micro-batches.
         measured: the usable rows, measured.
         steps: optimizer steps of the run.
-        save: writes the trained model; all ranks call it.
+        save: writes the trained model.
         state: what a checkpoint of this run says of itself (checkpoint.MUST_AGREE, and what training never changes).
         checkpoint: the checkpoint that the engine continues from, if any; resumed: the state saved with it.
         evaluation: the evaluation records, if any.
@@ -84,7 +92,7 @@ class Prepared(NamedTuple):
     loader: Loader
     measured: Index
     steps: int
-    save: Callable[[], None]
+    save: Save
     state: dict[str, Any]
     checkpoint: Found | None
     resumed: dict[str, Any]
@@ -95,14 +103,14 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """A records file that has been checked: its rows, their measures and plan, the kept features of each field.
+    """Records that have been checked: their rows, measures and plan, the kept features of each field.
 
     Attributes:
-        encoder: finds images beside this very file.
+        encoder: finds images beside these very records.
     """
 
     encoder: Encoder
-    records: Dataset
+    records: EncodedRows
     index: Index
     planner: Planner
     features: dict[str, KeptFeatures]
@@ -128,7 +136,7 @@ def _model_folders(config: RunConfig, world: World) -> list[Path]:
 
 
 def finder_of(config: RunConfig, data_path: Path) -> ImageFinder:
-    """Build the finder of the images of one records file."""
+    """Build the finder of the images of one source of records."""
     return ImageFinder.beside(data_path, config.image_root, config.confine_paths)
 
 
@@ -147,6 +155,55 @@ def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
     return encoder
 
 
+def index_records(
+    config: RunConfig, encoder: Encoder, data_path: Path, world: World, tick: Callable[[], None]
+) -> Index:
+    """Open the index of records on every rank, made by rank 0 where there is none. All ranks call it.
+
+    Where the hosts share no --cache_dir, each of them makes its own.
+
+    Args:
+        tick: is called again and again while an index is made.
+
+    Raises:
+        UserError: see data.loader.build_index; or a host has other records or images.
+    """
+    cache, keep = cache_folder(config.cache_dir), config.kept_fields
+
+    def make() -> EncodedRows:
+        return open_index(data_path, encoder, keep, config.cache_dir, quiet=world.rank > 0, tick=tick)
+
+    made: list[EncodedRows] = []
+
+    def on_rank_zero() -> tuple[Path, tuple[Path, ...], str]:
+        made.append(make())
+        return made[0].place, made[0].files, made[0].digest
+
+    place, files, digest = from_rank_zero(on_rank_zero, world)
+    own = made[0] if made else open_made(place, files, cache)
+    if everyone([] if own and own.digest == digest else [world.rank], world):
+        fault = []
+        if (own is None or own.digest != digest) and world.local_rank == 0:
+            try:
+                own = make()
+            except UserError as error:
+                fault = [str(error)]
+        # Here the others of its host wait for it.
+        faults = everyone(fault, world)
+        if faults:
+            raise UserError(faults[0])
+        own = own if own and own.digest == digest else open_made(place, files, cache)
+        strangers = everyone([] if own and own.digest == digest else [world.rank], world)
+        if strangers:
+            raise UserError(
+                f"{data_path}: rank {strangers[0]} finds other records or images there than rank 0; copy the same to "
+                "every host, or name a --data_path and a --cache_dir that all share"
+            )
+    assert own is not None
+    limits = (config.max_length, config.max_dropped_share)
+    return usable(own, data_path, *limits, keep, config.tolerated_share)
+
+
 def measure(
     config: RunConfig,
     encoder: Encoder,
@@ -158,7 +215,7 @@ def measure(
     asked: Callable[[], bool],
     begin: Callable[[str], None],
 ) -> Measured:
-    """Open a checked records file and keep the features of its images. All ranks call it.
+    """Keep the features of the images of indexed records. All ranks call it.
 
     Args:
         tower: None where it is trained.
@@ -167,22 +224,22 @@ def measure(
     Raises:
         UserError: on every rank: a broken image; with --skip_bad_records, too large a share of faulty records.
     """
-    records = open_records(data_path, config.cache_dir)
     features: dict[str, KeptFeatures] = {}
     if tower is not None:
         # Which rows are skipped must depend on the records alone: a run that goes on for more steps finds the same.
         whole = whole or config.skip_bad_records
-        rows = index.row_ids.tolist() if whole else make_planner(config, index, world).reached(run_steps(config, index))
+        steps = run_steps(config, index)
+        whole = whole or steps * config.rows_per_step >= len(index.row_ids)
+        rows = index.row_ids if whole else np.asarray(make_planner(config, index, world).reached(steps))
         place, workers = config.features_folder, config.num_workers
         features, broken = keep_features(
-            *(tower, encoder, records, index.images, rows, data_path, place, workers, world),
+            *(tower, encoder, index.rows, index.images, rows, data_path, place, workers, world),
             skip=config.skip_bad_records,
             asked=asked,
             begin=begin,
         )
-        if broken:
-            index = without(index, broken, data_path, config.max_bad_share)
-    return Measured(encoder, records, index, make_planner(config, index, world), features)
+        index = without(index, broken, data_path, config.max_bad_share)
+    return Measured(encoder, index.rows, index, make_planner(config, index, world), features)
 
 
 def run_steps(config: RunConfig, index: Index) -> int:
@@ -192,7 +249,7 @@ def run_steps(config: RunConfig, index: Index) -> int:
 
 def skipped_lines(skipped: list[tuple[Path, Fault]]) -> str:
     """Write the records that are left out as JSON lines: file, line, field, what, how."""
-    rows = ({"file": str(file), **asdict(fault)} for file, fault in skipped)
+    rows = ({**asdict(fault), "file": fault.file or str(file)} for file, fault in skipped)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -200,7 +257,9 @@ def usable_rows(index: Index) -> int | str:
     """Say which rows a run has, for a checkpoint: their number and, where records are skipped, which these are."""
     if not index.skipped:
         return len(index.row_ids)
-    lines = " ".join(str(fault.line) for fault in index.skipped)
+    lines = " ".join(
+        f"{Path(fault.file).name}:{fault.line}" if fault.file else str(fault.line) for fault in index.skipped
+    )
     digest = hashlib.sha256(lines.encode()).hexdigest()[:12]
     return f"{len(index.row_ids)} ({len(index.skipped)} skipped, lines {digest})"
 
@@ -215,6 +274,8 @@ def make_planner(config: RunConfig, index: Index, world: World) -> Planner:
         micro_batch_tokens=config.micro_batch_tokens,
         micro_batch_size=config.micro_batch_size,
         seed=config.seed,
+        patches=index.patches,
+        micro_batch_patches=config.micro_batch_patches,
     )
 
 
@@ -229,11 +290,23 @@ def make_loader(config: RunConfig, measured: Measured, rank: int, passes: int) -
 def make_evaluation(config: RunConfig, loader: Loader, index: Index) -> Evaluation:
     """Pack the evaluation rows into micro-steps once; the packing of training rows decides nothing here."""
     planner = loader.planner
-    bins = pack([int(n) for n in index.tokens], planner.world_size, config.micro_batch_tokens, config.micro_batch_size)
+    limit = config.micro_batch_patches
+    if limit is not None:
+        check_patches(index.row_ids, index.patches, limit)
+    bins = pack(
+        index.tokens, planner.world_size, config.micro_batch_tokens, config.micro_batch_size, index.patches, limit
+    )
     rows = [[int(index.row_ids[i]) for i in one] for one in bins]
     counts = StepCounts(len(index.row_ids), int(index.labels.sum()), int(index.runs.sum()) * config.latent_size)
     width = planner.world_size
     return Evaluation(loader, [rows[at : at + width] for at in range(0, len(rows), width)], counts)
+
+
+def check_scores(config: RunConfig, data_path: Path, index: Index) -> None:
+    """Refuse evaluation records that cannot be scored, and a metric that is not measured."""
+    losses = [name for name in LOSSES if name != "sim" or config.stage == "stage1"]
+    records = [record_of(index.rows[row]) for row in spread(index.row_ids.tolist(), config.eval_decode)]
+    check_evaluation(records, data_path, config.task, losses, config.save_best)
 
 
 def optimizer_groups(folder: Path, train_vision: bool) -> list[list[int]]:
@@ -290,13 +363,14 @@ def prepare(
     shape = read_config(folders[0]).to_dict()
     ds.fill_limits(ds_values, two_layers(shape["text_config"]))
     encoder = make_encoder(config, folders)
-    limits, share = (config.max_length, config.max_dropped_share), config.tolerated_share
     files = [config.data_path] + ([config.eval_data_path] if config.eval_data_path else [])
     encoders = [replace(encoder, finder=finder_of(config, file)) for file in files]
     indices = [
-        from_rank_zero(partial(build_index, file, one, *limits, config.kept_fields, False, share), world)
+        index_records(config, one, file, world, partial(begin, "records"))
         for file, one in zip(files, encoders, strict=True)
     ]
+    if config.eval_data_path:
+        from_rank_zero(partial(check_scores, config, config.eval_data_path, indices[-1]), world)
     # All that can refuse the run comes before its folder is claimed: a refused run must not stand in the way of the
     # mended one.
     from_rank_zero(lambda: check_weights(folders[0], read_config(folders[0])), world)
@@ -327,7 +401,7 @@ def prepare(
         world_size=world.size,
         stage=config.stage,
         latent_size=config.latent_size,
-        data=hashlib.sha256(config.data_path.read_bytes()).hexdigest(),
+        data=index.rows.source,
         rows=usable_rows(index),
         rows_per_step=config.rows_per_step,
         seed=config.seed,
@@ -378,15 +452,20 @@ def prepare(
 
     trained = {"stage": config.stage, "latent_size": config.latent_size}
 
-    def save() -> None:
+    def save(
+        folder: Path = config.save_model_path, step: int = steps, scores: Mapping[str, float] | None = None
+    ) -> None:
         # After an evaluation some may be on their way, prefetched for a backward; they could not be gathered anew.
         engine.empty_partition_cache()
         save_model(
             engine.module,
             loaded.tower.tower if loaded.tower else None,
-            config.save_model_path,
+            folder,
             world.rank,
-            Parts(loaded.config, encoder.tokenizer, encoder.images, folders[0], trained),
+            Parts(
+                *(loaded.config, encoder.tokenizer, encoder.images, folders[0], trained),
+                card=model_card({**state, "step": step}, scores),
+            ),
         )
 
     return Prepared(

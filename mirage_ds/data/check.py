@@ -1,11 +1,13 @@
-"""`mirage-ds data check`: every fault of a records file at once."""
+"""`mirage-ds data check`: every fault of the records at once."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from mirage_ds.config import Stage
-from mirage_ds.data.record import Fault, ImageFinder, Record, RecordError, scan
+from mirage_ds.config import Stage, cache_folder
+from mirage_ds.data.record import Fault, ImageFinder, Record, RecordError
+from mirage_ds.data.sources import find_files, folder_of_pictures, name_file, no_record, pieces, read_piece
 from mirage_ds.errors import UserError
 
 
@@ -26,22 +28,26 @@ def _faults(record: Record, finder: ImageFinder, stage: Stage) -> list[Fault]:
 
 
 def check_file(
-    file: Path,
+    data_path: Path,
     stage: Stage,
     image_root: Path | None,
     model_folder: Path | None,
     latent_size: int,
     confine_paths: bool = False,
 ) -> tuple[int, list[Fault]]:
-    """Check every record of a file: its form, its images, and with a model folder its encoding for a stage.
+    """Check every record: its form, its images, and with a model folder its encoding for a stage.
+
+    Args:
+        data_path: a JSON-lines or Parquet file, a folder of such files, or a glob pattern.
 
     Returns:
-        The number of records, and the faults in the order of their lines.
+        The number of records, and the faults in the order of the records.
     """
     from rich.progress import track
 
-    records, faults = scan(file)
-    finder = ImageFinder.beside(file, image_root, confine_paths)
+    files = find_files(data_path)
+    pictures = folder_of_pictures(cache_folder(None))
+    finder = ImageFinder.beside(data_path, image_root, confine_paths)
     encoder = None
     if model_folder:
         from mirage_ds.data.load import load_encoder
@@ -49,17 +55,23 @@ def check_file(
         if not model_folder.is_dir():
             raise UserError(f"--model {model_folder}: no such folder")
         encoder = load_encoder([str(model_folder)], finder, stage, latent_size)
-    for record in track(records, "checking", transient=True):
-        found = _faults(record, finder, stage)
-        if encoder and not found:
-            try:
-                encoder.measure(record)
-            except RecordError as error:
-                found.append(error.fault)
-        faults += found
-    return len(records) + len({fault.line for fault in faults} - {r.line for r in records}), sorted(
-        faults, key=lambda fault: fault.line
-    )
+    count = 0
+    faults: list[Fault] = []
+    for piece in track(list(pieces(files)), "checking", transient=True):
+        own = finder.of(files[piece.file], pictures)
+        measure = replace(encoder, finder=own).measure if encoder else None
+        for record in read_piece(piece, files[piece.file], pictures):
+            count += 1
+            found = [record] if isinstance(record, Fault) else _faults(record, own, stage)
+            if measure and not found and isinstance(record, Record):
+                try:
+                    measure(record)
+                except RecordError as error:
+                    found.append(error.fault)
+            faults += [name_file(fault, files, piece.file) for fault in found]
+    if not count:
+        raise no_record(data_path)
+    return count, faults
 
 
 def print_faults(file: Path, count: int, faults: list[Fault], most: int) -> None:
@@ -74,9 +86,11 @@ def print_faults(file: Path, count: int, faults: list[Fault], most: int) -> None
         return
     # Text, not str: rich would read brackets in a path as markup.
     title = Text(f"{file}: {len(faults)} fault(s) in {count} records")
-    table = Table("line", "field", "what", "how to mend", title=title)
+    several = any(fault.file for fault in faults)
+    table = Table(*(["file"] if several else []), "line", "field", "what", "how to mend", title=title)
     for fault in faults[:most]:
-        table.add_row(str(fault.line), fault.field, Text(fault.what), Text(fault.how))
+        own = [Text(fault.file)] if several else []
+        table.add_row(*own, str(fault.line), fault.field, Text(fault.what), Text(fault.how))
     console.print(table)
     if faults[most:]:
         console.print(f"… and {len(faults) - most} more (--most)")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -88,8 +88,16 @@ class Measure(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Layout:
-    input_ids: list[int]
+class Layout:
+    """Where everything in a row stands; with the pixels it is the whole Sample.
+
+    Attributes:
+        input_ids: T token ids.
+        answer_start: place of the first token behind `<|im_start|>assistant`.
+        grids, helper_grids: (t, h, w) in patches of each input image and, in stage1, of each helper image.
+    """
+
+    input_ids: Sequence[int] | np.ndarray
     answer_start: int
     grids: list[Grid]
     helper_grids: list[Grid]
@@ -255,7 +263,7 @@ class Encoder:
                 at = own.end()
         return ids
 
-    def _lay_out(self, record: Record, helpers: bool, write: Callable[[Record], str]) -> _Layout:
+    def _lay_out(self, record: Record, helpers: bool, write: Callable[[Record], str]) -> Layout:
         """Place every token of a row; reads the images' headers only.
 
         Args:
@@ -287,7 +295,7 @@ class Encoder:
         turn = len(ids) - 1 - ids[::-1].index(head[0])
         if ids[turn : turn + len(head)] != head:
             raise UserError(f"the tokenizer does not keep {ASSISTANT!r} apart from what follows; use Qwen2.5-VL's")
-        return _Layout(ids, turn + len(head), grids, helper_grids)
+        return Layout(ids, turn + len(head), grids, helper_grids)
 
     def measure(self, record: Record) -> Measure:
         """Count a row's tokens, labels, runs and patches without decoding its images.
@@ -295,8 +303,19 @@ class Encoder:
         Raises:
             RecordError: the record cannot be used in this stage.
         """
-        layout = self._lay_out(record, self._grounded, self._text)
-        pads = layout.input_ids.count(self.id_of(LATENT_PAD))
+        return self.measure_of(self.lay_out(record))
+
+    def lay_out(self, record: Record) -> Layout:
+        """Place every token of a row without decoding its images.
+
+        Raises:
+            RecordError: the record cannot be used in this stage.
+        """
+        return self._lay_out(record, self._grounded, self._text)
+
+    def measure_of(self, layout: Layout) -> Measure:
+        """Count what a row holds."""
+        pads = list(layout.input_ids).count(self.id_of(LATENT_PAD))
         return Measure(
             tokens=len(layout.input_ids),
             labels=len(layout.input_ids) - layout.answer_start - pads,
@@ -320,7 +339,21 @@ class Encoder:
         Raises:
             RecordError: the record cannot be used in this stage, or an image does not decode.
         """
-        layout = self._lay_out(record, self._grounded, self._text)
+        return self.fill(self.lay_out(record), record, row, image_features, helper_features)
+
+    def fill(
+        self,
+        layout: Layout,
+        record: Record,
+        row: int,
+        image_features: torch.Tensor | None = None,
+        helper_features: torch.Tensor | None = None,
+    ) -> Sample:
+        """Make the Sample of a row that is laid out already; of the record only its line and its paths are looked at.
+
+        Raises:
+            RecordError: an image does not decode, or is another one than when the row was laid out.
+        """
         return self._encode(record, row, layout, self._grounded, image_features, helper_features)
 
     def encode_prompt(self, record: Record, row: int) -> Sample:
@@ -347,7 +380,7 @@ class Encoder:
         self,
         record: Record,
         row: int,
-        layout: _Layout,
+        layout: Layout,
         helpers: bool,
         image_features: torch.Tensor | None = None,
         helper_features: torch.Tensor | None = None,

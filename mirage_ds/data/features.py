@@ -2,12 +2,14 @@
 
 F merged features of an image, H hidden width of the language model, I images, R records.
 
-    <folder>/<space>/space.json       what the features are a function of, besides the image
-    <folder>/<space>/<shard>.arrow    Arrow IPC, a row an image: key, features (F · H numbers), CRC-32 of them
+    <folder>/<space>/space.json         what the features are a function of, besides the image
+    <folder>/<space>/<shard>.arrow      Arrow IPC, a row an image: key, features (F · H numbers), CRC-32 of them
+    <folder>/<space>/<shard>.verified   size and time of the shard when somebody last found all its checksums right
 
 A *space* holds the features that one tower makes with one setting of the image processor in one dtype. Shards are
 written under another name, renamed when they are whole, and never changed: runs that fill a space at the same time at
-worst make an image twice.
+worst make an image twice. Features are read by their place in the file: pages of a map that one process alone has
+touched count as its own memory.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import math
 import os
 import uuid
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +28,17 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from mirage_ds.data.sources import Stamp, write_new
+from mirage_ds.errors import UserError
+
 # Raised whenever the bytes in a shard mean something else than before.
 FORMAT = 1
 SCHEMA = pa.schema(
     [("key_high", pa.uint64()), ("key_low", pa.uint64()), ("check", pa.uint32()), ("features", pa.large_binary())]
 )
 SHARD_BYTES = 128 << 20
+# Files that a process may have open at a time are often 1024.
+MOST_OPEN = 256
 
 Key = tuple[int, int]
 
@@ -54,13 +61,22 @@ class ImageKeys(NamedTuple):
     sizes: np.ndarray
     starts: np.ndarray
 
-    def row_of(self, place: int) -> int:
-        """Return the record that the image at a place in `keys` belongs to."""
-        return int(np.searchsorted(self.starts, place, side="right")) - 1
+    def rows_of(self, places: np.ndarray) -> np.ndarray:
+        """Return the records, (n,), that the images at these places in `keys` belong to."""
+        return np.searchsorted(self.starts, places, side="right") - 1
 
-    def of(self, rows: Iterable[int]) -> list[int]:
-        """List the places in `keys` of these records' images."""
-        return [place for row in rows for place in range(self.starts[row], self.starts[row + 1])]
+    def of(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Places in `keys` of these records' images, record by record, (n,) int64."""
+        own = np.asarray(rows, dtype=np.int64)
+        first, counts = self.starts[own], self.starts[own + 1] - self.starts[own]
+        # An image's place is its record's first one and its number within the record.
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.repeat(first, counts) + within
+
+
+def sortable(keys: np.ndarray) -> np.ndarray:
+    """Turn keys (I, 2) uint64 into (I,) strings of 16 bytes, which numpy sorts and searches whole."""
+    return np.ascontiguousarray(keys, dtype=">u8").reshape(-1, 2).view("S16").reshape(-1)
 
 
 def image_keys(rows: Sequence[Sequence[tuple[Key, int]]]) -> ImageKeys:
@@ -71,6 +87,29 @@ def image_keys(rows: Sequence[Sequence[tuple[Key, int]]]) -> ImageKeys:
         sizes=np.array([size for _, size in flat], dtype=np.int64),
         starts=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
     )
+
+
+class Found(NamedTuple):
+    """Where the features of images lie, sorted by key.
+
+    Attributes:
+        keys: (I,) see sortable.
+        shard: (I,) number of the file; offset, size: (I,) bytes in it; check: (I,) CRC-32 of them.
+    """
+
+    keys: np.ndarray
+    shard: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    check: np.ndarray
+
+    @classmethod
+    def in_shards(cls, parts: Sequence[Found]) -> Found:
+        """Join what several shards hold."""
+        none = cls(np.empty(0, "S16"), *(np.empty(0, kind) for kind in (np.int32, np.int64, np.int64, np.uint32)))
+        joined = [np.concatenate(columns) for columns in zip(none, *parts, strict=True)]
+        order = np.argsort(joined[0], kind="stable")
+        return cls(*(column[order] for column in joined))
 
 
 class FeatureStore:
@@ -89,13 +128,19 @@ class FeatureStore:
         self.space = json.dumps({**space, "width": width, "dtype": str(dtype), "format": FORMAT}, sort_keys=True)
         self.place = folder / hashlib.sha256(self.space.encode()).hexdigest()[:32]
         self.files: list[Path] = []
-        self.tables: dict[int, pa.RecordBatch] = {}
-        self.keys = np.empty((0, 2), dtype=np.uint64)
-        self.where = np.empty((0, 2), dtype=np.int64)
+        self.descriptors: dict[int, int] = {}
+        self.found = Found.in_shards([])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the memory maps behind: another process opens its own."""
-        return {**self.__dict__, "tables": {}}
+        """Leave the open files behind: another process opens its own."""
+        return {**self.__dict__, "descriptors": {}}
+
+    def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.popitem()[1])
 
     def refresh(self) -> list[Path]:
         """Look for shards anew; return those that cannot be read or belong to another space.
@@ -103,67 +148,117 @@ class FeatureStore:
         What was found before is forgotten, so that a shard that somebody removed is missed here and not in the middle
         of a step.
         """
-        self.files, self.tables, foreign = [], {}, []
-        keys, where = [self.keys[:0]], [self.where[:0]]
+        self._close()
+        self.files, foreign, parts = [], [], []
         for file in sorted(self.place.glob("*.arrow")):
             try:
-                table = self._open(file)
+                part = self._look(file, len(self.files))
             except (pa.ArrowInvalid, OSError, ValueError):
                 foreign.append(file)
                 continue
-            number = len(self.files)
             self.files.append(file)
-            self.tables[number] = table
-            keys.append(np.stack([table["key_high"].to_numpy(), table["key_low"].to_numpy()], axis=1))
-            where.append(np.stack([np.full(len(table), number), np.arange(len(table))], axis=1))
-        made = np.concatenate(keys)
-        order = np.lexsort((made[:, 1], made[:, 0]))
-        self.keys, self.where = made[order], np.concatenate(where)[order]
+            parts.append(part)
+        self.found = Found.in_shards(parts)
         return foreign
 
-    def _open(self, file: Path) -> pa.RecordBatch:
-        reader = pa.ipc.open_file(pa.memory_map(str(file)))
-        if reader.schema != SCHEMA or (reader.schema.metadata or {}).get(b"space") != self.space.encode():
-            raise ValueError(f"{file} is of another space")
-        return reader.get_batch(0)
+    def _look(self, file: Path, number: int) -> Found:
+        """Find where the features of a shard lie; reads none of them."""
+        with pa.memory_map(str(file)) as source:
+            begin = source.read_buffer(1).address
+            reader = pa.ipc.open_file(source)
+            if reader.schema != SCHEMA or (reader.schema.metadata or {}).get(b"space") != self.space.encode():
+                raise ValueError(f"{file} is of another space")
+            table = reader.get_batch(0)
+            _, offsets, content = table["features"].buffers()
+            ends = np.frombuffer(offsets, dtype=np.int64)[: len(table) + 1]
+            keys = np.stack([table["key_high"].to_numpy(), table["key_low"].to_numpy()], axis=1)
+            return Found(
+                keys=sortable(keys),
+                shard=np.full(len(table), number, dtype=np.int32),
+                offset=content.address - begin + ends[:-1],
+                size=np.diff(ends),
+                check=table["check"].to_numpy().copy(),
+            )
 
-    def _place(self, key: Sequence[int]) -> int | None:
-        high, low = np.uint64(key[0]), np.uint64(key[1])
-        at = int(np.searchsorted(self.keys[:, 0], high))
-        while at < len(self.keys) and self.keys[at, 0] == high:
-            if self.keys[at, 1] == low:
-                return at
-            at += 1
-        return None
+    def _at(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the places in `found` of keys (I, 2), and which of them are right: (I,) int64, (I,) bool."""
+        wanted = sortable(keys)
+        at = np.searchsorted(self.found.keys, wanted)
+        inside = at < len(self.found.keys)
+        right = np.zeros(len(wanted), dtype=bool)
+        right[inside] = self.found.keys[at[inside]] == wanted[inside]
+        return at, right
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Tell which of `keys` (I, 2) are not here: (I,) bool."""
-        return np.array([self._place(key) is None for key in keys], dtype=bool)
+        return ~self._at(keys)[1]
 
-    def _row(self, key: Sequence[int]) -> tuple[Path, pa.RecordBatch, int]:
-        at = self._place(key)
-        if at is None:
-            raise KeyError(f"no features with key {tuple(key)} in {self.place}")
-        number, row = (int(value) for value in self.where[at])
-        if number not in self.tables:
-            self.tables[number] = self._open(self.files[number])
-        return self.files[number], self.tables[number], row
+    def _read(self, at: int) -> tuple[Path, bytes, bool]:
+        """Return the shard of an image found, its features, and whether they have their checksum."""
+        number = int(self.found.shard[at])
+        if number not in self.descriptors:
+            if len(self.descriptors) == MOST_OPEN:
+                os.close(self.descriptors.pop(next(iter(self.descriptors))))
+            self.descriptors[number] = os.open(self.files[number], os.O_RDONLY)
+        content = os.pread(self.descriptors[number], int(self.found.size[at]), int(self.found.offset[at]))
+        whole = len(content) == self.found.size[at] and zlib.crc32(content) == self.found.check[at]
+        return self.files[number], content, whole
 
     def get(self, key: Sequence[int]) -> torch.Tensor:
-        """Return the features of one image, (F, H); KeyError when they are not here."""
-        _, table, row = self._row(key)
-        stored = np.frombuffer(table["features"][row].as_buffer(), dtype=np.uint8)
-        # A copy: torch has no read-only tensors, and the file must never change.
-        return torch.from_numpy(stored.copy()).view(self.dtype).view(-1, self.width)
+        """Return the features of one image, (F, H); KeyError when they are not here.
 
-    def damaged(self, keys: np.ndarray) -> list[Path]:
-        """Read the features of `keys` (I, 2) and return the shards in which one differs from its checksum."""
-        bad = set()
-        for key in keys:
-            file, table, row = self._row(key)
-            if zlib.crc32(table["features"][row].as_buffer()) != table["check"][row].as_py():
-                bad.add(file)
-        return sorted(bad)
+        Raises:
+            UserError: they have rotted since somebody verified them; only this process knows.
+        """
+        (at,), (right,) = self._at(np.asarray([key], dtype=np.uint64))
+        if not right:
+            raise KeyError(f"no features with key {tuple(key)} in {self.place}")
+        file, content, whole = self._read(int(at))
+        if not whole:
+            # The next start reads all of the shard again.
+            note_of(file).unlink(missing_ok=True)
+            raise UserError(
+                f"{file}: kept features are damaged; start again, which makes them anew, and look at the disk",
+                everywhere=False,
+            )
+        return torch.frombuffer(bytearray(content), dtype=self.dtype).view(-1, self.width)
+
+    def unverified(self, keys: np.ndarray) -> list[Path]:
+        """List the shards with features of `keys` (I, 2) that are not as they were when somebody verified them."""
+        at, right = self._at(keys)
+        return [
+            self.files[number] for number in np.unique(self.found.shard[at[right]]) if not _noted(self.files[number])
+        ]
+
+    def damaged(self, files: Sequence[Path]) -> list[Path]:
+        """Read shards and return those of which a feature differs from its checksum; the others are noted as whole.
+
+        Args:
+            files: those that `refresh` has not met, as a network file system may have it, are left out.
+        """
+        bad = []
+        for file in set(files) & set(self.files):
+            # Before it is read: what is written meanwhile is not taken for verified.
+            stamp = Stamp.of(file)
+            own = np.flatnonzero(self.found.shard == self.files.index(file))
+            if all(self._read(int(at))[2] for at in own):
+                write_new(note_of(file), json.dumps(stamp).encode())
+            else:
+                bad.append(file)
+        return bad
+
+
+def note_of(shard: Path) -> Path:
+    """Return the place of a shard's note that it is whole."""
+    return shard.with_suffix(".verified")
+
+
+def _noted(shard: Path) -> bool:
+    try:
+        return bool(json.loads(note_of(shard).read_bytes()) == [*Stamp.of(shard)])
+    except (OSError, ValueError):
+        # No note, or half of one: the shard is read.
+        return False
 
 
 class ShardWriter:
@@ -216,18 +311,16 @@ class KeptFeatures(NamedTuple):
 
     def of(self, row: int) -> torch.Tensor:
         """Merged features of all images of a record, in order, (F, H)."""
-        places = self.images.of([row])
-        found = [self.store.get(self.images.keys[place]) for place in places]
+        found = [self.store.get(self.images.keys[place]) for place in self.images.of([row])]
         return torch.cat([torch.empty(0, self.store.width, dtype=self.store.dtype), *found])
 
-    def needs(self, rows: Iterable[int]) -> list[int]:
-        """Places in `images` of these records' images, each image once."""
-        first: dict[Key, int] = {}
-        for place in self.images.of(rows):
-            high, low = self.images.keys[place].tolist()
-            first.setdefault((high, low), place)
-        return list(first.values())
+    def needs(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Places in `images` of these records' images, each image once, where it comes first; (n,) int64."""
+        places = self.images.of(rows)
+        _, first = np.unique(sortable(self.images.keys[places]), return_index=True)
+        return places[np.sort(first)]
 
-    def bytes_of(self, places: Sequence[int]) -> int:
+    def bytes_of(self, places: np.ndarray | Sequence[int]) -> int:
         """Bytes that the features at these places take."""
-        return math.prod((int(self.images.sizes[list(places)].sum()), self.store.width, self.store.dtype.itemsize))
+        sizes = self.images.sizes[np.asarray(places, dtype=np.int64)]
+        return math.prod((int(sizes.sum()), self.store.width, self.store.dtype.itemsize))

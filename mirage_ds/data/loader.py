@@ -1,4 +1,4 @@
-"""Rows to micro-batches: measure the rows once, plan each step, encode and collate in worker processes.
+"""Rows to micro-batches: open the rows' index, plan each step, fill and collate in worker processes.
 
 R usable rows, W ranks, G micro-steps of a step.
 """
@@ -12,22 +12,21 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.encode import Encoder, Measure, Sample
-from mirage_ds.data.features import ImageKeys, KeptFeatures, Key, image_key, image_keys
+from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures
+from mirage_ds.data.index import BesideEach, EncodedRows
+from mirage_ds.data.indexing import open_index
 from mirage_ds.data.pack import Planner, StepPlan
-from mirage_ds.data.record import Fault, Record, RecordError, record_of, scan
+from mirage_ds.data.record import Fault, Record, RecordError
+from mirage_ds.data.ship import Shipment, ship
 from mirage_ds.errors import UserError
 from mirage_ds.stop import ignore_in_worker
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 # A share of dropped rows above this is worth a line in the log; --max_dropped_share decides when it is an error.
 WARN_DROPPED_SHARE = 0.01
@@ -39,10 +38,12 @@ class Index(NamedTuple):
     Attributes:
         row_ids: (R,) place of each usable row in the dataset.
         tokens, labels, runs: (R,) counts of each.
+        patches: (R,) vision patches of its images: of the input images and, in stage1, of the helpers.
         dropped: rows longer than the limit; longest: tokens of the longest row met.
-        images: field name → its images, for the fields whose features are kept.
-        records: how many the file holds, usable or not.
+        images: field name → the images of all rows, usable or not, for the fields whose features are kept.
+        records: how many the source holds, usable or not.
         skipped: one fault of each record that is left out for it.
+        rows: all rows as they are on disk.
     """
 
     row_ids: np.ndarray
@@ -54,6 +55,8 @@ class Index(NamedTuple):
     images: dict[str, ImageKeys]
     records: int
     skipped: tuple[Fault, ...]
+    patches: np.ndarray
+    rows: EncodedRows
 
     @property
     def dropped_share(self) -> float:
@@ -61,13 +64,8 @@ class Index(NamedTuple):
         return self.dropped / max(1, self.dropped + len(self.row_ids))
 
 
-def check_records(
-    records: list[Record], encoder: Encoder, keep: Sequence[str] = (), quiet: bool = True
-) -> tuple[dict[int, Fault], list[Measure]]:
-    """Measure every record and decode every image once.
-
-    Args:
-        keep: fields whose images are not decoded here, since whoever keeps their features decodes them.
+def check_records(records: list[Record], encoder: Encoder) -> tuple[dict[int, Fault], list[Measure]]:
+    """Measure every record of a list and decode every image once; for what is decoded, not trained on.
 
     Returns:
         Place in `records` → its fault, and the measure of each record (empty for a faulty one).
@@ -75,7 +73,7 @@ def check_records(
     faults: dict[int, Fault] = {}
     nothing = Measure(0, 0, 0, (), ())
     measures = [nothing] * len(records)
-    for i, record in enumerate(track(records, "measuring rows", disable=quiet, transient=True)):
+    for i, record in enumerate(records):
         try:
             measures[i] = encoder.measure(record)
         except RecordError as error:
@@ -85,8 +83,7 @@ def check_records(
     for i, record in enumerate(records):
         if i not in faults:
             for name, path in record.images(helpers=encoder.stage == "stage1"):
-                if name not in keep:
-                    users[name, path].append(i)
+                users[name, path].append(i)
 
     def decode(item: tuple[tuple[str, str], list[int]]) -> tuple[list[int], Fault | None]:
         (name, path), rows = item
@@ -97,8 +94,7 @@ def check_records(
         return rows, None
 
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(decode, users.items())
-        for rows, fault in track(decoded, "decoding images", total=len(users), disable=quiet, transient=True):
+        for rows, fault in pool.map(decode, users.items()):
             if fault:
                 faults |= {i: replace(fault, line=records[i].line) for i in rows if i not in faults}
     for i in faults:
@@ -106,75 +102,142 @@ def check_records(
     return faults, measures
 
 
-def faults_error(data_path: Path, faults: Sequence[Fault]) -> UserError:
-    """Make the error that says the first fault of a records file and counts the others."""
-    first, *others = sorted(faults, key=lambda fault: fault.line)
-    rest = f" (and {len(others)} more: `mirage-ds data check {data_path}` lists them)" if others else ""
+class Broken(NamedTuple):
+    """Rows that turned out faulty after they were indexed.
+
+    Attributes:
+        rows: (B,) dataset rows, in order; which: (B,) the number of its fault in `faults`.
+        faults: of images; each is of the first record that was seen to have it.
+    """
+
+    rows: np.ndarray
+    which: np.ndarray
+    faults: tuple[Fault, ...]
+
+    @classmethod
+    def none(cls) -> Broken:
+        """Make the one of no rows."""
+        return cls(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), ())
+
+    def and_also(self, other: Broken) -> Broken:
+        """Join two; a row in both keeps the first one's fault."""
+        new = ~np.isin(other.rows, self.rows)
+        rows = np.concatenate([self.rows, other.rows[new]])
+        which = np.concatenate([self.which, other.which[new] + len(self.faults)])
+        order = np.argsort(rows)
+        return Broken(rows[order], which[order], (*self.faults, *other.faults))
+
+    def of_rows(self, rows: EncodedRows) -> Iterator[Fault]:
+        """Yield the fault of each row, at its own line."""
+        lines = rows["line"]
+        for row, number in zip(self.rows.tolist(), self.which.tolist(), strict=True):
+            fault = self.faults[number]
+            own = rows.named(replace(fault, line=int(lines[row])), row)
+            same = (own.file, own.line) == (fault.file, fault.line)
+            yield fault if same else replace(own, what=f"as on {fault.place}: {fault.what}")
+
+
+def by_place(fault: Fault) -> tuple[str, int]:
+    """Sort faults in the order of their records."""
+    return fault.file, fault.line
+
+
+def faults_error(data_path: Path, first: Fault, count: int) -> UserError:
+    """Make the error that says the first fault of the records and counts the others."""
+    rest = f" (and {count - 1} more: `mirage-ds data check {data_path}` lists them)" if count > 1 else ""
     return UserError(f"{data_path}: {first}{rest}")
 
 
-def judge_faults(data_path: Path, faults: Sequence[Fault], count: int, max_bad_share: float | None) -> None:
+def judge_faults(data_path: Path, first: Fault, count: int, records: int, max_bad_share: float | None) -> None:
     """Decide whether the other records may be trained on.
 
     Args:
-        faults: one of each faulty record.
-        count: records in the file.
-        max_bad_share: share of faulty records that is left out; None where one fault refuses the file.
+        first: the first fault; count: how many records have one.
+        max_bad_share: share of faulty records that is left out; None where one fault refuses the records.
 
     Raises:
         UserError: they may not.
     """
-    if not faults:
-        return
     if max_bad_share is None:
-        raise faults_error(data_path, faults)
-    if len(faults) > max_bad_share * count:
-        first = min(faults, key=lambda fault: fault.line)
+        raise faults_error(data_path, first, count)
+    if count > max_bad_share * records:
         raise UserError(
-            f"{data_path}: {len(faults)} of {count} records have a fault, above --max_bad_share {max_bad_share}; the "
+            f"{data_path}: {count} of {records} records have a fault, above --max_bad_share {max_bad_share}; the "
             f"first is {first} (`mirage-ds data check {data_path}` lists them)"
         )
 
 
-def without(index: Index, broken: Mapping[int, Fault], data_path: Path, max_bad_share: float) -> Index:
+def without(index: Index, broken: Broken, data_path: Path, max_bad_share: float) -> Index:
     """Leave out rows that turned out faulty after they were measured.
-
-    Args:
-        broken: dataset row → its fault.
 
     Raises:
         UserError: too large a share is faulty now, or no row is left.
     """
-    skipped = tuple(sorted([*index.skipped, *broken.values()], key=lambda fault: fault.line))
-    judge_faults(data_path, skipped, index.records, max_bad_share)
-    stays = ~np.isin(index.row_ids, list(broken))
+    if not len(broken.rows):
+        return index
+    first = min([*index.skipped[:1], next(broken.of_rows(index.rows))], key=by_place)
+    judge_faults(data_path, first, len(index.skipped) + len(broken.rows), index.records, max_bad_share)
+    skipped = tuple(sorted([*index.skipped, *broken.of_rows(index.rows)], key=by_place))
+    stays = ~np.isin(index.row_ids, broken.rows)
     if not stays.any():
-        raise no_row_left(data_path, skipped)
-    rows = {name: getattr(index, name)[stays] for name in ("row_ids", "tokens", "labels", "runs")}
+        raise no_row_left(data_path, skipped[0], len(skipped))
+    rows = {name: getattr(index, name)[stays] for name in ("row_ids", "tokens", "labels", "runs", "patches")}
     return index._replace(skipped=skipped, **rows)
 
 
-def no_row_left(data_path: Path, skipped: Sequence[Fault]) -> UserError:
-    """Make the error of a file of which faults leave no row."""
-    return UserError(f"{data_path}: no usable row: {len(skipped)} record(s) have a fault, the first is {skipped[0]}")
+def no_row_left(data_path: Path, first: Fault, count: int) -> UserError:
+    """Make the error of records of which faults leave no row."""
+    return UserError(f"{data_path}: no usable row: {count} record(s) have a fault, the first is {first}")
 
 
-def _keys(records: list[Record], measures: list[Measure], encoder: Encoder, name: str) -> ImageKeys:
-    """Key every image of a field; files that several records share are read once."""
-    known: dict[Path, Key] = {}
+def usable(
+    rows: EncodedRows,
+    data_path: Path,
+    max_length: int,
+    max_dropped_share: float,
+    keep: Sequence[str] = (),
+    max_bad_share: float | None = None,
+) -> Index:
+    """Choose the rows that can be trained on.
 
-    def key_of(record: Record, path: str) -> Key:
-        place = encoder.finder.find(record, name, path)
-        if place not in known:
-            known[place] = image_key(place)
-        return known[place]
+    Args:
+        keep: fields whose features are kept.
+        max_bad_share: see judge_faults.
 
-    rows = []
-    for record, measure in zip(records, measures, strict=True):
-        sizes = measure.images if name == "image_input" else measure.helpers
-        paths = getattr(record, name) if sizes else ()
-        rows.append([(key_of(record, path), size) for path, size in zip(paths, sizes, strict=True)])
-    return image_keys(rows)
+    Raises:
+        UserError: a record has a fault (with max_bad_share: too large a share of them), too large a share is too long,
+            or no row is left.
+    """
+    if rows.faults:
+        first = next(rows.all_faults())
+        judge_faults(data_path, first, rows.faults, rows.records, max_bad_share)
+        if rows.faults == rows.records:
+            raise no_row_left(data_path, first, rows.faults)
+    tokens = rows["tokens"]
+    # A row with a fault has none.
+    sound = int(np.count_nonzero(tokens))
+    fits = np.flatnonzero((tokens > 0) & (tokens <= max_length))
+    index = Index(
+        row_ids=fits,
+        **{name: rows[name][fits] for name in ("tokens", "labels", "runs", "patches")},
+        dropped=sound - len(fits),
+        longest=int(tokens.max()),
+        images={name: rows.images(name) for name in keep},
+        records=rows.records,
+        skipped=tuple(rows.all_faults()),
+        rows=rows,
+    )
+    if not len(fits):
+        raise UserError(
+            f"{data_path}: no usable row: all {index.dropped} are longer than --max_length {max_length} "
+            f"(the longest has {index.longest} tokens); raise it or lower --max_pixels"
+        )
+    if index.dropped_share > max_dropped_share:
+        raise UserError(
+            f"{data_path}: {index.dropped} of {sound} rows are longer than --max_length {max_length} (the "
+            f"longest has {index.longest} tokens), above --max_dropped_share {max_dropped_share}; raise one of them"
+        )
+    return index
 
 
 def build_index(
@@ -185,88 +248,78 @@ def build_index(
     keep: Sequence[str] = (),
     quiet: bool = True,
     max_bad_share: float | None = None,
+    cache_dir: Path | None = None,
 ) -> Index:
-    """Check and measure a records file before the first GPU second is spent.
+    """Open the index of the records, made first where there is none, and choose the rows that can be trained on.
 
     Args:
         keep: fields ("image_input", "image_output") whose features are kept: their images get keys here and are decoded
             by whoever makes the features.
         max_bad_share: see judge_faults.
+        cache_dir: holds the index; ~/.cache/mirage_ds if None.
 
     Raises:
-        UserError: a record has a fault (with max_bad_share: too large a share of them), too large a share is too long,
-            or no row is left.
+        UserError: see indexing.open_index and `usable`.
     """
-    records, unread = scan(data_path)
-    faulty, measures = check_records(records, encoder, keep, quiet)
-    skipped = tuple(sorted([*unread, *faulty.values()], key=lambda fault: fault.line))
-    count = len(records) + len(unread)
-    judge_faults(data_path, skipped, count, max_bad_share)
-    if len(skipped) == count:
-        raise no_row_left(data_path, skipped)
-    tokens, labels, runs = np.array([measure[:3] for measure in measures], dtype=np.int64).T
-    sound = np.array([i not in faulty for i in range(len(records))])
-    fits = np.flatnonzero(sound & (tokens <= max_length))
-    index = Index(
-        row_ids=fits,
-        tokens=tokens[fits],
-        labels=labels[fits],
-        runs=runs[fits],
-        dropped=int(sound.sum()) - len(fits),
-        longest=int(tokens.max()),
-        images={name: _keys(records, measures, encoder, name) for name in keep},
-        records=count,
-        skipped=skipped,
-    )
-    if not len(fits):
-        raise UserError(
-            f"{data_path}: no usable row: all {index.dropped} are longer than --max_length {max_length} "
-            f"(the longest has {index.longest} tokens); raise it or lower --max_pixels"
-        )
-    if index.dropped_share > max_dropped_share:
-        raise UserError(
-            f"{data_path}: {index.dropped} of {sound.sum()} rows are longer than --max_length {max_length} (the "
-            f"longest has {index.longest} tokens), above --max_dropped_share {max_dropped_share}; raise one of them"
-        )
-    return index
+    rows = open_index(data_path, encoder, keep, cache_dir, quiet)
+    return usable(rows, data_path, max_length, max_dropped_share, keep, max_bad_share)
 
 
 class Rows(torch.utils.data.Dataset):
-    """Encodes a row when it is asked for; a faulty one arrives as its Fault, since a worker's exception loses it.
+    """Fills a row when it is asked for; a faulty one arrives as its Fault, since a worker's exception loses it.
 
     Args:
-        kept: field name → the kept features of its images.
+        records: the rows on disk.
+        stores: field name → the kept features of its images.
     """
 
-    def __init__(self, records: Dataset, encoder: Encoder, kept: Mapping[str, KeptFeatures]):
+    def __init__(self, records: EncodedRows, encoder: Encoder, stores: Mapping[str, FeatureStore]):
         self.records = records
         self.encoder = encoder
-        self.kept = kept
+        self.stores = stores
+        self.encoders = BesideEach(encoder, records)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, row: int) -> Sample | Fault:
+        """Return a row's Sample, or its Fault.
+
+        Raises:
+            UserError: what the cache holds of it is damaged.
+        """
+        record, layout = self.records.encoded(row)
         try:
-            features = {name: kept.of(row) for name, kept in self.kept.items()}
+            features = {
+                name: KeptFeatures(self.records.images(name), store).of(row) for name, store in self.stores.items()
+            }
             images, helpers = features.get("image_input"), features.get("image_output")
-            return self.encoder.encode(record_of(self.records[row]), row, images, helpers)
+            return self.encoders[row].fill(layout, record, row, images, helpers)
         except RecordError as error:
-            return error.fault
+            return self.records.named(error.fault, row)
+
+    def __getitems__(self, rows: Sequence[int]) -> list[Sample | Fault | UserError]:
+        """Return several rows; an error that is no record's is the only item."""
+        try:
+            return [self[row] for row in rows]
+        except UserError as error:
+            return [error]
 
 
-def _collate(items: list[Sample | Fault], make: Callable[[list[Sample]], Batch]) -> Batch | Fault:
+def _collate(
+    items: list[Sample | Fault | UserError], make: Callable[[list[Sample]], Batch]
+) -> Shipment | Fault | UserError:
     for item in items:
-        if isinstance(item, Fault):
+        if isinstance(item, (Fault, UserError)):
             return item
-    return make([item for item in items if isinstance(item, Sample)])
+    return ship(make([item for item in items if isinstance(item, Sample)]))
 
 
 class Loader:
     """One rank's micro-batches, step by step.
 
     Args:
-        records: the Arrow dataset.
+        records: the rows on disk.
         planner: says which rows run where.
         rank: this rank.
         passes: passes of every micro-batch (see pack.schedule).
@@ -276,7 +329,7 @@ class Loader:
 
     def __init__(
         self,
-        records: Dataset,
+        records: EncodedRows,
         encoder: Encoder,
         planner: Planner,
         rank: int,
@@ -284,7 +337,8 @@ class Loader:
         workers: int,
         kept: Mapping[str, KeptFeatures] | None = None,
     ):
-        self.rows = Rows(records, encoder, kept or {})
+        # Which images a row has the records say themselves, so that a worker needs no table of them.
+        self.rows = Rows(records, encoder, {name: one.store for name, one in (kept or {}).items()})
         self.planner = planner
         self.rank = rank
         self.workers = workers
@@ -305,7 +359,7 @@ class Loader:
         """Yield one micro-batch per bin of rows.
 
         Raises:
-            UserError: a row cannot be encoded; only this rank knows.
+            UserError: a row cannot be filled; only this rank knows.
         """
         loader = torch.utils.data.DataLoader(
             self.rows,
@@ -317,6 +371,8 @@ class Loader:
             worker_init_fn=ignore_in_worker,
         )
         for item in loader:
+            if isinstance(item, UserError):
+                raise item
             if isinstance(item, Fault):
                 raise UserError(f"record on {item}", everywhere=False)
-            yield item
+            yield item.unpack()

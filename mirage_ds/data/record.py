@@ -12,13 +12,14 @@ working directory.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -45,15 +46,26 @@ _opening = threading.Lock()
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with one record: where, what, and how to mend it."""
+    """One thing wrong with one record: where, what, and how to mend it.
+
+    Attributes:
+        line: from 1; of a Parquet file, the row.
+        file: the record's file, where there are several.
+    """
 
     line: int
     field: str
     what: str
     how: str
+    file: str = ""
 
     def __str__(self) -> str:
-        return f"line {self.line}, {self.field}: {self.what}; {self.how}"
+        return f"{self.place}, {self.field}: {self.what}; {self.how}"
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        return f"{self.file} line {self.line}" if self.file else f"line {self.line}"
 
 
 class RecordError(Exception):
@@ -161,7 +173,15 @@ def parse_record(text: str, line: int, answers: bool = True) -> Record:
     Args:
         answers: whether the record must have an answer; questions alone are enough to decode.
     """
-    values = _values(text, line)
+    return make_record(_values(text, line), line, answers)
+
+
+def make_record(values: dict[str, Any], line: int, answers: bool = True) -> Record:
+    """Make a record of its keys and values; RecordError when they do not have the format.
+
+    Args:
+        answers: see parse_record.
+    """
     if not answers:
         values.setdefault("text_output", "")
     for name in ("text_input", "text_output"):
@@ -204,16 +224,26 @@ def parse_record(text: str, line: int, answers: bool = True) -> Record:
     return record
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of each line that is not blank.
+def text_lines(file: BinaryIO, first: int = 1) -> Iterator[tuple[int, str]]:
+    """Yield (line number, text) of each line that is not blank.
 
     A byte that is not UTF-8 arrives as half a surrogate pair; parse_record says it.
+
+    Args:
+        first: number of the first line; the whole file has 1.
     """
     # -sig: some editors begin a UTF-8 file with a mark, which is no part of its first record.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        for line, text in enumerate(file, start=1):
+    encoding = "utf-8-sig" if first == 1 else "utf-8"
+    with io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape") as text_file:
+        for line, text in enumerate(text_file, start=first):
             if text.strip():
                 yield line, text
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text) of each line of a file that is not blank; see text_lines."""
+    with path.open("rb") as file:
+        yield from text_lines(file)
 
 
 def _parsed(path: Path, answers: bool) -> Iterator[Record | Fault]:
@@ -236,6 +266,10 @@ def scan(path: Path, answers: bool = True) -> tuple[list[Record], list[Fault]]:
     """
     records: list[Record] = []
     faults: list[Fault] = []
+    if path.is_dir() or path.suffix == ".parquet":
+        raise UserError(
+            f"{path}: training reads folders and Parquet, this command reads one JSON-lines file; give such a file"
+        )
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file of records")
@@ -273,9 +307,23 @@ class ImageFinder:
         own = tuple(f.resolve() for f in (data_path.parent, image_root) if f is not None)
         return cls((*own, Path.cwd().resolve()), own if confine else None)
 
+    def of(self, file: Path, pictures: Path) -> ImageFinder:
+        """Make the finder that looks beside another records file, and else in the same places.
+
+        Args:
+            pictures: holds the pictures that came inside records files; never refused.
+        """
+        beside = file.parent.resolve()
+        within = None if self.within is None else (beside, *self.within[1:], pictures.resolve())
+        return ImageFinder((beside, *self.folders[1:]), within)
+
+    def places(self, path: str) -> list[Path]:
+        """List where an image may lie, in the order in which it is looked for."""
+        return [Path(path)] if Path(path).is_absolute() else [folder / path for folder in self.folders]
+
     def find(self, record: Record, name: str, path: str) -> Path:
         """Return the image's place; RecordError that names every place looked at."""
-        places = [Path(path)] if Path(path).is_absolute() else [folder / path for folder in self.folders]
+        places = self.places(path)
         try:
             place = next((place for place in places if place.is_file()), None)
         except PermissionError as error:
@@ -368,17 +416,8 @@ def _rows(path: str, digest: str) -> Iterator[dict[str, Any]]:
     """Yield the Arrow rows of the records that `scan` returns (`digest` only keys the cache)."""
     del digest
     for record in _parsed(Path(path), answers=True):
-        if isinstance(record, Fault):
-            continue
-        yield {
-            "line": record.line,
-            "text_input": record.text_input,
-            "text_output": record.text_output,
-            "image_input": list(record.image_input),
-            "image_output": list(record.image_output),
-            # Free-form keys have no common Arrow type, so they travel as JSON.
-            "extra": json.dumps(record.extra),
-        }
+        if not isinstance(record, Fault):
+            yield row_of(record)
 
 
 def open_records(path: Path, cache_dir: Path | None) -> Dataset:
@@ -398,13 +437,27 @@ def open_records(path: Path, cache_dir: Path | None) -> Dataset:
         image_output=strings,
         extra=datasets.Value("string"),
     )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return datasets.Dataset.from_generator(
         _rows,
         features=features,
         cache_dir=None if cache_dir is None else str(cache_dir),
         gen_kwargs={"path": str(path.resolve()), "digest": digest},
     )
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    """Turn a Record into an Arrow row."""
+    return {
+        "line": record.line,
+        "text_input": record.text_input,
+        "text_output": record.text_output,
+        "image_input": list(record.image_input),
+        "image_output": list(record.image_output),
+        # Free-form keys have no common Arrow type, so they travel as JSON. Parquet has values that JSON lacks (dates).
+        "extra": json.dumps(record.extra, default=str),
+    }
 
 
 def record_of(row: dict[str, Any]) -> Record:

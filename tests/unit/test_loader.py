@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.encode import Encoder, Sample
 from mirage_ds.data.features import FeatureStore, KeptFeatures, ShardWriter
 from mirage_ds.data.loader import Index, Loader, build_index
 from mirage_ds.data.pack import Planner
-from mirage_ds.data.record import RecordError, open_records, scan
+from mirage_ds.data.record import RecordError, scan
+from mirage_ds.data.ship import ship
 from mirage_ds.errors import UserError
 
 
@@ -109,15 +112,10 @@ def planner_for(index: Index, world: int) -> Planner:
     return Planner(index.tokens, index.row_ids, 5, world, int(index.tokens.max()) * 2, None, 42)
 
 
-@pytest.fixture(scope="module")
-def arrow(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return open_records(mixed, tmp_path_factory.mktemp("cache"))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_each_rank_gets_its_planned_rows_in_every_micro_step(
-    world: int, workers: int, mixed: Path, encoder: Encoder, samples: list[Sample], arrow: Any
+    world: int, workers: int, mixed: Path, encoder: Encoder, samples: list[Sample]
 ) -> None:
     index = build_index(mixed, encoder, len(samples[-1].input_ids) - 1, 1)
     assert index.dropped
@@ -125,7 +123,7 @@ def test_each_rank_gets_its_planned_rows_in_every_micro_step(
     seen: dict[int, list[int]] = {1: [], 2: []}
     for rank in range(world):
         plans = []
-        for plan, batches in Loader(arrow, encoder, planner, rank, 3, workers).steps(1, 3):
+        for plan, batches in Loader(index.rows, encoder, planner, rank, 3, workers).steps(1, 3):
             plans.append(plan.step)
             made = list(batches)
             assert len(made) == plan.micro_steps == planner.plan(plan.step).micro_steps
@@ -145,14 +143,13 @@ def test_each_rank_gets_its_planned_rows_in_every_micro_step(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_fault_met_while_training_is_one_sentence_with_its_line(
-    workers: int, spoilt: Path, encoder_for: Callable[..., Encoder], tmp_path: Path
+    workers: int, spoilt: Path, encoder_for: Callable[..., Encoder]
 ) -> None:
     encoder = encoder_for("stage2", 2, beside=spoilt)
     index = build_index(spoilt, encoder, 10_000, 0)
-    records = open_records(spoilt, tmp_path / "cache")
     (spoilt.parent / "in4.png").unlink()
     plans = Planner(index.tokens, np.asarray(index.row_ids), 12, 1, 10_000, None, 0)
-    ((_, batches),) = Loader(records, encoder, plans, 0, 3, workers).steps(0, 1)
+    ((_, batches),) = Loader(index.rows, encoder, plans, 0, 3, workers).steps(0, 1)
     with pytest.raises(UserError, match=r"^record on line 5, image_input: no image 'in4\.png': looked for"):
         list(batches)
 
@@ -171,12 +168,11 @@ def test_kept_features_come_instead_of_pixels(
         writer.add(key, torch.full((int(size), 3), float(number)))
     writer.flush()
     store.refresh()
-    records = open_records(spoilt, tmp_path / "cache")
-    # Nobody opens them any more; the headers still tell the sizes.
+    # Nobody opens them any more.
     for image in spoilt.parent.glob("in*.png"):
-        image.write_bytes(image.read_bytes()[:100])
+        image.unlink()
     kept = {"image_input": KeptFeatures(images, store)}
-    loader = Loader(records, encoder, planner_for(index, 1), 0, 3, workers, kept)
+    loader = Loader(index.rows, encoder, planner_for(index, 1), 0, 3, workers, kept)
     batches = [batch for _, micros in loader.steps(0, 2) for batch in micros]
     assert sum(len(batch.rows) for batch in batches) >= 10
     for batch in batches:
@@ -194,3 +190,36 @@ def test_an_image_of_another_size_than_its_kept_features_is_said(mixed: Path, en
     assert encoder.encode(record, 0, torch.zeros(right, 3)).image_features is not None
     with pytest.raises(RecordError, match=r"line 1, image_input: an image changed its size since it was measured"):
         encoder.encode(record, 0, torch.zeros(right + 1, 3))
+
+
+def test_a_batch_travels_as_one_tensor(mixed: Path, encoder: Encoder, samples: list[Sample]) -> None:
+    batch = collate(samples[:3], 3, encoder.dummy(1))
+    awkward = (torch.tensor(3.5), torch.ones(1, dtype=torch.int64).expand(4), torch.arange(12).view(3, 4).T, None, "x")
+    odd = (torch.tensor([True, False, True]), torch.randn(5).to(torch.bfloat16), torch.empty(0, 3), awkward)
+    shipment = ship((batch, odd))
+    assert isinstance(shipment.content, torch.Tensor)
+    with pytest.raises(AssertionError, match="a tensor"):
+        no_tensor((batch, odd))
+    no_tensor(shipment.tree)
+    made, others = pickle.loads(pickle.dumps(shipment)).unpack()
+    assert isinstance(made, Batch)
+    assert isinstance(made.passes, tuple)
+    equal((made, others), (batch, odd))
+
+
+def no_tensor(tree: Any) -> None:
+    assert not isinstance(tree, torch.Tensor), "a tensor"
+    for part in tree if isinstance(tree, tuple) else ():
+        no_tensor(part)
+
+
+def equal(one: Any, other: Any) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, tuple):
+        for left, right in zip(one, other, strict=True):
+            equal(left, right)
+    else:
+        assert one == other

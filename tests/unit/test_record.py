@@ -265,3 +265,10 @@ def test_arrow_returns_the_records_memory_mapped_in_file_order(tmp_path: Path) -
     # A file whose content changes must not be answered from the cache.
     file.write_text('{"text_input": "new", "text_output": "new"}\n')
     assert [record_of(row).text_input for row in open_records(file, tmp_path / "cache")] == ["new"]
+
+
+def test_commands_of_one_file_say_so(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "rows.parquet"):
+        with pytest.raises(UserError, match="this command reads one JSON-lines file") as error:
+            scan(place)
+        assert str(error.value).startswith(f"{place}: ")

@@ -1,0 +1,328 @@
+"""Where records come from: JSON-lines and Parquet files, one of them, a folder or a glob pattern; read piece by piece.
+
+Files are taken in the order of their names. A record's line counts from 1 within its file; in Parquet it is the row.
+Pictures inside a Parquet file (`struct{bytes, path}`, as `datasets` writes an Image) are written into the cache once,
+each into a file that is named by its content, and are read from there like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record, text_lines
+from mirage_ds.errors import UserError, reason
+
+SUFFIXES = (".jsonl", ".parquet")
+# A piece is what one process reads at a time: about a thousand records.
+PIECE_BYTES = 1 << 20
+# Rows of a Parquet file lie in groups, and to reach a row all before it in its group are read.
+PIECE_ROWS = 8192
+BATCH_ROWS = 256
+# A file that was written just now may be written again within the tick of the file system's clock.
+SETTLED_NS = 2_000_000_000
+
+
+class Piece(NamedTuple):
+    """A part of a records file.
+
+    Attributes:
+        file: its number among the files.
+        start, stop: bytes of a JSON-lines file, rows of a Parquet file's group.
+        first: line (or row) number of its first record.
+        group: of a Parquet file.
+    """
+
+    file: int
+    start: int
+    stop: int
+    first: int
+    group: int | None = None
+
+
+class Stamp(NamedTuple):
+    """What tells, without reading it, that a file is still the one it was."""
+
+    bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, file: Path) -> Stamp:
+        """Look at a file; OSError where there is none."""
+        found = file.stat()
+        return cls(found.st_size, found.st_mtime_ns)
+
+
+def find_files(data_path: Path) -> tuple[Path, ...]:
+    """List the files that a --data_path names, in the order in which their records count.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        if data_path.is_dir():
+            found = [file for file in data_path.iterdir() if file.suffix in SUFFIXES and file.is_file()]
+            if not found:
+                raise UserError(f"{data_path}: no *.jsonl or *.parquet file in this folder; name the records")
+        elif data_path.is_file():
+            found = [data_path]
+        elif has_magic(str(data_path)):
+            found = [Path(name) for name in glob(str(data_path)) if Path(name).is_file()]
+            if not found:
+                raise UserError(f"{data_path}: no file has such a name; name the records")
+        else:
+            raise UserError(f"{data_path}: no such file of records")
+    except OSError as error:
+        raise _unreadable(data_path, error) from None
+    return tuple(sorted(found, key=str))
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file}: cannot be read ({error.strerror or reason(error)}); name a readable file of records")
+
+
+def stamps(files: Sequence[Path]) -> list[Stamp]:
+    """Look at each file; UserError where one cannot be looked at."""
+    made = []
+    for file in files:
+        try:
+            made.append(Stamp.of(file))
+        except OSError as error:
+            raise _unreadable(file, error) from None
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------------- hashes
+
+
+def content_hash(file: Path, cache: Path) -> str:
+    """SHA-256 of a file's content; remembered in the cache for as long as its size and time stay the same.
+
+    Raises:
+        UserError: the file cannot be read, or the cache not written.
+    """
+    try:
+        stamp = Stamp.of(file)
+        name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    note = cache / "hashes" / f"{name}.json"
+    with writable(cache):
+        known = _noted(note)
+    if known.get("stamp") == [*stamp]:
+        return str(known["sha256"])
+    try:
+        with file.open("rb") as content:
+            made = hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    if time.time_ns() - stamp.mtime_ns > SETTLED_NS:
+        with writable(cache):
+            write_new(note, json.dumps({"stamp": stamp, "sha256": made}).encode())
+    return made
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(note.read_bytes())
+    except (FileNotFoundError, ValueError):
+        # Nothing noted yet, or half of it: the file is read again.
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def data_hash(hashes: Sequence[str]) -> str:
+    """Hash of all records: a single file's own, or the SHA-256 of the hashes of several."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+@contextmanager
+def writable(cache: Path) -> Iterator[None]:
+    """Turn what a full or read-only cache leads to into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        how = "make room, or name another folder with --cache_dir"
+        raise UserError(f"{cache}: cannot be written ({error.strerror}); {how}") from None
+
+
+def write_new(place: Path, content: bytes) -> None:
+    """Write a small file whole or not at all, while others may write the same one."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(place)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- pieces
+
+
+def pieces(files: Sequence[Path]) -> Iterator[Piece]:
+    """Cut the files into pieces, in the order of their records.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    for number, file in enumerate(files):
+        cut = _parquet_pieces if file.suffix == ".parquet" else _line_pieces
+        try:
+            yield from cut(number, file)
+        except OSError as error:
+            raise _unreadable(file, error) from None
+
+
+def _line_pieces(number: int, file: Path) -> Iterator[Piece]:
+    start, line = 0, 1
+    with file.open("rb") as content:
+        while block := content.read(PIECE_BYTES) + content.readline():
+            yield Piece(number, start, start + len(block), line)
+            start += len(block)
+            # A line ends as Python's text files have it: by \n, \r or both. A block is never cut between the two.
+            line += block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
+
+
+def _parquet(file: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    with _as_parquet(file):
+        return pq.ParquetFile(file)
+
+
+@contextmanager
+def _as_parquet(file: Path) -> Iterator[None]:
+    """Turn what a file leads Arrow to into a sentence."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        # Arrow's own OSError has no number; the system's is no matter of the content.
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise UserError(f"{file}: cannot be read as Parquet ({reason(error)}); write it anew") from None
+
+
+def _parquet_pieces(number: int, file: Path) -> Iterator[Piece]:
+    first = 1
+    meta = _parquet(file).metadata
+    for group in range(meta.num_row_groups):
+        rows = meta.row_group(group).num_rows
+        for start in range(0, rows, PIECE_ROWS):
+            yield Piece(number, start, min(start + PIECE_ROWS, rows), first + start, group)
+        first += rows
+
+
+def read_piece(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fault]:
+    """Yield what each record of a piece holds: a Record, or the Fault of one without the format.
+
+    Args:
+        file: the piece's file.
+        pictures: where pictures that stand inside the file are written.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    read = _line_records if piece.group is None else _parquet_records
+    try:
+        yield from read(piece, file, pictures)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+
+
+def _line_records(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fault]:
+    del pictures
+    with file.open("rb") as content:
+        content.seek(piece.start)
+        block = content.read(piece.stop - piece.start)
+    for line, text in text_lines(io.BytesIO(block), piece.first):
+        try:
+            yield parse_record(text, line)
+        except RecordError as error:
+            yield error.fault
+
+
+def _parquet_records(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fault]:
+    line = piece.first
+    for values in _parquet_rows(piece, file):
+        for name in ("image_input", "image_output"):
+            value = values.get(name)
+            if isinstance(value, list):
+                values[name] = [_path_of(item, pictures) for item in value]
+            else:
+                values[name] = _path_of(value, pictures)
+        try:
+            yield make_record(values, line)
+        except RecordError as error:
+            yield error.fault
+        line += 1
+
+
+def _parquet_rows(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
+    at = 0
+    with _as_parquet(file):
+        for batch in _parquet(file).iter_batches(BATCH_ROWS, row_groups=[piece.group]):
+            low, high = max(0, piece.start - at), min(len(batch), piece.stop - at)
+            at += len(batch)
+            if low < high:
+                own = batch.slice(low, high - low)
+                # Text that is no UTF-8 is said here and not as a puzzle later.
+                own.validate(full=True)
+                yield from own.to_pylist()
+            if at >= piece.stop:
+                return
+
+
+def _path_of(value: Any, pictures: Path) -> Any:
+    """Return the path that a value of an image column names; the value itself where it is none."""
+    if not isinstance(value, dict) or not value.keys() <= {"bytes", "path"}:
+        return value
+    content = value.get("bytes")
+    if content is None:
+        return value.get("path")
+    if not isinstance(content, bytes):
+        return value
+    name = hashlib.blake2b(content, digest_size=16).hexdigest()
+    place = pictures.resolve() / name[:2] / name
+    if not (place.is_file() and place.stat().st_size == len(content)):
+        with writable(pictures):
+            write_new(place, content)
+    return str(place)
+
+
+def name_file(fault: Fault, files: Sequence[Path], number: int) -> Fault:
+    """Put the file into a fault where there are several."""
+    return fault if len(files) == 1 else replace(fault, file=str(files[number]))
+
+
+def no_record(data_path: Path) -> UserError:
+    """Make the error of a source that holds nothing."""
+    return UserError(f"{data_path}: holds no record; expected one JSON object a line, or the rows of a Parquet file")
+
+
+def folder_of_pictures(cache: Path) -> Path:
+    """Where pictures that came inside records files lie."""
+    return cache / "pictures"
+
+
+def changed(files: Sequence[Path], stamps: Sequence[Stamp]) -> Path | None:
+    """Return a file that is another one than when its stamp was taken."""
+    for file, stamp in zip(files, stamps, strict=True):
+        try:
+            same = Stamp.of(file) == stamp
+        except OSError:
+            same = False
+        if not same:
+            return file
+    return None
