@@ -1,53 +1,63 @@
-"""Decoding records and scoring the answers with the task's own scorer.
+"""Decoding records and scoring the answers with the task's own scorer: one process, or one a GPU.
 
-N rows of a batch, k latents a run.
+    mirage-ds evaluate FOLDER --data_path FILE …
+    deepspeed --module mirage_ds.evaluate FOLDER --data_path FILE …
+
+Each rank decodes its share with a whole copy of the model; no collective hides in decoding, and the answers are
+gathered once, at the end. N rows of a batch, k latents a run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from mirage_ds.data.batch import collate, to_device
-from mirage_ds.data.encode import LATENT_PAD, LATENT_START, LATENT_TOKENS, Encoder, Sample
+from mirage_ds.data.encode import LATENT_TOKENS, Encoder, Sample
 from mirage_ds.data.load import load_encoder, load_tokenizer
+from mirage_ds.data.loader import check_records
 from mirage_ds.data.record import ImageFinder, Record, RecordError, scan
 from mirage_ds.engine.export import TRAINED_KEY
+from mirage_ds.engine.manifest import entry_of
+from mirage_ds.engine.private import set_collective_timeout
+from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
+from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Generated, Limits, generate, greedy, latent_tokens, sampler
-from mirage_ds.model.load import Loaded, load_model, read_config, resolve_folder
-from mirage_ds.tasks import get_task, task_name
+from mirage_ds.model.load import Loaded, load_model, read_config, resolve_folder, safetensors_of
+from mirage_ds.model.vision import FrozenTower
+from mirage_ds.run_folder import versions
+from mirage_ds.scoring import Answer, marks, score, summarize, task_of, wilson
+from mirage_ds.stop import Stopped, never
 
-# The public code's evaluation: temperature 0.7, top_p 0.9, 1024 new tokens.
-PAPER_TEMPERATURE, PAPER_TOP_P = 0.7, 0.9
+__all__ = ["Answer", "Decoder", "Decoding", "Sampling", "answer_records", "decode", "evaluate_file", "score", "wilson"]
 
-Decoding = Literal["greedy", "paper"]
+# Ranks wait for the slowest of them: one has the long answers.
+PATIENCE_S = 24 * 3600.0
+
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
-class Answer(NamedTuple):
-    """A decoded answer: its text with the latent runs left out, the length of each run, and the emitted ids."""
+class Sampling(NamedTuple):
+    """How tokens are drawn: from the smallest set that holds `top_p` of the probability at this temperature."""
 
-    text: str
-    runs: list[int]
-    ids: list[int]
+    temperature: float
+    top_p: float
 
-    def marked(self, encoder: Encoder) -> str:
-        """Return the answer with each latent run written as `[k latents]` where it stands."""
-        text = str(encoder.tokenizer.decode(self.ids, skip_special_tokens=False))
-        for length in self.runs:
-            text = text.replace(LATENT_START + LATENT_PAD * length, f"[{length} latents]", 1)
-        for token in encoder.special_tokens:
-            text = text.replace(token, "")
-        return text.strip()
+
+# The public code's evaluation: temperature 0.7, top_p 0.9, 1024 new tokens.
+PAPER = Sampling(0.7, 0.9)
+
+Decoding = Literal["greedy", "paper"] | Sampling
 
 
 @dataclass(frozen=True)
@@ -73,12 +83,14 @@ def load_decoder(
     processor: Path | None = None,
     latents: bool = True,
     pixels: tuple[int | None, int | None] = (None, None),
+    device: torch.device | None = None,
 ) -> Decoder:
-    """Load a model folder for decoding, on the GPU where there is one.
+    """Load a model folder for decoding.
 
     Args:
         processor: folder that gives the image processor where the model's own has none (the public code saves none).
         latents: False decodes a model that was never trained on latents.
+        device: the GPU where there is one, if None.
 
     Raises:
         UserError: not a model folder, no image processor, or a tokenizer without the latent tokens.
@@ -93,7 +105,7 @@ def load_decoder(
         )
     # Prompts are the same in every stage; sft's encoder never looks at a helper image.
     encoder = load_encoder(folders, finder, "sft", 1, pixels)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stored = read_config(place).dtype
     dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     if device.type == "cpu":
@@ -132,6 +144,46 @@ def answer_of(row: Generated, encoder: Encoder) -> Answer:
     return Answer(str(text).strip(), runs, row.ids)
 
 
+def decode_samples(
+    model: MirageModel,
+    tower: FrozenTower,
+    encoder: Encoder,
+    samples: Sequence[Sample],
+    limits: Limits,
+    latents: bool = True,
+    decoding: Decoding = "greedy",
+    seed: int = 42,
+    asked: Callable[[], bool] = never,
+) -> list[Answer]:
+    """Answer a batch of prompts.
+
+    Args:
+        model: plain, not sharded.
+        samples: prompts (Encoder.encode_prompt); `row` seeds the sampling, so that a row's answer does not depend on
+            the rows beside it.
+        latents: whether the model may open latent runs.
+        asked: whether somebody wants this process to stop; looked at before each token.
+
+    Raises:
+        Stopped: somebody does.
+    """
+    device = model.head.weight.device
+    batch = to_device(tower.attach(collate(samples, 1, encoder.dummy(0))), device)
+    tokens = latent_tokens(encoder)
+    if not latents:
+        tokens = tokens._replace(start=-1)
+    drawn = PAPER if decoding == "paper" else decoding
+    seeds = [seed * 1_000_003 + sample.row for sample in samples]
+    choose = sampler(*drawn, seeds) if isinstance(drawn, Sampling) else greedy
+
+    def choose_or_stop(logits: torch.Tensor, step: int) -> torch.Tensor:
+        if asked():
+            raise Stopped
+        return choose(logits, step)
+
+    return [answer_of(row, encoder) for row in generate(model, batch, tokens, limits, choose_or_stop)]
+
+
 def decode(
     decoder: Decoder,
     samples: Sequence[Sample],
@@ -139,22 +191,10 @@ def decode(
     decoding: Decoding = "greedy",
     seed: int = 42,
 ) -> list[Answer]:
-    """Answer a batch of prompts.
-
-    Args:
-        samples: prompts (Encoder.encode_prompt); `row` seeds the sampling, so that a row's answer does not depend on
-            the rows beside it.
-    """
-    loaded, encoder = decoder.loaded, decoder.encoder
+    """Answer a batch of prompts with a loaded folder; see decode_samples."""
+    loaded = decoder.loaded
     assert loaded.tower is not None
-    device = next(loaded.model.parameters()).device
-    batch = to_device(loaded.tower.attach(collate(samples, 1, encoder.dummy(0))), device)
-    tokens = latent_tokens(encoder)
-    if not decoder.latents:
-        tokens = tokens._replace(start=-1)
-    seeds = [seed * 1_000_003 + sample.row for sample in samples]
-    choose = greedy if decoding == "greedy" else sampler(PAPER_TEMPERATURE, PAPER_TOP_P, seeds)
-    return [answer_of(row, encoder) for row in generate(loaded.model, batch, tokens, limits, choose)]
+    return decode_samples(loaded.model, loaded.tower, decoder.encoder, samples, limits, decoder.latents, decoding, seed)
 
 
 def answer_records(
@@ -165,86 +205,113 @@ def answer_records(
     seed: int = 42,
     batch_size: int = 32,
     track: Track = iter,
+    rows: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Answer every record, in the order given; rows of like length share a batch.
 
+    Args:
+        rows: the records' places in their file, which seed the sampling; 0, 1, … if None.
+
     Raises:
-        UserError: a record's image is missing or broken.
+        UserError: a record's image is missing or broken (before anything is decoded), or the GPU's memory is too small
+            for a batch.
     """
-    try:
-        samples = [decoder.encoder.encode_prompt(record, row) for row, record in enumerate(records)]
-    except RecordError as error:
-        raise UserError(f"record on {error}") from None
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i].input_ids))
+    places = range(len(records)) if rows is None else rows
+    encoder = decoder.encoder
+    faults, measures = check_records(list(records), encoder)
+    if faults:
+        raise UserError(f"record on {faults[min(faults)]}")
+    # The prompt is what is no label; helpers take no part in it (load_decoder's encoder is sft's).
+    order = sorted(range(len(records)), key=lambda i: measures[i].tokens - measures[i].labels)
     answers: dict[int, Answer] = {}
     for part in track([order[at : at + batch_size] for at in range(0, len(order), batch_size)]):
-        found = decode(decoder, [samples[i] for i in part], limits, decoding, seed)
-        answers |= dict(zip(part, found, strict=True))
-    return [answers[i] for i in range(len(samples))]
-
-
-def wilson(successes: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (JASA 22, 1927); 95 % by default."""
-    if not count:
-        return 0.0, 1.0
-    share, spread = successes / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def task_of(records: Sequence[Record], file: Path, named: str | None) -> str:
-    """Return the task of a file, from --task or from its records' `task`.
-
-    Raises:
-        UserError: none is named, or the records are of another task.
-    """
-    written = {str(record.extra["task"]) for record in records if "task" in record.extra}
-    wanted = task_name(named) if named else None
-    if wanted is None and len(written) != 1:
-        raise UserError(f"{file}: its records name {len(written)} tasks; say which scorer to use with --task")
-    found = wanted or task_name(next(iter(written)))
-    others = {task_name(name) for name in written} - {found}
-    if others:
-        raise UserError(f"{file}: holds records of {', '.join(sorted(others))}, not of --task {found}")
-    return found
-
-
-def score(records: Sequence[Record], answers: Sequence[Answer], task: str) -> dict[str, Any]:
-    """Score answers per level and in all.
-
-    Returns:
-        {"levels": {level: {metric: mean, "count", "low", "high"}}, "all": …}; low and high are Wilson's interval of the
-        task's first metric.
-
-    Raises:
-        UserError: a record lacks what the scorer needs.
-    """
-    scorer = get_task(task).score_record
-    groups: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for record, answer in zip(records, answers, strict=True):
         try:
-            # A question alone has an empty answer, and nothing is to be compared with that.
-            own = {"text_output": record.text_output} if record.text_output else {}
-            values = scorer(answer.text, {**record.extra, **own})
-        except KeyError as error:
-            raise UserError(f"record on line {record.line} has no {error}, which {task} is scored by") from None
-        for group in (str(record.extra.get("level", _side(record))), "all"):
-            groups[group].append({**values, "runs": len(answer.runs), "latents": sum(answer.runs)})
-    levels = {name: _summary(rows) for name, rows in sorted(groups.items()) if name != "all"}
-    return {"levels": levels, "all": _summary(groups["all"])}
+            # Here and not before: the pixels of a whole file do not fit into memory.
+            samples = [encoder.encode_prompt(records[i], places[i]) for i in part]
+            found = decode(decoder, samples, limits, decoding, seed)
+        except RecordError as error:
+            raise UserError(f"record on {error}") from None
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"--batch_size {batch_size}: {len(part)} rows at a time do not fit into the GPU's memory; lower it, "
+                "--max_new_tokens or --max_pixels"
+            ) from None
+        answers |= dict(zip(part, found, strict=True))
+    return [answers[i] for i in range(len(records))]
 
 
-def _side(record: Record) -> str:
-    board = record.extra.get("map_desc")
-    return str(len(board)) if board and isinstance(board, list) else "?"
+# ---------------------------------------------------------------------------------------------------------- over ranks
 
 
-def _summary(rows: list[dict[str, float]]) -> dict[str, float]:
-    first = next(iter(rows[0]))
-    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    low, high = wilson(sum(row[first] for row in rows), len(rows))
-    return {**means, "count": len(rows), "low": low, "high": high}
+@contextmanager
+def shared_fate(world: World | None) -> Iterator[None]:
+    """Raise a UserError of any rank on all of them, so that none waits for one that has given up."""
+    fault = ""
+    try:
+        yield
+    except UserError as error:
+        if world is None:
+            raise
+        fault = str(error)
+    if world is not None:
+        found = everyone([fault] if fault else [], world)
+        if found:
+            raise UserError(found[0])
+
+
+def be_patient() -> None:
+    """Let this process group's collectives wait as long as a rank may decode longer than the others."""
+    set_collective_timeout(PATIENCE_S)
+
+
+def _read(file: Path, task: str | None, most: int | None) -> tuple[list[Record], str, str]:
+    """Read the records to answer: they, their task, the file's SHA-256. What the scorer lacks in one is said now."""
+    records, faults = scan(file, answers=False)
+    if faults:
+        raise UserError(f"{file}: {faults[0]}; `mirage-ds data check {file}` lists all faults")
+    records = records[:most]
+    name = task_of(records, file, task)
+    marks(records, [Answer("", [], [])] * len(records), name)
+    return records, name, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def prompt_hash(record: Record, finder: ImageFinder) -> str:
+    """SHA-256 of a question: of the JSON list [text_input, SHA-256 of each input image's file …].
+
+    Raises:
+        UserError: an image is missing.
+    """
+    try:
+        places = [finder.find(record, "image_input", path) for path in record.image_input]
+    except RecordError as error:
+        raise UserError(f"record on {error}") from None
+    images = [hashlib.sha256(place.read_bytes()).hexdigest() for place in places]
+    return hashlib.sha256(json.dumps([record.text_input, *images]).encode()).hexdigest()
+
+
+def settings_of(
+    decoder: Decoder, limits: Limits, decoding: Decoding, seed: int, batch_size: int, ranks: int
+) -> dict[str, Any]:
+    """Write down all that the answers follow from, besides records and weights."""
+    drawn = PAPER if decoding == "paper" else decoding
+    images: Any = decoder.encoder.images
+    return {
+        "decoding": "sampled" if isinstance(decoding, Sampling) else decoding,
+        "temperature": drawn.temperature if isinstance(drawn, Sampling) else None,
+        "top_p": drawn.top_p if isinstance(drawn, Sampling) else None,
+        "seed": seed,
+        "max_new_tokens": limits.new_tokens,
+        "longest_run": limits.longest_run,
+        # None: the model decides.
+        "run_length": limits.fixed_run,
+        "latents": decoder.latents,
+        "min_pixels": int(images.size["shortest_edge"]),
+        "max_pixels": int(images.size["longest_edge"]),
+        "batch_size": batch_size,
+        "ranks": ranks,
+        "device": str(decoder.loaded.model.head.weight.device.type),
+        "dtype": str(decoder.loaded.model.head.weight.dtype).removeprefix("torch."),
+    }
 
 
 def evaluate_file(
@@ -257,29 +324,58 @@ def evaluate_file(
     batch_size: int = 32,
     most: int | None = None,
     track: Track = iter,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Answer and score a file of records; rows need no output fields beyond what the scorer reads.
 
+    Args:
+        world: the ranks that share the records; all of them call it. None for a single process.
+
     Returns:
-        What `score` returns, with the task, the settings and every answer.
+        On every rank: what `summarize` returns, with the task, the settings, the versions, hashes of data and weights,
+        and every answer in the order of the file.
+
+    Raises:
+        UserError: on every rank, whichever has met it.
     """
-    records, faults = scan(file, answers=False)
-    if faults:
-        raise UserError(f"{file}: {faults[0]}; `mirage-ds data check {file}` lists all faults")
-    records = records[:most]
-    name = task_of(records, file, task)
-    answers = answer_records(decoder, records, limits, decoding, seed, batch_size, track)
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    read = partial(_read, file, task, most)
+    records, name, digest = from_rank_zero(read, world) if world else read()
+    own = range(rank, len(records), size)
+    files = safetensors_of(decoder.folder)[rank::size]
+    with shared_fate(world):
+        share = [records[i] for i in own]
+        answers = answer_records(decoder, share, limits, decoding, seed, batch_size, track, own)
+        prompts = [prompt_hash(record, decoder.encoder.finder) for record in share]
+    made = list(zip(own, answers, prompts, strict=True))
+    weights = [tuple(entry_of(decoder.folder, file)) for file in files]
+    if world:
+        made, weights = everyone(made, world), everyone(weights, world)
+    made.sort(key=lambda one: one[0])
+    marked = marks(records, [answer for _, answer, _ in made], name)
     return {
         "task": name,
         "model": str(decoder.folder),
         "data": str(file),
-        "decoding": decoding,
-        "seed": seed,
-        "longest_run": limits.longest_run,
-        **score(records, answers, name),
+        "settings": settings_of(decoder, limits, decoding, seed, batch_size, size),
+        "hashes": {
+            "data": digest,
+            "model": {part: own_digest for part, _, own_digest in sorted(weights)},
+        },
+        "versions": versions(),
+        **summarize(records, marked),
         "answers": [
-            {"line": record.line, "text": answer.text, "runs": answer.runs}
-            for record, answer in zip(records, answers, strict=True)
+            {
+                "line": record.line,
+                "row": row,
+                **({"id": record.extra["id"]} if "id" in record.extra else {}),
+                "prompt": prompt,
+                "text": answer.text,
+                "runs": answer.runs,
+                "ids": answer.ids,
+                "metrics": values,
+            }
+            for record, (row, answer, prompt), values in zip(records, made, marked, strict=True)
         ],
     }
 
@@ -302,5 +398,13 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def write_report(report: dict[str, Any], file: Path) -> None:
-    """Write a report as JSON."""
-    write_atomically(file, json.dumps(report, indent=1) + "\n")
+    """Write a report as JSON, an answer a line."""
+    head = json.dumps({key: value for key, value in report.items() if key != "answers"}, indent=1)
+    lines = ",\n  ".join(json.dumps(answer) for answer in report["answers"])
+    write_atomically(file, f'{head[:-2]},\n "answers": [\n  {lines}\n ]\n}}\n')
+
+
+if __name__ == "__main__":
+    from mirage_ds.decoding_commands import main
+
+    main()

@@ -29,7 +29,7 @@ def claim(folder: Path, overwrite: bool, resume: bool = False) -> Path:
     """Return the folder for a run's own files; refuse one that holds an earlier run or a model.
 
     Args:
-        overwrite: start over in it: its log and checkpoints are deleted.
+        overwrite: start over in it: its log, its checkpoints and its best model are deleted.
         resume: an earlier run is welcome.
 
     Raises:
@@ -59,6 +59,7 @@ def claim(folder: Path, overwrite: bool, resume: bool = False) -> Path:
             (folder / "run" / old).unlink(missing_ok=True)
         for old in ("checkpoints", "tensorboard"):
             shutil.rmtree(folder / "run" / old, ignore_errors=True)
+        shutil.rmtree(folder / "best", ignore_errors=True)
     return folder / "run"
 
 
@@ -74,7 +75,8 @@ def note(own_folder: Path, event: str, step: int | None = None) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Return the versions of what computes, the machine's kind and the commit; None for a package that is missing."""
     found: dict[str, str | None] = {"python": platform.python_version(), "machine": platform.machine()}
     for name in PACKAGES:
         try:
@@ -92,4 +94,4 @@ def describe(folder: Path, config: RunConfig, ds_config: dict[str, Any]) -> None
     values = json.loads(config.model_dump_json(exclude_none=True))
     write_atomically(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     write_atomically(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-    write_atomically(folder / "versions.json", json.dumps(_versions(), indent=2) + "\n")
+    write_atomically(folder / "versions.json", json.dumps(versions(), indent=2) + "\n")

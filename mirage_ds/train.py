@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,16 @@ from mirage_ds.data.loader import WARN_DROPPED_SHARE
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, agree, join
-from mirage_ds.errors import EXIT_USER_ERROR, UserError
+from mirage_ds.entry import run_rank
+from mirage_ds.errors import UserError
+from mirage_ds.evaluation import Evaluator
 from mirage_ds.flags import CONTEXT, build_model, model_options
 from mirage_ds.monitor import Monitor
 from mirage_ds.prepare import SKIPPED_FILE, Prepared, prepare
 from mirage_ds.run_folder import stop_file
 from mirage_ds.startup import StartUp, phases_line
-from mirage_ds.step import evaluate, guilty, step
-from mirage_ds.stop import EXIT_STOPPED, Stopped, StopRequest, never
+from mirage_ds.step import guilty, step
+from mirage_ds.stop import Stopped, StopRequest, never
 from mirage_ds.whereabouts import SAVING, UNTOLD, Whereabouts, guarded
 
 
@@ -44,26 +45,8 @@ def command(yaml_file: Path | None, local_rank: str | None, **flags: Any) -> Non
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one sentence, said once, and exit code 2 on every rank."""
-    # DeepSpeed calls collectives that torch has renamed: nothing the user can mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    says = os.environ.get("RANK", "0") == "0"
-    try:
-        command.main(standalone_mode=False)
-    except click.ClickException as error:
-        message = error.format_message()
-    except UserError as error:
-        # What goes wrong in the middle of a run may be known to one rank alone.
-        message, says = str(error), says or not error.everywhere
-    except Stopped:
-        sys.exit(EXIT_STOPPED)
-    else:
-        return
-    if says:
-        print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201  # before any console exists
-    sys.stdout.flush()
-    # No clean-up that waits for other ranks: they may be waiting in a collective for this one.
-    os._exit(EXIT_USER_ERROR)
+    """Run the command as one rank of many."""
+    run_rank(command)
 
 
 def run(config: RunConfig) -> None:
@@ -120,7 +103,8 @@ def train(
             monitor.say("stopped on request before a step was taken")
             raise Stopped
         saver = Saver(config, prepared, monitor, where)
-        if prepared.resumed.get("evaluation_owed") and not evaluated(config, prepared, monitor, start, asked, where):
+        evaluator = Evaluator(config, prepared, monitor, start, asked, where)
+        if prepared.resumed.get("evaluation_owed") and not evaluator.measured(start):
             raise Stopped
         skipped = 0
         monitor.start_clock()
@@ -146,7 +130,7 @@ def train(
                     "the records, then --resume auto"
                 )
             due = config.eval_every and (done % config.eval_every == 0 or done == prepared.steps)
-            owed = bool(due) and (taken.stop or not evaluated(config, prepared, monitor, done, asked, where))
+            owed = bool(due) and (taken.stop or not evaluator.measured(done))
             stop = taken.stop or owed
             if stop or (config.save_every and done % config.save_every == 0):
                 saver.save(done, owed)
@@ -156,33 +140,15 @@ def train(
                 monitor.say(f"stopped on request after step {done}; {further}")
                 raise Stopped
             monitor.start_clock()
-        saver.save_model()
+        saver.save_model(evaluator.of_step(prepared.steps))
         monitor.say(f"model saved to {config.save_model_path}")
-
-
-def evaluated(
-    config: RunConfig,
-    prepared: Prepared,
-    monitor: Monitor,
-    done: int,
-    asked: Callable[[], bool],
-    where: Whereabouts,
-) -> bool:
-    """Measure and report the evaluation loss after `done` steps; False when the ranks left it on request."""
-    if prepared.evaluation is None:
-        return True
-    monitor.note("evaluation begins", done)
-    losses = evaluate(config, prepared, prepared.evaluation, asked, where)
-    if losses is not None:
-        monitor.evaluation(done, losses)
-    monitor.note("evaluation ends", done)
-    return losses is not None
 
 
 class Saver:
     """Writes checkpoints and the model, and says what came of it; `last` is the newest good checkpoint."""
 
     def __init__(self, config: RunConfig, prepared: Prepared, monitor: Monitor, where: Whereabouts):
+        self.model_folder = config.save_model_path
         self.folder = config.save_model_path / "run" / "checkpoints"
         self.keep = config.keep_checkpoints
         self.prepared = prepared
@@ -209,12 +175,12 @@ class Saver:
         self.last = outcome
         self.monitor.say(f"checkpoint {outcome}")
 
-    def save_model(self) -> None:
-        """Write the trained model; UserError on the rank that cannot."""
+    def save_model(self, scores: Mapping[str, float]) -> None:
+        """Write the trained model, with what it scores, if known; UserError on the rank that cannot."""
         self.monitor.note("model save begins", self.prepared.steps)
         self.where.at("saves the model", kind=SAVING)
         try:
-            self.prepared.save()
+            self.prepared.save(self.model_folder, self.prepared.steps, scores)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"the model cannot be written ({error}); make room and use --resume auto: the last good checkpoint is "

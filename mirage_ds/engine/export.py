@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from mirage_ds.engine.checkpoint import check_whole
+from mirage_ds.engine.card import model_card, write_card
+from mirage_ds.engine.checkpoint import check_whole, read_state
 from mirage_ds.errors import UserError
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.load import expected_shapes, public_name, safetensors_of, stored_shapes
@@ -105,6 +106,7 @@ class Parts(NamedTuple):
         config: the model's configuration; tokenizer, image_processor: as transformers saves them.
         source: the folder that the model was loaded from; its generation_config.json comes along.
         trained: stage and latent_size, kept in config.json under TRAINED_KEY.
+        card: the text of README.md (card.model_card); none is written where it is empty.
     """
 
     config: Any
@@ -112,6 +114,7 @@ class Parts(NamedTuple):
     image_processor: Any
     source: Path
     trained: dict[str, Any]
+    card: str = ""
 
 
 def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts) -> None:
@@ -126,6 +129,8 @@ def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts) -> None
     parts.image_processor.save_pretrained(folder)
     if (parts.source / "generation_config.json").is_file():
         write_atomically(folder / "generation_config.json", (parts.source / "generation_config.json").read_text())
+    if parts.card:
+        write_card(folder, parts.card)
     parts.config.dtype = dtype
     setattr(parts.config, TRAINED_KEY, parts.trained)
     parts.config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
@@ -138,13 +143,26 @@ def save_model(model: nn.Module, tower: nn.Module | None, folder: Path, rank: in
     Args:
         model: the MirageModel.
         tower: the frozen tower, or None where the tower is part of `model`.
+
+    Raises:
+        OSError, SafetensorError: on rank 0, once all ranks have done their part: what is gathered needs every rank.
     """
-    writer = ShardWriter(folder) if rank == 0 else None
+    writer: ShardWriter | None = None
+    failure: OSError | SafetensorError | None = None
     dtype = torch.float32
+    try:
+        writer = ShardWriter(folder) if rank == 0 else None
+    except OSError as error:
+        failure = error
     for name, tensor in whole_tensors(model, keep=writer is not None):
-        if writer:
-            writer.add(name, tensor)
+        if writer and failure is None:
             dtype = tensor.dtype
+            try:
+                writer.add(name, tensor)
+            except (OSError, SafetensorError) as error:
+                failure = error
+    if failure is not None:
+        raise failure
     if not writer:
         return
     if tower is not None:
@@ -157,7 +175,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
     """Turn a sharded checkpoint into a model folder; tensors that were not trained come from `parts.source`.
 
     Args:
-        checkpoint: a global_step<N> folder.
+        checkpoint: a global_step<N> folder; the model card is written from what it says of itself.
         dtype: of the written weights; the checkpoint holds float32 masters.
 
     Raises:
@@ -188,7 +206,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
                     name = public_name(stored)
                     if name in missing:
                         writer.add(name, tensors.get_tensor(stored).to(dtype))
-        finish_folder(writer, dtype, parts)
+        finish_folder(writer, dtype, parts._replace(card=model_card(read_state(checkpoint))))
 
 
 def refuse_existing(out: Path) -> None:

@@ -40,6 +40,27 @@ def set_collective_timeout(seconds: float) -> None:
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
+class Shard(NamedTuple):
+    """What ZeRO-3 has made of a parameter.
+
+    Attributes:
+        elements: of the whole; own: of this rank's part, its padding included.
+        away: whether the part lies elsewhere than the whole would: in the host's memory, on a disk.
+    """
+
+    elements: int
+    own: int
+    away: bool
+
+
+def shard_of(parameter: Any) -> Shard | None:
+    """Look at a parameter; None where it is not sharded."""
+    if not hasattr(parameter, "ds_id"):
+        return None
+    part = parameter.ds_tensor
+    return Shard(parameter.ds_numel, part.ds_numel, part.device != parameter.device)
+
+
 class Written(NamedTuple):
     """What a rank's part of `engine.save_checkpoint` came to: the files it wrote, and why others failed."""
 

@@ -6,14 +6,14 @@ heads, Hkv key heads, D head width, k latents of a run.
 After an emitted `<|latent_start|>` a row's final-norm hidden states are fed back as its next inputs, and it emits
 `<|latent_pad|>`, until it emits `<|latent_end|>` or the longest run is reached and the end is forced. The hidden state
 of the last pad is not fed: the end token's embedding is. Each row enters and leaves its runs by itself, any number of
-times.
+times. What is fed at a run's k slots can be replaced (Latents).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -25,6 +25,21 @@ from mirage_ds.model.forward import MirageModel
 
 # (logits (N, V), step) → (N,) token ids.
 Chooser = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class Latents(Protocol):
+    """Says what is fed at the slots of latent runs, where that is not the rows' own hidden states.
+
+    Made for one batch: it may remember what it has seen of each row.
+    """
+
+    def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Return what each row is fed: (N, H); not used for rows outside a run.
+
+        Args:
+            slots: (N,) the slot that each row comes to, counted from 0 in each of its runs; −1 outside a run.
+            own: (N, H) the rows' final-norm hidden states, which are fed otherwise.
+        """
 
 
 class LatentTokens(NamedTuple):
@@ -181,6 +196,7 @@ def generate(
     limits: Limits,
     choose: Chooser = greedy,
     trace: bool = False,
+    latents: Latents | None = None,
 ) -> list[Generated]:
     """Decode every row of a packed batch of prompts.
 
@@ -189,6 +205,7 @@ def generate(
         batch: prompts with image features attached (FrozenTower.attach), one pass.
         choose: how a token follows from logits.
         trace: keep each step's inputs and hidden states.
+        latents: what is fed at the slots of latent runs; the rows' own hidden states if None.
 
     Returns:
         One Generated a row, in the order of the batch.
@@ -211,9 +228,10 @@ def generate(
         leaves = inside & (full | ((chosen == tokens.end) & (limits.fixed_run is None)))
         stays = inside & ~leaves
         chosen = torch.where(leaves, tokens.end, torch.where(stays, tokens.pad, chosen))
+        fed = hidden if latents is None else latents(torch.where(stays, run, -1), hidden)
         run = torch.where(stays, run + 1, torch.where(inside, -1, run))
         run = torch.where(~inside & (chosen == tokens.start), 0, run)
-        x = torch.where(stays[:, None], hidden, text.embed_tokens(chosen))
+        x = torch.where(stays[:, None], fed, text.embed_tokens(chosen))
         for row, token, lives in zip(rows, chosen.tolist(), alive.tolist(), strict=True):
             if lives:
                 row.ids.append(token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -14,25 +15,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from mirage_ds import evaluate
 from mirage_ds.cli import main
 from mirage_ds.data.record import ImageFinder, Record, scan
 from mirage_ds.engine.export import change_rows
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import (
-    Answer,
     Decoder,
+    Sampling,
     answer_records,
     evaluate_file,
     load_decoder,
     run_limits,
-    score,
-    task_of,
-    wilson,
+    write_report,
 )
 from mirage_ds.model.generate import Limits
+from mirage_ds.scoring import Answer, better, check_metric, score, task_of, wilson
 from mirage_ds.tasks.vsp_planning import best_constant
 
 PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"
@@ -216,6 +218,28 @@ def test_best_constant_equals_trying_every_answer(longest: int) -> None:
     assert tried[tuple(moves)] == max(tried.values())
 
 
+def test_better_is_more_or_less_by_the_metrics_name() -> None:
+    assert better("success", 0.2, None)
+    assert better("success", 0.3, 0.2)
+    assert not better("success", 0.2, 0.2)
+    assert not better("success", 0.1, 0.2)
+    assert better("loss", 0.1, 0.2)
+    assert not better("loss", 0.2, 0.2)
+    assert not better("invalid", 0.3, 0.2)
+    for metric in ("loss", "success"):
+        assert not better(metric, float("nan"), None)
+
+
+def test_a_metric_that_judges_nothing_or_is_not_measured_is_refused() -> None:
+    measured = ["loss", "ce", "success", "invalid", "moves", "latents", "count"]
+    check_metric("success", measured, "--save_best")
+    for name in ("moves", "count", "correct", "sucess"):
+        with pytest.raises(
+            UserError, match=rf"^--save_best {name}: no such metric here.*; there are loss, ce, success, inv"
+        ):
+            check_metric(name, measured, "--save_best")
+
+
 # ------------------------------------------------------------------------------------------------- folders and records
 
 
@@ -288,6 +312,73 @@ def test_answers_do_not_depend_on_the_batch(decoder: Decoder, mixed: Path) -> No
     assert made[0] != answer_records(decoder, records, Limits(5), "paper", seed=43)
 
 
+def test_sampling_by_numbers_is_the_paper_s_at_the_paper_s_numbers(decoder: Decoder) -> None:
+    records = scan(SAMPLE)[0][:2]
+    limits = Limits(8)
+    paper = answer_records(decoder, records, limits, "paper")
+    assert answer_records(decoder, records, limits, Sampling(0.7, 0.9)) == paper
+    assert answer_records(decoder, records, limits, Sampling(3.0, 0.9)) != paper
+    # So little is kept that the likeliest token alone is left.
+    assert answer_records(decoder, records, limits, Sampling(1.0, 1e-9)) == answer_records(decoder, records, limits)
+
+
+def test_a_record_s_draws_follow_its_place_in_the_file(decoder: Decoder) -> None:
+    records = scan(SAMPLE)[0][:3]
+    whole = answer_records(decoder, records, Limits(8), "paper")
+    assert answer_records(decoder, records[1:], Limits(8), "paper", rows=[1, 2]) == whole[1:]
+    assert answer_records(decoder, records[1:], Limits(8), "paper") != whole[1:]
+
+
+def test_a_broken_image_is_said_before_anything_is_decoded(
+    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "decode", lambda *_: pytest.fail("decoded"))
+    (tmp_path / "bad.png").write_bytes(b"none")
+    bad = replace(scan(SAMPLE)[0][0], line=9, image_input=(str(tmp_path / "bad.png"),))
+    with pytest.raises(UserError, match=r"^record on line 9, image_input: image .*bad.png cannot be decoded"):
+        answer_records(decoder, [*scan(SAMPLE)[0][:2], bad], Limits(2))
+
+
+def test_a_gpu_that_is_too_small_is_one_sentence(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(evaluate, "generate", full)
+    with pytest.raises(
+        UserError, match=r"^--batch_size 2: 2 rows at a time do not fit into the GPU's memory; lower it"
+    ):
+        answer_records(decoder, scan(SAMPLE)[0][:3], Limits(2), batch_size=2)
+
+
+def test_a_report_holds_all_that_its_scores_follow_from(decoder: Decoder, nano: Path, tmp_path: Path) -> None:
+    report = evaluate_file(decoder, SAMPLE, PLANNING, Limits(6, 4, 3), Sampling(1.5, 0.8), seed=5, batch_size=2, most=3)
+    rows = [json.loads(line) for line in SAMPLE.read_text().splitlines()][:3]
+    settings = report["settings"]
+    assert settings | {"min_pixels": 0, "max_pixels": 0} == dict(
+        decoding="sampled", temperature=1.5, top_p=0.8, seed=5, max_new_tokens=6, longest_run=4, run_length=3,
+        latents=True, min_pixels=0, max_pixels=0, batch_size=2, ranks=1, device="cpu", dtype="float32",
+    )  # fmt: skip
+    assert 0 < settings["min_pixels"] < settings["max_pixels"]
+    sha = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in nano.glob("*.safetensors")}
+    assert report["hashes"] == {"data": hashlib.sha256(SAMPLE.read_bytes()).hexdigest(), "model": sha}
+    assert report["versions"]["torch"] == torch.__version__
+    for number, (row, answer) in enumerate(zip(rows, report["answers"], strict=True)):
+        picture = hashlib.sha256((SAMPLE.parent / row["image_input"]).read_bytes()).hexdigest()
+        asked = json.dumps([row["text_input"], picture]).encode()
+        assert answer["prompt"] == hashlib.sha256(asked).hexdigest()
+        assert (answer["line"], answer["row"]) == (number + 1, number)
+        text = decoder.encoder.tokenizer.decode(answer["ids"], skip_special_tokens=True).strip()
+        assert answer["text"] == text
+        assert len(answer["ids"]) <= 6
+    for name in report["answers"][0]["metrics"]:
+        values = [float(answer["metrics"][name]) for answer in report["answers"]]
+        assert report["all"][name] == pytest.approx(sum(values) / 3)
+    write_report(report, tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text) == json.loads(json.dumps(report))
+    assert sum(line.startswith('  {"line"') for line in text.splitlines()) == 3
+
+
 def test_run_length_trained_model_number_typo(decoder: Decoder, nano: Path, tmp_path: Path) -> None:
     folder = changed(nano, tmp_path / "trained", mirage={"stage": "stage2", "latent_size": 6})
     trained = load_decoder(folder, ImageFinder.beside(SAMPLE, None))
@@ -319,7 +410,9 @@ def test_evaluate_writes_scores_and_answers(nano: Path, tmp_path: Path, call: Ca
 def test_evaluate_refuses_in_one_sentence(nano: Path, tmp_path: Path, call: Callable) -> None:
     faulty = write_jsonl(tmp_path / "faulty.jsonl", [{"text_output": "A"}])
     refused(call("evaluate", nano, "--data_path", faulty), faulty, "line 1, text_input: missing")
-    lost = write_jsonl(tmp_path / "lost.jsonl", [{"text_input": "?", "image_input": "gone.png", "task": PLANNING}])
+    lost = write_jsonl(
+        tmp_path / "lost.jsonl", [{"text_input": "?", "image_input": "gone.png", "task": PLANNING, "map_desc": SMALL}]
+    )
     refused(call("evaluate", nano, "--data_path", lost), "line 1, image_input", "gone.png")
     refused(call("evaluate", tmp_path / "nowhere", "--data_path", SAMPLE), tmp_path / "nowhere")
 
@@ -327,6 +420,22 @@ def test_evaluate_refuses_in_one_sentence(nano: Path, tmp_path: Path, call: Call
 @pytest.mark.parametrize(("flag", "value"), [("--most", 0), ("--batch_size", 0)])
 def test_evaluate_refuses_numbers_that_leave_nothing_to_do(nano: Path, call: Callable, flag: str, value: int) -> None:
     refused(call("evaluate", nano, "--data_path", SAMPLE, "--task", PLANNING, "--max_new_tokens", 2, flag, value), flag)
+
+
+def test_temperature_and_top_p_are_of_sampling_alone(nano: Path, tmp_path: Path, call: Callable) -> None:
+    words = ("evaluate", nano, "--data_path", SAMPLE, "--most", 2, "--max_new_tokens", 6, "--out")
+    for name, flags in (
+        ("paper", ("--decoding", "paper")),
+        ("same", ("--decoding", "sampled", "--temperature", 0.7, "--top_p", 0.9)),
+        ("plain", ("--decoding", "sampled")),
+    ):
+        said = call(*words, tmp_path / f"{name}.json", *flags)
+        assert said.code == 0, said
+    reports = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("paper", "same", "plain")}
+    assert reports["paper"]["answers"] == reports["same"]["answers"]
+    assert (reports["plain"]["settings"]["temperature"], reports["plain"]["settings"]["top_p"]) == (1.0, 1.0)
+    refused(call(*words, tmp_path / "no.json", "--top_p", 0.9), "--top_p is of --decoding sampled, and it is greedy")
+    refused(call(*words, tmp_path / "no.json", "--decoding", "sampled", "--temperature", 0), "--temperature")
 
 
 def test_generate_answers_one_question(nano: Path, tmp_path: Path, call: Callable, pictures: Path) -> None:

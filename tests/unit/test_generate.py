@@ -43,6 +43,16 @@ class World(NamedTuple):
 def world(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     """Nano with attention that chooses and an output matrix of its own: no ties, no echo, and a wrong key shows."""
     folder = tmp_path_factory.mktemp("models") / "sharp"
+    sharpen(nano, folder)
+    encoder = load_encoder([str(folder)], ImageFinder.beside(mixed, None), "sft", 1)
+    records = scan(mixed)[0]
+    samples = [encoder.encode_prompt(records[row], row) for row in ROWS]
+    assert len({len(sample.input_ids) for sample in samples}) == len(ROWS)
+    return World(*both(folder), encoder, samples, latent_tokens(encoder))
+
+
+def sharpen(nano: Path, folder: Path) -> None:
+    """Copy nano into a folder, its weights drawn anew."""
     shutil.copytree(nano, folder)
     torch.manual_seed(1)
     weights = load_file(folder / "model.safetensors")
@@ -57,22 +67,24 @@ def world(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     config.save_pretrained(folder)
     weights["lm_head.weight"] = torch.randn_like(weights["model.embed_tokens.weight"])
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def both(folder: Path) -> tuple[Qwen2_5_VLForConditionalGeneration, Loaded]:
+    """Open a folder in plain transformers and in mirage_ds."""
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="eager"
     ).eval()
     # In float64: in float32 the rounding of eight fed-back states alone comes to 1e-5 on some processors.
     loaded = load_model(folder, stage="sft", dtype=torch.float64, device=torch.device("cpu"), checkpointing=False)
     loaded.model.eval()
-    encoder = load_encoder([str(folder)], ImageFinder.beside(mixed, None), "sft", 1)
-    records = scan(mixed)[0]
-    samples = [encoder.encode_prompt(records[row], row) for row in ROWS]
-    assert len({len(sample.input_ids) for sample in samples}) == len(ROWS)
-    return World(plain, loaded, encoder, samples, latent_tokens(encoder))
+    return plain, loaded
 
 
 @torch.no_grad()
-def slowly(world: World, sample: Sample, limits: Limits, choose: Callable) -> Generated:
-    """One row by the rules as they are written down."""
+def slowly(
+    world: World, sample: Sample, limits: Limits, choose: Callable, feed: Callable = lambda run, slot, own: own
+) -> Generated:
+    """One row by the rules as they are written down; `feed` says what a slot of a run is fed."""
     model, (pad, start, end, stops), out = world.plain, world.tokens, Generated([])
     embed = model.get_input_embeddings()
     x, positions = embed(sample.input_ids), sample.position_ids
@@ -80,7 +92,7 @@ def slowly(world: World, sample: Sample, limits: Limits, choose: Callable) -> Ge
     if len(sample.image_grid_thw):
         features = model.model.get_image_features(sample.pixel_values, sample.image_grid_thw, return_dict=True)
         x[sample.input_ids == model.config.image_token_id] = torch.cat(list(features.pooler_output))
-    latents = None
+    latents, run = None, -1
     for step in range(limits.new_tokens):
         states = model.model.language_model(
             inputs_embeds=x[None], position_ids=positions[:, None], use_cache=False
@@ -94,7 +106,9 @@ def slowly(world: World, sample: Sample, limits: Limits, choose: Callable) -> Ge
                 ends = token == end or latents == limits.longest_run
             else:
                 ends = latents == limits.fixed_run
-            token, fed = (end, None) if ends else (pad, states[-1])
+            # Runs without a slot do not count.
+            run += latents == 0 and not ends
+            token, fed = (end, None) if ends else (pad, feed(run, latents, states[-1]))
             latents = None if ends else latents + 1
         out.ids.append(token)
         if token in stops or len(out.ids) == limits.new_tokens:
@@ -198,6 +212,51 @@ def test_limit_inside_a_run_ends_all_rows(world: World, limit: int) -> None:
     assert [len(row.ids) for row in found] == [limit] * 3
     assert found[1].ids == [start, pad, pad, pad, pad][:limit]
     assert [len(row.fed) for row in found] == [limit - 1] * 3
+
+
+def test_slots_are_fed_what_latents_says(world: World) -> None:
+    _, start, end, (stop, _) = world.tokens
+    word = int(world.samples[0].input_ids[5])
+    plans: list[Plan] = [
+        {0: start, **dict.fromkeys(range(1, 12), word)},
+        {2: start, 3: word, 4: word, 5: end, 6: start, 7: start, 8: word, 9: end},
+        {1: start, 2: end, 3: start, 4: word, 7: end, 8: stop},
+        {},
+    ]
+    limits, samples = Limits(12, longest_run=5), world.samples[:4]
+    # A vector of its own for every row, run and slot; to it half of the row's own state.
+    vectors = torch.randn(4, 2, 5, world.loaded.tower.width, generator=torch.Generator().manual_seed(3)).double()
+    run = [-1] * 4
+    asked: list[list[int]] = []
+
+    def latents(slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        asked.append(slots.tolist())
+        fed = torch.full_like(own, float("nan"))
+        for row, slot in enumerate(slots.tolist()):
+            run[row] += slot == 0
+            if slot >= 0:
+                fed[row] = vectors[row, run[row], slot] + own[row] / 2
+        return fed
+
+    found = quickly(world, samples, limits, by_plan(plans), latents=latents)
+    for row, (got, sample, plan) in enumerate(zip(found, samples, plans, strict=True)):
+        wanted = slowly(
+            world,
+            sample,
+            limits,
+            lambda logits, step, plan=plan: int(by_plan([plan])(logits, step)),
+            lambda run, slot, own, row=row: vectors[row, run, slot] + own / 2,
+        )
+        assert_same(got, wanted)
+    assert [[slots[row] for slots in asked] for row in (0, 1, 3)] == [
+        [-1, 0, 1, 2, 3, 4, -1, -1, -1, -1, -1, -1],
+        [-1, -1, -1, 0, 1, -1, -1, 0, 1, -1, -1, -1],
+        [-1] * 12,
+    ]
+    plain = quickly(world, samples, limits, by_plan(plans))
+    kept = quickly(world, samples, limits, by_plan(plans), latents=lambda slots, own: own)
+    assert all(torch.equal(torch.stack(a.hidden), torch.stack(b.hidden)) for a, b in zip(plain, kept, strict=True))
+    assert not torch.equal(torch.stack(plain[0].hidden), torch.stack(found[0].hidden))
 
 
 def test_stop_tokens_end_each_row_at_its_own_step(world: World) -> None:

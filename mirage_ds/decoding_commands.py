@@ -1,0 +1,207 @@
+"""`mirage-ds evaluate` and `mirage-ds generate`; the first also as one process a GPU, under a launcher.
+
+Imports stay inside the commands: `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mirage_ds.entry import run_rank
+from mirage_ds.errors import UserError
+from mirage_ds.flags import CONTEXT
+from mirage_ds.stop import StopRequest
+
+if TYPE_CHECKING:
+    import torch
+
+    from mirage_ds.data.record import ImageFinder
+    from mirage_ds.evaluate import Decoder, Decoding
+    from mirage_ds.model.generate import Limits
+
+
+def _path() -> click.Path:
+    return click.Path(path_type=Path)
+
+
+def _decoding_options(command: Any) -> Any:
+    """Add the options that every decoding command has."""
+    for option in (
+        click.option("--processor", type=_path(), help="Folder that gives the image processor if FOLDER has none."),
+        click.option("--decoding", default="greedy", show_default=True,
+                     type=click.Choice(["greedy", "paper", "sampled"]),
+                     help="sampled: with --temperature and --top_p; paper: sampled, temperature 0.7, top_p 0.9."),
+        click.option("--temperature", type=click.FloatRange(min=0, min_open=True),
+                     help="Of --decoding sampled; 1 if not set."),
+        click.option("--top_p", type=click.FloatRange(min=0, min_open=True, max=1),
+                     help="Of --decoding sampled; 1 if not set."),
+        click.option("--max_new_tokens", default=1024, show_default=True, type=click.IntRange(min=1)),
+        click.option("--longest_run", default=8, show_default=True, type=click.IntRange(min=0),
+                     help="Latents after which a run's end is forced."),
+        click.option("--run_length", default="trained", show_default=True,
+                     help="Latents a run: as trained, as the model decides, or a number."),
+        click.option("--no_latents", is_flag=True, help="Decode a model that was never trained on latents."),
+        click.option("--min_pixels", type=int, help="Smallest input image; the processor's own if not set."),
+        click.option("--max_pixels", type=int, help="Largest input image; the processor's own if not set."),
+        click.option("--seed", default=42, show_default=True, type=click.IntRange(min=0),
+                     help="Of the draws; a row's draws do not depend on the rows beside it."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("folder", type=_path())
+@click.option("--data_path", required=True, type=_path(), help="Records; they need no output fields.")
+@click.option("--task", help="Whose scorer is used; the records' own task if they name one.")
+@click.option("--image_root", type=_path(), help="Second place where relative image paths are looked for.")
+@click.option("--batch_size", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--most", type=click.IntRange(min=1), help="Take only the first so many records.")
+@click.option("--out", type=_path(), help="Write scores and answers to this JSON file.")
+@click.option("--latents", help="Score under these conditions instead, separated by commas: own,swap,… "
+              "(docs/controls.md; `mirage-ds controls` has more flags).")  # fmt: skip
+@click.option("--local_rank", hidden=True, help="Passed by some launchers; the environment says it too.")
+@_decoding_options
+def evaluate(
+    folder: Path,
+    data_path: Path,
+    task: str | None,
+    image_root: Path | None,
+    batch_size: int,
+    most: int | None,
+    out: Path | None,
+    latents: str | None,
+    local_rank: str | None,
+    **options: Any,
+) -> None:
+    """Answer the records of a file with the model in FOLDER and score the answers, per level with 95 % intervals.
+
+    On several GPUs: deepspeed --module mirage_ds.evaluate FOLDER … shares the records among the ranks.
+    """
+    del local_rank
+    from functools import partial
+
+    from rich.progress import track
+
+    from mirage_ds import evaluate as evaluation
+    from mirage_ds.data.record import ImageFinder
+
+    decoding = _decoding(options)
+    if latents is not None:
+        _compare_latents(latents, folder, data_path, task, image_root, batch_size, most, out, decoding, options)
+        return
+    world = None
+    if "RANK" in os.environ:
+        from mirage_ds.engine.setup import join
+
+        world = join()
+        evaluation.be_patient()
+    finder = ImageFinder.beside(data_path, image_root)
+    with evaluation.shared_fate(world):
+        decoder = _decoder(folder, finder, options, world.device if world else None)
+        limits = _limits(decoder, options)
+    bar = partial(track, description="answering", transient=True, disable=world is not None and world.rank > 0)
+    report = evaluation.evaluate_file(
+        decoder, data_path, task, limits, decoding, options["seed"], batch_size, most, track=bar, world=world
+    )
+    with evaluation.shared_fate(world):
+        if world is None or world.rank == 0:
+            evaluation.print_report(report)
+            if out:
+                evaluation.write_report(report, out)
+    if world:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def _compare_latents(
+    names: str,
+    folder: Path,
+    data_path: Path,
+    task: str | None,
+    image_root: Path | None,
+    batch_size: int,
+    most: int | None,
+    out: Path | None,
+    decoding: Decoding,
+    options: dict[str, Any],
+) -> None:
+    """Be `evaluate --latents`: the controls, with evaluate's options where both have them."""
+    from mirage_ds.controls.command import run_controls
+    from mirage_ds.controls.names import parse_names
+    from mirage_ds.controls.study import Wanted
+    from mirage_ds.data.record import ImageFinder
+
+    if "RANK" in os.environ:
+        raise UserError("--latents compares in one process: start `mirage-ds evaluate` without a launcher")
+    if decoding != "greedy":
+        raise UserError("--latents decodes greedily, so that a difference comes from the latents: drop --decoding")
+    if options["no_latents"]:
+        raise UserError("--latents replaces latents, and --no_latents says that there are none: drop one of them")
+    wanted = Wanted(parse_names(names), task, most, options["seed"], batch_size)
+    decoder = _decoder(folder, ImageFinder.beside(data_path, image_root), options)
+    run_controls(decoder, data_path, options["processor"], _limits(decoder, options), wanted, out)
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("folder", type=_path())
+@click.option("--image", "images", multiple=True, type=_path(), help="Input image; may be given several times.")
+@click.option("--prompt", required=True, help="The question, with <image> where an image stands.")
+@_decoding_options
+def generate(folder: Path, images: tuple[Path, ...], prompt: str, **options: Any) -> None:
+    """Answer one question with the model in FOLDER; latent runs are marked."""
+    from mirage_ds import evaluate as evaluation
+    from mirage_ds.data.record import IMAGE_MARK, ImageFinder, Record
+
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("--prompt: not UTF-8 text; type it in a UTF-8 terminal") from None
+    found = prompt.count(IMAGE_MARK)
+    if found and found != len(images):
+        raise UserError(
+            f"--prompt: {found} {IMAGE_MARK} mark(s) for {len(images)} image(s); give --image once for each mark, or "
+            "write none (images then stand first)"
+        )
+    decoding = _decoding(options)
+    decoder = _decoder(folder, ImageFinder((Path.cwd(),)), options)
+    record = Record(1, prompt, "", tuple(str(image) for image in images), ())
+    answers = evaluation.answer_records(decoder, [record], _limits(decoder, options), decoding, options["seed"])
+    click.echo(answers[0].marked(decoder.encoder))
+
+
+def _decoding(options: dict[str, Any]) -> Decoding:
+    from mirage_ds.evaluate import Sampling
+
+    name, given = options["decoding"], {key: options[key] for key in ("temperature", "top_p") if options[key]}
+    if name == "sampled":
+        return Sampling(given.get("temperature", 1.0), given.get("top_p", 1.0))
+    if given:
+        raise UserError(f"--{next(iter(given))} is of --decoding sampled, and it is {name}: give both, or neither")
+    return name
+
+
+def _decoder(folder: Path, finder: ImageFinder, options: dict[str, Any], device: torch.device | None = None) -> Decoder:
+    from mirage_ds.evaluate import load_decoder
+
+    pixels = (options["min_pixels"], options["max_pixels"])
+    return load_decoder(folder, finder, options["processor"], not options["no_latents"], pixels, device)
+
+
+def _limits(decoder: Decoder, options: dict[str, Any]) -> Limits:
+    from mirage_ds.evaluate import run_limits
+
+    return run_limits(decoder, options["max_new_tokens"], options["longest_run"], options["run_length"])
+
+
+def main() -> None:
+    """Be `python -m mirage_ds.evaluate`, one rank of those that a launcher starts, or a single process."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Nothing is written before the end, so there is nothing to wait for.
+    StopRequest().listen(at_once=True)
+    run_rank(evaluate)

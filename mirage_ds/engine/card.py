@@ -1,0 +1,91 @@
+"""The model card: the README.md of a folder that training or an export writes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mirage_ds.files import write_atomically
+
+FILE = "README.md"
+# By this line a card is known as one that this program may replace.
+MARK = "<!-- written by mirage_ds -->"
+# The order in which a checkpoint's state keeps them.
+OPTIMIZER = ("learning rate", "schedule", "warm-up steps", "β1", "β2", "ε", "weight decay")
+# How huggingface_hub names the folder of a downloaded model.
+SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
+
+
+def model_card(state: Mapping[str, Any], scores: Mapping[str, float] | None = None) -> str:
+    """Write the card of a trained model.
+
+    Args:
+        state: what a checkpoint of the run says of itself, with its `step`.
+        scores: metric → value of an evaluation of these very weights, where there was one.
+    """
+    stage, k = state["stage"], state["latent_size"]
+    hub = [SNAPSHOT.search(source) for source in state["sources"]]
+    base = next((f"{found[1]}/{found[2]}" for found in reversed(hub) if found), None)
+    optimizer = ", ".join(f"{name} {value}" for name, value in zip(OPTIMIZER, state["optimizer"], strict=True))
+    rows = [
+        ("base model", base or f"`{state['sources'][-1]}`"),
+        *([("started from", f"`{state['sources'][0]}`")] if len(state["sources"]) > 1 else []),
+        ("stage", stage),
+        *([("k, latents a run", k)] if stage != "sft" else []),
+        ("optimizer steps", state["step"]),
+        ("rows a step", state["rows_per_step"]),
+        ("records", f"{state['rows']}, SHA-256 `{state['data']}`"),
+        ("vision tower", "trained" if state["train_vision"] else "frozen"),
+        ("AdamW", optimizer),
+        ("loss", f"weight of the cross-entropy {state['ce_weight']}, reduction {state['reduction']}"),
+        ("seed", state["seed"]),
+        ("dtype", state["dtype"]),
+        ("DeepSpeed", f"ZeRO-{state['zero_stage']}, {state['world_size']} ranks"),
+    ]
+    head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    head += [f"base_model: {base}"] if base else []
+    head += ["tags: [mirage, latent-visual-tokens]", "---", MARK, "", "# A Qwen2.5-VL trained with mirage_ds", ""]
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join([*head, *table, "", *_scores(scores), *(_text_only() if stage == "sft" else _latents(k))])
+
+
+def _scores(scores: Mapping[str, float] | None) -> list[str]:
+    if not scores:
+        return ["No scores are known; `mirage-ds evaluate` measures them.", ""]
+    table = ["| measured on the evaluation records of the run | |", "|---|---|"]
+    return [*table, *(f"| {name} | {value:.4g} |" for name, value in scores.items()), ""]
+
+
+def _text_only() -> list[str]:
+    return [
+        "It was trained on text alone, without latents: plain transformers and vLLM decode it as any Qwen2.5-VL.",
+        "",
+    ]
+
+
+def _latents(k: int) -> list[str]:
+    return [
+        "## What decodes it",
+        "",
+        f"This model was trained to think in {k} latent visual tokens between `<|latent_start|>` and `<|latent_end|>`: "
+        "inside such a run the input of the next position is the final hidden state of the last one, not the embedding "
+        "of a token. Plain transformers (`generate`) and vLLM do nothing of the kind. They open these weights, and "
+        "then feed the embedding of whatever token comes out inside a run, which training never showed the model and "
+        "never supervised. What they answer is not what this model answers, and scores taken that way are not its "
+        "scores. These commands feed the hidden states:",
+        "",
+        "```sh",
+        'mirage-ds generate FOLDER --image map.png --prompt "<image>Where to?"',
+        "mirage-ds evaluate FOLDER --data_path records.jsonl --out scores.json",
+        "```",
+        "",
+    ]
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Write the card; a README.md that somebody else wrote stays."""
+    file = folder / FILE
+    if not file.exists() or MARK in file.read_text(encoding="utf-8", errors="replace"):
+        write_atomically(file, card)

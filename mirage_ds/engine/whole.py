@@ -1,0 +1,134 @@
+"""The trained model, whole and plain, in the middle of training: for decoding, which walks the layers for each token.
+
+Ψ elements of the parameters, W ranks, N rows of a batch, S keys of the longest row, L layers, Hkv key heads, D head
+width, V vocabulary rows.
+
+DeepSpeed's hooks gather a module's parameters in each of its forwards: Ψ a token. Here they are gathered once, and a
+second tree of modules without hooks is made around the same memory.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from mirage_ds.engine.offload import memory_to_be_had
+from mirage_ds.engine.private import shard_of
+from mirage_ds.engine.setup import World, everyone
+from mirage_ds.errors import UserError
+from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.loss import LossHead
+
+
+@contextmanager
+def whole_model(engine: Any) -> Iterator[MirageModel]:
+    """Yield a plain MirageModel around the engine's weights, whole on this rank while it lasts. All ranks call it.
+
+    It is for reading alone, and knows neither gradients nor checkpointing. Between the beginning and the end nothing is
+    sent: a rank may use it as often as it likes, or not at all.
+
+    Args:
+        engine: between two optimizer steps.
+    """
+    import deepspeed
+
+    # What an evaluation has prefetched may still be on its way.
+    engine.empty_partition_cache()
+    model: MirageModel = engine.module
+    sharded = [p for p in model.parameters() if shard_of(p)]
+    with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
+        plain = _plain_model(model)
+        try:
+            yield plain
+        finally:
+            # Whoever still holds the modules must not hold the memory.
+            plain.to_empty(device="meta")
+
+
+def _plain_model(model: MirageModel) -> MirageModel:
+    """Build the same modules anew, around the same tensors."""
+    head = LossHead(nn.Parameter(model.head.weight.data, requires_grad=False), len(model.head.weight), 0)
+    head.chunk = model.head.chunk
+    plain = MirageModel(
+        _plain(model.language_model),
+        head,
+        None if model.visual is None else _plain(model.visual),
+        grounded=model.grounded,
+        reduction=model.reduction,
+        attention=model.attention,
+        checkpointing=False,
+    )
+    return plain.requires_grad_(False).eval()
+
+
+def _plain(module: Any) -> nn.Module:
+    """Build one of transformers' models from its configuration, around the tensors of `module`."""
+    with torch.device("meta"):
+        plain: nn.Module = type(module)(module.config)
+    plain.load_state_dict({name: tensor.data for name, tensor in module.state_dict().items()}, assign=True)
+    # What no checkpoint holds: rotary frequencies.
+    for name, buffer in module.named_buffers():
+        owner, _, own = name.rpartition(".")
+        setattr(plain.get_submodule(owner), own, buffer)
+    return plain
+
+
+def bytes_to_decode(model: MirageModel, rows: int, keys: int) -> int:
+    """Bytes that a rank needs to decode, beyond what training holds.
+
+    Args:
+        rows: N; keys: S.
+
+    Returns:
+        Ψ weights where they are sharded (and this rank's part of them, where it lies elsewhere), keys and values of
+        (N, Hkv, S, D) a layer, and logits (N, V) with their float32 copy.
+    """
+    text = model.language_model.config
+    kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    size = model.head.weight.element_size()
+    shards = [(shard_of(p), p.element_size()) for p in model.parameters()]
+    weights = sum((one.elements + one.own * one.away) * width for one, width in shards if one)
+    cache = 2 * rows * keys * kv * text.num_hidden_layers * size
+    return weights + cache + rows * text.vocab_size * (size + 4)
+
+
+def free_bytes(world: World) -> int:
+    """Bytes that this rank can still have: of its GPU's memory, or its share of the host's. All ranks call it."""
+    hosts = everyone([socket.gethostname()], world)
+    if world.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(world.device)
+        return free + torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
+    return memory_to_be_had() // hosts.count(socket.gethostname())
+
+
+def check_room(engine: Any, rows: int, keys: int, world: World, flag: str) -> None:
+    """Refuse to decode while training where a rank has no room for the whole model. All ranks call it.
+
+    Args:
+        rows, keys: of a batch of answers, as bytes_to_decode takes them.
+        flag: what the user asked for.
+
+    Raises:
+        UserError: on every rank.
+    """
+    offloaded = engine.zero_offload_param()
+    if offloaded and offloaded.device == "nvme":
+        raise UserError(
+            f"{flag}: parameters on NVMe are read a few at a time and never stand whole in memory: evaluation is a job "
+            "of its own here; leave the flag out (with --overwrite, since this run's folder is made) and run "
+            "`mirage-ds evaluate` on a saved model"
+        )
+    needed, free = bytes_to_decode(engine.module, rows, keys), free_bytes(world)
+    short = everyone([(free, world.rank)] if needed > free else [], world)
+    if short:
+        least, rank = min(short)
+        raise UserError(
+            f"{flag}: to decode, each rank needs the whole model, its keys and values, {needed / 1e9:.2f} GB, and rank "
+            f"{rank} has {least / 1e9:.2f} GB free: evaluation is a job of its own here; leave the flag out (with "
+            "--overwrite, since this run's folder is made) and run `mirage-ds evaluate` on a saved model"
+        )

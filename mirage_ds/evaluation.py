@@ -1,0 +1,108 @@
+"""What happens every --eval_every steps: records decoded and scored, the loss on all of them, the best model kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from mirage_ds.best import Best
+from mirage_ds.config import RunConfig
+from mirage_ds.decode_eval import BATCH, decode_rows, record_at, scored
+from mirage_ds.engine.setup import from_rank_zero
+from mirage_ds.engine.whole import check_room
+from mirage_ds.model.generate import Limits
+from mirage_ds.monitor import Monitor
+from mirage_ds.prepare import Evaluation, Prepared
+from mirage_ds.scoring import check_evaluation, spread
+from mirage_ds.step import evaluate
+from mirage_ds.stop import never
+from mirage_ds.whereabouts import UNTOLD, Whereabouts
+
+
+class Evaluator:
+    """Evaluates a run on its evaluation records.
+
+    Args:
+        start: optimizer steps already taken.
+        asked: whether somebody wants this process to stop.
+
+    Raises:
+        UserError: on every rank, before anything is trained: no room to decode, a record that its scorer cannot score.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prepared: Prepared,
+        monitor: Monitor,
+        start: int,
+        asked: Callable[[], bool] = never,
+        where: Whereabouts = UNTOLD,
+    ):
+        self.config, self.prepared, self.monitor, self.asked, self.where = config, prepared, monitor, asked, where
+        self.last: tuple[int, Mapping[str, float]] = (-1, {})
+        self.task = ""
+        self.chosen: list[int] = []
+        self.best: Best | None = None
+        evaluation = prepared.evaluation
+        if evaluation is None:
+            return
+        if config.eval_decode:
+            self.chosen = spread(evaluation.loader.planner.row_ids.tolist(), config.eval_decode)
+            # Not those that prepare looked at, where rows with broken images have been left out since.
+            self.task = from_rank_zero(lambda: self._check(evaluation), prepared.world)
+            longest = int(evaluation.loader.planner.lengths.max())
+            flag = f"--eval_decode {config.eval_decode}"
+            check_room(prepared.engine, BATCH, longest + config.eval_new_tokens, prepared.world, flag)
+        if config.save_best:
+            self.best = Best(config.save_best, config.save_model_path, prepared.save, prepared.world, start)
+
+    def _check(self, evaluation: Evaluation) -> str:
+        config = self.config
+        assert config.eval_data_path is not None
+        records = [record_at(evaluation.loader.rows, row) for row in self.chosen]
+        return check_evaluation(records, config.eval_data_path, config.task, (), None)
+
+    def measured(self, done: int) -> bool:
+        """Evaluate and report after `done` steps; False when the ranks left it on request. All ranks call it."""
+        if self.prepared.evaluation is None:
+            return True
+        self.monitor.note("evaluation begins", done)
+        metrics = self._metrics(self.prepared.evaluation)
+        if metrics is not None:
+            self.monitor.evaluation(done, metrics)
+            self.last = (done, metrics)
+            line = self.best.consider(done, metrics) if self.best else None
+            if line:
+                self.monitor.say(line)
+        self.monitor.note("evaluation ends", done)
+        return metrics is not None
+
+    def _metrics(self, evaluation: Evaluation) -> dict[str, float] | None:
+        config, prepared = self.config, self.prepared
+        scores: dict[str, float] = {}
+        if self.chosen:
+            rows = evaluation.loader.rows
+            k = config.latent_size
+            answers = decode_rows(
+                prepared.engine,
+                prepared.tower,
+                rows,
+                self.chosen,
+                # Every run has the length of training, as `mirage-ds evaluate` has it.
+                Limits(config.eval_new_tokens, longest_run=k, fixed_run=k),
+                latents=config.stage != "sft",
+                world=prepared.world,
+                asked=self.asked,
+                where=self.where,
+            )
+            if answers is None:
+                return None
+            scores = scored(rows, self.chosen, answers, self.task, prepared.world)
+        # After decoding: what this gathers stays for the next step where parameters are kept.
+        losses = evaluate(config, prepared, evaluation, self.asked, self.where)
+        return None if losses is None else losses | scores
+
+    def of_step(self, done: int) -> Mapping[str, float]:
+        """Return what was measured after `done` steps; nothing where the last evaluation was another."""
+        step, metrics = self.last
+        return metrics if step == done else {}
