@@ -1,0 +1,189 @@
+"""What is fed at the slots of latent runs, condition by condition.
+
+N rows of a batch, R runs of a row, k latents a run, H hidden.
+
+`own`, `first` and `off` follow from the model as it runs; the others feed vectors that are known beforehand, made here
+from the own latents of all records. Those are the states that the model feeds back when it is given the record's text
+up to each run (teach.own), so every record has them, whatever it answers.
+"""
+
+from __future__ import annotations
+
+import random as stdlib_random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from mirage_ds.controls.gaussian import LEAST, Gaussian
+from mirage_ds.data.record import Record
+from mirage_ds.errors import UserError
+from mirage_ds.model.generate import Chooser, LatentTokens
+
+
+class Material(NamedTuple):
+    """What known vectors are made from, a list entry a record.
+
+    Attributes:
+        own: (R, k, H) own latents; targets: (R, k, H) the helpers' compressed features, or None where nobody asks.
+        partners: the record whose latents each one gets (choose_partners), or None where nobody asks.
+        pad: (H,) embedding of `<|latent_pad|>`.
+        seed: of all draws; a record's draws also depend on its place.
+    """
+
+    own: list[torch.Tensor]
+    targets: list[torch.Tensor] | None
+    partners: list[int] | None
+    pad: torch.Tensor
+    seed: int
+
+    def generator(self, stream: int, place: int) -> torch.Generator:
+        """A record's own source of chance."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + place) * 8 + stream)
+
+
+def zero(material: Material) -> list[torch.Tensor]:
+    """Zero vectors."""
+    return [torch.zeros_like(own) for own in material.own]
+
+
+def text(material: Material) -> list[torch.Tensor]:
+    """The slots as ordinary tokens: the embedding of `<|latent_pad|>`."""
+    return [material.pad.expand_as(own).clone() for own in material.own]
+
+
+def random(material: Material) -> list[torch.Tensor]:
+    """Directions of chance (normal vectors), each as long as own latents are on average."""
+    length = torch.cat([own.flatten(0, 1) for own in material.own]).double().norm(dim=-1).mean()
+    found = []
+    for place, own in enumerate(material.own):
+        drawn = torch.randn(own.shape, dtype=torch.float64, generator=material.generator(0, place))
+        found.append((drawn / drawn.norm(dim=-1, keepdim=True) * length).to(own.dtype))
+    return found
+
+
+def matched(material: Material) -> list[torch.Tensor]:
+    """Normal vectors with the mean and the covariance that own latents have at the same slot.
+
+    Each slot has a distribution of its own, estimated over all runs of all records.
+
+    Raises:
+        UserError: too few runs.
+    """
+    runs = torch.cat(material.own)
+    if len(runs) < LEAST:
+        raise UserError(
+            f"--latents matched: {len(runs)} latent run(s) give no covariance, {LEAST} are the least; give more "
+            "records, or leave matched out"
+        )
+    slots = [Gaussian.of(runs[:, slot]) for slot in range(runs.shape[1])]
+    found = []
+    for place, own in enumerate(material.own):
+        generator = material.generator(1, place)
+        found.append(torch.stack([slot.draw(len(own), generator) for slot in slots], dim=1).to(own.dtype))
+    return found
+
+
+def level_of(record: Record) -> str:
+    """Return what a record calls its level, else the side of its map, else "?"."""
+    board = record.extra.get("map_desc")
+    return str(record.extra.get("level", len(board) if isinstance(board, list) else "?"))
+
+
+def choose_partners(records: Sequence[Record], seed: int) -> list[int]:
+    """Choose for each record another one of its level, each record once (a random cycle in every level).
+
+    Raises:
+        UserError: a level has one record.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for place, record in enumerate(records):
+        members[level_of(record)].append(place)
+    found = [0] * len(records)
+    for level, places in sorted(members.items()):
+        if len(places) == 1:
+            raise UserError(
+                f"--latents swap: the record on line {records[places[0]].line} is the only one of level {level}, so "
+                "there is no other to swap with; give more records of that level, or leave swap out"
+            )
+        stdlib_random.Random(f"{seed}/swap/{level}").shuffle(places)
+        for one, other in zip(places, places[1:] + places[:1], strict=True):
+            found[one] = other
+    return found
+
+
+def swap(material: Material) -> list[torch.Tensor]:
+    """Another record's own latents, of the same level; all its runs, since the answer may have more than the record."""
+    assert material.partners is not None
+    found = []
+    for own, other in zip(material.own, material.partners, strict=True):
+        given = material.own[other]
+        # Its last run again, where the other record has fewer.
+        found.append(given[torch.arange(max(len(own), len(given))).clamp(max=len(given) - 1)])
+    return found
+
+
+def oracle(material: Material) -> list[torch.Tensor]:
+    """The helper images' compressed features, which stage 1 feeds."""
+    assert material.targets is not None
+    return material.targets
+
+
+# Conditions whose vectors are known before a record is decoded.
+KNOWN: dict[str, Callable[[Material], list[torch.Tensor]]] = {
+    "zero": zero,
+    "random": random,
+    "matched": matched,
+    "swap": swap,
+    "oracle": oracle,
+    "text": text,
+}
+
+
+# -------------------------------------------------------------------------------- into the decoding (generate.Latents)
+
+
+class Given:
+    """Feeds known vectors, run by run; a run beyond the last known one gets that one's again.
+
+    Args:
+        vectors: (R, k, H) of each row of the batch.
+    """
+
+    def __init__(self, vectors: Sequence[torch.Tensor]):
+        most = max(len(one) for one in vectors)
+        # (N, most, k, H)
+        self.vectors = torch.stack([one[torch.arange(most).clamp(max=len(one) - 1)] for one in vectors])
+        self.run = torch.full((len(vectors),), -1)
+
+    def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """See generate.Latents."""
+        at = slots.cpu()
+        self.run += at == 0
+        rows = torch.arange(len(at))
+        fed = self.vectors[rows, self.run.clamp(0, self.vectors.shape[1] - 1), at.clamp(min=0)]
+        return fed.to(own.device, own.dtype)
+
+
+class First:
+    """Feeds the state of a run's first slot at all of its slots."""
+
+    def __init__(self) -> None:
+        self.first: torch.Tensor | None = None
+
+    def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """See generate.Latents."""
+        kept = own if self.first is None else self.first
+        self.first = torch.where((slots == 0)[:, None], own, kept)
+        return self.first
+
+
+def forbid(choose: Chooser, tokens: LatentTokens) -> Chooser:
+    """Make a chooser that never chooses a latent token."""
+
+    def other(logits: torch.Tensor, step: int) -> torch.Tensor:
+        barred = torch.tensor([tokens.pad, tokens.start, tokens.end], device=logits.device)
+        return choose(logits.index_fill(-1, barred, float("-inf")), step)
+
+    return other

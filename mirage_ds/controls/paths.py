@@ -1,0 +1,164 @@
+"""One input, the latents of one path or of another: which of them does the answer follow?
+
+R runs of a row, k latents a run, H hidden.
+
+For maps with several shortest paths. A is the record's own path, B another shortest one, drawn by seed. The question
+and its picture stay; the slots are fed the compressed features of a helper image with A in red, or with B. Both are
+drawn here, so that they differ in the path alone.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mirage_ds.controls.bench import Bench
+from mirage_ds.controls.conditions import Given
+from mirage_ds.controls.run import Track, batches_fit, check
+from mirage_ds.controls.statistics import bootstrap
+from mirage_ds.data.record import ImageFinder, Record, RecordError
+from mirage_ds.errors import UserError
+from mirage_ds.evaluate import answer_of
+from mirage_ds.scoring import Answer, wilson
+from mirage_ds.tasks.boxed import last_boxed
+from mirage_ds.tasks.maps import Board, count_shortest_paths, follow, parse_board, shortest_path
+from mirage_ds.tasks.render import check_renderer, red_path, render
+from mirage_ds.tasks.vsp_planning import NAME, read_moves, solves
+
+VERDICTS = ("injected", "other", "neither")
+
+
+class Fork(NamedTuple):
+    """A record and the two paths: A its own, B another one of its length. Moves are names of maps.MOVES."""
+
+    record: Record
+    board: Board
+    paths: tuple[tuple[str, ...], tuple[str, ...]]
+
+
+def fork_of(record: Record, seed: int) -> Fork | None:
+    """Choose the other path; None where the map has no other, or the record's own is no shortest path.
+
+    Also None without an input image, which gives the scale, and with several runs, since one picture shows one path.
+
+    Raises:
+        UserError: the record's map is no board.
+    """
+    if "map_desc" not in record.extra or not record.image_input or record.runs != 1:
+        return None
+    board = parse_board(record.extra["map_desc"], f"record on line {record.line}")
+    moves = read_moves(last_boxed(record.text_output) or "")
+    if count_shortest_paths(board) < 2 or not solves(board, moves) or len(moves) > len(shortest_path(board)):
+        return None
+    rng, other = random.Random(f"{seed}/path/{record.line}"), moves
+    while other == moves:
+        other = shortest_path(board, "random", rng)
+    return Fork(record, board, (tuple(moves), tuple(other)))
+
+
+def verdict(text: str, injected: Sequence[str], other: Sequence[str]) -> str:
+    """Tell which path an answer's moves are: one of VERDICTS."""
+    moves = tuple(read_moves(last_boxed(text) or ""))
+    return {tuple(injected): "injected", tuple(other): "other"}.get(moves, "neither")
+
+
+def _with_helpers(fork: Fork, finder: ImageFinder, folder: Path) -> list[Record]:
+    """Make the record twice, its helper image showing one path each."""
+    _, width = finder.size(fork.record, "image_input", fork.record.image_input[0])
+    side = width // len(fork.board)
+    found = []
+    for name, moves in zip("AB", fork.paths, strict=True):
+        file = folder / f"{fork.record.line}{name}.png"
+        red_path(render(fork.board, cell_size=side), follow(fork.board, moves), side).save(file)
+        found.append(replace(fork.record, image_output=(str(file),)))
+    return found
+
+
+def run_paths(
+    bench: Bench, records: Sequence[Record], task: str, seed: int, batch_size: int, track: Track = iter
+) -> dict[str, Any]:
+    """Answer every record that has an alternative with the latents of either path.
+
+    Args:
+        bench: with the encoder of stage1.
+
+    Returns:
+        {"left_out", "opened", "answers"} and what `summary` returns; `opened` counts the answers, two a record, that
+        have a run.
+
+    Raises:
+        UserError: another task than spatial planning, no record with an alternative, or no renderer.
+    """
+    if task != NAME:
+        raise UserError(f"--latents path is about the paths of {NAME}, and these records are of {task}; leave it out")
+    forks = [fork for record in records if (fork := fork_of(record, seed)) is not None]
+    if not forks:
+        raise UserError(
+            "--latents path: no record whose own answer is one of several shortest paths; build records with "
+            "`mirage-ds data build vsp-spatial-planning --ties random`, or leave path out"
+        )
+    check_renderer()
+    with tempfile.TemporaryDirectory(prefix="mirage-paths-") as name:
+        try:
+            pairs = [_with_helpers(fork, bench.encoder.finder, Path(name)) for fork in forks]
+        except RecordError as error:
+            raise UserError(f"record on {error}") from None
+        twins = [twin for pair in pairs for twin in pair]
+        answers: dict[int, Answer] = {}
+        order = check(twins, bench)
+        for part in track([order[at : at + batch_size] for at in range(0, len(order), batch_size)]):
+            with batches_fit(batch_size):
+                rows = bench.rows([twins[i] for i in part], part)
+                decoded = bench.decode(rows, Given([row.targets for row in rows if row.targets is not None]))
+            answers |= {i: answer_of(one, bench.encoder) for i, one in zip(part, decoded, strict=True)}
+    follows = [
+        {name: verdict(answers[2 * i + at].text, fork.paths[at], fork.paths[1 - at]) for at, name in enumerate("AB")}
+        for i, fork in enumerate(forks)
+    ]
+    found = [
+        {
+            "line": fork.record.line,
+            "A": list(fork.paths[0]),
+            "B": list(fork.paths[1]),
+            "texts": {name: answers[2 * i + at].text for at, name in enumerate("AB")},
+            "runs": {name: answers[2 * i + at].runs for at, name in enumerate("AB")},
+            "follows": follows[i],
+        }
+        for i, fork in enumerate(forks)
+    ]
+    return {
+        "left_out": len(records) - len(forks),
+        "opened": sum(bool(answer.runs) for answer in answers.values()),
+        **summary(follows, seed),
+        "answers": found,
+    }
+
+
+def summary(follows: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
+    """Count verdicts.
+
+    Args:
+        follows: for each record, "A" and "B" (whose latents were injected) → verdict.
+
+    Returns:
+        {"records": count, "A", "B": {verdict: {"count", "share", "low", "high"}} with Wilson's intervals, "difference":
+        the share of answers that follow the injected path less that of the other one, over both injections, and its
+        bootstrap interval "low", "high"}. Answers that do not depend on the latents make the difference exactly 0.
+    """
+    count = len(follows)
+    shares: dict[str, Any] = {}
+    for name in "AB":
+        counts = {kind: sum(one[name] == kind for one in follows) for kind in VERDICTS}
+        bounds = {kind: wilson(met, count) for kind, met in counts.items()}
+        shares[name] = {
+            kind: {"count": met, "share": met / count, "low": bounds[kind][0], "high": bounds[kind][1]}
+            for kind, met in counts.items()
+        }
+    worth = {"injected": 0.5, "other": -0.5, "neither": 0.0}
+    apart = [worth[one["A"]] + worth[one["B"]] for one in follows]
+    low, high = bootstrap(apart, seed)
+    return {"records": count, **shares, "difference": sum(apart) / count, "low": low, "high": high}

@@ -1,0 +1,150 @@
+"""The latents of a file of records, beside image features and text embeddings.
+
+N rows, k latents a run, F features, W words, H hidden, c components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.record import Record
+from mirage_ds.inspect_latents import measure, probe
+from mirage_ds.inspect_latents.look import see
+from mirage_ds.inspect_latents.run import taught
+from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.vision import FrozenTower
+
+# Vectors of a kind that go into the components: enough for a picture, and no kind outweighs the others by far.
+MOST_VECTORS = 500
+
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+class Corpus(NamedTuple):
+    """What a file's rows hold, all float32 on the CPU; of each row the first run.
+
+    Attributes:
+        records: N records.
+        latents: (N, k, H).
+        images: (N, k, H) the input images' features, averaged to k as a helper's are; None where one has too few.
+        helpers: (N, k, H) the helpers' targets; None where a row has none.
+        kinds: kind of vector → some of them (≤ MOST_VECTORS, H).
+    """
+
+    records: list[Record]
+    latents: torch.Tensor
+    images: torch.Tensor | None
+    helpers: torch.Tensor | None
+    kinds: dict[str, torch.Tensor]
+
+
+class Projection(NamedTuple):
+    """Vectors on two principal components: kind → (·, 2) coordinates, and each component's share of the variance."""
+
+    points: dict[str, torch.Tensor]
+    share: torch.Tensor
+
+
+def _some(vectors: torch.Tensor) -> torch.Tensor:
+    """Draw at most MOST_VECTORS of vectors (·, H), the same in each call."""
+    drawn = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:MOST_VECTORS]
+    return vectors[drawn.sort().values]
+
+
+def gather(
+    model: MirageModel,
+    tower: FrozenTower | None,
+    encoder: Encoder,
+    records: Sequence[Record],
+    batch_size: int,
+    track: Track = iter,
+) -> Corpus:
+    """Run records with their answers given, and keep their first runs' latents.
+
+    Args:
+        model: plain, not sharded.
+        encoder: of any stage.
+        records: each with a latent run.
+
+    Raises:
+        RecordError: a record cannot be used, or an image is missing or does not decode.
+    """
+    encoder = replace(encoder, stage="stage2")
+    k = encoder.latent_size
+    latents, images, helpers, features, helper_features, words = [], [], [], [], [], set()
+    # So many features a row are kept for the components; all of them might not fit.
+    few = -(-MOST_VECTORS // len(records))
+    for part in track([records[at : at + batch_size] for at in range(0, len(records), batch_size)]):
+        samples = [encoder.encode(record, row) for row, record in enumerate(part)]
+        for record, thought in zip(part, taught(model, tower, encoder, samples), strict=True):
+            inputs, own = see(model, tower, encoder, record, thought)
+            latents.append(thought.latents[0].float().cpu())
+            if inputs:
+                features.append(_some(thought.images.float().cpu())[:few])
+            if len(thought.images) >= k:
+                images.append(measure.targets(thought.images, k).cpu())
+            if own:
+                helpers.append(measure.targets(own[0].features, k).cpu())
+                helper_features.append(_some(own[0].features.float().cpu())[:few])
+            words |= set(thought.ids.tolist())
+    special = set(encoder.tokenizer.all_special_ids)
+    ids = torch.tensor(sorted(words - special))
+    text = model.language_model.embed_tokens.weight.detach()[ids.to(model.head.weight.device)].float().cpu()
+    kinds = {"text embeddings": text}
+    if features:
+        kinds["input image features"] = torch.cat(features)
+    if helper_features:
+        kinds["helper image features"] = torch.cat(helper_features)
+    stacked = torch.stack(latents)
+    kinds |= {f"latent {number + 1}": stacked[:, number] for number in range(k)}
+    return Corpus(
+        records=list(records),
+        latents=stacked,
+        images=torch.stack(images) if len(images) == len(records) else None,
+        helpers=torch.stack(helpers) if len(helpers) == len(records) else None,
+        kinds={name: _some(vectors) for name, vectors in kinds.items()},
+    )
+
+
+def project(kinds: dict[str, torch.Tensor], unit: bool) -> Projection:
+    """Lay all kinds of vectors on the two components of greatest variance of them together.
+
+    Args:
+        unit: bring each vector to length 1 first, so that directions alone matter.
+    """
+    if unit:
+        kinds = {name: functional.normalize(vectors.float(), dim=-1) for name, vectors in kinds.items()}
+    found = measure.components(torch.cat(list(kinds.values())))
+    return Projection({name: found.project(vectors) for name, vectors in kinds.items()}, found.share)
+
+
+def readings(corpus: Corpus) -> dict[str, dict[str, dict[str, probe.Reading]]]:
+    """Probe what the latents hold, and beside it what their targets and the input image hold in as many numbers.
+
+    Returns:
+        Size of board → question → what is read → Reading; no size where there are fewer than FEWEST_MAPS maps of it.
+
+    Raises:
+        UserError: a record's map_desc is no board.
+    """
+    sources: dict[str, torch.Tensor] = {"all latents": corpus.latents.flatten(1)}
+    sources |= {f"latent {number + 1}": corpus.latents[:, number] for number in range(corpus.latents.shape[1])}
+    if corpus.helpers is not None:
+        sources["helper targets"] = corpus.helpers.flatten(1)
+    if corpus.images is not None:
+        sources["input image, pooled"] = corpus.images.flatten(1)
+    found: dict[str, dict[str, dict[str, probe.Reading]]] = {}
+    for asked in probe.questions(corpus.records):
+        if len(set(asked.groups)) < probe.FEWEST_MAPS:
+            continue
+        size = found.setdefault(f"{asked.side} × {asked.side}", {block: {} for block in asked.blocks})
+        for source, x in sources.items():
+            for block, reading in probe.read(x[asked.rows], asked).items():
+                size[block][source] = reading
+    return found

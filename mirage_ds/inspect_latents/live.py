@@ -1,0 +1,92 @@
+"""Figures of a few rows, for a run that is training: TensorBoard takes them with `SummaryWriter.add_figure`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.record import Record
+from mirage_ds.errors import UserError
+from mirage_ds.inspect_latents.look import Look, look, see
+from mirage_ds.inspect_latents.run import Thought, taught
+from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.vision import FrozenTower
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def need_matplotlib() -> None:
+    """UserError where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError('pictures need matplotlib, which is not installed; pip install "mirage-ds[plot]"')
+
+
+def looks(
+    model: MirageModel,
+    tower: FrozenTower | None,
+    encoder: Encoder,
+    record: Record,
+    thought: Thought,
+    title: str,
+) -> Iterator[Look]:
+    """Measure each latent run of a row.
+
+    Args:
+        title: of the row; runs are counted behind it where there are several.
+
+    Raises:
+        RecordError: an image is missing or does not decode.
+    """
+    images, helpers = see(model, tower, encoder, record, thought)
+    for run in range(len(thought.runs)):
+        helper = helpers[run] if run < len(helpers) else None
+        name = f"{title}, run {run + 1}" if len(thought.runs) > 1 else title
+        yield look(model, encoder, thought, run, images, helper, name)
+
+
+def drawings(one: Look) -> dict[str, Figure]:
+    """Draw all figures of one run."""
+    from mirage_ds.inspect_latents import draw
+
+    made = {
+        "similarity": draw.similarity(one),
+        "words": draw.words(one),
+        "norms": draw.norms(one),
+        "attention": draw.attends(one),
+    }
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def figures(
+    model: MirageModel, encoder: Encoder, samples: Sequence[Record], tower: FrozenTower | None = None
+) -> dict[str, Figure]:
+    """Draw the latents of a few rows, answers given, latents fed back as in stage 2, whatever the stage of the model.
+
+    Args:
+        model: plain; of a sharded one engine.whole.whole_model makes one. Nothing is sent to other ranks.
+        encoder: the run's own, of any stage.
+        samples: records, each with a latent run.
+        tower: the frozen tower; None where the model holds a trained one.
+
+    Returns:
+        "line 3/similarity", … → figure.
+
+    Raises:
+        RecordError: a record cannot be used, or an image is missing or does not decode.
+        UserError: a record has no latent run, or matplotlib is not installed.
+    """
+    need_matplotlib()
+    encoder = replace(encoder, stage="stage2")
+    found: dict[str, Figure] = {}
+    for record in samples:
+        title = f"line {record.line}"
+        if not record.runs:
+            raise UserError(f"record on {title} has no latent run to draw; choose rows with a helper image or its mark")
+        thought = taught(model, tower, encoder, [encoder.encode(record, 0)])[0]
+        for one in looks(model, tower, encoder, record, thought, title):
+            found |= {f"{one.title}/{name}": figure for name, figure in drawings(one).items()}
+    return found

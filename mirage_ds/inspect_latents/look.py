@@ -1,0 +1,163 @@
+"""All numbers of one latent run.
+
+T tokens of a row, k latents of the run, Q tokens of the answer behind it, F merged features of an image (rows × columns
+of them), m words, H hidden, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mirage_ds.data.encode import IMAGE_PAD, Encoder
+from mirage_ds.data.record import Record
+from mirage_ds.inspect_latents import measure
+from mirage_ds.inspect_latents.run import Thought, attention, features
+from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.vision import FrozenTower
+
+# What a token of the answer can look at, in the order of Look.shares.
+PARTS = ("images", "text before", "latents", "text behind")
+
+
+class Seen(NamedTuple):
+    """An image: its name, picture (height, width, 3) uint8, and features (F, H) in so many rows and columns."""
+
+    name: str
+    picture: np.ndarray
+    features: torch.Tensor
+    rows: int
+    columns: int
+
+
+class Look(NamedTuple):
+    """One latent run.
+
+    Attributes:
+        title: which row, which run, who made the latents.
+        similarity: for each image (name, picture, (k, rows, columns) cosines to its features).
+        nearest, lens: words of each latent by cosine and by the head; their texts are `spellings`.
+        norms: (k,) of the latents; word_norms: (V,) of the input embeddings; feature_norms: (F,) of the input images'
+            features.
+        to_targets: (k, k) cosine of each latent (row) to each target of the helper (column); None without helper.
+        attention: (L, Q, k) from the answer's tokens to the latents, mean over heads.
+        shares: (L, 4) what the answer's tokens give to each of PARTS, mean over tokens; rows sum to 1. Earlier runs are
+            text before.
+        uniform: what the latents would get on average if every visible token got the same.
+        answer: Q spellings of the answer's tokens.
+    """
+
+    title: str
+    similarity: list[tuple[str, np.ndarray, torch.Tensor]]
+    nearest: measure.Words
+    lens: measure.Words
+    spellings: dict[int, str]
+    norms: torch.Tensor
+    word_norms: torch.Tensor
+    feature_norms: torch.Tensor
+    to_targets: torch.Tensor | None
+    attention: torch.Tensor
+    shares: torch.Tensor
+    uniform: float
+    answer: list[str]
+
+
+def spell(encoder: Encoder, token: int) -> str:
+    """Write a token so that spaces and line ends show."""
+    text = str(encoder.tokenizer.decode([token]))
+    if not text or "\ufffd" in text:
+        # Part of a character, or a row of the matrix that belongs to no token.
+        text = str(encoder.tokenizer.convert_ids_to_tokens(token) or f"[{token}]")
+    return text.replace(" ", "␣").replace("\n", "\\n").replace("\t", "\\t")
+
+
+def see(
+    model: MirageModel, tower: FrozenTower | None, encoder: Encoder, record: Record, thought: Thought
+) -> tuple[list[Seen], list[Seen]]:
+    """Open a row's images: the input images with the features that the model got, and the helpers with theirs.
+
+    Raises:
+        RecordError: a helper image is missing or does not decode.
+    """
+    device = thought.inputs.device
+    inputs: list[Seen] = []
+    helpers: list[Seen] = []
+    at = 0
+    for name, path in record.images(helpers=True):
+        pixels, grid = encoder.pixels(record, name, path)
+        time, height, width = (int(side) for side in grid[0])
+        rows, columns = height // encoder.images.merge_size, width // encoder.images.merge_size
+        picture = np.asarray(encoder.finder.load(record, name, path))
+        if name == "image_input":
+            count = time * rows * columns
+            number = f" {len(inputs) + 1}" if len(record.image_input) > 1 else ""
+            found = thought.images[at : at + count]
+            inputs.append(Seen(f"input image{number}", picture, found, rows, columns))
+            at += count
+        else:
+            found = features(model, tower, pixels.to(device), grid.to(device))
+            helpers.append(Seen("helper image", picture, found, rows, columns))
+    return inputs, helpers
+
+
+def _shares(encoder: Encoder, thought: Thought, run: int, rows: torch.Tensor) -> torch.Tensor:
+    """Sum attention (L, Q, T) over the four PARTS and average over tokens → (L, 4)."""
+    places = torch.arange(len(thought.ids))
+    start, k = thought.runs[run]
+    before, behind = places < start, places >= start + k
+    image = thought.ids == encoder.id_of(IMAGE_PAD)
+    parts = (image, before & ~image, ~before & ~behind, behind)
+    return torch.stack([rows[..., part].sum(-1).mean(1) for part in parts], dim=-1)
+
+
+def look(
+    model: MirageModel,
+    encoder: Encoder,
+    thought: Thought,
+    run: int,
+    images: Sequence[Seen],
+    helper: Seen | None,
+    title: str,
+    words: int = 6,
+) -> Look:
+    """Measure one run.
+
+    Args:
+        model: plain, not sharded.
+        encoder: of the model's tokenizer.
+        run: its number in the row, from 0.
+        images, helper: the row's input images and the run's own helper, see `see`.
+        words: m.
+    """
+    latents = thought.latents[run]
+    start, k = thought.runs[run]
+    matrix = model.head.weight.detach()
+    nearest = measure.nearest(latents, matrix[: len(encoder.tokenizer)], words)
+    lens = measure.lens(latents, matrix, words)
+    queries = thought.answer(run)
+    probabilities = attention(model, thought, queries)
+    shown = [*images, *([helper] if helper else [])]
+    return Look(
+        title=title,
+        similarity=[
+            (one.name, one.picture, measure.cosines(latents, one.features).view(k, one.rows, one.columns).cpu())
+            for one in shown
+        ],
+        nearest=measure.Words(*(part.cpu() for part in nearest)),
+        lens=measure.Words(*(part.cpu() for part in lens)),
+        spellings={token: spell(encoder, token) for token in torch.cat([nearest.ids, lens.ids]).unique().tolist()},
+        norms=latents.float().norm(dim=-1).cpu(),
+        word_norms=model.language_model.embed_tokens.weight.detach()[: len(encoder.tokenizer)]
+        .float()
+        .norm(dim=-1)
+        .cpu(),
+        feature_norms=thought.images.float().norm(dim=-1).cpu(),
+        to_targets=measure.cosines(latents, measure.targets(helper.features, k)).cpu() if helper else None,
+        attention=probabilities[..., start : start + k],
+        shares=_shares(encoder, thought, run, probabilities),
+        uniform=float((k / (queries + 1).float()).mean()),
+        answer=[spell(encoder, token) for token in thought.ids[queries].tolist()],
+    )

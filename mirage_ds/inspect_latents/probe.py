@@ -1,0 +1,189 @@
+"""A linear probe: can a ridge regression read the path's moves or the board's cells from the latents?
+
+N rows, D numbers a row (k latents × H hidden, say), J questions a row, C classes, n rows to learn from, m to answer.
+
+Every row is answered once, by a probe that has seen no row of its map, nor of a rotation or reflection of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from mirage_ds.data.record import Record
+from mirage_ds.scoring import wilson
+from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, START, Board, map_json, parse_board, symmetries
+
+FOLDS = 5
+# Of the mean eigenvalue of the rows' Gram matrix.
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+# With fewer, an interval of ± 0.14 around one half says nothing.
+FEWEST_MAPS = 50
+# A move is asked for while so many rows still have one.
+FEWEST_WITH_MOVE = 0.1
+CELLS = (ICE, HOLE, START, GOAL)
+STEPS = (*MOVES, "end")
+
+
+class Questions(NamedTuple):
+    """What is asked about boards of one size.
+
+    Attributes:
+        side: cells a side.
+        rows: (n,) which of the rows have such a board.
+        groups: the map of each, the same for its rotations and reflections.
+        labels: (n, J) classes.
+        blocks: name → its columns of `labels`.
+    """
+
+    side: int
+    rows: torch.Tensor
+    groups: list[str]
+    labels: torch.Tensor
+    blocks: dict[str, list[int]]
+
+
+class Reading(NamedTuple):
+    """How well a question is answered.
+
+    Attributes:
+        accuracy: over all rows; low, high: its 95 % interval.
+        chance: accuracy of the commonest answer.
+        rows, maps: how many of each there are.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    chance: float
+    rows: int
+    maps: int
+
+
+def _map_of(board: Board) -> str:
+    return min(map_json(image) for image in symmetries(board))
+
+
+def questions(records: Sequence[Record]) -> list[Questions]:
+    """Find what can be asked: the cells of `map_desc`, and the moves of `path` where records have one.
+
+    Raises:
+        UserError: a record's map_desc is no board.
+    """
+    boards = [
+        (row, parse_board(record.extra["map_desc"], f"record on line {record.line}"))
+        for row, record in enumerate(records)
+        if "map_desc" in record.extra
+    ]
+    return [
+        _ask(side, [(row, board) for row, board in boards if len(board) == side], records)
+        for side in sorted({len(board) for _, board in boards})
+    ]
+
+
+def _ask(side: int, boards: Sequence[tuple[int, Board]], records: Sequence[Record]) -> Questions:
+    paths: list[Any] = [records[row].extra.get("path") for row, _ in boards]
+    columns: list[list[int]] = []
+    blocks: dict[str, list[int]] = {}
+    if all(isinstance(path, list) and all(move in MOVES for move in path) for path in paths):
+        lengths = sorted((len(path) for path in paths), reverse=True)
+        for move in range(lengths[int(FEWEST_WITH_MOVE * len(lengths))]):
+            blocks[f"move {move + 1}"] = [len(columns)]
+            columns.append([STEPS.index(path[move]) if move < len(path) else len(MOVES) for path in paths])
+    blocks["cells"] = list(range(len(columns), len(columns) + side * side))
+    cells = [[CELLS.index(cell) for line in board for cell in line] for _, board in boards]
+    columns += [list(column) for column in zip(*cells, strict=True)]
+    return Questions(
+        side,
+        torch.tensor([row for row, _ in boards]),
+        [_map_of(board) for _, board in boards],
+        torch.tensor(columns).T.contiguous(),
+        blocks,
+    )
+
+
+def folds(groups: Sequence[str], count: int = FOLDS, seed: int = 0) -> torch.Tensor:
+    """Deal groups into folds of about the same number of groups → (N,) the fold of each row."""
+    names = sorted(set(groups))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+    fold = {name: int(place) % count for name, place in zip(names, order, strict=True)}
+    return torch.tensor([fold[group] for group in groups])
+
+
+def ridge(x: torch.Tensor, y: torch.Tensor, asked: torch.Tensor, strengths: Sequence[float]) -> torch.Tensor:
+    """Ridge regression with intercept on standardized numbers.
+
+    Args:
+        x: (n, D); y: (n, K) values to learn; asked: (m, D).
+        strengths: of the penalty, as multiples of the mean eigenvalue of x xᵀ.
+
+    Returns:
+        (S, m, K) predictions, one block a strength; float64.
+    """
+    x, asked, y = x.double(), asked.double(), y.double()
+    mean, spread = x.mean(0), x.std(0, correction=0)
+    # A number that never changes tells nothing; division by one leaves it at zero.
+    spread = torch.where(spread > 0, spread, 1.0)
+    x, asked = (x - mean) / spread, (asked - mean) / spread
+    # The dual: n × n whatever D, and one factorization serves every strength.
+    values, vectors = torch.linalg.eigh(x @ x.T)
+    projected = vectors.T @ (y - y.mean(0))
+    towards = asked @ x.T @ vectors
+    penalties = [strength * values.mean().clamp(min=1e-12) for strength in strengths]
+    return torch.stack([y.mean(0) + (towards / (values + penalty)) @ projected for penalty in penalties])
+
+
+def _answers(x: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """Answer every question at every strength → (S, m, J) classes."""
+    classes = int(labels.max()) + 1
+    wanted = functional.one_hot(labels, classes).flatten(1)
+    return ridge(x, wanted, asked, STRENGTHS).unflatten(-1, (-1, classes)).argmax(-1)
+
+
+def cross_answers(x: torch.Tensor, labels: torch.Tensor, groups: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Answer each row from the rows of other folds.
+
+    The strength is chosen a question by the next fold, which the probe that chooses has not seen either.
+
+    Args:
+        x: (N, D); labels: (N, J); groups: the map of each row.
+
+    Returns:
+        (N, J) answers of the probe, and the commonest answer among the rows that it learnt from.
+    """
+    fold = folds(groups)
+    read, common = torch.empty_like(labels), torch.empty_like(labels)
+    for number in range(FOLDS):
+        held, chooses = fold == number, fold == (number + 1) % FOLDS
+        learns = ~held & ~chooses
+        right = (_answers(x[learns], labels[learns], x[chooses]) == labels[chooses]).double().mean(1)
+        # Of equally good ones the strongest: argmax takes the first.
+        best = len(STRENGTHS) - 1 - right.flip(0).argmax(0)
+        answers = _answers(x[~held], labels[~held], x[held])
+        read[held] = answers.gather(0, best.expand(1, int(held.sum()), -1))[0]
+        common[held] = labels[~held].mode(0).values
+    return read, common
+
+
+def read(x: torch.Tensor, asked: Questions) -> dict[str, Reading]:
+    """Probe the rows of one size of board.
+
+    The interval is Wilson's with each map counted once, however many rows and cells it has: these are not independent.
+
+    Args:
+        x: (n, D) for the rows of `asked`.
+
+    Returns:
+        block → Reading.
+    """
+    answers, common = cross_answers(x, asked.labels, asked.groups)
+    maps = len(set(asked.groups))
+    found = {}
+    for name, columns in asked.blocks.items():
+        right = float((answers == asked.labels)[:, columns].double().mean())
+        chance = float((common == asked.labels)[:, columns].double().mean())
+        found[name] = Reading(right, *wilson(right * maps, maps), chance, len(asked.labels), maps)
+    return found

@@ -1,0 +1,197 @@
+"""A row through the model: its latents, the states that are fed back, and what attends to them.
+
+T tokens of a row, n latents of a row, k latents a run, Q queries, F merged features, H hidden, L layers, D head width,
+Hq query heads, Hkv key heads.
+
+A latent is what is fed back at its place: the final-norm hidden state of the position before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from mirage_ds.data.batch import Batch, collate, to_device
+from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.model.attention import varlen_attention
+from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.generate import Generated, Limits, generate, latent_tokens
+from mirage_ds.model.latents import in_order, run_passes
+from mirage_ds.model.vision import FrozenTower, trained_features
+
+
+class Thought(NamedTuple):
+    """One row as the model ran it.
+
+    Attributes:
+        ids: (T,) tokens; inputs: (T, H) what was fed at each place; position_ids: (3, T).
+        runs: the latent runs as (first latent's place, latents).
+        latents: one (k, H) tensor a run.
+        images: (F, H) merged features of the row's input images.
+    """
+
+    ids: torch.Tensor
+    inputs: torch.Tensor
+    position_ids: torch.Tensor
+    runs: tuple[tuple[int, int], ...]
+    latents: tuple[torch.Tensor, ...]
+    images: torch.Tensor
+
+    @property
+    def places(self) -> torch.Tensor:
+        """(n,) places of all latents."""
+        return torch.tensor([start + i for start, k in self.runs for i in range(k)], dtype=torch.long)
+
+    def answer(self, run: int) -> torch.Tensor:
+        """(Q,) places of the tokens behind a run and its end token that are no latents."""
+        first, k = self.runs[run]
+        places = torch.arange(first + k + 1, len(self.ids))
+        return places[~torch.isin(places, self.places)]
+
+
+class _Recording:
+    """Causal attention over one row that also keeps the probabilities of chosen queries: a layer's Context."""
+
+    def __init__(self, queries: torch.Tensor):
+        self.queries = queries
+        self.mean = torch.empty(0)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attend with q (T, Hq, D) to k, v (T, Hkv, D) → (T, Hq, D)."""
+        length = len(q)
+        # (Q, Hkv, Hq / Hkv, D): neighbouring query heads share a key head.
+        chosen = q.index_select(0, self.queries).float().unflatten(1, (k.shape[1], -1))
+        scores = torch.einsum("qgrd,tgd->grqt", chosen, k.float()) * scale
+        later = torch.arange(length, device=q.device) > self.queries[:, None]
+        self.mean = scores.masked_fill(later, float("-inf")).softmax(-1).mean((0, 1))
+        whole = torch.tensor([0, length], dtype=torch.int32, device=q.device)
+        return varlen_attention(q, k, v, whole, whole, length, length, scale=scale)
+
+
+@torch.no_grad()
+def replay(text: Any, inputs: torch.Tensor, position_ids: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """Run a row whose inputs are all known in one causal pass, and record attention.
+
+    A row with its latents fed back is such a row once they are known.
+
+    Args:
+        text: transformers' text model with the packed attention.
+        inputs: (T, H); position_ids: (3, T); queries: (Q,) places.
+
+    Returns:
+        (L, Q, T) attention probabilities of the queries, the mean over heads; float32.
+    """
+    x = inputs[None]
+    rotary = text.rotary_emb(x, position_ids[:, None])
+    found = []
+    for layer in text.layers:
+        recording = _Recording(queries)
+        x = layer(x, position_embeddings=rotary, packed=recording)
+        found.append(recording.mean)
+    return torch.stack(found)
+
+
+def attention(model: MirageModel, thought: Thought, queries: torch.Tensor) -> torch.Tensor:
+    """(L, Q, T) attention probabilities of a row's tokens at `queries`, mean over heads."""
+    device = thought.inputs.device
+    return replay(model.language_model, thought.inputs, thought.position_ids.to(device), queries.to(device)).cpu()
+
+
+def features(
+    model: MirageModel, tower: FrozenTower | None, pixels: torch.Tensor, grid_thw: torch.Tensor
+) -> torch.Tensor:
+    """Merged features (F, H) of images, from the frozen tower or from the one inside the model."""
+    if tower is not None:
+        return tower.features(pixels, grid_thw)
+    assert model.visual is not None
+    return trained_features(model.visual, pixels, grid_thw)
+
+
+def _batch(
+    model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samples: Sequence[Sample], passes: int
+) -> Batch:
+    device = next(model.parameters()).device
+    batch = to_device(collate(samples, passes, encoder.dummy(0), encoder.images.merge_size), device)
+    if batch.image_features is not None:
+        return batch
+    return batch._replace(image_features=features(model, tower, batch.pixel_values, batch.image_grid_thw))
+
+
+@torch.no_grad()
+def taught(model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samples: Sequence[Sample]) -> list[Thought]:
+    """Run encoded rows with their answers given and their latents fed back, as stage 2 does, whatever the stage.
+
+    Args:
+        model: its reduction and stage do not matter.
+        tower: the frozen tower; None where the model holds a trained one.
+        samples: rows of a stage2 encoder, each with at least one latent run.
+
+    Returns:
+        One Thought a row.
+    """
+    passes = max(sum(k for _, k in sample.runs) for sample in samples) + 1
+    batch = _batch(model, tower, encoder, samples, passes)
+    assert batch.image_features is not None
+    text = model.language_model
+    embeddings = text.embed_tokens(batch.input_ids)
+    embeddings = embeddings.index_copy(0, batch.image_positions, batch.image_features.to(embeddings.dtype))
+    hidden = run_passes(text, embeddings, batch.position_ids, batch.passes, model.attention, False)
+    latents = in_order(hidden, batch.passes).index_select(0, batch.latents - 1)
+    inputs = embeddings.index_copy(0, batch.latents, latents)
+    lengths = [len(sample.input_ids) for sample in samples]
+    images = batch.image_features.split([len(sample.image_positions) for sample in samples])
+    each = latents.split([k for sample in samples for _, k in sample.runs])
+    rows, at = [], 0
+    for sample, fed, seen in zip(samples, inputs.split(lengths), images, strict=True):
+        runs = each[at : at + len(sample.runs)]
+        at += len(runs)
+        rows.append(Thought(sample.input_ids, fed, sample.position_ids, sample.runs, tuple(runs), seen))
+    return rows
+
+
+@torch.no_grad()
+def decoded(
+    model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samples: Sequence[Sample], limits: Limits
+) -> list[Thought]:
+    """Let the model answer greedily, and take the latents it made.
+
+    Args:
+        samples: prompts (Encoder.encode_prompt).
+
+    Returns:
+        One Thought a row, without the last token, which was never fed; `runs` is empty where the model opened none.
+    """
+    batch = _batch(model, tower, encoder, samples, 1)
+    assert batch.image_features is not None
+    answers = generate(model, batch, latent_tokens(encoder), limits, trace=True)
+    embeddings = model.language_model.embed_tokens(batch.input_ids)
+    embeddings = embeddings.index_copy(0, batch.image_positions, batch.image_features.to(embeddings.dtype))
+    prompts = embeddings.split([len(sample.input_ids) for sample in samples])
+    images = batch.image_features.split([len(sample.image_positions) for sample in samples])
+    return [
+        _thought(sample, answer, prompt, seen)
+        for sample, answer, prompt, seen in zip(samples, answers, prompts, images, strict=True)
+    ]
+
+
+def _thought(sample: Sample, answer: Generated, prompt: torch.Tensor, images: torch.Tensor) -> Thought:
+    prefix, fed = len(sample.input_ids), len(answer.fed)
+    # The first forward's input is the prompt's last token, which stands in the prompt already.
+    inputs = torch.cat([prompt, *(one[None] for one in answer.inputs[1:])])
+    runs: list[tuple[int, int]] = []
+    for place, kind in enumerate(answer.fed, prefix):
+        if kind == "H" and runs and sum(runs[-1]) == place:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        elif kind == "H":
+            runs.append((place, 1))
+    onwards = sample.position_ids.max() + 1 + torch.arange(fed)
+    return Thought(
+        ids=torch.cat([sample.input_ids, torch.tensor(answer.ids[:fed], dtype=torch.long)]),
+        inputs=inputs,
+        position_ids=torch.cat([sample.position_ids, onwards.expand(3, -1)], dim=1),
+        runs=tuple(runs),
+        latents=tuple(inputs[start : start + k] for start, k in runs),
+        images=images,
+    )

@@ -1,0 +1,233 @@
+"""What `mirage-ds inspect` does: chosen rows in detail, and all rows of a file together.
+
+k latents a run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.load import load_encoder
+from mirage_ds.data.record import ImageFinder, Record, RecordError, scan
+from mirage_ds.engine.export import TRAINED_KEY
+from mirage_ds.errors import UserError
+from mirage_ds.evaluate import Decoder, load_decoder
+from mirage_ds.files import whole_folder, write_atomically
+from mirage_ds.inspect_latents.corpus import Corpus, Track, gather, project, readings
+from mirage_ds.inspect_latents.live import drawings, looks, need_matplotlib
+from mirage_ds.inspect_latents.look import Look, spell
+from mirage_ds.inspect_latents.page import Section, Shown, facts, page, paragraph, reading_table, word_tables
+from mirage_ds.inspect_latents.probe import FEWEST_MAPS
+from mirage_ds.inspect_latents.run import Thought, decoded, taught
+from mirage_ds.model.generate import Limits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CAPTIONS = {
+    "similarity": "Each square is one feature of the image. One scale an image: compare the latents with each other.",
+    "words": "The tables again as a picture, as TensorBoard gets it.",
+    "norms": "Left: a state that is fed back far outside the inputs' norms is an input that the layers never saw "
+    "before they were trained on it. Right: stage 1 pulls the diagonal to one; the other columns show how alike the "
+    "targets are anyway.",
+    "attention": "Probabilities of the softmax, computed anew from queries and keys. Rows of the left panel sum to "
+    "100 %. Much attention does not prove that the latents matter, and little does not prove the contrary.",
+}
+
+
+def trained_length(decoder: Decoder, given: int | None) -> int:
+    """Return k: as given, or as the folder says it was trained.
+
+    Raises:
+        UserError: the folder does not say.
+    """
+    known = getattr(decoder.loaded.config, TRAINED_KEY, None) or {}
+    k = given or known.get("latent_size")
+    if k is None:
+        raise UserError(
+            f"{decoder.folder}/config.json does not say how many latents it was trained with; --latent_size"
+        )
+    return int(k)
+
+
+def choose(records: Sequence[Record], rows: Sequence[int], file: Path) -> list[Record]:
+    """Pick rows, counted from 0.
+
+    Raises:
+        UserError: no such row, or it has no latent run.
+    """
+    for row in rows:
+        if not 0 <= row < len(records):
+            raise UserError(f"--rows {row}: {file} has the rows 0 to {len(records) - 1}; choose among them")
+        if not records[row].runs:
+            raise UserError(
+                f"--rows {row}: the record on line {records[row].line} of {file} has no latent run; choose a row with "
+                "a helper image, or with its mark in the answer"
+            )
+    return [records[row] for row in rows]
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _keep(folder: Path, name: str, figure: Figure, caption: str) -> Shown:
+    """Write a figure into the folder, and return it for the page."""
+    png = _png(figure)
+    (folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.png").write_bytes(png)
+    return Shown(png, name, caption)
+
+
+def _numbers(look: Look) -> dict[str, Any]:
+    """Return what a script may want of a run."""
+    return {
+        "norms": look.norms.tolist(),
+        "median_norm_of_input_embeddings": float(look.word_norms.median()),
+        "cosine_to_targets": None if look.to_targets is None else look.to_targets.tolist(),
+        "attention_to_latents": look.attention.mean(1).tolist() if look.answer else None,
+        "attention_evenly_spread": look.uniform if look.answer else None,
+        "nearest": [[look.spellings[one] for one in ids] for ids in look.nearest.ids.tolist()],
+        "lens": [[look.spellings[one] for one in ids] for ids in look.lens.ids.tolist()],
+    }
+
+
+def _row(
+    folder: Path, decoder: Decoder, encoder: Encoder, record: Record, row: int, limits: Limits | None
+) -> tuple[list[Section], dict[str, Any]]:
+    """Study one row: with its answer given, and with `limits` by the model's own decoding too."""
+    model, tower, prefix = decoder.loaded.model, decoder.loaded.tower, 0
+    thoughts: list[tuple[str, Thought]] = [
+        ("answer given", taught(model, tower, encoder, [encoder.encode(record, row)])[0])
+    ]
+    if limits is not None:
+        prompt = encoder.encode_prompt(record, row)
+        prefix = len(prompt.input_ids)
+        thoughts.append(("decoded", decoded(model, tower, encoder, [prompt], limits)[0]))
+    sections, numbers = [], {}
+    for kind, thought in thoughts:
+        title = f"row {row} (line {record.line}), {kind}"
+        written = [("question", record.text_input), ("answer", record.text_output)]
+        if kind == "decoded":
+            text = "".join(spell(encoder, token) for token in thought.ids[prefix:].tolist())
+            written.append(("decoded, without the token that ended it", text.replace("␣", " ")))
+        if not thought.runs:
+            sections.append(Section(title, facts(written) + paragraph("The model opened no latent run."), []))
+        for look in looks(model, tower, encoder, record, thought, title):
+            shown = [
+                _keep(folder, f"{look.title} {name}", figure, CAPTIONS[name]) for name, figure in drawings(look).items()
+            ]
+            sections.append(Section(look.title, facts(written) + word_tables(look), shown))
+            numbers[look.title] = _numbers(look)
+    return sections, numbers
+
+
+def _together(folder: Path, corpus: Corpus, file: Path) -> tuple[list[Section], dict[str, Any]]:
+    """Study all rows of a file: components and probe."""
+    from mirage_ds.inspect_latents import draw
+
+    count = len(corpus.records)
+    figure = draw.pca(
+        project(corpus.kinds, unit=False),
+        project(corpus.kinds, unit=True),
+        f"{file.name}, {count} rows: latents among image features and text embeddings",
+    )
+    caption = (
+        "Principal components of all kinds together; in brackets how many vectors of each. On the left a kind with "
+        "long vectors decides what is seen, on the right only directions count. Of each row the first run."
+    )
+    sections = [Section("Where the latents lie", "", [_keep(folder, "pca", figure, caption)])]
+    found = readings(corpus)
+    if not found:
+        text = f"No linear probe: it needs records with map_desc, of at least {FEWEST_MAPS} different maps of one size."
+        return [*sections, Section("What can be read from the latents", paragraph(text), [])], {}
+    for size, questions in found.items():
+        title = f"{file.name}, boards of {size}: what a linear probe reads"
+        caption = (
+            "Ridge regression, five folds; no fold shares a map, nor a rotation or reflection of one, with another. "
+            "Bars are 95 % intervals (Wilson, each map counted once). The dashed line is what the commonest answer "
+            "gets. Cells: ice, hole, start or goal. Helper targets are what stage 1 pulls the latents to; the input "
+            "image's features are averaged to as many vectors as there are latents."
+        )
+        shown = _keep(folder, f"probe {size}", draw.reads(questions, title), caption)
+        sections.append(
+            Section(f"What can be read from the latents: boards of {size}", reading_table(questions), [shown])
+        )
+    return sections, {
+        size: {block: {source: r._asdict() for source, r in sources.items()} for block, sources in questions.items()}
+        for size, questions in found.items()
+    }
+
+
+def inspect_file(
+    folder: Path,
+    file: Path,
+    rows: Sequence[int],
+    out: Path,
+    image_root: Path | None = None,
+    processor: Path | None = None,
+    latent_size: int | None = None,
+    pixels: tuple[int | None, int | None] = (None, None),
+    helper_pixels: tuple[int | None, int | None] = (None, None),
+    own: Limits | None = None,
+    most: int = 1000,
+    batch_size: int = 32,
+    track: Track = iter,
+) -> Path:
+    """Write pictures, numbers.json and index.html about a model's latents into a new folder.
+
+    Args:
+        folder: the model.
+        file: records, with answers.
+        rows: those shown in detail, counted from 0.
+        latent_size: k; what the folder was trained with if None.
+        own: study the chosen rows by the model's own decoding too, within these limits; a run has k latents.
+        most: rows of the file that components and probe are made of.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: what the user can mend in any of these.
+    """
+    need_matplotlib()
+    if out.exists():
+        raise UserError(f"--out {out} exists; remove it, or choose another")
+    records, faults = scan(file)
+    if faults:
+        raise UserError(f"{file}: {faults[0]}; `mirage-ds data check {file}` lists all faults")
+    chosen = choose(records, rows, file)
+    with_latents = [record for record in records if record.runs][:most]
+    if not with_latents:
+        raise UserError(f"{file}: no record has a latent run; give records with helper images, or with marks for them")
+    finder = ImageFinder.beside(file, image_root)
+    decoder = load_decoder(folder, finder, processor, pixels=pixels)
+    k = trained_length(decoder, latent_size)
+    folders = [str(decoder.folder), *([str(processor)] if processor else [])]
+    encoder = load_encoder(folders, finder, "stage2", k, pixels, helper_pixels)
+    limits = None if own is None else replace(own, fixed_run=k)
+    try:
+        with whole_folder(out) as work:
+            sections: list[Section] = []
+            numbers: dict[str, Any] = {"rows": {}}
+            for row, record in zip(rows, chosen, strict=True):
+                made, measured = _row(work, decoder, encoder, record, row, limits)
+                sections += made
+                numbers["rows"] |= measured
+            corpus = gather(decoder.loaded.model, decoder.loaded.tower, encoder, with_latents, batch_size, track)
+            made, numbers["probe"] = _together(work, corpus, file)
+            sections += made
+            head = facts([("model", str(folder)), ("records", str(file)), ("latents a run (k)", str(k))])
+            write_atomically(work / "index.html", page("Latents", head, sections))
+            write_atomically(work / "numbers.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+    except RecordError as error:
+        raise UserError(f"{file}: record on {error}") from None
+    return out / "index.html"
