@@ -9,12 +9,15 @@ from typing import Any
 
 import click
 
+from mirage_ds.controls.command import compare, controls
+from mirage_ds.decoding_commands import evaluate, generate
 from mirage_ds.doctor.command import doctor
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
-from mirage_ds.flags import CONTEXT, build_model, model_options
+from mirage_ds.flags import CONTEXT
+from mirage_ds.inspect_latents.command import inspect
 from mirage_ds.plan.command import plan
 from mirage_ds.stop import EXIT_STOPPED, Stopped, StopRequest
-from mirage_ds.tasks.spec import BuildSpec
+from mirage_ds.tasks.command import TaskGroup
 
 
 def _path(**options: Any) -> click.Path:
@@ -26,26 +29,17 @@ def cli() -> None:
     """Train and study vision-language models that think in latent visual tokens."""
 
 
-cli.add_command(doctor)
-cli.add_command(plan)
+for command in (doctor, plan, evaluate, generate, inspect, controls, compare):
+    cli.add_command(command)
 
 
 @cli.group()
 def data() -> None:
-    """Build and check records."""
+    """Build, convert, check and show records."""
 
 
-@data.command("build")
-@click.argument("task")
-@model_options(BuildSpec)
-def data_build(task: str, **flags: Any) -> None:
-    """Build records and images of a TASK: vsp-spatial-planning or vsp-spatial-reasoning."""
-    from mirage_ds.tasks.build import build, print_report, progress_bar
-
-    spec = build_model(BuildSpec, flags)
-    with progress_bar(f"building {task}") as progress:
-        report = build(task, spec, progress)
-    print_report(report)
+data.add_command(TaskGroup("build", "Build a task's records and pictures; a TASK of your own is package.module:Name."))
+data.add_command(TaskGroup("convert", "Convert a data set as its authors hand it out; SOURCE is its file or folder."))
 
 
 @data.command("check")
@@ -74,8 +68,27 @@ def data_check(
         sys.exit(EXIT_USER_ERROR)
 
 
+@data.command("show")
+@click.argument("file", type=_path())
+@click.option("--rows", help="Lines to show, like 1,5-8; the first 20 records if not set.")
+@click.option("--out", type=_path(), help="Write one page, .html or .png; without it text is printed.")
+@click.option("--image_root", type=_path(), help="Second place where relative image paths are looked for.")
+def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path | None) -> None:
+    """Show records of FILE: question, images, answer with its latents marked, other keys, faults."""
+    from mirage_ds.data.show import as_text, read_shown, write_page
+
+    records = read_shown(file, rows, image_root)
+    if out is None:
+        click.echo(as_text(records))
+    else:
+        write_page(file, records, out)
+        print(f"{out}: {len(records)} records")
+
+
 @cli.command()
-@click.option("--preset", required=True, help="nano, bench-87m, or qwen2.5-vl-3b|7b|32b|72b with --config_only.")
+@click.option(
+    "--preset", required=True, help="nano, bench-40m, bench-87m, or qwen2.5-vl-3b|7b|32b|72b with --config_only."
+)
 @click.option("--out", required=True, type=_path(), help="Folder to write.")
 @click.option("--text", "texts", multiple=True, type=_path(), help="Records whose text trains the tokenizer.")
 @click.option("--tokenizer", type=_path(), help="Folder whose tokenizer is taken instead.")
@@ -152,110 +165,6 @@ def checkpoint_list(run: Path, hashes: bool) -> None:
     from mirage_ds.engine.universal import listed, print_list
 
     print_list(listed(run, hashes))
-
-
-def _decoding_options(command: Any) -> Any:
-    """Add the options that every decoding command has."""
-    for option in (
-        click.option("--processor", type=_path(), help="Folder that gives the image processor if FOLDER has none."),
-        click.option("--decoding", default="greedy", show_default=True, type=click.Choice(["greedy", "paper"]),
-                     help="paper: sampled, temperature 0.7, top_p 0.9."),
-        click.option("--max_new_tokens", default=1024, show_default=True),
-        click.option("--longest_run", default=8, show_default=True, help="Latents after which a run's end is forced."),
-        click.option("--run_length", default="trained", show_default=True,
-                     help="Latents a run: as trained, as the model decides, or a number."),
-        click.option("--no_latents", is_flag=True, help="Decode a model that was never trained on latents."),
-        click.option("--min_pixels", type=int, help="Smallest input image; the processor's own if not set."),
-        click.option("--max_pixels", type=int, help="Largest input image; the processor's own if not set."),
-        click.option("--seed", default=42, show_default=True),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-@cli.command()
-@click.argument("folder", type=_path())
-@click.option("--data_path", required=True, type=_path(), help="Records; they need no output fields.")
-@click.option("--task", help="Whose scorer is used; the records' own task if they name one.")
-@click.option("--image_root", type=_path(), help="Second place where relative image paths are looked for.")
-@click.option("--batch_size", default=32, show_default=True, type=click.IntRange(min=1))
-@click.option("--most", type=click.IntRange(min=1), help="Take only the first so many records.")
-@click.option("--out", type=_path(), help="Write scores and answers to this JSON file.")
-@_decoding_options
-def evaluate(
-    folder: Path,
-    data_path: Path,
-    task: str | None,
-    image_root: Path | None,
-    batch_size: int,
-    most: int | None,
-    out: Path | None,
-    **options: Any,
-) -> None:
-    """Answer the records of a file with the model in FOLDER and score the answers, per level with 95 % intervals."""
-    from functools import partial
-
-    from rich.progress import track
-
-    from mirage_ds import evaluate as evaluation
-    from mirage_ds.data.record import ImageFinder
-
-    decoder = _decoder(folder, ImageFinder.beside(data_path, image_root), options)
-    report = evaluation.evaluate_file(
-        decoder,
-        data_path,
-        task,
-        _limits(decoder, options),
-        options["decoding"],
-        options["seed"],
-        batch_size,
-        most,
-        track=partial(track, description="answering", transient=True),
-    )
-    evaluation.print_report(report)
-    if out:
-        evaluation.write_report(report, out)
-
-
-@cli.command()
-@click.argument("folder", type=_path())
-@click.option("--image", "images", multiple=True, type=_path(), help="Input image; may be given several times.")
-@click.option("--prompt", required=True, help="The question, with <image> where an image stands.")
-@_decoding_options
-def generate(folder: Path, images: tuple[Path, ...], prompt: str, **options: Any) -> None:
-    """Answer one question with the model in FOLDER; latent runs are marked."""
-    from mirage_ds import evaluate as evaluation
-    from mirage_ds.data.record import IMAGE_MARK, ImageFinder, Record
-
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError("--prompt: not UTF-8 text; type it in a UTF-8 terminal") from None
-    marks = prompt.count(IMAGE_MARK)
-    if marks and marks != len(images):
-        raise UserError(
-            f"--prompt: {marks} {IMAGE_MARK} mark(s) for {len(images)} image(s); give --image once for each mark, or "
-            "write none (images then stand first)"
-        )
-    decoder = _decoder(folder, ImageFinder((Path.cwd(),)), options)
-    record = Record(1, prompt, "", tuple(str(image) for image in images), ())
-    answers = evaluation.answer_records(
-        decoder, [record], _limits(decoder, options), options["decoding"], options["seed"]
-    )
-    print(answers[0].marked(decoder.encoder))
-
-
-def _decoder(folder: Path, finder: Any, options: dict[str, Any]) -> Any:
-    from mirage_ds.evaluate import load_decoder
-
-    pixels = (options["min_pixels"], options["max_pixels"])
-    return load_decoder(folder, finder, options["processor"], not options["no_latents"], pixels)
-
-
-def _limits(decoder: Any, options: dict[str, Any]) -> Any:
-    from mirage_ds.evaluate import run_limits
-
-    return run_limits(decoder, options["max_new_tokens"], options["longest_run"], options["run_length"])
 
 
 def main() -> None:
