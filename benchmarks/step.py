@@ -1,0 +1,480 @@
+"""Speed of an optimizer step, alone or against the plain transformers way; docs/performance.md has the results.
+
+    python -m benchmarks.step --preset bench-87m --stage stage2 --against naive
+    python -m benchmarks.step --preset bench-87m --stage stage1 --against naive --rows 1 --features off
+    python -m benchmarks.step --preset bench-40m --stage sft --part decoder
+
+Prints one JSON line. The product runs as it trains: records through the loader, the trainer's own step, DeepSpeed's
+engine, AdamW and clipping. The plain way (benchmarks/naive.py) gets the same rows in the same optimizer steps, from the
+same weights. Each runs in processes of its own, by turns, so that memory and processor time are its own; both read and
+encode their rows in the training process, whose seconds are counted. `ratio` is samples per CPU-second over the plain
+way's, the median of the steps; `losses_apart` the largest relative difference of a step's loss.
+
+T tokens and B rows of an optimizer step, k latents a run, W ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import click
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.workload import Source, Workload, make_workload
+
+ROOT = Path(__file__).parents[1]
+# Seconds a row of the public code on bench-87m, two otherwise idle threads, and how far the plain way may be from them.
+PUBLIC_S, PUBLIC_TOLERANCE = {"stage1": 2.93, "stage2": 3.33}, 0.15
+# Steps before the clock starts: DeepSpeed records its trace in the first, torch allocates.
+WARM_UP = 1
+# (rows, inner, columns) of the products that say what the machine can do; the best counts.
+PRODUCTS = ((1024, 1024, 1024), (2048, 512, 1536), (2048, 2048, 2048))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run.
+
+    Attributes:
+        rows: B; micro_tokens, micro_rows: what a micro-step holds at most.
+        features: all (kept, no tower in a step) or off (the tower runs in every step).
+        zero: ZeRO stage of the product's engine.
+        plain_rows: rows that the plain way pads and takes at a time, in sft and stage1.
+    """
+
+    preset: str
+    stage: str
+    source: Source
+    latent_size: int
+    rows: int
+    micro_tokens: int
+    micro_rows: int | None
+    features: str
+    dtype: str
+    threads: int
+    ranks: int
+    zero: int
+    checkpointing: bool
+    plain_rows: int
+    seed: int
+
+
+class Told(NamedTuple):
+    """One step as one process saw it."""
+
+    loss: float
+    seconds: float
+    cpu_seconds: float
+
+
+def matmul_rate(dtype: Any) -> float:
+    """FLOP/s of the machine's matrix product, the best of PRODUCTS in this process."""
+    import torch
+
+    best = 0.0
+    for m, k, n in PRODUCTS:
+        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+        times = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - begun)
+        best = max(best, 2 * m * k * n / statistics.median(times))
+    return best
+
+
+def ds_json(case: Case) -> dict[str, Any]:
+    """The engine's JSON: a ZeRO stage with everything kept; bf16 with fp32 master weights and sums."""
+    zero: dict[str, Any] = {"stage": case.zero, "overlap_comm": False}
+    if case.zero == 3:
+        zero |= dict(stage3_max_live_parameters=10**12, stage3_max_reuse_distance=10**12)
+    bf16 = dict(bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}) if case.dtype == "bf16" else {}
+    return {"zero_optimization": zero, **bf16}
+
+
+def run_config(case: Case, work: Workload, out: Path, steps: int) -> Any:
+    """The settings of the product's run."""
+    from mirage_ds.config import RunConfig
+
+    path = out / "ds.json"
+    path.write_text(json.dumps(ds_json(case)))
+    return RunConfig(
+        model=str(work.model), stage=case.stage, data_path=work.records, save_model_path=out / "run", overwrite=True,
+        latent_size=case.latent_size, global_batch_size=case.rows, micro_batch_tokens=case.micro_tokens,
+        micro_batch_size=case.micro_rows, max_steps=steps, epochs=1000, num_workers=0, warmup_steps=0,
+        lr_scheduler="constant", deepspeed=path, report_to=["none"], cache_dir=out / "cache",
+        feature_cache=case.features, gradient_checkpointing=case.checkpointing, seed=case.seed,
+    )  # fmt: skip
+
+
+class Steps:
+    """Runs steps on demand, in a process of its own."""
+
+    def one(self, number: int) -> float:
+        """Take optimizer step `number`; return its loss."""
+        raise NotImplementedError
+
+    def timed(self, number: int) -> Told:
+        """Take a step with a clock beside it."""
+        begun, cpu = time.perf_counter(), time.process_time()
+        loss = self.one(number)
+        return Told(loss, time.perf_counter() - begun, time.process_time() - cpu)
+
+
+class Product(Steps):
+    """The trainer's own step."""
+
+    def __init__(self, case: Case, work: Workload, out: Path, steps: int):
+        from mirage_ds.engine.setup import join
+        from mirage_ds.prepare import prepare
+
+        self.config = run_config(case, work, out, steps)
+        self.prepared = prepare(self.config, join())
+        self.plans = self.prepared.loader.steps(0, steps)
+        index = self.prepared.measured
+        self.tokens, self.labels = index.tokens.tolist(), index.labels.tolist()
+
+    def one(self, number: int) -> float:
+        """Take the trainer's next step, which is this one."""
+        from mirage_ds.step import step
+
+        plan, batches = next(self.plans)
+        assert plan.step == number
+        return step(self.config, self.prepared, plan, batches).metrics["loss"]
+
+
+class Plain(Steps):
+    """benchmarks/naive.py over the rows that the product's plan names."""
+
+    def __init__(self, case: Case, work: Workload, out: Path, steps: int):
+        import torch
+
+        from benchmarks.naive import Naive
+        from mirage_ds.data.load import load_encoder
+        from mirage_ds.data.record import ImageFinder, scan
+
+        config = run_config(case, work, out, steps)
+        stage: Any = case.stage
+        finder = ImageFinder.beside(work.records, None)
+        self.encoder = load_encoder([str(work.model)], finder, stage, case.latent_size)
+        self.records = scan(work.records)[0]
+        self.naive = Naive(
+            work.model,
+            case.stage,
+            config.gamma,
+            {"fp32": torch.float32, "bf16": torch.bfloat16}[case.dtype],
+            dict(lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
+                 weight_decay=config.weight_decay),
+            config.max_grad_norm,
+            1 if case.stage == "stage2" else case.plain_rows,
+        )  # fmt: skip
+        self.plans = list(_rows_of_steps(case, len(self.records), steps))
+
+    def one(self, number: int) -> float:
+        """Encode the step's rows and train on them."""
+        return self.naive.step([self.encoder.encode(self.records[row], row) for row in self.plans[number]])
+
+
+class Decoder(Steps):
+    """Forward and backward of the decoder layers alone over packed rows: no embedding, no head, no optimizer."""
+
+    def __init__(self, case: Case, work: Workload, out: Path, steps: int):
+        import torch
+
+        from benchmarks.workload import encode
+        from mirage_ds.data.batch import collate
+        from mirage_ds.data.pack import pack
+        from mirage_ds.model.load import load_model
+
+        encoder, samples = encode(work, case.stage, case.latent_size)
+        stage: Any = case.stage
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.dtype]
+        loaded = load_model(
+            work.model, stage=stage, dtype=dtype, device=torch.device("cpu"), checkpointing=case.checkpointing
+        )
+        self.model = loaded.model
+        self.tokens = [len(sample.input_ids) for sample in samples]
+        self.labels = [0] * len(samples)
+        passes = case.latent_size + 1 if case.stage == "stage2" else 1
+        self.batches = []
+        for plan in _rows_of_steps(case, len(samples), steps):
+            bins = pack([self.tokens[row] for row in plan], 1, case.micro_tokens, case.micro_rows)
+            dummy = encoder.dummy((passes - 1) // case.latent_size)
+            self.batches.append([collate([samples[plan[i]] for i in one], passes, dummy) for one in bins])
+        torch.manual_seed(0)
+
+    def one(self, number: int) -> float:
+        """Run a step's micro-batches; the returned number only says that something was computed."""
+        import torch
+
+        from mirage_ds.model.latents import run_passes
+
+        model, total = self.model.language_model, 0.0
+        for batch in self.batches[number]:
+            x = torch.randn(len(batch.input_ids), model.config.hidden_size, dtype=model.dtype).requires_grad_()
+            hidden = torch.cat(
+                run_passes(model, x, batch.position_ids, batch.passes, self.model.attention, self.model.checkpointing)
+            )
+            hidden.backward(torch.ones_like(hidden))
+            total += float(hidden.detach().square().mean())
+        model.zero_grad()
+        return total
+
+
+def _rows_of_steps(case: Case, count: int, steps: int) -> Iterator[list[int]]:
+    import numpy as np
+
+    from mirage_ds.data.pack import Planner
+
+    planner = Planner(
+        lengths=np.ones(count, dtype=np.int64), row_ids=np.arange(count), rows_per_step=case.rows, world_size=1,
+        micro_batch_tokens=case.rows, micro_batch_size=None, seed=case.seed,
+    )  # fmt: skip
+    for step in range(steps):
+        yield [int(row) for row in planner.rows_of(step)]
+
+
+KINDS: dict[str, Any] = {"product": Product, "plain": Plain, "decoder": Decoder}
+
+
+def serve(kind: str, rank: int, port: int, case: Case, work: Workload, out: Path, steps: int, pipe: Connection) -> None:
+    """Be one process: get ready, then take a step for each number that comes."""
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=case.ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ |= {key: str(value) for key, value in place.items()} if kind == "product" else {}
+    import warnings
+
+    import torch
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(case.threads)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.dtype]
+    rate = matmul_rate(dtype)
+    running = KINDS[kind](case, work, out, steps)
+    pipe.send((getattr(running, "tokens", []), getattr(running, "labels", [])))
+    while (number := pipe.recv()) is not None:
+        pipe.send(running.timed(number))
+    peak = memory("VmHWM")
+    # Once more, and the faster of both: the machine may have had other work at the start.
+    pipe.send((peak, max(rate, matmul_rate(dtype))))
+
+
+def memory(key: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key + ":"))
+
+
+class Ran(NamedTuple):
+    """What the processes of one kind came to.
+
+    Attributes:
+        told: step by step: loss, wall seconds, processor seconds of all ranks.
+        rate: FLOP/s of the matrix product, all ranks together.
+        memory: bytes at the peak, all ranks together.
+    """
+
+    told: list[Told]
+    rate: float
+    memory: int
+
+
+class Side:
+    """The processes of one kind, told to step one after another."""
+
+    def __init__(self, kind: str, case: Case, work: Workload, out: Path, steps: int):
+        from benchmarks.chaos import free_port
+
+        out.mkdir(parents=True)
+        context, port = multiprocessing.get_context("spawn"), free_port()
+        self.kind, self.ranks, self.told = kind, [], []
+        for rank in range(case.ranks if kind == "product" else 1):
+            mine, theirs = context.Pipe()
+            process = context.Process(
+                target=serve, args=(kind, rank, port, case, work, out, steps, theirs), daemon=True
+            )
+            process.start()
+            self.ranks.append((process, mine))
+        self.tokens, self.labels = self._hear()[0]
+
+    def _hear(self) -> list[Any]:
+        """Receive what each process says next."""
+        heard = []
+        for process, pipe in self.ranks:
+            while not pipe.poll(1):
+                if process.exitcode is not None:
+                    sys.exit(f"{self.kind}: a process ended with code {process.exitcode}")
+            try:
+                heard.append(pipe.recv())
+            except EOFError:
+                sys.exit(f"{self.kind}: a process failed")
+        return heard
+
+    def step(self, number: int) -> None:
+        """Let all ranks take a step."""
+        for _, pipe in self.ranks:
+            pipe.send(number)
+        told = self._hear()
+        self.told.append(Told(told[0].loss, max(one.seconds for one in told), sum(one.cpu_seconds for one in told)))
+
+    def end(self) -> Ran:
+        """Stop the processes; return what they came to, without the first steps."""
+        for _, pipe in self.ranks:
+            pipe.send(None)
+        ended = self._hear()
+        for process, _ in self.ranks:
+            process.join()
+        return Ran(self.told[WARM_UP:], sum(rate for _, rate in ended), sum(peak for peak, _ in ended))
+
+
+def spread(values: list[float], digits: int = 4) -> dict[str, float]:
+    """Median, least and most."""
+    return {
+        name: round(make(values), digits) for name, make in (("median", statistics.median), ("min", min), ("max", max))
+    }
+
+
+def summary(ran: Ran, case: Case, tokens: list[float], flops: list[float]) -> dict[str, Any]:
+    """What one side's steps come to.
+
+    Args:
+        tokens, flops: of each counted step.
+    """
+    seconds = [one.seconds for one in ran.told]
+    return {
+        "seconds_per_row": spread([s / case.rows for s in seconds]),
+        "samples_per_s": spread([case.rows / s for s in seconds]),
+        "tokens_per_s": spread([t / s for t, s in zip(tokens, seconds, strict=True)], 1),
+        "cpu_seconds_per_row": spread([one.cpu_seconds / case.rows for one in ran.told]),
+        "peak_memory_gb": round(ran.memory / 1e9, 3),
+        "matmul_gflops": round(ran.rate / 1e9, 1),
+        "share_of_matmul_rate": spread([f / s / ran.rate for f, s in zip(flops, seconds, strict=True)], 3),
+    }
+
+
+def model_flops(case: Case, lengths: list[int], labels: list[int], part: str) -> float:
+    """FLOPs that a step's rows need without recomputation; the tower is left out (kept features)."""
+    from mirage_ds.model.presets import preset
+    from mirage_ds.scale import flops, sizes
+
+    model, tokens = sizes(preset(case.preset)), sum(lengths)
+    keys = sum(n * (n + 1) / 2 for n in lengths) / tokens
+    return flops(model, tokens, 0 if part == "decoder" else sum(labels), keys, checkpointing=False)
+
+
+def compare(case: Case, product: Ran, plain: Ran) -> dict[str, Any]:
+    """The ratios of the two sides."""
+    pairs = list(zip(product.told, plain.told, strict=True))
+    found: dict[str, Any] = {
+        "ratio": spread([b.cpu_seconds / a.cpu_seconds for a, b in pairs], 3),
+        "wall_ratio": spread([b.seconds / a.seconds for a, b in pairs], 3),
+        "memory_ratio": round(product.memory / plain.memory, 3),
+        "losses_apart": max(abs(a.loss - b.loss) / abs(b.loss) for a, b in pairs),
+    }
+    if case.preset == "bench-87m" and case.stage in PUBLIC_S and case.dtype == "fp32":
+        own = statistics.median(one.seconds / case.rows for one in plain.told)
+        public = PUBLIC_S[case.stage]
+        found |= {
+            "public_seconds_per_row": public,
+            "plain_over_public": round(own / public, 3),
+            "within_tolerance_of_public": abs(own / public - 1) <= PUBLIC_TOLERANCE,
+        }
+    return found
+
+
+def described(case: Case) -> dict[str, Any]:
+    """What was run, on what."""
+    import torch
+
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": git.stdout.strip(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, no GPU",
+        "torch": torch.__version__,
+        **asdict(case),
+    }
+
+
+def run(case: Case, part: str, against: str | None, repeats: int, folder: Path, console: Console) -> dict[str, Any]:
+    """Run the steps of all sides by turns."""
+    steps = WARM_UP + repeats
+    work = make_workload(folder / "work", case.preset, min(512, steps * case.rows), case.source, case.seed)
+    kinds = ["decoder" if part == "decoder" else "product", *(["plain"] if against else [])]
+    sides = [Side(kind, case, work, folder / kind, steps) for kind in kinds]
+    for number in track(range(steps), "steps", console=console, transient=True):
+        for side in sides:
+            side.step(number)
+    first = sides[0]
+    tokens, flops = [], []
+    for rows in list(_rows_of_steps(case, len(first.tokens), steps))[WARM_UP:]:
+        lengths, labels = [first.tokens[row] for row in rows], [first.labels[row] for row in rows]
+        tokens.append(float(sum(lengths)))
+        flops.append(model_flops(case, lengths, labels, part))
+    ran = [side.end() for side in sides]
+    return {
+        **described(case),
+        "part": part,
+        "repeats": repeats,
+        "tokens_per_row": [min(first.tokens), max(first.tokens)],
+        "model_gflops_per_row": round(statistics.mean(flops) / case.rows / 1e9, 2),
+        **{kind: summary(one, case, tokens, flops) for kind, one in zip(kinds, ran, strict=True)},
+        **(compare(case, *ran) if against else {}),
+    }
+
+
+@click.command()
+@click.option("--preset", default="bench-87m", show_default=True, type=click.Choice(["nano", "bench-40m", "bench-87m"]))
+@click.option("--stage", default="stage2", show_default=True, type=click.Choice(["sft", "stage1", "stage2"]))
+@click.option("--source", default="vsp", show_default=True, type=click.Choice(get_args(Source)), help="Rows.")
+@click.option("--latent_size", default=4, show_default=True)
+@click.option("--rows", default=16, show_default=True, help="Rows an optimizer step.")
+@click.option("--micro_tokens", default=16384, show_default=True, help="Tokens a micro-step holds at most.")
+@click.option("--micro_rows", type=int, help="Rows a micro-step holds at most.")
+@click.option("--features", default="all", show_default=True, type=click.Choice(["all", "off"]),
+              help="off: the vision tower runs in every step.")  # fmt: skip
+@click.option("--dtype", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]))
+@click.option("--threads", default=2, show_default=True, help="Of each process.")
+@click.option("--ranks", default=1, show_default=True, help="Of the product; the plain way has one.")
+@click.option("--zero", default=0, show_default=True, type=click.IntRange(0, 3), help="ZeRO stage of the product.")
+@click.option("--checkpointing", is_flag=True, help="Recompute the product's layers in backward.")
+@click.option("--plain_rows", default=1, show_default=True,
+              help="Rows that the plain way pads and takes at a time; one in stage2.")  # fmt: skip
+@click.option("--part", default="step", show_default=True, type=click.Choice(["step", "decoder"]))
+@click.option("--against", type=click.Choice(["naive"]), help="Run the plain way by turns.")
+@click.option("--repeats", default=5, show_default=True, help="Steps that are counted.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Also append the line to this file.")
+def main(part: str, against: str | None, repeats: int, out: Path | None, **settings: Any) -> None:
+    """Measure optimizer steps; print one JSON line."""
+    os.environ |= dict(DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=str(settings["threads"]))
+    if part == "decoder" and (against or settings["ranks"] > 1):
+        raise click.UsageError("--part decoder runs alone, on one rank")
+    case = Case(**settings)
+    with tempfile.TemporaryDirectory(prefix="mirage-step-") as folder:
+        found = run(case, part, against, repeats, Path(folder), Console(stderr=True))
+    line = json.dumps(found)
+    print(line)
+    if out:
+        with out.open("a") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What the speed benchmarks compare with: the plain way's losses are the product's, padded or row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.naive import Naive
+from benchmarks.workload import encode, make_workload
+from mirage_ds.data.batch import collate
+from mirage_ds.data.encode import IGNORE
+from mirage_ds.model.load import load_model
+from mirage_ds.model.loss import StepCounts, objective
+
+GAMMA, ROWS, K = 0.1, 3, 3
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_workload(tmp_path_factory.mktemp("work"), "nano", ROWS, "mixed")
+
+
+@pytest.mark.parametrize("stage", ["sft", "stage1", "stage2"])
+def test_plain_way_trains_on_the_same_loss(work: Any, stage: Any) -> None:
+    encoder, samples = encode(work, stage, K)
+    assert len({len(sample.input_ids) for sample in samples}) == ROWS
+    passes = K + 1 if stage == "stage2" else 1
+    loaded = load_model(work.model, stage=stage, dtype=torch.float32, device=torch.device("cpu"))
+    assert loaded.tower is not None
+    batch = loaded.tower.attach(collate(samples, passes, encoder.dummy((passes - 1) // K)))
+    counts = StepCounts(ROWS, sum(int((sample.labels != IGNORE).sum()) for sample in samples), ROWS * K)
+    ours = float(objective(loaded.model(batch), counts, GAMMA, "sample")[0].detach())
+
+    after = []
+    for size in (1, 2) if stage != "stage2" else (1,):
+        plain = Naive(work.model, stage, GAMMA, torch.float32, {"lr": 1e-3}, 1.0, size)
+        assert plain.step(samples) == pytest.approx(ours, rel=1e-5), size
+        after.append(plain.step(samples))
+        # It trained, and by the same gradient whatever it takes at a time.
+        assert after[-1] < 0.99 * ours
+        assert after[-1] == pytest.approx(after[0], rel=1e-3)
