@@ -346,6 +346,7 @@ def test_torch_autocast_is_as_near_to_fp32_as_bf16_weights_are(runs: Runs) -> No
     assert float((flat(cast["weights"][1]) != flat(cast["weights"][0])).double().mean()) > 0.99
 
 
+@pytest.mark.slow
 def test_recomputing_under_torch_autocast_changes_nothing(runs: Runs) -> None:
     """Backward runs outside of autocast; a layer recomputed there must do its products in bf16 again."""
     kept, recomputed = runs.run("autocast"), runs.run("autocast", gradient_checkpointing=True)
