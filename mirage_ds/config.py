@@ -150,6 +150,9 @@ class RunConfig(BaseModel):
         0, ge=0, description="So many of them are answered too, and scored by their task's scorer; 0 answers none."
     )
     eval_new_tokens: PositiveInt = Field(256, description="Tokens that such an answer may have.")
+    eval_pictures: int = Field(
+        0, ge=0, description="Latents of so many of them are drawn into TensorBoard each time; see docs/inspect.md."
+    )
     save_best: str | None = Field(
         None,
         description="Keep the model of the best evaluation in <save_model_path>/best: by loss, or by a metric of the "
@@ -176,9 +179,21 @@ class RunConfig(BaseModel):
             )
         if (self.eval_data_path is None) != (self.eval_every is None):
             raise ValueError("--eval_data_path and --eval_every belong together: give both or none")
-        for flag, given in (("--eval_decode", self.eval_decode), ("--save_best", self.save_best)):
+        for flag, given in (
+            ("--eval_decode", self.eval_decode),
+            ("--eval_pictures", self.eval_pictures),
+            ("--save_best", self.save_best),
+        ):
             if given and self.eval_data_path is None:
                 raise ValueError(f"{flag} {given} needs records to evaluate: add --eval_data_path and --eval_every")
+        if self.eval_pictures and "tensorboard" not in self.report_to:
+            raise ValueError(
+                f"--eval_pictures {self.eval_pictures} go to TensorBoard: add --report_to tensorboard, or leave it out"
+            )
+        if self.eval_pictures and self.stage == "sft":
+            raise ValueError(
+                f"--eval_pictures {self.eval_pictures}: a model has no latents in --stage sft; leave the flag out"
+            )
         if self.save_best and self.save_best not in LOSSES and not self.eval_decode:
             raise ValueError(
                 f"--save_best {self.save_best}: of losses there are {', '.join(LOSSES)}; a metric of the scorer needs "

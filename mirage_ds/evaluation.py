@@ -1,4 +1,4 @@
-"""What happens every --eval_every steps: records decoded and scored, the loss on all of them, the best model kept."""
+"""What happens every --eval_every steps: records decoded, scored and drawn, the loss on all, the best model kept."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from mirage_ds.best import Best
 from mirage_ds.config import RunConfig
 from mirage_ds.decode_eval import BATCH, decode_rows, record_at, scored
+from mirage_ds.draw_eval import draw_rows, rows_to_draw
 from mirage_ds.engine.setup import from_rank_zero
 from mirage_ds.engine.whole import check_room
+from mirage_ds.inspect_latents.live import need_matplotlib
 from mirage_ds.model.generate import Limits
 from mirage_ds.monitor import Monitor
 from mirage_ds.prepare import Evaluation, Prepared
@@ -26,7 +28,8 @@ class Evaluator:
         asked: whether somebody wants this process to stop.
 
     Raises:
-        UserError: on every rank, before anything is trained: no room to decode, a record that its scorer cannot score.
+        UserError: on every rank, before anything is trained: no room to decode or draw, a record that its scorer
+            cannot score, none with latents to draw, no matplotlib.
     """
 
     def __init__(
@@ -42,17 +45,23 @@ class Evaluator:
         self.last: tuple[int, Mapping[str, float]] = (-1, {})
         self.task = ""
         self.chosen: list[int] = []
+        self.drawn: list[int] = []
         self.best: Best | None = None
         evaluation = prepared.evaluation
         if evaluation is None:
             return
+        planner = evaluation.loader.planner
+        row_ids, longest = planner.row_ids.tolist(), int(planner.lengths.max())
         if config.eval_decode:
-            self.chosen = spread(evaluation.loader.planner.row_ids.tolist(), config.eval_decode)
+            self.chosen = spread(row_ids, config.eval_decode)
             # Not those that prepare looked at, where rows with broken images have been left out since.
             self.task = from_rank_zero(lambda: self._check(evaluation), prepared.world)
-            longest = int(evaluation.loader.planner.lengths.max())
             flag = f"--eval_decode {config.eval_decode}"
             check_room(prepared.engine, BATCH, longest + config.eval_new_tokens, prepared.world, flag)
+        if config.eval_pictures:
+            from_rank_zero(need_matplotlib, prepared.world)
+            self.drawn = rows_to_draw(evaluation.loader.rows, row_ids, config.eval_pictures)
+            check_room(prepared.engine, 1, longest, prepared.world, f"--eval_pictures {config.eval_pictures}")
         if config.save_best:
             self.best = Best(config.save_best, config.save_model_path, prepared.save, prepared.world, start)
 
@@ -67,7 +76,7 @@ class Evaluator:
         if self.prepared.evaluation is None:
             return True
         self.monitor.note("evaluation begins", done)
-        metrics = self._metrics(self.prepared.evaluation)
+        metrics = self._metrics(done, self.prepared.evaluation)
         if metrics is not None:
             self.monitor.evaluation(done, metrics)
             self.last = (done, metrics)
@@ -77,11 +86,11 @@ class Evaluator:
         self.monitor.note("evaluation ends", done)
         return metrics is not None
 
-    def _metrics(self, evaluation: Evaluation) -> dict[str, float] | None:
+    def _metrics(self, done: int, evaluation: Evaluation) -> dict[str, float] | None:
         config, prepared = self.config, self.prepared
         scores: dict[str, float] = {}
+        rows = evaluation.loader.rows
         if self.chosen:
-            rows = evaluation.loader.rows
             k = config.latent_size
             answers = decode_rows(
                 prepared.engine,
@@ -98,6 +107,9 @@ class Evaluator:
             if answers is None:
                 return None
             scores = scored(rows, self.chosen, answers, self.task, prepared.world)
+        if self.drawn:
+            figures = draw_rows(prepared.engine, prepared.tower, rows, self.drawn, prepared.world)
+            self.monitor.pictures(done, figures)
         # After decoding: what this gathers stays for the next step where parameters are kept.
         losses = evaluate(config, prepared, evaluation, self.asked, self.where)
         return None if losses is None else losses | scores

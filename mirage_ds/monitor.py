@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -205,6 +205,12 @@ class Monitor:
         parts = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.say(f"evaluation after step {step}: {parts}")
         self._plot(step, "eval", metrics)
+
+    def pictures(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Give figures of matplotlib to TensorBoard, which closes them."""
+        if self.active and self.board:
+            for name, figure in figures.items():
+                self.board.add_figure(f"latents/{name}", figure, step)
 
     def _plot(self, step: int, group: str, values: dict[str, Any]) -> None:
         scalars = {f"{group}/{name}": value for name, value in values.items()}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from group import Group, free_port
+from PIL import Image
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
@@ -177,7 +179,7 @@ def without(group: Group, base: dict[str, Any], tmp_path_factory: pytest.TempPat
 def decoded(group: Group, base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, decoding five rows of three batches and keeping the best by its loss."""
     out = tmp_path_factory.mktemp("decoded")
-    settings = dict(save_model_path=out, eval_decode=5, save_best="loss", report_to=["tensorboard"])
+    settings = dict(save_model_path=out, eval_decode=5, eval_pictures=1, save_best="loss", report_to=["tensorboard"])
     assert group.run(_train, base | settings, timeout_s=LONG_S) == ["", ""]
     return out
 
@@ -200,6 +202,23 @@ def test_scores_are_logged_beside_the_losses(without: Path, decoded: Path) -> No
         for name in ("success", "invalid", "latents"):
             seen = {one.step: one.value for one in board.Scalars(f"eval/{name}")}
             assert seen[step] == pytest.approx(line[f"eval_{name}"])
+
+
+def test_pictures_of_latents_are_in_tensorboard(decoded: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(decoded / "run/tensorboard")).Reload()
+    tags = board.Tags()["images"]
+    # The first record has a latent run.
+    assert sorted(tags) == [f"latents/line 1/{name}" for name in ("attention", "norms", "similarity", "words")]
+    for tag in tags:
+        assert [one.step for one in board.Images(tag)] == [2, 4]
+        # A latent that has been trained on looks otherwise.
+        before, after = (one.encoded_image_string for one in board.Images(tag))
+        assert before != after
+        picture = Image.open(io.BytesIO(after)).convert("L")
+        assert min(picture.size) > 100
+        assert len(set(picture.tobytes())) > 20
 
 
 def test_the_best_folder_is_the_model_of_the_best_evaluation(decoded: Path) -> None:
