@@ -42,6 +42,8 @@ ROOT = Path(__file__).parents[1]
 PUBLIC_S, PUBLIC_TOLERANCE = {"stage1": 2.93, "stage2": 3.33}, 0.15
 # Steps before the clock starts: DeepSpeed records its trace in the first, torch allocates.
 WARM_UP = 1
+# Operators that --profile names.
+OPERATORS = 12
 # (rows, inner, columns) of the products that say what the machine can do; the best counts.
 PRODUCTS = ((1024, 1024, 1024), (2048, 512, 1536), (2048, 2048, 2048))
 
@@ -249,6 +251,18 @@ def _rows_of_steps(case: Case, count: int, steps: int) -> Iterator[list[int]]:
         yield [int(row) for row in planner.rows_of(step)]
 
 
+def profiled(running: Steps, number: int) -> dict[str, float]:
+    """Take a step under torch's profiler: the operators' shares of its own processor time, the largest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        running.one(number)
+    found = seen.key_averages()
+    total = sum(one.self_cpu_time_total for one in found)
+    largest = sorted(found, key=lambda one: -one.self_cpu_time_total)[:OPERATORS]
+    return {one.key: round(one.self_cpu_time_total / total, 3) for one in largest}
+
+
 KINDS: dict[str, Any] = {"product": Product, "plain": Plain, "decoder": Decoder}
 
 
@@ -267,7 +281,8 @@ def serve(kind: str, rank: int, port: int, case: Case, work: Workload, out: Path
     running = KINDS[kind](case, work, out, steps)
     pipe.send((getattr(running, "tokens", []), getattr(running, "labels", [])))
     while (number := pipe.recv()) is not None:
-        pipe.send(running.timed(number))
+        # A step below 0 is taken under the profiler.
+        pipe.send(running.timed(number) if number >= 0 else profiled(running, -number))
     peak = memory("VmHWM")
     # Once more, and the faster of both: the machine may have had other work at the start.
     pipe.send((peak, max(rate, matmul_rate(dtype))))
@@ -330,6 +345,12 @@ class Side:
             pipe.send(number)
         told = self._hear()
         self.told.append(Told(told[0].loss, max(one.seconds for one in told), sum(one.cpu_seconds for one in told)))
+
+    def profile(self, number: int) -> dict[str, float]:
+        """Let all ranks take a step, under the profiler; return what rank 0 saw."""
+        for _, pipe in self.ranks:
+            pipe.send(-number)
+        return dict(self._hear()[0])
 
     def end(self) -> Ran:
         """Stop the processes; return what they came to, without the first steps."""
@@ -412,21 +433,25 @@ def described(case: Case) -> dict[str, Any]:
     }
 
 
-def run(case: Case, part: str, against: str | None, repeats: int, folder: Path, console: Console) -> dict[str, Any]:
+def run(
+    case: Case, part: str, against: str | None, repeats: int, profile: bool, folder: Path, console: Console
+) -> dict[str, Any]:
     """Run the steps of all sides by turns."""
-    steps = WARM_UP + repeats
+    counted = WARM_UP + repeats
+    steps = counted + profile
     work = make_workload(folder / "work", case.preset, min(512, steps * case.rows), case.source, case.seed)
     kinds = ["decoder" if part == "decoder" else "product", *(["plain"] if against else [])]
     sides = [Side(kind, case, work, folder / kind, steps) for kind in kinds]
-    for number in track(range(steps), "steps", console=console, transient=True):
+    for number in track(range(counted), "steps", console=console, transient=True):
         for side in sides:
             side.step(number)
     first = sides[0]
     tokens, flops = [], []
-    for rows in list(_rows_of_steps(case, len(first.tokens), steps))[WARM_UP:]:
+    for rows in list(_rows_of_steps(case, len(first.tokens), counted))[WARM_UP:]:
         lengths, labels = [first.tokens[row] for row in rows], [first.labels[row] for row in rows]
         tokens.append(float(sum(lengths)))
         flops.append(model_flops(case, lengths, labels, part))
+    shares = {f"{side.kind}_profile": side.profile(counted) for side in sides} if profile else {}
     ran = [side.end() for side in sides]
     return {
         **described(case),
@@ -436,6 +461,7 @@ def run(case: Case, part: str, against: str | None, repeats: int, folder: Path, 
         "model_gflops_per_row": round(statistics.mean(flops) / case.rows / 1e9, 2),
         **{kind: summary(one, case, tokens, flops) for kind, one in zip(kinds, ran, strict=True)},
         **(compare(case, *ran) if against else {}),
+        **shares,
     }
 
 
@@ -458,17 +484,18 @@ def run(case: Case, part: str, against: str | None, repeats: int, folder: Path, 
               help="Rows that the plain way pads and takes at a time; one in stage2.")  # fmt: skip
 @click.option("--part", default="step", show_default=True, type=click.Choice(["step", "decoder"]))
 @click.option("--against", type=click.Choice(["naive"]), help="Run the plain way by turns.")
+@click.option("--profile", is_flag=True, help="Take one step more, under torch's profiler.")
 @click.option("--repeats", default=5, show_default=True, help="Steps that are counted.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Also append the line to this file.")
-def main(part: str, against: str | None, repeats: int, out: Path | None, **settings: Any) -> None:
+def main(part: str, against: str | None, profile: bool, repeats: int, out: Path | None, **settings: Any) -> None:
     """Measure optimizer steps; print one JSON line."""
     os.environ |= dict(DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=str(settings["threads"]))
     if part == "decoder" and (against or settings["ranks"] > 1):
         raise click.UsageError("--part decoder runs alone, on one rank")
     case = Case(**settings)
     with tempfile.TemporaryDirectory(prefix="mirage-step-") as folder:
-        found = run(case, part, against, repeats, Path(folder), Console(stderr=True))
+        found = run(case, part, against, repeats, profile, Path(folder), Console(stderr=True))
     line = json.dumps(found)
     print(line)
     if out:
