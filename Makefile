@@ -25,12 +25,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(ENV) $(BIN)/python examples/demo.py --out $(OUT)
 
-# Two processes; a file of tests/dist has one group of ranks, so its tests stay together.
+# Two processes, here and in test-slow; a file of tests/dist has one group of ranks, so its tests stay together.
 test: install
 	$(ENV) $(BIN)/python -m pytest tests/unit tests/dist -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: install
-	$(ENV) $(BIN)/python -m pytest tests/slow tests/dist -m slow
+	$(ENV) $(BIN)/python -m pytest tests/slow tests/dist -m slow --numprocesses 2 --dist loadfile
 	$(ENV) $(BIN)/python -m pytest tests/cluster -m slow
 
 # Several hosts as namespaces of this machine, with the real launchers; needs root and cluster-packages.
