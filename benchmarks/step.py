@@ -406,7 +406,7 @@ def compare(case: Case, product: Ran, plain: Ran) -> dict[str, Any]:
         "memory_ratio": round(product.memory / plain.memory, 3),
         "losses_apart": max(abs(a.loss - b.loss) / abs(b.loss) for a, b in pairs),
     }
-    if case.preset == "bench-87m" and case.stage in PUBLIC_S and case.dtype == "fp32":
+    if case.preset == "bench-87m" and case.stage in PUBLIC_S and case.dtype == "fp32" and case.plain_rows == 1:
         own = statistics.median(one.seconds / case.rows for one in plain.told)
         public = PUBLIC_S[case.stage]
         found |= {

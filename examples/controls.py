@@ -36,11 +36,13 @@ def main(out: Path, count: int, test_count: int) -> None:
         sys.exit(2)
     (out / "logs").mkdir(parents=True)
     mirage = BINARIES / "mirage-ds"
-    build = (mirage, "data", "build", "vsp-spatial-planning", "--levels", "3,4", "--proportions", "1,4")
+    build = (mirage, "data", "build", "vsp-spatial-planning", "--levels", "3,4")
     style = ("--cell_size", 28, "--prompt", "short", "--ties", "random")
     train_data, test_data = out / "train" / "data.jsonl", out / "test" / "data.jsonl"
-    run(f"building {count} training maps", (*build, "--out", out / "train", "--count", count, *style))
-    held_out = ("--out", out / "test", "--count", test_count, "--split", "test")
+    # There are only some 440 different records of level 3.
+    training = ("--out", out / "train", "--count", count, "--proportions", "1,24")
+    run(f"building {count} training maps", (*build, *training, *style))
+    held_out = ("--out", out / "test", "--count", test_count, "--proportions", "1,9", "--split", "test")
     run(f"building {test_count} held-out maps", (*build, *held_out, *style))
     initial = ("--preset", "nano", "--out", out / "nano", "--text", train_data)
     run("a random Qwen2.5-VL of 1.3 M parameters", (mirage, "init", *initial))
