@@ -266,11 +266,11 @@ def scan(path: Path, answers: bool = True) -> tuple[list[Record], list[Fault]]:
     """
     records: list[Record] = []
     faults: list[Fault] = []
-    if path.is_dir() or path.suffix == ".parquet":
-        raise UserError(
-            f"{path}: training reads folders and Parquet, this command reads one JSON-lines file; give such a file"
-        )
     try:
+        if path.is_dir() or path.suffix == ".parquet":
+            raise UserError(
+                f"{path}: training reads folders and Parquet, this command reads one JSON-lines file; give such a file"
+            )
         if not path.is_file():
             raise UserError(f"{path}: no such file of records")
         for found in _parsed(path, answers):
