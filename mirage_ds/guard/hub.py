@@ -7,6 +7,7 @@ of the time alone.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import resource
@@ -199,8 +200,16 @@ class Hub:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, self.size + SPARE_FILES)), hard))
         try:
-            await asyncio.start_server(self._serve, None, port, limit=LONGEST_LINE, backlog=self.size)
+            server = await asyncio.start_server(self._serve, None, port, limit=LONGEST_LINE, backlog=self.size)
+            if not server.sockets:
+                # asyncio takes a socket that cannot be made for a missing address family, and would serve nobody.
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise UserError(
+                    f"the guards' hub has no file left for port {port} (ulimit -n is "
+                    f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}): raise it"
+                ) from None
             raise UserError(
                 f"port {port} for the guards cannot be opened ({os.strerror(error.errno or 0)}); "
                 "another job on this host has it: choose another --port"

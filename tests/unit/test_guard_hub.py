@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import resource
 import socket
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from mirage_ds.errors import UserError
 from mirage_ds.guard.client import Client
 from mirage_ds.guard.hub import Hub
 from mirage_ds.guard.wire import Bounds, Verdict
@@ -25,6 +27,8 @@ def few_files() -> Iterator[None]:
         pytest.skip(f"needs {3 * SIZE} open files, the hard limit is {hard}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     yield
+    # Connections of a loop that has ended are closed when they are collected.
+    gc.collect()
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
@@ -40,14 +44,16 @@ async def _run(port: int, fail: int | None) -> tuple[Verdict, set[Verdict | None
     judging = asyncio.create_task(hub.watch())
     clients = [Client("127.0.0.1", port, "job", rank, bounds) for rank in range(SIZE)]
     talking = [asyncio.create_task(client.run(lambda message: None)) for client in clients]
-    while len(hub.members) < SIZE:
-        await asyncio.sleep(0.05)
+    async with asyncio.timeout(30):
+        while len(hub.members) < SIZE:
+            await asyncio.sleep(0.05)
     progress = {"count": 1, "doing": "forward", "step": 1, "kind": "", "slow": False}
     begun = time.process_time()
     for client in clients:
         client.say({"state": "S", "progress": progress, "folder": None})
-    while not all(member.progress for member in hub.members):
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(30):
+        while not all(member.progress for member in hub.members):
+            await asyncio.sleep(0.01)
     seconds = time.process_time() - begun
     for rank, client in enumerate(clients):
         client.say({"ended": 3 if rank == fail else 0, "why": "ended with exit code 3"})
@@ -67,3 +73,19 @@ def test_a_thousand_ranks_hear_one_verdict(fail: int | None, few_files: None) ->
     if fail is not None:
         assert verdict.lines[-1].startswith("rank 777 on ")
     print(f"a beat of {SIZE} guards, both sides: {seconds:.2f} processor seconds")
+
+
+def test_no_file_left_for_the_port_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mirage_ds.guard.hub.SPARE_FILES", 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def listen() -> None:
+        # The loop has its own files by now; none is left above the standard streams.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            await Hub(2, Bounds(), "job", lambda line: None).listen(0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    with pytest.raises(UserError, match="no file left for port"):
+        asyncio.run(listen())
