@@ -1,0 +1,116 @@
+"""What a study's runs came to, read back from disk: the input of its report. Imports no torch.
+
+An arm is a setting of the study; a cell is an arm under one seed, that is a chain of training stages with the
+evaluations of its last model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One trained stage of a chain.
+
+    Attributes:
+        name: of the stage in the study; key: of its run folder.
+        stage: sft, stage1 or stage2.
+        steps: optimizer steps; rows, tokens: that went through the forward; flops: of the model, forward and backward.
+        seconds: of all steps; samples_s: rows a second of its steps' time; peak_gb: highest memory of a rank, in GB;
+            None where the run did not measure it.
+        curve: one entry a logged step, {"step": …, "loss": …, "ce": …, "sim": …}, with "eval_loss" where it was
+            measured.
+    """
+
+    name: str
+    key: str
+    stage: str
+    steps: int
+    rows: int
+    tokens: int
+    flops: float
+    seconds: float
+    samples_s: float
+    peak_gb: float | None
+    curve: Sequence[Mapping[str, float]] = ()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One record's score.
+
+    Attributes:
+        record: what tells it from the others of its file, the same for every arm.
+        level: of the record; "?" where it has none.
+        metrics: name → value; the first is the task's success.
+    """
+
+    record: str
+    level: str
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm under one seed.
+
+    Attributes:
+        arm: its name; seed: what pairs it with other arms' cells.
+        settings: what the study varied, name → value ("latent_size": 4); the report draws scores against numbers.
+        stages: in the order of the chain; all that finished.
+        scores: evaluation name → a Scored a record.
+        controls: evaluation name → the report of `mirage-ds controls` (conditions, answers, perhaps path).
+        problem: why it has no scores, in a sentence; None where it has.
+    """
+
+    arm: str
+    seed: int
+    settings: Mapping[str, Any]
+    stages: Sequence[StageResult]
+    scores: Mapping[str, Sequence[Scored]] = field(default_factory=dict)
+    controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two arms to be compared.
+
+    Attributes:
+        arm, base: the difference is arm − base.
+        evaluation: name of the evaluation; levels: of the records that count, all if empty.
+        metric: compared; the task's first if None.
+    """
+
+    arm: str
+    base: str
+    evaluation: str
+    levels: Sequence[str] = ()
+    metric: str | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole study.
+
+    Attributes:
+        name, question: of the study.
+        arms: in the order of the study, name → what it is, in a line.
+        cells: of all arms and seeds, missing ones too (with their problem).
+        primary: the one contrast that needs no correction; None in a study without one.
+        contrasts: the others, Holm-corrected together.
+        margin: a difference within ± this counts as none (in units of the metric: 0.02 is two points).
+        made: date, commit, machine, versions: what the report says of itself.
+    """
+
+    name: str
+    question: str
+    arms: Mapping[str, str]
+    cells: Sequence[Cell]
+    primary: Contrast | None = None
+    contrasts: Sequence[Contrast] = ()
+    margin: float = 0.02
+    made: Mapping[str, str] = field(default_factory=dict)
