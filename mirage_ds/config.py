@@ -17,6 +17,9 @@ from mirage_ds.errors import UserError, reason, shown
 
 Stage = Literal["sft", "stage1", "stage2"]
 FeatureCache = Literal["all", "targets", "off"]
+Compress = Literal["average", "grid", "random", "first"]
+Slots = Literal["latents", "pause", "marks", "auxiliary"]
+LatentLoss = Literal["cosine", "l2"]
 
 # The public code trains at micro-batch 1; the paper's batch is 8 rows an optimizer step.
 PAPER_BATCH = 8
@@ -49,8 +52,24 @@ class RunConfig(BaseModel):
     stage: Stage = Field(description="sft (text only), stage1 (latents grounded in the helper), stage2 (own latents).")
     task: str | None = Field(None, description="Task of the records, for the log and the evaluation.")
     latent_size: PositiveInt = Field(4, description="k, latent tokens a run.")
-    compress_strategy: Literal["average"] = Field(
-        "average", description="How stage 1 compresses the helper's features to k targets."
+    slots: Slots | None = Field(
+        None,
+        description="What stands where the helper stood. sft: nothing, k pause tokens, or the two marks alone; stage1: "
+        "latents, or auxiliary ones that the answer does not attend to; stage2: latents. [default: nothing or latents]",
+    )
+    compress_strategy: Compress = Field(
+        "average",
+        description="How stage 1 compresses the helper's features to k targets: means of bands in raster order (the "
+        "paper's), of blocks of a grid, of groups drawn at random, or the first k features.",
+    )
+    latent_loss: LatentLoss = Field(
+        "cosine", description="How stage 1 measures a latent against its target: 1 − cosine, or mean squared distance."
+    )
+    detach_latents: bool = Field(False, description="stage2 without gradient through the states that are fed back.")
+    train_targets: bool = Field(
+        False,
+        description="stage1 with --train_vision: the answer's loss also trains the tower through the targets that "
+        "stand as inputs; the latents' own loss never does.",
     )
     train_vision: bool = Field(False, description="Train the vision tower too (frozen otherwise).")
 
@@ -204,6 +223,13 @@ class RunConfig(BaseModel):
                 f"--train_vision changes the features that --feature_cache {self.feature_cache} would keep: use "
                 "--feature_cache off, or leave it out"
             )
+        allowed = {"sft": ("pause", "marks"), "stage1": ("latents", "auxiliary"), "stage2": ("latents",)}[self.stage]
+        if self.slots and self.slots not in allowed:
+            raise ValueError(f"--slots {self.slots} is not of --stage {self.stage}, which has {', '.join(allowed)}")
+        if self.train_targets and not (self.train_vision and self.stage == "stage1"):
+            raise ValueError("--train_targets trains the tower of stage1: add --train_vision and --stage stage1")
+        if self.detach_latents and self.stage != "stage2":
+            raise ValueError(f"--detach_latents is of --stage stage2: no state is fed back in {self.stage}")
         if self.resume == "auto" and self.overwrite:
             raise ValueError("--resume auto continues a run and --overwrite starts it over: give one of them")
         if self.latent_size > self.max_length:
@@ -253,6 +279,16 @@ class RunConfig(BaseModel):
     def features_folder(self) -> Path:
         """Where kept features lie."""
         return self.feature_dir or cache_folder(self.cache_dir) / "features"
+
+    def passes(self, most_runs: int) -> int:
+        """Passes of the forward, the same for every micro-batch of the run (see data.pack.schedule).
+
+        Args:
+            most_runs: latent runs of the row that has most.
+        """
+        if self.stage == "stage2":
+            return most_runs * self.latent_size + 1
+        return 2 if self.slots == "auxiliary" else 1
 
     @property
     def gamma(self) -> float:

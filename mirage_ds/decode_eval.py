@@ -37,6 +37,7 @@ def prompt_of(sample: Sample) -> Sample:
         runs=(),
         helper_pixel_values=sample.helper_pixel_values[:0],
         helper_grid_thw=sample.helper_grid_thw[:0],
+        helper_groups=sample.helper_groups[:0],
         helper_features=None,
     )
 
@@ -89,7 +90,11 @@ def decode_rows(
             try:
                 if part:
                     samples = [_prompt_at(rows, chosen[i]) for i in part]
-                    answers = decode_samples(model, sees, rows.encoder, samples, limits, latents, asked=asked)
+                    answers = decode_samples(
+                        *(model, sees, rows.encoder, samples, limits, latents),
+                        asked=asked,
+                        slots=rows.encoder.slots,
+                    )
                     made += zip(part, answers, strict=True)
             except Stopped:
                 pass

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from mirage_ds.config import Slots
 from mirage_ds.data.batch import collate, to_device
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder, Sample
 from mirage_ds.data.load import load_encoder, load_tokenizer
@@ -32,7 +33,7 @@ from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Generated, Limits, generate, greedy, latent_tokens, sampler
+from mirage_ds.model.generate import Generated, Limits, Pause, generate, greedy, latent_tokens, sampler
 from mirage_ds.model.load import Loaded, load_model, read_config, resolve_folder, safetensors_of
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run_folder import versions
@@ -75,6 +76,30 @@ class Decoder:
     loaded: Loaded
     encoder: Encoder
     latents: bool
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """What the folder says of its training: stage, latent_size, slots, compress_strategy; empty if nothing."""
+        return getattr(self.loaded.config, TRAINED_KEY, None) or {}
+
+
+def slots_fed(slots: Slots | None, k: int | None) -> int | None:
+    """Return how many slots a run has in decoding, of k in training: none where the answer never saw one."""
+    return 0 if slots in ("marks", "auxiliary") else k
+
+
+def need_latents(decoder: Decoder) -> None:
+    """Refuse a model that was trained without latents that its answers see.
+
+    Raises:
+        UserError: what it was trained on, and what scores it.
+    """
+    slots = decoder.trained.get("slots") or "latents"
+    if slots != "latents":
+        raise UserError(
+            f"{decoder.folder} was trained with --slots {slots}: its answers see no latents that could be replaced or "
+            "looked at; `mirage-ds evaluate` scores it"
+        )
 
 
 def load_decoder(
@@ -122,8 +147,8 @@ def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: 
     run early by itself is accident; the trained length is the sane default.
     """
     if run_length == "trained":
-        known = getattr(decoder.loaded.config, TRAINED_KEY, None) or {}
-        return Limits(new_tokens, longest_run, known.get("latent_size"))
+        known = decoder.trained
+        return Limits(new_tokens, longest_run, slots_fed(known.get("slots"), known.get("latent_size")))
     if run_length == "model":
         return Limits(new_tokens, longest_run, None)
     if not run_length.isdecimal():
@@ -154,6 +179,7 @@ def decode_samples(
     decoding: Decoding = "greedy",
     seed: int = 42,
     asked: Callable[[], bool] = never,
+    slots: Slots | None = None,
 ) -> list[Answer]:
     """Answer a batch of prompts.
 
@@ -163,6 +189,7 @@ def decode_samples(
             the rows beside it.
         latents: whether the model may open latent runs.
         asked: whether somebody wants this process to stop; looked at before each token.
+        slots: what the model was trained with, as config.RunConfig.slots.
 
     Raises:
         Stopped: somebody does.
@@ -181,7 +208,8 @@ def decode_samples(
             raise Stopped
         return choose(logits, step)
 
-    return [answer_of(row, encoder) for row in generate(model, batch, tokens, limits, choose_or_stop)]
+    fed = Pause(model, tokens.pad) if slots == "pause" else None
+    return [answer_of(row, encoder) for row in generate(model, batch, tokens, limits, choose_or_stop, latents=fed)]
 
 
 def decode(
@@ -194,7 +222,10 @@ def decode(
     """Answer a batch of prompts with a loaded folder; see decode_samples."""
     loaded = decoder.loaded
     assert loaded.tower is not None
-    return decode_samples(loaded.model, loaded.tower, decoder.encoder, samples, limits, decoder.latents, decoding, seed)
+    return decode_samples(
+        *(loaded.model, loaded.tower, decoder.encoder, samples, limits, decoder.latents, decoding, seed),
+        slots=decoder.trained.get("slots"),
+    )
 
 
 def answer_records(
@@ -305,6 +336,7 @@ def settings_of(
         # None: the model decides.
         "run_length": limits.fixed_run,
         "latents": decoder.latents,
+        "slots": decoder.trained.get("slots"),
         "min_pixels": int(images.size["shortest_edge"]),
         "max_pixels": int(images.size["longest_edge"]),
         "batch_size": batch_size,

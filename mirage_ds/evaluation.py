@@ -10,6 +10,7 @@ from mirage_ds.decode_eval import BATCH, decode_rows, record_at, scored
 from mirage_ds.draw_eval import draw_rows, rows_to_draw
 from mirage_ds.engine.setup import from_rank_zero
 from mirage_ds.engine.whole import check_room
+from mirage_ds.evaluate import slots_fed
 from mirage_ds.inspect_latents.live import need_matplotlib
 from mirage_ds.model.generate import Limits
 from mirage_ds.monitor import Monitor
@@ -98,8 +99,8 @@ class Evaluator:
                 rows,
                 self.chosen,
                 # Every run has the length of training, as `mirage-ds evaluate` has it.
-                Limits(config.eval_new_tokens, longest_run=k, fixed_run=k),
-                latents=config.stage != "sft",
+                Limits(config.eval_new_tokens, longest_run=k, fixed_run=slots_fed(config.slots, k)),
+                latents=config.stage != "sft" or config.slots is not None,
                 world=prepared.world,
                 asked=self.asked,
                 where=self.where,

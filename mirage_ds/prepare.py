@@ -150,6 +150,8 @@ def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
         (config.min_pixels, config.max_pixels),
         (config.helper_min_pixels, config.helper_max_pixels),
         config.cache_dir,
+        config.slots,
+        config.compress_strategy,
     )
     check_vocabulary(read_config(folders[0]), {t: encoder.id_of(t) for t in (*LATENT_TOKENS, IMAGE_PAD)})
     return encoder
@@ -332,6 +334,9 @@ def make_model(
         train_vision=config.train_vision,
         reduction=config.reduction,
         loss_chunk_bytes=config.loss_chunk_mb << 20,
+        latent_loss=config.latent_loss,
+        detach_latents=config.detach_latents,
+        train_targets=config.train_targets,
         ds_config=ds_values,
     )
 
@@ -401,6 +406,10 @@ def prepare(
         world_size=world.size,
         stage=config.stage,
         latent_size=config.latent_size,
+        latents=[
+            *(config.slots, config.compress_strategy, config.latent_loss),
+            *(config.detach_latents, config.train_targets),
+        ],
         data=index.rows.source,
         rows=usable_rows(index),
         rows_per_step=config.rows_per_step,
@@ -435,7 +444,7 @@ def prepare(
     loaded = make_model(config, folders[0], ds_values, world.device, tower)
     # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
     most_runs = max(int(one.index.runs.max()) for one in measured)
-    passes = most_runs * config.latent_size + 1 if config.stage == "stage2" else 1
+    passes = config.passes(most_runs)
     loader, *others = [make_loader(config, one, world.rank, passes) for one in measured]
     evaluation = make_evaluation(config, others[0], measured[1].index) if others else None
     begin("engine")
@@ -450,7 +459,12 @@ def prepare(
         check_same(checkpoint.place, resumed.get("kept", {}), kept)
     state["kept"] = kept
 
-    trained = {"stage": config.stage, "latent_size": config.latent_size}
+    trained = {
+        "stage": config.stage,
+        "latent_size": config.latent_size,
+        "slots": config.slots,
+        "compress_strategy": config.compress_strategy,
+    }
 
     def save(
         folder: Path = config.save_model_path, step: int = steps, scores: Mapping[str, float] | None = None

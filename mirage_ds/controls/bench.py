@@ -95,7 +95,7 @@ class Bench:
 
     def batch(self, samples: Sequence[Sample], passes: int = 1) -> Batch:
         """Pack rows, with the features of their images."""
-        packed = collate(samples, passes, self.encoder.dummy(0), self.encoder.images.merge_size)
+        packed = collate(samples, passes, self.encoder.dummy(0))
         return self.tower.attach(to_device(packed, self.device))
 
     @torch.no_grad()
@@ -135,4 +135,5 @@ def _seen(sample: Sample, features: torch.Tensor) -> Sample:
         pixel_values=sample.pixel_values[:0],
         helper_pixel_values=sample.helper_pixel_values[:0],
         helper_grid_thw=sample.helper_grid_thw[:0],
+        helper_groups=sample.helper_groups[:0],
     )

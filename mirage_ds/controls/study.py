@@ -15,7 +15,7 @@ from mirage_ds.controls.run import Track, run_conditions
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import scan
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import Decoder
+from mirage_ds.evaluate import Decoder, need_latents
 from mirage_ds.model.generate import Limits, latent_tokens
 from mirage_ds.scoring import Answer, marks, task_of
 
@@ -53,6 +53,7 @@ def study(
     Raises:
         UserError: an open run length, a fault in a record, or a condition that cannot be made of these records.
     """
+    need_latents(decoder)
     k = limits.fixed_run
     if not k:
         raise UserError(
@@ -69,7 +70,9 @@ def study(
     folders = [str(decoder.folder)] + ([str(processor)] if processor else [])
     images: Any = decoder.encoder.images
     pixels = images.size["shortest_edge"], images.size["longest_edge"]
-    helpers = load_encoder(folders, decoder.encoder.finder, "stage1", k, pixels, wanted.helper_pixels)
+    compress = decoder.trained.get("compress_strategy", "average")
+    finder = decoder.encoder.finder
+    helpers = load_encoder(folders, finder, "stage1", k, pixels, wanted.helper_pixels, compress=compress)
     assert decoder.loaded.tower is not None
     bench = Bench(
         decoder.loaded.model,

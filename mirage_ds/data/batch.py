@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from mirage_ds.data.encode import IGNORE, Sample
-from mirage_ds.data.pack import PassPlan, schedule
+from mirage_ds.data.pack import PassPlan, schedule, schedule_auxiliary
+from mirage_ds.data.pool import DROPPED
 
 Tree = TypeVar("Tree")
 
@@ -22,7 +23,8 @@ class Pass(NamedTuple):
     """One pass of the forward, on tensors (see pack.PassPlan).
 
     Attributes:
-        tokens: (Tq,) packed indices; first: (Nq,) where each sample begins in them; sources: (Nq,) or empty.
+        tokens: (Tq,) packed indices; first: (Nq,) where each sample begins in them; sources: (Nq,) what is fed back
+            there, empty where nothing is.
         keys: (Tk,) order of the visible keys; cu_q, cu_k: (Nq + 1,) int32 cumulative lengths; max_q, max_k: longest.
         labelled: (Mj,) places in `tokens` whose next token is a label.
     """
@@ -80,18 +82,6 @@ class Batch(NamedTuple):
     passes: tuple[Pass, ...]
 
 
-def pool_groups(features: int, k: int) -> tuple[np.ndarray, int]:
-    """Assign a helper's merged features to its k targets: contiguous groups in raster order.
-
-    The last `features mod k` are dropped, as the public code does.
-
-    Returns:
-        (features // k · k,) group of each kept feature, and the size of a group.
-    """
-    size = features // k
-    return np.repeat(np.arange(k), size), size
-
-
 def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
@@ -111,18 +101,18 @@ def _pass(plan: PassPlan, predicts: np.ndarray) -> Pass:
     )
 
 
-def collate(samples: Sequence[Sample], passes: int, dummy: Sample, merge: int = 2) -> Batch:
+def collate(samples: Sequence[Sample], passes: int, dummy: Sample, auxiliary: bool = False) -> Batch:
     """Pack Samples into one Batch.
 
     Args:
-        passes: passes of every micro-batch of this run: most latent runs · k + 1 in stage2, otherwise 1.
+        passes: passes of every micro-batch of this run (RunConfig.passes).
         dummy: row of weight zero (Encoder.dummy), appended where some pass would find no token.
-        merge: patches a side that become one feature.
+        auxiliary: the answer does not attend to the latents.
     """
     packed = list(samples)
-    recurrent = passes > 1
+    recurrent = passes > 1 and not auxiliary
     deepest = max((sum(k for _, k in sample.runs) for sample in packed), default=-1)
-    if not packed or (recurrent and deepest + 1 < passes):
+    if not packed or (recurrent and deepest + 1 < passes) or (auxiliary and deepest < 1):
         packed.append(dummy)
     lengths = [len(sample.input_ids) for sample in packed]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -131,14 +121,17 @@ def collate(samples: Sequence[Sample], passes: int, dummy: Sample, merge: int = 
     predicts = np.zeros(len(labels), dtype=bool)
     predicts[:-1] = labels[1:] != IGNORE
     predicts[starts[1:-1] - 1] = False
-    plans = schedule(lengths, [sample.runs if recurrent else () for sample in packed], passes)
+    if auxiliary:
+        plans = schedule_auxiliary(lengths, [sample.runs for sample in packed])
+    else:
+        plans = schedule(lengths, [sample.runs if recurrent else () for sample in packed], passes)
     made = tuple(_pass(plan, predicts) for plan in plans)
     labelled = np.concatenate([plan.tokens[one.labelled.numpy()] for plan, one in zip(plans, made, strict=True)])
     sample_of = np.repeat(np.arange(len(packed)), lengths)
     runs = [(number, start, k) for number, sample in enumerate(packed) for start, k in sample.runs]
     latents = [starts[number] + start + np.arange(k) for number, start, k in runs]
     latent_samples = [np.full(k, number) for number, _, k in runs]
-    pools = _pools(packed, merge)
+    pools = _pools(packed)
     return Batch(
         rows=torch.tensor([sample.row for sample in packed]),
         weight=torch.tensor([float(sample.row >= 0) for sample in packed]),
@@ -177,19 +170,18 @@ def _indices(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64))
 
 
-def _pools(samples: Sequence[Sample], merge: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _pools(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Build the pooling indices of all helpers; one helper a latent run, in order."""
     sources, targets, sizes = [], [], []
     feature = latent = 0
     for sample in samples:
-        for grid, (_, k) in zip(sample.helper_grid_thw.tolist(), sample.runs, strict=False):
-            count = grid[0] * grid[1] * grid[2] // merge**2
-            groups, size = pool_groups(count, k)
-            sources.append(feature + np.arange(len(groups)))
-            targets.append(latent + groups)
-            sizes.append(np.full(k, size))
-            feature += count
-            latent += k
+        groups = sample.helper_groups.numpy()
+        kept = np.flatnonzero(groups != DROPPED)
+        sources.append(feature + kept)
+        targets.append(latent + groups[kept])
+        sizes.append(np.bincount(groups[kept]))
+        feature += len(groups)
+        latent += len(sizes[-1])
     return _indices(sources), _indices(targets), _indices(sizes)
 
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from mirage_ds.config import Stage
+from mirage_ds.config import Compress, Slots, Stage
+from mirage_ds.data.pool import grid_sides, pool_groups
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, ImageFinder, Record, RecordError
 from mirage_ds.errors import UserError
 
@@ -55,6 +56,8 @@ class Sample(NamedTuple):
         pixel_values: (P, 1176) float32; image_grid_thw: (n, 3) int64, in patches.
         runs: the latent runs as (first latent's position, k).
         helper_pixel_values, helper_grid_thw: the same for the helper images (stage1 only, else empty).
+        helper_groups: (F,) int64, the latent of the row that each merged feature of the helpers is averaged into (see
+            pool.pool_groups; runs counted on); empty where there are no helpers.
         image_features, helper_features: (F, H) where the frozen tower's features were kept; then there are no pixels.
     """
 
@@ -68,6 +71,7 @@ class Sample(NamedTuple):
     runs: tuple[tuple[int, int], ...]
     helper_pixel_values: torch.Tensor
     helper_grid_thw: torch.Tensor
+    helper_groups: torch.Tensor
     image_features: torch.Tensor | None = None
     helper_features: torch.Tensor | None = None
 
@@ -144,6 +148,8 @@ class Encoder:
         finder: finds image files.
         stage: sft drops the latents; only stage1 reads the helper images.
         latent_size: k.
+        slots: what stands where the helper stood, as config.RunConfig.slots.
+        compress: how the helper's features become k targets.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -152,6 +158,8 @@ class Encoder:
     finder: ImageFinder
     stage: Stage
     latent_size: int
+    slots: Slots | None = None
+    compress: Compress = "average"
 
     @cached_property
     def special_tokens(self) -> list[str]:
@@ -181,6 +189,16 @@ class Encoder:
         return made
 
     @property
+    def _bare(self) -> bool:
+        """Nothing stands where the helper stood."""
+        return self.stage == "sft" and self.slots is None
+
+    @property
+    def auxiliary(self) -> bool:
+        """Whether the answer does not attend to the latents."""
+        return self.slots == "auxiliary"
+
+    @property
     def _grounded(self) -> bool:
         return self.stage == "stage1"
 
@@ -205,6 +223,10 @@ class Encoder:
     def _merged(self, grid: Grid) -> int:
         return grid[0] * grid[1] * grid[2] // self.images.merge_size**2
 
+    def _sides(self, grid: Grid) -> tuple[int, int]:
+        """Rows and columns of an image's merged features."""
+        return grid[1] // self.images.merge_size, grid[2] // self.images.merge_size
+
     def _prompt(self, record: Record) -> str:
         """Write the user turn and the head of the answer's turn."""
         parts = record.text_input.split(IMAGE_MARK)
@@ -220,10 +242,10 @@ class Encoder:
     def _text(self, record: Record) -> str:
         """Write the whole row."""
         answer = record.text_output
-        if self.stage == "sft":
+        if self._bare:
             latents = ""
         else:
-            latents = LATENT_START + LATENT_PAD * self.latent_size + LATENT_END
+            latents = LATENT_START + LATENT_PAD * (0 if self.slots == "marks" else self.latent_size) + LATENT_END
             if HELPER_MARK not in answer and record.image_output:
                 answer = HELPER_MARK + answer
         answer = answer.replace(HELPER_MARK, latents)
@@ -235,8 +257,8 @@ class Encoder:
         Returns:
             The record, and special token → its character (empty where there is none, as in almost every record).
         """
-        # sft leaves the marks out, and what stood on both sides of one may then spell a token.
-        answer = record.text_output.replace(HELPER_MARK, "") if self.stage == "sft" else record.text_output
+        # Without slots the marks are left out, and what stood on both sides of one may then spell a token.
+        answer = record.text_output.replace(HELPER_MARK, "") if self._bare else record.text_output
         texts = record.text_input, answer
         spelt = {token for text in texts for token in self._special.findall(text)}
         if not spelt:
@@ -284,6 +306,14 @@ class Encoder:
                         f"{self.latent_size}",
                         "raise --helper_min_pixels or lower --latent_size",
                     )
+                if self.compress == "grid" and grid_sides(*self._sides(grid), self.latent_size) is None:
+                    rows, columns = self._sides(grid)
+                    raise record.fault(
+                        "image_output",
+                        f"helper {path} has {rows} × {columns} merged tokens, which cannot be cut into "
+                        f"{self.latent_size} blocks",
+                        "choose another --latent_size, or --compress_strategy average",
+                    )
                 helper_grids.append(grid)
         pieces = text.split(IMAGE_PAD)
         expanded = pieces[0] + "".join(
@@ -319,7 +349,7 @@ class Encoder:
         return Measure(
             tokens=len(layout.input_ids),
             labels=len(layout.input_ids) - layout.answer_start - pads,
-            runs=pads // self.latent_size,
+            runs=0 if self.stage == "sft" else pads // self.latent_size,
             images=tuple(self._merged(grid) for grid in layout.grids),
             helpers=tuple(self._merged(grid) for grid in layout.helper_grids),
         )
@@ -390,22 +420,35 @@ class Encoder:
         labels = ids.copy()
         labels[: layout.answer_start] = IGNORE
         labels[ids == pad] = IGNORE
-        starts = np.flatnonzero(ids == self.id_of(LATENT_START)) + 1
+        # Pause tokens and bare marks are ordinary text.
+        starts = np.flatnonzero((ids == self.id_of(LATENT_START)) & (self.stage != "sft")) + 1
         pixels, grids = self._images(self.images, record, "image_input", layout.grids, image_features)
         expected = layout.helper_grids if helpers else []
         helper_pixels, helper_grids = self._images(self.helpers, record, "image_output", expected, helper_features)
         image_pad = self.id_of(IMAGE_PAD)
+        positions = mrope_positions(ids, layout.grids, image_pad, self.images.merge_size)
+        if self.auxiliary:
+            # What follows a run stands where it would without it; another run's latents are not there either.
+            earlier = np.cumsum(ids == pad)
+            positions -= np.where(ids == pad, (earlier - 1) // self.latent_size * self.latent_size, earlier)
+        groups = [
+            run * self.latent_size * (own >= 0) + own
+            for run, own in enumerate(
+                pool_groups(*self._sides(grid), self.latent_size, self.compress) for grid in expected
+            )
+        ]
         return Sample(
             row=row,
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
-            position_ids=torch.from_numpy(mrope_positions(ids, layout.grids, image_pad, self.images.merge_size)),
+            position_ids=torch.from_numpy(positions),
             image_positions=torch.from_numpy(np.flatnonzero(ids == image_pad)),
             pixel_values=pixels,
             image_grid_thw=grids,
             runs=tuple((int(start), self.latent_size) for start in starts),
             helper_pixel_values=helper_pixels,
             helper_grid_thw=helper_grids,
+            helper_groups=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *groups])),
             image_features=image_features,
             helper_features=helper_features,
         )
@@ -463,4 +506,5 @@ class Encoder:
             runs=tuple((1 + run * self.latent_size, self.latent_size) for run in range(runs)),
             helper_pixel_values=none,
             helper_grid_thw=no_grid,
+            helper_groups=torch.empty(0, dtype=torch.int64),
         )

@@ -479,6 +479,9 @@ def key_of(files: Sequence[Path], hashes: Sequence[str], encoder: Encoder, keep:
         helpers=_settings(encoder.helpers),
         stage=encoder.stage,
         latent_size=encoder.latent_size,
+        slots=encoder.slots,
+        # It refuses what cannot be pooled; which feature goes where is no part of the index.
+        compress=encoder.compress,
         keep=sorted(keep),
         # The first looks beside the records, the last in the working directory, which rarely decides anything.
         folders=[str(folder) for folder in finder.folders[1:-1]],

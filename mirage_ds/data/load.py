@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mirage_ds.config import Stage
+from mirage_ds.config import Compress, Slots, Stage
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.record import ImageFinder
 from mirage_ds.errors import UserError, reason
@@ -59,6 +59,8 @@ def load_encoder(
     pixels: tuple[int | None, int | None] = (None, None),
     helper_pixels: tuple[int | None, int | None] = (None, None),
     cache_dir: Path | None = None,
+    slots: Slots | None = None,
+    compress: Compress = "average",
 ) -> Encoder:
     """Build the encoder from model folders (or hub ids), the first that has a part giving it.
 
@@ -66,6 +68,7 @@ def load_encoder(
         folders: e.g. the --load_model_path, then the --model: the public code saves no image processor, so a stage-1
             folder of its making takes the base model's.
         pixels, helper_pixels: (min, max) pixels of input and of helper images; None keeps the processor's own.
+        slots, compress: see Encoder.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -90,6 +93,8 @@ def load_encoder(
         finder=finder,
         stage=stage,
         latent_size=latent_size,
+        slots=slots,
+        compress=compress,
     )
 
 

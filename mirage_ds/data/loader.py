@@ -342,8 +342,8 @@ class Loader:
         self.planner = planner
         self.rank = rank
         self.workers = workers
-        dummy = encoder.dummy((passes - 1) // encoder.latent_size)
-        make = partial(collate, passes=passes, dummy=dummy, merge=encoder.images.merge_size)
+        dummy = encoder.dummy(1 if encoder.auxiliary else (passes - 1) // encoder.latent_size)
+        make = partial(collate, passes=passes, dummy=dummy, auxiliary=encoder.auxiliary)
         self.collate = partial(_collate, make=make)
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[StepPlan, Iterator[Batch]]]:

@@ -407,7 +407,7 @@ class PassPlan(NamedTuple):
         keys: for each sample its keys in order, as indices into the keys of passes 0 … this one, concatenated in the
             order in which the passes made them.
         sources: for each sample, the place in the previous pass's tokens whose final hidden state is the input of its
-            first token here (a latent); empty in pass 0.
+            first token here (a latent); empty in pass 0, and where nothing is fed back.
     """
 
     tokens: np.ndarray
@@ -467,3 +467,39 @@ def schedule(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]], 
         )
         before = tokens
     return plans
+
+
+def schedule_auxiliary(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]]) -> list[PassPlan]:
+    """Plan the two passes of stage 1 whose answer does not attend to the latents.
+
+    Pass 0 runs all tokens but the latents; pass 1 the latents, each run a sequence of its own that sees the tokens
+    before it and itself, but no other run. Nothing is fed back: latents are given their targets.
+
+    Args:
+        lengths: tokens of each sample; runs: the latent runs of each as (p, k), at least one in the micro-batch.
+    """
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    is_latent = np.zeros(int(starts[-1]), dtype=bool)
+    spans = [(int(starts[sample]), int(starts[sample]) + p, k) for sample, own in enumerate(runs) for p, k in own]
+    for _, at, k in spans:
+        is_latent[at : at + k] = True
+    text, latents = np.flatnonzero(~is_latent), np.flatnonzero(is_latent)
+    place_of = np.empty(len(is_latent), dtype=np.int64)
+    place_of[np.concatenate([text, latents])] = np.arange(len(is_latent))
+    sample_of = np.repeat(np.arange(len(lengths)), lengths)
+    counts = np.bincount(sample_of[text], minlength=len(lengths))
+    none = np.empty(0, dtype=np.int64)
+    visible = []
+    for begin, at, k in spans:
+        before = np.arange(begin, at)
+        visible.append(np.concatenate([before[~is_latent[before]], np.arange(at, at + k)]))
+    return [
+        PassPlan(text, counts.tolist(), counts.tolist(), place_of[text], none),
+        PassPlan(
+            tokens=latents,
+            query_lengths=[k for _, _, k in spans],
+            key_lengths=[len(one) for one in visible],
+            keys=place_of[np.concatenate(visible)],
+            sources=none,
+        ),
+    ]

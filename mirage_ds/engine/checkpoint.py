@@ -37,6 +37,7 @@ CONVERTIBLE = (1, 2, 3)
 MUST_AGREE = {
     "stage": "--stage",
     "latent_size": "--latent_size",
+    "latents": "--slots, --compress_strategy, --latent_loss, --detach_latents, --train_targets",
     "data": "content of --data_path (SHA-256)",
     "rows": "number of usable rows (--max_length, --max_pixels)",
     "rows_per_step": "--global_batch_size",

@@ -88,9 +88,9 @@ def gather(
             if inputs:
                 features.append(_some(thought.images.float().cpu())[:few])
             if len(thought.images) >= k:
-                images.append(measure.targets(thought.images, k).cpu())
+                images.append(measure.targets(thought.images, k, len(thought.images)).cpu())
             if own:
-                helpers.append(measure.targets(own[0].features, k).cpu())
+                helpers.append(measure.targets(own[0].features, k, own[0].columns, encoder.compress).cpu())
                 helper_features.append(_some(own[0].features.float().cpu())[:few])
             words |= set(thought.ids.tolist())
     special = set(encoder.tokenizer.all_special_ids)

@@ -155,7 +155,11 @@ def look(
         .norm(dim=-1)
         .cpu(),
         feature_norms=thought.images.float().norm(dim=-1).cpu(),
-        to_targets=measure.cosines(latents, measure.targets(helper.features, k)).cpu() if helper else None,
+        to_targets=(
+            measure.cosines(latents, measure.targets(helper.features, k, helper.columns, encoder.compress)).cpu()
+            if helper
+            else None
+        ),
         attention=probabilities[..., start : start + k],
         shares=_shares(encoder, thought, run, probabilities),
         uniform=float((k / (queries + 1).float()).mean()),

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from mirage_ds.data.batch import pool_groups
+from mirage_ds.config import Compress
+from mirage_ds.data.pool import DROPPED, pool_groups
 
 
 class Words(NamedTuple):
@@ -66,10 +67,12 @@ def lens(latents: torch.Tensor, matrix: torch.Tensor, count: int) -> Words:
     return Words(ids, scores)
 
 
-def targets(features: torch.Tensor, k: int) -> torch.Tensor:
-    """Average a helper's features (F, H) into k targets (k, H), as stage 1 does."""
-    groups, size = pool_groups(len(features), k)
-    return features[: len(groups)].float().view(k, size, -1).mean(1)
+def targets(features: torch.Tensor, k: int, columns: int, compress: Compress = "average") -> torch.Tensor:
+    """Average a helper's features (F, H), in rows of so many columns, into k targets (k, H), as stage 1 does."""
+    groups = torch.from_numpy(pool_groups(len(features) // columns, columns, k, compress)).to(features.device)
+    kept = groups != DROPPED
+    sums = torch.zeros(k, features.shape[1], device=features.device).index_add(0, groups[kept], features[kept].float())
+    return sums / groups[kept].bincount()[:, None]
 
 
 def components(vectors: torch.Tensor, count: int = 2) -> Components:

@@ -113,7 +113,7 @@ def _batch(
     model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samples: Sequence[Sample], passes: int
 ) -> Batch:
     device = next(model.parameters()).device
-    batch = to_device(collate(samples, passes, encoder.dummy(0), encoder.images.merge_size), device)
+    batch = to_device(collate(samples, passes, encoder.dummy(0)), device)
     if batch.image_features is not None:
         return batch
     return batch._replace(image_features=features(model, tower, batch.pixel_values, batch.image_grid_thw))

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import ImageFinder, Record, RecordError, scan
-from mirage_ds.engine.export import TRAINED_KEY
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import Decoder, load_decoder
+from mirage_ds.evaluate import Decoder, load_decoder, need_latents
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.inspect_latents.corpus import Corpus, Track, gather, project, readings
 from mirage_ds.inspect_latents.live import drawings, looks, need_matplotlib
@@ -48,8 +47,7 @@ def trained_length(decoder: Decoder, given: int | None) -> int:
     Raises:
         UserError: the folder does not say.
     """
-    known = getattr(decoder.loaded.config, TRAINED_KEY, None) or {}
-    k = given or known.get("latent_size")
+    k = given or decoder.trained.get("latent_size")
     if k is None:
         raise UserError(
             f"{decoder.folder}/config.json does not say how many latents it was trained with; --latent_size"
@@ -210,9 +208,11 @@ def inspect_file(
         raise UserError(f"{file}: no record has a latent run; give records with helper images, or with marks for them")
     finder = ImageFinder.beside(file, image_root)
     decoder = load_decoder(folder, finder, processor, pixels=pixels)
+    need_latents(decoder)
     k = trained_length(decoder, latent_size)
     folders = [str(decoder.folder), *([str(processor)] if processor else [])]
-    encoder = load_encoder(folders, finder, "stage2", k, pixels, helper_pixels)
+    compress = decoder.trained.get("compress_strategy", "average")
+    encoder = load_encoder(folders, finder, "stage2", k, pixels, helper_pixels, compress=compress)
     limits = None if own is None else replace(own, fixed_run=k)
     try:
         with whole_folder(out) as work:

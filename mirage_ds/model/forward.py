@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mirage_ds.config import LatentLoss
 from mirage_ds.data.batch import Batch
 from mirage_ds.model.latents import compress, grounding, in_order, run_passes
 from mirage_ds.model.loss import LossHead, LossSums, label_scales, loss_sums
@@ -47,6 +48,9 @@ class MirageModel(nn.Module):
         reduction: "sample" or "token" (see loss.LossSums).
         attention: back end, resolved by attention.choose_backend.
         checkpointing: recompute layers in backward.
+        latent_loss: how stage1 measures a latent against its target.
+        detach_latents: no gradient through the states that stage2 feeds back.
+        train_targets: stage1's cross-entropy also reaches a trained tower through the targets that stand as inputs.
     """
 
     def __init__(
@@ -58,6 +62,9 @@ class MirageModel(nn.Module):
         reduction: str,
         attention: str,
         checkpointing: bool,
+        latent_loss: LatentLoss = "cosine",
+        detach_latents: bool = False,
+        train_targets: bool = False,
     ):
         super().__init__()
         self.language_model: Any = language_model
@@ -67,6 +74,9 @@ class MirageModel(nn.Module):
         self.reduction = reduction
         self.attention = attention
         self.checkpointing = checkpointing
+        self.latent_loss: LatentLoss = latent_loss
+        self.detach_latents = detach_latents
+        self.train_targets = train_targets
 
     def forward(self, batch: Batch) -> LossSums:
         """Compute the sums of the micro-batch's losses."""
@@ -90,13 +100,18 @@ class MirageModel(nn.Module):
             targets = compress(helpers, batch).to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, batch.latents, targets)
         hidden = run_passes(
-            self.language_model, embeddings, batch.position_ids, batch.passes, self.attention, self.checkpointing
+            *(self.language_model, embeddings, batch.position_ids, batch.passes, self.attention, self.checkpointing),
+            detach=self.detach_latents,
         )
         labelled = torch.cat(
             [states.index_select(0, one.labelled) for states, one in zip(hidden, batch.passes, strict=True)]
         )
         total, ce = self.head(labelled, batch.targets, label_scales(batch, self.reduction))
-        distance = None if targets is None else grounding(hidden[0], targets, batch)
+        distance = None
+        if targets is not None:
+            states = hidden[0] if len(hidden) == 1 else in_order(hidden, batch.passes)
+            # Targets are what the hidden states are pulled towards: they must not move to meet them.
+            distance = grounding(states, targets.detach(), batch, self.latent_loss)
         return hidden, Traced(hidden[0], embeddings, total, ce, distance)
 
     def _features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +122,6 @@ class MirageModel(nn.Module):
         images = trained_features(self.visual, batch.pixel_values, batch.image_grid_thw)
         if not self.grounded:
             return images, images.new_empty(0)
-        with torch.no_grad():
-            # Targets are what the hidden states are pulled towards: they must not move to meet them.
+        with torch.set_grad_enabled(self.train_targets and torch.is_grad_enabled()):
             helpers = trained_features(self.visual, batch.helper_pixel_values, batch.helper_grid_thw)
         return images, helpers

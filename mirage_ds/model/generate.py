@@ -42,6 +42,21 @@ class Latents(Protocol):
         """
 
 
+class Pause:
+    """Feeds every slot the embedding of `<|latent_pad|>`: slots are ordinary tokens, as --slots pause trains them.
+
+    Args:
+        model: plain, not sharded.
+    """
+
+    def __init__(self, model: MirageModel, pad: int):
+        self.embedding = model.language_model.embed_tokens.weight[pad]
+
+    def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """See Latents."""
+        return self.embedding.to(own.dtype).expand_as(own)
+
+
 class LatentTokens(NamedTuple):
     """Ids of the three latent tokens, and of those that end an answer."""
 

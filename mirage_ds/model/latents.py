@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from mirage_ds.config import LatentLoss
 from mirage_ds.data.batch import Batch, Pass
 from mirage_ds.model.attention import Packed
 
@@ -21,7 +22,7 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def compress(features: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Average contiguous groups of each helper's features into its k targets (arXiv 2506.17218, equation 2).
+    """Average groups of each helper's features into its k targets (arXiv 2506.17218, equation 2; pool.pool_groups).
 
     Args:
         features: (F, H) merged visual features of all helpers.
@@ -35,17 +36,20 @@ def compress(features: torch.Tensor, batch: Batch) -> torch.Tensor:
     return (sums / size[:, None]).to(features.dtype)
 
 
-def grounding(hidden: torch.Tensor, targets: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Distance of the hidden state before each latent from the latent's target: 1 − cosine, in float32.
+def grounding(hidden: torch.Tensor, targets: torch.Tensor, batch: Batch, loss: LatentLoss) -> torch.Tensor:
+    """Distance of the hidden state before each latent from the latent's target, in float32.
 
     Args:
-        hidden: (T, H) final-norm hidden states of the single pass.
+        hidden: (T, H) final-norm hidden states, in the order of the packed batch.
         targets: (N_runs · k, H).
+        loss: 1 − cosine, or the mean over H of the squared difference.
 
     Returns:
         (N_runs · k,) float32.
     """
     before = hidden.index_select(0, batch.latents - 1)
+    if loss == "l2":
+        return (before.float() - targets.float()).square().mean(dim=-1)
     return 1 - functional.cosine_similarity(before.float(), targets.float(), dim=-1)
 
 
@@ -72,12 +76,13 @@ def run_passes(
     passes: Sequence[Pass],
     backend: str,
     checkpointing: bool,
+    detach: bool = False,
 ) -> list[torch.Tensor]:
     """Walk the decoder layers once a pass, each pass seeing the keys and values of all before it.
 
     The first token of a sample in pass j ≥ 1 is a latent: its input embedding is the final-norm hidden state of the
     position before it, from pass j − 1 (arXiv 2506.17218, equation 4). Nothing is detached: gradients run through the
-    fed-back states and through the keys and values.
+    fed-back states and through the keys and values. (In stage 1's auxiliary schedule no pass feeds anything back.)
 
     Args:
         language_model: transformers' text model (embed_tokens, layers, norm, rotary_emb).
@@ -87,6 +92,7 @@ def run_passes(
         backend: attention back end.
         checkpointing: recompute each layer call in backward, in every pass whatever its size: a pass of one token
             saves a copy of all earlier keys and values otherwise, and keeps every layer gathered under ZeRO-3.
+        detach: cut the gradient at the fed-back states; it still runs through keys and values.
 
     Returns:
         The final-norm hidden states of each pass, (Tq, H), in the order of its tokens.
@@ -97,8 +103,9 @@ def run_passes(
     reorder = len(passes) > 1
     for number, one in enumerate(passes):
         x = embeddings.index_select(0, one.tokens)
-        if number:
-            x = x.index_copy(0, one.first, hidden[-1].index_select(0, one.sources))
+        if len(one.sources):
+            fed = hidden[-1].index_select(0, one.sources)
+            x = x.index_copy(0, one.first, fed.detach() if detach else fed)
         rotary = (cos.index_select(1, one.tokens), sin.index_select(1, one.tokens))
         x = x[None]
         for layer, past in zip(language_model.layers, made, strict=True):

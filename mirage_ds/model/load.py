@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mirage_ds.config import Stage
+from mirage_ds.config import LatentLoss, Stage
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, register
 from mirage_ds.model.forward import MirageModel
@@ -209,6 +209,9 @@ def load_model(
     loss_chunk_bytes: int = 256 << 20,
     tower: FrozenTower | None = None,
     ds_config: dict[str, Any] | None = None,
+    latent_loss: LatentLoss = "cosine",
+    detach_latents: bool = False,
+    train_targets: bool = False,
 ) -> Loaded:
     """Load a checkpoint folder.
 
@@ -217,6 +220,7 @@ def load_model(
         tower: the frozen tower where it has been loaded already.
         ds_config: the resolved DeepSpeed configuration. Under ZeRO-3 the weights are then partitioned as they are
             read, so that no rank ever holds the whole model; None loads an ordinary module.
+        latent_loss, detach_latents, train_targets: see MirageModel.
 
     Raises:
         UserError: the folder is not a whole Qwen2.5-VL in safetensors, or the attention back end cannot run here.
@@ -251,5 +255,8 @@ def load_model(
         reduction=reduction,
         attention=backend,
         checkpointing=checkpointing,
+        latent_loss=latent_loss,
+        detach_latents=detach_latents,
+        train_targets=train_targets,
     )
     return Loaded(model.to(device) if ds_config is None else model, tower, config)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mirage_ds.data.batch import Batch, collate, pool_groups, to_device
+from mirage_ds.data.batch import Batch, collate, to_device
 from mirage_ds.data.encode import Sample
 
 IGNORE = -100
@@ -41,6 +41,14 @@ def make_sample(
         runs=runs,
         helper_pixel_values=torch.rand(helper_patches, 1176, generator=random),
         helper_grid_thw=torch.tensor([[1, 2 * h, 2 * w] for h, w in helpers], dtype=torch.int64).reshape(-1, 3),
+        helper_groups=torch.tensor(
+            [
+                run * k + place * k // (h * w // k * k) if place < h * w // k * k else -1
+                for run, ((h, w), (_, k)) in enumerate(zip(helpers, runs, strict=False))
+                for place in range(h * w)
+            ],
+            dtype=torch.int64,
+        ),
     )
 
 
@@ -155,14 +163,6 @@ def test_the_last_token_of_a_row_predicts_nothing_even_where_the_next_row_begins
     assert len(batch.targets) == int((first.labels != IGNORE).sum()) + len(second.labels) - 1
 
 
-@pytest.mark.parametrize(("features", "k"), [(9, 3), (10, 3), (11, 3), (4, 4), (7, 1), (5, 4)])
-def test_pool_groups_are_equal_contiguous_and_drop_the_remainder(features: int, k: int) -> None:
-    groups, size = pool_groups(features, k)
-    assert groups.tolist() == [group for group in range(k) for _ in range(features // k)]
-    assert size == features // k
-    assert len(groups) == features - features % k
-
-
 def test_pooled_targets_are_the_means_of_each_helpers_own_features() -> None:
     """Helpers of 9, 4 and 5 merged features, k = 3: the last 0, 1 and 2 are dropped."""
     batch = collate(THREE, 1, dummy(0, 3))
@@ -179,7 +179,8 @@ def test_pooled_targets_are_the_means_of_each_helpers_own_features() -> None:
 
 
 def test_rows_without_helpers_have_nothing_to_pool() -> None:
-    bare = [sample._replace(helper_grid_thw=torch.empty(0, 3, dtype=torch.int64)) for sample in THREE]
+    none = {"helper_grid_thw": torch.empty(0, 3, dtype=torch.int64), "helper_groups": torch.empty(0, dtype=torch.int64)}
+    bare = [sample._replace(**none) for sample in THREE]
     batch = collate(bare, 7, dummy(2, 3))
     assert len(batch.pool_from) == len(batch.pool_to) == len(batch.pool_size) == 0
     assert len(batch.latents) == 9

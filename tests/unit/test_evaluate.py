@@ -340,7 +340,7 @@ def test_a_broken_image_is_said_before_anything_is_decoded(
 
 
 def test_a_gpu_that_is_too_small_is_one_sentence(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(evaluate, "generate", full)
@@ -356,7 +356,7 @@ def test_a_report_holds_all_that_its_scores_follow_from(decoder: Decoder, nano: 
     settings = report["settings"]
     assert settings | {"min_pixels": 0, "max_pixels": 0} == dict(
         decoding="sampled", temperature=1.5, top_p=0.8, seed=5, max_new_tokens=6, longest_run=4, run_length=3,
-        latents=True, min_pixels=0, max_pixels=0, batch_size=2, ranks=1, device="cpu", dtype="float32",
+        latents=True, slots=None, min_pixels=0, max_pixels=0, batch_size=2, ranks=1, device="cpu", dtype="float32",
     )  # fmt: skip
     assert 0 < settings["min_pixels"] < settings["max_pixels"]
     sha = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in nano.glob("*.safetensors")}

@@ -52,7 +52,7 @@ def test_the_lens_is_the_softmax_of_the_head() -> None:
 def test_targets_are_means_of_neighbours_without_the_rest() -> None:
     features = drawn(11, 3)
     pairs = [features[0:2], features[2:4], features[4:6], features[6:8], features[8:10]]
-    torch.testing.assert_close(measure.targets(features, 5), torch.stack([(a + b) / 2 for a, b in pairs]))
+    torch.testing.assert_close(measure.targets(features, 5, columns=11), torch.stack([(a + b) / 2 for a, b in pairs]))
 
 
 @pytest.mark.parametrize("count", [40, 5])

@@ -191,7 +191,7 @@ def test_a_look_has_the_numbers_of_its_own_run(world: World) -> None:
     for row, column in ((0, 0), (1, 2), (3, 1)):
         slow = torch.cosine_similarity(latents, features[3 * row + column][None])
         torch.testing.assert_close(cosines[:, row, column].double(), slow, rtol=0, atol=1e-6)
-    means = targets(features, k).double()
+    means = targets(features, k, columns=3).double()
     slow = torch.stack([torch.cosine_similarity(latents[i][None], means) for i in range(k)])
     torch.testing.assert_close(found.to_targets.double(), slow, rtol=0, atol=1e-6)
 

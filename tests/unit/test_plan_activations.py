@@ -82,6 +82,10 @@ def sample(row: int, length: int, runs: tuple, hidden: int, dtype: torch.dtype, 
         image_positions=torch.arange(1, 1 + images), pixel_values=pixels, image_grid_thw=no_grid, runs=runs,
         helper_pixel_values=pixels,
         helper_grid_thw=torch.tensor([[1, 4, 4]] * len(runs)).reshape(-1, 3) if helped else no_grid,
+        helper_groups=torch.cat(
+            [torch.arange(FEATURES * helped) // (FEATURES // k) + run * k for run, (_, k) in enumerate(runs)]
+            or [torch.empty(0, dtype=torch.int64)]
+        ),
         image_features=torch.randn(images, hidden).to(dtype),
         helper_features=torch.randn(FEATURES * len(runs) * helped, hidden).to(dtype),
     )  # fmt: skip
