@@ -131,7 +131,7 @@ def collate(samples: Sequence[Sample], passes: int, dummy: Sample, auxiliary: bo
     runs = [(number, start, k) for number, sample in enumerate(packed) for start, k in sample.runs]
     latents = [starts[number] + start + np.arange(k) for number, start, k in runs]
     latent_samples = [np.full(k, number) for number, _, k in runs]
-    pools = _pools(packed)
+    pools = _pools(packed, auxiliary)
     return Batch(
         rows=torch.tensor([sample.row for sample in packed]),
         weight=torch.tensor([float(sample.row >= 0) for sample in packed]),
@@ -170,8 +170,11 @@ def _indices(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64))
 
 
-def _pools(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Build the pooling indices of all helpers; one helper a latent run, in order."""
+def _pools(samples: Sequence[Sample], auxiliary: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Build the pooling indices of all helpers; one helper a latent run, in order.
+
+    The dummy of the auxiliary schedule has latents and no helper: its targets are zero.
+    """
     sources, targets, sizes = [], [], []
     feature = latent = 0
     for sample in samples:
@@ -179,7 +182,8 @@ def _pools(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch
         kept = np.flatnonzero(groups != DROPPED)
         sources.append(feature + kept)
         targets.append(latent + groups[kept])
-        sizes.append(np.bincount(groups[kept]))
+        dummy = auxiliary and sample.row < 0
+        sizes.append(np.ones(sum(k for _, k in sample.runs)) if dummy else np.bincount(groups[kept]))
         feature += len(groups)
         latent += len(sizes[-1])
     return _indices(sources), _indices(targets), _indices(sizes)
