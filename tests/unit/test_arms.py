@@ -6,6 +6,7 @@ T tokens of a row, H hidden, k latents a run, p first latent of a run.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from test_forward import (  # noqa: F401  # sharp and doubled are fixtures
     doubled,
     gradients,
     sharp,
+    untie,
 )
 from torch.nn import functional
 
@@ -35,7 +37,7 @@ from mirage_ds.data.pool import DROPPED, grid_sides, pool_groups
 from mirage_ds.data.record import ImageFinder, RecordError, scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import Decoder, answer_records, load_decoder, need_latents, run_limits
-from mirage_ds.model.generate import Limits
+from mirage_ds.model.generate import Limits, generate
 from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import objective
 
@@ -273,7 +275,9 @@ def greedy_by_plain(decoder: Decoder, plain: Plain, sample: Sample, slots: int, 
         more = last + 1 + torch.arange(len(ids))
         places = torch.cat([sample.position_ids, more.expand(3, -1)], dim=1)
         hidden = text(inputs_embeds=x[None], position_ids=places[:, None], use_cache=False).last_hidden_state[0, -1]
-        token = int(plain.model.lm_head(hidden).argmax())
+        logits = plain.model.lm_head(hidden)
+        logits[start] = float("-inf")
+        token = int(logits.argmax()) if ids else start
         if left >= 0:
             token, left = (pad, left - 1) if left else (end, -1)
         elif token == start:
@@ -292,29 +296,48 @@ def test_decoding_gives_the_answer_what_training_gave_it(
     sharp: Path,  # noqa: F811
     mixed: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     slots: str,
     stage: str,
     fed: int,
 ) -> None:
-    folder = folder_trained_with(sharp, tmp_path / "model", stage=stage, slots=slots)
+    # An output matrix of its own: what is fed at the slots can then change without what is emitted.
+    shutil.copytree(sharp, tmp_path / "base")
+    untie(tmp_path / "base")
+    folder = folder_trained_with(tmp_path / "base", tmp_path / "model", stage=stage, slots=slots)
     decoder = load_decoder(folder, ImageFinder.beside(mixed, None))
     limits = run_limits(decoder, 12, 8, "trained")
     assert limits == Limits(12, 8, fed)
-    plain = Plain(Task(sharp, mixed, "sft", K))
-    # Random models never open a run by themselves: make the mark the likeliest token after the prompt.
-    start = decoder.encoder.id_of(LATENT_START)
+    plain = Plain(Task(folder, mixed, "sft", K))
+    # Random models never open a run by themselves: every answer begins with one, and opens no other.
+    start, pad = decoder.encoder.id_of(LATENT_START), decoder.encoder.id_of(LATENT_PAD)
     records = [scan(mixed)[0][row] for row in (0, 1, 5)]
-    for model in (plain.model.lm_head, plain.model.get_input_embeddings()):
-        model.weight[start] = 0
-    direction = torch.stack(
-        [plain.states(plain.embed(one), one)[-1] for one in (decoder.encoder.encode_prompt(r, 0) for r in records)]
-    ).mean(0)
-    plain.model.lm_head.weight[start] = direction
-    decoder.loaded.model.head.weight[start] = direction
+
+    def opened(model, batch, tokens, limits, choose, **options):
+        def first(logits: torch.Tensor, step: int) -> torch.Tensor:
+            barred = logits.index_fill(-1, torch.tensor([start]), float("-inf"))
+            return choose(barred, step) if step else torch.full((len(logits),), start)
+
+        return generate(model, batch, tokens, limits, first, **options)
+
+    monkeypatch.setattr("mirage_ds.evaluate.generate", opened)
+    # And let what is fed at the slots matter: a pad that is far from every hidden state.
+    loud = 30 * torch.randn(decoder.loaded.tower.width, generator=torch.Generator().manual_seed(2))
+    for weight in (plain.model.get_input_embeddings().weight, decoder.loaded.model.language_model.embed_tokens.weight):
+        weight[pad] = loud
+    # Hidden states of a random model are almost one direction: a head that does not see it tells them apart.
+    prompts = [decoder.encoder.encode_prompt(record, 0) for record in records]
+    common = functional.normalize(
+        torch.stack([plain.states(plain.embed(one), one)[-1] for one in prompts]).mean(0), dim=0
+    )
+    matrix = torch.randn(plain.model.lm_head.weight.shape, generator=torch.Generator().manual_seed(3))
+    matrix -= (matrix @ common)[:, None] * common
+    for head in (plain.model.lm_head, decoder.loaded.model.head):
+        head.weight.copy_(matrix)
     answers = answer_records(decoder, records, limits)
-    wanted = [greedy_by_plain(decoder, plain, decoder.encoder.encode_prompt(record, 0), fed, 12) for record in records]
+    wanted = [greedy_by_plain(decoder, plain, prompt, fed, 12) for prompt in prompts]
     assert [answer.ids for answer in answers] == wanted
-    assert any(start in ids for ids in wanted)
+    assert len({tuple(ids[fed + 2 :]) for ids in wanted}) > 1
     with pytest.raises(UserError, match=f"--slots {slots}: its answers see no latents"):
         need_latents(decoder)
 
