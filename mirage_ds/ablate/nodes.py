@@ -1,0 +1,302 @@
+"""From a study's file to its runs: what is trained and evaluated, each thing once, under a name made of its content.
+
+A node is a training stage or an evaluation. Its key is a hash of all that its result is a function of: the settings,
+the records, the model it starts from, the DeepSpeed JSON, and for a later stage the key of the one before. So equal
+parts of two chains are one node, a changed setting is another one, and a finished one is never run again. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from mirage_ds.ablate.spec import Arm, EvaluationSpec, Settings, StudySpec, arm_names, conditions, seed_number
+from mirage_ds.config import RunConfig
+from mirage_ds.errors import UserError
+
+Kind = Literal["train", "evaluate", "controls"]
+
+# What decides how, where or how safely a run computes, but not what (sums may differ in their last bits).
+MACHINE = frozenset(
+    {
+        *("save_model_path", "load_model_path", "log_file", "resume", "overwrite", "report_to", "log_rows"),
+        *("num_workers", "cache_dir", "feature_cache", "feature_dir", "collective_timeout"),
+        *("micro_batch_tokens", "micro_batch_size", "micro_batch_patches", "allow_idle_ranks"),
+        *("attention", "gradient_checkpointing", "loss_chunk_mb", "save_every", "keep_checkpoints"),
+        *("model", "data_path", "eval_data_path", "deepspeed", "gradient_accumulation_steps", "global_batch_size"),
+    }
+)
+PATHS = ("data_path", "image_root", "deepspeed", "eval_data_path", "cache_dir", "feature_dir")
+# Larger weight files are told apart by their ends: hashing 16 GB for each plan would take minutes.
+WHOLE_BYTES, END_BYTES = 1 << 30, 1 << 20
+
+
+@dataclass(frozen=True)
+class Node:
+    """One thing to run.
+
+    Attributes:
+        key: 64 hex digits; name: of the stage or evaluation; parent: the node whose model it needs.
+        config: of a training stage; its save_model_path and load_model_path are the node's business (store.Store).
+        evaluation: of the others; conditions: of the controls.
+        material: what the key is a hash of, for people who want to know why two nodes differ.
+    """
+
+    key: str
+    kind: Kind
+    name: str
+    parent: str | None
+    config: RunConfig | None
+    evaluation: EvaluationSpec | None
+    conditions: tuple[str, ...]
+    material: Mapping[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder."""
+        return f"{self.name}-{self.key[:12]}" if self.kind == "train" else f"{self.kind}-{self.name}-{self.key[:12]}"
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """One arm under one seed.
+
+    Attributes:
+        settings: what the arm varies, with whatever its entry sets.
+        stages: keys of its chain; scores, controls: evaluation name → key.
+    """
+
+    arm: str
+    seed: int
+    settings: Settings
+    stages: tuple[str, ...]
+    scores: Mapping[str, str]
+    controls: Mapping[str, str]
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """All of its keys."""
+        return (*self.stages, *self.scores.values(), *self.controls.values())
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study spelt out.
+
+    Attributes:
+        nodes: key → node, each behind the one whose model it needs; all arms of the first seed stand before the second
+            seed's, so that what is there of an unfinished study can be compared.
+        cells: in the order of the arms, then of the seeds.
+    """
+
+    spec: StudySpec
+    nodes: Mapping[str, Node]
+    cells: tuple[CellPlan, ...]
+
+
+@lru_cache(maxsize=4096)
+def _hash_of(path: str, size: int, changed: int) -> str:
+    del changed
+    digest = hashlib.sha256(str(size).encode())
+    with Path(path).open("rb") as file:
+        if size <= WHOLE_BYTES:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(file.read(END_BYTES))
+        file.seek(size - END_BYTES)
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        state = path.stat()
+        return _hash_of(str(path), state.st_size, state.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def records_hash(source: Path) -> str:
+    """Hash the records of a file, a folder or a glob pattern; their images are left to the run's own index.
+
+    Raises:
+        UserError: there is nothing.
+    """
+    if source.is_file():
+        return _file_hash(source)
+    if source.is_dir():
+        files = sorted(path for path in source.rglob("*") if path.suffix in (".jsonl", ".json", ".parquet"))
+    else:
+        files = sorted(source.parent.glob(source.name))
+    if not files:
+        raise UserError(f"{source}: no records there; name a JSON-lines or Parquet file, a folder or a pattern")
+    return hashlib.sha256("".join(f"{file.name} {_file_hash(file)}\n" for file in files).encode()).hexdigest()
+
+
+def model_hash(model: str) -> str:
+    """Hash a model folder's files, but for its README; a hub id stands for itself.
+
+    Raises:
+        UserError: a folder without a model.
+    """
+    place = Path(model)
+    if not place.is_dir():
+        if place.is_absolute():
+            raise UserError(f"model {model}: no such folder; `mirage-ds init` makes a small one")
+        return model
+    files = [path for path in sorted(place.iterdir()) if path.is_file() and path.suffix != ".md"]
+    if not any(path.name == "config.json" for path in files):
+        raise UserError(f"model {model}: no config.json in it; name a model folder or a hub id")
+    return hashlib.sha256("".join(f"{path.name} {_file_hash(path)}\n" for path in files).encode()).hexdigest()
+
+
+def settings_of(spec: StudySpec, stage: str, arm: Arm, varied: Settings, seed: int | Mapping[str, Any]) -> Settings:
+    """Merge the settings of one stage of a chain: seed < common < stage < arm < seed's own < what the arm varies.
+
+    A name with a stage before it counts for that stage alone, and more than one without.
+    """
+    merged: Settings = {"seed": seed_number(seed)}
+    own = {key: value for key, value in seed.items() if key != "seed"} if isinstance(seed, Mapping) else {}
+    for layer in (spec.common, spec.stages[stage], arm.settings, own, varied):
+        merged |= {name: value for name, value in layer.items() if "." not in name}
+        for name, value in layer.items():
+            whose, _, setting = name.rpartition(".")
+            if whose == stage:
+                merged[setting] = value
+    return merged
+
+
+def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
+    """Make the configuration of a stage; what has no meaning in it is set to its default, so that it makes no new run.
+
+    Args:
+        where: how the stage is called in messages; here: folder of the study's file.
+
+    Raises:
+        UserError: settings that a run would refuse.
+    """
+    values = dict(settings)
+    for name in PATHS:
+        if values.get(name) is not None:
+            values[name] = here / str(values[name])
+    if values.get("model") is not None and (here / str(values["model"])).exists():
+        values["model"] = str(here / str(values["model"]))
+    stage, slots = values.get("stage"), values.get("slots")
+    idle = {
+        "sft": [*("compress_strategy", "latent_loss", "helper_min_pixels", "helper_max_pixels")],
+        "stage2": ["compress_strategy", "latent_loss", "helper_min_pixels", "helper_max_pixels"],
+    }.get(str(stage), [])
+    if stage == "sft" and slots != "pause":
+        idle.append("latent_size")
+    for name in (*idle, *(("detach_latents",) if stage != "stage2" else ())):
+        values.pop(name, None)
+    try:
+        return RunConfig(save_model_path=Path("model"), **values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "settings"
+        raise UserError(f"{where}: {name}: {first['msg'].removeprefix('Value error, ')}") from None
+    except TypeError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _key(material: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
+
+
+def _train_node(config: RunConfig, name: str, parent: str | None) -> Node:
+    whole = json.loads(config.model_dump_json())
+    material = {
+        "kind": "train",
+        "settings": {key: value for key, value in sorted(whole.items()) if key not in MACHINE},
+        "rows_per_step": config.rows_per_step,
+        "data": records_hash(config.data_path),
+        "evaluated": records_hash(config.eval_data_path) if config.eval_data_path else None,
+        "model": model_hash(str(config.model)) if parent is None else None,
+        "deepspeed": json.loads(config.deepspeed.read_text()) if config.deepspeed else None,
+        "parent": parent,
+    }
+    return Node(_key(material), "train", name, parent, config, None, (), material)
+
+
+def _evaluation_nodes(name: str, evaluation: EvaluationSpec, parent: str, last: RunConfig) -> Iterator[Node]:
+    settings = json.loads(evaluation.model_dump_json(exclude={"arms", "batch_size", "controls", "controls_most"}))
+    material = {**settings, "data_path": records_hash(evaluation.data_path), "parent": parent, "kind": "evaluate"}
+    yield Node(_key(material), "evaluate", name, parent, None, evaluation, (), material)
+    sees = last.stage != "sft" and (last.slots or "latents") == "latents"
+    if evaluation.controls and sees:
+        names = tuple(conditions(evaluation))
+        pixels = [last.helper_min_pixels, last.helper_max_pixels]
+        material = {
+            **{**material, "kind": "controls", "conditions": names, "helper_pixels": pixels},
+            "most": evaluation.controls_most or evaluation.most,
+        }
+        yield Node(_key(material), "controls", name, parent, last, evaluation, names, material)
+
+
+def spell_out(spec: StudySpec, here: Path) -> Study:
+    """Make all runs of a study.
+
+    Args:
+        here: folder of the study's file: relative paths start there.
+
+    Raises:
+        UserError: settings that a run would refuse, records or models that are not there.
+    """
+    nodes: dict[str, Node] = {}
+    cells: list[CellPlan] = []
+    arms = arm_names(spec)
+    for evaluation, one in spec.evaluations.items():
+        for name in one.arms or ():
+            if name not in arms and name not in spec.arms:
+                raise UserError(f"evaluation {evaluation}: no arm {name!r}; there are {', '.join(arms)}")
+    for number, seed in enumerate(spec.seeds):
+        for name, (arm, varied) in arms.items():
+            if arm.seeds is not None and number >= arm.seeds:
+                continue
+            cells.append(_cell(spec, name, arm, varied, seed, here, nodes))
+    order = list(arms)
+    cells.sort(key=lambda cell: order.index(cell.arm))
+    return Study(spec, nodes, tuple(cells))
+
+
+def _cell(
+    spec: StudySpec,
+    name: str,
+    arm: Arm,
+    varied: Settings,
+    seed: int | Mapping[str, Any],
+    here: Path,
+    nodes: dict[str, Node],
+) -> CellPlan:
+    parent: str | None = None
+    chain: list[str] = []
+    config: RunConfig | None = None
+    for stage in arm.chain:
+        where = f"arm {name}, stage {stage}"
+        config = make_config(settings_of(spec, stage, arm, varied, seed), where, here)
+        if config.model is None:
+            raise UserError(f"{where}: no `model`; give it in common: the folder or hub id that chains begin with")
+        node = _train_node(config, stage, parent)
+        nodes.setdefault(node.key, node)
+        parent = node.key
+        chain.append(node.key)
+    assert parent is not None
+    assert config is not None
+    scores: dict[str, str] = {}
+    controls: dict[str, str] = {}
+    entry = name.partition("[")[0]
+    for title, evaluation in spec.evaluations.items():
+        if evaluation.arms is not None and not {name, entry} & set(evaluation.arms):
+            continue
+        for node in _evaluation_nodes(title, evaluation, parent, config):
+            nodes.setdefault(node.key, node)
+            (scores if node.kind == "evaluate" else controls)[title] = node.key
+    return CellPlan(name, seed_number(seed), {**arm.settings, **varied}, tuple(chain), scores, controls)

@@ -1,0 +1,225 @@
+"""The file that describes a study: stages, arms, seeds, evaluations, what is compared. Imports no torch.
+
+docs/studies.md shows whole files. A setting is a field of a run (`mirage-ds`' own flags, config.RunConfig) by its name;
+`stage1.ce_weight` is that setting in the stage of that name alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from mirage_ds.config import RunConfig, read_yaml
+from mirage_ds.controls.names import PATH, parse_names
+from mirage_ds.errors import UserError, closest
+from mirage_ds.flags import build_model
+
+Settings = dict[str, Any]
+
+# Names become parts of folder names and of the report's tables.
+NAME = r"^\w[\w.+-]*$"
+# Set by the study itself.
+RESERVED = ("save_model_path", "load_model_path", "resume", "overwrite", "log_file")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Arm(_Strict):
+    """One line of the report, or several where it varies something."""
+
+    chain: list[str] = Field(min_length=1, description="Stages, by name, each from the weights of the one before.")
+    about: str = Field("", description="What it is, in a line.")
+    settings: Settings = Field({}, description="Settings of this arm.")
+    grid: dict[str, list[Any]] = Field({}, description="Every combination of these values is an arm.")
+    pairs: dict[str, list[Any]] = Field(
+        {}, description="The first values of all are an arm, the second ones, and so on."
+    )
+    list: list[Settings] = Field([], description="Each of these is an arm.")
+    seeds: PositiveInt | None = Field(None, description="Take only the first so many seeds of the study.")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if sum(map(bool, (self.grid, self.pairs, self.list))) > 1:
+            raise ValueError("an arm varies by `grid`, `pairs` or `list`: give one of them")
+        if len({len(values) for values in self.pairs.values()}) > 1:
+            raise ValueError("`pairs` lists of different lengths cannot be paired; make them equally long")
+        return self
+
+    def variants(self) -> Iterator[Settings]:
+        """Yield what each arm of this entry varies; once nothing, where it varies nothing."""
+        if self.list:
+            yield from self.list
+        elif self.pairs:
+            for values in zip(*self.pairs.values(), strict=True):
+                yield dict(zip(self.pairs, values, strict=True))
+        else:
+            for values in itertools.product(*self.grid.values()):
+                yield dict(zip(self.grid, values, strict=True))
+
+
+class EvaluationSpec(_Strict):
+    """Records that the last model of each chain answers."""
+
+    data_path: Path = Field(description="Records.")
+    task: str | None = Field(None, description="Whose scorer; the records' own task if they name one.")
+    most: PositiveInt | None = Field(None, description="Take only the first so many records.")
+    max_new_tokens: PositiveInt = Field(256, description="Tokens that an answer may have.")
+    batch_size: PositiveInt = Field(64, description="Rows answered at a time.")
+    controls: str | None = Field(
+        None, description="Conditions of `mirage-ds controls`, for the arms whose answers see latents: own,swap,path,…"
+    )
+    controls_most: PositiveInt | None = Field(
+        None, description="Records of the controls; all that are evaluated if not set."
+    )
+    arms: list[str] | None = Field(None, description="Only these arms; all if not set.")
+    image_root: Path | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.controls:
+            try:
+                parse_names(self.controls)
+            except UserError as error:
+                raise ValueError(str(error).replace("--latents", "controls")) from None
+        return self
+
+
+class ContrastSpec(_Strict):
+    """Two arms compared on the same records and seeds: arm − base."""
+
+    arm: str
+    base: str
+    evaluation: str
+    levels: list[str] = []
+    metric: str | None = None
+
+
+class ReportSpec(_Strict):
+    """What the report compares."""
+
+    primary: ContrastSpec | None = Field(None, description="The one contrast that the study was made for.")
+    contrasts: list[ContrastSpec] = Field([], description="The others; their p-values are corrected together (Holm).")
+    margin: PositiveFloat = Field(0.02, description="A difference within ± this counts as none.")
+
+
+class LaunchSpec(_Strict):
+    """How the runs start."""
+
+    ranks: PositiveInt = Field(1, description="Ranks of a training run on this machine (GPUs, where there are any).")
+    retries: NonNegativeInt = Field(1, description="A run that failed is started so many times more.")
+    environment: dict[str, str] = Field({}, description="Environment variables of the runs.")
+
+
+class StudySpec(_Strict):
+    """A whole study file."""
+
+    name: str = Field(pattern=NAME, description="Of the study.")
+    question: str = Field("", description="What it asks; stands on top of the report.")
+    out: Path = Field(description="Folder of all runs, relative to this file.")
+    common: Settings = Field({}, description="Settings of every stage.")
+    stages: dict[str, Settings] = Field(description="Name → the settings of one stage.")
+    arms: dict[str, Arm] = Field(min_length=1)
+    seeds: list[int | dict[str, Any]] = Field(
+        [0],
+        min_length=1,
+        description="Each a number, or settings with their `seed`, like {seed: 1, base.model: other}.",
+    )
+    evaluations: dict[str, EvaluationSpec] = {}
+    report: ReportSpec = ReportSpec()
+    launch: LaunchSpec = LaunchSpec()
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        for kind, names in (("stage", self.stages), ("arm", self.arms), ("evaluation", self.evaluations)):
+            for name in names:
+                if not re.match(NAME, name):
+                    raise ValueError(f"{kind} {name!r}: a name has letters, digits and . _ + - alone")
+        for name, arm in self.arms.items():
+            for stage in arm.chain:
+                if stage not in self.stages:
+                    raise ValueError(f"arm {name}: no stage {stage!r}{closest(stage, self.stages)} in `stages`")
+            if arm.seeds is not None and arm.seeds > len(self.seeds):
+                raise ValueError(f"arm {name}: {arm.seeds} seeds, the study has {len(self.seeds)}")
+        places = [("common", self.common), *((f"stage {name}", own) for name, own in self.stages.items())]
+        for name, arm in self.arms.items():
+            places += [(f"arm {name}", {**arm.settings, **one}) for one in arm.variants()]
+        places += [("seeds", one) for one in self.seeds if isinstance(one, dict)]
+        for place, settings in places:
+            _check_settings(place, settings, self.stages)
+        for one in self.seeds:
+            if isinstance(one, dict) and not isinstance(one.get("seed"), int):
+                raise ValueError(f"seeds: {one} has no `seed`: its number, which pairs the arms")
+        if len({seed_number(one) for one in self.seeds}) < len(self.seeds):
+            raise ValueError("seeds: a number stands there twice")
+        return self
+
+
+def seed_number(seed: int | Mapping[str, Any]) -> int:
+    """Return the number of a seed's entry."""
+    return seed if isinstance(seed, int) else int(seed["seed"])
+
+
+def _check_settings(place: str, settings: Settings, stages: Mapping[str, Any]) -> None:
+    for name in settings:
+        stage, _, own = name.rpartition(".")
+        if stage and stage not in stages:
+            raise ValueError(f"{place}: {name}: no stage {stage!r}{closest(stage, stages)} in `stages`")
+        if own not in RunConfig.model_fields:
+            raise ValueError(f"{place}: no setting {own!r}{closest(own, RunConfig.model_fields)}")
+        if own in RESERVED:
+            raise ValueError(f"{place}: {own} is set by the study itself; leave it out")
+
+
+def read_study(path: Path) -> StudySpec:
+    """Read a study's file; its relative paths are from the file's folder.
+
+    Raises:
+        UserError: it cannot be read, or holds what a study has not.
+    """
+    values = read_yaml(path)
+    spec = build_model(StudySpec, {}, values, source=str(path))
+    here = path.resolve().parent
+    evaluations = {
+        name: one.model_copy(update={"data_path": here / one.data_path, "image_root": _from(here, one.image_root)})
+        for name, one in spec.evaluations.items()
+    }
+    for name, one in evaluations.items():
+        if not one.data_path.is_file():
+            raise UserError(f"{path}: evaluation {name}: no file {one.data_path}; name a JSON-lines file")
+    return spec.model_copy(update={"out": here / spec.out, "evaluations": evaluations})
+
+
+def _from(here: Path, path: Path | None) -> Path | None:
+    return None if path is None else here / path
+
+
+def arm_names(spec: StudySpec) -> dict[str, tuple[Arm, Settings]]:
+    """Spell out every arm: its name with what it varies in brackets → (entry, what it varies).
+
+    Raises:
+        UserError: two arms come to have one name.
+    """
+    found: dict[str, tuple[Arm, Settings]] = {}
+    for name, arm in spec.arms.items():
+        for varied in arm.variants():
+            whole = name + (f"[{','.join(f'{key}={value}' for key, value in varied.items())}]" if varied else "")
+            if whole in found:
+                raise UserError(f"arm {whole} stands there twice; give each value once")
+            found[whole] = (arm, varied)
+    return found
+
+
+def conditions(evaluation: EvaluationSpec) -> list[str]:
+    """Return the conditions of an evaluation's controls, `path` among them; none where there are no controls."""
+    return parse_names(evaluation.controls) if evaluation.controls else []
+
+
+__all__ = ["PATH", "Arm", "ContrastSpec", "EvaluationSpec", "LaunchSpec", "ReportSpec", "Settings", "StudySpec",
+           "arm_names", "conditions", "read_study", "seed_number"]  # fmt: skip

@@ -1,0 +1,134 @@
+"""The runs of a study on disk: what is done, what failed and how often, what somebody works at now. Imports no torch.
+
+<out>/runs/<name>-<key>/
+    node.json      what it is and what its key is a hash of
+    config.yaml    of a training stage, as `python -m mirage_ds.train --config` takes it
+    model/         of a training stage: its save_model_path
+    result.json    of an evaluation, as `mirage-ds evaluate --out` or `mirage-ds controls --out` writes it
+    output.log     what it printed, attempt by attempt
+    attempts.jsonl one line an attempt that ended: when, exit code, why
+    done.json      written last, once all of it is there
+    lock           held by the process that works at it
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mirage_ds.ablate.nodes import Node
+from mirage_ds.files import write_atomically
+from mirage_ds.stop import EXIT_STOPPED
+
+State = Literal["done", "failed", "running", "waiting"]
+
+
+class Store:
+    """The folder of a study.
+
+    Args:
+        root: the study's `out`.
+        tries: attempts that a node has, the first one included.
+    """
+
+    def __init__(self, root: Path, tries: int = 1):
+        self.root, self.tries = root, tries
+
+    def place(self, node: Node) -> Path:
+        """Return the node's folder."""
+        return self.root / "runs" / node.folder
+
+    def model(self, node: Node) -> Path:
+        """Return the folder of a training node's model."""
+        return self.place(node) / "model"
+
+    def result(self, node: Node) -> Path:
+        """Return the file of an evaluation's result."""
+        return self.place(node) / "result.json"
+
+    def log(self, node: Node) -> Path:
+        """Return the file of what the node printed."""
+        return self.place(node) / "output.log"
+
+    def done(self, node: Node) -> dict[str, Any] | None:
+        """Return what was written when the node was done; None while it is not."""
+        file = self.place(node) / "done.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def attempts(self, node: Node) -> list[dict[str, Any]]:
+        """Return the attempts that failed; those that somebody stopped are none."""
+        file = self.place(node) / "attempts.jsonl"
+        if not file.is_file():
+            return []
+        lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        return [one for one in lines if one["code"] != EXIT_STOPPED]
+
+    def state(self, node: Node) -> State:
+        """Say where a node stands."""
+        if (self.place(node) / "done.json").is_file():
+            return "done"
+        if self.is_held(node):
+            return "running"
+        return "failed" if len(self.attempts(node)) >= self.tries else "waiting"
+
+    def is_held(self, node: Node) -> bool:
+        """Tell whether a process works at a node."""
+        file = self.place(node) / "lock"
+        if not file.is_file():
+            return False
+        with file.open() as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    @contextmanager
+    def hold(self, node: Node) -> Iterator[bool]:
+        """Claim a node for this process; False where another one has it."""
+        place = self.place(node)
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / "lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def prepare(self, node: Node, parent: Node | None) -> None:
+        """Write down what a node is, before it starts."""
+        place = self.place(node)
+        write_atomically(place / "node.json", json.dumps({"key": node.key, **node.material}, indent=1) + "\n")
+        if node.kind == "train":
+            assert node.config is not None
+            values = json.loads(node.config.model_dump_json(exclude_none=True))
+            values |= {"save_model_path": str(self.model(node)), "resume": "auto"}
+            if parent is not None:
+                values["load_model_path"] = str(self.model(parent))
+            write_atomically(place / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+
+    def ended(self, node: Node, begun: float, code: int, why: str) -> None:
+        """Write down that an attempt ended without what it was made for."""
+        line = {"begun": begun, "ended": time.time(), "code": code, "why": why}
+        with (self.place(node) / "attempts.jsonl").open("a") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def finish(self, node: Node, begun: float) -> None:
+        """Write down that a node is done."""
+        write_atomically(self.place(node) / "done.json", json.dumps({"begun": begun, "ended": time.time()}) + "\n")
+
+    def forget_failures(self, node: Node) -> None:
+        """Give a node that failed all its attempts again."""
+        (self.place(node) / "attempts.jsonl").unlink(missing_ok=True)
+
+    def is_whole(self, node: Node) -> bool:
+        """Tell whether a node's result is there: the last file that its command writes."""
+        return ((self.model(node) / "config.json") if node.kind == "train" else self.result(node)).is_file()
