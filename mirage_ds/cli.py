@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from mirage_ds.ablate.command import ablate
 from mirage_ds.controls.command import compare, controls
 from mirage_ds.decoding_commands import evaluate, generate
 from mirage_ds.doctor.command import doctor
@@ -29,7 +30,7 @@ def cli() -> None:
     """Train and study vision-language models that think in latent visual tokens."""
 
 
-for command in (doctor, plan, evaluate, generate, inspect, controls, compare):
+for command in (ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
     cli.add_command(command)
 
 

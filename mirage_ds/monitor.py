@@ -148,7 +148,7 @@ class Monitor:
         Args:
             step: optimizer steps taken, from 1.
             rows, tokens: of the whole step, over all ranks.
-            metrics: loss and its parts, grad_norm, lr, micro_steps, skipped.
+            metrics: loss and its parts, grad_norm, lr, labels, micro_steps, skipped.
             row_ids: the rows that the ranks ran, where they are to be logged.
         """
         if not self.active:

@@ -91,6 +91,7 @@ def step(
         "token_ce": token_ce / max(1, counts.labels),
         "grad_norm": norm,
         "lr": float(learning_rate),
+        "labels": counts.labels,
         "micro_steps": plan.micro_steps,
         "skipped": int(not applied),
     }

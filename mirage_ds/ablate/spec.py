@@ -41,12 +41,12 @@ class Arm(_Strict):
     pairs: dict[str, list[Any]] = Field(
         {}, description="The first values of all are an arm, the second ones, and so on."
     )
-    list: list[Settings] = Field([], description="Each of these is an arm.")
+    listed: list[Settings] = Field([], alias="list", description="Each of these is an arm.")
     seeds: PositiveInt | None = Field(None, description="Take only the first so many seeds of the study.")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if sum(map(bool, (self.grid, self.pairs, self.list))) > 1:
+        if sum(map(bool, (self.grid, self.pairs, self.listed))) > 1:
             raise ValueError("an arm varies by `grid`, `pairs` or `list`: give one of them")
         if len({len(values) for values in self.pairs.values()}) > 1:
             raise ValueError("`pairs` lists of different lengths cannot be paired; make them equally long")
@@ -54,8 +54,8 @@ class Arm(_Strict):
 
     def variants(self) -> Iterator[Settings]:
         """Yield what each arm of this entry varies; once nothing, where it varies nothing."""
-        if self.list:
-            yield from self.list
+        if self.listed:
+            yield from self.listed
         elif self.pairs:
             for values in zip(*self.pairs.values(), strict=True):
                 yield dict(zip(self.pairs, values, strict=True))
@@ -132,8 +132,8 @@ class StudySpec(_Strict):
         description="Each a number, or settings with their `seed`, like {seed: 1, base.model: other}.",
     )
     evaluations: dict[str, EvaluationSpec] = {}
-    report: ReportSpec = ReportSpec()
-    launch: LaunchSpec = LaunchSpec()
+    report: ReportSpec = ReportSpec.model_validate({})
+    launch: LaunchSpec = LaunchSpec.model_validate({})
 
     @model_validator(mode="after")
     def _names(self) -> Self:

@@ -1,0 +1,293 @@
+"""`mirage-ds ablate plan | run | status | report`. Imports stay inside the commands: `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mirage_ds.errors import UserError
+from mirage_ds.flags import CONTEXT
+from mirage_ds.stop import EXIT_STOPPED, StopRequest
+
+if TYPE_CHECKING:
+    from mirage_ds.ablate.launch import Place
+    from mirage_ds.ablate.nodes import Study
+    from mirage_ds.ablate.store import Store
+
+# Something that the study needs has failed; 2 is a user's mistake.
+EXIT_HOLES = 1
+STATES = ("done", "running", "waiting", "failed")
+
+
+def _path(**options: Any) -> click.Path:
+    return click.Path(path_type=Path, **options)
+
+
+@click.group(context_settings=CONTEXT)
+def ablate() -> None:
+    """Describe a study in one file, run it here or on a cluster, report it."""
+
+
+def _open(file: Path) -> tuple[Study, Store]:
+    from mirage_ds.ablate.nodes import spell_out
+    from mirage_ds.ablate.spec import read_study
+    from mirage_ds.ablate.store import Store
+
+    spec = read_study(file)
+    return spell_out(spec, file.resolve().parent), Store(spec.out, spec.launch.retries + 1)
+
+
+@ablate.command("plan")
+@click.argument("study", type=_path())
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1), help="Hosts of a run.")
+@click.option("--gpus_per_node", default=8, show_default=True, type=click.IntRange(min=1))
+@click.option("--card", default="h100", show_default=True, type=click.Choice(["h100", "a100"]))
+@click.option("--gpu_memory", type=float, help="GB of a GPU, as for `mirage-ds plan`.")
+@click.option("--row_tokens", default=500, show_default=True, type=click.IntRange(min=1), help="Tokens of a row.")
+@click.option("--images", default=1, show_default=True, type=click.IntRange(min=0), help="Input images of a row.")
+@click.option("--image_tokens", default=256, show_default=True, type=click.IntRange(min=1))
+@click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
+def plan_study(study: Path, wants_json: bool, **machine: Any) -> None:
+    """Print what STUDY would run, what is done already, and the GPU-hours that the planner expects."""
+    from mirage_ds.ablate.overview import overview
+
+    made, store = _open(study)
+    given = {name: value for name, value in machine.items() if value is not None}
+    lines = overview(made, store, given)
+    hours = [line.estimate.hours for line in lines if line.estimate and line.estimate.hours is not None]
+    left = [
+        line.estimate.hours
+        for line in lines
+        if line.estimate and line.estimate.hours is not None and line.state != "done"
+    ]
+    problems = sorted({line.estimate.problem for line in lines if line.estimate and line.estimate.problem})
+    if wants_json:
+        click.echo(
+            json.dumps(
+                {
+                    "study": made.spec.name,
+                    "cells": len(made.cells),
+                    "nodes": [
+                        {
+                            **{"folder": line.node.folder, "kind": line.node.kind, "name": line.node.name},
+                            **{"state": line.state, "cells": line.arms},
+                            "steps": line.estimate.steps if line.estimate else None,
+                            "gpu_hours": line.estimate.hours if line.estimate else None,
+                        }
+                        for line in lines
+                    ],
+                    **{"gpu_hours": sum(hours), "gpu_hours_left": sum(left), "no_estimate": problems},
+                }
+            )
+        )
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("run", "what", "for arms × seeds", "steps", "GPU-hours", "state", title=f"{made.spec.name}")
+    for line in lines:
+        steps = line.estimate.steps if line.estimate else None
+        took = line.estimate.hours if line.estimate else None
+        table.add_row(
+            line.node.folder,
+            line.node.config.stage if line.node.kind == "train" and line.node.config else line.node.kind,
+            str(line.arms),
+            "" if line.node.kind != "train" else "?" if steps is None else f"{steps:,}",
+            "" if line.node.kind != "train" else "–" if took is None else f"{took:.2f}",
+            line.state,
+        )
+    console = Console()
+    console.print(table)
+    trained = [line for line in lines if line.node.kind == "train"]
+    alone = sum(len(cell.stages) for cell in made.cells)
+    console.print(
+        f"{len(made.cells)} cells (arms × seeds); {len(trained)} training runs instead of {alone}, since equal parts "
+        f"run once; {len(lines) - len(trained)} evaluations",
+        highlight=False,
+    )
+    if hours:
+        where = f"{machine['nodes']} × {machine['gpus_per_node']} {machine['card'].upper()}"
+        console.print(f"{sum(hours):,.1f} GPU-hours on {where} by the planner, {sum(left):,.1f} left", highlight=False)
+    for problem in problems:
+        console.print(f"no estimate: {problem}", highlight=False, markup=False)
+
+
+def _gpus() -> int:
+    """Count this machine's GPUs as launch/local.sh does; none where the runs are told to use the CPU."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return 0
+    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+
+
+def _places(ranks: int, jobs: int | None, hostfile: Path | None, each: int) -> tuple[list[Place], int]:
+    """Return where nodes run, and the threads of a rank."""
+    from mirage_ds.ablate.launch import here, parts
+    from mirage_ds.hosts import read_hosts
+
+    cores = len(os.sched_getaffinity(0))
+    if hostfile is not None:
+        found = parts(read_hosts(hostfile), each)
+        if not found:
+            raise UserError(f"--hosts_per_run {each}: {hostfile} has fewer hosts; lower it")
+        return found[:jobs], 1
+    found = here(ranks, jobs, _gpus(), cores)
+    return found, max(1, cores // (len(found) * ranks))
+
+
+@ablate.command("run")
+@click.argument("study", type=_path())
+@click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time. [default: as many as fit]")
+@click.option("--hostfile", type=_path(), help="Run on these hosts, a part of them each.")
+@click.option("--hosts_per_run", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option("--arms", help="Only these arms, with commas between them.")
+@click.option("--only", multiple=True, help="Only the run of this key or folder name; may be given several times.")
+@click.option("--again", is_flag=True, help="Try once more what failed as often as the study allows.")
+@click.option("--slurm", is_flag=True, help="Submit to Slurm: an array for each stage of the chains.")
+@click.option("--sbatch", default="", help="Options of sbatch, in quotes: '--partition gpu --gres gpu:8 --time 8:00:00'.")
+@click.option("--at_once", type=click.IntRange(min=1), help="Tasks of a Slurm array that run at a time.")
+def run_study(
+    study: Path,
+    jobs: int | None,
+    hostfile: Path | None,
+    hosts_per_run: int,
+    arms: str | None,
+    only: tuple[str, ...],
+    again: bool,
+    slurm: bool,
+    sbatch: str,
+    at_once: int | None,
+) -> None:
+    """Run what of STUDY is not done; start it again to go on.
+
+    Exit code 0 when all is done, 1 when something has failed for good, 75 when it was stopped.
+    """
+    made, store = _open(study)
+    wanted = _wanted(made, arms, only)
+    if again:
+        for key in wanted:
+            store.forget_failures(made.nodes[key])
+    if slurm:
+        from mirage_ds.ablate.slurm import submit, write_scripts
+
+        scripts = write_scripts(made, store, study, at_once)
+        numbers = submit(scripts, shlex.split(sbatch))
+        print(f"{len(scripts)} array(s): {', '.join(numbers)}; `mirage-ds ablate status {study}` says how far they are")
+        return
+    places, threads = _places(made.spec.launch.ranks, jobs, hostfile, hosts_per_run)
+    stop = StopRequest()
+    stop.listen()
+    finished = _follow(made, store, wanted, places, threads, hostfile, stop)
+    left = [key for key in wanted if store.state(made.nodes[key]) != "done"]
+    if not finished:
+        print(f"stopped, {len(left)} of {len(wanted)} left; the same command goes on", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    if left:
+        print(f"{len(left)} of {len(wanted)} are not done; `mirage-ds ablate status {study}` says why", file=sys.stderr)
+        sys.exit(EXIT_HOLES)
+
+
+def _wanted(made: Study, arms: str | None, only: tuple[str, ...]) -> list[str]:
+    """Return the keys that are asked for, with all that they need; in the study's order."""
+    keys = set(made.nodes)
+    if arms is not None:
+        names = [name.strip() for name in arms.split(",") if name.strip()]
+        known = {cell.arm for cell in made.cells} | {cell.arm.partition("[")[0] for cell in made.cells}
+        for name in names:
+            if name not in known:
+                raise UserError(f"--arms: no arm {name!r}; there are {', '.join(sorted(known))}")
+        keys = {
+            key
+            for cell in made.cells
+            if cell.arm in names or cell.arm.partition("[")[0] in names
+            for key in cell.nodes
+        }
+    for name in only:
+        if not any(name in (key, node.folder) for key, node in made.nodes.items()):
+            raise UserError(f"--only {name}: the study has no such run; `mirage-ds ablate plan` lists them")
+    if only:
+        keys = {key for key, node in made.nodes.items() if key in only or node.folder in only}
+    return [key for key in made.nodes if key in keys]
+
+
+def _follow(
+    made: Study,
+    store: Store,
+    wanted: list[str],
+    places: list[Place],
+    threads: int,
+    hostfile: Path | None,
+    stop: StopRequest,
+) -> bool:
+    """Run with a bar below the lines; False where it was stopped."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from mirage_ds.ablate.execute import Launch, run
+
+    console = Console(highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    launch = Launch(made.spec.launch.environment, threads, hostfile)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        done = sum(store.done(made.nodes[key]) is not None for key in wanted)
+        task = bar.add_task(made.spec.name, total=len(wanted), completed=done)
+
+        def say(line: str) -> None:
+            console.print(line, markup=False)
+            bar.update(task, completed=sum(store.done(made.nodes[key]) is not None for key in wanted))
+
+        return run(made, store, places, launch, say, stop.asked, wanted)
+
+
+@ablate.command("status")
+@click.argument("study", type=_path())
+@click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
+def show_status(study: Path, wants_json: bool) -> None:
+    """Say how far STUDY is, from any machine that sees its folder, and what failed."""
+    from mirage_ds.ablate.overview import by_arm, counted, overview
+
+    made, store = _open(study)
+    lines = overview(made, store)
+    arms = by_arm(made, store)
+    failed = {line.node.folder: store.attempts(line.node)[-1]["why"] for line in lines if line.state == "failed"}
+    if wants_json:
+        click.echo(json.dumps({"study": made.spec.name, "runs": counted(lines), "arms": arms, "failed": failed}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for title, found in (("run", counted(lines)), ("arm", arms)):
+        table = Table(title, *STATES, title=made.spec.name if title == "run" else "arms, by seeds")
+        for name, counts in found.items():
+            table.add_row(name, *(str(counts.get(state, "")) for state in STATES))
+        console.print(table)
+    for line in lines:
+        if line.state == "running":
+            console.print(f"running: {line.node.folder}", markup=False)
+    for folder, why in failed.items():
+        console.print(f"failed: {folder}: {why}", markup=False)
+
+
+@ablate.command("report")
+@click.argument("study", type=_path())
+@click.option("--out", type=_path(), help="Folder to write. [default: report/ in the study's folder]")
+def report_study(study: Path, out: Path | None) -> None:
+    """Write report.json, .md, .csv, .html and figures of what there is of STUDY; holes are shown as such."""
+    from mirage_ds.ablate.collect import collect
+    from mirage_ds.ablate.report.write import write_report
+
+    made, store = _open(study)
+    target = out or store.root / "report"
+    write_report(collect(made, store), target)
+    print(f"{target}/report.html")

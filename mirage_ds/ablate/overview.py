@@ -1,0 +1,138 @@
+"""What a study would run, and where it stands: for `ablate plan` and `ablate status`. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mirage_ds.ablate.nodes import Node, Study
+from mirage_ds.ablate.store import Store
+from mirage_ds.config import RunConfig
+from mirage_ds.data.pack import total_steps
+from mirage_ds.errors import UserError
+from mirage_ds.plan.fit import Question, chosen, rank
+from mirage_ds.plan.spec import PlanSpec
+
+
+class Estimate(NamedTuple):
+    """What the planner says of a training node.
+
+    Attributes:
+        steps: optimizer steps, None where the records cannot be counted quickly (Parquet, folders).
+        hours: GPU-hours; None without an estimate, and `problem` says why.
+    """
+
+    steps: int | None
+    hours: float | None
+    problem: str | None
+
+
+@lru_cache
+def rows_of(source: Path) -> int | None:
+    """Count the records of a JSON-lines file; None for other sources."""
+    if not source.is_file() or source.suffix == ".parquet":
+        return None
+    with source.open("rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+def steps_of(config: RunConfig) -> int | None:
+    """Count the optimizer steps of a run, if no record is dropped."""
+    rows = rows_of(config.data_path)
+    if rows is None:
+        return config.max_steps
+    return total_steps(rows, config.rows_per_step, config.epochs, config.max_steps)
+
+
+def planned_model(model: str) -> str:
+    """Return how the planner calls a model: a hub id of a public shape by that shape's name."""
+    name = model.rpartition("/")[2].lower()
+    sizes = [size for size in ("72b", "32b", "7b", "3b") if f"qwen2.5-vl-{size}" in name]
+    return f"qwen2.5-vl-{sizes[0]}" if sizes and not Path(model).is_dir() else model
+
+
+@lru_cache
+def _seconds(spec: PlanSpec) -> float:
+    plans = rank(Question(spec), chosen(spec))
+    if plans[0].problem is not None:
+        raise UserError(f"does not fit: {plans[0].problem}")
+    return float(plans[0].step.most)
+
+
+def estimate(config: RunConfig, machine: Mapping[str, Any]) -> Estimate:
+    """Estimate a training node.
+
+    Args:
+        machine: fields of PlanSpec about machines, rows and images.
+    """
+    steps = steps_of(config)
+    if steps is None:
+        return Estimate(None, None, "its records are not counted before it starts")
+    try:
+        base = PlanSpec(
+            model=planned_model(str(config.model)),
+            stage=config.stage,
+            latent_size=config.latent_size,
+            micro_batch_tokens=config.micro_batch_tokens,
+            gradient_checkpointing=config.gradient_checkpointing,
+            deepspeed=config.deepspeed,
+            loss_chunk_mb=config.loss_chunk_mb,
+            **machine,
+        )
+        ranks = base.nodes * base.gpus_per_node
+        each = base.micro_batch_tokens // base.row_tokens * ranks
+        spec = base.model_copy(update={"micro_steps": max(1, math.ceil(config.rows_per_step / each))})
+        # The planner's micro-batches are full; a step that has fewer rows takes as much less.
+        share = config.rows_per_step / (each * spec.micro_steps)
+        return Estimate(steps, steps * _seconds(spec) * share * ranks / 3600, None)
+    except UserError as error:
+        return Estimate(steps, None, str(error))
+    except ValueError as error:
+        return Estimate(steps, None, str(error).splitlines()[0])
+
+
+class Line(NamedTuple):
+    """A node in the overview."""
+
+    node: Node
+    arms: int
+    state: str
+    estimate: Estimate | None
+
+
+def overview(study: Study, store: Store, machine: Mapping[str, Any] | None = None) -> list[Line]:
+    """List every node: how many cells need it, where it stands and, with `machine`, what it would take."""
+    needed = Counter(key for cell in study.cells for key in cell.nodes)
+    return [
+        Line(
+            node,
+            needed[key],
+            store.state(node),
+            estimate(node.config, machine) if machine is not None and node.kind == "train" and node.config else None,
+        )
+        for key, node in study.nodes.items()
+    ]
+
+
+def counted(lines: list[Line]) -> dict[str, dict[str, int]]:
+    """Count states by kind of node and name: {"stage1": {"done": 3, "waiting": 1}, …}."""
+    found: dict[str, Counter[str]] = {}
+    for line in lines:
+        title = line.node.name if line.node.kind == "train" else f"{line.node.kind} {line.node.name}"
+        found.setdefault(title, Counter())[line.state] += 1
+    return {name: dict(counts) for name, counts in found.items()}
+
+
+def by_arm(study: Study, store: Store) -> dict[str, dict[str, int]]:
+    """Count the cells of each arm: done, failed (something it needs has), running, waiting."""
+    states = {key: store.state(node) for key, node in study.nodes.items()}
+    found: dict[str, Counter[str]] = {}
+    for cell in study.cells:
+        own = [states[key] for key in cell.nodes]
+        state = next((one for one in ("failed", "running", "waiting") if one in own), "done")
+        found.setdefault(cell.arm, Counter())[state] += 1
+    return {name: dict(counts) for name, counts in found.items()}
