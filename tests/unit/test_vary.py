@@ -122,15 +122,16 @@ def lines(path: Path) -> list[Row]:
 
 def images(row: Row, key: str, folder: Path) -> list[Path]:
     found = row.get(key, [])
-    return [Path(os.path.normpath(folder / path)) for path in ([found] if isinstance(found, str) else found)]
+    return [Path(os.path.realpath(folder / path)) for path in ([found] if isinstance(found, str) else found)]
 
 
 def varied(call: Call, kind: str, file: Path, out: Path, *arguments: object) -> list[Row]:
     """Run the command; what holds for every kind is checked here."""
     code, said, error = call(kind, file, "--out", out, *arguments)
     assert (code, error) == (0, "")
+    out = out.resolve()
     rows = lines(out / "data.jsonl")
-    assert said.startswith(f"{out.resolve() / 'data.jsonl'}: {len(rows)} records")
+    assert said.startswith(f"{out / 'data.jsonl'}: {len(rows)} records")
     for row in rows:
         for key in ("image_input", "image_output"):
             paths = row.get(key, "x")
@@ -517,12 +518,12 @@ def test_refused_files(odd: Path, tmp_path: Path, refused: Callable[..., str], c
         assert said.startswith(f"{torn}, line 2, {key}: image ")
         assert said.endswith("; replace the file")
     broken = write(odd.parent / "broken.jsonl", rows[0], rows[0], "{", rows[0])
-    assert refused("helper-only", broken) == (
-        f"{broken}, line 3, json: not valid JSON (Expecting property name enclosed in double quotes at column 1); "
-        "write one object a line"
-    )
+    said = refused("helper-only", broken)
+    assert said.startswith(f"{broken}, line 3, json: not valid JSON (")
+    assert said.endswith("); write one object a line")
     # Lines after those that are taken do not matter.
-    assert len(varied(call, "helper-only", broken, tmp_path / "two", "--most", 2)) == 2
+    assert call("helper-only", broken, "--out", tmp_path / "two", "--most", 2)[0] == 0
+    assert len(lines(tmp_path / "two/data.jsonl")) == 2
 
 
 def test_a_second_place_for_images(call: Call, odd: Path, tmp_path: Path) -> None:
