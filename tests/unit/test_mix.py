@@ -128,6 +128,7 @@ def test_whole_files_are_shuffled_into_one_another(call: Call, files: list[Path]
         ((4, 1, 2), None, [40, 10, 20]),
         ((5, 1, 1), None, [40, 8, 8]),
         ((3, 0.5, 1.6), None, [40, 7, 21]),
+        ((0.7, 0.2, 0.1), None, [35, 10, 5]),  # 49.999… in floats
         ((1, 0.2, 0.8), 20, [10, 2, 8]),
         ((1, 1, 1), 10, [4, 3, 3]),
         ((None, None, None), 15, [8, 2, 5]),

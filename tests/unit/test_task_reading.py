@@ -112,6 +112,8 @@ def test_a_rows_own_path_is_read_where_it_is_right(tmp_path: Path) -> None:
         ["UP", "DOWN", "DOWN", "RIGHT", "RIGHT"],
         ["RIGHT", "RIGHT", "DOWN", "DOWN"],
     ]
+    # Two of them are of one length on one board.
+    assert len({pixels(tmp_path / "o" / row["image_input"]).tobytes() for row in rows}) == 3
     assert {row["text_output"] for row in made(TRANSCRIPTION, tmp_path / "t", maps=source)} == {"\\boxed{SFF/FHF/FFG}"}
 
 
