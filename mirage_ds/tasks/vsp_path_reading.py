@@ -6,7 +6,7 @@ The input is Planning's helper image, and there is no helper. It teaches a model
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from mirage_ds.tasks.board_style import Style, path_picture
 from mirage_ds.tasks.board_task import BoardTask
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.maps import Board, map_json, parse_board
+from mirage_ds.tasks.maps import Board, follow, map_json, parse_board
 from mirage_ds.tasks.spec import BuildSpec, ReadingSpec
 from mirage_ds.tasks.vsp_planning import boxed_moves, choose_moves, kind_of, read_moves, solves
 
@@ -63,6 +63,15 @@ def score(text: str, path: Any, map_desc: Any) -> PathReadingScore:
     return PathReadingScore(bool(moves) and moves == path, solves(board, moves), not moves)
 
 
+def readable(board: Board, moves: Sequence[str]) -> bool:
+    """Tell whether moves solve the board and can be read off their picture.
+
+    A move against the edge leaves no trace, and where a path meets itself its order cannot be seen.
+    """
+    cells = follow(board, moves)
+    return solves(board, moves) and len(set(cells)) == len(cells)
+
+
 class PathReading(BoardTask):
     """Reading of drawn paths; see the module."""
 
@@ -92,10 +101,11 @@ class PathReading(BoardTask):
         """Make one record from a solvable board, with the path that Planning would draw.
 
         Args:
-            row: the row the board comes from; its own path is kept when it solves the board, else replaced.
+            row: the row the board comes from; its own path is kept when it solves the board and stands on no cell
+                twice, else replaced.
             wanted: unused; answers fall into no classes.
         """
-        moves, replaced = choose_moves(board, rng, style, row)
+        moves, replaced = choose_moves(board, rng, style, row, readable)
         return Draft(
             text_output=boxed_moves(moves),
             images=(path_picture(board, moves, style.cell_size),),

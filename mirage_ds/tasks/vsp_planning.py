@@ -6,7 +6,7 @@ The helper image is the start map with the answer's own path in red, never anoth
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -109,15 +109,19 @@ def _given_moves(row: Mapping[str, Any]) -> list[str]:
 
 
 def choose_moves(
-    board: Board, rng: random.Random, style: Style, row: Mapping[str, Any] | None
+    board: Board,
+    rng: random.Random,
+    style: Style,
+    row: Mapping[str, Any] | None,
+    right: Callable[[Board, Sequence[str]], bool] = solves,
 ) -> tuple[list[str], bool]:
-    """Choose the path of a record: the row's own where that solves the board, else a shortest one.
+    """Choose the path of a record: the row's own where that is right, else a shortest one.
 
     Returns:
         The moves, and whether the row brought along others, which are wrong.
     """
     given = _given_moves(row or {})
-    if given and solves(board, given):
+    if given and right(board, given):
         return given, False
     return shortest_path(board, style.ties, rng), bool(given)
 
