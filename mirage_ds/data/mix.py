@@ -50,7 +50,7 @@ def mix(parts: Sequence[Part], spec: MixSpec) -> Written:
         UserError: weights for some files only, a file twice, too few rows in one, a faulty record, a target that
             exists.
     """
-    new_target(spec.out, spec.name)
+    new_target(spec.out, spec.name)  # before the records are read
     weighted = [part.weight for part in parts if part.weight is not None]
     if weighted and len(weighted) != len(parts):
         bare = next(part.file for part in parts if part.weight is None)

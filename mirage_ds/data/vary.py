@@ -55,7 +55,7 @@ def vary(kind: Kind, file: Path, spec: VarySpec, progress: Advance | None = None
     Raises:
         UserError: a record that lacks what the kind needs, a flag of another kind, a target that exists.
     """
-    new_target(spec.out, spec.name)
+    new_target(spec.out, spec.name)  # before the records are read
     _check_flags(kind, spec)
     source = Source.read(file, spec.image_root, spec.most)
     for record in source.records:
