@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 TASKS = {
     "vsp-spatial-planning": "mirage_ds.tasks.vsp_planning:Planning",
     "vsp-spatial-reasoning": "mirage_ds.tasks.vsp_reasoning:Reasoning",
+    "vsp-transcription": "mirage_ds.tasks.vsp_transcription:Transcription",
+    "vsp-path-reading": "mirage_ds.tasks.vsp_path_reading:PathReading",
     "blink-jigsaw": "mirage_ds.tasks.jigsaw:Jigsaw",
     "sat": "mirage_ds.tasks.sat:Sat",
     "comt": "mirage_ds.tasks.comt:Comt",

@@ -32,7 +32,7 @@ class BoardTask(Task):
 
     name: ClassVar[str]
     classes: ClassVar[tuple[str, ...]] = ()
-    build_settings = BuildSpec
+    build_settings: ClassVar[type[BuildSpec]] = BuildSpec
 
     @abstractmethod
     def make(

@@ -1,16 +1,9 @@
-"""Write a task's records: a JSONL file and its pictures, whole or not at all.
-
-Everything is written into a temporary folder beside the target and moved at the end, the JSONL file last.
-"""
+"""Make a task's records and write them, whole or not at all (see `mirage_ds.tasks.write`)."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +14,7 @@ from mirage_ds.tasks.draft import INPUT_IMAGE, OUTPUT_IMAGE, Draft, Picture
 from mirage_ds.tasks.report import Advance, BuildReport, print_report, progress_bar
 from mirage_ds.tasks.spec import BuildSpec
 from mirage_ds.tasks.task import Settings, Task
+from mirage_ds.tasks.write import Painter, new_target, whole_or_nothing
 
 __all__ = ["BuildReport", "BuildSpec", "build", "convert", "print_report", "progress_bar"]
 
@@ -53,12 +47,7 @@ def convert(task: str, source: Path, settings: Settings, progress: Advance | Non
 
 def _begin(task: str, settings: Settings) -> tuple[Task, BuildReport]:
     made = get_task(task)
-    target = settings.out.resolve() / f"{settings.name}.jsonl"
-    if settings.out.exists() and not settings.out.is_dir():
-        raise UserError(f"--out {settings.out} is a file; name a folder")
-    if target.exists():
-        raise UserError(f"{settings.out / target.name} exists; remove it, or choose another --out or --name")
-    return made, BuildReport(task_name(task), target)
+    return made, BuildReport(task_name(task), new_target(settings.out, settings.name))
 
 
 def _write(
@@ -68,7 +57,7 @@ def _write(
     total = None
     if isinstance(drafts, Sequence):
         total = len({name for draft in drafts for name in _pictures(draft) if not (out / name).exists()})
-    with _whole_or_nothing(out) as work, _Painter(work, total, progress) as painter:
+    with whole_or_nothing(out) as work, Painter(work, total, progress) as painter:
         with (work / report.file.name).open("w", encoding="utf-8", newline="\n") as file:
             waiting = iter(drafts)
             while chunk := list(islice(waiting, _CHUNK)):
@@ -132,59 +121,3 @@ def _count(draft: Draft, report: BuildReport) -> None:
         report.levels[level] = report.levels.get(level, 0) + 1
     if draft.kind:
         report.classes[draft.kind] = report.classes.get(draft.kind, 0) + 1
-
-
-@contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """Yield a new folder beside `out`; at the end move its files into `out`, and on an error remove it."""
-    work = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        work.mkdir(parents=True)
-        yield work
-        # Pictures first: a JSONL file never stands there without them.
-        files = [path for path in work.rglob("*") if path.is_file()]
-        for source in sorted(files, key=lambda path: path.suffix == ".jsonl"):
-            target = out / source.relative_to(work)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-class _Painter:
-    """Writes pictures under a folder, each once; compressing them is most of a build and runs on all cores."""
-
-    def __init__(self, folder: Path, total: int | None, progress: Advance | None):
-        self.folder, self.total, self.progress = folder, total, progress
-        self.pool = ThreadPoolExecutor()
-        self.known: set[str] = set()
-
-    def __enter__(self) -> _Painter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # Whoever stops the build does not wait for the pictures that nobody began.
-        self.pool.shutdown(cancel_futures=True)
-
-    @property
-    def written(self) -> int:
-        return len(self.known)
-
-    def write(self, pictures: dict[str, Picture]) -> None:
-        """Write those pictures that are not written yet."""
-        new = [name for name in pictures if name not in self.known]
-        for parent in {(self.folder / name).parent for name in new}:
-            parent.mkdir(parents=True, exist_ok=True)
-
-        def save(name: str) -> None:
-            (self.folder / name).write_bytes(pictures[name].content())
-
-        # The very first one alone: it may take tiles from a renderer, which is no matter for threads.
-        first = 0 if self.known else 1
-        for name in new[:first]:
-            save(name)
-        begun = len(self.known)
-        for done, _ in enumerate(self.pool.map(save, new[first:]), begun + first + 1):
-            if self.progress is not None:
-                self.progress(done, self.total)
-        self.known.update(new)

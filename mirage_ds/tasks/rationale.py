@@ -15,6 +15,11 @@ def spot(cell: Cell) -> str:
     return f"({cell[0]},{cell[1]})"
 
 
+def seen(board: Board, cell: Cell) -> str:
+    """Write a cell and what lies there: "[(0,2),Hole]"."""
+    return f"[{spot(cell)},{TILE_NAMES[tile(board, cell)]}]"
+
+
 def sentences(board: Board, cells: Sequence[Cell], moves: Sequence[str]) -> list[str]:
     """Return one sentence for each move made: from which cell, to which, and what lies there.
 
@@ -23,11 +28,13 @@ def sentences(board: Board, cells: Sequence[Cell], moves: Sequence[str]) -> list
     """
     told = []
     for before, after, move in zip(cells, cells[1:], moves, strict=False):
-        seen = f"[{spot(after)},{TILE_NAMES[tile(board, after)]}]"
+        there = seen(board, after)
         if after == before:
-            told.append(f"Moving {move} from {spot(before)} has no effect at the edge of the map, so I stay at {seen}.")
+            told.append(
+                f"Moving {move} from {spot(before)} has no effect at the edge of the map, so I stay at {there}."
+            )
         else:
-            told.append(f"Moving {move} from {spot(before)} leads to {seen}.")
+            told.append(f"Moving {move} from {spot(before)} leads to {there}.")
     return told
 
 

@@ -62,3 +62,10 @@ class BuildSpec(Settings):
     def shares(self) -> list[float]:
         """Return one share per level."""
         return self.proportions if self.proportions is not None else [level - 2.0 for level in self.levels]
+
+
+class ReadingSpec(BuildSpec):
+    """What to build of a task whose answer is read off the picture: no helper, so no rationale around one."""
+
+    answer: Literal["direct"] = Field("direct", description="the boxed answer alone")
+    prompt: Prompt = Field("short", description="one short sentence, or a longer explanation")

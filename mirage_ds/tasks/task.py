@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, Field
 
+from mirage_ds.errors import UserError
+from mirage_ds.tasks import TASKS
+
 if TYPE_CHECKING:
     from mirage_ds.tasks.draft import Draft
     from mirage_ds.tasks.report import BuildReport
@@ -27,7 +30,8 @@ class Settings(BaseModel, extra="forbid"):
 class Task(ABC):
     """A task.
 
-    Every task asks, reads and scores. `data build` and `data convert` need the method of their name, and its settings.
+    Every task asks, reads and scores. `data build` and `data convert` need the method of their name, and its settings;
+    `data vary helper-text` needs `helper_text`.
 
     Attributes:
         build_settings: flags of `data build`; None where the task is not built.
@@ -60,6 +64,20 @@ class Task(ABC):
         Args:
             row: the record to be: everything but its two texts.
         """
+
+    def helper_text(self, row: Mapping[str, Any]) -> str:
+        """Say in words what a record's helper image shows, for `data vary helper-text`.
+
+        Args:
+            row: the record's extra keys, and `text_output`.
+
+        Raises:
+            UserError: the task has no words for it (this default).
+            KeyError: the record lacks a key; its name and line are told to the user.
+        """
+        place = f"{type(self).__module__}:{type(self).__name__}"
+        name = next((name for name, known in TASKS.items() if known == place), place)
+        raise UserError(f"task {name} has no words for its helper; write its helper_text, or vary in another way")
 
     @abstractmethod
     def parse(self, text: str, row: Mapping[str, Any]) -> Any | None:

@@ -5,16 +5,16 @@ The helper image is the start map with the answer's own path in red, never anoth
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mirage_ds.tasks.board_style import Style, picture_name, state_picture
+from mirage_ds.errors import UserError
+from mirage_ds.tasks.board_style import Style, path_picture, state_picture
 from mirage_ds.tasks.board_task import BoardTask
 from mirage_ds.tasks.boxed import last_boxed
-from mirage_ds.tasks.draft import Draft, Picture
+from mirage_ds.tasks.draft import Draft
 from mirage_ds.tasks.maps import (
     GOAL,
     HOLE,
@@ -30,7 +30,6 @@ from mirage_ds.tasks.maps import (
     tile,
 )
 from mirage_ds.tasks.rationale import sentences, spot, with_helper
-from mirage_ds.tasks.render import red_path, render
 from mirage_ds.tasks.spec import BuildSpec
 
 NAME = "vsp-spatial-planning"
@@ -103,10 +102,38 @@ def score(text: str, map_desc: Any) -> PlanningScore:
 
 
 def _given_moves(row: Mapping[str, Any]) -> list[str]:
-    """Return the moves a row brings along, in its answer or else in its `path`; none without either."""
+    """Return the moves a row brings along, in its answer or else in its `path`, a list; none without either."""
     boxed = last_boxed(str(row.get("text_output") or ""))
-    path = row.get("path") or ()
-    return read_moves(boxed if boxed is not None else " ".join(map(str, path)))
+    path = row.get("path")
+    return read_moves(boxed if boxed is not None else " ".join(map(str, path if isinstance(path, list) else ())))
+
+
+def choose_moves(
+    board: Board,
+    rng: random.Random,
+    style: Style,
+    row: Mapping[str, Any] | None,
+    right: Callable[[Board, Sequence[str]], bool] = solves,
+) -> tuple[list[str], bool]:
+    """Choose the path of a record: the row's own where that is right, else a shortest one.
+
+    Returns:
+        The moves, and whether the row brought along others, which are wrong.
+    """
+    given = _given_moves(row or {})
+    if given and right(board, given):
+        return given, False
+    return shortest_path(board, style.ties, rng), bool(given)
+
+
+def boxed_moves(moves: Sequence[str]) -> str:
+    """Write moves as an answer."""
+    return f"\\boxed{{{', '.join(moves)}}}"
+
+
+def kind_of(moves: Sequence[str]) -> str:
+    """Say how long a path is, for the report's counts."""
+    return f"{len(moves)} move{'s' if len(moves) > 1 else ''}"
 
 
 class Planning(BoardTask):
@@ -126,6 +153,13 @@ class Planning(BoardTask):
         """Score a generated text for a record; the keys are those of `PlanningScore`."""
         return asdict(score(text, record["map_desc"]))
 
+    def helper_text(self, row: Mapping[str, Any]) -> str:
+        """Return the cells of the path that the helper draws, in order: "(0,0) (0,1) (1,1)"."""
+        board, moves = parse_board(row["map_desc"], "the record"), _given_moves(row)
+        if not moves:
+            raise UserError("the record has no move in its answer; box the path that its helper draws")
+        return " ".join(spot(cell) for cell in follow(board, moves))
+
     def make(
         self,
         board: Board,
@@ -140,30 +174,23 @@ class Planning(BoardTask):
             row: the row the board comes from; its own answer is kept when it solves the board, else replaced.
             wanted: unused; answers fall into no classes.
         """
-        given = _given_moves(row or {})
-        kept = bool(given) and solves(board, given)
-        moves = given if kept else shortest_path(board, style.ties, rng)
+        moves, replaced = choose_moves(board, rng, style, row)
         cells = follow(board, moves)
-        boxed = f"\\boxed{{{', '.join(moves)}}}"
+        boxed = boxed_moves(moves)
         if style.answer == "direct":
             text_output = boxed
         else:
             start, goal = spot(find(board, START)), spot(find(board, GOAL))
             where = f"I start at [{start},Start] and the goal is at [{goal},Target]."
             text_output = with_helper([where], sentences(board, cells, moves), boxed)
-        size = style.cell_size
-        way = hashlib.sha256("".join(moves).encode()).hexdigest()[:8]
-        path = Picture.drawn(
-            picture_name(board, size, f"path_{way}"), lambda: red_path(render(board, cell_size=size), cells, size)
-        )
         return Draft(
             text_output=text_output,
-            images=(state_picture(board, cells[0], None, size),),
-            helpers=(path,),
+            images=(state_picture(board, cells[0], None, style.cell_size),),
+            helpers=(path_picture(board, moves, style.cell_size),),
             extra={"path": moves},
-            kind=f"{len(moves)} move{'s' if len(moves) > 1 else ''}",
+            kind=kind_of(moves),
             key=map_json(board),
-            replaced=bool(given) and not kept,
+            replaced=replaced,
         )
 
 

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mirage_ds.errors import UserError
 from mirage_ds.tasks.board_style import Style, state_picture
 from mirage_ds.tasks.board_task import BoardTask
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, Board, follow, map_json, shortest_path, tile
-from mirage_ds.tasks.rationale import sentences, with_helper
+from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, Board, follow, map_json, parse_board, shortest_path, tile
+from mirage_ds.tasks.rationale import seen, sentences, with_helper
 from mirage_ds.tasks.spec import BuildSpec
 
 NAME = "vsp-spatial-reasoning"
@@ -124,6 +125,12 @@ def draw_plan(board: Board, rng: random.Random, wanted: str) -> list[str] | None
     return None
 
 
+def _usable_plan(given: Any) -> list[str] | None:
+    """Return the plan of a row; None where it is no list of moves, at least one."""
+    usable = isinstance(given, list) and bool(given) and all(isinstance(move, str) and move in MOVES for move in given)
+    return list(given) if usable else None
+
+
 class Reasoning(BoardTask):
     """VSP spatial reasoning; see the module."""
 
@@ -148,6 +155,16 @@ class Reasoning(BoardTask):
         """Score a generated text against a record's own answer; the keys are those of `ReasoningScore`."""
         return asdict(score(text, str(read_letter(record["text_output"]))))
 
+    def helper_text(self, row: Mapping[str, Any]) -> str:
+        """Return what the helper shows beside the board: "The player is at [(2,1),Ice], facing DOWN."."""
+        board, plan, at = parse_board(row["map_desc"], "the record"), _usable_plan(row["plan"]), row["helper_step"]
+        if plan is None or type(at) is not int or not 0 < at <= len(plan):
+            raise UserError("the record's helper_step is no step of its plan, a list of moves; mend them")
+        cell = follow(board, plan[:at])[-1]
+        # In a hole the player is gone from the picture, and with it the way it faces.
+        facing = "" if tile(board, cell) == HOLE else f", facing {plan[at - 1]}"
+        return f"The player is at {seen(board, cell)}{facing}."
+
     def make(
         self,
         board: Board,
@@ -166,10 +183,8 @@ class Reasoning(BoardTask):
             None when no plan of the wanted class was found on this board.
         """
         given = (row or {}).get("plan")
-        usable = (
-            isinstance(given, list) and bool(given) and all(isinstance(move, str) and move in MOVES for move in given)
-        )
-        plan = list(given or ()) if usable else draw_plan(board, rng, wanted or rng.choice(CLASSES))
+        usable = _usable_plan(given)
+        plan = draw_plan(board, rng, wanted or rng.choice(CLASSES)) if usable is None else usable
         if plan is None:
             return None
         cells = follow(board, plan)
@@ -184,5 +199,5 @@ class Reasoning(BoardTask):
             extra={"plan": plan, "helper_step": split},
             kind=letter,
             key=f"{map_json(board)} {' '.join(plan)}",
-            replaced=given is not None and not usable,
+            replaced=given is not None and usable is None,
         )

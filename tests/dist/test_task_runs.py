@@ -31,6 +31,8 @@ FIRST = {
     "sat": "correct",
     "comt": "correct",
 }
+# Tasks without helper images, which stage1 has no targets for; they build a base model in sft.
+READING = ("vsp-transcription", "vsp-path-reading")
 SETTINGS: dict[str, Any] = dict(
     latent_size=2, global_batch_size=10, micro_batch_tokens=8192, max_steps=2, warmup_steps=0, learning_rate=1e-3,
     num_workers=0, report_to=["none"], gradient_checkpointing=False,
@@ -127,7 +129,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_records_of_every_task_train_in_every_stage_and_are_scored(
     group: Group, nano: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    assert list(files) == list(TASKS)
+    assert list(files) == [name for name in TASKS if name not in READING]
     together = tmp_path / "together.jsonl"
     together.write_text("".join(file.read_text() for file in files.values()))
     base = SETTINGS | dict(data_path=together, cache_dir=tmp_path / "cache", feature_dir=tmp_path / "features")
