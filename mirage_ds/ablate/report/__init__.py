@@ -7,7 +7,8 @@ contrasts    its contrasts, with tests and verdicts
 answers      its controls, from each record's answers
 tables       the dict → tables of text and sentences, the same for Markdown and HTML
 style        sizes, colours and legends of the figures
-figures      the dict → figures of scores, contrasts, controls and cost
+figures      the dict → figures of scores, contrasts and cost
+control_figures   … and of the controls
 sweeps       figures that need more than the dict's numbers: learning curves, scores against settings
 markdown, sheet, page   the dict → Markdown, CSV, HTML
 write        all of it into a folder

@@ -1,4 +1,4 @@
-"""The report's dict → figures of scores, contrasts, controls and cost. What has nothing to show gives no figure."""
+"""The report's dict → figures of scores, contrasts and cost. What has nothing to show gives no figure."""
 
 from __future__ import annotations
 
@@ -21,17 +21,15 @@ from mirage_ds.ablate.report.style import (
     ROW,
     VERMILLION,
     WIDTH,
-    bars,
     dots,
+    interval,
     legend,
     legible,
-    look,
     name_rows,
     panels,
     room,
 )
 from mirage_ds.ablate.report.tables import judged, levels_of
-from mirage_ds.controls.paths import VERDICTS
 
 Report = Mapping[str, Any]
 
@@ -47,12 +45,6 @@ class Drawn(NamedTuple):
 def slug(*texts: str) -> str:
     """Return texts as a file's name without odd characters."""
     return "-".join(re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-") or "x" for text in texts)[:80]
-
-
-def _interval(axes: Axes, row: float, one: dict[str, Any], colour: str, mark: str = "o") -> None:
-    axes.errorbar(
-        one["mean"], row, xerr=[[side] for side in bars(one)], fmt=mark, color=colour, markersize=5, capsize=2.5, lw=1.6
-    )
 
 
 def scores(report: Report) -> list[Drawn]:
@@ -82,6 +74,7 @@ def scores(report: Report) -> list[Drawn]:
                 _score_panel(axes, report, evaluation, found, parts[number])
                 # Where the row below has no panel in this column, the axis is named here.
                 axes.tick_params(labelbottom=number + across >= len(parts))
+                axes.tick_params(axis="y", length=0)
                 axes.set_xlabel(f"{legible(found[0]['metric'])}, mean" if number + across >= len(parts) else "")
             else:
                 axes.set_visible(False)
@@ -119,7 +112,7 @@ def _score_panel(
     estimates = [one["overall"] if level is None else one["levels"].get(level) for one in found]
     for row, one in enumerate(estimates):
         if one is not None:
-            _interval(axes, row, one, BLUE)
+            interval(axes, row, one, BLUE)
     seeds = [
         (seed["score"] if level is None else seed["levels"][level]["score"], row + 0.24)
         for row, one in enumerate(found)
@@ -158,7 +151,7 @@ def contrasts(report: Report) -> list[Drawn]:
         colour = VERMILLION if one is first else BLUE
         apart = one["difference"]
         axes.plot([apart["low90"], apart["high90"]], [row, row], color=colour, linewidth=5, alpha=0.35)
-        _interval(axes, row, apart, colour)
+        interval(axes, row, apart, colour)
     dots(axes, [(seed["difference"], row + 0.25) for row, one in enumerate(found) for seed in one["by_seed"]])
     name_rows(axes, [_pair(one, found) for one in found], 70)
     words = axes.secondary_yaxis("right")
@@ -182,84 +175,8 @@ def _pair(contrast: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> st
     if len({one["evaluation"] for one in among}) > 1:
         text += f", {legible(contrast['evaluation'], 14)}"
     if len({tuple(one["levels"]) for one in among}) > 1:
-        text += f", {' '.join(contrast['levels']) or 'all levels'}"
+        text += f", level {', '.join(contrast['levels'])}" if contrast["levels"] else ", all levels"
     return text
-
-
-def controls(report: Report) -> list[Drawn]:
-    """Draw the scores under each condition, and which path the answers follow, one figure each an evaluation."""
-    drawn = []
-    for evaluation in dict.fromkeys(entry["evaluation"] for entry in report["controls"]):
-        entries = [entry for entry in report["controls"] if entry["evaluation"] == evaluation]
-        scored = [entry for entry in entries if entry["conditions"]]
-        if scored:
-            drawn.append(Drawn(slug("controls", evaluation), _conditions(scored, report), _CONDITIONS))
-        follow = [entry for entry in entries if entry["path"]]
-        if follow:
-            drawn.append(Drawn(slug("follow", evaluation), _paths(follow), _PATHS))
-    return drawn
-
-
-_CONDITIONS = (
-    "Scores with other latents fed at the slots; own are the model's. 95 % intervals over seeds and records. Compare "
-    "with the paired differences in the table, whose intervals are narrower."
-)
-_PATHS = (
-    "The latents of one of two shortest paths were fed. Left: what share of the answers is that path, the other, or "
-    "neither. Right: injected − other, which is 0 where answers do not depend on the latents. 95 % intervals."
-)
-
-
-def _conditions(entries: Sequence[Mapping[str, Any]], report: Report) -> Figure:
-    names = list(dict.fromkeys(name for entry in entries for name in entry["conditions"]))
-    order = [arm["name"] for arm in report["arms"]]
-    looks = [look(order.index(entry["arm"])) for entry in entries]
-    handles = [
-        Line2D([], [], color=colour, marker=mark, markersize=5, linestyle="", label=legible(entry["arm"]))
-        for entry, (colour, _, mark) in zip(entries, looks, strict=True)
-    ]
-    step = min(0.16, 0.8 / len(entries))
-    beside = room([str(one.get_label()) for one in handles])
-    title = f"{entries[0]['evaluation']}: {entries[0]['metric']} with other latents"
-    height = len(names) * max(0.3, 0.13 * len(entries) + 0.12) + 0.6
-    figure, grid = panels(1, 1, height, title=title, beside=beside)
-    axes = grid[0, 0]
-    for number, (entry, (colour, _, mark)) in enumerate(zip(entries, looks, strict=True)):
-        for row, name in enumerate(names):
-            if name in entry["conditions"]:
-                at = row + step * (number - (len(entries) - 1) / 2)
-                _interval(axes, at, entry["conditions"][name], colour, mark)
-    for row in range(1, len(names)):
-        axes.axhline(row - 0.5, color=GREY, linewidth=0.5, alpha=0.5)
-    name_rows(axes, names)
-    axes.set(xlabel=f"{legible(entries[0]['metric'])}, mean", ylabel="latents fed")
-    axes.grid(axis="x")
-    legend(figure, handles)
-    return figure
-
-
-def _paths(entries: Sequence[Mapping[str, Any]]) -> Figure:
-    looks = dict(zip(VERDICTS, ((VERMILLION, "o"), (BLUE, "s"), (GREY, "^")), strict=True))
-    handles = [
-        Line2D([], [], color=colour, marker=mark, markersize=5, linestyle="", label=f"follows {kind}")
-        for kind, (colour, mark) in looks.items()
-    ]
-    title = f"{entries[0]['evaluation']}: which path's latents the answer follows"
-    height = 0.42 * len(entries) + 0.75
-    figure, grid = panels(1, 2, height, title=title, beside=room([""]), sharey=True)
-    shares, apart = grid[0]
-    for row, entry in enumerate(entries):
-        for number, (kind, (colour, mark)) in enumerate(looks.items()):
-            _interval(shares, row + 0.2 * (number - 1), entry["path"][kind], colour, mark)
-        _interval(apart, row, entry["path"]["difference"], BLACK)
-    apart.axvline(0, color=BLACK, linewidth=1)
-    name_rows(shares, [entry["arm"] for entry in entries])
-    shares.set(xlabel="share of answers", xlim=(-0.02, 1.02))
-    apart.set(xlabel="share that follows the injected path − the other")
-    for axes in (shares, apart):
-        axes.grid(axis="x")
-    legend(figure, handles)
-    return figure
 
 
 # Key of a cost, its title, its unit.
@@ -295,6 +212,7 @@ def cost(report: Report) -> list[Drawn]:
         axes.set_xlabel(named)
         axes.grid(axis="x")
         axes.locator_params(axis="x", nbins=5)
+        axes.tick_params(axis="y", length=0)
     name_rows(grid[0, 0], [arm["name"] for arm in arms])
     caption = "Mean over seeds with scores; dots are single seeds. A stage that several arms share counts in each."
     return [Drawn("cost", figure, caption)]

@@ -43,7 +43,7 @@ def markdown(report: Mapping[str, Any], figures: Sequence[tuple[str, str]] = ())
         parts += ["## Holes", "\n".join(f"- {escaped(one)}" for one in missing)]
     parts += ["## Arms", table(tables.arm_table(report)), *map(table, tables.score_tables(report))]
     if figures:
-        parts += ["## Figures", *(f"![{escaped(caption)}]({path})\n\n{escaped(caption)}" for path, caption in figures)]
+        parts += ["## Figures", *(f"![figure]({path})\n\n{paragraph(caption)}" for path, caption in figures)]
     contrasts = [one for one in (tables.contrast_table(report), tables.primary_levels(report)) if one is not None]
     if contrasts:
         parts += ["## Contrasts", *map(table, contrasts)]

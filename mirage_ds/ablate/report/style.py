@@ -53,11 +53,13 @@ def look(number: int) -> Look:
 
 
 def legible(text: object, most: int = 38) -> str:
-    """Shorten a text to one line, and write characters that the font lacks by their numbers."""
+    """Bring a text to one line of at most so many letters; those that the font lacks are written by their numbers."""
     font = get_font(findfont(FontProperties()))
     one = " ".join(str(text).split())
     one = "".join(letter if font.get_char_index(ord(letter)) else f"\\u{ord(letter):x}" for letter in one)
-    return one if len(one) <= most else f"{one[: most - 1]}…"
+    # What tells names apart is often at their end.
+    end = most // 3
+    return one if len(one) <= most else f"{one[: most - end - 1]}…{one[-end:]}"
 
 
 def png(figure: Figure) -> bytes:
@@ -86,8 +88,9 @@ def panels(
 
 
 def columns(labels: Sequence[str], width: float = WIDTH) -> int:
-    """Return how many columns a legend of these labels may have."""
-    return max(1, min(len(labels), int(width / (LETTER * max(map(len, labels)) + 0.5))))
+    """Return how many columns a legend of these labels has: few enough for the width, and none nearly empty."""
+    most = max(1, min(len(labels), int(width / (LETTER * max(map(len, labels)) + 0.5))))
+    return -(-len(labels) // -(-len(labels) // most))
 
 
 def room(labels: Sequence[str], width: float = WIDTH) -> float:
@@ -121,3 +124,9 @@ def name_rows(axes: Axes, names: Sequence[str], most: int = 30) -> None:
 def bars(one: dict[str, Any], low: str = "low", high: str = "high") -> tuple[float, float]:
     """Return how far an Estimate's interval reaches to both sides of its mean, 0 where it does not reach it."""
     return max(0.0, one["mean"] - one[low]), max(0.0, one[high] - one["mean"])
+
+
+def interval(axes: Axes, row: float, one: dict[str, Any], colour: str, mark: str = "o") -> None:
+    """Draw an Estimate as a dot with its 95 % interval in a row."""
+    sides = [[side] for side in bars(one)]
+    axes.errorbar(one["mean"], row, xerr=sides, fmt=mark, color=colour, markersize=5, capsize=2.5, linewidth=1.6)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from mirage_ds.ablate.report.figures import Drawn, slug
-from mirage_ds.ablate.report.style import GREY, Look, bars, dots, legend, legible, look, panels, room
+from mirage_ds.ablate.report.style import GREY, WIDTH, Look, bars, dots, legend, legible, look, panels, room
 from mirage_ds.ablate.report.tables import setting
 from mirage_ds.ablate.results import Results, StageResult
 
@@ -67,6 +67,7 @@ def curves(results: Results, report: Report) -> list[Drawn]:
         losses = np.concatenate([loss for lines in found[number].values() for _, loss in lines])
         if losses.min() > 0 and losses.max() > _LOGARITHMIC * losses.min():
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid()
@@ -94,10 +95,10 @@ def _draw(axes: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]], how: Look)
     dot = mark if all(len(steps) == 1 for steps, _ in lines) else ""
     if len(lines) > 1:
         for steps, losses in lines:
-            axes.plot(steps, losses, color=colour, linestyle=dash, linewidth=0.6, alpha=0.45, marker=dot)
+            axes.plot(steps, losses, color=colour, linestyle=dash, linewidth=0.5, alpha=0.3, marker=dot)
     if all(np.array_equal(steps, lines[0][0]) for steps, _ in lines):
         mean = np.mean([losses for _, losses in lines], axis=0)
-        axes.plot(lines[0][0], mean, color=colour, linestyle=dash, linewidth=1.8, marker=dot, markersize=4)
+        axes.plot(lines[0][0], mean, color=colour, linestyle=dash, linewidth=1.8, marker=dot, markersize=4, zorder=3)
 
 
 def sweeps(report: Report) -> list[Drawn]:
@@ -146,7 +147,7 @@ def _sweep(name: str, arms: Sequence[Mapping[str, Any]]) -> Drawn | None:
         )
     across = min(2, len(evaluations))
     down = -(-len(evaluations) // across)
-    width = 10.6 if across > 1 else 7.0
+    width = WIDTH if across > 1 else 7.0
     beside = room([str(one.get_label()) for one in handles], width)
     figure, grid = panels(down, across, 3.2, width=width, title=f"Scores against {name}", beside=beside)
     for number, axes in enumerate(grid.flat):
@@ -156,8 +157,10 @@ def _sweep(name: str, arms: Sequence[Mapping[str, Any]]) -> Drawn | None:
         evaluation = evaluations[number]
         for at, group in enumerate(lines):
             _line(axes, group, evaluation, name, places, look(at), (at - (len(lines) - 1) / 2, kind))
-        for arm in alone:
-            _line(axes, [arm], evaluation, name, places, (GREY, "", "D"), (0.0, kind))
+        for at, arm in enumerate(alone):
+            # Beside the lines, those with the same value beside each other.
+            before = sum(_same(one["settings"][name]) == _same(arm["settings"][name]) for one in alone[:at])
+            _line(axes, [arm], evaluation, name, places, (GREY, "", "D"), (len(lines) / 2 + 1 + 1.6 * before, kind))
         metric = next(arm["evaluations"][evaluation]["metric"] for arm in arms if evaluation in arm["evaluations"])
         if kind == "logarithmic":
             axes.set_xscale("log")
@@ -188,13 +191,14 @@ def _line(
     """Draw one group of arms, its points a little aside so that the groups' intervals do not hide each other."""
     colour, dash, mark = how
     number, kind = aside
-    scale = max(places.values()) - min(places.values())
+    first, last = min(places.values()), max(places.values())
     points = []
     for arm in arms:
         found = arm["evaluations"].get(evaluation)
         if found is not None:
             x = places[_same(arm["settings"][name])]
-            x = x * 1.02**number if kind == "logarithmic" else x + 0.008 * scale * number
+            # One step aside is a hundredth of the axis.
+            x = x * (last / first) ** (0.01 * number) if kind == "logarithmic" else x + 0.01 * (last - first) * number
             points.append((x, found))
     points.sort(key=lambda one: one[0])
     if not points:
@@ -212,7 +216,7 @@ def _line(
         capsize=2.5,
         linewidth=1.4,
     )
-    dots(axes, [(x, seed["score"]) for x, found in points for seed in found["by_seed"]], colour, 0.45)
+    dots(axes, [(x, seed["score"]) for x, found in points for seed in found["by_seed"]])
 
 
 def _axis(values: Sequence[Any]) -> tuple[dict[str, float], dict[float, str], str]:

@@ -258,5 +258,6 @@ def method(report: Report) -> Sequence[str]:
         "one seed, of McNemar's exact test on the records; from two to four there is none. n seeds can give no p below "
         "2/2ⁿ.",
         "“Equivalent” means that two one-sided tests at 5 % place the difference within the margin; a difference that "
-        "is not significant and not equivalent is undecided, and no statement that there is none.",
+        "is neither higher, lower nor equivalent is undecided, which does not say that there is none. These words "
+        "follow from the intervals, which are not corrected for the number of contrasts; the p-values are.",
     )

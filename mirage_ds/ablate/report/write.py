@@ -50,7 +50,7 @@ def write_report(results: Results, out: Path, resamples: int = RESAMPLES) -> dic
 
 def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, bytes, str]]:
     """Yield each figure's name, PNG and caption."""
-    from mirage_ds.ablate.report import figures, style, sweeps
+    from mirage_ds.ablate.report import control_figures, figures, style, sweeps
 
     taken: set[str] = set()
     with style.styled():
@@ -59,7 +59,7 @@ def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, by
             *figures.contrasts(report),
             *sweeps.sweeps(report),
             *sweeps.curves(results, report),
-            *figures.controls(report),
+            *control_figures.controls(report),
             *figures.cost(report),
         ):
             # Two evaluations whose names differ in odd characters alone.
