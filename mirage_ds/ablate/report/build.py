@@ -32,8 +32,10 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
         resamples: of every bootstrap; seed: of their draws.
 
     Returns:
-        {"name", "question", "margin", "made", "statistics", "arms", "holes", "primary", "contrasts", "controls"}. Only
-        str, int, float, bool, None, list and dict with text keys are in it, no number that is not finite.
+        {"name", "question", "margin", "made", "statistics", "arms", "holes", "primary", "contrasts", "controls"}, as
+        strict JSON has it (see `plain`). "arms" is a list in the study's order of what `_arm` returns, "holes" one of
+        {"arm", "seed", "evaluation", "problem"}, None where it is about no single one; for "primary" and "contrasts"
+        see contrasts.contrasts, for "controls" answers.controls.
 
     Raises:
         UserError: no cell has a score.
@@ -121,6 +123,13 @@ def _arm(
     draws: Draws,
     holes: list[dict[str, Any]],
 ) -> dict[str, Any]:
+    """Gather what there is about one arm.
+
+    Returns:
+        {"name", "description", "settings", "seeds": {"scored", "planned"}, "evaluations": name → what `_evaluation`
+        returns, "cost": mean over the seeds with scores, "cells": one entry a seed, {"seed", "problem"} and what
+        `chain` returns}
+    """
     scored = [cell for cell in cells if any(cell.scores.values())]
     evaluations = {}
     for evaluation, named in metrics.items():
@@ -148,7 +157,12 @@ def _evaluation(
     draws: Draws,
     holes: list[dict[str, Any]],
 ) -> dict[str, Any] | None:
-    """Average one evaluation of an arm: over the records that all its seeds have, and each seed by itself."""
+    """Average one evaluation of an arm: over the records that all its seeds have, and each seed by itself.
+
+    Returns:
+        {"metric", "overall": an Estimate, "levels": level → an Estimate, "by_seed": [{"seed", "score", "records",
+        "levels": level → {"score", "records"}}], "other_metrics": name → mean}; None without scores.
+    """
     columns: dict[int, Column] = {}
     others: dict[str, list[float]] = {metric: [] for metric in metrics[1:]}
     for cell in cells:
@@ -209,7 +223,11 @@ def _settings(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def chain(stages: Sequence[StageResult]) -> dict[str, Any]:
-    """Add up what a chain of stages cost; None where no stage says, or where there is none."""
+    """Add up what a chain of stages cost; None where no stage says, or where there is none.
+
+    Returns:
+        Each of COSTS (sums; samples/s over the whole chain; the highest peak), and "stages", each with its own.
+    """
     stated = ("name", "key", "stage", *COSTS)
     total: dict[str, Any] = {key: sum(getattr(one, key) for one in stages) if stages else None for key in COSTS[:5]}
     peaks = [one.peak_gb for one in stages if one.peak_gb is not None]
