@@ -1,0 +1,204 @@
+"""Means over seeds and records: intervals, paired tests, equivalence.
+
+S seeds, N records, L levels, R resamples. A matrix of scores is (S, N); its columns stand level by level, and `sizes`
+says how many each level has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mirage_ds.controls.statistics import RESAMPLES, is_binary, mcnemar
+
+# Resamples multiplied at a time: their counts take 8 bytes a record.
+_CHUNK = 500
+# Kept draws: 1 byte a resample and record each, 40 MB for 10,000 × 4,000.
+_MOST_KEPT = 3
+# From so many paired seeds on their differences are tested, up to the second number with every sign pattern.
+LEAST_SEEDS, MOST_EXACT = 5, 16
+FLIPS = 20_000
+# Sums of the same numbers in another order differ in their last bits; bounds and p-values must not.
+_DIGITS = 12
+
+
+class Draws:
+    """Which seeds and records each resample holds.
+
+    Drawn once for each mix of levels and used for everything that is measured on it, so what is compared is compared
+    under the same draws, and no result depends on what was measured before it.
+    """
+
+    def __init__(self, resamples: int = RESAMPLES, seed: int = 0):
+        """Args: seed: of the draws."""
+        self.resamples, self._seed = resamples, seed
+        self._kept: dict[tuple[int, ...], np.ndarray] = {}
+
+    def seeds(self, count: int) -> np.ndarray:
+        """Return (R, S) float64: the share of each of S seeds in each resample; rows sum to 1."""
+        rng = np.random.default_rng([self._seed, 1, count])
+        return _counts(rng, self.resamples, count) / count
+
+    def records(self, sizes: tuple[int, ...]) -> np.ndarray:
+        """Return (R, N) uint8: how often each record is in each resample; every level keeps its size."""
+        if sizes not in self._kept:
+            rng = np.random.default_rng([self._seed, 2, *sizes])
+            drawn = np.empty((self.resamples, sum(sizes)), np.uint8)
+            for start, stop in _ranges(sizes):
+                # A record that is drawn more than 255 times out of more than 255 does not happen.
+                drawn[:, start:stop] = _counts(rng, self.resamples, stop - start)
+            while len(self._kept) >= _MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[sizes] = drawn
+        return self._kept[sizes]
+
+
+def _counts(rng: np.random.Generator, resamples: int, count: int) -> np.ndarray:
+    """Draw `count` of `count` with replacement, R times: (R, count), how often each was drawn."""
+    parts = []
+    for at in range(0, resamples, _CHUNK):
+        size = min(_CHUNK, resamples - at)
+        drawn = rng.integers(count, size=(size, count))
+        drawn += count * np.arange(size)[:, None]
+        parts.append(np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count))
+    return np.concatenate(parts)
+
+
+def _ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    ends = np.cumsum(sizes).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and records.
+
+    Attributes:
+        mean: of S × N values; low, high: its 95 % interval; low90, high90: its 90 % interval.
+        seeds, records: S and N.
+        resampled: what the interval is over: "seeds and records", or "records" where there is only one seed; then it
+            says nothing about another training run.
+    """
+
+    mean: float
+    low: float
+    high: float
+    low90: float
+    high90: float
+    seeds: int
+    records: int
+    resampled: str
+
+
+def estimate(values: np.ndarray, sizes: Sequence[int], draws: Draws) -> tuple[Estimate, list[Estimate]]:
+    """Average a matrix, as a whole and level by level, with intervals of the hierarchical bootstrap.
+
+    Seeds are resampled with replacement and, crossed with them, records within each level, since all seeds answer the
+    same records. The bounds are percentiles of the means.
+
+    Args:
+        values: (S, N) with S, N ≥ 1; sizes: records of each of L levels, which sum to N.
+
+    Returns:
+        (overall, one a level)
+    """
+    seeds, count = values.shape
+    shares, drawn = draws.seeds(seeds), draws.records(tuple(sizes))
+    sums = np.empty((draws.resamples, len(sizes)))
+    for at in range(0, draws.resamples, _CHUNK):
+        part = slice(at, at + _CHUNK)
+        for level, (start, stop) in enumerate(_ranges(sizes)):
+            by_seed = drawn[part, start:stop].astype(np.float64) @ values[:, start:stop].T
+            sums[part, level] = (by_seed * shares[part]).sum(1)
+    resampled = "seeds and records" if seeds > 1 else "records"
+
+    def made(mean: float, means: np.ndarray, records: int) -> Estimate:
+        low, low90, high90, high = np.quantile(means, [0.025, 0.05, 0.95, 0.975])
+        five = [round(float(one), _DIGITS) for one in (mean, low, high, low90, high90)]
+        return Estimate(five[0], five[1], five[2], five[3], five[4], seeds, records, resampled)
+
+    levels = [
+        made(values[:, start:stop].mean(), sums[:, level] / (stop - start), stop - start)
+        for level, (start, stop) in enumerate(_ranges(sizes))
+    ]
+    return made(values.mean(), sums.sum(1) / count, count), levels
+
+
+def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
+    """Two-sided p of the permutation test on S seeds' mean differences, whose signs are chance under the null.
+
+    All 2^S sign patterns up to 16 seeds; above that 20,000 random ones and the observed one.
+    """
+    count = len(differences)
+    if count <= MOST_EXACT:
+        sums = np.zeros(1)
+        for one in differences:
+            sums = np.concatenate([sums + one, sums - one])
+    else:
+        signs = np.random.default_rng(seed).integers(2, size=(FLIPS, count)) * 2 - 1
+        sums = np.append(signs @ np.asarray(differences, dtype=np.float64), sum(differences))
+    far = abs(sum(differences)) - 1e-12 * max(1.0, sum(map(abs, differences)))
+    return float((np.abs(sums) >= far).mean())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far an arm lies from its base, paired by seed and by record.
+
+    Attributes:
+        difference: arm − base, with 95 % and 90 % intervals.
+        levels: the same for each level.
+        by_seed: mean difference of each seed.
+        test: "sign-flip" (over seeds, every pattern), "sign-flip, random" (20,000 patterns), "McNemar" (over records,
+            one seed) or "none".
+        p: of that test, two-sided; None without one: from two to four seeds none can reach 5 %, and McNemar's wants
+            values of 0 and 1.
+        least_p: the smallest p that the test can give with so many seeds; None for the others.
+        equivalent: the 90 % interval lies inside ± margin, which is two one-sided tests at 5 %.
+        verdict: "higher" or "lower" where the 95 % interval excludes 0, else "equivalent" or "undecided". A difference
+            that is both significant and equivalent is "higher" or "lower" with `equivalent` set.
+    """
+
+    difference: Estimate
+    levels: list[Estimate]
+    by_seed: list[float]
+    test: str
+    p: float | None
+    least_p: float | None
+    equivalent: bool
+    verdict: str
+
+
+def equivalent(difference: Estimate, margin: float) -> bool:
+    """Tell whether two one-sided tests at 5 % find the difference within ± margin."""
+    return -margin < difference.low90 and difference.high90 < margin
+
+
+def verdict(difference: Estimate, margin: float) -> str:
+    """Say in a word what the intervals say: higher, lower, equivalent, undecided."""
+    if difference.low > 0:
+        return "higher"
+    if difference.high < 0:
+        return "lower"
+    return "equivalent" if equivalent(difference, margin) else "undecided"
+
+
+def compare(arm: np.ndarray, base: np.ndarray, sizes: Sequence[int], margin: float, draws: Draws) -> Comparison:
+    """Compare two matrices (S, N) of the same seeds and records.
+
+    Args:
+        sizes: records of each level; margin: a difference within ± this counts as none.
+    """
+    apart = arm - base
+    overall, levels = estimate(apart, sizes, draws)
+    by_seed = [round(float(one), _DIGITS) for one in apart.mean(1)]
+    test, p, least = "none", None, None
+    if len(by_seed) >= LEAST_SEEDS:
+        exact = len(by_seed) <= MOST_EXACT
+        test = "sign-flip" if exact else "sign-flip, random"
+        p, least = sign_flip(by_seed), 2.0 ** (1 - len(by_seed)) if exact else 1 / (FLIPS + 1)
+    elif len(by_seed) == 1 and is_binary(np.unique(np.concatenate([arm, base]))):
+        test, p = "McNemar", mcnemar(arm[0].tolist(), base[0].tolist())
+    return Comparison(overall, levels, by_seed, test, p, least, equivalent(overall, margin), verdict(overall, margin))

@@ -1,0 +1,71 @@
+"""The whole report into a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mirage_ds.ablate.report.build import build
+from mirage_ds.ablate.report.markdown import markdown
+from mirage_ds.ablate.report.page import page
+from mirage_ds.ablate.report.sheet import sheet
+from mirage_ds.ablate.results import Results
+from mirage_ds.controls.statistics import RESAMPLES
+from mirage_ds.files import write_atomically
+from mirage_ds.inspect_latents.live import need_matplotlib
+
+
+def write_report(results: Results, out: Path, resamples: int = RESAMPLES) -> dict[str, Any]:
+    """Write report.json, report.csv, report.md, report.html and figures/*.png; each is whole or the old one.
+
+    The folder `figures` belongs to the report: pictures of an earlier one that are no longer made are removed. The same
+    results give the same files, to the byte.
+
+    Args:
+        out: made if it does not exist; resamples: of every bootstrap.
+
+    Returns:
+        What report.json holds; see build.build.
+
+    Raises:
+        UserError: no cell has a score, or matplotlib is not installed.
+    """
+    need_matplotlib()
+    report = build(results, resamples)
+    folder = out / "figures"
+    drawn = list(_figures(results, report))
+    for name, data, _ in drawn:
+        write_atomically(folder / f"{name}.png", data)
+    for file in folder.glob("*.png"):
+        if file.stem not in {name for name, _, _ in drawn}:
+            file.unlink()
+    write_atomically(out / "report.csv", sheet(report))
+    write_atomically(out / "report.md", markdown(report, [(f"figures/{name}.png", text) for name, _, text in drawn]))
+    write_atomically(out / "report.html", page(report, [(data, text) for _, data, text in drawn]))
+    write_atomically(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return report
+
+
+def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, bytes, str]]:
+    """Yield each figure's name, PNG and caption."""
+    from mirage_ds.ablate.report import control_figures, figures, style, sweeps
+
+    taken: set[str] = set()
+    with style.styled():
+        for one in (
+            *figures.scores(report),
+            *figures.contrasts(report),
+            *sweeps.sweeps(report),
+            *sweeps.curves(results, report),
+            *control_figures.controls(report),
+            *figures.cost(report),
+        ):
+            # Two evaluations whose names differ in odd characters alone.
+            name, number = one.name, 1
+            while name in taken:
+                number += 1
+                name = f"{one.name}-{number}"
+            taken.add(name)
+            yield name, style.png(one.figure), one.caption

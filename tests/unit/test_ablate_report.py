@@ -1,0 +1,584 @@
+"""A study's report: numbers against plain loops, what is missing is said, files are whole and strict."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirage_ds.ablate.report import control_figures, figures, style, sweeps
+from mirage_ds.ablate.report.build import build
+from mirage_ds.ablate.report.markdown import escaped, markdown
+from mirage_ds.ablate.report.page import page
+from mirage_ds.ablate.report.sheet import sheet
+from mirage_ds.ablate.report.tables import primary_sentence
+from mirage_ds.ablate.report.write import write_report
+from mirage_ds.ablate.results import Cell, Contrast, Results, Scored, StageResult
+from mirage_ds.controls.statistics import holm
+from mirage_ds.errors import UserError, strict_json
+
+LEVELS = ("5", "6", "10")
+
+
+def stage(key: str, steps: int = 100, **other: Any) -> StageResult:
+    curve = [{"step": float(at), "loss": 2 / (1 + at)} for at in range(0, steps, 25)]
+    fields = {"rows": 6400, "tokens": 10**6, "flops": 3e15, "seconds": 50.0, "samples_s": 128.0, "peak_gb": 40.0}
+    return StageResult(
+        **{"name": "s", "key": key, "stage": "stage1", "steps": steps, "curve": curve, **fields, **other}
+    )
+
+
+def success(arm: str, seed: int, record: str, rate: float) -> float:
+    return float(random.Random(f"{arm}/{seed}/{record}").random() < rate)
+
+
+def scored(arm: str, seed: int, rate: float, count: int = 12, levels: Sequence[str] = LEVELS) -> list[Scored]:
+    """`count` records a level, in an order of the arm's and seed's own."""
+    found = [
+        Scored(f"{level}-{i}", level, {"success": success(arm, seed, f"{level}-{i}", rate), "optimal": 0.25})
+        for level in levels or ("?",)
+        for i in range(count)
+    ]
+    random.Random(f"{arm}/{seed}").shuffle(found)
+    return found
+
+
+def control_report(arm: str, seed: int, count: int = 20, path: bool = True) -> dict[str, Any]:
+    """What `mirage-ds controls` writes, as far as the report reads it."""
+    rates = {"own": 0.8, "zero": 0.3, "swap": 0.5}
+    answers = [
+        {
+            "line": line,
+            "conditions": {
+                name: {"metrics": {"success": bool(success(arm + name, seed, str(line), rate))}}
+                for name, rate in rates.items()
+            },
+        }
+        for line in range(1, count + 1)
+    ]
+    report: dict[str, Any] = {
+        "conditions": {name: {"score": {"metric": "success"}} for name in rates},
+        "answers": answers,
+    }
+    if path:
+        rng = random.Random(f"{arm}/{seed}/path")
+        kinds = ("injected", "injected", "other", "neither")
+        follows = [{"line": line, "follows": {name: rng.choice(kinds) for name in "AB"}} for line in range(count)]
+        report["path"] = {"records": count, "answers": follows}
+    return report
+
+
+RATES = {"base": 0.4, "k4": 0.7, "k8": 0.65, "top": 0.5}
+SETTINGS = {
+    "base": {"latent_size": 0, "compress_strategy": "none"},
+    "k4": {"latent_size": 4, "compress_strategy": "average"},
+    "k8": {"latent_size": 8, "compress_strategy": "average"},
+    "top": {"latent_size": 4, "compress_strategy": "topk"},
+}
+
+
+def study(seeds: Sequence[int] = range(1, 6), levels: Sequence[str] = LEVELS, **other: Any) -> Results:
+    """Four arms; the primary contrast is k4 − base."""
+    cells = [
+        Cell(
+            arm,
+            seed,
+            SETTINGS[arm],
+            [stage(f"{arm}/{seed}/1"), stage(f"{arm}/{seed}/2", peak_gb=44.0)],
+            {"test": scored(arm, seed, rate, levels=levels)},
+            {"test": control_report(arm, seed)} if arm != "base" else {},
+        )
+        for arm, rate in RATES.items()
+        for seed in seeds
+    ]
+    contrasts = [Contrast("k8", "k4", "test"), Contrast("top", "k4", "test"), Contrast("k8", "base", "test", ("5",))]
+    fields = {"contrasts": contrasts, "made": {"date": "2026-12-01", "commit": "abc"}, "margin": 0.02}
+    primary = Contrast("k4", "base", "test")
+    about = {arm: f"what {arm} is" for arm in RATES}
+    return Results(
+        **{"name": "study", "question": "Why?", "arms": about, "cells": cells, "primary": primary, **fields, **other}
+    )
+
+
+def changed(results: Results, arm: str, seed: int, change: Callable[[Cell], Cell]) -> Results:
+    """The study with one cell changed."""
+    cells = [change(cell) if (cell.arm, cell.seed) == (arm, seed) else cell for cell in results.cells]
+    return replace(results, cells=cells)
+
+
+def arm_of(report: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return next(arm for arm in report["arms"] if arm["name"] == name)
+
+
+def problems(report: Mapping[str, Any]) -> list[str]:
+    return [one["problem"] for one in report["holes"]]
+
+
+def average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+
+def test_scores_are_means_over_seeds_and_records() -> None:
+    report = build(study(), 300)
+    for arm, rate in RATES.items():
+        found = arm_of(report, arm)["evaluations"]["test"]
+        marks = {
+            (seed, level): [success(arm, seed, f"{level}-{i}", rate) for i in range(12)]
+            for seed in range(1, 6)
+            for level in LEVELS
+        }
+        assert found["overall"]["mean"] == pytest.approx(average([average(one) for one in marks.values()]))
+        assert list(found["levels"]) == list(LEVELS)
+        for level, one in found["levels"].items():
+            assert one["mean"] == pytest.approx(average([average(marks[seed, level]) for seed in range(1, 6)]))
+            assert one["low"] <= one["mean"] <= one["high"]
+            assert (one["seeds"], one["records"]) == (5, 12)
+        for one in found["by_seed"]:
+            assert one["score"] == pytest.approx(average([average(marks[one["seed"], level]) for level in LEVELS]))
+            assert one["levels"]["6"] == {"score": pytest.approx(average(marks[one["seed"], "6"])), "records": 12}
+        assert (found["metric"], found["other_metrics"]) == ("success", {"optimal": 0.25})
+    assert problems(report) == []
+    cost = arm_of(report, "k4")["cost"]
+    assert cost == {
+        **{"steps": 200, "rows": 12800, "tokens": 2 * 10**6, "flops": 6e15, "seconds": 100, "samples_s": 128},
+        "peak_gb": 44,
+    }
+
+
+def test_contrasts_pair_seeds_and_records() -> None:
+    report = build(study(), 300)
+    primary = report["primary"]
+    apart = {
+        (seed, level): average(
+            [
+                success("k4", seed, f"{level}-{i}", RATES["k4"]) - success("base", seed, f"{level}-{i}", RATES["base"])
+                for i in range(12)
+            ]
+        )
+        for seed in range(1, 6)
+        for level in LEVELS
+    }
+    assert primary["difference"]["mean"] == pytest.approx(average(list(apart.values())))
+    for level, one in primary["by_level"].items():
+        assert one["mean"] == pytest.approx(average([apart[seed, level] for seed in range(1, 6)]))
+    by_seed = {one["seed"]: one["difference"] for one in primary["by_seed"]}
+    assert by_seed == {seed: pytest.approx(average([apart[seed, level] for level in LEVELS])) for seed in range(1, 6)}
+    assert (primary["test"], primary["p"], primary["verdict"]) == ("sign-flip", 0.0625, "higher")
+    assert any("p cannot fall below 0.0625" in note for note in primary["notes"])
+    assert report["contrasts"][2]["difference"]["records"] == 12
+    assert "k4 − base" in primary_sentence(report)
+    assert "5 paired seeds and 36 records: higher" in primary_sentence(report)
+
+
+def test_holm_is_over_all_contrasts_but_the_primary() -> None:
+    twice = study(range(1, 9))
+    twice = replace(twice, contrasts=[*twice.contrasts, twice.primary, twice.contrasts[0]])
+    report = build(twice, 300)
+    others = report["contrasts"]
+    # Neither the primary again nor the same one twice.
+    assert [(one["arm"], one["base"]) for one in others] == [("k8", "k4"), ("top", "k4"), ("k8", "base")]
+    assert report["primary"]["p_holm"] is None
+    assert report["primary"]["p"] == 2 / 2**8
+    assert [one["p_holm"] for one in others] == holm([one["p"] for one in others])
+    assert others[1]["p_holm"] > others[1]["p"]
+
+
+def test_one_seed_is_tested_on_the_records_and_says_so() -> None:
+    report = build(study([7]), 300)
+    primary = report["primary"]
+    assert (primary["test"], primary["difference"]["resampled"]) == ("McNemar", "records")
+    assert 0 < primary["p"] < 1
+    assert "says nothing about another training run" in primary_sentence(report)
+    three = build(study([1, 2, 3]), 300)["primary"]
+    assert (three["test"], three["p"], three["p_holm"]) == ("none", None, None)
+    assert "no p-value" in primary_sentence({"primary": three, "margin": 0.02})
+
+
+def test_a_result_does_not_depend_on_the_order_of_cells_and_records() -> None:
+    results = study()
+    cells = [replace(cell, scores={"test": [*cell.scores["test"]][::-1]}) for cell in results.cells]
+    random.Random(1).shuffle(cells)
+    assert build(replace(results, cells=cells), 300) == build(results, 300)
+
+
+def test_a_metric_that_is_not_binary_and_one_that_is_named() -> None:
+    results = study([1])
+    primary = Contrast("k4", "base", "test", metric="optimal")
+    report = build(replace(results, primary=primary), 300)
+    assert (report["primary"]["test"], report["primary"]["verdict"]) == ("none", "equivalent")
+    assert any("do not differ in any record" in note for note in report["primary"]["notes"])
+    gone = build(replace(results, primary=replace(primary, metric="nonsense")), 300)
+    assert "by nonsense" in gone["primary"]["problem"]
+
+
+def test_steps_that_do_not_match_are_noted() -> None:
+    results = changed(study(), "k8", 3, lambda cell: replace(cell, stages=[stage("x", 100), stage("y", 99)]))
+    report = build(results, 300)
+    noted = {(one["arm"], one["base"]): "not step-matched" in one["notes"] for one in report["contrasts"]}
+    assert noted == {("k8", "k4"): True, ("top", "k4"): False, ("k8", "base"): True}
+    assert "not step-matched" not in report["primary"]["notes"]
+    # Other stages, but as many steps in all.
+    results = changed(study(), "k8", 3, lambda cell: replace(cell, stages=[stage("x", 200)]))
+    assert "not step-matched" not in build(results, 300)["contrasts"][0]["notes"]
+
+
+# -------------------------------------------------------------------------------------------------------------- holes
+
+
+def test_a_missing_cell_is_a_hole_and_its_seed_is_left_out_of_pairs() -> None:
+    problem = "stage2 ended after 12 of 400 steps: a loss that is not finite"
+    results = changed(study(), "k4", 2, lambda cell: replace(cell, scores={}, controls={}, problem=problem))
+    report = build(results, 300)
+    assert report["holes"] == [{"arm": "k4", "seed": 2, "evaluation": None, "problem": problem}]
+    assert arm_of(report, "k4")["seeds"] == {"scored": 4, "planned": 5}
+    assert [one["seed"] for one in report["primary"]["by_seed"]] == [1, 3, 4, 5]
+    assert any("1 seeds have scores in one of the two arms only" in note for note in report["primary"]["notes"])
+    assert f"- k4, seed 2: {problem}" in markdown(report)
+    rows = list(csv.DictReader(io.StringIO(sheet(report))))
+    assert [row["problem"] for row in rows if (row["arm"], row["seed"]) == ("k4", "2")] == [problem]
+
+
+def test_an_arm_that_fails_altogether_does_not_prevent_the_report(tmp_path: Path) -> None:
+    results = study()
+    for seed in range(1, 6):
+        results = changed(
+            results, "k4", seed, lambda cell: replace(cell, stages=[], scores={}, controls={}, problem="gone")
+        )
+    report = write_report(results, tmp_path, 100)
+    assert arm_of(report, "k4")["evaluations"] == {}
+    assert arm_of(report, "k4")["cost"]["seconds"] is None
+    assert "contrast k4 − base: no cell of 'k4' has scores" in report["primary"]["problem"]
+    assert [bool(one["problem"]) for one in report["contrasts"]] == [True, True, False]
+    assert "could not be computed" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("contrast", "said"),
+    [
+        (Contrast("nobody", "base", "test"), "no arm 'nobody'"),
+        (Contrast("k4", "base", "other"), "no cell of 'k4' has scores in evaluation 'other'"),
+        (Contrast("k4", "base", "test", ("7",)), "evaluation 'test' at levels 7"),
+        (Contrast("k4", "lone", "test"), "contrast k4 − lone: they have no common seed"),
+        (Contrast("k4", "alien", "test"), "contrast k4 − alien: they have no common record"),
+    ],
+)
+def test_contrasts_that_cannot_be_made_are_holes(contrast: Contrast, said: str) -> None:
+    results = study()
+    lone = Cell("lone", 77, {}, [], {"test": scored("lone", 77, 0.5)})
+    alien = Cell("alien", 1, {}, [], {"test": [Scored("x", "5", {"success": 1.0})]})
+    report = build(replace(results, cells=[*results.cells, lone, alien], primary=contrast), 100)
+    assert said in report["primary"]["problem"]
+    assert any(said in problem for problem in problems(report))
+    assert said in primary_sentence(report)
+
+
+def test_records_that_a_cell_lacks_or_has_no_number_for_are_left_out_and_said() -> None:
+    def fewer(cell: Cell) -> Cell:
+        kept = [one for one in cell.scores["test"] if one.record != "5-3"]
+        kept = [replace(one, metrics={"success": math.nan}) if one.record == "6-1" else one for one in kept]
+        return replace(cell, scores={"test": kept})
+
+    report = build(changed(study(), "k4", 2, fewer), 300)
+    overall = arm_of(report, "k4")["evaluations"]["test"]["overall"]
+    assert (overall["records"], report["primary"]["difference"]["records"]) == (34, 34)
+    assert "1 records have no number for 'success' and are left out" in problems(report)
+    assert any("2 records do not have scores under every seed" in problem for problem in problems(report))
+
+
+def test_a_study_without_scores_is_refused(tmp_path: Path) -> None:
+    cells = [Cell("a", 1, {}, [], problem="never started"), Cell("a", 2, {}, [], {"test": []})]
+    with pytest.raises(UserError, match="none of its 2 cells has scores"):
+        write_report(Results("x", "?", {"a": ""}, cells), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_the_report_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"mirage-ds\[plot\]"):
+        write_report(study(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_cells_and_arms_that_contradict_each_other() -> None:
+    results = study([1])
+    extra = Cell("k4", 1, {"latent_size": 5}, [], {"test": scored("k4", 1, 1.0)})
+    report = build(replace(results, arms={**results.arms, "empty": ""}, cells=[*results.cells, extra]), 100)
+    assert problems(report) == ["a second cell of this arm and seed is left out", "the arm has no cells"]
+    assert arm_of(report, "k4")["settings"] == SETTINGS["k4"]
+    assert arm_of(report, "empty")["seeds"] == {"scored": 0, "planned": 0}
+
+
+# ----------------------------------------------------------------------------------------------------------- controls
+
+
+def test_controls_are_averaged_over_seeds_and_paired_with_own() -> None:
+    report = build(study(), 300)
+    assert [entry["arm"] for entry in report["controls"]] == ["k4", "k8", "top"]
+    entry = report["controls"][0]
+    rates = {"own": 0.8, "zero": 0.3, "swap": 0.5}
+    marks = {
+        name: [success("k4" + name, seed, str(line), rate) for seed in range(1, 6) for line in range(1, 21)]
+        for name, rate in rates.items()
+    }
+    assert list(entry["conditions"]) == list(rates)
+    for name, one in entry["conditions"].items():
+        assert one["mean"] == pytest.approx(average(marks[name]))
+        assert (one["seeds"], one["records"], one["resampled"]) == (5, 20, "seeds and records")
+        if name == "own":
+            assert one["difference"] is None
+        else:
+            assert one["difference"]["mean"] == pytest.approx(average(marks[name]) - average(marks["own"]))
+    follows = [
+        one["follows"][name]
+        for seed in range(1, 6)
+        for one in control_report("k4", seed)["path"]["answers"]
+        for name in "AB"
+    ]
+    for kind in ("injected", "other", "neither"):
+        assert entry["path"][kind]["mean"] == pytest.approx(follows.count(kind) / 200)
+    apart = (follows.count("injected") - follows.count("other")) / 200
+    assert entry["path"]["difference"]["mean"] == pytest.approx(apart)
+
+
+def test_controls_without_path_in_some_cells_and_broken_ones() -> None:
+    results = changed(
+        study(), "k4", 2, lambda cell: replace(cell, controls={"test": control_report("k4", 2, path=False)})
+    )
+    results = changed(results, "k4", 3, lambda cell: replace(cell, controls={"test": {"conditions": {}}}))
+    results = changed(results, "k4", 4, lambda cell: replace(cell, controls={}))
+    report = build(results, 100)
+    entry = report["controls"][0]
+    assert (entry["conditions"]["own"]["seeds"], entry["path"]["injected"]["seeds"]) == (3, 2)
+    assert report["holes"] == [
+        {"arm": "k4", "seed": 3, "evaluation": "test", "problem": "its controls cannot be read (KeyError: 'own')"}
+    ]
+    none = build(replace(results, cells=[replace(cell, controls={}) for cell in results.cells]), 100)
+    assert none["controls"] == []
+    assert "## Controls" not in markdown(none)
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+NASTY = "<b>k</b>|4_% $x$ & `c` *s* [l](u)"
+
+
+class Tags(HTMLParser):
+    """Which tags a page has, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def nasty(text: str) -> Results:
+    """The study with an arm, an evaluation, a level and a setting named by `text`."""
+    results = study()
+    name = {"k4": text}
+    cells = [
+        replace(
+            cell,
+            arm=name.get(cell.arm, cell.arm),
+            settings={**cell.settings, text: cell.arm},
+            scores={text: [replace(one, level=text if one.level == "5" else one.level) for one in cell.scores["test"]]},
+            controls=dict.fromkeys([text], cell.controls["test"]) if cell.controls else {},
+        )
+        for cell in results.cells
+    ]
+    return Results(
+        text,
+        text,
+        {name.get(arm, arm): text for arm in RATES},
+        cells,
+        Contrast(text, "base", text),
+        (),
+        0.02,
+        {text: text},
+    )
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    write_report(nasty(NASTY), tmp_path, 100)
+    tags = Tags()
+    tags.feed((tmp_path / "report.html").read_text())
+    assert not tags.tags & {"b", "script", "em"}
+    assert NASTY in tags.text
+    for table in re.findall(r"(?:^\|.*\n)+", (tmp_path / "report.md").read_text(), re.M):
+        counts = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(counts) == 1
+    assert r"\<b\>k\</b\>\|4\_% \$x\$ \& \`c\` \*s\* \[l\](u)" in (tmp_path / "report.md").read_text()
+    rows = list(csv.DictReader((tmp_path / "report.csv").open()))
+    assert {row["arm"] for row in rows} == {"base", NASTY, "k8", "top"}
+
+
+def test_names_in_figures_are_no_formulas_and_none_is_hidden() -> None:
+    # As a formula this one is an error; and matplotlib hides legend entries with an underscore in front.
+    name = r"_$\frac$ 100 %"
+    results = nasty(name)
+    report = build(results, 100)
+    with style.styled():
+        drawn = [*sweeps.curves(results, report), *control_figures.controls(report), *figures.scores(report)]
+        for one in drawn:
+            style.png(one.figure)
+        for one in drawn[:2]:
+            (legend,) = one.figure.legends
+            assert name in [text.get_text().strip("\u200a") for text in legend.get_texts()]
+
+
+def test_markdown_keeps_underscores_inside_words() -> None:
+    assert escaped("latent_size _x_ a\nb") == r"latent_size \_x\_ a b"
+    report = {**build(study([1]), 100), "question": "1. # is it?"}
+    assert "\n1\\. # is it?\n" in markdown(report)
+
+
+def test_pages_hold_their_parts_in_order() -> None:
+    report = build(study(), 100)
+    text = page(report, [(b"PNG", "a caption")])
+    order = ["<h1>study", "Why?", "Primary endpoint", "<h2>Arms", "<h2>Figures", "data:image/png;base64,UE5H"]
+    order += ["<h2>Contrasts", "<h2>Controls", "<h2>Cost", "<h2>How it was made", "2026-12-01"]
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+    assert "http" not in text.replace("http-equiv", "")
+    text = markdown(report, [("figures/a.png", "a caption")])
+    order = ["# study", "Why?", "Primary endpoint", "## Arms", "](figures/a.png)", "## Contrasts", "## Controls"]
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+
+
+def test_no_levels_and_equal_scores() -> None:
+    results = study(levels=())
+    cells = [
+        replace(cell, scores={"test": [replace(one, metrics={"success": 1.0}) for one in cell.scores["test"]]})
+        for cell in results.cells
+    ]
+    report = build(replace(results, cells=cells, contrasts=()), 100)
+    assert report["primary"]["verdict"] == "equivalent"
+    assert list(arm_of(report, "k4")["evaluations"]["test"]["levels"]) == ["?"]
+    text = markdown(report)
+    assert "level" not in text.split("## Cost")[0].replace("levels", "")
+    with style.styled():
+        (drawn,) = figures.scores(report)
+        assert sum(axes.get_visible() for axes in drawn.figure.axes) == 1
+        style.png(drawn.figure)
+
+
+def test_csv_has_a_row_an_arm_seed_evaluation_and_level() -> None:
+    rows = list(csv.DictReader(io.StringIO(sheet(build(study(), 100)))))
+    assert len(rows) == 4 * 5 * 4
+    row = next(one for one in rows if (one["arm"], one["seed"], one["level"]) == ("k8", "3", "10"))
+    marks = [success("k8", 3, f"10-{i}", RATES["k8"]) for i in range(12)]
+    assert float(row["score"]) == pytest.approx(average(marks))
+    assert {key: row[key] for key in ("evaluation", "metric", "n", "steps", "rows", "tokens", "flops", "seconds")} == {
+        **{"evaluation": "test", "metric": "success", "n": "12", "steps": "200", "rows": "12800"},
+        **{"tokens": "2000000", "flops": "6000000000000000.0", "seconds": "100.0"},
+    }
+
+
+def test_files_are_strict_repeatable_and_without_what_is_gone(tmp_path: Path) -> None:
+    def broken(cell: Cell) -> Cell:
+        curve = [{"step": 1.0, "loss": math.nan}, {"step": 2.0, "loss": 1.0}, {"step": 3.0}]
+        return replace(cell, stages=[stage("x", flops=math.inf, seconds=0.0, peak_gb=None, curve=curve)])
+
+    results = changed(study(), "k4", 2, broken)
+    report = write_report(results, tmp_path, 100)
+    assert strict_json((tmp_path / "report.json").read_text()) == report == json.loads(json.dumps(report))
+    cell = arm_of(report, "k4")["cells"][1]
+    assert (cell["flops"], cell["samples_s"], cell["peak_gb"]) == (None, None, None)
+    files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert set(files) == {
+        *("report.json", "report.csv", "report.md", "report.html", "figures/scores-test.png", "figures/contrasts.png"),
+        *("figures/setting-latent-size.png", "figures/setting-compress-strategy.png", "figures/curves.png"),
+        *("figures/controls-test.png", "figures/follow-test.png", "figures/cost.png"),
+    }
+    write_report(results, tmp_path / "again", 100)
+    again = tmp_path / "again"
+    assert {path.relative_to(again).as_posix(): path.read_bytes() for path in again.rglob("*.*")} == files
+    bare = [replace(cell, controls={}, stages=[], settings={}) for cell in results.cells]
+    write_report(replace(results, cells=bare, primary=None, contrasts=()), tmp_path, 100)
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["scores-test.png"]
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def test_every_axis_says_what_it_shows() -> None:
+    results = study()
+    report = build(results, 100)
+    with style.styled():
+        drawn = [
+            *(*figures.scores(report), *figures.contrasts(report), *figures.cost(report)),
+            *(*control_figures.controls(report), *sweeps.sweeps(report), *sweeps.curves(results, report)),
+        ]
+        assert len(drawn) == 8
+        for one in drawn:
+            style.png(one.figure)
+            for axes in one.figure.axes:
+                if axes.get_visible():
+                    assert axes.get_xlabel() or not axes.xaxis.get_tick_params()["labelbottom"]
+                    named = [label.get_text() for label in axes.get_yticklabels()]
+                    # Rows are named one by one; numbers need a label.
+                    assert axes.get_ylabel() or not any(re.fullmatch(r"−?[\d.]+", name) for name in named)
+            # Beside the axes, so that nothing is hidden.
+            assert all(axes.get_legend() is None for axes in one.figure.axes)
+
+
+def test_a_line_joins_arms_that_differ_in_one_setting_alone() -> None:
+    report = build(study(), 100)
+    with style.styled():
+        drawn = {one.name: one.figure for one in sweeps.sweeps(report)}
+    assert set(drawn) == {"setting-latent-size", "setting-compress-strategy"}
+    (axes,) = drawn["setting-latent-size"].axes
+    joined = [
+        line.get_xdata() for line in axes.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) > 1
+    ]
+    assert [list(line) for line in joined] == [[4, 8]]
+    means = [arm_of(report, name)["evaluations"]["test"]["overall"]["mean"] for name in ("k4", "k8")]
+    assert [line.get_ydata().tolist() for line in axes.get_lines() if line.get_linestyle() == "-"] == [means]
+
+
+def test_many_arms_have_looks_of_their_own() -> None:
+    looks = [style.look(number) for number in range(32)]
+    assert len(set(looks)) == 32
+    assert style.legible("é\n漢" + "x" * 50 + "end").startswith("é \\u6f22x")
+    assert style.legible("é\n漢" + "x" * 50 + "end").endswith("xend")
+    assert len(style.legible("y" * 100)) == 38
+
+
+def test_a_thousand_cells_take_seconds(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    arms = {f"arm {number}": "" for number in range(125)}
+    cells = [
+        Cell(
+            arm,
+            seed,
+            {"rows": number},
+            [stage(f"{arm}/{seed}")],
+            {"test": [Scored(str(i), str(i % 2), {"success": float(rng.random() < 0.5)}) for i in range(100)]},
+        )
+        for number, arm in enumerate(arms)
+        for seed in range(8)
+    ]
+    contrasts = [Contrast(arm, "arm 0", "test") for arm in arms if arm != "arm 0"]
+    start = time.perf_counter()
+    report = write_report(Results("many", "?", arms, cells, None, contrasts), tmp_path)
+    assert time.perf_counter() - start < 20
+    assert len(report["contrasts"]) == 124
