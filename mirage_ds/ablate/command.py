@@ -154,7 +154,9 @@ def _places(ranks: int, jobs: int | None, hostfile: Path | None, each: int) -> t
 @click.option("--only", multiple=True, help="Only the run of this key or folder name; may be given several times.")
 @click.option("--again", is_flag=True, help="Try once more what failed as often as the study allows.")
 @click.option("--slurm", is_flag=True, help="Submit to Slurm: an array for each stage of the chains.")
-@click.option("--sbatch", default="", help="Options of sbatch, in quotes: '--partition gpu --gres gpu:8 --time 8:00:00'.")
+@click.option(
+    "--sbatch", default="", help="Options of sbatch, in quotes: '--partition gpu --gres gpu:8 --time 8:00:00'."
+)
 @click.option("--at_once", type=click.IntRange(min=1), help="Tasks of a Slurm array that run at a time.")
 def run_study(
     study: Path,
@@ -207,10 +209,7 @@ def _wanted(made: Study, arms: str | None, only: tuple[str, ...]) -> list[str]:
             if name not in known:
                 raise UserError(f"--arms: no arm {name!r}; there are {', '.join(sorted(known))}")
         keys = {
-            key
-            for cell in made.cells
-            if cell.arm in names or cell.arm.partition("[")[0] in names
-            for key in cell.nodes
+            key for cell in made.cells if cell.arm in names or cell.arm.partition("[")[0] in names for key in cell.nodes
         }
     for name in only:
         if not any(name in (key, node.folder) for key, node in made.nodes.items()):

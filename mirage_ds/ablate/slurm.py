@@ -1,7 +1,7 @@
 """A study on Slurm: an array a depth of the chains, each waiting for the one before. Imports no torch.
 
 An array task is `mirage-ds ablate run STUDY --only KEY` in an allocation of its own. It waits for the whole depth
-before it, ended well or not (`afterany`): a task whose model is not there ends at once and leaves its hole to the report.
+before it, ended well or not (`afterany`): a task whose model is not there ends at once, and the report has a hole.
 """
 
 from __future__ import annotations
