@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Something that the study needs has failed; 2 is a user's mistake.
 EXIT_HOLES = 1
-STATES = ("done", "running", "waiting", "failed")
+STATES = ("done", "running", "waiting", "failed", "blocked")
 
 
 def _path(**options: Any) -> click.Path:
@@ -263,13 +263,14 @@ def show_status(study: Path, wants_json: bool) -> None:
         click.echo(json.dumps({"study": made.spec.name, "runs": counted(lines), "arms": arms, "failed": failed}))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     for title, found in (("run", counted(lines)), ("arm", arms)):
         table = Table(title, *STATES, title=made.spec.name if title == "run" else "arms, by seeds")
         for name, counts in found.items():
-            table.add_row(name, *(str(counts.get(state, "")) for state in STATES))
+            table.add_row(escape(name), *(str(counts.get(state, "")) for state in STATES))
         console.print(table)
     for line in lines:
         if line.state == "running":

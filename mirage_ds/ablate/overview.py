@@ -107,15 +107,26 @@ class Line(NamedTuple):
 def overview(study: Study, store: Store, machine: Mapping[str, Any] | None = None) -> list[Line]:
     """List every node: how many cells need it, where it stands and, with `machine`, what it would take."""
     needed = Counter(key for cell in study.cells for key in cell.nodes)
+    states = states_of(study, store)
     return [
         Line(
             node,
             needed[key],
-            store.state(node),
+            states[key],
             estimate(node.config, machine) if machine is not None and node.kind == "train" and node.config else None,
         )
         for key, node in study.nodes.items()
     ]
+
+
+def states_of(study: Study, store: Store) -> dict[str, str]:
+    """Say where every node stands: store.State, or "blocked" where a node that it needs has failed."""
+    states: dict[str, str] = {}
+    for key, node in study.nodes.items():
+        own = store.state(node)
+        above = states[node.parent] if node.parent else ""
+        states[key] = "blocked" if own == "waiting" and above in ("failed", "blocked") else own
+    return states
 
 
 def counted(lines: list[Line]) -> dict[str, dict[str, int]]:
@@ -129,7 +140,7 @@ def counted(lines: list[Line]) -> dict[str, dict[str, int]]:
 
 def by_arm(study: Study, store: Store) -> dict[str, dict[str, int]]:
     """Count the cells of each arm: done, failed (something it needs has), running, waiting."""
-    states = {key: store.state(node) for key, node in study.nodes.items()}
+    states = states_of(study, store)
     found: dict[str, Counter[str]] = {}
     for cell in study.cells:
         own = [states[key] for key in cell.nodes]

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import yaml
 
 from mirage_ds.ablate.nodes import Node
+from mirage_ds.errors import EXIT_USER_ERROR
 from mirage_ds.files import write_atomically
 from mirage_ds.stop import EXIT_STOPPED
 
@@ -35,7 +36,7 @@ class Store:
 
     Args:
         root: the study's `out`.
-        tries: attempts that a node has, the first one included.
+        tries: attempts that a node has, the first one included; after a user's error (exit code 2) there is no other.
     """
 
     def __init__(self, root: Path, tries: int = 1):
@@ -76,7 +77,10 @@ class Store:
             return "done"
         if self.is_held(node):
             return "running"
-        return "failed" if len(self.attempts(node)) >= self.tries else "waiting"
+        failures = self.attempts(node)
+        # What a user has to mend fails the same way each time.
+        hopeless = any(one["code"] == EXIT_USER_ERROR for one in failures)
+        return "failed" if hopeless or len(failures) >= self.tries else "waiting"
 
     def is_held(self, node: Node) -> bool:
         """Tell whether a process works at a node."""
