@@ -67,12 +67,14 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
 
 
 def plain(value: Any) -> Any:
-    """Return a value as strict JSON has it: text keys, numbers that are finite or else None."""
+    """Return a value as strict JSON has it: text keys, numbers that are finite or else None, texts that UTF-8 holds."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {plain(str(key)): plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(one) for one in value]
-    if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
+    if isinstance(value, bool) or value is None or isinstance(value, int):
         return value
     try:
         number = float(value)
