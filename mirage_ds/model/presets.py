@@ -71,6 +71,13 @@ PRESETS: dict[str, dict[str, Any]] = {
             "vision_config": _vision(2, 96, 3, 192, [1], 128),
         }
     ),
+    # An output matrix of its own, as the 7B has: what is fed back need not lie among the words' embeddings.
+    "nano-untied": _small_start(
+        {
+            "text_config": _text(128, 4, 4, 2, 384, 0, tied=False),
+            "vision_config": _vision(2, 96, 3, 192, [1], 128),
+        }
+    ),
     # Where the vocabulary does not dominate: for measuring the decoder.
     "bench-40m": {
         "text_config": _text(512, 12, 8, 4, 1536, 4096, tied=False),
@@ -98,7 +105,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # Those small enough that `mirage-ds init` writes random weights for them.
-WITH_WEIGHTS = ("nano", "bench-40m", "bench-87m")
+WITH_WEIGHTS = ("nano", "nano-untied", "bench-40m", "bench-87m")
 
 
 def preset(name: str) -> dict[str, Any]:
