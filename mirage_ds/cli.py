@@ -91,7 +91,9 @@ def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path |
 
 @cli.command()
 @click.option(
-    "--preset", required=True, help="nano, nano-untied, bench-40m, bench-87m, or qwen2.5-vl-3b|7b|32b|72b with --config_only."
+    "--preset",
+    required=True,
+    help="nano, nano-untied, bench-40m, bench-87m, or qwen2.5-vl-3b|7b|32b|72b with --config_only.",
 )
 @click.option("--out", required=True, type=_path(), help="Folder to write.")
 @click.option("--text", "texts", multiple=True, type=_path(), help="Records whose text trains the tokenizer.")

@@ -103,9 +103,8 @@ def ready(study: Study, store: Store, wanted: Iterable[str], busy: set[str]) -> 
     """Return the first node that can start now."""
     for key in wanted:
         node = study.nodes[key]
-        if key in busy or store.state(node) != "waiting":
-            continue
-        if node.parent is None or store.done(study.nodes[node.parent]) is not None:
+        waits = node.parent is not None and store.done(study.nodes[node.parent]) is None
+        if key not in busy and not waits and store.state(node) == "waiting":
             return node
     return None
 

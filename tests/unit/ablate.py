@@ -1,0 +1,76 @@
+"""Small studies for the tests, and nodes that pretend to train."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mirage_ds.ablate.nodes import Node, Study, spell_out
+from mirage_ds.ablate.spec import read_study
+from mirage_ds.ablate.store import Store
+
+STAGES = {
+    "base": {"stage": "sft", "seed": 0},
+    "sft": {"stage": "sft"},
+    "stage1": {"stage": "stage1"},
+    "stage2": {"stage": "stage2"},
+}
+
+# Waits for the file `go` if it is there to be waited for, then leaves what a node leaves.
+PRETEND = """
+import json, os, pathlib, signal, sys, time
+place, kind, mode = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("working on", place.name, flush=True)
+if mode == "fail":
+    sys.exit("error: this one always fails")
+if mode == "user":
+    print("error: a user has to mend this"); sys.exit(2)
+if mode == "once" and not (place / "tried").exists():
+    (place / "tried").touch(); sys.exit(70)
+if mode == "long":
+    time.sleep(60)
+if kind == "train":
+    (place / "model").mkdir(exist_ok=True); (place / "model" / "config.json").write_text("{}")
+else:
+    (place / "result.json").write_text(json.dumps({"answers": []}))
+"""
+
+
+def write_study(folder: Path, nano: Path, rows: int = 6, **changed: Any) -> Path:
+    """Write a study beside records of its own."""
+    data = folder / "data.jsonl"
+    if not data.exists():
+        lines = [{"text_input": f"Where {row}?", "text_output": "\\boxed{UP}", "level": 3} for row in range(rows)]
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = {
+        "name": "small",
+        "out": "runs",
+        "common": {"model": str(nano), "data_path": "data.jsonl", "max_steps": 2},
+        "stages": STAGES,
+        "arms": {"text": {"chain": ["base", "sft"]}, "mirage": {"chain": ["base", "stage1", "stage2"]}},
+        "seeds": [0, 1],
+        "evaluations": {"test": {"data_path": "data.jsonl"}},
+    } | changed
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return file
+
+
+def opened(file: Path) -> tuple[Study, Store]:
+    spec = read_study(file)
+    return spell_out(spec, file.resolve().parent), Store(spec.out, spec.launch.retries + 1)
+
+
+def pretend(store: Store, modes: dict[str, str]):
+    """Make a launch.command that starts a pretended node; modes: name of a node or its folder → how it behaves."""
+
+    def command(node: Node, *_: Any) -> list[str]:
+        mode = modes.get(node.folder, modes.get(node.name, "well"))
+        return [sys.executable, "-c", PRETEND, str(store.place(node)), node.kind, mode]
+
+    return command

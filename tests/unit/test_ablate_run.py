@@ -1,0 +1,314 @@
+"""Running a study with nodes that only pretend: order, failures, stops, going on, a thousand of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ablate import opened, pretend, write_study
+
+from mirage_ds.ablate import command as commands
+from mirage_ds.ablate import execute
+from mirage_ds.ablate.launch import Place, command, environment, here, parts
+from mirage_ds.ablate.nodes import Study
+from mirage_ds.ablate.overview import by_arm, estimate, overview, states_of, steps_of
+from mirage_ds.ablate.slurm import depths, write_scripts
+from mirage_ds.ablate.store import Store
+from mirage_ds.cli import cli
+from mirage_ds.errors import UserError
+from mirage_ds.hosts import Host
+
+LAUNCH = execute.Launch({}, 1)
+
+
+@pytest.fixture
+def small(tmp_path: Path, nano: Path) -> tuple[Study, Store]:
+    return opened(write_study(tmp_path, nano))
+
+
+def run(
+    study: Study,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    modes: dict[str, str] | None = None,
+    places: int = 2,
+    asked: Callable[[], bool] = lambda: False,
+) -> tuple[bool, list[str]]:
+    monkeypatch.setattr(execute, "command", pretend(store, modes or {}))
+    said: list[str] = []
+    return execute.run(study, store, [Place(1)] * places, LAUNCH, said.append, asked), said
+
+
+def began(said: list[str]) -> list[str]:
+    return [line.split(" begins")[0] for line in said if " begins" in line]
+
+
+def test_everything_runs_once_and_nothing_before_what_it_needs(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, store = small
+    finished, said = run(study, store, monkeypatch)
+    assert finished
+    order = began(said)
+    assert sorted(order) == sorted(node.folder for node in study.nodes.values())
+    for node in study.nodes.values():
+        if node.parent:
+            ended = next(i for i, line in enumerate(said) if line.startswith(f"{study.nodes[node.parent].folder}: "))
+            assert ended < next(i for i, line in enumerate(said) if line.startswith(f"{node.folder} begins"))
+    assert set(states_of(study, store).values()) == {"done"}
+    # A second start has nothing to do.
+    assert run(study, store, monkeypatch) == (True, [])
+
+
+def test_a_failing_arm_is_tried_again_and_the_others_go_on(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, store = small
+    finished, said = run(study, store, monkeypatch, {"stage1": "fail", "sft": "once"})
+    assert finished
+    stage1 = [node for node in study.nodes.values() if node.name == "stage1"]
+    assert all(began(said).count(node.folder) == 2 for node in stage1)
+    assert any("failed" in line and "this one always fails" in line for line in said)
+    assert by_arm(study, store) == {"text": {"done": 2}, "mirage": {"failed": 2}}
+    states = states_of(study, store)
+    assert [states[key] for key, node in study.nodes.items() if node.name == "stage2"] == ["blocked"] * 2
+    assert [len(store.attempts(node)) for node in stage1] == [2, 2]
+    assert run(study, store, monkeypatch, {"stage1": "fail"}) == (True, [])
+    for node in stage1:
+        store.forget_failures(node)
+    run(study, store, monkeypatch)
+    assert by_arm(study, store)["mirage"] == {"done": 2}
+
+
+def test_what_a_user_has_to_mend_is_not_tried_again(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, store = small
+    _, said = run(study, store, monkeypatch, {"base": "user"})
+    assert len(began(said)) == 1
+    assert "exit code 2: a user has to mend this" in said[-1]
+    assert by_arm(study, store) == {"text": {"failed": 2}, "mirage": {"failed": 2}}
+
+
+def test_a_stop_is_passed_on_and_the_next_start_continues(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, store = small
+    since = time.monotonic()
+    running = next(node for node in study.nodes.values() if node.name == "stage1")
+    asked = lambda: store.log(running).is_file() and "working" in store.log(running).read_text()  # noqa: E731
+    finished, said = run(study, store, monkeypatch, {"stage1": "long", "sft": "long"}, asked=asked)
+    assert not finished
+    assert time.monotonic() - since < 30
+    assert any(line.startswith("stopping: ") for line in said)
+    # A stop is no failure.
+    assert all(not store.attempts(node) for node in study.nodes.values())
+    assert store.state(running) == "waiting"
+    finished, said = run(study, store, monkeypatch)
+    assert finished
+    assert not any(name.startswith("base") for name in began(said))
+    assert set(states_of(study, store).values()) == {"done"}
+
+
+def test_a_result_whose_end_was_not_written_down_is_not_made_again(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, store = small
+    base = next(iter(study.nodes.values()))
+    store.model(base).mkdir(parents=True)
+    (store.model(base) / "config.json").write_text("{}")
+    _, said = run(study, store, monkeypatch)
+    assert base.folder not in began(said)
+    assert store.state(base) == "done"
+
+
+def test_two_processes_share_a_study(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, store = small
+    base = next(iter(study.nodes.values()))
+    with store.hold(base) as mine:
+        assert mine
+        assert store.state(base) == "running"
+        with store.hold(base) as again:
+            assert not again
+        assert run(study, store, monkeypatch) == (True, [])
+    assert store.state(base) == "waiting"
+    found: list[list[str]] = []
+    monkeypatch.setattr(execute, "command", pretend(store, {}))
+
+    def work() -> None:
+        said: list[str] = []
+        while len([node for node in study.nodes.values() if store.done(node)]) < len(study.nodes):
+            execute.run(study, store, [Place(1)], LAUNCH, said.append)
+        found.append(began(said))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found[0] + found[1]) == sorted(node.folder for node in study.nodes.values())
+
+
+def test_a_thousand_runs_are_listed_and_resumed_in_seconds(tmp_path: Path, nano: Path, monkeypatch) -> None:
+    arms = {"a": {"chain": ["sft"], "grid": {"learning_rate": [1e-5 * (1 + n) for n in range(50)]}}}
+    file = write_study(tmp_path, nano, arms=arms, seeds=list(range(20)), evaluations={})
+    study, store = opened(file)
+    assert len(study.nodes) == 1000
+    last = list(study.nodes.values())[-1]
+    for node in study.nodes.values():
+        if node is not last:
+            store.place(node).mkdir(parents=True)
+            store.finish(node, 0.0)
+    begun = time.process_time()
+    study, store = opened(file)
+    assert sum(line.state == "done" for line in overview(study, store)) == 999
+    _, said = run(study, store, monkeypatch)
+    assert began(said) == [last.folder]
+    assert time.process_time() - begun < 5
+
+
+# --------------------------------------------------------------------------------------------------- places, commands
+
+
+def test_places_of_this_machine_and_of_a_hostfile() -> None:
+    assert here(1, None, gpus=0, cores=2) == [Place(1), Place(1)]
+    assert here(2, None, gpus=0, cores=3) == [Place(2)]
+    assert here(4, None, gpus=8, cores=64) == [Place(4, (0, 1, 2, 3)), Place(4, (4, 5, 6, 7))]
+    assert here(1, 3, gpus=2, cores=64) == [Place(1, (0,)), Place(1, (1,)), Place(1, (0,))]
+    hosts = tuple(Host(f"n{i}", 8) for i in range(5))
+    assert [one.name for one in parts(hosts, 2)] == ["n0, n1", "n2, n3"]
+    assert parts(hosts, 2)[0].ranks == 16
+
+
+def test_command_lines(small, tmp_path: Path) -> None:
+    study, store = small
+    by_name = {(node.name if node.kind == "train" else node.kind): node for node in study.nodes.values()}
+    alone = command(by_name["base"], None, store, Place(1))
+    assert alone[1:] == ["-m", "mirage_ds.train", "--config", str(store.place(by_name["base"]) / "config.yaml")]
+    two = command(by_name["base"], None, store, Place(2))
+    assert two[1:3] == ["-m", "mirage_ds.guard.launch"]
+    assert two[two.index("--num_accelerators") + 1] == "2"
+    hosts = Place(16, None, (Host("n0", 8), Host("n1", 8)))
+    many = command(by_name["base"], None, store, hosts, tmp_path / "hosts")
+    assert many[many.index("--include") + 1] == "n0@n1"
+    assert many[many.index("--master_addr") + 1] == "n0"
+    # An sft model opens no run, a stage2 model does.
+    scored = [node for node in study.nodes.values() if node.kind == "evaluate"]
+    flags = {study.nodes[node.parent].name: "--no_latents" in command(node, study.nodes[node.parent], store, Place(1))
+             for node in scored}  # fmt: skip
+    assert flags == {"sft": True, "stage2": False}
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    found = environment(Place(2, (4, 5)), {"A": "b"}, 7)
+    assert (found["CUDA_VISIBLE_DEVICES"], found["OMP_NUM_THREADS"], found["A"]) == ("4,5", "3", "b")
+    assert "CUDA_VISIBLE_DEVICES" not in {**environment(Place(1), {}, 1)}.keys() - os.environ.keys()
+
+
+def test_a_stage_is_prepared_to_go_on_from_its_parent(small) -> None:
+    study, store = small
+    node = next(node for node in study.nodes.values() if node.name == "stage1")
+    parent = study.nodes[node.parent]
+    store.prepare(node, parent)
+    text = (store.place(node) / "config.yaml").read_text()
+    assert f"load_model_path: {store.model(parent)}" in text
+    assert "resume: auto" in text
+    assert json.loads((store.place(node) / "node.json").read_text())["parent"] == parent.key
+
+
+# -------------------------------------------------------------------------------------------------------------- Slurm
+
+
+def test_slurm_arrays_depend_on_each_other(tmp_path: Path, nano: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    file = write_study(tmp_path, nano)
+    study, store = opened(file)
+    levels = depths(study, store)
+    for level, keys in enumerate(levels):
+        for key in keys:
+            parent = study.nodes[key].parent
+            assert (parent in levels[level - 1]) if level else parent is None
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    calls = tmp_path / "calls"
+    (bin_ / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {calls}\necho $(wc -l < {calls})\n')
+    (bin_ / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
+    cli.main(
+        ["ablate", "run", str(file), "--slurm", "--sbatch", "--gres gpu:8", "--at_once", "3"], standalone_mode=False
+    )
+    said = [line.split() for line in calls.read_text().splitlines()]
+    assert [line[-1] for line in said] == [str(tmp_path / f"runs/slurm/depth{i}.sbatch") for i in range(len(levels))]
+    assert all(line[:3] == ["--parsable", "--gres", "gpu:8"] for line in said)
+    assert [word for line in said for word in line if "dependency" in word] == [
+        f"--dependency=afterany:{i}" for i in range(1, len(levels))
+    ]
+    script = (tmp_path / "runs/slurm/depth1.sbatch").read_text()
+    assert f"--array=0-{len(levels[1]) - 1}%3" in script
+    assert subprocess.run(["bash", "-n", str(tmp_path / "runs/slurm/depth1.sbatch")], check=False).returncode == 0
+
+
+def test_an_array_task_runs_its_node(tmp_path: Path, nano: Path) -> None:
+    """The script itself, with a user's error in the records: the task ends with code 1 and leaves the attempt."""
+    file = write_study(tmp_path, nano)
+    (tmp_path / "data.jsonl").write_text("no json\n")
+    study, store = opened(file)
+    write_scripts(study, store, file, None)
+    made = subprocess.run(
+        ["bash", str(tmp_path / "runs/slurm/depth0.sbatch")],
+        env={**os.environ, "SLURM_ARRAY_TASK_ID": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    base = next(iter(study.nodes.values()))
+    assert made.returncode == 1, made.stderr
+    assert "data.jsonl" in store.attempts(base)[0]["why"]
+    assert store.state(base) == "failed"
+
+
+def test_no_sbatch_is_said(tmp_path: Path, nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no sbatch on this machine"):
+        cli.main(["ablate", "run", str(write_study(tmp_path, nano)), "--slurm"], standalone_mode=False)
+
+
+# ------------------------------------------------------------------------------------------------- the other commands
+
+
+def test_plan_counts_steps_and_hours(tmp_path: Path, nano: Path, capsys) -> None:
+    common = {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "data_path": "data.jsonl", "epochs": 2, "global_batch_size": 4}
+    file = write_study(tmp_path, nano, rows=10, common=common)
+    study, _ = opened(file)
+    config = next(iter(study.nodes.values())).config
+    assert steps_of(config) == 5
+    found = estimate(config, {"nodes": 1, "gpus_per_node": 8})
+    assert found.problem is None
+    double = estimate(config.model_copy(update={"epochs": 4.0}), {"nodes": 1, "gpus_per_node": 8})
+    assert double.hours == pytest.approx(2 * found.hours)
+    assert "does not fit" in estimate(config, {"gpus_per_node": 1, "gpu_memory": 4}).problem
+    cli.main(["ablate", "plan", str(file), "--json"], standalone_mode=False)
+    said = json.loads(capsys.readouterr().out)
+    trained = [node for node in said["nodes"] if node["kind"] == "train"]
+    assert said["gpu_hours"] == pytest.approx(sum(node["gpu_hours"] for node in trained))
+    assert len(trained) == 7
+    cli.main(["ablate", "plan", str(file)], standalone_mode=False)
+    assert "7 training runs instead of 10" in capsys.readouterr().out
+
+
+def test_status_and_exit_codes(tmp_path: Path, nano: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    file = write_study(tmp_path, nano)
+    _, store = opened(file)
+    monkeypatch.setattr(execute, "command", pretend(store, {"stage1": "user"}))
+    with pytest.raises(SystemExit) as left:
+        cli.main(["ablate", "run", str(file), "--jobs", "2"], standalone_mode=False)
+    assert left.value.code == commands.EXIT_HOLES
+    cli.main(["ablate", "status", str(file), "--json"], standalone_mode=False)
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["arms"] == {"text": {"done": 2}, "mirage": {"failed": 2}}
+    assert said["runs"]["stage2"] == {"blocked": 2}
+    assert set(said["failed"].values()) == {"exit code 2: a user has to mend this"}
+    cli.main(["ablate", "status", str(file)], standalone_mode=False)
+    assert "a user has to mend this" in capsys.readouterr().out
+    monkeypatch.setattr(execute, "command", pretend(store, {}))
+    cli.main(["ablate", "run", str(file), "--again", "--arms", "mirage"], standalone_mode=False)
+    with pytest.raises(UserError, match="--arms: no arm 'mirag'"):
+        cli.main(["ablate", "run", str(file), "--arms", "mirag"], standalone_mode=False)
+    with pytest.raises(UserError, match="--only x: the study has no such run"):
+        cli.main(["ablate", "run", str(file), "--only", "x"], standalone_mode=False)

@@ -1,0 +1,244 @@
+"""A study's file: what it becomes, what runs once, what makes a new run, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from ablate import STAGES, opened, write_study
+
+from mirage_ds.ablate.nodes import MACHINE, model_hash, records_hash
+from mirage_ds.ablate.spec import arm_names, read_study
+from mirage_ds.config import RunConfig
+from mirage_ds.errors import UserError
+
+
+def folders(file: Path) -> list[str]:
+    return [node.folder for node in opened(file)[0].nodes.values()]
+
+
+def names(file: Path) -> list[str]:
+    return [node.name if node.kind == "train" else node.kind for node in opened(file)[0].nodes.values()]
+
+
+def test_equal_parts_of_chains_are_one_run(tmp_path: Path, nano: Path) -> None:
+    arms = {
+        "text": {"chain": ["base", "sft", "sft"]},
+        "one": {"chain": ["base", "stage1"]},
+        "both": {"chain": ["base", "stage1", "stage2"]},
+        "k": {"chain": ["base", "stage1", "stage2"], "grid": {"stage2.ce_weight": [0.5, 2.0]}},
+    }
+    study, _ = opened(write_study(tmp_path, nano, arms=arms))
+    trained = [node.name for node in study.nodes.values() if node.kind == "train"]
+    # One base for both seeds, since it fixes its own; each seed: two sft, one stage1 for four arms, three stage2.
+    assert sorted(trained) == sorted(["base"] + 2 * ["sft", "sft", "stage1", "stage2", "stage2", "stage2"])
+    cells = {(cell.arm, cell.seed): cell for cell in study.cells}
+    assert len(cells) == 2 * 5
+    one, both = cells["one", 0], cells["both", 0]
+    assert one.stages == both.stages[:2]
+    assert cells["one", 1].stages[0] == one.stages[0]
+    assert cells["one", 1].stages[1] != one.stages[1]
+    text = cells["text", 0].stages
+    assert len(set(text)) == 3, "the second sft starts from the first"
+    assert [study.nodes[key].parent for key in text] == [None, text[0], text[1]]
+    assert set(cells["k[stage2.ce_weight=0.5]", 0].settings) == {"stage2.ce_weight"}
+
+
+def test_every_node_stands_behind_its_parent_and_seeds_go_one_by_one(tmp_path: Path, nano: Path) -> None:
+    study, _ = opened(write_study(tmp_path, nano, seeds=[0, 1, 2]))
+    order = list(study.nodes)
+    assert all(node.parent is None or order.index(node.parent) < order.index(key) for key, node in study.nodes.items())
+    seeds = [study.nodes[key].config.seed for key in order if study.nodes[key].kind == "train"][1:]
+    assert seeds == sorted(seeds)
+
+
+def test_variations(tmp_path: Path, nano: Path) -> None:
+    chain = ["base", "stage1"]
+    arms = {
+        "grid": {"chain": chain, "grid": {"latent_size": [2, 4], "compress_strategy": ["average", "grid"]}},
+        "pairs": {"chain": chain, "pairs": {"latent_size": [2, 8], "ce_weight": [0.1, 0.2]}},
+        "list": {"chain": chain, "list": [{"latent_loss": "l2"}, {"slots": "auxiliary"}]},
+        "plain": {"chain": chain, "seeds": 1},
+    }
+    for one in arms.values():
+        one["chain"] = ["stage1"]
+    study, _ = opened(write_study(tmp_path, nano, arms=arms))
+    assert list(arm_names(study.spec)) == [
+        "grid[latent_size=2,compress_strategy=average]",
+        "grid[latent_size=2,compress_strategy=grid]",
+        "grid[latent_size=4,compress_strategy=average]",
+        "grid[latent_size=4,compress_strategy=grid]",
+        "pairs[latent_size=2,ce_weight=0.1]",
+        "pairs[latent_size=8,ce_weight=0.2]",
+        "list[latent_loss=l2]",
+        "list[slots=auxiliary]",
+        "plain",
+    ]
+    seeds = {arm: [cell.seed for cell in study.cells if cell.arm == arm] for arm in arm_names(study.spec)}
+    assert seeds.pop("plain") == [0]
+    assert set(map(tuple, seeds.values())) == {(0, 1)}
+    configs = {cell.arm: study.nodes[cell.stages[-1]].config for cell in study.cells}
+    assert (configs["pairs[latent_size=8,ce_weight=0.2]"].latent_size, configs["plain"].latent_size) == (8, 4)
+    # k = 4, average is the plain arm: it runs once.
+    plain = next(cell for cell in study.cells if cell.arm == "plain")
+    same = next(cell for cell in study.cells if cell.arm == "grid[latent_size=4,compress_strategy=average]")
+    assert plain.stages == same.stages
+
+
+def test_settings_win_in_their_order(tmp_path: Path, nano: Path) -> None:
+    study, _ = opened(
+        write_study(
+            tmp_path,
+            nano,
+            common={"model": str(nano), "data_path": "data.jsonl", "learning_rate": 1e-5, "max_steps": 2, "epochs": 3},
+            stages=STAGES | {"sft": {"stage": "sft", "learning_rate": 2e-5, "warmup_steps": 5}},
+            arms={
+                "a": {
+                    "chain": ["base", "sft"],
+                    "settings": {"sft.warmup_steps": 6, "epochs": 4},
+                    "grid": {"epochs": [5]},
+                }
+            },
+            seeds=[0, {"seed": 1, "sft.learning_rate": 3e-5, "base.seed": 7}],
+        )
+    )
+    of = {cell.seed: [study.nodes[key].config for key in cell.stages] for cell in study.cells}
+    (base, sft), (other, last) = of[0], of[1]
+    assert (base.learning_rate, sft.learning_rate, last.learning_rate) == (1e-5, 2e-5, 3e-5)
+    assert (base.warmup_steps, sft.warmup_steps, sft.epochs, base.epochs) == (10, 6, 5, 5)
+    # A stage that fixes its seed keeps it, unless the seed's entry says otherwise.
+    assert (base.seed, sft.seed, other.seed, last.seed) == (0, 0, 7, 1)
+
+
+@pytest.mark.parametrize("field", ["learning_rate", "data", "images", "model", "parent", "json", "evaluated"])
+def test_what_a_result_follows_from_makes_a_new_run(tmp_path: Path, nano: Path, field: str) -> None:
+    base = tmp_path / "nano"
+    shutil.copytree(nano, base)
+    common = {"model": "nano", "data_path": "data.jsonl", "max_steps": 2}
+    file = write_study(tmp_path, nano, common=common)
+    before = folders(file)
+    if field == "learning_rate":
+        write_study(tmp_path, nano, common=common | {"learning_rate": 2e-5})
+    elif field == "data":
+        (tmp_path / "data.jsonl").write_text((tmp_path / "data.jsonl").read_text().replace("UP", "DOWN"))
+    elif field == "images":
+        write_study(tmp_path, nano, common=common | {"max_pixels": 10_000})
+    elif field == "model":
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"note": 1}))
+    elif field == "parent":
+        write_study(tmp_path, nano, common=common, stages=STAGES | {"base": {"stage": "sft", "seed": 1}})
+    elif field == "json":
+        (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+        write_study(tmp_path, nano, common=common | {"deepspeed": "ds.json"})
+    else:
+        more = {"eval_data_path": "data.jsonl", "eval_every": 1}
+        write_study(tmp_path, nano, common=common | more)
+    assert not set(before) & set(folders(file))
+
+
+def test_what_changes_nothing_makes_no_new_run(tmp_path: Path, nano: Path) -> None:
+    common = {"model": str(nano), "data_path": "data.jsonl", "max_steps": 2}
+    before = folders(write_study(tmp_path, nano, common=common))
+    machine = {"num_workers": 0, "micro_batch_size": 4, "gradient_checkpointing": False, "save_every": 1}
+    (tmp_path / "moved").mkdir()
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "moved" / "other.jsonl")
+    shutil.copytree(nano, tmp_path / "moved" / "nano")
+    moved = {"model": "moved/nano", "data_path": "moved/other.jsonl", "global_batch_size": 8}
+    assert folders(write_study(tmp_path, nano, common=common | machine | moved)) == before
+    # And what has no meaning in a stage: k of text, the pooling of stage2.
+    stages = STAGES | {"base": {"stage": "sft", "seed": 0, "latent_size": 9, "compress_strategy": "grid"}}
+    assert folders(write_study(tmp_path, nano, common=common, stages=stages)) == before
+    paused = STAGES | {"base": {"stage": "sft", "seed": 0, "slots": "pause", "latent_size": 9}}
+    assert not set(folders(write_study(tmp_path, nano, common=common, stages=paused))) & set(before)
+
+
+def test_every_setting_is_either_hashed_or_named_as_the_machines(nano: Path, tmp_path: Path) -> None:
+    study, _ = opened(write_study(tmp_path, nano))
+    node = next(iter(study.nodes.values()))
+    assert set(RunConfig.model_fields) - MACHINE == set(node.material["settings"])
+    assert set(RunConfig.model_fields) >= MACHINE
+    # These are hashed by content, under another name.
+    assert node.material["rows_per_step"] == 8
+    assert node.material["data"] == records_hash(tmp_path / "data.jsonl")
+    assert node.material["model"] == model_hash(str(nano))
+
+
+def test_controls_run_where_answers_see_latents(tmp_path: Path, nano: Path) -> None:
+    arms = {
+        "text": {"chain": ["sft"]},
+        "pause": {"chain": ["sft"], "settings": {"slots": "pause"}},
+        "aux": {"chain": ["stage1"], "settings": {"slots": "auxiliary"}},
+        "one": {"chain": ["stage1"]},
+        "two": {"chain": ["stage1", "stage2"]},
+    }
+    asked = {"data_path": "data.jsonl", "controls": "zero,own"}
+    evaluations = {"test": asked, "some": asked | {"arms": ["two"], "controls_most": 2}}
+    study, _ = opened(write_study(tmp_path, nano, arms=arms, seeds=[0], evaluations=evaluations))
+    cells = {cell.arm: cell for cell in study.cells}
+    assert {name for name, cell in cells.items() if "test" in cell.controls} == {"one", "two"}
+    assert {name for name, cell in cells.items() if "some" in cell.scores} == {"two"}
+    assert study.nodes[cells["one"].controls["test"]].conditions == ("own", "zero")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"arms": {"a": {"chain": ["bass"]}}}, r"no stage 'bass' \(did you mean 'base'\?\)"),
+        ({"arms": {"a": {"chain": ["sft"], "settings": {"learning_rat": 1}}}}, r"no setting 'learning_rat' \(did you"),
+        ({"arms": {"a": {"chain": ["sft"], "settings": {"stage3.epochs": 1}}}}, "no stage 'stage3'"),
+        ({"common": {"save_model_path": "x"}}, "save_model_path is set by the study itself"),
+        ({"arms": {"a": {"chain": ["sft"], "grid": {"epochs": [1]}, "pairs": {"seed": [1]}}}}, "give one of them"),
+        ({"arms": {"a": {"chain": ["sft"], "pairs": {"epochs": [1], "seed": [1, 2]}}}}, "make them equally long"),
+        ({"arms": {"a": {"chain": ["sft"], "grid": {"epochs": [1, 1]}}}}, r"arm a\[epochs=1\] stands there twice"),
+        ({"arms": {"a": {"chain": ["sft"], "seeds": 3}}}, "arm a: 3 seeds, the study has 2"),
+        ({"arms": {"a/b": {"chain": ["sft"]}}}, "a name has letters"),
+        ({"seeds": [{"base.seed": 3}]}, "has no `seed`"),
+        ({"seeds": [1, 1]}, "a number stands there twice"),
+        ({"evaluations": {"test": {"data_path": "none.jsonl"}}}, "evaluation test: no file"),
+        ({"evaluations": {"test": {"data_path": "data.jsonl", "arms": ["x"]}}}, "evaluation test: no arm 'x'"),
+        ({"evaluations": {"test": {"data_path": "data.jsonl", "controls": "zer"}}}, "no condition 'zer'"),
+        ({"arms": {"a": {"chain": ["sft"], "settings": {"epochs": -1}}}}, "arm a, stage sft: epochs: Input should be"),
+        ({"arms": {"a": {"chain": ["sft"], "settings": {"slots": "auxiliary"}}}}, "--slots auxiliary is not of"),
+        ({"common": {"model": "/no/model", "data_path": "data.jsonl"}}, "model /no/model: no such folder"),
+        ({"common": {"data_path": "data.jsonl"}}, "arm text, stage base: settings: --model is required"),
+        ({"colour": "red"}, "unknown key 'colour'"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(tmp_path: Path, nano: Path, changed: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        opened(write_study(tmp_path, nano, **changed))
+
+
+def test_relative_paths_start_at_the_file(tmp_path: Path, nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_study(tmp_path, nano)
+    monkeypatch.chdir("/")
+    assert read_study(file).out == tmp_path / "runs"
+    assert opened(file)[0].cells
+
+
+def test_records_of_a_folder_and_a_pattern_are_hashed_by_content(tmp_path: Path) -> None:
+    for name, text in (("a.jsonl", "1"), ("b.jsonl", "2")):
+        (tmp_path / name).write_text(text)
+    whole = records_hash(tmp_path)
+    assert records_hash(tmp_path / "*.jsonl") == whole
+    (tmp_path / "b.jsonl").write_text("3")
+    assert records_hash(tmp_path) != whole
+    with pytest.raises(UserError, match="no records there"):
+        records_hash(tmp_path / "*.parquet")
+
+
+def test_a_large_weight_file_is_told_apart_by_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mirage_ds.ablate.nodes.WHOLE_BYTES", 100)
+    monkeypatch.setattr("mirage_ds.ablate.nodes.END_BYTES", 10)
+    hashes = set()
+    for number, content in enumerate((b"a" * 200, b"a" * 199 + b"b", b"b" + b"a" * 199, b"a" * 201)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(content)
+        hashes.add(model_hash(str(folder)))
+    assert len(hashes) == 4
+    assert model_hash("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
