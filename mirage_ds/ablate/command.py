@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +54,11 @@ def _open(file: Path) -> tuple[Study, Store]:
 @click.option("--row_tokens", default=500, show_default=True, type=click.IntRange(min=1), help="Tokens of a row.")
 @click.option("--images", default=1, show_default=True, type=click.IntRange(min=0), help="Input images of a row.")
 @click.option("--image_tokens", default=256, show_default=True, type=click.IntRange(min=1))
+@click.option("--each", is_flag=True, help="A line a run, with the name of its folder; otherwise one a stage.")
 @click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
-def plan_study(study: Path, wants_json: bool, **machine: Any) -> None:
+def plan_study(study: Path, each: bool, wants_json: bool, **machine: Any) -> None:
     """Print what STUDY would run, what is done already, and the GPU-hours that the planner expects."""
-    from mirage_ds.ablate.overview import overview
+    from mirage_ds.ablate.overview import grouped, overview
 
     made, store = _open(study)
     given = {name: value for name, value in machine.items() if value is not None}
@@ -89,21 +91,34 @@ def plan_study(study: Path, wants_json: bool, **machine: Any) -> None:
         )
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("run", "what", "for arms × seeds", "steps", "GPU-hours", "state", title=f"{made.spec.name}")
-    for line in lines:
-        steps = line.estimate.steps if line.estimate else None
-        took = line.estimate.hours if line.estimate else None
+    table = Table(
+        Column("run", overflow="fold"),
+        "what",
+        "runs",
+        "for arms × seeds",
+        "steps",
+        "GPU-hours",
+        "state",
+        title=f"{made.spec.name}",
+    )
+    for name, group in grouped(lines, each).items():
+        first = group[0]
+        trains = first.node.kind == "train"
+        counts = Counter(line.state for line in group)
+        steps = {line.estimate.steps for line in group if line.estimate}
+        took = [line.estimate.hours for line in group if line.estimate and line.estimate.hours is not None]
         table.add_row(
-            line.node.folder,
-            line.node.config.stage if line.node.kind == "train" and line.node.config else line.node.kind,
-            str(line.arms),
-            "" if line.node.kind != "train" else "?" if steps is None else f"{steps:,}",
-            "" if line.node.kind != "train" else "–" if took is None else f"{took:.2f}",
-            line.state,
+            name,
+            first.node.config.stage if trains and first.node.config else first.node.kind,
+            str(len(group)),
+            str(sum(line.arms for line in group)),
+            "" if not trains else " … ".join(f"{n:,}" for n in _ends(steps)) if None not in steps else "?",
+            "" if not trains else f"{sum(took):.2f}" if took else "–",
+            ", ".join(f"{count} {state}" if len(counts) > 1 else state for state, count in counts.items()),
         )
-    console = Console()
+    console = Console(soft_wrap=True)
     console.print(table)
     trained = [line for line in lines if line.node.kind == "train"]
     alone = sum(len(cell.stages) for cell in made.cells)
@@ -117,6 +132,11 @@ def plan_study(study: Path, wants_json: bool, **machine: Any) -> None:
         console.print(f"{sum(hours):,.1f} GPU-hours on {where} by the planner, {sum(left):,.1f} left", highlight=False)
     for problem in problems:
         console.print(f"no estimate: {problem}", highlight=False, markup=False)
+
+
+def _ends(steps: set[Any]) -> list[int]:
+    """Return the least and the greatest number, once where they are one."""
+    return sorted({min(steps, default=0), max(steps, default=0)})
 
 
 def _gpus() -> int:

@@ -129,13 +129,22 @@ def states_of(study: Study, store: Store) -> dict[str, str]:
     return states
 
 
+def title_of(node: Node) -> str:
+    """Return how a node is called among others of its stage or evaluation."""
+    return node.name if node.kind == "train" else f"{node.kind} {node.name}"
+
+
+def grouped(lines: list[Line], each: bool) -> dict[str, list[Line]]:
+    """Put the lines of one stage or evaluation together, in their order; each for itself where `each`."""
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        found.setdefault(line.node.folder if each else title_of(line.node), []).append(line)
+    return found
+
+
 def counted(lines: list[Line]) -> dict[str, dict[str, int]]:
     """Count states by kind of node and name: {"stage1": {"done": 3, "waiting": 1}, …}."""
-    found: dict[str, Counter[str]] = {}
-    for line in lines:
-        title = line.node.name if line.node.kind == "train" else f"{line.node.kind} {line.node.name}"
-        found.setdefault(title, Counter())[line.state] += 1
-    return {name: dict(counts) for name, counts in found.items()}
+    return {name: dict(Counter(line.state for line in group)) for name, group in grouped(lines, each=False).items()}
 
 
 def by_arm(study: Study, store: Store) -> dict[str, dict[str, int]]:
