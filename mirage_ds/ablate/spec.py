@@ -12,12 +12,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.controls.names import PATH, parse_names
-from mirage_ds.errors import UserError, closest
-from mirage_ds.flags import build_model
+from mirage_ds.errors import UserError, closest, shown
 
 Settings = dict[str, Any]
 
@@ -184,7 +192,18 @@ def read_study(path: Path) -> StudySpec:
         UserError: it cannot be read, or holds what a study has not.
     """
     values = read_yaml(path)
-    spec = build_model(StudySpec, {}, values, source=str(path))
+    unknown = [str(key) for key in values if key not in StudySpec.model_fields]
+    if unknown:
+        raise UserError(f"unknown key {shown(unknown[0])} in {path}{closest(unknown[0], StudySpec.model_fields)}")
+    try:
+        spec = StudySpec.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        said = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            said = f"no key {shown(first['loc'][-1])} there; a text with a comma wants quotes"
+        raise UserError(f"{path}: {where + ': ' if where else ''}{said}") from None
     here = path.resolve().parent
     evaluations = {
         name: one.model_copy(update={"data_path": here / one.data_path, "image_root": _from(here, one.image_root)})

@@ -204,6 +204,8 @@ def test_controls_run_where_answers_see_latents(tmp_path: Path, nano: Path) -> N
         ({"arms": {"a": {"chain": ["sft"], "settings": {"slots": "auxiliary"}}}}, "--slots auxiliary is not of"),
         ({"common": {"model": "/no/model", "data_path": "data.jsonl"}}, "model /no/model: no such folder"),
         ({"common": {"data_path": "data.jsonl"}}, "arm text, stage base: settings: --model is required"),
+        ({"arms": {"a": {"chain": ["sft"], "abuot": "x"}}}, "arms.a.abuot: no key 'abuot' there"),
+        ({"arms": {"a": {"chain": []}}}, "arms.a.chain: List should have at least 1 item"),
         ({"colour": "red"}, "unknown key 'colour'"),
     ],
 )  # fmt: skip
