@@ -43,7 +43,7 @@ def curves(results: Results, report: Report) -> list[Drawn]:
                 runs.setdefault(cell.arm, []).append(line)
         if runs:
             found.append(runs)
-            titles.append(legible(f"{position + 1}: {', '.join(names)} ({len(keys)} runs)", 60))
+            titles.append(legible(f"{position + 1}: {', '.join(names)} ({len(keys)} run{'s' * (len(keys) > 1)})", 60))
     if not found:
         return []
     arms = [name for name in order if any(name in runs for runs in found)]
