@@ -209,7 +209,7 @@ def run_study(
     places, threads = _places(made.spec.launch.ranks, jobs, hostfile, hosts_per_run)
     stop = StopRequest()
     stop.listen()
-    finished = _follow(made, store, wanted, places, threads, hostfile, stop)
+    finished = _follow(made, store, wanted, places, threads, stop)
     left = [key for key in wanted if store.state(made.nodes[key]) != "done"]
     if not finished:
         print(f"stopped, {len(left)} of {len(wanted)} left; the same command goes on", file=sys.stderr)
@@ -245,7 +245,6 @@ def _follow(
     wanted: list[str],
     places: list[Place],
     threads: int,
-    hostfile: Path | None,
     stop: StopRequest,
 ) -> bool:
     """Run with a bar below the lines; False where it was stopped."""
@@ -256,7 +255,7 @@ def _follow(
 
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    launch = Launch(made.spec.launch.environment, threads, hostfile)
+    launch = Launch(made.spec.launch.environment, threads)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         done = sum(store.done(made.nodes[key]) is not None for key in wanted)
         task = bar.add_task(made.spec.name, total=len(wanted), completed=done)

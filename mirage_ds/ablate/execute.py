@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from mirage_ds.ablate.launch import Place, command, environment
+from mirage_ds.ablate.launch import Place, command, environment, for_hosts
 from mirage_ds.ablate.nodes import Node, Study
 from mirage_ds.ablate.store import Store
 from mirage_ds.stop import EXIT_STOPPED, never
@@ -32,7 +32,6 @@ class Launch(NamedTuple):
 
     environment: Mapping[str, str]
     threads: int
-    hostfile: Path | None = None
 
 
 class Running(NamedTuple):
@@ -71,7 +70,10 @@ def start(node: Node, study: Study, store: Store, place: Place, launch: Launch) 
         held.close()
         return None
     log = store.log(node).open("ab")
-    words = command(node, parent, store, place, launch.hostfile)
+    words = command(node, parent, store, place)
+    found = environment(place, launch.environment, launch.threads)
+    if place.hosts and node.kind == "train":
+        found |= for_hosts(store.place(node), place, found)
     log.write(f"$ {' '.join(words)}\n".encode())
     log.flush()
     process = subprocess.Popen(
@@ -79,7 +81,7 @@ def start(node: Node, study: Study, store: Store, place: Place, launch: Launch) 
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=environment(place, launch.environment, launch.threads),
+        env=found,
         # A Ctrl-C of the terminal reaches this process alone, which passes it on.
         start_new_session=True,
     )

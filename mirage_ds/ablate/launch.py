@@ -11,10 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from mirage_ds.ablate.nodes import Node
 from mirage_ds.ablate.store import Store
+from mirage_ds.files import write_atomically
 from mirage_ds.hosts import Host
+from mirage_ds.remote_env import render
 
 
 class Place(NamedTuple):
@@ -81,34 +84,54 @@ def environment(place: Place, given: Mapping[str, str], threads: int) -> dict[st
     return found
 
 
-def _trained(config: Path, place: Place, hostfile: Path | None) -> list[str]:
-    module = ["mirage_ds.train", "--config", str(config)]
+def for_hosts(folder: Path, place: Place, found: Mapping[str, str]) -> dict[str, str]:
+    """Write what DeepSpeed's launcher reads for a part of a hostfile, as launch/deepspeed.sh does.
+
+    Args:
+        folder: of the node; found: the environment that the ranks are to have.
+
+    Returns:
+        What the launcher's own environment has besides.
+    """
+    write_atomically(folder / "hosts", "".join(f"{host.name} slots={host.slots}\n" for host in place.hosts))
+    write_atomically(folder / "deepspeed_env", render(found))
+    patient = "-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
+    return {
+        "DS_ENV_FILE": str(folder / "deepspeed_env"),
+        "PDSH_SSH_ARGS_APPEND": f"{found.get('PDSH_SSH_ARGS_APPEND', '')} {patient}",
+    }
+
+
+def _trained(folder: Path, place: Place) -> list[str]:
+    module = ["mirage_ds.train", "--config", str(folder / "config.yaml")]
     if place.ranks == 1 and not place.hosts:
         return [sys.executable, "-m", *module]
     port = free_ports()
     master = place.hosts[0].name if place.hosts else "127.0.0.1"
-    guard = ["--port", str(port + 1), "--job", f"{config.parent.name}-{port}"]
+    guard = ["--port", str(port + 1), "--job", f"{folder.name}-{port}"]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    if hostfile is not None:
-        launcher += ["--hostfile", str(hostfile), "--include", "@".join(host.name for host in place.hosts)]
+    own = ["--module", "mirage_ds.guard", *guard]
+    if place.hosts:
+        launcher += ["--hostfile", str(folder / "hosts"), "--force_multi"]
+        # pdsh hands the words to a shell: quoted, none of them means anything to it.
+        own += ["--logs", str(folder / "logs"), "--quoted"]
+        module = [quote(word, safe="/=,:@+") for word in module]
     else:
         launcher += ["--hostfile", "/nonexistent", "--num_accelerators", str(place.ranks)]
     return [
         *(sys.executable, "-m", "mirage_ds.guard.launch", "--master", master, *guard),
-        *(*launcher, "--no_local_rank", "--master_addr", master, "--master_port", str(port)),
-        *("--module", "mirage_ds.guard", *guard, *module),
+        *(*launcher, "--no_local_rank", "--master_addr", master, "--master_port", str(port), *own, *module),
     ]
 
 
-def command(node: Node, parent: Node | None, store: Store, place: Place, hostfile: Path | None = None) -> list[str]:
+def command(node: Node, parent: Node | None, store: Store, place: Place) -> list[str]:
     """Return the command line of a node.
 
     Args:
         parent: the node whose model it starts from, or evaluates.
-        hostfile: whose hosts the place names.
     """
     if node.kind == "train":
-        return _trained(store.place(node) / "config.yaml", place, hostfile)
+        return _trained(store.place(node), place)
     assert parent is not None
     assert node.evaluation is not None
     asked = node.evaluation

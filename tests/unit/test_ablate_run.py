@@ -15,7 +15,7 @@ from ablate import opened, pretend, write_study
 
 from mirage_ds.ablate import command as commands
 from mirage_ds.ablate import execute
-from mirage_ds.ablate.launch import Place, command, environment, here, parts
+from mirage_ds.ablate.launch import Place, command, environment, for_hosts, here, parts
 from mirage_ds.ablate.nodes import Study
 from mirage_ds.ablate.overview import by_arm, estimate, overview, states_of, steps_of
 from mirage_ds.ablate.slurm import depths, write_scripts
@@ -185,14 +185,22 @@ def test_command_lines(small, tmp_path: Path) -> None:
     assert two[1:3] == ["-m", "mirage_ds.guard.launch"]
     assert two[two.index("--num_accelerators") + 1] == "2"
     hosts = Place(16, None, (Host("n0", 8), Host("n1", 8)))
-    many = command(by_name["base"], None, store, hosts, tmp_path / "hosts")
-    assert many[many.index("--include") + 1] == "n0@n1"
+    many = command(by_name["base"], None, store, hosts)
+    assert many[many.index("--hostfile") + 1] == str(store.place(by_name["base"]) / "hosts")
     assert many[many.index("--master_addr") + 1] == "n0"
     # An sft model opens no run, a stage2 model does.
     scored = [node for node in study.nodes.values() if node.kind == "evaluate"]
     flags = {study.nodes[node.parent].name: "--no_latents" in command(node, study.nodes[node.parent], store, Place(1))
              for node in scored}  # fmt: skip
     assert flags == {"sft": True, "stage2": False}
+
+
+def test_what_a_part_of_a_hostfile_gets(tmp_path: Path) -> None:
+    place = Place(16, None, (Host("n0", 8), Host("n1", 8)))
+    more = for_hosts(tmp_path, place, {"DS_ACCELERATOR": "cpu", "HOME": "/root"})
+    assert (tmp_path / "hosts").read_text() == "n0 slots=8\nn1 slots=8\n"
+    assert (tmp_path / "deepspeed_env").read_text() == "DS_ACCELERATOR=cpu\n"
+    assert more["DS_ENV_FILE"] == str(tmp_path / "deepspeed_env")
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
