@@ -11,7 +11,8 @@
 #     SAT_V2    SAT-v2, 150 real rows, to test on        hf download array/SAT-v2 --repo-type dataset …
 #     HELPERS   sat: your helper images, one a row, called as the row's id or its number from 0; without it sft alone
 #     COMT      data.jsonl and images/                   hf download czh-up/comt --repo-type dataset …
-#     MAPS      vsp-…: a JSONL with map_desc, such as the public 1,000 rows, to take the training boards from [random ones]
+#     MAPS      vsp-spatial-planning: a JSONL with map_desc, such as the public 1,000 rows, whose boards are trained on;
+#               without it random ones
 set -euo pipefail
 
 out=${OUT:-runs/7b}
@@ -43,11 +44,7 @@ planning() {
 
 reasoning() {
     local data=$out/vsp-spatial-reasoning/data
-    local boards=(--count 3000)
-    if [ -n "${MAPS:-}" ]; then
-        boards=(--maps "$MAPS")
-    fi
-    once "$data/train.jsonl" build vsp-spatial-reasoning "${boards[@]}" --answer cot --exclude "$tests"
+    once "$data/train.jsonl" build vsp-spatial-reasoning --count 3000 --answer cot --exclude "$tests"
     once "$data/dev.jsonl" build vsp-spatial-reasoning --split dev --count 200 --answer cot --exclude "$tests"
     once "$data/test.jsonl" build vsp-spatial-reasoning --split test --count 1000 --answer cot --levels 4,5,6 \
         --proportions 1,2,2
