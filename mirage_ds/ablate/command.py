@@ -42,7 +42,9 @@ def _open(file: Path) -> tuple[Study, Store]:
     from mirage_ds.ablate.store import Store
 
     spec = read_study(file)
-    return spell_out(spec, file.resolve().parent), Store(spec.out, spec.launch.retries + 1)
+    return spell_out(spec, file.resolve().parent), Store(
+        spec.out, spec.launch.retries + 1, spec.launch.keep_checkpoints
+    )
 
 
 @ablate.command("plan")
@@ -202,7 +204,7 @@ def run_study(
     if slurm:
         from mirage_ds.ablate.slurm import submit, write_scripts
 
-        scripts = write_scripts(made, store, study, at_once)
+        scripts = write_scripts(made, store, study, wanted, at_once)
         numbers = submit(scripts, shlex.split(sbatch))
         print(f"{len(scripts)} array(s): {', '.join(numbers)}; `mirage-ds ablate status {study}` says how far they are")
         return

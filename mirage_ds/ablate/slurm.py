@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mirage_ds.ablate.nodes import Study
@@ -43,26 +43,30 @@ exit "$code"
 """
 
 
-def depths(study: Study, store: Store) -> list[list[str]]:
-    """Group the keys that are not done by how many nodes stand before them that are not done either."""
+def depths(study: Study, store: Store, wanted: Iterable[str]) -> list[list[str]]:
+    """Group the wanted keys that are not done by how many of them stand before that are not done either."""
     depth: dict[str, int] = {}
-    for key, node in study.nodes.items():
+    for key in wanted:
+        node = study.nodes[key]
         if store.state(node) in ("done", "failed"):
             continue
         depth[key] = depth[node.parent] + 1 if node.parent in depth else 0
     return [[key for key in depth if depth[key] == level] for level in range(max(depth.values(), default=-1) + 1)]
 
 
-def write_scripts(study: Study, store: Store, study_file: Path, at_once: int | None) -> list[Path]:
+def write_scripts(
+    study: Study, store: Store, study_file: Path, wanted: Iterable[str], at_once: int | None
+) -> list[Path]:
     """Write a script for each depth, with the keys of its array beside it.
 
     Args:
+        wanted: keys, in the order of the study.
         at_once: tasks of an array that run at a time, at most.
     """
     folder = store.root / "slurm"
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     scripts = []
-    for level, keys in enumerate(depths(study, store)):
+    for level, keys in enumerate(depths(study, store, wanted)):
         listed, script = folder / f"depth{level}.keys", folder / f"depth{level}.sbatch"
         write_atomically(listed, "".join(f"{key}\n" for key in keys))
         text = SCRIPT.format(

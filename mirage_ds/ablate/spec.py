@@ -122,6 +122,7 @@ class LaunchSpec(_Strict):
 
     ranks: PositiveInt = Field(1, description="Ranks of a training run on this machine (GPUs, where there are any).")
     retries: NonNegativeInt = Field(1, description="A run that failed is started so many times more.")
+    keep_checkpoints: bool = Field(False, description="Leave finished runs their sharded checkpoints.")
     environment: dict[str, str] = Field({}, description="Environment variables of the runs.")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,11 +37,12 @@ class Store:
 
     Args:
         root: the study's `out`.
+        keep_checkpoints: leave a finished run its sharded checkpoints; its model is saved, and a 7B's take 91 GB each.
         tries: attempts that a node has, the first one included; after a user's error (exit code 2) there is no other.
     """
 
-    def __init__(self, root: Path, tries: int = 1):
-        self.root, self.tries = root, tries
+    def __init__(self, root: Path, tries: int = 1, keep_checkpoints: bool = False):
+        self.root, self.tries, self.keep_checkpoints = root, tries, keep_checkpoints
 
     def place(self, node: Node) -> Path:
         """Return the node's folder."""
@@ -128,6 +130,8 @@ class Store:
     def finish(self, node: Node, begun: float) -> None:
         """Write down that a node is done."""
         write_atomically(self.place(node) / "done.json", json.dumps({"begun": begun, "ended": time.time()}) + "\n")
+        if node.kind == "train" and not self.keep_checkpoints:
+            shutil.rmtree(self.model(node) / "run" / "checkpoints", ignore_errors=True)
 
     def forget_failures(self, node: Node) -> None:
         """Give a node that failed all its attempts again."""

@@ -118,6 +118,16 @@ def test_a_result_whose_end_was_not_written_down_is_not_made_again(small, monkey
     assert store.state(base) == "done"
 
 
+def test_a_finished_run_leaves_no_checkpoint_unless_asked(small) -> None:
+    study, store = small
+    base = next(iter(study.nodes.values()))
+    for kept in (True, False):
+        checkpoint = store.model(base) / "run/checkpoints/global_step2"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        Store(store.root, 1, keep_checkpoints=kept).finish(base, 0.0)
+        assert checkpoint.exists() == kept
+
+
 def test_two_processes_share_a_study(small, monkeypatch: pytest.MonkeyPatch) -> None:
     study, store = small
     base = next(iter(study.nodes.values()))
@@ -227,7 +237,7 @@ def test_a_stage_is_prepared_to_go_on_from_its_parent(small) -> None:
 def test_slurm_arrays_depend_on_each_other(tmp_path: Path, nano: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     file = write_study(tmp_path, nano)
     study, store = opened(file)
-    levels = depths(study, store)
+    levels = depths(study, store, study.nodes)
     for level, keys in enumerate(levels):
         for key in keys:
             parent = study.nodes[key].parent
@@ -252,12 +262,19 @@ def test_slurm_arrays_depend_on_each_other(tmp_path: Path, nano: Path, monkeypat
     assert subprocess.run(["bash", "-n", str(tmp_path / "runs/slurm/depth1.sbatch")], check=False).returncode == 0
 
 
+def test_slurm_takes_only_the_arms_that_are_asked_for(tmp_path: Path, nano: Path) -> None:
+    study, store = opened(write_study(tmp_path, nano))
+    wanted = commands._wanted(study, "text", ())
+    names = [[study.nodes[key].name for key in keys] for keys in depths(study, store, wanted)]
+    assert names == [["base"], ["sft", "sft"], ["test", "test"]]
+
+
 def test_an_array_task_runs_its_node(tmp_path: Path, nano: Path) -> None:
     """The script itself, with a user's error in the records: the task ends with code 1 and leaves the attempt."""
     file = write_study(tmp_path, nano)
     (tmp_path / "data.jsonl").write_text("no json\n")
     study, store = opened(file)
-    write_scripts(study, store, file, None)
+    write_scripts(study, store, file, study.nodes, None)
     made = subprocess.run(
         ["bash", str(tmp_path / "runs/slurm/depth0.sbatch")],
         env={**os.environ, "SLURM_ARRAY_TASK_ID": "0"},
