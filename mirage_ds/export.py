@@ -10,7 +10,7 @@ import torch
 from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.data.record import ImageFinder
 from mirage_ds.engine.checkpoint import STATE_FILE
-from mirage_ds.engine.export import Parts, change_rows, export_checkpoint, refuse_existing
+from mirage_ds.engine.export import Parts, change_rows, export_checkpoint, refuse_existing, trained_of
 from mirage_ds.errors import UserError
 from mirage_ds.model.load import read_config, resolve_folder
 
@@ -45,7 +45,6 @@ def export_folder(source: Path, target: Path, vocab_rows: int | None, base: Path
     sources = [str(base)] if base else state["sources"]
     place = resolve_folder(sources[0], "--model", None)
     encoder = load_encoder(sources, ImageFinder(()), "sft", 1, tuple(state["pixels"]))
-    trained = {"stage": state["stage"], "latent_size": state["latent_size"]}
-    parts = Parts(read_config(place), encoder.tokenizer, encoder.images, place, trained)
+    parts = Parts(read_config(place), encoder.tokenizer, encoder.images, place, trained_of(state))
     export_checkpoint(found, target, getattr(torch, state["dtype"]), parts)
     return f"{target}: step {state['step']} of {state['stage']}, {state['dtype']}"

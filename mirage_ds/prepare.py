@@ -31,7 +31,7 @@ from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.card import model_card
 from mirage_ds.engine.checkpoint import Found, find_checkpoint, load_checkpoint
 from mirage_ds.engine.compiled import say_waits
-from mirage_ds.engine.export import Parts, save_model
+from mirage_ds.engine.export import Parts, save_model, trained_of
 from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
 from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.setup import World, check_ds_config, everyone, from_rank_zero, make_engine
@@ -459,13 +459,6 @@ def prepare(
         check_same(checkpoint.place, resumed.get("kept", {}), kept)
     state["kept"] = kept
 
-    trained = {
-        "stage": config.stage,
-        "latent_size": config.latent_size,
-        "slots": config.slots,
-        "compress_strategy": config.compress_strategy,
-    }
-
     def save(
         folder: Path = config.save_model_path, step: int = steps, scores: Mapping[str, float] | None = None
     ) -> None:
@@ -477,7 +470,7 @@ def prepare(
             folder,
             world.rank,
             Parts(
-                *(loaded.config, encoder.tokenizer, encoder.images, folders[0], trained),
+                *(loaded.config, encoder.tokenizer, encoder.images, folders[0], trained_of(state)),
                 card=model_card({**state, "step": step}, scores),
             ),
         )

@@ -34,6 +34,7 @@ def model_card(state: Mapping[str, Any], scores: Mapping[str, float] | None = No
         *([("started from", f"`{state['sources'][0]}`")] if len(state["sources"]) > 1 else []),
         ("stage", stage),
         *([("k, latents a run", k)] if stage != "sft" else []),
+        *([("arm", arm)] if (arm := _arm(state)) else []),
         ("optimizer steps", state["step"]),
         ("rows a step", state["rows_per_step"]),
         ("records", f"{state['rows']}, SHA-256 `{state['data']}`"),
@@ -49,6 +50,19 @@ def model_card(state: Mapping[str, Any], scores: Mapping[str, float] | None = No
     head += ["tags: [mirage, latent-visual-tokens]", "---", MARK, "", "# A Qwen2.5-VL trained with mirage_ds", ""]
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return "\n".join([*head, *table, "", *_scores(scores), *(_text_only() if stage == "sft" else _latents(k))])
+
+
+def _arm(state: Mapping[str, Any]) -> str:
+    """Say in what a run's latents differ from the paper's; nothing where they do not."""
+    slots, compress, loss, detached, targets = state.get("latents") or (None, "average", "cosine", False, False)
+    said = [
+        *([f"slots {slots}"] if slots and slots != "latents" else []),
+        *([f"compression {compress}"] if compress != "average" else []),
+        *([f"latent loss {loss}"] if loss != "cosine" else []),
+        *(["latents detached"] if detached else []),
+        *(["targets train the tower"] if targets else []),
+    ]
+    return ", ".join(said)
 
 
 def _scores(scores: Mapping[str, float] | None) -> list[str]:

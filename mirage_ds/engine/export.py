@@ -6,7 +6,7 @@ V vocabulary rows, H hidden.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,20 @@ from mirage_ds.model.load import expected_shapes, public_name, safetensors_of, s
 SHARD_BYTES = 4 << 30
 # Where config.json says how the model was trained; plain transformers carries the key along.
 TRAINED_KEY = "mirage"
+
+
+def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model folder says of its training, from what a checkpoint says of its run (prepare.prepare)."""
+    # Checkpoints from before there were arms say nothing of them.
+    slots, compress, *_ = state.get("latents") or (None, "average")
+    return {
+        "stage": state["stage"],
+        "latent_size": state["latent_size"],
+        "slots": slots,
+        "compress_strategy": compress,
+    }
+
+
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -105,7 +119,7 @@ class Parts(NamedTuple):
     Attributes:
         config: the model's configuration; tokenizer, image_processor: as transformers saves them.
         source: the folder that the model was loaded from; its generation_config.json comes along.
-        trained: stage and latent_size, kept in config.json under TRAINED_KEY.
+        trained: what trained_of gives, kept in config.json under TRAINED_KEY.
         card: the text of README.md (card.model_card); none is written where it is empty.
     """
 

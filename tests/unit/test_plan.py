@@ -46,7 +46,7 @@ from mirage_ds.scale import (
     walk,
 )
 
-PUBLIC = [name for name in PRESETS if name != "nano"]
+PUBLIC = [name for name in PRESETS if not name.startswith("nano")]
 SEVEN = read_shape("qwen2.5-vl-7b")
 KEPT = Zero3(max_live=10**12, reuse=10**12)
 PLAIN = Settings(stage=3, compute=2, accumulated=4, master=4, moments=4, zero=Zero3())
