@@ -226,6 +226,13 @@ def test_the_card_says_what_was_trained_and_what_decodes_it() -> None:
     assert head["base_model"] == "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
+def test_the_card_says_in_what_an_arm_differs_from_the_paper() -> None:
+    assert "| arm |" not in model_card(STATE | dict(latents=[None, "average", "cosine", False, False]))
+    card = model_card(STATE | dict(latents=["auxiliary", "grid", "l2", True, True]))
+    said = "slots auxiliary, compression grid, latent loss l2, latents detached, targets train the tower"
+    assert f"| arm | {said} |" in card
+
+
 def test_the_card_of_a_text_model_and_of_a_local_base() -> None:
     card = model_card(STATE | dict(stage="sft", sources=["/models/base"]))
     assert "base_model" not in card
