@@ -17,6 +17,7 @@ for seed in 0 1; do
     build vsp-spatial-planning --levels 4,5,6 --proportions 1,5,10 --count 16000 --seed "2$seed" --ties random \
         --out "read$seed"
     python "$here/base_rows.py" "copy$seed/data.jsonl" "read$seed/data.jsonl" --out "base$seed"
+    mirage-ds init --preset nano-untied --seed "$seed" --text "base$seed/data.jsonl" --out "nano-$seed"
 done
 
 # The arms, and what choices are made on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import time
@@ -140,6 +141,7 @@ def _cell(plan: CellPlan, study: Study, store: Store) -> Cell:
             if store.done(node) is not None
         },
         problem=_problem(plan, study, store),
+        key=hashlib.sha256(" ".join(plan.nodes).encode()).hexdigest()[:32],
     )
 
 

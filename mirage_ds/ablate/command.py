@@ -303,12 +303,29 @@ def show_status(study: Path, wants_json: bool) -> None:
 @ablate.command("report")
 @click.argument("study", type=_path())
 @click.option("--out", type=_path(), help="Folder to write. [default: report/ in the study's folder]")
-def report_study(study: Path, out: Path | None) -> None:
+@click.option("--with", "others", multiple=True, type=_path(), help="File of `ablate export`: cells run elsewhere.")
+def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> None:
     """Write report.json, .md, .csv, .html and figures of what there is of STUDY; holes are shown as such."""
     from mirage_ds.ablate.collect import collect
+    from mirage_ds.ablate.portable import merge
     from mirage_ds.ablate.report.write import write_report
 
     made, store = _open(study)
     target = out or store.root / "report"
-    write_report(collect(made, store), target)
+    results, said = merge(collect(made, store), others)
+    for line in said:
+        print(line)
+    write_report(results, target)
     print(f"{target}/report.html")
+
+
+@ablate.command("export")
+@click.argument("study", type=_path())
+@click.argument("file", type=_path())
+def export_study(study: Path, file: Path) -> None:
+    """Write the finished cells of STUDY into FILE (.json.gz), for `ablate report --with` on another machine."""
+    from mirage_ds.ablate.collect import collect
+    from mirage_ds.ablate.portable import export
+
+    made, store = _open(study)
+    print(f"{file}: {export(collect(made, store), file)} of {len(made.cells)} cells")

@@ -64,6 +64,7 @@ class Cell:
         scores: evaluation name → a Scored a record.
         controls: evaluation name → the report of `mirage-ds controls` (conditions, answers, perhaps path).
         problem: why it has no scores, in a sentence; None where it has.
+        key: hash of its runs' keys, by which other machines know it.
     """
 
     arm: str
@@ -73,6 +74,7 @@ class Cell:
     scores: Mapping[str, Sequence[Scored]] = field(default_factory=dict)
     controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     problem: str | None = None
+    key: str = ""
 
 
 @dataclass(frozen=True)

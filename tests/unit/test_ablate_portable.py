@@ -1,0 +1,90 @@
+"""Results that travel from one machine to another."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mirage_ds.ablate.portable import dump, export, load, merge
+from mirage_ds.ablate.report.build import build
+from mirage_ds.ablate.results import Cell, Results, Scored, StageResult
+from mirage_ds.errors import UserError
+
+
+def cell(arm: str, seed: int, problem: str | None = None) -> Cell:
+    stage = StageResult("sft", f"sft-{seed}", "sft", 2, 8, 80, 1e9, 1.5, 5.3, 0.5, [{"step": 1.0, "loss": 2.0}])
+    scores = [Scored(str(i), str(5 + i % 2), {"success": float((i + seed) % 3 == 0), "moves": i / 2}) for i in range(9)]
+    answers = [
+        {
+            "line": i,
+            "conditions": {name: {"metrics": {"success": float(i % 2)}, "text": "UP"} for name in ("own", "zero")},
+        }
+        for i in range(9)
+    ]
+    conditions = {name: {"score": {"metric": "success"}} for name in ("own", "zero")}
+    if problem:
+        return Cell(arm, seed, {}, [], problem=problem, key=f"{arm}{seed}")
+    controls = {"test": {"conditions": conditions, "answers": answers}}
+    return Cell(arm, seed, {"latent_size": 4}, [stage], {"test": scores}, controls, key=f"{arm}{seed}")
+
+
+WHOLE = Results("s", "?", {"a": "", "b": ""}, [cell(arm, seed) for arm in "ab" for seed in (0, 1)])
+
+
+def test_cells_come_back_as_they_were_without_what_answers_said(tmp_path: Path) -> None:
+    assert export(WHOLE, tmp_path / "part.json.gz") == 4
+    back = load(tmp_path / "part.json.gz")
+    for one, other in zip(back, WHOLE.cells, strict=True):
+        assert replace(one, controls={}) == replace(other, controls={})
+    assert b"UP" not in gzip.decompress((tmp_path / "part.json.gz").read_bytes())
+    assert dump(WHOLE) == (tmp_path / "part.json.gz").read_bytes()
+
+
+def test_a_report_of_parts_is_the_report_of_the_whole(tmp_path: Path) -> None:
+    parts = []
+    for number, seed in enumerate((0, 1)):
+        parts.append(tmp_path / f"{number}.gz")
+        export(replace(WHOLE, cells=[one for one in WHOLE.cells if one.seed == seed]), parts[-1])
+    holes = [replace(cell(one.arm, one.seed, "not run")) for one in WHOLE.cells]
+    merged, said = merge(replace(WHOLE, cells=[replace(one, settings={"latent_size": 4}) for one in holes]), parts)
+    assert [line.split(": ")[1] for line in said] == ["2 of 2 cell(s) taken"] * 2
+    assert build(merged, 200) == build(WHOLE, 200)
+
+
+def test_what_is_there_stays_and_strangers_are_not_taken(tmp_path: Path) -> None:
+    other = replace(WHOLE.cells[0], seed=0, scores={}, key="a0")
+    stranger = replace(WHOLE.cells[0], key="x")
+    export(replace(WHOLE, cells=[other, stranger]), tmp_path / "part.gz")
+    merged, said = merge(WHOLE, [tmp_path / "part.gz"])
+    assert merged == WHOLE
+    assert said[0].endswith("0 of 2 cell(s) taken, 1 are of other settings or records than this study's")
+
+
+def test_a_renamed_arm_is_called_what_it_is_called_now(tmp_path: Path) -> None:
+    export(WHOLE, tmp_path / "part.gz")
+    renamed = replace(cell("a", 0, "not run"), arm="new", settings={"k": 1})
+    merged, _ = merge(replace(WHOLE, cells=[renamed]), [tmp_path / "part.gz"])
+    assert (merged.cells[0].arm, merged.cells[0].settings, merged.cells[0].problem) == ("new", {"k": 1}, None)
+
+
+def test_what_is_no_such_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("no gzip")
+    (tmp_path / "b").write_bytes(gzip.compress(b"[]"))
+    (tmp_path / "c").write_bytes(gzip.compress(json.dumps({"format": 9}).encode()))
+    (tmp_path / "d").write_bytes(dump(WHOLE)[:50])
+    for name, said in {
+        "a": "no file|cannot",
+        "b": "no file of",
+        "c": "another version",
+        "d": "no file",
+        "e": "cannot",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            load(tmp_path / name)
+    with pytest.raises(UserError, match="no arm of the study is done"):
+        export(replace(WHOLE, cells=[cell("a", 0, "not run")]), tmp_path / "f")
+    assert not (tmp_path / "f").exists()
