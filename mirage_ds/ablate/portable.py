@@ -1,8 +1,8 @@
 """Results that travel: what a study came to on one machine, in one small file that another machine's report takes in.
 
 A study may run in parts: on two clusters, or over days on machines that forget. `mirage-ds ablate export` writes the
-finished cells, `mirage-ds ablate report --with` takes them where its own are missing. A cell is known by the keys of its
-runs, so one whose settings or records differ is never taken for another. Imports no torch.
+finished cells, `mirage-ds ablate report --with` takes them where its own are missing. A cell is known by the keys of
+its runs, so one whose settings or records differ is never taken for another. Imports no torch.
 """
 
 from __future__ import annotations
