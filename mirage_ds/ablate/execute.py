@@ -88,15 +88,20 @@ def start(node: Node, study: Study, store: Store, place: Place, launch: Launch) 
     return Running(node, place, process, log, held, begun)
 
 
-def end(one: Running, store: Store, code: int) -> str | None:
-    """Write down how a node ended; why it failed, or None."""
+def end(one: Running, store: Store, code: int, stopping: bool) -> str | None:
+    """Write down how a node ended; why it failed, or None.
+
+    Args:
+        stopping: it was asked to stop. However it ended then, it was no failure: the request may have met it before it
+            listened.
+    """
     one.log.close()
     failed = None
     if code == 0 and store.is_whole(one.node):
         store.finish(one.node, one.begun)
     else:
         failed = why(store.log(one.node), code)
-        store.ended(one.node, one.begun, code, failed)
+        store.ended(one.node, one.begun, EXIT_STOPPED if stopping else code, failed)
     one.held.close()
     return failed
 
@@ -144,9 +149,10 @@ def run(
                 continue
             working.remove(one)
             free.append(one.place)
-            failed = end(one, store, code)
+            failed = end(one, store, code, stopping)
             took = f"{time.time() - one.begun:.0f} s"
-            say(f"{one.node.folder}: {took}" if failed is None else f"{one.node.folder} failed after {took}: {failed}")
+            how = "stopped" if stopping else "failed"
+            say(f"{one.node.folder}: {took}" if failed is None else f"{one.node.folder} {how} after {took}: {failed}")
             keys = [key for key in keys if store.state(study.nodes[key]) not in ("done", "failed")]
         if asked() and not stopping:
             stopping, since = True, time.monotonic()

@@ -90,12 +90,14 @@ def test_what_a_user_has_to_mend_is_not_tried_again(small, monkeypatch: pytest.M
     assert by_arm(study, store) == {"text": {"failed": 2}, "mirage": {"failed": 2}}
 
 
-def test_a_stop_is_passed_on_and_the_next_start_continues(small, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["long", "deaf"])
+def test_a_stop_is_passed_on_and_the_next_start_continues(small, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Also where the run does not listen yet and SIGTERM ends it."""
     study, store = small
     since = time.monotonic()
     running = next(node for node in study.nodes.values() if node.name == "stage1")
     asked = lambda: store.log(running).is_file() and "working" in store.log(running).read_text()  # noqa: E731
-    finished, said = run(study, store, monkeypatch, {"stage1": "long", "sft": "long"}, asked=asked)
+    finished, said = run(study, store, monkeypatch, {"stage1": mode, "sft": mode}, asked=asked)
     assert not finished
     assert time.monotonic() - since < 30
     assert any(line.startswith("stopping: ") for line in said)
