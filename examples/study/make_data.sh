@@ -21,7 +21,7 @@ for seed in 0 1; do
 done
 
 # The arms, and what choices are made on.
-build vsp-spatial-planning --levels 4,5,6 --proportions 2,3,4 --count 3000 --seed 30 --ties random --out train
+build vsp-spatial-planning --levels 4,5,6 --proportions 2,3,4 --count 1000 --seed 30 --ties random --out train
 build vsp-spatial-planning --levels 5,6 --proportions 1,1 --count 1000 --seed 31 --ties random --split dev --out dev
 mirage-ds data vary helper-swap train/data.jsonl --out swapped --seed 32
 for split in train dev; do

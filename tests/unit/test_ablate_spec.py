@@ -10,6 +10,7 @@ import pytest
 from ablate import STAGES, opened, write_study
 
 from mirage_ds.ablate.nodes import MACHINE, model_hash, records_hash
+from mirage_ds.ablate.overview import steps_of
 from mirage_ds.ablate.spec import arm_names, read_study
 from mirage_ds.config import RunConfig
 from mirage_ds.errors import UserError
@@ -244,3 +245,35 @@ def test_a_large_weight_file_is_told_apart_by_its_ends(tmp_path: Path, monkeypat
         hashes.add(model_hash(str(folder)))
     assert len(hashes) == 4
     assert model_hash("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+def test_the_planning_study_is_what_its_plan_says(tmp_path: Path, nano: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "study" / "planning.yaml"
+    shutil.copy(example, tmp_path / "planning.yaml")
+    for seed in (0, 1):
+        shutil.copytree(nano, tmp_path / f"nano-{seed}")
+        config = json.loads((nano / "config.json").read_text())
+        (tmp_path / f"nano-{seed}" / "config.json").write_text(json.dumps(config | {"note": seed}))
+    for name in ("base0", "base1", "train", "swapped", "test"):
+        (tmp_path / name).mkdir()
+        rows = [{"text_input": f"{name} {row}", "text_output": "x", "level": 5} for row in range(1000)]
+        (tmp_path / name / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study, _ = opened(tmp_path / "planning.yaml")
+    arms = {name: sum(cell.arm.partition("[")[0] == name for cell in study.cells) for name in study.spec.arms}
+    assert (arms["sft"], arms["mirage"]) == (8, 8)
+    assert {arms[name] for name in ("pause", "marks", "grounded", "own", "auxiliary", "placebo")} == {4}
+    assert (arms["k"], arms["pooling"]) == (6, 4)
+    trained = [node for node in study.nodes.values() if node.kind == "train"]
+    bases = [node for node in trained if node.name == "base"]
+    assert [(node.config.seed, node.config.max_steps, node.config.train_targets) for node in bases] == [
+        (0, 2000, True),
+        (1, 2000, True),
+    ]
+    # Two phases of 235 steps of 64 rows at one learning rate, whatever the arm.
+    phases = [node.config for node in trained if node.name != "base"]
+    assert {(steps_of(one), one.rows_per_step, one.learning_rate, one.adam_beta2) for one in phases} == {
+        (235, 64, 1e-3, 0.98)
+    }
+    # Both phases of an arm see their rows in the order of the seed, and the seeds halve the bases.
+    assert {cell.seed % 2: study.nodes[cell.stages[0]].config.seed for cell in study.cells} == {0: 0, 1: 1}
+    assert study.spec.report.primary.levels == ["5", "6"]
