@@ -89,7 +89,7 @@ def stage_result(node: Node, store: Store) -> StageResult:
 def levels_of(file: Path) -> tuple[str, ...]:
     """Return the level of each line of a records file: what it calls its level, else the side of its map, else "?"."""
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").split("\n"):
         row = json.loads(line) if line.strip() else {}
         board = row.get("map_desc")
         found.append(str(row.get("level", len(board) if isinstance(board, list) else "?")))

@@ -49,7 +49,9 @@ def why(log: Path, code: int) -> str:
     """Say why a node failed: the last line of what it printed that says so, else its last line."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 20_000))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        # Of the last attempt alone, which begins with its command.
+        text = file.read().decode(errors="replace").rpartition("\n$ ")[2].partition("\n")[2]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     last = (errors or lines or ["it printed nothing"])[-1]
     return f"exit code {code}: {last.removeprefix('error: ')[:300]}"
@@ -74,7 +76,7 @@ def start(node: Node, study: Study, store: Store, place: Place, launch: Launch) 
     found = environment(place, launch.environment, launch.threads)
     if place.hosts and node.kind == "train":
         found |= for_hosts(store.place(node), place, found)
-    log.write(f"$ {' '.join(words)}\n".encode())
+    log.write(f"\n$ {' '.join(words)}\n".encode())
     log.flush()
     process = subprocess.Popen(
         words,

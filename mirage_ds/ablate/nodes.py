@@ -34,6 +34,7 @@ MACHINE = frozenset(
         *("model", "data_path", "eval_data_path", "deepspeed", "gradient_accumulation_steps", "global_batch_size"),
     }
 )
+TARGETS = ("compress_strategy", "helper_min_pixels", "helper_max_pixels")
 PATHS = ("data_path", "image_root", "deepspeed", "eval_data_path", "cache_dir", "feature_dir")
 # Larger weight files are told apart by their ends: hashing 16 GB for each plan would take minutes.
 WHOLE_BYTES, END_BYTES = 1 << 30, 1 << 20
@@ -191,7 +192,8 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
     stage, slots = values.get("stage"), values.get("slots")
     idle = {
         "sft": [*("compress_strategy", "latent_loss", "helper_min_pixels", "helper_max_pixels")],
-        "stage2": ["compress_strategy", "latent_loss", "helper_min_pixels", "helper_max_pixels"],
+        # How helpers become targets stays: the controls of its model feed them.
+        "stage2": ["latent_loss"],
     }.get(str(stage), [])
     if stage == "sft" and slots != "pause":
         idle.append("latent_size")
@@ -281,7 +283,12 @@ def _cell(
     config: RunConfig | None = None
     for stage in arm.chain:
         where = f"arm {name}, stage {stage}"
-        config = make_config(settings_of(spec, stage, arm, varied, seed), where, here)
+        settings = settings_of(spec, stage, arm, varied, seed)
+        if settings.get("stage") == "stage2" and config is not None and config.stage != "sft":
+            # Targets are those of the stage before, unless this one says otherwise.
+            for field in TARGETS:
+                settings.setdefault(field, getattr(config, field))
+        config = make_config(settings, where, here)
         if config.model is None:
             raise UserError(f"{where}: no `model`; give it in common: the folder or hub id that chains begin with")
         node = _train_node(config, stage, parent)

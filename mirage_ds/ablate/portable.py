@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -91,7 +92,7 @@ def load(file: Path) -> list[Cell]:
         ]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({reason(error)}); name a file of `mirage-ds ablate export`") from None
-    except (ValueError, KeyError, TypeError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
         raise UserError(
             f"{file}: no file of `mirage-ds ablate export` ({type(error).__name__}: {reason(error)}); export it anew"
         ) from None

@@ -70,8 +70,14 @@ class Store:
         file = self.place(node) / "attempts.jsonl"
         if not file.is_file():
             return []
-        lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-        return [one for one in lines if one["code"] != EXIT_STOPPED]
+        found = []
+        for line in file.read_text().split("\n"):
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                # Half a line, where a disk was full or the process killed: that attempt is not counted.
+                continue
+        return [one for one in found if one["code"] != EXIT_STOPPED]
 
     def state(self, node: Node) -> State:
         """Say where a node stands."""
@@ -125,13 +131,14 @@ class Store:
         """Write down that an attempt ended without what it was made for."""
         line = {"begun": begun, "ended": time.time(), "code": code, "why": why}
         with (self.place(node) / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            # Begun anew behind half a line.
+            file.write("\n" + json.dumps(line, ensure_ascii=False))
 
     def finish(self, node: Node, begun: float) -> None:
         """Write down that a node is done."""
-        write_atomically(self.place(node) / "done.json", json.dumps({"begun": begun, "ended": time.time()}) + "\n")
         if node.kind == "train" and not self.keep_checkpoints:
             shutil.rmtree(self.model(node) / "run" / "checkpoints", ignore_errors=True)
+        write_atomically(self.place(node) / "done.json", json.dumps({"begun": begun, "ended": time.time()}) + "\n")
 
     def forget_failures(self, node: Node) -> None:
         """Give a node that failed all its attempts again."""

@@ -339,3 +339,15 @@ def test_status_and_exit_codes(tmp_path: Path, nano: Path, monkeypatch: pytest.M
         cli.main(["ablate", "run", str(file), "--arms", "mirag"], standalone_mode=False)
     with pytest.raises(UserError, match="--only x: the study has no such run"):
         cli.main(["ablate", "run", str(file), "--only", "x"], standalone_mode=False)
+
+
+def test_half_a_line_of_attempts_and_an_older_attempts_words_mislead_nobody(small, tmp_path: Path) -> None:
+    study, store = small
+    node = next(iter(study.nodes.values()))
+    store.place(node).mkdir(parents=True)
+    (store.place(node) / "attempts.jsonl").write_text('{"begun": 1, "en')
+    store.ended(node, 0.0, 70, "again")
+    assert [one["why"] for one in store.attempts(node)] == ["again"]
+    log = tmp_path / "log"
+    log.write_text("\n$ first\nerror: old cause\n\n$ second\nKilled\n")
+    assert execute.why(log, -9) == "exit code -9: Killed"

@@ -277,3 +277,16 @@ def test_the_planning_study_is_what_its_plan_says(tmp_path: Path, nano: Path) ->
     # Both phases of an arm see their rows in the order of the seed, and the seeds halve the bases.
     assert {cell.seed % 2: study.nodes[cell.stages[0]].config.seed for cell in study.cells} == {0: 0, 1: 1}
     assert study.spec.report.primary.levels == ["5", "6"]
+
+
+def test_stage2_knows_how_its_targets_were_made(tmp_path: Path, nano: Path) -> None:
+    """Its controls feed the helper's targets, so they are made as in the stage1 before it."""
+    grid = {"stage1.compress_strategy": "grid", "stage1.helper_max_pixels": 50_000}
+    arms = {"a": {"chain": ["stage1", "stage2"], "settings": grid}, "plain": {"chain": ["stage1", "stage2"]}}
+    evaluations = {"test": {"data_path": "data.jsonl", "controls": "own,oracle"}}
+    study, _ = opened(write_study(tmp_path, nano, arms=arms, seeds=[0], evaluations=evaluations))
+    cells = {cell.arm: cell for cell in study.cells}
+    last = study.nodes[cells["a"].stages[-1]].config
+    assert (last.compress_strategy, last.helper_max_pixels) == ("grid", 50_000)
+    assert study.nodes[cells["a"].controls["test"]].material["helper_pixels"] == [None, 50_000]
+    assert study.nodes[cells["plain"].stages[-1]].config.compress_strategy == "average"
