@@ -194,7 +194,7 @@ def run_study(
 ) -> None:
     """Run what of STUDY is not done; start it again to go on.
 
-    Exit code 0 when all is done, 1 when something has failed for good, 75 when it was stopped.
+    Exit code 0 when all is done, 1 when it is not and nothing more can start, 75 when it was stopped.
     """
     made, store = _open(study)
     wanted = _wanted(made, arms, only)
