@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,8 @@ from pydantic import ValidationError
 
 from mirage_ds.ablate.spec import Arm, EvaluationSpec, Settings, StudySpec, arm_names, conditions, seed_number
 from mirage_ds.config import RunConfig
+from mirage_ds.data.sources import find_files
+from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
 
 Kind = Literal["train", "evaluate", "controls"]
@@ -31,7 +34,17 @@ MACHINE = frozenset(
         *("num_workers", "cache_dir", "feature_cache", "feature_dir", "collective_timeout"),
         *("micro_batch_tokens", "micro_batch_size", "micro_batch_patches", "allow_idle_ranks"),
         *("attention", "gradient_checkpointing", "loss_chunk_mb", "save_every", "keep_checkpoints"),
-        *("model", "data_path", "eval_data_path", "deepspeed", "gradient_accumulation_steps", "global_batch_size"),
+        # They refuse a run or draw a picture of it; what it learns stays.
+        *("max_skipped_steps", "max_dropped_share", "max_bad_share", "confine_paths", "eval_pictures"),
+        *(
+            "model",
+            "data_path",
+            "eval_data_path",
+            "image_root",
+            "deepspeed",
+            "gradient_accumulation_steps",
+            "global_batch_size",
+        ),
     }
 )
 TARGETS = ("compress_strategy", "helper_min_pixels", "helper_max_pixels")
@@ -130,14 +143,9 @@ def records_hash(source: Path) -> str:
     Raises:
         UserError: there is nothing.
     """
-    if source.is_file():
+    files = find_files(source)
+    if files == (source,):
         return _file_hash(source)
-    if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.suffix in (".jsonl", ".json", ".parquet"))
-    else:
-        files = sorted(source.parent.glob(source.name))
-    if not files:
-        raise UserError(f"{source}: no records there; name a JSON-lines or Parquet file, a folder or a pattern")
     return hashlib.sha256("".join(f"{file.name} {_file_hash(file)}\n" for file in files).encode()).hexdigest()
 
 
@@ -197,6 +205,9 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
     }.get(str(stage), [])
     if stage == "sft" and slots != "pause":
         idle.append("latent_size")
+    if slots == "latents":
+        # What it is without being said.
+        idle.append("slots")
     for name in (*idle, *(("detach_latents",) if stage != "stage2" else ())):
         values.pop(name, None)
     try:
@@ -213,24 +224,35 @@ def _key(material: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
 
 
-def _train_node(config: RunConfig, name: str, parent: str | None) -> Node:
+def _relative(path: Path | None, here: Path) -> str | None:
+    """Say where a folder is from the study's, so that a study that is moved whole keeps its keys."""
+    return None if path is None else os.path.relpath(path, here)
+
+
+def _train_node(config: RunConfig, name: str, parent: str | None, here: Path) -> Node:
     whole = json.loads(config.model_dump_json())
     material = {
         "kind": "train",
         "settings": {key: value for key, value in sorted(whole.items()) if key not in MACHINE},
         "rows_per_step": config.rows_per_step,
         "data": records_hash(config.data_path),
+        "image_root": _relative(config.image_root, here),
         "evaluated": records_hash(config.eval_data_path) if config.eval_data_path else None,
         "model": model_hash(str(config.model)) if parent is None else None,
-        "deepspeed": json.loads(config.deepspeed.read_text()) if config.deepspeed else None,
+        "deepspeed": read_json(config.deepspeed) if config.deepspeed else None,
         "parent": parent,
     }
     return Node(_key(material), "train", name, parent, config, None, (), material)
 
 
-def _evaluation_nodes(name: str, evaluation: EvaluationSpec, parent: str, last: RunConfig) -> Iterator[Node]:
+def _evaluation_nodes(
+    name: str, evaluation: EvaluationSpec, parent: str, last: RunConfig, here: Path
+) -> Iterator[Node]:
     settings = json.loads(evaluation.model_dump_json(exclude={"arms", "batch_size", "controls", "controls_most"}))
-    material = {**settings, "data_path": records_hash(evaluation.data_path), "parent": parent, "kind": "evaluate"}
+    material = {
+        **{**settings, "data_path": records_hash(evaluation.data_path), "parent": parent, "kind": "evaluate"},
+        "image_root": _relative(evaluation.image_root, here),
+    }
     yield Node(_key(material), "evaluate", name, parent, None, evaluation, (), material)
     sees = last.stage != "sft" and (last.slots or "latents") == "latents"
     if evaluation.controls and sees:
@@ -291,7 +313,7 @@ def _cell(
         config = make_config(settings, where, here)
         if config.model is None:
             raise UserError(f"{where}: no `model`; give it in common: the folder or hub id that chains begin with")
-        node = _train_node(config, stage, parent)
+        node = _train_node(config, stage, parent, here)
         nodes.setdefault(node.key, node)
         parent = node.key
         chain.append(node.key)
@@ -303,7 +325,7 @@ def _cell(
     for title, evaluation in spec.evaluations.items():
         if evaluation.arms is not None and not {name, entry} & set(evaluation.arms):
             continue
-        for node in _evaluation_nodes(title, evaluation, parent, config):
+        for node in _evaluation_nodes(title, evaluation, parent, config, here):
             nodes.setdefault(node.key, node)
             (scores if node.kind == "evaluate" else controls)[title] = node.key
     return CellPlan(name, seed_number(seed), {**arm.settings, **varied}, tuple(chain), scores, controls)

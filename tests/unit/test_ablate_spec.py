@@ -229,7 +229,7 @@ def test_records_of_a_folder_and_a_pattern_are_hashed_by_content(tmp_path: Path)
     assert records_hash(tmp_path / "*.jsonl") == whole
     (tmp_path / "b.jsonl").write_text("3")
     assert records_hash(tmp_path) != whole
-    with pytest.raises(UserError, match="no records there"):
+    with pytest.raises(UserError, match="no file has such a name"):
         records_hash(tmp_path / "*.parquet")
 
 
@@ -290,3 +290,37 @@ def test_stage2_knows_how_its_targets_were_made(tmp_path: Path, nano: Path) -> N
     assert (last.compress_strategy, last.helper_max_pixels) == ("grid", 50_000)
     assert study.nodes[cells["a"].controls["test"]].material["helper_pixels"] == [None, 50_000]
     assert study.nodes[cells["plain"].stages[-1]].config.compress_strategy == "average"
+
+
+def last_key(folder: Path, nano: Path, stage: dict[str, object]) -> str:
+    arms = {"one": {"chain": ["stage"]}}
+    return opened(write_study(folder, nano, stages={"stage": stage}, arms=arms, seeds=[0]))[0].cells[0].stages[-1]
+
+
+def test_what_a_key_does_not_depend_on(tmp_path: Path, nano: Path) -> None:
+    def key(**more: object) -> str:
+        return last_key(tmp_path, nano, {"stage": "stage1", **more})
+
+    plain = key()
+    assert key(slots="latents") == plain
+    assert key(max_skipped_steps=3, confine_paths=True, max_bad_share=0.5) == plain
+    assert key(image_root="pictures") != plain
+    assert key(slots="auxiliary") != plain
+
+
+def test_a_key_holds_the_place_of_images_from_the_study(tmp_path: Path, nano: Path) -> None:
+    keys = set()
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        keys.add(last_key(tmp_path / name, nano, {"stage": "stage1", "image_root": "pictures"}))
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "no such file"), ("{", "not valid JSON")])
+def test_a_deepspeed_json_that_cannot_be_read_is_said(
+    tmp_path: Path, nano: Path, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        last_key(tmp_path, nano, {"stage": "stage1", "deepspeed": "ds.json"})
