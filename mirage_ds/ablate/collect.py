@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import time
@@ -12,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.ablate.nodes import CellPlan, Node, Study
-from mirage_ds.ablate.results import Cell, Contrast, Results, Scored, StageResult
+from mirage_ds.ablate.results import CONTROLS, SCORES, Cell, Contrast, Results, Scored, StageResult
 from mirage_ds.ablate.spec import ContrastSpec
 from mirage_ds.ablate.store import Store
-from mirage_ds.errors import UserError
 from mirage_ds.run_folder import versions
 from mirage_ds.scale import Sizes, flops, sizes
 
@@ -72,7 +70,7 @@ def stage_result(node: Node, store: Store) -> StageResult:
     memory = [line["memory_gb"] for line in steps if line.get("memory_gb") is not None]
     return StageResult(
         name=node.name,
-        key=node.folder,
+        key=store.place(node).name,
         stage=config.stage,
         steps=len(steps),
         rows=rows,
@@ -141,23 +139,18 @@ def _cell(plan: CellPlan, study: Study, store: Store) -> Cell:
             if store.done(node) is not None
         },
         problem=_problem(plan, study, store),
-        key=hashlib.sha256(" ".join(plan.nodes).encode()).hexdigest()[:32],
+        chain=plan.stages[-1],
+        keys={f"{SCORES} {name}": key for name, key in plan.scores.items()}
+        | {f"{CONTROLS} {name}": key for name, key in plan.controls.items()},
     )
 
 
-def _contrast(given: ContrastSpec, arms: Mapping[str, Any]) -> Contrast:
-    for arm in (given.arm, given.base):
-        if arm not in arms:
-            raise UserError(f"report: no arm {arm!r}; there are {', '.join(arms)}")
+def _contrast(given: ContrastSpec) -> Contrast:
     return Contrast(given.arm, given.base, given.evaluation, tuple(given.levels), given.metric)
 
 
 def collect(study: Study, store: Store) -> Results:
-    """Read everything that is there of a study.
-
-    Raises:
-        UserError: the report asks for an arm that the study has not.
-    """
+    """Read everything that is there of a study."""
     cells = [_cell(plan, study, store) for plan in study.cells]
     entries = study.spec.arms
     arms = {cell.arm: entries[cell.arm.partition("[")[0]].about for cell in cells}
@@ -168,8 +161,8 @@ def collect(study: Study, store: Store) -> Results:
         question=study.spec.question,
         arms=arms,
         cells=cells,
-        primary=_contrast(asked.primary, arms) if asked.primary else None,
-        contrasts=[_contrast(one, arms) for one in asked.contrasts],
+        primary=_contrast(asked.primary) if asked.primary else None,
+        contrasts=[_contrast(one) for one in asked.contrasts],
         margin=asked.margin,
         made={
             "date": time.strftime("%Y-%m-%d"),

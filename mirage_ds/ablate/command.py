@@ -141,15 +141,18 @@ def _ends(steps: set[Any]) -> list[int]:
     return sorted({min(steps, default=0), max(steps, default=0)})
 
 
-def _gpus() -> int:
-    """Count this machine's GPUs as launch/local.sh does; none where the runs are told to use the CPU."""
+def _gpus() -> list[str]:
+    """Name the GPUs that this process may use; none where the runs are told to use the CPU."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return 0
+        return []
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return 0
-    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+        return []
+    return [str(number) for number, _ in enumerate(listed.stdout.splitlines())] if listed.returncode == 0 else []
 
 
 def _places(ranks: int, jobs: int | None, hostfile: Path | None, each: int) -> tuple[list[Place], int]:
@@ -179,6 +182,7 @@ def _places(ranks: int, jobs: int | None, hostfile: Path | None, each: int) -> t
 @click.option(
     "--sbatch", default="", help="Options of sbatch, in quotes: '--partition gpu --gres gpu:8 --time 8:00:00'."
 )
+@click.option("--sbatch_evaluate", help="Options of sbatch for evaluations, which use one GPU. [default: --sbatch]")
 @click.option("--at_once", type=click.IntRange(min=1), help="Tasks of a Slurm array that run at a time.")
 def run_study(
     study: Path,
@@ -190,6 +194,7 @@ def run_study(
     again: bool,
     slurm: bool,
     sbatch: str,
+    sbatch_evaluate: str | None,
     at_once: int | None,
 ) -> None:
     """Run what of STUDY is not done; start it again to go on.
@@ -204,14 +209,16 @@ def run_study(
     if slurm:
         from mirage_ds.ablate.slurm import submit, write_scripts
 
-        scripts = write_scripts(made, store, study, wanted, at_once)
-        numbers = submit(scripts, shlex.split(sbatch))
-        print(f"{len(scripts)} array(s): {', '.join(numbers)}; `mirage-ds ablate status {study}` says how far they are")
+        found = write_scripts(made, store, study, wanted, at_once)
+        own = None if sbatch_evaluate is None else shlex.split(sbatch_evaluate)
+        numbers = submit(found, shlex.split(sbatch), own)
+        print(f"{len(found)} array(s): {', '.join(numbers)}; `mirage-ds ablate status {study}` says how far they are")
         return
     places, threads = _places(made.spec.launch.ranks, jobs, hostfile, hosts_per_run)
     stop = StopRequest()
     stop.listen()
-    finished = _follow(made, store, wanted, places, threads, stop)
+    # A task of an array has nothing to wait for: what it needs has ended before it began.
+    finished = _follow(made, store, wanted, places, threads, stop, patient=not only)
     left = [key for key in wanted if store.state(made.nodes[key]) != "done"]
     if not finished:
         print(f"stopped, {len(left)} of {len(wanted)} left; the same command goes on", file=sys.stderr)
@@ -248,6 +255,7 @@ def _follow(
     places: list[Place],
     threads: int,
     stop: StopRequest,
+    patient: bool,
 ) -> bool:
     """Run with a bar below the lines; False where it was stopped."""
     from rich.console import Console
@@ -266,7 +274,7 @@ def _follow(
             console.print(line, markup=False)
             bar.update(task, completed=sum(store.done(made.nodes[key]) is not None for key in wanted))
 
-        return run(made, store, places, launch, say, stop.asked, wanted)
+        return run(made, store, places, launch, say, stop.asked, wanted, patient)
 
 
 @ablate.command("status")

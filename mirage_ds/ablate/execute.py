@@ -2,11 +2,13 @@
 
 A node is ready when the node whose model it needs is done. One that fails is tried as often as the study says; what
 hangs on it stays undone, and everything else goes on. A stop is passed on to the nodes, which save where they can, and
-the next start continues there. Imports no torch.
+the next start continues there. A node's process has its lock too: where this one is killed and the node lives on, the
+next start leaves it alone and takes what it leaves. Imports no torch.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -18,9 +20,12 @@ from typing import IO, NamedTuple
 from mirage_ds.ablate.launch import Place, command, environment, for_hosts
 from mirage_ds.ablate.nodes import Node, Study
 from mirage_ds.ablate.store import Store
+from mirage_ds.errors import UserError, reason
 from mirage_ds.stop import EXIT_STOPPED, never
 
 LOOK_S = 0.1
+# Other processes' nodes are looked at as often.
+OTHERS_S = 2.0
 # What a stopped node may take to save.
 GRACE_S = 600.0
 
@@ -60,7 +65,8 @@ def why(log: Path, code: int) -> str:
 def start(node: Node, study: Study, store: Store, place: Place, launch: Launch) -> Running | None:
     """Start a node; None where another process works at it, or it has been done meanwhile."""
     held = ExitStack()
-    if not held.enter_context(store.hold(node)) or store.done(node) is not None:
+    lock = held.enter_context(store.hold(node))
+    if lock is None or store.done(node) is not None:
         held.close()
         return None
     parent = study.nodes[node.parent] if node.parent else None
@@ -72,10 +78,11 @@ def start(node: Node, study: Study, store: Store, place: Place, launch: Launch) 
         held.close()
         return None
     log = store.log(node).open("ab")
-    words = command(node, parent, store, place)
-    found = environment(place, launch.environment, launch.threads)
-    if place.hosts and node.kind == "train":
-        found |= for_hosts(store.place(node), place, found)
+    used = place.of(node)
+    words = command(node, parent, store, used)
+    found = environment(used, launch.environment, launch.threads)
+    if used.hosts:
+        found |= for_hosts(store.place(node), used, found, launch.environment)
     log.write(f"\n$ {' '.join(words)}\n".encode())
     log.flush()
     process = subprocess.Popen(
@@ -86,6 +93,7 @@ def start(node: Node, study: Study, store: Store, place: Place, launch: Launch) 
         env=found,
         # A Ctrl-C of the terminal reaches this process alone, which passes it on.
         start_new_session=True,
+        pass_fds=(lock.fileno(),),
     )
     return Running(node, place, process, log, held, begun)
 
@@ -118,6 +126,87 @@ def ready(study: Study, store: Store, wanted: Iterable[str], busy: set[str]) -> 
     return None
 
 
+def _end_all(working: list[Running]) -> None:
+    """Ask nodes to stop, wait for them, end what does not listen with all that it started."""
+    for one in working:
+        one.process.send_signal(signal.SIGTERM)
+    until = time.monotonic() + GRACE_S
+    for one in working:
+        try:
+            one.process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(one.process.pid, signal.SIGKILL)
+            one.process.wait()
+        one.log.close()
+        one.held.close()
+
+
+class _Work:
+    """What runs, what is free, what is left.
+
+    Args:
+        keys: of what is wanted; say: is told when a node begins and ends.
+    """
+
+    def __init__(self, study: Study, store: Store, places: list[Place], launch: Launch, keys: list[str], say: Say):
+        self.study, self.store, self.launch, self.keys, self.say = study, store, launch, keys, say
+        self.free, self.working = list(places), list[Running]()
+        self.stopping_since: float | None = None
+
+    def collect(self) -> bool:
+        """Write down the nodes that have ended; whether there were any."""
+        ended = False
+        for one in list(self.working):
+            code = one.process.poll()
+            if code is None:
+                continue
+            ended = True
+            self.working.remove(one)
+            self.free.append(one.place)
+            stopping = self.stopping_since is not None
+            failed = end(one, self.store, code, stopping)
+            took = f"{time.time() - one.begun:.0f} s"
+            how = "stopped" if stopping else "failed"
+            name = one.node.folder
+            self.say(f"{name}: {took}" if failed is None else f"{name} {how} after {took}: {failed}")
+        return ended
+
+    def forget_ended(self) -> None:
+        """Leave alone what is done or has failed for good."""
+        self.keys = [key for key in self.keys if self.store.state(self.study.nodes[key]) not in ("done", "failed")]
+
+    def begin(self) -> None:
+        """Start what can start."""
+        while self.free:
+            node = ready(self.study, self.store, self.keys, {one.node.key for one in self.working})
+            if node is None:
+                return
+            started = start(node, self.study, self.store, self.free[0], self.launch)
+            if started is None:
+                self.forget_ended()
+                continue
+            self.say(f"{node.folder} begins, {started.place.of(node).name}")
+            self.working.append(started)
+            self.free.pop(0)
+
+    def stop(self) -> None:
+        """Pass a stop on, once; end what does not listen."""
+        if self.stopping_since is None:
+            self.stopping_since = time.monotonic()
+            for one in self.working:
+                one.process.send_signal(signal.SIGTERM)
+            if self.working:
+                self.say(f"stopping: {len(self.working)} node(s) save and leave")
+        elif time.monotonic() - self.stopping_since > GRACE_S:
+            for one in self.working:
+                os.killpg(one.process.pid, signal.SIGKILL)
+
+    def elsewhere(self) -> int:
+        """Count the wanted nodes that other processes work at."""
+        own = {one.node.key for one in self.working}
+        return sum(key not in own and self.store.state(self.study.nodes[key]) == "running" for key in self.keys)
+
+
 def run(
     study: Study,
     store: Store,
@@ -126,63 +215,54 @@ def run(
     say: Say,
     asked: Callable[[], bool] = never,
     wanted: Iterable[str] | None = None,
-    tick: Callable[[], None] = lambda: None,
+    patient: bool = True,
 ) -> bool:
-    """Run what is not done.
+    """Run what is not done. However it leaves, no node goes on without it, unless this process itself is killed.
 
     Args:
         places: where nodes run, one at a time in each.
         say: is told when a node begins and ends.
         asked: whether somebody wants this process to stop.
         wanted: keys; all nodes if None.
-        tick: is called several times a second.
+        patient: wait for wanted nodes that other processes work at.
 
     Returns:
         False where it was stopped.
+
+    Raises:
+        UserError: the study's folder cannot be written to.
     """
-    keys = list(study.nodes if wanted is None else wanted)
-    free, working = list(places), list[Running]()
-    stopping = False
-    since = 0.0
+    work = _Work(study, store, places, launch, list(study.nodes if wanted is None else wanted), say)
+    try:
+        return _until_done(work, asked, patient)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or store.root}: {reason(error)}; its runs were stopped, and the same command goes on"
+        ) from None
+    finally:
+        _end_all(work.working)
+
+
+def _until_done(work: _Work, asked: Callable[[], bool], patient: bool) -> bool:
+    look_at, told = 0.0, False
     while True:
-        for one in list(working):
-            code = one.process.poll()
-            if code is None:
-                continue
-            working.remove(one)
-            free.append(one.place)
-            failed = end(one, store, code, stopping)
-            took = f"{time.time() - one.begun:.0f} s"
-            how = "stopped" if stopping else "failed"
-            say(f"{one.node.folder}: {took}" if failed is None else f"{one.node.folder} {how} after {took}: {failed}")
-            keys = [key for key in keys if store.state(study.nodes[key]) not in ("done", "failed")]
-        if asked() and not stopping:
-            stopping, since = True, time.monotonic()
-            for one in working:
-                one.process.send_signal(signal.SIGTERM)
-            if working:
-                say(f"stopping: {len(working)} node(s) save and leave")
-        if stopping:
-            if not working:
+        if work.collect():
+            work.forget_ended()
+            look_at = 0.0
+        if asked():
+            work.stop()
+            if not work.working:
                 return False
-            if time.monotonic() - since > GRACE_S:
-                for one in working:
-                    one.process.kill()
-        while free and not stopping:
-            busy = {one.node.key for one in working}
-            node = ready(study, store, keys, busy)
-            if node is None:
-                break
-            started = start(node, study, store, free[0], launch)
-            if started is None:
-                keys = [key for key in keys if store.state(study.nodes[key]) not in ("done", "failed")]
-                continue
-            say(f"{node.folder} begins, {free[0].name}")
-            working.append(started)
-            free.pop(0)
-        if not working and not stopping:
-            return True
-        tick()
+        elif time.monotonic() >= look_at:
+            look_at = time.monotonic() + OTHERS_S
+            work.begin()
+            if not work.working:
+                others = work.elsewhere() if patient else 0
+                if not others:
+                    return True
+                if not told:
+                    told = True
+                    work.say(f"waiting for {others} run(s) that another process works at")
         time.sleep(LOOK_S)
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
 from mirage_ds.ablate.nodes import Node
 from mirage_ds.ablate.store import Store
+from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
 from mirage_ds.hosts import Host
 from mirage_ds.remote_env import render
@@ -25,12 +26,13 @@ class Place(NamedTuple):
 
     Attributes:
         ranks: of a training stage.
-        devices: numbers of the GPUs that it may see; None where it may see all (or there is none).
+        devices: the GPUs that it may see, as CUDA_VISIBLE_DEVICES names them; None where it may see all (or there is
+            none).
         hosts: of a hostfile; none for this machine alone.
     """
 
     ranks: int
-    devices: tuple[int, ...] | None = None
+    devices: tuple[str, ...] | None = None
     hosts: tuple[Host, ...] = ()
 
     @property
@@ -38,20 +40,31 @@ class Place(NamedTuple):
         """For people."""
         if self.hosts:
             return ", ".join(host.name for host in self.hosts)
-        return "here" if self.devices is None else f"GPU {','.join(map(str, self.devices))}"
+        return "here" if self.devices is None else f"GPU {','.join(self.devices)}"
+
+    def of(self, node: Node) -> Place:
+        """Return what of it a node uses: an evaluation is one process, on the first GPU of the first host."""
+        if node.kind == "train":
+            return self
+        return Place(1, self.devices and self.devices[:1], tuple(Host(host.name, 1) for host in self.hosts[:1]))
 
 
-def here(ranks: int, jobs: int | None, gpus: int, cores: int) -> list[Place]:
+def here(ranks: int, jobs: int | None, gpus: Sequence[str], cores: int) -> list[Place]:
     """Divide this machine: as many places as fit, or as were asked for.
 
     Args:
         ranks: of a training run; gpus, cores: that there are. Without GPUs a rank is a core.
+
+    Raises:
+        UserError: a run has more ranks than there are GPUs.
     """
     if not gpus:
         return [Place(ranks)] * (jobs or max(1, cores // ranks))
-    most = jobs or max(1, gpus // ranks)
+    if ranks > len(gpus):
+        raise UserError(f"launch.ranks {ranks}: there are {len(gpus)} GPUs here; lower it, or name a --hostfile")
+    most = jobs or len(gpus) // ranks
     return [
-        Place(ranks, tuple((number * ranks + rank) % gpus for rank in range(min(ranks, gpus))))
+        Place(ranks, tuple(gpus[(number * ranks + rank) % len(gpus)] for rank in range(ranks)))
         for number in range(most)
     ]
 
@@ -79,22 +92,23 @@ def environment(place: Place, given: Mapping[str, str], threads: int) -> dict[st
     """Return the environment of a node: this process's, with what the study and the place set."""
     found = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ, **given}
     if place.devices is not None:
-        found["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.devices))
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(place.devices)
     found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found.get('PATH', '')}"
     return found
 
 
-def for_hosts(folder: Path, place: Place, found: Mapping[str, str]) -> dict[str, str]:
+def for_hosts(folder: Path, place: Place, found: Mapping[str, str], extra: Iterable[str] = ()) -> dict[str, str]:
     """Write what DeepSpeed's launcher reads for a part of a hostfile, as launch/deepspeed.sh does.
 
     Args:
-        folder: of the node; found: the environment that the ranks are to have.
+        folder: of the node; found: the environment that the ranks are to have, as far as it is of use there; extra:
+            names of what they get in any case.
 
     Returns:
         What the launcher's own environment has besides.
     """
     write_atomically(folder / "hosts", "".join(f"{host.name} slots={host.slots}\n" for host in place.hosts))
-    write_atomically(folder / "deepspeed_env", render(found))
+    write_atomically(folder / "deepspeed_env", render(found, extra))
     patient = "-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
     return {
         "DS_ENV_FILE": str(folder / "deepspeed_env"),
@@ -102,8 +116,8 @@ def for_hosts(folder: Path, place: Place, found: Mapping[str, str]) -> dict[str,
     }
 
 
-def _trained(folder: Path, place: Place) -> list[str]:
-    module = ["mirage_ds.train", "--config", str(folder / "config.yaml")]
+def _launched(module: list[str], folder: Path, place: Place) -> list[str]:
+    """Return the command that starts a module and its arguments at a place."""
     if place.ranks == 1 and not place.hosts:
         return [sys.executable, "-m", *module]
     port = free_ports()
@@ -131,12 +145,12 @@ def command(node: Node, parent: Node | None, store: Store, place: Place) -> list
         parent: the node whose model it starts from, or evaluates.
     """
     if node.kind == "train":
-        return _trained(store.place(node), place)
+        folder = store.place(node)
+        return _launched(["mirage_ds.train", "--config", str(folder / "config.yaml")], folder, place)
     assert parent is not None
     assert node.evaluation is not None
     asked = node.evaluation
-    entry = "import sys; from mirage_ds.cli import main; sys.argv[0] = 'mirage-ds'; main()"
-    words = [sys.executable, "-c", entry, node.kind, str(store.model(parent)), "--data_path", str(asked.data_path)]
+    words = ["mirage_ds", node.kind, str(store.model(parent)), "--data_path", str(asked.data_path)]
     words += ["--out", str(store.result(node)), "--max_new_tokens", str(asked.max_new_tokens)]
     words += ["--batch_size", str(asked.batch_size)]
     most = asked.most
@@ -151,7 +165,7 @@ def command(node: Node, parent: Node | None, store: Store, place: Place) -> list
         words += ["--no_latents"]
     for name, value in (("task", asked.task), ("most", most), ("image_root", asked.image_root)):
         words += [f"--{name}", str(value)] if value is not None else []
-    return words
+    return _launched(words, store.place(node), place)
 
 
 def sees_latents(node: Node) -> bool:

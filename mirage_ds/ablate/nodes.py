@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -281,14 +281,32 @@ def spell_out(spec: StudySpec, here: Path) -> Study:
         for name in one.arms or ():
             if name not in arms and name not in spec.arms:
                 raise UserError(f"evaluation {evaluation}: no arm {name!r}; there are {', '.join(arms)}")
+    _check_report(spec, arms)
+    seen: set[tuple[str, tuple[str, ...]]] = set()
     for number, seed in enumerate(spec.seeds):
         for name, (arm, varied) in arms.items():
             if arm.seeds is not None and number >= arm.seeds:
                 continue
-            cells.append(_cell(spec, name, arm, varied, seed, here, nodes))
+            cell = _cell(spec, name, arm, varied, seed, here, nodes)
+            # An arm whose stages fix their own seeds is one run, and must not count as several.
+            if (name, cell.nodes) not in seen:
+                cells.append(cell)
+            seen.add((name, cell.nodes))
     order = list(arms)
     cells.sort(key=lambda cell: order.index(cell.arm))
     return Study(spec, nodes, tuple(cells))
+
+
+def _check_report(spec: StudySpec, arms: Collection[str]) -> None:
+    """Refuse a report that compares what the study has not, before anything is run."""
+    asked = [*([spec.report.primary] if spec.report.primary else []), *spec.report.contrasts]
+    for one in asked:
+        for arm in (one.arm, one.base):
+            if arm not in arms:
+                raise UserError(f"report: no arm {arm!r}; there are {', '.join(arms)}")
+        if one.evaluation not in spec.evaluations:
+            known = ", ".join(spec.evaluations) or "none"
+            raise UserError(f"report: no evaluation {one.evaluation!r}; there are {known}")
 
 
 def _cell(

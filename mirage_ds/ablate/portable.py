@@ -1,8 +1,9 @@
 """Results that travel: what a study came to on one machine, in one small file that another machine's report takes in.
 
-A study may run in parts: on two clusters, or over days on machines that forget. `mirage-ds ablate export` writes the
-finished cells, `mirage-ds ablate report --with` takes them where its own are missing. A cell is known by the keys of
-its runs, so one whose settings or records differ is never taken for another. Imports no torch.
+A study may run in parts: on two clusters, or over days on machines that forget. `mirage-ds ablate export` writes what
+is finished, `mirage-ds ablate report --with` takes it where its own is missing. Chains and evaluations are known by the
+keys of their runs: one whose settings or records differ is never taken for another, and a renamed arm or another
+evaluation beside it changes nothing. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.ablate.results import Cell, Results, Scored, StageResult
+from mirage_ds.ablate.results import CONTROLS, SCORES, Cell, Results, Scored, StageResult
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 
 
 def _columns(scores: Sequence[Scored]) -> dict[str, Any]:
@@ -52,17 +53,21 @@ def _without_texts(controls: Mapping[str, Any]) -> dict[str, Any]:
     return {**controls, **({"answers": answers} if answers else {})}
 
 
+def _is_there(cell: Cell) -> bool:
+    return bool(cell.stages and (cell.scores or cell.controls))
+
+
 def dump(results: Results) -> bytes:
     """Write the cells that have scores; the same bytes for the same results."""
     cells = [
         {
-            **{"key": cell.key, "arm": cell.arm, "seed": cell.seed, "settings": dict(cell.settings)},
+            **{"chain": cell.chain, "arm": cell.arm, "seed": cell.seed, "keys": dict(cell.keys)},
             "stages": [asdict(stage) for stage in cell.stages],
-            "scores": {name: _columns(scores) for name, scores in cell.scores.items()},
-            "controls": {name: _without_texts(one) for name, one in cell.controls.items()},
+            SCORES: {name: _columns(scores) for name, scores in cell.scores.items()},
+            CONTROLS: {name: _without_texts(one) for name, one in cell.controls.items()},
         }
         for cell in results.cells
-        if cell.problem is None
+        if _is_there(cell)
     ]
     text = json.dumps({"format": FORMAT, "study": results.name, "made": dict(results.made), "cells": cells})
     return gzip.compress(text.encode(), mtime=0)
@@ -82,11 +87,12 @@ def load(file: Path) -> list[Cell]:
             Cell(
                 arm=one["arm"],
                 seed=one["seed"],
-                settings=one["settings"],
+                settings={},
                 stages=[StageResult(**stage) for stage in one["stages"]],
-                scores={name: _scores(columns) for name, columns in one["scores"].items()},
-                controls=one["controls"],
-                key=one["key"],
+                scores={name: _scores(columns) for name, columns in one[SCORES].items()},
+                controls=one[CONTROLS],
+                chain=one["chain"],
+                keys=one["keys"],
             )
             for one in values["cells"]
         ]
@@ -98,41 +104,75 @@ def load(file: Path) -> list[Cell]:
         ) from None
 
 
+class _Shelf:
+    """What the files hold, by keys."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, Sequence[StageResult]] = {}
+        self.results: dict[str, Any] = {}
+
+    def put(self, cell: Cell) -> None:
+        self.stages.setdefault(cell.chain, cell.stages)
+        for kind, found in ((SCORES, cell.scores), (CONTROLS, cell.controls)):
+            for name, one in found.items():
+                self.results.setdefault(cell.keys[f"{kind} {name}"], one)
+
+    def fill(self, cell: Cell) -> Cell:
+        """Return a cell with what it lacks and is there."""
+        missing = {
+            kind: {
+                name: self.results[key]
+                for title, key in cell.keys.items()
+                for whose, name in [title.split(" ", 1)]
+                if whose == kind and name not in had and key in self.results
+            }
+            for kind, had in ((SCORES, cell.scores), (CONTROLS, cell.controls))
+        }
+        if not any(missing.values()):
+            return cell
+        scores, controls = {**cell.scores, **missing[SCORES]}, {**cell.controls, **missing[CONTROLS]}
+        whole = len(scores) + len(controls) == len(cell.keys)
+        return replace(
+            cell,
+            stages=self.stages.get(cell.chain, cell.stages),
+            scores=scores,
+            controls=controls,
+            problem=None if whole else cell.problem,
+        )
+
+
 def merge(results: Results, files: Sequence[Path]) -> tuple[Results, list[str]]:
-    """Take cells from other machines where this one has none.
+    """Take results from other machines where this one has none.
 
     Returns:
-        The results, and a line for each file that says how many of its cells the study has and were taken.
+        The results, and a line for each file that says how many of its cells the study has and were of use.
     """
-    there: dict[str, Cell] = {}
     said = []
-    wanted = {cell.key for cell in results.cells if cell.problem is not None}
-    known = {cell.key for cell in results.cells}
+    cells = list(results.cells)
+    known = {cell.chain for cell in cells}
     for file in files:
-        cells = load(file)
-        taken = [cell for cell in cells if cell.key in wanted and cell.key not in there]
-        there |= {cell.key: cell for cell in taken}
-        strangers = sum(cell.key not in known for cell in cells)
+        shelf, found = _Shelf(), load(file)
+        for one in found:
+            shelf.put(one)
+        filled = [shelf.fill(cell) for cell in cells]
+        taken = sum(one is not cell for one, cell in zip(filled, cells, strict=True))
+        strangers = sum(one.chain not in known for one in found)
         said.append(
-            f"{file}: {len(taken)} of {len(cells)} cell(s) taken"
+            f"{file}: {len(found)} cell(s), {taken} of the study filled"
             + (f", {strangers} are of other settings or records than this study's" if strangers else "")
         )
-    cells = [
-        # What it is called here: an arm may have been renamed since.
-        replace(there[cell.key], arm=cell.arm, settings=cell.settings) if cell.key in there else cell
-        for cell in results.cells
-    ]
+        cells = filled
     return replace(results, cells=cells), said
 
 
 def export(results: Results, file: Path) -> int:
-    """Write the finished cells; return how many.
+    """Write the cells that have scores; return how many.
 
     Raises:
         UserError: there is none.
     """
-    count = sum(cell.problem is None for cell in results.cells)
+    count = sum(map(_is_there, results.cells))
     if not count:
-        raise UserError("no arm of the study is done under any seed; run it first")
+        raise UserError("no arm of the study has been evaluated under any seed; run it first")
     write_atomically(file, dump(results))
     return count

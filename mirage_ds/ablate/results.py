@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+SCORES, CONTROLS = "scores", "controls"
+
 
 @dataclass(frozen=True)
 class StageResult:
@@ -63,8 +65,9 @@ class Cell:
         stages: in the order of the chain; all that finished.
         scores: evaluation name → a Scored a record.
         controls: evaluation name → the report of `mirage-ds controls` (conditions, answers, perhaps path).
-        problem: why it has no scores, in a sentence; None where it has.
-        key: hash of its runs' keys, by which other machines know it.
+        problem: why it has not all of its scores, in a sentence; None where it has.
+        chain: key of its last stage, which stands for the whole chain; keys: SCORES or CONTROLS, a space and an
+            evaluation's name → key of that run. By these other machines know it.
     """
 
     arm: str
@@ -74,7 +77,8 @@ class Cell:
     scores: Mapping[str, Sequence[Scored]] = field(default_factory=dict)
     controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     problem: str | None = None
-    key: str = ""
+    chain: str = ""
+    keys: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""A study on Slurm: an array a depth of the chains, each waiting for the one before. Imports no torch.
+"""A study on Slurm: arrays of training runs and of evaluations, each waiting for the one before. Imports no torch.
 
-An array task is `mirage-ds ablate run STUDY --only KEY` in an allocation of its own. It waits for the whole depth
-before it, ended well or not (`afterany`): a task whose model is not there ends at once, and the report has a hole.
+An array task is `mirage-ds ablate run STUDY --only KEY` in an allocation of its own. Training runs of one depth of the
+chains are an array, the evaluations of their models another, which may ask for fewer GPUs. Both wait for the training
+array before them, ended well or not (`afterany`): a task whose model is not there ends at once, and the report has a
+hole.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mirage_ds.ablate.nodes import Study
 from mirage_ds.ablate.store import Store
@@ -23,7 +26,7 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --output={logs}/%A_%a.log
 #SBATCH --signal=B:TERM@120
 set -euo pipefail
-mapfile -t keys < {keys}
+keys=({keys})
 hosts=()
 if [ "${{SLURM_JOB_NUM_NODES:-1}}" -gt 1 ]; then
     # Runs of several hosts are started over ssh, which the allocation has to allow.
@@ -31,7 +34,7 @@ if [ "${{SLURM_JOB_NUM_NODES:-1}}" -gt 1 ]; then
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=${{SLURM_GPUS_ON_NODE:-1}}/" > "$list"
     hosts=(--hostfile "$list" --hosts_per_run "$SLURM_JOB_NUM_NODES")
 fi
-{python} -c 'from mirage_ds.cli import main; main()' ablate run {study} \\
+{python} -m mirage_ds ablate run {study} \\
     --only "${{keys[$SLURM_ARRAY_TASK_ID]}}" --jobs 1 "${{hosts[@]}}" &
 task=$!
 trap 'kill -TERM "$task"' TERM USR1
@@ -43,51 +46,73 @@ exit "$code"
 """
 
 
-def depths(study: Study, store: Store, wanted: Iterable[str]) -> list[list[str]]:
-    """Group the wanted keys that are not done by how many of them stand before that are not done either."""
+class Array(NamedTuple):
+    """One script to submit.
+
+    Attributes:
+        script: its file; keys: of its nodes, a task each; evaluates: rather than trains; after: place of the array that
+            it waits for in the list it stands in; None for none.
+    """
+
+    script: Path
+    keys: tuple[str, ...]
+    evaluates: bool
+    after: int | None
+
+
+def arrays(study: Study, store: Store, wanted: Iterable[str]) -> list[Array]:
+    """Put the wanted nodes that are not done into arrays, by how many of their chain stand before them undone."""
     depth: dict[str, int] = {}
     for key in wanted:
         node = study.nodes[key]
         if store.state(node) in ("done", "failed"):
             continue
         depth[key] = depth[node.parent] + 1 if node.parent in depth else 0
-    return [[key for key in depth if depth[key] == level] for level in range(max(depth.values(), default=-1) + 1)]
+    found: list[Array] = []
+    trained: dict[int, int] = {}
+    for level in range(max(depth.values(), default=-1) + 1):
+        for evaluates in (False, True):
+            keys = [key for key in depth if depth[key] == level and evaluates == (study.nodes[key].kind != "train")]
+            if not keys:
+                continue
+            name = f"{'evaluate' if evaluates else 'train'}{level}.sbatch"
+            if not evaluates:
+                trained[level] = len(found)
+            found.append(Array(store.root / "slurm" / name, tuple(keys), evaluates, trained.get(level - 1)))
+    return found
 
 
 def write_scripts(
     study: Study, store: Store, study_file: Path, wanted: Iterable[str], at_once: int | None
-) -> list[Path]:
-    """Write a script for each depth, with the keys of its array beside it.
+) -> list[Array]:
+    """Write the script of each array. It holds its keys: sbatch keeps a copy, and the next study may write over it.
 
     Args:
         wanted: keys, in the order of the study.
         at_once: tasks of an array that run at a time, at most.
     """
-    folder = store.root / "slurm"
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    scripts = []
-    for level, keys in enumerate(depths(study, store, wanted)):
-        listed, script = folder / f"depth{level}.keys", folder / f"depth{level}.sbatch"
-        write_atomically(listed, "".join(f"{key}\n" for key in keys))
+    logs = store.root / "slurm" / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    found = arrays(study, store, wanted)
+    for one in found:
         text = SCRIPT.format(
-            job=f"{study.spec.name}-{level}",
-            last=len(keys) - 1,
+            job=f"{study.spec.name}-{one.script.stem}",
+            last=len(one.keys) - 1,
             throttle=f"%{at_once}" if at_once else "",
-            logs=shlex.quote(str(folder / "logs")),
-            keys=shlex.quote(str(listed)),
+            logs=shlex.quote(str(logs)),
+            keys=" ".join(one.keys),
             python=shlex.quote(sys.executable),
             study=shlex.quote(str(study_file.resolve())),
         )
-        write_atomically(script, text)
-        scripts.append(script)
-    return scripts
+        write_atomically(one.script, text)
+    return found
 
 
-def submit(scripts: Sequence[Path], options: Sequence[str]) -> list[str]:
-    """Hand the scripts to sbatch, each waiting for the one before.
+def submit(found: Sequence[Array], options: Sequence[str], for_evaluations: Sequence[str] | None = None) -> list[str]:
+    """Hand the scripts to sbatch.
 
     Args:
-        options: of sbatch, for all of them.
+        options: of sbatch; for_evaluations: those of arrays that evaluate, if they are others.
 
     Returns:
         The job numbers.
@@ -96,9 +121,10 @@ def submit(scripts: Sequence[Path], options: Sequence[str]) -> list[str]:
         UserError: sbatch is missing or refuses.
     """
     jobs: list[str] = []
-    for script in scripts:
-        after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
-        words = ["sbatch", "--parsable", *options, *after, str(script)]
+    for one in found:
+        own = for_evaluations if one.evaluates and for_evaluations is not None else options
+        after = [] if one.after is None else [f"--dependency=afterany:{jobs[one.after]}"]
+        words = ["sbatch", "--parsable", *own, *after, str(one.script)]
         try:
             done = subprocess.run(words, capture_output=True, text=True, check=False)
         except FileNotFoundError:
@@ -106,6 +132,6 @@ def submit(scripts: Sequence[Path], options: Sequence[str]) -> list[str]:
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
             submitted = f"; submitted before it: {', '.join(jobs)}" if jobs else ""
-            raise UserError(f"--slurm: sbatch refuses {script.name}: {said}{submitted}")
+            raise UserError(f"--slurm: sbatch refuses {one.script.name}: {said}{submitted}")
         jobs.append(done.stdout.strip().split(";")[0])
     return jobs

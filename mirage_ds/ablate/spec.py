@@ -54,6 +54,9 @@ class Arm(_Strict):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        for name, values in (*self.grid.items(), *self.pairs.items()):
+            if not values:
+                raise ValueError(f"{name}: an empty list makes no arm; give it values or leave it out")
         if sum(map(bool, (self.grid, self.pairs, self.listed))) > 1:
             raise ValueError("an arm varies by `grid`, `pairs` or `list`: give one of them")
         if len({len(values) for values in self.pairs.values()}) > 1:

@@ -19,8 +19,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import yaml
 
@@ -30,6 +31,9 @@ from mirage_ds.files import write_atomically
 from mirage_ds.stop import EXIT_STOPPED
 
 State = Literal["done", "failed", "running", "waiting"]
+
+# Somebody who only looks (Store.is_held) has the lock for less than that.
+LOOK_S = 1.0
 
 
 class Store:
@@ -44,9 +48,15 @@ class Store:
     def __init__(self, root: Path, tries: int = 1, keep_checkpoints: bool = False):
         self.root, self.tries, self.keep_checkpoints = root, tries, keep_checkpoints
 
+    @cached_property
+    def _folders(self) -> dict[str, str]:
+        """The folders that were there at first, by the end of their key."""
+        place = self.root / "runs"
+        return {path.name[-12:]: path.name for path in place.iterdir()} if place.is_dir() else {}
+
     def place(self, node: Node) -> Path:
-        """Return the node's folder."""
-        return self.root / "runs" / node.folder
+        """Return the node's folder: under its key, whatever its stage was called when it was made."""
+        return self.root / "runs" / self._folders.get(node.folder[-12:], node.folder)
 
     def model(self, node: Node) -> Path:
         """Return the folder of a training node's model."""
@@ -97,23 +107,29 @@ class Store:
             return False
         with file.open() as handle:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Shared: others may look at the same time, and NFS gives no other one to who only reads.
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return True
         return False
 
     @contextmanager
-    def hold(self, node: Node) -> Iterator[bool]:
-        """Claim a node for this process; False where another one has it."""
+    def hold(self, node: Node) -> Iterator[IO[str] | None]:
+        """Claim a node for this process and for whom it hands the open file on to; None where another one has it."""
         place = self.place(node)
         place.mkdir(parents=True, exist_ok=True)
+        until = time.monotonic() + LOOK_S
         with (place / "lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        yield None
+                        return
+                    time.sleep(LOOK_S / 20)
+            yield handle
 
     def prepare(self, node: Node, parent: Node | None) -> None:
         """Write down what a node is, before it starts."""

@@ -19,7 +19,7 @@ ENVIRONMENT = {
 }
 
 
-def write_study(folder: Path, nano: Path, mixed: Path, arms: dict) -> Path:
+def write_study(folder: Path, nano: Path, mixed: Path, arms: dict, **more: dict) -> Path:
     values = {
         "name": "small",
         "out": "runs",
@@ -31,7 +31,7 @@ def write_study(folder: Path, nano: Path, mixed: Path, arms: dict) -> Path:
         "stages": {"base": {"stage": "sft", "seed": 0}, "sft": {"stage": "sft"}, "stage2": {"stage": "stage2"}},
         "arms": arms,
         "seeds": [0],
-    }
+    } | more
     file = folder / "study.yaml"
     file.write_text(yaml.safe_dump(values))
     return file
@@ -43,14 +43,25 @@ def losses(place: Path) -> list[float]:
 
 def test_runs_share_a_hostfile(cluster: Cluster, tmp_path: Path, nano: Path, mixed: Path) -> None:
     arms = {"text": {"chain": ["sft"]}, "latents": {"chain": ["stage2"]}}
-    study = write_study(tmp_path, nano, mixed, arms)
+    asked = [json.loads(line) | {"options": ["left", "right"]} for line in mixed.read_text().splitlines()[:2]]
+    questions = mixed.parent / "questions.jsonl"
+    questions.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    evaluations = {"test": {"data_path": str(questions), "task": "sat", "max_new_tokens": 4}}
+    study = write_study(tmp_path, nano, mixed, arms, evaluations=evaluations, launch={"environment": {"MY_OWN": "a b"}})
     hostfile = cluster.hostfile(tmp_path / "hosts", 1, cluster.hosts[:2])
     command = [MIRAGE, "ablate", "run", study, "--hostfile", hostfile]
     said = cluster.hosts[0].run(command, timeout_s=240, env=ENVIRONMENT, cwd=tmp_path).stdout
     places = sorted((tmp_path / "runs/runs").iterdir())
     used = {(place / "hosts").read_text().split()[0] for place in places}
     assert used == {host.name for host in cluster.hosts[:2]}, said
-    assert all((place / "done.json").is_file() and len(losses(place)) == 2 for place in places)
+    assert all((place / "done.json").is_file() for place in places), said
+    trained = [place for place in places if not place.name.startswith("evaluate")]
+    assert [len(losses(place)) for place in trained] == [2, 2]
+    # Evaluations run on the hosts too, one process each.
+    scored = [place for place in places if place not in trained]
+    assert [len(json.loads((place / "result.json").read_text())["answers"]) for place in scored] == [2, 2]
+    assert all((place / "hosts").read_text().endswith(" slots=1\n") for place in scored)
+    assert all("MY_OWN=" in (place / "deepspeed_env").read_text() for place in places)
 
 
 @pytest.mark.slow

@@ -26,10 +26,11 @@ def cell(arm: str, seed: int, problem: str | None = None) -> Cell:
         for i in range(9)
     ]
     conditions = {name: {"score": {"metric": "success"}} for name in ("own", "zero")}
+    known = {"chain": f"{arm}{seed}", "keys": {f"{kind} test": f"{kind}{arm}{seed}" for kind in ("scores", "controls")}}
     if problem:
-        return Cell(arm, seed, {}, [], problem=problem, key=f"{arm}{seed}")
+        return Cell(arm, seed, {}, [], problem=problem, **known)
     controls = {"test": {"conditions": conditions, "answers": answers}}
-    return Cell(arm, seed, {"latent_size": 4}, [stage], {"test": scores}, controls, key=f"{arm}{seed}")
+    return Cell(arm, seed, {"latent_size": 4}, [stage], {"test": scores}, controls, **known)
 
 
 WHOLE = Results("s", "?", {"a": "", "b": ""}, [cell(arm, seed) for arm in "ab" for seed in (0, 1)])
@@ -39,7 +40,7 @@ def test_cells_come_back_as_they_were_without_what_answers_said(tmp_path: Path) 
     assert export(WHOLE, tmp_path / "part.json.gz") == 4
     back = load(tmp_path / "part.json.gz")
     for one, other in zip(back, WHOLE.cells, strict=True):
-        assert replace(one, controls={}) == replace(other, controls={})
+        assert replace(one, controls={}) == replace(other, controls={}, settings={})
     assert b"UP" not in gzip.decompress((tmp_path / "part.json.gz").read_bytes())
     assert dump(WHOLE) == (tmp_path / "part.json.gz").read_bytes()
 
@@ -51,17 +52,17 @@ def test_a_report_of_parts_is_the_report_of_the_whole(tmp_path: Path) -> None:
         export(replace(WHOLE, cells=[one for one in WHOLE.cells if one.seed == seed]), parts[-1])
     holes = [replace(cell(one.arm, one.seed, "not run")) for one in WHOLE.cells]
     merged, said = merge(replace(WHOLE, cells=[replace(one, settings={"latent_size": 4}) for one in holes]), parts)
-    assert [line.split(": ")[1] for line in said] == ["2 of 2 cell(s) taken"] * 2
+    assert [line.split(": ")[1] for line in said] == ["2 cell(s), 2 of the study filled"] * 2
     assert build(merged, 200) == build(WHOLE, 200)
 
 
 def test_what_is_there_stays_and_strangers_are_not_taken(tmp_path: Path) -> None:
-    other = replace(WHOLE.cells[0], seed=0, scores={}, key="a0")
-    stranger = replace(WHOLE.cells[0], key="x")
+    other = replace(WHOLE.cells[0], scores={"test": []})
+    stranger = replace(WHOLE.cells[0], chain="x", keys={"scores test": "y", "controls test": "z"})
     export(replace(WHOLE, cells=[other, stranger]), tmp_path / "part.gz")
     merged, said = merge(WHOLE, [tmp_path / "part.gz"])
     assert merged == WHOLE
-    assert said[0].endswith("0 of 2 cell(s) taken, 1 are of other settings or records than this study's")
+    assert said[0].endswith("2 cell(s), 0 of the study filled, 1 are of other settings or records than this study's")
 
 
 def test_a_renamed_arm_is_called_what_it_is_called_now(tmp_path: Path) -> None:
@@ -69,6 +70,23 @@ def test_a_renamed_arm_is_called_what_it_is_called_now(tmp_path: Path) -> None:
     renamed = replace(cell("a", 0, "not run"), arm="new", settings={"k": 1})
     merged, _ = merge(replace(WHOLE, cells=[renamed]), [tmp_path / "part.gz"])
     assert (merged.cells[0].arm, merged.cells[0].settings, merged.cells[0].problem) == ("new", {"k": 1}, None)
+
+
+def test_an_evaluation_is_taken_by_its_key_whatever_it_is_called_and_stands_beside(tmp_path: Path) -> None:
+    export(WHOLE, tmp_path / "part.gz")
+    keys = {"scores more": "new", "scores fresh": "scoresa0", "controls fresh": "controlsa0"}
+    one = replace(cell("a", 0, "not run"), keys=keys)
+    merged, _ = merge(replace(WHOLE, cells=[one]), [tmp_path / "part.gz"])
+    found = merged.cells[0]
+    assert found.scores == {"fresh": WHOLE.cells[0].scores["test"]}
+    assert set(found.controls) == {"fresh"}
+    assert found.problem == "not run", "one evaluation is still missing"
+    # A second file brings what is missing; what is there stays.
+    more = replace(WHOLE.cells[0], scores={"x": WHOLE.cells[1].scores["test"]}, controls={}, keys={"scores x": "new"})
+    export(replace(WHOLE, cells=[more]), tmp_path / "more.gz")
+    merged, _ = merge(merged, [tmp_path / "more.gz"])
+    assert merged.cells[0].scores == {**found.scores, "more": more.scores["x"]}
+    assert merged.cells[0].problem is None
 
 
 def test_what_is_no_such_file_is_said(tmp_path: Path) -> None:
@@ -85,6 +103,6 @@ def test_what_is_no_such_file_is_said(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=said):
             load(tmp_path / name)
-    with pytest.raises(UserError, match="no arm of the study is done"):
+    with pytest.raises(UserError, match="no arm of the study has been evaluated"):
         export(replace(WHOLE, cells=[cell("a", 0, "not run")]), tmp_path / "f")
     assert not (tmp_path / "f").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from mirage_ds.ablate import execute
 from mirage_ds.ablate.launch import Place, command, environment, for_hosts, here, parts
 from mirage_ds.ablate.nodes import Study
 from mirage_ds.ablate.overview import by_arm, estimate, overview, states_of, steps_of
-from mirage_ds.ablate.slurm import depths, write_scripts
+from mirage_ds.ablate.slurm import arrays, write_scripts
 from mirage_ds.ablate.store import Store
 from mirage_ds.cli import cli
 from mirage_ds.errors import UserError
@@ -39,10 +40,11 @@ def run(
     modes: dict[str, str] | None = None,
     places: int = 2,
     asked: Callable[[], bool] = lambda: False,
+    patient: bool = True,
 ) -> tuple[bool, list[str]]:
     monkeypatch.setattr(execute, "command", pretend(store, modes or {}))
     said: list[str] = []
-    return execute.run(study, store, [Place(1)] * places, LAUNCH, said.append, asked), said
+    return execute.run(study, store, [Place(1)] * places, LAUNCH, said.append, asked, patient=patient), said
 
 
 def began(said: list[str]) -> list[str]:
@@ -88,6 +90,53 @@ def test_what_a_user_has_to_mend_is_not_tried_again(small, monkeypatch: pytest.M
     assert len(began(said)) == 1
     assert "exit code 2: a user has to mend this" in said[-1]
     assert by_arm(study, store) == {"text": {"failed": 2}, "mirage": {"failed": 2}}
+
+
+def test_no_node_goes_on_without_the_study(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk at the end of a node: the others are ended before this process leaves, and said to go on."""
+    study, store = small
+    run(study, store, monkeypatch, {"sft": "user", "stage1": "user"})
+    nodes = [node for node in study.nodes.values() if node.name in ("sft", "stage1")]
+    for node in nodes:
+        store.forget_failures(node)
+    slow, quick = nodes[0], nodes[1]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", str(store.place(quick)))
+
+    monkeypatch.setattr(store, "finish", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        run(study, store, monkeypatch, {slow.folder: "deaf"})
+    assert not store.is_held(slow)
+    assert subprocess.run(["pgrep", "-f", str(store.place(slow))], check=False).returncode == 1
+
+
+def test_a_node_outlives_a_study_that_is_killed_and_is_left_alone(tmp_path: Path, nano: Path, monkeypatch) -> None:
+    file = write_study(tmp_path, nano, arms={"a": {"chain": ["base"]}}, seeds=[0], evaluations={})
+    study, store = opened(file)
+    (base,) = study.nodes.values()
+    script = (
+        "import sys; from pathlib import Path; from ablate import opened, pretend\n"
+        "from mirage_ds.ablate import execute\n"
+        "from mirage_ds.ablate.launch import Place\n"
+        "study, store = opened(Path(sys.argv[1])); execute.command = pretend(store, {'base': 'some'})\n"
+        "execute.run(study, store, [Place(1)], execute.Launch({}, 1), print)"
+    )
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen([sys.executable, "-c", script, str(file)], env=here, stdout=subprocess.DEVNULL) as runner:
+        until = time.monotonic() + 30
+        begun = f"\nworking on {base.folder}"
+        while not (store.log(base).is_file() and begun in store.log(base).read_text()):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        runner.kill()
+        runner.wait()
+        assert store.state(base) == "running"
+        finished, said = run(study, store, monkeypatch)
+    assert finished
+    assert said == ["waiting for 1 run(s) that another process works at"]
+    assert store.state(base) == "done"
+    assert store.log(base).read_text().count(begun) == 1
 
 
 @pytest.mark.parametrize("mode", ["long", "deaf"])
@@ -138,7 +187,11 @@ def test_two_processes_share_a_study(small, monkeypatch: pytest.MonkeyPatch) -> 
         assert store.state(base) == "running"
         with store.hold(base) as again:
             assert not again
-        assert run(study, store, monkeypatch) == (True, [])
+        assert run(study, store, monkeypatch, patient=False) == (True, [])
+        # It waits as long as it is let.
+        calls = iter(range(30))
+        finished, said = run(study, store, monkeypatch, asked=lambda: next(calls) > 5)
+        assert (finished, said) == (False, ["waiting for 1 run(s) that another process works at"])
     assert store.state(base) == "waiting"
     found: list[list[str]] = []
     monkeypatch.setattr(execute, "command", pretend(store, {}))
@@ -179,13 +232,35 @@ def test_a_thousand_runs_are_listed_and_resumed_in_seconds(tmp_path: Path, nano:
 
 
 def test_places_of_this_machine_and_of_a_hostfile() -> None:
-    assert here(1, None, gpus=0, cores=2) == [Place(1), Place(1)]
-    assert here(2, None, gpus=0, cores=3) == [Place(2)]
-    assert here(4, None, gpus=8, cores=64) == [Place(4, (0, 1, 2, 3)), Place(4, (4, 5, 6, 7))]
-    assert here(1, 3, gpus=2, cores=64) == [Place(1, (0,)), Place(1, (1,)), Place(1, (0,))]
+    assert here(1, None, gpus=[], cores=2) == [Place(1), Place(1)]
+    assert here(2, None, gpus=[], cores=3) == [Place(2)]
+    assert here(4, None, gpus="01234567", cores=64) == [Place(4, tuple("0123")), Place(4, tuple("4567"))]
+    assert here(1, 3, gpus=["4", "7"], cores=64) == [Place(1, ("4",)), Place(1, ("7",)), Place(1, ("4",))]
+    with pytest.raises(UserError, match=r"launch\.ranks 8: there are 2 GPUs here"):
+        here(8, None, gpus="01", cores=64)
     hosts = tuple(Host(f"n{i}", 8) for i in range(5))
     assert [one.name for one in parts(hosts, 2)] == ["n0, n1", "n2, n3"]
     assert parts(hosts, 2)[0].ranks == 16
+
+
+def test_an_evaluation_takes_one_gpu_of_one_host(small) -> None:
+    study, store = small
+    node = next(node for node in study.nodes.values() if node.kind == "evaluate")
+    assert Place(2, ("4", "5")).of(node) == Place(1, ("4",))
+    hosts = Place(16, None, (Host("n0", 8), Host("n1", 8)))
+    assert hosts.of(study.nodes[node.parent]) is hosts
+    used = hosts.of(node)
+    assert used == Place(1, None, (Host("n0", 1),))
+    words = command(node, study.nodes[node.parent], store, used)
+    assert words[words.index("--master_addr") + 1] == "n0"
+    assert words[words.index("mirage_ds") + 1] == "evaluate"
+
+
+@pytest.mark.parametrize(("given", "found"), [("4,5", ["4", "5"]), ("GPU-1a, GPU-2b", ["GPU-1a", "GPU-2b"]), ("", [])])
+def test_gpus_that_this_process_was_given(monkeypatch: pytest.MonkeyPatch, given: str, found: list[str]) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert commands._gpus() == found
 
 
 def test_command_lines(small, tmp_path: Path) -> None:
@@ -209,15 +284,16 @@ def test_command_lines(small, tmp_path: Path) -> None:
 
 def test_what_a_part_of_a_hostfile_gets(tmp_path: Path) -> None:
     place = Place(16, None, (Host("n0", 8), Host("n1", 8)))
-    more = for_hosts(tmp_path, place, {"DS_ACCELERATOR": "cpu", "HOME": "/root"})
+    found = {"DS_ACCELERATOR": "cpu", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "MY_NAME": "x"}
+    more = for_hosts(tmp_path, place, found, ["MY_NAME"])
     assert (tmp_path / "hosts").read_text() == "n0 slots=8\nn1 slots=8\n"
-    assert (tmp_path / "deepspeed_env").read_text() == "DS_ACCELERATOR=cpu\n"
+    assert (tmp_path / "deepspeed_env").read_text() == "DS_ACCELERATOR=cpu\nMY_NAME=x\n"
     assert more["DS_ENV_FILE"] == str(tmp_path / "deepspeed_env")
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    found = environment(Place(2, (4, 5)), {"A": "b"}, 7)
+    found = environment(Place(2, ("4", "5")), {"A": "b"}, 7)
     assert (found["CUDA_VISIBLE_DEVICES"], found["OMP_NUM_THREADS"], found["A"]) == ("4,5", "3", "b")
     assert "CUDA_VISIBLE_DEVICES" not in {**environment(Place(1), {}, 1)}.keys() - os.environ.keys()
 
@@ -237,37 +313,48 @@ def test_a_stage_is_prepared_to_go_on_from_its_parent(small) -> None:
 
 
 def test_slurm_arrays_depend_on_each_other(tmp_path: Path, nano: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    file = write_study(tmp_path, nano)
+    arms = {
+        "text": {"chain": ["base", "sft"]},
+        "mirage": {"chain": ["base", "stage1", "stage2"]},
+        "b": {"chain": ["base"]},
+    }
+    file = write_study(tmp_path, nano, arms=arms)
     study, store = opened(file)
-    levels = depths(study, store, study.nodes)
-    for level, keys in enumerate(levels):
-        for key in keys:
+    found = arrays(study, store, study.nodes)
+    assert sorted(key for one in found for key in one.keys) == sorted(study.nodes)
+    for one in found:
+        for key in one.keys:
             parent = study.nodes[key].parent
-            assert (parent in levels[level - 1]) if level else parent is None
+            assert (study.nodes[key].kind != "train") == one.evaluates
+            assert parent is None if one.after is None else parent in found[one.after].keys
     bin_ = tmp_path / "bin"
     bin_.mkdir()
     calls = tmp_path / "calls"
     (bin_ / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {calls}\necho $(wc -l < {calls})\n')
     (bin_ / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
-    cli.main(
-        ["ablate", "run", str(file), "--slurm", "--sbatch", "--gres gpu:8", "--at_once", "3"], standalone_mode=False
-    )
+    options = ["--sbatch", "--gres gpu:8", "--sbatch_evaluate", "--gres gpu:1", "--at_once", "3"]
+    cli.main(["ablate", "run", str(file), "--slurm", *options], standalone_mode=False)
     said = [line.split() for line in calls.read_text().splitlines()]
-    assert [line[-1] for line in said] == [str(tmp_path / f"runs/slurm/depth{i}.sbatch") for i in range(len(levels))]
-    assert all(line[:3] == ["--parsable", "--gres", "gpu:8"] for line in said)
-    assert [word for line in said for word in line if "dependency" in word] == [
-        f"--dependency=afterany:{i}" for i in range(1, len(levels))
+    assert [line[-1] for line in said] == [str(one.script) for one in found]
+    assert [line[:3] for line in said] == [
+        ["--parsable", "--gres", f"gpu:{1 if one.evaluates else 8}"] for one in found
     ]
-    script = (tmp_path / "runs/slurm/depth1.sbatch").read_text()
-    assert f"--array=0-{len(levels[1]) - 1}%3" in script
-    assert subprocess.run(["bash", "-n", str(tmp_path / "runs/slurm/depth1.sbatch")], check=False).returncode == 0
+    waits = [[word for word in line if "dependency" in word] for line in said]
+    assert waits == [[] if one.after is None else [f"--dependency=afterany:{one.after + 1}"] for one in found]
+    # Two training arrays side by side with evaluations, so that one waits for another than the array before it.
+    assert [one.after for one in found] == [None, 0, 0, 1, 1, 3]
+    for one in found:
+        script = one.script.read_text()
+        assert f"--array=0-{len(one.keys) - 1}%3" in script
+        assert f"keys=({' '.join(one.keys)})" in script
+        assert subprocess.run(["bash", "-n", str(one.script)], check=False).returncode == 0
 
 
 def test_slurm_takes_only_the_arms_that_are_asked_for(tmp_path: Path, nano: Path) -> None:
     study, store = opened(write_study(tmp_path, nano))
     wanted = commands._wanted(study, "text", ())
-    names = [[study.nodes[key].name for key in keys] for keys in depths(study, store, wanted)]
+    names = [[study.nodes[key].name for key in keys] for keys in (one.keys for one in arrays(study, store, wanted))]
     assert names == [["base"], ["sft", "sft"], ["test", "test"]]
 
 
@@ -278,7 +365,7 @@ def test_an_array_task_runs_its_node(tmp_path: Path, nano: Path) -> None:
     study, store = opened(file)
     write_scripts(study, store, file, study.nodes, None)
     made = subprocess.run(
-        ["bash", str(tmp_path / "runs/slurm/depth0.sbatch")],
+        ["bash", str(tmp_path / "runs/slurm/train0.sbatch")],
         env={**os.environ, "SLURM_ARRAY_TASK_ID": "0"},
         capture_output=True,
         text=True,

@@ -207,6 +207,9 @@ def test_controls_run_where_answers_see_latents(tmp_path: Path, nano: Path) -> N
         ({"common": {"data_path": "data.jsonl"}}, "arm text, stage base: settings: --model is required"),
         ({"arms": {"a": {"chain": ["sft"], "abuot": "x"}}}, "arms.a.abuot: no key 'abuot' there"),
         ({"arms": {"a": {"chain": []}}}, "arms.a.chain: List should have at least 1 item"),
+        ({"arms": {"a": {"chain": ["sft"], "grid": {"epochs": []}}}}, "epochs: an empty list makes no arm"),
+        ({"report": {"primary": {"arm": "mirage", "base": "txt", "evaluation": "test"}}}, "report: no arm 'txt'"),
+        ({"report": {"contrasts": [{"arm": "mirage", "base": "text", "evaluation": "t"}]}}, "no evaluation 't'"),
         ({"colour": "red"}, "unknown key 'colour'"),
     ],
 )  # fmt: skip
@@ -324,3 +327,22 @@ def test_a_deepspeed_json_that_cannot_be_read_is_said(
         (tmp_path / "ds.json").write_text(text)
     with pytest.raises(UserError, match=message):
         last_key(tmp_path, nano, {"stage": "stage1", "deepspeed": "ds.json"})
+
+
+def test_an_arm_that_fixes_its_seeds_is_one_cell(tmp_path: Path, nano: Path) -> None:
+    arms = {"reference": {"chain": ["base"]}, "text": {"chain": ["base", "sft"]}}
+    study, _ = opened(write_study(tmp_path, nano, arms=arms, seeds=[0, 1, 2]))
+    assert [(cell.arm, cell.seed) for cell in study.cells] == [("reference", 0), ("text", 0), ("text", 1), ("text", 2)]
+
+
+def test_a_renamed_stage_keeps_its_folder(tmp_path: Path, nano: Path) -> None:
+    study, store = opened(write_study(tmp_path, nano, arms={"a": {"chain": ["base"]}}, seeds=[0]))
+    (base,) = (node for node in study.nodes.values() if node.kind == "train")
+    store.place(base).mkdir(parents=True)
+    store.finish(base, 0.0)
+    stages = {"start": STAGES["base"]}
+    study, store = opened(write_study(tmp_path, nano, arms={"a": {"chain": ["start"]}}, stages=stages, seeds=[0]))
+    (start,) = (node for node in study.nodes.values() if node.kind == "train")
+    assert start.folder.startswith("start-")
+    assert store.place(start).name == base.folder
+    assert store.state(start) == "done"
