@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The data of the planning study (docs/study_plan.md), into the folder given: some ten minutes on two cores.
+# The data of the planning study (docs/study_plan.md), into the folder given: some two minutes on two cores.
 set -euo pipefail
 out=${1:?usage: make_data.sh FOLDER}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -24,10 +24,15 @@ done
 build vsp-spatial-planning --levels 4,5,6 --proportions 2,3,4 --count 1000 --seed 30 --ties random --out train
 build vsp-spatial-planning --levels 5,6 --proportions 1,1 --count 1000 --seed 31 --ties random --split dev --out dev
 mirage-ds data vary helper-swap train/data.jsonl --out swapped --seed 32
-for split in train dev; do
-    mirage-ds data vary helper-input "$split/data.jsonl" --out "$split-helper"
-    mirage-ds data vary no-image "$split/data.jsonl" --out "$split-blind"
-done
+
+# The gates: the helper as an input, no picture at all, and the bases' own task on unseen maps.
+build vsp-spatial-planning --levels 4,5,6 --proportions 2,3,4 --count 3000 --seed 33 --ties random --out wide
+mirage-ds data vary helper-input wide/data.jsonl --out wide-helper
+mirage-ds data vary helper-input dev/data.jsonl --out dev-helper
+for split in train dev; do mirage-ds data vary no-image "$split/data.jsonl" --out "$split-blind"; done
+build vsp-transcription --levels 5,6 --proportions 1,1 --count 1000 --seed 34 --split dev --out dev-copy
+build vsp-spatial-planning --levels 5,6 --proportions 1,1 --count 1000 --seed 35 --ties random --split dev --out dev-other
+python "$here/base_rows.py" dev-copy/data.jsonl dev-other/data.jsonl --out dev-read
 
 # What the report is made of: maps that nobody has looked at before.
 build vsp-spatial-planning --levels 5,6 --proportions 1,1 --count 4000 --seed 40 --ties random --split test --out test
