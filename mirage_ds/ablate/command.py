@@ -214,17 +214,22 @@ def run_study(
         numbers = submit(found, shlex.split(sbatch), own)
         print(f"{len(found)} array(s): {', '.join(numbers)}; `mirage-ds ablate status {study}` says how far they are")
         return
-    places, threads = _places(made.spec.launch.ranks, jobs, hostfile, hosts_per_run)
+    left = [made.nodes[key] for key in wanted if store.done(made.nodes[key]) is None]
+    # Where there are only evaluations, one GPU a run is enough.
+    ranks = made.spec.launch.ranks if any(node.kind == "train" for node in left) else 1
+    places, threads = _places(ranks, jobs, hostfile, hosts_per_run)
     stop = StopRequest()
     stop.listen()
     # A task of an array has nothing to wait for: what it needs has ended before it began.
     finished = _follow(made, store, wanted, places, threads, stop, patient=not only)
-    left = [key for key in wanted if store.state(made.nodes[key]) != "done"]
+    undone = [key for key in wanted if store.state(made.nodes[key]) != "done"]
     if not finished:
-        print(f"stopped, {len(left)} of {len(wanted)} left; the same command goes on", file=sys.stderr)
+        print(f"stopped, {len(undone)} of {len(wanted)} left; the same command goes on", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
-    if left:
-        print(f"{len(left)} of {len(wanted)} are not done; `mirage-ds ablate status {study}` says why", file=sys.stderr)
+    if undone:
+        print(
+            f"{len(undone)} of {len(wanted)} are not done; `mirage-ds ablate status {study}` says why", file=sys.stderr
+        )
         sys.exit(EXIT_HOLES)
 
 

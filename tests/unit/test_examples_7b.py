@@ -360,19 +360,22 @@ def test_the_slurm_line_submits_three_arrays(
 
     (line,) = [words for words in study_commands() if "--slurm" in words]
     options = shlex.split(line[line.index("--sbatch") + 1])
+    for_evaluations = shlex.split(line[line.index("--sbatch_evaluate") + 1])
     (tmp_path / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\necho 7\n')
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     made, _ = study
-    scripts = write_scripts(
+    arrays = write_scripts(
         made, Store(tmp_path / "study"), HERE / "study.yaml", made.nodes, int(line[line.index("--at_once") + 1])
     )
-    assert submit(scripts, options) == ["7", "7", "7"]
+    assert submit(arrays, options, for_evaluations) == ["7"] * 3
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert all("--partition gpu --nodes 1 --gpus-per-node 8" in one for one in asked)
     # 57 first stages, 57 second ones, 105 evaluations and controls.
-    arrays = [re.search(r"--array=0-(\d+)%8", script.read_text()).group(1) for script in scripts]  # type: ignore[union-attr]
-    assert sum(int(last) + 1 for last in arrays) == len(made.nodes)
+    gpus = [re.search(r"--partition gpu --nodes 1 --gpus-per-node (\d)", one).group(1) for one in asked]  # type: ignore[union-attr]
+    assert gpus == ["8", "8", "1"]
+    assert [one.evaluates for one in arrays] == [False, False, True]
+    lasts = [re.search(r"--array=0-(\d+)%8", one.script.read_text()).group(1) for one in arrays]  # type: ignore[union-attr]
+    assert sum(int(last) + 1 for last in lasts) == len(made.nodes)
 
 
 # the data
