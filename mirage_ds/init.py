@@ -1,4 +1,4 @@
-"""`mirage-ds init`: a random Qwen2.5-VL from a preset, with a tokenizer trained on the task's own text.
+"""`mirage-ds init`: a random model from a preset, with a tokenizer trained on the task's own text.
 
 V vocabulary rows.
 """
@@ -6,6 +6,7 @@ V vocabulary rows.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from mirage_ds.data.load import load_tokenizer
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, scan
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
+from mirage_ds.model.family import FAMILIES, Family
 from mirage_ds.model.presets import PRESETS, WITH_WEIGHTS, preset
 
 if TYPE_CHECKING:
@@ -96,6 +98,19 @@ def _texts(files: list[Path]) -> list[str]:
     return texts
 
 
+def image_settings(vision: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the image processor's settings: from 4 to 1,280 merged tokens an image, as Qwen2.5-VL's has it."""
+    token = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
+    made = {
+        **{key: vision[key] for key in ("patch_size", "temporal_patch_size")},
+        "merge_size": vision["spatial_merge_size"],
+        "size": {"shortest_edge": 4 * token, "longest_edge": 1280 * token},
+    }
+    if family.pixel_mean is not None:
+        made |= {"image_mean": 3 * [family.pixel_mean], "image_std": 3 * [family.pixel_mean]}
+    return made
+
+
 def init_model(
     name: str,
     out: Path,
@@ -120,7 +135,6 @@ def init_model(
     """
     import torch
     import transformers
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from mirage_ds.engine.export import ShardWriter
@@ -146,27 +160,28 @@ def init_model(
         raise UserError(f"preset '{name}' has {text['vocab_size']} rows, the tokenizer {len(tokenizer)} entries")
     ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     text |= dict(bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"])
-    config = Qwen2_5_VLConfig(
+    family = FAMILIES[values.pop("model_type")]
+    config = family.config_class()(
         **values,
         image_token_id=ids[IMAGE_PAD],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        architectures=[family.whole],
         dtype="float32",
     )
     out.mkdir(parents=True, exist_ok=True)
     count = 0
     if not config_only:
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = family.model_class()(config)
         count = sum(p.numel() for p in model.parameters())
-        writer = ShardWriter(out)
+        writer = ShardWriter(out, family=family)
         for parameter_name, parameter in model.named_parameters():
             writer.add(public_name(parameter_name), parameter.detach())
         writer.finish()
     tokenizer.save_pretrained(out)
-    Qwen2VLImageProcessorPil().save_pretrained(out)
+    Qwen2VLImageProcessorPil(**image_settings(values["vision_config"], family)).save_pretrained(out)
     write_atomically(out / "generation_config.json", json.dumps({"eos_token_id": ids["<|im_end|>"]}) + "\n")
     write_atomically(out / "config.json", config.to_json_string())
     return count

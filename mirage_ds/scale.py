@@ -26,7 +26,7 @@ RING_BASE_S, RING_NVLINK_S, RING_NETWORK_S = 8.4e-6, 3.4e-6, 14e-6
 
 
 class Sizes(NamedTuple):
-    """Elements of a Qwen2.5-VL.
+    """Elements of a model.
 
     Attributes:
         matrices: of one decoder layer, in the order of its walk: q, k, v, o, gate, up, down.
@@ -63,20 +63,24 @@ def sizes(config: Mapping[str, Any]) -> Sizes:
     """Count the elements of a model.
 
     Args:
-        config: keyword arguments of Qwen2_5_VLConfig, as model.presets.preset returns them, with `vocab_size` set.
+        config: what a config.json of one of model.family.FAMILIES holds, or what model.presets.preset returns, with
+            `vocab_size` set.
     """
     text, vision = config["text_config"], config["vision_config"]
     hidden, rows = text["hidden_size"], text["vocab_size"]
-    kv = _kv_width(text)
+    width, kv = _width(text), _kv_width(text)
+    kind = config["model_type"]
+    # Qwen3 norms each head's queries and keys where the others have biases.
+    beside = 2 * text["head_dim"] if kind == "qwen3_vl" else width + 2 * kv
     return Sizes(
         matrices=_matrices(text),
-        vectors=hidden + 2 * kv + 2 * hidden,
+        vectors=beside + 2 * hidden,
         layers=text["num_hidden_layers"],
         embedding=rows * hidden,
         head=0 if text["tie_word_embeddings"] else rows * hidden,
         norm=hidden,
-        vision=_vision(vision),
-        width=hidden,
+        vision=_VISION[kind](vision),
+        width=width,
     )
 
 
@@ -87,28 +91,68 @@ def two_layers(text: Mapping[str, Any]) -> int:
     the way from a layer's first matrix to its end and back, or backward gathers a part of it twice (see volume).
 
     Args:
-        text: the `text_config` of a Qwen2_5_VLConfig.
+        text: the `text_config` of a model.
     """
     return 2 * sum(_matrices(text))
 
 
 def _matrices(text: Mapping[str, Any]) -> tuple[int, ...]:
-    hidden, kv = text["hidden_size"], _kv_width(text)
-    return (hidden * hidden, hidden * kv, hidden * kv, hidden * hidden, *3 * (hidden * text["intermediate_size"],))
+    hidden, width, kv = text["hidden_size"], _width(text), _kv_width(text)
+    return (hidden * width, hidden * kv, hidden * kv, width * hidden, *3 * (hidden * text["intermediate_size"],))
+
+
+def _head_width(text: Mapping[str, Any]) -> int:
+    return int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
+
+
+def _width(text: Mapping[str, Any]) -> int:
+    return _head_width(text) * int(text["num_attention_heads"])
 
 
 def _kv_width(text: Mapping[str, Any]) -> int:
-    return int(text["hidden_size"] // text["num_attention_heads"] * text["num_key_value_heads"])
+    return _head_width(text) * int(text["num_key_value_heads"])
 
 
-def _vision(vision: Mapping[str, Any]) -> int:
-    hidden, inner, output = vision["hidden_size"], vision["intermediate_size"], vision["out_hidden_size"]
-    patch = 3 * vision["temporal_patch_size"] * vision["patch_size"] ** 2
-    attention = hidden * 3 * hidden + 3 * hidden + hidden * hidden + hidden
-    mlp = 3 * hidden * inner + 2 * inner + hidden
+def _patches(vision: Mapping[str, Any], hidden: int) -> int:
+    return int(3 * vision["temporal_patch_size"] * vision["patch_size"] ** 2 * hidden)
+
+
+def _attention(hidden: int) -> int:
+    return hidden * 3 * hidden + 3 * hidden + hidden * hidden + hidden
+
+
+def _merger(vision: Mapping[str, Any], hidden: int, output: int, norm: int) -> int:
     merged = hidden * vision["spatial_merge_size"] ** 2
-    merger = hidden + merged * merged + merged + merged * output + output
-    return patch * hidden + vision["depth"] * (attention + mlp + 2 * hidden) + merger
+    return int(norm + merged * merged + merged + merged * output + output)
+
+
+def _vision_2_5(vision: Mapping[str, Any]) -> int:
+    hidden, inner, output = vision["hidden_size"], vision["intermediate_size"], vision["out_hidden_size"]
+    mlp = 3 * hidden * inner + 2 * inner + hidden
+    blocks = vision["depth"] * (_attention(hidden) + mlp + 2 * hidden)
+    return int(_patches(vision, hidden) + blocks + _merger(vision, hidden, output, hidden))
+
+
+def _vision_2(vision: Mapping[str, Any]) -> int:
+    hidden, output = vision["embed_dim"], vision["hidden_size"]
+    inner = int(hidden * vision["mlp_ratio"])
+    mlp = 2 * hidden * inner + inner + hidden
+    blocks = vision["depth"] * (_attention(hidden) + mlp + 4 * hidden)
+    return int(_patches(vision, hidden) + blocks + _merger(vision, hidden, output, 2 * hidden))
+
+
+def _vision_3(vision: Mapping[str, Any]) -> int:
+    hidden, inner, output = vision["hidden_size"], vision["intermediate_size"], vision["out_hidden_size"]
+    mlp = 2 * hidden * inner + inner + hidden
+    blocks = vision["depth"] * (_attention(hidden) + mlp + 4 * hidden)
+    # DeepStack's mergers norm after they have merged.
+    merged = hidden * vision["spatial_merge_size"] ** 2
+    deep = len(vision["deepstack_visual_indexes"]) * _merger(vision, hidden, output, 2 * merged)
+    places = hidden + vision["num_position_embeddings"] * hidden
+    return int(_patches(vision, hidden) + places + blocks + _merger(vision, hidden, output, 2 * hidden) + deep)
+
+
+_VISION = {"qwen2_5_vl": _vision_2_5, "qwen2_vl": _vision_2, "qwen3_vl": _vision_3}
 
 
 class Walk(NamedTuple):

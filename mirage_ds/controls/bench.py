@@ -115,7 +115,8 @@ class Bench:
         features = batch.image_features.split([len(sample.image_positions) for sample in samples])
         targets: list[torch.Tensor | None] = [None] * len(samples)
         if self.encoder.stage == "stage1":
-            runs = compress(batch.helper_features, batch).cpu().unflatten(0, (-1, self.encoder.latent_size))
+            width = self.model.head.weight.shape[1]
+            runs = compress(batch.helper_features, batch, width).cpu().unflatten(0, (-1, self.encoder.latent_size))
             targets = list(runs.split([len(sample.runs) for sample in samples]))
         return [
             Row(_seen(sample, own), scored_places(sample, self.tokens), target)

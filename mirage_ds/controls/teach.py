@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from mirage_ds.controls.bench import Bench, Row, without_runs
 from mirage_ds.data.batch import Batch
+from mirage_ds.model.images import Deep, place_images
 from mirage_ds.model.latents import in_order, run_passes
 
 
@@ -27,17 +28,21 @@ class Own(NamedTuple):
     log_likelihoods: list[float]
 
 
-def _inputs(bench: Bench, batch: Batch) -> torch.Tensor:
+def _inputs(bench: Bench, batch: Batch) -> tuple[torch.Tensor, Deep | None]:
     """Input embeddings (T, H) with the images in place; a slot holds the embedding of its pad token."""
     embeddings = bench.model.language_model.embed_tokens(batch.input_ids)
     assert batch.image_features is not None
-    return embeddings.index_copy(0, batch.image_positions, batch.image_features.to(embeddings.dtype))
+    return place_images(embeddings, batch.image_features, batch.image_positions)
 
 
-def _hidden(bench: Bench, batch: Batch, inputs: torch.Tensor) -> torch.Tensor:
+def _hidden(bench: Bench, batch: Batch, inputs: torch.Tensor, deep: Deep | None) -> torch.Tensor:
     """Final-norm hidden states (T, H) of the packed rows, in the batch's passes."""
     model = bench.model
-    passes = run_passes(model.language_model, inputs, batch.position_ids, batch.passes, model.attention, False)
+    passes = run_passes(
+        *(model.language_model, inputs, batch.position_ids, batch.passes, model.attention),
+        checkpointing=False,
+        deep=deep,
+    )
     return in_order(passes, batch.passes)
 
 
@@ -64,7 +69,7 @@ def own(bench: Bench, rows: Sequence[Row]) -> Own:
     """Feed every run the states before its slots, as stage 2 does, whatever the model's stage."""
     passes = 1 + max(sum(k for _, k in row.sample.runs) for row in rows)
     batch = bench.batch([row.sample for row in rows], passes)
-    hidden = _hidden(bench, batch, _inputs(bench, batch))
+    hidden = _hidden(bench, batch, *_inputs(bench, batch))
     fed = hidden[batch.latents - 1].cpu().unflatten(0, (-1, bench.encoder.latent_size))
     return Own(list(fed.split([len(row.sample.runs) for row in rows])), _log_likelihoods(bench, rows, batch, hidden))
 
@@ -73,11 +78,11 @@ def own(bench: Bench, rows: Sequence[Row]) -> Own:
 def given(bench: Bench, rows: Sequence[Row], vectors: Sequence[torch.Tensor]) -> list[float]:
     """Log-likelihood of each row with known vectors, (R, k, H) a row, at its slots; runs that it lacks are not fed."""
     batch = bench.batch([row.sample for row in rows])
-    inputs = _inputs(bench, batch)
+    inputs, deep = _inputs(bench, batch)
     fed = torch.cat([one[: len(row.sample.runs)].flatten(0, 1) for row, one in zip(rows, vectors, strict=True)]).to(
         inputs.device, inputs.dtype
     )
-    hidden = _hidden(bench, batch, inputs.index_copy(0, batch.latents, fed))
+    hidden = _hidden(bench, batch, inputs.index_copy(0, batch.latents, fed), deep)
     return _log_likelihoods(bench, rows, batch, hidden)
 
 
@@ -85,16 +90,16 @@ def given(bench: Bench, rows: Sequence[Row], vectors: Sequence[torch.Tensor]) ->
 def first(bench: Bench, rows: Sequence[Row]) -> list[float]:
     """Log-likelihood of each row with the state before a run at all of its slots."""
     batch = bench.batch([row.sample for row in rows])
-    inputs = _inputs(bench, batch)
+    inputs, deep = _inputs(bench, batch)
     # (N_runs, k) places of the slots, and which of its row's runs each is.
     slots = batch.latents.unflatten(0, (-1, bench.encoder.latent_size))
     number = torch.cat([torch.arange(len(row.sample.runs)) for row in rows]).to(slots.device)
     # A run's state depends on the runs before it: all rows' first runs, then their second …
     for run in range(int(number.max()) + 1):
         now = slots[number == run]
-        states = _hidden(bench, batch, inputs)[now[:, 0] - 1]
+        states = _hidden(bench, batch, inputs, deep)[now[:, 0] - 1]
         inputs = inputs.index_copy(0, now.flatten(), states.repeat_interleave(now.shape[1], dim=0))
-    return _log_likelihoods(bench, rows, batch, _hidden(bench, batch, inputs))
+    return _log_likelihoods(bench, rows, batch, _hidden(bench, batch, inputs, deep))
 
 
 @torch.no_grad()
@@ -102,4 +107,4 @@ def off(bench: Bench, rows: Sequence[Row]) -> list[float]:
     """Log-likelihood of each row with its runs left out."""
     shorter = [without_runs(row, bench.tokens) for row in rows]
     batch = bench.batch([row.sample for row in shorter])
-    return _log_likelihoods(bench, shorter, batch, _hidden(bench, batch, _inputs(bench, batch)))
+    return _log_likelihoods(bench, shorter, batch, _hidden(bench, batch, *_inputs(bench, batch)))

@@ -324,7 +324,7 @@ class Encoder:
         head = self._head
         turn = len(ids) - 1 - ids[::-1].index(head[0])
         if ids[turn : turn + len(head)] != head:
-            raise UserError(f"the tokenizer does not keep {ASSISTANT!r} apart from what follows; use Qwen2.5-VL's")
+            raise UserError(f"the tokenizer does not keep {ASSISTANT!r} apart from what follows; use the model's own")
         return Layout(ids, turn + len(head), grids, helper_grids)
 
     def measure(self, record: Record) -> Measure:

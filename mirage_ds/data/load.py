@@ -1,4 +1,4 @@
-"""Loading what encodes: tokenizer and image processors from model folders, checked for what a Qwen2.5-VL needs."""
+"""Loading what encodes: tokenizer and image processors from model folders, checked for what training needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_tokenizer(folders: list[str], cache_dir: Path | None, add_latents: bool
         add_latents: False leaves the tokenizer as it is.
 
     Raises:
-        UserError: no folder has a tokenizer, or it is not a Qwen2.5-VL one.
+        UserError: no folder has a tokenizer, or it is not a Qwen-VL one.
     """
     from transformers import AutoTokenizer
 
@@ -42,7 +42,7 @@ def load_tokenizer(folders: list[str], cache_dir: Path | None, add_latents: bool
         raise UserError(f"{folder}: the chat template does not write a question with its image; copy the model's own")
     unknown = [t for t in (IMAGE_PAD, "<|im_start|>", "<|im_end|>", "<|endoftext|>") if t not in tokenizer.get_vocab()]
     if unknown:
-        raise UserError(f"{folder}: the tokenizer lacks {', '.join(unknown)}; a Qwen2.5-VL tokenizer is needed")
+        raise UserError(f"{folder}: the tokenizer lacks {', '.join(unknown)}; a Qwen-VL tokenizer is needed")
     missing = [token for token in LATENT_TOKENS if token not in tokenizer.get_vocab()]
     if missing and len(missing) < len(LATENT_TOKENS):
         raise UserError(f"{folder}: the tokenizer has some of the latent tokens but not {', '.join(missing)}")

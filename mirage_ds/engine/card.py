@@ -47,7 +47,7 @@ def model_card(state: Mapping[str, Any], scores: Mapping[str, float] | None = No
     ]
     head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
     head += [f"base_model: {base}"] if base else []
-    head += ["tags: [mirage, latent-visual-tokens]", "---", MARK, "", "# A Qwen2.5-VL trained with mirage_ds", ""]
+    head += ["tags: [mirage, latent-visual-tokens]", "---", MARK, "", "# A model trained with mirage_ds", ""]
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return "\n".join([*head, *table, "", *_scores(scores), *(_text_only() if stage == "sft" else _latents(k))])
 
@@ -74,7 +74,7 @@ def _scores(scores: Mapping[str, float] | None) -> list[str]:
 
 def _text_only() -> list[str]:
     return [
-        "It was trained on text alone, without latents: plain transformers and vLLM decode it as any Qwen2.5-VL.",
+        "It was trained on text alone, without latents: plain transformers and vLLM decode it like its base model.",
         "",
     ]
 

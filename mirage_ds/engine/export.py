@@ -20,6 +20,7 @@ from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.engine.checkpoint import check_whole, read_state
 from mirage_ds.errors import UserError
 from mirage_ds.files import whole_folder, write_atomically
+from mirage_ds.model.family import FAMILIES, Family, family_of
 from mirage_ds.model.load import expected_shapes, public_name, safetensors_of, stored_shapes
 
 SHARD_BYTES = 4 << 30
@@ -63,11 +64,16 @@ def whole_tensors(model: nn.Module, keep: bool) -> Iterator[tuple[str, torch.Ten
 
 
 class ShardWriter:
-    """Writes tensors into safetensors shards of bounded size under temporary names, and names them at the end."""
+    """Writes tensors into safetensors shards of bounded size under temporary names, and names them at the end.
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
+    Args:
+        family: whose checkpoints' names the tensors get; as they are handed in if None.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, family: Family | None = None):
         self.folder = folder
         self.shard_bytes = shard_bytes
+        self.family = family
         self.shards: list[list[str]] = []
         self.waiting: dict[str, torch.Tensor] = {}
         self.total = 0
@@ -81,7 +87,7 @@ class ShardWriter:
         size = tensor.numel() * tensor.element_size()
         if self.waiting and sum(t.numel() * t.element_size() for t in self.waiting.values()) + size > self.shard_bytes:
             self._flush()
-        self.waiting[name] = tensor.contiguous()
+        self.waiting[self.family.written_name(name) if self.family else name] = tensor.contiguous()
         self.total += size
 
     def _flush(self) -> None:
@@ -130,6 +136,11 @@ class Parts(NamedTuple):
     trained: dict[str, Any]
     card: str = ""
 
+    @property
+    def family(self) -> Family:
+        """The model's."""
+        return FAMILIES[self.config.model_type]
+
 
 def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts) -> None:
     """Put weights and everything else in place.
@@ -147,7 +158,7 @@ def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts) -> None
         write_card(folder, parts.card)
     parts.config.dtype = dtype
     setattr(parts.config, TRAINED_KEY, parts.trained)
-    parts.config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    parts.config.architectures = [parts.family.whole]
     write_atomically(folder / "config.json", parts.config.to_json_string())
 
 
@@ -165,7 +176,7 @@ def save_model(model: nn.Module, tower: nn.Module | None, folder: Path, rank: in
     failure: OSError | SafetensorError | None = None
     dtype = torch.float32
     try:
-        writer = ShardWriter(folder) if rank == 0 else None
+        writer = ShardWriter(folder, family=parts.family) if rank == 0 else None
     except OSError as error:
         failure = error
     for name, tensor in whole_tensors(model, keep=writer is not None):
@@ -205,7 +216,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
     if lost:
         raise UserError(f"{lost[0]} is neither in {checkpoint} nor in {parts.source}; name the base with --model")
     with whole_folder(out) as folder:
-        writer = ShardWriter(folder)
+        writer = ShardWriter(folder, family=parts.family)
         written = set()
         for stored, tensor in masters.items():
             # A tied head stands there twice, and buffers are no weights.
@@ -247,7 +258,8 @@ def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:
 
 
 def _copy_rows(source: Path, target: Path, rows: int) -> None:
-    writer = ShardWriter(target)
+    values = json.loads((source / "config.json").read_text())
+    writer = ShardWriter(target, family=family_of(values.get("model_type"), str(source)))
     for file in safetensors_of(source):
         with safe_open(file, "pt") as tensors:
             for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
@@ -260,7 +272,6 @@ def _copy_rows(source: Path, target: Path, rows: int) -> None:
     for file in source.iterdir():
         if file.is_file() and "safetensors" not in file.name and file.name != "config.json":
             (target / file.name).write_bytes(file.read_bytes())
-    values = json.loads((source / "config.json").read_text())
     for block in (values, values.get("text_config", {})):
         if "vocab_size" in block:
             block["vocab_size"] = rows

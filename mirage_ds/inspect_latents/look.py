@@ -17,6 +17,7 @@ from mirage_ds.data.record import Record
 from mirage_ds.inspect_latents import measure
 from mirage_ds.inspect_latents.run import Thought, attention, features
 from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.images import embedded
 from mirage_ds.model.vision import FrozenTower
 
 # What a token of the answer can look at, in the order of Look.shares.
@@ -98,7 +99,7 @@ def see(
             inputs.append(Seen(f"input image{number}", picture, found, rows, columns))
             at += count
         else:
-            found = features(model, tower, pixels.to(device), grid.to(device))
+            found = embedded(features(model, tower, pixels.to(device), grid.to(device)), thought.inputs.shape[1])
             helpers.append(Seen("helper image", picture, found, rows, columns))
     return inputs, helpers
 

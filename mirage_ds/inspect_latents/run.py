@@ -18,6 +18,7 @@ from mirage_ds.data.encode import Encoder, Sample
 from mirage_ds.model.attention import varlen_attention
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Generated, Limits, generate, latent_tokens
+from mirage_ds.model.images import Deep, embedded, place_images
 from mirage_ds.model.latents import in_order, run_passes
 from mirage_ds.model.vision import FrozenTower, trained_features
 
@@ -29,7 +30,8 @@ class Thought(NamedTuple):
         ids: (T,) tokens; inputs: (T, H) what was fed at each place; position_ids: (3, T).
         runs: the latent runs as (first latent's place, latents).
         latents: one (k, H) tensor a run.
-        images: (F, H) merged features of the row's input images.
+        images: (F, H) merged features of the row's input images, as they are fed.
+        deep: what they add behind the first layers, in families that have that.
     """
 
     ids: torch.Tensor
@@ -38,6 +40,7 @@ class Thought(NamedTuple):
     runs: tuple[tuple[int, int], ...]
     latents: tuple[torch.Tensor, ...]
     images: torch.Tensor
+    deep: Deep | None
 
     @property
     def places(self) -> torch.Tensor:
@@ -71,14 +74,16 @@ class _Recording:
 
 
 @torch.no_grad()
-def replay(text: Any, inputs: torch.Tensor, position_ids: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+def replay(
+    text: Any, inputs: torch.Tensor, position_ids: torch.Tensor, queries: torch.Tensor, deep: Deep | None = None
+) -> torch.Tensor:
     """Run a row whose inputs are all known in one causal pass, and record attention.
 
     A row with its latents fed back is such a row once they are known.
 
     Args:
         text: transformers' text model with the packed attention.
-        inputs: (T, H); position_ids: (3, T); queries: (Q,) places.
+        inputs: (T, H); position_ids: (3, T); queries: (Q,) places; deep: see run_passes.
 
     Returns:
         (L, Q, T) attention probabilities of the queries, the mean over heads; float32.
@@ -86,9 +91,12 @@ def replay(text: Any, inputs: torch.Tensor, position_ids: torch.Tensor, queries:
     x = inputs[None]
     rotary = text.rotary_emb(x, position_ids[:, None])
     found = []
-    for layer in text.layers:
+    every = torch.arange(len(inputs), device=inputs.device)
+    for number, layer in enumerate(text.layers):
         recording = _Recording(queries)
         x = layer(x, position_embeddings=rotary, packed=recording)
+        if deep is not None:
+            x = deep.add(number, x[0], every)[None]
         found.append(recording.mean)
     return torch.stack(found)
 
@@ -96,13 +104,14 @@ def replay(text: Any, inputs: torch.Tensor, position_ids: torch.Tensor, queries:
 def attention(model: MirageModel, thought: Thought, queries: torch.Tensor) -> torch.Tensor:
     """(L, Q, T) attention probabilities of a row's tokens at `queries`, mean over heads."""
     device = thought.inputs.device
-    return replay(model.language_model, thought.inputs, thought.position_ids.to(device), queries.to(device)).cpu()
+    position_ids, places = thought.position_ids.to(device), queries.to(device)
+    return replay(model.language_model, thought.inputs, position_ids, places, thought.deep).cpu()
 
 
 def features(
     model: MirageModel, tower: FrozenTower | None, pixels: torch.Tensor, grid_thw: torch.Tensor
 ) -> torch.Tensor:
-    """Merged features (F, H) of images, from the frozen tower or from the one inside the model."""
+    """Features (F, (1 + D) · H) of images (model.images), from the frozen tower or the one inside the model."""
     if tower is not None:
         return tower.features(pixels, grid_thw)
     assert model.visual is not None
@@ -117,6 +126,12 @@ def _batch(
     if batch.image_features is not None:
         return batch
     return batch._replace(image_features=features(model, tower, batch.pixel_values, batch.image_grid_thw))
+
+
+def _images(inputs: torch.Tensor, features: torch.Tensor, sample: Sample) -> tuple[torch.Tensor, Deep | None]:
+    """Split a row's features (F, (1 + D) · H) into what is fed and what is added behind the first layers."""
+    _, deep = place_images(inputs, features, sample.image_positions.to(inputs.device))
+    return embedded(features, inputs.shape[1]), deep
 
 
 @torch.no_grad()
@@ -136,8 +151,8 @@ def taught(model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samp
     assert batch.image_features is not None
     text = model.language_model
     embeddings = text.embed_tokens(batch.input_ids)
-    embeddings = embeddings.index_copy(0, batch.image_positions, batch.image_features.to(embeddings.dtype))
-    hidden = run_passes(text, embeddings, batch.position_ids, batch.passes, model.attention, False)
+    embeddings, deep = place_images(embeddings, batch.image_features, batch.image_positions)
+    hidden = run_passes(text, embeddings, batch.position_ids, batch.passes, model.attention, False, deep=deep)
     latents = in_order(hidden, batch.passes).index_select(0, batch.latents - 1)
     inputs = embeddings.index_copy(0, batch.latents, latents)
     lengths = [len(sample.input_ids) for sample in samples]
@@ -147,7 +162,8 @@ def taught(model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samp
     for sample, fed, seen in zip(samples, inputs.split(lengths), images, strict=True):
         runs = each[at : at + len(sample.runs)]
         at += len(runs)
-        rows.append(Thought(sample.input_ids, fed, sample.position_ids, sample.runs, tuple(runs), seen))
+        own = _images(fed, seen, sample)
+        rows.append(Thought(sample.input_ids, fed, sample.position_ids, sample.runs, tuple(runs), *own))
     return rows
 
 
@@ -167,7 +183,7 @@ def decoded(
     assert batch.image_features is not None
     answers = generate(model, batch, latent_tokens(encoder), limits, trace=True)
     embeddings = model.language_model.embed_tokens(batch.input_ids)
-    embeddings = embeddings.index_copy(0, batch.image_positions, batch.image_features.to(embeddings.dtype))
+    embeddings, _ = place_images(embeddings, batch.image_features, batch.image_positions)
     prompts = embeddings.split([len(sample.input_ids) for sample in samples])
     images = batch.image_features.split([len(sample.image_positions) for sample in samples])
     return [
@@ -187,11 +203,13 @@ def _thought(sample: Sample, answer: Generated, prompt: torch.Tensor, images: to
         elif kind == "H":
             runs.append((place, 1))
     onwards = sample.position_ids.max() + 1 + torch.arange(fed)
+    own, deep = _images(inputs, images, sample)
     return Thought(
         ids=torch.cat([sample.input_ids, torch.tensor(answer.ids[:fed], dtype=torch.long)]),
         inputs=inputs,
         position_ids=torch.cat([sample.position_ids, onwards.expand(3, -1)], dim=1),
         runs=tuple(runs),
         latents=tuple(inputs[start : start + k] for start, k in runs),
-        images=images,
+        images=own,
+        deep=deep,
     )

@@ -2,7 +2,8 @@
 
 T tokens of the packed batch, N samples, M labelled tokens, k latents a run, F image features, H hidden, V vocabulary.
 
-It walks transformers' own decoder layers; weights, names and files stay those of Qwen2_5_VLForConditionalGeneration.
+It walks transformers' own decoder layers; weights, names and files stay those of
+its whole models (family.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 
 from mirage_ds.config import LatentLoss
 from mirage_ds.data.batch import Batch
+from mirage_ds.model.images import place_images
 from mirage_ds.model.latents import compress, grounding, in_order, run_passes
 from mirage_ds.model.loss import LossHead, LossSums, label_scales, loss_sums
 from mirage_ds.model.vision import trained_features
@@ -38,7 +40,7 @@ class Traced(NamedTuple):
 
 
 class MirageModel(nn.Module):
-    """The trainable part of a Qwen2.5-VL with Mirage's forward.
+    """The trainable part of a vision-language model with Mirage's forward.
 
     Args:
         language_model: transformers' text model.
@@ -92,16 +94,17 @@ class MirageModel(nn.Module):
     def _run(self, batch: Batch) -> tuple[list[torch.Tensor], Traced]:
         embeddings = self.language_model.embed_tokens(batch.input_ids)
         images, helpers = self._features(batch)
-        embeddings = embeddings.index_copy(0, batch.image_positions, images.to(embeddings.dtype))
+        embeddings, deep = place_images(embeddings, images, batch.image_positions)
         targets = None
         if self.grounded:
             # Also on a rank whose rows have no helper: ranks whose graphs differ hang ZeRO-3.
             # Teacher forcing: the targets are the latents' input embeddings.
-            targets = compress(helpers, batch).to(embeddings.dtype)
+            targets = compress(helpers, batch, embeddings.shape[1]).to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, batch.latents, targets)
         hidden = run_passes(
             *(self.language_model, embeddings, batch.position_ids, batch.passes, self.attention, self.checkpointing),
             detach=self.detach_latents,
+            deep=deep,
         )
         labelled = torch.cat(
             [states.index_select(0, one.labelled) for states, one in zip(hidden, batch.passes, strict=True)]
@@ -121,7 +124,7 @@ class MirageModel(nn.Module):
             return batch.image_features, batch.helper_features
         images = trained_features(self.visual, batch.pixel_values, batch.image_grid_thw)
         if not self.grounded:
-            return images, images.new_empty(0)
+            return images, images[:0]
         with torch.set_grad_enabled(self.train_targets and torch.is_grad_enabled()):
             helpers = trained_features(self.visual, batch.helper_pixel_values, batch.helper_grid_thw)
         return images, helpers

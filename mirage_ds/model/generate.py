@@ -22,6 +22,7 @@ from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.model.attention import Packed
 from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.images import place_images
 
 # (logits (N, V), step) → (N,) token ids.
 Chooser = Callable[[torch.Tensor, int], torch.Tensor]
@@ -179,12 +180,15 @@ def _prefill(
     one = batch.passes[0]
     x = text.embed_tokens(batch.input_ids)
     assert batch.image_features is not None
-    x = x.index_copy(0, batch.image_positions, batch.image_features.to(x.dtype))[None]
+    placed, deep = place_images(x, batch.image_features, batch.image_positions)
+    x = placed[None]
     rotary = text.rotary_emb(x, batch.position_ids[:, None])
     cache: _Cache | None = None
     for number, layer in enumerate(text.layers):
         packed = Packed([], [], None, one.cu_q, one.cu_k, one.max_q, one.max_k, model.attention)
         x = layer(x, position_embeddings=rotary, packed=packed)
+        if deep is not None:
+            x = deep.add(number, x[0], one.tokens)[None]
         k, v = packed.made[0]
         cache = cache or _Cache(len(lengths), room, k, len(text.layers))
         cache.fill(number, k, v, lengths)

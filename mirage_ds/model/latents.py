@@ -17,20 +17,25 @@ from torch.utils.checkpoint import checkpoint
 from mirage_ds.config import LatentLoss
 from mirage_ds.data.batch import Batch, Pass
 from mirage_ds.model.attention import Packed
+from mirage_ds.model.images import Deep, embedded
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
-def compress(features: torch.Tensor, batch: Batch) -> torch.Tensor:
+def compress(features: torch.Tensor, batch: Batch, width: int) -> torch.Tensor:
     """Average groups of each helper's features into its k targets (arXiv 2506.17218, equation 2; pool.pool_groups).
 
     Args:
-        features: (F, H) merged visual features of all helpers.
+        features: (F, (1 + D) · H) merged visual features of all helpers; a latent imitates the first H numbers of them
+            (images.py), which are what the language model gets as input.
+
+        width: H.
 
     Returns:
         (N_runs · k, H) targets in the dtype of `features`, reduced in float32.
     """
     size = batch.pool_size
+    features = embedded(features, width)
     sums = torch.zeros(len(size), features.shape[1], dtype=torch.float32, device=features.device)
     sums = sums.index_add(0, batch.pool_to, features.float().index_select(0, batch.pool_from))
     return (sums / size[:, None]).to(features.dtype)
@@ -77,6 +82,7 @@ def run_passes(
     backend: str,
     checkpointing: bool,
     detach: bool = False,
+    deep: Deep | None = None,
 ) -> list[torch.Tensor]:
     """Walk the decoder layers once a pass, each pass seeing the keys and values of all before it.
 
@@ -93,6 +99,7 @@ def run_passes(
         checkpointing: recompute each layer call in backward, in every pass whatever its size: a pass of one token
             saves a copy of all earlier keys and values otherwise, and keeps every layer gathered under ZeRO-3.
         detach: cut the gradient at the fed-back states; it still runs through keys and values.
+        deep: what is added behind the first layers, with the images that stand in `embeddings`.
 
     Returns:
         The final-norm hidden states of each pass, (Tq, H), in the order of its tokens.
@@ -108,12 +115,14 @@ def run_passes(
             x = x.index_copy(0, one.first, fed.detach() if detach else fed)
         rotary = (cos.index_select(1, one.tokens), sin.index_select(1, one.tokens))
         x = x[None]
-        for layer, past in zip(language_model.layers, made, strict=True):
+        for place, (layer, past) in enumerate(zip(language_model.layers, made, strict=True)):
             arguments = (layer, x, rotary, list(past), one, reorder, backend)
             if checkpointing and torch.is_grad_enabled():
                 x, k, v = checkpoint(_run_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, k, v = _run_layer(*arguments)
+            if deep is not None:
+                x = deep.add(place, x[0], one.tokens)[None]
             if number + 1 < len(passes):
                 past.append((k, v))
         hidden.append(language_model.norm(x)[0])

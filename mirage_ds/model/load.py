@@ -2,8 +2,8 @@
 
 H hidden, V vocabulary rows.
 
-Public folders hold `visual.*`, `model.*`, `lm_head.weight`; transformers 5 also knows `model.visual.*` and
-`model.language_model.*`. Both are read; the first is written.
+Older families' folders hold `visual.*`, `model.*`, `lm_head.weight` (flat names), newer ones and what transformers 5
+saves `model.visual.*` and `model.language_model.*`. Both are read; each family's own is written (Family.written_name).
 """
 
 from __future__ import annotations
@@ -19,22 +19,15 @@ from safetensors import SafetensorError, safe_open
 from mirage_ds.config import LatentLoss, Stage
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, register
+from mirage_ds.model.family import FAMILIES, family_of, flat_name
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.loss import LossHead
 from mirage_ds.model.vision import FrozenTower
 
 if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLConfig
+    from transformers import PretrainedConfig
 
-FAMILY = "qwen2_5_vl"
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
-# Checkpoint name → the public (old) name; the same pairs translate MirageModel's own names when it is saved.
-TO_PUBLIC = (
-    (r"^model\.visual\.", "visual."),
-    (r"^model\.language_model\.", "model."),
-    (r"^language_model\.", "model."),
-    (r"^head\.weight$", "lm_head.weight"),
-)
 
 
 @dataclass(frozen=True)
@@ -44,19 +37,20 @@ class Loaded:
     Attributes:
         model: the trainable module.
         tower: the frozen tower, or None where the tower is trained inside `model`.
-        config: the checkpoint's configuration.
+        config: the checkpoint's configuration, of one of family.FAMILIES.
     """
 
     model: MirageModel
     tower: FrozenTower | None
-    config: Qwen2_5_VLConfig
+    config: PretrainedConfig
 
 
 def public_name(name: str) -> str:
-    """Translate a parameter's name to the one that public checkpoints have."""
-    for pattern, replacement in TO_PUBLIC:
-        name = re.sub(pattern, replacement, name)
-    return name
+    """Translate a parameter's name, of a checkpoint or of a MirageModel, to the flat one."""
+    name = flat_name(name)
+    if name == "head.weight":
+        return "lm_head.weight"
+    return re.sub(r"^language_model\.", "model.", name)
 
 
 def resolve_folder(name: str, flag: str, cache_dir: Path | None) -> Path:
@@ -82,8 +76,8 @@ def resolve_folder(name: str, flag: str, cache_dir: Path | None) -> Path:
         raise UserError(f"{flag} {name}: no such folder, and the hub did not give it ({reason})") from None
 
 
-def read_config(folder: Path) -> Qwen2_5_VLConfig:
-    """Read a folder's configuration; UserError when it is not a Qwen2.5-VL."""
+def read_config(folder: Path) -> PretrainedConfig:
+    """Read a folder's configuration; UserError when it is of no known family."""
     from transformers import AutoConfig
 
     try:
@@ -94,13 +88,11 @@ def read_config(folder: Path) -> Qwen2_5_VLConfig:
         raise UserError(f"{folder}/config.json: cannot be read ({error.strerror}); copy the model's own") from None
     if not isinstance(values, dict):
         raise UserError(f"{folder}/config.json: expected an object, found {type(values).__name__}")
-    kind = values.get("model_type")
-    if kind != FAMILY:
-        raise UserError(f"{folder}: a model of type {kind!r}; mirage_ds trains {FAMILY!r} (Qwen2.5-VL)")
+    family = family_of(values.get("model_type"), str(folder))
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001  # a value of a wrong type leads transformers to almost any
-        raise UserError(f"{folder}/config.json: no Qwen2.5-VL ({reason(error)}); copy the model's own") from None
+        raise UserError(f"{folder}/config.json: no {family.title} ({reason(error)}); copy the model's own") from None
 
 
 def safetensors_of(folder: Path) -> list[Path]:
@@ -124,22 +116,21 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def expected_shapes(config: Qwen2_5_VLConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Names (public form) and shapes of the parameters that `config` describes."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = FAMILIES[config.model_type].model_class()(config)
     return {public_name(name): tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def check_weights(folder: Path, config: Qwen2_5_VLConfig) -> None:
+def check_weights(folder: Path, config: PretrainedConfig) -> None:
     """Refuse a folder whose tensors are not those of its config.json: under ZeRO-3 nobody else would notice."""
     stored = stored_shapes(folder)
     try:
         expected = expected_shapes(config)
     except Exception as error:  # noqa: BLE001  # impossible sizes lead transformers and torch to almost any
-        raise UserError(f"{folder}/config.json: no Qwen2.5-VL ({reason(error)}); copy the model's own") from None
+        title = FAMILIES[config.model_type].title
+        raise UserError(f"{folder}/config.json: no {title} ({reason(error)}); copy the model's own") from None
     missing = sorted(expected.keys() - stored.keys())
     if missing:
         raise UserError(
@@ -152,7 +143,7 @@ def check_weights(folder: Path, config: Qwen2_5_VLConfig) -> None:
             )
 
 
-def check_vocabulary(config: Qwen2_5_VLConfig, ids: dict[str, int]) -> None:
+def check_vocabulary(config: PretrainedConfig, ids: dict[str, int]) -> None:
     """Check that the tokenizer's special tokens fit the model.
 
     Public checkpoints have more embedding rows than tokens (152,064 or 151,936 for 151,665), so the latent tokens need
@@ -183,15 +174,15 @@ def _keep_transformers_quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_tower(folder: Path, config: Qwen2_5_VLConfig, dtype: torch.dtype, device: torch.device) -> FrozenTower:
+def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> FrozenTower:
     """Load the vision tower alone. Call it while no HfDeepSpeedConfig is alive, or ZeRO-3 partitions it."""
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-
     _keep_transformers_quiet()
     vision_config: Any = config.vision_config
     vision_config._attn_implementation = "sdpa"
-    tower: Any = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(
-        folder, config=vision_config, dtype=dtype, key_mapping={r"^(model\.)?visual\.": ""}
+    tower: Any = (
+        FAMILIES[config.model_type]
+        .tower_class()
+        .from_pretrained(folder, config=vision_config, dtype=dtype, key_mapping={r"^(model\.)?visual\.": ""})
     )
     return FrozenTower(tower.to(device))
 
@@ -223,9 +214,8 @@ def load_model(
         latent_loss, detach_latents, train_targets: see MirageModel.
 
     Raises:
-        UserError: the folder is not a whole Qwen2.5-VL in safetensors, or the attention back end cannot run here.
+        UserError: no whole model of a known family in safetensors, or the attention back end cannot run here.
     """
-    from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.integrations import HfDeepSpeedConfig
 
     _keep_transformers_quiet()
@@ -237,10 +227,14 @@ def load_model(
         tower = load_tower(folder, config, dtype, device)
     # from_pretrained finds the configuration through a weak reference: the name keeps it alive for the load.
     alive = HfDeepSpeedConfig(ds_config) if ds_config is not None else None
-    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation={"": "sdpa", "text_config": INTERFACE_NAME, "vision_config": "sdpa"},
+    whole: Any = (
+        FAMILIES[config.model_type]
+        .model_class()
+        .from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation={"": "sdpa", "text_config": INTERFACE_NAME, "vision_config": "sdpa"},
+        )
     )
     del alive
     visual = whole.model.visual

@@ -1,4 +1,4 @@
-"""Shapes of Qwen2.5-VL by name, as plain numbers: no torch, no transformers, so that planning commands are quick."""
+"""Shapes of models by name, as plain numbers: no torch, no transformers, so that planning commands are quick."""
 
 from __future__ import annotations
 
@@ -78,6 +78,29 @@ PRESETS: dict[str, dict[str, Any]] = {
             "vision_config": _vision(2, 96, 3, 192, [1], 128),
         }
     ),
+    # The other families, as small: for tests, and for trying a run on.
+    "nano-qwen2-vl": _small_start(
+        {
+            "text_config": _text(128, 4, 4, 2, 384, 0, tied=True),
+            "vision_config": {
+                **{"depth": 2, "embed_dim": 96, "num_heads": 3, "mlp_ratio": 2, "hidden_size": 128},
+                **{"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2},
+            },
+        }
+    ),
+    "nano-qwen3-vl": _small_start(
+        {
+            # Heads wider than hidden / heads, as in the 4B.
+            "text_config": {**_text(128, 4, 4, 2, 384, 0, tied=True), "head_dim": 48, "attention_bias": False}
+            | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 8, 8]}},
+            "vision_config": {
+                **{"depth": 3, "hidden_size": 96, "num_heads": 3, "intermediate_size": 192, "out_hidden_size": 128},
+                **{"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2},
+                # A grid of 12 × 12 places, and features for the first two decoder layers.
+                **{"num_position_embeddings": 144, "deepstack_visual_indexes": [0, 1]},
+            },
+        }
+    ),
     # Where the vocabulary does not dominate: for measuring the decoder.
     "bench-40m": {
         "text_config": _text(512, 12, 8, 4, 1536, 4096, tied=False),
@@ -105,19 +128,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # Those small enough that `mirage-ds init` writes random weights for them.
-WITH_WEIGHTS = ("nano", "nano-untied", "bench-40m", "bench-87m")
+WITH_WEIGHTS = ("nano", "nano-untied", "nano-qwen2-vl", "nano-qwen3-vl", "bench-40m", "bench-87m")
+_OTHER_FAMILIES = {"nano-qwen2-vl": "qwen2_vl", "nano-qwen3-vl": "qwen3_vl"}
+
+
+def _known(name: str) -> str:
+    """Return a preset's name as PRESETS has it; UserError where there is none."""
+    known = {key.replace("_", "-"): key for key in PRESETS}
+    wanted = name.lower().replace("_", "-")
+    if wanted not in known:
+        raise UserError(f"no preset '{name}'{closest(wanted, known)}; there are {', '.join(known)}")
+    return known[wanted]
 
 
 def preset(name: str) -> dict[str, Any]:
-    """Return the configuration of a preset as keyword arguments of Qwen2_5_VLConfig.
+    """Return the configuration of a preset as keyword arguments of its family's configuration, and `model_type`.
 
     Raises:
         UserError: no such preset.
     """
-    known = {key.replace("_", "-"): value for key, value in PRESETS.items()}
-    wanted = name.lower().replace("_", "-")
-    if wanted not in known:
-        raise UserError(f"no preset '{name}'{closest(wanted, known)}; there are {', '.join(known)}")
-    found = copy.deepcopy(known[wanted])
+    known = _known(name)
+    found = copy.deepcopy(PRESETS[known])
+    found["model_type"] = _OTHER_FAMILIES.get(known, "qwen2_5_vl")
     found["tie_word_embeddings"] = found["text_config"]["tie_word_embeddings"]
     return found

@@ -1,6 +1,7 @@
 """The vision tower: frozen beside the model, or trained inside it.
 
-P patches, n images, F merged features, H hidden width of the language model.
+P patches of C numbers, n images, F merged features, H hidden width of the language model, D layers that DeepStack adds
+to (images.py), W = (1 + D) · H.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import torch
 from torch import nn
 
 from mirage_ds.data.batch import Batch
+from mirage_ds.model.family import FAMILIES
 
 
 def features_of(tower: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
     """Merged features of images in raster order.
 
     Args:
-        pixel_values: (P, 1176); grid_thw: (n, 3) in patches.
+        pixel_values: (P, C); grid_thw: (n, 3) in patches.
 
     Returns:
-        (F, H) in the tower's dtype.
+        (F, W) in the tower's dtype.
     """
-    return tower(pixel_values.to(tower.dtype), grid_thw=grid_thw).pooler_output
+    found = tower(pixel_values.to(tower.dtype), grid_thw=grid_thw)
+    # Only towers with DeepStack have the second attribute.
+    return torch.cat([found.pooler_output, *getattr(found, "deepstack_features", ())], dim=-1)
 
 
 class FrozenTower:
@@ -43,8 +47,9 @@ class FrozenTower:
 
     @property
     def width(self) -> int:
-        """H."""
-        return int(self.tower.config.out_hidden_size)
+        """W."""
+        kind = self.tower.config.model_type.removesuffix("_vision")
+        return FAMILIES[kind].feature_width(self.tower.config)
 
     def fingerprint(self) -> str:
         """Hash of what the features are a function of: the tower's configuration and weights."""
@@ -69,7 +74,7 @@ class FrozenTower:
         )
 
     def features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """Merged features (F, H) of all images, in order, on the device of `pixel_values`."""
+        """Merged features (F, W) of all images, in order, on the device of `pixel_values`."""
         if not len(grid_thw):
             return pixel_values.new_empty(0, self.width, dtype=self.tower.dtype)
         images = zip(pixel_values.split(grid_thw.prod(-1).tolist()), grid_thw.split(1), strict=True)
@@ -88,7 +93,7 @@ def trained_features(tower: Any, pixel_values: torch.Tensor, grid_thw: torch.Ten
     one merged token stands at the end of every call; its feature is multiplied by zero and dropped.
 
     Returns:
-        (F, H), as `features_of`.
+        (F, W), as `features_of`.
     """
     merge = tower.spatial_merge_size
     blank = pixel_values.new_zeros(merge * merge, pixel_values.shape[1])

@@ -100,13 +100,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); copy the model's own") from None
     if not isinstance(values, dict) or values.get("model_type") != FAMILY:
         kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"{path}: a model of type {kind!r}; mirage_ds trains {FAMILY!r} (Qwen2.5-VL)")
+        raise UserError(f"{path}: a model of type {kind!r}; the planner knows {FAMILY!r} (Qwen2.5-VL)")
     return values
 
 
 def _normalised(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     text, vision = _part(values, "text_config", values, name), _part(values, "vision_config", None, name)
-    made = {
+    made: dict[str, Any] = {
+        "model_type": FAMILY,
         "text_config": {key: _count(text, key, name) for key in TEXT_KEYS},
         "vision_config": {key: _count(vision, key, name) for key in VISION_KEYS},
     }

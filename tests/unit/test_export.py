@@ -306,8 +306,8 @@ def test_a_truncated_weight_file_is_one_sentence_that_names_it(copy: Path) -> No
 
 def test_another_architecture_is_refused(copy: Path) -> None:
     values = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(values | {"model_type": "qwen2_vl"}))
-    with pytest.raises(UserError, match=r"a model of type 'qwen2_vl'; mirage_ds trains 'qwen2_5_vl'"):
+    (copy / "config.json").write_text(json.dumps(values | {"model_type": "llava"}))
+    with pytest.raises(UserError, match=r"a model of type 'llava'; mirage_ds trains Qwen2\.5-VL"):
         read_config(copy)
 
 

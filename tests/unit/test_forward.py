@@ -10,14 +10,15 @@ import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from families import OTHERS, deep_inputs, write
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from mirage_ds.data.batch import Batch, collate, to_device
 from mirage_ds.data.encode import IGNORE, Encoder, Sample
@@ -37,13 +38,19 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="session")
 def sharp(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with attention that chooses, but does not amplify rounding from latent to latent.
+    """The nano model, sharpened."""
+    folder = tmp_path_factory.mktemp("models") / "sharp"
+    shutil.copytree(nano, folder)
+    sharpen(folder)
+    return folder
+
+
+def sharpen(folder: Path) -> None:
+    """Let attention choose, but not amplify rounding from latent to latent.
 
     Matrices have the spread of a large model's start, 0.02 (nano starts at 0.08), embeddings three times that and
     queries and keys five times.
     """
-    folder = tmp_path_factory.mktemp("models") / "sharp"
-    shutil.copytree(nano, folder)
     torch.manual_seed(1)
     weights = load_file(folder / "model.safetensors")
     for name, weight in weights.items():
@@ -58,7 +65,6 @@ def sharp(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         elif "embed_tokens" in name:
             weight.mul_(3)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -162,7 +168,7 @@ class Plain:
 
     def __init__(self, task: Task, train_vision: bool = False):
         self.task = task
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(
             task.folder, dtype=torch.float32, attn_implementation="eager"
         )
         self.model.model.visual.requires_grad_(train_vision)
@@ -182,7 +188,8 @@ class Plain:
         """(length, H) final-norm hidden states of the first `length` positions, computed from nothing."""
         position_ids = sample.position_ids[:, None, : len(x)]
         text = self.model.model.language_model
-        return text(inputs_embeds=x[None], position_ids=position_ids, use_cache=False).last_hidden_state[0]
+        more = deep_inputs(self.model, sample, len(x))
+        return text(inputs_embeds=x[None], position_ids=position_ids, use_cache=False, **more).last_hidden_state[0]
 
     def recur(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
         """k + 1 (two runs: 2 k + 1) growing full passes; hidden states and the embeddings that were fed."""
@@ -319,6 +326,40 @@ def test_frozen_tower_is_no_parameter_and_gets_no_gradient(sharp: Path, mixed: P
     assert all(not p.requires_grad and p.grad is None for p in tower)
     mine = {id(p) for p in loaded.model.parameters()}
     assert not any(id(p) in mine for p in tower)
+
+
+# --------------------------------------------------------------------------------------------------- other families
+
+
+@pytest.fixture(scope="session", params=OTHERS)
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of another family, sharpened."""
+    folder = write(request.param, tmp_path_factory.mktemp("models") / request.param)
+    sharpen(folder)
+    return folder
+
+
+@pytest.mark.parametrize("train_vision", [False, True])
+@pytest.mark.parametrize(("stage", "rows"), [("sft", ROWS), ("stage1", HELPED), ("stage2", ROWS)])
+def test_another_family_equals_its_oracle(other: Path, mixed: Path, stage: str, rows: tuple, train_vision) -> None:
+    compare(Task(other, mixed, stage, 2), rows, "sample", train_vision=train_vision)
+
+
+def test_deepstack_reaches_every_pass_that_has_an_image(other: Path, mixed: Path) -> None:
+    """The first layers' additions are no rounding: without them the loss is another one."""
+    task = Task(other, mixed, "stage2", 2)
+    loaded = task.load()
+    batch = task.attach(loaded, task.pack(task.samples(ROWS)))
+    with torch.no_grad():
+        whole = loaded.model(batch)
+        width = loaded.model.head.weight.shape[1]
+        flat = loaded.model(batch._replace(image_features=batch.image_features[:, :width]))
+    apart = abs(float(whole.ce) - float(flat.ce))
+    if "qwen3" in other.name:
+        assert batch.image_features.shape[1] == 3 * width
+        assert apart > 1e-3
+    else:
+        assert apart == 0
 
 
 # ------------------------------------------------------------------------------- what must not matter to the numbers

@@ -10,12 +10,13 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from families import OTHERS, deep_inputs, write
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mirage_ds.data.batch import collate
 from mirage_ds.data.encode import Encoder, Sample
@@ -32,7 +33,7 @@ Plan = dict[int, int]
 class World(NamedTuple):
     """The same folder twice, and its prompts."""
 
-    plain: Qwen2_5_VLForConditionalGeneration
+    plain: Any
     loaded: Loaded
     encoder: Encoder
     samples: list[Sample]
@@ -42,8 +43,12 @@ class World(NamedTuple):
 @pytest.fixture(scope="module")
 def world(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     """Nano with attention that chooses and an output matrix of its own: no ties, no echo, and a wrong key shows."""
-    folder = tmp_path_factory.mktemp("models") / "sharp"
-    sharpen(nano, folder)
+    return world_of(nano, mixed, tmp_path_factory.mktemp("models") / "sharp")
+
+
+def world_of(model: Path, mixed: Path, folder: Path) -> World:
+    """Sharpen a copy of a model, open it, and encode prompts."""
+    sharpen(model, folder)
     encoder = load_encoder([str(folder)], ImageFinder.beside(mixed, None), "sft", 1)
     records = scan(mixed)[0]
     samples = [encoder.encode_prompt(records[row], row) for row in ROWS]
@@ -62,18 +67,17 @@ def sharpen(nano: Path, folder: Path) -> None:
         weight.normal_(0, 0.06 if "embed_tokens" in name else sharp)
         if weight.ndim == 1 and not name.endswith("bias"):
             weight.mul_(10).add_(1)
-    config = Qwen2_5_VLConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
     config.save_pretrained(folder)
-    weights["lm_head.weight"] = torch.randn_like(weights["model.embed_tokens.weight"])
+    (embedding,) = (name for name in weights if "embed_tokens" in name)
+    weights["lm_head.weight"] = torch.randn_like(weights[embedding])
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def both(folder: Path) -> tuple[Qwen2_5_VLForConditionalGeneration, Loaded]:
+def both(folder: Path) -> tuple[Any, Loaded]:
     """Open a folder in plain transformers and in mirage_ds."""
-    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager"
-    ).eval()
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
     # In float64: in float32 the rounding of eight fed-back states alone comes to 1e-5 on some processors.
     loaded = load_model(folder, stage="sft", dtype=torch.float64, device=torch.device("cpu"), checkpointing=False)
     loaded.model.eval()
@@ -95,7 +99,10 @@ def slowly(
     latents, run = None, -1
     for step in range(limits.new_tokens):
         states = model.model.language_model(
-            inputs_embeds=x[None], position_ids=positions[:, None], use_cache=False
+            inputs_embeds=x[None],
+            position_ids=positions[:, None],
+            use_cache=False,
+            **deep_inputs(model, sample, len(x)),
         ).last_hidden_state[0]
         out.hidden.append(states[-1])
         token, fed = int(choose(model.lm_head(states[-1:]), step)), None
@@ -160,6 +167,14 @@ def test_greedy_batch_equals_row_by_row_equals_growing_full_passes(world: World)
     # The rows are not all alike, nor is a row one token over and over.
     assert len({tuple(row.ids) for row in found}) == 6
     assert len({token for row in found for token in row.ids}) > 6
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_decode_as_their_growing_full_passes(name: str, mixed: Path, tmp_path: Path) -> None:
+    other = world_of(write(name, tmp_path / "model"), mixed, tmp_path / "sharp")
+    start, end = other.tokens.start, other.tokens.end
+    found = compare(other, [{}, {0: start}, {1: start, 4: end}, {}, {2: start}, {0: start, 1: end}], Limits(8))
+    assert len({tuple(row.ids) for row in found}) == 6
 
 
 @pytest.mark.parametrize("longest", [1, 3, 8])

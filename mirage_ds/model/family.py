@@ -1,0 +1,114 @@
+"""Model families: all that differs between them. A new one is an entry here, a preset, and a line in the tests' lists.
+
+What every family shares is used elsewhere as it is: decoder layers that hand keyword arguments on to transformers'
+attention interface, M-RoPE on three axes, Qwen2-VL's image processor, a tower called with pixels and a grid. Imports
+neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mirage_ds.errors import UserError
+
+# A nested checkpoint's name → the flat one, which this project counts, compares and looks tensors up by.
+_FLAT = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
+_NESTED = ((r"^visual\.", "model.visual."), (r"^model\.", "model.language_model."))
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of vision-language models in transformers.
+
+    Attributes:
+        kind: `model_type` of its config.json; title: for people.
+        module: of transformers.models, with the classes config, whole and tower.
+        nested: its published checkpoints name tensors `model.language_model.*` and `model.visual.*`; the older ones
+            `model.*` and `visual.*`.
+        output_width: key of vision_config that holds the width of a merged feature.
+        pixel_mean: mean and spread that pixels are normalised by; CLIP's if None.
+    """
+
+    kind: str
+    title: str
+    module: str
+    config: str
+    whole: str
+    tower: str
+    nested: bool
+    output_width: str = "out_hidden_size"
+    pixel_mean: float | None = None
+
+    def _class(self, where: str, name: str) -> Any:
+        return getattr(importlib.import_module(f"transformers.models.{self.module}.{where}_{self.module}"), name)
+
+    def config_class(self) -> Any:
+        """Return the configuration's class."""
+        return self._class("configuration", self.config)
+
+    def model_class(self) -> Any:
+        """Return the whole model's class."""
+        return self._class("modeling", self.whole)
+
+    def tower_class(self) -> Any:
+        """Return the vision tower's class."""
+        return self._class("modeling", self.tower)
+
+    def written_name(self, name: str) -> str:
+        """Turn a flat name (load.public_name) into the one that published checkpoints of this family have."""
+        for pattern, replacement in _NESTED if self.nested else ():
+            name, count = re.subn(pattern, replacement, name)
+            if count:
+                break
+        return name
+
+    def feature_width(self, vision: Any) -> int:
+        """Return the numbers of a merged feature: H, and H more for each decoder layer that DeepStack adds to.
+
+        Args:
+            vision: the family's vision_config.
+        """
+        return int(getattr(vision, self.output_width)) * (1 + len(getattr(vision, "deepstack_visual_indexes", ())))
+
+
+_KNOWN = (
+    Family(
+        *("qwen2_5_vl", "Qwen2.5-VL", "qwen2_5_vl", "Qwen2_5_VLConfig"),
+        *("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VisionTransformerPretrainedModel", False),
+    ),
+    Family(
+        *("qwen2_vl", "Qwen2-VL", "qwen2_vl", "Qwen2VLConfig"),
+        *("Qwen2VLForConditionalGeneration", "Qwen2VisionTransformerPretrainedModel", False),
+        output_width="hidden_size",
+    ),
+    Family(
+        *("qwen3_vl", "Qwen3-VL", "qwen3_vl", "Qwen3VLConfig"),
+        *("Qwen3VLForConditionalGeneration", "Qwen3VLVisionModel", True),
+        pixel_mean=0.5,
+    ),
+)
+FAMILIES: Mapping[str, Family] = {family.kind: family for family in _KNOWN}
+DEFAULT = _KNOWN[0]
+
+
+def family_of(kind: Any, where: str) -> Family:
+    """Find a family by its `model_type`; UserError where it is none that is known.
+
+    Args:
+        where: how the model is called in the message.
+    """
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    known = ", ".join(f"{family.title} ({family.kind})" for family in _KNOWN)
+    raise UserError(f"{where}: a model of type {kind!r}; mirage_ds trains {known}")
+
+
+def flat_name(name: str) -> str:
+    """Turn a name of a published checkpoint, flat or nested, into the flat one."""
+    for pattern, replacement in _FLAT:
+        name = re.sub(pattern, replacement, name)
+    return name
