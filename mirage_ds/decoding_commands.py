@@ -152,11 +152,11 @@ def _compare_latents(
 @click.argument("folder", type=_path())
 @click.option("--image", "images", multiple=True, type=_path(), help="Input image; may be given several times.")
 @click.option("--prompt", required=True, help="The question, with <image> where an image stands.")
+@click.option("--save_latents", type=_path(), help="Write tokens, latents and hidden states to this .safetensors file.")
 @_decoding_options
-def generate(folder: Path, images: tuple[Path, ...], prompt: str, **options: Any) -> None:
+def generate(folder: Path, images: tuple[Path, ...], prompt: str, save_latents: Path | None, **options: Any) -> None:
     """Answer one question with the model in FOLDER; latent runs are marked."""
-    from mirage_ds import evaluate as evaluation
-    from mirage_ds.data.record import IMAGE_MARK, ImageFinder, Record
+    from mirage_ds.data.record import IMAGE_MARK, ImageFinder
 
     try:
         prompt.encode("utf-8")
@@ -169,10 +169,16 @@ def generate(folder: Path, images: tuple[Path, ...], prompt: str, **options: Any
             "write none (images then stand first)"
         )
     decoding = _decoding(options)
+    if save_latents is not None and save_latents.suffix != ".safetensors":
+        raise UserError(f"--save_latents {save_latents}: give a name that ends in .safetensors")
     decoder = _decoder(folder, ImageFinder((Path.cwd(),)), options)
-    record = Record(1, prompt, "", tuple(str(image) for image in images), ())
-    answers = evaluation.answer_records(decoder, [record], _limits(decoder, options), decoding, options["seed"])
-    click.echo(answers[0].marked(decoder.encoder))
+    from mirage_ds.api import Mirage, save_answer
+
+    wanted = {name: options[name] for name in ("max_new_tokens", "longest_run", "run_length", "seed")}
+    answer = Mirage(decoder).generate(prompt, images, decoding=decoding, **wanted)
+    if save_latents is not None:
+        save_answer(answer, save_latents)
+    click.echo(answer.marked)
 
 
 def _decoding(options: dict[str, Any]) -> Decoding:

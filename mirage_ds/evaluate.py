@@ -33,7 +33,7 @@ from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Generated, Limits, Pause, generate, greedy, latent_tokens, sampler
+from mirage_ds.model.generate import Chooser, Generated, Limits, Pause, generate, greedy, latent_tokens, sampler
 from mirage_ds.model.load import Loaded, load_model, read_config, resolve_folder, safetensors_of
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run_folder import versions
@@ -156,6 +156,12 @@ def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: 
     return Limits(new_tokens, longest_run, int(run_length))
 
 
+def chooser_of(decoding: Decoding, seed: int, rows: Sequence[int]) -> Chooser:
+    """Make what chooses tokens; a row's draws depend on the seed and its place, not on the rows beside it."""
+    drawn = PAPER if decoding == "paper" else decoding
+    return sampler(*drawn, [seed * 1_000_003 + row for row in rows]) if isinstance(drawn, Sampling) else greedy
+
+
 def answer_of(row: Generated, encoder: Encoder) -> Answer:
     """Split emitted ids into text and latent runs."""
     pad, start, _ = (encoder.id_of(token) for token in LATENT_TOKENS)
@@ -199,9 +205,7 @@ def decode_samples(
     tokens = latent_tokens(encoder)
     if not latents:
         tokens = tokens._replace(start=-1)
-    drawn = PAPER if decoding == "paper" else decoding
-    seeds = [seed * 1_000_003 + sample.row for sample in samples]
-    choose = sampler(*drawn, seeds) if isinstance(drawn, Sampling) else greedy
+    choose = chooser_of(decoding, seed, [sample.row for sample in samples])
 
     def choose_or_stop(logits: torch.Tensor, step: int) -> torch.Tensor:
         if asked():

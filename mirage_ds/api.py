@@ -1,0 +1,420 @@
+"""A model folder in Python: `from mirage_ds import load`.
+
+    mirage = load("runs/stage2")
+    answer = mirage.generate("<image>Fewest moves to the goal?", images=["map.png"])
+    rows = mirage.rows("data.jsonl", stage="stage2")
+    mirage.loss(mirage.batch(rows[:4])).loss.backward()
+
+One process, one device, nothing sharded: for looking, for notebooks, for small experiments. T tokens of the packed
+batch, N rows, S emitted tokens, k latents a run, H hidden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import torch
+from PIL import Image
+from safetensors.torch import save
+from torch.utils.data import Dataset
+
+from mirage_ds.config import Compress, Slots, Stage
+from mirage_ds.data.batch import Batch, collate, to_device
+from mirage_ds.data.encode import IGNORE, Encoder, Sample
+from mirage_ds.data.record import IMAGE_MARK, ImageFinder, Record, RecordError, make_record, scan
+from mirage_ds.errors import UserError, reason
+from mirage_ds.evaluate import Decoder, Decoding, answer_of, chooser_of, load_decoder, run_limits
+from mirage_ds.files import write_atomically
+from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.generate import Generated, Latents, Pause, generate, latent_tokens
+from mirage_ds.model.loss import StepCounts, objective
+
+Picture = str | Path | Image.Image
+
+
+class Answer(NamedTuple):
+    """What `Mirage.generate` returns for one question.
+
+    Attributes:
+        text: without latent runs and special tokens; marked: with `[k latents]` where a run stood.
+        ids: (S,) emitted tokens, the last one included.
+        runs: (place among the emitted tokens, k) of each latent run.
+        latents: one (k, H) tensor a run: what was fed at its slots.
+        hidden: (S, H) final-norm hidden states, each that of the position that the token was chosen at.
+    """
+
+    text: str
+    marked: str
+    ids: list[int]
+    runs: list[tuple[int, int]]
+    latents: list[torch.Tensor]
+    hidden: torch.Tensor
+
+
+class Losses(NamedTuple):
+    """What `Mirage.loss` returns: scalars with gradient, but for `rows`.
+
+    Attributes:
+        loss: γ · ce + sim, the mean over rows that training minimizes (arXiv 2506.17218, equation 3).
+        ce: cross-entropy; sim: 1 − cosine of stage 1, 0 elsewhere.
+        rows: (N,) each row's, without γ.
+    """
+
+    loss: torch.Tensor
+    ce: torch.Tensor
+    sim: torch.Tensor
+    rows: torch.Tensor
+
+
+class Token(NamedTuple):
+    """One place of an encoded row, for people.
+
+    Attributes:
+        place: from 0; text: of the token; learnt: whether it is a label; kind: "text", "image" or "latent".
+    """
+
+    place: int
+    text: str
+    learnt: bool
+    kind: str
+
+
+@dataclass(frozen=True)
+class _Given(ImageFinder):
+    """A finder to whom some images were handed in place of paths."""
+
+    given: Mapping[str, Image.Image] = field(default_factory=dict)
+
+    def size(self, record: Record, name: str, path: str) -> tuple[int, int]:
+        """See ImageFinder."""
+        image = self.given.get(path)
+        return super().size(record, name, path) if image is None else (image.height, image.width)
+
+    def load(self, record: Record, name: str, path: str) -> Image.Image:
+        """See ImageFinder."""
+        image = self.given.get(path)
+        return super().load(record, name, path) if image is None else image.convert("RGB")
+
+
+class _Fed:
+    """Feeds every run of every row the vectors given: (k, H), a generate.Latents."""
+
+    def __init__(self, vectors: torch.Tensor):
+        self.vectors = vectors
+
+    def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """See generate.Latents."""
+        return self.vectors.to(own).index_select(0, slots.clamp(0, len(self.vectors) - 1))
+
+
+class Rows(Dataset[Sample], Sequence[Sample]):
+    """Records as encoded rows: `rows[3]` is a Sample, `rows[:4]` a list of them, `rows.record(3)` what was written.
+
+    A torch Dataset: pictures are opened as rows are asked for.
+    """
+
+    def __init__(self, records: Sequence[Record], encoder: Encoder):
+        self.records, self.encoder = records, encoder
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, at: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Sample]: ...
+
+    def __getitem__(self, at: int | slice) -> Sample | list[Sample]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(len(self))[at]]
+        place = range(len(self))[at]
+        try:
+            return self.encoder.encode(self.records[place], place)
+        except RecordError as error:
+            raise UserError(f"record on {error}") from None
+
+    def record(self, at: int) -> Record:
+        """Return a row as it was written."""
+        return self.records[at]
+
+    def tokens(self, at: int) -> list[Token]:
+        """Spell a row out, token by token."""
+        sample = self[at]
+        images = set(sample.image_positions.tolist())
+        latents = {start + i for start, k in sample.runs for i in range(k)}
+        return [
+            Token(
+                place,
+                str(self.encoder.tokenizer.decode([token])),
+                label != IGNORE,
+                "image" if place in images else "latent" if place in latents else "text",
+            )
+            for place, (token, label) in enumerate(zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True))
+        ]
+
+
+class Mirage:
+    """A model folder, loaded whole on one device; made by `load`.
+
+    Attributes:
+        model: the module that trains: `forward(Batch)` → LossSums; an ordinary nn.Module.
+        encoder: turns records into Samples; stage: as it was trained; latent_size: k.
+        trained: what the folder says of its training; empty for a public model.
+    """
+
+    def __init__(self, decoder: Decoder, latent_size: int | None = None):
+        self._decoder = decoder
+        self.latent_size = latent_size or int(decoder.trained.get("latent_size") or 4)
+        self.model: MirageModel = decoder.loaded.model
+        self.trained: Mapping[str, Any] = decoder.trained
+        self._encoder = lru_cache(self._make_encoder)
+
+    @property
+    def folder(self) -> Path:
+        """Where it came from."""
+        return self._decoder.folder
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.model.head.weight.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer, with the latent tokens."""
+        return self._decoder.encoder.tokenizer
+
+    def __repr__(self) -> str:
+        tower = self._decoder.loaded.tower
+        modules = [self.model, *([tower.tower] if tower else [])]
+        count = sum(p.numel() for module in modules for p in module.parameters())
+        stage = self.trained.get("stage", "never trained by mirage_ds")
+        return f"<Mirage {self.folder}: {stage}, k {self.latent_size}, {count:,} parameters on {self.device}>"
+
+    # ------------------------------------------------------------------------------------------------------ answering
+
+    def generate(self, question: str, images: Sequence[Picture] = (), **options: Any) -> Answer:
+        """Answer a question.
+
+        Args:
+            question: with `<image>` where an image stands; without, images stand first.
+            images: paths or PIL images.
+            options: those of generate_all.
+
+        Raises:
+            UserError: an image is missing or broken, or the numbers of images and marks differ.
+        """
+        return self.generate_all([question], [images], **options)[0]
+
+    def generate_all(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Sequence[Picture]] = (),
+        *,
+        max_new_tokens: int = 1024,
+        run_length: str | int = "trained",
+        longest_run: int = 8,
+        decoding: Decoding = "greedy",
+        seed: int = 42,
+        latents: torch.Tensor | None = None,
+    ) -> list[Answer]:
+        """Answer several questions in one batch.
+
+        Args:
+            questions, images: see generate; a list of images for each question, or none at all.
+            run_length: latents a run: "trained", "model" (it ends a run itself, at the latest after longest_run), or a
+                number.
+            decoding: "greedy", "paper" (temperature 0.7, top_p 0.9) or evaluate.Sampling(temperature, top_p).
+            seed: of the draws.
+            latents: (k, H), fed at the slots of every run in place of the model's own states.
+        """
+        pictures = images or [()] * len(questions)
+        if len(pictures) != len(questions):
+            raise UserError(f"images: {len(pictures)} lists for {len(questions)} questions; give one each")
+        encoder, records = self._questions(questions, pictures)
+        try:
+            samples = [encoder.encode_prompt(record, place) for place, record in enumerate(records)]
+        except RecordError as error:
+            raise UserError(f"question on {error}") from None
+        tokens = latent_tokens(encoder)
+        if not self._decoder.latents:
+            tokens = tokens._replace(start=-1)
+        limits = run_limits(self._decoder, max_new_tokens, longest_run, str(run_length))
+        feed: Latents | None = _Fed(latents) if latents is not None else None
+        if feed is None and self.trained.get("slots") == "pause":
+            feed = Pause(self.model, tokens.pad)
+        choose = chooser_of(decoding, seed, range(len(samples)))
+        made = generate(self.model, self._attach(samples, 1), tokens, limits, choose, trace=True, latents=feed)
+        return [self._answer(one) for one in made]
+
+    def _questions(
+        self, questions: Sequence[str], pictures: Sequence[Sequence[Picture]]
+    ) -> tuple[Encoder, list[Record]]:
+        given: dict[str, Image.Image] = {}
+        records = []
+        for line, (text, own) in enumerate(zip(questions, pictures, strict=True), 1):
+            marks = text.count(IMAGE_MARK)
+            if marks and marks != len(own):
+                raise UserError(
+                    f"question {line}: {marks} {IMAGE_MARK} mark(s) for {len(own)} image(s); give one for each, or "
+                    "write none (images then stand first)"
+                )
+            names = []
+            for number, one in enumerate(own, 1):
+                names.append(f"image {number} of question {line}" if isinstance(one, Image.Image) else str(one))
+                if isinstance(one, Image.Image):
+                    given[names[-1]] = one
+            records.append(Record(line, text, "", tuple(names), ()))
+        return replace(self._decoder.encoder, finder=_Given((Path.cwd().resolve(),), None, given)), records
+
+    def _answer(self, made: Generated) -> Answer:
+        plain = answer_of(made, self._decoder.encoder)
+        runs: list[tuple[int, int]] = []
+        for place, fed in enumerate(made.fed):
+            if fed == "H" and runs and sum(runs[-1]) == place:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+            elif fed == "H":
+                runs.append((place, 1))
+        # inputs[0] is the prompt's last token: what is fed at an emitted token stands one further.
+        latents = [torch.stack(made.inputs[start + 1 : start + 1 + k]) for start, k in runs]
+        return Answer(
+            *(plain.text, plain.marked(self._decoder.encoder), made.ids, runs, latents),
+            hidden=torch.stack(made.hidden),
+        )
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def _make_encoder(
+        self, finder: ImageFinder, stage: Stage, k: int, slots: Slots | None, compress: Compress
+    ) -> Encoder:
+        return replace(self._decoder.encoder, finder=finder, stage=stage, latent_size=k, slots=slots, compress=compress)
+
+    def rows(
+        self,
+        data: str | Path | Iterable[Mapping[str, Any]],
+        stage: Stage = "stage2",
+        *,
+        latent_size: int | None = None,
+        slots: Slots | None = None,
+        compress_strategy: Compress = "average",
+        image_root: str | Path | None = None,
+    ) -> Rows:
+        """Encode records as a stage trains on them.
+
+        Args:
+            data: a file of JSON lines, or records as dicts (data/README.md); relative paths are from the file, or from
+                the working directory.
+            latent_size: k; the folder's own if None. The rest as the settings of a run of these names.
+
+        Raises:
+            UserError: the first faulty record; auxiliary slots, whose passes only a run knows.
+        """
+        if slots == "auxiliary":
+            raise UserError("slots: auxiliary rows are packed by a training run alone; take another value")
+        if isinstance(data, (str, Path)):
+            records, faults = scan(Path(data))
+            if faults:
+                raise UserError(f"{data}: {faults[0]}; `mirage-ds data check {data}` lists all faults")
+            finder = ImageFinder.beside(Path(data), Path(image_root) if image_root else None)
+        else:
+            try:
+                records = [make_record(dict(one), line) for line, one in enumerate(data, 1)]
+            except RecordError as error:
+                raise UserError(f"record on {error}") from None
+            folders = (Path(image_root).resolve(),) if image_root else ()
+            finder = ImageFinder((*folders, Path.cwd().resolve()))
+        return Rows(records, self._encoder(finder, stage, latent_size or self.latent_size, slots, compress_strategy))
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """Pack Samples into one Batch, on the model's device and with the features of their images.
+
+        Rows of stage 1, which have helpers, get one pass; rows of stage 2 one more than the deepest has latents.
+        """
+        helped = any(len(sample.helper_groups) for sample in samples)
+        deepest = max((sum(k for _, k in sample.runs) for sample in samples), default=0)
+        return self._attach(samples, 1 if helped else 1 + deepest)
+
+    def _attach(self, samples: Sequence[Sample], passes: int) -> Batch:
+        tower = self._decoder.loaded.tower
+        assert tower is not None
+        return tower.attach(to_device(collate(samples, passes, self._decoder.encoder.dummy(0)), self.device))
+
+    def loss(self, batch: Batch, ce_weight: float | None = None) -> Losses:
+        """Compute the loss that the batch's stage minimizes, with gradient where torch records it.
+
+        Args:
+            ce_weight: γ; 0.1 in stage 1 and 1 elsewhere if None, as in training.
+        """
+        # Only rows of stage 1 come with targets.
+        grounded = len(batch.pool_size) > 0
+        self.model.grounded = grounded
+        sums = self.model(batch)
+        counted = batch.weight > 0
+        counts = StepCounts(int(counted.sum()), int(batch.label_count[counted].sum()), int(batch.latent_count.sum()))
+        gamma = ce_weight if ce_weight is not None else 0.1 if grounded else 1.0
+        loss, ce, sim = objective(sums, counts, gamma, "sample")
+        return Losses(loss, ce, sim, sums.rows)
+
+
+def load(
+    folder: str | Path,
+    *,
+    latent_size: int | None = None,
+    processor: str | Path | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    device: str | torch.device | None = None,
+) -> Mirage:
+    """Load a model folder (or hub id) whole onto one device.
+
+    Args:
+        latent_size: k; that of the folder's training if None, else 4.
+        processor: folder that gives the image processor where the model's own has none.
+        min_pixels, max_pixels: of input images; the processor's own if None.
+        device: a GPU where there is one, if None. On a CPU weights are float32.
+
+    Raises:
+        UserError: no model folder of a known family.
+    """
+    from mirage_ds.data.encode import LATENT_TOKENS
+    from mirage_ds.data.load import load_tokenizer
+    from mirage_ds.model.load import resolve_folder
+
+    place = resolve_folder(str(folder), "model folder", None)
+    has = load_tokenizer([str(place)], None, add_latents=False).get_vocab().keys() >= set(LATENT_TOKENS)
+    decoder = load_decoder(
+        place,
+        ImageFinder((Path.cwd().resolve(),)),
+        Path(processor) if processor else None,
+        latents=has,
+        pixels=(min_pixels, max_pixels),
+        device=torch.device(device) if device is not None else None,
+    )
+    return Mirage(decoder, latent_size)
+
+
+def save_answer(answer: Answer, file: Path) -> None:
+    """Write an answer's tensors: `ids` (S,), `hidden` (S, H), and `latents.0`, `latents.1` … (k, H), one a run.
+
+    The texts and the places of the runs are in the file's metadata: `text`, `marked`, `runs` as JSON.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    tensors = {"ids": torch.tensor(answer.ids), "hidden": answer.hidden}
+    tensors |= {f"latents.{number}": run for number, run in enumerate(answer.latents)}
+    notes = {"text": answer.text, "marked": answer.marked, "runs": json.dumps(answer.runs)}
+    whole = save({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, notes)
+    try:
+        write_atomically(file, whole)
+    except OSError as error:
+        raise UserError(f"--save_latents {file}: cannot be written ({reason(error)})") from None
+
+
+__all__ = ["Answer", "Losses", "Mirage", "Rows", "Token", "load", "save_answer"]
