@@ -11,7 +11,7 @@ import click
 
 from mirage_ds.ablate.command import ablate
 from mirage_ds.controls.command import compare, controls
-from mirage_ds.data.command import mix, vary
+from mirage_ds.data.command import import_, mix, vary
 from mirage_ds.decoding_commands import evaluate, generate
 from mirage_ds.doctor.command import doctor
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
@@ -37,13 +37,14 @@ for command in (ablate, doctor, plan, evaluate, generate, inspect, controls, com
 
 @cli.group()
 def data() -> None:
-    """Build, convert, check, show, vary and mix records."""
+    """Build, convert, import, check, show, vary and mix records."""
 
 
 data.add_command(TaskGroup("build", "Build a task's records and pictures; a TASK of your own is package.module:Name."))
 data.add_command(TaskGroup("convert", "Convert a data set as its authors hand it out; SOURCE is its file or folder."))
 data.add_command(vary)
 data.add_command(mix)
+data.add_command(import_)
 
 
 @data.command("check")

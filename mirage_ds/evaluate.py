@@ -311,7 +311,7 @@ def _read(file: Path, task: str | None, most: int | None) -> tuple[list[Record],
 
 
 def prompt_hash(record: Record, finder: ImageFinder) -> str:
-    """SHA-256 of a question: of the JSON list [text_input, SHA-256 of each input image's file …].
+    """SHA-256 of a question: of the JSON list [text_input, SHA-256 of each input image's file …, turns before].
 
     Raises:
         UserError: an image is missing.
@@ -321,7 +321,8 @@ def prompt_hash(record: Record, finder: ImageFinder) -> str:
     except RecordError as error:
         raise UserError(f"record on {error}") from None
     images = [hashlib.sha256(place.read_bytes()).hexdigest() for place in places]
-    return hashlib.sha256(json.dumps([record.text_input, *images]).encode()).hexdigest()
+    whole = [record.text_input, *images, *([record.turns_before] if record.turns_before else [])]
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
 
 def settings_of(

@@ -1,4 +1,4 @@
-"""`mirage-ds data vary KIND FILE` and `data mix FILE…`. Imports stay inside the commands: `--help` is quick."""
+"""`mirage-ds data vary`, `data mix` and `data import`. Imports stay inside the commands: `--help` is quick."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mirage_ds.data.spec import KINDS, Kind, MixSpec, VarySpec
+from mirage_ds.data.layouts import LAYOUTS, Layout
+from mirage_ds.data.spec import KINDS, ImportSpec, Kind, MixSpec, VarySpec
 from mirage_ds.flags import CONTEXT, build_model, model_options
 
 if TYPE_CHECKING:
@@ -49,6 +50,30 @@ def mix(files: tuple[str, ...], **flags: Any) -> None:
     from mirage_ds.data.mix import parse_part
 
     _tell(run([parse_part(text) for text in files], build_model(MixSpec, flags)))
+
+
+@click.command("import", context_settings=CONTEXT)
+@click.argument("layout", type=click.Choice(LAYOUTS), metavar="LAYOUT")
+@click.argument("source")
+@model_options(ImportSpec)
+def import_(layout: Layout, source: str, **flags: Any) -> None:
+    """Write a records file of conversations in another trainer's layout.
+
+    \b
+    LAYOUT is one of
+      swift          ms-swift: messages, or query and response
+      llama-factory  conversations or messages, or instruction and output
+      trl            messages, or prompt and completion
+
+    SOURCE is a JSON, JSON-lines or Parquet file, or the name of a data set of the Hub.
+    """
+    from mirage_ds.data.importing import import_records
+    from mirage_ds.tasks.report import progress_bar
+
+    spec = build_model(ImportSpec, flags)
+    with progress_bar("pictures") as progress:
+        written = import_records(layout, source, spec, progress)
+    _tell(written)
 
 
 def _tell(written: Written) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from mirage_ds.config import Compress, Slots, Stage
+from mirage_ds.data.messages import TURNS_BEFORE
 from mirage_ds.data.pool import grid_sides, pool_groups
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, ImageFinder, Record, RecordError
 from mirage_ds.errors import UserError
@@ -105,6 +106,15 @@ class Layout:
     answer_start: int
     grids: list[Grid]
     helper_grids: list[Grid]
+
+
+def _items(text: str) -> list[dict[str, str]]:
+    """Split a text into the chat template's items at its `<image>` marks."""
+    items: list[dict[str, str]] = []
+    for number, part in enumerate(text.split(IMAGE_MARK)):
+        items += [{"type": "image"}] if number else []
+        items += [{"type": "text", "text": part}] if part else []
+    return items
 
 
 def mrope_positions(input_ids: np.ndarray, grids: list[Grid], image_pad: int, merge: int) -> np.ndarray:
@@ -228,15 +238,13 @@ class Encoder:
         return grid[1] // self.images.merge_size, grid[2] // self.images.merge_size
 
     def _prompt(self, record: Record) -> str:
-        """Write the user turn and the head of the answer's turn."""
-        parts = record.text_input.split(IMAGE_MARK)
-        content: list[Any] = []
-        if len(parts) == 1:
-            content += [{"type": "image"}] * len(record.image_input)
-        for number, part in enumerate(parts):
-            content += [{"type": "image"}] if number else []
-            content += [{"type": "text", "text": part}] if part else []
-        turns: list[Any] = [{"role": "user", "content": content}]
+        """Write the turns up to the question and the head of the answer's turn."""
+        turns: list[Any] = []
+        for turn in record.turns_before:
+            shows = turn["role"] == "user"
+            turns.append({"role": turn["role"], "content": _items(turn["content"]) if shows else turn["content"]})
+        first = [] if record.marks else [{"type": "image"}] * len(record.image_input)
+        turns.append({"role": "user", "content": [*first, *_items(record.text_input)]})
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False)) + ASSISTANT
 
     def _text(self, record: Record) -> str:
@@ -259,15 +267,19 @@ class Encoder:
         """
         # Without slots the marks are left out, and what stood on both sides of one may then spell a token.
         answer = record.text_output.replace(HELPER_MARK, "") if self._bare else record.text_output
-        texts = record.text_input, answer
+        texts = *record.texts, answer
         spelt = {token for text in texts for token in self._special.findall(text)}
         if not spelt:
             return record, {}
         held = set().union(*texts)
         unused = (chr(code) for code in PRIVATE_USE if chr(code) not in held)
         veils = dict(zip(sorted(spelt), unused, strict=False))
-        question, answer = (self._special.sub(lambda found: veils[found.group()], text) for text in texts)
-        return replace(record, text_input=question, text_output=answer), veils
+        *before, question, answer = (self._special.sub(lambda found: veils[found.group()], text) for text in texts)
+        extra = record.extra
+        if before:
+            turns = [{**turn, "content": text} for turn, text in zip(record.turns_before, before, strict=True)]
+            extra = {**extra, TURNS_BEFORE: turns}
+        return replace(record, text_input=question, text_output=answer, extra=extra), veils
 
     def _tokenize(self, text: str, veils: Mapping[str, str]) -> list[int]:
         """Tokenize a rendered row; what is veiled in it (_veil) becomes the ordinary tokens that spell it out."""

@@ -5,8 +5,9 @@
     image_input   a path or a list of paths
     image_output  the helper image: a path, or a list for several latent runs; may be absent
 
-Other keys are kept as they are. Relative paths are looked for beside the file, then under the image root, then in the
-working directory.
+or `messages`, a conversation with content items (messages.py), in place of these four. `turns_before` holds the
+messages before the question. Other keys are kept as they are. Relative paths are looked for beside the file, then under
+the image root, then in the working directory.
 """
 
 from __future__ import annotations
@@ -24,13 +25,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from mirage_ds.data.messages import (
+    HELPER_MARK,
+    IMAGE_MARK,
+    TURNS_BEFORE,
+    MessageError,
+    check_turns,
+    from_messages,
+)
 from mirage_ds.errors import UserError, reason, shown, strict_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-IMAGE_MARK = "<image>"
-HELPER_MARK = "<output_image>"
 FIELDS = ("text_input", "text_output", "image_input", "image_output")
 # Beyond this the image processor refuses (transformers' smart_resize).
 MAX_ASPECT = 200
@@ -95,6 +102,21 @@ class Record:
     def runs(self) -> int:
         """Number of latent runs in the answer: one per mark, or one for an unmarked helper image."""
         return self.text_output.count(HELPER_MARK) or len(self.image_output)
+
+    @property
+    def turns_before(self) -> list[dict[str, str]]:
+        """Messages before the question: role, and content with `<image>` marks."""
+        return list(self.extra.get(TURNS_BEFORE, ()))
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts of the user's that may hold images, in their order: the question is the last."""
+        return [*(turn["content"] for turn in self.turns_before), self.text_input]
+
+    @property
+    def marks(self) -> int:
+        """Number of `<image>` marks; with none, the images stand first in the question."""
+        return sum(text.count(IMAGE_MARK) for text in self.texts)
 
     def images(self, helpers: bool) -> list[tuple[str, str]]:
         """List (field, path) of the input images and, with `helpers`, of the helper images."""
@@ -182,6 +204,16 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True) -> Reco
     Args:
         answers: see parse_record.
     """
+    try:
+        if "messages" in values and "text_input" not in values:
+            values = {
+                **{k: v for k, v in values.items() if k != "messages"},
+                **from_messages(values["messages"], answers),
+            }
+        if TURNS_BEFORE in values:
+            values = {**values, TURNS_BEFORE: check_turns(values[TURNS_BEFORE])}
+    except MessageError as error:
+        raise RecordError(Fault(line, error.field, error.what, error.how)) from None
     if not answers:
         values.setdefault("text_output", "")
     for name in ("text_input", "text_output"):
@@ -203,7 +235,12 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True) -> Reco
         image_output=_paths(values.get("image_output"), line, "image_output"),
         extra={key: value for key, value in values.items() if key not in FIELDS},
     )
-    marks, images = record.text_input.count(IMAGE_MARK), len(record.image_input)
+    for turn in record.turns_before:
+        if not _whole(turn["content"]):
+            raise record.fault(
+                TURNS_BEFORE, "holds half a surrogate pair", "write both halves, or the character itself"
+            )
+    marks, images = record.marks, len(record.image_input)
     if marks and marks != images:
         raise record.fault(
             "text_input",

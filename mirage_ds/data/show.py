@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mirage_ds.data.record import (
     HELPER_MARK,
     IMAGE_MARK,
+    TURNS_BEFORE,
     Fault,
     ImageFinder,
     Record,
@@ -123,11 +124,14 @@ def _shown(text: str, line: int, finder: ImageFinder) -> Shown:
             record = parse_record(text, line, answers=False)
         except RecordError:
             return Shown(line, [], [text], {}, faults)
-    question = _laid(record.text_input, IMAGE_MARK, _places(record, "image_input", record.image_input, finder, faults))
+    before = "".join(f"{turn['role']}: {turn['content']}\n" for turn in record.turns_before)
+    asked = f"{before}user: {record.text_input}" if before else record.text_input
+    question = _laid(asked, IMAGE_MARK, _places(record, "image_input", record.image_input, finder, faults))
     helpers = _places(record, "image_output", record.image_output, finder, faults)
     answer = _laid(record.text_output, HELPER_MARK, helpers)
     faults += _task_faults(record)
-    return Shown(line, question, answer, record.extra, faults)
+    keys = {key: value for key, value in record.extra.items() if key != TURNS_BEFORE}
+    return Shown(line, question, answer, keys, faults)
 
 
 def _places(record: Record, name: str, paths: Sequence[str], finder: ImageFinder, faults: list[Fault]) -> list[Place]:

@@ -1,4 +1,4 @@
-"""The flags of `mirage-ds data vary` and `data mix`. Imports little, so that the command line's `--help` is quick."""
+"""The flags of `mirage-ds data vary`, `data mix` and `data import`. Imports little: `--help` is quick."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ class VarySpec(RewriteSpec):
     most: int | None = Field(None, ge=1, description="take only the first so many records")
     question: str | None = Field(None, description=f"helper-only: what is asked [default: {QUESTION}]")
     task: str | None = Field(None, description="helper-text: whose words [default: the record's own task]")
+
+
+class ImportSpec(RewriteSpec):
+    """Where conversations of another layout lie."""
+
+    helper_key: str = Field("helper_images", description="key of a row that holds its helper images")
+    split: str = Field("train", description="of a data set of the Hub")
+    most: int | None = Field(None, ge=1, description="take only the first so many rows")
 
 
 class MixSpec(RewriteSpec):

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from mirage_ds.data.partners import choose_partners
-from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
+from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Record
 from mirage_ds.data.rewrite import Row, Source, Written, write_rows
 from mirage_ds.data.spec import QUESTION, Kind, VarySpec
 from mirage_ds.errors import UserError, shown
@@ -104,7 +104,7 @@ def _without_helper(row: Row) -> Row:
 def _helper_input(given: Given) -> list[Row]:
     """The helper as a further input image. Without marks images stand first, and so does it."""
     row, images = given.row, len(given.row.helpers)
-    text = row.text_input + IMAGE_MARK * images if IMAGE_MARK in row.text_input else row.text_input
+    text = row.text_input + IMAGE_MARK * images if given.record.marks else row.text_input
     return [replace(_without_helper(row), text_input=text, inputs=row.inputs + row.helpers)]
 
 
@@ -182,7 +182,8 @@ def _grey(given: Given, path: str) -> Picture:
 def _helper_only(given: Given) -> list[Row]:
     """Nothing but the latents to read the answer from."""
     question = QUESTION if given.spec.question is None else given.spec.question
-    return [replace(given.row, text_input=question, inputs=())]
+    extra = {key: value for key, value in given.row.extra.items() if key != TURNS_BEFORE}
+    return [replace(given.row, text_input=question, inputs=(), extra=extra)]
 
 
 MAKERS: dict[Kind, Callable[[Given], list[Row]]] = {

@@ -1,0 +1,148 @@
+"""`mirage-ds data import`: conversations in another trainer's layout, from a file or the Hub, as a records file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mirage_ds.data.layouts import Layout, read_row
+from mirage_ds.data.messages import MessageError
+from mirage_ds.data.record import Fault, ImageFinder, Record, RecordError, make_record, read_lines
+from mirage_ds.data.rewrite import Row, Written, write_rows
+from mirage_ds.data.spec import ImportSpec
+from mirage_ds.errors import UserError, reason, strict_json
+from mirage_ds.tasks.draft import Picture
+from mirage_ds.tasks.report import Advance
+
+# First bytes of a file → its suffix; others are kept under "img", which every reader here opens by content too.
+_SIGNS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"RIFF", "webp"), (b"GIF8", "gif"))
+
+
+def _from_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    for line, text in read_lines(file):
+        try:
+            yield line, strict_json(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} line {line}: not valid JSON ({reason(error)}); write one object a line") from None
+
+
+def _from_array(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        values = strict_json(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({reason(error)}); expected a list of rows") from None
+    if not isinstance(values, list):
+        raise UserError(f"{file}: expected a list of rows, found {type(values).__name__}")
+    yield from enumerate(values, 1)
+
+
+def _from_datasets(source: str, split: str) -> Iterator[tuple[int, Any]]:
+    """Read a Parquet file, or a data set of the Hub; images stay as they were stored."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if source.endswith(".parquet"):
+            found: Any = datasets.load_dataset("parquet", data_files=source, split="train")
+        else:
+            found = datasets.load_dataset(source, split=split)
+    except Exception as error:  # noqa: BLE001  # the Hub's client, fsspec and Arrow raise almost anything
+        raise UserError(
+            f"{source}: cannot be loaded ({reason(error)}); give a file, or a data set of the Hub"
+        ) from None
+    undecoded = {name: _undecoded(kind) for name, kind in found.features.items()}
+    yield from enumerate(found.cast(datasets.Features(undecoded)), 1)
+
+
+def _undecoded(kind: Any) -> Any:
+    import datasets
+
+    if isinstance(kind, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(kind, datasets.List):
+        return datasets.List(_undecoded(kind.feature))
+    return kind
+
+
+def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
+    """Yield (number from 1, row) of a JSON-lines file, a JSON array, a Parquet file or a data set of the Hub.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    file = Path(source)
+    try:
+        if not file.is_file() or file.suffix == ".parquet":
+            if not file.is_file() and (file.suffix in (".json", ".jsonl", ".parquet") or file.is_absolute()):
+                raise UserError(f"{source}: no such file")
+            yield from _from_datasets(source, split)
+        elif file.suffix == ".json" and file.read_text(encoding="utf-8").lstrip()[:1] == "[":
+            yield from _from_array(file)
+        else:
+            yield from _from_lines(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: cannot be read ({reason(error)})") from None
+
+
+def _picture(value: Any) -> Picture | None:
+    content = value.get("bytes") if isinstance(value, Mapping) else None
+    if not isinstance(content, bytes):
+        return None
+    suffix = next((name for sign, name in _SIGNS if content.startswith(sign)), "img")
+    return Picture.stored(content, suffix)
+
+
+def _images(record: Record, name: str, given: list[Any], finder: ImageFinder) -> tuple[Path | Picture, ...]:
+    found: list[Path | Picture] = []
+    for value in given:
+        picture = _picture(value)
+        if picture is not None:
+            found.append(picture)
+            continue
+        place = finder.find(record, name, str(value))
+        found.append(place.parent.resolve() / place.name)
+    return tuple(found)
+
+
+def _row(number: int, values: Any, layout: Layout, helper_key: str, finder: ImageFinder) -> Row:
+    if not isinstance(values, Mapping):
+        raise RecordError(Fault(number, "row", f"expected an object, found {type(values).__name__}", "write one"))
+    try:
+        made = read_row(values, layout, helper_key)
+    except MessageError as error:
+        raise RecordError(Fault(number, error.field, error.what, error.how)) from None
+    given = {name: list(made.get(name, ())) for name in ("image_input", "image_output")}
+    # Checked as a record with a path for each image, wherever it comes from.
+    named = {name: [value if isinstance(value, str) else "inside" for value in own] for name, own in given.items()}
+    record = make_record(made | named, number)
+    inputs, helpers = (_images(record, name, own, finder) for name, own in given.items())
+    return Row(record.text_input, record.text_output, inputs, helpers, _jsonable(record.extra))
+
+
+def _jsonable(extra: Mapping[str, Any]) -> dict[str, Any]:
+    # A data set may hold dates and the like, which JSON has not.
+    return dict(json.loads(json.dumps(dict(extra), default=str)))
+
+
+def import_records(layout: Layout, source: str, spec: ImportSpec, progress: Advance | None = None) -> Written:
+    """Write a records file of a source.
+
+    Raises:
+        UserError: the source cannot be read, a row has not the layout or its image is missing, the target exists.
+    """
+    place = Path(source)
+    beside = place if place.is_file() else Path.cwd() / "rows"
+    finder = ImageFinder.beside(beside, spec.image_root)
+    rows: list[Row] = []
+    for number, values in read_source(source, spec.split):
+        if spec.most is not None and len(rows) == spec.most:
+            break
+        try:
+            rows.append(_row(number, values, layout, spec.helper_key, finder))
+        except RecordError as error:
+            raise UserError(f"{source}, {error.fault}") from None
+    if not rows:
+        raise UserError(f"{source}: holds no row")
+    return write_rows(rows, spec, progress)

@@ -1,0 +1,139 @@
+"""Conversations: `messages` with content items, as a record's own keys. Imports nothing heavy.
+
+    {"messages": [
+        {"role": "system", "content": "You plan."},
+        {"role": "user", "content": [{"type": "image", "image": "map.png"}, {"type": "text", "text": "Fewest moves?"}]},
+        {"role": "assistant", "content": [{"type": "latent", "image": "path.png"}, {"type": "text", "text": "RIGHT"}]}]}
+
+The last user message is the question, the last assistant message the answer that is learnt; what stands before them is
+kept in TURNS_BEFORE, with `<image>` where an image stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mirage_ds.errors import shown
+
+# Own key of a record: the messages before its question, [{"role": …, "content": text with <image> marks}, …].
+TURNS_BEFORE = "turns_before"
+IMAGE_MARK = "<image>"
+HELPER_MARK = "<output_image>"
+ROLES = ("system", "user", "assistant")
+
+
+class MessageError(Exception):
+    """What is wrong with a conversation: `field`, `what`, and `how` to mend it."""
+
+    def __init__(self, field: str, what: str, how: str):
+        super().__init__(f"{field}: {what}; {how}")
+        self.field, self.what, self.how = field, what, how
+
+
+def check_turns(turns: Any, field: str = TURNS_BEFORE) -> list[dict[str, str]]:
+    """Check the messages before a question: roles that take turns, texts, no latents.
+
+    Raises:
+        MessageError: they do not have the format.
+    """
+    if not isinstance(turns, list):
+        raise MessageError(
+            field, f"expected a list of messages, found {shown(turns)}", "write role and content of each"
+        )
+    found = []
+    wanted = "user"
+    for number, turn in enumerate(turns, 1):
+        where = f"{field} {number}"
+        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
+            raise MessageError(where, f"expected role and content, found {shown(turn)}", "write both as strings")
+        role = turn.get("role")
+        if role not in ROLES or (role == "system" and number > 1):
+            raise MessageError(where, f"its role is {shown(role)}", "system may come first, then user and assistant")
+        if role not in ("system", wanted):
+            raise MessageError(where, f"its role is {role} where {wanted} is due", "user and assistant take turns")
+        if role != "system":
+            wanted = "assistant" if role == "user" else "user"
+        if HELPER_MARK in turn["content"]:
+            raise MessageError(where, "holds latents", "only the last answer, which is learnt, may have a run of them")
+        if role != "user" and IMAGE_MARK in turn["content"]:
+            raise MessageError(where, f"a {role} message holds an image", "only the user shows images")
+        found.append({"role": role, "content": turn["content"]})
+    if wanted != "user":
+        raise MessageError(field, "they end with a user message", "the question itself is text_input")
+    return found
+
+
+def from_messages(messages: Any, answers: bool) -> dict[str, Any]:
+    """Turn a conversation into text_input, text_output, image_input, image_output and TURNS_BEFORE.
+
+    Args:
+        answers: whether it must end with an answer; a question may stand last otherwise.
+
+    Raises:
+        MessageError: it does not have the format.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise MessageError("messages", f"expected a list of messages, found {shown(messages)}", "write at least two")
+    images: list[str] = []
+    helpers: list[str] = []
+    turns = [_turn(message, number, images, helpers) for number, message in enumerate(messages, 1)]
+    answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
+    if answer is None and answers:
+        raise MessageError("messages", "the last one is no assistant's", "end with the answer that is to be learnt")
+    if not turns or turns[-1]["role"] != "user":
+        raise MessageError("messages", "no user message before the answer", "write the question before it")
+    question = turns.pop()["content"]
+    before = check_turns(turns, "messages")
+    return {
+        "text_input": question,
+        "text_output": answer or "",
+        **({"image_input": images} if images else {}),
+        **({"image_output": helpers} if helpers else {}),
+        **({TURNS_BEFORE: before} if before else {}),
+    }
+
+
+def _turn(message: Any, number: int, images: list[str], helpers: list[str]) -> dict[str, str]:
+    where = f"messages {number}"
+    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+        how = f"write a role ({', '.join(ROLES)}) and a content"
+        raise MessageError(where, f"expected a message, found {shown(message)}", how)
+    content, role = message.get("content"), str(message["role"])
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(items, list):
+        raise MessageError(where, f"its content is {shown(content)}", "write a text or a list of items")
+    return {"role": role, "content": "".join(_item(item, where, role, images, helpers) for item in items)}
+
+
+def _item(item: Any, where: str, role: str, images: list[str], helpers: list[str]) -> str:
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    if kind == "text" and isinstance(item.get("text"), str):
+        for mark in (IMAGE_MARK, HELPER_MARK):
+            if mark in item["text"]:
+                how = "images and latents are items here; `mirage-ds data import` reads layouts that write marks"
+                raise MessageError(where, f"a text holds {mark}", how)
+        return str(item["text"])
+    if kind == "image":
+        if role != "user":
+            raise MessageError(
+                where, f"a {role} message holds an image", 'the helper of an answer is {"type": "latent"}'
+            )
+        images.append(_path(item, where))
+        return IMAGE_MARK
+    if kind == "latent":
+        if role != "assistant":
+            raise MessageError(where, f"a {role} message holds latents", "only the answer may have a run of them")
+        if item.get("image") is not None:
+            helpers.append(_path(item, where))
+        return HELPER_MARK
+    raise MessageError(where, f"no item {shown(item)}", "there are text, image and latent items")
+
+
+def _path(item: Mapping[str, Any], where: str) -> str:
+    path = item.get("image")
+    if not isinstance(path, str) or not path:
+        raise MessageError(where, f"an item's image is {shown(path)}", "write its path")
+    if path.startswith(("http://", "https://", "data:")):
+        raise MessageError(where, f"the image {shown(path[:60])} is no file", "download it and write its path")
+    return path.removeprefix("file://")
