@@ -56,18 +56,19 @@ class Journal:
                 raise UserError(f"--out {out}: holds a data.jsonl that is not of this command; name another folder")
             out.mkdir(parents=True, exist_ok=True)
             self.file: io.FileIO = self.path.open("ab", buffering=0)
-            self.lines = self.path.open("rb")
         except OSError as error:
             raise self._unwritable(error) from None
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.close()
+            self.file.close()
             raise UserError(f"--out {out}: another process writes {NAME} there; wait for it, or stop it") from None
         try:
             self._read(setup)
+            # Only now: it has never seen what was cut off.
+            self.lines = self.path.open("rb")
         except BaseException:
-            self.close()
+            self.file.close()
             raise
 
     def close(self) -> None:
@@ -94,11 +95,12 @@ class Journal:
     def _read(self, setup: dict[str, Any]) -> None:
         """Read the lines there are, or write the first."""
         end = 0
-        for number, line in enumerate(self.lines, 1):
-            if not line.endswith(b"\n"):
-                break
-            self._take(line, number, end, setup)
-            end += len(line)
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    break
+                self._take(line, number, end, setup)
+                end += len(line)
         try:
             self.file.truncate(end)
         except OSError as error:

@@ -72,13 +72,15 @@ def rationalize(file: Path, spec: RationalizeSpec, progress: Advance | None = No
     count = rows.check()
     total = count * spec.samples
     setup = _setup(file, spec, template)
+    # A server costs nothing yet, and what is wrong with its flags is said before anything is written.
+    writer = _server(spec, template, rows) if spec.endpoint is not None else None
     with closing(Journal(spec.out, setup)) as journal:
         missing = sum(journal.pending(row, sample) for row in range(count) for sample in range(spec.samples))
         if missing:
             done = total - missing
             if progress is not None:
                 progress(done, total)
-            for job, found in _writer(spec, template, rows).replies(spec.samples, journal.pending):
+            for job, found in (writer or _local(spec, template, rows)).replies(spec.samples, journal.pending):
                 journal.note(job, found)
                 done += 1
                 if progress is not None:
@@ -86,11 +88,13 @@ def rationalize(file: Path, spec: RationalizeSpec, progress: Advance | None = No
         return _finish(rows, spec, template, setup, journal, count)
 
 
-def _writer(spec: RationalizeSpec, template: Template, rows: Rows) -> Writer:
-    if spec.endpoint is not None:
-        from mirage_ds.rationalize.server import Server
+def _server(spec: RationalizeSpec, template: Template, rows: Rows) -> Writer:
+    from mirage_ds.rationalize.server import Server
 
-        return Server(spec, template, rows)
+    return Server(spec, template, rows)
+
+
+def _local(spec: RationalizeSpec, template: Template, rows: Rows) -> Writer:
     from mirage_ds.rationalize.local import Local
 
     return Local(spec, template, rows)
