@@ -28,6 +28,8 @@ from mirage_ds.rationalize.spec import USUAL_KEY_VARIABLE, RationalizeSpec
 # The first wait before asking again; each further one is twice as long.
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
+# A server that asks for more is asked again after this.
+LONGEST_TOLD_S = 3600.0
 # Of these another try may get a reply: request timeout, conflict, too early, too many requests. And of all 5xx.
 PASSING = (408, 409, 425, 429)
 # So many jobs without a reply one after another, or --parallel if that is more, and the server is gone.
@@ -139,7 +141,7 @@ class Server:
             except _NoReply as error:
                 why = str(error)
                 # Spread, so that those who failed together do not come back together.
-                pause = wait * random.uniform(0.5, 1) if error.after is None else error.after
+                pause = wait * random.uniform(0.5, 1) if error.after is None else min(error.after, LONGEST_TOLD_S)
             if last or self.stop.wait(pause):
                 break
             wait = min(2 * wait, LONGEST_WAIT_S)

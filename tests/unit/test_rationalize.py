@@ -191,8 +191,8 @@ def plain(tmp_path: Path) -> Path:
     rows: list[Row] = [
         dict(text_input="What is <image>?", text_output=r"It is \boxed{x^{2}}", image_input="a.png",
              image_output="b.jpg", level=1, note={"deep": [1]}),
-        dict(text_input="<image> or <image>, {answer}?", text_output=r"<output_image>a<output_image>\boxed{ two words }",
-             image_input=["c.png", "a.png"], image_output=["d.gif", "b.jpg"]),
+        dict(text_input="<image> or <image>, {answer}?", image_input=["c.png", "a.png"],
+             text_output=r"<output_image>a<output_image>\boxed{ two words }", image_output=["d.gif", "b.jpg"]),
         dict(text_input="Blind, in <think> tags?", text_output=r"\boxed{3}", image_output=["c.png"]),
     ]  # fmt: skip
     return write(folder / "rows.jsonl", *rows)
@@ -216,14 +216,17 @@ def summary(out: Path) -> Row:
     return json.loads((out / "rationalize.json").read_text())
 
 
+def others(row: Row) -> Row:
+    changed = ("text_output", "rationale", "image_input", "image_output")
+    return {key: value for key, value in row.items() if key not in changed}
+
+
 def written(out: Path, file: Path, given: list[Row] | None = None) -> list[Row]:
     """Read data.jsonl; what holds for every one is checked: `given` are the rows it is made of."""
     rows = lines(out / "data.jsonl")
     assert check_file(out / "data.jsonl", "stage1", None, None, 1) == (len(rows), [])
     for row, old in zip(rows, lines(file) if given is None else given, strict=True):
-        assert {
-            k: v for k, v in row.items() if k not in ("text_output", "rationale", "image_input", "image_output")
-        } == {k: v for k, v in old.items() if k not in ("text_output", "image_input", "image_output")}
+        assert others(row) == others(old)
         for key in ("image_input", "image_output"):
             assert places(row, key, out) == places(old, key, file.parent)
             assert not any(Path(path).is_absolute() for path in ([row[key]] if isinstance(row.get(key), str) else []))
@@ -337,7 +340,7 @@ def test_samples_are_rows(ask: Call, fake: Fake, boards: Path, tmp_path: Path) -
 def test_dropped_replies_are_counted(ask: Call, fake: Fake, boards: Path, tmp_path: Path) -> None:
     """One row of each kind; the first example of each is kept."""
     other = {"A": "B", "B": "C", "C": "A"}
-    kinds: list[Callable[[Request], Answer]] = [
+    kinds: Iterator[Callable[[Request], Answer]] = iter([
         right,
         lambda r: said(form(other[r.answer])),  # wrong
         lambda r: said(form(r.answer, after=f"So \\boxed{{{other[r.answer]}}}")),  # its reasoning says otherwise
@@ -350,8 +353,12 @@ def test_dropped_replies_are_counted(ask: Call, fake: Fake, boards: Path, tmp_pa
         lambda r: said("", finish_reason="content_filter"),
         lambda r: said(None, message={"refusal": "I can't."}),
         lambda r: said(form(r.answer, after="half \ud800")),
-    ]
-    fake.reply = lambda request: kinds[len(fake.seen) - 1](request)
+    ])  # fmt: skip
+
+    def reply(request: Request) -> Answer:
+        return next(kinds)(request)
+
+    fake.reply = reply
     code, told, error = ask(boards, "--parallel", 1)
     assert (code, error) == (0, "")
     found = summary(tmp_path / "out")
@@ -401,7 +408,7 @@ def test_another_right_answer_is_not_the_rows(ask: Call, fake: Fake, tmp_path: P
     ("text", "helpers", "expected"),
     [
         ("<before>a</before><after>b</after><answer>c</answer>", 1, (["a", "b"], "c")),
-        ("Sure!\n<BEFORE>a\n\nb</BEFORE> then\n<After>c</After>\n<answer>\nd\n</answer> Bye", 1, (["a\n\nb", "c"], "d")),
+        ("Sure!\n<BEFORE>a\n\nb</BEFORE> so\n<After>c</After>\n<answer>\nd\n</answer> Bye", 1, (["a\n\nb", "c"], "d")),
         ("<think>I write <before>x</before></think><before>a</before><after>b</after><answer>c</answer>", 1,
          (["a", "b"], "c")),
         ("<before>a</before><between>b</between><after>c</after><answer>d</answer>", 2, (["a", "b", "c"], "d")),
@@ -459,17 +466,19 @@ def test_retry_after_is_waited_for(monkeypatch: pytest.MonkeyPatch, boards: Path
     rows = Rows(boards, ImageFinder.beside(boards, None), None, None)
     server = serving.Server(spec, serving.Template.load(None), rows)
     waits: list[float] = []
-    monkeypatch.setattr(server.stop, "wait", lambda seconds: waits.append(seconds))
+    monkeypatch.setattr(server.stop, "wait", waits.append)
     job = next(iter(server._jobs(1, lambda row, sample: True)))
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 100))
-    headers = iter(({"Retry-After": "7"}, {"Retry-After": soon}, {"Retry-After": "soon"}, *[{}] * 6))
+    told = ("7", soon, "soon", "9" * 99)
+    headers = iter([*({"Retry-After": text} for text in told), *[{}] * 5])
     fake.reply = lambda request: (429, next(headers), b"")
     lost = server.ask(job)
     assert lost == ("429 (Too Many Requests)", True)
     assert len(waits) == 8
     assert waits[0] == 7
     assert 95 < waits[1] <= 100
-    for wait, most in zip(waits[2:], (16, 32, 60, 60, 60, 60), strict=True):
+    assert waits[3] == 3600
+    for wait, most in zip((waits[2], *waits[4:]), (16, 60, 60, 60, 60), strict=True):
         assert most / 2 <= wait <= most
 
 
@@ -546,7 +555,13 @@ def test_a_server_that_is_gone(call: Call, fake: Fake, boards: Path, tmp_path: P
 
 def test_a_slow_server_is_not_waited_for_longer_than_told(ask: Call, fake: Fake, boards: Path, tmp_path: Path) -> None:
     go = threading.Event()
-    fake.reply = lambda request: right(request) if len(fake.seen) > 1 or go.wait(5) else right(request)
+
+    def reply(request: Request) -> Answer:
+        if len(fake.seen) == 1:
+            go.wait(5)
+        return right(request)
+
+    fake.reply = reply
     assert ask(boards, "--timeout", 0.1, "--parallel", 1)[0] == 0
     go.set()
     assert len(fake.seen) == 13
@@ -638,7 +653,8 @@ def test_another_command_is_refused(ask: Call, fake: Fake, boards: Path, plain: 
     prompt = tmp_path / "p.txt"
     prompt.write_text("{question} {answer} <image> <helper>")
     for what, file, arguments in (
-        ("FILE", plain, ()), ("--prompt", boards, ("--prompt", prompt)), ("--model_name", boards, ("--model_name", "b")),
+        ("FILE", plain, ()), ("--prompt", boards, ("--prompt", prompt)),
+        ("--model_name", boards, ("--model_name", "b")),
         ("--temperature", boards, ("--temperature", 1)), ("--seed", boards, ("--seed", 1)),
     ):  # fmt: skip
         code, told, error = ask(file, *arguments)
