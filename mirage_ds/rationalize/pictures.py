@@ -33,6 +33,8 @@ def data_url(finder: ImageFinder, record: Record, shown: Shown, max_pixels: int 
         content = finder.find(record, *shown).read_bytes()
         if (kind := _plain(content)) is not None:
             return _url(kind, content)
+    # Pillow would write the transparency again, which the trainer drops.
+    picture.info.clear()
     made = io.BytesIO()
     picture.save(made, "PNG")
     return _url("image/png", made.getvalue())

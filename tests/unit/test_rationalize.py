@@ -27,10 +27,12 @@ from PIL import Image, ImageChops
 
 from mirage_ds.cli import main
 from mirage_ds.data.check import check_file
-from mirage_ds.data.record import ImageFinder
+from mirage_ds.data.record import ImageFinder, Record
 from mirage_ds.rationalize import server as serving
 from mirage_ds.rationalize.form import NoForm, read
 from mirage_ds.rationalize.job import Rows
+from mirage_ds.rationalize.pictures import data_url
+from mirage_ds.rationalize.prompt import Shown
 from mirage_ds.rationalize.spec import RationalizeSpec
 from mirage_ds.tasks import get_task
 from mirage_ds.tasks.build import build
@@ -309,6 +311,33 @@ def test_pictures_places_and_answers(ask: Call, fake: Fake, plain: Path, tmp_pat
     )
 
 
+def test_pictures_are_what_the_trainer_sees(tmp_path: Path) -> None:
+    """The file's bytes only where nobody can see anything else in them."""
+    noise = Image.effect_noise((40, 30), 90).convert("RGB")
+    noise.save(tmp_path / "plain.png")
+    noise.save(tmp_path / "plain.jpg")
+    noise.convert("L").save(tmp_path / "grey.png")
+    noise.save(tmp_path / "moving.png", save_all=True, append_images=[noise.rotate(180)])
+    noise.save(tmp_path / "clear.png", transparency=noise.getpixel((3, 3)))
+    noise.convert("RGBA").save(tmp_path / "alpha.png")
+    noise.convert("P").save(tmp_path / "palette.png")
+    noise.save(tmp_path / "a.webp", lossless=True)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    noise.save(tmp_path / "turned.jpg", exif=turned)
+    finder = ImageFinder.beside(tmp_path / "r.jsonl", None)
+    same = set()
+    for path in sorted(tmp_path.iterdir()):
+        record = Record(1, "", "", (path.name,), ())
+        content = base64.b64decode(data_url(finder, record, Shown("image_input", path.name), None).split(",")[1])
+        same |= {path.name} if content == path.read_bytes() else set()
+        with Image.open(io.BytesIO(content)) as sent:
+            assert (getattr(sent, "n_frames", 1), sent.getexif().get(0x0112, 1), sent.size) == (1, 1, noise.size)
+            assert "transparency" not in sent.info
+            assert ImageChops.difference(sent.convert("RGB"), finder.load(record, "", path.name)).getbbox() is None
+    assert same == {"plain.png", "plain.jpg", "grey.png"}
+
+
 def test_large_pictures_are_made_smaller(ask: Call, fake: Fake, tmp_path: Path) -> None:
     Image.new("RGB", (200, 100), (9, 8, 7)).save(tmp_path / "a.png")
     file = write(tmp_path / "r.jsonl", {"text_input": "?", "text_output": "\\boxed{1}", "image_output": "a.png"})
@@ -402,6 +431,28 @@ def test_another_right_answer_is_not_the_rows(ask: Call, fake: Fake, tmp_path: P
     assert summary(tmp_path / "out")["counts"]["wrong answer"] == 1
     # In the row's own words.
     assert lines(tmp_path / "out/data.jsonl")[0]["text_output"].endswith("The answer is \\boxed{RIGHT, DOWN}.")
+
+
+def test_a_task_of_ones_own(
+    ask: Call, fake: Fake, plain: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its scorer decides, whatever is in the box; a part of the score is not right."""
+    (tmp_path / "own_rational.py").write_text(
+        "from mirage_ds.tasks.task import Task\n"
+        "class Mine(Task):\n"
+        "    def prompt(self, row, settings): return ''\n"
+        "    def parse(self, text, row): return 'x'\n"
+        "    def score_record(self, text, record):\n"
+        "        return {'share': 0.5 if 'half' in text else 1.0 * ('bad' not in text)}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    file = write(plain, *[lines(plain)[0]] * 3)
+    answers = iter(("bad", "half", "fine"))
+    fake.reply = lambda request: said(form(next(answers)))
+    assert ask(file, "--task", "own_rational:Mine", "--parallel", 1)[0] == 0
+    assert summary(tmp_path / "out")["counts"]["wrong answer"] == 2
+    assert summary(tmp_path / "out")["examples"]["accepted"]["line"] == 3
 
 
 @pytest.mark.parametrize(
@@ -628,8 +679,10 @@ def test_a_killed_command_goes_on(ask: Call, fake: Fake, boards: Path, tmp_path:
     assert len(fake.seen) == 7
     assert not answered & {request.text + str(request.images[0].tobytes()) for request in fake.seen}
     assert lines_there(out)[:6] == before
-    assert len(lines_there(out)) == 13
+    assert len(lines(out / "replies.jsonl")) == 13
     rows = written(out, boards)
+    assert ask(boards)[0] == 0
+    assert len(fake.seen) == 7
     # Undisturbed it is the same file.
     assert ask(boards, "--out", tmp_path / "whole")[0] == 0
     assert lines(tmp_path / "whole/data.jsonl") == rows
