@@ -613,9 +613,10 @@ def test_a_slow_server_is_not_waited_for_longer_than_told(ask: Call, fake: Fake,
         return right(request)
 
     fake.reply = reply
-    assert ask(boards, "--timeout", 0.1, "--parallel", 1)[0] == 0
+    assert ask(boards, "--timeout", 0.2, "--parallel", 1)[0] == 0
     go.set()
-    assert len(fake.seen) == 13
+    # Not exactly two: on a busy machine others may be late too.
+    assert [request.text for request in fake.seen[:2]] == [fake.seen[0].text] * 2
     written(tmp_path / "out", boards)
 
 
