@@ -18,6 +18,7 @@ from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.flags import CONTEXT
 from mirage_ds.inspect_latents.command import inspect
 from mirage_ds.plan.command import plan
+from mirage_ds.rationalize.command import rationalize
 from mirage_ds.stop import EXIT_STOPPED, Stopped, StopRequest
 from mirage_ds.tasks.command import TaskGroup
 
@@ -37,7 +38,7 @@ for command in (ablate, doctor, plan, evaluate, generate, inspect, controls, com
 
 @cli.group()
 def data() -> None:
-    """Build, convert, import, check, show, vary and mix records."""
+    """Build, convert, import, check, show, vary, mix and rationalize records."""
 
 
 data.add_command(TaskGroup("build", "Build a task's records and pictures; a TASK of your own is package.module:Name."))
@@ -45,6 +46,7 @@ data.add_command(TaskGroup("convert", "Convert a data set as its authors hand it
 data.add_command(vary)
 data.add_command(mix)
 data.add_command(import_)
+data.add_command(rationalize)
 
 
 @data.command("check")

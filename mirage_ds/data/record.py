@@ -292,6 +292,16 @@ def _parsed(path: Path, answers: bool) -> Iterator[Record | Fault]:
             yield error.fault
 
 
+def need_lines(path: Path) -> None:
+    """Refuse what is no file of JSON lines, by its name and kind; UserError says what it is."""
+    if path.is_dir() or path.suffix == ".parquet":
+        raise UserError(
+            f"{path}: training reads folders and Parquet, this command reads one JSON-lines file; give such a file"
+        )
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of records")
+
+
 def scan(path: Path, answers: bool = True) -> tuple[list[Record], list[Fault]]:
     """Read a whole file; return the records that have the format and the faults of the others.
 
@@ -304,12 +314,7 @@ def scan(path: Path, answers: bool = True) -> tuple[list[Record], list[Fault]]:
     records: list[Record] = []
     faults: list[Fault] = []
     try:
-        if path.is_dir() or path.suffix == ".parquet":
-            raise UserError(
-                f"{path}: training reads folders and Parquet, this command reads one JSON-lines file; give such a file"
-            )
-        if not path.is_file():
-            raise UserError(f"{path}: no such file of records")
+        need_lines(path)
         for found in _parsed(path, answers):
             if isinstance(found, Fault):
                 faults.append(found)

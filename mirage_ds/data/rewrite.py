@@ -110,7 +110,7 @@ def write_rows(rows: Sequence[Row], spec: RewriteSpec, progress: Advance | None 
     try:
         with whole_or_nothing(out) as work, Painter(work, len(new), progress) as painter:
             with (work / target.name).open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(_line(row, out) for row in rows)
+                file.writelines(line_of(row, out) for row in rows)
             painter.write(new)
     except OSError as error:
         raise UserError(f"--out {spec.out}: cannot be written ({error.strerror}); name another folder") from None
@@ -122,7 +122,8 @@ def _path(image: Path | Picture, out: Path) -> str:
     return f"images/{image.name}" if isinstance(image, Picture) else Path(os.path.relpath(image, out)).as_posix()
 
 
-def _line(row: Row, out: Path) -> str:
+def line_of(row: Row, out: Path) -> str:
+    """Write a row as a line of a file in `out`, its images' paths relative to it."""
     record: dict[str, Any] = {"text_input": row.text_input, "text_output": row.text_output}
     for key, images in (("image_input", row.inputs), ("image_output", row.helpers)):
         paths = [_path(image, out) for image in images]
