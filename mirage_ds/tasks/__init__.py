@@ -22,6 +22,7 @@ TASKS = {
     "blink-jigsaw": "mirage_ds.tasks.jigsaw:Jigsaw",
     "sat": "mirage_ds.tasks.sat:Sat",
     "comt": "mirage_ds.tasks.comt:Comt",
+    "boxed": "mirage_ds.tasks.boxed_answer:BoxedAnswer",
 }
 _OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 

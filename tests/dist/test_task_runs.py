@@ -31,8 +31,8 @@ FIRST = {
     "sat": "correct",
     "comt": "correct",
 }
-# Tasks without helper images, which stage1 has no targets for; they build a base model in sft.
-READING = ("vsp-transcription", "vsp-path-reading")
+# Tasks without helper images, which stage1 has no targets for, and the one for the user's own records.
+READING = ("vsp-transcription", "vsp-path-reading", "boxed")
 SETTINGS: dict[str, Any] = dict(
     latent_size=2, global_batch_size=10, micro_batch_tokens=8192, max_steps=2, warmup_steps=0, learning_rate=1e-3,
     num_workers=0, report_to=["none"], gradient_checkpointing=False,
