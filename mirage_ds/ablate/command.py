@@ -124,9 +124,10 @@ def plan_study(study: Path, each: bool, wants_json: bool, **machine: Any) -> Non
     console.print(table)
     trained = [line for line in lines if line.node.kind == "train"]
     alone = sum(len(cell.stages) for cell in made.cells)
+    once = f" instead of {alone}, since equal parts run once" if alone > len(trained) else ""
     console.print(
-        f"{len(made.cells)} cells (arms × seeds); {len(trained)} training runs instead of {alone}, since equal parts "
-        f"run once; {len(lines) - len(trained)} evaluations",
+        f"{len(made.cells)} cells (arms × seeds); {len(trained)} training runs{once}; "
+        f"{len(lines) - len(trained)} evaluations",
         highlight=False,
     )
     if hours:
