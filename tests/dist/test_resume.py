@@ -40,7 +40,7 @@ BASE: dict[str, Any] = dict(
     gradient_checkpointing=False,
 )  # fmt: skip
 # What depends on the clock or the machine.
-TIMES = ("seconds", "samples_per_second", "tokens_per_second", "memory_gb")
+TIMES = ("time", "seconds", "data_seconds", "samples_per_second", "tokens_per_second", "memory_gb")
 
 
 # ------------------------------------------------------------------------------------------------------- on the ranks
