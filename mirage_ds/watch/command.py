@@ -10,6 +10,9 @@ import click
 
 from mirage_ds.errors import UserError
 
+# Letters of a table's line where no terminal sets them.
+WIDE = 200
+
 
 def _path() -> click.Path:
     return click.Path(path_type=Path)
@@ -32,6 +35,9 @@ def status(runs: tuple[Path, ...], wants_json: bool, watch: float | None) -> Non
     from mirage_ds.watch.summary import summary
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        # A line of a file or a pipe is as long as it is.
+        console = Console(highlight=False, width=WIDE)
     folders = [find_run(run) for run in runs]
     try:
         while True:
@@ -59,7 +65,7 @@ def status(runs: tuple[Path, ...], wants_json: bool, watch: float | None) -> Non
 @click.argument("runs", nargs=-1, required=True, type=_path())
 @click.option("--out", required=True, type=_path(), help="The picture, .png or .svg.")
 @click.option("--metric", "metrics", help="What of log.jsonl is drawn, with commas. [default: loss, and eval_loss]")
-@click.option("--smooth", type=click.IntRange(min=1), help="Steps of the moving mean. [default: a fiftieth of them]")
+@click.option("--smooth", type=click.IntRange(min=1), help="Steps of the mean. [default: a fiftieth of the longest]")
 @click.option("--against", default="step", show_default=True, type=click.Choice(["step", "rows", "tokens", "seconds"]))
 def curves(runs: tuple[Path, ...], out: Path, metrics: str | None, smooth: int | None, against: str) -> None:
     """Draw metrics of several RUNS into one picture: a panel a metric, a colour a run.

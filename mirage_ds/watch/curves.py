@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from mirage_ds.ablate.report.style import Look, legend, legible, look, panels, png, room, styled
 from mirage_ds.errors import UserError
@@ -24,10 +24,12 @@ from mirage_ds.watch.facts import json_lines, split_log
 from mirage_ds.watch.names import short_names
 
 DEFAULT = ("loss", "eval_loss")
-# Without --smooth the moving mean is over this part of a run's steps.
+# Without --smooth the moving mean is over this part of the longest run's steps.
 SMOOTHED = 50
 # Values whose largest is so many times the smallest are drawn on a logarithmic axis.
 LOGARITHMIC = 8
+# So many points of a run still stand apart as dots.
+FEW = 100
 TITLES = {
     "loss": "training loss",
     "ce": "cross-entropy",
@@ -101,7 +103,7 @@ def draw_runs(
     Args:
         out: .png or .svg; an old one is replaced.
         metrics: names of log.jsonl; None for those of DEFAULT that there are.
-        smooth: steps of the moving mean; None for the SMOOTHED-th part of a run's.
+        smooth: steps of the moving mean; None for the SMOOTHED-th part of the longest run's.
 
     Returns:
         A line that says what was drawn.
@@ -135,19 +137,29 @@ def _figure(
         for name, (colour, dash, _) in zip(names, map(look, range(len(runs))), strict=True)
     ]
     across = min(2, len(wanted))
-    width = 10.6 if across > 1 else 7.4
-    beside = room([str(one.get_label()) for one in handles], width)
-    figure, grid = panels(-(-len(wanted) // across), across, 3.4, width=width, beside=beside)
+    size = 10.6 if across > 1 else 7.4
+    beside = room([str(one.get_label()) for one in handles], size)
+    figure, grid = panels(-(-len(wanted) // across), across, 3.4, width=size, beside=beside)
+    longest = max(len(run[name].x) for run in runs for name in run)
+    mean_over = smooth or max(1, longest // SMOOTHED)
+    ends = [float(run[name].x[-1]) for run in runs for name in wanted if name in run and len(run[name].x)]
     for number, axes in enumerate(grid.flat):
         if number >= len(wanted):
             axes.set_visible(False)
             continue
         name = wanted[number]
+        measured = name.startswith("eval_")
         for which, run in enumerate(runs):
             if name in run:
-                _draw(axes, run[name], look(which), smooth, measured=name.startswith("eval_"))
-        _axes(axes, name, [run[name] for run in runs if name in run], against)
-    legend(figure, handles, width)
+                # Of curves that lie on each other the lower ones are wider.
+                width = 1.3 + 0.9 * (len(runs) - 1 - which) / max(1, len(runs) - 1)
+                _draw(axes, run[name], look(which), width, 0 if measured else mean_over)
+        smoothed = "" if measured or mean_over == 1 else f", mean over {mean_over} steps"
+        axes.set_title(f"{title_of(name)}{smoothed}")
+        axes.set(xlabel=AXES[against], ylabel=legible(name), xlim=(0, 1.02 * max(ends, default=1.0)))
+        axes.xaxis.set_major_formatter(EngFormatter())
+        _scale(axes, [run[name].y for run in runs if name in run])
+    legend(figure, handles, size)
     return figure
 
 
@@ -159,25 +171,27 @@ def title_of(name: str) -> str:
     return TITLES.get(name, legible(name.replace("_", " ")))
 
 
-def _draw(axes: Axes, curve: Curve, how: Look, smooth: int | None, measured: bool) -> None:
-    """Draw one run: its points faint, their moving mean in front; evaluations as they are, with marks."""
+def _draw(axes: Axes, curve: Curve, how: Look, width: float, mean_over: int) -> None:
+    """Draw one run: its points faint, their moving mean in front.
+
+    Args:
+        width: of the line, in points; mean_over: steps of the mean, 0 for the points themselves, joined and with marks.
+    """
     colour, dash, mark = how
-    if measured:
-        axes.plot(curve.x, curve.y, color=colour, linestyle=dash, linewidth=1.4, marker=mark, markersize=4)
+    if mean_over == 0:
+        axes.plot(curve.x, curve.y, color=colour, linestyle=dash, linewidth=width, marker=mark, markersize=3 + width)
         return
-    width = smooth or max(1, len(curve.x) // SMOOTHED)
     # A step without a number leaves a gap in the points, none in the mean.
-    axes.plot(curve.x, curve.y, color=colour, linewidth=0, marker=".", markersize=3, alpha=0.3, markeredgewidth=0)
+    dots = "." if len(curve.x) <= FEW else ""
+    axes.plot(curve.x, curve.y, color=colour, linewidth=0.6, alpha=0.3, marker=dots, markersize=5, markeredgewidth=0)
     alone = mark if len(curve.x) == 1 else ""
-    mean = moving_mean(curve.y, width)
-    axes.plot(curve.x, mean, color=colour, linestyle=dash, linewidth=1.6, marker=alone, markersize=4, zorder=3)
+    mean = moving_mean(curve.y, mean_over)
+    axes.plot(curve.x, mean, color=colour, linestyle=dash, linewidth=width, marker=alone, markersize=4, zorder=3)
 
 
-def _axes(axes: Axes, name: str, curves: Sequence[Curve], against: str) -> None:
-    axes.set_title(title_of(name))
-    axes.set(xlabel=AXES[against], ylabel=legible(name))
+def _scale(axes: Axes, curves: Sequence[np.ndarray]) -> None:
     axes.grid()
-    values = np.concatenate([curve.y for curve in curves])
+    values = np.concatenate(curves)
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > LOGARITHMIC * values.min():
         axes.set_yscale("log")

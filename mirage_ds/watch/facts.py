@@ -30,7 +30,7 @@ class Facts:
         settings: config.yaml; start: run.json. Empty where they are not there yet.
         events: of events.jsonl; verdicts: the guards', of faults.jsonl; not_finite: steps that were skipped.
         steps, evaluations: the lines of log.jsonl, one a step.
-        logged: when log.jsonl was last written to, in seconds since 1970; 0 without one.
+        logged: when log.jsonl was last written to, without one config.yaml, in seconds since 1970.
         skipped_records: lines of skipped.jsonl.
         best: best.json, or None.
         saved: (step, when) of the newest whole checkpoint that a resume would take; damaged: names of newer ones.
@@ -149,7 +149,7 @@ def read_facts(folder: Path) -> Facts:
         not_finite=json_lines(own / "not_finite.jsonl"),
         steps=steps,
         evaluations=evaluations,
-        logged=_changed(own / "log.jsonl"),
+        logged=_changed(own / "log.jsonl") or _changed(own / "config.yaml"),
         skipped_records=len(json_lines(own / "skipped.jsonl")),
         best=_object(folder / "best" / "best.json"),
         saved=saved,

@@ -19,7 +19,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     # What is left of the shortest path: not all of it may go.
     end = _common([one[::-1] for one in parts], shortest - begin)
     if begin + end == shortest:
-        begin, end = (begin - 1, end) if begin else (begin, end - 1)
+        begin, end = (begin, end - 1) if end else (begin - 1, end)
     return ["/".join(one[begin : len(one) - end]) for one in parts]
 
 

@@ -37,6 +37,13 @@ def state_words(one: Summary) -> str:
     return said if one["silent_seconds"] is None else f"{said}, last heard of {duration(one['silent_seconds'])} ago"
 
 
+def short_state(one: Summary) -> str:
+    """Say the same in a word or two."""
+    if one["state"] == "silent":
+        return f"silent {duration(one['silent_seconds'])}"
+    return f"starting: {one['detail']}" if one["state"] == "starting" and one["detail"] else str(one["state"])
+
+
 def lines_of(one: Summary) -> Iterator[tuple[str, str]]:
     """Yield what is known of a run as (name, text)."""
     yield "run", one["run"]
@@ -62,6 +69,8 @@ def lines_of(one: Summary) -> Iterator[tuple[str, str]]:
     if one["data_share"] is not None:
         yield "waits for data", f"{one['data_share']:.1%} of a step"
     yield "checkpoint", _checkpoint(one)
+    if one["damaged_checkpoints"]:
+        yield "damaged", ", ".join(one["damaged_checkpoints"])
     if one["evaluation"]:
         parts = " ".join(
             f"{name} {_number(value, '.4f')}" for name, value in one["evaluation"].items() if name != "step"
@@ -118,11 +127,12 @@ def print_several(several: Sequence[Summary], console: Console) -> None:
     """Print a line a run."""
     table = Table(
         Column("run", overflow="fold"),
-        *("stage", "state"),
-        *(Column(name, justify="right") for name in ("step", "left", "loss", "s/step", "tok/s", "mfu", "saved")),
-        "faults",
+        *(Column(name, no_wrap=True) for name in ("stage", "state")),
+        *(Column(name, justify="right", no_wrap=True) for name in ("step", "left", "loss", "tok/s", "mfu", "saved")),
+        Column("faults", overflow="fold"),
         box=None,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     names = short_names([Path(one["run"]) for one in several])
     for name, one in zip(names, several, strict=True):
@@ -130,11 +140,10 @@ def print_several(several: Sequence[Summary], console: Console) -> None:
         cells = (
             name,
             one["stage"] or "",
-            state_words(one),
+            short_state(one),
             f"{one['step']}/{one['steps'] or '?'}",
             duration(one["eta_seconds"]) if one["eta_seconds"] is not None else "",
             "" if one["loss_mean"] is None else f"{one['loss_mean']:.4f}",
-            "" if one["seconds_per_step"] is None else f"{one['seconds_per_step']:.2f}",
             "" if one["tokens_per_second"] is None else f"{one['tokens_per_second']:.0f}",
             "" if mfu is None else f"{mfu:.1%}",
             "–" if saved is None else str(saved["step"]),

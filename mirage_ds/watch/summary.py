@@ -63,6 +63,7 @@ def summary(facts: Facts, now: float) -> dict[str, Any]:
         "memory_gb": last.get("memory_gb"),
         "data_share": _of(recent, lambda one: _over(one.get("data_seconds"), one["seconds"]), median),
         "checkpoint": _checkpoint(facts, step, now),
+        "damaged_checkpoints": facts.damaged,
         "evaluation": _evaluation(facts),
         "best": _best(facts),
         "faults": _faults(facts),
