@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -185,11 +186,10 @@ def test_uninterrupted_run_moves_and_its_steps_differ(whole: Path, nano: Path) -
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_its_folder_says_how_a_run_stands(whole: Path, stopped) -> None:
+def test_its_folder_says_how_a_run_stands(whole: Path) -> None:
     done = summary(read_facts(whole), time.time())
     assert (done["state"], done["step"], done["steps"], done["world_size"]) == ("finished", STEPS, STEPS, 2)
     assert done["checkpoint"]["step"] == STEPS
-    # Six micro-batches of text and of the images that they encode; the count is the same on any number of ranks.
     assert all(line["model_flops"] > 0 for line in log_of(whole))
     before = files(whole)
     summary(read_facts(whole), time.time())
