@@ -433,20 +433,19 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
         dtype=ds.compute_dtype(ds_values),
         pixels=[config.min_pixels, config.max_pixels],
     )
-    if world.rank == 0:
-        note(own_folder, LOAD_BEGINS)
-    begin("checkpoints", own_folder if world.rank == 0 else None)
+    begin("checkpoints")
     checkpoint = None
     if config.resume == "auto":
         checkpoint = find_checkpoint(own_folder / "checkpoints", state, world)
     use_universal(ds_values, checkpoint is not None and checkpoint.universal)
     if world.rank == 0:
         run_folder.describe(own_folder, config, ds_values)
+        note(own_folder, LOAD_BEGINS)
         if config.skip_bad_records:
             write_atomically(own_folder / SKIPPED_FILE, skipped_lines(skipped))
     # In run/ stands the JSON as given: another start has other folders.
     ds_values, swap = claim_folders(ds_values, world)
-    begin("model")
+    begin("model", own_folder if world.rank == 0 else None)
     loaded = make_model(config, folders[0], ds_values, world.device, tower)
     # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
     most_runs = max(int(one.index.runs.max()) for one in measured)
