@@ -267,6 +267,7 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
     from mirage_ds.engine.offload import check_offload
     from mirage_ds.engine.setup import check_ds_config, join, make_engine
     from mirage_ds.engine.swap_folders import claim_folders
+    from mirage_ds.mfu import ModelFlops
     from mirage_ds.startup import quiet
     from mirage_ds.step import step
     from mirage_ds.stop import never
@@ -277,7 +278,8 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
     json_path = config.deepspeed or place
     values = ds.resolve(ds.read_json(json_path), json_path, config, world.size)
     check_ds_config(values, json_path)
-    model_sizes = sizes(json.loads((model_folder / "config.json").read_text()))
+    model_config = json.loads((model_folder / "config.json").read_text())
+    model_sizes = sizes(model_config)
     check_offload(values, json_path, groups_of(model_sizes), model_sizes.matrices, world, checkpoints=False)
     values, swap = claim_folders(values, world)
     clock.cut("imports, checks")
@@ -308,6 +310,8 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
         evaluation=None,
         skipped=[],
         swap=swap,
+        flops=ModelFlops(model_config, config.train_vision, config.train_targets),
+        peak=None,
     )
     steps = []
     for plan, batches in loader.steps(0, STEPS):

@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from mirage_ds.cards import A100, H100_SXM
 from mirage_ds.model.presets import PRESETS, preset
 from mirage_ds.scale import (
     Machine,
@@ -36,10 +37,10 @@ from mirage_ds.scale import (
 )
 
 # GPU/network of a node in Gb/s: nominal speeds; docs/scaling.md names the source of each.
-H100 = Machine("H100/3200", 8, 989.4e12, 80e9, 3.35e12, 450e9, 400e9)
+H100 = Machine("H100/3200", 8, H100_SXM.bf16, 80e9, 3.35e12, 450e9, 400e9)
 MACHINES = (
     H100,
-    Machine("A100/400", 8, 312e12, 40e9, 1.555e12, 300e9, 50e9),
+    Machine("A100/400", 8, A100.bf16, 40e9, 1.555e12, 300e9, 50e9),
     H100._replace(name="H100/100", nics=12.5e9),
 )
 KEPT = Zero3(max_live=10**12, reuse=10**12)

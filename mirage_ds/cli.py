@@ -1,4 +1,4 @@
-"""`mirage-ds`: plan, doctor, data, init, checkpoint, export, … Imports stay inside commands: `--help` is quick."""
+"""`mirage-ds`: status, plan, doctor, data, init, export, … Imports stay inside commands: `--help` is quick."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from mirage_ds.plan.command import plan
 from mirage_ds.rationalize.command import rationalize
 from mirage_ds.stop import EXIT_STOPPED, Stopped, StopRequest
 from mirage_ds.tasks.command import TaskGroup
+from mirage_ds.watch.command import curves, status
 
 
 def _path(**options: Any) -> click.Path:
@@ -32,7 +33,7 @@ def cli() -> None:
     """Train and study vision-language models that think in latent visual tokens."""
 
 
-for command in (ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
+for command in (status, curves, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
     cli.add_command(command)
 
 

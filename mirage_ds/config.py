@@ -179,8 +179,13 @@ class RunConfig(BaseModel):
     )
     overwrite: bool = Field(False, description="Start over in a --save_model_path that holds an earlier run.")
     log_file: Path | None = Field(None, description="Also write the log lines to this file.")
-    report_to: list[Literal["tensorboard", "wandb", "none"]] = Field(
-        ["tensorboard"], description="Where metrics go besides the console and the JSON lines."
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "none"]] = Field(
+        ["tensorboard"], description="Where metrics go besides the console and the JSON lines; see docs/watching.md."
+    )
+    peak_tflops: PositiveFloat | None = Field(
+        None,
+        description="Dense TFLOP/s of a rank in the precision of training, by which MFU is taken. [default: that of "
+        "known GPUs; without it no MFU is logged]",
     )
 
     @model_validator(mode="after")

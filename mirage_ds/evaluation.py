@@ -11,6 +11,7 @@ from mirage_ds.draw_eval import draw_rows, rows_to_draw
 from mirage_ds.engine.setup import from_rank_zero
 from mirage_ds.engine.whole import check_room
 from mirage_ds.evaluate import slots_fed
+from mirage_ds.events import EVALUATION_BEGINS, EVALUATION_ENDS
 from mirage_ds.inspect_latents.live import need_matplotlib
 from mirage_ds.model.generate import Limits
 from mirage_ds.monitor import Monitor
@@ -76,7 +77,7 @@ class Evaluator:
         """Evaluate and report after `done` steps; False when the ranks left it on request. All ranks call it."""
         if self.prepared.evaluation is None:
             return True
-        self.monitor.note("evaluation begins", done)
+        self.monitor.note(EVALUATION_BEGINS, done)
         metrics = self._metrics(done, self.prepared.evaluation)
         if metrics is not None:
             self.monitor.evaluation(done, metrics)
@@ -84,7 +85,7 @@ class Evaluator:
             line = self.best.consider(done, metrics) if self.best else None
             if line:
                 self.monitor.say(line)
-        self.monitor.note("evaluation ends", done)
+        self.monitor.note(EVALUATION_ENDS, done)
         return metrics is not None
 
     def _metrics(self, done: int, evaluation: Evaluation) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""What a run says of itself: one dense line a step, JSON lines, TensorBoard, a progress bar. Rank 0 only."""
+"""What a run says of itself: one dense line a step, JSON lines, sinks (TensorBoard, …), a progress bar. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -18,9 +18,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mirage_ds.errors import UserError
+from mirage_ds.events import note
 from mirage_ds.files import write_atomically
-from mirage_ds.run_folder import note
+from mirage_ds.sinks import End, Sink, SinkError
+from mirage_ds.stop import Stopped
+
+# What stands in a line of log.jsonl and is no curve.
+NOT_PLOTTED = ("step", "rows", "tokens", "time")
 
 
 def memory_gb() -> float:
@@ -46,18 +50,28 @@ class Monitor:
     """Reports a run; on the other ranks every call does nothing.
 
     Args:
-        folder: the run's own folder (log.jsonl, tensorboard/).
+        folder: the run's own folder (log.jsonl).
         steps: optimizer steps of the whole run.
-        report_to: "tensorboard", "wandb", "none".
+        sinks: get the same numbers, and are closed at the end.
         log_file: where the log lines are repeated, or None.
         active: whether this is rank 0.
         start: optimizer steps already taken; what an interrupted run logged beyond them is dropped.
+        peak: FLOP/s of all ranks together, by which MFU is taken; None where it is not known.
     """
 
     def __init__(
-        self, folder: Path, steps: int, report_to: Sequence[str], log_file: Path | None, active: bool, start: int = 0
+        self,
+        folder: Path,
+        steps: int,
+        sinks: Sequence[Sink],
+        log_file: Path | None,
+        active: bool,
+        start: int = 0,
+        peak: float | None = None,
     ):
         self.active = active
+        self.sinks = sinks
+        self.peak = peak
         self.folder = folder
         if not active:
             return
@@ -86,18 +100,6 @@ class Monitor:
         if log_file:
             log_file.parent.mkdir(parents=True, exist_ok=True)
             self.text = log_file.open("a", buffering=1)
-        self.board = None
-        if "tensorboard" in report_to:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
-        self.wandb = None
-        if "wandb" in report_to:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--report_to wandb: wandb is not installed; pip install wandb") from None
-            self.wandb = wandb.init(dir=str(folder), name=folder.parent.name)
         self.recent: deque[float] = deque(maxlen=50)
         self.last = time.perf_counter()
 
@@ -109,13 +111,15 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.active:
-            self.bar.stop()
-            self.lines.close()
-            if self.text:
-                self.text.close()
-            if self.board:
-                self.board.close()
+        if not self.active:
+            return
+        self.bar.stop()
+        self.lines.close()
+        end: End = "finished" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
+        for sink in self.sinks:
+            self._give(sink.close, end)
+        if self.text:
+            self.text.close()
 
     def say(self, message: str) -> None:
         """Print one line."""
@@ -124,10 +128,10 @@ class Monitor:
             if self.text:
                 self.text.write(message + "\n")
 
-    def note(self, event: str, step: int | None = None) -> None:
-        """Write down that something began or ended."""
+    def note(self, event: str, step: int | None = None, why: str | None = None) -> None:
+        """Write down that something began or ended, and why."""
         if self.active:
-            note(self.folder, event, step)
+            note(self.folder, event, step, why)
 
     def start_clock(self) -> None:
         """Begin timing the next step."""
@@ -148,7 +152,7 @@ class Monitor:
         Args:
             step: optimizer steps taken, from 1.
             rows, tokens: of the whole step, over all ranks.
-            metrics: loss and its parts, grad_norm, lr, labels, micro_steps, skipped.
+            metrics: loss and its parts, grad_norm, lr, labels, micro_steps, skipped, model_flops, data_seconds.
             row_ids: the rows that the ranks ran, where they are to be logged.
         """
         if not self.active:
@@ -163,21 +167,25 @@ class Monitor:
             **metrics,
             "rows": rows,
             "tokens": tokens,
+            "time": round(time.time(), 3),
             "seconds": round(seconds, 4),
             "samples_per_second": rows / seconds,
             "tokens_per_second": tokens / seconds,
             "memory_gb": memory_gb(),
         }
+        if self.peak is not None:
+            record["mfu"] = metrics["model_flops"] / (seconds * self.peak)
         logged = record if row_ids is None else {**record, "row_ids": row_ids}
         self.lines.write(json.dumps({name: _plain(value) for name, value in logged.items()}) + "\n")
         sim = f" sim {metrics['sim']:.4f}" if "sim" in metrics else ""
+        mfu = f" mfu {record['mfu']:.1%}" if "mfu" in record else ""
         self.say(
             f"step {step}/{self.steps} epoch {epoch:.2f} loss {metrics['loss']:.4f} ce {metrics['ce']:.4f}{sim} "
             f"grad {metrics['grad_norm']:.3f} lr {metrics['lr']:.2e} G {metrics['micro_steps']:.0f} "
-            f"{seconds:.2f} s {rows / seconds:.1f} rows/s {tokens / seconds:.0f} tok/s "
+            f"{seconds:.2f} s {rows / seconds:.1f} rows/s {tokens / seconds:.0f} tok/s{mfu} "
             f"mem {record['memory_gb']:.2f} GB eta {hours(left)}{' SKIPPED' if metrics['skipped'] else ''}"
         )
-        self._plot(step, "train", {name: record[name] for name in record if name not in ("step", "rows", "tokens")})
+        self._plot(step, "train", {name: record[name] for name in record if name not in NOT_PLOTTED})
         self.bar.update(self.task, completed=step)
 
     def not_finite(self, step: int, records: list[dict[str, int]], whole: bool) -> None:
@@ -199,23 +207,26 @@ class Monitor:
         """Report the losses on the evaluation records after `step` optimizer steps."""
         if not self.active:
             return
-        self.lines.write(
-            json.dumps({"step": step, **{f"eval_{name}": value for name, value in metrics.items()}}) + "\n"
-        )
+        measured = {f"eval_{name}": _plain(value) for name, value in metrics.items()}
+        self.lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **measured}) + "\n")
         parts = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.say(f"evaluation after step {step}: {parts}")
         self._plot(step, "eval", metrics)
 
     def pictures(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Give figures of matplotlib to TensorBoard, which closes them."""
-        if self.active and self.board:
+        """Give figures of matplotlib to TensorBoard."""
+        if self.active:
             for name, figure in figures.items():
-                self.board.add_figure(f"latents/{name}", figure, step)
+                for sink in self.sinks:
+                    self._give(sink.figure, step, f"latents/{name}", figure)
 
     def _plot(self, step: int, group: str, values: dict[str, Any]) -> None:
-        scalars = {f"{group}/{name}": value for name, value in values.items()}
-        if self.board:
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(scalars, step=step)
+        for sink in self.sinks:
+            self._give(sink.scalars, step, {f"{group}/{name}": value for name, value in values.items()})
+
+    def _give(self, take: Callable[..., None], *what: Any) -> None:
+        """Hand something to a sink. A tracker that is away ends no run: log.jsonl has all of it."""
+        try:
+            take(*what)
+        except SinkError as error:
+            self.say(f"warning: {error}; log.jsonl has them")

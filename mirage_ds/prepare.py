@@ -38,8 +38,10 @@ from mirage_ds.engine.setup import World, check_ds_config, everyone, from_rank_z
 from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.errors import UserError
+from mirage_ds.events import LOAD_BEGINS, note
 from mirage_ds.files import write_atomically
 from mirage_ds.keep_features import keep_features
+from mirage_ds.mfu import ModelFlops, peak_flops
 from mirage_ds.model.attention import choose_backend
 from mirage_ds.model.load import (
     Loaded,
@@ -55,7 +57,8 @@ from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.scale import sizes, two_layers
 from mirage_ds.scoring import check_evaluation, spread
-from mirage_ds.startup import quiet
+from mirage_ds.sinks import check_installed
+from mirage_ds.startup import Begin, quiet
 from mirage_ds.stop import never
 
 # In the run folder, the records that --skip_bad_records leaves out.
@@ -84,6 +87,7 @@ class Prepared(NamedTuple):
         evaluation: the evaluation records, if any.
         skipped: (file, fault) of each record that is left out.
         swap: this rank's hold on the run's folders on NVMe, to be released at the end.
+        flops: counts what the model needs of a step; peak: FLOP/s of this rank, None where it is not known.
     """
 
     world: World
@@ -99,6 +103,8 @@ class Prepared(NamedTuple):
     evaluation: Evaluation | None
     skipped: list[tuple[Path, Fault]]
     swap: Swap
+    flops: ModelFlops
+    peak: float | None
 
 
 @dataclass(frozen=True)
@@ -341,9 +347,7 @@ def make_model(
     )
 
 
-def prepare(
-    config: RunConfig, world: World, asked: Callable[[], bool] = never, begin: Callable[[str], None] = quiet
-) -> Prepared:
+def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, begin: Begin = quiet) -> Prepared:
     """Check, load and start, from the run's checkpoint where it goes on. All ranks call it.
 
     Args:
@@ -360,6 +364,7 @@ def prepare(
             f"{config.rows_per_step} rows an optimizer step (--global_batch_size) are fewer than {world.size} ranks: "
             "use fewer ranks, or --allow_idle_ranks"
         )
+    from_rank_zero(partial(check_installed, config.report_to), world)
     json_path = config.deepspeed or ds.default_path(config.stage, world.device.type)
     ds_values = ds.resolve(ds.read_json(json_path), json_path, config, world.size)
     check_ds_config(ds_values, json_path)
@@ -435,12 +440,12 @@ def prepare(
     use_universal(ds_values, checkpoint is not None and checkpoint.universal)
     if world.rank == 0:
         run_folder.describe(own_folder, config, ds_values)
-        run_folder.note(own_folder, "load begins")
+        note(own_folder, LOAD_BEGINS)
         if config.skip_bad_records:
             write_atomically(own_folder / SKIPPED_FILE, skipped_lines(skipped))
     # In run/ stands the JSON as given: another start has other folders.
     ds_values, swap = claim_folders(ds_values, world)
-    begin("model")
+    begin("model", own_folder if world.rank == 0 else None)
     loaded = make_model(config, folders[0], ds_values, world.device, tower)
     # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
     most_runs = max(int(one.index.runs.max()) for one in measured)
@@ -478,4 +483,14 @@ def prepare(
     return Prepared(
         *(world, engine, loaded.tower, loader, index, steps, save, state, checkpoint, resumed, evaluation, skipped),
         swap=swap,
+        flops=ModelFlops(shape, config.train_vision, config.train_targets),
+        peak=peak_flops(config.peak_tflops, *_card(world.device, ds_values)),
     )
+
+
+def _card(device: torch.device, ds_values: dict[str, Any]) -> tuple[str | None, str]:
+    """Return the GPU's name, if there is one, and the precision of its products (cards.Peak)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    if ds.products_in_bf16(ds_values):
+        return name, "bf16"
+    return name, "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"

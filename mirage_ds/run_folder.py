@@ -1,8 +1,9 @@
 """The run folder: what was asked, with what, so that a run can be repeated from its folder.
 
 <save_model_path>/            the trained model, as plain transformers opens it
-<save_model_path>/run/        config.yaml, ds_config.json, versions.json, log.jsonl, events.jsonl, tensorboard/,
-                              checkpoints/; not_finite.jsonl, if a step was skipped
+<save_model_path>/run/        config.yaml, ds_config.json, versions.json, run.json (what it came to before its first
+                              step), log.jsonl, events.jsonl, tensorboard/, checkpoints/; not_finite.jsonl, if a step
+                              was skipped; trackers.json, if W&B or MLflow follow it; faults.jsonl, if a guard ended it
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import platform
 import shutil
 import subprocess
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ def claim(folder: Path, overwrite: bool, resume: bool = False) -> Path:
     except OSError as error:
         raise UserError(f"--save_model_path {folder}: cannot be written ({error.strerror})") from None
     if overwrite:
-        for old in ("log.jsonl", "events.jsonl", "not_finite.jsonl"):
+        for old in (*("log.jsonl", "events.jsonl", "not_finite.jsonl", "skipped.jsonl", "faults.jsonl"), "run.json",
+                    "trackers.json"):  # fmt: skip
             (folder / "run" / old).unlink(missing_ok=True)
         for old in ("checkpoints", "tensorboard"):
             shutil.rmtree(folder / "run" / old, ignore_errors=True)
@@ -66,13 +67,6 @@ def claim(folder: Path, overwrite: bool, resume: bool = False) -> Path:
 def stop_file(folder: Path) -> Path:
     """Return the file that asks a run to save and stop, once somebody makes it (`touch`)."""
     return folder / "run" / "stop"
-
-
-def note(own_folder: Path, event: str, step: int | None = None) -> None:
-    """Add a line to the run's events.jsonl: what began or ended, when. Rank 0 calls it."""
-    line = {"time": time.time(), "event": event, **({} if step is None else {"step": step})}
-    with (own_folder / "events.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def versions() -> dict[str, str | None]:
@@ -95,3 +89,8 @@ def describe(folder: Path, config: RunConfig, ds_config: dict[str, Any]) -> None
     write_atomically(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     write_atomically(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
     write_atomically(folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+
+
+def describe_start(folder: Path, facts: dict[str, Any]) -> None:
+    """Write what a run came to before its first step: steps, ranks, rows."""
+    write_atomically(folder / "run.json", json.dumps(facts, indent=2) + "\n")

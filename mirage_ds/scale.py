@@ -380,7 +380,8 @@ def flops(model: Sizes, tokens: float, labelled: float = 0, keys: float = 0, che
     """Floating-point operations of one micro-step's forward and backward.
 
     2 a weight and token forward, twice that backward (arXiv 2001.08361, section 2.1), the forward once more where
-    layers are recomputed. The tower is left out: its features are kept on disk.
+    layers are recomputed. Of the text model alone: the tower's features are kept on disk; where it runs in a step,
+    mirage_ds/mfu.py counts it.
 
     Args:
         tokens: T.

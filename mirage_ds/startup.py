@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
 
 import psutil
 
+from mirage_ds.events import PHASE, note
 from mirage_ds.whereabouts import LOADING, Whereabouts
 
 
+class Begin(Protocol):
+    """Is told what begins; `own_folder` is the run's, once it is this run's and if this rank is to write there."""
+
+    def __call__(self, name: str, own_folder: Path | None = None) -> None:
+        """Begin a phase."""
+
+
 class StartUp:
-    """Clocks the phases of a start; each ends where the next one begins. The first is that of the imports."""
+    """Clocks the phases of a start; each ends where the next one begins. The first is that of the imports.
+
+    Attributes:
+        folder: the run's own folder, once this rank is to write there.
+    """
 
     def __init__(self, where: Whereabouts):
         self._where = where
@@ -19,11 +33,15 @@ class StartUp:
         self._age = time.time() - psutil.Process().create_time()
         self._name, self._begun = "imports", time.perf_counter() - self._age
         self.seconds: dict[str, float] = {}
+        self.folder: Path | None = None
 
-    def begin(self, name: str) -> None:
-        """Begin a phase, and tell the guard."""
+    def begin(self, name: str, own_folder: Path | None = None) -> None:
+        """Begin a phase, tell the guard, and note it in the run's folder."""
         self.end()
         self._name = name
+        self.folder = own_folder or self.folder
+        if self.folder is not None:
+            note(self.folder, f"{PHASE}{name}")
         self._where.at(name, kind=LOADING)
 
     def end(self) -> None:
@@ -33,9 +51,9 @@ class StartUp:
         self._begun = now
 
 
-def quiet(name: str) -> None:
+def quiet(name: str, own_folder: Path | None = None) -> None:
     """Be the `begin` of work that nobody clocks."""
-    del name
+    del name, own_folder
 
 
 def phases_line(seconds: Mapping[str, float]) -> str:

@@ -6,6 +6,7 @@ W ranks, G micro-steps of a step, B rows of a step, N samples of a micro-batch.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,14 +18,15 @@ from mirage_ds.config import RunConfig
 from mirage_ds.data.batch import Batch, to_device
 from mirage_ds.data.pack import StepPlan
 from mirage_ds.engine.setup import agree, everyone
+from mirage_ds.mfu import ModelFlops
 from mirage_ds.model.loss import LossSums, StepCounts, objective
 from mirage_ds.prepare import Evaluation, Prepared
 from mirage_ds.stop import never
 from mirage_ds.whereabouts import COLLECTIVE, UNTOLD, Whereabouts
 
 
-def step_counts(prepared: Prepared, plan: StepPlan, latent_size: int) -> tuple[StepCounts, int]:
-    """Count what the whole step holds, over all ranks and micro-steps, and its tokens.
+def step_counts(prepared: Prepared, plan: StepPlan, latent_size: int) -> tuple[StepCounts, list[int]]:
+    """Count what the whole step holds, over all ranks and micro-steps, and the tokens of each row.
 
     From the plan alone, before the first backward: no rank asks another.
     """
@@ -33,14 +35,25 @@ def step_counts(prepared: Prepared, plan: StepPlan, latent_size: int) -> tuple[S
     counts = StepCounts(
         rows=len(plan.rows), labels=int(index.labels[places].sum()), latents=int(index.runs[places].sum()) * latent_size
     )
-    return counts, int(index.tokens[places].sum())
+    return counts, index.tokens[places].tolist()
+
+
+def encoding_flops(flops: ModelFlops, batch: Batch) -> float:
+    """Count the tower's work on those images of a micro-batch whose features were not kept.
+
+    Args:
+        batch: as the loader gives it, on the CPU.
+    """
+    grids = batch.image_grid_thw.tolist() if batch.image_features is None else []
+    helpers = batch.helper_grid_thw.tolist() if batch.helper_features is None else []
+    return flops.of_images(grids, helpers)
 
 
 class Taken(NamedTuple):
     """What an optimizer step came to.
 
     Attributes:
-        metrics: loss and its parts, over all ranks; tokens: of the step.
+        metrics: loss and its parts, over all ranks; data_seconds, that rank 0 waited for data; tokens: of the step.
         applied: False where a loss or gradient was not finite: the weights and the schedule are as before.
         stop: whether the ranks have agreed to stop.
         row_ids: the rows that all ranks ran, with --log_rows.
@@ -66,24 +79,30 @@ def step(
     """Take one optimizer step over its G micro-steps."""
     engine, world = prepared.engine, prepared.world
     done = plan.step + 1
-    counts, tokens = step_counts(prepared, plan, config.latent_size)
-    totals = torch.zeros(5, device=world.device)
+    counts, lengths = step_counts(prepared, plan, config.latent_size)
+    totals = torch.zeros(6, device=world.device)
     ran = []
     where.at("waits for data", done)
+    tower_flops = waited = 0.0
+    begun = time.perf_counter()
     for number, batch in enumerate(batches):
+        waited += time.perf_counter() - begun
         where.at(f"forward and backward of micro-step {number + 1}", done)
+        tower_flops += encoding_flops(prepared.flops, batch)
         engine.set_gradient_accumulation_boundary(number == plan.micro_steps - 1)
         shares, losses = micro_step(config, prepared, batch, counts)
         totals[:4] += shares
         ran.append((batch.rows, losses))
         where.at("waits for data", done)
+        begun = time.perf_counter()
     where.at("updates the weights", done)
     learning_rate = engine.get_lr()[0]
     applied, norm = apply_gradients(engine)
     totals[4] = float(asked())
+    totals[5] = tower_flops
     where.at("sums up the losses", done, COLLECTIVE)
     dist.all_reduce(totals)
-    loss, ce, sim, token_ce, stops = totals.tolist()
+    loss, ce, sim, token_ce, stops, tower_flops = totals.tolist()
     metrics = {
         "loss": loss,
         "ce": ce,
@@ -94,11 +113,13 @@ def step(
         "labels": counts.labels,
         "micro_steps": plan.micro_steps,
         "skipped": int(not applied),
+        "model_flops": round(prepared.flops.of_text(lengths, counts.labels) + tower_flops),
+        "data_seconds": round(waited, 4),
     }
     row_ids = None
     if config.log_rows:
         row_ids = everyone([row for rows, _ in ran for row in rows.tolist() if row >= 0], world)
-    return Taken(metrics, tokens, applied, stops > 0, row_ids, ran)
+    return Taken(metrics, sum(lengths), applied, stops > 0, row_ids, ran)
 
 
 def apply_gradients(engine: Any) -> tuple[bool, float]:

@@ -5,6 +5,7 @@ Read it from the top: main → run → train, then step.py. W ranks, G micro-ste
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from mirage_ds import events
 from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.data.loader import WARN_DROPPED_SHARE
 from mirage_ds.engine.checkpoint import save_checkpoint
@@ -23,10 +26,12 @@ from mirage_ds.engine.setup import World, agree, join
 from mirage_ds.entry import run_rank
 from mirage_ds.errors import UserError
 from mirage_ds.evaluation import Evaluator
+from mirage_ds.events import note_failure
 from mirage_ds.flags import CONTEXT, build_model, model_options
 from mirage_ds.monitor import Monitor
 from mirage_ds.prepare import SKIPPED_FILE, Prepared, prepare
-from mirage_ds.run_folder import stop_file
+from mirage_ds.run_folder import describe_start, stop_file
+from mirage_ds.sinks import Sink, open_sinks
 from mirage_ds.startup import StartUp, phases_line
 from mirage_ds.step import guilty, step
 from mirage_ds.stop import Stopped, StopRequest, never
@@ -66,6 +71,10 @@ def run(config: RunConfig) -> None:
     try:
         with (prepared := prepare(config, world, stop.asked, start.begin)).swap:
             train(config, prepared, world, stop.asked, where, start)
+    except BaseException as error:
+        if start.folder is not None and not isinstance(error, Stopped):
+            note_failure(start.folder, error)
+        raise
     finally:
         # Not before every rank has written its part: a launcher ends the others once one has left.
         if isinstance(sys.exc_info()[1], Stopped | None):
@@ -95,16 +104,24 @@ def train(
     own_folder = config.save_model_path / "run"
     where.folder(own_folder)
     start = int(prepared.resumed.get("step", 0))
-    with Monitor(own_folder, prepared.steps, config.report_to, config.log_file, world.rank == 0, start) as monitor:
+    sinks: list[Sink] = []
+    if world.rank == 0:
+        describe_start(own_folder, facts(config, prepared, start))
+        settings = json.loads(config.model_dump_json(exclude_none=True))
+        sinks = open_sinks(config.report_to, own_folder, config.save_model_path.name, settings, start)
+    peak = prepared.peak * world.size if prepared.peak else None
+    with Monitor(own_folder, prepared.steps, sinks, config.log_file, world.rank == 0, start, peak) as monitor:
         for line in opening_lines(config, prepared):
             monitor.say(line)
-        monitor.note("load ends", start)
+        monitor.note(events.LOAD_ENDS, start)
         if agree(asked(), world):
+            monitor.note(events.STOPPED, start)
             monitor.say("stopped on request before a step was taken")
             raise Stopped
         saver = Saver(config, prepared, monitor, where)
         evaluator = Evaluator(config, prepared, monitor, start, asked, where)
         if prepared.resumed.get("evaluation_owed") and not evaluator.measured(start):
+            monitor.note(events.STOPPED, start)
             raise Stopped
         skipped = 0
         monitor.start_clock()
@@ -135,7 +152,7 @@ def train(
             if stop or (config.save_every and done % config.save_every == 0):
                 saver.save(done, owed)
             if stop:
-                monitor.note("stopped on request", done)
+                monitor.note(events.STOPPED, done)
                 further = "the same command with --resume auto goes on" if saver.last else "nothing to go on from"
                 monitor.say(f"stopped on request after step {done}; {further}")
                 raise Stopped
@@ -164,11 +181,12 @@ class Saver:
         """
         prepared = self.prepared
         state = {**prepared.state, "step": done, "evaluation_owed": owed}
-        self.monitor.note("save begins", done)
+        self.monitor.note(events.SAVE_BEGINS, done)
         self.where.at("saves a checkpoint", done, SAVING)
         outcome = save_checkpoint(prepared.engine, self.folder, state, self.keep, prepared.world)
-        self.monitor.note("save ends", done)
+        self.monitor.note(events.SAVE_ENDS, done)
         if isinstance(outcome, str):
+            self.monitor.note(events.SAVE_FAILED, done, outcome)
             last = self.last or "none"
             self.monitor.say(f"error: no checkpoint of step {done}: {outcome}; the last good one is {last}")
             return
@@ -177,7 +195,7 @@ class Saver:
 
     def save_model(self, scores: Mapping[str, float]) -> None:
         """Write the trained model, with what it scores, if known; UserError on the rank that cannot."""
-        self.monitor.note("model save begins", self.prepared.steps)
+        self.monitor.note(events.MODEL_BEGINS, self.prepared.steps)
         self.where.at("saves the model", kind=SAVING)
         try:
             self.prepared.save(self.model_folder, self.prepared.steps, scores)
@@ -187,7 +205,23 @@ class Saver:
                 f"{self.last or 'none, since --save_every was not given'}",
                 everywhere=False,
             ) from None
-        self.monitor.note("model save ends", self.prepared.steps)
+        self.monitor.note(events.MODEL_ENDS, self.prepared.steps)
+
+
+def facts(config: RunConfig, prepared: Prepared, start: int) -> dict[str, Any]:
+    """Return what the run came to before its first step, for who looks at its folder."""
+    index, world = prepared.measured, prepared.world
+    return {
+        "steps": prepared.steps,
+        "start": start,
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type,
+        "peak_flops": prepared.peak,
+        "rows": len(index.row_ids),
+        "rows_per_step": config.rows_per_step,
+        "dropped": index.dropped,
+        "skipped_records": len(prepared.skipped),
+    }
 
 
 def opening_lines(config: RunConfig, prepared: Prepared) -> Iterator[str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mirage_ds.engine.frozen import check_same
+from mirage_ds.engine.listing import candidates, checkpoints, is_whole, step_of
 from mirage_ds.engine.manifest import Entry, entry_of, faults, write_manifest
 from mirage_ds.engine.private import collected_write_errors, own_groups_and_steps
 from mirage_ds.engine.setup import World, everyone, from_rank_zero
@@ -149,33 +150,9 @@ def _put_in_place(beside: Path, place: Path, state: dict[str, Any], entries: lis
     write_atomically(place.parent / "latest", place.name)
     # Later ones are there where a run went on from an older checkpoint; it will overwrite them. One whose files are
     # gone or cut short counts for nothing: deleting the ones before it could delete the only good one.
-    whole = [one for one in checkpoints(place.parent) if _step_of(one) <= state["step"] and _is_whole(one)]
+    whole = [one for one in checkpoints(place.parent) if step_of(one) <= state["step"] and is_whole(one)]
     for old in whole[:-keep]:
         shutil.rmtree(old)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    return next(faults(checkpoint, hashes=False), None) is None
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints of a run, oldest first, damaged ones too."""
-    found = [path for path in folder.glob("global_step*") if path.name.removeprefix("global_step").isdecimal()]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("global_step"))
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """List the checkpoints to try: the one that `latest` names, then those before it; all where it names none."""
-    found = checkpoints(folder)[::-1]
-    try:
-        named = folder / (folder / "latest").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return found
-    return [one for one in found if _step_of(one) <= _step_of(named)] if named in found else found
 
 
 def find_checkpoint(folder: Path, wanted: dict[str, Any], world: World) -> Found | None:
@@ -191,7 +168,7 @@ def find_checkpoint(folder: Path, wanted: dict[str, Any], world: World) -> Found
             number of ranks and has no universal form; or there are checkpoints and none is whole.
     """
     passed_over: list[str] = []
-    for place in from_rank_zero(lambda: _candidates(folder), world):
+    for place in from_rank_zero(lambda: candidates(folder), world):
         wrong = everyone(list(faults(place, world.rank, world.size)), world)
         if not wrong:
             state = from_rank_zero(partial(_check_state, place, wanted), world)
@@ -251,7 +228,7 @@ def newest_whole(folder: Path) -> Found | None:
         UserError: there are checkpoints and none is whole.
     """
     passed_over: list[str] = []
-    for place in _candidates(folder):
+    for place in candidates(folder):
         wrong = next(faults(place), None)
         if wrong is None:
             return Found(place, passed_over, place)

@@ -209,6 +209,11 @@ def compute_dtype(values: dict[str, Any]) -> str:
     return "bfloat16" if values.get("bf16", {}).get("enabled") else "float32"
 
 
+def products_in_bf16(values: dict[str, Any]) -> bool:
+    """Tell whether matrices are multiplied in bfloat16, float32 weights under torch_autocast too."""
+    return compute_dtype(values) == "bfloat16" or bool(values.get("torch_autocast", {}).get("enabled"))
+
+
 def zero_stage(values: dict[str, Any]) -> int:
     """Return the ZeRO stage the JSON asks for."""
     return int(values.get("zero_optimization", {}).get("stage", 0))

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mirage_ds.cards import A100, H100_SXM
 from mirage_ds.data.pack import schedule
 from mirage_ds.engine.ds_config import read_json, shipped_folder
 from mirage_ds.errors import UserError
@@ -27,8 +28,8 @@ GB = 1e9
 MIB = 1 << 20
 # Nominal; docs/scaling.md names the sources.
 CARDS = {
-    "h100": Machine("h100", 8, 989.4e12, 80e9, 3.35e12, 450e9, 400e9),
-    "a100": Machine("a100", 8, 312e12, 40e9, 1.555e12, 300e9, 50e9),
+    "h100": Machine("h100", 8, H100_SXM.bf16, 80e9, 3.35e12, 450e9, 400e9),
+    "a100": Machine("a100", 8, A100.bf16, 40e9, 1.555e12, 300e9, 50e9),
 }
 # Python with torch and DeepSpeed, CUDA's host side, two data-loader workers, of one rank: assumed, not measured.
 PROCESS_BYTES = 4 * 10**9

@@ -164,7 +164,8 @@ def losses(folder: Path) -> list[tuple]:
 
 
 def measured(folder: Path) -> dict[int, dict[str, float]]:
-    return {line["step"]: line for line in log_of(folder) if "eval_loss" in line}
+    lines = [line for line in log_of(folder) if "eval_loss" in line]
+    return {line["step"]: {name: value for name, value in line.items() if name != "time"} for line in lines}
 
 
 @pytest.fixture(scope="module")

@@ -69,13 +69,15 @@ class Trainer:
         self.group, self.base, self.folder, self.count = group, base, folder, 0
 
     def __call__(self, **settings: Any) -> tuple[list[dict[str, float]], int]:
-        """Train anew; the log without clocks, and the images encoded on both ranks."""
+        """Train anew; the log without clocks and the tower's work, and the images encoded on both ranks."""
         self.count += 1
         out = self.folder / f"run{self.count}"
         told = self.group.run(_train, self.base | dict(save_model_path=out) | settings)
         assert [said for said, _ in told] == [None, None]
         lines = [json.loads(line) for line in (out / "run/log.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k not in TIMES} for line in lines], sum(n for _, n in told)
+        return [{k: v for k, v in line.items() if k not in (*TIMES, "model_flops")} for line in lines], sum(
+            n for _, n in told
+        )
 
     def refused(self, **settings: Any) -> str:
         out = self.folder / "refused"

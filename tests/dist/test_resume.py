@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import StepCounts, objective
 from mirage_ds.monitor import Monitor
 from mirage_ds.prepare import prepare
+from mirage_ds.watch.facts import read_facts
+from mirage_ds.watch.summary import summary
 
 K, STEPS = 2, 6
 # 12 rows, 3 a step on two ranks, one a micro-step: a rank is idle in every other one; 6 steps are an epoch and a half.
@@ -40,7 +43,7 @@ BASE: dict[str, Any] = dict(
     gradient_checkpointing=False,
 )  # fmt: skip
 # What depends on the clock or the machine.
-TIMES = ("seconds", "samples_per_second", "tokens_per_second", "memory_gb")
+TIMES = ("time", "seconds", "data_seconds", "samples_per_second", "tokens_per_second", "memory_gb")
 
 
 # ------------------------------------------------------------------------------------------------------- on the ranks
@@ -181,6 +184,16 @@ def test_uninterrupted_run_moves_and_its_steps_differ(whole: Path, nano: Path) -
     assert max(line["epoch"] for line in lines) > 1
     before, after = load_file(nano / "model.safetensors"), load_file(whole / "model.safetensors")
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_its_folder_says_how_a_run_stands(whole: Path) -> None:
+    done = summary(read_facts(whole), time.time())
+    assert (done["state"], done["step"], done["steps"], done["world_size"]) == ("finished", STEPS, STEPS, 2)
+    assert done["checkpoint"]["step"] == STEPS
+    assert all(line["model_flops"] > 0 for line in log_of(whole))
+    before = files(whole)
+    summary(read_facts(whole), time.time())
+    assert files(whole) == before
 
 
 def test_half_a_last_line_in_the_log_is_dropped(whole: Path, stopped) -> None:

@@ -63,7 +63,7 @@ JSONS: dict[str, dict[str, Any]] = {
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     },
 }
-EXACT = ("step", "epoch", "lr", "rows", "tokens", "skipped")
+EXACT = ("step", "epoch", "lr", "rows", "tokens", "skipped", "model_flops")
 MEASURED = ("loss", "ce", "token_ce", "grad_norm")
 # Sixteen times the distance of neighbouring float32 numbers (1.2e-7), relative in losses and norms, absolute in weights
 # (below 1). Other ranks and micro-batches add the same terms in another order; three steps carry that on with at most

@@ -257,9 +257,11 @@ def test_the_planning_study_is_what_its_plan_says(tmp_path: Path, nano: Path) ->
         shutil.copytree(nano, tmp_path / f"nano-{seed}")
         config = json.loads((nano / "config.json").read_text())
         (tmp_path / f"nano-{seed}" / "config.json").write_text(json.dumps(config | {"note": seed}))
-    for name in ("base0", "base1", "train", "swapped", "test"):
+    rest = ("dev", "dev-helper", "dev-blind", "dev-read", "wide-helper", "train-blind")
+    for name in ("base0", "base1", "train", "swapped", "test", *rest):
         (tmp_path / name).mkdir()
-        rows = [{"text_input": f"{name} {row}", "text_output": "x", "level": 5} for row in range(1000)]
+        count = 3000 if name == "wide-helper" else 1000
+        rows = [{"text_input": f"{name} {row}", "text_output": "x", "level": 5} for row in range(count)]
         (tmp_path / name / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     study, _ = opened(tmp_path / "planning.yaml")
     arms = {name: sum(cell.arm.partition("[")[0] == name for cell in study.cells) for name in study.spec.arms}
@@ -273,13 +275,19 @@ def test_the_planning_study_is_what_its_plan_says(tmp_path: Path, nano: Path) ->
         (1, 2000, True),
     ]
     # Two phases of 235 steps of 64 rows at one learning rate, whatever the arm.
-    phases = [node.config for node in trained if node.name != "base"]
+    phases = [node.config for node in trained if node.name not in ("base", "shown")]
     assert {(steps_of(one), one.rows_per_step, one.learning_rate, one.adam_beta2) for one in phases} == {
         (235, 64, 1e-3, 0.98)
     }
     # Both phases of an arm see their rows in the order of the seed, and the seeds halve the bases.
     assert {cell.seed % 2: study.nodes[cell.stages[0]].config.seed for cell in study.cells} == {0: 0, 1: 1}
     assert study.spec.report.primary.levels == ["5", "6"]
+    # The gates, one for each base, on other maps than the test's.
+    assert {arms[name] for name in ("base", "shown", "blind")} == {2}
+    assert {steps_of(node.config) for node in trained if node.name == "shown"} == {469}
+    fresh = study.spec.evaluations["test"]
+    assert not {"base", "shown", "blind"} & set(fresh.arms)
+    assert all(one.data_path.parent.name.startswith("dev") for one in study.spec.evaluations.values() if one != fresh)
 
 
 def test_stage2_knows_how_its_targets_were_made(tmp_path: Path, nano: Path) -> None:

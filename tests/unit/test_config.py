@@ -175,7 +175,7 @@ def test_load_model_path_stands_in_for_model(parse: Parse) -> None:
         ("attention", "eager"),
         ("adam_beta2", "1"),
         ("max_dropped_share", "1.5"),
-        ("report_to", "mlflow"),
+        ("report_to", "comet"),
         ("warmup_steps", "-1"),
         ("num_workers", "-2"),
         ("seed", "-1"),

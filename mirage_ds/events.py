@@ -1,0 +1,42 @@
+"""events.jsonl of a run: what began or ended, and when. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from pathlib import Path
+
+FILE = "events.jsonl"
+# What others look for. A start begins with LOAD_BEGINS, and each of its phases with PHASE and a name.
+LOAD_BEGINS, LOAD_ENDS, PHASE = "load begins", "load ends", "phase: "
+SAVE_BEGINS, SAVE_ENDS, SAVE_FAILED = "save begins", "save ends", "save failed"
+EVALUATION_BEGINS, EVALUATION_ENDS = "evaluation begins", "evaluation ends"
+MODEL_BEGINS, MODEL_ENDS = "model save begins", "model save ends"
+STOPPED, FAILED = "stopped on request", "failed"
+
+
+def note(own_folder: Path, event: str, step: int | None = None, why: str | None = None) -> None:
+    """Add a line to the run's events.jsonl. Rank 0 calls it.
+
+    Args:
+        own_folder: the run's own folder.
+        why: a reason, for people.
+    """
+    line = {
+        "time": time.time(),
+        "event": event,
+        **({} if step is None else {"step": step}),
+        **({} if why is None else {"why": why}),
+    }
+    with (own_folder / FILE).open("a") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def note_failure(own_folder: Path, error: BaseException) -> None:
+    """Write down what ends a run before its time."""
+    text = " ".join(str(error).split())
+    why = text if type(error).__name__ == "UserError" else f"{type(error).__name__}: {text}"
+    # A disk that is full, perhaps the very reason: what is to be seen is the error itself.
+    with contextlib.suppress(OSError):
+        note(own_folder, FAILED, why=why)

@@ -1,0 +1,133 @@
+"""Model FLOPs of an optimizer step, and their share of what the cards could do. Imports no torch.
+
+Convention: PaLM's model FLOPs utilization (arXiv 2204.02311, appendix B). The FLOPs are those that the step's forward
+and backward need, whatever is recomputed; the denominator is seconds × ranks × the card's peak. Where PaLM estimates,
+this counts: attention over the keys that a token sees (half of PaLM's number, which leaves out the causal mask), the
+output matrix at labelled tokens alone, the input embedding not at all. Every token runs once, in whichever of stage2's
+k + 1 passes, and attends to the same keys as in one pass.
+
+P patches of an image, h × w of a frame's grid of them; H hidden width of the tower, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mirage_ds.cards import peak_of
+from mirage_ds.scale import Sizes, flops, sizes
+
+
+class Tower(NamedTuple):
+    """A Qwen2.5-VL's vision tower.
+
+    Attributes:
+        embedding: elements of the matrix that a patch goes through first.
+        layer: of the matrices of one layer; layers: how many; full: those that attend to a whole frame.
+        width: H.
+        merger: elements of the two matrices that merged tokens go through.
+        merge: patches to a side of a merged token; window: merged tokens to a side of an attention window.
+    """
+
+    embedding: int
+    layer: int
+    layers: int
+    full: int
+    width: int
+    merger: int
+    merge: int
+    window: int
+
+    def forward(self, grid: Sequence[int]) -> float:
+        """FLOPs of encoding one image.
+
+        Args:
+            grid: (frames, h, w) in patches.
+        """
+        frames, rows, columns = grid
+        patches = frames * rows * columns
+        windowed = _squares(rows, self.window * self.merge) * _squares(columns, self.window * self.merge)
+        keys = frames * (self.full * (rows * columns) ** 2 + (self.layers - self.full) * windowed)
+        products = patches * (self.embedding + self.layers * self.layer) + patches / self.merge**2 * self.merger
+        return 2 * (products + 2 * self.width * keys)
+
+    def backward(self, grid: Sequence[int]) -> float:
+        """FLOPs of an image's backward; nobody asks for the pixels' gradient."""
+        frames, rows, columns = grid
+        return 2 * self.forward(grid) - 2 * frames * rows * columns * self.embedding
+
+
+def _squares(side: int, window: int) -> int:
+    """Sum of the squared lengths of the windows along one side."""
+    return side // window * window**2 + (side % window) ** 2
+
+
+def tower_of(vision: Mapping[str, Any]) -> Tower:
+    """Read the tower's shape.
+
+    Args:
+        vision: the `vision_config` of a Qwen2_5_VLConfig.
+    """
+    hidden, merge, patch = vision["hidden_size"], vision["spatial_merge_size"], vision["patch_size"]
+    merged = hidden * merge**2
+    return Tower(
+        embedding=vision.get("in_channels", 3) * vision["temporal_patch_size"] * patch**2 * hidden,
+        layer=4 * hidden**2 + 3 * hidden * vision["intermediate_size"],
+        layers=vision["depth"],
+        full=len(vision["fullatt_block_indexes"]),
+        width=hidden,
+        merger=merged**2 + merged * vision["out_hidden_size"],
+        merge=merge,
+        window=vision["window_size"] // merge // patch,
+    )
+
+
+class ModelFlops:
+    """Counts what a run's steps need.
+
+    Args:
+        config: of the model, as transformers' `to_dict` has it.
+        train_vision: the tower's backward belongs to the step.
+        train_targets: so does that of the helpers' features.
+    """
+
+    def __init__(self, config: Mapping[str, Any], train_vision: bool, train_targets: bool):
+        self.text: Sizes = sizes(config)
+        self.tower = tower_of(config["vision_config"])
+        self.train_vision, self.train_targets = train_vision, train_targets
+
+    def of_text(self, lengths: Sequence[int], labels: int) -> float:
+        """FLOPs of the text model's forward and backward over whole rows.
+
+        Args:
+            lengths: tokens of each row; labels: labelled tokens of all of them.
+        """
+        tokens = sum(lengths)
+        pairs = sum(length * (length + 1) // 2 for length in lengths)
+        return flops(self.text, tokens, labels, pairs / max(1, tokens), checkpointing=False)
+
+    def of_images(self, grids: Iterable[Sequence[int]], helpers: Iterable[Sequence[int]]) -> float:
+        """FLOPs of the tower over the images that a step encodes; none where their features were kept.
+
+        Args:
+            grids: (frames, h, w) in patches of each input image; helpers: of each helper.
+        """
+        total = 0.0
+        for images, trained in ((grids, self.train_vision), (helpers, self.train_vision and self.train_targets)):
+            for grid in images:
+                total += self.tower.forward(grid) + (self.tower.backward(grid) if trained else 0)
+        return total
+
+
+def peak_flops(given: float | None, device_name: str | None, precision: str) -> float | None:
+    """Peak FLOP/s of a rank; None where neither the settings nor the table say it.
+
+    Args:
+        given: --peak_tflops.
+        device_name: torch's name of the GPU; None on a CPU.
+        precision: "bf16", "tf32" or "fp32" (cards.Peak).
+    """
+    if given is not None:
+        return given * 1e12
+    found = peak_of(device_name) if device_name is not None else None
+    return None if found is None else float(getattr(found, precision))

@@ -1,0 +1,209 @@
+"""Where a run's metrics go besides the console and the JSON lines: TensorBoard, Weights & Biases, MLflow. Rank 0 only.
+
+A sink takes numbers and figures by step, and is closed with how the run ended. The identities of runs on the two
+trackers are kept in the run folder (trackers.json), so that a run that goes on is one run there too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from mirage_ds.errors import UserError, reason
+from mirage_ds.files import write_atomically
+
+End = Literal["finished", "stopped", "failed"]
+
+IDENTITIES = "trackers.json"
+# --report_to → the module that it needs, and how to install it.
+NEEDS = {"wandb": ("wandb", 'pip install "mirage-ds[wandb]"'), "mlflow": ("mlflow", 'pip install "mirage-ds[mlflow]"')}
+
+# MLflow's names of how runs end.
+STATUS: dict[End, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+# Of a setting's text, so many letters go to MLflow: older servers take no more.
+LONGEST_VALUE = 500
+
+
+class Sink(Protocol):
+    """Takes what is measured."""
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take numbers, named group/name, after `step` optimizer steps; None stands for no number."""
+
+    def figure(self, step: int, name: str, figure: Any) -> None:
+        """Take a figure of matplotlib."""
+
+    def close(self, end: End) -> None:
+        """Send what waits, and say how the run ended."""
+
+
+class SinkError(Exception):
+    """A tracker did not take something; training goes on without it."""
+
+
+def check_installed(report_to: Sequence[str]) -> None:
+    """Refuse --report_to something whose package is missing.
+
+    Raises:
+        UserError: names it and how to install it.
+    """
+    for name in report_to:
+        if name in NEEDS and importlib.util.find_spec(NEEDS[name][0]) is None:
+            module, how = NEEDS[name]
+            raise UserError(f"--report_to {name}: {module} is not installed; {how}, or leave it out")
+
+
+def open_sinks(
+    report_to: Sequence[str], own_folder: Path, name: str, settings: Mapping[str, Any], start: int
+) -> list[Sink]:
+    """Open what --report_to names.
+
+    Args:
+        own_folder: the run's own folder.
+        name: of the run, for people.
+        settings: of the run, as they are to be shown beside it.
+        start: optimizer steps already taken.
+
+    Raises:
+        UserError: a tracker refuses the run; only this rank knows.
+    """
+    own_folder.mkdir(parents=True, exist_ok=True)
+    sinks: list[Sink] = []
+    try:
+        if "tensorboard" in report_to:
+            sinks.append(TensorBoard(own_folder / "tensorboard", start))
+        if "wandb" in report_to:
+            sinks.append(WandB(own_folder, name, settings))
+        if "mlflow" in report_to:
+            sinks.append(MLflow(own_folder, name, settings))
+    except UserError:
+        for sink in sinks:
+            sink.close("failed")
+        raise
+    return sinks
+
+
+def _known(own_folder: Path) -> dict[str, str]:
+    file = own_folder / IDENTITIES
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def _keep(own_folder: Path, tracker: str, identity: str) -> None:
+    write_atomically(own_folder / IDENTITIES, json.dumps({**_known(own_folder), tracker: identity}, indent=1) + "\n")
+
+
+class TensorBoard:
+    """Event files in the run folder."""
+
+    def __init__(self, folder: Path, start: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder, purge_step=start + 1)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write them."""
+        for name, value in values.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, step)
+
+    def figure(self, step: int, name: str, figure: Any) -> None:
+        """Write it; the writer closes it."""
+        self.writer.add_figure(name, figure, step)
+
+    def close(self, end: End) -> None:
+        """Write what waits."""
+        del end
+        self.writer.close()
+
+
+class WandB:
+    """One run at Weights & Biases, however often this one is interrupted.
+
+    Its own step counter refuses to go back, as a run does that continues from a checkpoint: the optimizer step is a
+    metric, and the axis of all the others.
+    """
+
+    AXIS = "optimizer_step"
+
+    def __init__(self, own_folder: Path, name: str, settings: Mapping[str, Any]):
+        import wandb
+
+        known = _known(own_folder).get("wandb")
+        resume = {} if known is None else {"id": known, "resume": "allow"}
+        try:
+            self.run: Any = wandb.init(dir=str(own_folder), name=name, **resume)
+        except (OSError, wandb.Error) as error:
+            raise UserError(
+                f"--report_to wandb: the run cannot be opened ({reason(error)}); mend that, or leave it out",
+                everywhere=False,
+            ) from None
+        _keep(own_folder, "wandb", self.run.id)
+        self.run.config.update(dict(settings), allow_val_change=True)
+        self.run.define_metric(self.AXIS)
+        self.run.define_metric("*", step_metric=self.AXIS)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Hand them to its sender, which works beside the run."""
+        self.run.log({self.AXIS: step, **{name: value for name, value in values.items() if value is not None}})
+
+    def figure(self, step: int, name: str, figure: Any) -> None:
+        """Figures go to TensorBoard alone."""
+
+    def close(self, end: End) -> None:
+        """Wait until all is sent."""
+        if end == "stopped":
+            # A code that is not 0 would make it "failed".
+            self.run.mark_preempting()
+        self.run.finish(exit_code=0 if end == "finished" else 1)
+
+
+class MLflow:
+    """One run at MLflow (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME), however often this one is interrupted."""
+
+    def __init__(self, own_folder: Path, name: str, settings: Mapping[str, Any]):
+        import mlflow
+
+        self.mlflow: Any = mlflow
+        known = _known(own_folder).get("mlflow")
+        try:
+            run = mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=name)
+            # A parameter stays what it was at first: MLflow refuses another value.
+            there = run.data.params
+            texts = {key: str(value)[:LONGEST_VALUE] for key, value in settings.items() if key not in there}
+            if texts:
+                mlflow.log_params(texts)
+        except (OSError, mlflow.MlflowException) as error:
+            raise UserError(
+                f"--report_to mlflow: the run cannot be opened ({reason(error)}); mend that, or leave it out",
+                everywhere=False,
+            ) from None
+        _keep(own_folder, "mlflow", run.info.run_id)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Send them.
+
+        Raises:
+            SinkError: they could not be sent.
+        """
+        numbers = {name: float(value) for name, value in values.items() if value is not None}
+        try:
+            self.mlflow.log_metrics(numbers, step=step)
+        except (OSError, self.mlflow.MlflowException) as error:
+            raise SinkError(f"MLflow has not taken the metrics of step {step} ({reason(error)})") from None
+
+    def figure(self, step: int, name: str, figure: Any) -> None:
+        """Figures go to TensorBoard alone."""
+
+    def close(self, end: End) -> None:
+        """Say how it ended.
+
+        Raises:
+            SinkError: that could not be said.
+        """
+        try:
+            self.mlflow.end_run(status=STATUS[end])
+        except (OSError, self.mlflow.MlflowException) as error:
+            raise SinkError(f"MLflow has not heard that the run {end} ({reason(error)})") from None

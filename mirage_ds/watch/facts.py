@@ -1,0 +1,157 @@
+"""What the files of a run say, read while somebody writes them: no lock, nothing written. Imports no torch.
+
+A line that is half written, the last one or one that a killed process left, is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mirage_ds import events
+from mirage_ds.engine.listing import candidates, is_whole, step_of
+from mirage_ds.engine.manifest import MANIFEST
+from mirage_ds.errors import UserError
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run as its files show it.
+
+    Attributes:
+        folder: its --save_model_path.
+        settings: config.yaml; start: run.json. Empty where they are not there yet.
+        events: of events.jsonl; verdicts: the guards', of faults.jsonl; not_finite: steps that were skipped.
+        steps, evaluations: the lines of log.jsonl, one a step.
+        logged: when log.jsonl was last written to, without one config.yaml, in seconds since 1970.
+        skipped_records: lines of skipped.jsonl.
+        best: best.json, or None.
+        saved: (step, when) of the newest whole checkpoint that a resume would take; damaged: names of newer ones.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    start: dict[str, Any]
+    events: list[Line]
+    verdicts: list[Line]
+    not_finite: list[Line]
+    steps: list[Line]
+    evaluations: list[Line]
+    logged: float
+    skipped_records: int
+    best: Line | None
+    saved: tuple[int, float] | None
+    damaged: list[str]
+
+
+def find_run(path: Path) -> Path:
+    """Return the --save_model_path of the run that a path names: that folder, run/ in it, or a study's folder of it.
+
+    Raises:
+        UserError: there is no run.
+    """
+    if path.is_file():
+        raise UserError(f"{path}: is a file; give a --save_model_path, or use `mirage-ds ablate status` for a study")
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; a run makes its own once its records are read")
+    if (path / "runs").is_dir() and next(path.glob("runs/*/node.json"), None) is not None:
+        raise UserError(f"{path}: is a study's folder, no run; `mirage-ds ablate status STUDY.yaml` shows it")
+    for own in (path / "run", path / "model" / "run", *([path] if path.name == "run" else [])):
+        if any((own / name).is_file() for name in (events.FILE, "config.yaml", "log.jsonl")):
+            return own.parent
+    if (path / "node.json").is_file():
+        raise UserError(f"{path}: a study's run that has not begun, or an evaluation; name a training run's folder")
+    raise UserError(f"{path}: holds no run (there is no run/ in it); give a --save_model_path")
+
+
+def json_lines(file: Path) -> list[Line]:
+    """Read the objects of a file of JSON lines, those that are whole; none where there is no file."""
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    found = []
+    for line in content.split(b"\n"):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def _object(file: Path) -> dict[str, Any] | None:
+    """Read a JSON or YAML file that is written at once; None where there is none, or no object in it."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        value = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def by_step(lines: Iterable[Line]) -> list[Line]:
+    """Keep of each step the last line: a run that goes on from a checkpoint takes some steps again."""
+    return list({line["step"]: line for line in lines}.values())
+
+
+def split_log(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
+    """Return a log's steps and its evaluations, each in order and once."""
+    known = [line for line in lines if isinstance(line.get("step"), int)]
+    steps = sorted(by_step(line for line in known if "seconds" in line), key=lambda one: one["step"])
+    measured = (line for line in known if any(name.startswith("eval_") for name in line))
+    return steps, sorted(by_step(measured), key=lambda one: one["step"])
+
+
+def _changed(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def read_facts(folder: Path) -> Facts:
+    """Read a run.
+
+    Args:
+        folder: as find_run returns it.
+    """
+    own = folder / "run"
+    steps, evaluations = split_log(json_lines(own / "log.jsonl"))
+    damaged: list[str] = []
+    saved = None
+    for place in candidates(own / "checkpoints"):
+        if is_whole(place):
+            saved = (step_of(place), _changed(place / MANIFEST))
+            break
+        damaged.append(place.name)
+    noted = json_lines(own / events.FILE)
+    if saved is not None:
+        # A copied folder has other dates.
+        ends = [one["time"] for one in noted if one.get("event") == events.SAVE_ENDS and one.get("step") == saved[0]]
+        saved = (saved[0], ends[-1] if ends else saved[1])
+    return Facts(
+        folder=folder,
+        settings=_object(own / "config.yaml") or {},
+        start=_object(own / "run.json") or {},
+        events=[one for one in noted if isinstance(one.get("event"), str) and isinstance(one.get("time"), float)],
+        verdicts=[one for one in json_lines(own / "faults.jsonl") if one.get("code") and one.get("why")],
+        not_finite=json_lines(own / "not_finite.jsonl"),
+        steps=steps,
+        evaluations=evaluations,
+        logged=_changed(own / "log.jsonl") or _changed(own / "config.yaml"),
+        skipped_records=len(json_lines(own / "skipped.jsonl")),
+        best=_object(folder / "best" / "best.json"),
+        saved=saved,
+        damaged=damaged,
+    )
