@@ -19,7 +19,7 @@ from mirage_ds.scale import Sizes, flops, sizes
 
 
 class Tower(NamedTuple):
-    """A Qwen2.5-VL's vision tower.
+    """A vision tower.
 
     Attributes:
         embedding: elements of the matrix that a patch goes through first.
@@ -62,24 +62,34 @@ def _squares(side: int, window: int) -> int:
     return side // window * window**2 + (side % window) ** 2
 
 
-def tower_of(vision: Mapping[str, Any]) -> Tower:
+def tower_of(config: Mapping[str, Any]) -> Tower:
     """Read the tower's shape.
 
     Args:
-        vision: the `vision_config` of a Qwen2_5_VLConfig.
+        config: of a model of one of model.family.FAMILIES, as transformers' `to_dict` has it.
     """
-    hidden, merge, patch = vision["hidden_size"], vision["spatial_merge_size"], vision["patch_size"]
+    vision, kind = config["vision_config"], config["model_type"]
+    # Qwen2-VL calls the width of a feature `hidden_size`.
+    hidden, output = (vision[key] for key in _WIDTHS.get(kind, ("hidden_size", "out_hidden_size")))
+    inner = hidden * vision["mlp_ratio"] if kind == "qwen2_vl" else vision["intermediate_size"]
+    merge, patch = vision["spatial_merge_size"], vision["patch_size"]
     merged = hidden * merge**2
+    windows = kind == "qwen2_5_vl"
     return Tower(
         embedding=vision.get("in_channels", 3) * vision["temporal_patch_size"] * patch**2 * hidden,
-        layer=4 * hidden**2 + 3 * hidden * vision["intermediate_size"],
+        # Gate, up and down in the one family, two matrices in the others.
+        layer=int(4 * hidden**2 + (3 if windows else 2) * hidden * inner),
         layers=vision["depth"],
-        full=len(vision["fullatt_block_indexes"]),
+        full=len(vision["fullatt_block_indexes"]) if windows else vision["depth"],
         width=hidden,
-        merger=merged**2 + merged * vision["out_hidden_size"],
+        # DeepStack has a merger for each layer that it adds to.
+        merger=(1 + len(vision.get("deepstack_visual_indexes", ()))) * (merged**2 + merged * output),
         merge=merge,
-        window=vision["window_size"] // merge // patch,
+        window=vision["window_size"] // merge // patch if windows else 1,
     )
+
+
+_WIDTHS = {"qwen2_vl": ("embed_dim", "hidden_size")}
 
 
 class ModelFlops:
@@ -93,7 +103,7 @@ class ModelFlops:
 
     def __init__(self, config: Mapping[str, Any], train_vision: bool, train_targets: bool):
         self.text: Sizes = sizes(config)
-        self.tower = tower_of(config["vision_config"])
+        self.tower = tower_of(config)
         self.train_vision, self.train_targets = train_vision, train_targets
 
     def of_text(self, lengths: Sequence[int], labels: int) -> float:

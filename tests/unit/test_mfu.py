@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import OTHERS, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
@@ -18,6 +19,7 @@ from mirage_ds.data.record import ImageFinder, scan
 from mirage_ds.mfu import ModelFlops, Tower, peak_flops, tower_of
 from mirage_ds.model.load import load_model, load_tower, read_config
 from mirage_ds.model.loss import StepCounts, objective
+from mirage_ds.model.vision import features_of
 from mirage_ds.step import encoding_flops
 
 K = 4
@@ -33,16 +35,19 @@ def counted(run: Any) -> int:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_the_tower_costs_what_torch_counts(nano: Path, grid: tuple[int, int, int]) -> None:
-    tower = load_tower(nano, read_config(nano), torch.float32, torch.device("cpu")).tower
-    shape = tower_of(read_config(nano).to_dict()["vision_config"])
-    assert 0 < shape.full < shape.layers
-    pixels = torch.randn(grid[1] * grid[2], 1176)
+@pytest.mark.parametrize("name", ["nano", *OTHERS])
+def test_the_tower_costs_what_torch_counts(nano: Path, tmp_path: Path, name: str, grid: tuple[int, int, int]) -> None:
+    folder = nano if name == "nano" else write(name, tmp_path / name)
+    config = read_config(folder)
+    tower = load_tower(folder, config, torch.float32, torch.device("cpu")).tower
+    shape = tower_of(config.to_dict())
+    assert 0 < shape.full < shape.layers or name != "nano"
+    pixels = torch.randn(grid[1] * grid[2], 6 * config.vision_config.patch_size**2)
     grids = torch.tensor([grid])
     with torch.no_grad():
-        assert counted(lambda: tower(pixels, grid_thw=grids)) == shape.forward(grid)
+        assert counted(lambda: features_of(tower, pixels, grids)) == shape.forward(grid)
     tower.requires_grad_(True)
-    both = counted(lambda: tower(pixels, grid_thw=grids).pooler_output.sum().backward())
+    both = counted(lambda: features_of(tower, pixels, grids).sum().backward())
     assert both == shape.forward(grid) + shape.backward(grid)
 
 
@@ -84,7 +89,7 @@ def test_images_with_kept_features_cost_nothing_and_helpers_have_a_backward_only
     nano: Path,
 ) -> None:
     config = AutoConfig.from_pretrained(nano).to_dict()
-    tower = tower_of(config["vision_config"])
+    tower = tower_of(config)
     grid = (1, 8, 8)
     forward, backward = tower.forward(grid), tower.backward(grid)
     assert ModelFlops(config, False, False).of_images([], []) == 0
