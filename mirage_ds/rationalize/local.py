@@ -1,4 +1,4 @@
-"""Rationales from a Qwen2.5-VL folder, by transformers' own `generate`, batch by batch.
+"""Rationales from a model folder, by transformers' own `generate`, batch by batch.
 
 B rows of a batch, T tokens of its longest request, P patches of all its images, n images.
 
@@ -23,6 +23,7 @@ from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import IMAGE_MARK, Record
 from mirage_ds.data.sources import content_hash
 from mirage_ds.errors import UserError
+from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.load import check_vocabulary, check_weights, read_config, resolve_folder, safetensors_of
 from mirage_ds.rationalize.form import Judge
 from mirage_ds.rationalize.job import Job, Lost, Pending, Reply, Rows
@@ -66,9 +67,8 @@ class Local:
         dtype = torch.float32 if self.device.type == "cpu" else stored
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        loaded: Any = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa"
-        )
+        whole = FAMILIES[config.model_type].model_class()
+        loaded: Any = whole.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         self.model = loaded.to(self.device).eval()
 
     def replies(self, samples: int, pending: Pending) -> Iterator[tuple[Job, Reply | Lost]]:
