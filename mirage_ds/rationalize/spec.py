@@ -31,7 +31,7 @@ class RationalizeSpec(BaseModel, extra="forbid"):
     limit_key: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="--endpoint: how the server calls --max_new_tokens"
     )
-    model: str | None = Field(None, min_length=1, description="folder or hub id of a model (docs/families.md) that writes them here")
+    model: str | None = Field(None, min_length=1, description="folder or hub id of a model that writes them here")
     batch_size: int = Field(8, ge=1, description="--model: rows at a time")
     prompt: Path | None = Field(None, description="text template of the request [default: the one that comes along]")
     task: str | None = Field(None, description="whose scorer judges the answer [default: the record's own task]")
