@@ -12,7 +12,7 @@ style=(--cell_size 28 --prompt short --exclude "$public")
 build() { mirage-ds data build "$@" "${style[@]}"; }
 
 # The bases: maps to copy, and other maps' helpers to read a path from. Levels 4 to 6; never the same map in both.
-for seed in 0 1; do
+for seed in 0 1 2; do
     build vsp-transcription --levels 4,5,6 --proportions 1,5,10 --count 16000 --seed "1$seed" --out "copy$seed"
     build vsp-spatial-planning --levels 4,5,6 --proportions 1,5,10 --count 16000 --seed "2$seed" --ties random \
         --out "read$seed"
