@@ -236,7 +236,7 @@ def check_mention(shown: Shown) -> None:
         if isinstance(command, click.Group):
             groups += [one for name in command.list_commands(context) if (one := command.get_command(context, name))]
         known = {flag for one in groups for option in one.params for flag in (*option.opts, *option.secondary_opts)}
-        unknown = {word for word in rest if word.startswith("-")} - known - {"--help"}
+        unknown = {word for word in rest if re.fullmatch(r"--?[\w-]+", word)} - known - {"--help"}
         if unknown:
             raise Wrong(f"no flag {unknown}")
 
