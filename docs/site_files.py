@@ -1,8 +1,8 @@
 """mkdocs hook: files outside docs/ that a page links to join the site under repo/, and relative links lead to them.
 
 A page keeps the links that work where the code lies: `../data/README.md` from docs/ becomes `repo/data/README.md` on
-the site, and `../docs/data.md` from there becomes `../../data.md`. A link to a file that is not there stays as it is, and
-`mkdocs build --strict` says so.
+the site, and `../docs/data.md` from there becomes `../../data.md`. A link to a file that is not there stays as it
+is, and `mkdocs build --strict` says so.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import posixpath
 import re
 from pathlib import Path
 from typing import Any
-
-from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 # Code, in which nothing is a link, or a link: ](target).
@@ -39,8 +37,10 @@ def target_of(page: str, link: str) -> str | None:
     return place if not place.startswith("..") and (ROOT / place).is_file() else None
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: Any, config: Any) -> Any:
     """Take in what the pages link to, and what the pages link to that so came in."""
+    from mkdocs.structure.files import File
+
     waiting = [file for file in files if file.is_documentation_page()]
     for page in waiting:
         for link in PIECE.finditer(page.content_string):
@@ -54,11 +54,17 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
-    """Turn relative links into those of the site's sources."""
+def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
+    """Turn relative links into those of the site's sources.
+
+    In a table's code a code host wants `\\|` for a bar, and the site shows the backslash: it goes.
+    """
     own = page.file.src_uri
 
     def turn(link: re.Match[str]) -> str:
+        begin = link.string.rfind("\n", 0, link.start()) + 1
+        if link[1] and link.string[begin] == "|":
+            return link[1].replace("\\|", "|")
         target = target_of(in_repository(own), link[3]) if link[3] else None
         if target is None or site_place(target) not in files.src_uris:
             return link[0]
