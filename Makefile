@@ -10,7 +10,7 @@ ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PATH="$
 # Where the demo writes; it wants a new folder.
 OUT ?= runs/demo
 
-.PHONY: install demo test test-slow test-cluster cluster-packages lint parity clean
+.PHONY: install demo docs test test-slow test-cluster cluster-packages lint parity clean
 
 install: $(VENV)/.installed
 
@@ -48,9 +48,17 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site, into site/: every link and anchor is checked. Its packages are installed here, nothing else needs them.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 # DIR holds what the public Mirage code computed; its format is described in tests/parity/check.py.
 parity: install
 	$(ENV) $(BIN)/python tests/parity/check.py $(DIR)
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) build dist site runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
