@@ -48,6 +48,7 @@ FOREIGN = {
 # Commands that need what a page makes before, and the test that runs them with it.
 RUN_ELSEWHERE = {
     "mirage-ds data build dots:Dots": "tests/unit/test_task_interface.py::test_the_pages_own_task_as_a_user_runs_it",
+    "python records.py": "tests/slow/test_first_hour.py::test_its_commands_lead_to_a_report",
 }
 # Settings that a page leaves to a file of the reader's, or to an ellipsis.
 LEFT_OUT: dict[str, Any] = {"model": "m", "stage": "stage2", "data_path": "d", "save_model_path": "s"}
