@@ -14,6 +14,7 @@ import pytest
 from mirage_ds.ablate.report.grid import Column, Misfit, column, level_key, line_up
 from mirage_ds.ablate.report.statistics import (
     FLIPS,
+    TOO_FEW,
     Comparison,
     Draws,
     Estimate,
@@ -300,3 +301,12 @@ def test_line_up_pairs_by_seed_and_record_whatever_the_order() -> None:
         line_up([{1: one[1]}, {2: one[3]}])
     with pytest.raises(Misfit, match="no common record"):
         line_up([{1: one[1]}, {1: make({"x": 1})}])
+
+
+@pytest.mark.parametrize(("seeds", "word"), [(1, "equivalent"), (2, TOO_FEW), (4, TOO_FEW), (5, "equivalent")])
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_from_two_to_four_seeds_nothing_is_said(seeds: int, word: str, shift: float) -> None:
+    base = np.zeros((seeds, 40))
+    one = compare(base + shift, base, (40,), 0.02, Draws(200))
+    assert one.verdict == (word if word == TOO_FEW or not shift else "higher")
+    assert one.equivalent == (word == "equivalent" and not shift)

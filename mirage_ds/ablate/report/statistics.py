@@ -143,6 +143,9 @@ def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
     return float((np.abs(sums) >= far).mean())
 
 
+TOO_FEW = "too few seeds"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How far an arm lies from its base, paired by seed and by record.
@@ -158,7 +161,8 @@ class Comparison:
         least_p: the smallest p that the test can give with so many seeds; None for the others.
         equivalent: the 90 % interval lies inside ± margin, which is two one-sided tests at 5 %.
         verdict: "higher" or "lower" where the 95 % interval excludes 0, else "equivalent" or "undecided". A difference
-            that is both significant and equivalent is "higher" or "lower" with `equivalent` set.
+            that is both significant and equivalent is "higher" or "lower" with `equivalent` set. From two to four seeds
+            TOO_FEW, and not equivalent: their interval is too narrow to say anything by.
     """
 
     difference: Estimate
@@ -201,4 +205,10 @@ def compare(arm: np.ndarray, base: np.ndarray, sizes: Sequence[int], margin: flo
         p, least = sign_flip(by_seed), 2.0 ** (1 - len(by_seed)) if exact else 1 / (FLIPS + 1)
     elif len(by_seed) == 1 and is_binary(np.unique(np.concatenate([arm, base]))):
         test, p = "McNemar", mcnemar(arm[0].tolist(), base[0].tolist())
-    return Comparison(overall, levels, by_seed, test, p, least, equivalent(overall, margin), verdict(overall, margin))
+    few = 1 < len(by_seed) < LEAST_SEEDS
+    same = equivalent(overall, margin) and not few
+    return Comparison(
+        *(overall, levels, by_seed, test, p, least),
+        equivalent=same,
+        verdict=TOO_FEW if few else verdict(overall, margin),
+    )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mirage_ds.ablate.report.grid import level_key
+from mirage_ds.ablate.report.statistics import TOO_FEW
 from mirage_ds.controls.paths import VERDICTS
 from mirage_ds.controls.report import Cells, apart, measured, p_values
 
@@ -66,6 +67,7 @@ def primary_sentence(report: Report) -> str:
         "higher": "the 95 % interval lies above 0",
         "lower": "the 95 % interval lies below 0",
         "equivalent": f"the 90 % interval lies within ± {margin:g}",
+        TOO_FEW: "with two to four seeds the interval is too narrow to say anything by",
         "undecided": f"the 95 % interval holds 0, and the 90 % interval is not within ± {margin:g}",
     }[found["verdict"]]
     return (
@@ -253,7 +255,7 @@ def method(report: Report) -> Sequence[str]:
         f"Intervals are percentiles of {made['resamples']:,} resamples (seed {made['seed']}): seeds are drawn with "
         "replacement and, crossed with them, records within each level, since all seeds answer the same records. With "
         "one seed only records are drawn, and the interval is about those models. With two to four seeds it is too "
-        "narrow, since so few say little about how seeds differ.",
+        "narrow, since so few say little about how seeds differ, and there is no verdict.",
         "From five paired seeds on, p is that of the sign-flip permutation test on the seeds' mean differences; with "
         "one seed, of McNemar's exact test on the records; from two to four there is none. n seeds can give no p below "
         "2/2ⁿ.",
