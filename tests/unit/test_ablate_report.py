@@ -580,7 +580,7 @@ def test_a_thousand_cells_take_seconds(tmp_path: Path) -> None:
         for seed in range(8)
     ]
     contrasts = [Contrast(arm, "arm 0", "test") for arm in arms if arm != "arm 0"]
-    start = time.perf_counter()
+    start = time.process_time()
     report = write_report(Results("many", "?", arms, cells, None, contrasts), tmp_path)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert len(report["contrasts"]) == 124
