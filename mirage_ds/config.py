@@ -153,7 +153,9 @@ class RunConfig(BaseModel):
     adam_eps: PositiveFloat = Field(1e-8, description="AdamW ε.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay; norms and biases are exempt.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's global norm to this; 0 switches it off.")
-    seed: int = Field(42, ge=0, description="Chooses the rows of each step, and the adapters' first values; nothing else is random.")
+    seed: int = Field(
+        42, ge=0, description="Chooses the rows of each step, and the adapters' first values; nothing else is random."
+    )
 
     # the machine
     deepspeed: Path | None = Field(None, description="DeepSpeed JSON. [default: the stage's own in ds_configs/]")
@@ -235,13 +237,14 @@ class RunConfig(BaseModel):
                 f"--train_vision changes the features that --feature_cache {self.feature_cache} would keep: use "
                 "--feature_cache off, or leave it out"
             )
-        for flag, given in (("alpha", self.lora_alpha), ("dropout", self.lora_dropout), ("targets", self.lora_targets)):
-            if given and self.lora_rank is None:
-                raise ValueError(f"--lora_{flag} is of adapters: add --lora_rank, or leave it out")
+        if self.lora_rank is None:
+            lora = {"alpha": self.lora_alpha, "dropout": self.lora_dropout, "targets": self.lora_targets}
+            for name in (name for name, given in lora.items() if given):
+                raise ValueError(f"--lora_{name} is of adapters: add --lora_rank, or leave it out")
         if self.lora_dropout:
             raise ValueError(
-                f"--lora_dropout {self.lora_dropout}: a layer that backward recomputes would draw another mask than its "
-                "forward, and no checkpoint keeps what is drawn; leave it out"
+                f"--lora_dropout {self.lora_dropout}: a layer that backward recomputes would draw another mask than "
+                "its forward, and no checkpoint keeps what is drawn; leave it out"
             )
         if self.lora_rank and self.train_vision:
             raise ValueError(

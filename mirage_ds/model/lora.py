@@ -2,10 +2,10 @@
 
 T tokens of the packed batch, V vocabulary rows, H hidden, R latent tokens, r rank.
 
-A public checkpoint has no learnt rows for the latent tokens, neither in the embedding nor in the head, and an adapter of a
-linear layer cannot make any: R rows of each are parameters here. PEFT's own layer for that (trainable_token_indices)
-copies all V rows in every forward, and under ZeRO-3 it takes a weight that is not gathered; what is saved has its format
-(engine/adapter.py).
+A public checkpoint has no learnt rows for the latent tokens, neither in the embedding nor in the head, and an adapter
+of a linear layer cannot make any: R rows of each are parameters here. PEFT's own layer for that
+(trainable_token_indices) copies all V rows in every forward, and under ZeRO-3 it takes a weight that is not gathered;
+what is saved has its format (engine/adapter.py).
 """
 
 from __future__ import annotations

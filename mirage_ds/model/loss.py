@@ -105,7 +105,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     the logits once more, a quarter of the head's work. The gradient of the weight, (V, H), waits between forward and
     backward, when nothing but activations is held; backward needs as much anyway.
 
-    Rows that stand in place of the weight's own overwrite their logits: a whole matrix with them inside would be a second
+    Rows that stand in place of the weight's own overwrite their logits: a matrix with them inside would be a second
     (V, H). A frozen weight gets no gradient, and none is made.
 
     A GPU multiplies bf16 into float32 logits. A CPU computes in float32: without bf16 instructions its bf16 products
@@ -129,33 +129,38 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:3])
         by_state = torch.empty_like(states) if wanted else None
         by_matrix = torch.empty_like(matrix) if ctx.needs_input_grad[1] else None
-        own_rows = None if rows is None else rows.to(dtype)
-        by_rows = None if own_rows is None else torch.zeros_like(own_rows)
         kept = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
         # Both buffers serve every chunk. torch_autocast casts no product that writes into a given tensor: the head's
         # stay float32, as its weight does.
         most = min(chunk, len(states))
         logits, softmax = (scales.new_empty(most, len(matrix)) for _ in range(2))
-        few = None if own_rows is None else scales.new_empty(most, len(own_rows))
+        own = None
+        if rows is not None and row_ids is not None:
+            # (R, H), a buffer for its logits, its gradient.
+            own = row_ids, rows.to(dtype), scales.new_empty(most, len(rows)), torch.zeros_like(rows, dtype=dtype)
         for at in range(0, len(states), most):
             here = slice(at, min(at + most, len(states)))
-            some, own = states[here], targets[here, None]
+            some, right = states[here], targets[here, None]
             scores = torch.mm(some, matrix.t(), out=logits[: len(some)], **kept)
-            if few is not None:
-                scores.index_copy_(1, row_ids, torch.mm(some, own_rows.t(), out=few[: len(some)], **kept))
+            if own is not None:
+                ids, theirs, few, _ = own
+                scores.index_copy_(1, ids, torch.mm(some, theirs.t(), out=few[: len(some)], **kept))
             logs = torch.log_softmax(scores, dim=1, out=softmax[: len(some)])
-            losses[here] = -logs.gather(1, own)[:, 0]
+            losses[here] = -logs.gather(1, right)[:, 0]
             if by_state is None:
                 continue
             # ∂/∂logits = scale · (softmax − 1 at the target).
-            slope = logs.exp_().scatter_add_(1, own, logs.new_full(own.shape, -1.0)).mul_(scales[here, None]).to(dtype)
-            if by_rows is not None:
-                by_own = slope.index_select(1, row_ids)
-                slope.index_fill_(1, row_ids, 0)
+            slope = logs.exp_().scatter_add_(1, right, logs.new_full(right.shape, -1.0))
+            slope = slope.mul_(scales[here, None]).to(dtype)
+            if own is None:
+                torch.mm(slope, matrix, out=by_state[here])
+            else:
+                ids, theirs, _, by_rows = own
+                by_own = slope.index_select(1, ids)
+                slope.index_fill_(1, ids, 0)
+                torch.mm(slope, matrix, out=by_state[here])
+                by_state[here].addmm_(by_own, theirs)
                 by_rows.addmm_(by_own.t(), some)
-            torch.mm(slope, matrix, out=by_state[here])
-            if by_rows is not None:
-                by_state[here].addmm_(by_own, own_rows)
             if by_matrix is None:
                 continue
             if at:
@@ -164,10 +169,11 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 torch.mm(slope.t(), some, out=by_matrix)
         if by_state is not None:
             # Not save_for_backward: while it holds the tensors, autograd copies them into the parameter's gradient.
-            ctx.made = [
-                None if made is None else made.to(given.dtype)
-                for made, given in ((by_state, hidden), (by_matrix, weight), (by_rows, rows))
-            ]
+            ctx.made = (
+                by_state.to(hidden.dtype),
+                None if by_matrix is None else by_matrix.to(weight.dtype),
+                None if own is None else own[-1].to(weight.dtype),
+            )
         ctx.mark_non_differentiable(losses)
         return (losses * scales).sum(), losses
 

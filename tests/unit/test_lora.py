@@ -22,7 +22,6 @@ from test_forward import (
     gradients,
     sharpen,
     step,
-    untie,
 )
 
 from mirage_ds.data.encode import LATENT_TOKENS
@@ -58,7 +57,7 @@ class PlainAdapted(Plain):
 
         super().__init__(task)
         tied = self.model.config.tie_word_embeddings
-        rows = dict.fromkeys(["embed_tokens"] if tied else ["embed_tokens", "lm_head"], list(lora.tokens))
+        rows = {module: list(lora.tokens) for module in ["embed_tokens"] + ["lm_head"] * (not tied)}
         config = LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.pattern, trainable_token_indices=rows
         )
