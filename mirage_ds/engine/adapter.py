@@ -93,8 +93,9 @@ class Adapter(NamedTuple):
 def _peft_name(name: str) -> str:
     """Turn a flat name into PEFT's, which says where it stands in transformers' whole model."""
     name = re.sub(r"^model\.", "model.language_model.", name)
-    name = f"{name}.weight" if name[-7:-1] == "lora_" else f"{name[:-5]}.token_adapter.trainable_tokens_delta"
-    return f"base_model.model.{name}"
+    if name.endswith(".rows"):
+        return f"base_model.model.{name.removesuffix('.rows')}.token_adapter.trainable_tokens_delta"
+    return f"base_model.model.{name}.weight"
 
 
 def trained_adapter(model: MirageModel, keep: bool) -> Adapter | None:
