@@ -118,10 +118,15 @@ def trained_adapter(model: MirageModel, keep: bool) -> Adapter | None:
     return Adapter(model.lora, tensors)
 
 
-def stored_adapter(lora: Lora, masters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Adapter:
-    """Read the adapter out of a checkpoint's float32 masters, in the dtype in which the forward had it."""
+def stored_adapter(lora: Lora, masters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, tied: bool) -> Adapter:
+    """Read the adapter out of a checkpoint's float32 masters, in the dtype in which the forward had it.
+
+    Args:
+        tied: embedding and head are one matrix; their rows, one parameter, stand in the checkpoint twice.
+    """
+    left_out = {None, ROWS["head.rows"]} if tied else {None}
     named = ((adapter_name(name), tensor) for name, tensor in masters)
-    return Adapter(lora, {name: tensor.contiguous().to(dtype) for name, tensor in named if name is not None})
+    return Adapter(lora, {name: tensor.contiguous().to(dtype) for name, tensor in named if name not in left_out})
 
 
 def note_of(lora: Lora | None) -> dict[str, Any] | None:

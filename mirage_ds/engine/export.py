@@ -230,7 +230,8 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
         raise UserError(f"{lost[0]} is neither in {checkpoint} nor in {parts.source}; name the base with --model")
     with whole_folder(out) as folder:
         writer = ShardWriter(folder, family=parts.family)
-        adapter = stored_adapter(lora, masters.items(), dtype) if lora else None
+        tied = "lm_head.weight" not in expected
+        adapter = stored_adapter(lora, masters.items(), dtype, tied) if lora else None
         written = set()
         for stored, tensor in masters.items():
             # A tied head stands there twice, and buffers are no weights.
