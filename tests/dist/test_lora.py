@@ -59,7 +59,7 @@ class Runs:
         self.group, self.base, self.scratch = group, base, scratch
 
     def train(self, out: Path, **settings: Any) -> Any:
-        return self.group.run(_train, self.base | dict(save_model_path=out) | settings, timeout_s=60)
+        return self.group.run(_train, self.base | dict(save_model_path=out) | settings, timeout_s=200)
 
 
 @pytest.fixture(scope="module")
