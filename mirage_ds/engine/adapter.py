@@ -124,9 +124,12 @@ def stored_adapter(lora: Lora, masters: Iterable[tuple[str, torch.Tensor]], dtyp
     Args:
         tied: embedding and head are one matrix; their rows, one parameter, stand in the checkpoint twice.
     """
-    left_out = {None, ROWS["head.rows"]} if tied else {None}
-    named = ((adapter_name(name), tensor) for name, tensor in masters)
-    return Adapter(lora, {name: tensor.contiguous().to(dtype) for name, tensor in named if name not in left_out})
+    tensors = {}
+    for stored, tensor in masters:
+        name = adapter_name(stored)
+        if name is not None and not (tied and name == ROWS["head.rows"]):
+            tensors[name] = tensor.contiguous().to(dtype)
+    return Adapter(lora, tensors)
 
 
 def note_of(lora: Lora | None) -> dict[str, Any] | None:
