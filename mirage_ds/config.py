@@ -72,6 +72,18 @@ class RunConfig(BaseModel):
         "stand as inputs; the latents' own loss never does.",
     )
     train_vision: bool = Field(False, description="Train the vision tower too (frozen otherwise).")
+    lora_rank: PositiveInt | None = Field(
+        None,
+        description="Train adapters of this rank (LoRA, needs PEFT) and the latent tokens' rows, in place of all "
+        "weights; the saved model has them merged. See docs/lora.md.",
+    )
+    lora_alpha: PositiveInt | None = Field(
+        None, description="Adapters count alpha / rank times. [default: twice --lora_rank]"
+    )
+    lora_dropout: float = Field(0, ge=0, lt=1, description="Only 0: layers are recomputed and runs resumed exactly.")
+    lora_targets: list[str] | None = Field(
+        None, description="Linear layers of the decoder with an adapter, such as q_proj. [default: all]"
+    )
 
     # data
     data_path: Path = Field(
@@ -141,7 +153,9 @@ class RunConfig(BaseModel):
     adam_eps: PositiveFloat = Field(1e-8, description="AdamW ε.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay; norms and biases are exempt.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's global norm to this; 0 switches it off.")
-    seed: int = Field(42, ge=0, description="Chooses the rows of each step; nothing else is random.")
+    seed: int = Field(
+        42, ge=0, description="Chooses the rows of each step, and the adapters' first values; nothing else is random."
+    )
 
     # the machine
     deepspeed: Path | None = Field(None, description="DeepSpeed JSON. [default: the stage's own in ds_configs/]")
@@ -227,6 +241,19 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"--train_vision changes the features that --feature_cache {self.feature_cache} would keep: use "
                 "--feature_cache off, or leave it out"
+            )
+        if self.lora_rank is None:
+            lora = {"alpha": self.lora_alpha, "dropout": self.lora_dropout, "targets": self.lora_targets}
+            for name in (name for name, given in lora.items() if given):
+                raise ValueError(f"--lora_{name} is of adapters: add --lora_rank, or leave it out")
+        if self.lora_dropout:
+            raise ValueError(
+                f"--lora_dropout {self.lora_dropout}: a layer that backward recomputes would draw another mask than "
+                "its forward, and no checkpoint keeps what is drawn; leave it out"
+            )
+        if self.lora_rank and self.train_vision:
+            raise ValueError(
+                "--train_vision trains the whole tower, which no adapter holds: leave it out, or leave out --lora_rank"
             )
         allowed = {"sft": ("pause", "marks"), "stage1": ("latents", "auxiliary"), "stage2": ("latents",)}[self.stage]
         if self.slots and self.slots not in allowed:

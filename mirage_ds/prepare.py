@@ -28,6 +28,7 @@ from mirage_ds.data.loader import Index, Loader, usable, without
 from mirage_ds.data.pack import Planner, check_patches, pack, total_steps
 from mirage_ds.data.record import Fault, ImageFinder, record_of
 from mirage_ds.engine import ds_config as ds
+from mirage_ds.engine.adapter import note_of
 from mirage_ds.engine.card import model_card
 from mirage_ds.engine.checkpoint import Found, find_checkpoint, load_checkpoint
 from mirage_ds.engine.compiled import say_waits
@@ -53,6 +54,7 @@ from mirage_ds.model.load import (
     read_config,
     resolve_folder,
 )
+from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.scale import sizes, two_layers
@@ -317,8 +319,23 @@ def check_scores(config: RunConfig, data_path: Path, index: Index) -> None:
     check_evaluation(records, data_path, config.task, losses, config.save_best)
 
 
-def optimizer_groups(folder: Path, train_vision: bool) -> list[list[int]]:
+def make_lora(config: RunConfig, folder: Path, encoder: Encoder) -> Lora | None:
+    """Describe a run's adapters; None where all weights are trained.
+
+    Raises:
+        UserError: a layer that the decoder does not have.
+    """
+    if config.lora_rank is None:
+        return None
+    targets = find_targets(expected_shapes(read_config(folder)), config.lora_targets)
+    tokens = tuple(encoder.id_of(token) for token in LATENT_TOKENS)
+    return Lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, targets, tokens, config.seed)
+
+
+def optimizer_groups(folder: Path, train_vision: bool, lora: Lora | None = None) -> list[list[int]]:
     """Elements of the trained parameters of each optimizer group (setup.weight_decay_groups), from config.json."""
+    if lora:
+        return [[math.prod(shape) for shape in trained_shapes(expected_shapes(read_config(folder)), lora)]]
     named = sorted(expected_shapes(read_config(folder)).items(), key=lambda item: item[0].startswith("visual."))
     trained = [shape for name, shape in named if train_vision or not name.startswith("visual.")]
     matrices = [math.prod(shape) for shape in trained if len(shape) > 1]
@@ -326,7 +343,12 @@ def optimizer_groups(folder: Path, train_vision: bool) -> list[list[int]]:
 
 
 def make_model(
-    config: RunConfig, folder: Path, ds_values: dict[str, Any], device: torch.device, tower: FrozenTower | None
+    config: RunConfig,
+    folder: Path,
+    ds_values: dict[str, Any],
+    device: torch.device,
+    tower: FrozenTower | None,
+    lora: Lora | None,
 ) -> Loaded:
     """Load the model as a run's settings and the resolved DeepSpeed configuration say."""
     return load_model(
@@ -344,6 +366,7 @@ def make_model(
         detach_latents=config.detach_latents,
         train_targets=config.train_targets,
         ds_config=ds_values,
+        lora=lora,
     )
 
 
@@ -368,6 +391,13 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     json_path = config.deepspeed or ds.default_path(config.stage, world.device.type)
     ds_values = ds.resolve(ds.read_json(json_path), json_path, config, world.size)
     check_ds_config(ds_values, json_path)
+    if config.lora_rank:
+        check_peft(f"--lora_rank {config.lora_rank}")
+        if ds.on_nvme(ds_values):
+            raise UserError(
+                f"--lora_rank {config.lora_rank}: {json_path} offloads to NVMe, and what that takes is not known where "
+                "most weights are frozen; adapters have few states: take a JSON without offload, or offload to 'cpu'"
+            )
     choose_backend(config.attention, world.device)
     folders = _model_folders(config, world)
     shape = read_config(folders[0]).to_dict()
@@ -384,8 +414,9 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     # All that can refuse the run comes before its folder is claimed: a refused run must not stand in the way of the
     # mended one.
     from_rank_zero(lambda: check_weights(folders[0], read_config(folders[0])), world)
+    lora = from_rank_zero(lambda: make_lora(config, folders[0], encoder), world)
     check_offload(
-        *(ds_values, json_path, optimizer_groups(folders[0], config.train_vision), sizes(shape).matrices, world),
+        *(ds_values, json_path, optimizer_groups(folders[0], config.train_vision, lora), sizes(shape).matrices, world),
         checkpoints=config.save_every is not None or config.resume == "auto",
     )
     begin("vision tower")
@@ -420,6 +451,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
         rows_per_step=config.rows_per_step,
         seed=config.seed,
         train_vision=config.train_vision,
+        lora=note_of(lora),
         reduction=config.reduction,
         ce_weight=config.gamma,
         optimizer=[
@@ -446,7 +478,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     # In run/ stands the JSON as given: another start has other folders.
     ds_values, swap = claim_folders(ds_values, world)
     begin("model", own_folder if world.rank == 0 else None)
-    loaded = make_model(config, folders[0], ds_values, world.device, tower)
+    loaded = make_model(config, folders[0], ds_values, world.device, tower, lora)
     # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
     most_runs = max(int(one.index.runs.max()) for one in measured)
     passes = config.passes(most_runs)

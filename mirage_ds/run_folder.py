@@ -1,6 +1,6 @@
 """The run folder: what was asked, with what, so that a run can be repeated from its folder.
 
-<save_model_path>/            the trained model, as plain transformers opens it
+<save_model_path>/            the trained model, as plain transformers opens it; adapter/, where one is merged into it
 <save_model_path>/run/        config.yaml, ds_config.json, versions.json, run.json (what it came to before its first
                               step), log.jsonl, events.jsonl, tensorboard/, checkpoints/; not_finite.jsonl, if a step
                               was skipped; trackers.json, if W&B or MLflow follow it; faults.jsonl, if a guard ended it
@@ -22,14 +22,14 @@ from mirage_ds.config import RunConfig
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
 
-PACKAGES = ("mirage-ds", "torch", "transformers", "deepspeed", "accelerate", "datasets", "flash-attn")
+PACKAGES = ("mirage-ds", "torch", "transformers", "deepspeed", "accelerate", "datasets", "flash-attn", "peft")
 
 
 def claim(folder: Path, overwrite: bool, resume: bool = False) -> Path:
     """Return the folder for a run's own files; refuse one that holds an earlier run or a model.
 
     Args:
-        overwrite: start over in it: its log, its checkpoints and its best model are deleted.
+        overwrite: start over in it: its log, its checkpoints, its best model and its adapter are deleted.
         resume: an earlier run is welcome.
 
     Raises:
@@ -60,7 +60,8 @@ def claim(folder: Path, overwrite: bool, resume: bool = False) -> Path:
             (folder / "run" / old).unlink(missing_ok=True)
         for old in ("checkpoints", "tensorboard"):
             shutil.rmtree(folder / "run" / old, ignore_errors=True)
-        shutil.rmtree(folder / "best", ignore_errors=True)
+        for old in ("best", "adapter"):
+            shutil.rmtree(folder / old, ignore_errors=True)
     return folder / "run"
 
 

@@ -233,7 +233,12 @@ def _train_node(config: RunConfig, name: str, parent: str | None, here: Path) ->
     whole = json.loads(config.model_dump_json())
     material = {
         "kind": "train",
-        "settings": {key: value for key, value in sorted(whole.items()) if key not in MACHINE},
+        "settings": {
+            key: value
+            for key, value in sorted(whole.items())
+            # Adapters came later: where there are none, a run is the one it was.
+            if key not in MACHINE and (value or not key.startswith("lora_"))
+        },
         "rows_per_step": config.rows_per_step,
         "data": records_hash(config.data_path),
         "image_root": _relative(config.image_root, here),

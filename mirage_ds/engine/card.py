@@ -18,6 +18,12 @@ OPTIMIZER = ("learning rate", "schedule", "warm-up steps", "β1", "β2", "ε", "
 SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 
 
+def hub_name(folder: str) -> str | None:
+    """Return the hub's id of a downloaded model; None for another folder."""
+    found = SNAPSHOT.search(folder)
+    return f"{found[1]}/{found[2]}" if found else None
+
+
 def model_card(state: Mapping[str, Any], scores: Mapping[str, float] | None = None) -> str:
     """Write the card of a trained model.
 
@@ -26,8 +32,7 @@ def model_card(state: Mapping[str, Any], scores: Mapping[str, float] | None = No
         scores: metric → value of an evaluation of these very weights, where there was one.
     """
     stage, k = state["stage"], state["latent_size"]
-    hub = [SNAPSHOT.search(source) for source in state["sources"]]
-    base = next((f"{found[1]}/{found[2]}" for found in reversed(hub) if found), None)
+    base = next((name for source in reversed(state["sources"]) if (name := hub_name(source))), None)
     optimizer = ", ".join(f"{name} {value}" for name, value in zip(OPTIMIZER, state["optimizer"], strict=True))
     rows = [
         ("base model", base or f"`{state['sources'][-1]}`"),
@@ -39,6 +44,7 @@ def model_card(state: Mapping[str, Any], scores: Mapping[str, float] | None = No
         ("rows a step", state["rows_per_step"]),
         ("records", f"{state['rows']}, SHA-256 `{state['data']}`"),
         ("vision tower", "trained" if state["train_vision"] else "frozen"),
+        *([("trained", _adapters(state["lora"]))] if state.get("lora") else []),
         ("AdamW", optimizer),
         ("loss", f"weight of the cross-entropy {state['ce_weight']}, reduction {state['reduction']}"),
         ("seed", state["seed"]),
@@ -63,6 +69,14 @@ def _arm(state: Mapping[str, Any]) -> str:
         *(["targets train the tower"] if targets else []),
     ]
     return ", ".join(said)
+
+
+def _adapters(lora: Mapping[str, Any]) -> str:
+    """Say what was trained where it was not all weights."""
+    return (
+        f"LoRA of rank {lora['rank']}, alpha {lora['alpha']}, on {', '.join(lora['targets'])}, and the latent tokens' "
+        "rows of embedding and head; merged here, alone in `adapter/`"
+    )
 
 
 def _scores(scores: Mapping[str, float] | None) -> list[str]:

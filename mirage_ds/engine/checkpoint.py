@@ -47,6 +47,7 @@ MUST_AGREE = {
     "ce_weight": "--ce_weight",
     "optimizer": "AdamW and its schedule (--learning_rate, --lr_scheduler, --warmup_steps, β, ε, --weight_decay)",
     "train_vision": "--train_vision",
+    "lora": "--lora_rank, --lora_alpha, --lora_targets",
     "zero_stage": "ZeRO stage of --deepspeed",
 }
 
@@ -92,7 +93,8 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int,
         return trouble
     with collected_write_errors(engine) as errors:
         # The state stays out of DeepSpeed's files: a key of its own there ("optimizer") would be overwritten.
-        engine.save_checkpoint(str(folder), tag=beside.name, save_latest=False)
+        # Frozen weights are the base's; the state says which (frozen.notes_of_engine).
+        engine.save_checkpoint(str(folder), tag=beside.name, save_latest=False, exclude_frozen_parameters=True)
     trouble, entries = _gather(errors.failed, errors.written, beside, world)
     if trouble is None:
         trouble = _at_rank_zero(lambda: _put_in_place(beside, place, state, entries, keep), world)
@@ -190,10 +192,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def _check_state(place: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     state = read_state(place)
     for name, said in MUST_AGREE.items():
-        if state.get(name) != wanted[name]:
+        if state.get(name) != wanted.get(name):
             raise UserError(
-                f"--resume auto: {place} was written with {said} {state.get(name)}, this run has {wanted[name]}; go on "
-                "with the same, or train into another --save_model_path"
+                f"--resume auto: {place} was written with {said} {state.get(name)}, this run has {wanted.get(name)}; "
+                "go on with the same, or train into another --save_model_path"
             )
     check_same(place, state.get("tower", {}), wanted["tower"])
     return state
@@ -248,7 +250,9 @@ def check_whole(checkpoint: Path) -> None:
 def load_checkpoint(engine: Any, found: Found) -> dict[str, Any]:
     """Load weights, optimizer and schedule; return the state that was saved with them. All ranks call it."""
     with own_groups_and_steps(engine) if found.universal else nullcontext():
-        place, _ = engine.load_checkpoint(str(found.form.parent), tag=found.form.name)
+        # Frozen weights are not in it.
+        whole = all(parameter.requires_grad for parameter in engine.module.parameters())
+        place, _ = engine.load_checkpoint(str(found.form.parent), tag=found.form.name, load_module_strict=whole)
     if place is None:
         raise UserError(f"{found.place}: DeepSpeed could not load it; name an older one in {found.place.parent}/latest")
     return read_state(found.place)

@@ -217,3 +217,9 @@ def products_in_bf16(values: dict[str, Any]) -> bool:
 def zero_stage(values: dict[str, Any]) -> int:
     """Return the ZeRO stage the JSON asks for."""
     return int(values.get("zero_optimization", {}).get("stage", 0))
+
+
+def on_nvme(values: dict[str, Any]) -> bool:
+    """Whether weights or the optimizer's states are offloaded to NVMe."""
+    blocks = (values.get("zero_optimization", {}).get(f"offload_{name}") or {} for name in ("param", "optimizer"))
+    return any(block.get("device") == "nvme" for block in blocks)

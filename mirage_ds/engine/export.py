@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +15,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from mirage_ds.engine.adapter import Adapter, adapter_name, lora_of, stored_adapter, trained_adapter
 from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.engine.checkpoint import check_whole, read_state
+from mirage_ds.engine.frozen import Notes, digest
 from mirage_ds.errors import UserError
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.family import FAMILIES, Family, family_of
+from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.gathered import gathered
 from mirage_ds.model.load import expected_shapes, public_name, safetensors_of, stored_shapes
+from mirage_ds.model.lora import check_peft
 
 SHARD_BYTES = 4 << 30
 # Where config.json says how the model was trained; plain transformers carries the key along.
@@ -32,34 +36,31 @@ def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a model folder says of its training, from what a checkpoint says of its run (prepare.prepare)."""
     # Checkpoints from before there were arms say nothing of them.
     slots, compress, *_ = state.get("latents") or (None, "average")
+    lora = state.get("lora")
     return {
         "stage": state["stage"],
         "latent_size": state["latent_size"],
         "slots": slots,
         "compress_strategy": compress,
+        **({"lora": {name: lora[name] for name in ("rank", "alpha", "targets")}} if lora else {}),
     }
 
 
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def _gathered(parameters: list[nn.Parameter]) -> Any:
-    """Hold the whole parameters on every rank where ZeRO-3 has partitioned them."""
-    if not any(hasattr(p, "ds_id") for p in parameters):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)
-
-
 def whole_tensors(model: nn.Module, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (public name, whole tensor on the CPU) of each parameter, one gathered at a time. All ranks iterate.
+
+    Adapters are left out (adapter.trained_adapter).
 
     Args:
         keep: whether this rank wants the tensors; the others get empty ones.
     """
     for name, parameter in model.named_parameters():
-        with _gathered([parameter]):
+        if adapter_name(name) is not None:
+            continue
+        with gathered([parameter]):
             yield public_name(name), parameter.detach().cpu().clone() if keep else torch.empty(0)
 
 
@@ -142,8 +143,8 @@ class Parts(NamedTuple):
         return FAMILIES[self.config.model_type]
 
 
-def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts) -> None:
-    """Put weights and everything else in place.
+def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts, adapter: Adapter | None) -> None:
+    """Put weights and everything else in place, the adapter that is merged into them too.
 
     config.json is written last: a folder without it is no model, so that an interrupted save is never taken for one.
     """
@@ -154,6 +155,8 @@ def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts) -> None
     parts.image_processor.save_pretrained(folder)
     if (parts.source / "generation_config.json").is_file():
         write_atomically(folder / "generation_config.json", (parts.source / "generation_config.json").read_text())
+    if adapter:
+        adapter.write(folder, parts.source)
     if parts.card:
         write_card(folder, parts.card)
     parts.config.dtype = dtype
@@ -162,11 +165,12 @@ def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts) -> None
     write_atomically(folder / "config.json", parts.config.to_json_string())
 
 
-def save_model(model: nn.Module, tower: nn.Module | None, folder: Path, rank: int, parts: Parts) -> None:
+def save_model(model: MirageModel, tower: nn.Module | None, folder: Path, rank: int, parts: Parts) -> None:
     """Write the trained model, its frozen tower re-joined, as a model folder. All ranks call it; rank 0 writes.
 
+    Adapters are merged, and written beside.
+
     Args:
-        model: the MirageModel.
         tower: the frozen tower, or None where the tower is part of `model`.
 
     Raises:
@@ -179,11 +183,12 @@ def save_model(model: nn.Module, tower: nn.Module | None, folder: Path, rank: in
         writer = ShardWriter(folder, family=parts.family) if rank == 0 else None
     except OSError as error:
         failure = error
+    adapter = trained_adapter(model, keep=writer is not None)
     for name, tensor in whole_tensors(model, keep=writer is not None):
         if writer and failure is None:
             dtype = tensor.dtype
             try:
-                writer.add(name, tensor)
+                writer.add(name, adapter.merged(name, tensor) if adapter else tensor)
             except (OSError, SafetensorError) as error:
                 failure = error
     if failure is not None:
@@ -193,23 +198,31 @@ def save_model(model: nn.Module, tower: nn.Module | None, folder: Path, rank: in
     if tower is not None:
         for name, tensor in tower.state_dict().items():
             writer.add(f"visual.{name}", tensor.cpu())
-    finish_folder(writer, dtype, parts)
+    finish_folder(writer, dtype, parts, adapter)
 
 
 def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Parts) -> None:
     """Turn a sharded checkpoint into a model folder; tensors that were not trained come from `parts.source`.
+
+    Its adapters, if it has any, are merged, and written beside.
 
     Args:
         checkpoint: a global_step<N> folder; the model card is written from what it says of itself.
         dtype: of the written weights; the checkpoint holds float32 masters.
 
     Raises:
-        UserError: `out` exists, a file differs from the checkpoint's manifest, or a tensor is in neither place.
+        UserError: `out` exists, a file differs from the checkpoint's manifest, a tensor is in neither place, or what
+            is there is not what was frozen in training.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     refuse_existing(out)
     check_whole(checkpoint)
+    state = read_state(checkpoint)
+    lora = lora_of(state)
+    if lora:
+        check_peft(f"{checkpoint}, which holds adapters,")
+    frozen: Notes = {public_name(name): note for name, note in state.get("kept", {}).items()}
     expected = expected_shapes(parts.config)
     masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
     lost = sorted(expected.keys() - {public_name(name) for name in masters} - stored_shapes(parts.source).keys())
@@ -217,6 +230,8 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
         raise UserError(f"{lost[0]} is neither in {checkpoint} nor in {parts.source}; name the base with --model")
     with whole_folder(out) as folder:
         writer = ShardWriter(folder, family=parts.family)
+        tied = "lm_head.weight" not in expected
+        adapter = stored_adapter(lora, masters.items(), dtype, tied) if lora else None
         written = set()
         for stored, tensor in masters.items():
             # A tied head stands there twice, and buffers are no weights.
@@ -230,8 +245,14 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
                 for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
                     name = public_name(stored)
                     if name in missing:
-                        writer.add(name, tensors.get_tensor(stored).to(dtype))
-        finish_folder(writer, dtype, parts._replace(card=model_card(read_state(checkpoint))))
+                        tensor = tensors.get_tensor(stored).to(dtype)
+                        if name in frozen and frozen[name] != digest(tensor):
+                            raise UserError(
+                                f"{name} in {parts.source} is not what {checkpoint} was trained on; name the base that "
+                                "it was, unchanged, with --model"
+                            )
+                        writer.add(name, adapter.merged(name, tensor) if adapter else tensor)
+        finish_folder(writer, dtype, parts._replace(card=model_card(state)), adapter)
 
 
 def refuse_existing(out: Path) -> None:

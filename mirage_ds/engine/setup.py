@@ -129,13 +129,17 @@ def check_ds_config(values: dict[str, Any], path: Path) -> None:
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trained parameters: matrices decay, norms and biases (one-dimensional) do not."""
+    """Split the trained parameters: matrices (adapters too) decay, norms and biases (one-dimensional) do not.
+
+    A group that would be empty is left out.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     # Under ZeRO-3 a parameter's own shape is empty; DeepSpeed keeps the true one in ds_shape.
     dimensions = [len(getattr(p, "ds_shape", p.shape)) for p in trained]
     matrices = [p for p, size in zip(trained, dimensions, strict=True) if size > 1]
     vectors = [p for p, size in zip(trained, dimensions, strict=True) if size <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def make_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any], steps: int) -> Any:

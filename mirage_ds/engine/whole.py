@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from mirage_ds.engine.adapter import Adapter, adapter_name, trained_adapter
 from mirage_ds.engine.offload import memory_to_be_had
 from mirage_ds.engine.private import shard_of
 from mirage_ds.engine.setup import World, everyone
 from mirage_ds.errors import UserError
 from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.load import public_name
 from mirage_ds.model.loss import LossHead
 
 
@@ -51,11 +53,17 @@ def whole_model(engine: Any) -> Iterator[MirageModel]:
 
 
 def _plain_model(model: MirageModel) -> MirageModel:
-    """Build the same modules anew, around the same tensors."""
-    head = LossHead(nn.Parameter(model.head.weight.data, requires_grad=False), len(model.head.weight), 0)
+    """Build the same modules anew, around the same tensors; adapters are merged into new ones."""
+    adapter = trained_adapter(model, keep=True)
+    language_model: Any = _plain(model.language_model, adapter)
+    matrix = model.head.weight.data
+    if adapter:
+        tied = model.head.weight is model.language_model.embed_tokens.weight
+        matrix = language_model.embed_tokens.weight.data if tied else adapter.merged("lm_head.weight", matrix)
+    head = LossHead(nn.Parameter(matrix, requires_grad=False), len(matrix), 0)
     head.chunk = model.head.chunk
     plain = MirageModel(
-        _plain(model.language_model),
+        language_model,
         head,
         None if model.visual is None else _plain(model.visual),
         grounded=model.grounded,
@@ -66,11 +74,23 @@ def _plain_model(model: MirageModel) -> MirageModel:
     return plain.requires_grad_(False).eval()
 
 
-def _plain(module: Any) -> nn.Module:
-    """Build one of transformers' models from its configuration, around the tensors of `module`."""
+def _plain(module: Any, adapter: Adapter | None = None) -> nn.Module:
+    """Build one of transformers' models from its configuration, around the tensors of `module`.
+
+    Args:
+        adapter: of a text model that has one.
+    """
     with torch.device("meta"):
         plain: nn.Module = type(module)(module.config)
-    plain.load_state_dict({name: tensor.data for name, tensor in module.state_dict().items()}, assign=True)
+    tensors = {name: tensor.data for name, tensor in module.state_dict().items()}
+    if adapter:
+        own = {name: f"language_model.{name}" for name in tensors}
+        tensors = {
+            name.replace(".base_layer.", "."): adapter.merged(public_name(own[name]), tensor)
+            for name, tensor in tensors.items()
+            if adapter_name(own[name]) is None
+        }
+    plain.load_state_dict(tensors, assign=True)
     # What no checkpoint holds: rotary frequencies.
     for name, buffer in module.named_buffers():
         owner, _, own = name.rpartition(".")
@@ -85,14 +105,16 @@ def bytes_to_decode(model: MirageModel, rows: int, keys: int) -> int:
         rows: N; keys: S.
 
     Returns:
-        Ψ weights where they are sharded (and this rank's part of them, where it lies elsewhere), keys and values of
-        (N, Hkv, S, D) a layer, and logits (N, V) with their float32 copy.
+        Ψ weights where they are sharded (and this rank's part of them, where it lies elsewhere), Ψ more where adapters
+        are merged, keys and values of (N, Hkv, S, D) a layer, and logits (N, V) with their float32 copy.
     """
     text = model.language_model.config
     kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     size = model.head.weight.element_size()
     shards = [(shard_of(p), p.element_size()) for p in model.parameters()]
     weights = sum((one.elements + one.own * one.away) * width for one, width in shards if one)
+    if model.lora is not None:
+        weights += sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
     cache = 2 * rows * keys * kv * text.num_hidden_layers * size
     return weights + cache + rows * text.vocab_size * (size + 4)
 

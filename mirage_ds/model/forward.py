@@ -17,6 +17,7 @@ from mirage_ds.config import LatentLoss
 from mirage_ds.data.batch import Batch
 from mirage_ds.model.images import place_images
 from mirage_ds.model.latents import compress, grounding, in_order, run_passes
+from mirage_ds.model.lora import Lora, TokenRows
 from mirage_ds.model.loss import LossHead, LossSums, label_scales, loss_sums
 from mirage_ds.model.vision import trained_features
 
@@ -53,6 +54,7 @@ class MirageModel(nn.Module):
         latent_loss: how stage1 measures a latent against its target.
         detach_latents: no gradient through the states that stage2 feeds back.
         train_targets: stage1's cross-entropy also reaches a trained tower through the targets that stand as inputs.
+        lora: what the adapters in `language_model` are, if there are any; rows: what is trained of the embedding then.
     """
 
     def __init__(
@@ -67,9 +69,13 @@ class MirageModel(nn.Module):
         latent_loss: LatentLoss = "cosine",
         detach_latents: bool = False,
         train_targets: bool = False,
+        lora: Lora | None = None,
+        rows: TokenRows | None = None,
     ):
         super().__init__()
         self.language_model: Any = language_model
+        # Before the head, which may have the same.
+        self.rows = rows
         self.head = head
         self.visual = visual
         self.grounded = grounded
@@ -79,6 +85,7 @@ class MirageModel(nn.Module):
         self.latent_loss: LatentLoss = latent_loss
         self.detach_latents = detach_latents
         self.train_targets = train_targets
+        self.lora = lora
 
     def forward(self, batch: Batch) -> LossSums:
         """Compute the sums of the micro-batch's losses."""
@@ -93,6 +100,8 @@ class MirageModel(nn.Module):
 
     def _run(self, batch: Batch) -> tuple[list[torch.Tensor], Traced]:
         embeddings = self.language_model.embed_tokens(batch.input_ids)
+        if self.rows is not None:
+            embeddings = self.rows(embeddings, batch.input_ids)
         images, helpers = self._features(batch)
         embeddings, deep = place_images(embeddings, images, batch.image_positions)
         targets = None

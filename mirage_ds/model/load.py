@@ -21,6 +21,7 @@ from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, register
 from mirage_ds.model.family import FAMILIES, family_of, flat_name
 from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.lora import Lora, TokenRows, add_adapters
 from mirage_ds.model.loss import LossHead
 from mirage_ds.model.vision import FrozenTower
 
@@ -47,7 +48,8 @@ class Loaded:
 
 def public_name(name: str) -> str:
     """Translate a parameter's name, of a checkpoint or of a MirageModel, to the flat one."""
-    name = flat_name(name)
+    # What has an adapter around it is still the layer's own weight.
+    name = flat_name(name).replace(".base_layer.", ".")
     if name == "head.weight":
         return "lm_head.weight"
     return re.sub(r"^language_model\.", "model.", name)
@@ -203,6 +205,7 @@ def load_model(
     latent_loss: LatentLoss = "cosine",
     detach_latents: bool = False,
     train_targets: bool = False,
+    lora: Lora | None = None,
 ) -> Loaded:
     """Load a checkpoint folder.
 
@@ -212,6 +215,7 @@ def load_model(
         ds_config: the resolved DeepSpeed configuration. Under ZeRO-3 the weights are then partitioned as they are
             read, so that no rank ever holds the whole model; None loads an ordinary module.
         latent_loss, detach_latents, train_targets: see MirageModel.
+        lora: put adapters on the decoder; everything else is frozen.
 
     Raises:
         UserError: no whole model of a known family in safetensors, or the attention back end cannot run here.
@@ -240,7 +244,17 @@ def load_model(
     visual = whole.model.visual
     if train_vision and checkpointing:
         visual.gradient_checkpointing_enable({"use_reentrant": False})
-    head = LossHead(whole.lm_head.weight, config.get_text_config().vocab_size, loss_chunk_bytes)
+    matrix, vocabulary = whole.lm_head.weight, config.get_text_config().vocab_size
+    if lora is None:
+        rows, head = None, LossHead(matrix, vocabulary, loss_chunk_bytes)
+    else:
+        whole.requires_grad_(False)
+        add_adapters(whole.model.language_model, lora)
+        embedding = whole.model.language_model.embed_tokens.weight
+        rows = TokenRows(embedding, lora.tokens, device)
+        # Where embedding and head are one matrix, its rows are too.
+        own = rows if matrix is embedding else TokenRows(matrix, lora.tokens, device)
+        head = LossHead(matrix, vocabulary, loss_chunk_bytes, own.weight, own.ids)
     model = MirageModel(
         whole.model.language_model,
         head,
@@ -252,5 +266,7 @@ def load_model(
         latent_loss=latent_loss,
         detach_latents=detach_latents,
         train_targets=train_targets,
+        lora=lora,
+        rows=rows,
     )
     return Loaded(model.to(device) if ds_config is None else model, tower, config)

@@ -64,11 +64,21 @@ class LossHead(nn.Module):
     Args:
         weight: (V, H), the model's own parameter (the embedding's, where they are tied).
         chunk_bytes: memory for one chunk of float32 logits and their softmax.
+        rows: (R, H), trained in place of R rows of a frozen weight (lora.py); row_ids: (R,), which ones.
     """
 
-    def __init__(self, weight: nn.Parameter, vocabulary: int, chunk_bytes: int):
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        vocabulary: int,
+        chunk_bytes: int,
+        rows: nn.Parameter | None = None,
+        row_ids: torch.Tensor | None = None,
+    ):
         super().__init__()
         self.weight = weight
+        self.rows = rows
+        self.register_buffer("row_ids", row_ids, persistent=False)
         self.chunk = max(1, chunk_bytes // (2 * 4 * vocabulary))
 
     def forward(
@@ -83,7 +93,7 @@ class LossHead(nn.Module):
             Σ scales · losses, a float32 scalar, and the (M,) float32 losses, which carry no gradient.
         """
         total, losses = _WeightedCrossEntropy.apply(
-            hidden.to(self.weight.dtype), self.weight, targets, scales, self.chunk
+            hidden.to(self.weight.dtype), self.weight, self.rows, self.row_ids, targets, scales, self.chunk
         )
         return total, losses
 
@@ -95,54 +105,85 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     the logits once more, a quarter of the head's work. The gradient of the weight, (V, H), waits between forward and
     backward, when nothing but activations is held; backward needs as much anyway.
 
+    Rows that stand in place of the weight's own overwrite their logits: a matrix with them inside would be a second
+    (V, H). A frozen weight gets no gradient, and none is made.
+
     A GPU multiplies bf16 into float32 logits. A CPU computes in float32: without bf16 instructions its bf16 products
     take hundreds of times as long.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scales: torch.Tensor, chunk: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        rows: torch.Tensor | None,
+        row_ids: torch.Tensor | None,
+        targets: torch.Tensor,
+        scales: torch.Tensor,
+        chunk: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = weight.dtype if weight.is_cuda else torch.float32
         states, matrix = hidden.to(dtype), weight.to(dtype)
         losses = scales.new_empty(len(states))
-        wanted = any(ctx.needs_input_grad[:2])
+        wanted = any(ctx.needs_input_grad[:3])
         by_state = torch.empty_like(states) if wanted else None
-        by_matrix = torch.empty_like(matrix) if wanted else None
+        by_matrix = torch.empty_like(matrix) if ctx.needs_input_grad[1] else None
         kept = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
         # Both buffers serve every chunk. torch_autocast casts no product that writes into a given tensor: the head's
         # stay float32, as its weight does.
-        rows = min(chunk, len(states))
-        logits, softmax = (scales.new_empty(rows, len(matrix)) for _ in range(2))
-        for at in range(0, len(states), rows):
-            here = slice(at, min(at + rows, len(states)))
-            some, own = states[here], targets[here, None]
+        most = min(chunk, len(states))
+        logits, softmax = (scales.new_empty(most, len(matrix)) for _ in range(2))
+        own = None
+        if rows is not None and row_ids is not None:
+            # (R, H), a buffer for its logits, its gradient.
+            own = row_ids, rows.to(dtype), scales.new_empty(most, len(rows)), torch.zeros_like(rows, dtype=dtype)
+        for at in range(0, len(states), most):
+            here = slice(at, min(at + most, len(states)))
+            some, right = states[here], targets[here, None]
             scores = torch.mm(some, matrix.t(), out=logits[: len(some)], **kept)
+            if own is not None:
+                ids, theirs, few, _ = own
+                scores.index_copy_(1, ids, torch.mm(some, theirs.t(), out=few[: len(some)], **kept))
             logs = torch.log_softmax(scores, dim=1, out=softmax[: len(some)])
-            losses[here] = -logs.gather(1, own)[:, 0]
-            if by_state is None or by_matrix is None:
+            losses[here] = -logs.gather(1, right)[:, 0]
+            if by_state is None:
                 continue
             # ∂/∂logits = scale · (softmax − 1 at the target).
-            slope = logs.exp_().scatter_add_(1, own, logs.new_full(own.shape, -1.0)).mul_(scales[here, None]).to(dtype)
-            torch.mm(slope, matrix, out=by_state[here])
+            slope = logs.exp_().scatter_add_(1, right, logs.new_full(right.shape, -1.0))
+            slope = slope.mul_(scales[here, None]).to(dtype)
+            if own is None:
+                torch.mm(slope, matrix, out=by_state[here])
+            else:
+                ids, theirs, _, by_rows = own
+                by_own = slope.index_select(1, ids)
+                slope.index_fill_(1, ids, 0)
+                torch.mm(slope, matrix, out=by_state[here])
+                by_state[here].addmm_(by_own, theirs)
+                by_rows.addmm_(by_own.t(), some)
+            if by_matrix is None:
+                continue
             if at:
                 by_matrix.addmm_(slope.t(), some)
             else:
                 torch.mm(slope.t(), some, out=by_matrix)
-        if by_state is not None and by_matrix is not None:
+        if by_state is not None:
             # Not save_for_backward: while it holds the tensors, autograd copies them into the parameter's gradient.
-            ctx.made = by_state.to(hidden.dtype), by_matrix.to(weight.dtype)
+            ctx.made = (
+                by_state.to(hidden.dtype),
+                None if by_matrix is None else by_matrix.to(weight.dtype),
+                None if own is None else own[-1].to(weight.dtype),
+            )
         ctx.mark_non_differentiable(losses)
         return (losses * scales).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.made is None:
             raise RuntimeError("the head's gradients are made once: backward through it twice is not possible")
-        by_state, by_matrix = ctx.made
-        ctx.made = None
+        made, ctx.made = ctx.made, None
         # In place: a second (V, H) would be the largest tensor of all.
-        return by_state.mul_(gradients[0]), by_matrix.mul_(gradients[0]), None, None, None
+        return *(None if one is None else one.mul_(gradients[0]) for one in made), None, None, None, None
 
 
 def per_sample_mean(values: torch.Tensor, sample: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
