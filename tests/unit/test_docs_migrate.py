@@ -174,7 +174,7 @@ def released(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (here / "RELEASED" / name).unlink(missing_ok=True)
     assert "mirage" not in json.loads((here / "RELEASED/config.json").read_text())
     rows = [json.loads(line) for line in (DATA / "sample_planning.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["level"] == 4][:2]
+    rows = [row for row in rows if row["level"] == 4][:4]
     for row in rows:
         row |= {key: str(DATA / row[key]) for key in ("image_input", "image_output")}
     for name in ("train", "test"):
@@ -191,9 +191,9 @@ def test_a_command_on_a_released_folder_runs(shown: Any, released: Path, monkeyp
     monkeypatch.chdir(released)
     words = list(shown.words[1:])
     if "--max_new_tokens" in words:
-        words[words.index("--max_new_tokens") + 1] = "12"
+        words[words.index("--max_new_tokens") + 1] = "3"
     elif words[0] in ("evaluate", "generate", "controls"):
-        words += ["--max_new_tokens", "12"]
+        words += ["--max_new_tokens", "3"]
     # nano has 512 tokens, not 151,668: more rows than that.
     words = ["600" if word == "152064" else word for word in words]
     cli.cli.main(words, standalone_mode=False)
