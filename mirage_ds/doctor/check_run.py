@@ -10,7 +10,7 @@ from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
 from mirage_ds.run_folder import PACKAGES
 
-OPTIONAL = ("flash-attn",)
+OPTIONAL = ("flash-attn", "peft")
 SLOW_DISK_BYTES_S = 50e6
 # A sharded checkpoint: fp32 weights and AdamW's two moments; the exported model: 16-bit weights.
 CHECKPOINT_BYTES, EXPORT_BYTES = 12, 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,13 +99,14 @@ def _peft_name(name: str) -> str:
     return f"base_model.model.{name}.weight"
 
 
-def trained_adapter(model: MirageModel, keep: bool) -> Adapter | None:
+def trained_adapter(model: MirageModel, keep: bool, whole: bool = False) -> Adapter | None:
     """Read the adapter of a model in training, one parameter gathered at a time; None where it has none.
 
     All ranks call it.
 
     Args:
         keep: whether this rank wants the tensors; the others get none.
+        whole: the parameters are gathered already; DeepSpeed does not gather one twice.
     """
     if model.lora is None:
         return None
@@ -112,7 +114,7 @@ def trained_adapter(model: MirageModel, keep: bool) -> Adapter | None:
     for name, parameter in model.named_parameters():
         flat = adapter_name(name)
         if flat is not None:
-            with gathered([parameter]):
+            with nullcontext() if whole else gathered([parameter]):
                 if keep:
                     tensors[flat] = parameter.detach().cpu().clone()
     return Adapter(model.lora, tensors)

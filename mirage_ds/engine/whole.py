@@ -54,7 +54,7 @@ def whole_model(engine: Any) -> Iterator[MirageModel]:
 
 def _plain_model(model: MirageModel) -> MirageModel:
     """Build the same modules anew, around the same tensors; adapters are merged into new ones."""
-    adapter = trained_adapter(model, keep=True)
+    adapter = trained_adapter(model, keep=True, whole=True)
     language_model: Any = _plain(model.language_model, adapter)
     matrix = model.head.weight.data
     if adapter:

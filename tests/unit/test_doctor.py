@@ -40,7 +40,13 @@ PACKAGES = {
         "deepspeed": "0.19.8",
         "accelerate": "1.10.0",
     },
-    **{"datasets": "4.0.0", "flash-attn": None, "nvidia-cuda-runtime": "13.0.48", "nvidia-cuda-runtime-cu12": None},
+    **{
+        "datasets": "4.0.0",
+        "flash-attn": None,
+        "peft": None,
+        "nvidia-cuda-runtime": "13.0.48",
+        "nvidia-cuda-runtime-cu12": None,
+    },
     **{"nvidia-nccl-cu13": "2.29.7", "nvidia-nccl-cu12": None},
 }
 MODEL = {"files": {"config.json": 2000, "model.safetensors": 15 * GB}, "elements": 7_000_000_000, "fault": None}

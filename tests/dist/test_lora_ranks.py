@@ -30,7 +30,7 @@ BASE: dict[str, Any] = dict(
     latent_size=K, stage="stage2", global_batch_size=3, micro_batch_size=1, max_steps=STEPS, warmup_steps=0,
     learning_rate=1e-2, num_workers=0, report_to=["none"], save_every=2, lora_rank=RANK,
 )  # fmt: skip
-TIMES = ("seconds", "samples_per_second", "tokens_per_second", "memory_gb")
+TIMES = ("time", "seconds", "data_seconds", "samples_per_second", "tokens_per_second", "memory_gb")
 
 
 def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any] | str:
@@ -220,7 +220,7 @@ def test_a_second_stage_starts_from_the_merged_folder(runs: Runs, nano: Path, he
     first, second = tmp_path / "stage1", tmp_path / "stage2"
     assert not isinstance(runs.train(first, stage="stage1", data_path=helped, max_steps=2)[0], str)
     # Decoding while it trains merges in memory.
-    more = dict(eval_data_path=runs.base["data_path"], eval_every=1, eval_decode=2, eval_new_tokens=4)
+    more = dict(eval_data_path=runs.base["data_path"], eval_every=1, eval_decode=2, eval_new_tokens=4, task="boxed")
     found = runs.train(second, load_model_path=first, max_steps=1, lora_rank=2, **more)
     assert not isinstance(found[0], str), found[0]
     assert json.loads((second / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(first)
