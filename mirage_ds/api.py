@@ -109,7 +109,8 @@ class _Fed:
 
     def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """See generate.Latents."""
-        return self.vectors.to(own).index_select(0, slots.clamp(0, len(self.vectors) - 1))
+        # Outside a run, where the slot is −1, nobody uses what is fed.
+        return self.vectors.to(own).index_select(0, slots.clamp(min=0))
 
 
 class Rows(Dataset[Sample], Sequence[Sample]):
@@ -232,8 +233,18 @@ class Mirage:
                 number.
             decoding: "greedy", "paper" (temperature 0.7, top_p 0.9) or evaluate.Sampling(temperature, top_p).
             seed: of the draws.
-            latents: (k, H), fed at the slots of every run in place of the model's own states.
+            latents: (k, H), fed at the slots of every run in place of the model's own states; a run has k of them then.
+
+        Raises:
+            UserError: see generate; or latents that are not (k, H), or beside another run_length.
         """
+        if latents is not None:
+            width = self.model.head.weight.shape[1]
+            if latents.ndim != 2 or not len(latents) or latents.shape[1] != width:
+                raise UserError(f"latents: {tuple(latents.shape)} is not (k, {width}); give a row for each slot")
+            if str(run_length) not in ("trained", str(len(latents))):
+                raise UserError(f"run_length {run_length}: the latents given are {len(latents)} a run; leave it out")
+            run_length = len(latents)
         pictures = images or [()] * len(questions)
         if len(pictures) != len(questions):
             raise UserError(f"images: {len(pictures)} lists for {len(questions)} questions; give one each")

@@ -256,7 +256,9 @@ def test_an_evaluation_takes_one_gpu_of_one_host(small) -> None:
     assert words[words.index("mirage_ds") + 1] == "evaluate"
 
 
-@pytest.mark.parametrize(("given", "found"), [("4,5", ["4", "5"]), ("GPU-1a, GPU-2b", ["GPU-1a", "GPU-2b"]), ("", [])])
+@pytest.mark.parametrize(
+    ("given", "found"), [("4,5", ["4", "5"]), ("GPU-1a, GPU-2b", ["GPU-1a", "GPU-2b"]), ("", []), ("-1", [])]
+)
 def test_gpus_that_this_process_was_given(monkeypatch: pytest.MonkeyPatch, given: str, found: list[str]) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)

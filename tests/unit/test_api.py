@@ -129,6 +129,10 @@ def test_what_is_wrong_is_one_sentence(opened: Mirage, mixed: Path, tmp_path: Pa
         opened.rows([{"text_input": "?"}])
     with pytest.raises(UserError, match="record on line 3, image_output: stage1 needs a helper"):
         opened.rows(mixed, "stage1")[2]
+    with pytest.raises(UserError, match=r"latents: \(2, 3\) is not \(k, 128\)"):
+        opened.generate("a", latents=torch.zeros(2, 3))
+    with pytest.raises(UserError, match="run_length 3: the latents given are 2 a run"):
+        opened.generate("a", latents=torch.zeros(2, 128), run_length=3)
     with pytest.raises(UserError, match="slots: auxiliary"):
         opened.rows(mixed, "stage1", slots="auxiliary")
     with pytest.raises(UserError, match="no such folder"):

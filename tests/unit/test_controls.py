@@ -233,7 +233,9 @@ def test_conditions_differ_on_this_model(found: dict[str, list[Outcome]]) -> Non
     """Else the slow loop would agree with anything."""
     for one, other in ((a, b) for a in CONDITIONS for b in CONDITIONS if a < b):
         apart = [abs(a.log_likelihood - b.log_likelihood) for a, b in zip(found[one], found[other], strict=True)]
+        # One record of a random model may lie near: ten times what the loop is held to, the others a hundred times.
         assert min(apart) > 10 * CLOSE, (one, other)
+        assert sum(far > 100 * CLOSE for far in apart) >= len(apart) - 1, (one, other)
     assert all(outcome.answer.runs[:1] == [K] for name in CONDITIONS if name != "off" for outcome in found[name])
     assert all(outcome.answer.runs == [] for outcome in found["off"])
     answers = Counter(tuple(tuple(outcome.answer.ids) for outcome in found[name]) for name in CONDITIONS)
