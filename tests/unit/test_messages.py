@@ -269,3 +269,17 @@ def test_vary_and_show_know_the_turns_before(pictures: Path, tmp_path: Path, cap
     assert "assistant: The second." in said
     assert IMAGE_MARK not in said
     assert HELPER_MARK not in said
+
+
+def test_a_question_without_an_image_gets_none_of_the_turns_before(encoder_for: Callable[..., Encoder]) -> None:
+    row = [
+        say("user", image("w56x84.png"), text("A?")),
+        say("assistant", "a"),
+        say("user", "B?"),
+        say("assistant", "b"),
+    ]
+    encoder = encoder_for("sft", 2)
+    sample = encoder.encode(make_record({"messages": row}, 1), 0)
+    said = encoder.tokenizer.decode(sample.input_ids)
+    assert said.count("<|vision_start|>") == 1
+    assert said.index("<|vision_start|>") < said.index("A?") < said.index("B?")
