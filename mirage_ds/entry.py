@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 import click
 
@@ -25,11 +27,24 @@ def run_rank(command: click.Command) -> None:
         # What goes wrong in the middle of a run may be known to one rank alone.
         message, says = str(error), says or not error.everywhere
     except Stopped:
-        sys.exit(EXIT_STOPPED)
+        leave(EXIT_STOPPED)
     else:
-        return
+        leave(0)
     if says:
         print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201  # before any console exists
     sys.stdout.flush()
     # No clean-up that waits for other ranks: they may be waiting in a collective for this one.
     os._exit(EXIT_USER_ERROR)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process once all that it had to do is done, without taking the interpreter down.
+
+    DeepSpeed keeps references to its process groups, so gloo's threads outlive `destroy_process_group`; one that drops
+    its last tensor while the interpreter is being taken down aborts the process ("terminate called without an active
+    exception", https://github.com/pytorch/pytorch/pull/179291), and a launcher then takes a finished run for a failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
