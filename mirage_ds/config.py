@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from mirage_ds.errors import UserError, reason, shown
+from mirage_ds.mixture import Records, records_of
 
 Stage = Literal["sft", "stage1", "stage2"]
 FeatureCache = Literal["all", "targets", "off"]
@@ -86,8 +87,9 @@ class RunConfig(BaseModel):
     )
 
     # data
-    data_path: Path = Field(
-        description="Records: a JSON-lines or Parquet file, a folder of such files, or a glob pattern in quotes."
+    data_path: Path | tuple[Path, ...] = Field(
+        description="Records: a JSON-lines or Parquet file, a folder of such files, or a glob pattern in quotes. Given "
+        "several times, all of them together, or in proportion as FILE:WEIGHT.",
     )
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
     max_length: PositiveInt = Field(4096, description="Longer rows are dropped and counted, never cut.")
@@ -201,6 +203,16 @@ class RunConfig(BaseModel):
         description="Dense TFLOP/s of a rank in the precision of training, by which MFU is taken. [default: that of "
         "known GPUs; without it no MFU is logged]",
     )
+
+    @field_validator("data_path", mode="before")
+    @classmethod
+    def _one_source_is_no_mixture(cls, value: Any) -> Any:
+        return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+    @property
+    def records(self) -> Records:
+        """What --data_path names; UserError where its weights make no mixture."""
+        return records_of(self.data_path)
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

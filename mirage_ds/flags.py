@@ -27,7 +27,8 @@ def _click_type(annotation: Any) -> tuple[Any, bool]:
     """Translate a field's annotation to (click type, takes several values)."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return _click_type(next(arg for arg in args if arg is not type(None)))
+        kinds = [_click_type(arg) for arg in args if arg is not type(None)]
+        return kinds[0][0], any(several for _, several in kinds)
     if origin is typing.Annotated:
         return _click_type(args[0])
     if origin is typing.Literal:
@@ -44,7 +45,8 @@ def _click_type(annotation: Any) -> tuple[Any, bool]:
 def model_options(model: type[BaseModel]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a click command one option per field of `model`; an option left out arrives as None (or an empty tuple).
 
-    Options that take several values are given several times, or once with commas between the values.
+    Options that take several values are given several times, or once with commas between the values; paths, which may
+    have commas in them, only several times.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,7 +65,7 @@ def model_options(model: type[BaseModel]) -> Callable[[Callable[..., Any]], Call
                 multiple=several,
                 default=None,
                 help=text,
-                metavar="A,B,…" if several else None,
+                metavar="A,B,…" if several and not isinstance(kind, click.Path) else "PATH" if several else None,
             )
             function = option(function)
         return function
@@ -95,9 +97,12 @@ def build_model(
         values[name] = value.replace("-", "_") if isinstance(kind, click.Choice) and isinstance(value, str) else value
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     for name, value in given.items():
-        several = _click_type(model.model_fields[name].annotation)[1]
+        kind, several = _click_type(model.model_fields[name].annotation)
         texts = value if isinstance(value, tuple) else (value,)
-        values[name] = [part for text in texts for part in str(text).split(",") if part] if several else value
+        if several and isinstance(kind, click.Path):
+            values[name] = list(texts)
+        else:
+            values[name] = [part for text in texts for part in str(text).split(",") if part] if several else value
     try:
         return model.model_validate(values)
     except ValidationError as error:

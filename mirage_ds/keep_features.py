@@ -34,6 +34,7 @@ from mirage_ds.data.loader import Broken, by_place, faults_error
 from mirage_ds.data.record import Fault, RecordError
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
 from mirage_ds.errors import UserError
+from mirage_ds.mixture import Records
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.startup import quiet
 from mirage_ds.stop import Stopped, ignore_in_worker, never
@@ -232,7 +233,7 @@ def keep_features(
     records: EncodedRows,
     images: Mapping[str, ImageKeys],
     rows: np.ndarray,
-    data_path: Path,
+    data_path: Records,
     folder: Path,
     workers: int,
     world: World,

@@ -27,6 +27,7 @@ from mirage_ds.data.load import load_encoder
 from mirage_ds.data.loader import Index, Loader, usable, without
 from mirage_ds.data.pack import Planner, check_patches, pack, total_steps
 from mirage_ds.data.record import Fault, ImageFinder, record_of
+from mirage_ds.data.weigh import content, weighed
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.adapter import note_of
 from mirage_ds.engine.card import model_card
@@ -43,6 +44,7 @@ from mirage_ds.events import LOAD_BEGINS, note
 from mirage_ds.files import write_atomically
 from mirage_ds.keep_features import keep_features
 from mirage_ds.mfu import ModelFlops, peak_flops
+from mirage_ds.mixture import Mixture, Records
 from mirage_ds.model.attention import choose_backend
 from mirage_ds.model.load import (
     Loaded,
@@ -103,7 +105,7 @@ class Prepared(NamedTuple):
     checkpoint: Found | None
     resumed: dict[str, Any]
     evaluation: Evaluation | None
-    skipped: list[tuple[Path, Fault]]
+    skipped: list[tuple[Records, Fault]]
     swap: Swap
     flops: ModelFlops
     peak: float | None
@@ -143,16 +145,17 @@ def _model_folders(config: RunConfig, world: World) -> list[Path]:
     return from_rank_zero(lambda: [resolve_folder(name, flag, config.cache_dir) for flag, name in given], world)
 
 
-def finder_of(config: RunConfig, data_path: Path) -> ImageFinder:
-    """Build the finder of the images of one source of records."""
-    return ImageFinder.beside(data_path, config.image_root, config.confine_paths)
+def finder_of(config: RunConfig, data_path: Records) -> ImageFinder:
+    """Build the finder of the images of one source of records, or of the first of several."""
+    first = data_path.parts[0].file if isinstance(data_path, Mixture) else data_path
+    return ImageFinder.beside(first, config.image_root, config.confine_paths)
 
 
 def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
     """Build the encoder that a run's settings describe and check that its tokens fit the model."""
     encoder = load_encoder(
         [str(folder) for folder in folders],
-        finder_of(config, config.data_path),
+        finder_of(config, config.records),
         config.stage,
         config.latent_size,
         (config.min_pixels, config.max_pixels),
@@ -166,7 +169,7 @@ def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
 
 
 def index_records(
-    config: RunConfig, encoder: Encoder, data_path: Path, world: World, tick: Callable[[], None]
+    config: RunConfig, encoder: Encoder, data_path: Records, world: World, tick: Callable[[], None]
 ) -> Index:
     """Open the index of records on every rank, made by rank 0 where there is none. All ranks call it.
 
@@ -211,14 +214,15 @@ def index_records(
             )
     assert own is not None
     limits = (config.max_length, config.max_dropped_share)
-    return usable(own, data_path, *limits, keep, config.tolerated_share)
+    index = usable(own, data_path, *limits, keep, config.tolerated_share)
+    return weighed(index, data_path, config.seed) if isinstance(data_path, Mixture) else index
 
 
 def measure(
     config: RunConfig,
     encoder: Encoder,
     tower: FrozenTower | None,
-    data_path: Path,
+    data_path: Records,
     index: Index,
     whole: bool,
     world: World,
@@ -257,7 +261,7 @@ def run_steps(config: RunConfig, index: Index) -> int:
     return total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
 
 
-def skipped_lines(skipped: list[tuple[Path, Fault]]) -> str:
+def skipped_lines(skipped: list[tuple[Records, Fault]]) -> str:
     """Write the records that are left out as JSON lines: file, line, field, what, how."""
     rows = ({**asdict(fault), "file": fault.file or str(file)} for file, fault in skipped)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -403,7 +407,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     shape = read_config(folders[0]).to_dict()
     ds.fill_limits(ds_values, two_layers(shape["text_config"]))
     encoder = make_encoder(config, folders)
-    files = [config.data_path] + ([config.eval_data_path] if config.eval_data_path else [])
+    files: list[Records] = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
     encoders = [replace(encoder, finder=finder_of(config, file)) for file in files]
     indices = [
         index_records(config, one, file, world, partial(begin, "records"))
@@ -446,7 +450,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
             *(config.slots, config.compress_strategy, config.latent_loss),
             *(config.detach_latents, config.train_targets),
         ],
-        data=index.rows.source,
+        data=content(index.rows.source, config.records),
         rows=usable_rows(index),
         rows_per_step=config.rows_per_step,
         seed=config.seed,

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from mirage_ds import events
 from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.data.loader import WARN_DROPPED_SHARE
+from mirage_ds.data.weigh import describe
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, agree, join
@@ -28,6 +29,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluation import Evaluator
 from mirage_ds.events import note_failure
 from mirage_ds.flags import CONTEXT, build_model, model_options
+from mirage_ds.mixture import Mixture
 from mirage_ds.monitor import Monitor
 from mirage_ds.prepare import SKIPPED_FILE, Prepared, prepare
 from mirage_ds.run_folder import describe_start, stop_file
@@ -236,6 +238,8 @@ def opening_lines(config: RunConfig, prepared: Prepared) -> Iterator[str]:
     if prepared.checkpoint:
         yield from prepared.checkpoint.passed_over
         yield f"continuing from {prepared.checkpoint.form}"
+    if isinstance(config.records, Mixture):
+        yield f"a mixture: {describe(index, config.records)}"
     yield f"{warning}{index.dropped} row(s) dropped as longer than --max_length {config.max_length}"
     if prepared.skipped:
         file, fault = prepared.skipped[0]

@@ -24,6 +24,7 @@ from mirage_ds.config import RunConfig
 from mirage_ds.data.sources import find_files
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
+from mirage_ds.mixture import Mixture, Records
 
 Kind = Literal["train", "evaluate", "controls"]
 
@@ -137,12 +138,16 @@ def _file_hash(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def records_hash(source: Path) -> str:
-    """Hash the records of a file, a folder or a glob pattern; their images are left to the run's own index.
+def records_hash(source: Records) -> str:
+    """Hash the records of a file, a folder, a glob pattern or a mixture; their images are left to the run's own index.
 
     Raises:
         UserError: there is nothing.
     """
+    if isinstance(source, Mixture):
+        whole = sum(source.weights or [1])
+        parts = [f"{records_hash(part.file)} {(part.weight or 0) / whole:.9g}\n" for part in source.parts]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
     files = find_files(source)
     if files == (source,):
         return _file_hash(source)
@@ -194,7 +199,9 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
     values = dict(settings)
     for name in PATHS:
         if values.get(name) is not None:
-            values[name] = here / str(values[name])
+            given = values[name]
+            several = isinstance(given, list | tuple)
+            values[name] = [here / str(one) for one in given] if several else here / str(given)
     if values.get("model") is not None and (here / str(values["model"])).exists():
         values["model"] = str(here / str(values["model"]))
     stage, slots = values.get("stage"), values.get("slots")
@@ -240,7 +247,7 @@ def _train_node(config: RunConfig, name: str, parent: str | None, here: Path) ->
             if key not in MACHINE and (value or not key.startswith("lora_"))
         },
         "rows_per_step": config.rows_per_step,
-        "data": records_hash(config.data_path),
+        "data": records_hash(config.records),
         "image_root": _relative(config.image_root, here),
         "evaluated": records_hash(config.eval_data_path) if config.eval_data_path else None,
         "model": model_hash(str(config.model)) if parent is None else None,

@@ -13,7 +13,9 @@ from mirage_ds.ablate.nodes import Node, Study
 from mirage_ds.ablate.store import Store
 from mirage_ds.config import RunConfig
 from mirage_ds.data.pack import total_steps
+from mirage_ds.data.proportion import most
 from mirage_ds.errors import UserError
+from mirage_ds.mixture import Mixture, Records
 from mirage_ds.plan.fit import Question, chosen, rank
 from mirage_ds.plan.spec import PlanSpec
 
@@ -40,9 +42,19 @@ def rows_of(source: Path) -> int | None:
         return sum(1 for line in file if line.strip())
 
 
+def _rows_of_records(records: Records) -> int | None:
+    if not isinstance(records, Mixture):
+        return rows_of(records)
+    counts = [rows_of(part.file) for part in records.parts]
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts):
+        return None
+    return sum(most([part.file for part in records.parts], known, records.weights) if records.weights else known)
+
+
 def steps_of(config: RunConfig) -> int | None:
     """Count the optimizer steps of a run, if no record is dropped."""
-    rows = rows_of(config.data_path)
+    rows = _rows_of_records(config.records)
     if rows is None:
         return config.max_steps
     return total_steps(rows, config.rows_per_step, config.epochs, config.max_steps)

@@ -47,7 +47,7 @@ def vary(kind: Kind, file: Path, **flags: Any) -> None:
 def mix(files: tuple[str, ...], **flags: Any) -> None:
     """Write one records file of several, shuffled into one another: whole, or in proportion to their weights."""
     from mirage_ds.data.mix import mix as run
-    from mirage_ds.data.mix import parse_part
+    from mirage_ds.mixture import parse_part
 
     _tell(run([parse_part(text) for text in files], build_model(MixSpec, flags)))
 

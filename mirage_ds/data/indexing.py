@@ -54,6 +54,7 @@ from mirage_ds.data.record import Fault, ImageFinder, Record, RecordError, row_o
 from mirage_ds.data.sources import Piece, Stamp
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync
+from mirage_ds.mixture import Records
 from mirage_ds.stop import ignore_in_worker
 
 Found = TypeVar("Found")
@@ -359,7 +360,7 @@ def processes(work: int) -> int:
 
 def _make(
     place: Path,
-    data_path: Path,
+    data_path: Records,
     files: Sequence[Path],
     stamps: Sequence[Stamp],
     encoder: Encoder,
@@ -499,7 +500,7 @@ def open_made(place: Path, files: Sequence[Path], cache: Path) -> EncodedRows | 
 
 
 def open_index(
-    data_path: Path,
+    data_path: Records,
     encoder: Encoder,
     keep: Sequence[str] = (),
     cache_dir: Path | None = None,

@@ -26,6 +26,7 @@ from mirage_ds.data.pack import Planner, StepPlan
 from mirage_ds.data.record import Fault, Record, RecordError
 from mirage_ds.data.ship import Shipment, ship
 from mirage_ds.errors import UserError
+from mirage_ds.mixture import Mixture, Records
 from mirage_ds.stop import ignore_in_worker
 
 # A share of dropped rows above this is worth a line in the log; --max_dropped_share decides when it is an error.
@@ -142,13 +143,20 @@ def by_place(fault: Fault) -> tuple[str, int]:
     return fault.file, fault.line
 
 
-def faults_error(data_path: Path, first: Fault, count: int) -> UserError:
+def _lists(data_path: Records) -> str:
+    """Say what lists the faults of the records."""
+    files = [part.file for part in data_path.parts] if isinstance(data_path, Mixture) else [data_path]
+    commands = " and ".join(f"`mirage-ds data check {file}`" for file in files)
+    return f"{commands} {'lists' if len(files) == 1 else 'list'} them"
+
+
+def faults_error(data_path: Records, first: Fault, count: int) -> UserError:
     """Make the error that says the first fault of the records and counts the others."""
-    rest = f" (and {count - 1} more: `mirage-ds data check {data_path}` lists them)" if count > 1 else ""
+    rest = f" (and {count - 1} more: {_lists(data_path)})" if count > 1 else ""
     return UserError(f"{data_path}: {first}{rest}")
 
 
-def judge_faults(data_path: Path, first: Fault, count: int, records: int, max_bad_share: float | None) -> None:
+def judge_faults(data_path: Records, first: Fault, count: int, records: int, max_bad_share: float | None) -> None:
     """Decide whether the other records may be trained on.
 
     Args:
@@ -163,11 +171,11 @@ def judge_faults(data_path: Path, first: Fault, count: int, records: int, max_ba
     if count > max_bad_share * records:
         raise UserError(
             f"{data_path}: {count} of {records} records have a fault, above --max_bad_share {max_bad_share}; the "
-            f"first is {first} (`mirage-ds data check {data_path}` lists them)"
+            f"first is {first} ({_lists(data_path)})"
         )
 
 
-def without(index: Index, broken: Broken, data_path: Path, max_bad_share: float) -> Index:
+def without(index: Index, broken: Broken, data_path: Records, max_bad_share: float) -> Index:
     """Leave out rows that turned out faulty after they were measured.
 
     Raises:
@@ -185,14 +193,14 @@ def without(index: Index, broken: Broken, data_path: Path, max_bad_share: float)
     return index._replace(skipped=skipped, **rows)
 
 
-def no_row_left(data_path: Path, first: Fault, count: int) -> UserError:
+def no_row_left(data_path: Records, first: Fault, count: int) -> UserError:
     """Make the error of records of which faults leave no row."""
     return UserError(f"{data_path}: no usable row: {count} record(s) have a fault, the first is {first}")
 
 
 def usable(
     rows: EncodedRows,
-    data_path: Path,
+    data_path: Records,
     max_length: int,
     max_dropped_share: float,
     keep: Sequence[str] = (),
@@ -241,7 +249,7 @@ def usable(
 
 
 def build_index(
-    data_path: Path,
+    data_path: Records,
     encoder: Encoder,
     max_length: int,
     max_dropped_share: float,

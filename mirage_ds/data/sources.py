@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record, text_lines
 from mirage_ds.errors import UserError, reason
+from mirage_ds.mixture import Mixture, Records
 
 SUFFIXES = (".jsonl", ".parquet")
 # A piece is what one process reads at a time: about a thousand records.
@@ -62,12 +63,20 @@ class Stamp(NamedTuple):
         return cls(found.st_size, found.st_mtime_ns)
 
 
-def find_files(data_path: Path) -> tuple[Path, ...]:
+def find_files(data_path: Records) -> tuple[Path, ...]:
     """List the files that a --data_path names, in the order in which their records count.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or several sources have one in common.
     """
+    if isinstance(data_path, Mixture):
+        files = sorted((file for part in data_path.parts for file in find_files(part.file)), key=str)
+        seen: set[Path] = set()
+        for file in files:
+            if file.resolve() in seen:
+                raise UserError(f"{file}: is in several sources of {data_path}; name it in one of them")
+            seen.add(file.resolve())
+        return tuple(files)
     try:
         if data_path.is_dir():
             found = [file for file in data_path.iterdir() if file.suffix in SUFFIXES and file.is_file()]
@@ -306,7 +315,7 @@ def name_file(fault: Fault, files: Sequence[Path], number: int) -> Fault:
     return fault if len(files) == 1 else replace(fault, file=str(files[number]))
 
 
-def no_record(data_path: Path) -> UserError:
+def no_record(data_path: Records) -> UserError:
     """Make the error of a source that holds nothing."""
     return UserError(f"{data_path}: holds no record; expected one JSON object a line, or the rows of a Parquet file")
 

@@ -18,17 +18,21 @@ from mirage_ds.doctor.job import Job, find_job
 from mirage_ds.doctor.spec import DoctorSpec
 from mirage_ds.doctor.transport import ask_all, source_of
 from mirage_ds.hosts import Host
+from mirage_ds.mixture import parse_part
 from mirage_ds.remote_env import NAMES, PREFIXES, SECRET, is_wanted
 from mirage_ds.run_folder import PACKAGES
 
 WRITE_BYTES = 64 << 20
 # cli.py sets it for itself.
 OWN = "TOKENIZERS_PARALLELISM"
-RECORDS = ("--data_path", "--eval_data_path")
 
 
 def _plan(spec: DoctorSpec, launcher: Launcher = "local") -> Plan:
-    files = {f"--{name}": getattr(spec, name) for name in ("data_path", "eval_data_path", "deepspeed")}
+    files = {"--eval_data_path": spec.eval_data_path, "--deepspeed": spec.deepspeed}
+    named = spec.data_path if isinstance(spec.data_path, tuple) else [path for path in [spec.data_path] if path]
+    for at, path in enumerate(named):
+        # A weight is the training's business.
+        files["--data_path" + (f" {at + 1}" if len(named) > 1 else "")] = parse_part(str(path)).file
     models = {"--load_model_path": spec.load_model_path, "--model": spec.model}
     return Plan(
         launcher=launcher,
@@ -81,7 +85,7 @@ def _request(spec: DoctorSpec, job: Job, token: str, number: int) -> dict[str, A
         "models": plan.models,
         "cache_dir": spec.cache_dir and str(spec.cache_dir),
         "files": {flag: str(path) for flag, path in plan.files.items()},
-        "records": RECORDS,
+        "records": [flag for flag in plan.files if "data_path" in flag],
         "image_root": spec.image_root and str(spec.image_root),
         "run_folder": plan.run_folder and str(plan.run_folder),
         "write_bytes": WRITE_BYTES if spec.wants("disk") else 0,

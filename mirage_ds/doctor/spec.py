@@ -16,7 +16,7 @@ class DoctorSpec(BaseModel):
     slurm: bool = Field(False, description="Look at the nodes of the Slurm job that this is called in.")
     model: str | None = Field(None, description="The run's model folder or hub id.")
     load_model_path: Path | None = Field(None, description="The run's start weights.")
-    data_path: Path | None = Field(None, description="The run's records.")
+    data_path: Path | tuple[Path, ...] | None = Field(None, description="The run's records, all of them.")
     eval_data_path: Path | None = Field(None, description="The records whose loss the run measures.")
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
     save_model_path: Path | None = Field(None, description="The run folder: shared, free space, write speed.")

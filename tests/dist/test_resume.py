@@ -23,11 +23,13 @@ from safetensors.torch import load_file, save_file
 from mirage_ds import train
 from mirage_ds.config import RunConfig
 from mirage_ds.data.batch import collate
+from mirage_ds.data.indexing import open_index
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import ImageFinder, scan
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.errors import UserError
 from mirage_ds.export import export_folder
+from mirage_ds.mixture import records_of
 from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import StepCounts, objective
 from mirage_ds.monitor import Monitor
@@ -231,6 +233,25 @@ def test_other_run_is_refused_with_both_values(runs: Runs, stopped, mixed: Path,
     assert said.startswith(f"--resume auto: {state.parent} was written with {sentence}")
     assert said.endswith("; go on with the same, or train into another --save_model_path")
     assert files(out) == before
+
+
+def test_a_mixture_trains_its_own_rows_and_goes_on_with_its_weights_alone(
+    runs: Runs, nano: Path, mixed: Path, tmp_path: Path
+) -> None:
+    other, out = mixed.parent / "twice.jsonl", tmp_path / "mixture"
+    other.write_text(mixed.read_text().replace("Question", "Questions"))
+    # Several files are indexed by processes, which those of a group cannot start.
+    encoder = load_encoder([str(nano)], ImageFinder.beside(mixed, None), "stage2", K)
+    open_index(records_of([mixed, other]), encoder, ("image_input",), runs.scratch / "cache")
+    settings: dict[str, Any] = dict(data_path=[f"{mixed}:1", f"{other}:3"], log_rows=True, global_batch_size=4)
+    assert runs.train(out, **settings | dict(max_steps=2)) is None
+    assert runs.train(out, **settings | dict(max_steps=4, resume="auto")) is None
+    # 4 of the first file's 12 rows and all 12 of the second's are an epoch, of 4 steps.
+    met = sorted(row for line in log_of(out) for row in line["row_ids"])
+    assert len(set(met)) == len(met) == 16
+    assert met[4:] == list(range(12, 24))
+    turned = runs.train(out, **settings | dict(data_path=[f"{mixed}:3", f"{other}:1"], max_steps=4, resume="auto"))
+    assert "content of --data_path (SHA-256) " in turned
 
 
 def test_finished_model_without_checkpoint_is_refused(runs: Runs, whole: Path, tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from PIL import Image
 
 from mirage_ds.cli import main
 from mirage_ds.data.check import check_file
-from mirage_ds.data.mix import Part, _counts, mix, parse_part
+from mirage_ds.data.mix import _counts, mix
 from mirage_ds.data.spec import MixSpec
 from mirage_ds.errors import UserError
+from mirage_ds.mixture import Part, parse_part
 
 Call = Callable[..., tuple[int, str, str]]
 Row = dict[str, Any]
