@@ -145,6 +145,23 @@ def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None
     print(export_folder(source, target, vocab_rows, base))
 
 
+@cli.command()
+@click.argument("folder", type=_path())
+@click.argument("scores", type=_path(), nargs=-1, required=True)
+def card(folder: Path, scores: tuple[Path, ...]) -> None:
+    """Write SCORES, files of `mirage-ds evaluate --out`, into the model card of FOLDER.
+
+    The weights are hashed: scores of another model are refused. Scores that the card has make place.
+    """
+    from functools import partial
+
+    from rich.progress import track
+
+    from mirage_ds.card_scores import add_scores
+
+    print(add_scores(folder, scores, partial(track, description="hashing weights", transient=True)))
+
+
 @cli.group()
 def checkpoint() -> None:
     """List a run's checkpoints, and make them loadable by another number of ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from mirage_ds.files import write_atomically
 FILE = "README.md"
 # By this line a card is known as one that this program may replace.
 MARK = "<!-- written by mirage_ds -->"
+# Between these lines are the scores.
+SCORES, END_OF_SCORES = "<!-- scores -->", "<!-- end of scores -->"
 # The order in which a checkpoint's state keeps them.
 OPTIMIZER = ("learning rate", "schedule", "warm-up steps", "β1", "β2", "ε", "weight decay")
 # How huggingface_hub names the folder of a downloaded model.
@@ -81,9 +83,19 @@ def _adapters(lora: Mapping[str, Any]) -> str:
 
 def _scores(scores: Mapping[str, float] | None) -> list[str]:
     if not scores:
-        return ["No scores are known; `mirage-ds evaluate` measures them.", ""]
-    table = ["| measured on the evaluation records of the run | |", "|---|---|"]
-    return [*table, *(f"| {name} | {value:.4g} |" for name, value in scores.items()), ""]
+        table = ["No scores are known; `mirage-ds evaluate` measures them, and `mirage-ds card` writes them here.", ""]
+    else:
+        table = ["| measured on the evaluation records of the run | |", "|---|---|"]
+        table += [*(f"| {name} | {value:.4g} |" for name, value in scores.items()), ""]
+    return [SCORES, "", *table, END_OF_SCORES, ""]
+
+
+def with_scores(card: str, lines: Sequence[str]) -> str:
+    """Return a card with these lines in place of its scores; one of an older version gets them at its end."""
+    before, begins, rest = card.partition(SCORES)
+    _, ends, after = rest.partition(END_OF_SCORES)
+    section = "\n".join([SCORES, "", *lines, END_OF_SCORES])
+    return before + section + after if begins and ends else f"{card.rstrip()}\n\n{section}\n"
 
 
 def _text_only() -> list[str]:

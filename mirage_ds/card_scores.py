@@ -1,0 +1,108 @@
+"""`mirage-ds card`: the scores of `mirage-ds evaluate` into the model card of the folder whose weights they are of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from mirage_ds.engine.card import FILE, MARK, with_scores
+from mirage_ds.engine.manifest import entry_of
+from mirage_ds.errors import UserError, reason
+from mirage_ds.files import write_atomically
+from mirage_ds.model.load import safetensors_of
+
+TASK_TYPE = "image-text-to-text"
+# Keys of a report.
+NEEDED = {"task", "data", "settings", "hashes", "levels", "all"}
+# Keys of a report's means that are no metric.
+COUNTS = ("count", "low", "high", "runs", "latents")
+Track = Callable[[Sequence[Path]], Iterable[Path]]
+
+
+def read_scores(file: Path) -> dict[str, Any]:
+    """Read what `mirage-ds evaluate --out` wrote.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or reason(error)})") from None
+    except ValueError:
+        report = None
+    hashes = report.get("hashes") if isinstance(report, dict) else None
+    if not isinstance(hashes, dict) or not report.keys() >= NEEDED or not hashes.get("model"):
+        raise UserError(f"{file}: is no file of scores; `mirage-ds evaluate FOLDER … --out {file}` writes one")
+    found: dict[str, Any] = report
+    return found
+
+
+def rows_of(report: dict[str, Any]) -> list[str]:
+    """Write a report as Markdown: one line of what was measured, and a table with a row a level."""
+    first, *others = [name for name in report["all"] if name not in COUNTS]
+    settings = report["settings"]
+    drawn = "" if settings["decoding"] == "greedy" else f", seed {settings['seed']}"
+    head = ["level", "rows", first, "95 % interval", *others, "latents an answer"]
+    lines = [
+        f"**{report['task']}**, {Path(report['data']).name} (SHA-256 `{report['hashes']['data']}`), decoding "
+        f"{settings['decoding']}{drawn}, at most {settings['max_new_tokens']} new tokens, {settings['dtype']}",
+        "",
+        f"| {' | '.join(head)} |",
+        "|" + "---|" * len(head),
+    ]
+    for level, means in [*report["levels"].items(), ("all", report["all"])]:
+        numbers = [f"{means[name]:.3f}" for name in others]
+        interval = f"{means['low']:.3f}–{means['high']:.3f}"
+        cells = [level, str(means["count"]), f"{means[first]:.3f}", interval, *numbers, f"{means['latents']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def results_of(report: dict[str, Any]) -> list[EvalResult]:
+    """Write a report as the hub's model index has it: the means over all rows."""
+    return [
+        EvalResult(
+            task_type=TASK_TYPE,
+            dataset_type=report["task"],
+            dataset_name=f"{report['task']}, {Path(report['data']).name}",
+            dataset_revision=report["hashes"]["data"],
+            metric_type=name,
+            metric_value=round(report["all"][name], 4),
+        )
+        for name in report["all"]
+        if name not in COUNTS
+    ]
+
+
+def add_scores(folder: Path, files: Sequence[Path], track: Track = iter) -> str:
+    """Write the scores of these files into the model card of `folder`, in place of those that it has; return a line.
+
+    Args:
+        track: is given the weight files that are hashed, for a progress bar.
+
+    Raises:
+        UserError: no card that this program wrote, a file without scores, or scores of other weights.
+    """
+    place = folder / FILE
+    if not place.is_file() or MARK not in place.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{place}: is no card that mirage_ds wrote; name the folder of a trained or exported model")
+    reports = [read_scores(file) for file in files]
+    own = {(entry := entry_of(folder, file)).name: entry.sha256 for file in track(safetensors_of(folder))}
+    for file, report in zip(files, reports, strict=True):
+        if report["hashes"]["model"] != own:
+            raise UserError(
+                f"{file}: are scores of other weights ({report.get('model')}) than those in {folder}; evaluate these"
+            )
+    lines = [row for report in reports for row in rows_of(report)]
+    card = ModelCard(with_scores(place.read_text(encoding="utf-8"), lines))
+    head = {**card.data.to_dict(), "model_name": folder.resolve().name}
+    head.pop("model-index", None)
+    results = [result for report in reports for result in results_of(report)]
+    card.data = ModelCardData(**head, eval_results=results)
+    write_atomically(place, str(card))
+    return f"{place}: scores of {len(files)} file(s)"
