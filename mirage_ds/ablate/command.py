@@ -61,7 +61,7 @@ def _open(file: Path) -> tuple[Study, Store]:
 @click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 def plan_study(study: Path, each: bool, wants_json: bool, **machine: Any) -> None:
     """Print what STUDY would run, what is done already, and the GPU-hours that the planner expects."""
-    from mirage_ds.ablate.overview import grouped, overview
+    from mirage_ds.ablate.overview import grouped, overview, shown_hours
 
     made, store = _open(study)
     given = {name: value for name, value in machine.items() if value is not None}
@@ -118,7 +118,7 @@ def plan_study(study: Path, each: bool, wants_json: bool, **machine: Any) -> Non
             str(len(group)),
             str(sum(line.arms for line in group)),
             "" if not trains else " … ".join(f"{n:,}" for n in _ends(steps)) if None not in steps else "?",
-            "" if not trains else f"{sum(took):.2f}" if took else "–",
+            "" if not trains else shown_hours(sum(took), 2) if took else "–",
             ", ".join(f"{count} {state}" if len(counts) > 1 else state for state, count in counts.items()),
         )
     console = Console(soft_wrap=True)
@@ -133,7 +133,8 @@ def plan_study(study: Path, each: bool, wants_json: bool, **machine: Any) -> Non
     )
     if hours:
         where = f"{machine['nodes']} × {machine['gpus_per_node']} {machine['card'].upper()}"
-        console.print(f"{sum(hours):,.1f} GPU-hours on {where} by the planner, {sum(left):,.1f} left", highlight=False)
+        whole, rest = (shown_hours(sum(some), 1) for some in (hours, left))
+        console.print(f"{whole} GPU-hours on {where} by the planner, {rest} left", highlight=False)
     for problem in problems:
         console.print(f"no estimate: {problem}", highlight=False, markup=False)
 

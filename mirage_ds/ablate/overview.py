@@ -42,6 +42,12 @@ def rows_of(source: Path) -> int | None:
         return sum(1 for line in file if line.strip())
 
 
+def shown_hours(hours: float, digits: int) -> str:
+    """Write GPU-hours with so many digits; what is more than nothing never reads as nothing."""
+    least = 10.0**-digits
+    return f"under {least:g}" if 0 < hours < least else f"{hours:,.{digits}f}"
+
+
 def _rows_of_records(records: Records) -> int | None:
     if not isinstance(records, Mixture):
         return rows_of(records)

@@ -18,7 +18,7 @@ from mirage_ds.ablate import command as commands
 from mirage_ds.ablate import execute
 from mirage_ds.ablate.launch import Place, command, environment, for_hosts, here, parts
 from mirage_ds.ablate.nodes import Study
-from mirage_ds.ablate.overview import by_arm, estimate, overview, states_of, steps_of
+from mirage_ds.ablate.overview import by_arm, estimate, overview, shown_hours, states_of, steps_of
 from mirage_ds.ablate.slurm import arrays, write_scripts
 from mirage_ds.ablate.store import Store
 from mirage_ds.cli import cli
@@ -440,3 +440,11 @@ def test_half_a_line_of_attempts_and_an_older_attempts_words_mislead_nobody(smal
     log = tmp_path / "log"
     log.write_text("\n$ first\nerror: old cause\n\n$ second\nKilled\n")
     assert execute.why(log, -9) == "exit code -9: Killed"
+
+
+@pytest.mark.parametrize(
+    ("hours", "digits", "said"),
+    [(0, 1, "0.0"), (0.004, 1, "under 0.1"), (0.004, 2, "under 0.01"), (0.1, 1, "0.1"), (1234.56, 1, "1,234.6")],
+)
+def test_a_small_study_does_not_read_as_none(hours: float, digits: int, said: str) -> None:
+    assert shown_hours(hours, digits) == said
