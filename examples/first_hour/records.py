@@ -1,4 +1,4 @@
-"""Own pictures, own helpers, own questions: which disc is the largest? The helper is the picture with it ringed."""
+"""Own pictures, own helpers, own questions: which disc is the second largest? The helper is the picture with it ringed."""
 
 import json
 import random
@@ -18,11 +18,11 @@ for split, count, seed in (("train", 1000, 0), ("test", 400, 1)):
         for colour, size, (x, y) in zip(colours, sizes, PLACES, strict=True):
             pen.ellipse((x, y, x + size, y + size), fill=colour)
         image.save(f"pictures/{split}{number}.png")
-        largest = max(range(4), key=lambda i: sizes[i])
-        (x, y), size = PLACES[largest], sizes[largest]
+        second = sorted(range(4), key=lambda i: sizes[i])[2]
+        (x, y), size = PLACES[second], sizes[second]
         pen.ellipse((x - 4, y - 4, x + size + 4, y + size + 4), outline="black", width=3)
         image.save(f"pictures/{split}{number}-ringed.png")
-        row = {"text_input": "<image>Which disc is the largest?", "text_output": f"\\boxed{{{colours[largest]}}}"}
+        row = {"text_input": "<image>Which disc is the second largest?", "text_output": f"\\boxed{{{colours[second]}}}"}
         names = {"image_input": f"pictures/{split}{number}.png", "image_output": f"pictures/{split}{number}-ringed.png"}
         rows.append(row | names | {"task": "boxed"})
     Path(f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

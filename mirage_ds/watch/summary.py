@@ -38,7 +38,7 @@ def summary(facts: Facts, now: float) -> dict[str, Any]:
         "run": str(facts.folder),
         "stage": facts.settings.get("stage"),
         "model": facts.settings.get("load_model_path") or facts.settings.get("model"),
-        "data": facts.settings.get("data_path"),
+        "data": " + ".join(data) if isinstance(data := facts.settings.get("data_path"), list) else data,
         "world_size": facts.start.get("world_size"),
         "device": facts.start.get("device"),
         "state": state.name,

@@ -211,6 +211,13 @@ def test_numbers_of_a_run(training: Run) -> None:
     }
 
 
+def test_several_sources_are_named_together(training: Run) -> None:
+    assert training.summary()["data"] == "d.jsonl"
+    settings = {"stage": "stage1", "data_path": ["a.jsonl:2", "b.jsonl:1"]}
+    (training.own / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert training.summary()["data"] == "a.jsonl:2 + b.jsonl:1"
+
+
 def test_the_last_fifty_steps_count(run: Run) -> None:
     run.started(1000)
     for step in range(1, 101):
