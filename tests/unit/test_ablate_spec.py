@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -290,6 +291,26 @@ def test_the_planning_study_is_what_its_plan_says(tmp_path: Path, nano: Path) ->
     fresh = study.spec.evaluations["test"]
     assert not {"base", "shown", "blind"} & set(fresh.arms)
     assert all(one.data_path.parent.name.startswith("dev") for one in study.spec.evaluations.values() if one != fresh)
+
+
+def test_the_recipe_is_one_chain_that_never_sees_its_test(tmp_path: Path, nano: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "vsp_planning"
+    shutil.copy(example / "recipe.yaml", tmp_path / "recipe.yaml")
+    shutil.copytree(nano, tmp_path / "nano")
+    for name, count in (("base", 16000), ("train", 20000), ("test", 1216)):
+        (tmp_path / name).mkdir()
+        rows = "".join(f'{{"text_input": "{name} {row}", "text_output": "x", "level": 5}}\n' for row in range(count))
+        (tmp_path / name / "data.jsonl").write_text(rows)
+    study, _ = opened(tmp_path / "recipe.yaml")
+    trained = [node.config for node in study.nodes.values() if node.kind == "train"]
+    assert [one.stage for one in trained] == ["stage1", "stage1", "stage2"]
+    assert [steps_of(one) for one in trained] == [2000, 938, 1563]
+    assert {one.data_path.parent.name for one in study.spec.evaluations.values()} == {"test"}
+    assert not any("test" in str(one.data_path.relative_to(tmp_path)) for one in trained)
+    script = (example / "make_data.sh").read_text()
+    subprocess.run(["bash", "-n", example / "make_data.sh"], check=True)
+    assert script.count("--split test") == 1
+    assert f"--count {1216} --seed 4 --split test --out test" in script
 
 
 def test_stage2_knows_how_its_targets_were_made(tmp_path: Path, nano: Path) -> None:
