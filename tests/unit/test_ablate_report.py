@@ -25,7 +25,7 @@ from mirage_ds.ablate.report.page import page
 from mirage_ds.ablate.report.sheet import sheet
 from mirage_ds.ablate.report.tables import primary_sentence
 from mirage_ds.ablate.report.write import write_report
-from mirage_ds.ablate.results import Cell, Contrast, Results, Scored, StageResult
+from mirage_ds.ablate.results import SCORES, Cell, Contrast, Results, Scored, StageResult
 from mirage_ds.controls.statistics import holm
 from mirage_ds.errors import UserError, strict_json
 
@@ -178,11 +178,38 @@ def test_contrasts_pair_seeds_and_records() -> None:
         assert one["mean"] == pytest.approx(average([apart[seed, level] for seed in range(1, 6)]))
     by_seed = {one["seed"]: one["difference"] for one in primary["by_seed"]}
     assert by_seed == {seed: pytest.approx(average([apart[seed, level] for level in LEVELS])) for seed in range(1, 6)}
-    assert (primary["test"], primary["p"], primary["verdict"]) == ("sign-flip", 0.0625, "higher")
+    assert (primary["test"], primary["p"], primary["verdict"]) == ("sign-flip", 0.0625, "undecided")
     assert any("p cannot fall below 0.0625" in note for note in primary["notes"])
     assert report["contrasts"][2]["difference"]["records"] == 12
     assert "k4 − base" in primary_sentence(report)
-    assert "5 paired seeds and 36 records: higher" in primary_sentence(report)
+    # Its 95 % interval leaves out 0, and five seeds can never reach 5 %.
+    assert primary["difference"]["low"] > 0
+    assert primary_sentence(report).endswith(
+        "5 paired seeds and 36 records: undecided, since the 95 % interval leaves out 0, but the test over seeds does "
+        f"not reach 5 %; {'; '.join(primary['notes'])}."
+    )
+    six = build(study(range(1, 7)), 300)
+    assert (six["primary"]["p"], six["primary"]["verdict"]) == (2 / 2**6, "higher")
+    assert "higher, since the 95 % interval lies above 0, and the test agrees" in primary_sentence(six)
+
+
+def test_an_evaluation_of_some_arms_leaves_no_hole_in_the_others() -> None:
+    whole = study(range(1, 6))
+    first = whole.cells[0].arm
+
+    def holes(asked_of: set[str]) -> set[tuple[str, str | None]]:
+        """Arms and evaluations of the holes where `gate` is asked of these arms and answered by the first."""
+        cells = []
+        for cell in whole.cells:
+            (name,) = cell.scores
+            asked = [name, *(["gate"] if cell.arm in asked_of else [])]
+            scores = {**cell.scores, **({"gate": cell.scores[name]} if cell.arm == first else {})}
+            cells.append(replace(cell, scores=scores, keys={f"{SCORES} {one}": "key" for one in asked}))
+        return {(one["arm"], one["evaluation"]) for one in build(replace(whole, cells=cells), 50)["holes"]}
+
+    others = {cell.arm for cell in whole.cells} - {first}
+    assert holes({first, *others}) - holes({first}) == {(arm, "gate") for arm in others}
+    assert not any(evaluation == "gate" for _, evaluation in holes({first}))
 
 
 def test_holm_is_over_all_contrasts_but_the_primary() -> None:

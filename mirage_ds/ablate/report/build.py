@@ -11,7 +11,7 @@ from mirage_ds.ablate.report.answers import controls
 from mirage_ds.ablate.report.contrasts import contrasts
 from mirage_ds.ablate.report.grid import Column, Misfit, column, level_key, line_up
 from mirage_ds.ablate.report.statistics import Draws, estimate
-from mirage_ds.ablate.results import Cell, Results, StageResult
+from mirage_ds.ablate.results import SCORES, Cell, Results, StageResult
 from mirage_ds.controls.statistics import RESAMPLES
 from mirage_ds.errors import UserError
 
@@ -169,7 +169,9 @@ def _evaluation(
     others: dict[str, list[float]] = {metric: [] for metric in metrics[1:]}
     for cell in cells:
         if not cell.scores.get(evaluation):
-            if any(cell.scores.values()):
+            # An evaluation may be of some arms only.
+            asked = not cell.keys or f"{SCORES} {evaluation}" in cell.keys
+            if asked and any(cell.scores.values()):
                 holes.append(hole(arm, cell.seed, "it has no scores of this evaluation", evaluation))
             continue
         found = column(cell.scores[evaluation], metrics[0])

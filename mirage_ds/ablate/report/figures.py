@@ -164,7 +164,7 @@ def contrasts(report: Report) -> list[Drawn]:
     legend(figure, handles)
     caption = (
         f"Arm − base, paired by seed and record. Green: within ± {margin:g}. A 90 % interval inside it means "
-        "equivalent; a 95 % interval without 0 means higher or lower."
+        "equivalent; a 95 % interval without 0 means higher or lower, if the test agrees."
     )
     return [Drawn("contrasts", figure, caption)]
 

@@ -144,6 +144,8 @@ def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
 
 
 TOO_FEW = "too few seeds"
+# A p above it leaves a difference undecided, whatever its interval says.
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,10 @@ class Comparison:
             values of 0 and 1.
         least_p: the smallest p that the test can give with so many seeds; None for the others.
         equivalent: the 90 % interval lies inside ± margin, which is two one-sided tests at 5 %.
-        verdict: "higher" or "lower" where the 95 % interval excludes 0, else "equivalent" or "undecided". A difference
-            that is both significant and equivalent is "higher" or "lower" with `equivalent` set. From two to four seeds
-            TOO_FEW, and not equivalent: their interval is too narrow to say anything by.
+        verdict: "higher" or "lower" where the 95 % interval excludes 0 and p, if there is one, is at most 5 %; else
+            "equivalent" or "undecided". A difference that is both significant and equivalent is "higher" or "lower"
+            with `equivalent` set. From two to four seeds TOO_FEW, and not equivalent: their interval is too narrow to
+            say anything by.
     """
 
     difference: Estimate
@@ -175,17 +178,23 @@ class Comparison:
     verdict: str
 
 
+def excludes_zero(difference: Estimate) -> bool:
+    """Tell whether the 95 % interval lies on one side of 0."""
+    return difference.low > 0 or difference.high < 0
+
+
 def equivalent(difference: Estimate, margin: float) -> bool:
     """Tell whether two one-sided tests at 5 % find the difference within ± margin."""
     return -margin < difference.low90 and difference.high90 < margin
 
 
-def verdict(difference: Estimate, margin: float) -> str:
-    """Say in a word what the intervals say: higher, lower, equivalent, undecided."""
-    if difference.low > 0:
-        return "higher"
-    if difference.high < 0:
-        return "lower"
+def verdict(difference: Estimate, margin: float, p: float | None = None) -> str:
+    """Say in a word what the intervals and the test say: higher, lower, equivalent, undecided.
+
+    An interval from resampling a handful of seeds is narrower than it ought to be, so the exact test has to agree.
+    """
+    if excludes_zero(difference) and (p is None or p <= LEVEL):
+        return "higher" if difference.low > 0 else "lower"
     return "equivalent" if equivalent(difference, margin) else "undecided"
 
 
@@ -210,5 +219,5 @@ def compare(arm: np.ndarray, base: np.ndarray, sizes: Sequence[int], margin: flo
     return Comparison(
         *(overall, levels, by_seed, test, p, least),
         equivalent=same,
-        verdict=TOO_FEW if few else verdict(overall, margin),
+        verdict=TOO_FEW if few else verdict(overall, margin, p),
     )

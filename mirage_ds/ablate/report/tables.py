@@ -64,11 +64,13 @@ def primary_sentence(report: Report) -> str:
     one, margin = found["difference"], report["margin"]
     p = "no p-value" if found["p"] is None else f"p {_equals(p_values(found)[0])} ({TESTS[found['test']]})"
     why = {
-        "higher": "the 95 % interval lies above 0",
-        "lower": "the 95 % interval lies below 0",
+        "higher": "the 95 % interval lies above 0, and the test agrees",
+        "lower": "the 95 % interval lies below 0, and the test agrees",
         "equivalent": f"the 90 % interval lies within ± {margin:g}",
         TOO_FEW: "with two to four seeds the interval is too narrow to say anything by",
-        "undecided": f"the 95 % interval holds 0, and the 90 % interval is not within ± {margin:g}",
+        "undecided": f"the 95 % interval holds 0, and the 90 % interval is not within ± {margin:g}"
+        if one["low"] <= 0 <= one["high"]
+        else "the 95 % interval leaves out 0, but the test over seeds does not reach 5 %",
     }[found["verdict"]]
     return (
         f"Primary endpoint, {pair(found)}: {one['mean']:+.3f} (95 % interval {one['low']:+.3f} to {one['high']:+.3f}, "
@@ -260,6 +262,7 @@ def method(report: Report) -> Sequence[str]:
         "one seed, of McNemar's exact test on the records; from two to four there is none. n seeds can give no p below "
         "2/2ⁿ.",
         "“Equivalent” means that two one-sided tests at 5 % place the difference within the margin; a difference that "
-        "is neither higher, lower nor equivalent is undecided, which does not say that there is none. These words "
-        "follow from the intervals, which are not corrected for the number of contrasts; the p-values are.",
+        "is neither higher, lower nor equivalent is undecided, which does not say that there is none. Higher and lower "
+        "want both a 95 % interval without 0 and a p of at most 5 % (uncorrected; five seeds cannot give one). These "
+        "words are not corrected for the number of contrasts; the p-values in the table are.",
     )
