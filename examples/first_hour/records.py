@@ -1,4 +1,4 @@
-"""Own pictures, own helpers, own questions: which disc is the second largest? The helper is the picture with it ringed."""
+"""Own pictures, helpers and questions: which disc is the second largest? The helper is the picture with it ringed."""
 
 import json
 import random
