@@ -207,6 +207,8 @@ class RunConfig(BaseModel):
     @field_validator("data_path", mode="before")
     @classmethod
     def _one_source_is_no_mixture(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and not value:
+            raise ValueError("names no records")
         return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
     @property

@@ -19,7 +19,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources in the order in which they were named."""
+    """Sources as one."""
 
     parts: tuple[Part, ...]
 
@@ -75,9 +75,12 @@ def mixture_of(parts: Sequence[Part]) -> Mixture:
 def records_of(named: Path | Sequence[Path]) -> Records:
     """Read what --data_path names: one source as it is called, or FILE[:WEIGHT] of each of several.
 
+    Several stand in the order in which their records count, whatever order they were named in: a run's rows must not
+    hang on that.
+
     Raises:
         UserError: see parse_part and mixture_of.
     """
     if isinstance(named, Path):
         return named
-    return mixture_of([parse_part(str(one)) for one in named])
+    return mixture_of(sorted((parse_part(str(one)) for one in named), key=lambda part: str(part.file)))

@@ -145,8 +145,12 @@ def records_hash(source: Records) -> str:
         UserError: there is nothing.
     """
     if isinstance(source, Mixture):
-        whole = sum(source.weights or [1])
-        parts = [f"{records_hash(part.file)} {(part.weight or 0) / whole:.9g}\n" for part in source.parts]
+        weights = source.weights or [0.0] * len(source.parts)
+        whole = sum(weights) or 1
+        parts = [
+            f"{records_hash(part.file)} {weight / whole:.9g}\n"
+            for part, weight in zip(source.parts, weights, strict=True)
+        ]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
     files = find_files(source)
     if files == (source,):

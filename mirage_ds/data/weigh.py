@@ -6,7 +6,6 @@ R usable rows, S sources.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +27,7 @@ def weighed(index: Index, mixture: Mixture, seed: int) -> Index:
     """Leave out rows by chance until the sources' shares are as their weights; without weights all stay.
 
     The same rows are chosen on every rank and after every start: the choice hangs on the seed, the source's place in
-    the mixture and its rows alone.
+    the mixture (mixture.records_of) and its rows alone.
 
     Raises:
         UserError: a source has no usable row, or gets none.
@@ -58,10 +57,8 @@ def content(source: str, records: Records) -> str:
     """
     if not isinstance(records, Mixture) or records.weights is None:
         return source
-    # In the order in which the records count, whatever order they were named in.
-    parts = sorted((str(part.file), part.weight) for part in records.parts)
     whole = sum(records.weights)
-    told = " ".join([source, *(f"{Path(file).name}:{(weight or 0) / whole:.9g}" for file, weight in parts)])
+    told = " ".join([source, *(f"{weight / whole:.9g}" for weight in records.weights)])
     return hashlib.sha256(told.encode()).hexdigest()
 
 

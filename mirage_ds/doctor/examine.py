@@ -30,9 +30,11 @@ OWN = "TOKENIZERS_PARALLELISM"
 def _plan(spec: DoctorSpec, launcher: Launcher = "local") -> Plan:
     files = {"--eval_data_path": spec.eval_data_path, "--deepspeed": spec.deepspeed}
     named = spec.data_path if isinstance(spec.data_path, tuple) else [path for path in [spec.data_path] if path]
-    for at, path in enumerate(named):
-        # A weight is the training's business.
-        files["--data_path" + (f" {at + 1}" if len(named) > 1 else "")] = parse_part(str(path)).file
+    if len(named) == 1:
+        files["--data_path"] = named[0]
+    else:
+        # Weights are the training's business.
+        files |= {f"--data_path {at + 1}": parse_part(str(path)).file for at, path in enumerate(named)}
     models = {"--load_model_path": spec.load_model_path, "--model": spec.model}
     return Plan(
         launcher=launcher,

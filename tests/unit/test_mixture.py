@@ -86,6 +86,10 @@ def test_the_choice_is_the_seeds_and_covers_the_source(folder: Path, encoder_for
     whole = opened(mixture, encoder_for, tmp_path)
     chosen = [questions(weighed(whole, mixture, seed)) for seed in range(40)]
     assert chosen[0] == questions(weighed(whole, mixture, 0))
+    # What --resume takes for the same content must choose the same rows.
+    turned = named(folder, "deep/c.jsonl:2", "a.jsonl:2")
+    assert content("hash", turned) == content("hash", mixture)
+    assert chosen[:5] == [questions(weighed(whole, turned, seed)) for seed in range(5)]
     assert len({tuple(one) for one in chosen}) > 30
     times = Counter(question for one in chosen for question in one if question[0] == "a")
     # Five of twelve rows in each of forty draws: 16.7 times on average, with a standard deviation of 3.1.
@@ -139,7 +143,7 @@ def test_flags_and_yaml_name_one_or_several(folder: Path) -> None:
     base = dict(model="m", stage="sft", save_model_path="o")
 
     def config(given: tuple[Path, ...], yaml: object = None) -> RunConfig:
-        return build_model(RunConfig, base | {"data_path": given}, {"data_path": yaml} if yaml else None)
+        return build_model(RunConfig, base | {"data_path": given}, {"data_path": yaml} if yaml is not None else None)
 
     # A path may have a comma, and one alone is taken as it is called.
     assert config((Path("a,b.jsonl"),)).records == Path("a,b.jsonl")
@@ -152,6 +156,8 @@ def test_flags_and_yaml_name_one_or_several(folder: Path) -> None:
         again = RunConfig.model_validate_json(several.model_dump_json())
         assert again == several
     assert json.loads(config((Path("a.jsonl"),)).model_dump_json())["data_path"] == "a.jsonl"
+    with pytest.raises(UserError, match="names no records"):
+        config((), [])
 
 
 def test_other_weights_are_other_content_and_the_order_of_naming_is_not(folder: Path) -> None:
@@ -176,7 +182,7 @@ def test_studies_count_and_tell_mixtures_apart(folder: Path) -> None:
         records_hash(config(*texts).records) for texts in (("a.jsonl:1", "b.jsonl:1"), ("a.jsonl:2", "b.jsonl:1"))
     ]
     assert len({*hashes, records_hash(folder / "a.jsonl")}) == 3
-    assert records_hash(config("a.jsonl:3", "b.jsonl:3").records) == hashes[0]
+    assert records_hash(config("b.jsonl:3", "a.jsonl:3").records) == hashes[0]
 
 
 def test_doctor_looks_at_every_source(folder: Path) -> None:
