@@ -260,7 +260,7 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
     clock = Clock()
     import torch
 
-    from mirage_ds import prepare
+    from mirage_ds import prepare, run_records
     from mirage_ds.config import RunConfig
     from mirage_ds.data.loader import build_index
     from mirage_ds.engine import ds_config as ds
@@ -284,9 +284,9 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
     values, swap = claim_folders(values, world)
     clock.cut("imports, checks")
     tower = draw_tower(model_folder, getattr(torch, ds.compute_dtype(values)))
-    encoder = prepare.make_encoder(config, [model_folder])
-    index = build_index(config.data_path, encoder, config.max_length, config.max_dropped_share, config.kept_fields)
-    measured = prepare.measure(config, encoder, tower, config.data_path, index, False, world, never, quiet)
+    encoder = run_records.make_encoder(config, [model_folder])
+    index = build_index(config.records, encoder, config.max_length, config.max_dropped_share, config.kept_fields)
+    measured = run_records.measure(config, encoder, tower, config.records, index, False, world, never, quiet)
     # Nothing calls its weights any more.
     tower.tower.to("meta")
     clock.cut("tower, features")
@@ -295,7 +295,7 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
     engine = make_engine(model, config, values, STEPS)
     clock.cut("engine, states to the disk")
     passes = config.latent_size + 1
-    loader = prepare.make_loader(config, measured, world.rank, passes)
+    loader = run_records.make_loader(config, measured, world.rank, passes)
     prepared = prepare.Prepared(
         world=world,
         engine=engine,

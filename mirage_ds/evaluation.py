@@ -15,7 +15,8 @@ from mirage_ds.events import EVALUATION_BEGINS, EVALUATION_ENDS
 from mirage_ds.inspect_latents.live import need_matplotlib
 from mirage_ds.model.generate import Limits
 from mirage_ds.monitor import Monitor
-from mirage_ds.prepare import Evaluation, Prepared
+from mirage_ds.prepare import Prepared
+from mirage_ds.run_records import Evaluation
 from mirage_ds.scoring import check_evaluation, spread
 from mirage_ds.step import evaluate
 from mirage_ds.stop import never

@@ -20,7 +20,8 @@ from mirage_ds.data.pack import StepPlan
 from mirage_ds.engine.setup import agree, everyone
 from mirage_ds.mfu import ModelFlops
 from mirage_ds.model.loss import LossSums, StepCounts, objective
-from mirage_ds.prepare import Evaluation, Prepared
+from mirage_ds.prepare import Prepared
+from mirage_ds.run_records import Evaluation
 from mirage_ds.stop import never
 from mirage_ds.whereabouts import COLLECTIVE, UNTOLD, Whereabouts
 

@@ -25,7 +25,7 @@ from mirage_ds.data.loader import Rows, build_index
 from mirage_ds.data.record import Fault, ImageFinder, record_of, scan
 from mirage_ds.data.sources import content_hash, data_hash, find_files
 from mirage_ds.errors import UserError
-from mirage_ds.prepare import skipped_lines, usable_rows
+from mirage_ds.run_records import skipped_lines, usable_rows
 
 Make = Callable[..., Encoder]
 

@@ -1,0 +1,242 @@
+"""The records of a run: opened by every rank, measured, packed, with the features that are kept of them.
+
+W ranks, R usable rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mirage_ds.config import LOSSES, RunConfig, cache_folder
+from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
+from mirage_ds.data.features import KeptFeatures
+from mirage_ds.data.index import EncodedRows
+from mirage_ds.data.indexing import open_index, open_made
+from mirage_ds.data.load import load_encoder
+from mirage_ds.data.loader import Index, Loader, usable, without
+from mirage_ds.data.pack import Planner, check_patches, pack, total_steps
+from mirage_ds.data.record import Fault, ImageFinder, record_of
+from mirage_ds.data.weigh import weighed
+from mirage_ds.engine.setup import World, everyone, from_rank_zero
+from mirage_ds.errors import UserError
+from mirage_ds.keep_features import keep_features
+from mirage_ds.mixture import Mixture, Records
+from mirage_ds.model.load import (
+    check_vocabulary,
+    read_config,
+)
+from mirage_ds.model.loss import StepCounts
+from mirage_ds.model.vision import FrozenTower
+from mirage_ds.scoring import check_evaluation, spread
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Records that have been checked: their rows, measures and plan, the kept features of each field.
+
+    Attributes:
+        encoder: finds images beside these very records.
+    """
+
+    encoder: Encoder
+    records: EncodedRows
+    index: Index
+    planner: Planner
+    features: dict[str, KeptFeatures]
+
+
+class Evaluation(NamedTuple):
+    """Records whose loss is measured while training, packed once for all ranks.
+
+    Attributes:
+        bins: bins[micro-step][rank] = rows; counts: what they hold together.
+    """
+
+    loader: Loader
+    bins: list[list[list[int]]]
+    counts: StepCounts
+
+
+def finder_of(config: RunConfig, data_path: Records) -> ImageFinder:
+    """Build the finder of the images of one source of records, or of the first of several."""
+    first = data_path.parts[0].file if isinstance(data_path, Mixture) else data_path
+    return ImageFinder.beside(first, config.image_root, config.confine_paths)
+
+
+def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
+    """Build the encoder that a run's settings describe and check that its tokens fit the model."""
+    encoder = load_encoder(
+        [str(folder) for folder in folders],
+        finder_of(config, config.records),
+        config.stage,
+        config.latent_size,
+        (config.min_pixels, config.max_pixels),
+        (config.helper_min_pixels, config.helper_max_pixels),
+        config.cache_dir,
+        config.slots,
+        config.compress_strategy,
+    )
+    check_vocabulary(read_config(folders[0]), {t: encoder.id_of(t) for t in (*LATENT_TOKENS, IMAGE_PAD)})
+    return encoder
+
+
+def index_records(
+    config: RunConfig, encoder: Encoder, data_path: Records, world: World, tick: Callable[[], None]
+) -> Index:
+    """Open the index of records on every rank, made by rank 0 where there is none. All ranks call it.
+
+    Where the hosts share no --cache_dir, each of them makes its own.
+
+    Args:
+        tick: is called again and again while an index is made.
+
+    Raises:
+        UserError: see data.loader.build_index; or a host has other records or images.
+    """
+    cache, keep = cache_folder(config.cache_dir), config.kept_fields
+
+    def make() -> EncodedRows:
+        return open_index(data_path, encoder, keep, config.cache_dir, quiet=world.rank > 0, tick=tick)
+
+    made: list[EncodedRows] = []
+
+    def on_rank_zero() -> tuple[Path, tuple[Path, ...], str]:
+        made.append(make())
+        return made[0].place, made[0].files, made[0].digest
+
+    place, files, digest = from_rank_zero(on_rank_zero, world)
+    own = made[0] if made else open_made(place, files, cache)
+    if everyone([] if own and own.digest == digest else [world.rank], world):
+        fault = []
+        if (own is None or own.digest != digest) and world.local_rank == 0:
+            try:
+                own = make()
+            except UserError as error:
+                fault = [str(error)]
+        # Here the others of its host wait for it.
+        faults = everyone(fault, world)
+        if faults:
+            raise UserError(faults[0])
+        own = own if own and own.digest == digest else open_made(place, files, cache)
+        strangers = everyone([] if own and own.digest == digest else [world.rank], world)
+        if strangers:
+            raise UserError(
+                f"{data_path}: rank {strangers[0]} finds other records or images there than rank 0; copy the same to "
+                "every host, or name a --data_path and a --cache_dir that all share"
+            )
+    assert own is not None
+    limits = (config.max_length, config.max_dropped_share)
+    index = usable(own, data_path, *limits, keep, config.tolerated_share)
+    return weighed(index, data_path, config.seed) if isinstance(data_path, Mixture) else index
+
+
+def measure(
+    config: RunConfig,
+    encoder: Encoder,
+    tower: FrozenTower | None,
+    data_path: Records,
+    index: Index,
+    whole: bool,
+    world: World,
+    asked: Callable[[], bool],
+    begin: Callable[[str], None],
+) -> Measured:
+    """Keep the features of the images of indexed records. All ranks call it.
+
+    Args:
+        tower: None where it is trained.
+        whole: every row is used, not only those that the run's steps reach.
+
+    Raises:
+        UserError: on every rank: a broken image; with --skip_bad_records, too large a share of faulty records.
+    """
+    features: dict[str, KeptFeatures] = {}
+    if tower is not None:
+        # Which rows are skipped must depend on the records alone: a run that goes on for more steps finds the same.
+        whole = whole or config.skip_bad_records
+        steps = run_steps(config, index)
+        whole = whole or steps * config.rows_per_step >= len(index.row_ids)
+        rows = index.row_ids if whole else np.asarray(make_planner(config, index, world).reached(steps))
+        place, workers = config.features_folder, config.num_workers
+        features, broken = keep_features(
+            *(tower, encoder, index.rows, index.images, rows, data_path, place, workers, world),
+            skip=config.skip_bad_records,
+            asked=asked,
+            begin=begin,
+        )
+        index = without(index, broken, data_path, config.max_bad_share)
+    return Measured(encoder, index.rows, index, make_planner(config, index, world), features)
+
+
+def run_steps(config: RunConfig, index: Index) -> int:
+    """Count the optimizer steps of a run over the usable rows."""
+    return total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
+
+
+def skipped_lines(skipped: list[tuple[Records, Fault]]) -> str:
+    """Write the records that are left out as JSON lines: file, line, field, what, how."""
+    rows = ({**asdict(fault), "file": fault.file or str(file)} for file, fault in skipped)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def usable_rows(index: Index) -> int | str:
+    """Say which rows a run has, for a checkpoint: their number and, where records are skipped, which these are."""
+    if not index.skipped:
+        return len(index.row_ids)
+    lines = " ".join(
+        f"{Path(fault.file).name}:{fault.line}" if fault.file else str(fault.line) for fault in index.skipped
+    )
+    digest = hashlib.sha256(lines.encode()).hexdigest()[:12]
+    return f"{len(index.row_ids)} ({len(index.skipped)} skipped, lines {digest})"
+
+
+def make_planner(config: RunConfig, index: Index, world: World) -> Planner:
+    """Build the planner of a run's steps over the measured rows."""
+    return Planner(
+        lengths=index.tokens,
+        row_ids=index.row_ids,
+        rows_per_step=config.rows_per_step,
+        world_size=world.size,
+        micro_batch_tokens=config.micro_batch_tokens,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+        patches=index.patches,
+        micro_batch_patches=config.micro_batch_patches,
+    )
+
+
+def make_loader(config: RunConfig, measured: Measured, rank: int, passes: int) -> Loader:
+    """Build this rank's loader over a records file."""
+    return Loader(
+        *(measured.records, measured.encoder, measured.planner, rank, passes, config.num_workers),
+        kept=measured.features,
+    )
+
+
+def make_evaluation(config: RunConfig, loader: Loader, index: Index) -> Evaluation:
+    """Pack the evaluation rows into micro-steps once; the packing of training rows decides nothing here."""
+    planner = loader.planner
+    limit = config.micro_batch_patches
+    if limit is not None:
+        check_patches(index.row_ids, index.patches, limit)
+    bins = pack(
+        index.tokens, planner.world_size, config.micro_batch_tokens, config.micro_batch_size, index.patches, limit
+    )
+    rows = [[int(index.row_ids[i]) for i in one] for one in bins]
+    counts = StepCounts(len(index.row_ids), int(index.labels.sum()), int(index.runs.sum()) * config.latent_size)
+    width = planner.world_size
+    return Evaluation(loader, [rows[at : at + width] for at in range(0, len(rows), width)], counts)
+
+
+def check_scores(config: RunConfig, data_path: Path, index: Index) -> None:
+    """Refuse evaluation records that cannot be scored, and a metric that is not measured."""
+    losses = [name for name in LOSSES if name != "sim" or config.stage == "stage1"]
+    records = [record_of(index.rows[row]) for row in spread(index.row_ids.tolist(), config.eval_decode)]
+    check_evaluation(records, data_path, config.task, losses, config.save_best)
