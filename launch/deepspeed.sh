@@ -39,6 +39,8 @@ export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o Serve
 mapfile -t flags < <("$python" -c '
 import sys, urllib.parse
 print("\n".join(urllib.parse.quote(word, safe="/=,:@+") for word in sys.argv[1:]))' "$@")
+# exec would hand it to the guard, as a child that nobody waits for.
+wait "$!"
 
 guard=(--port $((port + 1)) --job "$job" "${more[@]}")
 exec "$python" -m mirage_ds.guard.launch --master "$master" "${guard[@]}" \

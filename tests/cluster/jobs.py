@@ -148,6 +148,11 @@ class Job:
         """Return the guard around the launcher."""
         return next(one for one in self.mine() if "mirage_ds.guard.launch" in one.cmdline())
 
+    def launch_command(self) -> psutil.Process:
+        """Return the launching command, which is all that its guard has started."""
+        [command] = self.launch_guard().children()
+        return command
+
     # Disturbing
 
     def signal_launcher(self, number: signal.Signals) -> None:

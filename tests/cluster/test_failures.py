@@ -92,8 +92,7 @@ def test_the_launcher_is_killed(whom: str, slurm: Slurm, cluster: Cluster, tmp_p
     for job in jobs:
         job.wait_for_step(5)
     for job in jobs:
-        guard = job.launch_guard()
-        (guard if whom == "guard" else guard.children()[0]).kill()
+        (job.launch_guard() if whom == "guard" else job.launch_command()).kill()
     begun = time.monotonic()
     for job in jobs:
         # The launching command is gone at once: what counts is how long the ranks outlive it.
