@@ -193,6 +193,43 @@ def test_contrasts_pair_seeds_and_records() -> None:
     assert "higher, since the 95 % interval lies above 0, and the test agrees" in primary_sentence(six)
 
 
+def from_bases(bases: Mapping[int, Sequence[str]]) -> Results:
+    """The study with runs of these names put before each seed's own chains, in every arm."""
+    whole = study(list(bases))
+    cells = [
+        replace(cell, stages=[*(stage(name) for name in bases[cell.seed]), *cell.stages]) for cell in whole.cells
+    ]
+    return replace(whole, cells=cells)
+
+
+def test_seeds_that_share_a_run_are_named_with_their_own_difference() -> None:
+    bases = {0: ["a"], 1: ["b"], 2: ["a"], 3: ["b"], 4: ["c"], 5: ["a"]}
+    primary = build(from_bases(bases), 300)["primary"]
+    apart = {one["seed"]: one["difference"] for one in primary["by_seed"]}
+    assert primary["families"] == [
+        {"runs": ["a"], "seeds": [0, 2, 5], "difference": pytest.approx(average([apart[seed] for seed in (0, 2, 5)]))},
+        {"runs": ["b"], "seeds": [1, 3], "difference": pytest.approx(average([apart[seed] for seed in (1, 3)]))},
+    ]
+    said = (
+        f"seeds 0, 2, 5 share a ({average([apart[seed] for seed in (0, 2, 5)]):+.3f}); "
+        f"seeds 1, 3 share b ({average([apart[seed] for seed in (1, 3)]):+.3f}); 1 share nothing: "
+    )
+    assert said in primary_sentence({"primary": primary, "margin": 0.02})
+    # A chain of runs joins seeds that no single run joins.
+    linked = build(from_bases({0: ["a"], 1: ["a", "b"], 2: ["b"]}), 50)["primary"]["families"]
+    assert [(one["runs"], one["seeds"]) for one in linked] == [(["a", "b"], [0, 1, 2])]
+    one = build(from_bases(dict.fromkeys(range(3), ["a"])), 50)["primary"]
+    assert "all seeds share a: the interval says nothing about another one" in one["notes"]
+    alone = build(study(), 50)["primary"]
+    assert alone["families"] == []
+    assert not any("share" in note for note in alone["notes"])
+
+
+def test_a_run_is_shared_only_by_the_seeds_that_are_compared() -> None:
+    whole = from_bases({0: ["a"], 1: ["a"], 2: ["b"]})
+    assert build(changed(whole, "base", 1, lambda cell: replace(cell, scores={})), 50)["primary"]["families"] == []
+
+
 def test_an_evaluation_of_some_arms_leaves_no_hole_in_the_others() -> None:
     whole = study(range(1, 6))
     first = whole.cells[0].arm

@@ -29,7 +29,7 @@ def contrasts(
 
     Returns:
         (primary, others). Each has {"arm", "base", "evaluation", "levels", "metric", "problem"} and, where "problem" is
-        None, what `_compared` says. "p_holm" is adjusted among the others; the primary has none.
+        None, what `_compared` and `_families` say. "p_holm" is adjusted among the others; the primary has none.
     """
     primary = _contrast(results.primary, results, cells, metrics, draws, holes) if results.primary else None
     others = [
@@ -75,6 +75,7 @@ def _contrast(
         return found
     compared = compare(grid.values[0], grid.values[1], grid.sizes, results.margin, draws)
     found.update(_compared(compared, grid))
+    found["families"] = _families(found, [cell for name in (contrast.arm, contrast.base) for cell in cells[name]])
     found["notes"] = _notes(found, grid, [set(one) for one in pair])
     found["steps"] = _steps(contrast, cells, grid.seeds)
     if len({tuple(steps) for steps in found["steps"].values()}) > 1:
@@ -119,6 +120,53 @@ def _compared(compared: Comparison, grid: Grid) -> Found:
     }
 
 
+def _families(found: Found, cells: Sequence[Cell]) -> list[Found]:
+    """Find the compared seeds whose chains have a run in common, such as a base that was trained once for all of them.
+
+    They differ less than seeds that share nothing, and the interval over seeds knows nothing of it.
+
+    Returns:
+        One entry a group of two or more, {"runs": names of the runs that all of them share, or that some do where
+        there is none; "seeds", "difference": their mean}; [] where every seed stands alone.
+    """
+    apart = {one["seed"]: one["difference"] for one in found["by_seed"]}
+    users: dict[str, set[int]] = {}
+    for cell in cells:
+        if cell.seed in apart:
+            for stage in cell.stages:
+                users.setdefault(stage.key, set()).add(cell.seed)
+    groups: list[set[int]] = []
+    for seeds in users.values():
+        kin = [group for group in groups if group & seeds]
+        groups = [group for group in groups if group not in kin] + [seeds.union(*kin)]
+    families = []
+    for seeds in sorted((group for group in groups if len(group) > 1), key=min):
+        runs = [run for run, own in users.items() if own == seeds]
+        runs = runs or [run for run, own in users.items() if len(own) > 1 and own <= seeds]
+        difference = sum(apart[seed] for seed in seeds) / len(seeds)
+        families.append({"runs": runs, "seeds": sorted(seeds), "difference": difference})
+    return families
+
+
+def _kinship(families: Sequence[Found], count: int) -> list[str]:
+    """Say what seeds share; `count` is the number of all that were compared."""
+    if not families:
+        return []
+    if len(families) == 1 and len(families[0]["seeds"]) == count:
+        return [f"all seeds share {_and(families[0]['runs'])}: the interval says nothing about another one"]
+    groups = "; ".join(
+        f"seeds {', '.join(map(str, one['seeds']))} share {_and(one['runs'])} ({one['difference']:+.3f})"
+        for one in families
+    )
+    alone = count - sum(len(one["seeds"]) for one in families)
+    groups += f"; {alone} share nothing" if alone else ""
+    return [f"{groups}: such seeds are not independent, and the interval and the test take them as if they were"]
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(names)
+
+
 def _notes(found: Found, grid: Grid, seeds: Sequence[set[int]]) -> list[str]:
     """Say what the numbers alone would hide."""
     notes = []
@@ -133,6 +181,7 @@ def _notes(found: Found, grid: Grid, seeds: Sequence[set[int]]) -> list[str]:
         notes.append(f"{len(grid.seeds)} seeds: the interval is too narrow, and there is no test")
     if found["least_p"] is not None and found["least_p"] > 0.05:
         notes.append(f"with {len(grid.seeds)} seeds p cannot fall below {found['least_p']:.4f}")
+    notes += _kinship(found["families"], len(grid.seeds))
     if not (grid.values[0] != grid.values[1]).any():
         notes.append("the two do not differ in any record: the interval has no width and says nothing about others")
     return notes
