@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import takewhile
 from pathlib import Path
@@ -267,11 +268,12 @@ def _follow(
     stop: StopRequest,
     patient: bool,
 ) -> bool:
-    """Run with a bar below the lines; False where it was stopped."""
+    """Run with bars below the lines, the study's and one a run at work; False where it was stopped."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from mirage_ds.ablate.execute import Launch, run
+    from mirage_ds.ablate.progress import Bars
 
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -284,7 +286,8 @@ def _follow(
             console.print(line, markup=False)
             bar.update(task, completed=sum(store.done(made.nodes[key]) is not None for key in wanted))
 
-        return run(made, store, places, launch, say, stop.asked, wanted, patient)
+        bars = Bars(bar, store)
+        return run(made, store, places, launch, say, stop.asked, wanted, patient, bars.show)
 
 
 @ablate.command("status")
@@ -293,27 +296,44 @@ def _follow(
 def show_status(study: Path, wants_json: bool) -> None:
     """Say how far STUDY is, from any machine that sees its folder, and what failed."""
     from mirage_ds.ablate.overview import by_arm, counted, overview
+    from mirage_ds.ablate.progress import glance
 
     made, store = _open(study)
     lines = overview(made, store)
     arms = by_arm(made, store)
     failed = {line.node.folder: store.attempts(line.node)[-1]["why"] for line in lines if line.state == "failed"}
+    working = [line.node for line in lines if line.state == "running"]
+    seen = {node.folder: one for node in working if (one := glance(node, store, time.time())) is not None}
     if wants_json:
-        click.echo(json.dumps({"study": made.spec.name, "runs": counted(lines), "arms": arms, "failed": failed}))
+        running = {node.folder: seen.get(node.folder) for node in working}
+        click.echo(
+            json.dumps(
+                {
+                    **{"study": made.spec.name, "runs": counted(lines), "arms": arms},
+                    **{"running": running, "failed": failed},
+                }
+            )
+        )
         return
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
+
+    from mirage_ds.watch.show import print_several
 
     console = Console(highlight=False, soft_wrap=True)
     for title, found in (("run", counted(lines)), ("arm", arms)):
-        table = Table(title, *STATES, title=made.spec.name if title == "run" else "arms, by seeds")
+        # Names of arms are long and differ at their ends.
+        named = Column(title, overflow="fold")
+        table = Table(named, *STATES, title=made.spec.name if title == "run" else "arms, by seeds")
         for name, counts in found.items():
             table.add_row(escape(name), *(str(counts.get(state, "")) for state in STATES))
         console.print(table)
-    for line in lines:
-        if line.state == "running":
-            console.print(f"running: {line.node.folder}", markup=False)
+    if seen:
+        print_several(list(seen.values()), console)
+    for node in working:
+        if node.folder not in seen:
+            console.print(f"running: {node.folder}", markup=False)
     for folder, why in failed.items():
         console.print(f"failed: {folder}: {why}", markup=False)
 

@@ -30,6 +30,7 @@ OTHERS_S = 2.0
 GRACE_S = 600.0
 
 Say = Callable[[str], None]
+Look = Callable[[list[Node]], None]
 
 
 class Launch(NamedTuple):
@@ -216,6 +217,7 @@ def run(
     asked: Callable[[], bool] = never,
     wanted: Iterable[str] | None = None,
     patient: bool = True,
+    look: Look = lambda nodes: None,
 ) -> bool:
     """Run what is not done. However it leaves, no node goes on without it, unless this process itself is killed.
 
@@ -225,6 +227,7 @@ def run(
         asked: whether somebody wants this process to stop.
         wanted: keys; all nodes if None.
         patient: wait for wanted nodes that other processes work at.
+        look: is told every other second which nodes are at work here.
 
     Returns:
         False where it was stopped.
@@ -234,7 +237,7 @@ def run(
     """
     work = _Work(study, store, places, launch, list(study.nodes if wanted is None else wanted), say)
     try:
-        return _until_done(work, asked, patient)
+        return _until_done(work, asked, patient, look)
     except OSError as error:
         raise UserError(
             f"{error.filename or store.root}: {reason(error)}; its runs were stopped, and the same command goes on"
@@ -243,7 +246,7 @@ def run(
         _end_all(work.working)
 
 
-def _until_done(work: _Work, asked: Callable[[], bool], patient: bool) -> bool:
+def _until_done(work: _Work, asked: Callable[[], bool], patient: bool, look: Look) -> bool:
     look_at, told = 0.0, False
     while True:
         if work.collect():
@@ -256,6 +259,7 @@ def _until_done(work: _Work, asked: Callable[[], bool], patient: bool) -> bool:
         elif time.monotonic() >= look_at:
             look_at = time.monotonic() + OTHERS_S
             work.begin()
+            look([one.node for one in work.working])
             if not work.working:
                 others = work.elsewhere() if patient else 0
                 if not others:

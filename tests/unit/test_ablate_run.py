@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,12 +14,15 @@ from pathlib import Path
 
 import pytest
 from ablate import opened, pretend, write_study
+from rich.progress import Progress
 
+from mirage_ds import events
 from mirage_ds.ablate import command as commands
 from mirage_ds.ablate import execute
 from mirage_ds.ablate.launch import Place, command, environment, for_hosts, here, parts
-from mirage_ds.ablate.nodes import Study
+from mirage_ds.ablate.nodes import Node, Study
 from mirage_ds.ablate.overview import by_arm, estimate, overview, shown_hours, states_of, steps_of
+from mirage_ds.ablate.progress import TAIL_BYTES, Bars, reached
 from mirage_ds.ablate.slurm import arrays, write_scripts
 from mirage_ds.ablate.store import Store
 from mirage_ds.cli import cli
@@ -428,6 +432,73 @@ def test_status_and_exit_codes(tmp_path: Path, nano: Path, monkeypatch: pytest.M
         cli.main(["ablate", "run", str(file), "--arms", "mirag"], standalone_mode=False)
     with pytest.raises(UserError, match="--only x: the study has no such run"):
         cli.main(["ablate", "run", str(file), "--only", "x"], standalone_mode=False)
+
+
+def write_log(store: Store, node: Node, steps: int, until: int, half: str = "") -> None:
+    """What a run leaves that is at a step."""
+    run = store.model(node) / "run"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"steps": steps}))
+    (run / "config.yaml").write_text("stage: sft\n")
+    now = time.time()
+    began = [{"event": events.LOAD_BEGINS, "time": now - 60}, {"event": events.LOAD_ENDS, "time": now - 50, "step": 0}]
+    (run / events.FILE).write_text("".join(json.dumps(one) + "\n" for one in began))
+    lines = [{"step": at, "loss": 2.0, "seconds": 0.5, "time": now - (until - at) * 0.5} for at in range(1, until + 1)]
+    (run / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines) + half)
+
+
+def test_a_run_at_work_shows_its_step(small) -> None:
+    study, store = small
+    base, other, evaluation = (
+        next(node for node in study.nodes.values() if node.name == name) for name in ("base", "stage1", "test")
+    )
+    assert reached(base, store) == (0, None)
+    write_log(store, base, 5000, 1200, half='{"step": 12')
+    assert (store.model(base) / "run" / "log.jsonl").stat().st_size > 2 * TAIL_BYTES
+    assert reached(base, store) == (1200, 5000)
+    bar = Progress(disable=True)
+    bars = Bars(bar, store)
+    bars.show([base, evaluation])
+    assert [(task.description.strip(), task.completed, task.total) for task in bar.tasks] == [
+        (base.folder, 1200, 5000),
+        (evaluation.folder, 0, None),
+    ]
+    bars.show([other])
+    assert [task.description.strip() for task in bar.tasks] == [other.folder]
+    bars.show([])
+    assert not bar.tasks
+
+
+def test_who_looks_sees_what_is_at_work_and_then_nothing(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, store = small
+    monkeypatch.setattr(execute, "command", pretend(store, {"base": "some"}))
+    seen: list[list[str]] = []
+
+    def look(nodes: list[Node]) -> None:
+        seen.append([node.name for node in nodes])
+
+    assert execute.run(study, store, [Place(1)], LAUNCH, lambda line: None, look=look)
+    # The base takes 3 s, and every other second somebody looks.
+    assert seen[:2] == [["base"], ["base"]]
+    assert seen[-1] == []
+
+
+def test_status_shows_how_far_the_runs_at_work_are(tmp_path: Path, nano: Path, capsys) -> None:
+    file = write_study(tmp_path, nano)
+    study, store = opened(file)
+    base = next(node for node in study.nodes.values() if node.name == "base")
+    test = next(node for node in study.nodes.values() if node.kind == "evaluate")
+    write_log(store, base, 80, 20)
+    with store.hold(base), store.hold(test):
+        cli.main(["ablate", "status", str(file), "--json"], standalone_mode=False)
+        said = json.loads(capsys.readouterr().out)["running"]
+        assert said[base.folder]["eta_seconds"] == pytest.approx(60 * 0.5)
+        assert said[test.folder] is None
+        cli.main(["ablate", "status", str(file)], standalone_mode=False)
+        shown = capsys.readouterr().out
+    assert re.search(rf"{base.folder} +sft +training +20/80 +30 s", shown)
+    assert f"running: {test.folder}" in shown
+    assert f"running: {base.folder}" not in shown
 
 
 def test_half_a_line_of_attempts_and_an_older_attempts_words_mislead_nobody(small, tmp_path: Path) -> None:
