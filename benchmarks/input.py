@@ -67,9 +67,9 @@ def make_index(answers: Any, out: Path, records: Path, stage: str) -> None:
 
 
 def _open(out: Path, records: Path, stage: Any) -> tuple[Any, float]:
+    from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.load import load_encoder
     from mirage_ds.data.loader import build_index
-    from mirage_ds.data.record import ImageFinder
 
     encoder = load_encoder([str(out / "model")], ImageFinder.beside(records, None), stage, LATENTS)
     begun = time.perf_counter()
@@ -113,10 +113,10 @@ def train(answers: Any, out: Path, records: Path, stage: Any, steps: int, worker
     """Phase 3: start as a later run does, then take `steps` optimizer steps."""
     import psutil
 
+    from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.load import load_encoder
     from mirage_ds.data.loader import Loader
     from mirage_ds.data.pack import Planner
-    from mirage_ds.data.record import ImageFinder
 
     encoder = load_encoder([str(out / "model")], ImageFinder.beside(records, None), stage, LATENTS)
     process = psutil.Process()

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mirage_ds.data.encode import IGNORE, Sample
+from mirage_ds.data.sample import IGNORE, Sample
 
 
 class Naive:

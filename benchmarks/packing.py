@@ -59,8 +59,9 @@ class Rows(NamedTuple):
 def vsp(capacity: int) -> list[Rows]:
     """Measure VSP planning records as a run does, with and without a limit of patches."""
     from benchmarks.workload import make_workload
+    from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.load import load_encoder
-    from mirage_ds.data.record import ImageFinder, scan
+    from mirage_ds.data.record_files import scan
 
     with tempfile.TemporaryDirectory() as folder:
         work = make_workload(Path(folder), "nano", RECORDS, "vsp")

@@ -167,8 +167,9 @@ class Plain(Steps):
         import torch
 
         from benchmarks.naive import Naive
+        from mirage_ds.data.images import ImageFinder
         from mirage_ds.data.load import load_encoder
-        from mirage_ds.data.record import ImageFinder, scan
+        from mirage_ds.data.record_files import scan
 
         config = run_config(case, work, out, steps)
         stage: Any = case.stage

@@ -51,8 +51,9 @@ def _lengthen(records: Path, seed: int) -> None:
 
 def encode(work: Workload, stage: Any, k: int) -> tuple[Any, list[Any]]:
     """Return the encoder and every record as a Sample with pixels."""
+    from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.load import load_encoder
-    from mirage_ds.data.record import ImageFinder, scan
+    from mirage_ds.data.record_files import scan
 
     encoder = load_encoder([str(work.model)], ImageFinder.beside(work.records, None), stage, k)
     return encoder, [encoder.encode(record, row) for row, record in enumerate(scan(work.records)[0])]

@@ -152,7 +152,7 @@ def score(folder: Path, test: Path, latents: bool, title: str) -> dict[str, Any]
     """Answer the held-out maps and score the answers, as `mirage-ds evaluate` does."""
     from functools import partial
 
-    from mirage_ds.data.record import ImageFinder
+    from mirage_ds.data.images import ImageFinder
     from mirage_ds.evaluate import evaluate_file, load_decoder, run_limits, write_report
 
     decoder = load_decoder(folder, ImageFinder.beside(test, None), latents=latents)

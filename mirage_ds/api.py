@@ -25,8 +25,11 @@ from torch.utils.data import Dataset
 
 from mirage_ds.config import Compress, Slots, Stage
 from mirage_ds.data.batch import Batch, collate, to_device
-from mirage_ds.data.encode import IGNORE, Encoder, Sample
-from mirage_ds.data.record import IMAGE_MARK, ImageFinder, Record, RecordError, make_record, scan
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import IMAGE_MARK, Record, RecordError, make_record
+from mirage_ds.data.record_files import scan
+from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError, reason
 from mirage_ds.evaluate import Decoder, Decoding, answer_of, chooser_of, load_decoder, run_limits
 from mirage_ds.files import write_atomically

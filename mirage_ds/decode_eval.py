@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mirage_ds.data.encode import IGNORE, Sample
 from mirage_ds.data.loader import Rows
-from mirage_ds.data.record import Fault, Record, record_of
+from mirage_ds.data.record import Fault, Record
+from mirage_ds.data.record_files import record_of
+from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import UserError

@@ -19,7 +19,7 @@ from mirage_ds.stop import StopRequest
 if TYPE_CHECKING:
     import torch
 
-    from mirage_ds.data.record import ImageFinder
+    from mirage_ds.data.images import ImageFinder
     from mirage_ds.evaluate import Decoder, Decoding
     from mirage_ds.model.generate import Limits
 
@@ -88,7 +88,7 @@ def evaluate(
     from rich.progress import track
 
     from mirage_ds import evaluate as evaluation
-    from mirage_ds.data.record import ImageFinder
+    from mirage_ds.data.images import ImageFinder
 
     decoding = _decoding(options)
     if latents is not None:
@@ -135,7 +135,7 @@ def _compare_latents(
     from mirage_ds.controls.command import run_controls
     from mirage_ds.controls.names import parse_names
     from mirage_ds.controls.study import Wanted
-    from mirage_ds.data.record import ImageFinder
+    from mirage_ds.data.images import ImageFinder
 
     if "RANK" in os.environ:
         raise UserError("--latents compares in one process: start `mirage-ds evaluate` without a launcher")
@@ -156,7 +156,8 @@ def _compare_latents(
 @_decoding_options
 def generate(folder: Path, images: tuple[Path, ...], prompt: str, save_latents: Path | None, **options: Any) -> None:
     """Answer one question with the model in FOLDER; latent runs are marked."""
-    from mirage_ds.data.record import IMAGE_MARK, ImageFinder
+    from mirage_ds.data.images import ImageFinder
+    from mirage_ds.data.record import IMAGE_MARK
 
     try:
         prompt.encode("utf-8")

@@ -22,10 +22,13 @@ import torch
 
 from mirage_ds.config import Slots
 from mirage_ds.data.batch import collate, to_device
-from mirage_ds.data.encode import LATENT_TOKENS, Encoder, Sample
+from mirage_ds.data.encode import LATENT_TOKENS, Encoder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.data.loader import check_records
-from mirage_ds.data.record import ImageFinder, Record, RecordError, scan
+from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record_files import scan
+from mirage_ds.data.sample import Sample
 from mirage_ds.engine.export import TRAINED_KEY
 from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.private import set_collective_timeout

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
-from mirage_ds.data.record import ImageFinder
 from mirage_ds.engine.checkpoint import STATE_FILE
 from mirage_ds.engine.export import Parts, change_rows, export_checkpoint, refuse_existing, trained_of
 from mirage_ds.errors import UserError

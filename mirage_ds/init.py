@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS
 from mirage_ds.data.load import load_tokenizer
-from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, scan
+from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK
+from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
 from mirage_ds.model.family import FAMILIES, Family

@@ -17,12 +17,14 @@ import numpy as np
 from mirage_ds.config import LOSSES, RunConfig, cache_folder
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.features import KeptFeatures
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import EncodedRows
 from mirage_ds.data.indexing import open_index, open_made
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.loader import Index, Loader, usable, without
 from mirage_ds.data.pack import Planner, check_patches, pack, total_steps
-from mirage_ds.data.record import Fault, ImageFinder, record_of
+from mirage_ds.data.record import Fault
+from mirage_ds.data.record_files import record_of
 from mirage_ds.data.weigh import weighed
 from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.errors import UserError

@@ -1,4 +1,4 @@
-"""Draw the k + 1 passes of stage 2 for docs/inside.md, from the schedule that the trainer makes (data.pack.schedule).
+"""Draw the k + 1 passes of stage 2 for docs/inside.md, from the schedule that the trainer makes (data.passes.schedule).
 
     python docs/pictures/passes.py
 
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from mirage_ds.data.pack import PassPlan, schedule
+from mirage_ds.data.passes import PassPlan, schedule
 
 OUT = Path(__file__).with_name("passes.png")
 K = 4

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 
 from mirage_ds.data.batch import Batch, collate, to_device
-from mirage_ds.data.encode import IGNORE, Encoder, Sample
+from mirage_ds.data.encode import Encoder
 from mirage_ds.data.record import Record
+from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Chooser, Generated, Latents, LatentTokens, Limits, generate, greedy
 from mirage_ds.model.latents import compress

@@ -68,7 +68,7 @@ def controls(
     and what a result says stands in docs/controls.md.
     """
     from mirage_ds.controls.study import Wanted
-    from mirage_ds.data.record import ImageFinder
+    from mirage_ds.data.images import ImageFinder
     from mirage_ds.evaluate import load_decoder, run_limits
 
     wanted = Wanted(parse_names(latents), task, most, seed, batch_size, (helper_min_pixels, helper_max_pixels))

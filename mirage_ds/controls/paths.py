@@ -20,7 +20,8 @@ from mirage_ds.controls.bench import Bench
 from mirage_ds.controls.conditions import Given
 from mirage_ds.controls.run import Track, batches_fit, check
 from mirage_ds.controls.statistics import bootstrap
-from mirage_ds.data.record import ImageFinder, Record, RecordError
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import Record, RecordError
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import answer_of
 from mirage_ds.scoring import Answer, wilson

@@ -13,7 +13,7 @@ from mirage_ds.controls.paths import run_paths
 from mirage_ds.controls.report import summarize
 from mirage_ds.controls.run import Track, run_conditions
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import scan
+from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import Decoder, need_latents
 from mirage_ds.model.generate import Limits, latent_tokens

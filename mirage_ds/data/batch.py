@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from mirage_ds.data.encode import IGNORE, Sample
-from mirage_ds.data.pack import PassPlan, schedule, schedule_auxiliary
+from mirage_ds.data.passes import PassPlan, schedule, schedule_auxiliary
 from mirage_ds.data.pool import DROPPED
+from mirage_ds.data.sample import IGNORE, Sample
 
 Tree = TypeVar("Tree")
 

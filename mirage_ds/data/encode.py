@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from mirage_ds.config import Compress, Slots, Stage
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.messages import TURNS_BEFORE
 from mirage_ds.data.pool import grid_sides, pool_groups
-from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, ImageFinder, Record, RecordError
+from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record, RecordError
+from mirage_ds.data.sample import IGNORE, Grid, Layout, Measure, Sample
 from mirage_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,75 +39,9 @@ LATENT_PAD, LATENT_START, LATENT_END = "<|latent_pad|>", "<|latent_start|>", "<|
 LATENT_TOKENS = (LATENT_PAD, LATENT_START, LATENT_END)
 IMAGE_PAD = "<|image_pad|>"
 ASSISTANT = "<|im_start|>assistant"
-IGNORE = -100
 # Characters that stand for a special token in a user's text while the row is put together: those without a meaning
 # of their own first.
 PRIVATE_USE = range(0xE000, 0x110000)
-
-Grid = tuple[int, int, int]
-
-
-class Sample(NamedTuple):
-    """One encoded row, unpadded.
-
-    Attributes:
-        row: the row's place in the dataset.
-        input_ids: (T,) int64.
-        labels: (T,) int64, IGNORE where nothing is learnt; labels[i] is the token itself (predicted from i − 1).
-        position_ids: (3, T) int64, M-RoPE's time, height and width.
-        image_positions: int64, where the merged features of the input images stand.
-        pixel_values: (P, 1176) float32; image_grid_thw: (n, 3) int64, in patches.
-        runs: the latent runs as (first latent's position, k).
-        helper_pixel_values, helper_grid_thw: the same for the helper images (stage1 only, else empty).
-        helper_groups: (F,) int64, the latent of the row that each merged feature of the helpers is averaged into (see
-            pool.pool_groups; runs counted on); empty where there are no helpers.
-        image_features, helper_features: (F, H) where the frozen tower's features were kept; then there are no pixels.
-    """
-
-    row: int
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    image_positions: torch.Tensor
-    pixel_values: torch.Tensor
-    image_grid_thw: torch.Tensor
-    runs: tuple[tuple[int, int], ...]
-    helper_pixel_values: torch.Tensor
-    helper_grid_thw: torch.Tensor
-    helper_groups: torch.Tensor
-    image_features: torch.Tensor | None = None
-    helper_features: torch.Tensor | None = None
-
-
-class Measure(NamedTuple):
-    """What planning needs to know of a row before it is encoded.
-
-    Attributes:
-        tokens, labels, runs: counts of each.
-        images, helpers: merged features of each input image and, in stage1, of each helper image.
-    """
-
-    tokens: int
-    labels: int
-    runs: int
-    images: tuple[int, ...]
-    helpers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where everything in a row stands; with the pixels it is the whole Sample.
-
-    Attributes:
-        input_ids: T token ids.
-        answer_start: place of the first token behind `<|im_start|>assistant`.
-        grids, helper_grids: (t, h, w) in patches of each input image and, in stage1, of each helper image.
-    """
-
-    input_ids: Sequence[int] | np.ndarray
-    answer_start: int
-    grids: list[Grid]
-    helper_grids: list[Grid]
 
 
 def _items(text: str) -> list[dict[str, str]]:

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.layouts import Layout, read_row
 from mirage_ds.data.messages import MessageError
-from mirage_ds.data.record import Fault, ImageFinder, Record, RecordError, make_record, read_lines
+from mirage_ds.data.record import Fault, Record, RecordError, make_record
+from mirage_ds.data.record_files import read_lines
 from mirage_ds.data.rewrite import Row, Written, write_rows
 from mirage_ds.data.spec import ImportSpec
 from mirage_ds.errors import UserError, reason, strict_json

@@ -31,9 +31,11 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import pyarrow as pa
 
-from mirage_ds.data.encode import Encoder, Grid, Layout
+from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import ImageKeys
-from mirage_ds.data.record import Fault, ImageFinder, Record
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import Fault, Record
+from mirage_ds.data.sample import Grid, Layout
 from mirage_ds.data.sources import name_file
 from mirage_ds.errors import UserError
 

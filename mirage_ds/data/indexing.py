@@ -27,10 +27,11 @@ import transformers
 from rich.progress import track
 
 from mirage_ds.config import cache_folder
-from mirage_ds.data import encode, record, sources
+from mirage_ds.data import encode, images, messages, record, record_files, sample, sources
 from mirage_ds.data import index as on_disk
-from mirage_ds.data.encode import Encoder, Layout, Measure
+from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import Key, image_key
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import (
     BATCH_ROWS,
     COLUMNS,
@@ -50,7 +51,9 @@ from mirage_ds.data.index import (
     record_check,
     sight,
 )
-from mirage_ds.data.record import Fault, ImageFinder, Record, RecordError, row_of
+from mirage_ds.data.record import Fault, Record, RecordError
+from mirage_ds.data.record_files import row_of
+from mirage_ds.data.sample import Layout, Measure
 from mirage_ds.data.sources import Piece, Stamp
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync
@@ -467,8 +470,8 @@ def _tokenizer_text(tokenizer: Any) -> str:
 def key_of(files: Sequence[Path], hashes: Sequence[str], encoder: Encoder, keep: Sequence[str]) -> str:
     """Hash of all that an index is a function of, but for the images, which are compared with it at each start."""
     finder = encoder.finder
-    modules = (encode.__file__, record.__file__, sources.__file__, on_disk.__file__, __file__)
-    code = b"".join(Path(module).read_bytes() for module in modules)
+    modules = (encode, sample, messages, record, record_files, images, sources, on_disk)
+    code = b"".join(Path(file).read_bytes() for file in (*(str(module.__file__) for module in modules), __file__))
     values = dict(
         format=FORMAT,
         # So that nobody who mends the encoding trains on rows from before.

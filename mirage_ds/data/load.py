@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mirage_ds.config import Compress, Slots, Stage
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
-from mirage_ds.data.record import ImageFinder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.errors import UserError, reason
 
 if TYPE_CHECKING:

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from mirage_ds.data.batch import Batch, collate
-from mirage_ds.data.encode import Encoder, Measure, Sample
+from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures
 from mirage_ds.data.index import BesideEach, EncodedRows
 from mirage_ds.data.indexing import open_index
 from mirage_ds.data.pack import Planner, StepPlan
 from mirage_ds.data.record import Fault, Record, RecordError
+from mirage_ds.data.sample import Measure, Sample
 from mirage_ds.data.ship import Shipment, ship
 from mirage_ds.errors import UserError
 from mirage_ds.mixture import Mixture, Records

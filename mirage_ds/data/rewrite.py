@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.data.record import ImageFinder, Record, RecordError, scan
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record_files import scan
 from mirage_ds.data.spec import RewriteSpec
 from mirage_ds.errors import UserError
 from mirage_ds.tasks.draft import Picture

@@ -17,17 +17,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mirage_ds.data.record import (
-    HELPER_MARK,
-    IMAGE_MARK,
-    TURNS_BEFORE,
-    Fault,
-    ImageFinder,
-    Record,
-    RecordError,
-    parse_record,
-    read_lines,
-)
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Fault, Record, RecordError, parse_record
+from mirage_ds.data.record_files import read_lines
 from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks import TASKS, get_task
 

@@ -19,7 +19,8 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record, text_lines
+from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record
+from mirage_ds.data.record_files import text_lines
 from mirage_ds.errors import UserError, reason
 from mirage_ds.mixture import Mixture, Records
 

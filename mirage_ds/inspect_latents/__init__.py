@@ -6,6 +6,7 @@
     corpus   the latents of a file of records
     probe    what a linear reader finds in them
     draw     numbers → matplotlib figures
+    style    sizes, colours and legends of figures with many curves or bars
     page     figures and tables → one HTML file
     live     figures of a few rows, for a run that is training
     study    what `mirage-ds inspect` does

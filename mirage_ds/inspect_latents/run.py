@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mirage_ds.data.batch import Batch, collate, to_device
-from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.sample import Sample
 from mirage_ds.model.attention import varlen_attention
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Generated, Limits, generate, latent_tokens

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirage_ds.data.encode import Encoder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import ImageFinder, Record, RecordError, scan
+from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import Decoder, load_decoder, need_latents
 from mirage_ds.files import whole_folder, write_atomically

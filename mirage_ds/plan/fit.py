@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mirage_ds.cards import A100, H100_SXM
-from mirage_ds.data.pack import schedule
+from mirage_ds.data.passes import schedule
 from mirage_ds.engine.ds_config import read_json, shipped_folder
 from mirage_ds.errors import UserError
 from mirage_ds.plan.activations import Micro, PassShape, saved_terms, total

@@ -9,7 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from mirage_ds.data.record import ImageFinder, RecordError, need_lines, parse_record, read_lines
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import RecordError, parse_record
+from mirage_ds.data.record_files import need_lines, read_lines
 from mirage_ds.errors import UserError
 from mirage_ds.rationalize.form import Judge
 

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from mirage_ds.config import cache_folder
-from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder, Sample
+from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import IMAGE_MARK, Record
+from mirage_ds.data.sample import Sample
 from mirage_ds.data.sources import content_hash
 from mirage_ds.errors import UserError
 from mirage_ds.model.family import FAMILIES

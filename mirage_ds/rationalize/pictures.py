@@ -7,7 +7,8 @@ import io
 
 from PIL import Image
 
-from mirage_ds.data.record import ImageFinder, Record
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import Record
 from mirage_ds.rationalize.prompt import Shown
 
 # Of these the file's own bytes are sent where they mean to everybody what they mean to the trainer.

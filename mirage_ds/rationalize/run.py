@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from mirage_ds.data.record import ImageFinder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.rewrite import Source, line_of
 from mirage_ds.errors import UserError
 from mirage_ds.rationalize.form import MEANINGS, Judge, Outcome

@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from mirage_ds import decode_eval, train
 from mirage_ds.config import RunConfig
-from mirage_ds.data.record import ImageFinder, scan
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record_files import scan
 from mirage_ds.engine import whole
 from mirage_ds.engine.private import shard_of
 from mirage_ds.errors import UserError

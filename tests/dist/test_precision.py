@@ -24,8 +24,9 @@ from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_PAD
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import ImageFinder, scan
+from mirage_ds.data.record_files import scan
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.model.load import load_model, public_name
 from mirage_ds.model.loss import StepCounts, objective

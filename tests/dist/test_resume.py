@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from mirage_ds import train
 from mirage_ds.config import RunConfig
 from mirage_ds.data.batch import collate
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.indexing import open_index
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import ImageFinder, scan
+from mirage_ds.data.record_files import scan
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.errors import UserError
 from mirage_ds.export import export_folder

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mirage_ds import train
 from mirage_ds.config import RunConfig
-from mirage_ds.data.record import ImageFinder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import evaluate_file, load_decoder
 from mirage_ds.model.generate import Limits

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mirage_ds.data.batch import Batch, collate, to_device
-from mirage_ds.data.encode import IGNORE, Sample
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import ImageFinder, scan
+from mirage_ds.data.record_files import scan
+from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import LossSums, StepCounts, objective

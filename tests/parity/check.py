@@ -28,8 +28,10 @@ from safetensors import safe_open
 from mirage_ds.config import PAPER_GAMMA
 from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.encode import Encoder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import ImageFinder, Record, scan
+from mirage_ds.data.record import Record
+from mirage_ds.data.record_files import scan
 from mirage_ds.model.generate import Limits, generate, greedy, latent_tokens
 from mirage_ds.model.load import Loaded, load_model, public_name
 from mirage_ds.model.loss import StepCounts, objective

@@ -11,8 +11,8 @@ from hypothesis import settings
 from PIL import Image
 
 from mirage_ds.data.encode import Encoder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import ImageFinder
 
 # The same examples on every run: a suite that is red by chance teaches nothing.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=150)

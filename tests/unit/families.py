@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mirage_ds.data.encode import Sample
+from mirage_ds.data.sample import Sample
 from mirage_ds.init import init_model
 
 REPO = Path(__file__).parents[2]

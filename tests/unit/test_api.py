@@ -17,7 +17,7 @@ import mirage_ds
 from mirage_ds.api import Mirage, Rows
 from mirage_ds.cli import cli
 from mirage_ds.data.batch import Batch
-from mirage_ds.data.encode import IGNORE
+from mirage_ds.data.sample import IGNORE
 from mirage_ds.errors import UserError
 from mirage_ds.model.load import load_model
 

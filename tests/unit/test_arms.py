@@ -31,10 +31,13 @@ from torch.nn import functional
 
 from mirage_ds.config import RunConfig
 from mirage_ds.data.batch import Batch, collate
-from mirage_ds.data.encode import IGNORE, LATENT_END, LATENT_PAD, LATENT_START, Encoder, Sample
+from mirage_ds.data.encode import LATENT_END, LATENT_PAD, LATENT_START, Encoder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.pool import DROPPED, grid_sides, pool_groups
-from mirage_ds.data.record import ImageFinder, RecordError, scan
+from mirage_ds.data.record import RecordError
+from mirage_ds.data.record_files import scan
+from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import Decoder, answer_records, load_decoder, need_latents, run_limits
 from mirage_ds.model.generate import Limits, generate

@@ -28,21 +28,13 @@ from PIL import Image
 from mirage_ds.cli import cli
 from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.data.check import check_file
-from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.images import MAX_PIXELS, ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.loader import build_index
-from mirage_ds.data.record import (
-    MAX_DEPTH,
-    MAX_PIXELS,
-    Fault,
-    ImageFinder,
-    Record,
-    RecordError,
-    open_records,
-    parse_record,
-    record_of,
-    scan,
-)
+from mirage_ds.data.record import MAX_DEPTH, Fault, Record, RecordError, parse_record
+from mirage_ds.data.record_files import open_records, record_of, scan
+from mirage_ds.data.sample import Sample
 from mirage_ds.engine.ds_config import read_json, resolve
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import Answer, score

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mirage_ds.data.batch import Batch, collate, to_device
-from mirage_ds.data.encode import Sample
+from mirage_ds.data.sample import Sample
 
 IGNORE = -100
 Run = tuple[int, int]

@@ -10,7 +10,7 @@ import torch
 from benchmarks.naive import Naive
 from benchmarks.workload import encode, make_workload
 from mirage_ds.data.batch import collate
-from mirage_ds.data.encode import IGNORE
+from mirage_ds.data.sample import IGNORE
 from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import StepCounts, objective
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from test_decode_eval import STATE
 
 from mirage_ds.card_scores import add_scores
-from mirage_ds.data.record import ImageFinder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import evaluate_file, load_decoder, run_limits, write_report

@@ -29,8 +29,10 @@ from mirage_ds.controls.report import summarize
 from mirage_ds.controls.run import Outcome, run_conditions
 from mirage_ds.controls.statistics import bootstrap
 from mirage_ds.data.encode import Encoder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import ImageFinder, Record, scan
+from mirage_ds.data.record import Record
+from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import answer_records, load_decoder
 from mirage_ds.model.generate import Generated, Limits, generate, greedy, latent_tokens

@@ -18,9 +18,10 @@ from mirage_ds import best
 from mirage_ds.best import Best
 from mirage_ds.config import RunConfig
 from mirage_ds.data.batch import collate
-from mirage_ds.data.encode import Sample
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import ImageFinder, scan
+from mirage_ds.data.record_files import scan
+from mirage_ds.data.sample import Sample
 from mirage_ds.decode_eval import prompt_of
 from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.engine.whole import bytes_to_decode

@@ -22,9 +22,11 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mirage_ds import cli, load
-from mirage_ds.data.encode import IGNORE, Encoder, Sample
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import ImageFinder, parse_record
+from mirage_ds.data.record import parse_record
+from mirage_ds.data.sample import IGNORE, Sample
 
 PAGE = Path(__file__).parents[2] / "docs/migrate.md"
 TEXT = PAGE.read_text()

@@ -14,9 +14,11 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mirage_ds.data.encode import LATENT_TOKENS, Encoder, Sample
+from mirage_ds.data.encode import LATENT_TOKENS, Encoder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
-from mirage_ds.data.record import ImageFinder, Record, RecordError, parse_record
+from mirage_ds.data.record import Record, RecordError, parse_record
+from mirage_ds.data.sample import Sample
 from mirage_ds.errors import UserError
 
 EncoderFor = Callable[..., Encoder]

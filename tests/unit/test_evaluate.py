@@ -21,7 +21,9 @@ from transformers import AutoTokenizer
 
 from mirage_ds import evaluate
 from mirage_ds.cli import main
-from mirage_ds.data.record import ImageFinder, Record, scan
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import Record
+from mirage_ds.data.record_files import scan
 from mirage_ds.engine.export import change_rows
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import (

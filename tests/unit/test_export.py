@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.encode import Encoder
 from mirage_ds.data.load import load_tokenizer
 from mirage_ds.data.record import Record
+from mirage_ds.data.sample import Sample
 from mirage_ds.engine import export
 from mirage_ds.engine.export import TRAINED_KEY, Parts, ShardWriter, change_rows, save_model
 from mirage_ds.errors import UserError

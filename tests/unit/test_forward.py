@@ -21,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from mirage_ds.data.batch import Batch, collate, to_device
-from mirage_ds.data.encode import IGNORE, Encoder, Sample
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import ImageFinder, scan
+from mirage_ds.data.record_files import scan
+from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.attention import BACKENDS
 from mirage_ds.model.load import Loaded, load_model
 from mirage_ds.model.loss import LossSums, StepCounts, objective

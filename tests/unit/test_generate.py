@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mirage_ds.data.batch import collate
-from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import ImageFinder, scan
+from mirage_ds.data.record_files import scan
+from mirage_ds.data.sample import Sample
 from mirage_ds.model.generate import Generated, LatentTokens, Limits, generate, greedy, latent_tokens, sampler
 from mirage_ds.model.load import Loaded, load_model
 

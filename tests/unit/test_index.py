@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 
 from mirage_ds.data import indexing
-from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import image_key
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import (
     COLUMNS,
     FAULT_SCHEMA,
@@ -36,7 +37,9 @@ from mirage_ds.data.index import (
 from mirage_ds.data.indexing import open_index
 from mirage_ds.data.loader import Loader, Rows, build_index, usable
 from mirage_ds.data.pack import Planner
-from mirage_ds.data.record import Fault, ImageFinder, Record, record_of, scan
+from mirage_ds.data.record import Fault, Record
+from mirage_ds.data.record_files import record_of, scan
+from mirage_ds.data.sample import Sample
 from mirage_ds.errors import UserError
 
 Make = Callable[..., Encoder]

@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from mirage_ds.cli import cli
-from mirage_ds.data.record import scan
+from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.inspect_latents import draw
 from mirage_ds.inspect_latents.command import read_rows

@@ -17,9 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import ImageFinder, Record, RecordError, scan
+from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record_files import scan
+from mirage_ds.data.sample import Sample
 from mirage_ds.errors import UserError
 from mirage_ds.inspect_latents.live import figures
 from mirage_ds.inspect_latents.look import PARTS, look, see

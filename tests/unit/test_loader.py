@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from mirage_ds.data.batch import Batch, collate
-from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import FeatureStore, KeptFeatures, ShardWriter
 from mirage_ds.data.loader import Index, Loader, build_index
 from mirage_ds.data.pack import Planner
-from mirage_ds.data.record import RecordError, scan
+from mirage_ds.data.record import RecordError
+from mirage_ds.data.record_files import scan
+from mirage_ds.data.sample import Sample
 from mirage_ds.data.ship import ship
 from mirage_ds.errors import UserError
 

@@ -14,10 +14,12 @@ from PIL import Image
 
 from mirage_ds.cli import cli
 from mirage_ds.data.check import check_file
-from mirage_ds.data.encode import IGNORE, Encoder
+from mirage_ds.data.encode import Encoder
 from mirage_ds.data.layouts import read_row
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK, MessageError, from_messages
-from mirage_ds.data.record import RecordError, make_record, record_of, row_of, scan
+from mirage_ds.data.record import RecordError, make_record
+from mirage_ds.data.record_files import record_of, row_of, scan
+from mirage_ds.data.sample import IGNORE
 from mirage_ds.errors import UserError
 
 

@@ -14,8 +14,9 @@ from transformers import AutoConfig
 
 from mirage_ds.cards import A100, H100_SXM, PEAKS, peak_of
 from mirage_ds.data.batch import collate
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import ImageFinder, scan
+from mirage_ds.data.record_files import scan
 from mirage_ds.mfu import ModelFlops, Tower, peak_flops, tower_of
 from mirage_ds.model.load import load_model, load_tower, read_config
 from mirage_ds.model.loss import StepCounts, objective

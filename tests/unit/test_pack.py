@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from mirage_ds.data import pack as packing
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.pack import Bins, Planner, fill, pack, schedule, total_steps
-from mirage_ds.data.record import scan
+from mirage_ds.data.pack import Bins, Planner, fill, pack, total_steps
+from mirage_ds.data.passes import schedule
+from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 
 SAMPLE = Path(__file__).parents[2] / "data/sample.jsonl"

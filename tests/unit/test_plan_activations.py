@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirage_ds.data.batch import Batch, collate
-from mirage_ds.data.encode import IGNORE, Sample
+from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.attention import INTERFACE_NAME, register
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.loss import LossHead, StepCounts, objective

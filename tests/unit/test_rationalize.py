@@ -27,7 +27,8 @@ from PIL import Image, ImageChops
 
 from mirage_ds.cli import main
 from mirage_ds.data.check import check_file
-from mirage_ds.data.record import ImageFinder, Record
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import Record
 from mirage_ds.rationalize import server as serving
 from mirage_ds.rationalize.form import NoForm, read
 from mirage_ds.rationalize.job import Rows

@@ -10,17 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mirage_ds.data.record import (
-    Fault,
-    ImageFinder,
-    Record,
-    RecordError,
-    open_records,
-    parse_record,
-    read_lines,
-    record_of,
-    scan,
-)
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import Fault, Record, RecordError, parse_record
+from mirage_ds.data.record_files import open_records, read_lines, record_of, scan
 from mirage_ds.errors import UserError
 
 GOOD = {"text_input": "Where? <image>", "text_output": "<output_image> There.", "image_input": "a.png"}

@@ -18,11 +18,14 @@ from PIL import Image
 
 from mirage_ds.data import sources
 from mirage_ds.data.check import check_file
-from mirage_ds.data.encode import Encoder, Sample
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import EncodedRows
 from mirage_ds.data.indexing import open_index
 from mirage_ds.data.loader import Rows, build_index
-from mirage_ds.data.record import Fault, ImageFinder, record_of, scan
+from mirage_ds.data.record import Fault
+from mirage_ds.data.record_files import record_of, scan
+from mirage_ds.data.sample import Sample
 from mirage_ds.data.sources import content_hash, data_hash, find_files
 from mirage_ds.errors import UserError
 from mirage_ds.run_records import skipped_lines, usable_rows

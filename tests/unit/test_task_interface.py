@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from mirage_ds.cli import main
-from mirage_ds.data.record import Record, scan
+from mirage_ds.data.record import Record
+from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.scoring import Answer, score, task_of
 from mirage_ds.tasks import TASKS, get_task, task_name

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mirage_ds.data.record import scan
+from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.flags import build_model
 from mirage_ds.scoring import Answer, score

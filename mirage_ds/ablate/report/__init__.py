@@ -6,7 +6,6 @@ build        results → the report as a plain dict (what report.json holds)
 contrasts    its contrasts, with tests and verdicts
 answers      its controls, from each record's answers
 tables       the dict → tables of text and sentences, the same for Markdown and HTML
-style        sizes, colours and legends of the figures
 figures      the dict → figures of scores, contrasts and cost
 control_figures   … and of the controls
 sweeps       figures that need more than the dict's numbers: learning curves, scores against settings

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mirage_ds.ablate.report.figures import Drawn, slug
-from mirage_ds.ablate.report.style import (
+from mirage_ds.controls.paths import VERDICTS
+from mirage_ds.inspect_latents.style import (
     BLACK,
     BLUE,
     GREY,
@@ -22,7 +23,6 @@ from mirage_ds.ablate.report.style import (
     panels,
     room,
 )
-from mirage_ds.controls.paths import VERDICTS
 
 _CONDITIONS = (
     "Scores with other latents fed at the slots; own are the model's. 95 % intervals over seeds and records. Compare "

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mirage_ds.ablate.report.style import (
+from mirage_ds.ablate.report.tables import judged, levels_of
+from mirage_ds.inspect_latents.style import (
     BLACK,
     BLUE,
     GREEN,
@@ -29,7 +30,6 @@ from mirage_ds.ablate.report.style import (
     panels,
     room,
 )
-from mirage_ds.ablate.report.tables import judged, levels_of
 
 Report = Mapping[str, Any]
 

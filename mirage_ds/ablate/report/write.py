@@ -50,7 +50,8 @@ def write_report(results: Results, out: Path, resamples: int = RESAMPLES) -> dic
 
 def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, bytes, str]]:
     """Yield each figure's name, PNG and caption."""
-    from mirage_ds.ablate.report import control_figures, figures, style, sweeps
+    from mirage_ds.ablate.report import control_figures, figures, sweeps
+    from mirage_ds.inspect_latents import style
 
     taken: set[str] = set()
     with style.styled():

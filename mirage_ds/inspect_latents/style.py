@@ -1,4 +1,4 @@
-"""Sizes, colours and legends of the report's figures. Sizes are inches, and letters points, unless stated."""
+"""Sizes, colours and legends of figures with many curves or bars; inches, and points for letters, unless stated."""
 
 from __future__ import annotations
 
