@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from mirage_ds.ablate.report import control_figures, figures, style, sweeps
+from mirage_ds.ablate.report import control_figures, figures, sweeps
 from mirage_ds.ablate.report.build import build
 from mirage_ds.ablate.report.markdown import escaped, markdown
 from mirage_ds.ablate.report.page import page
@@ -28,6 +28,7 @@ from mirage_ds.ablate.report.write import write_report
 from mirage_ds.ablate.results import SCORES, Cell, Contrast, Results, Scored, StageResult
 from mirage_ds.controls.statistics import holm
 from mirage_ds.errors import UserError, strict_json
+from mirage_ds.inspect_latents import style
 
 LEVELS = ("5", "6", "10")
 
