@@ -23,6 +23,7 @@ from mirage_ds.ablate.report.build import build
 from mirage_ds.ablate.report.markdown import escaped, markdown
 from mirage_ds.ablate.report.page import page
 from mirage_ds.ablate.report.sheet import sheet
+from mirage_ds.ablate.report.statistics import TOO_FEW
 from mirage_ds.ablate.report.tables import primary_sentence
 from mirage_ds.ablate.report.write import write_report
 from mirage_ds.ablate.results import SCORES, Cell, Contrast, Results, Scored, StageResult
@@ -267,6 +268,7 @@ def test_one_seed_is_tested_on_the_records_and_says_so() -> None:
     assert (primary["test"], primary["difference"]["resampled"]) == ("McNemar", "records")
     assert 0 < primary["p"] < 1
     assert "says nothing about another training run" in primary_sentence(report)
+    assert "too few seeds, since with one seed two models are compared, not two arms" in primary_sentence(report)
     three = build(study([1, 2, 3]), 300)["primary"]
     assert (three["test"], three["p"], three["p_holm"]) == ("none", None, None)
     assert "no p-value" in primary_sentence({"primary": three, "margin": 0.02})
@@ -283,7 +285,7 @@ def test_a_metric_that_is_not_binary_and_one_that_is_named() -> None:
     results = study([1])
     primary = Contrast("k4", "base", "test", metric="optimal")
     report = build(replace(results, primary=primary), 300)
-    assert (report["primary"]["test"], report["primary"]["verdict"]) == ("none", "equivalent")
+    assert (report["primary"]["test"], report["primary"]["verdict"]) == ("none", TOO_FEW)
     assert any("do not differ in any record" in note for note in report["primary"]["notes"])
     gone = build(replace(results, primary=replace(primary, metric="nonsense")), 300)
     assert "by nonsense" in gone["primary"]["problem"]

@@ -308,10 +308,10 @@ def test_line_up_pairs_by_seed_and_record_whatever_the_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seeds", "word"), [(1, "equivalent"), (2, TOO_FEW), (4, TOO_FEW), (5, "equivalent"), (6, "equivalent")]
+    ("seeds", "word"), [(1, TOO_FEW), (2, TOO_FEW), (4, TOO_FEW), (5, "equivalent"), (6, "equivalent")]
 )
 @pytest.mark.parametrize("shift", [0.0, 1.0])
-def test_from_two_to_four_seeds_nothing_is_said(seeds: int, word: str, shift: float) -> None:
+def test_below_five_seeds_nothing_is_said(seeds: int, word: str, shift: float) -> None:
     base = np.zeros((seeds, 40))
     one = compare(base + shift, base, (40,), 0.02, Draws(200))
     # The exact test over five seeds gives 0.0625 at best.

@@ -164,8 +164,8 @@ class Comparison:
         equivalent: the 90 % interval lies inside ± margin, which is two one-sided tests at 5 %.
         verdict: "higher" or "lower" where the 95 % interval excludes 0 and p, if there is one, is at most 5 %; else
             "equivalent" or "undecided". A difference that is both significant and equivalent is "higher" or "lower"
-            with `equivalent` set. From two to four seeds TOO_FEW, and not equivalent: their interval is too narrow to
-            say anything by.
+            with `equivalent` set. Below five seeds TOO_FEW, and not equivalent: of two to four the interval is too
+            narrow to say anything by, and one is two models, not two arms.
     """
 
     difference: Estimate
@@ -214,7 +214,7 @@ def compare(arm: np.ndarray, base: np.ndarray, sizes: Sequence[int], margin: flo
         p, least = sign_flip(by_seed), 2.0 ** (1 - len(by_seed)) if exact else 1 / (FLIPS + 1)
     elif len(by_seed) == 1 and is_binary(np.unique(np.concatenate([arm, base]))):
         test, p = "McNemar", mcnemar(arm[0].tolist(), base[0].tolist())
-    few = 1 < len(by_seed) < LEAST_SEEDS
+    few = len(by_seed) < LEAST_SEEDS
     same = equivalent(overall, margin) and not few
     return Comparison(
         *(overall, levels, by_seed, test, p, least),

@@ -67,7 +67,9 @@ def primary_sentence(report: Report) -> str:
         "higher": "the 95 % interval lies above 0, and the test agrees",
         "lower": "the 95 % interval lies below 0, and the test agrees",
         "equivalent": f"the 90 % interval lies within ± {margin:g}",
-        TOO_FEW: "with two to four seeds the interval is too narrow to say anything by",
+        TOO_FEW: "with one seed two models are compared, not two arms"
+        if one["seeds"] == 1
+        else "with two to four seeds the interval is too narrow to say anything by",
         "undecided": f"the 95 % interval holds 0, and the 90 % interval is not within ± {margin:g}"
         if one["low"] <= 0 <= one["high"]
         else "the 95 % interval leaves out 0, but the test over seeds does not reach 5 %",
@@ -256,8 +258,8 @@ def method(report: Report) -> Sequence[str]:
     return (
         f"Intervals are percentiles of {made['resamples']:,} resamples (seed {made['seed']}): seeds are drawn with "
         "replacement and, crossed with them, records within each level, since all seeds answer the same records. With "
-        "one seed only records are drawn, and the interval is about those models. With two to four seeds it is too "
-        "narrow, since so few say little about how seeds differ, and there is no verdict.",
+        "one seed only records are drawn, and the interval is about those models, not about their arms. With two to "
+        "four seeds it is too narrow, since so few say little about how seeds differ. Below five there is no verdict.",
         "From five paired seeds on, p is that of the sign-flip permutation test on the seeds' mean differences; with "
         "one seed, of McNemar's exact test on the records; from two to four there is none. n seeds can give no p below "
         "2/2ⁿ.",
