@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +138,15 @@ def import_records(layout: Layout, source: str, spec: ImportSpec, progress: Adva
     place = Path(source)
     beside = place if place.is_file() else Path.cwd() / "rows"
     finder = ImageFinder.beside(beside, spec.image_root)
-    rows: list[Row] = []
-    for number, values in read_source(source, spec.split):
-        if spec.most is not None and len(rows) == spec.most:
-            break
-        try:
-            rows.append(_row(number, values, layout, spec.helper_key, finder))
-        except RecordError as error:
-            raise UserError(f"{source}, {error.fault}") from None
-    if not rows:
-        raise UserError(f"{source}: holds no row")
-    return write_rows(rows, spec, progress)
+
+    def rows() -> Iterator[Row]:
+        number = 0
+        for number, values in islice(read_source(source, spec.split), spec.most):
+            try:
+                yield _row(number, values, layout, spec.helper_key, finder)
+            except RecordError as error:
+                raise UserError(f"{source}, {error.fault}") from None
+        if not number:
+            raise UserError(f"{source}: holds no row")
+
+    return write_rows(rows(), spec, progress)

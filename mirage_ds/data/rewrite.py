@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from mirage_ds.errors import UserError
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
 from mirage_ds.tasks.write import Painter, new_target, whole_or_nothing
+
+# Rows, and the pictures in them, that are held at a time.
+ROWS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -96,27 +100,37 @@ class Source:
         return place.parent.resolve() / place.name
 
 
-def write_rows(rows: Sequence[Row], spec: RewriteSpec, progress: Advance | None = None) -> Written:
+def write_rows(rows: Iterable[Row], spec: RewriteSpec, progress: Advance | None = None) -> Written:
     """Write `spec.out`/NAME.jsonl, and new pictures under `spec.out`/images/; paths are relative to the file.
 
     Args:
-        progress: called with (pictures written, pictures in all).
+        rows: taken ROWS_AT_A_TIME, so that an iterator's never lie in memory together.
+        progress: called with (pictures written, pictures in all; None where `rows` is an iterator).
 
     Raises:
         UserError: the target exists, or cannot be written.
     """
     target = new_target(spec.out, spec.name)
     out = target.parent
-    pictures = {_path(one, out): one for row in rows for one in (*row.inputs, *row.helpers) if isinstance(one, Picture)}
-    new = {name: one for name, one in pictures.items() if not (out / name).exists()}
+    total = len(_new(rows, out)) if isinstance(rows, Sequence) else None
+    count = 0
     try:
-        with whole_or_nothing(out) as work, Painter(work, len(new), progress) as painter:
+        with whole_or_nothing(out) as work, Painter(work, total, progress) as painter:
             with (work / target.name).open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(line_of(row, out) for row in rows)
-            painter.write(new)
+                waiting = iter(rows)
+                while some := list(islice(waiting, ROWS_AT_A_TIME)):
+                    file.writelines(line_of(row, out) for row in some)
+                    painter.write(_new(some, out))
+                    count += len(some)
     except OSError as error:
         raise UserError(f"--out {spec.out}: cannot be written ({error.strerror}); name another folder") from None
-    return Written(target, len(rows), painter.written)
+    return Written(target, count, painter.written)
+
+
+def _new(rows: Sequence[Row], out: Path) -> dict[str, Picture]:
+    """Return the pictures that are not there yet, by their paths in the file."""
+    named = {_path(one, out): one for row in rows for one in (*row.inputs, *row.helpers) if isinstance(one, Picture)}
+    return {name: one for name, one in named.items() if not (out / name).exists()}
 
 
 def _path(image: Path | Picture, out: Path) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from mirage_ds.data.layouts import read_row
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK, MessageError, from_messages
 from mirage_ds.data.record import RecordError, make_record
 from mirage_ds.data.record_files import record_of, row_of, scan
+from mirage_ds.data.rewrite import ROWS_AT_A_TIME, Row, write_rows
 from mirage_ds.data.sample import IGNORE
+from mirage_ds.data.spec import ImportSpec
 from mirage_ds.errors import UserError
+from mirage_ds.tasks.draft import Picture
 
 
 def text(value: str) -> dict:
@@ -233,6 +237,41 @@ def test_a_parquet_files_pictures_are_written(tmp_path: Path) -> None:
     (path,) = record.image_input
     assert (tmp_path / "out" / path).read_bytes() == content.getvalue()
     assert path.endswith(".jpg")
+
+
+def test_only_some_rows_and_pictures_are_held_at_a_time(tmp_path: Path) -> None:
+    taken = written = most = 0
+
+    def content(number: int) -> bytes:
+        nonlocal written
+        written += 1
+        return b"%d" % number
+
+    def rows() -> Iterator[Row]:
+        nonlocal taken, most
+        for number in range(3 * ROWS_AT_A_TIME + 7):
+            taken += 1
+            most = max(most, taken - written)
+            yield Row("Q", "A", (Picture(f"{number}.img", partial(content, number)),), (), {})
+
+    found = write_rows(rows(), ImportSpec(out=tmp_path / "out"))
+    assert (found.records, found.images, written) == (taken, taken, taken)
+    assert most <= ROWS_AT_A_TIME + 1
+    records, _ = scan(found.file)
+    assert [record.image_input for record in records] == [(f"images/{number}.img",) for number in range(taken)]
+
+
+def test_a_row_that_is_wrong_late_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    good = json.dumps({"query": "Q", "response": "A"}) + "\n"
+    source.write_text(good * (ROWS_AT_A_TIME + 1) + "{}\n")
+    with pytest.raises(UserError, match=f"line {ROWS_AT_A_TIME + 2}, query: expected a string"):
+        run("swift", source, "--out", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    source.write_text("\n")
+    with pytest.raises(UserError, match="holds no row"):
+        run("swift", source, "--out", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_what_cannot_be_imported_is_one_sentence_and_leaves_nothing(pictures: Path, tmp_path: Path) -> None:
