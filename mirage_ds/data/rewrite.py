@@ -115,13 +115,16 @@ def write_rows(rows: Iterable[Row], spec: RewriteSpec, progress: Advance | None 
     total = len(_new(rows, out)) if isinstance(rows, Sequence) else None
     count = 0
     try:
-        with whole_or_nothing(out) as work, Painter(work, total, progress) as painter:
-            with (work / target.name).open("w", encoding="utf-8", newline="\n") as file:
-                waiting = iter(rows)
-                while some := list(islice(waiting, ROWS_AT_A_TIME)):
-                    file.writelines(line_of(row, out) for row in some)
-                    painter.write(_new(some, out))
-                    count += len(some)
+        with (
+            whole_or_nothing(out) as work,
+            Painter(work, total, progress) as painter,
+            (work / target.name).open("w", encoding="utf-8", newline="\n") as file,
+        ):
+            waiting = iter(rows)
+            while some := list(islice(waiting, ROWS_AT_A_TIME)):
+                file.writelines(line_of(row, out) for row in some)
+                painter.write(_new(some, out))
+                count += len(some)
     except OSError as error:
         raise UserError(f"--out {spec.out}: cannot be written ({error.strerror}); name another folder") from None
     return Written(target, count, painter.written)
