@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from group import Group, free_port
+from on_disk import lines_of
 from PIL import Image
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
@@ -156,16 +157,12 @@ def base(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return BASE | dict(model=str(nano), data_path=mixed, eval_data_path=data, cache_dir=cache)
 
 
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
-
-
 def losses(folder: Path) -> list[tuple]:
-    return [tuple(line[name] for name in LOSSES) for line in log_of(folder) if "loss" in line]
+    return [tuple(line[name] for name in LOSSES) for line in lines_of(folder) if "loss" in line]
 
 
 def measured(folder: Path) -> dict[int, dict[str, float]]:
-    lines = [line for line in log_of(folder) if "eval_loss" in line]
+    lines = [line for line in lines_of(folder) if "eval_loss" in line]
     return {line["step"]: {name: value for name, value in line.items() if name != "time"} for line in lines}
 
 
@@ -292,7 +289,7 @@ def test_without_room_for_the_whole_model_nothing_is_trained(
             r"and rank 1 has 0\.00 GB free: evaluation is a job of its own here; .*",
             said,
         )
-    assert log_of(tmp_path) == []
+    assert lines_of(tmp_path) == []
 
 
 # ------------------------------------------------------------------------------------------------------ `evaluate`

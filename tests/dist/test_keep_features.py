@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from group import Group
-from test_resume import TIMES
+from on_disk import TIMES
 
 from mirage_ds import train
 from mirage_ds.config import RunConfig

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from group import Group
+from on_disk import log_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -30,7 +31,6 @@ BASE: dict[str, Any] = dict(
     latent_size=K, stage="stage2", global_batch_size=3, micro_batch_size=1, max_steps=STEPS, warmup_steps=0,
     learning_rate=1e-2, num_workers=0, report_to=["none"], save_every=2, lora_rank=RANK,
 )  # fmt: skip
-TIMES = ("time", "seconds", "data_seconds", "samples_per_second", "tokens_per_second", "memory_gb")
 
 
 def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any] | str:
@@ -75,11 +75,6 @@ def whole(runs: Runs) -> tuple[Path, Any]:
     out = runs.scratch / "whole"
     more = dict(eval_data_path=runs.base["data_path"], eval_every=2)
     return out, runs.train(out, **more)
-
-
-def log_of(out: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (out / "run/log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def tokens_of(folder: Path, data: Path) -> list[int]:
@@ -153,7 +148,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     said, _ = runs.train(out, lora_rank=RANK + 1, **more)
     assert "was written with --lora_rank, --lora_alpha, --lora_targets {'rank': 4" in said
     assert not isinstance(runs.train(out, **more)[0], str)
-    assert log_of(out) == log_of(done)
+    assert log_of(out, evaluations=None) == log_of(done, evaluations=None)
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         assert (out / file).read_bytes() == (done / file).read_bytes(), file
     # The base's weights are not in it.

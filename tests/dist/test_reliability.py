@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from group import Group
-from test_resume import BASE, STEPS, files, log_of, rewrite
+from on_disk import files, log_of, rewrite
+from test_resume import BASE, STEPS
 
 from mirage_ds import train
 from mirage_ds.config import RunConfig

@@ -5,7 +5,6 @@ Every run is train.py's own `train`; what is compared is what it leaves on the d
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from group import Group
-from on_disk import rewrite
+from on_disk import files, log_of, rewrite
 from safetensors.torch import load_file, save_file
 
 from mirage_ds import train
@@ -45,8 +44,6 @@ BASE: dict[str, Any] = dict(
     learning_rate=3e-3, num_workers=0, report_to=["none"], save_every=2, keep_checkpoints=3,
     gradient_checkpointing=False,
 )  # fmt: skip
-# What depends on the clock or the machine.
-TIMES = ("time", "seconds", "data_seconds", "samples_per_second", "tokens_per_second", "memory_gb")
 
 
 # ------------------------------------------------------------------------------------------------------- on the ranks
@@ -126,16 +123,6 @@ def stopped(whole: Path, tmp_path: Path):
         return out
 
     return make
-
-
-def log_of(out: Path, evaluations: bool = False) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (out / "run/log.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if ("eval_loss" in line) == evaluations]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def same_tensors(one: Path, other: Path) -> None:

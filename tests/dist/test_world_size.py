@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from group import Group
-from on_disk import rewrite
+from on_disk import lines_of, rewrite
 from safetensors.torch import load_file, save_file
 
 from mirage_ds import prepare as preparing
@@ -279,10 +279,6 @@ def break_off(whole: Path, to: Path, step: int) -> Path:
 def quiet(_: str) -> None: ...
 
 
-def log_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "run/log.jsonl").read_text().splitlines()]
-
-
 def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
     """To the bit; how many sub-groups count the steps may differ, what they count may not."""
     assert one["tensors"].keys() == other["tensors"].keys()
@@ -333,7 +329,7 @@ def test_run_goes_on_where_it_was(runs: Runs, case: str, size: int) -> None:
     assert set(later["counts"]) == {2.0 * SAVED}
     assert later["groups"] == wanted["groups"]
     # The same rows in each step, each once an epoch; the same losses.
-    lines, expected = log_of(out), log_of(whole.out)
+    lines, expected = lines_of(out), lines_of(whole.out)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line, other in zip(lines, expected, strict=True):
         assert {key: line[key] for key in EXACT} == {key: other[key] for key in EXACT}
