@@ -327,7 +327,7 @@ class RunConfig(BaseModel):
         return self.feature_dir or cache_folder(self.cache_dir) / "features"
 
     def passes(self, most_runs: int) -> int:
-        """Passes of the forward, the same for every micro-batch of the run (see data.pack.schedule).
+        """Passes of the forward, the same for every micro-batch of the run (see data.passes.schedule).
 
         Args:
             most_runs: latent runs of the row that has most.
