@@ -2,13 +2,14 @@
 
 T tokens of a pass, K keys that they see (of all passes up to it, sample by sample), N samples that take part, M
 labelled tokens of the micro-batch, R rows of it, Λ grounded latents (stage1), H hidden, I inner width, Hq and Hkv
-heads, D head width, V vocabulary, L layers; b bytes of an element of the compute dtype (2 in bf16, 4 in fp32).
+heads, D head width (Hq D is H but in Qwen3-VL), V vocabulary, L layers; b bytes of an element of the compute dtype (2
+in bf16, 4 in fp32).
 
 Counted: unique storages that a backward still needs once the forward has returned. Not counted: parameters and buffers,
-and the Batch itself (ids, indices, features), which are there anyway. The layers are transformers' Qwen2.5-VL (5.23),
-the walk is model/latents.py, the head is model/loss.py. tests/unit/test_plan_activations.py compares every number here
-with what saved-tensor hooks and live storages count; it can run SDPA alone, so what the other two back ends keep is
-read in their code, not measured.
+and the Batch itself (ids, indices, features), which are there anyway. The layers are transformers' own (5.23), the walk
+is model/latents.py, the head is model/loss.py. tests/unit/test_plan_activations.py compares every number here, for each
+family, with what saved-tensor hooks and live storages count; it can run SDPA alone, so what the other two back ends
+keep is read in their code, not measured.
 """
 
 from __future__ import annotations
@@ -80,16 +81,20 @@ def layer_terms(block: Block, one: PassShape, width: int, backend: str) -> Terms
         "1 / RMS (2 · 4 T)": 2 * FLOAT32 * tokens,
         "normalised, before the norms' weights (2 b T H)": 2 * width * tokens * hidden,
         "inputs of q, k, v and of gate, up (2 b T H)": 2 * width * tokens * hidden,
-        "queries (b T H)": width * tokens * hidden,
+        "queries (b T Hq D)": width * tokens * block.width,
         "keys and values (2 b K Hkv D)": 2 * width * one.visible * block.kv_width,
-        "attention's output (b T H)": width * tokens * hidden,
+        "attention's output (b T Hq D)": width * tokens * block.width,
         "log-sum-exp (4 T Hq)": FLOAT32 * tokens * block.heads,
         "gate, its activation, up, their product (4 b T I)": 4 * width * tokens * inner,
     }
+    if block.head_norms:
+        # As the layer's own norms: squared and scaled in float32.
+        heads = tokens * (block.heads + block.kv_heads)
+        terms["heads' norms (((4 + b) D + 4) T (Hq + Hkv))"] = ((FLOAT32 + width) * block.head_width + FLOAT32) * heads
     if backend == "sdpa":
         # SDPA runs once for each pair of lengths: outputs are joined to a copy, and a mask becomes numbers.
         masks = {(q, k) for q, k in zip(one.queries, one.keys, strict=True) if q not in (1, k)}
-        terms["sdpa: outputs joined (b T H)"] = width * tokens * hidden
+        terms["sdpa: outputs joined (b T Hq D)"] = width * tokens * block.width
         terms["sdpa: masks (b T K of each pair of lengths)"] = width * sum(q * k for q, k in masks)
     return terms
 

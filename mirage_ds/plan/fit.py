@@ -203,7 +203,8 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     found = states(asked.parameters, settings, asked.ranks, spec.micro_steps)
     arguments = (asked.block, asked.micro, b, spec.attention, checkpointing)
     saved = saved_terms(*arguments)
-    height = peak(*arguments, spec.loss_chunk_mb * MIB, "cuda", tied=not model.head)
+    inputs = asked.micro.rows * spec.images * spec.image_tokens
+    height = peak(*arguments, spec.loss_chunk_mb * MIB, "cuda", tied=not model.head, features=inputs)
     gathered = reduced = 0
     if settings.stage == 3:
         live = int(memory(model, asked.walked, settings.zero, asked.ranks).gathered // BF16)
@@ -224,6 +225,8 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     images = {"off": 0, "targets": 0, "all": spec.images}[spec.feature_cache]
     if spec.stage == "stage1" and spec.feature_cache != "off":
         images += spec.latent_runs
+    # DeepStack's features lie beside those of the embeddings.
+    feature = asked.block.hidden * (1 + asked.block.deep) * b
     optimizer = (settings.master + 2 * settings.moments) * model.text
     return Held(
         states=found,
@@ -232,13 +235,13 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
         height=height,
         saved=total(saved),
         keys_values=sum(size for name, size in saved.items() if name.startswith("keys and values")),
-        features=asked.features * asked.block.hidden * b,
+        features=asked.features * feature,
         tower=0 if every_kept else tower,
         reserve=int(spec.reserve * GB),
         host=host,
         host_start=(model.text + model.vision) * b + spec.gpus_per_node * (tower + PROCESS_BYTES),
         host_disk=spec.gpus_per_node * total(found.disk),
-        kept=spec.rows * images * spec.image_tokens * asked.block.hidden * b,
+        kept=spec.rows * images * spec.image_tokens * feature,
         # ZeRO-3's shards hold the optimizer alone; the others also write the weights of the forward.
         checkpoint=optimizer + (0 if settings.stage == 3 else b * model.text),
     )

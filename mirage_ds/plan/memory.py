@@ -93,6 +93,7 @@ def peak(
     chunk_bytes: int,
     device: str,
     tied: bool,
+    features: int = 0,
 ) -> Peak:
     """Walk through forward's end, head and backward and return the height.
 
@@ -101,6 +102,7 @@ def peak(
         backend: a key of model.attention.BACKENDS.
         chunk_bytes, device: see head_terms.
         tied: the output matrix is the embedding: its gradient is complete at the very end only.
+        features: of the input images; DeepStack's share of them is copied for the forward (images.place_images).
     """
     passes, hidden = micro.passes, block.hidden
     matrix, by_labelled = width * block.vocabulary * hidden, width * micro.labelled * hidden
@@ -113,16 +115,18 @@ def peak(
     passing = 2 * width * micro.tokens * block.head_width
     if not checkpointing:
         passing += 2 * width * sum(one.tokens for one in passes[:-1]) * block.kv_width * block.layers
+    deep = width * block.deep * (features + 1) * hidden
     heights = [
-        Peak("forward", saved + 2 * all_states + passing, 0, 0),
-        Peak("head", saved + 2 * all_states, total(head), 0),
+        Peak("forward", saved + 2 * all_states + passing + deep, 0, 0),
+        Peak("head", saved + 2 * all_states + deep, total(head), 0),
         # The gradient of each pass's final states is made before the passes' turn comes.
         Peak("head's backward", saved + by_labelled + all_states, matrix, 0),
     ]
     held = saved + all_states
     kept_head = matrix if tied else 0
     mlp = 3 * hidden * block.inner
-    layer_weights = mlp + 2 * hidden * (hidden + block.kv_width) + 3 * hidden + 2 * block.kv_width
+    beside = 2 * block.head_width if block.head_norms else block.width + 2 * block.kv_width
+    layer_weights = mlp + 2 * hidden * (block.width + block.kv_width) + 2 * hidden + beside
     whole, last = 0, len(passes) - 1
     for number in range(last, -1, -1):
         one = passes[number]

@@ -1,9 +1,9 @@
 """A model's shape from its config.json, without transformers.
 
-H hidden, I inner width of the MLP, V vocabulary rows, L layers, D head width.
+H hidden, I inner width of the MLP, V vocabulary rows, L layers, Hq and Hkv heads, D head width.
 
-Two layouts are read: the nested one (`text_config`, `vision_config`) and the public checkpoints' flat one, whose text
-keys stand at the top.
+Two layouts are read: the nested one (`text_config`, `vision_config`) and the older public checkpoints' flat one, whose
+text keys stand at the top.
 """
 
 from __future__ import annotations
@@ -13,16 +13,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mirage_ds.errors import UserError, reason, shown, strict_json
+from mirage_ds.model.family import family_of
 from mirage_ds.model.presets import preset
 
-FAMILY = "qwen2_5_vl"
 TEXT_KEYS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "vocab_size"),
 )
-VISION_KEYS = ("depth", "hidden_size", "intermediate_size", "out_hidden_size")
+# By the family's model_type.
+VISION_KEYS = {
+    "qwen2_5_vl": ("depth", "hidden_size", "intermediate_size", "out_hidden_size"),
+    "qwen2_vl": ("depth", "embed_dim", "hidden_size"),
+    "qwen3_vl": ("depth", "hidden_size", "intermediate_size", "out_hidden_size", "num_position_embeddings"),
+}
 # Public configurations may leave these out; they are the same in the whole family (transformers' own defaults).
-VISION_DEFAULTS = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
+_PATCHES = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
+VISION_DEFAULTS = {
+    "qwen2_5_vl": _PATCHES,
+    "qwen2_vl": {**_PATCHES, "mlp_ratio": 4},
+    "qwen3_vl": {**_PATCHES, "patch_size": 16},
+}
 
 
 class Parameter(NamedTuple):
@@ -44,6 +54,9 @@ class Block(NamedTuple):
 
     Attributes:
         hidden: H; inner: I; heads: Hq; kv_heads: Hkv; layers: L; vocabulary: V.
+        head: D where it is not H / Hq.
+        head_norms: each head's queries and keys have a norm, and the projections no biases.
+        deep: layers behind which DeepStack adds image features.
     """
 
     hidden: int
@@ -52,11 +65,19 @@ class Block(NamedTuple):
     kv_heads: int
     layers: int
     vocabulary: int
+    head: int | None = None
+    head_norms: bool = False
+    deep: int = 0
 
     @property
     def head_width(self) -> int:
         """D."""
-        return self.hidden // self.heads
+        return self.head or self.hidden // self.heads
+
+    @property
+    def width(self) -> int:
+        """Hq · D."""
+        return self.heads * self.head_width
 
     @property
     def kv_width(self) -> int:
@@ -71,11 +92,11 @@ def read_shape(model: str) -> dict[str, Any]:
         model: a folder with a config.json, that file itself, or one of the public shapes by name.
 
     Returns:
-        `text_config` and `vision_config` with at least TEXT_KEYS, `tie_word_embeddings`, VISION_KEYS and
-        VISION_DEFAULTS, as mirage_ds.scale.sizes takes it.
+        `model_type`, `text_config` and `vision_config` with at least TEXT_KEYS, `tie_word_embeddings`, and the family's
+        VISION_KEYS and VISION_DEFAULTS, as mirage_ds.scale.sizes takes it.
 
     Raises:
-        UserError: no such folder or shape, or no Qwen2.5-VL.
+        UserError: no such folder or shape, or another family of models.
     """
     path = Path(model)
     if path.is_dir():
@@ -98,23 +119,27 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({reason(error)}); copy the model's own") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); copy the model's own") from None
-    if not isinstance(values, dict) or values.get("model_type") != FAMILY:
-        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"{path}: a model of type {kind!r}; the planner knows {FAMILY!r} (Qwen2.5-VL)")
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected an object, found {type(values).__name__}; copy the model's own")
+    family_of(values.get("model_type"), str(path))
     return values
 
 
 def _normalised(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    kind = values["model_type"]
     text, vision = _part(values, "text_config", values, name), _part(values, "vision_config", None, name)
     made: dict[str, Any] = {
-        "model_type": FAMILY,
+        "model_type": kind,
         "text_config": {key: _count(text, key, name) for key in TEXT_KEYS},
-        "vision_config": {key: _count(vision, key, name) for key in VISION_KEYS},
+        "vision_config": {key: _count(vision, key, name) for key in VISION_KEYS[kind]},
     }
-    for key, default in VISION_DEFAULTS.items():
+    for key, default in VISION_DEFAULTS[kind].items():
         made["vision_config"][key] = _count({key: default, **vision}, key, name)
     shape = made["text_config"]
-    if shape["hidden_size"] % shape["num_attention_heads"]:
+    if kind == "qwen3_vl":
+        made["vision_config"]["deepstack_visual_indexes"] = _listed(vision, "deepstack_visual_indexes", name)
+        shape["head_dim"] = _count({"head_dim": 128, **text}, "head_dim", name)
+    elif shape["hidden_size"] % shape["num_attention_heads"]:
         raise UserError(
             f"{name}: 'hidden_size' {shape['hidden_size']} is no multiple of 'num_attention_heads' "
             f"{shape['num_attention_heads']}; copy the model's own config.json"
@@ -140,6 +165,15 @@ def _count(values: Mapping[str, Any], key: str, name: str) -> int:
     return value
 
 
+def _listed(values: Mapping[str, Any], key: str, name: str) -> list[int]:
+    value = values.get(key)
+    if not isinstance(value, list) or any(type(one) is not int for one in value):
+        raise UserError(
+            f"{name}: '{key}' is {shown(value)}; a list of numbers is needed, copy the model's own config.json"
+        )
+    return value
+
+
 def block_of(config: Mapping[str, Any]) -> Block:
     """Return the text model's widths.
 
@@ -154,6 +188,9 @@ def block_of(config: Mapping[str, Any]) -> Block:
         kv_heads=text["num_key_value_heads"],
         layers=text["num_hidden_layers"],
         vocabulary=text["vocab_size"],
+        head=text.get("head_dim"),
+        head_norms=config["model_type"] == "qwen3_vl",
+        deep=len(config["vision_config"].get("deepstack_visual_indexes", ())),
     )
 
 
@@ -164,15 +201,17 @@ def trained_parameters(config: Mapping[str, Any]) -> list[Parameter]:
         config: as read_shape returns it.
     """
     block = block_of(config)
-    hidden, kv = block.hidden, block.kv_width
+    hidden = block.hidden
+    attention = []
+    for name, width in (("q_proj", block.width), ("k_proj", block.kv_width), ("v_proj", block.kv_width)):
+        attention.append(Parameter(f"{name}.weight", hidden * width, True))
+        if not block.head_norms:
+            attention.append(Parameter(f"{name}.bias", width, False))
+    attention.append(Parameter("o_proj.weight", hidden * block.width, True))
+    if block.head_norms:
+        attention += [Parameter(f"{name}.weight", block.head_width, False) for name in ("q_norm", "k_norm")]
     layer = [
-        Parameter("q_proj.weight", hidden * hidden, True),
-        Parameter("q_proj.bias", hidden, False),
-        Parameter("k_proj.weight", hidden * kv, True),
-        Parameter("k_proj.bias", kv, False),
-        Parameter("v_proj.weight", hidden * kv, True),
-        Parameter("v_proj.bias", kv, False),
-        Parameter("o_proj.weight", hidden * hidden, True),
+        *attention,
         Parameter("gate_proj.weight", hidden * block.inner, True),
         Parameter("up_proj.weight", hidden * block.inner, True),
         Parameter("down_proj.weight", hidden * block.inner, True),

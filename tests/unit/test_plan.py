@@ -22,10 +22,11 @@ from mirage_ds.cli import cli, main
 from mirage_ds.engine.ds_config import fill_limits, read_json, shipped_folder
 from mirage_ds.engine.offload_bytes import memory_of, read_keys
 from mirage_ds.errors import UserError
+from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.presets import PRESETS, preset
 from mirage_ds.plan.activations import Micro, PassShape, layer_terms, recomputed, saved_terms, total
 from mirage_ds.plan.cost import Host, Work, moved, step_cost
-from mirage_ds.plan.fit import CARDS, GB, Question, advice, judge, rank, shipped
+from mirage_ds.plan.fit import CARDS, GB, Question, advice, held_by, judge, rank, shipped
 from mirage_ds.plan.memory import head_terms, peak
 from mirage_ds.plan.settings import Settings, read_settings
 from mirage_ds.plan.shape import Block, block_of, read_shape, trained_parameters
@@ -52,29 +53,78 @@ KEPT = Zero3(max_live=10**12, reuse=10**12)
 PLAIN = Settings(stage=3, compute=2, accumulated=4, master=4, moments=4, zero=Zero3())
 
 
+def shape_of(name: str) -> dict[str, Any]:
+    """A preset; the small ones with a vocabulary."""
+    found = preset(name)
+    found["text_config"]["vocab_size"] = found["text_config"]["vocab_size"] or 700
+    return found
+
+
 @lru_cache
 def on_meta(name: str) -> Any:
     """MirageModel itself, without memory."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
     from mirage_ds.model.forward import MirageModel
     from mirage_ds.model.loss import LossHead
 
+    config = shape_of(name)
+    family = FAMILIES[config["model_type"]]
     with torch.device("meta"):
-        whole = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**preset(name)))
-    head = LossHead(whole.lm_head.weight, preset(name)["text_config"]["vocab_size"], 1 << 20)
+        whole = family.model_class()(family.config_class()(**config))
+    head = LossHead(whole.lm_head.weight, config["text_config"]["vocab_size"], 1 << 20)
     return MirageModel(whole.model.language_model, head, None, False, "sample", "sdpa", True)
 
 
 # -------------------------------------------------------------------------------------------------------------- shapes
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_parameters_are_those_of_the_model_in_its_order(name: str) -> None:
-    listed = trained_parameters(read_shape(name))
-    found = [(p.numel(), p.ndim > 1) for p in on_meta(name).parameters()]
+@pytest.mark.parametrize("name", [*PUBLIC, "nano-qwen2-vl", "nano-qwen3-vl"])
+def test_parameters_are_those_of_the_model_in_its_order(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(shape_of(name)))
+    shape = read_shape(str(tmp_path))
+    if name in PUBLIC:
+        assert shape == read_shape(name)
+    listed = trained_parameters(shape)
+    found = [(one.numel(), one.ndim > 1) for one in on_meta(name).parameters()]
     assert [(one.elements, one.matrix) for one in listed] == found
-    assert sum(one.elements for one in listed) == sizes(preset(name)).text
+    assert sum(one.elements for one in listed) == sizes(shape).text == sizes(shape_of(name)).text
+    assert sizes(shape).vision == sizes(shape_of(name)).vision
+
+
+def test_other_families_layouts(tmp_path: Path) -> None:
+    # Qwen2-VL's public checkpoints, flat; what the 7B's file says.
+    two = {
+        **{"model_type": "qwen2_vl", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28},
+        **{"num_hidden_layers": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
+        "vision_config": {
+            **{"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "hidden_size": 3584},
+            **{"patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14},
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(two))
+    shape = read_shape(str(tmp_path))
+    # The text model of the two families is the same.
+    assert (block_of(shape), trained_parameters(shape)) == (block_of(SEVEN), trained_parameters(SEVEN))
+    assert sizes(shape).vision == 675_759_104
+    three = shape_of("nano-qwen3-vl")
+    (tmp_path / "config.json").write_text(json.dumps(three))
+    block = block_of(read_shape(str(tmp_path)))
+    assert (block.head_width, block.width, block.head_norms, block.deep) == (48, 192, True, 2)
+    del three["vision_config"]["deepstack_visual_indexes"]
+    (tmp_path / "config.json").write_text(json.dumps(three))
+    with pytest.raises(UserError, match="'deepstack_visual_indexes' is None; a list of numbers"):
+        read_shape(str(tmp_path))
+
+
+def test_deepstack_features_are_three_times_as_wide(tmp_path: Path) -> None:
+    held = {}
+    for name in ("nano-qwen2-vl", "nano-qwen3-vl"):
+        (tmp_path / "config.json").write_text(json.dumps(shape_of(name)))
+        asked = Question(PlanSpec(model=str(tmp_path), stage="stage1", rows=7, row_tokens=600))
+        held[name] = held_by(asked, PLAIN, True)
+        assert asked.block.hidden == 128
+    one, other = held.values()
+    assert (other.features, other.kept) == (3 * one.features, 3 * one.kept)
+    assert one.kept == 7 * 2 * 256 * 128 * 2
 
 
 def test_flat_and_nested_layouts_say_the_same(tmp_path: Path) -> None:
@@ -339,7 +389,10 @@ def test_flash_keeps_neither_masks_nor_joined_outputs() -> None:
     block = Block(256, 704, 8, 2, 4, 700)
     one = PassShape((19, 36), (31, 57))
     sdpa, flash = (layer_terms(block, one, 2, backend) for backend in ("sdpa", "flash"))
-    assert sdpa.keys() - flash.keys() == {"sdpa: outputs joined (b T H)", "sdpa: masks (b T K of each pair of lengths)"}
+    assert sdpa.keys() - flash.keys() == {
+        "sdpa: outputs joined (b T Hq D)",
+        "sdpa: masks (b T K of each pair of lengths)",
+    }
     assert total(sdpa) - total(flash) == 2 * 55 * 256 + 2 * (19 * 31 + 36 * 57)
     assert layer_terms(block, one, 2, "torch_varlen") == flash
 

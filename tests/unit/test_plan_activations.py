@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.attention import INTERFACE_NAME, register
+from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.loss import LossHead, StepCounts, objective
 from mirage_ds.model.presets import preset
@@ -34,10 +35,10 @@ ROWS = ((31, (11,)), (31, (13,)), (57, (20,)), (23, ()))
 WIDE = ((97, (31,)), (75, (40,)), (75, (40,)), (49, ()))
 
 
-def shape(name: str) -> dict[str, Any]:
-    """Nano, or a mid model: hidden 256, 4 layers, untied; sizes that share no factor by accident."""
-    config = preset("nano")
-    config["text_config"]["vocab_size"] = VOCABULARY
+def shape(name: str, vocabulary: int = VOCABULARY) -> dict[str, Any]:
+    """Nano of a family, or a mid model: hidden 256, 4 layers, untied; sizes that share no factor by accident."""
+    config = preset("nano" if name == "mid" else name)
+    config["text_config"]["vocab_size"] = vocabulary
     if name == "mid":
         config["text_config"] |= dict(
             hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, intermediate_size=704,
@@ -49,12 +50,11 @@ def shape(name: str) -> dict[str, Any]:
 
 
 @lru_cache
-def whole(name: str, dtype: torch.dtype) -> Any:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
+def whole(name: str, dtype: torch.dtype, vocabulary: int = VOCABULARY) -> Any:
+    family = FAMILIES[shape(name)["model_type"]]
     register()
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**shape(name))).to(dtype)
+    model = family.model_class()(family.config_class()(**shape(name, vocabulary))).to(dtype)
     for layer in model.model.language_model.layers:
         layer.self_attn.config._attn_implementation = INTERFACE_NAME
     return model
@@ -92,7 +92,10 @@ def sample(row: int, length: int, runs: tuple, hidden: int, dtype: torch.dtype, 
 
 
 def batch_of(name: str, stage: str, k: int, dtype: torch.dtype) -> Batch:
-    hidden, rows = shape(name)["text_config"]["hidden_size"], WIDE if name == "mid" else ROWS
+    vision = shape(name)["vision_config"]
+    # DeepStack's features lie beside those of the embeddings.
+    hidden = shape(name)["text_config"]["hidden_size"] * (1 + len(vision.get("deepstack_visual_indexes", ())))
+    rows = WIDE if name == "mid" else ROWS
     if stage == "stage1":
         rows = tuple(row for row in rows if row[1])
     made = [
@@ -149,7 +152,7 @@ every_case = pytest.mark.parametrize(
     ("name", "stage", "k", "dtype", "checkpointing"),
     [
         (name, *case, dtype, on)
-        for name in ("nano", "mid")
+        for name in ("nano", "mid", "nano-qwen2-vl", "nano-qwen3-vl")
         for case in CASES
         for dtype in DTYPES
         for on in (False, True)
@@ -213,9 +216,31 @@ def test_saved_is_what_stays_alive(name: str, stage: str, k: int, dtype: torch.d
 @every_case
 def test_height_is_what_was_alive(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bool) -> None:
     block, tied = block_of(shape(name)), shape(name)["text_config"]["tie_word_embeddings"]
-    micro = micro_of(batch_of(name, stage, k, dtype), stage)
-    computed = peak(block, micro, dtype.itemsize, "sdpa", checkpointing, CHUNK_BYTES, "cpu", tied)
+    batch = batch_of(name, stage, k, dtype)
+    micro, features = micro_of(batch, stage), len(batch.image_positions)
+    computed = peak(block, micro, dtype.itemsize, "sdpa", checkpointing, CHUNK_BYTES, "cpu", tied, features)
     counted = measure(name, stage, k, dtype, checkpointing).height
     # One pass is walked to the byte, but for the head's small tensors; of several, gradients of keys and values that
     # wait for each other, and small steps inside a layer, are left out.
     assert counted == pytest.approx(computed.total, rel=0.002 if stage == "sft" else 0.04)
+
+
+def test_deepstack_features_are_there_until_the_head_is_through() -> None:
+    """Pages of images, all logits in one chunk: the most is held at the head, and the features' copy with it."""
+    name, chunk, vocabulary = "nano-qwen3-vl", 1 << 26, 4000
+    hidden = shape(name)["text_config"]["hidden_size"]
+    rows = [sample(i, 240, (), hidden * 3, torch.float32, 200, False) for i in range(3)]
+    for row in rows:
+        row.labels[:] = row.input_ids
+    batch = collate(rows, 1, sample(-1, 4, ((1, 2),), hidden * 3, torch.float32, 0, False))
+    model = whole(name, torch.float32, vocabulary)
+    head = LossHead(model.lm_head.weight, vocabulary, chunk)
+    made = MirageModel(model.model.language_model, head, None, False, "sample", "sdpa", True)
+    with Live() as live:
+        objective(made(batch), StepCounts(3, 720, 0), 0.1, "sample")[0].backward()
+    micro = micro_of(batch, "sft")
+    computed = peak(block_of(shape(name, vocabulary)), micro, 4, "sdpa", True, chunk, "cpu", True, 600)
+    assert computed.phase == "head"
+    assert live.peak == pytest.approx(computed.total, rel=0.01)
+    # Without them it would miss.
+    assert live.peak - 4 * 2 * 600 * hidden < 0.99 * computed.total
