@@ -293,7 +293,7 @@ def test_the_planning_study_is_what_its_plan_says(tmp_path: Path, nano: Path) ->
     assert all(one.data_path.parent.name.startswith("dev") for one in study.spec.evaluations.values() if one != fresh)
 
 
-def test_the_recipe_is_one_chain_that_never_sees_its_test(tmp_path: Path, nano: Path) -> None:
+def test_the_recipes_chains_take_as_many_steps_and_never_see_the_test(tmp_path: Path, nano: Path) -> None:
     example = Path(__file__).parents[2] / "examples" / "vsp_planning"
     shutil.copy(example / "recipe.yaml", tmp_path / "recipe.yaml")
     shutil.copytree(nano, tmp_path / "nano")
@@ -303,8 +303,14 @@ def test_the_recipe_is_one_chain_that_never_sees_its_test(tmp_path: Path, nano: 
         (tmp_path / name / "data.jsonl").write_text(rows)
     study, _ = opened(tmp_path / "recipe.yaml")
     trained = [node.config for node in study.nodes.values() if node.kind == "train"]
-    assert [one.stage for one in trained] == ["stage1", "stage1", "stage2"]
-    assert [steps_of(one) for one in trained] == [2000, 938, 1563]
+    stages = {
+        node.key: (node.name, node.config.stage, steps_of(node.config)) for node in study.nodes.values() if node.config
+    }
+    base = ("base", "stage1", 2000)
+    assert [[stages[key] for key in cell.stages] for cell in study.cells] == [
+        [base, ("stage1", "stage1", 938), ("stage2", "stage2", 1563)],
+        [base, ("text1", "sft", 938), ("text2", "sft", 1563)],
+    ]
     assert {one.data_path.parent.name for one in study.spec.evaluations.values()} == {"test"}
     assert not any("test" in str(one.data_path.relative_to(tmp_path)) for one in trained)
     script = (example / "make_data.sh").read_text()
