@@ -119,14 +119,14 @@ def _problem(plan: CellPlan, study: Study, store: Store) -> str | None:
     return None
 
 
-def _cell(plan: CellPlan, study: Study, store: Store) -> Cell:
+def _cell(plan: CellPlan, study: Study, store: Store, settings: Mapping[str, Any]) -> Cell:
     stages = [study.nodes[key] for key in plan.stages]
     scores = {name: study.nodes[key] for name, key in plan.scores.items()}
     controls = {name: study.nodes[key] for name, key in plan.controls.items()}
     return Cell(
         arm=plan.arm,
         seed=plan.seed,
-        settings=plan.settings,
+        settings=settings,
         stages=[stage_result(node, store) for node in stages if store.done(node) is not None],
         scores={
             name: scored(store.result(node), study.spec.evaluations[name].data_path)
@@ -149,9 +149,35 @@ def _contrast(given: ContrastSpec) -> Contrast:
     return Contrast(given.arm, given.base, given.evaluation, tuple(given.levels), given.metric)
 
 
+def stated(study: Study) -> list[dict[str, Any]]:
+    """Return each cell's settings, with what other arms of the same stages vary and it leaves at its default.
+
+    So the arm that all others of a sweep are measured against has a place on their axis.
+    """
+    chains = [tuple(study.nodes[key].name for key in cell.stages) for cell in study.cells]
+    varied: dict[tuple[str, ...], dict[str, None]] = {}
+    for cell, names in zip(study.cells, chains, strict=True):
+        varied.setdefault(names, {}).update(dict.fromkeys(cell.settings))
+    found = []
+    for cell, names in zip(study.cells, chains, strict=True):
+        nodes = [study.nodes[key] for key in cell.stages]
+        own = {key: _default(key, nodes) for key in varied[names] if key not in cell.settings}
+        found.append({**cell.settings, **{key: value for key, value in own.items() if value is not None}})
+    return found
+
+
+def _default(key: str, nodes: Sequence[Node]) -> str | float | None:
+    """Return a setting of a chain as its runs have it: of the stage before the dot, or of the last one."""
+    stage, _, name = key.rpartition(".")
+    config = next((node.config for node in reversed(nodes) if node.name == stage or not stage), None)
+    value = getattr(config, name, None)
+    return value if isinstance(value, (str, int, float)) else None
+
+
 def collect(study: Study, store: Store) -> Results:
     """Read everything that is there of a study."""
-    cells = [_cell(plan, study, store) for plan in study.cells]
+    settings = stated(study)
+    cells = [_cell(plan, study, store, own) for plan, own in zip(study.cells, settings, strict=True)]
     entries = study.spec.arms
     arms = {cell.arm: entries[cell.arm.partition("[")[0]].about for cell in cells}
     asked = study.spec.report

@@ -61,7 +61,8 @@ class Cell:
 
     Attributes:
         arm: its name; seed: what pairs it with other arms' cells.
-        settings: what the study varied, name → value ("latent_size": 4); the report draws scores against numbers.
+        settings: what the study varies in arms of these stages, name → value ("latent_size": 4), also where it is the
+            default; the report draws scores against them.
         stages: in the order of the chain; all that finished.
         scores: evaluation name → a Scored a record.
         controls: evaluation name → the report of `mirage-ds controls` (conditions, answers, perhaps path).

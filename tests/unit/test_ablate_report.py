@@ -622,6 +622,49 @@ def test_a_line_joins_arms_that_differ_in_one_setting_alone() -> None:
     assert [line.get_ydata().tolist() for line in axes.get_lines() if line.get_linestyle() == "-"] == [means]
 
 
+def swept(settings: Mapping[str, Mapping[str, Any]], chains: Mapping[str, Sequence[str]]) -> Results:
+    """One seed of arms with these settings, whose stages have these names."""
+    cells = [
+        Cell(arm, 0, own, [stage(f"{arm}/{name}", name=name) for name in chains[arm]], {"test": scored(arm, 0, 0.5)})
+        for arm, own in settings.items()
+    ]
+    return Results("study", "Why?", dict.fromkeys(settings, ""), cells)
+
+
+def lines_of(results: Results) -> dict[str, list[list[float]]]:
+    """Figure → places of the points that its lines join."""
+    with style.styled():
+        return {
+            one.name: [
+                sorted(map(float, line.get_xdata()))
+                for line in one.figure.axes[0].get_lines()
+                if line.get_linestyle() in style.DASHES and len(line.get_xdata()) > 1
+            ]
+            for one in sweeps.sweeps(build(results, 50))
+        }
+
+
+def test_arms_of_other_stages_are_on_lines_of_their_own() -> None:
+    settings = {f"{kind}{k}": {"latent_size": k} for kind in "ab" for k in (2, 4, 8)}
+    chains = {arm: ("base", "stage1" if arm[0] == "a" else "placebo") for arm in settings}
+    (lines,) = lines_of(swept(settings, chains)).values()
+    assert len(lines) == 2
+    assert all(len(line) == 3 for line in lines)
+    (one,) = lines_of(swept(settings, dict.fromkeys(settings, ("base",)))).values()
+    assert [len(line) for line in one] == [6]
+
+
+def test_settings_that_vary_together_are_one_axis() -> None:
+    settings = {f"k{k}": {"stage1.latent_size": k, "stage2.latent_size": k} for k in (1, 2, 4)}
+    together = swept(settings, dict.fromkeys(settings, ("stage1", "stage2")))
+    assert lines_of(together) == {"setting-stage1-latent-size": [[1, 2, 4]]}
+    figure = sweeps.sweeps(build(together, 50))[0].figure
+    assert figure.axes[0].get_xlabel() == "stage1.latent_size = stage2.latent_size"
+    # One that goes its own way: nothing differs in one setting alone.
+    settings["k4"] = {"stage1.latent_size": 4, "stage2.latent_size": 3}
+    assert lines_of(swept(settings, dict.fromkeys(settings, ("stage1", "stage2")))) == {}
+
+
 def test_many_arms_have_looks_of_their_own() -> None:
     looks = [style.look(number) for number in range(32)]
     assert len(set(looks)) == 32

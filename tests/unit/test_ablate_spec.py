@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from ablate import STAGES, opened, write_study
 
+from mirage_ds.ablate.collect import stated
 from mirage_ds.ablate.nodes import MACHINE, model_hash, records_hash
 from mirage_ds.ablate.overview import steps_of
 from mirage_ds.ablate.spec import arm_names, read_study
@@ -317,6 +318,24 @@ def test_the_recipes_chains_take_as_many_steps_and_never_see_the_test(tmp_path: 
     subprocess.run(["bash", "-n", example / "make_data.sh"], check=True)
     assert script.count("--split test") == 1
     assert f"--count {1216} --seed 4 --split test --out test" in script
+
+
+def test_the_arm_that_varies_nothing_has_its_place_among_those_that_do(tmp_path: Path, nano: Path) -> None:
+    arms = {
+        "main": {"chain": ["base", "stage1", "stage2"]},
+        "k": {"chain": ["base", "stage1", "stage2"], "pairs": {"stage1.latent_size": [2], "stage2.latent_size": [2]}},
+        "rows": {"chain": ["base", "stage1", "stage2"], "grid": {"learning_rate": [0.5]}},
+        "text": {"chain": ["base", "sft"]},
+    }
+    study, _ = opened(write_study(tmp_path, nano, arms=arms, seeds=[0]))
+    found = {cell.arm.partition("[")[0]: own for cell, own in zip(study.cells, stated(study), strict=True)}
+    default = RunConfig.model_fields["learning_rate"].default
+    assert found == {
+        "main": {"stage1.latent_size": 4, "stage2.latent_size": 4, "learning_rate": default},
+        "k": {"stage1.latent_size": 2, "stage2.latent_size": 2, "learning_rate": default},
+        "rows": {"stage1.latent_size": 4, "stage2.latent_size": 4, "learning_rate": 0.5},
+        "text": {},
+    }
 
 
 def test_stage2_knows_how_its_targets_were_made(tmp_path: Path, nano: Path) -> None:

@@ -20,6 +20,8 @@ from mirage_ds.inspect_latents.style import GREY, WIDTH, Look, bars, dots, legen
 Report = Mapping[str, Any]
 # Values of a setting whose largest is so many times the smallest are drawn on a logarithmic axis.
 _LOGARITHMIC = 8
+# How the chain of stages is called among the settings.
+_CHAIN = "stages"
 # Numbers nearer to each other than this share of their range would write over each other.
 _NEAREST = 0.06
 
@@ -105,12 +107,16 @@ def sweeps(report: Report) -> list[Drawn]:
     """Draw the scores against each setting that takes several values, lines where all other settings are equal."""
     drawn = []
     arms = [arm for arm in report["arms"] if arm["evaluations"]]
+    seen: set[str] = set()
     for name in dict.fromkeys(key for arm in arms for key in arm["settings"]):
+        if name in seen:
+            continue
+        seen.update(_alike(name, arms))
         having = [
             arm for arm in arms if name in arm["settings"] and not isinstance(arm["settings"][name], (list, dict))
         ]
         if len({_same(arm["settings"][name]) for arm in having}) > 1:
-            one = _sweep(name, having)
+            one = _sweep(name, _alike(name, arms), having)
             drawn.extend([one] if one is not None else [])
     return drawn
 
@@ -119,18 +125,33 @@ def _same(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _groups(name: str, arms: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Gather the arms that differ in nothing but this setting."""
+def _alike(name: str, arms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the settings that have this one's value in every arm: k of two stages that vary together are one axis."""
+    values = [_same(arm["settings"].get(name)) for arm in arms]
+    keys = dict.fromkeys(key for arm in arms for key in arm["settings"])
+    return [key for key in keys if [_same(arm["settings"].get(key)) for arm in arms] == values]
+
+
+def _traits(arm: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells an arm from others: its settings and its chain of stages."""
+    # A cell that is not done has the first of its stages alone.
+    chains = [" → ".join(stage["name"] for stage in cell["stages"]) for cell in arm["cells"]]
+    return {**arm["settings"], _CHAIN: max(chains, key=len, default="")}
+
+
+def _groups(names: Sequence[str], arms: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Gather the arms that differ in nothing but these settings."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for arm in arms:
-        rest = {key: value for key, value in sorted(arm["settings"].items()) if key != name}
+        rest = {key: value for key, value in sorted(_traits(arm).items()) if key not in names}
         groups.setdefault(_same(rest), []).append(arm)
     return groups
 
 
-def _sweep(name: str, arms: Sequence[Mapping[str, Any]]) -> Drawn | None:
-    """Draw one setting; None where no two arms differ in it alone."""
-    groups = list(_groups(name, arms).values())
+def _sweep(name: str, alike: Sequence[str], arms: Sequence[Mapping[str, Any]]) -> Drawn | None:
+    """Draw one setting, or several that are alike; None where no two arms differ in them alone."""
+    title = " = ".join(alike)
+    groups = list(_groups(alike, arms).values())
     lines = [group for group in groups if len({_same(arm["settings"][name]) for arm in group}) > 1]
     alone = [arm for group in groups if group not in lines for arm in group]
     if not lines:
@@ -139,7 +160,7 @@ def _sweep(name: str, arms: Sequence[Mapping[str, Any]]) -> Drawn | None:
     evaluations = list(dict.fromkeys(key for arm in arms for key in arm["evaluations"]))
     handles = [
         Line2D([], [], color=colour, linestyle=dash, marker=mark, markersize=5, label=label)
-        for label, (colour, dash, mark) in zip(_labels(name, lines), map(look, range(len(lines))), strict=True)
+        for label, (colour, dash, mark) in zip(_labels(alike, lines), map(look, range(len(lines))), strict=True)
     ]
     if alone:
         handles.append(
@@ -149,7 +170,7 @@ def _sweep(name: str, arms: Sequence[Mapping[str, Any]]) -> Drawn | None:
     down = -(-len(evaluations) // across)
     width = WIDTH if across > 1 else 7.0
     beside = room([str(one.get_label()) for one in handles], width)
-    figure, grid = panels(down, across, 3.2, width=width, title=f"Scores against {name}", beside=beside)
+    figure, grid = panels(down, across, 3.2, width=width, title=f"Scores against {legible(title, 80)}", beside=beside)
     for number, axes in enumerate(grid.flat):
         if number >= len(evaluations):
             axes.set_visible(False)
@@ -168,13 +189,13 @@ def _sweep(name: str, arms: Sequence[Mapping[str, Any]]) -> Drawn | None:
             axes.minorticks_off()
         axes.set_xticks(list(ticks), [legible(text, 18) for text in ticks.values()])
         note = " (not to scale)" if kind == "even" else ""
-        axes.set(xlabel=f"{legible(name)}{note}", ylabel=f"{legible(metric)}, mean")
+        axes.set(xlabel=f"{legible(title, 80)}{note}", ylabel=f"{legible(metric)}, mean")
         axes.set_title(legible(evaluation))
         axes.grid()
     legend(figure, handles, width)
     caption = (
-        f"Scores against {name}, with 95 % intervals over seeds and records; small dots are single seeds. A line joins "
-        "arms that differ in nothing else. Points of the same value stand a little aside of each other."
+        f"Scores against {title}, with 95 % intervals over seeds and records; small dots are single seeds. A line "
+        "joins arms that differ in nothing else. Points of the same value stand a little aside of each other."
     )
     return Drawn(slug("setting", name), figure, caption)
 
@@ -242,16 +263,11 @@ def _axis(values: Sequence[Any]) -> tuple[dict[str, float], dict[float, str], st
     return {key: place[float(one)] for key, one in known.items()}, dict(zip(spots, labels, strict=True)), kind
 
 
-def _labels(name: str, lines: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Name the lines by the settings that tell them apart."""
-    keys = dict.fromkeys(key for group in lines for key in group[0]["settings"] if key != name)
-    differ = [key for key in keys if len({_same(group[0]["settings"].get(key)) for group in lines}) > 1]
+def _labels(names: Sequence[str], lines: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Name the lines by the settings and stages that tell them apart."""
+    traits = [_traits(group[0]) for group in lines]
+    keys = dict.fromkeys(key for one in traits for key in one if key not in names)
+    differ = [key for key in keys if len({_same(one.get(key)) for one in traits}) > 1]
     if not differ:
         return ["arms that differ in nothing else"]
-    return [
-        legible(
-            ", ".join(f"{key} {setting(group[0]['settings'][key])}" for key in differ if key in group[0]["settings"]),
-            60,
-        )
-        for group in lines
-    ]
+    return [legible(", ".join(f"{key} {setting(one[key])}" for key in differ if key in one), 60) for one in traits]
