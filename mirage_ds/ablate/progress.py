@@ -30,12 +30,14 @@ class Reached(NamedTuple):
 def reached(node: Node, store: Store) -> Reached:
     """Say how far a node is; an evaluation says nothing of itself while it works."""
     run = store.model(node) / "run"
-    return Reached(_last_step(run / "log.jsonl"), _steps(run / "run.json"))
+    try:
+        return Reached(_last_step(run / "log.jsonl"), _steps(run / "run.json"))
+    except OSError:
+        # Not there yet, or taken away by a run that begins anew: who only looks must not end the study by it.
+        return Reached(0, None)
 
 
 def _last_step(log: Path) -> int:
-    if not log.is_file():
-        return 0
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - TAIL_BYTES))
         # The first line may have lost its beginning, the last one be half written.
@@ -49,7 +51,7 @@ def _last_step(log: Path) -> int:
 
 def _steps(start: Path) -> int | None:
     # Written at once and whole (files.write_atomically).
-    steps = json.loads(start.read_text()).get("steps") if start.is_file() else None
+    steps = json.loads(start.read_text()).get("steps")
     return None if steps is None else int(steps)
 
 

@@ -447,7 +447,7 @@ def write_log(store: Store, node: Node, steps: int, until: int, half: str = "") 
     (run / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines) + half)
 
 
-def test_a_run_at_work_shows_its_step(small) -> None:
+def test_a_run_at_work_shows_its_step(small, tmp_path: Path) -> None:
     study, store = small
     base, other, evaluation = (
         next(node for node in study.nodes.values() if node.name == name) for name in ("base", "stage1", "test")
@@ -456,6 +456,9 @@ def test_a_run_at_work_shows_its_step(small) -> None:
     write_log(store, base, 5000, 1200, half='{"step": 12')
     assert (store.model(base) / "run" / "log.jsonl").stat().st_size > 2 * TAIL_BYTES
     assert reached(base, store) == (1200, 5000)
+    (store.model(base) / "run" / "run.json").rename(tmp_path / "run.json")
+    assert reached(base, store) == (0, None)
+    (tmp_path / "run.json").rename(store.model(base) / "run" / "run.json")
     bar = Progress(disable=True)
     bars = Bars(bar, store)
     bars.show([base, evaluation])
