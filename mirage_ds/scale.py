@@ -77,7 +77,8 @@ def sizes(config: Mapping[str, Any]) -> Sizes:
         vectors=beside + 2 * hidden,
         layers=text["num_hidden_layers"],
         embedding=rows * hidden,
-        head=0 if text["tie_word_embeddings"] else rows * hidden,
+        # Published files have the key at the top alone.
+        head=0 if text.get("tie_word_embeddings", config.get("tie_word_embeddings")) else rows * hidden,
         norm=hidden,
         vision=_VISION[kind](vision),
         width=width,
