@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from mirage_ds.config import Compress, Slots, Stage
 from mirage_ds.data.batch import Batch, collate, to_device
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.images import ImageFinder, upright_rgb
 from mirage_ds.data.record import IMAGE_MARK, Record, RecordError, make_record
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import IGNORE, Sample
@@ -101,7 +101,7 @@ class _Given(ImageFinder):
     def load(self, record: Record, name: str, path: str) -> Image.Image:
         """See ImageFinder."""
         image = self.given.get(path)
-        return super().load(record, name, path) if image is None else image.convert("RGB")
+        return super().load(record, name, path) if image is None else image
 
 
 class _Fed:
@@ -283,7 +283,10 @@ class Mirage:
             for number, one in enumerate(own, 1):
                 names.append(f"image {number} of question {line}" if isinstance(one, Image.Image) else str(one))
                 if isinstance(one, Image.Image):
-                    given[names[-1]] = one
+                    picture = upright_rgb(one)
+                    if picture is None:
+                        raise UserError(f"{names[-1]}: has 32 bits a channel, of unknown range; give it with 8 bits")
+                    given[names[-1]] = picture
             records.append(Record(line, text, "", tuple(names), ()))
         return replace(self._decoder.encoder, finder=_Given((Path.cwd().resolve(),), None, given)), records
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_new(place: Path, content: bytes) -> None:
+    """Write a small file whole or not at all, while others may write the same one."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(place)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -1,17 +1,22 @@
 """A record's images: where they lie, how large they are, their pixels as RGB. What is wrong is a fault of the record.
 
 Relative paths are looked for beside the record's file, then under the image root, then in the working directory.
+An image is taken as viewers show it: turned as its EXIF says, on white where it is transparent (data/README.md).
 """
 
 from __future__ import annotations
 
+import os
+import re
+import struct
 import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.errors import reason, shown
@@ -20,8 +25,21 @@ from mirage_ds.errors import reason, shown
 MAX_ASPECT = 200
 # Pillow warns of more as of a decompression bomb, and raises at twice as many; here both are a fault.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
-# Modes of 16 bits; Pillow would clip them to 8 instead of scaling, which leaves an almost white picture.
-MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+# Raised whenever a file is read as other pixels than before: features that are kept of it are made anew.
+READING = 2
+# What EXIF's orientation asks for; the last four exchange width and height.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+# What Pillow scales of a grey PNG's pixels, and not of the shade that is transparent there.
+PNG_SCALES = {"L;2": 85, "L;4": 17}
 
 _opening = threading.Lock()
 
@@ -60,10 +78,17 @@ class ImageFinder:
 
     def places(self, path: str) -> list[Path]:
         """List where an image may lie, in the order in which it is looked for."""
+        if path.startswith("file://"):
+            plain = path.removeprefix("file://").removeprefix("localhost")
+            # As it stands, which many write, and as a URI.
+            return [place for one in dict.fromkeys([plain, unquote(plain)]) for place in self.places(one)]
         return [Path(path)] if Path(path).is_absolute() else [folder / path for folder in self.folders]
 
     def find(self, record: Record, name: str, path: str) -> Path:
         """Return the image's place; RecordError that names every place looked at."""
+        if re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://", path):
+            what = f"{shown(path)} is an address, and images are read from files alone"
+            raise record.fault(name, what, "download it, and write the path of the file")
         places = self.places(path)
         try:
             place = next((place for place in places if place.is_file()), None)
@@ -89,11 +114,11 @@ class ImageFinder:
         return place
 
     def size(self, record: Record, name: str, path: str) -> tuple[int, int]:
-        """Return (height, width) in pixels, from the header alone."""
+        """Return (height, width) in pixels of the image as `load` returns it, from the header alone."""
         place = self.find(record, name, path)
         try:
             with _open(place) as image:
-                width, height = image.size
+                width, height = _size(image, place)
         except Exception as error:  # noqa: BLE001  # see _broken
             raise _broken(record, name, place, error) from None
         if max(height, width) > MAX_ASPECT * min(height, width):
@@ -103,12 +128,12 @@ class ImageFinder:
         return height, width
 
     def load(self, record: Record, name: str, path: str) -> Image.Image:
-        """Decode the image, of an animation the first picture, to RGB; transparency is dropped."""
+        """Decode the image, of an animation the first picture, to upright RGB on white."""
         place = self.find(record, name, path)
         try:
             with _open(place) as image:
-                size, mode = image.size, image.mode
-                made = None if mode in ("I", "F") else _rgb(image)
+                size, mode = _size(image, place), image.mode
+                made = upright_rgb(image)
         except Exception as error:  # noqa: BLE001  # see _broken
             raise _broken(record, name, place, error) from None
         if made is None:
@@ -130,14 +155,84 @@ def _open(place: Path) -> Image.Image:
         return Image.open(place)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any 8-bit or 16-bit mode to RGB."""
-    if image.mode in MODES_16_BIT:
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        # The same colours as directly, without Pillow's warning.
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+def _size(image: Image.Image, place: Path) -> tuple[int, int]:
+    """Return (width, height) as viewers show an image that is open and, as a rule, not decoded."""
+    if image.format == "PNG" and _notes_behind_pixels(place):
+        image.load()
+    width, height = image.size
+    # Pillow turns TIFF itself, and says its size as it is then.
+    turned = image.format != "TIFF" and _orientation(image) >= 5
+    return (height, width) if turned else (width, height)
+
+
+def _notes_behind_pixels(png: Path) -> bool:
+    """Tell whether a PNG has notes, of which one may be EXIF, where Pillow meets them only after decoding."""
+    with png.open("rb") as file:
+        file.seek(8)
+        pixels = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            pixels = pixels or kind == b"IDAT"
+            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the turn that EXIF (or XMP) asks for; 1, upright, where there is none."""
+    try:
+        # Not the PNG class's own, which decodes the picture first.
+        turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001  # as with pixels (_broken); viewers show a picture whose notes are spoilt as it is
+        return 1
+    return turn if isinstance(turn, int) and turn in TURNS else 1
+
+
+def upright_rgb(image: Image.Image) -> Image.Image | None:
+    """Decode an image to RGB as viewers show it: its grey scaled to 8 bits, on white, turned as its EXIF says.
+
+    Returns:
+        None for 32 bits a channel, whose range nobody knows.
+    """
+    scale = PNG_SCALES.get(image.tile[0][3], 1) if image.format == "PNG" and image.tile else 1
+    deep = image.format == "PNG" and bool(image.tile) and image.tile[0][3] == "RGB;16B"
+    image.load()
+    turn = _orientation(image)
+    key = image.info.get("transparency")
+    if isinstance(key, int) and image.mode == "L":
+        image.info["transparency"] = key * scale
+    if deep and key is not None:
+        image.info["transparency"] = tuple(shade >> 8 for shade in key)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        made = _from_16_bits(image, key)
+    elif image.mode in ("I", "F"):
+        return None
+    else:
+        made = image
+    if made.has_transparency_data:
+        layer = made.convert("RGBA")
+        made = Image.new("RGB", layer.size, "white")
+        made.paste(layer, mask=layer.getchannel("A"))
+    made = made.convert("RGB")
+    return made if turn == 1 else made.transpose(TURNS[turn])
+
+
+def _from_16_bits(image: Image.Image, key: int | None) -> Image.Image:
+    """Take the upper 8 bits of grey of 16, or of 12; Pillow would clip them, which leaves an almost white picture.
+
+    Args:
+        key: the shade that is transparent.
+    """
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(TIFF_BITS, (16,))[0]
+    grey = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+    if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO:
+        grey = ImageOps.invert(grey)
+    if key is not None:
+        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _broken(record: Record, name: str, place: Path, error: Exception) -> RecordError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.inside import content_of
 from mirage_ds.data.layouts import Layout, read_row
 from mirage_ds.data.messages import MessageError
 from mirage_ds.data.record import Fault, Record, RecordError, make_record
@@ -90,8 +91,9 @@ def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
 
 
 def _picture(value: Any) -> Picture | None:
-    content = value.get("bytes") if isinstance(value, Mapping) else None
-    if not isinstance(content, bytes):
+    """Return a picture that stands in the row itself; ValueError where it cannot be decoded."""
+    content = content_of(value)
+    if content is None:
         return None
     suffix = next((name for sign, name in _SIGNS if content.startswith(sign)), "img")
     return Picture.stored(content, suffix)
@@ -100,9 +102,8 @@ def _picture(value: Any) -> Picture | None:
 def _images(record: Record, name: str, given: list[Any], finder: ImageFinder) -> tuple[Path | Picture, ...]:
     found: list[Path | Picture] = []
     for value in given:
-        picture = _picture(value)
-        if picture is not None:
-            found.append(picture)
+        if isinstance(value, Picture):
+            found.append(value)
             continue
         place = finder.find(record, name, str(value))
         found.append(place.parent.resolve() / place.name)
@@ -116,7 +117,12 @@ def _row(number: int, values: Any, layout: Layout, helper_key: str, finder: Imag
         made = read_row(values, layout, helper_key)
     except MessageError as error:
         raise RecordError(Fault(number, error.field, error.what, error.how)) from None
-    given = {name: list(made.get(name, ())) for name in ("image_input", "image_output")}
+    given: dict[str, list[Any]] = {}
+    for name in ("image_input", "image_output"):
+        try:
+            given[name] = [_picture(value) or value for value in made.get(name, ())]
+        except ValueError as error:
+            raise RecordError(Fault(number, name, f"a picture {error}", "write it as a file, and its path")) from None
     # Checked as a record with a path for each image, wherever it comes from.
     named = {name: [value if isinstance(value, str) else "inside" for value in own] for name, own in given.items()}
     record = make_record(made | named, number)

@@ -27,7 +27,7 @@ import transformers
 from rich.progress import track
 
 from mirage_ds.config import cache_folder
-from mirage_ds.data import encode, images, messages, record, record_files, sample, sources
+from mirage_ds.data import encode, images, inside, messages, record, record_files, sample, sources
 from mirage_ds.data import index as on_disk
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import Key, image_key
@@ -376,7 +376,7 @@ def _make(
     """Write an index, put it at `place`, and return it opened."""
     work = list(sources.pieces(files))
     loader: Any = torch.utils.data.DataLoader(
-        _Pieces(work, files, encoder, keep, sources.folder_of_pictures(cache)),
+        _Pieces(work, files, encoder, keep, inside.folder_of_pictures(cache)),
         batch_size=None,
         collate_fn=_as_it_is,  # type: ignore[arg-type]  # there are no batches
         num_workers=processes(len(work)),
@@ -470,7 +470,7 @@ def _tokenizer_text(tokenizer: Any) -> str:
 def key_of(files: Sequence[Path], hashes: Sequence[str], encoder: Encoder, keep: Sequence[str]) -> str:
     """Hash of all that an index is a function of, but for the images, which are compared with it at each start."""
     finder = encoder.finder
-    modules = (encode, sample, messages, record, record_files, images, sources, on_disk)
+    modules = (encode, sample, messages, record, record_files, images, inside, sources, on_disk)
     code = b"".join(Path(file).read_bytes() for file in (*(str(module.__file__) for module in modules), __file__))
     values = dict(
         format=FORMAT,
@@ -497,7 +497,7 @@ def key_of(files: Sequence[Path], hashes: Sequence[str], encoder: Encoder, keep:
 def open_made(place: Path, files: Sequence[Path], cache: Path) -> EncodedRows | None:
     """Open an index; None where there is none, or a damaged one."""
     try:
-        return EncodedRows(place, files, sources.folder_of_pictures(cache))
+        return EncodedRows(place, files, inside.folder_of_pictures(cache))
     except DamagedError:
         return None
 
@@ -531,7 +531,7 @@ def open_index(
     place = cache / "index" / key_of(files, hashes, encoder, keep)
     rows = open_made(place, files, cache)
     if rows is None or rows.pictures_changed(encoder.finder):
-        with sources.writable(cache):
+        with inside.writable(cache):
             source = sources.data_hash(hashes)
             rows = _make(place, data_path, files, stamps, encoder, keep, cache, source, quiet, tick)
     return rows

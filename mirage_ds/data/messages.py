@@ -75,8 +75,8 @@ def from_messages(messages: Any, answers: bool) -> dict[str, Any]:
     """
     if not isinstance(messages, list) or not messages:
         raise MessageError("messages", f"expected a list of messages, found {shown(messages)}", "write at least two")
-    images: list[str] = []
-    helpers: list[str] = []
+    images: list[Any] = []
+    helpers: list[Any] = []
     turns = [_turn(message, number, images, helpers) for number, message in enumerate(messages, 1)]
     answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
     if answer is None and answers:
@@ -94,7 +94,7 @@ def from_messages(messages: Any, answers: bool) -> dict[str, Any]:
     }
 
 
-def _turn(message: Any, number: int, images: list[str], helpers: list[str]) -> dict[str, str]:
+def _turn(message: Any, number: int, images: list[Any], helpers: list[Any]) -> dict[str, str]:
     where = f"messages {number}"
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
         how = f"write a role ({', '.join(ROLES)}) and a content"
@@ -106,7 +106,7 @@ def _turn(message: Any, number: int, images: list[str], helpers: list[str]) -> d
     return {"role": role, "content": "".join(_item(item, where, role, images, helpers) for item in items)}
 
 
-def _item(item: Any, where: str, role: str, images: list[str], helpers: list[str]) -> str:
+def _item(item: Any, where: str, role: str, images: list[Any], helpers: list[Any]) -> str:
     kind = item.get("type") if isinstance(item, Mapping) else None
     if kind == "text" and isinstance(item.get("text"), str):
         for mark in (IMAGE_MARK, HELPER_MARK):
@@ -119,21 +119,20 @@ def _item(item: Any, where: str, role: str, images: list[str], helpers: list[str
             raise MessageError(
                 where, f"a {role} message holds an image", 'the helper of an answer is {"type": "latent"}'
             )
-        images.append(_path(item, where))
+        images.append(_image(item, where))
         return IMAGE_MARK
     if kind == "latent":
         if role != "assistant":
             raise MessageError(where, f"a {role} message holds latents", "only the answer may have a run of them")
         if item.get("image") is not None:
-            helpers.append(_path(item, where))
+            helpers.append(_image(item, where))
         return HELPER_MARK
     raise MessageError(where, f"no item {shown(item)}", "there are text, image and latent items")
 
 
-def _path(item: Mapping[str, Any], where: str) -> str:
-    path = item.get("image")
-    if not isinstance(path, str) or not path:
-        raise MessageError(where, f"an item's image is {shown(path)}", "write its path")
-    if path.startswith(("http://", "https://", "data:")):
-        raise MessageError(where, f"the image {shown(path[:60])} is no file", "download it and write its path")
-    return path.removeprefix("file://")
+def _image(item: Mapping[str, Any], where: str) -> Any:
+    """Return what stands for an item's picture: a path, or the picture itself (inside.py)."""
+    image = item.get("image")
+    if not image or not isinstance(image, (str, bytes, Mapping)):
+        raise MessageError(where, f"an item's image is {shown(image)}", "write its path")
+    return image

@@ -2,7 +2,7 @@
 
     text_input    the question, with an `<image>` mark where each input image stands (no mark: images first)
     text_output   the answer, with an `<output_image>` mark where the latents stand (no mark: first in the answer)
-    image_input   a path or a list of paths
+    image_input   a path or a list of paths (or what inside.py reads)
     image_output  the helper image: a path, or a list for several latent runs; may be absent
 
 or `messages`, a conversation with content items (messages.py), in place of these four. `turns_before` holds the
@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from mirage_ds.config import cache_folder
+from mirage_ds.data.inside import folder_of_pictures, path_of
 from mirage_ds.data.messages import (
     HELPER_MARK,
     IMAGE_MARK,
@@ -114,16 +117,23 @@ class Record:
         return RecordError(Fault(self.line, name, what, how))
 
 
-def _paths(value: Any, line: int, name: str) -> tuple[str, ...]:
+def _paths(value: Any, line: int, name: str, pictures: Path | None) -> tuple[str, ...]:
     values = [] if value is None or value == "" else value if isinstance(value, list) else [value]
-    for item in values:
+    folder = pictures or folder_of_pictures(cache_folder(None))
+    try:
+        found = [path_of(item, folder) for item in values]
+    except ValueError as error:
+        raise RecordError(Fault(line, name, f"a picture {error}", "write it as a file, and its path here")) from None
+    if found == [None]:
+        return ()
+    for item in found:
         if not isinstance(item, str) or not item:
             raise RecordError(
                 Fault(line, name, f"expected a path or a list of paths, found {shown(item)}", "write the image's path")
             )
         if "\0" in item or not _whole(item):
             raise RecordError(Fault(line, name, f"{shown(item)} can be no path", "write the image's path"))
-    return tuple(values)
+    return tuple(found)
 
 
 def _whole(text: str) -> bool:
@@ -168,20 +178,21 @@ def _values(text: str, line: int) -> dict[str, Any]:
     return values
 
 
-def parse_record(text: str, line: int, answers: bool = True) -> Record:
+def parse_record(text: str, line: int, answers: bool = True, pictures: Path | None = None) -> Record:
     """Parse one JSON line; RecordError when it does not have the format.
 
     Args:
         answers: whether the record must have an answer; questions alone are enough to decode.
+        pictures: where pictures that stand in the record are written; a folder of the user's cache if None.
     """
-    return make_record(_values(text, line), line, answers)
+    return make_record(_values(text, line), line, answers, pictures)
 
 
-def make_record(values: dict[str, Any], line: int, answers: bool = True) -> Record:
+def make_record(values: dict[str, Any], line: int, answers: bool = True, pictures: Path | None = None) -> Record:
     """Make a record of its keys and values; RecordError when they do not have the format.
 
     Args:
-        answers: see parse_record.
+        answers, pictures: see parse_record.
     """
     try:
         if "messages" in values and "text_input" not in values:
@@ -210,8 +221,8 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True) -> Reco
         line=line,
         text_input=values["text_input"],
         text_output=values["text_output"],
-        image_input=_paths(values.get("image_input"), line, "image_input"),
-        image_output=_paths(values.get("image_output"), line, "image_output"),
+        image_input=_paths(values.get("image_input"), line, "image_input", pictures),
+        image_output=_paths(values.get("image_output"), line, "image_output", pictures),
         extra={key: value for key, value in values.items() if key not in FIELDS},
     )
     for turn in record.turns_before:

@@ -1,8 +1,7 @@
 """Where records come from: JSON-lines and Parquet files, one of them, a folder or a glob pattern; read piece by piece.
 
 Files are taken in the order of their names. A record's line counts from 1 within its file; in Parquet it is the row.
-Pictures inside a Parquet file (`struct{bytes, path}`, as `datasets` writes an Image) are written into the cache once,
-each into a file that is named by its content, and are read from there like any other.
+Pictures inside a record (inside.py) are written into the cache once and are read from there like any other.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import hashlib
 import io
 import json
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,9 +17,11 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mirage_ds.data.inside import writable
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record
 from mirage_ds.data.record_files import text_lines
 from mirage_ds.errors import UserError, reason
+from mirage_ds.files import write_new
 from mirage_ds.mixture import Mixture, Records
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -155,27 +155,6 @@ def data_hash(hashes: Sequence[str]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
-@contextmanager
-def writable(cache: Path) -> Iterator[None]:
-    """Turn what a full or read-only cache leads to into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        how = "make room, or name another folder with --cache_dir"
-        raise UserError(f"{cache}: cannot be written ({error.strerror}); {how}") from None
-
-
-def write_new(place: Path, content: bytes) -> None:
-    """Write a small file whole or not at all, while others may write the same one."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(place)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
@@ -252,31 +231,22 @@ def read_piece(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fa
 
 
 def _line_records(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fault]:
-    del pictures
     with file.open("rb") as content:
         content.seek(piece.start)
         block = content.read(piece.stop - piece.start)
     for line, text in text_lines(io.BytesIO(block), piece.first):
         try:
-            yield parse_record(text, line)
+            yield parse_record(text, line, pictures=pictures)
         except RecordError as error:
             yield error.fault
 
 
 def _parquet_records(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fault]:
-    line = piece.first
-    for values in _parquet_rows(piece, file):
-        for name in ("image_input", "image_output"):
-            value = values.get(name)
-            if isinstance(value, list):
-                values[name] = [_path_of(item, pictures) for item in value]
-            else:
-                values[name] = _path_of(value, pictures)
+    for line, values in enumerate(_parquet_rows(piece, file), piece.first):
         try:
-            yield make_record(values, line)
+            yield make_record(values, line, pictures=pictures)
         except RecordError as error:
             yield error.fault
-        line += 1
 
 
 def _parquet_rows(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
@@ -294,23 +264,6 @@ def _parquet_rows(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
                 return
 
 
-def _path_of(value: Any, pictures: Path) -> Any:
-    """Return the path that a value of an image column names; the value itself where it is none."""
-    if not isinstance(value, dict) or not value.keys() <= {"bytes", "path"}:
-        return value
-    content = value.get("bytes")
-    if content is None:
-        return value.get("path")
-    if not isinstance(content, bytes):
-        return value
-    name = hashlib.blake2b(content, digest_size=16).hexdigest()
-    place = pictures.resolve() / name[:2] / name
-    if not (place.is_file() and place.stat().st_size == len(content)):
-        with writable(pictures):
-            write_new(place, content)
-    return str(place)
-
-
 def name_file(fault: Fault, files: Sequence[Path], number: int) -> Fault:
     """Put the file into a fault where there are several."""
     return fault if len(files) == 1 else replace(fault, file=str(files[number]))
@@ -319,11 +272,6 @@ def name_file(fault: Fault, files: Sequence[Path], number: int) -> Fault:
 def no_record(data_path: Records) -> UserError:
     """Make the error of a source that holds nothing."""
     return UserError(f"{data_path}: holds no record; expected one JSON object a line, or the rows of a Parquet file")
-
-
-def folder_of_pictures(cache: Path) -> Path:
-    """Where pictures that came inside records files lie."""
-    return cache / "pictures"
 
 
 def changed(files: Sequence[Path], stamps: Sequence[Stamp]) -> Path | None:

@@ -34,7 +34,7 @@ def data_url(finder: ImageFinder, record: Record, shown: Shown, max_pixels: int 
         content = finder.find(record, *shown).read_bytes()
         if (kind := _plain(content)) is not None:
             return _url(kind, content)
-    # Pillow would write the transparency again, which the trainer drops.
+    # Pillow would write notes of the transparency and of the turn again, which are in the pixels now.
     picture.info.clear()
     made = io.BytesIO()
     picture.save(made, "PNG")

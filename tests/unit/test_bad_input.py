@@ -291,13 +291,6 @@ def test_32_bits_a_channel_are_a_fault_since_nobody_knows_their_range(dtype: Any
     assert "has 32 bits a channel" in fault.what
 
 
-def test_transparency_is_dropped_and_colours_stay(tmp_path: Path) -> None:
-    image = Image.new("P", (4, 4), 1)
-    image.putpalette([0, 0, 0, 10, 200, 30])
-    image.save(tmp_path / "i.png", transparency=bytes([255, 100]))
-    assert opened(tmp_path, "i.png").getpixel((0, 0)) == (10, 200, 30)
-
-
 @pytest.mark.parametrize(
     ("width", "height"), [(20_000, 20_000), (10_000, 10_000), (2**31 - 1, 2**31 - 1), (9460, 9460)]
 )

@@ -90,7 +90,6 @@ def test_a_conversation_becomes_the_records_own_keys() -> None:
         ([say("user", latent("x.png")), say("assistant", "c")], "a user message holds latents"),
         ([say("user", "a"), say("assistant", latent(), text("b")), say("user", "c"), say("assistant", "d")],
          "messages 2: holds latents; only the last answer"),
-        ([say("user", image("https://x.org/a.png")), say("assistant", "c")], "is no file; download it"),
         ([say("user", {"type": "video"}), say("assistant", "c")], "there are text, image and latent items"),
         ([say("user", {"type": "image"}), say("assistant", "c")], "an item's image is None; write its path"),
     ],

@@ -332,10 +332,11 @@ def test_pictures_are_what_the_trainer_sees(tmp_path: Path) -> None:
         record = Record(1, "", "", (path.name,), ())
         content = base64.b64decode(data_url(finder, record, Shown("image_input", path.name), None).split(",")[1])
         same |= {path.name} if content == path.read_bytes() else set()
+        wanted = finder.load(record, "", path.name)
         with Image.open(io.BytesIO(content)) as sent:
-            assert (getattr(sent, "n_frames", 1), sent.getexif().get(0x0112, 1), sent.size) == (1, 1, noise.size)
+            assert (getattr(sent, "n_frames", 1), sent.getexif().get(0x0112, 1), sent.size) == (1, 1, wanted.size)
             assert "transparency" not in sent.info
-            assert ImageChops.difference(sent.convert("RGB"), finder.load(record, "", path.name)).getbbox() is None
+            assert ImageChops.difference(sent.convert("RGB"), wanted).getbbox() is None
     assert same == {"plain.png", "plain.jpg", "grey.png"}
 
 

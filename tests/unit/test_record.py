@@ -48,7 +48,7 @@ def without(*names: str, **changed: Any) -> dict[str, Any]:
         (without(image_input=3), "image_input", "expected a path or a list of paths, found 3"),
         (without(image_input=["a.png", None]), "image_input", "found None"),
         (without(image_input=[""]), "image_input", "found ''"),
-        (without(image_output={"path": "a"}), "image_output", "expected a path or a list of paths"),
+        (without(image_output={"url": "a"}), "image_output", "expected a path or a list of paths"),
         (without(image_input=["a.png", "b.png"]), "text_input", "1 <image> mark(s) for 2 image(s)"),
         (without("image_input"), "text_input", "1 <image> mark(s) for 0 image(s)"),
         (without(text_input="<image><image>"), "text_input", "2 <image> mark(s) for 1 image(s)"),
