@@ -89,16 +89,19 @@ def _features(index: Any, folder: Path) -> dict[str, Any]:
     from mirage_ds.data.features import FeatureStore, KeptFeatures, ShardWriter
 
     made = {}
-    for name, images in index.images.items():
+    for name, found in index.images.items():
+        # Of helpers their targets are kept.
+        pooled = np.full(len(found.sizes), LATENTS) if name == "image_output" else found.sizes
+        images = found._replace(sizes=pooled)
         store = FeatureStore(folder, {"drawn": name}, H, torch.bfloat16)
-        store.refresh()
+        store.add([shard for file in store.listed() if (shard := store.open(file))])
         kept = KeptFeatures(images, store)
         needed = kept.needs(index.row_ids)
         writer = ShardWriter(store)
         for place in needed[np.flatnonzero(store.missing(images.keys[needed]))]:
             writer.add(images.keys[place], torch.randn(int(images.sizes[place]), H))
         writer.flush()
-        store.refresh()
+        store.add([store.table(file) for file in writer.written])
         made[name] = kept
     return made
 

@@ -108,7 +108,8 @@ class RunConfig(BaseModel):
     feature_cache: FeatureCache | None = Field(
         None,
         description="Features of the frozen tower kept on disk, each image encoded once for all epochs, stages and "
-        "runs: of all images, of the helpers alone (targets), or none (off). [default: all; off with --train_vision]",
+        "runs: of all images, of the helpers alone (targets), or none (off). Of a helper its k targets are kept. "
+        "[default: all; off with --train_vision]",
     )
     feature_dir: Path | None = Field(
         None,

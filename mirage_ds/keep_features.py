@@ -1,9 +1,10 @@
 """Before the first step: the frozen tower encodes every image that is not kept yet, all ranks together.
 
-P patches, F merged features of an image, H hidden width of the language model, W ranks.
+P patches, F merged features of an image, H hidden width of the language model, k latents a run, W ranks.
 
 Features are a function of the image file, the image settings and the tower's weights (data/features.py). Once they are
-kept, neither this run nor the next stage, epoch or ablation decodes those images or calls the tower again.
+kept, neither this run nor the next stage, epoch or ablation decodes those images or calls the tower again. Of a helper
+image only its k targets are kept.
 """
 
 from __future__ import annotations
@@ -20,21 +21,17 @@ import torch
 from rich.progress import track
 
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.features import (
-    FeatureStore,
-    ImageKeys,
-    KeptFeatures,
-    ShardWriter,
-    image_key,
-    note_of,
-    sortable,
-)
+from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures, Shard, ShardWriter, image_key, sortable
+from mirage_ds.data.images import READING
 from mirage_ds.data.index import BesideEach, EncodedRows
 from mirage_ds.data.loader import Broken, by_place, faults_error
+from mirage_ds.data.pool import DROPPED
 from mirage_ds.data.record import Fault, RecordError
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
 from mirage_ds.errors import UserError
 from mirage_ds.mixture import Records
+from mirage_ds.model.images import embedded
+from mirage_ds.model.latents import averages
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.startup import quiet
 from mirage_ds.stop import Stopped, ignore_in_worker, never
@@ -49,19 +46,73 @@ LISTING_DELAY_S = 90
 
 # Images that travel together from a worker: each tensor sent costs about as much as encoding a small image.
 CHUNK = 32
+# Their pixels, unless one image alone has more.
+CHUNK_BYTES = 32 << 20
+# Chunks that are ready, or being made, in each worker.
+PREFETCHED = 2
+# Pixels of one rank that lie in its workers and in shared memory; of large images fewer workers decode at a time.
+IN_FLIGHT_BYTES = 1 << 30
 
 Decoded = tuple[list[int], torch.Tensor, torch.Tensor]
 # Place in the table of images, and what is wrong with the image there.
 BrokenImage = tuple[int, Fault]
 
 
-class _Images(torch.utils.data.Dataset):
-    """Decodes the images of one field: (place in the table, pixels (P, 1176), grid (1, 3)), or (place, Fault)."""
+def chunks_of(sizes: Sequence[int]) -> list[list[int]]:
+    """Cut a row of images into chunks of at most CHUNK of them and, where one is not larger, CHUNK_BYTES.
 
-    def __init__(self, records: EncodedRows, encoder: Encoder, name: str, images: ImageKeys, places: np.ndarray):
-        self.records, self.name, self.images, self.places = records, name, images, places
+    Args:
+        sizes: bytes of each one's pixels.
+
+    Returns:
+        The images' numbers, in order.
+    """
+    chunks: list[list[int]] = []
+    room = 0
+    for number, size in enumerate(sizes):
+        if not chunks or len(chunks[-1]) == CHUNK or size > room:
+            chunks.append([])
+            room = CHUNK_BYTES
+        chunks[-1].append(number)
+        room -= size
+    return chunks
+
+
+class _Images(torch.utils.data.Dataset):
+    """Decodes images of one field: (place in the table, pixels (P, 1176), grid (1, 3)), or (place, Fault).
+
+    Args:
+        images: all images of the field, with the sizes that they were measured with; places: those to decode.
+        dtype: of the pixels, the tower's: what it would be turned into there.
+    """
+
+    def __init__(
+        self,
+        records: EncodedRows,
+        encoder: Encoder,
+        name: str,
+        images: ImageKeys,
+        places: np.ndarray,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.records, self.name, self.images, self.places, self.dtype = records, name, images, places, dtype
+        self.encoder = encoder
         self.encoders = BesideEach(encoder, records)
         self.merged = encoder.images.merge_size**2
+
+    def bytes_of_pixels(self) -> list[int]:
+        """Bytes of each image's pixels."""
+        patches = np.asarray(self.images.sizes[self.places], dtype=np.int64) * self.merged
+        return (patches * self.encoder.patch_width * self.dtype.itemsize).tolist()
+
+    def kept_of(self, features: torch.Tensor, grid: Sequence[int], width: int) -> torch.Tensor:
+        """Return what is kept of one image's features (F, W): these themselves, of a helper its targets (k, H)."""
+        if self.name == "image_input":
+            return features
+        groups = torch.from_numpy(self.encoder.groups_of((grid[0], grid[1], grid[2]))).to(features.device)
+        source = (groups != DROPPED).nonzero()[:, 0]
+        # As the forward does it with features that are not kept, to the bit where index_add keeps an order.
+        return averages(embedded(features, width), source, groups[source], torch.bincount(groups[source]))
 
     def __len__(self) -> int:
         return len(self.places)
@@ -83,7 +134,7 @@ class _Images(torch.utils.data.Dataset):
                 raise record.fault(self.name, f"image {path} is another one than a minute ago", how)
         except RecordError as error:
             return place, self.records.named(error.fault, row)
-        return place, pixels, grid
+        return place, pixels.to(self.dtype), grid
 
     def __getitems__(
         self, numbers: Sequence[int]
@@ -109,34 +160,35 @@ def _join(
     return (list(places), torch.cat(pixels), torch.cat(grids)), faults
 
 
-def _store(folder: Path, tower: FrozenTower, encoder: Encoder, name: str, world: World) -> FeatureStore:
+def _kept(
+    folder: Path, tower: FrozenTower, fingerprint: str, encoder: Encoder, name: str, images: ImageKeys
+) -> KeptFeatures:
+    """Say what is kept of a field's images: features of input images, targets of helpers."""
     processor: Any = encoder.images if name == "image_input" else encoder.helpers
     settings = {key: getattr(processor, key) for key in SETTINGS}
     settings["size"] = {key: int(settings["size"][key]) for key in ("shortest_edge", "longest_edge")}
-    space = {"tower": from_rank_zero(tower.fingerprint, world), "processor": {k: str(v) for k, v in settings.items()}}
-    return FeatureStore(folder, space, tower.width, tower.tower.dtype)
+    space: dict[str, Any] = {
+        "tower": fingerprint,
+        "processor": {k: str(v) for k, v in settings.items()},
+        "reading": READING,
+    }
+    width = tower.width
+    if name == "image_output":
+        space["targets"] = [encoder.latent_size, encoder.compress]
+        width = tower.input_width
+        images = images._replace(sizes=np.full(len(images.sizes), encoder.latent_size))
+    return KeptFeatures(images, FeatureStore(folder, space, width, tower.tower.dtype))
 
 
-def _missing(kept: KeptFeatures, needed: np.ndarray, world: World) -> np.ndarray:
-    """Return the places whose features are not kept, or not whole; unusable shards are removed. All ranks call it."""
-    store, keys = kept.store, kept.images.keys
-
-    def remove(files: list[Path]) -> None:
-        for file in files:
-            file.unlink(missing_ok=True)
-            note_of(file).unlink(missing_ok=True)
-
-    from_rank_zero(lambda: remove(store.refresh()), world)
-    store.refresh()
-    absent = from_rank_zero(lambda: store.missing(keys[needed]), world)
-    # What nobody has read since it was written may have rotted. Each rank reads its share; what is whole is noted.
-    unread = from_rank_zero(lambda: store.unverified(keys[needed[~absent]]), world)
-    damaged = everyone(store.damaged(unread[world.rank :: world.size]), world)
-    if damaged:
-        from_rank_zero(lambda: remove(sorted(set(damaged))), world)
-        store.refresh()
-        absent = from_rank_zero(lambda: store.missing(keys[needed]), world)
-    return needed[absent]
+def _open(kept: KeptFeatures, world: World, begin: Callable[[str], None]) -> None:
+    """Open the shards that are there, each on one rank, and learn where the others found what. All ranks call it."""
+    names = from_rank_zero(kept.store.listed, world)
+    _await(kept, names, world)
+    found = []
+    for name in names[world.rank :: world.size]:
+        begin("features")
+        found.append(kept.store.open(name))
+    kept.store.add(everyone([shard for shard in found if shard is not None], world))
 
 
 def _check_room(kept: KeptFeatures, places: np.ndarray, folder: Path) -> None:
@@ -163,10 +215,19 @@ def _make(
     world: World,
     asked: Callable[[], bool],
     begin: Callable[[str], None],
-) -> list[BrokenImage]:
-    """Encode this rank's images, or those before somebody asks to stop; return the broken ones."""
+) -> tuple[list[Shard], list[BrokenImage]]:
+    """Encode this rank's images, or those before somebody asks to stop; return the shards and the broken ones."""
+    sizes = images.bytes_of_pixels()
+    chunks = chunks_of(sizes)
+    largest = max((sum(sizes[number] for number in chunk) for chunk in chunks), default=1)
+    workers = min(workers, max(1, IN_FLIGHT_BYTES // (PREFETCHED * largest)))
     loader = torch.utils.data.DataLoader(
-        images, batch_size=CHUNK, collate_fn=_join, num_workers=workers, worker_init_fn=ignore_in_worker
+        images,
+        batch_sampler=chunks,
+        collate_fn=_join,
+        num_workers=workers,
+        prefetch_factor=PREFETCHED if workers else None,
+        worker_init_fn=ignore_in_worker,
     )
     writer = ShardWriter(kept.store)
     broken: list[BrokenImage] = []
@@ -181,13 +242,13 @@ def _make(
             continue
         places, pixels, grids = decoded
         features = tower.features(pixels.to(world.device), grids.to(world.device))
-        sizes = [int(kept.images.sizes[place]) for place in places]
-        for place, one in zip(places, features.split(sizes), strict=True):
-            writer.add(kept.images.keys[place], one)
+        each = features.split([int(images.images.sizes[place]) for place in places])
+        for place, one, grid in zip(places, each, grids.tolist(), strict=True):
+            writer.add(kept.images.keys[place], images.kept_of(one, grid, tower.input_width))
         if asked():
             break
     writer.flush()
-    return broken
+    return [kept.store.table(name) for name in writer.written], broken
 
 
 def _rows_with(kept: KeptFeatures, broken: list[BrokenImage], rows: np.ndarray) -> Broken:
@@ -205,25 +266,21 @@ def _rows_with(kept: KeptFeatures, broken: list[BrokenImage], rows: np.ndarray) 
     return Broken(found, number[at[hit]][first], tuple(fault for _, fault in broken))
 
 
-def _await(kept: KeptFeatures, needed: np.ndarray, world: World) -> None:
-    """Wait until this rank sees what the others have written.
+def _await(kept: KeptFeatures, names: Sequence[str], world: World) -> None:
+    """Wait until every rank sees these shards. All ranks call it.
 
     Raises:
-        UserError: on every rank, where one of them cannot see it.
+        UserError: on every rank, where one of them cannot see one.
     """
     deadline = time.monotonic() + LISTING_DELAY_S
-    while True:
-        kept.store.refresh()
-        unseen = int(kept.store.missing(kept.images.keys[needed]).sum())
-        if not unseen or time.monotonic() > deadline:
-            break
+    while (unseen := len(set(names) - set(kept.store.listed()))) and time.monotonic() < deadline:
         time.sleep(1)
     blind = everyone([(world.rank, unseen)] if unseen else [], world)
     if blind:
         rank, count = blind[0]
         raise UserError(
-            f"--feature_dir {kept.store.place.parent}: rank {rank} does not see the features of {count} images that "
-            "other ranks have written there; name a folder that all hosts share"
+            f"--feature_dir {kept.store.place.parent}: rank {rank} does not see {count} files of features that other "
+            "ranks see there; name a folder that all hosts share"
         )
 
 
@@ -261,16 +318,18 @@ def keep_features(
     """
     made: dict[str, KeptFeatures] = {}
     lost = Broken.none()
+    fingerprint = from_rank_zero(tower.fingerprint, world) if images else ""
     for name, keys in images.items():
-        kept = KeptFeatures(keys, _store(folder, tower, encoder, name, world))
+        kept = _kept(folder, tower, fingerprint, encoder, name, keys)
+        _open(kept, world, begin)
         needed = kept.needs(rows)
-        missing = _missing(kept, needed, world)
+        missing = needed[kept.store.missing(keys.keys[needed])]
         if len(missing):
             from_rank_zero(partial(_check_room, kept, missing, folder), world)
-            own = _Images(records, encoder, name, keys, missing[world.rank :: world.size])
+            own = _Images(records, encoder, name, keys, missing[world.rank :: world.size], tower.tower.dtype)
             title = "encoding input images" if name == "image_input" else "encoding helper images"
             try:
-                own_broken = _make(tower, kept, own, title, workers, world, asked, begin)
+                shards, own_broken = _make(tower, kept, own, title, workers, world, asked, begin)
             except OSError as error:
                 how = "make room or name another folder, or --feature_cache off"
                 raise UserError(f"--feature_dir {folder}: {error.strerror}; {how}", everywhere=False) from None
@@ -280,7 +339,8 @@ def keep_features(
             if agree(asked(), world):
                 raise Stopped
             lost = lost.and_also(_rows_with(kept, broken, rows))
-            needed = np.setdiff1d(needed, [place for place, _ in broken])
-        _await(kept, needed, world)
+            added = everyone(shards, world)
+            _await(kept, [shard.name for shard in added], world)
+            kept.store.add(added)
         made[name] = kept
     return made, lost

@@ -52,7 +52,7 @@ class Batch(NamedTuple):
         image_positions: (F,) packed positions of input images' features.
         pixel_values, image_grid_thw: (P, 1176) and (n, 3); image_features: (F, H) where they were kept, or once the
             tower has run.
-        helper_…: the same for the helper images of stage1.
+        helper_…: the same for the helper images of stage1; where targets were kept, these are the features.
         pool_from, pool_to: which helper feature goes into the mean of which latent's target; pool_size: (N_runs · k,)
             features in each mean.
         passes: the schedule, one Pass a pass.

@@ -169,6 +169,15 @@ class Encoder:
     def _merged(self, grid: Grid) -> int:
         return grid[0] * grid[1] * grid[2] // self.images.merge_size**2
 
+    @property
+    def patch_width(self) -> int:
+        """Numbers of a patch: 1176 in most families."""
+        return int(3 * self.images.temporal_patch_size * self.images.patch_size**2)
+
+    def groups_of(self, grid: Grid) -> np.ndarray:
+        """Assign a helper's merged features to its k targets, (F,); see pool.pool_groups."""
+        return pool_groups(*self._sides(grid), self.latent_size, self.compress)
+
     def _sides(self, grid: Grid) -> tuple[int, int]:
         """Rows and columns of an image's merged features."""
         return grid[1] // self.images.merge_size, grid[2] // self.images.merge_size
@@ -312,7 +321,8 @@ class Encoder:
         """Encode one record.
 
         Args:
-            image_features, helper_features: (F, H) features of its images, which are then not decoded.
+            image_features: (F, H) features of its images, which are then not decoded.
+            helper_features: (runs · k, H) targets that its helpers were pooled to, which are then not decoded.
 
         Raises:
             RecordError: the record cannot be used in this stage, or an image does not decode.
@@ -380,11 +390,11 @@ class Encoder:
             earlier = np.cumsum(ids == pad)
             positions -= np.where(ids == pad, (earlier - 1) // self.latent_size * self.latent_size, earlier)
         groups = [
-            run * self.latent_size * (own >= 0) + own
-            for run, own in enumerate(
-                pool_groups(*self._sides(grid), self.latent_size, self.compress) for grid in expected
-            )
+            # What was pooled before is a mean of one.
+            np.arange(self.latent_size) if helper_features is not None else self.groups_of(grid)
+            for grid in expected
         ]
+        groups = [run * self.latent_size * (own >= 0) + own for run, own in enumerate(groups)]
         return Sample(
             row=row,
             input_ids=torch.from_numpy(ids),
@@ -408,7 +418,8 @@ class Encoder:
         paths: tuple[str, ...] = getattr(record, name) if expected else ()
         if features is None:
             return self._pixels(processor, record, name, paths, expected)
-        if len(features) != sum(self._merged(grid) for grid in expected):
+        kept = [self._merged(grid) if name == "image_input" else self.latent_size for grid in expected]
+        if len(features) != sum(kept):
             raise self._changed(record, name)
         pixels, _ = self._pixels(processor, record, name, (), expected)
         return pixels, torch.tensor(expected, dtype=torch.int64).reshape(-1, 3)
@@ -420,9 +431,8 @@ class Encoder:
     def _pixels(
         self, processor: Any, record: Record, name: str, paths: tuple[str, ...], expected: list[Grid] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        width = 3 * processor.temporal_patch_size * processor.patch_size**2
         if not paths:
-            return torch.empty(0, width), torch.empty(0, 3, dtype=torch.int64)
+            return torch.empty(0, self.patch_width), torch.empty(0, 3, dtype=torch.int64)
         images = [self.finder.load(record, name, path) for path in paths]
         output = processor(images=images, return_tensors="pt")
         grids = output["image_grid_thw"].to(torch.int64)
@@ -441,8 +451,7 @@ class Encoder:
         ids = torch.tensor([end] + [pad] * (runs * self.latent_size) + [end], dtype=torch.int64)
         labels = torch.full_like(ids, IGNORE)
         labels[-1] = end
-        width = 3 * self.images.temporal_patch_size * self.images.patch_size**2
-        none, no_grid = torch.empty(0, width), torch.empty(0, 3, dtype=torch.int64)
+        none, no_grid = torch.empty(0, self.patch_width), torch.empty(0, 3, dtype=torch.int64)
         return Sample(
             row=-1,
             input_ids=ids,

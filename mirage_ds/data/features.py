@@ -1,15 +1,15 @@
-"""Kept features of the frozen vision tower: made once, memory-mapped, shared by ranks, epochs, stages and runs.
+"""Kept features of the frozen vision tower: made once, read by ranks, epochs, stages and runs.
 
 F merged features of an image, H hidden width of the language model, I images, R records.
 
-    <folder>/<space>/space.json         what the features are a function of, besides the image
-    <folder>/<space>/<shard>.arrow      Arrow IPC, a row an image: key, features (F · H numbers), CRC-32 of them
-    <folder>/<space>/<shard>.verified   size and time of the shard when somebody last found all its checksums right
+    <folder>/<space>/<shard>.safetensors    a tensor an image, (F, H), called by the image's key in hexadecimal; as
+                                            metadata the space and the CRC-32 of each tensor
+    <folder>/<space>/<shard>.verified       size and time of the shard when somebody last found all of it right
 
-A *space* holds the features that one tower makes with one setting of the image processor in one dtype. Shards are
-written under another name, renamed when they are whole, and never changed: runs that fill a space at the same time at
-worst make an image twice. Features are read by their place in the file: pages of a map that one process alone has
-touched count as its own memory.
+A *space* holds the features that one tower makes with one setting of the image processor in one dtype; of helper images
+what is kept are the k targets that they are pooled to. Shards are written under another name, renamed when they are
+whole, and never changed: runs that fill a space at the same time at worst make an image twice. Features are read by
+their place in the file: pages of a map that one process alone has touched count as its own memory.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
+from safetensors.torch import save_file
 
-from mirage_ds.data.sources import Stamp, write_new
+from mirage_ds.data.sources import Stamp
 from mirage_ds.errors import UserError
+from mirage_ds.files import sync, write_new
 
 # Raised whenever the bytes in a shard mean something else than before.
-FORMAT = 1
-SCHEMA = pa.schema(
-    [("key_high", pa.uint64()), ("key_low", pa.uint64()), ("check", pa.uint32()), ("features", pa.large_binary())]
-)
+FORMAT = 2
+SUFFIX = ".safetensors"
 SHARD_BYTES = 128 << 20
 # Files that a process may have open at a time are often 1024.
 MOST_OPEN = 256
@@ -45,7 +44,8 @@ Key = tuple[int, int]
 
 def image_key(file: Path) -> Key:
     """Return the key of an image file: 128 bits of its content's BLAKE2b hash."""
-    digest = hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
@@ -79,37 +79,18 @@ def sortable(keys: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(keys, dtype=">u8").reshape(-1, 2).view("S16").reshape(-1)
 
 
-def image_keys(rows: Sequence[Sequence[tuple[Key, int]]]) -> ImageKeys:
-    """Make the table from each record's (key, merged features) pairs."""
-    flat = [image for row in rows for image in row]
-    return ImageKeys(
-        keys=np.array([key for key, _ in flat], dtype=np.uint64).reshape(-1, 2),
-        sizes=np.array([size for _, size in flat], dtype=np.int64),
-        starts=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
-    )
-
-
-class Found(NamedTuple):
-    """Where the features of images lie, sorted by key.
+class Shard(NamedTuple):
+    """Where the features of images lie in one shard.
 
     Attributes:
-        keys: (I,) see sortable.
-        shard: (I,) number of the file; offset, size: (I,) bytes in it; check: (I,) CRC-32 of them.
+        name: of the file; keys: (I,) see sortable; offset, size: (I,) bytes; check: (I,) CRC-32 of them.
     """
 
+    name: str
     keys: np.ndarray
-    shard: np.ndarray
     offset: np.ndarray
     size: np.ndarray
     check: np.ndarray
-
-    @classmethod
-    def in_shards(cls, parts: Sequence[Found]) -> Found:
-        """Join what several shards hold."""
-        none = cls(np.empty(0, "S16"), *(np.empty(0, kind) for kind in (np.int32, np.int64, np.int64, np.uint32)))
-        joined = [np.concatenate(columns) for columns in zip(none, *parts, strict=True)]
-        order = np.argsort(joined[0], kind="stable")
-        return cls(*(column[order] for column in joined))
 
 
 class FeatureStore:
@@ -127,94 +108,116 @@ class FeatureStore:
         self.dtype = dtype
         self.space = json.dumps({**space, "width": width, "dtype": str(dtype), "format": FORMAT}, sort_keys=True)
         self.place = folder / hashlib.sha256(self.space.encode()).hexdigest()[:32]
-        self.files: list[Path] = []
+        self.names: list[str] = []
+        # Of all shards together, sorted by key: the number of the shard, and as in a Shard.
+        self.keys = np.empty(0, "S16")
+        self.shard, self.offset, self.size, self.check = (np.empty(0, np.int64) for _ in range(4))
         self.descriptors: dict[int, int] = {}
-        self.found = Found.in_shards([])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the open files behind: another process opens its own."""
         return {**self.__dict__, "descriptors": {}}
 
     def __del__(self) -> None:
-        self._close()
-
-    def _close(self) -> None:
         while self.descriptors:
             os.close(self.descriptors.popitem()[1])
 
-    def refresh(self) -> list[Path]:
-        """Look for shards anew; return those that cannot be read or belong to another space.
+    def listed(self) -> list[str]:
+        """List the shards that this process sees."""
+        return sorted(file.name for file in self.place.glob(f"*{SUFFIX}"))
 
-        What was found before is forgotten, so that a shard that somebody removed is missed here and not in the middle
-        of a step.
+    def open(self, name: str) -> Shard | None:
+        """Find what a shard holds; its features are read where nobody has found them right before.
+
+        Returns:
+            None where it is gone, or was not whole or of another space and has been removed.
         """
-        self._close()
-        self.files, foreign, parts = [], [], []
-        for file in sorted(self.place.glob("*.arrow")):
-            try:
-                part = self._look(file, len(self.files))
-            except (pa.ArrowInvalid, OSError, ValueError):
-                foreign.append(file)
-                continue
-            self.files.append(file)
-            parts.append(part)
-        self.found = Found.in_shards(parts)
-        return foreign
+        file = self.place / name
+        try:
+            # Before it is read: what is written meanwhile is not taken for verified.
+            stamp = Stamp.of(file)
+            shard = self.table(name)
+            if not _noted(file, stamp):
+                with file.open("rb") as content:
+                    for offset, size, check in zip(shard.offset, shard.size, shard.check, strict=True):
+                        content.seek(offset)
+                        if zlib.crc32(content.read(size)) != check:
+                            raise ValueError(f"{file} has rotted")
+                write_new(note_of(file), json.dumps(stamp).encode())
+        except FileNotFoundError:
+            return None
+        # What damage makes of a header leads to any of these.
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            file.unlink(missing_ok=True)
+            note_of(file).unlink(missing_ok=True)
+            return None
+        return shard
 
-    def _look(self, file: Path, number: int) -> Found:
-        """Find where the features of a shard lie; reads none of them."""
-        with pa.memory_map(str(file)) as source:
-            begin = source.read_buffer(1).address
-            reader = pa.ipc.open_file(source)
-            if reader.schema != SCHEMA or (reader.schema.metadata or {}).get(b"space") != self.space.encode():
-                raise ValueError(f"{file} is of another space")
-            table = reader.get_batch(0)
-            _, offsets, content = table["features"].buffers()
-            ends = np.frombuffer(offsets, dtype=np.int64)[: len(table) + 1]
-            keys = np.stack([table["key_high"].to_numpy(), table["key_low"].to_numpy()], axis=1)
-            return Found(
-                keys=sortable(keys),
-                shard=np.full(len(table), number, dtype=np.int32),
-                offset=content.address - begin + ends[:-1],
-                size=np.diff(ends),
-                check=table["check"].to_numpy().copy(),
-            )
+    def table(self, name: str) -> Shard:
+        """Read a shard's header alone; ValueError, and others, where it is none of this space or cut short."""
+        file = self.place / name
+        with file.open("rb") as content:
+            whole = os.fstat(content.fileno()).st_size
+            begin = 8 + int.from_bytes(content.read(8), "little")
+            if begin > whole:
+                raise ValueError(f"{file} is cut short")
+            header = json.loads(content.read(begin - 8))
+        notes = header.pop("__metadata__")
+        checks = json.loads(notes["checks"])
+        spans = np.array([header[key]["data_offsets"] for key in header], dtype=np.int64).reshape(-1, 2)
+        if notes["space"] != self.space or begin + spans.max(initial=0) != whole:
+            raise ValueError(f"{file} is of another space, or cut short")
+        return Shard(
+            name=name,
+            keys=np.frombuffer(b"".join(bytes.fromhex(key) for key in header), dtype="S16"),
+            offset=begin + spans[:, 0],
+            size=spans[:, 1] - spans[:, 0],
+            check=np.array([checks[key] for key in header], dtype=np.int64),
+        )
 
-    def _at(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the places in `found` of keys (I, 2), and which of them are right: (I,) int64, (I,) bool."""
-        wanted = sortable(keys)
-        at = np.searchsorted(self.found.keys, wanted)
-        inside = at < len(self.found.keys)
-        right = np.zeros(len(wanted), dtype=bool)
-        right[inside] = self.found.keys[at[inside]] == wanted[inside]
-        return at, right
+    def add(self, shards: Sequence[Shard]) -> None:
+        """Take what shards hold into the table."""
+        number = np.repeat(len(self.names) + np.arange(len(shards)), [len(one.keys) for one in shards])
+        self.names += [one.name for one in shards]
+        keys = np.concatenate([self.keys, *(one.keys for one in shards)])
+        order = np.argsort(keys, kind="stable")
+        self.keys, self.shard = keys[order], np.concatenate([self.shard, number])[order]
+        self.offset = np.concatenate([self.offset, *(one.offset for one in shards)])[order]
+        self.size = np.concatenate([self.size, *(one.size for one in shards)])[order]
+        self.check = np.concatenate([self.check, *(one.check for one in shards)])[order]
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Tell which of `keys` (I, 2) are not here: (I,) bool."""
-        return ~self._at(keys)[1]
+        wanted = sortable(keys)
+        at = np.searchsorted(self.keys, wanted)
+        absent = at == len(self.keys)
+        absent[~absent] = self.keys[at[~absent]] != wanted[~absent]
+        return absent
 
-    def _read(self, at: int) -> tuple[Path, bytes, bool]:
-        """Return the shard of an image found, its features, and whether they have their checksum."""
-        number = int(self.found.shard[at])
+    def _read(self, at: int) -> bytes:
+        number = int(self.shard[at])
         if number not in self.descriptors:
             if len(self.descriptors) == MOST_OPEN:
                 os.close(self.descriptors.pop(next(iter(self.descriptors))))
-            self.descriptors[number] = os.open(self.files[number], os.O_RDONLY)
-        content = os.pread(self.descriptors[number], int(self.found.size[at]), int(self.found.offset[at]))
-        whole = len(content) == self.found.size[at] and zlib.crc32(content) == self.found.check[at]
-        return self.files[number], content, whole
+            self.descriptors[number] = os.open(self.place / self.names[number], os.O_RDONLY)
+        return os.pread(self.descriptors[number], int(self.size[at]), int(self.offset[at]))
 
     def get(self, key: Sequence[int]) -> torch.Tensor:
         """Return the features of one image, (F, H); KeyError when they are not here.
 
         Raises:
-            UserError: they have rotted since somebody verified them; only this process knows.
+            UserError: they have rotted or gone since the start; only this process knows.
         """
-        (at,), (right,) = self._at(np.asarray([key], dtype=np.uint64))
-        if not right:
+        wanted = np.asarray([key], dtype=np.uint64)
+        if self.missing(wanted)[0]:
             raise KeyError(f"no features with key {tuple(key)} in {self.place}")
-        file, content, whole = self._read(int(at))
-        if not whole:
+        at = int(np.searchsorted(self.keys, sortable(wanted))[0])
+        file = self.place / self.names[int(self.shard[at])]
+        try:
+            content = self._read(at)
+        except FileNotFoundError:
+            content = b""
+        if len(content) != self.size[at] or zlib.crc32(content) != self.check[at]:
             # The next start reads all of the shard again.
             note_of(file).unlink(missing_ok=True)
             raise UserError(
@@ -223,58 +226,40 @@ class FeatureStore:
             )
         return torch.frombuffer(bytearray(content), dtype=self.dtype).view(-1, self.width)
 
-    def unverified(self, keys: np.ndarray) -> list[Path]:
-        """List the shards with features of `keys` (I, 2) that are not as they were when somebody verified them."""
-        at, right = self._at(keys)
-        return [
-            self.files[number] for number in np.unique(self.found.shard[at[right]]) if not _noted(self.files[number])
-        ]
-
-    def damaged(self, files: Sequence[Path]) -> list[Path]:
-        """Read shards and return those of which a feature differs from its checksum; the others are noted as whole.
-
-        Args:
-            files: those that `refresh` has not met, as a network file system may have it, are left out.
-        """
-        bad = []
-        for file in set(files) & set(self.files):
-            # Before it is read: what is written meanwhile is not taken for verified.
-            stamp = Stamp.of(file)
-            own = np.flatnonzero(self.found.shard == self.files.index(file))
-            if all(self._read(int(at))[2] for at in own):
-                write_new(note_of(file), json.dumps(stamp).encode())
-            else:
-                bad.append(file)
-        return bad
-
 
 def note_of(shard: Path) -> Path:
     """Return the place of a shard's note that it is whole."""
     return shard.with_suffix(".verified")
 
 
-def _noted(shard: Path) -> bool:
+def _noted(shard: Path, stamp: Stamp) -> bool:
     try:
-        return bool(json.loads(note_of(shard).read_bytes()) == [*Stamp.of(shard)])
+        return bool(json.loads(note_of(shard).read_bytes()) == [*stamp])
     except (OSError, ValueError):
         # No note, or half of one: the shard is read.
         return False
 
 
 class ShardWriter:
-    """Writes features into a space, a shard at a time; nobody sees a shard before it is whole."""
+    """Writes features into a space, a shard at a time; nobody sees a shard before it is whole.
+
+    Attributes:
+        written: the names of the shards.
+    """
 
     def __init__(self, store: FeatureStore, shard_bytes: int = SHARD_BYTES):
         self.store = store
         self.shard_bytes = shard_bytes
-        self.waiting: list[tuple[int, int, int, bytes]] = []
+        self.waiting: dict[str, torch.Tensor] = {}
+        self.written: list[str] = []
         self.bytes = 0
 
     def add(self, key: Sequence[int], features: torch.Tensor) -> None:
         """Take the features (F, H) of one image; a full shard is written at once."""
-        content = features.detach().to(self.store.dtype).cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        self.waiting.append((int(key[0]), int(key[1]), zlib.crc32(content), content))
-        self.bytes += len(content)
+        # Cloned: what is cut from a larger tensor would keep all of it.
+        own = features.detach().to("cpu", self.store.dtype).clone(memory_format=torch.contiguous_format)
+        self.waiting[f"{int(key[0]):016x}{int(key[1]):016x}"] = own
+        self.bytes += own.nbytes
         if self.bytes >= self.shard_bytes:
             self.flush()
 
@@ -283,24 +268,17 @@ class ShardWriter:
         if not self.waiting:
             return
         self.store.place.mkdir(parents=True, exist_ok=True)
-        (self.store.place / "space.json").write_text(json.dumps(json.loads(self.store.space), indent=1) + "\n")
-        schema = SCHEMA.with_metadata({"space": self.store.space})
-        columns = [
-            pa.array(column, type=field.type)
-            for column, field in zip(zip(*self.waiting, strict=True), schema, strict=True)
-        ]
+        checks = {key: zlib.crc32(own.view(torch.uint8).numpy().data) for key, own in self.waiting.items()}
         name = uuid.uuid4().hex
         partial = self.store.place / f".{name}.partial"
         try:
-            with partial.open("wb") as file:
-                with pa.ipc.new_file(file, schema) as writer:
-                    writer.write_batch(pa.record_batch(columns, schema=schema))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.store.place / f"{name}.arrow")
+            save_file(self.waiting, partial, {"space": self.store.space, "checks": json.dumps(checks)})
+            sync(partial)
+            partial.replace(self.store.place / (name + SUFFIX))
         finally:
             partial.unlink(missing_ok=True)
-        self.waiting, self.bytes = [], 0
+        self.written.append(name + SUFFIX)
+        self.waiting, self.bytes = {}, 0
 
 
 class KeptFeatures(NamedTuple):

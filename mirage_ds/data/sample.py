@@ -31,7 +31,8 @@ class Sample(NamedTuple):
         helper_pixel_values, helper_grid_thw: the same for the helper images (stage1 only, else empty).
         helper_groups: (F,) int64, the latent of the row that each merged feature of the helpers is averaged into (see
             pool.pool_groups; runs counted on); empty where there are no helpers.
-        image_features, helper_features: (F, H) where the frozen tower's features were kept; then there are no pixels.
+        image_features: (F, H) where the frozen tower's features were kept; then there are no pixels.
+        helper_features: (runs · k, H) where the helpers' targets were kept: each is in a group of its own.
     """
 
     row: int

@@ -34,10 +34,17 @@ def compress(features: torch.Tensor, batch: Batch, width: int) -> torch.Tensor:
     Returns:
         (N_runs · k, H) targets in the dtype of `features`, reduced in float32.
     """
-    size = batch.pool_size
-    features = embedded(features, width)
+    return averages(embedded(features, width), batch.pool_from, batch.pool_to, batch.pool_size)
+
+
+def averages(features: torch.Tensor, source: torch.Tensor, target: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Average features (F, H) into targets, in float32: of `source[i]` into `target[i]`, which takes `size` of them.
+
+    Returns:
+        (len(size), H) in the dtype of `features`.
+    """
     sums = torch.zeros(len(size), features.shape[1], dtype=torch.float32, device=features.device)
-    sums = sums.index_add(0, batch.pool_to, features.float().index_select(0, batch.pool_from))
+    sums = sums.index_add(0, target, features.float().index_select(0, source))
     return (sums / size[:, None]).to(features.dtype)
 
 

@@ -51,6 +51,11 @@ class FrozenTower:
         kind = self.tower.config.model_type.removesuffix("_vision")
         return FAMILIES[kind].feature_width(self.tower.config)
 
+    @property
+    def input_width(self) -> int:
+        """H: the first of a feature's W numbers, which are the input embedding of its token (images.py)."""
+        return self.width // (1 + len(getattr(self.tower.config, "deepstack_visual_indexes", ())))
+
     def fingerprint(self) -> str:
         """Hash of what the features are a function of: the tower's configuration and weights."""
         digest = hashlib.sha256(json.dumps(self.tower.config.to_diff_dict(), sort_keys=True, default=str).encode())

@@ -94,9 +94,11 @@ class Question:
 
     @property
     def features(self) -> int:
-        """F of a micro-batch: input images, and in stage1 a helper a run."""
-        helpers = self.spec.latent_runs if self.spec.stage == "stage1" else 0
-        return self.micro.rows * (self.spec.images + helpers) * self.spec.image_tokens
+        """F of a micro-batch: of input images, and in stage1 of a helper a run, or its targets where they are kept."""
+        spec = self.spec
+        helpers = spec.latent_runs if spec.stage == "stage1" else 0
+        helper = spec.image_tokens if spec.feature_cache == "off" else spec.latent_size
+        return self.micro.rows * (spec.images * spec.image_tokens + helpers * helper)
 
     @property
     def work(self) -> Work:
@@ -222,11 +224,12 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     if every_kept:
         host["frozen tower, a copy a rank"] = spec.gpus_per_node * tower
     host["processes (assumed)"] = spec.gpus_per_node * PROCESS_BYTES
-    images = {"off": 0, "targets": 0, "all": spec.images}[spec.feature_cache]
-    if spec.stage == "stage1" and spec.feature_cache != "off":
-        images += spec.latent_runs
     # DeepStack's features lie beside those of the embeddings.
     feature = asked.block.hidden * (1 + asked.block.deep) * b
+    kept = spec.images * spec.image_tokens * feature if every_kept else 0
+    if spec.stage == "stage1" and spec.feature_cache != "off":
+        # Of a helper its k targets, of which DeepStack has no part.
+        kept += spec.latent_runs * spec.latent_size * asked.block.hidden * b
     optimizer = (settings.master + 2 * settings.moments) * model.text
     return Held(
         states=found,
@@ -241,7 +244,7 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
         host=host,
         host_start=(model.text + model.vision) * b + spec.gpus_per_node * (tower + PROCESS_BYTES),
         host_disk=spec.gpus_per_node * total(found.disk),
-        kept=spec.rows * images * spec.image_tokens * feature,
+        kept=spec.rows * kept,
         # ZeRO-3's shards hold the optimizer alone; the others also write the weights of the forward.
         checkpoint=optimizer + (0 if settings.stage == 3 else b * model.text),
     )

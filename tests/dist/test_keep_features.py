@@ -14,6 +14,7 @@ from on_disk import TIMES
 
 from mirage_ds import train
 from mirage_ds.config import RunConfig
+from mirage_ds.data.features import FeatureStore
 from mirage_ds.errors import UserError
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.prepare import prepare
@@ -25,10 +26,17 @@ SETTINGS: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-def _train(world: Any, settings: dict[str, Any]) -> tuple[str | None, int]:
-    """Train; what the user is told, and how many images this rank's tower has encoded."""
+def _train(world: Any, settings: dict[str, Any]) -> tuple[str | None, int, list[str]]:
+    """Train; what the user is told, how many images this rank's tower has encoded, and the shards it has opened."""
     calls = []
-    encode = FrozenTower._one
+    opened = []
+    encode, table = FrozenTower._one, FeatureStore.table
+
+    def listed(self: FeatureStore, name: str) -> Any:
+        opened.append(name)
+        return table(self, name)
+
+    FeatureStore.table = listed  # type: ignore[method-assign]
 
     def counted(self: FrozenTower, *image: Any) -> Any:
         calls.append(1)
@@ -41,10 +49,11 @@ def _train(world: Any, settings: dict[str, Any]) -> tuple[str | None, int]:
         train.train(config, prepared, world)
         prepared.engine.destroy()
     except UserError as error:
-        return str(error), len(calls)
+        return str(error), len(calls), opened
     finally:
         FrozenTower._one = encode  # type: ignore[method-assign]
-    return None, len(calls)
+        FeatureStore.table = table  # type: ignore[method-assign]
+    return None, len(calls), opened
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +82,11 @@ class Trainer:
         self.count += 1
         out = self.folder / f"run{self.count}"
         told = self.group.run(_train, self.base | dict(save_model_path=out) | settings)
-        assert [said for said, _ in told] == [None, None]
+        assert [said for said, *_ in told] == [None, None]
+        self.opened = [names for *_, names in told]
         lines = [json.loads(line) for line in (out / "run/log.jsonl").read_text().splitlines()]
         return [{k: v for k, v in line.items() if k not in (*TIMES, "model_flops")} for line in lines], sum(
-            n for _, n in told
+            n for _, n, _ in told
         )
 
     def refused(self, **settings: Any) -> str:
@@ -103,6 +113,10 @@ def test_each_image_is_encoded_once_for_all_runs_and_no_digit_changes(trainer: T
     assert kept == plain
     again, calls = trainer()
     assert (again, calls) == (plain, 0)
+    # Each shard on one rank, once.
+    shards = sorted(file.name for file in (trainer.folder / "features").rglob("*.safetensors"))
+    assert [len(names) for names in trainer.opened] == [2, 2]
+    assert sorted(name for names in trainer.opened for name in names) == shards
     targets, calls = trainer(feature_cache="targets", feature_dir=trainer.folder / "others")
     assert (targets, calls) == (plain, 6 + 6)
     # Another stage finds the input images, another pixel limit does not.
@@ -119,12 +133,12 @@ def test_only_rows_that_the_run_reaches_are_encoded(trainer: Trainer) -> None:
 
 def test_a_broken_or_lost_shard_is_made_anew(trainer: Trainer) -> None:
     plain, _ = trainer()
-    shards = sorted((trainer.folder / "features").rglob("*.arrow"))
-    assert len(shards) == 4  # two fields on two ranks, in one space
+    shards = sorted((trainer.folder / "features").rglob("*.safetensors"))
+    assert len(shards) == 4  # two fields on two ranks
     shards[0].write_bytes(shards[0].read_bytes()[:100])
     shards[1].unlink()
     content = bytearray(shards[2].read_bytes())
-    content[len(content) // 2] ^= 255
+    content[-7] ^= 255
     shards[2].write_bytes(content)
     again, calls = trainer()
     assert again == plain

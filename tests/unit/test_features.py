@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from mirage_ds import keep_features
+from mirage_ds.data.batch import collate
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures, ShardWriter, image_key, image_keys
+from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures, ShardWriter, image_key
+from mirage_ds.data.images import READING, ImageFinder
+from mirage_ds.data.load import load_encoder
 from mirage_ds.data.loader import build_index
+from mirage_ds.data.pool import pool_groups
+from mirage_ds.data.record import RecordError
+from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.keep_features import _Images
+from mirage_ds.keep_features import CHUNK, CHUNK_BYTES, _Images, _kept, chunks_of
+from mirage_ds.model.latents import compress as compressed
+from mirage_ds.model.load import load_tower, read_config
 
 WIDTH = 8
 SPACE = {"tower": "a"}
@@ -42,13 +57,20 @@ def keys_of(numbers: range) -> np.ndarray:
     return np.array([key(number) for number in numbers], dtype=np.uint64)
 
 
+def look(store: FeatureStore) -> list[str]:
+    """Open all shards; the names of those that cannot be used."""
+    found = {name: store.open(name) for name in store.listed()}
+    store.add([shard for shard in found.values() if shard])
+    return [name for name, shard in found.items() if shard is None]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_image_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     # 13 high words for 50 keys: the low word decides.
     store = FeatureStore(tmp_path, SPACE, WIDTH, dtype)
     fill(store, range(50), shard_bytes=300)
-    assert store.refresh() == []
-    assert len(store.files) > 5
+    assert look(store) == []
+    assert len(store.names) > 5
     assert not store.missing(keys_of(range(50))).any()
     for number in range(50):
         found = store.get(key(number))
@@ -57,18 +79,32 @@ def test_every_image_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) 
     assert store.missing(keys_of(range(48, 53))).tolist() == [False, False, True, True, True]
     with pytest.raises(KeyError, match="no features with key"):
         store.get(key(50))
-    assert store.damaged(store.files) == []
+    # A shard is what safetensors reads.
+    first = {name: one for file in sorted(store.place.glob("*.safetensors")) for name, one in load_file(file).items()}
+    assert len(first) == 50
+    assert torch.equal(first[f"{key(7)[0]:016x}{7:016x}"], features(7, 4, dtype))
+
+
+def test_the_table_grows_shard_by_shard(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, SPACE, WIDTH, torch.float32)
+    for at in range(0, 12, 4):
+        writer = ShardWriter(store)
+        for number in range(at, at + 4):
+            writer.add(key(number), features(number, 1 + number % 4))
+        writer.flush()
+        store.add([store.table(name) for name in writer.written])
+        assert store.missing(keys_of(range(12))).tolist() == [False] * (at + 4) + [True] * (8 - at)
+    assert all(torch.equal(store.get(key(number)), features(number, 1 + number % 4)) for number in range(12))
 
 
 def test_another_process_finds_them_and_nobody_sees_half_a_shard(tmp_path: Path) -> None:
     store, other = (FeatureStore(tmp_path, SPACE, WIDTH, torch.float32) for _ in range(2))
     writer = ShardWriter(store)
     writer.add(key(0), features(0, 3))
-    other.refresh()
-    assert other.missing(keys_of(range(1))).all()
+    assert other.listed() == []
     writer.flush()
     (store.place / ".0123.partial").write_bytes(b"half")
-    assert other.refresh() == []
+    assert look(other) == []
     again = pickle.loads(pickle.dumps(other))
     assert torch.equal(again.get(key(0)), features(0, 3))
 
@@ -83,85 +119,83 @@ def test_features_of_another_tower_dtype_or_setting_lie_elsewhere(tmp_path: Path
     ]
     assert len({store.place, *(other.place for other in others)}) == 5
     assert FeatureStore(tmp_path, dict(SPACE), WIDTH, torch.float32).place == store.place
-    # A shard that somebody copied there is named, and none of it is used.
+    # A shard that somebody copied there is not used, and goes.
     fill(others[0], range(3))
     store.place.mkdir()
-    (shard,) = others[0].place.glob("*.arrow")
-    copied = store.place / shard.name
-    copied.write_bytes(shard.read_bytes())
-    assert store.refresh() == [copied]
+    (shard,) = others[0].listed()
+    shutil.copy(others[0].place / shard, store.place)
+    assert look(store) == [shard]
     assert store.missing(keys_of(range(3))).all()
+    assert store.listed() == []
 
 
-@pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
-def test_a_truncated_shard_is_named_and_not_used(keep: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [0, 10, 0.5, -1, "huge header", "no header", "other header"])
+def test_a_spoilt_shard_is_not_used_and_goes(keep: float | str, tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, SPACE, WIDTH, torch.float32)
     fill(store, range(4))
     fill(store, range(4, 8))
-    one = sorted(store.place.glob("*.arrow"))[0]
+    one = store.place / store.listed()[0]
     content = one.read_bytes()
-    one.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    assert store.refresh() == [one]
+    if isinstance(keep, str):
+        head = {"huge header": b"\xff" * 8, "no header": bytes(8), "other header": (2).to_bytes(8, "little") + b"[]"}
+        one.write_bytes(head[keep] + content[16:])
+    else:
+        one.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    assert look(store) == [one.name]
     assert store.missing(keys_of(range(8))).sum() == 4
+    assert not one.exists()
 
 
-def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path, SPACE, WIDTH, torch.float32)
-    fill(store, range(4))
-    fill(store, range(4, 8))
-    store.refresh()
-    (file,) = store.unverified(keys_of(range(6, 7)))
-    content = bytearray(file.read_bytes())
-    at = content.index(features(6, 3).numpy().tobytes())
-    content[at + 5] ^= 1
+def flip(file: Path, number: int) -> None:
+    """Flip a bit of an image's features, as a disk rots: neither size nor time tells it."""
+    stamp, content = file.stat().st_mtime_ns, bytearray(file.read_bytes())
+    content[content.index(features(number, 1 + number % 4).numpy().tobytes()) + 5] ^= 1
     file.write_bytes(content)
-    assert store.refresh() == []
-    assert store.damaged(store.unverified(keys_of(range(4)))) == []
-    assert store.damaged(store.unverified(keys_of(range(8)))) == [file]
+    os.utime(file, ns=(stamp, stamp))
 
 
-def test_a_verified_shard_is_not_read_again_at_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flipped_bit_is_found_at_the_first_start(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, SPACE, WIDTH, torch.float32)
     fill(store, range(4))
+    (file,) = store.listed()
     fill(store, range(4, 8))
-    store.refresh()
-    assert store.unverified(keys_of(range(8))) == store.files
-    assert store.damaged(store.unverified(keys_of(range(4)))) == []
-    assert len(store.unverified(keys_of(range(8)))) == 1
-    assert store.damaged(store.files) == []
+    flip(store.place / file, 2)
+    assert look(store) == [file]
+    assert store.missing(keys_of(range(8))).tolist() == [True] * 4 + [False] * 4
+
+
+def test_a_verified_shard_is_not_read_again_at_a_start(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, SPACE, WIDTH, torch.float32)
+    fill(store, range(4))
+    assert look(store) == []
+    (name,) = store.names
+    flip(store.place / name, 2)
     other = FeatureStore(tmp_path, SPACE, WIDTH, torch.float32)
-    other.refresh()
-    monkeypatch.setattr(FeatureStore, "_read", None)
-    assert other.unverified(keys_of(range(8))) == []
-    assert other.damaged([]) == []
-    # Its note goes with its size and time.
-    file = other.files[0]
-    file.write_bytes(file.read_bytes())
-    assert other.unverified(keys_of(range(8))) == [file]
+    # Nothing tells it but the content, which is not read.
+    assert look(other) == []
+    # The note goes with the shard's size and time.
+    os.utime(store.place / name, (1, 1))
+    assert FeatureStore(tmp_path, SPACE, WIDTH, torch.float32).open(name) is None
+    assert list(store.place.iterdir()) == []
+    assert store.open(name) is None
 
 
 def test_what_rots_later_is_a_sentence_and_the_next_start_reads_the_shard_again(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, SPACE, WIDTH, torch.float32)
     fill(store, range(4))
-    store.refresh()
-    assert store.damaged(store.files) == []
-    (file,) = store.files
-    stamp = file.stat().st_mtime_ns
-    content = bytearray(file.read_bytes())
-    content[content.index(features(2, 3).numpy().tobytes()) + 7] ^= 16
-    file.write_bytes(content)
-    os.utime(file, ns=(stamp, stamp))
-    # As the disk rots: nothing tells it but the content.
-    assert store.unverified(keys_of(range(4))) == []
+    assert look(store) == []
+    file = store.place / store.names[0]
+    flip(file, 2)
     assert torch.equal(store.get(key(1)), features(1, 2))
     with pytest.raises(UserError, match=rf"^{file}: kept features are damaged; start again, which makes them anew"):
         store.get(key(2))
-    assert store.unverified(keys_of(range(4))) == [file]
-    assert store.damaged([file]) == [file]
-    # A shard cut short under an open run.
+    # A shard cut short under an open run, and one that is gone.
     os.truncate(file, 10)
     with pytest.raises(UserError, match="kept features are damaged"):
         store.get(key(1))
+    file.unlink()
+    with pytest.raises(UserError, match="kept features are damaged"):
+        pickle.loads(pickle.dumps(store)).get(key(1))
 
 
 def test_keys_are_found_one_by_one_as_all_at_once(tmp_path: Path) -> None:
@@ -172,7 +206,7 @@ def test_keys_are_found_one_by_one_as_all_at_once(tmp_path: Path) -> None:
     for number, one in enumerate(keys):
         writer.add(one, features(number, 1))
     writer.flush()
-    store.refresh()
+    look(store)
     assert [torch.equal(store.get(one), features(number, 1)) for number, one in enumerate(keys)] == [True] * len(keys)
     strangers = [(0, 2), (2, 0), (255, 0), (1, 255), (2**64 - 2, 2**64 - 1)]
     assert store.missing(np.array([*keys, *strangers], dtype=np.uint64)).tolist() == [False] * 7 + [True] * 5
@@ -185,13 +219,15 @@ def test_a_key_is_the_files_content(tmp_path: Path) -> None:
 
 
 def table() -> ImageKeys:
-    return image_keys([[(key(0), 1), (key(1), 2)], [], [(key(1), 2)], [(key(2), 3)]])
+    """Four records: of images 0 and 1, of none, of 1, of 2."""
+    keys = np.array([key(0), key(1), key(1), key(2)], dtype=np.uint64)
+    return ImageKeys(keys, sizes=np.array([1, 2, 2, 3]), starts=np.array([0, 2, 2, 3, 4]))
 
 
 def test_a_records_features_stand_in_the_order_of_its_images(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, SPACE, WIDTH, torch.float32)
     fill(store, range(3))
-    store.refresh()
+    look(store)
     kept = KeptFeatures(table(), store)
     assert torch.equal(kept.of(0), torch.cat([features(0, 1), features(1, 2)]))
     assert kept.of(1).shape == (0, WIDTH)
@@ -225,3 +261,89 @@ def test_an_image_that_changes_after_it_was_measured_is_a_fault(
     Image.new("RGB", (84, 84), "red").save(image)
     place, fault = images[0]
     assert (place, fault.line, fault.what) == (0, 1, "image map.png is another one than a minute ago")
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models of two families: the features of the second are 1 + 2 times as wide as what a latent imitates."""
+    folder = tmp_path_factory.mktemp("towers")
+    return {name: families.write(name, folder / name) for name in ("nano", "nano-qwen3-vl")}
+
+
+@pytest.mark.parametrize("model", ["nano", "nano-qwen3-vl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compress", ["average", "grid", "random", "first"])
+def test_kept_targets_are_those_of_a_helper_that_is_not_kept_to_the_bit(
+    compress: Any, dtype: torch.dtype, model: str, towers: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, size in (("a", (140, 84)), ("b", (112, 56)), ("c", (61, 100))):
+        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{name}.png")
+    rows = [
+        {"text_input": "q", "text_output": "<output_image>x<output_image>y", "image_output": ["a.png", "b.png"]},
+        {"text_input": "q", "text_output": "<output_image>z", "image_output": "c.png"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder, k = towers[model], 3
+    encoder = load_encoder([str(folder)], ImageFinder.beside(file, None), "stage1", k, compress=compress)
+    tower = load_tower(folder, read_config(folder), dtype, torch.device("cpu"))
+    width = read_config(folder).text_config.hidden_size
+    index = build_index(file, encoder, 4096, 0.0, ("image_output",), cache_dir=tmp_path / "cache")
+    images = _Images(index.rows, encoder, "image_output", index.images["image_output"], np.arange(3), dtype)
+    each = []
+    for number in range(3):
+        _, pixels, grid = images[number]
+        assert pixels.nbytes == images.bytes_of_pixels()[number]
+        features = tower.features(pixels, grid)
+        each.append(images.kept_of(features, grid[0].tolist(), tower.input_width))
+        # By hand, in float64.
+        groups = pool_groups(int(grid[0, 1]) // 2, int(grid[0, 2]) // 2, k, compress)
+        slow = [features[torch.from_numpy(groups == slot)][:, :width].double().mean(0) for slot in range(k)]
+        rounding = {torch.float32: 1e-6, torch.bfloat16: 8e-3}[dtype]
+        torch.testing.assert_close(each[-1].double(), torch.stack(slow), rtol=rounding, atol=1e-6)
+    records, _ = scan(file)
+    whole = [encoder.encode(record, row) for row, record in enumerate(records)]
+    kept = [
+        encoder.encode(records[0], 0, None, torch.cat(each[:2])),
+        encoder.encode(records[1], 1, None, each[2]),
+    ]
+    assert [sample.helper_features.shape for sample in kept] == [(2 * k, width), (k, width)]
+    assert all(not sample.helper_pixel_values.numel() for sample in kept)
+    targets = []
+    for samples in (whole, kept):
+        batch = tower.attach(collate(samples, 1, encoder.dummy(1)))
+        targets.append(compressed(batch.helper_features, batch, width))
+    assert torch.equal(*targets)
+    with pytest.raises(RecordError, match="an image changed its size"):
+        encoder.encode(records[1], 1, None, torch.cat(each))
+
+
+def test_what_is_kept_is_of_one_way_of_reading_and_pooling(
+    encoder_for: Callable[..., Encoder], nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = load_tower(nano, read_config(nano), torch.float32, torch.device("cpu"))
+
+    def places(**changed: Any) -> list[Path]:
+        encoder = replace(encoder_for("stage1", 4), **changed)
+        kept = (_kept(tmp_path, tower, "print", encoder, name, table()) for name in ("image_input", "image_output"))
+        return [one.store.place for one in kept]
+
+    images, helpers = zip(places(), places(latent_size=2), places(compress="grid"), places(stage="stage2"), strict=True)
+    assert len(set(images)) == 1
+    assert helpers[0] == helpers[3] not in images
+    assert len(set(helpers)) == 3
+    monkeypatch.setattr(keep_features, "READING", READING + 1)
+    assert not {*images, *helpers} & {*places()}
+
+
+@pytest.mark.parametrize("size", [1, CHUNK_BYTES // 100, CHUNK_BYTES // 3, CHUNK_BYTES, 5 * CHUNK_BYTES])
+def test_a_chunk_is_bounded_by_its_bytes(size: int) -> None:
+    sizes = [size * (1 + number % 3) // 2 for number in range(100)]
+    chunks = chunks_of(sizes)
+    assert [number for chunk in chunks for number in chunk] == list(range(100))
+    assert all(len(one) == 1 or sum(sizes[at] for at in one) <= CHUNK_BYTES for one in chunks)
+    assert max(map(len, chunks)) <= CHUNK
+    # None could have taken the next one's first image.
+    for one, following in itertools.pairwise(chunks):
+        assert len(one) == CHUNK or sum(sizes[at] for at in one) + sizes[following[0]] > CHUNK_BYTES
+    assert chunks_of([]) == []

@@ -169,7 +169,7 @@ def test_kept_features_come_instead_of_pixels(
     for number, (key, size) in enumerate(zip(images.keys, images.sizes, strict=True)):
         writer.add(key, torch.full((int(size), 3), float(number)))
     writer.flush()
-    store.refresh()
+    store.add([store.table(name) for name in writer.written])
     # Nobody opens them any more.
     for image in spoilt.parent.glob("in*.png"):
         image.unlink()

@@ -123,8 +123,9 @@ def test_deepstack_features_are_three_times_as_wide(tmp_path: Path) -> None:
         held[name] = held_by(asked, PLAIN, True)
         assert asked.block.hidden == 128
     one, other = held.values()
-    assert (other.features, other.kept) == (3 * one.features, 3 * one.kept)
-    assert one.kept == 7 * 2 * 256 * 128 * 2
+    assert other.features == 3 * one.features
+    # A helper's four targets are not.
+    assert (one.kept, other.kept) == (7 * (256 + 4) * 128 * 2, 7 * (3 * 256 + 4) * 128 * 2)
 
 
 def test_flat_and_nested_layouts_say_the_same(tmp_path: Path) -> None:
@@ -531,8 +532,8 @@ def test_a_frozen_tower_is_on_the_gpu_unless_all_features_are_kept() -> None:
         for cache in ("all", "targets")
     )
     assert (one.tower, other.tower) == (0, 2 * 676_550_144)
-    # 3,000 records, an input image and a helper of 256 features; then the helper alone.
-    assert (one.kept, other.kept) == (3000 * 2 * 256 * 3584 * 2, 3000 * 256 * 3584 * 2)
+    # 3,000 records, an input image of 256 features and a helper's four targets; then the helper alone.
+    assert (one.kept, other.kept) == (3000 * (256 + 4) * 3584 * 2, 3000 * 4 * 3584 * 2)
     assert one.host["frozen tower, a copy a rank"] == 8 * 2 * 676_550_144
 
 
