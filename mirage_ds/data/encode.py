@@ -30,6 +30,7 @@ from mirage_ds.data.sample import IGNORE, Grid, Layout, Measure, Sample
 from mirage_ds.errors import UserError
 
 if TYPE_CHECKING:
+    from PIL import Image
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -433,12 +434,17 @@ class Encoder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not paths:
             return torch.empty(0, self.patch_width), torch.empty(0, 3, dtype=torch.int64)
-        images = [self.finder.load(record, name, path) for path in paths]
-        output = processor(images=images, return_tensors="pt")
+        images = [self._resized(processor, self.finder.load(record, name, path)) for path in paths]
+        output = processor(images=images, do_resize=False, return_tensors="pt")
         grids = output["image_grid_thw"].to(torch.int64)
         if expected is not None and [tuple(grid) for grid in grids.tolist()] != expected:
             raise self._changed(record, name)
         return output["pixel_values"].to(torch.float32), grids
+
+    def _resized(self, processor: Any, image: Image.Image) -> Image.Image:
+        """Resize as the processor does it, but before it copies a large photograph several times."""
+        _, rows, columns = self._grid(processor, image.height, image.width)
+        return image.resize((columns * processor.patch_size, rows * processor.patch_size), processor.resample)
 
     def dummy(self, runs: int) -> Sample:
         """Make a row of weight zero: `<|endoftext|>`, then `runs` latent runs, then one labelled token.

@@ -214,7 +214,8 @@ def upright_rgb(image: Image.Image) -> Image.Image | None:
         layer = made.convert("RGBA")
         made = Image.new("RGB", layer.size, "white")
         made.paste(layer, mask=layer.getchannel("A"))
-    made = made.convert("RGB")
+    if made.mode != "RGB":
+        made = made.convert("RGB")
     return made if turn == 1 else made.transpose(TURNS[turn])
 
 
