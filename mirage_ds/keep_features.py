@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,9 @@ def _join(
     if not good:
         return None, faults
     places, pixels, grids = zip(*good, strict=True)
-    return (list(places), torch.cat(pixels), torch.cat(grids)), faults
+    # A large photograph comes alone, and joining would copy it.
+    joined = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
+    return (list(places), joined, torch.cat(grids)), faults
 
 
 def _kept(
@@ -189,6 +192,16 @@ def _open(kept: KeptFeatures, world: World, begin: Callable[[str], None]) -> Non
         begin("features")
         found.append(kept.store.open(name))
     kept.store.add(everyone([shard for shard in found if shard is not None], world))
+
+
+@contextmanager
+def _said(folder: Path) -> Iterator[None]:
+    """Turn what the folder of features leads to on this rank into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        how = "make room or name another folder, or --feature_cache off"
+        raise UserError(f"--feature_dir {folder}: {error.strerror}; {how}", everywhere=False) from None
 
 
 def _check_room(kept: KeptFeatures, places: np.ndarray, folder: Path) -> None:
@@ -321,18 +334,16 @@ def keep_features(
     fingerprint = from_rank_zero(tower.fingerprint, world) if images else ""
     for name, keys in images.items():
         kept = _kept(folder, tower, fingerprint, encoder, name, keys)
-        _open(kept, world, begin)
+        with _said(folder):
+            _open(kept, world, begin)
         needed = kept.needs(rows)
         missing = needed[kept.store.missing(keys.keys[needed])]
         if len(missing):
             from_rank_zero(partial(_check_room, kept, missing, folder), world)
             own = _Images(records, encoder, name, keys, missing[world.rank :: world.size], tower.tower.dtype)
             title = "encoding input images" if name == "image_input" else "encoding helper images"
-            try:
+            with _said(folder):
                 shards, own_broken = _make(tower, kept, own, title, workers, world, asked, begin)
-            except OSError as error:
-                how = "make room or name another folder, or --feature_cache off"
-                raise UserError(f"--feature_dir {folder}: {error.strerror}; {how}", everywhere=False) from None
             broken = everyone(own_broken, world)
             if broken and not skip:
                 raise faults_error(data_path, min((fault for _, fault in broken), key=by_place), len(broken))
