@@ -69,7 +69,7 @@ def watched(pid: int) -> Iterator[list[tuple[float, float]]]:
 
     def look() -> None:
         process = psutil.Process(pid)
-        while not ended.wait(0.03):
+        while not ended.wait(0.05):
             try:
                 seen.append(held(process))
             except psutil.NoSuchProcess:
@@ -120,6 +120,9 @@ def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, worker
     from mirage_ds.engine.setup import World
     from mirage_ds.model.load import load_tower, read_config
     from mirage_ds.model.vision import FrozenTower
+
+    # As in a run; a process that was spawned would spawn the workers too.
+    multiprocessing.set_start_method("fork", force=True)
 
     class Blind(FrozenTower):
         def features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
