@@ -28,6 +28,7 @@ from mirage_ds.engine.compiled import say_waits
 from mirage_ds.engine.export import Parts, save_model, trained_of
 from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
 from mirage_ds.engine.offload import check_offload
+from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, check_ds_config, from_rank_zero, make_engine
 from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
@@ -206,7 +207,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     files: list[Records] = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
     encoders = [replace(encoder, finder=finder_of(config, file)) for file in files]
     indices = [
-        index_records(config, one, file, world, partial(begin, "records"))
+        index_records(config, one, file, world, asked, partial(begin, "records"))
         for file, one in zip(files, encoders, strict=True)
     ]
     if config.eval_data_path:
@@ -288,6 +289,8 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     if world.local_rank == 0:
         say_waits(ds_values)
     engine = make_engine(loaded.model, config, ds_values, steps)
+    # DeepSpeed has made groups of its own.
+    set_collective_timeout(config.start_timeout)
     begin("load")
     resumed = load_checkpoint(engine, checkpoint) if checkpoint else {}
     # After the load: what DeepSpeed restores of it is compared too.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +20,15 @@ from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.features import KeptFeatures
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import EncodedRows
-from mirage_ds.data.indexing import open_index, open_made
+from mirage_ds.data.indexing import Maker, Plan
+from mirage_ds.data.joining import open_made
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.loader import Index, Loader, usable, without
 from mirage_ds.data.pack import Planner, check_patches, pack, total_steps
 from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import record_of
 from mirage_ds.data.weigh import weighed
-from mirage_ds.engine.setup import World, everyone, from_rank_zero
+from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero, shared_fate
 from mirage_ds.errors import UserError
 from mirage_ds.keep_features import keep_features
 from mirage_ds.mixture import Mixture, Records
@@ -37,6 +39,7 @@ from mirage_ds.model.load import (
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.scoring import check_evaluation, spread
+from mirage_ds.stop import Stopped
 
 
 @dataclass(frozen=True)
@@ -90,53 +93,80 @@ def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
 
 
 def index_records(
-    config: RunConfig, encoder: Encoder, data_path: Records, world: World, tick: Callable[[], None]
+    config: RunConfig,
+    encoder: Encoder,
+    data_path: Records,
+    world: World,
+    asked: Callable[[], bool],
+    tick: Callable[[], None],
 ) -> Index:
-    """Open the index of records on every rank, made by rank 0 where there is none. All ranks call it.
+    """Open the index of records on every rank; all ranks make it where there is none. All ranks call it.
 
-    Where the hosts share no --cache_dir, each of them makes its own.
+    Where hosts do not share --cache_dir, the ranks of each make one there.
 
     Args:
+        asked: whether somebody wants this process to stop.
         tick: is called again and again while an index is made.
 
     Raises:
         UserError: see data.loader.build_index; or a host has other records or images.
+        Stopped: on every rank; the parts that are made stay.
     """
     cache, keep = cache_folder(config.cache_dir), config.kept_fields
+    maker = Maker(data_path, encoder, keep, cache, world.rank > 0, config.check_images, tick)
 
-    def make() -> EncodedRows:
-        return open_index(data_path, encoder, keep, config.cache_dir, quiet=world.rank > 0, tick=tick)
+    def on_rank_zero() -> tuple[Plan, str | None]:
+        plan = maker.plan()
+        made = maker.open(plan)
+        return plan, made.digest if made else None
 
-    made: list[EncodedRows] = []
-
-    def on_rank_zero() -> tuple[Path, tuple[Path, ...], str]:
-        made.append(make())
-        return made[0].place, made[0].files, made[0].digest
-
-    place, files, digest = from_rank_zero(on_rank_zero, world)
-    own = made[0] if made else open_made(place, files, cache)
+    plan, digest = from_rank_zero(on_rank_zero, world)
+    own = open_made(plan.place, plan.files, cache) if digest else None
     if everyone([] if own and own.digest == digest else [world.rank], world):
-        fault = []
-        if (own is None or own.digest != digest) and world.local_rank == 0:
-            try:
-                own = make()
-            except UserError as error:
-                fault = [str(error)]
-        # Here the others of its host wait for it.
-        faults = everyone(fault, world)
-        if faults:
-            raise UserError(faults[0])
-        own = own if own and own.digest == digest else open_made(place, files, cache)
-        strangers = everyone([] if own and own.digest == digest else [world.rank], world)
+        _make_index(maker, plan, world, asked)
+        own = open_made(plan.place, plan.files, cache)
+        digests = everyone([own.digest if own else ""], world)
+        strangers = [rank for rank, one in enumerate(digests) if not one or one != digests[0]]
         if strangers:
-            raise UserError(
-                f"{data_path}: rank {strangers[0]} finds other records or images there than rank 0; copy the same to "
-                "every host, or name a --data_path and a --cache_dir that all share"
-            )
+            raise _stranger(data_path, strangers[0])
     assert own is not None
     limits = (config.max_length, config.max_dropped_share)
     index = usable(own, data_path, *limits, keep, config.tolerated_share)
     return weighed(index, data_path, config.seed) if isinstance(data_path, Mixture) else index
+
+
+def _stranger(data_path: Records, rank: int) -> UserError:
+    return UserError(
+        f"{data_path}: rank {rank} finds other records or images there than rank 0; copy the same to every host, or "
+        "name a --data_path and a --cache_dir that all share"
+    )
+
+
+def _make_index(maker: Maker, plan: Plan, world: World, asked: Callable[[], bool]) -> None:
+    """Make the index wherever a rank lacks it: in the folder that rank 0 sees, and on each host that does not."""
+    plan, token = from_rank_zero(lambda: maker.begin(plan), world)
+    host = socket.gethostname()
+    group = "" if (plan.parts / token).exists() else host
+    everywhere = everyone([(group, host)], world)
+    together = [rank for rank, (one, _) in enumerate(everywhere) if one == group]
+    leads = together[0] == world.rank
+    with shared_fate(world):
+        if world.rank > 0:
+            # A host's own copies of the files have other times.
+            mine = maker.plan()
+            if mine.place != plan.place:
+                raise _stranger(maker.data_path, world.rank)
+            plan = mine._replace(pieces=plan.pieces)
+        if leads and group:
+            maker.open(plan)
+    sharers = sum(one == host for _, one in everywhere)
+    with shared_fate(world):
+        maker.make_parts(plan, together.index(world.rank), len(together), sharers, asked)
+    if agree(asked(), world):
+        raise Stopped
+    with shared_fate(world):
+        if leads:
+            maker.join(plan)
 
 
 def measure(

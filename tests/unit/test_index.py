@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,17 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import (
     COLUMNS,
     FAULT_SCHEMA,
-    PICTURE_SCHEMA,
-    RECORD_SCHEMA,
-    ROW_SCHEMA,
     EncodedRows,
     layout_check,
 )
-from mirage_ds.data.indexing import open_index
-from mirage_ds.data.loader import Loader, Rows, build_index, usable
+from mirage_ds.data.indexing import Maker, open_index
+from mirage_ds.data.joining import ABANDONED_S, Writer
+from mirage_ds.data.loader import Index, Loader, Rows, build_index, usable
 from mirage_ds.data.pack import Planner
+from mirage_ds.data.parts import Parts, schemas
 from mirage_ds.data.record import Fault, Record
 from mirage_ds.data.record_files import record_of, scan
-from mirage_ds.data.sample import Sample
+from mirage_ds.data.sample import Layout, Sample
 from mirage_ds.errors import UserError
 
 Make = Callable[..., Encoder]
@@ -162,7 +162,7 @@ def test_the_working_directory_decides_only_where_it_did(
     assert counted.since() == (0, 0)
     # Now an image lies in the working directory alone.
     (rows.parent / "in0.png").rename(tmp_path / "in0.png")
-    assert open_index(rows, elsewhere, [], cache).faults == 0
+    assert open_index(rows, elsewhere, [], cache, check_images=True).faults == 0
     assert open_index(rows, encoder, [], cache).faults == 3
 
 
@@ -221,7 +221,7 @@ def test_a_process_that_opens_another_index_at_its_place_says_so(rows: Path, cac
     travelling = pickle.dumps(index)
     assert pickle.loads(travelling)[3] == index[3]
     Image.new("RGB", (84, 140)).save(rows.parent / "in0.png")
-    assert open_index(rows, encoder, [], cache).place == index.place
+    assert open_index(rows, encoder, [], cache, check_images=True).place == index.place
     with pytest.raises(UserError, match="damaged or another one"):
         pickle.loads(travelling)
 
@@ -232,7 +232,7 @@ def test_builders_at_the_same_time_end_with_one_whole_index(
     encoder = encoder_for("stage2", 2, beside=mixed)
     # All of them have written theirs before the first one is put in its place.
     made: list[int] = []
-    put = indexing._put
+    put = indexing.put
 
     def wait_for_all(*arguments: Any) -> EncodedRows:
         made.append(1)
@@ -240,7 +240,7 @@ def test_builders_at_the_same_time_end_with_one_whole_index(
             time.sleep(0.001)
         return put(*arguments)
 
-    monkeypatch.setattr(indexing, "_put", wait_for_all)
+    monkeypatch.setattr(indexing, "put", wait_for_all)
     with ThreadPoolExecutor(3) as pool:
         opened = list(pool.map(lambda _: open_index(mixed, encoder, ["image_input"], cache), range(3)))
     assert len(made) == 3
@@ -258,12 +258,13 @@ def test_nobody_sees_half_an_index(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(indexing._Writer, "finish", killed)
+        patch.setattr(Writer, "finish", killed)
         with pytest.raises(KeyboardInterrupt):
             open_index(mixed, encoder, [], cache)
-    assert list((cache / "index").iterdir()) == []
+    # Its parts alone.
+    assert [left.suffix for left in (cache / "index").iterdir()] == [".parts"]
     # What a process leaves that could not clean up is removed when it is old, and never used.
-    for name, age in ((".abc.left", 2 * indexing.ABANDONED_S), (".abc.running", 0)):
+    for name, age in ((".abc.left", 2 * ABANDONED_S), (".abc.running", 0)):
         left = cache / "index" / name
         left.mkdir()
         os.utime(left, (left.stat().st_mtime - age,) * 2)
@@ -271,26 +272,32 @@ def test_nobody_sees_half_an_index(
     assert {left.name for left in (cache / "index").iterdir() if left.name.startswith(".")} == {".abc.running"}
 
 
-def test_an_image_changed_in_place_is_noticed(rows: Path, cache: Path, encoder_for: Make) -> None:
+def test_images_are_compared_when_asked(rows: Path, cache: Path, encoder_for: Make) -> None:
     encoder = encoder_for("stage2", 2, beside=rows)
+
+    def start(check_images: bool = True) -> Index:
+        opened = open_index(rows, encoder, ["image_input"], cache, check_images=check_images)
+        return usable(opened, rows, 10_000, 0, ["image_input"])
+
     image = rows.parent / "in4.png"
-    before = build_index(rows, encoder, 10_000, 0, ["image_input"], cache_dir=cache)
+    before = start()
     content = image.read_bytes()
     # As large as before; only its time tells.
     image.write_bytes(content[:-20] + bytes(20))
-    after = build_index(rows, encoder, 10_000, 0, ["image_input"], cache_dir=cache)
+    assert start(check_images=False).rows.digest == before.rows.digest
+    after = start()
     place = int(after.images["image_input"].starts[4])
     own, old = (tuple(index.images["image_input"].keys[place].tolist()) for index in (after, before))
     assert own == image_key(image) != old
     # Larger: the row has other tokens.
     Image.new("RGB", (280, 280)).save(image)
-    assert build_index(rows, encoder, 10_000, 0, ["image_input"], cache_dir=cache).tokens[4] > before.tokens[4]
+    assert start().tokens[4] > before.tokens[4]
     image.unlink()
     with pytest.raises(UserError, match=r"line 5, image_input: no image 'in4\.png'"):
-        build_index(rows, encoder, 10_000, 0, ["image_input"], cache_dir=cache)
+        start()
+    # The images of records with a fault are looked at unasked.
     image.write_bytes(content)
-    mended = build_index(rows, encoder, 10_000, 0, ["image_input"], cache_dir=cache)
-    assert mended.rows.digest == before.rows.digest
+    assert start(check_images=False).rows.digest == before.rows.digest
 
 
 def test_an_image_that_now_lies_in_an_earlier_place_is_noticed(
@@ -302,9 +309,108 @@ def test_an_image_that_now_lies_in_an_earlier_place_is_noticed(
     encoder = replace(encoder_for("stage2", 2, beside=rows), finder=ImageFinder.beside(rows, root))
     before = open_index(rows, encoder, ["image_input"], cache)
     Image.new("RGB", (112, 112)).save(rows.parent / "in0.png")
-    after = open_index(rows, encoder, ["image_input"], cache)
+    after = open_index(rows, encoder, ["image_input"], cache, check_images=True)
     assert tuple(after.images("image_input").keys[0].tolist()) == image_key(rows.parent / "in0.png")
     assert after["tokens"][0] != before["tokens"][0]
+
+
+@pytest.mark.parametrize(("where", "gone"), [("input", False), ("input", True), ("helper", False), ("helper", True)])
+def test_an_image_that_changed_after_a_start_is_an_error_when_it_is_read(
+    where: str, gone: bool, rows: Path, cache: Path, encoder_for: Make
+) -> None:
+    encoder = encoder_for("stage1", 2, beside=rows)
+    start = partial(build_index, rows, encoder, 10_000, 0, cache_dir=cache, max_bad_share=1)
+    start()
+    image = rows.parent / f"{'in' if where == 'input' else 'out'}4.png"
+    image.unlink()
+    if not gone:
+        Image.new("RGB", (280, 280)).save(image)
+    index = start()
+    fault = Rows(index.rows, encoder, {})[4]
+    assert isinstance(fault, Fault)
+    field = f"image_{'input' if where == 'input' else 'output'}"
+    said = (fault.line, fault.field, fault.what.startswith("no image" if gone else "an image changed its size"))
+    assert said == (5, field, True)
+    assert gone or fault.how.startswith("start again with --check_images")
+
+
+def test_a_start_with_an_index_looks_at_no_image(
+    rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoder_for("stage2", 2, beside=rows)
+    open_index(rows, encoder, ["image_input"], cache)
+    looked: list[str] = []
+    for name in ("stat", "lstat", "open"):
+        monkeypatch.setattr(os, name, _noting(looked, getattr(os, name)))
+    monkeypatch.setattr("io.open", _noting(looked, open))
+    open_index(rows, encoder, ["image_input"], cache)
+    assert looked
+    assert not [name for name in looked if name.endswith(".png")]
+    open_index(rows, encoder, ["image_input"], cache, check_images=True)
+    assert len({name for name in looked if name.endswith(".png")}) == 7
+
+
+def _noting(looked: list[str], call: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(path: Any, *words: Any, **more: Any) -> Any:
+        looked.append(str(path))
+        return call(path, *words, **more)
+
+    return noted
+
+
+def _bytes_of(rows: EncodedRows) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in rows.place.iterdir()}
+
+
+@pytest.mark.parametrize("hurt", ["", "cut", "one bit", "empty"])
+def test_an_index_that_was_killed_goes_on_and_equals_one_made_in_one_go(
+    hurt: str, rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (rows.parent / "in6.png").rename(rows.parent / "kept.png")
+    encoder = encoder_for("stage2", 2, beside=rows)
+    monkeypatch.setattr("mirage_ds.data.sources.PIECE_BYTES", 100)
+    monkeypatch.setattr(indexing, "processes", lambda *_: 0)
+    whole = open_index(rows, encoder, ["image_input"], cache / "whole")
+    assert whole.faults == 1
+    made: list[int] = []
+    encode = Parts.encode
+
+    def killed(parts: Parts, number: int) -> Any:
+        if len(made) == 6:
+            raise KeyboardInterrupt
+        made.append(number)
+        return encode(parts, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "encode", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_index(rows, encoder, ["image_input"], cache)
+    left = next((cache / "index").glob(".*.parts"))
+    assert sorted(file.name for file in left.glob("[0-9]*")) == sorted(map(str, made))
+    if hurt:
+        (left / "3").write_bytes(BREAK[hurt]((left / "3").read_bytes()))
+    counted = Counted(monkeypatch)
+    again = open_index(rows, encoder, ["image_input"], cache)
+    assert counted.since()[0] == 15 - len(made) + bool(hurt)
+    assert _bytes_of(again) == _bytes_of(whole)
+    assert not [*(cache / "index").glob(".*")]
+
+
+def test_what_a_killed_index_found_faulty_is_looked_at_again(
+    rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (rows.parent / "in6.png").rename(rows.parent / "kept.png")
+    encoder = encoder_for("stage2", 2, beside=rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(Maker, "join", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_index(rows, encoder, ["image_input"], cache)
+    (rows.parent / "kept.png").rename(rows.parent / "in6.png")
+    assert open_index(rows, encoder, ["image_input"], cache).faults == 0
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -316,7 +422,7 @@ def test_pieces_and_processes_change_nothing(
     encoder = encoder_for("stage2", 2, beside=rows)
     whole = open_index(rows, encoder, ["image_input"], cache / "whole")
     monkeypatch.setattr("mirage_ds.data.sources.PIECE_BYTES", 100)
-    monkeypatch.setattr(indexing, "processes", lambda work: min(workers, work))
+    monkeypatch.setattr(indexing, "processes", lambda work, sharers: min(workers, work))
     parts = open_index(rows, encoder, ["image_input"], cache / "parts")
     assert [*parts] == [*whole]
     for name in COLUMNS:
@@ -333,7 +439,7 @@ def test_an_error_in_a_process_keeps_its_words(
     rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mirage_ds.data.sources.PIECE_BYTES", 100)
-    monkeypatch.setattr(indexing, "processes", lambda work: 2)
+    monkeypatch.setattr(indexing, "processes", lambda *_: 2)
 
     def refuse(*_: Any) -> None:
         raise UserError("use another tokenizer")
@@ -346,16 +452,24 @@ def test_an_error_in_a_process_keeps_its_words(
 def test_a_records_file_that_changes_while_it_is_read_is_refused(
     rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = indexing._Writer.add
+    encoder = encoder_for("stage2", 2, beside=rows)
+    before = rows.read_bytes()
+    whole = open_index(rows, encoder, [], cache / "whole")
+    for place, name in ((Parts, "encode"), (Writer, "add")):
+        work = getattr(place, name)
 
-    def meddle(writer: Any, part: Any) -> None:
-        rows.write_text("{}\n")
-        add(writer, part)
+        def meddle(*given: Any, work: Callable[..., Any] = work) -> Any:
+            rows.write_bytes(before.replace(b"Question", b"Puzzling", 1))
+            return work(*given)
 
-    monkeypatch.setattr(indexing._Writer, "add", meddle)
-    with pytest.raises(UserError, match=rf"{rows}: changed while it was read"):
-        open_index(rows, encoder_for("stage2", 2, beside=rows), [], cache)
-    assert list((cache / "index").iterdir()) == []
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, meddle)
+            with pytest.raises(UserError, match=rf"{rows}: changed while it was read"):
+                open_index(rows, encoder, [], cache)
+        # What was made of it is not taken for the old one's.
+        rows.write_bytes(before)
+        assert _bytes_of(open_index(rows, encoder, [], cache)) == _bytes_of(whole)
+        shutil.rmtree(cache / "index")
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(rows: Path, tmp_path: Path, encoder_for: Make) -> None:
@@ -371,34 +485,23 @@ def synthetic(folder: Path, count: int) -> EncodedRows:
     """An index of `count` rows of one image each, written directly."""
     folder.mkdir(parents=True)
     kinds = {"input_ids": [1, 2, 3], "answer_start": 1, "grids": [1, 2, 2], "helper_grids": []}
-    row = kinds | {"image_input": ["i.png"], "image_output": []}
-    record = dict(line=1, text_input="q", text_output="a", image_input=["i.png"], image_output=[], extra="{}")
     stub = Record(1, "q", "a", ("i.png",), ())
-    check = layout_check(indexing.Layout([1, 2, 3], 1, [(1, 2, 2)], []), stub)
-    columns = {name: np.full(count, 3, dtype=dtype) for name, dtype in COLUMNS.items()}
-    columns["check"][:] = check
-    columns["file"][:] = 0
+    check = layout_check(Layout([1, 2, 3], 1, [(1, 2, 2)], []), stub)
+    ones: dict[str, dict[str, Any]] = {
+        "numbers": dict.fromkeys(COLUMNS, 3) | {"check": check, "file": 0, "image_input": 1},
+        "rows": kinds | {"image_input": ["i.png"], "image_output": []},
+        "records": dict(line=1, text_input="q", text_output="a", image_input=["i.png"], image_output=[], extra="{}"),
+        "image_input": dict(high=0, low=0, size=1),
+    }
     fault = dict(zip(FAULT_SCHEMA.names, (-1, 0, 9, "json", "w", "h"), strict=True))
-
-    def repeated(one: dict[str, Any], schema: pa.Schema) -> pa.Table:
-        table = pa.Table.from_pylist([one], schema=schema)
-        return table.take(pa.array(np.zeros(count, dtype=np.int64))).combine_chunks()
-
+    part = {name: schema.empty_table() for name, schema in schemas(["image_input"]).items()}
+    for name, one in ones.items():
+        table = pa.Table.from_pylist([one], schema=part[name].schema)
+        part[name] = table.take(pa.array(np.zeros(count, dtype=np.int64))).combine_chunks()
+    part["faults"] = pa.Table.from_pylist([fault], schema=FAULT_SCHEMA)
     with ExitStack() as stack:
-        writer = indexing._Writer(folder, ["image_input"], stack)
-        keys = np.arange(2 * count, dtype=np.uint64).reshape(-1, 2)
-        images = {"image_input": (keys, np.ones(count, dtype=np.int32), np.ones(count, dtype=np.int64))}
-        writer.add(
-            indexing.Part(
-                records=repeated(record, RECORD_SCHEMA),
-                rows=repeated(row, ROW_SCHEMA),
-                columns=columns,
-                images=images,
-                faults=pa.Table.from_pylist([fault], schema=FAULT_SCHEMA),
-                pictures=PICTURE_SCHEMA.empty_table(),
-                total=count + 1,
-            )
-        )
+        writer = Writer(folder, ["image_input"], stack)
+        writer.add(part)
     writer.finish(ImageFinder((folder, folder)), "source")
     return EncodedRows(folder, [folder / "rows.jsonl"], folder / "pictures")
 
