@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +20,12 @@ from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.features import KeptFeatures
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import EncodedRows
-from mirage_ds.data.indexing import Maker, Plan
+from mirage_ds.data.indexing import Maker, open_index
 from mirage_ds.data.joining import open_made
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.loader import Index, Loader, usable, without
 from mirage_ds.data.pack import Planner, check_patches, pack, total_steps
+from mirage_ds.data.parts import Plan
 from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import record_of
 from mirage_ds.data.weigh import weighed
@@ -35,6 +36,7 @@ from mirage_ds.mixture import Mixture, Records
 from mirage_ds.model.load import (
     check_vocabulary,
     read_config,
+    resolve_folder,
 )
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
@@ -75,6 +77,39 @@ def finder_of(config: RunConfig, data_path: Records) -> ImageFinder:
     return ImageFinder.beside(first, config.image_root, config.confine_paths)
 
 
+def model_folders(config: RunConfig) -> list[Path]:
+    """Folders that give weights, config, tokenizer and image processor, the first that has a part giving it."""
+    named = [("--load_model_path", config.load_model_path), ("--model", config.model)]
+    return [resolve_folder(str(name), flag, config.cache_dir) for flag, name in named if name is not None]
+
+
+def sources_of(config: RunConfig, encoder: Encoder) -> list[tuple[Records, Encoder]]:
+    """Return the sources of a run's records, those to train on first, each with the encoder that finds its images."""
+    files: list[Records] = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
+    return [(file, replace(encoder, finder=finder_of(config, file))) for file in files]
+
+
+def index_beforehand(config: RunConfig) -> Iterator[str]:
+    """Make the indices that a run of these settings opens, in this process; yield a line for each.
+
+    Raises:
+        UserError: as the run would for its records.
+    """
+    encoder = make_encoder(config, model_folders(config))
+    for file, own in sources_of(config, encoder):
+        rows = open_index(
+            file, own, config.kept_fields, config.cache_dir, quiet=False, check_images=config.check_images
+        )
+        index = _usable(config, file, rows)
+        yield f"{file}: {rows.records} records, {len(index.row_ids)} rows to train on, index {rows.place}"
+
+
+def _usable(config: RunConfig, data_path: Records, rows: EncodedRows) -> Index:
+    limits = (config.max_length, config.max_dropped_share)
+    index = usable(rows, data_path, *limits, config.kept_fields, config.tolerated_share)
+    return weighed(index, data_path, config.seed) if isinstance(data_path, Mixture) else index
+
+
 def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
     """Build the encoder that a run's settings describe and check that its tokens fit the model."""
     encoder = load_encoder(
@@ -112,8 +147,8 @@ def index_records(
         UserError: see data.loader.build_index; or a host has other records or images.
         Stopped: on every rank; the parts that are made stay.
     """
-    cache, keep = cache_folder(config.cache_dir), config.kept_fields
-    maker = Maker(data_path, encoder, keep, cache, world.rank > 0, config.check_images, tick)
+    cache = cache_folder(config.cache_dir)
+    maker = Maker(data_path, encoder, config.kept_fields, cache, world.rank > 0, config.check_images, tick)
 
     def on_rank_zero() -> tuple[Plan, str | None]:
         plan = maker.plan()
@@ -130,9 +165,7 @@ def index_records(
         if strangers:
             raise _stranger(data_path, strangers[0])
     assert own is not None
-    limits = (config.max_length, config.max_dropped_share)
-    index = usable(own, data_path, *limits, keep, config.tolerated_share)
-    return weighed(index, data_path, config.seed) if isinstance(data_path, Mixture) else index
+    return _usable(config, data_path, own)
 
 
 def _stranger(data_path: Records, rank: int) -> UserError:

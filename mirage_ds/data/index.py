@@ -287,7 +287,9 @@ class EncodedRows:
         return ImageKeys(*(self._columns[f"{name}.{part}"] for part in ("keys", "sizes", "starts")))
 
     def named(self, fault: Fault, row: int) -> Fault:
-        """Put a row's file into its fault, where there are several."""
+        """Put a row's file into its fault, where there are several; say how a picture of the cache comes back."""
+        if str(self.pictures.resolve()) in fault.what:
+            fault = replace(fault, how="start again with --check_images, which writes it anew")
         return name_file(fault, self.files, int(self._columns["file"][row]))
 
     def all_faults(self) -> Iterator[Fault]:
@@ -306,6 +308,8 @@ class EncodedRows:
         """
         known_from = self._header["working_directory"]
         if known_from is not None and known_from != str(finder.folders[-1]):
+            return True
+        if self._header["inside"] and not self.pictures.is_dir():
             return True
         file = self.place / ("pictures.arrow" if every else "suspects.arrow")
 

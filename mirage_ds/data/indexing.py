@@ -183,7 +183,7 @@ class Maker:
             if not writer.count:
                 raise sources.no_record(self.data_path)
             sources.check_unchanged(plan.files, plan.stamps)
-            writer.finish(self.encoder.finder, plan.source)
+            writer.finish(self.encoder.finder, plan.source, sources.folder_of_pictures(self.cache))
             for file in partial.iterdir():
                 sync(file)
             sync(partial)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mirage_ds.data import sources
 from mirage_ds.data.images import ImageFinder
@@ -96,8 +97,12 @@ class Writer:
         self.count += len(numbers) + int((row < 0).sum())
         self.faults += len(row)
 
-    def finish(self, finder: ImageFinder, source: str) -> None:
-        """Write the images looked at, and the header; the other files are closed."""
+    def finish(self, finder: ImageFinder, source: str, pictures: Path) -> None:
+        """Write the images looked at, and the header; the other files are closed.
+
+        Args:
+            pictures: where pictures that came inside records files lie.
+        """
         for name, tables in self.pictures.items():
             seen = pa.concat_tables([PICTURE_SCHEMA.empty_table(), *tables]).combine_chunks()
             # Every part names the images that its records show.
@@ -107,6 +112,7 @@ class Writer:
                 writer.write_table(seen, PICTURE_BATCH)
             if name == "pictures.arrow":
                 place = seen["place"].to_numpy()
+                inside = bool(pc.any(pc.starts_with(seen["path"], f"{pictures.resolve()}/")).as_py())
         last = len(finder.folders) - 1
         columns = {
             name: (np.dtype(dtype).str, (self.written[name], *rest)) for name, (dtype, rest) in self.kinds.items()
@@ -124,6 +130,7 @@ class Writer:
             faults=self.faults,
             # Where it decides nothing, a run in another folder finds the same rows.
             working_directory=str(finder.folders[last]) if ((place == last) | (place < 0)).any() else None,
+            inside=inside,
             columns=columns,
             files=files,
         )

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from mirage_ds.errors import EXIT_LOST, UserError
 
@@ -23,6 +23,7 @@ BEAT_S = 2.0
 SILENCE_S = 60.0
 # Where the store is gone this rank may just be about to leave too.
 FAREWELL_S = 10.0
+STORE = "rank 0, which holds the store of the process group,"
 LONGEST_LOOK_S = 0.5
 # Progress and requests to stop are told and looked for this often.
 TELL_EVERY_S = 1.0
@@ -53,14 +54,13 @@ class Waiting:
             return
         self._met += 1
         here = f"mirage/met/{self._met}"
-        there, moved, since, look = self._store.add(here, 1), 0, time.monotonic(), 0.001
+        there, moved, since, look = self._add(here, 1), 0, time.monotonic(), 0.001
         while there < self.size:
             time.sleep(look)
             look = min(2 * look, LONGEST_LOOK_S)
-            marks = self._store.add("mirage/moved", 0)
-            now_there = self._store.add(here, 0)
-            if (marks, now_there) != (moved, there):
-                moved, there, since = marks, now_there, time.monotonic()
+            seen = self._add(here, 0), self._add("mirage/moved", 0)
+            if seen != (there, moved):
+                (there, moved), since = seen, time.monotonic()
             if time.monotonic() - since > self.bound:
                 raise UserError(
                     f"{self.size - there} of {self.size} ranks have not come on for {self.bound:.0f} s, and rank "
@@ -73,7 +73,14 @@ class Waiting:
         now = time.monotonic()
         if self.size > 1 and not self._over.is_set() and now - self._told > TELL_EVERY_S:
             self._told = now
-            self._store.add("mirage/moved", 1)
+            self._add("mirage/moved", 1)
+
+    def _add(self, name: str, number: int) -> int:
+        """Add to a number in the store and return it."""
+        try:
+            return int(self._store.add(name, number))
+        except RuntimeError:
+            self._end(STORE)
 
     def anyone(self, asked: Callable[[], bool]) -> Callable[[], bool]:
         """Return an `asked` that is also true once another rank was asked to stop."""
@@ -132,7 +139,7 @@ class Waiting:
                 sign = store.get(f"mirage/beat/{watched}") if there else b""
             except RuntimeError:
                 if not self._over.wait(FAREWELL_S):
-                    self._end("the store of the process group, and rank 0 with it,")
+                    self._end(STORE)
                 return
             now = time.monotonic()
             if sign != heard or now - since > SILENCE_S + 10 * BEAT_S:
@@ -141,8 +148,7 @@ class Waiting:
             elif now - since > SILENCE_S:
                 store.set("mirage/lost", f"rank {watched}")
 
-    def _end(self, who: str) -> None:
-        if not self._over.is_set():
-            # No clean-up: this process may be anywhere, and what it writes is whole or not there.
-            print(f"error: rank {self.rank} ends too: its peer {who} is gone", file=sys.stderr, flush=True)  # noqa: T201  # of any thread
-            os._exit(EXIT_LOST)
+    def _end(self, who: str) -> NoReturn:
+        print(f"error: rank {self.rank} ends too: its peer {who} is gone", file=sys.stderr, flush=True)  # noqa: T201
+        # No clean-up: the main thread may be anywhere, and what it writes is whole or not there.
+        os._exit(EXIT_LOST)

@@ -61,6 +61,13 @@ def test_the_failure_that_began_it_is_named_last_though_another_was_heard_first(
     assert found.lines[0].startswith("then rank 0")
 
 
+def test_a_rank_that_ended_since_another_is_gone_did_not_begin_it() -> None:
+    first = rank(0, 10, code=EXIT_LOST, ended=10.0, why=f"ended with exit code {EXIT_LOST}")
+    found = verdict([first, rank(1, 10, code=1, ended=10.4, why="ended with exit code 1: KeyError")], 11.1)
+    assert found is not None
+    assert (found.code, found.lines[-1]) == (1, "rank 1 on node1 ended with exit code 1: KeyError")
+
+
 def test_stopped_on_request_is_no_failure() -> None:
     members = [rank(n, 10, code=EXIT_STOPPED, ended=10.0, why="ended with exit code 75") for n in (0, 1)]
     assert verdict(members, 12) == Verdict(EXIT_STOPPED, ("stopped on request",))
