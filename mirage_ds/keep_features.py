@@ -72,7 +72,7 @@ class _Images(torch.utils.data.Dataset):
         record, _ = self.records.encoded(row)
         path = getattr(record, self.name)[place - int(self.images.starts[row])]
         encoder = self.encoders[row]
-        how = "start again with --check_images, which indexes the records anew"
+        how = "start the run again"
         try:
             pixels, grid = encoder.pixels(record, self.name, path)
             if int(grid.prod()) // self.merged != int(self.images.sizes[place]):

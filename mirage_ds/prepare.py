@@ -192,7 +192,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
                 "most weights are frozen; adapters have few states: take a JSON without offload, or offload to 'cpu'"
             )
     choose_backend(config.attention, world.device)
-    folders = from_rank_zero(partial(model_folders, config), world)
+    folders = from_rank_zero(partial(model_folders, config, partial(begin, "records")), world)
     shape = read_config(folders[0]).to_dict()
     ds.fill_limits(ds_values, two_layers(shape["text_config"]))
     encoder = make_encoder(config, folders)

@@ -41,6 +41,7 @@ from mirage_ds.model.load import (
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.scoring import check_evaluation, spread
+from mirage_ds.startup import nothing
 from mirage_ds.stop import Stopped
 
 
@@ -77,10 +78,14 @@ def finder_of(config: RunConfig, data_path: Records) -> ImageFinder:
     return ImageFinder.beside(first, config.image_root, config.confine_paths)
 
 
-def model_folders(config: RunConfig) -> list[Path]:
-    """Folders that give weights, config, tokenizer and image processor, the first that has a part giving it."""
+def model_folders(config: RunConfig, tick: Callable[[], None] = nothing) -> list[Path]:
+    """Folders that give weights, config, tokenizer and image processor, the first that has a part giving it.
+
+    Args:
+        tick: is called again and again while one is fetched.
+    """
     named = [("--load_model_path", config.load_model_path), ("--model", config.model)]
-    return [resolve_folder(str(name), flag, config.cache_dir) for flag, name in named if name is not None]
+    return [resolve_folder(str(name), flag, config.cache_dir, tick) for flag, name in named if name is not None]
 
 
 def sources_of(config: RunConfig, encoder: Encoder) -> list[tuple[Records, Encoder]]:
@@ -156,7 +161,10 @@ def index_records(
         return plan, made.digest if made else None
 
     plan, digest = from_rank_zero(on_rank_zero, world)
-    own = open_made(plan.place, plan.files, cache) if digest else None
+    own = None
+    if digest:
+        # Each host may have another cache, and other images.
+        own = maker.open(plan) if world.local_rank == 0 else open_made(plan.place, plan.files, cache)
     if everyone([] if own and own.digest == digest else [world.rank], world):
         _make_index(maker, plan, world, asked)
         own = open_made(plan.place, plan.files, cache)

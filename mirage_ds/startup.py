@@ -55,7 +55,7 @@ class StartUp:
 
 
 def nothing() -> None:
-    """Be the `moved` of a process that nobody waits for."""
+    """Be the `moved` or `tick` of work that nobody waits for."""
 
 
 def quiet(name: str, own_folder: Path | None = None) -> None:

@@ -415,8 +415,7 @@ class Encoder:
 
     @staticmethod
     def _changed(record: Record, name: str) -> RecordError:
-        how = "start again with --check_images, which measures it anew"
-        return record.fault(name, "an image changed its size since it was measured", how)
+        return record.fault(name, "an image changed its size since it was measured", "start the run again")
 
     def _pixels(
         self, processor: Any, record: Record, name: str, paths: tuple[str, ...], expected: list[Grid] | None

@@ -26,12 +26,14 @@ import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import ImageKeys
@@ -44,6 +46,8 @@ from mirage_ds.errors import UserError
 # Raised whenever the files of an index mean something else than before.
 FORMAT = 2
 HEADER = "index.json"
+# Paths of images that a run has met a fault of, one JSON string a line; no part of the index itself.
+DOUBTS = "doubts.jsonl"
 # A row costs one read of its batch: few rows are quick to read, and many make less of what Arrow writes beside them.
 BATCH_ROWS = 16
 # Numbers of each row: places, counts, and the CRC-32 of its record and of its encoded form.
@@ -287,9 +291,14 @@ class EncodedRows:
         return ImageKeys(*(self._columns[f"{name}.{part}"] for part in ("keys", "sizes", "starts")))
 
     def named(self, fault: Fault, row: int) -> Fault:
-        """Put a row's file into its fault, where there are several; say how a picture of the cache comes back."""
+        """Put a row's file into its fault, where there are several; the next start looks at the row's images."""
+        record, _ = self.encoded(row)
+        paths = (*record.image_input, *record.image_output)
+        # A cache that cannot be written: --check_images finds it.
+        with suppress(OSError), (self.place / DOUBTS).open("a") as file:
+            file.write("".join(f"{json.dumps(path)}\n" for path in paths))
         if str(self.pictures.resolve()) in fault.what:
-            fault = replace(fault, how="start again with --check_images, which writes it anew")
+            fault = replace(fault, how="start the run again, which writes it anew")
         return name_file(fault, self.files, int(self._columns["file"][row]))
 
     def all_faults(self) -> Iterator[Fault]:
@@ -304,7 +313,8 @@ class EncodedRows:
 
         Args:
             finder: of the records, for any of their files.
-            every: all images are looked at; else only those of records with a fault, which somebody may have corrected.
+            every: all images are looked at; else only those of records with a fault, which somebody may have corrected,
+                be it that a run has met it.
         """
         known_from = self._header["working_directory"]
         if known_from is not None and known_from != str(finder.folders[-1]):
@@ -312,6 +322,12 @@ class EncodedRows:
         if self._header["inside"] and not self.pictures.is_dir():
             return True
         file = self.place / ("pictures.arrow" if every else "suspects.arrow")
+        if not every and (self.place / DOUBTS).exists():
+            lines = (self.place / DOUBTS).read_text().splitlines()
+            doubted = pa.array({json.loads(line) for line in lines}, pa.string())
+            seen = _reader(self.place / "pictures.arrow").read_all()
+            if changed(seen.filter(pc.is_in(seen["path"], doubted)), finder, self.files, self.pictures):
+                return True
 
         def other(number: int) -> bool:
             return changed(_reader(file).get_batch(number), finder, self.files, self.pictures)

@@ -32,13 +32,10 @@ from mirage_ds.data.parts import Parts, Plan
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync
 from mirage_ds.mixture import Records
+from mirage_ds.startup import nothing
 from mirage_ds.stop import ignore_in_worker, never
 
 MOST_PROCESSES = 16
-
-
-def nothing() -> None:
-    """Be the `tick` of work that nobody watches."""
 
 
 def plan_index(
