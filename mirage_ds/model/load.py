@@ -77,7 +77,7 @@ def resolve_folder(name: str, flag: str, cache_dir: Path | None, tick: Callable[
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils import tqdm
 
-    class Telling(tqdm):  # type: ignore[misc]  # it has no types
+    class Telling(tqdm):
         def update(self, n: float | None = 1) -> bool | None:
             tick()
             return bool(super().update(n))
