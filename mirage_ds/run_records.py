@@ -162,9 +162,10 @@ def index_records(
 
     plan, digest = from_rank_zero(on_rank_zero, world)
     own = None
-    if digest:
-        # Each host may have another cache, and other images.
-        own = maker.open(plan) if world.local_rank == 0 else open_made(plan.place, plan.files, cache)
+    with shared_fate(world):
+        if digest:
+            # Each host may have another cache, and other images.
+            own = maker.open(plan) if world.local_rank == 0 else open_made(plan.place, plan.files, cache)
     if everyone([] if own and own.digest == digest else [world.rank], world):
         _make_index(maker, plan, world, asked)
         own = open_made(plan.place, plan.files, cache)

@@ -77,8 +77,10 @@ def run(config: RunConfig) -> None:
     except BaseException as error:
         if start.folder is not None and not isinstance(error, Stopped):
             note_failure(start.folder, error)
-        if isinstance(error, Stopped) or (isinstance(error, UserError) and error.everywhere):
+        if isinstance(error, Stopped):
             world.waiting.part()
+        elif isinstance(error, UserError) and error.everywhere:
+            world.waiting.leave()
         else:
             world.waiting.fail()
         raise

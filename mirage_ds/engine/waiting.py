@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -108,20 +109,23 @@ class Waiting:
             threading.Thread(target=self._beat, args=(own,), daemon=True).start()
 
     def part(self) -> None:
-        """Stop waiting and watching: from here on ranks may end at different times."""
-        if self.size > 1 and not self._over.is_set():
-            self._store.set("mirage/over", "")
-        self._over.set()
+        """Stop waiting and watching, on every rank: all have come so far, and may now end at different times."""
+        self._leave("mirage/over", "")
 
     def fail(self) -> None:
         """Say that this rank ends before its time, so that the others need not wait for its silence."""
+        self._leave("mirage/lost", f"rank {self.rank} on {socket.gethostname()}")
+
+    def leave(self) -> None:
+        """Be silent from here on: this rank ends, and so do the others, of themselves."""
+        self._over.set()
+
+    def _leave(self, name: str, said: str) -> None:
         if self.size > 1 and not self._over.is_set():
             self._over.set()
-            try:
-                self._store.set("mirage/lost", f"rank {self.rank} on {socket.gethostname()}")
-            except RuntimeError:
-                # The store has gone with rank 0: the others know it by that.
-                return
+            # Where the store has gone with rank 0, the others know it by that.
+            with suppress(RuntimeError):
+                self._store.set(name, said)
 
     def _beat(self, store: Any) -> None:
         # Each rank looks at the next one: of any number that die, a living one watches at least one.

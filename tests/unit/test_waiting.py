@@ -97,6 +97,17 @@ def test_a_rank_that_fails_ends_the_others_at_once() -> None:
     assert codes(work) == [EXIT_LOST, EXIT_LOST, 1]
 
 
+def test_a_rank_that_leaves_alone_is_missed_in_the_end() -> None:
+    def work(ranks: Waiting) -> None:
+        ranks.meet()
+        if ranks.rank == 1:
+            ranks.leave()
+            os._exit(2)
+        ranks.meet()
+
+    assert codes(work) == [EXIT_LOST, 2, EXIT_LOST]
+
+
 @pytest.mark.parametrize("comes_on", [True, False])
 def test_the_bound_is_of_waiting_without_progress(comes_on: bool) -> None:
     def work(ranks: Waiting) -> None:
