@@ -10,12 +10,13 @@ from typing import Any
 import click
 
 from mirage_ds.ablate.command import ablate
+from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.controls.command import compare, controls
 from mirage_ds.data.command import import_, mix, vary
 from mirage_ds.decoding_commands import evaluate, generate
 from mirage_ds.doctor.command import doctor
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
-from mirage_ds.flags import CONTEXT
+from mirage_ds.flags import CONTEXT, build_model, model_options
 from mirage_ds.inspect_latents.command import inspect
 from mirage_ds.plan.command import plan
 from mirage_ds.rationalize.command import rationalize
@@ -39,7 +40,7 @@ for command in (status, curves, ablate, doctor, plan, evaluate, generate, inspec
 
 @cli.group()
 def data() -> None:
-    """Build, convert, import, check, show, vary, mix and rationalize records."""
+    """Build, convert, import, check, index, show, vary, mix and rationalize records."""
 
 
 data.add_command(TaskGroup("build", "Build a task's records and pictures; a TASK of your own is package.module:Name."))
@@ -74,6 +75,22 @@ def data_check(
     print_faults(file, count, faults, most)
     if faults:
         sys.exit(EXIT_USER_ERROR)
+
+
+@data.command("index")
+@model_options(RunConfig)
+@click.option("--config", "yaml_file", type=_path(), help="YAML file of the same settings.")
+def data_index(yaml_file: Path | None, **flags: Any) -> None:
+    """Make what a training run makes of its records before the first step, here and now.
+
+    Give it the run's own flags: those that do not matter here are not looked at, and the run then opens what it finds
+    in --cache_dir. It needs no GPU, and goes on where it was stopped.
+    """
+    from mirage_ds.run_records import index_beforehand
+
+    values = {"save_model_path": Path(), **(read_yaml(yaml_file) if yaml_file else {})}
+    for line in index_beforehand(build_model(RunConfig, flags, values, source=str(yaml_file))):
+        print(line)
 
 
 @data.command("show")

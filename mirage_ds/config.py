@@ -94,6 +94,11 @@ class RunConfig(BaseModel):
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
     max_length: PositiveInt = Field(4096, description="Longer rows are dropped and counted, never cut.")
     max_dropped_share: float = Field(0.1, ge=0, le=1, description="Refuse to train when more rows are dropped.")
+    check_images: bool = Field(
+        False,
+        description="Look at every image file before the first step: where one is another than when the records were "
+        "indexed, they are indexed anew. Without it such an image is an error when it is read.",
+    )
     confine_paths: bool = Field(
         False, description="Refuse images outside the records file's folder and --image_root, also behind links."
     )
@@ -171,6 +176,9 @@ class RunConfig(BaseModel):
     keep_checkpoints: PositiveInt = Field(2, description="Older sharded checkpoints are deleted.")
     max_skipped_steps: PositiveInt = Field(
         5, description="End the run after so many optimizer steps in a row whose loss or gradient was not finite."
+    )
+    start_timeout: PositiveInt = Field(
+        3600, description="Seconds that a rank waits while no other one comes on, until the first step is done."
     )
     collective_timeout: PositiveInt = Field(
         900, description="Seconds after which a rank gives up waiting for another, from the second step on."

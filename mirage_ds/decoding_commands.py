@@ -89,6 +89,7 @@ def evaluate(
 
     from mirage_ds import evaluate as evaluation
     from mirage_ds.data.images import ImageFinder
+    from mirage_ds.engine.setup import shared_fate
 
     decoding = _decoding(options)
     if latents is not None:
@@ -98,17 +99,16 @@ def evaluate(
     if "RANK" in os.environ:
         from mirage_ds.engine.setup import join
 
-        world = join()
-        evaluation.be_patient()
+        world = join(evaluation.PATIENCE_S)
     finder = ImageFinder.beside(data_path, image_root)
-    with evaluation.shared_fate(world):
+    with shared_fate(world):
         decoder = _decoder(folder, finder, options, world.device if world else None)
         limits = _limits(decoder, options)
     bar = partial(track, description="answering", transient=True, disable=world is not None and world.rank > 0)
     report = evaluation.evaluate_file(
         decoder, data_path, task, limits, decoding, options["seed"], batch_size, most, track=bar, world=world
     )
-    with evaluation.shared_fate(world):
+    with shared_fate(world):
         if world is None or world.rank == 0:
             evaluation.print_report(report)
             if out:
@@ -116,6 +116,7 @@ def evaluate(
     if world:
         import torch.distributed as dist
 
+        world.waiting.part()
         dist.destroy_process_group()
 
 

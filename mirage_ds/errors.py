@@ -7,6 +7,8 @@ import math
 from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
+# sysexits' EX_UNAVAILABLE: another rank, its host or the network is gone.
+EXIT_LOST = 69
 
 
 class UserError(Exception):

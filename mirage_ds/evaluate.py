@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,8 +30,7 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
 from mirage_ds.engine.export import TRAINED_KEY
 from mirage_ds.engine.manifest import entry_of
-from mirage_ds.engine.private import set_collective_timeout
-from mirage_ds.engine.setup import World, everyone, from_rank_zero
+from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
 from mirage_ds.model.forward import MirageModel
@@ -279,27 +277,6 @@ def answer_records(
 
 
 # ---------------------------------------------------------------------------------------------------------- over ranks
-
-
-@contextmanager
-def shared_fate(world: World | None) -> Iterator[None]:
-    """Raise a UserError of any rank on all of them, so that none waits for one that has given up."""
-    fault = ""
-    try:
-        yield
-    except UserError as error:
-        if world is None:
-            raise
-        fault = str(error)
-    if world is not None:
-        found = everyone([fault] if fault else [], world)
-        if found:
-            raise UserError(found[0])
-
-
-def be_patient() -> None:
-    """Let this process group's collectives wait as long as a rank may decode longer than the others."""
-    set_collective_timeout(PATIENCE_S)
 
 
 def _read(file: Path, task: str | None, most: int | None) -> tuple[list[Record], str, str]:

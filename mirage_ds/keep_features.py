@@ -124,15 +124,15 @@ class _Images(torch.utils.data.Dataset):
         record, _ = self.records.encoded(row)
         path = getattr(record, self.name)[place - int(self.images.starts[row])]
         encoder = self.encoders[row]
-        how = "leave the images alone while a run starts"
+        how = "start the run again"
         try:
             pixels, grid = encoder.pixels(record, self.name, path)
             if int(grid.prod()) // self.merged != int(self.images.sizes[place]):
-                what = f"image {path} has another size than a minute ago, when it was measured"
+                what = f"image {path} has another size than when it was measured"
                 raise record.fault(self.name, what, how)
             # Features under the key of another content would be wrong for every run to come.
             if image_key(encoder.finder.find(record, self.name, path)) != tuple(self.images.keys[place].tolist()):
-                raise record.fault(self.name, f"image {path} is another one than a minute ago", how)
+                raise record.fault(self.name, f"image {path} is another one than when it was measured", how)
         except RecordError as error:
             return place, self.records.named(error.fault, row)
         return place, pixels.to(self.dtype), grid

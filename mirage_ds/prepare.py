@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +27,7 @@ from mirage_ds.engine.compiled import say_waits
 from mirage_ds.engine.export import Parts, save_model, trained_of
 from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
 from mirage_ds.engine.offload import check_offload
+from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, check_ds_config, from_rank_zero, make_engine
 from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
@@ -44,21 +44,21 @@ from mirage_ds.model.load import (
     load_model,
     load_tower,
     read_config,
-    resolve_folder,
 )
 from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run_records import (
     Evaluation,
     check_scores,
-    finder_of,
     index_records,
     make_encoder,
     make_evaluation,
     make_loader,
     measure,
+    model_folders,
     run_steps,
     skipped_lines,
+    sources_of,
     usable_rows,
 )
 from mirage_ds.scale import sizes, two_layers
@@ -110,13 +110,6 @@ class Prepared(NamedTuple):
     swap: Swap
     flops: ModelFlops
     peak: float | None
-
-
-def _model_folders(config: RunConfig, world: World) -> list[Path]:
-    """Folders that give weights, config, tokenizer and image processor, the first that has a part giving it."""
-    named = [("--load_model_path", config.load_model_path), ("--model", config.model)]
-    given = [(flag, str(name)) for flag, name in named if name is not None]
-    return from_rank_zero(lambda: [resolve_folder(name, flag, config.cache_dir) for flag, name in given], world)
 
 
 def make_lora(config: RunConfig, folder: Path, encoder: Encoder) -> Lora | None:
@@ -199,14 +192,13 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
                 "most weights are frozen; adapters have few states: take a JSON without offload, or offload to 'cpu'"
             )
     choose_backend(config.attention, world.device)
-    folders = _model_folders(config, world)
+    folders = from_rank_zero(partial(model_folders, config, partial(begin, "records")), world)
     shape = read_config(folders[0]).to_dict()
     ds.fill_limits(ds_values, two_layers(shape["text_config"]))
     encoder = make_encoder(config, folders)
-    files: list[Records] = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
-    encoders = [replace(encoder, finder=finder_of(config, file)) for file in files]
+    files, encoders = zip(*sources_of(config, encoder), strict=True)
     indices = [
-        index_records(config, one, file, world, partial(begin, "records"))
+        index_records(config, one, file, world, asked, partial(begin, "records"))
         for file, one in zip(files, encoders, strict=True)
     ]
     if config.eval_data_path:
@@ -288,6 +280,8 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     if world.local_rank == 0:
         say_waits(ds_values)
     engine = make_engine(loaded.model, config, ds_values, steps)
+    # DeepSpeed has made groups of its own.
+    set_collective_timeout(config.start_timeout)
     begin("load")
     resumed = load_checkpoint(engine, checkpoint) if checkpoint else {}
     # After the load: what DeepSpeed restores of it is compared too.

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,24 +20,29 @@ from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.features import KeptFeatures
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import EncodedRows
-from mirage_ds.data.indexing import open_index, open_made
+from mirage_ds.data.indexing import Maker, open_index
+from mirage_ds.data.joining import open_made
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.loader import Index, Loader, usable, without
 from mirage_ds.data.pack import Planner, check_patches, pack, total_steps
+from mirage_ds.data.parts import Plan
 from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import record_of
 from mirage_ds.data.weigh import weighed
-from mirage_ds.engine.setup import World, everyone, from_rank_zero
+from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero, shared_fate
 from mirage_ds.errors import UserError
 from mirage_ds.keep_features import keep_features
 from mirage_ds.mixture import Mixture, Records
 from mirage_ds.model.load import (
     check_vocabulary,
     read_config,
+    resolve_folder,
 )
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.scoring import check_evaluation, spread
+from mirage_ds.startup import nothing
+from mirage_ds.stop import Stopped
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,43 @@ def finder_of(config: RunConfig, data_path: Records) -> ImageFinder:
     return ImageFinder.beside(first, config.image_root, config.confine_paths)
 
 
+def model_folders(config: RunConfig, tick: Callable[[], None] = nothing) -> list[Path]:
+    """Folders that give weights, config, tokenizer and image processor, the first that has a part giving it.
+
+    Args:
+        tick: is called again and again while one is fetched.
+    """
+    named = [("--load_model_path", config.load_model_path), ("--model", config.model)]
+    return [resolve_folder(str(name), flag, config.cache_dir, tick) for flag, name in named if name is not None]
+
+
+def sources_of(config: RunConfig, encoder: Encoder) -> list[tuple[Records, Encoder]]:
+    """Return the sources of a run's records, those to train on first, each with the encoder that finds its images."""
+    files: list[Records] = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
+    return [(file, replace(encoder, finder=finder_of(config, file))) for file in files]
+
+
+def index_beforehand(config: RunConfig) -> Iterator[str]:
+    """Make the indices that a run of these settings opens, in this process; yield a line for each.
+
+    Raises:
+        UserError: as the run would for its records.
+    """
+    encoder = make_encoder(config, model_folders(config))
+    for file, own in sources_of(config, encoder):
+        rows = open_index(
+            file, own, config.kept_fields, config.cache_dir, quiet=False, check_images=config.check_images
+        )
+        index = _usable(config, file, rows)
+        yield f"{file}: {rows.records} records, {len(index.row_ids)} rows to train on, index {rows.place}"
+
+
+def _usable(config: RunConfig, data_path: Records, rows: EncodedRows) -> Index:
+    limits = (config.max_length, config.max_dropped_share)
+    index = usable(rows, data_path, *limits, config.kept_fields, config.tolerated_share)
+    return weighed(index, data_path, config.seed) if isinstance(data_path, Mixture) else index
+
+
 def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
     """Build the encoder that a run's settings describe and check that its tokens fit the model."""
     encoder = load_encoder(
@@ -90,53 +133,82 @@ def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
 
 
 def index_records(
-    config: RunConfig, encoder: Encoder, data_path: Records, world: World, tick: Callable[[], None]
+    config: RunConfig,
+    encoder: Encoder,
+    data_path: Records,
+    world: World,
+    asked: Callable[[], bool],
+    tick: Callable[[], None],
 ) -> Index:
-    """Open the index of records on every rank, made by rank 0 where there is none. All ranks call it.
+    """Open the index of records on every rank; all ranks make it where there is none. All ranks call it.
 
-    Where the hosts share no --cache_dir, each of them makes its own.
+    Where hosts do not share --cache_dir, the ranks of each make one there.
 
     Args:
+        asked: whether somebody wants this process to stop.
         tick: is called again and again while an index is made.
 
     Raises:
         UserError: see data.loader.build_index; or a host has other records or images.
+        Stopped: on every rank; the parts that are made stay.
     """
-    cache, keep = cache_folder(config.cache_dir), config.kept_fields
+    cache = cache_folder(config.cache_dir)
+    maker = Maker(data_path, encoder, config.kept_fields, cache, world.rank > 0, config.check_images, tick)
 
-    def make() -> EncodedRows:
-        return open_index(data_path, encoder, keep, config.cache_dir, quiet=world.rank > 0, tick=tick)
+    def on_rank_zero() -> tuple[Plan, str | None]:
+        plan = maker.plan()
+        made = maker.open(plan)
+        return plan, made.digest if made else None
 
-    made: list[EncodedRows] = []
-
-    def on_rank_zero() -> tuple[Path, tuple[Path, ...], str]:
-        made.append(make())
-        return made[0].place, made[0].files, made[0].digest
-
-    place, files, digest = from_rank_zero(on_rank_zero, world)
-    own = made[0] if made else open_made(place, files, cache)
+    plan, digest = from_rank_zero(on_rank_zero, world)
+    own = None
+    with shared_fate(world):
+        if digest:
+            # Each host may have another cache, and other images.
+            own = maker.open(plan) if world.local_rank == 0 else open_made(plan.place, plan.files, cache)
     if everyone([] if own and own.digest == digest else [world.rank], world):
-        fault = []
-        if (own is None or own.digest != digest) and world.local_rank == 0:
-            try:
-                own = make()
-            except UserError as error:
-                fault = [str(error)]
-        # Here the others of its host wait for it.
-        faults = everyone(fault, world)
-        if faults:
-            raise UserError(faults[0])
-        own = own if own and own.digest == digest else open_made(place, files, cache)
-        strangers = everyone([] if own and own.digest == digest else [world.rank], world)
+        _make_index(maker, plan, world, asked)
+        own = open_made(plan.place, plan.files, cache)
+        digests = everyone([own.digest if own else ""], world)
+        strangers = [rank for rank, one in enumerate(digests) if not one or one != digests[0]]
         if strangers:
-            raise UserError(
-                f"{data_path}: rank {strangers[0]} finds other records or images there than rank 0; copy the same to "
-                "every host, or name a --data_path and a --cache_dir that all share"
-            )
+            raise _stranger(data_path, strangers[0])
     assert own is not None
-    limits = (config.max_length, config.max_dropped_share)
-    index = usable(own, data_path, *limits, keep, config.tolerated_share)
-    return weighed(index, data_path, config.seed) if isinstance(data_path, Mixture) else index
+    return _usable(config, data_path, own)
+
+
+def _stranger(data_path: Records, rank: int) -> UserError:
+    return UserError(
+        f"{data_path}: rank {rank} finds other records or images there than rank 0; copy the same to every host, or "
+        "name a --data_path and a --cache_dir that all share"
+    )
+
+
+def _make_index(maker: Maker, plan: Plan, world: World, asked: Callable[[], bool]) -> None:
+    """Make the index wherever a rank lacks it: in the folder that rank 0 sees, and on each host that does not."""
+    plan, token = from_rank_zero(lambda: maker.begin(plan), world)
+    host = socket.gethostname()
+    group = "" if (plan.parts / token).exists() else host
+    everywhere = everyone([(group, host)], world)
+    together = [rank for rank, (one, _) in enumerate(everywhere) if one == group]
+    leads = together[0] == world.rank
+    with shared_fate(world):
+        if world.rank > 0:
+            # A host's own copies of the files have other times.
+            mine = maker.plan()
+            if mine.place != plan.place:
+                raise _stranger(maker.data_path, world.rank)
+            plan = mine._replace(pieces=plan.pieces)
+        if leads and group:
+            maker.open(plan)
+    sharers = sum(one == host for _, one in everywhere)
+    with shared_fate(world):
+        maker.make_parts(plan, together.index(world.rank), len(together), sharers, asked)
+    if agree(asked(), world):
+        raise Stopped
+    with shared_fate(world):
+        if leads:
+            maker.join(plan)
 
 
 def measure(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +25,7 @@ class StartUp:
 
     Attributes:
         folder: the run's own folder, once this rank is to write there.
+        moved: is told of each phase that this rank has come on.
     """
 
     def __init__(self, where: Whereabouts):
@@ -34,6 +35,7 @@ class StartUp:
         self._name, self._begun = "imports", time.perf_counter() - self._age
         self.seconds: dict[str, float] = {}
         self.folder: Path | None = None
+        self.moved: Callable[[], None] = nothing
 
     def begin(self, name: str, own_folder: Path | None = None) -> None:
         """Begin a phase, tell the guard, and note it in the run's folder."""
@@ -43,12 +45,17 @@ class StartUp:
         if self.folder is not None:
             note(self.folder, f"{PHASE}{name}")
         self._where.at(name, kind=LOADING)
+        self.moved()
 
     def end(self) -> None:
         """End the phase that is under way; a phase that comes twice adds up."""
         now = time.perf_counter()
         self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._begun
         self._begun = now
+
+
+def nothing() -> None:
+    """Be the `moved` or `tick` of work that nobody waits for."""
 
 
 def quiet(name: str, own_folder: Path | None = None) -> None:

@@ -69,13 +69,20 @@ def run(config: RunConfig) -> None:
     where = guarded()
     start = StartUp(where)
     start.begin("process group")
-    world = join()
+    world = join(config.start_timeout)
+    start.moved = world.waiting.moved
     try:
-        with (prepared := prepare(config, world, stop.asked, start.begin)).swap:
+        with (prepared := prepare(config, world, world.waiting.anyone(stop.asked), start.begin)).swap:
             train(config, prepared, world, stop.asked, where, start)
     except BaseException as error:
         if start.folder is not None and not isinstance(error, Stopped):
             note_failure(start.folder, error)
+        if isinstance(error, Stopped):
+            world.waiting.part()
+        elif isinstance(error, UserError) and error.everywhere:
+            world.waiting.leave()
+        else:
+            world.waiting.fail()
         raise
     finally:
         # Not before every rank has written its part: a launcher ends the others once one has left.
@@ -137,6 +144,7 @@ def train(
                 monitor.say(phases_line(begun.seconds))
                 begun = None
                 where.settle()
+                world.waiting.part()
                 set_collective_timeout(config.collective_timeout)
             skipped = 0 if taken.applied else skipped + 1
             if not taken.applied:

@@ -32,7 +32,8 @@ Kind = Literal["train", "evaluate", "controls"]
 MACHINE = frozenset(
     {
         *("save_model_path", "load_model_path", "log_file", "resume", "overwrite", "report_to", "log_rows"),
-        *("num_workers", "cache_dir", "feature_cache", "feature_dir", "collective_timeout", "peak_tflops"),
+        *("num_workers", "cache_dir", "feature_cache", "feature_dir", "peak_tflops", "check_images"),
+        *("start_timeout", "collective_timeout"),
         *("micro_batch_tokens", "micro_batch_size", "micro_batch_patches", "allow_idle_ranks"),
         *("attention", "gradient_checkpointing", "loss_chunk_mb", "save_every", "keep_checkpoints"),
         # They refuse a run or draw a picture of it; what it learns stays.

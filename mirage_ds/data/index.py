@@ -8,9 +8,11 @@ R rows, I images of a field, T tokens of a row.
                         rows.arrow      the rows as one stage encodes them, in the same batches
                         faults.arrow    what is wrong with the records that cannot be used
                         pictures.arrow  the image files that were looked at, with their sizes and times
+                        suspects.arrow  those of them that records with a fault name
 
 The key is a hash of what a row is a function of: the records, the tokenizer, the image processors' settings, the stage,
-k, where images are looked for. A folder is written under another name, renamed when it is whole, and never changed.
+k, where images are looked for. A folder is put together from parts (parts.py) under another name, renamed when it is
+whole, and never changed.
 Columns are small and mapped. Rows are read by their place in the file: pages of a map that one process alone has
 touched count as its own memory, and a run touches every row in every epoch.
 """
@@ -24,12 +26,14 @@ import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import ImageKeys
@@ -40,8 +44,10 @@ from mirage_ds.data.sources import name_file
 from mirage_ds.errors import UserError
 
 # Raised whenever the files of an index mean something else than before.
-FORMAT = 1
+FORMAT = 2
 HEADER = "index.json"
+# Paths of images that a run has met a fault of, one JSON string a line; no part of the index itself.
+DOUBTS = "doubts.jsonl"
 # A row costs one read of its batch: few rows are quick to read, and many make less of what Arrow writes beside them.
 BATCH_ROWS = 16
 # Numbers of each row: places, counts, and the CRC-32 of its record and of its encoded form.
@@ -109,6 +115,22 @@ def sight(finder: ImageFinder, path: str) -> Sight:
         if stat.S_ISREG(found.st_mode):
             return Sight(number, found.st_size, found.st_mtime_ns)
     return Sight(-1, -1, -1)
+
+
+def changed(pictures: pa.Table | pa.RecordBatch, finder: ImageFinder, files: Sequence[Path], inside: Path) -> bool:
+    """Tell whether an image is another file now than in a table of PICTURE_SCHEMA, or lies elsewhere; reads none.
+
+    Args:
+        finder: of the records, for any of their files.
+        inside: where pictures that came inside records files lie.
+    """
+    finders: dict[int, ImageFinder] = {}
+    for first, path, *seen in zip(*(pictures[name].to_pylist() for name in PICTURE_SCHEMA.names), strict=True):
+        if first not in finders:
+            finders[first] = finder.of(files[first], inside)
+        if sight(finders[first], path) != Sight(*seen):
+            return True
+    return False
 
 
 def layout_check(layout: Layout, record: Record) -> int:
@@ -269,7 +291,14 @@ class EncodedRows:
         return ImageKeys(*(self._columns[f"{name}.{part}"] for part in ("keys", "sizes", "starts")))
 
     def named(self, fault: Fault, row: int) -> Fault:
-        """Put a row's file into its fault, where there are several."""
+        """Put a row's file into its fault, where there are several; the next start looks at the row's images."""
+        record, _ = self.encoded(row)
+        paths = (*record.image_input, *record.image_output)
+        # A cache that cannot be written: --check_images finds it.
+        with suppress(OSError), (self.place / DOUBTS).open("a") as file:
+            file.write("".join(f"{json.dumps(path)}\n" for path in paths))
+        if str(self.pictures.resolve()) in fault.what:
+            fault = replace(fault, how="start the run again, which writes it anew")
         return name_file(fault, self.files, int(self._columns["file"][row]))
 
     def all_faults(self) -> Iterator[Fault]:
@@ -279,29 +308,32 @@ class EncodedRows:
             for row in reader.get_batch(number).to_pylist():
                 yield name_file(Fault(row["line"], row["field"], row["what"], row["how"]), self.files, row["file"])
 
-    def pictures_changed(self, finder: ImageFinder) -> bool:
+    def pictures_changed(self, finder: ImageFinder, every: bool) -> bool:
         """Tell whether an image that was looked at is another file now, or lies elsewhere; reads no image.
 
         Args:
             finder: of the records, for any of their files.
+            every: all images are looked at; else only those of records with a fault, which somebody may have corrected,
+                be it that a run has met it.
         """
         known_from = self._header["working_directory"]
         if known_from is not None and known_from != str(finder.folders[-1]):
             return True
-        file = self.place / "pictures.arrow"
-
-        def same(number: int) -> bool:
-            batch = _reader(file).get_batch(number)
-            finders: dict[int, ImageFinder] = {}
-            for own, path, *seen in zip(*(batch[name].to_pylist() for name in PICTURE_SCHEMA.names), strict=True):
-                if own not in finders:
-                    finders[own] = finder.of(self.files[own], self.pictures)
-                if sight(finders[own], path) != Sight(*seen):
-                    return False
+        if self._header["inside"] and not self.pictures.is_dir():
             return True
+        file = self.place / ("pictures.arrow" if every else "suspects.arrow")
+        if not every and (self.place / DOUBTS).exists():
+            lines = (self.place / DOUBTS).read_text().splitlines()
+            doubted = pa.array({json.loads(line) for line in lines}, pa.string())
+            seen = _reader(self.place / "pictures.arrow").read_all()
+            if changed(seen.filter(pc.is_in(seen["path"], doubted)), finder, self.files, self.pictures):
+                return True
+
+        def other(number: int) -> bool:
+            return changed(_reader(file).get_batch(number), finder, self.files, self.pictures)
 
         with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-            return not all(pool.map(same, range(_reader(file).num_record_batches)))
+            return any(pool.map(other, range(_reader(file).num_record_batches)))
 
 
 class BesideEach:

@@ -25,8 +25,8 @@ from mirage_ds.files import write_new
 from mirage_ds.mixture import Mixture, Records
 
 SUFFIXES = (".jsonl", ".parquet")
-# A piece is what one process reads at a time: about a thousand records.
-PIECE_BYTES = 1 << 20
+# A piece is what one process makes at a time, and what a killed start loses: some hundred records.
+PIECE_BYTES = 1 << 18
 # Rows of a Parquet file lie in groups, and to reach a row all before it in its group are read.
 PIECE_ROWS = 8192
 BATCH_ROWS = 256
@@ -274,13 +274,12 @@ def no_record(data_path: Records) -> UserError:
     return UserError(f"{data_path}: holds no record; expected one JSON object a line, or the rows of a Parquet file")
 
 
-def changed(files: Sequence[Path], stamps: Sequence[Stamp]) -> Path | None:
-    """Return a file that is another one than when its stamp was taken."""
+def check_unchanged(files: Sequence[Path], stamps: Sequence[Stamp]) -> None:
+    """UserError where a file is another one than when its stamp was taken."""
     for file, stamp in zip(files, stamps, strict=True):
         try:
             same = Stamp.of(file) == stamp
         except OSError:
             same = False
         if not same:
-            return file
-    return None
+            raise UserError(f"{file}: changed while it was read; leave it alone and start again")

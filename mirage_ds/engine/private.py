@@ -40,6 +40,16 @@ def set_collective_timeout(seconds: float) -> None:
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
+def store_of_group(seconds: float) -> Any:
+    """Return the store through which the ranks found each other, with this bound for its own waits."""
+    from torch.distributed import distributed_c10d
+
+    store = distributed_c10d._get_default_store()
+    # NCCL fetches the address of a new communicator from it, in the first collective of each group.
+    store.set_timeout(timedelta(seconds=seconds))
+    return store
+
+
 class Shard(NamedTuple):
     """What ZeRO-3 has made of a parameter.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,19 +15,33 @@ import torch.distributed as dist
 from torch import nn
 
 from mirage_ds.config import RunConfig
-from mirage_ds.engine.private import skip_steps_that_are_not_finite, use_plain_gloo
+from mirage_ds.engine.private import (
+    set_collective_timeout,
+    skip_steps_that_are_not_finite,
+    store_of_group,
+    use_plain_gloo,
+)
+from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import UserError, reason, shown
 
 Result = TypeVar("Result")
 
+# How long ranks wait for each other before the first step; the guards' --start is the same.
+START_S = 3600.0
+
 
 class World(NamedTuple):
-    """This process among the others."""
+    """This process among the others.
+
+    Attributes:
+        waiting: how they wait for each other until the first step is done.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    waiting: Waiting
 
 
 # A GPU's device node: it is there whether or not torch can use the GPU.
@@ -52,8 +67,12 @@ def check_accelerator(device_name: str, gpu_node: Path = GPU_NODE) -> None:
         )
 
 
-def join() -> World:
-    """Join the process group the launcher describes; alone, make one of a single rank."""
+def join(bound: float = START_S) -> World:
+    """Join the process group the launcher describes; alone, make one of a single rank.
+
+    Args:
+        bound: seconds that a rank waits while no other one comes on, in collectives too.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -69,8 +88,12 @@ def join() -> World:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    set_collective_timeout(bound)
     device = torch.device(accelerator.current_device_name())
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    waiting = Waiting(store_of_group(bound), rank, size, bound)
+    waiting.watch()
+    return World(rank, size, local_rank, device, waiting)
 
 
 def from_rank_zero(make: Callable[[], Result], world: World) -> Result:
@@ -84,6 +107,7 @@ def from_rank_zero(make: Callable[[], Result], world: World) -> Result:
             outcome = [make()]
         except UserError as error:
             outcome = [error]
+    world.waiting.meet()
     dist.broadcast_object_list(outcome, src=0, device=world.device if world.device.type == "cuda" else None)
     if isinstance(outcome[0], UserError):
         raise outcome[0]
@@ -92,6 +116,7 @@ def from_rank_zero(make: Callable[[], Result], world: World) -> Result:
 
 def agree(flag: bool, world: World) -> bool:
     """Tell, on every rank alike, whether the flag is up on any of them."""
+    world.waiting.meet()
     raised = torch.tensor(float(flag), device=world.device)
     dist.all_reduce(raised, op=dist.ReduceOp.MAX)
     return bool(raised.item())
@@ -100,8 +125,25 @@ def agree(flag: bool, world: World) -> bool:
 def everyone(own: list[Result], world: World) -> list[Result]:
     """Join the lists of all ranks, in the order of ranks; every rank gets the whole."""
     lists: list[list[Result]] = [[] for _ in range(world.size)]
+    world.waiting.meet()
     dist.all_gather_object(lists, own)
     return [item for one in lists for item in one]
+
+
+@contextmanager
+def shared_fate(world: World | None) -> Iterator[None]:
+    """Raise a UserError of any rank on all of them, so that none waits for one that has given up."""
+    fault = ""
+    try:
+        yield
+    except UserError as error:
+        if world is None:
+            raise
+        fault = str(error)
+    if world is not None:
+        found = everyone([fault] if fault else [], world)
+        if found:
+            raise UserError(found[0])
 
 
 def check_ds_config(values: dict[str, Any], path: Path) -> None:

@@ -126,5 +126,6 @@ def claim_folders(values: Mapping[str, Any], world: World) -> tuple[dict[str, An
     token = from_rank_zero(lambda: secrets.token_hex(4), world)
     swap = Swap([path / f"{FOLDER}{token}" for path in keys.paths])
     # Until all hold them: one that ended early would remove them before the others have come.
+    world.waiting.meet()
     dist.barrier()
     return in_folders(values, token), swap

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.errors import UserError
+from mirage_ds.errors import EXIT_LOST, UserError
 from mirage_ds.guard.explain import by_position, late
-from mirage_ds.guard.wire import EXIT_HANG, EXIT_LOST, LONGEST_LINE, PAUSED_S, Bounds, Verdict, messages, send
+from mirage_ds.guard.wire import EXIT_HANG, LONGEST_LINE, PAUSED_S, Bounds, Verdict, messages, send
 from mirage_ds.stop import EXIT_STOPPED
 
 # Between two looks of the hub, in seconds.
@@ -91,7 +91,8 @@ def failures(members: Sequence[Member]) -> list[Member]:
     failed = [one for one in members if one.rank is not None and one.code not in (None, 0)]
 
     def follows(one: Member) -> bool:
-        return any(word in one.why.lower() for word in CONSEQUENCES)
+        # A rank ends with this code where it has noticed by itself that another one is gone (engine/waiting.py).
+        return one.code == EXIT_LOST or any(word in one.why.lower() for word in CONSEQUENCES)
 
     return sorted(failed, key=lambda one: (follows(one), one.ended))
 

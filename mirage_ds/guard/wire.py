@@ -38,9 +38,7 @@ class Verdict(NamedTuple):
     lines: tuple[str, ...]
 
 
-# Exit codes of the guards' own; a rank's own code stands in every other case. Their names in sysexits.h are
-# EX_UNAVAILABLE and EX_SOFTWARE.
-EXIT_LOST = 69
+# Exit codes of the guards are this one, sysexits' EX_SOFTWARE, and EXIT_LOST; a rank's own stands in every other case.
 EXIT_HANG = 70
 
 

@@ -9,6 +9,7 @@ saves `model.visual.*` and `model.language_model.*`. Both are read; each family'
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.lora import Lora, TokenRows, add_adapters
 from mirage_ds.model.loss import LossHead
 from mirage_ds.model.vision import FrozenTower
+from mirage_ds.startup import nothing
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,8 +57,11 @@ def public_name(name: str) -> str:
     return re.sub(r"^language_model\.", "model.", name)
 
 
-def resolve_folder(name: str, flag: str, cache_dir: Path | None) -> Path:
+def resolve_folder(name: str, flag: str, cache_dir: Path | None, tick: Callable[[], None] = nothing) -> Path:
     """Return a local model folder: `name` itself, or the hub's snapshot of it.
+
+    Args:
+        tick: is called again and again while it is fetched.
 
     Raises:
         UserError: neither a folder with a config.json nor a hub id that can be fetched.
@@ -70,9 +75,15 @@ def resolve_folder(name: str, flag: str, cache_dir: Path | None) -> Path:
         raise UserError(f"{flag} {name}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import tqdm
+
+    class Telling(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            tick()
+            return bool(super().update(n))
 
     try:
-        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=list(FILES), tqdm_class=Telling))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{flag} {name}: no such folder, and the hub did not give it ({reason})") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,3 +60,27 @@ def untied(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoTokenizer.from_pretrained(nano).save_pretrained(out)
     Qwen2VLImageProcessorPil().save_pretrained(out)
     return out
+
+
+@pytest.fixture
+def rows(mixed: Path, tmp_path: Path) -> Path:
+    """The mixed rows, and three more: several images, several runs, special tokens spelt out."""
+    shutil.copytree(mixed.parent, tmp_path / "data")
+    file = tmp_path / "data" / mixed.name
+    more = [
+        {
+            "text_input": "<image> or <image>? Say <|im_end|>.",
+            "text_output": "<output_image>a <output_image>b <|latent_pad|>",
+            "image_input": ["in0.png", "in1.png"],
+            "image_output": ["out2.png", "out3.png"],
+        },
+        {"text_input": "ä ✓", "text_output": "ö", "other": {"n": [1.5, None]}},
+        {"text_input": "q", "text_output": "a", "image_output": "out1.png", "image_input": "in0.png"},
+    ]
+    file.write_text(file.read_text() + "\n" + "".join(json.dumps(row) + "\n" for row in more))
+    return file
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"

@@ -332,6 +332,19 @@ def test_a_folder_without_config_and_no_folder_at_all_are_named_with_their_flag(
         resolve_folder("owner/name", "--model", tmp_path)
 
 
+def test_a_fetch_says_that_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(name: str, tqdm_class: Any, **_: Any) -> str:
+        with tqdm_class(total=3, disable=True) as bar:
+            bar.update(1)
+            bar.update(2)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    ticks: list[int] = []
+    assert resolve_folder("owner/name", "--model", None, lambda: ticks.append(1)) == tmp_path / "owner/name"
+    assert len(ticks) == 2
+
+
 def test_token_ids_beyond_the_rows_are_refused(nano: Path) -> None:
     config = AutoConfig.from_pretrained(nano)
     rows, pad = config.text_config.vocab_size, config.image_token_id

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mirage_ds.guard.wire import EXIT_HANG, EXIT_LOST
+from mirage_ds.errors import EXIT_LOST
+from mirage_ds.guard.wire import EXIT_HANG
 
 ROOT = Path(__file__).parents[2]
 BOUNDS = ("--gather", "15", "--silence", "4", "--start", "15", "--hang", "3", "--grace", "1")

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from mirage_ds.errors import UserError
+from mirage_ds.errors import EXIT_LOST, UserError
 from mirage_ds.guard.explain import late, main_stack, waits_for
 from mirage_ds.guard.hub import Member, hanging, judge
 from mirage_ds.guard.place import Place, find_place
-from mirage_ds.guard.wire import EXIT_HANG, EXIT_LOST, Bounds, Verdict
+from mirage_ds.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.stop import EXIT_STOPPED
 from mirage_ds.whereabouts import COLLECTIVE, LOADING, SAVING, Whereabouts
 
@@ -59,6 +59,13 @@ def test_the_failure_that_began_it_is_named_last_though_another_was_heard_first(
     assert found is not None
     assert (found.code, found.lines[-1]) == (137, "rank 1 on node1 was killed by SIGKILL")
     assert found.lines[0].startswith("then rank 0")
+
+
+def test_a_rank_that_ended_since_another_is_gone_did_not_begin_it() -> None:
+    first = rank(0, 10, code=EXIT_LOST, ended=10.0, why=f"ended with exit code {EXIT_LOST}")
+    found = verdict([first, rank(1, 10, code=1, ended=10.4, why="ended with exit code 1: KeyError")], 11.1)
+    assert found is not None
+    assert (found.code, found.lines[-1]) == (1, "rank 1 on node1 ended with exit code 1: KeyError")
 
 
 def test_stopped_on_request_is_no_failure() -> None:

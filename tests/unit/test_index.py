@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
-import shutil
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,54 +16,27 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from indices import BREAK, Counted, Make
 from PIL import Image
 
 from mirage_ds.data import indexing
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.features import image_key
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import (
     COLUMNS,
     FAULT_SCHEMA,
-    PICTURE_SCHEMA,
-    RECORD_SCHEMA,
-    ROW_SCHEMA,
     EncodedRows,
     layout_check,
 )
 from mirage_ds.data.indexing import open_index
+from mirage_ds.data.joining import ABANDONED_S, Writer
 from mirage_ds.data.loader import Loader, Rows, build_index, usable
 from mirage_ds.data.pack import Planner
+from mirage_ds.data.parts import schemas
 from mirage_ds.data.record import Fault, Record
 from mirage_ds.data.record_files import record_of, scan
-from mirage_ds.data.sample import Sample
+from mirage_ds.data.sample import Layout, Sample
 from mirage_ds.errors import UserError
-
-Make = Callable[..., Encoder]
-
-
-@pytest.fixture
-def rows(mixed: Path, tmp_path: Path) -> Path:
-    """The mixed rows, and three more: several images, several runs, special tokens spelt out."""
-    shutil.copytree(mixed.parent, tmp_path / "data")
-    file = tmp_path / "data" / mixed.name
-    more = [
-        {
-            "text_input": "<image> or <image>? Say <|im_end|>.",
-            "text_output": "<output_image>a <output_image>b <|latent_pad|>",
-            "image_input": ["in0.png", "in1.png"],
-            "image_output": ["out2.png", "out3.png"],
-        },
-        {"text_input": "ä ✓", "text_output": "ö", "other": {"n": [1.5, None]}},
-        {"text_input": "q", "text_output": "a", "image_output": "out1.png", "image_input": "in0.png"},
-    ]
-    file.write_text(file.read_text() + "\n" + "".join(json.dumps(row) + "\n" for row in more))
-    return file
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
 
 
 def same(one: Any, other: Any) -> bool:
@@ -97,30 +67,6 @@ def test_a_sample_from_the_index_is_the_encoders_on_every_field(
     # What scorers and the log ask for: the record as the user wrote it.
     assert [record_of(row) for row in index.rows] == records
     assert index.rows["line"].tolist() == [record.line for record in records]
-
-
-class Counted:
-    """Counts the rows laid out and the images opened."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.rows = self.images = 0
-        lay_out, opened = Encoder.lay_out, Image.open
-
-        def counted(encoder: Encoder, record: Record) -> Any:
-            self.rows += 1
-            return lay_out(encoder, record)
-
-        def looked(*arguments: Any, **more: Any) -> Any:
-            self.images += 1
-            return opened(*arguments, **more)
-
-        monkeypatch.setattr(Encoder, "lay_out", counted)
-        monkeypatch.setattr(Image, "open", looked)
-
-    def since(self) -> tuple[int, int]:
-        found = self.rows, self.images
-        self.rows = self.images = 0
-        return found
 
 
 def test_it_is_made_once_for_each_setting(
@@ -162,15 +108,8 @@ def test_the_working_directory_decides_only_where_it_did(
     assert counted.since() == (0, 0)
     # Now an image lies in the working directory alone.
     (rows.parent / "in0.png").rename(tmp_path / "in0.png")
-    assert open_index(rows, elsewhere, [], cache).faults == 0
+    assert open_index(rows, elsewhere, [], cache, check_images=True).faults == 0
     assert open_index(rows, encoder, [], cache).faults == 3
-
-
-BREAK: dict[str, Callable[[bytes], bytes]] = {
-    "empty": lambda content: b"",
-    "cut": lambda content: content[: len(content) * 3 // 4],
-    "one bit": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
-}
 
 
 @pytest.mark.parametrize("how", [*BREAK, "gone"])
@@ -221,7 +160,7 @@ def test_a_process_that_opens_another_index_at_its_place_says_so(rows: Path, cac
     travelling = pickle.dumps(index)
     assert pickle.loads(travelling)[3] == index[3]
     Image.new("RGB", (84, 140)).save(rows.parent / "in0.png")
-    assert open_index(rows, encoder, [], cache).place == index.place
+    assert open_index(rows, encoder, [], cache, check_images=True).place == index.place
     with pytest.raises(UserError, match="damaged or another one"):
         pickle.loads(travelling)
 
@@ -232,7 +171,7 @@ def test_builders_at_the_same_time_end_with_one_whole_index(
     encoder = encoder_for("stage2", 2, beside=mixed)
     # All of them have written theirs before the first one is put in its place.
     made: list[int] = []
-    put = indexing._put
+    put = indexing.put
 
     def wait_for_all(*arguments: Any) -> EncodedRows:
         made.append(1)
@@ -240,7 +179,7 @@ def test_builders_at_the_same_time_end_with_one_whole_index(
             time.sleep(0.001)
         return put(*arguments)
 
-    monkeypatch.setattr(indexing, "_put", wait_for_all)
+    monkeypatch.setattr(indexing, "put", wait_for_all)
     with ThreadPoolExecutor(3) as pool:
         opened = list(pool.map(lambda _: open_index(mixed, encoder, ["image_input"], cache), range(3)))
     assert len(made) == 3
@@ -258,12 +197,13 @@ def test_nobody_sees_half_an_index(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(indexing._Writer, "finish", killed)
+        patch.setattr(Writer, "finish", killed)
         with pytest.raises(KeyboardInterrupt):
             open_index(mixed, encoder, [], cache)
-    assert list((cache / "index").iterdir()) == []
+    # Its parts alone.
+    assert [left.suffix for left in (cache / "index").iterdir()] == [".parts"]
     # What a process leaves that could not clean up is removed when it is old, and never used.
-    for name, age in ((".abc.left", 2 * indexing.ABANDONED_S), (".abc.running", 0)):
+    for name, age in ((".abc.left", 2 * ABANDONED_S), (".abc.running", 0)):
         left = cache / "index" / name
         left.mkdir()
         os.utime(left, (left.stat().st_mtime - age,) * 2)
@@ -271,69 +211,11 @@ def test_nobody_sees_half_an_index(
     assert {left.name for left in (cache / "index").iterdir() if left.name.startswith(".")} == {".abc.running"}
 
 
-def test_an_image_changed_in_place_is_noticed(rows: Path, cache: Path, encoder_for: Make) -> None:
-    encoder = encoder_for("stage2", 2, beside=rows)
-    image = rows.parent / "in4.png"
-    before = build_index(rows, encoder, 10_000, 0, ["image_input"], cache_dir=cache)
-    content = image.read_bytes()
-    # As large as before; only its time tells.
-    image.write_bytes(content[:-20] + bytes(20))
-    after = build_index(rows, encoder, 10_000, 0, ["image_input"], cache_dir=cache)
-    place = int(after.images["image_input"].starts[4])
-    own, old = (tuple(index.images["image_input"].keys[place].tolist()) for index in (after, before))
-    assert own == image_key(image) != old
-    # Larger: the row has other tokens.
-    Image.new("RGB", (280, 280)).save(image)
-    assert build_index(rows, encoder, 10_000, 0, ["image_input"], cache_dir=cache).tokens[4] > before.tokens[4]
-    image.unlink()
-    with pytest.raises(UserError, match=r"line 5, image_input: no image 'in4\.png'"):
-        build_index(rows, encoder, 10_000, 0, ["image_input"], cache_dir=cache)
-    image.write_bytes(content)
-    mended = build_index(rows, encoder, 10_000, 0, ["image_input"], cache_dir=cache)
-    assert mended.rows.digest == before.rows.digest
-
-
-def test_an_image_that_now_lies_in_an_earlier_place_is_noticed(
-    rows: Path, cache: Path, encoder_for: Make, tmp_path: Path
-) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
-    (rows.parent / "in0.png").rename(root / "in0.png")
-    encoder = replace(encoder_for("stage2", 2, beside=rows), finder=ImageFinder.beside(rows, root))
-    before = open_index(rows, encoder, ["image_input"], cache)
-    Image.new("RGB", (112, 112)).save(rows.parent / "in0.png")
-    after = open_index(rows, encoder, ["image_input"], cache)
-    assert tuple(after.images("image_input").keys[0].tolist()) == image_key(rows.parent / "in0.png")
-    assert after["tokens"][0] != before["tokens"][0]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_pieces_and_processes_change_nothing(
-    workers: int, rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows.write_bytes(b"\xef\xbb\xbf" + rows.read_bytes().replace(b"\n", b"\r\n") + b"{\r\r\n\xff\n")
-    (rows.parent / "in6.png").unlink()
-    encoder = encoder_for("stage2", 2, beside=rows)
-    whole = open_index(rows, encoder, ["image_input"], cache / "whole")
-    monkeypatch.setattr("mirage_ds.data.sources.PIECE_BYTES", 100)
-    monkeypatch.setattr(indexing, "processes", lambda work: min(workers, work))
-    parts = open_index(rows, encoder, ["image_input"], cache / "parts")
-    assert [*parts] == [*whole]
-    for name in COLUMNS:
-        assert np.array_equal(parts[name], whole[name]), name
-    for one, other in zip(parts.images("image_input"), whole.images("image_input"), strict=True):
-        assert np.array_equal(one, other)
-    faults = [*parts.all_faults()]
-    assert faults == [*whole.all_faults()]
-    assert [fault.line for fault in faults if fault.field == "json"] == [fault.line for fault in scan(rows)[1]]
-    assert faults[0].what.startswith("no image 'in6.png'")
-
-
 def test_an_error_in_a_process_keeps_its_words(
     rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mirage_ds.data.sources.PIECE_BYTES", 100)
-    monkeypatch.setattr(indexing, "processes", lambda work: 2)
+    monkeypatch.setattr(indexing, "processes", lambda *_: 2)
 
     def refuse(*_: Any) -> None:
         raise UserError("use another tokenizer")
@@ -341,21 +223,6 @@ def test_an_error_in_a_process_keeps_its_words(
     monkeypatch.setattr(Encoder, "lay_out", refuse)
     with pytest.raises(UserError, match=r"^use another tokenizer$"):
         open_index(rows, encoder_for("stage2", 2, beside=rows), [], cache)
-
-
-def test_a_records_file_that_changes_while_it_is_read_is_refused(
-    rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add = indexing._Writer.add
-
-    def meddle(writer: Any, part: Any) -> None:
-        rows.write_text("{}\n")
-        add(writer, part)
-
-    monkeypatch.setattr(indexing._Writer, "add", meddle)
-    with pytest.raises(UserError, match=rf"{rows}: changed while it was read"):
-        open_index(rows, encoder_for("stage2", 2, beside=rows), [], cache)
-    assert list((cache / "index").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(rows: Path, tmp_path: Path, encoder_for: Make) -> None:
@@ -371,35 +238,24 @@ def synthetic(folder: Path, count: int) -> EncodedRows:
     """An index of `count` rows of one image each, written directly."""
     folder.mkdir(parents=True)
     kinds = {"input_ids": [1, 2, 3], "answer_start": 1, "grids": [1, 2, 2], "helper_grids": []}
-    row = kinds | {"image_input": ["i.png"], "image_output": []}
-    record = dict(line=1, text_input="q", text_output="a", image_input=["i.png"], image_output=[], extra="{}")
     stub = Record(1, "q", "a", ("i.png",), ())
-    check = layout_check(indexing.Layout([1, 2, 3], 1, [(1, 2, 2)], []), stub)
-    columns = {name: np.full(count, 3, dtype=dtype) for name, dtype in COLUMNS.items()}
-    columns["check"][:] = check
-    columns["file"][:] = 0
+    check = layout_check(Layout([1, 2, 3], 1, [(1, 2, 2)], []), stub)
+    ones: dict[str, dict[str, Any]] = {
+        "numbers": dict.fromkeys(COLUMNS, 3) | {"check": check, "file": 0, "image_input": 1},
+        "rows": kinds | {"image_input": ["i.png"], "image_output": []},
+        "records": dict(line=1, text_input="q", text_output="a", image_input=["i.png"], image_output=[], extra="{}"),
+        "image_input": dict(high=0, low=0, size=1),
+    }
     fault = dict(zip(FAULT_SCHEMA.names, (-1, 0, 9, "json", "w", "h"), strict=True))
-
-    def repeated(one: dict[str, Any], schema: pa.Schema) -> pa.Table:
-        table = pa.Table.from_pylist([one], schema=schema)
-        return table.take(pa.array(np.zeros(count, dtype=np.int64))).combine_chunks()
-
+    part = {name: schema.empty_table() for name, schema in schemas(["image_input"]).items()}
+    for name, one in ones.items():
+        table = pa.Table.from_pylist([one], schema=part[name].schema)
+        part[name] = table.take(pa.array(np.zeros(count, dtype=np.int64))).combine_chunks()
+    part["faults"] = pa.Table.from_pylist([fault], schema=FAULT_SCHEMA)
     with ExitStack() as stack:
-        writer = indexing._Writer(folder, ["image_input"], stack)
-        keys = np.arange(2 * count, dtype=np.uint64).reshape(-1, 2)
-        images = {"image_input": (keys, np.ones(count, dtype=np.int32), np.ones(count, dtype=np.int64))}
-        writer.add(
-            indexing.Part(
-                records=repeated(record, RECORD_SCHEMA),
-                rows=repeated(row, ROW_SCHEMA),
-                columns=columns,
-                images=images,
-                faults=pa.Table.from_pylist([fault], schema=FAULT_SCHEMA),
-                pictures=PICTURE_SCHEMA.empty_table(),
-                total=count + 1,
-            )
-        )
-    writer.finish(ImageFinder((folder, folder)), "source")
+        writer = Writer(folder, ["image_input"], stack)
+        writer.add(part)
+    writer.finish(ImageFinder((folder, folder)), "source", folder / "pictures")
     return EncodedRows(folder, [folder / "rows.jsonl"], folder / "pictures")
 
 

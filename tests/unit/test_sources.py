@@ -255,11 +255,19 @@ def test_pictures_inside_are_written_once_and_again_where_they_are_lost(
     stamp = written[0].stat().st_mtime_ns
     assert start().digest == before.digest
     written[1].unlink()
+    lost = next(row for row in range(12) if str(written[1]) in record_of(before[row]).image_input)
+    fault = Rows(start(), encoder, {})[lost]
+    assert isinstance(fault, Fault)
+    assert (fault.line, fault.how) == (lost + 1, "start the run again, which writes it anew")
     after = start()
     assert after.digest == before.digest
     assert written[1].exists()
     assert written[0].stat().st_mtime_ns == stamp
     Image.open(record_of(after[0]).image_input[0]).load()
+    # All of them are missed unasked.
+    shutil.rmtree(tmp_path / "cache/pictures")
+    assert start().digest == before.digest
+    assert all(file.exists() for file in written)
 
 
 def test_a_parquet_row_that_is_no_record_is_a_fault(tmp_path: Path, encoder_for: Make) -> None:

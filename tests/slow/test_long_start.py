@@ -1,0 +1,112 @@
+"""A start whose records take long, as two real ranks without a launcher: past DeepSpeed's bound, killed, stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mirage_ds.config import RunConfig
+from mirage_ds.run_records import index_beforehand
+
+LIMIT_S = 240
+# `mirage_ds.train`, which takes longer for each piece of the records.
+SLOW = """
+import os, time
+from mirage_ds.data import sources
+from mirage_ds.data.parts import Parts
+sources.PIECE_BYTES = 100
+encode, seconds = Parts.encode, float(os.environ["PIECE_SECONDS"])
+def slow(*given):
+    time.sleep(seconds)
+    return encode(*given)
+Parts.encode = slow
+from mirage_ds.train import main
+main()
+"""
+
+
+class Job:
+    """Two ranks of a run."""
+
+    def __init__(self, cache: Path, out: Path, nano: Path, mixed: Path, seconds: tuple[float, float]):
+        self.cache = cache
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = dict(model=nano, data_path=mixed, save_model_path=out, cache_dir=cache, stage="sft", max_steps=1)
+        words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DEEPSPEED_TIMEOUT": "1"}
+        self.ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", SLOW, *words, "--global_batch_size", "2", "--num_workers", "0"],
+                env=os.environ
+                | place
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PIECE_SECONDS": str(seconds[rank])},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+
+    def parts(self) -> set[str]:
+        return {file.name for file in self.cache.glob("index/.*.parts/[0-9]*")}
+
+    def wait_for_parts(self, count: int) -> None:
+        end = time.monotonic() + LIMIT_S
+        while len(self.parts()) < count:
+            assert time.monotonic() < end
+            assert all(rank.poll() is None for rank in self.ranks)
+            time.sleep(0.02)
+
+    def end(self) -> tuple[list[int], str]:
+        said = [rank.communicate(timeout=LIMIT_S)[0] for rank in self.ranks]
+        return [rank.returncode for rank in self.ranks], "".join(said)
+
+
+@pytest.mark.slow
+def test_records_may_take_longer_than_deepspeeds_bound(nano: Path, mixed: Path, tmp_path: Path) -> None:
+    # Rank 1's six pieces; rank 0 waits for more than DEEPSPEED_TIMEOUT, a minute.
+    codes, said = Job(tmp_path / "cache", tmp_path / "out", nano, mixed, (0.0, 12.5)).end()
+    assert codes == [0, 0], said
+    assert "model saved" in said
+
+
+@pytest.mark.slow
+def test_a_start_that_is_killed_and_stopped_goes_on(
+    nano: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    killed = Job(cache, out, nano, mixed, (0.5, 0.5))
+    killed.wait_for_parts(3)
+    for rank in killed.ranks:
+        rank.kill()
+    killed.end()
+    made = killed.parts()
+    assert 3 <= len(made) < 10
+    assert not out.exists()
+
+    asked = Job(cache, out, nano, mixed, (0.5, 0.5))
+    asked.wait_for_parts(len(made) + 2)
+    asked.ranks[1].send_signal(signal.SIGUSR1)
+    codes, said = asked.end()
+    assert codes == [75, 75], said
+    assert made < asked.parts() < set(map(str, range(12)))
+    assert not out.exists()
+
+    codes, said = Job(cache, out, nano, mixed, (0.0, 0.0)).end()
+    assert codes == [0, 0], said
+    monkeypatch.setattr("mirage_ds.data.sources.PIECE_BYTES", 100)
+    values = dict(model=str(nano), data_path=mixed, save_model_path=out, cache_dir=tmp_path / "one", stage="sft")
+    [_] = index_beforehand(RunConfig.model_validate(values))
+    (wanted,), (found,) = ([*(folder / "index").iterdir()] for folder in (tmp_path / "one", cache))
+    assert found.name == wanted.name
+    for file in wanted.iterdir():
+        assert (found / file.name).read_bytes() == file.read_bytes()
