@@ -218,7 +218,7 @@ def check_stored(folder: Path, config: PretrainedConfig, expected: Mapping[str, 
     if getattr(config, "transformers_weights", None):
         raise UserError(
             f"{folder}/config.json: 'transformers_weights' has {config.transformers_weights} opened for {SINGLE}; "
-            "rename the file, and delete the key"
+            "rename the file and delete the key"
         )
     stored = stored_tensors(folder)
     _refuse_other_weights(folder, stored, family, expected)
@@ -243,7 +243,7 @@ def check_stored(folder: Path, config: PretrainedConfig, expected: Mapping[str, 
     if HEAD in own and HEAD not in expected and not _same(stored, own[HEAD], own[EMBEDDING]):
         raise UserError(
             f"{folder}: config.json ties the head to the embedding (tie_word_embeddings), but {own[HEAD]} in "
-            f"{stored[own[HEAD]].file.name} is not {own[EMBEDDING]}; say false there, or leave it out of the file"
+            f"{stored[own[HEAD]].file.name} is not {own[EMBEDDING]}; say false there, or take it out of the file"
         )
 
 
@@ -255,7 +255,7 @@ def _refuse_quantised(folder: Path) -> None:
         if said is not None:
             raise UserError(
                 f"{folder}: this checkpoint is quantised ({_method(said)}, says {name}); give the original weights, or "
-                f"take that out of {name} where these are the original ones"
+                f"delete that from {name} if these are the original ones"
             )
 
 
@@ -263,7 +263,7 @@ def _quantisation(values: Any) -> Any:
     """Return what config.json, or a part of it, says of quantisation; None where it says nothing."""
     if not isinstance(values, dict):
         return None
-    own = [values[key] for key in QUANTISED_KEYS if values.get(key) is not None]
+    own = [values[key] for key in QUANTISED_KEYS if values.get(key)]
     inner = (_quantisation(part) for part in values.values())
     return own[0] if own else next((said for said in inner if said is not None), None)
 
@@ -276,7 +276,7 @@ def _method(said: Any) -> str:
     inner = inner if isinstance(inner, dict) else said
     words = [str(inner[key]) for key in ("quant_method", "quant_algo", "format") if inner.get(key)]
     bits = [f"{inner['bits']} bits"] if "bits" in inner else []
-    return " ".join(words + bits) or "quantization"
+    return " ".join(words + bits) or shown(said)
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -316,8 +316,8 @@ def _refuse_other_weights(
     if others:
         more = f" and {len(others) - 1} more file(s)" if others[1:] else ""
         raise UserError(
-            f"{folder}: {others[0]}{more} would not be opened, only {read}; move away the weights that are not this "
-            "model's, or copy the model's own again"
+            f"{folder}: {others[0]}{more} would not be opened, only {read}; move it away if it is not this model's, "
+            "else copy or download the model again"
         )
     if folder / SINGLE in opened and (folder / INDEX).is_file():
         strange = sorted(set(_weight_map(folder / INDEX).values()) - {SINGLE})
