@@ -1,56 +1,23 @@
-"""A model folder: which files hold its weights, and whether they agree with each other and with config.json.
+"""A model folder: where it is, which of its files hold the weights, and what stands in these.
 
-Transformers opens model.safetensors, else the files that model.safetensors.index.json names, and nothing else. What it
-does not find there it makes up, and what it does not know it leaves out, both without a word: so exactly these files
-are looked at here. Of a file only the header is read, but for a head that is stored although it is tied.
+Transformers opens model.safetensors, else the files that model.safetensors.index.json names, and nothing else.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from mirage_ds.errors import UserError, reason, shown, strict_json
-from mirage_ds.model.family import FAMILIES, Family
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from mirage_ds.errors import UserError, reason, strict_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+MERGE = "merge it into its base (PEFT's merge_and_unload) and give the merged folder"
 LFS = b"version https://git-lfs"
-FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
-# Keys of config.json, at any depth, and files of tools that quantise.
-QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
-QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-# What stands beside, or in place of, a quantised weight: its scales, zeros, codes and tables.
-QUANTISED_NAME = re.compile(
-    r"scale|zero|quant|qweight|q_weight|qdata|q_invperm|packed|absmax|SCB|code|g_idx|_blocks|W_q|trellis|nf4|fp4|tables"
-)
-# The same for what is known by its whole name alone.
-QUANTISED_LEAF = re.compile(r"(^|\.)(biases|suh|svh|meta|weight_shape|weight_format|centroids|indices)$")
-# Buffers that older versions stored; they are computed anew.
-BUFFER = re.compile(r"(^|\.)(rotary\w*\.(original_)?(inv_freq|cos_cached|sin_cached)|position_ids)$")
-ADAPTER_NAME = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|token_adapter|ia3_\w+|oft_\w+)\.|\.lora_\w+$")
-# Modules that trainers put around a module.
-WRAPPERS = frozenset(("_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-PROCESSOR_TYPE = re.compile(r"Qwen\w*VLImageProcessor\w*")
-# Key of a processor → key of vision_config, and what the processor has where its file is silent.
-PROCESSOR_KEYS = {
-    "patch_size": ("patch_size", 14),
-    "merge_size": ("spatial_merge_size", 2),
-    "temporal_patch_size": ("temporal_patch_size", 2),
-}
-CHUNK_ROWS = 8192
 
 
 class Stored(NamedTuple):
@@ -71,10 +38,19 @@ def resolve_folder(name: str, flag: str, cache_dir: Path | None) -> Path:
     Raises:
         UserError: neither a folder with a config.json nor a hub id that can be fetched.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        _need_config(folder, f"{flag} {name}")
-        return folder
+    folder = Path(name) if Path(name).is_dir() else _download(name, flag, cache_dir)
+    try:
+        names = {file.name for file in folder.iterdir()}
+    except OSError as error:
+        raise UserError(f"{flag} {name}: cannot be read ({error.strerror}); make it readable") from None
+    if "config.json" not in names and ADAPTER_CONFIG in names:
+        raise UserError(f"{flag} {name}: holds {adapter_of(folder)} and no model; {MERGE}")
+    if "config.json" not in names:
+        raise UserError(f"{flag} {name}: no config.json there; give a model folder (as --save_model_path made it)")
+    return folder
+
+
+def _download(name: str, flag: str, cache_dir: Path | None) -> Path:
     if flag == "--load_model_path" or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"{flag} {name}: no such folder")
     from huggingface_hub import snapshot_download
@@ -87,29 +63,17 @@ def resolve_folder(name: str, flag: str, cache_dir: Path | None) -> Path:
         raise UserError(f"{flag} {name}: no such folder, and the hub did not give it ({first})") from None
 
 
-def _need_config(folder: Path, called: str) -> None:
+def adapter_of(folder: Path) -> str:
+    """Name an adapter by its base, where its adapter_config.json says one."""
     try:
-        names = {file.name for file in folder.iterdir()}
-    except OSError as error:
-        raise UserError(f"{called}: cannot be read ({error.strerror}); make it readable") from None
-    if "config.json" not in names and ADAPTER_CONFIG in names:
-        raise UserError(f"{called}: holds {_adapter_of(folder)} and no model; {MERGE}")
-    if "config.json" not in names:
-        raise UserError(f"{called}: no config.json there; give a model folder (as --save_model_path made it)")
-
-
-MERGE = "merge it into its base (PEFT's merge_and_unload) and give the merged folder"
-
-
-def _adapter_of(folder: Path) -> str:
-    try:
-        base = _json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     except (UserError, AttributeError):
         base = None
     return f"an adapter of {base}" if base else "an adapter"
 
 
-def _json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """Read a JSON file of a model; UserError where it is none or cannot be read."""
     try:
         text = file.read_bytes()
         if text.startswith(LFS):
@@ -128,8 +92,9 @@ def _unreadable(file: Path, error: OSError) -> UserError:
     return UserError(f"{file}: cannot be read ({error.strerror}); make it readable")
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    values = _json(index)
+def weight_map(index: Path) -> dict[str, str]:
+    """Read an index: tensor → file. UserError where it says no such thing."""
+    values = read_json(index)
     found = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
         raise UserError(f"{index}: has no 'weight_map' from tensors to files; copy the model's own")
@@ -148,7 +113,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_symlink() or single.is_file():
         return [single]
     if index.is_symlink() or index.is_file():
-        files = sorted({folder / file for file in _weight_map(index).values()})
+        files = sorted({folder / file for file in weight_map(index).values()})
         gone = [file for file in files if not file.is_symlink() and not file.is_file()]
         if gone:
             raise UserError(
@@ -167,7 +132,8 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: no *.safetensors; convert other weight files first (pickles are never read)")
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def header_of(file: Path) -> dict[str, Stored]:
+    """Read the header of a safetensors file: name → tensor. UserError where it is not a whole one."""
     try:
         with file.open("rb") as opened:
             start = opened.read(len(LFS))
@@ -193,7 +159,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """
     stored: dict[str, Stored] = {}
     for file in weight_files(folder):
-        header = _header(file)
+        header = header_of(file)
         twice = sorted(stored.keys() & header.keys())
         if twice:
             raise UserError(
@@ -201,254 +167,3 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             )
         stored |= header
     return stored
-
-
-def check_stored(folder: Path, config: PretrainedConfig, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a folder whose weights are not exactly those of its config.json, or that contradicts itself.
-
-    Args:
-        expected: flat names and shapes of the parameters that `config` describes.
-
-    Raises:
-        UserError: one sentence that names the file.
-    """
-    family = FAMILIES[config.model_type]
-    _refuse_quantised(folder)
-    _refuse_adapter(folder)
-    if getattr(config, "transformers_weights", None):
-        raise UserError(
-            f"{folder}/config.json: 'transformers_weights' has {config.transformers_weights} opened for {SINGLE}; "
-            "rename the file and delete the key"
-        )
-    stored = stored_tensors(folder)
-    _refuse_other_weights(folder, stored, family, expected)
-    _compare_index(folder, stored)
-    own, strange = {}, []
-    for name, one in stored.items():
-        flat = family.opened_name(name)
-        if flat in expected or flat == HEAD:
-            if flat in own:
-                raise UserError(f"{one.file}: holds {own[flat]} and {name}, which are the same; copy the model again")
-            own[flat] = name
-        elif not BUFFER.search(name):
-            strange.append(name)
-    _refuse_codes(stored, own.values(), strange)
-    _compare_names(folder, family, stored, (own, strange), expected)
-    for flat, shape in expected.items():
-        if stored[own[flat]].shape != shape:
-            raise UserError(
-                f"{folder}: {flat} has shape {stored[own[flat]].shape}, config.json says {shape}; they do not belong "
-                "together"
-            )
-    if HEAD in own and HEAD not in expected and not _same(stored, own[HEAD], own[EMBEDDING]):
-        raise UserError(
-            f"{folder}: config.json ties the head to the embedding (tie_word_embeddings), but {own[HEAD]} in "
-            f"{stored[own[HEAD]].file.name} is not {own[EMBEDDING]}; say false there, or take it out of the file"
-        )
-
-
-def _refuse_quantised(folder: Path) -> None:
-    """Refuse what a configuration calls quantised, whatever the weights are: transformers would take its word."""
-    for name in ("config.json", *QUANTISED_FILES):
-        values = _json(folder / name) if (folder / name).is_file() else None
-        said = _quantisation(values) if name == "config.json" else values
-        if said is not None:
-            raise UserError(
-                f"{folder}: this checkpoint is quantised ({_method(said)}, says {name}); give the original weights, or "
-                f"delete that from {name} if these are the original ones"
-            )
-
-
-def _quantisation(values: Any) -> Any:
-    """Return what config.json, or a part of it, says of quantisation; None where it says nothing."""
-    if not isinstance(values, dict):
-        return None
-    own = [values[key] for key in QUANTISED_KEYS if values.get(key)]
-    inner = (_quantisation(part) for part in values.values())
-    return own[0] if own else next((said for said in inner if said is not None), None)
-
-
-def _method(said: Any) -> str:
-    """Name a way of quantising for people."""
-    if not isinstance(said, dict):
-        return shown(said)
-    inner = said.get("quantization")
-    inner = inner if isinstance(inner, dict) else said
-    words = [str(inner[key]) for key in ("quant_method", "quant_algo", "format") if inner.get(key)]
-    bits = [f"{inner['bits']} bits"] if "bits" in inner else []
-    return " ".join(words + bits) or shown(said)
-
-
-def _refuse_adapter(folder: Path) -> None:
-    """Refuse an adapter beside the weights: with the first of these files, from_pretrained would put it on them.
-
-    The one that training with --lora_rank writes stands in a folder of its own, and is merged into the weights.
-    """
-    for name in ADAPTER_FILES:
-        if (folder / name).exists():
-            raise UserError(
-                f"{folder}: {_adapter_of(folder)} ({name}) stands beside the model; {MERGE}, or move it away where it "
-                "is merged already"
-            )
-
-
-def _refuse_other_weights(
-    folder: Path, stored: Mapping[str, Stored], family: Family, expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Refuse a second set of weights that from_pretrained would pass over.
-
-    Pickles and other formats (pytorch_model.bin, GGUF) may stand there: published folders have them beside, and no
-    version opens them where there is a safetensors file.
-    """
-    opened = weight_files(folder)
-
-    def holds(file: Path) -> bool:
-        try:
-            names = _header(file)
-        except UserError:
-            names = {}
-        return file.name.startswith(("model", "shard-")) or any(
-            name in stored or family.opened_name(name) in expected for name in names
-        )
-
-    others = [file.name for file in sorted(folder.glob("*.safetensors")) if file not in opened and holds(file)]
-    read = SINGLE if folder / SINGLE in opened else f"what {INDEX} names"
-    if others:
-        more = f" and {len(others) - 1} more file(s)" if others[1:] else ""
-        raise UserError(
-            f"{folder}: {others[0]}{more} would not be opened, only {read}; move it away if it is not this model's, "
-            "else copy or download the model again"
-        )
-    if folder / SINGLE in opened and (folder / INDEX).is_file():
-        strange = sorted(set(_weight_map(folder / INDEX).values()) - {SINGLE})
-        if strange:
-            raise UserError(
-                f"{folder / INDEX}: names {strange[0]}, which is not there, and {SINGLE} would be opened; delete the "
-                f"index where {SINGLE} holds the whole model"
-            )
-
-
-def _compare_index(folder: Path, stored: Mapping[str, Stored]) -> None:
-    if not (folder / INDEX).is_file():
-        return
-    said = {name: folder / file for name, file in _weight_map(folder / INDEX).items()}
-    for name in sorted(said.keys() | stored.keys()):
-        there = stored[name].file if name in stored else None
-        if there != said.get(name) and not BUFFER.search(name):
-            says = f"says {said[name].name}" if name in said else "does not name it"
-            raise UserError(
-                f"{folder}: {name} is in {there.name if there else 'no file'}, {INDEX} {says}; copy or download both "
-                "again"
-            )
-
-
-def _refuse_codes(stored: Mapping[str, Stored], own: Iterable[str], strange: Iterable[str]) -> None:
-    """Refuse weights that are integers or 8-bit floats, and what belongs to such."""
-    coded = [name for name in own if stored[name].dtype not in FLOATS]
-    for name in strange:
-        leaf = name.rpartition(".weight.")[2].rpartition(".")[2]
-        if QUANTISED_NAME.search(leaf) or QUANTISED_LEAF.search(name) or stored[name].dtype[:2] in ("F8", "F4", "F6"):
-            coded.append(name)
-    if coded:
-        first = stored[coded[0]]
-        raise UserError(
-            f"{first.file}: this checkpoint is quantised ({coded[0]} is there, as {first.dtype}); give the original "
-            "weights, in bfloat16, float16 or float32"
-        )
-
-
-def _compare_names(
-    folder: Path,
-    family: Family,
-    stored: Mapping[str, Stored],
-    found: tuple[Mapping[str, str], Sequence[str]],
-    expected: Mapping[str, tuple[int, ...]],
-) -> None:
-    """Refuse tensors that are missing, renamed or not the model's.
-
-    Args:
-        found: the model's own tensors, flat name → name; names of the others.
-    """
-    own, strange = found
-    missing = expected.keys() - own.keys()
-    adapters = [name for name in strange if ADAPTER_NAME.search(name)]
-    if adapters:
-        raise UserError(f"{stored[adapters[0]].file}: holds an adapter beside the weights ({adapters[0]}); {MERGE}")
-    for name in strange:
-        meant = _meant(name, family, missing)
-        if meant:
-            prefix = name.removesuffix(meant)
-            how = f"take the prefix '{prefix}' off the names" if prefix != name else "rename them"
-            raise UserError(
-                f"{stored[name].file}: holds {name} for {meant}, so that transformers would not find it; {how}, and "
-                "save the file again"
-            )
-    if missing:
-        hint = "the folder is not whole"
-        if missing == {HEAD}:
-            hint = "copy it too, or have config.json tie it to the embedding (tie_word_embeddings)"
-        elif strange:
-            hint = f"{strange[0]}, and {len(strange) - 1} more, are there and not the model's"
-        raise UserError(f"{folder}: {len(missing)} tensor(s) missing, the first is {min(missing)}; {hint}")
-    if strange:
-        raise UserError(
-            f"{stored[strange[0]].file}: holds {len(strange)} tensor(s) that config.json knows nothing of, the first "
-            f"is {strange[0]}; they would be left out, so give the config.json that goes with them, or take them out"
-        )
-
-
-def _meant(name: str, family: Family, missing: Collection[str]) -> str | None:
-    """Return the name that transformers would find, for a tensor that has something put before or into its name."""
-    parts = name.split(".")
-    for at in range(len(parts)):
-        tail = ".".join(parts[at:])
-        if family.opened_name(tail) in missing:
-            return tail
-        for inner in (".".join(part for part in parts[at:] if part not in WRAPPERS), family.written_name(tail)):
-            if family.opened_name(inner) in missing:
-                return inner
-    return None
-
-
-def _same(stored: Mapping[str, Stored], one: str, other: str) -> bool:
-    """Compare two matrices value by value, a few rows in memory at a time."""
-    if stored[one].shape != stored[other].shape:
-        return False
-    with safe_open(stored[one].file, "pt") as first, safe_open(stored[other].file, "pt") as second:
-        pair = first.get_slice(one), second.get_slice(other)
-        rows = range(0, stored[one].shape[0], CHUNK_ROWS)
-        return all(torch.equal(*(part[at : at + CHUNK_ROWS].float() for part in pair)) for at in rows)
-
-
-def check_processor(config: PretrainedConfig, folders: Sequence[Path]) -> None:
-    """Refuse an image processor that cuts pictures otherwise than the model's tower takes them.
-
-    Args:
-        folders: the first that has one gives it.
-
-    Raises:
-        UserError: names the file and the key.
-    """
-    for folder in folders:
-        for name in PROCESSOR_FILES:
-            values = _json(folder / name) if (folder / name).exists() else None
-            if isinstance(values, dict) and name == PROCESSOR_FILES[0]:
-                # Older versions put other things there.
-                values = values.get("image_processor")
-            if isinstance(values, dict):
-                _compare_processor(config, folder / name, values)
-                return
-
-
-def _compare_processor(config: PretrainedConfig, file: Path, values: Mapping[str, Any]) -> None:
-    kind: Any = values.get("image_processor_type", values.get("feature_extractor_type"))
-    what = None
-    if isinstance(kind, str) and not PROCESSOR_TYPE.fullmatch(kind):
-        what = f"image_processor_type is {shown(kind)}"
-    for key, (known, default) in PROCESSOR_KEYS.items():
-        tower = getattr(config.vision_config, known)
-        if values.get(key, default) != tower:
-            what = f"{key} is {shown(values.get(key, default))}, config.json's vision_config has {tower} ({known})"
-    if what:
-        title = FAMILIES[config.model_type].title
-        raise UserError(f"{file}: {what}; copy the file that goes with this {title}")

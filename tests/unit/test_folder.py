@@ -193,6 +193,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     **{name: (change, "this checkpoint is quantised") for name, change in QUANTISED.items()},
     "adapter beside": (beside("adapter_config.json", b'{"base_model_name_or_path": "Qwen/B"}'), "adapter of Qwen/B"),
     "adapter file": (beside("adapter_model.safetensors", b"x"), "merge it into its base"),
+    "adapter of another name": (
+        lambda folder: save({"layers.0.lora_a.weight": one}, folder / "lora.safetensors"), "lora.safetensors: holds an"
+    ),
     "adapter inside": (replaced(base_layer__weight=one, lora_A__weight=one), "holds an adapter beside the weights"),
     "adapter among": (added(**{f"{UP.replace('.', '__')}__lora_A__default__weight": one}), "merge it into its base"),
     "index names no file": (
@@ -250,6 +253,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         added(**{f"model__layers__7__{name}": one for name in ("norm__weight", "mlp__weight")}),
         "holds 2 tensor(s) that config.json knows nothing of, the first is model.layers.7.",
     ),
+    "a strange scale": (added(logit_scale=one), "config.json knows nothing of, the first is logit_scale"),
     "twice": (added(model__language_model__norm__weight=torch.ones(128)), "which are the same"),
     "other shape": (added(model__norm__weight=torch.ones(64)), "norm.weight has shape (64,), config.json says (128,)"),
     "head apart": (
