@@ -397,19 +397,13 @@ def load(
         device: a GPU where there is one, if None. On a CPU weights are float32.
 
     Raises:
-        UserError: no model folder of a known family.
+        UserError: no model folder of a known family, or one that contradicts itself.
     """
-    from mirage_ds.data.encode import LATENT_TOKENS
-    from mirage_ds.data.load import load_tokenizer
-    from mirage_ds.model.load import resolve_folder
-
-    place = resolve_folder(str(folder), "model folder", None)
-    has = load_tokenizer([str(place)], None, add_latents=False).get_vocab().keys() >= set(LATENT_TOKENS)
     decoder = load_decoder(
-        place,
+        Path(folder),
         ImageFinder((Path.cwd().resolve(),)),
         Path(processor) if processor else None,
-        latents=has,
+        latents=None,
         pixels=(min_pixels, max_pixels),
         device=torch.device(device) if device is not None else None,
     )

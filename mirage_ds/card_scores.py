@@ -13,7 +13,7 @@ from mirage_ds.engine.card import FILE, MARK, with_scores
 from mirage_ds.engine.manifest import entry_of
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_atomically
-from mirage_ds.model.load import safetensors_of
+from mirage_ds.model.folder import weight_files
 
 TASK_TYPE = "image-text-to-text"
 # Keys of a report.
@@ -92,7 +92,7 @@ def add_scores(folder: Path, files: Sequence[Path], track: Track = iter) -> str:
     if not place.is_file() or MARK not in place.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{place}: is no card that mirage_ds wrote; name the folder of a trained or exported model")
     reports = [read_scores(file) for file in files]
-    own = {(entry := entry_of(folder, file)).name: entry.sha256 for file in track(safetensors_of(folder))}
+    own = {(entry := entry_of(folder, file)).name: entry.sha256 for file in track(weight_files(folder))}
     for file, report in zip(files, reports, strict=True):
         if report["hashes"]["model"] != own:
             raise UserError(

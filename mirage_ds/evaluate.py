@@ -33,9 +33,10 @@ from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
+from mirage_ds.model.folder import resolve_folder, weight_files
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Chooser, Generated, Limits, Pause, generate, greedy, latent_tokens, sampler
-from mirage_ds.model.load import Loaded, load_model, read_config, resolve_folder, safetensors_of
+from mirage_ds.model.load import Loaded, check_folder, load_model
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run_folder import versions
 from mirage_ds.scoring import Answer, marks, score, summarize, task_of, wilson
@@ -107,7 +108,7 @@ def load_decoder(
     folder: Path,
     finder: ImageFinder,
     processor: Path | None = None,
-    latents: bool = True,
+    latents: bool | None = True,
     pixels: tuple[int | None, int | None] = (None, None),
     device: torch.device | None = None,
 ) -> Decoder:
@@ -115,15 +116,19 @@ def load_decoder(
 
     Args:
         processor: folder that gives the image processor where the model's own has none (the public code saves none).
-        latents: False decodes a model that was never trained on latents.
+        latents: False decodes a model that was never trained on latents; None where its tokenizer has no such tokens.
         device: the GPU where there is one, if None.
 
     Raises:
-        UserError: not a model folder, no image processor, or a tokenizer without the latent tokens.
+        UserError: not a model folder, one that contradicts itself, no image processor, or a tokenizer without the
+            latent tokens.
     """
     place = resolve_folder(str(folder), "model folder", None)
     folders = [str(place)] + ([str(processor)] if processor else [])
+    stored = check_folder(place, [processor] if processor else []).dtype
     tokens = len(load_tokenizer([str(place)], None, add_latents=False).get_vocab().keys() & set(LATENT_TOKENS))
+    if latents is None:
+        latents = tokens == len(LATENT_TOKENS)
     if latents and tokens < len(LATENT_TOKENS):
         raise UserError(
             f"{folder}: its tokenizer has no latent tokens, so it was never trained on latents; train it first, or "
@@ -132,7 +137,6 @@ def load_decoder(
     # Prompts are the same in every stage; sft's encoder never looks at a helper image.
     encoder = load_encoder(folders, finder, "sft", 1, pixels)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stored = read_config(place).dtype
     dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     if device.type == "cpu":
         dtype = torch.float32
@@ -359,7 +363,7 @@ def evaluate_file(
     read = partial(_read, file, task, most)
     records, name, digest = from_rank_zero(read, world) if world else read()
     own = range(rank, len(records), size)
-    files = safetensors_of(decoder.folder)[rank::size]
+    files = weight_files(decoder.folder)[rank::size]
     with shared_fate(world):
         share = [records[i] for i in own]
         answers = answer_records(decoder, share, limits, decoding, seed, batch_size, track, own)

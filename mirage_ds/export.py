@@ -12,7 +12,8 @@ from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.engine.checkpoint import STATE_FILE
 from mirage_ds.engine.export import Parts, change_rows, export_checkpoint, refuse_existing, trained_of
 from mirage_ds.errors import UserError
-from mirage_ds.model.load import read_config, resolve_folder
+from mirage_ds.model.folder import resolve_folder
+from mirage_ds.model.load import check_folder
 
 
 def _find(source: Path) -> Path:
@@ -37,6 +38,7 @@ def export_folder(source: Path, target: Path, vocab_rows: int | None, base: Path
         if vocab_rows is None:
             raise UserError(f"{source}: is a complete model folder already; --vocab_rows changes its vocabulary rows")
         folder = resolve_folder(str(found), "SOURCE", None)
+        check_folder(folder)
         change_rows(folder, target, vocab_rows, tokens=len(load_tokenizer([str(folder)], None)))
         return f"{target}: {vocab_rows} vocabulary rows"
     state = json.loads((found / STATE_FILE).read_text())
@@ -44,7 +46,8 @@ def export_folder(source: Path, target: Path, vocab_rows: int | None, base: Path
         raise UserError("--vocab_rows goes with a model folder: export the checkpoint first, then the folder")
     sources = [str(base)] if base else state["sources"]
     place = resolve_folder(sources[0], "--model", None)
+    config = check_folder(place, [Path(folder) for folder in sources[1:]])
     encoder = load_encoder(sources, ImageFinder(()), "sft", 1, tuple(state["pixels"]))
-    parts = Parts(read_config(place), encoder.tokenizer, encoder.images, place, trained_of(state))
+    parts = Parts(config, encoder.tokenizer, encoder.images, place, trained_of(state))
     export_checkpoint(found, target, getattr(torch, state["dtype"]), parts)
     return f"{target}: step {state['step']} of {state['stage']}, {state['dtype']}"

@@ -28,7 +28,7 @@ from mirage_ds.engine.export import Parts, save_model, trained_of
 from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
 from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.private import set_collective_timeout
-from mirage_ds.engine.setup import World, check_ds_config, from_rank_zero, make_engine
+from mirage_ds.engine.setup import World, check_ds_config, everyone, from_rank_zero, make_engine
 from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.errors import UserError
@@ -37,14 +37,7 @@ from mirage_ds.files import write_atomically
 from mirage_ds.mfu import ModelFlops, peak_flops
 from mirage_ds.mixture import Records
 from mirage_ds.model.attention import choose_backend
-from mirage_ds.model.load import (
-    Loaded,
-    check_weights,
-    expected_shapes,
-    load_model,
-    load_tower,
-    read_config,
-)
+from mirage_ds.model.load import Loaded, check_folder, expected_shapes, load_model, load_tower, read_config
 from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run_records import (
@@ -110,6 +103,20 @@ class Prepared(NamedTuple):
     swap: Swap
     flops: ModelFlops
     peak: float | None
+
+
+def _check_folders(folders: list[Path], world: World) -> None:
+    """Refuse model folders that contradict themselves. All ranks call it."""
+    fault = []
+    # Once a host: where the hosts have copies of their own, each has to be whole.
+    if world.local_rank == 0:
+        try:
+            check_folder(folders[0], folders[1:])
+        except UserError as error:
+            fault.append(str(error))
+    faults = everyone(fault, world)
+    if faults:
+        raise UserError(faults[0])
 
 
 def make_lora(config: RunConfig, folder: Path, encoder: Encoder) -> Lora | None:
@@ -193,6 +200,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
             )
     choose_backend(config.attention, world.device)
     folders = from_rank_zero(partial(model_folders, config, partial(begin, "records")), world)
+    _check_folders(folders, world)
     shape = read_config(folders[0]).to_dict()
     ds.fill_limits(ds_values, two_layers(shape["text_config"]))
     encoder = make_encoder(config, folders)
@@ -205,7 +213,6 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
         from_rank_zero(partial(check_scores, config, config.eval_data_path, indices[-1]), world)
     # All that can refuse the run comes before its folder is claimed: a refused run must not stand in the way of the
     # mended one.
-    from_rank_zero(lambda: check_weights(folders[0], read_config(folders[0])), world)
     lora = from_rank_zero(lambda: make_lora(config, folders[0], encoder), world)
     check_offload(
         *(ds_values, json_path, optimizer_groups(folders[0], config.train_vision, lora), sizes(shape).matrices, world),

@@ -33,10 +33,10 @@ from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero, share
 from mirage_ds.errors import UserError
 from mirage_ds.keep_features import keep_features
 from mirage_ds.mixture import Mixture, Records
+from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.load import (
     check_vocabulary,
     read_config,
-    resolve_folder,
 )
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower

@@ -106,10 +106,13 @@ def _model_on(host: str, flag: str, name: str, facts: Facts) -> list[Bad]:
 
 
 def model(seen: Seen) -> Verdict:
-    """Every host reads the model: its configuration, the header and size of each file, the same files everywhere."""
+    """Every host reads the model, the same files everywhere, and they are one whole model (load.check_folder)."""
     plan, sections = seen.plan, seen.section("models")
     if not plan.models or not sections:
         return None, []
+    for fault in seen.here.model_faults.values():
+        says, _, mend = fault.partition("; ")
+        return None, [fail(HERE, says, mend)]
     bad: list[Bad] = []
     for flag, name in plan.models.items():
         found = {host: facts[flag] for host, facts in sections.items()}

@@ -17,6 +17,7 @@ from mirage_ds.doctor.finding import Here, Launcher, Plan, Seen
 from mirage_ds.doctor.job import Job, find_job
 from mirage_ds.doctor.spec import DoctorSpec
 from mirage_ds.doctor.transport import ask_all, source_of
+from mirage_ds.errors import UserError
 from mirage_ds.hosts import Host
 from mirage_ds.mixture import parse_part
 from mirage_ds.remote_env import NAMES, PREFIXES, SECRET, is_wanted
@@ -94,6 +95,23 @@ def _request(spec: DoctorSpec, job: Job, token: str, number: int) -> dict[str, A
     }
 
 
+def _model_faults(spec: DoctorSpec) -> dict[str, str]:
+    """Check the folder that gives the weights as the run would: that takes more than a host's Python may have."""
+    named = [(flag, Path(name)) for flag, name in _plan(spec).models.items()]
+    if not named or not spec.wants("model") or not named[0][1].is_dir():
+        return {}
+    from mirage_ds.model.folder import resolve_folder
+    from mirage_ds.model.load import check_folder
+
+    flag, folder = named[0]
+    try:
+        resolve_folder(str(folder), flag, None)
+        check_folder(folder, [other for _, other in named[1:] if other.is_dir()])
+    except UserError as error:
+        return {flag: str(error)}
+    return {}
+
+
 def _bandwidth(spec: DoctorSpec, job: Job, seen: Seen) -> tuple[Bandwidth | None, str]:
     """Return what was measured, or why nothing was."""
     if not spec.bandwidth or not spec.wants("bandwidth", "nccl") or sum(host.slots for host in seen.hosts) < 2:
@@ -148,6 +166,7 @@ def examine(spec: DoctorSpec, environment: Mapping[str, str]) -> Seen:
             variables={name: value for name, value in environment.items() if is_wanted(name) and name != OWN},
             env_files=job.env_files,
             pdsh=shutil.which("pdsh") is not None,
+            model_faults=_model_faults(spec),
         ),
         hosts=hosts,
         answers={answer.host: answer for answer in answers},

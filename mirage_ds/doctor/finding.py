@@ -87,11 +87,13 @@ class Here:
         variables: what ranks should have of this environment.
         env_files: DeepSpeed's environment files: path → text.
         pdsh: whether pdsh is installed.
+        model_faults: flag → what is wrong with its folder, where this machine has it.
     """
 
     variables: Mapping[str, str] = field(default_factory=dict)
     env_files: Mapping[Path, str] = field(default_factory=dict)
     pdsh: bool = True
+    model_faults: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from mirage_ds.engine.frozen import Notes, digest
 from mirage_ds.errors import UserError
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.family import FAMILIES, Family, family_of
+from mirage_ds.model.folder import weight_files
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.gathered import gathered
-from mirage_ds.model.load import expected_shapes, public_name, safetensors_of, stored_shapes
+from mirage_ds.model.load import expected_shapes, public_name
 from mirage_ds.model.lora import check_peft
 
 SHARD_BYTES = 4 << 30
@@ -211,8 +212,8 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
         dtype: of the written weights; the checkpoint holds float32 masters.
 
     Raises:
-        UserError: `out` exists, a file differs from the checkpoint's manifest, a tensor is in neither place, or what
-            is there is not what was frozen in training.
+        UserError: `out` exists, a file differs from the checkpoint's manifest, or what is in the source is not what
+            was frozen in training.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -225,9 +226,6 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
     frozen: Notes = {public_name(name): note for name, note in state.get("kept", {}).items()}
     expected = expected_shapes(parts.config)
     masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
-    lost = sorted(expected.keys() - {public_name(name) for name in masters} - stored_shapes(parts.source).keys())
-    if lost:
-        raise UserError(f"{lost[0]} is neither in {checkpoint} nor in {parts.source}; name the base with --model")
     with whole_folder(out) as folder:
         writer = ShardWriter(folder, family=parts.family)
         tied = "lm_head.weight" not in expected
@@ -240,7 +238,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
                 writer.add(name, tensor.contiguous().to(dtype))
                 written.add(name)
         missing = expected.keys() - written
-        for file in safetensors_of(parts.source):
+        for file in weight_files(parts.source):
             with safe_open(file, "pt") as tensors:
                 for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
                     name = public_name(stored)
@@ -281,7 +279,7 @@ def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:
 def _copy_rows(source: Path, target: Path, rows: int) -> None:
     values = json.loads((source / "config.json").read_text())
     writer = ShardWriter(target, family=family_of(values.get("model_type"), str(source)))
-    for file in safetensors_of(source):
+    for file in weight_files(source):
         with safe_open(file, "pt") as tensors:
             for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
                 name, tensor = public_name(stored), tensors.get_tensor(stored)

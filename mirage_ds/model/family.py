@@ -19,6 +19,9 @@ from mirage_ds.errors import UserError
 _FLAT = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
 _NESTED = ((r"^visual\.", "model.visual."), (r"^model\.", "model.language_model."))
 
+# What transformers opens, in every family.
+_OPENED = ((r"^(model\.)?visual\.", "visual."), (r"^(model\.)?language_model\.", "model."))
+
 
 @dataclass(frozen=True)
 class Family:
@@ -65,6 +68,16 @@ class Family:
             if count:
                 break
         return name
+
+    def opened_name(self, name: str) -> str | None:
+        """Turn a stored tensor's name into the flat one; None where transformers would not find it by that name."""
+        if name == "lm_head.weight":
+            return name
+        for pattern, replacement in _OPENED:
+            flat, count = re.subn(pattern, replacement, name)
+            if count:
+                return flat
+        return name if name.startswith("model.") and not self.nested else None
 
     def feature_width(self, vision: Any) -> int:
         """Return the numbers of a merged feature: H, and H more for each decoder layer that DeepStack adds to.

@@ -9,28 +9,25 @@ saves `model.visual.*` and `model.language_model.*`. Both are read; each family'
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from mirage_ds.config import LatentLoss, Stage
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, register
 from mirage_ds.model.family import FAMILIES, family_of, flat_name
+from mirage_ds.model.folder_check import check_processor, check_stored
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.lora import Lora, TokenRows, add_adapters
 from mirage_ds.model.loss import LossHead
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.startup import nothing
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -57,38 +54,6 @@ def public_name(name: str) -> str:
     return re.sub(r"^language_model\.", "model.", name)
 
 
-def resolve_folder(name: str, flag: str, cache_dir: Path | None, tick: Callable[[], None] = nothing) -> Path:
-    """Return a local model folder: `name` itself, or the hub's snapshot of it.
-
-    Args:
-        tick: is called again and again while it is fetched.
-
-    Raises:
-        UserError: neither a folder with a config.json nor a hub id that can be fetched.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{flag} {name}: no config.json there; give a model folder (as --save_model_path made it)")
-        return folder
-    if flag == "--load_model_path" or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{flag} {name}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.utils import tqdm
-
-    class Telling(tqdm):
-        def update(self, n: float | None = 1) -> bool | None:
-            tick()
-            return bool(super().update(n))
-
-    try:
-        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=list(FILES), tqdm_class=Telling))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{flag} {name}: no such folder, and the hub did not give it ({reason})") from None
-
-
 def read_config(folder: Path) -> PretrainedConfig:
     """Read a folder's configuration; UserError when it is of no known family."""
     from transformers import AutoConfig
@@ -108,27 +73,6 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise UserError(f"{folder}/config.json: no {family.title} ({reason(error)}); copy the model's own") from None
 
 
-def safetensors_of(folder: Path) -> list[Path]:
-    """List a folder's weight files; UserError when there is none."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: no *.safetensors; convert other weight files first (pickles are never read)")
-    return files
-
-
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Read names (public form) and shapes of a folder's tensors from the safetensors headers."""
-    shapes = {}
-    for file in safetensors_of(folder):
-        try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # safe_open is no dict
-                    shapes[public_name(name)] = tuple(tensors.get_slice(name).get_shape())
-        except SafetensorError as error:
-            raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from None
-    return shapes
-
-
 def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Names (public form) and shapes of the parameters that `config` describes."""
     with torch.device("meta"):
@@ -136,24 +80,27 @@ def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return {public_name(name): tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def check_weights(folder: Path, config: PretrainedConfig) -> None:
-    """Refuse a folder whose tensors are not those of its config.json: under ZeRO-3 nobody else would notice."""
-    stored = stored_shapes(folder)
+def check_folder(folder: Path, processors: Sequence[Path] = ()) -> PretrainedConfig:
+    """Refuse a folder that contradicts itself, before anything is loaded: whoever opens a model calls this first.
+
+    Args:
+        processors: folders that give the image processor where `folder` has none.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        UserError: its weights are not exactly those that config.json describes, or the processor is of another family.
+    """
+    config = read_config(folder)
     try:
         expected = expected_shapes(config)
     except Exception as error:  # noqa: BLE001  # impossible sizes lead transformers and torch to almost any
         title = FAMILIES[config.model_type].title
         raise UserError(f"{folder}/config.json: no {title} ({reason(error)}); copy the model's own") from None
-    missing = sorted(expected.keys() - stored.keys())
-    if missing:
-        raise UserError(
-            f"{folder}: {len(missing)} tensor(s) missing, the first is {missing[0]}; the folder is not whole"
-        )
-    for name, shape in expected.items():
-        if stored[name] != shape:
-            raise UserError(
-                f"{folder}: {name} has shape {stored[name]}, config.json says {shape}; they do not belong together"
-            )
+    check_stored(folder, config, expected)
+    check_processor(config, (folder, *processors))
+    return config
 
 
 def check_vocabulary(config: PretrainedConfig, ids: dict[str, int]) -> None:
@@ -179,24 +126,35 @@ def check_vocabulary(config: PretrainedConfig, ids: dict[str, int]) -> None:
         )
 
 
-def _keep_transformers_quiet() -> None:
-    """No bar and no report of every tensor, on every rank; what could be missing is checked before (check_weights)."""
+def open_weights(kind: Any, folder: Path, **options: Any) -> Any:
+    """Load a checked folder (check_folder) with a class's own from_pretrained: without bars or reports on every rank.
+
+    Args:
+        kind: a transformers class; options: of from_pretrained.
+
+    Raises:
+        UserError: transformers made up a tensor, whatever the check has said.
+    """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    model, told = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    if told["missing_keys"]:
+        raise UserError(
+            f"{folder}: transformers {transformers.__version__} does not find {min(told['missing_keys'])}; copy or "
+            "download the model again"
+        )
+    return model
 
 
 def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> FrozenTower:
     """Load the vision tower alone. Call it while no HfDeepSpeedConfig is alive, or ZeRO-3 partitions it."""
-    _keep_transformers_quiet()
     vision_config: Any = config.vision_config
     vision_config._attn_implementation = "sdpa"
-    tower: Any = (
-        FAMILIES[config.model_type]
-        .tower_class()
-        .from_pretrained(folder, config=vision_config, dtype=dtype, key_mapping={r"^(model\.)?visual\.": ""})
-    )
+    kind = FAMILIES[config.model_type].tower_class()
+    names = {r"^(model\.)?visual\.": ""}
+    tower = open_weights(kind, folder, config=vision_config, dtype=dtype, key_mapping=names)
     return FrozenTower(tower.to(device))
 
 
@@ -233,23 +191,18 @@ def load_model(
     """
     from transformers.integrations import HfDeepSpeedConfig
 
-    _keep_transformers_quiet()
     backend = choose_backend(attention, device)
-    config = read_config(folder)
-    check_weights(folder, config)
+    config = check_folder(folder)
     register()
     if tower is None and not train_vision:
         tower = load_tower(folder, config, dtype, device)
     # from_pretrained finds the configuration through a weak reference: the name keeps it alive for the load.
     alive = HfDeepSpeedConfig(ds_config) if ds_config is not None else None
-    whole: Any = (
-        FAMILIES[config.model_type]
-        .model_class()
-        .from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation={"": "sdpa", "text_config": INTERFACE_NAME, "vision_config": "sdpa"},
-        )
+    whole = open_weights(
+        FAMILIES[config.model_type].model_class(),
+        folder,
+        dtype=dtype,
+        attn_implementation={"": "sdpa", "text_config": INTERFACE_NAME, "vision_config": "sdpa"},
     )
     del alive
     visual = whole.model.visual

@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 
@@ -25,7 +24,8 @@ from mirage_ds.data.sample import Sample
 from mirage_ds.data.sources import content_hash
 from mirage_ds.errors import UserError
 from mirage_ds.model.family import FAMILIES
-from mirage_ds.model.load import check_vocabulary, check_weights, read_config, resolve_folder, safetensors_of
+from mirage_ds.model.folder import resolve_folder, weight_files
+from mirage_ds.model.load import check_folder, check_vocabulary, open_weights
 from mirage_ds.rationalize.form import Judge
 from mirage_ds.rationalize.job import Job, Lost, Pending, Reply, Rows
 from mirage_ds.rationalize.prompt import Template
@@ -38,10 +38,11 @@ def weights_hash(name: str) -> str:
     """SHA-256 of a model's weight files, remembered in the cache for as long as they stay as they are.
 
     Raises:
-        UserError: no such model, or no weights.
+        UserError: no such model, or one that contradicts itself.
     """
     folder = resolve_folder(name, "--model", None)
-    hashes = [content_hash(file, cache_folder(None)) for file in safetensors_of(folder)]
+    check_folder(folder)
+    hashes = [content_hash(file, cache_folder(None)) for file in weight_files(folder)]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
@@ -54,11 +55,8 @@ class Local:
     rows: Rows
 
     def __post_init__(self) -> None:
-        import transformers
-
         folder = resolve_folder(str(self.spec.model), "--model", None)
-        config = read_config(folder)
-        check_weights(folder, config)
+        config = check_folder(folder)
         pixels = (None, self.spec.max_pixels)
         self.encoder: Encoder = load_encoder([str(folder)], self.rows.finder, "sft", 1, pixels)
         check_vocabulary(config, {IMAGE_PAD: self.encoder.id_of(IMAGE_PAD)})
@@ -66,11 +64,8 @@ class Local:
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         # bf16 is slow on most CPUs, and there is room.
         dtype = torch.float32 if self.device.type == "cpu" else stored
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
         whole = FAMILIES[config.model_type].model_class()
-        loaded: Any = whole.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-        self.model = loaded.to(self.device).eval()
+        self.model = open_weights(whole, folder, dtype=dtype, attn_implementation="sdpa").to(self.device).eval()
 
     def replies(self, samples: int, pending: Pending) -> Iterator[tuple[Job, Reply | Lost]]:
         """Write what is pending; a batch of which anything is pending is written whole."""

@@ -23,6 +23,7 @@ from mirage_ds.data.load import load_encoder
 from mirage_ds.engine.export import TRAINED_KEY
 from mirage_ds.errors import UserError
 from mirage_ds.export import export_folder
+from mirage_ds.model.load import check_folder
 from mirage_ds.prepare import prepare
 
 REPO = Path(__file__).parents[2]
@@ -102,6 +103,8 @@ def test_only_adapters_and_rows_are_trained_and_have_states(whole: tuple[Path, A
 
 def test_merged_folder_is_the_base_but_for_what_was_trained(whole: tuple[Path, Any], nano: Path, mixed: Path) -> None:
     out, _ = whole
+    # The adapter beside it stands in no one's way.
+    check_folder(out)
     before, after = load_file(nano / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -176,6 +179,15 @@ def test_exported_checkpoint_equals_the_saved_model(whole: tuple[Path, Any], nan
     with pytest.raises(UserError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight in .* is not what .* was trained on"):
         export_folder(place, tmp_path / "new", None, other)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_base_that_contradicts_itself_is_said_on_both_ranks(runs: Runs, nano: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(nano, tmp_path / "base")
+    save_file(load_file(nano / "model.safetensors"), base / "more.safetensors")
+    said = runs.train(tmp_path / "out", model=str(base))
+    assert said[0] == said[1]
+    assert said[0].startswith(f"{base}: more.safetensors would not be opened, only model.safetensors; ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_base_is_no_run_to_go_on_with(runs: Runs, whole: tuple[Path, Any], nano: Path, tmp_path: Path) -> None:

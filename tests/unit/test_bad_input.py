@@ -39,7 +39,7 @@ from mirage_ds.engine.ds_config import read_json, resolve
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import Answer, score
 from mirage_ds.flags import build_model
-from mirage_ds.model.load import check_weights, read_config
+from mirage_ds.model.load import check_folder
 
 # A fixture made once for all examples of a property is what is meant here.
 once = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -690,7 +690,7 @@ PARTS = ["config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor
 def folder_outcome(folder: Path) -> None:
     finder = ImageFinder((folder,))
     try:
-        check_weights(folder, read_config(folder))
+        check_folder(folder)
         encoder = load_encoder([str(folder)], finder, "stage2", 2)
         encoder.encode(record_with("q", "a"), 0)
     except UserError as error:

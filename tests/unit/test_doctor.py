@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from mirage_ds.cli import main
 from mirage_ds.doctor.bandwidth import Bandwidth, judge, requests, rounds, slow
 from mirage_ds.doctor.checks import CHECKS, run_checks
-from mirage_ds.doctor.finding import Finding, Here, Plan, Seen
+from mirage_ds.doctor.finding import HERE, Finding, Here, Plan, Seen
 from mirage_ds.doctor.report import as_json, print_table, summary
 from mirage_ds.doctor.transport import Answer
 from mirage_ds.hosts import Host
@@ -342,6 +342,13 @@ def test_a_model_folder_that_no_host_has_fails_on_all(healthy: Seen) -> None:
     for facts in healthy.facts.values():
         facts["models"]["--model"] = {"hub": "/c", "kept": False}
     assert [(one.check, one.host, one.status) for one in bad(healthy)] == [("model", name, "fail") for name in NAMES]
+
+
+def test_a_model_that_contradicts_itself_is_what_is_said_of_it(healthy: Seen) -> None:
+    faults = {"--model": "/m: this checkpoint is quantised (fp8, says config.json); give the original weights"}
+    found = bad(replace(healthy, here=replace(healthy.here, model_faults=faults)))
+    assert [(one.check, one.host, one.status) for one in found] == [("model", HERE, "fail")]
+    assert (found[0].says, found[0].mend) == tuple(faults["--model"].split("; "))
 
 
 def test_a_faulty_environment_file_is_named_with_its_line(healthy: Seen) -> None:

@@ -24,7 +24,8 @@ from mirage_ds.data.sample import Sample
 from mirage_ds.engine import export
 from mirage_ds.engine.export import TRAINED_KEY, Parts, ShardWriter, change_rows, save_model
 from mirage_ds.errors import UserError
-from mirage_ds.model.load import Loaded, check_vocabulary, load_model, read_config, resolve_folder
+from mirage_ds.model.folder import resolve_folder
+from mirage_ds.model.load import Loaded, check_vocabulary, load_model, read_config
 
 CPU = torch.device("cpu")
 TRAINED = {"stage": "stage2", "latent_size": 3}
