@@ -55,6 +55,7 @@ class Local:
 
     def __post_init__(self) -> None:
         import transformers
+        from transformers import GenerationConfig
 
         folder = resolve_folder(str(self.spec.model), "--model", None)
         config = read_config(folder)
@@ -71,6 +72,8 @@ class Local:
         whole = FAMILIES[config.model_type].model_class()
         loaded: Any = whole.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         self.model = loaded.to(self.device).eval()
+        # What the settings leave open, `generate` takes from here; published folders hold top_k 1 or a penalty.
+        self.model.generation_config = GenerationConfig()
 
     def replies(self, samples: int, pending: Pending) -> Iterator[tuple[Job, Reply | Lost]]:
         """Write what is pending; a batch of which anything is pending is written whole."""
@@ -113,6 +116,8 @@ class Local:
             max_new_tokens=self.spec.max_new_tokens,
             do_sample=self.spec.temperature > 0,
             temperature=self.spec.temperature or None,
+            # From all tokens; None would be 50.
+            top_k=0 if self.spec.temperature else None,
             eos_token_id=[end, pad],
             pad_token_id=pad,
             # They are no text; a folder that was trained on latents would open a run.
