@@ -19,14 +19,16 @@ from mirage_ds.init import CHAT_TEMPLATE
 Values = dict[str, Any]
 
 WORDS = 151_643  # entries of the public tokenizer before its added tokens
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
-TOOLS = (
-    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
-).split()
-THINK = "<tool_response> </tool_response> <think> </think>".split()
+SPECIAL = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
+    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+]
+TOOLS = [
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>"),
+]
+THINK = ["<tool_response>", "</tool_response>", "<think>", "</think>"]
 LATENTS = ["<|latent_pad|>", "<|latent_start|>", "<|latent_end|>"]
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -66,7 +68,7 @@ class Layout:
         return bool(self.config["tie_word_embeddings"])
 
 
-# ------------------------------------------------------------------------------------------------ config.json, full size
+# ----------------------------------------------------------------------------------------------- config.json, full size
 
 
 def _text(hidden: int, layers: int, heads: int, kv: int, inner: int, rows: int) -> Values:
@@ -128,7 +130,9 @@ def saved_445(kind: str, text: Values, left: Values, version: str) -> Values:
 
 def saved_450(text: Values, version: str = "4.50.0") -> Values:
     """The form of 4.50 and 4.51."""
-    return flat("qwen2_5_vl", _resaved(text), VISION_25 | {"in_channels": 3, "model_type": "qwen2_5_vl"}, False, version)
+    return flat(
+        "qwen2_5_vl", _resaved(text), VISION_25 | {"in_channels": 3, "model_type": "qwen2_5_vl"}, False, version
+    )
 
 
 def saved_452(text: Values, version: str, dtype_key: str) -> Values:
@@ -161,7 +165,7 @@ def mirage(text: Values) -> Values:
 
 
 def qwen3(hidden: int, layers: int, heads: int, inner: int, tied: bool, deep: list[int], depth: int) -> Values:
-    """The form of the publishers of Qwen3-VL: the dtype in `text_config` alone, the tie there only where there is one."""
+    """The form of Qwen3-VL's publishers: the dtype in `text_config` alone, the tie there only where there is one."""
     text = {
         **{"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "dtype": "bfloat16"},
         **{"eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": hidden},
@@ -310,9 +314,7 @@ def _words(texts: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
     )
     made.train_from_iterator(
         texts,
-        trainers.BpeTrainer(
-            vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
     )
     model = json.loads(made.to_str())["model"]
     vocabulary = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))

@@ -44,10 +44,12 @@ def load_tokenizer(folders: list[str], cache_dir: Path | None, add_latents: bool
         raise UserError(f"{folder}: the chat template cannot be used ({reason(error)}); copy the model's own") from None
     if "Question?" not in rendered or rendered.count(IMAGE_PAD) != 1:
         raise UserError(f"{folder}: the chat template does not write a question with its image; copy the model's own")
-    unknown = [t for t in (IMAGE_PAD, "<|im_start|>", "<|im_end|>", "<|endoftext|>") if t not in tokenizer.get_vocab()]
+    # 150,000 entries, made anew by every call.
+    vocabulary = tokenizer.get_vocab()
+    unknown = [t for t in (IMAGE_PAD, "<|im_start|>", "<|im_end|>", "<|endoftext|>") if t not in vocabulary]
     if unknown:
         raise UserError(f"{folder}: the tokenizer lacks {', '.join(unknown)}; a Qwen-VL tokenizer is needed")
-    missing = [token for token in LATENT_TOKENS if token not in tokenizer.get_vocab()]
+    missing = [token for token in LATENT_TOKENS if token not in vocabulary]
     if missing and len(missing) < len(LATENT_TOKENS):
         raise UserError(f"{folder}: the tokenizer has some of the latent tokens but not {', '.join(missing)}")
     if missing and add_latents:

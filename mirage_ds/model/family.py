@@ -114,46 +114,46 @@ def family_of(kind: Any, where: str) -> Family:
     raise UserError(f"{where}: {what}a model of type {kind!r}; mirage_ds trains {what and 'the dense '}{known}")
 
 
-def check_text(values: Mapping[str, Any], files: Collection[str], tensors: Collection[str], where: str) -> None:
+def check_text(values: Mapping[str, Any], files: Collection[str], head: bool | None, where: str) -> None:
     """Refuse a model that writes no text: one that was made for embeddings, ranks or classes.
 
     Args:
         values: its config.json.
         files: names of what stands beside it.
-        tensors: names of its weights; empty where they are not known.
+        head: see has_head.
         where: how the model is called in the message.
     """
     classes, found = values.get("architectures"), sorted(_EMBEDDING_FILES.intersection(files))
-    text = values.get("text_config")
-    tied = any(isinstance(block, Mapping) and block.get("tie_word_embeddings") for block in (values, text))
+    blocks = (values, values.get("text_config"))
+    tied = any(isinstance(block, Mapping) and block.get("tie_word_embeddings") for block in blocks)
     if isinstance(classes, list) and classes and not any(str(name).endswith(_WRITERS) for name in classes):
         sign = f"config.json's architectures is {', '.join(map(str, classes))}"
     elif found:
         sign = f"{found[0]} stands beside it"
-    elif (
-        not tied
-        and any(name.endswith("norm.weight") for name in tensors)
-        and not any("lm_head" in name for name in tensors)
-    ):
+    elif head is False and not tied:
         raise UserError(
             f"{where}: 1 tensor(s) missing, the first is lm_head.weight: an embedding model, which writes no text, or "
-            "the folder is not whole"
+            "the folder is not whole; give a whole model that writes text"
         )
     else:
         return
     raise UserError(f"{where}: a model that writes no text, such as an embedding model ({sign}); give one that does")
 
 
-def tensor_names(folder: Path) -> set[str]:
-    """Read the names of a folder's tensors: from its index, or else from each file's header; empty where unreadable."""
+def has_head(folder: Path) -> bool | None:
+    """Say whether a folder's weights have an output matrix; None where they are not there, or cannot be read.
+
+    What is wrong with them is said by those who open them.
+    """
     index = folder / "model.safetensors.index.json"
     try:
         if index.is_file():
-            return set(json.loads(index.read_bytes())["weight_map"])
-        return {name for file in folder.glob("*.safetensors") for name in _header(file) if name != "__metadata__"}
-    # What is wrong with the files is said by those who open them.
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
+            names = {str(name) for name in json.loads(index.read_bytes())["weight_map"]}
+        else:
+            names = {name for file in folder.glob("*.safetensors") for name in _header(file)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return any("lm_head" in name for name in names) if any(name.endswith("norm.weight") for name in names) else None
 
 
 def _header(file: Path) -> dict[str, Any]:
@@ -161,8 +161,7 @@ def _header(file: Path) -> dict[str, Any]:
         length = int.from_bytes(opened.read(8), "little")
         if length > file.stat().st_size:
             raise ValueError("cut off")
-        found: dict[str, Any] = json.loads(opened.read(length))
-        return found
+        return dict(json.loads(opened.read(length)))
 
 
 def check_kind(values: Mapping[str, Any], file: Path) -> Family:
@@ -175,7 +174,7 @@ def check_kind(values: Mapping[str, Any], file: Path) -> Family:
     family = family_of(values.get("model_type"), str(file))
     # A shape may be given as a file of any name, in a folder that is no model.
     if file.name == "config.json":
-        check_text(values, {one.name for one in file.parent.iterdir()}, tensor_names(file.parent), str(file))
+        check_text(values, {one.name for one in file.parent.iterdir()}, has_head(file.parent), str(file))
     return family
 
 
