@@ -48,7 +48,7 @@ class Layout:
         generation: its generation_config.json.
         added: tokens behind the words.
         template: files that hold the chat template: of "tokenizer", "json", "jinja".
-        files: further files, by name.
+        old_maps: added_tokens.json and special_tokens_map.json stand beside it too.
     """
 
     name: str
