@@ -28,9 +28,9 @@ from mirage_ds.data.loader import check_records
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
-from mirage_ds.engine.export import TRAINED_KEY
 from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
+from mirage_ds.engine.spelling import read_trained
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
 from mirage_ds.model.folder import resolve_folder, weight_files
@@ -82,7 +82,7 @@ class Decoder:
     @property
     def trained(self) -> dict[str, Any]:
         """What the folder says of its training: stage, latent_size, slots, compress_strategy; empty if nothing."""
-        return getattr(self.loaded.config, TRAINED_KEY, None) or {}
+        return read_trained(self.loaded.config)
 
 
 def slots_fed(slots: Slots | None, k: int | None) -> int | None:

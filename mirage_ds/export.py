@@ -11,6 +11,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.engine.checkpoint import STATE_FILE
 from mirage_ds.engine.export import Parts, change_rows, export_checkpoint, refuse_existing, trained_of
+from mirage_ds.engine.spelling import read_base
 from mirage_ds.errors import UserError
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.load import check_folder
@@ -46,8 +47,8 @@ def export_folder(source: Path, target: Path, vocab_rows: int | None, base: Path
         raise UserError("--vocab_rows goes with a model folder: export the checkpoint first, then the folder")
     sources = [str(base)] if base else state["sources"]
     place = resolve_folder(sources[0], "--model", None)
-    config = check_folder(place, [Path(folder) for folder in sources[1:]])
+    check_folder(place, [Path(folder) for folder in sources[1:]])
     encoder = load_encoder(sources, ImageFinder(()), "sft", 1, tuple(state["pixels"]))
-    parts = Parts(config, encoder.tokenizer, encoder.images, place, trained_of(state))
+    parts = Parts(read_base(place, encoder.tokenizer), encoder.tokenizer, encoder.images, place, trained_of(state))
     export_checkpoint(found, target, getattr(torch, state["dtype"]), parts)
     return f"{target}: step {state['step']} of {state['stage']}, {state['dtype']}"

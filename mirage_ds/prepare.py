@@ -29,6 +29,7 @@ from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
 from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, check_ds_config, everyone, from_rank_zero, make_engine
+from mirage_ds.engine.spelling import read_base
 from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.errors import UserError
@@ -296,6 +297,8 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     if checkpoint:
         check_same(checkpoint.place, resumed.get("kept", {}), kept)
     state["kept"] = kept
+    base = read_base(folders[0], encoder.tokenizer)
+    parts = Parts(base, encoder.tokenizer, encoder.images, folders[0], trained_of(state))
 
     def save(
         folder: Path = config.save_model_path, step: int = steps, scores: Mapping[str, float] | None = None
@@ -307,10 +310,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
             loaded.tower.tower if loaded.tower else None,
             folder,
             world.rank,
-            Parts(
-                *(loaded.config, encoder.tokenizer, encoder.images, folders[0], trained_of(state)),
-                card=model_card({**state, "step": step}, scores),
-            ),
+            parts._replace(card=model_card({**state, "step": step}, scores)),
         )
 
     return Prepared(

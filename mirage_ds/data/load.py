@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mirage_ds.config import Compress, Slots, Stage
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.errors import UserError, reason
+from mirage_ds.errors import UserError, reason, strict_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,11 @@ def load_tokenizer(folders: list[str], cache_dir: Path | None, add_latents: bool
     except Exception as error:  # noqa: BLE001  # tokenizers raises Exception itself, and a wrong type almost any
         raise UserError(f"{folder}: the tokenizer cannot be read ({reason(error)})") from None
     if tokenizer.chat_template is None:
-        raise UserError(f"{folder}: the tokenizer has no chat template (chat_template.json); copy the model's own")
+        tokenizer.chat_template = _processor_template(Path(folder))
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{folder}: the tokenizer has no chat template (chat_template.jinja or .json); copy the model's own"
+        )
     try:
         trial: Any = [{"role": "user", "content": [{"type": "text", "text": "Question?"}, {"type": "image"}]}]
         rendered = str(tokenizer.apply_chat_template(trial, tokenize=False))
@@ -40,10 +44,12 @@ def load_tokenizer(folders: list[str], cache_dir: Path | None, add_latents: bool
         raise UserError(f"{folder}: the chat template cannot be used ({reason(error)}); copy the model's own") from None
     if "Question?" not in rendered or rendered.count(IMAGE_PAD) != 1:
         raise UserError(f"{folder}: the chat template does not write a question with its image; copy the model's own")
-    unknown = [t for t in (IMAGE_PAD, "<|im_start|>", "<|im_end|>", "<|endoftext|>") if t not in tokenizer.get_vocab()]
+    # 150,000 entries, made anew by every call.
+    vocabulary = tokenizer.get_vocab()
+    unknown = [t for t in (IMAGE_PAD, "<|im_start|>", "<|im_end|>", "<|endoftext|>") if t not in vocabulary]
     if unknown:
         raise UserError(f"{folder}: the tokenizer lacks {', '.join(unknown)}; a Qwen-VL tokenizer is needed")
-    missing = [token for token in LATENT_TOKENS if token not in tokenizer.get_vocab()]
+    missing = [token for token in LATENT_TOKENS if token not in vocabulary]
     if missing and len(missing) < len(LATENT_TOKENS):
         raise UserError(f"{folder}: the tokenizer has some of the latent tokens but not {', '.join(missing)}")
     if missing and add_latents:
@@ -96,6 +102,19 @@ def load_encoder(
         slots=slots,
         compress=compress,
     )
+
+
+def _processor_template(folder: Path) -> str | None:
+    """Return the template that a folder keeps for its processor, in chat_template.json; None where it has none."""
+    file = folder / "chat_template.json"
+    if not file.is_file():
+        return None
+    try:
+        values = strict_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read ({reason(error)}); copy the model's own") from None
+    found = values.get("chat_template") if isinstance(values, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _first_with(folders: list[str], names: tuple[str, ...], what: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from mirage_ds.doctor.finding import HERE, Bad, Facts, Seen, Verdict, fail, size, unlike, warn
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
+from mirage_ds.model.family import check_text, family_of
 from mirage_ds.run_folder import PACKAGES
 
 OPTIONAL = ("flash-attn", "peft")
@@ -102,6 +103,14 @@ def _model_on(host: str, flag: str, name: str, facts: Facts) -> list[Bad]:
         return [fail(host, f"{flag} {name}: {facts['fault']}", "copy or download it anew")]
     if not facts["elements"]:
         return [fail(host, f"{flag} {name}: no weights in it", "give a folder with *.safetensors")]
+    config = facts["config"]
+    try:
+        if isinstance(config, dict):
+            family_of(config.get("model_type"), f"{flag} {name}")
+            check_text(config, facts["files"], facts["head"], f"{flag} {name}")
+    except UserError as error:
+        says, _, mend = str(error).rpartition("; ")
+        return [fail(host, says or mend, mend)]
     return []
 
 

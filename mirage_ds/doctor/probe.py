@@ -238,33 +238,35 @@ def folder(request: Request) -> dict[str, Any]:
     return facts
 
 
-def _weights(file: Path) -> int:
-    """Return the elements in a safetensors file; ValueError when its header or its size is wrong."""
+def _weights(file: Path) -> dict[str, int]:
+    """Return the elements of each tensor of a safetensors file; ValueError when its header or its size is wrong."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError("is cut off")
         header = json.loads(opened.read(length))
-    tensors = [value for name, value in header.items() if name != "__metadata__"]
-    if size < 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0):
+    tensors = {name: value for name, value in header.items() if name != "__metadata__"}
+    if size < 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0):
         raise ValueError("is cut off")
-    return sum(math.prod(tensor["shape"]) for tensor in tensors)
+    return {name: math.prod(tensor["shape"]) for name, tensor in tensors.items()}
 
 
 def model_files(path: Path) -> dict[str, Any]:
-    """What a model folder holds: name → bytes, elements, and the first thing wrong with it."""
+    """What a model folder holds: name → bytes, elements, its config.json, an output matrix, and what is wrong first."""
     files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
-    facts: dict[str, Any] = {"files": files, "elements": 0, "fault": None}
+    facts: dict[str, Any] = {"files": files, "elements": 0, "config": None, "head": False, "fault": None}
     name = "config.json"
     try:
-        json.loads((path / name).read_bytes())
+        facts["config"] = json.loads((path / name).read_bytes())
         named = {file for file in files if file.endswith(".safetensors")}
         index = path / "model.safetensors.index.json"
         if index.is_file():
             named |= set(json.loads(index.read_bytes())["weight_map"].values())
         for name in sorted(named):
-            facts["elements"] += _weights(path / name)
+            tensors = _weights(path / name)
+            facts["elements"] += sum(tensors.values())
+            facts["head"] |= any("lm_head" in tensor for tensor in tensors)
     except OSError as error:
         facts["fault"] = f"{name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -19,18 +19,17 @@ from mirage_ds.engine.adapter import Adapter, adapter_name, lora_of, stored_adap
 from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.engine.checkpoint import check_whole, read_state
 from mirage_ds.engine.frozen import Notes, digest
+from mirage_ds.engine.spelling import Base, config_json, write_image_processor, write_tokenizer
 from mirage_ds.errors import UserError
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.family import FAMILIES, Family, family_of
 from mirage_ds.model.folder import weight_files
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.gathered import gathered
-from mirage_ds.model.load import expected_shapes, public_name
+from mirage_ds.model.load import expected_shapes, public_name, read_config
 from mirage_ds.model.lora import check_peft
 
 SHARD_BYTES = 4 << 30
-# Where config.json says how the model was trained; plain transformers carries the key along.
-TRAINED_KEY = "mirage"
 
 
 def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,13 +124,13 @@ class Parts(NamedTuple):
     """What a model folder holds besides its weights.
 
     Attributes:
-        config: the model's configuration; tokenizer, image_processor: as transformers saves them.
-        source: the folder that the model was loaded from; its generation_config.json comes along.
-        trained: what trained_of gives, kept in config.json under TRAINED_KEY.
+        base: the small files of the folder that the model was loaded from; source: that folder.
+        tokenizer, image_processor: transformers' own.
+        trained: what trained_of gives, kept in config.json.
         card: the text of README.md (card.model_card); none is written where it is empty.
     """
 
-    config: Any
+    base: Base
     tokenizer: Any
     image_processor: Any
     source: Path
@@ -141,7 +140,7 @@ class Parts(NamedTuple):
     @property
     def family(self) -> Family:
         """The model's."""
-        return FAMILIES[self.config.model_type]
+        return FAMILIES[self.base.config["model_type"]]
 
 
 def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts, adapter: Adapter | None) -> None:
@@ -152,18 +151,15 @@ def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts, adapter
     folder = writer.folder
     (folder / "config.json").unlink(missing_ok=True)
     writer.finish()
-    parts.tokenizer.save_pretrained(folder)
-    parts.image_processor.save_pretrained(folder)
-    if (parts.source / "generation_config.json").is_file():
-        write_atomically(folder / "generation_config.json", (parts.source / "generation_config.json").read_text())
+    write_tokenizer(parts.tokenizer, parts.base, folder)
+    write_image_processor(parts.image_processor, folder)
+    for name, content in parts.base.files.items():
+        write_atomically(folder / name, content)
     if adapter:
         adapter.write(folder, parts.source)
     if parts.card:
         write_card(folder, parts.card)
-    parts.config.dtype = dtype
-    setattr(parts.config, TRAINED_KEY, parts.trained)
-    parts.config.architectures = [parts.family.whole]
-    write_atomically(folder / "config.json", parts.config.to_json_string())
+    write_atomically(folder / "config.json", config_json(parts.base, dtype, parts.trained, parts.family.whole))
 
 
 def save_model(model: MirageModel, tower: nn.Module | None, folder: Path, rank: int, parts: Parts) -> None:
@@ -224,7 +220,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
     if lora:
         check_peft(f"{checkpoint}, which holds adapters,")
     frozen: Notes = {public_name(name): note for name, note in state.get("kept", {}).items()}
-    expected = expected_shapes(parts.config)
+    expected = expected_shapes(read_config(parts.source))
     masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
     with whole_folder(out) as folder:
         writer = ShardWriter(folder, family=parts.family)

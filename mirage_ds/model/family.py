@@ -8,9 +8,11 @@ neither torch nor transformers.
 from __future__ import annotations
 
 import importlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mirage_ds.errors import UserError
@@ -106,6 +108,10 @@ _KNOWN = (
 )
 FAMILIES: Mapping[str, Family] = {family.kind: family for family in _KNOWN}
 DEFAULT = _KNOWN[0]
+# How the class of a model that writes text is called, transformers' own or somebody's own one of the same weights.
+_WRITERS = ("ForConditionalGeneration", "ForCausalLM")
+# Written by sentence-transformers.
+_EMBEDDING_FILES = frozenset({"modules.json", "config_sentence_transformers.json"})
 
 
 def family_of(kind: Any, where: str) -> Family:
@@ -114,10 +120,75 @@ def family_of(kind: Any, where: str) -> Family:
     Args:
         where: how the model is called in the message.
     """
-    if kind in FAMILIES:
+    if isinstance(kind, str) and kind in FAMILIES:
         return FAMILIES[kind]
     known = ", ".join(f"{family.title} ({family.kind})" for family in _KNOWN)
-    raise UserError(f"{where}: a model of type {kind!r}; mirage_ds trains {known}")
+    what = "a mixture of experts, " if isinstance(kind, str) and "_moe" in kind else ""
+    raise UserError(f"{where}: {what}a model of type {kind!r}; mirage_ds trains {what and 'the dense '}{known}")
+
+
+def check_text(values: Mapping[str, Any], files: Collection[str], head: bool | None, where: str) -> None:
+    """Refuse a model that writes no text: one that was made for embeddings, ranks or classes.
+
+    Args:
+        values: its config.json.
+        files: names of what stands beside it.
+        head: see has_head.
+        where: how the model is called in the message.
+    """
+    classes, found = values.get("architectures"), sorted(_EMBEDDING_FILES.intersection(files))
+    blocks = (values, values.get("text_config"))
+    tied = any(isinstance(block, Mapping) and block.get("tie_word_embeddings") for block in blocks)
+    if isinstance(classes, list) and classes and not any(str(name).endswith(_WRITERS) for name in classes):
+        sign = f"config.json's architectures is {', '.join(map(str, classes))}"
+    elif found:
+        sign = f"{found[0]} stands beside it"
+    elif head is False and not tied:
+        raise UserError(
+            f"{where}: 1 tensor(s) missing, the first is lm_head.weight: an embedding model, which writes no text, or "
+            "the folder is not whole; give a whole model that writes text"
+        )
+    else:
+        return
+    raise UserError(f"{where}: a model that writes no text, such as an embedding model ({sign}); give one that does")
+
+
+def has_head(folder: Path) -> bool | None:
+    """Say whether a folder's weights have an output matrix; None where they are not there, or cannot be read.
+
+    What is wrong with them is said by those who open them.
+    """
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            names = {str(name) for name in json.loads(index.read_bytes())["weight_map"]}
+        else:
+            names = {name for file in folder.glob("*.safetensors") for name in _header(file)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return any("lm_head" in name for name in names) if any(name.endswith("norm.weight") for name in names) else None
+
+
+def _header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError("cut off")
+        return dict(json.loads(opened.read(length)))
+
+
+def check_kind(values: Mapping[str, Any], file: Path) -> Family:
+    """Find the family of a model by its config.json; UserError where it is none that can be trained.
+
+    Args:
+        values: what stands in the file.
+        file: the config.json; what stands beside it is looked at too.
+    """
+    family = family_of(values.get("model_type"), str(file))
+    # A shape may be given as a file of any name, in a folder that is no model.
+    if file.name == "config.json":
+        check_text(values, {one.name for one in file.parent.iterdir()}, has_head(file.parent), str(file))
+    return family
 
 
 def flat_name(name: str) -> str:

@@ -19,7 +19,7 @@ import torch
 from mirage_ds.config import LatentLoss, Stage
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, register
-from mirage_ds.model.family import FAMILIES, family_of, flat_name
+from mirage_ds.model.family import FAMILIES, check_kind, flat_name
 from mirage_ds.model.folder_check import check_processor, check_stored
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.lora import Lora, TokenRows, add_adapters
@@ -66,11 +66,15 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise UserError(f"{folder}/config.json: cannot be read ({error.strerror}); copy the model's own") from None
     if not isinstance(values, dict):
         raise UserError(f"{folder}/config.json: expected an object, found {type(values).__name__}")
-    family = family_of(values.get("model_type"), str(folder))
+    family = check_kind(values, folder / "config.json")
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001  # a value of a wrong type leads transformers to almost any
         raise UserError(f"{folder}/config.json: no {family.title} ({reason(error)}); copy the model's own") from None
+    if config.dtype is None:
+        # Published Qwen3-VL says it there alone.
+        config.dtype = config.get_text_config().dtype
+    return config
 
 
 def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:

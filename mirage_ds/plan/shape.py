@@ -13,26 +13,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mirage_ds.errors import UserError, reason, shown, strict_json
-from mirage_ds.model.family import family_of
+from mirage_ds.model.family import check_kind
 from mirage_ds.model.presets import preset
 
 TEXT_KEYS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "vocab_size"),
 )
-# By the family's model_type.
-VISION_KEYS = {
-    "qwen2_5_vl": ("depth", "hidden_size", "intermediate_size", "out_hidden_size"),
-    "qwen2_vl": ("depth", "embed_dim", "hidden_size"),
-    "qwen3_vl": ("depth", "hidden_size", "intermediate_size", "out_hidden_size", "num_position_embeddings"),
-}
-# Public configurations may leave these out; they are the same in the whole family (transformers' own defaults).
+# What a config.json leaves out has the default of transformers' class: up to 4.49 it wrote only what differs from it.
 _PATCHES = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
-VISION_DEFAULTS = {
-    "qwen2_5_vl": _PATCHES,
-    "qwen2_vl": {**_PATCHES, "mlp_ratio": 4},
-    "qwen3_vl": {**_PATCHES, "patch_size": 16},
+VISION_DEFAULTS: dict[str, dict[str, int]] = {
+    "qwen2_5_vl": _PATCHES | {"depth": 32, "hidden_size": 3584, "intermediate_size": 3420, "out_hidden_size": 3584},
+    "qwen2_vl": _PATCHES | {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4},
+    "qwen3_vl": _PATCHES
+    | {"patch_size": 16, "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "out_hidden_size": 3584}
+    | {"num_position_embeddings": 2304},
 }
+DEEPSTACK_DEFAULT = [8, 16, 24]
 
 
 class Parameter(NamedTuple):
@@ -93,7 +90,7 @@ def read_shape(model: str) -> dict[str, Any]:
 
     Returns:
         `model_type`, `text_config` and `vision_config` with at least TEXT_KEYS, `tie_word_embeddings`, and the family's
-        VISION_KEYS and VISION_DEFAULTS, as mirage_ds.scale.sizes takes it.
+        keys of VISION_DEFAULTS, as mirage_ds.scale.sizes takes it.
 
     Raises:
         UserError: no such folder or shape, or another family of models.
@@ -121,7 +118,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); copy the model's own") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected an object, found {type(values).__name__}; copy the model's own")
-    family_of(values.get("model_type"), str(path))
+    check_kind(values, path)
     return values
 
 
@@ -131,13 +128,13 @@ def _normalised(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     made: dict[str, Any] = {
         "model_type": kind,
         "text_config": {key: _count(text, key, name) for key in TEXT_KEYS},
-        "vision_config": {key: _count(vision, key, name) for key in VISION_KEYS[kind]},
+        "vision_config": {key: _count({key: one, **vision}, key, name) for key, one in VISION_DEFAULTS[kind].items()},
     }
-    for key, default in VISION_DEFAULTS[kind].items():
-        made["vision_config"][key] = _count({key: default, **vision}, key, name)
     shape = made["text_config"]
     if kind == "qwen3_vl":
-        made["vision_config"]["deepstack_visual_indexes"] = _listed(vision, "deepstack_visual_indexes", name)
+        made["vision_config"]["deepstack_visual_indexes"] = _listed(
+            {"deepstack_visual_indexes": DEEPSTACK_DEFAULT, **vision}, "deepstack_visual_indexes", name
+        )
         shape["head_dim"] = _count({"head_dim": 128, **text}, "head_dim", name)
     elif shape["hidden_size"] % shape["num_attention_heads"]:
         raise UserError(

@@ -55,6 +55,8 @@ class Local:
     rows: Rows
 
     def __post_init__(self) -> None:
+        from transformers import GenerationConfig
+
         folder = resolve_folder(str(self.spec.model), "--model", None)
         config = check_folder(folder)
         pixels = (None, self.spec.max_pixels)
@@ -66,6 +68,8 @@ class Local:
         dtype = torch.float32 if self.device.type == "cpu" else stored
         whole = FAMILIES[config.model_type].model_class()
         self.model = open_weights(whole, folder, dtype=dtype, attn_implementation="sdpa").to(self.device).eval()
+        # What the settings leave open, `generate` takes from here; published folders hold top_k 1 or a penalty.
+        self.model.generation_config = GenerationConfig()
 
     def replies(self, samples: int, pending: Pending) -> Iterator[tuple[Job, Reply | Lost]]:
         """Write what is pending; a batch of which anything is pending is written whole."""
@@ -108,6 +112,8 @@ class Local:
             max_new_tokens=self.spec.max_new_tokens,
             do_sample=self.spec.temperature > 0,
             temperature=self.spec.temperature or None,
+            # From all tokens; None would be 50.
+            top_k=0 if self.spec.temperature else None,
             eos_token_id=[end, pad],
             pad_token_id=pad,
             # They are no text; a folder that was trained on latents would open a run.

@@ -168,13 +168,16 @@ def test_both_losses_of_the_page(nano: Path, folder: Path, encoded: Callable, mo
 
 @pytest.fixture(scope="module")
 def released(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with RELEASED, as the public code saves it: a row a token, no image processor, no k."""
+    """A working directory with RELEASED, as the public code saves it: a row a token, no image processor, k on top."""
     here = tmp_path_factory.mktemp("released")
     shutil.copytree(nano, here / "BASE")
     shutil.copytree(nano, here / "RELEASED")
     for name in ("preprocessor_config.json", "processor_config.json"):
         (here / "RELEASED" / name).unlink(missing_ok=True)
-    assert "mirage" not in json.loads((here / "RELEASED/config.json").read_text())
+    config = json.loads((here / "RELEASED/config.json").read_text())
+    assert "mirage" not in config
+    config |= {"stage": "stage2", "latent_size": K, "compress_strategy": "average"}
+    (here / "RELEASED/config.json").write_text(json.dumps(config))
     rows = [json.loads(line) for line in (DATA / "sample_planning.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["level"] == 4][:4]
     for row in rows:

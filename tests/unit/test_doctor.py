@@ -50,6 +50,7 @@ PACKAGES = {
     **{"nvidia-nccl-cu13": "2.29.7", "nvidia-nccl-cu12": None},
 }
 MODEL = {"files": {"config.json": 2000, "model.safetensors": 15 * GB}, "elements": 7_000_000_000, "fault": None}
+MODEL |= {"config": {"model_type": "qwen2_5_vl"}, "head": True}
 
 
 def host_facts(number: int) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from mirage_ds.data.load import load_tokenizer
 from mirage_ds.data.record import Record
 from mirage_ds.data.sample import Sample
 from mirage_ds.engine import export
-from mirage_ds.engine.export import TRAINED_KEY, Parts, ShardWriter, change_rows, save_model
+from mirage_ds.engine.export import Parts, ShardWriter, change_rows, save_model
+from mirage_ds.engine.spelling import TRAINED_KEY, read_base
 from mirage_ds.errors import UserError
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.load import Loaded, check_vocabulary, load_model, read_config
@@ -38,7 +39,7 @@ def load(folder: Path, **options: Any) -> Loaded:
 def save(loaded: Loaded, source: Path, out: Path, tokenizer: Any = None, processor: Any = None) -> None:
     tower = loaded.tower.tower if loaded.tower else None
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-    parts = Parts(loaded.config, tokenizer, processor or Qwen2VLImageProcessorPil(), source, TRAINED)
+    parts = Parts(read_base(source, tokenizer), tokenizer, processor or Qwen2VLImageProcessorPil(), source, TRAINED)
     save_model(loaded.model, tower, out, 0, parts)
 
 
@@ -126,7 +127,8 @@ def test_the_folder_is_whole_tokenizer_processor_generation_and_dtype(nano: Path
 
 def test_other_ranks_write_nothing(nano: Path, tmp_path: Path) -> None:
     loaded = load(nano)
-    save_model(loaded.model, None, tmp_path / "out", 1, Parts(loaded.config, None, None, nano, TRAINED))
+    base = read_base(nano, AutoTokenizer.from_pretrained(nano))
+    save_model(loaded.model, None, tmp_path / "out", 1, Parts(base, None, None, nano, TRAINED))
     assert not (tmp_path / "out").exists()
 
 

@@ -32,6 +32,7 @@ from transformers import AutoModelForImageTextToText
 from mirage_ds.config import RunConfig
 from mirage_ds.data.encode import LATENT_TOKENS
 from mirage_ds.engine.export import Parts, save_model
+from mirage_ds.engine.spelling import read_base
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import UserError
 from mirage_ds.model.load import Loaded, expected_shapes, read_config
@@ -168,9 +169,13 @@ def test_the_saved_folder_is_what_was_trained_for_transformers_and_for_peft(
     lora = lora_of(task, targets=("q_proj", "up_proj"))
     loaded, encoder = task.load(lora=lora), encoder_of(*task)
     scramble(loaded)
-    out, config = tmp_path / "out", read_config(task.folder)
+    out = tmp_path / "out"
     save_model(
-        loaded.model, loaded.tower.tower, out, 0, Parts(config, encoder.tokenizer, encoder.images, task.folder, {})
+        loaded.model,
+        loaded.tower.tower,
+        out,
+        0,
+        Parts(read_base(task.folder, encoder.tokenizer), encoder.tokenizer, encoder.images, task.folder, {}),
     )
     (sample,) = task.samples([3])
     with torch.no_grad():

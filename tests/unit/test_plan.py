@@ -111,6 +111,9 @@ def test_other_families_layouts(tmp_path: Path) -> None:
     assert (block.head_width, block.width, block.head_norms, block.deep) == (48, 192, True, 2)
     del three["vision_config"]["deepstack_visual_indexes"]
     (tmp_path / "config.json").write_text(json.dumps(three))
+    assert block_of(read_shape(str(tmp_path))).deep == 3
+    three["vision_config"]["deepstack_visual_indexes"] = None
+    (tmp_path / "config.json").write_text(json.dumps(three))
     with pytest.raises(UserError, match="'deepstack_visual_indexes' is None; a list of numbers"):
         read_shape(str(tmp_path))
 
