@@ -97,12 +97,13 @@ class Evaluator:
 
     def _metrics(self, done: int, evaluation: Evaluation) -> dict[str, float] | None:
         config, prepared = self.config, self.prepared
-        scores: dict[str, float] | None = {}
+        scores: dict[str, float] = {}
         rows = evaluation.loader.rows
         if self.chosen:
-            scores = self._scores(done, rows)
-            if scores is None:
+            found = self._scores(done, rows)
+            if found is None:
                 return None
+            scores = found
         if self.drawn:
             try:
                 figures = draw_rows(prepared.engine, prepared.tower, rows, self.drawn, prepared.world)

@@ -14,6 +14,7 @@ from mirage_ds.ablate.nodes import CellPlan, Node, Study
 from mirage_ds.ablate.results import CONTROLS, SCORES, Cell, Contrast, Results, Scored, StageResult
 from mirage_ds.ablate.spec import ContrastSpec
 from mirage_ds.ablate.store import Store
+from mirage_ds.plan.shape import read_shape
 from mirage_ds.run_folder import versions
 from mirage_ds.scale import Sizes, flops, sizes
 
@@ -52,7 +53,7 @@ def curve_of(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 @lru_cache
 def _sizes(file: Path) -> Sizes:
-    return sizes(json.loads(file.read_text()))
+    return sizes(read_shape(str(file)))
 
 
 def stage_result(node: Node, store: Store) -> StageResult:

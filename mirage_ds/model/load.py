@@ -8,6 +8,7 @@ saves `model.visual.*` and `model.language_model.*`. Both are read; each family'
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.lora import Lora, TokenRows, add_adapters
 from mirage_ds.model.loss import LossHead
 from mirage_ds.model.vision import FrozenTower
+from mirage_ds.scale import Shape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -125,14 +127,26 @@ def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return {public_name(name): tuple(p.shape) for name, p in model.named_parameters()}
 
 
+def shape_of(config: PretrainedConfig, where: str) -> Shape:
+    """Describe the model of a configuration: the one place that counts parameters.
+
+    Args:
+        where: how its config.json is called in the message.
+
+    Raises:
+        UserError: transformers makes no model of it.
+    """
+    try:
+        return Shape(json.loads(config.to_json_string(use_diff=False)), expected_shapes(config))
+    except Exception as error:  # noqa: BLE001  # impossible sizes lead transformers and torch to almost any
+        title = FAMILIES[config.model_type].title
+        raise UserError(f"{where}: no {title} ({reason(error)}); copy the model's own config.json") from None
+
+
 def check_weights(folder: Path, config: PretrainedConfig) -> None:
     """Refuse a folder whose tensors are not those of its config.json: under ZeRO-3 nobody else would notice."""
     stored = stored_shapes(folder)
-    try:
-        expected = expected_shapes(config)
-    except Exception as error:  # noqa: BLE001  # impossible sizes lead transformers and torch to almost any
-        title = FAMILIES[config.model_type].title
-        raise UserError(f"{folder}/config.json: no {title} ({reason(error)}); copy the model's own") from None
+    expected = shape_of(config, f"{folder}/config.json").shapes
     missing = sorted(expected.keys() - stored.keys())
     if missing:
         raise UserError(
