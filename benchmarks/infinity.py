@@ -38,6 +38,7 @@ from rich.console import Console
 
 from benchmarks.scaling import Grid
 from mirage_ds.model.presets import PRESETS, preset
+from mirage_ds.plan.shape import describe, read_shape
 from mirage_ds.scale import Sizes, sizes
 
 SAMPLE = Path(__file__).parents[1] / "data/sample.jsonl"
@@ -278,8 +279,8 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
     json_path = config.deepspeed or place
     values = ds.resolve(ds.read_json(json_path), json_path, config, world.size)
     check_ds_config(values, json_path)
-    model_config = json.loads((model_folder / "config.json").read_text())
-    model_sizes = sizes(model_config)
+    shape = read_shape(str(model_folder))
+    model_sizes = sizes(shape)
     check_offload(values, json_path, groups_of(model_sizes), model_sizes.matrices, world, checkpoints=False)
     values, swap = claim_folders(values, world)
     clock.cut("imports, checks")
@@ -310,7 +311,7 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
         evaluation=None,
         skipped=[],
         swap=swap,
-        flops=ModelFlops(model_config, config.train_vision, config.train_targets),
+        flops=ModelFlops(shape, config.train_vision, config.train_targets),
         peak=None,
     )
     steps = []
@@ -345,7 +346,7 @@ def make_inputs(place: Path, name: str, depth: int, swap: Path, dtype: str) -> S
     if "layer_types" in text:
         text["layer_types"] = text["layer_types"][:depth]
     (folder / "config.json").write_text(json.dumps(values, indent=1))
-    model = sizes(values)
+    model = sizes(describe(values, str(folder)))
     (place / "ds.json").write_text(json.dumps(ds_json(str(swap), model, dtype), indent=1))
     return model
 
@@ -400,7 +401,7 @@ def main(
     values = preset(name)
     if not values["text_config"]["vocab_size"]:
         values["text_config"]["vocab_size"] = 512
-    model = sizes(values)
+    model = sizes(describe(values, name))
     folder.mkdir(parents=True, exist_ok=True)
     from mirage_ds.engine.offload import memory_to_be_had
 

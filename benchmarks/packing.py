@@ -25,7 +25,7 @@ from rich.console import Console
 
 from benchmarks.scaling import Grid, _numbers
 from mirage_ds.data.pack import fill, pack
-from mirage_ds.model.presets import preset
+from mirage_ds.plan.shape import read_shape
 from mirage_ds.scale import flops, sizes
 
 SHORTEST, LONGEST = 50, 4000
@@ -100,7 +100,7 @@ def synthetic() -> list[Rows]:
 def measure(rows: Rows, count: int, ranks: int, capacity: int, steps: int) -> list[str]:
     """Plan `steps` steps of `count` rows; a line of the table."""
     random = np.random.default_rng(0)
-    model = sizes(preset("qwen2.5-vl-7b"))
+    model = sizes(read_shape("qwen2.5-vl-7b"))
     found, seconds = [], []
     for _ in range(steps):
         lengths, patches = rows.draw(random, count)

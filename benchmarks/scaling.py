@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mirage_ds.cards import A100, H100_SXM
-from mirage_ds.model.presets import PRESETS, preset
+from mirage_ds.model.presets import PRESETS
+from mirage_ds.plan.shape import read_shape
 from mirage_ds.scale import (
     Machine,
     Network,
@@ -205,7 +206,7 @@ def checkpoints(names: list[str]) -> Grid:
     """Bytes and seconds of a sharded checkpoint."""
     rows = []
     for name in names:
-        size = checkpoint_bytes(sizes(preset(name)))
+        size = checkpoint_bytes(sizes(read_shape(name)))
         rows.append([name, f"{size / GIGABYTE:.0f}", *(f"{size / speed:.1f}" for speed in STORAGE)])
     return Grid("A checkpoint", ["model", "GB", *(f"s at {speed / GIGABYTE:.0f} GB/s" for speed in STORAGE)], rows)
 
@@ -267,7 +268,7 @@ def _numbers(_context: click.Context, _option: click.Parameter, value: str) -> t
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw this PNG too.")
 def main(model: str, latent_size: int, markdown: bool, figure: Path | None, **numbers: object) -> None:
     """Print traffic, memory, time bounds and batch sizes of a stage on 1 to 128 nodes."""
-    asked = Question(model=sizes(preset(model)), k=latent_size, **numbers)  # type: ignore[arg-type]
+    asked = Question(model=sizes(read_shape(model)), k=latent_size, **numbers)  # type: ignore[arg-type]
     console = Console(highlight=False)
     console.width = max(console.width, 140)
     for grid in grids(asked):

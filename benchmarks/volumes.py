@@ -21,6 +21,7 @@ from rich.console import Console
 
 from benchmarks.listen import listening
 from benchmarks.scaling import Grid
+from mirage_ds.plan.shape import read_shape
 from mirage_ds.scale import Sizes, Zero3, gather_calls, sizes, volume, walk
 
 SAMPLE = Path(__file__).parents[1] / "data/sample.jsonl"
@@ -150,7 +151,7 @@ def main(markdown: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="mirage-volumes-") as folder:
         out = Path(folder)
         init_model("nano", out / "nano", texts=[SAMPLE])
-        model = sizes(json.loads((out / "nano/config.json").read_text()))
+        model = sizes(read_shape(str(out / "nano")))
         answers, port = context.Queue(), free_port()
         ranks = [context.Process(target=work, args=(r, port, out / "nano", out, answers)) for r in range(RANKS)]
         for rank in ranks:

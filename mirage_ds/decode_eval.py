@@ -18,7 +18,7 @@ from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import decode_samples
-from mirage_ds.model.generate import Limits
+from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.scoring import Answer, score
 from mirage_ds.stop import Stopped, never
@@ -79,10 +79,14 @@ def decode_rows(
 
     Returns:
         The answers in the order of `chosen`, on every rank.
+
+    Raises:
+        NotFinite: on every rank, once all have done their rounds.
     """
     own = list(range(world.rank, len(chosen), world.size))
     rounds = math.ceil(math.ceil(len(chosen) / world.size) / BATCH)
     made: list[tuple[int, Answer]] = []
+    broken: list[int] = []
     with whole_model(engine) as model:
         sees = tower or FrozenTower(model.visual)  # type: ignore[arg-type]  # where there is no tower it is trained
         for number in range(rounds):
@@ -99,8 +103,13 @@ def decode_rows(
                     made += zip(part, answers, strict=True)
             except Stopped:
                 pass
+            except NotFinite as error:
+                broken.append(error.row)
             if agree(asked(), world):
                 return None
+    broken = everyone(broken, world)
+    if broken:
+        raise NotFinite(min(broken))
     return [answer for _, answer in sorted(everyone(made, world), key=lambda one: one[0])]
 
 

@@ -60,6 +60,8 @@ def _decoding_options(command: Any) -> Any:
 @click.option("--task", help="Whose scorer is used; the records' own task if they name one.")
 @click.option("--image_root", type=_path(), help="Second place where relative image paths are looked for.")
 @click.option("--batch_size", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--prefill_tokens", default=8192, show_default=True, type=click.IntRange(min=1),
+              help="Prompts of a batch run together up to so many tokens; a longer one runs alone.")  # fmt: skip
 @click.option("--most", type=click.IntRange(min=1), help="Take only the first so many records.")
 @click.option("--out", type=_path(), help="Write scores and answers to this JSON file.")
 @click.option("--latents", help="Score under these conditions instead, separated by commas: own,swap,… "
@@ -195,16 +197,23 @@ def _decoding(options: dict[str, Any]) -> Decoding:
 
 
 def _decoder(folder: Path, finder: ImageFinder, options: dict[str, Any], device: torch.device | None = None) -> Decoder:
+    import torch
+
     from mirage_ds.evaluate import load_decoder
 
     pixels = (options["min_pixels"], options["max_pixels"])
-    return load_decoder(folder, finder, options["processor"], not options["no_latents"], pixels, device)
+    decoder = load_decoder(folder, finder, options["processor"], not options["no_latents"], pixels, device)
+    if decoder.loaded.config.dtype == torch.float16 and os.environ.get("RANK", "0") == "0":
+        dtype = str(decoder.loaded.model.head.weight.dtype).removeprefix("torch.")
+        click.echo(f"{folder}: stored in float16, in which these models overflow; decoded in {dtype}", err=True)
+    return decoder
 
 
 def _limits(decoder: Decoder, options: dict[str, Any]) -> Limits:
     from mirage_ds.evaluate import run_limits
 
-    return run_limits(decoder, options["max_new_tokens"], options["longest_run"], options["run_length"])
+    names = ("max_new_tokens", "longest_run", "run_length", "prefill_tokens")
+    return run_limits(decoder, *(options[name] for name in names))
 
 
 def main() -> None:

@@ -104,6 +104,19 @@ def need_latents(decoder: Decoder) -> None:
         )
 
 
+def decoding_dtype(stored: object, device: torch.device) -> torch.dtype:
+    """Choose the dtype of the weights in decoding: as stored, but bf16 for fp16, in which these models overflow.
+
+    A CPU decodes in float32: bf16 is slow on most, and there is room.
+
+    Args:
+        stored: a configuration's `dtype`.
+    """
+    if device.type == "cpu" or not isinstance(stored, torch.dtype):
+        return torch.float32
+    return torch.bfloat16 if stored == torch.float16 else stored
+
+
 def load_decoder(
     folder: Path,
     finder: ImageFinder,
@@ -137,15 +150,15 @@ def load_decoder(
     # Prompts are the same in every stage; sft's encoder never looks at a helper image.
     encoder = load_encoder(folders, finder, "sft", 1, pixels)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    if device.type == "cpu":
-        dtype = torch.float32
+    dtype = decoding_dtype(stored, device)
     loaded = load_model(place, stage="sft", dtype=dtype, device=device, checkpointing=False)
     loaded.model.eval()
     return Decoder(place, loaded, encoder, latents)
 
 
-def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: str) -> Limits:
+def run_limits(
+    decoder: Decoder, new_tokens: int, longest_run: int, run_length: str, prefill_tokens: int = Limits.prefill_tokens
+) -> Limits:
     """Translate --run_length: "trained" (the k of training, where the folder knows it), "model", or a number.
 
     Training never shows the model a shorter run, and never supervises the tokens inside one, so whether it would end a
@@ -153,12 +166,14 @@ def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: 
     """
     if run_length == "trained":
         known = decoder.trained
-        return Limits(new_tokens, longest_run, slots_fed(known.get("slots"), known.get("latent_size")))
-    if run_length == "model":
-        return Limits(new_tokens, longest_run, None)
-    if not run_length.isdecimal():
+        fixed = slots_fed(known.get("slots"), known.get("latent_size"))
+    elif run_length == "model":
+        fixed = None
+    elif run_length.isdecimal():
+        fixed = int(run_length)
+    else:
         raise UserError(f"--run_length {run_length}: give 'trained', 'model' or a number of latents")
-    return Limits(new_tokens, longest_run, int(run_length))
+    return Limits(new_tokens, longest_run, fixed, prefill_tokens)
 
 
 def chooser_of(decoding: Decoding, seed: int, rows: Sequence[int]) -> Chooser:
@@ -274,7 +289,7 @@ def answer_records(
         except torch.OutOfMemoryError:
             raise UserError(
                 f"--batch_size {batch_size}: {len(part)} rows at a time do not fit into the GPU's memory; lower it, "
-                "--max_new_tokens or --max_pixels"
+                "--prefill_tokens, --max_new_tokens or --max_pixels"
             ) from None
         answers |= dict(zip(part, found, strict=True))
     return [answers[i] for i in range(len(records))]
@@ -321,6 +336,7 @@ def settings_of(
         "top_p": drawn.top_p if isinstance(drawn, Sampling) else None,
         "seed": seed,
         "max_new_tokens": limits.new_tokens,
+        "prefill_tokens": limits.prefill_tokens,
         "longest_run": limits.longest_run,
         # None: the model decides.
         "run_length": limits.fixed_run,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from mirage_ds.best import Best
 from mirage_ds.config import RunConfig
+from mirage_ds.data.loader import Rows
 from mirage_ds.decode_eval import BATCH, decode_rows, record_at, scored
 from mirage_ds.draw_eval import draw_rows, rows_to_draw
 from mirage_ds.engine.setup import from_rank_zero
@@ -13,11 +15,11 @@ from mirage_ds.engine.whole import check_room
 from mirage_ds.evaluate import slots_fed
 from mirage_ds.events import EVALUATION_BEGINS, EVALUATION_ENDS
 from mirage_ds.inspect_latents.live import need_matplotlib
-from mirage_ds.model.generate import Limits
+from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.monitor import Monitor
 from mirage_ds.prepare import Prepared
 from mirage_ds.run_records import Evaluation
-from mirage_ds.scoring import check_evaluation, spread
+from mirage_ds.scoring import Answer, check_evaluation, spread
 from mirage_ds.step import evaluate
 from mirage_ds.stop import never
 from mirage_ds.whereabouts import UNTOLD, Whereabouts
@@ -50,6 +52,9 @@ class Evaluator:
         self.chosen: list[int] = []
         self.drawn: list[int] = []
         self.best: Best | None = None
+        # Every run has the length of training, as `mirage-ds evaluate` has it; as many tokens at a time as in training.
+        k = config.latent_size
+        self.limits = Limits(config.eval_new_tokens, k, slots_fed(config.slots, k), config.micro_batch_tokens)
         evaluation = prepared.evaluation
         if evaluation is None:
             return
@@ -60,11 +65,12 @@ class Evaluator:
             # Not those that prepare looked at, where rows with broken images have been left out since.
             self.task = from_rank_zero(lambda: self._check(evaluation), prepared.world)
             flag = f"--eval_decode {config.eval_decode}"
-            check_room(prepared.engine, BATCH, longest + config.eval_new_tokens, prepared.world, flag)
+            check_room(prepared.engine, BATCH, longest, self.limits, prepared.world, flag)
         if config.eval_pictures:
             from_rank_zero(need_matplotlib, prepared.world)
             self.drawn = rows_to_draw(evaluation.loader.rows, row_ids, config.eval_pictures)
-            check_room(prepared.engine, 1, longest, prepared.world, f"--eval_pictures {config.eval_pictures}")
+            flag = f"--eval_pictures {config.eval_pictures}"
+            check_room(prepared.engine, 1, longest, Limits(new_tokens=0), prepared.world, flag)
         if config.save_best:
             self.best = Best(config.save_best, config.save_model_path, prepared.save, prepared.world, start)
 
@@ -94,28 +100,41 @@ class Evaluator:
         scores: dict[str, float] = {}
         rows = evaluation.loader.rows
         if self.chosen:
-            k = config.latent_size
+            found = self._scores(done, rows)
+            if found is None:
+                return None
+            scores = found
+        if self.drawn:
+            try:
+                figures = draw_rows(prepared.engine, prepared.tower, rows, self.drawn, prepared.world)
+                self.monitor.pictures(done, figures)
+            except NotFinite as error:
+                self.monitor.say(f"error: pictures after step {done}: {error}; none is drawn")
+        # After decoding: what this gathers stays for the next step where parameters are kept.
+        losses = evaluate(config, prepared, evaluation, self.asked, self.where)
+        return None if losses is None else losses | scores
+
+    def _scores(self, done: int, rows: Rows) -> dict[str, float] | None:
+        """Decode and score; None when the ranks left it on request, NaN where logits were not finite."""
+        config, prepared = self.config, self.prepared
+        try:
             answers = decode_rows(
                 prepared.engine,
                 prepared.tower,
                 rows,
                 self.chosen,
-                # Every run has the length of training, as `mirage-ds evaluate` has it.
-                Limits(config.eval_new_tokens, longest_run=k, fixed_run=slots_fed(config.slots, k)),
+                self.limits,
                 latents=config.stage != "sft" or config.slots is not None,
                 world=prepared.world,
                 asked=self.asked,
                 where=self.where,
             )
-            if answers is None:
-                return None
-            scores = scored(rows, self.chosen, answers, self.task, prepared.world)
-        if self.drawn:
-            figures = draw_rows(prepared.engine, prepared.tower, rows, self.drawn, prepared.world)
-            self.monitor.pictures(done, figures)
-        # After decoding: what this gathers stays for the next step where parameters are kept.
-        losses = evaluate(config, prepared, evaluation, self.asked, self.where)
-        return None if losses is None else losses | scores
+        except NotFinite as error:
+            # Training has its own judgement of weights that break (--max_skipped_steps).
+            self.monitor.say(f"error: evaluation after step {done}: {error}; nothing is scored")
+            nothing = [Answer("", [], [])] * len(self.chosen)
+            return dict.fromkeys(scored(rows, self.chosen, nothing, self.task, prepared.world), math.nan)
+        return None if answers is None else scored(rows, self.chosen, answers, self.task, prepared.world)
 
     def of_step(self, done: int) -> Mapping[str, float]:
         """Return what was measured after `done` steps; nothing where the last evaluation was another."""

@@ -11,11 +11,11 @@ P patches of an image, h × w of a frame's grid of them; H hidden width of the t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from mirage_ds.cards import peak_of
-from mirage_ds.scale import Sizes, flops, sizes
+from mirage_ds.scale import Shape, Sizes, flops, sizes
 
 
 class Tower(NamedTuple):
@@ -62,48 +62,34 @@ def _squares(side: int, window: int) -> int:
     return side // window * window**2 + (side % window) ** 2
 
 
-def tower_of(config: Mapping[str, Any]) -> Tower:
-    """Read the tower's shape.
-
-    Args:
-        config: of a model of one of model.family.FAMILIES, as transformers' `to_dict` has it.
-    """
-    vision, kind = config["vision_config"], config["model_type"]
-    # Qwen2-VL calls the width of a feature `hidden_size`.
-    hidden, output = (vision[key] for key in _WIDTHS.get(kind, ("hidden_size", "out_hidden_size")))
-    inner = hidden * vision["mlp_ratio"] if kind == "qwen2_vl" else vision["intermediate_size"]
-    merge, patch = vision["spatial_merge_size"], vision["patch_size"]
-    merged = hidden * merge**2
-    windows = kind == "qwen2_5_vl"
+def tower_of(model: Shape) -> Tower:
+    """Read the tower's shape."""
+    vision = model.config["vision_config"]
+    layers, merge, window = model.layers("visual.blocks."), vision["spatial_merge_size"], vision.get("window_size")
     return Tower(
-        embedding=vision.get("in_channels", 3) * vision["temporal_patch_size"] * patch**2 * hidden,
-        # Gate, up and down in the one family, two matrices in the others.
-        layer=int(4 * hidden**2 + (3 if windows else 2) * hidden * inner),
-        layers=vision["depth"],
-        full=len(vision["fullatt_block_indexes"]) if windows else vision["depth"],
-        width=hidden,
+        embedding=sum(model.elements("visual.patch_embed.", matrices=True)),
+        layer=sum(model.elements("visual.blocks.0.", matrices=True)),
+        layers=layers,
+        full=len(vision["fullatt_block_indexes"]) if window else layers,
+        width=model.shapes["visual.blocks.0.attn.proj.weight"][0],
         # DeepStack has a merger for each layer that it adds to.
-        merger=(1 + len(vision.get("deepstack_visual_indexes", ()))) * (merged**2 + merged * output),
+        merger=sum(model.elements("visual.merger", True) + model.elements("visual.deepstack_merger", True)),
         merge=merge,
-        window=vision["window_size"] // merge // patch if windows else 1,
+        window=window // merge // vision["patch_size"] if window else 1,
     )
-
-
-_WIDTHS = {"qwen2_vl": ("embed_dim", "hidden_size")}
 
 
 class ModelFlops:
     """Counts what a run's steps need.
 
     Args:
-        config: of the model, as transformers' `to_dict` has it.
         train_vision: the tower's backward belongs to the step.
         train_targets: so does that of the helpers' features.
     """
 
-    def __init__(self, config: Mapping[str, Any], train_vision: bool, train_targets: bool):
-        self.text: Sizes = sizes(config)
-        self.tower = tower_of(config)
+    def __init__(self, model: Shape, train_vision: bool, train_targets: bool):
+        self.text: Sizes = sizes(model)
+        self.tower = tower_of(model)
         self.train_vision, self.train_targets = train_vision, train_targets
 
     def of_text(self, lengths: Sequence[int], labels: int) -> float:

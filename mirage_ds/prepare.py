@@ -38,7 +38,7 @@ from mirage_ds.files import write_atomically
 from mirage_ds.mfu import ModelFlops, peak_flops
 from mirage_ds.mixture import Records
 from mirage_ds.model.attention import choose_backend
-from mirage_ds.model.load import Loaded, check_folder, expected_shapes, load_model, load_tower, read_config
+from mirage_ds.model.load import Loaded, check_folder, load_model, load_tower, read_config, shape_of
 from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run_records import (
@@ -55,7 +55,7 @@ from mirage_ds.run_records import (
     sources_of,
     usable_rows,
 )
-from mirage_ds.scale import sizes, two_layers
+from mirage_ds.scale import Shape, groups, sizes, trained_parameters, two_layers
 from mirage_ds.sinks import check_installed
 from mirage_ds.startup import Begin, quiet
 from mirage_ds.stop import never
@@ -120,7 +120,7 @@ def _check_folders(folders: list[Path], world: World) -> None:
         raise UserError(faults[0])
 
 
-def make_lora(config: RunConfig, folder: Path, encoder: Encoder) -> Lora | None:
+def make_lora(config: RunConfig, model: Shape, encoder: Encoder) -> Lora | None:
     """Describe a run's adapters; None where all weights are trained.
 
     Raises:
@@ -128,19 +128,16 @@ def make_lora(config: RunConfig, folder: Path, encoder: Encoder) -> Lora | None:
     """
     if config.lora_rank is None:
         return None
-    targets = find_targets(expected_shapes(read_config(folder)), config.lora_targets)
+    targets = find_targets(model.shapes, config.lora_targets)
     tokens = tuple(encoder.id_of(token) for token in LATENT_TOKENS)
     return Lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, targets, tokens, config.seed)
 
 
-def optimizer_groups(folder: Path, train_vision: bool, lora: Lora | None = None) -> list[list[int]]:
-    """Elements of the trained parameters of each optimizer group (setup.weight_decay_groups), from config.json."""
+def optimizer_groups(model: Shape, train_vision: bool, lora: Lora | None) -> list[list[int]]:
+    """Elements of the trained parameters of each optimizer group (setup.weight_decay_groups)."""
     if lora:
-        return [[math.prod(shape) for shape in trained_shapes(expected_shapes(read_config(folder)), lora)]]
-    named = sorted(expected_shapes(read_config(folder)).items(), key=lambda item: item[0].startswith("visual."))
-    trained = [shape for name, shape in named if train_vision or not name.startswith("visual.")]
-    matrices = [math.prod(shape) for shape in trained if len(shape) > 1]
-    return [matrices, [math.prod(shape) for shape in trained if len(shape) <= 1]]
+        return [[math.prod(shape) for shape in trained_shapes(model.shapes, lora)]]
+    return groups(trained_parameters(model, train_vision))
 
 
 def make_model(
@@ -202,8 +199,8 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     choose_backend(config.attention, world.device)
     folders = from_rank_zero(partial(model_folders, config, partial(begin, "records")), world)
     _check_folders(folders, world)
-    shape = read_config(folders[0]).to_dict()
-    ds.fill_limits(ds_values, two_layers(shape["text_config"]))
+    shape = shape_of(read_config(folders[0]), f"{folders[0]}/config.json")
+    ds.fill_limits(ds_values, two_layers(sizes(shape)))
     encoder = make_encoder(config, folders)
     files, encoders = zip(*sources_of(config, encoder), strict=True)
     indices = [
@@ -214,9 +211,9 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
         from_rank_zero(partial(check_scores, config, config.eval_data_path, indices[-1]), world)
     # All that can refuse the run comes before its folder is claimed: a refused run must not stand in the way of the
     # mended one.
-    lora = from_rank_zero(lambda: make_lora(config, folders[0], encoder), world)
+    lora = from_rank_zero(lambda: make_lora(config, shape, encoder), world)
     check_offload(
-        *(ds_values, json_path, optimizer_groups(folders[0], config.train_vision, lora), sizes(shape).matrices, world),
+        *(ds_values, json_path, optimizer_groups(shape, config.train_vision, lora), sizes(shape).matrices, world),
         checkpoints=config.save_every is not None or config.resume == "auto",
     )
     begin("vision tower")

@@ -3,7 +3,7 @@
 Ψ elements of the text model, which ZeRO-3 shards (a frozen tower is outside, see docs/design.md); W ranks on N nodes of
 g GPUs; k latents a run; G micro-steps of an optimizer step; T tokens of one rank's micro-batch; b bytes an element.
 
-Every function takes plain numbers and imports neither torch nor anything of this project. docs/scaling.md works the
+Imports neither torch nor anything of this project. docs/scaling.md works the
 formulas out and says where each comes from; `python -m benchmarks.volumes` compares the volumes with what DeepSpeed
 gathers.
 """
@@ -23,6 +23,54 @@ SHARD_BYTES = 2 + 4
 # NCCL's own cost model of a ring with its Simple protocol (src/graph/tuning.cc, v2.18 and later): base, one hop over
 # NVLink, one hop over the network.
 RING_BASE_S, RING_NVLINK_S, RING_NETWORK_S = 8.4e-6, 3.4e-6, 14e-6
+
+
+class Shape(NamedTuple):
+    """A model as transformers' own class makes it (model.load.shape_of).
+
+    Attributes:
+        config: its configuration, with all that config.json leaves out.
+        shapes: name (model.load.public_name) → shape of each parameter, in the model's order; a tied head has none.
+    """
+
+    config: Mapping[str, Any]
+    shapes: Mapping[str, Sequence[int]]
+
+    def elements(self, start: str, matrices: bool | None = None) -> list[int]:
+        """List the elements of the parameters whose name begins so; of the matrices, or of the others, alone."""
+        return [
+            math.prod(shape)
+            for name, shape in self.shapes.items()
+            if name.startswith(start) and matrices in (None, len(shape) > 1)
+        ]
+
+    def layers(self, start: str) -> int:
+        """Count the layers of a stack, such as "model.layers."."""
+        return len({name.removeprefix(start).split(".")[0] for name in self.shapes if name.startswith(start)})
+
+
+class Parameter(NamedTuple):
+    """One parameter.
+
+    Attributes:
+        elements: of it.
+        matrix: more than one dimension; decides the weight-decay group.
+    """
+
+    elements: int
+    matrix: bool
+
+
+def trained_parameters(model: Shape, train_vision: bool = False) -> list[Parameter]:
+    """List what is trained, in the order of `MirageModel.parameters()`: the text model, then the tower if it is."""
+    vision = [name for name in model.shapes if name.startswith("visual.")]
+    names = [name for name in model.shapes if not name.startswith("visual.")] + train_vision * vision
+    return [Parameter(math.prod(model.shapes[name]), len(model.shapes[name]) > 1) for name in names]
+
+
+def groups(parameters: Sequence[Parameter]) -> list[list[int]]:
+    """Split elements into the optimizer's two groups, as engine.setup.weight_decay_groups does."""
+    return [[one.elements for one in parameters if one.matrix is matrix] for matrix in (True, False)]
 
 
 class Sizes(NamedTuple):
@@ -59,101 +107,28 @@ class Sizes(NamedTuple):
         return self.layers * (self.layer + self.vectors) + self.embedding + self.head + self.norm
 
 
-def sizes(config: Mapping[str, Any]) -> Sizes:
-    """Count the elements of a model.
-
-    Args:
-        config: what a config.json of one of model.family.FAMILIES holds, or what model.presets.preset returns, with
-            `vocab_size` set.
-    """
-    text, vision = config["text_config"], config["vision_config"]
-    hidden, rows = text["hidden_size"], text["vocab_size"]
-    width, kv = _width(text), _kv_width(text)
-    kind = config["model_type"]
-    # Qwen3 norms each head's queries and keys where the others have biases.
-    beside = 2 * text["head_dim"] if kind == "qwen3_vl" else width + 2 * kv
+def sizes(model: Shape) -> Sizes:
+    """Count the elements of a model."""
+    layer, (embedding,) = "model.layers.0.", model.elements("model.embed_tokens.")
     return Sizes(
-        matrices=_matrices(text),
-        vectors=beside + 2 * hidden,
-        layers=text["num_hidden_layers"],
-        embedding=rows * hidden,
-        # Published files have the key at the top alone.
-        head=0 if text.get("tie_word_embeddings", config.get("tie_word_embeddings")) else rows * hidden,
-        norm=hidden,
-        vision=_VISION[kind](vision),
-        width=width,
+        matrices=tuple(model.elements(layer, matrices=True)),
+        vectors=sum(model.elements(layer, matrices=False)),
+        layers=model.layers("model.layers."),
+        embedding=embedding,
+        head=sum(model.elements("lm_head.")),
+        norm=sum(model.elements("model.norm.")),
+        vision=sum(model.elements("visual.")),
+        width=model.shapes[f"{layer}self_attn.q_proj.weight"][0],
     )
 
 
-def two_layers(text: Mapping[str, Any]) -> int:
+def two_layers(model: Sizes) -> int:
     """Elements of two decoder layers' matrices: the limits of released parameters.
 
     `max_live` of one layer leaves no room to gather the next one while the first computes. `reuse` must be longer than
     the way from a layer's first matrix to its end and back, or backward gathers a part of it twice (see volume).
-
-    Args:
-        text: the `text_config` of a model.
     """
-    return 2 * sum(_matrices(text))
-
-
-def _matrices(text: Mapping[str, Any]) -> tuple[int, ...]:
-    hidden, width, kv = text["hidden_size"], _width(text), _kv_width(text)
-    return (hidden * width, hidden * kv, hidden * kv, width * hidden, *3 * (hidden * text["intermediate_size"],))
-
-
-def _head_width(text: Mapping[str, Any]) -> int:
-    return int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
-
-
-def _width(text: Mapping[str, Any]) -> int:
-    return _head_width(text) * int(text["num_attention_heads"])
-
-
-def _kv_width(text: Mapping[str, Any]) -> int:
-    return _head_width(text) * int(text["num_key_value_heads"])
-
-
-def _patches(vision: Mapping[str, Any], hidden: int) -> int:
-    return int(3 * vision["temporal_patch_size"] * vision["patch_size"] ** 2 * hidden)
-
-
-def _attention(hidden: int) -> int:
-    return hidden * 3 * hidden + 3 * hidden + hidden * hidden + hidden
-
-
-def _merger(vision: Mapping[str, Any], hidden: int, output: int, norm: int) -> int:
-    merged = hidden * vision["spatial_merge_size"] ** 2
-    return int(norm + merged * merged + merged + merged * output + output)
-
-
-def _vision_2_5(vision: Mapping[str, Any]) -> int:
-    hidden, inner, output = vision["hidden_size"], vision["intermediate_size"], vision["out_hidden_size"]
-    mlp = 3 * hidden * inner + 2 * inner + hidden
-    blocks = vision["depth"] * (_attention(hidden) + mlp + 2 * hidden)
-    return int(_patches(vision, hidden) + blocks + _merger(vision, hidden, output, hidden))
-
-
-def _vision_2(vision: Mapping[str, Any]) -> int:
-    hidden, output = vision["embed_dim"], vision["hidden_size"]
-    inner = int(hidden * vision["mlp_ratio"])
-    mlp = 2 * hidden * inner + inner + hidden
-    blocks = vision["depth"] * (_attention(hidden) + mlp + 4 * hidden)
-    return int(_patches(vision, hidden) + blocks + _merger(vision, hidden, output, 2 * hidden))
-
-
-def _vision_3(vision: Mapping[str, Any]) -> int:
-    hidden, inner, output = vision["hidden_size"], vision["intermediate_size"], vision["out_hidden_size"]
-    mlp = 2 * hidden * inner + inner + hidden
-    blocks = vision["depth"] * (_attention(hidden) + mlp + 4 * hidden)
-    # DeepStack's mergers norm after they have merged.
-    merged = hidden * vision["spatial_merge_size"] ** 2
-    deep = len(vision["deepstack_visual_indexes"]) * _merger(vision, hidden, output, 2 * merged)
-    places = hidden + vision["num_position_embeddings"] * hidden
-    return int(_patches(vision, hidden) + places + blocks + _merger(vision, hidden, output, 2 * hidden) + deep)
-
-
-_VISION = {"qwen2_5_vl": _vision_2_5, "qwen2_vl": _vision_2, "qwen3_vl": _vision_3}
+    return 2 * model.layer
 
 
 class Walk(NamedTuple):

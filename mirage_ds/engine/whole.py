@@ -23,6 +23,7 @@ from mirage_ds.engine.private import shard_of
 from mirage_ds.engine.setup import World, everyone
 from mirage_ds.errors import UserError
 from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import public_name
 from mirage_ds.model.loss import LossHead
 
@@ -98,25 +99,32 @@ def _plain(module: Any, adapter: Adapter | None = None) -> nn.Module:
     return plain
 
 
-def bytes_to_decode(model: MirageModel, rows: int, keys: int) -> int:
-    """Bytes that a rank needs to decode, beyond what training holds.
+def bytes_to_decode(model: MirageModel, rows: int, prompt: int, limits: Limits) -> int:
+    """Bytes that a rank needs to decode, beyond what training holds; pictures, their encoding and features, left out.
 
     Args:
-        rows: N; keys: S.
+        rows: N; prompt: tokens of the longest prompt.
 
     Returns:
         Ψ weights where they are sharded (and this rank's part of them, where it lies elsewhere), Ψ more where adapters
-        are merged, keys and values of (N, Hkv, S, D) a layer, and logits (N, V) with their float32 copy.
+        are merged; keys and values of (N, Hkv, S, D) a layer; and the larger of what the prompts' forward has in work
+        and of the logits (N, V) with what choosing from them takes.
     """
-    text = model.language_model.config
-    kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-    size = model.head.weight.element_size()
+    text: Any = model.language_model
+    size, layer = model.head.weight.element_size(), text.layers[0]
     shards = [(shard_of(p), p.element_size()) for p in model.parameters()]
     weights = sum((one.elements + one.own * one.away) * width for one, width in shards if one)
     if model.lora is not None:
         weights += sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
-    cache = 2 * rows * keys * kv * text.num_hidden_layers * size
-    return weights + cache + rows * text.vocab_size * (size + 4)
+    queries, kv = (getattr(layer.self_attn, name).out_features for name in ("q_proj", "k_proj"))
+    cache = 2 * rows * (prompt + limits.new_tokens) * kv * len(text.layers) * size
+    # The layer's input, the sum after attention, its norm, keys, values, cos and sin stand beside gate, up and product;
+    # before, input and norm stand beside q, k, v and what rotating them takes.
+    hidden, inner = text.config.hidden_size, layer.mlp.gate_proj.out_features
+    at_mlp = 3 * hidden + 3 * inner + 2 * kv + 2 * layer.self_attn.head_dim
+    at_once = min(rows * prompt, max(prompt, limits.prefill_tokens))
+    work = at_once * max(at_mlp, 2 * hidden + 6 * queries + 4 * kv) * size
+    return weights + cache + max(work, rows * text.config.vocab_size * (size + 4))
 
 
 def free_bytes(world: World) -> int:
@@ -128,11 +136,11 @@ def free_bytes(world: World) -> int:
     return memory_to_be_had() // hosts.count(socket.gethostname())
 
 
-def check_room(engine: Any, rows: int, keys: int, world: World, flag: str) -> None:
+def check_room(engine: Any, rows: int, prompt: int, limits: Limits, world: World, flag: str) -> None:
     """Refuse to decode while training where a rank has no room for the whole model. All ranks call it.
 
     Args:
-        rows, keys: of a batch of answers, as bytes_to_decode takes them.
+        rows, prompt, limits: of a batch of answers, as bytes_to_decode takes them.
         flag: what the user asked for.
 
     Raises:
@@ -145,7 +153,7 @@ def check_room(engine: Any, rows: int, keys: int, world: World, flag: str) -> No
             "of its own here; leave the flag out (with --overwrite, since this run's folder is made) and run "
             "`mirage-ds evaluate` on a saved model"
         )
-    needed, free = bytes_to_decode(engine.module, rows, keys), free_bytes(world)
+    needed, free = bytes_to_decode(engine.module, rows, prompt, limits), free_bytes(world)
     short = everyone([(free, world.rank)] if needed > free else [], world)
     if short:
         least, rank = min(short)

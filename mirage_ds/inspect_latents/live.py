@@ -77,7 +77,7 @@ def figures(
 
     Raises:
         RecordError: a record cannot be used, or an image is missing or does not decode.
-        UserError: a record has no latent run, or matplotlib is not installed.
+        UserError: a record has no latent run, logits are not finite, or matplotlib is not installed.
     """
     need_matplotlib()
     encoder = replace(encoder, stage="stage2")
@@ -86,7 +86,7 @@ def figures(
         title = f"line {record.line}"
         if not record.runs:
             raise UserError(f"record on {title} has no latent run to draw; choose rows with a helper image or its mark")
-        thought = taught(model, tower, encoder, [encoder.encode(record, 0)])[0]
+        thought = taught(model, tower, encoder, [encoder.encode(record, record.line - 1)])[0]
         for one in looks(model, tower, encoder, record, thought, title):
             found |= {f"{one.title}/{name}": figure for name, figure in drawings(one).items()}
     return found

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from mirage_ds.data.batch import Batch, collate, to_device
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import Sample
 from mirage_ds.model.attention import varlen_attention
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Generated, Limits, generate, latent_tokens
+from mirage_ds.model.generate import Generated, Limits, check_finite, generate, latent_tokens
 from mirage_ds.model.images import Deep, embedded, place_images
 from mirage_ds.model.latents import in_order, run_passes
 from mirage_ds.model.vision import FrozenTower, trained_features
@@ -146,6 +147,9 @@ def taught(model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samp
 
     Returns:
         One Thought a row.
+
+    Raises:
+        NotFinite: a row's logits are not.
     """
     passes = max(sum(k for _, k in sample.runs) for sample in samples) + 1
     batch = _batch(model, tower, encoder, samples, passes)
@@ -154,7 +158,10 @@ def taught(model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samp
     embeddings = text.embed_tokens(batch.input_ids)
     embeddings, deep = place_images(embeddings, batch.image_features, batch.image_positions)
     hidden = run_passes(text, embeddings, batch.position_ids, batch.passes, model.attention, False, deep=deep)
-    latents = in_order(hidden, batch.passes).index_select(0, batch.latents - 1)
+    states = in_order(hidden, batch.passes)
+    # What is not finite reaches a row's last token: it attends to all others.
+    check_finite(functional.linear(states[batch.cu_seqlens[1:].long() - 1], model.head.weight), batch.rows)
+    latents = states.index_select(0, batch.latents - 1)
     inputs = embeddings.index_copy(0, batch.latents, latents)
     lengths = [len(sample.input_ids) for sample in samples]
     images = batch.image_features.split([len(sample.image_positions) for sample in samples])

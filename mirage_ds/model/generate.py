@@ -11,8 +11,9 @@ times. What is fed at a run's k slots can be replaced (Latents).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,12 +21,44 @@ from torch.nn import functional
 
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
+from mirage_ds.errors import UserError
 from mirage_ds.model.attention import Packed
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.images import place_images
 
 # (logits (N, V), step) → (N,) token ids.
 Chooser = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class NotFinite(UserError):
+    """Logits that no token can be chosen from.
+
+    Attributes:
+        row: the record's place in its file, from 0.
+    """
+
+    def __init__(self, row: int):
+        super().__init__(
+            f"the logits of record {row + 1} are not finite: a weight is NaN, or a number became too large for its "
+            "dtype; take an earlier checkpoint, or copy the model again"
+        )
+        self.row = row
+
+    def __reduce__(self) -> tuple[type[NotFinite], tuple[int]]:
+        # Ranks send it to each other.
+        return NotFinite, (self.row,)
+
+
+def finite(logits: torch.Tensor) -> torch.Tensor:
+    """Tell whether all of a row's logits (N, V) are finite: (N,). Their sum is, in one walk and no second (N, V)."""
+    return logits.sum(dim=-1, dtype=torch.float32).isfinite()
+
+
+def check_finite(logits: torch.Tensor, rows: Sequence[int] | torch.Tensor) -> None:
+    """Refuse logits (N, V) that are not finite; NotFinite names the first of the N rows that has some."""
+    found = finite(logits).tolist()
+    if not all(found):
+        raise NotFinite(int(rows[found.index(False)]))
 
 
 class Latents(Protocol):
@@ -81,11 +114,13 @@ class Limits:
         new_tokens: tokens a row may emit.
         longest_run: latents after which the end of a run is forced; the public code has 8.
         fixed_run: latents of every run whatever the model emits, or None to let it decide.
+        prefill_tokens: prompts of a batch run together up to so many tokens; a longer one runs alone.
     """
 
     new_tokens: int = 1024
     longest_run: int = 8
     fixed_run: int | None = None
+    prefill_tokens: int = 8192
 
 
 @dataclass
@@ -135,17 +170,17 @@ def sampler(temperature: float, top_p: float, seeds: Sequence[int]) -> Chooser:
 class _Cache:
     """Keys and values of all rows, one padded tensor a layer: (N, Hkv, S, D)."""
 
-    def __init__(self, rows: int, room: int, like: torch.Tensor, layers: int):
+    def __init__(self, lengths: Sequence[int], room: int, like: torch.Tensor, layers: int):
         _, heads, width = like.shape
-        self.keys = [like.new_zeros(rows, heads, room, width) for _ in range(layers)]
-        self.values = [like.new_zeros(rows, heads, room, width) for _ in range(layers)]
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
+        self.keys = [like.new_zeros(len(lengths), heads, room, width) for _ in range(layers)]
+        self.values = [like.new_zeros(len(lengths), heads, room, width) for _ in range(layers)]
+        self.lengths = torch.tensor(lengths, device=like.device)
 
-    def fill(self, layer: int, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int]) -> None:
-        """Take the prompts' keys and values, packed (P, Hkv, D)."""
-        for row, (one_k, one_v) in enumerate(zip(k.split(list(lengths)), v.split(list(lengths)), strict=True)):
-            self.keys[layer][row, :, : len(one_k)] = one_k.transpose(0, 1)
-            self.values[layer][row, :, : len(one_v)] = one_v.transpose(0, 1)
+    def fill(self, layer: int, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], first: int) -> None:
+        """Take the keys and values of some rows' prompts, packed (T, Hkv, D), from row `first` on."""
+        for store, packed in ((self.keys[layer], k), (self.values[layer], v)):
+            for row, one in enumerate(packed.split(list(lengths)), first):
+                store[row, :, : len(one)] = one.transpose(0, 1)
 
 
 class _OneToken:
@@ -161,43 +196,64 @@ class _OneToken:
         keys[rows, :, at] = k
         values[rows, :, at] = v
         visible = torch.arange(self.longest, device=at.device)[None] <= at[:, None]
+        # The query heads of a key head stand where queries stand: with enable_gqa and a mask, CUDA copies keys and
+        # values for each of them, in float32.
         output = functional.scaled_dot_product_attention(
-            q[:, :, None],
+            q.unflatten(1, (keys.shape[1], -1)),
             keys[:, :, : self.longest],
             values[:, :, : self.longest],
             attn_mask=visible[:, None, None],
             scale=scale,
-            enable_gqa=True,
         )
-        return output[:, :, 0]
+        return output.flatten(1, 2)
+
+
+def _parts(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
+    """Split rows into neighbours, [first, end), of at most `budget` tokens; a row that is longer stands alone."""
+    first = tokens = 0
+    for row, length in enumerate(lengths):
+        if tokens and tokens + length > budget:
+            yield first, row
+            first, tokens = row, 0
+        tokens += length
+    yield first, len(lengths)
 
 
 def _prefill(
-    model: MirageModel, batch: Batch, lengths: Sequence[int], room: int
+    model: MirageModel, batch: Batch, lengths: Sequence[int], room: int, budget: int
 ) -> tuple[_Cache, torch.Tensor, torch.Tensor]:
-    """Run the packed prompts once; return the cache, the last hidden state (N, H) and next position (N,) of each."""
-    text = model.language_model
-    one = batch.passes[0]
-    x = text.embed_tokens(batch.input_ids)
-    assert batch.image_features is not None
-    placed, deep = place_images(x, batch.image_features, batch.image_positions)
-    x = placed[None]
-    rotary = text.rotary_emb(x, batch.position_ids[:, None])
+    """Run the packed prompts, `budget` tokens at a time.
+
+    Returns:
+        The cache, and of each row the last hidden state (N, H) and the next position (N,).
+    """
+    text, features = model.language_model, batch.image_features
+    assert features is not None
+    starts = [0, *accumulate(lengths)]
+    images = torch.searchsorted(batch.image_positions, batch.cu_seqlens.long()).tolist()
     cache: _Cache | None = None
-    for number, layer in enumerate(text.layers):
-        packed = Packed([], [], None, one.cu_q, one.cu_k, one.max_q, one.max_k, model.attention)
-        x = layer(x, position_embeddings=rotary, packed=packed)
-        if deep is not None:
-            x = deep.add(number, x[0], one.tokens)[None]
-        k, v = packed.made[0]
-        cache = cache or _Cache(len(lengths), room, k, len(text.layers))
-        cache.fill(number, k, v, lengths)
+    last = []
+    for first, end in _parts(lengths, budget):
+        here, seen = slice(starts[first], starts[end]), slice(images[first], images[end])
+        x, deep = place_images(
+            text.embed_tokens(batch.input_ids[here]), features[seen], batch.image_positions[seen] - here.start
+        )
+        x = x[None]
+        own, cu_seqlens = lengths[first:end], batch.cu_seqlens[first : end + 1] - here.start
+        rotary = text.rotary_emb(x, batch.position_ids[:, None, here])
+        tokens = torch.arange(x.shape[1], device=x.device)
+        for number, layer in enumerate(text.layers):
+            packed = Packed([], [], None, cu_seqlens, cu_seqlens, max(own), max(own), model.attention)
+            x = layer(x, position_embeddings=rotary, packed=packed)
+            if deep is not None:
+                x = deep.add(number, x[0], tokens)[None]
+            cache = cache or _Cache(lengths, room, packed.made[0][0], len(text.layers))
+            cache.fill(number, *packed.made.pop(), own, first)
+        last.append(x[0].index_select(0, cu_seqlens[1:].long() - 1))
     assert cache is not None
-    cache.lengths += torch.tensor(lengths, device=x.device)
-    last = batch.cu_seqlens[1:].long() - 1
     # Text goes on at one past the largest position of its row, on all three axes.
     highest = [part.max() + 1 for part in batch.position_ids.split(list(lengths), dim=1)]
-    return cache, text.norm(x)[0].index_select(0, last), torch.stack(highest)
+    return cache, text.norm(torch.cat(last)), torch.stack(highest)
 
 
 def _trace(rows: list[Generated], alive: list[bool], inputs: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -228,20 +284,28 @@ def generate(
 
     Returns:
         One Generated a row, in the order of the batch.
+
+    Raises:
+        NotFinite: names the first row of those whose logits are not.
     """
     text: Any = model.language_model
     lengths = batch.cu_seqlens.diff().tolist()
-    cache, hidden, position = _prefill(model, batch, lengths, max(lengths) + limits.new_tokens)
+    cache, hidden, position = _prefill(model, batch, lengths, max(lengths) + limits.new_tokens, limits.prefill_tokens)
     rows = [Generated() for _ in lengths]
     device = hidden.device
     alive = torch.ones(len(rows), dtype=torch.bool, device=device)
+    broken = torch.zeros_like(alive)
     run = torch.full((len(rows),), -1, device=device)  # latents of the open run, −1 outside
     longest = limits.fixed_run if limits.fixed_run is not None else limits.longest_run
     if trace:
         last = batch.input_ids[batch.cu_seqlens[1:].long() - 1]
         _trace(rows, [True] * len(rows), text.embed_tokens(last), hidden)
     for step in range(limits.new_tokens):
-        chosen = choose(functional.linear(hidden, model.head.weight), step)
+        logits = functional.linear(hidden, model.head.weight)
+        # No host wait of its own: the loop's one look at the rows sees it.
+        unusable = ~finite(logits)
+        broken |= alive & unusable
+        chosen = choose(logits.masked_fill_(unusable[:, None], 0), step)
         inside = run >= 0
         full = run >= longest
         leaves = inside & (full | ((chosen == tokens.end) & (limits.fixed_run is None)))
@@ -255,7 +319,7 @@ def generate(
             if lives:
                 row.ids.append(token)
         alive &= ~torch.isin(chosen, torch.tensor(tokens.stops, device=device))
-        if step + 1 == limits.new_tokens or not alive.any():
+        if step + 1 == limits.new_tokens or not (alive.any() & ~broken.any()):
             break
         living = alive.tolist()
         for row, feeds, lives in zip(rows, stays.tolist(), living, strict=True):
@@ -264,6 +328,8 @@ def generate(
         position = position + 1
         if trace:
             _trace(rows, living, x, hidden)
+    if broken.any():
+        raise NotFinite(int(batch.rows[broken].min()))
     return rows
 
 

@@ -8,6 +8,7 @@ saves `model.visual.*` and `model.language_model.*`. Both are read; each family'
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.lora import Lora, TokenRows, add_adapters
 from mirage_ds.model.loss import LossHead
 from mirage_ds.model.vision import FrozenTower
+from mirage_ds.scale import Shape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -84,6 +86,22 @@ def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return {public_name(name): tuple(p.shape) for name, p in model.named_parameters()}
 
 
+def shape_of(config: PretrainedConfig, where: str) -> Shape:
+    """Describe the model of a configuration: the one place that counts parameters.
+
+    Args:
+        where: how its config.json is called in the message.
+
+    Raises:
+        UserError: transformers makes no model of it.
+    """
+    try:
+        return Shape(json.loads(config.to_json_string(use_diff=False)), expected_shapes(config))
+    except Exception as error:  # noqa: BLE001  # impossible sizes lead transformers and torch to almost any
+        title = FAMILIES[config.model_type].title
+        raise UserError(f"{where}: no {title} ({reason(error)}); copy the model's own config.json") from None
+
+
 def check_folder(folder: Path, processors: Sequence[Path] = ()) -> PretrainedConfig:
     """Refuse a folder that contradicts itself, before anything is loaded: whoever opens a model calls this first.
 
@@ -97,12 +115,7 @@ def check_folder(folder: Path, processors: Sequence[Path] = ()) -> PretrainedCon
         UserError: its weights are not exactly those that config.json describes, or the processor is of another family.
     """
     config = read_config(folder)
-    try:
-        expected = expected_shapes(config)
-    except Exception as error:  # noqa: BLE001  # impossible sizes lead transformers and torch to almost any
-        title = FAMILIES[config.model_type].title
-        raise UserError(f"{folder}/config.json: no {title} ({reason(error)}); copy the model's own") from None
-    check_stored(folder, config, expected)
+    check_stored(folder, config, shape_of(config, f"{folder}/config.json").shapes)
     check_processor(config, (folder, *processors))
     return config
 

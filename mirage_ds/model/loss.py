@@ -93,7 +93,8 @@ class LossHead(nn.Module):
             Σ scales · losses, a float32 scalar, and the (M,) float32 losses, which carry no gradient.
         """
         total, losses = _WeightedCrossEntropy.apply(
-            hidden.to(self.weight.dtype), self.weight, self.rows, self.row_ids, targets, scales, self.chunk
+            *(hidden.to(self.weight.dtype), self.weight, self.rows, self.row_ids, targets, scales, self.chunk),
+            torch.is_grad_enabled(),
         )
         return total, losses
 
@@ -106,7 +107,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     backward, when nothing but activations is held; backward needs as much anyway.
 
     Rows that stand in place of the weight's own overwrite their logits: a matrix with them inside would be a second
-    (V, H). A frozen weight gets no gradient, and none is made.
+    (V, H). A frozen weight gets no gradient, and none is made; nor is any under no_grad, which `forward` cannot see: it
+    always runs without, and `needs_input_grad` tells of the tensors alone.
 
     A GPU multiplies bf16 into float32 logits. A CPU computes in float32: without bf16 instructions its bf16 products
     take hundreds of times as long.
@@ -122,13 +124,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         scales: torch.Tensor,
         chunk: int,
+        recorded: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = weight.dtype if weight.is_cuda else torch.float32
         states, matrix = hidden.to(dtype), weight.to(dtype)
         losses = scales.new_empty(len(states))
-        wanted = any(ctx.needs_input_grad[:3])
+        wanted = recorded and any(ctx.needs_input_grad[:3])
         by_state = torch.empty_like(states) if wanted else None
-        by_matrix = torch.empty_like(matrix) if ctx.needs_input_grad[1] else None
+        by_matrix = torch.empty_like(matrix) if wanted and ctx.needs_input_grad[1] else None
         kept = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
         # Both buffers serve every chunk. torch_autocast casts no product that writes into a given tensor: the head's
         # stay float32, as its weight does.
@@ -183,7 +186,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the head's gradients are made once: backward through it twice is not possible")
         made, ctx.made = ctx.made, None
         # In place: a second (V, H) would be the largest tensor of all.
-        return *(None if one is None else one.mul_(gradients[0]) for one in made), None, None, None, None
+        return *(None if one is None else one.mul_(gradients[0]) for one in made), None, None, None, None, None
 
 
 def per_sample_mean(values: torch.Tensor, sample: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,8 @@ EXIT_DOES_NOT_FIT = 1
 def plan(wants_json: bool, **flags: Any) -> None:
     """Compute, before a GPU-hour is spent, what fits, which DeepSpeed JSON to take and what bounds a step.
 
-    From the model's config.json alone; nothing is downloaded, loaded or measured. Exit code 0 also where none of the
-    shipped JSONs fits; 1 where the one given by --deepspeed does not.
+    From the model's config.json alone; nothing is downloaded or measured, and no weights are read. Exit code 0 also
+    where none of the shipped JSONs fits; 1 where the one given by --deepspeed does not.
     """
     from rich.console import Console
 

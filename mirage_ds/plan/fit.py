@@ -19,10 +19,21 @@ from mirage_ds.plan.activations import Micro, PassShape, saved_terms, total
 from mirage_ds.plan.cost import Host, Step, Work, step_cost
 from mirage_ds.plan.memory import Peak, peak
 from mirage_ds.plan.settings import Settings, read_settings
-from mirage_ds.plan.shape import Block, Parameter, block_of, read_shape, trained_parameters
+from mirage_ds.plan.shape import Block, block_of, read_shape
 from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.plan.states import States, states
-from mirage_ds.scale import BF16, Machine, Sizes, Walk, memory, sizes, walk
+from mirage_ds.scale import (
+    BF16,
+    Machine,
+    Parameter,
+    Shape,
+    Sizes,
+    Walk,
+    memory,
+    sizes,
+    trained_parameters,
+    walk,
+)
 
 GB = 1e9
 MIB = 1 << 20
@@ -55,8 +66,8 @@ class Question:
         self.host = Host(spec.pcie * GB, spec.host_bandwidth * GB, spec.nvme * GB)
 
     @cached_property
-    def shape(self) -> dict[str, Any]:
-        """The model's configuration."""
+    def shape(self) -> Shape:
+        """The model."""
         return read_shape(self.spec.model)
 
     @cached_property
@@ -279,7 +290,7 @@ def judge(asked: Question, path: Path) -> Plan:
         UserError: the JSON cannot be read, or DeepSpeed would refuse it.
     """
     spec = asked.spec
-    settings = read_settings(read_json(path), path, asked.shape["text_config"])
+    settings = read_settings(read_json(path), path, asked.model)
     held = held_by(asked, settings, spec.gradient_checkpointing)
     step = step_cost(
         *(asked.model, asked.walked, settings, asked.machine, asked.host, asked.work, spec.nodes, spec.micro_steps),

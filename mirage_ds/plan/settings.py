@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from mirage_ds.engine.ds_config import LIMITS, compute_dtype, zero_stage
 from mirage_ds.errors import UserError, shown
-from mirage_ds.scale import Zero3, two_layers
+from mirage_ds.scale import Sizes, Zero3, two_layers
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # data_types.grad_accum_dtype; "fp16" has no place here.
@@ -64,11 +64,11 @@ class Settings(NamedTuple):
         return self.master == self.moments == 4
 
 
-def read_settings(values: Mapping[str, Any], path: Path, text: Mapping[str, Any]) -> Settings:
+def read_settings(values: Mapping[str, Any], path: Path, model: Sizes) -> Settings:
     """Read a JSON that ds_config.read_json has checked.
 
     Args:
-        text: `text_config`, from which limits of "auto" are filled as the run fills them.
+        model: from which limits of "auto" are filled as the run fills them.
 
     Raises:
         UserError: a value of a wrong type, or a mix that DeepSpeed refuses.
@@ -86,7 +86,7 @@ def read_settings(values: Mapping[str, Any], path: Path, text: Mapping[str, Any]
     if stage == 0 and (compute != accumulated or optimizer["device"] != "none"):
         raise UserError(f"{path}: ZeRO-0 knows neither sums of another dtype nor offload; write stage 1, 2 or 3")
     live, reuse = (
-        two_layers(text) if zero.get(name) == "auto" else _number(zero, name, 10**9, path) for name in LIMITS
+        two_layers(model) if zero.get(name) == "auto" else _number(zero, name, 10**9, path) for name in LIMITS
     )
     return Settings(
         stage=stage,

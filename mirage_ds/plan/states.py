@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from mirage_ds.engine.offload_bytes import SWAPPED_BYTES, part, sub_groups
 from mirage_ds.plan.settings import Settings
-from mirage_ds.plan.shape import Parameter
+from mirage_ds.scale import Parameter, groups
 
 # stage_1_and_2.py and bf16_optimizer.py align the flat groups to 2 elements a rank (nccl_start_alignment_factor).
 ALIGNMENT = 2
@@ -41,12 +41,6 @@ class States(NamedTuple):
     obstacle: str | None = None
 
 
-def groups(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
-    """Split into the optimizer's two groups, as engine.setup.weight_decay_groups does."""
-    both = [[one for one in parameters if one.matrix], [one for one in parameters if not one.matrix]]
-    return [group for group in both if group]
-
-
 def states(parameters: Sequence[Parameter], settings: Settings, ranks: int, micro_steps: int = 1) -> States:
     """Count the states of one rank.
 
@@ -62,8 +56,7 @@ def states(parameters: Sequence[Parameter], settings: Settings, ranks: int, micr
 def _sharded(parameters: Sequence[Parameter], settings: Settings, ranks: int) -> States:
     zero, b = settings.zero, settings.compute
     shard = sum(part(one.elements, ranks) for one in parameters)
-    elements = [[one.elements for one in group] for group in groups(parameters)]
-    whole = [sub for group in elements for sub in sub_groups(group, settings.sub_group, ranks)]
+    whole = [sub for group in groups(parameters) for sub in sub_groups(group, settings.sub_group, ranks)]
     parts = [sum(part(n, ranks) for n in sub) for sub in whole]
     gpu: Terms = {}
     host: Terms = {}
@@ -129,8 +122,7 @@ def _flat(parameters: Sequence[Parameter], settings: Settings, ranks: int, micro
         gpu["moments (2 s Ψ)"] = 2 * elements * settings.moments
         return States(gpu, _optimizer_work(elements, settings), {}, {})
     padding = ALIGNMENT * ranks
-    sizes = [sum(one.elements for one in group) for group in groups(parameters)]
-    flat = [math.ceil(size / padding) * padding for size in sizes]
+    flat = [math.ceil(sum(group) / padding) * padding for group in groups(parameters)]
     part, largest = sum(flat) // ranks, max(one.elements for one in parameters)
     gpu = {"parameters, whole (b Ψ)": sum(flat) * b}
     host: Terms = {}

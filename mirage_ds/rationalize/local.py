@@ -23,6 +23,7 @@ from mirage_ds.data.record import IMAGE_MARK, Record
 from mirage_ds.data.sample import Sample
 from mirage_ds.data.sources import content_hash
 from mirage_ds.errors import UserError
+from mirage_ds.evaluate import decoding_dtype
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.folder import resolve_folder, weight_files
 from mirage_ds.model.load import check_folder, check_vocabulary, open_weights
@@ -63,9 +64,7 @@ class Local:
         self.encoder: Encoder = load_encoder([str(folder)], self.rows.finder, "sft", 1, pixels)
         check_vocabulary(config, {IMAGE_PAD: self.encoder.id_of(IMAGE_PAD)})
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        # bf16 is slow on most CPUs, and there is room.
-        dtype = torch.float32 if self.device.type == "cpu" else stored
+        dtype = decoding_dtype(config.dtype, self.device)
         whole = FAMILIES[config.model_type].model_class()
         self.model = open_weights(whole, folder, dtype=dtype, attn_implementation="sdpa").to(self.device).eval()
         # What the settings leave open, `generate` takes from here; published folders hold top_k 1 or a penalty.

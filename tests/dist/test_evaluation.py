@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
-from mirage_ds import decode_eval, train
+from mirage_ds import decode_eval, draw_eval, train
 from mirage_ds.config import RunConfig
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record_files import scan
@@ -31,7 +31,7 @@ from mirage_ds.engine import whole
 from mirage_ds.engine.private import shard_of
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import Sampling, answer_records, evaluate_file, load_decoder
-from mirage_ds.model.generate import Limits
+from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.prepare import prepare
 from mirage_ds.scoring import spread
 from mirage_ds.stop import Stopped, never
@@ -69,6 +69,20 @@ def _train(world: Any, settings: dict[str, Any], stop_at: int | None = None, roo
         whole.free_bytes = free
         prepared.engine.destroy()
     return ""
+
+
+def _train_broken(world: Any, settings: dict[str, Any]) -> str:
+    """Train; on rank 1 no answer has finite logits, nor has what rank 0 draws."""
+
+    def broken(*given: Any, **options: Any) -> Any:
+        raise NotFinite(3)
+
+    decode, draw = decode_eval.decode_samples, draw_eval.figures
+    decode_eval.decode_samples, draw_eval.figures = (broken if world.rank else decode), broken
+    try:
+        return _train(world, settings)
+    finally:
+        decode_eval.decode_samples, draw_eval.figures = decode, draw
 
 
 def _decode(world: Any, settings: dict[str, Any], counts: list[int], new_tokens: list[int]) -> dict[str, Any]:
@@ -188,6 +202,25 @@ def test_training_goes_on_to_the_bit_as_without_decoding(without: Path, decoded:
     assert losses(decoded) == losses(without)
     one, other = (load_file(folder / "model.safetensors") for folder in (without, decoded))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_goes_on_where_answers_are_not_finite(
+    without: Path, group: Group, base: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    log = tmp_path / "log.txt"
+    settings = dict(save_model_path=out, eval_decode=5, eval_pictures=1, save_best="success", log_file=log)
+    done = group.run(_train_broken, base | settings | dict(report_to=["tensorboard"]), timeout_s=LONG_S)
+    assert done == ["", ""]
+    assert losses(out) == losses(without)
+    for step, line in measured(out).items():
+        assert line["eval_loss"] == measured(without)[step]["eval_loss"]
+        assert line["eval_success"] is line["eval_count"] is None
+    assert not (out / "best").exists()
+    for step in (2, 4):
+        for what, end in (("evaluation", "nothing is scored"), ("pictures", "none is drawn")):
+            said = rf"error: {what} after step {step}: the logits of record 4 are not finite: [^\n]*; {end}\n"
+            assert len(re.findall(said, log.read_text())) == 1
 
 
 def test_scores_are_logged_beside_the_losses(without: Path, decoded: Path) -> None:

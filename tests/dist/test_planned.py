@@ -17,9 +17,10 @@ from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.plan.settings import read_settings
-from mirage_ds.plan.shape import read_shape, trained_parameters
+from mirage_ds.plan.shape import read_shape
 from mirage_ds.plan.states import States, states
 from mirage_ds.prepare import prepare
+from mirage_ds.scale import sizes, trained_parameters
 
 BF16 = {"bf16": {"enabled": True}}
 SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
@@ -147,7 +148,7 @@ def check(group: Group, case: str, nano: Path, data: Path, scratch: Path) -> Non
         deepspeed=path, cache_dir=scratch / "cache",
     )  # fmt: skip
     shape = read_shape(str(nano))
-    settings = read_settings(ds.read_json(path), path, shape["text_config"])
+    settings = read_settings(ds.read_json(path), path, sizes(shape))
     planned = states(trained_parameters(shape), settings, group.size, micro_steps=ROWS // group.size)
     for counted in group.run(_run, said, timeout_s=240):
         assert counted["parameters"] == named(planned, "parameters")

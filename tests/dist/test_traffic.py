@@ -21,7 +21,7 @@ from benchmarks.listen import listening
 from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.engine import ds_config as ds
-from mirage_ds.model.presets import preset
+from mirage_ds.plan.shape import read_shape
 from mirage_ds.prepare import prepare
 from mirage_ds.scale import Zero3, sizes, two_layers, volume, walk
 
@@ -103,7 +103,7 @@ def _wire(events: Any) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def psi(nano: Path) -> int:
-    model = sizes(json.loads((nano / "config.json").read_text()))
+    model = sizes(read_shape(str(nano)))
     assert model.layers * model.layer > 0.9 * model.text
     return model.text
 
@@ -121,9 +121,9 @@ def run(nano: Path, mixed: Path, helped: Path, group: Group, tmp_path_factory: p
         Without this all of nano is gathered ahead, and no limit shows.
         """
         values = json.loads((ds.shipped_folder() / f"{name}.json").read_text())
-        own = two_layers(json.loads((nano / "config.json").read_text())["text_config"])
+        own = two_layers(sizes(read_shape(str(nano))))
         ahead = json.loads((ds.shipped_folder() / "stage2.json").read_text())["zero_optimization"][AHEAD]
-        values["zero_optimization"][AHEAD] = ahead * own // two_layers(preset("qwen2.5-vl-7b")["text_config"])
+        values["zero_optimization"][AHEAD] = ahead * own // two_layers(sizes(read_shape("qwen2.5-vl-7b")))
         path = scratch / f"{name}.json"
         path.write_text(json.dumps(values))
         return path
@@ -182,9 +182,9 @@ def test_one_pass_gathers_what_plain_zero3_does(name: str, run: Run, psi: int) -
 def test_released_parameters_cost_two_gathers_a_pass(
     k: int, run: Run, kept: list[Counts], psi: int, nano: Path
 ) -> None:
-    config = json.loads((nano / "config.json").read_text())
-    limit = two_layers(config["text_config"])
-    most = volume(sizes(config), walk("stage2", k), Zero3(max_live=limit, reuse=limit, persistence=0))
+    model = sizes(read_shape(str(nano)))
+    limit = two_layers(model)
+    most = volume(model, walk("stage2", k), Zero3(max_live=limit, reuse=limit, persistence=0))
     for rank in run("stage2_released_cpu", k):
         for number in rank.gathered[1:]:
             assert number <= (2 * k + 2.1) * psi

@@ -11,9 +11,10 @@ from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.plan.settings import read_settings
-from mirage_ds.plan.shape import read_shape, trained_parameters
+from mirage_ds.plan.shape import read_shape
 from mirage_ds.plan.states import States, states
 from mirage_ds.prepare import prepare
+from mirage_ds.scale import sizes, trained_parameters
 
 SETTINGS: dict[str, Any] = dict(
     latent_size=2, global_batch_size=4, micro_batch_size=2, max_steps=1, warmup_steps=0, learning_rate=1e-3,
@@ -59,7 +60,7 @@ def take(world: Any, settings: dict[str, Any]) -> Stepped:
 def planned_states(model: Path, json_path: Path) -> States:
     """Compute the model states of the only rank."""
     shape = read_shape(str(model))
-    settings = read_settings(ds.read_json(json_path), json_path, shape["text_config"])
+    settings = read_settings(ds.read_json(json_path), json_path, sizes(shape))
     return states(trained_parameters(shape), settings, ranks=1)
 
 

@@ -5,13 +5,11 @@ T tokens of a pass, N samples.
 
 from __future__ import annotations
 
-import json
-
 from gpu.packed import Rows
 from mirage_ds.data.batch import Batch
 from mirage_ds.plan.activations import Micro, PassShape
 from mirage_ds.plan.memory import Peak, peak
-from mirage_ds.plan.shape import block_of
+from mirage_ds.plan.shape import block_of, read_shape
 
 # What is measured over what is planned. Above: the attention's own workspace and what the allocator rounds up are not
 # planned. Below: in stage2 the plan takes the largest of each part of backward, which do not all meet.
@@ -33,6 +31,6 @@ def planned(rows: Rows, batch: Batch, width: int, backend: str, chunk_bytes: int
         backend: a key of model.attention.BACKENDS.
         chunk_bytes: as LossHead takes them.
     """
-    shape = json.loads((rows.model / "config.json").read_text())
-    tied = shape.get("tie_word_embeddings", shape["text_config"].get("tie_word_embeddings", False))
+    shape = read_shape(str(rows.model))
+    tied = "lm_head.weight" not in shape.shapes
     return peak(block_of(shape), micro_of(batch, rows.stage), width, backend, True, chunk_bytes, device, tied)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_plan_activations import Live, model_of, sample, shape
 
 from mirage_ds import best
 from mirage_ds.best import Best
@@ -27,7 +28,7 @@ from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.engine.whole import bytes_to_decode
 from mirage_ds.evaluate import decode_samples
 from mirage_ds.flags import build_model
-from mirage_ds.model.generate import Limits, generate, latent_tokens
+from mirage_ds.model.generate import LatentTokens, Limits, generate, latent_tokens
 from mirage_ds.model.load import load_model
 from mirage_ds.run_folder import claim
 from mirage_ds.scoring import spread
@@ -113,12 +114,32 @@ def test_memory_of_a_batch_by_hand(nano: Path) -> None:
     loaded = load_model(nano, stage="sft", dtype=torch.bfloat16, device=CPU, checkpointing=False)
     rows = len(loaded.model.head.weight)
     # Nothing is sharded: 4 layers, 2 key heads of 32, in bf16, keys and values; logits in bf16 and float32.
-    assert bytes_to_decode(loaded.model, 3, 50) == 2 * 3 * 50 * 2 * 32 * 4 * 2 + 3 * rows * (2 + 4)
+    limits = Limits(new_tokens=50)
+    assert bytes_to_decode(loaded.model, 3, 0, limits) == 2 * 3 * 50 * 2 * 32 * 4 * 2 + 3 * rows * (2 + 4)
     part = loaded.model.language_model.norm.weight
     part.ds_id, part.ds_numel, part.ds_tensor = 1, 1000, torch.empty(400, device="meta")
     part.ds_tensor.ds_numel = 400
     # Sharded, and this rank's part elsewhere.
-    assert bytes_to_decode(loaded.model, 0, 0) == 1000 * 2 + 400 * 2
+    assert bytes_to_decode(loaded.model, 0, 0, limits) == 1000 * 2 + 400 * 2
+
+
+@pytest.mark.parametrize("name", ["nano", "mid", "nano-qwen2-vl", "nano-qwen3-vl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "budget", "new"), [(3, 8192, 8), (3, 60, 8), (6, 180, 200)])
+def test_memory_of_a_batch_is_what_is_alive(name: str, dtype: torch.dtype, rows: int, budget: int, new: int) -> None:
+    """The height of a whole batch, of prompts of 60 tokens, against all storages that are alive."""
+    model = model_of(name, "sft", dtype, False).eval()
+    values = shape(name)
+    width = values["text_config"]["hidden_size"] * (
+        1 + len(values["vision_config"].get("deepstack_visual_indexes", ()))
+    )
+    batch = collate([sample(row, 60, (), width, dtype, 0, False) for row in range(rows)], 1, None)
+    limits = Limits(new, prefill_tokens=budget)
+    with Live() as live:
+        # What is not needed after all has been allocated too.
+        generate(model, batch, LatentTokens(1, -1, 3, (7,)), limits, lambda logits, at: torch.full((rows,), 6 + at))
+    # What is left out are lengths, positions and the last hidden states.
+    assert live.peak == pytest.approx(bytes_to_decode(model, rows, 60, limits), rel=0.005)
 
 
 # ---------------------------------------------------------------------------------------------------------- the best

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from mirage_ds import evaluate
@@ -30,12 +30,14 @@ from mirage_ds.evaluate import (
     Decoder,
     Sampling,
     answer_records,
+    decoding_dtype,
     evaluate_file,
     load_decoder,
     run_limits,
     write_report,
 )
 from mirage_ds.model.generate import Limits
+from mirage_ds.model.load import load_model
 from mirage_ds.scoring import Answer, better, check_metric, score, task_of, wilson
 from mirage_ds.tasks.vsp_planning import best_constant
 
@@ -260,6 +262,60 @@ def test_folder_without_latent_tokens(nano: Path, tmp_path: Path, call: Callable
     said = call(*command, "--no_latents", "--out", out)
     assert said.code == 0, said
     assert [one["runs"] for one in json.loads(out.read_text())["answers"]] == [[], []]
+
+
+def test_logits_that_are_not_finite_are_no_answer(nano: Path, tmp_path: Path, call: Callable) -> None:
+    folder = changed(nano, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "report.json"
+    command = ("evaluate", folder, "--data_path", SAMPLE, "--most", 2, "--max_new_tokens", 3, "--out", out)
+    for words in (command, (*command, "--decoding", "paper"), ("generate", folder, "--prompt", "Where?")):
+        refused(call(*words), "the logits of record ", "are not finite")
+    assert not out.exists()
+
+
+def test_a_folder_in_fp16_is_decoded_in_another_dtype(nano: Path, tmp_path: Path, call: Callable) -> None:
+    weights = load_file(nano / "model.safetensors")
+    # Beyond fp16's largest number once gate and up are multiplied.
+    for name in ("gate_proj", "up_proj"):
+        weights[f"model.layers.0.mlp.{name}.weight"] *= 3000
+    folders = {}
+    for dtype in (torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        folders[name] = changed(nano, tmp_path / name, dtype=name)
+        stored = {key: weight.half().to(dtype) for key, weight in weights.items()}
+        save_file(stored, folders[name] / "model.safetensors", metadata={"format": "pt"})
+    answers = {}
+    for name, folder in folders.items():
+        out = tmp_path / f"{name}.json"
+        said = call("evaluate", folder, "--data_path", SAMPLE, "--most", 2, "--max_new_tokens", 3, "--out", out)
+        assert said.code == 0, said
+        assert ("stored in float16, in which these models overflow; decoded in float32" in said.error) == (
+            name == "float16"
+        )
+        answers[name] = json.loads(out.read_text())["answers"]
+    assert answers["float16"] == answers["float32"]
+    # In fp16 it would not go.
+    loaded = load_model(folders["float16"], stage="sft", dtype=torch.float16, device=torch.device("cpu"))
+    half = replace(load_decoder(nano, ImageFinder.beside(SAMPLE, None)), loaded=loaded)
+    with pytest.raises(UserError, match="not finite"):
+        answer_records(half, scan(SAMPLE)[0][:2], Limits(3))
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "used"),
+    [
+        (torch.float16, "cuda", torch.bfloat16),
+        (torch.bfloat16, "cuda", torch.bfloat16),
+        (torch.float32, "cuda", torch.float32),
+        (None, "cuda", torch.float32),
+        (torch.bfloat16, "cpu", torch.float32),
+    ],
+)
+def test_the_dtype_of_decoding(stored: Any, device: str, used: torch.dtype) -> None:
+    assert decoding_dtype(stored, torch.device(device)) == used
 
 
 def test_folder_without_image_processor(nano: Path, tmp_path: Path, call: Callable) -> None:

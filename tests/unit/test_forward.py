@@ -18,6 +18,7 @@ from families import OTHERS, deep_inputs, write
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from mirage_ds.data.batch import Batch, collate, to_device
@@ -28,7 +29,7 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.attention import BACKENDS
 from mirage_ds.model.load import Loaded, load_model
-from mirage_ds.model.loss import LossSums, StepCounts, objective
+from mirage_ds.model.loss import LossHead, LossSums, StepCounts, objective
 
 STAGES = ("sft", "stage1", "stage2")
 GAMMA = {"sft": 1.0, "stage1": 0.1, "stage2": 1.0}
@@ -441,6 +442,26 @@ def test_chunked_head_equals_whole_and_makes_no_larger_logits(sharp: Path, mixed
     assert_same_gradients(gradients(loaded.model), plain.gradients())
     # Equal, not only at most: the recorder does see the chunks.
     assert sizes.largest == rows * config.vocab_size
+
+
+@pytest.mark.parametrize("trained", [{"weight"}, {"rows"}, {"weight", "rows"}])
+def test_the_head_makes_no_gradients_that_nobody_asks_for(trained: set[str]) -> None:
+    positions, vocabulary, hidden, ids = 23, 40, 16, torch.tensor([3, 7])
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(vocabulary, hidden), requires_grad="weight" in trained)
+    rows = torch.nn.Parameter(torch.randn(2, hidden)) if "rows" in trained else None
+    head = LossHead(weight, vocabulary, 2 * 4 * vocabulary * 5, rows, None if rows is None else ids)
+    states = torch.randn(positions, hidden, requires_grad=True)
+    given = states, torch.randint(0, vocabulary, (positions,)), torch.rand(positions)
+    with FlopCounterMode(display=False) as training:
+        wanted = head(*given)
+    with FlopCounterMode(display=False) as evaluating, torch.no_grad():
+        found = head(*given)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    logits = 2 * positions * hidden * (vocabulary + (0 if rows is None else 2))
+    assert evaluating.get_total_flops() == logits
+    # The counter passes over `addmm_`, by which the later chunks' weight gradients are added.
+    assert training.get_total_flops() > 1.9 * logits
 
 
 def test_recorder_sees_whole_logits(sharp: Path, mixed: Path) -> None:

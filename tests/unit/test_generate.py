@@ -6,6 +6,7 @@ the likeliest token.
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,7 +25,17 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
-from mirage_ds.model.generate import Generated, LatentTokens, Limits, generate, greedy, latent_tokens, sampler
+from mirage_ds.model.generate import (
+    Generated,
+    LatentTokens,
+    Limits,
+    NotFinite,
+    _parts,
+    generate,
+    greedy,
+    latent_tokens,
+    sampler,
+)
 from mirage_ds.model.load import Loaded, load_model
 
 # With and without image, of different lengths.
@@ -177,6 +188,72 @@ def test_other_families_decode_as_their_growing_full_passes(name: str, mixed: Pa
     start, end = other.tokens.start, other.tokens.end
     found = compare(other, [{}, {0: start}, {1: start, 4: end}, {}, {2: start}, {0: start, 1: end}], Limits(8))
     assert len({tuple(row.ids) for row in found}) == 6
+    for tokens in (1, 200):
+        some = quickly(other, other.samples, Limits(8, prefill_tokens=tokens))
+        for got, wanted in zip(some, quickly(other, other.samples, Limits(8)), strict=True):
+            assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 200])
+def test_prompts_that_run_a_few_at_a_time_go_on_to_the_same_tokens(world: World, tokens: int) -> None:
+    whole = quickly(world, world.samples, Limits(10))
+    calls = []
+    hook = world.loaded.model.language_model.layers[0].register_forward_pre_hook(
+        lambda layer, given: calls.append(given[0].shape[1])
+    )
+    some = quickly(world, world.samples, Limits(10, prefill_tokens=tokens))
+    hook.remove()
+    for got, wanted in zip(some, whole, strict=True):
+        assert_same(got, wanted)
+    lengths = [len(sample.input_ids) for sample in world.samples]
+    parts = [sum(lengths[first:end]) for first, end in _parts(lengths, tokens)]
+    # The steps behind the prompts run a token a row.
+    assert calls == [*parts, *[len(lengths)] * 9]
+    assert 1 < len(parts) <= len(lengths)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "parts"),
+    [
+        ([5], 1, [(0, 1)]),
+        ([5, 5, 5], 10, [(0, 2), (2, 3)]),
+        ([5, 5, 5], 9, [(0, 1), (1, 2), (2, 3)]),
+        ([30, 1, 1, 30, 2], 10, [(0, 1), (1, 3), (3, 4), (4, 5)]),
+    ],
+)
+def test_rows_go_together_up_to_the_budget(lengths: list[int], tokens: int, parts: list[tuple[int, int]]) -> None:
+    assert list(_parts(lengths, tokens)) == parts
+
+
+@pytest.mark.parametrize("choose", [greedy, sampler(0.7, 0.9, range(6))], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("step", [0, 5])
+def test_logits_that_are_not_finite_name_their_record(world: World, choose: Callable, value: float, step: int) -> None:
+    """One row of six meets a word that is broken: in its prompt, or in the middle of its answer."""
+    embedding, bad, samples = world.loaded.model.language_model.embed_tokens.weight, 4, list(world.samples)
+    word = next(one for one in range(len(embedding)) if all(one not in sample.input_ids for sample in samples))
+    if step == 0:
+        samples[bad] = samples[bad]._replace(input_ids=samples[bad].input_ids.clone())
+        samples[bad].input_ids[1] = word
+    seen: list[int] = []
+
+    def by_hand(logits: torch.Tensor, at: int) -> torch.Tensor:
+        seen.append(at)
+        assert logits.isfinite().all()
+        return torch.tensor([word if row == bad else 5 for row in range(6)]) if at == step - 1 else choose(logits, at)
+
+    kept = embedding[word].clone()
+    with torch.no_grad():
+        embedding[word] = value
+    try:
+        with pytest.raises(NotFinite, match=f"^the logits of record {ROWS[bad] + 1} are not finite: ") as error:
+            quickly(world, samples, Limits(12), by_hand)
+    finally:
+        with torch.no_grad():
+            embedding[word] = kept
+    # It ends at once, and ranks can send it to each other.
+    assert seen[-1] == step
+    assert pickle.loads(pickle.dumps(error.value)).row == ROWS[bad]
 
 
 @pytest.mark.parametrize("longest", [1, 3, 8])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.infinity import SPARE_DISK, SPARE_MEMORY, Needs, deepest, groups_of, needs, used
-from mirage_ds.model.presets import preset
+from mirage_ds.plan.shape import read_shape
 from mirage_ds.scale import Sizes, sizes
 
 # q and o, k and v, the MLP; biases of q, k and v, two norms.
@@ -20,7 +20,7 @@ PLENTY = Needs(10**12, 10**12)
 
 @pytest.fixture(scope="module")
 def model() -> Sizes:
-    return sizes(preset("qwen2.5-vl-3b"))
+    return sizes(read_shape("qwen2.5-vl-3b"))
 
 
 @pytest.mark.parametrize(("dtype", "b"), [("bf16", 2), ("fp32", 4)])

@@ -28,7 +28,7 @@ from mirage_ds.inspect_latents.live import figures
 from mirage_ds.inspect_latents.look import PARTS, look, see
 from mirage_ds.inspect_latents.measure import targets
 from mirage_ds.inspect_latents.run import Thought, attention, decoded, taught
-from mirage_ds.model.generate import Limits
+from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.model.load import Loaded, load_model
 
 K = 3
@@ -231,3 +231,20 @@ def test_rows_without_latents_and_broken_rows_are_told(world: World) -> None:
         figures(model, encoder, [world.records[3]], tower)
     with pytest.raises(RecordError, match="line 2, image_output"):
         figures(model, encoder, [replace(world.records[1], image_output=("gone.png",))], tower)
+
+
+def test_a_row_whose_logits_are_not_finite_is_named(world: World) -> None:
+    model = world.loaded.model
+    samples = [world.encoder.encode(record, row) for row, record in enumerate(world.records[:2])]
+    weight = model.language_model.layers[1].mlp.up_proj.weight
+    kept = weight[0, 0].item()
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    try:
+        for make in (lambda: taught(model, world.loaded.tower, world.encoder, samples[1:]),
+                     lambda: figures(model, world.encoder, world.records[1:2], world.loaded.tower)):  # fmt: skip
+            with pytest.raises(NotFinite, match=r"^the logits of record 2 are not finite"):
+                make()
+    finally:
+        with torch.no_grad():
+            weight[0, 0] = kept

@@ -10,7 +10,6 @@ import torch
 from families import OTHERS, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
 
 from mirage_ds.cards import A100, H100_SXM, PEAKS, peak_of
 from mirage_ds.data.batch import collate
@@ -18,9 +17,10 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.mfu import ModelFlops, Tower, peak_flops, tower_of
-from mirage_ds.model.load import load_model, load_tower, read_config
+from mirage_ds.model.load import load_model, load_tower, read_config, shape_of
 from mirage_ds.model.loss import StepCounts, objective
 from mirage_ds.model.vision import features_of
+from mirage_ds.plan.shape import read_shape
 from mirage_ds.step import encoding_flops
 
 K = 4
@@ -41,7 +41,7 @@ def test_the_tower_costs_what_torch_counts(nano: Path, tmp_path: Path, name: str
     folder = nano if name == "nano" else write(name, tmp_path / name)
     config = read_config(folder)
     tower = load_tower(folder, config, torch.float32, torch.device("cpu")).tower
-    shape = tower_of(config.to_dict())
+    shape = tower_of(shape_of(config, name))
     assert 0 < shape.full < shape.layers or name != "nano"
     pixels = torch.randn(grid[1] * grid[2], 6 * config.vision_config.patch_size**2)
     grids = torch.tensor([grid])
@@ -57,7 +57,6 @@ def test_the_tower_costs_what_torch_counts(nano: Path, tmp_path: Path, name: str
 def test_a_step_costs_what_torch_counts(nano: Path, mixed: Path, stage: str, trained: bool) -> None:
     """SDPA's math kernel also computes the keys that the mask hides; with them the numbers are the same, but for a
     trained tower's blank image (+0.5 %) and stage2's passes, whose queries have fewer hidden keys (−0.7 %)."""
-    config = AutoConfig.from_pretrained(nano).to_dict()
     encoder = load_encoder([str(nano)], ImageFinder.beside(mixed, None), stage, K)
     records = [record for record in scan(mixed)[0] if stage != "stage1" or record.image_output][:4]
     samples = [encoder.encode(record, row) for row, record in enumerate(records)]
@@ -76,7 +75,7 @@ def test_a_step_costs_what_torch_counts(nano: Path, mixed: Path, stage: str, tra
         sums = loaded.model(batch if tower is None else tower.attach(batch))
         objective(sums, counts, 0.1, "sample")[0].backward()
 
-    flops = ModelFlops(config, trained, False)
+    flops = ModelFlops(read_shape(str(nano)), trained, False)
     lengths = [len(sample.input_ids) for sample in samples]
     ours = flops.of_text(lengths, labels) + encoding_flops(flops, batch)
     hidden = 3 * 4 * flops.text.width * flops.text.layers * sum(t * (t - 1) // 2 for t in lengths)
@@ -89,14 +88,14 @@ def test_a_step_costs_what_torch_counts(nano: Path, mixed: Path, stage: str, tra
 def test_images_with_kept_features_cost_nothing_and_helpers_have_a_backward_only_where_it_is_asked_for(
     nano: Path,
 ) -> None:
-    config = AutoConfig.from_pretrained(nano).to_dict()
-    tower = tower_of(config)
+    shape = read_shape(str(nano))
+    tower = tower_of(shape)
     grid = (1, 8, 8)
     forward, backward = tower.forward(grid), tower.backward(grid)
-    assert ModelFlops(config, False, False).of_images([], []) == 0
-    assert ModelFlops(config, False, False).of_images([grid], [grid]) == 2 * forward
-    assert ModelFlops(config, True, False).of_images([grid], [grid]) == 2 * forward + backward
-    assert ModelFlops(config, True, True).of_images([grid], [grid]) == 2 * (forward + backward)
+    assert ModelFlops(shape, False, False).of_images([], []) == 0
+    assert ModelFlops(shape, False, False).of_images([grid], [grid]) == 2 * forward
+    assert ModelFlops(shape, True, False).of_images([grid], [grid]) == 2 * forward + backward
+    assert ModelFlops(shape, True, True).of_images([grid], [grid]) == 2 * (forward + backward)
 
 
 def test_windows_are_cut_off_at_the_edges() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mirage_ds.cli import cli, main
 from mirage_ds.engine.ds_config import fill_limits, read_json, shipped_folder
@@ -29,9 +30,9 @@ from mirage_ds.plan.cost import Host, Work, moved, step_cost
 from mirage_ds.plan.fit import CARDS, GB, Question, advice, held_by, judge, rank, shipped
 from mirage_ds.plan.memory import head_terms, peak
 from mirage_ds.plan.settings import Settings, read_settings
-from mirage_ds.plan.shape import Block, block_of, read_shape, trained_parameters
+from mirage_ds.plan.shape import Block, block_of, describe, read_shape
 from mirage_ds.plan.spec import PlanSpec
-from mirage_ds.plan.states import groups, states
+from mirage_ds.plan.states import states
 from mirage_ds.scale import (
     Machine,
     Sizes,
@@ -39,16 +40,21 @@ from mirage_ds.scale import (
     Walk,
     Zero3,
     flops,
+    groups,
     memory,
     sizes,
     thin_bytes,
     traffic,
+    trained_parameters,
     two_layers,
     walk,
 )
 
 PUBLIC = [name for name in PRESETS if not name.startswith("nano")]
 SEVEN = read_shape("qwen2.5-vl-7b")
+# Configurations as others publish them, where they are at hand.
+PUBLISHED_ROOT = Path(__file__).parents[3] / "shared/published"
+PUBLISHED = sorted(PUBLISHED_ROOT.rglob("config.json"))
 KEPT = Zero3(max_live=10**12, reuse=10**12)
 PLAIN = Settings(stage=3, compute=2, accumulated=4, master=4, moments=4, zero=Zero3())
 
@@ -86,36 +92,41 @@ def test_parameters_are_those_of_the_model_in_its_order(name: str, tmp_path: Pat
     listed = trained_parameters(shape)
     found = [(one.numel(), one.ndim > 1) for one in on_meta(name).parameters()]
     assert [(one.elements, one.matrix) for one in listed] == found
-    assert sum(one.elements for one in listed) == sizes(shape).text == sizes(shape_of(name)).text
-    assert sizes(shape).vision == sizes(shape_of(name)).vision
+    assert sum(one.elements for one in listed) == sizes(shape).text
 
 
-def test_other_families_layouts(tmp_path: Path) -> None:
-    # Qwen2-VL's public checkpoints, flat; what the 7B's file says.
-    two = {
-        **{"model_type": "qwen2_vl", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28},
-        **{"num_hidden_layers": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
-        "vision_config": {
-            **{"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "hidden_size": 3584},
-            **{"patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14},
-        },
-    }
-    (tmp_path / "config.json").write_text(json.dumps(two))
-    shape = read_shape(str(tmp_path))
-    # The text model of the two families is the same.
-    assert (block_of(shape), trained_parameters(shape)) == (block_of(SEVEN), trained_parameters(SEVEN))
-    assert sizes(shape).vision == 675_759_104
-    three = shape_of("nano-qwen3-vl")
-    (tmp_path / "config.json").write_text(json.dumps(three))
-    block = block_of(read_shape(str(tmp_path)))
+# What the publishers' indices say: bytes in bf16; of the 32B and 72B the model cards' sizes.
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [("qwen2.5-vl-3b", 7_509_245_952), ("qwen2.5-vl-7b", 16_584_333_312)],
+)
+def test_public_models_have_their_published_size(name: str, total: int) -> None:
+    counted = sizes(read_shape(name))
+    assert 2 * (counted.text + counted.vision) == total
+
+
+def test_the_widths_of_heads_and_deepstack() -> None:
+    block = block_of(describe(shape_of("nano-qwen3-vl"), "nano"))
     assert (block.head_width, block.width, block.head_norms, block.deep) == (48, 192, True, 2)
-    del three["vision_config"]["deepstack_visual_indexes"]
-    (tmp_path / "config.json").write_text(json.dumps(three))
-    assert block_of(read_shape(str(tmp_path))).deep == 3
-    three["vision_config"]["deepstack_visual_indexes"] = None
-    (tmp_path / "config.json").write_text(json.dumps(three))
-    with pytest.raises(UserError, match="'deepstack_visual_indexes' is None; a list of numbers"):
-        read_shape(str(tmp_path))
+    assert (block_of(SEVEN).head_width, block_of(SEVEN).head_norms, block_of(SEVEN).deep) == (128, False, 0)
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: str(file.parent.relative_to(PUBLISHED_ROOT)))
+def test_published_files_are_counted_as_transformers_counts_them(file: Path) -> None:
+    if json.loads(file.read_text())["model_type"] not in FAMILIES:
+        with pytest.raises(UserError, match="mirage_ds trains"):
+            read_shape(str(file))
+        return
+    config = AutoConfig.from_pretrained(file.parent)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    counted = sizes(read_shape(str(file)))
+    vision = sum(p.numel() for p in model.model.visual.parameters())
+    assert (counted.text, counted.vision) == (model.num_parameters() - vision, vision)
+    text = config.get_text_config()
+    block = block_of(read_shape(str(file)))
+    assert (block.heads, block.kv_heads) == (text.num_attention_heads, text.num_key_value_heads)
+    assert block.layers == text.num_hidden_layers == counted.layers
 
 
 def test_deepstack_features_are_three_times_as_wide(tmp_path: Path) -> None:
@@ -131,22 +142,33 @@ def test_deepstack_features_are_three_times_as_wide(tmp_path: Path) -> None:
     assert (one.kept, other.kept) == (7 * (256 + 4) * 128 * 2, 7 * (3 * 256 + 4) * 128 * 2)
 
 
-def test_flat_and_nested_layouts_say_the_same(tmp_path: Path) -> None:
-    # The public checkpoints' layout, with what the 7B's file says; some keys of the tower are the family's defaults.
-    flat = {
-        **{"model_type": "qwen2_5_vl", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28},
-        **{"num_hidden_layers": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
-        "vision_config": {
-            **{"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584, "num_heads": 16},
-            **{"patch_size": 14, "spatial_merge_size": 2},
-        },
+def layouts() -> dict[str, dict[str, Any]]:
+    """The 7B's config.json as published, nested, and as transformers up to 4.49 saved it, without what is default."""
+    text = {
+        **{"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28},
+        **{"num_hidden_layers": 28, "num_key_value_heads": 4, "vocab_size": 152064},
     }
-    (tmp_path / "config.json").write_text(json.dumps(flat))
-    assert read_shape(str(tmp_path)) == read_shape(str(tmp_path / "config.json")) == SEVEN
+    head = {"model_type": "qwen2_5_vl", "tie_word_embeddings": False}
+    vision = {
+        **{"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584, "num_heads": 16},
+        **{"patch_size": 14, "spatial_merge_size": 2},
+    }
+    few = {"model_type": "qwen2_5_vl", "hidden_size": 1280, "in_chans": 3, "spatial_patch_size": 14}
+    return {
+        "flat": {**head, **text, "vision_config": vision},
+        "nested": {**head, "text_config": text, "vision_config": vision},
+        "few keys": {**head, **text, "vision_config": few},
+        "preset": {**preset("qwen2.5-vl-7b"), "model_type": "qwen2_5_vl"},
+    }
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_all_layouts_say_the_same(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(layouts()[name]))
+    for said in (tmp_path, tmp_path / "config.json"):
+        shape = read_shape(str(said))
+        assert (shape.shapes, block_of(shape)) == (SEVEN.shapes, block_of(SEVEN))
     assert read_shape("Qwen/Qwen2.5-VL-7B-Instruct") == SEVEN
-    nested = {**preset("qwen2.5-vl-7b"), "model_type": "qwen2_5_vl"}
-    (tmp_path / "config.json").write_text(json.dumps(nested))
-    assert read_shape(str(tmp_path)) == SEVEN
 
 
 def test_a_folder_that_transformers_wrote(nano: Path, untied: Path) -> None:
@@ -154,33 +176,50 @@ def test_a_folder_that_transformers_wrote(nano: Path, untied: Path) -> None:
 
     for folder, tied in ((nano, True), (untied, False)):
         stored = load_file(folder / "model.safetensors")
-        text = [weight.numel() for name, weight in stored.items() if not name.startswith("visual.")]
         shape = read_shape(str(folder))
-        assert shape["text_config"]["tie_word_embeddings"] is tied
-        assert sorted(one.elements for one in trained_parameters(shape)) == sorted(text)
+        assert ("lm_head.weight" not in shape.shapes) is tied
+        assert {name: list(weight.shape) for name, weight in stored.items()} == shape.shapes
+
+
+SMALL = {**shape_of("nano-qwen2-vl"), "model_type": "qwen2_vl"}
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
         ({"model_type": "llama"}, "type 'llama'"),
-        ({"model_type": "qwen2_5_vl"}, "'vision_config' is None"),
-        ({"model_type": "qwen2_5_vl", "text_config": {}, "vision_config": {}}, "'hidden_size' is None"),
-        ({**preset("qwen2.5-vl-7b"), "model_type": "qwen2_5_vl", "vision_config": {"depth": "32"}}, "'depth' is '32'"),
+        ({**SMALL, "vision_config": {"depth": "x"}}, "no Qwen2-VL "),
+        ({**SMALL, "text_config": {"hidden_size": -8}}, "no Qwen2-VL "),
+        ({**SMALL, "text_config": {"num_attention_heads": 0}}, "no Qwen2-VL "),
     ],
 )
 def test_a_broken_config_is_named(values: dict, said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as error:
         read_shape(str(tmp_path))
+    assert str(error.value).startswith(str(tmp_path))
 
 
-def test_heads_that_do_not_divide_are_named(tmp_path: Path) -> None:
-    values = {**preset("qwen2.5-vl-7b"), "model_type": "qwen2_5_vl"}
-    values["text_config"]["num_attention_heads"] = 27
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="no multiple of 'num_attention_heads' 27"):
-        read_shape(str(tmp_path))
+def test_another_process_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where torch has not been imported."""
+    shape, asked = shape_of("nano-qwen3-vl"), []
+    wanted = describe(shape, "nano")
+    run = subprocess.run
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(subprocess, "run", lambda words, **options: asked.append(words) or run(words, **options))
+    assert [describe(shape, "nano") for _ in range(3)] == [wanted] * 3
+    assert len(asked) == 1
+
+
+@pytest.mark.slow
+def test_another_process_refuses_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(UserError, match=r"^my\.json: no Qwen2-VL \(") as error:
+        describe({**SMALL, "vision_config": {"depth": "x"}}, "my.json")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 # -------------------------------------------------------------------------------------------------------------- states
@@ -237,10 +276,10 @@ def test_a_host_holds_what_the_check_before_a_start_counts(name: str, ranks: int
     # Two ways to the same bytes: this one by name for people, that one to refuse a run.
     path = shipped_folder() / f"{name}.json"
     values, config = read_json(path), read_shape("qwen2.5-vl-7b")
-    settings = read_settings(values, path, config["text_config"])
-    fill_limits(values, two_layers(config["text_config"]))
+    settings = read_settings(values, path, sizes(config))
+    fill_limits(values, two_layers(sizes(config)))
     parameters = trained_parameters(config)
-    counted = memory_of(read_keys(values), [[one.elements for one in group] for group in groups(parameters)], ranks)
+    counted = memory_of(read_keys(values), groups(parameters), ranks)
     # Files are whole kilobytes, and what is too small to swap stays in memory.
     assert total(states(parameters, settings, ranks).host) == pytest.approx(counted.total, rel=1e-3)
 
@@ -276,8 +315,7 @@ def test_groups_are_those_of_the_optimizer() -> None:
     from mirage_ds.engine.setup import weight_decay_groups
 
     real = weight_decay_groups(on_meta("qwen2.5-vl-7b"), 0.01)
-    planned = groups(trained_parameters(SEVEN))
-    assert [[p.numel() for p in one["params"]] for one in real] == [[p.elements for p in one] for one in planned]
+    assert [[p.numel() for p in one["params"]] for one in real] == groups(trained_parameters(SEVEN))
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -286,7 +324,7 @@ def test_groups_are_those_of_the_optimizer() -> None:
 def settings_of(values: dict[str, Any], tmp_path: Path) -> Settings:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(values))
-    return read_settings(read_json(path), path, SEVEN["text_config"])
+    return read_settings(read_json(path), path, sizes(SEVEN))
 
 
 def test_defaults_are_deepspeeds(tmp_path: Path) -> None:
@@ -315,7 +353,7 @@ def test_defaults_are_deepspeeds(tmp_path: Path) -> None:
 def test_auto_is_what_the_run_fills(tmp_path: Path) -> None:
     limits = {"stage3_max_live_parameters": "auto", "stage3_max_reuse_distance": 7}
     found = settings_of({"zero_optimization": {"stage": 3, **limits}}, tmp_path)
-    assert (found.zero.max_live, found.zero.reuse) == (two_layers(SEVEN["text_config"]), 7)
+    assert (found.zero.max_live, found.zero.reuse) == (two_layers(sizes(SEVEN)), 7)
 
 
 @pytest.mark.parametrize(
@@ -459,7 +497,7 @@ def test_kept_weights_are_counted_once() -> None:
     held = judge(asked, shipped_folder() / "stage2.json").held
     assert held.gathered + held.states.gpu["small parameters, whole (persistence)"] == 2 * asked.model.text
     released = judge(asked, shipped_folder() / "stage2_released.json").held
-    assert released.gathered == 2 * 152_064 * 3584 > 2 * two_layers(SEVEN["text_config"])
+    assert released.gathered == 2 * 152_064 * 3584 > 2 * two_layers(sizes(SEVEN))
 
 
 def test_schedule_of_the_question() -> None:
@@ -683,7 +721,8 @@ def test_mistakes_are_one_sentence(
 
 
 def test_command_needs_neither_torch_nor_a_network(tmp_path: Path) -> None:
-    """In a process of its own whose sockets refuse."""
+    """In a process of its own whose sockets refuse, with the model in the cache."""
+    read_shape("qwen2.5-vl-72b")
     code = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise OSError('no network')\n"

@@ -25,7 +25,7 @@ from mirage_ds.model.loss import LossHead, StepCounts, objective
 from mirage_ds.model.presets import preset
 from mirage_ds.plan.activations import Micro, PassShape, saved_terms, total
 from mirage_ds.plan.memory import peak
-from mirage_ds.plan.shape import block_of
+from mirage_ds.plan.shape import Block, block_of, describe
 
 VOCABULARY = 700
 # One image of four merged features a row, as many of each helper.
@@ -47,6 +47,10 @@ def shape(name: str, vocabulary: int = VOCABULARY) -> dict[str, Any]:
         config["vision_config"]["out_hidden_size"] = 256
         config["tie_word_embeddings"] = False
     return config
+
+
+def block(name: str, vocabulary: int = VOCABULARY) -> Block:
+    return block_of(describe(shape(name, vocabulary), name))
 
 
 @lru_cache
@@ -197,7 +201,7 @@ def measure(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bo
 @every_case
 def test_saved_is_what_hooks_count(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bool) -> None:
     micro = micro_of(batch_of(name, stage, k, dtype), stage)
-    terms = saved_terms(block_of(shape(name)), micro, dtype.itemsize, "sdpa", checkpointing)
+    terms = saved_terms(block(name), micro, dtype.itemsize, "sdpa", checkpointing)
     # The head keeps the gradients that it makes out of the hooks' sight. They are alive (next test).
     terms = {name: size for name, size in terms.items() if not name.startswith("gradient of")}
     if checkpointing:
@@ -209,16 +213,16 @@ def test_saved_is_what_hooks_count(name: str, stage: str, k: int, dtype: torch.d
 @every_case
 def test_saved_is_what_stays_alive(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bool) -> None:
     micro = micro_of(batch_of(name, stage, k, dtype), stage)
-    computed = total(saved_terms(block_of(shape(name)), micro, dtype.itemsize, "sdpa", checkpointing))
+    computed = total(saved_terms(block(name), micro, dtype.itemsize, "sdpa", checkpointing))
     assert measure(name, stage, k, dtype, checkpointing).alive == pytest.approx(computed, rel=0.002)
 
 
 @every_case
 def test_height_is_what_was_alive(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bool) -> None:
-    block, tied = block_of(shape(name)), shape(name)["text_config"]["tie_word_embeddings"]
+    widths, tied = block(name), shape(name)["text_config"]["tie_word_embeddings"]
     batch = batch_of(name, stage, k, dtype)
     micro, features = micro_of(batch, stage), len(batch.image_positions)
-    computed = peak(block, micro, dtype.itemsize, "sdpa", checkpointing, CHUNK_BYTES, "cpu", tied, features)
+    computed = peak(widths, micro, dtype.itemsize, "sdpa", checkpointing, CHUNK_BYTES, "cpu", tied, features)
     counted = measure(name, stage, k, dtype, checkpointing).height
     # One pass is walked to the byte, but for the head's small tensors; of several, gradients of keys and values that
     # wait for each other, and small steps inside a layer, are left out.
@@ -239,7 +243,7 @@ def test_deepstack_features_are_there_until_the_head_is_through() -> None:
     with Live() as live:
         objective(made(batch), StepCounts(3, 720, 0), 0.1, "sample")[0].backward()
     micro = micro_of(batch, "sft")
-    computed = peak(block_of(shape(name, vocabulary)), micro, 4, "sdpa", True, chunk, "cpu", True, 600)
+    computed = peak(block(name, vocabulary), micro, 4, "sdpa", True, chunk, "cpu", True, 600)
     assert computed.phase == "head"
     assert live.peak == pytest.approx(computed.total, rel=0.01)
     # Without them it would miss.

@@ -21,6 +21,7 @@ from benchmarks.volumes import LAYER, TWO_LAYERS
 from mirage_ds.engine.ds_config import fill_limits, shipped_folder
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.presets import PRESETS, preset
+from mirage_ds.plan.shape import describe, read_shape
 from mirage_ds.scale import (
     BF16,
     Machine,
@@ -45,7 +46,7 @@ from mirage_ds.scale import (
 )
 
 REPO = Path(__file__).parents[2]
-SEVEN, LARGEST = sizes(preset("qwen2.5-vl-7b")), sizes(preset("qwen2.5-vl-72b"))
+SEVEN, LARGEST = (sizes(read_shape(f"qwen2.5-vl-{name}")) for name in ("7b", "72b"))
 KEPT = Zero3(max_live=10**12, reuse=10**12)
 # Layers alone, as most of a large model is.
 LAYERS = Sizes((10**6,) * 7, 0, 4, 0, 0, 0, 0, 1000)
@@ -58,6 +59,9 @@ def nano() -> dict[str, Any]:
     config = preset("nano")
     config["text_config"]["vocab_size"] = NANO_ROWS
     return config
+
+
+NANO = sizes(describe(nano(), "nano"))
 
 
 def whole(config: dict[str, Any]) -> Any:
@@ -74,7 +78,7 @@ def whole(config: dict[str, Any]) -> Any:
 def test_counts_are_those_of_transformers(name: str) -> None:
     config = preset(name)
     config["text_config"]["vocab_size"] = config["text_config"]["vocab_size"] or NANO_ROWS
-    model, counted = whole(config), sizes(config)
+    model, counted = whole(config), sizes(describe(config, name))
     vision = sum(p.numel() for p in model.model.visual.parameters())
     assert counted.vision == vision
     assert counted.text == model.num_parameters() - vision
@@ -113,7 +117,7 @@ def test_walks_of_each_stage() -> None:
     ],
 )
 def test_volumes_bound_what_deepspeed_gathered(stage: str, zero: Zero3, counted: float, exact: bool) -> None:
-    model = sizes(nano())
+    model = NANO
     assert (sum(model.matrices), model.text) == (LAYER, 854_144)
     moved = volume(model, walk(stage, 4), zero)
     bound = moved.gathered / model.text
@@ -147,33 +151,35 @@ def test_short_reuse_gathers_the_attention_of_the_largest_twice() -> None:
 
 def test_shipped_files_keep_and_release_as_their_page_says() -> None:
     for name in PRESETS:
-        model = preset(name) if name != "nano" else nano()
+        config = preset(name)
+        config["text_config"]["vocab_size"] = config["text_config"]["vocab_size"] or NANO_ROWS
+        model = sizes(describe(config, name))
         limits = {}
         for path in shipped_folder().glob("*.json"):
             values = json.loads(path.read_text())
-            fill_limits(values, two_layers(model["text_config"]))
+            fill_limits(values, two_layers(model))
             zero = values["zero_optimization"]
             if zero["stage"] == 3:
                 found = Zero3(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"])
                 limits[path.stem.removesuffix("_cpu")] = found
         kept = {"stage2", "sft_kept", "stage1_kept", "stage2_bf16_states"}
-        assert {file for file, found in limits.items() if found.keeps(sizes(model))} == kept
+        assert {file for file, found in limits.items() if found.keeps(model)} == kept
         for file in limits.keys() - kept:
             # Nothing is gathered twice within a layer's backward.
-            assert volume(sizes(model), walk("stage1", 4), limits[file]).backward <= sizes(model).text * 1.2
-            assert limits[file].max_live < sizes(model).text
+            assert volume(model, walk("stage1", 4), limits[file]).backward <= model.text * 1.2
+            assert limits[file].max_live < model.text
 
 
 def test_one_limit_alone_does_not_keep() -> None:
     # Counted: 1.33 Ψ with max_live above Ψ and reuse 0, 1.15 Ψ with max_live 0 and reuse 3 Ψ, instead of 1.00.
-    assert NANO_KEPT.keeps(sizes(nano()))
+    assert NANO_KEPT.keeps(NANO)
     for alone in (NANO_KEPT._replace(reuse=0), NANO_KEPT._replace(max_live=0)):
-        assert not alone.keeps(sizes(nano()))
-        assert volume(sizes(nano()), walk("stage2", 4), alone).gathered > 9 * sizes(nano()).text
+        assert not alone.keeps(NANO)
+        assert volume(NANO, walk("stage2", 4), alone).gathered > 9 * NANO.text
 
 
 def test_small_matrices_stay_whole() -> None:
-    model = sizes(nano())
+    model = NANO
     moved = volume(model, Walk(1, 0), TWO_LAYERS._replace(persistence=20_000))
     # Only gate, up, down and the embedding are above the threshold; the embedding is the head too.
     assert moved.forward == 4 * 3 * 128 * 384 + 2 * NANO_ROWS * 128
@@ -259,7 +265,7 @@ def test_flops_are_those_that_torch_counts() -> None:
         hidden = language(inputs_embeds=embeddings).last_hidden_state
         model.lm_head(hidden[:, :10]).sum().backward()
     # Eager attention computes all keys of the row. Without checkpointing: forward and twice that in backward.
-    assert counter.get_total_flops() == flops(sizes(nano()), tokens, 10, keys=tokens, checkpointing=False)
+    assert counter.get_total_flops() == flops(NANO, tokens, 10, keys=tokens, checkpointing=False)
     assert flops(SEVEN, 1) == 4 * 2 * 28 * SEVEN.layer
     assert flops(SEVEN, 1, labelled=1) - flops(SEVEN, 1) == 8 * 152_064 * 3584
 
@@ -310,7 +316,7 @@ def test_memory_of_a_gpu() -> None:
 
 def test_checkpoint_is_master_weights_and_moments() -> None:
     # Nano, two ranks, bf16: two files of 5,130,117 bytes for 854,144 elements.
-    assert checkpoint_bytes(sizes(nano())) == pytest.approx(2 * 5_130_117, rel=2e-3)
+    assert checkpoint_bytes(NANO) == pytest.approx(2 * 5_130_117, rel=2e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------- the page
