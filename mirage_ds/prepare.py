@@ -28,7 +28,7 @@ from mirage_ds.engine.compiled import say_waits
 from mirage_ds.engine.export import Parts, save_model, trained_of
 from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
 from mirage_ds.engine.offload import check_offload
-from mirage_ds.engine.setup import World, check_ds_config, from_rank_zero, make_engine
+from mirage_ds.engine.setup import World, check_ds_config, from_rank_zero, make_engine, try_engine
 from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.errors import UserError
@@ -219,6 +219,9 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
         *(ds_values, json_path, optimizer_groups(folders[0], config.train_vision, lora), sizes(shape).matrices, world),
         checkpoints=config.save_every is not None or config.resume == "auto",
     )
+    if world.local_rank == 0:
+        say_waits(ds_values)
+    try_engine(ds_values, json_path)
     begin("vision tower")
     tower = None
     if not config.train_vision:
@@ -285,8 +288,6 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     loader, *others = [make_loader(config, one, world.rank, passes) for one in measured]
     evaluation = make_evaluation(config, others[0], measured[1].index) if others else None
     begin("engine")
-    if world.local_rank == 0:
-        say_waits(ds_values)
     engine = make_engine(loaded.model, config, ds_values, steps)
     begin("load")
     resumed = load_checkpoint(engine, checkpoint) if checkpoint else {}
