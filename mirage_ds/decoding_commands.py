@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mirage_ds.entry import run_rank
+from mirage_ds.entry import is_rank, run_rank
 from mirage_ds.errors import UserError
 from mirage_ds.flags import CONTEXT
 from mirage_ds.stop import StopRequest
@@ -95,7 +95,7 @@ def evaluate(
         _compare_latents(latents, folder, data_path, task, image_root, batch_size, most, out, decoding, options)
         return
     world = None
-    if "RANK" in os.environ:
+    if is_rank(os.environ):
         from mirage_ds.engine.setup import join
 
         world = join()
@@ -137,7 +137,7 @@ def _compare_latents(
     from mirage_ds.controls.study import Wanted
     from mirage_ds.data.images import ImageFinder
 
-    if "RANK" in os.environ:
+    if is_rank(os.environ):
         raise UserError("--latents compares in one process: start `mirage-ds evaluate` without a launcher")
     if decoding != "greedy":
         raise UserError("--latents decodes greedily, so that a difference comes from the latents: drop --decoding")

@@ -16,6 +16,7 @@ from torch import nn
 from mirage_ds.config import RunConfig
 from mirage_ds.engine.ds_config import compute_dtype
 from mirage_ds.engine.private import skip_steps_that_are_not_finite, use_plain_gloo
+from mirage_ds.entry import is_rank
 from mirage_ds.errors import UserError, reason, shown
 
 Result = TypeVar("Result")
@@ -54,11 +55,16 @@ def check_accelerator(device_name: str, gpu_node: Path = GPU_NODE) -> None:
 
 
 def join() -> World:
-    """Join the process group the launcher describes; alone, make one of a single rank."""
+    """Join the process group the launcher describes; alone, make one of a single rank.
+
+    Raises:
+        UserError: the environment is none of the two (entry.is_rank), or the GPU cannot be used.
+    """
+    launched = is_rank(os.environ)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if "RANK" not in os.environ:
+    if not launched:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -13,12 +13,12 @@ from urllib.parse import unquote
 
 import click
 
+from mirage_ds.entry import Place, find_place
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.guard.child import Child, adopt_orphans, end_all
 from mirage_ds.guard.client import BEAT_S, Client
 from mirage_ds.guard.hub import Hub
 from mirage_ds.guard.options import CONTEXT, bounds_options, leave, log_file, tell
-from mirage_ds.guard.place import Place, find_place
 from mirage_ds.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.stop import EXIT_STOPPED
 

@@ -1,12 +1,15 @@
-"""How a rank leaves: what it said is not lost, and nothing that goes wrong afterwards changes its code."""
+"""Which rank a process is, and how it leaves: nothing that goes wrong afterwards changes its code or what it said."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from mirage_ds.entry import is_rank
+from mirage_ds.errors import UserError
 from mirage_ds.stop import EXIT_STOPPED
 
 # What gloo's threads do to a process whose interpreter is being taken down, made certain.
@@ -43,3 +46,88 @@ def test_an_end_is_the_end_whatever_the_interpreter_does_after_it(ends: str, cod
     assert done.returncode == code, done.stderr
     assert done.stdout == said
     assert done.stderr == ("error: a mistake\n" if ends == "mistake" else "")
+
+
+MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+SRUN = {"SLURM_JOB_ID": "7", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        (RANK | MEETING, True),
+        (RANK | MEETING | SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}, True),
+        ({}, False),
+        (MEETING, False),
+        ({"WORLD_SIZE": "1"}, False),
+        # After salloc: the job has two tasks, this shell is none of them.
+        (SRUN, False),
+        # The same where salloc makes its shell a step of its own.
+        (SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        # A batch script.
+        (SRUN | {"SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}, False),
+        # srun --ntasks 1, `srun --pty bash`.
+        (SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}, False),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, False),
+        # One process of mpirun in a job of two tasks.
+        (SRUN | MPIRUN | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, False),
+    ],
+)
+def test_a_process_is_a_rank_or_alone(environment: dict[str, str], rank: bool) -> None:
+    assert is_rank(environment) is rank
+
+
+@pytest.mark.parametrize(
+    ("environment", "parts"),
+    [
+        (SRUN | {"SLURM_PROCID": "0"}, ["srun started 2 tasks", "RANK is not set", "launch/slurm.sbatch", "torchrun"]),
+        (SRUN | {"SLURM_PROCID": "1"}, ["srun started 2 tasks"]),
+        # A batch script's own srun: the script's ENVIRONMENT comes along.
+        (SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "ENVIRONMENT": "BATCH"}, ["srun started 2 tasks"]),
+        ({"SLURM_PROCID": "0", "SLURM_NPROCS": "4", "SLURM_STEP_ID": "0"}, ["srun started 4 tasks"]),
+        (MPIRUN | {"OMPI_COMM_WORLD_SIZE": "2"}, ["mpirun started 2 tasks", "launch/mpi.sh"]),
+        ({"PMI_RANK": "0", "PMI_SIZE": "8"}, ["mpiexec or srun started 8 tasks", "launch/mpi.sh"]),
+        ({"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "8"}, ["mpirun started 8 tasks"]),
+        ({"PMIX_RANK": "3"}, ["PMIX_RANK=3"]),
+        ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "2"}, ["flux started 2 tasks"]),
+        ({"RANK": "0"}, ["WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set, beside RANK"]),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1"},
+            ["LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set, beside RANK and WORLD_SIZE"],
+        ),
+        (RANK, ["MASTER_ADDR, MASTER_PORT not set"]),
+        (RANK | MEETING | {"LOCAL_RANK": ""}, ["LOCAL_RANK not set"]),
+        (RANK | {"MASTER_ADDR": "node1"}, ["MASTER_PORT not set"]),
+        ({"WORLD_SIZE": "2"} | MEETING, ["RANK, LOCAL_RANK not set, beside WORLD_SIZE"]),
+        (RANK | MEETING | {"RANK": "2"}, ["RANK is '2'", "from 0 to 1"]),
+        (RANK | MEETING | {"RANK": "-1"}, ["RANK is '-1'"]),
+        (RANK | MEETING | {"RANK": "one"}, ["RANK is 'one'"]),
+        (RANK | MEETING | {"WORLD_SIZE": "0"}, ["WORLD_SIZE is '0'"]),
+        (RANK | MEETING | {"LOCAL_RANK": "2"}, ["LOCAL_RANK is '2'"]),
+        (RANK | MEETING | {"MASTER_PORT": "http"}, ["MASTER_PORT is 'http'"]),
+        (RANK | MEETING | {"MASTER_PORT": "65536"}, ["MASTER_PORT is '65536'"]),
+    ],
+)
+def test_a_task_that_knows_nothing_of_the_others_is_refused(environment: dict[str, str], parts: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        is_rank(environment)
+    assert all(part in str(refused.value) for part in parts), refused.value
+    # Each says it: the one that other ranks leave it to may not exist.
+    assert not refused.value.everywhere
+
+
+def test_both_modules_that_launchers_start_ask_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mirage_ds import train
+    from mirage_ds.decoding_commands import evaluate
+
+    for name, value in (SRUN | {"SLURM_PROCID": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RANK", raising=False)
+    out = tmp_path / "out"
+    training = ["--model", "m", "--stage", "sft", "--data_path", "d", "--save_model_path", str(out)]
+    for command, words in ((train.command, training), (evaluate, ["m", "--data_path", "d"])):
+        with pytest.raises(UserError, match="srun started 2 tasks"):
+            command.main(words, standalone_mode=False)
+    assert not out.exists()
