@@ -14,6 +14,7 @@ from mirage_ds.controls.command import compare, controls
 from mirage_ds.data.command import import_, mix, vary
 from mirage_ds.decoding_commands import evaluate, generate
 from mirage_ds.doctor.command import doctor
+from mirage_ds.entry import print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.flags import CONTEXT
 from mirage_ds.inspect_latents.command import inspect
@@ -196,6 +197,7 @@ def checkpoint_list(run: Path, hashes: bool) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence and exit code 2."""
+    print_anything()
     # Quick commands must not wake the GPU, nor the tokenizers' threads complain after a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stop = StopRequest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import sys
 import warnings
@@ -149,8 +150,19 @@ def _tasks(environment: Mapping[str, str]) -> str:
     return ""
 
 
+def print_anything() -> None:
+    """Let a terminal or log that is not UTF-8 have '?' for what it cannot hold: a dash must not end a run.
+
+    Every entry point calls it first.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def run_rank(command: click.Command) -> None:
     """Run a command; a user's mistake is one sentence, said once, and exit code 2 on every rank."""
+    print_anything()
     # DeepSpeed calls collectives that torch has renamed: nothing the user can mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     says = os.environ.get("RANK", "0") == "0"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from mirage_ds.entry import print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError, reason, shown
 
 # DeepSpeed reads no further than the number; what may stand behind it are other launchers' words (max_slots=4).
@@ -110,6 +111,7 @@ def read_hosts(path: Path) -> tuple[Host, ...]:
 
 def main() -> None:
     """Print the first host's address and the number of ranks of the hostfile in sys.argv, for launch/*.sh."""
+    print_anything()
     try:
         hosts = read_hosts(Path(sys.argv[1]))
     except UserError as error:

@@ -153,8 +153,9 @@ def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts, adapter
     writer.finish()
     parts.tokenizer.save_pretrained(folder)
     parts.image_processor.save_pretrained(folder)
-    if (parts.source / "generation_config.json").is_file():
-        write_atomically(folder / "generation_config.json", (parts.source / "generation_config.json").read_text())
+    generation = parts.source / "generation_config.json"
+    if generation.is_file():
+        write_atomically(folder / generation.name, generation.read_bytes())
     if adapter:
         adapter.write(folder, parts.source)
     if parts.card:
@@ -279,7 +280,7 @@ def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:
 
 
 def _copy_rows(source: Path, target: Path, rows: int) -> None:
-    values = json.loads((source / "config.json").read_text())
+    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     writer = ShardWriter(target, family=family_of(values.get("model_type"), str(source)))
     for file in safetensors_of(source):
         with safe_open(file, "pt") as tensors:

@@ -185,7 +185,8 @@ def try_engine(values: dict[str, Any], path: Path) -> None:
         *(DeepSpeedConfigError, ZeRORuntimeException, AssertionError, RuntimeError),
         *(ValueError, TypeError, AttributeError, KeyError, ImportError),
     ) as error:
-        if isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError):
+        other = isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError)
+        if other or isinstance(error, UnicodeError):
             raise
         raise UserError(
             f"{path}: DeepSpeed cannot start with it ({reason(error)}); change or remove that key"

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import click
 
-from mirage_ds.entry import Place, find_place
+from mirage_ds.entry import Place, find_place, print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.guard.child import Child, adopt_orphans, end_all
 from mirage_ds.guard.client import BEAT_S, Client
@@ -122,6 +122,7 @@ async def leave_by_itself(child: Child, seconds: float) -> None:
 
 def main() -> None:
     """Run the command; a user's mistake is one sentence and exit code 2."""
+    print_anything()
     try:
         command.main(standalone_mode=False)
     except click.ClickException as error:

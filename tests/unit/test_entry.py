@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -131,3 +136,38 @@ def test_both_modules_that_launchers_start_ask_first(monkeypatch: pytest.MonkeyP
         with pytest.raises(UserError, match="srun started 2 tasks"):
             command.main(words, standalone_mode=False)
     assert not out.exists()
+
+
+def _main(module: str) -> Callable[[], None]:
+    return importlib.import_module(f"mirage_ds.{module}").main
+
+
+@pytest.mark.parametrize("module", ["cli", "train", "decoding_commands", "guard.__main__", "hosts", "remote_env"])
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_that_is_not_utf8_ends_nothing(
+    module: str, encoding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written = io.BytesIO()
+    terminal = io.TextIOWrapper(written, encoding=encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    (tmp_path / "hosts").write_text("node1 slots=1\n")
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "hosts") if module == "hosts" else "--help"])
+    with contextlib.suppress(SystemExit):
+        _main(module)()
+    print("578\u2013863 rows")
+    terminal.flush()
+    assert written.getvalue().endswith(b"578?863 rows\n")
+    assert b"Show this message" in written.getvalue() or module == "hosts"
+
+
+def test_the_log_file_is_utf8_whatever_the_terminal_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mirage_ds.monitor import Monitor
+
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors="replace")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with Monitor(tmp_path / "run", 1, [], tmp_path / "log.txt", active=True) as monitor:
+        monitor.say("578\u2013863 tokens")
+        assert monitor.text is not None
+        assert monitor.text.encoding == monitor.lines.encoding == "utf-8"
+    assert "578\u2013863".encode() in (tmp_path / "log.txt").read_bytes()
