@@ -16,6 +16,7 @@ from mirage_ds.decoding_commands import evaluate, generate
 from mirage_ds.doctor.command import doctor
 from mirage_ds.entry import print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
+from mirage_ds.files import Output, disk_trouble
 from mirage_ds.flags import CONTEXT
 from mirage_ds.inspect_latents.command import inspect
 from mirage_ds.plan.command import plan
@@ -80,7 +81,7 @@ def data_check(
 @data.command("show")
 @click.argument("file", type=_path())
 @click.option("--rows", help="Lines to show, like 1,5-8; the first 20 records if not set.")
-@click.option("--out", type=_path(), help="Write one page, .html or .png; without it text is printed.")
+@click.option("--out", type=Output(), help="Write one page, .html or .png; without it text is printed.")
 @click.option("--image_root", type=_path(), help="Second place where relative image paths are looked for.")
 def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path | None) -> None:
     """Show records of FILE: question, images, answer with its latents marked, other keys, faults."""
@@ -100,7 +101,7 @@ def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path |
     required=True,
     help="nano, nano-untied, bench-40m, bench-87m, or qwen2.5-vl-3b|7b|32b|72b with --config_only.",
 )
-@click.option("--out", required=True, type=_path(), help="Folder to write.")
+@click.option("--out", required=True, type=Output(folder=True), help="Folder to write.")
 @click.option("--text", "texts", multiple=True, type=_path(), help="Records whose text trains the tokenizer.")
 @click.option("--tokenizer", type=_path(), help="Folder whose tokenizer is taken instead.")
 @click.option("--tokenizer_size", default=512, show_default=True, help="Entries of the trained tokenizer.")
@@ -132,7 +133,7 @@ def init(
 
 @cli.command()
 @click.argument("source", type=_path())
-@click.argument("target", type=_path())
+@click.argument("target", type=Output(folder=True))
 @click.option("--vocab_rows", type=int, help="151668 as the public Mirage code writes, 152064 as Qwen2.5-VL has.")
 @click.option("--model", "base", type=_path(), help="Base folder, where it is no longer where training found it.")
 def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None) -> None:
@@ -208,6 +209,12 @@ def main() -> None:
         message = error.format_message()
     except UserError as error:
         message = str(error)
+    except OSError as error:
+        # A full disk, or a cache that cannot be written, whoever meets it.
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        message = trouble
     except (click.Abort, Stopped):
         print("stopped", file=sys.stderr)
         sys.exit(EXIT_STOPPED)

@@ -13,6 +13,7 @@ from typing import NamedTuple, NoReturn
 import click
 
 from mirage_ds.errors import EXIT_USER_ERROR, UserError, shown
+from mirage_ds.files import disk_trouble
 from mirage_ds.stop import EXIT_STOPPED, Stopped
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -173,6 +174,12 @@ def run_rank(command: click.Command) -> None:
     except UserError as error:
         # What goes wrong in the middle of a run may be known to one rank alone.
         message, says = str(error), says or not error.everywhere
+    except OSError as error:
+        # A full disk, or a cache that cannot be written, whoever meets it.
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        message, says = trouble, True
     except Stopped:
         leave(EXIT_STOPPED)
     else:

@@ -33,7 +33,7 @@ from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.errors import UserError
 from mirage_ds.events import LOAD_BEGINS, note
-from mirage_ds.files import write_atomically
+from mirage_ds.files import check_log, write_atomically
 from mirage_ds.mfu import ModelFlops, peak_flops
 from mirage_ds.mixture import Records
 from mirage_ds.model.attention import choose_backend
@@ -170,6 +170,18 @@ def make_model(
     )
 
 
+def check_outputs(config: RunConfig) -> None:
+    """Refuse, before any work, what cannot be written, and a run folder that holds what is not this run's.
+
+    Raises:
+        UserError: names the flag.
+    """
+    sources = [Path(one) for one in (config.model, config.load_model_path) if one is not None]
+    run_folder.check(config.save_model_path, config.overwrite, config.resume == "auto", sources)
+    if config.log_file:
+        check_log(config.log_file, "--log_file")
+
+
 def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, begin: Begin = quiet) -> Prepared:
     """Check, load and start, from the run's checkpoint where it goes on. All ranks call it.
 
@@ -187,6 +199,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
             f"{config.rows_per_step} rows an optimizer step (--global_batch_size) are fewer than {world.size} ranks: "
             "use fewer ranks, or --allow_idle_ranks"
         )
+    from_rank_zero(lambda: check_outputs(config), world)
     from_rank_zero(partial(check_installed, config.report_to), world)
     json_path = config.deepspeed or ds.default_path(config.stage, world.device.type)
     ds_values = ds.resolve(ds.read_json(json_path), json_path, config, world.size)

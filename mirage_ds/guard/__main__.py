@@ -15,6 +15,7 @@ import click
 
 from mirage_ds.entry import Place, find_place, print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
+from mirage_ds.files import disk_trouble
 from mirage_ds.guard.child import Child, adopt_orphans, end_all
 from mirage_ds.guard.client import BEAT_S, Client
 from mirage_ds.guard.hub import Hub
@@ -129,6 +130,12 @@ def main() -> None:
         message = error.format_message()
     except UserError as error:
         message = str(error)
+    except OSError as error:
+        # The folder of --logs.
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        message = trouble
     else:
         return
     print(f"error: {message}", file=sys.stderr)  # before any log exists

@@ -37,6 +37,7 @@ def command(ends):
     print("said", end=" ")
     if ends == "stop": raise Stopped
     if ends == "mistake": raise UserError("a mistake")
+    if ends == "full": raise OSError(28, "No space left on device", "there/x")
 
 run_rank(command)
 """
@@ -44,13 +45,19 @@ run_rank(command)
 
 @pytest.mark.parametrize(
     ("ends", "code", "said"),
-    [("well", 0, "said handler\n"), ("stop", EXIT_STOPPED, "said handler\n"), ("mistake", 2, "said ")],
+    [
+        ("well", 0, "said handler\n"),
+        ("stop", EXIT_STOPPED, "said handler\n"),
+        ("mistake", 2, "said "),
+        ("full", 2, "said "),
+    ],
 )
 def test_an_end_is_the_end_whatever_the_interpreter_does_after_it(ends: str, code: int, said: str) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, ends], capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     assert done.stdout == said
-    assert done.stderr == ("error: a mistake\n" if ends == "mistake" else "")
+    full = "error: there/x: No space left on device; make room there, and start again\n"
+    assert done.stderr == {"mistake": "error: a mistake\n", "full": full}.get(ends, "")
 
 
 MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
