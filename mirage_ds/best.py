@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mirage_ds.engine.setup import World, from_rank_zero
-from mirage_ds.files import write_atomically
+from mirage_ds.files import delete_model, move_others, write_atomically
 from mirage_ds.scoring import better
 
 NOTE = "best.json"
@@ -44,7 +44,7 @@ class Best:
 
     def _known(self, start: int) -> float | None:
         if start == 0:
-            shutil.rmtree(self.place, ignore_errors=True)
+            delete_model(self.place)
         note = self.place / NOTE
         if not note.is_file():
             return None
@@ -81,7 +81,7 @@ class Best:
             if self.place.exists():
                 self.place.rename(old)
             beside.rename(self.place)
-            shutil.rmtree(old, ignore_errors=True)
+            move_others(old, self.place)
 
         def write() -> None:
             self.save(beside, step, metrics)

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mirage_ds.engine.card import FILE, MARK, with_scores
 from mirage_ds.engine.manifest import entry_of
 from mirage_ds.errors import UserError, reason
-from mirage_ds.files import write_atomically
+from mirage_ds.files import check_output, write_atomically
 from mirage_ds.model.folder import weight_files
 
 TASK_TYPE = "image-text-to-text"
@@ -91,6 +91,8 @@ def add_scores(folder: Path, files: Sequence[Path], track: Track = iter) -> str:
     place = folder / FILE
     if not place.is_file() or MARK not in place.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{place}: is no card that mirage_ds wrote; name the folder of a trained or exported model")
+    # Before the weights are hashed.
+    check_output(place, "the card")
     reports = [read_scores(file) for file in files]
     own = {(entry := entry_of(folder, file)).name: entry.sha256 for file in track(weight_files(folder))}
     for file, report in zip(files, reports, strict=True):

@@ -15,7 +15,9 @@ from mirage_ds.controls.command import compare, controls
 from mirage_ds.data.command import import_, mix, vary
 from mirage_ds.decoding_commands import evaluate, generate
 from mirage_ds.doctor.command import doctor
+from mirage_ds.entry import print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
+from mirage_ds.files import Output, disk_trouble
 from mirage_ds.flags import CONTEXT, build_model, model_options
 from mirage_ds.inspect_latents.command import inspect
 from mirage_ds.plan.command import plan
@@ -96,7 +98,7 @@ def data_index(yaml_file: Path | None, **flags: Any) -> None:
 @data.command("show")
 @click.argument("file", type=_path())
 @click.option("--rows", help="Lines to show, like 1,5-8; the first 20 records if not set.")
-@click.option("--out", type=_path(), help="Write one page, .html or .png; without it text is printed.")
+@click.option("--out", type=Output(), help="Write one page, .html or .png; without it text is printed.")
 @click.option("--image_root", type=_path(), help="Second place where relative image paths are looked for.")
 def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path | None) -> None:
     """Show records of FILE: question, images, answer with its latents marked, other keys, faults."""
@@ -116,7 +118,7 @@ def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path |
     required=True,
     help="nano, nano-untied, bench-40m, bench-87m, or qwen2.5-vl-3b|7b|32b|72b with --config_only.",
 )
-@click.option("--out", required=True, type=_path(), help="Folder to write.")
+@click.option("--out", required=True, type=Output(folder=True), help="Folder to write.")
 @click.option("--text", "texts", multiple=True, type=_path(), help="Records whose text trains the tokenizer.")
 @click.option("--tokenizer", type=_path(), help="Folder whose tokenizer is taken instead.")
 @click.option("--tokenizer_size", default=512, show_default=True, help="Entries of the trained tokenizer.")
@@ -148,7 +150,7 @@ def init(
 
 @cli.command()
 @click.argument("source", type=_path())
-@click.argument("target", type=_path())
+@click.argument("target", type=Output(folder=True))
 @click.option("--vocab_rows", type=int, help="151668 as the public Mirage code writes, 152064 as Qwen2.5-VL has.")
 @click.option("--model", "base", type=_path(), help="Base folder, where it is no longer where training found it.")
 def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None) -> None:
@@ -213,6 +215,7 @@ def checkpoint_list(run: Path, hashes: bool) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence and exit code 2."""
+    print_anything()
     # Quick commands must not wake the GPU, nor the tokenizers' threads complain after a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stop = StopRequest()
@@ -223,6 +226,12 @@ def main() -> None:
         message = error.format_message()
     except UserError as error:
         message = str(error)
+    except OSError as error:
+        # A full disk, or a cache that cannot be written, whoever meets it.
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        message = trouble
     except (click.Abort, Stopped):
         print("stopped", file=sys.stderr)
         sys.exit(EXIT_STOPPED)

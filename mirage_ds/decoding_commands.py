@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mirage_ds.entry import run_rank
+from mirage_ds.entry import is_rank, run_rank
 from mirage_ds.errors import UserError
+from mirage_ds.files import Output, check_output
 from mirage_ds.flags import CONTEXT
 from mirage_ds.stop import StopRequest
 
@@ -98,12 +99,14 @@ def evaluate(
         _compare_latents(latents, folder, data_path, task, image_root, batch_size, most, out, decoding, options)
         return
     world = None
-    if "RANK" in os.environ:
+    if is_rank(os.environ):
         from mirage_ds.engine.setup import join
 
         world = join(evaluation.PATIENCE_S)
     finder = ImageFinder.beside(data_path, image_root)
     with shared_fate(world):
+        if out and (world is None or world.rank == 0):
+            check_output(out, "--out")
         decoder = _decoder(folder, finder, options, world.device if world else None)
         limits = _limits(decoder, options)
     bar = partial(track, description="answering", transient=True, disable=world is not None and world.rank > 0)
@@ -140,12 +143,14 @@ def _compare_latents(
     from mirage_ds.controls.study import Wanted
     from mirage_ds.data.images import ImageFinder
 
-    if "RANK" in os.environ:
+    if is_rank(os.environ):
         raise UserError("--latents compares in one process: start `mirage-ds evaluate` without a launcher")
     if decoding != "greedy":
         raise UserError("--latents decodes greedily, so that a difference comes from the latents: drop --decoding")
     if options["no_latents"]:
         raise UserError("--latents replaces latents, and --no_latents says that there are none: drop one of them")
+    if out:
+        check_output(out, "--out")
     wanted = Wanted(parse_names(names), task, most, options["seed"], batch_size)
     decoder = _decoder(folder, ImageFinder.beside(data_path, image_root), options)
     run_controls(decoder, data_path, options["processor"], _limits(decoder, options), wanted, out)
@@ -155,7 +160,9 @@ def _compare_latents(
 @click.argument("folder", type=_path())
 @click.option("--image", "images", multiple=True, type=_path(), help="Input image; may be given several times.")
 @click.option("--prompt", required=True, help="The question, with <image> where an image stands.")
-@click.option("--save_latents", type=_path(), help="Write tokens, latents and hidden states to this .safetensors file.")
+@click.option(
+    "--save_latents", type=Output(), help="Write tokens, latents and hidden states to this .safetensors file."
+)
 @_decoding_options
 def generate(folder: Path, images: tuple[Path, ...], prompt: str, save_latents: Path | None, **options: Any) -> None:
     """Answer one question with the model in FOLDER; latent runs are marked."""

@@ -1,13 +1,176 @@
-"""Files that are whole or not there. Imports no torch."""
+"""Files that are whole or not there, outputs that can be written, and which files of a folder are ours.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import click
+
+from mirage_ds.errors import UserError, shown
+
+# Where config.json says how the model was trained; plain transformers carries the key along.
+TRAINED_KEY = "mirage"
+# What the system says of a file that cannot be written or opened, whoever asks: the user's to fix.
+TROUBLES = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.ENOTDIR)
+)
+# A block: less may find room on a full disk.
+TRIED_BYTES = 4096
+# The weights that a save writes: one file, or shards and their index.
+_OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+# Weights of anybody, and what else makes a model folder.
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack)(\.index\.json)?")
+_MODEL_FILES = frozenset(
+    """config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model vocab.json merges.txt
+    special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json preprocessor_config.json
+    video_preprocessor_config.json processor_config.json adapter_config.json""".split()  # noqa: SIM905
+)
+_NOTES = ("best.json", "README.md", "adapter_model.safetensors")
+
+
+def is_own_weights(name: str) -> bool:
+    """Whether a save of ours writes weights under this name."""
+    return _OUR_WEIGHTS.fullmatch(name) is not None
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of this name is part of a model folder, whoever wrote it."""
+    return name in _MODEL_FILES or _WEIGHTS.fullmatch(name) is not None
+
+
+def delete_model(folder: Path) -> None:
+    """Delete a model folder that we have written: the files that a save writes, and the folder if nothing is left."""
+    if not folder.is_dir():
+        return
+    delete_model(folder / "adapter")
+    for file in folder.iterdir():
+        if file.is_file() and (file.name in _MODEL_FILES or file.name in _NOTES or is_own_weights(file.name)):
+            file.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def move_others(old: Path, new: Path) -> None:
+    """Delete a model folder that we have written once another has its place; what no save has written moves there."""
+    delete_model(old)
+    for path in old.iterdir() if old.is_dir() else ():
+        if not (new / path.name).exists():
+            path.rename(new / path.name)
+        elif path.is_dir():
+            move_others(path, new / path.name)
+        else:
+            # The new one has it too: a save writes it.
+            path.unlink()
+    if old.is_dir() and not any(old.iterdir()):
+        old.rmdir()
+
+
+def check_output(path: Path, flag: str, folder: bool = False) -> None:
+    """Refuse, before the work, an output that could not be written after it. Folders on the way may be missing.
+
+    A file of one block is written where it will lie, or in the nearest folder that there is, and removed.
+
+    Args:
+        flag: how the user names it.
+        folder: it is a folder that gets files.
+
+    Raises:
+        UserError: says why.
+    """
+    if not _is_text(path):
+        raise UserError(f"{flag} {shown(str(path))}: not UTF-8 text; choose another name")
+    try:
+        kind = _wrong_kind(path, folder)
+        if not kind:
+            _try_to_write(path.absolute(), folder)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written ({error.strerror}); name another place") from None
+    if kind:
+        raise UserError(f"{flag} {path}: {kind}")
+
+
+def _wrong_kind(path: Path, folder: bool) -> str:
+    if not path.exists():
+        return ""
+    if folder:
+        return "" if path.is_dir() else "is a file; give a folder"
+    if path.is_dir():
+        return "is a folder; give a file"
+    return "" if path.is_file() else "is a device or a pipe; give a file"
+
+
+def _try_to_write(path: Path, folder: bool) -> None:
+    place = path if folder else path.parent
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    tried = place / f".{'' if folder else path.name}.{os.getpid()}"
+    try:
+        with tried.open("xb") as file:
+            file.write(bytes(TRIED_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        with suppress(OSError):
+            tried.unlink()
+
+
+def check_log(path: Path, flag: str) -> None:
+    """Refuse, as check_output, a file that lines are to be added to; it may be a terminal or a pipe."""
+    mode = 0
+    with suppress(OSError, ValueError):
+        mode = path.stat().st_mode
+    if stat.S_ISFIFO(mode):
+        # To open it is to wait for its reader.
+        return
+    if mode and not stat.S_ISDIR(mode):
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            raise UserError(f"{flag} {path}: cannot be written ({error.strerror}); name another place") from None
+    new = not mode or stat.S_ISDIR(mode)
+    if new or (stat.S_ISREG(mode) and os.access(path.absolute().parent, os.W_OK)):
+        check_output(path, flag)
+
+
+def _is_text(path: Path) -> bool:
+    return not any("\ud800" <= sign <= "\udfff" for sign in str(path))
+
+
+class Output(click.Path):
+    """The type of an option or argument that names an output: tried (check_output) before the command begins."""
+
+    def __init__(self, folder: bool = False):
+        super().__init__(path_type=Path)
+        self.folder = folder
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path; UserError where it cannot be written."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if ctx is None or not ctx.resilient_parsing:
+            name = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name if param else ""
+            check_output(path, name, self.folder)
+        return path
+
+
+def disk_trouble(error: OSError) -> str | None:
+    """Say in one sentence that a file cannot be written or opened; None where the error is of another kind."""
+    if error.errno not in TROUBLES:
+        return None
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    how = "make room there" if full else "change its rights, or name another place"
+    return f"{error.filename or 'a file'}: {error.strerror}; {how}, and start again"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -20,8 +183,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        # The system says of a full disk only that it is full.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        # Where it could not be made, unlink may fail with another error than "not there".
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write_new(place: Path, content: bytes) -> None:
@@ -38,6 +206,7 @@ def write_new(place: Path, content: bytes) -> None:
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target`, renamed to it at the end; whatever goes wrong, it is removed."""
+    target = target.absolute()
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:

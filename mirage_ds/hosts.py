@@ -7,22 +7,55 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from mirage_ds.entry import print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError, reason, shown
 
 # DeepSpeed reads no further than the number; what may stand behind it are other launchers' words (max_slots=4).
-_LINE = re.compile(r"(\S+)\s+slots=([0-9]+)(\s.*)?")
+_LINE = re.compile(r"(\S+)[ \t]+slots=([0-9]+)([ \t].*)?")
+# What ssh, pdsh and mpirun all take: a host name or an IPv4 address, perhaps with a user.
+_NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*@)?[A-Za-z0-9_][A-Za-z0-9._-]*")
+# More than any host has GPUs or cores; a longer number is a slip.
+MOST_SLOTS = 1024
 
 
 class Host(NamedTuple):
     """One line of a hostfile.
 
     Attributes:
-        name: what ssh is given.
+        name: what ssh is given, perhaps `user@host`.
         slots: ranks that start on it, one a GPU.
     """
 
     name: str
     slots: int
+
+    @property
+    def address(self) -> str:
+        """What other hosts connect to: the name without its user."""
+        return self.name.rpartition("@")[2]
+
+
+def _check_name(name: str, where: str) -> None:
+    """Refuse a name that one of the launchers takes for something else."""
+    if _NAME.fullmatch(name):
+        return
+    host = name.rpartition("@")[2]
+    address = host.strip("[]").partition("%")[0]
+    if re.fullmatch(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", address):
+        how = "pdsh takes no IPv6 address; give the host a name in /etc/hosts or ~/.ssh/config and write that"
+    elif re.fullmatch(r"[^:]*:[0-9]+", host):
+        how = "a port belongs in ~/.ssh/config (Host, Port); write the name alone"
+    elif re.search(r"[\[\]]", host):
+        how = "it is Slurm's short form of several hosts; write one host a line (`scontrol show hostnames` lists them)"
+    elif "," in name:
+        how = "write one host a line, without commas"
+    elif not name.isascii() or not name.isprintable():
+        how = "it has a sign that no host name has; write ASCII letters, digits, '.', '_' and '-'"
+    elif "/" in name:
+        how = "it is an address with a path; write the host's name alone"
+    else:
+        how = "write `host` or `user@host`, of ASCII letters, digits, '.', '_' and '-'"
+    raise UserError(f"{where}: {shown(name)} is no name that ssh and mpirun both take: {how}")
 
 
 def parse_hosts(text: str, source: str) -> tuple[Host, ...]:
@@ -32,25 +65,36 @@ def parse_hosts(text: str, source: str) -> tuple[Host, ...]:
         source: how the file is called in messages.
 
     Raises:
-        UserError: a line that DeepSpeed cannot read, a host without slots or named twice, no host at all.
+        UserError: a line that DeepSpeed, ssh or mpirun cannot read, a host without slots or named twice, no host at
+            all.
     """
-    slots: dict[str, int] = {}
-    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+    # The launchers read the file themselves: what is refused here would reach them.
+    if text.startswith("\ufeff"):
+        raise UserError(f"{source} line 1: begins with a byte order mark; save it as UTF-8 without one")
+    found: dict[str, Host] = {}
+    # Lines as the launchers have them: str.splitlines knows more ends than they do.
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
         if not line or line.startswith("#"):
             continue
         where = f"{source} line {number}"
         match = _LINE.fullmatch(line)
         if not match:
             raise UserError(f"{where}: {shown(line)} names no host and slots; write `host slots=N`, N its GPUs")
-        name, count = match[1], int(match[2])
-        if not count:
-            raise UserError(f"{where}: {name} has 0 slots; write how many ranks it runs, or remove the line")
-        if name in slots:
-            raise UserError(f"{where}: {name} stands there twice; keep one line with all its slots")
-        slots[name] = count
-    if not slots:
+        _check_name(match[1], where)
+        # Cut, since int() refuses thousands of digits.
+        host = Host(match[1], int(match[2].lstrip("0")[:5] or 0))
+        if not host.slots:
+            raise UserError(f"{where}: {host.name} has 0 slots; write how many ranks it runs, or remove the line")
+        if host.slots > MOST_SLOTS:
+            raise UserError(f"{where}: {host.name} has {shown(match[2], 30)} slots; write N as the number of its GPUs")
+        # Another user or other letters do not make another host.
+        address = host.address.lower().rstrip(".")
+        if address in found:
+            raise UserError(f"{where}: {host.address} stands there twice; keep one line with all its slots")
+        found[address] = host
+    if not found:
         raise UserError(f"{source}: no host in it; write one `host slots=N` a line")
-    return tuple(Host(name, count) for name, count in slots.items())
+    return tuple(found.values())
 
 
 def read_hosts(path: Path) -> tuple[Host, ...]:
@@ -66,13 +110,14 @@ def read_hosts(path: Path) -> tuple[Host, ...]:
 
 
 def main() -> None:
-    """Print the first host and the number of ranks of the hostfile in sys.argv, for launch/*.sh."""
+    """Print the first host's address and the number of ranks of the hostfile in sys.argv, for launch/*.sh."""
+    print_anything()
     try:
         hosts = read_hosts(Path(sys.argv[1]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(EXIT_USER_ERROR)
-    print(hosts[0].name, sum(host.slots for host in hosts))  # noqa: T201
+    print(hosts[0].address, sum(host.slots for host in hosts))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from mirage_ds.data.load import load_tokenizer
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.files import write_atomically
+from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.family import FAMILIES, Family
 from mirage_ds.model.presets import PRESETS, WITH_WEIGHTS, preset
 
@@ -171,20 +171,20 @@ def init_model(
         architectures=[family.whole],
         dtype="float32",
     )
-    out.mkdir(parents=True, exist_ok=True)
     count = 0
-    if not config_only:
-        torch.manual_seed(seed)
-        model = family.model_class()(config)
-        count = sum(p.numel() for p in model.parameters())
-        writer = ShardWriter(out, family=family)
-        for parameter_name, parameter in model.named_parameters():
-            writer.add(public_name(parameter_name), parameter.detach())
-        writer.finish()
-    tokenizer.save_pretrained(out)
-    Qwen2VLImageProcessorPil(**image_settings(values["vision_config"], family)).save_pretrained(out)
-    write_atomically(out / "generation_config.json", json.dumps({"eos_token_id": ids["<|im_end|>"]}) + "\n")
-    write_atomically(out / "config.json", config.to_json_string())
+    with whole_folder(out) as folder:
+        if not config_only:
+            torch.manual_seed(seed)
+            model = family.model_class()(config)
+            count = sum(p.numel() for p in model.parameters())
+            writer = ShardWriter(folder, family=family)
+            for parameter_name, parameter in model.named_parameters():
+                writer.add(public_name(parameter_name), parameter.detach())
+            writer.finish()
+        tokenizer.save_pretrained(folder)
+        Qwen2VLImageProcessorPil(**image_settings(values["vision_config"], family)).save_pretrained(folder)
+        write_atomically(folder / "generation_config.json", json.dumps({"eos_token_id": ids["<|im_end|>"]}) + "\n")
+        write_atomically(folder / "config.json", config.to_json_string())
     return count
 
 

@@ -91,15 +91,15 @@ class Monitor:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.jsonl"
         if log.is_file():
-            lines = log.read_text().splitlines(keepends=True)
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
             # The last line may be half of one, where the run broke off in the middle of it.
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
             write_atomically(log, "".join(kept))
-        self.lines = log.open("a", buffering=1)
+        self.lines = log.open("a", buffering=1, encoding="utf-8")
         self.text = None
         if log_file:
             log_file.parent.mkdir(parents=True, exist_ok=True)
-            self.text = log_file.open("a", buffering=1)
+            self.text = log_file.open("a", buffering=1, encoding="utf-8", errors="replace")
         self.recent: deque[float] = deque(maxlen=50)
         self.last = time.perf_counter()
 
@@ -197,7 +197,7 @@ class Monitor:
         """
         if not self.active:
             return
-        with (self.folder / "not_finite.jsonl").open("a") as file:
+        with (self.folder / "not_finite.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "gradient_only": whole, "records": records}) + "\n")
         lines = ", ".join(str(record["line"]) for record in records[:8]) + (" …" if records[8:] else "")
         what = "the gradient" if whole else "the loss"

@@ -28,13 +28,13 @@ from mirage_ds.engine.export import Parts, save_model, trained_of
 from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
 from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.private import set_collective_timeout
-from mirage_ds.engine.setup import World, check_ds_config, everyone, from_rank_zero, make_engine
+from mirage_ds.engine.setup import World, check_ds_config, everyone, from_rank_zero, make_engine, try_engine
 from mirage_ds.engine.spelling import read_base
 from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.errors import UserError
 from mirage_ds.events import LOAD_BEGINS, note
-from mirage_ds.files import write_atomically
+from mirage_ds.files import check_log, write_atomically
 from mirage_ds.mfu import ModelFlops, peak_flops
 from mirage_ds.mixture import Records
 from mirage_ds.model.attention import choose_backend
@@ -168,6 +168,18 @@ def make_model(
     )
 
 
+def check_outputs(config: RunConfig) -> None:
+    """Refuse, before any work, what cannot be written, and a run folder that holds what is not this run's.
+
+    Raises:
+        UserError: names the flag.
+    """
+    sources = [Path(one) for one in (config.model, config.load_model_path) if one is not None]
+    run_folder.check(config.save_model_path, config.overwrite, config.resume == "auto", sources)
+    if config.log_file:
+        check_log(config.log_file, "--log_file")
+
+
 def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, begin: Begin = quiet) -> Prepared:
     """Check, load and start, from the run's checkpoint where it goes on. All ranks call it.
 
@@ -185,6 +197,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
             f"{config.rows_per_step} rows an optimizer step (--global_batch_size) are fewer than {world.size} ranks: "
             "use fewer ranks, or --allow_idle_ranks"
         )
+    from_rank_zero(lambda: check_outputs(config), world)
     from_rank_zero(partial(check_installed, config.report_to), world)
     json_path = config.deepspeed or ds.default_path(config.stage, world.device.type)
     ds_values = ds.resolve(ds.read_json(json_path), json_path, config, world.size)
@@ -216,6 +229,9 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
         *(ds_values, json_path, optimizer_groups(shape, config.train_vision, lora), sizes(shape).matrices, world),
         checkpoints=config.save_every is not None or config.resume == "auto",
     )
+    if world.local_rank == 0:
+        say_waits(ds_values)
+    try_engine(ds_values, json_path)
     begin("vision tower")
     tower = None
     if not config.train_vision:
@@ -282,8 +298,6 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     loader, *others = [make_loader(config, one, world.rank, passes) for one in measured]
     evaluation = make_evaluation(config, others[0], measured[1].index) if others else None
     begin("engine")
-    if world.local_rank == 0:
-        say_waits(ds_values)
     engine = make_engine(loaded.model, config, ds_values, steps)
     # DeepSpeed has made groups of its own.
     set_collective_timeout(config.start_timeout)

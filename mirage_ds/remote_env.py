@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import click
 
+from mirage_ds.entry import print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError, reason, shown
 from mirage_ds.files import write_atomically
 
@@ -265,6 +266,7 @@ def command(extra_names: tuple[str, ...], out: Path) -> None:
 
 def main() -> None:
     """Run the command; a user's mistake is one sentence and exit code 2."""
+    print_anything()
     try:
         command.main(standalone_mode=False)
     except click.ClickException as error:

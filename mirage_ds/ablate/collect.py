@@ -26,7 +26,7 @@ def log_lines(run: Path) -> Iterator[dict[str, Any]]:
     """Yield the whole lines of a run's log.jsonl."""
     file = run / "log.jsonl"
     if file.is_file():
-        for line in file.read_text().splitlines():
+        for line in file.read_text(encoding="utf-8").splitlines():
             if line.endswith("}"):
                 yield json.loads(line)
 
@@ -104,7 +104,7 @@ def scored(result: Path, data: Path) -> list[Scored]:
             level=levels[one["line"] - 1],
             metrics={name: float(value) for name, value in one["metrics"].items()},
         )
-        for one in json.loads(result.read_text())["answers"]
+        for one in json.loads(result.read_text(encoding="utf-8"))["answers"]
     ]
 
 
@@ -135,7 +135,7 @@ def _cell(plan: CellPlan, study: Study, store: Store, settings: Mapping[str, Any
             if store.done(node) is not None
         },
         controls={
-            name: json.loads(store.result(node).read_text())
+            name: json.loads(store.result(node).read_text(encoding="utf-8"))
             for name, node in controls.items()
             if store.done(node) is not None
         },

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mirage_ds.errors import UserError
+from mirage_ds.files import Output, check_output
 from mirage_ds.flags import CONTEXT
 from mirage_ds.stop import EXIT_STOPPED, StopRequest
 
@@ -340,7 +341,7 @@ def show_status(study: Path, wants_json: bool) -> None:
 
 @ablate.command("report")
 @click.argument("study", type=_path())
-@click.option("--out", type=_path(), help="Folder to write. [default: report/ in the study's folder]")
+@click.option("--out", type=Output(folder=True), help="Folder to write. [default: report/ in the study's folder]")
 @click.option("--with", "others", multiple=True, type=_path(), help="File of `ablate export`: cells run elsewhere.")
 def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> None:
     """Write report.json, .md, .csv, .html and figures of what there is of STUDY; holes are shown as such."""
@@ -350,6 +351,7 @@ def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> Non
 
     made, store = _open(study)
     target = out or store.root / "report"
+    check_output(target, "--out", folder=True)
     results, said = merge(collect(made, store), others)
     for line in said:
         print(line)
@@ -359,7 +361,7 @@ def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> Non
 
 @ablate.command("export")
 @click.argument("study", type=_path())
-@click.argument("file", type=_path())
+@click.argument("file", type=Output())
 def export_study(study: Path, file: Path) -> None:
     """Write the finished cells of STUDY into FILE (.json.gz), for `ablate report --with` on another machine."""
     from mirage_ds.ablate.collect import collect

@@ -121,7 +121,7 @@ def _launched(module: list[str], folder: Path, place: Place) -> list[str]:
     if place.ranks == 1 and not place.hosts:
         return [sys.executable, "-m", *module]
     port = free_ports()
-    master = place.hosts[0].name if place.hosts else "127.0.0.1"
+    master = place.hosts[0].address if place.hosts else "127.0.0.1"
     guard = ["--port", str(port + 1), "--job", f"{folder.name}-{port}"]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
     own = ["--module", "mirage_ds.guard", *guard]

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -28,6 +27,7 @@ import yaml
 from mirage_ds.ablate.nodes import Node
 from mirage_ds.errors import EXIT_USER_ERROR
 from mirage_ds.files import write_atomically
+from mirage_ds.run_folder import delete_checkpoints
 from mirage_ds.stop import EXIT_STOPPED
 
 State = Literal["done", "failed", "running", "waiting"]
@@ -153,7 +153,9 @@ class Store:
     def finish(self, node: Node, begun: float) -> None:
         """Write down that a node is done."""
         if node.kind == "train" and not self.keep_checkpoints:
-            shutil.rmtree(self.model(node) / "run" / "checkpoints", ignore_errors=True)
+            # What cannot be deleted costs room alone.
+            with suppress(OSError):
+                delete_checkpoints(self.model(node) / "run" / "checkpoints")
         write_atomically(self.place(node) / "done.json", json.dumps({"begun": begun, "ended": time.time()}) + "\n")
 
     def forget_failures(self, node: Node) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mirage_ds.controls.names import CONDITIONS, parse_names
+from mirage_ds.files import Output
 from mirage_ds.flags import CONTEXT
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ _SEED = click.IntRange(min=0, max=2**31 - 1)
 @click.option("--helper_min_pixels", type=int, help="Smallest helper image, as it was trained with.")
 @click.option("--helper_max_pixels", type=int, help="Largest helper image, as it was trained with.")
 @click.option("--seed", default=42, show_default=True, type=_SEED, help="Of vectors, partners, paths and resamples.")
-@click.option("--out", type=_PATH, help="Write everything, each record's answers too, to this JSON file.")
-@click.option("--markdown", type=_PATH, help="Write the tables to this Markdown file.")
+@click.option("--out", type=Output(), help="Write everything, each record's answers too, to this JSON file.")
+@click.option("--markdown", type=Output(), help="Write the tables to this Markdown file.")
 def controls(
     folder: Path,
     data_path: Path,
@@ -113,8 +114,8 @@ def run_controls(
 @click.argument("files", nargs=-1, required=True, type=_PATH)
 @click.option("--metric", help="What is compared; the task's first metric if not set.")
 @click.option("--seed", default=42, show_default=True, type=_SEED, help="Of the resamples.")
-@click.option("--out", type=_PATH, help="Write the comparison to this JSON file.")
-@click.option("--markdown", type=_PATH, help="Write the table to this Markdown file.")
+@click.option("--out", type=Output(), help="Write the comparison to this JSON file.")
+@click.option("--markdown", type=Output(), help="Write the table to this Markdown file.")
 def compare(files: tuple[Path, ...], metric: str | None, seed: int, out: Path | None, markdown: Path | None) -> None:
     """Compare FILES that `mirage-ds evaluate --out` wrote, each with the first, record by record.
 

@@ -19,6 +19,7 @@ from mirage_ds.data.spec import ImportSpec
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
+from mirage_ds.tasks.write import new_target
 
 # First bytes of a file → its suffix; others are kept under "img", which every reader here opens by content too.
 _SIGNS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"RIFF", "webp"), (b"GIF8", "gif"))
@@ -141,6 +142,7 @@ def import_records(layout: Layout, source: str, spec: ImportSpec, progress: Adva
     Raises:
         UserError: the source cannot be read, a row has not the layout or its image is missing, the target exists.
     """
+    new_target(spec.out, spec.name)  # before the source is read
     place = Path(source)
     beside = place if place.is_file() else Path.cwd() / "rows"
     finder = ImageFinder.beside(beside, spec.image_root)

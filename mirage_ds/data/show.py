@@ -21,6 +21,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Fault, Record, RecordError, parse_record
 from mirage_ds.data.record_files import read_lines
 from mirage_ds.errors import UserError, shown
+from mirage_ds.files import write_atomically
 from mirage_ds.tasks import TASKS, get_task
 
 # Rows shown where nobody says which.
@@ -358,14 +359,16 @@ def write_page(file: Path, records: Sequence[Shown], out: Path) -> None:
     """
     if out.suffix not in (".html", ".png"):
         raise UserError(f"--out {out}: is neither .html nor .png; call it one of them")
+    if out.exists():
+        raise UserError(f"--out {out}: exists; remove it, or choose another name")
+    if out.suffix == ".png":
+        drawn = io.BytesIO()
+        png_sheet(records).save(drawn, "PNG")
+        content = drawn.getvalue()
+    else:
+        content = html_page(file.name, records).encode("utf-8")
     try:
-        with out.open("xb") as target:
-            if out.suffix == ".png":
-                png_sheet(records).save(target, "PNG")
-            else:
-                target.write(html_page(file.name, records).encode("utf-8"))
-    except FileExistsError:
-        raise UserError(f"--out {out}: exists; remove it, or choose another name") from None
+        write_atomically(out, content)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another place") from None
 

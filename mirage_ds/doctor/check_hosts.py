@@ -93,7 +93,7 @@ def master(seen: Seen) -> Verdict:
         bad.append(fail(first, says, f"give --master_addr, an address of {first} that the others reach"))
     # launch/deepspeed.sh gives the name; `deepspeed` alone asks for the address.
     status = warn if plan.launcher == "pdsh" and not plan.master_addr else fail
-    name = plan.master_addr or first
+    name = plan.master_addr or seen.hosts[0].address
     for host, place in list(places.items())[1:]:
         address = place["master_address"]
         if address is None or _is_loopback(address):

@@ -79,7 +79,7 @@ def _request(spec: DoctorSpec, job: Job, token: str, number: int) -> dict[str, A
         "number": number,
         "cwd": os.getcwd(),
         "token": token,
-        "master": spec.master_addr or job.hosts[0].name.rpartition("@")[2],
+        "master": spec.master_addr or job.hosts[0].address,
         "port": spec.master_port,
         "packages": [*PACKAGES, *CUDA_PACKAGES, *NCCL_PACKAGES],
         "names": sorted(NAMES),

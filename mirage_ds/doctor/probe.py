@@ -52,7 +52,7 @@ def say(**values: Any) -> None:
 
 def run(*command: str, limit_s: float = 8.0) -> subprocess.CompletedProcess[str]:
     """Run a program and keep what it says."""
-    return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=limit_s, check=False)
 
 
 def place(request: Request) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def locks(request: Request) -> dict[str, Any]:
     for entry in os.listdir("/proc"):
         if entry.isdecimal():
             try:
-                running.add(Path("/proc", entry, "comm").read_text().strip())
+                running.add(Path("/proc", entry, "comm").read_text(errors="replace").strip())
             except OSError:
                 continue  # it has ended since
     return {

@@ -87,8 +87,11 @@ class Adapter(NamedTuple):
         tensors = {_peft_name(name): tensor.contiguous() for name, tensor in self.tensors.items()}
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         (partial / "adapter_model.safetensors").chmod(0o644)
-        shutil.rmtree(folder / FOLDER, ignore_errors=True)
-        partial.replace(folder / FOLDER)
+        # File by file: what else lies there is not ours.
+        (folder / FOLDER).mkdir(exist_ok=True)
+        for file in partial.iterdir():
+            file.replace(folder / FOLDER / file.name)
+        partial.rmdir()
 
 
 def _peft_name(name: str) -> str:

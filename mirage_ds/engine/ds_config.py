@@ -25,6 +25,51 @@ KNOWN_KEYS = frozenset(
     bfloat16 sequence_parallel_size datastates_ckpt
     weight_quantization use_data_before_expert_parallelism vocabulary_size""".split()  # noqa: SIM905
 )
+# DeepSpeed stops at these, or ignores them, or they work against the trainer: key → (what switches it on, why not).
+# An empty switch means any value but null, false, 0, {} and those of SAME.
+UNUSED = {
+    "pipeline": ("", "there are no pipeline stages here, and it would be ignored"),
+    "tensor_parallel": ("", "a layer lies whole on a rank or is sharded by ZeRO-3"),
+    "expert_parallel": ("enabled", "these models have no experts"),
+    "hybrid_engine": ("enabled", "it is of reinforcement learning"),
+    "autotuning": ("enabled", "`mirage-ds plan` chooses a JSON"),
+    "data_efficiency": ("enabled", "the run's seed alone chooses the rows of a step"),
+    "weight_quantization": ("", "weights are trained as they are"),
+    "compile": ("deepcompile", "the forward is not compiled, and it would be ignored"),
+    "activation_checkpointing": ("", "--gradient_checkpointing decides that, and it would be ignored"),
+    "prescale_gradients": ("", "the loss carries the scale of the whole step"),
+    "gradient_predivide_factor": ("", "the loss carries the scale of the whole step"),
+    "gradient_allreduce_op": ("", "the loss is scaled for the mean over ranks"),
+    "managed_gradient_accumulation": ("", "the trainer sets the boundary between steps for DeepSpeed's own way"),
+    "disable_allgather": ("", "it would be ignored"),
+    "dataloader_drop_last": ("", "every step has exactly --global_batch_size rows, and it would be ignored"),
+    "datastates_ckpt": ("", "checkpoints are read back and hashed as torch writes them"),
+    "checkpoint.writer": ("", "checkpoints are read back and hashed as torch writes them"),
+    "checkpoint.use_node_local_storage": ("", "a checkpoint is one folder that all hosts see"),
+    "checkpoint.load_universal": ("", "--resume auto finds out by itself"),
+    "use_data_before_expert_parallelism": ("", "these models have no experts"),
+    "vocabulary_size": ("", "the model's config.json says it, and it would be ignored"),
+    "wandb": ("enabled", "--report_to wandb sends the metrics"),
+    "comet": ("enabled", "--report_to says where metrics go"),
+    "zero_optimization.mics_shard_size": ("", "DeepSpeed has removed MiCS; 'zero_hpz_partition_size' is near it"),
+    "zero_optimization.mics_hierarchical_params_gather": ("", "DeepSpeed has removed MiCS"),
+    "zero_optimization.zeropp_loco_param": ("", "DeepSpeed has removed LoCo"),
+    "zero_optimization.zenflow": ("", "its updates come late, and a step here is whole"),
+    "zero_optimization.compute_grad_norm": ("", "the norm shows steps that are not finite, and it is logged"),
+}
+# Keys of older DeepSpeeds; newer ones stop at them.
+REMOVED = frozenset(
+    """amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula progressive_layer_drop
+    quantize_training sparse_attention sparse_gradients""".split()  # noqa: SIM905
+)
+# What the keys above have where they change nothing.
+SAME = {
+    "gradient_predivide_factor": (1,),
+    "gradient_allreduce_op": ("mean",),
+    "managed_gradient_accumulation": (True, None),
+    "zero_optimization.compute_grad_norm": (True, None),
+    "zero_optimization.mics_shard_size": (-1,),
+}
 # What torch's AdamW and DeepSpeed's take; another name stops the start only after the model is loaded.
 OPTIMIZER_PARAMS = frozenset(
     "lr betas eps weight_decay torch_adam adam_w_mode bias_correction amsgrad fused foreach capturable maximize".split()  # noqa: SIM905
@@ -76,6 +121,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected an object, found {type(values).__name__}")
     for key in values:
+        if key in REMOVED:
+            raise UserError(f"{path}: '{key}' is of older DeepSpeeds and not supported; remove it")
         if key not in KNOWN_KEYS:
             raise UserError(f"{path}: DeepSpeed has no key '{key}' and would ignore it{closest(key, KNOWN_KEYS)}")
     _check_blocks(values, path)
@@ -87,7 +134,32 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: 'scheduler' is set by --lr_scheduler and --warmup_steps; remove the block")
     _check_precision(values, path)
     _refuse_auto(values, path)
+    _refuse_unused(values, path)
     return values
+
+
+def _refuse_unused(values: dict[str, Any], path: Path) -> None:
+    """Refuse what DeepSpeed stops at only once the model is loaded, or ignores."""
+    for name, (switch, why) in UNUSED.items():
+        block, _, key = name.rpartition(".")
+        place = values.get(block, {}) if block else values
+        if not isinstance(place, dict) or key not in place:
+            continue
+        value = place[key]
+        if switch and isinstance(value, dict):
+            value = value.get(switch)
+        nothing = isinstance(value, dict) and not any(value.values())
+        same = SAME.get(name)
+        if not (value in same if same else nothing or not value):
+            raise UserError(f"{path}: '{name}' is not supported: {why}; remove it")
+    zero = values.get("zero_optimization", {})
+    for name, least in (("offload_param", 3), ("offload_optimizer", 1)):
+        device = (zero.get(name) or {}).get("device", "none")
+        if device != "none" and zero.get("stage", 0) < least:
+            raise UserError(
+                f"{path}: 'zero_optimization.{name}' needs 'stage' {least}{' or more' if least < 3 else ''}, which is "
+                f"{zero.get('stage', 0)}; DeepSpeed would ignore it: change the stage, or remove it"
+            )
 
 
 def _check_precision(values: dict[str, Any], path: Path) -> None:
@@ -116,7 +188,8 @@ def _check_blocks(values: dict[str, Any], path: Path) -> None:
     zero, optimizer = values.get("zero_optimization", {}), values.get("optimizer", {})
     blocks = {name: values.get(name, {}) for name in BLOCKS}
     if isinstance(zero, dict):
-        blocks["zero_optimization.offload_optimizer"] = zero.get("offload_optimizer") or {}
+        for name in ("offload_optimizer", "offload_param"):
+            blocks[f"zero_optimization.{name}"] = zero.get(name) or {}
         stage = zero.get("stage", 0)
         # True equals 1, and 1.0 does too.
         if type(stage) is not int or stage not in (0, 1, 2, 3):

@@ -6,6 +6,8 @@ V vocabulary rows, H hidden.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from mirage_ds.engine.checkpoint import check_whole, read_state
 from mirage_ds.engine.frozen import Notes, digest
 from mirage_ds.engine.spelling import Base, config_json, write_image_processor, write_tokenizer
 from mirage_ds.errors import UserError
-from mirage_ds.files import whole_folder, write_atomically
+from mirage_ds.files import is_own_weights, whole_folder, write_atomically
 from mirage_ds.model.family import FAMILIES, Family, family_of
 from mirage_ds.model.folder import weight_files
 from mirage_ds.model.forward import MirageModel
@@ -93,7 +95,15 @@ class ShardWriter:
 
     def _flush(self) -> None:
         partial = self._partial(len(self.shards))
-        save_file(self.waiting, partial, metadata={"format": "pt"})
+        try:
+            save_file(self.waiting, partial, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # It keeps the system's number in its text alone.
+            partial.unlink(missing_ok=True)
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(partial)) from None
         # safetensors makes files that only their owner reads; a model folder is shared like any other output.
         partial.chmod(0o644)
         self.shards.append(list(self.waiting))
@@ -103,9 +113,9 @@ class ShardWriter:
         """Put the shards and their index in place, and remove those of an earlier save."""
         if self.waiting:
             self._flush()
-        for old in self.folder.glob("model*.safetensors"):
-            old.unlink()
-        (self.folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        for old in self.folder.iterdir():
+            if is_own_weights(old.name):
+                old.unlink()
         for left in set(self.folder.glob(".model-*.partial")) - {self._partial(n) for n in range(len(self.shards))}:
             left.unlink()
         if len(self.shards) == 1:
@@ -273,7 +283,7 @@ def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:
 
 
 def _copy_rows(source: Path, target: Path, rows: int) -> None:
-    values = json.loads((source / "config.json").read_text())
+    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     writer = ShardWriter(target, family=family_of(values.get("model_type"), str(source)))
     for file in weight_files(source):
         with safe_open(file, "pt") as tensors:

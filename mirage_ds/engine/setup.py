@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mirage_ds.config import RunConfig
+from mirage_ds.engine.ds_config import compute_dtype
 from mirage_ds.engine.private import (
     set_collective_timeout,
     skip_steps_that_are_not_finite,
@@ -22,6 +23,7 @@ from mirage_ds.engine.private import (
     use_plain_gloo,
 )
 from mirage_ds.engine.waiting import Waiting
+from mirage_ds.entry import is_rank
 from mirage_ds.errors import UserError, reason, shown
 
 Result = TypeVar("Result")
@@ -72,11 +74,15 @@ def join(bound: float = START_S) -> World:
 
     Args:
         bound: seconds that a rank waits while no other one comes on, in collectives too.
+
+    Raises:
+        UserError: the environment is none of the two (entry.is_rank), or the GPU cannot be used.
     """
+    launched = is_rank(os.environ)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if "RANK" not in os.environ:
+    if not launched:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -152,7 +158,7 @@ def check_ds_config(values: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: names the key that it refuses, or says what it stumbles over.
     """
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from pydantic import ValidationError
 
     try:
@@ -160,14 +166,73 @@ def check_ds_config(values: dict[str, Any], path: Path) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         block, key = error.title.removeprefix("DeepSpeed").removesuffix("Config"), ".".join(map(str, first["loc"]))
+        if not key:
+            # Of the block as a whole.
+            raise UserError(f"{path}: DeepSpeed refuses the block {block}: {first['msg']}; change it") from None
         raise UserError(
-            f"{path}: DeepSpeed refuses '{key}' (block {block}) with {shown(first['input'])}: {first['msg']}; mend it"
+            f"{path}: DeepSpeed refuses '{key}' (block {block}) with {shown(first['input'])}: {first['msg']}; fix it"
         ) from None
     # Where it has no schema, a block of a wrong type leads it to one of these.
-    except (ValueError, TypeError, AttributeError, AssertionError) as error:
+    except (DeepSpeedConfigError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
         raise UserError(
             f"{path}: DeepSpeed cannot read it ({reason(error)}); compare its blocks with those of the shipped JSONs"
         ) from None
+
+
+def try_engine(values: dict[str, Any], path: Path) -> None:
+    """Start an engine of a few numbers as a resolved configuration says: DeepSpeed checks much only there.
+
+    All ranks call it, before anything is loaded or claimed.
+
+    Raises:
+        UserError: says what DeepSpeed stumbles over.
+    """
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    tried = deepcopy(values)
+    # Neither files nor buffers of the real size for a few numbers.
+    for block in ("tensorboard", "csv_monitor", "flops_profiler", "comms_logger", "dump_state", "wall_clock_breakdown"):
+        tried.pop(block, None)
+    zero = tried.get("zero_optimization", {})
+    # DeepSpeed makes its groups once in the life of a process, and takes more than there are ranks for all of them.
+    shards, ranks = zero.pop("zero_hpz_partition_size", 1), dist.get_world_size()
+    if ranks % max(1, min(shards, ranks)):
+        raise UserError(
+            f"{path}: 'zero_optimization.zero_hpz_partition_size' {shards} does not divide the {ranks} ranks of this "
+            "run; write the ranks of a host"
+        )
+    zero |= {
+        key: 1024
+        for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size", "sub_group_size")
+        if zero.get("stage")
+    }
+    for offload in (zero.get("offload_param"), zero.get("offload_optimizer")):
+        if offload and offload.get("device") == "nvme":
+            offload["device"] = "cpu"
+    model = nn.utils.skip_init(nn.Linear, 16, 16, dtype=getattr(torch, compute_dtype(values)))
+    for parameter in model.parameters():
+        # Not drawn: torch's generator is left as it is.
+        nn.init.zeros_(parameter)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=weight_decay_groups(model, 0.01), config=tried)
+        engine.backward(
+            engine(torch.zeros(1, 16, device=engine.device, dtype=engine.module.weight.dtype)).float().sum()
+        )
+        engine.step()
+    # Whatever DeepSpeed's checks raise. Subclasses of RuntimeError are no room on the GPU, or a rank that is gone.
+    except (
+        *(DeepSpeedConfigError, ZeRORuntimeException, AssertionError, RuntimeError),
+        *(ValueError, TypeError, AttributeError, KeyError, ImportError),
+    ) as error:
+        other = isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError)
+        if other or isinstance(error, UnicodeError):
+            raise
+        raise UserError(
+            f"{path}: DeepSpeed cannot start with it ({reason(error)}); change or remove that key"
+        ) from None
+    engine.destroy()
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mirage_ds.data.encode import LATENT_TOKENS
-from mirage_ds.files import write_atomically
+from mirage_ds.files import TRAINED_KEY, write_atomically
 
-# Where config.json says how the model was trained; plain transformers carries the key along.
-TRAINED_KEY = "mirage"
 # The public Mirage code says it at the top of config.json.
 PUBLIC_KEYS = ("stage", "latent_size", "compress_strategy")
 TOKENIZER = "tokenizer_config.json"

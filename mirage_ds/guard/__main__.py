@@ -13,12 +13,13 @@ from urllib.parse import unquote
 
 import click
 
+from mirage_ds.entry import Place, find_place, print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
+from mirage_ds.files import disk_trouble
 from mirage_ds.guard.child import Child, adopt_orphans, end_all
 from mirage_ds.guard.client import BEAT_S, Client
 from mirage_ds.guard.hub import Hub
 from mirage_ds.guard.options import CONTEXT, bounds_options, leave, log_file, tell
-from mirage_ds.guard.place import Place, find_place
 from mirage_ds.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.stop import EXIT_STOPPED
 
@@ -122,12 +123,19 @@ async def leave_by_itself(child: Child, seconds: float) -> None:
 
 def main() -> None:
     """Run the command; a user's mistake is one sentence and exit code 2."""
+    print_anything()
     try:
         command.main(standalone_mode=False)
     except click.ClickException as error:
         message = error.format_message()
     except UserError as error:
         message = str(error)
+    except OSError as error:
+        # The folder of --logs.
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        message = trouble
     else:
         return
     print(f"error: {message}", file=sys.stderr)  # before any log exists

@@ -171,7 +171,7 @@ def write_stacks(place: Path, ranks: Sequence[Member]) -> None:
     """Write each rank's stacks into a file of its own."""
     place.mkdir(exist_ok=True)
     for one in ranks:
-        (place / f"rank{one.rank}.txt").write_text(one.stacks)
+        (place / f"rank{one.rank}.txt").write_text(one.stacks, encoding="utf-8", errors="replace")
 
 
 class Hub:

@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from mirage_ds.entry import print_anything
 from mirage_ds.guard.__main__ import leave_by_itself
 from mirage_ds.guard.child import Child, adopt_orphans, end_all
 from mirage_ds.guard.client import BEAT_S, Client
@@ -83,4 +84,5 @@ async def watch(words: list[str], master: str, port: int, job: str, bounds: Boun
 
 
 if __name__ == "__main__":
+    print_anything()
     main()

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mirage_ds.errors import UserError
+from mirage_ds.files import Output
 
 
 def _path() -> click.Path:
@@ -27,7 +28,9 @@ def read_rows(text: str) -> list[int]:
 @click.command()
 @click.argument("folder", type=_path())
 @click.option("--data_path", required=True, type=_path(), help="Records with answers, as for training.")
-@click.option("--out", required=True, type=_path(), help="New folder for index.html, the pictures and numbers.json.")
+@click.option(
+    "--out", required=True, type=Output(folder=True), help="New folder for index.html, the pictures and numbers.json."
+)
 @click.option("--rows", default="0", show_default=True, help="Rows shown in detail, counted from 0: 0,5,9.")
 @click.option("--decode", is_flag=True, help="Show these rows' latents in the model's own decoding too.")
 @click.option("--max_new_tokens", default=256, show_default=True, type=click.IntRange(min=1), help="With --decode.")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from mirage_ds.config import cache_folder
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.files import write_atomically
+from mirage_ds.model.family import check_kind
 from mirage_ds.model.presets import preset
 from mirage_ds.scale import Shape
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.rewrite import Source, line_of
 from mirage_ds.errors import UserError
+from mirage_ds.files import check_output
 from mirage_ds.rationalize.form import MEANINGS, Judge, Outcome
 from mirage_ds.rationalize.job import Job, Lost, Pending, Reply, Rows
 from mirage_ds.rationalize.journal import Journal
@@ -67,6 +68,7 @@ def rationalize(file: Path, spec: RationalizeSpec, progress: Advance | None = No
     Raises:
         UserError: a record that cannot be used, a folder of another command, a server that refuses or is gone.
     """
+    check_output(spec.out, "--out", folder=True)
     template = Template.load(spec.prompt)
     rows = Rows(file, ImageFinder.beside(file, spec.image_root), spec.task, spec.most)
     count = rows.check()

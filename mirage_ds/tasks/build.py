@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mirage_ds.errors import UserError, shown
+from mirage_ds.files import TROUBLES
 from mirage_ds.tasks import get_task, task_name
 from mirage_ds.tasks.draft import INPUT_IMAGE, OUTPUT_IMAGE, Draft, Picture
 from mirage_ds.tasks.report import Advance, BuildReport, print_report, progress_bar
@@ -57,7 +59,7 @@ def _write(
     total = None
     if isinstance(drafts, Sequence):
         total = len({name for draft in drafts for name in _pictures(draft) if not (out / name).exists()})
-    with whole_or_nothing(out) as work, Painter(work, total, progress) as painter:
+    with _told(settings.out), whole_or_nothing(out) as work, Painter(work, total, progress) as painter:
         with (work / report.file.name).open("w", encoding="utf-8", newline="\n") as file:
             waiting = iter(drafts)
             while chunk := list(islice(waiting, _CHUNK)):
@@ -72,6 +74,17 @@ def _write(
             raise UserError(f"task {report.task} has made no record; {_why(report)}")
         report.images = painter.written
     return report
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Tell a disk that is full as the user knows it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in TROUBLES:
+            raise
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from None
 
 
 def _why(report: BuildReport) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mirage_ds.errors import UserError
+from mirage_ds.files import check_output
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
 
@@ -26,6 +27,7 @@ def new_target(out: Path, name: str) -> Path:
     target = out.resolve() / f"{name}.jsonl"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
+    check_output(out, "--out", folder=True)
     if target.exists():
         raise UserError(f"{out / target.name} exists; remove it, or choose another --out or --name")
     return target

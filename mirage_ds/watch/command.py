@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from mirage_ds.errors import UserError
+from mirage_ds.files import Output
 
 # Letters of a table's line where no terminal sets them.
 WIDE = 200
@@ -63,7 +64,7 @@ def status(runs: tuple[Path, ...], wants_json: bool, watch: float | None) -> Non
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=_path())
-@click.option("--out", required=True, type=_path(), help="The picture, .png or .svg.")
+@click.option("--out", required=True, type=Output(), help="The picture, .png or .svg.")
 @click.option("--metric", "metrics", help="What of log.jsonl is drawn, with commas. [default: loss, and eval_loss]")
 @click.option("--smooth", type=click.IntRange(min=1), help="Steps of the mean. [default: a fiftieth of the longest]")
 @click.option("--against", default="step", show_default=True, type=click.Choice(["step", "rows", "tokens", "seconds"]))

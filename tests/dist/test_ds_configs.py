@@ -17,6 +17,8 @@ from group import Group
 from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.engine import ds_config as ds
+from mirage_ds.engine.setup import check_ds_config, try_engine
+from mirage_ds.errors import UserError
 from mirage_ds.prepare import prepare
 
 STAGES = ("sft", "stage1", "stage2")
@@ -113,3 +115,41 @@ def test_every_stage_has_every_budget_with_its_twin() -> None:
         assert {name.removeprefix(stage) for name in ALL if name.partition("_")[0] == stage} == budgets | {other}
     names = {path.stem for path in ds.shipped_folder().glob("*.json")}
     assert names == {*ALL, *(f"{name}_cpu" for name in ALL)}
+
+
+# What DeepSpeed's configuration classes let pass and its engine does not.
+REFUSED_BY_THE_ENGINE = (
+    ({"data_types": {"param_dtype": "fp16"}}, "data_types.param_dtype='fp16' conflicts"),
+    ({"data_types": {"grad_accum_dtype": "fp8"}}, "'fp8' is not a valid"),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "not been implemented on CPU"),
+    ({"optimizer": {"type": "AdamW", "params": {"fused": True, "foreach": True}}}, "cannot be `True` together"),
+)
+
+
+def _tried(world: Any, files: list[Path]) -> list[str]:
+    """What the engine says to each JSON; nothing where it starts."""
+    del world
+    said = []
+    for file in files:
+        settings = RunConfig(model="m", stage="sft", data_path="d", save_model_path="o")
+        values = ds.resolve(ds.read_json(file), file, settings, 2)
+        check_ds_config(values, file)
+        try:
+            try_engine(values, file)
+            said.append("")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_json_that_the_engine_refuses_is_one_sentence_on_every_rank(group: Group, tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.json" for number in range(len(REFUSED_BY_THE_ENGINE))]
+    for file, (values, _) in zip(files, REFUSED_BY_THE_ENGINE, strict=True):
+        file.write_text(json.dumps(values))
+    good = [ds.shipped_folder() / f"stage2{name}_cpu.json" for name in ("", "_hpz", "_zero1", "_zero2", "_bf16_states")]
+    for said in group.run(_tried, [*files, *good]):
+        assert said[len(files) :] == [""] * len(good)
+        for file, sentence, (_, why) in zip(files, said, REFUSED_BY_THE_ENGINE, strict=False):
+            assert sentence.startswith(f"{file}: ")
+            assert why in sentence
+            assert "\n" not in sentence

@@ -154,7 +154,7 @@ class Run:
         self.fails: Exception | None = None
 
     def save(self, folder: Path, step: int, scores: Mapping[str, float]) -> None:
-        (folder / "model").write_text(str(step))
+        (folder / "model.safetensors").write_text(str(step))
         if self.fails:
             raise self.fails
 
@@ -165,7 +165,7 @@ class Run:
     def kept(self) -> int:
         assert sorted(path.name for path in self.folder.iterdir()) == ["best"]
         note = json.loads((self.folder / "best/best.json").read_text())
-        assert (self.folder / "best/model").read_text() == str(note["step"])
+        assert (self.folder / "best/model.safetensors").read_text() == str(note["step"])
         return note["step"]
 
 
@@ -196,6 +196,18 @@ def test_a_run_that_goes_on_knows_its_best_and_a_new_one_has_none(run: Run) -> N
     assert run.best("loss", 3).value is None
     assert run.best("success", 0).value is None
     assert list(run.folder.iterdir()) == []
+
+
+def test_what_somebody_put_beside_the_best_model_stays(run: Run) -> None:
+    keeper = run.best("success", 0)
+    for step, score in ((1, 0.5), (2, 0.6)):
+        keeper.consider(step, {"success": score})
+        (run.folder / "best/backup.safetensors").write_text("mine")
+    assert keeper.consider(3, {"success": 0.7}) is not None
+    assert run.kept == 3
+    assert (run.folder / "best/backup.safetensors").read_text() == "mine"
+    run.best("success", 0)
+    assert [path.name for path in (run.folder / "best").iterdir()] == ["backup.safetensors"]
 
 
 def test_what_cannot_be_written_leaves_the_earlier_best(run: Run) -> None:
@@ -307,8 +319,10 @@ def test_flags_that_need_others(given: dict[str, Any], sentence: str) -> None:
 
 
 def test_a_run_that_starts_over_has_no_best(tmp_path: Path) -> None:
-    for name in ("run/checkpoints/step1", "best"):
+    for name in ("run/checkpoints/global_step1", "best"):
         (tmp_path / name).mkdir(parents=True)
+    for name in ("run/config.yaml", "best/best.json", "best/config.json"):
+        (tmp_path / name).touch()
     claim(tmp_path, overwrite=False, resume=True)
     assert (tmp_path / "best").is_dir()
     claim(tmp_path, overwrite=True)

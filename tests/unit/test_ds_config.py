@@ -15,6 +15,7 @@ from deepspeed.runtime import config as theirs
 from mirage_ds.config import RunConfig
 from mirage_ds.engine.ds_config import (
     KNOWN_KEYS,
+    UNUSED,
     compute_dtype,
     default_path,
     fill_limits,
@@ -316,6 +317,56 @@ def test_what_deepspeed_has_removed_is_refused_before_it_starts(key: str, refuse
     assert f"'{key}'" in refused({key: {}})
 
 
+ON: dict[str, Any] = {
+    "gradient_predivide_factor": 4.0,
+    "gradient_allreduce_op": "sum",
+    "managed_gradient_accumulation": False,
+    "zero_optimization.compute_grad_norm": False,
+    "zero_optimization.mics_shard_size": 1,
+    "tensor_parallel": {"autotp_size": 2},
+    "compile": {"deepcompile": True},
+    "disable_allgather": True,
+}
+OFF: dict[str, Any] = {
+    "gradient_predivide_factor": 1.0,
+    "gradient_allreduce_op": "mean",
+    "managed_gradient_accumulation": True,
+    "zero_optimization.compute_grad_norm": True,
+    "zero_optimization.mics_shard_size": -1,
+    "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
+    "data_efficiency": {"enabled": False, "seed": 7},
+}
+
+
+def _placed(name: str, value: Any) -> dict[str, Any]:
+    block, _, key = name.rpartition(".")
+    return {block: {key: value}} if block else {key: value}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_what_this_trainer_does_not_use_is_refused_and_switched_off_it_is_no_fault(
+    name: str, refused: Callable[..., str], read: Callable[[Any], dict[str, Any]]
+) -> None:
+    on = ON.get(name, {UNUSED[name][0]: True} if UNUSED[name][0] else {"anything": 2})
+    assert f": '{name}' is not supported: " in refused(_placed(name, on))
+    values = _placed(name, OFF.get(name, {}))
+    assert read(values) == values
+
+
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "'zero_optimization.offload_param' needs 'stage' 3"),
+        ({"offload_optimizer": {"device": "nvme"}}, "'zero_optimization.offload_optimizer' needs 'stage' 1 or more"),
+    ],
+)
+def test_an_offload_that_deepspeed_would_ignore_is_refused(
+    zero: dict[str, Any], said: str, refused: Callable[..., str], read: Callable[[Any], dict[str, Any]]
+) -> None:
+    assert said in refused({"zero_optimization": zero})
+    assert read({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "none"}, "offload_param": None}})
+
+
 @pytest.mark.parametrize(
     ("block", "said"),
     [
@@ -325,6 +376,8 @@ def test_what_deepspeed_has_removed_is_refused_before_it_starts(key: str, refuse
             "'offload_param.device' (block Zero) with 'moon'",
         ),
         ({"bf16": {"enabled": "banana"}}, "'enabled' (block BF16) with 'banana'"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "the block Zero"),
+        ({"checkpoint": {"tag_validation": "x"}}, "cannot read it (DeepSpeedConfigError"),
         ({"aio": "banana"}, "cannot read it"),
         ({"comms_logger": 5}, "cannot read it"),
         ({"communication_data_type": "fp17"}, "cannot read it (Invalid communication_data_type"),

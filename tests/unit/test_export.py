@@ -151,7 +151,14 @@ def test_shards_hold_their_bound_and_a_later_save_leaves_none_of_them(
     assert index["metadata"]["total_size"] == total
     assert sorted(index["weight_map"]) == names_in(tmp_path)
     assert torch.equal(logits(plain(tmp_path), sample), logits(plain(nano), sample))
-    save(load(tmp_path), nano, tmp_path)
+    loaded = load(tmp_path)
+    # Somebody's own, near enough in name.
+    for name in ("model-merged.safetensors", "model_best_backup.safetensors"):
+        (tmp_path / name).write_text("mine")
+    save(loaded, nano, tmp_path)
+    for name in ("model-merged.safetensors", "model_best_backup.safetensors"):
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
     assert [file.name for file in tmp_path.glob("*safetensors*")] == ["model.safetensors"]
     assert torch.equal(logits(plain(tmp_path), sample), logits(plain(nano), sample))
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from mirage_ds.entry import Place, find_place
 from mirage_ds.errors import EXIT_LOST, UserError
 from mirage_ds.guard.explain import late, main_stack, waits_for
 from mirage_ds.guard.hub import Member, hanging, judge
-from mirage_ds.guard.place import Place, find_place
 from mirage_ds.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.stop import EXIT_STOPPED
 from mirage_ds.whereabouts import COLLECTIVE, LOADING, SAVING, Whereabouts
@@ -153,7 +153,7 @@ def test_a_place_is_read_from_any_launcher() -> None:
     assert find_place(meeting | slurm | mpi | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}).size == 1
     with pytest.raises(UserError, match="no launcher has set RANK"):
         find_place(meeting)
-    with pytest.raises(UserError, match="MASTER_PORT not set"):
+    with pytest.raises(UserError, match="SLURM_PROCID is set, and MASTER_PORT not"):
         find_place(slurm | {"MASTER_ADDR": "node1"})
 
 

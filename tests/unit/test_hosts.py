@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from mirage_ds.errors import UserError
-from mirage_ds.hosts import Host, parse_hosts, read_hosts
+from mirage_ds.hosts import Host, main, parse_hosts, read_hosts
 
 GOOD = "# two racks\n\n  node-b slots=8\nnode-a\tslots=4 max_slots=4\n#node-c slots=8\nuser@10.0.0.3 slots=1 # spare\n"
 
@@ -30,6 +31,27 @@ def test_deepspeed_reads_the_same() -> None:
         ("a slots = 2\n", ["line 1"]),
         ("a slots=0\n", ["line 1", "a has 0 slots"]),
         ("a slots=1\n# a\na slots=2\n", ["line 3", "a stands there twice"]),
+        ("a slots=1\nbob@A. slots=2\n", ["line 2", "A. stands there twice"]),
+        ("a slots=1025\n", ["line 1", "a has '1025' slots"]),
+        ("a slots=" + 5000 * "9", ["line 1", "'999"]),
+        ("a slots=1\nnode1:2222 slots=4\n", ["line 2", "'node1:2222'", "~/.ssh/config"]),
+        ("alice@node1:2222 slots=4\n", ["line 1", "~/.ssh/config"]),
+        ("[10.0.0.1]:22 slots=4\n", ["line 1", "~/.ssh/config"]),
+        ("node[1-4] slots=4\n", ["line 1", "one host a line", "Slurm"]),
+        ("192.168.1.1, slots=4\n", ["line 1", "'192.168.1.1,'", "without commas"]),
+        ("a,b slots=4\n", ["line 1", "without commas"]),
+        ("\ufeffnode1 slots=4\n", ["line 1", "byte order mark"]),
+        ("no\x00de slots=1\n", ["line 1", r"'no\x00de'", "ASCII"]),
+        ("n\u00f6de slots=1\n", ["line 1", "ASCII"]),
+        ("fe80::1 slots=1\n", ["line 1", "IPv6", "/etc/hosts"]),
+        ("bob@[2001:db8::7] slots=1\n", ["line 1", "IPv6"]),
+        ("fe80::1%eth0 slots=1\n", ["line 1", "IPv6"]),
+        ("-oProxyCommand=x slots=1\n", ["line 1", "`host` or `user@host`"]),
+        ("@node1 slots=1\n", ["line 1", "`host` or `user@host`"]),
+        ("a@b@c slots=1\n", ["line 1", "`host` or `user@host`"]),
+        ("ssh://node1 slots=1\n", ["line 1", "path"]),
+        ("a\u00a0slots=1\n", ["line 1", "names no host and slots"]),
+        ("a slots=1\x0bb slots=2\n", ["line 1"]),
         ("# nothing\n\n", ["no host in it"]),
         ("", ["no host in it"]),
     ],
@@ -47,3 +69,13 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     for name in ("gone", "binary", "."):
         with pytest.raises(UserError, match=r"--hostfile .*cannot be read"):
             read_hosts(tmp_path / name)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_the_launch_scripts_get_an_address_that_the_other_hosts_reach(
+    ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hosts").write_bytes(ends.join(["alice@node1 slots=4", "node2 slots=3", ""]).encode())
+    monkeypatch.setattr(sys, "argv", ["hosts", str(tmp_path / "hosts")])
+    main()
+    assert capsys.readouterr().out == "node1 7\n"

@@ -196,6 +196,6 @@ def test_what_cannot_be_shown(file: Path, tmp_path: Path) -> None:
     assert f"--out {out}: exists; remove it" in refused(file, "--out", out)
     assert out.read_text() == "mine"
     assert "is neither .html nor .png" in refused(file, "--out", tmp_path / "page.pdf")
-    assert "cannot be written (No such file or directory)" in refused(file, "--out", tmp_path / "no/page.html")
+    assert "cannot be written (Not a directory)" in refused(file, "--out", file / "page.html")
     (tmp_path / "empty.jsonl").write_text("\n")
     assert "there is no record;" in refused(tmp_path / "empty.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,19 @@ def write_report(results: Results, out: Path, resamples: int = RESAMPLES) -> dic
     drawn = list(_figures(results, report))
     for name, data, _ in drawn:
         write_atomically(folder / f"{name}.png", data)
-    for file in folder.glob("*.png"):
-        if file.stem not in {name for name, _, _ in drawn}:
-            file.unlink()
+    for name in _earlier(out) - {name for name, _, _ in drawn}:
+        (folder / f"{name}.png").unlink(missing_ok=True)
     write_atomically(out / "report.csv", sheet(report))
     write_atomically(out / "report.md", markdown(report, [(f"figures/{name}.png", text) for name, _, text in drawn]))
     write_atomically(out / "report.html", page(report, [(data, text) for _, data, text in drawn]))
     write_atomically(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return report
+
+
+def _earlier(out: Path) -> set[str]:
+    """Name the figures of the report that is replaced; other pictures beside them are not ours."""
+    file = out / "report.md"
+    return set(re.findall(r"\(figures/([^/)]+)\.png\)", file.read_text(encoding="utf-8"))) if file.is_file() else set()
 
 
 def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, bytes, str]]:
