@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,20 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mirage_ds.data.kinds import head_of, is_parquet, need_json_lines
+from mirage_ds.data.messages import is_null
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record
 from mirage_ds.data.record_files import text_lines
 from mirage_ds.errors import UserError, reason
 from mirage_ds.mixture import Mixture, Records
 
 SUFFIXES = (".jsonl", ".parquet")
+# Files that are named where there are many.
+NAMED = 5
+_RECORDS_LIKE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|xlsx|parquet|arrow|feather)(\.(gz|bz2|xz|zst|lz4|zip))?$", re.I)
+_KEYS = re.compile(rb'"(text_input|messages|conversations?|query|instruction|prompt)"\s*:')
+# What `datasets` and LLaMA-Factory have beside their files.
+_NO_RECORDS = ("dataset_info.json", "dataset_infos.json", "state.json")
 # A piece is what one process reads at a time: about a thousand records.
 PIECE_BYTES = 1 << 20
 # Rows of a Parquet file lie in groups, and to reach a row all before it in its group are read.
@@ -80,9 +89,11 @@ def find_files(data_path: Records) -> tuple[Path, ...]:
         return tuple(files)
     try:
         if data_path.is_dir():
-            found = [file for file in data_path.iterdir() if file.suffix in SUFFIXES and file.is_file()]
+            found = [file for file in data_path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
             if not found:
-                raise UserError(f"{data_path}: no *.jsonl or *.parquet file in this folder; name the records")
+                others = ", ".join(file.name for file in unread(data_path)[:NAMED])
+                there = f", but {others}" if others else ""
+                raise UserError(f"{data_path}: no *.jsonl or *.parquet file in this folder{there}; name the records")
         elif data_path.is_file():
             found = [data_path]
         elif has_magic(str(data_path)):
@@ -94,6 +105,34 @@ def find_files(data_path: Records) -> tuple[Path, ...]:
     except OSError as error:
         raise _unreadable(data_path, error) from None
     return tuple(sorted(found, key=str))
+
+
+def unread(folder: Path) -> list[Path]:
+    """List what looks like records in a folder and is not read, in the order of the names."""
+    return sorted(file for file in folder.iterdir() if _like_records(file)) if folder.is_dir() else []
+
+
+def unread_lines(data_path: Records) -> Iterator[str]:
+    """Say of each folder of a source what looks like records there and is not read."""
+    for folder in [part.file for part in data_path.parts] if isinstance(data_path, Mixture) else [data_path]:
+        names = [file.name for file in unread(folder)]
+        if names:
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            yield f"{folder}: {', '.join(names[:NAMED])}{more} not read; of a folder *.jsonl and *.parquet are"
+
+
+def _like_records(file: Path) -> bool:
+    suffix = file.suffix.lower()
+    if not _RECORDS_LIKE.search(file.name) or file.name in _NO_RECORDS or (suffix in SUFFIXES and file.is_file()):
+        return False
+    if suffix != ".json" or not file.is_file():
+        return True
+    # Of JSON files most are settings of something.
+    try:
+        head = head_of(file)
+    except OSError:
+        return True
+    return head.startswith(b"[") or _KEYS.search(head) is not None
 
 
 def _unreadable(file: Path, error: OSError) -> UserError:
@@ -183,12 +222,15 @@ def pieces(files: Sequence[Path]) -> Iterator[Piece]:
     """Cut the files into pieces, in the order of their records.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: a file cannot be read, or is neither JSON lines nor Parquet.
     """
     for number, file in enumerate(files):
-        cut = _parquet_pieces if file.suffix == ".parquet" else _line_pieces
         try:
-            yield from cut(number, file)
+            if is_parquet(file):
+                yield from _parquet_pieces(number, file)
+            else:
+                need_json_lines(file)
+                yield from _line_pieces(number, file)
         except OSError as error:
             raise _unreadable(file, error) from None
 
@@ -266,14 +308,13 @@ def _line_records(piece: Piece, file: Path, pictures: Path) -> Iterator[Record |
 def _parquet_records(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fault]:
     line = piece.first
     for values in _parquet_rows(piece, file):
-        for name in ("image_input", "image_output"):
-            value = values.get(name)
-            if isinstance(value, list):
-                values[name] = [_path_of(item, pictures) for item in value]
-            else:
-                values[name] = _path_of(value, pictures)
+        # A row has every column of its file: what it lacks is null there.
+        own = {name: value for name, value in values.items() if not is_null(value)}
+        for name in ("image_input", "image_output", "messages"):
+            if name in own:
+                own[name] = _with_paths(own[name], pictures)
         try:
-            yield make_record(values, line)
+            yield make_record(own, line)
         except RecordError as error:
             yield error.fault
         line += 1
@@ -292,6 +333,15 @@ def _parquet_rows(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
                 yield from own.to_pylist()
             if at >= piece.stop:
                 return
+
+
+def _with_paths(value: Any, pictures: Path) -> Any:
+    """Put its path in place of every picture in a value."""
+    if isinstance(value, list):
+        made = [_with_paths(item, pictures) for item in value]
+        return made if any(item is not None for item in made) else []
+    value = _path_of(value, pictures)
+    return {name: _with_paths(inner, pictures) for name, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _path_of(value: Any, pictures: Path) -> Any:
