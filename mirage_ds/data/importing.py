@@ -12,7 +12,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.kinds import head_of, is_array, is_arrow, is_parquet
 from mirage_ds.data.layouts import Layout, read_row
 from mirage_ds.data.messages import TURNS_BEFORE, MessageError
-from mirage_ds.data.record import Fault, Record, RecordError, make_record
+from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_object
 from mirage_ds.data.record_files import read_lines
 from mirage_ds.data.rewrite import Row, Written, write_rows
 from mirage_ds.data.sources import BATCH_ROWS
@@ -28,9 +28,9 @@ _SIGNS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"RIFF", "webp"), (b"GIF8"
 def _from_lines(file: Path) -> Iterator[tuple[int, Any]]:
     for line, text in read_lines(file):
         try:
-            yield line, strict_json(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file} line {line}: not valid JSON ({reason(error)}); write one object a line") from None
+            yield line, parse_object(text, line)
+        except RecordError as error:
+            raise UserError(f"{file}, {error.fault}") from None
 
 
 def _from_array(file: Path) -> Iterator[tuple[int, Any]]:
@@ -102,7 +102,7 @@ def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
     file = Path(source)
     try:
         if not file.is_file():
-            if file.suffix in (".json", ".jsonl", ".parquet") or file.is_absolute():
+            if file.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv") or file.is_absolute():
                 raise UserError(f"{source}: no such file")
             yield from _from_hub(source, split)
         elif is_parquet(file) or is_arrow(file):

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from mirage_ds.data.messages import (
+    FIELDS,
     IMAGE_MARK,
     TURNS_BEFORE,
     MessageError,
@@ -24,6 +25,7 @@ from mirage_ds.data.messages import (
     is_absent,
     is_learnt,
     not_learnt,
+    refuse_row,
 )
 from mirage_ds.errors import shown
 
@@ -38,18 +40,6 @@ PAIRS: dict[Layout, tuple[tuple[str, str], ...]] = {
     "llama-factory": (("instruction", "output"),),
     "trl": (("prompt", "completion"),),
 }
-_PREFERENCES = "nothing here learns from worse answers; write the better one as the row's answer, or leave the row out"
-# Keys of a row that no record can hold: what they are, and what to do.
-_REFUSED = (
-    (re.compile(r"videos?$"), "a video", "leave the row out, or give its frames as images"),
-    (re.compile(r"audios?$"), "sound", "leave the row out"),
-    (re.compile(r"objects$|bbox(es)?$|boxes$"), "boxes", "write their coordinates into the texts, without this key"),
-    (re.compile(r"tools$|functions$|tool_calls$"), "tools", "write what is to be said into the texts, or leave it out"),
-    (re.compile(r"chosen|rejected|(posi|nega)tive_"), "a better and a worse answer", _PREFERENCES),
-    (re.compile(r"completions$"), "several answers", "write a row for each"),
-    (re.compile(r"(text|image)_(in|out)put$|turns_before$"), "a key of a record", "a row has one layout; rename it"),
-)
-_VERDICTS = ("label", "labels", "kto_tag")
 # Text that stands for something else in those trainers.
 _STANDS_FOR = re.compile(
     r"<(?:video|audio|bbox|ref-object|cot-process)>|<\|(?:vision|image|video|audio|box|quad|object_ref)_\w+\|>"
@@ -80,7 +70,7 @@ def _turn(where: str, role: str, content: Any, learnt: bool = True) -> _Turn:
 
     def marked(text: str) -> str:
         def picture(match: re.Match[str]) -> str:
-            pictures.append(match[1])
+            pictures.append(match[1] and match[1].strip())
             return IMAGE_MARK
 
         return _PICTURE.sub(picture, text)
@@ -161,15 +151,18 @@ def _pair(row: dict[str, Any], question: str, answer: str) -> Iterator[_Turn]:
 
 def _turns(row: dict[str, Any], layout: Layout) -> list[_Turn]:
     """Take the conversation out of a row."""
-    key = next((key for key in ("messages", "conversations", "conversation") if key in row), None)
-    pairs = [pair for pair in PAIRS[layout] if pair[0] in row] or [PAIRS[layout][0]]
+    keys = [key for key in ("messages", "conversations", "conversation") if key in row]
+    pairs = [pair for pair in PAIRS[layout] if any(name in row for name in pair)] or [PAIRS[layout][0]]
     system = [_turn("system", "system", _taken(row, "system", str))] if "system" in row else []
-    if key:
-        return [*system, *_messages(row, key)]
+    if len(keys) > 1:
+        raise MessageError(keys[0], f"stands beside {keys[1]}", "a row has one conversation")
+    if keys:
+        return [*system, *_messages(row, keys[0])]
     if isinstance(row.get("prompt"), list) and layout == "trl":
         return [*system, *_messages(row, "prompt"), *_messages(row, "completion")]
     if len(pairs) > 1:
-        raise MessageError(pairs[0][0], f"stands beside {pairs[1][0]}", "a row has one question and one answer")
+        first, second = (next(name for name in pair if name in row) for pair in pairs)
+        raise MessageError(first, f"stands beside {second}", "a row has one question and one answer")
     return [*system, *_pair(row, *pairs[0])]
 
 
@@ -191,17 +184,6 @@ def images_of(row: dict[str, Any], key: str) -> list[str | bytes]:
     """Take the pictures under a key out of a row."""
     value = row.pop(key, [])
     return [picture_of(one, key) for one in (value if isinstance(value, list) else [value])]
-
-
-def _refuse(row: Row) -> None:
-    """MessageError where a row holds what no record can."""
-    for key, value in row.items():
-        for pattern, what, how in _REFUSED:
-            if pattern.match(key) and str(value).strip() not in ("[]", "{}", "null"):
-                raise MessageError(key, f"holds {what} ({shown(value)})", how)
-        verdicts = value if isinstance(value, list) else [value]
-        if key in _VERDICTS and any(str(one).lower() in ("false", "0", "0.0") for one in verdicts):
-            raise MessageError(key, f"is {shown(value)}: an example of a bad answer", _PREFERENCES)
 
 
 def _check_kept(kept: Row, pictures: bool) -> None:
@@ -252,7 +234,10 @@ def read_row(row: Row, layout: Layout, helper_key: str) -> dict[str, Any]:
         raise MessageError("image", "stands beside images", "write all pictures of the row under images")
     helpers = images_of(left, helper_key)
     images = images_of(left, "image" if "image" in left else "images")
-    _refuse(left)
+    refuse_row(left)
+    own = next((name for name in (*FIELDS, TURNS_BEFORE) if name in left), None)
+    if own:
+        raise MessageError(own, "is a key of a record", "a row has one layout; leave it out, or rename it")
     turns = _turns(left, layout)
     if len(turns) < 2 or turns[-1].role != "assistant" or turns[-2].role != "user":
         raise MessageError("messages", "they do not end with a question and its answer", "leave the row out")

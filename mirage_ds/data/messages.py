@@ -12,6 +12,7 @@ kept in TURNS_BEFORE, with `<image>` where an image stands.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,11 +22,24 @@ from mirage_ds.errors import shown
 TURNS_BEFORE = "turns_before"
 IMAGE_MARK = "<image>"
 HELPER_MARK = "<output_image>"
+FIELDS = ("text_input", "text_output", "image_input", "image_output")
 ROLES = ("system", "user", "assistant")
 # Keys of a message that say whether it is learnt, whether it is not, and such that say nothing about it.
 LEARNT = ("loss", "weight", "train", "trainable")
 MASKED = ("mask", "masked")
 MESSAGE_NOTES = ("id", "message_id", "timestamp", "date", "model")
+
+_PREFERENCES = "nothing here learns from worse answers; write the better one as the row's answer, or leave the row out"
+# Keys of a row that no record can hold: what they are, and what to do.
+_REFUSED = (
+    (re.compile(r"videos?$"), "a video", "leave the row out, or give its frames as images"),
+    (re.compile(r"audios?$"), "sound", "leave the row out"),
+    (re.compile(r"objects$|bbox(es)?$|boxes$"), "boxes", "write their coordinates into the texts, without this key"),
+    (re.compile(r"tools$|functions$|tool_calls$"), "tools", "write what is to be said into the texts, or leave it out"),
+    (re.compile(r"chosen|rejected|(posi|nega)tive_"), "a better and a worse answer", _PREFERENCES),
+    (re.compile(r"completions$"), "several answers", "write a row for each"),
+)
+_VERDICTS = ("label", "labels", "kto_tag")
 
 
 class MessageError(Exception):
@@ -70,6 +84,17 @@ def is_learnt(message: Mapping[str, Any], known: tuple[str, ...], where: str) ->
         if value not in (0, 1):
             raise MessageError(where, f"{key} is {shown(value)}", "an answer counts whole: write 1, or leave it out")
     return all(bool(value) == (key in LEARNT) for key, value in marks.items())
+
+
+def refuse_row(row: Mapping[str, Any]) -> None:
+    """MessageError where a conversation's row holds what no record can: other media, boxes, tools, bad answers."""
+    for key, value in row.items():
+        for pattern, what, how in _REFUSED:
+            if not is_absent(value) and pattern.match(key) and str(value).strip() not in ("[]", "{}", "null"):
+                raise MessageError(key, f"holds {what} ({shown(value)})", how)
+        verdicts = value if isinstance(value, list) else [value]
+        if key in _VERDICTS and any(str(one).lower() in ("false", "0", "0.0") for one in verdicts):
+            raise MessageError(key, f"is {shown(value)}: an example of a bad answer", _PREFERENCES)
 
 
 def not_learnt(where: str) -> MessageError:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mirage_ds.data.messages import (
+    FIELDS,
     HELPER_MARK,
     IMAGE_MARK,
     TURNS_BEFORE,
@@ -24,10 +25,10 @@ from mirage_ds.data.messages import (
     from_messages,
     is_absent,
     is_null,
+    refuse_row,
 )
 from mirage_ds.errors import shown, strict_json
 
-FIELDS = ("text_input", "text_output", "image_input", "image_output")
 # Where null means as much as nothing.
 NULLABLE = (*FIELDS, "messages", TURNS_BEFORE)
 # Keys by which other trainers' rows are known, and their layout.
@@ -35,9 +36,6 @@ FOREIGN = {
     **{"conversations": "llama-factory", "instruction": "llama-factory"},
     **{"query": "swift", "conversation": "swift", "prompt": "trl", "completion": "trl"},
 }
-# Other trainers have a row's pictures there.
-BESIDE_MESSAGES = ("images", "image", "videos", "video", "audios", "audio")
-IMPORTS = "`mirage-ds data import`"
 # Python's own limit depends on who calls the parser, and a line must be a fault for all or for none.
 MAX_DEPTH = 64
 
@@ -147,8 +145,8 @@ def _whole(text: str) -> bool:
     return True
 
 
-def _values(text: str, line: int) -> dict[str, Any]:
-    """Parse the JSON object of one line."""
+def parse_object(text: str, line: int) -> dict[str, Any]:
+    """Parse the JSON object of one line; RecordError where it holds none."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -180,6 +178,16 @@ def _values(text: str, line: int) -> dict[str, Any]:
     return values
 
 
+def _check_beside(values: dict[str, Any], answers: bool) -> None:
+    """MessageError where something stands beside `messages` that another trainer would take into account."""
+    pictures = next((name for name in ("images", "image") if not is_absent(values.get(name))), None)
+    if pictures:
+        how = "pictures are items of a message here; `mirage-ds data import` reads layouts that list them"
+        raise MessageError(pictures, "stands beside messages", how)
+    if answers:
+        refuse_row(values)
+
+
 def _missing(values: dict[str, Any]) -> tuple[str, str]:
     """Say what is wrong with a row that lacks a text, and what to do: rows of other trainers are imported."""
     what = "missing"
@@ -196,7 +204,7 @@ def parse_record(text: str, line: int, answers: bool = True) -> Record:
     Args:
         answers: whether the record must have an answer; questions alone are enough to decode.
     """
-    return make_record(_values(text, line), line, answers)
+    return make_record(parse_object(text, line), line, answers)
 
 
 def make_record(values: dict[str, Any], line: int, answers: bool = True) -> Record:
@@ -208,10 +216,7 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True) -> Reco
     values = {key: value for key, value in values.items() if not (key in NULLABLE and is_null(value))}
     try:
         if "messages" in values and "text_input" not in values:
-            beside = [name for name in BESIDE_MESSAGES if not is_absent(values.get(name))]
-            if beside:
-                how = f"pictures are items of a message here; {IMPORTS} reads such layouts"
-                raise MessageError(beside[0], "stands beside messages", how)
+            _check_beside(values, answers)
             values = {
                 **{k: v for k, v in values.items() if k != "messages"},
                 **from_messages(values["messages"], answers),

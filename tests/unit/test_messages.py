@@ -286,7 +286,7 @@ def test_what_cannot_be_imported_is_one_sentence_and_leaves_nothing(pictures: Pa
         with pytest.raises(UserError, match=said):
             run("swift", source, "--out", tmp_path / "out")
     source.write_text("{")
-    with pytest.raises(UserError, match="line 1: not valid JSON"):
+    with pytest.raises(UserError, match="line 1, json: not valid JSON"):
         run("swift", source, "--out", tmp_path / "out")
     with pytest.raises(UserError, match="no such file"):
         run("swift", pictures / "none.json", "--out", tmp_path / "out")
