@@ -115,15 +115,22 @@ def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{source}: cannot be read ({reason(error)})") from None
 
 
-def _images(record: Record, name: str, given: list[str | bytes], finder: ImageFinder) -> tuple[Path | Picture, ...]:
+def _picture(value: Any) -> Picture | None:
+    content = value.get("bytes") if isinstance(value, Mapping) else None
+    if not isinstance(content, bytes):
+        return None
+    suffix = next((name for sign, name in _SIGNS if content.startswith(sign)), "img")
+    return Picture.stored(content, suffix)
+
+
+def _images(record: Record, name: str, given: list[Any], finder: ImageFinder) -> tuple[Path | Picture, ...]:
     found: list[Path | Picture] = []
     for value in given:
-        if isinstance(value, bytes):
-            found.append(
-                Picture.stored(value, next((suffix for sign, suffix in _SIGNS if value.startswith(sign)), "img"))
-            )
+        picture = _picture(value)
+        if picture is not None:
+            found.append(picture)
             continue
-        place = finder.find(record, name, value)
+        place = finder.find(record, name, str(value))
         found.append(place.parent.resolve() / place.name)
     return tuple(found)
 

@@ -46,7 +46,7 @@ _STANDS_FOR = re.compile(
 )
 _PICTURE = re.compile(rf"{IMAGE_MARK}|<img>(.+?)</img>")
 _PICTURE_FILE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$", re.I)
-_PICTURE_KEYS = ("bytes", "image", "path", "url", "image_url")
+_PICTURE_KEYS = ("bytes", "base64", "image", "path", "url", "image_url")
 _SPEAKER, _CONTENT = ("role", "from"), ("content", "value")
 
 
@@ -166,21 +166,27 @@ def _turns(row: dict[str, Any], layout: Layout) -> list[_Turn]:
     return [*system, *_pair(row, *pairs[0])]
 
 
-def picture_of(value: Any, where: str) -> str | bytes:
-    """Return a picture's path or content: as such, as an item, or as `datasets` has it ({"bytes": …, "path": …}).
+def picture_of(value: Any, where: str) -> str | dict[str, Any]:
+    """Return a picture as its path or as {"bytes": content}: of an item, or as `datasets` has it.
 
     Raises:
         MessageError: it is neither.
     """
-    if isinstance(value, (str, bytes)) and value:
+    if isinstance(value, str) and value:
         return value
-    inner = _either(value, _PICTURE_KEYS) if isinstance(value, Mapping) else None
-    if is_absent(inner):
-        raise MessageError(where, f"no picture {shown(value)}", "write its path")
-    return picture_of(inner, where)
+    if isinstance(value, bytes) and value:
+        return {"bytes": value}
+    if isinstance(value, Mapping):
+        content = _either(value, ("bytes", "base64"))
+        if content is not None:
+            return {"bytes": content}
+        inner = _either(value, _PICTURE_KEYS)
+        if inner is not None:
+            return picture_of(inner, where)
+    raise MessageError(where, f"no picture {shown(value)}", "write its path")
 
 
-def images_of(row: dict[str, Any], key: str) -> list[str | bytes]:
+def images_of(row: dict[str, Any], key: str) -> list[Any]:
     """Take the pictures under a key out of a row."""
     value = row.pop(key, [])
     return [picture_of(one, key) for one in (value if isinstance(value, list) else [value])]
@@ -206,7 +212,7 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _placed(turns: list[_Turn], images: list[str | bytes]) -> tuple[list[str], list[str | bytes]]:
+def _placed(turns: list[_Turn], images: list[Any]) -> tuple[list[str], list[Any]]:
     """Return the texts with their marks, and the pictures in the order of the marks."""
     texts = [turn.text for turn in turns]
     own = [picture for turn in turns for picture in turn.pictures]

@@ -51,7 +51,10 @@ class MessageError(Exception):
 
 
 def is_null(value: Any) -> bool:
-    """Tell whether a value is null, or NaN, which pandas writes for it."""
+    """Tell whether a value is null, NaN, which pandas writes for it, or a list or object of such values alone."""
+    inner = list(value.values()) if isinstance(value, Mapping) else value
+    if isinstance(inner, list) and inner:
+        return all(is_null(one) for one in inner)
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 

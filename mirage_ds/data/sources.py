@@ -28,12 +28,6 @@ from mirage_ds.errors import UserError, reason
 from mirage_ds.mixture import Mixture, Records
 
 SUFFIXES = (".jsonl", ".parquet")
-# Files that are named where there are many.
-NAMED = 5
-_RECORDS_LIKE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|xlsx|parquet|arrow|feather)(\.(gz|bz2|xz|zst|lz4|zip))?$", re.I)
-_KEYS = re.compile(rb'"(text_input|messages|conversations?|query|instruction|prompt)"\s*:')
-# What `datasets` and LLaMA-Factory have beside their files.
-_NO_RECORDS = ("dataset_info.json", "dataset_infos.json", "state.json")
 # A piece is what one process reads at a time: about a thousand records.
 PIECE_BYTES = 1 << 20
 # Rows of a Parquet file lie in groups, and to reach a row all before it in its group are read.
@@ -41,6 +35,12 @@ PIECE_ROWS = 8192
 BATCH_ROWS = 256
 # A file that was written just now may be written again within the tick of the file system's clock.
 SETTLED_NS = 2_000_000_000
+# Files that are named where there are many.
+NAMED = 5
+_RECORDS_LIKE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|xlsx|parquet|arrow|feather)(\.(gz|bz2|xz|zst|lz4|zip))?$", re.I)
+_KEYS = re.compile(rb'"(text_input|messages|conversations?|query|instruction|prompt)"\s*:')
+# What `datasets` and LLaMA-Factory have beside their files.
+_NO_RECORDS = ("dataset_info.json", "dataset_infos.json", "state.json")
 
 
 class Piece(NamedTuple):
@@ -310,9 +310,12 @@ def _parquet_records(piece: Piece, file: Path, pictures: Path) -> Iterator[Recor
     for values in _parquet_rows(piece, file):
         # A row has every column of its file: what it lacks is null there.
         own = {name: value for name, value in values.items() if not is_null(value)}
-        for name in ("image_input", "image_output", "messages"):
-            if name in own:
-                own[name] = _with_paths(own[name], pictures)
+        for name in ("image_input", "image_output"):
+            value = own.get(name)
+            if isinstance(value, list):
+                own[name] = [_path_of(item, pictures) for item in value]
+            else:
+                own[name] = _path_of(value, pictures)
         try:
             yield make_record(own, line)
         except RecordError as error:
@@ -333,15 +336,6 @@ def _parquet_rows(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
                 yield from own.to_pylist()
             if at >= piece.stop:
                 return
-
-
-def _with_paths(value: Any, pictures: Path) -> Any:
-    """Put its path in place of every picture in a value."""
-    if isinstance(value, list):
-        made = [_with_paths(item, pictures) for item in value]
-        return made if any(item is not None for item in made) else []
-    value = _path_of(value, pictures)
-    return {name: _with_paths(inner, pictures) for name, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _path_of(value: Any, pictures: Path) -> Any:
