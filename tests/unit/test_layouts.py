@@ -351,6 +351,11 @@ def test_a_record_of_messages_refuses_the_same(row: dict, said: str) -> None:
         make_record(row, 1)
 
 
+def test_what_is_empty_beside_messages_is_no_fault() -> None:
+    row = talk("Q", "A", images=[], videos=None, tools=[], label=None, rejected_response="", objects={"bbox": []})
+    assert make_record(row, 1).text_output == "A"
+
+
 def test_other_keys_of_a_record_mean_what_its_owner_means() -> None:
     extra = {"label": False, "videos": ["a.mp4"], "images": ["a.png"]}
     assert make_record({"text_input": "Q", "text_output": "A", **extra}, 1).extra == extra
