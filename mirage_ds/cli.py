@@ -72,9 +72,12 @@ def data_check(
 ) -> None:
     """List every faulty record of FILE: line, field, what, how to mend. Exit code 2 if there is one."""
     from mirage_ds.data.check import check_file, print_faults
+    from mirage_ds.data.sources import unread_lines
 
     count, faults = check_file(file, stage, image_root, model_folder, latent_size, confine_paths)
     print_faults(file, count, faults, most)
+    for line in unread_lines(file):
+        print(line)
     if faults:
         sys.exit(EXIT_USER_ERROR)
 

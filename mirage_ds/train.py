@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from mirage_ds import events
 from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.data.loader import WARN_DROPPED_SHARE
+from mirage_ds.data.sources import unread_lines
 from mirage_ds.data.weigh import describe
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.private import set_collective_timeout
@@ -249,6 +250,8 @@ def opening_lines(config: RunConfig, prepared: Prepared) -> Iterator[str]:
     if isinstance(config.records, Mixture):
         yield f"a mixture: {describe(index, config.records)}"
     yield f"{warning}{index.dropped} row(s) dropped as longer than --max_length {config.max_length}"
+    sources = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
+    yield from (f"warning: {line}" for source in sources for line in unread_lines(source))
     if prepared.skipped:
         file, fault = prepared.skipped[0]
         yield (

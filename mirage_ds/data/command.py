@@ -61,19 +61,24 @@ def import_(layout: Layout, source: str, **flags: Any) -> None:
 
     \b
     LAYOUT is one of
-      swift          ms-swift: messages, or query and response
+      swift          ms-swift: messages, or query and response, or instruction and output
       llama-factory  conversations or messages, or instruction and output
       trl            messages, or prompt and completion
 
-    SOURCE is a JSON, JSON-lines or Parquet file, or the name of a data set of the Hub.
+    SOURCE is a JSON, JSON-lines, Parquet or Arrow file, or the name of a data set of the Hub. The first row that a
+    record cannot hold (videos, sound, boxes, tools, bad answers) ends the import.
     """
     from mirage_ds.data.importing import import_records
     from mirage_ds.tasks.report import progress_bar
 
     spec = build_model(ImportSpec, flags)
     with progress_bar("pictures") as progress:
-        written = import_records(layout, source, spec, progress)
+        written, rounds = import_records(layout, source, spec, progress)
     _tell(written)
+    if rounds:
+        click.echo(
+            f"of {rounds} record(s) with several answers the last is learnt, the others stand before the question"
+        )
 
 
 def _tell(written: Written) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import content_of
+from mirage_ds.data.kinds import head_of, is_array, is_arrow, is_parquet
 from mirage_ds.data.layouts import Layout, read_row
-from mirage_ds.data.messages import MessageError
-from mirage_ds.data.record import Fault, Record, RecordError, make_record
+from mirage_ds.data.messages import TURNS_BEFORE, MessageError
+from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_object
 from mirage_ds.data.record_files import read_lines
 from mirage_ds.data.rewrite import Row, Written, write_rows
+from mirage_ds.data.sources import BATCH_ROWS
 from mirage_ds.data.spec import ImportSpec
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.tasks.draft import Picture
@@ -28,31 +30,53 @@ _SIGNS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"RIFF", "webp"), (b"GIF8"
 def _from_lines(file: Path) -> Iterator[tuple[int, Any]]:
     for line, text in read_lines(file):
         try:
-            yield line, strict_json(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file} line {line}: not valid JSON ({reason(error)}); write one object a line") from None
+            yield line, parse_object(text, line)
+        except RecordError as error:
+            raise UserError(f"{file}, {error.fault}") from None
 
 
 def _from_array(file: Path) -> Iterator[tuple[int, Any]]:
     try:
-        values = strict_json(file.read_text(encoding="utf-8"))
+        values = strict_json(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({reason(error)}); expected a list of rows") from None
-    if not isinstance(values, list):
-        raise UserError(f"{file}: expected a list of rows, found {type(values).__name__}")
     yield from enumerate(values, 1)
 
 
-def _from_datasets(source: str, split: str) -> Iterator[tuple[int, Any]]:
-    """Read a Parquet file, or a data set of the Hub; images stay as they were stored."""
+def _from_arrow(file: Path) -> Iterator[tuple[int, Any]]:
+    """Read a Parquet or Arrow file; images stay as they were stored."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    first = 1
+    try:
+        for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS) if is_parquet(file) else _arrow_batches(file):
+            batch.validate(full=True)
+            yield from enumerate(batch.to_pylist(), first)
+            first += len(batch)
+    except pa.ArrowException as error:
+        raise UserError(f"{file}: cannot be read ({reason(error)}); write it anew") from None
+
+
+def _arrow_batches(file: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(file)) as content:
+        # `datasets` saves streams, Feather and others files.
+        if head_of(file).startswith(b"ARROW1"):
+            reader = pa.ipc.open_file(content)
+            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            yield from pa.ipc.open_stream(content)
+
+
+def _from_hub(source: str, split: str) -> Iterator[tuple[int, Any]]:
+    """Read a data set of the Hub; images stay as they were stored."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        if source.endswith(".parquet"):
-            found: Any = datasets.load_dataset("parquet", data_files=source, split="train")
-        else:
-            found = datasets.load_dataset(source, split=split)
+        found: Any = datasets.load_dataset(source, split=split)
     except Exception as error:  # noqa: BLE001  # the Hub's client, fsspec and Arrow raise almost anything
         raise UserError(
             f"{source}: cannot be loaded ({reason(error)}); give a file, or a data set of the Hub"
@@ -72,22 +96,24 @@ def _undecoded(kind: Any) -> Any:
 
 
 def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
-    """Yield (number from 1, row) of a JSON-lines file, a JSON array, a Parquet file or a data set of the Hub.
+    """Yield (number from 1, row) of JSON lines, a JSON array, Parquet, Arrow or a data set of the Hub.
 
     Raises:
         UserError: it cannot be read.
     """
     file = Path(source)
     try:
-        if not file.is_file() or file.suffix == ".parquet":
-            if not file.is_file() and (file.suffix in (".json", ".jsonl", ".parquet") or file.is_absolute()):
+        if not file.is_file():
+            if file.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv") or file.is_absolute():
                 raise UserError(f"{source}: no such file")
-            yield from _from_datasets(source, split)
-        elif file.suffix == ".json" and file.read_text(encoding="utf-8").lstrip()[:1] == "[":
+            yield from _from_hub(source, split)
+        elif is_parquet(file) or is_arrow(file):
+            yield from _from_arrow(file)
+        elif is_array(file):
             yield from _from_array(file)
         else:
             yield from _from_lines(file)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{source}: cannot be read ({reason(error)})") from None
 
 
@@ -136,8 +162,13 @@ def _jsonable(extra: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(dict(extra), default=str)))
 
 
-def import_records(layout: Layout, source: str, spec: ImportSpec, progress: Advance | None = None) -> Written:
+def import_records(
+    layout: Layout, source: str, spec: ImportSpec, progress: Advance | None = None
+) -> tuple[Written, int]:
     """Write a records file of a source.
+
+    Returns:
+        What was written, and how many rows have answers before the last, which are not learnt.
 
     Raises:
         UserError: the source cannot be read, a row has not the layout or its image is missing, the target exists.
@@ -147,14 +178,22 @@ def import_records(layout: Layout, source: str, spec: ImportSpec, progress: Adva
     beside = place if place.is_file() else Path.cwd() / "rows"
     finder = ImageFinder.beside(beside, spec.image_root)
 
+    helped = rounds = 0
+
     def rows() -> Iterator[Row]:
+        nonlocal helped, rounds
         number = 0
         for number, values in islice(read_source(source, spec.split), spec.most):
             try:
-                yield _row(number, values, layout, spec.helper_key, finder)
+                row = _row(number, values, layout, spec.helper_key, finder)
             except RecordError as error:
                 raise UserError(f"{source}, {error.fault}") from None
+            helped += bool(row.helpers)
+            rounds += any(turn["role"] == "assistant" for turn in row.extra.get(TURNS_BEFORE, ()))
+            yield row
         if not number:
             raise UserError(f"{source}: holds no row")
+        if not helped and spec.helper_key != ImportSpec.model_fields["helper_key"].default:
+            raise UserError(f"--helper_key {spec.helper_key}: no row of {source} has it; check the name")
 
-    return write_rows(rows(), spec, progress)
+    return write_rows(rows(), spec, progress), rounds

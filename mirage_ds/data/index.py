@@ -238,6 +238,10 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self._columns["line"])
 
+    def __bool__(self) -> bool:
+        # An index of faults alone is one too.
+        return True
+
     @overload
     def __getitem__(self, what: int) -> dict[str, Any]: ...
     @overload

@@ -11,6 +11,8 @@ kept in TURNS_BEFORE, with `<image>` where an image stands.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +22,24 @@ from mirage_ds.errors import shown
 TURNS_BEFORE = "turns_before"
 IMAGE_MARK = "<image>"
 HELPER_MARK = "<output_image>"
+FIELDS = ("text_input", "text_output", "image_input", "image_output")
 ROLES = ("system", "user", "assistant")
+# Keys of a message that say whether it is learnt, whether it is not, and such that say nothing about it.
+LEARNT = ("loss", "weight", "train", "trainable")
+MASKED = ("mask", "masked")
+MESSAGE_NOTES = ("id", "message_id", "timestamp", "date", "model")
+
+_PREFERENCES = "nothing here learns from worse answers; write the better one as the row's answer, or leave the row out"
+# Keys of a row that no record can hold: what they are, and what to do.
+_REFUSED = (
+    (re.compile(r"videos?$"), "a video", "leave the row out, or give its frames as images"),
+    (re.compile(r"audios?$"), "sound", "leave the row out"),
+    (re.compile(r"objects$|bbox(es)?$|boxes$"), "boxes", "write their coordinates into the texts, without this key"),
+    (re.compile(r"tools$|functions$|tool_calls$"), "tools", "write what is to be said into the texts, or leave it out"),
+    (re.compile(r"chosen|rejected|(posi|nega)tive_"), "a better and a worse answer", _PREFERENCES),
+    (re.compile(r"completions$"), "several answers", "write a row for each"),
+)
+_VERDICTS = ("label", "labels", "kto_tag")
 
 
 class MessageError(Exception):
@@ -29,6 +48,61 @@ class MessageError(Exception):
     def __init__(self, field: str, what: str, how: str):
         super().__init__(f"{field}: {what}; {how}")
         self.field, self.what, self.how = field, what, how
+
+
+def is_null(value: Any) -> bool:
+    """Tell whether a value is null, NaN, which pandas writes for it, or a list or object of such values alone."""
+    inner = list(value.values()) if isinstance(value, Mapping) else value
+    if isinstance(inner, list) and inner:
+        return all(is_null(one) for one in inner)
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def is_absent(value: Any) -> bool:
+    """Tell whether a value says nothing: null, NaN, empty, or a list or object of such values alone."""
+    if isinstance(value, Mapping):
+        return all(is_absent(one) for one in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(is_absent(one) for one in value)
+    return is_null(value) or (isinstance(value, (str, bytes)) and not value)
+
+
+def check_keys(item: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    """MessageError where a message or an item of its content has something that is not read."""
+    for key, value in item.items():
+        if key not in known and not is_absent(value):
+            how = "write it into the text, or leave it out"
+            raise MessageError(where, f"{key} ({shown(value)}) has no place in a record", how)
+
+
+def is_learnt(message: Mapping[str, Any], known: tuple[str, ...], where: str) -> bool:
+    """Tell whether a message is to be learnt, by its keys besides `known`.
+
+    Raises:
+        MessageError: it has something that is not read; or it counts by another weight than 0 or 1.
+    """
+    marks = {key: message[key] for key in (*LEARNT, *MASKED) if not is_null(message.get(key))}
+    check_keys(message, (*marks, *MESSAGE_NOTES, *known), where)
+    for key, value in marks.items():
+        if value not in (0, 1):
+            raise MessageError(where, f"{key} is {shown(value)}", "an answer counts whole: write 1, or leave it out")
+    return all(bool(value) == (key in LEARNT) for key, value in marks.items())
+
+
+def refuse_row(row: Mapping[str, Any]) -> None:
+    """MessageError where a conversation's row holds what no record can: other media, boxes, tools, bad answers."""
+    for key, value in row.items():
+        for pattern, what, how in _REFUSED:
+            if not is_absent(value) and pattern.match(key) and str(value).strip() not in ("[]", "{}", "null"):
+                raise MessageError(key, f"holds {what} ({shown(value)})", how)
+        verdicts = value if isinstance(value, list) else [value]
+        if key in _VERDICTS and any(str(one).lower() in ("false", "0", "0.0") for one in verdicts):
+            raise MessageError(key, f"is {shown(value)}: an example of a bad answer", _PREFERENCES)
+
+
+def not_learnt(where: str) -> MessageError:
+    """Make the error of a last answer that is marked as not to be learnt."""
+    return MessageError(where, "its answer is marked as not to be learnt", "end with one that is, or leave the row out")
 
 
 def check_turns(turns: Any, field: str = TURNS_BEFORE) -> list[dict[str, str]]:
@@ -81,6 +155,8 @@ def from_messages(messages: Any, answers: bool) -> dict[str, Any]:
     answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
     if answer is None and answers:
         raise MessageError("messages", "the last one is no assistant's", "end with the answer that is to be learnt")
+    if answers and not is_learnt(messages[-1], ("role", "content"), f"messages {len(messages)}"):
+        raise not_learnt(f"messages {len(messages)}")
     if not turns or turns[-1]["role"] != "user":
         raise MessageError("messages", "no user message before the answer", "write the question before it")
     question = turns.pop()["content"]
@@ -100,6 +176,7 @@ def _turn(message: Any, number: int, images: list[Any], helpers: list[Any]) -> d
         how = f"write a role ({', '.join(ROLES)}) and a content"
         raise MessageError(where, f"expected a message, found {shown(message)}", how)
     content, role = message.get("content"), str(message["role"])
+    is_learnt(message, ("role", "content"), where)
     items = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(items, list):
         raise MessageError(where, f"its content is {shown(content)}", "write a text or a list of items")
@@ -108,6 +185,8 @@ def _turn(message: Any, number: int, images: list[Any], helpers: list[Any]) -> d
 
 def _item(item: Any, where: str, role: str, images: list[Any], helpers: list[Any]) -> str:
     kind = item.get("type") if isinstance(item, Mapping) else None
+    if kind in ("text", "image", "latent"):
+        check_keys(item, ("type", "text" if kind == "text" else "image"), where)
     if kind == "text" and isinstance(item.get("text"), str):
         for mark in (IMAGE_MARK, HELPER_MARK):
             if mark in item["text"]:

@@ -19,16 +19,26 @@ from typing import Any
 from mirage_ds.config import cache_folder
 from mirage_ds.data.inside import folder_of_pictures, path_of
 from mirage_ds.data.messages import (
+    FIELDS,
     HELPER_MARK,
     IMAGE_MARK,
     TURNS_BEFORE,
     MessageError,
     check_turns,
     from_messages,
+    is_absent,
+    is_null,
+    refuse_row,
 )
 from mirage_ds.errors import shown, strict_json
 
-FIELDS = ("text_input", "text_output", "image_input", "image_output")
+# Where null means as much as nothing.
+NULLABLE = (*FIELDS, "messages", TURNS_BEFORE)
+# Keys by which other trainers' rows are known, and their layout.
+FOREIGN = {
+    **{"conversations": "llama-factory", "instruction": "llama-factory"},
+    **{"query": "swift", "conversation": "swift", "prompt": "trl", "completion": "trl"},
+}
 # Python's own limit depends on who calls the parser, and a line must be a fault for all or for none.
 MAX_DEPTH = 64
 
@@ -145,8 +155,8 @@ def _whole(text: str) -> bool:
     return True
 
 
-def _values(text: str, line: int) -> dict[str, Any]:
-    """Parse the JSON object of one line."""
+def parse_object(text: str, line: int) -> dict[str, Any]:
+    """Parse the JSON object of one line; RecordError where it holds none."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -178,6 +188,26 @@ def _values(text: str, line: int) -> dict[str, Any]:
     return values
 
 
+def _check_beside(values: dict[str, Any], answers: bool) -> None:
+    """MessageError where something stands beside `messages` that another trainer would take into account."""
+    pictures = next((name for name in ("images", "image") if not is_absent(values.get(name))), None)
+    if pictures:
+        how = "pictures are items of a message here; `mirage-ds data import` reads layouts that list them"
+        raise MessageError(pictures, "stands beside messages", how)
+    if answers:
+        refuse_row(values)
+
+
+def _missing(values: dict[str, Any]) -> tuple[str, str]:
+    """Say what is wrong with a row that lacks a text, and what to do: rows of other trainers are imported."""
+    what = "missing"
+    if not any(name in values for name in FIELDS):
+        what += f" (the row has {shown(list(values)[:8])})"
+    layout = next((layout for key, layout in FOREIGN.items() if key in values), None)
+    how = f"`mirage-ds data import {layout}` reads such rows" if layout else "add it as a string"
+    return what, how
+
+
 def parse_record(text: str, line: int, answers: bool = True, pictures: Path | None = None) -> Record:
     """Parse one JSON line; RecordError when it does not have the format.
 
@@ -185,7 +215,7 @@ def parse_record(text: str, line: int, answers: bool = True, pictures: Path | No
         answers: whether the record must have an answer; questions alone are enough to decode.
         pictures: where pictures that stand in the record are written; a folder of the user's cache if None.
     """
-    return make_record(_values(text, line), line, answers, pictures)
+    return make_record(parse_object(text, line), line, answers, pictures)
 
 
 def make_record(values: dict[str, Any], line: int, answers: bool = True, pictures: Path | None = None) -> Record:
@@ -194,8 +224,10 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True, picture
     Args:
         answers, pictures: see parse_record.
     """
+    values = {key: value for key, value in values.items() if not (key in NULLABLE and is_null(value))}
     try:
         if "messages" in values and "text_input" not in values:
+            _check_beside(values, answers)
             values = {
                 **{k: v for k, v in values.items() if k != "messages"},
                 **from_messages(values["messages"], answers),
@@ -208,7 +240,7 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True, picture
         values.setdefault("text_output", "")
     for name in ("text_input", "text_output"):
         if name not in values:
-            raise RecordError(Fault(line, name, "missing", "add it as a string"))
+            raise RecordError(Fault(line, name, *_missing(values)))
         if not isinstance(values[name], str):
             raise RecordError(
                 Fault(line, name, f"expected a string, found {shown(values[name])}", "write it as a string")
@@ -230,6 +262,18 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True, picture
             raise record.fault(
                 TURNS_BEFORE, "holds half a surrogate pair", "write both halves, or the character itself"
             )
+    _check_marks(record, answers)
+    return record
+
+
+def _check_marks(record: Record, answers: bool) -> None:
+    """RecordError where marks stand in the wrong text, or are not as many as the images."""
+    if HELPER_MARK in record.text_input:
+        raise record.fault("text_input", f"holds {HELPER_MARK}", "latents stand in the answer; write it there")
+    if answers and IMAGE_MARK in record.text_output:
+        raise record.fault(
+            "text_output", f"holds {IMAGE_MARK}", f"input images stand in the question, helpers as {HELPER_MARK}"
+        )
     marks, images = record.marks, len(record.image_input)
     if marks and marks != images:
         raise record.fault(
@@ -238,7 +282,7 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True, picture
             "write one mark for each image, or none (images then stand first)",
         )
     if not answers:
-        return record
+        return
     marks, helpers = record.text_output.count(HELPER_MARK), len(record.image_output)
     if helpers and marks != helpers and not (marks == 0 and helpers == 1):
         raise record.fault(
@@ -248,4 +292,3 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True, picture
         )
     if not record.text_output.replace(HELPER_MARK, "").strip():
         raise record.fault("text_output", "empty answer", "write the answer that the model is to learn")
-    return record

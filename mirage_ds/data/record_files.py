@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from mirage_ds.data.kinds import is_parquet, need_json_lines
 from mirage_ds.data.record import Fault, Record, RecordError, parse_record
 from mirage_ds.errors import UserError
 
@@ -33,7 +34,12 @@ def text_lines(file: BinaryIO, first: int = 1) -> Iterator[tuple[int, str]]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of each line of a file that is not blank; see text_lines."""
+    """Yield (line number from 1, text) of each line of a file that is not blank; see text_lines.
+
+    Raises:
+        UserError: the file as a whole is something else.
+    """
+    need_json_lines(path)
     with path.open("rb") as file:
         yield from text_lines(file)
 
@@ -48,8 +54,8 @@ def _parsed(path: Path, answers: bool) -> Iterator[Record | Fault]:
 
 
 def need_lines(path: Path) -> None:
-    """Refuse what is no file of JSON lines, by its name and kind; UserError says what it is."""
-    if path.is_dir() or path.suffix == ".parquet":
+    """Refuse a folder, Parquet and what is not there; UserError says so. The rest read_lines says."""
+    if path.is_dir() or (path.is_file() and is_parquet(path)):
         raise UserError(
             f"{path}: training reads folders and Parquet, this command reads one JSON-lines file; give such a file"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mirage_ds.data.inside import writable
+from mirage_ds.data.kinds import head_of, is_parquet, need_json_lines
+from mirage_ds.data.messages import is_null
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record
 from mirage_ds.data.record_files import text_lines
 from mirage_ds.errors import UserError, reason
@@ -32,6 +35,12 @@ PIECE_ROWS = 8192
 BATCH_ROWS = 256
 # A file that was written just now may be written again within the tick of the file system's clock.
 SETTLED_NS = 2_000_000_000
+# Files that are named where there are many.
+NAMED = 5
+_RECORDS_LIKE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|xlsx|parquet|arrow|feather)(\.(gz|bz2|xz|zst|lz4|zip))?$", re.I)
+_KEYS = re.compile(rb'"(text_input|messages|conversations?|query|instruction|prompt)"\s*:')
+# What `datasets` and LLaMA-Factory have beside their files.
+_NO_RECORDS = ("dataset_info.json", "dataset_infos.json", "state.json")
 
 
 class Piece(NamedTuple):
@@ -80,9 +89,11 @@ def find_files(data_path: Records) -> tuple[Path, ...]:
         return tuple(files)
     try:
         if data_path.is_dir():
-            found = [file for file in data_path.iterdir() if file.suffix in SUFFIXES and file.is_file()]
+            found = [file for file in data_path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
             if not found:
-                raise UserError(f"{data_path}: no *.jsonl or *.parquet file in this folder; name the records")
+                others = ", ".join(file.name for file in unread(data_path)[:NAMED])
+                there = f", but {others}" if others else ""
+                raise UserError(f"{data_path}: no *.jsonl or *.parquet file in this folder{there}; name the records")
         elif data_path.is_file():
             found = [data_path]
         elif has_magic(str(data_path)):
@@ -94,6 +105,34 @@ def find_files(data_path: Records) -> tuple[Path, ...]:
     except OSError as error:
         raise _unreadable(data_path, error) from None
     return tuple(sorted(found, key=str))
+
+
+def unread(folder: Path) -> list[Path]:
+    """List what looks like records in a folder and is not read, in the order of the names."""
+    return sorted(file for file in folder.iterdir() if _like_records(file)) if folder.is_dir() else []
+
+
+def unread_lines(data_path: Records) -> Iterator[str]:
+    """Say of each folder of a source what looks like records there and is not read."""
+    for folder in [part.file for part in data_path.parts] if isinstance(data_path, Mixture) else [data_path]:
+        names = [file.name for file in unread(folder)]
+        if names:
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            yield f"{folder}: {', '.join(names[:NAMED])}{more} not read; of a folder *.jsonl and *.parquet are"
+
+
+def _like_records(file: Path) -> bool:
+    suffix = file.suffix.lower()
+    if not _RECORDS_LIKE.search(file.name) or file.name in _NO_RECORDS or (suffix in SUFFIXES and file.is_file()):
+        return False
+    if suffix != ".json" or not file.is_file():
+        return True
+    # Of JSON files most are settings of something.
+    try:
+        head = head_of(file)
+    except OSError:
+        return True
+    return head.startswith(b"[") or _KEYS.search(head) is not None
 
 
 def _unreadable(file: Path, error: OSError) -> UserError:
@@ -162,12 +201,15 @@ def pieces(files: Sequence[Path]) -> Iterator[Piece]:
     """Cut the files into pieces, in the order of their records.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: a file cannot be read, or is neither JSON lines nor Parquet.
     """
     for number, file in enumerate(files):
-        cut = _parquet_pieces if file.suffix == ".parquet" else _line_pieces
         try:
-            yield from cut(number, file)
+            if is_parquet(file):
+                yield from _parquet_pieces(number, file)
+            else:
+                need_json_lines(file)
+                yield from _line_pieces(number, file)
         except OSError as error:
             raise _unreadable(file, error) from None
 
@@ -243,8 +285,10 @@ def _line_records(piece: Piece, file: Path, pictures: Path) -> Iterator[Record |
 
 def _parquet_records(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fault]:
     for line, values in enumerate(_parquet_rows(piece, file), piece.first):
+        # A row has every column of its file: what it lacks is null there.
+        own = {name: value for name, value in values.items() if not is_null(value)}
         try:
-            yield make_record(values, line, pictures=pictures)
+            yield make_record(own, line, pictures=pictures)
         except RecordError as error:
             yield error.fault
 

@@ -277,7 +277,7 @@ def test_what_cannot_be_imported_is_one_sentence_and_leaves_nothing(pictures: Pa
     source = pictures / "bad.jsonl"
     for row, said in (
         ({"query": "Q"}, "bad.jsonl, line 1, response: expected a string"),
-        ({"query": "<image>Q", "response": "A"}, r"line 1, text_input: 1 <image> mark\(s\) for 0 image"),
+        ({"query": "<image>Q", "response": "A"}, r"line 1, images: 1 <image> mark\(s\) .* for 0 image"),
         ({"query": "Q", "response": "A", "images": ["no.png"]}, "line 1, image_input: no image 'no.png'"),
         ([1], "line 1, row: expected an object"),
     ):
@@ -285,7 +285,7 @@ def test_what_cannot_be_imported_is_one_sentence_and_leaves_nothing(pictures: Pa
         with pytest.raises(UserError, match=said):
             run("swift", source, "--out", tmp_path / "out")
     source.write_text("{")
-    with pytest.raises(UserError, match="line 1: not valid JSON"):
+    with pytest.raises(UserError, match="line 1, json: not valid JSON"):
         run("swift", source, "--out", tmp_path / "out")
     with pytest.raises(UserError, match="no such file"):
         run("swift", pictures / "none.json", "--out", tmp_path / "out")

@@ -7,6 +7,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -43,7 +45,7 @@ def without(*names: str, **changed: Any) -> dict[str, Any]:
         (without("text_input"), "text_input", "missing"),
         (without("text_output"), "text_output", "missing"),
         (without(text_input=3), "text_input", "expected a string, found 3"),
-        (without(text_output=None), "text_output", "expected a string, found None"),
+        (without(text_output=None), "text_output", "missing"),
         (without(text_output=["a"]), "text_output", "expected a string, found ['a']"),
         (without(image_input=3), "image_input", "expected a path or a list of paths, found 3"),
         (without(image_input=["a.png", None]), "image_input", "found None"),
@@ -58,6 +60,9 @@ def without(*names: str, **changed: Any) -> dict[str, Any]:
         (without(text_output=""), "text_output", "empty answer"),
         (without(text_output=" \n\t"), "text_output", "empty answer"),
         (without(text_output=" <output_image>\n", image_output="h.png"), "text_output", "empty answer"),
+        (without(text_output="so <image>"), "text_output", "holds <image>"),
+        (without(text_input="<output_image> <image>"), "text_input", "holds <output_image>"),
+        ({"jpg": "x", "txt": "A"}, "text_input", "missing (the row has ['jpg', 'txt'])"),
     ],
 )
 def test_a_faulty_row_names_its_line_its_field_and_what_is_wrong(row: Any, field: str, what: str) -> None:
@@ -260,7 +265,10 @@ def test_arrow_returns_the_records_memory_mapped_in_file_order(tmp_path: Path) -
 
 
 def test_commands_of_one_file_say_so(tmp_path: Path) -> None:
-    for place in (tmp_path, tmp_path / "rows.parquet"):
+    places = (tmp_path, tmp_path / "rows.parquet", tmp_path / "rows.jsonl")
+    for place in places[1:]:
+        pq.write_table(pa.table({"text_input": ["q"], "text_output": ["a"]}), place)
+    for place in places:
         with pytest.raises(UserError, match="this command reads one JSON-lines file") as error:
             scan(place)
         assert str(error.value).startswith(f"{place}: ")

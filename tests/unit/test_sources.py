@@ -289,7 +289,7 @@ def test_a_parquet_row_that_is_no_record_is_a_fault(tmp_path: Path, encoder_for:
         ("s", 1, "image_input"),
     ]
     assert "cannot be decoded" in found[0].what
-    assert found[1].what == "expected a string, found None"
+    assert found[1].what == "missing"
     assert found[2].what.startswith("no image 'gone.png'")
     assert "cannot be decoded" in found[3].what
 

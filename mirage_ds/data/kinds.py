@@ -1,0 +1,104 @@
+"""What a file of records is, by its first bytes: JSON lines, Parquet, or what has to be converted first."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from mirage_ds.errors import UserError
+
+HEAD_BYTES = 4096
+BOM = b"\xef\xbb\xbf"
+# In a cure, FILE and NEW stand for the file's name and for that of the converted one.
+_UNPACK = "unpack it first: {} -dc FILE > NEW.jsonl"
+_RECODE = "save it as UTF-8: iconv -f {} -t UTF-8 FILE > NEW.jsonl"
+_TABLE = """python -c "import pandas; pandas.{}, dtype=str).to_json('NEW.jsonl', orient='records', lines=True)\""""
+_LOADED = "datasets.load_dataset('arrow', data_files='FILE', split='train')"
+_ARROW = f"""python -c "import datasets; {_LOADED}.to_parquet('NEW.parquet')\""""
+_EXCEL = ("an Excel table", _TABLE.format("read_excel('FILE'"))
+_SIGNS = (
+    (b"\x1f\x8b", "compressed with gzip", _UNPACK.format("gzip")),
+    (b"BZh", "compressed with bzip2", _UNPACK.format("bzip2")),
+    (b"\xfd7zXZ\0", "compressed with xz", _UNPACK.format("xz")),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", _UNPACK.format("zstd")),
+    (b"\x04\x22\x4d\x18", "compressed with lz4", _UNPACK.format("lz4")),
+    (b"PK\x03\x04", "a zip archive", "unpack it first: unzip FILE"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first: 7z x FILE"),
+    (b"\xff\xfe\0\0", "UTF-32 text", _RECODE.format("UTF-32")),
+    (b"\0\0\xfe\xff", "UTF-32 text", _RECODE.format("UTF-32")),
+    (b"\xff\xfe", "UTF-16 text", _RECODE.format("UTF-16")),
+    (b"\xfe\xff", "UTF-16 text", _RECODE.format("UTF-16")),
+    *((sign, "UTF-16 text", _RECODE.format("UTF-16LE")) for sign in (b"{\0", b"[\0")),
+    *((sign, "UTF-16 text", _RECODE.format("UTF-16BE")) for sign in (b"\0{", b"\0[")),
+    (b"ARROW1", "an Arrow file", _ARROW),
+    (b"\xff\xff\xff\xff", "an Arrow file", _ARROW),
+    (b"\xd0\xcf\x11\xe0", *_EXCEL),
+    (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself: git lfs pull"),
+    (b"<!DOCTYPE", "an HTML page", "download the file itself"),
+    (b"<html", "an HTML page", "download the file itself"),
+)
+_ROWS = re.compile(rb"\[\s*\{")
+# A first line of names with separators between them.
+_NAMES = re.compile(rb"[\"']?[A-Za-z_][\w .-]*[\"']?([,;\t])")
+
+
+def head_of(path: Path) -> bytes:
+    """Read the beginning of a file, without the mark that some editors put before UTF-8 and without white space."""
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES).removeprefix(BOM).lstrip(b" \t\r\n")
+
+
+def is_parquet(path: Path) -> bool:
+    """Tell whether a file is Parquet: by its content or, where that is damaged, by its name."""
+    return path.suffix.lower() == ".parquet" or head_of(path).startswith(b"PAR1")
+
+
+def is_arrow(path: Path) -> bool:
+    """Tell whether a file holds Arrow's own format, as `datasets` saves it."""
+    return head_of(path).startswith((b"ARROW1", b"\xff\xff\xff\xff"))
+
+
+def is_array(path: Path) -> bool:
+    """Tell whether a file is a JSON array."""
+    return head_of(path).startswith(b"[")
+
+
+def need_json_lines(path: Path) -> None:
+    """Refuse a file that is no JSON lines as a whole.
+
+    Raises:
+        UserError: it says what the file is, and the command that converts it.
+    """
+    found = _other_kind(head_of(path), path.suffix.lower())
+    if found:
+        what, how = found
+        new = path.with_name(f"{path.name.split('.')[0] or 'rows'}_converted")
+        for word, name in (("FILE", path), ("NEW", new)):
+            how = how.replace(word, str(name) if "python" in how else shlex.quote(str(name)))
+        raise UserError(f"{path}: {what}, not JSON lines; {how}")
+
+
+def _other_kind(head: bytes, suffix: str) -> tuple[str, str] | None:
+    """Return what a file is instead of JSON lines, and the cure; None where it may be JSON lines."""
+    if head.startswith(b"PK\x03\x04") and (suffix == ".xlsx" or b"[Content_Types].xml" in head[:64]):
+        return _EXCEL
+    for sign, what, how in _SIGNS:
+        if head.startswith(sign):
+            return what, how
+    if head[257:262] == b"ustar":
+        return "a tar archive", "unpack it first: tar -xf FILE"
+    if b"\0" in head[:16]:
+        return "a binary file", "write the records as JSON, one object a line"
+    # What follows could be JSON lines of which the first is broken, so the second line must not look like one.
+    first, _, rest = head.partition(b"\n")
+    rest = rest.lstrip()
+    if _ROWS.match(head):
+        return "a JSON array", "write one object a line: jq -c '.[]' FILE > NEW.jsonl"
+    if first.strip() == b"{" and rest.startswith(b'"'):
+        return "JSON over several lines", "write one object a line: jq -c . FILE > NEW.jsonl"
+    names = _NAMES.match(first)
+    if names and not rest.startswith(b"{"):
+        separator = names[1].decode().replace("\t", "\\t")
+        return "a table (CSV)", _TABLE.format(f"read_csv('FILE', sep='{separator}'")
+    return None
