@@ -31,12 +31,13 @@ from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.setup import World, check_ds_config, from_rank_zero, make_engine
 from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
+from mirage_ds.engine.versions import check_release, gather_safely
 from mirage_ds.errors import UserError
 from mirage_ds.events import LOAD_BEGINS, note
 from mirage_ds.files import write_atomically
 from mirage_ds.mfu import ModelFlops, peak_flops
 from mirage_ds.mixture import Records
-from mirage_ds.model.attention import choose_backend
+from mirage_ds.model.attention import choose_backend, head_width_of
 from mirage_ds.model.load import (
     Loaded,
     check_weights,
@@ -142,6 +143,10 @@ def optimizer_groups(folder: Path, train_vision: bool, lora: Lora | None = None)
     return [matrices, [math.prod(shape) for shape in trained if len(shape) <= 1]]
 
 
+def _products(ds_values: dict[str, Any]) -> torch.dtype:
+    return torch.bfloat16 if ds.products_in_bf16(ds_values) else torch.float32
+
+
 def make_model(
     config: RunConfig,
     folder: Path,
@@ -158,6 +163,7 @@ def make_model(
         device=device,
         tower=tower,
         attention=config.attention,
+        products=_products(ds_values),
         checkpointing=config.gradient_checkpointing,
         train_vision=config.train_vision,
         reduction=config.reduction,
@@ -190,6 +196,8 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     from_rank_zero(partial(check_installed, config.report_to), world)
     json_path = config.deepspeed or ds.default_path(config.stage, world.device.type)
     ds_values = ds.resolve(ds.read_json(json_path), json_path, config, world.size)
+    check_release(ds_values, json_path, bool(config.lora_rank) and config.gradient_checkpointing)
+    gather_safely(ds_values, world.device.type)
     check_ds_config(ds_values, json_path)
     if config.lora_rank:
         check_peft(f"--lora_rank {config.lora_rank}")
@@ -198,9 +206,11 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
                 f"--lora_rank {config.lora_rank}: {json_path} offloads to NVMe, and what that takes is not known where "
                 "most weights are frozen; adapters have few states: take a JSON without offload, or offload to 'cpu'"
             )
-    choose_backend(config.attention, world.device)
     folders = _model_folders(config, world)
-    shape = read_config(folders[0]).to_dict()
+    model_config = read_config(folders[0])
+    width = head_width_of(model_config.get_text_config())
+    choose_backend(config.attention, world.device, _products(ds_values), width)
+    shape = model_config.to_dict()
     ds.fill_limits(ds_values, two_layers(shape["text_config"]))
     encoder = make_encoder(config, folders)
     files: list[Records] = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
