@@ -22,7 +22,7 @@ SINCE = {
     "log_level": "0.19.3",
     "managed_gradient_accumulation": "0.19.4",
 }
-# Below it, backward under ZeRO-3 recomputes layers with frozen weights that are not gathered.
+# Below it, ZeRO-3 frees frozen weights while backward still recomputes their layer, and torch stops the run.
 RECOMPUTES_FROZEN = "0.19.4"
 # Below it, ZeRO-3 waits for the last of several gathers only. On GPUs they end in their order; on the CPU they do not,
 # and weights are random numbers now and then.
