@@ -10,7 +10,7 @@ ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PATH="$
 # Where the demo writes; it wants a new folder.
 OUT ?= runs/demo
 
-.PHONY: install demo docs test test-slow test-cluster cluster-packages lint parity clean
+.PHONY: install demo docs test test-slow test-versions versions-lock test-cluster cluster-packages lint parity clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,15 @@ test: install
 test-slow: install
 	$(ENV) $(BIN)/python -m pytest tests/slow tests/dist -m slow --numprocesses 2 --dist loadfile
 	$(ENV) $(BIN)/python -m pytest tests/cluster -m slow
+
+# A short suite with the oldest, a middle and the newest set of libraries (tests/versions/*.txt), each in its own
+# environment under ~/.cache/mirage-ds/versions: 14 GB, built where it is missing.
+test-versions: install
+	$(BIN)/python tests/versions/run.py
+
+# Chooses the versions anew.
+versions-lock: install
+	$(BIN)/python tests/versions/run.py lock
 
 # Several hosts as namespaces of this machine, with the real launchers; needs root and cluster-packages.
 test-cluster: install

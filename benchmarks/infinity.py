@@ -216,7 +216,7 @@ def draw_model(folder: Path, values: dict[str, Any], chunk_bytes: int) -> Any:
     from torch import nn
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-    from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, register
+    from mirage_ds.model.attention import INTERFACE_NAME, register
     from mirage_ds.model.forward import MirageModel
     from mirage_ds.model.load import read_config
     from mirage_ds.model.loss import LossHead
@@ -237,7 +237,7 @@ def draw_model(folder: Path, values: dict[str, Any], chunk_bytes: int) -> Any:
         None,
         grounded=False,
         reduction="sample",
-        attention=choose_backend("auto", torch.device("cpu")),
+        attention="sdpa",
         checkpointing=True,
     )
 

@@ -32,12 +32,13 @@ from mirage_ds.engine.setup import World, check_ds_config, everyone, from_rank_z
 from mirage_ds.engine.spelling import read_base
 from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
+from mirage_ds.engine.versions import check_release, gather_safely
 from mirage_ds.errors import UserError
 from mirage_ds.events import LOAD_BEGINS, note
 from mirage_ds.files import check_log, write_atomically
 from mirage_ds.mfu import ModelFlops, peak_flops
 from mirage_ds.mixture import Records
-from mirage_ds.model.attention import choose_backend
+from mirage_ds.model.attention import choose_backend, head_width_of
 from mirage_ds.model.load import Loaded, check_folder, load_model, load_tower, read_config, shape_of
 from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
 from mirage_ds.model.vision import FrozenTower
@@ -140,6 +141,10 @@ def optimizer_groups(model: Shape, train_vision: bool, lora: Lora | None) -> lis
     return groups(trained_parameters(model, train_vision))
 
 
+def _products(ds_values: dict[str, Any]) -> torch.dtype:
+    return torch.bfloat16 if ds.products_in_bf16(ds_values) else torch.float32
+
+
 def make_model(
     config: RunConfig,
     folder: Path,
@@ -156,6 +161,7 @@ def make_model(
         device=device,
         tower=tower,
         attention=config.attention,
+        products=_products(ds_values),
         checkpointing=config.gradient_checkpointing,
         train_vision=config.train_vision,
         reduction=config.reduction,
@@ -201,6 +207,8 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     from_rank_zero(partial(check_installed, config.report_to), world)
     json_path = config.deepspeed or ds.default_path(config.stage, world.device.type)
     ds_values = ds.resolve(ds.read_json(json_path), json_path, config, world.size)
+    check_release(ds_values, json_path, bool(config.lora_rank) and config.gradient_checkpointing)
+    gather_safely(ds_values, world.device.type)
     check_ds_config(ds_values, json_path)
     if config.lora_rank:
         check_peft(f"--lora_rank {config.lora_rank}")
@@ -209,10 +217,11 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
                 f"--lora_rank {config.lora_rank}: {json_path} offloads to NVMe, and what that takes is not known where "
                 "most weights are frozen; adapters have few states: take a JSON without offload, or offload to 'cpu'"
             )
-    choose_backend(config.attention, world.device)
     folders = from_rank_zero(partial(model_folders, config, partial(begin, "records")), world)
     _check_folders(folders, world)
-    shape = shape_of(read_config(folders[0]), f"{folders[0]}/config.json")
+    model_config = read_config(folders[0])
+    choose_backend(config.attention, world.device, _products(ds_values), head_width_of(model_config.get_text_config()))
+    shape = shape_of(model_config, f"{folders[0]}/config.json")
     ds.fill_limits(ds_values, two_layers(sizes(shape)))
     encoder = make_encoder(config, folders)
     files, encoders = zip(*sources_of(config, encoder), strict=True)

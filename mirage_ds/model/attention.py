@@ -8,15 +8,16 @@ stage but the first, queries are fewer than keys, and a top-left mask would be s
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
 
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, reason
 
 # The name under which transformers' AttentionInterface finds `packed_attention`.
 INTERFACE_NAME = "mirage_packed"
@@ -52,12 +53,15 @@ def _torch_varlen(
     max_k: int,
     scale: float,
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # window (−1, 0) is causal; like flash-attn's, the kernel aligns it bottom-right.
-    output = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0), enable_gqa=True)
-    assert isinstance(output, torch.Tensor)  # a pair only where the log-sum-exp is asked for
-    return output
+    # The operator below torch.nn.attention.varlen, whose own function takes other arguments in each release of torch.
+    # Causal, and a window of (−1, 0) says so again; like flash-attn's, the kernel aligns it bottom-right.
+    causal, debug = True, False
+    return torch.ops.aten._flash_attention_forward(
+        *(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, debug),
+        scale=scale,
+        window_size_left=-1,
+        window_size_right=0,
+    )[0]
 
 
 def _sdpa(
@@ -99,24 +103,70 @@ def _sdpa(
 
 
 BACKENDS: dict[str, Backend] = {"flash": _flash, "torch_varlen": _torch_varlen, "sdpa": _sdpa}
+# Those that kernel_fault is about.
+KERNELS = ("flash", "torch_varlen")
 
 
-def choose_backend(name: str, device: torch.device) -> str:
+@cache
+def flash_fault() -> str | None:
+    """Return why flash-attn cannot be used, None where it can.
+
+    Only an import tells: a wheel that was built for another torch is found as well.
+    """
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:
+        # It may be installed and lack one of its own: the name tells.
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"
+        return "flash-attn is not installed" if missing else f"flash-attn cannot be imported ({reason(error)})"
+    return None
+
+
+def kernel_fault(dtype: torch.dtype, head_width: int) -> str | None:
+    """Return why no kernel for packed rows takes these tensors, None where it does: flash-attn's and torch's agree.
+
+    Args:
+        dtype: of the products, which is bfloat16 for float32 weights under torch_autocast.
+        head_width: D.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16 and this model computes in {str(dtype).removeprefix('torch.')}"
+    if head_width % 8 or head_width > 256:
+        return f"takes head widths that are multiples of 8 up to 256 and this model's is {head_width}"
+    return None
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
     """Resolve `auto` and refuse a back end that cannot run here.
 
-    `auto` is flash where flash-attn is installed, else torch's varlen kernel; on a CPU it is SDPA, the only one there.
+    `auto` is flash where flash-attn can be imported, else torch's varlen kernel; SDPA on a CPU, and where no kernel
+    takes the dtype or the head width.
+
+    Args:
+        dtype, head_width: see kernel_fault.
 
     Raises:
-        UserError: names the back end and the way to install it.
+        UserError: names the back end and what to do.
     """
-    cuda, installed = device.type == "cuda", importlib.util.find_spec("flash_attn") is not None
-    if name == "auto":
-        return "sdpa" if not cuda else "flash" if installed else "torch_varlen"
-    if name == "flash" and not installed:
-        raise UserError(f"--attention flash: flash-attn is not installed; {FLASH_INSTALL}, or use --attention auto")
-    if name != "sdpa" and not cuda:
+    if name == "sdpa":
+        return name
+    if device.type != "cuda":
+        if name == "auto":
+            return "sdpa"
         raise UserError(f"--attention {name} needs a CUDA GPU and this run is on {device.type}; use --attention sdpa")
+    unfit = kernel_fault(dtype, head_width)
+    if name == "auto":
+        return "sdpa" if unfit else "torch_varlen" if flash_fault() else "flash"
+    if unfit:
+        raise UserError(f"--attention {name} {unfit}; use --attention sdpa")
+    if name == "flash" and (fault := flash_fault()):
+        raise UserError(f"--attention flash: {fault}; {FLASH_INSTALL}, or use --attention auto")
     return name
+
+
+def head_width_of(text: Any) -> int:
+    """Return D of a text model's configuration."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def varlen_attention(
@@ -137,7 +187,7 @@ def varlen_attention(
         q: (Tq, Hq, D); k, v: (Tk, Hkv, D), Hq a multiple of Hkv.
         cu_seqlens_q, cu_seqlens_k: (N + 1,) int32 cumulative lengths, on the same device.
         max_q, max_k: longest sample's queries and keys.
-        backend: a key of BACKENDS.
+        backend: a key of BACKENDS; SDPA stands in for a kernel that cannot take these tensors (kernel_fault).
         scale: factor on q · k; 1/√D if None.
 
     Returns:
@@ -146,6 +196,9 @@ def varlen_attention(
     # Under torch_autocast rotary positions leave q and k in float32, and the varlen kernels take one dtype.
     q, k = q.to(v.dtype), k.to(v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # A run under torch_autocast decodes in float32 when it evaluates, outside of the autocast.
+    if backend in KERNELS and kernel_fault(v.dtype, q.shape[-1]):
+        backend = "sdpa"
     return BACKENDS[backend](q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale)
 
 

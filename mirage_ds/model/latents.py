@@ -120,7 +120,7 @@ def run_passes(
         if len(one.sources):
             fed = hidden[-1].index_select(0, one.sources)
             x = x.index_copy(0, one.first, fed.detach() if detach else fed)
-        rotary = (cos.index_select(1, one.tokens), sin.index_select(1, one.tokens))
+        rotary = (cos.index_select(-2, one.tokens), sin.index_select(-2, one.tokens))
         x = x[None]
         for place, (layer, past) in enumerate(zip(language_model.layers, made, strict=True)):
             arguments = (layer, x, rotary, list(past), one, reorder, backend)

@@ -19,7 +19,7 @@ import torch
 
 from mirage_ds.config import LatentLoss, Stage
 from mirage_ds.errors import UserError, reason, strict_json
-from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, register
+from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, head_width_of, register
 from mirage_ds.model.family import FAMILIES, check_kind, flat_name
 from mirage_ds.model.folder_check import check_processor, check_stored
 from mirage_ds.model.forward import MirageModel
@@ -182,6 +182,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     attention: str = "auto",
+    products: torch.dtype | None = None,
     checkpointing: bool = True,
     train_vision: bool = False,
     reduction: str = "sample",
@@ -197,6 +198,7 @@ def load_model(
 
     Args:
         dtype: of the weights in the forward.
+        products: dtype of the products, where it is another (torch_autocast).
         tower: the frozen tower where it has been loaded already.
         ds_config: the resolved DeepSpeed configuration. Under ZeRO-3 the weights are then partitioned as they are
             read, so that no rank ever holds the whole model; None loads an ordinary module.
@@ -208,8 +210,8 @@ def load_model(
     """
     from transformers.integrations import HfDeepSpeedConfig
 
-    backend = choose_backend(attention, device)
     config = check_folder(folder)
+    backend = choose_backend(attention, device, products or dtype, head_width_of(config.get_text_config()))
     register()
     if tower is None and not train_vision:
         tower = load_tower(folder, config, dtype, device)

@@ -29,6 +29,7 @@ from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.checkpoint import save_checkpoint
+from mirage_ds.engine.versions import gather_safely
 from mirage_ds.model.load import load_model, public_name
 from mirage_ds.model.loss import StepCounts, objective
 from mirage_ds.prepare import prepare
@@ -107,6 +108,7 @@ def _load(world: Any, folder: Path, train_vision: bool) -> dict[str, Any]:
     path = ds.default_path("stage2", "cpu")
     config = RunConfig(model=str(folder), stage="stage2", data_path=folder, save_model_path=folder)
     values = ds.resolve(ds.read_json(path), path, config, world.size)
+    gather_safely(values, "cpu")
     loaded = load_model(
         folder, stage="stage2", dtype=torch.float32, device=world.device, train_vision=train_vision, ds_config=values
     )

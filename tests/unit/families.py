@@ -28,5 +28,7 @@ def deep_inputs(model: Any, sample: Sample, length: int) -> dict[str, Any]:
     here = torch.zeros(1, length, dtype=torch.bool)
     seen = sample.input_ids[:length] == model.config.image_token_id
     here[0, : len(seen)] = seen
-    embeds = [torch.cat(list(one))[: here.sum()] for one in found.deepstack_features]
+    # A tensor of all images; since transformers 5.18 one of each image.
+    each = [one if isinstance(one, torch.Tensor) else torch.cat(one) for one in found.deepstack_features]
+    embeds = [one[: here.sum()] for one in each]
     return {"visual_pos_masks": here, "deepstack_visual_embeds": embeds}

@@ -5,14 +5,24 @@ Tq query tokens, Tk key tokens, Hq query heads, Hkv key heads, D head width.
 
 from __future__ import annotations
 
-import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
 from mirage_ds.errors import UserError
-from mirage_ds.model.attention import BACKENDS, Packed, choose_backend, packed_attention, varlen_attention
+from mirage_ds.model.attention import (
+    BACKENDS,
+    Packed,
+    choose_backend,
+    flash_fault,
+    packed_attention,
+    varlen_attention,
+)
 
 D = 16
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -144,48 +154,134 @@ def test_packed_attention_without_order_takes_keys_as_made() -> None:
     torch.testing.assert_close(output[0].double(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "device", "installed", "chosen"),
-    [
-        ("auto", CPU, False, "sdpa"),
-        ("auto", CPU, True, "sdpa"),
-        ("auto", CUDA, False, "torch_varlen"),
-        ("auto", CUDA, True, "flash"),
-        ("sdpa", CPU, False, "sdpa"),
-        ("sdpa", CUDA, True, "sdpa"),
-        ("flash", CUDA, True, "flash"),
-        ("torch_varlen", CUDA, False, "torch_varlen"),
-    ],
-)
-def test_backend_chosen(name, device, installed, chosen, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda module: object() if installed else None)
-    assert choose_backend(name, device) == chosen
+HALF, FULL = torch.bfloat16, torch.float32
+WIDE = 128
+
+
+@pytest.fixture
+def flash_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str | None], None]]:
+    """A flash_attn whose file holds this text; None for none at all."""
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(text: str | None) -> None:
+        if text is not None:
+            (tmp_path / "flash_attn.py").write_text(text)
+        flash_fault.cache_clear()
+
+    yield write
+    flash_fault.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "installed", "sentence"),
+    ("name", "device", "wheel", "dtype", "width", "chosen"),
     [
-        (
-            "flash",
-            CUDA,
-            False,
-            "--attention flash: flash-attn is not installed; pip install --no-build-isolation "
-            '"mirage-ds[flash]", or use --attention auto',
-        ),
-        ("flash", CPU, True, "--attention flash needs a CUDA GPU and this run is on cpu; use --attention sdpa"),
-        (
-            "torch_varlen",
-            CPU,
-            False,
-            "--attention torch_varlen needs a CUDA GPU and this run is on cpu; use --attention sdpa",
-        ),
+        ("auto", CPU, None, FULL, WIDE, "sdpa"),
+        ("auto", CPU, "", HALF, WIDE, "sdpa"),
+        ("auto", CUDA, None, HALF, WIDE, "torch_varlen"),
+        ("auto", CUDA, "", HALF, WIDE, "flash"),
+        ("auto", CUDA, "", torch.float16, 256, "flash"),
+        # A wheel built for another torch is found, and cannot be imported.
+        ("auto", CUDA, "raise ImportError('undefined symbol: _ZN3c10')", HALF, WIDE, "torch_varlen"),
+        ("auto", CUDA, "import a_part_of_it", HALF, WIDE, "torch_varlen"),
+        ("auto", CUDA, "", FULL, WIDE, "sdpa"),
+        ("auto", CUDA, None, FULL, WIDE, "sdpa"),
+        ("auto", CUDA, "", torch.float64, WIDE, "sdpa"),
+        ("auto", CUDA, "", HALF, 20, "sdpa"),
+        ("auto", CUDA, None, HALF, 264, "sdpa"),
+        ("sdpa", CPU, None, FULL, WIDE, "sdpa"),
+        ("sdpa", CUDA, "", HALF, WIDE, "sdpa"),
+        ("flash", CUDA, "", HALF, WIDE, "flash"),
+        ("torch_varlen", CUDA, None, HALF, 8, "torch_varlen"),
     ],
 )
-def test_backend_refused_in_one_sentence(name, device, installed, sentence, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda module: object() if installed else None)
+def test_backend_chosen(name, device, wheel, dtype, width, chosen, flash_wheel: Callable[[str | None], None]) -> None:
+    flash_wheel(wheel)
+    assert choose_backend(name, device, dtype, width) == chosen
+
+
+INSTALL = '; pip install --no-build-isolation "mirage-ds[flash]", or use --attention auto'
+NO_GPU = "needs a CUDA GPU and this run is on cpu; use --attention sdpa"
+IN_FULL = "takes bfloat16 and float16 and this model computes in float32; use --attention sdpa"
+TOO_WIDE = "takes head widths that are multiples of 8 up to 256 and this model's is 320; use --attention sdpa"
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "wheel", "dtype", "width", "said"),
+    [
+        ("flash", CUDA, None, HALF, WIDE, f": flash-attn is not installed{INSTALL}"),
+        (
+            *("flash", CUDA, "raise ImportError('undefined symbol: _ZN3c10')", HALF, WIDE),
+            f": flash-attn cannot be imported (ImportError: undefined symbol: _ZN3c10){INSTALL}",
+        ),
+        (
+            *("flash", CUDA, "import a_part_of_it", HALF, WIDE),
+            f": flash-attn cannot be imported (ModuleNotFoundError: No module named 'a_part_of_it'){INSTALL}",
+        ),
+        ("flash", CPU, "", HALF, WIDE, f" {NO_GPU}"),
+        ("torch_varlen", CPU, None, FULL, WIDE, f" {NO_GPU}"),
+        ("flash", CUDA, "", FULL, WIDE, f" {IN_FULL}"),
+        ("torch_varlen", CUDA, None, FULL, WIDE, f" {IN_FULL}"),
+        ("torch_varlen", CUDA, None, HALF, 320, f" {TOO_WIDE}"),
+    ],
+)
+def test_backend_refused_in_one_sentence(
+    name, device, wheel, dtype, width, said, flash_wheel: Callable[[str | None], None]
+) -> None:
+    flash_wheel(wheel)
     with pytest.raises(UserError) as refused:
-        choose_backend(name, device)
-    assert str(refused.value) == sentence
+        choose_backend(name, device, dtype, width)
+    assert str(refused.value) == f"--attention {name}{said}"
+
+
+def meta(tokens: int, heads: int, width: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    return torch.empty(tokens, heads, width, dtype=dtype, device="meta", requires_grad=True)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize(("q_heads", "kv_heads", "width"), [(28, 4, 128), (4, 4, 8), (6, 1, 256)])
+def test_torchs_kernel_has_the_right_shapes_and_a_backward(name: str, q_heads: int, kv_heads: int, width: int) -> None:
+    # On the meta device: no GPU is needed, and no number is computed.
+    queries, keys = (list(column) for column in zip(*LENGTHS[name], strict=True))
+    q, k, v = meta(sum(queries), q_heads, width), meta(sum(keys), kv_heads, width), meta(sum(keys), kv_heads, width)
+    ends = (cumulative(queries).to("meta"), cumulative(keys).to("meta"))
+    out = varlen_attention(q, k, v, *ends, max(queries), max(keys), backend="torch_varlen")
+    assert (out.shape, out.dtype) == (q.shape, HALF)
+    for gradient, one in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v), strict=True):
+        assert (gradient.shape, gradient.dtype) == (one.shape, HALF)
+
+
+def test_torchs_kernel_is_told_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the operator calls its arguments, from its own schema: the same in every release that is tested.
+    operator = torch.ops.aten._flash_attention_forward
+    names = [argument.name for argument in operator.default._schema.arguments]
+    given: dict[str, Any] = {}
+
+    def note(*args: Any, **named: Any) -> tuple[torch.Tensor]:
+        given.update(dict(zip(names, args, strict=False)) | named)
+        return (args[0],)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", note)
+    ends = torch.zeros(2, dtype=torch.int32)
+    BACKENDS["torch_varlen"](*(torch.zeros(1, 1, 8) for _ in range(3)), ends, ends, 3, 5, 0.25)
+    assert {name: one for name, one in given.items() if not isinstance(one, torch.Tensor)} == {
+        "max_q": 3, "max_k": 5, "dropout_p": 0.0, "is_causal": True, "return_debug_mask": False,
+        "scale": 0.25, "window_size_left": -1, "window_size_right": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["flash", "torch_varlen"])
+@pytest.mark.parametrize(("dtype", "width"), [(FULL, D), (HALF, 20)])
+def test_a_kernel_never_gets_what_it_cannot_take(
+    backend: str, dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a run under torch_autocast decodes when it evaluates.
+    monkeypatch.setitem(BACKENDS, backend, lambda *_: pytest.fail("the kernel was called"))
+    q, k = torch.randn(4, 4, width, dtype=dtype), torch.randn(4, 2, width, dtype=dtype)
+    ends = cumulative([1, 3])
+    made = varlen_attention(q, k, k, ends, ends, 3, 3, backend=backend)
+    assert made.equal(varlen_attention(q, k, k, ends, ends, 3, 3, backend="sdpa"))
 
 
 def test_queries_and_keys_take_the_dtype_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:

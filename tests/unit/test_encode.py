@@ -98,7 +98,9 @@ def record_for(name: str) -> Record:
 
 def pixels_of(folder: Path, names: list[str], **limits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The public image processor's own output, one image at a time."""
-    processor = Qwen2VLImageProcessorPil(**limits)
+    # Its defaults, in a copy: up to transformers 5.17 all processors share one, and `limits` would change it.
+    size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+    processor = Qwen2VLImageProcessorPil(size=size, **limits)
     made = [processor(images=[Image.open(folder / name).convert("RGB")], return_tensors="pt") for name in names]
     if not made:
         return torch.empty(0, 1176), torch.empty(0, 3, dtype=torch.int64)
