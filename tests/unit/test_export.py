@@ -23,8 +23,9 @@ from mirage_ds.data.record import Record
 from mirage_ds.data.sample import Sample
 from mirage_ds.engine import export
 from mirage_ds.engine.export import Parts, ShardWriter, change_rows, save_model
-from mirage_ds.engine.spelling import TRAINED_KEY, read_base
+from mirage_ds.engine.spelling import read_base
 from mirage_ds.errors import UserError
+from mirage_ds.files import TRAINED_KEY
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.load import Loaded, check_vocabulary, load_model, read_config
 
