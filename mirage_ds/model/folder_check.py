@@ -82,10 +82,11 @@ def check_stored(folder: Path, config: PretrainedConfig, expected: Mapping[str, 
     stored = stored_tensors(folder)
     _refuse_other_weights(folder, stored, family, expected)
     _compare_index(folder, stored)
-    own, strange = {}, []
+    own: dict[str, str] = {}
+    strange = []
     for name, one in stored.items():
         flat = family.opened_name(name)
-        if flat in expected or flat == HEAD:
+        if flat and (flat in expected or flat == HEAD):
             if flat in own:
                 raise UserError(f"{one.file}: holds {own[flat]} and {name}, which are the same; copy the model again")
             own[flat] = name
