@@ -264,6 +264,27 @@ def real_layouts() -> list[Layout]:
     return found
 
 
+def new_forms() -> list[Layout]:
+    """Those of the published files whose form is none of LAYOUTS, one of each form."""
+    found = {_form(shrink(one.config)): one for one in reversed(real_layouts())}
+    for one in LAYOUTS:
+        found.pop(_form(shrink(one.config)), None)
+    return list(found.values())
+
+
+# They change neither what is read nor what is computed.
+_NO_MATTER = ("transformers_version", "_name_or_path", "max_position_embeddings", "sliding_window", "use_cache")
+
+
+def _form(config: Values) -> str:
+    kept = {
+        key: _form(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _NO_MATTER
+    }
+    return json.dumps(kept, sort_keys=True)
+
+
 def _json(file: Path) -> Values | None:
     return json.loads(file.read_text()) if file.is_file() else None
 

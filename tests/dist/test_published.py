@@ -19,7 +19,7 @@ import yaml
 from group import Group
 from on_disk import lines_of
 from PIL import Image
-from published import LAYOUTS, Layout, real_layouts, write_layout
+from published import LAYOUTS, Layout, new_forms, write_layout
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -36,6 +36,8 @@ from mirage_ds.export import export_folder
 from mirage_ds.prepare import prepare
 
 QUICK = ("qwen2.5-vl-7b", "qwen2-vl-7b", "qwen3-vl-8b")
+# On one rank what two have begun: one of each family.
+RESUMED = ("mirage", "qwen2-vl-4.46", "qwen3-vl-4b")
 K, ROWS = 2, 4
 STAGES = ("sft", "stage1", "stage2")
 TEXTS = ("Where does the way go? Left, left, then right. \\boxed{A}", "system\nYou are a helpful assistant.\nuser\n")
@@ -48,7 +50,7 @@ SETTINGS: dict[str, Any] = dict(
 def chosen(quick: tuple[str, ...] = QUICK) -> list[Any]:
     return [
         pytest.param(one, id=one.name, marks=[] if one.name in quick else pytest.mark.slow)
-        for one in (*LAYOUTS, *real_layouts())
+        for one in (*LAYOUTS, *new_forms())
     ]
 
 
@@ -175,11 +177,11 @@ def test_a_published_folder_in_use(
         assert not any(told.values())
     if runs[0]["stage"] == "sft" and layout.name in QUICK:
         assert losses(runs[0]["save_model_path"])[0] == pytest.approx(plain_loss(base, records), abs=2e-5)
-    if not quick or layout.name == QUICK[0]:
+    if len(runs) == len(STAGES):
         last = runs[-1]["save_model_path"]
         check_export(last, tmp_path / "exported")
         check_answers(last, records)
-        if not quick:
+        if layout.name in RESUMED:
             check_resumed(runs[-1], one_rank)
     check_commands(layout, base, runs[-1]["save_model_path"], records, tmp_path)
 
