@@ -10,7 +10,8 @@ from gpu.attention import HEADS, LONG, worst
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("heads", HEADS)
+# And the narrowest and widest heads that the kernels take.
+@pytest.mark.parametrize("heads", [*HEADS, (4, 2, 8), (4, 2, 256)])
 @pytest.mark.parametrize("lengths", LONG)
 @pytest.mark.parametrize("backend", ["flash", "torch_varlen", "sdpa"])
 def test_a_back_end_errs_no_more_than_bf16_rounds(backend: str, lengths: str, heads: tuple[int, int, int]) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from gpu.packed import CPU, STAGES, Outcome, Rows, drift, outcome, ready
 from gpu.watch import no_host_reads
+from mirage_ds.model.load import load_model
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -45,6 +46,10 @@ def test_bf16_drifts_as_on_the_cpu(backend: str, stage: str, nano: Path, mixed: 
     got = outcome(ready(Rows(nano, mixed, stage), CUDA, torch.bfloat16, installed(backend)))
     for found, usual in zip(drift(got, exact), drift(rounded, exact), strict=True):
         assert found <= TIMES * usual, (drift(got, exact), drift(rounded, exact))
+
+
+def test_float32_weights_reach_no_kernel(nano: Path) -> None:
+    assert load_model(nano, stage="sft", dtype=torch.float32, device=CUDA).model.attention == "sdpa"
 
 
 @pytest.mark.parametrize("stage", STAGES)
