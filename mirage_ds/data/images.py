@@ -13,6 +13,7 @@ import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -132,7 +133,7 @@ class ImageFinder:
         place = self.find(record, name, path)
         try:
             with _open(place) as image:
-                size, mode = _size(image, place), image.mode
+                size, mode = image.size, image.mode
                 made = upright_rgb(image)
         except Exception as error:  # noqa: BLE001  # see _broken
             raise _broken(record, name, place, error) from None
@@ -140,7 +141,8 @@ class ImageFinder:
             raise record.fault(
                 name, f"image {place} has 32 bits a channel (mode {mode}), of unknown range", "save it with 8 bits"
             )
-        if made.size != size:
+        # A turn may have exchanged the sides.
+        if sorted(made.size) != sorted(size):
             raise record.fault(
                 name, f"image {place} holds a picture of another size than its header says", "replace the file"
             )
@@ -195,14 +197,15 @@ def upright_rgb(image: Image.Image) -> Image.Image | None:
     Returns:
         None for 32 bits a channel, whose range nobody knows.
     """
-    scale = PNG_SCALES.get(image.tile[0][3], 1) if image.format == "PNG" and image.tile else 1
-    deep = image.format == "PNG" and bool(image.tile) and image.tile[0][3] == "RGB;16B"
+    # How a PNG's pixels lie in the file; known until they are decoded.
+    tiles: Any = getattr(image, "tile", None)
+    packed = tiles[0][3] if image.format == "PNG" and tiles else ""
     image.load()
     turn = _orientation(image)
     key = image.info.get("transparency")
     if isinstance(key, int) and image.mode == "L":
-        image.info["transparency"] = key * scale
-    if deep and key is not None:
+        image.info["transparency"] = key * PNG_SCALES.get(packed, 1)
+    if packed == "RGB;16B" and key is not None:
         image.info["transparency"] = tuple(shade >> 8 for shade in key)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         made = _from_16_bits(image, key)

@@ -88,8 +88,8 @@ def peak_of_a_run(nano: Path, rows: Path, out: Path) -> float:
     """Train on all rows; MB that its processes and shared memory held together at most."""
     settings = dict(
         stage="sft", model=nano, data_path=rows, save_model_path=out, max_pixels=50_176, global_batch_size=100,
-        micro_batch_tokens=2048, max_steps=2, warmup_steps=0, num_workers=2, cache_dir=rows.parent / "cache",
-        report_to="none",
+        micro_batch_tokens=2048, max_length=1024, max_steps=2, warmup_steps=0, num_workers=2,
+        cache_dir=rows.parent / "cache", report_to="none",
     )  # fmt: skip
     command = [sys.executable, "-m", "mirage_ds.train"]
     command += [str(part) for key, value in settings.items() for part in (f"--{key}", value)]

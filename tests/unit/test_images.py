@@ -179,6 +179,8 @@ def test_transparent_shades_of_2_4_and_16_bits(tmp_path: Path) -> None:
     # Two rows of two samples: of 4 bits 0 and 10, 10 and 15.
     place.write_bytes(png(np.array([[0x0A], [0xAF]], dtype=np.uint8), 4, 0, struct.pack(">H", 10)))
     assert seen(place)[..., 0].tolist() == [[0, 255], [255, 255]]
+    chunked(place, b"tEXt", b"Comment\0behind the pixels", behind=True)
+    assert seen(place)[..., 0].tolist() == [[0, 255], [255, 255]]
     place.write_bytes(png(np.array([[0b00010000], [0b10110000]], dtype=np.uint8), 2, 0, struct.pack(">H", 1)))
     assert seen(place)[..., 0].tolist() == [[0, 255], [170, 255]]
     grey = np.array([[5, 260], [261, 60_000]], dtype=">u2")
