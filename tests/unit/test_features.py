@@ -137,7 +137,11 @@ def test_a_spoilt_shard_is_not_used_and_goes(keep: float | str, tmp_path: Path) 
     one = store.place / store.listed()[0]
     content = one.read_bytes()
     if isinstance(keep, str):
-        head = {"huge header": b"\xff" * 8, "no header": bytes(8), "other header": (2).to_bytes(8, "little") + b"[]"}
+        head = {
+            "huge header": (1 << 46).to_bytes(8, "little"),
+            "no header": bytes(8),
+            "other header": (2).to_bytes(8, "little") + b"[]",
+        }
         one.write_bytes(head[keep] + content[16:])
     else:
         one.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])

@@ -317,7 +317,8 @@ def test_what_cannot_be_decoded_is_a_fault(value: Any, what: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "value", ["/9j/photo.jpg", "/9j/" + "a" * 200 + ".jpg", {"path": "i.png", "bytes": None}, "Qk/a"]
+    "value",
+    ["/9j/photo.jpg", "/9j/" + "a" * 200 + ".jpg", {"path": "i.png", "bytes": None}, "Qk/a", "folder/" * 20 + "name"],
 )
 def test_a_path_stays_a_path(value: Any, tmp_path: Path) -> None:
     record = make_record({"text_input": "q", "text_output": "a", "image_input": value}, 3, pictures=tmp_path)
