@@ -115,7 +115,8 @@ def check_folder(folder: Path, processors: Sequence[Path] = ()) -> PretrainedCon
         UserError: its weights are not exactly those that config.json describes, or the processor is of another family.
     """
     config = read_config(folder)
-    check_stored(folder, config, shape_of(config, f"{folder}/config.json").shapes)
+    shapes = shape_of(config, f"{folder}/config.json").shapes
+    check_stored(folder, config, {name: tuple(shape) for name, shape in shapes.items()})
     check_processor(config, (folder, *processors))
     return config
 

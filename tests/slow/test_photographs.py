@@ -118,6 +118,7 @@ def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, worker
     from mirage_ds.data.load import load_encoder
     from mirage_ds.data.loader import build_index
     from mirage_ds.engine.setup import World
+    from mirage_ds.engine.waiting import Waiting
     from mirage_ds.model.load import load_tower, read_config
     from mirage_ds.model.vision import FrozenTower
 
@@ -134,7 +135,7 @@ def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, worker
     images = index.images["image_input"]
     kept = keep_features._kept(rows.parent / "features", tower, "print", encoder, "image_input", images)
     own = keep_features._Images(index.rows, encoder, "image_input", images, kept.needs(index.row_ids))
-    world = World(0, 1, 0, torch.device("cpu"))
+    world = World(0, 1, 0, torch.device("cpu"), Waiting(None, 0, 1, 60.0))
     shards, broken = keep_features._make(tower, kept, own, "", workers, world, lambda: False, lambda _: None)
     answers.put((sum(len(shard.keys) for shard in shards), len(broken), max(own.bytes_of_pixels()) / MEGABYTE))
 

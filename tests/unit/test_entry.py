@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import io
@@ -158,6 +159,8 @@ def test_a_terminal_that_is_not_utf8_ends_nothing(
     terminal = io.TextIOWrapper(written, encoding=encoding, errors="strict")
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(os, "_exit", sys.exit)
+    # They are this whole suite's: torch has some that take its operators away.
+    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: None)
     (tmp_path / "hosts").write_text("node1 slots=1\n")
     monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "hosts") if module == "hosts" else "--help"])
     with contextlib.suppress(SystemExit):

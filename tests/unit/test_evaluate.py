@@ -415,6 +415,7 @@ def test_a_report_holds_all_that_its_scores_follow_from(decoder: Decoder, nano: 
     assert settings | {"min_pixels": 0, "max_pixels": 0} == dict(
         decoding="sampled", temperature=1.5, top_p=0.8, seed=5, max_new_tokens=6, longest_run=4, run_length=3,
         latents=True, slots=None, min_pixels=0, max_pixels=0, batch_size=2, ranks=1, device="cpu", dtype="float32",
+        prefill_tokens=8192,
     )  # fmt: skip
     assert 0 < settings["min_pixels"] < settings["max_pixels"]
     sha = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in nano.glob("*.safetensors")}

@@ -352,6 +352,8 @@ def test_a_fetch_says_that_it_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         with tqdm_class(total=3, disable=True) as bar:
             bar.update(1)
             bar.update(2)
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
         return str(tmp_path / name)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)

@@ -261,7 +261,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "config.json ties the head to the embedding",
     ),
     "head missing": (
-        then(config(tie_word_embeddings=False), text_config(tie_word_embeddings=False)), "the first is lm_head.weight; "
+        then(config(tie_word_embeddings=False), text_config(tie_word_embeddings=False)), "the first is lm_head.weight"
     ),
     "patch size": (processor(patch_size=16), "patch_size is 16, config.json's vision_config has 14"),
     "merge size": (processor(merge_size=4), "merge_size is 4, config.json's vision_config has 2"),

@@ -30,9 +30,11 @@ from mirage_ds.data.encode import Encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sources import find_files, pieces, read_piece, unread, unread_lines
 from mirage_ds.engine.setup import World
+from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import UserError
 from mirage_ds.mixture import Mixture, Part
 from mirage_ds.run_records import index_records
+from mirage_ds.stop import never
 
 ROWS = [{"text_input": f"q, {n} ä", "text_output": "a"} for n in range(3)]
 TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -198,7 +200,7 @@ def world() -> Iterator[World]:
     import torch
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield World(0, 1, 0, torch.device("cpu"))
+    yield World(0, 1, 0, torch.device("cpu"), Waiting(None, 0, 1, 60.0))
     dist.destroy_process_group()
 
 
@@ -219,7 +221,7 @@ def test_a_run_says_the_first_fault_where_no_record_has_the_format(
         config = RunConfig(model="m", save_model_path="s", stage="sft", data_path=file, cache_dir=tmp_path / "cache")
         for _ in ("made", "opened again"):
             with pytest.raises(UserError, match=re.escape(f"{file}: line 1, ")):
-                index_records(config, encoder_for("sft", 2, beside=file), file, world, lambda: None)
+                index_records(config, encoder_for("sft", 2, beside=file), file, world, never, lambda: None)
     # An empty file, one of blank lines, a folder.
     (tmp_path / "more").mkdir()
     for name, content, said in (
@@ -232,7 +234,7 @@ def test_a_run_says_the_first_fault_where_no_record_has_the_format(
         source = file.parent if "/" in name else file
         config = RunConfig(model="m", save_model_path="s", stage="sft", data_path=source, cache_dir=tmp_path / "cache")
         with pytest.raises(UserError, match=re.escape(f"{source}: {said}")):
-            index_records(config, encoder_for("sft", 2, beside=file), source, world, lambda: None)
+            index_records(config, encoder_for("sft", 2, beside=file), source, world, never, lambda: None)
 
 
 def test_what_a_folder_holds_besides_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

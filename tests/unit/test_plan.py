@@ -359,7 +359,7 @@ def test_auto_is_what_the_run_fills(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs ZeRO-3"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs 'stage' 3"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "disk"}}}, "'offload_optimizer.device'"),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "many"}}, "'reduce_bucket_size' is 'many'"),
         ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "ZeRO-0"),
