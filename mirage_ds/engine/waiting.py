@@ -25,7 +25,8 @@ SILENCE_S = 60.0
 # Where the store is gone this rank may just be about to leave too.
 FAREWELL_S = 10.0
 STORE = "rank 0, which holds the store of the process group,"
-LONGEST_LOOK_S = 0.5
+# Of two ranks; more ranks look less often, so that rank 0 is asked as often.
+LONGEST_LOOK_S = 0.01
 # Progress and requests to stop are told and looked for this often.
 TELL_EVERY_S = 1.0
 
@@ -58,7 +59,7 @@ class Waiting:
         there, moved, since, look = self._add(here, 1), 0, time.monotonic(), 0.001
         while there < self.size:
             time.sleep(look)
-            look = min(2 * look, LONGEST_LOOK_S)
+            look = min(2 * look, LONGEST_LOOK_S * self.size / 2)
             seen = self._add(here, 0), self._add("mirage/moved", 0)
             if seen != (there, moved):
                 (there, moved), since = seen, time.monotonic()

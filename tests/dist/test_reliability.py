@@ -251,6 +251,8 @@ def test_a_folder_that_cannot_be_written_is_said_and_training_goes_on(
     out, log = tmp_path / "out", tmp_path / "log"
     (out / "run").mkdir(parents=True)
     (out / "run/checkpoints").write_text("in the way")
+    # By this the folder is known as a run's.
+    (out / "run/events.jsonl").touch()
     assert group.run(_train, base | dict(save_model_path=out, log_file=log)) == [("", [])] * 2
     equal(out, whole)
     said = log.read_text()
@@ -307,13 +309,13 @@ def test_a_model_that_cannot_be_written_is_said_and_written_later(
     group: Group, base: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    # A folder stands where the weights are to go.
-    (out / "model.safetensors").mkdir(parents=True)
+    # A folder stands where the weights are to go first.
+    (out / ".model-00000.safetensors.partial").mkdir(parents=True)
     told = group.run(_train, base | dict(save_model_path=out))
     assert told[0][0].startswith("UserError: the model cannot be written (")
     assert told[0][0].endswith(f"the last good checkpoint is {out}/run/checkpoints/global_step{STEPS}")
     assert not (out / "config.json").exists()
-    (out / "model.safetensors").rmdir()
+    (out / ".model-00000.safetensors.partial").rmdir()
     assert group.run(_train, base | dict(save_model_path=out)) == [("", [])] * 2
     equal(out, whole)
 
