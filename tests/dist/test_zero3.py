@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from group import Group, GroupFailure
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from mirage_ds import step as steps
@@ -34,6 +35,10 @@ from mirage_ds.model.load import load_model, public_name
 from mirage_ds.model.loss import StepCounts, objective
 from mirage_ds.prepare import prepare
 
+GATHERS_VIEWS = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.11"),
+    reason="gloo of torch 2.8 cannot gather into the views that ZeRO-1 and 2 hand it",
+)
 STAGES = ("sft", "stage1", "stage2")
 K = 4
 # ε this large makes AdamW's step a smooth function of the gradient: |∂step/∂g| ≤ lr / ε = 3. With the usual 1e-8 an
@@ -368,7 +373,7 @@ def test_every_parameter_has_a_gradient_on_both_ranks(runs: Runs, untied: Path, 
             assert max(step[name] for step in found["local"]) > 0, name
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("zero_stage", [0, *(pytest.param(number, marks=GATHERS_VIEWS) for number in (1, 2))])
 def test_other_zero_stages_equal_one_process(runs: Runs, zero_stage: int) -> None:
     runs.check("stage2", deepspeed=runs.json(stage=zero_stage), micro_batch_size=2)
 
