@@ -12,6 +12,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+# Marks are counted from here once the first step is done. A start has fewer.
+SETTLED = 1 << 30
 # File descriptors that the guard hands to the rank: a pipe to write marks into, a file for the stacks.
 MARKS_FD, STACKS_FD = "MIRAGE_GUARD_MARKS", "MIRAGE_GUARD_STACKS"
 # On this signal a rank writes the stacks of all its threads, whatever it is doing.
@@ -45,6 +47,8 @@ class Whereabouts:
     def settle(self) -> None:
         """Say that the first step is done: what comes now takes as long as it did before, save for loads and saves."""
         self._settled = True
+        # From here on the marks of all ranks are as many; in a start each has worked on its own share.
+        self._count = SETTLED
 
     def folder(self, own_folder: Path) -> None:
         """Say where the run keeps its files: the guard writes stacks and verdicts there."""
