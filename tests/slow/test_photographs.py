@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_a_run_on_200_photographs_holds_what_one_on_small_pictures_does(nano: Pa
 
 
 def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, workers: int) -> None:
-    """Keep the features of all rows, by a tower that looks at nothing, and so as fast as pictures come."""
+    """Keep the features of all rows, by a tower that looks at nothing."""
     from mirage_ds import keep_features
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.load import load_encoder
@@ -127,6 +128,8 @@ def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, worker
 
     class Blind(FrozenTower):
         def features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+            # Slower than its workers: what they have made piles up as far as it may.
+            time.sleep(pixel_values.nbytes / 1e8)
             return torch.zeros(int(grid_thw.prod(-1).sum()) // 4, self.width)
 
     encoder = load_encoder([str(nano)], ImageFinder.beside(rows, None), "sft", 1, (None, max_pixels))
@@ -141,10 +144,8 @@ def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, worker
 
 
 # At 3.2 M pixels a photograph has 73 MB of them in float32, at the public processor's limit 288.
-@pytest.mark.parametrize(("max_pixels", "count", "workers"), [(3_211_264, 14, 4), (12_845_056, 4, 4)])
+@pytest.mark.parametrize(("max_pixels", "count", "workers"), [(3_211_264, 20, 4), (12_845_056, 8, 4)])
 def test_pixels_in_flight_are_bounded(max_pixels: int, count: int, workers: int, nano: Path, tmp_path: Path) -> None:
-    from mirage_ds.keep_features import IN_FLIGHT_BYTES
-
     rows = photographs(tmp_path / "photographs", (4000, 3000), count, count)
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
@@ -156,5 +157,5 @@ def test_pixels_in_flight_are_bounded(max_pixels: int, count: int, workers: int,
     assert (made, broken) == (count, 0)
     peak = max(shared for _, shared in seen)
     print(f"{largest:.0f} MB each, {peak:.0f} MB in shared memory, {max(own for own, _ in seen):.0f} MB of their own")
-    # Beside what lies ready, one chunk is on its way to the tower.
-    assert 0 < peak <= IN_FLIGHT_BYTES / MEGABYTE + largest
+    # 1 GiB, not the constant itself, which could be anything. Beside what lies ready, one chunk goes to the tower.
+    assert 0 < peak <= 1024 + largest
