@@ -56,6 +56,11 @@ class Job:
             for rank in (0, 1)
         ]
 
+    def times(self, names: set[str]) -> dict[str, int]:
+        return {
+            file.name: file.stat().st_mtime_ns for file in self.cache.glob("index/.*.parts/*") if file.name in names
+        }
+
     def parts(self) -> set[str]:
         return {file.name for file in self.cache.glob("index/.*.parts/[0-9]*")}
 
@@ -93,6 +98,7 @@ def test_a_start_that_is_killed_and_stopped_goes_on(
         rank.kill()
     killed.end()
     made = killed.parts()
+    times = killed.times(made)
     assert 3 <= len(made) < 30
     assert not out.exists()
 
@@ -102,6 +108,8 @@ def test_a_start_that_is_killed_and_stopped_goes_on(
     codes, said = asked.end()
     assert codes == [75, 75], said
     assert made < asked.parts() < set(map(str, range(48)))
+    # What the killed start had made was not made again.
+    assert asked.times(made) == times
     assert not out.exists()
 
     codes, said = Job(cache, out, nano, many, (0.0, 0.0)).end()
