@@ -23,7 +23,7 @@ job=${MIRAGE_JOB:-${USER:-user}-$$}
 port=${MIRAGE_PORT:-$((20000 + $(printf %s "$job" | cksum | cut -d ' ' -f 1) % 6000 * 2))}
 logs=${MIRAGE_LOGS:-runs/logs/$job}
 read -r -a more <<<"${MIRAGE_GUARD:-}"
-place=$("$python" -m mirage_ds.hosts "$hostfile")
+place=$("$python" -m mirage_ds.cluster.hosts "$hostfile")
 read -r master _ <<<"$place"
 mkdir -p "$logs"
 
@@ -31,7 +31,7 @@ mkdir -p "$logs"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 DS_ENV_FILE=$(realpath "$logs")/deepspeed_env
 export DS_ENV_FILE
-"$python" -m mirage_ds.remote_env --out "$DS_ENV_FILE"
+"$python" -m mirage_ds.cluster.environment --out "$DS_ENV_FILE"
 # Without this an ssh whose host is gone waits for ever.
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 
@@ -43,8 +43,8 @@ print("\n".join(urllib.parse.quote(word, safe="/=,:@+") for word in sys.argv[1:]
 wait "$!"
 
 guard=(--port $((port + 1)) --job "$job" "${more[@]}")
-exec "$python" -m mirage_ds.guard.launch --master "$master" "${guard[@]}" \
+exec "$python" -m mirage_ds.cluster.guard.launch --master "$master" "${guard[@]}" \
     "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --force_multi --no_local_rank \
     --master_addr "$master" --master_port "$port" \
-    --module mirage_ds.guard "${guard[@]}" --logs "$(realpath "$logs")" --quoted \
+    --module mirage_ds.cluster.guard "${guard[@]}" --logs "$(realpath "$logs")" --quoted \
     "${MIRAGE_MODULE:-mirage_ds.train}" "${flags[@]}"

@@ -24,7 +24,7 @@ if [ -n "${MIRAGE_LOGS:-}" ]; then
 fi
 
 guard=(--port $((port + 1)) --job "$job" "${more[@]}")
-exec "$python" -m mirage_ds.guard.launch --master 127.0.0.1 "${guard[@]}" \
+exec "$python" -m mirage_ds.cluster.guard.launch --master 127.0.0.1 "${guard[@]}" \
     "$python" -m deepspeed.launcher.runner --hostfile /nonexistent --num_accelerators "$ranks" --no_local_rank \
     --master_addr 127.0.0.1 --master_port "$port" \
-    --module mirage_ds.guard "${guard[@]}" "${logs[@]}" "${MIRAGE_MODULE:-mirage_ds.train}" "$@"
+    --module mirage_ds.cluster.guard "${guard[@]}" "${logs[@]}" "${MIRAGE_MODULE:-mirage_ds.train}" "$@"

@@ -18,14 +18,14 @@ port=${MIRAGE_PORT:-$((20000 + $(printf %s "$job" | cksum | cut -d ' ' -f 1) % 6
 logs=${MIRAGE_LOGS:-runs/logs/$job}
 read -r -a more <<<"${MIRAGE_GUARD:-}"
 read -r -a mpi <<<"${MIRAGE_MPI:-}"
-place=$("$python" -m mirage_ds.hosts "$hostfile")
+place=$("$python" -m mirage_ds.cluster.hosts "$hostfile")
 read -r master ranks <<<"$place"
 mkdir -p "$logs"
 
 export MASTER_ADDR=$master MASTER_PORT=$port
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 # mpirun carries only the variables that it is told.
-"$python" -m mirage_ds.remote_env --out "$logs/mpi_env"
+"$python" -m mirage_ds.cluster.environment --out "$logs/mpi_env"
 exports=(-x MASTER_ADDR -x MASTER_PORT)
 while IFS='=' read -r name _; do
     if [ -n "${!name+set}" ]; then
@@ -38,8 +38,8 @@ fi
 
 guard=(--port $((port + 1)) --job "$job" "${more[@]}")
 # --bind-to none: otherwise the ranks of every host share its first cores.
-exec "$python" -m mirage_ds.guard.launch --master "$master" "${guard[@]}" \
+exec "$python" -m mirage_ds.cluster.guard.launch --master "$master" "${guard[@]}" \
     mpirun --hostfile "$hostfile" -np "$ranks" --bind-to none \
     --mca plm_rsh_args "-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3" \
     "${exports[@]}" "${mpi[@]}" \
-    "$python" -m mirage_ds.guard "${guard[@]}" --logs "$(realpath "$logs")" "${MIRAGE_MODULE:-mirage_ds.train}" "$@"
+    "$python" -m mirage_ds.cluster.guard "${guard[@]}" --logs "$(realpath "$logs")" "${MIRAGE_MODULE:-mirage_ds.train}" "$@"

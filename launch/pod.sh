@@ -22,8 +22,8 @@ for ((node = 0; node < ${NODES:?}; node++)); do
 done >"$hostfile"
 
 guard=(--port $((port + 1)) --job "$job" "${more[@]}")
-exec "$python" -m mirage_ds.guard.launch --master "${MASTER_ADDR:?}" "${guard[@]}" \
+exec "$python" -m mirage_ds.cluster.guard.launch --master "${MASTER_ADDR:?}" "${guard[@]}" \
     "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" --no_local_rank \
     --master_addr "$MASTER_ADDR" --master_port "$port" \
-    --module mirage_ds.guard "${guard[@]}" --logs "${MIRAGE_LOGS:-runs/logs/$job}" \
+    --module mirage_ds.cluster.guard "${guard[@]}" --logs "${MIRAGE_LOGS:-runs/logs/$job}" \
     "${MIRAGE_MODULE:-mirage_ds.train}" "$@"

@@ -165,7 +165,7 @@ def _gpus() -> list[str]:
 def _places(ranks: int, jobs: int | None, hostfile: Path | None, each: int) -> tuple[list[Place], int]:
     """Return where nodes run, and the threads of a rank."""
     from mirage_ds.ablate.launch import here, parts
-    from mirage_ds.hosts import read_hosts
+    from mirage_ds.cluster.hosts import read_hosts
 
     cores = len(os.sched_getaffinity(0))
     if hostfile is not None:
@@ -320,7 +320,7 @@ def show_status(study: Path, wants_json: bool) -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
-    from mirage_ds.watch.show import print_several
+    from mirage_ds.cluster.status.show import print_several
 
     console = Console(highlight=False, soft_wrap=True)
     for title, found in (("run", counted(lines)), ("arm", arms)):

@@ -15,10 +15,10 @@ from urllib.parse import quote
 
 from mirage_ds.ablate.nodes import Node
 from mirage_ds.ablate.store import Store
+from mirage_ds.cluster.environment import render
+from mirage_ds.cluster.hosts import Host
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
-from mirage_ds.hosts import Host
-from mirage_ds.remote_env import render
 
 
 class Place(NamedTuple):
@@ -124,7 +124,7 @@ def _launched(module: list[str], folder: Path, place: Place) -> list[str]:
     master = place.hosts[0].address if place.hosts else "127.0.0.1"
     guard = ["--port", str(port + 1), "--job", f"{folder.name}-{port}"]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    own = ["--module", "mirage_ds.guard", *guard]
+    own = ["--module", "mirage_ds.cluster.guard", *guard]
     if place.hosts:
         launcher += ["--hostfile", str(folder / "hosts"), "--force_multi"]
         # pdsh hands the words to a shell: quoted, none of them means anything to it.
@@ -133,7 +133,7 @@ def _launched(module: list[str], folder: Path, place: Place) -> list[str]:
     else:
         launcher += ["--hostfile", "/nonexistent", "--num_accelerators", str(place.ranks)]
     return [
-        *(sys.executable, "-m", "mirage_ds.guard.launch", "--master", master, *guard),
+        *(sys.executable, "-m", "mirage_ds.cluster.guard.launch", "--master", master, *guard),
         *(*launcher, "--no_local_rank", "--master_addr", master, "--master_port", str(port), *own, *module),
     ]
 

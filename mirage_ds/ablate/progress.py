@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mirage_ds import events
 from mirage_ds.ablate.nodes import Node
 from mirage_ds.ablate.store import Store
-from mirage_ds.watch.facts import read_facts
-from mirage_ds.watch.summary import summary
+from mirage_ds.cluster.status.facts import read_facts
+from mirage_ds.cluster.status.summary import summary
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -146,7 +146,7 @@ class Job:
 
     def launch_guard(self) -> psutil.Process:
         """Return the guard around the launcher."""
-        return next(one for one in self.mine() if "mirage_ds.guard.launch" in one.cmdline())
+        return next(one for one in self.mine() if "mirage_ds.cluster.guard.launch" in one.cmdline())
 
     def launch_command(self) -> psutil.Process:
         """Return the launching command, which is all that its guard has started."""

@@ -379,12 +379,12 @@ def test_a_faulty_environment_file(cluster: Cluster, folder: Path) -> None:
 def test_variables_that_ssh_does_not_carry(cluster: Cluster, folder: Path) -> None:
     said = ask(cluster.hosts[0], *QUICK, cwd=folder, OMP_NUM_THREADS="1")
     assert said.bad == {("environment", host.name, "warn") for host in cluster.hosts}
-    assert "OMP_NUM_THREADS: set here, not or otherwise there; python -m mirage_ds.remote_env" in said.says(
+    assert "OMP_NUM_THREADS: set here, not or otherwise there; python -m mirage_ds.cluster.environment" in said.says(
         "environment", "node2"
     )
     # And the cure helps.
     out, variables = folder / "made_env", {"OMP_NUM_THREADS": "1", "NCCL_X": "a \"b\" $HOME %h 'c'"}
-    made = [PYTHON, "-m", "mirage_ds.remote_env", "--out", out]
+    made = [PYTHON, "-m", "mirage_ds.cluster.environment", "--out", out]
     cluster.hosts[0].run(made, cwd=folder, env={**CPU, **variables, "PYTHONPATH": str(ROOT)})
     said = ask(cluster.hosts[0], *QUICK, cwd=folder, DS_ENV_FILE=str(out), **variables)
     assert said.bad == set()

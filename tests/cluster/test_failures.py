@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mirage_ds.cluster.guard.wire import EXIT_HANG
 from mirage_ds.errors import EXIT_LOST
-from mirage_ds.guard.wire import EXIT_HANG
 from mirage_ds.stop import EXIT_STOPPED
 
 from .hosts import Cluster, wait_until

@@ -20,6 +20,8 @@ from on_disk import files, log_of, rewrite
 from safetensors.torch import load_file, save_file
 
 from mirage_ds import train
+from mirage_ds.cluster.status.facts import read_facts
+from mirage_ds.cluster.status.summary import summary
 from mirage_ds.config import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
@@ -34,8 +36,6 @@ from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import StepCounts, objective
 from mirage_ds.monitor import Monitor
 from mirage_ds.prepare import prepare
-from mirage_ds.watch.facts import read_facts
-from mirage_ds.watch.summary import summary
 
 K, STEPS = 2, 6
 # 12 rows, 3 a step on two ranks, one a micro-step: a rank is idle in every other one; 6 steps are an epoch and a half.

@@ -26,8 +26,8 @@ from mirage_ds.ablate.progress import TAIL_BYTES, Bars, reached
 from mirage_ds.ablate.slurm import arrays, write_scripts
 from mirage_ds.ablate.store import Store
 from mirage_ds.cli import cli
+from mirage_ds.cluster.hosts import Host
 from mirage_ds.errors import UserError
-from mirage_ds.hosts import Host
 
 LAUNCH = execute.Launch({}, 1)
 
@@ -275,7 +275,7 @@ def test_command_lines(small, tmp_path: Path) -> None:
     alone = command(by_name["base"], None, store, Place(1))
     assert alone[1:] == ["-m", "mirage_ds.train", "--config", str(store.place(by_name["base"]) / "config.yaml")]
     two = command(by_name["base"], None, store, Place(2))
-    assert two[1:3] == ["-m", "mirage_ds.guard.launch"]
+    assert two[1:3] == ["-m", "mirage_ds.cluster.guard.launch"]
     assert two[two.index("--num_accelerators") + 1] == "2"
     hosts = Place(16, None, (Host("n0", 8), Host("n1", 8)))
     many = command(by_name["base"], None, store, hosts)

@@ -22,12 +22,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirage_ds.cli import main
-from mirage_ds.doctor.bandwidth import Bandwidth, judge, requests, rounds, slow
-from mirage_ds.doctor.checks import CHECKS, run_checks
-from mirage_ds.doctor.finding import HERE, Finding, Here, Plan, Seen
-from mirage_ds.doctor.report import as_json, print_table, summary
-from mirage_ds.doctor.transport import Answer
-from mirage_ds.hosts import Host
+from mirage_ds.cluster.doctor.bandwidth import Bandwidth, judge, requests, rounds, slow
+from mirage_ds.cluster.doctor.checks import CHECKS, run_checks
+from mirage_ds.cluster.doctor.finding import HERE, Finding, Here, Plan, Seen
+from mirage_ds.cluster.doctor.report import as_json, print_table, summary
+from mirage_ds.cluster.doctor.transport import Answer
+from mirage_ds.cluster.hosts import Host
 
 GB = 10**9
 NAMES = ("a", "b", "c")
@@ -182,7 +182,7 @@ ON_ONE_HOST: dict[str, tuple[Change, str, str, str, str]] = {
     "compiling": (set_at("locks", to={"locks": [{**LOCK, "age_s": 600.0}], "compilers": ["nvcc"]}), "locks", "warn",
                   "600 s old: something is being compiled", "wait for it"),
     "variable lost": (lambda facts: facts["variables"].pop("NCCL_DEBUG"), "environment", "warn",
-                      "NCCL_DEBUG: set here, not or otherwise there", "mirage_ds.remote_env"),
+                      "NCCL_DEBUG: set here, not or otherwise there", "mirage_ds.cluster.environment"),
     "variable of its own": (set_at("variables", "NCCL_IB_HCA", to="mlx5_1"), "environment", "warn",
                             "NCCL_IB_HCA is mlx5_1, on a not set", "alike"),
     "model missing": (set_at("models", "--model", to={"hub": "/c", "kept": False}), "model", "fail",

@@ -17,12 +17,12 @@ from typing import Any
 import psutil
 import pytest
 
-from mirage_ds.doctor import probe, transport
-from mirage_ds.doctor.bandwidth import judge, requests
-from mirage_ds.doctor.job import find_job, slurm_hosts
-from mirage_ds.doctor.transport import Answer, ask_all, source_of
+from mirage_ds.cluster.doctor import probe, transport
+from mirage_ds.cluster.doctor.bandwidth import judge, requests
+from mirage_ds.cluster.doctor.job import find_job, slurm_hosts
+from mirage_ds.cluster.doctor.transport import Answer, ask_all, source_of
+from mirage_ds.cluster.hosts import Host
 from mirage_ds.errors import UserError
-from mirage_ds.hosts import Host
 
 # The probe
 

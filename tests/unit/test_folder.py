@@ -20,9 +20,9 @@ from transformers import AutoConfig
 
 from mirage_ds import api
 from mirage_ds.cli import cli
+from mirage_ds.cluster.doctor.examine import _model_faults
+from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.doctor.examine import _model_faults
-from mirage_ds.doctor.spec import DoctorSpec
 from mirage_ds.engine.checkpoint import STATE_FILE
 from mirage_ds.errors import UserError
 from mirage_ds.init import init_model

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mirage_ds.cluster.guard.wire import EXIT_HANG
 from mirage_ds.errors import EXIT_LOST
-from mirage_ds.guard.wire import EXIT_HANG
 
 ROOT = Path(__file__).parents[2]
 BOUNDS = ("--gather", "15", "--silence", "4", "--start", "15", "--hang", "3", "--grace", "1")
@@ -38,7 +38,16 @@ class Ranks:
         self.out = out
         out.mkdir()
         port, master_port = free_ports(2)
-        guard = (sys.executable, "-m", "mirage_ds.guard", "--port", str(port), *BOUNDS, "--logs", str(out / "logs"))
+        guard = (
+            sys.executable,
+            "-m",
+            "mirage_ds.cluster.guard",
+            "--port",
+            str(port),
+            *BOUNDS,
+            "--logs",
+            str(out / "logs"),
+        )
         stub = ("tests.cluster.stub", "--out", str(out), "--steps", "40", *arguments)
         lines = [
             " ".join(f"'{word}'" for word in ("env", f"RANK={n}", f"LOCAL_RANK={n}", *(alone or (*guard, *stub))))
@@ -53,7 +62,7 @@ class Ranks:
                 *(
                     sys.executable,
                     "-m",
-                    "mirage_ds.guard.launch",
+                    "mirage_ds.cluster.guard.launch",
                     "--master",
                     "127.0.0.1",
                     "--port",
@@ -83,7 +92,7 @@ class Ranks:
         return next(
             one
             for one in self.family()
-            if "mirage_ds.guard" in one.cmdline()
+            if "mirage_ds.cluster.guard" in one.cmdline()
             and "-u" not in one.cmdline()
             and one.environ().get("RANK") == str(rank)
         )
@@ -156,7 +165,7 @@ def test_a_guard_that_is_killed_takes_its_rank_along_and_ends_the_job(tmp_path: 
 
 def alone(port: int, job: str, module: str = "nothing", **place: object) -> subprocess.Popen[str]:
     """One guard, as a launcher starts it."""
-    words = [sys.executable, "-m", "mirage_ds.guard", "--port", str(port), "--job", job, *BOUNDS, module]
+    words = [sys.executable, "-m", "mirage_ds.cluster.guard", "--port", str(port), "--job", job, *BOUNDS, module]
     variables = {key.upper(): str(value) for key, value in place.items()}
     return subprocess.Popen(
         words, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

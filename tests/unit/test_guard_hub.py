@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from mirage_ds.cluster.guard.client import Client
+from mirage_ds.cluster.guard.hub import Hub
+from mirage_ds.cluster.guard.wire import Bounds, Verdict
 from mirage_ds.errors import UserError
-from mirage_ds.guard.client import Client
-from mirage_ds.guard.hub import Hub
-from mirage_ds.guard.wire import Bounds, Verdict
 
 SIZE = 1200
 
@@ -76,7 +76,7 @@ def test_a_thousand_ranks_hear_one_verdict(fail: int | None, few_files: None) ->
 
 
 def test_no_file_left_for_the_port_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mirage_ds.guard.hub.SPARE_FILES", 0)
+    monkeypatch.setattr("mirage_ds.cluster.guard.hub.SPARE_FILES", 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     async def listen() -> None:

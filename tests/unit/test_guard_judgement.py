@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from mirage_ds.cluster.guard.explain import late, main_stack, waits_for
+from mirage_ds.cluster.guard.hub import Member, hanging, judge
+from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.entry import Place, find_place
 from mirage_ds.errors import EXIT_LOST, UserError
-from mirage_ds.guard.explain import late, main_stack, waits_for
-from mirage_ds.guard.hub import Member, hanging, judge
-from mirage_ds.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.stop import EXIT_STOPPED
 from mirage_ds.whereabouts import COLLECTIVE, LOADING, SAVING, SETTLED, Whereabouts
 

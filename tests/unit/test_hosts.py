@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mirage_ds.cluster.hosts import Host, main, parse_hosts, read_hosts
 from mirage_ds.errors import UserError
-from mirage_ds.hosts import Host, main, parse_hosts, read_hosts
 
 GOOD = "# two racks\n\n  node-b slots=8\nnode-a\tslots=4 max_slots=4\n#node-c slots=8\nuser@10.0.0.3 slots=1 # spare\n"
 

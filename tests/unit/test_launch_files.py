@@ -13,8 +13,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from mirage_ds.cluster.hosts import read_hosts
 from mirage_ds.config import RunConfig
-from mirage_ds.hosts import read_hosts
 from mirage_ds.stop import EXIT_STOPPED
 
 LAUNCH = Path(__file__).parents[2] / "launch"

@@ -14,8 +14,8 @@ from deepspeed.launcher.multinode_runner import MultiNodeRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mirage_ds.cluster.environment import MARK, lint, merged, quote, render, user_files
 from mirage_ds.errors import UserError
-from mirage_ds.remote_env import MARK, lint, merged, quote, render, user_files
 
 HOSTS_SHELLS = [name for name in ("sh", "bash") if shutil.which(name)]
 
@@ -188,7 +188,7 @@ def test_the_users_lines_win_the_later_file_over_the_earlier(tmp_path: Path) -> 
 def write(*arguments: object, home: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(
-        [sys.executable, "-m", "mirage_ds.remote_env", *map(str, arguments)],
+        [sys.executable, "-m", "mirage_ds.cluster.environment", *map(str, arguments)],
         cwd=folder,
         env=kept | environment,
         capture_output=True,

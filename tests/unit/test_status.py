@@ -15,14 +15,14 @@ import yaml
 from click.testing import CliRunner
 
 from mirage_ds import events
+from mirage_ds.cluster.status.command import status
+from mirage_ds.cluster.status.facts import find_run, read_facts
+from mirage_ds.cluster.status.names import short_names
+from mirage_ds.cluster.status.show import duration
+from mirage_ds.cluster.status.state import State, judge
+from mirage_ds.cluster.status.summary import summary
 from mirage_ds.engine.manifest import entry_of, write_manifest
 from mirage_ds.errors import UserError
-from mirage_ds.watch.command import status
-from mirage_ds.watch.facts import find_run, read_facts
-from mirage_ds.watch.names import short_names
-from mirage_ds.watch.show import duration
-from mirage_ds.watch.state import State, judge
-from mirage_ds.watch.summary import summary
 
 NOW = 1_800_000_000.0
 SECONDS = 2.0

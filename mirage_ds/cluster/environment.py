@@ -1,7 +1,7 @@
 """The environment of remote ranks: `.deepspeed_env`, checked and made. Imports no torch.
 
     export DS_ENV_FILE=runs/stage1/deepspeed_env
-    python -m mirage_ds.remote_env --out "$DS_ENV_FILE"
+    python -m mirage_ds.cluster.environment --out "$DS_ENV_FILE"
     deepspeed --hostfile hosts --module mirage_ds.train …
 
 Under pdsh a remote rank has the environment of an ssh login. DeepSpeed 0.19.8 hands on variables that begin with

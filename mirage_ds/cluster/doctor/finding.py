@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mirage_ds.doctor.bandwidth import Bandwidth
-from mirage_ds.doctor.transport import Answer
-from mirage_ds.hosts import Host
+from mirage_ds.cluster.doctor.bandwidth import Bandwidth
+from mirage_ds.cluster.doctor.transport import Answer
+from mirage_ds.cluster.hosts import Host
 
 Status = Literal["pass", "warn", "fail"]
 # How ranks get to the hosts: `deepspeed --hostfile`, srun, or not at all.

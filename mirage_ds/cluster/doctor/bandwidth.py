@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mirage_ds.doctor.transport import Answer, Reach, ask_all, source_of
-from mirage_ds.hosts import Host
+from mirage_ds.cluster.doctor.transport import Answer, Reach, ask_all, source_of
+from mirage_ds.cluster.hosts import Host
 
 # A host is slow when its best rate is below this share of the hosts' median.
 SLOW_SHARE = 0.5

@@ -9,9 +9,9 @@ from statistics import mean, median
 from typing import Any
 
 from mirage_ds import events
+from mirage_ds.cluster.status.facts import Facts, Line
+from mirage_ds.cluster.status.state import ALIVE, RECENT, attempt, judge, usual_step
 from mirage_ds.stop import EXIT_STOPPED
-from mirage_ds.watch.facts import Facts, Line
-from mirage_ds.watch.state import ALIVE, RECENT, attempt, judge, usual_step
 
 
 def clock(when: float) -> str:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from mirage_ds.watch.names import short_names
-from mirage_ds.watch.summary import clock
+from mirage_ds.cluster.status.names import short_names
+from mirage_ds.cluster.status.summary import clock
 
 Summary = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from mirage_ds.doctor.finding import HERE, Bad, Facts, Seen, Verdict, fail, size, unlike, warn
+from mirage_ds.cluster.doctor.finding import HERE, Bad, Facts, Seen, Verdict, fail, size, unlike, warn
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
 from mirage_ds.model.family import check_text, family_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from mirage_ds.doctor import check_gpus, check_hosts, check_run
-from mirage_ds.doctor.finding import HERE, Finding, Seen, Verdict
+from mirage_ds.cluster.doctor import check_gpus, check_hosts, check_run
+from mirage_ds.cluster.doctor.finding import HERE, Finding, Seen, Verdict
 
 CHECKS: dict[str, Callable[[Seen], Verdict]] = {
     "ssh": check_hosts.ssh,

@@ -22,8 +22,8 @@ from contextlib import suppress
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-from mirage_ds.doctor.probe import SIGN
-from mirage_ds.remote_env import as_exported
+from mirage_ds.cluster.doctor.probe import SIGN
+from mirage_ds.cluster.environment import as_exported
 
 # host → the command that runs LOADER on it.
 Reach = Callable[[str], list[str]]
@@ -108,7 +108,7 @@ class Answer(NamedTuple):
 
 def source_of(name: str) -> str:
     """Return the text of a file of this package."""
-    return (files("mirage_ds.doctor") / name).read_text(encoding="utf-8")
+    return (files("mirage_ds.cluster.doctor") / name).read_text(encoding="utf-8")
 
 
 def local(host: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from mirage_ds.guard.wire import Bounds, Verdict
+from mirage_ds.cluster.guard.wire import Bounds, Verdict
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

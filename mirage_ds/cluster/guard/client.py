@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from mirage_ds.cluster.guard.wire import PAUSED_S, Bounds, Verdict, connect, messages, send
 from mirage_ds.errors import EXIT_LOST, EXIT_USER_ERROR
-from mirage_ds.guard.wire import PAUSED_S, Bounds, Verdict, connect, messages, send
 
 # A sign of life is due this often, in seconds.
 BEAT_S = 0.5

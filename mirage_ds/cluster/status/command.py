@@ -30,10 +30,10 @@ def status(runs: tuple[Path, ...], wants_json: bool, watch: float | None) -> Non
     """
     from rich.console import Console
 
+    from mirage_ds.cluster.status.facts import find_run, read_facts
+    from mirage_ds.cluster.status.show import print_one, print_several
+    from mirage_ds.cluster.status.summary import summary
     from mirage_ds.stop import Stopped
-    from mirage_ds.watch.facts import find_run, read_facts
-    from mirage_ds.watch.show import print_one, print_several
-    from mirage_ds.watch.summary import summary
 
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -73,14 +73,14 @@ def curves(runs: tuple[Path, ...], out: Path, metrics: str | None, smooth: int |
 
     RUNS are --save_model_path folders, their names shortened to what differs.
     """
+    from mirage_ds.cluster.status.facts import find_run
     from mirage_ds.inspect_latents.live import need_matplotlib
-    from mirage_ds.watch.facts import find_run
 
     if out.suffix not in (".png", ".svg"):
         raise UserError(f"--out {out}: write a name that ends in .png or .svg")
     folders = [find_run(run) for run in runs]
     need_matplotlib()
-    from mirage_ds.watch.curves import draw_runs
+    from mirage_ds.cluster.status.curves import draw_runs
 
     wanted = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     click.echo(draw_runs(folders, out, wanted, smooth, against))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mirage_ds.doctor.bandwidth import slow
-from mirage_ds.doctor.finding import HERE, Bad, Seen, Verdict, fail, size, unlike, warn
+from mirage_ds.cluster.doctor.bandwidth import slow
+from mirage_ds.cluster.doctor.finding import HERE, Bad, Seen, Verdict, fail, size, unlike, warn
 
 # More than this share of a GPU's memory in use before the run: somebody else works there.
 USED_SHARE = 0.1

@@ -11,16 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.doctor.bandwidth import Bandwidth, measure
-from mirage_ds.doctor.check_gpus import CUDA_PACKAGES, NCCL_PACKAGES
-from mirage_ds.doctor.finding import Here, Launcher, Plan, Seen
-from mirage_ds.doctor.job import Job, find_job
-from mirage_ds.doctor.spec import DoctorSpec
-from mirage_ds.doctor.transport import ask_all, source_of
+from mirage_ds.cluster.doctor.bandwidth import Bandwidth, measure
+from mirage_ds.cluster.doctor.check_gpus import CUDA_PACKAGES, NCCL_PACKAGES
+from mirage_ds.cluster.doctor.finding import Here, Launcher, Plan, Seen
+from mirage_ds.cluster.doctor.job import Job, find_job
+from mirage_ds.cluster.doctor.spec import DoctorSpec
+from mirage_ds.cluster.doctor.transport import ask_all, source_of
+from mirage_ds.cluster.environment import NAMES, PREFIXES, SECRET, is_wanted
+from mirage_ds.cluster.hosts import Host
 from mirage_ds.errors import UserError
-from mirage_ds.hosts import Host
 from mirage_ds.mixture import parse_part
-from mirage_ds.remote_env import NAMES, PREFIXES, SECRET, is_wanted
 from mirage_ds.run_folder import PACKAGES
 
 WRITE_BYTES = 64 << 20

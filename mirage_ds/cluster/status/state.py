@@ -11,8 +11,8 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 from mirage_ds import events
+from mirage_ds.cluster.status.facts import Facts
 from mirage_ds.stop import EXIT_STOPPED
-from mirage_ds.watch.facts import Facts
 
 Name = Literal["starting", "training", "evaluating", "saving", "finished", "stopped", "failed", "silent"]
 ALIVE = ("starting", "training", "evaluating", "saving")

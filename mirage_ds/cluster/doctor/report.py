@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mirage_ds.doctor.finding import Finding, Seen
+from mirage_ds.cluster.doctor.finding import Finding, Seen
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 MOST_NAMES = 3

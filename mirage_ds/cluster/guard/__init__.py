@@ -1,7 +1,7 @@
 """A guard around each rank: heartbeats, one verdict for the whole job, an end instead of a hang.
 
-    python -m mirage_ds.guard --port P mirage_ds.train …     around a rank, under any launcher
-    python -m mirage_ds.guard.launch --master A --port P -- COMMAND…     around the launcher
+    python -m mirage_ds.cluster.guard --port P mirage_ds.train …     around a rank, under any launcher
+    python -m mirage_ds.cluster.guard.launch --master A --port P -- COMMAND…     around the launcher
 
 Rank 0's guard holds the hub (hub.py): every other guard, and the one around the launcher, keeps a connection to it and
 says twice a second that it lives, how its process is and where that is (whereabouts.py). The hub judges: a rank that

@@ -1,4 +1,4 @@
-"""The guard around a launcher: `python -m mirage_ds.guard.launch --master A --port P -- deepspeed …`.
+"""The guard around a launcher: `python -m mirage_ds.cluster.guard.launch --master A --port P -- deepspeed …`.
 
 It ends with the job's own exit code and prints why as the last lines. SIGTERM, SIGUSR1 and Ctrl-C become a request to
 save and leave, which the launchers themselves do not pass on; a second Ctrl-C ends the job at once. A launcher that
@@ -16,12 +16,12 @@ from typing import Any
 
 import click
 
+from mirage_ds.cluster.guard.__main__ import leave_by_itself
+from mirage_ds.cluster.guard.child import Child, adopt_orphans, end_all
+from mirage_ds.cluster.guard.client import BEAT_S, Client
+from mirage_ds.cluster.guard.options import CONTEXT, bounds_options, leave
+from mirage_ds.cluster.guard.wire import Bounds, Verdict
 from mirage_ds.entry import print_anything
-from mirage_ds.guard.__main__ import leave_by_itself
-from mirage_ds.guard.child import Child, adopt_orphans, end_all
-from mirage_ds.guard.client import BEAT_S, Client
-from mirage_ds.guard.options import CONTEXT, bounds_options, leave
-from mirage_ds.guard.wire import Bounds, Verdict
 
 # A launcher looks at its processes about once a second.
 LAUNCHER_S = 10.0

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mirage_ds.cluster.guard.explain import by_position, late
+from mirage_ds.cluster.guard.wire import EXIT_HANG, LONGEST_LINE, PAUSED_S, Bounds, Verdict, messages, send
 from mirage_ds.errors import EXIT_LOST, UserError
-from mirage_ds.guard.explain import by_position, late
-from mirage_ds.guard.wire import EXIT_HANG, LONGEST_LINE, PAUSED_S, Bounds, Verdict, messages, send
 from mirage_ds.stop import EXIT_STOPPED
 
 # Between two looks of the hub, in seconds.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 
-from mirage_ds.doctor.finding import HERE, Bad, Seen, Verdict, fail, size, unlike, warn
-from mirage_ds.remote_env import is_wanted, lint
+from mirage_ds.cluster.doctor.finding import HERE, Bad, Seen, Verdict, fail, size, unlike, warn
+from mirage_ds.cluster.environment import is_wanted, lint
 
 CLOCK_WARN_S, CLOCK_FAIL_S = 1.0, 60.0
 MIN_FILES, MIN_PROCESSES = 4096, 4096
@@ -161,7 +161,7 @@ def environment(seen: Seen) -> Verdict:
         for host, variables in seen.section("variables").items()
     }
     here = seen.here.variables if seen.plan.launcher == "pdsh" else {}
-    mend = "python -m mirage_ds.remote_env --out FILE, and export DS_ENV_FILE=FILE, before `deepspeed`"
+    mend = "python -m mirage_ds.cluster.environment --out FILE, and export DS_ENV_FILE=FILE, before `deepspeed`"
     for host, variables in found.items():
         # PATH of another machine need not be ours; the interpreter goes by its full name.
         lost = [name for name in here if name != "PATH" and variables.get(name) != here[name]]

@@ -1,4 +1,4 @@
-"""The guard around one rank: `python -m mirage_ds.guard --port P mirage_ds.train …`, started by any launcher."""
+"""The guard around one rank: `python -m mirage_ds.cluster.guard --port P mirage_ds.train …`, started by any launcher."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from urllib.parse import unquote
 
 import click
 
+from mirage_ds.cluster.guard.child import Child, adopt_orphans, end_all
+from mirage_ds.cluster.guard.client import BEAT_S, Client
+from mirage_ds.cluster.guard.hub import Hub
+from mirage_ds.cluster.guard.options import CONTEXT, bounds_options, leave, log_file, tell
+from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.entry import Place, find_place, print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.files import disk_trouble
-from mirage_ds.guard.child import Child, adopt_orphans, end_all
-from mirage_ds.guard.client import BEAT_S, Client
-from mirage_ds.guard.hub import Hub
-from mirage_ds.guard.options import CONTEXT, bounds_options, leave, log_file, tell
-from mirage_ds.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.stop import EXIT_STOPPED
 
 # The hub's last word needs that long to reach every guard.

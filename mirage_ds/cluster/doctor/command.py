@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mirage_ds.doctor.spec import DoctorSpec
+from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.errors import EXIT_USER_ERROR, UserError, closest
 from mirage_ds.flags import build_model, model_options
 
@@ -37,9 +37,9 @@ def doctor(yaml_file: Path | None, wants_json: bool, **flags: Any) -> None:
     """
     from rich.console import Console
 
-    from mirage_ds.doctor.checks import CHECKS, run_checks
-    from mirage_ds.doctor.examine import examine
-    from mirage_ds.doctor.report import as_json, is_healthy, print_table
+    from mirage_ds.cluster.doctor.checks import CHECKS, run_checks
+    from mirage_ds.cluster.doctor.examine import examine
+    from mirage_ds.cluster.doctor.report import as_json, is_healthy, print_table
 
     spec = build_model(DoctorSpec, flags, _run_settings(yaml_file) if yaml_file else None, source=str(yaml_file))
     # `-` and `_` are alike in choices, as everywhere.

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from mirage_ds.doctor import transport
-from mirage_ds.doctor.finding import Launcher
+from mirage_ds.cluster.doctor import transport
+from mirage_ds.cluster.doctor.finding import Launcher
+from mirage_ds.cluster.environment import launcher_files, lint, parse, read
+from mirage_ds.cluster.hosts import Host, read_hosts
 from mirage_ds.errors import UserError
-from mirage_ds.hosts import Host, read_hosts
-from mirage_ds.remote_env import launcher_files, lint, parse, read
 
 
 class Job(NamedTuple):

@@ -1,0 +1,1 @@
+"""The hosts of a job: guard, doctor, status, hostfile, environment."""
