@@ -38,8 +38,8 @@ from rich.console import Console
 
 from benchmarks.scaling import Grid
 from mirage_ds.model.presets import PRESETS, preset
+from mirage_ds.plan.formulas import Sizes, sizes
 from mirage_ds.plan.shape import describe, read_shape
-from mirage_ds.scale import Sizes, sizes
 
 SAMPLE = Path(__file__).parents[1] / "data/sample.jsonl"
 RESULTS = Path(__file__).parent / "results"
@@ -268,7 +268,7 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
     from mirage_ds.engine.offload import check_offload
     from mirage_ds.engine.setup import check_ds_config, join, make_engine
     from mirage_ds.engine.swap_folders import claim_folders
-    from mirage_ds.mfu import ModelFlops
+    from mirage_ds.plan.mfu import ModelFlops
     from mirage_ds.startup import quiet
     from mirage_ds.step import step
     from mirage_ds.stop import never

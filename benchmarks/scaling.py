@@ -1,4 +1,4 @@
-"""Work the formulas of mirage_ds/scale.py out for real clusters; docs/scaling.md holds what this prints.
+"""Work the formulas of mirage_ds/plan/formulas.py out for real clusters; docs/scaling.md holds what this prints.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --model qwen2.5-vl-72b --stage stage1 --markdown
@@ -15,10 +15,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from mirage_ds.cards import A100, H100_SXM
 from mirage_ds.model.presets import PRESETS
-from mirage_ds.plan.shape import read_shape
-from mirage_ds.scale import (
+from mirage_ds.plan.formulas import (
     Machine,
     Network,
     Sizes,
@@ -36,6 +34,8 @@ from mirage_ds.scale import (
     volume,
     walk,
 )
+from mirage_ds.plan.gpus import A100, H100_SXM
+from mirage_ds.plan.shape import read_shape
 
 # GPU/network of a node in Gb/s: nominal speeds; docs/scaling.md names the source of each.
 H100 = Machine("H100/3200", 8, H100_SXM.bf16, 80e9, 3.35e12, 450e9, 400e9)

@@ -1,4 +1,4 @@
-"""Count what DeepSpeed gathers and reduces on two ranks, and compare it with mirage_ds/scale.py.
+"""Count what DeepSpeed gathers and reduces on two ranks, and compare it with mirage_ds/plan/formulas.py.
 
     python -m benchmarks.volumes
 
@@ -21,8 +21,8 @@ from rich.console import Console
 
 from benchmarks.listen import listening
 from benchmarks.scaling import Grid
+from mirage_ds.plan.formulas import Sizes, Zero3, gather_calls, sizes, volume, walk
 from mirage_ds.plan.shape import read_shape
-from mirage_ds.scale import Sizes, Zero3, gather_calls, sizes, volume, walk
 
 SAMPLE = Path(__file__).parents[1] / "data/sample.jsonl"
 K, RANKS, STEPS, MICRO_STEPS = 4, 2, 2, 2

@@ -36,12 +36,13 @@ from mirage_ds.engine.versions import check_release, gather_safely
 from mirage_ds.errors import UserError
 from mirage_ds.events import LOAD_BEGINS, note
 from mirage_ds.files import check_log, write_atomically
-from mirage_ds.mfu import ModelFlops, peak_flops
 from mirage_ds.mixture import Records
 from mirage_ds.model.attention import choose_backend, head_width_of
 from mirage_ds.model.load import Loaded, check_folder, load_model, load_tower, read_config, shape_of
 from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
 from mirage_ds.model.vision import FrozenTower
+from mirage_ds.plan.formulas import Shape, groups, sizes, trained_parameters, two_layers
+from mirage_ds.plan.mfu import ModelFlops, peak_flops
 from mirage_ds.run_records import (
     Evaluation,
     check_scores,
@@ -56,7 +57,6 @@ from mirage_ds.run_records import (
     sources_of,
     usable_rows,
 )
-from mirage_ds.scale import Shape, groups, sizes, trained_parameters, two_layers
 from mirage_ds.sinks import check_installed
 from mirage_ds.startup import Begin, quiet
 from mirage_ds.stop import never

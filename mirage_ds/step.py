@@ -18,8 +18,8 @@ from mirage_ds.config import RunConfig
 from mirage_ds.data.batch import Batch, to_device
 from mirage_ds.data.pack import StepPlan
 from mirage_ds.engine.setup import agree, everyone
-from mirage_ds.mfu import ModelFlops
 from mirage_ds.model.loss import LossSums, StepCounts, objective
+from mirage_ds.plan.mfu import ModelFlops
 from mirage_ds.prepare import Prepared
 from mirage_ds.run_records import Evaluation
 from mirage_ds.stop import never

@@ -11,18 +11,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.cards import A100, H100_SXM
 from mirage_ds.data.passes import schedule
 from mirage_ds.engine.ds_config import read_json, shipped_folder
 from mirage_ds.errors import UserError
 from mirage_ds.plan.activations import Micro, PassShape, saved_terms, total
 from mirage_ds.plan.cost import Host, Step, Work, step_cost
-from mirage_ds.plan.memory import Peak, peak
-from mirage_ds.plan.settings import Settings, read_settings
-from mirage_ds.plan.shape import Block, block_of, read_shape
-from mirage_ds.plan.spec import PlanSpec
-from mirage_ds.plan.states import States, states
-from mirage_ds.scale import (
+from mirage_ds.plan.formulas import (
     BF16,
     Machine,
     Parameter,
@@ -34,6 +28,12 @@ from mirage_ds.scale import (
     trained_parameters,
     walk,
 )
+from mirage_ds.plan.gpus import A100, H100_SXM
+from mirage_ds.plan.memory import Peak, peak
+from mirage_ds.plan.settings import Settings, read_settings
+from mirage_ds.plan.shape import Block, block_of, read_shape
+from mirage_ds.plan.spec import PlanSpec
+from mirage_ds.plan.states import States, states
 
 GB = 1e9
 MIB = 1 << 20

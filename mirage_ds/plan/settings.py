@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from mirage_ds.engine.ds_config import LIMITS, compute_dtype, zero_stage
 from mirage_ds.errors import UserError, shown
-from mirage_ds.scale import Sizes, Zero3, two_layers
+from mirage_ds.plan.formulas import Sizes, Zero3, two_layers
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # data_types.grad_accum_dtype; "fp16" has no place here.

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mirage_ds.engine.offload_bytes import SWAPPED_BYTES, part, sub_groups
+from mirage_ds.plan.formulas import Parameter, groups
 from mirage_ds.plan.settings import Settings
-from mirage_ds.scale import Parameter, groups
 
 # stage_1_and_2.py and bf16_optimizer.py align the flat groups to 2 elements a rank (nccl_start_alignment_factor).
 ALIGNMENT = 2

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.infinity import SPARE_DISK, SPARE_MEMORY, Needs, deepest, groups_of, needs, used
+from mirage_ds.plan.formulas import Sizes, sizes
 from mirage_ds.plan.shape import read_shape
-from mirage_ds.scale import Sizes, sizes
 
 # q and o, k and v, the MLP; biases of q, k and v, two norms.
 LAYER = 2 * 2048**2 + 2 * 2048 * 256 + 3 * 2048 * 11_008 + (2048 + 2 * 256) + 2 * 2048

@@ -11,15 +11,15 @@ from families import OTHERS, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mirage_ds.cards import A100, H100_SXM, PEAKS, peak_of
 from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
-from mirage_ds.mfu import ModelFlops, Tower, peak_flops, tower_of
 from mirage_ds.model.load import load_model, load_tower, read_config, shape_of
 from mirage_ds.model.loss import StepCounts, objective
 from mirage_ds.model.vision import features_of
+from mirage_ds.plan.gpus import A100, H100_SXM, PEAKS, peak_of
+from mirage_ds.plan.mfu import ModelFlops, Tower, peak_flops, tower_of
 from mirage_ds.plan.shape import read_shape
 from mirage_ds.step import encoding_flops
 

@@ -28,12 +28,7 @@ from mirage_ds.model.presets import PRESETS, preset
 from mirage_ds.plan.activations import Micro, PassShape, layer_terms, recomputed, saved_terms, total
 from mirage_ds.plan.cost import Host, Work, moved, step_cost
 from mirage_ds.plan.fit import CARDS, GB, Question, advice, held_by, judge, rank, shipped
-from mirage_ds.plan.memory import head_terms, peak
-from mirage_ds.plan.settings import Settings, read_settings
-from mirage_ds.plan.shape import Block, block_of, describe, read_shape
-from mirage_ds.plan.spec import PlanSpec
-from mirage_ds.plan.states import states
-from mirage_ds.scale import (
+from mirage_ds.plan.formulas import (
     Machine,
     Sizes,
     Traffic,
@@ -49,6 +44,11 @@ from mirage_ds.scale import (
     two_layers,
     walk,
 )
+from mirage_ds.plan.memory import head_terms, peak
+from mirage_ds.plan.settings import Settings, read_settings
+from mirage_ds.plan.shape import Block, block_of, describe, read_shape
+from mirage_ds.plan.spec import PlanSpec
+from mirage_ds.plan.states import states
 
 PUBLIC = [name for name in PRESETS if not name.startswith("nano")]
 SEVEN = read_shape("qwen2.5-vl-7b")

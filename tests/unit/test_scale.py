@@ -21,8 +21,7 @@ from benchmarks.volumes import LAYER, TWO_LAYERS
 from mirage_ds.engine.ds_config import fill_limits, shipped_folder
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.presets import PRESETS, preset
-from mirage_ds.plan.shape import describe, read_shape
-from mirage_ds.scale import (
+from mirage_ds.plan.formulas import (
     BF16,
     Machine,
     Sizes,
@@ -44,6 +43,7 @@ from mirage_ds.scale import (
     volume,
     walk,
 )
+from mirage_ds.plan.shape import describe, read_shape
 
 REPO = Path(__file__).parents[2]
 SEVEN, LARGEST = (sizes(read_shape(f"qwen2.5-vl-{name}")) for name in ("7b", "72b"))

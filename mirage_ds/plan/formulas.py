@@ -357,7 +357,7 @@ def flops(model: Sizes, tokens: float, labelled: float = 0, keys: float = 0, che
 
     2 a weight and token forward, twice that backward (arXiv 2001.08361, section 2.1), the forward once more where
     layers are recomputed. Of the text model alone: the tower's features are kept on disk; where it runs in a step,
-    mirage_ds/mfu.py counts it.
+    mirage_ds/plan/mfu.py counts it.
 
     Args:
         tokens: T.
