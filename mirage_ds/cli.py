@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from mirage_ds.ablate.command import ablate
 from mirage_ds.cluster.doctor.command import doctor
 from mirage_ds.cluster.status.command import curves, status
 from mirage_ds.config import RunConfig, read_yaml
@@ -24,6 +23,7 @@ from mirage_ds.inspect_latents.command import inspect
 from mirage_ds.plan.command import plan
 from mirage_ds.rationalize.command import rationalize
 from mirage_ds.stop import EXIT_STOPPED, Stopped, StopRequest
+from mirage_ds.study.command import ablate
 from mirage_ds.tasks.command import TaskGroup
 
 

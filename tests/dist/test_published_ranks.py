@@ -26,7 +26,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import mirage_ds
 from mirage_ds import train
-from mirage_ds.ablate.collect import _sizes
 from mirage_ds.cli import main
 from mirage_ds.config import RunConfig
 from mirage_ds.data.images import ImageFinder
@@ -34,6 +33,7 @@ from mirage_ds.engine.universal import convert
 from mirage_ds.evaluate import evaluate_file, load_decoder, run_limits
 from mirage_ds.export import export_folder
 from mirage_ds.prepare import prepare
+from mirage_ds.study.collect import _sizes
 
 QUICK = ("qwen2.5-vl-7b", "qwen2-vl-7b", "qwen3-vl-8b")
 # On one rank what two have begun: one of each family.

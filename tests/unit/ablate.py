@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from mirage_ds.ablate.nodes import Node, Study, spell_out
-from mirage_ds.ablate.spec import read_study
-from mirage_ds.ablate.store import Store
+from mirage_ds.study.nodes import Node, Study, spell_out
+from mirage_ds.study.spec import read_study
+from mirage_ds.study.store import Store
 
 STAGES = {
     "base": {"stage": "sft", "seed": 0},

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mirage_ds.ablate.portable import dump, export, load, merge
-from mirage_ds.ablate.report.build import build
-from mirage_ds.ablate.results import Cell, Results, Scored, StageResult
 from mirage_ds.errors import UserError
+from mirage_ds.study.portable import dump, export, load, merge
+from mirage_ds.study.report.build import build
+from mirage_ds.study.results import Cell, Results, Scored, StageResult
 
 
 def cell(arm: str, seed: int, problem: str | None = None) -> Cell:

@@ -18,18 +18,18 @@ from typing import Any
 
 import pytest
 
-from mirage_ds.ablate.report import control_figures, figures, sweeps
-from mirage_ds.ablate.report.build import build
-from mirage_ds.ablate.report.markdown import escaped, markdown
-from mirage_ds.ablate.report.page import page
-from mirage_ds.ablate.report.sheet import sheet
-from mirage_ds.ablate.report.statistics import TOO_FEW
-from mirage_ds.ablate.report.tables import primary_sentence
-from mirage_ds.ablate.report.write import write_report
-from mirage_ds.ablate.results import SCORES, Cell, Contrast, Results, Scored, StageResult
 from mirage_ds.controls.statistics import holm
 from mirage_ds.errors import UserError, strict_json
 from mirage_ds.inspect_latents import style
+from mirage_ds.study.report import control_figures, figures, sweeps
+from mirage_ds.study.report.build import build
+from mirage_ds.study.report.markdown import escaped, markdown
+from mirage_ds.study.report.page import page
+from mirage_ds.study.report.sheet import sheet
+from mirage_ds.study.report.statistics import TOO_FEW
+from mirage_ds.study.report.tables import primary_sentence
+from mirage_ds.study.report.write import write_report
+from mirage_ds.study.results import SCORES, Cell, Contrast, Results, Scored, StageResult
 
 LEVELS = ("5", "6", "10")
 

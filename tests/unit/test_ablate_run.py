@@ -17,17 +17,17 @@ from ablate import opened, pretend, write_study
 from rich.progress import Progress
 
 from mirage_ds import events
-from mirage_ds.ablate import command as commands
-from mirage_ds.ablate import execute
-from mirage_ds.ablate.launch import Place, command, environment, for_hosts, here, parts
-from mirage_ds.ablate.nodes import Node, Study
-from mirage_ds.ablate.overview import by_arm, estimate, overview, shown_hours, states_of, steps_of
-from mirage_ds.ablate.progress import TAIL_BYTES, Bars, reached
-from mirage_ds.ablate.slurm import arrays, write_scripts
-from mirage_ds.ablate.store import Store
 from mirage_ds.cli import cli
 from mirage_ds.cluster.hosts import Host
 from mirage_ds.errors import UserError
+from mirage_ds.study import command as commands
+from mirage_ds.study import execute
+from mirage_ds.study.launch import Place, command, environment, for_hosts, here, parts
+from mirage_ds.study.nodes import Node, Study
+from mirage_ds.study.overview import by_arm, estimate, overview, shown_hours, states_of, steps_of
+from mirage_ds.study.progress import TAIL_BYTES, Bars, reached
+from mirage_ds.study.slurm import arrays, write_scripts
+from mirage_ds.study.store import Store
 
 LAUNCH = execute.Launch({}, 1)
 
@@ -121,8 +121,8 @@ def test_a_node_outlives_a_study_that_is_killed_and_is_left_alone(tmp_path: Path
     (base,) = study.nodes.values()
     script = (
         "import sys; from pathlib import Path; from ablate import opened, pretend\n"
-        "from mirage_ds.ablate import execute\n"
-        "from mirage_ds.ablate.launch import Place\n"
+        "from mirage_ds.study import execute\n"
+        "from mirage_ds.study.launch import Place\n"
         "study, store = opened(Path(sys.argv[1])); execute.command = pretend(store, {'base': 'some'})\n"
         "execute.run(study, store, [Place(1)], execute.Launch({}, 1), print)"
     )

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from ablate import STAGES, opened, write_study
 
-from mirage_ds.ablate.collect import stated
-from mirage_ds.ablate.nodes import MACHINE, model_hash, records_hash
-from mirage_ds.ablate.overview import steps_of
-from mirage_ds.ablate.spec import arm_names, read_study
 from mirage_ds.config import RunConfig
 from mirage_ds.errors import UserError
+from mirage_ds.study.collect import stated
+from mirage_ds.study.nodes import MACHINE, model_hash, records_hash
+from mirage_ds.study.overview import steps_of
+from mirage_ds.study.spec import arm_names, read_study
 
 
 def folders(file: Path) -> list[str]:
@@ -241,8 +241,8 @@ def test_records_of_a_folder_and_a_pattern_are_hashed_by_content(tmp_path: Path)
 
 
 def test_a_large_weight_file_is_told_apart_by_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mirage_ds.ablate.nodes.WHOLE_BYTES", 100)
-    monkeypatch.setattr("mirage_ds.ablate.nodes.END_BYTES", 10)
+    monkeypatch.setattr("mirage_ds.study.nodes.WHOLE_BYTES", 100)
+    monkeypatch.setattr("mirage_ds.study.nodes.END_BYTES", 10)
     hashes = set()
     for number, content in enumerate((b"a" * 200, b"a" * 199 + b"b", b"b" + b"a" * 199, b"a" * 201)):
         folder = tmp_path / str(number)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from mirage_ds.ablate.report.grid import Column, Misfit, column, level_key, line_up
-from mirage_ds.ablate.report.statistics import (
+from mirage_ds.controls.statistics import mcnemar
+from mirage_ds.study.report.grid import Column, Misfit, column, level_key, line_up
+from mirage_ds.study.report.statistics import (
     FLIPS,
     TOO_FEW,
     Comparison,
@@ -24,8 +25,7 @@ from mirage_ds.ablate.report.statistics import (
     sign_flip,
     verdict,
 )
-from mirage_ds.ablate.results import Scored
-from mirage_ds.controls.statistics import mcnemar
+from mirage_ds.study.results import Scored
 
 
 def quantile(values: Sequence[float], share: float) -> float:

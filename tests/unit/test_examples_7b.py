@@ -16,10 +16,6 @@ import click
 import pytest
 from PIL import Image
 
-from mirage_ds.ablate.nodes import Study, spell_out
-from mirage_ds.ablate.overview import overview, planned_model
-from mirage_ds.ablate.spec import arm_names, read_study
-from mirage_ds.ablate.store import Store
 from mirage_ds.cli import cli
 from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.data.pack import total_steps
@@ -30,6 +26,10 @@ from mirage_ds.model.presets import preset
 from mirage_ds.plan.fit import Plan, Question, chosen, rank
 from mirage_ds.plan.settings import read_settings
 from mirage_ds.plan.spec import PlanSpec
+from mirage_ds.study.nodes import Study, spell_out
+from mirage_ds.study.overview import overview, planned_model
+from mirage_ds.study.spec import arm_names, read_study
+from mirage_ds.study.store import Store
 from mirage_ds.train import command as train
 
 ROOT = Path(__file__).parents[2]
@@ -356,7 +356,7 @@ def test_the_parser_of_commands_refuses() -> None:
 def test_the_slurm_line_submits_three_arrays(
     study: tuple[Study, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mirage_ds.ablate.slurm import submit, write_scripts
+    from mirage_ds.study.slurm import submit, write_scripts
 
     (line,) = [words for words in study_commands() if "--slurm" in words]
     options = shlex.split(line[line.index("--sbatch") + 1])

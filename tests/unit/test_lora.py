@@ -277,7 +277,7 @@ def test_missing_peft_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_runs_without_adapters_keep_their_keys(mixed: Path, tmp_path: Path) -> None:
-    from mirage_ds.ablate.nodes import _train_node
+    from mirage_ds.study.nodes import _train_node
 
     def material(**settings: Any) -> dict[str, Any]:
         config = config_of(data_path=mixed, **settings)

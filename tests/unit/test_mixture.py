@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from mirage_ds.ablate.nodes import records_hash
-from mirage_ds.ablate.overview import rows_of, steps_of
 from mirage_ds.cluster.doctor.examine import _plan
 from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.config import RunConfig
@@ -21,6 +19,8 @@ from mirage_ds.data.weigh import content, describe, weighed
 from mirage_ds.errors import UserError
 from mirage_ds.flags import build_model
 from mirage_ds.mixture import Mixture, records_of
+from mirage_ds.study.nodes import records_hash
+from mirage_ds.study.overview import rows_of, steps_of
 
 Make = Callable[..., Encoder]
 LENGTHS = {"a": 12, "b": 8, "c": 5}

@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from mirage_ds.ablate.collect import _sizes
 from mirage_ds.cli import cli
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
@@ -33,6 +32,7 @@ from mirage_ds.rationalize.job import Rows
 from mirage_ds.rationalize.local import Local
 from mirage_ds.rationalize.prompt import Template
 from mirage_ds.rationalize.spec import RationalizeSpec
+from mirage_ds.study.collect import _sizes
 
 TEXTS = ("Where does the way go? Left.", "system\nYou are a helpful assistant.\nuser\n")
 TRAINED = {"stage": "stage1", "latent_size": 6, "slots": None, "compress_strategy": "grid"}

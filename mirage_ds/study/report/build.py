@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mirage_ds.ablate.report.answers import controls
-from mirage_ds.ablate.report.contrasts import contrasts
-from mirage_ds.ablate.report.grid import Column, Misfit, column, level_key, line_up
-from mirage_ds.ablate.report.statistics import Draws, estimate
-from mirage_ds.ablate.results import SCORES, Cell, Results, StageResult
 from mirage_ds.controls.statistics import RESAMPLES
 from mirage_ds.errors import UserError
+from mirage_ds.study.report.answers import controls
+from mirage_ds.study.report.contrasts import contrasts
+from mirage_ds.study.report.grid import Column, Misfit, column, level_key, line_up
+from mirage_ds.study.report.statistics import Draws, estimate
+from mirage_ds.study.results import SCORES, Cell, Results, StageResult
 
 Report = dict[str, Any]
 # What a chain cost, in the units of StageResult.

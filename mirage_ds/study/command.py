@@ -21,9 +21,9 @@ from mirage_ds.flags import CONTEXT
 from mirage_ds.stop import EXIT_STOPPED, StopRequest
 
 if TYPE_CHECKING:
-    from mirage_ds.ablate.launch import Place
-    from mirage_ds.ablate.nodes import Study
-    from mirage_ds.ablate.store import Store
+    from mirage_ds.study.launch import Place
+    from mirage_ds.study.nodes import Study
+    from mirage_ds.study.store import Store
 
 # Something that the study needs has failed; 2 is a user's mistake.
 EXIT_HOLES = 1
@@ -40,9 +40,9 @@ def ablate() -> None:
 
 
 def _open(file: Path) -> tuple[Study, Store]:
-    from mirage_ds.ablate.nodes import spell_out
-    from mirage_ds.ablate.spec import read_study
-    from mirage_ds.ablate.store import Store
+    from mirage_ds.study.nodes import spell_out
+    from mirage_ds.study.spec import read_study
+    from mirage_ds.study.store import Store
 
     spec = read_study(file)
     return spell_out(spec, file.resolve().parent), Store(
@@ -63,7 +63,7 @@ def _open(file: Path) -> tuple[Study, Store]:
 @click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 def plan_study(study: Path, each: bool, wants_json: bool, **machine: Any) -> None:
     """Print what STUDY would run, what is done already, and the GPU-hours that the planner expects."""
-    from mirage_ds.ablate.overview import grouped, overview, shown_hours
+    from mirage_ds.study.overview import grouped, overview, shown_hours
 
     made, store = _open(study)
     given = {name: value for name, value in machine.items() if value is not None}
@@ -164,8 +164,8 @@ def _gpus() -> list[str]:
 
 def _places(ranks: int, jobs: int | None, hostfile: Path | None, each: int) -> tuple[list[Place], int]:
     """Return where nodes run, and the threads of a rank."""
-    from mirage_ds.ablate.launch import here, parts
     from mirage_ds.cluster.hosts import read_hosts
+    from mirage_ds.study.launch import here, parts
 
     cores = len(os.sched_getaffinity(0))
     if hostfile is not None:
@@ -214,7 +214,7 @@ def run_study(
         for key in wanted:
             store.forget_failures(made.nodes[key])
     if slurm:
-        from mirage_ds.ablate.slurm import submit, write_scripts
+        from mirage_ds.study.slurm import submit, write_scripts
 
         found = write_scripts(made, store, study, wanted, at_once)
         own = None if sbatch_evaluate is None else shlex.split(sbatch_evaluate)
@@ -273,8 +273,8 @@ def _follow(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from mirage_ds.ablate.execute import Launch, run
-    from mirage_ds.ablate.progress import Bars
+    from mirage_ds.study.execute import Launch, run
+    from mirage_ds.study.progress import Bars
 
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -296,8 +296,8 @@ def _follow(
 @click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 def show_status(study: Path, wants_json: bool) -> None:
     """Say how far STUDY is, from any machine that sees its folder, and what failed."""
-    from mirage_ds.ablate.overview import by_arm, counted, overview
-    from mirage_ds.ablate.progress import glance
+    from mirage_ds.study.overview import by_arm, counted, overview
+    from mirage_ds.study.progress import glance
 
     made, store = _open(study)
     lines = overview(made, store)
@@ -345,9 +345,9 @@ def show_status(study: Path, wants_json: bool) -> None:
 @click.option("--with", "others", multiple=True, type=_path(), help="File of `ablate export`: cells run elsewhere.")
 def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> None:
     """Write report.json, .md, .csv, .html and figures of what there is of STUDY; holes are shown as such."""
-    from mirage_ds.ablate.collect import collect
-    from mirage_ds.ablate.portable import merge
-    from mirage_ds.ablate.report.write import write_report
+    from mirage_ds.study.collect import collect
+    from mirage_ds.study.portable import merge
+    from mirage_ds.study.report.write import write_report
 
     made, store = _open(study)
     target = out or store.root / "report"
@@ -364,8 +364,8 @@ def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> Non
 @click.argument("file", type=Output())
 def export_study(study: Path, file: Path) -> None:
     """Write the finished cells of STUDY into FILE (.json.gz), for `ablate report --with` on another machine."""
-    from mirage_ds.ablate.collect import collect
-    from mirage_ds.ablate.portable import export
+    from mirage_ds.study.collect import collect
+    from mirage_ds.study.portable import export
 
     made, store = _open(study)
     print(f"{file}: {export(collect(made, store), file)} of {len(made.cells)} cells")

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mirage_ds.ablate.report import tables
 from mirage_ds.controls.report import markdown_table
+from mirage_ds.study.report import tables
 
 # What would be markup, unless it is an underscore inside a word, which GitHub leaves alone.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~&$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])")

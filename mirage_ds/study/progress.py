@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mirage_ds import events
-from mirage_ds.ablate.nodes import Node
-from mirage_ds.ablate.store import Store
 from mirage_ds.cluster.status.facts import read_facts
 from mirage_ds.cluster.status.summary import summary
+from mirage_ds.study.nodes import Node
+from mirage_ds.study.store import Store
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mirage_ds.ablate.report.grid import level_key
-from mirage_ds.ablate.report.statistics import TOO_FEW
 from mirage_ds.controls.paths import VERDICTS
 from mirage_ds.controls.report import Cells, apart, measured, p_values
+from mirage_ds.study.report.grid import level_key
+from mirage_ds.study.report.statistics import TOO_FEW
 
 Report = Mapping[str, Any]
 TESTS = {

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from mirage_ds.ablate.nodes import Node
-from mirage_ds.ablate.store import Store
 from mirage_ds.cluster.environment import render
 from mirage_ds.cluster.hosts import Host
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
+from mirage_ds.study.nodes import Node
+from mirage_ds.study.store import Store
 
 
 class Place(NamedTuple):

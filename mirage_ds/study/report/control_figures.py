@@ -8,7 +8,6 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mirage_ds.ablate.report.figures import Drawn, slug
 from mirage_ds.controls.paths import VERDICTS
 from mirage_ds.inspect_latents.style import (
     BLACK,
@@ -23,6 +22,7 @@ from mirage_ds.inspect_latents.style import (
     panels,
     room,
 )
+from mirage_ds.study.report.figures import Drawn, slug
 
 _CONDITIONS = (
     "Scores with other latents fed at the slots; own are the model's. 95 % intervals over seeds and records. Compare "

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mirage_ds.ablate.results import Scored
+from mirage_ds.study.results import Scored
 
 
 class Misfit(Exception):

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mirage_ds.ablate.report.tables import judged, levels_of
 from mirage_ds.inspect_latents.style import (
     BLACK,
     BLUE,
@@ -30,6 +29,7 @@ from mirage_ds.inspect_latents.style import (
     panels,
     room,
 )
+from mirage_ds.study.report.tables import judged, levels_of
 
 Report = Mapping[str, Any]
 

@@ -16,9 +16,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.ablate.results import CONTROLS, SCORES, Cell, Results, Scored, StageResult
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_atomically
+from mirage_ds.study.results import CONTROLS, SCORES, Cell, Results, Scored, StageResult
 
 FORMAT = 2
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.ablate.report.build import build
-from mirage_ds.ablate.report.markdown import markdown
-from mirage_ds.ablate.report.page import page
-from mirage_ds.ablate.report.sheet import sheet
-from mirage_ds.ablate.results import Results
 from mirage_ds.controls.statistics import RESAMPLES
 from mirage_ds.files import write_atomically
 from mirage_ds.inspect_latents.live import need_matplotlib
+from mirage_ds.study.report.build import build
+from mirage_ds.study.report.markdown import markdown
+from mirage_ds.study.report.page import page
+from mirage_ds.study.report.sheet import sheet
+from mirage_ds.study.results import Results
 
 
 def write_report(results: Results, out: Path, resamples: int = RESAMPLES) -> dict[str, Any]:
@@ -56,8 +56,8 @@ def _earlier(out: Path) -> set[str]:
 
 def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, bytes, str]]:
     """Yield each figure's name, PNG and caption."""
-    from mirage_ds.ablate.report import control_figures, figures, sweeps
     from mirage_ds.inspect_latents import style
+    from mirage_ds.study.report import control_figures, figures, sweeps
 
     taken: set[str] = set()
     with style.styled():

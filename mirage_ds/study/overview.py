@@ -9,8 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.ablate.nodes import Node, Study
-from mirage_ds.ablate.store import Store
 from mirage_ds.config import RunConfig
 from mirage_ds.data.pack import total_steps
 from mirage_ds.data.proportion import most
@@ -18,6 +16,8 @@ from mirage_ds.errors import UserError
 from mirage_ds.mixture import Mixture, Records
 from mirage_ds.plan.fit import Question, chosen, rank
 from mirage_ds.plan.spec import PlanSpec
+from mirage_ds.study.nodes import Node, Study
+from mirage_ds.study.store import Store
 
 
 class Estimate(NamedTuple):

@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from mirage_ds.ablate.report.figures import Drawn, slug
-from mirage_ds.ablate.report.tables import setting
-from mirage_ds.ablate.results import Results, StageResult
 from mirage_ds.inspect_latents.style import GREY, WIDTH, Look, bars, dots, legend, legible, look, panels, room
+from mirage_ds.study.report.figures import Drawn, slug
+from mirage_ds.study.report.tables import setting
+from mirage_ds.study.results import Results, StageResult
 
 Report = Mapping[str, Any]
 # Values of a setting whose largest is so many times the smallest are drawn on a logarithmic axis.

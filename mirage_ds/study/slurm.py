@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mirage_ds.ablate.nodes import Study
-from mirage_ds.ablate.store import Store
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
+from mirage_ds.study.nodes import Study
+from mirage_ds.study.store import Store
 
 SCRIPT = """#!/usr/bin/env bash
 #SBATCH --job-name={job}

@@ -17,11 +17,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from mirage_ds.ablate.launch import Place, command, environment, for_hosts
-from mirage_ds.ablate.nodes import Node, Study
-from mirage_ds.ablate.store import Store
 from mirage_ds.errors import UserError, reason
 from mirage_ds.stop import EXIT_STOPPED, never
+from mirage_ds.study.launch import Place, command, environment, for_hosts
+from mirage_ds.study.nodes import Node, Study
+from mirage_ds.study.store import Store
 
 LOOK_S = 0.1
 # Other processes' nodes are looked at as often.

@@ -10,13 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.ablate.nodes import CellPlan, Node, Study
-from mirage_ds.ablate.results import CONTROLS, SCORES, Cell, Contrast, Results, Scored, StageResult
-from mirage_ds.ablate.spec import ContrastSpec
-from mirage_ds.ablate.store import Store
 from mirage_ds.plan.formulas import Sizes, flops, sizes
 from mirage_ds.plan.shape import read_shape
 from mirage_ds.run_folder import versions
+from mirage_ds.study.nodes import CellPlan, Node, Study
+from mirage_ds.study.results import CONTROLS, SCORES, Cell, Contrast, Results, Scored, StageResult
+from mirage_ds.study.spec import ContrastSpec
+from mirage_ds.study.store import Store
 
 # Points of a learning curve: more cannot be seen.
 POINTS = 300

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mirage_ds.ablate.report import tables
 from mirage_ds.inspect_latents.page import Section, Shown, facts, paragraph
 from mirage_ds.inspect_latents.page import page as whole_page
+from mirage_ds.study.report import tables
 
 
 def table(one: tables.Table) -> str:
