@@ -138,9 +138,9 @@ def _compare_latents(
     options: dict[str, Any],
 ) -> None:
     """Be `evaluate --latents`: the controls, with evaluate's options where both have them."""
-    from mirage_ds.controls.command import run_controls
-    from mirage_ds.controls.names import parse_names
-    from mirage_ds.controls.study import Wanted
+    from mirage_ds.analysis.controls.command import run_controls
+    from mirage_ds.analysis.controls.names import parse_names
+    from mirage_ds.analysis.controls.study import Wanted
     from mirage_ds.data.images import ImageFinder
 
     if is_rank(os.environ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from mirage_ds.analysis.inspect.live import need_matplotlib
 from mirage_ds.best import Best
 from mirage_ds.config import RunConfig
 from mirage_ds.data.loader import Rows
@@ -14,7 +15,6 @@ from mirage_ds.engine.setup import from_rank_zero
 from mirage_ds.engine.whole import check_room
 from mirage_ds.evaluate import slots_fed
 from mirage_ds.events import EVALUATION_BEGINS, EVALUATION_ENDS
-from mirage_ds.inspect_latents.live import need_matplotlib
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.monitor import Monitor
 from mirage_ds.prepare import Prepared

@@ -23,8 +23,8 @@ from pydantic import (
     model_validator,
 )
 
+from mirage_ds.analysis.controls.names import PATH, parse_names
 from mirage_ds.config import RunConfig, read_yaml
-from mirage_ds.controls.names import PATH, parse_names
 from mirage_ds.errors import UserError, closest, shown
 
 Settings = dict[str, Any]

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from mirage_ds.controls.statistics import holm
+from mirage_ds.analysis.controls.statistics import holm
+from mirage_ds.analysis.inspect import style
 from mirage_ds.errors import UserError, strict_json
-from mirage_ds.inspect_latents import style
 from mirage_ds.study.report import control_figures, figures, sweeps
 from mirage_ds.study.report.build import build
 from mirage_ds.study.report.markdown import escaped, markdown

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from mirage_ds.controls.statistics import mcnemar
+from mirage_ds.analysis.controls.statistics import mcnemar
 from mirage_ds.study.report.grid import Column, Misfit, column, level_key, line_up
 from mirage_ds.study.report.statistics import (
     FLIPS,

@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_generate import World, assert_same, both, sharpen, slowly
 
+from mirage_ds.analysis.controls import conditions as making
+from mirage_ds.analysis.controls.bench import Bench, prompt_of
+from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners, forbid
+from mirage_ds.analysis.controls.names import CONDITIONS, parse_names
+from mirage_ds.analysis.controls.paths import fork_of, run_paths, verdict
+from mirage_ds.analysis.controls.report import summarize
+from mirage_ds.analysis.controls.run import Outcome, run_conditions
+from mirage_ds.analysis.controls.statistics import bootstrap
 from mirage_ds.cli import main
-from mirage_ds.controls import conditions as making
-from mirage_ds.controls.bench import Bench, prompt_of
-from mirage_ds.controls.conditions import KNOWN, First, Given, Material, choose_partners, forbid
-from mirage_ds.controls.names import CONDITIONS, parse_names
-from mirage_ds.controls.paths import fork_of, run_paths, verdict
-from mirage_ds.controls.report import summarize
-from mirage_ds.controls.run import Outcome, run_conditions
-from mirage_ds.controls.statistics import bootstrap
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
@@ -466,7 +466,7 @@ def test_paths_feed_the_targets_of_either_path_and_count_who_follows(
         )
 
     monkeypatch.setattr(Bench, "decode", decode)
-    monkeypatch.setattr("mirage_ds.controls.paths.answer_of", answer)
+    monkeypatch.setattr("mirage_ds.analysis.controls.paths.answer_of", answer)
     straight = next(record for record in small if not fork_of(record, SEED))
     report = run_paths(bench, [straight, *(fork.record for fork in forks)], PLANNING, SEED, batch_size=3)
     assert (report["records"], report["left_out"]) == (4, 1)

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+from mirage_ds.analysis.controls.compare import compare
+from mirage_ds.analysis.controls.gaussian import Gaussian
+from mirage_ds.analysis.controls.paths import summary
+from mirage_ds.analysis.controls.statistics import average, bootstrap, difference, differences, holm, mcnemar
 from mirage_ds.cli import main
-from mirage_ds.controls.compare import compare
-from mirage_ds.controls.gaussian import Gaussian
-from mirage_ds.controls.paths import summary
-from mirage_ds.controls.statistics import average, bootstrap, difference, differences, holm, mcnemar
 from mirage_ds.errors import UserError
 from mirage_ds.scoring import wilson
 

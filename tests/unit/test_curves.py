@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from mirage_ds.analysis.inspect.style import COLOURS
 from mirage_ds.cluster.status import curves as drawing
 from mirage_ds.cluster.status.command import curves
 from mirage_ds.errors import UserError
-from mirage_ds.inspect_latents.style import COLOURS
 
 
 def log(folder: Path, lines: list[dict[str, Any]], tail: str = "") -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mirage_ds.inspect_latents import measure
+from mirage_ds.analysis.inspect import measure
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

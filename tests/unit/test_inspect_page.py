@@ -18,16 +18,16 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from mirage_ds.analysis.inspect import draw
+from mirage_ds.analysis.inspect.command import read_rows
+from mirage_ds.analysis.inspect.corpus import Corpus, Projection, project, readings
+from mirage_ds.analysis.inspect.live import drawings
+from mirage_ds.analysis.inspect.look import Look
+from mirage_ds.analysis.inspect.measure import Words
+from mirage_ds.analysis.inspect.probe import Reading
 from mirage_ds.cli import cli
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.inspect_latents import draw
-from mirage_ds.inspect_latents.command import read_rows
-from mirage_ds.inspect_latents.corpus import Corpus, Projection, project, readings
-from mirage_ds.inspect_latents.live import drawings
-from mirage_ds.inspect_latents.look import Look
-from mirage_ds.inspect_latents.measure import Words
-from mirage_ds.inspect_latents.probe import Reading
 
 MAPS = 52
 

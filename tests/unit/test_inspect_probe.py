@@ -10,8 +10,8 @@ import random
 import pytest
 import torch
 
+from mirage_ds.analysis.inspect import probe
 from mirage_ds.data.record import Record
-from mirage_ds.inspect_latents import probe
 from mirage_ds.tasks.maps import Board, shortest_path
 
 

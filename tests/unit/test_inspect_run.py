@@ -17,6 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from mirage_ds.analysis.inspect.live import figures
+from mirage_ds.analysis.inspect.look import PARTS, look, see
+from mirage_ds.analysis.inspect.measure import targets
+from mirage_ds.analysis.inspect.run import Thought, attention, decoded, taught
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
@@ -24,10 +28,6 @@ from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
 from mirage_ds.errors import UserError
-from mirage_ds.inspect_latents.live import figures
-from mirage_ds.inspect_latents.look import PARTS, look, see
-from mirage_ds.inspect_latents.measure import targets
-from mirage_ds.inspect_latents.run import Thought, attention, decoded, taught
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.model.load import Loaded, load_model
 

@@ -73,8 +73,8 @@ def curves(runs: tuple[Path, ...], out: Path, metrics: str | None, smooth: int |
 
     RUNS are --save_model_path folders, their names shortened to what differs.
     """
+    from mirage_ds.analysis.inspect.live import need_matplotlib
     from mirage_ds.cluster.status.facts import find_run
-    from mirage_ds.inspect_latents.live import need_matplotlib
 
     if out.suffix not in (".png", ".svg"):
         raise UserError(f"--out {out}: write a name that ends in .png or .svg")

@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
+from mirage_ds.analysis.inspect.style import Look, legend, legible, look, panels, png, room, styled
 from mirage_ds.cluster.status.facts import json_lines, split_log
 from mirage_ds.cluster.status.names import short_names
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
-from mirage_ds.inspect_latents.style import Look, legend, legible, look, panels, png, room, styled
 
 DEFAULT = ("loss", "eval_loss")
 # Without --smooth the moving mean is over this part of the longest run's steps.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mirage_ds.controls.paths import VERDICTS
+from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.study.report.grid import Column, Grid, Misfit, line_up
 from mirage_ds.study.report.statistics import Draws, Estimate, estimate
 from mirage_ds.study.results import Cell

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mirage_ds.controls.statistics import RESAMPLES
+from mirage_ds.analysis.controls.statistics import RESAMPLES
 from mirage_ds.errors import UserError
 from mirage_ds.study.report.answers import controls
 from mirage_ds.study.report.contrasts import contrasts

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mirage_ds.controls.statistics import holm
+from mirage_ds.analysis.controls.statistics import holm
 from mirage_ds.study.report.grid import Column, Grid, Misfit, column, line_up
 from mirage_ds.study.report.statistics import Comparison, Draws, compare
 from mirage_ds.study.results import Cell, Contrast, Results

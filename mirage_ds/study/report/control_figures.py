@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mirage_ds.controls.paths import VERDICTS
-from mirage_ds.inspect_latents.style import (
+from mirage_ds.analysis.controls.paths import VERDICTS
+from mirage_ds.analysis.inspect.style import (
     BLACK,
     BLUE,
     GREY,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mirage_ds.inspect_latents.style import (
+from mirage_ds.analysis.inspect.style import (
     BLACK,
     BLUE,
     GREEN,

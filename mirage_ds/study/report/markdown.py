@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mirage_ds.controls.report import markdown_table
+from mirage_ds.analysis.controls.report import markdown_table
 from mirage_ds.study.report import tables
 
 # What would be markup, unless it is an underscore inside a word, which GitHub leaves alone.

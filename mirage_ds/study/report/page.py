@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mirage_ds.inspect_latents.page import Section, Shown, facts, paragraph
-from mirage_ds.inspect_latents.page import page as whole_page
+from mirage_ds.analysis.inspect.page import Section, Shown, facts, paragraph
+from mirage_ds.analysis.inspect.page import page as whole_page
 from mirage_ds.study.report import tables
 
 

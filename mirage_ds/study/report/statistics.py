@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mirage_ds.controls.statistics import RESAMPLES, is_binary, mcnemar
+from mirage_ds.analysis.controls.statistics import RESAMPLES, is_binary, mcnemar
 
 # Resamples multiplied at a time: their counts take 8 bytes a record.
 _CHUNK = 500

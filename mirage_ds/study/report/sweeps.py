@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from mirage_ds.inspect_latents.style import GREY, WIDTH, Look, bars, dots, legend, legible, look, panels, room
+from mirage_ds.analysis.inspect.style import GREY, WIDTH, Look, bars, dots, legend, legible, look, panels, room
 from mirage_ds.study.report.figures import Drawn, slug
 from mirage_ds.study.report.tables import setting
 from mirage_ds.study.results import Results, StageResult

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mirage_ds.controls.paths import VERDICTS
-from mirage_ds.controls.report import Cells, apart, measured, p_values
+from mirage_ds.analysis.controls.paths import VERDICTS
+from mirage_ds.analysis.controls.report import Cells, apart, measured, p_values
 from mirage_ds.study.report.grid import level_key
 from mirage_ds.study.report.statistics import TOO_FEW
 

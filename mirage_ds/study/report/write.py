@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.controls.statistics import RESAMPLES
+from mirage_ds.analysis.controls.statistics import RESAMPLES
+from mirage_ds.analysis.inspect.live import need_matplotlib
 from mirage_ds.files import write_atomically
-from mirage_ds.inspect_latents.live import need_matplotlib
 from mirage_ds.study.report.build import build
 from mirage_ds.study.report.markdown import markdown
 from mirage_ds.study.report.page import page
@@ -56,7 +56,7 @@ def _earlier(out: Path) -> set[str]:
 
 def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, bytes, str]]:
     """Yield each figure's name, PNG and caption."""
-    from mirage_ds.inspect_latents import style
+    from mirage_ds.analysis.inspect import style
     from mirage_ds.study.report import control_figures, figures, sweeps
 
     taken: set[str] = set()

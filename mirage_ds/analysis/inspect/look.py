@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mirage_ds.analysis.inspect import measure
+from mirage_ds.analysis.inspect.run import Thought, attention, features
 from mirage_ds.data.encode import IMAGE_PAD, Encoder
 from mirage_ds.data.record import Record
-from mirage_ds.inspect_latents import measure
-from mirage_ds.inspect_latents.run import Thought, attention, features
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.images import embedded
 from mirage_ds.model.vision import FrozenTower

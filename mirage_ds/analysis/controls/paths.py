@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.controls.bench import Bench
-from mirage_ds.controls.conditions import Given
-from mirage_ds.controls.run import Track, batches_fit, check
-from mirage_ds.controls.statistics import bootstrap
+from mirage_ds.analysis.controls.bench import Bench
+from mirage_ds.analysis.controls.conditions import Given
+from mirage_ds.analysis.controls.run import Track, batches_fit, check
+from mirage_ds.analysis.controls.statistics import bootstrap
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.errors import UserError

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from mirage_ds.controls.gaussian import LEAST, Gaussian
+from mirage_ds.analysis.controls.gaussian import LEAST, Gaussian
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
 from mirage_ds.model.generate import Chooser, LatentTokens

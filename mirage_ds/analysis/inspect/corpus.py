@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from mirage_ds.analysis.inspect import measure, probe
+from mirage_ds.analysis.inspect.look import see
+from mirage_ds.analysis.inspect.run import taught
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.record import Record
-from mirage_ds.inspect_latents import measure, probe
-from mirage_ds.inspect_latents.look import see
-from mirage_ds.inspect_latents.run import taught
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.vision import FrozenTower
 

@@ -67,7 +67,7 @@ def inspect(
 
     from rich.progress import track
 
-    from mirage_ds.inspect_latents.study import inspect_file
+    from mirage_ds.analysis.inspect.study import inspect_file
     from mirage_ds.model.generate import Limits
 
     page = inspect_file(

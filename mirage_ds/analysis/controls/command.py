@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mirage_ds.controls.names import CONDITIONS, parse_names
+from mirage_ds.analysis.controls.names import CONDITIONS, parse_names
 from mirage_ds.files import Output
 from mirage_ds.flags import CONTEXT
 
 if TYPE_CHECKING:
-    from mirage_ds.controls.study import Wanted
+    from mirage_ds.analysis.controls.study import Wanted
     from mirage_ds.evaluate import Decoder
     from mirage_ds.model.generate import Limits
 
@@ -68,7 +68,7 @@ def controls(
     model's own latents: paired differences of the score and of the right answer's likelihood. What the conditions are
     and what a result says stands in docs/controls.md.
     """
-    from mirage_ds.controls.study import Wanted
+    from mirage_ds.analysis.controls.study import Wanted
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.evaluate import load_decoder, run_limits
 
@@ -96,8 +96,8 @@ def run_controls(
 
     from rich.progress import track
 
-    from mirage_ds.controls import report as reports
-    from mirage_ds.controls.study import study
+    from mirage_ds.analysis.controls import report as reports
+    from mirage_ds.analysis.controls.study import study
     from mirage_ds.files import write_atomically
 
     found = study(
@@ -123,7 +123,7 @@ def compare(files: tuple[Path, ...], metric: str | None, seed: int, out: Path | 
     """
     import json
 
-    from mirage_ds.controls import compare as comparing
+    from mirage_ds.analysis.controls import compare as comparing
     from mirage_ds.files import write_atomically
 
     found = comparing.compare(files, metric, seed)

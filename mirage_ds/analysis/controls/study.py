@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.controls.bench import Bench
-from mirage_ds.controls.names import PATH
-from mirage_ds.controls.paths import run_paths
-from mirage_ds.controls.report import summarize
-from mirage_ds.controls.run import Track, run_conditions
+from mirage_ds.analysis.controls.bench import Bench
+from mirage_ds.analysis.controls.names import PATH
+from mirage_ds.analysis.controls.paths import run_paths
+from mirage_ds.analysis.controls.report import summarize
+from mirage_ds.analysis.controls.run import Track, run_conditions
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError

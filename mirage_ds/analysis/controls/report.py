@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.controls.paths import VERDICTS
-from mirage_ds.controls.run import Outcome
-from mirage_ds.controls.statistics import average, differences
+from mirage_ds.analysis.controls.paths import VERDICTS
+from mirage_ds.analysis.controls.run import Outcome
+from mirage_ds.analysis.controls.statistics import average, differences
 from mirage_ds.data.record import Record
 from mirage_ds.files import write_atomically
 from mirage_ds.scoring import marks

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.controls.report import apart, markdown_table, measured, p_values
-from mirage_ds.controls.statistics import average, differences
+from mirage_ds.analysis.controls.report import apart, markdown_table, measured, p_values
+from mirage_ds.analysis.controls.statistics import average, differences
 from mirage_ds.errors import UserError, closest, strict_json
 
 HEAD = ["file", "score", "− first", "p", "p (Holm)"]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from mirage_ds.inspect_latents.look import Look
-from mirage_ds.inspect_latents.measure import Words
-from mirage_ds.inspect_latents.probe import Reading
+from mirage_ds.analysis.inspect.look import Look
+from mirage_ds.analysis.inspect.measure import Words
+from mirage_ds.analysis.inspect.probe import Reading
 
 _CSS = """
 :root { color-scheme: light dark; --back: #fff; --text: #1c1c1c; --quiet: #5c5c5c; --line: #d5d5d5; }

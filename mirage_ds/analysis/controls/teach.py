@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from mirage_ds.controls.bench import Bench, Row, without_runs
+from mirage_ds.analysis.controls.bench import Bench, Row, without_runs
 from mirage_ds.data.batch import Batch
 from mirage_ds.model.images import Deep, place_images
 from mirage_ds.model.latents import in_order, run_passes

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mirage_ds.analysis.inspect.look import Look, look, see
+from mirage_ds.analysis.inspect.run import Thought, taught
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
-from mirage_ds.inspect_latents.look import Look, look, see
-from mirage_ds.inspect_latents.run import Thought, taught
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.vision import FrozenTower
 
@@ -50,7 +50,7 @@ def looks(
 
 def drawings(one: Look) -> dict[str, Figure]:
     """Draw all figures of one run."""
-    from mirage_ds.inspect_latents import draw
+    from mirage_ds.analysis.inspect import draw
 
     made = {
         "similarity": draw.similarity(one),

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from mirage_ds.controls import teach
-from mirage_ds.controls.bench import Bench, Row
-from mirage_ds.controls.conditions import KNOWN, First, Given, Material, choose_partners, forbid
+from mirage_ds.analysis.controls import teach
+from mirage_ds.analysis.controls.bench import Bench, Row
+from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners, forbid
 from mirage_ds.data.loader import check_records
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.errors import UserError

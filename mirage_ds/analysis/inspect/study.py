@@ -13,6 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mirage_ds.analysis.inspect.corpus import Corpus, Track, gather, project, readings
+from mirage_ds.analysis.inspect.live import drawings, looks, need_matplotlib
+from mirage_ds.analysis.inspect.look import Look, spell
+from mirage_ds.analysis.inspect.page import Section, Shown, facts, page, paragraph, reading_table, word_tables
+from mirage_ds.analysis.inspect.probe import FEWEST_MAPS
+from mirage_ds.analysis.inspect.run import Thought, decoded, taught
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
@@ -21,12 +27,6 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import Decoder, load_decoder, need_latents
 from mirage_ds.files import whole_folder, write_atomically
-from mirage_ds.inspect_latents.corpus import Corpus, Track, gather, project, readings
-from mirage_ds.inspect_latents.live import drawings, looks, need_matplotlib
-from mirage_ds.inspect_latents.look import Look, spell
-from mirage_ds.inspect_latents.page import Section, Shown, facts, page, paragraph, reading_table, word_tables
-from mirage_ds.inspect_latents.probe import FEWEST_MAPS
-from mirage_ds.inspect_latents.run import Thought, decoded, taught
 from mirage_ds.model.generate import Limits
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _row(
 
 def _together(folder: Path, corpus: Corpus, file: Path) -> tuple[list[Section], dict[str, Any]]:
     """Study all rows of a file: components and probe."""
-    from mirage_ds.inspect_latents import draw
+    from mirage_ds.analysis.inspect import draw
 
     count = len(corpus.records)
     figure = draw.pca(

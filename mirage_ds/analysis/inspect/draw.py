@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 
-from mirage_ds.inspect_latents.corpus import Projection
-from mirage_ds.inspect_latents.look import PARTS, Look
-from mirage_ds.inspect_latents.measure import Words
-from mirage_ds.inspect_latents.probe import Reading
+from mirage_ds.analysis.inspect.corpus import Projection
+from mirage_ds.analysis.inspect.look import PARTS, Look
+from mirage_ds.analysis.inspect.measure import Words
+from mirage_ds.analysis.inspect.probe import Reading
 
 DPI = 110
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
