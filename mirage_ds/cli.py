@@ -14,17 +14,17 @@ from mirage_ds.analysis.inspect.command import inspect
 from mirage_ds.cluster.doctor.command import doctor
 from mirage_ds.cluster.status.command import curves, status
 from mirage_ds.config import RunConfig, read_yaml
-from mirage_ds.data.command import import_, mix, vary
+from mirage_ds.curate.command import import_, mix, vary
+from mirage_ds.curate.rationalize.command import rationalize
+from mirage_ds.curate.tasks.command import TaskGroup
 from mirage_ds.decoding_commands import evaluate, generate
 from mirage_ds.entry import print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.files import Output, disk_trouble
 from mirage_ds.flags import CONTEXT, build_model, model_options
 from mirage_ds.plan.command import plan
-from mirage_ds.rationalize.command import rationalize
 from mirage_ds.stop import EXIT_STOPPED, Stopped, StopRequest
 from mirage_ds.study.command import ablate
-from mirage_ds.tasks.command import TaskGroup
 
 
 def _path(**options: Any) -> click.Path:
@@ -71,7 +71,7 @@ def data_check(
     most: int,
 ) -> None:
     """List every faulty record of FILE: line, field, what, how to mend. Exit code 2 if there is one."""
-    from mirage_ds.data.check import check_file, print_faults
+    from mirage_ds.curate.check import check_file, print_faults
     from mirage_ds.data.sources import unread_lines
 
     count, faults = check_file(file, stage, image_root, model_folder, latent_size, confine_paths)
@@ -105,7 +105,7 @@ def data_index(yaml_file: Path | None, **flags: Any) -> None:
 @click.option("--image_root", type=_path(), help="Second place where relative image paths are looked for.")
 def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path | None) -> None:
     """Show records of FILE: question, images, answer with its latents marked, other keys, faults."""
-    from mirage_ds.data.show import as_text, read_shown, write_page
+    from mirage_ds.curate.show import as_text, read_shown, write_page
 
     records = read_shown(file, rows, image_root)
     if out is None:

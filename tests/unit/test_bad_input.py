@@ -27,7 +27,7 @@ from PIL import Image
 
 from mirage_ds.cli import cli
 from mirage_ds.config import RunConfig, read_yaml
-from mirage_ds.data.check import check_file
+from mirage_ds.curate.check import check_file
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import MAX_PIXELS, ImageFinder
 from mirage_ds.data.load import load_encoder

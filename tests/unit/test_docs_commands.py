@@ -16,9 +16,9 @@ from shell_lines import Shown, mentioned_in, shown_in
 
 from mirage_ds.cli import cli
 from mirage_ds.config import RunConfig, read_yaml
+from mirage_ds.curate.tasks import get_task
 from mirage_ds.errors import UserError
 from mirage_ds.flags import build_model
-from mirage_ds.tasks import get_task
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

@@ -22,6 +22,10 @@ from mirage_ds import api
 from mirage_ds.cli import cli
 from mirage_ds.cluster.doctor.examine import _model_faults
 from mirage_ds.cluster.doctor.spec import DoctorSpec
+from mirage_ds.curate.rationalize.job import Rows
+from mirage_ds.curate.rationalize.local import Local
+from mirage_ds.curate.rationalize.prompt import Template
+from mirage_ds.curate.rationalize.spec import RationalizeSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.engine.checkpoint import STATE_FILE
 from mirage_ds.errors import UserError
@@ -29,10 +33,6 @@ from mirage_ds.init import init_model
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.folder import INDEX, SINGLE, resolve_folder, stored_tensors, weight_files
 from mirage_ds.model.load import check_folder, open_weights
-from mirage_ds.rationalize.job import Rows
-from mirage_ds.rationalize.local import Local
-from mirage_ds.rationalize.prompt import Template
-from mirage_ds.rationalize.spec import RationalizeSpec
 
 Tensors = dict[str, torch.Tensor]
 UP, NORM = "model.layers.0.mlp.up_proj", "model.norm.weight"

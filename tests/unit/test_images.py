@@ -17,12 +17,12 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 from transformers.image_utils import load_image
 
+from mirage_ds.curate.importing import import_records
+from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.importing import import_records
 from mirage_ds.data.inside import content_of
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record
 from mirage_ds.data.sources import pieces, read_piece
-from mirage_ds.data.spec import ImportSpec
 
 RECORD = Record(7, "q", "a", (), ())
 ORIENTATION = 0x0112

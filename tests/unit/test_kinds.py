@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from mirage_ds.cli import cli
 from mirage_ds.config import RunConfig
-from mirage_ds.data.check import check_file
+from mirage_ds.curate.check import check_file
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sources import find_files, pieces, read_piece, unread, unread_lines

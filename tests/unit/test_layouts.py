@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from mirage_ds.cli import cli
-from mirage_ds.data.check import check_file
-from mirage_ds.data.layouts import LAYOUTS, Layout, read_row
+from mirage_ds.curate.check import check_file
+from mirage_ds.curate.layouts import LAYOUTS, Layout, read_row
 from mirage_ds.data.messages import MessageError
 from mirage_ds.data.record import RecordError, make_record
 from mirage_ds.data.record_files import scan

@@ -19,6 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from mirage_ds.cli import cli
+from mirage_ds.curate.rationalize.job import Rows
+from mirage_ds.curate.rationalize.local import Local
+from mirage_ds.curate.rationalize.prompt import Template
+from mirage_ds.curate.rationalize.spec import RationalizeSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.engine.export import change_rows
@@ -28,10 +32,6 @@ from mirage_ds.evaluate import load_decoder, run_limits
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.load import read_config
 from mirage_ds.plan.shape import read_shape
-from mirage_ds.rationalize.job import Rows
-from mirage_ds.rationalize.local import Local
-from mirage_ds.rationalize.prompt import Template
-from mirage_ds.rationalize.spec import RationalizeSpec
 from mirage_ds.study.collect import _sizes
 
 TEXTS = ("Where does the way go? Left.", "system\nYou are a helpful assistant.\nuser\n")

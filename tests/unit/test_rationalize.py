@@ -26,17 +26,17 @@ import pytest
 from PIL import Image, ImageChops
 
 from mirage_ds.cli import main
-from mirage_ds.data.check import check_file
+from mirage_ds.curate.check import check_file
+from mirage_ds.curate.rationalize import server as serving
+from mirage_ds.curate.rationalize.form import NoForm, read
+from mirage_ds.curate.rationalize.job import Rows
+from mirage_ds.curate.rationalize.pictures import data_url
+from mirage_ds.curate.rationalize.prompt import Shown
+from mirage_ds.curate.rationalize.spec import RationalizeSpec
+from mirage_ds.curate.tasks import get_task
+from mirage_ds.curate.tasks.build import build
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
-from mirage_ds.rationalize import server as serving
-from mirage_ds.rationalize.form import NoForm, read
-from mirage_ds.rationalize.job import Rows
-from mirage_ds.rationalize.pictures import data_url
-from mirage_ds.rationalize.prompt import Shown
-from mirage_ds.rationalize.spec import RationalizeSpec
-from mirage_ds.tasks import get_task
-from mirage_ds.tasks.build import build
 
 REASONING, PLANNING = "vsp-spatial-reasoning", "vsp-spatial-planning"
 KEY = "sk-very-secret-0123456789"
@@ -440,7 +440,7 @@ def test_a_task_of_ones_own(
 ) -> None:
     """Its scorer decides, whatever is in the box; a part of the score is not right."""
     (tmp_path / "own_rational.py").write_text(
-        "from mirage_ds.tasks.task import Task\n"
+        "from mirage_ds.curate.tasks.task import Task\n"
         "class Mine(Task):\n"
         "    def prompt(self, row, settings): return ''\n"
         "    def parse(self, text, row): return 'x'\n"
@@ -817,8 +817,8 @@ def test_local_batches_are_what_single_rows_are(plain: Path, nano: Path, tmp_pat
     """Greedy, rows of different lengths and pictures: as one at a time without padding, by transformers alone."""
     import torch
 
-    from mirage_ds.rationalize.local import Local
-    from mirage_ds.rationalize.prompt import Template
+    from mirage_ds.curate.rationalize.local import Local
+    from mirage_ds.curate.rationalize.prompt import Template
 
     spec = RationalizeSpec(out=tmp_path, model=str(nano), temperature=0, samples=1, max_new_tokens=6)
     local = Local(spec, Template.load(None), Rows(plain, ImageFinder.beside(plain, None), None, None))

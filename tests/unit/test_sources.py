@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mirage_ds.curate.check import check_file
 from mirage_ds.data import sources
-from mirage_ds.data.check import check_file
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import EncodedRows

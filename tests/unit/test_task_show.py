@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mirage_ds.cli import cli
-from mirage_ds.data.show import parse_rows, read_shown
+from mirage_ds.curate.show import parse_rows, read_shown
 from mirage_ds.errors import UserError
 
 VOID = {"meta", "img", "br"}

@@ -1,0 +1,1 @@
+"""Records before training: made, imported, varied, mixed, checked, shown."""

@@ -1,0 +1,86 @@
+"""`mirage-ds data vary`, `data mix` and `data import`. Imports stay inside the commands: `--help` is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mirage_ds.curate.layouts import LAYOUTS, Layout
+from mirage_ds.curate.spec import KINDS, ImportSpec, Kind, MixSpec, VarySpec
+from mirage_ds.flags import CONTEXT, build_model, model_options
+
+if TYPE_CHECKING:
+    from mirage_ds.curate.rewrite import Written
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("kind", type=click.Choice(KINDS), metavar="KIND")
+@click.argument("file", type=click.Path(path_type=Path))
+@model_options(VarySpec)
+def vary(kind: Kind, file: Path, **flags: Any) -> None:
+    """Write FILE's records anew, with the helper image's information elsewhere or destroyed.
+
+    \b
+    KIND is one of
+      helper-input   the helper is a further input image
+      helper-rows    each row without its helper, then with it as an input image
+      helper-text    what the helper shows, in words in the answer
+      helper-swap    another record's helper, of the same level
+      helper-noise   noise instead of the helper
+      no-image       grey instead of every input image
+      helper-only    no input image, and a question that does not depend on it
+    """
+    from mirage_ds.curate.tasks.report import progress_bar
+    from mirage_ds.curate.vary import vary as run
+
+    spec = build_model(VarySpec, flags)
+    with progress_bar(f"{kind}: pictures") as progress:
+        written = run(kind, file, spec, progress)
+    _tell(written)
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("files", nargs=-1, required=True, metavar="FILE[:WEIGHT]...")
+@model_options(MixSpec)
+def mix(files: tuple[str, ...], **flags: Any) -> None:
+    """Write one records file of several, shuffled into one another: whole, or in proportion to their weights."""
+    from mirage_ds.curate.mix import mix as run
+    from mirage_ds.mixture import parse_part
+
+    _tell(run([parse_part(text) for text in files], build_model(MixSpec, flags)))
+
+
+@click.command("import", context_settings=CONTEXT)
+@click.argument("layout", type=click.Choice(LAYOUTS), metavar="LAYOUT")
+@click.argument("source")
+@model_options(ImportSpec)
+def import_(layout: Layout, source: str, **flags: Any) -> None:
+    """Write a records file of conversations in another trainer's layout.
+
+    \b
+    LAYOUT is one of
+      swift          ms-swift: messages, or query and response, or instruction and output
+      llama-factory  conversations or messages, or instruction and output
+      trl            messages, or prompt and completion
+
+    SOURCE is a JSON, JSON-lines, Parquet or Arrow file, or the name of a data set of the Hub. The first row that a
+    record cannot hold (videos, sound, boxes, tools, bad answers) ends the import.
+    """
+    from mirage_ds.curate.importing import import_records
+    from mirage_ds.curate.tasks.report import progress_bar
+
+    spec = build_model(ImportSpec, flags)
+    with progress_bar("pictures") as progress:
+        written, rounds = import_records(layout, source, spec, progress)
+    _tell(written)
+    if rounds:
+        click.echo(
+            f"of {rounds} record(s) with several answers the last is learnt, the others stand before the question"
+        )
+
+
+def _tell(written: Written) -> None:
+    pictures = f", {written.images} new pictures" if written.images else ""
+    click.echo(f"{written.file}: {written.records} records{pictures}")

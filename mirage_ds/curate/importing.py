@@ -1,0 +1,199 @@
+"""`mirage-ds data import`: conversations in another trainer's layout, from a file or the Hub, as a records file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mirage_ds.curate.layouts import Layout, read_row
+from mirage_ds.curate.rewrite import Row, Written, write_rows
+from mirage_ds.curate.spec import ImportSpec
+from mirage_ds.curate.tasks.draft import Picture
+from mirage_ds.curate.tasks.report import Advance
+from mirage_ds.curate.tasks.write import new_target
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.inside import content_of
+from mirage_ds.data.kinds import head_of, is_array, is_arrow, is_parquet
+from mirage_ds.data.messages import TURNS_BEFORE, MessageError
+from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_object
+from mirage_ds.data.record_files import read_lines
+from mirage_ds.data.sources import BATCH_ROWS
+from mirage_ds.errors import UserError, reason, strict_json
+
+# First bytes of a file → its suffix; others are kept under "img", which every reader here opens by content too.
+_SIGNS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"RIFF", "webp"), (b"GIF8", "gif"))
+
+
+def _from_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    for line, text in read_lines(file):
+        try:
+            yield line, parse_object(text, line)
+        except RecordError as error:
+            raise UserError(f"{file}, {error.fault}") from None
+
+
+def _from_array(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        values = strict_json(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({reason(error)}); expected a list of rows") from None
+    yield from enumerate(values, 1)
+
+
+def _from_arrow(file: Path) -> Iterator[tuple[int, Any]]:
+    """Read a Parquet or Arrow file; images stay as they were stored."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    first = 1
+    try:
+        for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS) if is_parquet(file) else _arrow_batches(file):
+            batch.validate(full=True)
+            yield from enumerate(batch.to_pylist(), first)
+            first += len(batch)
+    except pa.ArrowException as error:
+        raise UserError(f"{file}: cannot be read ({reason(error)}); write it anew") from None
+
+
+def _arrow_batches(file: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(file)) as content:
+        # `datasets` saves streams, Feather and others files.
+        if head_of(file).startswith(b"ARROW1"):
+            reader = pa.ipc.open_file(content)
+            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            yield from pa.ipc.open_stream(content)
+
+
+def _from_hub(source: str, split: str) -> Iterator[tuple[int, Any]]:
+    """Read a data set of the Hub; images stay as they were stored."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        found: Any = datasets.load_dataset(source, split=split)
+    except Exception as error:  # noqa: BLE001  # the Hub's client, fsspec and Arrow raise almost anything
+        raise UserError(
+            f"{source}: cannot be loaded ({reason(error)}); give a file, or a data set of the Hub"
+        ) from None
+    undecoded = {name: _undecoded(kind) for name, kind in found.features.items()}
+    yield from enumerate(found.cast(datasets.Features(undecoded)), 1)
+
+
+def _undecoded(kind: Any) -> Any:
+    import datasets
+
+    if isinstance(kind, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(kind, datasets.List):
+        return datasets.List(_undecoded(kind.feature))
+    return kind
+
+
+def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
+    """Yield (number from 1, row) of JSON lines, a JSON array, Parquet, Arrow or a data set of the Hub.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    file = Path(source)
+    try:
+        if not file.is_file():
+            if file.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv") or file.is_absolute():
+                raise UserError(f"{source}: no such file")
+            yield from _from_hub(source, split)
+        elif is_parquet(file) or is_arrow(file):
+            yield from _from_arrow(file)
+        elif is_array(file):
+            yield from _from_array(file)
+        else:
+            yield from _from_lines(file)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({reason(error)})") from None
+
+
+def _picture(value: Any) -> Picture | None:
+    """Return a picture that stands in the row itself; ValueError where it cannot be decoded."""
+    content = content_of(value)
+    if content is None:
+        return None
+    suffix = next((name for sign, name in _SIGNS if content.startswith(sign)), "img")
+    return Picture.stored(content, suffix)
+
+
+def _images(record: Record, name: str, given: list[Any], finder: ImageFinder) -> tuple[Path | Picture, ...]:
+    found: list[Path | Picture] = []
+    for value in given:
+        if isinstance(value, Picture):
+            found.append(value)
+            continue
+        place = finder.find(record, name, str(value))
+        found.append(place.parent.resolve() / place.name)
+    return tuple(found)
+
+
+def _row(number: int, values: Any, layout: Layout, helper_key: str, finder: ImageFinder) -> Row:
+    if not isinstance(values, Mapping):
+        raise RecordError(Fault(number, "row", f"expected an object, found {type(values).__name__}", "write one"))
+    try:
+        made = read_row(values, layout, helper_key)
+    except MessageError as error:
+        raise RecordError(Fault(number, error.field, error.what, error.how)) from None
+    given: dict[str, list[Any]] = {}
+    for name in ("image_input", "image_output"):
+        try:
+            given[name] = [_picture(value) or value for value in made.get(name, ())]
+        except ValueError as error:
+            raise RecordError(Fault(number, name, f"a picture {error}", "write it as a file, and its path")) from None
+    # Checked as a record with a path for each image, wherever it comes from.
+    named = {name: [value if isinstance(value, str) else "inside" for value in own] for name, own in given.items()}
+    record = make_record(made | named, number)
+    inputs, helpers = (_images(record, name, own, finder) for name, own in given.items())
+    return Row(record.text_input, record.text_output, inputs, helpers, _jsonable(record.extra))
+
+
+def _jsonable(extra: Mapping[str, Any]) -> dict[str, Any]:
+    # A data set may hold dates and the like, which JSON has not.
+    return dict(json.loads(json.dumps(dict(extra), default=str)))
+
+
+def import_records(
+    layout: Layout, source: str, spec: ImportSpec, progress: Advance | None = None
+) -> tuple[Written, int]:
+    """Write a records file of a source.
+
+    Returns:
+        What was written, and how many rows have answers before the last, which are not learnt.
+
+    Raises:
+        UserError: the source cannot be read, a row has not the layout or its image is missing, the target exists.
+    """
+    new_target(spec.out, spec.name)  # before the source is read
+    place = Path(source)
+    beside = place if place.is_file() else Path.cwd() / "rows"
+    finder = ImageFinder.beside(beside, spec.image_root)
+
+    helped = rounds = 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal helped, rounds
+        number = 0
+        for number, values in islice(read_source(source, spec.split), spec.most):
+            try:
+                row = _row(number, values, layout, spec.helper_key, finder)
+            except RecordError as error:
+                raise UserError(f"{source}, {error.fault}") from None
+            helped += bool(row.helpers)
+            rounds += any(turn["role"] == "assistant" for turn in row.extra.get(TURNS_BEFORE, ()))
+            yield row
+        if not number:
+            raise UserError(f"{source}: holds no row")
+        if not helped and spec.helper_key != ImportSpec.model_fields["helper_key"].default:
+            raise UserError(f"--helper_key {spec.helper_key}: no row of {source} has it; check the name")
+
+    return write_rows(rows(), spec, progress), rounds

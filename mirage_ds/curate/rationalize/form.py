@@ -1,0 +1,177 @@
+r"""The form of a reply: k + 1 parts of text around k helpers, and the answer; how it is read, judged and put together.
+
+Tags and not JSON: models write `\boxed`, `\frac` and line breaks as they are, which JSON would misread or refuse.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mirage_ds.curate.tasks import get_task, task_name
+from mirage_ds.curate.tasks.boxed import last_boxed
+from mirage_ds.curate.tasks.task import Task
+from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
+from mirage_ds.errors import shown
+
+Outcome = Literal["accepted", "wrong answer", "no form", "empty part", "cut off", "refused", "no reply"]
+# Of a dropped reply: what the user reads of it at the end.
+MEANINGS: dict[Outcome, str] = {
+    "wrong answer": "the answer written is not the row's own",
+    "no form": "the reply has not the form that the prompt asks for",
+    "empty part": "a part around the helper has no words",
+    "cut off": "the reply ends at --max_new_tokens before its form is whole",
+    "refused": "the server will not answer this request",
+    "no reply": "the server failed; the same command asks again",
+}
+
+_TAG = re.compile(r"</?(?:before|between|after|answer)>", re.IGNORECASE)
+_PART = re.compile(r"<(before|between|after|answer)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
+_THINK = re.compile(r"\s*</?think>\s*", re.IGNORECASE)
+_FOREIGN = (HELPER_MARK, IMAGE_MARK)
+
+
+def tags(helpers: int) -> list[str]:
+    """Name the parts of a reply, in order."""
+    return ["before", *["between"] * (helpers - 1), "after", "answer"]
+
+
+def described(helpers: int) -> str:
+    """Write the form down for the model that is to keep to it."""
+    what = {
+        "before": "the reasoning before the helper image is looked at",
+        "between": "the reasoning between one helper image and the next",
+        "after": "the reasoning that follows from the helper image",
+        "answer": "the answer alone",
+    }
+    if helpers > 1:
+        what |= {"before": "the reasoning before the first helper image", "after": "that after the last one"}
+    lines = [f"<{tag}>{what[tag]}</{tag}>" for tag in tags(helpers)]
+    return "Reply with nothing but this, your text between the tags:\n" + "\n".join(lines)
+
+
+class NoForm(Exception):
+    """A reply that has not the form."""
+
+
+def read(text: str, helpers: int) -> tuple[list[str], str]:
+    """Return the helpers + 1 parts and the answer of a reply.
+
+    What stands before the last `<before>` is left out: models that think aloud try the form there. So are `<think>`
+    tags, which `composed` places.
+
+    Raises:
+        NoForm: the parts are not there, each once and in order.
+    """
+    start = text.lower().rfind("<before>")
+    found = [(match[1].lower(), match[2]) for match in _PART.finditer(text, start)] if start >= 0 else []
+    if [tag for tag, _ in found] != tags(helpers):
+        raise NoForm
+    parts = [_THINK.sub(" ", part).strip() for _, part in found]
+    for part in parts:
+        # Half a surrogate pair can be spelt in a server's JSON, and no file can hold it.
+        if _TAG.search(part) or any(mark in part for mark in _FOREIGN) or not _whole(part):
+            raise NoForm
+    return parts[:-1], parts[-1]
+
+
+def _whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Knows the right answer of a record, and whether a written one is that.
+
+    Attributes:
+        record: with at least one helper and a boxed answer.
+        task: whose scorer decides; None where the boxed texts are compared.
+        boxed: what stands in the record's own box.
+    """
+
+    record: Record
+    task: Task | None
+    boxed: str
+
+    @classmethod
+    def of(cls, record: Record, named: str | None) -> Judge:
+        """Make a record's judge.
+
+        Args:
+            named: --task; else the record's own `task`, if it has one.
+
+        Raises:
+            RecordError: the record has no helper, no boxed answer, or one that its own task calls wrong.
+            UserError: there is no such task.
+        """
+        if not record.image_output:
+            raise record.fault("image_output", "no helper image to write about", "add its path, or leave the row out")
+        boxed = last_boxed(record.text_output)
+        if boxed is None or not boxed.strip():
+            raise record.fault("text_output", r"no answer in \boxed{…}", r"write the answer as \boxed{answer}")
+        name = named or record.extra.get("task")
+        if name is not None and not isinstance(name, str):
+            raise record.fault("task", f"expected a name, found {shown(name)}", "write it as a string, or give --task")
+        if name and ":" in name and not named:
+            raise record.fault("task", f"{shown(name)} is code, which data must not choose", "give it with --task")
+        judge = cls(record, get_task(name) if name else None, boxed)
+        try:
+            right = judge.agrees(record.text_output)
+        except KeyError as error:
+            how = f"add it: {task_name(str(name))} scores by it"
+            raise record.fault(str(error.args[0]), "missing", how) from None
+        if not right:
+            raise record.fault(
+                "text_output",
+                f"its own answer {shown(boxed)} is wrong by the scorer of {task_name(str(name))}",
+                "mend it, or leave the row out",
+            )
+        return judge
+
+    def agrees(self, text: str) -> bool:
+        """Whether a text's last box holds the record's answer.
+
+        The task's scorer must call it right, and the task must read the same from both: of two right answers the
+        helper image belongs to one.
+        """
+        if self.task is None:
+            found = last_boxed(text)
+            return found is not None and " ".join(found.split()) == " ".join(self.boxed.split())
+        known: Mapping[str, Any] = {**self.record.extra, "text_output": self.record.text_output}
+        marks = self.task.score_record(text, known)
+        own = self.task.parse(self.record.text_output, known)
+        return next(iter(marks.values())) >= 1 and self.task.parse(text, known) == own
+
+    def outcome(self, text: str, cut: bool) -> Outcome:
+        """Judge a reply.
+
+        Args:
+            cut: it ended because it had all its tokens.
+        """
+        try:
+            parts, answer = read(text, len(self.record.image_output))
+        except NoForm:
+            return "cut off" if cut else "no form"
+        if not all(re.search(r"\w", part) for part in parts):
+            return "empty part"
+        said = answer if last_boxed(answer) is not None else f"\\boxed{{{answer}}}"
+        # A box in the reasoning is a conclusion too.
+        boxes = [part for part in parts if last_boxed(part) is not None]
+        return "accepted" if all(self.agrees(one) for one in [said, *boxes[-1:]]) else "wrong answer"
+
+    def composed(self, text: str) -> str:
+        r"""Return the `text_output` that an accepted reply makes: parts, marks, and the record's own answer, boxed.
+
+        Where the question speaks of <think> each part stands in such a block, as in the rows of `data build`.
+        """
+        parts, _ = read(text, len(self.record.image_output))
+        end = f"The answer is \\boxed{{{self.boxed}}}."
+        if "<think>" in self.record.text_input:
+            return HELPER_MARK.join(f"<think> {part} </think>" for part in parts) + end
+        return f"\n{HELPER_MARK}\n".join(parts) + f"\n{end}"

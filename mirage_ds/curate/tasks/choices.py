@@ -1,0 +1,106 @@
+r"""Questions with options, answered by a letter or by an option's text in the last ``\boxed{…}``."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
+from typing import Any, ClassVar
+
+from mirage_ds.curate.tasks.boxed import last_boxed
+from mirage_ds.curate.tasks.draft import INPUT_IMAGE
+from mirage_ds.curate.tasks.task import Task
+from mirage_ds.errors import UserError, shown
+
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+# A letter alone, in brackets, or before a sign that parts it from the option's text.
+_LETTER = re.compile(r"\(\s*([A-Z])\s*\).*|([A-Z])(?:\s*[.):,].*)?", re.DOTALL)
+_OWN_LETTER = re.compile(r"\(?([A-Z])\s*[).:]\s*(?=\S)")
+
+
+def plain(text: str) -> str:
+    """Return a text as options are compared: without LaTeX's text commands, case, spare space and a last full stop."""
+    return " ".join(_TEXT.sub(r"\1", text).split()).rstrip(".").strip().casefold()
+
+
+def read_choice(text: str, options: Sequence[str], letter_first: bool = True) -> str | None:
+    r"""Return the letter of the option that the last ``\boxed{…}`` names; None when it names none.
+
+    Of options with one text the first counts.
+
+    Args:
+        letter_first: of the options "B" and "A", ``\boxed{A}`` is the first; else it is the second.
+    """
+    boxed = last_boxed(text)
+    if boxed is None:
+        return None
+    texts = [plain(option) for option in options]
+    told = ascii_uppercase[texts.index(plain(boxed))] if plain(boxed) in texts else None
+    match = _LETTER.fullmatch(" ".join(_TEXT.sub(r"\1", boxed).split()).upper())
+    letter = (match.group(1) or match.group(2)) if match else None
+    if letter not in (*ascii_uppercase[: len(options)],):
+        letter = None
+    return letter or told if letter_first else told or letter
+
+
+def without_letters(options: Sequence[str]) -> list[str]:
+    """Return the options without the letters A, B, … in front, where every one of them has its own."""
+    matches = [_OWN_LETTER.match(option.strip()) for option in options]
+    own = [match.group(1) if match else "" for match in matches]
+    if own != list(ascii_uppercase[: len(options)]):
+        return list(options)
+    return [option.strip()[match.end() :] for option, match in zip(options, matches, strict=True) if match]
+
+
+def image_count(row: Mapping[str, Any]) -> int:
+    """Return how many input images a record has."""
+    paths = row.get("image_input") or []
+    return len(paths) if isinstance(paths, list) else 1
+
+
+def with_marks(text: str, images: int) -> str:
+    """Put the images in front of a text that does not say where they stand."""
+    return text if INPUT_IMAGE in text else INPUT_IMAGE * images + ("\n" if images else "") + text
+
+
+def ask(question: str, options: Sequence[str], images: int, what: str) -> str:
+    """Write a question with its options, one a line.
+
+    Args:
+        images: input images.
+        what: what goes into the box.
+    """
+    lines = [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+    return "\n".join([with_marks(question, images), *lines, f"Put {what} in \\boxed{{}}."])
+
+
+class ChoiceTask(Task):
+    """A task whose records have `options`; letter and text of an option are the same answer.
+
+    Attributes:
+        letter_first: see `read_choice`.
+    """
+
+    letter_first: ClassVar[bool] = True
+
+    @abstractmethod
+    def prompt(self, row: Mapping[str, Any], settings: Any) -> str:
+        """See `Task`."""
+
+    def parse(self, text: str, row: Mapping[str, Any]) -> str | None:
+        """Return the letter of the option that is answered; None when it is none of them."""
+        return read_choice(text, row["options"], self.letter_first)
+
+    def score_record(self, text: str, record: Mapping[str, Any]) -> dict[str, float]:
+        """Return `correct` and `invalid`, each 0 or 1; an answer that is none of the options is invalid.
+
+        Raises:
+            KeyError: the record has no `options` or no `text_output`. UserError: its own answer is none of its options.
+        """
+        right, found = self.parse(record["text_output"], record), self.parse(text, record)
+        if right is None:
+            raise UserError(
+                f"a record's answer {shown(record['text_output'])} names none of its options; mend its text_output"
+            )
+        return {"correct": float(found == right), "invalid": float(found is None)}

@@ -1,0 +1,64 @@
+"""`mirage-ds data build TASK` and `data convert TASK SOURCE`: each task has its own flags.
+
+Tasks are imported when they are named: `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from mirage_ds.curate.tasks import TASKS, get_task, task_name
+from mirage_ds.curate.tasks.task import Settings, Task
+from mirage_ds.errors import UserError
+from mirage_ds.flags import CONTEXT, build_model, model_options
+
+Way = Literal["build", "convert"]
+
+
+class TaskGroup(click.Group):
+    """One subcommand a task, made of the settings that the task has for this way to its records."""
+
+    def __init__(self, way: Way, text: str):
+        super().__init__(way, help=text, context_settings=CONTEXT, subcommand_metavar="TASK [OPTIONS]...")
+        self.way = way
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Name the tasks that come with the package and have this way."""
+        return [name for name in TASKS if _settings(get_task(name), self.way) is not None]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        """Make a task's command.
+
+        Raises:
+            UserError: no such task, or it has not this way.
+        """
+        task = get_task(cmd_name)
+        settings = _settings(task, self.way)
+        if settings is None:
+            other: Way = "convert" if self.way == "build" else "build"
+            how = f"it has `data {other}`" if _settings(task, other) else "it only scores"
+            raise UserError(f"task {task_name(cmd_name)} has no `data {self.way}`; {how}")
+        return _command(task_name(cmd_name), task, settings, self.way)
+
+
+def _settings(task: Task, way: Way) -> type[Settings] | None:
+    return task.build_settings if way == "build" else task.convert_settings
+
+
+def _command(name: str, task: Task, settings: type[Settings], way: Way) -> click.Command:
+    def run(source: Path | None = None, **flags: Any) -> None:
+        from mirage_ds.curate.tasks.build import build, convert, print_report, progress_bar
+
+        wanted = build_model(settings, flags)
+        with progress_bar(f"{name}: pictures") as progress:
+            report = build(name, wanted, progress) if source is None else convert(name, source, wanted, progress)
+        print_report(report)
+
+    if way == "convert":
+        run = click.argument("source", type=click.Path(path_type=Path))(run)
+    text = inspect.getdoc(task.build if way == "build" else task.convert)
+    return click.command(name, context_settings=CONTEXT, help=text)(model_options(settings)(run))

@@ -1,0 +1,267 @@
+r"""BLINK-Jigsaw: which of two patches fills the corner that a picture lacks, as ``\boxed{A}`` or ``\boxed{B}``.
+
+Built from any folder of photographs; BLINK's own rows are converted to be evaluated on. The helper image is the
+picture with the right patch in its gap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from PIL import Image, ImageChops, ImageOps, ImageStat
+from pydantic import Field, model_validator
+
+from mirage_ds.curate.tasks.choices import ChoiceTask, ask, image_count, read_choice, without_letters
+from mirage_ds.curate.tasks.draft import Draft, Picture
+from mirage_ds.curate.tasks.report import BuildReport
+from mirage_ds.curate.tasks.tables import (
+    IMAGES,
+    BadRow,
+    ConvertSettings,
+    Row,
+    drafts,
+    draw,
+    find_tables,
+    need_columns,
+    picture_of,
+    read_tables,
+    text_of,
+    texts_of,
+)
+from mirage_ds.curate.tasks.task import Settings
+from mirage_ds.errors import UserError
+
+Split = Literal["train", "dev", "test"]
+Corner = Literal["upper-left", "upper-right", "lower-left", "lower-right"]
+
+CORNERS: tuple[Corner, ...] = ("upper-left", "upper-right", "lower-left", "lower-right")
+OPTIONS = ["the second image", "the third image"]
+QUESTION = "The {corner} corner of the first image is cut out. Which image shows the part that belongs there?"
+# Two patches whose pixels differ by less than this on average (of 255) are one sky and another.
+MIN_DIFFERENCE = 4.0
+# Draws of a wrong patch before a photograph is given up as the same all over.
+_TRIES = 20
+
+
+class JigsawSettings(Settings):
+    """How puzzles are cut."""
+
+    photos: Path = Field(description="folder of photographs, looked through with its subfolders")
+    count: int | None = Field(
+        None, ge=1, description="rows to make, one a photograph [default: every one of the split]"
+    )
+    split: Split = Field("train", description="which photographs; follows from a file's content, whatever the seed")
+    corner: Literal["any"] | Corner = Field(
+        "lower-right", description="which corner is cut out; BLINK's is lower-right"
+    )
+    cut: float = Field(0.5, ge=0.1, le=0.5, description="share of width and of height that is cut out")
+    side: int = Field(512, ge=56, description="px of the longer side; a larger photograph is shrunk, none is enlarged")
+    min_side: int = Field(224, ge=56, description="px the shorter side must have then; smaller ones are left out")
+    seed: int = Field(0, description="the same seed and photographs give the same bytes")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> JigsawSettings:
+        if self.min_side > self.side:
+            raise ValueError(f"--min_side {self.min_side} is more than --side {self.side}; no photograph has both")
+        return self
+
+
+class BlinkSettings(ConvertSettings):
+    """Which of BLINK's rows."""
+
+    split: str | None = Field(None, description="val or test; needed for a folder that holds both")
+
+
+def split_of(content: bytes) -> Split:
+    """Return "train" (80 %), "dev" (10 %) or "test" (10 %) by the hash of a file's content."""
+    share = int(hashlib.sha256(content).hexdigest()[:8], 16) % 10
+    return "test" if share == 9 else "dev" if share == 8 else "train"
+
+
+class Puzzle(NamedTuple):
+    """The pictures of one puzzle: with the gap, the patch that was there, one from elsewhere, and the whole."""
+
+    gap: Image.Image
+    right: Image.Image
+    wrong: Image.Image
+    whole: Image.Image
+
+
+def cut_puzzle(photo: Image.Image, corner: Corner, cut: float, rng: random.Random) -> Puzzle | None:
+    """Cut a corner out of a photograph, and a patch of the same size from a place that does not meet it.
+
+    Args:
+        photo: RGB.
+        cut: share of each side, at most a half.
+
+    Returns:
+        None when the patches elsewhere look like the one cut out.
+    """
+    width, height = photo.size
+    patch = (int(width * cut), int(height * cut))
+    span = (width - patch[0], height - patch[1])
+    at = (span[0] * corner.endswith("right"), span[1] * corner.startswith("lower"))
+    right = _crop(photo, at, patch)
+    for _ in range(_TRIES):
+        place = (rng.randint(0, span[0]), rng.randint(0, span[1]))
+        # One side is drawn anew so that the two do not meet: of all places most would.
+        axis = rng.randrange(2)
+        free = span[axis] - patch[axis]
+        away = rng.randint(0, free) if at[axis] else rng.randint(patch[axis], span[axis])
+        place = (away, place[1]) if axis == 0 else (place[0], away)
+        wrong = _crop(photo, place, patch)
+        if _difference(right, wrong) >= MIN_DIFFERENCE:
+            gap, whole = photo.copy(), photo.copy()
+            gap.paste((0, 0, 0), (*at, at[0] + patch[0], at[1] + patch[1]))
+            whole.paste(right, at)
+            return Puzzle(gap, right, wrong, whole)
+    return None
+
+
+def _crop(photo: Image.Image, at: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+    return photo.crop((at[0], at[1], at[0] + size[0], at[1] + size[1]))
+
+
+def _difference(one: Image.Image, other: Image.Image) -> float:
+    """Return the mean absolute difference of two RGB pictures, of 255."""
+    means = ImageStat.Stat(ImageChops.difference(one, other)).mean
+    return sum(means) / len(means)
+
+
+class Jigsaw(ChoiceTask):
+    """BLINK-Jigsaw; see the module."""
+
+    build_settings = JigsawSettings
+    convert_settings = BlinkSettings
+
+    def prompt(self, row: Mapping[str, Any], settings: Any) -> str:
+        """Return the row's question with its options."""
+        return ask(row["question"], row["options"], image_count(row), "the letter of the right option")
+
+    def build(self, settings: JigsawSettings, report: BuildReport) -> Iterator[Draft]:
+        """Cut puzzles out of a folder of photographs: one corner missing, two patches to choose from."""
+        if not settings.photos.is_dir():
+            raise UserError(f"--photos {settings.photos}: no such folder; name one of photographs")
+        files = sorted(path for path in settings.photos.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+        if not files:
+            raise UserError(f"--photos {settings.photos}: no photograph in it ({', '.join(IMAGES)})")
+        rng = random.Random(f"{settings.seed}/jigsaw")
+        rng.shuffle(files)
+        for what in ("too small", "unreadable", "alike all over"):
+            report.note(f"photographs left out, {what}", 0)
+        made, seen = 0, set[bytes]()
+        letters: list[str] = []
+        for file in files:
+            if made == settings.count:
+                return
+            content = _read(file)
+            digest = hashlib.sha256(content).digest()
+            if split_of(content) != settings.split:
+                report.excluded += 1
+            elif digest in seen:
+                report.duplicates += 1
+            else:
+                seen.add(digest)
+                # Two letters in two rows, in an order of chance: as many of the one as of the other.
+                letters = letters or rng.sample("AB", 2)
+                draft = self._draft(content, digest.hex()[:16], letters[-1], settings, report)
+                if draft:
+                    made += 1
+                    letters.pop()
+                    yield draft
+        if made < (settings.count or 0):
+            raise UserError(
+                f"--photos {settings.photos}: only {made} of its {len(files)} photographs can be used in split "
+                f"{settings.split}, not the {settings.count} asked for; ask for fewer, give more, or lower --min_side"
+            )
+
+    def _draft(
+        self, content: bytes, photo: str, letter: str, settings: JigsawSettings, report: BuildReport
+    ) -> Draft | None:
+        # By the photograph, not by its turn: another folder beside it changes nothing in its puzzle.
+        rng = random.Random(f"{settings.seed}/jigsaw/{photo}")
+        corner = rng.choice(CORNERS) if settings.corner == "any" else settings.corner
+        try:
+            image = _load(content, settings.side)
+        except Exception:  # noqa: BLE001  # broken files lead Pillow's decoders to errors of almost any class
+            report.note("photographs left out, unreadable")
+            return None
+        if min(image.size) < settings.min_side:
+            report.note("photographs left out, too small")
+            return None
+        puzzle = cut_puzzle(image, corner, settings.cut, rng)
+        if puzzle is None:
+            report.note("photographs left out, alike all over")
+            return None
+        patches = (puzzle.right, puzzle.wrong) if letter == "A" else (puzzle.wrong, puzzle.right)
+        question = QUESTION.format(corner=corner.replace("-", " "))
+        return Draft(
+            text_output=f"\\boxed{{{letter}}}",
+            images=tuple(Picture.of(one) for one in (puzzle.gap, *patches)),
+            helpers=(Picture.of(puzzle.whole),),
+            extra={
+                "question": question,
+                "options": OPTIONS,
+                "corner": corner,
+                "photo": photo,
+                "split": settings.split,
+                "seed": settings.seed,
+            },
+            kind=letter,
+            key=photo,
+        )
+
+    def convert(self, source: Path, settings: BlinkSettings, report: BuildReport) -> Iterator[Draft]:
+        """Convert BLINK's Jigsaw rows (Parquet as the Hub has them, or `save_to_disk`) to evaluate on."""
+        files = find_tables(source, "Jigsaw", settings.split)
+        for file in files:
+            need_columns(file, ("idx", "question", "choices", "answer", "image_1"))
+        number_of = {row.number for row in read_tables(files, ["idx"])}
+        report.note("answers withheld", 0)
+
+        def make(row: Row) -> Draft:
+            return self._blink(row, report)
+
+        rows = read_tables(files, None, draw(sorted(number_of), settings.count, settings.seed))
+        return drafts(rows, make, settings, report)
+
+    def _blink(self, row: Row, report: BuildReport) -> Draft:
+        values = row.values
+        question, options = text_of(values, "question"), without_letters(texts_of(values, "choices"))
+        names = [name for name in ("image_1", "image_2", "image_3", "image_4") if values.get(name) is not None]
+        images = tuple(picture_of(values[name], row.folder, name) for name in names)
+        if not images:
+            raise BadRow("it has no image")
+        answer = str(values.get("answer") or "")
+        letter = read_choice(f"\\boxed{{{answer}}}", options)
+        if letter is None and answer.strip("() ").lower() not in ("", "hidden"):
+            raise BadRow(f"answer {answer!r} is none of its {len(options)} choices")
+        if letter is None:
+            report.note("answers withheld")
+        return Draft(
+            text_output=f"\\boxed{{{letter}}}" if letter else "",
+            images=images,
+            extra={"question": question, "options": options, "idx": str(values["idx"])},
+            kind=letter or "",
+            key=question,
+        )
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable or move it away") from None
+
+
+def _load(content: bytes, side: int) -> Image.Image:
+    """Decode a photograph upright as RGB and shrink it to at most `side` px."""
+    with Image.open(io.BytesIO(content)) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    upright.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return upright

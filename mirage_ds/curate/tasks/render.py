@@ -1,0 +1,152 @@
+"""Pictures of boards: gymnasium's own FrozenLake tiles, taken once per process and composed with PIL.
+
+Composing is some hundred times faster than an environment a picture and, at 64 px a cell and up to 8 x 8 cells, equal
+to the real renderer bit for bit (beyond 8 x 8 the real one shrinks its cells, this one does not).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from mirage_ds.curate.tasks.maps import GOAL, HOLE, ICE, MOVES, START, Board, Cell, find
+from mirage_ds.errors import UserError
+
+GYMNASIUM = "1.2.3"
+RENDERED_CELL = 64
+RED = (255, 0, 0)
+
+_FIX = 'install it with: pip install "mirage-ds[vsp]"'
+# pygame greets on stdout, and without an audio device ALSA floods stderr.
+_QUIET = {"SDL_VIDEODRIVER": "dummy", "SDL_AUDIODRIVER": "dummy", "PYGAME_HIDE_SUPPORT_PROMPT": "1"}
+
+
+def check_renderer() -> None:
+    """Raise UserError unless the one gymnasium that draws the benchmark's pictures, and pygame, are installed."""
+    for package in ("gymnasium", "pygame"):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            raise UserError(f"the VSP tasks draw with {package}, which is not installed; {_FIX}") from None
+        if package == "gymnasium" and found != GYMNASIUM:
+            raise UserError(
+                f"gymnasium {found} is installed, but only {GYMNASIUM} draws the VSP benchmark's pictures; {_FIX}"
+            )
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables, and put the old values back at the end."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@cache
+def _rendered_tiles() -> dict[tuple[int, str | None], Image.Image]:
+    """Take every tile from the real renderer: (what lies there, the agent's facing or None) -> picture.
+
+    Every cell is drawn within its own square, so a tile does not depend on its neighbours.
+    """
+    check_renderer()
+    with _environment(_QUIET):
+        import gymnasium
+
+        env = gymnasium.make("FrozenLake-v1", desc=["SF", "HG"], is_slippery=False, render_mode="rgb_array")
+        env.reset(seed=0)
+        lake: Any = env.unwrapped  # gymnasium's types do not know this environment's own fields
+        kinds = (START, ICE, HOLE, GOAL)  # the board's cells in reading order
+        tiles: dict[tuple[int, str | None], Image.Image] = {}
+        for agent in range(4):
+            for action, facing in enumerate(MOVES):
+                lake.s, lake.lastaction = agent, action
+                picture = Image.fromarray(lake.render())
+                for cell, kind in enumerate(kinds):
+                    row, column = divmod(cell, 2)
+                    left, top = column * RENDERED_CELL, row * RENDERED_CELL
+                    square = picture.crop((left, top, left + RENDERED_CELL, top + RENDERED_CELL))
+                    tiles[kind, facing if cell == agent else None] = square
+        env.close()
+    return tiles
+
+
+@cache
+def _tiles(cell_size: int) -> dict[tuple[int, str | None], Image.Image]:
+    """Return the tiles at `cell_size` px; each tile is scaled alone, so that no cell bleeds into the next."""
+    tiles = _rendered_tiles()
+    if cell_size == RENDERED_CELL:
+        return tiles
+    return {key: image.resize((cell_size, cell_size), Image.Resampling.LANCZOS) for key, image in tiles.items()}
+
+
+def render(
+    board: Board, agent: Cell | None = None, facing: str | None = None, cell_size: int = RENDERED_CELL
+) -> Image.Image:
+    """Draw the board as the real renderer does.
+
+    Args:
+        agent: where the agent stands; the start cell by default. A start cell that it has left shows its stool; in a
+            hole the ice is cracked and the agent gone.
+        facing: the last move, a name of `MOVES`; None before the first, when the agent faces down.
+        cell_size: px a cell.
+
+    Returns:
+        RGB picture of side * cell_size px each way.
+
+    Raises:
+        UserError: gymnasium 1.2.3 or pygame is not installed.
+    """
+    tiles = _tiles(cell_size)
+    agent = find(board, START) if agent is None else agent
+    picture = Image.new("RGB", (len(board) * cell_size, len(board) * cell_size))
+    for r, row in enumerate(board):
+        for c, kind in enumerate(row):
+            looks = (facing or "DOWN") if (r, c) == agent else None
+            picture.paste(tiles[kind, looks], (c * cell_size, r * cell_size))
+    return picture
+
+
+def render_step(
+    board: Board, cells: Sequence[Cell], moves: Sequence[str], cell_size: int = RENDERED_CELL
+) -> Image.Image:
+    """Draw the board after the first len(cells) - 1 of `moves`, where `cells` is what `follow` gave for them."""
+    return render(board, cells[-1], moves[len(cells) - 2] if len(cells) > 1 else None, cell_size)
+
+
+def red_path(image: Image.Image, cells: Sequence[Cell], cell_size: int = RENDERED_CELL) -> Image.Image:
+    """Return a copy of `image` with the way through `cells` in red: one line a step, each with a small arrow-head.
+
+    The lines run through the cells' centres and are 5 px wide at 64 px a cell, as in the public pictures; the tip of
+    each head stands on the centre of the cell it leads to. A step that stays put draws nothing.
+    """
+    picture = image.copy()
+    draw = ImageDraw.Draw(picture)
+    width = max(1, round(5 * cell_size / RENDERED_CELL))
+    length, half = 12 * cell_size / RENDERED_CELL, 7 * cell_size / RENDERED_CELL
+    centres = [(column * cell_size + cell_size // 2, row * cell_size + cell_size // 2) for row, column in cells]
+    for (x0, y0), (x1, y1) in pairwise(centres):
+        distance = math.hypot(x1 - x0, y1 - y0)
+        if not distance:
+            continue
+        dx, dy = (x1 - x0) / distance, (y1 - y0) / distance
+        draw.line([(x0, y0), (x1, y1)], fill=RED, width=width)
+        back = (x1 - length * dx, y1 - length * dy)
+        draw.polygon(
+            [(x1, y1), (back[0] - half * dy, back[1] + half * dx), (back[0] + half * dy, back[1] - half * dx)], RED
+        )
+    return picture

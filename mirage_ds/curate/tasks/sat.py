@@ -1,0 +1,159 @@
+r"""SAT: spatial questions about one or two images, answered by an option's text, as ``\boxed{rotated left}``.
+
+The data has no helper images: they come from a folder of the user's, one a row.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from pydantic import Field
+
+from mirage_ds.curate.tasks.choices import ChoiceTask, ask, image_count, plain
+from mirage_ds.curate.tasks.draft import INPUT_IMAGE, Draft, Picture
+from mirage_ds.curate.tasks.report import BuildReport
+from mirage_ds.curate.tasks.tables import (
+    BadRow,
+    ConvertSettings,
+    Row,
+    columns_of,
+    drafts,
+    draw,
+    find_tables,
+    folder_of_images,
+    need_columns,
+    picture_of,
+    read_tables,
+    stem_of,
+    text_of,
+    texts_of,
+)
+from mirage_ds.errors import UserError
+
+# The paper's two kinds of question, as it writes them and as the data does.
+PAPERS_TYPES = ["goal-aim", "object-movement", "obj-movement"]
+LACKING = "rows without a helper image (sft and evaluation only)"
+# SAT and SAT-v2 name the column of images differently.
+_IMAGE_COLUMNS = ("image_bytes", "images")
+_ID_COLUMNS = ("id", "idx")
+
+
+class SatSettings(ConvertSettings):
+    """Which rows, and where their helper images lie."""
+
+    question_types: list[str] = Field(
+        PAPERS_TYPES, description="values of question_type to take (- and _ are alike), or all"
+    )
+    helpers: Path | None = Field(
+        None,
+        description="folder of helper images, each called as its row's id, or its number from 0 where rows have none",
+    )
+    split: str | None = Field(None, description="train, static, val or test; needed for a folder that holds several")
+
+
+def type_name(text: str) -> str:
+    """Return a question type as types are compared."""
+    return text.strip().lower().replace("_", "-").replace(" ", "-")
+
+
+class Sat(ChoiceTask):
+    """SAT; see the module."""
+
+    convert_settings = SatSettings
+    letter_first = False
+
+    def prompt(self, row: Mapping[str, Any], settings: Any) -> str:
+        """Return the row's question with its options."""
+        return ask(row["question"], row["options"], image_count(row), "the text of the right option")
+
+    def convert(self, source: Path, settings: SatSettings, report: BuildReport) -> Iterator[Draft]:
+        """Convert rows of SAT or SAT-v2 (Parquet, or `save_to_disk`); helper images come from --helpers."""
+        files = find_tables(source, split=settings.split)
+        for file in files:
+            need_columns(file, ("question", "answers", "question_type", "correct_answer"))
+        images = next((name for name in _IMAGE_COLUMNS if name in columns_of(files[0])), None)
+        if images is None:
+            raise UserError(f"{files[0]}: has no column {' or '.join(_IMAGE_COLUMNS)}; name the data set that has it")
+        name = next((name for name in _ID_COLUMNS if name in columns_of(files[0])), None)
+        numbers = self._fitting(files, settings.question_types, report)
+        helpers = folder_of_images(settings.helpers, "--helpers") if settings.helpers else {}
+        report.note(LACKING, 0)
+
+        def make(row: Row) -> Draft:
+            own = str(row.number if name is None else row.values[name])
+            return _draft(row, images, own, helpers.get(stem_of(own)), settings.seed, report)
+
+        chosen = draw(numbers, settings.count, settings.seed)
+        helped = False
+        for draft in drafts(read_tables(files, None, chosen), make, settings, report):
+            helped = helped or bool(draft.helpers)
+            yield draft
+        if helpers and not helped:
+            example = next(iter(helpers.values())).name
+            called = "0, 1, 2, … by their place" if name is None else f"as their column '{name}' says"
+            raise UserError(
+                f"--helpers {settings.helpers}: no row has one of its {len(helpers)} images ({example}, …); the rows "
+                f"are called {called}, so rename the images"
+            )
+
+    def _fitting(self, files: list[Path], types: list[str], report: BuildReport) -> list[int]:
+        """Return the numbers of the rows of these question types; the images are not read for that."""
+        wanted = {type_name(text) for text in types}
+        found: Counter[str] = Counter()
+        numbers = []
+        for row in read_tables(files, ["question_type"]):
+            kind = str(row.values["question_type"])
+            found[kind] += 1
+            if "all" in wanted or type_name(kind) in wanted:
+                numbers.append(row.number)
+        if not numbers:
+            there = ", ".join(f"{kind} ({count})" for kind, count in found.most_common()) or "no row at all"
+            raise UserError(f"--question_types {', '.join(types)}: no row has one of them; the data has {there}")
+        report.excluded += found.total() - len(numbers)
+        return numbers
+
+
+def _draft(row: Row, column: str, own: str, helper: Path | None, seed: int, report: BuildReport) -> Draft:
+    values = row.values
+    question, right = text_of(values, "question"), text_of(values, "correct_answer")
+    options = list(texts_of(values, "answers"))
+    # In an order of chance: nothing says that the data's own order gives nothing away.
+    random.Random(f"{seed}/sat/{own}").shuffle(options)
+    at = [plain(option) for option in options]
+    if at.count(plain(right)) != 1:
+        raise BadRow(f"correct_answer {right!r} stands {at.count(plain(right))} times among its answers")
+    stored = values.get(column)
+    if not isinstance(stored, list) or not stored:
+        raise BadRow(f"{column} holds no image")
+    images = tuple(picture_of(value, row.folder, f"image {n}") for n, value in enumerate(stored, 1))
+    marks = question.count(INPUT_IMAGE)
+    if marks not in (0, len(images)):
+        raise BadRow(f"its question has {marks} {INPUT_IMAGE} marks for {len(images)} images")
+    if "{" in right or "}" in right:
+        raise BadRow(f"correct_answer {right!r} has a brace, which cannot stand in a box")
+    helpers: tuple[Picture, ...] = ()
+    if helper:
+        helpers = (picture_of(helper.name, helper.parent, "its helper"),)
+    else:
+        report.note(LACKING)
+    letter = ascii_uppercase[at.index(plain(right))]
+    return Draft(
+        text_output=f"\\boxed{{{right.strip()}}}",
+        images=images,
+        helpers=helpers,
+        extra={
+            "question": question,
+            "options": options,
+            "question_type": values["question_type"],
+            "level": type_name(str(values["question_type"])),
+            "row": own,
+            "seed": seed,
+        },
+        kind=letter,
+        key=f"{question} {sorted(options)}",
+    )

@@ -1,0 +1,325 @@
+"""What others hand out: rows of Parquet, Arrow and JSON-lines files, a batch at a time, and their images."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pydantic import Field
+
+from mirage_ds.curate.tasks.draft import Draft, Picture
+from mirage_ds.curate.tasks.report import BuildReport
+from mirage_ds.curate.tasks.task import Settings
+from mirage_ds.errors import UserError, reason, shown, strict_json
+
+TABLES = (".parquet", ".arrow")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_BATCH_ROWS = 64
+# name-00000-of-00003, with a hash behind it where an older library wrote it
+_SHARD = re.compile(r"[-_]\d+-of-\d+(-[0-9a-f]+)?$")
+
+
+class ConvertSettings(Settings):
+    """What every conversion is told."""
+
+    count: int | None = Field(None, ge=1, description="rows to take, drawn by the seed [default: all]")
+    seed: int = Field(0, description="of what is drawn; the same seed gives the same bytes")
+    skip_bad_records: bool = Field(False, description="leave bad rows out and count them, instead of refusing")
+
+
+class BadRow(Exception):
+    """A row that cannot become a record; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the source.
+
+    Attributes:
+        number: from 0, through all its files.
+        folder: where its relative paths begin.
+        where: its place for messages.
+    """
+
+    number: int
+    values: dict[str, Any]
+    folder: Path
+    where: str
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def find_tables(source: Path, folder: str = "", split: str | None = None) -> list[Path]:
+    """Return the Parquet or Arrow files of a source, in the order of their names.
+
+    Args:
+        folder: of a source with several data sets, the one meant: only files below a folder of this name count.
+        split: of several splits the one meant, as it stands in the files' names.
+
+    Raises:
+        UserError: no such file, or it cannot be known which split is meant.
+    """
+    if source.is_file():
+        if source.suffix not in TABLES:
+            raise UserError(f"{source}: not a Parquet or Arrow file; name the data set's file or folder")
+        return [source]
+    files = sorted(path for path in source.rglob("*") if path.suffix in TABLES and path.is_file())
+    if folder and any(folder in path.relative_to(source).parts[:-1] for path in files):
+        files = [path for path in files if folder in path.relative_to(source).parts[:-1]]
+    splits: dict[str, list[Path]] = {}
+    for path in files:
+        name = _SHARD.sub("", path.stem)
+        # save_to_disk calls every split's files data-…, in a folder of the split's name.
+        splits.setdefault(path.parent.name if name == "data" else name, []).append(path)
+    if not files:
+        raise UserError(f"{source}: no Parquet or Arrow file in it; name the data set's file or folder")
+    if split is not None:
+        fitting = [name for name in splits if name == split or name.endswith((f"_{split}", f"-{split}"))]
+        if len(fitting) != 1:
+            raise UserError(f"{source}: has no split '{split}'; there are {', '.join(splits)}")
+        return splits[fitting[0]]
+    if len(splits) > 1:
+        raise UserError(f"{source}: has the splits {', '.join(splits)}; say which one with --split, or name its file")
+    return files
+
+
+def read_tables(
+    files: Sequence[Path], columns: Collection[str] | None = None, wanted: Collection[int] | None = None
+) -> Iterator[Row]:
+    """Yield the rows of Parquet or Arrow files.
+
+    Args:
+        columns: only these; None for all.
+        wanted: numbers of the rows to yield; None for all.
+
+    Raises:
+        UserError: a file cannot be read, or lacks a column.
+    """
+    import pyarrow as pa
+
+    number = 0
+    for file in files:
+        try:
+            first = number
+            for batch in _batches(file, columns):
+                rows = range(number, number + batch.num_rows)
+                number = rows.stop
+                keep = [row - rows.start for row in rows if wanted is None or row in wanted]
+                if not keep:
+                    continue
+                for row, values in zip(keep, batch.take(pa.array(keep, pa.int64())).to_pylist(), strict=True):
+                    at = rows.start + row
+                    yield Row(at, values, file.parent, f"{file}, row {at - first + 1}")
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file}: cannot be read ({reason(error)}); fetch it anew") from None
+
+
+def columns_of(file: Path) -> list[str]:
+    """Return the names of a file's columns.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if file.suffix == ".parquet":
+            return list(pq.read_schema(file).names)
+        with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
+            return list(stream.schema.names)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: cannot be read ({reason(error)}); fetch it anew") from None
+
+
+def need_columns(file: Path, names: Collection[str]) -> None:
+    """Raise UserError when a file lacks a column."""
+    found = columns_of(file)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(
+            f"{file}: has no column {' and '.join(missing)}, only {', '.join(found)}; name the data set that has it"
+        )
+
+
+def _batches(file: Path, columns: Collection[str] | None) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = None if columns is None else list(columns)
+    if file.suffix == ".parquet":
+        with pq.ParquetFile(file) as table:
+            yield from table.iter_batches(_BATCH_ROWS, columns=names)
+    else:
+        with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
+            for batch in stream:
+                yield batch if names is None else batch.select(names)
+
+
+def read_json_lines(file: Path) -> Iterator[Row]:
+    """Yield the objects of a JSON-lines file.
+
+    Raises:
+        UserError: it cannot be read, or a line is no JSON object.
+    """
+    number = 0
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for line, text in enumerate(lines, 1):
+                if not text.strip():
+                    continue
+                where = f"{file}, line {line}"
+                try:
+                    values = strict_json(text)
+                except (json.JSONDecodeError, ValueError) as error:
+                    raise UserError(f"{where}: broken JSON ({reason(error)}); mend or remove the line") from None
+                if not isinstance(values, dict):
+                    raise UserError(f"{where}: not an object; write one object a line")
+                yield Row(number, values, file.parent, where)
+                number += 1
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); name a readable file") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+def draw(numbers: Sequence[int], count: int | None, seed: int) -> set[int]:
+    """Choose `count` of the rows by the seed; all of them for None.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if count is None:
+        return set(numbers)
+    if count > len(numbers):
+        raise UserError(f"--count is {count}, but there are only {len(numbers)} rows to take; ask for fewer")
+    return set(random.Random(f"{seed}/rows").sample(sorted(numbers), count))
+
+
+def drafts(
+    rows: Iterable[Row], make: Callable[[Row], Draft], settings: ConvertSettings, report: BuildReport
+) -> Iterator[Draft]:
+    """Make each row's draft; a row that is a record already is kept and counted.
+
+    Raises:
+        UserError: a bad row, unless those are to be left out.
+    """
+    report.duplicates_kept = True
+    if settings.skip_bad_records:
+        report.note("bad rows left out", 0)
+    seen: set[bytes] = set()
+    for row in rows:
+        try:
+            draft = make(row)
+        except BadRow as error:
+            if not settings.skip_bad_records:
+                raise UserError(
+                    f"{row.where}: {error}; mend it, or leave such rows out by --skip_bad_records"
+                ) from None
+            report.note("bad rows left out")
+            continue
+        names = [picture.name for picture in (*draft.images, *draft.helpers)]
+        known = hashlib.sha256(json.dumps([draft.key, draft.text_output, names]).encode()).digest()
+        report.duplicates += known in seen
+        seen.add(known)
+        yield draft
+
+
+def text_of(values: dict[str, Any], name: str) -> str:
+    """Return a text of a row.
+
+    Raises:
+        BadRow: there is none, or it is blank.
+    """
+    value = values.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"{name} is {shown(value)}, not a text")
+    return value
+
+
+def texts_of(values: dict[str, Any], name: str) -> list[str]:
+    """Return a list of at least two texts, the options of a question.
+
+    Raises:
+        BadRow: it is something else.
+    """
+    value = values.get(name)
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) and item for item in value):
+        raise BadRow(f"{name} is {shown(value)}, not a list of two texts or more")
+    return value
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def picture_of(value: Any, folder: Path, what: str) -> Picture:
+    """Take an image as it is stored: bytes, a path, or `datasets`' {bytes, path}. It is decoded once, to be sure.
+
+    Args:
+        folder: where a relative path begins.
+        what: how messages call it.
+
+    Raises:
+        BadRow: no image, or one that cannot be decoded.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (str, Path)) and str(value):
+        try:
+            value = (folder / value).read_bytes()
+        except OSError as error:
+            raise BadRow(f"{what} {folder / value} cannot be read ({error.strerror})") from None
+    if not isinstance(value, bytes) or not value:
+        raise BadRow(f"{what} is {shown(value)}, not an image")
+    return Picture.stored(value, _suffix(value, what))
+
+
+def _suffix(content: bytes, what: str) -> str:
+    """Decode an image; return the suffix of its format."""
+    try:
+        with warnings.catch_warnings():
+            # What Pillow only warns of as of a decompression bomb is refused by the trainer too.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as image:
+                image.load()
+                return (image.format or "png").lower().replace("jpeg", "jpg")
+    except Exception as error:  # noqa: BLE001  # broken files lead Pillow's decoders to errors of almost any class
+        raise BadRow(f"{what} cannot be decoded ({reason(error)})") from None
+
+
+def folder_of_images(folder: Path, flag: str) -> dict[str, Path]:
+    """Return a folder's images by the names of their files without suffix; of numbers, without leading zeros.
+
+    Raises:
+        UserError: no such folder, no image, or two with one name.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder}: no such folder; check the path")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in IMAGES:
+            continue
+        other = found.setdefault(stem_of(path.stem), path)
+        if other != path:
+            raise UserError(f"{flag} {folder}: {other.name} and {path.name} are for one row; keep one of them")
+    if not found:
+        raise UserError(f"{flag} {folder}: no image in it; name the folder that holds them")
+    return found
+
+
+def stem_of(name: str) -> str:
+    """Return a row's name as the names of files spell it: 7, 07 and 007 are one."""
+    return str(int(name)) if name.isdecimal() else name

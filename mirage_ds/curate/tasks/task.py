@@ -1,0 +1,99 @@
+"""What a task is: where its records come from, how it asks, how it reads an answer, what it scores.
+
+Own tasks are subclasses of `Task`, named on the command line as `package.module:Name`; docs/tasks.md shows a whole one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, Field
+
+from mirage_ds.curate.tasks import TASKS
+from mirage_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from mirage_ds.curate.tasks.draft import Draft
+    from mirage_ds.curate.tasks.report import BuildReport
+
+
+class Settings(BaseModel, extra="forbid"):
+    """What a build or a conversion is told; each field becomes a flag. Tasks add their own."""
+
+    out: Path = Field(description="folder to write: NAME.jsonl and images/")
+    name: str = Field("data", pattern=r"^\w[\w.-]*$", description="name of the JSONL file, without .jsonl")
+
+
+class Task(ABC):
+    """A task.
+
+    Every task asks, reads and scores. `data build` and `data convert` need the method of their name, and its settings;
+    `data vary helper-text` needs `helper_text`.
+
+    Attributes:
+        build_settings: flags of `data build`; None where the task is not built.
+        convert_settings: flags of `data convert`; None where there is nothing to convert.
+    """
+
+    build_settings: ClassVar[type[Settings] | None] = None
+    convert_settings: ClassVar[type[Settings] | None] = None
+
+    def build(self, settings: Any, report: BuildReport) -> Iterable[Draft]:
+        """Make records. They are written as they come, so a generator need not hold them all.
+
+        Args:
+            settings: an instance of `build_settings`.
+            report: counts of what was left out go in here; the writer counts what is written.
+
+        Raises:
+            UserError: what the user can mend.
+        """
+        raise NotImplementedError
+
+    def convert(self, source: Path, settings: Any, report: BuildReport) -> Iterable[Draft]:
+        """Make records of a file or folder in the form in which others hand the data out; else as `build`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def prompt(self, row: Mapping[str, Any], settings: Any) -> str:
+        """Return the question, with an `<image>` mark for each input image (or none: images then stand first).
+
+        Args:
+            row: the record to be: everything but its two texts.
+        """
+
+    def helper_text(self, row: Mapping[str, Any]) -> str:
+        """Say in words what a record's helper image shows, for `data vary helper-text`.
+
+        Args:
+            row: the record's extra keys, and `text_output`.
+
+        Raises:
+            UserError: the task has no words for it (this default).
+            KeyError: the record lacks a key; its name and line are told to the user.
+        """
+        place = f"{type(self).__module__}:{type(self).__name__}"
+        name = next((name for name, known in TASKS.items() if known == place), place)
+        raise UserError(f"task {name} has no words for its helper; write its helper_text, or vary in another way")
+
+    @abstractmethod
+    def parse(self, text: str, row: Mapping[str, Any]) -> Any | None:
+        """Read the answer out of a text, decoded or a record's own; None when there is none in it.
+
+        Args:
+            row: the record that the text answers; a missing key may raise KeyError.
+        """
+
+    @abstractmethod
+    def score_record(self, text: str, record: Mapping[str, Any]) -> dict[str, float]:
+        """Score a decoded text; the first metric is the success rate, and `invalid` says that there was no answer.
+
+        Args:
+            record: the record's extra keys and, where it has an answer, `text_output`.
+
+        Raises:
+            KeyError: the record lacks a key; its name and line are told to the user.
+        """
