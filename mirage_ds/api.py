@@ -31,7 +31,7 @@ from mirage_ds.data.record import IMAGE_MARK, Record, RecordError, make_record
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError, reason
-from mirage_ds.evaluate import Decoder, Decoding, answer_of, chooser_of, load_decoder, run_limits
+from mirage_ds.evaluate.decoder import Decoder, Decoding, answer_of, chooser_of, load_decoder, run_limits
 from mirage_ds.files import write_atomically
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Generated, Latents, Pause, generate, latent_tokens

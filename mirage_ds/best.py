@@ -16,8 +16,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mirage_ds.engine.setup import World, from_rank_zero
+from mirage_ds.evaluate.scoring import better
 from mirage_ds.files import delete_model, move_others, write_atomically
-from mirage_ds.scoring import better
 
 NOTE = "best.json"
 

@@ -17,9 +17,9 @@ from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.curate.command import import_, mix, vary
 from mirage_ds.curate.rationalize.command import rationalize
 from mirage_ds.curate.tasks.command import TaskGroup
-from mirage_ds.decoding_commands import evaluate, generate
 from mirage_ds.entry import print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
+from mirage_ds.evaluate.command import evaluate, generate
 from mirage_ds.files import Output, disk_trouble
 from mirage_ds.flags import CONTEXT, build_model, model_options
 from mirage_ds.plan.command import plan
@@ -179,7 +179,7 @@ def card(folder: Path, scores: tuple[Path, ...]) -> None:
 
     from rich.progress import track
 
-    from mirage_ds.card_scores import add_scores
+    from mirage_ds.evaluate.model_card import add_scores
 
     print(add_scores(folder, scores, partial(track, description="hashing weights", transient=True)))
 

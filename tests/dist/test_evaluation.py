@@ -30,10 +30,10 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.engine import whole
 from mirage_ds.engine.private import shard_of
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import Sampling, answer_records, evaluate_file, load_decoder
+from mirage_ds.evaluate.decoder import Sampling, answer_records, evaluate_file, load_decoder
+from mirage_ds.evaluate.scoring import spread
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.prepare import prepare
-from mirage_ds.scoring import spread
 from mirage_ds.stop import Stopped, never
 
 K, NEW = 2, 6
@@ -366,7 +366,7 @@ def launch(*words: object) -> tuple[int, str]:
     environment = {key: value for key, value in os.environ.items() if key not in names}
     environment["PATH"] = f"{here}{os.pathsep}{environment['PATH']}"
     launcher = [here / "deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "--module"]
-    command = [*map(str, launcher), "mirage_ds.evaluate", *map(str, words)]
+    command = [*map(str, launcher), "mirage_ds.evaluate.decoder", *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     return done.returncode, done.stdout + done.stderr
 

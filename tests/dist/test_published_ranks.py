@@ -30,7 +30,7 @@ from mirage_ds.cli import main
 from mirage_ds.config import RunConfig
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.engine.universal import convert
-from mirage_ds.evaluate import evaluate_file, load_decoder, run_limits
+from mirage_ds.evaluate.decoder import evaluate_file, load_decoder, run_limits
 from mirage_ds.export import export_folder
 from mirage_ds.prepare import prepare
 from mirage_ds.study.collect import _sizes

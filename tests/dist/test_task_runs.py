@@ -20,7 +20,7 @@ from mirage_ds.curate.tasks import TASKS, get_task
 from mirage_ds.curate.tasks.build import build, convert
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import evaluate_file, load_decoder
+from mirage_ds.evaluate.decoder import evaluate_file, load_decoder
 from mirage_ds.model.generate import Limits
 from mirage_ds.prepare import prepare
 

@@ -39,7 +39,7 @@ from mirage_ds.data.record import RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import Decoder, answer_records, load_decoder, need_latents, run_limits
+from mirage_ds.evaluate.decoder import Decoder, answer_records, load_decoder, need_latents, run_limits
 from mirage_ds.model.generate import Limits, generate
 from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import objective
@@ -323,7 +323,7 @@ def test_decoding_gives_the_answer_what_training_gave_it(
 
         return generate(model, batch, tokens, limits, first, **options)
 
-    monkeypatch.setattr("mirage_ds.evaluate.generate", opened)
+    monkeypatch.setattr("mirage_ds.evaluate.decoder.generate", opened)
     # And let what is fed at the slots matter: a pad that is far from every hidden state.
     loud = 30 * torch.randn(decoder.loaded.tower.width, generator=torch.Generator().manual_seed(2))
     for weight in (plain.model.get_input_embeddings().weight, decoder.loaded.model.language_model.embed_tokens.weight):

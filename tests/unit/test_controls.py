@@ -34,9 +34,9 @@ from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import answer_records, load_decoder
+from mirage_ds.evaluate.decoder import answer_records, load_decoder
+from mirage_ds.evaluate.scoring import Answer
 from mirage_ds.model.generate import Generated, Limits, generate, greedy, latent_tokens
-from mirage_ds.scoring import Answer
 
 K, SEED = 3, 11
 # Transformers' layers take their norms and rotary angles in float32, also in a float64 model.

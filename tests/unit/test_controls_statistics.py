@@ -23,7 +23,7 @@ from mirage_ds.analysis.controls.paths import summary
 from mirage_ds.analysis.controls.statistics import average, bootstrap, difference, differences, holm, mcnemar
 from mirage_ds.cli import main
 from mirage_ds.errors import UserError
-from mirage_ds.scoring import wilson
+from mirage_ds.evaluate.scoring import wilson
 
 # ---------------------------------------------------------------------------------------------------------- intervals
 

@@ -123,10 +123,10 @@ def run_module(name: str, words: list[str], shown: Shown, seen: list[click.Conte
         params = parse(importlib.import_module(name).command, words, shown, seen)
         take_settings(params, shown)
         return
-    if name == "mirage_ds.evaluate":
-        name = "mirage_ds.decoding_commands"
+    if name == "mirage_ds.evaluate.decoder":
+        name = "mirage_ds.evaluate.command"
     module = importlib.import_module(name)
-    command = getattr(module, "evaluate" if name == "mirage_ds.decoding_commands" else "command", None) or module.main
+    command = getattr(module, "evaluate" if name == "mirage_ds.evaluate.command" else "command", None) or module.main
     parse(command, words, shown, seen)
 
 

@@ -133,7 +133,7 @@ def test_a_task_that_knows_nothing_of_the_others_is_refused(environment: dict[st
 
 def test_both_modules_that_launchers_start_ask_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from mirage_ds import train
-    from mirage_ds.decoding_commands import evaluate
+    from mirage_ds.evaluate.command import evaluate
 
     for name, value in (SRUN | {"SLURM_PROCID": "1"}).items():
         monkeypatch.setenv(name, value)

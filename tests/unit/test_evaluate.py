@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from mirage_ds import evaluate
 from mirage_ds.cli import main
 from mirage_ds.curate.tasks.vsp_planning import best_constant
 from mirage_ds.data.images import ImageFinder
@@ -27,7 +26,7 @@ from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
 from mirage_ds.engine.export import change_rows
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import (
+from mirage_ds.evaluate.decoder import (
     Decoder,
     Sampling,
     answer_records,
@@ -37,9 +36,10 @@ from mirage_ds.evaluate import (
     run_limits,
     write_report,
 )
+from mirage_ds.evaluate.decoder import decoder as evaluate
+from mirage_ds.evaluate.scoring import Answer, better, check_metric, score, task_of, wilson
 from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import load_model
-from mirage_ds.scoring import Answer, better, check_metric, score, task_of, wilson
 
 PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"
 SAMPLE = Path(__file__).parents[2] / "data/sample_planning.jsonl"

@@ -19,8 +19,8 @@ from PIL import Image
 from mirage_ds.cli import cli
 from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.data.pack import total_steps
-from mirage_ds.decoding_commands import evaluate
 from mirage_ds.engine.ds_config import read_json
+from mirage_ds.evaluate.command import evaluate
 from mirage_ds.flags import build_model
 from mirage_ds.model.presets import preset
 from mirage_ds.plan.fit import Plan, Question, chosen, rank
@@ -320,7 +320,7 @@ def parse(words: list[str]) -> RunConfig | None:
         at = rest.index("--module")
         assert rest[:at] in (["--num_gpus", "8"], ["--hostfile", "hosts"])
         module, *rest = rest[at + 1 :]
-        if module == "mirage_ds.evaluate":
+        if module == "mirage_ds.evaluate.decoder":
             evaluate.make_context("evaluate", rest)
             return None
         assert module == "mirage_ds.train"

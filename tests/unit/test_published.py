@@ -28,7 +28,7 @@ from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.engine.export import change_rows
 from mirage_ds.engine.spelling import config_json, read_base, read_trained, write_image_processor, write_tokenizer
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import load_decoder, run_limits
+from mirage_ds.evaluate.decoder import load_decoder, run_limits
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.load import read_config
 from mirage_ds.plan.shape import read_shape

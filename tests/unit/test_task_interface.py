@@ -21,7 +21,7 @@ from mirage_ds.curate.tasks.task import Task
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.scoring import Answer, score, task_of
+from mirage_ds.evaluate.scoring import Answer, score, task_of
 
 PAGE = Path(__file__).parents[2] / "docs/tasks.md"
 BLOCK = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]

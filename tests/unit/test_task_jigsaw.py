@@ -20,8 +20,8 @@ from mirage_ds.curate.tasks.build import BuildReport, build, convert
 from mirage_ds.curate.tasks.jigsaw import BlinkSettings, JigsawSettings
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
+from mirage_ds.evaluate.scoring import Answer, score
 from mirage_ds.flags import build_model
-from mirage_ds.scoring import Answer, score
 
 TASK = "blink-jigsaw"
 SMALL = {"side": 84, "min_side": 56}

@@ -17,7 +17,7 @@ from mirage_ds.curate.tasks import get_task
 from mirage_ds.curate.tasks.build import build
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
-from mirage_ds.scoring import Answer, score
+from mirage_ds.evaluate.scoring import Answer, score
 
 TRANSCRIPTION, READING, PLANNING = "vsp-transcription", "vsp-path-reading", "vsp-spatial-planning"
 SPELLED = {1: "S", 0: "F", -1: "H", 2: "G"}

@@ -13,7 +13,7 @@ from mirage_ds.flags import CONTEXT
 
 if TYPE_CHECKING:
     from mirage_ds.analysis.controls.study import Wanted
-    from mirage_ds.evaluate import Decoder
+    from mirage_ds.evaluate.decoder import Decoder
     from mirage_ds.model.generate import Limits
 
 _PATH = click.Path(path_type=Path)
@@ -70,7 +70,7 @@ def controls(
     """
     from mirage_ds.analysis.controls.study import Wanted
     from mirage_ds.data.images import ImageFinder
-    from mirage_ds.evaluate import load_decoder, run_limits
+    from mirage_ds.evaluate.decoder import load_decoder, run_limits
 
     wanted = Wanted(parse_names(latents), task, most, seed, batch_size, (helper_min_pixels, helper_max_pixels))
     decoder = load_decoder(

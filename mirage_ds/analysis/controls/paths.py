@@ -27,8 +27,8 @@ from mirage_ds.curate.tasks.vsp_planning import NAME, read_moves, solves
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import answer_of
-from mirage_ds.scoring import Answer, wilson
+from mirage_ds.evaluate.decoder import answer_of
+from mirage_ds.evaluate.scoring import Answer, wilson
 
 VERDICTS = ("injected", "other", "neither")
 

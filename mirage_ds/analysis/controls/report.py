@@ -12,8 +12,8 @@ from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.run import Outcome
 from mirage_ds.analysis.controls.statistics import average, differences
 from mirage_ds.data.record import Record
+from mirage_ds.evaluate.scoring import marks
 from mirage_ds.files import write_atomically
-from mirage_ds.scoring import marks
 
 Cells = list[str]
 SCORE_HEAD = ["latents", "score", "− own", "p", "p (Holm)"]

@@ -20,9 +20,9 @@ from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material
 from mirage_ds.data.loader import check_records
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import answer_of
+from mirage_ds.evaluate.decoder import answer_of
+from mirage_ds.evaluate.scoring import Answer
 from mirage_ds.model.generate import Generated, greedy
-from mirage_ds.scoring import Answer
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 

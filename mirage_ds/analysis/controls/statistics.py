@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mirage_ds.scoring import wilson
+from mirage_ds.evaluate.scoring import wilson
 
 RESAMPLES = 10_000
 # Resamples drawn at a time: their indices take 8 bytes a record.

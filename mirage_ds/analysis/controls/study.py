@@ -15,9 +15,9 @@ from mirage_ds.analysis.controls.run import Track, run_conditions
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import Decoder, need_latents
+from mirage_ds.evaluate.decoder import Decoder, need_latents
+from mirage_ds.evaluate.scoring import Answer, marks, task_of
 from mirage_ds.model.generate import Limits, latent_tokens
-from mirage_ds.scoring import Answer, marks, task_of
 
 
 class Wanted(NamedTuple):

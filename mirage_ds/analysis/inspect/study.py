@@ -25,7 +25,7 @@ from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import Decoder, load_decoder, need_latents
+from mirage_ds.evaluate.decoder import Decoder, load_decoder, need_latents
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.generate import Limits
 

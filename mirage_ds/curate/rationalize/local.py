@@ -27,7 +27,7 @@ from mirage_ds.data.record import IMAGE_MARK, Record
 from mirage_ds.data.sample import Sample
 from mirage_ds.data.sources import content_hash
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate import decoding_dtype
+from mirage_ds.evaluate.decoder import decoding_dtype
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.folder import resolve_folder, weight_files
 from mirage_ds.model.load import check_folder, check_vocabulary, open_weights

@@ -1,7 +1,7 @@
 """Decoding records and scoring the answers with the task's own scorer: one process, or one a GPU.
 
     mirage-ds evaluate FOLDER --data_path FILE …
-    deepspeed --module mirage_ds.evaluate FOLDER --data_path FILE …
+    deepspeed --module mirage_ds.evaluate.decoder FOLDER --data_path FILE …
 
 Each rank decodes its share with a whole copy of the model; no collective hides in decoding, and the answers are
 gathered once, at the end. N rows of a batch, k latents a run.
@@ -32,6 +32,7 @@ from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
 from mirage_ds.engine.spelling import read_trained
 from mirage_ds.errors import UserError
+from mirage_ds.evaluate.scoring import Answer, marks, score, summarize, task_of, wilson
 from mirage_ds.files import write_atomically
 from mirage_ds.model.folder import resolve_folder, weight_files
 from mirage_ds.model.forward import MirageModel
@@ -39,7 +40,6 @@ from mirage_ds.model.generate import Chooser, Generated, Limits, Pause, generate
 from mirage_ds.model.load import Loaded, check_folder, load_model
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run_folder import versions
-from mirage_ds.scoring import Answer, marks, score, summarize, task_of, wilson
 from mirage_ds.stop import Stopped, never
 
 __all__ = ["Answer", "Decoder", "Decoding", "Sampling", "answer_records", "decode", "evaluate_file", "score", "wilson"]
@@ -442,6 +442,6 @@ def write_report(report: dict[str, Any], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    from mirage_ds.decoding_commands import main
+    from mirage_ds.evaluate.command import main
 
     main()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from mirage_ds.data.images import ImageFinder
-    from mirage_ds.evaluate import Decoder, Decoding
+    from mirage_ds.evaluate.decoder import Decoder, Decoding
     from mirage_ds.model.generate import Limits
 
 
@@ -83,16 +83,16 @@ def evaluate(
 ) -> None:
     """Answer the records of a file with the model in FOLDER and score the answers, per level with 95 % intervals.
 
-    On several GPUs: deepspeed --module mirage_ds.evaluate FOLDER … shares the records among the ranks.
+    On several GPUs: deepspeed --module mirage_ds.evaluate.decoder FOLDER … shares the records among the ranks.
     """
     del local_rank
     from functools import partial
 
     from rich.progress import track
 
-    from mirage_ds import evaluate as evaluation
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.engine.setup import shared_fate
+    from mirage_ds.evaluate.decoder import decoder as evaluation
 
     decoding = _decoding(options)
     if latents is not None:
@@ -193,7 +193,7 @@ def generate(folder: Path, images: tuple[Path, ...], prompt: str, save_latents: 
 
 
 def _decoding(options: dict[str, Any]) -> Decoding:
-    from mirage_ds.evaluate import Sampling
+    from mirage_ds.evaluate.decoder import Sampling
 
     name, given = options["decoding"], {key: options[key] for key in ("temperature", "top_p") if options[key]}
     if name == "sampled":
@@ -206,7 +206,7 @@ def _decoding(options: dict[str, Any]) -> Decoding:
 def _decoder(folder: Path, finder: ImageFinder, options: dict[str, Any], device: torch.device | None = None) -> Decoder:
     import torch
 
-    from mirage_ds.evaluate import load_decoder
+    from mirage_ds.evaluate.decoder import load_decoder
 
     pixels = (options["min_pixels"], options["max_pixels"])
     decoder = load_decoder(folder, finder, options["processor"], not options["no_latents"], pixels, device)
@@ -217,14 +217,14 @@ def _decoder(folder: Path, finder: ImageFinder, options: dict[str, Any], device:
 
 
 def _limits(decoder: Decoder, options: dict[str, Any]) -> Limits:
-    from mirage_ds.evaluate import run_limits
+    from mirage_ds.evaluate.decoder import run_limits
 
     names = ("max_new_tokens", "longest_run", "run_length", "prefill_tokens")
     return run_limits(decoder, *(options[name] for name in names))
 
 
 def main() -> None:
-    """Be `python -m mirage_ds.evaluate`, one rank of those that a launcher starts, or a single process."""
+    """Be `python -m mirage_ds.evaluate.decoder`, one rank of those that a launcher starts, or a single process."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Nothing is written before the end, so there is nothing to wait for.
     StopRequest().listen(at_once=True)

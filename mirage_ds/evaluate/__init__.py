@@ -1,0 +1,1 @@
+"""Decoding a model, scoring its answers, writing the scores into its card."""
