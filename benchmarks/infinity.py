@@ -261,7 +261,6 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
     clock = Clock()
     import torch
 
-    from mirage_ds import prepare, run_records
     from mirage_ds.config import RunConfig
     from mirage_ds.data.loader import build_index
     from mirage_ds.engine import ds_config as ds
@@ -269,9 +268,11 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
     from mirage_ds.engine.setup import check_ds_config, join, make_engine
     from mirage_ds.engine.swap_folders import claim_folders
     from mirage_ds.plan.mfu import ModelFlops
-    from mirage_ds.startup import quiet
-    from mirage_ds.step import step
-    from mirage_ds.stop import never
+    from mirage_ds.run import records as run_records
+    from mirage_ds.run import setup as prepare
+    from mirage_ds.run.startup import quiet
+    from mirage_ds.run.step import step
+    from mirage_ds.run.stop import never
 
     world = join()
     config = RunConfig(**settings)

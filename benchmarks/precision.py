@@ -162,9 +162,9 @@ def run(
     import torch
     import torch.distributed as dist
 
-    from mirage_ds import step as steps
     from mirage_ds.config import RunConfig
-    from mirage_ds.prepare import prepare
+    from mirage_ds.run import step as steps
+    from mirage_ds.run.setup import prepare
 
     zero = json.loads((ROOT / f"ds_configs/{stage}_cpu.json").read_text())
     # Vectors stay whole, as with the GPU files' 100,000 on a large model, and matrices do not.

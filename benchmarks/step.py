@@ -143,7 +143,7 @@ class Product(Steps):
 
     def __init__(self, case: Case, work: Workload, out: Path, steps: int):
         from mirage_ds.engine.setup import join
-        from mirage_ds.prepare import prepare
+        from mirage_ds.run.setup import prepare
 
         self.config = run_config(case, work, out, steps)
         self.prepared = prepare(self.config, join())
@@ -153,7 +153,7 @@ class Product(Steps):
 
     def one(self, number: int) -> float:
         """Take the trainer's next step, which is this one."""
-        from mirage_ds.step import step
+        from mirage_ds.run.step import step
 
         plan, batches = next(self.plans)
         assert plan.step == number

@@ -98,9 +98,9 @@ def run(world: Any, case: Case, model: Path, out: Path) -> Counted:
     """Take the steps and count the last one's collectives."""
     from deepspeed.utils import groups
 
-    from mirage_ds import step as steps
     from mirage_ds.config import RunConfig
-    from mirage_ds.prepare import prepare
+    from mirage_ds.run import step as steps
+    from mirage_ds.run.setup import prepare
 
     # One group a process is all that DeepSpeed expects.
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None

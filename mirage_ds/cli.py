@@ -17,13 +17,13 @@ from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.curate.command import import_, mix, vary
 from mirage_ds.curate.rationalize.command import rationalize
 from mirage_ds.curate.tasks.command import TaskGroup
-from mirage_ds.entry import print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.evaluate.command import evaluate, generate
 from mirage_ds.files import Output, disk_trouble
 from mirage_ds.flags import CONTEXT, build_model, model_options
 from mirage_ds.plan.command import plan
-from mirage_ds.stop import EXIT_STOPPED, Stopped, StopRequest
+from mirage_ds.run.process import print_anything
+from mirage_ds.run.stop import EXIT_STOPPED, Stopped, StopRequest
 from mirage_ds.study.command import ablate
 
 
@@ -91,7 +91,7 @@ def data_index(yaml_file: Path | None, **flags: Any) -> None:
     Give it the run's own flags: those that do not matter here are not looked at, and the run then opens what it finds
     in --cache_dir. It needs no GPU, and goes on where it was stopped.
     """
-    from mirage_ds.run_records import index_beforehand
+    from mirage_ds.run.records import index_beforehand
 
     values = {"save_model_path": Path(), **(read_yaml(yaml_file) if yaml_file else {})}
     for line in index_beforehand(build_model(RunConfig, flags, values, source=str(yaml_file))):

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from mirage_ds import events
 from mirage_ds.config import RunConfig, read_yaml
 from mirage_ds.data.loader import WARN_DROPPED_SHARE
 from mirage_ds.data.sources import unread_lines
@@ -25,20 +24,21 @@ from mirage_ds.data.weigh import describe
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, agree, join
-from mirage_ds.entry import run_rank
 from mirage_ds.errors import UserError
-from mirage_ds.evaluation import Evaluator
-from mirage_ds.events import note_failure
 from mirage_ds.flags import CONTEXT, build_model, model_options
 from mirage_ds.mixture import Mixture
-from mirage_ds.monitor import Monitor
-from mirage_ds.prepare import SKIPPED_FILE, Prepared, prepare
-from mirage_ds.run_folder import describe_start, stop_file
-from mirage_ds.sinks import Sink, open_sinks
-from mirage_ds.startup import StartUp, phases_line
-from mirage_ds.step import guilty, step
-from mirage_ds.stop import Stopped, StopRequest, never
-from mirage_ds.whereabouts import SAVING, UNTOLD, Whereabouts, guarded
+from mirage_ds.run import events
+from mirage_ds.run.events import note_failure
+from mirage_ds.run.folder import describe_start, stop_file
+from mirage_ds.run.monitor import Monitor
+from mirage_ds.run.process import run_rank
+from mirage_ds.run.setup import SKIPPED_FILE, Prepared, prepare
+from mirage_ds.run.sinks import Sink, open_sinks
+from mirage_ds.run.startup import StartUp, phases_line
+from mirage_ds.run.step import guilty, step
+from mirage_ds.run.stop import Stopped, StopRequest, never
+from mirage_ds.run.validation import Evaluator
+from mirage_ds.run.whereabouts import SAVING, UNTOLD, Whereabouts, guarded
 
 
 @click.command(context_settings=CONTEXT, no_args_is_help=True)

@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import click
 
-from mirage_ds.entry import print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError, reason, shown
 from mirage_ds.files import write_atomically
+from mirage_ds.run.process import print_anything
 
 # What a rank's numbers or speed may depend on, or what it finds its files and programs by.
 NAMES = frozenset(

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from mirage_ds.entry import print_anything
 from mirage_ds.errors import EXIT_USER_ERROR, UserError, reason, shown
+from mirage_ds.run.process import print_anything
 
 # DeepSpeed reads no further than the number; what may stand behind it are other launchers' words (max_slots=4).
 _LINE = re.compile(r"(\S+)[ \t]+slots=([0-9]+)([ \t].*)?")

@@ -32,8 +32,8 @@ from mirage_ds.data.parts import Parts, Plan
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync
 from mirage_ds.mixture import Records
-from mirage_ds.startup import nothing
-from mirage_ds.stop import ignore_in_worker, never
+from mirage_ds.run.startup import nothing
+from mirage_ds.run.stop import ignore_in_worker, never
 
 MOST_PROCESSES = 16
 

@@ -28,7 +28,7 @@ from mirage_ds.data.sample import Measure, Sample
 from mirage_ds.data.ship import Shipment, ship
 from mirage_ds.errors import UserError
 from mirage_ds.mixture import Mixture, Records
-from mirage_ds.stop import ignore_in_worker
+from mirage_ds.run.stop import ignore_in_worker
 
 # A share of dropped rows above this is worth a line in the log; --max_dropped_share decides when it is an error.
 WARN_DROPPED_SHARE = 0.01

@@ -23,8 +23,8 @@ from mirage_ds.engine.private import (
     use_plain_gloo,
 )
 from mirage_ds.engine.waiting import Waiting
-from mirage_ds.entry import is_rank
 from mirage_ds.errors import UserError, reason, shown
+from mirage_ds.run.process import is_rank
 
 Result = TypeVar("Result")
 

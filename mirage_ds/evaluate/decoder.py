@@ -39,8 +39,8 @@ from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Chooser, Generated, Limits, Pause, generate, greedy, latent_tokens, sampler
 from mirage_ds.model.load import Loaded, check_folder, load_model
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.run_folder import versions
-from mirage_ds.stop import Stopped, never
+from mirage_ds.run.folder import versions
+from mirage_ds.run.stop import Stopped, never
 
 __all__ = ["Answer", "Decoder", "Decoding", "Sampling", "answer_records", "decode", "evaluate_file", "score", "wilson"]
 

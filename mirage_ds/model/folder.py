@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from mirage_ds.errors import UserError, reason, strict_json
-from mirage_ds.startup import nothing
+from mirage_ds.run.startup import nothing
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.txt")

@@ -12,7 +12,7 @@ from typing import Any
 
 from mirage_ds.plan.formulas import Sizes, flops, sizes
 from mirage_ds.plan.shape import read_shape
-from mirage_ds.run_folder import versions
+from mirage_ds.run.folder import versions
 from mirage_ds.study.nodes import CellPlan, Node, Study
 from mirage_ds.study.results import CONTROLS, SCORES, Cell, Contrast, Results, Scored, StageResult
 from mirage_ds.study.spec import ContrastSpec

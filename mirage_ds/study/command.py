@@ -18,7 +18,7 @@ import click
 from mirage_ds.errors import UserError
 from mirage_ds.files import Output, check_output
 from mirage_ds.flags import CONTEXT
-from mirage_ds.stop import EXIT_STOPPED, StopRequest
+from mirage_ds.run.stop import EXIT_STOPPED, StopRequest
 
 if TYPE_CHECKING:
     from mirage_ds.study.launch import Place

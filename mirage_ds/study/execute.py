@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from mirage_ds.errors import UserError, reason
-from mirage_ds.stop import EXIT_STOPPED, never
+from mirage_ds.run.stop import EXIT_STOPPED, never
 from mirage_ds.study.launch import Place, command, environment, for_hosts
 from mirage_ds.study.nodes import Node, Study
 from mirage_ds.study.store import Store

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mirage_ds import events
 from mirage_ds.cluster.status.facts import read_facts
 from mirage_ds.cluster.status.summary import summary
+from mirage_ds.run import events
 from mirage_ds.study.nodes import Node
 from mirage_ds.study.store import Store
 

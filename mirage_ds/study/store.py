@@ -26,8 +26,8 @@ import yaml
 
 from mirage_ds.errors import EXIT_USER_ERROR
 from mirage_ds.files import write_atomically
-from mirage_ds.run_folder import delete_checkpoints
-from mirage_ds.stop import EXIT_STOPPED
+from mirage_ds.run.folder import delete_checkpoints
+from mirage_ds.run.stop import EXIT_STOPPED
 from mirage_ds.study.nodes import Node
 
 State = Literal["done", "failed", "running", "waiting"]

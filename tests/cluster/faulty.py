@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from mirage_ds import step as step_module
 from mirage_ds import train
+from mirage_ds.run import step as step_module
 
 FAULTS = ("kill", "stop", "loader", "skip", "walk", "crawl")
 LONGER_S = {"walk": 0.3, "crawl": 1.0}

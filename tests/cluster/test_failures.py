@@ -15,7 +15,7 @@ import pytest
 
 from mirage_ds.cluster.guard.wire import EXIT_HANG
 from mirage_ds.errors import EXIT_LOST
-from mirage_ds.stop import EXIT_STOPPED
+from mirage_ds.run.stop import EXIT_STOPPED
 
 from .hosts import Cluster, wait_until
 from .jobs import LAUNCHERS, LIMIT_S, START_S, Job
@@ -175,5 +175,5 @@ def test_the_trainer_fails(
     assert json.loads((job.out / "model/run/faults.jsonl").read_text())["code"] == code
     if fault in ("loader", "skip"):
         stacks = [(job.out / f"model/run/stacks/rank{rank}.txt").read_text() for rank in (0, 1)]
-        assert "all_reduce" in stacks[0] or "mirage_ds/step.py" in stacks[0]
+        assert "all_reduce" in stacks[0] or "mirage_ds/run/step.py" in stacks[0]
         assert ('faulty.py", line' in stacks[1] and " in late" in stacks[1]) == (fault == "loader")

@@ -14,12 +14,12 @@ import pytest
 from extensions import compiled, use_folder
 from group import Group
 
-from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.setup import check_ds_config, try_engine
 from mirage_ds.errors import UserError
-from mirage_ds.prepare import prepare
+from mirage_ds.run import step as steps
+from mirage_ds.run.setup import prepare
 
 STAGES = ("sft", "stage1", "stage2")
 BASE: dict[str, Any] = dict(

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
-from mirage_ds import decode_eval, draw_eval, train
+from mirage_ds import train
 from mirage_ds.config import RunConfig
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record_files import scan
@@ -33,8 +33,10 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Sampling, answer_records, evaluate_file, load_decoder
 from mirage_ds.evaluate.scoring import spread
 from mirage_ds.model.generate import Limits, NotFinite
-from mirage_ds.prepare import prepare
-from mirage_ds.stop import Stopped, never
+from mirage_ds.run import decoding as decode_eval
+from mirage_ds.run import drawing as draw_eval
+from mirage_ds.run.setup import prepare
+from mirage_ds.run.stop import Stopped, never
 
 K, NEW = 2, 6
 TASK = "vsp-spatial-planning"

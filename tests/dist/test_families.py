@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from mirage_ds import train
 from mirage_ds.config import RunConfig
 from mirage_ds.init import init_model
-from mirage_ds.prepare import prepare
+from mirage_ds.run.setup import prepare
 
 SETTINGS: dict[str, Any] = dict(
     latent_size=2, global_batch_size=6, micro_batch_tokens=8192, max_steps=2, warmup_steps=0, learning_rate=1e-3,

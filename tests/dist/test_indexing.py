@@ -12,7 +12,7 @@ from group import Group
 
 from mirage_ds.config import RunConfig
 from mirage_ds.data.indexing import open_index
-from mirage_ds.run_records import index_beforehand, make_encoder, model_folders
+from mirage_ds.run.records import index_beforehand, make_encoder, model_folders
 
 Values = dict[str, Any]
 
@@ -61,8 +61,8 @@ def start(
     from mirage_ds.data.parts import Parts
     from mirage_ds.engine.private import set_collective_timeout
     from mirage_ds.errors import UserError
-    from mirage_ds.run_records import index_records
-    from mirage_ds.stop import Stopped
+    from mirage_ds.run.records import index_records
+    from mirage_ds.run.stop import Stopped
 
     made: list[int] = []
     encode, content_hash = Parts.encode, sources.content_hash

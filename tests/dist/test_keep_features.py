@@ -17,7 +17,7 @@ from mirage_ds.config import RunConfig
 from mirage_ds.data.features import FeatureStore
 from mirage_ds.errors import UserError
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.prepare import prepare
+from mirage_ds.run.setup import prepare
 
 # 6 rows with helpers, 4 a step: 3 steps reach each of them twice.
 SETTINGS: dict[str, Any] = dict(

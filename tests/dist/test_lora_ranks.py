@@ -27,7 +27,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.export import export_folder
 from mirage_ds.files import TRAINED_KEY
 from mirage_ds.model.load import check_folder
-from mirage_ds.prepare import prepare
+from mirage_ds.run.setup import prepare
 
 pytestmark = pytest.mark.skipif(
     Version(version("deepspeed")) < Version(RECOMPUTES_FROZEN),

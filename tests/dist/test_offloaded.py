@@ -18,7 +18,6 @@ from extensions import compiled
 from group import Group, GroupFailure
 from safetensors.torch import save_file
 
-from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.offload import check_offload
@@ -26,7 +25,8 @@ from mirage_ds.engine.offload_bytes import files_of, memory_of, read_keys
 from mirage_ds.engine.swap_folders import claim_folders
 from mirage_ds.errors import UserError
 from mirage_ds.model.load import public_name
-from mirage_ds.prepare import prepare
+from mirage_ds.run import step as steps
+from mirage_ds.run.setup import prepare
 
 # Two of DeepSpeed's extensions are compiled first.
 pytestmark = pytest.mark.slow
@@ -63,7 +63,7 @@ def wide(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _train(world: Any, settings: dict[str, Any], checked: bool) -> dict[str, Any]:
     """Train through prepare and step; losses, and what this rank holds of offloaded things."""
     config = RunConfig(**settings)
-    with nullcontext() if checked else mock.patch("mirage_ds.prepare.check_offload"):
+    with nullcontext() if checked else mock.patch("mirage_ds.run.setup.check_offload"):
         prepared = prepare(config, world)
     losses = []
     for plan, batches in prepared.loader.steps(0, prepared.steps):

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from group import Group
 
-from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.plan.formulas import sizes, trained_parameters
 from mirage_ds.plan.settings import read_settings
 from mirage_ds.plan.shape import read_shape
 from mirage_ds.plan.states import States, states
-from mirage_ds.prepare import prepare
+from mirage_ds.run import step as steps
+from mirage_ds.run.setup import prepare
 
 BF16 = {"bf16": {"enabled": True}}
 SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}

@@ -20,7 +20,6 @@ import pytest
 import torch
 from group import Group
 
-from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_PAD
@@ -30,7 +29,8 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.model.load import load_model, public_name
 from mirage_ds.model.loss import StepCounts, objective
-from mirage_ds.prepare import prepare
+from mirage_ds.run import step as steps
+from mirage_ds.run.setup import prepare
 
 K, STEPS, WORLD = 2, 2, 2
 # The public code's rate and the default. The warm-up would give the first step a rate of 0.

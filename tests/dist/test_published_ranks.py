@@ -32,7 +32,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.engine.universal import convert
 from mirage_ds.evaluate.decoder import evaluate_file, load_decoder, run_limits
 from mirage_ds.export import export_folder
-from mirage_ds.prepare import prepare
+from mirage_ds.run.setup import prepare
 from mirage_ds.study.collect import _sizes
 
 QUICK = ("qwen2.5-vl-7b", "qwen2-vl-7b", "qwen3-vl-8b")

@@ -20,8 +20,8 @@ from mirage_ds.config import RunConfig
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.manifest import MANIFEST
 from mirage_ds.errors import UserError
-from mirage_ds.prepare import prepare
-from mirage_ds.stop import Stopped, never
+from mirage_ds.run.setup import prepare
+from mirage_ds.run.stop import Stopped, never
 
 # ------------------------------------------------------------------------------------------------------- on the ranks
 

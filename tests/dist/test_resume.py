@@ -34,8 +34,8 @@ from mirage_ds.export import export_folder
 from mirage_ds.mixture import records_of
 from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import StepCounts, objective
-from mirage_ds.monitor import Monitor
-from mirage_ds.prepare import prepare
+from mirage_ds.run.monitor import Monitor
+from mirage_ds.run.setup import prepare
 
 K, STEPS = 2, 6
 # 12 rows, 3 a step on two ranks, one a micro-step: a rank is idle in every other one; 6 steps are an epoch and a half.

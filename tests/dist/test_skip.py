@@ -15,7 +15,7 @@ from on_disk import TIMES
 from mirage_ds import train
 from mirage_ds.config import RunConfig
 from mirage_ds.errors import UserError
-from mirage_ds.prepare import prepare
+from mirage_ds.run.setup import prepare
 
 SETTINGS: dict[str, Any] = dict(
     stage="stage1", latent_size=2, global_batch_size=2, micro_batch_size=1, max_steps=3, warmup_steps=0,

@@ -22,7 +22,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import evaluate_file, load_decoder
 from mirage_ds.model.generate import Limits
-from mirage_ds.prepare import prepare
+from mirage_ds.run.setup import prepare
 
 FIRST = {
     "vsp-spatial-planning": "success",

@@ -18,12 +18,12 @@ from group import Group
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.listen import listening
-from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.plan.formulas import Zero3, sizes, two_layers, volume, walk
 from mirage_ds.plan.shape import read_shape
-from mirage_ds.prepare import prepare
+from mirage_ds.run import step as steps
+from mirage_ds.run.setup import prepare
 
 LAYERS = 4
 # 3 rows a step, at most 2 a micro-step and rank: one micro-step of 2 rows on one rank and 1 on the other.

@@ -26,7 +26,6 @@ from group import Group
 from on_disk import lines_of, rewrite
 from safetensors.torch import load_file, save_file
 
-from mirage_ds import prepare as preparing
 from mirage_ds import train
 from mirage_ds.config import RunConfig
 from mirage_ds.engine import checkpoint as checkpoints
@@ -36,6 +35,7 @@ from mirage_ds.engine.setup import everyone
 from mirage_ds.engine.universal import convert, listed, needed_bytes
 from mirage_ds.errors import UserError
 from mirage_ds.export import export_folder
+from mirage_ds.run import setup as preparing
 
 ROWS, B, STEPS, SAVED = 12, 5, 5, 2
 # 12 rows, 5 a step, bins of at most two: 2 micro-steps on two ranks (one bin of one row), 3 on one, 1 on three and

@@ -22,7 +22,6 @@ from group import Group, GroupFailure
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
-from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
@@ -33,7 +32,8 @@ from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.versions import gather_safely
 from mirage_ds.model.load import load_model, public_name
 from mirage_ds.model.loss import StepCounts, objective
-from mirage_ds.prepare import prepare
+from mirage_ds.run import step as steps
+from mirage_ds.run.setup import prepare
 
 GATHERS_VIEWS = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.11"),

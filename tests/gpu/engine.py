@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mirage_ds import step as steps
 from mirage_ds.config import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.plan.formulas import sizes, trained_parameters
 from mirage_ds.plan.settings import read_settings
 from mirage_ds.plan.shape import read_shape
 from mirage_ds.plan.states import States, states
-from mirage_ds.prepare import prepare
+from mirage_ds.run import step as steps
+from mirage_ds.run.setup import prepare
 
 SETTINGS: dict[str, Any] = dict(
     latent_size=2, global_batch_size=4, micro_batch_size=2, max_steps=1, warmup_steps=0, learning_rate=1e-3,

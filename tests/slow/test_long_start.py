@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mirage_ds.config import RunConfig
-from mirage_ds.run_records import index_beforehand
+from mirage_ds.run.records import index_beforehand
 
 LIMIT_S = 240
 # `mirage_ds.train`, which takes longer for each piece of the records.

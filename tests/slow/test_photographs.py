@@ -114,7 +114,6 @@ def test_a_run_on_200_photographs_holds_what_one_on_small_pictures_does(nano: Pa
 
 def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, workers: int) -> None:
     """Keep the features of all rows, by a tower that looks at nothing."""
-    from mirage_ds import keep_features
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.load import load_encoder
     from mirage_ds.data.loader import build_index
@@ -122,6 +121,7 @@ def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, worker
     from mirage_ds.engine.waiting import Waiting
     from mirage_ds.model.load import load_tower, read_config
     from mirage_ds.model.vision import FrozenTower
+    from mirage_ds.run import features as keep_features
 
     # As in a run; a process that was spawned would spawn the workers too.
     multiprocessing.set_start_method("fork", force=True)

@@ -16,10 +16,10 @@ import pytest
 from ablate import opened, pretend, write_study
 from rich.progress import Progress
 
-from mirage_ds import events
 from mirage_ds.cli import cli
 from mirage_ds.cluster.hosts import Host
 from mirage_ds.errors import UserError
+from mirage_ds.run import events
 from mirage_ds.study import command as commands
 from mirage_ds.study import execute
 from mirage_ds.study.launch import Place, command, environment, for_hosts, here, parts

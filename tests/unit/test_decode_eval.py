@@ -15,15 +15,12 @@ import pytest
 import torch
 from test_plan_activations import Live, model_of, sample, shape
 
-from mirage_ds import best
-from mirage_ds.best import Best
 from mirage_ds.config import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
-from mirage_ds.decode_eval import prompt_of
 from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.engine.whole import bytes_to_decode
 from mirage_ds.evaluate.decoder import decode_samples
@@ -31,7 +28,10 @@ from mirage_ds.evaluate.scoring import spread
 from mirage_ds.flags import build_model
 from mirage_ds.model.generate import LatentTokens, Limits, generate, latent_tokens
 from mirage_ds.model.load import load_model
-from mirage_ds.run_folder import claim
+from mirage_ds.run import best
+from mirage_ds.run.best import Best
+from mirage_ds.run.decoding import prompt_of
+from mirage_ds.run.folder import claim
 
 CPU = torch.device("cpu")
 
@@ -91,7 +91,7 @@ def test_runs_that_come_and_go_in_a_batch_change_no_row(nano: Path, mixed: Path)
 
 
 def test_a_stop_is_looked_for_before_each_token(nano: Path, mixed: Path) -> None:
-    from mirage_ds.stop import Stopped
+    from mirage_ds.run.stop import Stopped
 
     loaded = load_model(nano, stage="sft", dtype=torch.float32, device=CPU, checkpointing=False)
     encoder = load_encoder([str(nano)], ImageFinder.beside(mixed, None), "sft", 1)

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from mirage_ds.entry import is_rank
 from mirage_ds.errors import UserError
-from mirage_ds.stop import EXIT_STOPPED
+from mirage_ds.run.process import is_rank
+from mirage_ds.run.stop import EXIT_STOPPED
 
 # What gloo's threads do to a process whose interpreter is being taken down, made certain.
 PROGRAM = """
 import atexit, os, sys
 import click
-from mirage_ds.entry import run_rank
+from mirage_ds.run.process import run_rank
 from mirage_ds.errors import UserError
-from mirage_ds.stop import Stopped
+from mirage_ds.run.stop import Stopped
 
 class Thread:
     def __del__(self, abort=os.abort): abort()
@@ -172,7 +172,7 @@ def test_a_terminal_that_is_not_utf8_ends_nothing(
 
 
 def test_the_log_file_is_utf8_whatever_the_terminal_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mirage_ds.monitor import Monitor
+    from mirage_ds.run.monitor import Monitor
 
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors="replace")
     monkeypatch.setattr(sys, "stdout", terminal)

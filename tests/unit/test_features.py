@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mirage_ds import keep_features
 from mirage_ds.data.batch import collate
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures, ShardWriter, image_key
@@ -30,9 +29,10 @@ from mirage_ds.data.pool import pool_groups
 from mirage_ds.data.record import RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.keep_features import CHUNK, CHUNK_BYTES, _Images, _kept, chunks_of
 from mirage_ds.model.latents import compress as compressed
 from mirage_ds.model.load import load_tower, read_config
+from mirage_ds.run import features as keep_features
+from mirage_ds.run.features import CHUNK, CHUNK_BYTES, _Images, _kept, chunks_of
 
 WIDTH = 8
 SPACE = {"tower": "a"}

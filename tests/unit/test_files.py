@@ -25,7 +25,7 @@ from mirage_ds.files import (
     whole_folder,
     write_atomically,
 )
-from mirage_ds.run_folder import check, claim, delete_checkpoints
+from mirage_ds.run.folder import check, claim, delete_checkpoints
 
 
 def everything(folder: Path) -> list[str]:

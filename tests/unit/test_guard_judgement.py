@@ -11,10 +11,10 @@ import pytest
 from mirage_ds.cluster.guard.explain import late, main_stack, waits_for
 from mirage_ds.cluster.guard.hub import Member, hanging, judge
 from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Verdict
-from mirage_ds.entry import Place, find_place
 from mirage_ds.errors import EXIT_LOST, UserError
-from mirage_ds.stop import EXIT_STOPPED
-from mirage_ds.whereabouts import COLLECTIVE, LOADING, SAVING, SETTLED, Whereabouts
+from mirage_ds.run.process import Place, find_place
+from mirage_ds.run.stop import EXIT_STOPPED
+from mirage_ds.run.whereabouts import COLLECTIVE, LOADING, SAVING, SETTLED, Whereabouts
 
 BOUNDS = Bounds(gather=50, silence=10, start=100, hang=20, grace=1)
 
@@ -108,7 +108,7 @@ STACKS = """Thread 0x00007f (most recent call first):
 
 Current thread 0x00007e (most recent call first):
   File "/site-packages/torch/distributed/distributed_c10d.py", line 2806 in all_reduce
-  File "/site-packages/mirage_ds/step.py", line 120 in step
+  File "/site-packages/mirage_ds/run/step.py", line 120 in step
 """
 
 

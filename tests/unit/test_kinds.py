@@ -33,8 +33,8 @@ from mirage_ds.engine.setup import World
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import UserError
 from mirage_ds.mixture import Mixture, Part
-from mirage_ds.run_records import index_records
-from mirage_ds.stop import never
+from mirage_ds.run.records import index_records
+from mirage_ds.run.stop import never
 
 ROWS = [{"text_input": f"q, {n} ä", "text_output": "a"} for n in range(3)]
 TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

@@ -21,7 +21,7 @@ from mirage_ds.model.vision import features_of
 from mirage_ds.plan.gpus import A100, H100_SXM, PEAKS, peak_of
 from mirage_ds.plan.mfu import ModelFlops, Tower, peak_flops, tower_of
 from mirage_ds.plan.shape import read_shape
-from mirage_ds.step import encoding_flops
+from mirage_ds.run.step import encoding_flops
 
 K = 4
 # Image sides in patches: one window, several, and windows cut off at two edges.

@@ -28,7 +28,7 @@ from mirage_ds.data.record_files import record_of, scan
 from mirage_ds.data.sample import Sample
 from mirage_ds.data.sources import content_hash, data_hash, find_files
 from mirage_ds.errors import UserError
-from mirage_ds.run_records import skipped_lines, usable_rows
+from mirage_ds.run.records import skipped_lines, usable_rows
 
 Make = Callable[..., Encoder]
 

@@ -14,7 +14,6 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mirage_ds import events
 from mirage_ds.cluster.status.command import status
 from mirage_ds.cluster.status.facts import find_run, read_facts
 from mirage_ds.cluster.status.names import short_names
@@ -23,6 +22,7 @@ from mirage_ds.cluster.status.state import State, judge
 from mirage_ds.cluster.status.summary import summary
 from mirage_ds.engine.manifest import entry_of, write_manifest
 from mirage_ds.errors import UserError
+from mirage_ds.run import events
 
 NOW = 1_800_000_000.0
 SECONDS = 2.0
@@ -350,7 +350,7 @@ def test_names_are_what_differs(folders: list[str], names: list[str]) -> None:
 
 
 def test_watching_looks_again_until_it_is_stopped(training: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mirage_ds.stop import Stopped
+    from mirage_ds.run.stop import Stopped
 
     looks: list[float] = []
 

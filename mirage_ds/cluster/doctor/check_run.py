@@ -9,7 +9,7 @@ from mirage_ds.cluster.doctor.finding import HERE, Bad, Facts, Seen, Verdict, fa
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
 from mirage_ds.model.family import check_text, family_of
-from mirage_ds.run_folder import PACKAGES
+from mirage_ds.run.folder import PACKAGES
 
 OPTIONAL = ("flash-attn", "peft")
 SLOW_DISK_BYTES_S = 50e6

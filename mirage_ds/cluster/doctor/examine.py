@@ -21,7 +21,7 @@ from mirage_ds.cluster.environment import NAMES, PREFIXES, SECRET, is_wanted
 from mirage_ds.cluster.hosts import Host
 from mirage_ds.errors import UserError
 from mirage_ds.mixture import parse_part
-from mirage_ds.run_folder import PACKAGES
+from mirage_ds.run.folder import PACKAGES
 
 WRITE_BYTES = 64 << 20
 # cli.py sets it for itself.

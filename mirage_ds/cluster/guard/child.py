@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from mirage_ds.whereabouts import MARKS_FD, STACKS_FD, STACKS_SIGNAL
+from mirage_ds.run.whereabouts import MARKS_FD, STACKS_FD, STACKS_SIGNAL
 
 # From linux/prctl.h.
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36

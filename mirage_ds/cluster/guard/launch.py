@@ -21,7 +21,7 @@ from mirage_ds.cluster.guard.child import Child, adopt_orphans, end_all
 from mirage_ds.cluster.guard.client import BEAT_S, Client
 from mirage_ds.cluster.guard.options import CONTEXT, bounds_options, leave
 from mirage_ds.cluster.guard.wire import Bounds, Verdict
-from mirage_ds.entry import print_anything
+from mirage_ds.run.process import print_anything
 
 # A launcher looks at its processes about once a second.
 LAUNCHER_S = 10.0

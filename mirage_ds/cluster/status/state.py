@@ -10,9 +10,9 @@ from __future__ import annotations
 from statistics import median
 from typing import Literal, NamedTuple
 
-from mirage_ds import events
 from mirage_ds.cluster.status.facts import Facts
-from mirage_ds.stop import EXIT_STOPPED
+from mirage_ds.run import events
+from mirage_ds.run.stop import EXIT_STOPPED
 
 Name = Literal["starting", "training", "evaluating", "saving", "finished", "stopped", "failed", "silent"]
 ALIVE = ("starting", "training", "evaluating", "saving")

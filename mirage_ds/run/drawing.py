@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from mirage_ds.analysis.inspect.live import figures
 from mirage_ds.data.loader import Rows
 from mirage_ds.data.record import RecordError
-from mirage_ds.decode_eval import record_at
 from mirage_ds.engine.setup import World, from_rank_zero
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import UserError
 from mirage_ds.model.vision import FrozenTower
+from mirage_ds.run.decoding import record_at
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

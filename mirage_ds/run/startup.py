@@ -9,8 +9,8 @@ from typing import Protocol
 
 import psutil
 
-from mirage_ds.events import PHASE, note
-from mirage_ds.whereabouts import LOADING, Whereabouts
+from mirage_ds.run.events import PHASE, note
+from mirage_ds.run.whereabouts import LOADING, Whereabouts
 
 
 class Begin(Protocol):

@@ -21,8 +21,8 @@ from mirage_ds.evaluate.decoder import decode_samples
 from mirage_ds.evaluate.scoring import Answer, score
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.stop import Stopped, never
-from mirage_ds.whereabouts import UNTOLD, Whereabouts
+from mirage_ds.run.stop import Stopped, never
+from mirage_ds.run.whereabouts import UNTOLD, Whereabouts
 
 # Rows that a rank answers at a time.
 BATCH = 16

@@ -14,7 +14,7 @@ import click
 
 from mirage_ds.errors import EXIT_USER_ERROR, UserError, shown
 from mirage_ds.files import disk_trouble
-from mirage_ds.stop import EXIT_STOPPED, Stopped
+from mirage_ds.run.stop import EXIT_STOPPED, Stopped
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # (rank, world size, local rank) in the order in which a guard believes them. A batch script under Slurm has

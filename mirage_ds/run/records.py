@@ -32,7 +32,6 @@ from mirage_ds.data.weigh import weighed
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero, shared_fate
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import check_evaluation, spread
-from mirage_ds.keep_features import keep_features
 from mirage_ds.mixture import Mixture, Records
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.load import (
@@ -41,8 +40,9 @@ from mirage_ds.model.load import (
 )
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.startup import nothing
-from mirage_ds.stop import Stopped
+from mirage_ds.run.features import keep_features
+from mirage_ds.run.startup import nothing
+from mirage_ds.run.stop import Stopped
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from mirage_ds.mixture import Records
 from mirage_ds.model.images import embedded
 from mirage_ds.model.latents import averages
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.startup import quiet
-from mirage_ds.stop import Stopped, ignore_in_worker, never
+from mirage_ds.run.startup import quiet
+from mirage_ds.run.stop import Stopped, ignore_in_worker, never
 
 # Settings of the image processor that decide what the tower sees.
 SETTINGS = (

@@ -20,10 +20,10 @@ from mirage_ds.data.pack import StepPlan
 from mirage_ds.engine.setup import agree, everyone
 from mirage_ds.model.loss import LossSums, StepCounts, objective
 from mirage_ds.plan.mfu import ModelFlops
-from mirage_ds.prepare import Prepared
-from mirage_ds.run_records import Evaluation
-from mirage_ds.stop import never
-from mirage_ds.whereabouts import COLLECTIVE, UNTOLD, Whereabouts
+from mirage_ds.run.records import Evaluation
+from mirage_ds.run.setup import Prepared
+from mirage_ds.run.stop import never
+from mirage_ds.run.whereabouts import COLLECTIVE, UNTOLD, Whereabouts
 
 
 def step_counts(prepared: Prepared, plan: StepPlan, latent_size: int) -> tuple[StepCounts, list[int]]:

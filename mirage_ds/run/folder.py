@@ -23,8 +23,8 @@ import yaml
 
 from mirage_ds.config import RunConfig
 from mirage_ds.errors import UserError
-from mirage_ds.events import FILE, MODEL_BEGINS
 from mirage_ds.files import TRAINED_KEY, check_output, delete_model, is_model_file, write_atomically
+from mirage_ds.run.events import FILE, MODEL_BEGINS
 
 PACKAGES = ("mirage-ds", "torch", "transformers", "deepspeed", "accelerate", "datasets", "flash-attn", "peft")
 

@@ -6,23 +6,23 @@ import math
 from collections.abc import Callable, Mapping
 
 from mirage_ds.analysis.inspect.live import need_matplotlib
-from mirage_ds.best import Best
 from mirage_ds.config import RunConfig
 from mirage_ds.data.loader import Rows
-from mirage_ds.decode_eval import BATCH, decode_rows, record_at, scored
-from mirage_ds.draw_eval import draw_rows, rows_to_draw
 from mirage_ds.engine.setup import from_rank_zero
 from mirage_ds.engine.whole import check_room
 from mirage_ds.evaluate.decoder import slots_fed
 from mirage_ds.evaluate.scoring import Answer, check_evaluation, spread
-from mirage_ds.events import EVALUATION_BEGINS, EVALUATION_ENDS
 from mirage_ds.model.generate import Limits, NotFinite
-from mirage_ds.monitor import Monitor
-from mirage_ds.prepare import Prepared
-from mirage_ds.run_records import Evaluation
-from mirage_ds.step import evaluate
-from mirage_ds.stop import never
-from mirage_ds.whereabouts import UNTOLD, Whereabouts
+from mirage_ds.run.best import Best
+from mirage_ds.run.decoding import BATCH, decode_rows, record_at, scored
+from mirage_ds.run.drawing import draw_rows, rows_to_draw
+from mirage_ds.run.events import EVALUATION_BEGINS, EVALUATION_ENDS
+from mirage_ds.run.monitor import Monitor
+from mirage_ds.run.records import Evaluation
+from mirage_ds.run.setup import Prepared
+from mirage_ds.run.step import evaluate
+from mirage_ds.run.stop import never
+from mirage_ds.run.whereabouts import UNTOLD, Whereabouts
 
 
 class Evaluator:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from mirage_ds import run_folder
 from mirage_ds.config import RunConfig
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.data.loader import Index, Loader
@@ -34,7 +33,6 @@ from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.engine.versions import check_release, gather_safely
 from mirage_ds.errors import UserError
-from mirage_ds.events import LOAD_BEGINS, note
 from mirage_ds.files import check_log, write_atomically
 from mirage_ds.mixture import Records
 from mirage_ds.model.attention import choose_backend, head_width_of
@@ -43,7 +41,9 @@ from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.plan.formulas import Shape, groups, sizes, trained_parameters, two_layers
 from mirage_ds.plan.mfu import ModelFlops, peak_flops
-from mirage_ds.run_records import (
+from mirage_ds.run import folder as run_folder
+from mirage_ds.run.events import LOAD_BEGINS, note
+from mirage_ds.run.records import (
     Evaluation,
     check_scores,
     index_records,
@@ -57,9 +57,9 @@ from mirage_ds.run_records import (
     sources_of,
     usable_rows,
 )
-from mirage_ds.sinks import check_installed
-from mirage_ds.startup import Begin, quiet
-from mirage_ds.stop import never
+from mirage_ds.run.sinks import check_installed
+from mirage_ds.run.startup import Begin, quiet
+from mirage_ds.run.stop import never
 
 # In the run folder, the records that --skip_bad_records leaves out.
 SKIPPED_FILE = "skipped.jsonl"

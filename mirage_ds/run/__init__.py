@@ -1,0 +1,1 @@
+"""A training run: set-up, steps, validation, journal, folder, the way to stop."""
