@@ -261,7 +261,7 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
     clock = Clock()
     import torch
 
-    from mirage_ds.config import RunConfig
+    from mirage_ds.config.run import RunConfig
     from mirage_ds.data.loader import build_index
     from mirage_ds.engine import ds_config as ds
     from mirage_ds.engine.offload import check_offload

@@ -162,7 +162,7 @@ def run(
     import torch
     import torch.distributed as dist
 
-    from mirage_ds.config import RunConfig
+    from mirage_ds.config.run import RunConfig
     from mirage_ds.run import step as steps
     from mirage_ds.run.setup import prepare
 

@@ -111,7 +111,7 @@ def ds_json(case: Case) -> dict[str, Any]:
 
 def run_config(case: Case, work: Workload, out: Path, steps: int) -> Any:
     """The settings of the product's run."""
-    from mirage_ds.config import RunConfig
+    from mirage_ds.config.run import RunConfig
 
     path = out / "ds.json"
     path.write_text(json.dumps(ds_json(case)))

@@ -98,7 +98,7 @@ def run(world: Any, case: Case, model: Path, out: Path) -> Counted:
     """Take the steps and count the last one's collectives."""
     from deepspeed.utils import groups
 
-    from mirage_ds.config import RunConfig
+    from mirage_ds.config.run import RunConfig
     from mirage_ds.run import step as steps
     from mirage_ds.run.setup import prepare
 

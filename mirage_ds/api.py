@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch.utils.data import Dataset
 
-from mirage_ds.config import Compress, Slots, Stage
+from mirage_ds.config.run import Compress, Slots, Stage
 from mirage_ds.data.batch import Batch, collate, to_device
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder, upright_rgb

@@ -13,14 +13,14 @@ from mirage_ds.analysis.controls.command import compare, controls
 from mirage_ds.analysis.inspect.command import inspect
 from mirage_ds.cluster.doctor.command import doctor
 from mirage_ds.cluster.status.command import curves, status
-from mirage_ds.config import RunConfig, read_yaml
+from mirage_ds.config.flags import CONTEXT, build_model, model_options
+from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.curate.command import import_, mix, vary
 from mirage_ds.curate.rationalize.command import rationalize
 from mirage_ds.curate.tasks.command import TaskGroup
 from mirage_ds.errors import EXIT_USER_ERROR, UserError
 from mirage_ds.evaluate.command import evaluate, generate
 from mirage_ds.files import Output, disk_trouble
-from mirage_ds.flags import CONTEXT, build_model, model_options
 from mirage_ds.plan.command import plan
 from mirage_ds.run.process import print_anything
 from mirage_ds.run.stop import EXIT_STOPPED, Stopped, StopRequest

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from mirage_ds.config import RunConfig, read_yaml
+from mirage_ds.config.flags import CONTEXT, build_model, model_options
+from mirage_ds.config.mixture import Mixture
+from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.data.loader import WARN_DROPPED_SHARE
 from mirage_ds.data.sources import unread_lines
 from mirage_ds.data.weigh import describe
@@ -25,8 +27,6 @@ from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, agree, join
 from mirage_ds.errors import UserError
-from mirage_ds.flags import CONTEXT, build_model, model_options
-from mirage_ds.mixture import Mixture
 from mirage_ds.run import events
 from mirage_ds.run.events import note_failure
 from mirage_ds.run.folder import describe_start, stop_file

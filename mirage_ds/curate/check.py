@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from mirage_ds.config import Stage, cache_folder
+from mirage_ds.config.run import Stage, cache_folder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
 from mirage_ds.data.record import Fault, Record, RecordError

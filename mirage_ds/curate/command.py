@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.curate.layouts import LAYOUTS, Layout
 from mirage_ds.curate.spec import KINDS, ImportSpec, Kind, MixSpec, VarySpec
-from mirage_ds.flags import CONTEXT, build_model, model_options
 
 if TYPE_CHECKING:
     from mirage_ds.curate.rewrite import Written
@@ -46,8 +46,8 @@ def vary(kind: Kind, file: Path, **flags: Any) -> None:
 @model_options(MixSpec)
 def mix(files: tuple[str, ...], **flags: Any) -> None:
     """Write one records file of several, shuffled into one another: whole, or in proportion to their weights."""
+    from mirage_ds.config.mixture import parse_part
     from mirage_ds.curate.mix import mix as run
-    from mirage_ds.mixture import parse_part
 
     _tell(run([parse_part(text) for text in files], build_model(MixSpec, flags)))
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mirage_ds.config import Compress, Slots, Stage
+from mirage_ds.config.run import Compress, Slots, Stage
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.messages import TURNS_BEFORE
 from mirage_ds.data.pool import grid_sides, pool_groups

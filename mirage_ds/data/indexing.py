@@ -22,7 +22,8 @@ import torch
 import transformers
 from rich.progress import track
 
-from mirage_ds.config import cache_folder
+from mirage_ds.config.mixture import Records
+from mirage_ds.config.run import cache_folder
 from mirage_ds.data import encode, images, inside, joining, messages, parts, record, record_files, sample, sources
 from mirage_ds.data import index as on_disk
 from mirage_ds.data.encode import Encoder
@@ -31,7 +32,6 @@ from mirage_ds.data.joining import Writer, open_made, put, remove_abandoned
 from mirage_ds.data.parts import Parts, Plan
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync
-from mirage_ds.mixture import Records
 from mirage_ds.run.startup import nothing
 from mirage_ds.run.stop import ignore_in_worker, never
 

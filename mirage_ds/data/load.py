@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mirage_ds.config import Compress, Slots, Stage
+from mirage_ds.config.run import Compress, Slots, Stage
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.errors import UserError, reason, strict_json

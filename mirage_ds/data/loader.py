@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures
@@ -27,7 +28,6 @@ from mirage_ds.data.record import Fault, Record, RecordError
 from mirage_ds.data.sample import Measure, Sample
 from mirage_ds.data.ship import Shipment, ship
 from mirage_ds.errors import UserError
-from mirage_ds.mixture import Mixture, Records
 from mirage_ds.run.stop import ignore_in_worker
 
 # A share of dropped rows above this is worth a line in the log; --max_dropped_share decides when it is an error.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mirage_ds.config import Compress
+from mirage_ds.config.run import Compress
 
 # Permutations of `random` differ with F and k alone, so that a slot means the same places in every helper of one size.
 SEED = 2506_17218

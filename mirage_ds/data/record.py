@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.config import cache_folder
+from mirage_ds.config.run import cache_folder
 from mirage_ds.data.inside import folder_of_pictures, path_of
 from mirage_ds.data.messages import (
     FIELDS,

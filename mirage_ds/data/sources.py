@@ -18,6 +18,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.data.inside import writable
 from mirage_ds.data.kinds import head_of, is_parquet, need_json_lines
 from mirage_ds.data.messages import is_null
@@ -25,7 +26,6 @@ from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse
 from mirage_ds.data.record_files import text_lines
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_new
-from mirage_ds.mixture import Mixture, Records
 
 SUFFIXES = (".jsonl", ".parquet")
 # A piece is what one process makes at a time, and what a killed start loses: some hundred records.

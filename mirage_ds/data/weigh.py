@@ -9,11 +9,11 @@ import hashlib
 
 import numpy as np
 
+from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.data.loader import Index
 from mirage_ds.data.proportion import most
 from mirage_ds.data.sources import find_files
 from mirage_ds.errors import UserError
-from mirage_ds.mixture import Mixture, Records
 
 
 def sources_of(index: Index, mixture: Mixture) -> np.ndarray:

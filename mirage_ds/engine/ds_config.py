@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError, closest, shown, strict_json
 
 # Top-level keys that DeepSpeed 0.19.8 reads. It accepts any other without a word: `zero_optimisation` is ZeRO-0.

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.ds_config import compute_dtype
 from mirage_ds.engine.private import (
     set_collective_timeout,

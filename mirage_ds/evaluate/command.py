@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mirage_ds.config.flags import CONTEXT
 from mirage_ds.errors import UserError
 from mirage_ds.files import Output, check_output
-from mirage_ds.flags import CONTEXT
 from mirage_ds.run.process import is_rank, run_rank
 from mirage_ds.run.stop import StopRequest
 

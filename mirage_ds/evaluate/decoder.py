@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from mirage_ds.config import Slots
+from mirage_ds.config.run import Slots
 from mirage_ds.data.batch import collate, to_device
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.data.images import ImageFinder

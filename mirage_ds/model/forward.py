@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mirage_ds.config import LatentLoss
+from mirage_ds.config.run import LatentLoss
 from mirage_ds.data.batch import Batch
 from mirage_ds.model.images import place_images
 from mirage_ds.model.latents import compress, grounding, in_order, run_passes

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from mirage_ds.config import LatentLoss
+from mirage_ds.config.run import LatentLoss
 from mirage_ds.data.batch import Batch, Pass
 from mirage_ds.model.attention import Packed
 from mirage_ds.model.images import Deep, embedded

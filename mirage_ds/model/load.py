@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mirage_ds.config import LatentLoss, Stage
+from mirage_ds.config.run import LatentLoss, Stage
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, head_width_of, register
 from mirage_ds.model.family import FAMILIES, check_kind, flat_name

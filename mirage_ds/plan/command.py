@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mirage_ds.flags import build_model, model_options
+from mirage_ds.config.flags import build_model, model_options
 from mirage_ds.plan.spec import PlanSpec
 
 # Of a JSON given by --deepspeed; 2 is a user's mistake.

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.config import cache_folder
+from mirage_ds.config.run import cache_folder
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.files import write_atomically
 from mirage_ds.model.family import check_kind

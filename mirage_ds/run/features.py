@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from mirage_ds.config.mixture import Records
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures, Shard, ShardWriter, image_key, sortable
 from mirage_ds.data.images import READING
@@ -30,7 +31,6 @@ from mirage_ds.data.pool import DROPPED
 from mirage_ds.data.record import Fault, RecordError
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
 from mirage_ds.errors import UserError
-from mirage_ds.mixture import Records
 from mirage_ds.model.images import embedded
 from mirage_ds.model.latents import averages
 from mirage_ds.model.vision import FrozenTower

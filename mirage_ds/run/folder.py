@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
 from mirage_ds.files import TRAINED_KEY, check_output, delete_model, is_model_file, write_atomically
 from mirage_ds.run.events import FILE, MODEL_BEGINS

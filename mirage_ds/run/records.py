@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mirage_ds.config import LOSSES, RunConfig, cache_folder
+from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.config.run import LOSSES, RunConfig, cache_folder
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.features import KeptFeatures
 from mirage_ds.data.images import ImageFinder
@@ -32,7 +33,6 @@ from mirage_ds.data.weigh import weighed
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero, shared_fate
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import check_evaluation, spread
-from mirage_ds.mixture import Mixture, Records
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.load import (
     check_vocabulary,

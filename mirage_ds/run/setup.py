@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.mixture import Records
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.data.loader import Index, Loader
 from mirage_ds.data.record import Fault
@@ -34,7 +35,6 @@ from mirage_ds.engine.universal import use_universal
 from mirage_ds.engine.versions import check_release, gather_safely
 from mirage_ds.errors import UserError
 from mirage_ds.files import check_log, write_atomically
-from mirage_ds.mixture import Records
 from mirage_ds.model.attention import choose_backend, head_width_of
 from mirage_ds.model.load import Loaded, check_folder, load_model, load_tower, read_config, shape_of
 from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import Batch, to_device
 from mirage_ds.data.pack import StepPlan
 from mirage_ds.engine.setup import agree, everyone

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from mirage_ds.analysis.inspect.live import need_matplotlib
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.loader import Rows
 from mirage_ds.engine.setup import from_rank_zero
 from mirage_ds.engine.whole import check_room

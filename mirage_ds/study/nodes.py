@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.sources import find_files
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
-from mirage_ds.mixture import Mixture, Records
 from mirage_ds.study.spec import Arm, EvaluationSpec, Settings, StudySpec, arm_names, conditions, seed_number
 
 Kind = Literal["train", "evaluate", "controls"]

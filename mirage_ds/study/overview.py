@@ -9,11 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.pack import total_steps
 from mirage_ds.data.proportion import most
 from mirage_ds.errors import UserError
-from mirage_ds.mixture import Mixture, Records
 from mirage_ds.plan.fit import Question, chosen, rank
 from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.study.nodes import Node, Study

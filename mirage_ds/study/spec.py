@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from mirage_ds.analysis.controls.names import PATH, parse_names
-from mirage_ds.config import RunConfig, read_yaml
+from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.errors import UserError, closest, shown
 
 Settings = dict[str, Any]

@@ -14,7 +14,7 @@ import pytest
 from extensions import compiled, use_folder
 from group import Group
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.setup import check_ds_config, try_engine
 from mirage_ds.errors import UserError

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
 from mirage_ds import train
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record_files import scan
 from mirage_ds.engine import whole

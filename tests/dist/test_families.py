@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
 from mirage_ds import train
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.init import init_model
 from mirage_ds.run.setup import prepare
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from group import Group
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.indexing import open_index
 from mirage_ds.run.records import index_beforehand, make_encoder, model_folders
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from mirage_ds import train
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.encode import LATENT_TOKENS
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder

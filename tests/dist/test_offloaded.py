@@ -18,7 +18,7 @@ from extensions import compiled
 from group import Group, GroupFailure
 from safetensors.torch import save_file
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.offload_bytes import files_of, memory_of, read_keys

@@ -20,7 +20,7 @@ import pytest
 import torch
 from group import Group
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_PAD
 from mirage_ds.data.images import ImageFinder

@@ -27,7 +27,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import mirage_ds
 from mirage_ds import train
 from mirage_ds.cli import main
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.engine.universal import convert
 from mirage_ds.evaluate.decoder import evaluate_file, load_decoder, run_limits

@@ -16,7 +16,7 @@ from on_disk import files, log_of, rewrite
 from test_resume import BASE, STEPS
 
 from mirage_ds import train
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.manifest import MANIFEST
 from mirage_ds.errors import UserError

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from mirage_ds import train
 from mirage_ds.cluster.status.facts import read_facts
 from mirage_ds.cluster.status.summary import summary
-from mirage_ds.config import RunConfig
+from mirage_ds.config.mixture import records_of
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.indexing import open_index
@@ -31,7 +32,6 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.errors import UserError
 from mirage_ds.export import export_folder
-from mirage_ds.mixture import records_of
 from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import StepCounts, objective
 from mirage_ds.run.monitor import Monitor

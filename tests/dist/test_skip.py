@@ -13,7 +13,7 @@ from group import Group
 from on_disk import TIMES
 
 from mirage_ds import train
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
 from mirage_ds.run.setup import prepare
 

@@ -15,7 +15,7 @@ from group import Group
 from PIL import Image
 
 from mirage_ds import train
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.curate.tasks import TASKS, get_task
 from mirage_ds.curate.tasks.build import build, convert
 from mirage_ds.data.images import ImageFinder

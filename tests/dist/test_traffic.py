@@ -18,7 +18,7 @@ from group import Group
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.listen import listening
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.plan.formulas import Zero3, sizes, two_layers, volume, walk
 from mirage_ds.plan.shape import read_shape

@@ -27,7 +27,7 @@ from on_disk import lines_of, rewrite
 from safetensors.torch import load_file, save_file
 
 from mirage_ds import train
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import checkpoint as checkpoints
 from mirage_ds.engine.frozen import digest, notes_of_engine
 from mirage_ds.engine.manifest import faults, read_manifest

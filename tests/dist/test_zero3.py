@@ -22,7 +22,7 @@ from group import Group, GroupFailure
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.plan.formulas import sizes, trained_parameters
 from mirage_ds.plan.settings import read_settings

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from mirage_ds.config import PAPER_GAMMA
+from mirage_ds.config.run import PAPER_GAMMA
 from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder

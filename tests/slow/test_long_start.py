@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.run.records import index_beforehand
 
 LIMIT_S = 240

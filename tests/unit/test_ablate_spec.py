@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ablate import STAGES, opened, write_study
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
 from mirage_ds.study.collect import stated
 from mirage_ds.study.nodes import MACHINE, model_hash, records_hash

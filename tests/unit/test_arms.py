@@ -29,7 +29,7 @@ from test_forward import (  # noqa: F401  # sharp and doubled are fixtures
 )
 from torch.nn import functional
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.encode import LATENT_END, LATENT_PAD, LATENT_START, Encoder
 from mirage_ds.data.images import ImageFinder

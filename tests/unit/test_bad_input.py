@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mirage_ds.cli import cli
-from mirage_ds.config import RunConfig, read_yaml
+from mirage_ds.config.flags import build_model
+from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.curate.check import check_file
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import MAX_PIXELS, ImageFinder
@@ -38,7 +39,6 @@ from mirage_ds.data.sample import Sample
 from mirage_ds.engine.ds_config import read_json, resolve
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Answer, score
-from mirage_ds.flags import build_model
 from mirage_ds.model.load import check_folder
 
 # A fixture made once for all examples of a property is what is meant here.

@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from mirage_ds import train
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
 
 NEEDED = ["--model", "m", "--stage", "stage1", "--data_path", "d.jsonl", "--save_model_path", "out"]

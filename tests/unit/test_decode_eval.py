@@ -15,7 +15,8 @@ import pytest
 import torch
 from test_plan_activations import Live, model_of, sample, shape
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.flags import build_model
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
@@ -25,7 +26,6 @@ from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.engine.whole import bytes_to_decode
 from mirage_ds.evaluate.decoder import decode_samples
 from mirage_ds.evaluate.scoring import spread
-from mirage_ds.flags import build_model
 from mirage_ds.model.generate import LatentTokens, Limits, generate, latent_tokens
 from mirage_ds.model.load import load_model
 from mirage_ds.run import best

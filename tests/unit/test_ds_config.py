@@ -12,7 +12,7 @@ import pytest
 import torch
 from deepspeed.runtime import config as theirs
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.ds_config import (
     KNOWN_KEYS,
     UNUSED,

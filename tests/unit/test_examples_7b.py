@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from mirage_ds.cli import cli
-from mirage_ds.config import RunConfig, read_yaml
+from mirage_ds.config.flags import build_model
+from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.data.pack import total_steps
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.evaluate.command import evaluate
-from mirage_ds.flags import build_model
 from mirage_ds.model.presets import preset
 from mirage_ds.plan.fit import Plan, Question, chosen, rank
 from mirage_ds.plan.settings import read_settings

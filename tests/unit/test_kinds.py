@@ -24,7 +24,8 @@ import pytest
 import torch.distributed as dist
 
 from mirage_ds.cli import cli
-from mirage_ds.config import RunConfig
+from mirage_ds.config.mixture import Mixture, Part
+from mirage_ds.config.run import RunConfig
 from mirage_ds.curate.check import check_file
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.record_files import scan
@@ -32,7 +33,6 @@ from mirage_ds.data.sources import find_files, pieces, read_piece, unread, unrea
 from mirage_ds.engine.setup import World
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import UserError
-from mirage_ds.mixture import Mixture, Part
 from mirage_ds.run.records import index_records
 from mirage_ds.run.stop import never
 

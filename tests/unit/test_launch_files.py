@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from mirage_ds.cluster.hosts import read_hosts
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.run.stop import EXIT_STOPPED
 
 LAUNCH = Path(__file__).parents[2] / "launch"

@@ -29,7 +29,7 @@ from test_forward import (
 )
 from transformers import AutoModelForImageTextToText
 
-from mirage_ds.config import RunConfig
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.encode import LATENT_TOKENS
 from mirage_ds.engine.export import Parts, save_model
 from mirage_ds.engine.spelling import read_base

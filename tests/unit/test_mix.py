@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mirage_ds.cli import main
+from mirage_ds.config.mixture import Part, parse_part
 from mirage_ds.curate.check import check_file
 from mirage_ds.curate.mix import _counts, mix
 from mirage_ds.curate.spec import MixSpec
 from mirage_ds.errors import UserError
-from mirage_ds.mixture import Part, parse_part
 
 Call = Callable[..., tuple[int, str, str]]
 Row = dict[str, Any]

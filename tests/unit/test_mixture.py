@@ -11,14 +11,14 @@ import pytest
 
 from mirage_ds.cluster.doctor.examine import _plan
 from mirage_ds.cluster.doctor.spec import DoctorSpec
-from mirage_ds.config import RunConfig
+from mirage_ds.config.flags import build_model
+from mirage_ds.config.mixture import Mixture, records_of
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.loader import Index, build_index
 from mirage_ds.data.sources import find_files
 from mirage_ds.data.weigh import content, describe, weighed
 from mirage_ds.errors import UserError
-from mirage_ds.flags import build_model
-from mirage_ds.mixture import Mixture, records_of
 from mirage_ds.study.nodes import records_hash
 from mirage_ds.study.overview import rows_of, steps_of
 

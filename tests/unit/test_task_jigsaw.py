@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mirage_ds.config.flags import build_model
 from mirage_ds.curate.tasks.build import BuildReport, build, convert
 from mirage_ds.curate.tasks.jigsaw import BlinkSettings, JigsawSettings
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Answer, score
-from mirage_ds.flags import build_model
 
 TASK = "blink-jigsaw"
 SMALL = {"side": 84, "min_side": 56}

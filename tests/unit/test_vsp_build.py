@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from mirage_ds.config.flags import build_model
 from mirage_ds.curate.tasks import maps, render, task_name
 from mirage_ds.curate.tasks.build import BuildReport, BuildSpec, build, print_report, progress_bar
 from mirage_ds.curate.tasks.supply import apportion
 from mirage_ds.errors import UserError
-from mirage_ds.flags import build_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ROWS = FIXTURES / "vsp_planning_rows.jsonl"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mirage_ds.analysis.controls.names import CONDITIONS, parse_names
+from mirage_ds.config.flags import CONTEXT
 from mirage_ds.files import Output
-from mirage_ds.flags import CONTEXT
 
 if TYPE_CHECKING:
     from mirage_ds.analysis.controls.study import Wanted

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from mirage_ds.config import Compress
+from mirage_ds.config.run import Compress
 from mirage_ds.data.pool import DROPPED, pool_groups
 
 

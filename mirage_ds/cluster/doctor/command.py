@@ -11,13 +11,13 @@ from typing import Any
 import click
 
 from mirage_ds.cluster.doctor.spec import DoctorSpec
+from mirage_ds.config.flags import build_model, model_options
 from mirage_ds.errors import EXIT_USER_ERROR, UserError, closest
-from mirage_ds.flags import build_model, model_options
 
 
 def _run_settings(file: Path) -> dict[str, Any]:
     """Return what a run's YAML says of the things that are looked at here."""
-    from mirage_ds.config import RunConfig, read_yaml
+    from mirage_ds.config.run import RunConfig, read_yaml
 
     values = {str(key).replace("-", "_"): value for key, value in read_yaml(file).items()}
     for name in values:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.curate.rationalize.spec import RationalizeSpec
 from mirage_ds.errors import UserError
-from mirage_ds.flags import CONTEXT, build_model, model_options
 
 if TYPE_CHECKING:
     from mirage_ds.curate.rationalize.run import Report

@@ -16,7 +16,7 @@ from itertools import islice
 
 import torch
 
-from mirage_ds.config import cache_folder
+from mirage_ds.config.run import cache_folder
 from mirage_ds.curate.rationalize.form import Judge
 from mirage_ds.curate.rationalize.job import Job, Lost, Pending, Reply, Rows
 from mirage_ds.curate.rationalize.prompt import Template

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import click
 
+from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.curate.tasks import TASKS, get_task, task_name
 from mirage_ds.curate.tasks.task import Settings, Task
 from mirage_ds.errors import UserError
-from mirage_ds.flags import CONTEXT, build_model, model_options
 
 Way = Literal["build", "convert"]
 

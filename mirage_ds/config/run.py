@@ -13,8 +13,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from mirage_ds.config.mixture import Records, records_of
 from mirage_ds.errors import UserError, reason, shown
-from mirage_ds.mixture import Records, records_of
 
 Stage = Literal["sft", "stage1", "stage2"]
 FeatureCache = Literal["all", "targets", "off"]

@@ -1,0 +1,1 @@
+"""The settings of a run, and the flags that are made from them."""
