@@ -337,7 +337,7 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
 
 def make_inputs(place: Path, name: str, depth: int, swap: Path, dtype: str) -> Sizes:
     """Write the model's configuration at `depth`, a tokenizer trained on the sample, and the DeepSpeed JSON."""
-    from mirage_ds.init import init_model
+    from mirage_ds.model.init import init_model
 
     folder = place / "model"
     init_model(name, folder, texts=[SAMPLE], config_only=True)

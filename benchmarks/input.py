@@ -194,7 +194,7 @@ def in_a_process(function: Any, *arguments: Any) -> dict[str, Any]:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to work in; a temporary one if not set.")
 def main(count: int, stage: str, steps: int, workers: int, compute_ms: float, out: Path | None) -> None:
     """Print one JSON line."""
-    from mirage_ds.init import init_model
+    from mirage_ds.model.init import init_model
 
     place = out or Path(tempfile.mkdtemp(prefix="mirage-input-"))
     try:

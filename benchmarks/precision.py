@@ -256,7 +256,7 @@ def make_inputs(out: Path, rows: int) -> None:
     from safetensors.torch import load_file, save_file
 
     from benchmarks.chaos import BINARIES, environment
-    from mirage_ds.init import init_model
+    from mirage_ds.model.init import init_model
 
     build = (BINARIES / "mirage-ds", "data", "build", "vsp-spatial-planning", "--prompt", "short", "--cell_size", 28)
     for command in (

@@ -144,7 +144,7 @@ def work(rank: int, port: int, model: Path, out: Path, answers: Any) -> None:
 def main(markdown: bool) -> None:
     """Print elements over Ψ of both micro-steps of one optimizer step, counted and computed."""
     from benchmarks.chaos import free_port
-    from mirage_ds.init import init_model
+    from mirage_ds.model.init import init_model
 
     os.environ |= dict(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     context = multiprocessing.get_context("spawn")

@@ -137,7 +137,7 @@ def init(
     config_only: bool,
 ) -> None:
     """Write a random Qwen2.5-VL with a tokenizer trained on the task's text."""
-    from mirage_ds.init import init_model
+    from mirage_ds.model.init import init_model
 
     count = init_model(
         preset,
@@ -162,7 +162,7 @@ def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None
     SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>), a run folder (its newest checkpoint is taken
     where training has not finished), or a model folder that is to have another number of vocabulary rows.
     """
-    from mirage_ds.export import export_folder
+    from mirage_ds.engine.export import export_folder
 
     print(export_folder(source, target, vocab_rows, base))
 

@@ -35,7 +35,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random nano model whose tokenizer knows the samples' text."""
-    from mirage_ds.init import init_model
+    from mirage_ds.model.init import init_model
 
     out = tmp_path_factory.mktemp("models") / "nano"
     init_model("nano", out, texts=[REPO / "data/sample.jsonl", REPO / "data/sample_planning.jsonl"])

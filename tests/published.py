@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.init import CHAT_TEMPLATE
+from mirage_ds.model.init import CHAT_TEMPLATE
 
 Values = dict[str, Any]
 

@@ -1,303 +1,54 @@
-"""Saving the trained model: a folder of safetensors that plain transformers opens.
-
-V vocabulary rows, H hidden.
-"""
+"""`mirage-ds export`: a sharded checkpoint, or a model folder with other vocabulary rows, as a complete folder."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
 
-from mirage_ds.engine.adapter import Adapter, adapter_name, lora_of, stored_adapter, trained_adapter
-from mirage_ds.engine.card import model_card, write_card
-from mirage_ds.engine.checkpoint import check_whole, read_state
-from mirage_ds.engine.frozen import Notes, digest
-from mirage_ds.engine.spelling import Base, config_json, write_image_processor, write_tokenizer
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.load import load_encoder, load_tokenizer
+from mirage_ds.engine.checkpoint import STATE_FILE
+from mirage_ds.engine.save import Parts, change_rows, export_checkpoint, refuse_existing, trained_of
+from mirage_ds.engine.spelling import read_base
 from mirage_ds.errors import UserError
-from mirage_ds.files import is_own_weights, whole_folder, write_atomically
-from mirage_ds.model.family import FAMILIES, Family, family_of
-from mirage_ds.model.folder import weight_files
-from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.gathered import gathered
-from mirage_ds.model.load import expected_shapes, public_name, read_config
-from mirage_ds.model.lora import check_peft
-
-SHARD_BYTES = 4 << 30
+from mirage_ds.model.folder import resolve_folder
+from mirage_ds.model.load import check_folder
 
 
-def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a model folder says of its training, from what a checkpoint says of its run (prepare.prepare)."""
-    # Checkpoints from before there were arms say nothing of them.
-    slots, compress, *_ = state.get("latents") or (None, "average")
-    lora = state.get("lora")
-    return {
-        "stage": state["stage"],
-        "latent_size": state["latent_size"],
-        "slots": slots,
-        "compress_strategy": compress,
-        **({"lora": {name: lora[name] for name in ("rank", "alpha", "targets")}} if lora else {}),
-    }
+def _find(source: Path) -> Path:
+    """Return the model folder or the checkpoint that `source` names."""
+    latest = source / "run" / "checkpoints" / "latest"
+    if (source / STATE_FILE).is_file() or (source / "config.json").is_file():
+        return source
+    if latest.is_file():
+        return latest.parent / latest.read_text().strip()
+    raise UserError(f"{source}: neither a model folder, nor a run folder with a checkpoint, nor a checkpoint")
 
 
-VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
-
-
-def whole_tensors(model: nn.Module, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (public name, whole tensor on the CPU) of each parameter, one gathered at a time. All ranks iterate.
-
-    Adapters are left out (adapter.trained_adapter).
-
-    Args:
-        keep: whether this rank wants the tensors; the others get empty ones.
-    """
-    for name, parameter in model.named_parameters():
-        if adapter_name(name) is not None:
-            continue
-        with gathered([parameter]):
-            yield public_name(name), parameter.detach().cpu().clone() if keep else torch.empty(0)
-
-
-class ShardWriter:
-    """Writes tensors into safetensors shards of bounded size under temporary names, and names them at the end.
-
-    Args:
-        family: whose checkpoints' names the tensors get; as they are handed in if None.
-    """
-
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, family: Family | None = None):
-        self.folder = folder
-        self.shard_bytes = shard_bytes
-        self.family = family
-        self.shards: list[list[str]] = []
-        self.waiting: dict[str, torch.Tensor] = {}
-        self.total = 0
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def _partial(self, number: int) -> Path:
-        return self.folder / f".model-{number:05d}.safetensors.partial"
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor; a full shard is written at once."""
-        size = tensor.numel() * tensor.element_size()
-        if self.waiting and sum(t.numel() * t.element_size() for t in self.waiting.values()) + size > self.shard_bytes:
-            self._flush()
-        self.waiting[self.family.written_name(name) if self.family else name] = tensor.contiguous()
-        self.total += size
-
-    def _flush(self) -> None:
-        partial = self._partial(len(self.shards))
-        try:
-            save_file(self.waiting, partial, metadata={"format": "pt"})
-        except SafetensorError as error:
-            # It keeps the system's number in its text alone.
-            partial.unlink(missing_ok=True)
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(partial)) from None
-        # safetensors makes files that only their owner reads; a model folder is shared like any other output.
-        partial.chmod(0o644)
-        self.shards.append(list(self.waiting))
-        self.waiting = {}
-
-    def finish(self) -> None:
-        """Put the shards and their index in place, and remove those of an earlier save."""
-        if self.waiting:
-            self._flush()
-        for old in self.folder.iterdir():
-            if is_own_weights(old.name):
-                old.unlink()
-        for left in set(self.folder.glob(".model-*.partial")) - {self._partial(n) for n in range(len(self.shards))}:
-            left.unlink()
-        if len(self.shards) == 1:
-            self._partial(0).replace(self.folder / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self.shards):
-            file = f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
-            self._partial(number).replace(self.folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-        write_atomically(self.folder / "model.safetensors.index.json", json.dumps(index, indent=1))
-
-
-class Parts(NamedTuple):
-    """What a model folder holds besides its weights.
-
-    Attributes:
-        base: the small files of the folder that the model was loaded from; source: that folder.
-        tokenizer, image_processor: transformers' own.
-        trained: what trained_of gives, kept in config.json.
-        card: the text of README.md (card.model_card); none is written where it is empty.
-    """
-
-    base: Base
-    tokenizer: Any
-    image_processor: Any
-    source: Path
-    trained: dict[str, Any]
-    card: str = ""
-
-    @property
-    def family(self) -> Family:
-        """The model's."""
-        return FAMILIES[self.base.config["model_type"]]
-
-
-def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts, adapter: Adapter | None) -> None:
-    """Put weights and everything else in place, the adapter that is merged into them too.
-
-    config.json is written last: a folder without it is no model, so that an interrupted save is never taken for one.
-    """
-    folder = writer.folder
-    (folder / "config.json").unlink(missing_ok=True)
-    writer.finish()
-    write_tokenizer(parts.tokenizer, parts.base, folder)
-    write_image_processor(parts.image_processor, folder)
-    for name, content in parts.base.files.items():
-        write_atomically(folder / name, content)
-    if adapter:
-        adapter.write(folder, parts.source)
-    if parts.card:
-        write_card(folder, parts.card)
-    write_atomically(folder / "config.json", config_json(parts.base, dtype, parts.trained, parts.family.whole))
-
-
-def save_model(model: MirageModel, tower: nn.Module | None, folder: Path, rank: int, parts: Parts) -> None:
-    """Write the trained model, its frozen tower re-joined, as a model folder. All ranks call it; rank 0 writes.
-
-    Adapters are merged, and written beside.
-
-    Args:
-        tower: the frozen tower, or None where the tower is part of `model`.
+def export_folder(source: Path, target: Path, vocab_rows: int | None, base: Path | None) -> str:
+    """Export; return one line that says what was written.
 
     Raises:
-        OSError, SafetensorError: on rank 0, once all ranks have done their part: what is gathered needs every rank.
+        UserError: nothing to export, `target` exists, or the base model is gone.
     """
-    writer: ShardWriter | None = None
-    failure: OSError | SafetensorError | None = None
-    dtype = torch.float32
-    try:
-        writer = ShardWriter(folder, family=parts.family) if rank == 0 else None
-    except OSError as error:
-        failure = error
-    adapter = trained_adapter(model, keep=writer is not None)
-    for name, tensor in whole_tensors(model, keep=writer is not None):
-        if writer and failure is None:
-            dtype = tensor.dtype
-            try:
-                writer.add(name, adapter.merged(name, tensor) if adapter else tensor)
-            except (OSError, SafetensorError) as error:
-                failure = error
-    if failure is not None:
-        raise failure
-    if not writer:
-        return
-    if tower is not None:
-        for name, tensor in tower.state_dict().items():
-            writer.add(f"visual.{name}", tensor.cpu())
-    finish_folder(writer, dtype, parts, adapter)
-
-
-def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Parts) -> None:
-    """Turn a sharded checkpoint into a model folder; tensors that were not trained come from `parts.source`.
-
-    Its adapters, if it has any, are merged, and written beside.
-
-    Args:
-        checkpoint: a global_step<N> folder; the model card is written from what it says of itself.
-        dtype: of the written weights; the checkpoint holds float32 masters.
-
-    Raises:
-        UserError: `out` exists, a file differs from the checkpoint's manifest, or what is in the source is not what
-            was frozen in training.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    refuse_existing(out)
-    check_whole(checkpoint)
-    state = read_state(checkpoint)
-    lora = lora_of(state)
-    if lora:
-        check_peft(f"{checkpoint}, which holds adapters,")
-    frozen: Notes = {public_name(name): note for name, note in state.get("kept", {}).items()}
-    expected = expected_shapes(read_config(parts.source))
-    masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
-    with whole_folder(out) as folder:
-        writer = ShardWriter(folder, family=parts.family)
-        tied = "lm_head.weight" not in expected
-        adapter = stored_adapter(lora, masters.items(), dtype, tied) if lora else None
-        written = set()
-        for stored, tensor in masters.items():
-            # A tied head stands there twice, and buffers are no weights.
-            name = public_name(stored)
-            if name in expected and name not in written:
-                writer.add(name, tensor.contiguous().to(dtype))
-                written.add(name)
-        missing = expected.keys() - written
-        for file in weight_files(parts.source):
-            with safe_open(file, "pt") as tensors:
-                for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
-                    name = public_name(stored)
-                    if name in missing:
-                        tensor = tensors.get_tensor(stored).to(dtype)
-                        if name in frozen and frozen[name] != digest(tensor):
-                            raise UserError(
-                                f"{name} in {parts.source} is not what {checkpoint} was trained on; name the base that "
-                                "it was, unchanged, with --model"
-                            )
-                        writer.add(name, adapter.merged(name, tensor) if adapter else tensor)
-        finish_folder(writer, dtype, parts._replace(card=model_card(state)), adapter)
-
-
-def refuse_existing(out: Path) -> None:
-    """Raise UserError where an output folder exists already."""
-    if out.exists():
-        raise UserError(f"{out} exists already; give a new folder")
-
-
-def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:
-    """Copy a model folder with another number of vocabulary rows.
-
-    The public Mirage code writes 151,668 rows, Qwen2.5-VL has 152,064 (7B and larger) or 151,936 (3B); tools differ in
-    which they take. Rows that no token uses are cut off, or added as zeros.
-
-    Args:
-        rows: V of the copy.
-        tokens: entries of the tokenizer; fewer rows than that would lose a token.
-    """
-    if rows < tokens:
-        raise UserError(f"--vocab_rows {rows} would cut off tokens: the tokenizer has {tokens}")
     refuse_existing(target)
-    with whole_folder(target) as folder:
-        _copy_rows(source, folder, rows)
-
-
-def _copy_rows(source: Path, target: Path, rows: int) -> None:
-    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    writer = ShardWriter(target, family=family_of(values.get("model_type"), str(source)))
-    for file in weight_files(source):
-        with safe_open(file, "pt") as tensors:
-            for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
-                name, tensor = public_name(stored), tensors.get_tensor(stored)
-                if name in VOCABULARY_TENSORS:
-                    added = tensor.new_zeros(max(0, rows - len(tensor)), tensor.shape[1])
-                    tensor = torch.cat([tensor[:rows], added])
-                writer.add(name, tensor)
-    writer.finish()
-    for file in source.iterdir():
-        if file.is_file() and "safetensors" not in file.name and file.name != "config.json":
-            (target / file.name).write_bytes(file.read_bytes())
-    for block in (values, values.get("text_config", {})):
-        if "vocab_size" in block:
-            block["vocab_size"] = rows
-    write_atomically(target / "config.json", json.dumps(values, indent=2) + "\n")
+    found = _find(source)
+    if not (found / STATE_FILE).is_file():
+        if vocab_rows is None:
+            raise UserError(f"{source}: is a complete model folder already; --vocab_rows changes its vocabulary rows")
+        folder = resolve_folder(str(found), "SOURCE", None)
+        check_folder(folder)
+        change_rows(folder, target, vocab_rows, tokens=len(load_tokenizer([str(folder)], None)))
+        return f"{target}: {vocab_rows} vocabulary rows"
+    state = json.loads((found / STATE_FILE).read_text())
+    if vocab_rows is not None:
+        raise UserError("--vocab_rows goes with a model folder: export the checkpoint first, then the folder")
+    sources = [str(base)] if base else state["sources"]
+    place = resolve_folder(sources[0], "--model", None)
+    check_folder(place, [Path(folder) for folder in sources[1:]])
+    encoder = load_encoder(sources, ImageFinder(()), "sft", 1, tuple(state["pixels"]))
+    parts = Parts(read_base(place, encoder.tokenizer), encoder.tokenizer, encoder.images, place, trained_of(state))
+    export_checkpoint(found, target, getattr(torch, state["dtype"]), parts)
+    return f"{target}: step {state['step']} of {state['stage']}, {state['dtype']}"

@@ -24,10 +24,10 @@ from mirage_ds.engine.adapter import note_of
 from mirage_ds.engine.card import model_card
 from mirage_ds.engine.checkpoint import Found, find_checkpoint, load_checkpoint
 from mirage_ds.engine.compiled import say_waits
-from mirage_ds.engine.export import Parts, save_model, trained_of
 from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
 from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.private import set_collective_timeout
+from mirage_ds.engine.save import Parts, save_model, trained_of
 from mirage_ds.engine.setup import World, check_ds_config, everyone, from_rank_zero, make_engine, try_engine
 from mirage_ds.engine.spelling import read_base
 from mirage_ds.engine.swap_folders import Swap, claim_folders

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
-from mirage_ds.init import init_model
+from mirage_ds.model.init import init_model
 from mirage_ds.run.setup import prepare
 
 SETTINGS: dict[str, Any] = dict(

@@ -29,12 +29,12 @@ from safetensors.torch import load_file, save_file
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import checkpoint as checkpoints
+from mirage_ds.engine.export import export_folder
 from mirage_ds.engine.frozen import digest, notes_of_engine
 from mirage_ds.engine.manifest import faults, read_manifest
 from mirage_ds.engine.setup import everyone
 from mirage_ds.engine.universal import convert, listed, needed_bytes
 from mirage_ds.errors import UserError
-from mirage_ds.export import export_folder
 from mirage_ds.run import setup as preparing
 
 ROWS, B, STEPS, SAVED = 12, 5, 5, 2

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Planning and reasoning records of the benchmark's picture size with the full prompt, and a nano model."""
     from mirage_ds.curate.tasks.build import build
     from mirage_ds.curate.tasks.spec import BuildSpec
-    from mirage_ds.init import init_model
+    from mirage_ds.model.init import init_model
 
     out = tmp_path_factory.mktemp("stages")
     build("vsp-spatial-planning", BuildSpec(out=out / "planning", count=100))

@@ -169,7 +169,7 @@ evaluate.answer_records = one
 """
 IN_A_WRITE = """
 import os, signal
-from mirage_ds.engine import export
+from mirage_ds.engine import save as export
 whole = export.save_file
 def half(tensors, path, **more):
     whole(tensors, path, **more)

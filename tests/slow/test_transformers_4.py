@@ -19,7 +19,7 @@ from published import LAYOUTS, write_layout
 
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.engine.export import Parts, change_rows, save_model
+from mirage_ds.engine.save import Parts, change_rows, save_model
 from mirage_ds.engine.spelling import read_base
 from mirage_ds.model.load import load_model
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mirage_ds.data.sample import Sample
-from mirage_ds.init import init_model
+from mirage_ds.model.init import init_model
 
 REPO = Path(__file__).parents[2]
 OTHERS = ("nano-qwen2-vl", "nano-qwen3-vl")

@@ -24,7 +24,7 @@ from mirage_ds.curate.tasks.vsp_planning import best_constant
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
-from mirage_ds.engine.export import change_rows
+from mirage_ds.engine.save import change_rows
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import (
     Decoder,

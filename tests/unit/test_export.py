@@ -21,8 +21,8 @@ from mirage_ds.data.encode import Encoder
 from mirage_ds.data.load import load_tokenizer
 from mirage_ds.data.record import Record
 from mirage_ds.data.sample import Sample
-from mirage_ds.engine import export
-from mirage_ds.engine.export import Parts, ShardWriter, change_rows, save_model
+from mirage_ds.engine import save as export
+from mirage_ds.engine.save import Parts, ShardWriter, change_rows, save_model
 from mirage_ds.engine.spelling import read_base
 from mirage_ds.errors import UserError
 from mirage_ds.files import TRAINED_KEY

@@ -29,9 +29,9 @@ from mirage_ds.curate.rationalize.spec import RationalizeSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.engine.checkpoint import STATE_FILE
 from mirage_ds.errors import UserError
-from mirage_ds.init import init_model
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.folder import INDEX, SINGLE, resolve_folder, stored_tensors, weight_files
+from mirage_ds.model.init import init_model
 from mirage_ds.model.load import check_folder, open_weights
 
 Tensors = dict[str, torch.Tensor]

@@ -31,7 +31,7 @@ from transformers import AutoModelForImageTextToText
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.encode import LATENT_TOKENS
-from mirage_ds.engine.export import Parts, save_model
+from mirage_ds.engine.save import Parts, save_model
 from mirage_ds.engine.spelling import read_base
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import UserError

@@ -25,7 +25,7 @@ from mirage_ds.curate.rationalize.prompt import Template
 from mirage_ds.curate.rationalize.spec import RationalizeSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
-from mirage_ds.engine.export import change_rows
+from mirage_ds.engine.save import change_rows
 from mirage_ds.engine.spelling import config_json, read_base, read_trained, write_image_processor, write_tokenizer
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import load_decoder, run_limits

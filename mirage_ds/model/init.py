@@ -138,7 +138,7 @@ def init_model(
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from mirage_ds.engine.export import ShardWriter
+    from mirage_ds.engine.save import ShardWriter
     from mirage_ds.model.load import public_name
 
     values = preset(name)
