@@ -439,9 +439,3 @@ def write_report(report: dict[str, Any], file: Path) -> None:
     head = json.dumps({key: value for key, value in report.items() if key != "answers"}, indent=1)
     lines = ",\n  ".join(json.dumps(answer) for answer in report["answers"])
     write_atomically(file, f'{head[:-2]},\n "answers": [\n  {lines}\n ]\n}}\n')
-
-
-if __name__ == "__main__":
-    from mirage_ds.evaluate.command import main
-
-    main()

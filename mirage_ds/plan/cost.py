@@ -2,7 +2,7 @@
 
 Ψ elements of the trained parameters, W ranks on N nodes of g GPUs, G micro-steps; b, a, m, s bytes as in states.py.
 
-ZeRO-3's volumes are mirage_ds/plan/formulas.py's. ZeRO-1 and 2 are read in DeepSpeed 0.19.8 and not counted: ZeRO-2 reduces a
+ZeRO-3's volumes are in formulas.py. ZeRO-1 and 2 are read in DeepSpeed 0.19.8 and not counted: ZeRO-2 reduces a
 bucket by an all-reduce (use_multi_rank_bucket_allreduce, its default), 2 Ψ in every micro-step, ZeRO-1 and 0 once an
 optimizer step, and 1 and 2 gather the new weights once.
 """

@@ -368,7 +368,7 @@ def launch(*words: object) -> tuple[int, str]:
     environment = {key: value for key, value in os.environ.items() if key not in names}
     environment["PATH"] = f"{here}{os.pathsep}{environment['PATH']}"
     launcher = [here / "deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "--module"]
-    command = [*map(str, launcher), "mirage_ds.evaluate.decoder", *map(str, words)]
+    command = [*map(str, launcher), "mirage_ds.evaluate", *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     return done.returncode, done.stdout + done.stderr
 

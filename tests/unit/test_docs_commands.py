@@ -123,7 +123,7 @@ def run_module(name: str, words: list[str], shown: Shown, seen: list[click.Conte
         params = parse(importlib.import_module(name).command, words, shown, seen)
         take_settings(params, shown)
         return
-    if name == "mirage_ds.evaluate.decoder":
+    if name == "mirage_ds.evaluate":
         name = "mirage_ds.evaluate.command"
     module = importlib.import_module(name)
     command = getattr(module, "evaluate" if name == "mirage_ds.evaluate.command" else "command", None) or module.main

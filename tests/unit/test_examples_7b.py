@@ -320,7 +320,7 @@ def parse(words: list[str]) -> RunConfig | None:
         at = rest.index("--module")
         assert rest[:at] in (["--num_gpus", "8"], ["--hostfile", "hosts"])
         module, *rest = rest[at + 1 :]
-        if module == "mirage_ds.evaluate.decoder":
+        if module == "mirage_ds.evaluate":
             evaluate.make_context("evaluate", rest)
             return None
         assert module == "mirage_ds.train"

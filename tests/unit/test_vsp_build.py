@@ -429,7 +429,8 @@ def test_the_report_and_the_bar(capsys):
 
 def test_no_torch():
     code = (
-        "import sys, mirage_ds.curate.tasks.build, mirage_ds.curate.tasks.vsp_planning, mirage_ds.curate.tasks.vsp_reasoning;"
+        "import sys, mirage_ds.curate.tasks.build;"
+        "import mirage_ds.curate.tasks.vsp_planning, mirage_ds.curate.tasks.vsp_reasoning;"
         "sys.exit('torch' in sys.modules or 'gymnasium' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

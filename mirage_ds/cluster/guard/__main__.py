@@ -1,4 +1,4 @@
-"""The guard around one rank: `python -m mirage_ds.cluster.guard --port P mirage_ds.train …`, started by any launcher."""
+"""The guard around one rank, which any launcher starts: `python -m mirage_ds.cluster.guard --port P MODULE …`."""
 
 from __future__ import annotations
 
