@@ -138,8 +138,8 @@ def draw(out: Path, stages: Sequence[Stage]) -> Path:
 
 def constant_scores(test: Path) -> dict[str, tuple[float, int]]:
     """Score the best answer that never looks at the map, per level; with the number of maps."""
-    from mirage_ds.curate.tasks.maps import parse_board
-    from mirage_ds.curate.tasks.vsp_planning import best_constant
+    from mirage_ds.tasks.maps import parse_board
+    from mirage_ds.tasks.vsp_planning import best_constant
 
     boards: dict[str, list] = {}
     for line in test.read_text().splitlines():

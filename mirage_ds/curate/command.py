@@ -32,8 +32,8 @@ def vary(kind: Kind, file: Path, **flags: Any) -> None:
       no-image       grey instead of every input image
       helper-only    no input image, and a question that does not depend on it
     """
-    from mirage_ds.curate.tasks.report import progress_bar
     from mirage_ds.curate.vary import vary as run
+    from mirage_ds.tasks.report import progress_bar
 
     spec = build_model(VarySpec, flags)
     with progress_bar(f"{kind}: pictures") as progress:
@@ -69,7 +69,7 @@ def import_(layout: Layout, source: str, **flags: Any) -> None:
     record cannot hold (videos, sound, boxes, tools, bad answers) ends the import.
     """
     from mirage_ds.curate.importing import import_records
-    from mirage_ds.curate.tasks.report import progress_bar
+    from mirage_ds.tasks.report import progress_bar
 
     spec = build_model(ImportSpec, flags)
     with progress_bar("pictures") as progress:

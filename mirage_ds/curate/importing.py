@@ -11,9 +11,6 @@ from typing import Any
 from mirage_ds.curate.layouts import Layout, read_row
 from mirage_ds.curate.rewrite import Row, Written, write_rows
 from mirage_ds.curate.spec import ImportSpec
-from mirage_ds.curate.tasks.draft import Picture
-from mirage_ds.curate.tasks.report import Advance
-from mirage_ds.curate.tasks.write import new_target
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import content_of
 from mirage_ds.data.kinds import head_of, is_array, is_arrow, is_parquet
@@ -22,6 +19,9 @@ from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse
 from mirage_ds.data.record_files import read_lines
 from mirage_ds.data.sources import BATCH_ROWS
 from mirage_ds.errors import UserError, reason, strict_json
+from mirage_ds.tasks.draft import Picture
+from mirage_ds.tasks.report import Advance
+from mirage_ds.tasks.write import new_target
 
 # First bytes of a file → its suffix; others are kept under "img", which every reader here opens by content too.
 _SIGNS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"RIFF", "webp"), (b"GIF8", "gif"))

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.curate.spec import RewriteSpec
-from mirage_ds.curate.tasks.draft import Picture
-from mirage_ds.curate.tasks.report import Advance
-from mirage_ds.curate.tasks.write import Painter, new_target, whole_or_nothing
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
+from mirage_ds.tasks.draft import Picture
+from mirage_ds.tasks.report import Advance
+from mirage_ds.tasks.write import Painter, new_target, whole_or_nothing
 
 # Rows, and the pictures in them, that are held at a time.
 ROWS_AT_A_TIME = 256

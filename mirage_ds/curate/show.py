@@ -17,12 +17,12 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mirage_ds.curate.tasks import TASKS, get_task
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Fault, Record, RecordError, parse_record
 from mirage_ds.data.record_files import read_lines
 from mirage_ds.errors import UserError, shown
 from mirage_ds.files import write_atomically
+from mirage_ds.tasks import TASKS, get_task
 
 # Rows shown where nobody says which.
 FIRST = 20

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
-from mirage_ds.curate.tasks.task import Settings
+from mirage_ds.tasks.task import Settings
 
 Kind = Literal[
     "helper-input", "helper-rows", "helper-text", "helper-swap", "helper-noise", "no-image", "helper-only"

@@ -92,7 +92,7 @@ def evaluate(
 
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.engine.setup import shared_fate
-    from mirage_ds.evaluate.decoder import decoder as evaluation
+    from mirage_ds.evaluate import decoder as evaluation
 
     decoding = _decoding(options)
     if latents is not None:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.curate.tasks import get_task, task_name
 from mirage_ds.data.encode import LATENT_PAD, LATENT_START, Encoder
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError, closest, shown
+from mirage_ds.tasks import get_task, task_name
 
 # Metric → whether more of it is better. `moves`, `runs` and `latents` describe an answer and do not judge it.
 MORE_IS_BETTER = {

@@ -16,13 +16,13 @@ from PIL import Image
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
-from mirage_ds.curate.tasks import TASKS, get_task
-from mirage_ds.curate.tasks.build import build, convert
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import evaluate_file, load_decoder
 from mirage_ds.model.generate import Limits
 from mirage_ds.run.setup import prepare
+from mirage_ds.tasks import TASKS, get_task
+from mirage_ds.tasks.build import build, convert
 
 FIRST = {
     "vsp-spatial-planning": "success",

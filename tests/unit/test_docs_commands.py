@@ -17,8 +17,8 @@ from shell_lines import Shown, mentioned_in, shown_in
 from mirage_ds.cli import cli
 from mirage_ds.config.flags import build_model
 from mirage_ds.config.run import RunConfig, read_yaml
-from mirage_ds.curate.tasks import get_task
 from mirage_ds.errors import UserError
+from mirage_ds.tasks import get_task
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from mirage_ds.cli import main
-from mirage_ds.curate.tasks.vsp_planning import best_constant
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
@@ -40,6 +39,7 @@ from mirage_ds.evaluate.decoder import decoder as evaluate
 from mirage_ds.evaluate.scoring import Answer, better, check_metric, score, task_of, wilson
 from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import load_model
+from mirage_ds.tasks.vsp_planning import best_constant
 
 PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"
 SAMPLE = Path(__file__).parents[2] / "data/sample_planning.jsonl"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mirage_ds.analysis.inspect import probe
-from mirage_ds.curate.tasks.maps import Board, shortest_path
 from mirage_ds.data.record import Record
+from mirage_ds.tasks.maps import Board, shortest_path
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

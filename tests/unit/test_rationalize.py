@@ -33,10 +33,10 @@ from mirage_ds.curate.rationalize.job import Rows
 from mirage_ds.curate.rationalize.pictures import data_url
 from mirage_ds.curate.rationalize.prompt import Shown
 from mirage_ds.curate.rationalize.spec import RationalizeSpec
-from mirage_ds.curate.tasks import get_task
-from mirage_ds.curate.tasks.build import build
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
+from mirage_ds.tasks import get_task
+from mirage_ds.tasks.build import build
 
 REASONING, PLANNING = "vsp-spatial-reasoning", "vsp-spatial-planning"
 KEY = "sk-very-secret-0123456789"
@@ -440,7 +440,7 @@ def test_a_task_of_ones_own(
 ) -> None:
     """Its scorer decides, whatever is in the box; a part of the score is not right."""
     (tmp_path / "own_rational.py").write_text(
-        "from mirage_ds.curate.tasks.task import Task\n"
+        "from mirage_ds.tasks.task import Task\n"
         "class Mine(Task):\n"
         "    def prompt(self, row, settings): return ''\n"
         "    def parse(self, text, row): return 'x'\n"

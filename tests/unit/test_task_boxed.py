@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mirage_ds.curate.tasks import get_task
 from mirage_ds.errors import UserError
+from mirage_ds.tasks import get_task
 
 TASK = get_task("boxed")
 

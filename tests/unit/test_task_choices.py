@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mirage_ds.curate.tasks import get_task
-from mirage_ds.curate.tasks.choices import ask, read_choice, without_letters
 from mirage_ds.errors import UserError
+from mirage_ds.tasks import get_task
+from mirage_ds.tasks.choices import ask, read_choice, without_letters
 
 SIDES = ["rotated left", "Rotated right."]
 

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from mirage_ds.config.flags import build_model
-from mirage_ds.curate.tasks.build import BuildReport, convert
-from mirage_ds.curate.tasks.comt import ComtSettings
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Answer, score
+from mirage_ds.tasks.build import BuildReport, convert
+from mirage_ds.tasks.comt import ComtSettings
 
 
 def picture(folder: Path, name: str, seed: int) -> None:

@@ -15,17 +15,17 @@ import pytest
 from PIL import Image
 
 from mirage_ds.cli import main
-from mirage_ds.curate.tasks import TASKS, get_task, task_name
-from mirage_ds.curate.tasks.build import build
-from mirage_ds.curate.tasks.task import Task
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Answer, score, task_of
+from mirage_ds.tasks import TASKS, get_task, task_name
+from mirage_ds.tasks.build import build
+from mirage_ds.tasks.task import Task
 
 PAGE = Path(__file__).parents[2] / "docs/tasks.md"
 BLOCK = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
-HEAD = "from mirage_ds.curate.tasks.task import Settings, Task\n"
+HEAD = "from mirage_ds.tasks.task import Settings, Task\n"
 SCORES = """
     def prompt(self, row, settings): return "?"
     def parse(self, text, row): return text or None
@@ -98,7 +98,7 @@ def test_the_pages_own_task_as_a_user_runs_it(tmp_path: Path, module: Callable, 
 
 def test_an_installed_command_finds_a_module_in_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "dots.py").write_text(BLOCK)
-    code = "import sys; sys.path.remove(''); from mirage_ds.curate.tasks import get_task; print(get_task('dots:Dots'))"
+    code = "import sys; sys.path.remove(''); from mirage_ds.tasks import get_task; print(get_task('dots:Dots'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "dots.Dots object" in done.stdout, done.stderr
 
@@ -177,7 +177,7 @@ PLANNING = "vsp-spatial-planning"
 )
 def test_the_writer_refuses_what_no_trainer_could_read(tmp_path: Path, module: Callable, draft: str, says: str) -> None:
     text = (
-        HEAD + "from PIL import Image\nfrom mirage_ds.curate.tasks.draft import Draft, Picture\n"
+        HEAD + "from PIL import Image\nfrom mirage_ds.tasks.draft import Draft, Picture\n"
         "P = Picture.of(Image.new('RGB', (9, 9)))\nclass Dots(Task):\n    build_settings = Settings"
         + SCORES.replace('"?"', '"<image><image>?"').replace("text or", "text.strip() or")
         + f"    def build(self, settings, report): return [{draft}]\n"

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from mirage_ds.config.flags import build_model
-from mirage_ds.curate.tasks.build import BuildReport, build, convert
-from mirage_ds.curate.tasks.jigsaw import BlinkSettings, JigsawSettings
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Answer, score
+from mirage_ds.tasks.build import BuildReport, build, convert
+from mirage_ds.tasks.jigsaw import BlinkSettings, JigsawSettings
 
 TASK = "blink-jigsaw"
 SMALL = {"side": 84, "min_side": 56}

@@ -13,11 +13,11 @@ from PIL import Image
 
 from mirage_ds.cli import main
 from mirage_ds.curate.check import check_file
-from mirage_ds.curate.tasks import get_task
-from mirage_ds.curate.tasks.build import build
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Answer, score
+from mirage_ds.tasks import get_task
+from mirage_ds.tasks.build import build
 
 TRANSCRIPTION, READING, PLANNING = "vsp-transcription", "vsp-path-reading", "vsp-spatial-planning"
 SPELLED = {1: "S", 0: "F", -1: "H", 2: "G"}

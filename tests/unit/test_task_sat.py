@@ -17,11 +17,11 @@ from PIL import Image
 from rich.console import Console
 
 from mirage_ds.config.flags import build_model
-from mirage_ds.curate.tasks.build import BuildReport, convert, print_report
-from mirage_ds.curate.tasks.sat import SatSettings
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Answer, score
+from mirage_ds.tasks.build import BuildReport, convert, print_report
+from mirage_ds.tasks.sat import SatSettings
 
 TYPES = ["obj_movement", "goal_aim", "ego_movement", "perspective"]
 WITHOUT = "rows without a helper image (sft and evaluation only)"

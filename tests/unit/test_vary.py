@@ -22,9 +22,9 @@ from mirage_ds.cli import main
 from mirage_ds.curate.check import check_file
 from mirage_ds.curate.partners import derange
 from mirage_ds.curate.spec import KINDS
-from mirage_ds.curate.tasks import get_task
-from mirage_ds.curate.tasks.build import build
 from mirage_ds.curate.vary import MAKERS
+from mirage_ds.tasks import get_task
+from mirage_ds.tasks.build import build
 
 PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"
 STAGES = dict.fromkeys(KINDS, "stage1") | dict.fromkeys(("helper-input", "helper-rows", "helper-text"), "sft")

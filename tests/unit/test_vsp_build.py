@@ -16,10 +16,10 @@ from PIL import Image
 from rich.console import Console
 
 from mirage_ds.config.flags import build_model
-from mirage_ds.curate.tasks import maps, render, task_name
-from mirage_ds.curate.tasks.build import BuildReport, BuildSpec, build, print_report, progress_bar
-from mirage_ds.curate.tasks.supply import apportion
 from mirage_ds.errors import UserError
+from mirage_ds.tasks import maps, render, task_name
+from mirage_ds.tasks.build import BuildReport, BuildSpec, build, print_report, progress_bar
+from mirage_ds.tasks.supply import apportion
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ROWS = FIXTURES / "vsp_planning_rows.jsonl"
@@ -293,7 +293,7 @@ def test_nothing_half_written(tmp_path):
 
 
 def test_supply_runs_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("mirage_ds.curate.tasks.supply._PATIENCE", 4000)
+    monkeypatch.setattr("mirage_ds.tasks.supply._PATIENCE", 4000)
     with pytest.raises(UserError) as error:
         run(PLANNING, tmp_path / "o", count=577, levels="3")
     message = str(error.value)
@@ -429,8 +429,8 @@ def test_the_report_and_the_bar(capsys):
 
 def test_no_torch():
     code = (
-        "import sys, mirage_ds.curate.tasks.build;"
-        "import mirage_ds.curate.tasks.vsp_planning, mirage_ds.curate.tasks.vsp_reasoning;"
+        "import sys, mirage_ds.tasks.build;"
+        "import mirage_ds.tasks.vsp_planning, mirage_ds.tasks.vsp_reasoning;"
         "sys.exit('torch' in sys.modules or 'gymnasium' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mirage_ds.curate.tasks import maps
-from mirage_ds.curate.tasks.boxed import last_boxed
-from mirage_ds.curate.tasks.vsp_planning import score as score_planning
-from mirage_ds.curate.tasks.vsp_reasoning import draw_plan, outcome, read_letter
-from mirage_ds.curate.tasks.vsp_reasoning import score as score_reasoning
 from mirage_ds.errors import UserError
+from mirage_ds.tasks import maps
+from mirage_ds.tasks.boxed import last_boxed
+from mirage_ds.tasks.vsp_planning import score as score_planning
+from mirage_ds.tasks.vsp_reasoning import draw_plan, outcome, read_letter
+from mirage_ds.tasks.vsp_reasoning import score as score_reasoning
 
 ROWS = Path(__file__).parents[1] / "fixtures" / "vsp_planning_rows.jsonl"
 PUBLIC = [json.loads(line) for line in ROWS.read_text().splitlines()]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mirage_ds.curate.tasks import maps, render
 from mirage_ds.errors import UserError
+from mirage_ds.tasks import maps, render
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LETTERS = {1: "S", 2: "G", -1: "H", 0: "F"}

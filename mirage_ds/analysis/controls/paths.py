@@ -20,15 +20,15 @@ from mirage_ds.analysis.controls.bench import Bench
 from mirage_ds.analysis.controls.conditions import Given
 from mirage_ds.analysis.controls.run import Track, batches_fit, check
 from mirage_ds.analysis.controls.statistics import bootstrap
-from mirage_ds.curate.tasks.boxed import last_boxed
-from mirage_ds.curate.tasks.maps import Board, count_shortest_paths, follow, parse_board, shortest_path
-from mirage_ds.curate.tasks.render import check_renderer, red_path, render
-from mirage_ds.curate.tasks.vsp_planning import NAME, read_moves, solves
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import answer_of
 from mirage_ds.evaluate.scoring import Answer, wilson
+from mirage_ds.tasks.boxed import last_boxed
+from mirage_ds.tasks.maps import Board, count_shortest_paths, follow, parse_board, shortest_path
+from mirage_ds.tasks.render import check_renderer, red_path, render
+from mirage_ds.tasks.vsp_planning import NAME, read_moves, solves
 
 VERDICTS = ("injected", "other", "neither")
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from mirage_ds.curate.tasks.maps import GOAL, HOLE, ICE, MOVES, START, Board, map_json, parse_board, symmetries
 from mirage_ds.data.record import Record
 from mirage_ds.evaluate.scoring import wilson
+from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, START, Board, map_json, parse_board, symmetries
 
 FOLDS = 5
 # Of the mean eigenvalue of the rows' Gram matrix.

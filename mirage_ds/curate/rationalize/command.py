@@ -27,7 +27,7 @@ def rationalize(file: Path, short: int | None, **flags: Any) -> None:
     goes on where it was cut off.
     """
     from mirage_ds.curate.rationalize.run import rationalize as run
-    from mirage_ds.curate.tasks.report import progress_bar
+    from mirage_ds.tasks.report import progress_bar
 
     if short is not None and flags["samples"] not in (None, short):
         raise UserError(f"-n {short} and --samples {flags['samples']} say two things; give one of them")

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mirage_ds.curate.tasks import get_task, task_name
-from mirage_ds.curate.tasks.boxed import last_boxed
-from mirage_ds.curate.tasks.task import Task
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
 from mirage_ds.errors import shown
+from mirage_ds.tasks import get_task, task_name
+from mirage_ds.tasks.boxed import last_boxed
+from mirage_ds.tasks.task import Task
 
 Outcome = Literal["accepted", "wrong answer", "no form", "empty part", "cut off", "refused", "no reply"]
 # Of a dropped reply: what the user reads of it at the end.

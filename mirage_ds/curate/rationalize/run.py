@@ -16,11 +16,11 @@ from mirage_ds.curate.rationalize.journal import Journal
 from mirage_ds.curate.rationalize.prompt import Template
 from mirage_ds.curate.rationalize.spec import RationalizeSpec
 from mirage_ds.curate.rewrite import Source, line_of
-from mirage_ds.curate.tasks.report import Advance
-from mirage_ds.curate.tasks.write import whole_or_nothing
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.errors import UserError
 from mirage_ds.files import check_output
+from mirage_ds.tasks.report import Advance
+from mirage_ds.tasks.write import whole_or_nothing
 
 # Of a reply that is shown as an example.
 _SHOWN = 1000

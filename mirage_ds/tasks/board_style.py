@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mirage_ds.curate.tasks.draft import Picture
-from mirage_ds.curate.tasks.maps import Board, Cell, Ties, follow, map_hash
-from mirage_ds.curate.tasks.render import red_path, render
+from mirage_ds.tasks.draft import Picture
+from mirage_ds.tasks.maps import Board, Cell, Ties, follow, map_hash
+from mirage_ds.tasks.render import red_path, render
 
 Answer = Literal["direct", "cot"]
 Prompt = Literal["full", "short"]

@@ -1,4 +1,4 @@
-"""Make a task's records and write them, whole or not at all (see `mirage_ds.curate.tasks.write`)."""
+"""Make a task's records and write them, whole or not at all (see `mirage_ds.tasks.write`)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.curate.tasks import get_task, task_name
-from mirage_ds.curate.tasks.draft import INPUT_IMAGE, OUTPUT_IMAGE, Draft, Picture
-from mirage_ds.curate.tasks.report import Advance, BuildReport, print_report, progress_bar
-from mirage_ds.curate.tasks.spec import BuildSpec
-from mirage_ds.curate.tasks.task import Settings, Task
-from mirage_ds.curate.tasks.write import Painter, new_target, whole_or_nothing
 from mirage_ds.errors import UserError, shown
 from mirage_ds.files import TROUBLES
+from mirage_ds.tasks import get_task, task_name
+from mirage_ds.tasks.draft import INPUT_IMAGE, OUTPUT_IMAGE, Draft, Picture
+from mirage_ds.tasks.report import Advance, BuildReport, print_report, progress_bar
+from mirage_ds.tasks.spec import BuildSpec
+from mirage_ds.tasks.task import Settings, Task
+from mirage_ds.tasks.write import Painter, new_target, whole_or_nothing
 
 __all__ = ["BuildReport", "BuildSpec", "build", "convert", "print_report", "progress_bar"]
 
@@ -28,7 +28,7 @@ def build(task: str, settings: Settings, progress: Advance | None = None) -> Bui
     """Write `settings.out`/NAME.jsonl and the pictures it names, relative to it, under `settings.out`/images/.
 
     Args:
-        task: a name of `mirage_ds.curate.tasks.TASKS`, or package.module:Name.
+        task: a name of `mirage_ds.tasks.TASKS`, or package.module:Name.
         settings: of the task's `build_settings`.
         progress: called with (pictures written, pictures in all).
 

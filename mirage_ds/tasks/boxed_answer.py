@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mirage_ds.curate.tasks.boxed import last_boxed
-from mirage_ds.curate.tasks.task import Task
 from mirage_ds.errors import UserError
+from mirage_ds.tasks.boxed import last_boxed
+from mirage_ds.tasks.task import Task
 
 
 def _plain(text: str | None) -> str | None:

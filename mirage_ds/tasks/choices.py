@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any, ClassVar
 
-from mirage_ds.curate.tasks.boxed import last_boxed
-from mirage_ds.curate.tasks.draft import INPUT_IMAGE
-from mirage_ds.curate.tasks.task import Task
 from mirage_ds.errors import UserError, shown
+from mirage_ds.tasks.boxed import last_boxed
+from mirage_ds.tasks.draft import INPUT_IMAGE
+from mirage_ds.tasks.task import Task
 
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 # A letter alone, in brackets, or before a sign that parts it from the option's text.

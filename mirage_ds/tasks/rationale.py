@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mirage_ds.curate.tasks.draft import OUTPUT_IMAGE
-from mirage_ds.curate.tasks.maps import GOAL, HOLE, ICE, START, Board, Cell, tile
+from mirage_ds.tasks.draft import OUTPUT_IMAGE
+from mirage_ds.tasks.maps import GOAL, HOLE, ICE, START, Board, Cell, tile
 
 TILE_NAMES = {START: "Start", GOAL: "Target", HOLE: "Hole", ICE: "Ice"}
 

@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mirage_ds.curate.tasks.boxed import last_boxed
-from mirage_ds.curate.tasks.choices import ChoiceTask, ask, image_count, read_choice, with_marks, without_letters
-from mirage_ds.curate.tasks.draft import INPUT_IMAGE, OUTPUT_IMAGE, Draft, Picture
-from mirage_ds.curate.tasks.report import BuildReport
-from mirage_ds.curate.tasks.tables import (
+from mirage_ds.errors import UserError, shown
+from mirage_ds.tasks.boxed import last_boxed
+from mirage_ds.tasks.choices import ChoiceTask, ask, image_count, read_choice, with_marks, without_letters
+from mirage_ds.tasks.draft import INPUT_IMAGE, OUTPUT_IMAGE, Draft, Picture
+from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.tables import (
     IMAGES,
     BadRow,
     ConvertSettings,
@@ -34,7 +35,6 @@ from mirage_ds.curate.tasks.tables import (
     text_of,
     texts_of,
 )
-from mirage_ds.errors import UserError, shown
 
 LETTERS = ["A", "B", "C", "D"]
 # In the list of images: [IMAGE0:ID].

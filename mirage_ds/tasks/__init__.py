@@ -1,4 +1,4 @@
-"""The tasks by name. A task makes records, asks, reads answers and scores them; see `mirage_ds.curate.tasks.task`."""
+"""The tasks by name. A task makes records, asks, reads answers and scores them; see `mirage_ds.tasks.task`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 from mirage_ds.errors import UserError, closest, reason
 
 if TYPE_CHECKING:
-    from mirage_ds.curate.tasks.task import Task
+    from mirage_ds.tasks.task import Task
 
 TASKS = {
-    "vsp-spatial-planning": "mirage_ds.curate.tasks.vsp_planning:Planning",
-    "vsp-spatial-reasoning": "mirage_ds.curate.tasks.vsp_reasoning:Reasoning",
-    "vsp-transcription": "mirage_ds.curate.tasks.vsp_transcription:Transcription",
-    "vsp-path-reading": "mirage_ds.curate.tasks.vsp_path_reading:PathReading",
-    "blink-jigsaw": "mirage_ds.curate.tasks.jigsaw:Jigsaw",
-    "sat": "mirage_ds.curate.tasks.sat:Sat",
-    "comt": "mirage_ds.curate.tasks.comt:Comt",
-    "boxed": "mirage_ds.curate.tasks.boxed_answer:BoxedAnswer",
+    "vsp-spatial-planning": "mirage_ds.tasks.vsp_planning:Planning",
+    "vsp-spatial-reasoning": "mirage_ds.tasks.vsp_reasoning:Reasoning",
+    "vsp-transcription": "mirage_ds.tasks.vsp_transcription:Transcription",
+    "vsp-path-reading": "mirage_ds.tasks.vsp_path_reading:PathReading",
+    "blink-jigsaw": "mirage_ds.tasks.jigsaw:Jigsaw",
+    "sat": "mirage_ds.tasks.sat:Sat",
+    "comt": "mirage_ds.tasks.comt:Comt",
+    "boxed": "mirage_ds.tasks.boxed_answer:BoxedAnswer",
 }
 _OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
@@ -56,7 +56,7 @@ def get_task(name: str) -> Task:
     Raises:
         UserError: no such task, its module cannot be imported, or the class is no whole task.
     """
-    from mirage_ds.curate.tasks.task import Task
+    from mirage_ds.tasks.task import Task
 
     known = task_name(name)
     module_name, _, attribute = TASKS.get(known, known).partition(":")
@@ -75,9 +75,7 @@ def get_task(name: str) -> Task:
         names = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Task)]
         raise UserError(f"task '{known}': {module_name} has no {attribute}{closest(attribute, names)}; name its class")
     if not (inspect.isclass(found) and issubclass(found, Task)):
-        raise UserError(
-            f"task '{known}' is no subclass of mirage_ds.curate.tasks.task.Task; make it one, see docs/tasks.md"
-        )
+        raise UserError(f"task '{known}' is no subclass of mirage_ds.tasks.task.Task; make it one, see docs/tasks.md")
     if inspect.isabstract(found):
         missing = " and ".join(sorted(found.__abstractmethods__))
         raise UserError(f"task '{known}' has no {missing}; write it, see docs/tasks.md")

@@ -17,8 +17,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from mirage_ds.curate.tasks.maps import GOAL, HOLE, ICE, MOVES, START, Board, Cell, find
 from mirage_ds.errors import UserError
+from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, START, Board, Cell, find
 
 GYMNASIUM = "1.2.3"
 RENDERED_CELL = 64

@@ -16,10 +16,11 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image, ImageChops, ImageOps, ImageStat
 from pydantic import Field, model_validator
 
-from mirage_ds.curate.tasks.choices import ChoiceTask, ask, image_count, read_choice, without_letters
-from mirage_ds.curate.tasks.draft import Draft, Picture
-from mirage_ds.curate.tasks.report import BuildReport
-from mirage_ds.curate.tasks.tables import (
+from mirage_ds.errors import UserError
+from mirage_ds.tasks.choices import ChoiceTask, ask, image_count, read_choice, without_letters
+from mirage_ds.tasks.draft import Draft, Picture
+from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.tables import (
     IMAGES,
     BadRow,
     ConvertSettings,
@@ -33,8 +34,7 @@ from mirage_ds.curate.tasks.tables import (
     text_of,
     texts_of,
 )
-from mirage_ds.curate.tasks.task import Settings
-from mirage_ds.errors import UserError
+from mirage_ds.tasks.task import Settings
 
 Split = Literal["train", "dev", "test"]
 Corner = Literal["upper-left", "upper-right", "lower-left", "lower-right"]

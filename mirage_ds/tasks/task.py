@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, Field
 
-from mirage_ds.curate.tasks import TASKS
 from mirage_ds.errors import UserError
+from mirage_ds.tasks import TASKS
 
 if TYPE_CHECKING:
-    from mirage_ds.curate.tasks.draft import Draft
-    from mirage_ds.curate.tasks.report import BuildReport
+    from mirage_ds.tasks.draft import Draft
+    from mirage_ds.tasks.report import BuildReport
 
 
 class Settings(BaseModel, extra="forbid"):

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mirage_ds.curate.tasks.board_style import Style, state_picture
-from mirage_ds.curate.tasks.board_task import BoardTask
-from mirage_ds.curate.tasks.boxed import last_boxed
-from mirage_ds.curate.tasks.draft import Draft
-from mirage_ds.curate.tasks.maps import (
+from mirage_ds.errors import UserError
+from mirage_ds.tasks.board_style import Style, state_picture
+from mirage_ds.tasks.board_task import BoardTask
+from mirage_ds.tasks.boxed import last_boxed
+from mirage_ds.tasks.draft import Draft
+from mirage_ds.tasks.maps import (
     GOAL,
     HOLE,
     ICE,
@@ -28,9 +29,8 @@ from mirage_ds.curate.tasks.maps import (
     shortest_path,
     tile,
 )
-from mirage_ds.curate.tasks.rationale import seen, sentences, with_helper
-from mirage_ds.curate.tasks.spec import BuildSpec
-from mirage_ds.errors import UserError
+from mirage_ds.tasks.rationale import seen, sentences, with_helper
+from mirage_ds.tasks.spec import BuildSpec
 
 NAME = "vsp-spatial-reasoning"
 CLASSES = ("A", "B", "C")

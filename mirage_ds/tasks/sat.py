@@ -14,10 +14,11 @@ from typing import Any
 
 from pydantic import Field
 
-from mirage_ds.curate.tasks.choices import ChoiceTask, ask, image_count, plain
-from mirage_ds.curate.tasks.draft import INPUT_IMAGE, Draft, Picture
-from mirage_ds.curate.tasks.report import BuildReport
-from mirage_ds.curate.tasks.tables import (
+from mirage_ds.errors import UserError
+from mirage_ds.tasks.choices import ChoiceTask, ask, image_count, plain
+from mirage_ds.tasks.draft import INPUT_IMAGE, Draft, Picture
+from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.tables import (
     BadRow,
     ConvertSettings,
     Row,
@@ -33,7 +34,6 @@ from mirage_ds.curate.tasks.tables import (
     text_of,
     texts_of,
 )
-from mirage_ds.errors import UserError
 
 # The paper's two kinds of question, as it writes them and as the data does.
 PAPERS_TYPES = ["goal-aim", "object-movement", "obj-movement"]

@@ -16,10 +16,10 @@ from typing import Any
 from PIL import Image
 from pydantic import Field
 
-from mirage_ds.curate.tasks.draft import Draft, Picture
-from mirage_ds.curate.tasks.report import BuildReport
-from mirage_ds.curate.tasks.task import Settings
 from mirage_ds.errors import UserError, reason, shown, strict_json
+from mirage_ds.tasks.draft import Draft, Picture
+from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.task import Settings
 
 TABLES = (".parquet", ".arrow")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")

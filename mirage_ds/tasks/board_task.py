@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from mirage_ds.curate.tasks.board_style import Style
-from mirage_ds.curate.tasks.draft import Draft
-from mirage_ds.curate.tasks.maps import Board, map_hash
-from mirage_ds.curate.tasks.render import check_renderer
-from mirage_ds.curate.tasks.report import BuildReport
-from mirage_ds.curate.tasks.sources import read_exclude
-from mirage_ds.curate.tasks.spec import BuildSpec
-from mirage_ds.curate.tasks.supply import Supply
-from mirage_ds.curate.tasks.task import Task
+from mirage_ds.tasks.board_style import Style
+from mirage_ds.tasks.draft import Draft
+from mirage_ds.tasks.maps import Board, map_hash
+from mirage_ds.tasks.render import check_renderer
+from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.sources import read_exclude
+from mirage_ds.tasks.spec import BuildSpec
+from mirage_ds.tasks.supply import Supply
+from mirage_ds.tasks.task import Task
 
 # What a source row has under these names is made anew.
 _MADE = ("text_input", "text_output", "image_input", "image_output")

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mirage_ds.curate.tasks.board_style import Style, state_picture
-from mirage_ds.curate.tasks.board_task import BoardTask
-from mirage_ds.curate.tasks.boxed import last_boxed
-from mirage_ds.curate.tasks.draft import Draft
-from mirage_ds.curate.tasks.maps import GOAL, HOLE, ICE, START, Board, find, map_json, parse_board
-from mirage_ds.curate.tasks.spec import BuildSpec, ReadingSpec
+from mirage_ds.tasks.board_style import Style, state_picture
+from mirage_ds.tasks.board_task import BoardTask
+from mirage_ds.tasks.boxed import last_boxed
+from mirage_ds.tasks.draft import Draft
+from mirage_ds.tasks.maps import GOAL, HOLE, ICE, START, Board, find, map_json, parse_board
+from mirage_ds.tasks.spec import BuildSpec, ReadingSpec
 
 NAME = "vsp-transcription"
 # As gymnasium spells a FrozenLake map.

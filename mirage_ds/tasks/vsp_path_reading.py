@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mirage_ds.curate.tasks.board_style import Style, path_picture
-from mirage_ds.curate.tasks.board_task import BoardTask
-from mirage_ds.curate.tasks.boxed import last_boxed
-from mirage_ds.curate.tasks.draft import Draft
-from mirage_ds.curate.tasks.maps import Board, follow, map_json, parse_board
-from mirage_ds.curate.tasks.spec import BuildSpec, ReadingSpec
-from mirage_ds.curate.tasks.vsp_planning import boxed_moves, choose_moves, kind_of, read_moves, solves
+from mirage_ds.tasks.board_style import Style, path_picture
+from mirage_ds.tasks.board_task import BoardTask
+from mirage_ds.tasks.boxed import last_boxed
+from mirage_ds.tasks.draft import Draft
+from mirage_ds.tasks.maps import Board, follow, map_json, parse_board
+from mirage_ds.tasks.spec import BuildSpec, ReadingSpec
+from mirage_ds.tasks.vsp_planning import boxed_moves, choose_moves, kind_of, read_moves, solves
 
 NAME = "vsp-path-reading"
 

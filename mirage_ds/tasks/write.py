@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from mirage_ds.curate.tasks.draft import Picture
-from mirage_ds.curate.tasks.report import Advance
 from mirage_ds.errors import UserError
 from mirage_ds.files import check_output
+from mirage_ds.tasks.draft import Picture
+from mirage_ds.tasks.report import Advance
 
 
 def new_target(out: Path, name: str) -> Path:

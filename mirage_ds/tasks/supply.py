@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mirage_ds.curate.tasks.board_style import Style
-from mirage_ds.curate.tasks.draft import Draft
-from mirage_ds.curate.tasks.maps import Board, check_solvable, most_holes, random_board, split_of, symmetry_hashes
-from mirage_ds.curate.tasks.report import BuildReport
-from mirage_ds.curate.tasks.sources import read_rows
-from mirage_ds.curate.tasks.spec import BuildSpec
 from mirage_ds.errors import UserError
+from mirage_ds.tasks.board_style import Style
+from mirage_ds.tasks.draft import Draft
+from mirage_ds.tasks.maps import Board, check_solvable, most_holes, random_board, split_of, symmetry_hashes
+from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.sources import read_rows
+from mirage_ds.tasks.spec import BuildSpec
 
 if TYPE_CHECKING:
-    from mirage_ds.curate.tasks.board_task import BoardTask
+    from mirage_ds.tasks.board_task import BoardTask
 
 # So many draws in a row without a new record mean that the supply is used up.
 _PATIENCE = 20_000

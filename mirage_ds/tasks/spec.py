@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mirage_ds.curate.tasks.board_style import Answer, Prompt
-from mirage_ds.curate.tasks.maps import Ties
-from mirage_ds.curate.tasks.task import Settings
+from mirage_ds.tasks.board_style import Answer, Prompt
+from mirage_ds.tasks.maps import Ties
+from mirage_ds.tasks.task import Settings
 
 _RANDOM_ONLY = ("levels", "proportions", "hole_rate", "split")
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.curate.tasks.maps import Board, map_hash, parse_board
 from mirage_ds.errors import UserError
+from mirage_ds.tasks.maps import Board, map_hash, parse_board
 
 _HASH = re.compile(r"[0-9a-f]{64}(\s+\S.*)?")
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import click
 
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
-from mirage_ds.curate.tasks import TASKS, get_task, task_name
-from mirage_ds.curate.tasks.task import Settings, Task
 from mirage_ds.errors import UserError
+from mirage_ds.tasks import TASKS, get_task, task_name
+from mirage_ds.tasks.task import Settings, Task
 
 Way = Literal["build", "convert"]
 
@@ -51,7 +51,7 @@ def _settings(task: Task, way: Way) -> type[Settings] | None:
 
 def _command(name: str, task: Task, settings: type[Settings], way: Way) -> click.Command:
     def run(source: Path | None = None, **flags: Any) -> None:
-        from mirage_ds.curate.tasks.build import build, convert, print_report, progress_bar
+        from mirage_ds.tasks.build import build, convert, print_report, progress_bar
 
         wanted = build_model(settings, flags)
         with progress_bar(f"{name}: pictures") as progress:
