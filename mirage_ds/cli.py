@@ -17,12 +17,12 @@ from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.curate.command import import_, mix, vary
 from mirage_ds.curate.rationalize.command import rationalize
-from mirage_ds.errors import EXIT_USER_ERROR, UserError
+from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 from mirage_ds.evaluate.command import evaluate, generate
 from mirage_ds.files import Output, disk_trouble
 from mirage_ds.plan.command import plan
 from mirage_ds.run.process import print_anything
-from mirage_ds.run.stop import EXIT_STOPPED, Stopped, StopRequest
+from mirage_ds.run.stop import StopRequest
 from mirage_ds.study.command import ablate
 from mirage_ds.tasks.command import TaskGroup
 

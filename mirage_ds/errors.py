@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
 # sysexits' EX_UNAVAILABLE: another rank, its host or the network is gone.
 EXIT_LOST = 69
+# sysexits' EX_TEMPFAIL: "try again later". A scheduler's script requeues the job on this code.
+EXIT_STOPPED = 75
+# They ask a process to stop (run/stop.py).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """The work has ended on request, before its end, with nothing half-written."""
 
 
 class UserError(Exception):

@@ -26,7 +26,7 @@ from mirage_ds.data.weigh import describe
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, agree, join
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
 from mirage_ds.run import events
 from mirage_ds.run.events import note_failure
 from mirage_ds.run.folder import describe_start, stop_file
@@ -36,7 +36,7 @@ from mirage_ds.run.setup import SKIPPED_FILE, Prepared, prepare
 from mirage_ds.run.sinks import Sink, open_sinks
 from mirage_ds.run.startup import StartUp, phases_line
 from mirage_ds.run.step import guilty, step
-from mirage_ds.run.stop import Stopped, StopRequest, never
+from mirage_ds.run.stop import StopRequest, never
 from mirage_ds.run.validation import Evaluator
 from mirage_ds.run.whereabouts import SAVING, UNTOLD, Whereabouts, guarded
 

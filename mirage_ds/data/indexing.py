@@ -30,16 +30,15 @@ from mirage_ds.data.encode import Encoder
 from mirage_ds.data.index import FORMAT, HEADER, EncodedRows
 from mirage_ds.data.joining import Writer, open_made, put, remove_abandoned
 from mirage_ds.data.parts import Parts, Plan
+from mirage_ds.data.ship import ignore_in_worker
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync
-from mirage_ds.run.startup import nothing
-from mirage_ds.run.stop import ignore_in_worker, never
 
 MOST_PROCESSES = 16
 
 
 def plan_index(
-    data_path: Records, encoder: Encoder, keep: Sequence[str], cache: Path, tick: Callable[[], None] = nothing
+    data_path: Records, encoder: Encoder, keep: Sequence[str], cache: Path, tick: Callable[[], None] = lambda: None
 ) -> Plan:
     """Find the records and the key of their index.
 
@@ -83,7 +82,7 @@ class Maker:
         cache: Path,
         quiet: bool = True,
         check_images: bool = False,
-        tick: Callable[[], None] = nothing,
+        tick: Callable[[], None] = lambda: None,
     ):
         self.data_path, self.encoder, self.keep, self.cache = data_path, encoder, keep, cache
         self.quiet, self.check_images, self.tick = quiet, check_images, tick
@@ -128,7 +127,7 @@ class Maker:
         share: int = 0,
         shares: int = 1,
         sharers: int = 1,
-        asked: Callable[[], bool] = never,
+        asked: Callable[[], bool] = lambda: False,
     ) -> None:
         """Make the parts of one of several shares, as far as they are not there and nobody asks to stop.
 

@@ -26,9 +26,8 @@ from mirage_ds.data.indexing import open_index
 from mirage_ds.data.pack import Planner, StepPlan
 from mirage_ds.data.record import Fault, Record, RecordError
 from mirage_ds.data.sample import Measure, Sample
-from mirage_ds.data.ship import Shipment, ship
+from mirage_ds.data.ship import Shipment, ignore_in_worker, ship
 from mirage_ds.errors import UserError
-from mirage_ds.run.stop import ignore_in_worker
 
 # A share of dropped rows above this is worth a line in the log; --max_dropped_share decides when it is an error.
 WARN_DROPPED_SHARE = 0.01

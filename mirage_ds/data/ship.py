@@ -6,11 +6,14 @@ pass. In one piece the way takes the same time whatever the number of passes.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+
+from mirage_ds.errors import STOP_SIGNALS
 
 # Tensors begin where any dtype may.
 ALIGNMENT = 64
@@ -78,3 +81,13 @@ def _mapped(item: Any, kind: type, change: Callable[[Any], Any]) -> Any:
         return item
     parts = [_mapped(part, kind, change) for part in item]
     return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
+
+
+def ignore_in_worker(worker: int) -> None:
+    """Let a data-loader worker outlive the signals that a scheduler sends to every process of a job.
+
+    The rank that it works for finishes its step first, for which it needs the rows.
+    """
+    del worker
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

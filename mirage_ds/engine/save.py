@@ -6,15 +6,12 @@ V vocabulary rows, H hidden.
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from mirage_ds.engine.adapter import Adapter, adapter_name, lora_of, stored_adapter, trained_adapter
@@ -23,15 +20,14 @@ from mirage_ds.engine.checkpoint import check_whole, read_state
 from mirage_ds.engine.frozen import Notes, digest
 from mirage_ds.engine.spelling import Base, config_json, write_image_processor, write_tokenizer
 from mirage_ds.errors import UserError
-from mirage_ds.files import is_own_weights, whole_folder, write_atomically
+from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.family import FAMILIES, Family, family_of
 from mirage_ds.model.folder import weight_files
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.gathered import gathered
 from mirage_ds.model.load import expected_shapes, public_name, read_config
 from mirage_ds.model.lora import check_peft
-
-SHARD_BYTES = 4 << 30
+from mirage_ds.model.shards import ShardWriter
 
 
 def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,70 +60,6 @@ def whole_tensors(model: nn.Module, keep: bool) -> Iterator[tuple[str, torch.Ten
             continue
         with gathered([parameter]):
             yield public_name(name), parameter.detach().cpu().clone() if keep else torch.empty(0)
-
-
-class ShardWriter:
-    """Writes tensors into safetensors shards of bounded size under temporary names, and names them at the end.
-
-    Args:
-        family: whose checkpoints' names the tensors get; as they are handed in if None.
-    """
-
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, family: Family | None = None):
-        self.folder = folder
-        self.shard_bytes = shard_bytes
-        self.family = family
-        self.shards: list[list[str]] = []
-        self.waiting: dict[str, torch.Tensor] = {}
-        self.total = 0
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def _partial(self, number: int) -> Path:
-        return self.folder / f".model-{number:05d}.safetensors.partial"
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor; a full shard is written at once."""
-        size = tensor.numel() * tensor.element_size()
-        if self.waiting and sum(t.numel() * t.element_size() for t in self.waiting.values()) + size > self.shard_bytes:
-            self._flush()
-        self.waiting[self.family.written_name(name) if self.family else name] = tensor.contiguous()
-        self.total += size
-
-    def _flush(self) -> None:
-        partial = self._partial(len(self.shards))
-        try:
-            save_file(self.waiting, partial, metadata={"format": "pt"})
-        except SafetensorError as error:
-            # It keeps the system's number in its text alone.
-            partial.unlink(missing_ok=True)
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(partial)) from None
-        # safetensors makes files that only their owner reads; a model folder is shared like any other output.
-        partial.chmod(0o644)
-        self.shards.append(list(self.waiting))
-        self.waiting = {}
-
-    def finish(self) -> None:
-        """Put the shards and their index in place, and remove those of an earlier save."""
-        if self.waiting:
-            self._flush()
-        for old in self.folder.iterdir():
-            if is_own_weights(old.name):
-                old.unlink()
-        for left in set(self.folder.glob(".model-*.partial")) - {self._partial(n) for n in range(len(self.shards))}:
-            left.unlink()
-        if len(self.shards) == 1:
-            self._partial(0).replace(self.folder / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self.shards):
-            file = f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
-            self._partial(number).replace(self.folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-        write_atomically(self.folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
 class Parts(NamedTuple):

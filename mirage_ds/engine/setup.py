@@ -16,6 +16,7 @@ from torch import nn
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.ds_config import compute_dtype
+from mirage_ds.engine.place import is_rank
 from mirage_ds.engine.private import (
     set_collective_timeout,
     skip_steps_that_are_not_finite,
@@ -24,7 +25,6 @@ from mirage_ds.engine.private import (
 )
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import UserError, reason, shown
-from mirage_ds.run.process import is_rank
 
 Result = TypeVar("Result")
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mirage_ds.config.flags import CONTEXT
+from mirage_ds.engine.place import is_rank
 from mirage_ds.errors import UserError
 from mirage_ds.files import Output, check_output
-from mirage_ds.run.process import is_rank, run_rank
+from mirage_ds.run.process import run_rank
 from mirage_ds.run.stop import StopRequest
 
 if TYPE_CHECKING:

@@ -28,10 +28,11 @@ from mirage_ds.data.loader import check_records
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
+from mirage_ds.engine.installed import versions
 from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
 from mirage_ds.engine.spelling import read_trained
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.scoring import Answer, marks, score, summarize, task_of, wilson
 from mirage_ds.files import write_atomically
 from mirage_ds.model.folder import resolve_folder, weight_files
@@ -39,8 +40,6 @@ from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Chooser, Generated, Limits, Pause, generate, greedy, latent_tokens, sampler
 from mirage_ds.model.load import Loaded, check_folder, load_model
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.run.folder import versions
-from mirage_ds.run.stop import Stopped, never
 
 __all__ = ["Answer", "Decoder", "Decoding", "Sampling", "answer_records", "decode", "evaluate_file", "score", "wilson"]
 
@@ -204,7 +203,7 @@ def decode_samples(
     latents: bool = True,
     decoding: Decoding = "greedy",
     seed: int = 42,
-    asked: Callable[[], bool] = never,
+    asked: Callable[[], bool] = lambda: False,
     slots: Slots | None = None,
 ) -> list[Answer]:
     """Answer a batch of prompts.

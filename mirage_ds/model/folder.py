@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from mirage_ds.errors import UserError, reason, strict_json
-from mirage_ds.run.startup import nothing
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.txt")
@@ -34,7 +33,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
-def resolve_folder(name: str, flag: str, cache_dir: Path | None, tick: Callable[[], None] = nothing) -> Path:
+def resolve_folder(name: str, flag: str, cache_dir: Path | None, tick: Callable[[], None] = lambda: None) -> Path:
     """Return a local model folder: `name` itself, or the hub's snapshot of it.
 
     Args:

@@ -138,8 +138,8 @@ def init_model(
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from mirage_ds.engine.save import ShardWriter
     from mirage_ds.model.load import public_name
+    from mirage_ds.model.shards import ShardWriter
 
     values = preset(name)
     if not config_only and name.lower().replace("_", "-") not in WITH_WEIGHTS:

@@ -25,8 +25,8 @@ from mirage_ds.model.folder_check import check_processor, check_stored
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.lora import Lora, TokenRows, add_adapters
 from mirage_ds.model.loss import LossHead
+from mirage_ds.model.shape import Shape
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.plan.formulas import Shape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

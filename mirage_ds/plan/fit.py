@@ -14,20 +14,10 @@ from typing import Any, NamedTuple
 from mirage_ds.data.passes import schedule
 from mirage_ds.engine.ds_config import read_json, shipped_folder
 from mirage_ds.errors import UserError
+from mirage_ds.model.shape import Shape
 from mirage_ds.plan.activations import Micro, PassShape, saved_terms, total
 from mirage_ds.plan.cost import Host, Step, Work, step_cost
-from mirage_ds.plan.formulas import (
-    BF16,
-    Machine,
-    Parameter,
-    Shape,
-    Sizes,
-    Walk,
-    memory,
-    sizes,
-    trained_parameters,
-    walk,
-)
+from mirage_ds.plan.formulas import BF16, Machine, Parameter, Sizes, Walk, memory, sizes, trained_parameters, walk
 from mirage_ds.plan.gpus import A100, H100_SXM
 from mirage_ds.plan.memory import Peak, peak
 from mirage_ds.plan.settings import Settings, read_settings

@@ -11,9 +11,11 @@ gathers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from mirage_ds.model.shape import Shape
 
 BF16 = 2
 # fp32 master weight and AdamW's two moments; they are also all that a sharded checkpoint holds.
@@ -23,30 +25,6 @@ SHARD_BYTES = 2 + 4
 # NCCL's own cost model of a ring with its Simple protocol (src/graph/tuning.cc, v2.18 and later): base, one hop over
 # NVLink, one hop over the network.
 RING_BASE_S, RING_NVLINK_S, RING_NETWORK_S = 8.4e-6, 3.4e-6, 14e-6
-
-
-class Shape(NamedTuple):
-    """A model as transformers' own class makes it (model.load.shape_of).
-
-    Attributes:
-        config: its configuration, with all that config.json leaves out.
-        shapes: name (model.load.public_name) → shape of each parameter, in the model's order; a tied head has none.
-    """
-
-    config: Mapping[str, Any]
-    shapes: Mapping[str, Sequence[int]]
-
-    def elements(self, start: str, matrices: bool | None = None) -> list[int]:
-        """List the elements of the parameters whose name begins so; of the matrices, or of the others, alone."""
-        return [
-            math.prod(shape)
-            for name, shape in self.shapes.items()
-            if name.startswith(start) and matrices in (None, len(shape) > 1)
-        ]
-
-    def layers(self, start: str) -> int:
-        """Count the layers of a stack, such as "model.layers."."""
-        return len({name.removeprefix(start).split(".")[0] for name in self.shapes if name.startswith(start)})
 
 
 class Parameter(NamedTuple):

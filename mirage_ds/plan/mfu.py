@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from mirage_ds.plan.formulas import Shape, Sizes, flops, sizes
+from mirage_ds.model.shape import Shape
+from mirage_ds.plan.formulas import Sizes, flops, sizes
 from mirage_ds.plan.gpus import peak_of
 
 

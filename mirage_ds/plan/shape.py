@@ -23,7 +23,7 @@ from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.files import write_atomically
 from mirage_ds.model.family import check_kind
 from mirage_ds.model.presets import preset
-from mirage_ds.plan.formulas import Shape
+from mirage_ds.model.shape import Shape
 
 MAKER = "mirage_ds.model.describe"
 

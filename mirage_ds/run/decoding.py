@@ -16,12 +16,12 @@ from mirage_ds.data.record_files import record_of
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
 from mirage_ds.engine.whole import whole_model
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.decoder import decode_samples
 from mirage_ds.evaluate.scoring import Answer, score
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.run.stop import Stopped, never
+from mirage_ds.run.stop import never
 from mirage_ds.run.whereabouts import UNTOLD, Whereabouts
 
 # Rows that a rank answers at a time.

@@ -29,13 +29,14 @@ from mirage_ds.data.index import BesideEach, EncodedRows
 from mirage_ds.data.loader import Broken, by_place, faults_error
 from mirage_ds.data.pool import DROPPED
 from mirage_ds.data.record import Fault, RecordError
+from mirage_ds.data.ship import ignore_in_worker
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
 from mirage_ds.model.images import embedded
 from mirage_ds.model.latents import averages
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run.startup import quiet
-from mirage_ds.run.stop import Stopped, ignore_in_worker, never
+from mirage_ds.run.stop import never
 
 # Settings of the image processor that decide what the tower sees.
 SETTINGS = (

@@ -10,24 +10,19 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mirage_ds.config.run import RunConfig
+from mirage_ds.engine.installed import versions
 from mirage_ds.errors import UserError
 from mirage_ds.files import TRAINED_KEY, check_output, delete_model, is_model_file, write_atomically
 from mirage_ds.run.events import FILE, MODEL_BEGINS
-
-PACKAGES = ("mirage-ds", "torch", "transformers", "deepspeed", "accelerate", "datasets", "flash-attn", "peft")
-
 
 # What a run writes into run/ at once: a folder of that name that has none of them is somebody else's.
 OWN_FILES = ("config.yaml", "events.jsonl", "log.jsonl", "run.json", "versions.json", "stop")
@@ -172,20 +167,6 @@ def _delete(folder: Path, names: re.Pattern[str]) -> None:
 def stop_file(folder: Path) -> Path:
     """Return the file that asks a run to save and stop, once somebody makes it (`touch`)."""
     return folder / "run" / "stop"
-
-
-def versions() -> dict[str, str | None]:
-    """Return the versions of what computes, the machine's kind and the commit; None for a package that is missing."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    found["git_commit"] = commit.stdout.strip() or None
-    return found
 
 
 def describe(folder: Path, config: RunConfig, ds_config: dict[str, Any]) -> None:

@@ -18,10 +18,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mirage_ds.errors import Stopped
 from mirage_ds.files import write_atomically
 from mirage_ds.run.events import note
 from mirage_ds.run.sinks import End, Sink, SinkError
-from mirage_ds.run.stop import Stopped
 
 # What stands in a line of log.jsonl and is no curve.
 NOT_PLOTTED = ("step", "rows", "tokens", "time")

@@ -31,7 +31,7 @@ from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import record_of
 from mirage_ds.data.weigh import weighed
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero, shared_fate
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.scoring import check_evaluation, spread
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.load import (
@@ -42,7 +42,6 @@ from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run.features import keep_features
 from mirage_ds.run.startup import nothing
-from mirage_ds.run.stop import Stopped
 
 
 @dataclass(frozen=True)

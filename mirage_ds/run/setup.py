@@ -38,8 +38,9 @@ from mirage_ds.files import check_log, write_atomically
 from mirage_ds.model.attention import choose_backend, head_width_of
 from mirage_ds.model.load import Loaded, check_folder, load_model, load_tower, read_config, shape_of
 from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
+from mirage_ds.model.shape import Shape
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.plan.formulas import Shape, groups, sizes, trained_parameters, two_layers
+from mirage_ds.plan.formulas import groups, sizes, trained_parameters, two_layers
 from mirage_ds.plan.mfu import ModelFlops, peak_flops
 from mirage_ds.run import folder as run_folder
 from mirage_ds.run.events import LOAD_BEGINS, note

@@ -11,15 +11,10 @@ import time
 from pathlib import Path
 from types import FrameType
 
-# sysexits' EX_TEMPFAIL: "try again later". A scheduler's script requeues the job on this code.
-EXIT_STOPPED = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from mirage_ds.errors import STOP_SIGNALS, Stopped
+
 # How often a stop file is looked for: on a network file system a look costs a round trip.
 LOOK_EVERY_S = 1.0
-
-
-class Stopped(Exception):
-    """The work has ended on request, before its end, with nothing half-written."""
 
 
 def never() -> bool:
@@ -46,13 +41,13 @@ class StopRequest:
             at_once: a signal raises Stopped where the work stands, for commands of a single process whose output is
                 whole or not there.
         """
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._raise if at_once else self._mark)
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         del frame
         # One is enough: what is cleaned up now is not to be stopped in its turn.
-        for other in SIGNALS:
+        for other in STOP_SIGNALS:
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(signal.Signals(number).name)
 
@@ -69,13 +64,3 @@ class StopRequest:
             if self.file.exists():
                 self.reason = f"stop file {self.file}"
         return self.reason is not None
-
-
-def ignore_in_worker(worker: int) -> None:
-    """Let a data-loader worker outlive the signals that a scheduler sends to every process of a job.
-
-    The rank that it works for finishes its step first, for which it needs the rows.
-    """
-    del worker
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mirage_ds.config.flags import CONTEXT
-from mirage_ds.errors import UserError
+from mirage_ds.errors import EXIT_STOPPED, UserError
 from mirage_ds.files import Output, check_output
-from mirage_ds.run.stop import EXIT_STOPPED, StopRequest
+from mirage_ds.run.stop import StopRequest
 
 if TYPE_CHECKING:
     from mirage_ds.study.launch import Place

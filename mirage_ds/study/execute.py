@@ -17,8 +17,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from mirage_ds.errors import UserError, reason
-from mirage_ds.run.stop import EXIT_STOPPED, never
+from mirage_ds.errors import EXIT_STOPPED, UserError, reason
+from mirage_ds.run.stop import never
 from mirage_ds.study.launch import Place, command, environment, for_hosts
 from mirage_ds.study.nodes import Node, Study
 from mirage_ds.study.store import Store

@@ -24,10 +24,9 @@ from typing import IO, Any, Literal
 
 import yaml
 
-from mirage_ds.errors import EXIT_USER_ERROR
+from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from mirage_ds.files import write_atomically
 from mirage_ds.run.folder import delete_checkpoints
-from mirage_ds.run.stop import EXIT_STOPPED
 from mirage_ds.study.nodes import Node
 
 State = Literal["done", "failed", "running", "waiting"]

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from mirage_ds.run.stop import EXIT_STOPPED
+from mirage_ds.errors import EXIT_STOPPED
 from mirage_ds.run.whereabouts import COLLECTIVE, LOADING, guarded
 
 FAULTS = ("none", "raise", "exit", "kill", "stop", "sleep", "skip")

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from mirage_ds.cluster.guard.wire import EXIT_HANG
-from mirage_ds.errors import EXIT_LOST
-from mirage_ds.run.stop import EXIT_STOPPED
+from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED
 
 from .hosts import Cluster, wait_until
 from .jobs import LAUNCHERS, LIMIT_S, START_S, Job

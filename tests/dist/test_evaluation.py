@@ -29,14 +29,14 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record_files import scan
 from mirage_ds.engine import whole
 from mirage_ds.engine.private import shard_of
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.decoder import Sampling, answer_records, evaluate_file, load_decoder
 from mirage_ds.evaluate.scoring import spread
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.run import decoding as decode_eval
 from mirage_ds.run import drawing as draw_eval
 from mirage_ds.run.setup import prepare
-from mirage_ds.run.stop import Stopped, never
+from mirage_ds.run.stop import never
 
 K, NEW = 2, 6
 TASK = "vsp-spatial-planning"

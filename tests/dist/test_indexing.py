@@ -60,9 +60,8 @@ def start(
     from mirage_ds.data import sources
     from mirage_ds.data.parts import Parts
     from mirage_ds.engine.private import set_collective_timeout
-    from mirage_ds.errors import UserError
+    from mirage_ds.errors import Stopped, UserError
     from mirage_ds.run.records import index_records
-    from mirage_ds.run.stop import Stopped
 
     made: list[int] = []
     encode, content_hash = Parts.encode, sources.content_hash

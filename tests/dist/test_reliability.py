@@ -19,9 +19,9 @@ from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.manifest import MANIFEST
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
 from mirage_ds.run.setup import prepare
-from mirage_ds.run.stop import Stopped, never
+from mirage_ds.run.stop import never
 
 # ------------------------------------------------------------------------------------------------------- on the ranks
 

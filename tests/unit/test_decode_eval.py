@@ -91,7 +91,7 @@ def test_runs_that_come_and_go_in_a_batch_change_no_row(nano: Path, mixed: Path)
 
 
 def test_a_stop_is_looked_for_before_each_token(nano: Path, mixed: Path) -> None:
-    from mirage_ds.run.stop import Stopped
+    from mirage_ds.errors import Stopped
 
     loaded = load_model(nano, stage="sft", dtype=torch.float32, device=CPU, checkpointing=False)
     encoder = load_encoder([str(nano)], ImageFinder.beside(mixed, None), "sft", 1)

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mirage_ds.errors import UserError
-from mirage_ds.run.process import is_rank
-from mirage_ds.run.stop import EXIT_STOPPED
+from mirage_ds.engine.place import is_rank
+from mirage_ds.errors import EXIT_STOPPED, UserError
 
 # What gloo's threads do to a process whose interpreter is being taken down, made certain.
 PROGRAM = """
@@ -24,7 +23,7 @@ import atexit, os, sys
 import click
 from mirage_ds.run.process import run_rank
 from mirage_ds.errors import UserError
-from mirage_ds.run.stop import Stopped
+from mirage_ds.errors import Stopped
 
 class Thread:
     def __del__(self, abort=os.abort): abort()

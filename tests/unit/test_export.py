@@ -22,12 +22,13 @@ from mirage_ds.data.load import load_tokenizer
 from mirage_ds.data.record import Record
 from mirage_ds.data.sample import Sample
 from mirage_ds.engine import save as export
-from mirage_ds.engine.save import Parts, ShardWriter, change_rows, save_model
+from mirage_ds.engine.save import Parts, change_rows, save_model
 from mirage_ds.engine.spelling import read_base
 from mirage_ds.errors import UserError
 from mirage_ds.files import TRAINED_KEY
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.load import Loaded, check_vocabulary, load_model, read_config
+from mirage_ds.model.shards import ShardWriter
 
 CPU = torch.device("cpu")
 TRAINED = {"stage": "stage2", "latent_size": 3}

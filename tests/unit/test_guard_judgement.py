@@ -11,9 +11,8 @@ import pytest
 from mirage_ds.cluster.guard.explain import late, main_stack, waits_for
 from mirage_ds.cluster.guard.hub import Member, hanging, judge
 from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Verdict
-from mirage_ds.errors import EXIT_LOST, UserError
-from mirage_ds.run.process import Place, find_place
-from mirage_ds.run.stop import EXIT_STOPPED
+from mirage_ds.engine.place import Place, find_place
+from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
 from mirage_ds.run.whereabouts import COLLECTIVE, LOADING, SAVING, SETTLED, Whereabouts
 
 BOUNDS = Bounds(gather=50, silence=10, start=100, hang=20, grace=1)

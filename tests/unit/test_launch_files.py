@@ -15,7 +15,7 @@ import yaml
 
 from mirage_ds.cluster.hosts import read_hosts
 from mirage_ds.config.run import RunConfig
-from mirage_ds.run.stop import EXIT_STOPPED
+from mirage_ds.errors import EXIT_STOPPED
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])

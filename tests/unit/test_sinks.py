@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
 from mirage_ds.run.monitor import Monitor
 from mirage_ds.run.sinks import Sink, check_installed, open_sinks
-from mirage_ds.run.stop import Stopped
 
 METRICS = {"loss": 1.5, "ce": 2.0, "grad_norm": float("nan"), "lr": 1e-3, "micro_steps": 1, "skipped": 0,
            "model_flops": 4e9}  # fmt: skip

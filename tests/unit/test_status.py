@@ -350,7 +350,7 @@ def test_names_are_what_differs(folders: list[str], names: list[str]) -> None:
 
 
 def test_watching_looks_again_until_it_is_stopped(training: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mirage_ds.run.stop import Stopped
+    from mirage_ds.errors import Stopped
 
     looks: list[float] = []
 

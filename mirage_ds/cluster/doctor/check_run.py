@@ -7,9 +7,9 @@ from typing import Any
 
 from mirage_ds.cluster.doctor.finding import HERE, Bad, Facts, Seen, Verdict, fail, size, unlike, warn
 from mirage_ds.engine.ds_config import read_json
+from mirage_ds.engine.installed import PACKAGES
 from mirage_ds.errors import UserError
 from mirage_ds.model.family import check_text, family_of
-from mirage_ds.run.folder import PACKAGES
 
 OPTIONAL = ("flash-attn", "peft")
 SLOW_DISK_BYTES_S = 50e6

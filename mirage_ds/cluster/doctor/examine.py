@@ -20,8 +20,8 @@ from mirage_ds.cluster.doctor.transport import ask_all, source_of
 from mirage_ds.cluster.environment import NAMES, PREFIXES, SECRET, is_wanted
 from mirage_ds.cluster.hosts import Host
 from mirage_ds.config.mixture import parse_part
+from mirage_ds.engine.installed import PACKAGES
 from mirage_ds.errors import UserError
-from mirage_ds.run.folder import PACKAGES
 
 WRITE_BYTES = 64 << 20
 # cli.py sets it for itself.

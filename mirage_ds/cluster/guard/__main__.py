@@ -18,10 +18,10 @@ from mirage_ds.cluster.guard.client import BEAT_S, Client
 from mirage_ds.cluster.guard.hub import Hub
 from mirage_ds.cluster.guard.options import CONTEXT, bounds_options, leave, log_file, tell
 from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Verdict
-from mirage_ds.errors import EXIT_USER_ERROR, UserError
+from mirage_ds.engine.place import Place, find_place
+from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from mirage_ds.files import disk_trouble
-from mirage_ds.run.process import Place, find_place, print_anything
-from mirage_ds.run.stop import EXIT_STOPPED
+from mirage_ds.run.process import print_anything
 
 # The hub's last word needs that long to reach every guard.
 FAREWELL_S = 1.0

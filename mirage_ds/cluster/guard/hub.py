@@ -19,8 +19,7 @@ from typing import Any
 
 from mirage_ds.cluster.guard.explain import by_position, late
 from mirage_ds.cluster.guard.wire import EXIT_HANG, LONGEST_LINE, PAUSED_S, Bounds, Verdict, messages, send
-from mirage_ds.errors import EXIT_LOST, UserError
-from mirage_ds.run.stop import EXIT_STOPPED
+from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
 
 # Between two looks of the hub, in seconds.
 LOOK_S = 0.25

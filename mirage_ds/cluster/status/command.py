@@ -33,7 +33,7 @@ def status(runs: tuple[Path, ...], wants_json: bool, watch: float | None) -> Non
     from mirage_ds.cluster.status.facts import find_run, read_facts
     from mirage_ds.cluster.status.show import print_one, print_several
     from mirage_ds.cluster.status.summary import summary
-    from mirage_ds.run.stop import Stopped
+    from mirage_ds.errors import Stopped
 
     console = Console(highlight=False)
     if not console.is_terminal:

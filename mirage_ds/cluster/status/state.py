@@ -11,8 +11,8 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 from mirage_ds.cluster.status.facts import Facts
+from mirage_ds.errors import EXIT_STOPPED
 from mirage_ds.run import events
-from mirage_ds.run.stop import EXIT_STOPPED
 
 Name = Literal["starting", "training", "evaluating", "saving", "finished", "stopped", "failed", "silent"]
 ALIVE = ("starting", "training", "evaluating", "saving")

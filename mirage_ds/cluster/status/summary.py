@@ -10,8 +10,8 @@ from typing import Any
 
 from mirage_ds.cluster.status.facts import Facts, Line
 from mirage_ds.cluster.status.state import ALIVE, RECENT, attempt, judge, usual_step
+from mirage_ds.errors import EXIT_STOPPED
 from mirage_ds.run import events
-from mirage_ds.run.stop import EXIT_STOPPED
 
 
 def clock(when: float) -> str:
