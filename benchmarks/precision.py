@@ -6,8 +6,8 @@
 A nano model on two CPU ranks under ZeRO-3, each variant from the same weights over the same rows, through the trainer's
 own step. Weights start as bf16 numbers, so that no variant loses anything at its start. Stage 1 is the default: it has
 both losses, and a step is one pass, so that all runs together take minutes; what bf16 does to latents that are fed
-back is measured by tests/unit/test_forward.py. Losses and shares are those of one run each; the line with another seed
-says what a difference of such a run is worth.
+back is measured by tests/unit/model/test_forward.py. Losses and shares are those of one run each; the line with
+another seed says what a difference of such a run is worth.
 
 Ψ: elements of the sharded parameters.
 """

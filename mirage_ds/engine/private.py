@@ -1,6 +1,6 @@
 """The only place that touches what DeepSpeed and torch do not promise.
 
-tests/unit/test_private.py notices when it changes; for what happens in a save and in a step,
+tests/unit/engine/test_private.py notices when it changes; for what happens in a save and in a step,
 tests/dist/test_reliability.py does, for a load on another number of ranks tests/dist/test_world_size.py.
 """
 

@@ -6,7 +6,7 @@ heads, D head width, V vocabulary, L layers; b bytes of an element of the comput
 The head makes its gradients at the end of the forward. Autograd runs what was made last first: the head, then the
 passes from the last to the first, each from its last layer to its first. What a forward saved is freed on the way, and
 gradients come up. Model states, gathered weights and buckets are not here (states.py, fit.py).
-tests/unit/test_plan_activations.py compares the result with the storages that are alive.
+tests/unit/plan/test_plan_activations.py compares the result with the storages that are alive.
 """
 
 from __future__ import annotations

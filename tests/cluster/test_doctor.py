@@ -1,7 +1,7 @@
 """The doctor on real hosts: nothing to say of healthy ones, and each fault that hosts can have named on the right one.
 
 Hosts here share the machine's clock, disks and packages; mounts that one host alone sees stand for what differs. A
-clock that differs, GPUs, drivers, NCCL and InfiniBand are injected in tests/unit/test_doctor.py.
+clock that differs, GPUs, drivers, NCCL and InfiniBand are injected in tests/unit/cluster/test_doctor.py.
 """
 
 from __future__ import annotations

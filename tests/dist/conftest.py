@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from group import Group
+from support.group import Group
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from extensions import compiled, use_folder
-from group import Group
+from support.extensions import compiled, use_folder
+from support.group import Group
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import ds_config as ds

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from group import free_port
+from support.group import free_port
 
 BIN = Path(sys.executable).parent
 LIMIT_S = 90

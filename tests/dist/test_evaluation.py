@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from group import Group, free_port
-from on_disk import lines_of
 from PIL import Image
 from safetensors.torch import load_file
+from support.group import Group, free_port
+from support.on_disk import lines_of
 from torch.profiler import ProfilerActivity, profile
 
 from mirage_ds import train

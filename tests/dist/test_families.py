@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from group import Group
 from safetensors import safe_open
+from support.group import Group
 from transformers import AutoModelForImageTextToText
 
 from mirage_ds import train

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from group import Group
+from support.group import Group
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.indexing import open_index

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from group import Group
-from on_disk import TIMES
+from support.group import Group
+from support.on_disk import TIMES
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig

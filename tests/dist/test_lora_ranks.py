@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from group import Group
-from on_disk import log_of
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
+from support.group import Group
+from support.on_disk import log_of
 from transformers import AutoModelForImageTextToText
 
 from mirage_ds import train

@@ -14,9 +14,9 @@ from unittest import mock
 
 import pytest
 import torch
-from extensions import compiled
-from group import Group, GroupFailure
 from safetensors.torch import save_file
+from support.extensions import compiled
+from support.group import Group, GroupFailure
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.checkpoint import save_checkpoint

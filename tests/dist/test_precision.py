@@ -5,7 +5,7 @@ the collective rounds it, a float64 sum over the micro-steps, torch.optim.AdamW 
 
 W ranks, G micro-steps of a step, w a weight. ulp(w): the distance of two neighbours of w's size.
 
-How far latents that are fed back drift in bf16 stands in tests/unit/test_forward.py (test_bf16_drift_…).
+How far latents that are fed back drift in bf16 stands in tests/unit/model/test_forward.py (test_bf16_drift_…).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
-from group import Group
+from support.group import Group
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import collate

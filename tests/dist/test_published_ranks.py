@@ -1,4 +1,4 @@
-"""Folders in published layouts (tests/published.py) through everything that a user does with one.
+"""Folders in published layouts (tests/support/published.py) through everything that a user does with one.
 
 One folder of each family is in `make test`; all layouts, and the really published files where they are at hand, are
 slow.
@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from group import Group
-from on_disk import lines_of
 from PIL import Image
-from published import LAYOUTS, Layout, new_forms, write_layout
 from safetensors.torch import load_file
+from support.group import Group
+from support.on_disk import lines_of
+from support.published import LAYOUTS, Layout, new_forms, write_layout
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from group import Group
-from on_disk import files, log_of, rewrite
+from support.group import Group
+from support.on_disk import files, log_of, rewrite
 from test_resume import BASE, STEPS
 
 from mirage_ds import train

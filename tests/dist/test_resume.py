@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from group import Group
-from on_disk import files, log_of, rewrite
 from safetensors.torch import load_file, save_file
+from support.group import Group
+from support.on_disk import files, log_of, rewrite
 
 from mirage_ds import train
 from mirage_ds.cluster.status.facts import read_facts

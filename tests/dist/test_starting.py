@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from group import Group
 from safetensors.torch import load_file, save_file
+from support.group import Group
 
 from mirage_ds.engine.private import set_collective_timeout
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from group import Group
 from PIL import Image
+from support.group import Group
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig

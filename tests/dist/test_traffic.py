@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from group import Group
+from support.group import Group
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.listen import listening

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from group import Group
-from on_disk import lines_of, rewrite
 from safetensors.torch import load_file, save_file
+from support.group import Group
+from support.on_disk import lines_of, rewrite
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig

@@ -1,7 +1,7 @@
 """ZeRO-3 on two ranks, with the shipped JSONs, against one plain process that takes the whole step's rows at once.
 
 The reference knows no DeepSpeed, no planner and no accumulation: rows of the step → summed losses → backward → clip →
-torch.optim.AdamW with the schedule written out. That its forward is right stands in tests/unit/test_forward.py.
+torch.optim.AdamW with the schedule written out. That its forward is right stands in tests/unit/model/test_forward.py.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from group import Group, GroupFailure
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
+from support.group import Group, GroupFailure
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import collate

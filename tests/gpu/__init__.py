@@ -1,1 +1,1 @@
-"""What only a GPU can show (docs/gpu.md). tests/unit/test_gpu_bodies.py runs the bodies on the CPU."""
+"""What only a GPU can show (docs/gpu.md). tests/unit/benchmarks/test_gpu_bodies.py runs the bodies on the CPU."""

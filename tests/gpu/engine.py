@@ -40,7 +40,7 @@ class Stepped(NamedTuple):
 
 
 def take(world: Any, settings: dict[str, Any]) -> Stepped:
-    """Prepare a run as train.py does and take one step; called on the rank (tests/dist/group.py)."""
+    """Prepare a run as train.py does and take one step; called on the rank (tests/support/group.py)."""
     on_gpu = world.device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     prepared = prepare(RunConfig(**settings), world)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from dist.extensions import compiled, use_folder
-from dist.group import Group
+from support.group import Group
 from torch.utils.cpp_extension import CUDA_HOME
 
 from gpu.engine import SETTINGS, Stepped, alone, planned_states, take

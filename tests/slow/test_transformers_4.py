@@ -1,7 +1,7 @@
 """What is saved opens in transformers 4 where its base did: the same tokens, the same limits of pictures, equal logits.
 
 MIRAGE_PYTHON_4 names the Python of an environment with transformers 4 (4.57 was used) and torch; without it these tests
-are skipped, and how the files are spelt is tested by tests/unit/test_published.py alone.
+are skipped, and how the files are spelt is tested by tests/unit/model/test_published.py alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from published import LAYOUTS, write_layout
+from support.published import LAYOUTS, write_layout
 
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder

@@ -46,9 +46,9 @@ SHOWN = ("torch", "transformers", "deepspeed", "peft", "datasets", "pyarrow", "p
 # Forward, decoding, LoRA and export against plain transformers, of every stage and family; what is encoded; then
 # ZeRO-3 and a resumed run on two ranks.
 TESTS = (
-    *("tests/unit/test_forward.py", "tests/unit/test_generate.py", "tests/unit/test_encode.py"),
-    *("tests/unit/test_lora.py", "tests/unit/test_export.py", "tests/unit/test_attention.py"),
-    *("tests/unit/test_private.py", "tests/unit/test_versions.py"),
+    *("tests/unit/model/test_forward.py", "tests/unit/model/test_generate.py", "tests/unit/data/test_encode.py"),
+    *("tests/unit/model/test_lora.py", "tests/unit/engine/test_export.py", "tests/unit/model/test_attention.py"),
+    *("tests/unit/engine/test_private.py", "tests/unit/engine/test_versions.py"),
     *("tests/dist/test_zero3.py", "tests/dist/test_resume.py"),
 )
 

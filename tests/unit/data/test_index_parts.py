@@ -1,0 +1,216 @@
+"""The index of records, made in parts: what a start looks at, and what becomes of one that was killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.indices import BREAK, Counted, Make
+
+from mirage_ds.data import indexing
+from mirage_ds.data.features import image_key
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.index import COLUMNS, EncodedRows
+from mirage_ds.data.indexing import Maker, open_index
+from mirage_ds.data.joining import Writer
+from mirage_ds.data.loader import Index, Rows, build_index, usable
+from mirage_ds.data.parts import Parts
+from mirage_ds.data.record import Fault
+from mirage_ds.data.record_files import scan
+from mirage_ds.errors import UserError
+
+
+def test_images_are_compared_when_asked(rows: Path, cache: Path, encoder_for: Make) -> None:
+    encoder = encoder_for("stage2", 2, beside=rows)
+
+    def start(check_images: bool = True) -> Index:
+        opened = open_index(rows, encoder, ["image_input"], cache, check_images=check_images)
+        return usable(opened, rows, 10_000, 0, ["image_input"])
+
+    image = rows.parent / "in4.png"
+    before = start()
+    content = image.read_bytes()
+    # As large as before; only its time tells.
+    image.write_bytes(content[:-20] + bytes(20))
+    assert start(check_images=False).rows.digest == before.rows.digest
+    after = start()
+    place = int(after.images["image_input"].starts[4])
+    own, old = (tuple(index.images["image_input"].keys[place].tolist()) for index in (after, before))
+    assert own == image_key(image) != old
+    # Larger: the row has other tokens.
+    Image.new("RGB", (280, 280)).save(image)
+    assert start().tokens[4] > before.tokens[4]
+    image.unlink()
+    with pytest.raises(UserError, match=r"line 5, image_input: no image 'in4\.png'"):
+        start()
+    # The images of records with a fault are looked at unasked.
+    image.write_bytes(content)
+    assert start(check_images=False).rows.digest == before.rows.digest
+
+
+def test_an_image_that_now_lies_in_an_earlier_place_is_noticed(
+    rows: Path, cache: Path, encoder_for: Make, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (rows.parent / "in0.png").rename(root / "in0.png")
+    encoder = replace(encoder_for("stage2", 2, beside=rows), finder=ImageFinder.beside(rows, root))
+    before = open_index(rows, encoder, ["image_input"], cache)
+    Image.new("RGB", (112, 112)).save(rows.parent / "in0.png")
+    after = open_index(rows, encoder, ["image_input"], cache, check_images=True)
+    assert tuple(after.images("image_input").keys[0].tolist()) == image_key(rows.parent / "in0.png")
+    assert after["tokens"][0] != before["tokens"][0]
+
+
+@pytest.mark.parametrize(("where", "gone"), [("input", False), ("input", True), ("helper", False), ("helper", True)])
+def test_an_image_that_changed_after_a_start_is_an_error_when_it_is_read(
+    where: str, gone: bool, rows: Path, cache: Path, encoder_for: Make
+) -> None:
+    encoder = encoder_for("stage1", 2, beside=rows)
+    start = partial(build_index, rows, encoder, 10_000, 0, cache_dir=cache, max_bad_share=1)
+    start()
+    image = rows.parent / f"{'in' if where == 'input' else 'out'}4.png"
+    image.unlink()
+    if not gone:
+        Image.new("RGB", (280, 280)).save(image)
+    index = start()
+    fault = Rows(index.rows, encoder, {})[4]
+    assert isinstance(fault, Fault)
+    field = f"image_{'input' if where == 'input' else 'output'}"
+    said = (fault.line, fault.field, fault.what.startswith("no image" if gone else "an image changed its size"))
+    assert said == (5, field, True)
+    assert gone or fault.how == "start the run again"
+    # Which then looks at it.
+    assert start().rows.digest != index.rows.digest
+
+
+def test_a_start_with_an_index_looks_at_no_image(
+    rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoder_for("stage2", 2, beside=rows)
+    open_index(rows, encoder, ["image_input"], cache)
+    looked: list[str] = []
+    for name in ("stat", "lstat", "open"):
+        monkeypatch.setattr(os, name, _noting(looked, getattr(os, name)))
+    monkeypatch.setattr("io.open", _noting(looked, open))
+    open_index(rows, encoder, ["image_input"], cache)
+    assert looked
+    assert not [name for name in looked if name.endswith(".png")]
+    open_index(rows, encoder, ["image_input"], cache, check_images=True)
+    assert len({name for name in looked if name.endswith(".png")}) == 7
+
+
+def _noting(looked: list[str], call: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(path: Any, *words: Any, **more: Any) -> Any:
+        looked.append(str(path))
+        return call(path, *words, **more)
+
+    return noted
+
+
+def _bytes_of(rows: EncodedRows) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in rows.place.iterdir()}
+
+
+@pytest.mark.parametrize("hurt", ["", "cut", "one bit", "empty"])
+def test_an_index_that_was_killed_goes_on_and_equals_one_made_in_one_go(
+    hurt: str, rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (rows.parent / "in6.png").rename(rows.parent / "kept.png")
+    encoder = encoder_for("stage2", 2, beside=rows)
+    monkeypatch.setattr("mirage_ds.data.sources.PIECE_BYTES", 100)
+    monkeypatch.setattr(indexing, "processes", lambda *_: 0)
+    whole = open_index(rows, encoder, ["image_input"], cache / "whole")
+    assert whole.faults == 1
+    made: list[int] = []
+    encode = Parts.encode
+
+    def killed(parts: Parts, number: int) -> Any:
+        if len(made) == 6:
+            raise KeyboardInterrupt
+        made.append(number)
+        return encode(parts, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "encode", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_index(rows, encoder, ["image_input"], cache)
+    left = next((cache / "index").glob(".*.parts"))
+    assert sorted(file.name for file in left.glob("[0-9]*")) == sorted(map(str, made))
+    if hurt:
+        (left / "3").write_bytes(BREAK[hurt]((left / "3").read_bytes()))
+    counted = Counted(monkeypatch)
+    again = open_index(rows, encoder, ["image_input"], cache)
+    assert counted.since()[0] == 15 - len(made) + bool(hurt)
+    assert _bytes_of(again) == _bytes_of(whole)
+    assert not [*(cache / "index").glob(".*")]
+
+
+def test_what_a_killed_index_found_faulty_is_looked_at_again(
+    rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (rows.parent / "in6.png").rename(rows.parent / "kept.png")
+    encoder = encoder_for("stage2", 2, beside=rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(Maker, "join", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_index(rows, encoder, ["image_input"], cache)
+    (rows.parent / "kept.png").rename(rows.parent / "in6.png")
+    assert open_index(rows, encoder, ["image_input"], cache).faults == 0
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pieces_and_processes_change_nothing(
+    workers: int, rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows.write_bytes(b"\xef\xbb\xbf" + rows.read_bytes().replace(b"\n", b"\r\n") + b"{\r\r\n\xff\n")
+    (rows.parent / "in6.png").unlink()
+    encoder = encoder_for("stage2", 2, beside=rows)
+    whole = open_index(rows, encoder, ["image_input"], cache / "whole")
+    monkeypatch.setattr("mirage_ds.data.sources.PIECE_BYTES", 100)
+    monkeypatch.setattr(indexing, "processes", lambda work, sharers: min(workers, work))
+    parts = open_index(rows, encoder, ["image_input"], cache / "parts")
+    assert [*parts] == [*whole]
+    for name in COLUMNS:
+        assert np.array_equal(parts[name], whole[name]), name
+    for one, other in zip(parts.images("image_input"), whole.images("image_input"), strict=True):
+        assert np.array_equal(one, other)
+    faults = [*parts.all_faults()]
+    assert faults == [*whole.all_faults()]
+    assert [fault.line for fault in faults if fault.field == "json"] == [fault.line for fault in scan(rows)[1]]
+    assert faults[0].what.startswith("no image 'in6.png'")
+
+
+def test_a_records_file_that_changes_while_it_is_read_is_refused(
+    rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoder_for("stage2", 2, beside=rows)
+    before = rows.read_bytes()
+    whole = open_index(rows, encoder, [], cache / "whole")
+    for place, name in ((Parts, "encode"), (Writer, "add")):
+        work = getattr(place, name)
+
+        def meddle(*given: Any, work: Callable[..., Any] = work) -> Any:
+            rows.write_bytes(before.replace(b"Question", b"Puzzling", 1))
+            return work(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, meddle)
+            with pytest.raises(UserError, match=rf"{rows}: changed while it was read"):
+                open_index(rows, encoder, [], cache)
+        # What was made of it is not taken for the old one's.
+        rows.write_bytes(before)
+        assert _bytes_of(open_index(rows, encoder, [], cache)) == _bytes_of(whole)
+        shutil.rmtree(cache / "index")

@@ -1,0 +1,95 @@
+"""The site, as far as it can be looked at without mkdocs: the hook, the navigation, the picture."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parents[3]
+
+
+def load_file(name: str) -> ModuleType:
+    file = ROOT / "docs" / name
+    spec = importlib.util.spec_from_file_location(f"docs_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HOOK = load_file("site_files.py")
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "target"),
+    [
+        ("docs/data.md", "../data/README.md", "data/README.md"),
+        ("docs/data.md", "../data", "data/README.md"),
+        ("data/README.md", "../docs/data.md", "docs/data.md"),
+        ("examples/7b/README.md", "../../ds_configs/README.md", "ds_configs/README.md"),
+        ("docs/data.md", "../nowhere.md", None),
+        ("docs/data.md", "../../etc/passwd", None),
+        ("docs/data.md", "https://example.org/README.md", None),
+    ],
+)
+def test_where_a_link_leads(page: str, link: str, target: str | None) -> None:
+    assert HOOK.target_of(page, link) == target
+    assert HOOK.in_repository(HOOK.site_place(page)) == page
+
+
+@pytest.mark.parametrize(
+    ("own", "written", "read"),
+    [
+        ("data.md", "[a](../data/README.md#keys) [b](tasks.md)", "[a](repo/data/README.md#keys) [b](tasks.md)"),
+        ("repo/data/README.md", "[a](../docs/data.md)", "[a](../../data.md)"),
+        ("repo/examples/7b/README.md", "![a](../../docs/scaling.png)", "![a](../../../scaling.png)"),
+        ("data.md", "`[a](../data/README.md)`", "`[a](../data/README.md)`"),
+        ("data.md", "```sh\n[a](../data/README.md)\n```", "```sh\n[a](../data/README.md)\n```"),
+        ("data.md", "[a](../nowhere.md) [b](#here)", "[a](../nowhere.md) [b](#here)"),
+        ("data.md", "| x | `<\\|a\\|>` |\nand `b\\|c`", "| x | `<|a|>` |\nand `b\\|c`"),
+    ],
+)
+def test_links_on_the_site(own: str, written: str, read: str) -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri=own))
+    files = SimpleNamespace(src_uris={"data.md", "tasks.md", "scaling.png", "repo/data/README.md"})
+    assert HOOK.on_page_markdown(written, page=page, files=files) == read
+
+
+def nav_of(part: Any) -> Iterator[str]:
+    if isinstance(part, str):
+        yield part
+    else:
+        for below in part.values() if isinstance(part, dict) else part:
+            yield from nav_of(below)
+
+
+class Loader(yaml.SafeLoader):
+    """Reads over mkdocs' own tags."""
+
+
+Loader.add_multi_constructor("!!python", lambda *_: None)
+Loader.add_multi_constructor("tag:yaml.org,2002:python", lambda *_: None)
+
+
+def test_the_navigation_names_every_page_and_only_pages() -> None:
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)
+    named = list(nav_of(config["nav"]))
+    assert len(set(named)) == len(named)
+    assert [one for one in named if not (ROOT / HOOK.in_repository(one)).is_file()] == []
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(named)
+
+
+def test_the_picture_of_the_passes_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_file("pictures/passes.py")
+    monkeypatch.setattr(module, "OUT", tmp_path / "passes.png")
+    module.main()
+    with Image.open(tmp_path / "passes.png") as drawn, Image.open(ROOT / "docs/pictures/passes.png") as kept:
+        assert drawn.size == kept.size

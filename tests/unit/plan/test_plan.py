@@ -1,0 +1,764 @@
+"""The planner: shapes, states at any number of ranks, cost, ranking, the command, and published runs.
+
+Ψ elements of the trained parameters, W ranks. tests/unit/plan/test_plan_activations.py holds the activations,
+tests/dist/test_planned.py the states against a running engine.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from mirage_ds.cli import cli, main
+from mirage_ds.engine.ds_config import fill_limits, read_json, shipped_folder
+from mirage_ds.engine.offload_bytes import memory_of, read_keys
+from mirage_ds.errors import UserError
+from mirage_ds.model.family import FAMILIES
+from mirage_ds.model.presets import PRESETS, preset
+from mirage_ds.plan.activations import Micro, PassShape, layer_terms, recomputed, saved_terms, total
+from mirage_ds.plan.cost import Host, Work, moved, step_cost
+from mirage_ds.plan.fit import CARDS, GB, Question, advice, held_by, judge, rank, shipped
+from mirage_ds.plan.formulas import (
+    Machine,
+    Sizes,
+    Traffic,
+    Walk,
+    Zero3,
+    flops,
+    groups,
+    memory,
+    sizes,
+    thin_bytes,
+    traffic,
+    trained_parameters,
+    two_layers,
+    walk,
+)
+from mirage_ds.plan.memory import head_terms, peak
+from mirage_ds.plan.settings import Settings, read_settings
+from mirage_ds.plan.shape import Block, block_of, describe, read_shape
+from mirage_ds.plan.spec import PlanSpec
+from mirage_ds.plan.states import states
+
+PUBLIC = [name for name in PRESETS if not name.startswith("nano")]
+SEVEN = read_shape("qwen2.5-vl-7b")
+# Configurations as others publish them, where they are at hand.
+PUBLISHED_ROOT = Path(__file__).parents[4] / "shared/published"
+PUBLISHED = sorted(PUBLISHED_ROOT.rglob("config.json"))
+KEPT = Zero3(max_live=10**12, reuse=10**12)
+PLAIN = Settings(stage=3, compute=2, accumulated=4, master=4, moments=4, zero=Zero3())
+
+
+def shape_of(name: str) -> dict[str, Any]:
+    """A preset; the small ones with a vocabulary."""
+    found = preset(name)
+    found["text_config"]["vocab_size"] = found["text_config"]["vocab_size"] or 700
+    return found
+
+
+@lru_cache
+def on_meta(name: str) -> Any:
+    """MirageModel itself, without memory."""
+    from mirage_ds.model.forward import MirageModel
+    from mirage_ds.model.loss import LossHead
+
+    config = shape_of(name)
+    family = FAMILIES[config["model_type"]]
+    with torch.device("meta"):
+        whole = family.model_class()(family.config_class()(**config))
+    head = LossHead(whole.lm_head.weight, config["text_config"]["vocab_size"], 1 << 20)
+    return MirageModel(whole.model.language_model, head, None, False, "sample", "sdpa", True)
+
+
+# -------------------------------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, "nano-qwen2-vl", "nano-qwen3-vl"])
+def test_parameters_are_those_of_the_model_in_its_order(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(shape_of(name)))
+    shape = read_shape(str(tmp_path))
+    if name in PUBLIC:
+        assert shape == read_shape(name)
+    listed = trained_parameters(shape)
+    found = [(one.numel(), one.ndim > 1) for one in on_meta(name).parameters()]
+    assert [(one.elements, one.matrix) for one in listed] == found
+    assert sum(one.elements for one in listed) == sizes(shape).text
+
+
+# What the publishers' indices say: bytes in bf16; of the 32B and 72B the model cards' sizes.
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [("qwen2.5-vl-3b", 7_509_245_952), ("qwen2.5-vl-7b", 16_584_333_312)],
+)
+def test_public_models_have_their_published_size(name: str, total: int) -> None:
+    counted = sizes(read_shape(name))
+    assert 2 * (counted.text + counted.vision) == total
+
+
+def test_the_widths_of_heads_and_deepstack() -> None:
+    block = block_of(describe(shape_of("nano-qwen3-vl"), "nano"))
+    assert (block.head_width, block.width, block.head_norms, block.deep) == (48, 192, True, 2)
+    assert (block_of(SEVEN).head_width, block_of(SEVEN).head_norms, block_of(SEVEN).deep) == (128, False, 0)
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: str(file.parent.relative_to(PUBLISHED_ROOT)))
+def test_published_files_are_counted_as_transformers_counts_them(file: Path) -> None:
+    if json.loads(file.read_text())["model_type"] not in FAMILIES:
+        with pytest.raises(UserError, match="mirage_ds trains"):
+            read_shape(str(file))
+        return
+    config = AutoConfig.from_pretrained(file.parent)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    counted = sizes(read_shape(str(file)))
+    vision = sum(p.numel() for p in model.model.visual.parameters())
+    assert (counted.text, counted.vision) == (model.num_parameters() - vision, vision)
+    text = config.get_text_config()
+    block = block_of(read_shape(str(file)))
+    assert (block.heads, block.kv_heads) == (text.num_attention_heads, text.num_key_value_heads)
+    assert block.layers == text.num_hidden_layers == counted.layers
+
+
+def test_deepstack_features_are_three_times_as_wide(tmp_path: Path) -> None:
+    held = {}
+    for name in ("nano-qwen2-vl", "nano-qwen3-vl"):
+        (tmp_path / "config.json").write_text(json.dumps(shape_of(name)))
+        asked = Question(PlanSpec(model=str(tmp_path), stage="stage1", rows=7, row_tokens=600))
+        held[name] = held_by(asked, PLAIN, True)
+        assert asked.block.hidden == 128
+    one, other = held.values()
+    assert other.features == 3 * one.features
+    # A helper's four targets are not.
+    assert (one.kept, other.kept) == (7 * (256 + 4) * 128 * 2, 7 * (3 * 256 + 4) * 128 * 2)
+
+
+def layouts() -> dict[str, dict[str, Any]]:
+    """The 7B's config.json as published, nested, and as transformers up to 4.49 saved it, without what is default."""
+    text = {
+        **{"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28},
+        **{"num_hidden_layers": 28, "num_key_value_heads": 4, "vocab_size": 152064},
+    }
+    head = {"model_type": "qwen2_5_vl", "tie_word_embeddings": False}
+    vision = {
+        **{"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584, "num_heads": 16},
+        **{"patch_size": 14, "spatial_merge_size": 2},
+    }
+    few = {"model_type": "qwen2_5_vl", "hidden_size": 1280, "in_chans": 3, "spatial_patch_size": 14}
+    return {
+        "flat": {**head, **text, "vision_config": vision},
+        "nested": {**head, "text_config": text, "vision_config": vision},
+        "few keys": {**head, **text, "vision_config": few},
+        "preset": {**preset("qwen2.5-vl-7b"), "model_type": "qwen2_5_vl"},
+    }
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_all_layouts_say_the_same(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(layouts()[name]))
+    for said in (tmp_path, tmp_path / "config.json"):
+        shape = read_shape(str(said))
+        assert (shape.shapes, block_of(shape)) == (SEVEN.shapes, block_of(SEVEN))
+    assert read_shape("Qwen/Qwen2.5-VL-7B-Instruct") == SEVEN
+
+
+def test_a_folder_that_transformers_wrote(nano: Path, untied: Path) -> None:
+    from safetensors.torch import load_file
+
+    for folder, tied in ((nano, True), (untied, False)):
+        stored = load_file(folder / "model.safetensors")
+        shape = read_shape(str(folder))
+        assert ("lm_head.weight" not in shape.shapes) is tied
+        assert {name: list(weight.shape) for name, weight in stored.items()} == shape.shapes
+
+
+SMALL = {**shape_of("nano-qwen2-vl"), "model_type": "qwen2_vl"}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model_type": "llama"}, "type 'llama'"),
+        ({**SMALL, "vision_config": {"depth": "x"}}, "no Qwen2-VL "),
+        ({**SMALL, "text_config": {"hidden_size": -8}}, "no Qwen2-VL "),
+        ({**SMALL, "text_config": {"num_attention_heads": 0}}, "no Qwen2-VL "),
+    ],
+)
+def test_a_broken_config_is_named(values: dict, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=said) as error:
+        read_shape(str(tmp_path))
+    assert str(error.value).startswith(str(tmp_path))
+
+
+def test_another_process_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where torch has not been imported."""
+    shape, asked = shape_of("nano-qwen3-vl"), []
+    wanted = describe(shape, "nano")
+    run = subprocess.run
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(subprocess, "run", lambda words, **options: asked.append(words) or run(words, **options))
+    assert [describe(shape, "nano") for _ in range(3)] == [wanted] * 3
+    assert len(asked) == 1
+
+
+@pytest.mark.slow
+def test_another_process_refuses_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(UserError, match=r"^my\.json: no Qwen2-VL \(") as error:
+        describe({**SMALL, "vision_config": {"depth": "x"}}, "my.json")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- states
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen2.5-vl-72b"])
+@pytest.mark.parametrize("ranks", [8, 24, 64, 1000, 1024])
+def test_partitions_of_the_full_models(name: str, ranks: int) -> None:
+    """ZeRO-3 pads each parameter, ZeRO-2 each group, of the model on the meta device."""
+    found, listed = list(on_meta(name).parameters()), trained_parameters(read_shape(name))
+    shard = sum(len(range(0, p.numel(), ranks)) for p in found)
+    three = states(listed, PLAIN, ranks).gpu
+    assert three["parameters, sharded (b Ψ / W)"] == 2 * shard
+    assert three["gradients, summed (a Ψ / W)"] == three["master weights (m Ψ / W)"] == 4 * shard
+    assert three["moments (2 s Ψ / W)"] == 8 * shard
+    assert three["small parameters, whole (persistence)"] == 2 * sum(p.numel() for p in found if p.numel() <= 10**5)
+    flat = 0
+    for matrices in (True, False):
+        group = sum(p.numel() for p in found if (p.ndim > 1) == matrices)
+        flat += group + (-group) % (2 * ranks)
+    two = states(listed, PLAIN._replace(stage=2), ranks).gpu
+    assert two["parameters, whole (b Ψ)"] == 2 * flat
+    assert two["moments (2 s Ψ / W)"] * ranks == 8 * flat
+
+
+def test_states_agree_with_the_coarse_formula() -> None:
+    """scale.memory counts the same without padding."""
+    for ranks in (8, 1024):
+        held = total({k: v for k, v in states(trained_parameters(SEVEN), PLAIN, ranks).gpu.items() if " / W" in k})
+        assert held == pytest.approx(memory(sizes(SEVEN), Walk(1, 0), Zero3(), ranks).shard, rel=1e-3)
+
+
+def test_offload_moves_and_loses_nothing() -> None:
+    listed = trained_parameters(SEVEN)
+    here = states(listed, PLAIN, 8)
+    there = states(listed, PLAIN._replace(parameters_on="cpu", optimizer_on="cpu"), 8)
+    for name in ("parameters, sharded (b Ψ / W)", "master weights (m Ψ / W)", "moments (2 s Ψ / W)"):
+        assert there.host[name] == here.gpu[name]
+        assert name not in there.gpu
+    assert not there.step
+    swapped = states(listed, PLAIN._replace(parameters_on="nvme", optimizer_on="nvme", in_cpu=0, sub_group=10**8), 8)
+    # Master weight, two moments and a gradient of all but the vectors, too small to be swapped; and the parameters.
+    matrices = sum(-(-one.elements // 8) for one in listed if one.matrix)
+    vectors = sum(-(-one.elements // 8) for one in listed if not one.matrix)
+    assert vectors * 4 < 1 << 20
+    assert total(swapped.disk) == 16 * matrices + 2 * (matrices + vectors)
+    # Four buffers of the largest sub-group: it is closed by the parameter that takes it above 10⁸ elements.
+    assert 4 * 4 * 10**8 <= swapped.host["buffers of the optimizer"] <= 4 * 4 * (10**8 + 152_064 * 3584 // 8)
+
+
+@pytest.mark.parametrize("name", ["stage1_offload", "stage1_nvme", "stage2_offload", "stage2_nvme"])
+@pytest.mark.parametrize("ranks", [8, 32])
+def test_a_host_holds_what_the_check_before_a_start_counts(name: str, ranks: int) -> None:
+    # Two ways to the same bytes: this one by name for people, that one to refuse a run.
+    path = shipped_folder() / f"{name}.json"
+    values, config = read_json(path), read_shape("qwen2.5-vl-7b")
+    settings = read_settings(values, path, sizes(config))
+    fill_limits(values, two_layers(sizes(config)))
+    parameters = trained_parameters(config)
+    counted = memory_of(read_keys(values), groups(parameters), ranks)
+    # Files are whole kilobytes, and what is too small to swap stays in memory.
+    assert total(states(parameters, settings, ranks).host) == pytest.approx(counted.total, rel=1e-3)
+
+
+def test_offload_of_whole_weights_moves_the_optimizer() -> None:
+    listed, text = trained_parameters(SEVEN), sizes(SEVEN).text
+    for stage in (1, 2):
+        here = states(listed, PLAIN._replace(stage=stage, accumulated=2), 8)
+        there = states(listed, PLAIN._replace(stage=stage, accumulated=2, optimizer_on="cpu"), 8)
+        for name in ("master weights (m Ψ / W)", "moments (2 s Ψ / W)"):
+            assert there.host[name] == here.gpu[name]
+            assert name not in there.gpu
+        assert there.gpu["parameters, whole (b Ψ)"] == here.gpu["parameters, whole (b Ψ)"] == pytest.approx(2 * text)
+        assert not there.step
+
+
+def test_hpz_needs_a_group_that_divides() -> None:
+    two = PLAIN._replace(zero=Zero3(hpz=8))
+    found = states(trained_parameters(SEVEN), two, 16)
+    assert found.obstacle is None
+    assert found.gpu["hpZ's second copy (b Ψ / hpZ)"] == pytest.approx(2 * sizes(SEVEN).text / 8, rel=1e-6)
+    assert "does not divide 12 ranks" in str(states(trained_parameters(SEVEN), two, 12).obstacle)
+
+
+def test_a_swap_buffer_must_hold_the_largest_part() -> None:
+    small = PLAIN._replace(parameters_on="nvme", parameter_buffer=10**8)
+    # The embedding: 152,064 · 3,584 elements.
+    assert "below 136,249,344" in str(states(trained_parameters(SEVEN), small, 4).obstacle)
+    assert states(trained_parameters(SEVEN), small, 8).obstacle is None
+
+
+def test_groups_are_those_of_the_optimizer() -> None:
+    from mirage_ds.engine.setup import weight_decay_groups
+
+    real = weight_decay_groups(on_meta("qwen2.5-vl-7b"), 0.01)
+    assert [[p.numel() for p in one["params"]] for one in real] == groups(trained_parameters(SEVEN))
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def settings_of(values: dict[str, Any], tmp_path: Path) -> Settings:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(values))
+    return read_settings(read_json(path), path, sizes(SEVEN))
+
+
+def test_defaults_are_deepspeeds(tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    real, parameters = DeepSpeedZeroConfig(stage=3), DeepSpeedZeroOffloadParamConfig()
+    found = settings_of({"zero_optimization": {"stage": 3}}, tmp_path)
+    assert found.zero == Zero3(
+        real.max_live_parameters, real.max_reuse_distance, real.prefetch_bucket_size,
+        real.param_persistence_threshold, real.reduce_bucket_size, real.zero_hpz_partition_size,
+    )  # fmt: skip
+    assert (found.contiguous, found.sub_group) == (real.contiguous_gradients, real.sub_group_size)
+    assert found.overlap == real.overlap_comm
+    assert (
+        settings_of({"zero_optimization": {"stage": 2}}, tmp_path).overlap == DeepSpeedZeroConfig(stage=2).overlap_comm
+    )
+    assert (found.parameter_buffers, found.parameter_buffer) == (parameters.buffer_count, parameters.buffer_size)
+    assert found.in_cpu == parameters.max_in_cpu
+    assert found.optimizer_buffers == DeepSpeedZeroOffloadOptimizerConfig().buffer_count
+
+
+def test_auto_is_what_the_run_fills(tmp_path: Path) -> None:
+    limits = {"stage3_max_live_parameters": "auto", "stage3_max_reuse_distance": 7}
+    found = settings_of({"zero_optimization": {"stage": 3, **limits}}, tmp_path)
+    assert (found.zero.max_live, found.zero.reuse) == (two_layers(sizes(SEVEN)), 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs 'stage' 3"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "disk"}}}, "'offload_optimizer.device'"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "many"}}, "'reduce_bucket_size' is 'many'"),
+        ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "ZeRO-0"),
+        ({"data_types": {"grad_accum_dtype": "fp64"}}, "grad_accum_dtype' is 'fp64'"),
+        (
+            {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}, "zero_optimization": {"stage": 3}},
+            "needs 'offload_optimizer'",
+        ),
+    ],
+)
+def test_what_deepspeed_refuses_is_refused(values: dict, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        settings_of(values, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cost
+
+
+def test_zero3_moves_what_scale_says() -> None:
+    model, walked = sizes(SEVEN), walk("stage2", 4)
+    for zero in (Zero3(), KEPT, Zero3(hpz=8)):
+        assert moved(model, walked, PLAIN._replace(zero=zero), 32, 3) == traffic(model, walked, zero, 32, 3)
+
+
+def test_other_stages_reduce_and_gather_once() -> None:
+    model = sizes(SEVEN)
+    for stage, accumulated, steps, wanted in ((0, 2, 3, 2), (1, 2, 3, 3), (1, 4, 3, 5), (2, 4, 3, 7), (2, 4, 1, 3)):
+        chosen = PLAIN._replace(stage=stage, accumulated=accumulated)
+        assert moved(model, Walk(1, 0), chosen, 8, steps).everywhere == wanted * model.text
+        assert moved(model, Walk(1, 0), chosen, 1, steps) == Traffic(0, 0, 0, 0)
+
+
+def test_seconds_of_a_step_by_hand() -> None:
+    # Four layers of seven matrices of 10⁶ elements; two nodes of two GPUs.
+    model = Sizes((10**6,) * 7, 0, 4, 0, 0, 0, 0, 1000)
+    machine, host = Machine("plain", 2, 1e12, 80e9, 1e12, 4e9, 1e9), Host(pcie=1e9, memory=2e9, nvme=1e8)
+    chosen = PLAIN._replace(zero=KEPT, parameters_on="nvme", optimizer_on="nvme")
+    found = step_cost(model, Walk(1, 0), chosen, machine, host, Work(100, 0, 50), 2, 1, True, 0.5, 1.0)
+    part, gathered = 28e6 / 4, 28e6 / 4
+    assert found.flops == 8 * 100 * 4 * (7e6 + 2 * 1000 * 50)
+    assert found.seconds["arithmetic"] == pytest.approx(found.flops / 0.5e12)
+    assert found.network_bytes == found.nvlink_bytes == 2 * 28e6 * 2 * 3 / 4
+    assert found.seconds["network"] > found.network_bytes / 1e9
+    # Weight and gradient in fp32, two moments, read; all but the gradient and the bf16 weight written.
+    assert found.seconds["optimizer on the host"] == pytest.approx(2 * part * (12 + 16 + 2) / 2e9)
+    assert found.seconds["PCIe"] == pytest.approx((4 * part + 2 * (gathered + part)) / 1e9)
+    assert found.seconds["local disk"] == pytest.approx(2 * (2 * (gathered + part) + 2 * part * 16) / 1e8)
+    assert found.bound == "local disk"
+    assert found.least == found.seconds["local disk"] < found.most == sum(found.seconds.values())
+
+
+def test_sums_on_the_host_go_down_and_up_again() -> None:
+    model = sizes(SEVEN)
+    machine, host = CARDS["h100"], Host(pcie=25e9, memory=2e11, nvme=6e9)
+    chosen = PLAIN._replace(optimizer_on="cpu")
+    one, three = (
+        step_cost(model, Walk(1, 0), chosen, machine, host, Work(100, 0, 50), 1, steps, True, 0.5, 1.0).seconds["PCIe"]
+        for steps in (1, 3)
+    )
+    # fp32 sums of a rank: down once; then twice up and down again. The bf16 weights come back once.
+    assert one == pytest.approx(model.text / 8 * (4 + 2) / 25e9)
+    assert three == pytest.approx(model.text / 8 * (5 * 4 + 2) / 25e9)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_flash_keeps_neither_masks_nor_joined_outputs() -> None:
+    block = Block(256, 704, 8, 2, 4, 700)
+    one = PassShape((19, 36), (31, 57))
+    sdpa, flash = (layer_terms(block, one, 2, backend) for backend in ("sdpa", "flash"))
+    assert sdpa.keys() - flash.keys() == {
+        "sdpa: outputs joined (b T Hq D)",
+        "sdpa: masks (b T K of each pair of lengths)",
+    }
+    assert total(sdpa) - total(flash) == 2 * 55 * 256 + 2 * (19 * 31 + 36 * 57)
+    assert layer_terms(block, one, 2, "torch_varlen") == flash
+
+
+def test_recomputing_brings_back_all_but_the_input() -> None:
+    block, one = Block(256, 704, 8, 2, 4, 700), PassShape((50,), (50,))
+    assert recomputed(block, one, 4, "flash") == total(layer_terms(block, one, 4, "flash")) - 4 * 50 * 256
+    # In bf16 the norm squares a float32 copy: the layer's input itself is not among what it keeps.
+    assert recomputed(block, one, 2, "flash") == total(layer_terms(block, one, 2, "flash"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 16, 1 << 30])
+def test_logits_chunk_is_what_the_allocator_gives(dtype: torch.dtype, chunk_bytes: int) -> None:
+    """The head alone, measured by the allocator itself: torch's profiler sees what is inside the op."""
+    from mirage_ds.model.loss import LossHead
+
+    block, labelled = Block(128, 256, 4, 2, 1, 3000), 60
+    weight = torch.nn.Parameter(torch.randn(block.vocabulary, block.hidden).to(dtype))
+    states_, targets = (
+        torch.randn(labelled, block.hidden).to(dtype).requires_grad_(),
+        torch.randint(0, 3000, (labelled,)),
+    )
+    head = LossHead(weight, block.vocabulary, chunk_bytes)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        head(states_, targets, torch.ones(labelled))[0].backward()
+    events = sorted(
+        (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    )
+    now = height = 0
+    for event in events:
+        now += event.nbytes()
+        height = max(height, now)
+    # The labelled states themselves were made before.
+    given = labelled * block.hidden * dtype.itemsize
+    computed = total(head_terms(block, labelled, dtype.itemsize, chunk_bytes, "cpu")) - given
+    assert height == pytest.approx(computed, rel=0.03)
+
+
+def test_no_chunk_is_larger_than_its_budget() -> None:
+    block = block_of(SEVEN)
+    for labelled in (1, 100, 10**6):
+        chunk = head_terms(block, labelled, 2, 256 << 20, "cuda")["logits and softmax of a chunk (8 C V)"]
+        assert 8 * block.vocabulary <= chunk <= 256 << 20
+
+
+def test_stage2_holds_the_whole_gradients_whatever_the_ranks() -> None:
+    asked = Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage2", nodes=128))
+    block, model = asked.block, asked.model
+    found = peak(block, asked.micro, 2, "flash", True, 256 << 20, "cuda", tied=False)
+    assert found.gradients == 2 * model.layers * (model.layer + model.vectors) > 13e9
+    assert found.phase == "backward of pass 0, layer 27"
+    one = Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage1"))
+    assert peak(block, one.micro, 2, "flash", True, 256 << 20, "cuda", tied=False).gradients == 0
+
+
+def test_kept_weights_are_counted_once() -> None:
+    asked = Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage2"))
+    held = judge(asked, shipped_folder() / "stage2.json").held
+    assert held.gathered + held.states.gpu["small parameters, whole (persistence)"] == 2 * asked.model.text
+    released = judge(asked, shipped_folder() / "stage2_released.json").held
+    assert released.gathered == 2 * 152_064 * 3584 > 2 * two_layers(sizes(SEVEN))
+
+
+def test_schedule_of_the_question() -> None:
+    spec = PlanSpec(
+        model="qwen2.5-vl-7b", stage="stage2", latent_size=3, latent_runs=2, row_tokens=100, labelled=0.4,
+        micro_batch_tokens=250, images=1, image_tokens=20,
+    )  # fmt: skip
+    micro = Question(spec).micro
+    # Two rows; runs at 60 and 80: pass 0 has 60 tokens, 1 and 2 one, 3 the rest up to 80, 4 and 5 one, 6 what is left.
+    assert [one.queries for one in micro.passes] == [(n, n) for n in (60, 1, 1, 18, 1, 1, 18)]
+    assert [one.keys[0] for one in micro.passes] == [60, 61, 62, 80, 81, 82, 100]
+    assert (micro.tokens, micro.rows, micro.labelled) == (200, 2, 2 * (40 - 6))
+    # Keys and values of all passes but the last, once a layer.
+    saved = saved_terms(block_of(SEVEN), micro, 2, "flash", True)
+    assert saved["keys and values of earlier passes (2 b T Hkv D L)"] == 2 * 2 * 164 * 512 * 28
+
+
+# ------------------------------------------------------------------------------------------------------------- ranking
+
+
+def test_every_shipped_json_is_judged_in_every_stage() -> None:
+    for stage in ("sft", "stage1", "stage2"):
+        assert not any(path.stem.endswith("_cpu") for path in shipped(stage))
+        plans = rank(Question(PlanSpec(model="qwen2.5-vl-7b", stage=stage, nodes=4)), shipped(stage))
+        assert {plan.name for plan in plans} == {path.name for path in shipped(stage)} >= {f"{stage}.json"}
+        for plan in plans:
+            assert (plan.held.gpu <= 80e9) or plan.problem
+        fitting = [plan for plan in plans if plan.problem is None and plan.settings.moves_all_weights]
+        assert plans[: len(fitting)] == fitting
+        seconds = [float(f"{plan.step.most:.3g}") for plan in fitting]
+        assert seconds == sorted(seconds)
+
+
+def test_kept_is_best_on_large_cards_and_released_on_small_ones() -> None:
+    large = rank(Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage2", nodes=4, gpu_memory=80)), shipped("stage2"))
+    assert large[0].name == "stage2.json"
+    asked = Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage2", nodes=4, gpu_memory=35))
+    plans = {plan.name: plan for plan in rank(asked, shipped("stage2"))}
+    assert "GB" in str(plans["stage2.json"].problem)
+    assert plans["stage2_released.json"].problem is None
+
+
+def test_the_first_thing_too_large_is_named() -> None:
+    stage2 = Question(PlanSpec(model="qwen2.5-vl-72b", stage="stage2", nodes=16))
+    assert "gathered parameters, 145 GB" in str(judge(stage2, shipped_folder() / "stage2.json").problem)
+    path = shipped_folder() / "stage2_offload.json"
+    assert "whole gradients of all layers (stage2), 140 GB" in str(judge(stage2, path).problem)
+    poor = Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage1", host_memory=100))
+    assert "RAM of a host: " in str(judge(poor, shipped_folder() / "stage1_offload.json").problem)
+    poor = Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage1", disk=10))
+    assert "disk of a host: " in str(judge(poor, shipped_folder() / "stage1_nvme.json").problem)
+    # 32 GB of processes, two copies of the weights and the towers: only the start needs that much.
+    poor = Question(PlanSpec(model="qwen2.5-vl-72b", stage="stage1", nodes=16, host_memory=150))
+    assert "reads the weights" in str(judge(poor, shipped_folder() / "stage1.json").problem)
+
+
+def test_advice_is_what_would_fit() -> None:
+    spec = PlanSpec(model="qwen2.5-vl-32b", stage="stage2", nodes=2)
+    asked, paths = Question(spec), [shipped_folder() / "stage2_released.json", shipped_folder() / "stage2_offload.json"]
+    assert all(plan.problem for plan in rank(asked, paths))
+    said = advice(asked, paths)
+    tokens = int(said[0].split()[1])
+    for more, fits in ((0, True), (spec.row_tokens, False)):
+        other = Question(spec.model_copy(update={"micro_batch_tokens": tokens + more}))
+        assert any(plan.problem is None for plan in rank(other, paths)) is fits
+    least = min(plan.held.gpu for plan in rank(asked, paths)) / GB
+    assert any(line.startswith(f"cards of {least:.0f} GB") for line in said)
+
+
+def test_a_frozen_tower_is_on_the_gpu_unless_all_features_are_kept() -> None:
+    one, other = (
+        judge(Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage1", feature_cache=cache)), shipped("stage1")[0]).held
+        for cache in ("all", "targets")
+    )
+    assert (one.tower, other.tower) == (0, 2 * 676_550_144)
+    # 3,000 records, an input image of 256 features and a helper's four targets; then the helper alone.
+    assert (one.kept, other.kept) == (3000 * (256 + 4) * 3584 * 2, 3000 * 4 * 3584 * 2)
+    assert one.host["frozen tower, a copy a rank"] == 8 * 2 * 676_550_144
+
+
+def test_checkpoint_is_the_optimizer_and_below_zero3_the_weights_too() -> None:
+    asked = Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage1"))
+    names = {"stage1": 12, "stage1_zero2": 14, "stage1_bf16_states": 6}
+    for name, each in names.items():
+        assert judge(asked, shipped_folder() / f"{name}.json").held.checkpoint == each * asked.model.text
+
+
+# ------------------------------------------------------------------------------------------------------ published runs
+
+
+def decoder(hidden: int, inner: int, kv: int, layers: int, vocabulary: int) -> Sizes:
+    matrices = (hidden * hidden, hidden * kv, hidden * kv, hidden * hidden, *3 * (hidden * inner,))
+    return Sizes(matrices, 2 * hidden, layers, vocabulary * hidden, vocabulary * hidden, hidden, 0, hidden)
+
+
+# Tokens/s of a GPU. foundation-model-stack/fms-fsdp, README: Llama 2 shapes at 4,096 tokens, FSDP on 128 A100 and 96
+# H100. torchtitan, docs/performance.md: Llama 3 70B at 8,192 tokens on 64 A100. How many times slower than the bound.
+@pytest.mark.parametrize(
+    ("model", "row", "checkpointing", "card", "measured", "slower"),
+    [
+        (decoder(4096, 11008, 4096, 32, 32000), 4096, False, "a100", 3700, 1.97),
+        (decoder(4096, 11008, 4096, 32, 32000), 4096, False, "h100", 7500, 3.08),
+        (decoder(8192, 22016, 1024, 48, 32000), 4096, True, "a100", 700, 1.59),
+        (decoder(8192, 22016, 1024, 48, 32000), 4096, True, "h100", 1550, 2.27),
+        (decoder(8192, 28672, 1024, 80, 128256), 8192, True, "a100", 331, 1.57),
+    ],
+)
+def test_published_speeds_are_below_the_bound(
+    model: Sizes, row: int, checkpointing: bool, card: str, measured: float, slower: float
+) -> None:
+    bound = CARDS[card].flops / flops(model, 1, 1, row / 2, checkpointing)
+    assert bound / measured == pytest.approx(slower, rel=0.01)
+
+
+def test_the_papers_seconds_a_row() -> None:
+    """One H100, micro-batch 1: 0.42 s (stage 1) and 0.86 s (stage 2) a row of about 500 tokens.
+
+    By hand: 8 · 500 · 28 · (233.0e6 + 2 · 3584 · 250) + 8 · 100 · 545e6 = 26.7e12 operations, 27 ms; three thin passes
+    of 7 · 13.05e9 bytes, 82 ms.
+    """
+    for stage, measured, slower in (("stage1", 0.42, 15.5), ("stage2", 0.86, 7.8)):
+        model, walked = sizes(SEVEN), walk(stage, 4)
+        bound = flops(model, 500, 100, 250) / CARDS["h100"].flops + thin_bytes(model, walked) / CARDS["h100"].hbm
+        assert measured / bound == pytest.approx(slower, rel=0.02)
+
+
+def test_a_published_run_with_and_without_offload() -> None:
+    """LLaMA-7B, ZeRO-3 on 8 A800, DeepSpeed 0.14.2: allocated 14.8, and 3.8 with the optimizer offloaded (GiB).
+
+    The difference is master weights, moments and bf16 sums: the numbers are to one digit behind the point.
+    """
+    model = decoder(4096, 11008, 4096, 32, 32000)
+    assert pytest.approx((12 + 2) * model.text / 8 / 2**30, rel=0.01) == (14.8 - 3.8)
+
+
+def test_a_published_run_without_checkpointing_keeps_more() -> None:
+    """The same runs, two rows of 4,096 tokens: at most 75.7 without and 20.4 with checkpointing.
+
+    Its modelling code is of early 2024 and kept more a layer than the one that is counted here: the formula must come
+    out below it, by no more than a third. docs/plan.md says by how much.
+    """
+    block, rows = Block(4096, 11008, 32, 32, 32, 32000), Micro((PassShape((4096,) * 2, (4096,) * 2),), 8190, 2)
+    off, on = (peak(block, rows, 2, "flash", way, 256 << 20, "cuda", False).activations for way in (False, True))
+    assert 2 / 3 < (off - on) / 2**30 / (75.7 - 20.4) < 1
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+# The one in the README.
+FLAGS = "--model qwen2.5-vl-7b --stage stage2 --nodes 4 --gpus_per_node 8 --gpu_memory 80".split()  # noqa: SIM905
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["plan", *arguments], catch_exceptions=False)
+
+
+def test_command_prints_a_table_and_json() -> None:
+    printed = run(*FLAGS)
+    assert printed.exit_code == 0
+    for words in ("fits", "whole gradients of all layers (stage2)", "13.1", "take stage2.json"):
+        assert words in printed.output
+    answer = json.loads(run(*FLAGS, "--json").output)
+    assert answer["fits"] is True
+    best = answer["plans"][0]
+    assert (answer["model"]["ranks"], answer["model"]["passes"], best["json"]) == (32, 5, "stage2.json")
+    parts = best["gpu"]
+    held = total(parts["states"]) + parts["reserve"] + parts["frozen tower"] + max(
+        total(parts["backward"]), total(parts["optimizer step instead of backward"])
+    )  # fmt: skip
+    assert held == parts["all"]
+
+
+def test_lines_fit_a_hundred_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    for model, stage in (("qwen2.5-vl-7b", "stage2"), ("qwen2.5-vl-72b", "stage1")):
+        lines = run("--model", model, "--stage", stage, "--micro_batch_tokens", "65536").output.splitlines()
+        # The last line may be wrapped by the terminal.
+        assert max(len(line) for line in lines[:-1]) <= 100
+
+
+def test_page_holds_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    page = (Path(__file__).parents[3] / "docs/plan.md").read_text()
+    assert f"mirage-ds plan {' '.join(FLAGS)}" in page
+    printed = "\n".join(line.rstrip() for line in run(*FLAGS).output.splitlines())
+    assert printed in page
+
+
+def test_exit_codes(tmp_path: Path) -> None:
+    large = ("--model", "qwen2.5-vl-72b", "--stage", "stage2")
+    nothing = run(*large)
+    assert (nothing.exit_code, "nothing fits" in nothing.output) == (0, True)
+    own = tmp_path / "own.json"
+    own.write_text((shipped_folder() / "stage2.json").read_text())
+    assert run(*large, "--deepspeed", str(own)).exit_code == 1
+    assert run("--model", "qwen2.5-vl-3b", "--stage", "stage1", "--deepspeed", str(own)).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model", "qwen3-vl"], "no preset 'qwen3-vl'"),
+        (["--model", "nano"], "vocabulary is known once"),
+        (["--model", "qwen2.5-vl-7b", "--row_tokens", "9000"], "--row_tokens 9000 is above --micro_batch_tokens 8192"),
+        (["--model", "qwen2.5-vl-7b", "--images", "9"], "do not fit into the 400 tokens"),
+        (["--model", "qwen2.5-vl-7b", "--row_tokens", "20"], "leaves no room"),
+        (["--model", "qwen2.5-vl-7b", "--deepspeed", "none.json"], "no such file"),
+        (["--model", "qwen2.5-vl-7b", "--used", "1.5"], "--used is 1.5"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    flags: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mirage-ds", "plan", "--stage", "stage2", *flags])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert said in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
+
+
+def test_command_needs_neither_torch_nor_a_network(tmp_path: Path) -> None:
+    """In a process of its own whose sockets refuse, with the model in the cache."""
+    read_shape("qwen2.5-vl-72b")
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise OSError('no network')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "sys.argv = ['mirage-ds', 'plan', '--model', 'qwen2.5-vl-72b', '--stage', 'stage2', '--nodes', '128',\n"
+        "            '--json']\n"
+        "from mirage_ds.cli import main\n"
+        "main()\n"
+        "print(*sorted({'torch', 'transformers', 'deepspeed'} & sys.modules.keys()), file=sys.stderr)\n"
+    )
+    begin = time.monotonic()
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert time.monotonic() - begin < 10
+    assert found.stderr.strip() == ""
+    assert json.loads(found.stdout)["model"]["trained"] == 72_706_203_648
+
+
+def test_the_page_of_the_jsons_holds_what_the_plan_says() -> None:
+    page = (shipped_folder() / "README.md").read_text()
+    lines = [line.split("|")[2:6] for line in page.splitlines() if line.startswith("| ") and " / " in line]
+    files = {path.stem for path in shipped_folder().glob("*.json") if not path.stem.endswith("_cpu")}
+    told = set()
+    for one, numbers, recurrent, others in lines[1:]:
+        for stages, cell, gigabytes in ((("sft", "stage1"), one, numbers), (("stage2",), recurrent, others)):
+            for stage in stages:
+                suffix = cell.replace("*", " ").split("`")[1]
+                name = stage + suffix if suffix.startswith("_") else stage
+                found = [
+                    judge(
+                        Question(PlanSpec(model="qwen2.5-vl-7b", stage=stage, nodes=nodes)),
+                        shipped_folder() / f"{name}.json",
+                    ).held.gpu
+                    for nodes in (1, 4)
+                ]
+                # The page rounds; sft and stage1 share a cell and differ by the helpers' features.
+                for size, said in zip(found, gigabytes.split("/"), strict=True):
+                    assert abs(size / 1e9 - int(said)) < 1, name
+                told.add(name)
+    assert told == files
