@@ -8,8 +8,8 @@ in bf16, 4 in fp32).
 Counted: unique storages that a backward still needs once the forward has returned. Not counted: parameters and buffers,
 and the Batch itself (ids, indices, features), which are there anyway. The layers are transformers' own (5.23), the walk
 is model/latents.py, the head is model/loss.py. tests/unit/plan/test_plan_activations.py compares every number here,
-for each family, with what saved-tensor hooks and live storages count; it can run SDPA alone, so what the other two back ends
-keep is read in their code, not measured.
+for each family, with what saved-tensor hooks and live storages count; it can run SDPA alone, so what the other two
+back ends keep is read in their code, not measured.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from dist.extensions import compiled, use_folder
+from support.extensions import compiled, use_folder
 from support.group import Group
 from torch.utils.cpp_extension import CUDA_HOME
 

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import write_jsonl
 from PIL import Image
+from support.records import write_jsonl
 
 pytestmark = pytest.mark.slow
 

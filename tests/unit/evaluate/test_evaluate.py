@@ -35,7 +35,7 @@ from mirage_ds.evaluate.decoder import (
     run_limits,
     write_report,
 )
-from mirage_ds.evaluate.decoder import decoder as evaluate
+from mirage_ds.evaluate import decoder as evaluate
 from mirage_ds.evaluate.scoring import Answer, better, check_metric, score, task_of, wilson
 from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import load_model
