@@ -1,0 +1,157 @@
+"""The size of the house, a line a package, beside its bound: `python -m benchmarks.house`.
+
+Lines of code are those that hold a token which is no comment, docstring or blank. A room is a loose module or a package
+of mirage_ds; an arrow is one room that imports another; a floor is the length of the longest way down the arrows. Words
+of documentation leave out the log, the API page and the study's reports. Exit code 1 where something is above its
+bound; a bound may be raised with a reason, beside it.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+REPO = Path(__file__).parents[1]
+ROOT = REPO / "mirage_ds"
+# Lines of code a room may have.
+ROOMS = {
+    "analysis": 2600,
+    "curate": 2100,
+    "cluster": 3000,
+    "config": 600,
+    "data": 2900,
+    "engine": 2600,
+    "evaluate": 800,
+    "model": 2600,
+    "plan": 1500,
+    "run": 2000,
+    "study": 2700,
+    "tasks": 1700,
+    "api": 320,
+    "cli": 220,
+    "errors": 90,
+    "files": 180,
+    "train": 220,
+}
+TOTAL = 20_000
+FILE_LINES, FUNCTION_LINES = 400, 80
+FLOORS, ARROWS = 13, 100
+README_LINES, DOC_WORDS = 150, 25_000
+# Not prose that somebody reads from the start: dated results, and what a command has made.
+NO_PROSE = {"log.md", "api.md", "study.md", "study_plan.md"}
+
+
+def code_lines(text: str) -> int:
+    """Count the lines that hold code."""
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in silent:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                lines.difference_update(range(value.lineno, (value.end_lineno or value.lineno) + 1))
+    return len(lines)
+
+
+def room_of(name: str) -> str:
+    """Return the room of a module such as `mirage_ds.data.index`."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def modules() -> dict[str, Path]:
+    """Map the name of each module to its file."""
+    return {
+        ".".join(file.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in sorted(ROOT.rglob("*.py"))
+    }
+
+
+def imported(text: str, names: dict[str, Path]) -> Iterator[str]:
+    """Yield the modules of this project that a file imports, wherever it does."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mirage_ds"):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in names else str(node.module)
+
+
+def arrows(names: dict[str, Path]) -> set[tuple[str, str]]:
+    """Return the pairs of rooms of which the first imports the second."""
+    pairs = {(room_of(name), room_of(other)) for name, file in names.items() for other in imported(file.read_text(), names)}
+    return {(one, other) for one, other in pairs if one and other and one != other}
+
+
+def floors(pairs: set[tuple[str, str]]) -> int:
+    """Return the number of rooms on the longest way down; a room that imports its importer is taken once."""
+
+    @cache
+    def depth(room: str, above: frozenset[str]) -> int:
+        below = {other for one, other in pairs if one == room and other not in above}
+        return 1 + max((depth(other, above | {room}) for other in below), default=0)
+
+    return max(depth(room, frozenset()) for room, _ in pairs)
+
+
+def longest_function() -> tuple[int, str]:
+    """Return the lines of the longest function, from its def to its end, and where it is."""
+    found = []
+    for name, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                found.append(((node.end_lineno or 0) - node.lineno + 1, f"{name}.{node.name}"))
+    return max(found)
+
+
+def words(file: Path) -> int:
+    """Count the words of a page outside its code blocks."""
+    return len(re.sub(r"^```.*?^```", "", file.read_text(), flags=re.M | re.S).split())
+
+
+def main() -> int:
+    """Print the table; return 1 where a bound is broken."""
+    names = modules()
+    table = Table("what", "now", "bound", title="the house")
+    broken = False
+
+    def row(what: str, now: int, bound: int) -> None:
+        nonlocal broken
+        broken |= now > bound
+        table.add_row(what, f"{now:,}", f"{bound:,}", style="red" if now > bound else None)
+
+    sizes = {room: 0 for room in ROOMS}
+    for name, file in names.items():
+        room = room_of(name)
+        if room:
+            sizes[room] = sizes.get(room, 0) + code_lines(file.read_text())
+    for room in sorted(sizes, key=lambda one: -sizes[one]):
+        row(f"{room}: lines of code", sizes[room], ROOMS.get(room, 0))
+    row("mirage_ds: lines of code", sum(sizes.values()), TOTAL)
+    row("files", len(names), 240)
+    longest_file = max((len(file.read_text().splitlines()), name) for name, file in names.items())
+    row(f"longest file ({longest_file[1]})", longest_file[0], FILE_LINES)
+    lines, where = longest_function()
+    row(f"longest function ({where})", lines, FUNCTION_LINES)
+    pairs = arrows(names)
+    row("floors", floors(pairs), FLOORS)
+    row("arrows between rooms", len(pairs), ARROWS)
+    row("README: lines", len((REPO / "README.md").read_text().splitlines()), README_LINES)
+    row("docs: words", sum(words(page) for page in (REPO / "docs").glob("*.md") if page.name not in NO_PROSE), DOC_WORDS)
+    Console().print(table)
+    return int(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
