@@ -20,7 +20,7 @@ os.environ.update(
 )
 
 import pytest
-from PIL import Image
+from support.pictures import noise
 from support.records import write_jsonl
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -43,8 +43,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixed")
     for number in range(12):
         side = 56 + 28 * (number % 4)
-        Image.effect_noise((side, 84), 40 + number).convert("RGB").save(folder / f"in{number}.png")
-        Image.effect_noise((84, side), 90 + number).convert("RGB").save(folder / f"out{number}.png")
+        noise((side, 84), 40 + number, number).save(folder / f"in{number}.png")
+        noise((84, side), 90 + number, number).save(folder / f"out{number}.png")
     rows = []
     for number in range(12):
         row = {
