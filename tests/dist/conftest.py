@@ -8,16 +8,12 @@ from pathlib import Path
 
 import pytest
 from support.group import Group
-
-from mirage_ds.model.init import init_model
-from mirage_ds.model.presets import PRESETS
-
-REPO = Path(__file__).parents[2]
+from support.models import make_nano
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def group() -> Iterator[Group]:
-    """Two ranks for the tests of one file."""
+    """Two ranks for the tests of a worker: a start of both costs ten seconds."""
     made = Group()
     yield made
     made.stop()
@@ -26,11 +22,7 @@ def group() -> Iterator[Group]:
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The nano model with two of its four layers: ranks spend most of their time in DeepSpeed's hooks around each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS["nano"]["text_config"], "num_hidden_layers", 2)
-        out = tmp_path_factory.mktemp("models") / "nano"
-        init_model("nano", out, texts=[REPO / "data/sample.jsonl", REPO / "data/sample_planning.jsonl"])
-    return out
+    return make_nano(tmp_path_factory.mktemp("models") / "nano", layers=2)
 
 
 @pytest.fixture(scope="session")
