@@ -1,9 +1,8 @@
-"""A model's shape from its config.json or a public name, by transformers' own class, without importing it.
+"""A model's sizes from its config.json or a public name, counted by transformers' own class (model/describe.py).
 
 H hidden, I inner width of the MLP, V vocabulary rows, L layers, Hq and Hkv heads, D head width.
 
-Another process makes it (model/describe.py), once for each config.json and version of transformers: it is kept in the
-cache.
+What was counted is kept in the cache, by config.json and version of transformers: only the first time imports torch.
 """
 
 from __future__ import annotations
@@ -12,46 +11,66 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-import subprocess
-import sys
+import math
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mirage_ds.config.run import cache_folder
-from mirage_ds.errors import UserError, reason, strict_json
+from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
 from mirage_ds.model.family import check_kind
+from mirage_ds.model.folder import read_json
 from mirage_ds.model.presets import preset
 from mirage_ds.model.shape import Shape
 
-MAKER = "mirage_ds.model.describe"
 
-
-class Block(NamedTuple):
-    """Widths of the text model.
+class Sizes(NamedTuple):
+    """Elements and widths of a model.
 
     Attributes:
-        hidden: H; inner: I; heads: Hq; kv_heads: Hkv; layers: L; vocabulary: V.
-        head: D where it is not H / Hq.
+        matrices: elements of one decoder layer's matrices, in the order of its walk: q, k, v, o, gate, up, down.
+        vectors: biases and norms of one decoder layer.
+        layers: L.
+        embedding: the input matrix, V · H.
+        head: the output matrix; 0 where it is the embedding.
+        norm: the final norm.
+        vision: the vision tower with its merger.
+        hidden: H; inner: I; heads: Hq; kv_heads: Hkv; head_width: D.
         head_norms: each head's queries and keys have a norm, and the projections no biases.
         deep: layers behind which DeepStack adds image features.
     """
 
+    matrices: tuple[int, ...]
+    vectors: int
+    layers: int
+    embedding: int
+    head: int
+    norm: int
+    vision: int
     hidden: int
     inner: int
     heads: int
     kv_heads: int
-    layers: int
-    vocabulary: int
-    head: int | None = None
+    head_width: int
     head_norms: bool = False
     deep: int = 0
 
     @property
-    def head_width(self) -> int:
-        """D."""
-        return self.head or self.hidden // self.heads
+    def layer(self) -> int:
+        """Elements of one layer's matrices."""
+        return sum(self.matrices)
+
+    @property
+    def text(self) -> int:
+        """Ψ, all elements of the text model."""
+        return self.layers * (self.layer + self.vectors) + self.embedding + self.head + self.norm
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.embedding // self.hidden
 
     @property
     def width(self) -> int:
@@ -64,21 +83,50 @@ class Block(NamedTuple):
         return self.kv_heads * self.head_width
 
 
-def block_of(model: Shape) -> Block:
-    """Return the text model's widths."""
+def sizes(model: Shape) -> Sizes:
+    """Count the elements of a model."""
     shapes, text, layer = model.shapes, model.config["text_config"], "model.layers.0."
-    vocabulary, hidden = shapes["model.embed_tokens.weight"]
-    return Block(
-        hidden=hidden,
+    (embedding,) = model.elements("model.embed_tokens.")
+    return Sizes(
+        matrices=tuple(model.elements(layer, matrices=True)),
+        vectors=sum(model.elements(layer, matrices=False)),
+        layers=model.layers("model.layers."),
+        embedding=embedding,
+        head=sum(model.elements("lm_head.")),
+        norm=sum(model.elements("model.norm.")),
+        vision=sum(model.elements("visual.")),
+        hidden=shapes["model.embed_tokens.weight"][1],
         inner=shapes[f"{layer}mlp.gate_proj.weight"][0],
         heads=text["num_attention_heads"],
         kv_heads=text["num_key_value_heads"],
-        layers=model.layers("model.layers."),
-        vocabulary=vocabulary,
-        head=shapes[f"{layer}self_attn.q_proj.weight"][0] // text["num_attention_heads"],
+        head_width=shapes[f"{layer}self_attn.q_proj.weight"][0] // text["num_attention_heads"],
         head_norms=f"{layer}self_attn.q_norm.weight" in shapes,
         deep=model.layers("visual.deepstack_merger_list."),
     )
+
+
+class Parameter(NamedTuple):
+    """One parameter.
+
+    Attributes:
+        elements: of it.
+        matrix: more than one dimension; decides the weight-decay group.
+    """
+
+    elements: int
+    matrix: bool
+
+
+def trained_parameters(model: Shape, train_vision: bool = False) -> list[Parameter]:
+    """List what is trained, in the order of `MirageModel.parameters()`: the text model, then the tower if it is."""
+    vision = [name for name in model.shapes if name.startswith("visual.")]
+    names = [name for name in model.shapes if not name.startswith("visual.")] + train_vision * vision
+    return [Parameter(math.prod(model.shapes[name]), len(model.shapes[name]) > 1) for name in names]
+
+
+def groups(parameters: Sequence[Parameter]) -> list[list[int]]:
+    """Split elements into the optimizer's two groups, as engine.setup.weight_decay_groups does."""
+    return [[one.elements for one in parameters if one.matrix is matrix] for matrix in (True, False)]
 
 
 def read_shape(model: str) -> Shape:
@@ -105,12 +153,7 @@ def read_shape(model: str) -> Shape:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = strict_json(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({reason(error)}); copy the model's own") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); copy the model's own") from None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected an object, found {type(values).__name__}; copy the model's own")
     check_kind(values, path)
@@ -129,25 +172,11 @@ def describe(values: dict[str, Any], where: str) -> Shape:
     text = json.dumps(values, sort_keys=True)
     key = hashlib.sha256(f"{importlib.metadata.version('transformers')} {text}".encode()).hexdigest()
     kept = cache_folder(None) / "shapes" / f"{key}.json"
-    if kept.is_file():
-        return Shape(*json.loads(kept.read_text()))
-    if "torch" in sys.modules:
-        # What costs seconds is here already.
-        made = importlib.import_module(MAKER).described(values, where)
-    else:
-        made = _made_elsewhere(text, where)
-    # A cache that cannot be written costs seconds each time, and no more.
-    with suppress(OSError):
-        write_atomically(kept, made)
-    return Shape(*json.loads(made))
-
-
-def _made_elsewhere(text: str, where: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", MAKER, where], input=text, capture_output=True, text=True, encoding="utf-8", check=False
-    )
-    if done.returncode == 2:
-        raise UserError(done.stderr.strip().splitlines()[-1])
-    if done.returncode:
-        raise RuntimeError(f"{MAKER} failed:\n{done.stderr}")
-    return done.stdout
+    if not kept.is_file():
+        # Imports torch and transformers, which costs seconds.
+        made: Shape = importlib.import_module("mirage_ds.model.describe").described(values, where)
+        # A cache that cannot be written costs them each time, and no more.
+        with suppress(OSError):
+            write_atomically(kept, json.dumps(made))
+        return made
+    return Shape(*json.loads(kept.read_text()))
