@@ -7,14 +7,15 @@ Made in the data-loader's workers, so that the forward only indexes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from mirage_ds.data.passes import PassPlan, schedule, schedule_auxiliary
-from mirage_ds.data.pool import DROPPED
+from mirage_ds.data.pooling import DROPPED
 from mirage_ds.data.sample import IGNORE, Sample
+from mirage_ds.data.ship import mapped
 
 Tree = TypeVar("Tree")
 
@@ -191,9 +192,5 @@ def _pools(samples: Sequence[Sample], auxiliary: bool) -> tuple[torch.Tensor, to
 
 def to_device(tree: Tree, device: torch.device) -> Tree:
     """Move every tensor of a (nested) named tuple to a device."""
-    if isinstance(tree, torch.Tensor):
-        return tree.to(device, non_blocking=True)  # type: ignore[return-value]
-    if isinstance(tree, tuple):
-        parts: list[Any] = [to_device(part, device) for part in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
-    return tree
+    moved: Tree = mapped(tree, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True))
+    return moved

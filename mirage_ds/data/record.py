@@ -12,7 +12,8 @@ messages before the question. Other keys are kept as they are.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ class Fault:
     def place(self) -> str:
         """Where it is, in words."""
         return f"{self.file} line {self.line}" if self.file else f"line {self.line}"
+
+
+def name_file(fault: Fault, files: Sequence[Path], number: int) -> Fault:
+    """Put the file into a fault where there are several."""
+    return fault if len(files) == 1 else replace(fault, file=str(files[number]))
 
 
 class RecordError(Exception):
@@ -292,3 +298,16 @@ def _check_marks(record: Record, answers: bool) -> None:
         )
     if not record.text_output.replace(HELPER_MARK, "").strip():
         raise record.fault("text_output", "empty answer", "write the answer that the model is to learn")
+
+
+def to_json(record: Record) -> str:
+    """Write a Record as the index holds it."""
+    # Parquet has values that JSON lacks (dates).
+    return json.dumps(asdict(record), default=str)
+
+
+def from_json(text: str) -> Record:
+    """Read what to_json wrote."""
+    values = json.loads(text)
+    paths = {name: tuple(values[name]) for name in ("image_input", "image_output")}
+    return Record(**values | paths)
