@@ -151,7 +151,7 @@ def index_records(
     def on_rank_zero() -> tuple[Plan, str | None]:
         plan = maker.plan()
         made = maker.open(plan)
-        return plan, made.digest if made else None
+        return plan, None if made is None else made.digest
 
     plan, digest = from_rank_zero(on_rank_zero, world)
     own = None
@@ -159,10 +159,10 @@ def index_records(
         if digest:
             # Each host may have another cache, and other images.
             own = maker.open(plan) if world.local_rank == 0 else open_made(plan.place, plan.files, cache)
-    if everyone([] if own and own.digest == digest else [world.rank], world):
+    if everyone([] if own is not None and own.digest == digest else [world.rank], world):
         _make_index(maker, plan, world, asked)
         own = open_made(plan.place, plan.files, cache)
-        digests = everyone([own.digest if own else ""], world)
+        digests = everyone(["" if own is None else own.digest], world)
         strangers = [rank for rank, one in enumerate(digests) if not one or one != digests[0]]
         if strangers:
             raise _stranger(data_path, strangers[0])
