@@ -1,6 +1,6 @@
 """Encoding: one Record to one Sample, exactly the sequence that Mirage trains on.
 
-T tokens of the row, n images, P patches (14 × 14 × 2 pixels × 3 channels = 1176 numbers), k latents a run.
+T tokens of the row, n images, P patches (14 × 14 × 2 pixels × 3 channels = 1176 numbers), k latents a block.
 
 The row is the chat template's text: the user turn with its image slots, then the answer with each helper mark replaced
 by `<|latent_start|>` + k × `<|latent_pad|>` + `<|latent_end|>`. Every token after `<|im_start|>assistant` is a label
@@ -249,7 +249,7 @@ class Encoder:
 
         Args:
             image_features: (F, H) features of its images, which are then not decoded.
-            helper_features: (runs · k, H) targets that its helpers were pooled to, which are then not decoded.
+            helper_features: (blocks · k, H) targets that its helpers were pooled to, which are then not decoded.
 
         Raises:
             RecordError: the record cannot be used in this stage, or an image does not decode.
@@ -283,7 +283,7 @@ class Encoder:
         image_pad = self.id_of(IMAGE_PAD)
         positions = mrope_positions(ids, layout.grids, image_pad, self.images.merge_size)
         if self.auxiliary:
-            # What follows a run stands where it would without it; another run's latents are not there either.
+            # What follows a block stands where it would without it; another block's latents are not there either.
             earlier = np.cumsum(ids == pad)
             positions -= np.where(ids == pad, (earlier - 1) // self.latent_size * self.latent_size, earlier)
         groups = [
@@ -358,30 +358,17 @@ class Encoder:
         return image.resize((columns * processor.patch_size, rows * processor.patch_size), processor.resample)
 
     def dummy(self, runs: int) -> Sample:
-        """Make a row of weight zero: `<|endoftext|>`, then `runs` latent runs, then one labelled token.
+        """Make a row of weight zero: `<|endoftext|>`, then `runs` latent blocks, then one labelled token.
 
         It keeps a rank that has nothing to do in step with the others: every pass of the recurrent stage finds a token
         on it, and its loss is multiplied by zero.
         """
         end = self.id_of("<|endoftext|>")
-        pad = self.id_of(LATENT_PAD)
-        ids = torch.tensor([end] + [pad] * (runs * self.latent_size) + [end], dtype=torch.int64)
-        labels = torch.full_like(ids, IGNORE)
-        labels[-1] = end
-        none, no_grid = torch.empty(0, self.patch_width), torch.empty(0, 3, dtype=torch.int64)
-        return Sample(
-            row=-1,
-            input_ids=ids,
-            labels=labels,
-            position_ids=torch.arange(len(ids)).expand(3, -1).clone(),
-            image_positions=torch.empty(0, dtype=torch.int64),
-            pixel_values=none,
-            image_grid_thw=no_grid,
-            runs=tuple((1 + run * self.latent_size, self.latent_size) for run in range(runs)),
-            helper_pixel_values=none,
-            helper_grid_thw=no_grid,
-            helper_groups=torch.empty(0, dtype=torch.int64),
-        )
+        pads = [self.id_of(LATENT_PAD)] * (runs * self.latent_size)
+        layout = Layout([end, *pads, end], 1 + len(pads), [], [])
+        starts = range(1, 1 + len(pads), self.latent_size)
+        sample = self.fill(layout, Record(0, "", "", (), ()), -1)
+        return sample._replace(runs=tuple((start, self.latent_size) for start in starts))
 
 
 class BesideEach:

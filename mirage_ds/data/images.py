@@ -91,7 +91,7 @@ class ImageFinder:
         return cls((*own, Path.cwd().resolve()), own if confine else None)
 
     def of(self, file: Path, pictures: Path) -> ImageFinder:
-        """Make the finder that looks beside another records file, and else in the same places.
+        """Make a finder that looks beside another records file, and else in the same places.
 
         Args:
             pictures: holds the pictures that came inside records files; never refused.
@@ -185,7 +185,7 @@ class ImageFinder:
 
 @dataclass(frozen=True)
 class RememberingFinder(ImageFinder):
-    """Looks at each image once, however many records show it.
+    """Looks at each image once, however many records of one folder show it.
 
     Attributes:
         seen: (what was asked, path) → the answer, or the fault that it came to.
@@ -194,14 +194,15 @@ class RememberingFinder(ImageFinder):
     seen: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False)
 
     def _once(self, what: str, path: str, ask: Callable[[], Found], record: Record, name: str) -> Found:
-        if (what, path) not in self.seen:
-            if len(self.seen) >= REMEMBERED:
-                self.seen.pop(next(iter(self.seen)))
+        answer: Any = self.seen.get((what, path))
+        if answer is None:
             try:
-                self.seen[what, path] = ask()
+                answer = ask()
             except RecordError as error:
-                self.seen[what, path] = error.fault
-        answer: Any = self.seen[what, path]
+                answer = error.fault
+            if len(self.seen) >= REMEMBERED:
+                self.seen.clear()
+            self.seen[what, path] = answer
         if isinstance(answer, Fault):
             raise RecordError(replace(answer, line=record.line, field=name))
         return answer
@@ -350,7 +351,7 @@ def _broken(record: Record, name: str, place: Path, error: Exception) -> RecordE
     """Make the error of a file that Pillow fails on.
 
     A broken file leads Pillow's decoders to exceptions of almost any class (OSError, SyntaxError, struct.error,
-    IndexError …); whichever it is, the file is what the user can mend, and the message keeps the reason.
+    IndexError …); whichever it is, the file is what the user can fix, and the message keeps the reason.
     """
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return record.fault(name, f"image {place} has more than {MAX_PIXELS:,} pixels", "make it smaller")

@@ -25,7 +25,7 @@ from mirage_ds.data.index import COLUMNS, HEADER, PICTURE_SCHEMA, ROW_FILES, che
 from mirage_ds.data.inside import folder_of_pictures, writable
 from mirage_ds.data.record import Fault, Record, RecordError, to_json
 from mirage_ds.data.record_files import read_piece
-from mirage_ds.data.sample import Layout, Measure
+from mirage_ds.data.sample import NO_MEASURE, Layout
 from mirage_ds.data.sources import Piece, Stamp
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_new
@@ -219,7 +219,7 @@ def encode_row(
 
     The row of a record with a fault holds nothing but the record.
     """
-    fault, layout, measure = None, Layout([], 0, [], []), Measure(0, 0, 0, (), ())
+    fault, layout, measure = None, Layout([], 0, [], []), NO_MEASURE
     keys: dict[str, list[Key]] = {name: [] for name in keep}
     try:
         own = encoder.lay_out(record)

@@ -5,7 +5,6 @@ W ranks, G micro-steps of a step.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,50 +16,37 @@ import torch
 from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.encode import BesideEach, Encoder
 from mirage_ds.data.features import FeatureStore, KeptFeatures
+from mirage_ds.data.images import RememberingFinder
 from mirage_ds.data.index import Index
 from mirage_ds.data.pack import Planner, StepPlan
 from mirage_ds.data.record import Fault, Record, RecordError
-from mirage_ds.data.sample import Measure, Sample
+from mirage_ds.data.sample import NO_MEASURE, Measure, Sample
 from mirage_ds.data.ship import Shipment, ignore_in_worker, ship
 from mirage_ds.errors import UserError
 
 
 def check_records(records: list[Record], encoder: Encoder) -> tuple[dict[int, Fault], list[Measure]]:
-    """Measure every record of a list and decode every image once; for what is decoded, not trained on.
+    """Measure every record of a list and decode every image; for what is decoded, not trained on.
 
     Returns:
         Place in `records` → its fault, and the measure of each record (empty for a faulty one).
     """
-    faults: dict[int, Fault] = {}
-    nothing = Measure(0, 0, 0, (), ())
-    measures = [nothing] * len(records)
-    for i, record in enumerate(records):
-        try:
-            measures[i] = encoder.measure(record)
-        except RecordError as error:
-            faults[i] = error.fault
+    finder = RememberingFinder(encoder.finder.folders, encoder.finder.within)
+    own = replace(encoder, finder=finder)
 
-    users: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for i, record in enumerate(records):
-        if i not in faults:
+    def check(record: Record) -> Measure | Fault:
+        try:
+            measure = own.measure(record)
             for name, path in record.images(helpers=encoder.stage == "stage1"):
-                users[name, path].append(i)
-
-    def decode(item: tuple[tuple[str, str], list[int]]) -> tuple[list[int], Fault | None]:
-        (name, path), rows = item
-        try:
-            encoder.finder.load(records[rows[0]], name, path)
+                finder.check(record, name, path)
         except RecordError as error:
-            return rows, error.fault
-        return rows, None
+            return error.fault
+        return measure
 
     with ThreadPoolExecutor() as pool:
-        for rows, fault in pool.map(decode, users.items()):
-            if fault:
-                faults |= {i: replace(fault, line=records[i].line) for i in rows if i not in faults}
-    for i in faults:
-        measures[i] = nothing
-    return faults, measures
+        found = list(pool.map(check, records))
+    faults = {place: one for place, one in enumerate(found) if isinstance(one, Fault)}
+    return faults, [NO_MEASURE if isinstance(one, Fault) else one for one in found]
 
 
 class Rows(torch.utils.data.Dataset):

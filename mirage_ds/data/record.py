@@ -3,7 +3,7 @@
     text_input    the question, with an `<image>` mark where each input image stands (no mark: images first)
     text_output   the answer, with an `<output_image>` mark where the latents stand (no mark: first in the answer)
     image_input   a path or a list of paths (or what inside.py reads)
-    image_output  the helper image: a path, or a list for several latent runs; may be absent
+    image_output  the helper image: a path, or a list for several latent blocks; may be absent
 
 or `messages`, a conversation with content items (messages.py), in place of these four. `turns_before` holds the
 messages before the question. Other keys are kept as they are.
@@ -46,7 +46,7 @@ MAX_DEPTH = 64
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with one record: where, what, and how to mend it.
+    """One thing wrong with one record: where, what, and how to fix it.
 
     Attributes:
         line: from 1; of a Parquet file, the row.
@@ -98,7 +98,7 @@ class Record:
 
     @property
     def runs(self) -> int:
-        """Number of latent runs in the answer: one per mark, or one for an unmarked helper image."""
+        """Number of latent blocks in the answer: one per mark, or one for an unmarked helper image."""
         return self.text_output.count(HELPER_MARK) or len(self.image_output)
 
     @property

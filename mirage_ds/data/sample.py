@@ -1,7 +1,7 @@
 """What one row becomes: its measure, its layout, and the Sample that holds all of it.
 
 T tokens of the row, R rows, n images of a row, I of a field of all rows, P patches (14 × 14 × 2 pixels × 3 channels =
-1176 numbers), F merged features, k latents a run, H hidden.
+1176 numbers), F merged features, k latents a block, H hidden.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Sample(NamedTuple):
         position_ids: (3, T) int64, M-RoPE's time, height and width.
         image_positions: int64, where the merged features of the input images stand.
         pixel_values: (P, 1176) float32; image_grid_thw: (n, 3) int64, in patches.
-        runs: the latent runs as (first latent's position, k).
+        runs: the latent blocks as (first latent's position, k).
         helper_pixel_values, helper_grid_thw: the same for the helper images (stage1 only, else empty).
         helper_groups: (F,) int64, the latent of the row that each merged feature of the helpers is averaged into (see
             pooling.pool_groups; runs counted on); empty where there are no helpers.
         image_features: (F, H) where the frozen tower's features were kept; then there are no pixels.
-        helper_features: (runs · k, H) where the helpers' targets were kept: each is in a group of its own.
+        helper_features: (blocks · k, H) where the helpers' targets were kept: each is in a group of its own.
     """
 
     row: int
@@ -63,6 +63,9 @@ class Measure(NamedTuple):
     runs: int
     images: tuple[int, ...]
     helpers: tuple[int, ...]
+
+
+NO_MEASURE = Measure(0, 0, 0, (), ())
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Before the first step: the frozen tower encodes every image that is not kept yet, all ranks together.
 
-P patches, F merged features of an image, H hidden width of the language model, k latents a run, W ranks.
+P patches, F merged features of an image, H hidden width of the language model, k latents a block, W ranks.
 
 Features are a function of the image file, the image settings and the tower's weights (data/features.py). Once they are
 kept, neither this run nor the next stage, epoch or ablation decodes those images or calls the tower again. Of a helper
@@ -241,7 +241,7 @@ def _make(
     loader: Any = torch.utils.data.DataLoader(
         images,
         batch_sampler=chunks,
-        collate_fn=_as_it_is,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]  # a chunk comes whole
         num_workers=workers,
         prefetch_factor=PREFETCHED if workers else None,
         worker_init_fn=ignore_in_worker,

@@ -122,7 +122,7 @@ def test_wrong_mixtures_are_refused(folder: Path, encoder_for: Make, tmp_path: P
     empty.write_text(json.dumps({"text_input": "long " * 400, "text_output": "\\boxed{1}"}) + "\n")
     mixture = named(folder, "a.jsonl:1", "long.jsonl:1")
     index = selected(mixture, encoder_for("sft"), 300, 0.5, cache_dir=tmp_path)
-    with pytest.raises(UserError, match=r"long\.jsonl: none of its rows can be used; leave it out, or mend them"):
+    with pytest.raises(UserError, match=r"long\.jsonl: none of its rows can be used; leave it out, or fix them"):
         weighed(index, mixture, 0)
     few = named(folder, "a.jsonl:1000", "b.jsonl:1")
     with pytest.raises(UserError, match=r"b\.jsonl: gets no row in a mixture of 12; raise its weight"):
