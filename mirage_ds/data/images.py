@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
@@ -46,7 +46,6 @@ TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 PNG_SCALES = {"L;2": 85, "L;4": 17}
 
 _opening = threading.Lock()
-Found = TypeVar("Found")
 # Key of an image's content.
 Key = tuple[int, int]
 # What a process remembers of the image files that it has looked at: so many answers.
@@ -98,7 +97,7 @@ class ImageFinder:
         """
         beside = file.parent.resolve()
         within = None if self.within is None else (beside, *self.within[1:], pictures.resolve())
-        return ImageFinder((beside, *self.folders[1:]), within)
+        return type(self)((beside, *self.folders[1:]), within)
 
     def places(self, path: str) -> list[Path]:
         """List where an image may lie, in the order in which it is looked for."""
@@ -182,6 +181,18 @@ class ImageFinder:
             )
         return made
 
+    def check(self, record: Record, name: str, path: str) -> bool:
+        """RecordError unless the image decodes."""
+        return bool(self.load(record, name, path))
+
+    def key(self, record: Record, name: str, path: str) -> Key:
+        """Return the key of the image's content; RecordError where it cannot be read."""
+        place = self.find(record, name, path)
+        try:
+            return image_key(place)
+        except OSError as error:
+            raise _broken(record, name, place, error) from None
+
 
 @dataclass(frozen=True)
 class RememberingFinder(ImageFinder):
@@ -193,8 +204,8 @@ class RememberingFinder(ImageFinder):
 
     seen: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False)
 
-    def _once(self, what: str, path: str, ask: Callable[[], Found], record: Record, name: str) -> Found:
-        answer: Any = self.seen.get((what, path))
+    def _remember(self, what: str, path: str, ask: Callable[[], Any]) -> Any:
+        answer = self.seen.get((what, path))
         if answer is None:
             try:
                 answer = ask()
@@ -203,39 +214,35 @@ class RememberingFinder(ImageFinder):
             if len(self.seen) >= REMEMBERED:
                 self.seen.clear()
             self.seen[what, path] = answer
+        return answer
+
+    def _once(self, what: str, record: Record, name: str, path: str) -> Any:
+        answer = self._remember(what, path, lambda: getattr(ImageFinder, what)(self, record, name, path))
         if isinstance(answer, Fault):
             raise RecordError(replace(answer, line=record.line, field=name))
         return answer
 
-    def sight_of(self, record: Record, name: str, path: str) -> Sight:
-        """See ImageFinder.sight."""
-        return self._once("sight", path, lambda: self.sight(path), record, name)
+    def sight(self, path: str) -> Sight:
+        """See ImageFinder."""
+        return self._remember("sight", path, lambda: ImageFinder.sight(self, path))
 
     def find(self, record: Record, name: str, path: str) -> Path:
         """See ImageFinder."""
         # Before it is read: what is written meanwhile is noticed by whoever compares.
-        self.sight_of(record, name, path)
-        return self._once("place", path, lambda: ImageFinder.find(self, record, name, path), record, name)
+        self.sight(path)
+        return self._once("find", record, name, path)
 
     def size(self, record: Record, name: str, path: str) -> tuple[int, int]:
         """See ImageFinder."""
-        return self._once("size", path, lambda: ImageFinder.size(self, record, name, path), record, name)
+        return self._once("size", record, name, path)
 
-    def check(self, record: Record, name: str, path: str) -> None:
-        """RecordError unless the image decodes."""
-        self._once("picture", path, lambda: bool(self.load(record, name, path)), record, name)
+    def check(self, record: Record, name: str, path: str) -> bool:
+        """See ImageFinder."""
+        return bool(self._once("check", record, name, path))
 
     def key(self, record: Record, name: str, path: str) -> Key:
-        """Return the key of the image's content; RecordError where it cannot be read."""
-
-        def read() -> Key:
-            place = self.find(record, name, path)
-            try:
-                return image_key(place)
-            except OSError as error:
-                raise _broken(record, name, place, error) from None
-
-        return self._once("key", path, read, record, name)
+        """See ImageFinder."""
+        return self._once("key", record, name, path)
 
 
 def changed(

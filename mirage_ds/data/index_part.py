@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 
 from mirage_ds.data import sources
-from mirage_ds.data.encode import Encoder
+from mirage_ds.data.encode import BesideEach, Encoder
 from mirage_ds.data.images import Key, RememberingFinder, changed
 from mirage_ds.data.index import COLUMNS, HEADER, PICTURE_SCHEMA, ROW_FILES, check_of, seen_in, written
 from mirage_ds.data.inside import folder_of_pictures, writable
@@ -145,7 +145,8 @@ class Parts(torch.utils.data.Dataset):
         self.first: dict[Path, int] = {}
         for number, file in enumerate(plan.files):
             self.first.setdefault(file.parent, number)
-        self._beside: dict[int, tuple[Encoder, RememberingFinder]] = {}
+        finder = RememberingFinder(encoder.finder.folders, encoder.finder.within)
+        self.encoders = BesideEach(replace(encoder, finder=finder), plan.files, self.pictures)
 
     def __len__(self) -> int:
         return len(self.plan.pieces)
@@ -179,13 +180,6 @@ class Parts(torch.utils.data.Dataset):
                 return part
         return self.encode(number)
 
-    def _of_folder(self, first: int) -> tuple[Encoder, RememberingFinder]:
-        if first not in self._beside:
-            own = self.encoder.finder.of(self.plan.files[first], self.pictures)
-            finder = RememberingFinder(own.folders, own.within)
-            self._beside[first] = replace(self.encoder, finder=finder), finder
-        return self._beside[first]
-
     def encode(self, number: int) -> Part:
         """Read, check and encode the records of a piece.
 
@@ -193,8 +187,9 @@ class Parts(torch.utils.data.Dataset):
             UserError: its file cannot be read, or the cache not written.
         """
         piece = self.plan.pieces[number]
+        # Those of one folder see the same images.
         first = self.first[self.plan.files[piece.file].parent]
-        encoder, finder = self._of_folder(first)
+        encoder = self.encoders[first]
         rows: list[dict[str, Any]] = []
         faults: list[str] = []
         pictures: dict[tuple[Any, ...], bool] = {}
@@ -202,19 +197,17 @@ class Parts(torch.utils.data.Dataset):
             if isinstance(found, Fault):
                 faults.append(fault_line(found, piece.file))
                 continue
-            row, fault = encode_row(found, encoder, finder, self.keep)
+            row, fault = encode_row(found, encoder, self.keep)
             rows.append(row | {"file": piece.file})
             if fault is not None:
                 faults.append(fault_line(fault, piece.file))
-            for name, path in found.images(helpers=encoder.stage == "stage1"):
-                seen = (first, path, *finder.sight_of(found, name, path))
+            for _, path in found.images(helpers=encoder.stage == "stage1"):
+                seen = (first, path, *encoder.finder.sight(path))
                 pictures[seen] = pictures.get(seen, False) or fault is not None
         return Part.of(self.keep, rows, faults, pictures)
 
 
-def encode_row(
-    record: Record, encoder: Encoder, finder: RememberingFinder, keep: Sequence[str]
-) -> tuple[dict[str, Any], Fault | None]:
+def encode_row(record: Record, encoder: Encoder, keep: Sequence[str]) -> tuple[dict[str, Any], Fault | None]:
     """Encode a record and check its images; return its row of a Part without the file, and its fault.
 
     The row of a record with a fault holds nothing but the record.
@@ -225,9 +218,9 @@ def encode_row(
         own = encoder.lay_out(record)
         for name, path in record.images(helpers=encoder.stage == "stage1"):
             if name in keep:
-                keys[name].append(finder.key(record, name, path))
+                keys[name].append(encoder.finder.key(record, name, path))
             else:
-                finder.check(record, name, path)
+                encoder.finder.check(record, name, path)
         layout, measure = own, encoder.measure_of(own)
     except RecordError as error:
         fault, keys = error.fault, {name: [] for name in keep}

@@ -31,14 +31,13 @@ def check_records(records: list[Record], encoder: Encoder) -> tuple[dict[int, Fa
     Returns:
         Place in `records` → its fault, and the measure of each record (empty for a faulty one).
     """
-    finder = RememberingFinder(encoder.finder.folders, encoder.finder.within)
-    own = replace(encoder, finder=finder)
+    own = replace(encoder, finder=RememberingFinder(encoder.finder.folders, encoder.finder.within))
 
     def check(record: Record) -> Measure | Fault:
         try:
             measure = own.measure(record)
             for name, path in record.images(helpers=encoder.stage == "stage1"):
-                finder.check(record, name, path)
+                own.finder.check(record, name, path)
         except RecordError as error:
             return error.fault
         return measure

@@ -36,7 +36,6 @@ from mirage_ds.model.load import check_vocabulary, read_config
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run.features import keep_features
-from mirage_ds.run.startup import nothing
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def finder_of(config: RunConfig, data_path: Records) -> ImageFinder:
     return ImageFinder.beside(first, config.image_root, config.confine_paths)
 
 
-def model_folders(config: RunConfig, tick: Callable[[], None] = nothing) -> list[Path]:
+def model_folders(config: RunConfig, tick: Callable[[], None] = lambda: None) -> list[Path]:
     """Folders that give weights, config, tokenizer and image processor, the first that has a part giving it.
 
     Args:
