@@ -83,18 +83,19 @@ class Writer:
 
     def add(self, part: Part) -> None:
         """Append a part."""
+        # Copies: a view of a part would keep all of it, with its texts, until the end.
         for name in COLUMNS:
-            self.columns[name].append(part.rows[name].to_numpy())
+            self.columns[name].append(part.rows[name].to_numpy().copy())
         for name in self.keep:
             keys, sizes = (part.rows[f"{name}.{one}"].combine_chunks() for one in ("keys", "sizes"))
-            self.columns[f"{name}.keys"].append(keys.flatten().to_numpy().reshape(-1, 2))
-            self.columns[f"{name}.sizes"].append(sizes.flatten().to_numpy())
+            self.columns[f"{name}.keys"].append(keys.flatten().to_numpy().reshape(-1, 2).copy())
+            self.columns[f"{name}.sizes"].append(sizes.flatten().to_numpy().copy())
             starts = self.columns[f"{name}.starts"]
             starts.append(starts[-1][-1:] + np.cumsum(sizes.value_lengths().to_numpy(zero_copy_only=False)))
         self.waiting = pa.concat_tables([self.waiting, part.rows])
         self._write(len(self.waiting) // BATCH_ROWS * BATCH_ROWS)
         self.faults += part.faults["fault"].to_pylist()
-        self.pictures.append(part.pictures)
+        self.pictures.append(part.pictures.take(pa.array(np.arange(len(part.pictures)))))
         self.records += part.records
 
     def _write(self, count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from support.indices import BREAK, Counted, Make, every, selected
 
 from mirage_ds.data import make_index
 from mirage_ds.data.images import ImageFinder, image_key
-from mirage_ds.data.index import COLUMNS, Index
-from mirage_ds.data.index_part import Parts
+from mirage_ds.data.index import COLUMNS, Index, written
+from mirage_ds.data.index_part import Part, Parts, read_part, write_part
 from mirage_ds.data.loader import Rows
 from mirage_ds.data.make_index import Maker, Writer, open_index
-from mirage_ds.data.record import Fault
+from mirage_ds.data.record import Fault, Record, to_json
 from mirage_ds.data.record_files import scan
+from mirage_ds.data.sample import Layout
 from mirage_ds.data.selection import Selection, usable
 from mirage_ds.errors import UserError
 
@@ -213,3 +216,23 @@ def test_a_records_file_that_changes_while_it_is_read_is_refused(
         rows.write_bytes(before)
         assert _bytes_of(open_index(rows, encoder, [], cache)) == _bytes_of(whole)
         shutil.rmtree(cache / "index")
+
+
+def test_joining_keeps_nothing_of_the_texts(tmp_path: Path) -> None:
+    record = Record(1, "q", "a" * 10_000, ("i.png",), ())
+    ids, layout = written(Layout([1, 2, 3], 1, [(1, 2, 2)], []), record)
+    one = dict.fromkeys(COLUMNS, 3) | {"ids": ids, "layout": layout, "record": to_json(record)}
+    one |= {"image_input.keys": [0, 0], "image_input.sizes": [1]}
+    write_part(tmp_path / "part", Part.of(["image_input"], [one] * 200, [], {(0, "i.png", 0, 1, 1): False}))
+    (tmp_path / "index").mkdir()
+    writer = Writer(tmp_path / "index", ["image_input"])
+    tracemalloc.start()
+    held = []
+    for _ in range(20):
+        part = read_part(tmp_path / "part")
+        assert part is not None
+        writer.add(part)
+        held.append(tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes())
+    tracemalloc.stop()
+    # A part has 2 MB of texts; the numbers of its rows take 11 kB.
+    assert max(held) - held[0] < 3e6
