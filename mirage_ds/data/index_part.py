@@ -148,9 +148,6 @@ class Parts(torch.utils.data.Dataset):
         finder = RememberingFinder(encoder.finder.folders, encoder.finder.within)
         self.encoders = BesideEach(replace(encoder, finder=finder), plan.files, self.pictures)
 
-    def __len__(self) -> int:
-        return len(self.plan.pieces)
-
     def __getitem__(self, number: int) -> UserError | None:
         place = self.plan.parts / str(number)
         # Another run may have put the index together meanwhile, and removed its parts.

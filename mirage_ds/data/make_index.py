@@ -46,7 +46,7 @@ from mirage_ds.data.index import (
 from mirage_ds.data.index_part import Part, Parts, Plan
 from mirage_ds.data.inside import folder_of_pictures, writable
 from mirage_ds.data.load import fingerprint
-from mirage_ds.data.ship import ignore_in_worker
+from mirage_ds.data.ship import as_it_is, ignore_in_worker
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync
 
@@ -256,7 +256,7 @@ class Maker:
             Parts(plan, self.encoder, self.keep, self.cache),
             batch_size=None,
             sampler=own,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]  # there are no batches
+            collate_fn=as_it_is,
             num_workers=processes(len(own), sharers),
             worker_init_fn=ignore_in_worker,
         )
@@ -289,7 +289,7 @@ class Maker:
         try:
             writer = Writer(partial, self.keep)
             parts = Parts(plan, self.encoder, self.keep, self.cache)
-            for number in track(range(len(parts)), "joining the index", disable=self.quiet, transient=True):
+            for number in track(range(len(plan.pieces)), "joining the index", disable=self.quiet, transient=True):
                 writer.add(parts.read(number, self.check_images))
                 self.tick()
             if not writer.records:
@@ -307,10 +307,6 @@ class Maker:
             return put(own, place, self.cache)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def _as_it_is(error: UserError | None) -> UserError | None:
-    return error
 
 
 def key_of(files: Sequence[Path], hashes: Sequence[str], encoder: Encoder, keep: Sequence[str]) -> str:

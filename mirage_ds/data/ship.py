@@ -83,6 +83,11 @@ def mapped(item: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
 
 
+def as_it_is(item: Any) -> Any:
+    """Be the collate_fn of what a worker makes whole."""
+    return item
+
+
 def ignore_in_worker(worker: int) -> None:
     """Let a data-loader worker outlive the signals that a scheduler sends to every process of a job.
 

@@ -31,7 +31,7 @@ from mirage_ds.data.pooling import DROPPED
 from mirage_ds.data.record import Fault, RecordError
 from mirage_ds.data.sample import ImageKeys
 from mirage_ds.data.selection import Selection, by_place, faults_error
-from mirage_ds.data.ship import ignore_in_worker
+from mirage_ds.data.ship import as_it_is, ignore_in_worker
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.model.images import embedded
@@ -164,10 +164,6 @@ class Images(torch.utils.data.Dataset):
         return Decoded(places, joined, torch.cat([torch.empty(0, 3, dtype=torch.int64), *grids]), broken)
 
 
-def _as_it_is(chunk: Decoded | UserError) -> Decoded | UserError:
-    return chunk
-
-
 def _kept(
     folder: Path, tower: FrozenTower, fingerprint: str, encoder: Encoder, name: str, images: ImageKeys
 ) -> KeptFeatures:
@@ -241,7 +237,7 @@ def _make(
     loader: Any = torch.utils.data.DataLoader(
         images,
         batch_sampler=chunks,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]  # a chunk comes whole
+        collate_fn=as_it_is,
         num_workers=workers,
         prefetch_factor=PREFETCHED if workers else None,
         worker_init_fn=ignore_in_worker,
