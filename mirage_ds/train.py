@@ -20,9 +20,8 @@ from safetensors import SafetensorError
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.config.mixture import Mixture
 from mirage_ds.config.run import RunConfig, read_yaml
-from mirage_ds.data.loader import WARN_DROPPED_SHARE
+from mirage_ds.data.selection import WARN_DROPPED_SHARE, describe
 from mirage_ds.data.sources import unread_lines
-from mirage_ds.data.weigh import describe
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, agree, join

@@ -8,8 +8,9 @@ from pathlib import Path
 from mirage_ds.config.run import Stage, cache_folder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
-from mirage_ds.data.record import Fault, Record, RecordError
-from mirage_ds.data.sources import find_files, name_file, no_record, pieces, read_piece
+from mirage_ds.data.record import Fault, Record, RecordError, name_file
+from mirage_ds.data.record_files import read_piece
+from mirage_ds.data.sources import find_files, no_record, pieces
 from mirage_ds.errors import UserError
 
 

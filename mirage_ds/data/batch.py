@@ -1,20 +1,21 @@
 """The Batch: the Samples of one micro-step, packed without padding, with the schedule of its passes.
 
-T tokens of the packed batch, N samples, M labelled tokens, P patches, F merged features, k latents a run, H hidden.
+T tokens of the packed batch, N samples, M labelled tokens, P patches, F merged features, k latents a block, H hidden.
 Made in the data-loader's workers, so that the forward only indexes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from mirage_ds.data.passes import PassPlan, schedule, schedule_auxiliary
-from mirage_ds.data.pool import DROPPED
+from mirage_ds.data.pooling import DROPPED
 from mirage_ds.data.sample import IGNORE, Sample
+from mirage_ds.data.ship import mapped
 
 Tree = TypeVar("Tree")
 
@@ -48,12 +49,12 @@ class Batch(NamedTuple):
         input_ids: (T,); position_ids: (3, T); cu_seqlens: (N + 1,) int32.
         targets: (M,) labels in the order in which the passes reach them; target_sample: (M,) the sample of each;
             label_count: (N,) labels of each sample.
-        latents: (N_runs · k,) packed positions of the latents; latent_sample: their samples; latent_count: (N,).
+        latents: (N_blocks · k,) packed positions of the latents; latent_sample: their samples; latent_count: (N,).
         image_positions: (F,) packed positions of input images' features.
         pixel_values, image_grid_thw: (P, 1176) and (n, 3); image_features: (F, H) where they were kept, or once the
             tower has run.
         helper_…: the same for the helper images of stage1; where targets were kept, these are the features.
-        pool_from, pool_to: which helper feature goes into the mean of which latent's target; pool_size: (N_runs · k,)
+        pool_from, pool_to: which helper feature goes into the mean of which latent's target; pool_size: (N_blocks · k,)
             features in each mean.
         passes: the schedule, one Pass a pass.
     """
@@ -171,7 +172,7 @@ def _indices(parts: Sequence[np.ndarray]) -> torch.Tensor:
 
 
 def _pools(samples: Sequence[Sample], auxiliary: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Build the pooling indices of all helpers; one helper a latent run, in order.
+    """Build the pooling indices of all helpers; one helper a latent block, in order.
 
     The dummy of the auxiliary schedule has latents and no helper: its targets are zero.
     """
@@ -191,9 +192,5 @@ def _pools(samples: Sequence[Sample], auxiliary: bool) -> tuple[torch.Tensor, to
 
 def to_device(tree: Tree, device: torch.device) -> Tree:
     """Move every tensor of a (nested) named tuple to a device."""
-    if isinstance(tree, torch.Tensor):
-        return tree.to(device, non_blocking=True)  # type: ignore[return-value]
-    if isinstance(tree, tuple):
-        parts: list[Any] = [to_device(part, device) for part in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
-    return tree
+    moved: Tree = mapped(tree, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True))
+    return moved

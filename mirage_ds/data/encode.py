@@ -1,6 +1,6 @@
 """Encoding: one Record to one Sample, exactly the sequence that Mirage trains on.
 
-T tokens of the row, n images, P patches (14 × 14 × 2 pixels × 3 channels = 1176 numbers), k latents a run.
+T tokens of the row, n images, P patches (14 × 14 × 2 pixels × 3 channels = 1176 numbers), k latents a block.
 
 The row is the chat template's text: the user turn with its image slots, then the answer with each helper mark replaced
 by `<|latent_start|>` + k × `<|latent_pad|>` + `<|latent_end|>`. Every token after `<|im_start|>assistant` is a label
@@ -11,11 +11,10 @@ What a user's text spells out, `<|im_end|>` say, stays text: only the template a
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,15 +22,15 @@ import torch
 
 from mirage_ds.config.run import Compress, Slots, Stage
 from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.literals import Literals
 from mirage_ds.data.messages import TURNS_BEFORE
-from mirage_ds.data.pool import grid_sides, pool_groups
-from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record, RecordError
-from mirage_ds.data.sample import IGNORE, Grid, Layout, Measure, Sample
+from mirage_ds.data.pooling import grid_sides, pool_groups
+from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
+from mirage_ds.data.sample import IGNORE, Grid, Layout, Measure, Sample, mrope_positions
 from mirage_ds.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -40,9 +39,6 @@ LATENT_PAD, LATENT_START, LATENT_END = "<|latent_pad|>", "<|latent_start|>", "<|
 LATENT_TOKENS = (LATENT_PAD, LATENT_START, LATENT_END)
 IMAGE_PAD = "<|image_pad|>"
 ASSISTANT = "<|im_start|>assistant"
-# Characters that stand for a special token in a user's text while the row is put together: those without a meaning
-# of their own first.
-PRIVATE_USE = range(0xE000, 0x110000)
 
 
 def _items(text: str) -> list[dict[str, str]]:
@@ -52,37 +48,6 @@ def _items(text: str) -> list[dict[str, str]]:
         items += [{"type": "image"}] if number else []
         items += [{"type": "text", "text": part}] if part else []
     return items
-
-
-def mrope_positions(input_ids: np.ndarray, grids: list[Grid], image_pad: int, merge: int) -> np.ndarray:
-    """M-RoPE positions of one row (arXiv 2409.12191, section 2.1).
-
-    Text and latents advance all three axes by one. An image starts all axes at the next position p; its merged tokens
-    are at (p, p + row, p + column); what follows starts at p + max(rows, columns).
-
-    Args:
-        input_ids: (T,) with `image_pad` repeated once per merged token.
-        grids: (t, h, w) of each image in patches, in order.
-        merge: patches a side that are merged into one token.
-
-    Returns:
-        (3, T) int64.
-    """
-    positions = np.empty((3, len(input_ids)), dtype=np.int64)
-    at, place = 0, 0
-    is_image = input_ids == image_pad
-    for time, height, width in grids:
-        start = at + int(np.argmax(is_image[at:]))
-        positions[:, at:start] = place + np.arange(start - at)
-        place += start - at
-        rows, columns = height // merge, width // merge
-        end = start + time * rows * columns
-        # A still image is one frame: its time axis stays at the first position.
-        positions[:, start:end] = place + np.indices((time, rows, columns)).reshape(3, -1)
-        place += max(rows, columns)
-        at = end
-    positions[:, at:] = place + np.arange(len(input_ids) - at)
-    return positions
 
 
 @dataclass(frozen=True)
@@ -109,31 +74,20 @@ class Encoder:
     compress: Compress = "average"
 
     @cached_property
+    def literals(self) -> Literals:
+        """What keeps a user's text text."""
+        return Literals(self.tokenizer)
+
+    @property
     def special_tokens(self) -> list[str]:
         """Every special token as it is spelt: image slots, turns, latents and the like."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return [token.content for token in added if token.special]
+        return self.literals.special_tokens
 
     @cached_property
     def _head(self) -> list[int]:
         """Ids of the answer's head; asked for by every row, so kept."""
         ids: Any = self.tokenizer(ASSISTANT, add_special_tokens=False)["input_ids"]
         return list(ids)
-
-    @cached_property
-    def _special(self) -> re.Pattern[str]:
-        """Matches a special token, of several that begin at one place the longest."""
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        return re.compile("|".join(re.escape(token) for token in longest_first))
-
-    @cached_property
-    def _literal(self) -> Tokenizer:
-        """The tokenizer to which special tokens are ordinary text; a copy, since the setting is the tokenizer's own."""
-        made: Tokenizer = copy.deepcopy(self.tokenizer.backend_tokenizer)
-        made.no_padding()
-        made.no_truncation()
-        made.encode_special_tokens = True
-        return made
 
     @property
     def _bare(self) -> bool:
@@ -144,10 +98,6 @@ class Encoder:
     def auxiliary(self) -> bool:
         """Whether the answer does not attend to the latents."""
         return self.slots == "auxiliary"
-
-    @property
-    def _grounded(self) -> bool:
-        return self.stage == "stage1"
 
     def id_of(self, token: str) -> int:
         """Return the id of a special token."""
@@ -176,7 +126,7 @@ class Encoder:
         return int(3 * self.images.temporal_patch_size * self.images.patch_size**2)
 
     def groups_of(self, grid: Grid) -> np.ndarray:
-        """Assign a helper's merged features to its k targets, (F,); see pool.pool_groups."""
+        """Assign a helper's merged features to its k targets, (F,); see pooling.pool_groups."""
         return pool_groups(*self._sides(grid), self.latent_size, self.compress)
 
     def _sides(self, grid: Grid) -> tuple[int, int]:
@@ -206,42 +156,18 @@ class Encoder:
         return f"{self._prompt(record)}\n{answer}<|im_end|>\n"
 
     def _veil(self, record: Record) -> tuple[Record, dict[str, str]]:
-        """Replace special tokens that the user's texts spell out by characters that the texts do not hold.
-
-        Returns:
-            The record, and special token → its character (empty where there is none, as in almost every record).
-        """
+        """Replace special tokens that the user's texts spell out; see Literals.veil."""
         # Without slots the marks are left out, and what stood on both sides of one may then spell a token.
         answer = record.text_output.replace(HELPER_MARK, "") if self._bare else record.text_output
-        texts = *record.texts, answer
-        spelt = {token for text in texts for token in self._special.findall(text)}
-        if not spelt:
-            return record, {}
-        held = set().union(*texts)
-        unused = (chr(code) for code in PRIVATE_USE if chr(code) not in held)
-        veils = dict(zip(sorted(spelt), unused, strict=False))
-        *before, question, answer = (self._special.sub(lambda found: veils[found.group()], text) for text in texts)
+        texts, veils = self.literals.veil([*record.texts, answer])
+        if not veils:
+            return record, veils
+        *before, question, answer = texts
         extra = record.extra
         if before:
             turns = [{**turn, "content": text} for turn, text in zip(record.turns_before, before, strict=True)]
             extra = {**extra, TURNS_BEFORE: turns}
         return replace(record, text_input=question, text_output=answer, extra=extra), veils
-
-    def _tokenize(self, text: str, veils: Mapping[str, str]) -> list[int]:
-        """Tokenize a rendered row; what is veiled in it (_veil) becomes the ordinary tokens that spell it out."""
-        if not veils:
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        ids: list[int] = []
-        at = 0
-        unveil = str.maketrans({veil: token for token, veil in veils.items()})
-        for own in [*self._special.finditer(text), None]:
-            between = text[at : own.start() if own else None]
-            if between:
-                ids += self._literal.encode(between.translate(unveil), add_special_tokens=False).ids
-            if own:
-                ids.append(self.id_of(own.group()))
-                at = own.end()
-        return ids
 
     def _lay_out(self, record: Record, helpers: bool, write: Callable[[Record], str]) -> Layout:
         """Place every token of a row; reads the images' headers only.
@@ -277,7 +203,7 @@ class Encoder:
         expanded = pieces[0] + "".join(
             IMAGE_PAD * self._merged(grid) + piece for grid, piece in zip(grids, pieces[1:], strict=True)
         )
-        ids = self._tokenize(expanded, veils)
+        ids = self.literals.tokenize(expanded, veils)
         # The answer starts behind the last `<|im_start|>` and the role's name.
         head = self._head
         turn = len(ids) - 1 - ids[::-1].index(head[0])
@@ -299,7 +225,7 @@ class Encoder:
         Raises:
             RecordError: the record cannot be used in this stage.
         """
-        return self._lay_out(record, self._grounded, self._text)
+        return self._lay_out(record, self.stage == "stage1", self._text)
 
     def measure_of(self, layout: Layout) -> Measure:
         """Count what a row holds."""
@@ -323,7 +249,7 @@ class Encoder:
 
         Args:
             image_features: (F, H) features of its images, which are then not decoded.
-            helper_features: (runs · k, H) targets that its helpers were pooled to, which are then not decoded.
+            helper_features: (blocks · k, H) targets that its helpers were pooled to, which are then not decoded.
 
         Raises:
             RecordError: the record cannot be used in this stage, or an image does not decode.
@@ -343,37 +269,6 @@ class Encoder:
         Raises:
             RecordError: an image does not decode, or is another one than when the row was laid out.
         """
-        return self._encode(record, row, layout, self._grounded, image_features, helper_features)
-
-    def encode_prompt(self, record: Record, row: int) -> Sample:
-        """Encode the question alone, up to `<|im_start|>assistant`: what decoding starts from. It has no labels.
-
-        Raises:
-            RecordError: an image is missing or does not decode.
-        """
-        return self._encode(record, row, self._lay_out(record, False, self._prompt), helpers=False)
-
-    def pixels(self, record: Record, name: str, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode one image of a record: pixel patches (P, 1176) and grid (1, 3).
-
-        Args:
-            name: "image_input" or "image_output", which says whose pixel limits hold.
-
-        Raises:
-            RecordError: the image is missing or does not decode.
-        """
-        processor = self.images if name == "image_input" else self.helpers
-        return self._pixels(processor, record, name, (path,), None)
-
-    def _encode(
-        self,
-        record: Record,
-        row: int,
-        layout: Layout,
-        helpers: bool,
-        image_features: torch.Tensor | None = None,
-        helper_features: torch.Tensor | None = None,
-    ) -> Sample:
         ids = np.array(layout.input_ids, dtype=np.int64)
         pad = self.id_of(LATENT_PAD)
         labels = ids.copy()
@@ -382,18 +277,19 @@ class Encoder:
         # Pause tokens and bare marks are ordinary text.
         starts = np.flatnonzero((ids == self.id_of(LATENT_START)) & (self.stage != "sft")) + 1
         pixels, grids = self._images(self.images, record, "image_input", layout.grids, image_features)
-        expected = layout.helper_grids if helpers else []
-        helper_pixels, helper_grids = self._images(self.helpers, record, "image_output", expected, helper_features)
+        helper_pixels, helper_grids = self._images(
+            self.helpers, record, "image_output", layout.helper_grids, helper_features
+        )
         image_pad = self.id_of(IMAGE_PAD)
         positions = mrope_positions(ids, layout.grids, image_pad, self.images.merge_size)
         if self.auxiliary:
-            # What follows a run stands where it would without it; another run's latents are not there either.
+            # What follows a block stands where it would without it; another block's latents are not there either.
             earlier = np.cumsum(ids == pad)
             positions -= np.where(ids == pad, (earlier - 1) // self.latent_size * self.latent_size, earlier)
         groups = [
             # What was pooled before is a mean of one.
             np.arange(self.latent_size) if helper_features is not None else self.groups_of(grid)
-            for grid in expected
+            for grid in layout.helper_grids
         ]
         groups = [run * self.latent_size * (own >= 0) + own for run, own in enumerate(groups)]
         return Sample(
@@ -412,34 +308,49 @@ class Encoder:
             helper_features=helper_features,
         )
 
+    def encode_prompt(self, record: Record, row: int) -> Sample:
+        """Encode the question alone, up to `<|im_start|>assistant`: what decoding starts from. It has no labels.
+
+        Raises:
+            RecordError: an image is missing or does not decode.
+        """
+        return self.fill(self._lay_out(record, False, self._prompt), record, row)
+
+    def pixels(self, record: Record, name: str, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode one image of a record: pixel patches (P, 1176) and grid (1, 3).
+
+        Args:
+            name: "image_input" or "image_output", which says whose pixel limits hold.
+
+        Raises:
+            RecordError: the image is missing or does not decode.
+        """
+        processor = self.images if name == "image_input" else self.helpers
+        return self._pixels(processor, record, name, [path])
+
     def _images(
         self, processor: Any, record: Record, name: str, expected: list[Grid], features: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode the images of a field unless their features are at hand."""
-        paths: tuple[str, ...] = getattr(record, name) if expected else ()
         if features is None:
-            return self._pixels(processor, record, name, paths, expected)
-        kept = [self._merged(grid) if name == "image_input" else self.latent_size for grid in expected]
-        if len(features) != sum(kept):
-            raise self._changed(record, name)
-        pixels, _ = self._pixels(processor, record, name, (), expected)
-        return pixels, torch.tensor(expected, dtype=torch.int64).reshape(-1, 3)
-
-    @staticmethod
-    def _changed(record: Record, name: str) -> RecordError:
-        return record.fault(name, "an image changed its size since it was measured", "start the run again")
+            pixels, grids = self._pixels(processor, record, name, getattr(record, name) if expected else ())
+            same = [tuple(grid) for grid in grids.tolist()] == expected
+        else:
+            pixels, grids = self._pixels(processor, record, name, ())[0], torch.tensor(expected, dtype=torch.int64)
+            kept = [self._merged(grid) if name == "image_input" else self.latent_size for grid in expected]
+            same = len(features) == sum(kept)
+        if not same:
+            raise record.fault(name, "an image changed its size since it was measured", "start the run again")
+        return pixels, grids.reshape(-1, 3)
 
     def _pixels(
-        self, processor: Any, record: Record, name: str, paths: tuple[str, ...], expected: list[Grid] | None
+        self, processor: Any, record: Record, name: str, paths: Sequence[str]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not paths:
             return torch.empty(0, self.patch_width), torch.empty(0, 3, dtype=torch.int64)
         images = [self._resized(processor, self.finder.load(record, name, path)) for path in paths]
         output = processor(images=images, do_resize=False, return_tensors="pt")
-        grids = output["image_grid_thw"].to(torch.int64)
-        if expected is not None and [tuple(grid) for grid in grids.tolist()] != expected:
-            raise self._changed(record, name)
-        return output["pixel_values"].to(torch.float32), grids
+        return output["pixel_values"].to(torch.float32), output["image_grid_thw"].to(torch.int64)
 
     def _resized(self, processor: Any, image: Image.Image) -> Image.Image:
         """Resize as the processor does it, but before it copies a large photograph several times."""
@@ -447,27 +358,33 @@ class Encoder:
         return image.resize((columns * processor.patch_size, rows * processor.patch_size), processor.resample)
 
     def dummy(self, runs: int) -> Sample:
-        """Make a row of weight zero: `<|endoftext|>`, then `runs` latent runs, then one labelled token.
+        """Make a row of weight zero: `<|endoftext|>`, then `runs` latent blocks, then one labelled token.
 
         It keeps a rank that has nothing to do in step with the others: every pass of the recurrent stage finds a token
         on it, and its loss is multiplied by zero.
         """
         end = self.id_of("<|endoftext|>")
-        pad = self.id_of(LATENT_PAD)
-        ids = torch.tensor([end] + [pad] * (runs * self.latent_size) + [end], dtype=torch.int64)
-        labels = torch.full_like(ids, IGNORE)
-        labels[-1] = end
-        none, no_grid = torch.empty(0, self.patch_width), torch.empty(0, 3, dtype=torch.int64)
-        return Sample(
-            row=-1,
-            input_ids=ids,
-            labels=labels,
-            position_ids=torch.arange(len(ids)).expand(3, -1).clone(),
-            image_positions=torch.empty(0, dtype=torch.int64),
-            pixel_values=none,
-            image_grid_thw=no_grid,
-            runs=tuple((1 + run * self.latent_size, self.latent_size) for run in range(runs)),
-            helper_pixel_values=none,
-            helper_grid_thw=no_grid,
-            helper_groups=torch.empty(0, dtype=torch.int64),
-        )
+        pads = [self.id_of(LATENT_PAD)] * (runs * self.latent_size)
+        layout = Layout([end, *pads, end], 1 + len(pads), [], [])
+        starts = range(1, 1 + len(pads), self.latent_size)
+        sample = self.fill(layout, Record(0, "", "", (), ()), -1)
+        return sample._replace(runs=tuple((start, self.latent_size) for start in starts))
+
+
+class BesideEach:
+    """An encoder for each file of records: its rows look for images beside it.
+
+    Args:
+        pictures: where pictures that came inside records files lie.
+    """
+
+    def __init__(self, encoder: Encoder, files: Sequence[Path], pictures: Path):
+        self.encoder, self.files, self.pictures = encoder, files, pictures
+        self._made: dict[int, Encoder] = {}
+
+    def __getitem__(self, file: int) -> Encoder:
+        if file not in self._made:
+            finder = self.encoder.finder.of(self.files[file], self.pictures)
+            same = finder == self.encoder.finder
+            self._made[file] = self.encoder if same else replace(self.encoder, finder=finder)
+        return self._made[file]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import uuid
 import zlib
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from mirage_ds.data.sample import ImageKeys
 from mirage_ds.data.sources import Stamp
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync, write_new
@@ -39,58 +39,23 @@ SHARD_BYTES = 128 << 20
 # Files that a process may have open at a time are often 1024.
 MOST_OPEN = 256
 
-Key = tuple[int, int]
-
-
-def image_key(file: Path) -> Key:
-    """Return the key of an image file: 128 bits of its content's BLAKE2b hash."""
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
-
-
-class ImageKeys(NamedTuple):
-    """The images of one field of a records file (input or helper images).
-
-    Attributes:
-        keys: (I, 2) uint64, row by row; sizes: (I,) merged features F of each.
-        starts: (R + 1,) where each record's images begin.
-    """
-
-    keys: np.ndarray
-    sizes: np.ndarray
-    starts: np.ndarray
-
-    def rows_of(self, places: np.ndarray) -> np.ndarray:
-        """Return the records, (n,), that the images at these places in `keys` belong to."""
-        return np.searchsorted(self.starts, places, side="right") - 1
-
-    def of(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Places in `keys` of these records' images, record by record, (n,) int64."""
-        own = np.asarray(rows, dtype=np.int64)
-        first, counts = self.starts[own], self.starts[own + 1] - self.starts[own]
-        # An image's place is its record's first one and its number within the record.
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(first, counts) + within
-
 
 def sortable(keys: np.ndarray) -> np.ndarray:
     """Turn keys (I, 2) uint64 into (I,) strings of 16 bytes, which numpy sorts and searches whole."""
     return np.ascontiguousarray(keys, dtype=">u8").reshape(-1, 2).view("S16").reshape(-1)
 
 
-class Shard(NamedTuple):
-    """Where the features of images lie in one shard.
+# Where the features of an image lie: key (see sortable), the number of the shard, and bytes there with their CRC-32.
+TABLE = np.dtype(
+    {"names": ["key", "shard", "offset", "size", "check"], "formats": ["S16", np.int32, np.int64, np.int64, np.int64]}
+)
 
-    Attributes:
-        name: of the file; keys: (I,) see sortable; offset, size: (I,) bytes; check: (I,) CRC-32 of them.
-    """
+
+class Shard(NamedTuple):
+    """A shard's name and what it holds, (I,) of TABLE, in the order of the file."""
 
     name: str
-    keys: np.ndarray
-    offset: np.ndarray
-    size: np.ndarray
-    check: np.ndarray
+    table: np.ndarray
 
 
 class FeatureStore:
@@ -109,9 +74,9 @@ class FeatureStore:
         self.space = json.dumps({**space, "width": width, "dtype": str(dtype), "format": FORMAT}, sort_keys=True)
         self.place = folder / hashlib.sha256(self.space.encode()).hexdigest()[:32]
         self.names: list[str] = []
-        # Of all shards together, sorted by key: the number of the shard, and as in a Shard.
+        # Of all shards together, sorted by key; the keys once more, since numpy would copy them out for every search.
+        self.images = np.empty(0, TABLE)
         self.keys = np.empty(0, "S16")
-        self.shard, self.offset, self.size, self.check = (np.empty(0, np.int64) for _ in range(4))
         self.descriptors: dict[int, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,9 +104,9 @@ class FeatureStore:
             shard = self.table(name)
             if not _noted(file, stamp):
                 with file.open("rb") as content:
-                    for offset, size, check in zip(shard.offset, shard.size, shard.check, strict=True):
-                        content.seek(offset)
-                        if zlib.crc32(content.read(size)) != check:
+                    for image in shard.table:
+                        content.seek(image["offset"])
+                        if zlib.crc32(content.read(image["size"])) != image["check"]:
                             raise ValueError(f"{file} has rotted")
                 write_new(note_of(file), json.dumps(stamp).encode())
         except FileNotFoundError:
@@ -167,40 +132,40 @@ class FeatureStore:
         spans = np.array([header[key]["data_offsets"] for key in header], dtype=np.int64).reshape(-1, 2)
         if notes["space"] != self.space or begin + spans.max(initial=0) != whole:
             raise ValueError(f"{file} is of another space, or cut short")
-        return Shard(
-            name=name,
-            keys=np.frombuffer(b"".join(bytes.fromhex(key) for key in header), dtype="S16"),
-            offset=begin + spans[:, 0],
-            size=spans[:, 1] - spans[:, 0],
-            check=np.array([checks[key] for key in header], dtype=np.int64),
-        )
+        table = np.zeros(len(header), TABLE)
+        table["key"] = np.frombuffer(b"".join(bytes.fromhex(key) for key in header), dtype="S16")
+        table["offset"], table["size"] = begin + spans[:, 0], spans[:, 1] - spans[:, 0]
+        table["check"] = [checks[key] for key in header]
+        return Shard(name, table)
 
     def add(self, shards: Sequence[Shard]) -> None:
         """Take what shards hold into the table."""
-        number = np.repeat(len(self.names) + np.arange(len(shards)), [len(one.keys) for one in shards])
-        self.names += [one.name for one in shards]
-        keys = np.concatenate([self.keys, *(one.keys for one in shards)])
-        order = np.argsort(keys, kind="stable")
-        self.keys, self.shard = keys[order], np.concatenate([self.shard, number])[order]
-        self.offset = np.concatenate([self.offset, *(one.offset for one in shards)])[order]
-        self.size = np.concatenate([self.size, *(one.size for one in shards)])[order]
-        self.check = np.concatenate([self.check, *(one.check for one in shards)])[order]
+        for number, shard in enumerate(shards, len(self.names)):
+            shard.table["shard"] = number
+        self.names += [shard.name for shard in shards]
+        images = np.concatenate([self.images, *(shard.table for shard in shards)])
+        self.images = images[np.argsort(images["key"], kind="stable")]
+        self.keys = np.ascontiguousarray(self.images["key"])
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Tell which of `keys` (I, 2) are not here: (I,) bool."""
-        wanted = sortable(keys)
-        at = np.searchsorted(self.keys, wanted)
-        absent = at == len(self.keys)
-        absent[~absent] = self.keys[at[~absent]] != wanted[~absent]
-        return absent
+        return self._find(keys) < 0
 
-    def _read(self, at: int) -> bytes:
-        number = int(self.shard[at])
+    def _find(self, keys: np.ndarray) -> np.ndarray:
+        """Places in the table of `keys` (I, 2), −1 for one that is not here; (I,) int64."""
+        wanted = sortable(keys)
+        if not len(self.keys):
+            return np.full(len(wanted), -1)
+        at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        return np.where(self.keys[at] == wanted, at, -1)
+
+    def _read(self, image: np.void) -> bytes:
+        number = int(image["shard"])
         if number not in self.descriptors:
             if len(self.descriptors) == MOST_OPEN:
                 os.close(self.descriptors.pop(next(iter(self.descriptors))))
             self.descriptors[number] = os.open(self.place / self.names[number], os.O_RDONLY)
-        return os.pread(self.descriptors[number], int(self.size[at]), int(self.offset[at]))
+        return os.pread(self.descriptors[number], int(image["size"]), int(image["offset"]))
 
     def get(self, key: Sequence[int]) -> torch.Tensor:
         """Return the features of one image, (F, H); KeyError when they are not here.
@@ -208,16 +173,16 @@ class FeatureStore:
         Raises:
             UserError: they have rotted or gone since the start; only this process knows.
         """
-        wanted = np.asarray([key], dtype=np.uint64)
-        if self.missing(wanted)[0]:
+        at = int(self._find(np.asarray([key], dtype=np.uint64))[0])
+        if at < 0:
             raise KeyError(f"no features with key {tuple(key)} in {self.place}")
-        at = int(np.searchsorted(self.keys, sortable(wanted))[0])
-        file = self.place / self.names[int(self.shard[at])]
+        image = self.images[at]
+        file = self.place / self.names[image["shard"]]
         try:
-            content = self._read(at)
+            content = self._read(image)
         except FileNotFoundError:
             content = b""
-        if len(content) != self.size[at] or zlib.crc32(content) != self.check[at]:
+        if len(content) != image["size"] or zlib.crc32(content) != image["check"]:
             # The next start reads all of the shard again.
             note_of(file).unlink(missing_ok=True)
             raise UserError(
@@ -301,4 +266,4 @@ class KeptFeatures(NamedTuple):
     def bytes_of(self, places: np.ndarray | Sequence[int]) -> int:
         """Bytes that the features at these places take."""
         sizes = self.images.sizes[np.asarray(places, dtype=np.int64)]
-        return math.prod((int(sizes.sum()), self.store.width, self.store.dtype.itemsize))
+        return int(sizes.sum()) * self.store.width * self.store.dtype.itemsize

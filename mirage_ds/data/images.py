@@ -6,20 +6,23 @@ An image is taken as viewers show it: turned as its EXIF says, on white where it
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import stat
 import struct
 import threading
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record import Fault, Record, RecordError
 from mirage_ds.errors import reason, shown
 
 # Beyond this the image processor refuses (transformers' smart_resize).
@@ -43,6 +46,25 @@ TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 PNG_SCALES = {"L;2": 85, "L;4": 17}
 
 _opening = threading.Lock()
+# Key of an image's content.
+Key = tuple[int, int]
+# What a process remembers of the image files that it has looked at: so many answers.
+REMEMBERED = 100_000
+
+
+def image_key(file: Path) -> Key:
+    """Return the key of an image file: 128 bits of its content's BLAKE2b hash."""
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+class Sight(NamedTuple):
+    """Where an image was found, as its number in ImageFinder.places, and its file's size and time; −1 if nowhere."""
+
+    place: int
+    bytes: int
+    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -68,14 +90,14 @@ class ImageFinder:
         return cls((*own, Path.cwd().resolve()), own if confine else None)
 
     def of(self, file: Path, pictures: Path) -> ImageFinder:
-        """Make the finder that looks beside another records file, and else in the same places.
+        """Make a finder that looks beside another records file, and else in the same places.
 
         Args:
             pictures: holds the pictures that came inside records files; never refused.
         """
         beside = file.parent.resolve()
         within = None if self.within is None else (beside, *self.within[1:], pictures.resolve())
-        return ImageFinder((beside, *self.folders[1:]), within)
+        return type(self)((beside, *self.folders[1:]), within)
 
     def places(self, path: str) -> list[Path]:
         """List where an image may lie, in the order in which it is looked for."""
@@ -84,6 +106,17 @@ class ImageFinder:
             # As it stands, which many write, and as a URI.
             return [place for one in dict.fromkeys([plain, unquote(plain)]) for place in self.places(one)]
         return [Path(path)] if Path(path).is_absolute() else [folder / path for folder in self.folders]
+
+    def sight(self, path: str) -> Sight:
+        """Look for an image as `find` does, reading nothing."""
+        for number, place in enumerate(self.places(path)):
+            try:
+                found = os.stat(place)
+            except (OSError, ValueError):
+                continue
+            if stat.S_ISREG(found.st_mode):
+                return Sight(number, found.st_size, found.st_mtime_ns)
+        return Sight(-1, -1, -1)
 
     def find(self, record: Record, name: str, path: str) -> Path:
         """Return the image's place; RecordError that names every place looked at."""
@@ -147,6 +180,88 @@ class ImageFinder:
                 name, f"image {place} holds a picture of another size than its header says", "replace the file"
             )
         return made
+
+    def check(self, record: Record, name: str, path: str) -> bool:
+        """RecordError unless the image decodes."""
+        return bool(self.load(record, name, path))
+
+    def key(self, record: Record, name: str, path: str) -> Key:
+        """Return the key of the image's content; RecordError where it cannot be read."""
+        place = self.find(record, name, path)
+        try:
+            return image_key(place)
+        except OSError as error:
+            raise _broken(record, name, place, error) from None
+
+
+@dataclass(frozen=True)
+class RememberingFinder(ImageFinder):
+    """Looks at each image once, however many records of one folder show it.
+
+    Attributes:
+        seen: (what was asked, path) → the answer, or the fault that it came to.
+    """
+
+    seen: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False)
+
+    def _remember(self, what: str, path: str, ask: Callable[[], Any]) -> Any:
+        answer = self.seen.get((what, path))
+        if answer is None:
+            try:
+                answer = ask()
+            except RecordError as error:
+                answer = error.fault
+            if len(self.seen) >= REMEMBERED:
+                self.seen.clear()
+            self.seen[what, path] = answer
+        return answer
+
+    def _once(self, what: str, record: Record, name: str, path: str) -> Any:
+        answer = self._remember(what, path, lambda: getattr(ImageFinder, what)(self, record, name, path))
+        if isinstance(answer, Fault):
+            raise RecordError(replace(answer, line=record.line, field=name))
+        return answer
+
+    def sight(self, path: str) -> Sight:
+        """See ImageFinder."""
+        return self._remember("sight", path, lambda: ImageFinder.sight(self, path))
+
+    def find(self, record: Record, name: str, path: str) -> Path:
+        """See ImageFinder."""
+        # Before it is read: what is written meanwhile is noticed by whoever compares.
+        self.sight(path)
+        return self._once("find", record, name, path)
+
+    def size(self, record: Record, name: str, path: str) -> tuple[int, int]:
+        """See ImageFinder."""
+        return self._once("size", record, name, path)
+
+    def check(self, record: Record, name: str, path: str) -> bool:
+        """See ImageFinder."""
+        return bool(self._once("check", record, name, path))
+
+    def key(self, record: Record, name: str, path: str) -> Key:
+        """See ImageFinder."""
+        return self._once("key", record, name, path)
+
+
+def changed(
+    seen: Iterable[tuple[int, str, int, int, int]], finder: ImageFinder, files: Sequence[Path], pictures: Path
+) -> bool:
+    """Tell whether an image is another file now than when it was seen, or lies elsewhere; reads none.
+
+    Args:
+        seen: the number of its file in `files`, its path, and what it was then (Sight).
+        finder: of the records, for any of their files.
+        pictures: where pictures that came inside records files lie.
+    """
+    finders: dict[int, ImageFinder] = {}
+    for file, path, *sight in seen:
+        if file not in finders:
+            finders[file] = finder.of(files[file], pictures)
+        if finders[file].sight(path) != Sight(*sight):
+            return True
+    return False
 
 
 def _open(place: Path) -> Image.Image:
@@ -243,7 +358,7 @@ def _broken(record: Record, name: str, place: Path, error: Exception) -> RecordE
     """Make the error of a file that Pillow fails on.
 
     A broken file leads Pillow's decoders to exceptions of almost any class (OSError, SyntaxError, struct.error,
-    IndexError …); whichever it is, the file is what the user can mend, and the message keeps the reason.
+    IndexError …); whichever it is, the file is what the user can fix, and the message keeps the reason.
     """
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return record.fault(name, f"image {place} has more than {MAX_PIXELS:,} pixels", "make it smaller")

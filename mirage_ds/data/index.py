@@ -2,49 +2,49 @@
 
 R rows, I images of a field, T tokens of a row.
 
-    <cache>/index/<key>/index.json      what the other files are, their sizes and checksums
-                        <column>.bin    numbers of each row or image, memory-mapped
-                        records.arrow   the records as the user wrote them, BATCH_ROWS a batch
-                        rows.arrow      the rows as one stage encodes them, in the same batches
-                        faults.arrow    what is wrong with the records that cannot be used
+    <cache>/index/<key>/index.json      size and checksum of the other files
+                        <column>.npy    (R,) a number of each row (COLUMNS), memory-mapped
+                        <field>.*.npy   the images of a field whose features are kept (ImageKeys)
+                        rows.arrow      the rows as one stage encodes them, BATCH_ROWS a batch
+                        records.arrow   the records as the user wrote them, in the same batches
+                        faults.jsonl    what is wrong with the records that cannot be used
                         pictures.arrow  the image files that were looked at, with their sizes and times
                         suspects.arrow  those of them that records with a fault name
 
 The key is a hash of what a row is a function of: the records, the tokenizer, the image processors' settings, the stage,
-k, where images are looked for. A folder is put together from parts (parts.py) under another name, renamed when it is
-whole, and never changed.
-Columns are small and mapped. Rows are read by their place in the file: pages of a map that one process alone has
-touched count as its own memory, and a run touches every row in every epoch.
+k, where images are looked for. make_index.py makes a folder under another name and renames it when it is whole; then it
+never changes. Columns are small and mapped. Rows are read by their place in the file: pages of a map that one process
+alone has touched count as its own memory, and a run touches every row in every epoch.
+
+`datasets` has a map with processes, and it was measured (2026-11): a killed one starts again from the first row, its
+files differ with the number of processes, it knows one host, and reading its rows grows each process by their size.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import stat
+import shutil
+import time
+import uuid
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from mirage_ds.data.encode import Encoder
-from mirage_ds.data.features import ImageKeys
-from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.record import Fault, Record
-from mirage_ds.data.sample import Grid, Layout
-from mirage_ds.data.sources import name_file
+from mirage_ds.data.inside import folder_of_pictures
+from mirage_ds.data.record import Fault, Record, from_json, name_file
+from mirage_ds.data.sample import ImageKeys, Layout
 from mirage_ds.errors import UserError
+from mirage_ds.files import sync
 
 # Raised whenever the files of an index mean something else than before.
-FORMAT = 2
+FORMAT = 3
 HEADER = "index.json"
 # Paths of images that a run has met a fault of, one JSON string a line; no part of the index itself.
 DOUBTS = "doubts.jsonl"
@@ -61,108 +61,53 @@ COLUMNS = {
     "record_check": np.uint32,
     "check": np.uint32,
 }
-STRINGS, NUMBERS = pa.list_(pa.string()), pa.list_(pa.int32())
-RECORD_SCHEMA = pa.schema(
-    [
-        *(("line", pa.int64()), ("text_input", pa.string()), ("text_output", pa.string())),
-        *(("image_input", STRINGS), ("image_output", STRINGS), ("extra", pa.string())),
-    ]
-)
-ROW_SCHEMA = pa.schema(
-    [
-        *(("input_ids", NUMBERS), ("answer_start", pa.int32()), ("grids", NUMBERS), ("helper_grids", NUMBERS)),
-        *(("image_input", STRINGS), ("image_output", STRINGS)),
-    ]
-)
-# row: −1 for a record without the format, which has no row.
-FAULT_SCHEMA = pa.schema(
-    [
-        *(("row", pa.int64()), ("file", pa.int32()), ("line", pa.int64())),
-        *(("field", pa.string()), ("what", pa.string()), ("how", pa.string())),
-    ]
-)
+# In JSON: what a Layout holds besides its ids with the paths of the images, and the record.
+ROW_FILES = {
+    "rows.arrow": pa.schema({"ids": pa.list_(pa.int32()), "layout": pa.string()}),
+    "records.arrow": pa.schema({"record": pa.string()}),
+}
 # file: of those in one folder the first; it says beside which folder the path is looked for.
 PICTURE_SCHEMA = pa.schema(
-    [
-        *(("file", pa.int32()), ("path", pa.string()), ("place", pa.int32())),
-        *(("bytes", pa.int64()), ("mtime_ns", pa.int64())),
-    ]
+    {"file": pa.int32(), "path": pa.string(), "place": pa.int32(), "bytes": pa.int64(), "mtime_ns": pa.int64()}
 )
 PICTURE_BATCH = 4096
-# A network file system answers many questions at once.
-LOOKING_THREADS = 16
+# What a killed run has left behind is removed by a later one, that no longer takes it for another's work in progress.
+ABANDONED_S = 7 * 24 * 3600.0
 
 
 class DamagedError(Exception):
     """An index that is not whole; it is made anew."""
 
 
-class Sight(NamedTuple):
-    """Where an image was found, as its number in ImageFinder.places, and its file's size and time; −1 if nowhere."""
-
-    place: int
-    bytes: int
-    mtime_ns: int
+def check_of(content: str, ids: np.ndarray | None = None) -> int:
+    """CRC-32 of a row: of a record or of a layout and its token ids (T,) int32."""
+    return zlib.crc32(content.encode(), 0 if ids is None else zlib.crc32(ids.tobytes()))
 
 
-def sight(finder: ImageFinder, path: str) -> Sight:
-    """Look for an image as ImageFinder.find does, reading nothing."""
-    for number, place in enumerate(finder.places(path)):
-        try:
-            found = os.stat(place)
-        except (OSError, ValueError):
-            continue
-        if stat.S_ISREG(found.st_mode):
-            return Sight(number, found.st_size, found.st_mtime_ns)
-    return Sight(-1, -1, -1)
-
-
-def changed(pictures: pa.Table | pa.RecordBatch, finder: ImageFinder, files: Sequence[Path], inside: Path) -> bool:
-    """Tell whether an image is another file now than in a table of PICTURE_SCHEMA, or lies elsewhere; reads none.
-
-    Args:
-        finder: of the records, for any of their files.
-        inside: where pictures that came inside records files lie.
-    """
-    finders: dict[int, ImageFinder] = {}
-    for first, path, *seen in zip(*(pictures[name].to_pylist() for name in PICTURE_SCHEMA.names), strict=True):
-        if first not in finders:
-            finders[first] = finder.of(files[first], inside)
-        if sight(finders[first], path) != Sight(*seen):
-            return True
-    return False
-
-
-def layout_check(layout: Layout, record: Record) -> int:
-    """CRC-32 of an encoded row."""
-    ids = np.asarray(layout.input_ids, dtype=np.int32).tobytes()
+def written(layout: Layout, record: Record) -> tuple[np.ndarray, str]:
+    """Return an encoded row as it is stored: its ids and the rest."""
     rest = [layout.answer_start, layout.grids, layout.helper_grids, record.image_input, record.image_output]
-    return zlib.crc32(json.dumps(rest).encode(), zlib.crc32(ids))
+    return np.asarray(layout.input_ids, dtype=np.int32), json.dumps(rest)
 
 
-def record_check(row: dict[str, Any]) -> int:
-    """CRC-32 of a record as an Arrow row."""
-    return zlib.crc32(json.dumps([row[name] for name in RECORD_SCHEMA.names]).encode())
+def seen_in(pictures: pa.Table | pa.RecordBatch) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a table that begins with PICTURE_SCHEMA."""
+    return zip(*(pictures[name].to_pylist() for name in PICTURE_SCHEMA.names), strict=True)
 
 
-def crc_of(file: Path) -> int:
-    """CRC-32 of a file's content, read in blocks."""
-    crc = 0
+def hash_of(file: Path) -> str:
+    """Hash of a file's content."""
     with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return crc
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _grids(flat: list[int]) -> list[Grid]:
-    return [(flat[at], flat[at + 1], flat[at + 2]) for at in range(0, len(flat), 3)]
+def digest_of(header: dict[str, Any]) -> str:
+    """Hash of what the rows hold, which is all in the columns and the faults."""
+    own = {name: both for name, both in header["files"].items() if name.endswith((".npy", ".jsonl"))}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
-def _reader(file: Path) -> pa.RecordBatchFileReader:
-    return pa.ipc.open_file(pa.OSFile(str(file)))
-
-
-class EncodedRows:
+class Index:
     """An index, opened. It crosses process borders as a path.
 
     Args:
@@ -171,6 +116,7 @@ class EncodedRows:
         pictures: where pictures that came inside records files lie.
 
     Attributes:
+        header: what index.json holds.
         digest: hash of all that the rows hold; the same wherever the same rows were indexed.
         source: hash of the records (sources.data_hash).
         records: how many the source holds, whether or not they have the format.
@@ -183,10 +129,10 @@ class EncodedRows:
     def __init__(self, place: Path, files: Sequence[Path], pictures: Path):
         self.place, self.files, self.pictures = place, tuple(files), pictures
         self._open()
-        for name, (size, crc) in self._header["files"].items():
+        for name, (size, digest) in self.header["files"].items():
             file = place / name
             try:
-                whole = file.stat().st_size == size and (crc is None or crc_of(file) == crc)
+                whole = file.stat().st_size == size and digest in (None, hash_of(file))
             except OSError:
                 whole = False
             if not whole:
@@ -194,23 +140,20 @@ class EncodedRows:
 
     def _open(self) -> None:
         try:
-            header = json.loads((self.place / HEADER).read_bytes())
-            if digest_of(header) != header["digest"]:
+            self.header: dict[str, Any] = json.loads((self.place / HEADER).read_bytes())
+            self.digest, self.source = str(self.header["digest"]), str(self.header["source"])
+            if digest_of(self.header) != self.digest:
                 raise DamagedError(self.place)
-            self._header: dict[str, Any] = header
-            self.digest, self.source = str(header["digest"]), str(header["source"])
-            self.records, self.faults = int(header["records"]), int(header["faults"])
-            self._columns = {name: self._column(name, *kind) for name, kind in header["columns"].items()}
+            self.records, self.faults = int(self.header["records"]), int(self.header["faults"])
+            names = [name.removesuffix(".npy") for name in self.header["files"] if name.endswith(".npy")]
+            # A plain view: numpy's own class of maps makes every look at a number slow.
+            self._columns = {
+                name: np.load(self.place / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in names
+            }
             # Opened here: a data-loader process that is forked later reads the same files, whatever lies there then.
-            self._readers = {name: _reader(self.place / name) for name in ("records.arrow", "rows.arrow")}
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            self._readers = {name: pa.ipc.open_file(pa.OSFile(str(self.place / name))) for name in ROW_FILES}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, pa.ArrowException) as error:
             raise DamagedError(self.place) from error
-
-    def _column(self, name: str, dtype: str, shape: list[int]) -> np.ndarray:
-        if not shape[0]:
-            # An empty file cannot be mapped.
-            return np.empty(shape, dtype=dtype)
-        return np.memmap(self.place / f"{name}.bin", dtype=dtype, mode="r", shape=tuple(shape)).view(np.ndarray)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"place": self.place, "files": self.files, "pictures": self.pictures, "digest": self.digest}
@@ -238,37 +181,30 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self._columns["line"])
 
-    def __bool__(self) -> bool:
-        # An index of faults alone is one too.
-        return True
+    def __getitem__(self, column: str) -> np.ndarray:
+        """Return a column (COLUMNS), (R,)."""
+        return self._columns[column]
 
-    @overload
-    def __getitem__(self, what: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, what: str) -> np.ndarray: ...
-    def __getitem__(self, what: int | str) -> dict[str, Any] | np.ndarray:
-        """Return a column (COLUMNS), (R,), or a row's record in the form that record.record_of takes.
+    def record(self, row: int) -> Record:
+        """Return a row's record, as the user wrote it.
 
         Raises:
             UserError: the row is damaged; only this process knows.
         """
-        if isinstance(what, str):
-            return self._columns[what]
-        found: dict[str, Any] = self._read("records.arrow", what).to_pylist()[0]
-        if record_check(found) != self._columns["record_check"][what]:
+        text: str = self._read("records.arrow", row)["record"][0].as_py()
+        if check_of(text) != self._columns["record_check"][row]:
             raise self._damaged()
-        return found
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[row] for row in range(len(self)))
+        return from_json(text)
 
     def _read(self, name: str, row: int) -> pa.RecordBatch:
-        starts = self._columns["batch"]
-        number = int(np.searchsorted(starts, row, side="right")) - 1
+        number, at = divmod(row, BATCH_ROWS)
         try:
-            return self._readers[name].get_batch(number).slice(row - int(starts[number]), 1)
-        except (OSError, pa.ArrowException):
+            found = self._readers[name].get_batch(number).slice(at, 1)
+            # A bit that has rotted may be anywhere: in an offset, or in half a character.
+            found.validate(full=True)
+        except (OSError, ValueError, pa.ArrowException):
             raise self._damaged() from None
+        return found
 
     def encoded(self, row: int) -> tuple[Record, Layout]:
         """Return a row's record without its texts, and where everything in it stands.
@@ -277,22 +213,16 @@ class EncodedRows:
             UserError: the row is damaged; only this process knows.
         """
         found = self._read("rows.arrow", row)
-        ids = found["input_ids"][0].values.to_numpy()
-        rest = found.select(ROW_SCHEMA.names[1:]).to_pylist()[0]
-        layout = Layout(ids, rest["answer_start"], _grids(rest["grids"]), _grids(rest["helper_grids"]))
-        line = int(self._columns["line"][row])
-        record = Record(line, "", "", tuple(rest["image_input"]), tuple(rest["image_output"]))
-        if layout_check(layout, record) != self._columns["check"][row]:
+        ids, text = found["ids"][0].values.to_numpy(), found["layout"][0].as_py()
+        if check_of(text, ids) != self._columns["check"][row]:
             raise self._damaged()
-        return record, layout
-
-    def same_as(self, other: EncodedRows) -> bool:
-        """Tell whether two indices are one and the same to the byte."""
-        return bool(self._header == other._header)
+        answer_start, grids, helper_grids, images, helpers = json.loads(text)
+        record = Record(int(self._columns["line"][row]), "", "", tuple(images), tuple(helpers))
+        return record, Layout(ids, answer_start, [*map(tuple, grids)], [*map(tuple, helper_grids)])
 
     def images(self, name: str) -> ImageKeys:
         """Return the images of a field whose features are kept."""
-        return ImageKeys(*(self._columns[f"{name}.{part}"] for part in ("keys", "sizes", "starts")))
+        return ImageKeys(*(self._columns[f"{name}.{part}"] for part in ImageKeys._fields))
 
     def named(self, fault: Fault, row: int) -> Fault:
         """Put a row's file into its fault, where there are several; the next start looks at the row's images."""
@@ -307,56 +237,57 @@ class EncodedRows:
 
     def all_faults(self) -> Iterator[Fault]:
         """Yield the fault of each record that cannot be used, in the order of the records."""
-        reader = _reader(self.place / "faults.arrow")
-        for number in range(reader.num_record_batches):
-            for row in reader.get_batch(number).to_pylist():
-                yield name_file(Fault(row["line"], row["field"], row["what"], row["how"]), self.files, row["file"])
+        with (self.place / "faults.jsonl").open(encoding="utf-8") as lines:
+            for line in lines:
+                number, *rest = json.loads(line)
+                yield name_file(Fault(*rest), self.files, number)
 
-    def pictures_changed(self, finder: ImageFinder, every: bool) -> bool:
-        """Tell whether an image that was looked at is another file now, or lies elsewhere; reads no image.
-
-        Args:
-            finder: of the records, for any of their files.
-            every: all images are looked at; else only those of records with a fault, which somebody may have corrected,
-                be it that a run has met it.
-        """
-        known_from = self._header["working_directory"]
-        if known_from is not None and known_from != str(finder.folders[-1]):
-            return True
-        if self._header["inside"] and not self.pictures.is_dir():
-            return True
-        file = self.place / ("pictures.arrow" if every else "suspects.arrow")
-        if not every and (self.place / DOUBTS).exists():
-            lines = (self.place / DOUBTS).read_text().splitlines()
-            doubted = pa.array({json.loads(line) for line in lines}, pa.string())
-            seen = _reader(self.place / "pictures.arrow").read_all()
-            if changed(seen.filter(pc.is_in(seen["path"], doubted)), finder, self.files, self.pictures):
-                return True
-
-        def other(number: int) -> bool:
-            return changed(_reader(file).get_batch(number), finder, self.files, self.pictures)
-
-        with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-            return any(pool.map(other, range(_reader(file).num_record_batches)))
+    def seen(self, name: str) -> pa.RecordBatchFileReader:
+        """Open "pictures.arrow" or "suspects.arrow"."""
+        return pa.ipc.open_file(pa.OSFile(str(self.place / name)))
 
 
-class BesideEach:
-    """An encoder for each row: the rows of several files look for images beside their own."""
-
-    def __init__(self, encoder: Encoder, rows: EncodedRows):
-        self.encoder, self.rows = encoder, rows
-        self._made: dict[int, Encoder] = {}
-
-    def __getitem__(self, row: int) -> Encoder:
-        number = int(self.rows["file"][row])
-        if number not in self._made:
-            finder = self.encoder.finder.of(self.rows.files[number], self.rows.pictures)
-            same = finder == self.encoder.finder
-            self._made[number] = self.encoder if same else replace(self.encoder, finder=finder)
-        return self._made[number]
+def open_made(place: Path, files: Sequence[Path], cache: Path) -> Index | None:
+    """Open an index; None where there is none, or a damaged one."""
+    try:
+        return Index(place, files, folder_of_pictures(cache))
+    except DamagedError:
+        return None
 
 
-def digest_of(header: dict[str, Any]) -> str:
-    """Hash of what the rows hold, which is all in the columns and the faults."""
-    own = {name: both for name, both in header["files"].items() if name.endswith(".bin") or name == "faults.arrow"}
-    return hashlib.sha256(json.dumps([header["columns"], own], sort_keys=True).encode()).hexdigest()
+def put(own: Index, place: Path, cache: Path) -> Index:
+    """Rename a whole index to its place, and return it opened.
+
+    What lies there is damaged or old, or another run has just made the same: then that one stays.
+    """
+    partial = own.place
+    while True:
+        theirs = open_made(place, own.files, cache)
+        if theirs is not None and theirs.header == own.header:
+            return theirs
+        old = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+        with suppress(FileNotFoundError):
+            place.replace(old)
+            shutil.rmtree(old, ignore_errors=True)
+        try:
+            partial.replace(place)
+        except OSError:
+            # Another run was quicker.
+            if place.exists():
+                continue
+            raise
+        sync(place.parent)
+        # Opened before it was in reach of other runs, one of which may be putting another in its place.
+        own.place = place
+        return own
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what lies under a name of work in progress and has not been touched for long."""
+    for left in folder.glob(".*"):
+        try:
+            old = time.time() - left.stat().st_mtime > ABANDONED_S
+        except FileNotFoundError:
+            continue
+        if old:
+            shutil.rmtree(left, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,3 +126,33 @@ def _first_with(folders: list[str], names: tuple[str, ...], what: str) -> str:
         if not place.is_dir() or any((place / name).is_file() for name in names):
             return folder
     raise UserError(f"{', '.join(folders)}: no {what} ({' or '.join(names)}); copy the base model's files there")
+
+
+def fingerprint(encoder: Encoder) -> dict[str, Any]:
+    """Name all that an encoded row is a function of besides its record and the code; it can be written as JSON."""
+    import PIL
+    import tokenizers
+    import transformers
+
+    # What was asked of the tokenizer last is no part of it.
+    tokenizer = copy.deepcopy(encoder.tokenizer.backend_tokenizer)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    text = tokenizer.to_str() + str(encoder.tokenizer.chat_template)
+    return dict(
+        libraries=[transformers.__version__, tokenizers.__version__, PIL.__version__],
+        tokenizer=hashlib.sha256(text.encode()).hexdigest(),
+        images=_settings(encoder.images),
+        helpers=_settings(encoder.helpers),
+        stage=encoder.stage,
+        latent_size=encoder.latent_size,
+        slots=encoder.slots,
+        # It refuses what cannot be pooled; which feature goes where is no part of a row.
+        compress=encoder.compress,
+    )
+
+
+def _settings(processor: Any) -> dict[str, Any]:
+    size = {edge: int(processor.size[edge]) for edge in ("shortest_edge", "longest_edge")}
+    names = ["patch_size", "temporal_patch_size", "merge_size"]
+    return {"size": size, **{name: getattr(processor, name) for name in names}}

@@ -129,7 +129,7 @@ def check_turns(turns: Any, field: str = TURNS_BEFORE) -> list[dict[str, str]]:
         if role != "system":
             wanted = "assistant" if role == "user" else "user"
         if HELPER_MARK in turn["content"]:
-            raise MessageError(where, "holds latents", "only the last answer, which is learnt, may have a run of them")
+            raise MessageError(where, "holds latents", "only the last answer, which is learnt, may hold them")
         if role != "user" and IMAGE_MARK in turn["content"]:
             raise MessageError(where, f"a {role} message holds an image", "only the user shows images")
         found.append({"role": role, "content": turn["content"]})
@@ -202,7 +202,7 @@ def _item(item: Any, where: str, role: str, images: list[Any], helpers: list[Any
         return IMAGE_MARK
     if kind == "latent":
         if role != "assistant":
-            raise MessageError(where, f"a {role} message holds latents", "only the answer may have a run of them")
+            raise MessageError(where, f"a {role} message holds latents", "only the answer may hold them")
         if item.get("image") is not None:
             helpers.append(_image(item, where))
         return HELPER_MARK

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 
@@ -153,43 +152,6 @@ class Planner:
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-class Fill(NamedTuple):
-    """How well a step's bins are used; 1 is perfect. There is no padding to count.
-
-    Attributes:
-        balance: Σ tokens / Σ over the micro-steps of W · (tokens of its largest bin): the share of their time that
-            ranks work, where a token costs the same everywhere; in the rest they wait for the largest bin.
-        capacity: the least number of micro-steps that the step could need, were rows divisible,
-            ceil(max(tokens / capacity, patches / patch_capacity) / W), over G.
-    """
-
-    balance: float
-    capacity: float
-
-
-def fill(
-    micro_steps: Sequence[Bins],
-    lengths: Sequence[int] | np.ndarray,
-    capacity: int,
-    patches: Sequence[int] | np.ndarray | None = None,
-    patch_capacity: int | None = None,
-) -> Fill:
-    """Measure a plan.
-
-    Args:
-        micro_steps: G × W bins of rows, at least one row among them.
-        lengths: tokens of each row, by the numbers that the bins have.
-        capacity, patches, patch_capacity: as in `pack`.
-    """
-    tokens = [[sum(int(lengths[row]) for row in one) for one in micro] for micro in micro_steps]
-    total, width = sum(map(sum, tokens)), len(tokens[0])
-    least = -(-total // (width * capacity))
-    if patches is not None and patch_capacity is not None:
-        images = sum(int(patches[row]) for micro in micro_steps for one in micro for row in one)
-        least = max(least, -(-images // (width * patch_capacity)))
-    return Fill(total / (width * sum(map(max, tokens))), least / len(tokens))
 
 
 def pack(

@@ -1,6 +1,6 @@
 """In which pass of the forward each packed token runs, and which keys it sees. Integers alone, the same on every rank.
 
-k latents a run, p position of a run's first latent.
+k latents a block, p position of a block's first latent.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class PassPlan(NamedTuple):
 def schedule(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]], passes: int) -> list[PassPlan]:
     """Plan the passes of the recurrent stage (or the single pass of the others) over a packed micro-batch.
 
-    With runs of k latents at positions p₁ < p₂ < …: pass 0 runs [0, p₁); pass j, 1 ≤ j < k, the j-th latent alone;
-    pass k the last latent with all that follows up to p₂; and so on, runs · k + 1 passes in all. A sample without
+    With blocks of k latents at positions p₁ < p₂ < …: pass 0 runs [0, p₁); pass j, 1 ≤ j < k, the j-th latent alone;
+    pass k the last latent with all that follows up to p₂; and so on, blocks · k + 1 passes in all. A sample without
     latents lies whole in pass 0 and takes part in no other.
 
     Args:
         lengths: tokens of each sample of the micro-batch.
-        runs: the latent runs of each sample as (p, k); all empty where there is one pass.
+        runs: the latent blocks of each sample as (p, k); all empty where there is one pass.
         passes: passes of every micro-batch of the run, at least the most any sample needs.
 
     Returns:
@@ -85,11 +85,11 @@ def schedule(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]], 
 def schedule_auxiliary(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]]) -> list[PassPlan]:
     """Plan the two passes of stage 1 whose answer does not attend to the latents.
 
-    Pass 0 runs all tokens but the latents; pass 1 the latents, each run a sequence of its own that sees the tokens
-    before it and itself, but no other run. Nothing is fed back: latents are given their targets.
+    Pass 0 runs all tokens but the latents; pass 1 the latents, each block a sequence of its own that sees the tokens
+    before it and itself, but no other block. Nothing is fed back: latents are given their targets.
 
     Args:
-        lengths: tokens of each sample; runs: the latent runs of each as (p, k), at least one in the micro-batch.
+        lengths: tokens of each sample; runs: the latent blocks of each as (p, k), at least one in the micro-batch.
     """
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     is_latent = np.zeros(int(starts[-1]), dtype=bool)

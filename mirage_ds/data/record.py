@@ -3,7 +3,7 @@
     text_input    the question, with an `<image>` mark where each input image stands (no mark: images first)
     text_output   the answer, with an `<output_image>` mark where the latents stand (no mark: first in the answer)
     image_input   a path or a list of paths (or what inside.py reads)
-    image_output  the helper image: a path, or a list for several latent runs; may be absent
+    image_output  the helper image: a path, or a list for several latent blocks; may be absent
 
 or `messages`, a conversation with content items (messages.py), in place of these four. `turns_before` holds the
 messages before the question. Other keys are kept as they are.
@@ -12,7 +12,8 @@ messages before the question. Other keys are kept as they are.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ MAX_DEPTH = 64
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with one record: where, what, and how to mend it.
+    """One thing wrong with one record: where, what, and how to fix it.
 
     Attributes:
         line: from 1; of a Parquet file, the row.
@@ -65,6 +66,11 @@ class Fault:
     def place(self) -> str:
         """Where it is, in words."""
         return f"{self.file} line {self.line}" if self.file else f"line {self.line}"
+
+
+def name_file(fault: Fault, files: Sequence[Path], number: int) -> Fault:
+    """Put the file into a fault where there are several."""
+    return fault if len(files) == 1 else replace(fault, file=str(files[number]))
 
 
 class RecordError(Exception):
@@ -92,7 +98,7 @@ class Record:
 
     @property
     def runs(self) -> int:
-        """Number of latent runs in the answer: one per mark, or one for an unmarked helper image."""
+        """Number of latent blocks in the answer: one per mark, or one for an unmarked helper image."""
         return self.text_output.count(HELPER_MARK) or len(self.image_output)
 
     @property
@@ -292,3 +298,16 @@ def _check_marks(record: Record, answers: bool) -> None:
         )
     if not record.text_output.replace(HELPER_MARK, "").strip():
         raise record.fault("text_output", "empty answer", "write the answer that the model is to learn")
+
+
+def to_json(record: Record) -> str:
+    """Write a Record as the index holds it."""
+    # Parquet has values that JSON lacks (dates).
+    return json.dumps(asdict(record), default=str)
+
+
+def from_json(text: str) -> Record:
+    """Read what to_json wrote."""
+    values = json.loads(text)
+    paths = {name: tuple(values[name]) for name in ("image_input", "image_output")}
+    return Record(**values | paths)

@@ -1,36 +1,16 @@
-"""Files of records: JSON lines → Records and faults, and as a memory-mapped Arrow dataset."""
+"""Files of records: JSON lines and Parquet → Records and faults."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any
 
 from mirage_ds.data.kinds import is_parquet, need_json_lines
-from mirage_ds.data.record import Fault, Record, RecordError, parse_record
+from mirage_ds.data.messages import is_null
+from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record
+from mirage_ds.data.sources import Piece, rows_of, text_lines
 from mirage_ds.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-
-def text_lines(file: BinaryIO, first: int = 1) -> Iterator[tuple[int, str]]:
-    """Yield (line number, text) of each line that is not blank.
-
-    A byte that is not UTF-8 arrives as half a surrogate pair; parse_record says it.
-
-    Args:
-        first: number of the first line; the whole file has 1.
-    """
-    # -sig: some editors begin a UTF-8 file with a mark, which is no part of its first record.
-    encoding = "utf-8-sig" if first == 1 else "utf-8"
-    with io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape") as text_file:
-        for line, text in enumerate(text_file, start=first):
-            if text.strip():
-                yield line, text
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -44,13 +24,32 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         yield from text_lines(file)
 
 
-def _parsed(path: Path, answers: bool) -> Iterator[Record | Fault]:
-    """Yield what each line that is not blank holds."""
-    for line, text in read_lines(path):
+def _records(
+    rows: Iterable[tuple[int, str | dict[str, Any]]], answers: bool, pictures: Path | None
+) -> Iterator[Record | Fault]:
+    for line, row in rows:
         try:
-            yield parse_record(text, line, answers)
+            if isinstance(row, str):
+                yield parse_record(row, line, answers, pictures)
+            else:
+                # A row of Parquet has every column of its file: what it lacks is null there.
+                own = {name: value for name, value in row.items() if not is_null(value)}
+                yield make_record(own, line, answers, pictures)
         except RecordError as error:
             yield error.fault
+
+
+def read_piece(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fault]:
+    """Yield what each record of a piece holds: a Record, or the Fault of one without the format.
+
+    Args:
+        file: the piece's file.
+        pictures: where pictures that stand inside the file are written.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return _records(rows_of(piece, file), True, pictures)
 
 
 def need_lines(path: Path) -> None:
@@ -76,7 +75,7 @@ def scan(path: Path, answers: bool = True) -> tuple[list[Record], list[Fault]]:
     faults: list[Fault] = []
     try:
         need_lines(path)
-        for found in _parsed(path, answers):
+        for found in _records(read_lines(path), answers, None):
             if isinstance(found, Fault):
                 faults.append(found)
             else:
@@ -86,63 +85,3 @@ def scan(path: Path, answers: bool = True) -> tuple[list[Record], list[Fault]]:
     if not records and not faults:
         raise UserError(f"{path}: holds no record; expected one JSON object a line")
     return records, faults
-
-
-def _rows(path: str, digest: str) -> Iterator[dict[str, Any]]:
-    """Yield the Arrow rows of the records that `scan` returns (`digest` only keys the cache)."""
-    del digest
-    for record in _parsed(Path(path), answers=True):
-        if not isinstance(record, Fault):
-            yield row_of(record)
-
-
-def open_records(path: Path, cache_dir: Path | None) -> Dataset:
-    """Open a records file as a memory-mapped Arrow dataset, a row for each record that `scan` returns, in file order.
-
-    Whether lines with faults may be left out is decided before (loader.build_index).
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    strings = datasets.List(datasets.Value("string"))
-    features = datasets.Features(
-        line=datasets.Value("int64"),
-        text_input=datasets.Value("string"),
-        text_output=datasets.Value("string"),
-        image_input=strings,
-        image_output=strings,
-        extra=datasets.Value("string"),
-    )
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return datasets.Dataset.from_generator(
-        _rows,
-        features=features,
-        cache_dir=None if cache_dir is None else str(cache_dir),
-        gen_kwargs={"path": str(path.resolve()), "digest": digest},
-    )
-
-
-def row_of(record: Record) -> dict[str, Any]:
-    """Turn a Record into an Arrow row."""
-    return {
-        "line": record.line,
-        "text_input": record.text_input,
-        "text_output": record.text_output,
-        "image_input": list(record.image_input),
-        "image_output": list(record.image_output),
-        # Free-form keys have no common Arrow type, so they travel as JSON. Parquet has values that JSON lacks (dates).
-        "extra": json.dumps(record.extra, default=str),
-    }
-
-
-def record_of(row: dict[str, Any]) -> Record:
-    """Turn an Arrow row back into its Record."""
-    return Record(
-        line=row["line"],
-        text_input=row["text_input"],
-        text_output=row["text_output"],
-        image_input=tuple(row["image_input"]),
-        image_output=tuple(row["image_output"]),
-        extra=json.loads(row["extra"]),
-    )

@@ -1,7 +1,7 @@
 """What one row becomes: its measure, its layout, and the Sample that holds all of it.
 
-T tokens of the row, n images, P patches (14 × 14 × 2 pixels × 3 channels = 1176 numbers), F merged features, k latents
-a run, H hidden.
+T tokens of the row, R rows, n images of a row, I of a field of all rows, P patches (14 × 14 × 2 pixels × 3 channels =
+1176 numbers), F merged features, k latents a block, H hidden.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Sample(NamedTuple):
         position_ids: (3, T) int64, M-RoPE's time, height and width.
         image_positions: int64, where the merged features of the input images stand.
         pixel_values: (P, 1176) float32; image_grid_thw: (n, 3) int64, in patches.
-        runs: the latent runs as (first latent's position, k).
+        runs: the latent blocks as (first latent's position, k).
         helper_pixel_values, helper_grid_thw: the same for the helper images (stage1 only, else empty).
         helper_groups: (F,) int64, the latent of the row that each merged feature of the helpers is averaged into (see
-            pool.pool_groups; runs counted on); empty where there are no helpers.
+            pooling.pool_groups; runs counted on); empty where there are no helpers.
         image_features: (F, H) where the frozen tower's features were kept; then there are no pixels.
-        helper_features: (runs · k, H) where the helpers' targets were kept: each is in a group of its own.
+        helper_features: (blocks · k, H) where the helpers' targets were kept: each is in a group of its own.
     """
 
     row: int
@@ -65,6 +65,9 @@ class Measure(NamedTuple):
     helpers: tuple[int, ...]
 
 
+NO_MEASURE = Measure(0, 0, 0, (), ())
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where everything in a row stands; with the pixels it is the whole Sample.
@@ -79,3 +82,59 @@ class Layout:
     answer_start: int
     grids: list[Grid]
     helper_grids: list[Grid]
+
+
+class ImageKeys(NamedTuple):
+    """The images of one field (input or helper images) of all rows.
+
+    Attributes:
+        keys: (I, 2) uint64, row by row (images.image_key); sizes: (I,) merged features F of each.
+        starts: (R + 1,) where each row's images begin.
+    """
+
+    keys: np.ndarray
+    sizes: np.ndarray
+    starts: np.ndarray
+
+    def rows_of(self, places: np.ndarray) -> np.ndarray:
+        """Return the rows, (n,), that the images at these places in `keys` belong to."""
+        return np.searchsorted(self.starts, places, side="right") - 1
+
+    def of(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Places in `keys` of these rows' images, row by row, (n,) int64."""
+        own = np.asarray(rows, dtype=np.int64)
+        first, counts = self.starts[own], self.starts[own + 1] - self.starts[own]
+        # An image's place is its row's first one and its number within the row.
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.repeat(first, counts) + within
+
+
+def mrope_positions(input_ids: np.ndarray, grids: list[Grid], image_pad: int, merge: int) -> np.ndarray:
+    """M-RoPE positions of one row (arXiv 2409.12191, section 2.1).
+
+    Text and latents advance all three axes by one. An image starts all axes at the next position p; its merged tokens
+    are at (p, p + row, p + column); what follows starts at p + max(rows, columns).
+
+    Args:
+        input_ids: (T,) with `image_pad` repeated once per merged token.
+        grids: (t, h, w) of each image in patches, in order.
+        merge: patches a side that are merged into one token.
+
+    Returns:
+        (3, T) int64.
+    """
+    positions = np.empty((3, len(input_ids)), dtype=np.int64)
+    at, place = 0, 0
+    is_image = input_ids == image_pad
+    for time, height, width in grids:
+        start = at + int(np.argmax(is_image[at:]))
+        positions[:, at:start] = place + np.arange(start - at)
+        place += start - at
+        rows, columns = height // merge, width // merge
+        end = start + time * rows * columns
+        # A still image is one frame: its time axis stays at the first position.
+        positions[:, start:end] = place + np.indices((time, rows, columns)).reshape(3, -1)
+        place += max(rows, columns)
+        at = end
+    positions[:, at:] = place + np.arange(len(input_ids) - at)
+    return positions

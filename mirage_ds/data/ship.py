@@ -19,7 +19,7 @@ from mirage_ds.errors import STOP_SIGNALS
 ALIGNMENT = 64
 
 
-class Place(NamedTuple):
+class Span(NamedTuple):
     """Where a tensor lies in the content."""
 
     start: int
@@ -39,7 +39,7 @@ class Shipment:
 
     Attributes:
         content: (bytes,) uint8.
-        tree: the tree with a Place for each tensor.
+        tree: the tree with a Span for each tensor.
     """
 
     content: torch.Tensor
@@ -51,36 +51,41 @@ class Shipment:
 
     def unpack(self) -> Any:
         """Return the tree; its tensors are views of the content."""
-        return _mapped(self.tree, Place, lambda place: place.of(self.content))
+        return mapped(self.tree, Span, lambda place: place.of(self.content))
 
 
 def ship(tree: Any) -> Shipment:
     """Put a tree's tensors into one."""
-    found: list[tuple[Place, torch.Tensor]] = []
+    found: list[tuple[Span, torch.Tensor]] = []
     size = 0
 
-    def place(tensor: torch.Tensor) -> Place:
+    def place(tensor: torch.Tensor) -> Span:
         nonlocal size
-        made = Place(size, tensor.dtype, tuple(tensor.shape))
+        made = Span(size, tensor.dtype, tuple(tensor.shape))
         found.append((made, tensor))
         size += -(-tensor.numel() * tensor.itemsize // ALIGNMENT) * ALIGNMENT
         return made
 
-    placed = _mapped(tree, torch.Tensor, place)
+    placed = mapped(tree, torch.Tensor, place)
     content = torch.empty(size, dtype=torch.uint8)
     for made, tensor in found:
         made.of(content).copy_(tensor)
     return Shipment(content, placed)
 
 
-def _mapped(item: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+def mapped(item: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     """Change every leaf of a kind in a tree of tuples."""
     if isinstance(item, kind):
         return change(item)
     if not isinstance(item, tuple):
         return item
-    parts = [_mapped(part, kind, change) for part in item]
+    parts = [mapped(part, kind, change) for part in item]
     return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
+
+
+def as_it_is(item: Any) -> Any:
+    """Be the collate_fn of what a worker makes whole."""
+    return item
 
 
 def ignore_in_worker(worker: int) -> None:

@@ -13,17 +13,13 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.data.inside import writable
 from mirage_ds.data.kinds import head_of, is_parquet, need_json_lines
-from mirage_ds.data.messages import is_null
-from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record
-from mirage_ds.data.record_files import text_lines
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_new
 
@@ -255,42 +251,41 @@ def _parquet_pieces(number: int, file: Path) -> Iterator[Piece]:
         first += rows
 
 
-def read_piece(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fault]:
-    """Yield what each record of a piece holds: a Record, or the Fault of one without the format.
+def text_lines(file: BinaryIO, first: int = 1) -> Iterator[tuple[int, str]]:
+    """Yield (line number, text) of each line that is not blank.
+
+    A byte that is not UTF-8 arrives as half a surrogate pair; record.parse_record says it.
+
+    Args:
+        first: number of the first line; the whole file has 1.
+    """
+    # -sig: some editors begin a UTF-8 file with a mark, which is no part of its first record.
+    encoding = "utf-8-sig" if first == 1 else "utf-8"
+    with io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape") as text_file:
+        for line, text in enumerate(text_file, start=first):
+            if text.strip():
+                yield line, text
+
+
+def rows_of(piece: Piece, file: Path) -> Iterator[tuple[int, str | dict[str, Any]]]:
+    """Yield (line number, text) of a JSON-lines file, (row, values) of a Parquet file.
 
     Args:
         file: the piece's file.
-        pictures: where pictures that stand inside the file are written.
 
     Raises:
         UserError: the file cannot be read.
     """
-    read = _line_records if piece.group is None else _parquet_records
     try:
-        yield from read(piece, file, pictures)
+        if piece.group is not None:
+            yield from enumerate(_parquet_rows(piece, file), piece.first)
+            return
+        with file.open("rb") as content:
+            content.seek(piece.start)
+            block = content.read(piece.stop - piece.start)
+        yield from text_lines(io.BytesIO(block), piece.first)
     except OSError as error:
         raise _unreadable(file, error) from None
-
-
-def _line_records(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fault]:
-    with file.open("rb") as content:
-        content.seek(piece.start)
-        block = content.read(piece.stop - piece.start)
-    for line, text in text_lines(io.BytesIO(block), piece.first):
-        try:
-            yield parse_record(text, line, pictures=pictures)
-        except RecordError as error:
-            yield error.fault
-
-
-def _parquet_records(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fault]:
-    for line, values in enumerate(_parquet_rows(piece, file), piece.first):
-        # A row has every column of its file: what it lacks is null there.
-        own = {name: value for name, value in values.items() if not is_null(value)}
-        try:
-            yield make_record(own, line, pictures=pictures)
-        except RecordError as error:
-            yield error.fault
 
 
 def _parquet_rows(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
@@ -306,11 +301,6 @@ def _parquet_rows(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
                 yield from own.to_pylist()
             if at >= piece.stop:
                 return
-
-
-def name_file(fault: Fault, files: Sequence[Path], number: int) -> Fault:
-    """Put the file into a fault where there are several."""
-    return fault if len(files) == 1 else replace(fault, file=str(files[number]))
 
 
 def no_record(data_path: Records) -> UserError:

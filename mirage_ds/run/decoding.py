@@ -12,7 +12,6 @@ from typing import Any
 
 from mirage_ds.data.loader import Rows
 from mirage_ds.data.record import Fault, Record
-from mirage_ds.data.record_files import record_of
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
 from mirage_ds.engine.whole import whole_model
@@ -45,7 +44,7 @@ def prompt_of(sample: Sample) -> Sample:
 
 def record_at(rows: Rows, row: int) -> Record:
     """Return the record of a dataset row."""
-    return record_of(rows.records[row])
+    return rows.records.record(row)
 
 
 def _prompt_at(rows: Rows, row: int) -> Sample:

@@ -1,6 +1,6 @@
 """Before the first step: the frozen tower encodes every image that is not kept yet, all ranks together.
 
-P patches, F merged features of an image, H hidden width of the language model, k latents a run, W ranks.
+P patches, F merged features of an image, H hidden width of the language model, k latents a block, W ranks.
 
 Features are a function of the image file, the image settings and the tower's weights (data/features.py). Once they are
 kept, neither this run nor the next stage, epoch or ablation decodes those images or calls the tower again. Of a helper
@@ -11,38 +11,36 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.progress import track
 
 from mirage_ds.config.mixture import Records
-from mirage_ds.data.encode import Encoder
-from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures, Shard, ShardWriter, image_key, sortable
-from mirage_ds.data.images import READING
-from mirage_ds.data.index import BesideEach, EncodedRows
-from mirage_ds.data.loader import Broken, by_place, faults_error
-from mirage_ds.data.pool import DROPPED
+from mirage_ds.config.run import RunConfig
+from mirage_ds.data.encode import BesideEach, Encoder
+from mirage_ds.data.features import FeatureStore, KeptFeatures, Shard, ShardWriter, sortable
+from mirage_ds.data.images import READING, image_key
+from mirage_ds.data.index import Index
+from mirage_ds.data.pooling import DROPPED
 from mirage_ds.data.record import Fault, RecordError
-from mirage_ds.data.ship import ignore_in_worker
+from mirage_ds.data.sample import ImageKeys
+from mirage_ds.data.selection import Selection, by_place, faults_error
+from mirage_ds.data.ship import as_it_is, ignore_in_worker
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.model.images import embedded
 from mirage_ds.model.latents import averages
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.run.startup import quiet
-from mirage_ds.run.stop import never
 
 # Settings of the image processor that decide what the tower sees.
-SETTINGS = (
-    *("size", "patch_size", "temporal_patch_size", "merge_size", "resample", "rescale_factor"),
-    *("image_mean", "image_std", "do_resize", "do_rescale", "do_normalize", "do_convert_rgb"),
-)
+SETTINGS = """size patch_size temporal_patch_size merge_size resample rescale_factor image_mean image_std do_resize
+do_rescale do_normalize do_convert_rgb""".split()  # noqa: SIM905
 # Directory listings of a network file system may be a minute old.
 LISTING_DELAY_S = 90
 
@@ -54,10 +52,6 @@ CHUNK_BYTES = 32 << 20
 PREFETCHED = 2
 # Pixels of one rank that lie in its workers and in shared memory; of large images fewer workers decode at a time.
 IN_FLIGHT_BYTES = 1 << 30
-
-Decoded = tuple[list[int], torch.Tensor, torch.Tensor]
-# Place in the table of images, and what is wrong with the image there.
-BrokenImage = tuple[int, Fault]
 
 
 def chunks_of(sizes: Sequence[int]) -> list[list[int]]:
@@ -80,8 +74,22 @@ def chunks_of(sizes: Sequence[int]) -> list[list[int]]:
     return chunks
 
 
-class _Images(torch.utils.data.Dataset):
-    """Decodes images of one field: (place in the table, pixels (P, 1176), grid (1, 3)), or (place, Fault).
+class Decoded(NamedTuple):
+    """The images of a chunk.
+
+    Attributes:
+        places: in the table of images, of those that decoded; pixels: (P, 1176) of all; grids: (n, 3).
+        broken: place → what is wrong with the image there.
+    """
+
+    places: list[int]
+    pixels: torch.Tensor
+    grids: torch.Tensor
+    broken: dict[int, Fault]
+
+
+class Images(torch.utils.data.Dataset):
+    """Decodes images of one field; an error that is no record's is returned, since a worker's exception loses it.
 
     Args:
         images: all images of the field, with the sizes that they were measured with; places: those to decode.
@@ -90,16 +98,16 @@ class _Images(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        records: EncodedRows,
+        index: Index,
         encoder: Encoder,
         name: str,
         images: ImageKeys,
         places: np.ndarray,
         dtype: torch.dtype = torch.float32,
     ):
-        self.records, self.name, self.images, self.places, self.dtype = records, name, images, places, dtype
+        self.index, self.name, self.images, self.places, self.dtype = index, name, images, places, dtype
         self.encoder = encoder
-        self.encoders = BesideEach(encoder, records)
+        self.encoders = BesideEach(encoder, index.files, index.pictures)
         self.merged = encoder.images.merge_size**2
 
     def bytes_of_pixels(self) -> list[int]:
@@ -116,15 +124,13 @@ class _Images(torch.utils.data.Dataset):
         # As the forward does it with features that are not kept, to the bit where index_add keeps an order.
         return averages(embedded(features, width), source, groups[source], torch.bincount(groups[source]))
 
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, number: int) -> tuple[int, torch.Tensor, torch.Tensor] | BrokenImage:
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor] | Fault:
+        """Return an image's pixels (P, 1176) and grid (1, 3), or its Fault."""
         place = int(self.places[number])
         row = int(self.images.rows_of(np.array(place)))
-        record, _ = self.records.encoded(row)
+        record, _ = self.index.encoded(row)
         path = getattr(record, self.name)[place - int(self.images.starts[row])]
-        encoder = self.encoders[row]
+        encoder = self.encoders[int(self.index["file"][row])]
         how = "start the run again"
         try:
             pixels, grid = encoder.pixels(record, self.name, path)
@@ -135,33 +141,27 @@ class _Images(torch.utils.data.Dataset):
             if image_key(encoder.finder.find(record, self.name, path)) != tuple(self.images.keys[place].tolist()):
                 raise record.fault(self.name, f"image {path} is another one than when it was measured", how)
         except RecordError as error:
-            return place, self.records.named(error.fault, row)
-        return place, pixels.to(self.dtype), grid
+            return self.index.named(error.fault, row)
+        return pixels.to(self.dtype), grid
 
-    def __getitems__(
-        self, numbers: Sequence[int]
-    ) -> list[tuple[int, torch.Tensor, torch.Tensor] | BrokenImage] | list[UserError]:
-        """Return several images; an error that is no record's is the only item."""
+    def __getitems__(self, numbers: Sequence[int]) -> Decoded | UserError:
+        """Return a chunk of images."""
+        places, pixels, grids, broken = list[int](), [], [], dict[int, Fault]()
         try:
-            return [self[number] for number in numbers]
+            for number in numbers:
+                place, found = int(self.places[number]), self[number]
+                if isinstance(found, Fault):
+                    broken[place] = found
+                else:
+                    places.append(place)
+                    pixels.append(found[0])
+                    grids.append(found[1])
         except UserError as error:
-            return [error]
-
-
-def _join(
-    items: list[tuple[int, torch.Tensor, torch.Tensor] | BrokenImage] | list[UserError],
-) -> tuple[Decoded | None, list[BrokenImage]] | UserError:
-    """Put the decoded images of a chunk into two tensors, and the faults beside them."""
-    if isinstance(items[0], UserError):
-        return items[0]
-    good = [item for item in items if len(item) == 3]
-    faults = [item for item in items if len(item) == 2]
-    if not good:
-        return None, faults
-    places, pixels, grids = zip(*good, strict=True)
-    # A large photograph comes alone, and joining would copy it.
-    joined = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
-    return (list(places), joined, torch.cat(grids)), faults
+            return error
+        none = torch.empty(0, self.encoder.patch_width, dtype=self.dtype)
+        # A large photograph comes alone, and joining would copy it.
+        joined = pixels[0] if len(pixels) == 1 else torch.cat([none, *pixels])
+        return Decoded(places, joined, torch.cat([torch.empty(0, 3, dtype=torch.int64), *grids]), broken)
 
 
 def _kept(
@@ -223,52 +223,47 @@ def _check_room(kept: KeptFeatures, places: np.ndarray, folder: Path) -> None:
 def _make(
     tower: FrozenTower,
     kept: KeptFeatures,
-    images: _Images,
-    title: str,
+    images: Images,
     workers: int,
     world: World,
     asked: Callable[[], bool],
     begin: Callable[[str], None],
-) -> tuple[list[Shard], list[BrokenImage]]:
+) -> tuple[list[Shard], dict[int, Fault]]:
     """Encode this rank's images, or those before somebody asks to stop; return the shards and the broken ones."""
     sizes = images.bytes_of_pixels()
     chunks = chunks_of(sizes)
     largest = max((sum(sizes[number] for number in chunk) for chunk in chunks), default=1)
     workers = min(workers, max(1, IN_FLIGHT_BYTES // (PREFETCHED * largest)))
-    loader = torch.utils.data.DataLoader(
+    loader: Any = torch.utils.data.DataLoader(
         images,
         batch_sampler=chunks,
-        collate_fn=_join,
+        collate_fn=as_it_is,
         num_workers=workers,
         prefetch_factor=PREFETCHED if workers else None,
         worker_init_fn=ignore_in_worker,
     )
     writer = ShardWriter(kept.store)
-    broken: list[BrokenImage] = []
-    for joined in track(loader, title, disable=world.rank > 0, transient=True):
-        if isinstance(joined, UserError):
-            raise joined
-        decoded, others = joined
-        broken += others
+    broken: dict[int, Fault] = {}
+    title = "encoding input images" if images.name == "image_input" else "encoding helper images"
+    for chunk in track(loader, title, disable=world.rank > 0, transient=True):
+        if isinstance(chunk, UserError):
+            raise chunk
+        broken |= chunk.broken
         # A sign of progress: encoding may take hours.
         begin("features")
-        if decoded is None:
-            continue
-        places, pixels, grids = decoded
-        features = tower.features(pixels.to(world.device), grids.to(world.device))
-        each = features.split([int(images.images.sizes[place]) for place in places])
-        for place, one, grid in zip(places, each, grids.tolist(), strict=True):
-            writer.add(kept.images.keys[place], images.kept_of(one, grid, tower.input_width))
+        if chunk.places:
+            features = tower.features(chunk.pixels.to(world.device), chunk.grids.to(world.device))
+            each = features.split([int(images.images.sizes[place]) for place in chunk.places])
+            for place, one, grid in zip(chunk.places, each, chunk.grids.tolist(), strict=True):
+                writer.add(kept.images.keys[place], images.kept_of(one, grid, tower.input_width))
         if asked():
             break
     writer.flush()
     return [kept.store.table(name) for name in writer.written], broken
 
 
-def _rows_with(kept: KeptFeatures, broken: list[BrokenImage], rows: np.ndarray) -> Broken:
+def _rows_with(kept: KeptFeatures, broken: list[tuple[int, Fault]], rows: np.ndarray) -> dict[int, Fault]:
     """Find the rows that have a broken image: also those whose image is another file with the same content."""
-    if not broken:
-        return Broken.none()
     broken = sorted(broken, key=lambda one: by_place(one[1]))
     keys, number = np.unique(sortable(kept.images.keys[[place for place, _ in broken]]), return_index=True)
     places = kept.images.of(rows)
@@ -277,7 +272,8 @@ def _rows_with(kept: KeptFeatures, broken: list[BrokenImage], rows: np.ndarray) 
     hit = keys[at] == own
     # Of a row's broken images the first.
     found, first = np.unique(kept.images.rows_of(places[hit]), return_index=True)
-    return Broken(found, number[at[hit]][first], tuple(fault for _, fault in broken))
+    which = number[at[hit]][first]
+    return {row: broken[one][1] for row, one in zip(found.tolist(), which.tolist(), strict=True)}
 
 
 def _await(kept: KeptFeatures, names: Sequence[str], world: World) -> None:
@@ -301,39 +297,35 @@ def _await(kept: KeptFeatures, names: Sequence[str], world: World) -> None:
 def keep_features(
     tower: FrozenTower,
     encoder: Encoder,
-    records: EncodedRows,
-    images: Mapping[str, ImageKeys],
+    selection: Selection,
     rows: np.ndarray,
     data_path: Records,
-    folder: Path,
-    workers: int,
+    config: RunConfig,
     world: World,
-    skip: bool = False,
-    asked: Callable[[], bool] = never,
-    begin: Callable[[str], None] = quiet,
-) -> tuple[dict[str, KeptFeatures], Broken]:
+    asked: Callable[[], bool],
+    begin: Callable[[str], None],
+) -> tuple[dict[str, KeptFeatures], dict[int, Fault]]:
     """Make and keep those features of the rows' images that are not kept yet. All ranks call it.
 
     Args:
-        records: the rows on disk; images: field name → its images, for the fields to be kept.
-        rows: the dataset rows whose images are needed, (n,).
-        folder: holds all kept features; every rank must see it.
-        workers: processes a rank that decode images.
-        skip: go on without the rows that have a broken image.
+        selection: its `images` are those whose features are kept.
+        rows: the rows whose images are needed, (n,).
         asked: whether somebody wants this process to stop.
         begin: is told again and again that this phase goes on.
 
     Returns:
-        Field name → its features; with `skip`, the rows that have a broken image, the same on every rank.
+        Field name → its features; with --skip_bad_records, each row that has a broken image → the fault, the same on
+        every rank.
 
     Raises:
         UserError: on every rank: a broken image, too little room, a folder that not all hosts share.
         Stopped: on every rank; what has been made is kept.
     """
+    folder = config.features_folder
     made: dict[str, KeptFeatures] = {}
-    lost = Broken.none()
-    fingerprint = from_rank_zero(tower.fingerprint, world) if images else ""
-    for name, keys in images.items():
+    lost: dict[int, Fault] = {}
+    fingerprint = from_rank_zero(tower.fingerprint, world) if selection.images else ""
+    for name, keys in selection.images.items():
         kept = _kept(folder, tower, fingerprint, encoder, name, keys)
         with _said(folder):
             _open(kept, world, begin)
@@ -341,16 +333,17 @@ def keep_features(
         missing = needed[kept.store.missing(keys.keys[needed])]
         if len(missing):
             from_rank_zero(partial(_check_room, kept, missing, folder), world)
-            own = _Images(records, encoder, name, keys, missing[world.rank :: world.size], tower.tower.dtype)
-            title = "encoding input images" if name == "image_input" else "encoding helper images"
+            mine = missing[world.rank :: world.size]
+            own = Images(selection.rows, encoder, name, keys, mine, tower.tower.dtype)
             with _said(folder):
-                shards, own_broken = _make(tower, kept, own, title, workers, world, asked, begin)
-            broken = everyone(own_broken, world)
-            if broken and not skip:
+                shards, own_broken = _make(tower, kept, own, config.num_workers, world, asked, begin)
+            broken = everyone(list(own_broken.items()), world)
+            if broken and not config.skip_bad_records:
                 raise faults_error(data_path, min((fault for _, fault in broken), key=by_place), len(broken))
             if agree(asked(), world):
                 raise Stopped
-            lost = lost.and_also(_rows_with(kept, broken, rows))
+            if broken:
+                lost = _rows_with(kept, broken, rows) | lost
             added = everyone(shards, world)
             _await(kept, [shard.name for shard in added], world)
             kept.store.add(added)

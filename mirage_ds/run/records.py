@@ -20,28 +20,22 @@ from mirage_ds.config.run import LOSSES, RunConfig, cache_folder
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.features import KeptFeatures
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.index import EncodedRows
-from mirage_ds.data.indexing import Maker, open_index
-from mirage_ds.data.joining import open_made
+from mirage_ds.data.index import Index, open_made
+from mirage_ds.data.index_part import Plan
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.loader import Index, Loader, usable, without
+from mirage_ds.data.loader import Loader
+from mirage_ds.data.make_index import Maker, open_index
 from mirage_ds.data.pack import Planner, check_patches, pack, total_steps
-from mirage_ds.data.parts import Plan
 from mirage_ds.data.record import Fault
-from mirage_ds.data.record_files import record_of
-from mirage_ds.data.weigh import weighed
+from mirage_ds.data.selection import Selection, usable, weighed, without
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero, shared_fate
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.scoring import check_evaluation, spread
 from mirage_ds.model.folder import resolve_folder
-from mirage_ds.model.load import (
-    check_vocabulary,
-    read_config,
-)
+from mirage_ds.model.load import check_vocabulary, read_config
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run.features import keep_features
-from mirage_ds.run.startup import nothing
 
 
 @dataclass(frozen=True)
@@ -53,8 +47,7 @@ class Measured:
     """
 
     encoder: Encoder
-    records: EncodedRows
-    index: Index
+    index: Selection
     planner: Planner
     features: dict[str, KeptFeatures]
 
@@ -77,7 +70,7 @@ def finder_of(config: RunConfig, data_path: Records) -> ImageFinder:
     return ImageFinder.beside(first, config.image_root, config.confine_paths)
 
 
-def model_folders(config: RunConfig, tick: Callable[[], None] = nothing) -> list[Path]:
+def model_folders(config: RunConfig, tick: Callable[[], None] = lambda: None) -> list[Path]:
     """Folders that give weights, config, tokenizer and image processor, the first that has a part giving it.
 
     Args:
@@ -108,10 +101,10 @@ def index_beforehand(config: RunConfig) -> Iterator[str]:
         yield f"{file}: {rows.records} records, {len(index.row_ids)} rows to train on, index {rows.place}"
 
 
-def _usable(config: RunConfig, data_path: Records, rows: EncodedRows) -> Index:
+def _usable(config: RunConfig, data_path: Records, index: Index) -> Selection:
     limits = (config.max_length, config.max_dropped_share)
-    index = usable(rows, data_path, *limits, config.kept_fields, config.tolerated_share)
-    return weighed(index, data_path, config.seed) if isinstance(data_path, Mixture) else index
+    selection = usable(index, data_path, *limits, config.kept_fields, config.tolerated_share)
+    return weighed(selection, data_path, config.seed) if isinstance(data_path, Mixture) else selection
 
 
 def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
@@ -138,7 +131,7 @@ def index_records(
     world: World,
     asked: Callable[[], bool],
     tick: Callable[[], None],
-) -> Index:
+) -> Selection:
     """Open the index of records on every rank; all ranks make it where there is none. All ranks call it.
 
     Where hosts do not share --cache_dir, the ranks of each make one there.
@@ -148,7 +141,7 @@ def index_records(
         tick: is called again and again while an index is made.
 
     Raises:
-        UserError: see data.loader.build_index; or a host has other records or images.
+        UserError: see make_index.open_index and selection.usable; or a host has other records or images.
         Stopped: on every rank; the parts that are made stay.
     """
     cache = cache_folder(config.cache_dir)
@@ -157,7 +150,7 @@ def index_records(
     def on_rank_zero() -> tuple[Plan, str | None]:
         plan = maker.plan()
         made = maker.open(plan)
-        return plan, made.digest if made else None
+        return plan, None if made is None else made.digest
 
     plan, digest = from_rank_zero(on_rank_zero, world)
     own = None
@@ -165,10 +158,10 @@ def index_records(
         if digest:
             # Each host may have another cache, and other images.
             own = maker.open(plan) if world.local_rank == 0 else open_made(plan.place, plan.files, cache)
-    if everyone([] if own and own.digest == digest else [world.rank], world):
+    if everyone([] if own is not None and own.digest == digest else [world.rank], world):
         _make_index(maker, plan, world, asked)
         own = open_made(plan.place, plan.files, cache)
-        digests = everyone([own.digest if own else ""], world)
+        digests = everyone(["" if own is None else own.digest], world)
         strangers = [rank for rank, one in enumerate(digests) if not one or one != digests[0]]
         if strangers:
             raise _stranger(data_path, strangers[0])
@@ -215,7 +208,7 @@ def measure(
     encoder: Encoder,
     tower: FrozenTower | None,
     data_path: Records,
-    index: Index,
+    index: Selection,
     whole: bool,
     world: World,
     asked: Callable[[], bool],
@@ -237,18 +230,12 @@ def measure(
         steps = run_steps(config, index)
         whole = whole or steps * config.rows_per_step >= len(index.row_ids)
         rows = index.row_ids if whole else np.asarray(make_planner(config, index, world).reached(steps))
-        place, workers = config.features_folder, config.num_workers
-        features, broken = keep_features(
-            *(tower, encoder, index.rows, index.images, rows, data_path, place, workers, world),
-            skip=config.skip_bad_records,
-            asked=asked,
-            begin=begin,
-        )
+        features, broken = keep_features(tower, encoder, index, rows, data_path, config, world, asked, begin)
         index = without(index, broken, data_path, config.max_bad_share)
-    return Measured(encoder, index.rows, index, make_planner(config, index, world), features)
+    return Measured(encoder, index, make_planner(config, index, world), features)
 
 
-def run_steps(config: RunConfig, index: Index) -> int:
+def run_steps(config: RunConfig, index: Selection) -> int:
     """Count the optimizer steps of a run over the usable rows."""
     return total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
 
@@ -259,7 +246,7 @@ def skipped_lines(skipped: list[tuple[Records, Fault]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def usable_rows(index: Index) -> int | str:
+def usable_rows(index: Selection) -> int | str:
     """Say which rows a run has, for a checkpoint: their number and, where records are skipped, which these are."""
     if not index.skipped:
         return len(index.row_ids)
@@ -270,7 +257,7 @@ def usable_rows(index: Index) -> int | str:
     return f"{len(index.row_ids)} ({len(index.skipped)} skipped, lines {digest})"
 
 
-def make_planner(config: RunConfig, index: Index, world: World) -> Planner:
+def make_planner(config: RunConfig, index: Selection, world: World) -> Planner:
     """Build the planner of a run's steps over the measured rows."""
     return Planner(
         lengths=index.tokens,
@@ -288,12 +275,17 @@ def make_planner(config: RunConfig, index: Index, world: World) -> Planner:
 def make_loader(config: RunConfig, measured: Measured, rank: int, passes: int) -> Loader:
     """Build this rank's loader over a records file."""
     return Loader(
-        *(measured.records, measured.encoder, measured.planner, rank, passes, config.num_workers),
-        kept=measured.features,
+        measured.index.rows,
+        measured.encoder,
+        measured.planner,
+        rank,
+        passes,
+        config.num_workers,
+        measured.features,
     )
 
 
-def make_evaluation(config: RunConfig, loader: Loader, index: Index) -> Evaluation:
+def make_evaluation(config: RunConfig, loader: Loader, index: Selection) -> Evaluation:
     """Pack the evaluation rows into micro-steps once; the packing of training rows decides nothing here."""
     planner = loader.planner
     limit = config.micro_batch_patches
@@ -308,8 +300,8 @@ def make_evaluation(config: RunConfig, loader: Loader, index: Index) -> Evaluati
     return Evaluation(loader, [rows[at : at + width] for at in range(0, len(rows), width)], counts)
 
 
-def check_scores(config: RunConfig, data_path: Path, index: Index) -> None:
+def check_scores(config: RunConfig, data_path: Path, index: Selection) -> None:
     """Refuse evaluation records that cannot be scored, and a metric that is not measured."""
     losses = [name for name in LOSSES if name != "sim" or config.stage == "stage1"]
-    records = [record_of(index.rows[row]) for row in spread(index.row_ids.tolist(), config.eval_decode)]
+    records = [index.rows.record(row) for row in spread(index.row_ids.tolist(), config.eval_decode)]
     check_evaluation(records, data_path, config.task, losses, config.save_best)

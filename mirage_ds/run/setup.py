@@ -16,9 +16,9 @@ import torch
 from mirage_ds.config.mixture import Records
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
-from mirage_ds.data.loader import Index, Loader
+from mirage_ds.data.loader import Loader
 from mirage_ds.data.record import Fault
-from mirage_ds.data.weigh import content
+from mirage_ds.data.selection import Selection, content
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.adapter import note_of
 from mirage_ds.engine.card import model_card
@@ -94,7 +94,7 @@ class Prepared(NamedTuple):
     engine: Any
     tower: FrozenTower | None
     loader: Loader
-    measured: Index
+    measured: Selection
     steps: int
     save: Save
     state: dict[str, Any]

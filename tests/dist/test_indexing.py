@@ -11,7 +11,7 @@ import pytest
 from support.group import Group
 
 from mirage_ds.config.run import RunConfig
-from mirage_ds.data.indexing import open_index
+from mirage_ds.data.make_index import open_index
 from mirage_ds.run.records import index_beforehand, make_encoder, model_folders
 
 Values = dict[str, Any]
@@ -58,7 +58,7 @@ def start(
         strange: rank 1 has other records.
     """
     from mirage_ds.data import sources
-    from mirage_ds.data.parts import Parts
+    from mirage_ds.data.index_part import Parts
     from mirage_ds.engine.private import set_collective_timeout
     from mirage_ds.errors import Stopped, UserError
     from mirage_ds.run.records import index_records
@@ -83,7 +83,7 @@ def start(
         patch.setattr(sources, "PIECE_BYTES", 100)
         patch.setattr(sources, "content_hash", slow)
         patch.setattr(Parts, "encode", noted)
-        patch.setattr("mirage_ds.data.indexing.processes", lambda *_: 0)
+        patch.setattr("mirage_ds.data.make_index.processes", lambda *_: 0)
         if host:
             (Path(values["save_model_path"]).parent / str(world.rank)).mkdir(exist_ok=True)
             patch.chdir(Path(values["save_model_path"]).parent / str(world.rank))

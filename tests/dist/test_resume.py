@@ -26,8 +26,8 @@ from mirage_ds.config.mixture import records_of
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.indexing import open_index
 from mirage_ds.data.load import load_encoder
+from mirage_ds.data.make_index import open_index
 from mirage_ds.data.record_files import scan
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.export import export_folder

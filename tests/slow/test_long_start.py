@@ -20,7 +20,7 @@ LIMIT_S = 240
 SLOW = """
 import os, time
 from mirage_ds.data import sources
-from mirage_ds.data.parts import Parts
+from mirage_ds.data.index_part import Parts
 sources.PIECE_BYTES = 100
 encode, seconds = Parts.encode, float(os.environ["PIECE_SECONDS"])
 def slow(*given):

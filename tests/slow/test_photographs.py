@@ -114,9 +114,10 @@ def test_a_run_on_200_photographs_holds_what_one_on_small_pictures_does(nano: Pa
 
 def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, workers: int) -> None:
     """Keep the features of all rows, by a tower that looks at nothing."""
+    from support.indices import selected
+
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.load import load_encoder
-    from mirage_ds.data.loader import build_index
     from mirage_ds.engine.setup import World
     from mirage_ds.engine.waiting import Waiting
     from mirage_ds.model.load import load_tower, read_config
@@ -134,13 +135,13 @@ def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, worker
 
     encoder = load_encoder([str(nano)], ImageFinder.beside(rows, None), "sft", 1, (None, max_pixels))
     tower = Blind(load_tower(nano, read_config(nano), torch.float32, torch.device("cpu")).tower)
-    index = build_index(rows, encoder, 20_000, 0.0, ("image_input",), cache_dir=rows.parent / "cache")
+    index = selected(rows, encoder, 20_000, 0.0, ("image_input",), cache_dir=rows.parent / "cache")
     images = index.images["image_input"]
     kept = keep_features._kept(rows.parent / "features", tower, "print", encoder, "image_input", images)
-    own = keep_features._Images(index.rows, encoder, "image_input", images, kept.needs(index.row_ids))
+    own = keep_features.Images(index.rows, encoder, "image_input", images, kept.needs(index.row_ids))
     world = World(0, 1, 0, torch.device("cpu"), Waiting(None, 0, 1, 60.0))
-    shards, broken = keep_features._make(tower, kept, own, "", workers, world, lambda: False, lambda _: None)
-    answers.put((sum(len(shard.keys) for shard in shards), len(broken), max(own.bytes_of_pixels()) / MEGABYTE))
+    shards, broken = keep_features._make(tower, kept, own, workers, world, lambda: False, lambda _: None)
+    answers.put((sum(len(shard.table) for shard in shards), len(broken), max(own.bytes_of_pixels()) / MEGABYTE))
 
 
 # At 3.2 M pixels a photograph has 73 MB of them in float32, at the public processor's limit 288.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from mirage_ds.config.mixture import Records
 from mirage_ds.data.encode import Encoder
+from mirage_ds.data.index import Index
+from mirage_ds.data.make_index import open_index
 from mirage_ds.data.record import Record
+from mirage_ds.data.selection import Selection, usable
 
 Make = Callable[..., Encoder]
 
@@ -18,6 +23,25 @@ BREAK: dict[str, Callable[[bytes], bytes]] = {
     "cut": lambda content: content[: len(content) * 3 // 4],
     "one bit": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
 }
+
+
+def selected(
+    data_path: Records,
+    encoder: Encoder,
+    max_length: int,
+    max_dropped_share: float,
+    keep: Sequence[str] = (),
+    max_bad_share: float | None = None,
+    cache_dir: Path | None = None,
+) -> Selection:
+    """Open the index of the records, and choose the rows that can be trained on."""
+    rows = open_index(data_path, encoder, keep, cache_dir)
+    return usable(rows, data_path, max_length, max_dropped_share, keep, max_bad_share)
+
+
+def every(index: Index) -> list[Record]:
+    """All records of an index."""
+    return [index.record(row) for row in range(len(index))]
 
 
 class Counted:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from mirage_ds.config.run import Compress
-from mirage_ds.data.pool import DROPPED, pool_groups
+from mirage_ds.data.pooling import DROPPED, pool_groups
 
 
 class Words(NamedTuple):

@@ -22,8 +22,8 @@ from mirage_ds.curate.check import check_file
 from mirage_ds.curate.layouts import LAYOUTS, Layout, read_row
 from mirage_ds.data.messages import MessageError
 from mirage_ds.data.record import RecordError, make_record
-from mirage_ds.data.record_files import scan
-from mirage_ds.data.sources import pieces, read_piece
+from mirage_ds.data.record_files import read_piece, scan
+from mirage_ds.data.sources import pieces
 from mirage_ds.errors import UserError
 
 HELPERS = "helper_images"

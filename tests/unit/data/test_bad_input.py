@@ -24,6 +24,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.indices import selected
 
 from mirage_ds.cli import cli
 from mirage_ds.config.flags import build_model
@@ -32,9 +33,8 @@ from mirage_ds.curate.check import check_file
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import MAX_PIXELS, ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.loader import build_index
 from mirage_ds.data.record import MAX_DEPTH, Fault, Record, RecordError, parse_record
-from mirage_ds.data.record_files import open_records, record_of, scan
+from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
 from mirage_ds.engine.ds_config import read_json, resolve
 from mirage_ds.errors import UserError
@@ -169,16 +169,6 @@ def test_a_line_in_another_encoding_is_named_and_the_others_are_read(tmp_path: P
     assert faults == [
         Fault(501, "json", "not UTF-8 text (byte 0xe9 at place 40 of the line)", "save the file as UTF-8")
     ]
-
-
-def test_arrow_holds_the_records_that_scan_returns(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(
-        b'{"text_input": "q", "text_output": "a"}\nbroken\n\xff\n{"text_input": "r", "text_output": "b"}\n'
-    )
-    rows = open_records(file, tmp_path / "cache")
-    assert [record_of(row) for row in rows] == scan(file)[0]
-    assert [row["line"] for row in rows] == [1, 4]
 
 
 def test_a_records_file_that_is_none_is_a_sentence(tmp_path: Path) -> None:
@@ -444,8 +434,8 @@ def test_for_ordinary_text_both_ways_give_the_same_ids(
 ) -> None:
     encoder = encoder_for("stage2", 3)
     text = encoder._text(record_with(question.replace("<image>", ""), answer + "<output_image>" + answer))
-    slow = encoder._tokenize(text, {"<|im_end|>": "\U0010ffff"})
-    assert slow == encoder._tokenize(text, {}) == encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    slow = encoder.literals.tokenize(text, {"<|im_end|>": "\U0010ffff"})
+    assert slow == encoder.literals.tokenize(text, {}) == encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_the_shared_tokenizer_and_the_literal_one_keep_apart(encoder_for: Callable[..., Encoder]) -> None:
@@ -494,7 +484,7 @@ def test_a_huge_text_is_dropped_and_counted_in_linear_time(
         rows = [{"text_input": "q", "text_output": "a"}, {"text_input": "q", "text_output": answer}]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         started = time.process_time()
-        index = build_index(file, encoder, 40, 0.5)
+        index = selected(file, encoder, 40, 0.5)
         assert (index.row_ids.tolist(), index.dropped, index.skipped) == ([0], 1, ())
         return time.process_time() - started
 
@@ -517,7 +507,7 @@ def test_faulty_records_are_left_out_and_are_not_called_too_long(
     rows = [good, "{", good | {"image_input": "gone.png"}, good | {"image_input": "cut.png"}, long, good]
     file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     encoder = encoder_for("stage2", 2, beside=file)
-    index = build_index(file, encoder, 100, 0.4, max_bad_share=0.5)
+    index = selected(file, encoder, 100, 0.4, max_bad_share=0.5)
     assert [fault.line for fault in index.skipped] == [2, 3, 4]
     # Line 2 is no row of the dataset; rows 0 and 4 of the five others are left.
     assert (index.row_ids.tolist(), index.dropped, index.records) == ([0, 4], 1, 6)
@@ -526,12 +516,12 @@ def test_faulty_records_are_left_out_and_are_not_called_too_long(
     with pytest.raises(
         UserError, match=r"3 of 6 records have a fault, above --max_bad_share 0.49; the first is line 2"
     ):
-        build_index(file, encoder, 100, 0.4, max_bad_share=0.49)
+        selected(file, encoder, 100, 0.4, max_bad_share=0.49)
     with pytest.raises(UserError, match=r"rows.jsonl: line 2, json: .* \(and 2 more"):
-        build_index(file, encoder, 100, 0.4)
+        selected(file, encoder, 100, 0.4)
     file.write_text("{\n{\n")
     with pytest.raises(UserError, match="no usable row: 2 record"):
-        build_index(file, encoder, 100, 0.4, max_bad_share=1)
+        selected(file, encoder, 100, 0.4, max_bad_share=1)
 
 
 # ------------------------------------------------------------------------------------------------------------ settings

@@ -18,21 +18,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support import families
+from support.indices import selected
 
 from mirage_ds.data.batch import collate
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.features import FeatureStore, ImageKeys, KeptFeatures, ShardWriter, image_key
-from mirage_ds.data.images import READING, ImageFinder
+from mirage_ds.data.features import FeatureStore, KeptFeatures, ShardWriter
+from mirage_ds.data.images import READING, ImageFinder, image_key
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.loader import build_index
-from mirage_ds.data.pool import pool_groups
-from mirage_ds.data.record import RecordError
+from mirage_ds.data.pooling import pool_groups
+from mirage_ds.data.record import Fault, RecordError
 from mirage_ds.data.record_files import scan
+from mirage_ds.data.sample import ImageKeys
 from mirage_ds.errors import UserError
 from mirage_ds.model.latents import compress as compressed
 from mirage_ds.model.load import load_tower, read_config
 from mirage_ds.run import features as keep_features
-from mirage_ds.run.features import CHUNK, CHUNK_BYTES, _Images, _kept, chunks_of
+from mirage_ds.run.features import CHUNK, CHUNK_BYTES, Images, _kept, chunks_of
 
 WIDTH = 8
 SPACE = {"tower": "a"}
@@ -254,17 +255,19 @@ def test_an_image_that_changes_after_it_was_measured_is_a_fault(
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"text_input": "<image>?", "image_input": "map.png", "text_output": "A"}) + "\n")
     encoder = encoder_for("sft", 4, rows)
-    index = build_index(rows, encoder, 4096, 0.0, ("image_input",))
-    images = _Images(index.rows, encoder, "image_input", index.images["image_input"], np.array([0]))
-    assert len(images[0]) == 3
+    index = selected(rows, encoder, 4096, 0.0, ("image_input",))
+    images = Images(index.rows, encoder, "image_input", index.images["image_input"], np.array([0]))
+    assert not isinstance(images[0], Fault)
     Image.new("RGB", (84, 140)).save(image)
-    place, fault = images[0]
-    assert (place, fault.line, fault.field) == (0, 1, "image_input")
+    fault = images[0]
+    assert (fault.line, fault.field) == (1, "image_input")
     assert fault.what == "image map.png has another size than when it was measured"
     # As large as before, but another picture: its features must not be kept under the old one's key.
     Image.new("RGB", (84, 84), "red").save(image)
-    place, fault = images[0]
-    assert (place, fault.line, fault.what) == (0, 1, "image map.png is another one than when it was measured")
+    chunk = images.__getitems__([0])
+    assert (chunk.places, len(chunk.pixels), list(chunk.broken)) == ([], 0, [0])
+    fault = chunk.broken[0]
+    assert (fault.line, fault.what) == (1, "image map.png is another one than when it was measured")
 
 
 @pytest.fixture(scope="module")
@@ -292,11 +295,11 @@ def test_kept_targets_are_those_of_a_helper_that_is_not_kept_to_the_bit(
     encoder = load_encoder([str(folder)], ImageFinder.beside(file, None), "stage1", k, compress=compress)
     tower = load_tower(folder, read_config(folder), dtype, torch.device("cpu"))
     width = read_config(folder).text_config.hidden_size
-    index = build_index(file, encoder, 4096, 0.0, ("image_output",), cache_dir=tmp_path / "cache")
-    images = _Images(index.rows, encoder, "image_output", index.images["image_output"], np.arange(3), dtype)
+    index = selected(file, encoder, 4096, 0.0, ("image_output",), cache_dir=tmp_path / "cache")
+    images = Images(index.rows, encoder, "image_output", index.images["image_output"], np.arange(3), dtype)
     each = []
     for number in range(3):
-        _, pixels, grid = images[number]
+        pixels, grid = images[number]
         assert pixels.nbytes == images.bytes_of_pixels()[number]
         features = tower.features(pixels, grid)
         each.append(images.kept_of(features, grid[0].tolist(), tower.input_width))

@@ -22,7 +22,8 @@ from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import content_of
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record
-from mirage_ds.data.sources import pieces, read_piece
+from mirage_ds.data.record_files import read_piece
+from mirage_ds.data.sources import pieces
 
 RECORD = Record(7, "q", "a", (), ())
 ORIENTATION = 0x0112

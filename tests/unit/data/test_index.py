@@ -7,7 +7,6 @@ import pickle
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,25 +16,26 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from support.indices import BREAK, Counted, Make
+from support.indices import BREAK, Counted, Make, every, selected
 
-from mirage_ds.data import indexing
+from mirage_ds.data import make_index
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import (
+    ABANDONED_S,
     COLUMNS,
-    FAULT_SCHEMA,
-    EncodedRows,
-    layout_check,
+    Index,
+    check_of,
+    written,
 )
-from mirage_ds.data.indexing import open_index
-from mirage_ds.data.joining import ABANDONED_S, Writer
-from mirage_ds.data.loader import Loader, Rows, build_index, usable
+from mirage_ds.data.index_part import Part, fault_line
+from mirage_ds.data.loader import Loader, Rows
+from mirage_ds.data.make_index import Writer, open_index
 from mirage_ds.data.pack import Planner
-from mirage_ds.data.parts import schemas
-from mirage_ds.data.record import Fault, Record
-from mirage_ds.data.record_files import record_of, scan
+from mirage_ds.data.record import Fault, Record, to_json
+from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Layout, Sample
+from mirage_ds.data.selection import usable
 from mirage_ds.errors import UserError
 
 
@@ -50,7 +50,7 @@ def test_a_sample_from_the_index_is_the_encoders_on_every_field(
     stage: str, rows: Path, cache: Path, encoder_for: Make
 ) -> None:
     encoder = encoder_for(stage, 2, beside=rows)
-    index = build_index(rows, encoder, 10_000, 0, cache_dir=cache, max_bad_share=1)
+    index = selected(rows, encoder, 10_000, 0, cache_dir=cache, max_bad_share=1)
     records = scan(rows)[0]
     assert len(index.rows) == len(records) == 15
     helped = [row for row, record in enumerate(records) if record.image_output]
@@ -65,7 +65,7 @@ def test_a_sample_from_the_index_is_the_encoders_on_every_field(
         assert counts == (measure.tokens, measure.labels, measure.runs)
         assert index.patches[place] == len(wanted.pixel_values) + len(wanted.helper_pixel_values)
     # What scorers and the log ask for: the record as the user wrote it.
-    assert [record_of(row) for row in index.rows] == records
+    assert every(index.rows) == records
     assert index.rows["line"].tolist() == [record.line for record in records]
 
 
@@ -113,10 +113,11 @@ def test_the_working_directory_decides_only_where_it_did(
 
 
 @pytest.mark.parametrize("how", [*BREAK, "gone"])
-@pytest.mark.parametrize("name", ["index.json", "tokens.bin", "image_input.keys.bin", "faults.arrow", "rows.arrow"])
-def test_a_damaged_index_is_made_anew(name: str, how: str, mixed: Path, cache: Path, encoder_for: Make) -> None:
-    encoder = encoder_for("stage2", 2, beside=mixed)
-    whole = open_index(mixed, encoder, ["image_input"], cache)
+@pytest.mark.parametrize("name", ["index.json", "tokens.npy", "image_input.keys.npy", "faults.jsonl", "rows.arrow"])
+def test_a_damaged_index_is_made_anew(name: str, how: str, rows: Path, cache: Path, encoder_for: Make) -> None:
+    rows.write_text(rows.read_text() + "{\n")
+    encoder = encoder_for("stage2", 2, beside=rows)
+    whole = open_index(rows, encoder, ["image_input"], cache)
     file = whole.place / name
     before = {part.name: part.read_bytes() for part in whole.place.iterdir()}
     if how == "gone":
@@ -126,14 +127,14 @@ def test_a_damaged_index_is_made_anew(name: str, how: str, mixed: Path, cache: P
     if (name, how) == ("rows.arrow", "one bit"):
         # The rows themselves are not read at a start.
         return
-    again = open_index(mixed, encoder, ["image_input"], cache)
+    again = open_index(rows, encoder, ["image_input"], cache)
     assert again.digest == whole.digest
     assert {part.name: part.read_bytes() for part in again.place.iterdir()} == before
 
 
 def test_a_row_that_rots_is_a_sentence_and_the_next_start_mends_it(mixed: Path, cache: Path, encoder_for: Make) -> None:
     encoder = encoder_for("stage2", 2, beside=mixed)
-    index = build_index(mixed, encoder, 10_000, 0, cache_dir=cache)
+    index = selected(mixed, encoder, 10_000, 0, cache_dir=cache)
     wanted = Rows(index.rows, encoder, {})[7]
     assert isinstance(wanted, Sample)
     file = index.rows.place / "rows.arrow"
@@ -143,12 +144,12 @@ def test_a_row_that_rots_is_a_sentence_and_the_next_start_mends_it(mixed: Path, 
     planner = Planner(index.tokens, index.row_ids, 12, 1, 10_000, None, 0)
     for workers in (2, 0):
         # Neither a start nor a worker takes it for whole.
-        rotten = build_index(mixed, encoder, 10_000, 0, cache_dir=cache) if workers else index
+        rotten = selected(mixed, encoder, 10_000, 0, cache_dir=cache) if workers else index
         ((_, batches),) = Loader(rotten.rows, encoder, planner, 0, 3, workers).steps(0, 1)
         with pytest.raises(UserError, match=r"the index of the records is damaged .*; start again") as caught:
             list(batches)
         assert not caught.value.everywhere
-    mended = build_index(mixed, encoder, 10_000, 0, cache_dir=cache)
+    mended = selected(mixed, encoder, 10_000, 0, cache_dir=cache)
     made = Rows(mended.rows, encoder, {})[7]
     assert isinstance(made, Sample)
     assert torch.equal(made.input_ids, wanted.input_ids)
@@ -158,7 +159,7 @@ def test_a_process_that_opens_another_index_at_its_place_says_so(rows: Path, cac
     encoder = encoder_for("stage2", 2, beside=rows)
     index = open_index(rows, encoder, [], cache)
     travelling = pickle.dumps(index)
-    assert pickle.loads(travelling)[3] == index[3]
+    assert pickle.loads(travelling).record(3) == index.record(3)
     Image.new("RGB", (84, 140)).save(rows.parent / "in0.png")
     assert open_index(rows, encoder, [], cache, check_images=True).place == index.place
     with pytest.raises(UserError, match="damaged or another one"):
@@ -171,21 +172,21 @@ def test_builders_at_the_same_time_end_with_one_whole_index(
     encoder = encoder_for("stage2", 2, beside=mixed)
     # All of them have written theirs before the first one is put in its place.
     made: list[int] = []
-    put = indexing.put
+    put = make_index.put
 
-    def wait_for_all(*arguments: Any) -> EncodedRows:
+    def wait_for_all(*arguments: Any) -> Index:
         made.append(1)
         while len(made) < 3:
             time.sleep(0.001)
         return put(*arguments)
 
-    monkeypatch.setattr(indexing, "put", wait_for_all)
+    monkeypatch.setattr(make_index, "put", wait_for_all)
     with ThreadPoolExecutor(3) as pool:
         opened = list(pool.map(lambda _: open_index(mixed, encoder, ["image_input"], cache), range(3)))
     assert len(made) == 3
     assert len({index.digest for index in opened}) == 1
     assert [left.name for left in (cache / "index").iterdir()] == [opened[0].place.name]
-    assert [index[11] for index in opened] == [opened[0][11]] * 3
+    assert [index.record(11) for index in opened] == [opened[0].record(11)] * 3
 
 
 def test_nobody_sees_half_an_index(
@@ -215,7 +216,7 @@ def test_an_error_in_a_process_keeps_its_words(
     rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mirage_ds.data.sources.PIECE_BYTES", 100)
-    monkeypatch.setattr(indexing, "processes", lambda *_: 2)
+    monkeypatch.setattr(make_index, "processes", lambda *_: 2)
 
     def refuse(*_: Any) -> None:
         raise UserError("use another tokenizer")
@@ -234,29 +235,20 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(rows: Path, tmp_path: Pa
 # ---------------------------------------------------------------------------------------------------- a million of rows
 
 
-def synthetic(folder: Path, count: int) -> EncodedRows:
+def synthetic(folder: Path, count: int) -> Index:
     """An index of `count` rows of one image each, written directly."""
     folder.mkdir(parents=True)
-    kinds = {"input_ids": [1, 2, 3], "answer_start": 1, "grids": [1, 2, 2], "helper_grids": []}
     stub = Record(1, "q", "a", ("i.png",), ())
-    check = layout_check(Layout([1, 2, 3], 1, [(1, 2, 2)], []), stub)
-    ones: dict[str, dict[str, Any]] = {
-        "numbers": dict.fromkeys(COLUMNS, 3) | {"check": check, "file": 0, "image_input": 1},
-        "rows": kinds | {"image_input": ["i.png"], "image_output": []},
-        "records": dict(line=1, text_input="q", text_output="a", image_input=["i.png"], image_output=[], extra="{}"),
-        "image_input": dict(high=0, low=0, size=1),
-    }
-    fault = dict(zip(FAULT_SCHEMA.names, (-1, 0, 9, "json", "w", "h"), strict=True))
-    part = {name: schema.empty_table() for name, schema in schemas(["image_input"]).items()}
-    for name, one in ones.items():
-        table = pa.Table.from_pylist([one], schema=part[name].schema)
-        part[name] = table.take(pa.array(np.zeros(count, dtype=np.int64))).combine_chunks()
-    part["faults"] = pa.Table.from_pylist([fault], schema=FAULT_SCHEMA)
-    with ExitStack() as stack:
-        writer = Writer(folder, ["image_input"], stack)
-        writer.add(part)
+    ids, layout = written(Layout([1, 2, 3], 1, [(1, 2, 2)], []), stub)
+    one = dict.fromkeys(COLUMNS, 3) | {"check": check_of(layout, ids), "file": 0}
+    one |= {"ids": ids, "layout": layout, "record": to_json(stub)}
+    one |= {"image_input.keys": [0, 0], "image_input.sizes": [1]}
+    part = Part.of(["image_input"], [one], [fault_line(Fault(9, "json", "w", "h"), 0)], {})
+    rows = part.rows.take(pa.array(np.zeros(count, dtype=np.int64))).combine_chunks()
+    writer = Writer(folder, ["image_input"])
+    writer.add(part._replace(rows=rows))
     writer.finish(ImageFinder((folder, folder)), "source", folder / "pictures")
-    return EncodedRows(folder, [folder / "rows.jsonl"], folder / "pictures")
+    return Index(folder, [folder / "rows.jsonl"], folder / "pictures")
 
 
 def test_nothing_of_a_row_is_kept_in_python(tmp_path: Path, encoder_for: Make) -> None:
@@ -265,7 +257,7 @@ def test_nothing_of_a_row_is_kept_in_python(tmp_path: Path, encoder_for: Make) -
     for count in (1000, 100_000):
         synthetic(tmp_path / str(count), count)
         before = sys.getallocatedblocks()
-        rows = EncodedRows(tmp_path / str(count), [tmp_path / "rows.jsonl"], tmp_path / "pictures")
+        rows = Index(tmp_path / str(count), [tmp_path / "rows.jsonl"], tmp_path / "pictures")
         index = usable(rows, tmp_path / "rows.jsonl", 10, 0, ["image_input"], 0.5)
         planner = Planner(index.tokens, index.row_ids, 64, 1, 1000, None, 0, index.patches)
         loader = Loader(index.rows, encoder, planner, 0, 3, 0)

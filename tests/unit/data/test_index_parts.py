@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,27 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
-from support.indices import BREAK, Counted, Make
+from support.indices import BREAK, Counted, Make, every, selected
 
-from mirage_ds.data import indexing
-from mirage_ds.data.features import image_key
-from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.index import COLUMNS, EncodedRows
-from mirage_ds.data.indexing import Maker, open_index
-from mirage_ds.data.joining import Writer
-from mirage_ds.data.loader import Index, Rows, build_index, usable
-from mirage_ds.data.parts import Parts
-from mirage_ds.data.record import Fault
+from mirage_ds.data import make_index
+from mirage_ds.data.images import ImageFinder, image_key
+from mirage_ds.data.index import COLUMNS, Index, written
+from mirage_ds.data.index_part import Part, Parts, read_part, write_part
+from mirage_ds.data.loader import Rows
+from mirage_ds.data.make_index import Maker, Writer, open_index
+from mirage_ds.data.record import Fault, Record, to_json
 from mirage_ds.data.record_files import scan
+from mirage_ds.data.sample import Layout
+from mirage_ds.data.selection import Selection, usable
 from mirage_ds.errors import UserError
 
 
 def test_images_are_compared_when_asked(rows: Path, cache: Path, encoder_for: Make) -> None:
     encoder = encoder_for("stage2", 2, beside=rows)
 
-    def start(check_images: bool = True) -> Index:
+    def start(check_images: bool = True) -> Selection:
         opened = open_index(rows, encoder, ["image_input"], cache, check_images=check_images)
         return usable(opened, rows, 10_000, 0, ["image_input"])
 
@@ -75,7 +77,7 @@ def test_an_image_that_changed_after_a_start_is_an_error_when_it_is_read(
     where: str, gone: bool, rows: Path, cache: Path, encoder_for: Make
 ) -> None:
     encoder = encoder_for("stage1", 2, beside=rows)
-    start = partial(build_index, rows, encoder, 10_000, 0, cache_dir=cache, max_bad_share=1)
+    start = partial(selected, rows, encoder, 10_000, 0, cache_dir=cache, max_bad_share=1)
     start()
     image = rows.parent / f"{'in' if where == 'input' else 'out'}4.png"
     image.unlink()
@@ -116,7 +118,7 @@ def _noting(looked: list[str], call: Callable[..., Any]) -> Callable[..., Any]:
     return noted
 
 
-def _bytes_of(rows: EncodedRows) -> dict[str, bytes]:
+def _bytes_of(rows: Index) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in rows.place.iterdir()}
 
 
@@ -127,7 +129,7 @@ def test_an_index_that_was_killed_goes_on_and_equals_one_made_in_one_go(
     (rows.parent / "in6.png").rename(rows.parent / "kept.png")
     encoder = encoder_for("stage2", 2, beside=rows)
     monkeypatch.setattr("mirage_ds.data.sources.PIECE_BYTES", 100)
-    monkeypatch.setattr(indexing, "processes", lambda *_: 0)
+    monkeypatch.setattr(make_index, "processes", lambda *_: 0)
     whole = open_index(rows, encoder, ["image_input"], cache / "whole")
     assert whole.faults == 1
     made: list[int] = []
@@ -180,9 +182,9 @@ def test_pieces_and_processes_change_nothing(
     encoder = encoder_for("stage2", 2, beside=rows)
     whole = open_index(rows, encoder, ["image_input"], cache / "whole")
     monkeypatch.setattr("mirage_ds.data.sources.PIECE_BYTES", 100)
-    monkeypatch.setattr(indexing, "processes", lambda work, sharers: min(workers, work))
+    monkeypatch.setattr(make_index, "processes", lambda work, sharers: min(workers, work))
     parts = open_index(rows, encoder, ["image_input"], cache / "parts")
-    assert [*parts] == [*whole]
+    assert every(parts) == every(whole)
     for name in COLUMNS:
         assert np.array_equal(parts[name], whole[name]), name
     for one, other in zip(parts.images("image_input"), whole.images("image_input"), strict=True):
@@ -214,3 +216,23 @@ def test_a_records_file_that_changes_while_it_is_read_is_refused(
         rows.write_bytes(before)
         assert _bytes_of(open_index(rows, encoder, [], cache)) == _bytes_of(whole)
         shutil.rmtree(cache / "index")
+
+
+def test_joining_keeps_nothing_of_the_texts(tmp_path: Path) -> None:
+    record = Record(1, "q", "a" * 10_000, ("i.png",), ())
+    ids, layout = written(Layout([1, 2, 3], 1, [(1, 2, 2)], []), record)
+    one = dict.fromkeys(COLUMNS, 3) | {"ids": ids, "layout": layout, "record": to_json(record)}
+    one |= {"image_input.keys": [0, 0], "image_input.sizes": [1]}
+    write_part(tmp_path / "part", Part.of(["image_input"], [one] * 200, [], {(0, "i.png", 0, 1, 1): False}))
+    (tmp_path / "index").mkdir()
+    writer = Writer(tmp_path / "index", ["image_input"])
+    tracemalloc.start()
+    held = []
+    for _ in range(20):
+        part = read_part(tmp_path / "part")
+        assert part is not None
+        writer.add(part)
+        held.append(tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes())
+    tracemalloc.stop()
+    # A part has 2 MB of texts; the numbers of its rows take 11 kB.
+    assert max(held) - held[0] < 3e6

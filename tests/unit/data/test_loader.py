@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.indices import selected
 
 from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import FeatureStore, KeptFeatures, ShardWriter
-from mirage_ds.data.loader import Index, Loader, build_index
+from mirage_ds.data.loader import Loader
 from mirage_ds.data.pack import Planner
 from mirage_ds.data.record import RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
+from mirage_ds.data.selection import Selection
 from mirage_ds.data.ship import ship
 from mirage_ds.errors import UserError
 
@@ -36,7 +38,7 @@ def samples(mixed: Path, encoder: Encoder) -> list[Sample]:
 
 
 def test_the_index_counts_what_each_row_encodes_to(mixed: Path, encoder: Encoder, samples: list[Sample]) -> None:
-    index = build_index(mixed, encoder, 10_000, 0)
+    index = selected(mixed, encoder, 10_000, 0)
     assert index.row_ids.tolist() == list(range(12))
     assert index.tokens.tolist() == [len(sample.input_ids) for sample in samples]
     assert index.labels.tolist() == [int((sample.labels != -100).sum()) for sample in samples]
@@ -49,15 +51,15 @@ def test_rows_above_the_limit_are_dropped_and_counted(mixed: Path, encoder: Enco
     limit = sorted(lengths)[8]
     kept = [row for row, length in enumerate(lengths) if length <= limit]
     assert 0 < len(kept) < 12
-    index = build_index(mixed, encoder, limit, 1)
+    index = selected(mixed, encoder, limit, 1)
     assert index.row_ids.tolist() == kept
     assert index.tokens.tolist() == [lengths[row] for row in kept]
     assert (index.dropped, index.longest) == (12 - len(kept), max(lengths))
     share = (12 - len(kept)) / 12
     assert index.dropped_share == share
-    assert build_index(mixed, encoder, limit, share).dropped == 12 - len(kept)
+    assert selected(mixed, encoder, limit, share).dropped == 12 - len(kept)
     with pytest.raises(UserError) as caught:
-        build_index(mixed, encoder, limit, share - 0.01)
+        selected(mixed, encoder, limit, share - 0.01)
     for part in (
         f"{12 - len(kept)} of 12 rows",
         f"--max_length {limit}",
@@ -69,7 +71,7 @@ def test_rows_above_the_limit_are_dropped_and_counted(mixed: Path, encoder: Enco
 
 def test_a_file_whose_rows_are_all_too_long_is_refused_whatever_share_is_allowed(mixed: Path, encoder: Encoder) -> None:
     with pytest.raises(UserError, match=r"no usable row: all 12 are longer than --max_length 10 \(the longest has"):
-        build_index(mixed, encoder, 10, 1)
+        selected(mixed, encoder, 10, 1)
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def test_the_first_fault_is_said_and_the_others_are_counted(spoilt: Path, encode
     image.write_bytes(image.read_bytes()[:200])
     (spoilt.parent / "in8.png").unlink()
     with pytest.raises(UserError) as caught:
-        build_index(spoilt, encoder_for("stage2", 2, beside=spoilt), 10_000, 1)
+        selected(spoilt, encoder_for("stage2", 2, beside=spoilt), 10_000, 1)
     # Line 1 is blank: row 2 is line 4. A broken image is found although its header still reads.
     said = str(caught.value)
     assert said.startswith(f"{spoilt}: line 4, image_input: image {image} cannot be decoded (")
@@ -98,19 +100,19 @@ def test_the_first_fault_is_said_and_the_others_are_counted(spoilt: Path, encode
 def test_a_single_fault_is_said_without_a_count(spoilt: Path, encoder_for: Callable[..., Encoder]) -> None:
     (spoilt.parent / "in8.png").unlink()
     with pytest.raises(UserError, match=r"line 9, image_input: no image 'in8.png': looked for .*--image_root$"):
-        build_index(spoilt, encoder_for("stage2", 2, beside=spoilt), 10_000, 1)
+        selected(spoilt, encoder_for("stage2", 2, beside=spoilt), 10_000, 1)
 
 
 def test_helpers_are_read_in_stage1_only(spoilt: Path, encoder_for: Callable[..., Encoder]) -> None:
     rows = [json.loads(line) for line in spoilt.read_text().splitlines()]
     spoilt.write_text("".join(json.dumps(row) + "\n" for row in rows if "image_output" in row))
     (spoilt.parent / "out4.png").write_bytes(b"")
-    assert len(build_index(spoilt, encoder_for("stage2", 2, beside=spoilt), 10_000, 1).row_ids) == 6
+    assert len(selected(spoilt, encoder_for("stage2", 2, beside=spoilt), 10_000, 1).row_ids) == 6
     with pytest.raises(UserError, match=r"line 3, image_output: image .*out4\.png cannot be decoded"):
-        build_index(spoilt, encoder_for("stage1", 2, beside=spoilt), 10_000, 1)
+        selected(spoilt, encoder_for("stage1", 2, beside=spoilt), 10_000, 1)
 
 
-def planner_for(index: Index, world: int) -> Planner:
+def planner_for(index: Selection, world: int) -> Planner:
     return Planner(index.tokens, index.row_ids, 5, world, int(index.tokens.max()) * 2, None, 42)
 
 
@@ -119,7 +121,7 @@ def planner_for(index: Index, world: int) -> Planner:
 def test_each_rank_gets_its_planned_rows_in_every_micro_step(
     world: int, workers: int, mixed: Path, encoder: Encoder, samples: list[Sample]
 ) -> None:
-    index = build_index(mixed, encoder, len(samples[-1].input_ids) - 1, 1)
+    index = selected(mixed, encoder, len(samples[-1].input_ids) - 1, 1)
     assert index.dropped
     planner = planner_for(index, world)
     seen: dict[int, list[int]] = {1: [], 2: []}
@@ -148,7 +150,7 @@ def test_a_fault_met_while_training_is_one_sentence_with_its_line(
     workers: int, spoilt: Path, encoder_for: Callable[..., Encoder]
 ) -> None:
     encoder = encoder_for("stage2", 2, beside=spoilt)
-    index = build_index(spoilt, encoder, 10_000, 0)
+    index = selected(spoilt, encoder, 10_000, 0)
     (spoilt.parent / "in4.png").unlink()
     plans = Planner(index.tokens, np.asarray(index.row_ids), 12, 1, 10_000, None, 0)
     ((_, batches),) = Loader(index.rows, encoder, plans, 0, 3, workers).steps(0, 1)
@@ -161,7 +163,7 @@ def test_kept_features_come_instead_of_pixels(
     workers: int, spoilt: Path, encoder_for: Callable[..., Encoder], tmp_path: Path
 ) -> None:
     encoder = encoder_for("stage2", 2, beside=spoilt)
-    index = build_index(spoilt, encoder, 10_000, 0, keep=["image_input"])
+    index = selected(spoilt, encoder, 10_000, 0, keep=["image_input"])
     images = index.images["image_input"]
     assert images.starts.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     store = FeatureStore(tmp_path / "features", {}, 3, torch.float32)

@@ -20,8 +20,8 @@ from mirage_ds.curate.rewrite import ROWS_AT_A_TIME, Row, write_rows
 from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK, MessageError, from_messages
-from mirage_ds.data.record import RecordError, make_record
-from mirage_ds.data.record_files import record_of, row_of, scan
+from mirage_ds.data.record import RecordError, from_json, make_record, to_json
+from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import IGNORE
 from mirage_ds.errors import UserError
 from mirage_ds.tasks.draft import Picture
@@ -67,7 +67,7 @@ def test_a_conversation_becomes_the_records_own_keys() -> None:
     record = make_record({"messages": LONG, "level": 3}, 1)
     assert record.extra.keys() == {"turns_before", "level"}
     assert record.marks == 3
-    assert record_of(row_of(record)) == record
+    assert from_json(to_json(record)) == record
     # A latent run without a helper, as stage 2 trains it; and a question alone.
     assert make_record({"messages": [say("user", "?"), say("assistant", latent(), text("a"))]}, 1).runs == 1
     assert make_record({"messages": [say("user", "?")]}, 1, answers=False).text_output == ""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.indices import selected
 
 from mirage_ds.cluster.doctor.examine import _plan
 from mirage_ds.cluster.doctor.spec import DoctorSpec
@@ -15,9 +16,8 @@ from mirage_ds.config.flags import build_model
 from mirage_ds.config.mixture import Mixture, records_of
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.loader import Index, build_index
+from mirage_ds.data.selection import Selection, content, describe, weighed
 from mirage_ds.data.sources import find_files
-from mirage_ds.data.weigh import content, describe, weighed
 from mirage_ds.errors import UserError
 from mirage_ds.study.nodes import records_hash
 from mirage_ds.study.overview import rows_of, steps_of
@@ -44,12 +44,12 @@ def named(folder: Path, *texts: str) -> Mixture:
     return found
 
 
-def opened(mixture: Mixture, encoder_for: Make, cache: Path) -> Index:
-    return build_index(mixture, encoder_for("sft"), 4096, 0.1, cache_dir=cache)
+def opened(mixture: Mixture, encoder_for: Make, cache: Path) -> Selection:
+    return selected(mixture, encoder_for("sft"), 4096, 0.1, cache_dir=cache)
 
 
-def questions(index: Index) -> list[str]:
-    return [index.rows[int(row)]["text_input"] for row in index.row_ids]
+def questions(index: Selection) -> list[str]:
+    return [index.rows.record(int(row)).text_input for row in index.row_ids]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_choice_is_the_seeds_and_covers_the_source(folder: Path, encoder_for
 
 def test_each_source_finds_its_own_images(folder: Path, mixed: Path, encoder_for: Make, tmp_path: Path) -> None:
     mixture = records_of([folder / "a.jsonl", mixed])
-    index = build_index(mixture, encoder_for("stage2"), 4096, 0.1, cache_dir=tmp_path)
+    index = selected(mixture, encoder_for("stage2"), 4096, 0.1, cache_dir=tmp_path)
     assert len(index.row_ids) == 24
 
 
@@ -121,8 +121,8 @@ def test_wrong_mixtures_are_refused(folder: Path, encoder_for: Make, tmp_path: P
     empty = folder / "long.jsonl"
     empty.write_text(json.dumps({"text_input": "long " * 400, "text_output": "\\boxed{1}"}) + "\n")
     mixture = named(folder, "a.jsonl:1", "long.jsonl:1")
-    index = build_index(mixture, encoder_for("sft"), 300, 0.5, cache_dir=tmp_path)
-    with pytest.raises(UserError, match=r"long\.jsonl: none of its rows can be used; leave it out, or mend them"):
+    index = selected(mixture, encoder_for("sft"), 300, 0.5, cache_dir=tmp_path)
+    with pytest.raises(UserError, match=r"long\.jsonl: none of its rows can be used; leave it out, or fix them"):
         weighed(index, mixture, 0)
     few = named(folder, "a.jsonl:1000", "b.jsonl:1")
     with pytest.raises(UserError, match=r"b\.jsonl: gets no row in a mixture of 12; raise its weight"):

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from benchmarks.packing import fill
 from mirage_ds.data import pack as packing
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.pack import Bins, Planner, fill, pack, total_steps
+from mirage_ds.data.pack import Bins, Planner, pack, total_steps
 from mirage_ds.data.passes import schedule
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError

@@ -15,16 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.indices import every, selected
 
 from mirage_ds.curate.check import check_file
 from mirage_ds.data import sources
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.index import EncodedRows
-from mirage_ds.data.indexing import open_index
-from mirage_ds.data.loader import Rows, build_index
+from mirage_ds.data.index import Index
+from mirage_ds.data.loader import Rows
+from mirage_ds.data.make_index import open_index
 from mirage_ds.data.record import Fault
-from mirage_ds.data.record_files import record_of, scan
+from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
 from mirage_ds.data.sources import content_hash, data_hash, find_files
 from mirage_ds.errors import UserError
@@ -138,7 +139,7 @@ def test_every_form_gives_the_samples_of_the_json_lines(
     source = form(folder)
     finder = ImageFinder.beside(source, None, confine)
     encoder = Encoder(plain.tokenizer, plain.images, plain.helpers, finder, "stage2", 2)
-    index = build_index(source, encoder, 10_000, 0, cache_dir=tmp_path / "cache")
+    index = selected(source, encoder, 10_000, 0, cache_dir=tmp_path / "cache")
     assert index.row_ids.tolist() == list(range(12))
     rows = Rows(index.rows, encoder, {})
     for row, sample in enumerate(wanted):
@@ -147,7 +148,7 @@ def test_every_form_gives_the_samples_of_the_json_lines(
         assert made.input_ids.equal(sample.input_ids)
         assert made.pixel_values.equal(sample.pixel_values)
         assert made.runs == sample.runs
-    texts = [(record_of(row).text_input, record_of(row).text_output) for row in index.rows]
+    texts = [(record.text_input, record.text_output) for record in every(index.rows)]
     assert texts == [(record.text_input, record.text_output) for record in scan(mixed)[0]]
     lines = index.rows["line"].tolist()
     assert lines == (list(range(1, 13)) if len(index.rows.files) == 1 else [1, 2, 3, 4] * 3)
@@ -160,9 +161,9 @@ def test_stage1_takes_its_targets_from_pictures_that_stand_inside(
     for image in [*folder.glob("out0.png"), *folder.glob("out9.png")]:
         image.unlink()
     encoder = encoder_for("stage1", 2, beside=source)
-    index = build_index(source, encoder, 10_000, 0, ["image_output"], True, 0.5, tmp_path / "cache")
+    index = selected(source, encoder, 10_000, 0, ["image_output"], 0.5, tmp_path / "cache")
     assert index.row_ids.tolist() == [0, 1, 4, 5, 8, 9]
-    direct = build_index(mixed, encoder_for("stage1", 2, beside=mixed), 10_000, 0, ["image_output"], True, 0.5)
+    direct = selected(mixed, encoder_for("stage1", 2, beside=mixed), 10_000, 0, ["image_output"], 0.5)
     assert index.images["image_output"].keys.tolist() == direct.images["image_output"].keys.tolist()
     assert index.patches.tolist() == direct.patches.tolist()
 
@@ -179,11 +180,11 @@ def test_a_fault_names_file_and_line(folder: Path, encoder_for: Make, tmp_path: 
     (source / "in6.png").unlink()
     encoder = encoder_for("stage2", 2, beside=source)
     with pytest.raises(UserError) as caught:
-        build_index(source, encoder, 10_000, 0, cache_dir=tmp_path / "cache")
+        selected(source, encoder, 10_000, 0, cache_dir=tmp_path / "cache")
     said = str(caught.value)
     assert said.startswith(f"{source}: {source}/b.parquet line 3, image_input: no image 'in6.png'")
     assert said.endswith(f"(and 3 more: `mirage-ds data check {source}` lists them)")
-    index = build_index(source, encoder, 10_000, 0, max_bad_share=0.5, cache_dir=tmp_path / "cache")
+    index = selected(source, encoder, 10_000, 0, max_bad_share=0.5, cache_dir=tmp_path / "cache")
     wanted = [("b.parquet", 3), ("c.jsonl", 2), ("d.parquet", 1), ("e.jsonl", 1)]
     assert [(Path(fault.file).name, fault.line) for fault in index.skipped] == wanted
     # Rows count records that have the format, over all files: 12, the second of d.
@@ -243,19 +244,19 @@ def test_pictures_inside_are_written_once_and_again_where_they_are_lost(
     pq.write_table(pa.concat_tables([table, table]), source)
     encoder = encoder_for("stage2", 2, beside=source)
 
-    def start() -> EncodedRows:
+    def start() -> Index:
         return open_index(source, encoder, ["image_input"], tmp_path / "cache")
 
     before = start()
     written = sorted(file for file in (tmp_path / "cache/pictures").rglob("*") if file.is_file())
     assert len(written) == 6
-    shown = {record_of(before[row]).image_input for row in (0, 12)}
+    shown = {before.record(row).image_input for row in (0, 12)}
     assert len(shown) == 1
     assert {Path(path) for (path,) in shown} <= set(written)
     stamp = written[0].stat().st_mtime_ns
     assert start().digest == before.digest
     written[1].unlink()
-    lost = next(row for row in range(12) if str(written[1]) in record_of(before[row]).image_input)
+    lost = next(row for row in range(12) if str(written[1]) in before.record(row).image_input)
     fault = Rows(start(), encoder, {})[lost]
     assert isinstance(fault, Fault)
     assert (fault.line, fault.how) == (lost + 1, "start the run again, which writes it anew")
@@ -263,7 +264,7 @@ def test_pictures_inside_are_written_once_and_again_where_they_are_lost(
     assert after.digest == before.digest
     assert written[1].exists()
     assert written[0].stat().st_mtime_ns == stamp
-    Image.open(record_of(after[0]).image_input[0]).load()
+    Image.open(after.record(0).image_input[0]).load()
     # All of them are missed unasked.
     shutil.rmtree(tmp_path / "cache/pictures")
     assert start().digest == before.digest

@@ -34,7 +34,7 @@ from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.encode import LATENT_END, LATENT_PAD, LATENT_START, Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.pool import DROPPED, grid_sides, pool_groups
+from mirage_ds.data.pooling import DROPPED, grid_sides, pool_groups
 from mirage_ds.data.record import RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import IGNORE, Sample

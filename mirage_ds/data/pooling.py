@@ -1,6 +1,6 @@
 """Which of a helper's merged features are averaged into which latent's target.
 
-F merged features of a helper, in raster order on a grid of R rows and C columns; k latents a run.
+F merged features of a helper, in raster order on a grid of R rows and C columns; k latents a block.
 """
 
 from __future__ import annotations

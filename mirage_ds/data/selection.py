@@ -1,0 +1,233 @@
+"""Which rows of an index are trained on: those without a fault that are not too long, weighed where a run asks for it.
+
+R selected rows, S sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.data.index import Index
+from mirage_ds.data.proportion import most
+from mirage_ds.data.record import Fault
+from mirage_ds.data.sample import ImageKeys
+from mirage_ds.data.sources import find_files
+from mirage_ds.errors import UserError
+
+# A share of dropped rows above this is worth a line in the log; --max_dropped_share decides when it is an error.
+WARN_DROPPED_SHARE = 0.01
+
+
+class Selection(NamedTuple):
+    """The rows of an index that can be trained on, measured.
+
+    Attributes:
+        row_ids: (R,) place of each row in the index.
+        tokens, labels, runs: (R,) counts of each.
+        patches: (R,) vision patches of its images: of the input images and, in stage1, of the helpers.
+        dropped: rows longer than the limit; longest: tokens of the longest row met.
+        images: field name → the images of all rows, usable or not, for the fields whose features are kept.
+        records: how many the source holds, usable or not.
+        skipped: one fault of each record that is left out for it.
+        rows: the index.
+    """
+
+    row_ids: np.ndarray
+    tokens: np.ndarray
+    labels: np.ndarray
+    runs: np.ndarray
+    dropped: int
+    longest: int
+    images: dict[str, ImageKeys]
+    records: int
+    skipped: tuple[Fault, ...]
+    patches: np.ndarray
+    rows: Index
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of the records that are too long."""
+        return self.dropped / max(1, self.dropped + len(self.row_ids))
+
+    def only(self, stays: np.ndarray) -> Selection:
+        """Leave out rows; `stays`: (R,) bool."""
+        names = ["row_ids", "tokens", "labels", "runs", "patches"]
+        return self._replace(**{name: getattr(self, name)[stays] for name in names})
+
+
+def by_place(fault: Fault) -> tuple[str, int]:
+    """Sort faults in the order of their records."""
+    return fault.file, fault.line
+
+
+def _lists(data_path: Records) -> str:
+    """Say what lists the faults of the records."""
+    files = [part.file for part in data_path.parts] if isinstance(data_path, Mixture) else [data_path]
+    commands = " and ".join(f"`mirage-ds data check {file}`" for file in files)
+    return f"{commands} {'lists' if len(files) == 1 else 'list'} them"
+
+
+def faults_error(data_path: Records, first: Fault, count: int) -> UserError:
+    """Make the error that says the first fault of the records and counts the others."""
+    rest = f" (and {count - 1} more: {_lists(data_path)})" if count > 1 else ""
+    return UserError(f"{data_path}: {first}{rest}")
+
+
+def judge_faults(data_path: Records, first: Fault, count: int, records: int, max_bad_share: float | None) -> None:
+    """Decide whether the other records may be trained on.
+
+    Args:
+        first: the first fault; count: how many records have one.
+        max_bad_share: share of faulty records that is left out; None where one fault refuses the records.
+
+    Raises:
+        UserError: they may not.
+    """
+    if max_bad_share is None:
+        raise faults_error(data_path, first, count)
+    if count > max_bad_share * records:
+        raise UserError(
+            f"{data_path}: {count} of {records} records have a fault, above --max_bad_share {max_bad_share}; the "
+            f"first is {first} ({_lists(data_path)})"
+        )
+
+
+def usable(
+    rows: Index,
+    data_path: Records,
+    max_length: int,
+    max_dropped_share: float,
+    keep: Sequence[str] = (),
+    max_bad_share: float | None = None,
+) -> Selection:
+    """Choose the rows that can be trained on.
+
+    Args:
+        keep: fields whose features are kept.
+        max_bad_share: see judge_faults.
+
+    Raises:
+        UserError: a record has a fault (with max_bad_share: too large a share of them), too large a share is too long,
+            or no row is left.
+    """
+    if rows.faults:
+        first = next(rows.all_faults())
+        judge_faults(data_path, first, rows.faults, rows.records, max_bad_share)
+        if rows.faults == rows.records:
+            raise no_row_left(data_path, first, rows.faults)
+    tokens = rows["tokens"]
+    # A row with a fault has none.
+    sound = int(np.count_nonzero(tokens))
+    fits = np.flatnonzero((tokens > 0) & (tokens <= max_length))
+    selection = Selection(
+        row_ids=fits,
+        **{name: rows[name][fits] for name in ("tokens", "labels", "runs", "patches")},
+        dropped=sound - len(fits),
+        longest=int(tokens.max()),
+        images={name: rows.images(name) for name in keep},
+        records=rows.records,
+        skipped=tuple(rows.all_faults()),
+        rows=rows,
+    )
+    if not len(fits):
+        raise UserError(
+            f"{data_path}: no usable row: all {selection.dropped} are longer than --max_length {max_length} "
+            f"(the longest has {selection.longest} tokens); raise it or lower --max_pixels"
+        )
+    if selection.dropped_share > max_dropped_share:
+        raise UserError(
+            f"{data_path}: {selection.dropped} of {sound} rows are longer than --max_length {max_length} (the "
+            f"longest has {selection.longest} tokens), above --max_dropped_share {max_dropped_share}; raise one of them"
+        )
+    return selection
+
+
+def without(selection: Selection, broken: Mapping[int, Fault], data_path: Records, max_bad_share: float) -> Selection:
+    """Leave out rows that turned out faulty after they were measured.
+
+    Args:
+        broken: row → the fault of one of its images, that of the first record that was seen to have it.
+
+    Raises:
+        UserError: too large a share is faulty now, or no row is left.
+    """
+    if not broken:
+        return selection
+    first = min([*selection.skipped[:1], _own(broken, min(broken), selection.rows)], key=by_place)
+    judge_faults(data_path, first, len(selection.skipped) + len(broken), selection.records, max_bad_share)
+    faults = (_own(broken, row, selection.rows) for row in sorted(broken))
+    skipped = tuple(sorted([*selection.skipped, *faults], key=by_place))
+    left = selection.only(~np.isin(selection.row_ids, list(broken)))._replace(skipped=skipped)
+    if not len(left.row_ids):
+        raise no_row_left(data_path, skipped[0], len(skipped))
+    return left
+
+
+def _own(broken: Mapping[int, Fault], row: int, index: Index) -> Fault:
+    """Return the fault of a row, at its own line."""
+    fault = broken[row]
+    own = index.named(replace(fault, line=int(index["line"][row])), row)
+    same = (own.file, own.line) == (fault.file, fault.line)
+    return fault if same else replace(own, what=f"as on {fault.place}: {fault.what}")
+
+
+def no_row_left(data_path: Records, first: Fault, count: int) -> UserError:
+    """Make the error of records of which faults leave no row."""
+    return UserError(f"{data_path}: no usable row: {count} record(s) have a fault, the first is {first}")
+
+
+def sources_of(selection: Selection, mixture: Mixture) -> np.ndarray:
+    """Return (R,) the place in the mixture of each usable row's source."""
+    place = {file: at for at, part in enumerate(mixture.parts) for file in find_files(part.file)}
+    of_file = np.array([place[file] for file in selection.rows.files])
+    return of_file[selection.rows["file"][selection.row_ids]]
+
+
+def weighed(selection: Selection, mixture: Mixture, seed: int) -> Selection:
+    """Leave out rows by chance until the sources' shares are as their weights; without weights all stay.
+
+    The same rows are chosen on every rank and after every start: the choice hangs on the seed, the source's place in
+    the mixture (mixture.records_of) and its rows alone.
+
+    Raises:
+        UserError: a source has no usable row, or gets none.
+    """
+    source = sources_of(selection, mixture)
+    files = [part.file for part in mixture.parts]
+    lengths = np.bincount(source, minlength=len(files)).tolist()
+    for file, length in zip(files, lengths, strict=True):
+        if not length:
+            raise UserError(f"{file}: none of its rows can be used; leave it out, or fix them")
+    if mixture.weights is None:
+        return selection
+    counts = most(files, lengths, mixture.weights)
+    stays = np.zeros(len(source), dtype=bool)
+    for at, count in enumerate(counts):
+        chance = np.random.default_rng([seed, at])
+        stays[chance.choice(np.flatnonzero(source == at), count, replace=False)] = True
+    return selection.only(stays)
+
+
+def content(source: str, records: Records) -> str:
+    """Return the hash of what a run learns from: of the records, and of their weights where they have some.
+
+    Args:
+        source: hash of the records (Index.source).
+    """
+    if not isinstance(records, Mixture) or records.weights is None:
+        return source
+    whole = sum(records.weights)
+    told = " ".join([source, *(f"{weight / whole:.9g}" for weight in records.weights)])
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def describe(selection: Selection, mixture: Mixture) -> str:
+    """Say how many rows each source gives."""
+    counts = np.bincount(sources_of(selection, mixture), minlength=len(mixture.parts)).tolist()
+    return ", ".join(f"{count} of {part.file}" for count, part in zip(counts, mixture.parts, strict=True))
