@@ -260,6 +260,7 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
     """Train in this process; put (phases, steps) into `answers`."""
     clock = Clock()
     import torch
+    from mirage_ds.run.startup import quiet
 
     from mirage_ds.config.run import RunConfig
     from mirage_ds.data.loader import build_index
@@ -270,7 +271,6 @@ def train(answers: Any, place: Path, settings: dict[str, Any]) -> None:
     from mirage_ds.plan.mfu import ModelFlops
     from mirage_ds.run import records as run_records
     from mirage_ds.run import setup as prepare
-    from mirage_ds.run.startup import quiet
     from mirage_ds.run.step import step
     from mirage_ds.run.stop import never
 

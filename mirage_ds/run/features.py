@@ -35,8 +35,6 @@ from mirage_ds.errors import Stopped, UserError
 from mirage_ds.model.images import embedded
 from mirage_ds.model.latents import averages
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.run.startup import quiet
-from mirage_ds.run.stop import never
 
 # Settings of the image processor that decide what the tower sees.
 SETTINGS = (
@@ -308,9 +306,9 @@ def keep_features(
     folder: Path,
     workers: int,
     world: World,
-    skip: bool = False,
-    asked: Callable[[], bool] = never,
-    begin: Callable[[str], None] = quiet,
+    skip: bool,
+    asked: Callable[[], bool],
+    begin: Callable[[str], None],
 ) -> tuple[dict[str, KeptFeatures], Broken]:
     """Make and keep those features of the rows' images that are not kept yet. All ranks call it.
 

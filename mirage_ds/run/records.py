@@ -41,7 +41,6 @@ from mirage_ds.model.load import (
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run.features import keep_features
-from mirage_ds.run.startup import nothing
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def finder_of(config: RunConfig, data_path: Records) -> ImageFinder:
     return ImageFinder.beside(first, config.image_root, config.confine_paths)
 
 
-def model_folders(config: RunConfig, tick: Callable[[], None] = nothing) -> list[Path]:
+def model_folders(config: RunConfig, tick: Callable[[], None] = lambda: None) -> list[Path]:
     """Folders that give weights, config, tokenizer and image processor, the first that has a part giving it.
 
     Args:

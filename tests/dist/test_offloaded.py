@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from support.extensions import compiled
 from support.group import Group, GroupFailure
 
+from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.offload import check_offload
@@ -26,7 +27,7 @@ from mirage_ds.engine.swap_folders import claim_folders
 from mirage_ds.errors import UserError
 from mirage_ds.model.load import public_name
 from mirage_ds.run import step as steps
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
 
 # Two of DeepSpeed's extensions are compiled first.
 pytestmark = pytest.mark.slow
@@ -61,18 +62,19 @@ def wide(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(world: Any, settings: dict[str, Any], checked: bool) -> dict[str, Any]:
-    """Train through prepare and step; losses, and what this rank holds of offloaded things."""
+    """Train through open_run and step; losses, and what this rank holds of offloaded things."""
     config = RunConfig(**settings)
-    with nullcontext() if checked else mock.patch("mirage_ds.run.setup.check_offload"):
-        prepared = prepare(config, world)
+    with nullcontext() if checked else mock.patch("mirage_ds.run.settings.check_offload"):
+        run = Run(config, world)
+        data, learner = train.open_run(run)
     losses = []
-    for plan, batches in prepared.loader.steps(0, prepared.steps):
-        taken = steps.step(config, prepared, plan, batches)
+    for plan, batches in data.loader.steps(0, data.steps):
+        taken = steps.step(run, data, learner, plan, batches)
         assert taken.applied
         losses.append(taken.metrics["loss"])
-    optimizer = prepared.engine.optimizer
+    optimizer = learner.engine.optimizer
     groups: list[list[int]] = [[], []]
-    for p in prepared.engine.module.parameters():
+    for p in learner.engine.module.parameters():
         groups[len(p.ds_shape) == 1].append(p.ds_numel)
     found = dict(losses=losses, adam=type(optimizer.optimizer).__name__, groups=groups, locked=0)
     found["sums"] = optimizer.grad_partitions_flat_buffer.nbytes
@@ -86,11 +88,8 @@ def _train(world: Any, settings: dict[str, Any], checked: bool) -> dict[str, Any
     found["weights"] = sum(size for name, size in sizes.items() if "_param" in name)
     found["states"] = sum(size for name, size in sizes.items() if "_param" not in name and "_gradient_" not in name)
     found["gradients"] = sum(size for name, size in sizes.items() if "_gradient_" in name)
-    found["checkpoint"] = save_checkpoint(
-        prepared.engine, config.save_model_path / "checkpoints", {"step": 3}, 1, world
-    )
-    prepared.engine.destroy()
-    prepared.swap.release()
+    found["checkpoint"] = save_checkpoint(learner.engine, config.save_model_path / "checkpoints", {"step": 3}, 1, world)
+    learner.engine.destroy()
     return found
 
 
