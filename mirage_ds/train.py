@@ -23,11 +23,19 @@ from mirage_ds.run import events
 from mirage_ds.run.folder import stop_file
 from mirage_ds.run.heartbeat import guarded
 from mirage_ds.run.journal import Journal
-from mirage_ds.run.opening import open_logs, opening_lines
 from mirage_ds.run.process import run_rank
 from mirage_ds.run.saving import Saver
 from mirage_ds.run.settings import Run, check_settings
-from mirage_ds.run.setup import Data, Learner, claim_folder, open_data, open_engine, open_model
+from mirage_ds.run.setup import (
+    Data,
+    Learner,
+    claim_folder,
+    open_data,
+    open_engine,
+    open_logs,
+    open_model,
+    opening_lines,
+)
 from mirage_ds.run.step import Taken, guilty, step
 from mirage_ds.run.stop import StopRequest
 from mirage_ds.run.validation import Evaluator
@@ -103,9 +111,9 @@ def open_run(run: Run) -> tuple[Data, Learner]:
     checked = check_settings(run)
     data = open_data(run, checked)
     # All that can refuse the run has come by now: a refused run must not stand in the way of the corrected one.
-    claimed = claim_folder(run, checked, data)
+    state, checkpoint = claim_folder(run, checked, data)
     loaded = open_model(run, checked, data)
-    return data, open_engine(run, checked, data, claimed, loaded)
+    return data, open_engine(run, checked, data, loaded, state, checkpoint)
 
 
 def train(run: Run, data: Data, learner: Learner) -> None:
@@ -132,7 +140,7 @@ def train(run: Run, data: Data, learner: Learner) -> None:
             taken = step(run, data, learner, plan, batches)
             done = plan.step + 1
             epoch = done * config.rows_per_step / len(data.index.row_ids)
-            journal.step(done, epoch, len(plan.rows), taken.tokens, taken.metrics, taken.row_ids)
+            journal.step(done, epoch, taken.metrics)
             if done == start + 1:
                 first_step_done(run)
             skipped = 0 if taken.applied else skipped + 1

@@ -13,7 +13,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,10 +22,10 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from mirage_ds.engine.waiting import Waiting
-from mirage_ds.errors import Stopped
+from mirage_ds.errors import Stopped, UserError
 from mirage_ds.files import write_atomically
 from mirage_ds.run import events
 from mirage_ds.run.heartbeat import LOADING, SAVING, Heartbeat
@@ -117,8 +118,10 @@ class Journal:
 
     def failed(self, error: BaseException) -> None:
         """Report what ends the run before its time."""
-        if self._events:
-            events.note_failure(self._events, error)
+        text = " ".join(str(error).split())
+        # A disk that is full, perhaps the very reason: what is to be seen is the error itself.
+        with suppress(OSError):
+            self.tell(events.FAILED, why=text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")
 
     def say(self, line: str) -> None:
         """Write one line to the console and --log_file."""
@@ -129,32 +132,21 @@ class Journal:
         """Begin to time the next step."""
         self._step_began = time.perf_counter()
 
-    def step(
-        self,
-        step: int,
-        epoch: float,
-        rows: int,
-        tokens: int,
-        metrics: Mapping[str, float],
-        row_ids: list[int] | None = None,
-    ) -> None:
+    def step(self, step: int, epoch: float, metrics: Mapping[str, Any]) -> None:
         """Report one optimizer step.
 
         Args:
             step: optimizer steps taken, from 1.
-            rows, tokens: of the whole step, over all ranks.
-            metrics: loss and its parts, grad_norm, lr, labels, micro_steps, skipped, model_flops, data_seconds.
-            row_ids: the rows that the ranks ran, where they are to be logged.
+            metrics: see step.Taken.
         """
         if not self._logs:
             return
         logs, seconds = self._logs, time.perf_counter() - self._step_began
+        rows, tokens = metrics["rows"], metrics["tokens"]
         record: dict[str, Any] = {
             "step": step,
             "epoch": round(epoch, 4),
             **metrics,
-            "rows": rows,
-            "tokens": tokens,
             "time": round(time.time(), 3),
             "seconds": round(seconds, 4),
             "samples_per_second": rows / seconds,
@@ -163,8 +155,6 @@ class Journal:
         }
         if logs.peak is not None:
             record["mfu"] = metrics["model_flops"] / (seconds * logs.peak)
-        if row_ids is not None:
-            record["row_ids"] = row_ids
         logs.write(record)
         sim = f" sim {metrics['sim']:.4f}" if "sim" in metrics else ""
         mfu = f" mfu {record['mfu']:.1%}" if "mfu" in record else ""
@@ -172,7 +162,7 @@ class Journal:
             f"step {step}/{logs.steps} epoch {epoch:.2f} loss {metrics['loss']:.4f} ce {metrics['ce']:.4f}{sim} "
             f"grad {metrics['grad_norm']:.3f} lr {metrics['lr']:.2e} G {metrics['micro_steps']:.0f} "
             f"{seconds:.2f} s {rows / seconds:.1f} rows/s {tokens / seconds:.0f} tok/s{mfu} "
-            f"mem {record['memory_gb']:.2f} GB eta {hours(logs.advance(step, seconds))}"
+            f"mem {record['memory_gb']:.2f} GB eta {logs.advance(step, seconds)}"
             f"{' SKIPPED' if metrics['skipped'] else ''}"
         )
         logs.plot(step, "train", {name: record[name] for name in record if name not in NOT_PLOTTED})
@@ -230,15 +220,7 @@ class Logs:
         self.steps, self.sinks, self.peak = steps, sinks, peak
         # A terminal gets a bar under the lines; a log file gets the lines alone.
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self.bar = Progress(console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("steps", total=steps, completed=start)
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.jsonl"
@@ -280,11 +262,11 @@ class Logs:
             for sink in self.sinks:
                 self._give(sink.figure, step, f"latents/{name}", figure)
 
-    def advance(self, step: int, seconds: float) -> float:
-        """Move the bar to a step that took so long; return the seconds that are left of the run."""
+    def advance(self, step: int, seconds: float) -> timedelta:
+        """Move the bar to a step that took so long; return the time that the rest of the run will take."""
         self.bar.update(self.task, completed=step)
         self.recent.append(seconds)
-        return median(self.recent) * (self.steps - step)
+        return timedelta(seconds=round(median(self.recent) * (self.steps - step)))
 
     def close(self, end: End) -> None:
         """Say to the trackers how the run ended, and write what waits."""
@@ -309,9 +291,3 @@ def memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     # Linux counts ru_maxrss in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def hours(seconds: float) -> str:
-    """Write a duration as h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"

@@ -16,7 +16,7 @@ from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.compiled import say_waits
 from mirage_ds.engine.offload import check_offload
-from mirage_ds.engine.setup import World, agree, check_ds_config, everyone, from_rank_zero, try_engine
+from mirage_ds.engine.setup import World, agree, check_ds_config, from_rank_zero, shared_fate, try_engine
 from mirage_ds.engine.versions import check_release, gather_safely
 from mirage_ds.errors import UserError
 from mirage_ds.files import check_log
@@ -74,7 +74,7 @@ class Checked(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights in the forward."""
-        return getattr(torch, ds.compute_dtype(self.ds_values))  # type: ignore[no-any-return]
+        return getattr(torch, ds.compute_dtype(self.ds_values))
 
     @property
     def products(self) -> torch.dtype:
@@ -96,7 +96,10 @@ def check_settings(run: Run) -> Checked:
     json_path = config.deepspeed or ds.default_path(config.stage, world.device.type)
     ds_values = read_ds_values(config, json_path, world)
     folders = from_rank_zero(partial(model_folders, config, partial(run.journal.phase, "records")), world)
-    _check_folders(folders, world)
+    with shared_fate(world):
+        # Once a host: where the hosts have copies of their own, each has to be whole.
+        if world.local_rank == 0:
+            check_folder(folders[0], folders[1:])
     model_config = read_config(folders[0])
     shape = shape_of(model_config, f"{folders[0]}/config.json")
     ds.fill_limits(ds_values, two_layers(sizes(shape)))
@@ -142,20 +145,6 @@ def read_ds_values(config: RunConfig, json_path: Path, world: World) -> dict[str
     if config.lora_rank:
         check_peft(f"--lora_rank {config.lora_rank}")
     return values
-
-
-def _check_folders(folders: list[Path], world: World) -> None:
-    """Refuse model folders that contradict themselves."""
-    fault = []
-    # Once a host: where the hosts have copies of their own, each has to be whole.
-    if world.local_rank == 0:
-        try:
-            check_folder(folders[0], folders[1:])
-        except UserError as error:
-            fault.append(str(error))
-    faults = everyone(fault, world)
-    if faults:
-        raise UserError(faults[0])
 
 
 def make_lora(config: RunConfig, model: Shape, encoder: Encoder) -> Lora | None:

@@ -1,4 +1,4 @@
-"""What comes before the first step, once the settings are checked: open_data, claim_folder, open_model, open_engine.
+"""What comes before the first step, once the settings are checked: data, folder, model, engine and logs are opened.
 
 What can be refused is refused before the run's folder is claimed. All ranks call each of these, and their UserError or
 Stopped is the same on every rank.
@@ -6,17 +6,20 @@ Stopped is the same on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from mirage_ds.config.mixture import Records
-from mirage_ds.data.loader import Index, Loader
+from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.data.loader import WARN_DROPPED_SHARE, Index, Loader
 from mirage_ds.data.record import Fault
-from mirage_ds.data.weigh import content
+from mirage_ds.data.sources import unread_lines
+from mirage_ds.data.weigh import content, describe
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.adapter import note_of
 from mirage_ds.engine.card import model_card
@@ -33,6 +36,7 @@ from mirage_ds.model.vision import FrozenTower
 from mirage_ds.plan.mfu import ModelFlops, peak_flops
 from mirage_ds.run import folder as run_folder
 from mirage_ds.run.events import LOAD_BEGINS
+from mirage_ds.run.journal import Logs
 from mirage_ds.run.records import (
     Evaluation,
     check_scores,
@@ -46,12 +50,14 @@ from mirage_ds.run.records import (
     usable_rows,
 )
 from mirage_ds.run.settings import Checked, Run
+from mirage_ds.run.sinks import open_sinks
 
 # In the run folder, the records that --skip_bad_records leaves out.
 SKIPPED_FILE = "skipped.jsonl"
 
 
-class Data(NamedTuple):
+@dataclass(frozen=True)
+class Data:
     """The records of a run, checked and measured.
 
     Attributes:
@@ -71,18 +77,6 @@ class Data(NamedTuple):
     tower: FrozenTower | None
 
 
-class Claimed(NamedTuple):
-    """What the run's folder holds of it.
-
-    Attributes:
-        state: what a checkpoint of this run says of itself (checkpoint.MUST_AGREE, and what training never changes).
-        checkpoint: the one to continue from, if any.
-    """
-
-    state: dict[str, Any]
-    checkpoint: Found | None
-
-
 class Learner(NamedTuple):
     """What is trained.
 
@@ -90,7 +84,7 @@ class Learner(NamedTuple):
         engine: the DeepSpeed engine around the MirageModel.
         tower: the frozen tower, or None where it is trained.
         checkpoint: the one that the engine continues from, if any; resumed: the state saved with it.
-        state: see Claimed.
+        state: what a checkpoint of this run says of itself (state_of), and the notes of what stays as it was.
         parts: what the model folder holds besides weights.
         flops: counts what the model needs of a step; peak: FLOP/s of this rank, None where it is not known.
     """
@@ -166,8 +160,8 @@ def open_data(run: Run, checked: Checked) -> Data:
 # --------------------------------------------------------------------------------------------------------- the folder
 
 
-def claim_folder(run: Run, checked: Checked, data: Data) -> Claimed:
-    """Make the run's folder its own, and find the checkpoint to continue from."""
+def claim_folder(run: Run, checked: Checked, data: Data) -> tuple[dict[str, Any], Found | None]:
+    """Make the run's folder its own; return the run's state (state_of) and the checkpoint to continue from, if any."""
     config, world = run.config, run.world
     resume = config.resume == "auto"
     from_rank_zero(partial(run_folder.claim, config.save_model_path, config.overwrite, resume), world)
@@ -181,11 +175,11 @@ def claim_folder(run: Run, checked: Checked, data: Data) -> Claimed:
             write_atomically(run.folder / SKIPPED_FILE, skipped_lines(data.skipped))
     run.journal.claimed(run.folder, writes=world.rank == 0)
     run.journal.tell(LOAD_BEGINS)
-    return Claimed(state, checkpoint)
+    return state, checkpoint
 
 
 def state_of(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
-    """Say what has to be the same in a run that continues from a checkpoint of this one."""
+    """Say what a checkpoint of this run says of it: checkpoint.MUST_AGREE, and what training never changes."""
     config = run.config
     return dict(
         world_size=run.world.size,
@@ -251,7 +245,9 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
     )
 
 
-def open_engine(run: Run, checked: Checked, data: Data, claimed: Claimed, loaded: Loaded) -> Learner:
+def open_engine(
+    run: Run, checked: Checked, data: Data, loaded: Loaded, state: dict[str, Any], checkpoint: Found | None
+) -> Learner:
     """Start DeepSpeed around the model, and load the checkpoint, if there is one."""
     config, world = run.config, run.world
     run.journal.phase("engine")
@@ -259,7 +255,6 @@ def open_engine(run: Run, checked: Checked, data: Data, claimed: Claimed, loaded
     # DeepSpeed has made groups of its own.
     set_collective_timeout(config.start_timeout)
     run.journal.phase("load")
-    state, checkpoint = claimed
     resumed = load_checkpoint(engine, checkpoint) if checkpoint else {}
     # After the load: what DeepSpeed restores of it is compared too.
     kept = notes_of_engine(engine.module, world)
@@ -286,3 +281,63 @@ def _gpu(device: torch.device, ds_values: dict[str, Any]) -> tuple[str | None, s
     if ds.products_in_bf16(ds_values):
         return name, "bf16"
     return name, "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+# ---------------------------------------------------------------------------------------------------------- the logs
+
+
+def open_logs(run: Run, data: Data, learner: Learner) -> Logs | None:
+    """Write run.json and open the logs on rank 0; nothing on the others.
+
+    Raises:
+        UserError: a tracker refuses the run; only this rank knows.
+    """
+    if run.world.rank > 0:
+        return None
+    config, start = run.config, learner.start
+    write_atomically(run.folder / "run.json", json.dumps(facts(run, data, learner), indent=2) + "\n")
+    settings = json.loads(config.model_dump_json(exclude_none=True))
+    sinks = open_sinks(config.report_to, run.folder, config.save_model_path.name, settings, start)
+    peak = learner.peak * run.world.size if learner.peak else None
+    return Logs(run.folder, data.steps, sinks, config.log_file, start, peak)
+
+
+def facts(run: Run, data: Data, learner: Learner) -> dict[str, Any]:
+    """Return what the run came to before its first step, for who looks at its folder."""
+    world = run.world
+    return {
+        "steps": data.steps,
+        "start": learner.start,
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type,
+        "peak_flops": learner.peak,
+        "rows": len(data.index.row_ids),
+        "rows_per_step": run.config.rows_per_step,
+        "dropped": data.index.dropped,
+        "skipped_records": len(data.skipped),
+    }
+
+
+def opening_lines(run: Run, data: Data, learner: Learner) -> Iterator[str]:
+    """Say what is about to be trained."""
+    config, index, world = run.config, data.index, run.world
+    yield (
+        f"{config.stage}: {len(index.row_ids)} rows of {index.tokens.min()}–{index.tokens.max()} tokens (mean "
+        f"{index.tokens.mean():.0f}), {config.rows_per_step} rows a step, {data.steps} steps, {world.size} rank(s) "
+        f"on {world.device.type}, attention {learner.engine.module.attention}, k {config.latent_size}"
+    )
+    if learner.checkpoint:
+        yield from learner.checkpoint.passed_over
+        yield f"continuing from {learner.checkpoint.form}"
+    if isinstance(config.records, Mixture):
+        yield f"a mixture: {describe(index, config.records)}"
+    warning = "warning: " if index.dropped_share > WARN_DROPPED_SHARE else ""
+    yield f"{warning}{index.dropped} row(s) dropped as longer than --max_length {config.max_length}"
+    sources = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
+    yield from (f"warning: {line}" for source in sources for line in unread_lines(source))
+    if data.skipped:
+        file, fault = data.skipped[0]
+        yield (
+            f"warning: {len(data.skipped)} faulty record(s) skipped, listed in {run.folder / SKIPPED_FILE}; the first "
+            f"is {file}: {fault}"
+        )

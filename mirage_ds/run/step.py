@@ -29,18 +29,16 @@ class Taken(NamedTuple):
     """What an optimizer step came to.
 
     Attributes:
-        metrics: loss and its parts, over all ranks; data_seconds, that rank 0 waited for data; tokens: of the step.
+        metrics: of the whole step, over all ranks: loss and its parts, grad_norm, lr, labels, rows, tokens, …, with
+            --log_rows the row_ids that ran; data_seconds that this rank waited for data.
         applied: False where a loss or gradient was not finite: the weights and the schedule are as before.
         stop: whether the ranks have agreed to stop.
-        row_ids: the rows that all ranks ran, with --log_rows.
         ran: this rank's rows and losses, a pair of (N,) tensors a micro-step.
     """
 
-    metrics: dict[str, float]
-    tokens: int
+    metrics: dict[str, Any]
     applied: bool
     stop: bool
-    row_ids: list[int] | None
     ran: list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -72,7 +70,7 @@ def step(run: Run, data: Data, learner: Learner, plan: StepPlan, batches: Iterat
     at("sums up the losses", done, COLLECTIVE)
     dist.all_reduce(totals)
     loss, ce, sim, token_ce, stops, tower_flops = totals.tolist()
-    metrics = {
+    metrics: dict[str, Any] = {
         "loss": loss,
         "ce": ce,
         **({"sim": sim} if config.stage == "stage1" else {}),
@@ -80,15 +78,16 @@ def step(run: Run, data: Data, learner: Learner, plan: StepPlan, batches: Iterat
         "grad_norm": norm,
         "lr": float(learning_rate),
         "labels": counts.labels,
+        "rows": counts.rows,
+        "tokens": sum(lengths),
         "micro_steps": plan.micro_steps,
         "skipped": int(not applied),
         "model_flops": round(learner.flops.of_text(lengths, counts.labels) + tower_flops),
         "data_seconds": round(waited, 4),
     }
-    row_ids = None
     if config.log_rows:
-        row_ids = everyone([row for rows, _ in ran for row in rows.tolist() if row >= 0], run.world)
-    return Taken(metrics, sum(lengths), applied, stops > 0, row_ids, ran)
+        metrics["row_ids"] = everyone([row for rows, _ in ran for row in rows.tolist() if row >= 0], run.world)
+    return Taken(metrics, applied, stops > 0, ran)
 
 
 def step_counts(index: Index, plan: StepPlan, latent_size: int) -> tuple[StepCounts, list[int]]:
