@@ -91,14 +91,7 @@ def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], l
                 if part:
                     samples = [_prompt_at(rows, chosen[i]) for i in part]
                     answers = decode_samples(
-                        model,
-                        tower,
-                        rows.encoder,
-                        samples,
-                        limits,
-                        latents,
-                        asked=run.asked,
-                        slots=rows.encoder.slots,
+                        model, tower, rows.encoder, samples, limits, latents, asked=run.asked, slots=rows.encoder.slots
                     )
                     made += zip(part, answers, strict=True)
             except Stopped:

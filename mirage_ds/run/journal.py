@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +20,6 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import Stopped, UserError
@@ -162,7 +159,7 @@ class Journal:
             f"step {step}/{logs.steps} epoch {epoch:.2f} loss {metrics['loss']:.4f} ce {metrics['ce']:.4f}{sim} "
             f"grad {metrics['grad_norm']:.3f} lr {metrics['lr']:.2e} G {metrics['micro_steps']:.0f} "
             f"{seconds:.2f} s {rows / seconds:.1f} rows/s {tokens / seconds:.0f} tok/s{mfu} "
-            f"mem {record['memory_gb']:.2f} GB eta {logs.advance(step, seconds)}"
+            f"mem {record['memory_gb']:.2f} GB eta {logs.left(step, seconds)}"
             f"{' SKIPPED' if metrics['skipped'] else ''}"
         )
         logs.plot(step, "train", {name: record[name] for name in record if name not in NOT_PLOTTED})
@@ -218,10 +215,6 @@ class Logs:
         peak: float | None = None,
     ):
         self.steps, self.sinks, self.peak = steps, sinks, peak
-        # A terminal gets a bar under the lines; a log file gets the lines alone.
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self.bar = Progress(console=self.console, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task("steps", total=steps, completed=start)
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.jsonl"
         if log.is_file():
@@ -235,11 +228,10 @@ class Logs:
             log_file.parent.mkdir(parents=True, exist_ok=True)
             self.text = log_file.open("a", buffering=1, encoding="utf-8", errors="replace")
         self.recent: deque[float] = deque(maxlen=50)
-        self.bar.start()
 
     def say(self, line: str) -> None:
         """Print one line."""
-        self.console.print(line, markup=False)
+        print(line, flush=True)  # noqa: T201  # this is the console
         if self.text:
             self.text.write(line + "\n")
 
@@ -262,15 +254,13 @@ class Logs:
             for sink in self.sinks:
                 self._give(sink.figure, step, f"latents/{name}", figure)
 
-    def advance(self, step: int, seconds: float) -> timedelta:
-        """Move the bar to a step that took so long; return the time that the rest of the run will take."""
-        self.bar.update(self.task, completed=step)
+    def left(self, step: int, seconds: float) -> timedelta:
+        """Take note of a step that took so long; return the time that the rest of the run will take."""
         self.recent.append(seconds)
         return timedelta(seconds=round(median(self.recent) * (self.steps - step)))
 
     def close(self, end: End) -> None:
         """Say to the trackers how the run ended, and write what waits."""
-        self.bar.stop()
         self.lines.close()
         for sink in self.sinks:
             self._give(sink.close, end)
