@@ -72,8 +72,8 @@ def run(config: RunConfig) -> None:
     world = join(config.start_timeout)
     journal.waiting = world.waiting
     with leaving(world, journal):
-        one = Run(config, world, journal, world.waiting.anyone(request.asked))
-        train(one, *open_run(one))
+        this = Run(config, world, journal, world.waiting.anyone(request.asked))
+        train(this, *open_run(this))
 
 
 @contextmanager
