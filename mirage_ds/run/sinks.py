@@ -90,6 +90,11 @@ def open_sinks(
     return sinks
 
 
+def _refused(tracker: str, error: Exception) -> UserError:
+    how = "fix that, or leave it out"
+    return UserError(f"--report_to {tracker}: the run cannot be opened ({reason(error)}); {how}", everywhere=False)
+
+
 def _known(own_folder: Path) -> dict[str, str]:
     file = own_folder / IDENTITIES
     return dict(json.loads(file.read_text())) if file.is_file() else {}
@@ -140,10 +145,7 @@ class WandB(Sink):
         try:
             self.run: Any = wandb.init(dir=str(own_folder), name=name, **resume)
         except (OSError, wandb.Error) as error:
-            raise UserError(
-                f"--report_to wandb: the run cannot be opened ({reason(error)}); fix that, or leave it out",
-                everywhere=False,
-            ) from None
+            raise _refused("wandb", error) from None
         _keep(own_folder, "wandb", self.run.id)
         self.run.config.update(dict(settings), allow_val_change=True)
         self.run.define_metric(self.AXIS)
@@ -177,10 +179,7 @@ class MLflow(Sink):
             if texts:
                 mlflow.log_params(texts)
         except (OSError, mlflow.MlflowException) as error:
-            raise UserError(
-                f"--report_to mlflow: the run cannot be opened ({reason(error)}); fix that, or leave it out",
-                everywhere=False,
-            ) from None
+            raise _refused("mlflow", error) from None
         _keep(own_folder, "mlflow", run.info.run_id)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
