@@ -240,10 +240,3 @@ def test_a_second_stage_starts_from_the_merged_folder(runs: Runs, nano: Path, he
     assert not isinstance(found[0], str), found[0]
     assert json.loads((second / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(first)
     assert json.loads((second / "config.json").read_text())[TRAINED_KEY]["lora"]["rank"] == 2
-
-
-def test_nvme_is_refused(runs: Runs, tmp_path: Path) -> None:
-    said, _ = runs.train(tmp_path / "out", deepspeed=REPO / "ds_configs/stage2_nvme_cpu.json")
-    assert said.startswith("--lora_rank 4: ")
-    assert "offloads to NVMe" in said
-    assert not (tmp_path / "out").exists()
