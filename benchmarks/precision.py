@@ -162,10 +162,12 @@ def run(
     import torch
     import torch.distributed as dist
 
+    from mirage_ds import train
     from mirage_ds.config.run import RunConfig
     from mirage_ds.engine.ds_config import default_path, read_json
     from mirage_ds.run import step as steps
-    from mirage_ds.run.setup import prepare
+    from mirage_ds.run.settings import Run
+    from mirage_ds.run.validation import evaluate
 
     zero = read_json(default_path(stage), "cpu")
     # Vectors stay whole, as with the GPU files' 100,000 on a large model, and matrices do not.
@@ -179,8 +181,9 @@ def run(
         eval_data_path=out / "held_out/data.jsonl", eval_every=count, deepspeed=json_path, report_to=["none"],
         cache_dir=out / "cache", gradient_checkpointing=False,
     )  # fmt: skip
-    prepared = prepare(config, world)
-    optimizer = prepared.engine.optimizer
+    run = Run(config, world)
+    data, learner = train.open_run(run)
+    optimizer = learner.engine.optimizer
 
     def total(*parts: torch.Tensor) -> float:
         """√ of the sum of squares, over all ranks."""
@@ -194,14 +197,14 @@ def run(
     masters = optimizer.fp32_partitioned_groups_flat
     before = copies(masters)
     losses, begun = [], 0.0
-    for plan, batches in prepared.loader.steps(0, count):
+    for plan, batches in data.loader.steps(0, count):
         with counted() as moved_bytes:
-            losses.append(steps.step(config, prepared, plan, batches).metrics["loss"])
+            losses.append(steps.step(run, data, learner, plan, batches).metrics["loss"])
         begun = begun or time.perf_counter()
         tell()
     seconds = (time.perf_counter() - begun) / max(1, count - 1)
-    assert prepared.evaluation is not None
-    evaluation = steps.evaluate(config, prepared, prepared.evaluation)
+    assert data.evaluation is not None
+    evaluation = evaluate(run, learner, data.evaluation)
     assert evaluation is not None
     elements = sum(group.numel() for group in masters)
     # Groups of weights are views of one storage.
@@ -229,7 +232,7 @@ def run(
         reduced_bytes=moved_bytes["reduced"] / (RANKS * elements) / plan.micro_steps,
         seconds=seconds,
     )
-    prepared.engine.destroy()
+    learner.engine.destroy()
     return found
 
 

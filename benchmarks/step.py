@@ -143,12 +143,14 @@ class Product(Steps):
 
     def __init__(self, case: Case, work: Workload, out: Path, steps: int):
         from mirage_ds.engine.setup import join
-        from mirage_ds.run.setup import prepare
+        from mirage_ds.run.settings import Run
+        from mirage_ds.train import open_run
 
         self.config = run_config(case, work, out, steps)
-        self.prepared = prepare(self.config, join())
-        self.plans = self.prepared.loader.steps(0, steps)
-        index = self.prepared.measured
+        self.run = Run(self.config, join())
+        self.data, self.learner = open_run(self.run)
+        self.plans = self.data.loader.steps(0, steps)
+        index = self.data.index
         self.tokens, self.labels = index.tokens.tolist(), index.labels.tolist()
 
     def one(self, number: int) -> float:
@@ -157,7 +159,7 @@ class Product(Steps):
 
         plan, batches = next(self.plans)
         assert plan.step == number
-        return step(self.config, self.prepared, plan, batches).metrics["loss"]
+        return step(self.run, self.data, self.learner, plan, batches).metrics["loss"]
 
 
 class Plain(Steps):

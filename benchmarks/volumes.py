@@ -101,7 +101,8 @@ def run(world: Any, case: Case, model: Path, out: Path) -> Counted:
 
     from mirage_ds.config.run import RunConfig
     from mirage_ds.run import step as steps
-    from mirage_ds.run.setup import prepare
+    from mirage_ds.run.settings import Run
+    from mirage_ds.train import open_run
 
     # One group a process is all that DeepSpeed expects.
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
@@ -112,13 +113,14 @@ def run(world: Any, case: Case, model: Path, out: Path) -> Counted:
         latent_size=K, global_batch_size=MICRO_STEPS * 2 * RANKS, micro_batch_size=2, max_steps=STEPS, num_workers=0,
         deepspeed=json_path, report_to=["none"], cache_dir=out / "cache", warmup_steps=0,
     )  # fmt: skip
-    prepared = prepare(config, world)
-    with listening(prepared.engine) as heard:
+    run = Run(config, world)
+    data, learner = open_run(run)
+    with listening(learner.engine) as heard:
         losses = [
-            steps.step(config, prepared, plan, batches).metrics["loss"]
-            for plan, batches in prepared.loader.steps(0, STEPS)
+            steps.step(run, data, learner, plan, batches).metrics["loss"]
+            for plan, batches in data.loader.steps(0, STEPS)
         ]
-    prepared.engine.destroy()
+    learner.engine.destroy()
     before = heard.now + 1 - MICRO_STEPS
     elements, calls = (
         {(number - before, kind): found for (number, kind), found in counted.items() if number >= before}

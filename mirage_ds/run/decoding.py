@@ -1,4 +1,4 @@
-"""Evaluation by decoding in the middle of training: a few records answered by the weights as they are, and scored.
+"""A few evaluation records in the middle of training: answered and scored, or drawn, with the weights as they are.
 
 N rows to decode, W ranks. The rows are dealt to the ranks; in rounds, each rank answers a batch of its own, and then
 all look whether somebody wants them to stop.
@@ -7,21 +7,25 @@ all look whether somebody wants them to stop.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from mirage_ds.analysis.inspect.live import figures
 from mirage_ds.data.loader import Rows
-from mirage_ds.data.record import Fault, Record
+from mirage_ds.data.record import Fault, Record, RecordError
 from mirage_ds.data.sample import IGNORE, Sample
-from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
+from mirage_ds.engine.setup import everyone, from_rank_zero
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.decoder import decode_samples
-from mirage_ds.evaluate.scoring import Answer, score
+from mirage_ds.evaluate.scoring import Answer
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.run.stop import never
-from mirage_ds.run.whereabouts import UNTOLD, Whereabouts
+from mirage_ds.run.settings import Run
+from mirage_ds.run.setup import Learner
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Rows that a rank answers at a time.
 BATCH = 16
@@ -55,26 +59,14 @@ def _prompt_at(rows: Rows, row: int) -> Sample:
     return prompt_of(found)
 
 
-def decode_rows(
-    engine: Any,
-    tower: FrozenTower | None,
-    rows: Rows,
-    chosen: Sequence[int],
-    limits: Limits,
-    latents: bool,
-    world: World,
-    asked: Callable[[], bool] = never,
-    where: Whereabouts = UNTOLD,
-) -> list[Answer] | None:
+def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], limits: Limits) -> list[Answer] | None:
     """Answer rows with the engine's weights, greedily; None when the ranks stop on request. All ranks call it.
 
     The weights are gathered once, whatever is decoded, and released at the end.
 
     Args:
-        tower: the frozen tower; None where it is trained, and then stands among the engine's modules.
         rows: encodes the rows, kept features in place of pixels where they are kept.
         chosen: dataset rows.
-        latents: whether the model may open latent runs.
 
     Returns:
         The answers in the order of `chosen`, on every rank.
@@ -82,29 +74,30 @@ def decode_rows(
     Raises:
         NotFinite: on every rank, once all have done their rounds.
     """
+    world = run.world
+    # Whether the model may open latent blocks.
+    latents = run.config.stage != "sft" or run.config.slots is not None
     own = list(range(world.rank, len(chosen), world.size))
     rounds = math.ceil(math.ceil(len(chosen) / world.size) / BATCH)
     made: list[tuple[int, Answer]] = []
     broken: list[int] = []
-    with whole_model(engine) as model:
-        sees = tower or FrozenTower(model.visual)  # type: ignore[arg-type]  # where there is no tower it is trained
+    with whole_model(learner.engine) as model:
+        tower = learner.tower or FrozenTower(model.visual)  # type: ignore[arg-type]  # trained where there is no tower
         for number in range(rounds):
             part = own[number * BATCH : (number + 1) * BATCH]
-            where.at(f"decodes batch {number + 1} of {rounds}")
+            run.journal.at(f"decodes batch {number + 1} of {rounds}")
             try:
                 if part:
                     samples = [_prompt_at(rows, chosen[i]) for i in part]
                     answers = decode_samples(
-                        *(model, sees, rows.encoder, samples, limits, latents),
-                        asked=asked,
-                        slots=rows.encoder.slots,
+                        model, tower, rows.encoder, samples, limits, latents, asked=run.asked, slots=rows.encoder.slots
                     )
                     made += zip(part, answers, strict=True)
             except Stopped:
                 pass
             except NotFinite as error:
                 broken.append(error.row)
-            if agree(asked(), world):
+            if run.stops():
                 return None
     broken = everyone(broken, world)
     if broken:
@@ -112,10 +105,42 @@ def decode_rows(
     return [answer for _, answer in sorted(everyone(made, world), key=lambda one: one[0])]
 
 
-def scored(rows: Rows, chosen: Sequence[int], answers: Sequence[Answer], task: str, world: World) -> dict[str, float]:
-    """Score answers; every rank gets the same numbers: the scorer's metrics, `count`, `low` and `high` among them."""
+def rows_to_draw(rows: Rows, of: Sequence[int], count: int) -> list[int]:
+    """Return the first `count` rows of `of` whose answer has a latent block.
 
-    def on_rank_zero() -> dict[str, float]:
-        return dict(score([record_at(rows, row) for row in chosen], answers, task)["all"])
+    Raises:
+        UserError: none has.
+    """
+    found: list[int] = []
+    for row in of:
+        if len(found) < count and record_at(rows, row).runs:
+            found.append(row)
+    if not found:
+        raise UserError(
+            f"--eval_pictures {count}: no evaluation record has a latent block to draw; give records with a helper "
+            "image or its mark, or leave the flag out"
+        )
+    return found
 
-    return from_rank_zero(on_rank_zero, world)
+
+def draw_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int]) -> dict[str, Figure]:
+    """Draw the latents of rows with the engine's weights, which are gathered once and released. All ranks call it.
+
+    Returns:
+        On rank 0 the name and figure of each picture; nothing on the others, which wait.
+
+    Raises:
+        UserError: on every rank: an image does not open any more.
+    """
+    made: dict[str, Figure] = {}
+    with whole_model(learner.engine) as model:
+
+        def draw() -> None:
+            tower = learner.tower or FrozenTower(model.visual)  # type: ignore[arg-type]  # as in decode_rows
+            try:
+                made.update(figures(model, rows.encoder, [record_at(rows, row) for row in chosen], tower))
+            except RecordError as error:
+                raise UserError(f"record on {error.fault}") from None
+
+        from_rank_zero(draw, run.world)
+    return made

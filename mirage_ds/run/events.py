@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from pathlib import Path
@@ -31,12 +30,3 @@ def note(own_folder: Path, event: str, step: int | None = None, why: str | None 
     }
     with (own_folder / FILE).open("a") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def note_failure(own_folder: Path, error: BaseException) -> None:
-    """Write down what ends a run before its time."""
-    text = " ".join(str(error).split())
-    why = text if type(error).__name__ == "UserError" else f"{type(error).__name__}: {text}"
-    # A disk that is full, perhaps the very reason: what is to be seen is the error itself.
-    with contextlib.suppress(OSError):
-        note(own_folder, FAILED, why=why)

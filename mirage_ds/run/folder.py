@@ -26,15 +26,8 @@ from mirage_ds.run.events import FILE, MODEL_BEGINS
 
 # What a run writes into run/ at once: a folder of that name that has none of them is somebody else's.
 OWN_FILES = ("config.yaml", "events.jsonl", "log.jsonl", "run.json", "versions.json", "stop")
-LOGS = (
-    "log.jsonl",
-    "events.jsonl",
-    "not_finite.jsonl",
-    "skipped.jsonl",
-    "faults.jsonl",
-    "run.json",
-    "trackers.json",
-)
+# What starting over deletes, beside checkpoints and TensorBoard's files.
+LOGS = ("log.jsonl", "events.jsonl", "not_finite.jsonl", "skipped.jsonl", "faults.jsonl", "run.json", "trackers.json")
 
 
 def check(folder: Path, overwrite: bool, resume: bool = False, sources: Sequence[Path] = ()) -> None:
@@ -175,8 +168,3 @@ def describe(folder: Path, config: RunConfig, ds_config: dict[str, Any]) -> None
     write_atomically(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     write_atomically(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
     write_atomically(folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
-
-
-def describe_start(folder: Path, facts: dict[str, Any]) -> None:
-    """Write what a run came to before its first step: steps, ranks, rows."""
-    write_atomically(folder / "run.json", json.dumps(facts, indent=2) + "\n")

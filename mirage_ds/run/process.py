@@ -28,7 +28,7 @@ def print_anything() -> None:
 def run_rank(command: click.Command) -> None:
     """Run a command; a user's mistake is one sentence, said once, and exit code 2 on every rank."""
     print_anything()
-    # DeepSpeed calls collectives that torch has renamed: nothing the user can mend.
+    # DeepSpeed calls collectives that torch has renamed: nothing the user can fix.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     says = os.environ.get("RANK", "0") == "0"
     try:

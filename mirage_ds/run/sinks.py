@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_atomically
@@ -18,8 +19,8 @@ from mirage_ds.files import write_atomically
 End = Literal["finished", "stopped", "failed"]
 
 IDENTITIES = "trackers.json"
-# --report_to → the module that it needs, and how to install it.
-NEEDS = {"wandb": ("wandb", 'pip install "mirage-ds[wandb]"'), "mlflow": ("mlflow", 'pip install "mirage-ds[mlflow]"')}
+# Modules that --report_to may need, and extras of this package.
+EXTRAS = ("wandb", "mlflow")
 
 # MLflow's names of how runs end.
 STATUS: dict[End, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -27,15 +28,17 @@ STATUS: dict[End, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed":
 LONGEST_VALUE = 500
 
 
-class Sink(Protocol):
+class Sink(ABC):
     """Takes what is measured."""
 
+    @abstractmethod
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Take numbers, named group/name, after `step` optimizer steps; None stands for no number."""
 
-    def figure(self, step: int, name: str, figure: Any) -> None:
+    def figure(self, step: int, name: str, figure: Any) -> None:  # noqa: B027  # TensorBoard alone takes them
         """Take a figure of matplotlib."""
 
+    @abstractmethod
     def close(self, end: End) -> None:
         """Send what waits, and say how the run ended."""
 
@@ -51,9 +54,10 @@ def check_installed(report_to: Sequence[str]) -> None:
         UserError: names it and how to install it.
     """
     for name in report_to:
-        if name in NEEDS and importlib.util.find_spec(NEEDS[name][0]) is None:
-            module, how = NEEDS[name]
-            raise UserError(f"--report_to {name}: {module} is not installed; {how}, or leave it out")
+        if name in EXTRAS and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f'--report_to {name}: {name} is not installed; pip install "mirage-ds[{name}]", or leave it out'
+            )
 
 
 def open_sinks(
@@ -86,6 +90,11 @@ def open_sinks(
     return sinks
 
 
+def _refused(tracker: str, error: Exception) -> UserError:
+    how = "fix that, or leave it out"
+    return UserError(f"--report_to {tracker}: the run cannot be opened ({reason(error)}); {how}", everywhere=False)
+
+
 def _known(own_folder: Path) -> dict[str, str]:
     file = own_folder / IDENTITIES
     return dict(json.loads(file.read_text())) if file.is_file() else {}
@@ -95,7 +104,7 @@ def _keep(own_folder: Path, tracker: str, identity: str) -> None:
     write_atomically(own_folder / IDENTITIES, json.dumps({**_known(own_folder), tracker: identity}, indent=1) + "\n")
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """Event files in the run folder."""
 
     def __init__(self, folder: Path, start: int):
@@ -119,7 +128,7 @@ class TensorBoard:
         self.writer.close()
 
 
-class WandB:
+class WandB(Sink):
     """One run at Weights & Biases, however often this one is interrupted.
 
     Its own step counter refuses to go back, as a run does that continues from a checkpoint: the optimizer step is a
@@ -136,10 +145,7 @@ class WandB:
         try:
             self.run: Any = wandb.init(dir=str(own_folder), name=name, **resume)
         except (OSError, wandb.Error) as error:
-            raise UserError(
-                f"--report_to wandb: the run cannot be opened ({reason(error)}); mend that, or leave it out",
-                everywhere=False,
-            ) from None
+            raise _refused("wandb", error) from None
         _keep(own_folder, "wandb", self.run.id)
         self.run.config.update(dict(settings), allow_val_change=True)
         self.run.define_metric(self.AXIS)
@@ -149,9 +155,6 @@ class WandB:
         """Hand them to its sender, which works beside the run."""
         self.run.log({self.AXIS: step, **{name: value for name, value in values.items() if value is not None}})
 
-    def figure(self, step: int, name: str, figure: Any) -> None:
-        """Figures go to TensorBoard alone."""
-
     def close(self, end: End) -> None:
         """Wait until all is sent."""
         if end == "stopped":
@@ -160,7 +163,7 @@ class WandB:
         self.run.finish(exit_code=0 if end == "finished" else 1)
 
 
-class MLflow:
+class MLflow(Sink):
     """One run at MLflow (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME), however often this one is interrupted."""
 
     def __init__(self, own_folder: Path, name: str, settings: Mapping[str, Any]):
@@ -176,10 +179,7 @@ class MLflow:
             if texts:
                 mlflow.log_params(texts)
         except (OSError, mlflow.MlflowException) as error:
-            raise UserError(
-                f"--report_to mlflow: the run cannot be opened ({reason(error)}); mend that, or leave it out",
-                everywhere=False,
-            ) from None
+            raise _refused("mlflow", error) from None
         _keep(own_folder, "mlflow", run.info.run_id)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
@@ -193,9 +193,6 @@ class MLflow:
             self.mlflow.log_metrics(numbers, step=step)
         except (OSError, self.mlflow.MlflowException) as error:
             raise SinkError(f"MLflow has not taken the metrics of step {step} ({reason(error)})") from None
-
-    def figure(self, step: int, name: str, figure: Any) -> None:
-        """Figures go to TensorBoard alone."""
 
     def close(self, end: End) -> None:
         """Say how it ended.

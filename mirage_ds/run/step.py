@@ -1,4 +1,4 @@
-"""One optimizer step over its micro-steps, and the loss on the evaluation records.
+"""One optimizer step over its micro-steps.
 
 W ranks, G micro-steps of a step, B rows of a step, N samples of a micro-batch.
 """
@@ -7,31 +7,94 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import Batch, to_device
 from mirage_ds.data.pack import StepPlan
-from mirage_ds.engine.setup import agree, everyone
+from mirage_ds.data.selection import Selection
+from mirage_ds.engine.setup import everyone
 from mirage_ds.model.loss import LossSums, StepCounts, objective
 from mirage_ds.plan.mfu import ModelFlops
-from mirage_ds.run.records import Evaluation
-from mirage_ds.run.setup import Prepared
-from mirage_ds.run.stop import never
-from mirage_ds.run.whereabouts import COLLECTIVE, UNTOLD, Whereabouts
+from mirage_ds.run.heartbeat import COLLECTIVE
+from mirage_ds.run.settings import Run
+from mirage_ds.run.setup import Data, Learner
 
 
-def step_counts(prepared: Prepared, plan: StepPlan, latent_size: int) -> tuple[StepCounts, list[int]]:
+class Taken(NamedTuple):
+    """What an optimizer step came to.
+
+    Attributes:
+        metrics: of the whole step, over all ranks: loss and its parts, grad_norm, lr, labels, rows, tokens, …, with
+            --log_rows the row_ids that ran; data_seconds that this rank waited for data.
+        applied: False where a loss or gradient was not finite: the weights and the schedule are as before.
+        stop: whether the ranks have agreed to stop.
+        ran: this rank's rows and losses, a pair of (N,) tensors a micro-step.
+    """
+
+    metrics: dict[str, Any]
+    applied: bool
+    stop: bool
+    ran: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def step(run: Run, data: Data, learner: Learner, plan: StepPlan, batches: Iterator[Batch]) -> Taken:
+    """Take one optimizer step over its G micro-steps."""
+    config, engine, at = run.config, learner.engine, run.journal.at
+    done = plan.step + 1
+    counts, lengths = step_counts(data.index, plan, config.latent_size)
+    totals = torch.zeros(6, device=run.world.device)
+    ran = []
+    at("waits for data", done)
+    tower_flops = waited = 0.0
+    begun = time.perf_counter()
+    for number, batch in enumerate(batches):
+        waited += time.perf_counter() - begun
+        at(f"forward and backward of micro-step {number + 1}", done)
+        tower_flops += encoding_flops(learner.flops, batch)
+        engine.set_gradient_accumulation_boundary(number == plan.micro_steps - 1)
+        shares, losses = micro_step(run, learner, batch, counts)
+        totals[:4] += shares
+        ran.append((batch.rows, losses))
+        at("waits for data", done)
+        begun = time.perf_counter()
+    at("updates the weights", done)
+    learning_rate = engine.get_lr()[0]
+    applied, norm = apply_gradients(engine)
+    totals[4] = float(run.asked())
+    totals[5] = tower_flops
+    at("sums up the losses", done, COLLECTIVE)
+    dist.all_reduce(totals)
+    loss, ce, sim, token_ce, stops, tower_flops = totals.tolist()
+    metrics: dict[str, Any] = {
+        "loss": loss,
+        "ce": ce,
+        **({"sim": sim} if config.stage == "stage1" else {}),
+        "token_ce": token_ce / max(1, counts.labels),
+        "grad_norm": norm,
+        "lr": float(learning_rate),
+        "labels": counts.labels,
+        "rows": counts.rows,
+        "tokens": sum(lengths),
+        "micro_steps": plan.micro_steps,
+        "skipped": int(not applied),
+        "model_flops": round(learner.flops.of_text(lengths, counts.labels) + tower_flops),
+        "data_seconds": round(waited, 4),
+    }
+    if config.log_rows:
+        metrics["row_ids"] = everyone([row for rows, _ in ran for row in rows.tolist() if row >= 0], run.world)
+    return Taken(metrics, applied, stops > 0, ran)
+
+
+def step_counts(index: Selection, plan: StepPlan, latent_size: int) -> tuple[StepCounts, list[int]]:
     """Count what the whole step holds, over all ranks and micro-steps, and the tokens of each row.
 
     From the plan alone, before the first backward: no rank asks another.
     """
-    index = prepared.measured
     places = np.searchsorted(index.row_ids, plan.rows)
     counts = StepCounts(
         rows=len(plan.rows), labels=int(index.labels[places].sum()), latents=int(index.runs[places].sum()) * latent_size
@@ -50,77 +113,29 @@ def encoding_flops(flops: ModelFlops, batch: Batch) -> float:
     return flops.of_images(grids, helpers)
 
 
-class Taken(NamedTuple):
-    """What an optimizer step came to.
+def micro_step(run: Run, learner: Learner, batch: Batch, counts: StepCounts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward and backward over one micro-batch.
 
-    Attributes:
-        metrics: loss and its parts, over all ranks; data_seconds, that rank 0 waited for data; tokens: of the step.
-        applied: False where a loss or gradient was not finite: the weights and the schedule are as before.
-        stop: whether the ranks have agreed to stop.
-        row_ids: the rows that all ranks ran, with --log_rows.
-        ran: this rank's rows and losses, a pair of (N,) tensors a micro-step.
+    Returns:
+        (loss, ce, sim, token_ce), its share of the step's, and the (N,) losses of its samples.
     """
+    sums, loss, ce, sim = forward(run, learner, batch, counts)
+    # An infinite loss may have a finite gradient. Turned into NaN it reaches every rank with the gradients, whose norm
+    # the optimizer then refuses: all ranks agree without another collective.
+    finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+    # DeepSpeed divides gradients by the number of ranks (and by an accumulation that it is told is 1).
+    learner.engine.backward(loss * finite * run.world.size)
+    return torch.stack([loss.detach(), ce.detach(), sim.detach(), sums.token_ce]), sums.rows
 
-    metrics: dict[str, float]
-    tokens: int
-    applied: bool
-    stop: bool
-    row_ids: list[int] | None
-    ran: list[tuple[torch.Tensor, torch.Tensor]]
 
-
-def step(
-    config: RunConfig,
-    prepared: Prepared,
-    plan: StepPlan,
-    batches: Iterator[Batch],
-    asked: Callable[[], bool] = never,
-    where: Whereabouts = UNTOLD,
-) -> Taken:
-    """Take one optimizer step over its G micro-steps."""
-    engine, world = prepared.engine, prepared.world
-    done = plan.step + 1
-    counts, lengths = step_counts(prepared, plan, config.latent_size)
-    totals = torch.zeros(6, device=world.device)
-    ran = []
-    where.at("waits for data", done)
-    tower_flops = waited = 0.0
-    begun = time.perf_counter()
-    for number, batch in enumerate(batches):
-        waited += time.perf_counter() - begun
-        where.at(f"forward and backward of micro-step {number + 1}", done)
-        tower_flops += encoding_flops(prepared.flops, batch)
-        engine.set_gradient_accumulation_boundary(number == plan.micro_steps - 1)
-        shares, losses = micro_step(config, prepared, batch, counts)
-        totals[:4] += shares
-        ran.append((batch.rows, losses))
-        where.at("waits for data", done)
-        begun = time.perf_counter()
-    where.at("updates the weights", done)
-    learning_rate = engine.get_lr()[0]
-    applied, norm = apply_gradients(engine)
-    totals[4] = float(asked())
-    totals[5] = tower_flops
-    where.at("sums up the losses", done, COLLECTIVE)
-    dist.all_reduce(totals)
-    loss, ce, sim, token_ce, stops, tower_flops = totals.tolist()
-    metrics = {
-        "loss": loss,
-        "ce": ce,
-        **({"sim": sim} if config.stage == "stage1" else {}),
-        "token_ce": token_ce / max(1, counts.labels),
-        "grad_norm": norm,
-        "lr": float(learning_rate),
-        "labels": counts.labels,
-        "micro_steps": plan.micro_steps,
-        "skipped": int(not applied),
-        "model_flops": round(prepared.flops.of_text(lengths, counts.labels) + tower_flops),
-        "data_seconds": round(waited, 4),
-    }
-    row_ids = None
-    if config.log_rows:
-        row_ids = everyone([row for rows, _ in ran for row in rows.tolist() if row >= 0], world)
-    return Taken(metrics, sum(lengths), applied, stops > 0, row_ids, ran)
+def forward(
+    run: Run, learner: Learner, batch: Batch, counts: StepCounts
+) -> tuple[LossSums, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run one micro-batch forward; return its sums and its share of the step's (loss, ce, sim)."""
+    if learner.tower is not None:
+        batch = learner.tower.attach(batch)
+    sums = learner.engine(to_device(batch, run.world.device))
+    return sums, *objective(sums, counts, run.config.gamma, run.config.reduction)
 
 
 def apply_gradients(engine: Any) -> tuple[bool, float]:
@@ -138,63 +153,10 @@ def apply_gradients(engine: Any) -> tuple[bool, float]:
     return engine.was_step_applied(), norm
 
 
-def guilty(prepared: Prepared, taken: Taken) -> tuple[list[dict[str, int]], bool]:
+def guilty(run: Run, data: Data, taken: Taken) -> tuple[list[dict[str, int]], bool]:
     """Name the samples whose loss was not finite; all of the step, and True, where only the gradient was not."""
     own = [(row, loss) for rows, losses in taken.ran for row, loss in zip(rows.tolist(), losses.tolist(), strict=True)]
-    ran = everyone([(row, loss) for row, loss in own if row >= 0], prepared.world)
+    ran = everyone([(row, loss) for row, loss in own if row >= 0], run.world)
     bad = [row for row, loss in ran if not math.isfinite(loss)]
-    lines = prepared.loader.rows.records["line"]
+    lines = data.loader.rows.records["line"]
     return [{"row": row, "line": int(lines[row])} for row in bad or [row for row, _ in ran]], not bad
-
-
-@torch.no_grad()
-def evaluate(
-    config: RunConfig,
-    prepared: Prepared,
-    evaluation: Evaluation,
-    asked: Callable[[], bool] = never,
-    where: Whereabouts = UNTOLD,
-) -> dict[str, float] | None:
-    """Measure the mean losses on the evaluation records; None when the ranks stop on request. All ranks call it."""
-    engine, world = prepared.engine, prepared.world
-    totals = torch.zeros(4, device=world.device)
-    engine.eval()
-    for batch in evaluation.loader.batches(micro[world.rank] for micro in evaluation.bins):
-        where.at("evaluates")
-        sums, loss, ce, sim = forward(config, prepared, batch, evaluation.counts)
-        totals += torch.stack([loss, ce, sim, sums.token_ce])
-        if agree(asked(), world):
-            engine.train()
-            return None
-    engine.train()
-    dist.all_reduce(totals)
-    loss, ce, sim, token_ce = totals.tolist()
-    parts = {"sim": sim} if config.stage == "stage1" else {}
-    return {"loss": loss, "ce": ce, **parts, "token_ce": token_ce / max(1, evaluation.counts.labels)}
-
-
-def forward(
-    config: RunConfig, prepared: Prepared, batch: Batch, counts: StepCounts
-) -> tuple[LossSums, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run one micro-batch forward; return its sums and its share of the step's (loss, ce, sim)."""
-    if prepared.tower is not None:
-        batch = prepared.tower.attach(batch)
-    sums = prepared.engine(to_device(batch, prepared.world.device))
-    return sums, *objective(sums, counts, config.gamma, config.reduction)
-
-
-def micro_step(
-    config: RunConfig, prepared: Prepared, batch: Batch, counts: StepCounts
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward and backward over one micro-batch.
-
-    Returns:
-        (loss, ce, sim, token_ce), its share of the step's, and the (N,) losses of its samples.
-    """
-    sums, loss, ce, sim = forward(config, prepared, batch, counts)
-    # An infinite loss may have a finite gradient. Turned into NaN it reaches every rank with the gradients, whose norm
-    # the optimizer then refuses: all ranks agree without another collective.
-    finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-    # DeepSpeed divides gradients by the number of ranks (and by an accumulation that it is told is 1).
-    prepared.engine.backward(loss * finite * prepared.world.size)
-    return torch.stack([loss.detach(), ce.detach(), sim.detach(), sums.token_ce]), sums.rows

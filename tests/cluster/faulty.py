@@ -31,9 +31,9 @@ def main() -> None:
     sys.argv.remove(fault)
     whole, collectives = train.step, step_module.dist
 
-    def step(config: Any, prepared: Any, plan: Any, batches: Any, *rest: Any) -> Any:
+    def step(run: Any, data: Any, learner: Any, plan: Any, batches: Any) -> Any:
         time.sleep(LONGER_S.get(fault, 0))
-        if prepared.world.rank == 1 and plan.step == 2:
+        if run.world.rank == 1 and plan.step == 2:
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault == "stop":
@@ -42,7 +42,7 @@ def main() -> None:
                 batches = late(batches)
             if fault == "skip":
                 step_module.dist = SimpleNamespace(all_reduce=lambda totals: None)  # type: ignore[assignment]
-        taken = whole(config, prepared, plan, batches, *rest)
+        taken = whole(run, data, learner, plan, batches)
         step_module.dist = collectives
         return taken
 

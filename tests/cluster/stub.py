@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from mirage_ds.errors import EXIT_STOPPED
-from mirage_ds.run.whereabouts import COLLECTIVE, LOADING, guarded
+from mirage_ds.run.heartbeat import COLLECTIVE, LOADING, guarded
 
 FAULTS = ("none", "raise", "exit", "kill", "stop", "sleep", "skip")
 

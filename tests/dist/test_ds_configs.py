@@ -18,7 +18,8 @@ from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.setup import check_ds_config, try_engine
 from mirage_ds.errors import UserError
 from mirage_ds.run import step as steps
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
+from mirage_ds.train import open_run
 
 BASE: dict[str, Any] = dict(
     latent_size=2, global_batch_size=4, micro_batch_size=2, max_steps=3, warmup_steps=0, learning_rate=1e-3,
@@ -41,13 +42,14 @@ def _train(world: Any, settings: dict[str, Any]) -> list[tuple[float, float]]:
     # DeepSpeed expects one such group in the life of a process.
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     config = RunConfig(**settings)
-    prepared = prepare(config, world)
+    run = Run(config, world)
+    data, learner = open_run(run)
     steps_taken = []
-    for plan, batches in prepared.loader.steps(0, prepared.steps):
-        taken = steps.step(config, prepared, plan, batches)
+    for plan, batches in data.loader.steps(0, data.steps):
+        taken = steps.step(run, data, learner, plan, batches)
         assert taken.applied
         steps_taken.append((taken.metrics["loss"], taken.metrics["grad_norm"]))
-    prepared.engine.destroy()
+    learner.engine.destroy()
     return steps_taken
 
 

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,8 @@ from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.decoder import Sampling, answer_records, evaluate_file, load_decoder
 from mirage_ds.evaluate.scoring import spread
 from mirage_ds.model.generate import Limits, NotFinite
-from mirage_ds.run import decoding as decode_eval
-from mirage_ds.run import drawing as draw_eval
-from mirage_ds.run.setup import prepare
-from mirage_ds.run.stop import never
+from mirage_ds.run import decoding
+from mirage_ds.run.settings import Run
 
 K, NEW = 2, 6
 TASK = "vsp-spatial-planning"
@@ -58,18 +57,19 @@ def _train(world: Any, settings: dict[str, Any], stop_at: int | None = None, roo
     """Train; how it ended. `stop_at`: the look at which rank 1 is asked to stop; `room`: bytes that are free."""
     config = RunConfig(**settings)
     looks = iter(range(stop_at - 1)) if stop_at and world.rank == 1 else None
-    asked: Callable[[], bool] = never if looks is None else lambda: next(looks, None) is None
+    asked: Callable[[], bool] = (lambda: False) if looks is None else lambda: next(looks, None) is None
     free = whole.free_bytes
     if room is not None:
         whole.free_bytes = lambda world: room - world.rank
-    prepared = prepare(config, world)
+    run = Run(config, world)
+    data, learner = train.open_run(run)
     try:
-        train.train(config, prepared, world, asked)
+        train.train(replace(run, asked=asked), data, learner)
     except (UserError, Stopped) as error:
         return f"{type(error).__name__}: {error}"
     finally:
         whole.free_bytes = free
-        prepared.engine.destroy()
+        learner.engine.destroy()
     return ""
 
 
@@ -79,36 +79,35 @@ def _train_broken(world: Any, settings: dict[str, Any]) -> str:
     def broken(*given: Any, **options: Any) -> Any:
         raise NotFinite(3)
 
-    decode, draw = decode_eval.decode_samples, draw_eval.figures
-    decode_eval.decode_samples, draw_eval.figures = (broken if world.rank else decode), broken
+    decode, draw = decoding.decode_samples, decoding.figures
+    decoding.decode_samples, decoding.figures = (broken if world.rank else decode), broken
     try:
         return _train(world, settings)
     finally:
-        decode_eval.decode_samples, draw_eval.figures = decode, draw
+        decoding.decode_samples, decoding.figures = decode, draw
 
 
 def _decode(world: Any, settings: dict[str, Any], counts: list[int], new_tokens: list[int]) -> dict[str, Any]:
     """Take a step, decode so many rows and tokens, and listen to what torch sends; then save the model."""
     config = RunConfig(**settings)
-    prepared = prepare(config, world)
-    for plan, batches in prepared.loader.steps(0, 1):
-        train.step(config, prepared, plan, batches)
-    parameters = list(prepared.engine.module.parameters())
+    run = Run(config, world)
+    data, learner = train.open_run(run)
+    for plan, batches in data.loader.steps(0, 1):
+        train.step(run, data, learner, plan, batches)
+    parameters = list(learner.engine.module.parameters())
     found: dict[str, Any] = dict(gathered=[], answers=[], psi=sum(p.ds_numel for p in parameters))
-    rows = prepared.evaluation.loader.rows
+    rows = data.evaluation.loader.rows
     # Several rounds, of which one rank has fewer to fill.
-    decode_eval.BATCH = 2
+    decoding.BATCH = 2
     for count, tokens in zip(counts, new_tokens, strict=True):
-        chosen = spread(prepared.evaluation.loader.planner.row_ids.tolist(), count)
+        chosen = spread(data.evaluation.loader.planner.row_ids.tolist(), count)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
-            answers = decode_eval.decode_rows(
-                prepared.engine, prepared.tower, rows, chosen, Limits(tokens, K, K), True, world
-            )
+            answers = decoding.decode_rows(run, learner, rows, chosen, Limits(tokens, K, K))
         found["gathered"].append(_gathered(seen.events()))
         found["answers"].append((chosen, answers))
         found["whole"] = [str(p.ds_status) for p in parameters]
-    prepared.save(config.save_model_path, 1, {})
-    prepared.engine.destroy()
+    learner.save(world, config.save_model_path, 1, {})
+    learner.engine.destroy()
     return found
 
 
@@ -124,9 +123,9 @@ def _gathered(events: Any) -> int:
 def _plain(world: Any, settings: dict[str, Any]) -> list[Any]:
     """Look at the plain model while the engine's weights are whole, and at its memory afterwards."""
     config = RunConfig(**settings)
-    prepared = prepare(config, world)
-    module = prepared.engine.module
-    with whole.whole_model(prepared.engine) as plain:
+    _, learner = train.open_run(Run(config, world))
+    module = learner.engine.module
+    with whole.whole_model(learner.engine) as plain:
         hooks = [
             name
             for name, one in plain.named_modules()
@@ -147,7 +146,7 @@ def _plain(world: Any, settings: dict[str, Any]) -> list[Any]:
     )
     parts = all(one.own == -(-one.elements // world.size) for one in shards)
     left = {str(tensor.device) for tensor in (*plain.parameters(), *plain.buffers())}
-    prepared.engine.destroy()
+    learner.engine.destroy()
     return [hooks, shared, buffers, sizes, parts, left]
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.model.init import init_model
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
 
 SETTINGS: dict[str, Any] = dict(
     latent_size=2, global_batch_size=6, micro_batch_tokens=8192, max_steps=2, warmup_steps=0, learning_rate=1e-3,
@@ -25,9 +25,10 @@ REPO = Path(__file__).parents[2]
 
 def _train(world: Any, settings: dict[str, Any]) -> None:
     config = RunConfig(**settings)
-    prepared = prepare(config, world)
-    train.train(config, prepared, world)
-    prepared.engine.destroy()
+    run = Run(config, world)
+    data, learner = train.open_run(run)
+    train.train(run, data, learner)
+    learner.engine.destroy()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.data.features import FeatureStore
 from mirage_ds.errors import UserError
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
 
 # 6 rows with helpers, 4 a step: 3 steps reach each of them twice.
 SETTINGS: dict[str, Any] = dict(
@@ -45,9 +45,10 @@ def _train(world: Any, settings: dict[str, Any]) -> tuple[str | None, int, list[
     FrozenTower._one = counted  # type: ignore[method-assign]
     try:
         config = RunConfig(**settings)
-        prepared = prepare(config, world)
-        train.train(config, prepared, world)
-        prepared.engine.destroy()
+        run = Run(config, world)
+        data, learner = train.open_run(run)
+        train.train(run, data, learner)
+        learner.engine.destroy()
     except UserError as error:
         return str(error), len(calls), opened
     finally:

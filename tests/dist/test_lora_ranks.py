@@ -27,7 +27,7 @@ from mirage_ds.engine.versions import RECOMPUTES_FROZEN
 from mirage_ds.errors import UserError
 from mirage_ds.files import TRAINED_KEY
 from mirage_ds.model.load import check_folder
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
 
 pytestmark = pytest.mark.skipif(
     Version(version("deepspeed")) < Version(RECOMPUTES_FROZEN),
@@ -45,12 +45,13 @@ def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any] | str:
     """Train; elements of all parameters, of those trained, and of AdamW's moments on this rank; or the refusal."""
     config = RunConfig(**settings)
     try:
-        prepared = prepare(config, world)
+        run = Run(config, world)
+        data, learner = train.open_run(run)
     except UserError as error:
         return str(error)
-    train.train(config, prepared, world)
-    named = [(p, getattr(p, "ds_numel", p.numel())) for p in prepared.engine.module.parameters()]
-    inner = getattr(prepared.engine.optimizer, "optimizer", prepared.engine.optimizer)
+    train.train(run, data, learner)
+    named = [(p, getattr(p, "ds_numel", p.numel())) for p in learner.engine.module.parameters()]
+    inner = getattr(learner.engine.optimizer, "optimizer", learner.engine.optimizer)
     states = [tensor for state in inner.state.values() for tensor in state.values() if isinstance(tensor, torch.Tensor)]
     found = dict(
         all=sum(size for _, size in named),
@@ -58,7 +59,7 @@ def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any] | str:
         moments=sum(tensor.numel() for tensor in states if tensor.numel() > 1),
         gradients=[p.grad is not None for p, _ in named if not p.requires_grad],
     )
-    prepared.engine.destroy()
+    learner.engine.destroy()
     return found
 
 

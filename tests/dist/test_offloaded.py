@@ -14,12 +14,13 @@ import pytest
 from support.extensions import compiled
 from support.group import Group
 
+from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.offload import check_offload
 from mirage_ds.errors import UserError
 from mirage_ds.run import step as steps
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
 
 BASE: dict[str, Any] = dict(
     stage="stage2", latent_size=2, global_batch_size=4, micro_batch_size=1, max_steps=3, warmup_steps=0,
@@ -31,17 +32,18 @@ CPU: dict[str, Any] = {"device": "cpu", "pin_memory": False}
 
 
 def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train through prepare and step, and save."""
+    """Train through open_run and step, and save."""
     config = RunConfig(**settings)
-    prepared = prepare(config, world)
+    run = Run(config, world)
+    data, learner = train.open_run(run)
     losses = []
-    for plan, batches in prepared.loader.steps(0, prepared.steps):
-        taken = steps.step(config, prepared, plan, batches)
+    for plan, batches in data.loader.steps(0, data.steps):
+        taken = steps.step(run, data, learner, plan, batches)
         assert taken.applied
         losses.append(taken.metrics["loss"])
-    adam = type(prepared.engine.optimizer.optimizer).__name__
-    saved = save_checkpoint(prepared.engine, config.save_model_path / "checkpoints", {"step": 3}, 1, world)
-    prepared.engine.destroy()
+    adam = type(learner.engine.optimizer.optimizer).__name__
+    saved = save_checkpoint(learner.engine, config.save_model_path / "checkpoints", {"step": 3}, 1, world)
+    learner.engine.destroy()
     return dict(losses=losses, adam=adam, saved=saved)
 
 

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from support.group import Group
 
+from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.plan.settings import read_settings
 from mirage_ds.plan.shape import read_shape, sizes, trained_parameters
 from mirage_ds.plan.states import States, states
 from mirage_ds.run import step as steps
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
 
 BF16 = {"bf16": {"enabled": True}}
 SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
@@ -78,8 +79,9 @@ def _bytes(tensors: Any) -> int:
 def _run(world: Any, settings: dict[str, Any]) -> dict[str, int]:
     """Take one optimizer step and count the tensors that the engine holds."""
     config = RunConfig(**settings)
-    prepared = prepare(config, world)
-    engine = prepared.engine
+    run = Run(config, world)
+    data, learner = train.open_run(run)
+    engine = learner.engine
     optimizer, inner = engine.optimizer, engine.optimizer.optimizer
     counted: dict[str, int] = {}
     take, backward, whole = engine.step, engine.backward, []
@@ -93,8 +95,8 @@ def _run(world: Any, settings: dict[str, Any]) -> dict[str, int]:
         whole.append(_bytes([p.grad for p in engine.module.parameters() if p.grad is not None]))
 
     engine.step, engine.backward = step, counted_backward
-    for plan, batches in prepared.loader.steps(0, 1):
-        steps.step(config, prepared, plan, batches)
+    for plan, batches in data.loader.steps(0, 1):
+        steps.step(run, data, learner, plan, batches)
     state = [value for one in inner.state.values() for value in one.values() if getattr(value, "ndim", 0)]
     counted["moments"] = _bytes(state)
     counted |= _after_step(engine, optimizer)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from support.group import Group
 
+from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_PAD
@@ -30,7 +31,7 @@ from mirage_ds.engine import ds_config as ds
 from mirage_ds.model.load import load_model, public_name
 from mirage_ds.model.loss import StepCounts, objective
 from mirage_ds.run import step as steps
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
 
 K, STEPS, WORLD = 2, 2, 2
 # The public code's rate and the default. The warm-up would give the first step a rate of 0.
@@ -55,8 +56,9 @@ def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     config = RunConfig(**settings)
-    prepared = prepare(config, world)
-    engine = prepared.engine
+    run = Run(config, world)
+    data, learner = train.open_run(run)
+    engine = learner.engine
     named = [(public_name(name), p) for name, p in engine.module.named_parameters()]
 
     def masters() -> Tensors:
@@ -71,8 +73,8 @@ def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
         take()
 
     engine.step = step
-    for plan, batches in prepared.loader.steps(0, STEPS):
-        found["metrics"].append(steps.step(config, prepared, plan, batches).metrics)
+    for plan, batches in data.loader.steps(0, STEPS):
+        found["metrics"].append(steps.step(run, data, learner, plan, batches).metrics)
         found["bins"].append(plan.bins)
         found["weights"].append(masters())
     found["states"] = {v.dtype for state in engine.optimizer.state.values() for v in state.values() if v.numel() > 1}

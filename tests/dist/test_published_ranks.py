@@ -32,7 +32,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.engine.export import export_folder
 from mirage_ds.engine.universal import convert
 from mirage_ds.evaluate.decoder import evaluate_file, load_decoder, run_limits
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
 from mirage_ds.study.collect import _sizes
 
 QUICK = ("qwen2.5-vl-7b", "qwen2-vl-7b", "qwen3-vl-8b")
@@ -85,9 +85,10 @@ def _train(world: Any, runs: list[dict[str, Any]]) -> None:
     """Train one run after the other."""
     for settings in runs:
         config = RunConfig(**settings)
-        prepared = prepare(config, world)
-        train.train(config, prepared, world)
-        prepared.engine.destroy()
+        run = Run(config, world)
+        data, learner = train.open_run(run)
+        train.train(run, data, learner)
+        learner.engine.destroy()
 
 
 def losses(out: Path) -> list[float]:

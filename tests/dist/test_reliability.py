@@ -20,8 +20,7 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.manifest import MANIFEST
 from mirage_ds.errors import Stopped, UserError
-from mirage_ds.run.setup import prepare
-from mirage_ds.run.stop import never
+from mirage_ds.run.settings import Run
 
 # ------------------------------------------------------------------------------------------------------- on the ranks
 
@@ -29,7 +28,7 @@ from mirage_ds.run.stop import never
 def asked_after(calls: int | None) -> Callable[[], bool]:
     """Be asked to stop from the `calls`-th look on."""
     if calls is None:
-        return never
+        return lambda: False
     left = iter(range(calls - 1))
     return lambda: next(left, None) is None
 
@@ -39,34 +38,35 @@ def _train(world: Any, settings: dict[str, Any], stops: dict[int, int] | None = 
     config = RunConfig(**settings)
     asked = asked_after((stops or {}).get(world.rank))
     passed: list[str] = []
-    prepared = None
+    learner = None
     try:
-        prepared = prepare(config, world, asked)
-        passed = prepared.checkpoint.passed_over if prepared.checkpoint else []
-        train.train(config, prepared, world, asked)
+        run = Run(config, world, asked=asked)
+        data, learner = train.open_run(run)
+        passed = learner.checkpoint.passed_over if learner.checkpoint else []
+        train.train(run, data, learner)
     except (UserError, Stopped) as error:
         return f"{type(error).__name__}: {error}", passed
     finally:
-        if prepared:
-            prepared.engine.destroy()
+        if learner:
+            learner.engine.destroy()
     return "", passed
 
 
 def _full_disk(world: Any, settings: dict[str, Any], rank: int) -> list[Any]:
     """Save; save with no room for one rank's shard; save again. What each came to, and what lay there then."""
     config = RunConfig(**settings)
-    prepared = prepare(config, world)
+    _, learner = train.open_run(Run(config, world))
     folder, found = config.save_model_path / "run/checkpoints", []
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for step, limited in ((1, False), (2, True), (3, False)):
         if limited and world.rank == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-        outcome = save_checkpoint(prepared.engine, folder, {**prepared.state, "step": step}, 2, world)
+        outcome = save_checkpoint(learner.engine, folder, {**learner.state, "step": step}, 2, world)
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         # DeepSpeed also leaves scripts there.
         names = sorted(path.name for path in folder.iterdir() if path.suffix != ".py")
         found.append((str(outcome), names, (folder / "latest").read_text()))
-    prepared.engine.destroy()
+    learner.engine.destroy()
     return found
 
 
@@ -75,8 +75,9 @@ def _poison(world: Any, settings: dict[str, Any], bad_rows: list[int], what: str
     import deepspeed
 
     config = RunConfig(**settings)
-    prepared = prepare(config, world)
-    model = prepared.engine.module
+    run = Run(config, world)
+    data, learner = train.open_run(run)
+    model = learner.engine.module
     current: list[Any] = []
     model.register_forward_pre_hook(lambda module, inputs: current.append(inputs[0]))
 
@@ -99,14 +100,14 @@ def _poison(world: Any, settings: dict[str, Any], bad_rows: list[int], what: str
             return {name: p.detach().clone() for name, p in named}
 
     found: dict[str, Any] = {"weights": [weights()], "told": ""}
-    take = prepared.engine.step
-    prepared.engine.step = lambda: (take(), found["weights"].append(weights()))[0]
+    take = learner.engine.step
+    learner.engine.step = lambda: (take(), found["weights"].append(weights()))[0]
     try:
-        train.train(config, prepared, world)
+        train.train(run, data, learner)
     except UserError as error:
         found["told"] = str(error)
     found["end"] = weights()
-    prepared.engine.destroy()
+    learner.engine.destroy()
     return found
 
 

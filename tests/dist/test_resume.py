@@ -34,8 +34,8 @@ from mirage_ds.engine.export import export_folder
 from mirage_ds.errors import UserError
 from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import StepCounts, objective
-from mirage_ds.run.monitor import Monitor
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.journal import Logs
+from mirage_ds.run.settings import Run
 
 K, STEPS = 2, 6
 # 12 rows, 3 a step on two ranks, one a micro-step: a rank is idle in every other one; 6 steps are an epoch and a half.
@@ -53,11 +53,12 @@ def _train(world: Any, settings: dict[str, Any]) -> str | None:
     """Train; the user's mistake as a sentence, if there is one."""
     config = RunConfig(**settings)
     try:
-        prepared = prepare(config, world)
+        run = Run(config, world)
+        data, learner = train.open_run(run)
     except UserError as error:
         return str(error)
-    train.train(config, prepared, world)
-    prepared.engine.destroy()
+    train.train(run, data, learner)
+    learner.engine.destroy()
     return None
 
 
@@ -191,8 +192,7 @@ def test_half_a_last_line_in_the_log_is_dropped(whole: Path, stopped) -> None:
     out = stopped(4, 5)
     with (out / "run/log.jsonl").open("a") as log:
         log.write('{"step": 6, "epo')
-    with Monitor(out / "run", STEPS, [], None, active=True, start=4):
-        pass
+    Logs(out / "run", STEPS, [], start=4).close("finished")
     assert log_of(out) == log_of(whole)[:4]
 
 

@@ -15,7 +15,7 @@ from support.on_disk import TIMES
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
 
 SETTINGS: dict[str, Any] = dict(
     stage="stage1", latent_size=2, global_batch_size=2, micro_batch_size=1, max_steps=3, warmup_steps=0,
@@ -27,9 +27,10 @@ def _train(world: Any, settings: dict[str, Any]) -> str | None:
     """Train; what the user is told."""
     try:
         config = RunConfig(**settings)
-        prepared = prepare(config, world)
-        train.train(config, prepared, world)
-        prepared.engine.destroy()
+        run = Run(config, world)
+        data, learner = train.open_run(run)
+        train.train(run, data, learner)
+        learner.engine.destroy()
     except UserError as error:
         return str(error)
     return None

@@ -20,7 +20,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import evaluate_file, load_decoder
 from mirage_ds.model.generate import Limits
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
 from mirage_ds.tasks import TASKS, get_task
 from mirage_ds.tasks.build import build, convert
 
@@ -44,9 +44,10 @@ def _train(world: Any, settings: dict[str, Any]) -> str:
     """Train; what the user is told."""
     config = RunConfig(**settings)
     try:
-        prepared = prepare(config, world)
-        train.train(config, prepared, world)
-        prepared.engine.destroy()
+        run = Run(config, world)
+        data, learner = train.open_run(run)
+        train.train(run, data, learner)
+        learner.engine.destroy()
     except UserError as error:
         return str(error)
     return ""

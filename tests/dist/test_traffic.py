@@ -19,13 +19,15 @@ from support.models import make_nano
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.listen import listening
+from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.plan.formulas import volume, walk
 from mirage_ds.plan.settings import Zero3, two_layers
 from mirage_ds.plan.shape import read_shape, sizes
 from mirage_ds.run import step as steps
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
+from mirage_ds.run.validation import evaluate
 
 LAYERS = 4
 # 3 rows a step, at most 2 a micro-step and rank: one micro-step of 2 rows on one rank and 1 on the other.
@@ -66,7 +68,8 @@ def _count(world: Any, settings: dict[str, Any], evaluate_after: int | None, wir
     # DeepSpeed expects one such group in the life of a process.
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     config = RunConfig(**settings)
-    prepared = prepare(config, world)
+    run = Run(config, world)
+    data, learner = train.open_run(run)
     rows, runs, losses = [], [], []
 
     def looked_at(batches: Any) -> Iterator[Any]:
@@ -75,16 +78,16 @@ def _count(world: Any, settings: dict[str, Any], evaluate_after: int | None, wir
             runs.append(int((batch.latent_count[batch.rows >= 0] > 0).sum()))
             yield batch
 
-    with listening(prepared.engine) as heard:
-        for plan, batches in prepared.loader.steps(0, prepared.steps):
-            watched = wire and plan.step == prepared.steps - 1
+    with listening(learner.engine) as heard:
+        for plan, batches in data.loader.steps(0, data.steps):
+            watched = wire and plan.step == data.steps - 1
             with profile(activities=[ProfilerActivity.CPU], record_shapes=True) if watched else nullcontext() as seen:
-                losses.append(steps.step(config, prepared, plan, looked_at(batches)).metrics["loss"])
+                losses.append(steps.step(run, data, learner, plan, looked_at(batches)).metrics["loss"])
             if plan.step == evaluate_after:
-                assert prepared.evaluation is not None
-                steps.evaluate(config, prepared, prepared.evaluation)
+                assert data.evaluation is not None
+                evaluate(run, learner, data.evaluation)
     numbers = range(heard.now + 1)
-    prepared.engine.destroy()
+    learner.engine.destroy()
     return Counts(
         *([heard.gathered(i) for i in numbers], [heard.elements[i, "node"] for i in numbers]),
         *([heard.elements[i, "reduced"] for i in numbers], [heard.layers[i] for i in numbers]),
@@ -115,11 +118,11 @@ def psi(nano: Path) -> int:
     return model.text
 
 
-Run = Callable[..., list[Counts]]
+Counted = Callable[..., list[Counts]]
 
 
 @pytest.fixture(scope="module")
-def run(nano: Path, mixed: Path, helped: Path, group: Group, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(nano: Path, mixed: Path, helped: Path, group: Group, tmp_path_factory: pytest.TempPathFactory) -> Counted:
     scratch = tmp_path_factory.mktemp("traffic")
 
     def scaled(name: str) -> Path:
@@ -153,12 +156,12 @@ def run(nano: Path, mixed: Path, helped: Path, group: Group, tmp_path_factory: p
 
 
 @pytest.fixture(scope="module")
-def kept(run: Run) -> list[Counts]:
+def kept(run: Counted) -> list[Counts]:
     return run("zero3_kept", wire=True, max_steps=3)
 
 
 @pytest.mark.parametrize("k", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_kept_parameters_are_gathered_once_whatever_k(k: int, run: Run, kept: list[Counts], psi: int) -> None:
+def test_kept_parameters_are_gathered_once_whatever_k(k: int, run: Counted, kept: list[Counts], psi: int) -> None:
     for rank in kept if k == 4 else run("zero3_kept", k):
         assert len(rank.gathered) == (3 if k == 4 else 2)
         assert all(psi * 0.99 < number <= 1.05 * psi for number in rank.gathered[1:])
@@ -180,7 +183,7 @@ def test_torch_saw_the_same_elements_travel(kept: list[Counts], psi: int) -> Non
 
 
 @pytest.mark.parametrize(("stage", "name"), [("sft", "zero3"), ("stage1", "zero3"), ("stage1", "zero3_kept")])
-def test_one_pass_gathers_what_plain_zero3_does(stage: str, name: str, run: Run, psi: int) -> None:
+def test_one_pass_gathers_what_plain_zero3_does(stage: str, name: str, run: Counted, psi: int) -> None:
     most = 1.05 if "kept" in name else 2.05
     for rank in run(name, stage=stage):
         assert all(psi * 0.99 < number <= most * psi for number in rank.gathered[1:])
@@ -190,7 +193,7 @@ def test_one_pass_gathers_what_plain_zero3_does(stage: str, name: str, run: Run,
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_released_parameters_cost_two_gathers_a_pass(
-    k: int, run: Run, kept: list[Counts], psi: int, nano: Path
+    k: int, run: Counted, kept: list[Counts], psi: int, nano: Path
 ) -> None:
     model = sizes(read_shape(str(nano)))
     limit = two_layers(model)
@@ -214,7 +217,7 @@ def test_kept_layers_all_stay(kept: list[Counts]) -> None:
 
 
 @pytest.mark.parametrize("name", ["zero3_kept", "zero3"])
-def test_an_evaluation_costs_at_most_one_recorded_micro_step(name: str, run: Run, mixed: Path, psi: int) -> None:
+def test_an_evaluation_costs_at_most_one_recorded_micro_step(name: str, run: Counted, mixed: Path, psi: int) -> None:
     settings = dict(eval_data_path=mixed, eval_every=1, max_steps=3)
     for rank in run(name, 2, 0, **settings):
         # The first micro-step trains, then the evaluation has its own, and the last two train.
@@ -231,13 +234,13 @@ def _last_two(rank: Counts) -> list[int]:
     return [len(rank.gathered) - 2, len(rank.gathered) - 1]
 
 
-def test_the_frozen_tower_adds_nothing(run: Run, kept: list[Counts]) -> None:
+def test_the_frozen_tower_adds_nothing(run: Counted, kept: list[Counts]) -> None:
     for rank, other in zip(run("zero3_kept", feature_cache="off"), kept, strict=True):
         assert rank.gathered == other.gathered[:2]
         assert rank.reduced == other.reduced[:2]
 
 
-def test_hpz_crosses_nodes_once_a_step(run: Run, psi: int) -> None:
+def test_hpz_crosses_nodes_once_a_step(run: Counted, psi: int) -> None:
     for rank in run("zero3_hpz", 2, global_batch_size=6, max_steps=2):
         crossing = [whole - inside for whole, inside in zip(rank.gathered, rank.node, strict=True)]
         # The first micro-step of each step gathers every parameter once among all ranks; the second none.

@@ -35,7 +35,7 @@ from mirage_ds.engine.manifest import faults, read_manifest
 from mirage_ds.engine.setup import everyone
 from mirage_ds.engine.universal import convert, listed, needed_bytes
 from mirage_ds.errors import UserError
-from mirage_ds.run import setup as preparing
+from mirage_ds.run.settings import Run
 
 ROWS, B, STEPS, SAVED = 12, 5, 5, 2
 # 12 rows, 5 a step, bins of at most two: 2 micro-steps on two ranks (one bin of one row), 3 on one, 1 on three and
@@ -110,14 +110,15 @@ def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any] | str | None:
     """Train; the state after the start and at each save, from rank 0; or the user's mistake as a sentence."""
     config = RunConfig(**settings)
     try:
-        prepared = preparing.prepare(config, world)
+        run = Run(config, world)
+        data, learner = train.open_run(run)
     except UserError as error:
         return str(error)
-    engine = prepared.engine
+    engine = learner.engine
     found: dict[str, Any] = dict(
-        loaded=_state(engine, world) if prepared.checkpoint and engine.zero_optimization() else None,
+        loaded=_state(engine, world) if learner.checkpoint and engine.zero_optimization() else None,
         saved={},
-        resumed=prepared.resumed,
+        resumed=learner.resumed,
     )
     save = engine.save_checkpoint
 
@@ -127,7 +128,7 @@ def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any] | str | None:
         return save(*args, **named)
 
     engine.save_checkpoint = noting
-    train.train(config, prepared, world)
+    train.train(run, data, learner)
     engine.destroy()
     return found if world.rank == 0 else None
 
@@ -137,13 +138,14 @@ def _unmended(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
     own = checkpoints.own_groups_and_steps
     checkpoints.own_groups_and_steps = lambda engine: nullcontext()
     try:
-        optimizer = (engine := preparing.prepare(RunConfig(**settings), world).engine).optimizer.optimizer
+        _, learner = train.open_run(Run(RunConfig(**settings), world))
     finally:
         checkpoints.own_groups_and_steps = own
+    optimizer = learner.engine.optimizer.optimizer
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     counters = {id(state["step"]) for state in optimizer.state.values()}
     sub_groups = len(optimizer.state)
-    engine.destroy()
+    learner.engine.destroy()
     return dict(decays=decays, counters=len(counters), sub_groups=sub_groups)
 
 

@@ -22,6 +22,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from support.group import Group, GroupFailure
 
+from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
@@ -33,7 +34,7 @@ from mirage_ds.engine.versions import gather_safely
 from mirage_ds.model.load import load_model, public_name
 from mirage_ds.model.loss import StepCounts, objective
 from mirage_ds.run import step as steps
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
 
 GATHERS_VIEWS = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.11"),
@@ -81,8 +82,9 @@ def _run(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
 
     config = RunConfig(**settings)
-    prepared = prepare(config, world)
-    engine = prepared.engine
+    run = Run(config, world)
+    data, learner = train.open_run(run)
+    engine = learner.engine
     parameters = list(engine.module.named_parameters())
     found: dict[str, Any] = dict(steps=[], bins=[], gradients=[], local=[], gathered=0)
     take = engine.step
@@ -100,8 +102,8 @@ def _run(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
     engine.step = step
     engine.module.language_model.norm.register_forward_hook(count)
-    for plan, batches in prepared.loader.steps(0, prepared.steps):
-        found["steps"].append(steps.step(config, prepared, plan, batches).metrics)
+    for plan, batches in data.loader.steps(0, data.steps):
+        found["steps"].append(steps.step(run, data, learner, plan, batches).metrics)
         found["bins"].append(plan.bins)
     found["weights"] = _gather(parameters)
     found["names"] = [public_name(name) for name, _ in parameters]
@@ -128,13 +130,14 @@ def _load(world: Any, folder: Path, train_vision: bool) -> dict[str, Any]:
 
 def _save(world: Any, settings: dict[str, Any], checkpoints: Path) -> dict[str, Any]:
     config = RunConfig(**settings)
-    prepared = prepare(config, world)
-    engine = prepared.engine
-    for plan, batches in prepared.loader.steps(0, 1):
-        steps.step(config, prepared, plan, batches)
+    run = Run(config, world)
+    data, learner = train.open_run(run)
+    engine = learner.engine
+    for plan, batches in data.loader.steps(0, 1):
+        steps.step(run, data, learner, plan, batches)
     save_checkpoint(engine, checkpoints, {"step": 1, "world_size": world.size}, 2, world)
     latest = [(checkpoints / "latest").read_text()]
-    prepared.save()
+    learner.save(world, config.save_model_path, data.steps, {})
     return dict(latest=latest, weights=_gather(list(engine.module.named_parameters())))
 
 

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.plan.settings import read_settings
 from mirage_ds.plan.shape import read_shape, sizes, trained_parameters
 from mirage_ds.plan.states import States, states
 from mirage_ds.run import step as steps
-from mirage_ds.run.setup import prepare
+from mirage_ds.run.settings import Run
 
 SETTINGS: dict[str, Any] = dict(
     latent_size=2, global_batch_size=4, micro_batch_size=2, max_steps=1, warmup_steps=0, learning_rate=1e-3,
@@ -42,17 +43,18 @@ def take(world: Any, settings: dict[str, Any]) -> Stepped:
     """Prepare a run as train.py does and take one step; called on the rank (tests/support/group.py)."""
     on_gpu = world.device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
-    prepared = prepare(RunConfig(**settings), world)
+    run = Run(RunConfig(**settings), world)
+    data, learner = train.open_run(run)
     try:
-        plan, batches = next(iter(prepared.loader.steps(0, 1)))
-        taken = steps.step(RunConfig(**settings), prepared, plan, batches)
+        plan, batches = next(iter(data.loader.steps(0, 1)))
+        taken = steps.step(run, data, learner, plan, batches)
         del taken.ran[:], batches
         held = torch.cuda.memory_allocated() - before if on_gpu else 0
-        model = prepared.engine.module
+        model = learner.engine.module
         dtype, backend = str(next(model.parameters()).dtype), model.attention
         return Stepped(taken.metrics["loss"], taken.metrics["grad_norm"], taken.applied, dtype, backend, held)
     finally:
-        prepared.engine.destroy()
+        learner.engine.destroy()
 
 
 def planned_states(model: Path, json_path: Path) -> States:

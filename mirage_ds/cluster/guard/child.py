@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from mirage_ds.run.whereabouts import MARKS_FD, STACKS_FD, STACKS_SIGNAL
+from mirage_ds.run.heartbeat import MARKS_FD, STACKS_FD, STACKS_SIGNAL
 
 # From linux/prctl.h.
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -40,7 +40,7 @@ class Child:
     """A process that dies with its guard, whatever ends that.
 
     Attributes:
-        progress: its last mark (whereabouts.py), and `progressed`, when it came (time.monotonic).
+        progress: its last mark (heartbeat.py), and `progressed`, when it came (time.monotonic).
         folder: where its run keeps its files, once it has said so.
     """
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from mirage_ds.run.whereabouts import COLLECTIVE
+from mirage_ds.run.heartbeat import COLLECTIVE
 
 # What a rank waits for, by the files and functions on its main thread's stack; the first that fits.
 WAITS = (

@@ -13,7 +13,7 @@ from mirage_ds.cluster.guard.hub import Member, hanging, judge
 from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.engine.place import Place, find_place
 from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
-from mirage_ds.run.whereabouts import COLLECTIVE, LOADING, SAVING, SETTLED, Whereabouts
+from mirage_ds.run.heartbeat import COLLECTIVE, LOADING, SAVING, SETTLED, Heartbeat
 
 BOUNDS = Bounds(gather=50, silence=10, start=100, hang=20, grace=1)
 
@@ -158,7 +158,7 @@ def test_a_place_is_read_from_any_launcher() -> None:
 
 def test_marks_are_slow_until_the_first_step_is_done_and_in_loads_and_saves() -> None:
     reading, writing = os.pipe()
-    where = Whereabouts(writing)
+    where = Heartbeat(writing)
     where.at("forward", 1)
     where.settle()
     # From here on a rank that has had more marks in its start is not ahead of the others.
@@ -175,7 +175,7 @@ def test_marks_are_slow_until_the_first_step_is_done_and_in_loads_and_saves() ->
 def test_a_guard_that_is_gone_or_takes_nothing_never_stops_a_rank() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    where = Whereabouts(writing)
+    where = Heartbeat(writing)
     for _ in range(10_000):  # more than a pipe holds
         where.at("forward", 1)
     os.close(reading)

@@ -28,10 +28,10 @@ from mirage_ds.evaluate.decoder import decode_samples
 from mirage_ds.evaluate.scoring import spread
 from mirage_ds.model.generate import LatentTokens, Limits, generate, latent_tokens
 from mirage_ds.model.load import load_model
-from mirage_ds.run import best
-from mirage_ds.run.best import Best
+from mirage_ds.run import saving
 from mirage_ds.run.decoding import prompt_of
 from mirage_ds.run.folder import claim
+from mirage_ds.run.saving import Best
 
 CPU = torch.device("cpu")
 
@@ -149,7 +149,7 @@ class Run:
     """A run whose model is a file with its step in it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path):
-        monkeypatch.setattr(best, "from_rank_zero", lambda make, world: make())
+        monkeypatch.setattr(saving, "from_rank_zero", lambda make, world: make())
         self.folder = folder
         self.fails: Exception | None = None
 

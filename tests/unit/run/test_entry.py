@@ -149,7 +149,9 @@ def _main(module: str) -> Callable[[], None]:
     return importlib.import_module(f"mirage_ds.{module}").main
 
 
-@pytest.mark.parametrize("module", ["cli", "train", "decoding_commands", "guard.__main__", "hosts", "remote_env"])
+@pytest.mark.parametrize(
+    "module", ["cli", "train", "evaluate.command", "cluster.guard.__main__", "cluster.hosts", "cluster.environment"]
+)
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_a_terminal_that_is_not_utf8_ends_nothing(
     module: str, encoding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -161,22 +163,23 @@ def test_a_terminal_that_is_not_utf8_ends_nothing(
     # They are this whole suite's: torch has some that take its operators away.
     monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: None)
     (tmp_path / "hosts").write_text("node1 slots=1\n")
-    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "hosts") if module == "hosts" else "--help"])
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "hosts") if module == "cluster.hosts" else "--help"])
     with contextlib.suppress(SystemExit):
         _main(module)()
     print("578\u2013863 rows")
     terminal.flush()
     assert written.getvalue().endswith(b"578?863 rows\n")
-    assert b"Show this message" in written.getvalue() or module == "hosts"
+    assert b"Show this message" in written.getvalue() or module == "cluster.hosts"
 
 
 def test_the_log_file_is_utf8_whatever_the_terminal_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mirage_ds.run.monitor import Monitor
+    from mirage_ds.run.journal import Journal, Logs
 
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors="replace")
     monkeypatch.setattr(sys, "stdout", terminal)
-    with Monitor(tmp_path / "run", 1, [], tmp_path / "log.txt", active=True) as monitor:
-        monitor.say("578\u2013863 tokens")
-        assert monitor.text is not None
-        assert monitor.text.encoding == monitor.lines.encoding == "utf-8"
+    journal, logs = Journal(), Logs(tmp_path / "run", 1, [], tmp_path / "log.txt")
+    with journal.logging(logs):
+        journal.say("578\u2013863 tokens")
+        assert logs.text is not None
+        assert logs.text.encoding == logs.lines.encoding == "utf-8"
     assert "578\u2013863".encode() in (tmp_path / "log.txt").read_bytes()

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from mirage_ds.errors import Stopped, UserError
-from mirage_ds.run.monitor import Monitor
+from mirage_ds.run.journal import Journal, Logs
 from mirage_ds.run.sinks import Sink, check_installed, open_sinks
 
 METRICS = {"loss": 1.5, "ce": 2.0, "grad_norm": float("nan"), "lr": 1e-3, "micro_steps": 1, "skipped": 0,
-           "model_flops": 4e9}  # fmt: skip
+           "model_flops": 4e9, "rows": 8, "tokens": 100}  # fmt: skip
 SETTINGS = {"stage": "sft", "resume": "never", "learning_rate": 1e-3}
 
 
@@ -114,10 +114,11 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> MLflowTracker:
 def run(folder: Path, sinks: list[Sink], start: int, steps: int, error: BaseException | None = None) -> None:
     """Report steps start + 1 … steps, then end."""
     try:
-        with Monitor(folder, 6, sinks, None, True, start, peak=1e9) as monitor:
+        journal = Journal()
+        with journal.logging(Logs(folder, 6, sinks, start=start, peak=1e9)):
             for step in range(start + 1, steps + 1):
-                monitor.step(step, step / 6, 8, 100, METRICS)
-            monitor.evaluation(steps, {"loss": 1.25})
+                journal.step(step, step / 6, METRICS)
+            journal.evaluation(steps, {"loss": 1.25})
             if error:
                 raise error
     except (Stopped, ZeroDivisionError):
@@ -202,8 +203,9 @@ def test_mfu_is_the_share_of_the_peak_and_absent_without_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, peak in (("known", 1e12), ("unknown", None)):
-        with Monitor(tmp_path / name, 1, [], None, True, 0, peak) as monitor:
-            monitor.step(1, 1.0, 8, 100, METRICS)
+        journal = Journal()
+        with journal.logging(Logs(tmp_path / name, 1, [], peak=peak)):
+            journal.step(1, 1.0, METRICS)
     known, unknown = (json.loads((tmp_path / name / "log.jsonl").read_text()) for name in ("known", "unknown"))
     assert known["mfu"] * 1e12 / 4e9 == pytest.approx(known["samples_per_second"] / 8)
     assert "mfu" not in unknown

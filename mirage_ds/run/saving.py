@@ -1,8 +1,9 @@
-"""--save_best: beside the run, the model folder of the best evaluation so far.
+"""What a run writes: checkpoints on the way, the trained model at the end, the best model so far.
 
-    <save_model_path>/best/     a model folder like any other, and best.json: metric, step and all that was measured
-
-Written beside and renamed: `best` is the old one or the new one, whole.
+<save_model_path>/                  the trained model
+<save_model_path>/run/checkpoints/  one folder a checkpoint
+<save_model_path>/best/             with --save_best, the model of the best evaluation: a model folder like any
+                                    other, and best.json: metric, step and all that was measured
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
+from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.setup import World, from_rank_zero
+from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import better
 from mirage_ds.files import delete_model, move_others, write_atomically
+from mirage_ds.run import events
+from mirage_ds.run.settings import Run
+from mirage_ds.run.setup import Learner
 
 NOTE = "best.json"
 
@@ -25,8 +30,50 @@ NOTE = "best.json"
 Save = Callable[[Path, int, Mapping[str, float]], None]
 
 
+class Saver:
+    """Writes checkpoints and the model; `last` is the newest good checkpoint."""
+
+    def __init__(self, run: Run, learner: Learner):
+        self.run, self.learner = run, learner
+        self.last = learner.checkpoint.place if learner.checkpoint else None
+
+    def save(self, done: int, owed: bool) -> None:
+        """Write the checkpoint of `done` steps. Where that fails the log says so, and training goes on.
+
+        Args:
+            owed: the evaluation of this step is still to be made.
+        """
+        config, journal = self.run.config, self.run.journal
+        state = {**self.learner.state, "step": done, "evaluation_owed": owed}
+        journal.tell(events.SAVE_BEGINS, done)
+        folder = self.run.folder / "checkpoints"
+        outcome = save_checkpoint(self.learner.engine, folder, state, config.keep_checkpoints, self.run.world)
+        if isinstance(outcome, str):
+            journal.tell(events.SAVE_ENDS, done)
+            last = self.last or "none"
+            line = f"error: no checkpoint of step {done}: {outcome}; the last good one is {last}"
+            journal.tell(events.SAVE_FAILED, done, line, outcome)
+            return
+        self.last = outcome
+        journal.tell(events.SAVE_ENDS, done, f"checkpoint {outcome}")
+
+    def save_model(self, step: int, scores: Mapping[str, float]) -> None:
+        """Write the trained model, with what it scores, if known; UserError on the rank that cannot."""
+        self.run.journal.tell(events.MODEL_BEGINS, step)
+        folder = self.run.config.save_model_path
+        try:
+            self.learner.save(self.run.world, folder, step, scores)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the model cannot be written ({error}); make room and use --resume auto: the last good checkpoint is "
+                f"{self.last or 'none, since --save_every was not given'}",
+                everywhere=False,
+            ) from None
+        self.run.journal.tell(events.MODEL_ENDS, step, f"model saved to {folder}")
+
+
 class Best:
-    """Keeps the best model of a run.
+    """Keeps the best model of a run. `best` is written beside and renamed: it is the old one or the new one, whole.
 
     Args:
         metric: name of a metric (scoring.MORE_IS_BETTER).
@@ -83,13 +130,12 @@ class Best:
             beside.rename(self.place)
             move_others(old, self.place)
 
-        def write() -> None:
-            self.save(beside, step, metrics)
-
         trouble = from_rank_zero(lambda: _attempt(begin), self.world)
         if trouble:
             return trouble
-        trouble = from_rank_zero_after(write, self.world) or from_rank_zero(lambda: _attempt(finish), self.world)
+        # All ranks do their part, and hear whether rank 0 has failed.
+        own = _attempt(lambda: self.save(beside, step, metrics))
+        trouble = from_rank_zero(lambda: own, self.world) or from_rank_zero(lambda: _attempt(finish), self.world)
         if trouble:
             from_rank_zero(lambda: shutil.rmtree(beside, ignore_errors=True), self.world)
         return trouble
@@ -101,9 +147,3 @@ def _attempt(work: Callable[[], None]) -> str:
     except (OSError, SafetensorError) as error:
         return str(error)
     return ""
-
-
-def from_rank_zero_after(work: Callable[[], None], world: World) -> str:
-    """Do work on every rank; return, on every rank, why it failed on rank 0."""
-    trouble: Any = _attempt(work)
-    return from_rank_zero(lambda: trouble, world)

@@ -1,4 +1,4 @@
-"""Where a rank is in its work, told to the guard that started it; without a guard nothing is told.
+"""What a rank does now, told to the guard that started it; without a guard nobody is told. Imports no torch.
 
 Every rank makes the same marks in the same order: the rank with the fewest is the one that the others wait for.
 """
@@ -25,8 +25,12 @@ COLLECTIVE = "collective"
 LOADING, SAVING = "load", "save"
 
 
-class Whereabouts:
-    """Tells the guard what this rank does next."""
+class Heartbeat:
+    """Tells the guard what this rank does next.
+
+    Args:
+        pipe: the guard's end of it; None where there is no guard.
+    """
 
     def __init__(self, pipe: int | None = None):
         self._pipe = pipe
@@ -45,7 +49,7 @@ class Whereabouts:
         self._tell({"count": self._count, "doing": doing, "step": step, "kind": kind, "slow": slow})
 
     def settle(self) -> None:
-        """Say that the first step is done: what comes now takes as long as it did before, save for loads and saves."""
+        """Say that the first step is done: from now on only loads and saves may take long."""
         self._settled = True
         # From here on the marks of all ranks are as many; in a start each has worked on its own share.
         self._count = SETTLED
@@ -66,17 +70,13 @@ class Whereabouts:
             self._pipe = None
 
 
-# For work that no guard watches.
-UNTOLD = Whereabouts()
-
-
-def guarded() -> Whereabouts:
-    """Take what the guard has handed over; a Whereabouts that tells nobody where there is no guard."""
+def guarded() -> Heartbeat:
+    """Take what the guard has handed over; a Heartbeat that tells nobody where there is no guard."""
     pipe, stacks = os.environ.pop(MARKS_FD, None), os.environ.pop(STACKS_FD, None)
     if pipe is None or stacks is None:
-        return Whereabouts()
+        return Heartbeat()
     for number in (int(pipe), int(stacks)):
         os.set_inheritable(number, False)
     os.set_blocking(int(pipe), False)
     faulthandler.register(STACKS_SIGNAL, file=int(stacks), all_threads=True)
-    return Whereabouts(int(pipe))
+    return Heartbeat(int(pipe))

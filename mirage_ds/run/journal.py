@@ -1,0 +1,283 @@
+"""What a run says of itself. The journal takes each event once and tells all whom it concerns:
+
+every rank   the guard's heartbeat; the ranks that wait for this one while the run starts
+rank 0       events.jsonl; then also the console, --log_file, log.jsonl and the trackers (sinks.py)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+
+from mirage_ds.engine.waiting import Waiting
+from mirage_ds.errors import Stopped, UserError
+from mirage_ds.files import write_atomically
+from mirage_ds.run import events
+from mirage_ds.run.heartbeat import LOADING, SAVING, Heartbeat
+from mirage_ds.run.sinks import End, Sink, SinkError
+
+# What a rank does from an event on. Both take as long as the model is large.
+DOING = {events.SAVE_BEGINS: "saves a checkpoint", events.MODEL_BEGINS: "saves the model"}
+# What stands in a line of log.jsonl and is no curve.
+NOT_PLOTTED = ("step", "rows", "tokens", "time", "row_ids")
+
+
+class Journal:
+    """Reports a run.
+
+    Attributes:
+        waiting: is told of each phase that this rank has come on; None before there is a process group.
+    """
+
+    def __init__(self, heartbeat: Heartbeat | None = None):
+        self.heartbeat = heartbeat or Heartbeat()
+        self.waiting: Waiting | None = None
+        self._events: Path | None = None
+        self._logs: Logs | None = None
+        # By the wall clock: the process is older than this interpreter.
+        age = time.time() - psutil.Process().create_time()
+        self._phase, self._phase_began = "imports", time.perf_counter() - age
+        self._phases: dict[str, float] = {}
+        self._step_began = 0.0
+
+    def phase(self, name: str) -> None:
+        """Begin a phase of the start, or go on with it; a phase ends where the next one begins."""
+        self._end_phase()
+        self._phase = name
+        self.tell(f"{events.PHASE}{name}")
+        self.heartbeat.at(name, kind=LOADING)
+        if self.waiting:
+            self.waiting.moved()
+
+    def _end_phase(self) -> None:
+        now = time.perf_counter()
+        self._phases[self._phase] = self._phases.get(self._phase, 0.0) + now - self._phase_began
+        self._phase_began = now
+
+    def started(self) -> None:
+        """Report that the first step is done, and what the time until then went into."""
+        self._end_phase()
+        parts = ", ".join(f"{name} {took:.1f}" for name, took in self._phases.items())
+        self.say(f"first step {sum(self._phases.values()):.1f} s after this process began: {parts}")
+        self.heartbeat.settle()
+
+    def claimed(self, own_folder: Path, writes: bool) -> None:
+        """Take the run's own folder; `writes`: this rank notes the events there."""
+        self.heartbeat.folder(own_folder)
+        if writes:
+            self._events = own_folder
+
+    @contextmanager
+    def logging(self, logs: Logs | None) -> Iterator[None]:
+        """Write to these logs (None on ranks that have none) until the run ends, and close them with how it ended."""
+        self._logs = logs
+        end: End = "failed"
+        try:
+            yield
+            end = "finished"
+        except Stopped:
+            end = "stopped"
+            raise
+        finally:
+            self._logs = None
+            if logs:
+                logs.close(end)
+
+    def at(self, doing: str, step: int | None = None, kind: str = "") -> None:
+        """Mark what this rank does now (heartbeat.py): it concerns the guard alone."""
+        self.heartbeat.at(doing, step, kind)
+
+    def tell(self, event: str, step: int | None = None, said: str = "", why: str | None = None) -> None:
+        """Report that something began or ended (events.py).
+
+        Args:
+            said: a line for the log.
+            why: a reason, for events.jsonl.
+        """
+        if event in DOING:
+            self.heartbeat.at(DOING[event], step, SAVING)
+        if self._events:
+            events.note(self._events, event, step, why)
+        if said:
+            self.say(said)
+
+    def failed(self, error: BaseException) -> None:
+        """Report what ends the run before its time."""
+        text = " ".join(str(error).split())
+        # A disk that is full, perhaps the very reason: what is to be seen is the error itself.
+        with suppress(OSError):
+            self.tell(events.FAILED, why=text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")
+
+    def say(self, line: str) -> None:
+        """Write one line to the console and --log_file."""
+        if self._logs:
+            self._logs.say(line)
+
+    def start_clock(self) -> None:
+        """Begin to time the next step."""
+        self._step_began = time.perf_counter()
+
+    def step(self, step: int, epoch: float, metrics: Mapping[str, Any]) -> None:
+        """Report one optimizer step.
+
+        Args:
+            step: optimizer steps taken, from 1.
+            metrics: see step.Taken.
+        """
+        if not self._logs:
+            return
+        logs, seconds = self._logs, time.perf_counter() - self._step_began
+        rows, tokens = metrics["rows"], metrics["tokens"]
+        record: dict[str, Any] = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            **metrics,
+            "time": round(time.time(), 3),
+            "seconds": round(seconds, 4),
+            "samples_per_second": rows / seconds,
+            "tokens_per_second": tokens / seconds,
+            "memory_gb": memory_gb(),
+        }
+        if logs.peak is not None:
+            record["mfu"] = metrics["model_flops"] / (seconds * logs.peak)
+        logs.write(record)
+        sim = f" sim {metrics['sim']:.4f}" if "sim" in metrics else ""
+        mfu = f" mfu {record['mfu']:.1%}" if "mfu" in record else ""
+        logs.say(
+            f"step {step}/{logs.steps} epoch {epoch:.2f} loss {metrics['loss']:.4f} ce {metrics['ce']:.4f}{sim} "
+            f"grad {metrics['grad_norm']:.3f} lr {metrics['lr']:.2e} G {metrics['micro_steps']:.0f} "
+            f"{seconds:.2f} s {rows / seconds:.1f} rows/s {tokens / seconds:.0f} tok/s{mfu} "
+            f"mem {record['memory_gb']:.2f} GB eta {logs.left(step, seconds)}"
+            f"{' SKIPPED' if metrics['skipped'] else ''}"
+        )
+        logs.plot(step, "train", {name: record[name] for name in record if name not in NOT_PLOTTED})
+
+    def not_finite(self, step: int, records: list[dict[str, int]], whole: bool) -> None:
+        """Report a step that was skipped.
+
+        Args:
+            records: row and line of the samples whose loss was not finite.
+            whole: no loss was: these are all samples of the step, whose gradient was not.
+        """
+        if self._events:
+            with (self._events / "not_finite.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "gradient_only": whole, "records": records}) + "\n")
+        lines = ", ".join(str(record["line"]) for record in records[:8]) + (" …" if records[8:] else "")
+        what = "the gradient" if whole else "the loss"
+        self.say(f"step {step}: {what} was not finite, the step is skipped; records on line(s) {lines}")
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Report what was measured on the evaluation records after `step` optimizer steps."""
+        if self._logs:
+            measured = {f"eval_{name}": value for name, value in metrics.items()}
+            self._logs.write({"step": step, "time": round(time.time(), 3), **measured})
+            parts = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            self._logs.say(f"evaluation after step {step}: {parts}")
+            self._logs.plot(step, "eval", metrics)
+
+    def pictures(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Give figures of matplotlib to TensorBoard."""
+        if self._logs:
+            self._logs.draw(step, figures)
+
+
+class Logs:
+    """Where rank 0 writes while steps are taken: console, --log_file, log.jsonl, trackers.
+
+    Args:
+        folder: the run's own folder.
+        steps: optimizer steps of the whole run.
+        sinks: the trackers.
+        log_file: where the console's lines are repeated, or None.
+        start: optimizer steps already taken; what an interrupted run logged beyond them is dropped.
+        peak: FLOP/s of all ranks together, by which MFU is taken; None where it is not known.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        sinks: Sequence[Sink],
+        log_file: Path | None = None,
+        start: int = 0,
+        peak: float | None = None,
+    ):
+        self.steps, self.sinks, self.peak = steps, sinks, peak
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "log.jsonl"
+        if log.is_file():
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            # The last line may be half of one, where the run broke off in the middle of it.
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+            write_atomically(log, "".join(kept))
+        self.lines = log.open("a", buffering=1, encoding="utf-8")
+        self.text = None
+        if log_file:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            self.text = log_file.open("a", buffering=1, encoding="utf-8", errors="replace")
+        self.recent: deque[float] = deque(maxlen=50)
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        print(line, flush=True)  # noqa: T201  # this is the console
+        if self.text:
+            self.text.write(line + "\n")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add a line to log.jsonl. JSON knows no NaN and no infinity: null stands for them."""
+        plain = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        self.lines.write(json.dumps(plain) + "\n")
+
+    def plot(self, step: int, group: str, values: Mapping[str, Any]) -> None:
+        """Give numbers to the trackers."""
+        for sink in self.sinks:
+            self._give(sink.scalars, step, {f"{group}/{name}": value for name, value in values.items()})
+
+    def draw(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Give figures to the trackers."""
+        for name, figure in figures.items():
+            for sink in self.sinks:
+                self._give(sink.figure, step, f"latents/{name}", figure)
+
+    def left(self, step: int, seconds: float) -> timedelta:
+        """Take note of a step that took so long; return the time that the rest of the run will take."""
+        self.recent.append(seconds)
+        return timedelta(seconds=round(median(self.recent) * (self.steps - step)))
+
+    def close(self, end: End) -> None:
+        """Say to the trackers how the run ended, and write what waits."""
+        self.lines.close()
+        for sink in self.sinks:
+            self._give(sink.close, end)
+        if self.text:
+            self.text.close()
+
+    def _give(self, take: Callable[..., None], *what: Any) -> None:
+        """Hand something to a tracker. One that is away ends no run: log.jsonl has all of it."""
+        try:
+            take(*what)
+        except SinkError as error:
+            self.say(f"warning: {error}; log.jsonl has them")
+
+
+def memory_gb() -> float:
+    """Peak memory of this process in GB: the GPU's where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    # Linux counts ru_maxrss in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,161 @@
+"""A run, and the check of its settings: what can be refused before a look at the records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mirage_ds.config.run import RunConfig
+from mirage_ds.data.encode import LATENT_TOKENS, Encoder
+from mirage_ds.engine import ds_config as ds
+from mirage_ds.engine.compiled import say_waits
+from mirage_ds.engine.offload import check_offload
+from mirage_ds.engine.setup import World, agree, check_ds_config, from_rank_zero, shared_fate, try_engine
+from mirage_ds.engine.versions import check_release, gather_safely
+from mirage_ds.errors import UserError
+from mirage_ds.files import check_log
+from mirage_ds.model.attention import choose_backend, head_width_of
+from mirage_ds.model.load import check_folder, read_config, shape_of
+from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
+from mirage_ds.model.shape import Shape
+from mirage_ds.plan.settings import two_layers
+from mirage_ds.plan.shape import sizes, trained_parameters
+from mirage_ds.run import folder as run_folder
+from mirage_ds.run.journal import Journal
+from mirage_ds.run.records import make_encoder, model_folders
+from mirage_ds.run.sinks import check_installed
+from mirage_ds.run.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run as one rank sees it.
+
+    Attributes:
+        asked: whether somebody wants this process to stop.
+    """
+
+    config: RunConfig
+    world: World
+    journal: Journal = field(default_factory=Journal)
+    asked: Callable[[], bool] = field(default_factory=lambda: StopRequest().asked)
+
+    @property
+    def folder(self) -> Path:
+        """The run's own folder."""
+        return self.config.save_model_path / "run"
+
+    def stops(self) -> bool:
+        """Tell, on every rank alike, whether any of them was asked to stop."""
+        return agree(self.asked(), self.world)
+
+
+class Checked(NamedTuple):
+    """Settings that this machine and the model allow.
+
+    Attributes:
+        ds_values: the DeepSpeed JSON, resolved.
+        folders: of the model: the first gives the weights, each gives what those before it lack.
+        encoder: of the records to train on.
+        lora: None where all weights are trained.
+    """
+
+    ds_values: dict[str, Any]
+    folders: list[Path]
+    encoder: Encoder
+    shape: Shape
+    lora: Lora | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in the forward."""
+        return getattr(torch, ds.compute_dtype(self.ds_values))
+
+    @property
+    def products(self) -> torch.dtype:
+        """In which matrices are multiplied."""
+        return torch.bfloat16 if ds.products_in_bf16(self.ds_values) else torch.float32
+
+
+def check_settings(run: Run) -> Checked:
+    """Refuse what can be refused without a look at the records."""
+    config, world = run.config, run.world
+    run.journal.phase("records")
+    if config.rows_per_step < world.size and not config.allow_idle_ranks:
+        raise UserError(
+            f"{config.rows_per_step} rows an optimizer step (--global_batch_size) are fewer than {world.size} ranks: "
+            "use fewer ranks, or --allow_idle_ranks"
+        )
+    from_rank_zero(partial(check_outputs, config), world)
+    from_rank_zero(partial(check_installed, config.report_to), world)
+    json_path = config.deepspeed or ds.default_path(config.stage)
+    ds_values = read_ds_values(config, json_path, world)
+    folders = from_rank_zero(partial(model_folders, config, partial(run.journal.phase, "records")), world)
+    with shared_fate(world):
+        # Once a host: where the hosts have copies of their own, each has to be whole.
+        if world.local_rank == 0:
+            check_folder(folders[0], folders[1:])
+    model_config = read_config(folders[0])
+    shape = shape_of(model_config, f"{folders[0]}/config.json")
+    ds.fill_limits(ds_values, two_layers(sizes(shape)))
+    encoder = make_encoder(config, folders)
+    lora = from_rank_zero(lambda: make_lora(config, shape, encoder), world)
+    checked = Checked(ds_values, folders, encoder, shape, lora)
+    head_width = head_width_of(model_config.get_text_config())
+    choose_backend(config.attention, world.device, checked.products, head_width)
+    check_offload(ds_values, json_path, trained_elements(shape, config.train_vision, lora), world)
+    if world.local_rank == 0:
+        say_waits(ds_values)
+    if config.deepspeed:
+        # The shipped ones are known to start.
+        try_engine(ds_values, json_path)
+    return checked
+
+
+def check_outputs(config: RunConfig) -> None:
+    """Refuse, before any work, what cannot be written, and a run folder that holds what is not this run's.
+
+    Raises:
+        UserError: names the flag.
+    """
+    sources = [Path(one) for one in (config.model, config.load_model_path) if one is not None]
+    run_folder.check(config.save_model_path, config.overwrite, config.resume == "auto", sources)
+    if config.log_file:
+        check_log(config.log_file, "--log_file")
+
+
+def read_ds_values(config: RunConfig, json_path: Path, world: World) -> dict[str, Any]:
+    """Resolve the DeepSpeed JSON and refuse what the installed releases cannot do with it."""
+    values = ds.resolve(ds.read_json(json_path, world.device.type), json_path, config, world.size)
+    check_release(values, json_path, bool(config.lora_rank) and config.gradient_checkpointing)
+    gather_safely(values, world.device.type)
+    check_ds_config(values, json_path)
+    if config.lora_rank:
+        check_peft(f"--lora_rank {config.lora_rank}")
+    return values
+
+
+def make_lora(config: RunConfig, model: Shape, encoder: Encoder) -> Lora | None:
+    """Describe a run's adapters; None where all weights are trained.
+
+    Raises:
+        UserError: a layer that the decoder does not have.
+    """
+    if config.lora_rank is None:
+        return None
+    targets = find_targets(model.shapes, config.lora_targets)
+    tokens = tuple(encoder.id_of(token) for token in LATENT_TOKENS)
+    return Lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, targets, tokens, config.seed)
+
+
+def trained_elements(model: Shape, train_vision: bool, lora: Lora | None) -> list[int]:
+    """List the elements of each trained parameter."""
+    if lora:
+        return [math.prod(shape) for shape in trained_shapes(model.shapes, lora)]
+    return [one.elements for one in trained_parameters(model, train_vision)]

@@ -1,0 +1,98 @@
+"""Whom the journal tells of an event: the guard on every rank, events.jsonl and the logs on rank 0."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirage_ds.errors import Stopped, UserError
+from mirage_ds.run import events
+from mirage_ds.run.heartbeat import Heartbeat
+from mirage_ds.run.journal import Journal, Logs
+from mirage_ds.run.sinks import Sink
+
+
+@contextmanager
+def heard(marks: list[dict[str, Any]]) -> Iterator[Heartbeat]:
+    """A heartbeat, and what the guard has heard of it in the end."""
+    reading, writing = os.pipe()
+    yield Heartbeat(writing)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        marks += [json.loads(line) for line in pipe]
+
+
+def noted_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / events.FILE).read_text().splitlines()]
+
+
+class Tracker(Sink):
+    def __init__(self) -> None:
+        self.end = ""
+
+    def scalars(self, step: int, values: Any) -> None: ...
+
+    def close(self, end: str) -> None:
+        self.end = end
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_an_event_is_told_once_to_all_whom_it_concerns(
+    writes: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marks: list[dict[str, Any]] = []
+    with heard(marks) as heartbeat:
+        journal = Journal(heartbeat)
+        # Nothing is written before the folder is this run's.
+        journal.phase("records")
+        assert list(tmp_path.iterdir()) == []
+        journal.claimed(tmp_path, writes)
+        journal.phase("model")
+        journal.say("too early")
+        with journal.logging(Logs(tmp_path, 4, [], tmp_path / "log.txt") if writes else None):
+            journal.tell(events.SAVE_BEGINS, 2)
+            journal.tell(events.SAVE_FAILED, 2, "no checkpoint", "disk full")
+            journal.at("updates the weights", 3)
+    assert marks[1] == {"folder": str(tmp_path)}
+    told = [(one["doing"], one["step"], one["kind"]) for one in marks if "doing" in one]
+    assert told == [
+        ("records", None, "load"),
+        ("model", None, "load"),
+        ("saves a checkpoint", 2, "save"),
+        ("updates the weights", 3, ""),
+    ]
+    if not writes:
+        assert list(tmp_path.iterdir()) == []
+        assert capsys.readouterr().out == ""
+        return
+    noted = [(one["event"], one.get("step"), one.get("why")) for one in noted_in(tmp_path)]
+    assert noted == [("phase: model", None, None), ("save begins", 2, None), ("save failed", 2, "disk full")]
+    assert capsys.readouterr().out == (tmp_path / "log.txt").read_text() == "no checkpoint\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "end"), [(None, "finished"), (Stopped(), "stopped"), (UserError("x"), "failed"), (KeyError(), "failed")]
+)
+def test_the_trackers_hear_how_the_run_ended(error: BaseException | None, end: str, tmp_path: Path) -> None:
+    journal, tracker = Journal(), Tracker()
+    with suppress(Exception), journal.logging(Logs(tmp_path, 1, [tracker])):
+        if error:
+            raise error
+    assert tracker.end == end
+
+
+def test_what_ends_a_run_is_noted_in_one_line(tmp_path: Path) -> None:
+    journal = Journal()
+    journal.claimed(tmp_path, writes=True)
+    journal.failed(UserError("a\nb"))
+    journal.failed(ValueError("c"))
+    assert [one["why"] for one in noted_in(tmp_path)] == ["a b", "ValueError: c"]
+    # A folder that is gone hides no error.
+    journal.claimed(tmp_path / "gone", writes=True)
+    journal.failed(ValueError("d"))
