@@ -14,13 +14,13 @@ import pytest
 from support.extensions import compiled
 from support.group import Group
 
-from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.checkpoint import save_checkpoint
 from mirage_ds.engine.offload import check_offload
 from mirage_ds.errors import UserError
 from mirage_ds.run import step as steps
 from mirage_ds.run.settings import Run
+from mirage_ds.train import open_run
 
 BASE: dict[str, Any] = dict(
     stage="stage2", latent_size=2, global_batch_size=4, micro_batch_size=1, max_steps=3, warmup_steps=0,
@@ -35,7 +35,7 @@ def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Train through open_run and step, and save."""
     config = RunConfig(**settings)
     run = Run(config, world)
-    data, learner = train.open_run(run)
+    data, learner = open_run(run)
     losses = []
     for plan, batches in data.loader.steps(0, data.steps):
         taken = steps.step(run, data, learner, plan, batches)
