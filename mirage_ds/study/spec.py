@@ -103,12 +103,16 @@ class EvaluationSpec(_Strict):
 
 
 class ContrastSpec(_Strict):
-    """Two arms compared on the same records and seeds: arm − base."""
+    """Two arms compared on the same records and seeds: arm − base.
+
+    Attributes:
+        levels: of the records that count, all if empty; metric: compared, the task's first if None.
+    """
 
     arm: str
     base: str
     evaluation: str
-    levels: list[str] = []
+    levels: tuple[str, ...] = ()
     metric: str | None = None
 
 

@@ -24,8 +24,17 @@ from mirage_ds.study import command as commands
 from mirage_ds.study import execute
 from mirage_ds.study.launch import Place, command, environment, for_hosts, here, parts
 from mirage_ds.study.nodes import Node, Study
-from mirage_ds.study.overview import by_arm, estimate, overview, shown_hours, states_of, steps_of
-from mirage_ds.study.progress import TAIL_BYTES, Bars, reached
+from mirage_ds.study.overview import (
+    TAIL_BYTES,
+    Bars,
+    by_arm,
+    estimate,
+    overview,
+    reached,
+    shown_hours,
+    states_of,
+    steps_of,
+)
 from mirage_ds.study.slurm import arrays, write_scripts
 from mirage_ds.study.store import Store
 
