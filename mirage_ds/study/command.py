@@ -252,12 +252,11 @@ def _follow(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from mirage_ds.study.execute import Launch, run
+    from mirage_ds.study.execute import run
     from mirage_ds.study.overview import Bars
 
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    launch = Launch(made.spec.launch.environment, threads)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         done = sum(store.done(made.nodes[key]) is not None for key in wanted)
         task = bar.add_task(made.spec.name, total=len(wanted), completed=done)
@@ -267,7 +266,7 @@ def _follow(
             bar.update(task, completed=sum(store.done(made.nodes[key]) is not None for key in wanted))
 
         bars = Bars(bar, store)
-        return run(made, store, places, launch, say, stop.asked, wanted, patient, bars.show)
+        return run(made, store, places, threads, say, stop.asked, wanted, patient, bars.show)
 
 
 @ablate.command("status")

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_atomically
@@ -66,10 +66,12 @@ def load(file: Path) -> list[Cell]:
         return _CELLS.validate_python([{"settings": {}, **one} for one in values["cells"]])
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({reason(error)}); name a file of `mirage-ds ablate export`") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except (ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{file}: no file of `mirage-ds ablate export` ({type(error).__name__}: {reason(error)}); export it anew"
-        ) from None
+        why = reason(error)
+    raise UserError(f"{file}: no file of `mirage-ds ablate export` ({why}); export it anew")
 
 
 def _filled(cell: Cell, others: Sequence[Cell]) -> Cell:

@@ -13,7 +13,6 @@ from typing import Any
 import jinja2
 import pandas as pd
 from markdown_it import MarkdownIt
-from markupsafe import Markup
 
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.report import apart, measured, p_values
@@ -33,10 +32,12 @@ TESTS = {
 _MARKUP = re.compile(r"[\\`*\[\]<>|~&$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])")
 # What is markup at the beginning of a paragraph.
 _START = re.compile(r"^(?=[-+#=])|^(\d+)(?=[.)])")
-# The primary endpoint stands out, captions are quieter than the text; a table that is too wide for the page can be scrolled.
+# The primary endpoint stands out, captions are quieter than the text; what is too wide for the page can be scrolled.
 _CSS = """<style>
 .wide { overflow-x: auto; }
 style + p + p { font-weight: 600; }
+p:has(> img) { max-width: none; margin: 1.2rem 0 0; overflow-x: auto; }
+p:has(> img) + p { margin-top: 0; }
 p:has(+ .wide), p:has(> img) + p { color: var(--quiet); font-size: .9rem; }
 </style>"""
 # Columns of report.csv; those behind the first line are of a cell's whole chain.
@@ -134,23 +135,27 @@ def evaluations(report: Report) -> dict[str, list[str]]:
     return {name: [] if set(own) <= {NO_LEVEL} else sorted(own, key=level_key) for name, own in found.items()}
 
 
+class Escaped(str):
+    """A text that is Markdown already."""
+
+
 def escaped(text: object) -> str:
     """Write a text so that Markdown shows it as it is, on one line."""
-    if isinstance(text, Markup):
+    if isinstance(text, Escaped):
         return text
     return _MARKUP.sub(lambda met: f"\\{met[0]}", " ".join(str(text).split()))
 
 
 def paragraph(text: str) -> str:
     """Write a text as a paragraph of its own."""
-    return Markup(_START.sub(lambda met: f"{met[1] or ''}\\", escaped(text)))
+    return Escaped(_START.sub(lambda met: f"{met[1] or ''}\\", escaped(text)))
 
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), finalize=escaped, trim_blocks=True, lstrip_blocks=True
 )
 _TEMPLATES.filters |= {one.__name__: one for one in (count, settings, pair, judged, narrow, size, having, paragraph)}
-_TEMPLATES.filters |= {"measured": measured, "apart": apart, "p_values": p_values, "verbatim": Markup}
+_TEMPLATES.filters |= {"measured": measured, "apart": apart, "p_values": p_values, "verbatim": Escaped}
 _TEMPLATES.filters["test"] = lambda contrast: TESTS[contrast["test"]]
 
 
