@@ -101,7 +101,7 @@ def _problem(plan: CellPlan, study: Study, store: Store) -> str | None:
     """Say why a cell has no scores: the first node of it that is not done."""
     for key in plan.nodes:
         node = study.nodes[key]
-        if store.done(node) is None:
+        if not store.is_done(node):
             attempts = store.attempts(node)
             if attempts:
                 return f"{node.folder} failed {len(attempts)} time(s), at last with {attempts[-1]['why']}"
@@ -111,7 +111,7 @@ def _problem(plan: CellPlan, study: Study, store: Store) -> str | None:
 
 def _cell(plan: CellPlan, study: Study, store: Store, settings: Mapping[str, Any]) -> Cell:
     def finished(keys: Mapping[str, str]) -> dict[str, Node]:
-        return {name: study.nodes[key] for name, key in keys.items() if store.done(study.nodes[key]) is not None}
+        return {name: study.nodes[key] for name, key in keys.items() if store.is_done(study.nodes[key])}
 
     return Cell(
         arm=plan.arm,

@@ -60,7 +60,9 @@ def _open(file: Path) -> tuple[Study, Store]:
 @click.option("--row_tokens", default=500, show_default=True, type=click.IntRange(min=1), help="Tokens of a row.")
 @click.option("--images", default=1, show_default=True, type=click.IntRange(min=0), help="Input images of a row.")
 @click.option("--image_tokens", default=256, show_default=True, type=click.IntRange(min=1))
-@click.option("--each", is_flag=True, help="A line a run, with the name of its folder; otherwise one a stage.")
+@click.option(
+    "--each", is_flag=True, help="One line for each run, with its folder's name, instead of one for each stage."
+)
 @click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 def plan_study(study: Path, each: bool, wants_json: bool, **machine: Any) -> None:
     """Print what STUDY would run, what is done already, and the GPU-hours that the planner expects."""
@@ -158,18 +160,18 @@ def _places(ranks: int, jobs: int | None, hostfile: Path | None, each: int) -> t
 
 @ablate.command("run")
 @click.argument("study", type=_path())
-@click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time. [default: as many as fit]")
-@click.option("--hostfile", type=_path(), help="Run on these hosts, a part of them each.")
-@click.option("--hosts_per_run", default=1, show_default=True, type=click.IntRange(min=1))
-@click.option("--arms", help="Only these arms, with commas between them.")
-@click.option("--only", multiple=True, help="Only the run of this key or folder name; may be given several times.")
-@click.option("--again", is_flag=True, help="Try once more what failed as often as the study allows.")
-@click.option("--slurm", is_flag=True, help="Submit to Slurm: an array for each stage of the chains.")
+@click.option("--jobs", type=click.IntRange(min=1), help="How many runs at once. [default: as many as fit]")
+@click.option("--hostfile", type=_path(), help="Run on these hosts; each run gets --hosts_per_run of them.")
+@click.option("--hosts_per_run", default=1, show_default=True, type=click.IntRange(min=1), help="Hosts of one run.")
+@click.option("--arms", help="Only these arms, separated by commas.")
+@click.option("--only", multiple=True, help="Only the run with this key or folder name; repeat for more.")
+@click.option("--again", is_flag=True, help="Run again what has failed as often as `launch.retries` allows.")
+@click.option("--slurm", is_flag=True, help="Submit to Slurm instead: one array for each stage of the chains.")
 @click.option(
     "--sbatch", default="", help="Options of sbatch, in quotes: '--partition gpu --gres gpu:8 --time 8:00:00'."
 )
 @click.option("--sbatch_evaluate", help="Options of sbatch for evaluations, which use one GPU. [default: --sbatch]")
-@click.option("--at_once", type=click.IntRange(min=1), help="Tasks of a Slurm array that run at a time.")
+@click.option("--at_once", type=click.IntRange(min=1), help="How many tasks of a Slurm array may run at once.")
 def run_study(
     study: Path,
     jobs: int | None,
@@ -200,7 +202,7 @@ def run_study(
         numbers = submit(found, shlex.split(sbatch), own)
         print(f"{len(found)} array(s): {', '.join(numbers)}; `mirage-ds ablate status {study}` says how far they are")
         return
-    left = [made.nodes[key] for key in wanted if store.done(made.nodes[key]) is None]
+    left = [made.nodes[key] for key in wanted if not store.is_done(made.nodes[key])]
     # Where there are only evaluations, one GPU a run is enough.
     ranks = made.spec.launch.ranks if any(node.kind == "train" for node in left) else 1
     places, threads = _places(ranks, jobs, hostfile, hosts_per_run)
@@ -258,12 +260,12 @@ def _follow(
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        done = sum(store.done(made.nodes[key]) is not None for key in wanted)
+        done = sum(store.is_done(made.nodes[key]) for key in wanted)
         task = bar.add_task(made.spec.name, total=len(wanted), completed=done)
 
         def say(line: str) -> None:
             console.print(line, markup=False)
-            bar.update(task, completed=sum(store.done(made.nodes[key]) is not None for key in wanted))
+            bar.update(task, completed=sum(store.is_done(made.nodes[key]) for key in wanted))
 
         bars = Bars(bar, store)
         return run(made, store, places, threads, say, stop.asked, wanted, patient, bars.show)
@@ -273,7 +275,7 @@ def _follow(
 @click.argument("study", type=_path())
 @click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 def show_status(study: Path, wants_json: bool) -> None:
-    """Say how far STUDY is, from any machine that sees its folder, and what failed."""
+    """Show how far STUDY is and what failed; works on any machine that sees its folder."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
@@ -309,9 +311,15 @@ def show_status(study: Path, wants_json: bool) -> None:
 @ablate.command("report")
 @click.argument("study", type=_path())
 @click.option("--out", type=Output(folder=True), help="Folder to write. [default: report/ in the study's folder]")
-@click.option("--with", "others", multiple=True, type=_path(), help="File of `ablate export`: cells run elsewhere.")
+@click.option(
+    "--with",
+    "others",
+    multiple=True,
+    type=_path(),
+    help="A file of `ablate export` with cells run elsewhere; repeat for more.",
+)
 def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> None:
-    """Write report.json, .md, .csv, .html and figures of what there is of STUDY; holes are shown as such."""
+    """Write report.json, .md, .csv, .html and figures of what has finished of STUDY; what is missing is listed."""
     from mirage_ds.study.collect import collect
     from mirage_ds.study.portable import merge
     from mirage_ds.study.report.write import write_report

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from mirage_ds.errors import EXIT_STOPPED, UserError, reason
 from mirage_ds.run.stop import never
@@ -39,7 +39,6 @@ class Running(NamedTuple):
     node: Node
     place: Place
     process: subprocess.Popen[bytes]
-    log: IO[bytes]
     held: ExitStack
     begun: float
 
@@ -58,35 +57,33 @@ def why(log: Path, code: int) -> str:
 
 def start(node: Node, study: Study, store: Store, place: Place, threads: int) -> Running | None:
     """Start a node; None where another process works at it, or it has been done meanwhile."""
-    held = ExitStack()
-    lock = held.enter_context(store.hold(node))
-    if lock is None or store.done(node) is not None:
-        held.close()
-        return None
-    parent = study.nodes[node.parent] if node.parent else None
-    store.prepare(node, parent)
-    begun = time.time()
-    if store.is_whole(node):
-        # Its process ended well and ours did not live to write it down.
-        store.finish(node, begun)
-        held.close()
-        return None
-    log = store.log(node).open("ab")
-    used = place.of(node)
-    words = command(node, parent, store, used)
-    log.write(f"\n$ {' '.join(words)}\n".encode())
-    log.flush()
-    process = subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment(used, store.place(node), study.spec.launch.environment, threads),
-        # A Ctrl-C of the terminal reaches this process alone, which passes it on.
-        start_new_session=True,
-        pass_fds=(lock.fileno(),),
-    )
-    return Running(node, place, process, log, held, begun)
+    with ExitStack() as held:
+        lock = held.enter_context(store.hold(node))
+        if lock is None or store.is_done(node):
+            return None
+        parent = study.parent_of(node)
+        store.prepare(node, parent)
+        begun = time.time()
+        if store.is_whole(node):
+            # Its process ended well and ours did not live to write it down.
+            store.finish(node, begun)
+            return None
+        log = held.enter_context(store.log(node).open("ab"))
+        used = place.of(node)
+        words = command(node, parent, store, used)
+        log.write(f"\n$ {' '.join(words)}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(used, store.place(node), study.spec.launch.environment, threads),
+            # A Ctrl-C of the terminal reaches this process alone, which passes it on.
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),
+        )
+        return Running(node, place, process, held.pop_all(), begun)
 
 
 def end(one: Running, store: Store, code: int, stopping: bool) -> str | None:
@@ -96,7 +93,6 @@ def end(one: Running, store: Store, code: int, stopping: bool) -> str | None:
         stopping: it was asked to stop. However it ended then, it was no failure: the request may have met it before it
             listened.
     """
-    one.log.close()
     failed = None
     if code == 0 and store.is_whole(one.node):
         store.finish(one.node, one.begun)
@@ -111,8 +107,9 @@ def ready(study: Study, store: Store, wanted: Iterable[str], busy: set[str]) -> 
     """Return the first node that can start now."""
     for key in wanted:
         node = study.nodes[key]
-        waits = node.parent is not None and store.done(study.nodes[node.parent]) is None
-        if key not in busy and not waits and store.state(node) == "waiting":
+        parent = study.parent_of(node)
+        can_start = parent is None or store.is_done(parent)
+        if key not in busy and can_start and store.state(node) == "waiting":
             return node
     return None
 
@@ -188,7 +185,6 @@ class _Work:
             except subprocess.TimeoutExpired:
                 os.killpg(one.process.pid, signal.SIGKILL)
                 one.process.wait()
-            one.log.close()
             one.held.close()
 
     def elsewhere(self) -> int:
@@ -229,7 +225,7 @@ def run(
         return _until_done(work, asked, patient, look)
     except OSError as error:
         raise UserError(
-            f"{error.filename or store.root}: {reason(error)}; its runs were stopped, and the same command goes on"
+            f"{error.filename or store.root}: {reason(error)}; its runs were stopped; the same command goes on"
         ) from None
     finally:
         work.end_all()

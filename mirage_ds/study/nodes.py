@@ -24,7 +24,16 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.data.sources import find_files
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
-from mirage_ds.study.spec import Arm, EvaluationSpec, Settings, StudySpec, arm_names, conditions, seed_number
+from mirage_ds.study.spec import (
+    Arm,
+    EvaluationSpec,
+    Settings,
+    StudySpec,
+    arm_names,
+    conditions,
+    first_fault,
+    seed_number,
+)
 
 Kind = Literal["train", "evaluate", "controls"]
 
@@ -112,6 +121,10 @@ class Study:
     spec: StudySpec
     nodes: Mapping[str, Node]
     cells: tuple[CellPlan, ...]
+
+    def parent_of(self, node: Node) -> Node | None:
+        """Return the node whose model it needs."""
+        return None if node.parent is None else self.nodes[node.parent]
 
 
 @lru_cache(maxsize=4096)
@@ -221,9 +234,7 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
     try:
         return RunConfig(save_model_path=Path("model"), **values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "settings"
-        raise UserError(f"{where}: {name}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise UserError(f"{where}: {first_fault(error, 'settings')}") from None
     except TypeError as error:
         raise UserError(f"{where}: {error}") from None
 

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_atomically
 from mirage_ds.study.results import CONTROLS, SCORES, Cell, Results
+from mirage_ds.study.spec import first_fault
 
 FORMAT = 2
 _CELLS = TypeAdapter(list[Cell])
@@ -67,11 +68,10 @@ def load(file: Path) -> list[Cell]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({reason(error)}); name a file of `mirage-ds ablate export`") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        why = first_fault(error)
     except (ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
         why = reason(error)
-    raise UserError(f"{file}: no file of `mirage-ds ablate export` ({why}); export it anew")
+    raise UserError(f"{file}: not a file of `mirage-ds ablate export` ({why}); export it anew")
 
 
 def _filled(cell: Cell, others: Sequence[Cell]) -> Cell:

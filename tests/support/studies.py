@@ -33,7 +33,7 @@ print("working on", place.name, flush=True)
 if mode == "fail":
     sys.exit("error: this one always fails")
 if mode == "user":
-    print("error: a user has to mend this"); sys.exit(2)
+    print("error: a user has to fix this"); sys.exit(2)
 if mode == "once" and not (place / "tried").exists():
     (place / "tried").touch(); sys.exit(70)
 if mode in ("long", "deaf", "some"):

@@ -99,11 +99,11 @@ def test_what_is_no_such_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "d").write_bytes((tmp_path / "d").read_bytes()[:50])
     (tmp_path / "f").write_bytes(gzip.compress(json.dumps({"format": 2, "cells": [{"arm": "a"}]}).encode()))
     for name, said in {
-        "a": "no file|cannot",
-        "b": "no file of",
+        "a": "not a file|cannot",
+        "b": "not a file of",
         "c": "another version",
-        "d": "no file",
-        "f": "no file of .* seed",
+        "d": "not a file",
+        "f": "not a file of .* seed",
         "e": "cannot",
     }.items():
         with pytest.raises(UserError, match=said):

@@ -95,11 +95,11 @@ def test_a_failing_arm_is_tried_again_and_the_others_go_on(small, monkeypatch: p
     assert by_arm(study, store)["mirage"] == {"done": 2}
 
 
-def test_what_a_user_has_to_mend_is_not_tried_again(small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_user_has_to_fix_is_not_tried_again(small, monkeypatch: pytest.MonkeyPatch) -> None:
     study, store = small
     _, said = run(study, store, monkeypatch, {"base": "user"})
     assert len(began(said)) == 1
-    assert "exit code 2: a user has to mend this" in said[-1]
+    assert "exit code 2: a user has to fix this" in said[-1]
     assert by_arm(study, store) == {"text": {"failed": 2}, "mirage": {"failed": 2}}
 
 
@@ -209,7 +209,7 @@ def test_two_processes_share_a_study(small, monkeypatch: pytest.MonkeyPatch) -> 
 
     def work() -> None:
         said: list[str] = []
-        while len([node for node in study.nodes.values() if store.done(node)]) < len(study.nodes):
+        while len([node for node in study.nodes.values() if store.is_done(node)]) < len(study.nodes):
             execute.run(study, store, [Place(1)], 1, said.append)
         found.append(began(said))
 
@@ -435,9 +435,9 @@ def test_status_and_exit_codes(tmp_path: Path, nano: Path, monkeypatch: pytest.M
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["arms"] == {"text": {"done": 2}, "mirage": {"failed": 2}}
     assert said["runs"]["stage2"] == {"blocked": 2}
-    assert set(said["failed"].values()) == {"exit code 2: a user has to mend this"}
+    assert set(said["failed"].values()) == {"exit code 2: a user has to fix this"}
     cli.main(["ablate", "status", str(file)], standalone_mode=False)
-    assert "a user has to mend this" in capsys.readouterr().out
+    assert "a user has to fix this" in capsys.readouterr().out
     monkeypatch.setattr(execute, "command", pretend(store, {}))
     cli.main(["ablate", "run", str(file), "--again", "--arms", "mirage"], standalone_mode=False)
     with pytest.raises(UserError, match="--arms: no arm 'mirag'"):
