@@ -12,25 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mirage_ds.analysis.controls.paths import VERDICTS
-from mirage_ds.analysis.inspect.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    LETTER,
-    ORANGE,
-    ROW,
-    VERMILLION,
-    WIDTH,
-    dots,
-    interval,
-    legend,
-    legible,
-    look,
-    name_rows,
-    panels,
-    room,
-)
+from mirage_ds.analysis.inspect import style
 from mirage_ds.study.report.text import evaluations, having, judged
 
 Report = Mapping[str, Any]
@@ -55,7 +37,13 @@ def handle(label: str, colour: str, **how: Any) -> Line2D:
 
 
 def spread(
-    count: int, most: int, height: float, title: str, handles: Sequence[Line2D], width: float = WIDTH, **options: Any
+    count: int,
+    most: int,
+    height: float,
+    title: str,
+    handles: Sequence[Line2D],
+    width: float = style.WIDTH,
+    **options: Any,
 ) -> tuple[Figure, list[Axes]]:
     """Make a figure of `count` panels, at most so many beside each other, with a legend below them.
 
@@ -63,11 +51,11 @@ def spread(
         height: of a panel with its labels, in inches.
     """
     across = min(most, count)
-    beside = room([str(one.get_label()) for one in handles], width)
-    figure, grid = panels(-(-count // across), across, height, width=width, title=title, beside=beside, **options)
+    beside = style.room([str(one.get_label()) for one in handles], width)
+    figure, grid = style.panels(-(-count // across), across, height, width=width, title=title, beside=beside, **options)
     for axes in grid.flat[count:]:
         axes.set_visible(False)
-    legend(figure, handles, width)
+    style.legend(figure, handles, width)
     return figure, list(grid.flat[:count])
 
 
@@ -78,26 +66,26 @@ def scores(report: Report) -> list[Drawn]:
         arms = {arm["name"]: arm["evaluations"][evaluation] for arm in having(evaluation, report["arms"])}
         metric = next(iter(arms.values()))["metric"]
         handles = [
-            handle("mean, 95 % interval", BLUE, marker="o"),
-            handle("one seed", GREY, marker="o", markersize=3, linestyle=""),
+            handle("mean, 95 % interval", style.BLUE, marker="o"),
+            handle("one seed", style.GREY, marker="o", markersize=3, linestyle=""),
         ]
         primary = report["primary"]
         base = None
         if primary and not primary["problem"] and primary["evaluation"] == evaluation:
             base = primary["base"]
-            handles.append(handle(f"mean of {legible(base)}", BLACK, linestyle="--", linewidth=1))
+            handles.append(handle(f"mean of {style.legible(base)}", style.BLACK, linestyle="--", linewidth=1))
         # One level is the same as all.
         parts: list[str | None] = [None, *(levels if len(levels) > 1 else [])]
-        title, height = f"{evaluation}: {metric}", ROW * len(arms) + 0.75
+        title, height = f"{evaluation}: {metric}", style.ROW * len(arms) + 0.75
         figure, shown = spread(len(parts), 3, height, title, handles, sharex=True, sharey=True)
         for number, (axes, level) in enumerate(zip(shown, parts, strict=True)):
             _score_panel(axes, arms, level, base)
             # Where the row below has no panel in this column, the axis is named here.
             lowest = number + 3 >= len(parts)
             axes.tick_params(labelbottom=lowest)
-            axes.set_xlabel(f"{legible(metric)}, mean" if lowest else "")
+            axes.set_xlabel(f"{style.legible(metric)}, mean" if lowest else "")
             axes.tick_params(axis="y", length=0)
-        name_rows(shown[0], list(arms))
+        style.name_rows(shown[0], list(arms))
         caption = (
             f"Evaluation {evaluation}: mean {metric} of each arm with its 95 % interval over seeds and records; small "
             "dots are single seeds."
@@ -110,12 +98,12 @@ def _score_panel(axes: Axes, arms: Mapping[str, Mapping[str, Any]], level: str |
     for row, (name, found) in enumerate(arms.items()):
         one = found["overall"] if level is None else found["levels"].get(level)
         if one is not None:
-            interval(axes, row, one, BLUE)
+            style.interval(axes, row, one, style.BLUE)
             if name == base:
-                axes.axvline(one["mean"], color=BLACK, linestyle="--", linewidth=1, zorder=1)
+                axes.axvline(one["mean"], color=style.BLACK, linestyle="--", linewidth=1, zorder=1)
         by_seed = [seed if level is None else seed["levels"].get(level) for seed in found["by_seed"]]
-        dots(axes, [(seed["score"], row + 0.24) for seed in by_seed if seed is not None])
-    axes.set_title("all records" if level is None else f"level {legible(level)}")
+        style.dots(axes, [(seed["score"], row + 0.24) for seed in by_seed if seed is not None])
+    axes.set_title("all records" if level is None else f"level {style.legible(level)}")
     axes.grid(axis="x")
 
 
@@ -126,28 +114,28 @@ def contrasts(report: Report) -> list[Drawn]:
     if not found:
         return []
     handles = [
-        handle("primary, 95 % interval", VERMILLION, marker="o"),
-        handle("other, 95 % interval", BLUE, marker="o"),
-        handle("90 % interval", BLACK, linewidth=4, alpha=0.35),
-        handle("one seed", GREY, marker="o", markersize=3, linestyle=""),
-        handle(f"± {margin:g}", GREEN, linewidth=8, alpha=0.2),
+        handle("primary, 95 % interval", style.VERMILLION, marker="o"),
+        handle("other, 95 % interval", style.BLUE, marker="o"),
+        handle("90 % interval", style.BLACK, linewidth=4, alpha=0.35),
+        handle("one seed", style.GREY, marker="o", markersize=3, linestyle=""),
+        handle(f"± {margin:g}", style.GREEN, linewidth=8, alpha=0.2),
     ]
     handles = handles if found[0] is first else handles[1:]
     figure, (axes,) = spread(1, 1, 0.36 * len(found) + 0.75, "Differences between arms", handles)
-    axes.axvspan(-margin, margin, color=GREEN, alpha=0.15, linewidth=0)
-    axes.axvline(0, color=BLACK, linewidth=1)
+    axes.axvspan(-margin, margin, color=style.GREEN, alpha=0.15, linewidth=0)
+    axes.axvline(0, color=style.BLACK, linewidth=1)
     for row, one in enumerate(found):
-        colour = VERMILLION if one is first else BLUE
+        colour = style.VERMILLION if one is first else style.BLUE
         apart = one["difference"]
         axes.plot([apart["low90"], apart["high90"]], [row, row], color=colour, linewidth=5, alpha=0.35)
-        interval(axes, row, apart, colour)
-        dots(axes, [(seed["difference"], row + 0.25) for seed in one["by_seed"]])
-    name_rows(axes, [_pair(one, found) for one in found], 70)
+        style.interval(axes, row, apart, colour)
+        style.dots(axes, [(seed["difference"], row + 0.25) for seed in one["by_seed"]])
+    style.name_rows(axes, [_pair(one, found) for one in found], 70)
     words = axes.secondary_yaxis("right")
     words.set_yticks(range(len(found)), [judged(one, margin).replace(", and", ",\nand") for one in found])
     words.tick_params(length=0)
     words.spines["right"].set_visible(False)
-    metrics = dict.fromkeys(legible(one["metric"]) for one in found)
+    metrics = dict.fromkeys(style.legible(one["metric"]) for one in found)
     axes.set_xlabel(f"difference in {', '.join(metrics)} (arm − base)")
     axes.grid(axis="x")
     caption = (
@@ -159,9 +147,9 @@ def contrasts(report: Report) -> list[Drawn]:
 
 def _pair(contrast: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> str:
     """Name a contrast, with its evaluation and levels where the others have other ones."""
-    text = f"{legible(contrast['arm'], 24)} − {legible(contrast['base'], 24)}"
+    text = f"{style.legible(contrast['arm'], 24)} − {style.legible(contrast['base'], 24)}"
     if len({one["evaluation"] for one in among}) > 1:
-        text += f", {legible(contrast['evaluation'], 14)}"
+        text += f", {style.legible(contrast['evaluation'], 14)}"
     if len({tuple(one["levels"]) for one in among}) > 1:
         text += f", level {', '.join(contrast['levels'])}" if contrast["levels"] else ", all levels"
     return text
@@ -193,9 +181,9 @@ def controls(report: Report) -> list[Drawn]:
 def _conditions(entries: Sequence[Mapping[str, Any]], report: Report) -> Figure:
     names = list(dict.fromkeys(name for entry in entries for name in entry["conditions"]))
     order = [arm["name"] for arm in report["arms"]]
-    looks = [look(order.index(entry["arm"])) for entry in entries]
+    looks = [style.look(order.index(entry["arm"])) for entry in entries]
     handles = [
-        handle(legible(entry["arm"]), colour, marker=mark, linestyle="")
+        handle(style.legible(entry["arm"]), colour, marker=mark, linestyle="")
         for entry, (colour, _, mark) in zip(entries, looks, strict=True)
     ]
     step = min(0.16, 0.8 / len(entries))
@@ -206,26 +194,26 @@ def _conditions(entries: Sequence[Mapping[str, Any]], report: Report) -> Figure:
         for row, name in enumerate(names):
             if name in entry["conditions"]:
                 at = row + step * (number - (len(entries) - 1) / 2)
-                interval(axes, at, entry["conditions"][name], colour, mark)
+                style.interval(axes, at, entry["conditions"][name], colour, mark)
     for row in range(1, len(names)):
-        axes.axhline(row - 0.5, color=GREY, linewidth=0.5, alpha=0.5)
-    name_rows(axes, names)
-    axes.set(xlabel=f"{legible(entries[0]['metric'])}, mean", ylabel="latents fed")
+        axes.axhline(row - 0.5, color=style.GREY, linewidth=0.5, alpha=0.5)
+    style.name_rows(axes, names)
+    axes.set(xlabel=f"{style.legible(entries[0]['metric'])}, mean", ylabel="latents fed")
     axes.grid(axis="x")
     return figure
 
 
 def _paths(entries: Sequence[Mapping[str, Any]]) -> Figure:
-    looks = dict(zip(VERDICTS, ((VERMILLION, "o"), (BLUE, "s"), (GREY, "^")), strict=True))
+    looks = dict(zip(VERDICTS, ((style.VERMILLION, "o"), (style.BLUE, "s"), (style.GREY, "^")), strict=True))
     handles = [handle(f"follows {kind}", colour, marker=mark, linestyle="") for kind, (colour, mark) in looks.items()]
     title = f"{entries[0]['evaluation']}: which path's latents the answer follows"
     figure, (shares, apart) = spread(2, 2, 0.42 * len(entries) + 0.75, title, handles, sharey=True)
     for row, entry in enumerate(entries):
         for number, (kind, (colour, mark)) in enumerate(looks.items()):
-            interval(shares, row + 0.2 * (number - 1), entry["path"][kind], colour, mark)
-        interval(apart, row, entry["path"]["difference"], BLACK)
-    apart.axvline(0, color=BLACK, linewidth=1)
-    name_rows(shares, [entry["arm"] for entry in entries])
+            style.interval(shares, row + 0.2 * (number - 1), entry["path"][kind], colour, mark)
+        style.interval(apart, row, entry["path"]["difference"], style.BLACK)
+    apart.axvline(0, color=style.BLACK, linewidth=1)
+    style.name_rows(shares, [entry["arm"] for entry in entries])
     shares.set(xlabel="share of answers", xlim=(-0.02, 1.02))
     apart.set(xlabel="share that follows the injected path − the other")
     for axes in (shares, apart):
@@ -236,10 +224,10 @@ def _paths(entries: Sequence[Mapping[str, Any]]) -> Figure:
 
 # Key of a cost, its title, its unit, its colour.
 _COSTS = (
-    ("seconds", "time of all steps", "s", BLUE),
-    ("samples_s", "speed", "samples/s", GREEN),
-    ("flops", "model FLOPs", "FLOP", ORANGE),
-    ("peak_gb", "peak memory of a rank", "GB", VERMILLION),
+    ("seconds", "time of all steps", "s", style.BLUE),
+    ("samples_s", "speed", "samples/s", style.GREEN),
+    ("flops", "model FLOPs", "FLOP", style.ORANGE),
+    ("peak_gb", "peak memory of a rank", "GB", style.VERMILLION),
 )
 
 
@@ -249,9 +237,9 @@ def cost(report: Report) -> list[Drawn]:
     parts = [part for part in _COSTS if any(arm["cost"][part[0]] for arm in arms)]
     if not parts:
         return []
-    longest = max(len(legible(arm["name"], 30)) for arm in arms)
-    width = min(WIDTH, LETTER * longest + 2.3 * len(parts) + 0.4)
-    height = ROW * len(arms) + 0.75
+    longest = max(len(style.legible(arm["name"], 30)) for arm in arms)
+    width = min(style.WIDTH, style.LETTER * longest + 2.3 * len(parts) + 0.4)
+    height = style.ROW * len(arms) + 0.75
     figure, shown = spread(len(parts), len(parts), height, "Cost of a chain", [], width, sharey=True)
     for axes, (key, title, unit, colour) in zip(shown, parts, strict=True):
         means = [arm["cost"][key] for arm in arms]
@@ -259,13 +247,13 @@ def cost(report: Report) -> list[Drawn]:
         axes.barh(range(len(arms)), [(one or 0) / scale for one in means], color=colour, height=0.62, alpha=0.75)
         for row, arm in enumerate(arms):
             cells = [cell[key] / scale for cell in arm["cells"] if cell[key] is not None and not cell["problem"]]
-            dots(axes, [(one, row) for one in cells], BLACK)
+            style.dots(axes, [(one, row) for one in cells], style.BLACK)
         axes.set_title(title)
         axes.set_xlabel(named)
         axes.grid(axis="x")
         axes.locator_params(axis="x", nbins=5)
         axes.tick_params(axis="y", length=0)
-    name_rows(shown[0], [arm["name"] for arm in arms])
+    style.name_rows(shown[0], [arm["name"] for arm in arms])
     caption = "Mean over seeds with scores; dots are single seeds. A stage that several arms share counts in each."
     return [Drawn("cost", figure, caption)]
 
