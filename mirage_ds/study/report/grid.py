@@ -65,13 +65,12 @@ def column(scores: Scores, metric: str, only: Sequence[str] = ()) -> tuple[Colum
     Returns:
         The scores, and what was left out, as ends of sentences.
     """
-    values = scores.metrics.get(metric, [math.nan] * len(scores.records))
-    found = make_column(scores.records, scores.levels, values)
-    if only:
-        found = found[found["level"].isin(only)]
-    finite = found[np.isfinite(found["value"])]
+    nothing = [math.nan] * len(scores.records)
+    values = np.asarray(scores.metrics.get(metric, nothing), np.float64)
+    counts = np.asarray([not only or level in only for level in scores.levels], bool)
+    finite = make_column(scores.records, scores.levels, values)[counts & np.isfinite(values)]
     once = finite[~finite.index.duplicated()]
-    empty, twice = len(found) - len(finite), len(finite) - len(once)
+    empty, twice = int(counts.sum()) - len(finite), len(finite) - len(once)
     faults = [f"{empty} records have no number for {metric!r} and are left out"] if empty else []
     faults += [f"{twice} records stand there twice, and the first of each counts"] if twice else []
     return once, faults

@@ -103,7 +103,7 @@ def test_what_is_no_such_file_is_said(tmp_path: Path) -> None:
         "b": "not a file of",
         "c": "another version",
         "d": "not a file",
-        "f": "not a file of .* seed",
+        "f": "not a file of .*seed: Field required",
         "e": "cannot",
     }.items():
         with pytest.raises(UserError, match=said):

@@ -285,7 +285,7 @@ def test_the_planning_study_is_what_its_plan_says(tmp_path: Path, nano: Path) ->
     }
     # Both phases of an arm see their rows in the order of the seed, and the seeds halve the bases.
     assert {cell.seed % 2: study.nodes[cell.stages[0]].config.seed for cell in study.cells} == {0: 0, 1: 2}
-    assert study.spec.report.primary.levels == ["5", "6"]
+    assert study.spec.report.primary.levels == ("5", "6")
     # The gates, one for each base, on other maps than the test's.
     assert {arms[name] for name in ("base", "shown", "blind")} == {2}
     assert {steps_of(node.config) for node in trained if node.name == "shown"} == {469}
