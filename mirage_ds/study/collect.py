@@ -3,52 +3,44 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mirage_ds.cluster.status.facts import json_lines, split_log
+from mirage_ds.data.record_files import read_lines
 from mirage_ds.engine.installed import versions
 from mirage_ds.plan.formulas import flops
 from mirage_ds.plan.shape import Sizes, read_shape, sizes
 from mirage_ds.study.nodes import CellPlan, Node, Study
-from mirage_ds.study.results import CONTROLS, SCORES, Cell, Contrast, Results, Scored, StageResult
-from mirage_ds.study.spec import ContrastSpec
+from mirage_ds.study.results import CONTROLS, SCORES, Cell, Results, Scores, StageResult
 from mirage_ds.study.store import Store
 
 # Points of a learning curve: more cannot be seen.
 POINTS = 300
 
 
-def log_lines(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of a run's log.jsonl."""
-    file = run / "log.jsonl"
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if line.endswith("}"):
-                yield json.loads(line)
-
-
-def curve_of(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+def curve_of(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Thin a log out to a learning curve: of neighbouring steps the mean, at the last one's number."""
-    steps = [line for line in lines if "loss" in line]
-    found: list[dict[str, float]] = []
+    found: dict[float, dict[str, float]] = {}
     size = max(1, -(-len(steps) // POINTS))
     for at in range(0, len(steps), size):
         part = steps[at : at + size]
-        means = {
-            name: sum(values) / len(values)
-            for name in ("loss", "ce", "sim")
-            if (values := [float(one[name]) for one in part if one.get(name) is not None])
-        }
-        found.append({"step": float(part[-1]["step"]), **means})
-    measured = {line["step"]: line["eval_loss"] for line in lines if line.get("eval_loss") is not None}
-    by_step = {one["step"]: one for one in found}
-    for step, loss in measured.items():
-        by_step.setdefault(float(step), {"step": float(step)})["eval_loss"] = float(loss)
-    return [by_step[step] for step in sorted(by_step)]
+        last = float(part[-1]["step"])
+        found[last] = {"step": last}
+        for name in ("loss", "ce", "sim"):
+            values = [float(one[name]) for one in part if one.get(name) is not None]
+            if values:
+                found[last][name] = sum(values) / len(values)
+    for one in evaluations:
+        if one.get("eval_loss") is not None:
+            step = float(one["step"])
+            found.setdefault(step, {"step": step})["eval_loss"] = float(one["eval_loss"])
+    return [found[step] for step in sorted(found)]
 
 
 @lru_cache
@@ -60,8 +52,7 @@ def stage_result(node: Node, store: Store) -> StageResult:
     """Read what a training stage came to."""
     assert node.config is not None
     model, config = store.model(node), node.config
-    lines = list(log_lines(model / "run"))
-    steps = [line for line in lines if "loss" in line]
+    steps, evaluations = split_log(json_lines(model / "run" / "log.jsonl"))
     shape = _sizes(model / "config.json")
     rows, tokens = sum(line["rows"] for line in steps), sum(line["tokens"] for line in steps)
     labelled = sum(line.get("labels", 0) for line in steps)
@@ -80,39 +71,37 @@ def stage_result(node: Node, store: Store) -> StageResult:
         seconds=seconds,
         samples_s=rows / seconds if seconds else 0.0,
         peak_gb=max(memory, default=None),
-        curve=curve_of(lines),
+        curve=curve_of(steps, evaluations),
     )
 
 
 @lru_cache
-def levels_of(file: Path) -> tuple[str, ...]:
+def levels_of(file: Path) -> dict[int, str]:
     """Return the level of each line of a records file: what it calls its level, else the side of its map, else "?"."""
-    found = []
-    for line in file.read_text(encoding="utf-8").split("\n"):
-        row = json.loads(line) if line.strip() else {}
+    found = {}
+    for line, text in read_lines(file):
+        row = json.loads(text)
         board = row.get("map_desc")
-        found.append(str(row.get("level", len(board) if isinstance(board, list) else "?")))
-    return tuple(found)
+        found[line] = str(row.get("level", len(board) if isinstance(board, list) else "?"))
+    return found
 
 
-def scored(result: Path, data: Path) -> list[Scored]:
+def scored(result: Path, data: Path) -> Scores:
     """Read the answers' scores out of what `mirage-ds evaluate --out` wrote."""
-    levels = levels_of(data)
-    return [
-        Scored(
-            record=str(one["line"]),
-            level=levels[one["line"] - 1],
-            metrics={name: float(value) for name, value in one["metrics"].items()},
-        )
-        for one in json.loads(result.read_text(encoding="utf-8"))["answers"]
-    ]
+    answers = json.loads(result.read_text(encoding="utf-8"))["answers"]
+    names = dict.fromkeys(name for one in answers for name in one["metrics"])
+    return Scores(
+        records=[str(one["line"]) for one in answers],
+        levels=[levels_of(data)[one["line"]] for one in answers],
+        metrics={name: [float(one["metrics"].get(name, math.nan)) for one in answers] for name in names},
+    )
 
 
 def _problem(plan: CellPlan, study: Study, store: Store) -> str | None:
     """Say why a cell has no scores: the first node of it that is not done."""
     for key in plan.nodes:
         node = study.nodes[key]
-        if store.done(node) is None:
+        if not store.is_done(node):
             attempts = store.attempts(node)
             if attempts:
                 return f"{node.folder} failed {len(attempts)} time(s), at last with {attempts[-1]['why']}"
@@ -121,33 +110,27 @@ def _problem(plan: CellPlan, study: Study, store: Store) -> str | None:
 
 
 def _cell(plan: CellPlan, study: Study, store: Store, settings: Mapping[str, Any]) -> Cell:
-    stages = [study.nodes[key] for key in plan.stages]
-    scores = {name: study.nodes[key] for name, key in plan.scores.items()}
-    controls = {name: study.nodes[key] for name, key in plan.controls.items()}
+    def finished(keys: Mapping[str, str]) -> dict[str, Node]:
+        return {name: study.nodes[key] for name, key in keys.items() if store.is_done(study.nodes[key])}
+
     return Cell(
         arm=plan.arm,
         seed=plan.seed,
         settings=settings,
-        stages=[stage_result(node, store) for node in stages if store.done(node) is not None],
+        stages=[stage_result(node, store) for node in finished({key: key for key in plan.stages}).values()],
         scores={
             name: scored(store.result(node), study.spec.evaluations[name].data_path)
-            for name, node in scores.items()
-            if store.done(node) is not None
+            for name, node in finished(plan.scores).items()
         },
         controls={
             name: json.loads(store.result(node).read_text(encoding="utf-8"))
-            for name, node in controls.items()
-            if store.done(node) is not None
+            for name, node in finished(plan.controls).items()
         },
         problem=_problem(plan, study, store),
         chain=plan.stages[-1],
         keys={f"{SCORES} {name}": key for name, key in plan.scores.items()}
         | {f"{CONTROLS} {name}": key for name, key in plan.controls.items()},
     )
-
-
-def _contrast(given: ContrastSpec) -> Contrast:
-    return Contrast(given.arm, given.base, given.evaluation, tuple(given.levels), given.metric)
 
 
 def stated(study: Study) -> list[dict[str, Any]]:
@@ -188,8 +171,8 @@ def collect(study: Study, store: Store) -> Results:
         question=study.spec.question,
         arms=arms,
         cells=cells,
-        primary=_contrast(asked.primary) if asked.primary else None,
-        contrasts=[_contrast(one) for one in asked.contrasts],
+        primary=asked.primary,
+        contrasts=asked.contrasts,
         margin=asked.margin,
         made={
             "date": time.strftime("%Y-%m-%d"),

@@ -23,6 +23,7 @@ from mirage_ds.run.stop import StopRequest
 if TYPE_CHECKING:
     from mirage_ds.study.launch import Place
     from mirage_ds.study.nodes import Study
+    from mirage_ds.study.overview import Line
     from mirage_ds.study.store import Store
 
 # Something that the study needs has failed; 2 is a user's mistake.
@@ -59,91 +60,71 @@ def _open(file: Path) -> tuple[Study, Store]:
 @click.option("--row_tokens", default=500, show_default=True, type=click.IntRange(min=1), help="Tokens of a row.")
 @click.option("--images", default=1, show_default=True, type=click.IntRange(min=0), help="Input images of a row.")
 @click.option("--image_tokens", default=256, show_default=True, type=click.IntRange(min=1))
-@click.option("--each", is_flag=True, help="A line a run, with the name of its folder; otherwise one a stage.")
+@click.option(
+    "--each", is_flag=True, help="One line for each run, with its folder's name, instead of one for each stage."
+)
 @click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 def plan_study(study: Path, each: bool, wants_json: bool, **machine: Any) -> None:
     """Print what STUDY would run, what is done already, and the GPU-hours that the planner expects."""
-    from mirage_ds.study.overview import grouped, overview, shown_hours
+    from mirage_ds.study.overview import hours_of, overview
 
     made, store = _open(study)
-    given = {name: value for name, value in machine.items() if value is not None}
-    lines = overview(made, store, given)
-    hours = [line.estimate.hours for line in lines if line.estimate and line.estimate.hours is not None]
-    left = [
-        line.estimate.hours
-        for line in lines
-        if line.estimate and line.estimate.hours is not None and line.state != "done"
-    ]
-    problems = sorted({line.estimate.problem for line in lines if line.estimate and line.estimate.problem})
-    if wants_json:
-        click.echo(
-            json.dumps(
-                {
-                    "study": made.spec.name,
-                    "cells": len(made.cells),
-                    "nodes": [
-                        {
-                            **{"folder": line.node.folder, "kind": line.node.kind, "name": line.node.name},
-                            **{"state": line.state, "cells": line.arms},
-                            "steps": line.estimate.steps if line.estimate else None,
-                            "gpu_hours": line.estimate.hours if line.estimate else None,
-                        }
-                        for line in lines
-                    ],
-                    **{"gpu_hours": sum(hours), "gpu_hours_left": sum(left), "no_estimate": problems},
-                }
-            )
-        )
+    lines = overview(made, store, {name: value for name, value in machine.items() if value is not None})
+    left = [line for line in lines if line.state != "done"]
+    problems = sorted({line.estimate.problem for line in lines if line.estimate.problem})
+    if not wants_json:
+        where = f"{machine['nodes']} × {machine['gpus_per_node']} {machine['card'].upper()}"
+        _print_plan(made, lines, left, problems, each, where)
         return
+    nodes = [
+        {
+            "folder": line.node.folder,
+            "kind": line.node.kind,
+            "name": line.node.name,
+            "state": line.state,
+            "cells": line.cells,
+            "steps": line.estimate.steps,
+            "gpu_hours": line.estimate.hours,
+        }
+        for line in lines
+    ]
+    sums = {"gpu_hours": sum(hours_of(lines)), "gpu_hours_left": sum(hours_of(left)), "no_estimate": problems}
+    click.echo(json.dumps({"study": made.spec.name, "cells": len(made.cells), "nodes": nodes, **sums}))
+
+
+def _print_plan(made: Study, lines: list[Line], left: list[Line], problems: list[str], each: bool, where: str) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(
-        Column("run", overflow="fold"),
-        "what",
-        "runs",
-        "for arms × seeds",
-        "steps",
-        "GPU-hours",
-        "state",
-        title=f"{made.spec.name}",
-    )
+    from mirage_ds.study.overview import grouped, hours_of, shown_hours
+
+    head = ["what", "runs", "for arms × seeds", "steps", "GPU-hours", "state"]
+    table = Table(Column("run", overflow="fold"), *head, title=made.spec.name)
     for name, group in grouped(lines, each).items():
-        first = group[0]
-        trains = first.node.kind == "train"
+        node = group[0].node
+        row = [name, node.kind, str(len(group)), str(sum(line.cells for line in group)), "", ""]
+        if node.kind == "train" and node.config:
+            steps = {line.estimate.steps for line in group}
+            hours = hours_of(group)
+            row[1] = node.config.stage
+            row[4] = "?" if None in steps else " … ".join(f"{n:,}" for n in sorted({min(steps), max(steps)}))
+            row[5] = shown_hours(sum(hours), 2) if hours else "–"
         counts = Counter(line.state for line in group)
-        steps = {line.estimate.steps for line in group if line.estimate}
-        took = [line.estimate.hours for line in group if line.estimate and line.estimate.hours is not None]
-        table.add_row(
-            name,
-            first.node.config.stage if trains and first.node.config else first.node.kind,
-            str(len(group)),
-            str(sum(line.arms for line in group)),
-            "" if not trains else " … ".join(f"{n:,}" for n in _ends(steps)) if None not in steps else "?",
-            "" if not trains else shown_hours(sum(took), 2) if took else "–",
-            ", ".join(f"{count} {state}" if len(counts) > 1 else state for state, count in counts.items()),
-        )
-    console = Console(soft_wrap=True)
+        states = ", ".join(f"{count} {state}" if len(counts) > 1 else state for state, count in counts.items())
+        table.add_row(*row, states)
+    console = Console(soft_wrap=True, highlight=False)
     console.print(table)
-    trained = [line for line in lines if line.node.kind == "train"]
+    trained = sum(line.node.kind == "train" for line in lines)
     alone = sum(len(cell.stages) for cell in made.cells)
-    once = f" instead of {alone}, since equal parts run once" if alone > len(trained) else ""
+    once = f" instead of {alone}, since equal parts run once" if alone > trained else ""
     console.print(
-        f"{len(made.cells)} cells (arms × seeds); {len(trained)} training runs{once}; "
-        f"{len(lines) - len(trained)} evaluations",
-        highlight=False,
+        f"{len(made.cells)} cells (arms × seeds); {trained} training runs{once}; {len(lines) - trained} evaluations"
     )
-    if hours:
-        where = f"{machine['nodes']} × {machine['gpus_per_node']} {machine['card'].upper()}"
-        whole, rest = (shown_hours(sum(some), 1) for some in (hours, left))
-        console.print(f"{whole} GPU-hours on {where} by the planner, {rest} left", highlight=False)
+    if hours_of(lines):
+        whole, rest = (shown_hours(sum(hours_of(some)), 1) for some in (lines, left))
+        console.print(f"{whole} GPU-hours on {where} by the planner, {rest} left")
     for problem in problems:
-        console.print(f"no estimate: {problem}", highlight=False, markup=False)
-
-
-def _ends(steps: set[Any]) -> list[int]:
-    """Return the least and the greatest number, once where they are one."""
-    return sorted({min(steps, default=0), max(steps, default=0)})
+        console.print(f"no estimate: {problem}", markup=False)
 
 
 def _gpus() -> list[str]:
@@ -179,18 +160,18 @@ def _places(ranks: int, jobs: int | None, hostfile: Path | None, each: int) -> t
 
 @ablate.command("run")
 @click.argument("study", type=_path())
-@click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time. [default: as many as fit]")
-@click.option("--hostfile", type=_path(), help="Run on these hosts, a part of them each.")
-@click.option("--hosts_per_run", default=1, show_default=True, type=click.IntRange(min=1))
-@click.option("--arms", help="Only these arms, with commas between them.")
-@click.option("--only", multiple=True, help="Only the run of this key or folder name; may be given several times.")
-@click.option("--again", is_flag=True, help="Try once more what failed as often as the study allows.")
-@click.option("--slurm", is_flag=True, help="Submit to Slurm: an array for each stage of the chains.")
+@click.option("--jobs", type=click.IntRange(min=1), help="How many runs at once. [default: as many as fit]")
+@click.option("--hostfile", type=_path(), help="Run on these hosts; each run gets --hosts_per_run of them.")
+@click.option("--hosts_per_run", default=1, show_default=True, type=click.IntRange(min=1), help="Hosts of one run.")
+@click.option("--arms", help="Only these arms, separated by commas.")
+@click.option("--only", multiple=True, help="Only the run with this key or folder name; repeat for more.")
+@click.option("--again", is_flag=True, help="Run again what has failed as often as `launch.retries` allows.")
+@click.option("--slurm", is_flag=True, help="Submit to Slurm instead: one array for each stage of the chains.")
 @click.option(
     "--sbatch", default="", help="Options of sbatch, in quotes: '--partition gpu --gres gpu:8 --time 8:00:00'."
 )
 @click.option("--sbatch_evaluate", help="Options of sbatch for evaluations, which use one GPU. [default: --sbatch]")
-@click.option("--at_once", type=click.IntRange(min=1), help="Tasks of a Slurm array that run at a time.")
+@click.option("--at_once", type=click.IntRange(min=1), help="How many tasks of a Slurm array may run at once.")
 def run_study(
     study: Path,
     jobs: int | None,
@@ -221,7 +202,7 @@ def run_study(
         numbers = submit(found, shlex.split(sbatch), own)
         print(f"{len(found)} array(s): {', '.join(numbers)}; `mirage-ds ablate status {study}` says how far they are")
         return
-    left = [made.nodes[key] for key in wanted if store.done(made.nodes[key]) is None]
+    left = [made.nodes[key] for key in wanted if not store.is_done(made.nodes[key])]
     # Where there are only evaluations, one GPU a run is enough.
     ranks = made.spec.launch.ranks if any(node.kind == "train" for node in left) else 1
     places, threads = _places(ranks, jobs, hostfile, hosts_per_run)
@@ -273,68 +254,56 @@ def _follow(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from mirage_ds.study.execute import Launch, run
-    from mirage_ds.study.progress import Bars
+    from mirage_ds.study.execute import run
+    from mirage_ds.study.overview import Bars
 
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    launch = Launch(made.spec.launch.environment, threads)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        done = sum(store.done(made.nodes[key]) is not None for key in wanted)
+        done = sum(store.is_done(made.nodes[key]) for key in wanted)
         task = bar.add_task(made.spec.name, total=len(wanted), completed=done)
 
         def say(line: str) -> None:
             console.print(line, markup=False)
-            bar.update(task, completed=sum(store.done(made.nodes[key]) is not None for key in wanted))
+            bar.update(task, completed=sum(store.is_done(made.nodes[key]) for key in wanted))
 
         bars = Bars(bar, store)
-        return run(made, store, places, launch, say, stop.asked, wanted, patient, bars.show)
+        return run(made, store, places, threads, say, stop.asked, wanted, patient, bars.show)
 
 
 @ablate.command("status")
 @click.argument("study", type=_path())
 @click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 def show_status(study: Path, wants_json: bool) -> None:
-    """Say how far STUDY is, from any machine that sees its folder, and what failed."""
-    from mirage_ds.study.overview import by_arm, counted, overview
-    from mirage_ds.study.progress import glance
-
-    made, store = _open(study)
-    lines = overview(made, store)
-    arms = by_arm(made, store)
-    failed = {line.node.folder: store.attempts(line.node)[-1]["why"] for line in lines if line.state == "failed"}
-    working = [line.node for line in lines if line.state == "running"]
-    seen = {node.folder: one for node in working if (one := glance(node, store, time.time())) is not None}
-    if wants_json:
-        running = {node.folder: seen.get(node.folder) for node in working}
-        click.echo(
-            json.dumps(
-                {
-                    **{"study": made.spec.name, "runs": counted(lines), "arms": arms},
-                    **{"running": running, "failed": failed},
-                }
-            )
-        )
-        return
+    """Show how far STUDY is and what failed; works on any machine that sees its folder."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
 
     from mirage_ds.cluster.status.show import print_several
+    from mirage_ds.study.overview import by_arm, counted, glance, overview
 
+    made, store = _open(study)
+    lines = overview(made, store)
+    runs, arms = counted(lines), by_arm(made, store)
+    failed = {line.node.folder: store.attempts(line.node)[-1]["why"] for line in lines if line.state == "failed"}
+    running = {line.node.folder: glance(line.node, store, time.time()) for line in lines if line.state == "running"}
+    if wants_json:
+        found = {"study": made.spec.name, "runs": runs, "arms": arms, "running": running, "failed": failed}
+        click.echo(json.dumps(found))
+        return
     console = Console(highlight=False, soft_wrap=True)
-    for title, found in (("run", counted(lines)), ("arm", arms)):
+    for title, first, counts_of in ((made.spec.name, "run", runs), ("arms, by seeds", "arm", arms)):
         # Names of arms are long and differ at their ends.
-        named = Column(title, overflow="fold")
-        table = Table(named, *STATES, title=made.spec.name if title == "run" else "arms, by seeds")
-        for name, counts in found.items():
+        table = Table(Column(first, overflow="fold"), *STATES, title=title)
+        for name, counts in counts_of.items():
             table.add_row(escape(name), *(str(counts.get(state, "")) for state in STATES))
         console.print(table)
+    seen = [one for one in running.values() if one is not None]
     if seen:
-        print_several(list(seen.values()), console)
-    for node in working:
-        if node.folder not in seen:
-            console.print(f"running: {node.folder}", markup=False)
+        print_several(seen, console)
+    for folder in (folder for folder, one in running.items() if one is None):
+        console.print(f"running: {folder}", markup=False)
     for folder, why in failed.items():
         console.print(f"failed: {folder}: {why}", markup=False)
 
@@ -342,9 +311,15 @@ def show_status(study: Path, wants_json: bool) -> None:
 @ablate.command("report")
 @click.argument("study", type=_path())
 @click.option("--out", type=Output(folder=True), help="Folder to write. [default: report/ in the study's folder]")
-@click.option("--with", "others", multiple=True, type=_path(), help="File of `ablate export`: cells run elsewhere.")
+@click.option(
+    "--with",
+    "others",
+    multiple=True,
+    type=_path(),
+    help="A file of `ablate export` with cells run elsewhere; repeat for more.",
+)
 def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> None:
-    """Write report.json, .md, .csv, .html and figures of what there is of STUDY; holes are shown as such."""
+    """Write report.json, .md, .csv, .html and figures of what has finished of STUDY; what is missing is listed."""
     from mirage_ds.study.collect import collect
     from mirage_ds.study.portable import merge
     from mirage_ds.study.report.write import write_report

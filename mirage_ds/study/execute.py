@@ -12,14 +12,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from mirage_ds.errors import EXIT_STOPPED, UserError, reason
 from mirage_ds.run.stop import never
-from mirage_ds.study.launch import Place, command, environment, for_hosts
+from mirage_ds.study.launch import Place, command, environment
 from mirage_ds.study.nodes import Node, Study
 from mirage_ds.study.store import Store
 
@@ -33,20 +33,12 @@ Say = Callable[[str], None]
 Look = Callable[[list[Node]], None]
 
 
-class Launch(NamedTuple):
-    """What all nodes are started with: see launch.command and launch.environment."""
-
-    environment: Mapping[str, str]
-    threads: int
-
-
 class Running(NamedTuple):
     """A node at work."""
 
     node: Node
     place: Place
     process: subprocess.Popen[bytes]
-    log: IO[bytes]
     held: ExitStack
     begun: float
 
@@ -63,40 +55,35 @@ def why(log: Path, code: int) -> str:
     return f"exit code {code}: {last.removeprefix('error: ')[:300]}"
 
 
-def start(node: Node, study: Study, store: Store, place: Place, launch: Launch) -> Running | None:
+def start(node: Node, study: Study, store: Store, place: Place, threads: int) -> Running | None:
     """Start a node; None where another process works at it, or it has been done meanwhile."""
-    held = ExitStack()
-    lock = held.enter_context(store.hold(node))
-    if lock is None or store.done(node) is not None:
-        held.close()
-        return None
-    parent = study.nodes[node.parent] if node.parent else None
-    store.prepare(node, parent)
-    begun = time.time()
-    if store.is_whole(node):
-        # Its process ended well and ours did not live to write it down.
-        store.finish(node, begun)
-        held.close()
-        return None
-    log = store.log(node).open("ab")
-    used = place.of(node)
-    words = command(node, parent, store, used)
-    found = environment(used, launch.environment, launch.threads)
-    if used.hosts:
-        found |= for_hosts(store.place(node), used, found, launch.environment)
-    log.write(f"\n$ {' '.join(words)}\n".encode())
-    log.flush()
-    process = subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=found,
-        # A Ctrl-C of the terminal reaches this process alone, which passes it on.
-        start_new_session=True,
-        pass_fds=(lock.fileno(),),
-    )
-    return Running(node, place, process, log, held, begun)
+    with ExitStack() as held:
+        lock = held.enter_context(store.hold(node))
+        if lock is None or store.is_done(node):
+            return None
+        parent = study.parent_of(node)
+        store.prepare(node, parent)
+        begun = time.time()
+        if store.is_whole(node):
+            # Its process ended well and ours did not live to write it down.
+            store.finish(node, begun)
+            return None
+        log = held.enter_context(store.log(node).open("ab"))
+        used = place.of(node)
+        words = command(node, parent, store, used)
+        log.write(f"\n$ {' '.join(words)}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(used, store.place(node), study.spec.launch.environment, threads),
+            # A Ctrl-C of the terminal reaches this process alone, which passes it on.
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),
+        )
+        return Running(node, place, process, held.pop_all(), begun)
 
 
 def end(one: Running, store: Store, code: int, stopping: bool) -> str | None:
@@ -106,7 +93,6 @@ def end(one: Running, store: Store, code: int, stopping: bool) -> str | None:
         stopping: it was asked to stop. However it ended then, it was no failure: the request may have met it before it
             listened.
     """
-    one.log.close()
     failed = None
     if code == 0 and store.is_whole(one.node):
         store.finish(one.node, one.begun)
@@ -121,25 +107,11 @@ def ready(study: Study, store: Store, wanted: Iterable[str], busy: set[str]) -> 
     """Return the first node that can start now."""
     for key in wanted:
         node = study.nodes[key]
-        waits = node.parent is not None and store.done(study.nodes[node.parent]) is None
-        if key not in busy and not waits and store.state(node) == "waiting":
+        parent = study.parent_of(node)
+        can_start = parent is None or store.is_done(parent)
+        if key not in busy and can_start and store.state(node) == "waiting":
             return node
     return None
-
-
-def _end_all(working: list[Running]) -> None:
-    """Ask nodes to stop, wait for them, end what does not listen with all that it started."""
-    for one in working:
-        one.process.send_signal(signal.SIGTERM)
-    until = time.monotonic() + GRACE_S
-    for one in working:
-        try:
-            one.process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(one.process.pid, signal.SIGKILL)
-            one.process.wait()
-        one.log.close()
-        one.held.close()
 
 
 class _Work:
@@ -149,8 +121,8 @@ class _Work:
         keys: of what is wanted; say: is told when a node begins and ends.
     """
 
-    def __init__(self, study: Study, store: Store, places: list[Place], launch: Launch, keys: list[str], say: Say):
-        self.study, self.store, self.launch, self.keys, self.say = study, store, launch, keys, say
+    def __init__(self, study: Study, store: Store, places: list[Place], threads: int, keys: list[str], say: Say):
+        self.study, self.store, self.threads, self.keys, self.say = study, store, threads, keys, say
         self.free, self.working = list(places), list[Running]()
         self.stopping_since: float | None = None
 
@@ -182,7 +154,7 @@ class _Work:
             node = ready(self.study, self.store, self.keys, {one.node.key for one in self.working})
             if node is None:
                 return
-            started = start(node, self.study, self.store, self.free[0], self.launch)
+            started = start(node, self.study, self.store, self.free[0], self.threads)
             if started is None:
                 self.forget_ended()
                 continue
@@ -202,6 +174,19 @@ class _Work:
             for one in self.working:
                 os.killpg(one.process.pid, signal.SIGKILL)
 
+    def end_all(self) -> None:
+        """Ask what runs to stop, wait for it, end what does not listen with all that it started."""
+        for one in self.working:
+            one.process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + GRACE_S
+        for one in self.working:
+            try:
+                one.process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(one.process.pid, signal.SIGKILL)
+                one.process.wait()
+            one.held.close()
+
     def elsewhere(self) -> int:
         """Count the wanted nodes that other processes work at."""
         own = {one.node.key for one in self.working}
@@ -212,7 +197,7 @@ def run(
     study: Study,
     store: Store,
     places: list[Place],
-    launch: Launch,
+    threads: int,
     say: Say,
     asked: Callable[[], bool] = never,
     wanted: Iterable[str] | None = None,
@@ -222,7 +207,7 @@ def run(
     """Run what is not done. However it leaves, no node goes on without it, unless this process itself is killed.
 
     Args:
-        places: where nodes run, one at a time in each.
+        places: where nodes run, one at a time in each; threads: of a rank.
         say: is told when a node begins and ends.
         asked: whether somebody wants this process to stop.
         wanted: keys; all nodes if None.
@@ -235,15 +220,15 @@ def run(
     Raises:
         UserError: the study's folder cannot be written to.
     """
-    work = _Work(study, store, places, launch, list(study.nodes if wanted is None else wanted), say)
+    work = _Work(study, store, places, threads, list(study.nodes if wanted is None else wanted), say)
     try:
         return _until_done(work, asked, patient, look)
     except OSError as error:
         raise UserError(
-            f"{error.filename or store.root}: {reason(error)}; its runs were stopped, and the same command goes on"
+            f"{error.filename or store.root}: {reason(error)}; its runs were stopped; the same command goes on"
         ) from None
     finally:
-        _end_all(work.working)
+        work.end_all()
 
 
 def _until_done(work: _Work, asked: Callable[[], bool], patient: bool, look: Look) -> bool:
@@ -268,6 +253,3 @@ def _until_done(work: _Work, asked: Callable[[], bool], patient: bool, look: Loo
                     told = True
                     work.say(f"waiting for {others} run(s) that another process works at")
         time.sleep(LOOK_S)
-
-
-__all__ = ["EXIT_STOPPED", "Launch", "Running", "end", "ready", "run", "start", "why"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -88,32 +88,25 @@ def free_ports() -> int:
             return port
 
 
-def environment(place: Place, given: Mapping[str, str], threads: int) -> dict[str, str]:
-    """Return the environment of a node: this process's, with what the study and the place set."""
+def environment(place: Place, folder: Path, given: Mapping[str, str], threads: int) -> dict[str, str]:
+    """Return the environment of a node: this process's, with what the study and the place set.
+
+    On a part of a hostfile, what DeepSpeed's launcher reads is written too, as launch/deepspeed.sh does.
+
+    Args:
+        folder: of the node; given: of the study, which the ranks of other hosts get in any case.
+    """
     found = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ, **given}
     if place.devices is not None:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(place.devices)
     found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found.get('PATH', '')}"
+    if place.hosts:
+        write_atomically(folder / "hosts", "".join(f"{host.name} slots={host.slots}\n" for host in place.hosts))
+        write_atomically(folder / "deepspeed_env", render(found, given))
+        found["DS_ENV_FILE"] = str(folder / "deepspeed_env")
+        patient = "-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
+        found["PDSH_SSH_ARGS_APPEND"] = f"{found.get('PDSH_SSH_ARGS_APPEND', '')} {patient}"
     return found
-
-
-def for_hosts(folder: Path, place: Place, found: Mapping[str, str], extra: Iterable[str] = ()) -> dict[str, str]:
-    """Write what DeepSpeed's launcher reads for a part of a hostfile, as launch/deepspeed.sh does.
-
-    Args:
-        folder: of the node; found: the environment that the ranks are to have, as far as it is of use there; extra:
-            names of what they get in any case.
-
-    Returns:
-        What the launcher's own environment has besides.
-    """
-    write_atomically(folder / "hosts", "".join(f"{host.name} slots={host.slots}\n" for host in place.hosts))
-    write_atomically(folder / "deepspeed_env", render(found, extra))
-    patient = "-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
-    return {
-        "DS_ENV_FILE": str(folder / "deepspeed_env"),
-        "PDSH_SSH_ARGS_APPEND": f"{found.get('PDSH_SSH_ARGS_APPEND', '')} {patient}",
-    }
 
 
 def _launched(module: list[str], folder: Path, place: Place) -> list[str]:
@@ -123,19 +116,17 @@ def _launched(module: list[str], folder: Path, place: Place) -> list[str]:
     port = free_ports()
     master = place.hosts[0].address if place.hosts else "127.0.0.1"
     guard = ["--port", str(port + 1), "--job", f"{folder.name}-{port}"]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    launcher = ["--no_local_rank", "--master_addr", master, "--master_port", str(port)]
     own = ["--module", "mirage_ds.cluster.guard", *guard]
     if place.hosts:
-        launcher += ["--hostfile", str(folder / "hosts"), "--force_multi"]
+        launcher = ["--hostfile", str(folder / "hosts"), "--force_multi", *launcher]
         # pdsh hands the words to a shell: quoted, none of them means anything to it.
         own += ["--logs", str(folder / "logs"), "--quoted"]
         module = [quote(word, safe="/=,:@+") for word in module]
     else:
-        launcher += ["--hostfile", "/nonexistent", "--num_accelerators", str(place.ranks)]
-    return [
-        *(sys.executable, "-m", "mirage_ds.cluster.guard.launch", "--master", master, *guard),
-        *(*launcher, "--no_local_rank", "--master_addr", master, "--master_port", str(port), *own, *module),
-    ]
+        launcher = ["--hostfile", "/nonexistent", "--num_accelerators", str(place.ranks), *launcher]
+    guarded = [sys.executable, "-m", "mirage_ds.cluster.guard.launch", "--master", master, *guard]
+    return [*guarded, sys.executable, "-m", "deepspeed.launcher.runner", *launcher, *own, *module]
 
 
 def command(node: Node, parent: Node | None, store: Store, place: Place) -> list[str]:
@@ -169,6 +160,6 @@ def command(node: Node, parent: Node | None, store: Store, place: Place) -> list
 
 
 def sees_latents(node: Node) -> bool:
-    """Tell whether a trained model opens runs: of latents, of pauses, or bare marks."""
+    """Tell whether a trained model opens latent blocks: of latents, of pauses, or bare marks."""
     assert node.config is not None
     return node.config.stage != "sft" or node.config.slots is not None

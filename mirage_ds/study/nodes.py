@@ -24,31 +24,36 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.data.sources import find_files
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
-from mirage_ds.study.spec import Arm, EvaluationSpec, Settings, StudySpec, arm_names, conditions, seed_number
+from mirage_ds.study.spec import (
+    Arm,
+    EvaluationSpec,
+    Settings,
+    StudySpec,
+    arm_names,
+    conditions,
+    first_fault,
+    seed_number,
+)
 
 Kind = Literal["train", "evaluate", "controls"]
 
-# What decides how, where or how safely a run computes, but not what (sums may differ in their last bits).
+# What decides how, where or how safely a run computes, but not what (sums may differ in their last bits). Those of the
+# last two lines are hashed by content, under other names.
 MACHINE = frozenset(
-    {
-        *("save_model_path", "load_model_path", "log_file", "resume", "overwrite", "report_to", "log_rows"),
-        *("num_workers", "cache_dir", "feature_cache", "feature_dir", "peak_tflops", "check_images"),
-        *("start_timeout", "collective_timeout"),
-        *("micro_batch_tokens", "micro_batch_size", "micro_batch_patches", "allow_idle_ranks"),
-        *("attention", "gradient_checkpointing", "loss_chunk_mb", "save_every", "keep_checkpoints"),
-        # They refuse a run or draw a picture of it; what it learns stays.
-        *("max_skipped_steps", "max_dropped_share", "max_bad_share", "confine_paths", "eval_pictures"),
-        *(
-            "model",
-            "data_path",
-            "eval_data_path",
-            "image_root",
-            "deepspeed",
-            "gradient_accumulation_steps",
-            "global_batch_size",
-        ),
-    }
+    """save_model_path load_model_path log_file resume overwrite report_to log_rows num_workers cache_dir feature_cache
+    feature_dir peak_tflops check_images start_timeout collective_timeout micro_batch_tokens micro_batch_size
+    micro_batch_patches allow_idle_ranks attention gradient_checkpointing loss_chunk_mb save_every keep_checkpoints
+    max_skipped_steps max_dropped_share max_bad_share confine_paths eval_pictures
+    model data_path eval_data_path image_root deepspeed
+    gradient_accumulation_steps global_batch_size""".split()  # noqa: SIM905
 )
+# Without a meaning in a stage: what its model is does not depend on them.
+IDLE = {
+    "sft": ["compress_strategy", "latent_loss", "helper_min_pixels", "helper_max_pixels", "detach_latents"],
+    "stage1": ["detach_latents"],
+    # How helpers become targets stays: the controls of its model feed them.
+    "stage2": ["latent_loss"],
+}
 TARGETS = ("compress_strategy", "helper_min_pixels", "helper_max_pixels")
 PATHS = ("data_path", "image_root", "deepspeed", "eval_data_path", "cache_dir", "feature_dir")
 # Larger weight files are told apart by their ends: hashing 16 GB for each plan would take minutes.
@@ -117,14 +122,18 @@ class Study:
     nodes: Mapping[str, Node]
     cells: tuple[CellPlan, ...]
 
+    def parent_of(self, node: Node) -> Node | None:
+        """Return the node whose model it needs."""
+        return None if node.parent is None else self.nodes[node.parent]
+
 
 @lru_cache(maxsize=4096)
-def _hash_of(path: str, size: int, changed: int) -> str:
+def _hash_of(path: Path, size: int, changed: int) -> str:
     del changed
-    digest = hashlib.sha256(str(size).encode())
-    with Path(path).open("rb") as file:
+    with path.open("rb") as file:
         if size <= WHOLE_BYTES:
             return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
         digest.update(file.read(END_BYTES))
         file.seek(size - END_BYTES)
         digest.update(file.read())
@@ -134,9 +143,13 @@ def _hash_of(path: str, size: int, changed: int) -> str:
 def _file_hash(path: Path) -> str:
     try:
         state = path.stat()
-        return _hash_of(str(path), state.st_size, state.st_mtime_ns)
+        return _hash_of(path, state.st_size, state.st_mtime_ns)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def records_hash(source: Records) -> str:
@@ -152,11 +165,11 @@ def records_hash(source: Records) -> str:
             f"{records_hash(part.file)} {weight / whole:.9g}\n"
             for part, weight in zip(source.parts, weights, strict=True)
         ]
-        return hashlib.sha256("".join(parts).encode()).hexdigest()
+        return _hash("".join(parts))
     files = find_files(source)
     if files == (source,):
         return _file_hash(source)
-    return hashlib.sha256("".join(f"{file.name} {_file_hash(file)}\n" for file in files).encode()).hexdigest()
+    return _hash("".join(f"{file.name} {_file_hash(file)}\n" for file in files))
 
 
 def model_hash(model: str) -> str:
@@ -173,7 +186,7 @@ def model_hash(model: str) -> str:
     files = [path for path in sorted(place.iterdir()) if path.is_file() and path.suffix != ".md"]
     if not any(path.name == "config.json" for path in files):
         raise UserError(f"model {model}: no config.json in it; name a model folder or a hub id")
-    return hashlib.sha256("".join(f"{path.name} {_file_hash(path)}\n" for path in files).encode()).hexdigest()
+    return _hash("".join(f"{path.name} {_file_hash(path)}\n" for path in files))
 
 
 def settings_of(spec: StudySpec, stage: str, arm: Arm, varied: Settings, seed: int | Mapping[str, Any]) -> Settings:
@@ -209,31 +222,25 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
             values[name] = [here / str(one) for one in given] if several else here / str(given)
     if values.get("model") is not None and (here / str(values["model"])).exists():
         values["model"] = str(here / str(values["model"]))
-    stage, slots = values.get("stage"), values.get("slots")
-    idle = {
-        "sft": [*("compress_strategy", "latent_loss", "helper_min_pixels", "helper_max_pixels")],
-        # How helpers become targets stays: the controls of its model feed them.
-        "stage2": ["latent_loss"],
-    }.get(str(stage), [])
+    stage, slots = str(values.get("stage")), values.get("slots")
+    idle = list(IDLE.get(stage, []))
     if stage == "sft" and slots != "pause":
         idle.append("latent_size")
     if slots == "latents":
         # What it is without being said.
         idle.append("slots")
-    for name in (*idle, *(("detach_latents",) if stage != "stage2" else ())):
+    for name in idle:
         values.pop(name, None)
     try:
         return RunConfig(save_model_path=Path("model"), **values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "settings"
-        raise UserError(f"{where}: {name}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise UserError(f"{where}: {first_fault(error, 'settings')}") from None
     except TypeError as error:
         raise UserError(f"{where}: {error}") from None
 
 
 def _key(material: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
+    return _hash(json.dumps(material, sort_keys=True))
 
 
 def _relative(path: Path | None, here: Path) -> str | None:
@@ -292,26 +299,21 @@ def spell_out(spec: StudySpec, here: Path) -> Study:
         UserError: settings that a run would refuse, records or models that are not there.
     """
     nodes: dict[str, Node] = {}
-    cells: list[CellPlan] = []
+    cells: dict[tuple[str, tuple[str, ...]], CellPlan] = {}
     arms = arm_names(spec)
     for evaluation, one in spec.evaluations.items():
         for name in one.arms or ():
             if name not in arms and name not in spec.arms:
                 raise UserError(f"evaluation {evaluation}: no arm {name!r}; there are {', '.join(arms)}")
     _check_report(spec, arms)
-    seen: set[tuple[str, tuple[str, ...]]] = set()
     for number, seed in enumerate(spec.seeds):
         for name, (arm, varied) in arms.items():
-            if arm.seeds is not None and number >= arm.seeds:
-                continue
-            cell = _cell(spec, name, arm, varied, seed, here, nodes)
-            # An arm whose stages fix their own seeds is one run, and must not count as several.
-            if (name, cell.nodes) not in seen:
-                cells.append(cell)
-            seen.add((name, cell.nodes))
+            if arm.seeds is None or number < arm.seeds:
+                cell = _cell(spec, name, arm, varied, seed, here, nodes)
+                # An arm whose stages fix their own seeds is one run, and must not count as several.
+                cells.setdefault((name, cell.nodes), cell)
     order = list(arms)
-    cells.sort(key=lambda cell: order.index(cell.arm))
-    return Study(spec, nodes, tuple(cells))
+    return Study(spec, nodes, tuple(sorted(cells.values(), key=lambda cell: order.index(cell.arm))))
 
 
 def _check_report(spec: StudySpec, arms: Collection[str]) -> None:

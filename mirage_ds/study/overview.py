@@ -1,14 +1,22 @@
-"""What a study would run, and where it stands: for `ablate plan` and `ablate status`. Imports no torch."""
+"""What a study would run, where it stands, and how far the runs at work are: for `ablate plan`, `run` and `status`.
+
+Read from the runs' files while they grow. Imports no torch.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mirage_ds.cluster.status.facts import read_facts
+from mirage_ds.cluster.status.summary import summary
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.pack import total_steps
@@ -16,8 +24,15 @@ from mirage_ds.data.proportion import most
 from mirage_ds.errors import UserError
 from mirage_ds.plan.fit import Question, chosen, rank
 from mirage_ds.plan.spec import PlanSpec
+from mirage_ds.run import events
 from mirage_ds.study.nodes import Node, Study
 from mirage_ds.study.store import Store
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+# Some lines of log.jsonl, whose whole is not read every other second.
+TAIL_BYTES = 1 << 14
 
 
 class Estimate(NamedTuple):
@@ -28,9 +43,9 @@ class Estimate(NamedTuple):
         hours: GPU-hours; None without an estimate, and `problem` says why.
     """
 
-    steps: int | None
-    hours: float | None
-    problem: str | None
+    steps: int | None = None
+    hours: float | None = None
+    problem: str | None = None
 
 
 @lru_cache
@@ -89,7 +104,7 @@ def estimate(config: RunConfig, machine: Mapping[str, Any]) -> Estimate:
     """
     steps = steps_of(config)
     if steps is None:
-        return Estimate(None, None, "its records are not counted before it starts")
+        return Estimate(problem="its records are not counted before it starts")
     try:
         base = PlanSpec(
             model=planned_model(str(config.model)),
@@ -108,33 +123,35 @@ def estimate(config: RunConfig, machine: Mapping[str, Any]) -> Estimate:
         share = config.rows_per_step / (each * spec.micro_steps)
         return Estimate(steps, steps * _seconds(spec) * share * ranks / 3600, None)
     except UserError as error:
-        return Estimate(steps, None, str(error))
+        return Estimate(steps, problem=str(error))
     except ValueError as error:
-        return Estimate(steps, None, str(error).splitlines()[0])
+        return Estimate(steps, problem=str(error).splitlines()[0])
 
 
 class Line(NamedTuple):
-    """A node in the overview."""
+    """A node in the overview: how many cells need it, where it stands, what it would take."""
 
     node: Node
-    arms: int
+    cells: int
     state: str
-    estimate: Estimate | None
+    estimate: Estimate
 
 
 def overview(study: Study, store: Store, machine: Mapping[str, Any] | None = None) -> list[Line]:
-    """List every node: how many cells need it, where it stands and, with `machine`, what it would take."""
+    """List every node, with `machine` also what it would take."""
     needed = Counter(key for cell in study.cells for key in cell.nodes)
     states = states_of(study, store)
-    return [
-        Line(
-            node,
-            needed[key],
-            states[key],
-            estimate(node.config, machine) if machine is not None and node.kind == "train" and node.config else None,
-        )
-        for key, node in study.nodes.items()
-    ]
+
+    def estimated(node: Node) -> Estimate:
+        trains = node.kind == "train" and node.config is not None and machine is not None
+        return estimate(node.config, machine) if trains else Estimate()
+
+    return [Line(node, needed[key], states[key], estimated(node)) for key, node in study.nodes.items()]
+
+
+def hours_of(lines: Iterable[Line]) -> list[float]:
+    """Return the estimates of those that have one."""
+    return [line.estimate.hours for line in lines if line.estimate.hours is not None]
 
 
 def states_of(study: Study, store: Store) -> dict[str, str]:
@@ -147,22 +164,19 @@ def states_of(study: Study, store: Store) -> dict[str, str]:
     return states
 
 
-def title_of(node: Node) -> str:
-    """Return how a node is called among others of its stage or evaluation."""
-    return node.name if node.kind == "train" else f"{node.kind} {node.name}"
-
-
-def grouped(lines: list[Line], each: bool) -> dict[str, list[Line]]:
+def grouped(lines: list[Line], each: bool = False) -> dict[str, list[Line]]:
     """Put the lines of one stage or evaluation together, in their order; each for itself where `each`."""
     found: dict[str, list[Line]] = {}
     for line in lines:
-        found.setdefault(line.node.folder if each else title_of(line.node), []).append(line)
+        node = line.node
+        title = node.name if node.kind == "train" else f"{node.kind} {node.name}"
+        found.setdefault(node.folder if each else title, []).append(line)
     return found
 
 
 def counted(lines: list[Line]) -> dict[str, dict[str, int]]:
     """Count states by kind of node and name: {"stage1": {"done": 3, "waiting": 1}, …}."""
-    return {name: dict(Counter(line.state for line in group)) for name, group in grouped(lines, each=False).items()}
+    return {name: dict(Counter(line.state for line in group)) for name, group in grouped(lines).items()}
 
 
 def by_arm(study: Study, store: Store) -> dict[str, dict[str, int]]:
@@ -174,3 +188,56 @@ def by_arm(study: Study, store: Store) -> dict[str, dict[str, int]]:
         state = next((one for one in ("failed", "running", "waiting") if one in own), "done")
         found.setdefault(cell.arm, Counter())[state] += 1
     return {name: dict(counts) for name, counts in found.items()}
+
+
+class Reached(NamedTuple):
+    """The last optimizer step that a run has logged, and how many it will have; None while it has not said."""
+
+    step: int
+    steps: int | None
+
+
+def reached(node: Node, store: Store) -> Reached:
+    """Say how far a node is; an evaluation says nothing of itself while it works."""
+    run = store.model(node) / "run"
+    try:
+        # Written at once and whole (files.write_atomically).
+        steps = json.loads((run / "run.json").read_text()).get("steps")
+        with (run / "log.jsonl").open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except OSError:
+        # Not there yet, or taken away by a run that begins anew: who only looks must not end the study by it.
+        return Reached(0, None)
+    # The first line may have lost its beginning, the last one be half written.
+    for line in reversed(lines):
+        with suppress(ValueError, KeyError, TypeError):
+            return Reached(int(json.loads(line)["step"]), steps)
+    return Reached(0, steps)
+
+
+def glance(node: Node, store: Store, now: float) -> dict[str, Any] | None:
+    """Sum a training run up as `mirage-ds status` does; None for an evaluation, or before it has written anything."""
+    model = store.model(node)
+    if not (model / "run" / events.FILE).is_file():
+        return None
+    return {**summary(read_facts(model), now), "run": str(store.place(node))}
+
+
+class Bars:
+    """One bar a run at work, below the study's own."""
+
+    def __init__(self, bars: Progress, store: Store):
+        self._bars, self._store = bars, store
+        self._tasks: dict[str, TaskID] = {}
+
+    def show(self, nodes: Iterable[Node]) -> None:
+        """Bring the bars to where these nodes are, and take away those of others."""
+        working = {node.key: node for node in nodes}
+        for key in self._tasks.keys() - working.keys():
+            self._bars.remove_task(self._tasks.pop(key))
+        for key, node in working.items():
+            if key not in self._tasks:
+                self._tasks[key] = self._bars.add_task(f"  {node.folder}", total=None)
+            at = reached(node, self._store)
+            self._bars.update(self._tasks[key], completed=at.step, total=at.steps)

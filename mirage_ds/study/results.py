@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mirage_ds.study.spec import ContrastSpec
+
 SCORES, CONTROLS = "scores", "controls"
 
 
@@ -41,18 +43,18 @@ class StageResult:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One record's score.
+class Scores:
+    """The scores of N records in one evaluation.
 
     Attributes:
-        record: what tells it from the others of its file, the same for every arm.
-        level: of the record; "?" where it has none.
-        metrics: name → value; the first is the task's success.
+        records: (N,) what tells a record from the others of its file, the same for every arm.
+        levels: (N,) of the records; "?" where they have none.
+        metrics: name → (N,) values, NaN where a record has none; the first is the task's success.
     """
 
-    record: str
-    level: str
-    metrics: Mapping[str, float]
+    records: Sequence[str]
+    levels: Sequence[str]
+    metrics: Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Cell:
         settings: what the study varies in arms of these stages, name → value ("latent_size": 4), also where it is the
             default; the report draws scores against them.
         stages: in the order of the chain; all that finished.
-        scores: evaluation name → a Scored a record.
+        scores: evaluation name → its Scores.
         controls: evaluation name → the report of `mirage-ds controls` (conditions, answers, perhaps path).
         problem: why it has not all of its scores, in a sentence; None where it has.
         chain: key of its last stage, which stands for the whole chain; keys: SCORES or CONTROLS, a space and an
@@ -75,28 +77,23 @@ class Cell:
     seed: int
     settings: Mapping[str, Any]
     stages: Sequence[StageResult]
-    scores: Mapping[str, Sequence[Scored]] = field(default_factory=dict)
+    scores: Mapping[str, Scores] = field(default_factory=dict)
     controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     problem: str | None = None
     chain: str = ""
     keys: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether any record of any evaluation has been scored."""
+        return any(one.records for one in self.scores.values())
 
-@dataclass(frozen=True)
-class Contrast:
-    """Two arms to be compared.
-
-    Attributes:
-        arm, base: the difference is arm − base.
-        evaluation: name of the evaluation; levels: of the records that count, all if empty.
-        metric: compared; the task's first if None.
-    """
-
-    arm: str
-    base: str
-    evaluation: str
-    levels: Sequence[str] = ()
-    metric: str | None = None
+    @property
+    def results(self) -> dict[str, Any]:
+        """What there is of its evaluations, under the titles of `keys`."""
+        return {f"{SCORES} {name}": one for name, one in self.scores.items()} | {
+            f"{CONTROLS} {name}": one for name, one in self.controls.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ class Results:
     question: str
     arms: Mapping[str, str]
     cells: Sequence[Cell]
-    primary: Contrast | None = None
-    contrasts: Sequence[Contrast] = ()
+    primary: ContrastSpec | None = None
+    contrasts: Sequence[ContrastSpec] = ()
     margin: float = 0.02
     made: Mapping[str, str] = field(default_factory=dict)

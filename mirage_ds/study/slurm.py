@@ -15,35 +15,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
+
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
 from mirage_ds.study.nodes import Study
 from mirage_ds.study.store import Store
 
-SCRIPT = """#!/usr/bin/env bash
-#SBATCH --job-name={job}
-#SBATCH --array=0-{last}{throttle}
-#SBATCH --output={logs}/%A_%a.log
-#SBATCH --signal=B:TERM@120
-set -euo pipefail
-keys=({keys})
-hosts=()
-if [ "${{SLURM_JOB_NUM_NODES:-1}}" -gt 1 ]; then
-    # Runs of several hosts are started over ssh, which the allocation has to allow.
-    list={logs}/hosts.$SLURM_JOB_ID
-    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=${{SLURM_GPUS_ON_NODE:-1}}/" > "$list"
-    hosts=(--hostfile "$list" --hosts_per_run "$SLURM_JOB_NUM_NODES")
-fi
-{python} -m mirage_ds ablate run {study} \\
-    --only "${{keys[$SLURM_ARRAY_TASK_ID]}}" --jobs 1 "${{hosts[@]}}" &
-task=$!
-trap 'kill -TERM "$task"' TERM USR1
-code=0
-wait "$task" || code=$?
-# A signal ends the wait, and the task saves before it leaves.
-while kill -0 "$task" 2>/dev/null; do code=0; wait "$task" || code=$?; done
-exit "$code"
-"""
+SCRIPT = Path(__file__).with_name("array.sbatch.jinja")
 
 
 class Array(NamedTuple):
@@ -93,9 +72,10 @@ def write_scripts(
     """
     logs = store.root / "slurm" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    script = jinja2.Template(SCRIPT.read_text(), keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     found = arrays(study, store, wanted)
     for one in found:
-        text = SCRIPT.format(
+        text = script.render(
             job=f"{study.spec.name}-{one.script.stem}",
             last=len(one.keys) - 1,
             throttle=f"%{at_once}" if at_once else "",

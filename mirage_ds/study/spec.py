@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from mirage_ds.analysis.controls.names import PATH, parse_names
+from mirage_ds.analysis.controls.names import parse_names
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.errors import UserError, closest, shown
 
@@ -60,7 +60,7 @@ class Arm(_Strict):
         if sum(map(bool, (self.grid, self.pairs, self.listed))) > 1:
             raise ValueError("an arm varies by `grid`, `pairs` or `list`: give one of them")
         if len({len(values) for values in self.pairs.values()}) > 1:
-            raise ValueError("`pairs` lists of different lengths cannot be paired; make them equally long")
+            raise ValueError("the lists of `pairs` differ in length; make them equally long")
         return self
 
     def variants(self) -> Iterator[Settings]:
@@ -103,12 +103,16 @@ class EvaluationSpec(_Strict):
 
 
 class ContrastSpec(_Strict):
-    """Two arms compared on the same records and seeds: arm − base."""
+    """Two arms compared on the same records and seeds: arm − base.
+
+    Attributes:
+        levels: of the records that count, all if empty; metric: compared, the task's first if None.
+    """
 
     arm: str
     base: str
     evaluation: str
-    levels: list[str] = []
+    levels: tuple[str, ...] = ()
     metric: str | None = None
 
 
@@ -124,7 +128,7 @@ class LaunchSpec(_Strict):
     """How the runs start."""
 
     ranks: PositiveInt = Field(1, description="Ranks of a training run on this machine (GPUs, where there are any).")
-    retries: NonNegativeInt = Field(1, description="A run that failed is started so many times more.")
+    retries: NonNegativeInt = Field(1, description="How often a failed run is started again.")
     keep_checkpoints: bool = Field(False, description="Leave finished runs their sharded checkpoints.")
     environment: dict[str, str] = Field({}, description="Environment variables of the runs.")
 
@@ -152,7 +156,7 @@ class StudySpec(_Strict):
         for kind, names in (("stage", self.stages), ("arm", self.arms), ("evaluation", self.evaluations)):
             for name in names:
                 if not re.match(NAME, name):
-                    raise ValueError(f"{kind} {name!r}: a name has letters, digits and . _ + - alone")
+                    raise ValueError(f"{kind} {name!r}: a name may only have letters, digits and . _ + -")
         for name, arm in self.arms.items():
             for stage in arm.chain:
                 if stage not in self.stages:
@@ -167,9 +171,9 @@ class StudySpec(_Strict):
             _check_settings(place, settings, self.stages)
         for one in self.seeds:
             if isinstance(one, dict) and not isinstance(one.get("seed"), int):
-                raise ValueError(f"seeds: {one} has no `seed`: its number, which pairs the arms")
+                raise ValueError(f"seeds: {one} needs `seed`, the number that pairs the arms")
         if len({seed_number(one) for one in self.seeds}) < len(self.seeds):
-            raise ValueError("seeds: a number stands there twice")
+            raise ValueError("seeds: a number is there twice")
         return self
 
 
@@ -189,6 +193,20 @@ def _check_settings(place: str, settings: Settings, stages: Mapping[str, Any]) -
             raise ValueError(f"{place}: {own} is set by the study itself; leave it out")
 
 
+def first_fault(error: ValidationError, whole: str = "") -> str:
+    """Say where the first fault is and what it is.
+
+    Args:
+        whole: what a fault of no single key is said to be about.
+    """
+    first = error.errors()[0]
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        said = f"unknown key {shown(first['loc'][-1])}; put quotes around a text that has a comma"
+    where = ".".join(map(str, first["loc"])) or whole
+    return f"{where}: {said}" if where else said
+
+
 def read_study(path: Path) -> StudySpec:
     """Read a study's file; its relative paths are from the file's folder.
 
@@ -202,12 +220,7 @@ def read_study(path: Path) -> StudySpec:
     try:
         spec = StudySpec.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            said = f"no key {shown(first['loc'][-1])} there; a text with a comma wants quotes"
-        raise UserError(f"{path}: {where + ': ' if where else ''}{said}") from None
+        raise UserError(f"{path}: {first_fault(error)}") from None
     here = path.resolve().parent
     evaluations = {
         name: one.model_copy(update={"data_path": here / one.data_path, "image_root": _from(here, one.image_root)})
@@ -234,7 +247,7 @@ def arm_names(spec: StudySpec) -> dict[str, tuple[Arm, Settings]]:
         for varied in arm.variants():
             whole = name + (f"[{','.join(f'{key}={value}' for key, value in varied.items())}]" if varied else "")
             if whole in found:
-                raise UserError(f"arm {whole} stands there twice; give each value once")
+                raise UserError(f"arm {whole} is there twice; give each value once")
             found[whole] = (arm, varied)
     return found
 
@@ -242,7 +255,3 @@ def arm_names(spec: StudySpec) -> dict[str, tuple[Arm, Settings]]:
 def conditions(evaluation: EvaluationSpec) -> list[str]:
     """Return the conditions of an evaluation's controls, `path` among them; none where there are no controls."""
     return parse_names(evaluation.controls) if evaluation.controls else []
-
-
-__all__ = ["PATH", "Arm", "ContrastSpec", "EvaluationSpec", "LaunchSpec", "ReportSpec", "Settings", "StudySpec",
-           "arm_names", "conditions", "read_study", "seed_number"]  # fmt: skip

@@ -24,6 +24,7 @@ from typing import IO, Any, Literal
 
 import yaml
 
+from mirage_ds.cluster.status.facts import json_lines
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from mirage_ds.files import write_atomically
 from mirage_ds.run.folder import delete_checkpoints
@@ -69,33 +70,25 @@ class Store:
         """Return the file of what the node printed."""
         return self.place(node) / "output.log"
 
-    def done(self, node: Node) -> dict[str, Any] | None:
-        """Return what was written when the node was done; None while it is not."""
-        file = self.place(node) / "done.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+    def is_done(self, node: Node) -> bool:
+        """Tell whether a node is done."""
+        return (self.place(node) / "done.json").is_file()
 
     def attempts(self, node: Node) -> list[dict[str, Any]]:
-        """Return the attempts that failed; those that somebody stopped are none."""
-        file = self.place(node) / "attempts.jsonl"
-        if not file.is_file():
-            return []
-        found = []
-        for line in file.read_text().split("\n"):
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                # Half a line, where a disk was full or the process killed: that attempt is not counted.
-                continue
-        return [one for one in found if one["code"] != EXIT_STOPPED]
+        """Return the attempts that failed; those that somebody stopped are none.
+
+        Half a line, where a disk was full or the process killed, is not counted.
+        """
+        return [one for one in json_lines(self.place(node) / "attempts.jsonl") if one["code"] != EXIT_STOPPED]
 
     def state(self, node: Node) -> State:
         """Say where a node stands."""
-        if (self.place(node) / "done.json").is_file():
+        if self.is_done(node):
             return "done"
         if self.is_held(node):
             return "running"
         failures = self.attempts(node)
-        # What a user has to mend fails the same way each time.
+        # What a user has to fix fails the same way each time.
         hopeless = any(one["code"] == EXIT_USER_ERROR for one in failures)
         return "failed" if hopeless or len(failures) >= self.tries else "waiting"
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from mirage_ds.study.nodes import Node, Study, spell_out
-from mirage_ds.study.spec import read_study
+from mirage_ds.study.results import Scores
+from mirage_ds.study.spec import ContrastSpec, read_study
 from mirage_ds.study.store import Store
 
 STAGES = {
@@ -30,7 +33,7 @@ print("working on", place.name, flush=True)
 if mode == "fail":
     sys.exit("error: this one always fails")
 if mode == "user":
-    print("error: a user has to mend this"); sys.exit(2)
+    print("error: a user has to fix this"); sys.exit(2)
 if mode == "once" and not (place / "tried").exists():
     (place / "tried").touch(); sys.exit(70)
 if mode in ("long", "deaf", "some"):
@@ -75,3 +78,30 @@ def pretend(store: Store, modes: dict[str, str]):
         return [sys.executable, "-c", PRETEND, str(store.place(node)), node.kind, mode]
 
     return command
+
+
+class Scored(NamedTuple):
+    """One record's score."""
+
+    record: str
+    level: str
+    metrics: dict[str, float]
+
+
+def columns(scored: Sequence[Scored]) -> Scores:
+    """Put records' scores together."""
+    names = dict.fromkeys(name for one in scored for name in one.metrics)
+    metrics = {name: [one.metrics.get(name, math.nan) for one in scored] for name in names}
+    return Scores([one.record for one in scored], [one.level for one in scored], metrics)
+
+
+def rows(scores: Scores) -> list[Scored]:
+    """Take records' scores apart."""
+    return [
+        Scored(record, level, {name: values[at] for name, values in scores.metrics.items()})
+        for at, (record, level) in enumerate(zip(scores.records, scores.levels, strict=True))
+    ]
+
+
+def contrast(arm: str, base: str, evaluation: str, levels: tuple[str, ...] = (), metric: str | None = None):
+    return ContrastSpec(arm=arm, base=base, evaluation=evaluation, levels=levels, metric=metric)

@@ -9,17 +9,15 @@ from typing import Any
 
 from mirage_ds.analysis.controls.statistics import RESAMPLES
 from mirage_ds.errors import UserError
-from mirage_ds.study.report.answers import controls
 from mirage_ds.study.report.contrasts import contrasts
-from mirage_ds.study.report.grid import Column, Misfit, column, level_key, line_up
+from mirage_ds.study.report.controls import controls
+from mirage_ds.study.report.grid import Column, Misfit, Work, column, level_key, line_up
 from mirage_ds.study.report.statistics import Draws, estimate
 from mirage_ds.study.results import SCORES, Cell, Results, StageResult
 
 Report = dict[str, Any]
 # What a chain cost, in the units of StageResult.
 COSTS = ("steps", "rows", "tokens", "flops", "seconds", "samples_s", "peak_gb")
-# Of a record without a level, as in Scored.
-NO_LEVEL = "?"
 
 
 def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report:
@@ -40,17 +38,15 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
     Raises:
         UserError: no cell has a score.
     """
-    if not any(cell.scores.get(name) for cell in results.cells for name in cell.scores):
+    if not any(cell.is_scored for cell in results.cells):
         raise UserError(
             f"study {results.name!r}: none of its {len(results.cells)} cells has scores yet, so there is nothing to "
             "report; see what became of its runs first"
         )
-    holes: list[dict[str, Any]] = []
-    draws = Draws(resamples, seed)
-    cells = _by_arm(results, holes)
-    metrics = _metrics(results.cells)
-    arms = [_arm(name, results, own, metrics, draws, holes) for name, own in cells.items()]
-    primary, others = contrasts(results, cells, metrics, draws, holes)
+    work = Work(Draws(resamples, seed))
+    _gather(results, work)
+    arms = [_arm(name, results.arms.get(name, ""), cells, work) for name, cells in work.cells.items()]
+    primary, others = contrasts(results, work)
     report = {
         "name": results.name,
         "question": results.question,
@@ -58,10 +54,10 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
         "made": dict(results.made),
         "statistics": {"resamples": resamples, "seed": seed},
         "arms": arms,
-        "holes": holes,
+        "holes": work.holes,
         "primary": primary,
         "contrasts": others,
-        "controls": controls(cells, draws, holes),
+        "controls": controls(work),
     }
     return plain(report)
 
@@ -83,48 +79,30 @@ def plain(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
-def _by_arm(results: Results, holes: list[dict[str, Any]]) -> dict[str, list[Cell]]:
-    """Sort cells by arm, in the study's order, and by seed; say which have no scores."""
-    names = dict.fromkeys([*results.arms, *(cell.arm for cell in results.cells)])
-    found: dict[str, list[Cell]] = {}
-    for name in names:
+def _gather(results: Results, work: Work) -> None:
+    """Sort cells by arm, in the study's order, and by seed; say which have no scores; name the metrics.
+
+    An evaluation's metrics stand in the order of its first scored record: the first is the task's success.
+    """
+    for name in dict.fromkeys([*results.arms, *(cell.arm for cell in results.cells)]):
         own: dict[int, Cell] = {}
         for cell in sorted((one for one in results.cells if one.arm == name), key=lambda one: one.seed):
             if cell.seed in own:
-                holes.append(hole(name, cell.seed, "a second cell of this arm and seed is left out"))
+                work.miss(name, cell.seed, "a second cell of this arm and seed is left out")
                 continue
             own[cell.seed] = cell
-            if cell.problem or not any(cell.scores.values()):
-                holes.append(hole(name, cell.seed, cell.problem or "it has no scores"))
+            if cell.problem or not cell.is_scored:
+                work.miss(name, cell.seed, cell.problem or "it has no scores")
         if not own:
-            holes.append(hole(name, None, "the arm has no cells"))
-        found[name] = list(own.values())
-    return found
+            work.miss(name, None, "the arm has no cells")
+        work.cells[name] = list(own.values())
+    for cell in results.cells:
+        for evaluation, scores in cell.scores.items():
+            if scores.records and scores.metrics:
+                work.metrics.setdefault(evaluation, list(scores.metrics))
 
 
-def hole(arm: str | None, seed: int | None, problem: str, evaluation: str | None = None) -> dict[str, Any]:
-    """Write down what is missing, and where."""
-    return {"arm": arm, "seed": seed, "evaluation": evaluation, "problem": problem}
-
-
-def _metrics(cells: Sequence[Cell]) -> dict[str, list[str]]:
-    """Return each evaluation's metrics, in its first scored record's order: the first is the task's success."""
-    found: dict[str, list[str]] = {}
-    for cell in cells:
-        for name, scores in cell.scores.items():
-            if scores and name not in found and scores[0].metrics:
-                found[name] = list(scores[0].metrics)
-    return found
-
-
-def _arm(
-    name: str,
-    results: Results,
-    cells: Sequence[Cell],
-    metrics: Mapping[str, list[str]],
-    draws: Draws,
-    holes: list[dict[str, Any]],
-) -> dict[str, Any]:
+def _arm(name: str, description: str, cells: Sequence[Cell], work: Work) -> dict[str, Any]:
     """Gather what there is about one arm.
 
     Returns:
@@ -132,82 +110,71 @@ def _arm(
         returns, "cost": mean over the seeds with scores, "cells": one entry a seed, {"seed", "problem"} and what
         `chain` returns}
     """
-    scored = [cell for cell in cells if any(cell.scores.values())]
-    evaluations = {}
-    for evaluation, named in metrics.items():
-        found = _evaluation(name, evaluation, named, cells, draws, holes)
-        if found is not None:
-            evaluations[evaluation] = found
+    evaluations = {evaluation: _evaluation(name, evaluation, cells, work) for evaluation in work.metrics}
     costs = [{"seed": cell.seed, "problem": cell.problem, **chain(cell.stages)} for cell in cells]
-    finished = [one for one, cell in zip(costs, cells, strict=True) if any(cell.scores.values())]
+    finished = [one for one, cell in zip(costs, cells, strict=True) if cell.is_scored]
     return {
         "name": name,
-        "description": results.arms.get(name, ""),
+        "description": description,
         "settings": _settings(cells),
-        "seeds": {"scored": len(scored), "planned": len(cells)},
-        "evaluations": evaluations,
+        "seeds": {"scored": len(finished), "planned": len(cells)},
+        "evaluations": {evaluation: found for evaluation, found in evaluations.items() if found is not None},
         "cost": {key: _mean(one[key] for one in finished) for key in COSTS},
         "cells": costs,
     }
 
 
-def _evaluation(
-    arm: str,
-    evaluation: str,
-    metrics: Sequence[str],
-    cells: Sequence[Cell],
-    draws: Draws,
-    holes: list[dict[str, Any]],
-) -> dict[str, Any] | None:
+def _evaluation(arm: str, evaluation: str, cells: Sequence[Cell], work: Work) -> dict[str, Any] | None:
     """Average one evaluation of an arm: over the records that all its seeds have, and each seed by itself.
 
     Returns:
         {"metric", "overall": an Estimate, "levels": level → an Estimate, "by_seed": [{"seed", "score", "records",
         "levels": level → {"score", "records"}}], "other_metrics": name → mean}; None without scores.
     """
+    metric, *names = work.metrics[evaluation]
     columns: dict[int, Column] = {}
-    others: dict[str, list[float]] = {metric: [] for metric in metrics[1:]}
+    others: dict[str, list[float]] = {name: [] for name in names}
     for cell in cells:
-        if not cell.scores.get(evaluation):
+        scores = cell.scores.get(evaluation)
+        if scores is None or not scores.records:
             # An evaluation may be of some arms only.
             asked = not cell.keys or f"{SCORES} {evaluation}" in cell.keys
-            if asked and any(cell.scores.values()):
-                holes.append(hole(arm, cell.seed, "it has no scores of this evaluation", evaluation))
+            if asked and cell.is_scored:
+                work.miss(arm, cell.seed, "it has no scores of this evaluation", evaluation)
             continue
-        found = column(cell.scores[evaluation], metrics[0])
-        holes.extend(hole(arm, cell.seed, fault, evaluation) for fault in found.faults)
-        if len(found.records):
+        found, faults = column(scores, metric)
+        for fault in faults:
+            work.miss(arm, cell.seed, fault, evaluation)
+        if len(found):
             columns[cell.seed] = found
-        for metric, means in others.items():
-            values = column(cell.scores[evaluation], metric).values
+        for name, means in others.items():
+            values = column(scores, name)[0]["value"].to_numpy()
             means.extend([float(values.mean())] if len(values) else [])
     if not columns:
         return None
     try:
         grid = line_up([columns])
     except Misfit as error:
-        holes.append(hole(arm, None, f"its seeds cannot be averaged: {error}", evaluation))
+        work.miss(arm, None, f"its seeds cannot be averaged: {error}", evaluation)
         return None
     if grid.left_out:
         fault = f"{grid.left_out} records do not have scores under every seed and are left out of the mean"
-        holes.append(hole(arm, None, fault, evaluation))
-    overall, levels = estimate(grid.values[0], grid.sizes, draws)
+        work.miss(arm, None, fault, evaluation)
+    overall, levels = estimate(grid.values[0], grid.sizes, work.draws)
     return {
-        "metric": metrics[0],
+        "metric": metric,
         "overall": asdict(overall),
         "levels": {name: asdict(one) for name, one in zip(grid.levels, levels, strict=True)},
         "by_seed": [{"seed": seed, **_seed(found)} for seed, found in sorted(columns.items())],
-        "other_metrics": {metric: _mean(means) for metric, means in others.items()},
+        "other_metrics": {name: _mean(means) for name, means in others.items()},
     }
 
 
 def _seed(found: Column) -> dict[str, Any]:
-    levels: dict[str, list[float]] = {}
-    for level, value in zip(found.levels, found.values.tolist(), strict=True):
-        levels.setdefault(level, []).append(value)
+    levels = {str(level): _score(own.tolist()) for level, own in found.groupby("level")["value"]}
     return {
-        **_score(found.values.tolist()),
-        "levels": {level: _score(levels[level]) for level in sorted(levels, key=level_key)},
+        **_score(found["value"].tolist()),
+        "levels": {level: levels[level] for level in sorted(levels, key=level_key)},
     }
 
 

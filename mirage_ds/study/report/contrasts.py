@@ -2,97 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from mirage_ds.analysis.controls.statistics import holm
-from mirage_ds.study.report.grid import Column, Grid, Misfit, column, line_up
-from mirage_ds.study.report.statistics import Comparison, Draws, compare
-from mirage_ds.study.results import Cell, Contrast, Results
+from mirage_ds.study.report.grid import Column, Grid, Misfit, Work, column, line_up
+from mirage_ds.study.report.statistics import Comparison, compare
+from mirage_ds.study.results import Cell, Results
+from mirage_ds.study.spec import ContrastSpec
 
 Found = dict[str, Any]
 
 
-def contrasts(
-    results: Results,
-    cells: Mapping[str, Sequence[Cell]],
-    metrics: Mapping[str, Sequence[str]],
-    draws: Draws,
-    holes: list[Found],
-) -> tuple[Found | None, list[Found]]:
-    """Compare what the study wants compared.
-
-    Args:
-        cells: arm → its cells, one a seed; metrics: evaluation → its metrics.
-        holes: a contrast that cannot be made is added here.
+def contrasts(results: Results, work: Work) -> tuple[Found | None, list[Found]]:
+    """Compare what the study wants compared; a contrast that cannot be made is a hole.
 
     Returns:
         (primary, others). Each has {"arm", "base", "evaluation", "levels", "metric", "problem"} and, where "problem" is
         None, what `_compared` and `_families` say. "p_holm" is adjusted among the others; the primary has none.
     """
-    primary = _contrast(results.primary, results, cells, metrics, draws, holes) if results.primary else None
-    others = [
-        _contrast(one, results, cells, metrics, draws, holes)
-        for one in dict.fromkeys(_key(each) for each in results.contrasts)
-        if results.primary is None or one != _key(results.primary)
-    ]
+    primary = _contrast(results.primary, results.margin, work) if results.primary else None
+    asked = [one for one in dict.fromkeys(results.contrasts) if one != results.primary]
+    others = [_contrast(one, results.margin, work) for one in asked]
     tested = [one for one in others if one.get("p") is not None]
     for one, adjusted in zip(tested, holm([one["p"] for one in tested]), strict=True):
         one["p_holm"] = adjusted
     return primary, others
 
 
-def _key(contrast: Contrast) -> Contrast:
-    """Return the same contrast with its levels as a tuple of texts, so that two can be told apart."""
-    levels = tuple(str(level) for level in contrast.levels)
-    return Contrast(contrast.arm, contrast.base, contrast.evaluation, levels, contrast.metric)
-
-
-def _contrast(
-    contrast: Contrast,
-    results: Results,
-    cells: Mapping[str, Sequence[Cell]],
-    metrics: Mapping[str, Sequence[str]],
-    draws: Draws,
-    holes: list[Found],
-) -> Found:
-    first = next(iter(metrics.get(contrast.evaluation, ())), None)
+def _contrast(contrast: ContrastSpec, margin: float, work: Work) -> Found:
+    first = next(iter(work.metrics.get(contrast.evaluation, ())), None)
     found: Found = {
         "arm": contrast.arm,
         "base": contrast.base,
         "evaluation": contrast.evaluation,
-        "levels": [str(level) for level in contrast.levels],
+        "levels": list(contrast.levels),
         "metric": contrast.metric or first,
         "problem": None,
     }
+    sides = {"arm": contrast.arm, "base": contrast.base}
     try:
-        pair = [_columns(name, found, cells) for name in (contrast.arm, contrast.base)]
+        pair = [_columns(name, found, work) for name in sides.values()]
         grid = line_up(pair)
     except Misfit as error:
         found["problem"] = f"contrast {contrast.arm} − {contrast.base}: {error}"
-        holes.append({"arm": None, "seed": None, "evaluation": contrast.evaluation, "problem": found["problem"]})
+        work.miss(None, None, found["problem"], contrast.evaluation)
         return found
-    compared = compare(grid.values[0], grid.values[1], grid.sizes, results.margin, draws)
+    compared = compare(grid.values[0], grid.values[1], grid.sizes, margin, work.draws)
     found.update(_compared(compared, grid))
-    found["families"] = _families(found, [cell for name in (contrast.arm, contrast.base) for cell in cells[name]])
+    found["families"] = _families(found, [cell for name in sides.values() for cell in work.cells[name]])
     found["notes"] = _notes(found, grid, [set(one) for one in pair])
-    found["steps"] = _steps(contrast, cells, grid.seeds)
+    # Optimizer steps of the chains, seed by seed.
+    found["steps"] = {
+        side: [sum(stage.steps for stage in cell.stages) for cell in work.cells[name] if cell.seed in grid.seeds]
+        for side, name in sides.items()
+    }
     if len({tuple(steps) for steps in found["steps"].values()}) > 1:
         found["notes"].append("not step-matched")
     return found
 
 
-def _columns(name: str, found: Found, cells: Mapping[str, Sequence[Cell]]) -> dict[int, Column]:
+def _columns(name: str, found: Found, work: Work) -> dict[int, Column]:
     """Read one arm's scores, seed by seed."""
-    if name not in cells:
+    if name not in work.cells:
         raise Misfit(f"the study has no arm {name!r}")
     columns = {}
-    for cell in cells[name]:
-        scores = cell.scores.get(found["evaluation"])
-        one = column(scores, found["metric"], found["levels"]) if scores else None
-        if one is not None and one.records:
-            columns[cell.seed] = one
+    for cell in work.cells[name]:
+        if scores := cell.scores.get(found["evaluation"]):
+            one, _ = column(scores, found["metric"], found["levels"])
+            if len(one):
+                columns[cell.seed] = one
     if not columns:
         at = f" at levels {', '.join(found['levels'])}" if found["levels"] else ""
         by = f" by {found['metric']}" if found["metric"] else ""
@@ -185,11 +165,3 @@ def _notes(found: Found, grid: Grid, seeds: Sequence[set[int]]) -> list[str]:
     if not (grid.values[0] != grid.values[1]).any():
         notes.append("the two do not differ in any record: the interval has no width and says nothing about others")
     return notes
-
-
-def _steps(contrast: Contrast, cells: Mapping[str, Sequence[Cell]], seeds: Sequence[int]) -> dict[str, list[int]]:
-    """Return the optimizer steps of the chains that were compared, seed by seed."""
-    return {
-        side: [sum(stage.steps for stage in cell.stages) for cell in cells[name] if cell.seed in seeds]
-        for side, name in (("arm", contrast.arm), ("base", contrast.base))
-    }

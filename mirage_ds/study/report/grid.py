@@ -6,55 +6,74 @@ S seeds, N records, G groups (the arms of a contrast, the conditions of a contro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from mirage_ds.study.results import Scored
+from mirage_ds.study.report.statistics import Draws
+from mirage_ds.study.results import Cell, Scores
+
+# Of a record without a level, as in Scores.
+NO_LEVEL = "?"
 
 
 class Misfit(Exception):
     """Scores that cannot be put together; the message says why, as the end of a sentence. The report shows it."""
 
 
-class Column(NamedTuple):
-    """One cell's scores in one evaluation, by one metric.
+@dataclass
+class Work:
+    """What every part of the report reads, and the holes that it finds.
 
     Attributes:
-        records: names, each once; levels: of the records; values: (N,) float64, finite.
-        faults: what was left out, as ends of sentences.
+        cells: arm → its cells, one a seed, in their order.
+        metrics: evaluation → its metrics; the first is the task's success.
+        holes: {"arm", "seed", "evaluation", "problem"} of what is missing; None where it is about no single one.
     """
 
-    records: tuple[str, ...]
-    levels: tuple[str, ...]
-    values: np.ndarray
-    faults: tuple[str, ...] = ()
+    draws: Draws
+    cells: dict[str, list[Cell]] = field(default_factory=dict)
+    metrics: dict[str, list[str]] = field(default_factory=dict)
+    holes: list[dict[str, Any]] = field(default_factory=list)
+
+    def miss(self, arm: str | None, seed: int | None, problem: str, evaluation: str | None = None) -> None:
+        """Write down what is missing, and where."""
+        self.holes.append({"arm": arm, "seed": seed, "evaluation": evaluation, "problem": problem})
 
 
-def column(scores: Iterable[Scored], metric: str, only: Sequence[str] = ()) -> Column:
+# One cell's scores by one metric: level (str) and value (float64, finite) of N records, whose names are the index.
+Column = pd.DataFrame
+
+
+def make_column(records: Sequence[str], levels: Sequence[str], values: Sequence[float]) -> Column:
+    """Put the scores of N records together."""
+    # As objects: pandas' own texts cannot hold half a surrogate pair, which a record's level may have.
+    level = np.asarray(levels, object)
+    return pd.DataFrame({"level": level, "value": np.asarray(values, np.float64)}, pd.Index(records, dtype=object))
+
+
+def column(scores: Scores, metric: str, only: Sequence[str] = ()) -> tuple[Column, list[str]]:
     """Read one cell's scores; a record without a finite value is left out, one that stands there twice counts once.
 
     Args:
         only: levels that count; all if empty.
+
+    Returns:
+        The scores, and what was left out, as ends of sentences.
     """
-    found: dict[str, tuple[str, float]] = {}
-    twice = empty = 0
-    wanted = {str(level) for level in only}
-    for one in scores:
-        value = one.metrics.get(metric)
-        if wanted and str(one.level) not in wanted:
-            continue
-        if value is None or not math.isfinite(value):
-            empty += 1
-        elif one.record in found:
-            twice += 1
-        else:
-            found[one.record] = str(one.level), float(value)
+    nothing = [math.nan] * len(scores.records)
+    values = np.asarray(scores.metrics.get(metric, nothing), np.float64)
+    counts = np.asarray([not only or level in only for level in scores.levels], bool)
+    finite = make_column(scores.records, scores.levels, values)[counts & np.isfinite(values)]
+    once = finite[~finite.index.duplicated()]
+    empty, twice = int(counts.sum()) - len(finite), len(finite) - len(once)
     faults = [f"{empty} records have no number for {metric!r} and are left out"] if empty else []
     faults += [f"{twice} records stand there twice, and the first of each counts"] if twice else []
-    levels, values = zip(*found.values(), strict=True) if found else ((), ())
-    return Column(tuple(found), levels, np.asarray(values, dtype=np.float64), tuple(faults))
+    return once, faults
 
 
 def level_key(level: str) -> tuple[int, float, str]:
@@ -98,27 +117,17 @@ def line_up(groups: Sequence[Mapping[int, Column]]) -> Grid:
     if not seeds:
         raise Misfit("they have no common seed with scores")
     columns = [group[seed] for group in groups for seed in seeds]
-    shared = set(columns[0].records).intersection(*(one.records for one in columns[1:]))
-    if not shared:
+    shared = pd.concat([one["value"] for one in columns], axis=1, join="inner")
+    if shared.empty:
         raise Misfit("they have no common record")
-    every = set().union(*(one.records for one in columns))
-    level_of = dict(zip(columns[0].records, columns[0].levels, strict=True))
-    records = sorted(shared, key=lambda name: (level_key(level_of[name]), name))
-    rows: dict[tuple[str, ...], np.ndarray] = {}
-    values = []
-    for one in columns:
-        # Nearly always all cells list their records alike, so the order is worked out once.
-        if one.records not in rows:
-            at = {name: i for i, name in enumerate(one.records)}
-            rows[one.records] = np.asarray([at[name] for name in records])
-        values.append(one.values[rows[one.records]])
-    levels = list(dict.fromkeys(level_of[name] for name in records))
-    counts = [level_of[name] for name in records]
+    level_of = columns[0]["level"].to_dict()
+    records = sorted(shared.index, key=lambda name: (level_key(level_of[name]), name))
+    sizes = Counter(level_of[name] for name in records)
     return Grid(
-        tuple(seeds),
-        tuple(levels),
-        tuple(counts.count(level) for level in levels),
-        tuple(records),
-        np.stack(values).reshape(len(groups), len(seeds), len(records)),
-        len(every) - len(shared),
+        seeds=tuple(seeds),
+        levels=tuple(sizes),
+        sizes=tuple(sizes.values()),
+        records=tuple(records),
+        values=shared.loc[records].to_numpy().T.reshape(len(groups), len(seeds), len(records)),
+        left_out=len(set().union(*(one.index for one in columns))) - len(records),
     )

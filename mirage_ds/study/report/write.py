@@ -12,9 +12,7 @@ from mirage_ds.analysis.controls.statistics import RESAMPLES
 from mirage_ds.analysis.inspect.live import need_matplotlib
 from mirage_ds.files import write_atomically
 from mirage_ds.study.report.build import build
-from mirage_ds.study.report.markdown import markdown
-from mirage_ds.study.report.page import page
-from mirage_ds.study.report.sheet import sheet
+from mirage_ds.study.report.text import markdown, page, sheet
 from mirage_ds.study.results import Results
 
 
@@ -57,7 +55,7 @@ def _earlier(out: Path) -> set[str]:
 def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, bytes, str]]:
     """Yield each figure's name, PNG and caption."""
     from mirage_ds.analysis.inspect import style
-    from mirage_ds.study.report import control_figures, figures, sweeps
+    from mirage_ds.study.report import figures, sweeps
 
     taken: set[str] = set()
     with style.styled():
@@ -66,7 +64,7 @@ def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, by
             *figures.contrasts(report),
             *sweeps.sweeps(report),
             *sweeps.curves(results, report),
-            *control_figures.controls(report),
+            *figures.controls(report),
             *figures.cost(report),
         ):
             # Two evaluations whose names differ in odd characters alone.

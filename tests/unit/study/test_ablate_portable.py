@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.studies import Scored, columns
 
 from mirage_ds.errors import UserError
-from mirage_ds.study.portable import dump, export, load, merge
+from mirage_ds.study.portable import export, load, merge
 from mirage_ds.study.report.build import build
-from mirage_ds.study.results import Cell, Results, Scored, StageResult
+from mirage_ds.study.results import Cell, Results, StageResult
 
 
 def cell(arm: str, seed: int, problem: str | None = None) -> Cell:
@@ -30,7 +31,7 @@ def cell(arm: str, seed: int, problem: str | None = None) -> Cell:
     if problem:
         return Cell(arm, seed, {}, [], problem=problem, **known)
     controls = {"test": {"conditions": conditions, "answers": answers}}
-    return Cell(arm, seed, {"latent_size": 4}, [stage], {"test": scores}, controls, **known)
+    return Cell(arm, seed, {"latent_size": 4}, [stage], {"test": columns(scores)}, controls, **known)
 
 
 WHOLE = Results("s", "?", {"a": "", "b": ""}, [cell(arm, seed) for arm in "ab" for seed in (0, 1)])
@@ -42,7 +43,8 @@ def test_cells_come_back_as_they_were_without_what_answers_said(tmp_path: Path) 
     for one, other in zip(back, WHOLE.cells, strict=True):
         assert replace(one, controls={}) == replace(other, controls={}, settings={})
     assert b"UP" not in gzip.decompress((tmp_path / "part.json.gz").read_bytes())
-    assert dump(WHOLE) == (tmp_path / "part.json.gz").read_bytes()
+    export(WHOLE, tmp_path / "again.json.gz")
+    assert (tmp_path / "again.json.gz").read_bytes() == (tmp_path / "part.json.gz").read_bytes()
 
 
 def test_a_report_of_parts_is_the_report_of_the_whole(tmp_path: Path) -> None:
@@ -57,7 +59,7 @@ def test_a_report_of_parts_is_the_report_of_the_whole(tmp_path: Path) -> None:
 
 
 def test_what_is_there_stays_and_strangers_are_not_taken(tmp_path: Path) -> None:
-    other = replace(WHOLE.cells[0], scores={"test": []})
+    other = replace(WHOLE.cells[0], scores={"test": columns([])})
     stranger = replace(WHOLE.cells[0], chain="x", keys={"scores test": "y", "controls test": "z"})
     export(replace(WHOLE, cells=[other, stranger]), tmp_path / "part.gz")
     merged, said = merge(WHOLE, [tmp_path / "part.gz"])
@@ -93,16 +95,19 @@ def test_what_is_no_such_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("no gzip")
     (tmp_path / "b").write_bytes(gzip.compress(b"[]"))
     (tmp_path / "c").write_bytes(gzip.compress(json.dumps({"format": 9}).encode()))
-    (tmp_path / "d").write_bytes(dump(WHOLE)[:50])
+    export(WHOLE, tmp_path / "d")
+    (tmp_path / "d").write_bytes((tmp_path / "d").read_bytes()[:50])
+    (tmp_path / "f").write_bytes(gzip.compress(json.dumps({"format": 2, "cells": [{"arm": "a"}]}).encode()))
     for name, said in {
-        "a": "no file|cannot",
-        "b": "no file of",
+        "a": "not a file|cannot",
+        "b": "not a file of",
         "c": "another version",
-        "d": "no file",
+        "d": "not a file",
+        "f": "not a file of .*seed: Field required",
         "e": "cannot",
     }.items():
         with pytest.raises(UserError, match=said):
             load(tmp_path / name)
     with pytest.raises(UserError, match="no arm of the study has been evaluated"):
-        export(replace(WHOLE, cells=[cell("a", 0, "not run")]), tmp_path / "f")
-    assert not (tmp_path / "f").exists()
+        export(replace(WHOLE, cells=[cell("a", 0, "not run")]), tmp_path / "g")
+    assert not (tmp_path / "g").exists()

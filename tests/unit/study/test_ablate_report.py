@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.studies import Scored, columns, contrast, rows
 
 from mirage_ds.analysis.controls.statistics import holm
 from mirage_ds.analysis.inspect import style
 from mirage_ds.errors import UserError, strict_json
-from mirage_ds.study.report import control_figures, figures, sweeps
+from mirage_ds.study.report import figures, sweeps
 from mirage_ds.study.report.build import build
-from mirage_ds.study.report.markdown import escaped, markdown
-from mirage_ds.study.report.page import page
-from mirage_ds.study.report.sheet import sheet
 from mirage_ds.study.report.statistics import TOO_FEW
-from mirage_ds.study.report.tables import primary_sentence
+from mirage_ds.study.report.text import escaped, markdown, page, primary_sentence, sheet
 from mirage_ds.study.report.write import write_report
-from mirage_ds.study.results import SCORES, Cell, Contrast, Results, Scored, StageResult
+from mirage_ds.study.results import SCORES, Cell, Results, Scores, StageResult
+from mirage_ds.study.spec import ContrastSpec
 
 LEVELS = ("5", "6", "10")
 
@@ -46,7 +45,7 @@ def success(arm: str, seed: int, record: str, rate: float) -> float:
     return float(random.Random(f"{arm}/{seed}/{record}").random() < rate)
 
 
-def scored(arm: str, seed: int, rate: float, count: int = 12, levels: Sequence[str] = LEVELS) -> list[Scored]:
+def scored(arm: str, seed: int, rate: float, count: int = 12, levels: Sequence[str] = LEVELS) -> Scores:
     """`count` records a level, in an order of the arm's and seed's own."""
     found = [
         Scored(f"{level}-{i}", level, {"success": success(arm, seed, f"{level}-{i}", rate), "optimal": 0.25})
@@ -54,7 +53,7 @@ def scored(arm: str, seed: int, rate: float, count: int = 12, levels: Sequence[s
         for i in range(count)
     ]
     random.Random(f"{arm}/{seed}").shuffle(found)
-    return found
+    return columns(found)
 
 
 def control_report(arm: str, seed: int, count: int = 20, path: bool = True) -> dict[str, Any]:
@@ -105,9 +104,9 @@ def study(seeds: Sequence[int] = range(1, 6), levels: Sequence[str] = LEVELS, **
         for arm, rate in RATES.items()
         for seed in seeds
     ]
-    contrasts = [Contrast("k8", "k4", "test"), Contrast("top", "k4", "test"), Contrast("k8", "base", "test", ("5",))]
+    contrasts = [contrast("k8", "k4", "test"), contrast("top", "k4", "test"), contrast("k8", "base", "test", ("5",))]
     fields = {"contrasts": contrasts, "made": {"date": "2026-12-01", "commit": "abc"}, "margin": 0.02}
-    primary = Contrast("k4", "base", "test")
+    primary = contrast("k4", "base", "test")
     about = {arm: f"what {arm} is" for arm in RATES}
     return Results(
         **{"name": "study", "question": "Why?", "arms": about, "cells": cells, "primary": primary, **fields, **other}
@@ -276,18 +275,18 @@ def test_one_seed_is_tested_on_the_records_and_says_so() -> None:
 
 def test_a_result_does_not_depend_on_the_order_of_cells_and_records() -> None:
     results = study()
-    cells = [replace(cell, scores={"test": [*cell.scores["test"]][::-1]}) for cell in results.cells]
+    cells = [replace(cell, scores={"test": columns(rows(cell.scores["test"])[::-1])}) for cell in results.cells]
     random.Random(1).shuffle(cells)
     assert build(replace(results, cells=cells), 300) == build(results, 300)
 
 
 def test_a_metric_that_is_not_binary_and_one_that_is_named() -> None:
     results = study([1])
-    primary = Contrast("k4", "base", "test", metric="optimal")
+    primary = contrast("k4", "base", "test", metric="optimal")
     report = build(replace(results, primary=primary), 300)
     assert (report["primary"]["test"], report["primary"]["verdict"]) == ("none", TOO_FEW)
     assert any("do not differ in any record" in note for note in report["primary"]["notes"])
-    gone = build(replace(results, primary=replace(primary, metric="nonsense")), 300)
+    gone = build(replace(results, primary=contrast("k4", "base", "test", metric="nonsense")), 300)
     assert "by nonsense" in gone["primary"]["problem"]
 
 
@@ -333,20 +332,20 @@ def test_an_arm_that_fails_altogether_does_not_prevent_the_report(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("contrast", "said"),
+    ("against", "said"),
     [
-        (Contrast("nobody", "base", "test"), "no arm 'nobody'"),
-        (Contrast("k4", "base", "other"), "no cell of 'k4' has scores in evaluation 'other'"),
-        (Contrast("k4", "base", "test", ("7",)), "evaluation 'test' at levels 7"),
-        (Contrast("k4", "lone", "test"), "contrast k4 − lone: they have no common seed"),
-        (Contrast("k4", "alien", "test"), "contrast k4 − alien: they have no common record"),
+        (contrast("nobody", "base", "test"), "no arm 'nobody'"),
+        (contrast("k4", "base", "other"), "no cell of 'k4' has scores in evaluation 'other'"),
+        (contrast("k4", "base", "test", ("7",)), "evaluation 'test' at levels 7"),
+        (contrast("k4", "lone", "test"), "contrast k4 − lone: they have no common seed"),
+        (contrast("k4", "alien", "test"), "contrast k4 − alien: they have no common record"),
     ],
 )
-def test_contrasts_that_cannot_be_made_are_holes(contrast: Contrast, said: str) -> None:
+def test_contrasts_that_cannot_be_made_are_holes(against: ContrastSpec, said: str) -> None:
     results = study()
     lone = Cell("lone", 77, {}, [], {"test": scored("lone", 77, 0.5)})
-    alien = Cell("alien", 1, {}, [], {"test": [Scored("x", "5", {"success": 1.0})]})
-    report = build(replace(results, cells=[*results.cells, lone, alien], primary=contrast), 100)
+    alien = Cell("alien", 1, {}, [], {"test": columns([Scored("x", "5", {"success": 1.0})])})
+    report = build(replace(results, cells=[*results.cells, lone, alien], primary=against), 100)
     assert said in report["primary"]["problem"]
     assert any(said in problem for problem in problems(report))
     assert said in primary_sentence(report)
@@ -354,9 +353,9 @@ def test_contrasts_that_cannot_be_made_are_holes(contrast: Contrast, said: str) 
 
 def test_records_that_a_cell_lacks_or_has_no_number_for_are_left_out_and_said() -> None:
     def fewer(cell: Cell) -> Cell:
-        kept = [one for one in cell.scores["test"] if one.record != "5-3"]
-        kept = [replace(one, metrics={"success": math.nan}) if one.record == "6-1" else one for one in kept]
-        return replace(cell, scores={"test": kept})
+        kept = [one for one in rows(cell.scores["test"]) if one.record != "5-3"]
+        kept = [one._replace(metrics={"success": math.nan}) if one.record == "6-1" else one for one in kept]
+        return replace(cell, scores={"test": columns(kept)})
 
     report = build(changed(study(), "k4", 2, fewer), 300)
     overall = arm_of(report, "k4")["evaluations"]["test"]["overall"]
@@ -366,7 +365,7 @@ def test_records_that_a_cell_lacks_or_has_no_number_for_are_left_out_and_said() 
 
 
 def test_a_study_without_scores_is_refused(tmp_path: Path) -> None:
-    cells = [Cell("a", 1, {}, [], problem="never started"), Cell("a", 2, {}, [], {"test": []})]
+    cells = [Cell("a", 1, {}, [], problem="never started"), Cell("a", 2, {}, [], {"test": columns([])})]
     with pytest.raises(UserError, match="none of its 2 cells has scores"):
         write_report(Results("x", "?", {"a": ""}, cells), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -466,7 +465,11 @@ def nasty(text: str) -> Results:
             cell,
             arm=name.get(cell.arm, cell.arm),
             settings={**cell.settings, text: cell.arm},
-            scores={text: [replace(one, level=text if one.level == "5" else one.level) for one in cell.scores["test"]]},
+            scores={
+                text: replace(
+                    cell.scores["test"], levels=[text if one == "5" else one for one in cell.scores["test"].levels]
+                )
+            },
             controls=dict.fromkeys([text], cell.controls["test"]) if cell.controls else {},
         )
         for cell in results.cells
@@ -476,7 +479,7 @@ def nasty(text: str) -> Results:
         text,
         {name.get(arm, arm): text for arm in RATES},
         cells,
-        Contrast(text, "base", text),
+        contrast(text, "base", text),
         (),
         0.02,
         {text: text},
@@ -503,7 +506,7 @@ def test_names_in_figures_are_no_formulas_and_none_is_hidden() -> None:
     results = nasty(name)
     report = build(results, 100)
     with style.styled():
-        drawn = [*sweeps.curves(results, report), *control_figures.controls(report), *figures.scores(report)]
+        drawn = [*sweeps.curves(results, report), *figures.controls(report), *figures.scores(report)]
         for one in drawn:
             style.png(one.figure)
         for one in drawn[:2]:
@@ -532,7 +535,10 @@ def test_pages_hold_their_parts_in_order() -> None:
 def test_no_levels_and_equal_scores() -> None:
     results = study(levels=())
     cells = [
-        replace(cell, scores={"test": [replace(one, metrics={"success": 1.0}) for one in cell.scores["test"]]})
+        replace(
+            cell,
+            scores={"test": columns([one._replace(metrics={"success": 1.0}) for one in rows(cell.scores["test"])])},
+        )
         for cell in results.cells
     ]
     report = build(replace(results, cells=cells, contrasts=()), 100)
@@ -571,10 +577,9 @@ def test_files_are_strict_repeatable_and_without_what_is_gone(tmp_path: Path) ->
     cell = arm_of(report, "k4")["cells"][1]
     assert (cell["flops"], cell["samples_s"], cell["peak_gb"]) == (None, None, None)
     files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.*")}
-    assert set(files) == {
-        *("report.json", "report.csv", "report.md", "report.html", "figures/scores-test.png", "figures/contrasts.png"),
-        *("figures/setting-latent-size.png", "figures/setting-compress-strategy.png", "figures/curves.png"),
-        *("figures/controls-test.png", "figures/follow-test.png", "figures/cost.png"),
+    drawn = ["scores-test", "contrasts", "setting-latent-size", "setting-compress-strategy", "curves", "controls-test"]
+    assert set(files) == {f"report.{kind}" for kind in ("json", "csv", "md", "html")} | {
+        f"figures/{name}.png" for name in [*drawn, "follow-test", "cost"]
     }
     write_report(results, tmp_path / "again", 100)
     again = tmp_path / "again"
@@ -593,7 +598,7 @@ def test_every_axis_says_what_it_shows() -> None:
     with style.styled():
         drawn = [
             *(*figures.scores(report), *figures.contrasts(report), *figures.cost(report)),
-            *(*control_figures.controls(report), *sweeps.sweeps(report), *sweeps.curves(results, report)),
+            *(*figures.controls(report), *sweeps.sweeps(report), *sweeps.curves(results, report)),
         ]
         assert len(drawn) == 8
         for one in drawn:
@@ -682,12 +687,12 @@ def test_a_thousand_cells_take_seconds(tmp_path: Path) -> None:
             seed,
             {"rows": number},
             [stage(f"{arm}/{seed}")],
-            {"test": [Scored(str(i), str(i % 2), {"success": float(rng.random() < 0.5)}) for i in range(100)]},
+            {"test": columns([Scored(str(i), str(i % 2), {"success": float(rng.random() < 0.5)}) for i in range(100)])},
         )
         for number, arm in enumerate(arms)
         for seed in range(8)
     ]
-    contrasts = [Contrast(arm, "arm 0", "test") for arm in arms if arm != "arm 0"]
+    contrasts = [contrast(arm, "arm 0", "test") for arm in arms if arm != "arm 0"]
     start = time.process_time()
     report = write_report(Results("many", "?", arms, cells, None, contrasts), tmp_path)
     assert time.process_time() - start < 20

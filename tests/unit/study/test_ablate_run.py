@@ -22,14 +22,21 @@ from mirage_ds.errors import UserError
 from mirage_ds.run import events
 from mirage_ds.study import command as commands
 from mirage_ds.study import execute
-from mirage_ds.study.launch import Place, command, environment, for_hosts, here, parts
+from mirage_ds.study.launch import Place, command, environment, here, parts
 from mirage_ds.study.nodes import Node, Study
-from mirage_ds.study.overview import by_arm, estimate, overview, shown_hours, states_of, steps_of
-from mirage_ds.study.progress import TAIL_BYTES, Bars, reached
+from mirage_ds.study.overview import (
+    TAIL_BYTES,
+    Bars,
+    by_arm,
+    estimate,
+    overview,
+    reached,
+    shown_hours,
+    states_of,
+    steps_of,
+)
 from mirage_ds.study.slurm import arrays, write_scripts
 from mirage_ds.study.store import Store
-
-LAUNCH = execute.Launch({}, 1)
 
 
 @pytest.fixture
@@ -48,7 +55,7 @@ def run(
 ) -> tuple[bool, list[str]]:
     monkeypatch.setattr(execute, "command", pretend(store, modes or {}))
     said: list[str] = []
-    return execute.run(study, store, [Place(1)] * places, LAUNCH, said.append, asked, patient=patient), said
+    return execute.run(study, store, [Place(1)] * places, 1, said.append, asked, patient=patient), said
 
 
 def began(said: list[str]) -> list[str]:
@@ -88,11 +95,11 @@ def test_a_failing_arm_is_tried_again_and_the_others_go_on(small, monkeypatch: p
     assert by_arm(study, store)["mirage"] == {"done": 2}
 
 
-def test_what_a_user_has_to_mend_is_not_tried_again(small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_user_has_to_fix_is_not_tried_again(small, monkeypatch: pytest.MonkeyPatch) -> None:
     study, store = small
     _, said = run(study, store, monkeypatch, {"base": "user"})
     assert len(began(said)) == 1
-    assert "exit code 2: a user has to mend this" in said[-1]
+    assert "exit code 2: a user has to fix this" in said[-1]
     assert by_arm(study, store) == {"text": {"failed": 2}, "mirage": {"failed": 2}}
 
 
@@ -124,7 +131,7 @@ def test_a_node_outlives_a_study_that_is_killed_and_is_left_alone(tmp_path: Path
         "from mirage_ds.study import execute\n"
         "from mirage_ds.study.launch import Place\n"
         "study, store = opened(Path(sys.argv[1])); execute.command = pretend(store, {'base': 'some'})\n"
-        "execute.run(study, store, [Place(1)], execute.Launch({}, 1), print)"
+        "execute.run(study, store, [Place(1)], 1, print)"
     )
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen([sys.executable, "-c", script, str(file)], env=here, stdout=subprocess.DEVNULL) as runner:
@@ -202,8 +209,8 @@ def test_two_processes_share_a_study(small, monkeypatch: pytest.MonkeyPatch) -> 
 
     def work() -> None:
         said: list[str] = []
-        while len([node for node in study.nodes.values() if store.done(node)]) < len(study.nodes):
-            execute.run(study, store, [Place(1)], LAUNCH, said.append)
+        while len([node for node in study.nodes.values() if store.is_done(node)]) < len(study.nodes):
+            execute.run(study, store, [Place(1)], 1, said.append)
         found.append(began(said))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
@@ -288,20 +295,25 @@ def test_command_lines(small, tmp_path: Path) -> None:
     assert flags == {"sft": True, "stage2": False}
 
 
-def test_what_a_part_of_a_hostfile_gets(tmp_path: Path) -> None:
+def test_what_a_part_of_a_hostfile_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"DS_ACCELERATOR": "cpu", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "X": "y"}.items():
+        monkeypatch.setenv(name, value)
     place = Place(16, None, (Host("n0", 8), Host("n1", 8)))
-    found = {"DS_ACCELERATOR": "cpu", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "MY_NAME": "x"}
-    more = for_hosts(tmp_path, place, found, ["MY_NAME"])
+    found = environment(place, tmp_path, {"MY_NAME": "x"}, 1)
     assert (tmp_path / "hosts").read_text() == "n0 slots=8\nn1 slots=8\n"
-    assert (tmp_path / "deepspeed_env").read_text() == "DS_ACCELERATOR=cpu\nMY_NAME=x\n"
-    assert more["DS_ENV_FILE"] == str(tmp_path / "deepspeed_env")
+    sent = (tmp_path / "deepspeed_env").read_text().splitlines()
+    assert {"DS_ACCELERATOR=cpu", "MY_NAME=x"} <= set(sent)
+    assert not {"HOME", "CUDA_VISIBLE_DEVICES", "X"} & {line.partition("=")[0] for line in sent}
+    assert found["DS_ENV_FILE"] == str(tmp_path / "deepspeed_env")
+    assert "BatchMode=yes" in found["PDSH_SSH_ARGS_APPEND"]
 
 
-def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    found = environment(Place(2, ("4", "5")), {"A": "b"}, 7)
+    found = environment(Place(2, ("4", "5")), tmp_path, {"A": "b"}, 7)
     assert (found["CUDA_VISIBLE_DEVICES"], found["OMP_NUM_THREADS"], found["A"]) == ("4,5", "3", "b")
-    assert "CUDA_VISIBLE_DEVICES" not in {**environment(Place(1), {}, 1)}.keys() - os.environ.keys()
+    assert "CUDA_VISIBLE_DEVICES" not in environment(Place(1), tmp_path, {}, 1).keys() - os.environ.keys()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stage_is_prepared_to_go_on_from_its_parent(small) -> None:
@@ -423,9 +435,9 @@ def test_status_and_exit_codes(tmp_path: Path, nano: Path, monkeypatch: pytest.M
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["arms"] == {"text": {"done": 2}, "mirage": {"failed": 2}}
     assert said["runs"]["stage2"] == {"blocked": 2}
-    assert set(said["failed"].values()) == {"exit code 2: a user has to mend this"}
+    assert set(said["failed"].values()) == {"exit code 2: a user has to fix this"}
     cli.main(["ablate", "status", str(file)], standalone_mode=False)
-    assert "a user has to mend this" in capsys.readouterr().out
+    assert "a user has to fix this" in capsys.readouterr().out
     monkeypatch.setattr(execute, "command", pretend(store, {}))
     cli.main(["ablate", "run", str(file), "--again", "--arms", "mirage"], standalone_mode=False)
     with pytest.raises(UserError, match="--arms: no arm 'mirag'"):
@@ -480,7 +492,7 @@ def test_who_looks_sees_what_is_at_work_and_then_nothing(small, monkeypatch: pyt
     def look(nodes: list[Node]) -> None:
         seen.append([node.name for node in nodes])
 
-    assert execute.run(study, store, [Place(1)], LAUNCH, lambda line: None, look=look)
+    assert execute.run(study, store, [Place(1)], 1, lambda line: None, look=look)
     # The base takes 3 s, and every other second somebody looks.
     assert seen[:2] == [["base"], ["base"]]
     assert seen[-1] == []

@@ -197,11 +197,11 @@ def test_controls_run_where_answers_see_latents(tmp_path: Path, nano: Path) -> N
         ({"common": {"save_model_path": "x"}}, "save_model_path is set by the study itself"),
         ({"arms": {"a": {"chain": ["sft"], "grid": {"epochs": [1]}, "pairs": {"seed": [1]}}}}, "give one of them"),
         ({"arms": {"a": {"chain": ["sft"], "pairs": {"epochs": [1], "seed": [1, 2]}}}}, "make them equally long"),
-        ({"arms": {"a": {"chain": ["sft"], "grid": {"epochs": [1, 1]}}}}, r"arm a\[epochs=1\] stands there twice"),
+        ({"arms": {"a": {"chain": ["sft"], "grid": {"epochs": [1, 1]}}}}, r"arm a\[epochs=1\] is there twice"),
         ({"arms": {"a": {"chain": ["sft"], "seeds": 3}}}, "arm a: 3 seeds, the study has 2"),
-        ({"arms": {"a/b": {"chain": ["sft"]}}}, "a name has letters"),
-        ({"seeds": [{"base.seed": 3}]}, "has no `seed`"),
-        ({"seeds": [1, 1]}, "a number stands there twice"),
+        ({"arms": {"a/b": {"chain": ["sft"]}}}, "a name may only have letters"),
+        ({"seeds": [{"base.seed": 3}]}, "needs `seed`"),
+        ({"seeds": [1, 1]}, "a number is there twice"),
         ({"evaluations": {"test": {"data_path": "none.jsonl"}}}, "evaluation test: no file"),
         ({"evaluations": {"test": {"data_path": "data.jsonl", "arms": ["x"]}}}, "evaluation test: no arm 'x'"),
         ({"evaluations": {"test": {"data_path": "data.jsonl", "controls": "zer"}}}, "no condition 'zer'"),
@@ -209,7 +209,7 @@ def test_controls_run_where_answers_see_latents(tmp_path: Path, nano: Path) -> N
         ({"arms": {"a": {"chain": ["sft"], "settings": {"slots": "auxiliary"}}}}, "--slots auxiliary is not of"),
         ({"common": {"model": "/no/model", "data_path": "data.jsonl"}}, "model /no/model: no such folder"),
         ({"common": {"data_path": "data.jsonl"}}, "arm text, stage base: settings: --model is required"),
-        ({"arms": {"a": {"chain": ["sft"], "abuot": "x"}}}, "arms.a.abuot: no key 'abuot' there"),
+        ({"arms": {"a": {"chain": ["sft"], "abuot": "x"}}}, "arms.a.abuot: unknown key 'abuot'"),
         ({"arms": {"a": {"chain": []}}}, "arms.a.chain: List should have at least 1 item"),
         ({"arms": {"a": {"chain": ["sft"], "grid": {"epochs": []}}}}, "epochs: an empty list makes no arm"),
         ({"report": {"primary": {"arm": "mirage", "base": "txt", "evaluation": "test"}}}, "report: no arm 'txt'"),
@@ -285,7 +285,7 @@ def test_the_planning_study_is_what_its_plan_says(tmp_path: Path, nano: Path) ->
     }
     # Both phases of an arm see their rows in the order of the seed, and the seeds halve the bases.
     assert {cell.seed % 2: study.nodes[cell.stages[0]].config.seed for cell in study.cells} == {0: 0, 1: 2}
-    assert study.spec.report.primary.levels == ["5", "6"]
+    assert study.spec.report.primary.levels == ("5", "6")
     # The gates, one for each base, on other maps than the test's.
     assert {arms[name] for name in ("base", "shown", "blind")} == {2}
     assert {steps_of(node.config) for node in trained if node.name == "shown"} == {469}

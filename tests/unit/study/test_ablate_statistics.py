@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from support.studies import Scored, columns
 
 from mirage_ds.analysis.controls.statistics import mcnemar
-from mirage_ds.study.report.grid import Column, Misfit, column, level_key, line_up
+from mirage_ds.study.report.grid import Column, Misfit, column, level_key, line_up, make_column
 from mirage_ds.study.report.statistics import (
     FLIPS,
     TOO_FEW,
@@ -25,7 +26,6 @@ from mirage_ds.study.report.statistics import (
     sign_flip,
     verdict,
 )
-from mirage_ds.study.results import Scored
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -276,12 +276,12 @@ def test_column_leaves_out_what_has_no_finite_value() -> None:
         Scored("a", "5", {"success": 0.0}),
         Scored("d", "6", {"success": True}),
     ]
-    found = column(scores, "success")
-    assert (found.records, found.levels, found.values.tolist()) == (("a", "d"), ("5", "6"), [1.0, 1.0])
-    assert "2 records have no number for 'success'" in found.faults[0]
-    assert "1 records stand there twice" in found.faults[1]
-    assert column(scores, "success", only=("6",)).records == ("d",)
-    assert column([], "success").values.shape == (0,)
+    found, faults = column(columns(scores), "success")
+    assert found.to_dict("index") == {"a": {"level": "5", "value": 1.0}, "d": {"level": "6", "value": 1.0}}
+    assert "2 records have no number for 'success'" in faults[0]
+    assert "1 records stand there twice" in faults[1]
+    assert list(column(columns(scores), "success", only=("6",))[0].index) == ["d"]
+    assert len(column(columns([]), "success")[0]) == 0
 
 
 def test_levels_are_sorted_as_numbers() -> None:
@@ -289,9 +289,8 @@ def test_levels_are_sorted_as_numbers() -> None:
 
 
 def make(values: dict[str, float], level: str = "?") -> Column:
-    return Column(
-        tuple(values), tuple(level if level != "?" else name[0] for name in values), np.array([*values.values()])
-    )
+    levels = [level if level != "?" else name[0] for name in values]
+    return make_column(list(values), levels, list(values.values()))
 
 
 def test_line_up_pairs_by_seed_and_record_whatever_the_order() -> None:

@@ -1,0 +1,224 @@
+"""The report's dict → GitHub-flavoured Markdown, an HTML page made of that Markdown, and CSV."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markdown_it import MarkdownIt
+
+from mirage_ds.analysis.controls.paths import VERDICTS
+from mirage_ds.analysis.controls.report import apart, measured, p_values
+from mirage_ds.analysis.inspect.page import page as whole_page
+from mirage_ds.study.report.build import COSTS
+from mirage_ds.study.report.grid import NO_LEVEL, level_key
+from mirage_ds.study.report.statistics import TOO_FEW
+
+Report = Mapping[str, Any]
+TESTS = {
+    "sign-flip": "exact sign-flip test over seeds",
+    "sign-flip, random": "sign-flip test over seeds with 20,000 random patterns",
+    "McNemar": "exact McNemar test over records",
+    "none": "no test",
+}
+# What would be markup, unless it is an underscore inside a word, which GitHub leaves alone.
+_MARKUP = re.compile(r"[\\`*\[\]<>|~&$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])")
+# What is markup at the beginning of a paragraph.
+_START = re.compile(r"^(?=[-+#=])|^(\d+)(?=[.)])")
+# The primary endpoint stands out, captions are quieter than the text; what is too wide for the page can be scrolled.
+_CSS = """<style>
+.wide { overflow-x: auto; }
+style + p + p { font-weight: 600; }
+p:has(> img) { max-width: none; margin: 1.2rem 0 0; overflow-x: auto; }
+p:has(> img) + p { margin-top: 0; }
+p:has(+ .wide), p:has(> img) + p { color: var(--quiet); font-size: .9rem; }
+</style>"""
+# Columns of report.csv; those behind the first line are of a cell's whole chain.
+_OF_SCORES = ["evaluation", "level", "metric", "score", "n"]
+_OF_CHAINS = ["steps", "rows", "tokens", "flops", "seconds", "problem"]
+
+
+def count(number: float | None) -> str:
+    """Write a count or an amount: whole numbers with thousands apart, large ones in powers of ten."""
+    if number is None:
+        return "–"
+    if abs(number) >= 1e9:
+        return f"{number:.3g}"
+    return f"{number:,.0f}" if number == int(number) or abs(number) >= 1000 else f"{number:.3g}"
+
+
+def setting(value: object) -> str:
+    """Write a setting's value."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """Write settings in one line."""
+    return ", ".join(f"{key} {setting(value)}" for key, value in values.items())
+
+
+def pair(contrast: Mapping[str, Any]) -> str:
+    """Name a contrast: arm − base, and where."""
+    at = f", levels {', '.join(contrast['levels'])}" if contrast["levels"] else ""
+    return f"{contrast['arm']} − {contrast['base']} ({contrast['evaluation']}{at}; {contrast['metric']})"
+
+
+def judged(contrast: Mapping[str, Any], margin: float) -> str:
+    """Write the verdict; a significant difference that is also equivalent is both."""
+    both = contrast["equivalent"] and contrast["verdict"] != "equivalent"
+    return f"{contrast['verdict']}, and equivalent within ± {margin:g}" if both else str(contrast["verdict"])
+
+
+def narrow(one: Mapping[str, Any]) -> str:
+    """Write the 90 % interval of a difference."""
+    return f"({one['low90']:+.3f}, {one['high90']:+.3f})"
+
+
+def size(one: Mapping[str, Any]) -> str:
+    """Write what an Estimate is a mean of."""
+    return f"{one['seeds']} × {one['records']:,}"
+
+
+def primary_sentence(report: Report) -> str:
+    """Say in one sentence what the primary endpoint came to."""
+    found = report["primary"]
+    if found is None:
+        return "The study names no primary endpoint: every difference below is exploratory."
+    if found["problem"]:
+        return f"The primary endpoint could not be computed: {found['problem']}."
+    one, margin = found["difference"], report["margin"]
+    p = p_values(found)[0]
+    tested = f"p {p.replace('<', '< 0') if p.startswith('<') else f'= {p}'} ({TESTS[found['test']]})"
+    why = {
+        "higher": "the 95 % interval lies above 0, and the test agrees",
+        "lower": "the 95 % interval lies below 0, and the test agrees",
+        "equivalent": f"the 90 % interval lies within ± {margin:g}",
+        TOO_FEW: "with one seed two models are compared, not two arms"
+        if one["seeds"] == 1
+        else "with two to four seeds the interval is too narrow to say anything by",
+        "undecided": f"the 95 % interval holds 0, and the 90 % interval is not within ± {margin:g}"
+        if one["low"] <= 0 <= one["high"]
+        else "the 95 % interval leaves out 0, but the test over seeds does not reach 5 %",
+    }[found["verdict"]]
+    return (
+        f"Primary endpoint, {pair(found)}: {one['mean']:+.3f} (95 % interval {one['low']:+.3f} to {one['high']:+.3f}, "
+        f"90 % {one['low90']:+.3f} to {one['high90']:+.3f}), {tested if p else 'no p-value'}, over {one['seeds']} "
+        f"paired seed{'' if one['seeds'] == 1 else 's'} and {one['records']:,} records: {judged(found, margin)}, since "
+        f"{why}{'; ' + '; '.join(found['notes']) if found['notes'] else ''}."
+    )
+
+
+def _hole(one: Mapping[str, Any]) -> str:
+    places = {"arm": "{}", "seed": "seed {}", "evaluation": "evaluation {}"}
+    where = ", ".join(text.format(one[key]) for key, text in places.items() if one[key] is not None)
+    return f"{where}: {one['problem']}" if where else str(one["problem"])
+
+
+def having(evaluation: str, arms: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the arms that have scores of an evaluation."""
+    return [arm for arm in arms if evaluation in arm["evaluations"]]
+
+
+def evaluations(report: Report) -> dict[str, list[str]]:
+    """Return each evaluation's levels in any arm; none where records have no level."""
+    found: dict[str, dict[str, None]] = {}
+    for arm in report["arms"]:
+        for name, one in arm["evaluations"].items():
+            found.setdefault(name, {}).update(dict.fromkeys(one["levels"]))
+    return {name: [] if set(own) <= {NO_LEVEL} else sorted(own, key=level_key) for name, own in found.items()}
+
+
+class Escaped(str):
+    """A text that is Markdown already."""
+
+
+def escaped(text: object) -> str:
+    """Write a text so that Markdown shows it as it is, on one line."""
+    if isinstance(text, Escaped):
+        return text
+    return _MARKUP.sub(lambda met: f"\\{met[0]}", " ".join(str(text).split()))
+
+
+def paragraph(text: str) -> str:
+    """Write a text as a paragraph of its own."""
+    return Escaped(_START.sub(lambda met: f"{met[1] or ''}\\", escaped(text)))
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), finalize=escaped, trim_blocks=True, lstrip_blocks=True
+)
+_TEMPLATES.filters |= {one.__name__: one for one in (count, settings, pair, judged, narrow, size, having, paragraph)}
+_TEMPLATES.filters |= {"measured": measured, "apart": apart, "p_values": p_values, "verbatim": Escaped}
+_TEMPLATES.filters["test"] = lambda contrast: TESTS[contrast["test"]]
+
+
+def body(report: Report, figures: Sequence[tuple[str, str]] = ()) -> str:
+    """Write the report in Markdown, but for its title; see `markdown`."""
+    values = {
+        **report,
+        "sentence": primary_sentence(report),
+        "holes": [_hole(one) for one in report["holes"]],
+        "evaluations": evaluations(report),
+        "figures": figures,
+        "verdicts": VERDICTS,
+        "costs": COSTS,
+    }
+    return _TEMPLATES.get_template("report.md.jinja").render(values).strip() + "\n"
+
+
+def markdown(report: Report, figures: Sequence[tuple[str, str]] = ()) -> str:
+    """Write the whole report.
+
+    Args:
+        figures: (path beside the Markdown file, caption) of each.
+    """
+    return f"# {escaped(report['name'])}\n\n{body(report, figures)}"
+
+
+def page(report: Report, figures: Sequence[tuple[bytes, str]] = ()) -> str:
+    """Write the whole report as a page that needs nothing beside it.
+
+    Args:
+        figures: (PNG, caption) of each.
+    """
+    names = [f"figure-{number}" for number in range(len(figures))]
+    text = body(report, list(zip(names, (caption for _, caption in figures), strict=True)))
+    html = MarkdownIt("commonmark").enable("table").render(text)
+    html = html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
+    for name, (data, caption) in zip(names, figures, strict=True):
+        url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        html = html.replace(f'<img src="{name}" alt="figure" />', f'<img src="{url}" alt="{escape(caption)}">')
+    return whole_page(report["name"], _CSS + html, [])
+
+
+def sheet(report: Report) -> str:
+    """Write all scores as CSV, one row an arm, seed, evaluation and level; the level "all" is over all records.
+
+    `n` is the number of records; steps, rows, tokens, flops and seconds are those of the cell's whole chain, so they
+    stand there once for each evaluation and level. A cell without scores has one row, with its problem.
+    """
+    rows = [
+        {"arm": arm["name"], **{key: cell[key] for key in ("seed", *_OF_CHAINS)}, **scores}
+        for arm in report["arms"]
+        for cell in arm["cells"]
+        for scores in list(_scores(arm, cell["seed"])) or [{}]
+    ]
+    # As objects: whole numbers stay whole beside cells without any.
+    frame = pd.DataFrame(rows, columns=["arm", "seed", *_OF_SCORES, *_OF_CHAINS], dtype=object)
+    return frame.to_csv(index=False, lineterminator="\n")
+
+
+def _scores(arm: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
+    for evaluation, found in arm["evaluations"].items():
+        for one in found["by_seed"]:
+            if one["seed"] == seed:
+                for level, part in [("all", one), *one["levels"].items()]:
+                    values = (evaluation, level, found["metric"], part["score"], part["records"])
+                    yield dict(zip(_OF_SCORES, values, strict=True))
