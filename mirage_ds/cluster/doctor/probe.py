@@ -74,7 +74,6 @@ def place(request: Request) -> dict[str, Any]:
         "own_addresses": own,
         "addresses": listed,
         "master_address": master,
-        "interfaces": sorted(entry for _, entry in socket.if_nameindex()),
         "infiniband": sorted(os.listdir(fabrics)) if fabrics.is_dir() else [],
     }
 
@@ -151,7 +150,6 @@ def limits(request: Request) -> dict[str, Any]:
         "nofile": resource.RLIMIT_NOFILE,
         "memlock": resource.RLIMIT_MEMLOCK,
         "nproc": resource.RLIMIT_NPROC,
-        "core": resource.RLIMIT_CORE,
     }
     soft = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
     shm = os.statvfs("/dev/shm")
@@ -181,12 +179,11 @@ def locks(request: Request) -> dict[str, Any]:
 
 
 def variables(request: Request) -> dict[str, str]:
-    """Variables of the asked names and prefixes, which a rank would find; never a secret's value."""
+    """The wanted variables that a rank would find; never a secret's value."""
     return {
         name: value
         for name, value in sorted(os.environ.items())
-        if (name in request["names"] or name.startswith(tuple(request["prefixes"])))
-        and not re.search(request["secret"], name)
+        if re.match(request["wanted"], name) and not re.search(request["secret"], name)
     }
 
 
@@ -238,35 +235,33 @@ def folder(request: Request) -> dict[str, Any]:
     return facts
 
 
-def _weights(file: Path) -> dict[str, int]:
-    """Return the elements of each tensor of a safetensors file; ValueError when its header or its size is wrong."""
+def _elements(file: Path) -> int:
+    """Return the elements of a safetensors file; ValueError when its header or its size is wrong."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError("is cut off")
         header = json.loads(opened.read(length))
-    tensors = {name: value for name, value in header.items() if name != "__metadata__"}
-    if size < 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0):
+    tensors = [value for name, value in header.items() if name != "__metadata__"]
+    if size < 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0):
         raise ValueError("is cut off")
-    return {name: math.prod(tensor["shape"]) for name, tensor in tensors.items()}
+    return sum(math.prod(tensor["shape"]) for tensor in tensors)
 
 
 def model_files(path: Path) -> dict[str, Any]:
-    """What a model folder holds: name → bytes, elements, its config.json, an output matrix, and what is wrong first."""
+    """What a model folder holds: name → bytes, elements of its weights, and what is wrong first."""
     files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
-    facts: dict[str, Any] = {"files": files, "elements": 0, "config": None, "head": False, "fault": None}
+    facts: dict[str, Any] = {"files": files, "elements": 0, "fault": None}
     name = "config.json"
     try:
-        facts["config"] = json.loads((path / name).read_bytes())
+        json.loads((path / name).read_bytes())
         named = {file for file in files if file.endswith(".safetensors")}
         index = path / "model.safetensors.index.json"
         if index.is_file():
             named |= set(json.loads(index.read_bytes())["weight_map"].values())
         for name in sorted(named):
-            tensors = _weights(path / name)
-            facts["elements"] += sum(tensors.values())
-            facts["head"] |= any("lm_head" in tensor for tensor in tensors)
+            facts["elements"] += _elements(path / name)
     except OSError as error:
         facts["fault"] = f"{name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -326,9 +321,8 @@ def data(request: Request) -> dict[str, Any]:
     return found
 
 
-SECTIONS: tuple[Callable[[Request], dict[str, Any]], ...] = (
-    *(place, python, code, gpus, limits, locks, variables, port, models, data, folder),
-)
+SECTIONS: list[Callable[[Request], dict[str, Any]]]
+SECTIONS = [place, python, code, gpus, limits, locks, variables, port, models, data, folder]
 
 
 def probe(request: Request) -> dict[str, Any]:
@@ -343,13 +337,11 @@ def probe(request: Request) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer the request that stands on standard input; the time is asked for in between, see transport.py."""
+    """Answer the request that stands on standard input."""
+    say(time=time.time())
     request = json.loads(sys.stdin.readline())
     # Whatever hangs here, a dead network disk say, nothing stays behind.
     signal.alarm(math.ceil(request["limit_s"]) + 2)
-    say(ready=True)
-    if sys.stdin.readline():
-        say(time=time.time())
     try:
         os.chdir(request["cwd"])
         facts = probe(request)
