@@ -12,7 +12,7 @@ import click
 from mirage_ds.analysis.controls.command import compare, controls
 from mirage_ds.analysis.inspect.command import inspect
 from mirage_ds.cluster.doctor.command import doctor
-from mirage_ds.cluster.status.command import curves, status
+from mirage_ds.cluster.status.command import status
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.curate.command import import_, mix, vary
@@ -36,7 +36,7 @@ def cli() -> None:
     """Train and study vision-language models that think in latent visual tokens."""
 
 
-for command in (status, curves, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
+for command in (status, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
     cli.add_command(command)
 
 

@@ -1,1 +1,1 @@
-"""Looking at runs from any machine that sees their folders: `mirage-ds status`, `mirage-ds curves`."""
+"""Looking at runs from any machine that sees their folders: `mirage-ds status`."""

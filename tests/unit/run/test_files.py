@@ -131,7 +131,6 @@ def test_what_can_be_written_leaves_no_trace(place: Path) -> None:
         ("inspect", ["--out"]),
         ("init", ["--out"]),
         ("export", ["target"]),
-        ("curves", ["--out"]),
         ("generate", ["--save_latents"]),
         ("data show", ["--out"]),
         ("ablate report", ["--out"]),
