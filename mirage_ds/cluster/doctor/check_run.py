@@ -70,8 +70,8 @@ def code(seen: Seen) -> Verdict:
 def _model_on(host: str, named: str, facts: Facts, downloaded: bool) -> list[Bad]:
     """Judge a model on one host; `downloaded`: it comes from the hub where no folder has its name."""
     if "files" in facts:
-        fault = facts["fault"] or ("" if facts["elements"] else "no weights (*.safetensors) in it")
-        return [fail(host, f"{named}: {fault}", "copy or download it again")] if fault else []
+        missing = fail(host, f"{named}: no weights (*.safetensors) in it", "copy or download it again")
+        return [] if facts["weight_bytes"] else [missing]
     if not downloaded:
         return [fail(host, f"{named}: no such folder", "put it on a disk that every host sees, or copy it there")]
     if facts["kept"]:
@@ -80,14 +80,14 @@ def _model_on(host: str, named: str, facts: Facts, downloaded: bool) -> list[Bad
     return [warn(host, says, "download it before the job into a cache that every host sees (HF_HOME or --cache_dir)")]
 
 
-def _elements(seen: Seen) -> int:
-    """Return the elements of the largest model that is known."""
+def _weights(seen: Seen) -> int:
+    """Return the number of weights of the largest model that is known, taken for 16-bit files."""
     models = [facts for section in seen.section("models").values() for facts in section.values()]
-    return max((facts.get("elements", 0) for facts in models), default=0)
+    return max((facts.get("weight_bytes", 0) for facts in models), default=0) // EXPORT_BYTES
 
 
 def model(seen: Seen) -> Verdict:
-    """Every host reads the model, the same files everywhere, and they are one whole model (load.check_folder)."""
+    """Every host has the same files of the model; where they are here too, they are one whole (load.check_folder)."""
     sections, bad = seen.section("models"), []
     if not seen.spec.models() or not sections:
         return None, []
@@ -100,14 +100,14 @@ def model(seen: Seen) -> Verdict:
         downloaded = is_id and not any("files" in facts for facts in found.values())
         for host, facts in found.items():
             bad += _model_on(host, f"{flag} {name}", facts, downloaded)
-        readable = {host: facts["files"] for host, facts in found.items() if "files" in facts and not facts["fault"]}
+        readable = {host: facts["files"] for host, facts in found.items() if "files" in facts}
         first_host, first = next(iter(readable.items()), ("", {}))
         for host, files in readable.items():
             if files != first:
                 names = sorted(one for one in files.keys() | first.keys() if files.get(one) != first.get(one))
                 says = f"{flag} {name}: not the files of {first_host}: {', '.join(names[:3])}"
                 bad.append(fail(host, says, "copy it again, or use one folder on a shared disk"))
-    return f"{_elements(seen):,} weights" if _elements(seen) else "in the hub's cache", bad
+    return f"{_weights(seen):,} weights" if _weights(seen) else "in the hub's cache", bad
 
 
 def data(seen: Seen) -> Verdict:
@@ -139,7 +139,7 @@ def shared_folder(seen: Seen) -> Verdict:
 
 
 def _disk_of(seen: Seen, host: str, facts: Facts) -> list[Bad]:
-    folder, elements, keep = seen.spec.save_model_path, _elements(seen), seen.spec.keep_checkpoints
+    folder, weights, keep = seen.spec.save_model_path, _weights(seen), seen.spec.keep_checkpoints
     if facts.get("fault"):
         says = f"{folder} cannot be written to: {facts['fault']}"
         return [fail(host, says, "see its owner, its mount options, its quota and free space")]
@@ -149,14 +149,14 @@ def _disk_of(seen: Seen, host: str, facts: Facts) -> list[Bad]:
         return [alone] if len(seen.hosts) == 1 else []
     bad, free, speed = [], facts["free_bytes"], facts["write_bytes_s"]
     # One more than is kept: the new one is whole before the oldest goes.
-    need = elements * (CHECKPOINT_BYTES * (keep + 1) + EXPORT_BYTES) or MIN_FREE_BYTES
+    need = weights * (CHECKPOINT_BYTES * (keep + 1) + EXPORT_BYTES) or MIN_FREE_BYTES
     if free < need:
-        what = f"; {keep + 1} checkpoints and the model of {elements:,} weights need {size(need)}" if elements else ""
+        what = f"; {keep + 1} checkpoints and the model of {weights:,} weights need {size(need)}" if weights else ""
         mend = "free space, choose another folder or lower --keep_checkpoints"
         bad.append(warn(host, f"{size(free)} free{what}", mend))
     if speed < SLOW_DISK_BYTES_S:
-        minutes = elements * CHECKPOINT_BYTES / (speed * len(seen.hosts)) / 60
-        what = f": a checkpoint takes about {minutes:.1f} min" if elements else ""
+        minutes = weights * CHECKPOINT_BYTES / (speed * len(seen.hosts)) / 60
+        what = f": a checkpoint takes about {minutes:.1f} min" if weights else ""
         says = f"writes {size(speed)}/s, synced, {len(seen.hosts)} host(s) at once{what}"
         bad.append(warn(host, says, "choose a faster file system for --save_model_path, or a larger --save_every"))
     return bad

@@ -171,10 +171,6 @@ def _bandwidth(seen: Seen, reach: transport.Reach) -> tuple[Bandwidth | None, st
     silent = [host.name for host in seen.hosts if host.name not in places]
     if silent:
         return None, f"not measured: {', '.join(silent)} cannot be asked"
-    without = [host for host, facts in seen.section("code").items() if facts["folder"] is None]
-    without += [host for host, facts in seen.section("python").items() if facts["packages"]["deepspeed"] is None]
-    if without:
-        return None, f"not measured: no mirage_ds or deepspeed on {', '.join(dict.fromkeys(without))}"
     if any(has_gpus) and not all(has_gpus) and not on_cpu:
         return None, "not measured: some hosts have fewer GPUs than slots"
     first = seen.hosts[0].name

@@ -108,12 +108,21 @@ def code(request: Request) -> dict[str, Any]:
     return facts
 
 
-def parse_gpus(gpus: str, processes: str) -> list[dict[str, Any]]:
-    """Read nvidia-smi's CSV of GPU_FIELDS and of `gpu_uuid, pid, used_memory`; memory in MiB."""
+def gpus(request: Request) -> dict[str, Any]:
+    """What nvidia-smi says, where it is installed; memory in MiB."""
+    del request
+    if not shutil.which("nvidia-smi"):
+        return {"there": Path("/dev/nvidiactl").exists(), "gpus": []}
+    form = "--format=csv,noheader,nounits"
+    seen = run("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", form)
+    if seen.returncode:
+        words = (seen.stdout + seen.stderr).strip().splitlines() or [f"exit code {seen.returncode}"]
+        return {"there": True, "gpus": [], "fault": words[0]}
+    holders = run("nvidia-smi", "--query-compute-apps=gpu_uuid,pid", form).stdout.splitlines()
+    pairs = [[part.strip() for part in line.split(",")] for line in holders if "," in line]
     found = []
-    for line in gpus.splitlines():
+    for line in seen.stdout.splitlines():
         index, name, uuid, driver, total, used, faults = (part.strip() for part in line.split(","))
-        holders = [row.split(",")[1].strip() for row in processes.splitlines() if row.split(",")[0].strip() == uuid]
         found.append(
             {
                 "index": int(index),
@@ -123,24 +132,10 @@ def parse_gpus(gpus: str, processes: str) -> list[dict[str, Any]]:
                 "used_mib": int(used),
                 # "[N/A]" where the GPU has no ECC memory.
                 "ecc_faults": int(faults) if faults.isdecimal() else 0,
-                "pids": [int(pid) for pid in holders],
+                "pids": [int(pid) for holder, pid in pairs if holder == uuid],
             }
         )
-    return found
-
-
-def gpus(request: Request) -> dict[str, Any]:
-    """What nvidia-smi says, where it is installed."""
-    del request
-    if not shutil.which("nvidia-smi"):
-        return {"there": Path("/dev/nvidiactl").exists(), "gpus": []}
-    form = "--format=csv,noheader,nounits"
-    seen = run("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", form)
-    if seen.returncode:
-        words = (seen.stdout + seen.stderr).strip().splitlines() or [f"exit code {seen.returncode}"]
-        return {"there": True, "gpus": [], "fault": words[0]}
-    holders = run("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory", form)
-    return {"there": True, "gpus": parse_gpus(seen.stdout, holders.stdout)}
+    return {"there": True, "gpus": found}
 
 
 def limits(request: Request) -> dict[str, Any]:
@@ -235,40 +230,6 @@ def folder(request: Request) -> dict[str, Any]:
     return facts
 
 
-def _elements(file: Path) -> int:
-    """Return the elements of a safetensors file; ValueError when its header or its size is wrong."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError("is cut off")
-        header = json.loads(opened.read(length))
-    tensors = [value for name, value in header.items() if name != "__metadata__"]
-    if size < 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0):
-        raise ValueError("is cut off")
-    return sum(math.prod(tensor["shape"]) for tensor in tensors)
-
-
-def model_files(path: Path) -> dict[str, Any]:
-    """What a model folder holds: name → bytes, elements of its weights, and what is wrong first."""
-    files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
-    facts: dict[str, Any] = {"files": files, "elements": 0, "fault": None}
-    name = "config.json"
-    try:
-        json.loads((path / name).read_bytes())
-        named = {file for file in files if file.endswith(".safetensors")}
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            named |= set(json.loads(index.read_bytes())["weight_map"].values())
-        for name in sorted(named):
-            facts["elements"] += _elements(path / name)
-    except OSError as error:
-        facts["fault"] = f"{name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        facts["fault"] = f"{name}: {error if type(error) is ValueError else 'is no valid file of its kind'}"
-    return facts
-
-
 def hub_folder(name: str, cache: str | None) -> Path:
     """Return where the hub's client keeps a model of this name."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
@@ -277,12 +238,14 @@ def hub_folder(name: str, cache: str | None) -> Path:
 
 
 def models(request: Request) -> dict[str, Any]:
-    """Each model that the run starts from: its files where it is a folder, else its place in the hub's cache."""
+    """Each model that the run starts from: its files and their bytes, or its place in the hub's cache."""
     found = {}
     for flag, name in request["models"].items():
         path = Path(name)
         if path.is_dir():
-            found[flag] = model_files(path)
+            files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
+            weights = sum(size for file, size in files.items() if file.endswith(".safetensors"))
+            found[flag] = {"files": files, "weight_bytes": weights}
         else:
             cache = hub_folder(name, request["cache_dir"])
             found[flag] = {"hub": str(cache), "kept": any(cache.glob("snapshots/*/config.json"))}

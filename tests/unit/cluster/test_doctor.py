@@ -53,7 +53,7 @@ PACKAGES = {
     "nvidia-nccl-cu13": "2.29.7",
     "nvidia-nccl-cu12": None,
 }
-MODEL = {"files": {"config.json": 2000, "model.safetensors": 15 * GB}, "elements": 7_000_000_000, "fault": None}
+MODEL = {"files": {"config.json": 2000, "model.safetensors": 14 * GB}, "weight_bytes": 14 * GB}
 
 
 def host_facts(number: int) -> dict[str, Any]:
@@ -198,11 +198,9 @@ ON_ONE_HOST: dict[str, tuple[Change, str, str, str, str]] = {
                             "NCCL_IB_HCA is mlx5_1, on a not set", "alike"),
     "model missing": (set_at("models", "--model", to={"hub": "/c", "kept": False}), "model", "fail",
                       "--model /models/7b: no such folder", "every host sees"),
-    "model cut off": (set_at("models", "--model", "fault", to="model.safetensors: is cut off"), "model", "fail",
-                      "model.safetensors: is cut off", "again"),
     "model of other files": (set_at("models", "--model", "files", "model.safetensors", to=1), "model", "fail",
                              "not the files of a: model.safetensors", "shared disk"),
-    "model without weights": (set_at("models", "--model", "elements", to=0), "model", "fail",
+    "model without weights": (set_at("models", "--model", "weight_bytes", to=0), "model", "fail",
                               "no weights (*.safetensors)", "again"),
     "data missing": (set_at("data", "--data_path", to={"bytes": None, "fault": "No such file or directory"}), "data",
                      "fail", "--data_path /data/rows.jsonl: No such file", "every host sees"),
@@ -515,7 +513,7 @@ def test_json_is_one_object_and_nothing_else(call: Callable[..., Said], tmp_path
     found = json.loads(said.out)
     assert (said.code, found["ok"]) == (0, True), found["findings"]
     assert found["hosts"] == [{"name": "localhost", "slots": 1}]
-    assert found["facts"]["localhost"]["models"]["--model"]["elements"] > 1e6
+    assert found["facts"]["localhost"]["models"]["--model"]["weight_bytes"] > 1e6
     assert {finding["check"] for finding in found["findings"]} >= {"packages", "code", "model", "disk", "shm"}
     # Folders made for the look are gone again.
     assert list(tmp_path.iterdir()) == []
@@ -572,7 +570,7 @@ def test_the_table_folds_hosts_that_say_the_same_and_fits_100_columns(healthy: S
 
     for name in NAMES:
         healthy.facts[name]["limits"]["ulimits"]["nofile"] = 1024
-    healthy.facts["b"]["models"]["--model"]["fault"] = "model-00003-of-00005.safetensors: is cut off [x]"
+    healthy.facts["b"]["models"]["--model"]["files"] = {"model-00003-of-00005.safetensors [x]": 1}
     text = StringIO()
     findings = run_checks(healthy)
     print_table(findings, healthy, 3.21, Console(file=text, width=100))
