@@ -187,6 +187,11 @@ class Job:
         return [" ".join(one.cmdline()) for one in rest if one.is_running()]
 
 
+def flags(**settings: object) -> list[object]:
+    """Return settings as the trainer's flags."""
+    return [word for name, value in settings.items() for word in (f"--{name}", value)]
+
+
 def start_all(slurm: Slurm, folder: Path, *arguments: object) -> list[Job]:
     """Start one job a launcher on the last two hosts; the first is Slurm's login host, and launches."""
     words = ("--steps", 4000, "--seconds", 0.05, *arguments)

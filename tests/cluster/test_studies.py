@@ -14,8 +14,10 @@ from .slurm import Slurm
 
 MIRAGE = str(PYTHON.parent / "mirage-ds")
 ENVIRONMENT = {
-    **{"PATH": f"{PYTHON.parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"},
-    **{"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    "PATH": f"{PYTHON.parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
 }
 
 
@@ -24,9 +26,16 @@ def write_study(folder: Path, nano: Path, mixed: Path, arms: dict, **more: dict)
         "name": "small",
         "out": "runs",
         "common": {
-            **{"model": str(nano), "data_path": str(mixed), "max_steps": 2, "global_batch_size": 4, "warmup_steps": 0},
-            **{"latent_size": 2, "num_workers": 0, "report_to": ["none"]},
-            **{"feature_dir": str(folder / "features"), "cache_dir": str(folder / "cache")},
+            "model": str(nano),
+            "data_path": str(mixed),
+            "max_steps": 2,
+            "global_batch_size": 4,
+            "warmup_steps": 0,
+            "latent_size": 2,
+            "num_workers": 0,
+            "report_to": ["none"],
+            "feature_dir": str(folder / "features"),
+            "cache_dir": str(folder / "cache"),
         },
         "stages": {"base": {"stage": "sft", "seed": 0}, "sft": {"stage": "sft"}, "stage2": {"stage": "stage2"}},
         "arms": arms,

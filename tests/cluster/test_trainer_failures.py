@@ -11,7 +11,7 @@ import pytest
 from mirage_ds.cluster.guard.wire import EXIT_HANG
 
 from .hosts import wait_until
-from .jobs import START_S, Job
+from .jobs import START_S, Job, flags
 from .slurm import Slurm
 
 
@@ -27,14 +27,19 @@ from .slurm import Slurm
 def test_the_trainer_fails(
     fault: str, launcher: str, code: int, last: str, nano: Path, mixed: Path, slurm: Slurm, tmp_path: Path
 ) -> None:
-    flags = (
-        *(fault, "--model", nano, "--stage", "sft", "--data_path", mixed, "--max_steps", 8, "--num_workers", 0),
-        *("--save_model_path", tmp_path / "job/model", "--global_batch_size", 4, "--report_to", "none"),
-        *("--cache_dir", tmp_path / "cache"),
+    settings = flags(
+        model=nano,
+        stage="sft",
+        data_path=mixed,
+        max_steps=8,
+        num_workers=0,
+        save_model_path=tmp_path / "job/model",
+        global_batch_size=4,
+        report_to="none",
+        cache_dir=tmp_path / "cache",
     )
-    job = Job(
-        *(launcher, slurm.nodes[:2], 1, tmp_path / "job", flags), module="tests.cluster.faulty", login=slurm.login
-    )
+    words = [fault, *settings]
+    job = Job(launcher, slurm.nodes[:2], 1, tmp_path / "job", words, module="tests.cluster.faulty", login=slurm.login)
     log = job.out / "model/run/log.jsonl"
     wait_until(lambda: log.is_file() and log.read_text().count("\n") >= 2, f"step 2; it said {job.said()}", START_S)
     begun = time.monotonic()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from .hosts import Cluster, Host
-from .jobs import LAUNCHERS, Job
+from .jobs import LAUNCHERS, Job, flags
 from .slurm import Slurm
 
 
@@ -31,13 +31,23 @@ def losses(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     def train(launcher: str, hosts: list[Host], slots: int, login: Host) -> Steps:
         out = folder / f"{launcher}-{len(hosts)}x{slots}"
-        flags = (
-            *("--model", nano, "--stage", "stage2", "--latent_size", 2, "--data_path", mixed, "--max_steps", 3),
-            *("--save_model_path", out / "model", "--global_batch_size", 6, "--micro_batch_size", 2),
-            *("--learning_rate", 1e-3, "--warmup_steps", 0, "--num_workers", 0, "--report_to", "none"),
-            *("--feature_dir", folder / "features", "--cache_dir", folder / "cache"),
+        settings = flags(
+            model=nano,
+            stage="stage2",
+            latent_size=2,
+            data_path=mixed,
+            max_steps=3,
+            save_model_path=out / "model",
+            global_batch_size=6,
+            micro_batch_size=2,
+            learning_rate=1e-3,
+            warmup_steps=0,
+            num_workers=0,
+            report_to="none",
+            feature_dir=folder / "features",
+            cache_dir=folder / "cache",
         )
-        job = Job(launcher, hosts, slots, out, flags, module="mirage_ds.train", login=login)
+        job = Job(launcher, hosts, slots, out, settings, module="mirage_ds.train", login=login)
         assert job.end(120) == 0, job.said()[-5000:]
         assert not job.left_behind()
         lines = [json.loads(line) for line in (out / "model/run/log.jsonl").read_text().splitlines()]

@@ -44,12 +44,8 @@ class Job(NamedTuple):
 
 def _slots(tasks: str, count: int) -> list[int]:
     """Read Slurm's `2(x3),1`: 2, 2, 2, 1."""
-    found: list[int] = []
-    for part in filter(None, tasks.split(",")):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if not match:
-            raise UserError(f"SLURM_TASKS_PER_NODE is {tasks!r}, which Slurm would not write; unset it")
-        found += [int(match[1])] * int(match[2] or 1)
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)
+    found = [int(slots) for slots, times in parts for _ in range(int(times or 1))]
     return found if len(found) == count else [0] * count
 
 

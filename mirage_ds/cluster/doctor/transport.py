@@ -31,7 +31,7 @@ Reach = Callable[[str], list[str]]
 # The text comes as a line of JSON: ASCII, whatever the host's locale.
 LOADER = "import json,sys;source=json.loads(sys.stdin.readline());exec(source)"
 SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5", "-a", "-x")
-# DeepSpeed 0.19.8 hands on what begins with these (runner.py, EXPORT_ENVS), on GPUs NCCL too.
+# DeepSpeed 0.19.8 exports what begins with these (runner.py, EXPORT_ENVS), on GPUs NCCL too.
 EXPORTED = ("PYTHON", "MLFLOW", "MV2", "UCX")
 GRACE_S = 1.0
 
@@ -107,7 +107,7 @@ def slurm(host: str) -> list[str]:
 
 
 def ssh(exports: str) -> Reach:
-    """Reach hosts over ssh; `exports` is shell code that sets what DeepSpeed would hand on, before pdsh has read it."""
+    """Reach hosts over ssh; `exports` is shell code that sets what DeepSpeed would export, before pdsh has read it."""
 
     def command(host: str) -> list[str]:
         # pdsh puts names in: the host's, the user's (and ranks for %n).
@@ -119,7 +119,7 @@ def ssh(exports: str) -> Reach:
 
 
 def exports(environment: Mapping[str, str], cwd: str, gpus: bool, remote_env: Mapping[str, str]) -> str:
-    """Return shell code that sets what DeepSpeed's pdsh launcher hands on.
+    """Return shell code that sets what DeepSpeed's pdsh launcher exports.
 
     Args:
         remote_env: what `.deepspeed_env` holds: name → text behind `NAME=`.

@@ -16,7 +16,7 @@ import click
 from mirage_ds.cluster.guard.child import Child, adopt_orphans, end_all
 from mirage_ds.cluster.guard.client import BEAT_S, Client
 from mirage_ds.cluster.guard.hub import Hub
-from mirage_ds.cluster.guard.options import CONTEXT, bounds_options, leave, log_file, tell
+from mirage_ds.cluster.guard.options import CONTEXT, bounds_options, leave, tell
 from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.engine.place import Place, find_place
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
@@ -48,7 +48,9 @@ def command(
     del local_rank
     place = find_place(os.environ)
     words = [unquote(word) for word in arguments] if quoted else list(arguments)
-    log = log_file(logs, place.rank)
+    if logs:
+        logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"rank{place.rank}.log" if logs else None
     adopt_orphans()
     words = [sys.executable, "-u", "-m", module, *words]
 

@@ -51,8 +51,17 @@ class Run:
 
     def step(self, at: float, step: int, **values: Any) -> Run:
         line = {
-            **{"step": step, "time": NOW - at, "loss": 1 / step, "lr": 1e-4, "labels": 40, "skipped": 0, "rows": 8},
-            **{"seconds": SECONDS, "samples_per_second": 4.0, "tokens_per_second": 2000.0, "memory_gb": 30.0},
+            "step": step,
+            "time": NOW - at,
+            "loss": 1 / step,
+            "lr": 1e-4,
+            "labels": 40,
+            "skipped": 0,
+            "rows": 8,
+            "seconds": SECONDS,
+            "samples_per_second": 4.0,
+            "tokens_per_second": 2000.0,
+            "memory_gb": 30.0,
         }
         return self.add("log.jsonl", line | values)
 
