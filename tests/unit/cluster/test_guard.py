@@ -59,16 +59,14 @@ class Ranks:
         kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         self.process = subprocess.Popen(
             [
-                *(
-                    sys.executable,
-                    "-m",
-                    "mirage_ds.cluster.guard.launch",
-                    "--master",
-                    "127.0.0.1",
-                    "--port",
-                    str(port),
-                    *BOUNDS,
-                ),
+                sys.executable,
+                "-m",
+                "mirage_ds.cluster.guard.launch",
+                "--master",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                *BOUNDS,
                 "bash",
                 "-c",
                 script,
