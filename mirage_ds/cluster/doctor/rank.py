@@ -18,6 +18,8 @@ from typing import Any
 
 # How long guards wait for each other, in seconds: see guard.wire.Bounds.
 BOUNDS = {"gather": 15, "silence": 8, "grace": 1}
+# The guards end one after another; one that could not even listen leaves the others waiting.
+FAREWELL_S = 5.0
 # A collective takes seconds at most, and the ranks import torch before the first one.
 JOIN_S = 45.0
 # Runs of each measurement after the first; one that took SLOW_S is enough.
@@ -50,9 +52,13 @@ def start(request: dict[str, Any]) -> int:
 
     threading.Thread(target=leave_with_asker, daemon=True).start()
     codes: list[int | None] = [None]
-    while None in codes:
+    end = math.inf
+    while None in codes and time.monotonic() < end:
         time.sleep(0.05)
         codes = [rank.returned() for rank in ranks]
+        if any(codes):
+            end = min(end, time.monotonic() + FAREWELL_S)
+    end_all()
     for rank in ranks:
         rank.finish_output()
     return next((code for code in codes if code), 0)
