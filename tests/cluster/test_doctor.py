@@ -27,7 +27,8 @@ from .jobs import PYTHON, ROOT
 from .slurm import Slurm
 
 DOCTOR = PYTHON.with_name("mirage-ds")
-CPU = {"DS_ACCELERATOR": "cpu"}
+# PYTHONPATH: this checkout is tested, wherever the environment's own install leads.
+CPU = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
 # A host that does not answer may cost as long.
 SILENT_S = 15
 # On two cores that import torch for three hosts at once, among other jobs.
@@ -376,7 +377,7 @@ def test_variables_that_ssh_does_not_carry(cluster: Cluster, folder: Path) -> No
     # And the cure helps.
     out, variables = folder / "made_env", {"OMP_NUM_THREADS": "1", "NCCL_X": "a \"b\" $HOME %h 'c'"}
     made = [PYTHON, "-m", "mirage_ds.cluster.environment", "--out", out]
-    cluster.hosts[0].run(made, cwd=folder, env={**CPU, **variables, "PYTHONPATH": str(ROOT)})
+    cluster.hosts[0].run(made, cwd=folder, env={**CPU, **variables})
     said = ask(cluster.hosts[0], *QUICK, cwd=folder, DS_ENV_FILE=str(out), **variables)
     assert said.bad == set()
 
@@ -467,6 +468,6 @@ def test_slurms_nodes_are_looked_at_from_inside_the_job(slurm: Slurm, folder: Pa
 
 
 def test_outside_a_slurm_job_it_says_so(slurm: Slurm, folder: Path) -> None:
-    done = slurm.login.run([DOCTOR, "doctor", "--slurm"], check=False, cwd=folder)
+    done = slurm.login.run([DOCTOR, "doctor", "--slurm"], check=False, cwd=folder, env=CPU)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --slurm: not inside a Slurm job; call it in the job's script, or after salloc\n"

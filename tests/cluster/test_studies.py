@@ -9,12 +9,13 @@ import pytest
 import yaml
 
 from .hosts import Cluster, wait_until
-from .jobs import PYTHON
+from .jobs import PYTHON, ROOT
 from .slurm import Slurm
 
 MIRAGE = str(PYTHON.parent / "mirage-ds")
 ENVIRONMENT = {
     "PATH": f"{PYTHON.parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+    "PYTHONPATH": str(ROOT),
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
