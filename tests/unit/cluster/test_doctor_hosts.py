@@ -67,7 +67,7 @@ def script(folder: Path, name: str, text: str) -> None:
 def test_what_nvidia_smi_says_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An `nvidia-smi` that prints what the real one prints."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    says = f"case $1 in --query-gpu=*) printf '{GPU_CSV}';; *) printf 'GPU-bb, 4711, 30000\\n';; esac"
+    says = f"case $1 in --query-gpu=*) printf '{GPU_CSV}';; *) printf 'GPU-bb, 4711\\n';; esac"
     script(tmp_path, "nvidia-smi", says.replace("\n", "\\n"))
     found = probe.gpus({})["gpus"]
     assert [(gpu["index"], gpu["driver"], gpu["total_mib"], gpu["used_mib"]) for gpu in found] == [
