@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 # How long guards wait for each other, in seconds: see guard.wire.Bounds.
@@ -113,7 +114,10 @@ def measure(slots: list[int]) -> dict[str, Any]:
                 break
         return best
 
-    def exchange(other: int) -> None:
+    def exchange(other: int | None) -> None:
+        # Every rank goes through every round, so that pairs of different rounds never share a wire.
+        if other is None:
+            return
         both = [dist.P2POp(dist.isend, payload, other), dist.P2POp(dist.irecv, arriving, other)]
         for work in dist.batch_isend_irecv(both):
             work.wait()
@@ -127,8 +131,7 @@ def measure(slots: list[int]) -> dict[str, Any]:
         "pairs": {},
     }
     for number, other in enumerate(counterparts(slots, world.rank)):
-        # Every rank goes through every round, so that pairs of different rounds never share a wire.
-        taken = seconds(lambda other=other: None if other is None else exchange(other))
+        taken = seconds(partial(exchange, other))
         if other is not None:
             found["pairs"][number] = taken
     world.waiting.part()
