@@ -26,7 +26,7 @@ from .hosts import Cluster, Host, wait_until
 from .jobs import PYTHON, ROOT
 from .slurm import Slurm
 
-DOCTOR = PYTHON.with_name("mirage-ds")
+DOCTOR = (PYTHON, "-m", "mirage_ds", "doctor")
 # PYTHONPATH: this checkout is tested, wherever the environment's own install leads.
 CPU = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
 # A host that does not answer may cost as long.
@@ -55,7 +55,7 @@ def ask(host: Host, *words: object, cwd: Path, before: tuple[str, ...] = (), **v
     """Run the doctor on a host and read its JSON."""
     begin = time.monotonic()
     done = host.run(
-        [*before, DOCTOR, "doctor", "--json", *map(str, words)],
+        [*before, *DOCTOR, "--json", *map(str, words)],
         check=False,
         cwd=cwd,
         env={**CPU, "PATH": f"{PYTHON.parent}:/usr/bin:/bin:/usr/sbin:/sbin", **variables},
@@ -404,8 +404,8 @@ def test_a_slow_link_is_found(cluster: Cluster, folder: Path) -> None:
 def test_a_master_address_that_leads_nowhere_is_told_in_time(cluster: Cluster, folder: Path) -> None:
     words = ("--hostfile", "hosts", "--master_addr", "10.97.0.99", "--only", "bandwidth")
     said = ask(cluster.hosts[0], *words, cwd=folder)
-    assert said.bad == {("bandwidth", host.name, "fail") for host in cluster.hosts}
-    assert "did not start within" in said.says("bandwidth", "node1")
+    assert said.bad >= {("bandwidth", "node2", "fail"), ("bandwidth", "node3", "fail")}
+    assert "at 10.97.0.99:29501 was not reached within" in said.says("bandwidth", "node2")
     assert "let the hosts reach 10.97.0.99 on any port" in said.says("bandwidth", "node2")
     assert said.seconds < 2 * SILENT_S
 
@@ -415,7 +415,7 @@ def test_nothing_goes_on_when_the_doctor_is_ended_amid_the_measurement(
     number: signal.Signals, cluster: Cluster, folder: Path
 ) -> None:
     (folder / "hosts").write_text("node1 slots=2\nnode2 slots=2\nnode3 slots=2\n")
-    words = [DOCTOR, "doctor", "--hostfile", "hosts", "--only", "bandwidth"]
+    words = [*DOCTOR, "--hostfile", "hosts", "--only", "bandwidth"]
     process = cluster.hosts[0].start(words, cwd=folder, env=CPU)
 
     def ranks() -> int:
@@ -430,7 +430,7 @@ def test_nothing_goes_on_when_the_doctor_is_ended_amid_the_measurement(
 
 def test_a_cable_cut_amid_the_measurement_ends_it(cluster: Cluster, folder: Path) -> None:
     process = cluster.hosts[0].start(
-        [DOCTOR, "doctor", "--json", "--hostfile", "hosts", "--only", "bandwidth"],
+        [*DOCTOR, "--json", "--hostfile", "hosts", "--only", "bandwidth"],
         cwd=folder,
         env=CPU,
         stdout=folder / "log",
@@ -469,6 +469,6 @@ def test_slurms_nodes_are_looked_at_from_inside_the_job(slurm: Slurm, folder: Pa
 
 
 def test_outside_a_slurm_job_it_says_so(slurm: Slurm, folder: Path) -> None:
-    done = slurm.login.run([DOCTOR, "doctor", "--slurm"], check=False, cwd=folder, env=CPU)
+    done = slurm.login.run([*DOCTOR, "--slurm"], check=False, cwd=folder, env=CPU)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --slurm: not inside a Slurm job; call it in the job's script, or after salloc\n"

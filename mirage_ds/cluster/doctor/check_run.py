@@ -61,7 +61,7 @@ def code(seen: Seen) -> Verdict:
             # Something beside the code has changed.
             says = f"commit {facts['commit'][:8]}, on {first} {own['commit'][:8]}"
             bad.append(warn(host, says, f"git checkout {own['commit'][:8]} there"))
-        if facts["changed"]:
+        elif facts["changed"]:
             says = f"changes in {facts['folder']} are not committed: the run's commit does not name its code"
             bad.append(warn(host, says, "commit them"))
     return f"{own['hash'][:8]}, commit {(own['commit'] or 'unknown')[:8]}", bad
