@@ -31,7 +31,7 @@ test: install
 
 test-slow: install
 	$(ENV) $(BIN)/python -m pytest tests/slow tests/dist -m slow --numprocesses 2 --dist loadfile
-	$(ENV) $(BIN)/python -m pytest tests/cluster -m slow
+	$(ENV) $(BIN)/python -m pytest tests/cluster -m slow --numprocesses 2 --dist loadfile
 
 # A short suite with the oldest, a middle and the newest set of libraries (tests/versions/*.txt), each in its own
 # environment under ~/.cache/mirage-ds/versions: 14 GB, built where it is missing.
@@ -44,7 +44,7 @@ versions-lock: install
 
 # Several hosts as namespaces of this machine, with the real launchers; needs root and cluster-packages.
 test-cluster: install
-	$(ENV) $(BIN)/python -m pytest tests/cluster -m "not slow"
+	$(ENV) $(BIN)/python -m pytest tests/cluster -m "not slow" --numprocesses 2 --dist loadfile
 
 # On Debian and Ubuntu, as root. RUNLEVEL=1: installing a server must not start it.
 cluster-packages:

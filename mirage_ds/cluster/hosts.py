@@ -14,6 +14,13 @@ from mirage_ds.run.process import print_anything
 _LINE = re.compile(r"(\S+)[ \t]+slots=([0-9]+)([ \t].*)?")
 # What ssh, pdsh and mpirun all take: a host name or an IPv4 address, perhaps with a user.
 _NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*@)?[A-Za-z0-9_][A-Za-z0-9._-]*")
+# What is no name → what to write; the first that fits counts.
+NO_NAMES = {
+    ":.*:": "pdsh takes no IPv6 address; give the host a name in /etc/hosts or ~/.ssh/config and write that",
+    ":[0-9]": "a port belongs in ~/.ssh/config (Host, Port); write the name alone",
+    r"[\[\],]": "write one host a line (`scontrol show hostnames` lists those of Slurm's short form)",
+    "": "write `host` or `user@host`, of ASCII letters, digits, '.', '_' and '-'",
+}
 # More than any host has GPUs or cores; a longer number is a slip.
 MOST_SLOTS = 1024
 
@@ -37,25 +44,9 @@ class Host(NamedTuple):
 
 def _check_name(name: str, where: str) -> None:
     """Refuse a name that one of the launchers takes for something else."""
-    if _NAME.fullmatch(name):
-        return
-    host = name.rpartition("@")[2]
-    address = host.strip("[]").partition("%")[0]
-    if re.fullmatch(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", address):
-        how = "pdsh takes no IPv6 address; give the host a name in /etc/hosts or ~/.ssh/config and write that"
-    elif re.fullmatch(r"[^:]*:[0-9]+", host):
-        how = "a port belongs in ~/.ssh/config (Host, Port); write the name alone"
-    elif re.search(r"[\[\]]", host):
-        how = "it is Slurm's short form of several hosts; write one host a line (`scontrol show hostnames` lists them)"
-    elif "," in name:
-        how = "write one host a line, without commas"
-    elif not name.isascii() or not name.isprintable():
-        how = "it has a sign that no host name has; write ASCII letters, digits, '.', '_' and '-'"
-    elif "/" in name:
-        how = "it is an address with a path; write the host's name alone"
-    else:
-        how = "write `host` or `user@host`, of ASCII letters, digits, '.', '_' and '-'"
-    raise UserError(f"{where}: {shown(name)} is no name that ssh and mpirun both take: {how}")
+    if not _NAME.fullmatch(name):
+        how = next((how for pattern, how in NO_NAMES.items() if re.search(pattern, name)), NO_NAMES[""])
+        raise UserError(f"{where}: {shown(name)} is no name that ssh and mpirun both take: {how}")
 
 
 def parse_hosts(text: str, source: str) -> tuple[Host, ...]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from .hosts import Cluster, Host, wait_until
+from .hosts import Host, wait_until
+from .slurm import Slurm
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(sys.executable)
@@ -186,6 +187,52 @@ class Job:
         return [" ".join(one.cmdline()) for one in rest if one.is_running()]
 
 
-def hosts_for(launcher: str, cluster: Cluster, count: int) -> list[Host]:
-    """Return the hosts of a job: Slurm's login host runs none."""
-    return cluster.hosts[1 : count + 1] if launcher == "slurm" else cluster.hosts[:count]
+def flags(**settings: object) -> list[object]:
+    """Return settings as the trainer's flags."""
+    return [word for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+def start_all(slurm: Slurm, folder: Path, *arguments: object) -> list[Job]:
+    """Start one job a launcher on the last two hosts; the first is Slurm's login host, and launches."""
+    words = ("--steps", 4000, "--seconds", 0.05, *arguments)
+    return [
+        Job(launcher, slurm.nodes[:2], 1, folder / launcher, ("--out", folder / launcher, *words), login=slurm.login)
+        for launcher in LAUNCHERS
+    ]
+
+
+def all_end(jobs: list[Job], fault: str, code: int | None, last: str, step: int = 0) -> None:
+    """Wait for every job's end, then judge all of them.
+
+    Args:
+        code: of every job; None for any but 0.
+        last: what the last lines of every log say.
+        step: the fault's own, from when on seconds count; 0 for a fault that has just been made.
+    """
+    met: dict[str, float] = {}
+    ended: dict[str, float] = {}
+    begun = time.monotonic()
+    while len(ended) < len(jobs) and time.monotonic() - begun < LIMIT_S + (START_S if step else 0):
+        now = time.monotonic()
+        for job in jobs:
+            if job.step() >= step:
+                met.setdefault(job.launcher, now)
+            if job.code() is not None:
+                ended.setdefault(job.launcher, now)
+        time.sleep(0.05)
+    wrong = []
+    for job in jobs:
+        name = job.launcher
+        if name not in ended:
+            wrong.append(f"{name}: it hangs; it said\n{job.said()[-3000:]}")
+            continue
+        left, returned, seconds = job.left_behind(), job.code(), ended[name] - met.get(name, begun)
+        print(f"| {fault} | {name} | {seconds:.0f} | {returned} | {len(left) or 'nothing'} |")
+        if returned != code and not (code is None and returned):
+            wrong.append(f"{name}: exit code {returned}, not {code}; it said\n{job.said()[-3000:]}")
+        if seconds > LIMIT_S:
+            wrong.append(f"{name}: {seconds:.0f} s")
+        if last not in job.last_lines():
+            wrong.append(f"{name}: its last lines do not say '{last}':\n{job.last_lines(12)}")
+        wrong += [f"{name} has left behind {one}" for one in left]
+    assert not wrong, "\n\n".join(wrong)

@@ -30,7 +30,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthInfo=cred_expire={requeue_s}
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool.%n
+SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile=/run/slurmctld.pid
 SlurmdPidFile=/run/slurmd.pid
 ProctrackType=proctrack/linuxproc
@@ -130,7 +130,8 @@ class Slurm:
 
     def _write_files(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
-        for name in ("state", *(f"spool.{node.name}" for node in self.nodes)):
+        # Short names: a step's socket is in a node's folder, and its path may have 107 letters.
+        for name in ("state", *(node.name for node in self.nodes)):
             (self._folder / name).mkdir(parents=True)
         (self._folder / "slurm.conf").write_text(self._configuration)
         (self._folder / "cgroup.conf").write_text(CGROUPS)

@@ -373,7 +373,7 @@ def test_a_node_comes_back_with_its_daemons(slurm: Slurm) -> None:
     assert slurm.login.run(["srun", "--nodes", "2", "hostname"], timeout_s=20).stdout.count("node") == 2
 
 
-def test_slurm_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_slurm_leaves_nothing(tmp_path: Path) -> None:
     with Cluster(2, tmp_path) as cluster:
         begin = time.monotonic()
         with Slurm(cluster) as slurm:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from .hosts import Cluster, wait_until
-from .jobs import GUARD, Job
+from .jobs import GUARD, Job, flags
 from .slurm import Slurm
 
 # The learning rate is constant: a shorter run begins as the longer one does. A time limit is a minute at least.
@@ -27,25 +27,29 @@ def start(
     pace: str | None = None,
 ) -> Job:
     """Submit a training run on both nodes, all their CPUs."""
-    flags = (
-        *("--model", model, "--stage", "sft", "--data_path", data, "--max_steps", steps, "--epochs", 1000),
-        *("--save_model_path", out / "model", "--global_batch_size", 4, "--save_every", 2),
-        *(
-            "--learning_rate",
-            1e-3,
-            "--lr_scheduler",
-            "constant",
-            "--num_workers",
-            0,
-            "--report_to",
-            "none",
-            "--log_rows",
-        ),
-        *("--feature_dir", features, "--cache_dir", features / "cache"),
+    settings = flags(
+        model=model,
+        stage="sft",
+        data_path=data,
+        max_steps=steps,
+        epochs=1000,
+        save_model_path=out / "model",
+        global_batch_size=4,
+        save_every=2,
+        learning_rate=1e-3,
+        lr_scheduler="constant",
+        num_workers=0,
+        report_to="none",
+        feature_dir=features,
+        cache_dir=features / "cache",
     )
     shape = ("--exclusive", "--requeue", *options)
     return Job(
-        *("sbatch", slurm.nodes[:2], 1, out, (*flags, pace) if pace else flags),
+        "sbatch",
+        slurm.nodes[:2],
+        1,
+        out,
+        [*settings, "--log_rows", *([pace] if pace else [])],
         module="tests.cluster.faulty" if pace else "mirage_ds.train",
         login=slurm.login,
         guard=GUARD,

@@ -9,13 +9,16 @@ import pytest
 import yaml
 
 from .hosts import Cluster, wait_until
-from .jobs import PYTHON
+from .jobs import PYTHON, ROOT
 from .slurm import Slurm
 
-MIRAGE = str(PYTHON.parent / "mirage-ds")
+MIRAGE = (PYTHON, "-m", "mirage_ds")
 ENVIRONMENT = {
-    **{"PATH": f"{PYTHON.parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"},
-    **{"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    "PATH": f"{PYTHON.parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+    "PYTHONPATH": str(ROOT),
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
 }
 
 
@@ -24,9 +27,16 @@ def write_study(folder: Path, nano: Path, mixed: Path, arms: dict, **more: dict)
         "name": "small",
         "out": "runs",
         "common": {
-            **{"model": str(nano), "data_path": str(mixed), "max_steps": 2, "global_batch_size": 4, "warmup_steps": 0},
-            **{"latent_size": 2, "num_workers": 0, "report_to": ["none"]},
-            **{"feature_dir": str(folder / "features"), "cache_dir": str(folder / "cache")},
+            "model": str(nano),
+            "data_path": str(mixed),
+            "max_steps": 2,
+            "global_batch_size": 4,
+            "warmup_steps": 0,
+            "latent_size": 2,
+            "num_workers": 0,
+            "report_to": ["none"],
+            "feature_dir": str(folder / "features"),
+            "cache_dir": str(folder / "cache"),
         },
         "stages": {"base": {"stage": "sft", "seed": 0}, "sft": {"stage": "sft"}, "stage2": {"stage": "stage2"}},
         "arms": arms,
@@ -49,7 +59,7 @@ def test_runs_share_a_hostfile(cluster: Cluster, tmp_path: Path, nano: Path, mix
     evaluations = {"test": {"data_path": str(questions), "task": "sat", "max_new_tokens": 4}}
     study = write_study(tmp_path, nano, mixed, arms, evaluations=evaluations, launch={"environment": {"MY_OWN": "a b"}})
     hostfile = cluster.hostfile(tmp_path / "hosts", 1, cluster.hosts[:2])
-    command = [MIRAGE, "ablate", "run", study, "--hostfile", hostfile]
+    command = [*MIRAGE, "ablate", "run", study, "--hostfile", hostfile]
     said = cluster.hosts[0].run(command, timeout_s=240, env=ENVIRONMENT, cwd=tmp_path).stdout
     places = sorted((tmp_path / "runs/runs").iterdir())
     used = {(place / "hosts").read_text().split()[0] for place in places}
@@ -73,7 +83,7 @@ def test_a_study_of_slurm_arrays(slurm: Slurm, tmp_path: Path, nano: Path, mixed
     }
     study = write_study(tmp_path, nano, mixed, arms)
     options = "--gpus-per-node=0 --cpus-per-task=1 --ntasks=1"
-    command = [MIRAGE, "ablate", "run", study, "--slurm", "--sbatch", options]
+    command = [*MIRAGE, "ablate", "run", study, "--slurm", "--sbatch", options]
     said = slurm.login.run(command, env=ENVIRONMENT, cwd=tmp_path).stdout
     assert said.startswith("2 array(s)")
 
@@ -81,7 +91,7 @@ def test_a_study_of_slurm_arrays(slurm: Slurm, tmp_path: Path, nano: Path, mixed
         return not slurm.login.run(["squeue", "--noheader"]).stdout.strip()
 
     wait_until(over, "end of both arrays", 240, 0.5)
-    status = slurm.login.run([MIRAGE, "ablate", "status", study, "--json"], env=ENVIRONMENT, cwd=tmp_path).stdout
+    status = slurm.login.run([*MIRAGE, "ablate", "status", study, "--json"], env=ENVIRONMENT, cwd=tmp_path).stdout
     logs = "\n".join(file.read_text() for file in (tmp_path / "runs/slurm/logs").glob("*.log"))
     assert json.loads(status)["arms"] == {"text": {"done": 1}, "broken": {"failed": 1}}, logs
     # Nothing left to submit.

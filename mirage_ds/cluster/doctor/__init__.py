@@ -1,9 +1,9 @@
-"""`mirage-ds doctor`: whether these hosts can run the job, asked in seconds before it is started.
+"""`mirage-ds doctor`: can these hosts run the job? It is asked before the job starts, and answered in seconds.
 
-    command → examine → transport → probe (on each host)          what is there
-                      → bandwidth → transport → rank (each slot)  how fast the hosts talk
+    command → examine → transport → probe (on each host)            what is there
+                      → bandwidth → transport → rank (one a slot)   whether ranks meet, how fast the hosts talk
             → checks (facts → findings) → report
 
-`probe.py` and `rank.py` are sent to the hosts as text and need nothing there but the interpreter, so that a host
-without this package, or with another version of it, can say so.
+`probe.py` is sent to the hosts as text and needs nothing there but the interpreter: a host without this package, or
+with another version of it, can say so. The ranks start as the trainer's do: under a guard, with engine.setup.join.
 """

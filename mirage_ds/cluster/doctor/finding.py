@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mirage_ds.cluster.doctor.bandwidth import Bandwidth
+from mirage_ds.cluster.doctor.command import DoctorSpec
 from mirage_ds.cluster.doctor.transport import Answer
 from mirage_ds.cluster.hosts import Host
 
@@ -16,7 +17,11 @@ Status = Literal["pass", "warn", "fail"]
 Launcher = Literal["pdsh", "slurm", "local"]
 # What probe.py says of one host: section → facts.
 Facts = dict[str, Any]
-# Hosts that have no say in a finding: the launching machine's own files.
+# (host, status, what is seen, how to fix it) of what is not right.
+Bad = tuple[str, Status, str, str]
+# A check's verdict: what a pass says, None where the check does not apply; and what is not right.
+Verdict = tuple[str | None, list[Bad]]
+# The "host" of findings about the launching machine's own files.
 HERE = "here"
 
 
@@ -27,7 +32,7 @@ class Finding(NamedTuple):
         check: the check's name, as --only takes it.
         host: the host it is about, or what it is about instead.
         says: what was seen.
-        mend: how to mend it; empty for a pass.
+        mend: how to fix it; empty for a pass.
     """
 
     check: str
@@ -37,65 +42,6 @@ class Finding(NamedTuple):
     mend: str = ""
 
 
-class Bad(NamedTuple):
-    """A finding that is no pass, before it has its check's name."""
-
-    host: str
-    status: Status
-    says: str
-    mend: str
-
-
-def fail(host: str, says: str, mend: str) -> Bad:
-    """Say that the run would break."""
-    return Bad(host, "fail", says, mend)
-
-
-def warn(host: str, says: str, mend: str) -> Bad:
-    """Say that the run would go, slower or otherwise than meant."""
-    return Bad(host, "warn", says, mend)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be run, as the doctor was told.
-
-    Attributes:
-        models: flag → model folder or hub id.
-        files: flag → file that every host reads.
-        run_folder: --save_model_path.
-        deepspeed: the DeepSpeed JSON, where one was given.
-        keep_checkpoints: how many stay on the disk.
-        master_addr: as the launcher is told; None where it finds out.
-    """
-
-    launcher: Launcher = "local"
-    models: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, Path] = field(default_factory=dict)
-    run_folder: Path | None = None
-    deepspeed: Path | None = None
-    keep_checkpoints: int = 2
-    master_port: int = 29500
-    master_addr: str | None = None
-
-
-@dataclass(frozen=True)
-class Here:
-    """The launching machine.
-
-    Attributes:
-        variables: what ranks should have of this environment.
-        env_files: DeepSpeed's environment files: path → text.
-        pdsh: whether pdsh is installed.
-        model_faults: flag → what is wrong with its folder, where this machine has it.
-    """
-
-    variables: Mapping[str, str] = field(default_factory=dict)
-    env_files: Mapping[Path, str] = field(default_factory=dict)
-    pdsh: bool = True
-    model_faults: Mapping[str, str] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Seen:
     """Everything that is known: what the checks are functions of.
@@ -103,15 +49,21 @@ class Seen:
     Attributes:
         answers: host → how asking it went.
         facts: host → what its probe says, of the hosts that answered, in the order of `hosts`.
-        bandwidth: None where it was not measured.
-        unmeasured: why it was not, where it should have been.
+        variables: of the launching machine, what ranks should have too.
+        env_files: DeepSpeed's environment files on the launching machine → lines that stop the launch.
+        model_fault: what is wrong with the model's folder, where the launching machine has it.
+        bandwidth: None where it was not measured; unmeasured: why, where it should have been.
     """
 
-    plan: Plan
-    here: Here
+    spec: DoctorSpec
+    launcher: Launcher
     hosts: tuple[Host, ...]
     answers: Mapping[str, Answer]
     facts: Mapping[str, Facts]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    env_files: Mapping[Path, list[str]] = field(default_factory=dict)
+    has_pdsh: bool = True
+    model_fault: str = ""
     bandwidth: Bandwidth | None = None
     unmeasured: str = ""
 
@@ -119,19 +71,33 @@ class Seen:
         """Return host → one section of its facts, of those hosts that have it."""
         return {host: facts[name] for host, facts in self.facts.items() if name in facts}
 
+    def slots(self, host: str) -> int:
+        """Return the ranks of a host."""
+        return next(one.slots for one in self.hosts if one.name == host)
+
     def on_cpu(self, host: str) -> bool:
         """Whether the ranks of a host are told to do without GPUs."""
         return self.section("variables").get(host, {}).get("DS_ACCELERATOR") == "cpu"
 
 
-# A check's verdict: what a pass says, None where it does not apply; and what is not right.
-Verdict = tuple[str | None, list[Bad]]
+def fail(host: str, says: str, mend: str) -> Bad:
+    """Say that the run would break."""
+    return host, "fail", says, mend
 
 
-def unlike(values: Mapping[str, Any]) -> Iterable[tuple[str, Any, Any]]:
-    """Yield (host, its value, the first host's value) of each host that differs from the first."""
-    first = next(iter(values.values()), None)
-    return ((host, value, first) for host, value in values.items() if value != first)
+def warn(host: str, says: str, mend: str) -> Bad:
+    """Say that the run would go, slower or otherwise than meant."""
+    return host, "warn", says, mend
+
+
+def unlike(values: Mapping[str, Any], what: str, mend: str, status: Callable[[str, str, str], Bad] = fail) -> list[Bad]:
+    """Name each host whose value differs from the first host's."""
+    first_host, first = next(iter(values.items()), ("", None))
+    return [
+        status(host, f"{what}{value or 'not set'}, on {first_host} {first or 'not set'}", mend)
+        for host, value in values.items()
+        if value != first
+    ]
 
 
 def size(count: float) -> str:

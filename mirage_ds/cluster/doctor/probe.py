@@ -74,7 +74,6 @@ def place(request: Request) -> dict[str, Any]:
         "own_addresses": own,
         "addresses": listed,
         "master_address": master,
-        "interfaces": sorted(entry for _, entry in socket.if_nameindex()),
         "infiniband": sorted(os.listdir(fabrics)) if fabrics.is_dir() else [],
     }
 
@@ -109,12 +108,21 @@ def code(request: Request) -> dict[str, Any]:
     return facts
 
 
-def parse_gpus(gpus: str, processes: str) -> list[dict[str, Any]]:
-    """Read nvidia-smi's CSV of GPU_FIELDS and of `gpu_uuid, pid, used_memory`; memory in MiB."""
+def gpus(request: Request) -> dict[str, Any]:
+    """What nvidia-smi says, where it is installed; memory in MiB."""
+    del request
+    if not shutil.which("nvidia-smi"):
+        return {"there": Path("/dev/nvidiactl").exists(), "gpus": []}
+    form = "--format=csv,noheader,nounits"
+    seen = run("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", form)
+    if seen.returncode:
+        words = (seen.stdout + seen.stderr).strip().splitlines() or [f"exit code {seen.returncode}"]
+        return {"there": True, "gpus": [], "fault": words[0]}
+    holders = run("nvidia-smi", "--query-compute-apps=gpu_uuid,pid", form).stdout.splitlines()
+    pairs = [[part.strip() for part in line.split(",")] for line in holders if "," in line]
     found = []
-    for line in gpus.splitlines():
+    for line in seen.stdout.splitlines():
         index, name, uuid, driver, total, used, faults = (part.strip() for part in line.split(","))
-        holders = [row.split(",")[1].strip() for row in processes.splitlines() if row.split(",")[0].strip() == uuid]
         found.append(
             {
                 "index": int(index),
@@ -124,24 +132,10 @@ def parse_gpus(gpus: str, processes: str) -> list[dict[str, Any]]:
                 "used_mib": int(used),
                 # "[N/A]" where the GPU has no ECC memory.
                 "ecc_faults": int(faults) if faults.isdecimal() else 0,
-                "pids": [int(pid) for pid in holders],
+                "pids": [int(pid) for holder, pid in pairs if holder == uuid],
             }
         )
-    return found
-
-
-def gpus(request: Request) -> dict[str, Any]:
-    """What nvidia-smi says, where it is installed."""
-    del request
-    if not shutil.which("nvidia-smi"):
-        return {"there": Path("/dev/nvidiactl").exists(), "gpus": []}
-    form = "--format=csv,noheader,nounits"
-    seen = run("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", form)
-    if seen.returncode:
-        words = (seen.stdout + seen.stderr).strip().splitlines() or [f"exit code {seen.returncode}"]
-        return {"there": True, "gpus": [], "fault": words[0]}
-    holders = run("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory", form)
-    return {"there": True, "gpus": parse_gpus(seen.stdout, holders.stdout)}
+    return {"there": True, "gpus": found}
 
 
 def limits(request: Request) -> dict[str, Any]:
@@ -151,7 +145,6 @@ def limits(request: Request) -> dict[str, Any]:
         "nofile": resource.RLIMIT_NOFILE,
         "memlock": resource.RLIMIT_MEMLOCK,
         "nproc": resource.RLIMIT_NPROC,
-        "core": resource.RLIMIT_CORE,
     }
     soft = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
     shm = os.statvfs("/dev/shm")
@@ -181,12 +174,11 @@ def locks(request: Request) -> dict[str, Any]:
 
 
 def variables(request: Request) -> dict[str, str]:
-    """Variables of the asked names and prefixes, which a rank would find; never a secret's value."""
+    """The wanted variables that a rank would find; never a secret's value."""
     return {
         name: value
         for name, value in sorted(os.environ.items())
-        if (name in request["names"] or name.startswith(tuple(request["prefixes"])))
-        and not re.search(request["secret"], name)
+        if re.match(request["wanted"], name) and not re.search(request["secret"], name)
     }
 
 
@@ -238,42 +230,6 @@ def folder(request: Request) -> dict[str, Any]:
     return facts
 
 
-def _weights(file: Path) -> dict[str, int]:
-    """Return the elements of each tensor of a safetensors file; ValueError when its header or its size is wrong."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError("is cut off")
-        header = json.loads(opened.read(length))
-    tensors = {name: value for name, value in header.items() if name != "__metadata__"}
-    if size < 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0):
-        raise ValueError("is cut off")
-    return {name: math.prod(tensor["shape"]) for name, tensor in tensors.items()}
-
-
-def model_files(path: Path) -> dict[str, Any]:
-    """What a model folder holds: name → bytes, elements, its config.json, an output matrix, and what is wrong first."""
-    files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
-    facts: dict[str, Any] = {"files": files, "elements": 0, "config": None, "head": False, "fault": None}
-    name = "config.json"
-    try:
-        facts["config"] = json.loads((path / name).read_bytes())
-        named = {file for file in files if file.endswith(".safetensors")}
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            named |= set(json.loads(index.read_bytes())["weight_map"].values())
-        for name in sorted(named):
-            tensors = _weights(path / name)
-            facts["elements"] += sum(tensors.values())
-            facts["head"] |= any("lm_head" in tensor for tensor in tensors)
-    except OSError as error:
-        facts["fault"] = f"{name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        facts["fault"] = f"{name}: {error if type(error) is ValueError else 'is no valid file of its kind'}"
-    return facts
-
-
 def hub_folder(name: str, cache: str | None) -> Path:
     """Return where the hub's client keeps a model of this name."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
@@ -282,12 +238,14 @@ def hub_folder(name: str, cache: str | None) -> Path:
 
 
 def models(request: Request) -> dict[str, Any]:
-    """Each model that the run starts from: its files where it is a folder, else its place in the hub's cache."""
+    """Each model that the run starts from: its files and their bytes, or its place in the hub's cache."""
     found = {}
     for flag, name in request["models"].items():
         path = Path(name)
         if path.is_dir():
-            found[flag] = model_files(path)
+            files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
+            weights = sum(size for file, size in files.items() if file.endswith(".safetensors"))
+            found[flag] = {"files": files, "weight_bytes": weights}
         else:
             cache = hub_folder(name, request["cache_dir"])
             found[flag] = {"hub": str(cache), "kept": any(cache.glob("snapshots/*/config.json"))}
@@ -326,9 +284,8 @@ def data(request: Request) -> dict[str, Any]:
     return found
 
 
-SECTIONS: tuple[Callable[[Request], dict[str, Any]], ...] = (
-    *(place, python, code, gpus, limits, locks, variables, port, models, data, folder),
-)
+SECTIONS: list[Callable[[Request], dict[str, Any]]]
+SECTIONS = [place, python, code, gpus, limits, locks, variables, port, models, data, folder]
 
 
 def probe(request: Request) -> dict[str, Any]:
@@ -343,13 +300,11 @@ def probe(request: Request) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer the request that stands on standard input; the time is asked for in between, see transport.py."""
+    """Answer the request that stands on standard input."""
+    say(time=time.time())
     request = json.loads(sys.stdin.readline())
     # Whatever hangs here, a dead network disk say, nothing stays behind.
     signal.alarm(math.ceil(request["limit_s"]) + 2)
-    say(ready=True)
-    if sys.stdin.readline():
-        say(time=time.time())
     try:
         os.chdir(request["cwd"])
         facts = probe(request)

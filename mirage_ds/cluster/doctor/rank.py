@@ -1,152 +1,102 @@
-"""The ranks of the bandwidth test on one host. Standard library and torch; its text is sent to hosts, see transport.py.
+"""The ranks of the bandwidth test on one host: they start as the trainer's do, then measure. See bandwidth.py.
 
-One process a host starts one rank a slot. Each rank first meets rank 0 over plain TCP on the master's port, so that a
-firewall is told from a slow network before torch is imported; then all ranks measure together. Nothing stays behind:
-every process has an alarm, and ends when the one that started it is gone.
+Every rank is a process of its own under a guard, as behind launch/*.sh: the guards end all ranks when one fails or does
+not come, and say which. Nothing stays behind: all of them end with `start`, and that with who asked for it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import math
 import os
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-Request = dict[str, Any]
-
-SIGN = "\x1emirage-doctor "
-MEET_S = 8.0
-EXIT_UNMET = 3
+# How long guards wait for each other, in seconds: see guard.wire.Bounds.
+BOUNDS = {"gather": 15, "silence": 8, "grace": 1}
+# The guards end one after another; one that could not even listen leaves the others waiting.
+FAREWELL_S = 5.0
+# A collective takes seconds at most, and the ranks import torch before the first one.
+JOIN_S = 45.0
 # Runs of each measurement after the first; one that took SLOW_S is enough.
 ITERATIONS = 3
 SLOW_S = 0.3
+# Enough that latency does not count, little enough for seconds: elements of 4 bytes.
+CPU_ELEMENTS, GPU_ELEMENTS = 4 << 20, 64 << 20
 
 
-def say(**values: Any) -> None:
-    """Send one line to who asked, in one write: several ranks share the pipe."""
-    os.write(1, f"{SIGN}{json.dumps(values)}\n".encode())
+def start(request: dict[str, Any]) -> int:
+    """Start this host's ranks and wait for them; return their exit code."""
+    from mirage_ds.cluster.guard.child import Child, adopt_orphans, end_all
+    from mirage_ds.engine.place import Place
 
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends."""
-    set_death_signal = 1
-    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-
-
-def start(request: Request, source: str) -> int:
-    """Start this host's ranks and wait for them; the first that fails ends the others. Return its exit code."""
-    loader = "import json,sys;source=json.loads(sys.stdin.readline());exec(source)"
-    ranks = []
-    for local_rank, rank in enumerate(request["ranks"]):
-        place = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": request["world_size"]}
-        environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
-        process = subprocess.Popen([sys.executable, "-c", loader], stdin=subprocess.PIPE, env=environment, text=True)
-        assert process.stdin
-        process.stdin.write(f"{json.dumps(source)}\n{json.dumps(request)}\n")
-        process.stdin.flush()
-        ranks.append(process)
+    # Whatever hangs here, nothing stays behind.
+    signal.alarm(math.ceil(request["limit_s"]) + 2)
+    adopt_orphans()
+    own_slots, port = request["slots"][request["number"]], request["master_port"]
+    first, size = sum(request["slots"][: request["number"]]), sum(request["slots"])
+    guard = [sys.executable, "-m", "mirage_ds.cluster.guard", "--port", str(port + 1), "--job", "doctor"]
+    guard += [f"--{name}={seconds}" for name, seconds in BOUNDS.items()]
+    guard += ["mirage_ds.cluster.doctor.rank", json.dumps(request["slots"])]
+    places = [Place(first + slot, size, slot, request["master_addr"], port) for slot in range(own_slots)]
+    ranks = [Child(guard, {**os.environ, **place.variables()}) for place in places]
 
     def leave_with_asker() -> None:
         sys.stdin.read()
+        end_all()
         os._exit(1)
 
     threading.Thread(target=leave_with_asker, daemon=True).start()
     codes: list[int | None] = [None]
-    while None in codes and not any(codes):
+    end = math.inf
+    while None in codes and time.monotonic() < end:
         time.sleep(0.05)
-        codes = [rank.poll() for rank in ranks]
+        codes = [rank.returned() for rank in ranks]
+        if any(codes):
+            end = min(end, time.monotonic() + FAREWELL_S)
+    end_all()
     for rank in ranks:
-        rank.kill()
-        rank.wait()
+        rank.finish_output()
     return next((code for code in codes if code), 0)
 
 
-def receive(request: Request) -> list[int]:
-    """As rank 0, wait on the master's port until every other rank has come; return those that did not in time."""
-    missing = set(range(1, request["world_size"]))
-    end = time.monotonic() + MEET_S
-    guests = []
-    with socket.create_server(("", request["master_port"]), backlog=len(missing) + 1) as server:
-        while missing and time.monotonic() < end:
-            server.settimeout(max(0.01, end - time.monotonic()))
-            with contextlib.suppress(TimeoutError, ValueError, ConnectionError):
-                guest = server.accept()[0]
-                guest.settimeout(1.0)
-                missing.discard(int(guest.recv(16)))
-                guests.append(guest)
-        for guest in guests:
-            with contextlib.suppress(OSError):
-                guest.sendall(b"-" if missing else b"+")
-                # Whoever closes first keeps the port busy for a minute: that must not be the master.
-                guest.recv(1)
-            guest.close()
-    return sorted(missing)
+def counterparts(slots: list[int], rank: int) -> list[int | None]:
+    """Return the rank with which a rank exchanges in each round, None where it rests.
+
+    All slots of two hosts exchange at once, each with its like, so that every network interface takes part.
+    """
+    from mirage_ds.cluster.doctor.bandwidth import rounds
+
+    begins = [sum(slots[:number]) for number in range(len(slots))]
+    own = max(number for number, begin in enumerate(begins) if begin <= rank)
+    slot = rank - begins[own]
+    found: list[int | None] = []
+    for pairs in rounds(len(slots)):
+        other = next((a if b == own else b for a, b in pairs if own in (a, b)), own)
+        found.append(begins[other] + slot if other != own and slot < slots[other] else None)
+    return found
 
 
-def come(request: Request, rank: int) -> str | None:
-    """Reach rank 0 and wait until all are there; return why it cannot be reached, None when it was."""
-    end, why = time.monotonic() + MEET_S, ""
-    while True:
-        left = max(0.5, end - time.monotonic())
-        try:
-            met = socket.create_connection((request["master_addr"], request["master_port"]), timeout=left)
-        except OSError as error:
-            # What the network has answered once says more than that the time is over.
-            why = (not isinstance(error, TimeoutError) and error.strerror) or why or "timed out"
-            if time.monotonic() > end - 0.5:
-                return why
-            time.sleep(0.1)
-            continue
-        with met:
-            met.settimeout(2 * MEET_S)
-            met.sendall(str(rank).encode())
-            if met.recv(1) != b"+":
-                # Rank 0 says who is missing.
-                sys.exit(EXIT_UNMET)
-            return None
-
-
-def meet(request: Request, rank: int) -> None:
-    """Meet rank 0 on the master's port over plain TCP, so that nobody goes on alone; say who cannot and leave."""
-    if rank == 0:
-        missing = receive(request)
-        if missing:
-            say(rank=rank, stage="meeting", missing=missing, within_s=MEET_S)
-            sys.exit(EXIT_UNMET)
-    elif fault := come(request, rank):
-        say(rank=rank, stage="meeting", fault=fault)
-        sys.exit(EXIT_UNMET)
-    say(rank=rank, stage="met")
-
-
-def measure(request: Request, rank: int, local_rank: int) -> dict[str, Any]:
-    """Join all ranks and measure; seconds this rank took for each collective and, round by round, each pair."""
-    from datetime import timedelta
-
+def measure(slots: list[int]) -> dict[str, Any]:
+    """Join all ranks and measure; seconds that this rank took for each collective and, by round, each exchange."""
     import torch
     import torch.distributed as dist
 
-    on_gpu = request["backend"] == "nccl"
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    address = f"tcp://{request['master_addr']}:{request['master_port']}"
-    world, count = request["world_size"], request["elements"]
-    dist.init_process_group(
-        *(request["backend"], address), rank=rank, world_size=world, timeout=timedelta(seconds=request["limit_s"])
-    )
-    say(rank=rank, stage="joined")
-    payload, together = torch.ones(count, device=device), torch.ones(1, device=device)
+    from mirage_ds.engine.setup import join
 
-    def seconds(work: Any) -> float:
+    world = join(JOIN_S)
+    count = CPU_ELEMENTS if world.device.type == "cpu" else GPU_ELEMENTS
+    payload, together = torch.ones(count, device=world.device), torch.ones(1, device=world.device)
+    part = torch.ones(count // world.size, device=world.device)
+    gathered = [torch.empty_like(part) for _ in range(world.size)]
+    arriving = torch.empty_like(payload)
+
+    def seconds(work: Callable[[], object]) -> float:
         """The fastest of some runs, fewer where they are slow; all ranks begin each together."""
         best = math.inf
         for number in range(1 + ITERATIONS):
@@ -164,49 +114,45 @@ def measure(request: Request, rank: int, local_rank: int) -> dict[str, Any]:
                 break
         return best
 
-    part = torch.ones(count // world, device=device)
-    gathered = [torch.empty_like(part) for _ in range(world)]
-    found: dict[str, Any] = {
-        "all_reduce_s": seconds(lambda: dist.all_reduce(payload)),
-        "all_gather_s": seconds(lambda: dist.all_gather(gathered, part)),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
-        "pairs": {},
-    }
-    say(rank=rank, stage="collectives")
-    arriving = torch.empty_like(payload)
-
-    def exchange(other: int) -> None:
+    def exchange(other: int | None) -> None:
+        # Every rank goes through every round, so that pairs of different rounds never share a wire.
+        if other is None:
+            return
         both = [dist.P2POp(dist.isend, payload, other), dist.P2POp(dist.irecv, arriving, other)]
         for work in dist.batch_isend_irecv(both):
             work.wait()
         arriving[0].item()
 
-    for number, counterparts in enumerate(request["rounds"]):
-        # Every rank goes through every round, so that pairs of different rounds never share a wire.
-        other = counterparts.get(str(rank))
-        taken = seconds(lambda other=other: None if other is None else exchange(other))
+    found: dict[str, Any] = {
+        "rank": world.rank,
+        "bytes": 4 * count,
+        "all_reduce_s": seconds(lambda: dist.all_reduce(payload)),
+        "all_gather_s": seconds(lambda: dist.all_gather(gathered, part)),
+        "pairs": {},
+    }
+    for number, other in enumerate(counterparts(slots, world.rank)):
+        taken = seconds(partial(exchange, other))
         if other is not None:
             found["pairs"][number] = taken
-    dist.barrier()
+    world.waiting.part()
     dist.destroy_process_group()
     return found
 
 
-def main(source: str) -> None:
-    """Be the host's starter or, where RANK says so, one rank. `source` is this file's own text."""
-    request = json.loads(sys.stdin.readline())
-    signal.alarm(math.ceil(request["limit_s"]) + 2)
-    if not request.get("is_rank"):
-        os.chdir(request["cwd"])
-        sys.exit(start({**request, "is_rank": True, "starter": os.getpid()}, source))
-    die_with_parent()
-    if os.getppid() != request["starter"]:
-        # It ended before the kernel was asked.
-        sys.exit(EXIT_UNMET)
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    meet(request, rank)
-    say(rank=rank, stage="measured", **measure(request, rank, local_rank))
+def main() -> None:
+    """Be one rank, and say what it measured; a user's error is one sentence and exit code 2."""
+    import click
+
+    from mirage_ds.cluster.doctor.probe import say
+    from mirage_ds.run.process import run_rank
+
+    @click.command()
+    @click.argument("slots")
+    def command(slots: str) -> None:
+        say(**measure(json.loads(slots)))
+
+    run_rank(command)
 
 
 if __name__ == "__main__":
-    main(globals()["source"])
+    main()

@@ -19,11 +19,6 @@ COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 MOST_NAMES = 3
 
 
-def is_healthy(findings: Sequence[Finding]) -> bool:
-    """Whether nothing fails; warnings are for people to judge."""
-    return all(finding.status != "fail" for finding in findings)
-
-
 def _rows(findings: Sequence[Finding], hosts: int) -> list[Finding]:
     """Make one row of hosts that say the same."""
     alike: dict[Finding, list[str]] = {}
@@ -38,24 +33,22 @@ def _rows(findings: Sequence[Finding], hosts: int) -> list[Finding]:
     return rows
 
 
-def summary(findings: Sequence[Finding], seen: Seen, seconds: float) -> str:
-    """Return the last line: how long it took, how many rows of each kind the table has."""
-    counts = Counter(row.status for row in _rows(findings, len(seen.hosts)))
-    said = ", ".join(f"{counts[status]} {status}" for status in ("fail", "warn", "pass"))
-    return f"{len(seen.hosts)} host(s), {sum(host.slots for host in seen.hosts)} slot(s), {seconds:.1f} s: {said}"
-
-
 def print_table(findings: Sequence[Finding], seen: Seen, seconds: float, console: Console) -> None:
-    """Print one row a finding, failures first."""
+    """Print one row a finding, failures first; then how long it took and how many rows of each kind there are."""
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for title in ("", "check", "host", "what is seen", "how to mend"):
+    for title in ("", "check", "host", "what is seen", "how to fix it"):
         table.add_column(title, overflow="fold")
-    for row in _rows(findings, len(seen.hosts)):
+    rows = _rows(findings, len(seen.hosts))
+    for row in rows:
         # Text, not str: rich would read brackets in a path as markup.
         cells = (Text(cell) for cell in (row.check, row.host, row.says, row.mend))
         table.add_row(Text(row.status, COLOURS[row.status]), *cells)
     console.print(table)
-    console.print(summary(findings, seen, seconds), markup=False, highlight=False)
+    counts = Counter(row.status for row in rows)
+    said = ", ".join(f"{counts[status]} {status}" for status in ("fail", "warn", "pass"))
+    slots = sum(host.slots for host in seen.hosts)
+    last = f"{len(seen.hosts)} host(s), {slots} slot(s), {seconds:.1f} s: {said}"
+    console.print(last, markup=False, highlight=False)
 
 
 def as_json(findings: Sequence[Finding], seen: Seen, seconds: float) -> str:
@@ -66,7 +59,7 @@ def as_json(findings: Sequence[Finding], seen: Seen, seconds: float) -> str:
         bandwidth["pairs"] = [[*pair, rate] for pair, rate in seen.bandwidth.pairs.items()]
     return json.dumps(
         {
-            "ok": is_healthy(findings),
+            "ok": all(finding.status != "fail" for finding in findings),
             "seconds": round(seconds, 2),
             "hosts": [host._asdict() for host in seen.hosts],
             "findings": [finding._asdict() for finding in findings],

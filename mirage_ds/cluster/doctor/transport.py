@@ -31,58 +31,43 @@ Reach = Callable[[str], list[str]]
 # The text comes as a line of JSON: ASCII, whatever the host's locale.
 LOADER = "import json,sys;source=json.loads(sys.stdin.readline());exec(source)"
 SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5", "-a", "-x")
-# DeepSpeed 0.19.8 hands on what begins with these (runner.py, EXPORT_ENVS), on GPUs NCCL too.
+# DeepSpeed 0.19.8 exports what begins with these (runner.py, EXPORT_ENVS), on GPUs NCCL too.
 EXPORTED = ("PYTHON", "MLFLOW", "MV2", "UCX")
 GRACE_S = 1.0
 
 
-class Fault(NamedTuple):
-    """What ssh or srun says when a host cannot be asked, what it means, how to mend it."""
-
-    pattern: str
-    what: str
-    mend: str
-
-
-# The first that fits counts.
-FAULTS = (
-    Fault(
-        # A shell's exit codes for it, and srun's words.
-        r"exit code 12[67]|execve",
+# What ssh or srun says when a host cannot be asked → (what it means, how to fix it). The first that fits counts.
+FAULTS = {
+    # A shell's exit codes for it, and srun's words.
+    r"exit code 12[67]|execve": (
         "has no such interpreter",
         "install the environment under the same path on every host, or on a disk that all see: {python}",
     ),
-    Fault(
-        "IDENTIFICATION HAS CHANGED",
+    "IDENTIFICATION HAS CHANGED": (
         "host key has changed",
         "find out why; if it was installed anew: ssh-keygen -R {host}, then ssh {host} once by hand",
     ),
-    Fault(
-        "Host key verification failed",
+    "Host key verification failed": (
         "host key is not known here",
         "ssh {host} once by hand, or ssh-keyscan {host} >> ~/.ssh/known_hosts",
     ),
-    Fault(
-        "Permission denied",
+    "Permission denied": (
         "ssh key is refused",
         "ssh-copy-id {host}; the key needs to have no passphrase, or to be in an ssh-agent",
     ),
-    Fault(
-        "Connection refused",
+    "Connection refused": (
         "refuses the connection: no sshd listens there",
         "start sshd on {host}, or write its port into ~/.ssh/config",
     ),
-    Fault(
-        "Could not resolve|Name or service not known|Invalid node name|Unable to contact slurm|node.* not in this job",
+    "Could not resolve|Name or service not known|Invalid node name|Unable to contact slurm|node.* not in this job": (
         "name cannot be resolved",
         "write {host} as DNS, /etc/hosts, ~/.ssh/config or Slurm has it",
     ),
-    Fault(
-        "timed out|No route to host|Network is unreachable|Connection reset|Connection closed|not responding",
+    "timed out|No route to host|Network is unreachable|Connection reset|Connection closed|not responding": (
         "cannot be reached",
         "see whether {host} is up, and look at its cable, address and firewall",
     ),
-)
+}
 
 
 class Answer(NamedTuple):
@@ -91,9 +76,8 @@ class Answer(NamedTuple):
     Attributes:
         lines: every line of JSON, in order.
         fault: what went wrong, behind the host's name; empty when the program ended well.
-        mend: how to mend it.
-        offset_s: the host's clock minus this one's; None when it did not say the time.
-        error_s: by how much `offset_s` may be wrong, half the round trip.
+        mend: how to fix it.
+        skew_s: by how much the host's clock is ahead of this one's at least; negative when it is behind.
         ended_s: when it ended, by time.monotonic().
     """
 
@@ -101,14 +85,13 @@ class Answer(NamedTuple):
     lines: list[dict[str, Any]]
     fault: str = ""
     mend: str = ""
-    offset_s: float | None = None
-    error_s: float = 0.0
+    skew_s: float = 0.0
     ended_s: float = 0.0
 
 
-def source_of(name: str) -> str:
-    """Return the text of a file of this package."""
-    return (files("mirage_ds.cluster.doctor") / name).read_text(encoding="utf-8")
+def probe_source() -> str:
+    """Return the text of probe.py."""
+    return (files("mirage_ds.cluster.doctor") / "probe.py").read_text(encoding="utf-8")
 
 
 def local(host: str) -> list[str]:
@@ -119,14 +102,12 @@ def local(host: str) -> list[str]:
 
 def slurm(host: str) -> list[str]:
     """Reach a node of the Slurm job that this runs in, beside whatever runs there."""
-    return [
-        *("srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--export=ALL", "--unbuffered"),
-        *(sys.executable, "-c", LOADER),
-    ]
+    step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--export=ALL", "--unbuffered"]
+    return [*step, sys.executable, "-c", LOADER]
 
 
 def ssh(exports: str) -> Reach:
-    """Reach hosts over ssh; `exports` is shell code that sets what DeepSpeed would hand on, before pdsh has read it."""
+    """Reach hosts over ssh; `exports` is shell code that sets what DeepSpeed would export, before pdsh has read it."""
 
     def command(host: str) -> list[str]:
         # pdsh puts names in: the host's, the user's (and ranks for %n).
@@ -138,7 +119,7 @@ def ssh(exports: str) -> Reach:
 
 
 def exports(environment: Mapping[str, str], cwd: str, gpus: bool, remote_env: Mapping[str, str]) -> str:
-    """Return shell code that sets what DeepSpeed's pdsh launcher hands on.
+    """Return shell code that sets what DeepSpeed's pdsh launcher exports.
 
     Args:
         remote_env: what `.deepspeed_env` holds: name → text behind `NAME=`.
@@ -151,10 +132,10 @@ def exports(environment: Mapping[str, str], cwd: str, gpus: bool, remote_env: Ma
 
 
 def explain(said: str, code: int, host: str) -> tuple[str, str]:
-    """Return (what is wrong, how to mend it) from what ssh or srun wrote and returned when a host gave no answer."""
-    for fault in FAULTS:
-        if re.search(fault.pattern, f"{said}\nexit code {code}"):
-            return fault.what, fault.mend.format(host=host, python=sys.executable)
+    """Return (what is wrong, how to fix it) from what ssh or srun wrote and returned when a host gave no answer."""
+    for pattern, (what, mend) in FAULTS.items():
+        if re.search(pattern, f"{said}\nexit code {code}"):
+            return what, mend.format(host=host, python=sys.executable)
     last = (said.strip().splitlines() or ["it said nothing"])[-1]
     return f"gave no answer (exit code {code}): {last}", f"run {sys.executable} --version on {host} by hand"
 
@@ -174,18 +155,18 @@ def _end_all(running: list[subprocess.Popen[str]]) -> None:
             _end(process)
 
 
+def _skew(said: float, asked_at: float, heard_at: float) -> float:
+    """Return by how much a clock is off at least, that showed `said` between two times of this one."""
+    return said - min(max(said, asked_at), heard_at)
+
+
 def _ask(
-    host: str,
-    command: list[str],
-    source: str,
-    request: dict[str, Any],
-    limit_s: float,
-    running: list[subprocess.Popen[str]],
+    host: str, command: list[str], source: str, request: dict[str, Any], running: list[subprocess.Popen[str]]
 ) -> Answer:
     lines: list[dict[str, Any]] = []
-    offset_s, error_s, asked_at, late = None, 0.0, 0.0, threading.Event()
+    skew_s, limit_s, asked_at, late = 0.0, request["limit_s"], time.time(), threading.Event()
 
-    def give_up(process: subprocess.Popen[str]) -> None:
+    def give_up() -> None:
         late.set()
         _end(process)
 
@@ -194,26 +175,19 @@ def _ask(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
         )
         running.append(process)
-        timer = threading.Timer(limit_s, give_up, [process])
+        timer = threading.Timer(limit_s, give_up)
         timer.start()
         assert process.stdin
         assert process.stdout
         # Where ssh has left already, its exit code and words say why.
         with suppress(BrokenPipeError):
-            process.stdin.write(f"{json.dumps(source)}\n{json.dumps({**request, 'limit_s': limit_s})}\n")
+            process.stdin.write(f"{json.dumps(source)}\n{json.dumps(request)}\n")
             process.stdin.flush()
         for line in process.stdout:
-            if not line.startswith(SIGN):
-                continue
-            lines.append(json.loads(line.removeprefix(SIGN)))
-            if "ready" in lines[-1]:
-                asked_at = time.time()
-                with suppress(BrokenPipeError):
-                    process.stdin.write("\n")
-                    process.stdin.flush()
-            elif "time" in lines[-1]:
-                error_s = (time.time() - asked_at) / 2
-                offset_s = lines[-1]["time"] - asked_at - error_s
+            if line.startswith(SIGN):
+                lines.append(json.loads(line.removeprefix(SIGN)))
+                if "time" in lines[-1]:
+                    skew_s = _skew(lines[-1]["time"], asked_at, time.time())
         code = process.wait()
         ended_s = time.monotonic()
         timer.cancel()
@@ -230,7 +204,7 @@ def _ask(
     elif code:
         last = (said.strip().splitlines() or [""])[-1]
         what, mend = f"ended with exit code {code}: {last}", "read that line; it is the host's own"
-    return Answer(host, lines, what, mend, offset_s, error_s, ended_s)
+    return Answer(host, lines, what, mend, skew_s, ended_s)
 
 
 def ask_all(
@@ -253,7 +227,7 @@ def ask_all(
     with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
         try:
             asked = [
-                pool.submit(_ask, host, reach(host), source, request, limit_s, running)
+                pool.submit(_ask, host, reach(host), source, {**request, "limit_s": limit_s}, running)
                 for host, request in zip(hosts, requests, strict=True)
             ]
             for done in as_completed(asked):

@@ -16,12 +16,11 @@ import click
 from mirage_ds.cluster.guard.child import Child, adopt_orphans, end_all
 from mirage_ds.cluster.guard.client import BEAT_S, Client
 from mirage_ds.cluster.guard.hub import Hub
-from mirage_ds.cluster.guard.options import CONTEXT, bounds_options, leave, log_file, tell
+from mirage_ds.cluster.guard.options import CONTEXT, bounds_options, leave, tell
 from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.engine.place import Place, find_place
-from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from mirage_ds.files import disk_trouble
-from mirage_ds.run.process import print_anything
+from mirage_ds.errors import EXIT_STOPPED
+from mirage_ds.run.process import run_rank
 
 # The hub's last word needs that long to reach every guard.
 FAREWELL_S = 1.0
@@ -48,7 +47,9 @@ def command(
     del local_rank
     place = find_place(os.environ)
     words = [unquote(word) for word in arguments] if quoted else list(arguments)
-    log = log_file(logs, place.rank)
+    if logs:
+        logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"rank{place.rank}.log" if logs else None
     adopt_orphans()
     words = [sys.executable, "-u", "-m", module, *words]
 
@@ -122,26 +123,8 @@ async def leave_by_itself(child: Child, seconds: float) -> None:
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one sentence and exit code 2."""
-    print_anything()
-    try:
-        command.main(standalone_mode=False)
-    except click.ClickException as error:
-        message = error.format_message()
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        # The folder of --logs.
-        trouble = disk_trouble(error)
-        if trouble is None:
-            raise
-        message = trouble
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)  # before any log exists
-    # Not sys.exit: what has been started must not outlive this.
-    end_all()
-    os._exit(EXIT_USER_ERROR)
+    """Run the command; a user's error is one sentence and exit code 2."""
+    run_rank(command)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from mirage_ds.run.heartbeat import COLLECTIVE
+
+if TYPE_CHECKING:
+    from mirage_ds.cluster.guard.hub import Member
 
 # What a rank waits for, by the files and functions on its main thread's stack; the first that fits.
 WAITS = (
@@ -16,20 +19,6 @@ WAITS = (
 )
 # Ranks that the lines speak of one by one.
 SHOWN = 16
-
-
-class Rank(Protocol):
-    """What is known of a rank."""
-
-    rank: int | None
-    code: int | None
-    progress: dict[str, Any]
-    stacks: str
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        ...
 
 
 def main_stack(stacks: str) -> list[str]:
@@ -54,13 +43,13 @@ def waits_for(stacks: str) -> str:
     return frames[0]
 
 
-def where(one: Rank) -> str:
+def where(one: Member) -> str:
     """Say where a rank is."""
     step = one.progress.get("step")
     return f"{one.progress.get('doing', 'has not begun')}" + (f", step {step}" if step is not None else "")
 
 
-def by_position(members: Sequence[Rank]) -> tuple[str, ...]:
+def by_position(members: Sequence[Member]) -> tuple[str, ...]:
     """Say where the living ranks are, the last ones first; nothing where all are at the same mark."""
     ranks = [one for one in members if one.rank is not None and one.code is None and one.progress]
     counts = {one.progress["count"] for one in ranks}
@@ -71,11 +60,11 @@ def by_position(members: Sequence[Rank]) -> tuple[str, ...]:
     return (*lines, *([f"… and {len(ranks) - SHOWN} more"] if len(ranks) > SHOWN else []))
 
 
-def _waiting(one: Rank) -> str:
+def _waiting(one: Member) -> str:
     return f", waits for {waits_for(one.stacks)}" if one.stacks else ""
 
 
-def late(ranks: Sequence[Rank]) -> str:
+def late(ranks: Sequence[Member]) -> str:
     """Name the rank that the others wait for."""
     marked = [one for one in ranks if one.progress]
     if not marked:

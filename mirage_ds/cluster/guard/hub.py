@@ -10,6 +10,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -32,9 +33,8 @@ DISK_S = 3.0
 # Files that the hub's process has besides its connections.
 SPARE_FILES = 256
 # What a rank says that fails since another one is gone or late.
-CONSEQUENCES = (
-    *("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout"),
-    *("socket", "nccl", "watchdog", "gloo", "store", "peer"),
+CONSEQUENCES = re.compile(
+    "connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|nccl|watchdog|gloo|store|peer"
 )
 
 
@@ -91,7 +91,7 @@ def failures(members: Sequence[Member]) -> list[Member]:
 
     def follows(one: Member) -> bool:
         # A rank ends with this code where it has noticed by itself that another one is gone (engine/waiting.py).
-        return one.code == EXIT_LOST or any(word in one.why.lower() for word in CONSEQUENCES)
+        return one.code == EXIT_LOST or CONSEQUENCES.search(one.why.lower()) is not None
 
     return sorted(failed, key=lambda one: (follows(one), one.ended))
 

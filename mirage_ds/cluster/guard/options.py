@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -57,11 +56,3 @@ def leave(verdict: Verdict, say: bool = True) -> NoReturn:
     if say and verdict.code:
         tell(verdict.lines)
     os._exit(verdict.code)
-
-
-def log_file(folder: Path | None, rank: int) -> Path | None:
-    """Return a rank's own log file, its folder made."""
-    if folder is None:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"rank{rank}.log"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from mirage_ds.cluster.status.names import short_names
 from mirage_ds.cluster.status.summary import clock
 
 Summary = Mapping[str, Any]
@@ -44,45 +43,33 @@ def short_state(one: Summary) -> str:
     return f"starting: {one['detail']}" if one["state"] == "starting" and one["detail"] else str(one["state"])
 
 
-def lines_of(one: Summary) -> Iterator[tuple[str, str]]:
-    """Yield what is known of a run as (name, text)."""
-    yield "run", one["run"]
+def lines_of(one: Summary) -> dict[str, str]:
+    """Return what is known of a run: name → text."""
     what = [one["stage"] or "settings not written yet", one["model"], one["data"]]
-    yield "what", ", ".join(str(part) for part in what if part)
-    if one["world_size"]:
-        yield "where", f"{one['world_size']} rank(s) on {one['device']}"
-    yield "state", state_words(one)
-    if one["steps"]:
-        yield "progress", f"step {one['step']} of {one['steps']} ({one['share']:.1%}){_rest(one)}"
-    else:
-        yield "progress", f"step {one['step']}"
-    if one["loss_mean"] is not None:
-        yield (
-            "loss",
-            f"{_number(one['loss'], '.4f')} now, {one['loss_mean']:.4f} mean of the last {one['recent_steps']}",
-        )
-        yield "learning rate", _number(one["learning_rate"], ".2e")
-    if one["seconds_per_step"] is not None:
-        yield "throughput", f"{_throughput(one)} (median of the last {one['recent_steps']})"
-    if one["memory_gb"] is not None:
-        yield "memory", f"{one['memory_gb']:.2f} GB at most on rank 0"
-    if one["data_share"] is not None:
-        yield "waits for data", f"{one['data_share']:.1%} of a step"
-    yield "checkpoint", _checkpoint(one)
-    if one["damaged_checkpoints"]:
-        yield "damaged", ", ".join(one["damaged_checkpoints"])
-    if one["evaluation"]:
-        parts = " ".join(
-            f"{name} {_number(value, '.4f')}" for name, value in one["evaluation"].items() if name != "step"
-        )
-        yield "evaluation", f"after step {one['evaluation']['step']}: {parts}"
-    if one["best"]:
-        best = one["best"]
-        yield "best", f"{best['metric']} {_number(best['value'], '.4f')} after step {best['step']}"
-    if not one["faults"]:
-        yield "faults", "none"
-    for name, fault in one["faults"].items():
-        yield name, f"{fault['count']}, the newest: {fault['newest']}"
+    steps = f" of {one['steps']} ({one['share']:.1%}){_rest(one)}" if one["steps"] else ""
+    recent, best, evaluation = one["recent_steps"], one["best"], one["evaluation"] or {}
+    has_loss = one["loss_mean"] is not None
+    loss = f"{_number(one['loss'], '.4f')} now, {one['loss_mean']:.4f} mean of the last {recent}" if has_loss else ""
+    measured = [f"{name} {_number(value, '.4f')}" for name, value in evaluation.items() if name != "step"]
+    lines = {
+        "run": one["run"],
+        "what": ", ".join(str(part) for part in what if part),
+        "where": f"{one['world_size']} rank(s) on {one['device']}" if one["world_size"] else "",
+        "state": state_words(one),
+        "progress": f"step {one['step']}{steps}",
+        "loss": loss,
+        "learning rate": _number(one["learning_rate"], ".2e") if has_loss else "",
+        "throughput": f"{_throughput(one)} (median of the last {recent})" if recent else "",
+        "memory": f"{one['memory_gb']:.2f} GB at most on rank 0" if one["memory_gb"] is not None else "",
+        "waits for data": f"{one['data_share']:.1%} of a step" if one["data_share"] is not None else "",
+        "checkpoint": _checkpoint(one),
+        "damaged": ", ".join(one["damaged_checkpoints"]),
+        "evaluation": f"after step {evaluation['step']}: {' '.join(measured)}" if evaluation else "",
+        "best": f"{best['metric']} {_number(best['value'], '.4f')} after step {best['step']}" if best else "",
+        "faults": "" if one["faults"] else "none",
+    }
+    lines |= {name: f"{fault['count']}, the newest: {fault['newest']}" for name, fault in one["faults"].items()}
+    return {name: text for name, text in lines.items() if text}
 
 
 def _number(value: float | None, how: str) -> str:
@@ -116,9 +103,9 @@ def _checkpoint(one: Summary) -> str:
 
 def print_one(one: Summary, console: Console) -> None:
     """Print all that is known of a run."""
-    lines = list(lines_of(one))
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
+    lines = lines_of(one)
+    width = max(map(len, lines))
+    for name, text in lines.items():
         # Soft-wrapped: a path can be copied whole.
         console.print(Text(f"{name:<{width}}  {text}"), soft_wrap=True)
 
@@ -151,3 +138,28 @@ def print_several(several: Sequence[Summary], console: Console) -> None:
         )
         table.add_row(*map(Text, cells))
     console.print(table)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Leave out the folders that all paths begin and end with; one path keeps its last folder.
+
+    runs/a/stage2 and runs/b/stage2 are "a" and "b"; runs/x and runs/x/again are "x" and "x/again".
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) == 1:
+        return [one[-1] for one in parts]
+    shortest = min(map(len, parts))
+    begin = _common(parts, shortest)
+    # What is left of the shortest path: not all of it may go.
+    end = _common([one[::-1] for one in parts], shortest - begin)
+    if begin + end == shortest:
+        begin, end = (begin, end - 1) if end else (begin - 1, end)
+    return ["/".join(one[begin : len(one) - end]) for one in parts]
+
+
+def _common(parts: Sequence[Sequence[str]], most: int) -> int:
+    """Count the folders that all begin with."""
+    count = 0
+    while count < most and len({one[count] for one in parts}) == 1:
+        count += 1
+    return count

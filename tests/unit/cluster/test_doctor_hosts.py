@@ -16,30 +16,38 @@ from typing import Any
 
 import psutil
 import pytest
+from support.group import free_port
 
 from mirage_ds.cluster.doctor import probe, transport
-from mirage_ds.cluster.doctor.bandwidth import judge, requests
-from mirage_ds.cluster.doctor.job import find_job, slurm_hosts
-from mirage_ds.cluster.doctor.transport import Answer, ask_all, source_of
+from mirage_ds.cluster.doctor.bandwidth import SOURCE, measure
+from mirage_ds.cluster.doctor.examine import find_job, slurm_hosts
+from mirage_ds.cluster.doctor.transport import ask_all, probe_source
 from mirage_ds.cluster.hosts import Host
 from mirage_ds.errors import UserError
+
+ROOT = Path(__file__).parents[3]
 
 # The probe
 
 
 def request(**changed: Any) -> dict[str, Any]:
     return {
-        **{
-            "number": 0,
-            "cwd": "/",
-            "token": ".token",
-            "master": "localhost",
-            "port": 1,
-            "packages": [],
-            "names": ["PATH"],
-        },
-        **{"prefixes": ["NCCL_"], "secret": "KEY", "models": {}, "cache_dir": None, "files": {}, "records": []},
-        **{"image_root": None, "run_folder": None, "write_bytes": 1 << 20, "limit_s": 5},
+        "number": 0,
+        "cwd": "/",
+        "token": ".token",
+        "master": "localhost",
+        "port": 1,
+        "packages": [],
+        "wanted": "PATH$|NCCL_",
+        "secret": "KEY",
+        "models": {},
+        "cache_dir": None,
+        "files": {},
+        "records": [],
+        "image_root": None,
+        "run_folder": None,
+        "write_bytes": 1 << 20,
+        "limit_s": 5,
         **changed,
     }
 
@@ -59,7 +67,7 @@ def script(folder: Path, name: str, text: str) -> None:
 def test_what_nvidia_smi_says_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An `nvidia-smi` that prints what the real one prints."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    says = f"case $1 in --query-gpu=*) printf '{GPU_CSV}';; *) printf 'GPU-bb, 4711, 30000\\n';; esac"
+    says = f"case $1 in --query-gpu=*) printf '{GPU_CSV}';; *) printf 'GPU-bb, 4711\\n';; esac"
     script(tmp_path, "nvidia-smi", says.replace("\n", "\\n"))
     found = probe.gpus({})["gpus"]
     assert [(gpu["index"], gpu["driver"], gpu["total_mib"], gpu["used_mib"]) for gpu in found] == [
@@ -137,34 +145,10 @@ def test_secrets_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert probe.variables(request()) == {"NCCL_DEBUG": "INFO", "PATH": os.environ["PATH"]}
 
 
-def test_model_files_are_read_to_their_headers(nano: Path, tmp_path: Path) -> None:
-    from shutil import copytree
-
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    found = probe.model_files(nano)
-    assert found["fault"] is None
-    assert found["elements"] == Qwen2_5_VLForConditionalGeneration.from_pretrained(nano).num_parameters()
+def test_a_models_files_have_their_bytes(nano: Path) -> None:
+    found = probe.models(request(models={"--model": str(nano)}))["--model"]
     assert found["files"] == {file.name: file.stat().st_size for file in nano.iterdir()}
-    weights = (nano / "model.safetensors").read_bytes()
-    for number, (name, content, says) in enumerate(
-        [
-            ("model.safetensors", weights[:-1], "model.safetensors: is cut off"),
-            ("model.safetensors", weights[:100], "model.safetensors: is cut off"),
-            ("model.safetensors", b"", "model.safetensors: is cut off"),
-            ("model.safetensors", b"\x02\0\0\0\0\0\0\0[]", "model.safetensors: is no valid file of its kind"),
-            ("config.json", b"{", "config.json: is no valid file of its kind"),
-            ("config.json", None, "config.json: No such file or directory"),
-            (
-                "model.safetensors.index.json",
-                b'{"weight_map": {"w": "model-2.safetensors"}}',
-                "model-2.safetensors: No such",
-            ),
-        ]
-    ):
-        folder = copytree(nano, tmp_path / str(number))
-        (folder / name).write_bytes(content) if content is not None else (folder / name).unlink()
-        assert (probe.model_files(folder)["fault"] or "").startswith(says), (name, says)
+    assert found["weight_bytes"] == (nano / "model.safetensors").stat().st_size
 
 
 def test_hub_models_are_looked_for_where_the_hubs_client_keeps_them(
@@ -200,7 +184,7 @@ def test_records_and_the_first_ones_images_have_to_be_readable(tmp_path: Path) -
 
 def test_the_code_has_a_hash_that_changes_with_it(tmp_path: Path) -> None:
     source = "import json; from mirage_ds_doctor_probe import code; print(json.dumps(code({})))"
-    (tmp_path / "mirage_ds_doctor_probe.py").write_text(source_of("probe.py"))
+    (tmp_path / "mirage_ds_doctor_probe.py").write_text(probe_source())
     (tmp_path / "tree/mirage_ds").mkdir(parents=True)
 
     def found() -> dict[str, Any]:
@@ -224,7 +208,7 @@ def test_the_code_has_a_hash_that_changes_with_it(tmp_path: Path) -> None:
 
 
 def test_the_probe_imports_nothing_but_the_standard_library() -> None:
-    source = source_of("probe.py").replace("__main__", "imported")
+    source = probe_source().replace("__main__", "imported")
     code = f"import sys; exec({source!r}); print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True).stdout
     tops = {name.partition(".")[0] for name in eval(loaded)}
@@ -264,7 +248,7 @@ def test_what_ssh_says_becomes_a_fault_with_its_own_cure(
 ) -> None:
     words, code, fault, mend = REFUSALS[what]
     ssh_that(tmp_path, monkeypatch, f"cat > /dev/null <<'END'\nEND\nprintf '%s\\n' '{words}' >&2; exit {code}")
-    (answer,) = ask_all(["b"], transport.ssh(""), source_of("probe.py"), [request()], 5)
+    (answer,) = ask_all(["b"], transport.ssh(""), probe_source(), [request()], 5)
     assert (answer.host, answer.lines) == ("b", [])
     assert fault in answer.fault
     assert mend in answer.mend
@@ -282,9 +266,9 @@ def test_a_greeting_does_no_harm_and_exports_arrive_as_deepspeed_sends_them(
         code = transport.exports(
             environment, "/start", gpus, {"NCCL_X": "two words", "NCCL_Y": "\\$z", "NCCL_Z": "%%on %h"}
         )
-        ask = request(names=["PYTHONPATH", "OMP_NUM_THREADS"], prefixes=["UCX_", "NCCL_"])
+        ask = request(wanted="PYTHONPATH|OMP_NUM_THREADS|UCX_|NCCL_")
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        (answer,) = ask_all(["b"], transport.ssh(code), source_of("probe.py"), [ask], 10)
+        (answer,) = ask_all(["b"], transport.ssh(code), probe_source(), [ask], 10)
         assert answer.fault == ""
         wanted = {
             "NCCL_X": "two words",
@@ -294,7 +278,7 @@ def test_a_greeting_does_no_harm_and_exports_arrive_as_deepspeed_sends_them(
             "UCX_TLS": "t$1",
         }
         assert answer.lines[-1]["facts"]["variables"] == wanted | ({"NCCL_DEBUG": nccl} if nccl else {})
-        assert abs(answer.offset_s) < 0.5
+        assert answer.skew_s == 0
 
 
 def test_a_host_that_hangs_is_left_in_time_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,12 +296,10 @@ TELLS = (
 )
 
 
-def test_clocks_are_compared_in_the_middle_of_the_round_trip() -> None:
-    source = TELLS + "say(ready=1); sys.stdin.readline(); time.sleep(0.4); say(time=time.time() - 0.2 + 100)"
-    (answer,) = ask_all(["b"], transport.local, source, [request()], 10)
-    # The host looked at its clock half-way of 0.4 s.
-    assert answer.offset_s == pytest.approx(100, abs=0.1)
-    assert answer.error_s == pytest.approx(0.2, abs=0.1)
+@pytest.mark.parametrize(("ahead", "least"), [(0, 0), (100, 99.5), (-100, -99.5)])
+def test_a_clock_is_compared_with_when_it_was_asked_and_heard_of(ahead: float, least: float) -> None:
+    (answer,) = ask_all(["b"], transport.local, TELLS + f"say(time=time.time() + {ahead})", [request()], 10)
+    assert answer.skew_s == pytest.approx(least, abs=0.5)
 
 
 def test_hosts_are_asked_at_the_same_time_and_answer_in_order() -> None:
@@ -344,17 +326,12 @@ def test_when_one_of_several_that_work_together_fails_the_others_are_not_waited_
 
 
 @contextmanager
-def started_ranks(count: int, world_size: int, limit_s: float = 60) -> Iterator[subprocess.Popen[str]]:
-    """A host's starter with ranks that wait for one that never comes."""
-    asked = {
-        **requests([Host("a", count), Host("b", world_size - count)], "127.0.0.1", free_port(), "gloo", "/")[0],
-        "limit_s": limit_s,
-    }
+def started_ranks(limit_s: float = 60) -> Iterator[subprocess.Popen[str]]:
+    """What starts a host's two ranks, which wait for one that never comes."""
+    asked = {"slots": [2, 1], "number": 0, "master_addr": "127.0.0.1", "master_port": free_port(), "cwd": "/"}
     with subprocess.Popen(transport.local("a"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as starter:
         assert starter.stdin
-        starter.stdin.write(
-            f"{json.dumps(source_of('rank.py').replace('MEET_S = 8.0', 'MEET_S = 50.0'))}\n{json.dumps(asked)}\n"
-        )
+        starter.stdin.write(f"{json.dumps(SOURCE)}\n{json.dumps({**asked, 'limit_s': limit_s})}\n")
         starter.stdin.flush()
         try:
             yield starter
@@ -362,62 +339,51 @@ def started_ranks(count: int, world_size: int, limit_s: float = 60) -> Iterator[
             starter.kill()
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def ranks_of(starter: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Wait until there are two guards and their ranks, and return them."""
+    end = time.monotonic() + 20
+    while len(ranks := psutil.Process(starter.pid).children(recursive=True)) < 4:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return ranks
 
 
-@pytest.mark.parametrize("how", ["standard input closed", "killed"])
+@pytest.mark.parametrize("how", ["standard input closed", "killed", "nobody hears of them"])
 def test_ranks_end_with_who_asked_for_them(how: str) -> None:
-    with started_ranks(2, 3) as starter:
-        parent = psutil.Process(starter.pid)
-        end = time.monotonic() + 20
-        # They are ranks once they have asked the kernel to die with their parent: then they listen or connect.
-        while len(parent.children()) < 2 or not any(child.net_connections() for child in parent.children()):
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        time.sleep(0.3)
-        ranks = parent.children()
+    """Behind a cut cable standard input stays open: there the time is over."""
+    with started_ranks(limit_s=1 if how == "nobody hears of them" else 60) as starter:
+        ranks = ranks_of(starter)
         if how == "killed":
             starter.send_signal(signal.SIGKILL)
-        else:
+        elif how == "standard input closed":
             assert starter.stdin
             starter.stdin.close()
-        gone, alive = psutil.wait_procs(ranks, timeout=5)
-        assert (len(gone), alive) == (2, [])
+        gone, alive = psutil.wait_procs(ranks, timeout=8)
+        assert (len(gone), alive) == (4, [])
 
 
-def test_ranks_end_by_themselves_when_nobody_hears_of_them_any_more() -> None:
-    """As behind a cut cable: standard input stays open."""
-    with started_ranks(2, 3, limit_s=0.5) as starter:
-        end = time.monotonic() + 10
-        ranks: list[psutil.Process] = []
-        while starter.poll() is None:
-            ranks = ranks or psutil.Process(starter.pid).children()
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        assert ranks
-        assert psutil.wait_procs(ranks, timeout=5)[1] == []
-
-
-def test_two_ranks_measure_and_one_that_is_alone_says_so() -> None:
+def test_two_ranks_measure() -> None:
     """Real ranks on gloo, both on this machine."""
     hosts = [Host("a", 1), Host("b", 1)]
-    asked = requests(hosts, "127.0.0.1", free_port(), "gloo", "/")
-    for one in asked:
-        one["elements"] = 1 << 18
-    found = judge(hosts, ask_all(["a", "b"], transport.local, source_of("rank.py"), asked, 60, together=True), asked)
+    found = measure(hosts, transport.local, "127.0.0.1", free_port(), str(ROOT))
     assert found.faults == {}
     assert found.all_reduce > 1e6
     assert found.all_gather > 1e6
     assert found.pairs.keys() == {("a", "b")}
     assert found.pairs["a", "b"] > 1e6
-    source = source_of("rank.py").replace("MEET_S = 8.0", "MEET_S = 0.6")
-    alone = requests(hosts, "127.0.0.1", free_port(), "gloo", "/")
-    answers = ask_all(["a"], transport.local, source, alone[:1], 20, together=True)
-    answers.append(Answer("b", []))
-    assert judge(hosts, answers, alone).faults["b"][0].endswith("did not come within 0.6 s")
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    hosts = [Host("a", 1), Host("b", 1)]
+
+    def reach(host: str) -> list[str]:
+        # A host that never starts anything.
+        fast = f"import mirage_ds.cluster.doctor.rank as r; r.BOUNDS['gather'] = 2; {transport.LOADER}"
+        return [sys.executable, "-c", fast if host == "a" else "import time; time.sleep(60)"]
+
+    found = measure(hosts, reach, "127.0.0.1", free_port(), str(ROOT)).faults
+    assert found.keys() == {"b"}
+    assert "rank(s) 1 of 2 did not start within 2 s" in found["b"][0]
 
 
 # Hosts of a job

@@ -59,17 +59,17 @@ class Ranks:
         kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         self.process = subprocess.Popen(
             [
-                *(
-                    sys.executable,
-                    "-m",
-                    "mirage_ds.cluster.guard.launch",
-                    "--master",
-                    "127.0.0.1",
-                    "--port",
-                    str(port),
-                    *BOUNDS,
-                ),
-                *("bash", "-c", script),
+                sys.executable,
+                "-m",
+                "mirage_ds.cluster.guard.launch",
+                "--master",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                *BOUNDS,
+                "bash",
+                "-c",
+                script,
             ],
             env=kept | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(master_port)},
             cwd=ROOT,

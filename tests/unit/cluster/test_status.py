@@ -16,10 +16,8 @@ from click.testing import CliRunner
 
 from mirage_ds.cluster.status.command import status
 from mirage_ds.cluster.status.facts import find_run, read_facts
-from mirage_ds.cluster.status.names import short_names
-from mirage_ds.cluster.status.show import duration
-from mirage_ds.cluster.status.state import State, judge
-from mirage_ds.cluster.status.summary import summary
+from mirage_ds.cluster.status.show import duration, short_names
+from mirage_ds.cluster.status.summary import State, judge, summary
 from mirage_ds.engine.manifest import entry_of, write_manifest
 from mirage_ds.errors import UserError
 from mirage_ds.run import events
@@ -53,8 +51,17 @@ class Run:
 
     def step(self, at: float, step: int, **values: Any) -> Run:
         line = {
-            **{"step": step, "time": NOW - at, "loss": 1 / step, "lr": 1e-4, "labels": 40, "skipped": 0, "rows": 8},
-            **{"seconds": SECONDS, "samples_per_second": 4.0, "tokens_per_second": 2000.0, "memory_gb": 30.0},
+            "step": step,
+            "time": NOW - at,
+            "loss": 1 / step,
+            "lr": 1e-4,
+            "labels": 40,
+            "skipped": 0,
+            "rows": 8,
+            "seconds": SECONDS,
+            "samples_per_second": 4.0,
+            "tokens_per_second": 2000.0,
+            "memory_gb": 30.0,
         }
         return self.add("log.jsonl", line | values)
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from support.indices import selected
 
-from mirage_ds.cluster.doctor.examine import _plan
-from mirage_ds.cluster.doctor.spec import DoctorSpec
+from mirage_ds.cluster.doctor.command import DoctorSpec
 from mirage_ds.config.flags import build_model
 from mirage_ds.config.mixture import Mixture, records_of
 from mirage_ds.config.run import RunConfig
@@ -186,7 +185,7 @@ def test_studies_count_and_tell_mixtures_apart(folder: Path) -> None:
 
 
 def test_doctor_looks_at_every_source(folder: Path) -> None:
-    one = _plan(build_model(DoctorSpec, {"data_path": (folder / "a.jsonl",)}))
-    assert one.files == {"--data_path": folder / "a.jsonl"}
-    two = _plan(build_model(DoctorSpec, {"data_path": (folder / "a.jsonl:2", folder / "b.jsonl:1")}))
-    assert two.files == {"--data_path 1": folder / "a.jsonl", "--data_path 2": folder / "b.jsonl"}
+    one = build_model(DoctorSpec, {"data_path": (folder / "a.jsonl",)})
+    assert one.files() == {"--data_path": folder / "a.jsonl"}
+    two = build_model(DoctorSpec, {"data_path": (folder / "a.jsonl:2", folder / "b.jsonl:1")})
+    assert two.files() == {"--data_path 1": folder / "a.jsonl", "--data_path 2": folder / "b.jsonl"}

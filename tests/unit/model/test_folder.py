@@ -20,8 +20,8 @@ from transformers import AutoConfig
 
 from mirage_ds import api
 from mirage_ds.cli import cli
-from mirage_ds.cluster.doctor.examine import _model_faults
-from mirage_ds.cluster.doctor.spec import DoctorSpec
+from mirage_ds.cluster.doctor.command import DoctorSpec
+from mirage_ds.cluster.doctor.examine import model_fault
 from mirage_ds.curate.rationalize.job import Rows
 from mirage_ds.curate.rationalize.local import Local
 from mirage_ds.curate.rationalize.prompt import Template
@@ -459,6 +459,6 @@ def test_an_adapter_alone_is_called_so(copy: Path) -> None:
 
 def test_the_doctor_says_it(copy: Path) -> None:
     spec = DoctorSpec(model=str(copy))
-    assert _model_faults(spec) == {}
+    assert model_fault(spec) == ""
     BROKEN["fp8 weights"][0](copy)
-    assert "this checkpoint is quantised" in _model_faults(spec)["--model"]
+    assert "this checkpoint is quantised" in model_fault(spec)
