@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -28,13 +27,21 @@ from mirage_ds.data.batch import Batch, collate, to_device
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder, upright_rgb
 from mirage_ds.data.record import IMAGE_MARK, Record, RecordError, make_record
-from mirage_ds.data.record_files import scan
+from mirage_ds.data.record_files import read_records
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError, reason
-from mirage_ds.evaluate.decoder import Decoder, Decoding, answer_of, chooser_of, load_decoder, run_limits
+from mirage_ds.evaluate.decoder import (
+    Decoder,
+    Decoding,
+    answer_of,
+    chooser_of,
+    load_decoder,
+    run_limits,
+    tokens_and_feed,
+)
 from mirage_ds.files import write_atomically
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Generated, Latents, Pause, generate, latent_tokens
+from mirage_ds.model.generate import Generated, Latents, generate
 from mirage_ds.model.loss import StepCounts, objective
 
 Picture = str | Path | Image.Image
@@ -104,16 +111,10 @@ class _Given(ImageFinder):
         return super().load(record, name, path) if image is None else image
 
 
-class _Fed:
-    """Feeds every run of every row the vectors given: (k, H), a generate.Latents."""
-
-    def __init__(self, vectors: torch.Tensor):
-        self.vectors = vectors
-
-    def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """See generate.Latents."""
-        # Outside a run, where the slot is −1, nobody uses what is fed.
-        return self.vectors.to(own).index_select(0, slots.clamp(min=0))
+def _feed(vectors: torch.Tensor) -> Latents:
+    """Feed the vectors (k, H) at the slots of every latent block of every row."""
+    # Outside a block, where the slot is −1, nobody uses what is fed.
+    return lambda slots, own: vectors.to(own).index_select(0, slots.clamp(min=0))
 
 
 class Rows(Dataset[Sample], Sequence[Sample]):
@@ -177,7 +178,6 @@ class Mirage:
         self.latent_size = latent_size or int(decoder.trained.get("latent_size") or 4)
         self.model: MirageModel = decoder.loaded.model
         self.trained: Mapping[str, Any] = decoder.trained
-        self._encoder = lru_cache(self._make_encoder)
 
     @property
     def folder(self) -> Path:
@@ -256,13 +256,10 @@ class Mirage:
             samples = [encoder.encode_prompt(record, place) for place, record in enumerate(records)]
         except RecordError as error:
             raise UserError(f"question on {error}") from None
-        tokens = latent_tokens(encoder)
-        if not self._decoder.latents:
-            tokens = tokens._replace(start=-1)
         limits = run_limits(self._decoder, max_new_tokens, longest_run, str(run_length))
-        feed: Latents | None = _Fed(latents) if latents is not None else None
-        if feed is None and self.trained.get("slots") == "pause":
-            feed = Pause(self.model, tokens.pad)
+        tokens, feed = tokens_and_feed(self.model, encoder, self._decoder.latents, self.trained.get("slots"))
+        if latents is not None:
+            feed = _feed(latents)
         choose = chooser_of(decoding, seed, range(len(samples)))
         made = generate(self.model, self._attach(samples, 1), tokens, limits, choose, trace=True, latents=feed)
         return [self._answer(one) for one in made]
@@ -292,25 +289,13 @@ class Mirage:
 
     def _answer(self, made: Generated) -> Answer:
         plain = answer_of(made, self._decoder.encoder)
-        runs: list[tuple[int, int]] = []
-        for place, fed in enumerate(made.fed):
-            if fed == "H" and runs and sum(runs[-1]) == place:
-                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-            elif fed == "H":
-                runs.append((place, 1))
+        blocks = made.blocks()
         # inputs[0] is the prompt's last token: what is fed at an emitted token stands one further.
-        latents = [torch.stack(made.inputs[start + 1 : start + 1 + k]) for start, k in runs]
-        return Answer(
-            *(plain.text, plain.marked(self._decoder.encoder), made.ids, runs, latents),
-            hidden=torch.stack(made.hidden),
-        )
+        latents = [torch.stack(made.inputs[start + 1 : start + 1 + k]) for start, k in blocks]
+        marked = plain.marked(self._decoder.encoder)
+        return Answer(plain.text, marked, made.ids, blocks, latents, hidden=torch.stack(made.hidden))
 
     # ------------------------------------------------------------------------------------------------------- training
-
-    def _make_encoder(
-        self, finder: ImageFinder, stage: Stage, k: int, slots: Slots | None, compress: Compress
-    ) -> Encoder:
-        return replace(self._decoder.encoder, finder=finder, stage=stage, latent_size=k, slots=slots, compress=compress)
 
     def rows(
         self,
@@ -335,9 +320,7 @@ class Mirage:
         if slots == "auxiliary":
             raise UserError("slots: auxiliary rows are packed by a training run alone; take another value")
         if isinstance(data, (str, Path)):
-            records, faults = scan(Path(data))
-            if faults:
-                raise UserError(f"{data}: {faults[0]}; `mirage-ds data check {data}` lists all faults")
+            records = read_records(Path(data))
             finder = ImageFinder.beside(Path(data), Path(image_root) if image_root else None)
         else:
             try:
@@ -346,7 +329,15 @@ class Mirage:
                 raise UserError(f"record on {error}") from None
             folders = (Path(image_root).resolve(),) if image_root else ()
             finder = ImageFinder((*folders, Path.cwd().resolve()))
-        return Rows(records, self._encoder(finder, stage, latent_size or self.latent_size, slots, compress_strategy))
+        encoder = replace(
+            self._decoder.encoder,
+            finder=finder,
+            stage=stage,
+            latent_size=latent_size or self.latent_size,
+            slots=slots,
+            compress=compress_strategy,
+        )
+        return Rows(records, encoder)
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """Pack Samples into one Batch, on the model's device and with the features of their images.

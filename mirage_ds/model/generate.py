@@ -11,6 +11,7 @@ times. What is fed at a run's k slots can be replaced (Latents).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -139,6 +140,10 @@ class Generated:
     fed: str = ""
     inputs: list[torch.Tensor] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """List the latent blocks whose states were fed, as (place of the first latent among `ids`, latents)."""
+        return [(found.start(), len(found[0])) for found in re.finditer("H+", self.fed)]
 
 
 def greedy(logits: torch.Tensor, step: int) -> torch.Tensor:

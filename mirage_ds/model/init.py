@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS
 from mirage_ds.data.load import load_tokenizer
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK
-from mirage_ds.data.record_files import scan
+from mirage_ds.data.record_files import read_records
 from mirage_ds.errors import UserError
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.family import FAMILIES, Family
-from mirage_ds.model.presets import PRESETS, WITH_WEIGHTS, preset
+from mirage_ds.model.presets import WITH_WEIGHTS, preset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,10 +87,7 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
 def _texts(files: list[Path]) -> list[str]:
     texts = [TEMPLATE_TEXT]
     for file in files:
-        records, faults = scan(file)
-        if faults:
-            raise UserError(f"{file}: {faults[0]}; `mirage-ds data check {file}` lists all faults")
-        for record in records:
+        for record in read_records(file):
             texts += [
                 TEMPLATE_TEXT,
                 record.text_input.replace(IMAGE_MARK, ""),
@@ -186,8 +183,3 @@ def init_model(
         write_atomically(folder / "generation_config.json", json.dumps({"eos_token_id": ids["<|im_end|>"]}) + "\n")
         write_atomically(folder / "config.json", config.to_json_string())
     return count
-
-
-def preset_names() -> list[str]:
-    """Return the names that `init` and the planning commands take."""
-    return list(PRESETS)

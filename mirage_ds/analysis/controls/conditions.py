@@ -19,6 +19,7 @@ import torch
 from mirage_ds.analysis.controls.gaussian import LEAST, Gaussian
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
+from mirage_ds.evaluate.scoring import level_of
 from mirage_ds.model.generate import Chooser, LatentTokens
 
 
@@ -83,12 +84,6 @@ def matched(material: Material) -> list[torch.Tensor]:
         generator = material.generator(1, place)
         found.append(torch.stack([slot.draw(len(own), generator) for slot in slots], dim=1).to(own.dtype))
     return found
-
-
-def level_of(record: Record) -> str:
-    """Return what a record calls its level, else the side of its map, else "?"."""
-    board = record.extra.get("map_desc")
-    return str(record.extra.get("level", len(board) if isinstance(board, list) else "?"))
 
 
 def choose_partners(records: Sequence[Record], seed: int) -> list[int]:

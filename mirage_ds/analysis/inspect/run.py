@@ -204,12 +204,7 @@ def _thought(sample: Sample, answer: Generated, prompt: torch.Tensor, images: to
     prefix, fed = len(sample.input_ids), len(answer.fed)
     # The first forward's input is the prompt's last token, which stands in the prompt already.
     inputs = torch.cat([prompt, *(one[None] for one in answer.inputs[1:])])
-    runs: list[tuple[int, int]] = []
-    for place, kind in enumerate(answer.fed, prefix):
-        if kind == "H" and runs and sum(runs[-1]) == place:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        elif kind == "H":
-            runs.append((place, 1))
+    runs = [(prefix + start, k) for start, k in answer.blocks()]
     onwards = sample.position_ids.max() + 1 + torch.arange(fed)
     own, deep = _images(inputs, images, sample)
     return Thought(

@@ -540,7 +540,7 @@ def test_controls_refuse_in_one_sentence(
     cases = [
         ((nano, file), "--run_length: conditions are compared at the same number of slots"),
         ((folder, file, "--run_length", "model"), "--run_length: conditions are compared at the same number of slots"),
-        ((folder, mixed), "record on line 3", "text_output: no latent run", "--latents", "zero"),
+        ((folder, mixed), "record on line 3", "text_output: no latent block", "--latents", "zero"),
         ((folder, mixed), "record on line 3, image_output: stage1 needs a helper image"),
         ((folder, lone), "--latents swap: the record on line 3 is the only one of level 4"),
         ((folder, file, "--latents", "sawp"), "--latents: no condition 'sawp' (did you mean 'swap'?)"),

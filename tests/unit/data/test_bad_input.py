@@ -38,7 +38,7 @@ from mirage_ds.data.record_files import open_records, record_of, scan
 from mirage_ds.data.sample import Sample
 from mirage_ds.engine.ds_config import read_json, resolve
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import Answer, score
+from mirage_ds.evaluate.scoring import Answer, score
 from mirage_ds.model.load import check_folder
 
 # A fixture made once for all examples of a property is what is meant here.
