@@ -195,9 +195,7 @@ class Mirage:
         return self._decoder.encoder.tokenizer
 
     def __repr__(self) -> str:
-        tower = self._decoder.loaded.tower
-        modules = [self.model, *([tower.tower] if tower else [])]
-        count = sum(p.numel() for module in modules for p in module.parameters())
+        count = sum(p.numel() for module in (self.model, self._decoder.tower.tower) for p in module.parameters())
         stage = self.trained.get("stage", "never trained by mirage_ds")
         return f"<Mirage {self.folder}: {stage}, k {self.latent_size}, {count:,} parameters on {self.device}>"
 
@@ -349,9 +347,9 @@ class Mirage:
         return self._attach(samples, 1 if helped else 1 + deepest)
 
     def _attach(self, samples: Sequence[Sample], passes: int) -> Batch:
-        tower = self._decoder.loaded.tower
-        assert tower is not None
-        return tower.attach(to_device(collate(samples, passes, self._decoder.encoder.dummy(0)), self.device))
+        return self._decoder.tower.attach(
+            to_device(collate(samples, passes, self._decoder.encoder.dummy(0)), self.device)
+        )
 
     def loss(self, batch: Batch, ce_weight: float | None = None) -> Losses:
         """Compute the loss that the batch's stage minimizes, with gradient where torch records it.

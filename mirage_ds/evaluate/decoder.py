@@ -80,6 +80,12 @@ class Decoder:
         """What the folder says of its training: stage, latent_size, slots, compress_strategy; empty if nothing."""
         return read_trained(self.loaded.config)
 
+    @property
+    def tower(self) -> FrozenTower:
+        """The frozen tower, which load_decoder always gives."""
+        assert self.loaded.tower is not None
+        return self.loaded.tower
+
     def latent_encoder(self, stage: Stage, k: int, helper_pixels: tuple[int | None, int | None]) -> Encoder:
         """Make an encoder of a stage that has latents, k a block, as the model was trained with.
 
@@ -304,15 +310,14 @@ def answer_records(
         raise UserError(f"record on {faults[min(faults)]}")
     # The prompt is what is no label; helpers take no part in it (load_decoder's encoder is sft's).
     order = sorted(range(len(records)), key=lambda i: measures[i].tokens - measures[i].labels)
-    loaded, slots = decoder.loaded, decoder.trained.get("slots")
-    assert loaded.tower is not None
+    model, slots = decoder.loaded.model, decoder.trained.get("slots")
     answers: dict[int, Answer] = {}
     for part in track(batches(order, batch_size)):
         with batches_fit(batch_size):
             # Here and not before: the pixels of a whole file do not fit into memory.
             samples = [encoder.encode_prompt(records[i], places[i]) for i in part]
             found = decode_samples(
-                loaded.model, loaded.tower, encoder, samples, limits, decoder.latents, decoding, seed, slots=slots
+                model, decoder.tower, encoder, samples, limits, decoder.latents, decoding, seed, slots=slots
             )
         answers |= dict(zip(part, found, strict=True))
     return [answers[i] for i in range(len(records))]

@@ -47,10 +47,9 @@ def study(decoder: Decoder, names: Sequence[str], spec: ControlsSpec, track: Tra
     # What the scorer lacks in a record is said now, before anything is decoded.
     marks(records, [Answer("", [], [])] * len(records), task)
     helpers = decoder.latent_encoder("stage1", k, (spec.helper_min_pixels, spec.helper_max_pixels))
-    assert decoder.loaded.tower is not None
     bench = Bench(
         decoder.loaded.model,
-        decoder.loaded.tower,
+        decoder.tower,
         helpers if "oracle" in names else replace(helpers, stage="stage2"),
         latent_tokens(decoder.encoder),
         limits,

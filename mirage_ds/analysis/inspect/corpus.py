@@ -59,7 +59,7 @@ def _some(vectors: torch.Tensor) -> torch.Tensor:
 
 def gather(
     model: MirageModel,
-    tower: FrozenTower | None,
+    tower: FrozenTower,
     encoder: Encoder,
     records: Sequence[Record],
     batch_size: int,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mirage_ds.analysis.inspect import measure
-from mirage_ds.analysis.inspect.run import Thought, attention, features
+from mirage_ds.analysis.inspect.run import Thought, attention
 from mirage_ds.data.encode import IMAGE_PAD, Encoder
 from mirage_ds.data.record import Record
 from mirage_ds.model.forward import MirageModel
@@ -76,7 +76,7 @@ def spell(encoder: Encoder, token: int) -> str:
 
 
 def see(
-    model: MirageModel, tower: FrozenTower | None, encoder: Encoder, record: Record, thought: Thought
+    model: MirageModel, tower: FrozenTower, encoder: Encoder, record: Record, thought: Thought
 ) -> tuple[list[Seen], list[Seen]]:
     """Open a row's images: the input images with the features that the model got, and the helpers with theirs.
 
@@ -99,7 +99,7 @@ def see(
             inputs.append(Seen(f"input image{number}", picture, found, rows, columns))
             at += count
         else:
-            found = embedded(features(model, tower, pixels.to(device), grid.to(device)), thought.inputs.shape[1])
+            found = embedded(tower.features(pixels.to(device), grid.to(device)), thought.inputs.shape[1])
             helpers.append(Seen("helper image", picture, found, rows, columns))
     return inputs, helpers
 

@@ -22,7 +22,7 @@ from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Generated, Limits, check_finite, generate, latent_tokens
 from mirage_ds.model.images import Deep, embedded, place_images
 from mirage_ds.model.latents import in_order, run_passes
-from mirage_ds.model.vision import FrozenTower, trained_features
+from mirage_ds.model.vision import FrozenTower
 
 
 class Thought(NamedTuple):
@@ -110,24 +110,13 @@ def attention(model: MirageModel, thought: Thought, queries: torch.Tensor) -> to
     return replay(model.language_model, thought.inputs, position_ids, places, thought.deep).cpu()
 
 
-def features(
-    model: MirageModel, tower: FrozenTower | None, pixels: torch.Tensor, grid_thw: torch.Tensor
-) -> torch.Tensor:
-    """Features (F, (1 + D) · H) of images (model.images), from the frozen tower or the one inside the model."""
-    if tower is not None:
-        return tower.features(pixels, grid_thw)
-    assert model.visual is not None
-    return trained_features(model.visual, pixels, grid_thw)
-
-
 def _batch(
-    model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samples: Sequence[Sample], passes: int
-) -> Batch:
-    device = next(model.parameters()).device
-    batch = to_device(collate(samples, passes, encoder.dummy(0)), device)
-    if batch.image_features is not None:
-        return batch
-    return batch._replace(image_features=features(model, tower, batch.pixel_values, batch.image_grid_thw))
+    model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], passes: int
+) -> tuple[Batch, torch.Tensor]:
+    """Pack rows; return with them the features of their images."""
+    batch = tower.attach(to_device(collate(samples, passes, encoder.dummy(0)), model.head.weight.device))
+    assert batch.image_features is not None
+    return batch, batch.image_features
 
 
 def _images(inputs: torch.Tensor, features: torch.Tensor, sample: Sample) -> tuple[torch.Tensor, Deep | None]:
@@ -137,12 +126,11 @@ def _images(inputs: torch.Tensor, features: torch.Tensor, sample: Sample) -> tup
 
 
 @torch.no_grad()
-def taught(model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samples: Sequence[Sample]) -> list[Thought]:
+def taught(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample]) -> list[Thought]:
     """Run encoded rows with their answers given and their latents fed back, as stage 2 does, whatever the stage.
 
     Args:
         model: its reduction and stage do not matter.
-        tower: the frozen tower; None where the model holds a trained one.
         samples: rows of a stage2 encoder, each with at least one latent run.
 
     Returns:
@@ -152,11 +140,10 @@ def taught(model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samp
         NotFinite: a row's logits are not.
     """
     passes = max(sum(k for _, k in sample.runs) for sample in samples) + 1
-    batch = _batch(model, tower, encoder, samples, passes)
-    assert batch.image_features is not None
+    batch, features = _batch(model, tower, encoder, samples, passes)
     text = model.language_model
     embeddings = text.embed_tokens(batch.input_ids)
-    embeddings, deep = place_images(embeddings, batch.image_features, batch.image_positions)
+    embeddings, deep = place_images(embeddings, features, batch.image_positions)
     hidden = run_passes(text, embeddings, batch.position_ids, batch.passes, model.attention, False, deep=deep)
     states = in_order(hidden, batch.passes)
     # What is not finite reaches a row's last token: it attends to all others.
@@ -164,7 +151,7 @@ def taught(model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samp
     latents = states.index_select(0, batch.latents - 1)
     inputs = embeddings.index_copy(0, batch.latents, latents)
     lengths = [len(sample.input_ids) for sample in samples]
-    images = batch.image_features.split([len(sample.image_positions) for sample in samples])
+    images = features.split([len(sample.image_positions) for sample in samples])
     each = latents.split([k for sample in samples for _, k in sample.runs])
     rows, at = [], 0
     for sample, fed, seen in zip(samples, inputs.split(lengths), images, strict=True):
@@ -177,7 +164,7 @@ def taught(model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samp
 
 @torch.no_grad()
 def decoded(
-    model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samples: Sequence[Sample], limits: Limits
+    model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], limits: Limits
 ) -> list[Thought]:
     """Let the model answer greedily, and take the latents it made.
 
@@ -187,13 +174,12 @@ def decoded(
     Returns:
         One Thought a row, without the last token, which was never fed; `runs` is empty where the model opened none.
     """
-    batch = _batch(model, tower, encoder, samples, 1)
-    assert batch.image_features is not None
+    batch, features = _batch(model, tower, encoder, samples, 1)
     answers = generate(model, batch, latent_tokens(encoder), limits, trace=True)
     embeddings = model.language_model.embed_tokens(batch.input_ids)
-    embeddings, _ = place_images(embeddings, batch.image_features, batch.image_positions)
+    embeddings, _ = place_images(embeddings, features, batch.image_positions)
     prompts = embeddings.split([len(sample.input_ids) for sample in samples])
-    images = batch.image_features.split([len(sample.image_positions) for sample in samples])
+    images = features.split([len(sample.image_positions) for sample in samples])
     return [
         _thought(sample, answer, prompt, seen)
         for sample, answer, prompt, seen in zip(samples, answers, prompts, images, strict=True)
