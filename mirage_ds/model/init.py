@@ -6,7 +6,7 @@ V vocabulary rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,21 +34,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 # The template's output is Qwen2.5-VL's: default system prompt, one turn a message, an image slot per image item.
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{%- if loop.first and message.role != 'system' %}"
-    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
-    "{%- endif %}"
-    "{{- '<|im_start|>' + message.role + '\\n' }}"
-    "{%- if message.content is string %}{{- message.content }}{%- else %}"
-    "{%- for item in message.content %}"
-    "{%- if item.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{%- else %}{{- item.text }}{%- endif %}"
-    "{%- endfor %}{%- endif %}"
-    "{{- '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 # GPT-2's split with single digits: words, numbers and punctuation never merge across each other.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 # What the chat template adds to every row.
@@ -84,7 +70,7 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
     return fast
 
 
-def _texts(files: list[Path]) -> list[str]:
+def _texts(files: Sequence[Path]) -> list[str]:
     texts = [TEMPLATE_TEXT]
     for file in files:
         for record in read_records(file):
@@ -113,7 +99,7 @@ def init_model(
     name: str,
     out: Path,
     *,
-    texts: list[Path],
+    texts: Sequence[Path],
     tokenizer_from: Path | None = None,
     tokenizer_size: int = 512,
     seed: int = 42,

@@ -83,8 +83,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         {
             "text_config": _text(128, 4, 4, 2, 384, 0, tied=True),
             "vision_config": {
-                **{"depth": 2, "embed_dim": 96, "num_heads": 3, "mlp_ratio": 2, "hidden_size": 128},
-                **{"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2},
+                "depth": 2,
+                "embed_dim": 96,
+                "num_heads": 3,
+                "mlp_ratio": 2,
+                "hidden_size": 128,
+                "patch_size": 14,
+                "temporal_patch_size": 2,
+                "spatial_merge_size": 2,
             },
         }
     ),
@@ -94,10 +100,17 @@ PRESETS: dict[str, dict[str, Any]] = {
             "text_config": {**_text(128, 4, 4, 2, 384, 0, tied=True), "head_dim": 48, "attention_bias": False}
             | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 8, 8]}},
             "vision_config": {
-                **{"depth": 3, "hidden_size": 96, "num_heads": 3, "intermediate_size": 192, "out_hidden_size": 128},
-                **{"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2},
+                "depth": 3,
+                "hidden_size": 96,
+                "num_heads": 3,
+                "intermediate_size": 192,
+                "out_hidden_size": 128,
+                "patch_size": 16,
+                "temporal_patch_size": 2,
+                "spatial_merge_size": 2,
                 # A grid of 12 × 12 places, and features for the first two decoder layers.
-                **{"num_position_embeddings": 144, "deepstack_visual_indexes": [0, 1]},
+                "num_position_embeddings": 144,
+                "deepstack_visual_indexes": [0, 1],
             },
         }
     ),
@@ -132,22 +145,15 @@ WITH_WEIGHTS = ("nano", "nano-untied", "nano-qwen2-vl", "nano-qwen3-vl", "bench-
 _OTHER_FAMILIES = {"nano-qwen2-vl": "qwen2_vl", "nano-qwen3-vl": "qwen3_vl"}
 
 
-def _known(name: str) -> str:
-    """Return a preset's name as PRESETS has it; UserError where there is none."""
-    known = {key.replace("_", "-"): key for key in PRESETS}
-    wanted = name.lower().replace("_", "-")
-    if wanted not in known:
-        raise UserError(f"no preset '{name}'{closest(wanted, known)}; there are {', '.join(known)}")
-    return known[wanted]
-
-
 def preset(name: str) -> dict[str, Any]:
     """Return the configuration of a preset as keyword arguments of its family's configuration, and `model_type`.
 
     Raises:
         UserError: no such preset.
     """
-    known = _known(name)
+    known = name.lower().replace("_", "-")
+    if known not in PRESETS:
+        raise UserError(f"no preset '{name}'{closest(known, PRESETS)}; there are {', '.join(PRESETS)}")
     found = copy.deepcopy(PRESETS[known])
     found["model_type"] = _OTHER_FAMILIES.get(known, "qwen2_5_vl")
     found["tie_word_embeddings"] = found["text_config"]["tie_word_embeddings"]

@@ -249,7 +249,7 @@ def test_main_says_a_mistake_in_one_line_and_exits_with_2(
 
 
 def test_planning_modules_import_neither_torch_nor_transformers_nor_deepspeed() -> None:
-    modules = ["config", "flags", "errors", "engine.ds_config", "model.presets"]
+    modules = ["config.run", "config.flags", "errors", "engine.ds_config", "model.presets", "model.family"]
     code = "import sys\n" + "".join(f"import mirage_ds.{module}\n" for module in modules)
     code += "print(sorted({'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
