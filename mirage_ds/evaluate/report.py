@@ -24,6 +24,7 @@ from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import PAPER, Decoder, Decoding, Sampling, Track, answer_records
 from mirage_ds.evaluate.scoring import Answer, marks, summarize, task_of
+from mirage_ds.evaluate.tables import print_table, score_table
 from mirage_ds.files import write_atomically
 from mirage_ds.model.folder import weight_files
 from mirage_ds.model.generate import Limits
@@ -140,19 +141,7 @@ def evaluate_file(
 
 def print_report(report: dict[str, Any]) -> None:
     """Print the scores as a table, a row a level."""
-    from rich.console import Console
-    from rich.table import Table
-
-    first = next(iter(report["all"]))
-    others = [name for name in report["all"] if name not in (first, "count", "low", "high", "runs", "latents")]
-    table = Table(
-        "level", "rows", first, "95 % interval", *others, "latents", title=f"{report['task']}, {report['model']}"
-    )
-    for name, row in [*report["levels"].items(), ("all", report["all"])]:
-        interval = f"{row['low']:.2f}–{row['high']:.2f}"
-        extra = [f"{row[other]:.2f}" for other in others]
-        table.add_row(name, str(row["count"]), f"{row[first]:.2f}", interval, *extra, f"{row['latents']:.1f}")
-    Console().print(table)
+    print_table(*score_table(report, digits=2), title=f"{report['task']}, {report['model']}")
 
 
 def write_report(report: dict[str, Any], file: Path) -> None:

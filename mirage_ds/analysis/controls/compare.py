@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.analysis.controls.report import apart, markdown_table, measured, p_values, print_table
+from mirage_ds.analysis.controls.report import apart, measured, p_values
 from mirage_ds.analysis.controls.statistics import average, differences
 from mirage_ds.errors import UserError, closest, strict_json
+from mirage_ds.evaluate.tables import markdown_table, print_table
 
 HEAD = ["file", "score", "− first", "p", "p (Holm)"]
 

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.run import Outcome
 from mirage_ds.analysis.controls.statistics import average, differences
 from mirage_ds.data.record import Record
 from mirage_ds.evaluate.scoring import marks
+from mirage_ds.evaluate.tables import Cells, markdown_table, print_table
 from mirage_ds.files import write_atomically
 
-Cells = list[str]
 SCORE_HEAD = ["latents", "score", "− own", "p", "p (Holm)"]
 LIKELIHOOD_HEAD = ["latents", "slots", "log p", "− own"]
 PATH_HEAD = ["latents of", "records", *VERDICTS]
@@ -146,19 +145,6 @@ def print_tables(report: Mapping[str, Any]) -> None:
         print_table(head, rows, f"{report['task']}, {report['model']}")
     for note in notes(report):
         Console().print(note, highlight=False)
-
-
-def print_table(head: Cells, rows: Sequence[Cells], title: str) -> None:
-    """Print a table."""
-    table = Table(*head, title=title)
-    for cells in rows:
-        table.add_row(*cells)
-    Console().print(table)
-
-
-def markdown_table(head: Cells, rows: Sequence[Cells]) -> str:
-    """Write a table in Markdown."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def markdown(report: Mapping[str, Any]) -> str:
