@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from mirage_ds.config.run import Slots, Stage
-from mirage_ds.data.batch import collate, to_device
+from mirage_ds.data.batch import Batch, collate, to_device
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.data.loader import check_records
 from mirage_ds.data.record import Record, RecordError
-from mirage_ds.data.sample import Sample
+from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.engine.spelling import read_trained
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.scoring import Answer
@@ -227,6 +227,26 @@ def tokens_and_feed(
     return tokens, Pause(model, tokens.pad) if slots == "pause" else None
 
 
+def pack(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], passes: int = 1) -> Batch:
+    """Pack rows into a batch on the model's device, with the features of their images."""
+    return tower.attach(to_device(collate(samples, passes, encoder.dummy(0)), model.head.weight.device))
+
+
+def prompt_of(sample: Sample) -> Sample:
+    """Cut a row before its first label: what Encoder.encode_prompt makes, with the features that were kept."""
+    end = int((sample.labels != IGNORE).int().argmax())
+    return sample._replace(
+        input_ids=sample.input_ids[:end],
+        labels=sample.labels[:end],
+        position_ids=sample.position_ids[:, :end],
+        runs=(),
+        helper_pixel_values=sample.helper_pixel_values[:0],
+        helper_grid_thw=sample.helper_grid_thw[:0],
+        helper_groups=sample.helper_groups[:0],
+        helper_features=None,
+    )
+
+
 def decode_samples(
     model: MirageModel,
     tower: FrozenTower,
@@ -252,8 +272,7 @@ def decode_samples(
     Raises:
         Stopped: somebody does.
     """
-    device = model.head.weight.device
-    batch = to_device(tower.attach(collate(samples, 1, encoder.dummy(0))), device)
+    batch = pack(model, tower, encoder, samples)
     tokens, fed = tokens_and_feed(model, encoder, latents, slots)
     choose = chooser_of(decoding, seed, [sample.row for sample in samples])
 

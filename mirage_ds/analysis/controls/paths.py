@@ -1,6 +1,6 @@
 """One input, the latents of one path or of another: which of them does the answer follow?
 
-R runs of a row, k latents a run, H hidden.
+R latent blocks of a row, k latents a block, H hidden.
 
 For maps with several shortest paths. A is the record's own path, B another shortest one, drawn by seed. The question
 and its picture stay; the slots are fed the compressed features of a helper image with A in red, or with B. Both are
@@ -44,7 +44,7 @@ class Fork(NamedTuple):
 def fork_of(record: Record, seed: int) -> Fork | None:
     """Choose the other path; None where the map has no other, or the record's own is no shortest path.
 
-    Also None without an input image, which gives the scale, and with several runs, since one picture shows one path.
+    Also None without an input image, which gives the scale, and with several latent blocks: one picture shows one path.
 
     Raises:
         UserError: the record's map is no board.
@@ -89,7 +89,7 @@ def run_paths(
 
     Returns:
         {"left_out", "opened", "answers"} and what `summary` returns; `opened` counts the answers, two a record, that
-        have a run.
+        have a latent block.
 
     Raises:
         UserError: another task than spatial planning, no record with an alternative, or no renderer.
@@ -115,7 +115,7 @@ def run_paths(
                 rows = bench.rows([twins[i] for i in part], part)
                 decoded = bench.decode(rows, Given([row.targets for row in rows if row.targets is not None]))
             answers |= {i: answer_of(one, bench.encoder) for i, one in zip(part, decoded, strict=True)}
-    found = []
+    found: list[dict[str, Any]] = []
     for i, fork in enumerate(forks):
         (a, b), (by_a, by_b) = fork.paths, (answers[2 * i], answers[2 * i + 1])
         found.append(

@@ -183,7 +183,7 @@ def norms(look: Look) -> Figure:
 
 
 def attends(look: Look) -> Figure | None:
-    """Draw what the answer's tokens attend to; None where no token follows the run."""
+    """Draw what the answer's tokens attend to; None where no token follows the latent block."""
     if not look.answer:
         return None
     layers, _, k = look.attention.shape

@@ -1,7 +1,7 @@
 """A row through the model: its latents, the states that are fed back, and what attends to them.
 
-T tokens of a row, n latents of a row, k latents a run, Q queries, F merged features, H hidden, L layers, D head width,
-Hq query heads, Hkv key heads.
+T tokens of a row, n latents of a row, k latents a block, Q queries, F merged features, H hidden, L layers, D head
+width, Hq query heads, Hkv key heads.
 
 A latent is what is fed back at its place: the final-norm hidden state of the position before it.
 """
@@ -9,14 +9,15 @@ A latent is what is fed back at its place: the final-norm hidden state of the po
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
-from mirage_ds.data.batch import Batch, collate, to_device
+from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import Sample
+from mirage_ds.evaluate.decoder import pack
 from mirage_ds.model.attention import varlen_attention
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Generated, Limits, check_finite, generate, latent_tokens
@@ -30,8 +31,8 @@ class Thought(NamedTuple):
 
     Attributes:
         ids: (T,) tokens; inputs: (T, H) what was fed at each place; position_ids: (3, T).
-        runs: the latent runs as (first latent's place, latents).
-        latents: one (k, H) tensor a run.
+        runs: the latent blocks as (first latent's place, latents).
+        latents: one (k, H) tensor a block.
         images: (F, H) merged features of the row's input images, as they are fed.
         deep: what they add behind the first layers, in families that have that.
     """
@@ -49,9 +50,9 @@ class Thought(NamedTuple):
         """(n,) places of all latents."""
         return torch.tensor([start + i for start, k in self.runs for i in range(k)], dtype=torch.long)
 
-    def answer(self, run: int) -> torch.Tensor:
-        """(Q,) places of the tokens behind a run and its end token that are no latents."""
-        first, k = self.runs[run]
+    def answer(self, block: int) -> torch.Tensor:
+        """(Q,) places of the tokens behind a latent block and its end token that are no latents."""
+        first, k = self.runs[block]
         places = torch.arange(first + k + 1, len(self.ids))
         return places[~torch.isin(places, self.places)]
 
@@ -76,45 +77,34 @@ class _Recording:
 
 
 @torch.no_grad()
-def replay(
-    text: Any, inputs: torch.Tensor, position_ids: torch.Tensor, queries: torch.Tensor, deep: Deep | None = None
-) -> torch.Tensor:
-    """Run a row whose inputs are all known in one causal pass, and record attention.
-
-    A row with its latents fed back is such a row once they are known.
+def attention(model: MirageModel, thought: Thought, queries: torch.Tensor) -> torch.Tensor:
+    """Run a row once more, in one causal pass: all its inputs are known now, the fed-back latents too.
 
     Args:
-        text: transformers' text model with the packed attention.
-        inputs: (T, H); position_ids: (3, T); queries: (Q,) places; deep: see run_passes.
+        queries: (Q,) places.
 
     Returns:
-        (L, Q, T) attention probabilities of the queries, the mean over heads; float32.
+        (L, Q, T) attention probabilities of the queries, the mean over heads; float32, on the CPU.
     """
-    x = inputs[None]
-    rotary = text.rotary_emb(x, position_ids[:, None])
+    text, device = model.language_model, thought.inputs.device
+    x = thought.inputs[None]
+    rotary = text.rotary_emb(x, thought.position_ids.to(device)[:, None])
     found = []
-    every = torch.arange(len(inputs), device=inputs.device)
+    every = torch.arange(len(thought.inputs), device=device)
     for number, layer in enumerate(text.layers):
-        recording = _Recording(queries)
+        recording = _Recording(queries.to(device))
         x = layer(x, position_embeddings=rotary, packed=recording)
-        if deep is not None:
-            x = deep.add(number, x[0], every)[None]
+        if thought.deep is not None:
+            x = thought.deep.add(number, x[0], every)[None]
         found.append(recording.mean)
-    return torch.stack(found)
-
-
-def attention(model: MirageModel, thought: Thought, queries: torch.Tensor) -> torch.Tensor:
-    """(L, Q, T) attention probabilities of a row's tokens at `queries`, mean over heads."""
-    device = thought.inputs.device
-    position_ids, places = thought.position_ids.to(device), queries.to(device)
-    return replay(model.language_model, thought.inputs, position_ids, places, thought.deep).cpu()
+    return torch.stack(found).cpu()
 
 
 def _batch(
     model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], passes: int
 ) -> tuple[Batch, torch.Tensor]:
     """Pack rows; return with them the features of their images."""
-    batch = tower.attach(to_device(collate(samples, passes, encoder.dummy(0)), model.head.weight.device))
+    batch = pack(model, tower, encoder, samples, passes)
     assert batch.image_features is not None
     return batch, batch.image_features
 
@@ -131,7 +121,7 @@ def taught(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Se
 
     Args:
         model: its reduction and stage do not matter.
-        samples: rows of a stage2 encoder, each with at least one latent run.
+        samples: rows of a stage2 encoder, each with at least one latent block.
 
     Returns:
         One Thought a row.
