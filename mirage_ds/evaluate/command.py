@@ -15,7 +15,7 @@ import click
 
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.engine.place import is_rank
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, is_text
 from mirage_ds.evaluate.spec import DecodingSpec, EvaluateSpec, GenerateSpec
 from mirage_ds.files import check_output
 from mirage_ds.run.process import run_rank
@@ -105,10 +105,8 @@ def generate(folder: Path, **flags: Any) -> None:
     from mirage_ds.data.images import ImageFinder
 
     spec = build_model(GenerateSpec, flags)
-    try:
-        spec.prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError("--prompt: not UTF-8 text; type it in a UTF-8 terminal") from None
+    if not is_text(spec.prompt):
+        raise UserError("--prompt: not UTF-8 text; type it in a UTF-8 terminal")
     decoding = _decoding(spec)
     if spec.save_latents is not None:
         if spec.save_latents.suffix != ".safetensors":
@@ -135,7 +133,7 @@ def _decoding(spec: DecodingSpec) -> Decoding:
         return Sampling(spec.temperature or 1.0, spec.top_p or 1.0)
     for name in ("temperature", "top_p"):
         if getattr(spec, name) is not None:
-            raise UserError(f"--{name} is of --decoding sampled, and it is {spec.decoding}: give both, or neither")
+            raise UserError(f"--{name} needs --decoding sampled, and it is {spec.decoding}: give both, or neither")
     return spec.decoding
 
 

@@ -167,7 +167,7 @@ def load_decoder(
     if latents and tokens < len(LATENT_TOKENS):
         raise UserError(
             f"{folder}: its tokenizer has no latent tokens, so it was never trained on latents; train it first, or "
-            "--no_latents to decode it as it is"
+            "give --no_latents to decode it as it is"
         )
     # Prompts are the same in every stage; sft's encoder never looks at a helper image.
     encoder = load_encoder(_folders(place, processor), finder, "sft", 1, pixels)

@@ -1,4 +1,4 @@
-"""`mirage-ds card`: the scores of `mirage-ds evaluate` into the model card of the folder whose weights they are of."""
+"""`mirage-ds card`: write the scores of `mirage-ds evaluate` into the model card of the folder that they are of."""
 
 from __future__ import annotations
 
@@ -80,9 +80,11 @@ def add_scores(folder: Path, files: Sequence[Path], track: Callable[[Sequence[Pa
     """
     place = folder / FILE
     if not place.is_file() or MARK not in place.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"{place}: is no card that mirage_ds wrote; name the folder of a trained or exported model")
+        raise UserError(
+            f"{place}: is no model card that mirage_ds wrote; name the folder of a trained or exported model"
+        )
     # Before the weights are hashed.
-    check_output(place, "the card")
+    check_output(place, "the model card")
     reports = [read_scores(file) for file in files]
     own = {(entry := entry_of(folder, file)).name: entry.sha256 for file in track(weight_files(folder))}
     for file, report in zip(files, reports, strict=True):

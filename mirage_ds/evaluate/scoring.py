@@ -21,14 +21,14 @@ MORE_IS_BETTER = {
 
 
 class Answer(NamedTuple):
-    """A decoded answer: its text with the latent runs left out, the length of each run, and the emitted ids."""
+    """A decoded answer: its text without latent blocks, the length of each block, and the emitted ids."""
 
     text: str
     runs: list[int]
     ids: list[int]
 
     def marked(self, encoder: Encoder) -> str:
-        """Return the answer with each latent run written as `[k latents]` where it stands."""
+        """Return the answer with each latent block written as `[k latents]` where it stands."""
         text = str(encoder.tokenizer.decode(self.ids, skip_special_tokens=False))
         for length in self.runs:
             text = text.replace(LATENT_START + LATENT_PAD * length, f"[{length} latents]", 1)

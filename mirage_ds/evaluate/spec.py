@@ -29,8 +29,8 @@ class DecodingSpec(ModelSpec):
     decoding: Literal["greedy", "paper", "sampled"] = Field(
         "greedy", description="sampled: with --temperature and --top_p; paper: sampled, temperature 0.7, top_p 0.9."
     )
-    temperature: PositiveFloat | None = Field(None, description="Of --decoding sampled; 1 if not set.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Of --decoding sampled; 1 if not set.")
+    temperature: PositiveFloat | None = Field(None, description="For --decoding sampled; 1 if not set.")
+    top_p: float | None = Field(None, gt=0, le=1, description="For --decoding sampled; 1 if not set.")
     longest_run: NonNegativeInt = Field(8, description="Latents after which the end of a latent block is forced.")
     no_latents: bool = Field(False, description="Decode a model that was never trained on latents.")
 

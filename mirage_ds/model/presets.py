@@ -59,25 +59,27 @@ def _small_start(preset: dict[str, Any]) -> dict[str, Any]:
     return preset
 
 
-def _public_vision(intermediate: int, output: int) -> dict[str, Any]:
-    return _vision(32, 1280, 16, intermediate, [7, 15, 23, 31], output)
+def _nano(tied: bool) -> dict[str, Any]:
+    return _small_start(
+        {"text_config": _text(128, 4, 4, 2, 384, 0, tied), "vision_config": _vision(2, 96, 3, 192, [1], 128)}
+    )
+
+
+def _public(
+    hidden: int, layers: int, heads: int, kv: int, intermediate: int, rows: int, tied: bool, inside: int
+) -> dict[str, Any]:
+    """Describe a public Qwen2.5-VL; `inside` is the intermediate size of its tower."""
+    return {
+        "text_config": _text(hidden, layers, heads, kv, intermediate, rows, tied),
+        "vision_config": _vision(32, 1280, 16, inside, [7, 15, 23, 31], hidden),
+    }
 
 
 # 3B and 7B as their stored configurations say; 32B and 72B from the published model cards.
 PRESETS: dict[str, dict[str, Any]] = {
-    "nano": _small_start(
-        {
-            "text_config": _text(128, 4, 4, 2, 384, 0, tied=True),
-            "vision_config": _vision(2, 96, 3, 192, [1], 128),
-        }
-    ),
+    "nano": _nano(tied=True),
     # An output matrix of its own, as the 7B has: what is fed back need not lie among the words' embeddings.
-    "nano-untied": _small_start(
-        {
-            "text_config": _text(128, 4, 4, 2, 384, 0, tied=False),
-            "vision_config": _vision(2, 96, 3, 192, [1], 128),
-        }
-    ),
+    "nano-untied": _nano(tied=False),
     # The other families, as small: for tests, and for trying a run on.
     "nano-qwen2-vl": _small_start(
         {
@@ -123,22 +125,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_config": _text(256, 8, 4, 2, 768, 151_668, tied=False),
         "vision_config": _vision(8, 160, 5, 320, [3, 7], 256),
     },
-    "qwen2.5-vl-3b": {
-        "text_config": _text(2048, 36, 16, 2, 11_008, 151_936, tied=True),
-        "vision_config": _public_vision(3420, 2048),
-    },
-    "qwen2.5-vl-7b": {
-        "text_config": _text(3584, 28, 28, 4, 18_944, PUBLIC_ROWS, tied=False),
-        "vision_config": _public_vision(3420, 3584),
-    },
-    "qwen2.5-vl-32b": {
-        "text_config": _text(5120, 64, 40, 8, 27_648, PUBLIC_ROWS, tied=False),
-        "vision_config": _public_vision(3456, 5120),
-    },
-    "qwen2.5-vl-72b": {
-        "text_config": _text(8192, 80, 64, 8, 29_568, PUBLIC_ROWS, tied=False),
-        "vision_config": _public_vision(3456, 8192),
-    },
+    "qwen2.5-vl-3b": _public(2048, 36, 16, 2, 11_008, 151_936, True, 3420),
+    "qwen2.5-vl-7b": _public(3584, 28, 28, 4, 18_944, PUBLIC_ROWS, False, 3420),
+    "qwen2.5-vl-32b": _public(5120, 64, 40, 8, 27_648, PUBLIC_ROWS, False, 3456),
+    "qwen2.5-vl-72b": _public(8192, 80, 64, 8, 29_568, PUBLIC_ROWS, False, 3456),
 }
 # Those small enough that `mirage-ds init` writes random weights for them.
 WITH_WEIGHTS = ("nano", "nano-untied", "nano-qwen2-vl", "nano-qwen3-vl", "bench-40m", "bench-87m")

@@ -226,7 +226,7 @@ def test_every_setting_stands_in_the_help_with_its_default() -> None:
     text = " ".join(train.command.get_help(click.Context(train.command, terminal_width=110)).split())
     for name in RunConfig.model_fields:
         assert f"--{name}" in text
-    assert "k, latent tokens a run. [default: 4]" in text
+    assert "k: latent tokens of a latent block. [default: 4]" in text
 
 
 def test_main_says_a_mistake_in_one_line_and_exits_with_2(

@@ -492,7 +492,7 @@ def test_temperature_and_top_p_are_of_sampling_alone(nano: Path, tmp_path: Path,
     reports = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("paper", "same", "plain")}
     assert reports["paper"]["answers"] == reports["same"]["answers"]
     assert (reports["plain"]["settings"]["temperature"], reports["plain"]["settings"]["top_p"]) == (1.0, 1.0)
-    refused(call(*words, tmp_path / "no.json", "--top_p", 0.9), "--top_p is of --decoding sampled, and it is greedy")
+    refused(call(*words, tmp_path / "no.json", "--top_p", 0.9), "--top_p needs --decoding sampled, and it is greedy")
     refused(call(*words, tmp_path / "no.json", "--decoding", "sampled", "--temperature", 0), "--temperature")
 
 
