@@ -153,7 +153,8 @@ def score(folder: Path, test: Path, latents: bool, title: str) -> dict[str, Any]
     from functools import partial
 
     from mirage_ds.data.images import ImageFinder
-    from mirage_ds.evaluate.decoder import evaluate_file, load_decoder, run_limits, write_report
+    from mirage_ds.evaluate.decoder import load_decoder, run_limits
+    from mirage_ds.evaluate.report import evaluate_file, write_report
 
     decoder = load_decoder(folder, ImageFinder.beside(test, None), latents=latents)
     limits = run_limits(decoder, new_tokens=48, longest_run=8, run_length="trained")

@@ -6,7 +6,7 @@
     mirage.loss(mirage.batch(rows[:4])).loss.backward()
 
 One process, one device, nothing sharded: for looking, for notebooks, for small experiments. T tokens of the packed
-batch, N rows, S emitted tokens, k latents a run, H hidden.
+batch, N rows, S emitted tokens, k latents a latent block, H hidden.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -24,17 +23,26 @@ from safetensors.torch import save
 from torch.utils.data import Dataset
 
 from mirage_ds.config.run import Compress, Slots, Stage
-from mirage_ds.data.batch import Batch, collate, to_device
+from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder, upright_rgb
 from mirage_ds.data.record import IMAGE_MARK, Record, RecordError, make_record
-from mirage_ds.data.record_files import scan
+from mirage_ds.data.record_files import read_records
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError, reason
-from mirage_ds.evaluate.decoder import Decoder, Decoding, answer_of, chooser_of, load_decoder, run_limits
+from mirage_ds.evaluate.decoder import (
+    Decoder,
+    Decoding,
+    answer_of,
+    chooser_of,
+    load_decoder,
+    pack,
+    run_limits,
+    tokens_and_feed,
+)
 from mirage_ds.files import write_atomically
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Generated, Latents, Pause, generate, latent_tokens
+from mirage_ds.model.generate import Generated, Latents, generate
 from mirage_ds.model.loss import StepCounts, objective
 
 Picture = str | Path | Image.Image
@@ -44,10 +52,10 @@ class Answer(NamedTuple):
     """What `Mirage.generate` returns for one question.
 
     Attributes:
-        text: without latent runs and special tokens; marked: with `[k latents]` where a run stood.
+        text: without latent blocks and special tokens; marked: with `[k latents]` where a block stood.
         ids: (S,) emitted tokens, the last one included.
-        runs: (place among the emitted tokens, k) of each latent run.
-        latents: one (k, H) tensor a run: what was fed at its slots.
+        runs: (place among the emitted tokens, k) of each latent block.
+        latents: one (k, H) tensor a block: what was fed at its slots.
         hidden: (S, H) final-norm hidden states, each that of the position that the token was chosen at.
     """
 
@@ -89,7 +97,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class _Given(ImageFinder):
-    """A finder to whom some images were handed in place of paths."""
+    """A finder that was handed some images in place of paths."""
 
     given: Mapping[str, Image.Image] = field(default_factory=dict)
 
@@ -104,16 +112,10 @@ class _Given(ImageFinder):
         return super().load(record, name, path) if image is None else image
 
 
-class _Fed:
-    """Feeds every run of every row the vectors given: (k, H), a generate.Latents."""
-
-    def __init__(self, vectors: torch.Tensor):
-        self.vectors = vectors
-
-    def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """See generate.Latents."""
-        # Outside a run, where the slot is −1, nobody uses what is fed.
-        return self.vectors.to(own).index_select(0, slots.clamp(min=0))
+def _feed(vectors: torch.Tensor) -> Latents:
+    """Feed the vectors (k, H) at the slots of every latent block of every row."""
+    # Outside a block, where the slot is −1, nobody uses what is fed.
+    return lambda slots, own: vectors.to(own).index_select(0, slots.clamp(min=0))
 
 
 class Rows(Dataset[Sample], Sequence[Sample]):
@@ -152,15 +154,11 @@ class Rows(Dataset[Sample], Sequence[Sample]):
         sample = self[at]
         images = set(sample.image_positions.tolist())
         latents = {start + i for start, k in sample.runs for i in range(k)}
-        return [
-            Token(
-                place,
-                str(self.encoder.tokenizer.decode([token])),
-                label != IGNORE,
-                "image" if place in images else "latent" if place in latents else "text",
-            )
-            for place, (token, label) in enumerate(zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True))
-        ]
+        found = []
+        for place, (token, label) in enumerate(zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True)):
+            kind = "image" if place in images else "latent" if place in latents else "text"
+            found.append(Token(place, str(self.encoder.tokenizer.decode([token])), label != IGNORE, kind))
+        return found
 
 
 class Mirage:
@@ -168,7 +166,7 @@ class Mirage:
 
     Attributes:
         model: the module that trains: `forward(Batch)` → LossSums; an ordinary nn.Module.
-        encoder: turns records into Samples; stage: as it was trained; latent_size: k.
+        latent_size: k.
         trained: what the folder says of its training; empty for a public model.
     """
 
@@ -177,7 +175,6 @@ class Mirage:
         self.latent_size = latent_size or int(decoder.trained.get("latent_size") or 4)
         self.model: MirageModel = decoder.loaded.model
         self.trained: Mapping[str, Any] = decoder.trained
-        self._encoder = lru_cache(self._make_encoder)
 
     @property
     def folder(self) -> Path:
@@ -195,13 +192,9 @@ class Mirage:
         return self._decoder.encoder.tokenizer
 
     def __repr__(self) -> str:
-        tower = self._decoder.loaded.tower
-        modules = [self.model, *([tower.tower] if tower else [])]
-        count = sum(p.numel() for module in modules for p in module.parameters())
+        count = sum(p.numel() for module in (self.model, self._decoder.tower.tower) for p in module.parameters())
         stage = self.trained.get("stage", "never trained by mirage_ds")
         return f"<Mirage {self.folder}: {stage}, k {self.latent_size}, {count:,} parameters on {self.device}>"
-
-    # ------------------------------------------------------------------------------------------------------ answering
 
     def generate(self, question: str, images: Sequence[Picture] = (), **options: Any) -> Answer:
         """Answer a question.
@@ -232,11 +225,11 @@ class Mirage:
 
         Args:
             questions, images: see generate; a list of images for each question, or none at all.
-            run_length: latents a run: "trained", "model" (it ends a run itself, at the latest after longest_run), or a
-                number.
+            run_length: latents a block: "trained", "model" (it ends a block itself, at the latest after longest_run),
+                or a number.
             decoding: "greedy", "paper" (temperature 0.7, top_p 0.9) or evaluate.Sampling(temperature, top_p).
             seed: of the draws.
-            latents: (k, H), fed at the slots of every run in place of the model's own states; a run has k of them then.
+            latents: (k, H), fed at the slots of every block in place of the model's own states; a block then has k.
 
         Raises:
             UserError: see generate; or latents that are not (k, H), or beside another run_length.
@@ -246,7 +239,7 @@ class Mirage:
             if latents.ndim != 2 or not len(latents) or latents.shape[1] != width:
                 raise UserError(f"latents: {tuple(latents.shape)} is not (k, {width}); give a row for each slot")
             if str(run_length) not in ("trained", str(len(latents))):
-                raise UserError(f"run_length {run_length}: the latents given are {len(latents)} a run; leave it out")
+                raise UserError(f"run_length {run_length}: {len(latents)} latents a block are given; leave it out")
             run_length = len(latents)
         pictures = images or [()] * len(questions)
         if len(pictures) != len(questions):
@@ -256,23 +249,19 @@ class Mirage:
             samples = [encoder.encode_prompt(record, place) for place, record in enumerate(records)]
         except RecordError as error:
             raise UserError(f"question on {error}") from None
-        tokens = latent_tokens(encoder)
-        if not self._decoder.latents:
-            tokens = tokens._replace(start=-1)
         limits = run_limits(self._decoder, max_new_tokens, longest_run, str(run_length))
-        feed: Latents | None = _Fed(latents) if latents is not None else None
-        if feed is None and self.trained.get("slots") == "pause":
-            feed = Pause(self.model, tokens.pad)
+        tokens, feed = tokens_and_feed(self.model, encoder, self._decoder.latents, self.trained.get("slots"))
+        if latents is not None:
+            feed = _feed(latents)
         choose = chooser_of(decoding, seed, range(len(samples)))
-        made = generate(self.model, self._attach(samples, 1), tokens, limits, choose, trace=True, latents=feed)
+        batch = pack(self.model, self._decoder.tower, encoder, samples)
+        made = generate(self.model, batch, tokens, limits, choose, trace=True, latents=feed)
         return [self._answer(one) for one in made]
 
-    def _questions(
-        self, questions: Sequence[str], pictures: Sequence[Sequence[Picture]]
-    ) -> tuple[Encoder, list[Record]]:
+    def _questions(self, asked: Sequence[str], pictures: Sequence[Sequence[Picture]]) -> tuple[Encoder, list[Record]]:
         given: dict[str, Image.Image] = {}
         records = []
-        for line, (text, own) in enumerate(zip(questions, pictures, strict=True), 1):
+        for line, (text, own) in enumerate(zip(asked, pictures, strict=True), 1):
             marks = text.count(IMAGE_MARK)
             if marks and marks != len(own):
                 raise UserError(
@@ -292,25 +281,11 @@ class Mirage:
 
     def _answer(self, made: Generated) -> Answer:
         plain = answer_of(made, self._decoder.encoder)
-        runs: list[tuple[int, int]] = []
-        for place, fed in enumerate(made.fed):
-            if fed == "H" and runs and sum(runs[-1]) == place:
-                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-            elif fed == "H":
-                runs.append((place, 1))
+        blocks = made.blocks()
         # inputs[0] is the prompt's last token: what is fed at an emitted token stands one further.
-        latents = [torch.stack(made.inputs[start + 1 : start + 1 + k]) for start, k in runs]
-        return Answer(
-            *(plain.text, plain.marked(self._decoder.encoder), made.ids, runs, latents),
-            hidden=torch.stack(made.hidden),
-        )
-
-    # ------------------------------------------------------------------------------------------------------- training
-
-    def _make_encoder(
-        self, finder: ImageFinder, stage: Stage, k: int, slots: Slots | None, compress: Compress
-    ) -> Encoder:
-        return replace(self._decoder.encoder, finder=finder, stage=stage, latent_size=k, slots=slots, compress=compress)
+        latents = [torch.stack(made.inputs[start + 1 : start + 1 + k]) for start, k in blocks]
+        marked = plain.marked(self._decoder.encoder)
+        return Answer(plain.text, marked, made.ids, blocks, latents, hidden=torch.stack(made.hidden))
 
     def rows(
         self,
@@ -334,19 +309,20 @@ class Mirage:
         """
         if slots == "auxiliary":
             raise UserError("slots: auxiliary rows are packed by a training run alone; take another value")
+        root = Path(image_root) if image_root else None
         if isinstance(data, (str, Path)):
-            records, faults = scan(Path(data))
-            if faults:
-                raise UserError(f"{data}: {faults[0]}; `mirage-ds data check {data}` lists all faults")
-            finder = ImageFinder.beside(Path(data), Path(image_root) if image_root else None)
+            records, finder = read_records(Path(data)), ImageFinder.beside(Path(data), root)
         else:
             try:
                 records = [make_record(dict(one), line) for line, one in enumerate(data, 1)]
             except RecordError as error:
                 raise UserError(f"record on {error}") from None
-            folders = (Path(image_root).resolve(),) if image_root else ()
-            finder = ImageFinder((*folders, Path.cwd().resolve()))
-        return Rows(records, self._encoder(finder, stage, latent_size or self.latent_size, slots, compress_strategy))
+            finder = ImageFinder(tuple(one.resolve() for one in (root, Path.cwd()) if one))
+        k, encoder = latent_size or self.latent_size, self._decoder.encoder
+        return Rows(
+            records,
+            replace(encoder, finder=finder, stage=stage, latent_size=k, slots=slots, compress=compress_strategy),
+        )
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """Pack Samples into one Batch, on the model's device and with the features of their images.
@@ -355,12 +331,9 @@ class Mirage:
         """
         helped = any(len(sample.helper_groups) for sample in samples)
         deepest = max((sum(k for _, k in sample.runs) for sample in samples), default=0)
-        return self._attach(samples, 1 if helped else 1 + deepest)
-
-    def _attach(self, samples: Sequence[Sample], passes: int) -> Batch:
-        tower = self._decoder.loaded.tower
-        assert tower is not None
-        return tower.attach(to_device(collate(samples, passes, self._decoder.encoder.dummy(0)), self.device))
+        return pack(
+            self.model, self._decoder.tower, self._decoder.encoder, samples, passes=1 if helped else 1 + deepest
+        )
 
     def loss(self, batch: Batch, ce_weight: float | None = None) -> Losses:
         """Compute the loss that the batch's stage minimizes, with gradient where torch records it.
@@ -399,27 +372,22 @@ def load(
     Raises:
         UserError: no model folder of a known family, or one that contradicts itself.
     """
-    decoder = load_decoder(
-        Path(folder),
-        ImageFinder((Path.cwd().resolve(),)),
-        Path(processor) if processor else None,
-        latents=None,
-        pixels=(min_pixels, max_pixels),
-        device=torch.device(device) if device is not None else None,
-    )
-    return Mirage(decoder, latent_size)
+    finder, place = ImageFinder((Path.cwd().resolve(),)), torch.device(device) if device is not None else None
+    other = Path(processor) if processor else None
+    pixels = (min_pixels, max_pixels)
+    return Mirage(load_decoder(Path(folder), finder, other, latents=None, pixels=pixels, device=place), latent_size)
 
 
 def save_answer(answer: Answer, file: Path) -> None:
-    """Write an answer's tensors: `ids` (S,), `hidden` (S, H), and `latents.0`, `latents.1` … (k, H), one a run.
+    """Write an answer's tensors: `ids` (S,), `hidden` (S, H), and `latents.0`, `latents.1` … (k, H), one a block.
 
-    The texts and the places of the runs are in the file's metadata: `text`, `marked`, `runs` as JSON.
+    The texts and the places of the blocks are in the file's metadata: `text`, `marked`, `runs` as JSON.
 
     Raises:
         UserError: the file cannot be written.
     """
     tensors = {"ids": torch.tensor(answer.ids), "hidden": answer.hidden}
-    tensors |= {f"latents.{number}": run for number, run in enumerate(answer.latents)}
+    tensors |= {f"latents.{number}": block for number, block in enumerate(answer.latents)}
     notes = {"text": answer.text, "marked": answer.marked, "runs": json.dumps(answer.runs)}
     whole = save({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, notes)
     try:

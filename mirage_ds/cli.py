@@ -26,9 +26,7 @@ from mirage_ds.run.stop import StopRequest
 from mirage_ds.study.command import ablate
 from mirage_ds.tasks.command import TaskGroup
 
-
-def _path(**options: Any) -> click.Path:
-    return click.Path(path_type=Path, **options)
+_PATH = click.Path(path_type=Path)
 
 
 @click.group(context_settings=CONTEXT)
@@ -54,27 +52,19 @@ data.add_command(rationalize)
 
 
 @data.command("check")
-@click.argument("file", type=_path())
+@click.argument("file", type=_PATH)
 @click.option("--stage", default="stage1", show_default=True, type=click.Choice(["sft", "stage1", "stage2"]))
-@click.option("--image_root", type=_path(), help="Second place where relative image paths are looked for.")
-@click.option("--model", "model_folder", type=_path(), help="Model folder whose tokenizer and limits are applied.")
+@click.option("--image_root", type=_PATH, help="Second place where relative image paths are looked for.")
+@click.option("--model", "model_folder", type=_PATH, help="Model folder whose tokenizer and limits are applied.")
 @click.option("--latent_size", default=4, show_default=True, help="k: a helper needs as many merged tokens.")
 @click.option("--confine_paths", is_flag=True, help="Images outside FILE's folder and --image_root are faults.")
 @click.option("--most", default=50, show_default=True, help="Faults listed at most.")
-def data_check(
-    file: Path,
-    stage: Any,
-    image_root: Path | None,
-    model_folder: Path | None,
-    latent_size: int,
-    confine_paths: bool,
-    most: int,
-) -> None:
-    """List every faulty record of FILE: line, field, what, how to mend. Exit code 2 if there is one."""
+def data_check(file: Path, most: int, **options: Any) -> None:
+    """List every faulty record of FILE: line, field, what is wrong, how to fix it. Exit code 2 if there is one."""
     from mirage_ds.curate.check import check_file, print_faults
     from mirage_ds.data.sources import unread_lines
 
-    count, faults = check_file(file, stage, image_root, model_folder, latent_size, confine_paths)
+    count, faults = check_file(file, **options)
     print_faults(file, count, faults, most)
     for line in unread_lines(file):
         print(line)
@@ -84,12 +74,12 @@ def data_check(
 
 @data.command("index")
 @model_options(RunConfig)
-@click.option("--config", "yaml_file", type=_path(), help="YAML file of the same settings.")
+@click.option("--config", "yaml_file", type=_PATH, help="YAML file of the same settings.")
 def data_index(yaml_file: Path | None, **flags: Any) -> None:
-    """Make what a training run makes of its records before the first step, here and now.
+    """Index a run's records before the run: what it would otherwise do before its first step.
 
-    Give it the run's own flags: those that do not matter here are not looked at, and the run then opens what it finds
-    in --cache_dir. It needs no GPU, and goes on where it was stopped.
+    Give it the run's own flags; those that do not matter here are ignored. The run then opens what it finds in
+    --cache_dir. No GPU is needed. A stopped index is continued.
     """
     from mirage_ds.run.records import index_beforehand
 
@@ -99,10 +89,10 @@ def data_index(yaml_file: Path | None, **flags: Any) -> None:
 
 
 @data.command("show")
-@click.argument("file", type=_path())
+@click.argument("file", type=_PATH)
 @click.option("--rows", help="Lines to show, like 1,5-8; the first 20 records if not set.")
 @click.option("--out", type=Output(), help="Write one page, .html or .png; without it text is printed.")
-@click.option("--image_root", type=_path(), help="Second place where relative image paths are looked for.")
+@click.option("--image_root", type=_PATH, help="Second place where relative image paths are looked for.")
 def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path | None) -> None:
     """Show records of FILE: question, images, answer with its latents marked, other keys, faults."""
     from mirage_ds.curate.show import as_text, read_shown, write_page
@@ -122,45 +112,29 @@ def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path |
     help="nano, nano-untied, bench-40m, bench-87m, or qwen2.5-vl-3b|7b|32b|72b with --config_only.",
 )
 @click.option("--out", required=True, type=Output(folder=True), help="Folder to write.")
-@click.option("--text", "texts", multiple=True, type=_path(), help="Records whose text trains the tokenizer.")
-@click.option("--tokenizer", type=_path(), help="Folder whose tokenizer is taken instead.")
+@click.option("--text", "texts", multiple=True, type=_PATH, help="Records whose text trains the tokenizer.")
+@click.option("--tokenizer", "tokenizer_from", type=_PATH, help="Folder whose tokenizer is taken instead.")
 @click.option("--tokenizer_size", default=512, show_default=True, help="Entries of the trained tokenizer.")
 @click.option("--seed", default=42, show_default=True)
 @click.option("--config_only", is_flag=True, help="No weights: config, tokenizer and image processor.")
-def init(
-    preset: str,
-    out: Path,
-    texts: tuple[Path, ...],
-    tokenizer: Path | None,
-    tokenizer_size: int,
-    seed: int,
-    config_only: bool,
-) -> None:
+def init(preset: str, out: Path, **options: Any) -> None:
     """Write a random Qwen2.5-VL with a tokenizer trained on the task's text."""
     from mirage_ds.model.init import init_model
 
-    count = init_model(
-        preset,
-        out,
-        texts=list(texts),
-        tokenizer_from=tokenizer,
-        tokenizer_size=tokenizer_size,
-        seed=seed,
-        config_only=config_only,
-    )
+    count = init_model(preset, out, **options)
     print(f"{out}: {preset}, {count:,} parameters" if count else f"{out}: {preset}, configuration only")
 
 
 @cli.command()
-@click.argument("source", type=_path())
+@click.argument("source", type=_PATH)
 @click.argument("target", type=Output(folder=True))
 @click.option("--vocab_rows", type=int, help="151668 as the public Mirage code writes, 152064 as Qwen2.5-VL has.")
-@click.option("--model", "base", type=_path(), help="Base folder, where it is no longer where training found it.")
+@click.option("--model", "base", type=_PATH, help="Base folder, where it is no longer where training found it.")
 def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None) -> None:
     """Write a complete model folder TARGET that plain transformers opens.
 
     SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>), a run folder (its newest checkpoint is taken
-    where training has not finished), or a model folder that is to have another number of vocabulary rows.
+    where training has not finished), or a model folder that shall have another number of vocabulary rows.
     """
     from mirage_ds.engine.export import export_folder
 
@@ -168,12 +142,12 @@ def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None
 
 
 @cli.command()
-@click.argument("folder", type=_path())
-@click.argument("scores", type=_path(), nargs=-1, required=True)
+@click.argument("folder", type=_PATH)
+@click.argument("scores", type=_PATH, nargs=-1, required=True)
 def card(folder: Path, scores: tuple[Path, ...]) -> None:
     """Write SCORES, files of `mirage-ds evaluate --out`, into the model card of FOLDER.
 
-    The weights are hashed: scores of another model are refused. Scores that the card has make place.
+    The weights are hashed: scores of another model are refused. Scores that the card already has are replaced.
     """
     from functools import partial
 
@@ -190,7 +164,7 @@ def checkpoint() -> None:
 
 
 @checkpoint.command("convert")
-@click.argument("source", type=_path())
+@click.argument("source", type=_PATH)
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1),
               help="Processes at a time; each holds the whole shard of a rank in RAM.")  # fmt: skip
 def checkpoint_convert(source: Path, workers: int) -> None:
@@ -207,7 +181,7 @@ def checkpoint_convert(source: Path, workers: int) -> None:
 
 
 @checkpoint.command("list")
-@click.argument("run", type=_path())
+@click.argument("run", type=_PATH)
 @click.option("--hashes", is_flag=True, help="Read every byte; without it sizes alone are compared.")
 def checkpoint_list(run: Path, hashes: bool) -> None:
     """List the checkpoints of RUN, a --save_model_path folder: ranks, size, whole or damaged, universal or not."""
@@ -217,7 +191,7 @@ def checkpoint_list(run: Path, hashes: bool) -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one sentence and exit code 2."""
+    """Run the command line; a user's error is one sentence and exit code 2."""
     print_anything()
     # Quick commands must not wake the GPU, nor the tokenizers' threads complain after a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

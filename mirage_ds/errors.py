@@ -1,4 +1,4 @@
-"""A user's mistake is one sentence and exit code 2; everything else keeps its traceback."""
+"""A user's error is one sentence and exit code 2; everything else keeps its traceback."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Stopped(Exception):
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong, where, and how to mend it.
+    """Something the user can fix. The message says what is wrong, where, and how to fix it.
 
     Attributes:
         everywhere: every rank raises it too, so that one of them says it; False where one rank alone has met it.
@@ -50,6 +50,15 @@ def reason(error: Exception) -> str:
     """Return the first line of another library's error, with its class where the text alone says little."""
     text = (str(error).splitlines() or [""])[0]
     return text if isinstance(error, (OSError, ValueError)) and text else f"{type(error).__name__}: {text}"
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold a text: it has no half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_constant(name: str) -> NoReturn:

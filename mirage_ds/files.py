@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from mirage_ds.errors import UserError, shown
+from mirage_ds.errors import UserError, is_text, shown
 
 # Where config.json says how the model was trained; plain transformers carries the key along.
 TRAINED_KEY = "mirage"
@@ -89,7 +89,7 @@ def check_output(path: Path, flag: str, folder: bool = False) -> None:
     Raises:
         UserError: says why.
     """
-    if not _is_text(path):
+    if not is_text(str(path)):
         raise UserError(f"{flag} {shown(str(path))}: not UTF-8 text; choose another name")
     try:
         kind = _wrong_kind(path, folder)
@@ -142,10 +142,6 @@ def check_log(path: Path, flag: str) -> None:
     new = not mode or stat.S_ISDIR(mode)
     if new or (stat.S_ISREG(mode) and os.access(path.absolute().parent, os.W_OK)):
         check_output(path, flag)
-
-
-def _is_text(path: Path) -> bool:
-    return not any("\ud800" <= sign <= "\udfff" for sign in str(path))
 
 
 class Output(click.Path):

@@ -55,13 +55,13 @@ def model_options(model: type[BaseModel]) -> Callable[[Callable[..., Any]], Call
             text = field.description or ""
             if not field.is_required() and field.default not in (None, (), []):
                 text += f" [default: {field.default}]"
-            names = [f"--{name}"]
-            if kind is bool:
-                names = [f"--{name}/--no_{name}"]
+            # What is a denial by name (--no_latents) has no second one.
+            denied = f"/--no_{name}" if kind is bool and not name.startswith("no_") else ""
             option = click.option(
-                *names,
+                f"--{name}{denied}",
                 name,
                 type=str if several else kind,
+                is_flag=kind is bool,
                 multiple=several,
                 default=None,
                 help=text,

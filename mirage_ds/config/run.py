@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from mirage_ds.config.mixture import Records, records_of
-from mirage_ds.errors import UserError, reason, shown
+from mirage_ds.errors import UserError, is_text, reason, shown
 
 Stage = Literal["sft", "stage1", "stage2"]
 FeatureCache = Literal["all", "targets", "off"]
@@ -52,7 +52,7 @@ class RunConfig(BaseModel):
     save_model_path: Path = Field(description="Run folder: log, checkpoints and the trained model.")
     stage: Stage = Field(description="sft (text only), stage1 (latents grounded in the helper), stage2 (own latents).")
     task: str | None = Field(None, description="Task of the records, for the log and the evaluation.")
-    latent_size: PositiveInt = Field(4, description="k, latent tokens a run.")
+    latent_size: PositiveInt = Field(4, description="k: latent tokens of a latent block.")
     slots: Slots | None = Field(
         None,
         description="What stands where the helper stood. sft: nothing, k pause tokens, or the two marks alone; stage1: "
@@ -81,23 +81,23 @@ class RunConfig(BaseModel):
     lora_alpha: PositiveInt | None = Field(
         None, description="Adapters count alpha / rank times. [default: twice --lora_rank]"
     )
-    lora_dropout: float = Field(0, ge=0, lt=1, description="Only 0: layers are recomputed and runs resumed exactly.")
+    lora_dropout: float = Field(0, ge=0, lt=1, description="Must be 0: layers are recomputed exactly.")
     lora_targets: list[str] | None = Field(
         None, description="Linear layers of the decoder with an adapter, such as q_proj. [default: all]"
     )
 
     # data
     data_path: Path | tuple[Path, ...] = Field(
-        description="Records: a JSON-lines or Parquet file, a folder of such files, or a glob pattern in quotes. Given "
-        "several times, all of them together, or in proportion as FILE:WEIGHT.",
+        description="Records: a JSON-lines or Parquet file, a folder of such files, or a glob pattern in quotes. May "
+        "be given several times: all records together, or in proportion as FILE:WEIGHT.",
     )
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
     max_length: PositiveInt = Field(4096, description="Longer rows are dropped and counted, never cut.")
     max_dropped_share: float = Field(0.1, ge=0, le=1, description="Refuse to train when more rows are dropped.")
     check_images: bool = Field(
         False,
-        description="Look at every image file before the first step: where one is another than when the records were "
-        "indexed, they are indexed anew. Without it such an image is an error when it is read.",
+        description="Check every image file before the first step, and index the records again if one has changed. "
+        "Without this flag a changed image is an error when it is read.",
     )
     confine_paths: bool = Field(
         False, description="Refuse images outside the records file's folder and --image_root, also behind links."
@@ -112,9 +112,9 @@ class RunConfig(BaseModel):
     helper_max_pixels: PositiveInt | None = Field(None, description="As --max_pixels, for helper images.")
     feature_cache: FeatureCache | None = Field(
         None,
-        description="Features of the frozen tower kept on disk, each image encoded once for all epochs, stages and "
-        "runs: of all images, of the helpers alone (targets), or none (off). Of a helper its k targets are kept. "
-        "[default: all; off with --train_vision]",
+        description="Keep features of the frozen tower on disk, so that each image is encoded once for all epochs, "
+        "stages and runs: of all images, of the helpers only (their k targets), or none (off). [default: all; off with "
+        "--train_vision]",
     )
     feature_dir: Path | None = Field(
         None,
@@ -144,9 +144,9 @@ class RunConfig(BaseModel):
     micro_batch_patches: PositiveInt | None = Field(
         None,
         description="Image patches (14 × 14 px) packed into one micro-batch, at most: for runs whose vision tower "
-        "works in every step (--train_vision, --feature_cache off).",
+        "runs in every step (--train_vision, --feature_cache off).",
     )
-    allow_idle_ranks: bool = Field(False, description="Let ranks without a row run along on an empty micro-batch.")
+    allow_idle_ranks: bool = Field(False, description="Let a rank that has no row process an empty micro-batch.")
     reduction: Literal["sample", "token"] = Field(
         "sample", description="sample: mean of the rows' losses, as the public code has it; token: mean over tokens."
     )
@@ -172,30 +172,30 @@ class RunConfig(BaseModel):
     loss_chunk_mb: PositiveInt = Field(256, description="Memory for one chunk of logits, in MiB.")
 
     # what is written
-    save_every: PositiveInt | None = Field(None, description="Sharded checkpoint every so many optimizer steps.")
-    keep_checkpoints: PositiveInt = Field(2, description="Older sharded checkpoints are deleted.")
+    save_every: PositiveInt | None = Field(None, description="Optimizer steps between two sharded checkpoints.")
+    keep_checkpoints: PositiveInt = Field(2, description="Sharded checkpoints that are kept; older ones are deleted.")
     max_skipped_steps: PositiveInt = Field(
-        5, description="End the run after so many optimizer steps in a row whose loss or gradient was not finite."
+        5, description="End the run after this many optimizer steps in a row whose loss or gradient is not finite."
     )
     start_timeout: PositiveInt = Field(
-        3600, description="Seconds that a rank waits while no other one comes on, until the first step is done."
+        3600, description="Seconds that a rank waits without any progress of the others, until the first step is done."
     )
     collective_timeout: PositiveInt = Field(
         900, description="Seconds after which a rank gives up waiting for another, from the second step on."
     )
-    log_rows: bool = Field(False, description="Write the rows of each step into log.jsonl, as the ranks ran them.")
+    log_rows: bool = Field(False, description="Write into log.jsonl which rows each rank ran in each step.")
     resume: Literal["auto", "never"] = Field(
         "never",
         description="auto: continue from the newest checkpoint in --save_model_path, start where there is none.",
     )
     eval_data_path: Path | None = Field(None, description="Records whose loss is measured while training.")
-    eval_every: PositiveInt | None = Field(None, description="Optimizer steps between two such measurements.")
+    eval_every: PositiveInt | None = Field(None, description="Optimizer steps between two evaluations.")
     eval_decode: int = Field(
-        0, ge=0, description="So many of them are answered too, and scored by their task's scorer; 0 answers none."
+        0, ge=0, description="Answer this many of them too, and score the answers; 0 answers none."
     )
-    eval_new_tokens: PositiveInt = Field(256, description="Tokens that such an answer may have.")
+    eval_new_tokens: PositiveInt = Field(256, description="Tokens of such an answer, at most.")
     eval_pictures: int = Field(
-        0, ge=0, description="Latents of so many of them are drawn into TensorBoard each time; see docs/inspect.md."
+        0, ge=0, description="Draw the latents of this many of them into TensorBoard each time; see docs/inspect.md."
     )
     save_best: str | None = Field(
         None,
@@ -209,8 +209,8 @@ class RunConfig(BaseModel):
     )
     peak_tflops: PositiveFloat | None = Field(
         None,
-        description="Dense TFLOP/s of a rank in the precision of training, by which MFU is taken. [default: that of "
-        "known GPUs; without it no MFU is logged]",
+        description="Peak dense TFLOP/s of a GPU in the precision of training, for MFU. [default: known for common "
+        "GPUs; for others no MFU is logged]",
     )
 
     @field_validator("data_path", mode="before")
@@ -268,7 +268,7 @@ class RunConfig(BaseModel):
         if self.lora_rank is None:
             lora = {"alpha": self.lora_alpha, "dropout": self.lora_dropout, "targets": self.lora_targets}
             for name in (name for name, given in lora.items() if given):
-                raise ValueError(f"--lora_{name} is of adapters: add --lora_rank, or leave it out")
+                raise ValueError(f"--lora_{name} needs adapters: add --lora_rank, or leave it out")
         if self.lora_dropout:
             raise ValueError(
                 f"--lora_dropout {self.lora_dropout}: a layer that backward recomputes would draw another mask than "
@@ -280,17 +280,19 @@ class RunConfig(BaseModel):
             )
         allowed = {"sft": ("pause", "marks"), "stage1": ("latents", "auxiliary"), "stage2": ("latents",)}[self.stage]
         if self.slots and self.slots not in allowed:
-            raise ValueError(f"--slots {self.slots} is not of --stage {self.stage}, which has {', '.join(allowed)}")
+            raise ValueError(
+                f"--slots {self.slots} does not go with --stage {self.stage}, which takes {', '.join(allowed)}"
+            )
         if self.train_targets and not (self.train_vision and self.stage == "stage1"):
             raise ValueError("--train_targets trains the tower of stage1: add --train_vision and --stage stage1")
         if self.detach_latents and self.stage != "stage2":
-            raise ValueError(f"--detach_latents is of --stage stage2: no state is fed back in {self.stage}")
+            raise ValueError(f"--detach_latents is for --stage stage2: no state is fed back in {self.stage}")
         if self.resume == "auto" and self.overwrite:
             raise ValueError("--resume auto continues a run and --overwrite starts it over: give one of them")
         if self.latent_size > self.max_length:
             raise ValueError(
-                f"--latent_size {self.latent_size} is above --max_length {self.max_length}: no row with a latent run "
-                "would fit; lower the first or raise the second"
+                f"--latent_size {self.latent_size} is above --max_length {self.max_length}: no row with a latent "
+                "block would fit; lower the first or raise the second"
             )
         if self.max_length > self.micro_batch_tokens:
             raise ValueError(
@@ -303,13 +305,11 @@ class RunConfig(BaseModel):
     @classmethod
     def _nameable(cls, value: Any) -> Any:
         """Refuse paths that no file can have and that no settings file can hold."""
-        text = str(value) if isinstance(value, Path) else value if isinstance(value, str) else ""
+        text = str(value) if isinstance(value, Path | str) else ""
         if "\0" in text:
             raise ValueError("a path or name cannot hold a zero byte")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("not UTF-8 text") from None
+        if not is_text(text):
+            raise ValueError("not UTF-8 text")
         return value
 
     @property
@@ -339,7 +339,7 @@ class RunConfig(BaseModel):
         """Passes of the forward, the same for every micro-batch of the run (see data.passes.schedule).
 
         Args:
-            most_runs: latent runs of the row that has most.
+            most_runs: latent blocks of the row that has most.
         """
         if self.stage == "stage2":
             return most_runs * self.latent_size + 1
@@ -354,7 +354,7 @@ class RunConfig(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader takes the last of two equal keys without a word; here it is a mistake."""
+    """SafeLoader silently takes the last of two equal keys; here they are an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -385,8 +385,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"--config {path}: nested too deeply; write `key: value` lines") from None
     except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
-        # What PyYAML makes of a scalar of a kind that it is not: `2001-99-99`, `!!int x`.
-        raise UserError(f"--config {path}: holds a value that is none ({reason(error)})") from None
+        # What PyYAML raises at a scalar that is not what it looks like: `2001-99-99`, `!!int x`.
+        raise UserError(f"--config {path}: holds a value that cannot be read ({reason(error)})") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected `key: value` lines, found {type(values).__name__}")
     return values

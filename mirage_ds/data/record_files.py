@@ -62,6 +62,14 @@ def need_lines(path: Path) -> None:
         raise UserError(f"{path}: no such file of records")
 
 
+def read_records(path: Path, answers: bool = True) -> list[Record]:
+    """Read a whole file as `scan` does; its first fault is a UserError."""
+    records, faults = scan(path, answers)
+    if faults:
+        raise UserError(f"{path}: {faults[0]}; `mirage-ds data check {path}` lists all faults")
+    return records
+
+
 def scan(path: Path, answers: bool = True) -> tuple[list[Record], list[Fault]]:
     """Read a whole file; return the records that have the format and the faults of the others.
 

@@ -1,4 +1,4 @@
-"""`mirage-ds card`: the scores of `mirage-ds evaluate` into the model card of the folder whose weights they are of."""
+"""`mirage-ds card`: write the scores of `mirage-ds evaluate` into the model card of the folder that they are of."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mirage_ds.engine.card import FILE, MARK, with_scores
 from mirage_ds.engine.manifest import entry_of
 from mirage_ds.errors import UserError, reason
+from mirage_ds.evaluate.tables import COUNTS, markdown_table, score_table
 from mirage_ds.files import check_output, write_atomically
 from mirage_ds.model.folder import weight_files
 
 TASK_TYPE = "image-text-to-text"
 # Keys of a report.
 NEEDED = {"task", "data", "settings", "hashes", "levels", "all"}
-# Keys of a report's means that are no metric.
-COUNTS = ("count", "low", "high", "runs", "latents")
-Track = Callable[[Sequence[Path]], Iterable[Path]]
 
 
 def read_scores(file: Path) -> dict[str, Any]:
@@ -42,25 +40,17 @@ def read_scores(file: Path) -> dict[str, Any]:
     return found
 
 
-def rows_of(report: dict[str, Any]) -> list[str]:
+def lines_of(report: dict[str, Any]) -> list[str]:
     """Write a report as Markdown: one line of what was measured, and a table with a row a level."""
-    first, *others = [name for name in report["all"] if name not in COUNTS]
     settings = report["settings"]
     drawn = "" if settings["decoding"] == "greedy" else f", seed {settings['seed']}"
-    head = ["level", "rows", first, "95 % interval", *others, "latents an answer"]
-    lines = [
+    return [
         f"**{report['task']}**, {Path(report['data']).name} (SHA-256 `{report['hashes']['data']}`), decoding "
         f"{settings['decoding']}{drawn}, at most {settings['max_new_tokens']} new tokens, {settings['dtype']}",
         "",
-        f"| {' | '.join(head)} |",
-        "|" + "---|" * len(head),
+        markdown_table(*score_table(report, digits=3)),
+        "",
     ]
-    for level, means in [*report["levels"].items(), ("all", report["all"])]:
-        numbers = [f"{means[name]:.3f}" for name in others]
-        interval = f"{means['low']:.3f}–{means['high']:.3f}"
-        cells = [level, str(means["count"]), f"{means[first]:.3f}", interval, *numbers, f"{means['latents']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
 
 
 def results_of(report: dict[str, Any]) -> list[EvalResult]:
@@ -79,7 +69,7 @@ def results_of(report: dict[str, Any]) -> list[EvalResult]:
     ]
 
 
-def add_scores(folder: Path, files: Sequence[Path], track: Track = iter) -> str:
+def add_scores(folder: Path, files: Sequence[Path], track: Callable[[Sequence[Path]], Iterable[Path]] = iter) -> str:
     """Write the scores of these files into the model card of `folder`, in place of those that it has; return a line.
 
     Args:
@@ -90,9 +80,11 @@ def add_scores(folder: Path, files: Sequence[Path], track: Track = iter) -> str:
     """
     place = folder / FILE
     if not place.is_file() or MARK not in place.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"{place}: is no card that mirage_ds wrote; name the folder of a trained or exported model")
+        raise UserError(
+            f"{place}: is no model card that mirage_ds wrote; name the folder of a trained or exported model"
+        )
     # Before the weights are hashed.
-    check_output(place, "the card")
+    check_output(place, "the model card")
     reports = [read_scores(file) for file in files]
     own = {(entry := entry_of(folder, file)).name: entry.sha256 for file in track(weight_files(folder))}
     for file, report in zip(files, reports, strict=True):
@@ -100,7 +92,7 @@ def add_scores(folder: Path, files: Sequence[Path], track: Track = iter) -> str:
             raise UserError(
                 f"{file}: are scores of other weights ({report.get('model')}) than those in {folder}; evaluate these"
             )
-    lines = [row for report in reports for row in rows_of(report)]
+    lines = [line for report in reports for line in lines_of(report)]
     card = ModelCard(with_scores(place.read_text(encoding="utf-8"), lines))
     head = {**card.data.to_dict(), "model_name": folder.resolve().name}
     head.pop("model-index", None)

@@ -21,14 +21,14 @@ MORE_IS_BETTER = {
 
 
 class Answer(NamedTuple):
-    """A decoded answer: its text with the latent runs left out, the length of each run, and the emitted ids."""
+    """A decoded answer: its text without latent blocks, the length of each block, and the emitted ids."""
 
     text: str
     runs: list[int]
     ids: list[int]
 
     def marked(self, encoder: Encoder) -> str:
-        """Return the answer with each latent run written as `[k latents]` where it stands."""
+        """Return the answer with each latent block written as `[k latents]` where it stands."""
         text = str(encoder.tokenizer.decode(self.ids, skip_special_tokens=False))
         for length in self.runs:
             text = text.replace(LATENT_START + LATENT_PAD * length, f"[{length} latents]", 1)
@@ -97,7 +97,7 @@ def summarize(records: Sequence[Record], marked: Sequence[Mapping[str, float]]) 
     """
     groups: dict[str, list[Mapping[str, float]]] = defaultdict(list)
     for record, values in zip(records, marked, strict=True):
-        groups[str(record.extra.get("level", _side(record)))].append(values)
+        groups[level_of(record)].append(values)
     levels = {name: _summary(rows) for name, rows in sorted(groups.items())}
     return {"levels": levels, "all": _summary(marked)}
 
@@ -111,9 +111,10 @@ def score(records: Sequence[Record], answers: Sequence[Answer], task: str) -> di
     return summarize(records, marks(records, answers, task))
 
 
-def _side(record: Record) -> str:
+def level_of(record: Record) -> str:
+    """Return what a record calls its level, else the side of its map, else "?"."""
     board = record.extra.get("map_desc")
-    return str(len(board)) if board and isinstance(board, list) else "?"
+    return str(record.extra.get("level", len(board) if board and isinstance(board, list) else "?"))
 
 
 def _summary(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

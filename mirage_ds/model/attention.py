@@ -57,7 +57,16 @@ def _torch_varlen(
     # Causal, and a window of (−1, 0) says so again; like flash-attn's, the kernel aligns it bottom-right.
     causal, debug = True, False
     return torch.ops.aten._flash_attention_forward(
-        *(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, debug),
+        q,
+        k,
+        v,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        0.0,
+        causal,
+        debug,
         scale=scale,
         window_size_left=-1,
         window_size_right=0,

@@ -8,7 +8,6 @@ neither torch nor transformers.
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.errors import UserError
+from mirage_ds.model.folder import INDEX, stored_tensors, weight_map
 
 # A nested checkpoint's name → the flat one, which this project counts, compares and looks tensors up by.
 _FLAT = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
@@ -30,8 +30,8 @@ class Family:
     """A family of vision-language models in transformers.
 
     Attributes:
-        kind: `model_type` of its config.json; title: for people.
-        module: of transformers.models, with the classes config, whole and tower.
+        kind: `model_type` of its config.json, and its module of transformers.models, which has the classes config,
+            whole and tower; title: for people.
         nested: its published checkpoints name tensors `model.language_model.*` and `model.visual.*`; the older ones
             `model.*` and `visual.*`.
         output_width: key of vision_config that holds the width of a merged feature.
@@ -40,7 +40,6 @@ class Family:
 
     kind: str
     title: str
-    module: str
     config: str
     whole: str
     tower: str
@@ -49,7 +48,7 @@ class Family:
     pixel_mean: float | None = None
 
     def _class(self, where: str, name: str) -> Any:
-        return getattr(importlib.import_module(f"transformers.models.{self.module}.{where}_{self.module}"), name)
+        return getattr(importlib.import_module(f"transformers.models.{self.kind}.{where}_{self.kind}"), name)
 
     def config_class(self) -> Any:
         """Return the configuration's class."""
@@ -92,17 +91,29 @@ class Family:
 
 _KNOWN = (
     Family(
-        *("qwen2_5_vl", "Qwen2.5-VL", "qwen2_5_vl", "Qwen2_5_VLConfig"),
-        *("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VisionTransformerPretrainedModel", False),
+        kind="qwen2_5_vl",
+        title="Qwen2.5-VL",
+        config="Qwen2_5_VLConfig",
+        whole="Qwen2_5_VLForConditionalGeneration",
+        tower="Qwen2_5_VisionTransformerPretrainedModel",
+        nested=False,
     ),
     Family(
-        *("qwen2_vl", "Qwen2-VL", "qwen2_vl", "Qwen2VLConfig"),
-        *("Qwen2VLForConditionalGeneration", "Qwen2VisionTransformerPretrainedModel", False),
+        kind="qwen2_vl",
+        title="Qwen2-VL",
+        config="Qwen2VLConfig",
+        whole="Qwen2VLForConditionalGeneration",
+        tower="Qwen2VisionTransformerPretrainedModel",
+        nested=False,
         output_width="hidden_size",
     ),
     Family(
-        *("qwen3_vl", "Qwen3-VL", "qwen3_vl", "Qwen3VLConfig"),
-        *("Qwen3VLForConditionalGeneration", "Qwen3VLVisionModel", True),
+        kind="qwen3_vl",
+        title="Qwen3-VL",
+        config="Qwen3VLConfig",
+        whole="Qwen3VLForConditionalGeneration",
+        tower="Qwen3VLVisionModel",
+        nested=True,
         pixel_mean=0.5,
     ),
 )
@@ -158,23 +169,12 @@ def has_head(folder: Path) -> bool | None:
 
     What is wrong with them is said by those who open them.
     """
-    index = folder / "model.safetensors.index.json"
     try:
-        if index.is_file():
-            names = {str(name) for name in json.loads(index.read_bytes())["weight_map"]}
-        else:
-            names = {name for file in folder.glob("*.safetensors") for name in _header(file)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        index = folder / INDEX
+        names = set(weight_map(index) if index.is_file() else stored_tensors(folder))
+    except UserError:
         return None
     return any("lm_head" in name for name in names) if any(name.endswith("norm.weight") for name in names) else None
-
-
-def _header(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length > file.stat().st_size:
-            raise ValueError("cut off")
-        return dict(json.loads(opened.read(length)))
 
 
 def check_kind(values: Mapping[str, Any], file: Path) -> Family:

@@ -154,7 +154,8 @@ def header_of(file: Path) -> dict[str, Stored]:
     if not start:
         raise UserError(f"{file}: an empty file; copy it again")
     try:
-        with safe_open(file, "pt") as tensors:
+        # numpy, so that planning commands need no torch; no value is read.
+        with safe_open(file, "np") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  # safe_open is no dict
             return {name: Stored(file, one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
     except SafetensorError as error:

@@ -113,9 +113,10 @@ def _refuse_quantised(folder: Path) -> None:
         values = read_json(folder / name) if (folder / name).is_file() else None
         said = _quantisation(values) if name == "config.json" else values
         if said is not None:
+            method = (said.get("quant_method") if isinstance(said, dict) else None) or shown(said)
             raise UserError(
-                f"{folder}: this checkpoint is quantised ({_method(said)}, says {name}); give the original weights, or "
-                f"delete that from {name} if these are the original ones"
+                f"{folder}: this checkpoint is quantised ({method}, says {name}); give the original weights, or delete "
+                f"that from {name} if these are the original ones"
             )
 
 
@@ -126,17 +127,6 @@ def _quantisation(values: Any) -> Any:
     own = [values[key] for key in QUANTISED_KEYS if values.get(key)]
     inner = (_quantisation(part) for part in values.values())
     return own[0] if own else next((said for said in inner if said is not None), None)
-
-
-def _method(said: Any) -> str:
-    """Name a way of quantising for people."""
-    if not isinstance(said, dict):
-        return shown(said)
-    inner = said.get("quantization")
-    inner = inner if isinstance(inner, dict) else said
-    words = [str(inner[key]) for key in ("quant_method", "quant_algo", "format") if inner.get(key)]
-    bits = [f"{inner['bits']} bits"] if "bits" in inner else []
-    return " ".join(words + bits) or shown(said)
 
 
 def _refuse_adapter(folder: Path) -> None:

@@ -1,9 +1,8 @@
 """MirageModel: Batch in, LossSums out. The only module that the engine sees.
 
-T tokens of the packed batch, N samples, M labelled tokens, k latents a run, F image features, H hidden, V vocabulary.
+T tokens of the packed batch, N samples, M labelled tokens, k latents a block, F image features, H hidden, V vocabulary.
 
-It walks transformers' own decoder layers; weights, names and files stay those of
-its whole models (family.py).
+It walks transformers' own decoder layers; weights, names and files stay those of its whole models (family.py).
 """
 
 from __future__ import annotations
@@ -111,7 +110,12 @@ class MirageModel(nn.Module):
             targets = compress(helpers, batch, embeddings.shape[1]).to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, batch.latents, targets)
         hidden = run_passes(
-            *(self.language_model, embeddings, batch.position_ids, batch.passes, self.attention, self.checkpointing),
+            self.language_model,
+            embeddings,
+            batch.position_ids,
+            batch.passes,
+            self.attention,
+            self.checkpointing,
             detach=self.detach_latents,
             deep=deep,
         )

@@ -1,16 +1,17 @@
 """Decoding: batched, with a cache, and the latent state kept per row.
 
 N rows, P prompt tokens of the packed batch, S keys of the longest row, V vocabulary, H hidden, L layers, Hq query
-heads, Hkv key heads, D head width, k latents of a run.
+heads, Hkv key heads, D head width, k latents of a latent block.
 
 After an emitted `<|latent_start|>` a row's final-norm hidden states are fed back as its next inputs, and it emits
-`<|latent_pad|>`, until it emits `<|latent_end|>` or the longest run is reached and the end is forced. The hidden state
-of the last pad is not fed: the end token's embedding is. Each row enters and leaves its runs by itself, any number of
-times. What is fed at a run's k slots can be replaced (Latents).
+`<|latent_pad|>`, until it emits `<|latent_end|>` or the end is forced. The hidden state of the last pad is not fed:
+the end token's embedding is. Each row enters and leaves its latent blocks by itself, any number of times. What is fed
+at a block's k slots can be replaced (Latents).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -62,16 +63,16 @@ def check_finite(logits: torch.Tensor, rows: Sequence[int] | torch.Tensor) -> No
 
 
 class Latents(Protocol):
-    """Says what is fed at the slots of latent runs, where that is not the rows' own hidden states.
+    """Says what is fed at the slots of latent blocks, where that is not the rows' own hidden states.
 
     Made for one batch: it may remember what it has seen of each row.
     """
 
     def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Return what each row is fed: (N, H); not used for rows outside a run.
+        """Return what each row is fed: (N, H); not used for rows outside a block.
 
         Args:
-            slots: (N,) the slot that each row comes to, counted from 0 in each of its runs; −1 outside a run.
+            slots: (N,) the slot that each row comes to, counted from 0 in each of its blocks; −1 outside.
             own: (N, H) the rows' final-norm hidden states, which are fed otherwise.
         """
 
@@ -101,19 +102,19 @@ class LatentTokens(NamedTuple):
 
 
 def latent_tokens(encoder: Encoder) -> LatentTokens:
-    """Look the ids up in a run's tokenizer."""
+    """Look the ids up in the encoder's tokenizer."""
     pad, start, end = (encoder.id_of(token) for token in LATENT_TOKENS)
     return LatentTokens(pad, start, end, stops=(encoder.id_of("<|im_end|>"), encoder.id_of("<|endoftext|>")))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long rows and runs may become.
+    """How long rows and latent blocks may become.
 
     Attributes:
         new_tokens: tokens a row may emit.
-        longest_run: latents after which the end of a run is forced; the public code has 8.
-        fixed_run: latents of every run whatever the model emits, or None to let it decide.
+        longest_run: latents after which the end of a block is forced; the public code has 8.
+        fixed_run: latents of every block whatever the model emits, or None to let it decide.
         prefill_tokens: prompts of a batch run together up to so many tokens; a longer one runs alone.
     """
 
@@ -139,6 +140,10 @@ class Generated:
     fed: str = ""
     inputs: list[torch.Tensor] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """List the latent blocks whose states were fed, as (place of the first latent among `ids`, latents)."""
+        return [(found.start(), len(found[0])) for found in re.finditer("H+", self.fed)]
 
 
 def greedy(logits: torch.Tensor, step: int) -> torch.Tensor:
@@ -280,7 +285,7 @@ def generate(
         batch: prompts with image features attached (FrozenTower.attach), one pass.
         choose: how a token follows from logits.
         trace: keep each step's inputs and hidden states.
-        latents: what is fed at the slots of latent runs; the rows' own hidden states if None.
+        latents: what is fed at the slots of latent blocks; the rows' own hidden states if None.
 
     Returns:
         One Generated a row, in the order of the batch.
@@ -295,7 +300,8 @@ def generate(
     device = hidden.device
     alive = torch.ones(len(rows), dtype=torch.bool, device=device)
     broken = torch.zeros_like(alive)
-    run = torch.full((len(rows),), -1, device=device)  # latents of the open run, −1 outside
+    # Latents of the open block, −1 outside.
+    block = torch.full((len(rows),), -1, device=device)
     longest = limits.fixed_run if limits.fixed_run is not None else limits.longest_run
     if trace:
         last = batch.input_ids[batch.cu_seqlens[1:].long() - 1]
@@ -306,14 +312,14 @@ def generate(
         unusable = ~finite(logits)
         broken |= alive & unusable
         chosen = choose(logits.masked_fill_(unusable[:, None], 0), step)
-        inside = run >= 0
-        full = run >= longest
+        inside = block >= 0
+        full = block >= longest
         leaves = inside & (full | ((chosen == tokens.end) & (limits.fixed_run is None)))
         stays = inside & ~leaves
         chosen = torch.where(leaves, tokens.end, torch.where(stays, tokens.pad, chosen))
-        fed = hidden if latents is None else latents(torch.where(stays, run, -1), hidden)
-        run = torch.where(stays, run + 1, torch.where(inside, -1, run))
-        run = torch.where(~inside & (chosen == tokens.start), 0, run)
+        fed = hidden if latents is None else latents(torch.where(stays, block, -1), hidden)
+        block = torch.where(stays, block + 1, torch.where(inside, -1, block))
+        block = torch.where(~inside & (chosen == tokens.start), 0, block)
         x = torch.where(stays[:, None], fed, text.embed_tokens(chosen))
         for row, token, lives in zip(rows, chosen.tolist(), alive.tolist(), strict=True):
             if lives:

@@ -6,18 +6,18 @@ V vocabulary rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS
 from mirage_ds.data.load import load_tokenizer
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK
-from mirage_ds.data.record_files import scan
+from mirage_ds.data.record_files import read_records
 from mirage_ds.errors import UserError
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.family import FAMILIES, Family
-from mirage_ds.model.presets import PRESETS, WITH_WEIGHTS, preset
+from mirage_ds.model.presets import WITH_WEIGHTS, preset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,21 +34,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 # The template's output is Qwen2.5-VL's: default system prompt, one turn a message, an image slot per image item.
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{%- if loop.first and message.role != 'system' %}"
-    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
-    "{%- endif %}"
-    "{{- '<|im_start|>' + message.role + '\\n' }}"
-    "{%- if message.content is string %}{{- message.content }}{%- else %}"
-    "{%- for item in message.content %}"
-    "{%- if item.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{%- else %}{{- item.text }}{%- endif %}"
-    "{%- endfor %}{%- endif %}"
-    "{{- '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 # GPT-2's split with single digits: words, numbers and punctuation never merge across each other.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 # What the chat template adds to every row.
@@ -84,13 +70,10 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
     return fast
 
 
-def _texts(files: list[Path]) -> list[str]:
+def _texts(files: Sequence[Path]) -> list[str]:
     texts = [TEMPLATE_TEXT]
     for file in files:
-        records, faults = scan(file)
-        if faults:
-            raise UserError(f"{file}: {faults[0]}; `mirage-ds data check {file}` lists all faults")
-        for record in records:
+        for record in read_records(file):
             texts += [
                 TEMPLATE_TEXT,
                 record.text_input.replace(IMAGE_MARK, ""),
@@ -116,7 +99,7 @@ def init_model(
     name: str,
     out: Path,
     *,
-    texts: list[Path],
+    texts: Sequence[Path],
     tokenizer_from: Path | None = None,
     tokenizer_size: int = 512,
     seed: int = 42,
@@ -186,8 +169,3 @@ def init_model(
         write_atomically(folder / "generation_config.json", json.dumps({"eos_token_id": ids["<|im_end|>"]}) + "\n")
         write_atomically(folder / "config.json", config.to_json_string())
     return count
-
-
-def preset_names() -> list[str]:
-    """Return the names that `init` and the planning commands take."""
-    return list(PRESETS)

@@ -1,7 +1,7 @@
 """The latents: stage 1's targets, and the passes that feed hidden states back in stage 2.
 
-T tokens of the packed batch, Tq tokens of one pass, N samples, k latents a run, F helper features, H hidden, L layers,
-D head width.
+T tokens of the packed batch, Tq tokens of one pass, N samples, k latents a block, F helper features, H hidden, L
+layers, D head width.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mirage_ds.config.run import LatentLoss, Stage
-from mirage_ds.errors import UserError, reason, strict_json
+from mirage_ds.errors import UserError, reason
 from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, head_width_of, register
 from mirage_ds.model.family import FAMILIES, check_kind, flat_name
+from mirage_ds.model.folder import read_json
 from mirage_ds.model.folder_check import check_processor, check_stored
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.lora import Lora, TokenRows, add_adapters
@@ -60,12 +61,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     """Read a folder's configuration; UserError when it is of no known family."""
     from transformers import AutoConfig
 
-    try:
-        values = strict_json((folder / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder}/config.json: not valid JSON ({reason(error)}); copy the model's own") from None
-    except OSError as error:
-        raise UserError(f"{folder}/config.json: cannot be read ({error.strerror}); copy the model's own") from None
+    values = read_json(folder / "config.json")
     if not isinstance(values, dict):
         raise UserError(f"{folder}/config.json: expected an object, found {type(values).__name__}")
     family = check_kind(values, folder / "config.json")

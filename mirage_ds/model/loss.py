@@ -1,6 +1,6 @@
 """The loss: sums over the rows of a micro-batch, from labelled positions only.
 
-N samples, M labelled positions, C of a chunk, V vocabulary, H hidden, k latents a run, B rows of the optimizer step.
+N samples, M labelled positions, C of a chunk, V vocabulary, H hidden, k latents a block, B rows of the optimizer step.
 
 No tensor of size T × V is ever made: the head runs on the M labelled positions in chunks whose logits fit a budget.
 """
@@ -93,7 +93,13 @@ class LossHead(nn.Module):
             Σ scales · losses, a float32 scalar, and the (M,) float32 losses, which carry no gradient.
         """
         total, losses = _WeightedCrossEntropy.apply(
-            *(hidden.to(self.weight.dtype), self.weight, self.rows, self.row_ids, targets, scales, self.chunk),
+            hidden.to(self.weight.dtype),
+            self.weight,
+            self.rows,
+            self.row_ids,
+            targets,
+            scales,
+            self.chunk,
             torch.is_grad_enabled(),
         )
         return total, losses

@@ -59,32 +59,40 @@ def _small_start(preset: dict[str, Any]) -> dict[str, Any]:
     return preset
 
 
-def _public_vision(intermediate: int, output: int) -> dict[str, Any]:
-    return _vision(32, 1280, 16, intermediate, [7, 15, 23, 31], output)
+def _nano(tied: bool) -> dict[str, Any]:
+    return _small_start(
+        {"text_config": _text(128, 4, 4, 2, 384, 0, tied), "vision_config": _vision(2, 96, 3, 192, [1], 128)}
+    )
+
+
+def _public(
+    hidden: int, layers: int, heads: int, kv: int, intermediate: int, rows: int, tied: bool, inside: int
+) -> dict[str, Any]:
+    """Describe a public Qwen2.5-VL; `inside` is the intermediate size of its tower."""
+    return {
+        "text_config": _text(hidden, layers, heads, kv, intermediate, rows, tied),
+        "vision_config": _vision(32, 1280, 16, inside, [7, 15, 23, 31], hidden),
+    }
 
 
 # 3B and 7B as their stored configurations say; 32B and 72B from the published model cards.
 PRESETS: dict[str, dict[str, Any]] = {
-    "nano": _small_start(
-        {
-            "text_config": _text(128, 4, 4, 2, 384, 0, tied=True),
-            "vision_config": _vision(2, 96, 3, 192, [1], 128),
-        }
-    ),
+    "nano": _nano(tied=True),
     # An output matrix of its own, as the 7B has: what is fed back need not lie among the words' embeddings.
-    "nano-untied": _small_start(
-        {
-            "text_config": _text(128, 4, 4, 2, 384, 0, tied=False),
-            "vision_config": _vision(2, 96, 3, 192, [1], 128),
-        }
-    ),
+    "nano-untied": _nano(tied=False),
     # The other families, as small: for tests, and for trying a run on.
     "nano-qwen2-vl": _small_start(
         {
             "text_config": _text(128, 4, 4, 2, 384, 0, tied=True),
             "vision_config": {
-                **{"depth": 2, "embed_dim": 96, "num_heads": 3, "mlp_ratio": 2, "hidden_size": 128},
-                **{"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2},
+                "depth": 2,
+                "embed_dim": 96,
+                "num_heads": 3,
+                "mlp_ratio": 2,
+                "hidden_size": 128,
+                "patch_size": 14,
+                "temporal_patch_size": 2,
+                "spatial_merge_size": 2,
             },
         }
     ),
@@ -94,10 +102,17 @@ PRESETS: dict[str, dict[str, Any]] = {
             "text_config": {**_text(128, 4, 4, 2, 384, 0, tied=True), "head_dim": 48, "attention_bias": False}
             | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 8, 8]}},
             "vision_config": {
-                **{"depth": 3, "hidden_size": 96, "num_heads": 3, "intermediate_size": 192, "out_hidden_size": 128},
-                **{"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2},
+                "depth": 3,
+                "hidden_size": 96,
+                "num_heads": 3,
+                "intermediate_size": 192,
+                "out_hidden_size": 128,
+                "patch_size": 16,
+                "temporal_patch_size": 2,
+                "spatial_merge_size": 2,
                 # A grid of 12 × 12 places, and features for the first two decoder layers.
-                **{"num_position_embeddings": 144, "deepstack_visual_indexes": [0, 1]},
+                "num_position_embeddings": 144,
+                "deepstack_visual_indexes": [0, 1],
             },
         }
     ),
@@ -110,35 +125,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_config": _text(256, 8, 4, 2, 768, 151_668, tied=False),
         "vision_config": _vision(8, 160, 5, 320, [3, 7], 256),
     },
-    "qwen2.5-vl-3b": {
-        "text_config": _text(2048, 36, 16, 2, 11_008, 151_936, tied=True),
-        "vision_config": _public_vision(3420, 2048),
-    },
-    "qwen2.5-vl-7b": {
-        "text_config": _text(3584, 28, 28, 4, 18_944, PUBLIC_ROWS, tied=False),
-        "vision_config": _public_vision(3420, 3584),
-    },
-    "qwen2.5-vl-32b": {
-        "text_config": _text(5120, 64, 40, 8, 27_648, PUBLIC_ROWS, tied=False),
-        "vision_config": _public_vision(3456, 5120),
-    },
-    "qwen2.5-vl-72b": {
-        "text_config": _text(8192, 80, 64, 8, 29_568, PUBLIC_ROWS, tied=False),
-        "vision_config": _public_vision(3456, 8192),
-    },
+    "qwen2.5-vl-3b": _public(2048, 36, 16, 2, 11_008, 151_936, True, 3420),
+    "qwen2.5-vl-7b": _public(3584, 28, 28, 4, 18_944, PUBLIC_ROWS, False, 3420),
+    "qwen2.5-vl-32b": _public(5120, 64, 40, 8, 27_648, PUBLIC_ROWS, False, 3456),
+    "qwen2.5-vl-72b": _public(8192, 80, 64, 8, 29_568, PUBLIC_ROWS, False, 3456),
 }
 # Those small enough that `mirage-ds init` writes random weights for them.
 WITH_WEIGHTS = ("nano", "nano-untied", "nano-qwen2-vl", "nano-qwen3-vl", "bench-40m", "bench-87m")
 _OTHER_FAMILIES = {"nano-qwen2-vl": "qwen2_vl", "nano-qwen3-vl": "qwen3_vl"}
-
-
-def _known(name: str) -> str:
-    """Return a preset's name as PRESETS has it; UserError where there is none."""
-    known = {key.replace("_", "-"): key for key in PRESETS}
-    wanted = name.lower().replace("_", "-")
-    if wanted not in known:
-        raise UserError(f"no preset '{name}'{closest(wanted, known)}; there are {', '.join(known)}")
-    return known[wanted]
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -147,7 +141,9 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         UserError: no such preset.
     """
-    known = _known(name)
+    known = name.lower().replace("_", "-")
+    if known not in PRESETS:
+        raise UserError(f"no preset '{name}'{closest(known, PRESETS)}; there are {', '.join(PRESETS)}")
     found = copy.deepcopy(PRESETS[known])
     found["model_type"] = _OTHER_FAMILIES.get(known, "qwen2_5_vl")
     found["tie_word_embeddings"] = found["text_config"]["tie_word_embeddings"]

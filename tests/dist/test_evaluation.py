@@ -31,7 +31,8 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.engine import whole
 from mirage_ds.engine.private import shard_of
 from mirage_ds.errors import Stopped, UserError
-from mirage_ds.evaluate.decoder import Sampling, answer_records, evaluate_file, load_decoder
+from mirage_ds.evaluate.decoder import Sampling, answer_records, load_decoder
+from mirage_ds.evaluate.report import evaluate_file
 from mirage_ds.evaluate.scoring import spread
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.run import decoding

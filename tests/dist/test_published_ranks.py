@@ -31,7 +31,8 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.engine.export import export_folder
 from mirage_ds.engine.universal import convert
-from mirage_ds.evaluate.decoder import evaluate_file, load_decoder, run_limits
+from mirage_ds.evaluate.decoder import load_decoder, run_limits
+from mirage_ds.evaluate.report import evaluate_file
 from mirage_ds.run.settings import Run
 from mirage_ds.study.collect import _sizes
 

@@ -18,7 +18,8 @@ from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import evaluate_file, load_decoder
+from mirage_ds.evaluate.decoder import load_decoder
+from mirage_ds.evaluate.report import evaluate_file
 from mirage_ds.model.generate import Limits
 from mirage_ds.run.settings import Run
 from mirage_ds.tasks import TASKS, get_task

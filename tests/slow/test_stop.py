@@ -159,7 +159,7 @@ def run_command(*words: object, code: str = "") -> subprocess.Popen[str]:
 # The process that works asks itself: at a moment that no test could hit from outside.
 AFTER_A_BATCH = """
 import os, signal
-from mirage_ds.evaluate import decoder as evaluate
+from mirage_ds.evaluate import report as evaluate
 whole = evaluate.answer_records
 def one(*words, **more):
     found = whole(*words, **more)

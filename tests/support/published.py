@@ -34,7 +34,7 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Qwen3-VL's writes no system turn of its own.
-TEMPLATE_3 = re.sub(r"\{%- if loop\.first.*?endif %\}", "", CHAT_TEMPLATE, count=1)
+TEMPLATE_3 = re.sub(r"\{%- if loop\.first.*?endif %\}", "", CHAT_TEMPLATE, count=1, flags=re.DOTALL)
 REAL = Path(__file__).parents[3] / "shared/published"
 
 

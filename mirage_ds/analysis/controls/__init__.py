@@ -3,6 +3,7 @@
     statistics   paired differences: bootstrap, exact McNemar, Holm
     gaussian     a normal distribution estimated from few vectors
     names        the conditions by name
+    spec         the flags of `mirage-ds controls`
     conditions   what is fed at the slots, condition by condition
     bench        a model with its encoder: rows, prompts, decoding
     teach        the likelihood of a given answer behind given latents

@@ -1,7 +1,7 @@
 """A model with its encoder, ready to be given rows, prompts and latents.
 
-T tokens of the packed rows, N rows, R runs of a row, k latents a run, F image features, H hidden, A scored tokens of a
-row.
+T tokens of the packed rows, N rows, R latent blocks of a row, k latents a block, F image features, H hidden, A
+scored tokens of a row.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from mirage_ds.data.batch import Batch, collate, to_device
+from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.record import Record
 from mirage_ds.data.sample import IGNORE, Sample
+from mirage_ds.evaluate.decoder import pack, prompt_of
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Chooser, Generated, Latents, LatentTokens, Limits, generate, greedy
 from mirage_ds.model.latents import compress
@@ -23,11 +24,11 @@ from mirage_ds.model.vision import FrozenTower
 
 
 class Row(NamedTuple):
-    """A record with its answer and its latent runs.
+    """A record with its answer and its latent blocks.
 
     Attributes:
         sample: the encoded row; its images are features already.
-        scored: (A,) places of the answer's text behind the first run: what the likelihood is of.
+        scored: (A,) places of the answer's text behind the first latent block: the likelihood is of these.
         targets: (R, k, H) the helpers' compressed features, where the encoder is stage1's.
     """
 
@@ -37,7 +38,7 @@ class Row(NamedTuple):
 
 
 def scored_places(sample: Sample, tokens: LatentTokens) -> torch.Tensor:
-    """Places of the text that stands behind the first run, up to the token that ends the answer; no latent tokens."""
+    """Places of the text behind the first latent block, up to the token that ends the answer; no latent tokens."""
     ids, (start, k) = sample.input_ids, sample.runs[0]
     places = torch.arange(len(ids))
     last = places[torch.isin(ids, torch.tensor(tokens.stops))].max()
@@ -45,22 +46,11 @@ def scored_places(sample: Sample, tokens: LatentTokens) -> torch.Tensor:
     return places[(places >= start + k) & (places <= last) & ~latent & (sample.labels != IGNORE)]
 
 
-def prompt_of(sample: Sample) -> Sample:
-    """Cut a row before its first label: the question alone, as Encoder.encode_prompt makes it."""
-    end = int((sample.labels != IGNORE).int().argmax())
-    return sample._replace(
-        input_ids=sample.input_ids[:end],
-        labels=sample.labels[:end],
-        position_ids=sample.position_ids[:, :end],
-        runs=(),
-    )
-
-
-def without_runs(row: Row, tokens: LatentTokens) -> Row:
-    """Leave a row's runs out, start and end tokens too; what follows moves up, positions with it."""
+def without_blocks(row: Row, tokens: LatentTokens) -> Row:
+    """Leave a row's latent blocks out, start and end tokens too; what follows moves up, positions with it."""
     sample = row.sample
     latent = torch.isin(sample.input_ids, torch.tensor([tokens.pad, tokens.start, tokens.end]))
-    # Runs stand in the answer, where all is text: one place a token on all three axes.
+    # Blocks stand in the answer, where all is text: one place a token on all three axes.
     before = latent.cumsum(0)
     shorter = sample._replace(
         input_ids=sample.input_ids[~latent],
@@ -78,7 +68,8 @@ class Bench:
     Attributes:
         model: plain, not sharded, evaluating.
         tower: its frozen tower.
-        encoder: of stage1 where the helpers' targets are wanted, else of stage2; its latent_size is the slots of a run.
+        encoder: of stage1 where the helpers' targets are wanted, else of stage2; its latent_size is the slots of
+            a block.
         tokens: ids of the latent tokens.
         limits: with a fixed_run of latent_size.
     """
@@ -96,8 +87,7 @@ class Bench:
 
     def batch(self, samples: Sequence[Sample], passes: int = 1) -> Batch:
         """Pack rows, with the features of their images."""
-        packed = collate(samples, passes, self.encoder.dummy(0))
-        return self.tower.attach(to_device(packed, self.device))
+        return pack(self.model, self.tower, self.encoder, samples, passes)
 
     @torch.no_grad()
     def rows(self, records: Sequence[Record], places: Sequence[int]) -> list[Row]:
@@ -117,15 +107,15 @@ class Bench:
         targets: list[torch.Tensor | None] = [None] * len(samples)
         if self.encoder.stage == "stage1":
             width = self.model.head.weight.shape[1]
-            runs = compress(batch.helper_features, batch, width).cpu().unflatten(0, (-1, self.encoder.latent_size))
-            targets = list(runs.split([len(sample.runs) for sample in samples]))
+            blocks = compress(batch.helper_features, batch, width).cpu().unflatten(0, (-1, self.encoder.latent_size))
+            targets = list(blocks.split([len(sample.runs) for sample in samples]))
         return [
             Row(_seen(sample, own), scored_places(sample, self.tokens), target)
             for sample, own, target in zip(samples, features, targets, strict=True)
         ]
 
     def decode(self, rows: Sequence[Row], latents: Latents | None = None, choose: Chooser = greedy) -> list[Generated]:
-        """Answer the rows' questions, with the runs' slots fed by `latents`."""
+        """Answer the rows' questions, with the slots fed by `latents`."""
         batch = self.batch([prompt_of(row.sample) for row in rows])
         return generate(self.model, batch, self.tokens, self.limits, choose, latents=latents)
 

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.analysis.controls.report import apart, markdown_table, measured, p_values
+from mirage_ds.analysis.controls.report import apart, measured, p_values
 from mirage_ds.analysis.controls.statistics import average, differences
 from mirage_ds.errors import UserError, closest, strict_json
+from mirage_ds.evaluate.tables import markdown_table, print_table
 
 HEAD = ["file", "score", "− first", "p", "p (Holm)"]
 
@@ -119,12 +120,7 @@ def compare(files: Sequence[Path], metric: str | None, seed: int) -> dict[str, A
 def comparison_rows(report: dict[str, Any]) -> list[list[str]]:
     """Write a comparison as rows of text, one cell for each entry of HEAD."""
     return [
-        [
-            file,
-            measured(one),
-            apart(one["difference"]),
-            *p_values(one["difference"]),
-        ]
+        [file, measured(one), apart(one["difference"]), *p_values(one["difference"])]
         for file, one in report["files"].items()
     ]
 
@@ -135,13 +131,7 @@ def _title(report: dict[str, Any]) -> str:
 
 def print_comparison(report: dict[str, Any]) -> None:
     """Print a comparison as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*HEAD, title=_title(report))
-    for cells in comparison_rows(report):
-        table.add_row(*cells)
-    Console().print(table)
+    print_table(HEAD, comparison_rows(report), _title(report))
 
 
 def comparison_markdown(report: dict[str, Any]) -> str:

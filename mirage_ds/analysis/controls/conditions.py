@@ -1,10 +1,10 @@
-"""What is fed at the slots of latent runs, condition by condition.
+"""What is fed at the slots of latent blocks, condition by condition.
 
-N rows of a batch, R runs of a row, k latents a run, H hidden.
+N rows of a batch, R latent blocks of a row, k latents a block, H hidden.
 
 `own`, `first` and `off` follow from the model as it runs; the others feed vectors that are known beforehand, made here
 from the own latents of all records. Those are the states that the model feeds back when it is given the record's text
-up to each run (teach.own), so every record has them, whatever it answers.
+up to each block (teach.own), so every record has them, whatever it answers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from mirage_ds.analysis.controls.gaussian import LEAST, Gaussian
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
+from mirage_ds.evaluate.scoring import level_of
 from mirage_ds.model.generate import Chooser, LatentTokens
 
 
@@ -66,29 +67,23 @@ def random(material: Material) -> list[torch.Tensor]:
 def matched(material: Material) -> list[torch.Tensor]:
     """Normal vectors with the mean and the covariance that own latents have at the same slot.
 
-    Each slot has a distribution of its own, estimated over all runs of all records.
+    Each slot has a distribution of its own, estimated over all blocks of all records.
 
     Raises:
-        UserError: too few runs.
+        UserError: too few blocks.
     """
-    runs = torch.cat(material.own)
-    if len(runs) < LEAST:
+    blocks = torch.cat(material.own)
+    if len(blocks) < LEAST:
         raise UserError(
-            f"--latents matched: {len(runs)} latent run(s) give no covariance, {LEAST} are the least; give more "
-            "records, or leave matched out"
+            f"--latents matched: {len(blocks)} latent block(s) give no covariance, at least {LEAST} are needed; give "
+            "more records, or leave matched out"
         )
-    slots = [Gaussian.of(runs[:, slot]) for slot in range(runs.shape[1])]
+    slots = [Gaussian.of(blocks[:, slot]) for slot in range(blocks.shape[1])]
     found = []
     for place, own in enumerate(material.own):
         generator = material.generator(1, place)
         found.append(torch.stack([slot.draw(len(own), generator) for slot in slots], dim=1).to(own.dtype))
     return found
-
-
-def level_of(record: Record) -> str:
-    """Return what a record calls its level, else the side of its map, else "?"."""
-    board = record.extra.get("map_desc")
-    return str(record.extra.get("level", len(board) if isinstance(board, list) else "?"))
 
 
 def choose_partners(records: Sequence[Record], seed: int) -> list[int]:
@@ -114,12 +109,12 @@ def choose_partners(records: Sequence[Record], seed: int) -> list[int]:
 
 
 def swap(material: Material) -> list[torch.Tensor]:
-    """Another record's own latents, of the same level; all its runs, since the answer may have more than the record."""
+    """Another record's own latents, of the same level; all blocks, since the answer may have more than the record."""
     assert material.partners is not None
     found = []
     for own, other in zip(material.own, material.partners, strict=True):
         given = material.own[other]
-        # Its last run again, where the other record has fewer.
+        # Its last block again, where the other record has fewer.
         found.append(given[torch.arange(max(len(own), len(given))).clamp(max=len(given) - 1)])
     return found
 
@@ -145,7 +140,7 @@ KNOWN: dict[str, Callable[[Material], list[torch.Tensor]]] = {
 
 
 class Given:
-    """Feeds known vectors, run by run; a run beyond the last known one gets that one's again.
+    """Feeds known vectors, block by block; a block beyond the last known one gets that one's again.
 
     Args:
         vectors: (R, k, H) of each row of the batch.
@@ -155,19 +150,19 @@ class Given:
         most = max(len(one) for one in vectors)
         # (N, most, k, H)
         self.vectors = torch.stack([one[torch.arange(most).clamp(max=len(one) - 1)] for one in vectors])
-        self.run = torch.full((len(vectors),), -1)
+        self.block = torch.full((len(vectors),), -1)
 
     def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """See generate.Latents."""
         at = slots.cpu()
-        self.run += at == 0
+        self.block += at == 0
         rows = torch.arange(len(at))
-        fed = self.vectors[rows, self.run.clamp(0, self.vectors.shape[1] - 1), at.clamp(min=0)]
+        fed = self.vectors[rows, self.block.clamp(0, self.vectors.shape[1] - 1), at.clamp(min=0)]
         return fed.to(own.device, own.dtype)
 
 
 class First:
-    """Feeds the state of a run's first slot at all of its slots."""
+    """Feeds the state of a latent block's first slot at all of its slots."""
 
     def __init__(self) -> None:
         self.first: torch.Tensor | None = None

@@ -1,6 +1,6 @@
 """One input, the latents of one path or of another: which of them does the answer follow?
 
-R runs of a row, k latents a run, H hidden.
+R latent blocks of a row, k latents a block, H hidden.
 
 For maps with several shortest paths. A is the record's own path, B another shortest one, drawn by seed. The question
 and its picture stay; the slots are fed the compressed features of a helper image with A in red, or with B. Both are
@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 from mirage_ds.analysis.controls.bench import Bench
 from mirage_ds.analysis.controls.conditions import Given
-from mirage_ds.analysis.controls.run import Track, batches_fit, check
+from mirage_ds.analysis.controls.run import check
 from mirage_ds.analysis.controls.statistics import bootstrap
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import answer_of
+from mirage_ds.evaluate.decoder import Track, answer_of, batches, batches_fit
 from mirage_ds.evaluate.scoring import Answer, wilson
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.maps import Board, count_shortest_paths, follow, parse_board, shortest_path
@@ -44,7 +44,7 @@ class Fork(NamedTuple):
 def fork_of(record: Record, seed: int) -> Fork | None:
     """Choose the other path; None where the map has no other, or the record's own is no shortest path.
 
-    Also None without an input image, which gives the scale, and with several runs, since one picture shows one path.
+    Also None without an input image, which gives the scale, and with several latent blocks: one picture shows one path.
 
     Raises:
         UserError: the record's map is no board.
@@ -89,7 +89,7 @@ def run_paths(
 
     Returns:
         {"left_out", "opened", "answers"} and what `summary` returns; `opened` counts the answers, two a record, that
-        have a run.
+        have a latent block.
 
     Raises:
         UserError: another task than spatial planning, no record with an alternative, or no renderer.
@@ -110,31 +110,28 @@ def run_paths(
             raise UserError(f"record on {error}") from None
         twins = [twin for pair in pairs for twin in pair]
         answers: dict[int, Answer] = {}
-        order = check(twins, bench)
-        for part in track([order[at : at + batch_size] for at in range(0, len(order), batch_size)]):
+        for part in track(batches(check(twins, bench), batch_size)):
             with batches_fit(batch_size):
                 rows = bench.rows([twins[i] for i in part], part)
                 decoded = bench.decode(rows, Given([row.targets for row in rows if row.targets is not None]))
             answers |= {i: answer_of(one, bench.encoder) for i, one in zip(part, decoded, strict=True)}
-    follows = [
-        {name: verdict(answers[2 * i + at].text, fork.paths[at], fork.paths[1 - at]) for at, name in enumerate("AB")}
-        for i, fork in enumerate(forks)
-    ]
-    found = [
-        {
-            "line": fork.record.line,
-            "A": list(fork.paths[0]),
-            "B": list(fork.paths[1]),
-            "texts": {name: answers[2 * i + at].text for at, name in enumerate("AB")},
-            "runs": {name: answers[2 * i + at].runs for at, name in enumerate("AB")},
-            "follows": follows[i],
-        }
-        for i, fork in enumerate(forks)
-    ]
+    found: list[dict[str, Any]] = []
+    for i, fork in enumerate(forks):
+        (a, b), (by_a, by_b) = fork.paths, (answers[2 * i], answers[2 * i + 1])
+        found.append(
+            {
+                "line": fork.record.line,
+                "A": list(a),
+                "B": list(b),
+                "texts": {"A": by_a.text, "B": by_b.text},
+                "runs": {"A": by_a.runs, "B": by_b.runs},
+                "follows": {"A": verdict(by_a.text, a, b), "B": verdict(by_b.text, b, a)},
+            }
+        )
     return {
         "left_out": len(records) - len(forks),
         "opened": sum(bool(answer.runs) for answer in answers.values()),
-        **summary(follows, seed),
+        **summary([one["follows"] for one in found], seed),
         "answers": found,
     }
 
@@ -153,12 +150,11 @@ def summary(follows: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
     count = len(follows)
     shares: dict[str, Any] = {}
     for name in "AB":
-        counts = {kind: sum(one[name] == kind for one in follows) for kind in VERDICTS}
-        bounds = {kind: wilson(met, count) for kind, met in counts.items()}
-        shares[name] = {
-            kind: {"count": met, "share": met / count, "low": bounds[kind][0], "high": bounds[kind][1]}
-            for kind, met in counts.items()
-        }
+        shares[name] = {}
+        for kind in VERDICTS:
+            met = sum(one[name] == kind for one in follows)
+            low, high = wilson(met, count)
+            shares[name][kind] = {"count": met, "share": met / count, "low": low, "high": high}
     worth = {"injected": 0.5, "other": -0.5, "neither": 0.0}
     apart = [worth[one["A"]] + worth[one["B"]] for one in follows]
     low, high = bootstrap(apart, seed)

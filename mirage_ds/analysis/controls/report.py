@@ -8,14 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.run import Outcome
 from mirage_ds.analysis.controls.statistics import average, differences
 from mirage_ds.data.record import Record
 from mirage_ds.evaluate.scoring import marks
+from mirage_ds.evaluate.tables import Cells, markdown_table, print_table
 from mirage_ds.files import write_atomically
 
-Cells = list[str]
 SCORE_HEAD = ["latents", "score", "− own", "p", "p (Holm)"]
 LIKELIHOOD_HEAD = ["latents", "slots", "log p", "− own"]
 PATH_HEAD = ["latents of", "records", *VERDICTS]
@@ -41,9 +43,8 @@ def summarize(records: Sequence[Record], outcomes: Mapping[str, Sequence[Outcome
     others = [name for name in outcomes if name != "own"]
     by_score = differences({name: scores[name] for name in others}, scores["own"], seed)
     by_log = differences({name: logs[name] for name in others}, logs["own"], seed)
-    conditions = {}
-    for name, found in marked.items():
-        conditions[name] = {
+    conditions = {
+        name: {
             "metrics": {key: sum(float(one[key]) for one in found) / len(found) for key in found[0]},
             "opened": sum(one["runs"] > 0 for one in found),
             "score": {"metric": metric, **asdict(average(scores[name], seed))},
@@ -51,19 +52,15 @@ def summarize(records: Sequence[Record], outcomes: Mapping[str, Sequence[Outcome
             "score_difference": asdict(by_score[name]) if name in by_score else None,
             "log_likelihood_difference": asdict(by_log[name]) if name in by_log else None,
         }
+        for name, found in marked.items()
+    }
+
+    def written(name: str, i: int) -> dict[str, Any]:
+        answer, value = outcomes[name][i]
+        return {"text": answer.text, "runs": answer.runs, "metrics": marked[name][i], "log_likelihood": value}
+
     answers = [
-        {
-            "line": record.line,
-            "conditions": {
-                name: {
-                    "text": outcomes[name][i].answer.text,
-                    "runs": outcomes[name][i].answer.runs,
-                    "metrics": marked[name][i],
-                    "log_likelihood": outcomes[name][i].log_likelihood,
-                }
-                for name in outcomes
-            },
-        }
+        {"line": record.line, "conditions": {name: written(name, i) for name in outcomes}}
         for i, record in enumerate(records)
     ]
     return conditions, answers
@@ -117,17 +114,17 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     if "conditions" in report:
         own, count = report["conditions"]["own"], len(report["answers"])
         said.append(
-            f"{count} records, scored by {own['score']['metric']}. In {own['opened']} the model opened a latent run, "
+            f"{count} records, scored by {own['score']['metric']}. In {own['opened']} the model opened a latent block, "
             "and only there can a replacement change the answer. slots: slots of an answer. log p: mean "
-            "log-probability of the given answer's tokens behind the run. In brackets: 95 % intervals."
+            "log-probability of the given answer's tokens behind the block. In brackets: 95 % intervals."
         )
     if "path" in report:
         path = report["path"]
         said.append(
             "Latents of path A (the record's own) or B (another shortest one): the answer is the path whose latents "
             f"were fed more often than the other path by {measured(path, 'difference', '+')}. In {path['opened']} of "
-            f"{2 * path['records']} answers the model opened a run. {path['left_out']} records without an alternative "
-            "are left out."
+            f"{2 * path['records']} answers the model opened a latent block. {path['left_out']} records without an "
+            "alternative are left out."
         )
     return said
 
@@ -144,22 +141,10 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[Cells, list[Cells]]]:
 
 def print_tables(report: Mapping[str, Any]) -> None:
     """Print tables and notes."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
     for head, rows in _tables(report):
-        table = Table(*head, title=f"{report['task']}, {report['model']}")
-        for cells in rows:
-            table.add_row(*cells)
-        console.print(table)
+        print_table(head, rows, f"{report['task']}, {report['model']}")
     for note in notes(report):
-        console.print(note, highlight=False)
-
-
-def markdown_table(head: Cells, rows: Sequence[Cells]) -> str:
-    """Write a table in Markdown."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+        Console().print(note, highlight=False)
 
 
 def markdown(report: Mapping[str, Any]) -> str:

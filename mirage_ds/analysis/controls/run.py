@@ -1,6 +1,6 @@
 """Every record under every condition.
 
-N rows of a batch, R runs of a row, k latents a run, H hidden.
+N rows of a batch, R latent blocks of a row, k latents a block, H hidden.
 
 Two rounds over the records. The first decodes them as usual and keeps the own latents of all; from these the vectors
 of the other conditions are made, which the second round feeds.
@@ -8,9 +8,8 @@ of the other conditions are made, which the second round feeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -18,13 +17,14 @@ from mirage_ds.analysis.controls import teach
 from mirage_ds.analysis.controls.bench import Bench, Row
 from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners, forbid
 from mirage_ds.data.loader import check_records
-from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import answer_of
+from mirage_ds.evaluate.decoder import Track, answer_of, batches, batches_fit
 from mirage_ds.evaluate.scoring import Answer
 from mirage_ds.model.generate import Generated, greedy
 
-Track = Callable[[Sequence[Any]], Iterable[Any]]
+# One way of filling the slots: what the model answers to the rows' questions, and the log-likelihood of their answers.
+Condition = Callable[[Bench, Sequence[Row]], tuple[list[Generated], list[float]]]
 
 
 class Outcome(NamedTuple):
@@ -34,71 +34,36 @@ class Outcome(NamedTuple):
     log_likelihood: float
 
 
-class Condition(Protocol):
-    """One way of filling the slots."""
-
-    def decode(self, bench: Bench, rows: Sequence[Row]) -> list[Generated]:
-        """Answer the rows' questions."""
-
-    def log_likelihoods(self, bench: Bench, rows: Sequence[Row]) -> list[float]:
-        """Log-likelihood of the rows' own answers."""
+def first_state(bench: Bench, rows: Sequence[Row]) -> tuple[list[Generated], list[float]]:
+    """Feed the first slot's state at every slot of its block."""
+    return bench.decode(rows, First()), teach.first(bench, rows)
 
 
-class FirstState:
-    """The first slot's state at every slot of its run."""
-
-    def decode(self, bench: Bench, rows: Sequence[Row]) -> list[Generated]:
-        """See Condition."""
-        return bench.decode(rows, First())
-
-    def log_likelihoods(self, bench: Bench, rows: Sequence[Row]) -> list[float]:
-        """See Condition."""
-        return teach.first(bench, rows)
+def no_latents(bench: Bench, rows: Sequence[Row]) -> tuple[list[Generated], list[float]]:
+    """Have no latent token at all: never emitted, and left out of the answer that is scored."""
+    return bench.decode(rows, choose=forbid(greedy, bench.tokens)), teach.off(bench, rows)
 
 
-class NoRun:
-    """No latent token at all: never emitted, and left out of the answer that is scored."""
+def known(vectors: Sequence[torch.Tensor]) -> Condition:
+    """Feed vectors that are known beforehand, (R, k, H) for each record by its place."""
 
-    def decode(self, bench: Bench, rows: Sequence[Row]) -> list[Generated]:
-        """See Condition."""
-        return bench.decode(rows, choose=forbid(greedy, bench.tokens))
+    def fill(bench: Bench, rows: Sequence[Row]) -> tuple[list[Generated], list[float]]:
+        fed = [vectors[row.sample.row] for row in rows]
+        return bench.decode(rows, Given(fed)), teach.given(bench, rows, fed)
 
-    def log_likelihoods(self, bench: Bench, rows: Sequence[Row]) -> list[float]:
-        """See Condition."""
-        return teach.off(bench, rows)
-
-
-class Known:
-    """Vectors that are known beforehand, (R, k, H) for each record by its place."""
-
-    def __init__(self, vectors: Sequence[torch.Tensor]):
-        self.vectors = vectors
-
-    def _of(self, rows: Sequence[Row]) -> list[torch.Tensor]:
-        return [self.vectors[row.sample.row] for row in rows]
-
-    def decode(self, bench: Bench, rows: Sequence[Row]) -> list[Generated]:
-        """See Condition."""
-        return bench.decode(rows, Given(self._of(rows)))
-
-    def log_likelihoods(self, bench: Bench, rows: Sequence[Row]) -> list[float]:
-        """See Condition."""
-        return teach.given(bench, rows, self._of(rows))
+    return fill
 
 
 def make(name: str, material: Material) -> Condition:
     """Make a condition other than `own` by its name."""
-    if name in KNOWN:
-        return Known(KNOWN[name](material))
-    others: dict[str, Condition] = {"first": FirstState(), "off": NoRun()}
-    return others[name]
+    return {"first": first_state, "off": no_latents}.get(name) or known(KNOWN[name](material))
 
 
 def check(records: Sequence[Record], bench: Bench) -> list[int]:
     """Refuse records that cannot be used, and put the others in an order in which neighbours are alike in length.
 
     Raises:
-        UserError: a faulty record, or one whose answer has no latent run.
+        UserError: a faulty record, or one whose answer has no latent block.
     """
     faults, measures = check_records(list(records), bench.encoder)
     if faults:
@@ -106,24 +71,10 @@ def check(records: Sequence[Record], bench: Bench) -> list[int]:
     for record, measure in zip(records, measures, strict=True):
         if not measure.runs:
             raise UserError(
-                f"record on line {record.line}, text_output: no latent run; write <output_image> where it stands, or "
-                "give image_output (the run then stands first)"
+                f"record on line {record.line}, text_output: no latent block; write <output_image> where it stands, or "
+                "give image_output (the block then stands first)"
             )
     return sorted(range(len(records)), key=lambda i: measures[i].tokens)
-
-
-@contextmanager
-def batches_fit(batch_size: int) -> Iterator[None]:
-    """Turn what a batch meets on its way into a user's sentence."""
-    try:
-        yield
-    except RecordError as error:
-        raise UserError(f"record on {error}") from None
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"--batch_size {batch_size}: so many rows at a time do not fit into the GPU's memory; lower it, "
-            "--max_new_tokens or --max_pixels"
-        ) from None
 
 
 def _outcomes(bench: Bench, decoded: Sequence[Generated], log_likelihoods: Sequence[float]) -> list[Outcome]:
@@ -137,7 +88,7 @@ def run_conditions(
     """Answer every record under `own` and the conditions named.
 
     Args:
-        records: with answers and latent runs; with helper images where "oracle" is among `names`.
+        records: with answers and latent blocks; with helper images where "oracle" is among `names`.
         seed: of what is drawn; a record's draws do not depend on the records beside it.
 
     Returns:
@@ -148,7 +99,7 @@ def run_conditions(
     """
     order = check(records, bench)
     partners = choose_partners(records, seed) if "swap" in names else None
-    parts = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    parts = batches(order, batch_size)
     found: dict[str, dict[int, Outcome]] = {name: {} for name in ("own", *names)}
     latents: dict[int, torch.Tensor] = {}
     targets: dict[int, torch.Tensor] = {}
@@ -173,6 +124,5 @@ def run_conditions(
         with batches_fit(batch_size):
             rows = bench.rows([records[i] for i in part], part)
             for name, condition in conditions.items():
-                outcomes = _outcomes(bench, condition.decode(bench, rows), condition.log_likelihoods(bench, rows))
-                found[name] |= zip(part, outcomes, strict=True)
+                found[name] |= zip(part, _outcomes(bench, *condition(bench, rows)), strict=True)
     return {name: [own[i] for i in places] for name, own in found.items()}

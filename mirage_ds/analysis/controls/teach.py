@@ -1,10 +1,10 @@
 """The likelihood of a given answer behind given latents.
 
-T tokens of the packed rows, N rows, A scored tokens of a row, C of a chunk, R runs of a row, k latents a run, H hidden,
-V vocabulary.
+T tokens of the packed rows, N rows, A scored tokens of a row, C of a chunk, R latent blocks of a row, k latents a
+block, H hidden, V vocabulary.
 
 A row's log-likelihood is the mean over its scored tokens of their log-probability among the tokens that are no latent
-tokens. So it is one measure for all conditions: without a run the model, had it the choice, would open one.
+tokens. So it is one measure for all conditions: without a latent block the model would open one if it could.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from mirage_ds.analysis.controls.bench import Bench, Row, without_runs
+from mirage_ds.analysis.controls.bench import Bench, Row, without_blocks
 from mirage_ds.data.batch import Batch
 from mirage_ds.model.images import Deep, place_images
 from mirage_ds.model.latents import in_order, run_passes
@@ -39,9 +39,7 @@ def _hidden(bench: Bench, batch: Batch, inputs: torch.Tensor, deep: Deep | None)
     """Final-norm hidden states (T, H) of the packed rows, in the batch's passes."""
     model = bench.model
     passes = run_passes(
-        *(model.language_model, inputs, batch.position_ids, batch.passes, model.attention),
-        checkpointing=False,
-        deep=deep,
+        model.language_model, inputs, batch.position_ids, batch.passes, model.attention, checkpointing=False, deep=deep
     )
     return in_order(passes, batch.passes)
 
@@ -66,7 +64,7 @@ def _log_likelihoods(bench: Bench, rows: Sequence[Row], batch: Batch, hidden: to
 
 @torch.no_grad()
 def own(bench: Bench, rows: Sequence[Row]) -> Own:
-    """Feed every run the states before its slots, as stage 2 does, whatever the model's stage."""
+    """Feed every latent block the states before its slots, as stage 2 does, whatever the model's stage."""
     passes = 1 + max(sum(k for _, k in row.sample.runs) for row in rows)
     batch = bench.batch([row.sample for row in rows], passes)
     hidden = _hidden(bench, batch, *_inputs(bench, batch))
@@ -76,7 +74,7 @@ def own(bench: Bench, rows: Sequence[Row]) -> Own:
 
 @torch.no_grad()
 def given(bench: Bench, rows: Sequence[Row], vectors: Sequence[torch.Tensor]) -> list[float]:
-    """Log-likelihood of each row with known vectors, (R, k, H) a row, at its slots; runs that it lacks are not fed."""
+    """Log-likelihood of each row with known vectors, (R, k, H) a row, at its slots; blocks it lacks are not fed."""
     batch = bench.batch([row.sample for row in rows])
     inputs, deep = _inputs(bench, batch)
     fed = torch.cat([one[: len(row.sample.runs)].flatten(0, 1) for row, one in zip(rows, vectors, strict=True)]).to(
@@ -88,15 +86,15 @@ def given(bench: Bench, rows: Sequence[Row], vectors: Sequence[torch.Tensor]) ->
 
 @torch.no_grad()
 def first(bench: Bench, rows: Sequence[Row]) -> list[float]:
-    """Log-likelihood of each row with the state before a run at all of its slots."""
+    """Log-likelihood of each row with the state before a latent block at all of the block's slots."""
     batch = bench.batch([row.sample for row in rows])
     inputs, deep = _inputs(bench, batch)
-    # (N_runs, k) places of the slots, and which of its row's runs each is.
+    # (N_runs, k) places of the slots, and which of its row's blocks each is.
     slots = batch.latents.unflatten(0, (-1, bench.encoder.latent_size))
     number = torch.cat([torch.arange(len(row.sample.runs)) for row in rows]).to(slots.device)
-    # A run's state depends on the runs before it: all rows' first runs, then their second …
-    for run in range(int(number.max()) + 1):
-        now = slots[number == run]
+    # A block's state depends on the blocks before it: all rows' first blocks, then their second …
+    for block in range(int(number.max()) + 1):
+        now = slots[number == block]
         states = _hidden(bench, batch, inputs, deep)[now[:, 0] - 1]
         inputs = inputs.index_copy(0, now.flatten(), states.repeat_interleave(now.shape[1], dim=0))
     return _log_likelihoods(bench, rows, batch, _hidden(bench, batch, inputs, deep))
@@ -104,7 +102,7 @@ def first(bench: Bench, rows: Sequence[Row]) -> list[float]:
 
 @torch.no_grad()
 def off(bench: Bench, rows: Sequence[Row]) -> list[float]:
-    """Log-likelihood of each row with its runs left out."""
-    shorter = [without_runs(row, bench.tokens) for row in rows]
+    """Log-likelihood of each row with its latent blocks left out."""
+    shorter = [without_blocks(row, bench.tokens) for row in rows]
     batch = bench.batch([row.sample for row in shorter])
     return _log_likelihoods(bench, shorter, batch, _hidden(bench, batch, *_inputs(bench, batch)))

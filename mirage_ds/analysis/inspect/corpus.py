@@ -1,13 +1,13 @@
 """The latents of a file of records, beside image features and text embeddings.
 
-N rows, k latents a run, F features, W words, H hidden, c components.
+N rows, k latents a latent block, F features, W words, H hidden, c components.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -17,17 +17,16 @@ from mirage_ds.analysis.inspect.look import see
 from mirage_ds.analysis.inspect.run import taught
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.record import Record
+from mirage_ds.evaluate.decoder import Track
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.vision import FrozenTower
 
 # Vectors of a kind that go into the components: enough for a picture, and no kind outweighs the others by far.
 MOST_VECTORS = 500
 
-Track = Callable[[Sequence[Any]], Iterable[Any]]
-
 
 class Corpus(NamedTuple):
-    """What a file's rows hold, all float32 on the CPU; of each row the first run.
+    """What a file's rows hold, all float32 on the CPU; of each row the first latent block.
 
     Attributes:
         records: N records.
@@ -59,18 +58,18 @@ def _some(vectors: torch.Tensor) -> torch.Tensor:
 
 def gather(
     model: MirageModel,
-    tower: FrozenTower | None,
+    tower: FrozenTower,
     encoder: Encoder,
     records: Sequence[Record],
     batch_size: int,
     track: Track = iter,
 ) -> Corpus:
-    """Run records with their answers given, and keep their first runs' latents.
+    """Run records with their answers given, and keep the latents of their first blocks.
 
     Args:
         model: plain, not sharded.
         encoder: of any stage.
-        records: each with a latent run.
+        records: each with a latent block.
 
     Raises:
         RecordError: a record cannot be used, or an image is missing or does not decode.

@@ -1,12 +1,12 @@
 """Numbers → matplotlib figures. No global state: figures are made without pyplot.
 
-k latents, Q tokens of the answer, L layers, m words. Colours are viridis, cividis, and Okabe and Ito's.
+k latents, Q tokens of the answer, L layers, m words.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,29 +14,23 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 
 from mirage_ds.analysis.inspect.corpus import Projection
 from mirage_ds.analysis.inspect.look import PARTS, Look
 from mirage_ds.analysis.inspect.measure import Words
 from mirage_ds.analysis.inspect.probe import Reading
+from mirage_ds.analysis.inspect.style import BLACK, BLUE, DPI, GREEN, GREY, ORANGE, SKY, VERMILLION, plain
 
-DPI = 110
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
-    *("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"),
-)
-GREY = "#8a8a8a"
 # More latents than these go on in the next row.
 LATENTS_A_ROW = 6
 # Of longer answers the first so many tokens are shown.
 MOST_TOKENS = 24
 
 
-def _plain(text: str, most: int = 16) -> str:
-    """Shorten a word, and write characters that the font lacks by their numbers."""
-    font = get_font(findfont(FontProperties()))
-    text = "".join(one if font.get_char_index(ord(one)) else f"\\u{ord(one):x}" for one in text)
+def _short(text: str, most: int = 16) -> str:
+    """Shorten a word that the font can write."""
+    text = plain(text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -114,25 +108,27 @@ def similarity(look: Look) -> Figure | None:
     return figure
 
 
+def _cells(axes: Axes, values: np.ndarray, texts: Callable[[int, int], str], fontsize: int, **options: Any) -> Any:
+    """Draw a matrix as colours with a text in each cell; return what a colour bar needs."""
+    image = axes.imshow(values, **options)
+    middle = (values.min() + values.max()) / 2
+    look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": fontsize, "parse_math": False}
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(column, row, texts(row, column), color="black" if value > middle else "white", **look)
+    _names(axes, "x", _numbers(values.shape[1]))
+    _names(axes, "y", _numbers(values.shape[0]))
+    return image
+
+
 def _table(axes: Axes, words: Words, spellings: dict[int, str], title: str, unit: str) -> None:
     scores = words.scores.T.numpy()
-    image = axes.imshow(scores, cmap="cividis", aspect="auto")
-    middle = (scores.min() + scores.max()) / 2
-    for (row, latent), score in np.ndenumerate(scores):
-        axes.text(
-            latent,
-            row,
-            f"{_plain(spellings[int(words.ids[latent, row])])}\n{'<0.01' if 0 <= score < 0.005 else f'{score:.2f}'}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="black" if score > middle else "white",
-            parse_math=False,
-        )
-    _names(axes, "x", _numbers(scores.shape[1]))
-    _names(axes, "y", _numbers(scores.shape[0]))
-    axes.set_xlabel("latent")
-    axes.set_ylabel("rank")
+
+    def text(row: int, latent: int) -> str:
+        score = scores[row, latent]
+        return f"{_short(spellings[int(words.ids[latent, row])])}\n{'<0.01' if 0 <= score < 0.005 else f'{score:.2f}'}"
+
+    image = _cells(axes, scores, text, 8, cmap="cividis", aspect="auto")
+    axes.set(xlabel="latent", ylabel="rank")
     axes.set_title(title, fontsize=9)
     assert axes.figure is not None
     axes.figure.colorbar(image, ax=axes, label=unit, pad=0.02)
@@ -176,14 +172,9 @@ def norms(look: Look) -> Figure:
     axes.legend(fontsize=8, loc="upper left")
     if look.to_targets is not None:
         axes = panels[0, 1]
-        image = axes.imshow(look.to_targets.numpy(), cmap="viridis")
-        middle = float(look.to_targets.min() + look.to_targets.max()) / 2
+        cosines = look.to_targets.numpy()
         size = 8 if len(look.norms) <= 6 else 6
-        for (row, column), value in np.ndenumerate(look.to_targets.numpy()):
-            colour = "black" if value > middle else "white"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=size, color=colour)
-        _names(axes, "x", _numbers(len(look.norms)))
-        _names(axes, "y", _numbers(len(look.norms)))
+        image = _cells(axes, cosines, lambda row, column: f"{cosines[row, column]:.2f}", size, cmap="viridis")
         axes.set(xlabel="target of the helper image", ylabel="latent")
         axes.set_title("cosine to the compressed targets", fontsize=9)
         figure.colorbar(image, ax=axes, label="cosine")
@@ -192,7 +183,7 @@ def norms(look: Look) -> Figure:
 
 
 def attends(look: Look) -> Figure | None:
-    """Draw what the answer's tokens attend to; None where no token follows the run."""
+    """Draw what the answer's tokens attend to; None where no token follows the latent block."""
     if not look.answer:
         return None
     layers, _, k = look.attention.shape
@@ -216,7 +207,7 @@ def attends(look: Look) -> Figure | None:
         percent = 100 * values.numpy()
         image = axes.imshow(percent, cmap="cividis", aspect="auto", vmin=0)
         _names(axes, "x", _numbers(k), fontsize=8)
-        _names(axes, "y", names or [_plain(token) for token in look.answer[:MOST_TOKENS]], fontsize=8)
+        _names(axes, "y", names or [_short(token) for token in look.answer[:MOST_TOKENS]], fontsize=8)
         axes.set(xlabel="latent", ylabel=what)
         axes.set_title(f"attention to the latents:\n{title}", fontsize=9)
         figure.colorbar(image, ax=axes, label="%")
@@ -237,33 +228,28 @@ def pca(raw: Projection, unit: Projection, title: str) -> Figure:
     figure = Figure(figsize=(10, 4.8), dpi=DPI, layout="constrained")
     kinds = [name for name in raw.points if not name.startswith("latent")]
     latents = [name for name in raw.points if name.startswith("latent")]
-    looks = dict(
-        zip(("text embeddings", "input image features", "helper image features"), (GREY, SKY, GREEN), strict=True)
-    )
-    shapes = dict(zip(looks, ("o", "s", "^"), strict=True))
     reds = colormaps["plasma"](np.linspace(0.15, 0.75, len(latents)))
+    # Kind → marker, colour, size, opacity.
+    looks: dict[str, tuple[str, Any, int, float]] = {
+        "text embeddings": ("o", GREY, 16, 0.6),
+        "input image features": ("s", SKY, 16, 0.6),
+        "helper image features": ("^", GREEN, 16, 0.6),
+        **{latent: ("D", red, 14, 0.7) for latent, red in zip(latents, reds, strict=True)},
+    }
     panels = figure.subplots(1, 2)
     for axes, found, name in zip(panels, (raw, unit), ("vectors as they are", "vectors of length 1"), strict=True):
-        for kind in kinds:
-            axes.scatter(
-                *found.points[kind].T.numpy(), s=16, marker=shapes[kind], color=looks[kind], alpha=0.6, linewidths=0
-            )
-        for latent, colour in zip(latents, reds, strict=True):
-            axes.scatter(*found.points[latent].T.numpy(), s=14, marker="D", color=colour, alpha=0.7, linewidths=0)
+        for kind in [*kinds, *latents]:
+            marker, colour, size, alpha = looks[kind]
+            axes.scatter(*found.points[kind].T.numpy(), s=size, marker=marker, color=colour, alpha=alpha, linewidths=0)
         first, second = (100 * found.share).tolist()
         axes.set(xlabel=f"component 1 ({first:.0f} % of the variance)", ylabel=f"component 2 ({second:.0f} %)")
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.25)
     marks = [
-        *(Line2D([], [], linestyle="", marker=shapes[kind], color=looks[kind], label=kind) for kind in kinds),
-        *(
-            Line2D([], [], linestyle="", marker="D", color=colour, label=latent)
-            for latent, colour in zip(latents, reds, strict=True)
-        ),
+        Line2D([], [], linestyle="", marker=marker, color=colour, label=f"{kind} ({len(raw.points[kind])})")
+        for kind, (marker, colour, _, _) in looks.items()
+        if kind in raw.points
     ]
-    for mark in marks:
-        name = str(mark.get_label())
-        mark.set_label(f"{name} ({len(raw.points[name])})")
     figure.legend(handles=marks, loc="outside lower center", ncols=4, fontsize=8)
     _title(figure, title)
     return figure

@@ -26,30 +26,26 @@ def need_matplotlib() -> None:
 
 
 def looks(
-    model: MirageModel,
-    tower: FrozenTower | None,
-    encoder: Encoder,
-    record: Record,
-    thought: Thought,
-    title: str,
+    model: MirageModel, tower: FrozenTower, encoder: Encoder, record: Record, thought: Thought, title: str
 ) -> Iterator[Look]:
-    """Measure each latent run of a row.
+    """Measure each latent block of a row.
 
     Args:
-        title: of the row; runs are counted behind it where there are several.
+        title: of the row; blocks are counted behind it where there are several.
 
     Raises:
         RecordError: an image is missing or does not decode.
     """
     images, helpers = see(model, tower, encoder, record, thought)
-    for run in range(len(thought.runs)):
-        helper = helpers[run] if run < len(helpers) else None
-        name = f"{title}, run {run + 1}" if len(thought.runs) > 1 else title
-        yield look(model, encoder, thought, run, images, helper, name)
+    for block in range(len(thought.runs)):
+        helper = helpers[block] if block < len(helpers) else None
+        # Keys of numbers.json and names of pictures: they stay.
+        name = f"{title}, run {block + 1}" if len(thought.runs) > 1 else title
+        yield look(model, encoder, thought, block, images, helper, name)
 
 
 def drawings(one: Look) -> dict[str, Figure]:
-    """Draw all figures of one run."""
+    """Draw all figures of one latent block."""
     from mirage_ds.analysis.inspect import draw
 
     made = {
@@ -61,23 +57,20 @@ def drawings(one: Look) -> dict[str, Figure]:
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
-def figures(
-    model: MirageModel, encoder: Encoder, samples: Sequence[Record], tower: FrozenTower | None = None
-) -> dict[str, Figure]:
+def figures(model: MirageModel, encoder: Encoder, samples: Sequence[Record], tower: FrozenTower) -> dict[str, Figure]:
     """Draw the latents of a few rows, answers given, latents fed back as in stage 2, whatever the stage of the model.
 
     Args:
         model: plain; of a sharded one engine.whole.whole_model makes one. Nothing is sent to other ranks.
         encoder: the run's own, of any stage.
-        samples: records, each with a latent run.
-        tower: the frozen tower; None where the model holds a trained one.
+        samples: records, each with a latent block.
 
     Returns:
         "line 3/similarity", … → figure.
 
     Raises:
         RecordError: a record cannot be used, or an image is missing or does not decode.
-        UserError: a record has no latent run, logits are not finite, or matplotlib is not installed.
+        UserError: a record has no latent block, logits are not finite, or matplotlib is not installed.
     """
     need_matplotlib()
     encoder = replace(encoder, stage="stage2")
@@ -85,7 +78,7 @@ def figures(
     for record in samples:
         title = f"line {record.line}"
         if not record.runs:
-            raise UserError(f"record on {title} has no latent run to draw; choose rows with a helper image or its mark")
+            raise UserError(f"record on {title} has no latent block; choose rows with a helper image or its mark")
         thought = taught(model, tower, encoder, [encoder.encode(record, record.line - 1)])[0]
         for one in looks(model, tower, encoder, record, thought, title):
             found |= {f"{one.title}/{name}": figure for name, figure in drawings(one).items()}

@@ -1,7 +1,7 @@
-"""All numbers of one latent run.
+"""All numbers of one latent block.
 
-T tokens of a row, k latents of the run, Q tokens of the answer behind it, F merged features of an image (rows × columns
-of them), m words, H hidden, L layers, V vocabulary.
+T tokens of a row, k latents of the block, Q tokens of the answer behind it, F merged features of an image (rows ×
+columns of them), m words, H hidden, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mirage_ds.analysis.inspect import measure
-from mirage_ds.analysis.inspect.run import Thought, attention, features
+from mirage_ds.analysis.inspect.run import Thought, attention
 from mirage_ds.data.encode import IMAGE_PAD, Encoder
 from mirage_ds.data.record import Record
 from mirage_ds.model.forward import MirageModel
@@ -35,18 +35,18 @@ class Seen(NamedTuple):
 
 
 class Look(NamedTuple):
-    """One latent run.
+    """One latent block.
 
     Attributes:
-        title: which row, which run, who made the latents.
+        title: which row, which block, who made the latents.
         similarity: for each image (name, picture, (k, rows, columns) cosines to its features).
         nearest, lens: words of each latent by cosine and by the head; their texts are `spellings`.
         norms: (k,) of the latents; word_norms: (V,) of the input embeddings; feature_norms: (F,) of the input images'
             features.
         to_targets: (k, k) cosine of each latent (row) to each target of the helper (column); None without helper.
         attention: (L, Q, k) from the answer's tokens to the latents, mean over heads.
-        shares: (L, 4) what the answer's tokens give to each of PARTS, mean over tokens; rows sum to 1. Earlier runs are
-            text before.
+        shares: (L, 4) what the answer's tokens give to each of PARTS, mean over tokens; rows sum to 1. Earlier
+            blocks are text before.
         uniform: what the latents would get on average if every visible token got the same.
         answer: Q spellings of the answer's tokens.
     """
@@ -76,7 +76,7 @@ def spell(encoder: Encoder, token: int) -> str:
 
 
 def see(
-    model: MirageModel, tower: FrozenTower | None, encoder: Encoder, record: Record, thought: Thought
+    model: MirageModel, tower: FrozenTower, encoder: Encoder, record: Record, thought: Thought
 ) -> tuple[list[Seen], list[Seen]]:
     """Open a row's images: the input images with the features that the model got, and the helpers with theirs.
 
@@ -99,15 +99,15 @@ def see(
             inputs.append(Seen(f"input image{number}", picture, found, rows, columns))
             at += count
         else:
-            found = embedded(features(model, tower, pixels.to(device), grid.to(device)), thought.inputs.shape[1])
+            found = embedded(tower.features(pixels.to(device), grid.to(device)), thought.inputs.shape[1])
             helpers.append(Seen("helper image", picture, found, rows, columns))
     return inputs, helpers
 
 
-def _shares(encoder: Encoder, thought: Thought, run: int, rows: torch.Tensor) -> torch.Tensor:
+def _shares(encoder: Encoder, thought: Thought, block: int, rows: torch.Tensor) -> torch.Tensor:
     """Sum attention (L, Q, T) over the four PARTS and average over tokens → (L, 4)."""
     places = torch.arange(len(thought.ids))
-    start, k = thought.runs[run]
+    start, k = thought.runs[block]
     before, behind = places < start, places >= start + k
     image = thought.ids == encoder.id_of(IMAGE_PAD)
     parts = (image, before & ~image, ~before & ~behind, behind)
@@ -118,27 +118,28 @@ def look(
     model: MirageModel,
     encoder: Encoder,
     thought: Thought,
-    run: int,
+    block: int,
     images: Sequence[Seen],
     helper: Seen | None,
     title: str,
     words: int = 6,
 ) -> Look:
-    """Measure one run.
+    """Measure one latent block.
 
     Args:
         model: plain, not sharded.
         encoder: of the model's tokenizer.
-        run: its number in the row, from 0.
-        images, helper: the row's input images and the run's own helper, see `see`.
+        block: its number in the row, from 0.
+        images, helper: the row's input images and the block's own helper, see `see`.
         words: m.
     """
-    latents = thought.latents[run]
-    start, k = thought.runs[run]
-    matrix = model.head.weight.detach()
-    nearest = measure.nearest(latents, matrix[: len(encoder.tokenizer)], words)
+    latents = thought.latents[block]
+    start, k = thought.runs[block]
+    matrix, embeddings = (one.weight.detach() for one in (model.head, model.language_model.embed_tokens))
+    words_known = len(encoder.tokenizer)
+    nearest = measure.nearest(latents, matrix[:words_known], words)
     lens = measure.lens(latents, matrix, words)
-    queries = thought.answer(run)
+    queries = thought.answer(block)
     probabilities = attention(model, thought, queries)
     shown = [*images, *([helper] if helper else [])]
     return Look(
@@ -151,10 +152,7 @@ def look(
         lens=measure.Words(*(part.cpu() for part in lens)),
         spellings={token: spell(encoder, token) for token in torch.cat([nearest.ids, lens.ids]).unique().tolist()},
         norms=latents.float().norm(dim=-1).cpu(),
-        word_norms=model.language_model.embed_tokens.weight.detach()[: len(encoder.tokenizer)]
-        .float()
-        .norm(dim=-1)
-        .cpu(),
+        word_norms=embeddings[:words_known].float().norm(dim=-1).cpu(),
         feature_norms=thought.images.float().norm(dim=-1).cpu(),
         to_targets=(
             measure.cosines(latents, measure.targets(helper.features, k, helper.columns, encoder.compress)).cpu()
@@ -162,7 +160,7 @@ def look(
             else None
         ),
         attention=probabilities[..., start : start + k],
-        shares=_shares(encoder, thought, run, probabilities),
+        shares=_shares(encoder, thought, block, probabilities),
         uniform=float((k / (queries + 1).float()).mean()),
         answer=[spell(encoder, token) for token in thought.ids[queries].tolist()],
     )

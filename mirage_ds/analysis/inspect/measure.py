@@ -1,6 +1,6 @@
 """Numbers about vectors: cosines, nearest words, pooled targets, principal components.
 
-n latents, F visual features, k latents a run, H hidden, V vocabulary, N vectors. All results are float32.
+n latents, F visual features, k latents a block, H hidden, V vocabulary, N vectors. All results are float32.
 """
 
 from __future__ import annotations

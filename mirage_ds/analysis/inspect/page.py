@@ -1,32 +1,21 @@
-"""Figures and tables → one HTML file that needs nothing beside it."""
+"""Figures and tables → one HTML file that needs nothing beside it, by the macros of page.html."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from html import escape
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mirage_ds.analysis.inspect.look import Look
-from mirage_ds.analysis.inspect.measure import Words
-from mirage_ds.analysis.inspect.probe import Reading
+from jinja2 import Environment, FileSystemLoader
 
-_CSS = """
-:root { color-scheme: light dark; --back: #fff; --text: #1c1c1c; --quiet: #5c5c5c; --line: #d5d5d5; }
-@media (prefers-color-scheme: dark) { :root { --back: #16181b; --text: #e6e6e6; --quiet: #a3a3a3; --line: #3c4046; } }
-body { background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto;
-  max-width: 76rem; padding: 0 1rem; }
-h2 { border-top: 1px solid var(--line); margin-top: 3rem; padding-top: 1rem; }
-p, figcaption, dt { max-width: 52rem; }
-figcaption, dt, .quiet { color: var(--quiet); font-size: .9rem; }
-figure { margin: 1.2rem 0; overflow-x: auto; }
-img { background: #fff; border-radius: 6px; }
-pre { white-space: pre-wrap; margin: 0; font-size: .85rem; }
-dd { margin: 0 0 .6rem 0; }
-table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0 1rem; }
-td, th { border-bottom: 1px solid var(--line); padding: .15rem .7rem .15rem 0; text-align: left; }
-td small { color: var(--quiet); }
-"""
+if TYPE_CHECKING:
+    from mirage_ds.analysis.inspect.look import Look
+    from mirage_ds.analysis.inspect.measure import Words
+    from mirage_ds.analysis.inspect.probe import Reading
+
+_FOLDER = FileSystemLoader(Path(__file__).parent)
+_MACROS: Any = Environment(loader=_FOLDER, autoescape=True, trim_blocks=True).get_template("page.html").module
 
 
 class Shown(NamedTuple):
@@ -35,6 +24,11 @@ class Shown(NamedTuple):
     png: bytes
     alt: str
     caption: str
+
+    @property
+    def url(self) -> str:
+        """The picture itself, as a link that holds it."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
 class Section(NamedTuple):
@@ -47,49 +41,29 @@ class Section(NamedTuple):
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
     """Write names and texts, the texts as they are."""
-    return "<dl>" + "".join(f"<dt>{escape(n)}</dt><dd><pre>{escape(t)}</pre></dd>" for n, t in pairs) + "</dl>"
+    return str(_MACROS.facts(pairs))
 
 
 def paragraph(text: str) -> str:
     """Write one paragraph."""
-    return f"<p>{escape(text)}</p>"
+    return str(_MACROS.paragraph(text))
 
 
-def _words(name: str, words: Words, spellings: dict[int, str]) -> str:
-    head = "".join(f"<th>latent {number + 1}</th>" for number in range(len(words.ids)))
-    rows = ""
-    for ids, scores in zip(words.ids.T.tolist(), words.scores.T.tolist(), strict=True):
-        cells = (f"{escape(spellings[one])} <small>{score:.2f}</small>" for one, score in zip(ids, scores, strict=True))
-        rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    return f'<p class="quiet">{escape(name)}</p><table><tr>{head}</tr>{rows}</table>'
+def _word_table(name: str, words: Words, spellings: Mapping[int, str]) -> str:
+    pairs = zip(words.ids.T.tolist(), words.scores.T.tolist(), strict=True)
+    ranks = [[(spellings[one], score) for one, score in zip(*rank, strict=True)] for rank in pairs]
+    return str(_MACROS.word_table(name, ranks))
 
 
 def word_tables(look: Look) -> str:
     """Write the nearest words of each latent as tables."""
-    nearest = _words("Nearest output vectors, with their cosine", look.nearest, look.spellings)
-    return nearest + _words("What the head would emit, with its probability", look.lens, look.spellings)
+    nearest = _word_table("Nearest output vectors, with their cosine", look.nearest, look.spellings)
+    return nearest + _word_table("What the head would emit, with its probability", look.lens, look.spellings)
 
 
-def reading_table(questions: dict[str, dict[str, Reading]]) -> str:
+def reading_table(questions: Mapping[str, Mapping[str, Reading]]) -> str:
     """Write accuracies, intervals and the commonest answer's accuracy as a table."""
-    rows = "".join(
-        f"<tr><td>{escape(question)}</td><td>{escape(source)}</td><td>{100 * r.accuracy:.1f} %</td>"
-        f"<td>{100 * r.low:.1f}–{100 * r.high:.1f} %</td><td>{100 * r.chance:.1f} %</td></tr>"
-        for question, found in questions.items()
-        for source, r in found.items()
-    )
-    head = "".join(
-        f"<th>{name}</th>" for name in ("question", "read from", "accuracy", "95 % interval", "commonest answer")
-    )
-    return f"<details><summary>The numbers</summary><table><tr>{head}</tr>{rows}</table></details>"
-
-
-def _figure(shown: Shown) -> str:
-    data = base64.b64encode(shown.png).decode()
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(shown.alt)}">'
-        f"<figcaption>{escape(shown.caption)}</figcaption></figure>"
-    )
+    return str(_MACROS.reading_table(questions))
 
 
 def page(title: str, introduction: str, sections: Sequence[Section]) -> str:
@@ -98,11 +72,4 @@ def page(title: str, introduction: str, sections: Sequence[Section]) -> str:
     Args:
         introduction: HTML.
     """
-    body = "".join(
-        f"<h2>{escape(part.heading)}</h2>{part.html}{''.join(map(_figure, part.figures))}" for part in sections
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_CSS}</style></head><body><h1>{escape(title)}</h1>{introduction}{body}</body></html>\n"
-    )
+    return str(_MACROS.page(title, introduction, sections)).lstrip()

@@ -1,7 +1,7 @@
 """A row through the model: its latents, the states that are fed back, and what attends to them.
 
-T tokens of a row, n latents of a row, k latents a run, Q queries, F merged features, H hidden, L layers, D head width,
-Hq query heads, Hkv key heads.
+T tokens of a row, n latents of a row, k latents a block, Q queries, F merged features, H hidden, L layers, D head
+width, Hq query heads, Hkv key heads.
 
 A latent is what is fed back at its place: the final-norm hidden state of the position before it.
 """
@@ -9,20 +9,21 @@ A latent is what is fed back at its place: the final-norm hidden state of the po
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
-from mirage_ds.data.batch import Batch, collate, to_device
+from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import Sample
+from mirage_ds.evaluate.decoder import pack
 from mirage_ds.model.attention import varlen_attention
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Generated, Limits, check_finite, generate, latent_tokens
 from mirage_ds.model.images import Deep, embedded, place_images
 from mirage_ds.model.latents import in_order, run_passes
-from mirage_ds.model.vision import FrozenTower, trained_features
+from mirage_ds.model.vision import FrozenTower
 
 
 class Thought(NamedTuple):
@@ -30,8 +31,8 @@ class Thought(NamedTuple):
 
     Attributes:
         ids: (T,) tokens; inputs: (T, H) what was fed at each place; position_ids: (3, T).
-        runs: the latent runs as (first latent's place, latents).
-        latents: one (k, H) tensor a run.
+        runs: the latent blocks as (first latent's place, latents).
+        latents: one (k, H) tensor a block.
         images: (F, H) merged features of the row's input images, as they are fed.
         deep: what they add behind the first layers, in families that have that.
     """
@@ -49,9 +50,9 @@ class Thought(NamedTuple):
         """(n,) places of all latents."""
         return torch.tensor([start + i for start, k in self.runs for i in range(k)], dtype=torch.long)
 
-    def answer(self, run: int) -> torch.Tensor:
-        """(Q,) places of the tokens behind a run and its end token that are no latents."""
-        first, k = self.runs[run]
+    def answer(self, block: int) -> torch.Tensor:
+        """(Q,) places of the tokens behind a latent block and its end token that are no latents."""
+        first, k = self.runs[block]
         places = torch.arange(first + k + 1, len(self.ids))
         return places[~torch.isin(places, self.places)]
 
@@ -76,58 +77,36 @@ class _Recording:
 
 
 @torch.no_grad()
-def replay(
-    text: Any, inputs: torch.Tensor, position_ids: torch.Tensor, queries: torch.Tensor, deep: Deep | None = None
-) -> torch.Tensor:
-    """Run a row whose inputs are all known in one causal pass, and record attention.
-
-    A row with its latents fed back is such a row once they are known.
+def attention(model: MirageModel, thought: Thought, queries: torch.Tensor) -> torch.Tensor:
+    """Run a row once more, in one causal pass: all its inputs are known now, the fed-back latents too.
 
     Args:
-        text: transformers' text model with the packed attention.
-        inputs: (T, H); position_ids: (3, T); queries: (Q,) places; deep: see run_passes.
+        queries: (Q,) places.
 
     Returns:
-        (L, Q, T) attention probabilities of the queries, the mean over heads; float32.
+        (L, Q, T) attention probabilities of the queries, the mean over heads; float32, on the CPU.
     """
-    x = inputs[None]
-    rotary = text.rotary_emb(x, position_ids[:, None])
+    text, device = model.language_model, thought.inputs.device
+    x = thought.inputs[None]
+    rotary = text.rotary_emb(x, thought.position_ids.to(device)[:, None])
     found = []
-    every = torch.arange(len(inputs), device=inputs.device)
+    every = torch.arange(len(thought.inputs), device=device)
     for number, layer in enumerate(text.layers):
-        recording = _Recording(queries)
+        recording = _Recording(queries.to(device))
         x = layer(x, position_embeddings=rotary, packed=recording)
-        if deep is not None:
-            x = deep.add(number, x[0], every)[None]
+        if thought.deep is not None:
+            x = thought.deep.add(number, x[0], every)[None]
         found.append(recording.mean)
-    return torch.stack(found)
-
-
-def attention(model: MirageModel, thought: Thought, queries: torch.Tensor) -> torch.Tensor:
-    """(L, Q, T) attention probabilities of a row's tokens at `queries`, mean over heads."""
-    device = thought.inputs.device
-    position_ids, places = thought.position_ids.to(device), queries.to(device)
-    return replay(model.language_model, thought.inputs, position_ids, places, thought.deep).cpu()
-
-
-def features(
-    model: MirageModel, tower: FrozenTower | None, pixels: torch.Tensor, grid_thw: torch.Tensor
-) -> torch.Tensor:
-    """Features (F, (1 + D) · H) of images (model.images), from the frozen tower or the one inside the model."""
-    if tower is not None:
-        return tower.features(pixels, grid_thw)
-    assert model.visual is not None
-    return trained_features(model.visual, pixels, grid_thw)
+    return torch.stack(found).cpu()
 
 
 def _batch(
-    model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samples: Sequence[Sample], passes: int
-) -> Batch:
-    device = next(model.parameters()).device
-    batch = to_device(collate(samples, passes, encoder.dummy(0)), device)
-    if batch.image_features is not None:
-        return batch
-    return batch._replace(image_features=features(model, tower, batch.pixel_values, batch.image_grid_thw))
+    model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], passes: int
+) -> tuple[Batch, torch.Tensor]:
+    """Pack rows; return with them the features of their images."""
+    batch = pack(model, tower, encoder, samples, passes)
+    assert batch.image_features is not None
+    return batch, batch.image_features
 
 
 def _images(inputs: torch.Tensor, features: torch.Tensor, sample: Sample) -> tuple[torch.Tensor, Deep | None]:
@@ -137,13 +116,12 @@ def _images(inputs: torch.Tensor, features: torch.Tensor, sample: Sample) -> tup
 
 
 @torch.no_grad()
-def taught(model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samples: Sequence[Sample]) -> list[Thought]:
+def taught(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample]) -> list[Thought]:
     """Run encoded rows with their answers given and their latents fed back, as stage 2 does, whatever the stage.
 
     Args:
         model: its reduction and stage do not matter.
-        tower: the frozen tower; None where the model holds a trained one.
-        samples: rows of a stage2 encoder, each with at least one latent run.
+        samples: rows of a stage2 encoder, each with at least one latent block.
 
     Returns:
         One Thought a row.
@@ -152,11 +130,10 @@ def taught(model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samp
         NotFinite: a row's logits are not.
     """
     passes = max(sum(k for _, k in sample.runs) for sample in samples) + 1
-    batch = _batch(model, tower, encoder, samples, passes)
-    assert batch.image_features is not None
+    batch, features = _batch(model, tower, encoder, samples, passes)
     text = model.language_model
     embeddings = text.embed_tokens(batch.input_ids)
-    embeddings, deep = place_images(embeddings, batch.image_features, batch.image_positions)
+    embeddings, deep = place_images(embeddings, features, batch.image_positions)
     hidden = run_passes(text, embeddings, batch.position_ids, batch.passes, model.attention, False, deep=deep)
     states = in_order(hidden, batch.passes)
     # What is not finite reaches a row's last token: it attends to all others.
@@ -164,7 +141,7 @@ def taught(model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samp
     latents = states.index_select(0, batch.latents - 1)
     inputs = embeddings.index_copy(0, batch.latents, latents)
     lengths = [len(sample.input_ids) for sample in samples]
-    images = batch.image_features.split([len(sample.image_positions) for sample in samples])
+    images = features.split([len(sample.image_positions) for sample in samples])
     each = latents.split([k for sample in samples for _, k in sample.runs])
     rows, at = [], 0
     for sample, fed, seen in zip(samples, inputs.split(lengths), images, strict=True):
@@ -177,7 +154,7 @@ def taught(model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samp
 
 @torch.no_grad()
 def decoded(
-    model: MirageModel, tower: FrozenTower | None, encoder: Encoder, samples: Sequence[Sample], limits: Limits
+    model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], limits: Limits
 ) -> list[Thought]:
     """Let the model answer greedily, and take the latents it made.
 
@@ -187,13 +164,12 @@ def decoded(
     Returns:
         One Thought a row, without the last token, which was never fed; `runs` is empty where the model opened none.
     """
-    batch = _batch(model, tower, encoder, samples, 1)
-    assert batch.image_features is not None
+    batch, features = _batch(model, tower, encoder, samples, 1)
     answers = generate(model, batch, latent_tokens(encoder), limits, trace=True)
     embeddings = model.language_model.embed_tokens(batch.input_ids)
-    embeddings, _ = place_images(embeddings, batch.image_features, batch.image_positions)
+    embeddings, _ = place_images(embeddings, features, batch.image_positions)
     prompts = embeddings.split([len(sample.input_ids) for sample in samples])
-    images = batch.image_features.split([len(sample.image_positions) for sample in samples])
+    images = features.split([len(sample.image_positions) for sample in samples])
     return [
         _thought(sample, answer, prompt, seen)
         for sample, answer, prompt, seen in zip(samples, answers, prompts, images, strict=True)
@@ -204,12 +180,7 @@ def _thought(sample: Sample, answer: Generated, prompt: torch.Tensor, images: to
     prefix, fed = len(sample.input_ids), len(answer.fed)
     # The first forward's input is the prompt's last token, which stands in the prompt already.
     inputs = torch.cat([prompt, *(one[None] for one in answer.inputs[1:])])
-    runs: list[tuple[int, int]] = []
-    for place, kind in enumerate(answer.fed, prefix):
-        if kind == "H" and runs and sum(runs[-1]) == place:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        elif kind == "H":
-            runs.append((place, 1))
+    runs = [(prefix + start, k) for start, k in answer.blocks()]
     onwards = sample.position_ids.max() + 1 + torch.arange(fed)
     own, deep = _images(inputs, images, sample)
     return Thought(

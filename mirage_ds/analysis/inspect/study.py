@@ -1,31 +1,29 @@
 """What `mirage-ds inspect` does: chosen rows in detail, and all rows of a file together.
 
-k latents a run.
+k latents a latent block.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mirage_ds.analysis.inspect.corpus import Corpus, Track, gather, project, readings
+from mirage_ds.analysis.inspect.corpus import Corpus, gather, project, readings
 from mirage_ds.analysis.inspect.live import drawings, looks, need_matplotlib
 from mirage_ds.analysis.inspect.look import Look, spell
 from mirage_ds.analysis.inspect.page import Section, Shown, facts, page, paragraph, reading_table, word_tables
 from mirage_ds.analysis.inspect.probe import FEWEST_MAPS
 from mirage_ds.analysis.inspect.run import Thought, decoded, taught
+from mirage_ds.analysis.inspect.spec import InspectSpec
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import Record, RecordError
-from mirage_ds.data.record_files import scan
+from mirage_ds.data.record_files import read_records
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import Decoder, load_decoder, need_latents
+from mirage_ds.evaluate.decoder import Decoder, Track, load_decoder, need_latents
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.generate import Limits
 
@@ -52,43 +50,42 @@ def trained_length(decoder: Decoder, given: int | None) -> int:
     k = given or decoder.trained.get("latent_size")
     if k is None:
         raise UserError(
-            f"{decoder.folder}/config.json does not say how many latents it was trained with; --latent_size"
+            f"{decoder.folder}/config.json does not say how many latents it was trained with; give --latent_size"
         )
     return int(k)
 
 
-def choose(records: Sequence[Record], rows: Sequence[int], file: Path) -> list[Record]:
-    """Pick rows, counted from 0.
+def read_rows(text: str) -> list[int]:
+    """Read "0,5,9"; UserError unless it is a list of different whole numbers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise UserError(f"--rows {text}: write different row numbers, counted from 0, with commas between them")
+    return [int(part) for part in parts]
 
-    Raises:
-        UserError: no such row, or it has no latent run.
-    """
+
+def check_rows(records: Sequence[Record], rows: Sequence[int], file: Path) -> None:
+    """Refuse rows, counted from 0, that are not there or have no latent block."""
     for row in rows:
-        if not 0 <= row < len(records):
+        if row >= len(records):
             raise UserError(f"--rows {row}: {file} has the rows 0 to {len(records) - 1}; choose among them")
         if not records[row].runs:
             raise UserError(
-                f"--rows {row}: the record on line {records[row].line} of {file} has no latent run; choose a row with "
-                "a helper image, or with its mark in the answer"
+                f"--rows {row}: the record on line {records[row].line} of {file} has no latent block; choose a row "
+                "with a helper image, or with its mark in the answer"
             )
-    return [records[row] for row in rows]
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _keep(folder: Path, name: str, figure: Figure, caption: str) -> Shown:
     """Write a figure into the folder, and return it for the page."""
-    png = _png(figure)
-    (folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.png").write_bytes(png)
-    return Shown(png, name, caption)
+    from mirage_ds.analysis.inspect.style import png
+
+    content = png(figure)
+    (folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.png").write_bytes(content)
+    return Shown(content, name, caption)
 
 
 def _numbers(look: Look) -> dict[str, Any]:
-    """Return what a script may want of a run."""
+    """Return what a script may want of a latent block."""
     return {
         "norms": look.norms.tolist(),
         "median_norm_of_input_embeddings": float(look.word_norms.median()),
@@ -104,23 +101,21 @@ def _row(
     folder: Path, decoder: Decoder, encoder: Encoder, record: Record, row: int, limits: Limits | None
 ) -> tuple[list[Section], dict[str, Any]]:
     """Study one row: with its answer given, and with `limits` by the model's own decoding too."""
-    model, tower, prefix = decoder.loaded.model, decoder.loaded.tower, 0
-    thoughts: list[tuple[str, Thought]] = [
-        ("answer given", taught(model, tower, encoder, [encoder.encode(record, row)])[0])
-    ]
+    model, tower = decoder.loaded.model, decoder.tower
+    question = [("question", record.text_input), ("answer", record.text_output)]
+    thought = taught(model, tower, encoder, [encoder.encode(record, row)])[0]
+    studied: list[tuple[str, Thought, list[tuple[str, str]]]] = [("answer given", thought, question)]
     if limits is not None:
         prompt = encoder.encode_prompt(record, row)
-        prefix = len(prompt.input_ids)
-        thoughts.append(("decoded", decoded(model, tower, encoder, [prompt], limits)[0]))
+        thought = decoded(model, tower, encoder, [prompt], limits)[0]
+        text = "".join(spell(encoder, token) for token in thought.ids[len(prompt.input_ids) :].tolist())
+        said = ("decoded, without the token that ended it", text.replace("␣", " "))
+        studied.append(("decoded", thought, [*question, said]))
     sections, numbers = [], {}
-    for kind, thought in thoughts:
+    for kind, thought, written in studied:
         title = f"row {row} (line {record.line}), {kind}"
-        written = [("question", record.text_input), ("answer", record.text_output)]
-        if kind == "decoded":
-            text = "".join(spell(encoder, token) for token in thought.ids[prefix:].tolist())
-            written.append(("decoded, without the token that ended it", text.replace("␣", " ")))
         if not thought.runs:
-            sections.append(Section(title, facts(written) + paragraph("The model opened no latent run."), []))
+            sections.append(Section(title, facts(written) + paragraph("The model opened no latent block."), []))
         for look in looks(model, tower, encoder, record, thought, title):
             shown = [
                 _keep(folder, f"{look.title} {name}", figure, CAPTIONS[name]) for name, figure in drawings(look).items()
@@ -142,7 +137,7 @@ def _together(folder: Path, corpus: Corpus, file: Path) -> tuple[list[Section], 
     )
     caption = (
         "Principal components of all kinds together; in brackets how many vectors of each. On the left a kind with "
-        "long vectors decides what is seen, on the right only directions count. Of each row the first run."
+        "long vectors decides what is seen, on the right only directions count. Of each row the first latent block."
     )
     sections = [Section("Where the latents lie", "", [_keep(folder, "pca", figure, caption)])]
     found = readings(corpus)
@@ -167,69 +162,39 @@ def _together(folder: Path, corpus: Corpus, file: Path) -> tuple[list[Section], 
     }
 
 
-def inspect_file(
-    folder: Path,
-    file: Path,
-    rows: Sequence[int],
-    out: Path,
-    image_root: Path | None = None,
-    processor: Path | None = None,
-    latent_size: int | None = None,
-    pixels: tuple[int | None, int | None] = (None, None),
-    helper_pixels: tuple[int | None, int | None] = (None, None),
-    own: Limits | None = None,
-    most: int = 1000,
-    batch_size: int = 32,
-    track: Track = iter,
-) -> Path:
-    """Write pictures, numbers.json and index.html about a model's latents into a new folder.
-
-    Args:
-        folder: the model.
-        file: records, with answers.
-        rows: those shown in detail, counted from 0.
-        latent_size: k; what the folder was trained with if None.
-        own: study the chosen rows by the model's own decoding too, within these limits; a run has k latents.
-        most: rows of the file that components and probe are made of.
-
-    Returns:
-        The page.
+def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> Path:
+    """Write pictures, numbers.json and index.html about a model's latents into a new folder; return the page.
 
     Raises:
-        UserError: what the user can mend in any of these.
+        UserError: what the user can fix in the model, the records or the flags.
     """
     need_matplotlib()
-    if out.exists():
-        raise UserError(f"--out {out} exists; remove it, or choose another")
-    records, faults = scan(file)
-    if faults:
-        raise UserError(f"{file}: {faults[0]}; `mirage-ds data check {file}` lists all faults")
-    chosen = choose(records, rows, file)
-    with_latents = [record for record in records if record.runs][:most]
-    if not with_latents:
-        raise UserError(f"{file}: no record has a latent run; give records with helper images, or with marks for them")
-    finder = ImageFinder.beside(file, image_root)
-    decoder = load_decoder(folder, finder, processor, pixels=pixels)
+    file, rows = spec.data_path, read_rows(spec.rows)
+    if spec.out.exists():
+        raise UserError(f"--out {spec.out} exists; remove it, or choose another")
+    records = read_records(file)
+    check_rows(records, rows, file)
+    with_latents = [record for record in records if record.runs][: spec.most]
+    finder = ImageFinder.beside(file, spec.image_root)
+    decoder = load_decoder(folder, finder, spec.processor, pixels=(spec.min_pixels, spec.max_pixels))
     need_latents(decoder)
-    k = trained_length(decoder, latent_size)
-    folders = [str(decoder.folder), *([str(processor)] if processor else [])]
-    compress = decoder.trained.get("compress_strategy", "average")
-    encoder = load_encoder(folders, finder, "stage2", k, pixels, helper_pixels, compress=compress)
-    limits = None if own is None else replace(own, fixed_run=k)
+    k = trained_length(decoder, spec.latent_size)
+    encoder = decoder.latent_encoder("stage2", k, (spec.helper_min_pixels, spec.helper_max_pixels))
+    limits = Limits(new_tokens=spec.max_new_tokens, fixed_run=k) if spec.decode else None
     try:
-        with whole_folder(out) as work:
+        with whole_folder(spec.out) as work:
             sections: list[Section] = []
             numbers: dict[str, Any] = {"rows": {}}
-            for row, record in zip(rows, chosen, strict=True):
-                made, measured = _row(work, decoder, encoder, record, row, limits)
+            for row in rows:
+                made, measured = _row(work, decoder, encoder, records[row], row, limits)
                 sections += made
                 numbers["rows"] |= measured
-            corpus = gather(decoder.loaded.model, decoder.loaded.tower, encoder, with_latents, batch_size, track)
+            corpus = gather(decoder.loaded.model, decoder.tower, encoder, with_latents, spec.batch_size, track)
             made, numbers["probe"] = _together(work, corpus, file)
             sections += made
-            head = facts([("model", str(folder)), ("records", str(file)), ("latents a run (k)", str(k))])
+            head = facts([("model", str(folder)), ("records", str(file)), ("latents a latent block (k)", str(k))])
             write_atomically(work / "index.html", page("Latents", head, sections))
             write_atomically(work / "numbers.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
     except RecordError as error:
         raise UserError(f"{file}: record on {error}") from None
-    return out / "index.html"
+    return spec.out / "index.html"

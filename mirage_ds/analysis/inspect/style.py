@@ -1,4 +1,7 @@
-"""Sizes, colours and legends of figures with many curves or bars; inches, and points for letters, unless stated."""
+"""Sizes, colours, legends and texts of all figures; inches, and points for letters, unless stated.
+
+Colours are Okabe and Ito's.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 
-from mirage_ds.analysis.inspect.draw import BLACK, BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
-
+DPI = 110
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#8a8a8a"
 # As wide as the page's column.
 WIDTH = 10.6
 # A row of a figure that has one row an arm.
@@ -52,11 +56,15 @@ def look(number: int) -> Look:
     return COLOURS[number % len(COLOURS)], DASHES[turn % len(DASHES)], MARKS[turn % len(MARKS)]
 
 
+def plain(text: str) -> str:
+    """Write the letters that the font lacks by their numbers."""
+    font = get_font(findfont(FontProperties()))
+    return "".join(letter if font.get_char_index(ord(letter)) else f"\\u{ord(letter):x}" for letter in text)
+
+
 def legible(text: object, most: int = 38) -> str:
     """Bring a text to one line of at most so many letters; those that the font lacks are written by their numbers."""
-    font = get_font(findfont(FontProperties()))
-    one = " ".join(str(text).split())
-    one = "".join(letter if font.get_char_index(ord(letter)) else f"\\u{ord(letter):x}" for letter in one)
+    one = plain(" ".join(str(text).split()))
     # What tells names apart is often at their end.
     end = most // 3
     return one if len(one) <= most else f"{one[: most - end - 1]}…{one[-end:]}"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_generate import World, assert_same, both, sharpen, slowly
 
 from mirage_ds.analysis.controls import conditions as making
-from mirage_ds.analysis.controls.bench import Bench, prompt_of
+from mirage_ds.analysis.controls.bench import Bench
 from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners, forbid
 from mirage_ds.analysis.controls.names import CONDITIONS, parse_names
 from mirage_ds.analysis.controls.paths import fork_of, run_paths, verdict
@@ -34,7 +34,7 @@ from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import answer_records, load_decoder
+from mirage_ds.evaluate.decoder import answer_records, load_decoder, prompt_of
 from mirage_ds.evaluate.scoring import Answer
 from mirage_ds.model.generate import Generated, Limits, generate, greedy, latent_tokens
 
@@ -317,7 +317,7 @@ def test_matched_vectors_have_each_slots_mean_and_covariance() -> None:
         # The shrinkage moves entries by a few thousandths of the mean variance here.
         assert ((torch.cov(drawn[:, slot].T) - covariance).abs() < 5 * error + 1e-2 * variances.mean()).all()
     assert not torch.equal(drawn[0], drawn[100])
-    with pytest.raises(UserError, match=r"--latents matched: 2 latent run\(s\)"):
+    with pytest.raises(UserError, match=r"--latents matched: 2 latent block\(s\)"):
         making.matched(material(rows=2))
 
 
@@ -540,7 +540,7 @@ def test_controls_refuse_in_one_sentence(
     cases = [
         ((nano, file), "--run_length: conditions are compared at the same number of slots"),
         ((folder, file, "--run_length", "model"), "--run_length: conditions are compared at the same number of slots"),
-        ((folder, mixed), "record on line 3", "text_output: no latent run", "--latents", "zero"),
+        ((folder, mixed), "record on line 3", "text_output: no latent block", "--latents", "zero"),
         ((folder, mixed), "record on line 3, image_output: stage1 needs a helper image"),
         ((folder, lone), "--latents swap: the record on line 3 is the only one of level 4"),
         ((folder, file, "--latents", "sawp"), "--latents: no condition 'sawp' (did you mean 'swap'?)"),

@@ -19,12 +19,12 @@ from matplotlib.text import Text
 from PIL import Image
 
 from mirage_ds.analysis.inspect import draw
-from mirage_ds.analysis.inspect.command import read_rows
 from mirage_ds.analysis.inspect.corpus import Corpus, Projection, project, readings
 from mirage_ds.analysis.inspect.live import drawings
 from mirage_ds.analysis.inspect.look import Look
 from mirage_ds.analysis.inspect.measure import Words
 from mirage_ds.analysis.inspect.probe import Reading
+from mirage_ds.analysis.inspect.study import read_rows
 from mirage_ds.cli import cli
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
@@ -99,8 +99,8 @@ def test_one_page_that_needs_nothing_beside_it(nano: Path, boards: Path, tmp_pat
     assert "@import" not in text
     assert "url(" not in text
     assert "prefers-color-scheme: dark" in text
-    # A nano that was never trained opens no run.
-    assert text.count("The model opened no latent run.") == 1
+    # A nano that was never trained opens none.
+    assert text.count("The model opened no latent block.") == 1
     kinds = ("similarity", "words", "norms", "attention")
     rows = {f"row_3_line_4_answer_given_{kind}.png" for kind in kinds}
     assert {path.name for path in out.iterdir()} == rows | {"pca.png", "probe_4_4.png", "numbers.json", "index.html"}
@@ -126,8 +126,8 @@ def test_without_enough_maps_there_is_no_probe(boards: Path) -> None:
     ("words", "said"),
     [
         (("--rows", "53"), r"--rows 53: .*data.jsonl has the rows 0 to 52; choose among them"),
-        (("--rows", "52"), r"--rows 52: the record on line 53 of .* has no latent run; choose a row with a helper"),
-        (("--rows", "0"), r"config.json does not say how many latents .*; --latent_size"),
+        (("--rows", "52"), r"--rows 52: the record on line 53 of .* has no latent block; choose a row with a helper"),
+        (("--rows", "0"), r"config.json does not say how many latents .*; give --latent_size"),
         (("--rows", "1,1"), r"--rows 1,1: write different row numbers"),
         (("--rows", "one"), r"--rows one: write different row numbers"),
     ],

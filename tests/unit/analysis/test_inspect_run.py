@@ -227,7 +227,7 @@ def test_figures_for_a_run_that_trains(world: World) -> None:
 
 def test_rows_without_latents_and_broken_rows_are_told(world: World) -> None:
     model, encoder, tower = world.loaded.model, world.encoder, world.loaded.tower
-    with pytest.raises(UserError, match="line 4 has no latent run"):
+    with pytest.raises(UserError, match="line 4 has no latent block"):
         figures(model, encoder, [world.records[3]], tower)
     with pytest.raises(RecordError, match="line 2, image_output"):
         figures(model, encoder, [replace(world.records[1], image_output=("gone.png",))], tower)

@@ -226,7 +226,7 @@ def test_every_setting_stands_in_the_help_with_its_default() -> None:
     text = " ".join(train.command.get_help(click.Context(train.command, terminal_width=110)).split())
     for name in RunConfig.model_fields:
         assert f"--{name}" in text
-    assert "k, latent tokens a run. [default: 4]" in text
+    assert "k: latent tokens of a latent block. [default: 4]" in text
 
 
 def test_main_says_a_mistake_in_one_line_and_exits_with_2(
@@ -249,7 +249,7 @@ def test_main_says_a_mistake_in_one_line_and_exits_with_2(
 
 
 def test_planning_modules_import_neither_torch_nor_transformers_nor_deepspeed() -> None:
-    modules = ["config", "flags", "errors", "engine.ds_config", "model.presets"]
+    modules = ["config.run", "config.flags", "errors", "engine.ds_config", "model.presets", "model.family"]
     code = "import sys\n" + "".join(f"import mirage_ds.{module}\n" for module in modules)
     code += "print(sorted({'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

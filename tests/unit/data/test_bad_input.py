@@ -38,7 +38,7 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
 from mirage_ds.engine.ds_config import read_json, resolve
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import Answer, score
+from mirage_ds.evaluate.scoring import Answer, score
 from mirage_ds.model.load import check_folder
 
 # A fixture made once for all examples of a property is what is meant here.
@@ -554,10 +554,10 @@ def test_a_yaml_of_any_bytes_is_settings_or_a_sentence(content: bytes, tmp_path:
     ("text", "said"),
     [
         ("epochs: 3\nepochs: 4\n", "line 2: not valid YAML (key 'epochs' stands there twice)"),
-        ("when: 2001-99-99\n", "holds a value that is none (month must be in 1..12)"),
-        ("epochs: !!int x\n", "holds a value that is none"),
-        ("epochs: !!timestamp x\n", "holds a value that is none"),
-        ("epochs: !!bool x\n", "holds a value that is none"),
+        ("when: 2001-99-99\n", "holds a value that cannot be read (month must be in 1..12)"),
+        ("epochs: !!int x\n", "holds a value that cannot be read"),
+        ("epochs: !!timestamp x\n", "holds a value that cannot be read"),
+        ("epochs: !!bool x\n", "holds a value that cannot be read"),
         ("a: " + "[" * 5000, "nested too deeply"),
         ("? [a, b]\n: 1\n", "not valid YAML"),
     ],

@@ -131,7 +131,7 @@ def test_what_is_wrong_is_one_sentence(opened: Mirage, mixed: Path, tmp_path: Pa
         opened.rows(mixed, "stage1")[2]
     with pytest.raises(UserError, match=r"latents: \(2, 3\) is not \(k, 128\)"):
         opened.generate("a", latents=torch.zeros(2, 3))
-    with pytest.raises(UserError, match="run_length 3: the latents given are 2 a run"):
+    with pytest.raises(UserError, match="run_length 3: 2 latents a block are given"):
         opened.generate("a", latents=torch.zeros(2, 128), run_length=3)
     with pytest.raises(UserError, match="slots: auxiliary"):
         opened.rows(mixed, "stage1", slots="auxiliary")

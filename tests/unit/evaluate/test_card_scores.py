@@ -15,8 +15,9 @@ from test_decode_eval import STATE
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import evaluate_file, load_decoder, run_limits, write_report
+from mirage_ds.evaluate.decoder import load_decoder, run_limits
 from mirage_ds.evaluate.model_card import add_scores
+from mirage_ds.evaluate.report import evaluate_file, write_report
 
 SAMPLE = Path(__file__).parents[3] / "data/sample_planning.jsonl"
 
@@ -117,5 +118,5 @@ def test_what_does_not_belong_to_it_is_refused(scored: tuple[Path, Path], model:
     card.write_text("mine")
     before = "mine"
     assert refused(scored[1]) == (
-        f"{card}: is no card that mirage_ds wrote; name the folder of a trained or exported model"
+        f"{card}: is no model card that mirage_ds wrote; name the folder of a trained or exported model"
     )

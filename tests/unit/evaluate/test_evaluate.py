@@ -31,11 +31,10 @@ from mirage_ds.evaluate.decoder import (
     Sampling,
     answer_records,
     decoding_dtype,
-    evaluate_file,
     load_decoder,
     run_limits,
-    write_report,
 )
+from mirage_ds.evaluate.report import evaluate_file, write_report
 from mirage_ds.evaluate.scoring import Answer, better, check_metric, score, task_of, wilson
 from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import load_model
@@ -390,7 +389,7 @@ def test_a_record_s_draws_follow_its_place_in_the_file(decoder: Decoder) -> None
 def test_a_broken_image_is_said_before_anything_is_decoded(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(evaluate, "decode_samples", lambda *_: pytest.fail("decoded"))
     (tmp_path / "bad.png").write_bytes(b"none")
     bad = replace(scan(SAMPLE)[0][0], line=9, image_input=(str(tmp_path / "bad.png"),))
     with pytest.raises(UserError, match=r"^record on line 9, image_input: image .*bad.png cannot be decoded"):
@@ -403,7 +402,7 @@ def test_a_gpu_that_is_too_small_is_one_sentence(decoder: Decoder, monkeypatch: 
 
     monkeypatch.setattr(evaluate, "generate", full)
     with pytest.raises(
-        UserError, match=r"^--batch_size 2: 2 rows at a time do not fit into the GPU's memory; lower it"
+        UserError, match=r"^--batch_size 2: so many rows at a time do not fit into the GPU's memory; lower it"
     ):
         answer_records(decoder, scan(SAMPLE)[0][:3], Limits(2), batch_size=2)
 
@@ -493,7 +492,7 @@ def test_temperature_and_top_p_are_of_sampling_alone(nano: Path, tmp_path: Path,
     reports = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("paper", "same", "plain")}
     assert reports["paper"]["answers"] == reports["same"]["answers"]
     assert (reports["plain"]["settings"]["temperature"], reports["plain"]["settings"]["top_p"]) == (1.0, 1.0)
-    refused(call(*words, tmp_path / "no.json", "--top_p", 0.9), "--top_p is of --decoding sampled, and it is greedy")
+    refused(call(*words, tmp_path / "no.json", "--top_p", 0.9), "--top_p needs --decoding sampled, and it is greedy")
     refused(call(*words, tmp_path / "no.json", "--decoding", "sampled", "--temperature", 0), "--temperature")
 
 

@@ -419,10 +419,13 @@ def test_targets_train_the_tower_by_the_answers_loss_alone(sharp: Path, mixed: P
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"stage": "sft", "slots": "latents"}, "--slots latents is not of --stage sft, which has pause, marks"),
-        ({"stage": "stage2", "slots": "auxiliary"}, "--slots auxiliary is not of --stage stage2"),
-        ({"stage": "stage1", "slots": "pause"}, "--slots pause is not of --stage stage1"),
-        ({"stage": "stage1", "detach_latents": True}, "--detach_latents is of --stage stage2"),
+        (
+            {"stage": "sft", "slots": "latents"},
+            "--slots latents does not go with --stage sft, which takes pause, marks",
+        ),
+        ({"stage": "stage2", "slots": "auxiliary"}, "--slots auxiliary does not go with --stage stage2"),
+        ({"stage": "stage1", "slots": "pause"}, "--slots pause does not go with --stage stage1"),
+        ({"stage": "stage1", "detach_latents": True}, "--detach_latents is for --stage stage2"),
         ({"stage": "stage1", "train_targets": True}, "--train_targets trains the tower of stage1: add --train_vision"),
     ],
 )

@@ -257,8 +257,8 @@ def config_of(**settings: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"lora_alpha": 8}, "--lora_alpha is of adapters: add --lora_rank, or leave it out"),
-        ({"lora_targets": ["q_proj"]}, "--lora_targets is of adapters: add --lora_rank, or leave it out"),
+        ({"lora_alpha": 8}, "--lora_alpha needs adapters: add --lora_rank, or leave it out"),
+        ({"lora_targets": ["q_proj"]}, "--lora_targets needs adapters: add --lora_rank, or leave it out"),
         ({"lora_rank": 4, "lora_dropout": 0.1}, "would draw another mask than its forward"),
         ({"lora_rank": 4, "train_vision": True}, "--train_vision trains the whole tower, which no adapter holds"),
         ({"lora_rank": 0}, "greater than 0"),

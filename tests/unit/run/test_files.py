@@ -126,9 +126,7 @@ def test_what_can_be_written_leaves_no_trace(place: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "flags"),
     [
-        ("controls", ["--out", "--markdown"]),
         ("compare", ["--out", "--markdown"]),
-        ("inspect", ["--out"]),
         ("init", ["--out"]),
         ("export", ["target"]),
         ("generate", ["--save_latents"]),
@@ -151,6 +149,9 @@ def test_commands_try_their_outputs_before_they_begin(command: str, flags: list[
     [
         ["init", "--preset", "nano", "--out", "file"],
         ["controls", "m", "--data_path", "d", "--markdown", "folder"],
+        ["controls", "m", "--data_path", "d", "--out", "folder"],
+        ["inspect", "m", "--data_path", "d", "--out", "file"],
+        ["generate", "m", "--prompt", "?", "--save_latents", "file/x.safetensors"],
         ["evaluate", "m", "--data_path", "d", "--out", "folder"],
         ["evaluate", "m", "--data_path", "d", "--latents", "own,zero", "--out", "folder"],
         ["data", "mix", "rows.jsonl", "--out", "file/x"],

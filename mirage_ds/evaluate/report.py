@@ -1,0 +1,151 @@
+"""Answering and scoring a file of records: one process, or one a GPU, and the report of it.
+
+    mirage-ds evaluate FOLDER --data_path FILE …
+    deepspeed --module mirage_ds.evaluate FOLDER --data_path FILE …
+
+Each rank decodes its share with a whole copy of the model; no collective hides in decoding, and the answers are
+gathered once, at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record_files import read_records
+from mirage_ds.engine.installed import versions
+from mirage_ds.engine.manifest import entry_of
+from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
+from mirage_ds.errors import UserError
+from mirage_ds.evaluate.decoder import PAPER, Decoder, Decoding, Sampling, Track, answer_records
+from mirage_ds.evaluate.scoring import Answer, marks, summarize, task_of
+from mirage_ds.evaluate.tables import print_table, score_table
+from mirage_ds.files import write_atomically
+from mirage_ds.model.folder import weight_files
+from mirage_ds.model.generate import Limits
+
+# Ranks wait for the slowest of them: one has the long answers.
+PATIENCE_S = 24 * 3600.0
+
+
+def _read(file: Path, task: str | None, most: int | None) -> tuple[list[Record], str, str]:
+    """Read the records to answer: they, their task, the file's SHA-256. What the scorer lacks in one is said now."""
+    records = read_records(file, answers=False)[:most]
+    name = task_of(records, file, task)
+    marks(records, [Answer("", [], [])] * len(records), name)
+    return records, name, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def prompt_hash(record: Record, finder: ImageFinder) -> str:
+    """SHA-256 of a question: of the JSON list [text_input, SHA-256 of each input image's file …, turns before].
+
+    Raises:
+        UserError: an image is missing.
+    """
+    try:
+        places = [finder.find(record, "image_input", path) for path in record.image_input]
+    except RecordError as error:
+        raise UserError(f"record on {error}") from None
+    whole: list[Any] = [record.text_input, *(hashlib.sha256(place.read_bytes()).hexdigest() for place in places)]
+    if record.turns_before:
+        whole.append(record.turns_before)
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+
+def settings_of(
+    decoder: Decoder, limits: Limits, decoding: Decoding, seed: int, batch_size: int, ranks: int
+) -> dict[str, Any]:
+    """Write down all that the answers follow from, besides records and weights."""
+    drawn = PAPER if decoding == "paper" else decoding
+    images: Any = decoder.encoder.images
+    return {
+        "decoding": "sampled" if isinstance(decoding, Sampling) else decoding,
+        "temperature": drawn.temperature if isinstance(drawn, Sampling) else None,
+        "top_p": drawn.top_p if isinstance(drawn, Sampling) else None,
+        "seed": seed,
+        "max_new_tokens": limits.new_tokens,
+        "prefill_tokens": limits.prefill_tokens,
+        "longest_run": limits.longest_run,
+        # None: the model decides.
+        "run_length": limits.fixed_run,
+        "latents": decoder.latents,
+        "slots": decoder.trained.get("slots"),
+        "min_pixels": int(images.size["shortest_edge"]),
+        "max_pixels": int(images.size["longest_edge"]),
+        "batch_size": batch_size,
+        "ranks": ranks,
+        "device": str(decoder.loaded.model.head.weight.device.type),
+        "dtype": str(decoder.loaded.model.head.weight.dtype).removeprefix("torch."),
+    }
+
+
+def evaluate_file(
+    decoder: Decoder,
+    file: Path,
+    task: str | None,
+    limits: Limits,
+    decoding: Decoding = "greedy",
+    seed: int = 42,
+    batch_size: int = 32,
+    most: int | None = None,
+    track: Track = iter,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Answer and score a file of records; rows need no output fields beyond what the scorer reads.
+
+    Args:
+        world: the ranks that share the records; all of them call it. None for a single process.
+
+    Returns:
+        On every rank: what `summarize` returns, with the task, the settings, the versions, hashes of data and weights,
+        and every answer in the order of the file.
+
+    Raises:
+        UserError: on every rank, whichever has met it.
+    """
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    read = partial(_read, file, task, most)
+    records, name, digest = from_rank_zero(read, world) if world else read()
+    own = range(rank, len(records), size)
+    files = weight_files(decoder.folder)[rank::size]
+    with shared_fate(world):
+        share = [records[i] for i in own]
+        answers = answer_records(decoder, share, limits, decoding, seed, batch_size, track, own)
+        prompts = [prompt_hash(record, decoder.encoder.finder) for record in share]
+    made = list(zip(own, answers, prompts, strict=True))
+    weights = [tuple(entry_of(decoder.folder, file)) for file in files]
+    if world:
+        made, weights = everyone(made, world), everyone(weights, world)
+    made.sort(key=lambda one: one[0])
+    marked = marks(records, [answer for _, answer, _ in made], name)
+    written = []
+    for record, (row, answer, prompt), metrics in zip(records, made, marked, strict=True):
+        one = {"line": record.line, "row": row, **({"id": record.extra["id"]} if "id" in record.extra else {})}
+        written.append(one | {"prompt": prompt, **answer._asdict(), "metrics": metrics})
+    return {
+        "task": name,
+        "model": str(decoder.folder),
+        "data": str(file),
+        "settings": settings_of(decoder, limits, decoding, seed, batch_size, size),
+        "hashes": {"data": digest, "model": {part: own_digest for part, _, own_digest in sorted(weights)}},
+        "versions": versions(),
+        **summarize(records, marked),
+        "answers": written,
+    }
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print the scores as a table, a row a level."""
+    print_table(*score_table(report, digits=2), title=f"{report['task']}, {report['model']}")
+
+
+def write_report(report: dict[str, Any], file: Path) -> None:
+    """Write a report as JSON, an answer a line."""
+    head = json.dumps({key: value for key, value in report.items() if key != "answers"}, indent=1)
+    lines = ",\n  ".join(json.dumps(answer) for answer in report["answers"])
+    write_atomically(file, f'{head[:-2]},\n "answers": [\n  {lines}\n ]\n}}\n')

@@ -1,0 +1,73 @@
+"""The flags of the commands that decode. Imports little, so that the command line's `--help` is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class ModelSpec(BaseModel):
+    """How a model folder is opened, and how long its answers are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    processor: Path | None = Field(None, description="Folder that gives the image processor if FOLDER has none.")
+    run_length: str = Field(
+        "trained", description="Latents of a latent block: trained (as in training), model (it decides), or a number."
+    )
+    max_new_tokens: PositiveInt = Field(1024, description="Tokens of an answer, at most.")
+    min_pixels: int | None = Field(None, description="Smallest input image; the processor's own if not set.")
+    max_pixels: int | None = Field(None, description="Largest input image; the processor's own if not set.")
+    seed: NonNegativeInt = Field(42, description="Of all draws; a row's draws do not depend on the rows beside it.")
+
+
+class DecodingSpec(ModelSpec):
+    """How tokens are chosen."""
+
+    decoding: Literal["greedy", "paper", "sampled"] = Field(
+        "greedy", description="sampled: with --temperature and --top_p; paper: sampled, temperature 0.7, top_p 0.9."
+    )
+    temperature: PositiveFloat | None = Field(None, description="For --decoding sampled; 1 if not set.")
+    top_p: float | None = Field(None, gt=0, le=1, description="For --decoding sampled; 1 if not set.")
+    longest_run: NonNegativeInt = Field(8, description="Latents after which the end of a latent block is forced.")
+    no_latents: bool = Field(False, description="Decode a model that was never trained on latents.")
+
+
+class RecordsSpec(BaseModel):
+    """Which records are answered."""
+
+    data_path: Path = Field(description="Records: one JSON-lines file.")
+    task: str | None = Field(None, description="Whose scorer is used; the records' own task if they name one.")
+    image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
+    batch_size: PositiveInt = Field(32, description="Records answered at a time.")
+    prefill_tokens: PositiveInt = Field(
+        8192, description="Prompts of a batch run together up to so many tokens; a longer one runs alone."
+    )
+    most: PositiveInt | None = Field(None, description="Take only the first so many records.")
+    out: Path | None = Field(None, description="Write scores and answers to this JSON file.")
+
+
+class EvaluateSpec(DecodingSpec, RecordsSpec):
+    """The flags of `mirage-ds evaluate`."""
+
+    latents: str | None = Field(
+        None,
+        description="Score under these conditions instead, separated by commas: own,swap,… (docs/controls.md; "
+        "`mirage-ds controls` has more flags).",
+    )
+
+
+class QuestionSpec(BaseModel):
+    """What is asked."""
+
+    prompt: str = Field(description="The question, with <image> where an image stands.")
+    image: tuple[Path, ...] = Field((), description="Input image; may be given several times.")
+    save_latents: Path | None = Field(
+        None, description="Write tokens, latents and hidden states to this .safetensors file."
+    )
+
+
+class GenerateSpec(DecodingSpec, QuestionSpec):
+    """The flags of `mirage-ds generate`."""
