@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.curate.layouts import Layout, read_row
-from mirage_ds.curate.rewrite import Row, Written, write_rows
+from mirage_ds.curate.rewrite import Row, write_rows
 from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import content_of
-from mirage_ds.data.kinds import head_of, is_array, is_arrow, is_parquet
+from mirage_ds.data.kinds import is_array, is_arrow, is_parquet
 from mirage_ds.data.messages import TURNS_BEFORE, MessageError
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_object
 from mirage_ds.data.record_files import read_lines
-from mirage_ds.data.sources import BATCH_ROWS
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
-from mirage_ds.tasks.write import new_target
+from mirage_ds.tasks.tables import read_batches
+from mirage_ds.tasks.write import Written, new_target
 
 # First bytes of a file → its suffix; others are kept under "img", which every reader here opens by content too.
 _SIGNS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"RIFF", "webp"), (b"GIF8", "gif"))
@@ -41,33 +41,6 @@ def _from_array(file: Path) -> Iterator[tuple[int, Any]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({reason(error)}); expected a list of rows") from None
     yield from enumerate(values, 1)
-
-
-def _from_arrow(file: Path) -> Iterator[tuple[int, Any]]:
-    """Read a Parquet or Arrow file; images stay as they were stored."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    first = 1
-    try:
-        for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS) if is_parquet(file) else _arrow_batches(file):
-            batch.validate(full=True)
-            yield from enumerate(batch.to_pylist(), first)
-            first += len(batch)
-    except pa.ArrowException as error:
-        raise UserError(f"{file}: cannot be read ({reason(error)}); write it anew") from None
-
-
-def _arrow_batches(file: Path) -> Iterator[Any]:
-    import pyarrow as pa
-
-    with pa.memory_map(str(file)) as content:
-        # `datasets` saves streams, Feather and others files.
-        if head_of(file).startswith(b"ARROW1"):
-            reader = pa.ipc.open_file(content)
-            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-        else:
-            yield from pa.ipc.open_stream(content)
 
 
 def _from_hub(source: str, split: str) -> Iterator[tuple[int, Any]]:
@@ -108,7 +81,8 @@ def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
                 raise UserError(f"{source}: no such file")
             yield from _from_hub(source, split)
         elif is_parquet(file) or is_arrow(file):
-            yield from _from_arrow(file)
+            rows = (row for batch in read_batches(file) for row in batch.to_pylist())
+            yield from enumerate(rows, 1)
         elif is_array(file):
             yield from _from_array(file)
         else:

@@ -14,14 +14,14 @@ from pathlib import Path
 from PIL import Image
 
 from mirage_ds.curate.partners import choose_partners
-from mirage_ds.curate.rewrite import Row, Source, Written, write_rows
+from mirage_ds.curate.rewrite import Row, Source, write_rows
 from mirage_ds.curate.spec import QUESTION, Kind, VarySpec
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Record
 from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks import get_task, task_name
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
-from mirage_ds.tasks.write import new_target
+from mirage_ds.tasks.write import Written, new_target
 
 GREY = (128, 128, 128)
 # Every other one is converted to RGB when it is read, so noise in RGB is the same to the model.

@@ -101,6 +101,6 @@ class ChoiceTask(Task):
         right, found = self.parse(record["text_output"], record), self.parse(text, record)
         if right is None:
             raise UserError(
-                f"a record's answer {shown(record['text_output'])} names none of its options; mend its text_output"
+                f"a record's answer {shown(record['text_output'])} names none of its options; fix its text_output"
             )
         return {"correct": float(found == right), "invalid": float(found is None)}

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +30,8 @@ from mirage_ds.tasks.tables import (
     drafts,
     draw,
     find_tables,
-    picture_of,
     read_json_lines,
     read_tables,
-    text_of,
-    texts_of,
 )
 
 LETTERS = ["A", "B", "C", "D"]
@@ -165,7 +163,7 @@ def _images_by_name(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _image(name: str, kind: str, places: Mapping[str, list[Path]]) -> Picture:
+def _image(row: Row, name: str, kind: str, places: Mapping[str, list[Path]]) -> Picture:
     """Find and check an image by its id; of several with one name, the one in its type's own folder.
 
     Raises:
@@ -176,7 +174,7 @@ def _image(name: str, kind: str, places: Mapping[str, list[Path]]) -> Picture:
     path = next(iter(own or found), None)
     if path is None:
         raise BadRow(f"image {name!r} is not below images/")
-    return picture_of(path.name, path.parent, f"image {name}")
+    return row.picture(path, f"image {name}")
 
 
 def _marked(text: str) -> list[int]:
@@ -190,8 +188,8 @@ def _own(row: Row, places: Mapping[str, list[Path]]) -> Draft:
     """
     values = row.values
     kind = str(values.get("type") or "")
-    question, rationale = text_of(values, "question"), text_of(values, "rationale")
-    options = without_letters(texts_of(values, "option"))
+    question, rationale = row.text("question"), row.text("rationale")
+    options = without_letters(row.texts("option"))
     listed = values.get("image") or []
     ids: dict[int, str] = {}
     for entry in listed if isinstance(listed, list) else [listed]:
@@ -221,8 +219,8 @@ def _own(row: Row, places: Mapping[str, list[Path]]) -> Draft:
         question = _MARK.sub(lambda match: INPUT_IMAGE if int(match["number"]) in ids else match[0], question)
     return Draft(
         text_output=text,
-        images=tuple(_image(ids[number], kind, places) for number in inputs),
-        helpers=tuple(_image(ids[number], kind, places) for number in thought),
+        images=tuple(_image(row, ids[number], kind, places) for number in inputs),
+        helpers=tuple(_image(row, ids[number], kind, places) for number in thought),
         extra={"question": question, "options": options, "level": kind, "id": values.get("id")},
         kind=letter,
         key=f"{question} {options}",
@@ -232,10 +230,10 @@ def _own(row: Row, places: Mapping[str, list[Path]]) -> Draft:
 def _packed(row: Row) -> Draft:
     """Make the draft of a row whose answer is a `sequence_plan`."""
     values = row.values
-    question = text_of(values, "text_input")
+    question = row.text("text_input")
     stored = values.get("image_input") or []
     stored = stored if isinstance(stored, list) else [stored]
-    images = tuple(picture_of(value, row.folder, "image_input") for value in stored)
+    images = tuple(row.picture(value, "image_input") for value in stored)
     if question.count(INPUT_IMAGE) not in (0, len(images)):
         raise BadRow(f"text_input has {question.count(INPUT_IMAGE)} {INPUT_IMAGE} marks for {len(images)} images")
     plan = values["sequence_plan"]
@@ -244,13 +242,13 @@ def _packed(row: Row) -> Draft:
     text, helpers = "", []
     for part in plan:
         if part.get("type") == "text":
-            content = text_of(part, "content")
+            content = replace(row, values=part).text("content")
             if OUTPUT_IMAGE in content:
                 raise BadRow(f"a text of its sequence_plan spells {OUTPUT_IMAGE}, which means an image here")
             text += content
         elif part.get("type") == "latent":
             text += OUTPUT_IMAGE
-            helpers.append(picture_of(part.get("helper_image"), row.folder, "helper_image"))
+            helpers.append(row.picture(part.get("helper_image"), "helper_image"))
         else:
             raise BadRow(f"a part of its sequence_plan is of type {shown(part.get('type'))}, not text or latent")
     letter, text = _answer(values, text, [])

@@ -29,10 +29,7 @@ from mirage_ds.tasks.tables import (
     draw,
     find_tables,
     need_columns,
-    picture_of,
     read_tables,
-    text_of,
-    texts_of,
 )
 from mirage_ds.tasks.task import Settings
 
@@ -232,9 +229,9 @@ class Jigsaw(ChoiceTask):
 
     def _blink(self, row: Row, report: BuildReport) -> Draft:
         values = row.values
-        question, options = text_of(values, "question"), without_letters(texts_of(values, "choices"))
+        question, options = row.text("question"), without_letters(row.texts("choices"))
         names = [name for name in ("image_1", "image_2", "image_3", "image_4") if values.get(name) is not None]
-        images = tuple(picture_of(values[name], row.folder, name) for name in names)
+        images = tuple(row.picture(values[name], name) for name in names)
         if not images:
             raise BadRow("it has no image")
         answer = str(values.get("answer") or "")

@@ -19,6 +19,7 @@ from mirage_ds.tasks.choices import ChoiceTask, ask, image_count, plain
 from mirage_ds.tasks.draft import INPUT_IMAGE, Draft, Picture
 from mirage_ds.tasks.report import BuildReport
 from mirage_ds.tasks.tables import (
+    IMAGES,
     BadRow,
     ConvertSettings,
     Row,
@@ -26,13 +27,8 @@ from mirage_ds.tasks.tables import (
     drafts,
     draw,
     find_tables,
-    folder_of_images,
     need_columns,
-    picture_of,
     read_tables,
-    stem_of,
-    text_of,
-    texts_of,
 )
 
 # The paper's two kinds of question, as it writes them and as the data does.
@@ -81,7 +77,7 @@ class Sat(ChoiceTask):
             raise UserError(f"{files[0]}: has no column {' or '.join(_IMAGE_COLUMNS)}; name the data set that has it")
         name = next((name for name in _ID_COLUMNS if name in columns_of(files[0])), None)
         numbers = self._fitting(files, settings.question_types, report)
-        helpers = folder_of_images(settings.helpers, "--helpers") if settings.helpers else {}
+        helpers = folder_of_images(settings.helpers) if settings.helpers else {}
         report.note(LACKING, 0)
 
         def make(row: Row) -> Draft:
@@ -120,8 +116,8 @@ class Sat(ChoiceTask):
 
 def _draft(row: Row, column: str, own: str, helper: Path | None, seed: int, report: BuildReport) -> Draft:
     values = row.values
-    question, right = text_of(values, "question"), text_of(values, "correct_answer")
-    options = list(texts_of(values, "answers"))
+    question, right = row.text("question"), row.text("correct_answer")
+    options = list(row.texts("answers"))
     # In an order of chance: nothing says that the data's own order gives nothing away.
     random.Random(f"{seed}/sat/{own}").shuffle(options)
     at = [plain(option) for option in options]
@@ -130,7 +126,7 @@ def _draft(row: Row, column: str, own: str, helper: Path | None, seed: int, repo
     stored = values.get(column)
     if not isinstance(stored, list) or not stored:
         raise BadRow(f"{column} holds no image")
-    images = tuple(picture_of(value, row.folder, f"image {n}") for n, value in enumerate(stored, 1))
+    images = tuple(row.picture(value, f"image {n}") for n, value in enumerate(stored, 1))
     marks = question.count(INPUT_IMAGE)
     if marks not in (0, len(images)):
         raise BadRow(f"its question has {marks} {INPUT_IMAGE} marks for {len(images)} images")
@@ -138,7 +134,7 @@ def _draft(row: Row, column: str, own: str, helper: Path | None, seed: int, repo
         raise BadRow(f"correct_answer {right!r} has a brace, which cannot stand in a box")
     helpers: tuple[Picture, ...] = ()
     if helper:
-        helpers = (picture_of(helper.name, helper.parent, "its helper"),)
+        helpers = (row.picture(helper, "its helper"),)
     else:
         report.note(LACKING)
     letter = ascii_uppercase[at.index(plain(right))]
@@ -157,3 +153,26 @@ def _draft(row: Row, column: str, own: str, helper: Path | None, seed: int, repo
         kind=letter,
         key=f"{question} {sorted(options)}",
     )
+
+
+def folder_of_images(folder: Path) -> dict[str, Path]:
+    """Return the images of --helpers by the names of their files without suffix; of numbers, without leading zeros.
+
+    Raises:
+        UserError: no such folder, no image, or two with one name.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--helpers {folder}: no such folder; check the path")
+    found: dict[str, Path] = {}
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES):
+        other = found.setdefault(stem_of(path.stem), path)
+        if other != path:
+            raise UserError(f"--helpers {folder}: {other.name} and {path.name} are for one row; keep one of them")
+    if not found:
+        raise UserError(f"--helpers {folder}: no image in it; name the folder that holds them")
+    return found
+
+
+def stem_of(name: str) -> str:
+    """Return a row's name as the names of files spell it: 7, 07 and 007 are one."""
+    return str(int(name)) if name.isdecimal() else name

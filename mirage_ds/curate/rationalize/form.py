@@ -130,7 +130,7 @@ class Judge:
             raise record.fault(
                 "text_output",
                 f"its own answer {shown(boxed)} is wrong by the scorer of {task_name(str(name))}",
-                "mend it, or leave the row out",
+                "fix it, or leave the row out",
             )
         return judge
 

@@ -17,7 +17,6 @@ from mirage_ds.curate.rationalize.prompt import Template
 from mirage_ds.curate.rationalize.spec import RationalizeSpec
 from mirage_ds.curate.rewrite import Source, line_of
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.errors import UserError
 from mirage_ds.files import check_output
 from mirage_ds.tasks.report import Advance
 from mirage_ds.tasks.write import whole_or_nothing
@@ -125,25 +124,22 @@ def _finish(
     out = spec.out.resolve()
     report = Report(None, count, tokens=dict(journal.tokens))
     source = Source(rows.file, [], rows.finder)
-    try:
-        with whole_or_nothing(out) as work:
-            with (work / "data.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
-                for row, judge in rows:
-                    before = report.counts.get("accepted", 0)
-                    for sample in range(spec.samples):
-                        values = _count(report, journal, Job(row, sample, judge))
-                        if values is not None:
-                            made = _made_by(spec, template, sample, values["served"])
-                            lines.write(_line(source, judge, judge.composed(values["text"]), made, out))
-                    report.written += report.counts.get("accepted", 0) > before
-            if report.written:
-                report.file = out / "data.jsonl"
-            else:
-                # A records file without a record is none.
-                (work / "data.jsonl").unlink()
-            (work / "rationalize.json").write_text(_summary(report, spec, template, setup), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {spec.out}: cannot be written ({error.strerror}); name another folder") from None
+    with whole_or_nothing(spec.out) as work:
+        with (work / "data.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
+            for row, judge in rows:
+                before = report.counts.get("accepted", 0)
+                for sample in range(spec.samples):
+                    values = _count(report, journal, Job(row, sample, judge))
+                    if values is not None:
+                        made = _made_by(spec, template, sample, values["served"])
+                        lines.write(_line(source, judge, judge.composed(values["text"]), made, out))
+                report.written += report.counts.get("accepted", 0) > before
+        if report.written:
+            report.file = out / "data.jsonl"
+        else:
+            # A records file without a record is none.
+            (work / "data.jsonl").unlink()
+        (work / "rationalize.json").write_text(_summary(report, spec, template, setup), encoding="utf-8")
     return report
 
 

@@ -20,7 +20,8 @@ from mirage_ds.config.flags import build_model
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Answer, score
-from mirage_ds.tasks.build import BuildReport, convert, print_report
+from mirage_ds.tasks.build import convert
+from mirage_ds.tasks.report import BuildReport, print_report
 from mirage_ds.tasks.sat import SatSettings
 
 TYPES = ["obj_movement", "goal_aim", "ego_movement", "perspective"]
@@ -208,7 +209,7 @@ def test_a_bad_row_is_named_or_left_out(tmp_path: Path, change: dict[str, Any], 
     with pytest.raises(UserError) as error:
         run(file, tmp_path / "o")
     assert str(error.value).startswith(f"{file}, row 5: {says}")
-    assert str(error.value).endswith("mend it, or leave such rows out by --skip_bad_records")
+    assert str(error.value).endswith("fix it, or leave such rows out by --skip_bad_records")
     assert not (tmp_path / "o").exists()
     report, made = run(file, tmp_path / "o", skip_bad_records=True)
     assert [row["row"] for row in made] == ["0", "1", "5", "8"]
