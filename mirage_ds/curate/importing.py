@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.curate.layouts import Layout, read_row
-from mirage_ds.curate.rewrite import Row, write_rows
+from mirage_ds.curate.rewrite import Row, place_of, write_rows
 from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import content_of
@@ -101,14 +101,7 @@ def _picture(value: Any) -> Picture | None:
 
 
 def _images(record: Record, name: str, given: list[Any], finder: ImageFinder) -> tuple[Path | Picture, ...]:
-    found: list[Path | Picture] = []
-    for value in given:
-        if isinstance(value, Picture):
-            found.append(value)
-            continue
-        place = finder.find(record, name, str(value))
-        found.append(place.parent.resolve() / place.name)
-    return tuple(found)
+    return tuple(value if isinstance(value, Picture) else place_of(record, name, str(value), finder) for value in given)
 
 
 def _row(number: int, values: Any, layout: Layout, helper_key: str, finder: ImageFinder) -> Row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,30 +61,42 @@ class Source:
                 raise UserError(f"{file}, {fault}")
         return cls(file, records[:most], ImageFinder.beside(file, image_root))
 
-    @contextmanager
-    def told(self, record: Record) -> Iterator[None]:
-        """Tell what is wrong with a record in a sentence that names file and line.
-
-        Raises:
-            UserError: instead of the RecordError, or of a UserError that does not know the place.
-        """
-        try:
-            yield
-        except RecordError as error:
-            raise UserError(f"{self.file}, {error.fault}") from None
-        except UserError as error:
-            raise UserError(f"{self.file}, line {record.line}: {error}") from None
+    def told(self, record: Record) -> AbstractContextManager[None]:
+        """Tell what is wrong with a record of this file; see `told`."""
+        return told(self.file, record.line)
 
     def row(self, record: Record) -> Row:
         """Make the row that a record is already; RecordError where an image is not there."""
-        inputs = tuple(self._place(record, "image_input", path) for path in record.image_input)
-        helpers = tuple(self._place(record, "image_output", path) for path in record.image_output)
-        return Row(record.text_input, record.text_output, inputs, helpers, dict(record.extra))
+        return row_of(record, self.finder)
 
-    def _place(self, record: Record, name: str, path: str) -> Path:
-        place = self.finder.find(record, name, path)
-        # Behind a link `..` leads elsewhere; the file itself may be one.
-        return place.parent.resolve() / place.name
+
+@contextmanager
+def told(file: Path, line: int) -> Iterator[None]:
+    """Tell what is wrong with a record in a sentence that names file and line.
+
+    Raises:
+        UserError: instead of the RecordError, or of a UserError that does not know the place.
+    """
+    try:
+        yield
+    except RecordError as error:
+        raise UserError(f"{file}, {error.fault}") from None
+    except UserError as error:
+        raise UserError(f"{file}, line {line}: {error}") from None
+
+
+def row_of(record: Record, finder: ImageFinder) -> Row:
+    """Make the row that a record is already; RecordError where an image is not there."""
+    inputs = tuple(place_of(record, "image_input", path, finder) for path in record.image_input)
+    helpers = tuple(place_of(record, "image_output", path, finder) for path in record.image_output)
+    return Row(record.text_input, record.text_output, inputs, helpers, dict(record.extra))
+
+
+def place_of(record: Record, name: str, path: str, finder: ImageFinder) -> Path:
+    """Return where an image of a record lies; RecordError where it is not there."""
+    place = finder.find(record, name, path)
+    # Behind a link `..` leads elsewhere; the file itself may be one.
+    return place.parent.resolve() / place.name
 
 
 def write_rows(rows: Iterable[Row], spec: RewriteSpec, progress: Advance | None = None) -> Written:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from mirage_ds.tasks.tables import (
     drafts,
     draw,
     find_tables,
+    of_types,
     read_json_lines,
     read_tables,
 )
@@ -82,30 +82,14 @@ class Comt(ChoiceTask):
             return _own(row, places[row.folder])
 
         numbers = []
-        for row in self._of_types(_rows(source), settings.types, report):
+        # A packed row may have no type: its file is a subset already.
+        for row in of_types(_rows(source), "type", "--types", settings.types, report, untyped=True):
             if settings.split == "all" or _in_test(row, make) in (None, settings.split == "test"):
                 numbers.append(row.number)
             else:
                 report.excluded += 1
         chosen = draw(numbers, settings.count, settings.seed)
         yield from drafts((row for row in _rows(source) if row.number in chosen), make, settings, report)
-
-    def _of_types(self, rows: Iterator[Row], types: list[str], report: BuildReport) -> Iterator[Row]:
-        wanted = {text.strip().lower() for text in types}
-        found: Counter[str] = Counter()
-        taken = 0
-        for row in rows:
-            kind = str(row.values.get("type") or "").lower()
-            found[kind or "no type"] += 1
-            # A packed row may have no type: its file is a subset already.
-            if "all" in wanted or kind in wanted or not kind:
-                taken += 1
-                yield row
-            else:
-                report.excluded += 1
-        if not taken:
-            there = ", ".join(f"{kind} ({count})" for kind, count in found.most_common()) or "no row at all"
-            raise UserError(f"--types {', '.join(types)}: no row is of one of them; the data has {there}")
 
 
 def _rows(source: Path) -> Iterator[Row]:

@@ -6,7 +6,6 @@ The data has no helper images: they come from a folder of the user's, one a row.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from string import ascii_uppercase
@@ -28,7 +27,9 @@ from mirage_ds.tasks.tables import (
     draw,
     find_tables,
     need_columns,
+    of_types,
     read_tables,
+    type_name,
 )
 
 # The paper's two kinds of question, as it writes them and as the data does.
@@ -52,11 +53,6 @@ class SatSettings(ConvertSettings):
     split: str | None = Field(None, description="train, static, val or test; needed for a folder that holds several")
 
 
-def type_name(text: str) -> str:
-    """Return a question type as types are compared."""
-    return text.strip().lower().replace("_", "-").replace(" ", "-")
-
-
 class Sat(ChoiceTask):
     """SAT; see the module."""
 
@@ -76,7 +72,10 @@ class Sat(ChoiceTask):
         if images is None:
             raise UserError(f"{files[0]}: has no column {' or '.join(_IMAGE_COLUMNS)}; name the data set that has it")
         name = next((name for name in _ID_COLUMNS if name in columns_of(files[0])), None)
-        numbers = self._fitting(files, settings.question_types, report)
+        # The images are not read for that.
+        kinds = read_tables(files, ["question_type"])
+        fitting = of_types(kinds, "question_type", "--question_types", settings.question_types, report)
+        numbers = [row.number for row in fitting]
         helpers = folder_of_images(settings.helpers) if settings.helpers else {}
         report.note(LACKING, 0)
 
@@ -96,22 +95,6 @@ class Sat(ChoiceTask):
                 f"--helpers {settings.helpers}: no row has one of its {len(helpers)} images ({example}, …); the rows "
                 f"are called {called}, so rename the images"
             )
-
-    def _fitting(self, files: list[Path], types: list[str], report: BuildReport) -> list[int]:
-        """Return the numbers of the rows of these question types; the images are not read for that."""
-        wanted = {type_name(text) for text in types}
-        found: Counter[str] = Counter()
-        numbers = []
-        for row in read_tables(files, ["question_type"]):
-            kind = str(row.values["question_type"])
-            found[kind] += 1
-            if "all" in wanted or type_name(kind) in wanted:
-                numbers.append(row.number)
-        if not numbers:
-            there = ", ".join(f"{kind} ({count})" for kind, count in found.most_common()) or "no row at all"
-            raise UserError(f"--question_types {', '.join(types)}: no row has one of them; the data has {there}")
-        report.excluded += found.total() - len(numbers)
-        return numbers
 
 
 def _draft(row: Row, column: str, own: str, helper: Path | None, seed: int, report: BuildReport) -> Draft:

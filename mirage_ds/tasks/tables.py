@@ -12,6 +12,7 @@ import json
 import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -247,6 +248,40 @@ def draw(numbers: Sequence[int], count: int | None, seed: int) -> set[int]:
     if count > len(numbers):
         raise UserError(f"--count is {count}, but there are only {len(numbers)} rows to take; ask for fewer")
     return set(random.Random(f"{seed}/rows").sample(sorted(numbers), count))
+
+
+def type_name(text: str) -> str:
+    """Return a row's type as types are compared."""
+    return text.strip().lower().replace("_", "-").replace(" ", "-")
+
+
+def of_types(
+    rows: Iterable[Row], key: str, flag: str, types: list[str], report: BuildReport, untyped: bool = False
+) -> Iterator[Row]:
+    """Yield the rows of some types, or of "all"; the others are counted as excluded.
+
+    Args:
+        key: where a row says its type.
+        flag: how the user names the types.
+        untyped: whether rows without a type are taken.
+
+    Raises:
+        UserError: there is no such row; it names the types that there are.
+    """
+    wanted = {type_name(text) for text in types}
+    found: Counter[str] = Counter()
+    taken = 0
+    for row in rows:
+        kind = str(row.values.get(key) or "")
+        found[kind or "no type"] += 1
+        if "all" in wanted or type_name(kind) in wanted or (untyped and not kind):
+            taken += 1
+            yield row
+        else:
+            report.excluded += 1
+    if not taken:
+        there = ", ".join(f"{kind} ({count})" for kind, count in found.most_common()) or "no row at all"
+        raise UserError(f"{flag} {', '.join(types)}: no row is of one of them; the data has {there}")
 
 
 def drafts(

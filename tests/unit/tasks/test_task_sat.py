@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from mirage_ds.config.flags import build_model
 from mirage_ds.data.record_files import scan
@@ -122,12 +121,15 @@ def test_types_are_named_freely_and_listed_where_none_fits(train: Path, tmp_path
     with pytest.raises(UserError) as error:
         run(train, tmp_path / "o", question_types="counting,depth")
     assert str(error.value) == (
-        "--question_types counting, depth: no row has one of them; the data has "
+        "--question_types counting, depth: no row is of one of them; the data has "
         "obj_movement (20), goal_aim (20), ego_movement (20), perspective (20)"
     )
 
 
-def test_helpers_come_from_the_users_folder(train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_helpers_come_from_the_users_folder(
+    train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     helpers = tmp_path / "helpers"
     helpers.mkdir()
     for row in (0, 1, 5, 77, 2):  # 2 is of another type
@@ -139,7 +141,7 @@ def test_helpers_come_from_the_users_folder(train: Path, tmp_path: Path, capsys:
     for row, path in helped.items():
         assert np.array_equal(np.array(Image.open(tmp_path / "o" / path)), np.array(picture(900 + int(row))))
     assert report.notes == {WITHOUT: 36}
-    print_report(report, Console(width=120))
+    print_report(report)
     assert f"{WITHOUT} │    36 " in capsys.readouterr().out
     assert run(train, tmp_path / "none")[0].notes == {WITHOUT: 40}
     for name in ("7.png", "07.jpg"):

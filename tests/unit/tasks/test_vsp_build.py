@@ -1,7 +1,6 @@
 """Builds: the files as a user gets them, read back with plain json and PIL."""
 
 import hashlib
-import io
 import json
 import random
 import re
@@ -13,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from mirage_ds.config.flags import build_model
 from mirage_ds.config.mixture import apportion
@@ -411,13 +409,13 @@ def test_apportion():
         assert all(abs(n - total * share / sum(shares)) < 1 for n, share in zip(counts, shares, strict=True))
 
 
-def test_the_report_and_the_bar(capsys):
-    console = Console(width=80, record=True, file=io.StringIO())
+def test_the_report_and_the_bar(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     report = BuildReport(
         PLANNING, Path("o/data.jsonl"), 3, 6, {4: 1, 3: 2}, {"10 moves": 1, "2 moves": 2}, 5, False, 7, 1
     )
-    print_report(report, console)
-    text = console.export_text()
+    print_report(report)
+    text = capsys.readouterr().out
     assert "vsp-spatial-planning: o/data.jsonl" in text
     cells = [tuple(re.split(r"\s*│\s*", line)[1:3]) for line in text.splitlines() if line.startswith("│")]
     assert cells == [
