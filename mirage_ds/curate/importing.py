@@ -15,8 +15,9 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import content_of
 from mirage_ds.data.kinds import is_array, is_arrow, is_parquet
 from mirage_ds.data.messages import TURNS_BEFORE, MessageError
-from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_object
+from mirage_ds.data.record import Fault, RecordError, make_record, parse_object
 from mirage_ds.data.record_files import read_lines
+from mirage_ds.data.sources import BATCH_ROWS
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
@@ -54,18 +55,9 @@ def _from_hub(source: str, split: str) -> Iterator[tuple[int, Any]]:
         raise UserError(
             f"{source}: cannot be loaded ({reason(error)}); give a file, or a data set of the Hub"
         ) from None
-    undecoded = {name: _undecoded(kind) for name, kind in found.features.items()}
-    yield from enumerate(found.cast(datasets.Features(undecoded)), 1)
-
-
-def _undecoded(kind: Any) -> Any:
-    import datasets
-
-    if isinstance(kind, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(kind, datasets.List):
-        return datasets.List(_undecoded(kind.feature))
-    return kind
+    # As Arrow has them: images would be decoded otherwise.
+    rows = (row for part in found.with_format("arrow").iter(BATCH_ROWS) for row in part.to_pylist())
+    yield from enumerate(rows, 1)
 
 
 def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
@@ -100,10 +92,6 @@ def _picture(value: Any) -> Picture | None:
     return Picture.stored(content, suffix)
 
 
-def _images(record: Record, name: str, given: list[Any], finder: ImageFinder) -> tuple[Path | Picture, ...]:
-    return tuple(value if isinstance(value, Picture) else place_of(record, name, str(value), finder) for value in given)
-
-
 def _row(number: int, values: Any, layout: Layout, helper_key: str, finder: ImageFinder) -> Row:
     if not isinstance(values, Mapping):
         raise RecordError(Fault(number, "row", f"expected an object, found {type(values).__name__}", "write one"))
@@ -120,13 +108,13 @@ def _row(number: int, values: Any, layout: Layout, helper_key: str, finder: Imag
     # Checked as a record with a path for each image, wherever it comes from.
     named = {name: [value if isinstance(value, str) else "inside" for value in own] for name, own in given.items()}
     record = make_record(made | named, number)
-    inputs, helpers = (_images(record, name, own, finder) for name, own in given.items())
-    return Row(record.text_input, record.text_output, inputs, helpers, _jsonable(record.extra))
-
-
-def _jsonable(extra: Mapping[str, Any]) -> dict[str, Any]:
+    inputs, helpers = (
+        tuple(one if isinstance(one, Picture) else place_of(record, name, str(one), finder) for one in own)
+        for name, own in given.items()
+    )
     # A data set may hold dates and the like, which JSON has not.
-    return dict(json.loads(json.dumps(dict(extra), default=str)))
+    extra = json.loads(json.dumps(dict(record.extra), default=str))
+    return Row(record.text_input, record.text_output, inputs, helpers, extra)
 
 
 def import_records(

@@ -14,7 +14,7 @@ from mirage_ds.curate.spec import RewriteSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import scan
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
 from mirage_ds.tasks.write import Written, image_keys, new_pictures, write_records
@@ -83,6 +83,20 @@ def told(file: Path, line: int) -> Iterator[None]:
         raise UserError(f"{file}, {error.fault}") from None
     except UserError as error:
         raise UserError(f"{file}, line {line}: {error}") from None
+
+
+def named_task(record: Record, given: str | None) -> str | None:
+    """Return the task that --task names, else the record's own; None where neither does.
+
+    Raises:
+        RecordError: the record's is no name, or is code.
+    """
+    name = given or record.extra.get("task")
+    if name is not None and not isinstance(name, str):
+        raise record.fault("task", f"expected a name, found {shown(name)}", "write it as a string, or give --task")
+    if name and ":" in name and not given:
+        raise record.fault("task", f"{shown(name)} is code, which data must not choose", "give it with --task")
+    return name
 
 
 def row_of(record: Record, finder: ImageFinder) -> Row:

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from mirage_ds.curate.partners import choose_partners
-from mirage_ds.curate.rewrite import Row, Source, write_rows
+from mirage_ds.curate.rewrite import Row, Source, named_task, write_rows
 from mirage_ds.curate.spec import QUESTION, Kind, VarySpec
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Record
 from mirage_ds.errors import UserError, shown
@@ -121,11 +121,9 @@ def _helper_text(given: Given) -> list[Row]:
     variant = str(record.extra.get("variant", ""))
     if _FOREIGN & set(variant.split("+")):
         raise record.fault("variant", f"{variant}: its helper is not its own", "take the records it was made from")
-    name = given.spec.task or record.extra.get("task")
-    if not isinstance(name, str):
+    name = named_task(record, given.spec.task)
+    if not name:
         raise record.fault("task", "missing", "add its name, or give --task")
-    if ":" in name and not given.spec.task:
-        raise record.fault("task", f"{shown(name)} is code, which data must not choose", "give it with --task")
     try:
         words = get_task(name).helper_text({**record.extra, "text_output": record.text_output})
     except KeyError as error:

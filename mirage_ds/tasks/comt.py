@@ -1,7 +1,7 @@
-r"""COMT: chains of thought with images in them, answered by a letter, as ``\boxed{C}``: several latent runs a record.
+r"""COMT: chains of thought with images in them, answered by a letter, as ``\boxed{C}``: several latent blocks a record.
 
 Two forms are read: the data set's own (data.jsonl beside images/, the images marked inside the rationale), and one
-packed for latent runs (`sequence_plan`, a list of texts and helper images).
+packed for latent blocks (`sequence_plan`, a list of texts and helper images).
 """
 
 from __future__ import annotations
@@ -16,23 +16,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mirage_ds.errors import UserError, shown
+from mirage_ds.tasks import tables
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.choices import ChoiceTask, ask, image_count, read_choice, with_marks, without_letters
 from mirage_ds.tasks.draft import INPUT_IMAGE, OUTPUT_IMAGE, Draft, Picture
 from mirage_ds.tasks.report import BuildReport
-from mirage_ds.tasks.tables import (
-    IMAGES,
-    BadRow,
-    ConvertSettings,
-    Row,
-    columns_of,
-    drafts,
-    draw,
-    find_tables,
-    of_types,
-    read_json_lines,
-    read_tables,
-)
 
 LETTERS = ["A", "B", "C", "D"]
 # In the list of images: [IMAGE0:ID].
@@ -43,7 +31,7 @@ _MARK = re.compile(
 )
 
 
-class ComtSettings(ConvertSettings):
+class ComtSettings(tables.ConvertSettings):
     """Which rows."""
 
     types: list[str] = Field(
@@ -74,7 +62,7 @@ class Comt(ChoiceTask):
         """Convert COMT's data.jsonl with images/, or rows with a `sequence_plan` (JSON lines, Parquet, Arrow)."""
         places: dict[Path, dict[str, list[Path]]] = {}
 
-        def make(row: Row) -> Draft:
+        def make(row: tables.Row) -> Draft:
             if "sequence_plan" in row.values:
                 return _packed(row)
             if row.folder not in places:
@@ -83,35 +71,35 @@ class Comt(ChoiceTask):
 
         numbers = []
         # A packed row may have no type: its file is a subset already.
-        for row in of_types(_rows(source), "type", "--types", settings.types, report, untyped=True):
+        for row in tables.of_types(_rows(source), "type", "--types", settings.types, report, untyped=True):
             if settings.split == "all" or _in_test(row, make) in (None, settings.split == "test"):
                 numbers.append(row.number)
             else:
                 report.excluded += 1
-        chosen = draw(numbers, settings.count, settings.seed)
-        yield from drafts((row for row in _rows(source) if row.number in chosen), make, settings, report)
+        chosen = tables.draw(numbers, settings.count, settings.seed)
+        yield from tables.drafts((row for row in _rows(source) if row.number in chosen), make, settings, report)
 
 
-def _rows(source: Path) -> Iterator[Row]:
+def _rows(source: Path) -> Iterator[tables.Row]:
     """Yield the rows of a folder's data.jsonl, of a JSON-lines file, or of Parquet or Arrow files."""
     file = source / "data.jsonl" if source.is_dir() else source
     if file.suffix == ".jsonl" and file.is_file():
-        return read_json_lines(file)
-    files = find_tables(source)
-    names = columns_of(files[0])
+        return tables.read_json_lines(file)
+    files = tables.find_tables(source)
+    names = tables.columns_of(files[0])
     if "sequence_plan" not in names:
         raise UserError(f"{files[0]}: has no column sequence_plan, only {', '.join(names)}; name COMT's data.jsonl")
-    return read_tables(files)
+    return tables.read_tables(files)
 
 
-def _in_test(row: Row, make: Callable[[Row], Draft]) -> bool | None:
+def _in_test(row: tables.Row, make: Callable[[tables.Row], Draft]) -> bool | None:
     """Tell whether a row is of the test split; None of a bad one, which is said when its turn comes.
 
     One picture lies in one split, whatever is asked about it.
     """
     try:
         draft = make(row)
-    except BadRow:
+    except tables.BadRow:
         return None
     # A question without an image is told by its text.
     known = draft.images[0].name if draft.images else draft.extra["question"]
@@ -129,11 +117,13 @@ def _answer(values: Mapping[str, Any], text: str, options: list[str]) -> tuple[s
     boxed = read_choice(text, known)
     letter = boxed if given is None else read_choice(f"\\boxed{{{given}}}", known)
     if letter is None:
-        raise BadRow(f"answer {shown(given)} is none of its {len(known)} options, and its text has no \\boxed{{}}")
+        raise tables.BadRow(
+            f"answer {shown(given)} is none of its {len(known)} options, and its text has no \\boxed{{}}"
+        )
     if last_boxed(text) is None:
         return letter, f"{text.rstrip()}\nThe answer is \\boxed{{{letter}}}."
     if boxed != letter:
-        raise BadRow(f"its text ends with \\boxed{{{last_boxed(text)}}}, its answer is {letter}")
+        raise tables.BadRow(f"its text ends with \\boxed{{{last_boxed(text)}}}, its answer is {letter}")
     return letter, text
 
 
@@ -141,13 +131,13 @@ def _images_by_name(folder: Path) -> dict[str, list[Path]]:
     """Return the images below a folder by their file names, with and without suffix."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGES:
+        if path.suffix.lower() in tables.IMAGES:
             for name in {path.name, path.stem}:
                 found.setdefault(name, []).append(path)
     return found
 
 
-def _image(row: Row, name: str, kind: str, places: Mapping[str, list[Path]]) -> Picture:
+def _image(row: tables.Row, name: str, kind: str, places: Mapping[str, list[Path]]) -> Picture:
     """Find and check an image by its id; of several with one name, the one in its type's own folder.
 
     Raises:
@@ -157,7 +147,7 @@ def _image(row: Row, name: str, kind: str, places: Mapping[str, list[Path]]) -> 
     own = [path for path in found if path.parent.name == kind]
     path = next(iter(own or found), None)
     if path is None:
-        raise BadRow(f"image {name!r} is not below images/")
+        raise tables.BadRow(f"image {name!r} is not below images/")
     return row.picture(path, f"image {name}")
 
 
@@ -165,7 +155,7 @@ def _marked(text: str) -> list[int]:
     return [int(match["number"]) for match in _MARK.finditer(text)]
 
 
-def _own(row: Row, places: Mapping[str, list[Path]]) -> Draft:
+def _own(row: tables.Row, places: Mapping[str, list[Path]]) -> Draft:
     """Make the draft of a row in the data set's own form.
 
     Images that the rationale marks are helpers, all others are input images.
@@ -179,21 +169,21 @@ def _own(row: Row, places: Mapping[str, list[Path]]) -> Draft:
     for entry in listed if isinstance(listed, list) else [listed]:
         match = _ENTRY.fullmatch(str(entry).strip())
         if match is None:
-            raise BadRow(f"image {shown(entry)} is not of the form [IMAGE0:ID]")
+            raise tables.BadRow(f"image {shown(entry)} is not of the form [IMAGE0:ID]")
         ids[int(match.group(1))] = match.group(2)
     if OUTPUT_IMAGE in rationale or INPUT_IMAGE in question:
-        raise BadRow(f"its text spells {OUTPUT_IMAGE} or {INPUT_IMAGE}, which mean images here")
+        raise tables.BadRow(f"its text spells {OUTPUT_IMAGE} or {INPUT_IMAGE}, which mean images here")
     asked = [number for number in _marked(question) if number in ids]
     told = _marked(rationale)
     unknown = [number for number in told if number not in ids]
     if unknown:
-        raise BadRow(f"its rationale marks IMAGE{unknown[0]}, which its list of images lacks")
+        raise tables.BadRow(f"its rationale marks IMAGE{unknown[0]}, which its list of images lacks")
     # An input image that the rationale names again is no picture thought up, and its mark stays as text.
     thought = [number for number in told if number not in asked]
     inputs = asked or [number for number in sorted(ids) if number not in thought]
     unused = set(ids) - set(inputs) - set(thought)
     if unused:
-        raise BadRow(f"IMAGE{min(unused)} is marked neither in its question nor in its rationale")
+        raise tables.BadRow(f"IMAGE{min(unused)} is marked neither in its question nor in its rationale")
 
     def latent(match: re.Match[str]) -> str:
         return OUTPUT_IMAGE if int(match["number"]) in thought else f"image {int(match['number']) + 1}"
@@ -211,7 +201,7 @@ def _own(row: Row, places: Mapping[str, list[Path]]) -> Draft:
     )
 
 
-def _packed(row: Row) -> Draft:
+def _packed(row: tables.Row) -> Draft:
     """Make the draft of a row whose answer is a `sequence_plan`."""
     values = row.values
     question = row.text("text_input")
@@ -219,22 +209,24 @@ def _packed(row: Row) -> Draft:
     stored = stored if isinstance(stored, list) else [stored]
     images = tuple(row.picture(value, "image_input") for value in stored)
     if question.count(INPUT_IMAGE) not in (0, len(images)):
-        raise BadRow(f"text_input has {question.count(INPUT_IMAGE)} {INPUT_IMAGE} marks for {len(images)} images")
+        raise tables.BadRow(
+            f"text_input has {question.count(INPUT_IMAGE)} {INPUT_IMAGE} marks for {len(images)} images"
+        )
     plan = values["sequence_plan"]
     if not isinstance(plan, list) or not plan or not all(isinstance(part, dict) for part in plan):
-        raise BadRow(f"sequence_plan is {shown(plan)}, not a list of parts")
+        raise tables.BadRow(f"sequence_plan is {shown(plan)}, not a list of parts")
     text, helpers = "", []
     for part in plan:
         if part.get("type") == "text":
             content = replace(row, values=part).text("content")
             if OUTPUT_IMAGE in content:
-                raise BadRow(f"a text of its sequence_plan spells {OUTPUT_IMAGE}, which means an image here")
+                raise tables.BadRow(f"a text of its sequence_plan spells {OUTPUT_IMAGE}, which means an image here")
             text += content
         elif part.get("type") == "latent":
             text += OUTPUT_IMAGE
             helpers.append(row.picture(part.get("helper_image"), "helper_image"))
         else:
-            raise BadRow(f"a part of its sequence_plan is of type {shown(part.get('type'))}, not text or latent")
+            raise tables.BadRow(f"a part of its sequence_plan is of type {shown(part.get('type'))}, not text or latent")
     letter, text = _answer(values, text, [])
     known = {key: values[key] for key in ("id", "type") if values.get(key) is not None}
     level = {"level": str(values["type"])} if values.get("type") else {}

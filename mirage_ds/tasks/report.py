@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,25 +52,26 @@ class BuildReport:
 
 def print_report(report: BuildReport) -> None:
     """Print the counts as a table on stdout."""
+    counts: list[tuple[str, int]] = [("records", report.records), ("images written", report.images)]
     levels = sorted(report.levels.items(), key=lambda item: str(item[0]))
+    counts += [(f"level {level}", count) for level, count in levels]
     classes = sorted(report.classes.items(), key=lambda item: (len(item[0]), item[0]))
-    counts = {"records": report.records, "images written": report.images}
-    counts |= {f"level {level}": count for level, count in levels}
-    counts |= {f"answer {kind}": count for kind, count in classes}
-    counts |= {f"duplicates {'kept' if report.duplicates_kept else 'removed'}": report.duplicates}
-    counts |= {"excluded": report.excluded}
-    counts |= {"wrong answers replaced": report.replaced} if report.replaced else {}
-    print_counts(f"{report.task}: {report.file}", counts | report.notes)
+    counts += [(f"answer {kind}", count) for kind, count in classes]
+    counts += [(f"duplicates {'kept' if report.duplicates_kept else 'removed'}", report.duplicates)]
+    counts += [("excluded", report.excluded)]
+    if report.replaced:
+        counts += [("wrong answers replaced", report.replaced)]
+    print_counts(f"{report.task}: {report.file}", [*counts, *report.notes.items()])
 
 
-def print_counts(title: str, counts: Mapping[str, int | str]) -> None:
+def print_counts(title: str, counts: Iterable[tuple[str, int | str]]) -> None:
     """Print a title, if there is one, and a table of counts on stdout."""
     console = Console()
     if title:
         console.print(title, soft_wrap=True, highlight=False, markup=False)
     table = Table("what")
     table.add_column("count", justify="right")
-    for what, count in counts.items():
+    for what, count in counts:
         table.add_row(what, str(count))
     console.print(table)
 

@@ -14,23 +14,10 @@ from typing import Any
 from pydantic import Field
 
 from mirage_ds.errors import UserError
+from mirage_ds.tasks import tables
 from mirage_ds.tasks.choices import ChoiceTask, ask, image_count, plain
 from mirage_ds.tasks.draft import INPUT_IMAGE, Draft, Picture
 from mirage_ds.tasks.report import BuildReport
-from mirage_ds.tasks.tables import (
-    IMAGES,
-    BadRow,
-    ConvertSettings,
-    Row,
-    columns_of,
-    drafts,
-    draw,
-    find_tables,
-    need_columns,
-    of_types,
-    read_tables,
-    type_name,
-)
 
 # The paper's two kinds of question, as it writes them and as the data does.
 PAPERS_TYPES = ["goal-aim", "object-movement", "obj-movement"]
@@ -40,7 +27,7 @@ _IMAGE_COLUMNS = ("image_bytes", "images")
 _ID_COLUMNS = ("id", "idx")
 
 
-class SatSettings(ConvertSettings):
+class SatSettings(tables.ConvertSettings):
     """Which rows, and where their helper images lie."""
 
     question_types: list[str] = Field(
@@ -65,27 +52,27 @@ class Sat(ChoiceTask):
 
     def convert(self, source: Path, settings: SatSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert rows of SAT or SAT-v2 (Parquet, or `save_to_disk`); helper images come from --helpers."""
-        files = find_tables(source, split=settings.split)
+        files = tables.find_tables(source, split=settings.split)
         for file in files:
-            need_columns(file, ("question", "answers", "question_type", "correct_answer"))
-        images = next((name for name in _IMAGE_COLUMNS if name in columns_of(files[0])), None)
+            tables.need_columns(file, ("question", "answers", "question_type", "correct_answer"))
+        images = next((name for name in _IMAGE_COLUMNS if name in tables.columns_of(files[0])), None)
         if images is None:
             raise UserError(f"{files[0]}: has no column {' or '.join(_IMAGE_COLUMNS)}; name the data set that has it")
-        name = next((name for name in _ID_COLUMNS if name in columns_of(files[0])), None)
+        name = next((name for name in _ID_COLUMNS if name in tables.columns_of(files[0])), None)
         # The images are not read for that.
-        kinds = read_tables(files, ["question_type"])
-        fitting = of_types(kinds, "question_type", "--question_types", settings.question_types, report)
+        kinds = tables.read_tables(files, ["question_type"])
+        fitting = tables.of_types(kinds, "question_type", "--question_types", settings.question_types, report)
         numbers = [row.number for row in fitting]
         helpers = folder_of_images(settings.helpers) if settings.helpers else {}
         report.note(LACKING, 0)
 
-        def make(row: Row) -> Draft:
+        def make(row: tables.Row) -> Draft:
             own = str(row.number if name is None else row.values[name])
             return _draft(row, images, own, helpers.get(stem_of(own)), settings.seed, report)
 
-        chosen = draw(numbers, settings.count, settings.seed)
+        chosen = tables.draw(numbers, settings.count, settings.seed)
         helped = False
-        for draft in drafts(read_tables(files, None, chosen), make, settings, report):
+        for draft in tables.drafts(tables.read_tables(files, None, chosen), make, settings, report):
             helped = helped or bool(draft.helpers)
             yield draft
         if helpers and not helped:
@@ -97,7 +84,7 @@ class Sat(ChoiceTask):
             )
 
 
-def _draft(row: Row, column: str, own: str, helper: Path | None, seed: int, report: BuildReport) -> Draft:
+def _draft(row: tables.Row, column: str, own: str, helper: Path | None, seed: int, report: BuildReport) -> Draft:
     values = row.values
     question, right = row.text("question"), row.text("correct_answer")
     options = list(row.texts("answers"))
@@ -105,16 +92,16 @@ def _draft(row: Row, column: str, own: str, helper: Path | None, seed: int, repo
     random.Random(f"{seed}/sat/{own}").shuffle(options)
     at = [plain(option) for option in options]
     if at.count(plain(right)) != 1:
-        raise BadRow(f"correct_answer {right!r} stands {at.count(plain(right))} times among its answers")
+        raise tables.BadRow(f"correct_answer {right!r} stands {at.count(plain(right))} times among its answers")
     stored = values.get(column)
     if not isinstance(stored, list) or not stored:
-        raise BadRow(f"{column} holds no image")
+        raise tables.BadRow(f"{column} holds no image")
     images = tuple(row.picture(value, f"image {n}") for n, value in enumerate(stored, 1))
     marks = question.count(INPUT_IMAGE)
     if marks not in (0, len(images)):
-        raise BadRow(f"its question has {marks} {INPUT_IMAGE} marks for {len(images)} images")
+        raise tables.BadRow(f"its question has {marks} {INPUT_IMAGE} marks for {len(images)} images")
     if "{" in right or "}" in right:
-        raise BadRow(f"correct_answer {right!r} has a brace, which cannot stand in a box")
+        raise tables.BadRow(f"correct_answer {right!r} has a brace, which cannot stand in a box")
     helpers: tuple[Picture, ...] = ()
     if helper:
         helpers = (row.picture(helper, "its helper"),)
@@ -129,7 +116,7 @@ def _draft(row: Row, column: str, own: str, helper: Path | None, seed: int, repo
             "question": question,
             "options": options,
             "question_type": values["question_type"],
-            "level": type_name(str(values["question_type"])),
+            "level": tables.type_name(str(values["question_type"])),
             "row": own,
             "seed": seed,
         },
@@ -147,7 +134,7 @@ def folder_of_images(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"--helpers {folder}: no such folder; check the path")
     found: dict[str, Path] = {}
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES):
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in tables.IMAGES):
         other = found.setdefault(stem_of(path.stem), path)
         if other != path:
             raise UserError(f"--helpers {folder}: {other.name} and {path.name} are for one row; keep one of them")

@@ -54,4 +54,4 @@ def _print(report: Report, spec: RationalizeSpec) -> None:
     counts |= {"replies": report.rows * spec.samples, "accepted": report.counts.get("accepted", 0)}
     counts |= {f"{kind}: {text}": report.counts[kind] for kind, text in MEANINGS.items() if kind in report.counts}
     counts |= {f"tokens {name}": f"{count:,}" for name, count in report.tokens.items() if count}
-    print_counts(str(report.file or ""), counts)
+    print_counts(str(report.file or ""), counts.items())

@@ -1,4 +1,4 @@
-"""COMT's two forms, made small: several latent runs in one answer."""
+"""COMT's two forms, made small: several latent blocks in one answer."""
 
 from __future__ import annotations
 

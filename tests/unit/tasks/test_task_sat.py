@@ -188,6 +188,11 @@ def test_the_second_version_and_other_ways_to_store_it(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": stored, "test": stored}).save_to_disk(tmp_path / "saved")
     _, again = run(tmp_path / "saved", tmp_path / "b", split="train", question_types="all")
     assert again == made
+    # An Arrow file, where `datasets` writes streams.
+    table = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    assert run(tmp_path / "file.arrow", tmp_path / "d", question_types="all")[1] == made
     with pytest.raises(UserError, match="has the splits test, train; say which one"):
         run(tmp_path / "saved", tmp_path / "c")
 
