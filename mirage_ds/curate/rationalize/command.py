@@ -51,7 +51,7 @@ def _print(report: Report, spec: RationalizeSpec) -> None:
     from mirage_ds.tasks.report import print_counts
 
     counts: dict[str, int | str] = {"rows": report.rows, "rows with a rationale": report.written}
-    counts |= {"replies": report.rows * spec.samples, "accepted": report.counts.get("accepted", 0)}
+    counts |= {"replies": report.rows * spec.samples, "accepted": report.counts["accepted"]}
     counts |= {f"{kind}: {text}": report.counts[kind] for kind, text in MEANINGS.items() if kind in report.counts}
     counts |= {f"tokens {name}": f"{count:,}" for name, count in report.tokens.items() if count}
     print_counts(str(report.file or ""), counts.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,15 +44,14 @@ class Report:
     file: Path | None
     rows: int
     written: int = 0
-    counts: dict[Outcome, int] = field(default_factory=dict)
+    counts: Counter[Outcome] = field(default_factory=Counter)
     examples: dict[Outcome, dict[str, Any]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
     @property
     def commonest(self) -> Outcome:
         """What most of the dropped replies have in common."""
-        dropped = {outcome: count for outcome, count in self.counts.items() if outcome != "accepted"}
-        return max(dropped, key=lambda outcome: dropped[outcome])
+        return max((outcome for outcome in self.counts if outcome != "accepted"), key=lambda one: self.counts[one])
 
 
 def rationalize(file: Path, spec: RationalizeSpec, progress: Advance | None = None) -> Report:
@@ -122,13 +122,13 @@ def _finish(
     with whole_or_nothing(spec.out) as work:
         with (work / "data.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
             for row, judge in rows:
-                before = report.counts.get("accepted", 0)
+                before = report.counts["accepted"]
                 for sample in range(spec.samples):
                     values = _count(report, journal, Job(row, sample, judge))
                     if values is not None:
                         made = _made_by(spec, template, sample, values["served"])
                         lines.write(_line(rows, judge, judge.composed(values["text"]), made, out))
-                report.written += report.counts.get("accepted", 0) > before
+                report.written += report.counts["accepted"] > before
         if report.written:
             report.file = out / "data.jsonl"
         else:
@@ -141,7 +141,7 @@ def _finish(
 def _count(report: Report, journal: Journal, job: Job) -> dict[str, Any] | None:
     """Count what became of a job; return its line of the journal where the reply was accepted."""
     outcome = journal.noted[job.row, job.sample].outcome
-    report.counts[outcome] = report.counts.get(outcome, 0) + 1
+    report.counts[outcome] += 1
     if outcome != "accepted" and outcome in report.examples:
         return None
     values = journal.line(job.row, job.sample)
@@ -170,7 +170,7 @@ def _summary(report: Report, spec: RationalizeSpec, template: Template, setup: d
         "rows": report.rows,
         "rows with a rationale": report.written,
         "replies": report.rows * spec.samples,
-        "counts": {outcome: report.counts.get(outcome, 0) for outcome in ("accepted", *MEANINGS)},
+        "counts": {outcome: report.counts[outcome] for outcome in ("accepted", *MEANINGS)},
         "examples": report.examples,
         "tokens": report.tokens,
         "endpoint": spec.endpoint,
