@@ -72,6 +72,16 @@ def mixture_of(parts: Sequence[Part]) -> Mixture:
     return Mixture(tuple(parts))
 
 
+def apportion(total: int, shares: Sequence[float]) -> list[int]:
+    """Split `total` by the shares into whole numbers that add up to it (largest remainders first)."""
+    exact = [total * share / sum(shares) for share in shares]
+    counts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: (counts[index] - exact[index], index))
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
 def records_of(named: Path | Sequence[Path]) -> Records:
     """Read what --data_path names: one source as it is called, or FILE[:WEIGHT] of each of several.
 

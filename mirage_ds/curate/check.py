@@ -90,7 +90,7 @@ def print_faults(file: Path, count: int, faults: list[Fault], most: int) -> None
     # Text, not str: rich would read brackets in a path as markup.
     title = Text(f"{file}: {len(faults)} fault(s) in {count} records")
     several = any(fault.file for fault in faults)
-    table = Table(*(["file"] if several else []), "line", "field", "what", "how to mend", title=title)
+    table = Table(*(["file"] if several else []), "line", "field", "what", "how to fix", title=title)
     for fault in faults[:most]:
         own = [Text(fault.file)] if several else []
         table.add_row(*own, str(fault.line), fault.field, Text(fault.what), Text(fault.how))

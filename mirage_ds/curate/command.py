@@ -12,7 +12,7 @@ from mirage_ds.curate.layouts import LAYOUTS, Layout
 from mirage_ds.curate.spec import KINDS, ImportSpec, Kind, MixSpec, VarySpec
 
 if TYPE_CHECKING:
-    from mirage_ds.curate.rewrite import Written
+    from mirage_ds.tasks.write import Written
 
 
 @click.command(context_settings=CONTEXT)

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.curate.layouts import Layout, read_row
-from mirage_ds.curate.rewrite import Row, Written, write_rows
+from mirage_ds.curate.rewrite import Row, place_of, write_rows
 from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import content_of
-from mirage_ds.data.kinds import head_of, is_array, is_arrow, is_parquet
+from mirage_ds.data.kinds import is_array, is_arrow, is_parquet
 from mirage_ds.data.messages import TURNS_BEFORE, MessageError
-from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_object
+from mirage_ds.data.record import Fault, RecordError, make_record, parse_object
 from mirage_ds.data.record_files import read_lines
 from mirage_ds.data.sources import BATCH_ROWS
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
-from mirage_ds.tasks.write import new_target
+from mirage_ds.tasks.tables import read_batches
+from mirage_ds.tasks.write import Written, new_target
 
 # First bytes of a file → its suffix; others are kept under "img", which every reader here opens by content too.
 _SIGNS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"RIFF", "webp"), (b"GIF8", "gif"))
@@ -43,33 +44,6 @@ def _from_array(file: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(values, 1)
 
 
-def _from_arrow(file: Path) -> Iterator[tuple[int, Any]]:
-    """Read a Parquet or Arrow file; images stay as they were stored."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    first = 1
-    try:
-        for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS) if is_parquet(file) else _arrow_batches(file):
-            batch.validate(full=True)
-            yield from enumerate(batch.to_pylist(), first)
-            first += len(batch)
-    except pa.ArrowException as error:
-        raise UserError(f"{file}: cannot be read ({reason(error)}); write it anew") from None
-
-
-def _arrow_batches(file: Path) -> Iterator[Any]:
-    import pyarrow as pa
-
-    with pa.memory_map(str(file)) as content:
-        # `datasets` saves streams, Feather and others files.
-        if head_of(file).startswith(b"ARROW1"):
-            reader = pa.ipc.open_file(content)
-            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-        else:
-            yield from pa.ipc.open_stream(content)
-
-
 def _from_hub(source: str, split: str) -> Iterator[tuple[int, Any]]:
     """Read a data set of the Hub; images stay as they were stored."""
     import datasets
@@ -81,18 +55,9 @@ def _from_hub(source: str, split: str) -> Iterator[tuple[int, Any]]:
         raise UserError(
             f"{source}: cannot be loaded ({reason(error)}); give a file, or a data set of the Hub"
         ) from None
-    undecoded = {name: _undecoded(kind) for name, kind in found.features.items()}
-    yield from enumerate(found.cast(datasets.Features(undecoded)), 1)
-
-
-def _undecoded(kind: Any) -> Any:
-    import datasets
-
-    if isinstance(kind, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(kind, datasets.List):
-        return datasets.List(_undecoded(kind.feature))
-    return kind
+    # As Arrow has them: images would be decoded otherwise.
+    rows = (row for part in found.with_format("arrow").iter(BATCH_ROWS) for row in part.to_pylist())
+    yield from enumerate(rows, 1)
 
 
 def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
@@ -108,7 +73,8 @@ def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
                 raise UserError(f"{source}: no such file")
             yield from _from_hub(source, split)
         elif is_parquet(file) or is_arrow(file):
-            yield from _from_arrow(file)
+            rows = (row for batch in read_batches(file) for row in batch.to_pylist())
+            yield from enumerate(rows, 1)
         elif is_array(file):
             yield from _from_array(file)
         else:
@@ -124,17 +90,6 @@ def _picture(value: Any) -> Picture | None:
         return None
     suffix = next((name for sign, name in _SIGNS if content.startswith(sign)), "img")
     return Picture.stored(content, suffix)
-
-
-def _images(record: Record, name: str, given: list[Any], finder: ImageFinder) -> tuple[Path | Picture, ...]:
-    found: list[Path | Picture] = []
-    for value in given:
-        if isinstance(value, Picture):
-            found.append(value)
-            continue
-        place = finder.find(record, name, str(value))
-        found.append(place.parent.resolve() / place.name)
-    return tuple(found)
 
 
 def _row(number: int, values: Any, layout: Layout, helper_key: str, finder: ImageFinder) -> Row:
@@ -153,13 +108,13 @@ def _row(number: int, values: Any, layout: Layout, helper_key: str, finder: Imag
     # Checked as a record with a path for each image, wherever it comes from.
     named = {name: [value if isinstance(value, str) else "inside" for value in own] for name, own in given.items()}
     record = make_record(made | named, number)
-    inputs, helpers = (_images(record, name, own, finder) for name, own in given.items())
-    return Row(record.text_input, record.text_output, inputs, helpers, _jsonable(record.extra))
-
-
-def _jsonable(extra: Mapping[str, Any]) -> dict[str, Any]:
+    inputs, helpers = (
+        tuple(one if isinstance(one, Picture) else place_of(record, name, str(one), finder) for one in own)
+        for name, own in given.items()
+    )
     # A data set may hold dates and the like, which JSON has not.
-    return dict(json.loads(json.dumps(dict(extra), default=str)))
+    extra = json.loads(json.dumps(dict(record.extra), default=str))
+    return Row(record.text_input, record.text_output, inputs, helpers, extra)
 
 
 def import_records(

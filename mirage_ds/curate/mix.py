@@ -6,12 +6,12 @@ import random
 from collections.abc import Sequence
 
 from mirage_ds.config.mixture import Part, mixture_of
-from mirage_ds.curate.rewrite import Row, Source, Written, write_rows
+from mirage_ds.curate.rewrite import Row, Source, write_rows
 from mirage_ds.curate.spec import MixSpec
 from mirage_ds.data.proportion import most, shares
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
-from mirage_ds.tasks.write import new_target
+from mirage_ds.tasks.write import Written, new_target
 
 
 def mix(parts: Sequence[Part], spec: MixSpec) -> Written:

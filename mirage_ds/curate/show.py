@@ -1,21 +1,20 @@
 """`mirage-ds data show`: records as a page to look at, one HTML file with everything in it, or one PNG.
 
-The answer has a numbered mark where each run of latents stands, with its helper image there.
+The answer has a numbered mark where each latent block stands, with its helper image there.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Fault, Record, RecordError, parse_record
@@ -29,6 +28,9 @@ FIRST = 20
 # px of the longer side; larger pictures are shrunk, so that a page of many photographs still opens.
 _HTML_SIDE, _PNG_SIDE = 640, 224
 _ROWS = re.compile(r"(\d+)(?:-(\d+))?")
+# px of a sheet, of the space at its edges and between pictures, and of a line of text.
+_WIDTH, _PAD, _LINE = 1200, 12, 18
+_INK, _SOFT, _LATENT, _FAULT = "#141414", "#787878", "#b45f06", "#c5221f"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Place:
     image: Image.Image | None
     caption: str
 
+    def label(self, kind: str) -> str:
+        """Name it by its number; `kind` is that of the text, "" or "latent"."""
+        return f"{'latents' if kind else 'image'} {self.number}"
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -52,14 +58,14 @@ class Shown:
 
     Attributes:
         question, answer: texts and pictures in their order.
-        keys: the record's other keys.
+        keys: the record's other keys and their values, a line each.
         faults: what `data check` would say, and what the record's task cannot read.
     """
 
     line: int
     question: list[str | Place]
     answer: list[str | Place]
-    keys: dict[str, Any]
+    keys: list[str]
     faults: list[Fault]
 
 
@@ -116,14 +122,18 @@ def _shown(text: str, line: int, finder: ImageFinder) -> Shown:
             # What is wrong with its answer does not keep its question from being shown.
             record = parse_record(text, line, answers=False)
         except RecordError:
-            return Shown(line, [], [text], {}, faults)
+            return Shown(line, [], [text], [], faults)
     before = "".join(f"{turn['role']}: {turn['content']}\n" for turn in record.turns_before)
     asked = f"{before}user: {record.text_input}" if before else record.text_input
     question = _laid(asked, IMAGE_MARK, _places(record, "image_input", record.image_input, finder, faults))
     helpers = _places(record, "image_output", record.image_output, finder, faults)
     answer = _laid(record.text_output, HELPER_MARK, helpers)
     faults += _task_faults(record)
-    keys = {key: value for key, value in record.extra.items() if key != TURNS_BEFORE}
+    keys = [
+        f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+        for key, value in record.extra.items()
+        if key != TURNS_BEFORE
+    ]
     return Shown(line, question, answer, keys, faults)
 
 
@@ -165,190 +175,82 @@ def _task_faults(record: Record) -> list[Fault]:
     return [Fault(record.line, "text_output", f"{name} reads no answer out of it", "put the answer into \\boxed{}")]
 
 
-# ------------------------------------------------------------------------------------------------------------- HTML
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --line: #8886; --soft: #8881; --latent: #b45f06; --fault: #c5221f; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --latent: #f5b66a; --fault: #ff8a80; }} }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-article {{ border-top: 1px solid var(--line); padding: 1rem 0; }}
-h1 {{ font-size: 1.25rem; overflow-wrap: anywhere; }}
-h2 {{ font-size: 1rem; margin: 0 0 .5rem; }}
-h3 {{ font-size: .8rem; margin: 1rem 0 .25rem; opacity: .75; }}
-.text {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
-.answer {{ background: var(--soft); padding: .5rem .75rem; border-radius: .25rem; }}
-figure {{ display: inline-block; margin: .25rem .5rem .25rem 0; vertical-align: top; white-space: normal; }}
-figure img {{ display: block; max-width: 18rem; max-height: 18rem; height: auto; }}
-figcaption {{ font-size: .75rem; opacity: .75; max-width: 18rem; overflow-wrap: anywhere; }}
-figure.latent {{ border: 2px solid var(--latent); padding: .25rem; }}
-figure.latent figcaption {{ color: var(--latent); opacity: 1; }}
-.keys {{ font: .8rem/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }}
-.fault {{ color: var(--fault); }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{articles}
-</body>
-</html>
-"""
-
-
-def html_page(title: str, records: Sequence[Shown]) -> str:
-    """Return one self-contained page."""
-    articles = "\n".join(_article(one) for one in records)
-    return _PAGE.format(title=html.escape(title), articles=articles)
-
-
-def _article(one: Shown) -> str:
-    parts = [f'<article id="line{one.line}">\n<h2>line {one.line}</h2>']
-    parts += [
-        f'<p class="fault">{html.escape(f"{fault.field}: {fault.what}; {fault.how}")}</p>' for fault in one.faults
-    ]
-    if one.question:
-        parts.append(f'<h3>question</h3>\n<div class="text">{_flow(one.question, "")}</div>')
-    parts.append(f'<h3>answer</h3>\n<div class="text answer">{_flow(one.answer, "latent")}</div>')
-    if one.keys:
-        keys = "<br>".join(html.escape(f"{key}: {_value(value)}") for key, value in one.keys.items())
-        parts.append(f'<h3>other keys</h3>\n<div class="keys">{keys}</div>')
-    return "\n".join([*parts, "</article>"])
-
-
-def _flow(parts: Sequence[str | Place], kind: str) -> str:
-    return "".join(html.escape(part) if isinstance(part, str) else _figure(part, kind) for part in parts)
-
-
-def _figure(place: Place, kind: str) -> str:
-    caption = html.escape(f"{_label(kind, place.number)}: {place.caption}")
-    image = ""
-    if place.image:
-        small = _shrunk(place.image, _HTML_SIDE)
-        image = f'<img src="{_data_url(small)}" width="{small.width}" height="{small.height}" alt="{caption}">'
-    return f'<figure class="{kind}">{image}<figcaption>{caption}</figcaption></figure>'
-
-
-def _shrunk(image: Image.Image, side: int) -> Image.Image:
+def _shrunk(image: Image.Image, side: int = _HTML_SIDE) -> Image.Image:
     small = image.copy()
     small.thumbnail((side, side))
     return small
 
 
-def _label(kind: str, number: int) -> str:
-    return f"latents {number}" if kind else f"image {number}"
-
-
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def _data_url(image: Image.Image) -> str:
-    """Return a picture as a data URL: PNG where few colours make that the smaller one, else JPEG."""
-    best, kind = b"", ""
-    for form, options in (("PNG", {"optimize": True}), ("JPEG", {"quality": 90, "subsampling": 0})):
-        content = io.BytesIO()
-        image.save(content, form, **options)
-        if not best or len(content.getvalue()) < len(best):
-            best, kind = content.getvalue(), form.lower()
-    return f"data:image/{kind};base64,{base64.b64encode(best).decode()}"
+    """Return a picture as a data URL: PNG where it has few colours, else JPEG, which is smaller."""
+    kind = "png" if image.getcolors() else "jpeg"
+    content = io.BytesIO()
+    image.save(content, kind, quality=90, subsampling=0)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-# -------------------------------------------------------------------------------------------------------------- PNG
+def html_page(title: str, records: Sequence[Shown]) -> str:
+    """Return one self-contained page."""
+    from jinja2 import Environment
 
-_WIDTH, _PAD, _LINE = 1200, 12, 18
-_INK, _SOFT, _LATENT, _FAULT = (20, 20, 20), (120, 120, 120), (180, 95, 6), (197, 34, 31)
+    environment = Environment(autoescape=True)
+    environment.filters |= {"shrunk": _shrunk, "data_url": _data_url}
+    template = Path(__file__).with_name("show.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(title=title, records=records)
 
 
 def png_sheet(records: Sequence[Shown]) -> Image.Image:
-    """Draw the records one below the other, RGB, 1200 px wide."""
-    blocks = [block for one in records for block in _blocks(one)]
-    sheet = Image.new("RGB", (_WIDTH, sum(block.height for block in blocks) + 2 * _PAD), "white")
-    top = _PAD
-    for block in blocks:
-        sheet.paste(block, (0, top))
-        top += block.height
+    """Draw the records, RGB, 1200 px wide: words and pictures from left to right, as on the page."""
+    placed: list[tuple[Image.Image, tuple[int, int]]] = []
+    x, y, height = _PAD, _PAD, _LINE
+    for box in (box for one in records for box in _boxes(one)):
+        if box is None or x + box.width > _WIDTH - _PAD:
+            x, y, height = _PAD, y + height, _LINE
+        if box is not None:
+            placed.append((box, (x, y)))
+            x, height = x + box.width, max(height, box.height)
+    sheet = Image.new("RGB", (_WIDTH, y + height + _PAD), "white")
+    for box, at in placed:
+        sheet.paste(box, at)
     return sheet
 
 
-def _blocks(one: Shown) -> Iterator[Image.Image]:
-    yield _words(f"line {one.line}", _INK, rule=True)
+def _boxes(one: Shown) -> Iterator[Image.Image | None]:
+    """Yield words and pictures as small pictures of their own, and None where a line ends."""
+    yield from _words(f"line {one.line}\n", _SOFT)
     for fault in one.faults:
-        yield _words(f"{fault.field}: {fault.what}; {fault.how}", _FAULT)
+        yield from _words(f"{fault.field}: {fault.what}; {fault.how}\n", _FAULT)
     for name, parts, kind in (("question", one.question, ""), ("answer", one.answer, "latent")):
-        if parts:
-            yield _words(name, _SOFT)
-        row: list[Place] = []
+        yield from _words(f"{name}\n", _SOFT)
         for part in parts:
-            if isinstance(part, Place):
-                row.append(part)
-                continue
-            if row and part.strip():
-                yield _pictures(row, kind)
-                row = []
-            if part.strip():
-                yield _words(part.strip("\n"), _INK)
-        if row:
-            yield _pictures(row, kind)
-    if one.keys:
-        yield _words("  ".join(f"{key}: {_value(value)}" for key, value in one.keys.items()), _SOFT)
+            yield from _words(part, _INK) if isinstance(part, str) else [_figure(part, kind)]
+        yield None
+    yield from _words("\n".join([*one.keys, "", ""]), _SOFT)
 
 
-def _font() -> Any:
-    return ImageFont.load_default(14)
+def _words(text: str, colour: str) -> Iterator[Image.Image | None]:
+    # Longer words are broken anywhere.
+    for word in re.findall(r"\n|[^\S\n]+|\S{1,80}", text):
+        yield None if word == "\n" else _drawn(word, colour)
 
 
-def _words(text: str, colour: tuple[int, int, int], rule: bool = False) -> Image.Image:
-    """Draw a text, broken at the sheet's width."""
-    font = _font()
-    lines = [broken for line in text.split("\n") for broken in _broken(line, font, _WIDTH - 2 * _PAD)]
-    block = Image.new("RGB", (_WIDTH, len(lines) * _LINE + 8 + 8 * rule), "white")
-    pen = ImageDraw.Draw(block)
-    if rule:
-        pen.line([(0, 3), (_WIDTH, 3)], fill=_SOFT)
-    for number, line in enumerate(lines):
-        pen.text((_PAD, 4 + 8 * rule + number * _LINE), line, fill=colour, font=font)
-    return block
+def _drawn(text: str, colour: str) -> Image.Image:
+    font = ImageFont.load_default(14)
+    box = Image.new("RGB", (math.ceil(font.getlength(text)), _LINE), "white")
+    ImageDraw.Draw(box).text((0, 0), text, fill=colour, font=font)
+    return box
 
 
-def _broken(line: str, font: Any, width: int) -> Iterator[str]:
-    """Break a line between words, and a word that is too long anywhere."""
-    now = ""
-    for word in re.findall(r"\s*\S{1,100}|\s+", line) or [""]:
-        if now and font.getlength(now + word) > width:
-            yield now
-            now = ""
-        now += word if now else word.lstrip()
-    yield now
-
-
-def _pictures(places: Sequence[Place], kind: str) -> Image.Image:
-    """Draw pictures side by side, five a row, each with its label; latent places are framed."""
-    shrunk = [place.image and _shrunk(place.image, _PNG_SIDE) for place in places]
-    rows = [range(start, min(start + 5, len(places))) for start in range(0, len(places), 5)]
-    heights = [max(image.height if image else _LINE for image in shrunk[row.start : row.stop]) for row in rows]
-    block = Image.new("RGB", (_WIDTH, sum(heights) + (_LINE + 14) * len(rows)), "white")
-    pen = ImageDraw.Draw(block)
+def _figure(place: Place, kind: str) -> Image.Image:
+    """Draw a picture in a frame below its label."""
     colour = _LATENT if kind else _SOFT
-    top = _LINE + 4
-    for row, height in zip(rows, heights, strict=True):
-        for at in row:
-            left, image = (at - row.start) * (_WIDTH // 5) + _PAD, shrunk[at]
-            pen.text((left, top - _LINE - 4), _label(kind, places[at].number), fill=colour, font=_font())
-            if image is None:
-                pen.text((left, top), "no picture", fill=_FAULT, font=_font())
-                continue
-            block.paste(image, (left, top))
-            pen.rectangle((left - 2, top - 2, left + image.width + 1, top + image.height + 1), outline=colour, width=2)
-        top += height + _LINE + 14
-    return block
-
-
-# ------------------------------------------------------------------------------------------------------------- file
+    label = _drawn(place.label(kind), colour)
+    inner = _shrunk(place.image, _PNG_SIDE) if place.image else _drawn("no picture", _FAULT)
+    framed = ImageOps.expand(inner.convert("RGB"), 2, colour)
+    box = Image.new("RGB", (max(label.width, framed.width) + 2 * _PAD, _LINE + framed.height + _PAD), "white")
+    box.paste(label, (_PAD, 0))
+    box.paste(framed, (_PAD, _LINE))
+    return box
 
 
 def write_page(file: Path, records: Sequence[Shown], out: Path) -> None:
@@ -366,7 +268,8 @@ def write_page(file: Path, records: Sequence[Shown], out: Path) -> None:
         png_sheet(records).save(drawn, "PNG")
         content = drawn.getvalue()
     else:
-        content = html_page(file.name, records).encode("utf-8")
+        # Half a surrogate pair can stand in a record, and in no file.
+        content = html_page(file.name, records).encode("utf-8", "backslashreplace")
     try:
         write_atomically(out, content)
     except OSError as error:
@@ -380,9 +283,7 @@ def as_text(records: Sequence[Shown]) -> str:
         lines.append(f"── line {one.line} " + "─" * 60)
         lines += [f"FAULT {fault.field}: {fault.what}; {fault.how}" for fault in one.faults]
         for parts, kind in ((one.question, ""), (one.answer, "latent")):
-            text = "".join(
-                part if isinstance(part, str) else f"[{_label(kind, part.number)}: {part.caption}]" for part in parts
-            )
+            text = "".join(part if isinstance(part, str) else f"[{part.label(kind)}: {part.caption}]" for part in parts)
             lines += [text.strip(), ""] if text.strip() else []
-        lines += [f"{key}: {_value(value)}" for key, value in one.keys.items()]
+        lines += one.keys
     return "\n".join(lines)

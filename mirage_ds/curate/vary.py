@@ -14,14 +14,14 @@ from pathlib import Path
 from PIL import Image
 
 from mirage_ds.curate.partners import choose_partners
-from mirage_ds.curate.rewrite import Row, Source, Written, write_rows
+from mirage_ds.curate.rewrite import Row, Source, named_task, write_rows
 from mirage_ds.curate.spec import QUESTION, Kind, VarySpec
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Record
 from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks import get_task, task_name
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
-from mirage_ds.tasks.write import new_target
+from mirage_ds.tasks.write import Written, new_target
 
 GREY = (128, 128, 128)
 # Every other one is converted to RGB when it is read, so noise in RGB is the same to the model.
@@ -121,11 +121,9 @@ def _helper_text(given: Given) -> list[Row]:
     variant = str(record.extra.get("variant", ""))
     if _FOREIGN & set(variant.split("+")):
         raise record.fault("variant", f"{variant}: its helper is not its own", "take the records it was made from")
-    name = given.spec.task or record.extra.get("task")
-    if not isinstance(name, str):
+    name = named_task(record, given.spec.task)
+    if not name:
         raise record.fault("task", "missing", "add its name, or give --task")
-    if ":" in name and not given.spec.task:
-        raise record.fault("task", f"{shown(name)} is code, which data must not choose", "give it with --task")
     try:
         words = get_task(name).helper_text({**record.extra, "text_output": record.text_output})
     except KeyError as error:

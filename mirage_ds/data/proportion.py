@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mirage_ds.config.mixture import apportion
 from mirage_ds.errors import UserError
-from mirage_ds.tasks.supply import apportion
 
 
 def shares(files: Sequence[Path], count: int, weights: Sequence[float]) -> list[int]:

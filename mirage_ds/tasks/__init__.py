@@ -67,7 +67,7 @@ def get_task(name: str) -> Task:
         module = import_module(module_name)
     except (ImportError, SyntaxError) as error:
         raise UserError(
-            f"task '{known}': {module_name} cannot be imported ({reason(error)}); mend it, install it, or start where "
+            f"task '{known}': {module_name} cannot be imported ({reason(error)}); fix it, install it, or start where "
             "it lies"
         ) from error
     found = getattr(module, attribute, None)

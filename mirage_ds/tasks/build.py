@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mirage_ds.errors import UserError, shown
-from mirage_ds.files import TROUBLES
 from mirage_ds.tasks import get_task, task_name
 from mirage_ds.tasks.draft import INPUT_IMAGE, OUTPUT_IMAGE, Draft, Picture
-from mirage_ds.tasks.report import Advance, BuildReport, print_report, progress_bar
-from mirage_ds.tasks.spec import BuildSpec
+from mirage_ds.tasks.report import Advance, BuildReport
 from mirage_ds.tasks.task import Settings, Task
-from mirage_ds.tasks.write import Painter, new_target, whole_or_nothing
-
-__all__ = ["BuildReport", "BuildSpec", "build", "convert", "print_report", "progress_bar"]
-
-# So many records' pictures are held at a time.
-_CHUNK = 64
+from mirage_ds.tasks.write import Line, image_keys, new_pictures, new_target, write_records
 
 
 def build(task: str, settings: Settings, progress: Advance | None = None) -> BuildReport:
@@ -55,42 +46,29 @@ def _begin(task: str, settings: Settings) -> tuple[Task, BuildReport]:
 def _write(
     task: Task, drafts: Iterable[Draft], settings: Settings, report: BuildReport, progress: Advance | None
 ) -> BuildReport:
-    out = settings.out.resolve()
     total = None
     if isinstance(drafts, Sequence):
-        total = len({name for draft in drafts for name in _pictures(draft) if not (out / name).exists()})
-    with _told(settings.out), whole_or_nothing(out) as work, Painter(work, total, progress) as painter:
-        with (work / report.file.name).open("w", encoding="utf-8", newline="\n") as file:
-            waiting = iter(drafts)
-            while chunk := list(islice(waiting, _CHUNK)):
-                pictures: dict[str, Picture] = {}
-                for draft in chunk:
-                    record = _record(task, draft, settings, report.task)
-                    pictures |= _pictures(draft)
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    _count(draft, report)
-                painter.write({name: one for name, one in pictures.items() if not (out / name).exists()})
-        if not report.records:
-            raise UserError(f"task {report.task} has made no record; {_why(report)}")
-        report.images = painter.written
+        total = len(new_pictures(settings.out, map(_pictures, drafts)))
+    lines = _lines(task, drafts, settings, report)
+    report.images = write_records(settings.out, settings.name, lines, total, progress).images
     return report
 
 
-@contextmanager
-def _told(out: Path) -> Iterator[None]:
-    """Tell a disk that is full as the user knows it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in TROUBLES:
-            raise
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from None
-
-
-def _why(report: BuildReport) -> str:
-    lost = {**report.notes, "excluded": report.excluded}
-    told = ", ".join(f"{what}: {count}" for what, count in lost.items() if count)
-    return f"what was left out: {told}; change the settings" if told else "there was nothing to make one of"
+def _lines(task: Task, drafts: Iterable[Draft], settings: Settings, report: BuildReport) -> Iterator[Line]:
+    """Yield the drafts' lines and count them; UserError where there is none."""
+    for draft in drafts:
+        record = _record(task, draft, settings, report.task)
+        report.records += 1
+        if (level := draft.extra.get("level")) is not None:
+            report.levels[level] = report.levels.get(level, 0) + 1
+        if draft.kind:
+            report.classes[draft.kind] = report.classes.get(draft.kind, 0) + 1
+        yield json.dumps(record, ensure_ascii=False) + "\n", _pictures(draft)
+    if not report.records:
+        lost = {**report.notes, "excluded": report.excluded}
+        told = ", ".join(f"{what}: {count}" for what, count in lost.items() if count)
+        why = f"what was left out: {told}; change the settings" if told else "there was nothing to make one of"
+        raise UserError(f"task {report.task} has made no record; {why}")
 
 
 def _pictures(draft: Draft) -> dict[str, Picture]:
@@ -104,12 +82,8 @@ def _record(task: Task, draft: Draft, settings: Settings, name: str) -> dict[str
     Raises:
         UserError: the task's question or answer is not right; the trainer or the scorer would say so much later.
     """
-    row: dict[str, Any] = {}
-    for key, pictures in (("image_input", draft.images), ("image_output", draft.helpers)):
-        paths = [f"images/{picture.name}" for picture in pictures]
-        if paths:
-            row[key] = paths if len(paths) > 1 else paths[0]
-    row |= draft.extra
+    inputs, helpers = ([f"images/{picture.name}" for picture in own] for own in (draft.images, draft.helpers))
+    row = image_keys(inputs, helpers) | draft.extra
     row.setdefault("task", name)
     record = {"text_input": task.prompt(row, settings), "text_output": draft.text_output, **row}
     # As the format has it: input images, or one helper, need no marks, and latents need no helper.
@@ -124,13 +98,5 @@ def _record(task: Task, draft: Draft, settings: Settings, name: str) -> dict[str
                 "write one mark for each image"
             )
     if draft.text_output and task.parse(draft.text_output, record) is None:
-        raise UserError(f"task {name} reads no answer out of its own {shown(draft.text_output)}; mend build or parse")
+        raise UserError(f"task {name} reads no answer out of its own {shown(draft.text_output)}; fix build or parse")
     return record
-
-
-def _count(draft: Draft, report: BuildReport) -> None:
-    report.records += 1
-    if (level := draft.extra.get("level")) is not None:
-        report.levels[level] = report.levels.get(level, 0) + 1
-    if draft.kind:
-        report.classes[draft.kind] = report.classes.get(draft.kind, 0) + 1

@@ -3,7 +3,6 @@ r"""Questions with options, answered by a letter or by an option's text in the l
 from __future__ import annotations
 
 import re
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any, ClassVar
@@ -84,10 +83,6 @@ class ChoiceTask(Task):
 
     letter_first: ClassVar[bool] = True
 
-    @abstractmethod
-    def prompt(self, row: Mapping[str, Any], settings: Any) -> str:
-        """See `Task`."""
-
     def parse(self, text: str, row: Mapping[str, Any]) -> str | None:
         """Return the letter of the option that is answered; None when it is none of them."""
         return read_choice(text, row["options"], self.letter_first)
@@ -101,6 +96,6 @@ class ChoiceTask(Task):
         right, found = self.parse(record["text_output"], record), self.parse(text, record)
         if right is None:
             raise UserError(
-                f"a record's answer {shown(record['text_output'])} names none of its options; mend its text_output"
+                f"a record's answer {shown(record['text_output'])} names none of its options; fix its text_output"
             )
         return {"correct": float(found == right), "invalid": float(found is None)}

@@ -51,7 +51,8 @@ def _settings(task: Task, way: Way) -> type[Settings] | None:
 
 def _command(name: str, task: Task, settings: type[Settings], way: Way) -> click.Command:
     def run(source: Path | None = None, **flags: Any) -> None:
-        from mirage_ds.tasks.build import build, convert, print_report, progress_bar
+        from mirage_ds.tasks.build import build, convert
+        from mirage_ds.tasks.report import print_report, progress_bar
 
         wanted = build_model(settings, flags)
         with progress_bar(f"{name}: pictures") as progress:

@@ -1,40 +1,26 @@
-r"""COMT: chains of thought with images in them, answered by a letter, as ``\boxed{C}``: several latent runs a record.
+r"""COMT: chains of thought with images in them, answered by a letter, as ``\boxed{C}``: several latent blocks a record.
 
 Two forms are read: the data set's own (data.jsonl beside images/, the images marked inside the rationale), and one
-packed for latent runs (`sequence_plan`, a list of texts and helper images).
+packed for latent blocks (`sequence_plan`, a list of texts and helper images).
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from mirage_ds.errors import UserError, shown
+from mirage_ds.tasks import tables
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.choices import ChoiceTask, ask, image_count, read_choice, with_marks, without_letters
 from mirage_ds.tasks.draft import INPUT_IMAGE, OUTPUT_IMAGE, Draft, Picture
 from mirage_ds.tasks.report import BuildReport
-from mirage_ds.tasks.tables import (
-    IMAGES,
-    BadRow,
-    ConvertSettings,
-    Row,
-    columns_of,
-    drafts,
-    draw,
-    find_tables,
-    picture_of,
-    read_json_lines,
-    read_tables,
-    text_of,
-    texts_of,
-)
 
 LETTERS = ["A", "B", "C", "D"]
 # In the list of images: [IMAGE0:ID].
@@ -45,7 +31,7 @@ _MARK = re.compile(
 )
 
 
-class ComtSettings(ConvertSettings):
+class ComtSettings(tables.ConvertSettings):
     """Which rows."""
 
     types: list[str] = Field(
@@ -76,7 +62,7 @@ class Comt(ChoiceTask):
         """Convert COMT's data.jsonl with images/, or rows with a `sequence_plan` (JSON lines, Parquet, Arrow)."""
         places: dict[Path, dict[str, list[Path]]] = {}
 
-        def make(row: Row) -> Draft:
+        def make(row: tables.Row) -> Draft:
             if "sequence_plan" in row.values:
                 return _packed(row)
             if row.folder not in places:
@@ -84,52 +70,36 @@ class Comt(ChoiceTask):
             return _own(row, places[row.folder])
 
         numbers = []
-        for row in self._of_types(_rows(source), settings.types, report):
+        # A packed row may have no type: its file is a subset already.
+        for row in tables.of_types(_rows(source), "type", "--types", settings.types, report, untyped=True):
             if settings.split == "all" or _in_test(row, make) in (None, settings.split == "test"):
                 numbers.append(row.number)
             else:
                 report.excluded += 1
-        chosen = draw(numbers, settings.count, settings.seed)
-        yield from drafts((row for row in _rows(source) if row.number in chosen), make, settings, report)
-
-    def _of_types(self, rows: Iterator[Row], types: list[str], report: BuildReport) -> Iterator[Row]:
-        wanted = {text.strip().lower() for text in types}
-        found: Counter[str] = Counter()
-        taken = 0
-        for row in rows:
-            kind = str(row.values.get("type") or "").lower()
-            found[kind or "no type"] += 1
-            # A packed row may have no type: its file is a subset already.
-            if "all" in wanted or kind in wanted or not kind:
-                taken += 1
-                yield row
-            else:
-                report.excluded += 1
-        if not taken:
-            there = ", ".join(f"{kind} ({count})" for kind, count in found.most_common()) or "no row at all"
-            raise UserError(f"--types {', '.join(types)}: no row is of one of them; the data has {there}")
+        chosen = tables.draw(numbers, settings.count, settings.seed)
+        yield from tables.drafts((row for row in _rows(source) if row.number in chosen), make, settings, report)
 
 
-def _rows(source: Path) -> Iterator[Row]:
+def _rows(source: Path) -> Iterator[tables.Row]:
     """Yield the rows of a folder's data.jsonl, of a JSON-lines file, or of Parquet or Arrow files."""
     file = source / "data.jsonl" if source.is_dir() else source
     if file.suffix == ".jsonl" and file.is_file():
-        return read_json_lines(file)
-    files = find_tables(source)
-    names = columns_of(files[0])
+        return tables.read_json_lines(file)
+    files = tables.find_tables(source)
+    names = tables.columns_of(files[0])
     if "sequence_plan" not in names:
         raise UserError(f"{files[0]}: has no column sequence_plan, only {', '.join(names)}; name COMT's data.jsonl")
-    return read_tables(files)
+    return tables.read_tables(files)
 
 
-def _in_test(row: Row, make: Callable[[Row], Draft]) -> bool | None:
+def _in_test(row: tables.Row, make: Callable[[tables.Row], Draft]) -> bool | None:
     """Tell whether a row is of the test split; None of a bad one, which is said when its turn comes.
 
     One picture lies in one split, whatever is asked about it.
     """
     try:
         draft = make(row)
-    except BadRow:
+    except tables.BadRow:
         return None
     # A question without an image is told by its text.
     known = draft.images[0].name if draft.images else draft.extra["question"]
@@ -147,11 +117,13 @@ def _answer(values: Mapping[str, Any], text: str, options: list[str]) -> tuple[s
     boxed = read_choice(text, known)
     letter = boxed if given is None else read_choice(f"\\boxed{{{given}}}", known)
     if letter is None:
-        raise BadRow(f"answer {shown(given)} is none of its {len(known)} options, and its text has no \\boxed{{}}")
+        raise tables.BadRow(
+            f"answer {shown(given)} is none of its {len(known)} options, and its text has no \\boxed{{}}"
+        )
     if last_boxed(text) is None:
         return letter, f"{text.rstrip()}\nThe answer is \\boxed{{{letter}}}."
     if boxed != letter:
-        raise BadRow(f"its text ends with \\boxed{{{last_boxed(text)}}}, its answer is {letter}")
+        raise tables.BadRow(f"its text ends with \\boxed{{{last_boxed(text)}}}, its answer is {letter}")
     return letter, text
 
 
@@ -159,13 +131,13 @@ def _images_by_name(folder: Path) -> dict[str, list[Path]]:
     """Return the images below a folder by their file names, with and without suffix."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGES:
+        if path.suffix.lower() in tables.IMAGES:
             for name in {path.name, path.stem}:
                 found.setdefault(name, []).append(path)
     return found
 
 
-def _image(name: str, kind: str, places: Mapping[str, list[Path]]) -> Picture:
+def _image(row: tables.Row, name: str, kind: str, places: Mapping[str, list[Path]]) -> Picture:
     """Find and check an image by its id; of several with one name, the one in its type's own folder.
 
     Raises:
@@ -175,43 +147,43 @@ def _image(name: str, kind: str, places: Mapping[str, list[Path]]) -> Picture:
     own = [path for path in found if path.parent.name == kind]
     path = next(iter(own or found), None)
     if path is None:
-        raise BadRow(f"image {name!r} is not below images/")
-    return picture_of(path.name, path.parent, f"image {name}")
+        raise tables.BadRow(f"image {name!r} is not below images/")
+    return row.picture(path, f"image {name}")
 
 
 def _marked(text: str) -> list[int]:
     return [int(match["number"]) for match in _MARK.finditer(text)]
 
 
-def _own(row: Row, places: Mapping[str, list[Path]]) -> Draft:
+def _own(row: tables.Row, places: Mapping[str, list[Path]]) -> Draft:
     """Make the draft of a row in the data set's own form.
 
     Images that the rationale marks are helpers, all others are input images.
     """
     values = row.values
     kind = str(values.get("type") or "")
-    question, rationale = text_of(values, "question"), text_of(values, "rationale")
-    options = without_letters(texts_of(values, "option"))
+    question, rationale = row.text("question"), row.text("rationale")
+    options = without_letters(row.texts("option"))
     listed = values.get("image") or []
     ids: dict[int, str] = {}
     for entry in listed if isinstance(listed, list) else [listed]:
         match = _ENTRY.fullmatch(str(entry).strip())
         if match is None:
-            raise BadRow(f"image {shown(entry)} is not of the form [IMAGE0:ID]")
+            raise tables.BadRow(f"image {shown(entry)} is not of the form [IMAGE0:ID]")
         ids[int(match.group(1))] = match.group(2)
     if OUTPUT_IMAGE in rationale or INPUT_IMAGE in question:
-        raise BadRow(f"its text spells {OUTPUT_IMAGE} or {INPUT_IMAGE}, which mean images here")
+        raise tables.BadRow(f"its text spells {OUTPUT_IMAGE} or {INPUT_IMAGE}, which mean images here")
     asked = [number for number in _marked(question) if number in ids]
     told = _marked(rationale)
     unknown = [number for number in told if number not in ids]
     if unknown:
-        raise BadRow(f"its rationale marks IMAGE{unknown[0]}, which its list of images lacks")
+        raise tables.BadRow(f"its rationale marks IMAGE{unknown[0]}, which its list of images lacks")
     # An input image that the rationale names again is no picture thought up, and its mark stays as text.
     thought = [number for number in told if number not in asked]
     inputs = asked or [number for number in sorted(ids) if number not in thought]
     unused = set(ids) - set(inputs) - set(thought)
     if unused:
-        raise BadRow(f"IMAGE{min(unused)} is marked neither in its question nor in its rationale")
+        raise tables.BadRow(f"IMAGE{min(unused)} is marked neither in its question nor in its rationale")
 
     def latent(match: re.Match[str]) -> str:
         return OUTPUT_IMAGE if int(match["number"]) in thought else f"image {int(match['number']) + 1}"
@@ -221,38 +193,40 @@ def _own(row: Row, places: Mapping[str, list[Path]]) -> Draft:
         question = _MARK.sub(lambda match: INPUT_IMAGE if int(match["number"]) in ids else match[0], question)
     return Draft(
         text_output=text,
-        images=tuple(_image(ids[number], kind, places) for number in inputs),
-        helpers=tuple(_image(ids[number], kind, places) for number in thought),
+        images=tuple(_image(row, ids[number], kind, places) for number in inputs),
+        helpers=tuple(_image(row, ids[number], kind, places) for number in thought),
         extra={"question": question, "options": options, "level": kind, "id": values.get("id")},
         kind=letter,
         key=f"{question} {options}",
     )
 
 
-def _packed(row: Row) -> Draft:
+def _packed(row: tables.Row) -> Draft:
     """Make the draft of a row whose answer is a `sequence_plan`."""
     values = row.values
-    question = text_of(values, "text_input")
+    question = row.text("text_input")
     stored = values.get("image_input") or []
     stored = stored if isinstance(stored, list) else [stored]
-    images = tuple(picture_of(value, row.folder, "image_input") for value in stored)
+    images = tuple(row.picture(value, "image_input") for value in stored)
     if question.count(INPUT_IMAGE) not in (0, len(images)):
-        raise BadRow(f"text_input has {question.count(INPUT_IMAGE)} {INPUT_IMAGE} marks for {len(images)} images")
+        raise tables.BadRow(
+            f"text_input has {question.count(INPUT_IMAGE)} {INPUT_IMAGE} marks for {len(images)} images"
+        )
     plan = values["sequence_plan"]
     if not isinstance(plan, list) or not plan or not all(isinstance(part, dict) for part in plan):
-        raise BadRow(f"sequence_plan is {shown(plan)}, not a list of parts")
+        raise tables.BadRow(f"sequence_plan is {shown(plan)}, not a list of parts")
     text, helpers = "", []
     for part in plan:
         if part.get("type") == "text":
-            content = text_of(part, "content")
+            content = replace(row, values=part).text("content")
             if OUTPUT_IMAGE in content:
-                raise BadRow(f"a text of its sequence_plan spells {OUTPUT_IMAGE}, which means an image here")
+                raise tables.BadRow(f"a text of its sequence_plan spells {OUTPUT_IMAGE}, which means an image here")
             text += content
         elif part.get("type") == "latent":
             text += OUTPUT_IMAGE
-            helpers.append(picture_of(part.get("helper_image"), row.folder, "helper_image"))
+            helpers.append(row.picture(part.get("helper_image"), "helper_image"))
         else:
-            raise BadRow(f"a part of its sequence_plan is of type {shown(part.get('type'))}, not text or latent")
+            raise tables.BadRow(f"a part of its sequence_plan is of type {shown(part.get('type'))}, not text or latent")
     letter, text = _answer(values, text, [])
     known = {key: values[key] for key in ("id", "type") if values.get(key) is not None}
     level = {"level": str(values["type"])} if values.get("type") else {}

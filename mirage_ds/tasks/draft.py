@@ -60,7 +60,7 @@ class Draft:
     Attributes:
         text_output: the answer, with a mark for each helper image; one helper needs no mark. Empty: nobody knows it.
         images: input images, in the order of their marks.
-        helpers: helper images, one a latent run.
+        helpers: helper images, one a latent block.
         extra: keys the record keeps beside the four of the format. `level` groups scores and counts.
         kind: the class of the answer, for the report's counts.
         key: two drafts with one key are duplicates.

@@ -17,23 +17,10 @@ from PIL import Image, ImageChops, ImageOps, ImageStat
 from pydantic import Field, model_validator
 
 from mirage_ds.errors import UserError
+from mirage_ds.tasks import tables
 from mirage_ds.tasks.choices import ChoiceTask, ask, image_count, read_choice, without_letters
 from mirage_ds.tasks.draft import Draft, Picture
 from mirage_ds.tasks.report import BuildReport
-from mirage_ds.tasks.tables import (
-    IMAGES,
-    BadRow,
-    ConvertSettings,
-    Row,
-    drafts,
-    draw,
-    find_tables,
-    need_columns,
-    picture_of,
-    read_tables,
-    text_of,
-    texts_of,
-)
 from mirage_ds.tasks.task import Settings
 
 Split = Literal["train", "dev", "test"]
@@ -71,7 +58,7 @@ class JigsawSettings(Settings):
         return self
 
 
-class BlinkSettings(ConvertSettings):
+class BlinkSettings(tables.ConvertSettings):
     """Which of BLINK's rows."""
 
     split: str | None = Field(None, description="val or test; needed for a folder that holds both")
@@ -92,15 +79,15 @@ class Puzzle(NamedTuple):
     whole: Image.Image
 
 
-def cut_puzzle(photo: Image.Image, corner: Corner, cut: float, rng: random.Random) -> Puzzle | None:
+def cut_puzzle(photo: Image.Image, corner: Corner, cut: float, rng: random.Random) -> Puzzle:
     """Cut a corner out of a photograph, and a patch of the same size from a place that does not meet it.
 
     Args:
         photo: RGB.
         cut: share of each side, at most a half.
 
-    Returns:
-        None when the patches elsewhere look like the one cut out.
+    Raises:
+        BadRow: the patches elsewhere look like the one cut out.
     """
     width, height = photo.size
     patch = (int(width * cut), int(height * cut))
@@ -120,7 +107,7 @@ def cut_puzzle(photo: Image.Image, corner: Corner, cut: float, rng: random.Rando
             gap.paste((0, 0, 0), (*at, at[0] + patch[0], at[1] + patch[1]))
             whole.paste(right, at)
             return Puzzle(gap, right, wrong, whole)
-    return None
+    raise tables.BadRow("alike all over")
 
 
 def _crop(photo: Image.Image, at: tuple[int, int], size: tuple[int, int]) -> Image.Image:
@@ -147,9 +134,11 @@ class Jigsaw(ChoiceTask):
         """Cut puzzles out of a folder of photographs: one corner missing, two patches to choose from."""
         if not settings.photos.is_dir():
             raise UserError(f"--photos {settings.photos}: no such folder; name one of photographs")
-        files = sorted(path for path in settings.photos.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+        files = sorted(
+            path for path in settings.photos.rglob("*") if path.suffix.lower() in tables.IMAGES and path.is_file()
+        )
         if not files:
-            raise UserError(f"--photos {settings.photos}: no photograph in it ({', '.join(IMAGES)})")
+            raise UserError(f"--photos {settings.photos}: no photograph in it ({', '.join(tables.IMAGES)})")
         rng = random.Random(f"{settings.seed}/jigsaw")
         rng.shuffle(files)
         for what in ("too small", "unreadable", "alike all over"):
@@ -169,35 +158,32 @@ class Jigsaw(ChoiceTask):
                 seen.add(digest)
                 # Two letters in two rows, in an order of chance: as many of the one as of the other.
                 letters = letters or rng.sample("AB", 2)
-                draft = self._draft(content, digest.hex()[:16], letters[-1], settings, report)
-                if draft:
-                    made += 1
-                    letters.pop()
-                    yield draft
+                try:
+                    draft = self._draft(content, digest.hex()[:16], letters[-1], settings)
+                except tables.BadRow as error:
+                    report.note(f"photographs left out, {error}")
+                    continue
+                made += 1
+                letters.pop()
+                yield draft
         if made < (settings.count or 0):
             raise UserError(
                 f"--photos {settings.photos}: only {made} of its {len(files)} photographs can be used in split "
                 f"{settings.split}, not the {settings.count} asked for; ask for fewer, give more, or lower --min_side"
             )
 
-    def _draft(
-        self, content: bytes, photo: str, letter: str, settings: JigsawSettings, report: BuildReport
-    ) -> Draft | None:
+    def _draft(self, content: bytes, photo: str, letter: str, settings: JigsawSettings) -> Draft:
+        """Make a photograph's puzzle; BadRow where it gives none."""
         # By the photograph, not by its turn: another folder beside it changes nothing in its puzzle.
         rng = random.Random(f"{settings.seed}/jigsaw/{photo}")
         corner = rng.choice(CORNERS) if settings.corner == "any" else settings.corner
         try:
             image = _load(content, settings.side)
         except Exception:  # noqa: BLE001  # broken files lead Pillow's decoders to errors of almost any class
-            report.note("photographs left out, unreadable")
-            return None
+            raise tables.BadRow("unreadable") from None
         if min(image.size) < settings.min_side:
-            report.note("photographs left out, too small")
-            return None
+            raise tables.BadRow("too small")
         puzzle = cut_puzzle(image, corner, settings.cut, rng)
-        if puzzle is None:
-            report.note("photographs left out, alike all over")
-            return None
         patches = (puzzle.right, puzzle.wrong) if letter == "A" else (puzzle.wrong, puzzle.right)
         question = QUESTION.format(corner=corner.replace("-", " "))
         return Draft(
@@ -218,29 +204,29 @@ class Jigsaw(ChoiceTask):
 
     def convert(self, source: Path, settings: BlinkSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert BLINK's Jigsaw rows (Parquet as the Hub has them, or `save_to_disk`) to evaluate on."""
-        files = find_tables(source, "Jigsaw", settings.split)
+        files = tables.find_tables(source, "Jigsaw", settings.split)
         for file in files:
-            need_columns(file, ("idx", "question", "choices", "answer", "image_1"))
-        number_of = {row.number for row in read_tables(files, ["idx"])}
+            tables.need_columns(file, ("idx", "question", "choices", "answer", "image_1"))
+        number_of = {row.number for row in tables.read_tables(files, ["idx"])}
         report.note("answers withheld", 0)
 
-        def make(row: Row) -> Draft:
+        def make(row: tables.Row) -> Draft:
             return self._blink(row, report)
 
-        rows = read_tables(files, None, draw(sorted(number_of), settings.count, settings.seed))
-        return drafts(rows, make, settings, report)
+        rows = tables.read_tables(files, None, tables.draw(sorted(number_of), settings.count, settings.seed))
+        return tables.drafts(rows, make, settings, report)
 
-    def _blink(self, row: Row, report: BuildReport) -> Draft:
+    def _blink(self, row: tables.Row, report: BuildReport) -> Draft:
         values = row.values
-        question, options = text_of(values, "question"), without_letters(texts_of(values, "choices"))
+        question, options = row.text("question"), without_letters(row.texts("choices"))
         names = [name for name in ("image_1", "image_2", "image_3", "image_4") if values.get(name) is not None]
-        images = tuple(picture_of(values[name], row.folder, name) for name in names)
+        images = tuple(row.picture(values[name], name) for name in names)
         if not images:
-            raise BadRow("it has no image")
+            raise tables.BadRow("it has no image")
         answer = str(values.get("answer") or "")
         letter = read_choice(f"\\boxed{{{answer}}}", options)
         if letter is None and answer.strip("() ").lower() not in ("", "hidden"):
-            raise BadRow(f"answer {answer!r} is none of its {len(options)} choices")
+            raise tables.BadRow(f"answer {answer!r} is none of its {len(options)} choices")
         if letter is None:
             report.note("answers withheld")
         return Draft(

@@ -58,7 +58,7 @@ def parse_board(value: Any, where: str) -> Board:
 def check_solvable(board: Board, where: str) -> None:
     """Raise UserError when holes part the start from the goal."""
     if find(board, START) not in distances(board):
-        raise UserError(f"{where}: no path leads from the start to the goal of this map; mend or remove the row")
+        raise UserError(f"{where}: no path leads from the start to the goal of this map; fix or remove the row")
 
 
 def find(board: Board, kind: int) -> Cell:

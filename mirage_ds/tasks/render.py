@@ -6,19 +6,21 @@ to the real renderer bit for bit (beyond 8 x 8 the real one shrinks its cells, t
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 from PIL import Image, ImageDraw
 
 from mirage_ds.errors import UserError
-from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, START, Board, Cell, find
+from mirage_ds.tasks.draft import Picture
+from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, START, Board, Cell, find, follow, map_hash
 
 GYMNASIUM = "1.2.3"
 RENDERED_CELL = 64
@@ -42,21 +44,6 @@ def check_renderer() -> None:
             )
 
 
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables, and put the old values back at the end."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 @cache
 def _rendered_tiles() -> dict[tuple[int, str | None], Image.Image]:
     """Take every tile from the real renderer: (what lies there, the agent's facing or None) -> picture.
@@ -64,7 +51,7 @@ def _rendered_tiles() -> dict[tuple[int, str | None], Image.Image]:
     Every cell is drawn within its own square, so a tile does not depend on its neighbours.
     """
     check_renderer()
-    with _environment(_QUIET):
+    with mock.patch.dict(os.environ, _QUIET):
         import gymnasium
 
         env = gymnasium.make("FrozenLake-v1", desc=["SF", "HG"], is_slippery=False, render_mode="rgb_array")
@@ -86,8 +73,11 @@ def _rendered_tiles() -> dict[tuple[int, str | None], Image.Image]:
 
 
 @cache
-def _tiles(cell_size: int) -> dict[tuple[int, str | None], Image.Image]:
-    """Return the tiles at `cell_size` px; each tile is scaled alone, so that no cell bleeds into the next."""
+def load_tiles(cell_size: int) -> dict[tuple[int, str | None], Image.Image]:
+    """Return the tiles at `cell_size` px; each tile is scaled alone, so that no cell bleeds into the next.
+
+    Whoever draws in threads calls it before: the renderer is no matter for threads.
+    """
     tiles = _rendered_tiles()
     if cell_size == RENDERED_CELL:
         return tiles
@@ -111,7 +101,7 @@ def render(
     Raises:
         UserError: gymnasium 1.2.3 or pygame is not installed.
     """
-    tiles = _tiles(cell_size)
+    tiles = load_tiles(cell_size)
     agent = find(board, START) if agent is None else agent
     picture = Image.new("RGB", (len(board) * cell_size, len(board) * cell_size))
     for r, row in enumerate(board):
@@ -119,13 +109,6 @@ def render(
             looks = (facing or "DOWN") if (r, c) == agent else None
             picture.paste(tiles[kind, looks], (c * cell_size, r * cell_size))
     return picture
-
-
-def render_step(
-    board: Board, cells: Sequence[Cell], moves: Sequence[str], cell_size: int = RENDERED_CELL
-) -> Image.Image:
-    """Draw the board after the first len(cells) - 1 of `moves`, where `cells` is what `follow` gave for them."""
-    return render(board, cells[-1], moves[len(cells) - 2] if len(cells) > 1 else None, cell_size)
 
 
 def red_path(image: Image.Image, cells: Sequence[Cell], cell_size: int = RENDERED_CELL) -> Image.Image:
@@ -150,3 +133,24 @@ def red_path(image: Image.Image, cells: Sequence[Cell], cell_size: int = RENDERE
             [(x1, y1), (back[0] - half * dy, back[1] + half * dx), (back[0] + half * dy, back[1] - half * dx)], RED
         )
     return picture
+
+
+def _picture_name(board: Board, cell_size: int, what: str) -> str:
+    """Name a picture by its level, its map, its scale and what it shows."""
+    return f"level_{len(board)}/{map_hash(board)[:16]}_{cell_size}px_{what}"
+
+
+def state_picture(board: Board, cell: Cell, facing: str | None, cell_size: int) -> Picture:
+    """Return the picture of the board with the agent at `cell`, facing as after the move `facing` (None: at first)."""
+    what = "start" if facing is None else f"r{cell[0]}c{cell[1]}_{facing.lower()}"
+    return Picture.drawn(_picture_name(board, cell_size, what), lambda: render(board, cell, facing, cell_size))
+
+
+def path_picture(board: Board, moves: Sequence[str], cell_size: int) -> Picture:
+    """Return the picture of the board at first, with the path of `moves` in red."""
+    way = hashlib.sha256("".join(moves).encode()).hexdigest()[:8]
+    cells = follow(board, moves)
+    return Picture.drawn(
+        _picture_name(board, cell_size, f"path_{way}"),
+        lambda: red_path(render(board, cell_size=cell_size), cells, cell_size),
+    )

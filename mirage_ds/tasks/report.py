@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,24 +50,28 @@ class BuildReport:
         self.notes[what] = self.notes.get(what, 0) + count
 
 
-def print_report(report: BuildReport, console: Console | None = None) -> None:
-    """Print the counts as a table on stdout, or on `console`."""
-    console = console or Console()
-    console.print(f"{report.task}: {report.file}", soft_wrap=True, highlight=False, markup=False)
-    table = Table()
-    table.add_column("what")
-    table.add_column("count", justify="right")
-    table.add_row("records", str(report.records))
-    table.add_row("images written", str(report.images))
-    for level, count in sorted(report.levels.items(), key=lambda item: str(item[0])):
-        table.add_row(f"level {level}", str(count))
-    for kind, count in sorted(report.classes.items(), key=lambda item: (len(item[0]), item[0])):
-        table.add_row(f"answer {kind}", str(count))
-    table.add_row(f"duplicates {'kept' if report.duplicates_kept else 'removed'}", str(report.duplicates))
-    table.add_row("excluded", str(report.excluded))
+def print_report(report: BuildReport) -> None:
+    """Print the counts as a table on stdout."""
+    counts: list[tuple[str, int]] = [("records", report.records), ("images written", report.images)]
+    levels = sorted(report.levels.items(), key=lambda item: str(item[0]))
+    counts += [(f"level {level}", count) for level, count in levels]
+    classes = sorted(report.classes.items(), key=lambda item: (len(item[0]), item[0]))
+    counts += [(f"answer {kind}", count) for kind, count in classes]
+    counts += [(f"duplicates {'kept' if report.duplicates_kept else 'removed'}", report.duplicates)]
+    counts += [("excluded", report.excluded)]
     if report.replaced:
-        table.add_row("wrong answers replaced", str(report.replaced))
-    for what, count in report.notes.items():
+        counts += [("wrong answers replaced", report.replaced)]
+    print_counts(f"{report.task}: {report.file}", [*counts, *report.notes.items()])
+
+
+def print_counts(title: str, counts: Iterable[tuple[str, int | str]]) -> None:
+    """Print a title, if there is one, and a table of counts on stdout."""
+    console = Console()
+    if title:
+        console.print(title, soft_wrap=True, highlight=False, markup=False)
+    table = Table("what")
+    table.add_column("count", justify="right")
+    for what, count in counts:
         table.add_row(what, str(count))
     console.print(table)
 

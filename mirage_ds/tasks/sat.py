@@ -6,7 +6,6 @@ The data has no helper images: they come from a folder of the user's, one a row.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from string import ascii_uppercase
@@ -15,25 +14,10 @@ from typing import Any
 from pydantic import Field
 
 from mirage_ds.errors import UserError
+from mirage_ds.tasks import tables
 from mirage_ds.tasks.choices import ChoiceTask, ask, image_count, plain
 from mirage_ds.tasks.draft import INPUT_IMAGE, Draft, Picture
 from mirage_ds.tasks.report import BuildReport
-from mirage_ds.tasks.tables import (
-    BadRow,
-    ConvertSettings,
-    Row,
-    columns_of,
-    drafts,
-    draw,
-    find_tables,
-    folder_of_images,
-    need_columns,
-    picture_of,
-    read_tables,
-    stem_of,
-    text_of,
-    texts_of,
-)
 
 # The paper's two kinds of question, as it writes them and as the data does.
 PAPERS_TYPES = ["goal-aim", "object-movement", "obj-movement"]
@@ -43,7 +27,7 @@ _IMAGE_COLUMNS = ("image_bytes", "images")
 _ID_COLUMNS = ("id", "idx")
 
 
-class SatSettings(ConvertSettings):
+class SatSettings(tables.ConvertSettings):
     """Which rows, and where their helper images lie."""
 
     question_types: list[str] = Field(
@@ -54,11 +38,6 @@ class SatSettings(ConvertSettings):
         description="folder of helper images, each called as its row's id, or its number from 0 where rows have none",
     )
     split: str | None = Field(None, description="train, static, val or test; needed for a folder that holds several")
-
-
-def type_name(text: str) -> str:
-    """Return a question type as types are compared."""
-    return text.strip().lower().replace("_", "-").replace(" ", "-")
 
 
 class Sat(ChoiceTask):
@@ -73,24 +52,27 @@ class Sat(ChoiceTask):
 
     def convert(self, source: Path, settings: SatSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert rows of SAT or SAT-v2 (Parquet, or `save_to_disk`); helper images come from --helpers."""
-        files = find_tables(source, split=settings.split)
+        files = tables.find_tables(source, split=settings.split)
         for file in files:
-            need_columns(file, ("question", "answers", "question_type", "correct_answer"))
-        images = next((name for name in _IMAGE_COLUMNS if name in columns_of(files[0])), None)
+            tables.need_columns(file, ("question", "answers", "question_type", "correct_answer"))
+        images = next((name for name in _IMAGE_COLUMNS if name in tables.columns_of(files[0])), None)
         if images is None:
             raise UserError(f"{files[0]}: has no column {' or '.join(_IMAGE_COLUMNS)}; name the data set that has it")
-        name = next((name for name in _ID_COLUMNS if name in columns_of(files[0])), None)
-        numbers = self._fitting(files, settings.question_types, report)
-        helpers = folder_of_images(settings.helpers, "--helpers") if settings.helpers else {}
+        name = next((name for name in _ID_COLUMNS if name in tables.columns_of(files[0])), None)
+        # The images are not read for that.
+        kinds = tables.read_tables(files, ["question_type"])
+        fitting = tables.of_types(kinds, "question_type", "--question_types", settings.question_types, report)
+        numbers = [row.number for row in fitting]
+        helpers = folder_of_images(settings.helpers) if settings.helpers else {}
         report.note(LACKING, 0)
 
-        def make(row: Row) -> Draft:
+        def make(row: tables.Row) -> Draft:
             own = str(row.number if name is None else row.values[name])
             return _draft(row, images, own, helpers.get(stem_of(own)), settings.seed, report)
 
-        chosen = draw(numbers, settings.count, settings.seed)
+        chosen = tables.draw(numbers, settings.count, settings.seed)
         helped = False
-        for draft in drafts(read_tables(files, None, chosen), make, settings, report):
+        for draft in tables.drafts(tables.read_tables(files, None, chosen), make, settings, report):
             helped = helped or bool(draft.helpers)
             yield draft
         if helpers and not helped:
@@ -101,44 +83,28 @@ class Sat(ChoiceTask):
                 f"are called {called}, so rename the images"
             )
 
-    def _fitting(self, files: list[Path], types: list[str], report: BuildReport) -> list[int]:
-        """Return the numbers of the rows of these question types; the images are not read for that."""
-        wanted = {type_name(text) for text in types}
-        found: Counter[str] = Counter()
-        numbers = []
-        for row in read_tables(files, ["question_type"]):
-            kind = str(row.values["question_type"])
-            found[kind] += 1
-            if "all" in wanted or type_name(kind) in wanted:
-                numbers.append(row.number)
-        if not numbers:
-            there = ", ".join(f"{kind} ({count})" for kind, count in found.most_common()) or "no row at all"
-            raise UserError(f"--question_types {', '.join(types)}: no row has one of them; the data has {there}")
-        report.excluded += found.total() - len(numbers)
-        return numbers
 
-
-def _draft(row: Row, column: str, own: str, helper: Path | None, seed: int, report: BuildReport) -> Draft:
+def _draft(row: tables.Row, column: str, own: str, helper: Path | None, seed: int, report: BuildReport) -> Draft:
     values = row.values
-    question, right = text_of(values, "question"), text_of(values, "correct_answer")
-    options = list(texts_of(values, "answers"))
+    question, right = row.text("question"), row.text("correct_answer")
+    options = list(row.texts("answers"))
     # In an order of chance: nothing says that the data's own order gives nothing away.
     random.Random(f"{seed}/sat/{own}").shuffle(options)
     at = [plain(option) for option in options]
     if at.count(plain(right)) != 1:
-        raise BadRow(f"correct_answer {right!r} stands {at.count(plain(right))} times among its answers")
+        raise tables.BadRow(f"correct_answer {right!r} stands {at.count(plain(right))} times among its answers")
     stored = values.get(column)
     if not isinstance(stored, list) or not stored:
-        raise BadRow(f"{column} holds no image")
-    images = tuple(picture_of(value, row.folder, f"image {n}") for n, value in enumerate(stored, 1))
+        raise tables.BadRow(f"{column} holds no image")
+    images = tuple(row.picture(value, f"image {n}") for n, value in enumerate(stored, 1))
     marks = question.count(INPUT_IMAGE)
     if marks not in (0, len(images)):
-        raise BadRow(f"its question has {marks} {INPUT_IMAGE} marks for {len(images)} images")
+        raise tables.BadRow(f"its question has {marks} {INPUT_IMAGE} marks for {len(images)} images")
     if "{" in right or "}" in right:
-        raise BadRow(f"correct_answer {right!r} has a brace, which cannot stand in a box")
+        raise tables.BadRow(f"correct_answer {right!r} has a brace, which cannot stand in a box")
     helpers: tuple[Picture, ...] = ()
     if helper:
-        helpers = (picture_of(helper.name, helper.parent, "its helper"),)
+        helpers = (row.picture(helper, "its helper"),)
     else:
         report.note(LACKING)
     letter = ascii_uppercase[at.index(plain(right))]
@@ -150,10 +116,33 @@ def _draft(row: Row, column: str, own: str, helper: Path | None, seed: int, repo
             "question": question,
             "options": options,
             "question_type": values["question_type"],
-            "level": type_name(str(values["question_type"])),
+            "level": tables.type_name(str(values["question_type"])),
             "row": own,
             "seed": seed,
         },
         kind=letter,
         key=f"{question} {sorted(options)}",
     )
+
+
+def folder_of_images(folder: Path) -> dict[str, Path]:
+    """Return the images of --helpers by the names of their files without suffix; of numbers, without leading zeros.
+
+    Raises:
+        UserError: no such folder, no image, or two with one name.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--helpers {folder}: no such folder; check the path")
+    found: dict[str, Path] = {}
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in tables.IMAGES):
+        other = found.setdefault(stem_of(path.stem), path)
+        if other != path:
+            raise UserError(f"--helpers {folder}: {other.name} and {path.name} are for one row; keep one of them")
+    if not found:
+        raise UserError(f"--helpers {folder}: no image in it; name the folder that holds them")
+    return found
+
+
+def stem_of(name: str) -> str:
+    """Return a row's name as the names of files spell it: 7, 07 and 007 are one."""
+    return str(int(name)) if name.isdecimal() else name

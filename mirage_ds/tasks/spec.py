@@ -7,7 +7,6 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mirage_ds.tasks.board_style import Answer, Prompt
 from mirage_ds.tasks.maps import Ties
 from mirage_ds.tasks.task import Settings
 
@@ -32,10 +31,10 @@ class BuildSpec(Settings):
         [], description="maps to leave out with their rotations and reflections: JSONL with map_desc, or SHA-256 list"
     )
     drop_duplicates: bool = Field(False, description="with --maps: leave out rows that repeat map and answer")
-    answer: Answer = Field(
+    answer: Literal["direct", "cot"] = Field(
         "direct", description="the boxed answer alone, or a rationale by rule around the helper image"
     )
-    prompt: Prompt = Field("full", description="the public prompt, or one short sentence")
+    prompt: Literal["full", "short"] = Field("full", description="the public prompt, or one short sentence")
     ties: Ties = Field("rule", description="which of several shortest paths: by a fixed order of moves, or at random")
     cell_size: int = Field(64, ge=8, le=256, description="px a cell; at 64 the pictures are the benchmark's")
 
@@ -68,4 +67,4 @@ class ReadingSpec(BuildSpec):
     """What to build of a task whose answer is read off the picture: no helper, so no rationale around one."""
 
     answer: Literal["direct"] = Field("direct", description="the boxed answer alone")
-    prompt: Prompt = Field("short", description="one short sentence, or a longer explanation")
+    prompt: Literal["full", "short"] = Field("short", description="one short sentence, or a longer explanation")

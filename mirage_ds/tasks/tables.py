@@ -1,4 +1,8 @@
-"""What others hand out: rows of Parquet, Arrow and JSON-lines files, a batch at a time, and their images."""
+"""What others hand out: rows of Parquet, Arrow and JSON-lines files, a batch at a time, and their images.
+
+pyarrow reads the tables. `datasets` streams them too, but it locks files in its cache, logs what it raises, and decodes
+images unless each column is cast.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ import json
 import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +22,10 @@ from typing import Any
 from PIL import Image
 from pydantic import Field
 
-from mirage_ds.errors import UserError, reason, shown, strict_json
+from mirage_ds.errors import UserError, reason, shown
 from mirage_ds.tasks.draft import Draft, Picture
 from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.sources import json_object, text_lines
 from mirage_ds.tasks.task import Settings
 
 TABLES = (".parquet", ".arrow")
@@ -55,6 +62,56 @@ class Row:
     folder: Path
     where: str
 
+    def text(self, name: str) -> str:
+        """Return a text; BadRow where there is none, or a blank one."""
+        value = self.values.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise BadRow(f"{name} is {shown(value)}, not a text")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """Return the options of a question, at least two texts; BadRow where it is something else."""
+        value = self.values.get(name)
+        if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) and item for item in value):
+            raise BadRow(f"{name} is {shown(value)}, not a list of two texts or more")
+        return value
+
+    def picture(self, value: Any, what: str) -> Picture:
+        """Take an image as it is stored: bytes, a path, or `datasets`' {bytes, path}. It is decoded once, to be sure.
+
+        Args:
+            value: a text is a path in the row's folder; a Path stands for itself.
+            what: how messages call it.
+
+        Raises:
+            BadRow: no image, or one that cannot be decoded.
+        """
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str) and value:
+            value = self.folder / value
+        if isinstance(value, Path):
+            try:
+                value = value.read_bytes()
+            except OSError as error:
+                raise BadRow(f"{what} {value} cannot be read ({error.strerror})") from None
+        if not isinstance(value, bytes) or not value:
+            raise BadRow(f"{what} is {shown(value)}, not an image")
+        return Picture.stored(value, _suffix(value, what))
+
+
+def _suffix(content: bytes, what: str) -> str:
+    """Decode an image; return the suffix of its format."""
+    try:
+        with warnings.catch_warnings():
+            # What Pillow only warns of as of a decompression bomb is refused by the trainer too.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as image:
+                image.load()
+                return (image.format or "png").lower().replace("jpeg", "jpg")
+    except Exception as error:  # noqa: BLE001  # broken files lead Pillow's decoders to errors of almost any class
+        raise BadRow(f"{what} cannot be decoded ({reason(error)})") from None
+
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
@@ -74,15 +131,14 @@ def find_tables(source: Path, folder: str = "", split: str | None = None) -> lis
             raise UserError(f"{source}: not a Parquet or Arrow file; name the data set's file or folder")
         return [source]
     files = sorted(path for path in source.rglob("*") if path.suffix in TABLES and path.is_file())
-    if folder and any(folder in path.relative_to(source).parts[:-1] for path in files):
-        files = [path for path in files if folder in path.relative_to(source).parts[:-1]]
+    files = [path for path in files if folder in path.relative_to(source).parts[:-1]] or files
+    if not files:
+        raise UserError(f"{source}: no Parquet or Arrow file in it; name the data set's file or folder")
     splits: dict[str, list[Path]] = {}
     for path in files:
         name = _SHARD.sub("", path.stem)
         # save_to_disk calls every split's files data-…, in a folder of the split's name.
         splits.setdefault(path.parent.name if name == "data" else name, []).append(path)
-    if not files:
-        raise UserError(f"{source}: no Parquet or Arrow file in it; name the data set's file or folder")
     if split is not None:
         fitting = [name for name in splits if name == split or name.endswith((f"_{split}", f"-{split}"))]
         if len(fitting) != 1:
@@ -93,39 +149,12 @@ def find_tables(source: Path, folder: str = "", split: str | None = None) -> lis
     return files
 
 
-def read_tables(
-    files: Sequence[Path], columns: Collection[str] | None = None, wanted: Collection[int] | None = None
-) -> Iterator[Row]:
-    """Yield the rows of Parquet or Arrow files.
+@contextmanager
+def _open_table(file: Path, columns: Collection[str] | None = None) -> Iterator[tuple[list[str], Iterator[Any]]]:
+    """Open a Parquet file, or an Arrow one: a stream as `datasets` saves it, or a file like Feather's.
 
-    Args:
-        columns: only these; None for all.
-        wanted: numbers of the rows to yield; None for all.
-
-    Raises:
-        UserError: a file cannot be read, or lacks a column.
-    """
-    import pyarrow as pa
-
-    number = 0
-    for file in files:
-        try:
-            first = number
-            for batch in _batches(file, columns):
-                rows = range(number, number + batch.num_rows)
-                number = rows.stop
-                keep = [row - rows.start for row in rows if wanted is None or row in wanted]
-                if not keep:
-                    continue
-                for row, values in zip(keep, batch.take(pa.array(keep, pa.int64())).to_pylist(), strict=True):
-                    at = rows.start + row
-                    yield Row(at, values, file.parent, f"{file}, row {at - first + 1}")
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file}: cannot be read ({reason(error)}); fetch it anew") from None
-
-
-def columns_of(file: Path) -> list[str]:
-    """Return the names of a file's columns.
+    Returns:
+        The names of all its columns, and its batches of rows with `columns` (None: with all).
 
     Raises:
         UserError: the file cannot be read.
@@ -134,12 +163,36 @@ def columns_of(file: Path) -> list[str]:
     import pyarrow.parquet as pq
 
     try:
-        if file.suffix == ".parquet":
-            return list(pq.read_schema(file).names)
-        with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
-            return list(stream.schema.names)
+        with pa.memory_map(str(file)) as content:
+            head = content.read(6)
+            content.seek(0)
+            table: Any
+            if head == b"ARROW1":
+                table = pa.ipc.open_file(content)
+                batches = map(table.get_batch, range(table.num_record_batches))
+            elif head.startswith(b"\xff\xff\xff\xff"):
+                batches = table = pa.ipc.open_stream(content)
+            else:
+                table = pq.ParquetFile(content)
+                batches = table.iter_batches(_BATCH_ROWS, columns=columns and list(columns))
+            schema = table.schema_arrow if isinstance(table, pq.ParquetFile) else table.schema
+            yield schema.names, (batch.select(columns or batch.schema.names) for batch in batches)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: cannot be read ({reason(error)}); fetch it anew") from None
+        raise UserError(f"{file}: cannot be read ({reason(error)}); write or fetch it anew") from None
+
+
+def read_batches(file: Path, columns: Collection[str] | None = None) -> Iterator[Any]:
+    """Yield the record batches of a Parquet or Arrow file; UserError where it cannot be read."""
+    with _open_table(file, columns) as (_, batches):
+        for batch in batches:
+            batch.validate(full=True)
+            yield batch
+
+
+def columns_of(file: Path) -> list[str]:
+    """Return the names of a file's columns; UserError where it cannot be read."""
+    with _open_table(file) as (names, _):
+        return names
 
 
 def need_columns(file: Path, names: Collection[str]) -> None:
@@ -152,45 +205,33 @@ def need_columns(file: Path, names: Collection[str]) -> None:
         )
 
 
-def _batches(file: Path, columns: Collection[str] | None) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def read_tables(
+    files: Sequence[Path], columns: Collection[str] | None = None, wanted: Collection[int] | None = None
+) -> Iterator[Row]:
+    """Yield the rows of Parquet or Arrow files.
 
-    names = None if columns is None else list(columns)
-    if file.suffix == ".parquet":
-        with pq.ParquetFile(file) as table:
-            yield from table.iter_batches(_BATCH_ROWS, columns=names)
-    else:
-        with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
-            for batch in stream:
-                yield batch if names is None else batch.select(names)
+    Args:
+        columns: only these; None for all.
+        wanted: numbers of the rows to yield; None for all.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    number = 0
+    for file in files:
+        first = number
+        for batch in read_batches(file, columns):
+            # Only what is wanted leaves Arrow: a row may hold large images.
+            keep = [at for at in range(len(batch)) if wanted is None or number + at in wanted]
+            for at, values in zip(keep, batch.take(keep).to_pylist() if keep else (), strict=True):
+                yield Row(number + at, values, file.parent, f"{file}, row {number + at - first + 1}")
+            number += len(batch)
 
 
 def read_json_lines(file: Path) -> Iterator[Row]:
-    """Yield the objects of a JSON-lines file.
-
-    Raises:
-        UserError: it cannot be read, or a line is no JSON object.
-    """
-    number = 0
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for line, text in enumerate(lines, 1):
-                if not text.strip():
-                    continue
-                where = f"{file}, line {line}"
-                try:
-                    values = strict_json(text)
-                except (json.JSONDecodeError, ValueError) as error:
-                    raise UserError(f"{where}: broken JSON ({reason(error)}); mend or remove the line") from None
-                if not isinstance(values, dict):
-                    raise UserError(f"{where}: not an object; write one object a line")
-                yield Row(number, values, file.parent, where)
-                number += 1
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); name a readable file") from None
+    """Yield the objects of a JSON-lines file; UserError where it cannot be read, or a line is no object."""
+    for number, (line, where) in enumerate(text_lines(file)):
+        yield Row(number, json_object(line, where), file.parent, where)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -207,6 +248,40 @@ def draw(numbers: Sequence[int], count: int | None, seed: int) -> set[int]:
     if count > len(numbers):
         raise UserError(f"--count is {count}, but there are only {len(numbers)} rows to take; ask for fewer")
     return set(random.Random(f"{seed}/rows").sample(sorted(numbers), count))
+
+
+def type_name(text: str) -> str:
+    """Return a row's type as types are compared."""
+    return text.strip().lower().replace("_", "-").replace(" ", "-")
+
+
+def of_types(
+    rows: Iterable[Row], key: str, flag: str, types: list[str], report: BuildReport, untyped: bool = False
+) -> Iterator[Row]:
+    """Yield the rows of some types, or of "all"; the others are counted as excluded.
+
+    Args:
+        key: where a row says its type.
+        flag: how the user names the types.
+        untyped: whether rows without a type are taken.
+
+    Raises:
+        UserError: there is no such row; it names the types that there are.
+    """
+    wanted = {type_name(text) for text in types}
+    found: Counter[str] = Counter()
+    taken = 0
+    for row in rows:
+        kind = str(row.values.get(key) or "")
+        found[kind or "no type"] += 1
+        if "all" in wanted or type_name(kind) in wanted or (untyped and not kind):
+            taken += 1
+            yield row
+        else:
+            report.excluded += 1
+    if not taken:
+        there = ", ".join(f"{kind} ({count})" for kind, count in found.most_common()) or "no row at all"
+        raise UserError(f"{flag} {', '.join(types)}: no row is of one of them; the data has {there}")
 
 
 def drafts(
@@ -226,9 +301,7 @@ def drafts(
             draft = make(row)
         except BadRow as error:
             if not settings.skip_bad_records:
-                raise UserError(
-                    f"{row.where}: {error}; mend it, or leave such rows out by --skip_bad_records"
-                ) from None
+                raise UserError(f"{row.where}: {error}; fix it, or leave such rows out by --skip_bad_records") from None
             report.note("bad rows left out")
             continue
         names = [picture.name for picture in (*draft.images, *draft.helpers)]
@@ -236,90 +309,3 @@ def drafts(
         report.duplicates += known in seen
         seen.add(known)
         yield draft
-
-
-def text_of(values: dict[str, Any], name: str) -> str:
-    """Return a text of a row.
-
-    Raises:
-        BadRow: there is none, or it is blank.
-    """
-    value = values.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"{name} is {shown(value)}, not a text")
-    return value
-
-
-def texts_of(values: dict[str, Any], name: str) -> list[str]:
-    """Return a list of at least two texts, the options of a question.
-
-    Raises:
-        BadRow: it is something else.
-    """
-    value = values.get(name)
-    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) and item for item in value):
-        raise BadRow(f"{name} is {shown(value)}, not a list of two texts or more")
-    return value
-
-
-# --------------------------------------------------------------------------------------------------------------- images
-
-
-def picture_of(value: Any, folder: Path, what: str) -> Picture:
-    """Take an image as it is stored: bytes, a path, or `datasets`' {bytes, path}. It is decoded once, to be sure.
-
-    Args:
-        folder: where a relative path begins.
-        what: how messages call it.
-
-    Raises:
-        BadRow: no image, or one that cannot be decoded.
-    """
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, (str, Path)) and str(value):
-        try:
-            value = (folder / value).read_bytes()
-        except OSError as error:
-            raise BadRow(f"{what} {folder / value} cannot be read ({error.strerror})") from None
-    if not isinstance(value, bytes) or not value:
-        raise BadRow(f"{what} is {shown(value)}, not an image")
-    return Picture.stored(value, _suffix(value, what))
-
-
-def _suffix(content: bytes, what: str) -> str:
-    """Decode an image; return the suffix of its format."""
-    try:
-        with warnings.catch_warnings():
-            # What Pillow only warns of as of a decompression bomb is refused by the trainer too.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as image:
-                image.load()
-                return (image.format or "png").lower().replace("jpeg", "jpg")
-    except Exception as error:  # noqa: BLE001  # broken files lead Pillow's decoders to errors of almost any class
-        raise BadRow(f"{what} cannot be decoded ({reason(error)})") from None
-
-
-def folder_of_images(folder: Path, flag: str) -> dict[str, Path]:
-    """Return a folder's images by the names of their files without suffix; of numbers, without leading zeros.
-
-    Raises:
-        UserError: no such folder, no image, or two with one name.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder}: no such folder; check the path")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in IMAGES:
-            continue
-        other = found.setdefault(stem_of(path.stem), path)
-        if other != path:
-            raise UserError(f"{flag} {folder}: {other.name} and {path.name} are for one row; keep one of them")
-    if not found:
-        raise UserError(f"{flag} {folder}: no image in it; name the folder that holds them")
-    return found
-
-
-def stem_of(name: str) -> str:
-    """Return a row's name as the names of files spell it: 7, 07 and 007 are one."""
-    return str(int(name)) if name.isdecimal() else name

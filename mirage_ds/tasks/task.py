@@ -49,7 +49,7 @@ class Task(ABC):
             report: counts of what was left out go in here; the writer counts what is written.
 
         Raises:
-            UserError: what the user can mend.
+            UserError: what the user can fix.
         """
         raise NotImplementedError
 

@@ -47,25 +47,11 @@ def rationalize(file: Path, short: int | None, **flags: Any) -> None:
 
 def _print(report: Report, spec: RationalizeSpec) -> None:
     """Print the counts as a table on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
     from mirage_ds.curate.rationalize.form import MEANINGS
+    from mirage_ds.tasks.report import print_counts
 
-    console = Console()
-    if report.file is not None:
-        console.print(str(report.file), soft_wrap=True, highlight=False, markup=False)
-    table = Table()
-    table.add_column("what")
-    table.add_column("count", justify="right")
-    table.add_row("rows", str(report.rows))
-    table.add_row("rows with a rationale", str(report.written))
-    table.add_row("replies", str(report.rows * spec.samples))
-    table.add_row("accepted", str(report.counts.get("accepted", 0)))
-    for outcome, meaning in MEANINGS.items():
-        if outcome in report.counts:
-            table.add_row(f"{outcome}: {meaning}", str(report.counts[outcome]))
-    for name, count in report.tokens.items():
-        if count:
-            table.add_row(f"tokens {name}", f"{count:,}")
-    console.print(table)
+    counts: dict[str, int | str] = {"rows": report.rows, "rows with a rationale": report.written}
+    counts |= {"replies": report.rows * spec.samples, "accepted": report.counts["accepted"]}
+    counts |= {f"{kind}: {text}": report.counts[kind] for kind, text in MEANINGS.items() if kind in report.counts}
+    counts |= {f"tokens {name}": f"{count:,}" for name, count in report.tokens.items() if count}
+    print_counts(str(report.file or ""), counts.items())

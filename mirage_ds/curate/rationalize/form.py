@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mirage_ds.curate.rewrite import named_task
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
 from mirage_ds.errors import shown
 from mirage_ds.tasks import get_task, task_name
@@ -115,11 +116,7 @@ class Judge:
         boxed = last_boxed(record.text_output)
         if boxed is None or not boxed.strip():
             raise record.fault("text_output", r"no answer in \boxed{…}", r"write the answer as \boxed{answer}")
-        name = named or record.extra.get("task")
-        if name is not None and not isinstance(name, str):
-            raise record.fault("task", f"expected a name, found {shown(name)}", "write it as a string, or give --task")
-        if name and ":" in name and not named:
-            raise record.fault("task", f"{shown(name)} is code, which data must not choose", "give it with --task")
+        name = named_task(record, named)
         judge = cls(record, get_task(name) if name else None, boxed)
         try:
             right = judge.agrees(record.text_output)
@@ -130,7 +127,7 @@ class Judge:
             raise record.fault(
                 "text_output",
                 f"its own answer {shown(boxed)} is wrong by the scorer of {task_name(str(name))}",
-                "mend it, or leave the row out",
+                "fix it, or leave the row out",
             )
         return judge
 

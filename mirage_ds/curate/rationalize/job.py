@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from mirage_ds.curate.rationalize.form import Judge
+from mirage_ds.curate.rewrite import told
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.record import RecordError, parse_record
+from mirage_ds.data.record import parse_record
 from mirage_ds.data.record_files import need_lines, read_lines
 from mirage_ds.errors import UserError
 
@@ -75,21 +75,11 @@ class Rows:
         need_lines(self.file)
         try:
             for row, (line, text) in enumerate(islice(read_lines(self.file), self.most)):
-                with self.told(line):
+                with told(self.file, line):
                     judge = Judge.of(parse_record(text, line), self.task)
                 yield row, judge
         except OSError as error:
             raise UserError(f"{self.file}: cannot be read ({error.strerror}); name a readable file") from None
-
-    @contextmanager
-    def told(self, line: int) -> Iterator[None]:
-        """Tell what is wrong with a record in a sentence that names file and line."""
-        try:
-            yield
-        except RecordError as error:
-            raise UserError(f"{self.file}, {error.fault}") from None
-        except UserError as error:
-            raise UserError(f"{self.file}, line {line}: {error}") from None
 
     def check(self) -> int:
         """Look at every record and at the header of each of its images, before anything is asked.
@@ -103,7 +93,7 @@ class Rows:
         count = 0
         for _, judge in self:
             count += 1
-            with self.told(judge.record.line):
+            with told(self.file, judge.record.line):
                 for name, path in judge.record.images(helpers=True):
                     self.finder.size(judge.record, name, path)
         if not count:

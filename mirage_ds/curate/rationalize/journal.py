@@ -6,11 +6,14 @@ by one write; what a kill leaves of a line is dropped at the next start. Of two 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,16 +51,12 @@ class Journal:
         self.path = out / NAME
         self.noted: dict[tuple[int, int], Noted] = {}
         self.tokens: Counter[str] = Counter()
-        try:
-            if out.exists() and not out.is_dir():
-                raise UserError(f"--out {out} is a file; name a folder")
+        with self._writing():
             begun = self.path.is_file()
             if not begun and (out / "data.jsonl").exists():
                 raise UserError(f"--out {out}: holds a data.jsonl that is not of this command; name another folder")
             out.mkdir(parents=True, exist_ok=True)
             self.file: io.FileIO = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise self._unwritable(error) from None
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,20 +75,23 @@ class Journal:
         self.lines.close()
         self.file.close()
 
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"{self.path}: cannot be written ({error.strerror}); make room, or name another --out")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); make room, or name another --out"
+            ) from None
 
     def _append(self, values: dict[str, Any]) -> int:
         """Write a line; return where it begins."""
         # ASCII: a reply may hold half a surrogate pair, which only an escape can spell.
         line = (json.dumps(values) + "\n").encode()
-        try:
+        with self._writing():
             offset = self.file.seek(0, os.SEEK_END)
-            written = self.file.write(line)
-        except OSError as error:
-            raise self._unwritable(error) from None
-        if written != len(line):
-            raise UserError(f"{self.path}: cannot be written (the disk is full); make room, or name another --out")
+            if self.file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return offset
 
     def _read(self, setup: dict[str, Any]) -> None:
@@ -101,10 +103,8 @@ class Journal:
                     break
                 self._take(line, number, end, setup)
                 end += len(line)
-        try:
+        with self._writing():
             self.file.truncate(end)
-        except OSError as error:
-            raise self._unwritable(error) from None
         if not end:
             self._append({"setup": setup})
 

@@ -21,6 +21,7 @@ from mirage_ds.curate.rationalize.form import Judge
 from mirage_ds.curate.rationalize.job import Job, Lost, Pending, Reply, Rows
 from mirage_ds.curate.rationalize.prompt import Template
 from mirage_ds.curate.rationalize.spec import RationalizeSpec
+from mirage_ds.curate.rewrite import told
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import IMAGE_MARK, Record
@@ -30,6 +31,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import decoding_dtype
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.folder import resolve_folder, weight_files
+from mirage_ds.model.generate import check_finite
 from mirage_ds.model.load import check_folder, check_vocabulary, open_weights
 
 END, PAD = "<|im_end|>", "<|endoftext|>"
@@ -78,7 +80,7 @@ class Local:
             for sample in range(samples):
                 wanted = [pending(row, sample) for row, _ in block]
                 if any(wanted):
-                    written = self._write([judge for _, judge in block], f"{self.spec.seed or 0}/{number}/{sample}")
+                    written = self._write(block, f"{self.spec.seed or 0}/{number}/{sample}")
                     for (row, judge), reply, asked in zip(block, written, wanted, strict=True):
                         if asked:
                             yield Job(row, sample, judge), reply
@@ -93,20 +95,24 @@ class Local:
         parts = self.template.fill(judge.record, judge.boxed)
         text = "".join(part if isinstance(part, str) else IMAGE_MARK for part in parts)
         images = tuple(part.path for part in parts if not isinstance(part, str))
-        with self.rows.told(judge.record.line):
+        with told(self.rows.file, judge.record.line):
             asked = Record(judge.record.line, text, "", images, ())
             if text.count(IMAGE_MARK) != len(images):
                 raise asked.fault("text_output", f"the answer holds {IMAGE_MARK}", "leave the mark out")
             return self.encoder.encode_prompt(asked, row)
 
-    def _write(self, judges: Sequence[Judge], seed: str) -> list[Reply]:
-        """Write one reply to each of a batch of records."""
+    def _write(self, block: Sequence[tuple[int, Judge]], seed: str) -> list[Reply]:
+        """Write one reply to each of a batch of (row, judge of its record).
+
+        Raises:
+            NotFinite: a row's logits are not. UserError: the batch does not fit into the GPU's memory.
+        """
         from transformers import GenerationConfig
 
-        inputs = self._collate([self.request(judge, row) for row, judge in enumerate(judges)])
+        inputs = self._collate([self.request(judge, row) for row, judge in block])
         width = inputs["input_ids"].shape[1]
         end, pad = self.encoder.id_of(END), self.encoder.id_of(PAD)
-        rows = self.model.get_input_embeddings().num_embeddings
+        known = self.model.get_input_embeddings().num_embeddings
         settings = GenerationConfig(
             max_new_tokens=self.spec.max_new_tokens,
             do_sample=self.spec.temperature > 0,
@@ -115,16 +121,20 @@ class Local:
             top_k=0 if self.spec.temperature else None,
             eos_token_id=[end, pad],
             pad_token_id=pad,
-            # They are no text; a folder that was trained on latents would open a run.
-            suppress_tokens=[t for t in map(self.encoder.id_of, (*LATENT_TOKENS, IMAGE_PAD)) if t < rows],
+            # They are no text; a folder that was trained on latents would open a latent block.
+            suppress_tokens=[t for t in map(self.encoder.id_of, (*LATENT_TOKENS, IMAGE_PAD)) if t < known],
         )
         torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7]))
+        rows = [row for row, _ in block]
+        # `generate` itself would write "!!!!" out of logits that are not finite.
+        head = self.model.get_output_embeddings()
+        check = head.register_forward_hook(lambda _module, _given, logits: check_finite(logits[:, -1], rows))
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), check:
                 ids = self.model.generate(**inputs, generation_config=settings)
         except torch.OutOfMemoryError:
             raise UserError(
-                f"--batch_size {self.spec.batch_size}: {len(judges)} rows at a time do not fit into the GPU's memory; "
+                f"--batch_size {self.spec.batch_size}: {len(block)} rows at a time do not fit into the GPU's memory; "
                 "lower it, --max_new_tokens or --max_pixels"
             ) from None
         asked = inputs["attention_mask"].sum(1).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from mirage_ds.errors import UserError
 
 SHIPPED = Path(__file__).with_name("prompt.txt")
 QUESTION, ANSWER, FORM, HELPER = "{question}", "{answer}", "{form}", "<helper>"
-_PLACES = re.compile("|".join(map(re.escape, (QUESTION, ANSWER, FORM, IMAGE_MARK, HELPER))))
+_PLACES = re.compile(f"({'|'.join(map(re.escape, (QUESTION, ANSWER, FORM, IMAGE_MARK, HELPER)))})")
 
 
 class Shown(NamedTuple):
@@ -72,33 +73,32 @@ class Template:
         """
         question = _named_marks(record.text_input, len(record.image_input))
         texts = {QUESTION: question, ANSWER: answer, FORM: described(len(record.image_output))}
-        made: list[str | Shown] = []
-
-        def say(text: str) -> None:
-            # Neighbouring texts are one, and empty ones none.
-            if text and made and isinstance(made[-1], str):
-                made[-1] += text
-            elif text:
-                made.append(text)
-
-        at = 0
-        for match in _PLACES.finditer(self.text):
-            say(self.text[at : match.start()])
-            at = match.end()
-            if match.group() == IMAGE_MARK:
-                pictures, name = [Shown("image_input", path) for path in record.image_input], "image"
-            elif match.group() == HELPER:
-                pictures, name = [Shown("image_output", path) for path in record.image_output], "helper image"
+        pieces: list[str | Shown] = []
+        for piece in _PLACES.split(self.text):
+            if piece == IMAGE_MARK:
+                pieces += _named_pictures("image", "image_input", record.image_input)
+            elif piece == HELPER:
+                pieces += _named_pictures("helper image", "image_output", record.image_output)
             else:
-                say(texts[match.group()])
-                continue
-            for number, picture in enumerate(pictures, 1):
-                say(f"[{name} {number}] " if len(pictures) > 1 else "")
-                made.append(picture)
-            if not pictures:
-                say("(none)")
-        say(self.text[at:])
+                pieces.append(texts.get(piece, piece))
+        made: list[str | Shown] = []
+        for piece in pieces:
+            # Neighbouring texts are one, and empty ones none.
+            if isinstance(piece, str) and made and isinstance(made[-1], str):
+                made[-1] += piece
+            elif piece:
+                made.append(piece)
         return made
+
+
+def _named_pictures(name: str, field: str, paths: Sequence[str]) -> Iterator[str | Shown]:
+    """Yield pictures, each of several behind its name."""
+    for number, path in enumerate(paths, 1):
+        if len(paths) > 1:
+            yield f"[{name} {number}] "
+        yield Shown(field, path)
+    if not paths:
+        yield "(none)"
 
 
 def _named_marks(question: str, images: int) -> str:

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mirage_ds.curate.rationalize.form import MEANINGS, Judge, Outcome
-from mirage_ds.curate.rationalize.job import Job, Lost, Pending, Reply, Rows
+from mirage_ds.curate.rationalize.job import Job, Rows
 from mirage_ds.curate.rationalize.journal import Journal
 from mirage_ds.curate.rationalize.prompt import Template
 from mirage_ds.curate.rationalize.spec import RationalizeSpec
-from mirage_ds.curate.rewrite import Source, line_of
+from mirage_ds.curate.rewrite import line_of, row_of, told
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.errors import UserError
 from mirage_ds.files import check_output
 from mirage_ds.tasks.report import Advance
 from mirage_ds.tasks.write import whole_or_nothing
 
+if TYPE_CHECKING:
+    from mirage_ds.curate.rationalize.local import Local
+    from mirage_ds.curate.rationalize.server import Server
+
 # Of a reply that is shown as an example.
 _SHOWN = 1000
-
-
-class Writer(Protocol):
-    """Who writes rationales: a server, or a model of this machine."""
-
-    def replies(self, samples: int, pending: Pending) -> Iterator[tuple[Job, Reply | Lost]]:
-        """Yield a reply, or its loss, for every job that is pending."""
 
 
 @dataclass
@@ -48,15 +44,14 @@ class Report:
     file: Path | None
     rows: int
     written: int = 0
-    counts: dict[Outcome, int] = field(default_factory=dict)
+    counts: Counter[Outcome] = field(default_factory=Counter)
     examples: dict[Outcome, dict[str, Any]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
     @property
     def commonest(self) -> Outcome:
         """What most of the dropped replies have in common."""
-        dropped = {outcome: count for outcome, count in self.counts.items() if outcome != "accepted"}
-        return max(dropped, key=lambda outcome: dropped[outcome])
+        return max((outcome for outcome in self.counts if outcome != "accepted"), key=lambda one: self.counts[one])
 
 
 def rationalize(file: Path, spec: RationalizeSpec, progress: Advance | None = None) -> Report:
@@ -90,13 +85,13 @@ def rationalize(file: Path, spec: RationalizeSpec, progress: Advance | None = No
         return _finish(rows, spec, template, setup, journal, count)
 
 
-def _server(spec: RationalizeSpec, template: Template, rows: Rows) -> Writer:
+def _server(spec: RationalizeSpec, template: Template, rows: Rows) -> Server:
     from mirage_ds.curate.rationalize.server import Server
 
     return Server(spec, template, rows)
 
 
-def _local(spec: RationalizeSpec, template: Template, rows: Rows) -> Writer:
+def _local(spec: RationalizeSpec, template: Template, rows: Rows) -> Local:
     from mirage_ds.curate.rationalize.local import Local
 
     return Local(spec, template, rows)
@@ -124,33 +119,29 @@ def _finish(
     """Write data.jsonl and rationalize.json from the journal."""
     out = spec.out.resolve()
     report = Report(None, count, tokens=dict(journal.tokens))
-    source = Source(rows.file, [], rows.finder)
-    try:
-        with whole_or_nothing(out) as work:
-            with (work / "data.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
-                for row, judge in rows:
-                    before = report.counts.get("accepted", 0)
-                    for sample in range(spec.samples):
-                        values = _count(report, journal, Job(row, sample, judge))
-                        if values is not None:
-                            made = _made_by(spec, template, sample, values["served"])
-                            lines.write(_line(source, judge, judge.composed(values["text"]), made, out))
-                    report.written += report.counts.get("accepted", 0) > before
-            if report.written:
-                report.file = out / "data.jsonl"
-            else:
-                # A records file without a record is none.
-                (work / "data.jsonl").unlink()
-            (work / "rationalize.json").write_text(_summary(report, spec, template, setup), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {spec.out}: cannot be written ({error.strerror}); name another folder") from None
+    with whole_or_nothing(spec.out) as work:
+        with (work / "data.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
+            for row, judge in rows:
+                before = report.counts["accepted"]
+                for sample in range(spec.samples):
+                    values = _count(report, journal, Job(row, sample, judge))
+                    if values is not None:
+                        made = _made_by(spec, template, sample, values["served"])
+                        lines.write(_line(rows, judge, judge.composed(values["text"]), made, out))
+                report.written += report.counts["accepted"] > before
+        if report.written:
+            report.file = out / "data.jsonl"
+        else:
+            # A records file without a record is none.
+            (work / "data.jsonl").unlink()
+        (work / "rationalize.json").write_text(_summary(report, spec, template, setup), encoding="utf-8")
     return report
 
 
 def _count(report: Report, journal: Journal, job: Job) -> dict[str, Any] | None:
     """Count what became of a job; return its line of the journal where the reply was accepted."""
     outcome = journal.noted[job.row, job.sample].outcome
-    report.counts[outcome] = report.counts.get(outcome, 0) + 1
+    report.counts[outcome] += 1
     if outcome != "accepted" and outcome in report.examples:
         return None
     values = journal.line(job.row, job.sample)
@@ -168,9 +159,9 @@ def _made_by(spec: RationalizeSpec, template: Template, sample: int, served: str
     return made
 
 
-def _line(source: Source, judge: Judge, text: str, made_by: dict[str, Any], out: Path) -> str:
-    with source.told(judge.record):
-        row = source.row(judge.record)
+def _line(rows: Rows, judge: Judge, text: str, made_by: dict[str, Any], out: Path) -> str:
+    with told(rows.file, judge.record.line):
+        row = row_of(judge.record, rows.finder)
     return line_of(replace(row, text_output=text, extra=row.extra | {"rationale": made_by}), out)
 
 
@@ -179,7 +170,7 @@ def _summary(report: Report, spec: RationalizeSpec, template: Template, setup: d
         "rows": report.rows,
         "rows with a rationale": report.written,
         "replies": report.rows * spec.samples,
-        "counts": {outcome: report.counts.get(outcome, 0) for outcome in ("accepted", *MEANINGS)},
+        "counts": {outcome: report.counts[outcome] for outcome in ("accepted", *MEANINGS)},
         "examples": report.examples,
         "tokens": report.tokens,
         "endpoint": spec.endpoint,

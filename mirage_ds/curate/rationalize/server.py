@@ -1,7 +1,7 @@
 """Rationales from an OpenAI-compatible server: chat completions with the pictures as `data:` URLs.
 
-httpx2 speaks HTTP (huggingface_hub brings it). When to ask again is decided here: Retry-After, the number of tries and
-what stops the whole command are this command's own rules.
+httpx2 speaks HTTP. When to ask again is decided here: huggingface_hub's http_backoff sleeps where nothing can stop it,
+waits as long as a server says, closes the client that all threads share, and takes any 200 for a reply.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from itertools import islice
+from queue import SimpleQueue
 from typing import Any
 
 import httpx2
 
 from mirage_ds.curate.rationalize.job import Job, Lost, Pending, Reply, Rows
 from mirage_ds.curate.rationalize.pictures import data_url
-from mirage_ds.curate.rationalize.pool import as_ready
 from mirage_ds.curate.rationalize.prompt import Template
 from mirage_ds.curate.rationalize.spec import USUAL_KEY_VARIABLE, RationalizeSpec
+from mirage_ds.curate.rewrite import told
 from mirage_ds.errors import UserError, reason
 
 # The first wait before asking again; each further one is twice as long.
@@ -112,7 +114,7 @@ class Server:
             UserError: the server refuses what all jobs have in common, or is gone.
         """
         lost = 0
-        for job, found in as_ready(self.ask, self._jobs(samples, pending), self.spec.parallel, self.stop):
+        for job, found in self._as_ready(self._jobs(samples, pending)):
             yield job, found
             lost = lost + 1 if isinstance(found, Lost) and found.server else 0
             if lost >= max(GONE_AFTER, self.spec.parallel):
@@ -123,7 +125,37 @@ class Server:
                 )
         self.client.close()
 
-    def _jobs(self, samples: int, pending: Pending) -> Iterable[Job]:
+    def _as_ready(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Reply | Lost]]:
+        """Ask for `parallel` jobs at a time; yield them in the order in which they end.
+
+        concurrent.futures joins its threads when the interpreter ends, so whoever stops the command would wait for the
+        slowest request; these threads are daemons.
+        """
+        done: SimpleQueue[tuple[Job, Reply | Lost | Exception]] = SimpleQueue()
+
+        def work(job: Job) -> None:
+            try:
+                done.put((job, self.ask(job)))
+            except Exception as error:  # noqa: BLE001  # raised again where the results are read
+                done.put((job, error))
+
+        running = 0
+        try:
+            while True:
+                for job in islice(jobs, self.spec.parallel - running):
+                    threading.Thread(target=work, args=(job,), daemon=True).start()
+                    running += 1
+                if not running:
+                    return
+                job, found = done.get()
+                running -= 1
+                if isinstance(found, Exception):
+                    raise found
+                yield job, found
+        finally:
+            self.stop.set()
+
+    def _jobs(self, samples: int, pending: Pending) -> Iterator[Job]:
         for row, judge in self.rows:
             for sample in range(samples):
                 if pending(row, sample):
@@ -131,7 +163,7 @@ class Server:
 
     def ask(self, job: Job) -> Reply | Lost:
         """Ask for one reply, again and again where that may help."""
-        with self.rows.told(job.judge.record.line):
+        with told(self.rows.file, job.judge.record.line):
             body = json.dumps(self._request(job)).encode()
         wait = FIRST_WAIT_S
         why = ""

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
 
 from mirage_ds.cli import main
 from mirage_ds.curate.check import check_file
@@ -813,6 +815,21 @@ def test_local_model(call: Call, boards: Path, nano: Path, tmp_path: Path) -> No
     assert lines_there(tmp_path / "p")[1:] != noted[1:]
 
 
+def test_a_local_model_whose_logits_are_not_finite(call: Call, boards: Path, nano: Path, tmp_path: Path) -> None:
+    """One sentence as in `evaluate`, and no reply is noted: `generate` alone would write "!!!!"."""
+    shutil.copytree(nano, tmp_path / "broken")
+    (file,) = (tmp_path / "broken").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[next(name for name in tensors if name.endswith("embed_tokens.weight"))].fill_(float("nan"))
+    save_file(tensors, file, {"format": "pt"})
+    own = ("--out", tmp_path / "o", "--model", tmp_path / "broken", "-n", 1, "--max_new_tokens", 4)
+    code, told, error = call(boards, *own)
+    assert (code, told) == (2, "")
+    assert error.startswith("error: the logits of record 1 are not finite: ")
+    assert len(lines_there(tmp_path / "o")) == 1
+    assert not (tmp_path / "o/data.jsonl").exists()
+
+
 def test_local_batches_are_what_single_rows_are(plain: Path, nano: Path, tmp_path: Path) -> None:
     """Greedy, rows of different lengths and pictures: as one at a time without padding, by transformers alone."""
     import torch
@@ -823,7 +840,7 @@ def test_local_batches_are_what_single_rows_are(plain: Path, nano: Path, tmp_pat
     spec = RationalizeSpec(out=tmp_path, model=str(nano), temperature=0, samples=1, max_new_tokens=6)
     local = Local(spec, Template.load(None), Rows(plain, ImageFinder.beside(plain, None), None, None))
     judges = [judge for _, judge in local.rows]
-    found = [reply.text for reply in local._write(judges, "x")]
+    found = [reply.text for reply in local._write([*local.rows], "x")]
     assert len(set(found)) == len(judges)
     for judge, text in zip(judges, found, strict=True):
         sample = local.request(judge, 0)

@@ -172,6 +172,18 @@ def test_a_sheet_shows_every_picture(file: Path, tmp_path: Path) -> None:
     assert areas == {"a": 2 * 60 * 40, "b": 60 * 40, "c": 60 * 40}
 
 
+@pytest.mark.parametrize("kind", ["html", "png"])
+def test_half_a_surrogate_pair_and_long_words_are_shown(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text_input": "half \ud800", "text_output": "x" * 2000}))
+    call(path, "--out", tmp_path / f"page.{kind}")
+    if kind == "html":
+        assert "half \\ud800" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    else:
+        # The long word fills line after line.
+        assert Image.open(tmp_path / "page.png").height > 200
+
+
 @pytest.mark.parametrize(("text", "lines"), [("3", {3}), ("1,5-8", {1, 5, 6, 7, 8}), (" 2 , 2-2", {2})])
 def test_rows(text: str, lines: set[int]) -> None:
     assert parse_rows(text) == lines

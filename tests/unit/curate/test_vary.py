@@ -470,7 +470,7 @@ def test_refused_words(odd: Path, built: dict[str, Path], refused: Callable[...,
     assert said(reasoned | {"plan": ["DOWN"]}) == f", helper_step: missing; add it: {REASONING} tells its helper by it"
     for plan, at in ((["DOWN"], 2), (["DOWN"], 0), (["DOWN"], True), (["D"], 1), ("DOWN", 1), ([], 0), (["DOWN"], "1")):
         assert said(reasoned | {"plan": plan, "helper_step": at}) == (
-            ": the record's helper_step is no step of its plan, a list of moves; mend them"
+            ": the record's helper_step is no step of its plan, a list of moves; fix them"
         )
 
 

@@ -72,7 +72,7 @@ def test_scores() -> None:
         ("left", 0.0, 1.0),
     ):
         assert list(task.score_record(text, record).items()) == [("correct", correct), ("invalid", invalid)]
-    with pytest.raises(UserError, match=r"answer '\\\\boxed\{up\}' names none of its options; mend its text_output"):
+    with pytest.raises(UserError, match=r"answer '\\\\boxed\{up\}' names none of its options; fix its text_output"):
         task.score_record("\\boxed{A}", record | {"text_output": "\\boxed{up}"})
     with pytest.raises(KeyError, match="text_output"):
         task.score_record("\\boxed{A}", {"options": SIDES})

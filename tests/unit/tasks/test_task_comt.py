@@ -1,4 +1,4 @@
-"""COMT's two forms, made small: several latent runs in one answer."""
+"""COMT's two forms, made small: several latent blocks in one answer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from mirage_ds.config.flags import build_model
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Answer, score
-from mirage_ds.tasks.build import BuildReport, convert
+from mirage_ds.tasks.build import convert
 from mirage_ds.tasks.comt import ComtSettings
+from mirage_ds.tasks.report import BuildReport
 
 
 def picture(folder: Path, name: str, seed: int) -> None:
@@ -243,7 +244,7 @@ def test_bad_packed_rows(tmp_path: Path, part: dict[str, Any], says: str) -> Non
 
 def test_what_is_no_comt(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("{}\n{\n")
-    with pytest.raises(UserError, match=r"x\.jsonl, line 2: broken JSON \(.*\); mend or remove the line"):
+    with pytest.raises(UserError, match=r"x\.jsonl, line 2: broken JSON \(.*\); fix or remove the line"):
         run(tmp_path / "x.jsonl", tmp_path / "o")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "y.parquet")
     with pytest.raises(UserError, match=r"has no column sequence_plan, only a; name COMT's data\.jsonl"):

@@ -106,7 +106,7 @@ def test_an_installed_command_finds_a_module_in_the_working_directory(tmp_path: 
 @pytest.mark.parametrize(
     ("text", "attribute", "says"),
     [
-        (None, "Dots", r"nowhere cannot be imported \(.*No module named 'nowhere'\); mend it, install it"),
+        (None, "Dots", r"nowhere cannot be imported \(.*No module named 'nowhere'\); fix it, install it"),
         ("import nothing_such\n", "Dots", r"cannot be imported \(.*No module named 'nothing_such'\)"),
         ("def (\n", "Dots", r"cannot be imported \(SyntaxError: invalid syntax \(own_.*\.py, line 1\)\)"),
         (HEAD + "class Dots(Task):" + SCORES, "Dot", r"has no Dot \(did you mean 'Dots'\?\); name its class"),
@@ -172,7 +172,7 @@ PLANNING = "vsp-spatial-planning"
         ('Draft("x", (P, P), (P, P))', r"makes 0 image mark\(s\) for 2 image\(s\) in text_output"),
         ('Draft("x", (P,))', r"makes 2 image mark\(s\) for 1 image\(s\) in text_input '<image><image>\?'"),
         ('Draft("x")', r"makes 2 image mark\(s\) for 0 image\(s\) in text_input"),
-        ('Draft(" ", (P, P))', r"reads no answer out of its own ' '; mend build or parse"),
+        ('Draft(" ", (P, P))', r"reads no answer out of its own ' '; fix build or parse"),
     ],
 )
 def test_the_writer_refuses_what_no_trainer_could_read(tmp_path: Path, module: Callable, draft: str, says: str) -> None:

@@ -20,8 +20,9 @@ from mirage_ds.config.flags import build_model
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Answer, score
-from mirage_ds.tasks.build import BuildReport, build, convert
+from mirage_ds.tasks.build import build, convert
 from mirage_ds.tasks.jigsaw import BlinkSettings, JigsawSettings
+from mirage_ds.tasks.report import BuildReport
 
 TASK = "blink-jigsaw"
 SMALL = {"side": 84, "min_side": 56}
@@ -280,7 +281,7 @@ def test_which_files_are_meant(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no Parquet or Arrow file in it"):
         turn(tmp_path / "empty", tmp_path / "o")
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"val-00000-of-00001\.parquet: cannot be read \(.*\); fetch it anew"):
+    with pytest.raises(UserError, match=r"val-00000-of-00001\.parquet: cannot be read \(.*\); write or fetch it anew"):
         turn(file, tmp_path / "o")
     pq.write_table(pa.table({"idx": ["a"], "question": ["?"]}), file)
     with pytest.raises(UserError, match="has no column choices and answer and image_1, only idx, question; name the"):
@@ -293,7 +294,7 @@ def test_bad_rows_end_it_or_are_left_out(tmp_path: Path) -> None:
     rows[1]["image_2"]["bytes"] = rows[1]["image_2"]["bytes"][:200]
     pq.write_table(pa.Table.from_pylist(rows), file)
     with pytest.raises(
-        UserError, match=r"parquet, row 2: image_2 cannot be decoded \(.*\); mend it, or leave such rows"
+        UserError, match=r"parquet, row 2: image_2 cannot be decoded \(.*\); fix it, or leave such rows"
     ):
         turn(file, tmp_path / "o")
     assert not (tmp_path / "o").exists()

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from mirage_ds.config.flags import build_model
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Answer, score
-from mirage_ds.tasks.build import BuildReport, convert, print_report
+from mirage_ds.tasks.build import convert
+from mirage_ds.tasks.report import BuildReport, print_report
 from mirage_ds.tasks.sat import SatSettings
 
 TYPES = ["obj_movement", "goal_aim", "ego_movement", "perspective"]
@@ -121,12 +121,15 @@ def test_types_are_named_freely_and_listed_where_none_fits(train: Path, tmp_path
     with pytest.raises(UserError) as error:
         run(train, tmp_path / "o", question_types="counting,depth")
     assert str(error.value) == (
-        "--question_types counting, depth: no row has one of them; the data has "
+        "--question_types counting, depth: no row is of one of them; the data has "
         "obj_movement (20), goal_aim (20), ego_movement (20), perspective (20)"
     )
 
 
-def test_helpers_come_from_the_users_folder(train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_helpers_come_from_the_users_folder(
+    train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     helpers = tmp_path / "helpers"
     helpers.mkdir()
     for row in (0, 1, 5, 77, 2):  # 2 is of another type
@@ -138,7 +141,7 @@ def test_helpers_come_from_the_users_folder(train: Path, tmp_path: Path, capsys:
     for row, path in helped.items():
         assert np.array_equal(np.array(Image.open(tmp_path / "o" / path)), np.array(picture(900 + int(row))))
     assert report.notes == {WITHOUT: 36}
-    print_report(report, Console(width=120))
+    print_report(report)
     assert f"{WITHOUT} │    36 " in capsys.readouterr().out
     assert run(train, tmp_path / "none")[0].notes == {WITHOUT: 40}
     for name in ("7.png", "07.jpg"):
@@ -185,6 +188,11 @@ def test_the_second_version_and_other_ways_to_store_it(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": stored, "test": stored}).save_to_disk(tmp_path / "saved")
     _, again = run(tmp_path / "saved", tmp_path / "b", split="train", question_types="all")
     assert again == made
+    # An Arrow file, where `datasets` writes streams.
+    table = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    assert run(tmp_path / "file.arrow", tmp_path / "d", question_types="all")[1] == made
     with pytest.raises(UserError, match="has the splits test, train; say which one"):
         run(tmp_path / "saved", tmp_path / "c")
 
@@ -208,7 +216,7 @@ def test_a_bad_row_is_named_or_left_out(tmp_path: Path, change: dict[str, Any], 
     with pytest.raises(UserError) as error:
         run(file, tmp_path / "o")
     assert str(error.value).startswith(f"{file}, row 5: {says}")
-    assert str(error.value).endswith("mend it, or leave such rows out by --skip_bad_records")
+    assert str(error.value).endswith("fix it, or leave such rows out by --skip_bad_records")
     assert not (tmp_path / "o").exists()
     report, made = run(file, tmp_path / "o", skip_bad_records=True)
     assert [row["row"] for row in made] == ["0", "1", "5", "8"]

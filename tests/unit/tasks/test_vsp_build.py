@@ -1,7 +1,6 @@
 """Builds: the files as a user gets them, read back with plain json and PIL."""
 
 import hashlib
-import io
 import json
 import random
 import re
@@ -13,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from mirage_ds.config.flags import build_model
+from mirage_ds.config.mixture import apportion
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import maps, render, task_name
-from mirage_ds.tasks.build import BuildReport, BuildSpec, build, print_report, progress_bar
-from mirage_ds.tasks.supply import apportion
+from mirage_ds.tasks.build import build
+from mirage_ds.tasks.report import BuildReport, print_report, progress_bar
+from mirage_ds.tasks.spec import BuildSpec
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 ROWS = FIXTURES / "vsp_planning_rows.jsonl"
@@ -293,7 +293,7 @@ def test_nothing_half_written(tmp_path):
 
 
 def test_supply_runs_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("mirage_ds.tasks.supply._PATIENCE", 4000)
+    monkeypatch.setattr("mirage_ds.tasks.board_task._PATIENCE", 4000)
     with pytest.raises(UserError) as error:
         run(PLANNING, tmp_path / "o", count=577, levels="3")
     message = str(error.value)
@@ -324,16 +324,16 @@ GOOD = {"map_desc": [[1, 0], [0, 2]]}
     [
         (
             [GOOD, '{"map_desc": [[1'],
-            "m.jsonl, line 2: broken JSON at column 17 (Expecting ',' delimiter); mend or remove",
+            "m.jsonl, line 2: broken JSON (Expecting ',' delimiter: line 1 column 17 (char 16)); fix or remove",
         ),
         ([GOOD, "", {"id": 1}], "m.jsonl, line 3: the row has no 'map_desc'; give the board as a list of rows"),
-        (["[1]"], "m.jsonl, line 1: the row has no 'map_desc'"),
+        (["[1]"], "m.jsonl, line 1: not an object; write one object a line"),
         (
             [{"map_desc": [[1, -1], [-1, 2]]}],
-            "m.jsonl, line 1: no path leads from the start to the goal of this map; mend",
+            "m.jsonl, line 1: no path leads from the start to the goal of this map; fix",
         ),
         ([{"map_desc": [[1, 0], [2]]}], "m.jsonl, line 1: map_desc has 2 rows of 1 and 2 cells; give a square board"),
-        ([], "m.jsonl: the file is empty; give one map a line"),
+        ([], "m.jsonl: the file is empty; write one row a line"),
     ],
 )
 def test_bad_maps(tmp_path, rows, says):
@@ -353,10 +353,10 @@ def test_bad_exclude_files(tmp_path):
         with pytest.raises(UserError) as error:
             run(PLANNING, tmp_path / "o", exclude=write(tmp_path / "x", *rows))
         assert says in str(error.value)
-    with pytest.raises(UserError, match="nowhere: no such file; check the path"):
+    with pytest.raises(UserError, match=r"nowhere: cannot be read \(No such file or directory\); check the path"):
         run(PLANNING, tmp_path / "o", exclude=tmp_path / "nowhere")
     (tmp_path / "y").write_bytes(b"ab\xff")
-    with pytest.raises(UserError, match="y: not UTF-8 text at byte 2"):
+    with pytest.raises(UserError, match="y, line 1: not UTF-8 text at byte 2"):
         run(PLANNING, tmp_path / "o", exclude=tmp_path / "y")
 
 
@@ -409,13 +409,13 @@ def test_apportion():
         assert all(abs(n - total * share / sum(shares)) < 1 for n, share in zip(counts, shares, strict=True))
 
 
-def test_the_report_and_the_bar(capsys):
-    console = Console(width=80, record=True, file=io.StringIO())
+def test_the_report_and_the_bar(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     report = BuildReport(
         PLANNING, Path("o/data.jsonl"), 3, 6, {4: 1, 3: 2}, {"10 moves": 1, "2 moves": 2}, 5, False, 7, 1
     )
-    print_report(report, console)
-    text = console.export_text()
+    print_report(report)
+    text = capsys.readouterr().out
     assert "vsp-spatial-planning: o/data.jsonl" in text
     cells = [tuple(re.split(r"\s*│\s*", line)[1:3]) for line in text.splitlines() if line.startswith("│")]
     assert cells == [

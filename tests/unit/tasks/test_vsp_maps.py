@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 
 from mirage_ds.errors import UserError
-from mirage_ds.tasks import maps
+from mirage_ds.tasks import get_task, maps
 from mirage_ds.tasks.boxed import last_boxed
-from mirage_ds.tasks.vsp_planning import score as score_planning
-from mirage_ds.tasks.vsp_reasoning import draw_plan, outcome, read_letter
-from mirage_ds.tasks.vsp_reasoning import score as score_reasoning
+from mirage_ds.tasks.vsp_reasoning import draw_plan, outcome
 
 ROWS = Path(__file__).parents[2] / "fixtures" / "vsp_planning_rows.jsonl"
 PUBLIC = [json.loads(line) for line in ROWS.read_text().splitlines()]
@@ -200,8 +198,9 @@ BOARD = [[1, 0, -1], [0, 0, 0], [-1, 0, 2]]
     ],
 )
 def test_planning_score(text, expected):
-    score = score_planning(text, BOARD)
-    assert (score.success, score.optimal, score.invalid, score.moves) == expected
+    found = get_task("vsp-spatial-planning").score_record(text, {"map_desc": BOARD})
+    assert list(found) == ["success", "optimal", "invalid", "moves"]
+    assert tuple(found.values()) == expected
 
 
 @pytest.mark.parametrize(
@@ -218,9 +217,10 @@ def test_planning_score(text, expected):
     ],
 )
 def test_reasoning_score(text, letter):
-    assert read_letter(text) == letter
-    score = score_reasoning(text, "B")
-    assert (score.correct, score.invalid) == (letter == "B", letter is None)
+    task = get_task("vsp-spatial-reasoning")
+    assert task.parse(text, {}) == letter
+    found = task.score_record(text, {"text_output": r"\boxed{B}"})
+    assert list(found.items()) == [("correct", letter == "B"), ("invalid", letter is None)]
 
 
 def test_drawn_plans_have_the_class_wanted_and_end_with_the_game():
