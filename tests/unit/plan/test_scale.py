@@ -322,17 +322,15 @@ def test_checkpoint_is_master_weights_and_moments() -> None:
 # ----------------------------------------------------------------------------------------------------------- the page
 
 
-# The page has of the 72B what fits and a checkpoint's size.
-@pytest.mark.parametrize(
-    ("flags", "shown"), [([], slice(6)), (["--model", "qwen2.5-vl-72b", "--stage", "stage1"], slice(4, 6))]
-)
-def test_page_holds_what_the_command_prints(flags: list[str], shown: slice) -> None:
-    printed = CliRunner().invoke(main, [*flags, "--markdown", "--nodes", "1,4,32,128"], catch_exceptions=False)
-    tables = [part for part in printed.output.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 6
+def test_page_holds_what_the_command_prints() -> None:
+    printed = CliRunner().invoke(main, ["--markdown", "--nodes", "1,4,32,128"], catch_exceptions=False)
+    tables = [part.strip() for part in printed.output.split("\n\n") if part.startswith("|")]
     page = (REPO / "docs/scaling.md").read_text()
-    for table in tables[shown]:
-        assert table.strip() in page
+    # The page has neither the seconds of a single call nor a checkpoint's.
+    shown = [table for table in tables if table.splitlines()[0] in page]
+    assert (len(tables), len(shown)) == (6, 4)
+    for table in shown:
+        assert table in page
 
 
 def test_command_draws_and_refuses(tmp_path: Path) -> None:
