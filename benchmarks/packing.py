@@ -25,8 +25,8 @@ from rich.console import Console
 
 from benchmarks.scaling import Grid, _numbers
 from mirage_ds.data.pack import fill, pack
-from mirage_ds.plan.formulas import flops, sizes
-from mirage_ds.plan.shape import read_shape
+from mirage_ds.plan.formulas import flops
+from mirage_ds.plan.shape import read_shape, sizes
 
 SHORTEST, LONGEST = 50, 4000
 # Records that VSP rows are drawn from; their pictures take seconds to draw.

@@ -163,10 +163,11 @@ def run(
     import torch.distributed as dist
 
     from mirage_ds.config.run import RunConfig
+    from mirage_ds.engine.ds_config import default_path, read_json
     from mirage_ds.run import step as steps
     from mirage_ds.run.setup import prepare
 
-    zero = json.loads((ROOT / f"ds_configs/{stage}_cpu.json").read_text())
+    zero = read_json(default_path(stage), "cpu")
     # Vectors stay whole, as with the GPU files' 100,000 on a large model, and matrices do not.
     zero["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
     json_path = out / f"rank{world.rank}.json"

@@ -17,25 +17,27 @@ from rich.table import Table
 
 from mirage_ds.model.presets import PRESETS
 from mirage_ds.plan.formulas import (
+    BF16,
     Machine,
     Network,
-    Sizes,
     Walk,
-    Zero3,
-    break_even_tokens,
-    checkpoint_bytes,
-    compute_seconds,
+    flops,
     gather_calls,
-    memory,
     network,
     ring_latency,
-    sizes,
+    thin_bytes,
     traffic,
     volume,
     walk,
 )
 from mirage_ds.plan.gpus import A100, H100_SXM
-from mirage_ds.plan.shape import read_shape
+from mirage_ds.plan.settings import Zero3
+from mirage_ds.plan.shape import Sizes, read_shape, sizes
+
+# fp32 master weight and AdamW's two moments; they are also all that a sharded checkpoint holds.
+STATE_BYTES = 12
+# The sharded bf16 weight, and its gradient accumulated in fp32 (data_types.grad_accum_dtype).
+SHARD_BYTES = 2 + 4
 
 # GPU/network of a node in Gb/s: nominal speeds; docs/scaling.md names the source of each.
 H100 = Machine("H100/3200", 8, H100_SXM.bf16, 80e9, 3.35e12, 450e9, 400e9)
@@ -48,6 +50,70 @@ KEPT = Zero3(max_live=10**12, reuse=10**12)
 GIGABYTE = 1e9
 # Bytes/s of a file system that all nodes share.
 STORAGE = (1e9, 10e9, 100e9)
+
+
+def compute_seconds(
+    model: Sizes, walked: Walk, machine: Machine, tokens: float, labelled: float = 0, keys: float = 0, used: float = 1.0
+) -> float:
+    """Seconds of one micro-step's arithmetic on one GPU with checkpointed layers.
+
+    Args:
+        used: share of the peak FLOP/s that is reached.
+    """
+    work = flops(model, tokens, labelled, keys) / (machine.flops * used)
+    return work + thin_bytes(model, walked) / machine.hbm
+
+
+def break_even_tokens(
+    seconds: float, model: Sizes, walked: Walk, machine: Machine, labelled: float, keys: float, used: float = 1.0
+) -> float:
+    """Tokens of one rank's micro-step whose arithmetic takes as long as its collectives.
+
+    Args:
+        seconds: of the collectives.
+        labelled: share of the tokens that go through the output matrix.
+    """
+    fixed = compute_seconds(model, walked, machine, 0, 0, keys, used)
+    one = compute_seconds(model, walked, machine, 1, labelled, keys, used) - fixed
+    return max(0.0, seconds - fixed) / one
+
+
+class Memory(NamedTuple):
+    """Bytes of one GPU, without activations, logits and the allocator's own losses.
+
+    Attributes:
+        shard: its part of bf16 weights, fp32 gradients, fp32 master weights and moments.
+        secondary: hpZ's second copy of the weights, shared by a node.
+        gathered: whole weights at one time.
+        gradients: whole bf16 gradients at one time: the reduce bucket, and in stage2 those of all layers, since a
+            weight's gradient is complete only when backward has come to the first pass.
+    """
+
+    shard: float
+    secondary: float
+    gathered: float
+    gradients: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self)
+
+
+def memory(model: Sizes, walked: Walk, zero: Zero3, ranks: int) -> Memory:
+    """Model states and whole tensors of one GPU under ZeRO-3 with bf16 weights and fp32 accumulation."""
+    held = model.layers * model.layer if walked.passes > 1 else 0
+    return Memory(
+        shard=model.text * (SHARD_BYTES + STATE_BYTES) / ranks,
+        secondary=model.text * BF16 / min(zero.hpz, ranks) if zero.hpz > 1 else 0.0,
+        gathered=zero.live(model) * BF16,
+        gradients=(held + min(zero.bucket, model.text)) * BF16,
+    )
+
+
+def checkpoint_bytes(model: Sizes) -> int:
+    """Bytes of a sharded checkpoint, whatever the number of ranks."""
+    return STATE_BYTES * model.text
 
 
 class Question(NamedTuple):
@@ -90,10 +156,8 @@ class Question(NamedTuple):
 
     def compute(self, machine: Machine) -> float:
         """Arithmetic of an optimizer step."""
-        one = compute_seconds(
-            *(self.model, self.walked, machine, self.tokens, self.labelled * self.tokens),
-            *(self.row_tokens / 2, self.used),
-        )
+        labelled, keys = self.labelled * self.tokens, self.row_tokens / 2
+        one = compute_seconds(self.model, self.walked, machine, self.tokens, labelled, keys, self.used)
         return self.micro_steps * one
 
 
@@ -169,9 +233,8 @@ def batch(asked: Question) -> Grid:
         row, ranks = [str(nodes), str(nodes * H100.gpus)], nodes * H100.gpus
         for machine in MACHINES:
             took = asked.network(asked.ways[name], machine, nodes).total / asked.micro_steps
-            tokens = break_even_tokens(
-                *(took, asked.model, asked.walked, machine, asked.labelled, asked.row_tokens / 2, asked.used)
-            )
+            keys = asked.row_tokens / 2
+            tokens = break_even_tokens(took, asked.model, asked.walked, machine, asked.labelled, keys, asked.used)
             row += [f"{tokens:,.0f}", f"{max(ranks, tokens / asked.row_tokens * ranks):,.0f}"]
         rows.append(row)
     columns = ["nodes", "GPUs", *(f"{machine.name} {what}" for machine in MACHINES for what in ("tokens", "rows"))]
@@ -183,7 +246,7 @@ def batch(asked: Question) -> Grid:
 
 
 def fits(asked: Question) -> bool:
-    """Whether kept parameters fit into the larger card at all."""
+    """Whether kept parameters fit into the larger GPU at all."""
     return memory(asked.model, asked.walked, KEPT, 1 << 20).total < H100.memory
 
 
@@ -256,7 +319,7 @@ def _numbers(_context: click.Context, _option: click.Parameter, value: str) -> t
 @click.command(context_settings={"show_default": True})
 @click.option("--model", default="qwen2.5-vl-7b", type=click.Choice([name for name in PRESETS if name != "nano"]))
 @click.option("--stage", default="stage2", type=click.Choice(["sft", "stage1", "stage2"]))
-@click.option("--latent_size", default=4, help="k, latents a run.")
+@click.option("--latent_size", default=4, help="k, latents a block.")
 @click.option("--nodes", default="1,2,4,8,16,32,64,128", callback=_numbers, help="Numbers of nodes of 8 GPUs.")
 @click.option("--tokens", default=8192, help="Tokens of a rank's micro-step.")
 @click.option("--row_tokens", default=500, help="Tokens of a row.")

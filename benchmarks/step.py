@@ -391,8 +391,8 @@ def summary(ran: Ran, case: Case, tokens: list[float], flops: list[float]) -> di
 def model_flops(case: Case, lengths: list[int], labels: list[int], part: str) -> float:
     """FLOPs that a step's rows need without recomputation; the tower is left out (kept features)."""
     from mirage_ds.model.presets import preset
-    from mirage_ds.plan.formulas import flops, sizes
-    from mirage_ds.plan.shape import describe
+    from mirage_ds.plan.formulas import flops
+    from mirage_ds.plan.shape import describe, sizes
 
     model, tokens = sizes(describe(preset(case.preset), case.preset)), sum(lengths)
     keys = sum(n * (n + 1) / 2 for n in lengths) / tokens

@@ -21,8 +21,9 @@ from rich.console import Console
 
 from benchmarks.listen import listening
 from benchmarks.scaling import Grid
-from mirage_ds.plan.formulas import Sizes, Zero3, gather_calls, sizes, volume, walk
-from mirage_ds.plan.shape import read_shape
+from mirage_ds.plan.formulas import gather_calls, volume, walk
+from mirage_ds.plan.settings import Zero3
+from mirage_ds.plan.shape import Sizes, read_shape, sizes
 
 SAMPLE = Path(__file__).parents[1] / "data/sample.jsonl"
 K, RANKS, STEPS, MICRO_STEPS = 4, 2, 2, 2

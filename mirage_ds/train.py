@@ -73,8 +73,8 @@ def run(config: RunConfig) -> None:
     world = join(config.start_timeout)
     start.moved = world.waiting.moved
     try:
-        with (prepared := prepare(config, world, world.waiting.anyone(stop.asked), start.begin)).swap:
-            train(config, prepared, world, stop.asked, where, start)
+        prepared = prepare(config, world, world.waiting.anyone(stop.asked), start.begin)
+        train(config, prepared, world, stop.asked, where, start)
     except BaseException as error:
         if start.folder is not None and not isinstance(error, Stopped):
             note_failure(start.folder, error)

@@ -83,9 +83,6 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int,
         The checkpoint's folder; or, the same on every rank, a sentence that says why there is none. The earlier
         checkpoints are then as they were.
     """
-    offloads = [block for block in (engine.zero_offload_optimizer(), engine.zero_offload_param()) if block]
-    if any(block.device == "nvme" for block in offloads):
-        return "DeepSpeed cannot restore one whose states or parameters are on NVMe"
     place = folder / f"global_step{state['step']}"
     beside = folder / f".{place.name}.partial"
     trouble = _at_rank_zero(lambda: _make_room(folder, beside), world)

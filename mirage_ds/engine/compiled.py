@@ -8,17 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mirage_ds.engine.ds_config import offload_device
 
-def needed(values: Mapping[str, Any]) -> list[str]:
+
+def needed(values: dict[str, Any]) -> list[str]:
     """Return the extensions that a resolved configuration makes DeepSpeed compile, by the names of their folders."""
-    zero = values.get("zero_optimization", {})
-    devices = {name: (zero.get(f"offload_{name}") or {}).get("device", "none") for name in ("optimizer", "param")}
-    names = []
-    if not values["optimizer"]["params"].get("torch_adam", True):
-        names.append("fused_adam" if devices["optimizer"] == "none" else "cpu_adam")
-    if "nvme" in devices.values():
-        names += ["pin_memory", "async_io"]
-    return names
+    if values["optimizer"]["params"].get("torch_adam", True):
+        return []
+    return ["fused_adam" if offload_device(values, "optimizer") == "none" else "cpu_adam"]
 
 
 def extensions_folder(environment: Mapping[str, str]) -> Path:
@@ -27,7 +24,7 @@ def extensions_folder(environment: Mapping[str, str]) -> Path:
     return Path(environment.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
 
 
-def waits(values: Mapping[str, Any], folder: Path, host: str, now: float | None = None) -> list[str]:
+def waits(values: dict[str, Any], folder: Path, host: str, now: float | None = None) -> list[str]:
     """Say what the engine's start waits for on this host; nothing where all is compiled.
 
     Args:
@@ -49,7 +46,7 @@ def waits(values: Mapping[str, Any], folder: Path, host: str, now: float | None 
     return lines
 
 
-def say_waits(values: Mapping[str, Any]) -> None:
+def say_waits(values: dict[str, Any]) -> None:
     """Print what this host's start waits for; one rank a host calls it."""
     for line in waits(values, extensions_folder(os.environ), os.uname().nodename):
         print(line, flush=True)  # noqa: T201  # no console exists yet

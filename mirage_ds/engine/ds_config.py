@@ -2,11 +2,14 @@
 
 The JSON chooses ZeRO stage, offload and precision. Batch size, clipping and optimizer come from the run's settings; a
 JSON that says something else about them is refused, since one of the two would be silently ignored.
+
+ds_configs/ holds one JSON a recipe, written for GPUs; on a CPU a recipe is changed as it is read (_for_cpu).
 """
 
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +82,30 @@ LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
 # Those that this module looks into.
 BLOCKS = ("fp16", "bf16", "torch_autocast", "zero_optimization", "optimizer")
 # The run fills these; `"auto"` there means just that.
-FILLED = (
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *(f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")),
-    *(f"zero_optimization.{name}" for name in LIMITS),
-)
+FILLED = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer.params.lr",
+    "optimizer.params.betas",
+    "optimizer.params.eps",
+    "optimizer.params.weight_decay",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
+}
+# The recipe of a stage where no JSON is given.
+DEFAULTS = {"sft": "zero3", "stage1": "zero3", "stage2": "zero3_kept"}
+# What followed the stage's name in the files that were shipped before there were recipes → the recipe.
+EARLIER = {
+    "released": "zero3",
+    "kept": "zero3_kept",
+    "hpz": "zero3_hpz",
+    "offload": "zero3_offload",
+    "nvme": "zero3_offload",
+    "zero1": "zero1",
+    "zero2": "zero2",
+}
 
 
 def shipped_folder() -> Path:
@@ -92,20 +114,59 @@ def shipped_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[2] / "ds_configs"
 
 
-def default_path(stage: str, device: str) -> Path:
-    """Return the stage's own JSON for this kind of device ("cpu" or anything else)."""
-    return shipped_folder() / f"{stage}{'_cpu' if device == 'cpu' else ''}.json"
+def recipes() -> list[Path]:
+    """List the shipped JSONs."""
+    return sorted(shipped_folder().glob("*.json"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def default_path(stage: str) -> Path:
+    """Return the recipe of a stage where no JSON is given."""
+    return shipped_folder() / f"{DEFAULTS[stage]}.json"
+
+
+def _missing(path: Path) -> UserError:
+    """Say that there is no such file, and what has taken its place where it was once shipped."""
+    stage, _, budget = path.stem.removesuffix("_cpu").partition("_")
+    if stage in DEFAULTS:
+        states = DEFAULTS[stage] + "_bf16_states"
+        recipe = {"": DEFAULTS[stage], "bf16_states": states, **EARLIER}.get(budget)
+        if recipe is not None:
+            now = "ds_configs/ holds one file a recipe now, for all stages, GPUs and CPUs"
+            gone = "NVMe offload is gone, " if budget == "nvme" else ""
+            return UserError(f"--deepspeed {path}: no such file; {now}: {gone}take {path.with_name(recipe)}.json")
+    shipped = ", ".join(file.name for file in recipes())
+    return UserError(f"--deepspeed {path}: no such file; {shipped_folder()} holds {shipped}")
+
+
+def _for_cpu(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe as a CPU runs it: in float32 (bf16 states stay), sharded whatever the size, nothing compiled."""
+    made = deepcopy(values)
+    if not made.get("bf16", {}).get("bf16_optimizer_states"):
+        made.pop("bf16", None)
+        made.pop("data_types", None)
+    zero = made.get("zero_optimization", {})
+    zero["overlap_comm"] = False
+    if zero_stage(made) == 3:
+        # The recipes' 100,000 elements would keep every matrix of a small model whole on every rank.
+        zero["stage3_param_persistence_threshold"] = 0
+    for name in ("param", "optimizer"):
+        if offload_device(made, name) != "none":
+            zero[f"offload_{name}"]["pin_memory"] = False
+            made.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
+    return made
+
+
+def read_json(path: Path, device: str = "cuda") -> dict[str, Any]:
     """Read and check a DeepSpeed JSON.
+
+    Args:
+        device: "cpu" changes a recipe of ds_configs/ for CPUs; a JSON of the user's own is taken as it stands.
 
     Raises:
         UserError: missing, broken, a key that DeepSpeed does not know, or a choice this trainer cannot honour.
     """
     if not path.is_file():
-        shipped = ", ".join(sorted(file.name for file in shipped_folder().glob("*.json")))
-        raise UserError(f"--deepspeed {path}: no such file; {shipped_folder()} holds {shipped}")
+        raise _missing(path)
     try:
         values = strict_json(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -135,6 +196,8 @@ def read_json(path: Path) -> dict[str, Any]:
     _check_precision(values, path)
     _refuse_auto(values, path)
     _refuse_unused(values, path)
+    if device == "cpu" and path.resolve().parent == shipped_folder().resolve():
+        return _for_cpu(values)
     return values
 
 
@@ -152,13 +215,17 @@ def _refuse_unused(values: dict[str, Any], path: Path) -> None:
         same = SAME.get(name)
         if not (value in same if same else nothing or not value):
             raise UserError(f"{path}: '{name}' is not supported: {why}; remove it")
-    zero = values.get("zero_optimization", {})
-    for name, least in (("offload_param", 3), ("offload_optimizer", 1)):
-        device = (zero.get(name) or {}).get("device", "none")
-        if device != "none" and zero.get("stage", 0) < least:
+    for name, least in (("param", 3), ("optimizer", 1)):
+        device = offload_device(values, name)
+        if device == "nvme":
             raise UserError(
-                f"{path}: 'zero_optimization.{name}' needs 'stage' {least}{' or more' if least < 3 else ''}, which is "
-                f"{zero.get('stage', 0)}; DeepSpeed would ignore it: change the stage, or remove it"
+                f"{path}: 'zero_optimization.offload_{name}' is on NVMe, and DeepSpeed can neither save nor restore "
+                "such a run; write \"cpu\" as its 'device'"
+            )
+        if device != "none" and zero_stage(values) < least:
+            raise UserError(
+                f"{path}: 'zero_optimization.offload_{name}' needs 'stage' {least}{' or more' if least < 3 else ''}, "
+                f"which is {zero_stage(values)}; DeepSpeed would ignore it: change the stage, or remove it"
             )
 
 
@@ -175,8 +242,7 @@ def _check_precision(values: dict[str, Any], path: Path) -> None:
     if cast.get("enabled") and bf16.get("enabled"):
         raise UserError(f"{path}: 'torch_autocast' and 'bf16' are both enabled; keep one")
     masters, states = (bf16.get(f"bf16_{name}") for name in ("master_weights_and_grads", "optimizer_states"))
-    offload = values.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if masters and not states and offload.get("device", "none") == "none":
+    if masters and not states and offload_device(values, "optimizer") == "none":
         raise UserError(
             f"{path}: 'bf16.bf16_master_weights_and_grads' without 'bf16_optimizer_states' needs 'offload_optimizer'; "
             "add one of them"
@@ -226,7 +292,7 @@ def resolve(values: dict[str, Any], path: Path, config: RunConfig, world_size: i
     Raises:
         UserError: the JSON contradicts a setting; the message names both.
     """
-    filled = json.loads(json.dumps(values))
+    filled = deepcopy(values)
     rows = config.rows_per_step
     _fill(filled, "train_batch_size", rows, f"the run has {rows} rows an optimizer step (--global_batch_size)", path)
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
@@ -259,16 +325,14 @@ def _fill_optimizer(filled: dict[str, Any], path: Path, config: RunConfig) -> No
         _fill(params, key, value, f"--{flag} is {value}", path)
     block["type"] = "AdamW"
     # torch's AdamW compiles nothing at the first start; the offloaded step needs DeepSpeed's own.
-    offload = filled.get("zero_optimization", {}).get("offload_optimizer") or {}
-    offloaded = offload.get("device", "none") != "none"
-    params.setdefault("torch_adam", not offloaded)
+    params.setdefault("torch_adam", offload_device(filled, "optimizer") == "none")
     if params["torch_adam"]:
         # One pass over weights and moments in place of ten, on GPUs and CPUs alike.
         params.setdefault("fused", not {"foreach", "capturable"} & params.keys())
 
 
 def fill_limits(values: dict[str, Any], elements: int) -> None:
-    """Write `elements` where a resolved JSON leaves ZeRO-3's limits to the model ("auto"; see scale.two_layers).
+    """Write `elements` where a resolved JSON leaves ZeRO-3's limits to the model ("auto": two layers).
 
     DeepSpeed itself drops `"auto"` and takes its default of 10⁹: half a layer too little for the 72B, four of the
     7B.
@@ -292,7 +356,7 @@ def zero_stage(values: dict[str, Any]) -> int:
     return int(values.get("zero_optimization", {}).get("stage", 0))
 
 
-def on_nvme(values: dict[str, Any]) -> bool:
-    """Whether weights or the optimizer's states are offloaded to NVMe."""
-    blocks = (values.get("zero_optimization", {}).get(f"offload_{name}") or {} for name in ("param", "optimizer"))
-    return any(block.get("device") == "nvme" for block in blocks)
+def offload_device(values: dict[str, Any], name: str) -> str:
+    """Return where "param" or "optimizer" lies: "none" (the GPU) or "cpu"."""
+    block = values.get("zero_optimization", {}).get(f"offload_{name}") or {}
+    return str(block.get("device", "none"))

@@ -55,7 +55,7 @@ class Shard(NamedTuple):
 
     Attributes:
         elements: of the whole; own: of this rank's part, its padding included.
-        away: whether the part lies elsewhere than the whole would: in the host's memory, on a disk.
+        away: whether the part lies elsewhere than the whole would: in the host's memory.
     """
 
     elements: int

@@ -76,7 +76,7 @@ def join(bound: float = START_S) -> World:
         bound: seconds that a rank waits while no other one comes on, in collectives too.
 
     Raises:
-        UserError: the environment is none of the two (entry.is_rank), or the GPU cannot be used.
+        UserError: the environment is none of the two (place.is_rank), or the GPU cannot be used.
     """
     launched = is_rank(os.environ)
     import deepspeed
@@ -208,9 +208,6 @@ def try_engine(values: dict[str, Any], path: Path) -> None:
         for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size", "sub_group_size")
         if zero.get("stage")
     }
-    for offload in (zero.get("offload_param"), zero.get("offload_optimizer")):
-        if offload and offload.get("device") == "nvme":
-            offload["device"] = "cpu"
     model = nn.utils.skip_init(nn.Linear, 16, 16, dtype=getattr(torch, compute_dtype(values)))
     for parameter in model.parameters():
         # Not drawn: torch's generator is left as it is.
@@ -223,8 +220,15 @@ def try_engine(values: dict[str, Any], path: Path) -> None:
         engine.step()
     # Whatever DeepSpeed's checks raise. Subclasses of RuntimeError are no room on the GPU, or a rank that is gone.
     except (
-        *(DeepSpeedConfigError, ZeRORuntimeException, AssertionError, RuntimeError),
-        *(ValueError, TypeError, AttributeError, KeyError, ImportError),
+        DeepSpeedConfigError,
+        ZeRORuntimeException,
+        AssertionError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        ImportError,
     ) as error:
         other = isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError)
         if other or isinstance(error, UnicodeError):

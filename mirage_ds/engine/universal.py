@@ -38,25 +38,12 @@ from mirage_ds.files import sync
 
 Say = Callable[[str], None]
 
-# Where DeepSpeed puts an optimizer that lies on NVMe.
-ON_NVME = "offloaded_tensors"
-
 
 def use_universal(ds_config: dict[str, Any], wanted: bool) -> None:
-    """Tell DeepSpeed, before the engine is made, which form it will load; what the JSON says of it does not count.
-
-    Raises:
-        UserError: the optimizer is to lie on NVMe: DeepSpeed then reads swap files instead.
-    """
+    """Tell DeepSpeed, before the engine is made, which form it will load; what the JSON says of it does not count."""
     block = ds_config.get("checkpoint", {})
     if wanted or block.get("load_universal"):
         ds_config["checkpoint"] = {**block, "load_universal": wanted}
-    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if wanted and offload.get("device") == "nvme":
-        raise UserError(
-            "--resume auto: DeepSpeed cannot load a checkpoint of another number of ranks into an optimizer on NVMe; "
-            "use a JSON with the optimizer on the GPU or in RAM (--deepspeed)"
-        )
 
 
 def find(source: Path, say: Say) -> Path:
@@ -155,8 +142,6 @@ def _convert(place: Path, files: list[Entry], partial: Path, workers: int) -> No
 def _check_convertible(place: Path, zero_stage: int) -> None:
     if zero_stage not in CONVERTIBLE:
         raise UserError(f"{place}: ZeRO stage {zero_stage} cannot be converted; checkpoints of stages 1, 2 and 3 can")
-    if (place / ON_NVME).exists():
-        raise UserError(f"{place}: its optimizer lies on NVMe, which DeepSpeed cannot convert; use the same ranks")
 
 
 def needed_bytes(files: list[Entry]) -> int:

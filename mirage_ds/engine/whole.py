@@ -146,13 +146,6 @@ def check_room(engine: Any, rows: int, prompt: int, limits: Limits, world: World
     Raises:
         UserError: on every rank.
     """
-    offloaded = engine.zero_offload_param()
-    if offloaded and offloaded.device == "nvme":
-        raise UserError(
-            f"{flag}: parameters on NVMe are read a few at a time and never stand whole in memory: evaluation is a job "
-            "of its own here; leave the flag out (with --overwrite, since this run's folder is made) and run "
-            "`mirage-ds evaluate` on a saved model"
-        )
     needed, free = bytes_to_decode(engine.module, rows, prompt, limits), free_bytes(world)
     short = everyone([(free, world.rank)] if needed > free else [], world)
     if short:

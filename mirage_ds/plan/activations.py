@@ -1,15 +1,19 @@
-"""What autograd keeps of a forward and what backward needs on top, in bytes, each term by name.
+"""What autograd keeps of a forward, what backward needs on top, and the height of both: in bytes, each term by name.
 
 T tokens of a pass, K keys that they see (of all passes up to it, sample by sample), N samples that take part, M
-labelled tokens of the micro-batch, R rows of it, Λ grounded latents (stage1), H hidden, I inner width, Hq and Hkv
-heads, D head width (Hq D is H but in Qwen3-VL), V vocabulary, L layers; b bytes of an element of the compute dtype (2
-in bf16, 4 in fp32).
+labelled tokens of the micro-batch, C of them in a chunk of logits, R rows of it, Λ grounded latents (stage1), H hidden,
+I inner width, Hq and Hkv heads, D head width (Hq D is H but in Qwen3-VL), V vocabulary, L layers; b bytes of an element
+of the compute dtype (2 in bf16, 4 in fp32).
 
 Counted: unique storages that a backward still needs once the forward has returned. Not counted: parameters and buffers,
 and the Batch itself (ids, indices, features), which are there anyway. The layers are transformers' own (5.23), the walk
 is model/latents.py, the head is model/loss.py. tests/unit/plan/test_plan_activations.py compares every number here,
 for each family, with what saved-tensor hooks and live storages count; it can run SDPA alone, so what the other two
 back ends keep is read in their code, not measured.
+
+`peak` walks over backward. The head makes its gradients at the end of the forward. Autograd runs what was made last
+first: the head, then the passes from the last to the first, each from its last layer to its first. What a forward saved
+is freed on the way, and gradients come up. Model states, gathered weights and buckets are not here (states.py, fit.py).
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from mirage_ds.plan.shape import Block
+from mirage_ds.plan.shape import Sizes
 
 FLOAT32 = 4
 # Name of the term: made by the head at the end of the forward, used by its backward.
@@ -67,47 +71,47 @@ class Micro(NamedTuple):
         return sum(one.tokens for one in self.passes)
 
 
-def layer_terms(block: Block, one: PassShape, width: int, backend: str) -> Terms:
+def layer_terms(model: Sizes, one: PassShape, width: int, backend: str) -> Terms:
     """Bytes that one decoder layer keeps of one pass without checkpointing.
 
     Args:
         width: b.
         backend: a key of model.attention.BACKENDS.
     """
-    tokens, hidden, inner = one.tokens, block.hidden, block.inner
+    tokens, hidden, inner = one.tokens, model.hidden, model.inner
     terms = {
         # RMSNorm squares and scales in float32; in fp32 these are the layer's input and the sum after attention.
         "inputs of the norms (2 · 4 T H)": 2 * FLOAT32 * tokens * hidden,
         "1 / RMS (2 · 4 T)": 2 * FLOAT32 * tokens,
         "normalised, before the norms' weights (2 b T H)": 2 * width * tokens * hidden,
         "inputs of q, k, v and of gate, up (2 b T H)": 2 * width * tokens * hidden,
-        "queries (b T Hq D)": width * tokens * block.width,
-        "keys and values (2 b K Hkv D)": 2 * width * one.visible * block.kv_width,
-        "attention's output (b T Hq D)": width * tokens * block.width,
-        "log-sum-exp (4 T Hq)": FLOAT32 * tokens * block.heads,
+        "queries (b T Hq D)": width * tokens * model.width,
+        "keys and values (2 b K Hkv D)": 2 * width * one.visible * model.kv_width,
+        "attention's output (b T Hq D)": width * tokens * model.width,
+        "log-sum-exp (4 T Hq)": FLOAT32 * tokens * model.heads,
         "gate, its activation, up, their product (4 b T I)": 4 * width * tokens * inner,
     }
-    if block.head_norms:
+    if model.head_norms:
         # As the layer's own norms: squared and scaled in float32.
-        heads = tokens * (block.heads + block.kv_heads)
-        terms["heads' norms (((4 + b) D + 4) T (Hq + Hkv))"] = ((FLOAT32 + width) * block.head_width + FLOAT32) * heads
+        heads = tokens * (model.heads + model.kv_heads)
+        terms["heads' norms (((4 + b) D + 4) T (Hq + Hkv))"] = ((FLOAT32 + width) * model.head_width + FLOAT32) * heads
     if backend == "sdpa":
         # SDPA runs once for each pair of lengths: outputs are joined to a copy, and a mask becomes numbers.
         masks = {(q, k) for q, k in zip(one.queries, one.keys, strict=True) if q not in (1, k)}
-        terms["sdpa: outputs joined (b T Hq D)"] = width * tokens * block.width
+        terms["sdpa: outputs joined (b T Hq D)"] = width * tokens * model.width
         terms["sdpa: masks (b T K of each pair of lengths)"] = width * sum(q * k for q, k in masks)
     return terms
 
 
-def _outside_layers(block: Block, micro: Micro, width: int) -> Terms:
-    tokens, hidden = micro.tokens, block.hidden
+def _outside_layers(model: Sizes, micro: Micro, width: int) -> Terms:
+    tokens, hidden = micro.tokens, model.hidden
     fed_back = sum(len(one.queries) for one in micro.passes[1:])
     terms = {
         "final norm ((4 + b) T H + 4 T)": (FLOAT32 + width) * tokens * hidden + FLOAT32 * tokens,
-        "rotary cos and sin (2 b T D)": 2 * width * tokens * block.head_width,
+        "rotary cos and sin (2 b T D)": 2 * width * tokens * model.head_width,
         "states fed back (b N H a pass)": width * fed_back * hidden,
         "gradient of the labelled states (b M H)": width * micro.labelled * hidden,
-        OUTPUT_GRADIENT: width * block.vocabulary * hidden,
+        OUTPUT_GRADIENT: width * model.vocabulary * hidden,
     }
     if micro.grounded is not None:
         # before and target in float32, the index, two norms and the weight of each.
@@ -116,30 +120,156 @@ def _outside_layers(block: Block, micro: Micro, width: int) -> Terms:
     return terms
 
 
-def saved_terms(block: Block, micro: Micro, width: int, backend: str, checkpointing: bool) -> Terms:
+def saved_terms(model: Sizes, micro: Micro, width: int, backend: str, checkpointing: bool) -> Terms:
     """Bytes that are kept from the end of the forward until backward has used them.
 
     With checkpointing each layer call keeps its input, and the keys and values of earlier passes are kept once a layer
     as arguments of the later calls. Without it each pass keeps a copy of all earlier keys and values instead.
     """
-    terms = _outside_layers(block, micro, width)
+    terms = _outside_layers(model, micro, width)
     if checkpointing:
         earlier = sum(one.tokens for one in micro.passes[:-1])
-        terms["inputs of the layers (b T H L)"] = width * micro.tokens * block.hidden * block.layers
-        terms["keys and values of earlier passes (2 b T Hkv D L)"] = 2 * width * earlier * block.kv_width * block.layers
+        terms["inputs of the layers (b T H L)"] = width * micro.tokens * model.hidden * model.layers
+        terms["keys and values of earlier passes (2 b T Hkv D L)"] = 2 * width * earlier * model.kv_width * model.layers
         return terms
     for one in micro.passes:
-        for name, size in layer_terms(block, one, width, backend).items():
-            terms[name] = terms.get(name, 0) + block.layers * size
+        for name, size in layer_terms(model, one, width, backend).items():
+            terms[name] = terms.get(name, 0) + model.layers * size
     return terms
 
 
-def recomputed(block: Block, one: PassShape, width: int, backend: str) -> int:
+def recomputed(model: Sizes, one: PassShape, width: int, backend: str) -> int:
     """Bytes that recomputing one layer of a pass brings back: what it keeps, but for the input, which is there."""
-    there = FLOAT32 * one.tokens * block.hidden if width == FLOAT32 else 0
-    return sum(layer_terms(block, one, width, backend).values()) - there
+    there = FLOAT32 * one.tokens * model.hidden if width == FLOAT32 else 0
+    return sum(layer_terms(model, one, width, backend).values()) - there
 
 
 def total(terms: Mapping[str, int]) -> int:
     """Sum of the terms."""
     return sum(terms.values())
+
+
+class Peak(NamedTuple):
+    """Where the most is held.
+
+    Attributes:
+        phase: "forward", "head", "head's backward", or the place in backward.
+        activations: saved, recomputed, in work, and their gradients.
+        head: chunk of logits and softmax, and the whole gradient of the output matrix while it is held.
+        gradients: whole gradients of decoder layers that are held (stage2) or have just been made.
+    """
+
+    phase: str
+    activations: int
+    head: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.activations + self.head + self.gradients
+
+
+def head_terms(model: Sizes, labelled: int, width: int, chunk_bytes: int, device: str) -> Terms:
+    """Bytes that the loss head has in work at the end of the forward, beside the hidden states (model/loss.py).
+
+    A GPU multiplies bf16 into float32 logits and makes a bf16 copy of a chunk's slope. A CPU computes in float32: it
+    casts the whole matrix and makes its gradient in float32.
+
+    Args:
+        chunk_bytes: as LossHead takes them.
+        device: "cuda" or "cpu".
+    """
+    rows = min(max(1, chunk_bytes // (2 * FLOAT32 * model.vocabulary)), labelled)
+    matrix = model.vocabulary * model.hidden
+    terms = {
+        "logits and softmax of a chunk (8 C V)": 2 * FLOAT32 * rows * model.vocabulary,
+        "labelled states and their gradient (2 b M H)": 2 * width * labelled * model.hidden,
+        OUTPUT_GRADIENT: width * matrix,
+    }
+    if width != FLOAT32 and device == "cpu":
+        terms["matrix and its gradient in float32 (2 · 4 V H)"] = 2 * FLOAT32 * matrix
+        terms["the labelled states' in float32 (2 · 4 M H)"] = 2 * FLOAT32 * labelled * model.hidden
+    elif width != FLOAT32:
+        terms["slope of a chunk in bf16 (b C V)"] = width * rows * model.vocabulary
+    return terms
+
+
+def layer_backward(model: Sizes, one: PassShape, width: int) -> int:
+    """Bytes that backward of one layer has in work at its height, the MLP, beside what the layer saved.
+
+    The gradient of the output stays for the residual (b T H). The product of gate and up is freed as its gradient is
+    there, and the gradients of both factors are made from it: 2 b T I. Where T is small the gradient of a matrix of the
+    MLP (b H I) beside the product's is more.
+    """
+    inner = width * one.tokens * model.inner
+    return width * one.tokens * model.hidden + max(2 * inner, inner + width * model.hidden * model.inner)
+
+
+def peak(
+    model: Sizes,
+    micro: Micro,
+    width: int,
+    backend: str,
+    checkpointing: bool,
+    chunk_bytes: int,
+    device: str,
+    features: int = 0,
+) -> Peak:
+    """Walk through forward's end, head and backward and return the height.
+
+    Args:
+        width: b.
+        backend: a key of model.attention.BACKENDS.
+        chunk_bytes, device: see head_terms.
+        features: of the input images; DeepStack's share of them is copied for the forward (images.place_images).
+    """
+    passes, hidden = micro.passes, model.hidden
+    matrix, by_labelled = width * model.vocabulary * hidden, width * micro.labelled * hidden
+    # The head's own gradients are made at the forward's end.
+    saved = total(saved_terms(model, micro, width, backend, checkpointing)) - matrix - by_labelled
+    head = head_terms(model, micro.labelled, width, chunk_bytes, device)
+    # Embeddings and hidden states are there too; until the last pass has ended, so are cos and sin in the batch's order
+    # and, without checkpointing, the keys and values that passes handed on (with it they are among what is saved).
+    all_states = width * micro.tokens * hidden
+    passing = 2 * width * micro.tokens * model.head_width
+    if not checkpointing:
+        passing += 2 * width * sum(one.tokens for one in passes[:-1]) * model.kv_width * model.layers
+    deep = width * model.deep * (features + 1) * hidden
+    heights = [
+        Peak("forward", saved + 2 * all_states + passing + deep, 0, 0),
+        Peak("head", saved + 2 * all_states + deep, total(head), 0),
+        # The gradient of each pass's final states is made before the passes' turn comes.
+        Peak("head's backward", saved + by_labelled + all_states, matrix, 0),
+    ]
+    held = saved + all_states
+    # The gradient of a matrix that is also the embedding is complete at the very end only.
+    kept_head = 0 if model.head else matrix
+    mlp = 3 * hidden * model.inner
+    layer_weights = model.layer + model.vectors
+    whole, last = 0, len(passes) - 1
+    for number in range(last, -1, -1):
+        one = passes[number]
+        states = width * one.tokens * hidden
+        held -= (FLOAT32 + width) * one.tokens * hidden + FLOAT32 * one.tokens
+        own = total(layer_terms(model, one, width, backend))
+        brought = recomputed(model, one, width, backend) if checkpointing else 0
+        work = layer_backward(model, one, width) - states  # the gradient of the output is among `held`
+        earlier = sum(before.tokens for before in passes[:number])
+        for layer in range(model.layers - 1, -1, -1):
+            place = f"backward of pass {number}, layer {layer}"
+            heights.append(Peak(place, held + brought + work, kept_head, whole))
+            if number == last > 0:
+                # Once the MLP is through, its gradients stay and what it saved is gone: more where T is small.
+                attention = held + brought - 4 * width * one.tokens * model.inner + 2 * states
+                heights.append(Peak(place, attention, kept_head, whole + width * mlp))
+            held -= states if checkpointing else own
+            if number == last:
+                # Gradients of earlier passes' keys and values wait for those passes, and in stage2 the weights' do.
+                held += 2 * width * earlier * model.kv_width
+                whole += width * layer_weights if last else 0
+            if not number:
+                # Only the first pass completes a weight's gradient.
+                whole -= width * layer_weights if last else 0
+        held -= states
+    return max(heights, key=lambda height: height.total)

@@ -1,27 +1,24 @@
 """Whether a DeepSpeed JSON fits, what bounds its step, and which of several is best.
 
-T tokens of a rank's micro-batch, R rows of it, k latents a run, F image features, H hidden; W ranks; b bytes of an
+T tokens of a rank's micro-batch, R rows of it, k latents a block, F image features, H hidden; W ranks; b bytes of an
 element of the compute dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mirage_ds.data.passes import schedule
-from mirage_ds.engine.ds_config import read_json, shipped_folder
-from mirage_ds.errors import UserError
+from mirage_ds.engine.ds_config import read_json, recipes
 from mirage_ds.model.shape import Shape
-from mirage_ds.plan.activations import Micro, PassShape, saved_terms, total
-from mirage_ds.plan.cost import Host, Step, Work, step_cost
-from mirage_ds.plan.formulas import BF16, Machine, Parameter, Sizes, Walk, memory, sizes, trained_parameters, walk
+from mirage_ds.plan.activations import Micro, PassShape, Peak, peak, saved_terms, total
+from mirage_ds.plan.formulas import Machine, Step, Walk, Work, step_cost, walk
 from mirage_ds.plan.gpus import A100, H100_SXM
-from mirage_ds.plan.memory import Peak, peak
 from mirage_ds.plan.settings import Settings, read_settings
-from mirage_ds.plan.shape import Block, block_of, read_shape
+from mirage_ds.plan.shape import Parameter, Sizes, read_shape, sizes, trained_parameters
 from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.plan.states import States, states
 
@@ -52,8 +49,9 @@ class Question:
             hbm=card.hbm if spec.hbm is None else spec.hbm * GB,
             nvlink=card.nvlink if spec.nvlink is None else spec.nvlink * GB,
             nics=card.nics if spec.network is None else spec.network * GB,
+            pcie=spec.pcie * GB,
+            host=spec.host_bandwidth * GB,
         )
-        self.host = Host(spec.pcie * GB, spec.host_bandwidth * GB, spec.nvme * GB)
 
     @cached_property
     def shape(self) -> Shape:
@@ -64,11 +62,6 @@ class Question:
     def model(self) -> Sizes:
         """Its elements."""
         return sizes(self.shape)
-
-    @cached_property
-    def block(self) -> Block:
-        """Its widths."""
-        return block_of(self.shape)
 
     @cached_property
     def parameters(self) -> list[Parameter]:
@@ -87,15 +80,27 @@ class Question:
 
     @cached_property
     def micro(self) -> Micro:
-        """One rank's micro-batch: as many rows as fit, alike, each with all its latent runs.
+        """One rank's micro-batch: as many rows as fit, alike, each with all its latent blocks.
 
-        The first run stands before the labelled tokens, the others spread over them evenly.
+        The first block stands before the labelled tokens, the others spread over them evenly.
         """
-        return _micro(self.spec)
+        spec, k = self.spec, self.spec.latent_size
+        rows, first = spec.micro_batch_tokens // spec.row_tokens, int(spec.row_tokens * (1 - spec.labelled))
+        apart = (spec.row_tokens - first) // spec.latent_runs
+        blocks = [(first + number * apart, k) for number in range(spec.latent_runs)] if spec.stage == "stage2" else []
+        plans = schedule([spec.row_tokens] * rows, [blocks] * rows, self.walked.passes)
+        # A latent's own place carries no label.
+        labelled = spec.row_tokens - first - (0 if spec.stage == "sft" else k * spec.latent_runs)
+        return Micro(
+            passes=tuple(PassShape(tuple(one.query_lengths), tuple(one.key_lengths)) for one in plans),
+            labelled=rows * labelled,
+            rows=rows,
+            grounded=rows * k * spec.latent_runs if spec.stage == "stage1" else None,
+        )
 
     @property
     def features(self) -> int:
-        """F of a micro-batch: of input images, and in stage1 of a helper a run, or its targets where they are kept."""
+        """F of a micro-batch: of input images, in stage1 of each helper too, or its targets if kept."""
         spec = self.spec
         helpers = spec.latent_runs if spec.stage == "stage1" else 0
         helper = spec.image_tokens if spec.feature_cache == "off" else spec.latent_size
@@ -103,30 +108,15 @@ class Question:
 
     @property
     def work(self) -> Work:
-        """The micro-batch as arithmetic sees it; a token sees half a row on the average."""
-        return Work(self.micro.tokens, self.micro.labelled, self.micro.tokens / self.micro.rows / 2)
-
-
-@lru_cache(maxsize=256)
-def _micro(spec: PlanSpec) -> Micro:
-    rows, k = spec.micro_batch_tokens // spec.row_tokens, spec.latent_size
-    first = int(spec.row_tokens * (1 - spec.labelled))
-    apart = (spec.row_tokens - first) // spec.latent_runs
-    runs = [(first + number * apart, k) for number in range(spec.latent_runs)]
-    recurrent = spec.stage == "stage2"
-    plans = schedule(
-        [spec.row_tokens] * rows,
-        [runs if recurrent else () for _ in range(rows)],
-        walk(spec.stage, k, spec.latent_runs).passes,
-    )
-    # A latent's own place carries no label.
-    labelled = spec.row_tokens - first - (0 if spec.stage == "sft" else k * spec.latent_runs)
-    return Micro(
-        passes=tuple(PassShape(tuple(one.query_lengths), tuple(one.key_lengths)) for one in plans),
-        labelled=rows * labelled,
-        rows=rows,
-        grounded=rows * k * spec.latent_runs if spec.stage == "stage1" else None,
-    )
+        """The step as arithmetic sees it; a token sees half a row on the average."""
+        return Work(
+            walked=self.walked,
+            micro_steps=self.spec.micro_steps,
+            tokens=self.micro.tokens,
+            labelled=self.micro.labelled,
+            keys=self.micro.tokens / self.micro.rows / 2,
+            checkpointing=self.spec.gradient_checkpointing,
+        )
 
 
 class Held(NamedTuple):
@@ -140,7 +130,7 @@ class Held(NamedTuple):
         saved, keys_values: of the activations, what the forward saved, and of that the earlier passes' keys and values.
         features, tower: on the GPU.
         reserve: what is kept free.
-        host, host_start, host_disk: of a node, running, while rank 0 reads the weights, and its local disk.
+        host, host_start: of a node, running, and while rank 0 reads the weights.
         kept: features on disk, of all records.
         checkpoint: a sharded checkpoint.
     """
@@ -156,7 +146,6 @@ class Held(NamedTuple):
     reserve: int
     host: dict[str, int]
     host_start: int
-    host_disk: int
     kept: int
     checkpoint: int
 
@@ -195,24 +184,18 @@ class Plan(NamedTuple):
     problem: str | None
 
 
-def shipped(stage: str) -> list[Path]:
-    """List the shipped JSONs of a stage, those for CPUs left out."""
-    return [path for path in sorted(shipped_folder().glob(f"{stage}*.json")) if not path.stem.endswith("_cpu")]
-
-
 def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     """Count what one rank, its node and the disks hold."""
     spec, model, b = asked.spec, asked.model, settings.compute
     found = states(asked.parameters, settings, asked.ranks, spec.micro_steps)
-    arguments = (asked.block, asked.micro, b, spec.attention, checkpointing)
-    saved = saved_terms(*arguments)
+    saved = saved_terms(model, asked.micro, b, spec.attention, checkpointing)
     inputs = asked.micro.rows * spec.images * spec.image_tokens
-    height = peak(*arguments, spec.loss_chunk_mb * MIB, "cuda", tied=not model.head, features=inputs)
+    chunk = spec.loss_chunk_mb * MIB
+    height = peak(model, asked.micro, b, spec.attention, checkpointing, chunk, "cuda", inputs)
     gathered = reduced = 0
     if settings.stage == 3:
-        live = int(memory(model, asked.walked, settings.zero, asked.ranks).gathered // BF16)
         # Whatever the limits, embedding and head are gathered whole: at 3B and 7B more than two layers.
-        live = max(live, model.embedding)
+        live = max(settings.zero.live(model), model.embedding)
         small = sum(one.elements for one in asked.parameters if one.elements <= settings.zero.persistence)
         gathered = (live - small if settings.zero.keeps(model) else live) * b
         reduced = min(settings.zero.bucket, model.text) * b
@@ -226,11 +209,11 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
         host["frozen tower, a copy a rank"] = spec.gpus_per_node * tower
     host["processes (assumed)"] = spec.gpus_per_node * PROCESS_BYTES
     # DeepStack's features lie beside those of the embeddings.
-    feature = asked.block.hidden * (1 + asked.block.deep) * b
+    feature = model.hidden * (1 + model.deep) * b
     kept = spec.images * spec.image_tokens * feature if every_kept else 0
     if spec.stage == "stage1" and spec.feature_cache != "off":
         # Of a helper its k targets, of which DeepStack has no part.
-        kept += spec.latent_runs * spec.latent_size * asked.block.hidden * b
+        kept += spec.latent_runs * spec.latent_size * model.hidden * b
     optimizer = (settings.master + 2 * settings.moments) * model.text
     return Held(
         states=found,
@@ -244,7 +227,6 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
         reserve=int(spec.reserve * GB),
         host=host,
         host_start=(model.text + model.vision) * b + spec.gpus_per_node * (tower + PROCESS_BYTES),
-        host_disk=spec.gpus_per_node * total(found.disk),
         kept=spec.rows * kept,
         # ZeRO-3's shards hold the optimizer alone; the others also write the weights of the forward.
         checkpoint=optimizer + (0 if settings.stage == 3 else b * model.text),
@@ -266,7 +248,6 @@ def _problem(asked: Question, held: Held) -> str | None:
     for name, needed, given in (
         ("RAM of a host", total(held.host), asked.spec.host_memory),
         ("RAM of the host that reads the weights", held.host_start, asked.spec.host_memory),
-        ("disk of a host", held.host_disk, asked.spec.disk),
     ):
         if needed > given * GB:
             return f"{name}: {needed / GB:,.0f} of {given:,.0f} GB"
@@ -282,10 +263,7 @@ def judge(asked: Question, path: Path) -> Plan:
     spec = asked.spec
     settings = read_settings(read_json(path), path, asked.model)
     held = held_by(asked, settings, spec.gradient_checkpointing)
-    step = step_cost(
-        *(asked.model, asked.walked, settings, asked.machine, asked.host, asked.work, spec.nodes, spec.micro_steps),
-        *(spec.gradient_checkpointing, spec.used, spec.achieved),
-    )
+    step = step_cost(asked.model, asked.work, settings, asked.machine, spec.nodes, spec.used, spec.achieved)
     return Plan(path.name, settings, held, step, _problem(asked, held))
 
 
@@ -301,7 +279,7 @@ def rank(asked: Question, paths: Sequence[Path]) -> list[Plan]:
 
 
 def advice(asked: Question, paths: Sequence[Path]) -> list[str]:
-    """Say what would make something fit where nothing does: fewer tokens, more nodes, larger cards."""
+    """Say what would make something fit where nothing does: fewer tokens, more nodes, larger GPUs."""
 
     def some(**changed: Any) -> str | None:
         other = Question(asked.spec.model_copy(update=changed))
@@ -324,17 +302,12 @@ def advice(asked: Question, paths: Sequence[Path]) -> list[str]:
     plans = [plan for plan in rank(asked, paths) if not plan.held.states.obstacle]
     if plans:
         least = min(plans, key=lambda plan: plan.held.gpu)
-        said.append(f"cards of {least.held.gpu / GB:.0f} GB ({least.name})")
+        said.append(f"GPUs of {least.held.gpu / GB:.0f} GB ({least.name})")
     if not spec.gradient_checkpointing and (name := some(gradient_checkpointing=True)):
         said.insert(0, f"--gradient_checkpointing ({name})")
     return said
 
 
 def chosen(spec: PlanSpec) -> list[Path]:
-    """Return the JSONs that are asked about: the one given, or the stage's own."""
-    if spec.deepspeed is not None:
-        return [spec.deepspeed]
-    found = shipped(spec.stage)
-    if not found:
-        raise UserError(f"{shipped_folder()} holds no {spec.stage}*.json; give --deepspeed FILE")
-    return found
+    """Return the JSONs that are asked about: the one given, or all recipes."""
+    return recipes() if spec.deepspeed is None else [spec.deepspeed]

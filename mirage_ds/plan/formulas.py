@@ -1,11 +1,13 @@
-"""What a training step gathers, reduces, computes and holds, as arithmetic: bounds, not measurements.
+"""What a training step gathers, reduces and computes, as arithmetic: bounds, not measurements.
 
-Ψ elements of the text model, which ZeRO-3 shards (a frozen tower is outside, see docs/design.md); W ranks on N nodes of
-g GPUs; k latents a run; G micro-steps of an optimizer step; T tokens of one rank's micro-batch; b bytes an element.
+Ψ elements of the text model, which ZeRO-3 shards (a frozen tower is outside); W ranks on N nodes of g GPUs; k latents a
+block; G micro-steps of an optimizer step; T tokens of one rank's micro-batch; b bytes an element; a, m, s as in
+states.py.
 
-Imports neither torch nor anything of this project. docs/scaling.md works the
-formulas out and says where each comes from; `python -m benchmarks.volumes` compares the volumes with what DeepSpeed
-gathers.
+Imports no torch. docs/scaling.md works the formulas out and says where each comes from; `python -m benchmarks.volumes`
+compares ZeRO-3's volumes with what DeepSpeed gathers. Those of ZeRO-1 and 2 are read in DeepSpeed 0.19.8 and not
+counted: ZeRO-2 reduces a bucket by an all-reduce (use_multi_rank_bucket_allreduce, its default), 2 Ψ in every
+micro-step, ZeRO-1 and 0 once an optimizer step, and 1 and 2 gather the new weights once.
 """
 
 from __future__ import annotations
@@ -15,98 +17,13 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from mirage_ds.model.shape import Shape
+from mirage_ds.plan.settings import Settings, Zero3
+from mirage_ds.plan.shape import Sizes
 
 BF16 = 2
-# fp32 master weight and AdamW's two moments; they are also all that a sharded checkpoint holds.
-STATE_BYTES = 12
-# The sharded bf16 weight, and its gradient accumulated in fp32 (data_types.grad_accum_dtype).
-SHARD_BYTES = 2 + 4
 # NCCL's own cost model of a ring with its Simple protocol (src/graph/tuning.cc, v2.18 and later): base, one hop over
 # NVLink, one hop over the network.
 RING_BASE_S, RING_NVLINK_S, RING_NETWORK_S = 8.4e-6, 3.4e-6, 14e-6
-
-
-class Parameter(NamedTuple):
-    """One parameter.
-
-    Attributes:
-        elements: of it.
-        matrix: more than one dimension; decides the weight-decay group.
-    """
-
-    elements: int
-    matrix: bool
-
-
-def trained_parameters(model: Shape, train_vision: bool = False) -> list[Parameter]:
-    """List what is trained, in the order of `MirageModel.parameters()`: the text model, then the tower if it is."""
-    vision = [name for name in model.shapes if name.startswith("visual.")]
-    names = [name for name in model.shapes if not name.startswith("visual.")] + train_vision * vision
-    return [Parameter(math.prod(model.shapes[name]), len(model.shapes[name]) > 1) for name in names]
-
-
-def groups(parameters: Sequence[Parameter]) -> list[list[int]]:
-    """Split elements into the optimizer's two groups, as engine.setup.weight_decay_groups does."""
-    return [[one.elements for one in parameters if one.matrix is matrix] for matrix in (True, False)]
-
-
-class Sizes(NamedTuple):
-    """Elements of a model.
-
-    Attributes:
-        matrices: of one decoder layer, in the order of its walk: q, k, v, o, gate, up, down.
-        vectors: biases and norms of one decoder layer.
-        layers: decoder layers.
-        embedding: the input matrix.
-        head: the output matrix; 0 where it is the embedding.
-        norm: the final norm.
-        vision: the vision tower with its merger.
-        width: of a layer's queries, heads · head width.
-    """
-
-    matrices: tuple[int, ...]
-    vectors: int
-    layers: int
-    embedding: int
-    head: int
-    norm: int
-    vision: int
-    width: int
-
-    @property
-    def layer(self) -> int:
-        """Elements of one layer's matrices."""
-        return sum(self.matrices)
-
-    @property
-    def text(self) -> int:
-        """Ψ, all elements of the text model."""
-        return self.layers * (self.layer + self.vectors) + self.embedding + self.head + self.norm
-
-
-def sizes(model: Shape) -> Sizes:
-    """Count the elements of a model."""
-    layer, (embedding,) = "model.layers.0.", model.elements("model.embed_tokens.")
-    return Sizes(
-        matrices=tuple(model.elements(layer, matrices=True)),
-        vectors=sum(model.elements(layer, matrices=False)),
-        layers=model.layers("model.layers."),
-        embedding=embedding,
-        head=sum(model.elements("lm_head.")),
-        norm=sum(model.elements("model.norm.")),
-        vision=sum(model.elements("visual.")),
-        width=model.shapes[f"{layer}self_attn.q_proj.weight"][0],
-    )
-
-
-def two_layers(model: Sizes) -> int:
-    """Elements of two decoder layers' matrices: the limits of released parameters.
-
-    `max_live` of one layer leaves no room to gather the next one while the first computes. `reuse` must be longer than
-    the way from a layer's first matrix to its end and back, or backward gathers a part of it twice (see volume).
-    """
-    return 2 * model.layer
 
 
 class Walk(NamedTuple):
@@ -114,7 +31,7 @@ class Walk(NamedTuple):
 
     Attributes:
         passes: walks.
-        thin: those among them that run one token a row (the latents but the last of each run).
+        thin: those among them that run one token a row (the latents but the last of each block).
     """
 
     passes: int
@@ -122,36 +39,8 @@ class Walk(NamedTuple):
 
 
 def walk(stage: str, k: int, runs: int = 1) -> Walk:
-    """Walks of a stage with `runs` latent runs of k latents in a row: stage2 runs · k + 1, the others one."""
+    """Walks of a stage with `runs` latent blocks of k latents in a row: stage2 runs · k + 1, the others one."""
     return Walk(runs * k + 1, runs * (k - 1)) if stage == "stage2" else Walk(1, 0)
-
-
-class Zero3(NamedTuple):
-    """The keys of a DeepSpeed JSON's `zero_optimization` that decide traffic and memory, in elements; its defaults.
-
-    Attributes:
-        max_live: stage3_max_live_parameters.
-        reuse: stage3_max_reuse_distance.
-        prefetch: stage3_prefetch_bucket_size.
-        persistence: stage3_param_persistence_threshold.
-        bucket: reduce_bucket_size.
-        hpz: zero_hpz_partition_size, in ranks.
-    """
-
-    max_live: int = 10**9
-    reuse: int = 10**9
-    prefetch: int = 5 * 10**7
-    persistence: int = 10**5
-    bucket: int = 5 * 10**8
-    hpz: int = 1
-
-    def keeps(self, model: Sizes) -> bool:
-        """Whether gathered weights stay until the micro-step ends.
-
-        With room for all of them, and `reuse` above the way to the next use (Ψ from pass to pass, more than 3 Ψ where
-        the forward turns into backward). One limit alone keeps most of them, not all.
-        """
-        return self.max_live >= model.text and self.reuse >= 5 * model.text
 
 
 class Volume(NamedTuple):
@@ -266,6 +155,8 @@ class Machine(NamedTuple):
         hbm: bytes/s of a GPU's memory.
         nvlink: bytes/s of a GPU in one direction.
         nics: bytes/s of all network cards of a node together, in one direction.
+        pcie: bytes/s between a GPU and its host.
+        host: bytes/s of a node's RAM.
     """
 
     name: str
@@ -275,6 +166,8 @@ class Machine(NamedTuple):
     hbm: float
     nvlink: float
     nics: float
+    pcie: float = 25e9
+    host: float = 200e9
 
 
 def ring_bytes(elements: float, ranks: int, width: int = BF16) -> float:
@@ -284,11 +177,6 @@ def ring_bytes(elements: float, ranks: int, width: int = BF16) -> float:
     together carry the same number: each ring enters and leaves a node once.
     """
     return elements * width * (ranks - 1) / ranks
-
-
-def least_node_bytes(elements: float, nodes: int, width: int = BF16) -> float:
-    """Bytes that must enter a node whatever the algorithm: what lies in the other nodes, b · (N − 1) / N."""
-    return elements * width * (nodes - 1) / nodes
 
 
 def ring_latency(nodes: int, gpus: int) -> float:
@@ -355,66 +243,99 @@ def thin_bytes(model: Sizes, walked: Walk, width: int = BF16) -> float:
     return walked.thin * 7 * model.layers * model.layer * width
 
 
-def compute_seconds(
-    model: Sizes, walked: Walk, machine: Machine, tokens: float, labelled: float = 0, keys: float = 0, used: float = 1.0
-) -> float:
-    """Seconds of one micro-step's arithmetic on one GPU with checkpointed layers.
-
-    Args:
-        used: share of the peak FLOP/s that is reached.
-    """
-    work = flops(model, tokens, labelled, keys) / (machine.flops * used)
-    return work + thin_bytes(model, walked) / machine.hbm
-
-
-def break_even_tokens(
-    seconds: float, model: Sizes, walked: Walk, machine: Machine, labelled: float, keys: float, used: float = 1.0
-) -> float:
-    """Tokens of one rank's micro-step whose arithmetic takes as long as its collectives.
-
-    Args:
-        seconds: of the collectives.
-        labelled: share of the tokens that go through the output matrix.
-    """
-    fixed = compute_seconds(model, walked, machine, 0, 0, keys, used)
-    one = compute_seconds(model, walked, machine, 1, labelled, keys, used) - fixed
-    return max(0.0, seconds - fixed) / one
-
-
-class Memory(NamedTuple):
-    """Bytes of one GPU, without activations, logits and the allocator's own losses.
+class Work(NamedTuple):
+    """One rank's part of an optimizer step, as arithmetic sees it.
 
     Attributes:
-        shard: its part of bf16 weights, fp32 gradients, fp32 master weights and moments.
-        secondary: hpZ's second copy of the weights, shared by a node.
-        gathered: whole weights at one time.
-        gradients: whole bf16 gradients at one time: the reduce bucket, and in stage2 those of all layers, since a
-            weight's gradient is complete only when backward has come to the first pass.
+        walked: walks over the layers.
+        micro_steps: G.
+        tokens: of a micro-step; labelled: those with a label; keys: mean keys that a token attends to.
+        checkpointing: layers are recomputed in backward.
     """
 
-    shard: float
-    secondary: float
-    gathered: float
-    gradients: float
+    walked: Walk
+    micro_steps: int
+    tokens: int
+    labelled: int
+    keys: float
+    checkpointing: bool
+
+
+class Step(NamedTuple):
+    """One optimizer step.
+
+    Attributes:
+        flops: of a GPU.
+        nvlink_bytes: sent by a GPU inside its node; network_bytes: by a node to others.
+        seconds: of each thing that can bound it.
+    """
+
+    flops: float
+    nvlink_bytes: float
+    network_bytes: float
+    seconds: dict[str, float]
 
     @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(self)
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def least(self) -> float:
+        """Seconds if everything else were hidden behind what takes longest."""
+        return self.seconds[self.bound]
+
+    @property
+    def most(self) -> float:
+        """Seconds if nothing were hidden behind anything."""
+        return sum(self.seconds.values())
 
 
-def memory(model: Sizes, walked: Walk, zero: Zero3, ranks: int) -> Memory:
-    """Model states and whole tensors of one GPU under ZeRO-3 with bf16 weights and fp32 accumulation."""
-    live = model.text if zero.keeps(model) else min(model.text, max(zero.max_live, zero.reuse, *model.matrices))
-    held = model.layers * model.layer if walked.passes > 1 else 0
-    return Memory(
-        shard=model.text * (SHARD_BYTES + STATE_BYTES) / ranks,
-        secondary=model.text * BF16 / min(zero.hpz, ranks) if zero.hpz > 1 else 0.0,
-        gathered=live * BF16,
-        gradients=(held + min(zero.bucket, model.text)) * BF16,
+def moved(model: Sizes, walked: Walk, settings: Settings, ranks: int, micro_steps: int) -> Traffic:
+    """Elements of the compute dtype that an optimizer step moves."""
+    if settings.stage == 3 or ranks == 1:
+        return traffic(model, walked, settings.zero, ranks, micro_steps)
+    times = micro_steps if settings.stage == 2 else 1
+    wide = settings.accumulated / settings.compute if settings.whole_sums else 1
+    gathered = model.text if settings.stage else 0
+    calls = times * 2 * math.ceil(model.text / settings.zero.bucket) + math.ceil(gathered / settings.zero.bucket)
+    return Traffic(int(times * 2 * wide * model.text) + gathered, calls, 0, 0)
+
+
+def step_cost(
+    model: Sizes, work: Work, settings: Settings, machine: Machine, nodes: int, used: float, achieved: float
+) -> Step:
+    """Bound one optimizer step.
+
+    Args:
+        used: share of the peak FLOP/s; achieved: share of the link speeds.
+    """
+    ranks, b, steps = nodes * machine.gpus, settings.compute, work.micro_steps
+    sent = moved(model, work.walked, settings, ranks, steps)
+    everywhere = ring_bytes(sent.everywhere, ranks, b)
+    arithmetic = steps * flops(model, work.tokens, work.labelled, work.keys, work.checkpointing)
+    thin = steps * thin_bytes(model, work.walked, b)
+    seconds = {
+        "arithmetic": arithmetic / (machine.flops * used) + thin / machine.hbm,
+        "network" if nodes > 1 else "NVLink": network(sent, machine, nodes, achieved, b).total,
+    }
+    shard = model.text / ranks if settings.stage else model.text
+    # AdamW reads weight, gradient and two moments, writes all but the gradient and the weight of the forward.
+    touched = shard * (3 * settings.master + 4 * settings.moments + b)
+    if settings.offload_optimizer:
+        seconds["optimizer on the host"] = machine.gpus * touched / machine.host
+        # Each micro-step's sums go down; from the second on they come up first, are added to, and go down again.
+        sums = shard * settings.accumulated * (2 * steps - 1)
+        weights = 0.0 if settings.offload_parameters else shard * b
+        seconds["PCIe"] = (sums + weights) / machine.pcie
+    else:
+        seconds["optimizer"] = touched / machine.hbm
+    if settings.offload_parameters:
+        gathered = steps * volume(model, work.walked, settings.zero).gathered / ranks
+        seconds["PCIe"] = seconds.get("PCIe", 0.0) + (gathered + shard) * b / machine.pcie
+    return Step(
+        flops=arithmetic,
+        nvlink_bytes=everywhere + ring_bytes(sent.in_node, machine.gpus, b),
+        network_bytes=everywhere if nodes > 1 else 0.0,
+        seconds=seconds,
     )
-
-
-def checkpoint_bytes(model: Sizes) -> int:
-    """Bytes of a sharded checkpoint, whatever the number of ranks."""
-    return STATE_BYTES * model.text

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from mirage_ds.model.shape import Shape
-from mirage_ds.plan.formulas import Sizes, flops, sizes
+from mirage_ds.plan.formulas import flops
 from mirage_ds.plan.gpus import peak_of
+from mirage_ds.plan.shape import Sizes, sizes
 
 
 class Tower(NamedTuple):

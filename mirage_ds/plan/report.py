@@ -108,8 +108,7 @@ def host_table(asked: Question, plan: Plan) -> Table:
     held, spec = plan.held, asked.spec
     table = _table("per host, GB", "", "disks, GB", "", right=(1, 3))
     left = [*held.host.items(), ("all", total(held.host)), ("at the start, rank 0's host", held.host_start)]
-    right: list[tuple[str, str]] = [(name, _gb(spec.gpus_per_node * size)) for name, size in held.states.disk.items()]
-    right += [
+    right = [
         (f"kept features of {spec.rows:,} records", _gb(held.kept)),
         ("a checkpoint", _gb(held.checkpoint)),
         (f"  seconds to write it at {spec.storage:g} GB/s", f"{held.checkpoint / GB / spec.storage:.1f}"),
@@ -209,7 +208,6 @@ def _plan(asked: Question, plan: Plan) -> dict[str, Any]:
         "gpu": _gpu(held),
         "gpu_with_checkpointing_the_other_way": _gpu(_other(asked, plan)),
         "host": {**held.host, "all": total(held.host), "at the start": held.host_start},
-        "local_disk": held.host_disk,
         "kept_features": held.kept,
         "checkpoint": {"bytes": held.checkpoint, "seconds": held.checkpoint / GB / asked.spec.storage},
         "step": {

@@ -6,19 +6,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.engine.ds_config import LIMITS, compute_dtype, zero_stage
+from mirage_ds.engine.ds_config import LIMITS, compute_dtype, offload_device, zero_stage
 from mirage_ds.errors import UserError, shown
-from mirage_ds.plan.formulas import Sizes, Zero3, two_layers
+from mirage_ds.plan.shape import Sizes
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # data_types.grad_accum_dtype; "fp16" has no place here.
 ACCUMULATION = {"fp32": 4, "bf16": 2, "float32": 4, "bfloat16": 2}
-DEVICES = ("none", "cpu", "nvme")
-# zero/config.py and zero/offload_config.py.
+DEVICES = ("none", "cpu")
+# zero/config.py.
 SUB_GROUP = 10**9
-OPTIMIZER_BUFFERS = 4
-PARAMETER_BUFFERS, PARAMETER_BUFFER = 5, 10**8
-MAX_IN_CPU = 10**9
+
+
+class Zero3(NamedTuple):
+    """The keys of a DeepSpeed JSON's `zero_optimization` that decide traffic and memory, in elements; its defaults.
+
+    Attributes:
+        max_live: stage3_max_live_parameters.
+        reuse: stage3_max_reuse_distance.
+        prefetch: stage3_prefetch_bucket_size.
+        persistence: stage3_param_persistence_threshold.
+        bucket: reduce_bucket_size.
+        hpz: zero_hpz_partition_size, in ranks.
+    """
+
+    max_live: int = 10**9
+    reuse: int = 10**9
+    prefetch: int = 5 * 10**7
+    persistence: int = 10**5
+    bucket: int = 5 * 10**8
+    hpz: int = 1
+
+    def keeps(self, model: Sizes) -> bool:
+        """Whether gathered weights stay until the micro-step ends.
+
+        With room for all of them, and `reuse` above the way to the next use (Ψ from pass to pass, more than 3 Ψ where
+        the forward turns into backward). One limit alone keeps most of them, not all.
+        """
+        return self.max_live >= model.text and self.reuse >= 5 * model.text
+
+    def live(self, model: Sizes) -> int:
+        """Elements of gathered weights at one time."""
+        return model.text if self.keeps(model) else min(model.text, max(self.max_live, self.reuse, *model.matrices))
 
 
 class Settings(NamedTuple):
@@ -31,10 +60,7 @@ class Settings(NamedTuple):
         zero: ZeRO-3's limits.
         contiguous, overlap: contiguous_gradients, overlap_comm.
         sub_group: elements that the optimizer updates at a time (ZeRO-3).
-        parameters_on, optimizer_on: "none" (GPU), "cpu" or "nvme".
-        parameter_buffers, parameter_buffer: host buffers for swapped parameters, and the elements of each.
-        in_cpu: elements of swapped parameters that stay in host memory all the same.
-        optimizer_buffers: host buffers for swapped optimizer states.
+        offload_parameters, offload_optimizer: to the host's memory.
     """
 
     stage: int
@@ -46,17 +72,13 @@ class Settings(NamedTuple):
     contiguous: bool = True
     overlap: bool = False
     sub_group: int = SUB_GROUP
-    parameters_on: str = "none"
-    optimizer_on: str = "none"
-    parameter_buffers: int = PARAMETER_BUFFERS
-    parameter_buffer: int = PARAMETER_BUFFER
-    in_cpu: int = MAX_IN_CPU
-    optimizer_buffers: int = OPTIMIZER_BUFFERS
+    offload_parameters: bool = False
+    offload_optimizer: bool = False
 
     @property
     def whole_sums(self) -> bool:
         """ZeRO-1 in bf16 with fp32 sums: DeepSpeed's BF16_Optimizer, which keeps all sums on each rank."""
-        return self.stage == 1 and self.compute != self.accumulated and self.optimizer_on == "none"
+        return self.stage == 1 and self.compute != self.accumulated and not self.offload_optimizer
 
     @property
     def moves_all_weights(self) -> bool:
@@ -64,7 +86,16 @@ class Settings(NamedTuple):
         return self.master == self.moments == 4
 
 
-def read_settings(values: Mapping[str, Any], path: Path, model: Sizes) -> Settings:
+def two_layers(model: Sizes) -> int:
+    """Elements of two decoder layers' matrices: the limits of released parameters.
+
+    `max_live` of one layer leaves no room to gather the next one while the first computes. `reuse` must be longer than
+    the way from a layer's first matrix to its end and back, or backward gathers a part of it twice (see volume).
+    """
+    return 2 * model.layer
+
+
+def read_settings(values: dict[str, Any], path: Path, model: Sizes) -> Settings:
     """Read a JSON that ds_config.read_json has checked.
 
     Args:
@@ -73,18 +104,18 @@ def read_settings(values: Mapping[str, Any], path: Path, model: Sizes) -> Settin
     Raises:
         UserError: a value of a wrong type, or a mix that DeepSpeed refuses.
     """
-    zero, bf16 = _block(values, "zero_optimization", path), _block(values, "bf16", path)
-    stage, compute = zero_stage(dict(values)), BYTES[compute_dtype(dict(values))]
-    low_master, low_moments = bool(bf16.get("bf16_master_weights_and_grads")), bool(bf16.get("bf16_optimizer_states"))
-    said = _block(values, "data_types", path).get("grad_accum_dtype")
+    zero, bf16 = values.get("zero_optimization", {}), values.get("bf16", {})
+    stage, compute = zero_stage(values), BYTES[compute_dtype(values)]
+    types = values.get("data_types") or {}
+    if not isinstance(types, dict):
+        raise UserError(f"{path}: 'data_types' is {shown(types)}; write an object, such as {{…}}")
+    said = types.get("grad_accum_dtype")
     if said is not None and said not in ACCUMULATION:
         raise UserError(f'{path}: \'data_types.grad_accum_dtype\' is {shown(said)}; write "fp32" or "bf16"')
     accumulated = compute if said is None else ACCUMULATION[said]
-    parameters, optimizer = (_offload(zero, name, path) for name in ("offload_param", "offload_optimizer"))
-    if stage != 3 and parameters["device"] != "none":
-        raise UserError(f"{path}: 'offload_param' needs ZeRO-3, and the stage is {stage}; remove it or write 3")
-    if stage == 0 and (compute != accumulated or optimizer["device"] != "none"):
-        raise UserError(f"{path}: ZeRO-0 knows neither sums of another dtype nor offload; write stage 1, 2 or 3")
+    parameters, optimizer = (_offloaded(values, name, path) for name in ("param", "optimizer"))
+    if stage == 0 and compute != accumulated:
+        raise UserError(f"{path}: ZeRO-0 sums gradients in the dtype of the weights; write stage 1, 2 or 3")
     live, reuse = (
         two_layers(model) if zero.get(name) == "auto" else _number(zero, name, 10**9, path) for name in LIMITS
     )
@@ -92,8 +123,8 @@ def read_settings(values: Mapping[str, Any], path: Path, model: Sizes) -> Settin
         stage=stage,
         compute=compute,
         accumulated=accumulated,
-        master=2 if low_master else 4,
-        moments=2 if low_moments else 4,
+        master=2 if bf16.get("bf16_master_weights_and_grads") else 4,
+        moments=2 if bf16.get("bf16_optimizer_states") else 4,
         zero=Zero3(
             max_live=live,
             reuse=reuse,
@@ -105,27 +136,16 @@ def read_settings(values: Mapping[str, Any], path: Path, model: Sizes) -> Settin
         contiguous=bool(zero.get("contiguous_gradients", True)),
         overlap=bool(zero.get("overlap_comm", stage == 3)),
         sub_group=_number(zero, "sub_group_size", SUB_GROUP, path),
-        parameters_on=parameters["device"],
-        optimizer_on=optimizer["device"],
-        parameter_buffers=_number(parameters, "buffer_count", PARAMETER_BUFFERS, path),
-        parameter_buffer=_number(parameters, "buffer_size", PARAMETER_BUFFER, path),
-        in_cpu=_number(parameters, "max_in_cpu", MAX_IN_CPU, path),
-        optimizer_buffers=_number(optimizer, "buffer_count", OPTIMIZER_BUFFERS, path),
+        offload_parameters=parameters,
+        offload_optimizer=optimizer,
     )
 
 
-def _block(values: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
-    block = values.get(name) or {}
-    if not isinstance(block, dict):
-        raise UserError(f"{path}: '{name}' is {shown(block)}; write an object, such as {{…}}")
-    return block
-
-
-def _offload(zero: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    block = {"device": "none", **_block(zero, name, path)}
-    if block["device"] not in DEVICES:
-        raise UserError(f'{path}: \'{name}.device\' is {shown(block["device"])}; write "none", "cpu" or "nvme"')
-    return block
+def _offloaded(values: dict[str, Any], name: str, path: Path) -> bool:
+    device = offload_device(values, name)
+    if device not in DEVICES:
+        raise UserError(f'{path}: \'offload_{name}.device\' is {shown(device)}; write "none" or "cpu"')
+    return device == "cpu"
 
 
 def _number(values: Mapping[str, Any], name: str, default: int, path: Path) -> int:

@@ -1,9 +1,9 @@
-"""A model's shape from its config.json or a public name, by transformers' own class, without importing it.
+"""A model's sizes from its config.json or a public name, counted by transformers' own class, without importing it.
 
 H hidden, I inner width of the MLP, V vocabulary rows, L layers, Hq and Hkv heads, D head width.
 
-Another process makes it (model/describe.py), once for each config.json and version of transformers: it is kept in the
-cache.
+Another process makes the shape (model/describe.py), once for each config.json and version of transformers: it is kept
+in the cache.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,30 +30,51 @@ from mirage_ds.model.shape import Shape
 MAKER = "mirage_ds.model.describe"
 
 
-class Block(NamedTuple):
-    """Widths of the text model.
+class Sizes(NamedTuple):
+    """Elements and widths of a model.
 
     Attributes:
-        hidden: H; inner: I; heads: Hq; kv_heads: Hkv; layers: L; vocabulary: V.
-        head: D where it is not H / Hq.
+        matrices: elements of one decoder layer's matrices, in the order of its walk: q, k, v, o, gate, up, down.
+        vectors: biases and norms of one decoder layer.
+        layers: L.
+        embedding: the input matrix, V · H.
+        head: the output matrix; 0 where it is the embedding.
+        norm: the final norm.
+        vision: the vision tower with its merger.
+        hidden: H; inner: I; heads: Hq; kv_heads: Hkv; head_width: D.
         head_norms: each head's queries and keys have a norm, and the projections no biases.
         deep: layers behind which DeepStack adds image features.
     """
 
+    matrices: tuple[int, ...]
+    vectors: int
+    layers: int
+    embedding: int
+    head: int
+    norm: int
+    vision: int
     hidden: int
     inner: int
     heads: int
     kv_heads: int
-    layers: int
-    vocabulary: int
-    head: int | None = None
+    head_width: int
     head_norms: bool = False
     deep: int = 0
 
     @property
-    def head_width(self) -> int:
-        """D."""
-        return self.head or self.hidden // self.heads
+    def layer(self) -> int:
+        """Elements of one layer's matrices."""
+        return sum(self.matrices)
+
+    @property
+    def text(self) -> int:
+        """Ψ, all elements of the text model."""
+        return self.layers * (self.layer + self.vectors) + self.embedding + self.head + self.norm
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.embedding // self.hidden
 
     @property
     def width(self) -> int:
@@ -64,21 +87,50 @@ class Block(NamedTuple):
         return self.kv_heads * self.head_width
 
 
-def block_of(model: Shape) -> Block:
-    """Return the text model's widths."""
+def sizes(model: Shape) -> Sizes:
+    """Count the elements of a model."""
     shapes, text, layer = model.shapes, model.config["text_config"], "model.layers.0."
-    vocabulary, hidden = shapes["model.embed_tokens.weight"]
-    return Block(
-        hidden=hidden,
+    (embedding,) = model.elements("model.embed_tokens.")
+    return Sizes(
+        matrices=tuple(model.elements(layer, matrices=True)),
+        vectors=sum(model.elements(layer, matrices=False)),
+        layers=model.layers("model.layers."),
+        embedding=embedding,
+        head=sum(model.elements("lm_head.")),
+        norm=sum(model.elements("model.norm.")),
+        vision=sum(model.elements("visual.")),
+        hidden=shapes["model.embed_tokens.weight"][1],
         inner=shapes[f"{layer}mlp.gate_proj.weight"][0],
         heads=text["num_attention_heads"],
         kv_heads=text["num_key_value_heads"],
-        layers=model.layers("model.layers."),
-        vocabulary=vocabulary,
-        head=shapes[f"{layer}self_attn.q_proj.weight"][0] // text["num_attention_heads"],
+        head_width=shapes[f"{layer}self_attn.q_proj.weight"][0] // text["num_attention_heads"],
         head_norms=f"{layer}self_attn.q_norm.weight" in shapes,
         deep=model.layers("visual.deepstack_merger_list."),
     )
+
+
+class Parameter(NamedTuple):
+    """One parameter.
+
+    Attributes:
+        elements: of it.
+        matrix: more than one dimension; decides the weight-decay group.
+    """
+
+    elements: int
+    matrix: bool
+
+
+def trained_parameters(model: Shape, train_vision: bool = False) -> list[Parameter]:
+    """List what is trained, in the order of `MirageModel.parameters()`: the text model, then the tower if it is."""
+    vision = [name for name in model.shapes if name.startswith("visual.")]
+    names = [name for name in model.shapes if not name.startswith("visual.")] + train_vision * vision
+    return [Parameter(math.prod(model.shapes[name]), len(model.shapes[name]) > 1) for name in names]
+
+
+def groups(parameters: Sequence[Parameter]) -> list[list[int]]:
+    """Split elements into the optimizer's two groups, as engine.setup.weight_decay_groups does."""
+    return [[one.elements for one in parameters if one.matrix is matrix] for matrix in (True, False)]
 
 
 def read_shape(model: str) -> Shape:

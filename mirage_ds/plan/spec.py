@@ -25,9 +25,9 @@ class PlanSpec(BaseModel):
     # what is trained
     model: str = Field(description="Folder with a config.json, or a public shape: qwen2.5-vl-3b, -7b, -32b, -72b.")
     stage: Literal["sft", "stage1", "stage2"] = Field(description="As for a run.")
-    latent_size: PositiveInt = Field(4, description="k, latents a run.")
-    latent_runs: PositiveInt = Field(1, description="Latent runs of a row, at most.")
-    deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: the stage's own in ds_configs/]")
+    latent_size: PositiveInt = Field(4, description="k, latents a block.")
+    latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
+    deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: all in ds_configs/]")
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens packed into one micro-batch of one rank.")
     micro_steps: PositiveInt = Field(1, description="Micro-steps of an optimizer step.")
     row_tokens: PositiveInt = Field(500, description="Tokens of a row.")
@@ -52,10 +52,8 @@ class PlanSpec(BaseModel):
         None, description="GB/s of all network cards of a host together (3,200 Gb/s are 400). [default: 400, 50]"
     )
     host_memory: PositiveFloat = Field(1000, description="GB of RAM of a host.")
-    disk: PositiveFloat = Field(3500, description="GB of free local disk of a host, for NVMe offload.")
     pcie: PositiveFloat = Field(25, description="GB/s between a GPU and its host.")
     host_bandwidth: PositiveFloat = Field(200, description="GB/s of a host's RAM, for an offloaded optimizer.")
-    nvme: PositiveFloat = Field(6, description="GB/s of a host's local disk, read and written alike.")
     storage: PositiveFloat = Field(10, description="GB/s of the file system that checkpoints go to.")
 
     # assumptions
@@ -77,7 +75,7 @@ class PlanSpec(BaseModel):
         if prompt < 1 or self.row_tokens - prompt < latents:
             raise ValueError(
                 f"--row_tokens {self.row_tokens} with --labelled {self.labelled} leaves no room for a prompt and "
-                f"{self.latent_runs} run(s) of {self.latent_size} latents; raise --row_tokens"
+                f"{self.latent_runs} block(s) of {self.latent_size} latents; raise --row_tokens"
             )
         if self.images * self.image_tokens > prompt:
             raise ValueError(

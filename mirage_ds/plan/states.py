@@ -1,10 +1,10 @@
-"""Model states: which bytes of parameters, gradients and optimizer lie where, for any ZeRO stage and offload.
+"""Model states: which bytes of parameters, gradients and optimizer lie where, for any ZeRO stage, offloaded or not.
 
 Ψ elements of the trained parameters, n of one of them, W ranks; b, a, m, s bytes of an element of the compute dtype,
 the summed gradients, the master weights, and each moment.
 
 Read in DeepSpeed 0.19.8: zero/stage3.py (`_create_fp16_partitions_with_defragmentation`, `_create_fp32_partitions`,
-`_setup_for_real_optimizer`, `initialize_optimizer_states`), zero/stage_1_and_2.py, bf16_optimizer.py, swap_tensor/.
+`_setup_for_real_optimizer`, `initialize_optimizer_states`), zero/stage_1_and_2.py, bf16_optimizer.py.
 tests/dist/test_planned.py compares parameters, gradients, master weights and moments with the engine's own tensors, to
 the byte. Two scalars a parameter group (AdamW's step) are left out.
 """
@@ -15,9 +15,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mirage_ds.engine.offload_bytes import SWAPPED_BYTES, part, sub_groups
-from mirage_ds.plan.formulas import Parameter, groups
 from mirage_ds.plan.settings import Settings
+from mirage_ds.plan.shape import Parameter, groups
 
 # stage_1_and_2.py and bf16_optimizer.py align the flat groups to 2 elements a rank (nccl_start_alignment_factor).
 ALIGNMENT = 2
@@ -30,14 +29,13 @@ class States(NamedTuple):
     Attributes:
         gpu: held all the time.
         step: on the GPU while the optimizer steps, when activations are gone.
-        host, disk: of this rank; a node has as many as it has GPUs.
+        host: of this rank; a node has as many as it has GPUs.
         obstacle: why this cannot run, if so.
     """
 
     gpu: Terms
     step: Terms
     host: Terms
-    disk: Terms
     obstacle: str | None = None
 
 
@@ -53,31 +51,38 @@ def states(parameters: Sequence[Parameter], settings: Settings, ranks: int, micr
     return _flat(parameters, settings, ranks, micro_steps)
 
 
+def part(elements: int, ranks: int) -> int:
+    """Elements of a parameter that one rank holds under ZeRO-3, padding included."""
+    return -(-elements // ranks)
+
+
+def sub_groups(group: Sequence[int], limit: int, ranks: int) -> list[list[int]]:
+    """Split an optimizer group into the sub-groups that ZeRO-3 steps one by one (`_create_fp16_sub_groups`).
+
+    Args:
+        group: elements of its parameters, in their order.
+        limit: sub_group_size.
+
+    Returns:
+        The elements (whole, not the rank's part) of each sub-group's parameters.
+    """
+    if limit >= sum(part(n, ranks) for n in group):
+        return [list(group)] if group else []
+    found: list[list[int]] = [[]]
+    for elements in group:
+        if sum(part(n, ranks) for n in found[-1]) >= limit:
+            found.append([])
+        found[-1].append(elements)
+    return found
+
+
 def _sharded(parameters: Sequence[Parameter], settings: Settings, ranks: int) -> States:
     zero, b = settings.zero, settings.compute
     shard = sum(part(one.elements, ranks) for one in parameters)
-    whole = [sub for group in groups(parameters) for sub in sub_groups(group, settings.sub_group, ranks)]
-    parts = [sum(part(n, ranks) for n in sub) for sub in whole]
     gpu: Terms = {}
     host: Terms = {}
-    disk: Terms = {}
     obstacle = None
-    if settings.parameters_on == "none":
-        gpu["parameters, sharded (b Ψ / W)"] = shard * b
-    elif settings.parameters_on == "cpu":
-        host["parameters, sharded (b Ψ / W)"] = shard * b
-    else:
-        stays = min(shard, settings.in_cpu)
-        host["parameters that stay in memory (max_in_cpu)"] = stays * b
-        host["buffers of parameters"] = settings.parameter_buffers * settings.parameter_buffer * b
-        disk["parameters, sharded (b Ψ / W)"] = shard * b
-        if stays < shard:
-            # DeepSpeed takes the elements of the parameters there, not of the rank's parts of them.
-            written = sum(whole[parts.index(max(parts))])
-            host["copy of a sub-group's whole weights, to write them"] = written * b
-        largest = max(part(one.elements, ranks) for one in parameters)
-        if largest > settings.parameter_buffer:
-            obstacle = f"offload_param.buffer_size {settings.parameter_buffer:,} is below {largest:,}"
+    (host if settings.offload_parameters else gpu)["parameters, sharded (b Ψ / W)"] = shard * b
     gpu["small parameters, whole (persistence)"] = b * sum(
         one.elements for one in parameters if one.elements <= zero.persistence
     )
@@ -85,27 +90,26 @@ def _sharded(parameters: Sequence[Parameter], settings: Settings, ranks: int) ->
         if ranks % zero.hpz:
             obstacle = f"zero_hpz_partition_size {zero.hpz} does not divide {ranks} ranks"
         gpu["hpZ's second copy (b Ψ / hpZ)"] = shard * ranks * b // min(zero.hpz, ranks)
-    sums, masters, moments = shard * settings.accumulated, shard * settings.master, 2 * shard * settings.moments
-    names = ("gradients, summed (a Ψ / W)", "master weights (m Ψ / W)", "moments (2 s Ψ / W)")
-    if settings.optimizer_on == "none":
+    optimizer = {
+        "gradients, summed (a Ψ / W)": shard * settings.accumulated,
         # Also where the shard has the same dtype: DeepSpeed would share it, but compares a device with a string.
-        gpu |= dict(zip(names, (sums, masters, moments), strict=True))
+        "master weights (m Ψ / W)": shard * settings.master,
+        "moments (2 s Ψ / W)": 2 * shard * settings.moments,
+    }
+    step = {}
+    if settings.offload_optimizer:
+        host |= optimizer | {"gradients for the optimizer (m Ψ / W)": shard * settings.master}
     else:
-        host[names[0]] = sums
-        swapped = [size for size in parts if size * settings.master >= SWAPPED_BYTES] * (
-            settings.optimizer_on == "nvme"
+        gpu |= optimizer
+        largest = max(
+            sum(part(n, ranks) for n in sub)
+            for group in groups(parameters)
+            for sub in sub_groups(group, settings.sub_group, ranks)
         )
-        here = shard - sum(swapped)
-        host[names[1]], host[names[2]] = here * settings.master, 2 * here * settings.moments
-        host["gradients for the optimizer (m Ψ / W)"] = here * settings.master
-        if swapped:
-            # Master weight, gradient and two moments of each swapped part.
-            disk["optimizer (2 m + 2 s) Ψ / W"] = sum(swapped) * (2 * settings.master + 2 * settings.moments)
-            host["buffers of the optimizer"] = settings.optimizer_buffers * max(swapped) * settings.master
+        step = _optimizer_work(largest, settings)
     if settings.contiguous:
         gpu["bucket of gradients (reduce_bucket_size)"] = zero.bucket * b
-    step = {} if settings.optimizer_on != "none" else _optimizer_work(max(parts), settings)
-    return States(gpu, step, host, disk, obstacle)
+    return States(gpu, step, host, obstacle)
 
 
 def _optimizer_work(elements: int, settings: Settings) -> Terms:
@@ -120,35 +124,35 @@ def _flat(parameters: Sequence[Parameter], settings: Settings, ranks: int, micro
         gpu = {"parameters, whole (b Ψ)": elements * b, "gradients, whole (b Ψ)": elements * b}
         gpu["master weights (m Ψ)"] = 0 if b == settings.master else elements * settings.master
         gpu["moments (2 s Ψ)"] = 2 * elements * settings.moments
-        return States(gpu, _optimizer_work(elements, settings), {}, {})
+        return States(gpu, _optimizer_work(elements, settings), {})
     padding = ALIGNMENT * ranks
     flat = [math.ceil(sum(group) / padding) * padding for group in groups(parameters)]
-    part, largest = sum(flat) // ranks, max(one.elements for one in parameters)
+    own, largest = sum(flat) // ranks, max(one.elements for one in parameters)
     gpu = {"parameters, whole (b Ψ)": sum(flat) * b}
     host: Terms = {}
     optimizer = {
-        "master weights (m Ψ / W)": part * settings.master,
-        "moments (2 s Ψ / W)": 2 * part * settings.moments,
+        "master weights (m Ψ / W)": own * settings.master,
+        "moments (2 s Ψ / W)": 2 * own * settings.moments,
     }
-    if settings.optimizer_on == "none":
+    if not settings.offload_optimizer:
         gpu |= optimizer
     else:
         # The optimizer's gradient, one more sum over micro-steps, the new weights on their way back.
         host |= optimizer
-        host["gradients for the optimizer (m Ψ / W)"] = part * settings.master
+        host["gradients for the optimizer (m Ψ / W)"] = own * settings.master
         host["gradients, summed (b Ψ)"] = sum(flat) * b
-        host["new weights (b Ψ / W)"] = part * b
+        host["new weights (b Ψ / W)"] = own * b
         host["buffer of the largest gradient"] = largest * b
         gpu["buffer of the largest gradient"] = largest * b
     if settings.whole_sums:
         gpu["gradients, whole sums (a Ψ)"] = sum(flat) * settings.accumulated
         # The weights' own gradients are added to the sums when backward is through (immediate_grad_update is off).
         gpu["whole gradients of a micro-step (b Ψ)"] = elements * b
-    elif settings.optimizer_on == "none":
-        gpu["gradients, summed (a Ψ / W)"] = part * settings.accumulated
+    elif not settings.offload_optimizer:
+        gpu["gradients, summed (a Ψ / W)"] = own * settings.accumulated
     if settings.stage == 1 and micro_steps > 1 and not settings.whole_sums:
         gpu["gradients, whole, until the last micro-step (a Ψ)"] = elements * settings.accumulated
     if settings.contiguous and not settings.whole_sums:
         gpu["buckets of gradients (reduce_bucket_size)"] = (1 + settings.overlap) * settings.zero.bucket * b
-    step = {} if settings.optimizer_on != "none" else _optimizer_work(max(flat) // ranks, settings)
-    return States(gpu, step, host, {})
+    step = {} if settings.offload_optimizer else _optimizer_work(max(flat) // ranks, settings)
+    return States(gpu, step, host)

@@ -30,7 +30,6 @@ from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.save import Parts, save_model, trained_of
 from mirage_ds.engine.setup import World, check_ds_config, everyone, from_rank_zero, make_engine, try_engine
 from mirage_ds.engine.spelling import read_base
-from mirage_ds.engine.swap_folders import Swap, claim_folders
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.engine.versions import check_release, gather_safely
 from mirage_ds.errors import UserError
@@ -40,8 +39,9 @@ from mirage_ds.model.load import Loaded, check_folder, load_model, load_tower, r
 from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
 from mirage_ds.model.shape import Shape
 from mirage_ds.model.vision import FrozenTower
-from mirage_ds.plan.formulas import groups, sizes, trained_parameters, two_layers
 from mirage_ds.plan.mfu import ModelFlops, peak_flops
+from mirage_ds.plan.settings import two_layers
+from mirage_ds.plan.shape import sizes, trained_parameters
 from mirage_ds.run import folder as run_folder
 from mirage_ds.run.events import LOAD_BEGINS, note
 from mirage_ds.run.records import (
@@ -87,7 +87,6 @@ class Prepared(NamedTuple):
         checkpoint: the checkpoint that the engine continues from, if any; resumed: the state saved with it.
         evaluation: the evaluation records, if any.
         skipped: (file, fault) of each record that is left out.
-        swap: this rank's hold on the run's folders on NVMe, to be released at the end.
         flops: counts what the model needs of a step; peak: FLOP/s of this rank, None where it is not known.
     """
 
@@ -103,7 +102,6 @@ class Prepared(NamedTuple):
     resumed: dict[str, Any]
     evaluation: Evaluation | None
     skipped: list[tuple[Records, Fault]]
-    swap: Swap
     flops: ModelFlops
     peak: float | None
 
@@ -135,11 +133,11 @@ def make_lora(config: RunConfig, model: Shape, encoder: Encoder) -> Lora | None:
     return Lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, targets, tokens, config.seed)
 
 
-def optimizer_groups(model: Shape, train_vision: bool, lora: Lora | None) -> list[list[int]]:
-    """Elements of the trained parameters of each optimizer group (setup.weight_decay_groups)."""
+def trained_elements(model: Shape, train_vision: bool, lora: Lora | None) -> list[int]:
+    """List the elements of each trained parameter."""
     if lora:
-        return [[math.prod(shape) for shape in trained_shapes(model.shapes, lora)]]
-    return groups(trained_parameters(model, train_vision))
+        return [math.prod(shape) for shape in trained_shapes(model.shapes, lora)]
+    return [one.elements for one in trained_parameters(model, train_vision)]
 
 
 def _products(ds_values: dict[str, Any]) -> torch.dtype:
@@ -206,18 +204,13 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
         )
     from_rank_zero(lambda: check_outputs(config), world)
     from_rank_zero(partial(check_installed, config.report_to), world)
-    json_path = config.deepspeed or ds.default_path(config.stage, world.device.type)
-    ds_values = ds.resolve(ds.read_json(json_path), json_path, config, world.size)
+    json_path = config.deepspeed or ds.default_path(config.stage)
+    ds_values = ds.resolve(ds.read_json(json_path, world.device.type), json_path, config, world.size)
     check_release(ds_values, json_path, bool(config.lora_rank) and config.gradient_checkpointing)
     gather_safely(ds_values, world.device.type)
     check_ds_config(ds_values, json_path)
     if config.lora_rank:
         check_peft(f"--lora_rank {config.lora_rank}")
-        if ds.on_nvme(ds_values):
-            raise UserError(
-                f"--lora_rank {config.lora_rank}: {json_path} offloads to NVMe, and what that takes is not known where "
-                "most weights are frozen; adapters have few states: take a JSON without offload, or offload to 'cpu'"
-            )
     folders = from_rank_zero(partial(model_folders, config, partial(begin, "records")), world)
     _check_folders(folders, world)
     model_config = read_config(folders[0])
@@ -235,10 +228,7 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
     # All that can refuse the run comes before its folder is claimed: a refused run must not stand in the way of the
     # mended one.
     lora = from_rank_zero(lambda: make_lora(config, shape, encoder), world)
-    check_offload(
-        *(ds_values, json_path, optimizer_groups(shape, config.train_vision, lora), sizes(shape).matrices, world),
-        checkpoints=config.save_every is not None or config.resume == "auto",
-    )
+    check_offload(ds_values, json_path, trained_elements(shape, config.train_vision, lora), world)
     if world.local_rank == 0:
         say_waits(ds_values)
     if config.deepspeed:
@@ -300,8 +290,6 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
         note(own_folder, LOAD_BEGINS)
         if config.skip_bad_records:
             write_atomically(own_folder / SKIPPED_FILE, skipped_lines(skipped))
-    # In run/ stands the JSON as given: another start has other folders.
-    ds_values, swap = claim_folders(ds_values, world)
     begin("model", own_folder if world.rank == 0 else None)
     loaded = make_model(config, folders[0], ds_values, world.device, tower, lora)
     # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
@@ -338,7 +326,6 @@ def prepare(config: RunConfig, world: World, asked: Callable[[], bool] = never, 
 
     return Prepared(
         *(world, engine, loaded.tower, loader, index, steps, save, state, checkpoint, resumed, evaluation, skipped),
-        swap=swap,
         flops=ModelFlops(shape, config.train_vision, config.train_targets),
         peak=peak_flops(config.peak_tflops, *_card(world.device, ds_values)),
     )

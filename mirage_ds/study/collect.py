@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.engine.installed import versions
-from mirage_ds.plan.formulas import Sizes, flops, sizes
-from mirage_ds.plan.shape import read_shape
+from mirage_ds.plan.formulas import flops
+from mirage_ds.plan.shape import Sizes, read_shape, sizes
 from mirage_ds.study.nodes import CellPlan, Node, Study
 from mirage_ds.study.results import CONTROLS, SCORES, Cell, Contrast, Results, Scored, StageResult
 from mirage_ds.study.spec import ContrastSpec

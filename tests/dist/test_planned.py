@@ -15,9 +15,8 @@ from support.group import Group
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import ds_config as ds
-from mirage_ds.plan.formulas import sizes, trained_parameters
 from mirage_ds.plan.settings import read_settings
-from mirage_ds.plan.shape import read_shape
+from mirage_ds.plan.shape import read_shape, sizes, trained_parameters
 from mirage_ds.plan.states import States, states
 from mirage_ds.run import step as steps
 from mirage_ds.run.setup import prepare
@@ -29,6 +28,7 @@ STATES = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16
 PERSISTENT = 1000
 SHARDED = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": PERSISTENT}
 SHARDED |= {"reduce_bucket_size": 70_000}
+HOST = {"device": "cpu", "pin_memory": False}
 FLAT = {"overlap_comm": False, "reduce_bucket_size": 70_000}
 # One row a micro-batch: two micro-steps on two ranks, one on four.
 ROWS = 4
@@ -38,6 +38,10 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3 bf16": {**BF16, **SUMS, "zero_optimization": SHARDED},
     "zero3 bf16 sums": {**BF16, "zero_optimization": SHARDED | {"stage3_param_persistence_threshold": 0}},
     "zero3 bf16 states": {**STATES, "zero_optimization": SHARDED},
+    "zero3 fp32, offloaded": {
+        "zero_optimization": SHARDED | {"offload_param": HOST, "offload_optimizer": HOST},
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+    },
     "zero2 fp32": {"zero_optimization": {"stage": 2, **FLAT}},
     "zero2 bf16": {**BF16, **SUMS, "zero_optimization": {"stage": 2, **FLAT}},
     "zero2 bf16 sums": {**BF16, "zero_optimization": {"stage": 2, **FLAT}},
@@ -136,7 +140,7 @@ def _after_step(engine: Any, optimizer: Any) -> dict[str, int]:
 
 
 def named(found: States, word: str) -> int:
-    return sum(size for name, size in found.gpu.items() if name.startswith(word))
+    return sum(size for name, size in {**found.gpu, **found.host}.items() if name.startswith(word))
 
 
 def check(group: Group, case: str, nano: Path, data: Path, scratch: Path) -> None:

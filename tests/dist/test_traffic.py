@@ -20,8 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.listen import listening
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import ds_config as ds
-from mirage_ds.plan.formulas import Zero3, sizes, two_layers, volume, walk
-from mirage_ds.plan.shape import read_shape
+from mirage_ds.plan.formulas import volume, walk
+from mirage_ds.plan.settings import Zero3, two_layers
+from mirage_ds.plan.shape import read_shape, sizes
 from mirage_ds.run import step as steps
 from mirage_ds.run.setup import prepare
 
@@ -31,7 +32,6 @@ BASE: dict[str, Any] = dict(
     global_batch_size=3, micro_batch_size=2, max_steps=2, num_workers=0, report_to=["none"], warmup_steps=0,
     overwrite=True,
 )  # fmt: skip
-HPZ = "stage2_hpz_cpu"
 AHEAD = "stage3_prefetch_bucket_size"
 
 
@@ -116,22 +116,25 @@ def run(nano: Path, mixed: Path, helped: Path, group: Group, tmp_path_factory: p
     scratch = tmp_path_factory.mktemp("traffic")
 
     def scaled(name: str) -> Path:
-        """A shipped JSON that gathers as far ahead, in the measure of a layer, as its GPU twin does for the 7B.
+        """A recipe that gathers as far ahead, in the measure of a layer, as it does for the 7B.
 
         Without this all of nano is gathered ahead, and no limit shows.
         """
-        values = json.loads((ds.shipped_folder() / f"{name}.json").read_text())
-        own = two_layers(sizes(read_shape(str(nano))))
-        ahead = json.loads((ds.shipped_folder() / "stage2.json").read_text())["zero_optimization"][AHEAD]
-        values["zero_optimization"][AHEAD] = ahead * own // two_layers(sizes(read_shape("qwen2.5-vl-7b")))
+        values = ds.read_json(ds.shipped_folder() / f"{name}.json", "cpu")
+        own, large = (two_layers(sizes(read_shape(model))) for model in (str(nano), "qwen2.5-vl-7b"))
+        values["zero_optimization"][AHEAD] = values["zero_optimization"][AHEAD] * own // large
         path = scratch / f"{name}.json"
         path.write_text(json.dumps(values))
         return path
 
     def make(
-        name: str, k: int = 4, evaluate_after: int | None = None, wire: bool = False, **settings: Any
+        name: str,
+        k: int = 4,
+        evaluate_after: int | None = None,
+        wire: bool = False,
+        stage: str = "stage2",
+        **settings: Any,
     ) -> list[Counts]:
-        stage = name.partition("_")[0]
         values = BASE | dict(
             model=str(nano), stage=stage, latent_size=k, data_path=helped if stage == "stage1" else mixed,
             save_model_path=scratch / "run", cache_dir=scratch / "cache",
@@ -144,12 +147,12 @@ def run(nano: Path, mixed: Path, helped: Path, group: Group, tmp_path_factory: p
 
 @pytest.fixture(scope="module")
 def kept(run: Run) -> list[Counts]:
-    return run("stage2_cpu", wire=True, max_steps=3)
+    return run("zero3_kept", wire=True, max_steps=3)
 
 
 @pytest.mark.parametrize("k", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_kept_parameters_are_gathered_once_whatever_k(k: int, run: Run, kept: list[Counts], psi: int) -> None:
-    for rank in kept if k == 4 else run("stage2_cpu", k):
+    for rank in kept if k == 4 else run("zero3_kept", k):
         assert len(rank.gathered) == (3 if k == 4 else 2)
         assert all(psi * 0.99 < number <= 1.05 * psi for number in rank.gathered[1:])
         assert rank.reduced == [psi] * len(rank.gathered)
@@ -169,10 +172,10 @@ def test_torch_saw_the_same_elements_travel(kept: list[Counts], psi: int) -> Non
         assert rank.wire == (rank.gathered[-1], rank.reduced[-1]) == (psi, psi)
 
 
-@pytest.mark.parametrize("name", ["sft_cpu", "stage1_cpu", "stage1_kept_cpu"])
-def test_one_pass_gathers_what_plain_zero3_does(name: str, run: Run, psi: int) -> None:
+@pytest.mark.parametrize(("stage", "name"), [("sft", "zero3"), ("stage1", "zero3"), ("stage1", "zero3_kept")])
+def test_one_pass_gathers_what_plain_zero3_does(stage: str, name: str, run: Run, psi: int) -> None:
     most = 1.05 if "kept" in name else 2.05
-    for rank in run(name):
+    for rank in run(name, stage=stage):
         assert all(psi * 0.99 < number <= most * psi for number in rank.gathered[1:])
         assert rank.reduced == [psi] * len(rank.reduced)
         assert rank.recorded == [0]
@@ -185,7 +188,7 @@ def test_released_parameters_cost_two_gathers_a_pass(
     model = sizes(read_shape(str(nano)))
     limit = two_layers(model)
     most = volume(model, walk("stage2", k), Zero3(max_live=limit, reuse=limit, persistence=0))
-    for rank in run("stage2_released_cpu", k):
+    for rank in run("zero3", k):
         for number in rank.gathered[1:]:
             assert number <= (2 * k + 2.1) * psi
             # The formula is a bound, and a near one.
@@ -203,7 +206,7 @@ def test_kept_layers_all_stay(kept: list[Counts]) -> None:
     assert kept[0].layers[1:] == [LAYERS] * 2
 
 
-@pytest.mark.parametrize("name", ["stage2_cpu", "stage2_released_cpu"])
+@pytest.mark.parametrize("name", ["zero3_kept", "zero3"])
 def test_an_evaluation_costs_at_most_one_recorded_micro_step(name: str, run: Run, mixed: Path, psi: int) -> None:
     settings = dict(eval_data_path=mixed, eval_every=1, max_steps=3)
     for rank in run(name, 2, 0, **settings):
@@ -211,8 +214,8 @@ def test_an_evaluation_costs_at_most_one_recorded_micro_step(name: str, run: Run
         assert [number for number, reduced in enumerate(rank.reduced) if reduced] == [0, *_last_two(rank)]
         assert len(rank.reduced) > 4
         assert len([place for place in rank.recorded if place in _last_two(rank)]) <= 1
-        assert rank.gathered[-1] <= (1.05 if name == "stage2_cpu" else 6.1) * psi
-        if name == "stage2_cpu":
+        assert rank.gathered[-1] <= (1.05 if name == "zero3_kept" else 6.1) * psi
+        if name == "zero3_kept":
             # What the evaluation has gathered stays for the step after it.
             assert sum(rank.gathered[1:-1]) <= 1.05 * psi
 
@@ -222,13 +225,13 @@ def _last_two(rank: Counts) -> list[int]:
 
 
 def test_the_frozen_tower_adds_nothing(run: Run, kept: list[Counts]) -> None:
-    for rank, other in zip(run("stage2_cpu", feature_cache="off"), kept, strict=True):
+    for rank, other in zip(run("zero3_kept", feature_cache="off"), kept, strict=True):
         assert rank.gathered == other.gathered[:2]
         assert rank.reduced == other.reduced[:2]
 
 
 def test_hpz_crosses_nodes_once_a_step(run: Run, psi: int) -> None:
-    for rank in run(HPZ, 2, global_batch_size=6, max_steps=2):
+    for rank in run("zero3_hpz", 2, global_batch_size=6, max_steps=2):
         crossing = [whole - inside for whole, inside in zip(rank.gathered, rank.node, strict=True)]
         # The first micro-step of each step gathers every parameter once among all ranks; the second none.
         assert crossing[2:] == [psi, 0]

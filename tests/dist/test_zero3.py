@@ -110,9 +110,9 @@ def _run(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(world: Any, folder: Path, train_vision: bool) -> dict[str, Any]:
-    path = ds.default_path("stage2", "cpu")
+    path = ds.default_path("stage2")
     config = RunConfig(model=str(folder), stage="stage2", data_path=folder, save_model_path=folder)
-    values = ds.resolve(ds.read_json(path), path, config, world.size)
+    values = ds.resolve(ds.read_json(path, "cpu"), path, config, world.size)
     gather_safely(values, "cpu")
     loaded = load_model(
         folder, stage="stage2", dtype=torch.float32, device=world.device, train_vision=train_vision, ds_config=values

@@ -9,9 +9,8 @@ import torch
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import ds_config as ds
-from mirage_ds.plan.formulas import sizes, trained_parameters
 from mirage_ds.plan.settings import read_settings
-from mirage_ds.plan.shape import read_shape
+from mirage_ds.plan.shape import read_shape, sizes, trained_parameters
 from mirage_ds.plan.states import States, states
 from mirage_ds.run import step as steps
 from mirage_ds.run.setup import prepare
@@ -54,7 +53,6 @@ def take(world: Any, settings: dict[str, Any]) -> Stepped:
         return Stepped(taken.metrics["loss"], taken.metrics["grad_norm"], taken.applied, dtype, backend, held)
     finally:
         prepared.engine.destroy()
-        prepared.swap.release()
 
 
 def planned_states(model: Path, json_path: Path) -> States:
@@ -65,10 +63,6 @@ def planned_states(model: Path, json_path: Path) -> States:
 
 
 def alone() -> list[str]:
-    """Name the shipped JSONs for GPUs that a single rank can run: all but those whose hpZ group has several."""
-    found = {path.stem: ds.read_json(path) for path in ds.shipped_folder().glob("*.json")}
-    return sorted(
-        name
-        for name, values in found.items()
-        if not name.endswith("_cpu") and "zero_hpz_partition_size" not in values["zero_optimization"]
-    )
+    """Name the recipes that a single rank can run: all but those whose hpZ group has several."""
+    found = {path.stem: ds.read_json(path) for path in ds.recipes()}
+    return [name for name, values in found.items() if "zero_hpz_partition_size" not in values["zero_optimization"]]

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from gpu.packed import Rows
 from mirage_ds.data.batch import Batch
-from mirage_ds.plan.activations import Micro, PassShape
-from mirage_ds.plan.memory import Peak, peak
-from mirage_ds.plan.shape import block_of, read_shape
+from mirage_ds.plan.activations import Micro, PassShape, Peak, peak
+from mirage_ds.plan.shape import read_shape, sizes
 
 # What is measured over what is planned. Above: the attention's own workspace and what the allocator rounds up are not
 # planned. Below: in stage2 the plan takes the largest of each part of backward, which do not all meet.
@@ -31,6 +30,5 @@ def planned(rows: Rows, batch: Batch, width: int, backend: str, chunk_bytes: int
         backend: a key of model.attention.BACKENDS.
         chunk_bytes: as LossHead takes them.
     """
-    shape = read_shape(str(rows.model))
-    tied = "lm_head.weight" not in shape.shapes
-    return peak(block_of(shape), micro_of(batch, rows.stage), width, backend, True, chunk_bytes, device, tied)
+    model = sizes(read_shape(str(rows.model)))
+    return peak(model, micro_of(batch, rows.stage), width, backend, True, chunk_bytes, device)

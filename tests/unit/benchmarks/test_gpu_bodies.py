@@ -226,8 +226,8 @@ def test_a_micro_step_takes_what_was_planned(stage: str, nano: Path, mixed: Path
 
 
 def test_one_gpu_runs_every_json_but_hpz(nano: Path) -> None:
-    names = {path.stem for path in ds.shipped_folder().glob("*.json") if not path.stem.endswith("_cpu")}
-    assert names - set(alone()) == {"sft_hpz", "stage1_hpz", "stage2_hpz"}
+    names = {path.stem for path in ds.recipes()}
+    assert names - set(alone()) == {"zero3_hpz"}
     for name in names:
         obstacle = planned_states(nano, ds.shipped_folder() / f"{name}.json").obstacle
         assert (obstacle is None) == (name in alone()), obstacle

@@ -22,8 +22,6 @@ def config(torch_adam: bool = True, **zero: Any) -> dict[str, Any]:
         (config(torch_adam=False), ["fused_adam"]),
         (config(torch_adam=False, offload_optimizer={"device": "cpu"}), ["cpu_adam"]),
         (config(offload_optimizer={"device": "cpu"}), []),
-        (config(torch_adam=False, offload_optimizer={"device": "nvme"}), ["cpu_adam", "pin_memory", "async_io"]),
-        (config(offload_param={"device": "nvme"}), ["pin_memory", "async_io"]),
         (config(offload_param=None, offload_optimizer={"device": "none"}), []),
     ],
 )

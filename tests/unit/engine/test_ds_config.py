@@ -20,6 +20,7 @@ from mirage_ds.engine.ds_config import (
     default_path,
     fill_limits,
     read_json,
+    recipes,
     resolve,
     shipped_folder,
     zero_stage,
@@ -27,8 +28,8 @@ from mirage_ds.engine.ds_config import (
 from mirage_ds.engine.setup import check_ds_config
 from mirage_ds.errors import UserError
 
-SHIPPED = sorted(shipped_folder().glob("*.json"))
-STAGES = ("sft", "stage1", "stage2")
+SHIPPED = recipes()
+each_recipe = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 HERE = Path("ds.json")
 
 
@@ -71,18 +72,49 @@ def refused(read: Callable[[Any], dict[str, Any]], tmp_path: Path) -> Callable[.
     return call
 
 
-def test_every_stage_has_a_json_for_gpus_and_one_for_cpus() -> None:
-    assert len(SHIPPED) >= 6
-    for stage in STAGES:
-        assert default_path(stage, "cuda") == shipped_folder() / f"{stage}.json"
-        assert default_path(stage, "cpu") == shipped_folder() / f"{stage}_cpu.json"
-        assert default_path(stage, "cuda").is_file()
-        assert default_path(stage, "cpu").is_file()
+def test_every_stage_has_a_recipe() -> None:
+    assert 6 <= len(SHIPPED) <= 12
+    assert {default_path(stage) for stage in ("sft", "stage1", "stage2")} < set(SHIPPED)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_every_shipped_json_resolves_to_what_deepspeed_then_reads(path: Path) -> None:
-    values = read_json(path)
+@pytest.mark.parametrize(
+    ("name", "dropped", "zero", "more"),
+    [
+        ("zero3", ("bf16", "data_types"), {"overlap_comm": False, "stage3_param_persistence_threshold": 0}, {}),
+        ("zero3_kept_bf16_states", (), {"overlap_comm": False, "stage3_param_persistence_threshold": 0}, {}),
+        ("zero2", ("bf16", "data_types"), {"overlap_comm": False}, {}),
+        (
+            "zero3_offload",
+            ("bf16", "data_types"),
+            {
+                "overlap_comm": False,
+                "stage3_param_persistence_threshold": 0,
+                "offload_param": {"device": "cpu", "pin_memory": False},
+                "offload_optimizer": {"device": "cpu", "pin_memory": False},
+            },
+            {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}},
+        ),
+    ],
+)
+def test_a_cpu_runs_a_recipe_in_float32_sharded_and_without_a_compiler(
+    name: str, dropped: tuple[str, ...], zero: dict[str, Any], more: dict[str, Any], tmp_path: Path
+) -> None:
+    path = shipped_folder() / f"{name}.json"
+    values = json.loads(path.read_text())
+    wanted = {key: value for key, value in values.items() if key not in dropped} | more
+    wanted["zero_optimization"] = values["zero_optimization"] | zero
+    assert read_json(path, "cpu") == wanted
+    assert read_json(path) == read_json(path, "cuda") == values
+    # A user's own JSON says what the user wants.
+    own = tmp_path / path.name
+    own.write_text(path.read_text())
+    assert read_json(own, "cpu") == values
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@each_recipe
+def test_every_recipe_resolves_to_what_deepspeed_then_reads(path: Path, device: str) -> None:
+    values = read_json(path, device)
     before = copy.deepcopy(values)
     settings = dict(
         learning_rate=3e-4, adam_beta1=0.8, adam_beta2=0.97, adam_eps=1e-6, weight_decay=0.2, max_grad_norm=0.7
@@ -96,8 +128,8 @@ def test_every_shipped_json_resolves_to_what_deepspeed_then_reads(path: Path) ->
     assert made.optimizer_name == "adamw"
     params = dict(made.optimizer_params)
     offloaded = made.zero_config.offload_optimizer is not None and made.zero_config.offload_optimizer.device != "none"
-    # The twins avoid a compiler.
-    own_adam = offloaded and "_cpu" not in path.name
+    # Runs on a CPU avoid a compiler.
+    own_adam = offloaded and device != "cpu"
     assert params.pop("torch_adam") is not own_adam
     # DeepSpeed's own Adam is fused and has no such parameter.
     assert params.pop("fused", None) is (None if own_adam else True)
@@ -105,7 +137,7 @@ def test_every_shipped_json_resolves_to_what_deepspeed_then_reads(path: Path) ->
     assert made.scheduler_name is None
     assert made.zero_optimization_stage == zero_stage(values)
     states = "bf16_states" in path.name
-    in_fp32 = "_cpu" in path.name and not states
+    in_fp32 = device == "cpu" and not states
     assert made.bfloat16_config.enabled is not in_fp32
     assert made.bfloat16_config.bf16_optimizer_states is states
     assert compute_dtype(values) == ("float32" if in_fp32 else "bfloat16")
@@ -113,7 +145,7 @@ def test_every_shipped_json_resolves_to_what_deepspeed_then_reads(path: Path) ->
     assert in_fp32 or states or made.grad_accum_dtype == "fp32"
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+@each_recipe
 def test_limits_left_to_the_model_are_filled(path: Path) -> None:
     values = resolve(read_json(path), path, run_config(), 2)
     zero = dict(values["zero_optimization"])
@@ -126,9 +158,9 @@ def test_limits_left_to_the_model_are_filled(path: Path) -> None:
     fill_limits({}, 1)
 
 
-@pytest.mark.parametrize("name", ["stage2.json", "stage2_cpu.json"])
-def test_the_recurrent_stage_keeps_its_parameters_between_passes(name: str) -> None:
-    zero = read_json(shipped_folder() / name)["zero_optimization"]
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_recurrent_stage_keeps_its_parameters_between_passes(device: str) -> None:
+    zero = read_json(default_path("stage2"), device)["zero_optimization"]
     # More than the 73 billion of the largest Qwen2.5-VL: never released inside a micro-step.
     assert zero["stage3_max_live_parameters"] > 74e9
     assert zero["stage3_max_reuse_distance"] > 74e9 * 9
@@ -139,6 +171,31 @@ def test_a_missing_json_lists_the_shipped_ones() -> None:
         read_json(Path("gone.json"))
     assert str(caught.value).startswith("--deepspeed gone.json: no such file")
     assert all(path.name in str(caught.value) for path in SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now"),
+    [
+        ("stage1.json", "zero3.json"),
+        ("sft_cpu.json", "zero3.json"),
+        ("stage2.json", "zero3_kept.json"),
+        ("stage2_cpu.json", "zero3_kept.json"),
+        ("stage2_released.json", "zero3.json"),
+        ("stage1_kept_cpu.json", "zero3_kept.json"),
+        ("sft_hpz.json", "zero3_hpz.json"),
+        ("stage2_offload.json", "zero3_offload.json"),
+        ("stage1_bf16_states.json", "zero3_bf16_states.json"),
+        ("stage2_bf16_states.json", "zero3_kept_bf16_states.json"),
+        ("sft_zero1.json", "zero1.json"),
+        ("stage2_zero2_cpu.json", "zero2.json"),
+        ("stage2_nvme.json", "NVMe offload is gone, take ds_configs/zero3_offload.json"),
+    ],
+)
+def test_the_name_of_an_earlier_file_leads_to_its_recipe(earlier: str, now: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_json(Path("ds_configs") / earlier)
+    assert str(caught.value).startswith(f"--deepspeed ds_configs/{earlier}: no such file; ")
+    assert str(caught.value).endswith(now if now.startswith("NVMe") else f"take ds_configs/{now}")
 
 
 def test_an_unknown_key_is_refused_with_a_suggestion(refused: Callable[..., str]) -> None:
@@ -259,7 +316,6 @@ def test_torchs_adam_runs_unless_the_step_is_offloaded_or_the_json_says_otherwis
     assert chosen({"stage": 3, "offload_optimizer": {"device": "none"}})
     assert chosen({"stage": 3, "offload_optimizer": None})
     assert not chosen({"stage": 3, "offload_optimizer": {"device": "cpu"}})
-    assert not chosen({"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "x"}})
     assert chosen({"stage": 3, "offload_optimizer": {"device": "cpu"}}, torch_adam=True)
     assert not chosen({"stage": 3}, torch_adam=False)
 
@@ -357,7 +413,11 @@ def test_what_this_trainer_does_not_use_is_refused_and_switched_off_it_is_no_fau
     ("zero", "said"),
     [
         ({"stage": 2, "offload_param": {"device": "cpu"}}, "'zero_optimization.offload_param' needs 'stage' 3"),
-        ({"offload_optimizer": {"device": "nvme"}}, "'zero_optimization.offload_optimizer' needs 'stage' 1 or more"),
+        ({"offload_optimizer": {"device": "cpu"}}, "'zero_optimization.offload_optimizer' needs 'stage' 1 or more"),
+        (
+            {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/disk"}},
+            "'zero_optimization.offload_param' is on NVMe, and DeepSpeed can neither save nor restore such a run",
+        ),
     ],
 )
 def test_an_offload_that_deepspeed_would_ignore_is_refused(
@@ -392,7 +452,7 @@ def test_values_that_deepspeed_refuses_are_one_sentence(block: dict[str, Any], s
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+@each_recipe
 def test_what_ships_is_not_refused(path: Path) -> None:
     check_ds_config(resolve(read_json(path), path, run_config(), 1), path)
 

@@ -104,20 +104,6 @@ def test_other_zero_stages_are_refused(tmp_path: Path, stage: int, asked: list[P
     assert not asked
 
 
-def test_optimizer_on_nvme_is_refused(tmp_path: Path, asked: list[Path]) -> None:
-    (place,) = fake_run(tmp_path, 2)
-    (place / "offloaded_tensors").mkdir()
-    with pytest.raises(UserError, match="its optimizer lies on NVMe, which DeepSpeed cannot convert"):
-        convert(place, say=lambda _: None)
-    values = {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
-    use_universal(values, False)
-    with pytest.raises(
-        UserError, match="into an optimizer on NVMe; use a JSON with the optimizer on the GPU or in RAM"
-    ):
-        use_universal(values, True)
-    assert not asked
-
-
 def test_too_little_room_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Path]
 ) -> None:

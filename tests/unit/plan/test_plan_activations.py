@@ -23,9 +23,8 @@ from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.loss import LossHead, StepCounts, objective
 from mirage_ds.model.presets import preset
-from mirage_ds.plan.activations import Micro, PassShape, saved_terms, total
-from mirage_ds.plan.memory import peak
-from mirage_ds.plan.shape import Block, block_of, describe
+from mirage_ds.plan.activations import Micro, PassShape, peak, saved_terms, total
+from mirage_ds.plan.shape import Sizes, describe, sizes
 
 VOCABULARY = 700
 # One image of four merged features a row, as many of each helper.
@@ -49,8 +48,8 @@ def shape(name: str, vocabulary: int = VOCABULARY) -> dict[str, Any]:
     return config
 
 
-def block(name: str, vocabulary: int = VOCABULARY) -> Block:
-    return block_of(describe(shape(name, vocabulary), name))
+def counted(name: str, vocabulary: int = VOCABULARY) -> Sizes:
+    return sizes(describe(shape(name, vocabulary), name))
 
 
 @lru_cache
@@ -201,7 +200,7 @@ def measure(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bo
 @every_case
 def test_saved_is_what_hooks_count(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bool) -> None:
     micro = micro_of(batch_of(name, stage, k, dtype), stage)
-    terms = saved_terms(block(name), micro, dtype.itemsize, "sdpa", checkpointing)
+    terms = saved_terms(counted(name), micro, dtype.itemsize, "sdpa", checkpointing)
     # The head keeps the gradients that it makes out of the hooks' sight. They are alive (next test).
     terms = {name: size for name, size in terms.items() if not name.startswith("gradient of")}
     if checkpointing:
@@ -213,20 +212,19 @@ def test_saved_is_what_hooks_count(name: str, stage: str, k: int, dtype: torch.d
 @every_case
 def test_saved_is_what_stays_alive(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bool) -> None:
     micro = micro_of(batch_of(name, stage, k, dtype), stage)
-    computed = total(saved_terms(block(name), micro, dtype.itemsize, "sdpa", checkpointing))
+    computed = total(saved_terms(counted(name), micro, dtype.itemsize, "sdpa", checkpointing))
     assert measure(name, stage, k, dtype, checkpointing).alive == pytest.approx(computed, rel=0.002)
 
 
 @every_case
 def test_height_is_what_was_alive(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bool) -> None:
-    widths, tied = block(name), shape(name)["text_config"]["tie_word_embeddings"]
     batch = batch_of(name, stage, k, dtype)
     micro, features = micro_of(batch, stage), len(batch.image_positions)
-    computed = peak(widths, micro, dtype.itemsize, "sdpa", checkpointing, CHUNK_BYTES, "cpu", tied, features)
-    counted = measure(name, stage, k, dtype, checkpointing).height
+    computed = peak(counted(name), micro, dtype.itemsize, "sdpa", checkpointing, CHUNK_BYTES, "cpu", features)
+    measured = measure(name, stage, k, dtype, checkpointing).height
     # One pass is walked to the byte, but for the head's small tensors; of several, gradients of keys and values that
     # wait for each other, and small steps inside a layer, are left out.
-    assert counted == pytest.approx(computed.total, rel=0.002 if stage == "sft" else 0.04)
+    assert measured == pytest.approx(computed.total, rel=0.002 if stage == "sft" else 0.04)
 
 
 def test_deepstack_features_are_there_until_the_head_is_through() -> None:
@@ -243,7 +241,7 @@ def test_deepstack_features_are_there_until_the_head_is_through() -> None:
     with Live() as live:
         objective(made(batch), StepCounts(3, 720, 0), 0.1, "sample")[0].backward()
     micro = micro_of(batch, "sft")
-    computed = peak(block(name, vocabulary), micro, 4, "sdpa", True, chunk, "cpu", True, 600)
+    computed = peak(counted(name, vocabulary), micro, 4, "sdpa", True, chunk, "cpu", 600)
     assert computed.phase == "head"
     assert live.peak == pytest.approx(computed.total, rel=0.01)
     # Without them it would miss.

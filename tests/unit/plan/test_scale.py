@@ -15,41 +15,36 @@ from click.testing import CliRunner
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.scaling import main
+from benchmarks.scaling import break_even_tokens, checkpoint_bytes, compute_seconds, main, memory
 from benchmarks.volumes import KEPT as NANO_KEPT
 from benchmarks.volumes import LAYER, TWO_LAYERS
-from mirage_ds.engine.ds_config import fill_limits, shipped_folder
+from mirage_ds.engine.ds_config import fill_limits, recipes
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.presets import PRESETS, preset
 from mirage_ds.plan.formulas import (
     BF16,
     Machine,
-    Sizes,
     Walk,
-    Zero3,
-    break_even_tokens,
-    checkpoint_bytes,
-    compute_seconds,
     flops,
     gather_calls,
-    least_node_bytes,
-    memory,
     network,
     ring_bytes,
     ring_latency,
-    sizes,
     traffic,
-    two_layers,
     volume,
     walk,
 )
-from mirage_ds.plan.shape import describe, read_shape
+from mirage_ds.plan.settings import Zero3, two_layers
+from mirage_ds.plan.shape import Sizes, describe, read_shape, sizes
 
 REPO = Path(__file__).parents[3]
 SEVEN, LARGEST = (sizes(read_shape(f"qwen2.5-vl-{name}")) for name in ("7b", "72b"))
 KEPT = Zero3(max_live=10**12, reuse=10**12)
 # Layers alone, as most of a large model is.
-LAYERS = Sizes((10**6,) * 7, 0, 4, 0, 0, 0, 0, 1000)
+LAYERS = Sizes(
+    (10**6,) * 7, vectors=0, layers=4, embedding=0, head=0, norm=0, vision=0,
+    hidden=1000, inner=1000, heads=1, kv_heads=1, head_width=1000,
+)  # fmt: skip
 # The nano that benchmarks.volumes runs has as many tokens.
 NANO_ROWS = 512
 PLAIN = Machine("plain", 8, 1e12, 80e9, 1e12, 4e9, 1e9)
@@ -155,14 +150,14 @@ def test_shipped_files_keep_and_release_as_their_page_says() -> None:
         config["text_config"]["vocab_size"] = config["text_config"]["vocab_size"] or NANO_ROWS
         model = sizes(describe(config, name))
         limits = {}
-        for path in shipped_folder().glob("*.json"):
+        for path in recipes():
             values = json.loads(path.read_text())
             fill_limits(values, two_layers(model))
             zero = values["zero_optimization"]
             if zero["stage"] == 3:
                 found = Zero3(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"])
-                limits[path.stem.removesuffix("_cpu")] = found
-        kept = {"stage2", "sft_kept", "stage1_kept", "stage2_bf16_states"}
+                limits[path.stem] = found
+        kept = {"zero3_kept", "zero3_kept_bf16_states"}
         assert {file for file, found in limits.items() if found.keeps(model)} == kept
         for file in limits.keys() - kept:
             # Nothing is gathered twice within a layer's backward.
@@ -194,7 +189,7 @@ def test_prefetching_joins_matrices() -> None:
 def test_one_rank_moves_nothing() -> None:
     assert traffic(SEVEN, walk("stage2", 4), Zero3(), ranks=1) == (0, 0, 0, 0)
     assert network(traffic(SEVEN, walk("stage2", 4), Zero3(), 1), PLAIN._replace(gpus=1), 1).total == 0
-    assert ring_bytes(100, ranks=1) == ring_latency(1, 1) == least_node_bytes(100, nodes=1) == 0
+    assert ring_bytes(100, ranks=1) == ring_latency(1, 1) == 0
 
 
 def test_every_micro_step_gathers_and_reduces() -> None:
@@ -234,7 +229,6 @@ def test_ring_passed_by_hand(nodes: int, gpus: int) -> None:
     assert {number * 7 * BF16 for number in sent} == {ring_bytes(elements, ranks)}
     if nodes > 1:
         assert {number * 7 * BF16 for number in into_node} == {ring_bytes(elements, ranks)}
-        assert least_node_bytes(elements, nodes) == 7 * BF16 * (ranks - gpus) < ring_bytes(elements, ranks)
     # A chunk's way round: one hop less than ranks, one between nodes less than nodes.
     slow = (nodes - 1) * 14e-6
     assert ring_latency(nodes, gpus) == pytest.approx(8.4e-6 + slow + (hops - (nodes - 1)) * 3.4e-6)
