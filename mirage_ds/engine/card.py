@@ -36,41 +36,42 @@ def model_card(state: Mapping[str, Any], scores: Mapping[str, float] | None = No
     stage, k = state["stage"], state["latent_size"]
     base = next((name for source in reversed(state["sources"]) if (name := hub_name(source))), None)
     optimizer = ", ".join(f"{name} {value}" for name, value in zip(OPTIMIZER, state["optimizer"], strict=True))
-    rows = [
-        ("base model", base or f"`{state['sources'][-1]}`"),
-        *([("started from", f"`{state['sources'][0]}`")] if len(state["sources"]) > 1 else []),
-        ("stage", stage),
-        *([("k, latents a run", k)] if stage != "sft" else []),
-        *([("arm", arm)] if (arm := _arm(state)) else []),
-        ("optimizer steps", state["step"]),
-        ("rows a step", state["rows_per_step"]),
-        ("records", f"{state['rows']}, SHA-256 `{state['data']}`"),
-        ("vision tower", "trained" if state["train_vision"] else "frozen"),
-        *([("trained", _adapters(state["lora"]))] if state.get("lora") else []),
-        ("AdamW", optimizer),
-        ("loss", f"weight of the cross-entropy {state['ce_weight']}, reduction {state['reduction']}"),
-        ("seed", state["seed"]),
-        ("dtype", state["dtype"]),
-        ("DeepSpeed", f"ZeRO-{state['zero_stage']}, {state['world_size']} ranks"),
-    ]
+    rows = {
+        "base model": base or f"`{state['sources'][-1]}`",
+        "started from": f"`{state['sources'][0]}`" if len(state["sources"]) > 1 else None,
+        "stage": stage,
+        "k, latents a block": k if stage != "sft" else None,
+        "arm": _arm(state) or None,
+        "optimizer steps": state["step"],
+        "rows a step": state["rows_per_step"],
+        "records": f"{state['rows']}, SHA-256 `{state['data']}`",
+        "vision tower": "trained" if state["train_vision"] else "frozen",
+        "trained": _adapters(state["lora"]) if state.get("lora") else None,
+        "AdamW": optimizer,
+        "loss": f"weight of the cross-entropy {state['ce_weight']}, reduction {state['reduction']}",
+        "seed": state["seed"],
+        "dtype": state["dtype"],
+        "DeepSpeed": f"ZeRO-{state['zero_stage']}, {state['world_size']} ranks",
+    }
     head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
     head += [f"base_model: {base}"] if base else []
     head += ["tags: [mirage, latent-visual-tokens]", "---", MARK, "", "# A model trained with mirage_ds", ""]
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return "\n".join([*head, *table, "", *_scores(scores), *(_text_only() if stage == "sft" else _latents(k))])
+    table = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    decoding = _text_only() if stage == "sft" else _latents(k)
+    return "\n".join([*head, "| | |", "|---|---|", *table, "", *_scores(scores), *decoding])
 
 
 def _arm(state: Mapping[str, Any]) -> str:
     """Say in what a run's latents differ from the paper's; nothing where they do not."""
     slots, compress, loss, detached, targets = state.get("latents") or (None, "average", "cosine", False, False)
-    said = [
-        *([f"slots {slots}"] if slots and slots != "latents" else []),
-        *([f"compression {compress}"] if compress != "average" else []),
-        *([f"latent loss {loss}"] if loss != "cosine" else []),
-        *(["latents detached"] if detached else []),
-        *(["targets train the tower"] if targets else []),
-    ]
-    return ", ".join(said)
+    differs = {
+        f"slots {slots}": slots and slots != "latents",
+        f"compression {compress}": compress != "average",
+        f"latent loss {loss}": loss != "cosine",
+        "latents detached": detached,
+        "targets train the tower": targets,
+    }
+    return ", ".join(said for said, does in differs.items() if does)
 
 
 def _adapters(lora: Mapping[str, Any]) -> str:
@@ -110,9 +111,9 @@ def _latents(k: int) -> list[str]:
         "## What decodes it",
         "",
         f"This model was trained to think in {k} latent visual tokens between `<|latent_start|>` and `<|latent_end|>`: "
-        "inside such a run the input of the next position is the final hidden state of the last one, not the embedding "
+        "inside a block the input of the next position is the final hidden state of the last one, not the embedding "
         "of a token. Plain transformers (`generate`) and vLLM do nothing of the kind. They open these weights, and "
-        "then feed the embedding of whatever token comes out inside a run, which training never showed the model and "
+        "then feed the embedding of whatever token comes out inside a block, which training never showed the model and "
         "never supervised. What they answer is not what this model answers, and scores taken that way are not its "
         "scores. These commands feed the hidden states:",
         "",

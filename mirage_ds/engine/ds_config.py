@@ -61,10 +61,14 @@ UNUSED = {
     "zero_optimization.compute_grad_norm": ("", "the norm shows steps that are not finite, and it is logged"),
 }
 # Keys of older DeepSpeeds; newer ones stop at them.
-REMOVED = frozenset(
-    """amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula progressive_layer_drop
-    quantize_training sparse_attention sparse_gradients""".split()  # noqa: SIM905
-)
+REMOVED = """amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula
+    progressive_layer_drop quantize_training sparse_attention sparse_gradients"""
+# Keys that are refused whatever their value → what to do about them.
+REFUSED = dict.fromkeys(REMOVED.split(), "is of older DeepSpeeds and not supported; remove it") | {
+    "bfloat16": "is the old name of 'bf16'; rename it",
+    "sequence_parallel_size": "is not supported: every rank packs rows of its own; remove it",
+    "scheduler": "is set by --lr_scheduler and --warmup_steps; remove the block",
+}
 # What the keys above have where they change nothing.
 SAME = {
     "gradient_predivide_factor": (1,),
@@ -96,16 +100,6 @@ FILLED = {
 }
 # The recipe of a stage where no JSON is given.
 DEFAULTS = {"sft": "zero3", "stage1": "zero3", "stage2": "zero3_kept"}
-# What followed the stage's name in the files that were shipped before there were recipes → the recipe.
-EARLIER = {
-    "released": "zero3",
-    "kept": "zero3_kept",
-    "hpz": "zero3_hpz",
-    "offload": "zero3_offload",
-    "nvme": "zero3_offload",
-    "zero1": "zero1",
-    "zero2": "zero2",
-}
 
 
 def shipped_folder() -> Path:
@@ -125,15 +119,18 @@ def default_path(stage: str) -> Path:
 
 
 def _missing(path: Path) -> UserError:
-    """Say that there is no such file, and what has taken its place where it was once shipped."""
-    stage, _, budget = path.stem.removesuffix("_cpu").partition("_")
+    """Say that there is no such file; what was shipped as stage1_hpz_cpu.json and the like is a recipe now."""
+    stage, _, rest = path.stem.removesuffix("_cpu").partition("_")
     if stage in DEFAULTS:
-        states = DEFAULTS[stage] + "_bf16_states"
-        recipe = {"": DEFAULTS[stage], "bf16_states": states, **EARLIER}.get(budget)
-        if recipe is not None:
-            now = "ds_configs/ holds one file a recipe now, for all stages, GPUs and CPUs"
-            gone = "NVMe offload is gone, " if budget == "nvme" else ""
-            return UserError(f"--deepspeed {path}: no such file; {now}: {gone}take {path.with_name(recipe)}.json")
+        default = DEFAULTS[stage]
+        earlier = {"": default, "released": "zero3", "nvme": "zero3_offload", "bf16_states": f"{default}_bf16_states"}
+        for name in (earlier.get(rest, rest), f"zero3_{rest}"):
+            if (shipped_folder() / f"{name}.json").is_file():
+                gone = " (NVMe offload is gone)" if rest == "nvme" else ""
+                return UserError(
+                    f"--deepspeed {path}: no such file; ds_configs/ holds one file a recipe now, for all stages, GPUs "
+                    f"and CPUs: take {path.with_name(name)}.json{gone}"
+                )
     shipped = ", ".join(file.name for file in recipes())
     return UserError(f"--deepspeed {path}: no such file; {shipped_folder()} holds {shipped}")
 
@@ -182,17 +179,11 @@ def read_json(path: Path, device: str = "cuda") -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected an object, found {type(values).__name__}")
     for key in values:
-        if key in REMOVED:
-            raise UserError(f"{path}: '{key}' is of older DeepSpeeds and not supported; remove it")
+        if key in REFUSED:
+            raise UserError(f"{path}: '{key}' {REFUSED[key]}")
         if key not in KNOWN_KEYS:
             raise UserError(f"{path}: DeepSpeed has no key '{key}' and would ignore it{closest(key, KNOWN_KEYS)}")
     _check_blocks(values, path)
-    if "bfloat16" in values:
-        raise UserError(f"{path}: 'bfloat16' is the old name of 'bf16'; rename it")
-    if "sequence_parallel_size" in values:
-        raise UserError(f"{path}: 'sequence_parallel_size' is not supported; every rank packs rows of its own")
-    if "scheduler" in values:
-        raise UserError(f"{path}: 'scheduler' is set by --lr_scheduler and --warmup_steps; remove the block")
     _check_precision(values, path)
     _refuse_auto(values, path)
     _refuse_unused(values, path)

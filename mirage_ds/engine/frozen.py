@@ -70,14 +70,14 @@ def check_same(place: Any, noted: Notes, now: Notes) -> None:
     """
     for name in sorted(noted.keys() | now.keys()):
         if name not in noted or name not in now:
-            what = "is missing here" if name in noted else f"is unknown to {place}"
+            what = f"of {place} is missing here" if name in noted else f"is not in {place}"
         elif not _equal(noted[name], now[name]):
-            what = "is another one here (dtype, shape or bytes)"
+            what = f"is not that of {place} (dtype, shape or bytes)"
         else:
             continue
         raise UserError(
-            f"--resume auto: {place} was trained with a tensor {name} that stayed as it was, and {name} {what}; go on "
-            "with the same --model or --load_model_path, unchanged, or train into another --save_model_path"
+            f"--resume auto: the frozen tensor {name} {what}; go on with the same --model or --load_model_path, "
+            "unchanged, or train into another --save_model_path"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from mirage_ds.engine.ds_config import compute_dtype, offload_device, zero_stage
-from mirage_ds.engine.setup import World, everyone
+from mirage_ds.engine.setup import World, everyone, shared_fate
 from mirage_ds.errors import UserError
 
 
@@ -66,15 +66,13 @@ def check_offload(values: dict[str, Any], json_path: Path, elements: Sequence[in
         return
     host = socket.gethostname()
     ranks = everyone([host], world).count(host)
-    fault, room = [], memory_to_be_had()
-    if world.local_rank == 0 and needed * ranks > room:
-        fault.append(
-            f"{json_path}: offloading takes {_gb(needed)} of memory a rank at least, {_gb(needed * ranks)} for the "
-            f"{ranks} rank(s) of {host}, and {_gb(room)} are free there; use more hosts, or a JSON without offload"
-        )
-    faults = everyone(fault, world)
-    if faults:
-        raise UserError(faults[0])
+    with shared_fate(world):
+        room = memory_to_be_had()
+        if world.local_rank == 0 and needed * ranks > room:
+            raise UserError(
+                f"{json_path}: offloading takes {_gb(needed)} of memory a rank at least, {_gb(needed * ranks)} for the "
+                f"{ranks} rank(s) of {host}, and {_gb(room)} are free there; use more hosts, or a JSON without offload"
+            )
 
 
 def _gb(count: int) -> str:

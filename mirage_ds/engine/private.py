@@ -127,7 +127,7 @@ def skip_steps_that_are_not_finite(engine: Any) -> None:
 
 @contextmanager
 def own_groups_and_steps(engine: Any) -> Iterator[None]:
-    """Mend at its end what DeepSpeed's loader of a universal checkpoint does to AdamW under ZeRO-3 while it lasts.
+    """Fix at its end what DeepSpeed's loader of a universal checkpoint does to AdamW under ZeRO-3 while it lasts.
 
     It gives every parameter group the settings of the first one, so that norms and biases begin to decay; and all
     sub-groups one and the same tensor that counts the steps, which torch's AdamW then raises once for each of them in

@@ -31,17 +31,13 @@ from mirage_ds.model.shards import ShardWriter
 
 
 def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a model folder says of its training, from what a checkpoint says of its run (prepare.prepare)."""
+    """Return what a model folder says of its training, from what a checkpoint says of its run (run.setup.prepare)."""
     # Checkpoints from before there were arms say nothing of them.
     slots, compress, *_ = state.get("latents") or (None, "average")
-    lora = state.get("lora")
-    return {
-        "stage": state["stage"],
-        "latent_size": state["latent_size"],
-        "slots": slots,
-        "compress_strategy": compress,
-        **({"lora": {name: lora[name] for name in ("rank", "alpha", "targets")}} if lora else {}),
-    }
+    trained = dict(stage=state["stage"], latent_size=state["latent_size"], slots=slots, compress_strategy=compress)
+    if lora := state.get("lora"):
+        trained["lora"] = {name: lora[name] for name in ("rank", "alpha", "targets")}
+    return trained
 
 
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")

@@ -50,7 +50,7 @@ class Waiting:
         """Wait until every rank has come here.
 
         Raises:
-            UserError: no rank has come on for `bound` seconds.
+            UserError: no rank has made progress for `bound` seconds.
         """
         if self._over.is_set() or self.size == 1:
             return
@@ -65,13 +65,13 @@ class Waiting:
                 (there, moved), since = seen, time.monotonic()
             if time.monotonic() - since > self.bound:
                 raise UserError(
-                    f"{self.size - there} of {self.size} ranks have not come on for {self.bound:.0f} s, and rank "
-                    f"{self.rank} waits for them; look what they do, or raise --start_timeout",
+                    f"{self.size - there} of {self.size} ranks made no progress for {self.bound:.0f} s, and rank "
+                    f"{self.rank} waits for them; see what they are doing, or raise --start_timeout",
                     everywhere=False,
                 )
 
     def moved(self) -> None:
-        """Tell the ranks that wait that this one has come on."""
+        """Tell the ranks that wait that this one has made progress."""
         now = time.monotonic()
         if self.size > 1 and not self._over.is_set() and now - self._told > TELL_EVERY_S:
             self._told = now

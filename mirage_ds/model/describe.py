@@ -1,19 +1,19 @@
-"""Make a model's shape with transformers' own class: `python -m mirage_ds.model.describe NAME` < config.json."""
+"""Make a model's shape from a config.json with transformers' own class."""
 
 from __future__ import annotations
 
 import copy
 import json
-import sys
 from typing import Any
 
-from mirage_ds.errors import EXIT_USER_ERROR, UserError, reason
+from mirage_ds.errors import UserError, reason
 from mirage_ds.model.family import family_of
 from mirage_ds.model.load import shape_of
+from mirage_ds.model.shape import Shape
 
 
-def described(values: dict[str, Any], where: str) -> str:
-    """Return the Shape of a configuration as JSON.
+def described(values: dict[str, Any], where: str) -> Shape:
+    """Return the Shape of a configuration.
 
     Args:
         values: what a config.json holds; where: how it is called in messages.
@@ -26,12 +26,5 @@ def described(values: dict[str, Any], where: str) -> str:
         config = family.config_class().from_dict(copy.deepcopy(values))
     except Exception as error:  # noqa: BLE001  # a value of a wrong type leads transformers to almost any
         raise UserError(f"{where}: no {family.title} ({reason(error)}); copy the model's own config.json") from None
-    return json.dumps(shape_of(config, where))
-
-
-if __name__ == "__main__":
-    try:
-        sys.stdout.write(described(json.load(sys.stdin), sys.argv[1]))
-    except UserError as error:
-        sys.stderr.write(f"\n{error}\n")
-        sys.exit(EXIT_USER_ERROR)
+    # As it is read back from a cache: with lists for tuples.
+    return Shape(*json.loads(json.dumps(shape_of(config, where))))

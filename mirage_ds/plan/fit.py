@@ -40,18 +40,12 @@ class Question:
 
     def __init__(self, spec: PlanSpec):
         self.spec = spec
-        card = CARDS[spec.card]
-        self.machine = Machine(
-            name=spec.card,
-            gpus=spec.gpus_per_node,
-            flops=card.flops if spec.tflops is None else spec.tflops * 1e12,
-            memory=card.memory if spec.gpu_memory is None else spec.gpu_memory * GB,
-            hbm=card.hbm if spec.hbm is None else spec.hbm * GB,
-            nvlink=card.nvlink if spec.nvlink is None else spec.nvlink * GB,
-            nics=card.nics if spec.network is None else spec.network * GB,
-            pcie=spec.pcie * GB,
-            host=spec.host_bandwidth * GB,
-        )
+        said = {"memory": spec.gpu_memory, "hbm": spec.hbm, "nvlink": spec.nvlink, "nics": spec.network}
+        given: dict[str, Any] = {name: value * GB for name, value in said.items() if value is not None}
+        if spec.tflops is not None:
+            given["flops"] = spec.tflops * 1e12
+        given |= {"gpus": spec.gpus_per_node, "pcie": spec.pcie * GB, "host": spec.host_bandwidth * GB}
+        self.machine = CARDS[spec.card]._replace(**given)
 
     @cached_property
     def shape(self) -> Shape:

@@ -154,7 +154,7 @@ class Machine(NamedTuple):
         memory: bytes of a GPU.
         hbm: bytes/s of a GPU's memory.
         nvlink: bytes/s of a GPU in one direction.
-        nics: bytes/s of all network cards of a node together, in one direction.
+        nics: bytes/s of all network adapters of a node together, in one direction.
         pcie: bytes/s between a GPU and its host.
         host: bytes/s of a node's RAM.
     """
@@ -173,7 +173,7 @@ class Machine(NamedTuple):
 def ring_bytes(elements: float, ranks: int, width: int = BF16) -> float:
     """Bytes that each rank sends and receives in a ring all-gather or reduce-scatter: b · (W − 1) / W an element.
 
-    Patarasuk and Yuan, doi 10.1016/j.jpdc.2008.09.002. Where the rings cross nodes, all network cards of a node
+    Patarasuk and Yuan, doi 10.1016/j.jpdc.2008.09.002. Where the rings cross nodes, all network adapters of a node
     together carry the same number: each ring enters and leaves a node once.
     """
     return elements * width * (ranks - 1) / ranks

@@ -31,8 +31,8 @@ H100_SXM = _tera(989.4, 494.7, 66.9)
 HOPPER_NVL = _tera(835.5, 417.5, 60)
 A100 = _tera(312, 156, 19.5)
 
-# By torch.cuda.get_device_name without "NVIDIA ", whole: "… D", "… Laptop GPU", "… Ti" and parts of a card ("… MIG
-# 1g.10gb") are other cards.
+# By torch.cuda.get_device_name without "NVIDIA ", whole: "… D", "… Laptop GPU", "… Ti" and parts of a GPU ("… MIG
+# 1g.10gb") are other GPUs.
 PEAKS = {
     "H100 80GB HBM3": H100_SXM,
     "H100 PCIe": _tera(756, 378, 51.2),
@@ -53,7 +53,7 @@ PEAKS = {
 
 
 def peak_of(device_name: str) -> Peak | None:
-    """Return a card's peaks; None for one that is not in the table.
+    """Return a GPU's peaks; None for one that is not in the table.
 
     Args:
         device_name: as torch.cuda.get_device_name says it.

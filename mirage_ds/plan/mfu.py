@@ -1,7 +1,7 @@
-"""Model FLOPs of an optimizer step, and their share of what the cards could do. Imports no torch.
+"""Model FLOPs of an optimizer step, and their share of what the GPUs could do. Imports no torch.
 
 Convention: PaLM's model FLOPs utilization (arXiv 2204.02311, appendix B). The FLOPs are those that the step's forward
-and backward need, whatever is recomputed; the denominator is seconds × ranks × the card's peak. Where PaLM estimates,
+and backward need, whatever is recomputed; the denominator is seconds × ranks × the GPU's peak. Where PaLM estimates,
 this counts: attention over the keys that a token sees (half of PaLM's number, which leaves out the causal mask), the
 output matrix at labelled tokens alone, the input embedding not at all. Every token runs once, in whichever of stage2's
 k + 1 passes, and attends to the same keys as in one pass.
@@ -123,7 +123,7 @@ def peak_flops(given: float | None, device_name: str | None, precision: str) -> 
     Args:
         given: --peak_tflops.
         device_name: torch's name of the GPU; None on a CPU.
-        precision: "bf16", "tf32" or "fp32" (cards.Peak).
+        precision: "bf16", "tf32" or "fp32" (gpus.Peak).
     """
     if given is not None:
         return given * 1e12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, Literal
 
 from rich import box
@@ -47,11 +48,8 @@ def headline(asked: Question) -> str:
 
 def ranking(asked: Question, plans: Sequence[Plan]) -> Table:
     """Draw one line a JSON, the best first."""
-    table = _table(
-        *("", "JSON", "GPU\nGB", "free\nGB", "moved\nGB", "least\ns", "most\ns", "bound by, or too large"),
-        right=(2, 3, 4, 5, 6),
-        whole=(0, 1, 2, 3, 4, 5, 6),
-    )
+    titles = ("", "JSON", "GPU\nGB", "free\nGB", "moved\nGB", "least\ns", "most\ns", "bound by, or too large")
+    table = _table(*titles, right=range(2, 7), whole=range(7))
     room = asked.machine.memory
     for plan in plans:
         fits = plan.problem is None
@@ -107,16 +105,15 @@ def host_table(asked: Question, plan: Plan) -> Table:
     """Draw a host's memory and the disks."""
     held, spec = plan.held, asked.spec
     table = _table("per host, GB", "", "disks, GB", "", right=(1, 3))
-    left = [*held.host.items(), ("all", total(held.host)), ("at the start, rank 0's host", held.host_start)]
+    host = held.host | {"all": total(held.host), "at the start, rank 0's host": held.host_start}
+    left = [(name, _gb(size)) for name, size in host.items()]
     right = [
         (f"kept features of {spec.rows:,} records", _gb(held.kept)),
         ("a checkpoint", _gb(held.checkpoint)),
         (f"  seconds to write it at {spec.storage:g} GB/s", f"{held.checkpoint / GB / spec.storage:.1f}"),
     ]
-    for number in range(max(len(left), len(right))):
-        name, size = left[number] if number < len(left) else ("", None)
-        other, said = right[number] if number < len(right) else ("", "")
-        table.add_row(Text(name), "" if size is None else _gb(size), Text(other), said)
+    for (name, size), (other, said) in zip_longest(left, right, fillvalue=("", "")):
+        table.add_row(Text(name), size, Text(other), said)
     return table
 
 
@@ -168,12 +165,17 @@ def as_json(asked: Question, plans: Sequence[Plan], advice: Sequence[str]) -> st
         {
             "question": asked.spec.model_dump(mode="json"),
             "model": {
-                **{"trained": asked.model.text, "frozen": asked.model.vision, "layers": asked.model.layers},
-                **{"passes": asked.walked.passes, "ranks": asked.ranks},
+                "trained": asked.model.text,
+                "frozen": asked.model.vision,
+                "layers": asked.model.layers,
+                "passes": asked.walked.passes,
+                "ranks": asked.ranks,
             },
             "micro_batch": {
-                **{"tokens": asked.micro.tokens, "rows": asked.micro.rows, "labelled": asked.micro.labelled},
-                **{"queries_of_passes": [one.tokens for one in asked.micro.passes]},
+                "tokens": asked.micro.tokens,
+                "rows": asked.micro.rows,
+                "labelled": asked.micro.labelled,
+                "queries_of_passes": [one.tokens for one in asked.micro.passes],
             },
             "plans": [_plan(asked, plan) for plan in plans],
             "fits": plans[0].problem is None,
@@ -210,8 +212,5 @@ def _plan(asked: Question, plan: Plan) -> dict[str, Any]:
         "host": {**held.host, "all": total(held.host), "at the start": held.host_start},
         "kept_features": held.kept,
         "checkpoint": {"bytes": held.checkpoint, "seconds": held.checkpoint / GB / asked.spec.storage},
-        "step": {
-            **{"flops": step.flops, "nvlink_bytes": step.nvlink_bytes, "network_bytes": step.network_bytes},
-            **{"seconds": step.seconds, "bound": step.bound, "least": step.least, "most": step.most},
-        },
+        "step": {**step._asdict(), "bound": step.bound, "least": step.least, "most": step.most},
     }

@@ -1,9 +1,8 @@
-"""A model's sizes from its config.json or a public name, counted by transformers' own class, without importing it.
+"""A model's sizes from its config.json or a public name, counted by transformers' own class (model/describe.py).
 
 H hidden, I inner width of the MLP, V vocabulary rows, L layers, Hq and Hkv heads, D head width.
 
-Another process makes the shape (model/describe.py), once for each config.json and version of transformers: it is kept
-in the cache.
+What was counted is kept in the cache, by config.json and version of transformers: only the first time imports torch.
 """
 
 from __future__ import annotations
@@ -13,21 +12,18 @@ import importlib
 import importlib.metadata
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mirage_ds.config.run import cache_folder
-from mirage_ds.errors import UserError, reason, strict_json
+from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
 from mirage_ds.model.family import check_kind
+from mirage_ds.model.folder import read_json
 from mirage_ds.model.presets import preset
 from mirage_ds.model.shape import Shape
-
-MAKER = "mirage_ds.model.describe"
 
 
 class Sizes(NamedTuple):
@@ -157,12 +153,7 @@ def read_shape(model: str) -> Shape:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = strict_json(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({reason(error)}); copy the model's own") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); copy the model's own") from None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected an object, found {type(values).__name__}; copy the model's own")
     check_kind(values, path)
@@ -181,25 +172,11 @@ def describe(values: dict[str, Any], where: str) -> Shape:
     text = json.dumps(values, sort_keys=True)
     key = hashlib.sha256(f"{importlib.metadata.version('transformers')} {text}".encode()).hexdigest()
     kept = cache_folder(None) / "shapes" / f"{key}.json"
-    if kept.is_file():
-        return Shape(*json.loads(kept.read_text()))
-    if "torch" in sys.modules:
-        # What costs seconds is here already.
-        made = importlib.import_module(MAKER).described(values, where)
-    else:
-        made = _made_elsewhere(text, where)
-    # A cache that cannot be written costs seconds each time, and no more.
-    with suppress(OSError):
-        write_atomically(kept, made)
-    return Shape(*json.loads(made))
-
-
-def _made_elsewhere(text: str, where: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", MAKER, where], input=text, capture_output=True, text=True, encoding="utf-8", check=False
-    )
-    if done.returncode == 2:
-        raise UserError(done.stderr.strip().splitlines()[-1])
-    if done.returncode:
-        raise RuntimeError(f"{MAKER} failed:\n{done.stderr}")
-    return done.stdout
+    if not kept.is_file():
+        # Imports torch and transformers, which costs seconds.
+        made: Shape = importlib.import_module("mirage_ds.model.describe").described(values, where)
+        # A cache that cannot be written costs them each time, and no more.
+        with suppress(OSError):
+            write_atomically(kept, json.dumps(made))
+        return made
+    return Shape(*json.loads(kept.read_text()))

@@ -49,7 +49,7 @@ class PlanSpec(BaseModel):
     hbm: PositiveFloat | None = Field(None, description="GB/s of a GPU's memory. [default: 3350, 1555]")
     nvlink: PositiveFloat | None = Field(None, description="GB/s of a GPU inside a host. [default: 450, 300]")
     network: PositiveFloat | None = Field(
-        None, description="GB/s of all network cards of a host together (3,200 Gb/s are 400). [default: 400, 50]"
+        None, description="GB/s of all network adapters of a host together (3,200 Gb/s are 400). [default: 400, 50]"
     )
     host_memory: PositiveFloat = Field(1000, description="GB of RAM of a host.")
     pcie: PositiveFloat = Field(25, description="GB/s between a GPU and its host.")

@@ -176,7 +176,7 @@ def _reference(folder: Path, data: Path, bins_of_steps: list, dtype: torch.dtype
 
 def _shipped(**changes: Any) -> dict[str, Any]:
     """The JSON that ships for stage2 on GPUs, with everything sharded and without what a CPU cannot do."""
-    values = json.loads((ds.default_path("stage2")).read_text())
+    values = ds.read_json(ds.default_path("stage2"))
     values["zero_optimization"] |= dict(stage3_param_persistence_threshold=0, overlap_comm=False)
     return {key: value for key, value in (values | changes).items() if value is not None}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mirage_ds.engine import offload
+from mirage_ds.engine import offload, setup
 from mirage_ds.engine.offload import check_offload, host_bytes, memory_to_be_had
 from mirage_ds.errors import UserError
 
@@ -46,7 +46,8 @@ def test_bytes_by_hand(json: dict[str, Any], each: int) -> None:
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "everyone", lambda own, world: own * world.size)
+    for module in (offload, setup):
+        monkeypatch.setattr(module, "everyone", lambda own, world: own * world.size)
     monkeypatch.setattr(offload.socket, "gethostname", lambda: "node1")
     world: Any = SimpleNamespace(size=RANKS, local_rank=0)
     json = values("param", "optimizer")

@@ -196,14 +196,14 @@ def test_first_tensor_that_differs_is_named() -> None:
     # The last bits of what each process computes anew may differ.
     check_same("step2", noted, noted | {"rates": [1.0, 0.1 + 1e-8]})
     for changed, what in (
-        ({"b": "22"}, "b that stayed as it was, and b is another one here"),
-        ({"rates": [1.0, 0.10001]}, "rates that stayed as it was, and rates is another one here"),
-        ({"rates": [1.0]}, "rates is another one here"),
-        ({"rates": "00"}, "rates is another one here"),
-        ({"rates": [1.0, float("nan")]}, "rates is another one here"),
-        ({"c": "33"}, "c is unknown to step2"),
+        ({"b": "22"}, "the frozen tensor b is not that of step2"),
+        ({"rates": [1.0, 0.10001]}, "rates is not that of step2"),
+        ({"rates": [1.0]}, "rates is not that of step2"),
+        ({"rates": "00"}, "rates is not that of step2"),
+        ({"rates": [1.0, float("nan")]}, "rates is not that of step2"),
+        ({"c": "33"}, "c is not in step2"),
     ):
         with pytest.raises(UserError, match=what):
             check_same("step2", noted, noted | changed)
-    with pytest.raises(UserError, match="a is missing here"):
+    with pytest.raises(UserError, match="a of step2 is missing here"):
         check_same("step2", noted, {"b": "11", "rates": [1.0, 0.1]})

@@ -120,7 +120,7 @@ def test_the_bound_is_of_waiting_without_progress(comes_on: bool) -> None:
         if comes_on or ranks.rank == 1:
             ranks.meet()
         else:
-            said = f"1 of 3 ranks have not come on for 1 s, and rank {ranks.rank} waits"
+            said = f"1 of 3 ranks made no progress for 1 s, and rank {ranks.rank} waits"
             with pytest.raises(UserError, match=said):
                 ranks.meet()
 

@@ -243,7 +243,7 @@ def test_the_card_says_what_was_trained_and_what_decodes_it() -> None:
         "| base model | Qwen/Qwen2.5-VL-7B-Instruct |",
         "| started from | `/runs/stage1` |",
         "| stage | stage2 |",
-        "| k, latents a run | 6 |",
+        "| k, latents a block | 6 |",
         f"| records | 1000, SHA-256 `{'ab' * 32}` |",
         "| success | 0.5123 |",
         "| loss | 0.25 |",
