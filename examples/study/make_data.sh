@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The data of the planning study (docs/study_plan.md), into the folder given: some two minutes on two cores.
+# The data of the planning study (docs/study.md), into the folder given: some two minutes on two cores.
 set -euo pipefail
 out=${1:?usage: make_data.sh FOLDER}
 here=$(cd "$(dirname "$0")" && pwd)

@@ -316,14 +316,15 @@ def test_checkpoint_is_master_weights_and_moments() -> None:
 # ----------------------------------------------------------------------------------------------------------- the page
 
 
-@pytest.mark.parametrize("flags", [[], ["--model", "qwen2.5-vl-72b", "--stage", "stage1"]])
-def test_page_holds_what_the_command_prints(flags: list[str]) -> None:
-    printed = CliRunner().invoke(main, [*flags, "--markdown"], catch_exceptions=False)
-    tables = [part for part in printed.output.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 6
+def test_page_holds_what_the_command_prints() -> None:
+    printed = CliRunner().invoke(main, ["--markdown", "--nodes", "1,4,32,128"], catch_exceptions=False)
+    tables = [part.strip() for part in printed.output.split("\n\n") if part.startswith("|")]
     page = (REPO / "docs/scaling.md").read_text()
-    for table in tables:
-        assert table.strip() in page
+    # The page says in words what a call and a checkpoint cost and how many tokens a GPU needs.
+    shown = [table for table in tables if table.splitlines()[0] in page]
+    assert (len(tables), len(shown)) == (6, 3)
+    for table in shown:
+        assert table in page
 
 
 def test_command_draws_and_refuses(tmp_path: Path) -> None:
