@@ -169,12 +169,12 @@ evaluate.answer_records = one
 """
 IN_A_WRITE = """
 import os, signal
-from mirage_ds.engine import save as export
-whole = export.save_file
+from mirage_ds.model import shards
+whole = shards.save_file
 def half(tensors, path, **more):
     whole(tensors, path, **more)
     os.kill(os.getpid(), signal.SIGUSR1)
-export.save_file = half
+shards.save_file = half
 """
 
 
