@@ -20,21 +20,17 @@ os.environ.update(
 )
 
 import pytest
-from PIL import Image
+from support.models import make_nano
+from support.pictures import noise
 from support.records import write_jsonl
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
-REPO = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random nano model whose tokenizer knows the samples' text."""
-    from mirage_ds.model.init import init_model
-
-    out = tmp_path_factory.mktemp("models") / "nano"
-    init_model("nano", out, texts=[REPO / "data/sample.jsonl", REPO / "data/sample_planning.jsonl"])
-    return out
+    return make_nano(tmp_path_factory.mktemp("models") / "nano")
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +39,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixed")
     for number in range(12):
         side = 56 + 28 * (number % 4)
-        Image.effect_noise((side, 84), 40 + number).convert("RGB").save(folder / f"in{number}.png")
-        Image.effect_noise((84, side), 90 + number).convert("RGB").save(folder / f"out{number}.png")
+        noise((side, 84), 40 + number, number).save(folder / f"in{number}.png")
+        noise((84, side), 90 + number, number).save(folder / f"out{number}.png")
     rows = []
     for number in range(12):
         row = {

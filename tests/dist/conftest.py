@@ -8,14 +8,21 @@ from pathlib import Path
 
 import pytest
 from support.group import Group
+from support.models import make_nano
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def group() -> Iterator[Group]:
-    """Two ranks for the tests of one file."""
+    """Two ranks for the tests of a worker: a start of both costs ten seconds."""
     made = Group()
     yield made
     made.stop()
+
+
+@pytest.fixture(scope="session")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The nano model with two of its four layers: ranks spend most of their time in DeepSpeed's hooks around each."""
+    return make_nano(tmp_path_factory.mktemp("models") / "nano", layers=2)
 
 
 @pytest.fixture(scope="session")

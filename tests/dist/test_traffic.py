@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.group import Group
+from support.models import make_nano
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.listen import listening
@@ -99,6 +100,12 @@ def _wire(events: Any) -> tuple[int, int]:
             whole, part = (torch.Size(shape).numel() for shape in event.input_shapes[:2])
             found[event.name] += max(whole, part)
     return found["c10d::_allgather_base_"], found["c10d::_reduce_scatter_base_"]
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All four layers: they hold most of Ψ, and could pile up."""
+    return make_nano(tmp_path_factory.mktemp("models") / "nano")
 
 
 @pytest.fixture(scope="module")

@@ -383,7 +383,8 @@ def test_checkpoints_after_it_are_ordinary_ones(runs: Runs, tmp_path: Path) -> N
 def test_shards_that_were_padded_are_converted_too(runs: Runs, tmp_path: Path) -> None:
     # Three ranks wrote it; hardly a parameter's size is a multiple of three.
     out, found = runs.resumed("stage2", 3)
-    assert sum(tensor.size % 3 != 0 for tensor in found["loaded"]["tensors"].values()) > 100
+    sizes = [tensor.size for tensor in found["loaded"]["tensors"].values()]
+    assert sum(size % 3 != 0 for size in sizes) > 0.6 * len(sizes)
     back = tmp_path / "back"
     break_off(out, back, 2 * SAVED)
     convert(back, say=quiet)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from PIL import Image
+from support.pictures import noise
 
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
@@ -26,7 +26,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of noise: wWxH.png for several sizes."""
     folder = tmp_path_factory.mktemp("pictures")
     for width, height in ((56, 84), (140, 56), (84, 84), (112, 112), (100, 61), (20, 33)):
-        Image.effect_noise((width, height), 80).convert("RGB").save(folder / f"w{width}x{height}.png")
+        noise((width, height), 80).save(folder / f"w{width}x{height}.png")
     return folder
 
 

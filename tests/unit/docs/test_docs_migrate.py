@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from support.pictures import noise
 from support.shell_lines import shown_in
 from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -48,8 +48,8 @@ RECORD = block("## Token for token", "json")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pictures of the page's record."""
     made = tmp_path_factory.mktemp("migrate")
-    Image.effect_noise((56, 84), 80).convert("RGB").save(made / "map.png")
-    Image.effect_noise((84, 84), 70).convert("RGB").save(made / "path.png")
+    noise((56, 84), 80).save(made / "map.png")
+    noise((84, 84), 70).save(made / "path.png")
     return made
 
 

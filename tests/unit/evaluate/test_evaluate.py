@@ -25,6 +25,7 @@ from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
 from mirage_ds.engine.save import change_rows
 from mirage_ds.errors import UserError
+from mirage_ds.evaluate import decoder as evaluate
 from mirage_ds.evaluate.decoder import (
     Decoder,
     Sampling,
@@ -35,7 +36,6 @@ from mirage_ds.evaluate.decoder import (
     run_limits,
     write_report,
 )
-from mirage_ds.evaluate import decoder as evaluate
 from mirage_ds.evaluate.scoring import Answer, better, check_metric, score, task_of, wilson
 from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import load_model
