@@ -104,10 +104,10 @@ def _print_plan(made: Study, lines: list[Line], left: list[Line], problems: list
         node = group[0].node
         row = [name, node.kind, str(len(group)), str(sum(line.cells for line in group)), "", ""]
         if node.kind == "train" and node.config:
-            steps = {line.estimate.steps for line in group}
+            steps = [line.estimate.steps for line in group if line.estimate.steps is not None]
             hours = hours_of(group)
             row[1] = node.config.stage
-            row[4] = "?" if None in steps else " … ".join(f"{n:,}" for n in sorted({min(steps), max(steps)}))
+            row[4] = " … ".join(f"{n:,}" for n in sorted({min(steps), max(steps)})) if len(steps) == len(group) else "?"
             row[5] = shown_hours(sum(hours), 2) if hours else "–"
         counts = Counter(line.state for line in group)
         states = ", ".join(f"{count} {state}" if len(counts) > 1 else state for state, count in counts.items())

@@ -143,8 +143,9 @@ def overview(study: Study, store: Store, machine: Mapping[str, Any] | None = Non
     states = states_of(study, store)
 
     def estimated(node: Node) -> Estimate:
-        trains = node.kind == "train" and node.config is not None and machine is not None
-        return estimate(node.config, machine) if trains else Estimate()
+        if machine is None or node.kind != "train" or node.config is None:
+            return Estimate()
+        return estimate(node.config, machine)
 
     return [Line(node, needed[key], states[key], estimated(node)) for key, node in study.nodes.items()]
 

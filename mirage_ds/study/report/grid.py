@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -46,10 +46,10 @@ class Work:
 
 
 # One cell's scores by one metric: level (str) and value (float64, finite) of N records, whose names are the index.
-Column = pd.DataFrame
+Column: TypeAlias = pd.DataFrame
 
 
-def make_column(records: Sequence[str], levels: Sequence[str], values: Sequence[float]) -> Column:
+def make_column(records: Sequence[str], levels: Sequence[str], values: Sequence[float] | np.ndarray) -> Column:
     """Put the scores of N records together."""
     # As objects: pandas' own texts cannot hold half a surrogate pair, which a record's level may have.
     level = np.asarray(levels, object)
