@@ -14,10 +14,13 @@ import pytest
 from pydantic import BaseModel
 from support.shell_lines import Shown, mentioned_in, shown_in
 
+from mirage_ds.analysis.controls.spec import ControlsSpec
+from mirage_ds.analysis.inspect.spec import InspectSpec
 from mirage_ds.cli import cli
 from mirage_ds.config.flags import build_model
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.errors import UserError
+from mirage_ds.evaluate.spec import EvaluateSpec, GenerateSpec
 from mirage_ds.tasks import get_task
 
 ROOT = Path(__file__).parents[3]
@@ -56,6 +59,15 @@ RUN_ELSEWHERE = {
 LEFT_OUT: dict[str, Any] = {"model": "m", "stage": "stage2", "data_path": "d", "save_model_path": "s"}
 
 
+# Commands whose flags are a model: click alone misses what is required.
+SPECS: dict[str, type[BaseModel]] = {
+    "evaluate": EvaluateSpec,
+    "generate": GenerateSpec,
+    "controls": ControlsSpec,
+    "inspect": InspectSpec,
+}
+
+
 class Wrong(Exception):
     """The command is none."""
 
@@ -77,6 +89,8 @@ def check(shown: Shown, seen: list[click.Context]) -> None:
             settings = task.build_settings if rest[1] == "build" else task.convert_settings
             assert settings is not None
             take(settings, {name: value for name, value in params.items() if name != "source"}, None, "")
+        if rest[0] in SPECS and not shown.partial:
+            take_flags(SPECS[rest[0]], params)
     elif first == "python" and rest[0] == "-m":
         run_module(rest[1], rest[2:], shown, seen)
     elif first == "python" and rest[0].endswith(".py"):
@@ -129,7 +143,14 @@ def run_module(name: str, words: list[str], shown: Shown, seen: list[click.Conte
         name = "mirage_ds.evaluate.command"
     module = importlib.import_module(name)
     command = getattr(module, "evaluate" if name == "mirage_ds.evaluate.command" else "command", None) or module.main
-    parse(command, words, shown, seen)
+    params = parse(command, words, shown, seen)
+    if name == "mirage_ds.evaluate.command" and not shown.partial:
+        take_flags(EvaluateSpec, params)
+
+
+def take_flags(spec: type[BaseModel], params: dict[str, Any]) -> None:
+    """Make what a command makes of its flags."""
+    take(spec, {name: value for name, value in params.items() if name in spec.model_fields}, None, "")
 
 
 def take_settings(params: dict[str, Any], shown: Shown) -> None:
