@@ -21,7 +21,9 @@ from mirage_ds.config.flags import build_model
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.data.pack import total_steps
 from mirage_ds.engine.ds_config import read_json
+from mirage_ds.errors import UserError
 from mirage_ds.evaluate.command import evaluate
+from mirage_ds.evaluate.spec import EvaluateSpec
 from mirage_ds.model.presets import preset
 from mirage_ds.plan.fit import Plan, Question, chosen, rank
 from mirage_ds.plan.settings import read_settings
@@ -291,7 +293,14 @@ def parse_mirage(words: list[str]) -> None:
         _, found, words = command.resolve_command(parent, words)
         assert found is not None
         command = found
-    command.make_context(command.name, list(words), parent=parent)
+    given = command.make_context(command.name, list(words), parent=parent).params
+    if command is evaluate:
+        take_evaluate(given)
+
+
+def take_evaluate(given: dict[str, Any]) -> None:
+    """Make what `evaluate` makes of its flags: click alone does not know which are required."""
+    build_model(EvaluateSpec, {name: value for name, value in given.items() if name in EvaluateSpec.model_fields})
 
 
 def parse_train(words: list[str]) -> RunConfig:
@@ -321,7 +330,7 @@ def parse(words: list[str]) -> RunConfig | None:
         assert rest[:at] in (["--num_gpus", "8"], ["--hostfile", "hosts"])
         module, *rest = rest[at + 1 :]
         if module == "mirage_ds.evaluate":
-            evaluate.make_context("evaluate", rest)
+            take_evaluate(evaluate.make_context("evaluate", rest).params)
             return None
         assert module == "mirage_ds.train"
         return parse_train(rest)
@@ -347,7 +356,7 @@ def test_the_parser_of_commands_refuses() -> None:
     assert len(readme_commands()) > 20
     assert len(study_commands()) == 5
     for wrong in ("mirage-ds plan --modell x", "mirage-ds data bild x", "mirage-ds evaluate x"):
-        with pytest.raises(click.UsageError):
+        with pytest.raises((click.UsageError, UserError)):
             parse(shlex.split(wrong))
     with pytest.raises(click.UsageError):
         parse(shlex.split("launch/local.sh --config examples/7b/sat/sft.yaml --latentsize 3"))
