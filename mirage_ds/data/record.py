@@ -31,7 +31,7 @@ from mirage_ds.data.messages import (
     is_null,
     refuse_row,
 )
-from mirage_ds.errors import shown, strict_json
+from mirage_ds.errors import is_text, shown, strict_json
 
 # Where null means as much as nothing.
 NULLABLE = (*FIELDS, "messages", TURNS_BEFORE)
@@ -147,18 +147,9 @@ def _paths(value: Any, line: int, name: str, pictures: Path | None) -> tuple[str
             raise RecordError(
                 Fault(line, name, f"expected a path or a list of paths, found {shown(item)}", "write the image's path")
             )
-        if "\0" in item or not _whole(item):
+        if "\0" in item or not is_text(item):
             raise RecordError(Fault(line, name, f"{shown(item)} can be no path", "write the image's path"))
     return tuple(found)
-
-
-def _whole(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, which JSON can spell and no file or tokenizer can hold."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def parse_object(text: str, line: int) -> dict[str, Any]:
@@ -251,7 +242,7 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True, picture
             raise RecordError(
                 Fault(line, name, f"expected a string, found {shown(values[name])}", "write it as a string")
             )
-        if not _whole(values[name]):
+        if not is_text(values[name]):
             raise RecordError(
                 Fault(line, name, "holds half a surrogate pair", "write both halves, or the character itself")
             )
@@ -264,7 +255,7 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True, picture
         extra={key: value for key, value in values.items() if key not in FIELDS},
     )
     for turn in record.turns_before:
-        if not _whole(turn["content"]):
+        if not is_text(turn["content"]):
             raise record.fault(
                 TURNS_BEFORE, "holds half a surrogate pair", "write both halves, or the character itself"
             )

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from mirage_ds.analysis.inspect.live import figures
 from mirage_ds.data.loader import Rows
 from mirage_ds.data.record import Fault, Record, RecordError
-from mirage_ds.data.sample import IGNORE, Sample
+from mirage_ds.data.sample import Sample
 from mirage_ds.engine.setup import everyone, from_rank_zero
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import Stopped, UserError
-from mirage_ds.evaluate.decoder import decode_samples
+from mirage_ds.evaluate.decoder import decode_samples, prompt_of
 from mirage_ds.evaluate.scoring import Answer
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.model.vision import FrozenTower
@@ -29,21 +29,6 @@ if TYPE_CHECKING:
 
 # Rows that a rank answers at a time.
 BATCH = 16
-
-
-def prompt_of(sample: Sample) -> Sample:
-    """Cut a row's Sample down to its prompt: what Encoder.encode_prompt makes, with the features that were kept."""
-    end = int((sample.labels != IGNORE).nonzero()[0])
-    return sample._replace(
-        input_ids=sample.input_ids[:end],
-        labels=sample.labels[:end],
-        position_ids=sample.position_ids[:, :end],
-        runs=(),
-        helper_pixel_values=sample.helper_pixel_values[:0],
-        helper_grid_thw=sample.helper_grid_thw[:0],
-        helper_groups=sample.helper_groups[:0],
-        helper_features=None,
-    )
 
 
 def record_at(rows: Rows, row: int) -> Record:
