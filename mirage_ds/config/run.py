@@ -19,6 +19,7 @@ from mirage_ds.errors import UserError, is_text, reason, shown
 Stage = Literal["sft", "stage1", "stage2"]
 FeatureCache = Literal["all", "targets", "off"]
 Compress = Literal["average", "grid", "random", "first"]
+# They act in data/encode.py, in decoding in model/generate.py.
 Slots = Literal["latents", "pause", "marks", "auxiliary"]
 LatentLoss = Literal["cosine", "l2"]
 

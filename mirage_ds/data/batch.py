@@ -21,7 +21,7 @@ Tree = TypeVar("Tree")
 
 
 class Pass(NamedTuple):
-    """One pass of the forward, on tensors (see pack.PassPlan).
+    """One pass of the forward, on tensors (see passes.PassPlan).
 
     Attributes:
         tokens: (Tq,) packed indices; first: (Nq,) where each sample begins in them; sources: (Nq,) what is fed back

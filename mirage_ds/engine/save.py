@@ -31,7 +31,7 @@ from mirage_ds.model.shards import ShardWriter
 
 
 def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a model folder says of its training, from what a checkpoint says of its run (setup.state_of)."""
+    """Return what a model folder says of its training, from what a checkpoint says of its run (run/setup.state_of)."""
     # Checkpoints from before there were arms say nothing of them.
     slots, compress, *_ = state.get("latents") or (None, "average")
     trained = dict(stage=state["stage"], latent_size=state["latent_size"], slots=slots, compress_strategy=compress)

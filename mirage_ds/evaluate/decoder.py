@@ -1,6 +1,7 @@
 """Decoding: a model folder ready to answer questions, and records or encoded prompts → answers.
 
-One token after another is model/generate.py's work. N rows of a batch, k latents of a latent block.
+`mirage-ds evaluate`: command.evaluate → report.evaluate_file → answer_records → model/generate.generate, which makes
+one token after another; greedy unless --decoding says otherwise. N rows of a batch, k latents of a latent block.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def compress(features: torch.Tensor, batch: Batch, width: int) -> torch.Tensor:
-    """Average groups of each helper's features into its k targets (arXiv 2506.17218, equation 2; pool.pool_groups).
+    """Average groups of each helper's features into its k targets (arXiv 2506.17218, equation 2; data/pooling.py).
 
     Args:
         features: (F, (1 + D) · H) merged visual features of all helpers; a latent imitates the first H numbers of them

@@ -2,6 +2,9 @@
 
 N samples, M labelled positions, C of a chunk, V vocabulary, H hidden, k latents a block, B rows of the optimizer step.
 
+Stage 1's distance to its targets is latents.grounding; forward.MirageModel brings both here, and run/step.py weighs
+them with `objective`.
+
 No tensor of size T × V is ever made: the head runs on the M labelled positions in chunks whose logits fit a budget.
 """
 

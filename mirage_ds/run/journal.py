@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from typing import Any
 
 import psutil
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import Stopped, UserError
@@ -194,7 +197,7 @@ class Journal:
 
 
 class Logs:
-    """Where rank 0 writes while steps are taken: console, --log_file, log.jsonl, trackers.
+    """Where rank 0 writes while steps are taken: console with a bar, --log_file, log.jsonl, trackers.
 
     Args:
         folder: the run's own folder.
@@ -228,10 +231,23 @@ class Logs:
             log_file.parent.mkdir(parents=True, exist_ok=True)
             self.text = log_file.open("a", buffering=1, encoding="utf-8", errors="replace")
         self.recent: deque[float] = deque(maxlen=50)
+        # A terminal gets a bar under the lines; a file gets the lines alone.
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("steps", total=steps, completed=start)
+        self.bar.start()
 
     def say(self, line: str) -> None:
         """Print one line."""
-        print(line, flush=True)  # noqa: T201  # this is the console
+        self.console.print(line, markup=False)
         if self.text:
             self.text.write(line + "\n")
 
@@ -256,11 +272,13 @@ class Logs:
 
     def left(self, step: int, seconds: float) -> timedelta:
         """Take note of a step that took so long; return the time that the rest of the run will take."""
+        self.bar.update(self.task, completed=step)
         self.recent.append(seconds)
         return timedelta(seconds=round(median(self.recent) * (self.steps - step)))
 
     def close(self, end: End) -> None:
         """Say to the trackers how the run ended, and write what waits."""
+        self.bar.stop()
         self.lines.close()
         for sink in self.sinks:
             self._give(sink.close, end)

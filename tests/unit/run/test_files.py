@@ -129,7 +129,6 @@ def test_what_can_be_written_leaves_no_trace(place: Path) -> None:
         ("compare", ["--out", "--markdown"]),
         ("init", ["--out"]),
         ("export", ["target"]),
-        ("generate", ["--save_latents"]),
         ("data show", ["--out"]),
         ("ablate report", ["--out"]),
         ("ablate export", ["file"]),
