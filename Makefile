@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(ENV) $(BIN)/python examples/demo.py --out $(OUT)
 
-# Two processes, here and in test-slow; a file of tests/dist has one group of ranks, so its tests stay together.
+# Two processes, here and in test-slow. A file's tests stay together: they share what was trained for them.
 test: install
 	$(ENV) $(BIN)/python -m pytest tests/unit tests/dist -m "not slow" --numprocesses 2 --dist loadfile
 
@@ -56,6 +56,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m benchmarks.house
 
 # The site, into site/: every link and anchor is checked. Its packages are installed here, nothing else needs them.
 docs: $(VENV)/.docs

@@ -22,32 +22,34 @@ from rich.table import Table
 
 REPO = Path(__file__).parents[1]
 ROOT = REPO / "mirage_ds"
-# Lines of code a room may have.
+# Lines of code a room may have: what it has, rounded up. They only go down, but for a feature that is named here.
+# All of it should fit into 20,000 lines (22,144 on 2026-11-29).
 ROOMS = {
-    "analysis": 2600,
-    "curate": 2100,
-    "cluster": 3000,
-    "config": 600,
-    "data": 2900,
-    "engine": 2600,
-    "evaluate": 800,
-    "model": 2600,
-    "plan": 1500,
-    "run": 2000,
-    "study": 2700,
-    "tasks": 1700,
-    "api": 320,
-    "cli": 220,
-    "errors": 90,
-    "files": 180,
-    "train": 220,
+    "data": 2960,
+    "study": 2720,
+    "cluster": 2650,
+    "analysis": 1860,
+    "curate": 1860,
+    "tasks": 1830,
+    "engine": 1790,
+    "model": 1770,
+    "run": 1760,
+    "plan": 1180,
+    "evaluate": 670,
+    "config": 460,
+    "api": 240,
+    "files": 160,
+    "cli": 150,
+    "train": 140,
+    "errors": 60,
+    "__main__": 3,
 }
-TOTAL = 20_000
+TOTAL = 22_200
 FILE_LINES, FUNCTION_LINES = 400, 80
 FLOORS, ARROWS = 13, 100
 README_LINES, DOC_WORDS = 150, 25_000
 # Not prose that somebody reads from the start: dated results, and what a command has made.
-NO_PROSE = {"log.md", "api.md", "study.md", "study_plan.md"}
+NO_PROSE = {"log.md", "api.md", "study.md"}
 
 
 def code_lines(text: str) -> int:
