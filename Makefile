@@ -25,9 +25,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(ENV) $(BIN)/python examples/demo.py --out $(OUT)
 
-# Two processes, here and in test-slow. A file's tests stay together: they share what was trained for them.
+# Two processes, here and in test-slow; the long files first. A file's tests share what was trained for them.
 test: install
-	$(ENV) $(BIN)/python -m pytest tests/unit tests/dist -m "not slow" --numprocesses 2 --dist loadfile
+	$(ENV) $(BIN)/python -m pytest tests/dist tests/unit -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: install
 	$(ENV) $(BIN)/python -m pytest tests/slow tests/dist -m slow --numprocesses 2 --dist loadfile
