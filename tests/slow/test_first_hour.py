@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).parents[2]
 # What the walk's two files are made smaller by; each must be there.
 SMALLER = {
@@ -22,6 +24,7 @@ def page() -> str:
     return (REPO / "docs/first_hour.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_files_it_speaks_of() -> None:
     example = REPO / "examples/first_hour"
     assert f"```yaml\n{(example / 'study.yaml').read_text()}```" in page()
@@ -29,6 +32,7 @@ def test_the_page_shows_the_files_it_speaks_of() -> None:
     assert {file.name for file in example.iterdir()} == set(SMALLER)
 
 
+@pytest.mark.slow
 def test_its_commands_lead_to_a_report(tmp_path: Path) -> None:
     for name, changes in SMALLER.items():
         shutil.copy(REPO / "examples/first_hour" / name, tmp_path)
