@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ Values = dict[str, Any]
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mirage_ds.data.sources.PIECE_BYTES", 100)
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[Group]:
+    """Ranks of its own: once a run has taken its first step, they no longer wait for each other in the store."""
+    made = Group()
+    yield made
+    made.stop()
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from support.group import Group, GroupFailure
+from support.models import make_nano
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
@@ -48,6 +49,12 @@ BASE: dict[str, Any] = dict(
     latent_size=K, global_batch_size=8, micro_batch_size=4, max_steps=2, warmup_steps=1, learning_rate=3e-3,
     adam_eps=1e-3, num_workers=0, report_to=["none"], max_grad_norm=1.0,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All four layers: the tolerances below were measured with them."""
+    return make_nano(tmp_path_factory.mktemp("models") / "nano")
 
 
 @pytest.fixture(scope="module")
