@@ -19,6 +19,14 @@ def group() -> Iterator[Group]:
     made.stop()
 
 
+@pytest.fixture(scope="module")
+def own_group() -> Iterator[Group]:
+    """Two ranks for the tests of one file alone, which need a group before its first step or leave it broken."""
+    made = Group()
+    yield made
+    made.stop()
+
+
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The nano model with two of its four layers: ranks spend most of their time in DeepSpeed's hooks around each."""

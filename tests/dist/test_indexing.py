@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ Values = dict[str, Any]
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mirage_ds.data.sources.PIECE_BYTES", 100)
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[Group]:
-    """Ranks of its own: once a run has taken its first step, they no longer wait for each other in the store."""
-    made = Group()
-    yield made
-    made.stop()
 
 
 @pytest.fixture
@@ -118,35 +109,37 @@ def start(
         return found, made
 
 
-def test_ranks_wait_longer_than_a_collective_and_share_the_work(group: Group, values: Values, tmp_path: Path) -> None:
-    (place, first), (other, second) = group.run(start, values, late_s=1.5, bound_s=0.7)
+def test_ranks_wait_longer_than_a_collective_and_share_the_work(
+    own_group: Group, values: Values, tmp_path: Path
+) -> None:
+    (place, first), (other, second) = own_group.run(start, values, late_s=1.5, bound_s=0.7)
     assert place == other
     assert (first, second) == (list(range(0, 12, 2)), list(range(1, 12, 2)))
     assert files_of(place) == alone(values, tmp_path / "alone")
-    assert [(one, made) for one, made in group.run(start, values)] == 2 * [(place, [])]
+    assert [(one, made) for one, made in own_group.run(start, values)] == 2 * [(place, [])]
 
 
-def test_an_index_made_beforehand_is_found(group: Group, values: Values) -> None:
+def test_an_index_made_beforehand_is_found(own_group: Group, values: Values) -> None:
     config = RunConfig.model_validate(values)
     (line,) = index_beforehand(config)
     assert line.startswith(f"{config.data_path}: 12 records, 12 rows to train on, index ")
-    for place, made in group.run(start, values):
+    for place, made in own_group.run(start, values):
         assert (line.endswith(f" {place}"), made) == (True, [])
 
 
 def test_a_request_to_stop_reaches_every_rank_and_the_next_start_goes_on(
-    group: Group, values: Values, tmp_path: Path
+    own_group: Group, values: Values, tmp_path: Path
 ) -> None:
-    group.run(start, {**values, "cache_dir": str(tmp_path / "other")})
-    (said, first), (also, second) = group.run(start, values, late_s=1.0, stop_after=2)
+    own_group.run(start, {**values, "cache_dir": str(tmp_path / "other")})
+    (said, first), (also, second) = own_group.run(start, values, late_s=1.0, stop_after=2)
     assert (said, also, len(second)) == ("stopped", "stopped", 2)
-    (place, more), (_, rest) = group.run(start, values)
+    (place, more), (_, rest) = own_group.run(start, values)
     assert sorted([*first, *second, *more, *rest]) == list(range(12))
     assert files_of(place) == alone(values, tmp_path / "alone")
 
 
-def test_hosts_that_share_no_cache_make_their_own(group: Group, values: Values, tmp_path: Path) -> None:
-    both = group.run(start, {**values, "cache_dir": "cache"}, host=True)
+def test_hosts_that_share_no_cache_make_their_own(own_group: Group, values: Values, tmp_path: Path) -> None:
+    both = own_group.run(start, {**values, "cache_dir": "cache"}, host=True)
     wanted = alone(values, tmp_path / "alone")
     for rank, (place, made) in enumerate(both):
         assert isinstance(place, Path), place
@@ -154,7 +147,7 @@ def test_hosts_that_share_no_cache_make_their_own(group: Group, values: Values, 
         assert files_of(place) == wanted
 
 
-def test_a_host_with_other_records_is_named(group: Group, values: Values) -> None:
-    for said, _ in group.run(start, {**values, "cache_dir": "cache"}, host=True, strange=True):
+def test_a_host_with_other_records_is_named(own_group: Group, values: Values) -> None:
+    for said, _ in own_group.run(start, {**values, "cache_dir": "cache"}, host=True, strange=True):
         wanted = f"{values['data_path']}: rank 1 finds other records or images there than rank 0; copy"
         assert str(said).startswith(wanted)

@@ -39,14 +39,14 @@ def _load(world: Any, folders: list[str]) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in named.items()}
 
 
-def test_rank_0_alone_reads_the_language_model(group: Group, nano: Path, tmp_path: Path) -> None:
+def test_rank_0_alone_reads_the_language_model(own_group: Group, nano: Path, tmp_path: Path) -> None:
     # The other rank's files have the same names and shapes, and nothing in them.
     empty = tmp_path / "empty"
     shutil.copytree(nano, empty)
     for file in empty.glob("*.safetensors"):
         blank = {name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}
         save_file(blank, file, metadata={"format": "pt"})
-    first, second = group.run(_load, [str(nano), str(empty)])
+    first, second = own_group.run(_load, [str(nano), str(empty)])
     assert len(first) > 20
     for name, tensor in first.items():
         assert torch.equal(second[name], tensor)
@@ -73,8 +73,8 @@ def _wait(world: Any, bound_s: float, late_s: float) -> list[tuple[float, str]]:
     return found
 
 
-def test_every_collective_is_bounded(group: Group) -> None:
-    waited, _ = group.run(_wait, 2.0, 6.0)
+def test_every_collective_is_bounded(own_group: Group) -> None:
+    waited, _ = own_group.run(_wait, 2.0, 6.0)
     assert len(waited) == 2
     for seconds, why in waited:
         assert 1.5 < seconds < 4
