@@ -43,14 +43,20 @@ LEFT_OUT = (
     *("nvidia-nvtx", "nvidia-nvtx-cu12", "nvidia-cusolver", "nvidia-cusolver-cu12", "nvidia-cuda-nvrtc-cu12"),
 )
 SHOWN = ("torch", "transformers", "deepspeed", "peft", "datasets", "pyarrow", "pydantic", "click", "numpy")
-# Forward, decoding, LoRA and export against plain transformers, of every stage and family; what is encoded; then
-# ZeRO-3 and a resumed run on two ranks.
-TESTS = (
-    *("tests/unit/model/test_forward.py", "tests/unit/model/test_generate.py", "tests/unit/data/test_encode.py"),
-    *("tests/unit/model/test_lora.py", "tests/unit/engine/test_export.py", "tests/unit/model/test_attention.py"),
-    *("tests/unit/engine/test_private.py", "tests/unit/engine/test_versions.py"),
-    *("tests/dist/test_zero3.py", "tests/dist/test_resume.py"),
-)
+# Forward, decoding, LoRA and export against plain transformers, of every stage and family; what is encoded.
+ALONE = [
+    "tests/unit/model/test_forward.py",
+    "tests/unit/model/test_generate.py",
+    "tests/unit/model/test_lora.py",
+    "tests/unit/model/test_attention.py",
+    "tests/unit/data/test_encode.py",
+    "tests/unit/engine/test_export.py",
+    "tests/unit/engine/test_private.py",
+    "tests/unit/engine/test_versions.py",
+]
+# Then two ranks: ZeRO-3 against one process, the other families, a resumed run.
+ZERO3 = ["each_rank_loads_half", "four_micro_steps", "ranks_without_image", "other_zero_stages", "checkpoint_writes"]
+TOGETHER = ["tests/dist/test_zero3.py", "tests/dist/test_families.py", "tests/dist/test_resume.py"]
 
 
 def uv(*arguments: str | Path, **options: str) -> None:
@@ -121,7 +127,8 @@ def run(name: str, python: Path) -> bool:
         f"print('{name}: python', sys.version.split()[0], *(f'{{x}} {{version(x)}}' for x in {SHOWN}))"
     )
     pytest = ["-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "--numprocesses", "2", "--dist", "loadfile"]
-    commands = [["-c", print_versions], [*pytest, *TESTS]]
+    some = " or ".join([*ZERO3, "test_families", "test_resume", "unit"])
+    commands = [["-c", print_versions], [*pytest, *TOGETHER, *ALONE, "-k", some]]
     if (PARITY / "index.json").is_file():
         commands.append(["tests/parity/check.py", str(PARITY)])
     begun = time.monotonic()
