@@ -10,13 +10,23 @@ import pytest
 from support.group import Group
 from support.models import make_nano
 
+# Of one rank: engines that were not destroyed, compiled code, caches. DeepSpeed collects garbage in every step.
+MOST_BYTES = 3 << 29
+
 
 @pytest.fixture(scope="session")
-def group() -> Iterator[Group]:
-    """Two ranks for the tests of a worker: a start of both costs ten seconds."""
+def shared_group() -> Iterator[Group]:
     made = Group()
     yield made
     made.stop()
+
+
+@pytest.fixture(scope="module")
+def group(shared_group: Group) -> Iterator[Group]:
+    """Two ranks for the tests of a worker: a start of both costs ten seconds. What tests leave in them is bounded."""
+    yield shared_group
+    if shared_group.memory() > MOST_BYTES:
+        shared_group.stop()
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import psutil
+
 TIMEOUT_S = 60
 # Once one rank has failed, the others get this long before they are taken to wait for it.
 GRACE_S = 3
@@ -78,6 +80,10 @@ class Group:
             process.kill()
             process.join()
         self.ranks = []
+
+    def memory(self) -> int:
+        """Return the resident bytes of the largest rank; 0 where none runs."""
+        return max((psutil.Process(process.pid).memory_info().rss for process, _ in self.ranks), default=0)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S, **kwargs: Any) -> list[Any]:
         """Call `function(world, *args, **kwargs)` on every rank; return the results in the order of ranks.
