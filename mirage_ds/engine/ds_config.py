@@ -127,9 +127,10 @@ def _missing(path: Path) -> UserError:
         for name in (earlier.get(rest, rest), f"zero3_{rest}"):
             if (shipped_folder() / f"{name}.json").is_file():
                 gone = " (NVMe offload is gone)" if rest == "nvme" else ""
+                folder = path.parent if path.parent.name == "ds_configs" else shipped_folder()
                 return UserError(
                     f"--deepspeed {path}: no such file; ds_configs/ holds one file a recipe now, for all stages, GPUs "
-                    f"and CPUs: take {path.with_name(name)}.json{gone}"
+                    f"and CPUs: take {folder / name}.json{gone}"
                 )
     shipped = ", ".join(file.name for file in recipes())
     return UserError(f"--deepspeed {path}: no such file; {shipped_folder()} holds {shipped}")
@@ -157,7 +158,7 @@ def read_json(path: Path, device: str = "cuda") -> dict[str, Any]:
     """Read and check a DeepSpeed JSON.
 
     Args:
-        device: "cpu" changes a recipe of ds_configs/ for CPUs; a JSON of the user's own is taken as it stands.
+        device: "cpu" changes a recipe for CPUs; a JSON of the user's own is taken as it stands.
 
     Raises:
         UserError: missing, broken, a key that DeepSpeed does not know, or a choice this trainer cannot honour.
@@ -187,9 +188,13 @@ def read_json(path: Path, device: str = "cuda") -> dict[str, Any]:
     _check_precision(values, path)
     _refuse_auto(values, path)
     _refuse_unused(values, path)
-    if device == "cpu" and path.resolve().parent == shipped_folder().resolve():
-        return _for_cpu(values)
-    return values
+    return _for_cpu(values) if device == "cpu" and _is_recipe(values, path) else values
+
+
+def _is_recipe(values: dict[str, Any], path: Path) -> bool:
+    """Tell whether a JSON is a shipped one, in whatever copy of ds_configs/: by its name and what it holds."""
+    shipped = shipped_folder() / path.name
+    return shipped.is_file() and strict_json(shipped.read_text(encoding="utf-8")) == values
 
 
 def _refuse_unused(values: dict[str, Any], path: Path) -> None:

@@ -93,7 +93,8 @@ def find_place(environment: Mapping[str, str]) -> Place:
             return _place(environment, names)
     raise UserError(
         "no launcher has set RANK, WORLD_SIZE and LOCAL_RANK (or their OpenMPI, MPICH or Slurm names); start the "
-        "guard through launch/*.sh, deepspeed, mpirun or srun"
+        "guard through launch/*.sh, deepspeed, mpirun or srun",
+        everywhere=False,
     )
 
 

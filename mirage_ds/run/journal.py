@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -270,11 +269,12 @@ class Logs:
             for sink in self.sinks:
                 self._give(sink.figure, step, f"latents/{name}", figure)
 
-    def left(self, step: int, seconds: float) -> timedelta:
-        """Take note of a step that took so long; return the time that the rest of the run will take."""
+    def left(self, step: int, seconds: float) -> str:
+        """Take note of a step that took so long; return the time that the rest will take, as h:mm:ss."""
         self.bar.update(self.task, completed=step)
         self.recent.append(seconds)
-        return timedelta(seconds=round(median(self.recent) * (self.steps - step)))
+        whole = round(median(self.recent) * (self.steps - step))
+        return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
     def close(self, end: End) -> None:
         """Say to the trackers how the run ended, and write what waits."""

@@ -150,8 +150,10 @@ def test_a_place_is_read_from_any_launcher() -> None:
     # mpirun inside a batch script: Slurm speaks of the script.
     assert find_place(meeting | slurm | mpi).rank == 2
     assert find_place(meeting | slurm | mpi | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}).size == 1
-    with pytest.raises(UserError, match="no launcher has set RANK"):
+    with pytest.raises(UserError, match="no launcher has set RANK") as caught:
         find_place(meeting)
+    # The rank that meets it says it.
+    assert not caught.value.everywhere
     with pytest.raises(UserError, match="SLURM_PROCID is set, and MASTER_PORT not"):
         find_place(slurm | {"MASTER_ADDR": "node1"})
 

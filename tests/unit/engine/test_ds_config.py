@@ -105,10 +105,16 @@ def test_a_cpu_runs_a_recipe_in_float32_sharded_and_without_a_compiler(
     wanted["zero_optimization"] = values["zero_optimization"] | zero
     assert read_json(path, "cpu") == wanted
     assert read_json(path) == read_json(path, "cuda") == values
-    # A user's own JSON says what the user wants.
-    own = tmp_path / path.name
+    # Wherever the recipe lies; a user's own JSON says what the user wants.
+    copied, own, changed = tmp_path / "clone" / path.name, tmp_path / "own.json", tmp_path / path.name
+    copied.parent.mkdir()
+    copied.write_text(path.read_text())
     own.write_text(path.read_text())
+    other = values | {"steps_per_print": 7}
+    changed.write_text(json.dumps(other))
+    assert read_json(copied, "cpu") == wanted
     assert read_json(own, "cpu") == values
+    assert read_json(changed, "cpu") == other
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -196,6 +202,10 @@ def test_the_name_of_an_earlier_file_leads_to_its_recipe(earlier: str, now: str)
         read_json(Path("ds_configs") / earlier)
     assert str(caught.value).startswith(f"--deepspeed ds_configs/{earlier}: no such file; ")
     assert str(caught.value).endswith(f": take ds_configs/{now}")
+    # Where a path of the user's own is mistyped, nothing lies beside it.
+    with pytest.raises(UserError) as caught:
+        read_json(Path("mine") / earlier)
+    assert str(caught.value).endswith(f": take {shipped_folder()}/{now}")
 
 
 def test_an_unknown_key_is_refused_with_a_suggestion(refused: Callable[..., str]) -> None:
