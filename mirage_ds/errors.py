@@ -16,8 +16,11 @@ EXIT_STOPPED = 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class Stopped(Exception):
-    """The work has ended on request, before its end, with nothing half-written."""
+class Stopped(BaseException):
+    """The work has ended on request, before its end, with nothing half-written.
+
+    A signal may raise it anywhere, in a picture's decoder too: what takes any Exception for a broken file lets it pass.
+    """
 
 
 class UserError(Exception):

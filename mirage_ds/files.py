@@ -24,7 +24,18 @@ from mirage_ds.errors import UserError, is_text, shown
 TRAINED_KEY = "mirage"
 # What the system says of a file that cannot be written or opened, whoever asks: the user's to fix.
 TROUBLES = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.ENOTDIR)
+    [
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EIO,
+        errno.ESTALE,
+    ]
 )
 # A block: less may find room on a full disk.
 TRIED_BYTES = 4096

@@ -117,7 +117,7 @@ def parse(text: str) -> tuple[dict[str, str], list[str]]:
             faults.append(f"line {number}: {what}, remove it")
         elif not _is_one_word(as_exported(value)):
             what = f"the value of {name} closes the double quotes that DeepSpeed puts around it"
-            faults.append(f'line {number}: {what}; write it without quotes, and \\" and \\\\ for such signs inside it')
+            faults.append(f'line {number}: {what}, write it without quotes and with \\" and \\\\ for such signs inside')
         else:
             values[name] = value
     return values, faults

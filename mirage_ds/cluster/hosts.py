@@ -16,7 +16,7 @@ _LINE = re.compile(r"(\S+)[ \t]+slots=([0-9]+)([ \t].*)?")
 _NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*@)?[A-Za-z0-9_][A-Za-z0-9._-]*")
 # What is no name → what to write; the first that fits counts.
 NO_NAMES = {
-    ":.*:": "pdsh takes no IPv6 address; give the host a name in /etc/hosts or ~/.ssh/config and write that",
+    "^[^,]*:[^,]*:": "pdsh takes no IPv6 address; give the host a name in /etc/hosts or ~/.ssh/config and write that",
     ":[0-9]": "a port belongs in ~/.ssh/config (Host, Port); write the name alone",
     r"[\[\],]": "write one host a line (`scontrol show hostnames` lists those of Slurm's short form)",
     "": "write `host` or `user@host`, of ASCII letters, digits, '.', '_' and '-'",

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -234,8 +235,11 @@ def _words(text: str, colour: str) -> Iterator[Image.Image | None]:
         yield None if word == "\n" else _drawn(word, colour)
 
 
+_font = cache(ImageFont.load_default)
+
+
 def _drawn(text: str, colour: str) -> Image.Image:
-    font = ImageFont.load_default(14)
+    font = _font(14)
     box = Image.new("RGB", (math.ceil(font.getlength(text)), _LINE), "white")
     ImageDraw.Draw(box).text((0, 0), text, fill=colour, font=font)
     return box

@@ -4,13 +4,14 @@ joins these."""
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,14 @@ class Writer:
         self.pictures = [schemas["pictures"].empty_table()]
         # A number of each row takes little; written at the end, each column is one array.
         self.columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+        self.images = dict.fromkeys(keep, 0)
         for name in keep:
             self.columns |= {f"{name}.keys": [], f"{name}.sizes": [], f"{name}.starts": [np.zeros(1, np.int64)]}
         self.files = ExitStack()
         self.tables = {}
         for name, schema in ROW_FILES.items():
-            file = self.files.enter_context(pa.OSFile(str(folder / name), "wb"))
+            # Python's file: its errors have a number.
+            file = self.files.enter_context((folder / name).open("wb"))
             self.tables[name] = self.files.enter_context(pa.ipc.new_file(file, schema))
         self.waiting = schemas["rows"].empty_table()
 
@@ -90,8 +93,9 @@ class Writer:
             keys, sizes = (part.rows[f"{name}.{one}"].combine_chunks() for one in ("keys", "sizes"))
             self.columns[f"{name}.keys"].append(keys.flatten().to_numpy().reshape(-1, 2).copy())
             self.columns[f"{name}.sizes"].append(sizes.flatten().to_numpy().copy())
-            starts = self.columns[f"{name}.starts"]
-            starts.append(starts[-1][-1:] + np.cumsum(sizes.value_lengths().to_numpy(zero_copy_only=False)))
+            counts = sizes.value_lengths().to_numpy(zero_copy_only=False)
+            self.columns[f"{name}.starts"].append(self.images[name] + np.cumsum(counts))
+            self.images[name] += int(counts.sum())
         self.waiting = pa.concat_tables([self.waiting, part.rows])
         self._write(len(self.waiting) // BATCH_ROWS * BATCH_ROWS)
         self.faults += part.faults["fault"].to_pylist()
@@ -116,13 +120,16 @@ class Writer:
         self.files.close()
         (self.folder / "faults.jsonl").write_text("".join(f"{line}\n" for line in self.faults), encoding="utf-8")
         for name, parts in self.columns.items():
-            np.save(self.folder / f"{name}.npy", np.concatenate(parts))
+            # numpy itself says nothing of a full disk, or not why.
+            column = io.BytesIO()
+            np.save(column, np.concatenate(parts))
+            (self.folder / f"{name}.npy").write_bytes(column.getbuffer())
         seen = pa.concat_tables(self.pictures)
         # Every part names the images that its records show.
         seen = seen.group_by(PICTURE_SCHEMA.names, use_threads=False).aggregate([("faulty", "any")])
         seen = seen.sort_by([(name, "ascending") for name in PICTURE_SCHEMA.names]).combine_chunks()
         for name, own in (("pictures.arrow", seen), ("suspects.arrow", seen.filter(seen["faulty_any"]))):
-            with pa.ipc.new_file(str(self.folder / name), PICTURE_SCHEMA) as table:
+            with (self.folder / name).open("wb") as file, pa.ipc.new_file(file, PICTURE_SCHEMA) as table:
                 table.write_table(own.select(PICTURE_SCHEMA.names), PICTURE_BATCH)
         last, place = len(finder.folders) - 1, seen["place"].to_numpy()
         # The rows themselves are checked one by one, when they are read.
@@ -286,8 +293,8 @@ class Maker:
         remove_abandoned(place.parent)
         partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
         partial.mkdir()
+        writer = Writer(partial, self.keep)
         try:
-            writer = Writer(partial, self.keep)
             parts = Parts(plan, self.encoder, self.keep, self.cache)
             for number in track(range(len(plan.pieces)), "joining the index", disable=self.quiet, transient=True):
                 writer.add(parts.read(number, self.check_images))
@@ -306,6 +313,8 @@ class Maker:
                 )
             return put(own, place, self.cache)
         finally:
+            with suppress(OSError):
+                writer.files.close()
             shutil.rmtree(partial, ignore_errors=True)
 
 

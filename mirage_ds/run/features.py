@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rich.progress import track
+from safetensors import SafetensorError
 
 from mirage_ds.config.mixture import Records
 from mirage_ds.config.run import RunConfig
@@ -33,7 +34,7 @@ from mirage_ds.data.sample import ImageKeys
 from mirage_ds.data.selection import Selection, by_place, faults_error
 from mirage_ds.data.ship import as_it_is, ignore_in_worker
 from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
-from mirage_ds.errors import Stopped, UserError
+from mirage_ds.errors import Stopped, UserError, reason
 from mirage_ds.model.images import embedded
 from mirage_ds.model.latents import averages
 from mirage_ds.model.vision import FrozenTower
@@ -200,9 +201,11 @@ def _said(folder: Path) -> Iterator[None]:
     """Turn what the folder of features leads to on this rank into a sentence."""
     try:
         yield
-    except OSError as error:
+    # safetensors has an error of its own for a full disk.
+    except (OSError, SafetensorError) as error:
         how = "make room or name another folder, or --feature_cache off"
-        raise UserError(f"--feature_dir {folder}: {error.strerror}; {how}", everywhere=False) from None
+        what = getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"--feature_dir {folder}: {what}; {how}", everywhere=False) from None
 
 
 def _check_room(kept: KeptFeatures, places: np.ndarray, folder: Path) -> None:

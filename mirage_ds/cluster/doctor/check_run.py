@@ -70,8 +70,7 @@ def code(seen: Seen) -> Verdict:
 def _model_on(host: str, named: str, facts: Facts, downloaded: bool) -> list[Bad]:
     """Judge a model on one host; `downloaded`: it comes from the hub where no folder has its name."""
     if "files" in facts:
-        missing = fail(host, f"{named}: no weights (*.safetensors) in it", "copy or download it again")
-        return [] if facts["weight_bytes"] else [missing]
+        return [fail(host, f"{named}: {facts['fault']}", "copy or download it again")] if facts["fault"] else []
     if not downloaded:
         return [fail(host, f"{named}: no such folder", "put it on a disk that every host sees, or copy it there")]
     if facts["kept"]:
@@ -81,9 +80,9 @@ def _model_on(host: str, named: str, facts: Facts, downloaded: bool) -> list[Bad
 
 
 def _weights(seen: Seen) -> int:
-    """Return the number of weights of the largest model that is known, taken for 16-bit files."""
+    """Return the number of weights of the largest model that is known."""
     models = [facts for section in seen.section("models").values() for facts in section.values()]
-    return max((facts.get("weight_bytes", 0) for facts in models), default=0) // EXPORT_BYTES
+    return max((facts.get("weights", 0) for facts in models), default=0)
 
 
 def model(seen: Seen) -> Verdict:

@@ -55,7 +55,7 @@ class DoctorSpec(BaseModel):
             # Weights are the training's business.
             parts = enumerate(self.data_path, 1)
             files |= {f"--data_path {number}": parse_part(str(part)).file for number, part in parts}
-        else:
+        elif self.data_path:
             files["--data_path"] = self.data_path[0] if isinstance(self.data_path, tuple) else self.data_path
         return {flag: path for flag, path in files.items() if path is not None}
 

@@ -237,15 +237,35 @@ def hub_folder(name: str, cache: str | None) -> Path:
     return root / f"models--{name.replace('/', '--')}"
 
 
+def weights_in(folder: Path, files: dict[str, int]) -> tuple[int, str | None]:
+    """Count the weights in a folder, from the headers of its safetensors; say what of them is missing or cut off."""
+    index, count = folder / "model.safetensors.index.json", 0
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+        for name in sorted(named - files.keys()):
+            return 0, f"{name} is named by {index.name} and is not there"
+        for name in (name for name in files if name.endswith(".safetensors")):
+            with (folder / name).open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(size, files[name])))
+            header.pop("__metadata__", None)
+            if 8 + size + max((one["data_offsets"][1] for one in header.values()), default=0) != files[name]:
+                return 0, f"{name} is cut off, or damaged"
+            count += sum(math.prod(one["shape"]) for one in header.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return 0, f"its weights cannot be read ({type(error).__name__}: {error})"
+    return count, None if count else "no weights (*.safetensors) in it"
+
+
 def models(request: Request) -> dict[str, Any]:
-    """Each model that the run starts from: its files and their bytes, or its place in the hub's cache."""
+    """Each model that the run starts from: its files and weights, or its place in the hub's cache."""
     found = {}
     for flag, name in request["models"].items():
         path = Path(name)
         if path.is_dir():
             files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
-            weights = sum(size for file, size in files.items() if file.endswith(".safetensors"))
-            found[flag] = {"files": files, "weight_bytes": weights}
+            weights, fault = weights_in(path, files)
+            found[flag] = {"files": files, "weights": weights, "fault": fault}
         else:
             cache = hub_folder(name, request["cache_dir"])
             found[flag] = {"hub": str(cache), "kept": any(cache.glob("snapshots/*/config.json"))}

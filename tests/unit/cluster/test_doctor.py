@@ -53,7 +53,7 @@ PACKAGES = {
     "nvidia-nccl-cu13": "2.29.7",
     "nvidia-nccl-cu12": None,
 }
-MODEL = {"files": {"config.json": 2000, "model.safetensors": 14 * GB}, "weight_bytes": 14 * GB}
+MODEL = {"files": {"config.json": 2000, "model.safetensors": 14 * GB}, "weights": 7_000_000_000, "fault": None}
 
 
 def host_facts(number: int) -> dict[str, Any]:
@@ -200,8 +200,8 @@ ON_ONE_HOST: dict[str, tuple[Change, str, str, str, str]] = {
                       "--model /models/7b: no such folder", "every host sees"),
     "model of other files": (set_at("models", "--model", "files", "model.safetensors", to=1), "model", "fail",
                              "not the files of a: model.safetensors", "shared disk"),
-    "model without weights": (set_at("models", "--model", "weight_bytes", to=0), "model", "fail",
-                              "no weights (*.safetensors)", "again"),
+    "broken weights": (set_at("models", "--model", "fault", to="model.safetensors is cut off"), "model", "fail",
+                       "--model /models/7b: model.safetensors is cut off", "again"),
     "data missing": (set_at("data", "--data_path", to={"bytes": None, "fault": "No such file or directory"}), "data",
                      "fail", "--data_path /data/rows.jsonl: No such file", "every host sees"),
     "data of another size": (set_at("data", "--data_path", "bytes", to=999), "data", "fail", "999 bytes, on a 1,000",
@@ -513,7 +513,7 @@ def test_json_is_one_object_and_nothing_else(call: Callable[..., Said], tmp_path
     found = json.loads(said.out)
     assert (said.code, found["ok"]) == (0, True), found["findings"]
     assert found["hosts"] == [{"name": "localhost", "slots": 1}]
-    assert found["facts"]["localhost"]["models"]["--model"]["weight_bytes"] > 1e6
+    assert found["facts"]["localhost"]["models"]["--model"]["weights"] > 1e6
     assert {finding["check"] for finding in found["findings"]} >= {"packages", "code", "model", "disk", "shm"}
     # Folders made for the look are gone again.
     assert list(tmp_path.iterdir()) == []

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from safetensors import safe_open
 from support.group import free_port
 
 from mirage_ds.cluster.doctor import probe, transport
@@ -145,10 +148,40 @@ def test_secrets_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert probe.variables(request()) == {"NCCL_DEBUG": "INFO", "PATH": os.environ["PATH"]}
 
 
-def test_a_models_files_have_their_bytes(nano: Path) -> None:
+def test_a_models_files_have_their_bytes_and_weights(nano: Path) -> None:
     found = probe.models(request(models={"--model": str(nano)}))["--model"]
     assert found["files"] == {file.name: file.stat().st_size for file in nano.iterdir()}
-    assert found["weight_bytes"] == (nano / "model.safetensors").stat().st_size
+    with safe_open(nano / "model.safetensors", "np") as file:
+        wanted = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # no dict
+    assert (found["weights"], found["fault"]) == (wanted, None)
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lose_a_shard(folder: Path) -> None:
+    names = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(names))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (cut, "model.safetensors is cut off, or damaged"),
+        (lose_a_shard, "model-00002-of-00002.safetensors is named by model.safetensors.index.json and is not there"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no weights (*.safetensors) in it"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "its weights cannot be read"),
+    ],
+)
+def test_a_broken_model_is_named_where_only_the_host_sees_it(
+    harm: Callable[[Path], None], said: str, nano: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(nano, tmp_path / "model")
+    harm(folder)
+    assert str(probe.models(request(models={"--model": str(folder)}))["--model"]["fault"]).startswith(said)
 
 
 def test_hub_models_are_looked_for_where_the_hubs_client_keeps_them(

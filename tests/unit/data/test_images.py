@@ -24,6 +24,7 @@ from mirage_ds.data.inside import content_of
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record
 from mirage_ds.data.record_files import read_piece
 from mirage_ds.data.sources import pieces
+from mirage_ds.errors import Stopped
 
 RECORD = Record(7, "q", "a", (), ())
 ORIENTATION = 0x0112
@@ -359,3 +360,17 @@ def test_png_notes_are_walked_and_not_decoded(tmp_path: Path, monkeypatch: pytes
     noise().save(place, exif=exif(6))
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)
     assert ImageFinder((tmp_path,)).size(RECORD, "image_input", "i.png") == (21, 13)
+
+
+@pytest.mark.parametrize("read", ["size", "load"])
+def test_a_request_to_stop_while_a_picture_is_read_is_no_broken_picture(
+    read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise Stopped("SIGINT")
+
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    record = make_record({"text_input": "<image>?", "text_output": "!", "image_input": "a.png"}, 1)
+    monkeypatch.setattr("mirage_ds.data.images._open", stopped)
+    with pytest.raises(Stopped):
+        getattr(ImageFinder((tmp_path,)), read)(record, "image_input", "a.png")

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 from support.indices import BREAK, Counted, Make, every, selected
+from support.records import write_jsonl
 
 from mirage_ds.data import make_index
 from mirage_ds.data.images import ImageFinder, image_key
@@ -236,3 +237,28 @@ def test_joining_keeps_nothing_of_the_texts(tmp_path: Path) -> None:
     tracemalloc.stop()
     # A part has 2 MB of texts; the numbers of its rows take 11 kB.
     assert max(held) - held[0] < 3e6
+
+
+@pytest.mark.parametrize("good", [1, 3])
+@pytest.mark.parametrize("where", [0, 1], ids=["first", "in the middle"])
+def test_a_file_without_any_record_moves_no_image(
+    good: int, where: int, tmp_path: Path, cache: Path, encoder_for: Make
+) -> None:
+    """A piece never spans files, so that this one is a part without rows."""
+    folder = tmp_path / "records"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (56, 28 * (number + 1))).save(folder / f"{number}.png")
+    rows = [
+        {"text_input": "<image>?", "text_output": "!", "image_input": f"{number}.png"} for number in range(good + 1)
+    ]
+    for number, part in enumerate([rows[:where], [{"prompt": "x"}], rows[where:]]):
+        if part:
+            write_jsonl(folder / f"{number}.jsonl", part)
+    encoder = encoder_for("sft", 2, beside=folder / "0.jsonl")
+    opened = open_index(folder, encoder, ["image_input"], cache)
+    with pytest.raises(UserError, match=r"\.jsonl line 1, text_input: missing"):
+        usable(opened, folder, 10_000, 0, ["image_input"])
+    found = opened.images("image_input")
+    assert [len(found.of(row)) for row in range(len(rows))] == [1] * len(rows)
+    assert opened["image_input.starts"].tolist() == list(range(len(rows) + 1))
