@@ -25,12 +25,16 @@ def print_anything() -> None:
             stream.reconfigure(errors="replace")
 
 
-def run_rank(command: click.Command) -> None:
-    """Run a command; a user's mistake is one sentence, said once, and exit code 2 on every rank."""
+def run_rank(command: click.Command, alone: bool = False) -> None:
+    """Run a command; a user's error is one sentence, printed once, and exit code 2 on every rank.
+
+    Args:
+        alone: the other ranks may know nothing of an error of this one, so it prints its own.
+    """
     print_anything()
     # DeepSpeed calls collectives that torch has renamed: nothing the user can fix.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    says = os.environ.get("RANK", "0") == "0"
+    says = alone or os.environ.get("RANK", "0") == "0"
     try:
         command.main(standalone_mode=False)
     except click.ClickException as error:

@@ -124,7 +124,7 @@ async def leave_by_itself(child: Child, seconds: float) -> None:
 
 def main() -> None:
     """Run the command; a user's error is one sentence and exit code 2."""
-    run_rank(command)
+    run_rank(command, alone=True)
 
 
 if __name__ == "__main__":

@@ -202,3 +202,10 @@ def test_a_rank_that_is_asked_to_stop_while_it_still_imports_has_stopped(tmp_pat
     started.terminate()
     _, said = started.communicate(timeout=LIMIT_S)
     assert (started.returncode, said) == (75, "guard: stopped on request\n")
+
+
+def test_a_guard_of_any_rank_says_what_is_wrong_with_its_command() -> None:
+    environment = {**os.environ, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}
+    command = [sys.executable, "-m", "mirage_ds.cluster.guard", "--nonsense", "3", "x"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr[:7]) == (2, "error: ")
