@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,3 +80,12 @@ def test_the_launch_scripts_get_an_address_that_the_other_hosts_reach(
     monkeypatch.setattr(sys, "argv", ["hosts", str(tmp_path / "hosts")])
     main()
     assert capsys.readouterr().out == "node1 7\n"
+
+
+@pytest.mark.parametrize("module", ["mirage_ds.cluster.hosts", "mirage_ds.hosts"])
+def test_launch_scripts_read_a_hostfile_by_either_name(module: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("alice@node1 slots=4\nnode2 slots=4\n")
+    said = subprocess.run(
+        [sys.executable, "-m", module, tmp_path / "hosts"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "node1 8\n"
