@@ -81,7 +81,7 @@ def test_an_event_is_told_once_to_all_whom_it_concerns(
 )
 def test_the_trackers_hear_how_the_run_ended(error: BaseException | None, end: str, tmp_path: Path) -> None:
     journal, tracker = Journal(), Tracker()
-    with suppress(Exception), journal.logging(Logs(tmp_path, 1, [tracker])):
+    with suppress(BaseException), journal.logging(Logs(tmp_path, 1, [tracker])):
         if error:
             raise error
     assert tracker.end == end
