@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+from torch import nn
 
 from mirage_ds.analysis.inspect.live import figures
 from mirage_ds.data.loader import Rows
@@ -19,6 +21,7 @@ from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.decoder import decode_samples, prompt_of
 from mirage_ds.evaluate.scoring import Answer
+from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run.settings import Run
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
 
 # Rows that a rank answers at a time.
 BATCH = 16
+
+
+def _tower_of(learner: Learner, model: MirageModel) -> FrozenTower:
+    """Return the vision tower: the frozen one, or, where it is trained, the model's own."""
+    return learner.tower or FrozenTower(cast(nn.Module, model.visual))
 
 
 def record_at(rows: Rows, row: int) -> Record:
@@ -67,7 +75,7 @@ def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], l
     made: list[tuple[int, Answer]] = []
     broken: list[int] = []
     with whole_model(learner.engine) as model:
-        tower = learner.tower or FrozenTower(model.visual)  # type: ignore[arg-type]  # trained where there is no tower
+        tower = _tower_of(learner, model)
         for number in range(rounds):
             part = own[number * BATCH : (number + 1) * BATCH]
             run.journal.at(f"decodes batch {number + 1} of {rounds}")
@@ -121,7 +129,7 @@ def draw_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int]) -> 
     with whole_model(learner.engine) as model:
 
         def draw() -> None:
-            tower = learner.tower or FrozenTower(model.visual)  # type: ignore[arg-type]  # as in decode_rows
+            tower = _tower_of(learner, model)
             try:
                 made.update(figures(model, rows.encoder, [record_at(rows, row) for row in chosen], tower))
             except RecordError as error:

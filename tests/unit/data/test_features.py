@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -354,3 +356,18 @@ def test_a_chunk_is_bounded_by_its_bytes(size: int) -> None:
     for one, following in itertools.pairwise(chunks):
         assert len(one) == CHUNK or sum(sizes[at] for at in one) + sizes[following[0]] > CHUNK_BYTES
     assert chunks_of([]) == []
+
+
+def test_a_full_disk_while_features_are_kept_is_a_sentence(tmp_path: Path) -> None:
+    """safetensors' own error, under a limit on the size of files as a full disk sets one."""
+    program = (
+        "import resource, signal, sys, torch; from pathlib import Path; from safetensors.torch import save_file\n"
+        "from mirage_ds.run.features import _said\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
+        "with _said(Path(sys.argv[1])): save_file({'a': torch.ones(1 << 16)}, sys.argv[1] + '/shard')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    said = ended.stderr.splitlines()[-1]
+    assert said.startswith(f"mirage_ds.errors.UserError: --feature_dir {tmp_path}: ")
+    assert "make room" in said
