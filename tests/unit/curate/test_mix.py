@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,31 +14,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support.commands import Call, caller
 
-from mirage_ds.cli import main
 from mirage_ds.config.mixture import Part, parse_part
 from mirage_ds.curate.check import check_file
 from mirage_ds.curate.mix import _counts, mix
 from mirage_ds.curate.spec import MixSpec
 from mirage_ds.errors import UserError
 
-Call = Callable[..., tuple[int, str, str]]
 Row = dict[str, Any]
 
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mirage-ds", "data", "mix", *map(str, arguments)])
-        code = 0
-        capsys.readouterr()
-        try:
-            main()
-        except SystemExit as leave:
-            code = int(leave.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run
+    return caller(monkeypatch, capsys, "data", "mix")
 
 
 @pytest.fixture

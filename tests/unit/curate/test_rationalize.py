@@ -26,8 +26,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
+from support.commands import Call, caller
 
-from mirage_ds.cli import main
 from mirage_ds.curate.check import check_file
 from mirage_ds.curate.rationalize import server as serving
 from mirage_ds.curate.rationalize.form import NoForm, read
@@ -44,7 +44,6 @@ REASONING, PLANNING = "vsp-spatial-reasoning", "vsp-spatial-planning"
 KEY = "sk-very-secret-0123456789"
 Row = dict[str, Any]
 Answer = tuple[int, dict[str, str], Any]
-Call = Callable[..., tuple[int, str, str]]
 
 
 class Request:
@@ -150,17 +149,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mirage-ds", "data", "rationalize", *map(str, arguments)])
-        code = 0
-        capsys.readouterr()
-        try:
-            main()
-        except SystemExit as leave:
-            code = int(leave.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run
+    return caller(monkeypatch, capsys, "data", "rationalize")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support.commands import Call, caller
 
-from mirage_ds.cli import main
 from mirage_ds.curate.check import check_file
 from mirage_ds.curate.partners import derange
 from mirage_ds.curate.spec import KINDS
@@ -29,23 +28,12 @@ from mirage_ds.tasks.build import build
 PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"
 STAGES = dict.fromkeys(KINDS, "stage1") | dict.fromkeys(("helper-input", "helper-rows", "helper-text"), "sft")
 FORMAT = ("text_input", "text_output", "image_input", "image_output")
-Call = Callable[..., tuple[int, str, str]]
 Row = dict[str, Any]
 
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mirage-ds", "data", "vary", *map(str, arguments)])
-        code = 0
-        capsys.readouterr()
-        try:
-            main()
-        except SystemExit as leave:
-            code = int(leave.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run
+    return caller(monkeypatch, capsys, "data", "vary")
 
 
 @pytest.fixture
