@@ -99,7 +99,8 @@ def model(seen: Seen) -> Verdict:
         downloaded = is_id and not any("files" in facts for facts in found.values())
         for host, facts in found.items():
             bad += _model_on(host, f"{flag} {name}", facts, downloaded)
-        readable = {host: facts["files"] for host, facts in found.items() if "files" in facts}
+        # A host whose files are faulty has had its finding; only whole folders are compared.
+        readable = {host: facts["files"] for host, facts in found.items() if "files" in facts and not facts["fault"]}
         first_host, first = next(iter(readable.items()), ("", {}))
         for host, files in readable.items():
             if files != first:
