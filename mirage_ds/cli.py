@@ -136,7 +136,7 @@ def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None
     SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>), a run folder (its newest checkpoint is taken
     where training has not finished), or a model folder that shall have another number of vocabulary rows.
     """
-    from mirage_ds.engine.export import export_folder
+    from mirage_ds.engine.save import export_folder
 
     print(export_folder(source, target, vocab_rows, base))
 
@@ -185,9 +185,9 @@ def checkpoint_convert(source: Path, workers: int) -> None:
 @click.option("--hashes", is_flag=True, help="Read every byte; without it sizes alone are compared.")
 def checkpoint_list(run: Path, hashes: bool) -> None:
     """List the checkpoints of RUN, a --save_model_path folder: ranks, size, whole or damaged, universal or not."""
-    from mirage_ds.engine.universal import listed, print_list
+    from mirage_ds.engine.universal import print_list
 
-    print_list(listed(run, hashes))
+    print_list(run, hashes)
 
 
 def main() -> None:

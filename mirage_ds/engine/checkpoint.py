@@ -22,8 +22,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mirage_ds.engine.frozen import check_same
-from mirage_ds.engine.listing import candidates, checkpoints, is_whole, step_of
-from mirage_ds.engine.manifest import Entry, entry_of, faults, write_manifest
+from mirage_ds.engine.manifest import (
+    Entry,
+    candidates,
+    checkpoints,
+    entry_of,
+    faults,
+    is_whole,
+    step_of,
+    write_manifest,
+)
 from mirage_ds.engine.private import collected_write_errors, own_groups_and_steps
 from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.errors import UserError
@@ -166,17 +174,30 @@ def find_checkpoint(folder: Path, wanted: dict[str, Any], world: World) -> Found
         UserError: on every rank: the checkpoint was made by another run (one sentence with both values), or by another
             number of ranks and has no universal form; or there are checkpoints and none is whole.
     """
+    places = from_rank_zero(lambda: candidates(folder), world)
+    found = _newest(folder, places, lambda place: everyone(list(faults(place, world.rank, world.size)), world))
+    if found is None:
+        return None
+    state = from_rank_zero(partial(_check_state, found.place, wanted), world)
+    return found._replace(form=_form(found.place, state, world))
+
+
+def newest_whole(folder: Path) -> Found | None:
+    """Return the newest checkpoint that is whole, as find_checkpoint does, for one process and whoever wrote it."""
+    return _newest(folder, candidates(folder), lambda place: list(faults(place)))
+
+
+def _newest(folder: Path, places: list[Path], damage: Callable[[Path], list[str]]) -> Found | None:
     passed_over: list[str] = []
-    for place in from_rank_zero(lambda: candidates(folder), world):
-        wrong = everyone(list(faults(place, world.rank, world.size)), world)
+    for place in places:
+        wrong = damage(place)
         if not wrong:
-            state = from_rank_zero(partial(_check_state, place, wanted), world)
-            return Found(place, passed_over, _form(place, state, world))
+            return Found(place, passed_over, place)
         passed_over.append(f"{place} is damaged: {wrong[0]}")
     if passed_over:
         raise UserError(
-            f"--resume auto: no checkpoint in {folder} is whole ({'; '.join(passed_over)}); restore one, or start over "
-            "with another --save_model_path or --overwrite"
+            f"no checkpoint in {folder} is whole ({'; '.join(passed_over)}); restore one, or start over with another "
+            "--save_model_path or --overwrite"
         )
     return None
 
@@ -216,25 +237,6 @@ def _form(place: Path, state: dict[str, Any], world: World) -> Path:
         f"--resume auto: {sizes}{damage}; `mirage-ds checkpoint convert {place}` makes it loadable by any number of "
         f"ranks, or use {written}"
     )
-
-
-def newest_whole(folder: Path) -> Found | None:
-    """Return the newest checkpoint whose bytes are all as they were written; None where there is no checkpoint.
-
-    For one process. Like find_checkpoint it begins with the one that `latest` names.
-
-    Raises:
-        UserError: there are checkpoints and none is whole.
-    """
-    passed_over: list[str] = []
-    for place in candidates(folder):
-        wrong = next(faults(place), None)
-        if wrong is None:
-            return Found(place, passed_over, place)
-        passed_over.append(f"{place} is damaged: {wrong}")
-    if passed_over:
-        raise UserError(f"no checkpoint in {folder} is whole ({'; '.join(passed_over)}); restore one")
-    return None
 
 
 def check_whole(checkpoint: Path) -> None:

@@ -8,13 +8,12 @@ ds_configs/ holds one JSON a recipe, written for GPUs; on a CPU a recipe is chan
 
 from __future__ import annotations
 
-import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from mirage_ds.config.run import RunConfig
-from mirage_ds.errors import UserError, closest, shown, strict_json
+from mirage_ds.errors import UserError, closest, reason, shown, strict_json
 
 # Top-level keys that DeepSpeed 0.19.8 reads. It accepts any other without a word: `zero_optimisation` is ZeRO-0.
 KNOWN_KEYS = frozenset(
@@ -118,24 +117,6 @@ def default_path(stage: str) -> Path:
     return shipped_folder() / f"{DEFAULTS[stage]}.json"
 
 
-def _missing(path: Path) -> UserError:
-    """Say that there is no such file; what was shipped as stage1_hpz_cpu.json and the like is a recipe now."""
-    stage, _, rest = path.stem.removesuffix("_cpu").partition("_")
-    if stage in DEFAULTS:
-        default = DEFAULTS[stage]
-        earlier = {"": default, "released": "zero3", "nvme": "zero3_offload", "bf16_states": f"{default}_bf16_states"}
-        for name in (earlier.get(rest, rest), f"zero3_{rest}"):
-            if (shipped_folder() / f"{name}.json").is_file():
-                gone = " (NVMe offload is gone)" if rest == "nvme" else ""
-                folder = path.parent if path.parent.name == "ds_configs" else shipped_folder()
-                return UserError(
-                    f"--deepspeed {path}: no such file; ds_configs/ holds one file a recipe now, for all stages, GPUs "
-                    f"and CPUs: take {folder / name}.json{gone}"
-                )
-    shipped = ", ".join(file.name for file in recipes())
-    return UserError(f"--deepspeed {path}: no such file; {shipped_folder()} holds {shipped}")
-
-
 def _for_cpu(values: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe as a CPU runs it: in float32 (bf16 states stay), sharded whatever the size, nothing compiled."""
     made = deepcopy(values)
@@ -164,19 +145,12 @@ def read_json(path: Path, device: str = "cuda") -> dict[str, Any]:
         UserError: missing, broken, a key that DeepSpeed does not know, or a choice this trainer cannot honour.
     """
     if not path.is_file():
-        raise _missing(path)
+        shipped = ", ".join(file.name for file in recipes())
+        raise UserError(f"--deepspeed {path}: no such file; {shipped_folder()} holds {shipped}")
     try:
         values = strict_json(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply; see {shipped_folder()} for what DeepSpeed reads") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; write each key once and finite numbers") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); fix that") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected an object, found {type(values).__name__}")
     for key in values:

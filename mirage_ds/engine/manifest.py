@@ -1,4 +1,7 @@
-"""The manifest of a checkpoint: size and SHA-256 of each file, and what is wrong with a folder that has one."""
+"""The checkpoints of a run on disk: their names, their manifests (size and SHA-256 of each file), and their faults.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -65,3 +68,29 @@ def faults(folder: Path, share: int = 0, shares: int = 1, hashes: bool = True) -
                 yield f"{entry.name} differs from what was written (SHA-256)"
         except OSError as error:
             yield f"{entry.name}: {error.strerror}"
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Tell whether its files are all there, with the sizes that were written."""
+    return next(faults(checkpoint, hashes=False), None) is None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints of a run, oldest first, damaged ones too."""
+    found = [path for path in folder.glob("global_step*") if path.name.removeprefix("global_step").isdecimal()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer steps that a checkpoint has taken."""
+    return int(checkpoint.name.removeprefix("global_step"))
+
+
+def candidates(folder: Path) -> list[Path]:
+    """List the checkpoints to try: the one that `latest` names, then those before it; all where it names none."""
+    found = checkpoints(folder)[::-1]
+    try:
+        named = folder / (folder / "latest").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return found
+    return [one for one in found if step_of(one) <= step_of(named)] if named in found else found

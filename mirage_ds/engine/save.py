@@ -1,5 +1,8 @@
 """Saving the trained model: a folder of safetensors that plain transformers opens.
 
+A run writes one at its end. `mirage-ds export` makes one from a sharded checkpoint, or from a model folder one with
+another number of vocabulary rows.
+
 V vocabulary rows, H hidden.
 """
 
@@ -14,18 +17,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.engine.adapter import Adapter, adapter_name, lora_of, stored_adapter, trained_adapter
 from mirage_ds.engine.card import model_card, write_card
-from mirage_ds.engine.checkpoint import check_whole, read_state
+from mirage_ds.engine.checkpoint import STATE_FILE, check_whole, read_state
 from mirage_ds.engine.frozen import Notes, digest
-from mirage_ds.engine.spelling import Base, config_json, write_image_processor, write_tokenizer
+from mirage_ds.engine.spelling import Base, config_json, read_base, write_image_processor, write_tokenizer
 from mirage_ds.errors import UserError
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.family import FAMILIES, Family, family_of
-from mirage_ds.model.folder import weight_files
+from mirage_ds.model.folder import resolve_folder, weight_files
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.gathered import gathered
-from mirage_ds.model.load import expected_shapes, public_name, read_config
+from mirage_ds.model.load import check_folder, expected_shapes, public_name, read_config
 from mirage_ds.model.lora import check_peft
 from mirage_ds.model.shards import ShardWriter
 
@@ -229,3 +234,40 @@ def _copy_rows(source: Path, target: Path, rows: int) -> None:
         if "vocab_size" in block:
             block["vocab_size"] = rows
     write_atomically(target / "config.json", json.dumps(values, indent=2) + "\n")
+
+
+def _find(source: Path) -> Path:
+    """Return the model folder or the checkpoint that `source` names."""
+    latest = source / "run" / "checkpoints" / "latest"
+    if (source / STATE_FILE).is_file() or (source / "config.json").is_file():
+        return source
+    if latest.is_file():
+        return latest.parent / latest.read_text().strip()
+    raise UserError(f"{source}: neither a model folder, nor a run folder with a checkpoint, nor a checkpoint")
+
+
+def export_folder(source: Path, target: Path, vocab_rows: int | None, base: Path | None) -> str:
+    """Export; return one line that says what was written.
+
+    Raises:
+        UserError: nothing to export, `target` exists, or the base model is gone.
+    """
+    refuse_existing(target)
+    found = _find(source)
+    if not (found / STATE_FILE).is_file():
+        if vocab_rows is None:
+            raise UserError(f"{source}: is a complete model folder already; --vocab_rows changes its vocabulary rows")
+        folder = resolve_folder(str(found), "SOURCE", None)
+        check_folder(folder)
+        change_rows(folder, target, vocab_rows, tokens=len(load_tokenizer([str(folder)], None)))
+        return f"{target}: {vocab_rows} vocabulary rows"
+    state = read_state(found)
+    if vocab_rows is not None:
+        raise UserError("--vocab_rows goes with a model folder: export the checkpoint first, then the folder")
+    sources = [str(base)] if base else state["sources"]
+    place = resolve_folder(sources[0], "--model", None)
+    check_folder(place, [Path(folder) for folder in sources[1:]])
+    encoder = load_encoder(sources, ImageFinder(()), "sft", 1, tuple(state["pixels"]))
+    parts = Parts(read_base(place, encoder.tokenizer), encoder.tokenizer, encoder.images, place, trained_of(state))
+    export_checkpoint(found, target, getattr(torch, state["dtype"]), parts)
+    return f"{target}: step {state['step']} of {state['stage']}, {state['dtype']}"

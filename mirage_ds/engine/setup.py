@@ -152,6 +152,10 @@ def shared_fate(world: World | None) -> Iterator[None]:
             raise UserError(found[0])
 
 
+# What a block of a wrong type leads DeepSpeed to, where it has no schema.
+STUMBLES = (ValueError, TypeError, AttributeError, KeyError, AssertionError)
+
+
 def check_ds_config(values: dict[str, Any], path: Path) -> None:
     """Let DeepSpeed itself read a resolved configuration, before anything is loaded or claimed.
 
@@ -172,8 +176,7 @@ def check_ds_config(values: dict[str, Any], path: Path) -> None:
         raise UserError(
             f"{path}: DeepSpeed refuses '{key}' (block {block}) with {shown(first['input'])}: {first['msg']}; fix it"
         ) from None
-    # Where it has no schema, a block of a wrong type leads it to one of these.
-    except (DeepSpeedConfigError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
+    except (DeepSpeedConfigError, *STUMBLES) as error:
         raise UserError(
             f"{path}: DeepSpeed cannot read it ({reason(error)}); compare its blocks with those of the shipped JSONs"
         ) from None
@@ -219,17 +222,7 @@ def try_engine(values: dict[str, Any], path: Path) -> None:
         )
         engine.step()
     # Whatever DeepSpeed's checks raise. Subclasses of RuntimeError are no room on the GPU, or a rank that is gone.
-    except (
-        DeepSpeedConfigError,
-        ZeRORuntimeException,
-        AssertionError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        ImportError,
-    ) as error:
+    except (DeepSpeedConfigError, ZeRORuntimeException, RuntimeError, ImportError, *STUMBLES) as error:
         other = isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError)
         if other or isinstance(error, UnicodeError):
             raise

@@ -16,22 +16,23 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mirage_ds.engine.checkpoint import (
-    CONVERTIBLE,
-    STATE_FILE,
-    UNIVERSAL,
-    check_whole,
+from mirage_ds.engine.checkpoint import CONVERTIBLE, STATE_FILE, UNIVERSAL, check_whole, newest_whole, read_state
+from mirage_ds.engine.manifest import (
+    MANIFEST,
+    Entry,
     checkpoints,
-    newest_whole,
-    read_state,
+    entry_of,
+    faults,
+    read_manifest,
+    step_of,
+    write_manifest,
 )
-from mirage_ds.engine.manifest import MANIFEST, Entry, entry_of, faults, read_manifest, write_manifest
 from mirage_ds.engine.private import shards_into_tensors
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync
@@ -116,8 +117,7 @@ def convert(source: Path, workers: int = 1, say: Say = print) -> str:
         raise UserError(f"{place}: a process of the conversion was killed; take fewer --workers or more RAM") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    return f"{target}: step {state['step']}, written by {state['world_size']} rank(s), {size / 1e9:.3g} GB"
+    return f"{target}: step {state['step']}, written by {state['world_size']} rank(s), {size_of(target) / 1e9:.3g} GB"
 
 
 def _convert(place: Path, files: list[Entry], partial: Path, workers: int) -> None:
@@ -165,22 +165,8 @@ def _check_room(place: Path, files: list[Entry]) -> None:
         )
 
 
-class Listed(NamedTuple):
-    """One checkpoint of a run, as `mirage-ds checkpoint list` shows it.
-
-    Attributes:
-        wrong: what is wrong with it, None where it is whole; universal: of its universal form, the same, "" if none.
-    """
-
-    step: int
-    ranks: int | None
-    size: int
-    wrong: str | None
-    universal: str | None
-
-
-def listed(source: Path, hashes: bool) -> list[Listed]:
-    """List the checkpoints of a --save_model_path folder, oldest first.
+def print_list(source: Path, hashes: bool) -> None:
+    """Print the checkpoints of a --save_model_path folder as a table, oldest first.
 
     Args:
         hashes: read every byte; False compares sizes alone.
@@ -193,22 +179,20 @@ def listed(source: Path, hashes: bool) -> list[Listed]:
         raise UserError(
             f"{source}: has no checkpoints (run/checkpoints/global_step<N>); name a --save_model_path folder"
         )
-    lines = []
-    for place in found:
-        wrong = next(faults(place, hashes=hashes), None)
-        form = place / UNIVERSAL
-        universal = next(faults(form, hashes=hashes), None) if form.exists() else ""
-        size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-        ranks = None if wrong else read_state(place).get("world_size")
-        lines.append(Listed(int(place.name.removeprefix("global_step")), ranks, size, wrong, universal))
-    return lines
-
-
-def print_list(lines: list[Listed]) -> None:
-    """Print the checkpoints of a run as a table."""
     table = Table("step", "ranks", "GB", "whole", "universal", box=box.SIMPLE)
-    for one in lines:
-        whole = "yes" if one.wrong is None else f"no: {one.wrong}"
-        universal = {None: "yes", "": "no"}.get(one.universal, f"no: {one.universal}")
-        table.add_row(str(one.step), str(one.ranks or "?"), f"{one.size / 1e9:.3g}", whole, universal)
+    for place in found:
+        wrong, form = next(faults(place, hashes=hashes), None), place / UNIVERSAL
+        damage = next(faults(form, hashes=hashes), None) if form.exists() else ""
+        ranks = "?" if wrong else str(read_state(place).get("world_size", "?"))
+        universal = "no" if damage == "" else _yes(damage)
+        table.add_row(str(step_of(place)), ranks, f"{size_of(place) / 1e9:.3g}", _yes(wrong), universal)
     Console().print(table)
+
+
+def _yes(wrong: str | None) -> str:
+    return f"no: {wrong}" if wrong else "yes"
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

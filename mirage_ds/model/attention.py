@@ -23,69 +23,43 @@ from mirage_ds.errors import UserError, reason
 INTERFACE_NAME = "mirage_packed"
 FLASH_INSTALL = 'pip install --no-build-isolation "mirage-ds[flash]"'
 
-Backend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int, float], torch.Tensor
-]
+
+class Ends(NamedTuple):
+    """Where the samples of a packed batch end.
+
+    Attributes:
+        cu_q, cu_k: (N + 1,) int32 cumulative numbers of queries and of keys, on the device of what they divide.
+        max_q, max_k: longest sample's queries and keys.
+    """
+
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    max_q: int
+    max_k: int
 
 
-def _flash(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-) -> torch.Tensor:
+# (q, k, v, ends, scale) → what varlen_attention returns.
+Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Ends, float], torch.Tensor]
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, scale: float) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True)
+    return flash_attn_varlen_func(q, k, v, *ends, softmax_scale=scale, causal=True)
 
 
-def _torch_varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-) -> torch.Tensor:
+def _torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, scale: float) -> torch.Tensor:
     # The operator below torch.nn.attention.varlen, whose own function takes other arguments in each release of torch.
     # Causal, and a window of (−1, 0) says so again; like flash-attn's, the kernel aligns it bottom-right.
-    causal, debug = True, False
-    return torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        cu_q,
-        cu_k,
-        max_q,
-        max_k,
-        0.0,
-        causal,
-        debug,
-        scale=scale,
-        window_size_left=-1,
-        window_size_right=0,
-    )[0]
+    dropout, causal, debug = 0.0, True, False
+    window = dict(window_size_left=-1, window_size_right=0)
+    return torch.ops.aten._flash_attention_forward(q, k, v, *ends, dropout, causal, debug, scale=scale, **window)[0]
 
 
-def _sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-) -> torch.Tensor:
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, scale: float) -> torch.Tensor:
     # Samples of equal lengths together: one dense T × T mask over the packed row costs more than the loop, and in the
     # passes of one token the calls cost more than the work.
-    query_lengths, key_lengths = cu_q.diff().tolist(), cu_k.diff().tolist()
+    query_lengths, key_lengths = ends.cu_q.diff().tolist(), ends.cu_k.diff().tolist()
     parts = q.split(query_lengths), k.split(key_lengths), v.split(key_lengths)
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, lengths in enumerate(zip(query_lengths, key_lengths, strict=True)):
@@ -97,14 +71,9 @@ def _sdpa(
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
         # (n, Hq, queries, D) and (n, Hkv, keys, D)
         one_q, one_k, one_v = (torch.stack([part[number] for number in members]).transpose(1, 2) for part in parts)
+        causal = queries == keys and queries > 1
         output = functional.scaled_dot_product_attention(
-            one_q,
-            one_k,
-            one_v,
-            attn_mask=mask,
-            is_causal=queries == keys and queries > 1,
-            scale=scale,
-            enable_gqa=True,
+            one_q, one_k, one_v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
         )
         for number, one in zip(members, output.transpose(1, 2), strict=True):
             outputs[number] = one
@@ -182,11 +151,7 @@ def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    *,
+    ends: Ends,
     backend: str = "sdpa",
     scale: float | None = None,
 ) -> torch.Tensor:
@@ -194,8 +159,6 @@ def varlen_attention(
 
     Args:
         q: (Tq, Hq, D); k, v: (Tk, Hkv, D), Hq a multiple of Hkv.
-        cu_seqlens_q, cu_seqlens_k: (N + 1,) int32 cumulative lengths, on the same device.
-        max_q, max_k: longest sample's queries and keys.
         backend: a key of BACKENDS; SDPA stands in for a kernel that cannot take these tensors (kernel_fault).
         scale: factor on q · k; 1/√D if None.
 
@@ -208,7 +171,7 @@ def varlen_attention(
     # A run under torch_autocast decodes in float32 when it evaluates, outside of the autocast.
     if backend in KERNELS and kernel_fault(v.dtype, q.shape[-1]):
         backend = "sdpa"
-    return BACKENDS[backend](q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale)
+    return BACKENDS[backend](q, k, v, ends, scale)
 
 
 class Context(Protocol):
@@ -230,10 +193,7 @@ class Packed(NamedTuple):
     past: list[tuple[torch.Tensor, torch.Tensor]]
     made: list[tuple[torch.Tensor, torch.Tensor]]
     keys: torch.Tensor | None
-    cu_q: torch.Tensor
-    cu_k: torch.Tensor
-    max_q: int
-    max_k: int
+    ends: Ends
     backend: str
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -244,9 +204,7 @@ class Packed(NamedTuple):
             v = torch.cat([past[1] for past in self.past] + [v])
         if self.keys is not None:
             k, v = k.index_select(0, self.keys), v.index_select(0, self.keys)
-        return varlen_attention(
-            q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, backend=self.backend, scale=scale
-        )
+        return varlen_attention(q, k, v, self.ends, self.backend, scale)
 
 
 def packed_attention(

@@ -23,7 +23,7 @@ from torch.nn import functional
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.errors import UserError
-from mirage_ds.model.attention import Packed
+from mirage_ds.model.attention import Ends, Packed
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.images import place_images
 
@@ -245,10 +245,11 @@ def _prefill(
         )
         x = x[None]
         own, cu_seqlens = lengths[first:end], batch.cu_seqlens[first : end + 1] - here.start
+        ends = Ends(cu_seqlens, cu_seqlens, max(own), max(own))
         rotary = text.rotary_emb(x, batch.position_ids[:, None, here])
         tokens = torch.arange(x.shape[1], device=x.device)
         for number, layer in enumerate(text.layers):
-            packed = Packed([], [], None, cu_seqlens, cu_seqlens, max(own), max(own), model.attention)
+            packed = Packed([], [], None, ends, model.attention)
             x = layer(x, position_embeddings=rotary, packed=packed)
             if deep is not None:
                 x = deep.add(number, x[0], tokens)[None]

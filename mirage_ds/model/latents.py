@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mirage_ds.config.run import LatentLoss
 from mirage_ds.data.batch import Batch, Pass
-from mirage_ds.model.attention import Packed
+from mirage_ds.model.attention import Ends, Packed
 from mirage_ds.model.images import Deep, embedded
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -76,7 +76,8 @@ def _run_layer(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run one decoder layer over one pass; return its output (1, Tq, H) and its keys and values (Tq, Hkv, D)."""
     # `made` is filled anew in each call, so that recomputing the layer in backward stays a pure function.
-    packed = Packed(past, [], one.keys if reorder else None, one.cu_q, one.cu_k, one.max_q, one.max_k, backend)
+    ends = Ends(one.cu_q, one.cu_k, one.max_q, one.max_k)
+    packed = Packed(past, [], one.keys if reorder else None, ends, backend)
     output = layer(x, position_embeddings=rotary, packed=packed)
     return output, *packed.made[0]
 

@@ -14,7 +14,6 @@ import torch
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.engine import ds_config as ds
-from mirage_ds.engine.compiled import say_waits
 from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.setup import World, agree, check_ds_config, from_rank_zero, shared_fate, try_engine
 from mirage_ds.engine.versions import check_release, gather_safely
@@ -110,8 +109,6 @@ def check_settings(run: Run) -> Checked:
     head_width = head_width_of(model_config.get_text_config())
     choose_backend(config.attention, world.device, checked.products, head_width)
     check_offload(ds_values, json_path, trained_elements(shape, config.train_vision, lora), world)
-    if world.local_rank == 0:
-        say_waits(ds_values)
     if config.deepspeed:
         # The shipped ones are known to start.
         try_engine(ds_values, json_path)

@@ -22,7 +22,7 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.data.encode import LATENT_TOKENS
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.engine.export import export_folder
+from mirage_ds.engine.save import export_folder
 from mirage_ds.engine.versions import RECOMPUTES_FROZEN
 from mirage_ds.errors import UserError
 from mirage_ds.files import TRAINED_KEY

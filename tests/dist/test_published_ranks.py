@@ -29,7 +29,7 @@ from mirage_ds import train
 from mirage_ds.cli import main
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.engine.export import export_folder
+from mirage_ds.engine.save import export_folder
 from mirage_ds.engine.universal import convert
 from mirage_ds.evaluate.decoder import load_decoder, run_limits
 from mirage_ds.evaluate.report import evaluate_file

@@ -215,7 +215,7 @@ def test_where_none_is_whole_nothing_is_touched(group: Group, base: dict[str, An
             (("global_step4", cut), ("global_step2", unlist))]  # fmt: skip
     before = files(stopped)
     told, _ = group.run(_train, base | dict(save_model_path=stopped))
-    assert told[0].startswith(f"UserError: --resume auto: no checkpoint in {folder} is whole ({'; '.join(said)});")
+    assert told[0].startswith(f"UserError: no checkpoint in {folder} is whole ({'; '.join(said)});")
     assert files(stopped) == before
 
 

@@ -30,7 +30,7 @@ from mirage_ds.data.load import load_encoder
 from mirage_ds.data.make_index import open_index
 from mirage_ds.data.record_files import scan
 from mirage_ds.engine.checkpoint import save_checkpoint
-from mirage_ds.engine.export import export_folder
+from mirage_ds.engine.save import export_folder
 from mirage_ds.errors import UserError
 from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import StepCounts, objective

@@ -29,9 +29,9 @@ from support.on_disk import lines_of, rewrite
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import checkpoint as checkpoints
-from mirage_ds.engine.export import export_folder
 from mirage_ds.engine.frozen import digest, notes_of_engine
 from mirage_ds.engine.manifest import faults, read_manifest
+from mirage_ds.engine.save import export_folder
 from mirage_ds.engine.setup import everyone
 from mirage_ds.engine.universal import convert, listed, needed_bytes
 from mirage_ds.errors import UserError

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from mirage_ds.model.attention import varlen_attention
+from mirage_ds.model.attention import Ends, varlen_attention
 
 ROUNDING = torch.finfo(torch.bfloat16).eps / 2
 ROOM = 1.1
@@ -129,11 +129,11 @@ def worst(device: torch.device, backend: str, lengths: Lengths, heads: tuple[int
     one_by_one = backend not in SUM_IN_FLOAT32
     wanted, bounds = reference(q, k, v, by_out, lengths, scale, one_by_one)
     own = [x.to(device).requires_grad_() for x in (q, k, v)]
-    ends = [
+    cu_q, cu_k = (
         torch.tensor([0, *column], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
         for column in (queries, keys)
-    ]
-    out = varlen_attention(*own, *ends, max(queries), max(keys), backend=backend, scale=scale)
+    )
+    out = varlen_attention(*own, Ends(cu_q, cu_k, max(queries), max(keys)), backend, scale)
     got = Attended(out, *torch.autograd.grad(out, own, by_out.to(device)))
     assert all(x.dtype == torch.bfloat16 for x in got)
     return {

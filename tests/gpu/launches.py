@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from gpu.packed import Rows, ready
 from gpu.watch import launches
+from mirage_ds.model.attention import Ends
 
 # Operators of a decoder layer's forward over one pass in bf16 (transformers 5.23), one kernel each.
 NORM = 8  # to float32, square, mean, + ε, 1 / √, product, to bf16, product with the weight
@@ -56,23 +57,13 @@ def most_launches(layers: int) -> int:
 MOST_A_OPERATOR = 2.0
 
 
-def one_call(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-) -> torch.Tensor:
+def one_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, scale: float) -> torch.Tensor:
     """A back end of one operator, as a kernel is, for the CPU: one row, and no causal mask where it begins later.
 
     Only for counting.
     """
-    del cu_q, cu_k
     heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
-    causal = max_q == max_k > 1
+    causal = ends.max_q == ends.max_k > 1
     out = functional.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
 

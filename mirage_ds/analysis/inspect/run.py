@@ -18,7 +18,7 @@ from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import Sample
 from mirage_ds.evaluate.decoder import pack
-from mirage_ds.model.attention import varlen_attention
+from mirage_ds.model.attention import Ends, varlen_attention
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Generated, Limits, check_finite, generate, latent_tokens
 from mirage_ds.model.images import Deep, embedded, place_images
@@ -73,7 +73,7 @@ class _Recording:
         later = torch.arange(length, device=q.device) > self.queries[:, None]
         self.mean = scores.masked_fill(later, float("-inf")).softmax(-1).mean((0, 1))
         whole = torch.tensor([0, length], dtype=torch.int32, device=q.device)
-        return varlen_attention(q, k, v, whole, whole, length, length, scale=scale)
+        return varlen_attention(q, k, v, Ends(whole, whole, length, length), scale=scale)
 
 
 @torch.no_grad()

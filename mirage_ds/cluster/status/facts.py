@@ -13,8 +13,7 @@ from typing import Any
 
 import yaml
 
-from mirage_ds.engine.listing import candidates, is_whole, step_of
-from mirage_ds.engine.manifest import MANIFEST
+from mirage_ds.engine.manifest import MANIFEST, candidates, is_whole, step_of
 from mirage_ds.errors import UserError
 from mirage_ds.run import events
 

@@ -35,8 +35,9 @@ FP32 = 1e-5
 TIMES = 3
 
 
-def dense(q, k, v, cu_q, cu_k, max_q, max_k, scale, aligned_right: bool = True):
+def dense(q, k, v, ends, scale, aligned_right: bool = True):
     """Like flash-attn's, a back end that reads no length on the host: one mask (Tq, Tk) made from cu_seqlens."""
+    cu_q, cu_k = ends.cu_q, ends.cu_k
     at_q, at_k = (torch.arange(x.shape[0], device=q.device) for x in (q, k))
     of_q, of_k = (torch.searchsorted(cu, at, right=True) for cu, at in ((cu_q, at_q.int()), (cu_k, at_k.int())))
     shift = 0 if aligned_right else 1

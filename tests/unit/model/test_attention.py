@@ -17,6 +17,7 @@ from torch.nn import functional
 from mirage_ds.errors import UserError
 from mirage_ds.model.attention import (
     BACKENDS,
+    Ends,
     Packed,
     choose_backend,
     flash_fault,
@@ -53,10 +54,10 @@ def softmax_loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: lis
     return torch.stack(rows)
 
 
-def top_left(q, k, v, cu_q, cu_k, max_q, max_k, scale):
+def top_left(q, k, v, ends, scale):
     """SDPA with its own `is_causal`, which aligns top-left: what must not pass."""
     parts = zip(
-        q.split(cu_q.diff().tolist()), k.split(cu_k.diff().tolist()), v.split(cu_k.diff().tolist()), strict=True
+        *(x.split(cu.diff().tolist()) for x, cu in ((q, ends.cu_q), (k, ends.cu_k), (v, ends.cu_k))), strict=True
     )
     heads = [[x.transpose(0, 1)[None] for x in part] for part in parts]
     made = [
@@ -67,6 +68,10 @@ def top_left(q, k, v, cu_q, cu_k, max_q, max_k, scale):
 
 def cumulative(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def ends_of(queries: list[int], keys: list[int]) -> Ends:
+    return Ends(cumulative(queries), cumulative(keys), max(queries), max(keys))
 
 
 def tensors(lengths: list, q_heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -82,9 +87,7 @@ def tensors(lengths: list, q_heads: int, kv_heads: int) -> tuple[torch.Tensor, t
 def check(backend: str, lengths: list, q_heads: int, kv_heads: int) -> None:
     q, k, v = tensors(lengths, q_heads, kv_heads)
     queries, keys = (list(column) for column in zip(*lengths, strict=True))
-    output = varlen_attention(
-        q, k, v, cumulative(queries), cumulative(keys), max(queries), max(keys), backend=backend, scale=0.3
-    )
+    output = varlen_attention(q, k, v, ends_of(queries, keys), backend, 0.3)
     expected = softmax_loop(q, k, v, lengths, 0.3)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
     weight = torch.randn_like(output)
@@ -111,7 +114,7 @@ def test_top_left_mask_passes_on_whole_rows_only(monkeypatch: pytest.MonkeyPatch
 def test_scale_defaults_to_one_over_root_of_head_width() -> None:
     lengths = [(3, 5)]
     q, k, v = tensors(lengths, 4, 2)
-    output = varlen_attention(q, k, v, cumulative([3]), cumulative([5]), 3, 5)
+    output = varlen_attention(q, k, v, ends_of([3], [5]))
     torch.testing.assert_close(output.double(), softmax_loop(q, k, v, lengths, 0.25), rtol=0, atol=1e-5)
 
 
@@ -128,10 +131,7 @@ def test_packed_attention_puts_past_and_own_keys_in_order() -> None:
         past=[(k[rows], v[rows]) for rows in made[:2]],
         made=receives,
         keys=order,
-        cu_q=cumulative([2, 2]),
-        cu_k=cumulative([5, 4]),
-        max_q=2,
-        max_k=5,
+        ends=ends_of([2, 2], [5, 4]),
         backend="sdpa",
     )
     own_k, own_v = k[made[2]], v[made[2]]
@@ -147,7 +147,7 @@ def test_packed_attention_puts_past_and_own_keys_in_order() -> None:
 def test_packed_attention_without_order_takes_keys_as_made() -> None:
     torch.manual_seed(2)
     q, k, v = torch.randn(5, 4, D), torch.randn(5, 2, D), torch.randn(5, 2, D)
-    packed = Packed([], [], None, cumulative([3, 2]), cumulative([3, 2]), 3, 3, "sdpa")
+    packed = Packed([], [], None, ends_of([3, 2], [3, 2]), "sdpa")
     heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
     output, _ = packed_attention(torch.nn.Module(), *heads_first, None, 0.3, packed)
     expected = softmax_loop(q, k, v, [(3, 3), (2, 2)], 0.3)
@@ -245,8 +245,8 @@ def test_torchs_kernel_has_the_right_shapes_and_a_backward(name: str, q_heads: i
     # On the meta device: no GPU is needed, and no number is computed.
     queries, keys = (list(column) for column in zip(*LENGTHS[name], strict=True))
     q, k, v = meta(sum(queries), q_heads, width), meta(sum(keys), kv_heads, width), meta(sum(keys), kv_heads, width)
-    ends = (cumulative(queries).to("meta"), cumulative(keys).to("meta"))
-    out = varlen_attention(q, k, v, *ends, max(queries), max(keys), backend="torch_varlen")
+    ends = Ends(cumulative(queries).to("meta"), cumulative(keys).to("meta"), max(queries), max(keys))
+    out = varlen_attention(q, k, v, ends, "torch_varlen")
     assert (out.shape, out.dtype) == (q.shape, HALF)
     for gradient, one in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v), strict=True):
         assert (gradient.shape, gradient.dtype) == (one.shape, HALF)
@@ -263,8 +263,8 @@ def test_torchs_kernel_is_told_what_it_takes(monkeypatch: pytest.MonkeyPatch) ->
         return (args[0],)
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", note)
-    ends = torch.zeros(2, dtype=torch.int32)
-    BACKENDS["torch_varlen"](*(torch.zeros(1, 1, 8) for _ in range(3)), ends, ends, 3, 5, 0.25)
+    none = torch.zeros(2, dtype=torch.int32)
+    BACKENDS["torch_varlen"](*(torch.zeros(1, 1, 8) for _ in range(3)), Ends(none, none, 3, 5), 0.25)
     assert {name: one for name, one in given.items() if not isinstance(one, torch.Tensor)} == {
         "max_q": 3, "max_k": 5, "dropout_p": 0.0, "is_causal": True, "return_debug_mask": False,
         "scale": 0.25, "window_size_left": -1, "window_size_right": 0,
@@ -279,21 +279,20 @@ def test_a_kernel_never_gets_what_it_cannot_take(
     # As a run under torch_autocast decodes when it evaluates.
     monkeypatch.setitem(BACKENDS, backend, lambda *_: pytest.fail("the kernel was called"))
     q, k = torch.randn(4, 4, width, dtype=dtype), torch.randn(4, 2, width, dtype=dtype)
-    ends = cumulative([1, 3])
-    made = varlen_attention(q, k, k, ends, ends, 3, 3, backend=backend)
-    assert made.equal(varlen_attention(q, k, k, ends, ends, 3, 3, backend="sdpa"))
+    ends = ends_of([1, 3], [1, 3])
+    assert varlen_attention(q, k, k, ends, backend).equal(varlen_attention(q, k, k, ends, "sdpa"))
 
 
 def test_queries_and_keys_take_the_dtype_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
     # As under torch_autocast: rotary positions make float32 of q and k.
     lengths = LENGTHS["mixed"]
-    cu_q, cu_k = (cumulative([pair[side] for pair in lengths]) for side in (0, 1))
-    q = torch.randn(int(cu_q[-1]), 4, D, generator=torch.Generator().manual_seed(1))
-    k, v = torch.randn(2, int(cu_k[-1]), 2, D, generator=torch.Generator().manual_seed(2))
+    ends = ends_of(*([pair[side] for pair in lengths] for side in (0, 1)))
+    q = torch.randn(int(ends.cu_q[-1]), 4, D, generator=torch.Generator().manual_seed(1))
+    k, v = torch.randn(2, int(ends.cu_k[-1]), 2, D, generator=torch.Generator().manual_seed(2))
     seen = []
     real = BACKENDS["sdpa"]
     monkeypatch.setitem(BACKENDS, "sdpa", lambda *args: seen.append([x.dtype for x in args[:3]]) or real(*args))
-    made = varlen_attention(q, k, v.bfloat16(), cu_q, cu_k, 4, 10)
+    made = varlen_attention(q, k, v.bfloat16(), ends)
     assert seen == [[torch.bfloat16] * 3]
     assert made.dtype == torch.bfloat16
-    assert made.equal(varlen_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), cu_q, cu_k, 4, 10))
+    assert made.equal(varlen_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), ends))

@@ -477,7 +477,8 @@ def test_recorder_sees_whole_logits(sharp: Path, mixed: Path) -> None:
 def tensor_only(monkeypatch: pytest.MonkeyPatch) -> str:
     """A back end that reads no lengths on the host, like flash-attn's: one dense mask made from cu_seqlens."""
 
-    def attend(q, k, v, cu_q, cu_k, max_q, max_k, scale):
+    def attend(q, k, v, ends, scale):
+        cu_q, cu_k = ends.cu_q, ends.cu_k
         places = [torch.arange(x.shape[0], device=q.device) for x in (q, k)]
         of_q, of_k = (torch.searchsorted(cu, at, right=True) for cu, at in zip((cu_q, cu_k), places, strict=True))
         to_end = (cu_q.index_select(0, of_q) - places[0], cu_k.index_select(0, of_k) - places[1])
