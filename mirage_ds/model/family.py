@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mirage_ds.errors import UserError
-from mirage_ds.model.folder import INDEX, stored_tensors, weight_map
 
 # A nested checkpoint's name → the flat one, which this project counts, compares and looks tensors up by.
 _FLAT = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
@@ -30,8 +29,8 @@ class Family:
     """A family of vision-language models in transformers.
 
     Attributes:
-        kind: `model_type` of its config.json, and its module of transformers.models, which has the classes config,
-            whole and tower; title: for people.
+        kind: `model_type` of its config.json, and its module of transformers.models, which has the classes whole and
+            tower and the configuration's; title: for people.
         nested: its published checkpoints name tensors `model.language_model.*` and `model.visual.*`; the older ones
             `model.*` and `visual.*`.
         output_width: key of vision_config that holds the width of a merged feature.
@@ -40,7 +39,6 @@ class Family:
 
     kind: str
     title: str
-    config: str
     whole: str
     tower: str
     nested: bool
@@ -52,7 +50,7 @@ class Family:
 
     def config_class(self) -> Any:
         """Return the configuration's class."""
-        return self._class("configuration", self.config)
+        return self._class("configuration", self.whole.replace("ForConditionalGeneration", "Config"))
 
     def model_class(self) -> Any:
         """Return the whole model's class."""
@@ -93,7 +91,6 @@ _KNOWN = (
     Family(
         kind="qwen2_5_vl",
         title="Qwen2.5-VL",
-        config="Qwen2_5_VLConfig",
         whole="Qwen2_5_VLForConditionalGeneration",
         tower="Qwen2_5_VisionTransformerPretrainedModel",
         nested=False,
@@ -101,7 +98,6 @@ _KNOWN = (
     Family(
         kind="qwen2_vl",
         title="Qwen2-VL",
-        config="Qwen2VLConfig",
         whole="Qwen2VLForConditionalGeneration",
         tower="Qwen2VisionTransformerPretrainedModel",
         nested=False,
@@ -110,7 +106,6 @@ _KNOWN = (
     Family(
         kind="qwen3_vl",
         title="Qwen3-VL",
-        config="Qwen3VLConfig",
         whole="Qwen3VLForConditionalGeneration",
         tower="Qwen3VLVisionModel",
         nested=True,
@@ -138,47 +133,10 @@ def family_of(kind: Any, where: str) -> Family:
     raise UserError(f"{where}: {what}a model of type {kind!r}; mirage_ds trains {what and 'the dense '}{known}")
 
 
-def check_text(values: Mapping[str, Any], files: Collection[str], head: bool | None, where: str) -> None:
-    """Refuse a model that writes no text: one that was made for embeddings, ranks or classes.
-
-    Args:
-        values: its config.json.
-        files: names of what stands beside it.
-        head: see has_head.
-        where: how the model is called in the message.
-    """
-    classes, found = values.get("architectures"), sorted(_EMBEDDING_FILES.intersection(files))
-    blocks = (values, values.get("text_config"))
-    tied = any(isinstance(block, Mapping) and block.get("tie_word_embeddings") for block in blocks)
-    if isinstance(classes, list) and classes and not any(str(name).endswith(_WRITERS) for name in classes):
-        sign = f"config.json's architectures is {', '.join(map(str, classes))}"
-    elif found:
-        sign = f"{found[0]} stands beside it"
-    elif head is False and not tied:
-        raise UserError(
-            f"{where}: 1 tensor(s) missing, the first is lm_head.weight: an embedding model, which writes no text, or "
-            "the folder is not whole; give a whole model that writes text"
-        )
-    else:
-        return
-    raise UserError(f"{where}: a model that writes no text, such as an embedding model ({sign}); give one that does")
-
-
-def has_head(folder: Path) -> bool | None:
-    """Say whether a folder's weights have an output matrix; None where they are not there, or cannot be read.
-
-    What is wrong with them is said by those who open them.
-    """
-    try:
-        index = folder / INDEX
-        names = set(weight_map(index) if index.is_file() else stored_tensors(folder))
-    except UserError:
-        return None
-    return any("lm_head" in name for name in names) if any(name.endswith("norm.weight") for name in names) else None
-
-
 def check_kind(values: Mapping[str, Any], file: Path) -> Family:
     """Find the family of a model by its config.json; UserError where it is none that can be trained.
+
+    Refused too is a model that writes no text: one that was made for embeddings, ranks or classes.
 
     Args:
         values: what stands in the file.
@@ -186,8 +144,13 @@ def check_kind(values: Mapping[str, Any], file: Path) -> Family:
     """
     family = family_of(values.get("model_type"), str(file))
     # A shape may be given as a file of any name, in a folder that is no model.
-    if file.name == "config.json":
-        check_text(values, {one.name for one in file.parent.iterdir()}, has_head(file.parent), str(file))
+    beside = {one.name for one in file.parent.iterdir()} if file.name == "config.json" else set()
+    classes, found = values.get("architectures"), sorted(_EMBEDDING_FILES & beside)
+    sign = f"{found[0]} stands beside it" if found else ""
+    if isinstance(classes, list) and classes and not any(str(name).endswith(_WRITERS) for name in classes):
+        sign = f"config.json's architectures is {', '.join(map(str, classes))}"
+    if sign:
+        raise UserError(f"{file}: a model that writes no text, such as an embedding model ({sign}); give one that does")
     return family
 
 

@@ -7,7 +7,7 @@ without a word. Of a file only the header is read, but for a head that is stored
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +50,6 @@ QUANTISED_LEAF = re.compile(r"(^|\.)(biases|suh|svh|meta|weight_shape|weight_for
 # Buffers that older versions stored; they are computed anew.
 BUFFER = re.compile(r"(^|\.)(rotary\w*\.(original_)?(inv_freq|cos_cached|sin_cached)|position_ids)$")
 ADAPTER_NAME = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|token_adapter|ia3_\w+|oft_\w+)\.|\.lora_\w+$")
-# Modules that trainers put around a module.
-WRAPPERS = frozenset(("_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 PROCESSOR_TYPE = re.compile(r"Qwen\w*VLImageProcessor\w*")
 # Key of a processor → key of vision_config, and what the processor has where its file is silent.
 PROCESSOR_KEYS = {
@@ -93,7 +91,7 @@ def check_stored(folder: Path, config: PretrainedConfig, expected: Mapping[str, 
         elif not BUFFER.search(name):
             strange.append(name)
     _refuse_codes(stored, own.values(), strange)
-    _compare_names(folder, family, stored, (own, strange), expected)
+    _compare_names(folder, stored, own, strange, expected)
     for flat, shape in expected.items():
         if stored[own[flat]].shape != shape:
             raise UserError(
@@ -208,34 +206,24 @@ def _refuse_codes(stored: Mapping[str, Stored], own: Iterable[str], strange: Ite
 
 def _compare_names(
     folder: Path,
-    family: Family,
     stored: Mapping[str, Stored],
-    found: tuple[Mapping[str, str], Sequence[str]],
+    own: Mapping[str, str],
+    strange: Sequence[str],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Refuse tensors that are missing, renamed or not the model's.
 
     Args:
-        found: the model's own tensors, flat name → name; names of the others.
+        own: the model's own tensors, flat name → name; strange: names of the others.
     """
-    own, strange = found
     missing = expected.keys() - own.keys()
     adapters = [name for name in strange if ADAPTER_NAME.search(name)]
     if adapters:
         raise UserError(f"{stored[adapters[0]].file}: holds an adapter beside the weights ({adapters[0]}); {MERGE}")
-    for name in strange:
-        meant = _meant(name, family, missing)
-        if meant:
-            prefix = name.removesuffix(meant)
-            how = f"take the prefix '{prefix}' off the names" if prefix != name else "rename them"
-            raise UserError(
-                f"{stored[name].file}: holds {name} for {meant}, so that transformers would not find it; {how}, and "
-                "save the file again"
-            )
     if missing:
         hint = "the folder is not whole"
         if missing == {HEAD}:
-            hint = "copy it too, or have config.json tie it to the embedding (tie_word_embeddings)"
+            hint = "an embedding model, which writes no text, or the folder is not whole"
         elif strange:
             hint = f"{strange[0]}, and {len(strange) - 1} more, are there and not the model's"
         raise UserError(f"{folder}: {len(missing)} tensor(s) missing, the first is {min(missing)}; {hint}")
@@ -244,19 +232,6 @@ def _compare_names(
             f"{stored[strange[0]].file}: holds {len(strange)} tensor(s) that config.json knows nothing of, the first "
             f"is {strange[0]}; they would be left out, so give the config.json that goes with them, or take them out"
         )
-
-
-def _meant(name: str, family: Family, missing: Collection[str]) -> str | None:
-    """Return the name that transformers would find, for a tensor that has something put before or into its name."""
-    parts = name.split(".")
-    for at in range(len(parts)):
-        tail = ".".join(parts[at:])
-        if family.opened_name(tail) in missing:
-            return tail
-        for inner in (".".join(part for part in parts[at:] if part not in WRAPPERS), family.written_name(tail)):
-            if family.opened_name(inner) in missing:
-                return inner
-    return None
 
 
 def _same(stored: Mapping[str, Stored], one: str, other: str) -> bool:

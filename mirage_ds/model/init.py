@@ -6,7 +6,7 @@ V vocabulary rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from mirage_ds.data.record_files import read_records
 from mirage_ds.errors import UserError
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.family import FAMILIES, Family
-from mirage_ds.model.presets import WITH_WEIGHTS, preset
+from mirage_ds.model.presets import LARGE, preset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,12 +50,9 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
     if size < smallest:
         raise UserError(f"--tokenizer_size {size}: the bytes and special tokens alone need {smallest}")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size - len(SPECIAL_TOKENS) - len(LATENT_TOKENS),
@@ -74,20 +71,18 @@ def _texts(files: Sequence[Path]) -> list[str]:
     texts = [TEMPLATE_TEXT]
     for file in files:
         for record in read_records(file):
-            texts += [
-                TEMPLATE_TEXT,
-                record.text_input.replace(IMAGE_MARK, ""),
-                record.text_output.replace(HELPER_MARK, ""),
-            ]
+            question, answer = record.text_input.replace(IMAGE_MARK, ""), record.text_output.replace(HELPER_MARK, "")
+            texts += [TEMPLATE_TEXT, question, answer]
     return texts
 
 
-def image_settings(vision: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def image_settings(vision: Any, family: Family) -> dict[str, Any]:
     """Return the image processor's settings: from 4 to 1,280 merged tokens an image, as Qwen2.5-VL's has it."""
-    token = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
+    token = (vision.patch_size * vision.spatial_merge_size) ** 2
     made = {
-        **{key: vision[key] for key in ("patch_size", "temporal_patch_size")},
-        "merge_size": vision["spatial_merge_size"],
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
         "size": {"shortest_edge": 4 * token, "longest_edge": 1280 * token},
     }
     if family.pixel_mean is not None:
@@ -125,12 +120,8 @@ def init_model(
     from mirage_ds.model.shards import ShardWriter
 
     values = preset(name)
-    if not config_only and name.lower().replace("_", "-") not in WITH_WEIGHTS:
-        raise UserError(
-            f"preset '{name}': random weights are written for {' and '.join(WITH_WEIGHTS)} only; add --config_only"
-        )
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; give a folder")
+    if not config_only and name.lower().replace("_", "-") in LARGE:
+        raise UserError(f"preset '{name}': random weights are written for small models only; add --config_only")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: not empty; give a new folder")
     transformers.utils.logging.set_verbosity_error()
@@ -165,7 +156,7 @@ def init_model(
                 writer.add(public_name(parameter_name), parameter.detach())
             writer.finish()
         tokenizer.save_pretrained(folder)
-        Qwen2VLImageProcessorPil(**image_settings(values["vision_config"], family)).save_pretrained(folder)
+        Qwen2VLImageProcessorPil(**image_settings(config.vision_config, family)).save_pretrained(folder)
         write_atomically(folder / "generation_config.json", json.dumps({"eos_token_id": ids["<|im_end|>"]}) + "\n")
         write_atomically(folder / "config.json", config.to_json_string())
     return count

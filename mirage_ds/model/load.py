@@ -8,6 +8,7 @@ saves `model.visual.*` and `model.language_model.*`. Both are read; each family'
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import torch
 from mirage_ds.config.run import LatentLoss, Stage
 from mirage_ds.errors import UserError, reason
 from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, head_width_of, register
-from mirage_ds.model.family import FAMILIES, check_kind, flat_name
+from mirage_ds.model.family import FAMILIES, check_kind, family_of, flat_name
 from mirage_ds.model.folder import read_json
 from mirage_ds.model.folder_check import check_processor, check_stored
 from mirage_ds.model.forward import MirageModel
@@ -96,6 +97,24 @@ def shape_of(config: PretrainedConfig, where: str) -> Shape:
     except Exception as error:  # noqa: BLE001  # impossible sizes lead transformers and torch to almost any
         title = FAMILIES[config.model_type].title
         raise UserError(f"{where}: no {title} ({reason(error)}); copy the model's own config.json") from None
+
+
+def described(values: dict[str, Any], where: str) -> Shape:
+    """Return the Shape of a configuration.
+
+    Args:
+        values: what a config.json holds; where: how it is called in messages.
+
+    Raises:
+        UserError: transformers makes no model of it.
+    """
+    family = family_of(values.get("model_type"), where)
+    try:
+        config = family.config_class().from_dict(copy.deepcopy(values))
+    except Exception as error:  # noqa: BLE001  # a value of a wrong type leads transformers to almost any
+        raise UserError(f"{where}: no {family.title} ({reason(error)}); copy the model's own config.json") from None
+    # As it is read back from a cache: with lists for tuples.
+    return Shape(*json.loads(json.dumps(shape_of(config, where))))
 
 
 def check_folder(folder: Path, processors: Sequence[Path] = ()) -> PretrainedConfig:

@@ -1,4 +1,7 @@
-"""Shapes of models by name, as plain numbers: no torch, no transformers, so that planning commands are quick."""
+"""Shapes of models by name, as plain numbers: no torch, no transformers, so that planning commands are quick.
+
+What is not said here, such as the size of a patch, is as transformers has it.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +42,6 @@ def _vision(depth: int, hidden: int, heads: int, intermediate: int, full: list[i
         "intermediate_size": intermediate,
         "fullatt_block_indexes": full,
         "out_hidden_size": output,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "window_size": 112,
         "tokens_per_second": 2,
     }
 
@@ -83,6 +82,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The other families, as small: for tests, and for trying a run on.
     "nano-qwen2-vl": _small_start(
         {
+            "model_type": "qwen2_vl",
             "text_config": _text(128, 4, 4, 2, 384, 0, tied=True),
             "vision_config": {
                 "depth": 2,
@@ -90,14 +90,12 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "num_heads": 3,
                 "mlp_ratio": 2,
                 "hidden_size": 128,
-                "patch_size": 14,
-                "temporal_patch_size": 2,
-                "spatial_merge_size": 2,
             },
         }
     ),
     "nano-qwen3-vl": _small_start(
         {
+            "model_type": "qwen3_vl",
             # Heads wider than hidden / heads, as in the 4B.
             "text_config": {**_text(128, 4, 4, 2, 384, 0, tied=True), "head_dim": 48, "attention_bias": False}
             | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 8, 8]}},
@@ -107,9 +105,6 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "num_heads": 3,
                 "intermediate_size": 192,
                 "out_hidden_size": 128,
-                "patch_size": 16,
-                "temporal_patch_size": 2,
-                "spatial_merge_size": 2,
                 # A grid of 12 × 12 places, and features for the first two decoder layers.
                 "num_position_embeddings": 144,
                 "deepstack_visual_indexes": [0, 1],
@@ -130,9 +125,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen2.5-vl-32b": _public(5120, 64, 40, 8, 27_648, PUBLIC_ROWS, False, 3456),
     "qwen2.5-vl-72b": _public(8192, 80, 64, 8, 29_568, PUBLIC_ROWS, False, 3456),
 }
-# Those small enough that `mirage-ds init` writes random weights for them.
-WITH_WEIGHTS = ("nano", "nano-untied", "nano-qwen2-vl", "nano-qwen3-vl", "bench-40m", "bench-87m")
-_OTHER_FAMILIES = {"nano-qwen2-vl": "qwen2_vl", "nano-qwen3-vl": "qwen3_vl"}
+# Too large for random weights; `mirage-ds init --config_only` writes their configuration.
+LARGE = tuple(name for name in PRESETS if name.startswith("qwen"))
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -145,6 +139,4 @@ def preset(name: str) -> dict[str, Any]:
     if known not in PRESETS:
         raise UserError(f"no preset '{name}'{closest(known, PRESETS)}; there are {', '.join(PRESETS)}")
     found = copy.deepcopy(PRESETS[known])
-    found["model_type"] = _OTHER_FAMILIES.get(known, "qwen2_5_vl")
-    found["tie_word_embeddings"] = found["text_config"]["tie_word_embeddings"]
-    return found
+    return {"model_type": "qwen2_5_vl", "tie_word_embeddings": found["text_config"]["tie_word_embeddings"], **found}

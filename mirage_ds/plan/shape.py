@@ -1,4 +1,4 @@
-"""A model's sizes from its config.json or a public name, counted by transformers' own class (model/describe.py).
+"""A model's sizes from its config.json or a public name, counted by transformers' own class (model/load.py).
 
 H hidden, I inner width of the MLP, V vocabulary rows, L layers, Hq and Hkv heads, D head width.
 
@@ -174,7 +174,7 @@ def describe(values: dict[str, Any], where: str) -> Shape:
     kept = cache_folder(None) / "shapes" / f"{key}.json"
     if not kept.is_file():
         # Imports torch and transformers, which costs seconds.
-        made: Shape = importlib.import_module("mirage_ds.model.describe").described(values, where)
+        made: Shape = importlib.import_module("mirage_ds.model.load").described(values, where)
         # A cache that cannot be written costs them each time, and no more.
         with suppress(OSError):
             write_atomically(kept, json.dumps(made))

@@ -236,13 +236,13 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut": (lambda f: (f / SINGLE).write_bytes((f / SINGLE).read_bytes()[:-9]), f"{SINGLE}: not a whole safetensors"),
     "lfs": (beside(SINGLE, b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"), "git lfs pull"),
     "lfs, config": (beside("preprocessor_config.json", b"version https://git-lfs"), "git lfs pull"),
-    "module.": (renamed(lambda name: f"module.{name}"), "take the prefix 'module.' off the names"),
-    "_orig_mod.": (renamed(lambda name: f"_orig_mod.{name}"), "take the prefix '_orig_mod.' off"),
-    "base_model.model.": (renamed(lambda name: f"base_model.model.{name}"), "the prefix 'base_model.model.' off"),
-    "model.model.": (renamed(lambda name: f"model.{name}"), "take the prefix 'model.' off"),
+    "module.": (renamed(lambda name: f"module.{name}"), "are there and not the model's"),
+    "_orig_mod.": (renamed(lambda name: f"_orig_mod.{name}"), "are there and not the model's"),
+    "base_model.model.": (renamed(lambda name: f"base_model.model.{name}"), "are there and not the model's"),
+    "model.model.": (renamed(lambda name: f"model.{name}"), "are there and not the model's"),
     "inner wrapper": (
         renamed(lambda name: name.replace("model.layers.0.", "model.layers.0._orig_mod.")),
-        "model.layers.0._orig_mod.input_layernorm.weight for model.layers.0.input_layernorm.weight",
+        "first is model.layers.0.input_layernorm.weight; model.layers.0._orig_mod.input_layernorm.weight, and",
     ),
     "one layer missing": (
         lambda f: tensors_of(f, lambda all_: {k: v for k, v in all_.items() if "layers.1." not in k}),
@@ -261,7 +261,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "config.json ties the head to the embedding",
     ),
     "head missing": (
-        then(config(tie_word_embeddings=False), text_config(tie_word_embeddings=False)), "the first is lm_head.weight"
+        then(config(tie_word_embeddings=False), text_config(tie_word_embeddings=False)), "lm_head.weight; an embedding"
     ),
     "patch size": (processor(patch_size=16), "patch_size is 16, config.json's vision_config has 14"),
     "merge size": (processor(merge_size=4), "merge_size is 4, config.json's vision_config has 2"),

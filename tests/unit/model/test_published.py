@@ -14,7 +14,6 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 from support.published import BY_NAME, LAYOUTS, PIXELS, REAL, Layout, published_name, real_layouts, shrink, write_layout
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
@@ -148,37 +147,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "base class": ("qwen3-vl-4b", {"architectures": ["Qwen3VLModel"]}, {}, SAID_EMBEDDING),
     "reward": ("qwen2-vl-2b", {"architectures": ["Qwen2VLForSequenceClassification"]}, {}, SAID_EMBEDDING),
     "sentence-transformers": ("qwen3-vl-4b", {}, {"modules.json": []}, rf"{SAID_EMBEDDING} \(modules.json stands"),
-    "no head": ("qwen3-vl-8b", {}, {"no head": None}, r"the first is lm_head\.weight: an embedding model"),
 }
 
 
-@pytest.fixture(scope="module")
-def headless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of an untied Qwen3-VL without its output matrix, as one file."""
-    whole = write_layout(BY_NAME["qwen3-vl-8b"], tmp_path_factory.mktemp("headless") / "whole", TEXTS)
-    from safetensors.torch import save_file
-
-    tensors = {name: t for file in whole.glob("*.safetensors") for name, t in load_file(file).items()}
-    tensors.pop("lm_head.weight")
-    save_file(tensors, whole / "model.safetensors")
-    for file in whole.glob("model*0*"):
-        file.unlink()
-    (whole / "model.safetensors.index.json").unlink()
-    return whole / "model.safetensors"
-
-
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_trained_is_one_sentence(
-    case: str, folder_of: Callable[[str], Path], headless: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_trained_is_one_sentence(case: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     layout, changed, files, said = REFUSED[case]
     folder = put(
         shutil.copytree(folder_of(layout), tmp_path / "m"), "config.json", shrink(BY_NAME[layout].config) | changed
     )
-    shutil.copy(headless, folder)
     for name, values in files.items():
-        if name.endswith(".json"):
-            put(folder, name, values)
+        put(folder, name, values)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text_input": "Where?", "text_output": "There."}\n')
     # Training reads it by the same function.

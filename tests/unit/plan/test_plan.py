@@ -25,7 +25,7 @@ from mirage_ds.cli import cli, main
 from mirage_ds.engine.ds_config import DEFAULTS, fill_limits, read_json, recipes, shipped_folder
 from mirage_ds.engine.offload import host_bytes
 from mirage_ds.errors import UserError
-from mirage_ds.model import describe as describing
+from mirage_ds.model import load as loading
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.presets import PRESETS, preset
 from mirage_ds.plan.activations import (
@@ -214,10 +214,10 @@ def test_a_broken_config_is_named(values: dict, said: str, tmp_path: Path) -> No
 
 
 def test_a_shape_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape, asked, made = shape_of("nano-qwen3-vl"), [], describing.described
+    shape, asked, made = shape_of("nano-qwen3-vl"), [], loading.described
     wanted = describe(shape, "nano")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(describing, "described", lambda *given: asked.append(given) or made(*given))
+    monkeypatch.setattr(loading, "described", lambda *given: asked.append(given) or made(*given))
     assert [describe(shape, "nano") for _ in range(3)] == [wanted] * 3
     assert len(asked) == 1
 
