@@ -19,7 +19,7 @@ from mirage_ds.curate.command import import_, mix, vary
 from mirage_ds.curate.rationalize.command import rationalize
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 from mirage_ds.evaluate.command import evaluate, generate
-from mirage_ds.files import Output, disk_trouble
+from mirage_ds.files import Output, users_error
 from mirage_ds.plan.command import plan
 from mirage_ds.run.process import print_anything
 from mirage_ds.run.stop import StopRequest
@@ -199,20 +199,13 @@ def main() -> None:
     stop.listen(at_once=True)
     try:
         cli.main(standalone_mode=False)
-    except click.ClickException as error:
-        message = error.format_message()
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        # A full disk, or a cache that cannot be written, whoever meets it.
-        trouble = disk_trouble(error)
-        if trouble is None:
-            raise
-        message = trouble
     except (click.Abort, Stopped):
         print("stopped", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(EXIT_USER_ERROR)
+    # A full disk, or a cache that cannot be written, may be met anywhere.
+    except (click.ClickException, UserError, OSError) as error:
+        message = users_error(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)

@@ -171,9 +171,13 @@ class Output(click.Path):
         return path
 
 
-def disk_trouble(error: OSError) -> str | None:
-    """Say in one sentence that a file cannot be written or opened; None where the error is of another kind."""
-    if error.errno not in TROUBLES:
+def users_error(error: Exception) -> str | None:
+    """Say in one sentence what a user can fix, a file that cannot be written or opened too; None for another error."""
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, UserError):
+        return str(error)
+    if not isinstance(error, OSError) or error.errno not in TROUBLES:
         return None
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     how = "make room there" if full else "change its rights, or name another place"

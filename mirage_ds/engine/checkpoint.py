@@ -33,7 +33,7 @@ from mirage_ds.engine.manifest import (
     write_manifest,
 )
 from mirage_ds.engine.private import collected_write_errors, own_groups_and_steps
-from mirage_ds.engine.setup import World, everyone, from_rank_zero
+from mirage_ds.engine.setup import World, at_rank_zero, everyone, from_rank_zero
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync, write_atomically
 
@@ -93,7 +93,7 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int,
     """
     place = folder / f"global_step{state['step']}"
     beside = folder / f".{place.name}.partial"
-    trouble = _at_rank_zero(lambda: _make_room(folder, beside), world)
+    trouble = at_rank_zero(lambda: _make_room(folder, beside), world)
     if trouble:
         return trouble
     with collected_write_errors(engine) as errors:
@@ -102,24 +102,11 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int,
         engine.save_checkpoint(str(folder), tag=beside.name, save_latest=False, exclude_frozen_parameters=True)
     trouble, entries = _gather(errors.failed, errors.written, beside, world)
     if trouble is None:
-        trouble = _at_rank_zero(lambda: _put_in_place(beside, place, state, entries, keep), world)
+        trouble = at_rank_zero(lambda: _put_in_place(beside, place, state, entries, keep), world)
     if trouble:
         from_rank_zero(lambda: shutil.rmtree(beside, ignore_errors=True), world)
         return trouble
     return place
-
-
-def _at_rank_zero(work: Callable[[], None], world: World) -> str | None:
-    """Do file work on rank 0; return, on every rank, why it failed."""
-
-    def attempt() -> str | None:
-        try:
-            work()
-        except OSError as error:
-            return f"{error.filename or 'a file'}: {error.strerror}"
-        return None
-
-    return from_rank_zero(attempt, world)
 
 
 def _make_room(folder: Path, beside: Path) -> None:

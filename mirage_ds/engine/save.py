@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from mirage_ds.data.images import ImageFinder
@@ -114,10 +114,10 @@ def save_model(model: MirageModel, tower: nn.Module | None, folder: Path, rank: 
         tower: the frozen tower, or None where the tower is part of `model`.
 
     Raises:
-        OSError, SafetensorError: on rank 0, once all ranks have done their part: what is gathered needs every rank.
+        OSError: on rank 0, once all ranks have done their part: what is gathered needs every rank.
     """
     writer: ShardWriter | None = None
-    failure: OSError | SafetensorError | None = None
+    failure: OSError | None = None
     dtype = torch.float32
     try:
         writer = ShardWriter(folder, family=parts.family) if rank == 0 else None
@@ -129,7 +129,7 @@ def save_model(model: MirageModel, tower: nn.Module | None, folder: Path, rank: 
             dtype = tensor.dtype
             try:
                 writer.add(name, adapter.merged(name, tensor) if adapter else tensor)
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 failure = error
     if failure is not None:
         raise failure

@@ -120,6 +120,20 @@ def from_rank_zero(make: Callable[[], Result], world: World) -> Result:
     return outcome[0]
 
 
+def trouble_of(work: Callable[[], object]) -> str | None:
+    """Do file work; say why it failed, None where it did not."""
+    try:
+        work()
+    except OSError as error:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    return None
+
+
+def at_rank_zero(work: Callable[[], object], world: World) -> str | None:
+    """Do file work on rank 0; say on every rank why it failed."""
+    return from_rank_zero(lambda: trouble_of(work), world)
+
+
 def agree(flag: bool, world: World) -> bool:
     """Tell, on every rank alike, whether the flag is up on any of them."""
     world.waiting.meet()

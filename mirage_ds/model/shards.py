@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -37,7 +38,7 @@ class ShardWriter:
         return self.folder / f".model-{number:05d}.safetensors.partial"
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor; a full shard is written at once."""
+        """Take one tensor; a full shard is written at once. OSError where it cannot be."""
         size = tensor.numel() * tensor.element_size()
         if self.waiting and sum(t.numel() * t.element_size() for t in self.waiting.values()) + size > self.shard_bytes:
             self._flush()
@@ -51,10 +52,9 @@ class ShardWriter:
         except SafetensorError as error:
             # It keeps the system's number in its text alone.
             partial.unlink(missing_ok=True)
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(partial)) from None
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            number = int(found[1]) if found else errno.EIO
+            raise OSError(number, os.strerror(number) if found else str(error), str(partial)) from None
         # safetensors makes files that only their owner reads; a model folder is shared like any other output.
         partial.chmod(0o644)
         self.shards.append(list(self.waiting))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,17 +17,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import click
 import psutil
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mirage_ds.engine.waiting import Waiting
-from mirage_ds.errors import Stopped, UserError
+from mirage_ds.errors import Stopped, UserError, reason
 from mirage_ds.files import write_atomically
 from mirage_ds.run import events
 from mirage_ds.run.heartbeat import LOADING, SAVING, Heartbeat
-from mirage_ds.run.sinks import End, Sink, SinkError
+from mirage_ds.run.sinks import End, Sink
 
 # What a rank does from an event on. Both take as long as the model is large.
 DOING = {events.SAVE_BEGINS: "saves a checkpoint", events.MODEL_BEGINS: "saves the model"}
@@ -196,7 +194,7 @@ class Journal:
 
 
 class Logs:
-    """Where rank 0 writes while steps are taken: console with a bar, --log_file, log.jsonl, trackers.
+    """Where rank 0 writes while steps are taken: console, --log_file, log.jsonl, trackers.
 
     Args:
         folder: the run's own folder.
@@ -230,23 +228,10 @@ class Logs:
             log_file.parent.mkdir(parents=True, exist_ok=True)
             self.text = log_file.open("a", buffering=1, encoding="utf-8", errors="replace")
         self.recent: deque[float] = deque(maxlen=50)
-        # A terminal gets a bar under the lines; a file gets the lines alone.
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.bar.add_task("steps", total=steps, completed=start)
-        self.bar.start()
 
     def say(self, line: str) -> None:
         """Print one line."""
-        self.console.print(line, markup=False)
+        click.echo(line)
         if self.text:
             self.text.write(line + "\n")
 
@@ -260,37 +245,36 @@ class Logs:
 
     def plot(self, step: int, group: str, values: Mapping[str, Any]) -> None:
         """Give numbers to the trackers."""
+        numbers = {f"{group}/{name}": value for name, value in values.items() if value is not None}
         for sink in self.sinks:
-            self._give(sink.scalars, step, {f"{group}/{name}": value for name, value in values.items()})
+            self._give(f"the numbers of step {step}", sink, sink.scalars, step, numbers)
 
     def draw(self, step: int, figures: Mapping[str, Any]) -> None:
         """Give figures to the trackers."""
         for name, figure in figures.items():
             for sink in self.sinks:
-                self._give(sink.figure, step, f"latents/{name}", figure)
+                self._give(f"{name} of step {step}", sink, sink.figure, step, f"latents/{name}", figure)
 
     def left(self, step: int, seconds: float) -> str:
         """Take note of a step that took so long; return the time that the rest will take, as h:mm:ss."""
-        self.bar.update(self.task, completed=step)
         self.recent.append(seconds)
         whole = round(median(self.recent) * (self.steps - step))
         return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
     def close(self, end: End) -> None:
         """Say to the trackers how the run ended, and write what waits."""
-        self.bar.stop()
         self.lines.close()
         for sink in self.sinks:
-            self._give(sink.close, end)
+            self._give("how the run ended", sink, sink.close, end)
         if self.text:
             self.text.close()
 
-    def _give(self, take: Callable[..., None], *what: Any) -> None:
+    def _give(self, what: str, sink: Sink, take: Callable[..., None], *given: Any) -> None:
         """Hand something to a tracker. One that is away ends no run: log.jsonl has all of it."""
         try:
-            take(*what)
-        except SinkError as error:
-            self.say(f"warning: {error}; log.jsonl has them")
+            take(*given)
+        except sink.errors as error:
+            self.say(f"warning: {type(sink).__name__} has not taken {what} ({reason(error)}); log.jsonl has all")
 
 
 def memory_gb() -> float:

@@ -12,7 +12,7 @@ from typing import NoReturn
 import click
 
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
-from mirage_ds.files import disk_trouble
+from mirage_ds.files import users_error
 
 
 def print_anything() -> None:
@@ -34,29 +34,22 @@ def run_rank(command: click.Command, alone: bool = False) -> None:
     print_anything()
     # DeepSpeed calls collectives that torch has renamed: nothing the user can fix.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    says = alone or os.environ.get("RANK", "0") == "0"
     try:
         command.main(standalone_mode=False)
-    except click.ClickException as error:
-        message = error.format_message()
-    except UserError as error:
-        # What goes wrong in the middle of a run may be known to one rank alone.
-        message, says = str(error), says or not error.everywhere
-    except OSError as error:
-        # A full disk, or a cache that cannot be written, whoever meets it.
-        trouble = disk_trouble(error)
-        if trouble is None:
-            raise
-        message, says = trouble, True
     except Stopped:
         leave(EXIT_STOPPED)
-    else:
-        leave(0)
-    if says:
-        print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201  # before any console exists
-    sys.stdout.flush()
-    # No clean-up that waits for other ranks: they may be waiting in a collective for this one.
-    os._exit(EXIT_USER_ERROR)
+    # A full disk, or a cache that cannot be written, may be met by any rank.
+    except (click.ClickException, UserError, OSError) as error:
+        message = users_error(error)
+        if message is None:
+            raise
+        own = isinstance(error, OSError) or (isinstance(error, UserError) and not error.everywhere)
+        if own or alone or os.environ.get("RANK", "0") == "0":
+            print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201  # before any console exists
+        sys.stdout.flush()
+        # No clean-up that waits for other ranks: they may be waiting in a collective for this one.
+        os._exit(EXIT_USER_ERROR)
+    leave(0)
 
 
 def leave(code: int) -> NoReturn:

@@ -13,10 +13,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from mirage_ds.engine.checkpoint import save_checkpoint
-from mirage_ds.engine.setup import World, from_rank_zero
+from mirage_ds.engine.setup import World, at_rank_zero, from_rank_zero, trouble_of
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import better
 from mirage_ds.files import delete_model, move_others, write_atomically
@@ -63,7 +61,7 @@ class Saver:
         folder = self.run.config.save_model_path
         try:
             self.learner.save(self.run.world, folder, step, scores)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise UserError(
                 f"the model cannot be written ({error}); make room and use --resume auto: the last good checkpoint is "
                 f"{self.last or 'none, since --save_every was not given'}",
@@ -113,7 +111,7 @@ class Best:
         self.value = value
         return f"best {self.metric} so far, {value:.4f}: kept in {self.place}"
 
-    def _write(self, step: int, metrics: Mapping[str, float]) -> str:
+    def _write(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """Write the folder; return, on every rank, why that failed."""
         beside, old = (self.place.with_name(f".best.{name}") for name in ("partial", "old"))
         note = {"metric": self.metric, "value": metrics[self.metric], "step": step, "metrics": dict(metrics)}
@@ -130,20 +128,12 @@ class Best:
             beside.rename(self.place)
             move_others(old, self.place)
 
-        trouble = from_rank_zero(lambda: _attempt(begin), self.world)
+        trouble = at_rank_zero(begin, self.world)
         if trouble:
             return trouble
         # All ranks do their part, and hear whether rank 0 has failed.
-        own = _attempt(lambda: self.save(beside, step, metrics))
-        trouble = from_rank_zero(lambda: own, self.world) or from_rank_zero(lambda: _attempt(finish), self.world)
+        own = trouble_of(lambda: self.save(beside, step, metrics))
+        trouble = from_rank_zero(lambda: own, self.world) or at_rank_zero(finish, self.world)
         if trouble:
             from_rank_zero(lambda: shutil.rmtree(beside, ignore_errors=True), self.world)
         return trouble
-
-
-def _attempt(work: Callable[[], None]) -> str:
-    try:
-        work()
-    except (OSError, SafetensorError) as error:
-        return str(error)
-    return ""

@@ -110,7 +110,7 @@ class Learner(NamedTuple):
             step: optimizer steps that it has taken; scores: of this very model, as far as they are known.
 
         Raises:
-            OSError, SafetensorError: on rank 0.
+            OSError: on rank 0.
         """
         # After an evaluation some may be on their way, prefetched for a backward; they could not be gathered anew.
         self.engine.empty_partition_cache()

@@ -29,11 +29,17 @@ LONGEST_VALUE = 500
 
 
 class Sink(ABC):
-    """Takes what is measured."""
+    """Takes what is measured.
+
+    Attributes:
+        errors: what it raises where it is away; training goes on without it.
+    """
+
+    errors: tuple[type[Exception], ...] = ()
 
     @abstractmethod
-    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Take numbers, named group/name, after `step` optimizer steps; None stands for no number."""
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Take numbers, named group/name, after `step` optimizer steps."""
 
     def figure(self, step: int, name: str, figure: Any) -> None:  # noqa: B027  # TensorBoard alone takes them
         """Take a figure of matplotlib."""
@@ -41,10 +47,6 @@ class Sink(ABC):
     @abstractmethod
     def close(self, end: End) -> None:
         """Send what waits, and say how the run ended."""
-
-
-class SinkError(Exception):
-    """A tracker did not take something; training goes on without it."""
 
 
 def check_installed(report_to: Sequence[str]) -> None:
@@ -112,11 +114,10 @@ class TensorBoard(Sink):
 
         self.writer = SummaryWriter(folder, purge_step=start + 1)
 
-    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write them."""
         for name, value in values.items():
-            if value is not None:
-                self.writer.add_scalar(name, value, step)
+            self.writer.add_scalar(name, value, step)
 
     def figure(self, step: int, name: str, figure: Any) -> None:
         """Write it; the writer closes it."""
@@ -151,9 +152,9 @@ class WandB(Sink):
         self.run.define_metric(self.AXIS)
         self.run.define_metric("*", step_metric=self.AXIS)
 
-    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Hand them to its sender, which works beside the run."""
-        self.run.log({self.AXIS: step, **{name: value for name, value in values.items() if value is not None}})
+        self.run.log({self.AXIS: step, **values})
 
     def close(self, end: End) -> None:
         """Wait until all is sent."""
@@ -170,6 +171,7 @@ class MLflow(Sink):
         import mlflow
 
         self.mlflow: Any = mlflow
+        self.errors = (OSError, mlflow.MlflowException)
         known = _known(own_folder).get("mlflow")
         try:
             run = mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=name)
@@ -178,29 +180,14 @@ class MLflow(Sink):
             texts = {key: str(value)[:LONGEST_VALUE] for key, value in settings.items() if key not in there}
             if texts:
                 mlflow.log_params(texts)
-        except (OSError, mlflow.MlflowException) as error:
+        except self.errors as error:
             raise _refused("mlflow", error) from None
         _keep(own_folder, "mlflow", run.info.run_id)
 
-    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Send them.
-
-        Raises:
-            SinkError: they could not be sent.
-        """
-        numbers = {name: float(value) for name, value in values.items() if value is not None}
-        try:
-            self.mlflow.log_metrics(numbers, step=step)
-        except (OSError, self.mlflow.MlflowException) as error:
-            raise SinkError(f"MLflow has not taken the metrics of step {step} ({reason(error)})") from None
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Send them."""
+        self.mlflow.log_metrics({name: float(value) for name, value in values.items()}, step=step)
 
     def close(self, end: End) -> None:
-        """Say how it ended.
-
-        Raises:
-            SinkError: that could not be said.
-        """
-        try:
-            self.mlflow.end_run(status=STATUS[end])
-        except (OSError, self.mlflow.MlflowException) as error:
-            raise SinkError(f"MLflow has not heard that the run {end} ({reason(error)})") from None
+        """Say how it ended."""
+        self.mlflow.end_run(status=STATUS[end])

@@ -1,28 +1,46 @@
-"""What happens every --eval_every steps: records decoded, scored and drawn, the loss on all, the best model kept."""
+"""What happens every --eval_every steps: records answered, scored and drawn, the loss on all, the best model kept.
+
+N rows to decode, W ranks. The rows are dealt to the ranks; in rounds, each rank answers a batch of its own, and then
+all look whether somebody wants them to stop.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from mirage_ds.analysis.inspect.live import need_matplotlib
+from mirage_ds.analysis.inspect.live import figures, need_matplotlib
 from mirage_ds.data.loader import Rows
-from mirage_ds.engine.setup import from_rank_zero
-from mirage_ds.engine.whole import check_room
-from mirage_ds.evaluate.decoder import slots_fed
+from mirage_ds.data.record import Fault, Record, RecordError
+from mirage_ds.data.sample import Sample
+from mirage_ds.engine.setup import everyone, from_rank_zero
+from mirage_ds.engine.whole import check_room, whole_model
+from mirage_ds.errors import Stopped, UserError
+from mirage_ds.evaluate.decoder import decode_samples, prompt_of, slots_fed
 from mirage_ds.evaluate.scoring import Answer, check_evaluation, score, spread
+from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Limits, NotFinite
-from mirage_ds.run.decoding import BATCH, decode_rows, draw_rows, record_at, rows_to_draw
+from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run.events import EVALUATION_BEGINS, EVALUATION_ENDS
 from mirage_ds.run.records import Evaluation
 from mirage_ds.run.saving import Best
 from mirage_ds.run.settings import Run
 from mirage_ds.run.setup import Data, Learner
 from mirage_ds.run.step import forward
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Rows that a rank answers at a time.
+BATCH = 16
 
 
 class Evaluator:
@@ -52,7 +70,10 @@ class Evaluator:
         if config.eval_decode:
             self.chosen = spread(row_ids, config.eval_decode)
             # Not those that open_data looked at, where rows with broken images have been left out since.
-            self.task = from_rank_zero(partial(self._check, rows), world)
+            path = cast(Path, config.eval_data_path)
+            self.task = from_rank_zero(
+                lambda: check_evaluation(self._records(rows), path, config.task, (), None), world
+            )
             check_room(engine, BATCH, longest, self.limits, world, f"--eval_decode {config.eval_decode}")
         if config.eval_pictures:
             from_rank_zero(need_matplotlib, world)
@@ -61,12 +82,6 @@ class Evaluator:
         if config.save_best:
             save = partial(learner.save, world)
             self.best = Best(config.save_best, config.save_model_path, save, world, learner.start)
-
-    def _check(self, rows: Rows) -> str:
-        config = self.run.config
-        assert config.eval_data_path is not None
-        records = [record_at(rows, row) for row in self.chosen]
-        return check_evaluation(records, config.eval_data_path, config.task, (), None)
 
     def measured(self, done: int) -> bool:
         """Evaluate and report after `done` steps; False when the ranks left it on request. All ranks call it."""
@@ -116,10 +131,10 @@ class Evaluator:
     def _scored(self, rows: Rows, answers: list[Answer]) -> dict[str, float]:
         """Score answers; every rank gets the same numbers: the scorer's metrics, `count`, `low` and `high`."""
 
-        def on_rank_zero() -> dict[str, float]:
-            return dict(score([record_at(rows, row) for row in self.chosen], answers, self.task)["all"])
+        return from_rank_zero(lambda: dict(score(self._records(rows), answers, self.task)["all"]), self.run.world)
 
-        return from_rank_zero(on_rank_zero, self.run.world)
+    def _records(self, rows: Rows) -> list[Record]:
+        return [rows.records.record(row) for row in self.chosen]
 
 
 @torch.no_grad()
@@ -140,3 +155,100 @@ def evaluate(run: Run, learner: Learner, evaluation: Evaluation) -> dict[str, fl
     loss, ce, sim, token_ce = totals.tolist()
     parts = {"sim": sim} if run.config.stage == "stage1" else {}
     return {"loss": loss, "ce": ce, **parts, "token_ce": token_ce / max(1, evaluation.counts.labels)}
+
+
+def _tower_of(learner: Learner, model: MirageModel) -> FrozenTower:
+    """Return the vision tower: the frozen one, or, where it is trained, the model's own."""
+    return learner.tower or FrozenTower(cast(nn.Module, model.visual))
+
+
+def _prompt_at(rows: Rows, row: int) -> Sample:
+    found = rows[row]
+    if isinstance(found, Fault):
+        # An image that was there when the run began; only this rank knows.
+        raise UserError(f"record on {found}", everywhere=False)
+    return prompt_of(found)
+
+
+def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], limits: Limits) -> list[Answer] | None:
+    """Answer rows with the engine's weights, greedily; None when the ranks stop on request. All ranks call it.
+
+    The weights are gathered once, whatever is decoded, and released at the end.
+
+    Args:
+        rows: encodes the rows, kept features in place of pixels where they are kept.
+        chosen: dataset rows.
+
+    Returns:
+        The answers in the order of `chosen`, on every rank.
+
+    Raises:
+        NotFinite: on every rank, once all have done their rounds.
+    """
+    world = run.world
+    # Whether the model may open latent blocks.
+    latents = run.config.stage != "sft" or run.config.slots is not None
+    own = list(range(world.rank, len(chosen), world.size))
+    rounds = math.ceil(math.ceil(len(chosen) / world.size) / BATCH)
+    made: list[tuple[int, Answer]] = []
+    broken: list[int] = []
+    with whole_model(learner.engine) as model:
+        tower = _tower_of(learner, model)
+        for number in range(rounds):
+            part = own[number * BATCH : (number + 1) * BATCH]
+            run.journal.at(f"decodes batch {number + 1} of {rounds}")
+            try:
+                if part:
+                    samples = [_prompt_at(rows, chosen[i]) for i in part]
+                    answers = decode_samples(
+                        model, tower, rows.encoder, samples, limits, latents, asked=run.asked, slots=rows.encoder.slots
+                    )
+                    made += zip(part, answers, strict=True)
+            except Stopped:
+                pass
+            except NotFinite as error:
+                broken.append(error.row)
+            if run.stops():
+                return None
+    broken = everyone(broken, world)
+    if broken:
+        raise NotFinite(min(broken))
+    return [answer for _, answer in sorted(everyone(made, world), key=lambda one: one[0])]
+
+
+def rows_to_draw(rows: Rows, of: Sequence[int], count: int) -> list[int]:
+    """Return the first `count` rows of `of` whose answer has a latent block.
+
+    Raises:
+        UserError: none has.
+    """
+    found = list(islice((row for row in of if rows.records.record(row).runs), count))
+    if not found:
+        raise UserError(
+            f"--eval_pictures {count}: no evaluation record has a latent block to draw; give records with a helper "
+            "image or its mark, or leave the flag out"
+        )
+    return found
+
+
+def draw_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int]) -> dict[str, Figure]:
+    """Draw the latents of rows with the engine's weights, which are gathered once and released. All ranks call it.
+
+    Returns:
+        On rank 0 the name and figure of each picture; nothing on the others, which wait.
+
+    Raises:
+        UserError: on every rank: an image does not open any more.
+    """
+    made: dict[str, Figure] = {}
+    with whole_model(learner.engine) as model:
+
+        def draw() -> None:
+            tower = _tower_of(learner, model)
+            try:
+                made.update(figures(model, rows.encoder, [rows.records.record(row) for row in chosen], tower))
+            except RecordError as error:
+                raise UserError(f"record on {error.fault}") from None
+
+        from_rank_zero(draw, run.world)
+    return made

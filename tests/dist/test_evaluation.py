@@ -35,7 +35,7 @@ from mirage_ds.evaluate.decoder import Sampling, answer_records, load_decoder
 from mirage_ds.evaluate.report import evaluate_file
 from mirage_ds.evaluate.scoring import spread
 from mirage_ds.model.generate import Limits, NotFinite
-from mirage_ds.run import decoding
+from mirage_ds.run import validation
 from mirage_ds.run.settings import Run
 
 K, NEW = 2, 6
@@ -80,12 +80,12 @@ def _train_broken(world: Any, settings: dict[str, Any]) -> str:
     def broken(*given: Any, **options: Any) -> Any:
         raise NotFinite(3)
 
-    decode, draw = decoding.decode_samples, decoding.figures
-    decoding.decode_samples, decoding.figures = (broken if world.rank else decode), broken
+    decode, draw = validation.decode_samples, validation.figures
+    validation.decode_samples, validation.figures = (broken if world.rank else decode), broken
     try:
         return _train(world, settings)
     finally:
-        decoding.decode_samples, decoding.figures = decode, draw
+        validation.decode_samples, validation.figures = decode, draw
 
 
 def _decode(world: Any, settings: dict[str, Any], counts: list[int], new_tokens: list[int]) -> dict[str, Any]:
@@ -99,11 +99,11 @@ def _decode(world: Any, settings: dict[str, Any], counts: list[int], new_tokens:
     found: dict[str, Any] = dict(gathered=[], answers=[], psi=sum(p.ds_numel for p in parameters))
     rows = data.evaluation.loader.rows
     # Several rounds, of which one rank has fewer to fill.
-    decoding.BATCH = 2
+    validation.BATCH = 2
     for count, tokens in zip(counts, new_tokens, strict=True):
         chosen = spread(data.evaluation.loader.planner.row_ids.tolist(), count)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
-            answers = decoding.decode_rows(run, learner, rows, chosen, Limits(tokens, K, K))
+            answers = validation.decode_rows(run, learner, rows, chosen, Limits(tokens, K, K))
         found["gathered"].append(_gathered(seen.events()))
         found["answers"].append((chosen, answers))
         found["whole"] = [str(p.ds_status) for p in parameters]

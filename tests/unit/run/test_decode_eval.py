@@ -24,12 +24,11 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
 from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.engine.whole import bytes_to_decode
-from mirage_ds.evaluate.decoder import decode_samples
+from mirage_ds.evaluate.decoder import decode_samples, prompt_of
 from mirage_ds.evaluate.scoring import spread
 from mirage_ds.model.generate import LatentTokens, Limits, generate, latent_tokens
 from mirage_ds.model.load import load_model
 from mirage_ds.run import saving
-from mirage_ds.run.decoding import prompt_of
 from mirage_ds.run.folder import claim
 from mirage_ds.run.saving import Best
 

@@ -20,8 +20,8 @@ from mirage_ds.files import (
     check_log,
     check_output,
     delete_model,
-    disk_trouble,
     move_others,
+    users_error,
     whole_folder,
     write_atomically,
 )
@@ -178,11 +178,11 @@ def test_a_full_disk_in_the_middle_is_one_sentence_with_nothing_left(tmp_path: P
     for fill in (lambda: write_atomically(tmp_path / "x", bytes(2048)), fill_folder):
         with pytest.raises(OSError, match="File too large") as caught, small_disk(1024):
             fill()
-        said = disk_trouble(caught.value) or ""
+        said = users_error(caught.value) or ""
         assert said.startswith(str(tmp_path))
         assert "make room there" in said
         assert everything(tmp_path) == []
-    assert disk_trouble(FileNotFoundError(errno.ENOENT, "no such file")) is None
+    assert users_error(FileNotFoundError(errno.ENOENT, "no such file")) is None
 
 
 # ---------------------------------------------------------------------------------------------------- the run folder

@@ -96,17 +96,3 @@ def test_what_ends_a_run_is_noted_in_one_line(tmp_path: Path) -> None:
     # A folder that is gone hides no error.
     journal.claimed(tmp_path / "gone", writes=True)
     journal.failed(ValueError("d"))
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_gets_a_bar_under_the_lines_and_a_file_the_lines_alone(
-    terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
-    journal = Journal()
-    with journal.logging(Logs(tmp_path, 4, [], tmp_path / "log.txt", start=1)):
-        journal.say("a line")
-    shown = capsys.readouterr().out
-    assert ("━" in shown and "1/4" in shown) is terminal
-    assert "a line\n" in shown.replace("\r", "")
-    assert (tmp_path / "log.txt").read_text() == "a line\n"

@@ -173,8 +173,8 @@ def test_a_tracker_that_is_away_is_said_and_ends_no_run(
     tracker.away = True
     run(tmp_path, sinks, 0, 2)
     said = capsys.readouterr().out
-    assert "warning: MLflow has not taken the metrics of step 1 (MlflowException: connection refused)" in said
-    assert "warning: MLflow has not heard that the run finished" in said
+    assert "warning: MLflow has not taken the numbers of step 1 (MlflowException: connection refused)" in said
+    assert "warning: MLflow has not taken how the run ended" in said
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
     with pytest.raises(UserError, match=r"--report_to mlflow: the run cannot be opened .*connection refused"):
         open_sinks(["mlflow"], tmp_path, "first", SETTINGS, 0)
