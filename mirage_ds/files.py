@@ -9,7 +9,6 @@ import errno
 import os
 import re
 import shutil
-import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -139,20 +138,18 @@ def _try_to_write(path: Path, folder: bool) -> None:
 
 def check_log(path: Path, flag: str) -> None:
     """Refuse, as check_output, a file that lines are to be added to; it may be a terminal or a pipe."""
-    mode = 0
-    with suppress(OSError, ValueError):
-        mode = path.stat().st_mode
-    if stat.S_ISFIFO(mode):
+    there = os.path.exists(path)
+    if there and path.is_fifo():
         # To open it is to wait for its reader.
         return
-    if mode and not stat.S_ISDIR(mode):
+    if there and not path.is_dir():
         try:
             path.open("ab").close()
         except OSError as error:
             raise UserError(f"{flag} {path}: cannot be written ({error.strerror}); name another place") from None
-    new = not mode or stat.S_ISDIR(mode)
-    if new or (stat.S_ISREG(mode) and os.access(path.absolute().parent, os.W_OK)):
-        check_output(path, flag)
+        if not (path.is_file() and os.access(path.absolute().parent, os.W_OK)):
+            return
+    check_output(path, flag)
 
 
 class Output(click.Path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,8 +34,6 @@ def _click_type(annotation: Any) -> tuple[Any, bool]:
         return click.Choice([str(arg) for arg in args]), False
     if origin in (list, tuple):
         return _click_type(args[0])[0], True
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return click.Choice([str(member.value) for member in annotation]), False
     if isinstance(annotation, type) and issubclass(annotation, Path):
         return click.Path(path_type=Path), False
     return (annotation if annotation in (int, float, bool, str) else str), False

@@ -375,19 +375,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(f"--config {path}: no such file")
         # _Loader is a SafeLoader.
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"--config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    except RecursionError:
-        raise UserError(f"--config {path}: nested too deeply; write `key: value` lines") from None
-    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
-        # What PyYAML raises at a scalar that is not what it looks like: `2001-99-99`, `!!int x`.
-        raise UserError(f"--config {path}: holds a value that cannot be read ({reason(error)})") from None
+    # PyYAML raises all kinds at a scalar that is not what it looks like: `2001-99-99`, `!!int x`.
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
+        raise UserError(f"--config {path}: cannot be read ({reason(error)}); write `key: value` lines") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected `key: value` lines, found {type(values).__name__}")
     return values

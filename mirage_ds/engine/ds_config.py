@@ -27,7 +27,7 @@ KNOWN_KEYS = frozenset(
     bfloat16 sequence_parallel_size datastates_ckpt
     weight_quantization use_data_before_expert_parallelism vocabulary_size""".split()  # noqa: SIM905
 )
-# DeepSpeed stops at these, or ignores them, or they work against the trainer: key → (what switches it on, why not).
+# DeepSpeed stops late at these, ignores them, or they work against the trainer: key → (what switches it on, why not).
 # An empty switch means any value but null, false, 0, {} and those of SAME.
 UNUSED = {
     "pipeline": ("", "there are no pipeline stages here, and it would be ignored"),
@@ -53,17 +53,11 @@ UNUSED = {
     "vocabulary_size": ("", "the model's config.json says it, and it would be ignored"),
     "wandb": ("enabled", "--report_to wandb sends the metrics"),
     "comet": ("enabled", "--report_to says where metrics go"),
-    "zero_optimization.mics_shard_size": ("", "DeepSpeed has removed MiCS; 'zero_hpz_partition_size' is near it"),
-    "zero_optimization.mics_hierarchical_params_gather": ("", "DeepSpeed has removed MiCS"),
-    "zero_optimization.zeropp_loco_param": ("", "DeepSpeed has removed LoCo"),
     "zero_optimization.zenflow": ("", "its updates come late, and a step here is whole"),
     "zero_optimization.compute_grad_norm": ("", "the norm shows steps that are not finite, and it is logged"),
 }
-# Keys of older DeepSpeeds; newer ones stop at them.
-REMOVED = """amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula
-    progressive_layer_drop quantize_training sparse_attention sparse_gradients"""
 # Keys that are refused whatever their value → what to do about them.
-REFUSED = dict.fromkeys(REMOVED.split(), "is of older DeepSpeeds and not supported; remove it") | {
+REFUSED = {
     "bfloat16": "is the old name of 'bf16'; rename it",
     "sequence_parallel_size": "is not supported: every rank packs rows of its own; remove it",
     "scheduler": "is set by --lr_scheduler and --warmup_steps; remove the block",
@@ -74,7 +68,6 @@ SAME = {
     "gradient_allreduce_op": ("mean",),
     "managed_gradient_accumulation": (True, None),
     "zero_optimization.compute_grad_norm": (True, None),
-    "zero_optimization.mics_shard_size": (-1,),
 }
 # What torch's AdamW and DeepSpeed's take; another name stops the start only after the model is loaded.
 OPTIMIZER_PARAMS = frozenset(
@@ -211,12 +204,6 @@ def _check_precision(values: dict[str, Any], path: Path) -> None:
         )
     if cast.get("enabled") and bf16.get("enabled"):
         raise UserError(f"{path}: 'torch_autocast' and 'bf16' are both enabled; keep one")
-    masters, states = (bf16.get(f"bf16_{name}") for name in ("master_weights_and_grads", "optimizer_states"))
-    if masters and not states and offload_device(values, "optimizer") == "none":
-        raise UserError(
-            f"{path}: 'bf16.bf16_master_weights_and_grads' without 'bf16_optimizer_states' needs 'offload_optimizer'; "
-            "add one of them"
-        )
 
 
 def _check_blocks(values: dict[str, Any], path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from mirage_ds.engine.setup import World, from_rank_zero
 from mirage_ds.errors import UserError
+from mirage_ds.model.gathered import gathered
 
 # Name of a tensor → its SHA-256, or its values where it is computed anew in each process.
 Notes = dict[str, str | list[float]]
@@ -44,13 +45,10 @@ def notes_of_engine(model: nn.Module, world: World) -> Notes:
 
     Buffers that no checkpoint holds (non-persistent) are noted by value: they follow from the configuration.
     """
-    import deepspeed
-
     notes: Notes = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            partitioned = [parameter] if hasattr(parameter, "ds_id") else []
-            with deepspeed.zero.GatheredParameters(partitioned):
+            with gathered([parameter]):
                 notes[name] = digest(parameter) if world.rank == 0 else ""
     kept = model.state_dict().keys()
     for name, buffer in model.named_buffers():

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mirage_ds.errors import UserError, shown
 
-RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+RANK_NAMES, MEETING = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("MASTER_ADDR", "MASTER_PORT")
 # (rank, world size, local rank) in the order in which a guard believes them. A batch script under Slurm has
 # SLURM_PROCID too, so that it comes last.
 NAMES = (
@@ -41,13 +41,7 @@ class Place(NamedTuple):
 
     def variables(self) -> dict[str, str]:
         """Return the variables by which torch and DeepSpeed know the place."""
-        return {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.size),
-            "LOCAL_RANK": str(self.local_rank),
-            "MASTER_ADDR": self.master,
-            "MASTER_PORT": str(self.master_port),
-        }
+        return dict(zip((*RANK_NAMES, *MEETING), map(str, self), strict=True))
 
 
 def _number(environment: Mapping[str, str], name: str, least: int, end: int) -> int:
@@ -65,7 +59,7 @@ def _number(environment: Mapping[str, str], name: str, least: int, end: int) -> 
 def _place(environment: Mapping[str, str], names: tuple[str, str, str]) -> Place:
     """Read a place whose numbers are all there."""
     rank_name, size_name, local_name = names
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    missing = [name for name in MEETING if not environment.get(name)]
     if missing:
         raise UserError(
             f"{rank_name} is set, and {' and '.join(missing)} not: export the name of rank 0's host and a free port to "
@@ -106,7 +100,7 @@ def is_rank(environment: Mapping[str, str]) -> bool:
             each of them would do the whole work, in the same folder.
     """
     there = [name for name in RANK_NAMES if environment.get(name)]
-    missing = [name for name in (*RANK_NAMES, "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    missing = [name for name in (*RANK_NAMES, *MEETING) if not environment.get(name)]
     if not missing:
         _place(environment, RANK_NAMES)
         return True

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from mirage_ds.engine.private import shard_of
 from mirage_ds.engine.setup import World, everyone
 from mirage_ds.errors import UserError
 from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.gathered import gathered
 from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import public_name
 from mirage_ds.model.loss import LossHead
@@ -38,13 +39,10 @@ def whole_model(engine: Any) -> Iterator[MirageModel]:
     Args:
         engine: between two optimizer steps.
     """
-    import deepspeed
-
     # What an evaluation has prefetched may still be on its way.
     engine.empty_partition_cache()
     model: MirageModel = engine.module
-    sharded = [p for p in model.parameters() if shard_of(p)]
-    with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
+    with gathered(list(model.parameters())):
         plain = _plain_model(model)
         try:
             yield plain

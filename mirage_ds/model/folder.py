@@ -132,12 +132,10 @@ def weight_files(folder: Path) -> list[Path]:
             )
         return files
     others = sorted(file.name for file in folder.glob("*.safetensors"))
-    if any(re.search(r"-of-\d+\.", name) for name in others):
-        raise UserError(f"{folder}: has {others[0]}, but no {INDEX}, without which no shard is opened; copy it too")
     if others:
         raise UserError(
-            f"{folder}: has {others[0]}, but weights are opened as {SINGLE} or through {INDEX} alone; rename the file "
-            "where it holds the whole model, else copy the model's own"
+            f"{folder}: has {others[0]}, but no {INDEX}, without which only {SINGLE} is opened; copy the index too, or "
+            "rename the file where it holds the whole model"
         )
     raise UserError(f"{folder}: no *.safetensors; convert other weight files first (pickles are never read)")
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import torch
 from mirage_ds.config.run import LatentLoss, Stage
 from mirage_ds.errors import UserError, reason
 from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, head_width_of, register
-from mirage_ds.model.family import FAMILIES, check_kind, family_of, flat_name
+from mirage_ds.model.family import FAMILIES, Family, check_kind, family_of, flat_name
 from mirage_ds.model.folder import read_json
 from mirage_ds.model.folder_check import check_processor, check_stored
 from mirage_ds.model.forward import MirageModel
@@ -58,6 +59,15 @@ def public_name(name: str) -> str:
     return re.sub(r"^language_model\.", "model.", name)
 
 
+@contextmanager
+def _described(family: Family, where: str) -> Iterator[None]:
+    """Say in a sentence that transformers makes nothing of a configuration."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # a wrong type or an impossible size leads transformers to almost any
+        raise UserError(f"{where}: no {family.title} ({reason(error)}); copy the model's own config.json") from None
+
+
 def read_config(folder: Path) -> PretrainedConfig:
     """Read a folder's configuration; UserError when it is of no known family."""
     from transformers import AutoConfig
@@ -66,10 +76,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     if not isinstance(values, dict):
         raise UserError(f"{folder}/config.json: expected an object, found {type(values).__name__}")
     family = check_kind(values, folder / "config.json")
-    try:
+    with _described(family, f"{folder}/config.json"):
         config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # noqa: BLE001  # a value of a wrong type leads transformers to almost any
-        raise UserError(f"{folder}/config.json: no {family.title} ({reason(error)}); copy the model's own") from None
     if config.dtype is None:
         # Published Qwen3-VL says it there alone.
         config.dtype = config.get_text_config().dtype
@@ -92,11 +100,8 @@ def shape_of(config: PretrainedConfig, where: str) -> Shape:
     Raises:
         UserError: transformers makes no model of it.
     """
-    try:
+    with _described(FAMILIES[config.model_type], where):
         return Shape(json.loads(config.to_json_string(use_diff=False)), expected_shapes(config))
-    except Exception as error:  # noqa: BLE001  # impossible sizes lead transformers and torch to almost any
-        title = FAMILIES[config.model_type].title
-        raise UserError(f"{where}: no {title} ({reason(error)}); copy the model's own config.json") from None
 
 
 def described(values: dict[str, Any], where: str) -> Shape:
@@ -109,10 +114,8 @@ def described(values: dict[str, Any], where: str) -> Shape:
         UserError: transformers makes no model of it.
     """
     family = family_of(values.get("model_type"), where)
-    try:
+    with _described(family, where):
         config = family.config_class().from_dict(copy.deepcopy(values))
-    except Exception as error:  # noqa: BLE001  # a value of a wrong type leads transformers to almost any
-        raise UserError(f"{where}: no {family.title} ({reason(error)}); copy the model's own config.json") from None
     # As it is read back from a cache: with lists for tuples.
     return Shape(*json.loads(json.dumps(shape_of(config, where))))
 

@@ -95,16 +95,8 @@ class LossHead(nn.Module):
         Returns:
             Σ scales · losses, a float32 scalar, and the (M,) float32 losses, which carry no gradient.
         """
-        total, losses = _WeightedCrossEntropy.apply(
-            hidden.to(self.weight.dtype),
-            self.weight,
-            self.rows,
-            self.row_ids,
-            targets,
-            scales,
-            self.chunk,
-            torch.is_grad_enabled(),
-        )
+        own, states, recorded = (self.rows, self.row_ids), hidden.to(self.weight.dtype), torch.is_grad_enabled()
+        total, losses = _WeightedCrossEntropy.apply(states, self.weight, *own, targets, scales, self.chunk, recorded)
         return total, losses
 
 
