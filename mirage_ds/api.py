@@ -29,7 +29,7 @@ from mirage_ds.data.images import ImageFinder, upright_rgb
 from mirage_ds.data.record import IMAGE_MARK, Record, RecordError, make_record
 from mirage_ds.data.record_files import read_records
 from mirage_ds.data.sample import IGNORE, Sample
-from mirage_ds.errors import UserError, reason
+from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import (
     Decoder,
     Decoding,
@@ -384,16 +384,12 @@ def save_answer(answer: Answer, file: Path) -> None:
     The texts and the places of the blocks are in the file's metadata: `text`, `marked`, `runs` as JSON.
 
     Raises:
-        UserError: the file cannot be written.
+        OSError: the file cannot be written.
     """
     tensors = {"ids": torch.tensor(answer.ids), "hidden": answer.hidden}
     tensors |= {f"latents.{number}": block for number, block in enumerate(answer.latents)}
     notes = {"text": answer.text, "marked": answer.marked, "runs": json.dumps(answer.runs)}
-    whole = save({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, notes)
-    try:
-        write_atomically(file, whole)
-    except OSError as error:
-        raise UserError(f"--save_latents {file}: cannot be written ({reason(error)})") from None
+    write_atomically(file, save({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, notes))
 
 
 __all__ = ["Answer", "Losses", "Mirage", "Rows", "Token", "load", "save_answer"]

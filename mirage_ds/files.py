@@ -22,20 +22,9 @@ from mirage_ds.errors import UserError, is_text, shown
 # Where config.json says how the model was trained; plain transformers carries the key along.
 TRAINED_KEY = "mirage"
 # What the system says of a file that cannot be written or opened, whoever asks: the user's to fix.
-TROUBLES = frozenset(
-    [
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENAMETOOLONG,
-        errno.ENOTDIR,
-        errno.EIO,
-        errno.ESTALE,
-    ]
-)
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EIO, errno.ESTALE}
+TROUBLES = NO_ROOM | UNWRITABLE
 # A block: less may find room on a full disk.
 TRIED_BYTES = 4096
 # The weights that a save writes: one file, or shards and their index.
@@ -176,8 +165,7 @@ def users_error(error: Exception) -> str | None:
         return str(error)
     if not isinstance(error, OSError) or error.errno not in TROUBLES:
         return None
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    how = "make room there" if full else "change its rights, or name another place"
+    how = "make room there" if error.errno in NO_ROOM else "change its rights, or name another place"
     return f"{error.filename or 'a file'}: {error.strerror}; {how}, and start again"
 
 

@@ -249,13 +249,9 @@ class RunConfig(BaseModel):
             if given and self.eval_data_path is None:
                 raise ValueError(f"{flag} {given} needs records to evaluate: add --eval_data_path and --eval_every")
         if self.eval_pictures and "tensorboard" not in self.report_to:
-            raise ValueError(
-                f"--eval_pictures {self.eval_pictures} go to TensorBoard: add --report_to tensorboard, or leave it out"
-            )
+            raise ValueError(f"--eval_pictures {self.eval_pictures} go to TensorBoard: add --report_to tensorboard")
         if self.eval_pictures and self.stage == "sft":
-            raise ValueError(
-                f"--eval_pictures {self.eval_pictures}: a model has no latents in --stage sft; leave the flag out"
-            )
+            raise ValueError(f"--eval_pictures {self.eval_pictures}: --stage sft has no latents to draw; leave it out")
         if self.save_best and self.save_best not in LOSSES and not self.eval_decode:
             raise ValueError(
                 f"--save_best {self.save_best}: of losses there are {', '.join(LOSSES)}; a metric of the scorer needs "
@@ -276,14 +272,10 @@ class RunConfig(BaseModel):
                 "its forward, and no checkpoint keeps what is drawn; leave it out"
             )
         if self.lora_rank and self.train_vision:
-            raise ValueError(
-                "--train_vision trains the whole tower, which no adapter holds: leave it out, or leave out --lora_rank"
-            )
+            raise ValueError("--train_vision trains the tower, which no adapter holds: leave out it or --lora_rank")
         allowed = {"sft": ("pause", "marks"), "stage1": ("latents", "auxiliary"), "stage2": ("latents",)}[self.stage]
         if self.slots and self.slots not in allowed:
-            raise ValueError(
-                f"--slots {self.slots} does not go with --stage {self.stage}, which takes {', '.join(allowed)}"
-            )
+            raise ValueError(f"--slots {self.slots}: --stage {self.stage} takes {', '.join(allowed)}")
         if self.train_targets and not (self.train_vision and self.stage == "stage1"):
             raise ValueError("--train_targets trains the tower of stage1: add --train_vision and --stage stage1")
         if self.detach_latents and self.stage != "stage2":

@@ -96,11 +96,11 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int,
     trouble = at_rank_zero(lambda: _make_room(folder, beside), world)
     if trouble:
         return trouble
-    with collected_write_errors(engine) as errors:
+    with collected_write_errors(engine) as files:
         # The state stays out of DeepSpeed's files: a key of its own there ("optimizer") would be overwritten.
         # Frozen weights are the base's; the state says which (frozen.notes_of_engine).
         engine.save_checkpoint(str(folder), tag=beside.name, save_latest=False, exclude_frozen_parameters=True)
-    trouble, entries = _gather(errors.failed, errors.written, beside, world)
+    trouble, entries = _gather(files.failed, files.written, beside, world)
     if trouble is None:
         trouble = at_rank_zero(lambda: _put_in_place(beside, place, state, entries, keep), world)
     if trouble:

@@ -139,7 +139,9 @@ def read_json(path: Path, device: str = "cuda") -> dict[str, Any]:
     """
     if not path.is_file():
         shipped = ", ".join(file.name for file in recipes())
-        raise UserError(f"--deepspeed {path}: no such file; {shipped_folder()} holds {shipped}")
+        raise UserError(
+            f"--deepspeed {path}: no such file; {shipped_folder()} holds {shipped}; its README.md says which to take"
+        )
     try:
         values = strict_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

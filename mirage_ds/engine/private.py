@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -50,67 +50,53 @@ def store_of_group(seconds: float) -> Any:
     return store
 
 
-class Shard(NamedTuple):
-    """What ZeRO-3 has made of a parameter.
-
-    Attributes:
-        elements: of the whole; own: of this rank's part, its padding included.
-        away: whether the part lies elsewhere than the whole would: in the host's memory.
-    """
-
-    elements: int
-    own: int
-    away: bool
-
-
-def shard_of(parameter: Any) -> Shard | None:
-    """Look at a parameter; None where it is not sharded."""
+def elements_to_gather(parameter: Any) -> int:
+    """Count the elements that a rank needs beyond its own part to have a parameter whole; 0 where it is not sharded."""
     if not hasattr(parameter, "ds_id"):
-        return None
+        return 0
     part = parameter.ds_tensor
-    return Shard(parameter.ds_numel, part.ds_numel, part.device != parameter.device)
+    # The part may lie elsewhere than the whole would, in the host's memory; it has padding.
+    return int(parameter.ds_numel + (part.ds_numel if part.device != parameter.device else 0))
 
 
-class Written(NamedTuple):
-    """What a rank's part of `engine.save_checkpoint` came to: the files it wrote, and why others failed."""
-
-    written: list[Path]
-    failed: list[str]
-
-
-class _Collecting:
+class Collecting:
     """A checkpoint engine that notes a file it cannot write and goes on.
 
     An exception on one rank in the middle of `engine.save_checkpoint` leaves the others waiting in its barriers.
+
+    Attributes:
+        written: the files of this rank; failed: why others are none.
     """
 
-    def __init__(self, inner: Any, outcome: Written):
+    def __init__(self, inner: Any):
         self._inner = inner
-        self._outcome = outcome
+        self.written: list[Path] = []
+        self.failed: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
+        """Be the other one in all else."""
         return getattr(self._inner, name)
 
     def save(self, state_dict: Any, path: str) -> None:
+        """Write a file, down to the disk."""
         try:
             self._inner.save(state_dict, path)
             sync(Path(path))
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError of its zip writer.
             reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-            self._outcome.failed.append(f"{path}: {reason}")
+            self.failed.append(f"{path}: {reason}")
         else:
-            self._outcome.written.append(Path(path))
+            self.written.append(Path(path))
 
 
 @contextmanager
-def collected_write_errors(engine: Any) -> Iterator[Written]:
+def collected_write_errors(engine: Any) -> Iterator[Collecting]:
     """While it lasts, `engine.save_checkpoint` raises nothing for files that cannot be written, but notes them."""
-    outcome = Written([], [])
     inner = engine.checkpoint_engine
-    engine.checkpoint_engine = _Collecting(inner, outcome)
+    engine.checkpoint_engine = collecting = Collecting(inner)
     try:
-        yield outcome
+        yield collecting
     finally:
         engine.checkpoint_engine = inner
 

@@ -240,9 +240,7 @@ def try_engine(values: dict[str, Any], path: Path) -> None:
         other = isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError)
         if other or isinstance(error, UnicodeError):
             raise
-        raise UserError(
-            f"{path}: DeepSpeed cannot start with it ({reason(error)}); change or remove that key"
-        ) from None
+        raise UserError(f"{path}: DeepSpeed cannot start with it ({reason(error)}); change that key") from None
     engine.destroy()
 
 

@@ -60,12 +60,7 @@ def find(source: Path, say: Say) -> Path:
         say(f"comparing the bytes of {source} with its manifest")
         check_whole(source)
         return source
-    folder = source / "run" / "checkpoints"
-    if not checkpoints(folder):
-        raise UserError(
-            f"{source}: neither a checkpoint (…/run/checkpoints/global_step<N>) nor a --save_model_path folder with "
-            "one; name one of them"
-        )
+    folder = _all_of(source)[0].parent
     say(f"comparing the bytes of the newest checkpoint in {folder} with its manifest")
     found = newest_whole(folder)
     if found is None:
@@ -73,6 +68,16 @@ def find(source: Path, say: Say) -> Path:
     for sentence in found.passed_over:
         say(sentence)
     return found.place
+
+
+def _all_of(source: Path) -> list[Path]:
+    """List the checkpoints of a --save_model_path folder, oldest first; UserError where there is none."""
+    found = checkpoints(source / "run" / "checkpoints")
+    if not found:
+        raise UserError(
+            f"{source}: has no checkpoints (run/checkpoints/global_step<N>); name a --save_model_path folder that has"
+        )
+    return found
 
 
 def convert(source: Path, workers: int = 1, say: Say = print) -> str:
@@ -91,7 +96,9 @@ def convert(source: Path, workers: int = 1, say: Say = print) -> str:
     if target.exists() and next(faults(target), None) is None:
         return f"{target}: is there already, and whole"
     files = read_manifest(place) or []
-    _check_convertible(place, int(state.get("zero_stage", 0)))
+    if state.get("zero_stage") not in CONVERTIBLE:
+        stage = state.get("zero_stage", 0)
+        raise UserError(f"{place}: ZeRO stage {stage} cannot be converted; checkpoints of stages 1, 2 and 3 can")
     partial = place / f".{UNIVERSAL}.partial"
     try:
         # A conversion that was killed has left it; what it holds must not count as used.
@@ -110,9 +117,7 @@ def convert(source: Path, workers: int = 1, say: Say = print) -> str:
         partial.replace(target)
         sync(place)
     except OSError as error:
-        raise UserError(
-            f"{place} cannot be converted: {error.filename or 'a file'}: {error.strerror or error}"
-        ) from None
+        raise UserError(f"{place}: not converted: {error.filename or 'a file'}: {error.strerror or error}") from None
     except BrokenProcessPool:
         raise UserError(f"{place}: a process of the conversion was killed; take fewer --workers or more RAM") from None
     finally:
@@ -137,11 +142,6 @@ def _convert(place: Path, files: list[Entry], partial: Path, workers: int) -> No
             if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
                 raise
             raise OSError(None, str(error).splitlines()[0], str(partial)) from None
-
-
-def _check_convertible(place: Path, zero_stage: int) -> None:
-    if zero_stage not in CONVERTIBLE:
-        raise UserError(f"{place}: ZeRO stage {zero_stage} cannot be converted; checkpoints of stages 1, 2 and 3 can")
 
 
 def needed_bytes(files: list[Entry]) -> int:
@@ -174,11 +174,7 @@ def print_list(source: Path, hashes: bool) -> None:
     Raises:
         UserError: it has none.
     """
-    found = checkpoints(source / "run" / "checkpoints")
-    if not found:
-        raise UserError(
-            f"{source}: has no checkpoints (run/checkpoints/global_step<N>); name a --save_model_path folder"
-        )
+    found = _all_of(source)
     table = Table("step", "ranks", "GB", "whole", "universal", box=box.SIMPLE)
     for place in found:
         wrong, form = next(faults(place, hashes=hashes), None), place / UNIVERSAL

@@ -47,9 +47,7 @@ def check_release(values: dict[str, Any], path: Path, recomputes_frozen: bool) -
     """
     for key, since in SINCE.items():
         if key in values and (found := _older_than(since)):
-            raise UserError(
-                f"{path}: DeepSpeed {found} has no key '{key}' and would ignore it; install deepspeed>={since}"
-            )
+            raise UserError(f"{path}: DeepSpeed {found} would ignore '{key}'; install deepspeed>={since}")
     if recomputes_frozen and ds.zero_stage(values) == 3 and (found := _older_than(RECOMPUTES_FROZEN)):
         raise UserError(
             f"--lora_rank: DeepSpeed {found} cannot recompute layers with frozen weights under ZeRO-3 ({path}); "

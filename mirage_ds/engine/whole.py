@@ -19,7 +19,7 @@ from torch import nn
 
 from mirage_ds.engine.adapter import Adapter, adapter_name, trained_adapter
 from mirage_ds.engine.offload import memory_to_be_had
-from mirage_ds.engine.private import shard_of
+from mirage_ds.engine.private import elements_to_gather
 from mirage_ds.engine.setup import World, everyone
 from mirage_ds.errors import UserError
 from mirage_ds.model.forward import MirageModel
@@ -110,8 +110,7 @@ def bytes_to_decode(model: MirageModel, rows: int, prompt: int, limits: Limits) 
     """
     text: Any = model.language_model
     size, layer = model.head.weight.element_size(), text.layers[0]
-    shards = [(shard_of(p), p.element_size()) for p in model.parameters()]
-    weights = sum((one.elements + one.own * one.away) * width for one, width in shards if one)
+    weights = sum(elements_to_gather(p) * p.element_size() for p in model.parameters())
     if model.lora is not None:
         weights += sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
     queries, kv = (getattr(layer.self_attn, name).out_features for name in ("q_proj", "k_proj"))

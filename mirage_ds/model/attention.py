@@ -148,12 +148,7 @@ def head_width_of(text: Any) -> int:
 
 
 def varlen_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    ends: Ends,
-    backend: str = "sdpa",
-    scale: float | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, backend: str = "sdpa", scale: float | None = None
 ) -> torch.Tensor:
     """Attend within each sample of a packed batch, causally, aligned bottom-right.
 

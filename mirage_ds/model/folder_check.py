@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
-MERGED = "if it is merged already"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 # Keys of config.json, at any depth, and files of tools that quantise.
@@ -134,9 +133,7 @@ def _refuse_adapter(folder: Path) -> None:
     """
     for name in ADAPTER_FILES:
         if (folder / name).exists():
-            raise UserError(
-                f"{folder}: {adapter_of(folder)} ({name}) stands beside the model; {MERGE}, or move it away {MERGED}"
-            )
+            raise UserError(f"{folder}: holds {adapter_of(folder)} beside the model ({name}); {MERGE}, or move it away")
 
 
 def _refuse_other_weights(
@@ -154,7 +151,7 @@ def _refuse_other_weights(
         except UserError:
             names = {}
         if any(map(ADAPTER_NAME.search, names)):
-            raise UserError(f"{file}: holds an adapter beside the model; {MERGE}, or move it away {MERGED}")
+            raise UserError(f"{file}: holds an adapter beside the model; {MERGE}, or move it away")
         known = any(name in stored or family.opened_name(name) in expected for name in names)
         if known or file.name.startswith(("model", "shard-")):
             others.append(file.name)

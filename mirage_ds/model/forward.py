@@ -88,16 +88,14 @@ class MirageModel(nn.Module):
 
     def forward(self, batch: Batch) -> LossSums:
         """Compute the sums of the micro-batch's losses."""
-        _, traced = self._run(batch)
-        return loss_sums(traced.total, traced.ce, traced.one_minus_cosine, batch, self.reduction)
+        return self._run(batch)[0]
 
     def trace(self, batch: Batch) -> tuple[LossSums, Traced]:
         """As forward, with what was computed on the way."""
-        hidden, traced = self._run(batch)
-        sums = loss_sums(traced.total, traced.ce, traced.one_minus_cosine, batch, self.reduction)
+        sums, hidden, traced = self._run(batch)
         return sums, traced._replace(hidden=in_order(hidden, batch.passes))
 
-    def _run(self, batch: Batch) -> tuple[list[torch.Tensor], Traced]:
+    def _run(self, batch: Batch) -> tuple[LossSums, list[torch.Tensor], Traced]:
         embeddings = self.language_model.embed_tokens(batch.input_ids)
         if self.rows is not None:
             embeddings = self.rows(embeddings, batch.input_ids)
@@ -128,7 +126,8 @@ class MirageModel(nn.Module):
             states = hidden[0] if len(hidden) == 1 else in_order(hidden, batch.passes)
             # Targets are what the hidden states are pulled towards: they must not move to meet them.
             distance = grounding(states, targets.detach(), batch, self.latent_loss)
-        return hidden, Traced(hidden[0], embeddings, total, ce, distance)
+        sums = loss_sums(total, ce, distance, batch, self.reduction)
+        return sums, hidden, Traced(hidden[0], embeddings, total, ce, distance)
 
     def _features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if self.visual is None:

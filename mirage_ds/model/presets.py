@@ -84,13 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         {
             "model_type": "qwen2_vl",
             "text_config": _text(128, 4, 4, 2, 384, 0, tied=True),
-            "vision_config": {
-                "depth": 2,
-                "embed_dim": 96,
-                "num_heads": 3,
-                "mlp_ratio": 2,
-                "hidden_size": 128,
-            },
+            "vision_config": {"depth": 2, "embed_dim": 96, "num_heads": 3, "mlp_ratio": 2, "hidden_size": 128},
         }
     ),
     "nano-qwen3-vl": _small_start(

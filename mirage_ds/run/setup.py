@@ -54,6 +54,8 @@ from mirage_ds.run.sinks import open_sinks
 
 # In the run folder, the records that --skip_bad_records leaves out.
 SKIPPED_FILE = "skipped.jsonl"
+# Settings that load_model takes by the same names.
+FORWARD = {"stage", "attention", "train_vision", "reduction", "latent_loss", "detach_latents", "train_targets"}
 
 
 @dataclass(frozen=True)
@@ -227,21 +229,15 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
     run.journal.phase("model")
     return load_model(
         checked.folders[0],
-        stage=config.stage,
         dtype=checked.dtype,
         device=run.world.device,
         tower=data.tower,
-        attention=config.attention,
         products=checked.products,
         checkpointing=config.gradient_checkpointing,
-        train_vision=config.train_vision,
-        reduction=config.reduction,
         loss_chunk_bytes=config.loss_chunk_mb << 20,
-        latent_loss=config.latent_loss,
-        detach_latents=config.detach_latents,
-        train_targets=config.train_targets,
         ds_config=checked.ds_values,
         lora=checked.lora,
+        **config.model_dump(include=FORWARD),
     )
 
 

@@ -29,7 +29,7 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record_files import scan
 from mirage_ds.engine import whole
-from mirage_ds.engine.private import shard_of
+from mirage_ds.engine.private import elements_to_gather
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.decoder import Sampling, answer_records, load_decoder
 from mirage_ds.evaluate.report import evaluate_file
@@ -141,11 +141,9 @@ def _plain(world: Any, settings: dict[str, Any]) -> list[Any]:
             torch.equal(mine, theirs)
             for (_, mine), (_, theirs) in zip(plain.named_buffers(), module.named_buffers(), strict=True)
         )
-    shards = [shard_of(p) for p in module.parameters()]
-    sizes = all(
-        one.elements == p.ds_shape.numel() and not one.away for one, p in zip(shards, module.parameters(), strict=True)
-    )
-    parts = all(one.own == -(-one.elements // world.size) for one in shards)
+    sharded = [(p, p.ds_shape.numel()) for p in module.parameters()]
+    sizes = all(elements_to_gather(p) == elements for p, elements in sharded)
+    parts = all(p.ds_tensor.ds_numel == -(-elements // world.size) for p, elements in sharded)
     left = {str(tensor.device) for tensor in (*plain.parameters(), *plain.buffers())}
     learner.engine.destroy()
     return [hooks, shared, buffers, sizes, parts, left]

@@ -550,7 +550,7 @@ def test_full_disk_leaves_the_checkpoint_as_it_was(runs: Runs, tmp_path: Path) -
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert str(error.value).startswith(f"{place} cannot be converted: {place / '.universal.partial'}: ")
+    assert str(error.value).startswith(f"{place}: not converted: {place / '.universal.partial'}: ")
     assert files(tmp_path) == before
 
 

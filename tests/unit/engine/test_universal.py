@@ -63,8 +63,8 @@ def test_nothing_to_convert_is_one_sentence(
         said = capsys.readouterr()
         assert said.out == ""
         assert said.err == (
-            f"error: {source}: neither a checkpoint (…/run/checkpoints/global_step<N>) nor a --save_model_path folder "
-            "with one; name one of them\n"
+            f"error: {source}: has no checkpoints (run/checkpoints/global_step<N>); name a --save_model_path folder "
+            "that has\n"
         )
         assert call(monkeypatch, "list", source) == 2
         assert "has no checkpoints" in capsys.readouterr().err
@@ -143,7 +143,7 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError) as error:
         convert(place, say=lambda _: None)
     half = place / ".universal.partial" / "half"
-    assert str(error.value) == f"{place} cannot be converted: {half}: No space left on device"
+    assert str(error.value) == f"{place}: not converted: {half}: No space left on device"
     assert sorted(place.iterdir()) == before
 
 

@@ -31,7 +31,7 @@ def test_every_key_of_the_table_is_a_known_one() -> None:
     [
         (
             *("0.18.9", {"log_level": "info"}, False),
-            "ds.json: DeepSpeed 0.18.9 has no key 'log_level' and would ignore it; install deepspeed>=0.19.3",
+            "ds.json: DeepSpeed 0.18.9 would ignore 'log_level'; install deepspeed>=0.19.3",
         ),
         ("0.19.3", {"log_level": "info"}, False, None),
         ("0.19.10", {"log_level": "info", "disable_python_gc": True}, False, None),

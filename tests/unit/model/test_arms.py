@@ -421,10 +421,10 @@ def test_targets_train_the_tower_by_the_answers_loss_alone(sharp: Path, mixed: P
     [
         (
             {"stage": "sft", "slots": "latents"},
-            "--slots latents does not go with --stage sft, which takes pause, marks",
+            "--slots latents: --stage sft takes pause, marks",
         ),
-        ({"stage": "stage2", "slots": "auxiliary"}, "--slots auxiliary does not go with --stage stage2"),
-        ({"stage": "stage1", "slots": "pause"}, "--slots pause does not go with --stage stage1"),
+        ({"stage": "stage2", "slots": "auxiliary"}, "--slots auxiliary: --stage stage2 takes"),
+        ({"stage": "stage1", "slots": "pause"}, "--slots pause: --stage stage1 takes"),
         ({"stage": "stage1", "detach_latents": True}, "--detach_latents is for --stage stage2"),
         ({"stage": "stage1", "train_targets": True}, "--train_targets trains the tower of stage1: add --train_vision"),
     ],

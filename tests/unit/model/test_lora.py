@@ -260,7 +260,7 @@ def config_of(**settings: Any) -> RunConfig:
         ({"lora_alpha": 8}, "--lora_alpha needs adapters: add --lora_rank, or leave it out"),
         ({"lora_targets": ["q_proj"]}, "--lora_targets needs adapters: add --lora_rank, or leave it out"),
         ({"lora_rank": 4, "lora_dropout": 0.1}, "would draw another mask than its forward"),
-        ({"lora_rank": 4, "train_vision": True}, "--train_vision trains the whole tower, which no adapter holds"),
+        ({"lora_rank": 4, "train_vision": True}, "--train_vision trains the tower, which no adapter holds"),
         ({"lora_rank": 0}, "greater than 0"),
     ],
 )

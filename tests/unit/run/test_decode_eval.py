@@ -294,11 +294,11 @@ def test_a_card_is_replaced_and_a_readme_of_somebody_s_own_is_not(tmp_path: Path
         (dict(eval_pictures=2), "--eval_pictures 2 needs records to evaluate: add --eval_data_path and --eval_every"),
         (
             dict(eval_pictures=2, eval_data_path="e", eval_every=1, report_to="none"),
-            "--eval_pictures 2 go to TensorBoard: add --report_to tensorboard, or leave it out",
+            "--eval_pictures 2 go to TensorBoard: add --report_to tensorboard",
         ),
         (
             dict(eval_pictures=2, eval_data_path="e", eval_every=1, stage="sft"),
-            "--eval_pictures 2: a model has no latents in --stage sft; leave the flag out",
+            "--eval_pictures 2: --stage sft has no latents to draw; leave it out",
         ),
         (dict(save_best="loss"), "--save_best loss needs records to evaluate: add --eval_data_path and --eval_every"),
         (
