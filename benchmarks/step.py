@@ -233,7 +233,9 @@ class Decoder(Steps):
         for batch in self.batches[number]:
             x = torch.randn(len(batch.input_ids), model.config.hidden_size, dtype=model.dtype).requires_grad_()
             hidden = torch.cat(
-                run_passes(model, x, batch.position_ids, batch.passes, self.model.attention, self.model.checkpointing)
+                run_passes(
+                    model, x, batch.position_ids, batch.passes, self.model.how.attention, self.model.how.checkpointing
+                )
             )
             hidden.backward(torch.ones_like(hidden))
             total += float(hidden.detach().square().mean())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,15 +62,8 @@ def _plain_model(model: MirageModel) -> MirageModel:
         matrix = language_model.embed_tokens.weight.data if tied else adapter.merged("lm_head.weight", matrix)
     head = LossHead(nn.Parameter(matrix, requires_grad=False), len(matrix), 0)
     head.chunk = model.head.chunk
-    plain = MirageModel(
-        language_model,
-        head,
-        None if model.visual is None else _plain(model.visual),
-        grounded=model.grounded,
-        reduction=model.reduction,
-        attention=model.attention,
-        checkpointing=False,
-    )
+    visual = None if model.visual is None else _plain(model.visual)
+    plain = MirageModel(language_model, head, visual, replace(model.how, checkpointing=False))
     return plain.requires_grad_(False).eval()
 
 

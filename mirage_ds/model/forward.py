@@ -7,6 +7,7 @@ It walks transformers' own decoder layers; weights, names and files stay those o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -39,13 +40,11 @@ class Traced(NamedTuple):
     one_minus_cosine: torch.Tensor | None
 
 
-class MirageModel(nn.Module):
-    """The trainable part of a vision-language model with Mirage's forward.
+@dataclass
+class Forward:
+    """How a forward runs.
 
-    Args:
-        language_model: transformers' text model.
-        head: the loss head over the model's output matrix.
-        visual: the vision tower where it is trained, else None (features then come with the batch).
+    Attributes:
         grounded: stage1, where a trained tower also encodes the helpers.
         reduction: "sample" or "token" (see loss.LossSums).
         attention: back end, resolved by attention.choose_backend.
@@ -53,6 +52,23 @@ class MirageModel(nn.Module):
         latent_loss: how stage1 measures a latent against its target.
         detach_latents: no gradient through the states that stage2 feeds back.
         train_targets: stage1's cross-entropy also reaches a trained tower through the targets that stand as inputs.
+    """
+
+    grounded: bool
+    reduction: str
+    attention: str
+    checkpointing: bool
+    latent_loss: LatentLoss = "cosine"
+    detach_latents: bool = False
+    train_targets: bool = False
+
+
+class MirageModel(nn.Module):
+    """The trainable part of a vision-language model with Mirage's forward.
+
+    Args:
+        language_model: transformers' text model; head: the loss head over the model's output matrix.
+        visual: the vision tower where it is trained, else None (features then come with the batch).
         lora: what the adapters in `language_model` are, if there are any; rows: what is trained of the embedding then.
     """
 
@@ -61,13 +77,7 @@ class MirageModel(nn.Module):
         language_model: Any,
         head: LossHead,
         visual: nn.Module | None,
-        grounded: bool,
-        reduction: str,
-        attention: str,
-        checkpointing: bool,
-        latent_loss: LatentLoss = "cosine",
-        detach_latents: bool = False,
-        train_targets: bool = False,
+        how: Forward,
         lora: Lora | None = None,
         rows: TokenRows | None = None,
     ):
@@ -77,13 +87,7 @@ class MirageModel(nn.Module):
         self.rows = rows
         self.head = head
         self.visual = visual
-        self.grounded = grounded
-        self.reduction = reduction
-        self.attention = attention
-        self.checkpointing = checkpointing
-        self.latent_loss: LatentLoss = latent_loss
-        self.detach_latents = detach_latents
-        self.train_targets = train_targets
+        self.how = how
         self.lora = lora
 
     def forward(self, batch: Batch) -> LossSums:
@@ -102,7 +106,7 @@ class MirageModel(nn.Module):
         images, helpers = self._features(batch)
         embeddings, deep = place_images(embeddings, images, batch.image_positions)
         targets = None
-        if self.grounded:
+        if self.how.grounded:
             # Also on a rank whose rows have no helper: ranks whose graphs differ hang ZeRO-3.
             # Teacher forcing: the targets are the latents' input embeddings.
             targets = compress(helpers, batch, embeddings.shape[1]).to(embeddings.dtype)
@@ -112,21 +116,21 @@ class MirageModel(nn.Module):
             embeddings,
             batch.position_ids,
             batch.passes,
-            self.attention,
-            self.checkpointing,
-            detach=self.detach_latents,
+            self.how.attention,
+            self.how.checkpointing,
+            detach=self.how.detach_latents,
             deep=deep,
         )
         labelled = torch.cat(
             [states.index_select(0, one.labelled) for states, one in zip(hidden, batch.passes, strict=True)]
         )
-        total, ce = self.head(labelled, batch.targets, label_scales(batch, self.reduction))
+        total, ce = self.head(labelled, batch.targets, label_scales(batch, self.how.reduction))
         distance = None
         if targets is not None:
             states = hidden[0] if len(hidden) == 1 else in_order(hidden, batch.passes)
             # Targets are what the hidden states are pulled towards: they must not move to meet them.
-            distance = grounding(states, targets.detach(), batch, self.latent_loss)
-        sums = loss_sums(total, ce, distance, batch, self.reduction)
+            distance = grounding(states, targets.detach(), batch, self.how.latent_loss)
+        sums = loss_sums(total, ce, distance, batch, self.how.reduction)
         return sums, hidden, Traced(hidden[0], embeddings, total, ce, distance)
 
     def _features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,8 +139,8 @@ class MirageModel(nn.Module):
                 raise ValueError("the tower is frozen: run FrozenTower.attach on the batch first")
             return batch.image_features, batch.helper_features
         images = trained_features(self.visual, batch.pixel_values, batch.image_grid_thw)
-        if not self.grounded:
+        if not self.how.grounded:
             return images, images[:0]
-        with torch.set_grad_enabled(self.train_targets and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.how.train_targets and torch.is_grad_enabled()):
             helpers = trained_features(self.visual, batch.helper_pixel_values, batch.helper_grid_thw)
         return images, helpers

@@ -249,7 +249,7 @@ def _prefill(
         rotary = text.rotary_emb(x, batch.position_ids[:, None, here])
         tokens = torch.arange(x.shape[1], device=x.device)
         for number, layer in enumerate(text.layers):
-            packed = Packed([], [], None, ends, model.attention)
+            packed = Packed([], [], None, ends, model.how.attention)
             x = layer(x, position_embeddings=rotary, packed=packed)
             if deep is not None:
                 x = deep.add(number, x[0], tokens)[None]

@@ -25,7 +25,7 @@ from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, head_width
 from mirage_ds.model.family import FAMILIES, Family, check_kind, family_of, flat_name
 from mirage_ds.model.folder import read_json
 from mirage_ds.model.folder_check import check_processor, check_stored
-from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.forward import Forward, MirageModel
 from mirage_ds.model.lora import Lora, TokenRows, add_adapters
 from mirage_ds.model.loss import LossHead
 from mirage_ds.model.shape import Shape
@@ -221,7 +221,7 @@ def load_model(
         tower: the frozen tower where it has been loaded already.
         ds_config: the resolved DeepSpeed configuration. Under ZeRO-3 the weights are then partitioned as they are
             read, so that no rank ever holds the whole model; None loads an ordinary module.
-        latent_loss, detach_latents, train_targets: see MirageModel.
+        latent_loss, detach_latents, train_targets: see forward.Forward.
         lora: put adapters on the decoder; everything else is frozen.
 
     Raises:
@@ -257,18 +257,6 @@ def load_model(
         # Where embedding and head are one matrix, its rows are too.
         own = rows if matrix is embedding else TokenRows(matrix, lora.tokens, device)
         head = LossHead(matrix, vocabulary, loss_chunk_bytes, own.weight, own.ids)
-    model = MirageModel(
-        whole.model.language_model,
-        head,
-        visual if train_vision else None,
-        grounded=stage == "stage1",
-        reduction=reduction,
-        attention=backend,
-        checkpointing=checkpointing,
-        latent_loss=latent_loss,
-        detach_latents=detach_latents,
-        train_targets=train_targets,
-        lora=lora,
-        rows=rows,
-    )
+    how = Forward(stage == "stage1", reduction, backend, checkpointing, latent_loss, detach_latents, train_targets)
+    model = MirageModel(whole.model.language_model, head, visual if train_vision else None, how, lora, rows)
     return Loaded(model.to(device) if ds_config is None else model, tower, config)

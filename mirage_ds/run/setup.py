@@ -320,7 +320,7 @@ def opening_lines(run: Run, data: Data, learner: Learner) -> Iterator[str]:
     yield (
         f"{config.stage}: {len(index.row_ids)} rows of {index.tokens.min()}–{index.tokens.max()} tokens (mean "
         f"{index.tokens.mean():.0f}), {config.rows_per_step} rows a step, {data.steps} steps, {world.size} rank(s) "
-        f"on {world.device.type}, attention {learner.engine.module.attention}, k {config.latent_size}"
+        f"on {world.device.type}, attention {learner.engine.module.how.attention}, k {config.latent_size}"
     )
     if learner.checkpoint:
         yield from learner.checkpoint.passed_over

@@ -51,7 +51,7 @@ def take(world: Any, settings: dict[str, Any]) -> Stepped:
         del taken.ran[:], batches
         held = torch.cuda.memory_allocated() - before if on_gpu else 0
         model = learner.engine.module
-        dtype, backend = str(next(model.parameters()).dtype), model.attention
+        dtype, backend = str(next(model.parameters()).dtype), model.how.attention
         return Stepped(taken.metrics["loss"], taken.metrics["grad_norm"], taken.applied, dtype, backend, held)
     finally:
         learner.engine.destroy()

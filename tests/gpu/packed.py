@@ -89,7 +89,7 @@ def ready(
         reduction=REDUCTION, **options,
     )  # fmt: skip
     # Not through load_model: the CPU's tests have back ends of their own.
-    loaded.model.attention = backend
+    loaded.model.how.attention = backend
     batch = collate(samples, rows.k + 1 if rows.stage == "stage2" else 1, dummy)
     assert loaded.tower is not None
     batch = loaded.tower.attach(to_device(batch, device))

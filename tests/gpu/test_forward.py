@@ -49,7 +49,7 @@ def test_bf16_drifts_as_on_the_cpu(backend: str, stage: str, nano: Path, mixed: 
 
 
 def test_float32_weights_reach_no_kernel(nano: Path) -> None:
-    assert load_model(nano, stage="sft", dtype=torch.float32, device=CUDA).model.attention == "sdpa"
+    assert load_model(nano, stage="sft", dtype=torch.float32, device=CUDA).model.how.attention == "sdpa"
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -39,7 +39,13 @@ def _hidden(bench: Bench, batch: Batch, inputs: torch.Tensor, deep: Deep | None)
     """Final-norm hidden states (T, H) of the packed rows, in the batch's passes."""
     model = bench.model
     passes = run_passes(
-        model.language_model, inputs, batch.position_ids, batch.passes, model.attention, checkpointing=False, deep=deep
+        model.language_model,
+        inputs,
+        batch.position_ids,
+        batch.passes,
+        model.how.attention,
+        checkpointing=False,
+        deep=deep,
     )
     return in_order(passes, batch.passes)
 

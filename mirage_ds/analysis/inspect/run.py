@@ -134,7 +134,7 @@ def taught(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Se
     text = model.language_model
     embeddings = text.embed_tokens(batch.input_ids)
     embeddings, deep = place_images(embeddings, features, batch.image_positions)
-    hidden = run_passes(text, embeddings, batch.position_ids, batch.passes, model.attention, False, deep=deep)
+    hidden = run_passes(text, embeddings, batch.position_ids, batch.passes, model.how.attention, False, deep=deep)
     states = in_order(hidden, batch.passes)
     # What is not finite reaches a row's last token: it attends to all others.
     check_finite(functional.linear(states[batch.cu_seqlens[1:].long() - 1], model.head.weight), batch.rows)

@@ -81,7 +81,7 @@ def make(nano: Path, mixed: Path) -> Make:
 
     def made(stage: str, dtype: torch.dtype, backend: str, chosen: tuple[int, ...] = FEW) -> Ready:
         found = loaded(stage, dtype, chosen)
-        found.model.attention = backend
+        found.model.how.attention = backend
         return found
 
     return made
@@ -134,7 +134,7 @@ def test_forward_and_backward_wait_for_no_value(stage: str, make: Make) -> None:
     meta = Ready(copy.deepcopy(made.model).to(META), to_device(made.batch, META), made.counts)
     with no_host_reads(META):
         assert meta.step().device == META
-    meta.model.attention = "sdpa"
+    meta.model.how.attention = "sdpa"
     with pytest.raises(HostRead, match="between cpu and meta"), no_host_reads(META):
         meta.step()
 

@@ -501,7 +501,7 @@ def test_forward_reads_no_tensor_on_the_host(
     counts, made = counts_of(samples), []
     for attention in ("sdpa", tensor_only):
         loaded = task.load(checkpointing=checkpointing)
-        loaded.model.attention = attention
+        loaded.model.how.attention = attention
         batch = task.attach(loaded, task.pack(samples))
         with Sizes(1, 1) as sizes:
             loss, _, _ = objective(loaded.model(batch), counts, GAMMA[stage], "sample")

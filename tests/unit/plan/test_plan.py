@@ -75,7 +75,7 @@ def shape_of(name: str) -> dict[str, Any]:
 @lru_cache
 def on_meta(name: str) -> Any:
     """MirageModel itself, without memory."""
-    from mirage_ds.model.forward import MirageModel
+    from mirage_ds.model.forward import Forward, MirageModel
     from mirage_ds.model.loss import LossHead
 
     config = shape_of(name)
@@ -83,7 +83,7 @@ def on_meta(name: str) -> Any:
     with torch.device("meta"):
         whole = family.model_class()(family.config_class()(**config))
     head = LossHead(whole.lm_head.weight, config["text_config"]["vocab_size"], 1 << 20)
-    return MirageModel(whole.model.language_model, head, None, False, "sample", "sdpa", True)
+    return MirageModel(whole.model.language_model, head, None, Forward(False, "sample", "sdpa", True))
 
 
 def widths(hidden: int, inner: int, heads: int, kv_heads: int, layers: int, vocabulary: int) -> Sizes:

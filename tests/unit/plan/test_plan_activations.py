@@ -20,7 +20,7 @@ from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.attention import INTERFACE_NAME, register
 from mirage_ds.model.family import FAMILIES
-from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.forward import Forward, MirageModel
 from mirage_ds.model.loss import LossHead, StepCounts, objective
 from mirage_ds.model.presets import preset
 from mirage_ds.plan.activations import Micro, PassShape, peak, saved_terms, total
@@ -67,9 +67,8 @@ def model_of(name: str, stage: str, dtype: torch.dtype, checkpointing: bool) -> 
     model = whole(name, dtype)
     model.zero_grad(set_to_none=True)
     head = LossHead(model.lm_head.weight, VOCABULARY, CHUNK_BYTES)
-    return MirageModel(
-        model.model.language_model, head, None, stage == "stage1", "sample", "sdpa", checkpointing
-    )  # fmt: skip
+    how = Forward(stage == "stage1", "sample", "sdpa", checkpointing)
+    return MirageModel(model.model.language_model, head, None, how)
 
 
 def sample(row: int, length: int, runs: tuple, hidden: int, dtype: torch.dtype, images: int, helped: bool) -> Sample:
@@ -237,7 +236,7 @@ def test_deepstack_features_are_there_until_the_head_is_through() -> None:
     batch = collate(rows, 1, sample(-1, 4, ((1, 2),), hidden * 3, torch.float32, 0, False))
     model = whole(name, torch.float32, vocabulary)
     head = LossHead(model.lm_head.weight, vocabulary, chunk)
-    made = MirageModel(model.model.language_model, head, None, False, "sample", "sdpa", True)
+    made = MirageModel(model.model.language_model, head, None, Forward(False, "sample", "sdpa", True))
     with Live() as live:
         objective(made(batch), StepCounts(3, 720, 0), 0.1, "sample")[0].backward()
     micro = micro_of(batch, "sft")

@@ -206,7 +206,7 @@ def test_controls_run_where_answers_see_latents(tmp_path: Path, nano: Path) -> N
         ({"evaluations": {"test": {"data_path": "data.jsonl", "arms": ["x"]}}}, "evaluation test: no arm 'x'"),
         ({"evaluations": {"test": {"data_path": "data.jsonl", "controls": "zer"}}}, "no condition 'zer'"),
         ({"arms": {"a": {"chain": ["sft"], "settings": {"epochs": -1}}}}, "arm a, stage sft: epochs: Input should be"),
-        ({"arms": {"a": {"chain": ["sft"], "settings": {"slots": "auxiliary"}}}}, "--slots auxiliary: --stage sft takes"),
+        ({"arms": {"a": {"chain": ["sft"], "settings": {"slots": "auxiliary"}}}}, "--slots auxiliary: --stage sft"),
         ({"common": {"model": "/no/model", "data_path": "data.jsonl"}}, "model /no/model: no such folder"),
         ({"common": {"data_path": "data.jsonl"}}, "arm text, stage base: settings: --model is required"),
         ({"arms": {"a": {"chain": ["sft"], "abuot": "x"}}}, "arms.a.abuot: unknown key 'abuot'"),
