@@ -22,6 +22,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
+from mirage_ds.engine import setup
 from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.engine.whole import bytes_to_decode
 from mirage_ds.evaluate.decoder import decode_samples, prompt_of
@@ -148,7 +149,8 @@ class Run:
     """A run whose model is a file with its step in it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path):
-        monkeypatch.setattr(saving, "from_rank_zero", lambda make, world: make())
+        for module in (saving, setup):
+            monkeypatch.setattr(module, "from_rank_zero", lambda make, world: make())
         self.folder = folder
         self.fails: Exception | None = None
 
@@ -214,9 +216,7 @@ def test_what_cannot_be_written_leaves_the_earlier_best(run: Run) -> None:
     keeper.consider(1, {"success": 0.5})
     run.fails = OSError(28, "No space left on device")
     said = keeper.consider(2, {"success": 0.6})
-    assert said == (
-        "error: step 2 has the best success so far, and cannot be kept ([Errno 28] No space left on device)"
-    )
+    assert said == "error: step 2 has the best success so far, and cannot be kept (a file: No space left on device)"
     assert run.kept == 1
     run.fails = None
     # The next one that is better than what is kept is kept.
