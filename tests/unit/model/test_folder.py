@@ -185,7 +185,6 @@ QUANTISED = {
     "awq": replaced(qweight=byte, scales=one, qzeros=byte),
     "gptq": replaced(qweight=byte, g_idx=byte),
     "packed": replaced(weight_packed=byte, weight_shape=byte),
-    "scales alone": added(**{f"{UP.replace('.', '__')}__input_scale": one}),
     "hqq": replaced(W_q=byte, meta=one),
     "exl3": replaced(trellis=byte),
 }
@@ -222,7 +221,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half elsewhere": (split, "more.safetensors would not be opened"),
     "an old index": (
         lambda folder: values_of(folder / INDEX, metadata={}, weight_map={NORM: FIRST}),
-        f"names {FIRST}, which is not there, and {SINGLE} would be opened",
+        f"is in {SINGLE}, {INDEX} does not name it; copy or download both again, or delete the index",
     ),
     "variant alone": (called("model.fp16.safetensors"), "has model.fp16.safetensors, but"),
     "consolidated alone": (called("consolidated.safetensors"), "has consolidated.safetensors, but"),
@@ -253,6 +252,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         added(**{f"model__layers__7__{name}": one for name in ("norm__weight", "mlp__weight")}),
         "holds 2 tensor(s) that config.json knows nothing of, the first is model.layers.7.",
     ),
+    "scales alone": (added(**{f"{UP.replace('.', '__')}__input_scale": one}), "input_scale; they would be left out"),
     "a strange scale": (added(logit_scale=one), "config.json knows nothing of, the first is logit_scale"),
     "twice": (added(model__language_model__norm__weight=torch.ones(128)), "which are the same"),
     "other shape": (added(model__norm__weight=torch.ones(64)), "norm.weight has shape (64,), config.json says (128,)"),
