@@ -173,8 +173,8 @@ def _refuse_codes(stored: Mapping[str, Stored], names: Iterable[str]) -> None:
     coded = next((name for name in names if stored[name].dtype not in FLOATS), None)
     if coded:
         raise UserError(
-            f"{stored[coded].file}: this checkpoint is quantised ({coded} is there, as {stored[coded].dtype}); give the "
-            "original weights, in bfloat16, float16 or float32"
+            f"{stored[coded].file}: this checkpoint is quantised ({coded} is there, as {stored[coded].dtype}); "
+            "give the original weights, in bfloat16, float16 or float32"
         )
 
 

@@ -22,8 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks.scaling import memory
 from mirage_ds.cli import cli, main
-from mirage_ds.engine.ds_config import DEFAULTS, fill_limits, read_json, recipes, shipped_folder
-from mirage_ds.engine.offload import host_bytes
+from mirage_ds.engine.ds_config import DEFAULTS, read_json, recipes, shipped_folder
 from mirage_ds.errors import UserError
 from mirage_ds.model import load as loading
 from mirage_ds.model.family import FAMILIES
@@ -270,15 +269,32 @@ def test_offload_moves_and_loses_nothing() -> None:
     assert not there.step
 
 
-@pytest.mark.parametrize("ranks", [8, 32])
-def test_a_host_holds_what_the_check_before_a_start_counts(ranks: int) -> None:
-    # Two ways to the same bytes: this one by name for people, that one to refuse a run.
-    path = shipped_folder() / "zero3_offload.json"
-    values, parameters = read_json(path), trained_parameters(SEVEN)
-    settings = read_settings(values, path, sizes(SEVEN))
-    fill_limits(values, two_layers(sizes(SEVEN)))
-    counted = host_bytes(values, [one.elements for one in parameters], ranks)
-    assert total(states(parameters, settings, ranks).host) == counted
+BF16, FP32_SUMS = {"bf16": {"enabled": True}}, {"data_types": {"grad_accum_dtype": "fp32"}}
+LOW = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 32])
+@pytest.mark.parametrize(
+    ("offloaded", "more", "each"),
+    [
+        ((), {}, 0),
+        (("param",), {}, 4),
+        # Sums, master weights, two moments, the gradient that the optimizer steps with.
+        (("optimizer",), {}, 4 + 12 + 4),
+        (("param", "optimizer"), {}, 4 + 4 + 12 + 4),
+        (("param", "optimizer"), BF16, 2 + 2 + 12 + 4),
+        (("param", "optimizer"), BF16 | FP32_SUMS, 2 + 4 + 12 + 4),
+        (("param", "optimizer"), LOW, 2 + 2 + 2 + 8 + 2),
+    ],
+)
+def test_what_a_host_holds_of_one_rank_by_hand(
+    offloaded: tuple[str, ...], more: dict[str, Any], each: int, ranks: int
+) -> None:
+    values = more | {"zero_optimization": {"stage": 3, **{f"offload_{name}": {"device": "cpu"} for name in offloaded}}}
+    parameters = trained_parameters(SEVEN)
+    settings = read_settings(values, Path("x.json"), sizes(SEVEN))
+    own = sum(-(-one.elements // ranks) for one in parameters)
+    assert total(states(parameters, settings, ranks).host) == each * own
 
 
 @pytest.mark.parametrize("size", [1, 299_999, 300_000, 1_000_000, 1_500_001, 2_000_000, 2_700_150, 10**9])
