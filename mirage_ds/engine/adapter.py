@@ -6,19 +6,18 @@ V vocabulary rows, H hidden, R latent tokens, r rank.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
 from mirage_ds.engine.card import hub_name
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.gathered import gathered
 from mirage_ds.model.lora import Lora
+from mirage_ds.model.shards import write_tensors
 
 # Beside the merged model.
 FOLDER = "adapter"
@@ -81,17 +80,12 @@ class Adapter(NamedTuple):
             base_model_name_or_path=hub_name(str(base.resolve())) or str(base.resolve()),
             inference_mode=True,
         )
-        partial = folder / f".{FOLDER}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        config.save_pretrained(partial)
+        # Not beside and renamed: without config.json, which comes last, the folder is no model.
+        place = folder / FOLDER
+        place.mkdir(exist_ok=True)
+        config.save_pretrained(place)
         tensors = {_peft_name(name): tensor.contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        (partial / "adapter_model.safetensors").chmod(0o644)
-        # File by file: what else lies there is not ours.
-        (folder / FOLDER).mkdir(exist_ok=True)
-        for file in partial.iterdir():
-            file.replace(folder / FOLDER / file.name)
-        partial.rmdir()
+        write_tensors(tensors, place / "adapter_model.safetensors")
 
 
 def _peft_name(name: str) -> str:

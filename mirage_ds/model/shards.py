@@ -18,6 +18,20 @@ from mirage_ds.model.family import Family
 SHARD_BYTES = 4 << 30
 
 
+def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write a safetensors file; OSError, and no file, where it cannot be."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # It keeps the system's number in its text alone.
+        file.unlink(missing_ok=True)
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else str(error), str(file)) from None
+    # safetensors makes files that only their owner reads; a model folder is shared like any other output.
+    file.chmod(0o644)
+
+
 class ShardWriter:
     """Writes tensors into safetensors shards of bounded size under temporary names, and names them at the end.
 
@@ -46,17 +60,7 @@ class ShardWriter:
         self.total += size
 
     def _flush(self) -> None:
-        partial = self._partial(len(self.shards))
-        try:
-            save_file(self.waiting, partial, metadata={"format": "pt"})
-        except SafetensorError as error:
-            # It keeps the system's number in its text alone.
-            partial.unlink(missing_ok=True)
-            found = re.search(r"\(os error (\d+)\)", str(error))
-            number = int(found[1]) if found else errno.EIO
-            raise OSError(number, os.strerror(number) if found else str(error), str(partial)) from None
-        # safetensors makes files that only their owner reads; a model folder is shared like any other output.
-        partial.chmod(0o644)
+        write_tensors(self.waiting, self._partial(len(self.shards)))
         self.shards.append(list(self.waiting))
         self.waiting = {}
 
