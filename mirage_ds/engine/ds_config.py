@@ -206,6 +206,13 @@ def _check_precision(values: dict[str, Any], path: Path) -> None:
         )
     if cast.get("enabled") and bf16.get("enabled"):
         raise UserError(f"{path}: 'torch_autocast' and 'bf16' are both enabled; keep one")
+    # DeepSpeed stops at it too, but only once the engine starts, and plan starts none.
+    alone = bf16.get("bf16_master_weights_and_grads") and not bf16.get("bf16_optimizer_states")
+    if alone and offload_device(values, "optimizer") == "none":
+        raise UserError(
+            f"{path}: 'bf16.bf16_master_weights_and_grads' without 'bf16_optimizer_states' needs 'offload_optimizer'; "
+            "add one of them"
+        )
 
 
 def _check_blocks(values: dict[str, Any], path: Path) -> None:

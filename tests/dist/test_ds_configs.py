@@ -93,11 +93,9 @@ def test_a_recipe_trains_as_plain_zero3_does(stage: str, name: str, train: Train
 REFUSED_BY_THE_ENGINE = (
     ({"data_types": {"param_dtype": "fp16"}}, "data_types.param_dtype='fp16' conflicts"),
     ({"data_types": {"grad_accum_dtype": "fp8"}}, "'fp8' is not a valid"),
-    ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}, "zero_optimization": {"stage": 3}},
-     "Master weights feature requires ZeRO-3 Offload"),
     ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "not been implemented on CPU"),
     ({"optimizer": {"type": "AdamW", "params": {"fused": True, "foreach": True}}}, "cannot be `True` together"),
-)  # fmt: skip
+)
 
 
 def _tried(world: Any, files: list[Path]) -> list[str]:

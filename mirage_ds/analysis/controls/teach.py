@@ -38,15 +38,8 @@ def _inputs(bench: Bench, batch: Batch) -> tuple[torch.Tensor, Deep | None]:
 def _hidden(bench: Bench, batch: Batch, inputs: torch.Tensor, deep: Deep | None) -> torch.Tensor:
     """Final-norm hidden states (T, H) of the packed rows, in the batch's passes."""
     model = bench.model
-    passes = run_passes(
-        model.language_model,
-        inputs,
-        batch.position_ids,
-        batch.passes,
-        model.how.attention,
-        checkpointing=False,
-        deep=deep,
-    )
+    text, backend = model.language_model, model.how.attention
+    passes = run_passes(text, inputs, batch.position_ids, batch.passes, backend, checkpointing=False, deep=deep)
     return in_order(passes, batch.passes)
 
 

@@ -450,4 +450,6 @@ def test_dtypes_that_cannot_be_are_refused(refused: Callable[..., str]) -> None:
     assert "'float16'" in refused({"torch_autocast": {"enabled": True, "dtype": "float16"}})
     said = refused({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "bf16": {"enabled": True}})
     assert "both enabled; keep one" in said
+    masters = {"enabled": True, "bf16_master_weights_and_grads": True}
+    assert "needs 'offload_optimizer'" in refused({"bf16": masters, "zero_optimization": {"stage": 3}})
     assert "write an object" in refused({"torch_autocast": True})
