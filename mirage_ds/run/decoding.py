@@ -14,8 +14,7 @@ from torch import nn
 
 from mirage_ds.analysis.inspect.live import figures
 from mirage_ds.data.loader import Rows
-from mirage_ds.data.record import Fault, Record, RecordError
-from mirage_ds.data.sample import Sample
+from mirage_ds.data.record import Record, RecordError
 from mirage_ds.engine.setup import everyone, from_rank_zero
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import Stopped, UserError
@@ -42,14 +41,6 @@ def _tower_of(learner: Learner, model: MirageModel) -> FrozenTower:
 def record_at(rows: Rows, row: int) -> Record:
     """Return the record of a dataset row."""
     return rows.records.record(row)
-
-
-def _prompt_at(rows: Rows, row: int) -> Sample:
-    found = rows[row]
-    if isinstance(found, Fault):
-        # An image that was there when the run began; only this rank knows.
-        raise UserError(f"record on {found}", everywhere=False)
-    return prompt_of(found)
 
 
 def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], limits: Limits) -> list[Answer] | None:
@@ -81,7 +72,7 @@ def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], l
             run.journal.at(f"decodes batch {number + 1} of {rounds}")
             try:
                 if part:
-                    samples = [_prompt_at(rows, chosen[i]) for i in part]
+                    samples = [prompt_of(rows[chosen[i]]) for i in part]
                     answers = decode_samples(
                         model, tower, rows.encoder, samples, limits, latents, asked=run.asked, slots=rows.encoder.slots
                     )
