@@ -25,7 +25,7 @@ ROOT = REPO / "mirage_ds"
 # Lines of code a room may have: what it has, rounded up. They only go down, but for a feature that is named here.
 # All of it should fit into 20,000 lines (22,185 on 2026-11-29).
 ROOMS = {
-    "data": 2960,
+    "data": 2760,
     "study": 2720,
     "cluster": 2690,
     "analysis": 1860,

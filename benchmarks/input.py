@@ -96,14 +96,14 @@ def _features(index: Any, folder: Path) -> dict[str, Any]:
         pooled = np.full(len(found.sizes), LATENTS) if name == "image_output" else found.sizes
         images = found._replace(sizes=pooled)
         store = FeatureStore(folder, {"drawn": name}, H, torch.bfloat16)
-        store.add([shard for file in store.listed() if (shard := store.open(file))])
+        store.add(store.opened(store.listed()))
         kept = KeptFeatures(images, store)
         needed = kept.needs(index.row_ids)
         writer = ShardWriter(store)
         for place in needed[np.flatnonzero(store.missing(images.keys[needed]))]:
             writer.add(images.keys[place], torch.randn(int(images.sizes[place]), H))
         writer.flush()
-        store.add([store.table(file) for file in writer.written])
+        store.add(store.opened(writer.written))
         made[name] = kept
     return made
 

@@ -277,7 +277,7 @@ class Mirage:
                         raise UserError(f"{names[-1]}: has 32 bits a channel, of unknown range; give it with 8 bits")
                     given[names[-1]] = picture
             records.append(Record(line, text, "", tuple(names), ()))
-        return replace(self._decoder.encoder, finder=_Given((Path.cwd().resolve(),), None, given)), records
+        return replace(self._decoder.encoder, finder=_Given((Path.cwd().resolve(),), given=given)), records
 
     def _answer(self, made: Generated) -> Answer:
         plain = answer_of(made, self._decoder.encoder)

@@ -81,11 +81,6 @@ class Encoder:
         """What keeps a user's text text."""
         return Literals(self.tokenizer)
 
-    @property
-    def special_tokens(self) -> list[str]:
-        """Every special token as it is spelt: image slots, turns, latents and the like."""
-        return self.literals.special_tokens
-
     @cached_property
     def _head(self) -> list[int]:
         """Ids of the answer's head; asked for by every row, so kept."""
@@ -279,10 +274,8 @@ class Encoder:
         labels[ids == pad] = IGNORE
         # Pause tokens and bare marks are ordinary text.
         starts = np.flatnonzero((ids == self.id_of(LATENT_START)) & (self.stage != "sft")) + 1
-        pixels, grids = self._images(self.images, record, "image_input", layout.grids, image_features)
-        helper_pixels, helper_grids = self._images(
-            self.helpers, record, "image_output", layout.helper_grids, helper_features
-        )
+        pixels, grids = self._images(record, "image_input", layout.grids, image_features)
+        helper_pixels, helper_grids = self._images(record, "image_output", layout.helper_grids, helper_features)
         image_pad = self.id_of(IMAGE_PAD)
         positions = mrope_positions(ids, layout.grids, image_pad, self.images.merge_size)
         if self.auxiliary:
@@ -319,41 +312,39 @@ class Encoder:
         """
         return self.fill(self._lay_out(record, False, self._prompt), record, row)
 
-    def pixels(self, record: Record, name: str, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode one image of a record: pixel patches (P, 1176) and grid (1, 3).
+    def pixels(self, record: Record, name: str, paths: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode images of a record: pixel patches (P, 1176) and grids (n, 3).
 
         Args:
             name: "image_input" or "image_output", which says whose pixel limits hold.
 
         Raises:
-            RecordError: the image is missing or does not decode.
+            RecordError: an image is missing or does not decode.
         """
-        processor = self.images if name == "image_input" else self.helpers
-        return self._pixels(processor, record, name, [path])
+        if not paths:
+            return torch.empty(0, self.patch_width), torch.empty(0, 3, dtype=torch.int64)
+        processor: Any = self._processor(name)
+        images = [self._resized(processor, self.finder.load(record, name, path)) for path in paths]
+        output = processor(images=images, do_resize=False, return_tensors="pt")
+        return output["pixel_values"].to(torch.float32), output["image_grid_thw"].to(torch.int64)
+
+    def _processor(self, name: str) -> Qwen2VLImageProcessorPil:
+        return self.images if name == "image_input" else self.helpers
 
     def _images(
-        self, processor: Any, record: Record, name: str, expected: list[Grid], features: torch.Tensor | None
+        self, record: Record, name: str, expected: list[Grid], features: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode the images of a field unless their features are at hand."""
         if features is None:
-            pixels, grids = self._pixels(processor, record, name, getattr(record, name) if expected else ())
+            pixels, grids = self.pixels(record, name, getattr(record, name) if expected else ())
             same = [tuple(grid) for grid in grids.tolist()] == expected
         else:
-            pixels, grids = self._pixels(processor, record, name, ())[0], torch.tensor(expected, dtype=torch.int64)
+            pixels, grids = self.pixels(record, name, ())[0], torch.tensor(expected, dtype=torch.int64)
             kept = [self._merged(grid) if name == "image_input" else self.latent_size for grid in expected]
             same = len(features) == sum(kept)
         if not same:
             raise record.fault(name, "an image changed its size since it was measured", "start the run again")
         return pixels, grids.reshape(-1, 3)
-
-    def _pixels(
-        self, processor: Any, record: Record, name: str, paths: Sequence[str]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not paths:
-            return torch.empty(0, self.patch_width), torch.empty(0, 3, dtype=torch.int64)
-        images = [self._resized(processor, self.finder.load(record, name, path)) for path in paths]
-        output = processor(images=images, do_resize=False, return_tensors="pt")
-        return output["pixel_values"].to(torch.float32), output["image_grid_thw"].to(torch.int64)
 
     def _resized(self, processor: Any, image: Image.Image) -> Image.Image:
         """Resize as the processor does it, but before it copies a large photograph several times."""
@@ -374,20 +365,11 @@ class Encoder:
         return sample._replace(runs=tuple((start, self.latent_size) for start in starts))
 
 
-class BesideEach:
-    """An encoder for each file of records: its rows look for images beside it.
+def beside_each(encoder: Encoder, files: Sequence[Path], pictures: Path) -> list[Encoder]:
+    """Return an encoder for each file of records: its rows look for images beside it.
 
     Args:
         pictures: where pictures that came inside records files lie.
     """
-
-    def __init__(self, encoder: Encoder, files: Sequence[Path], pictures: Path):
-        self.encoder, self.files, self.pictures = encoder, files, pictures
-        self._made: dict[int, Encoder] = {}
-
-    def __getitem__(self, file: int) -> Encoder:
-        if file not in self._made:
-            finder = self.encoder.finder.of(self.files[file], self.pictures)
-            same = finder == self.encoder.finder
-            self._made[file] = self.encoder if same else replace(self.encoder, finder=finder)
-        return self._made[file]
+    finders = [encoder.finder.of(file, pictures) for file in files]
+    return [encoder if finder == encoder.finder else replace(encoder, finder=finder) for finder in finders]

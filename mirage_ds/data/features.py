@@ -4,7 +4,6 @@ F merged features of an image, H hidden width of the language model, I images, R
 
     <folder>/<space>/<shard>.safetensors    a tensor an image, (F, H), called by the image's key in hexadecimal; as
                                             metadata the space and the CRC-32 of each tensor
-    <folder>/<space>/<shard>.verified       size and time of the shard when somebody last found all of it right
 
 A *space* holds the features that one tower makes with one setting of the image processor in one dtype; of helper images
 what is kept are the k targets that they are pooled to. Shards are written under another name, renamed when they are
@@ -28,9 +27,8 @@ import torch
 from safetensors.torch import save_file
 
 from mirage_ds.data.sample import ImageKeys
-from mirage_ds.data.sources import Stamp
 from mirage_ds.errors import UserError
-from mirage_ds.files import sync, write_new
+from mirage_ds.files import sync
 
 # Raised whenever the bytes in a shard mean something else than before.
 FORMAT = 2
@@ -92,51 +90,37 @@ class FeatureStore:
         return sorted(file.name for file in self.place.glob(f"*{SUFFIX}"))
 
     def open(self, name: str) -> Shard | None:
-        """Find what a shard holds; its features are read where nobody has found them right before.
+        """Find what a shard holds, by its header alone.
 
         Returns:
-            None where it is gone, or was not whole or of another space and has been removed.
+            None where it is gone, or was of another space or cut short and has been removed.
         """
         file = self.place / name
         try:
-            # Before it is read: what is written meanwhile is not taken for verified.
-            stamp = Stamp.of(file)
-            shard = self.table(name)
-            if not _noted(file, stamp):
-                with file.open("rb") as content:
-                    for image in shard.table:
-                        content.seek(image["offset"])
-                        if zlib.crc32(content.read(image["size"])) != image["check"]:
-                            raise ValueError(f"{file} has rotted")
-                write_new(note_of(file), json.dumps(stamp).encode())
+            with file.open("rb") as content:
+                whole = os.fstat(content.fileno()).st_size
+                begin = 8 + int.from_bytes(content.read(8), "little")
+                header = json.loads(content.read(begin - 8) if begin <= whole else b"")
+            notes = header.pop("__metadata__")
+            checks = json.loads(notes["checks"])
+            spans = np.array([header[key]["data_offsets"] for key in header], dtype=np.int64).reshape(-1, 2)
+            if notes["space"] != self.space or begin + spans.max(initial=0) != whole:
+                raise ValueError(f"{file} is of another space, or cut short")
+            table = np.zeros(len(header), TABLE)
+            table["key"] = np.frombuffer(b"".join(bytes.fromhex(key) for key in header), dtype="S16")
+            table["offset"], table["size"] = begin + spans[:, 0], spans[:, 1] - spans[:, 0]
+            table["check"] = [checks[key] for key in header]
         except FileNotFoundError:
             return None
         # What damage makes of a header leads to any of these.
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             file.unlink(missing_ok=True)
-            note_of(file).unlink(missing_ok=True)
             return None
-        return shard
-
-    def table(self, name: str) -> Shard:
-        """Read a shard's header alone; ValueError, and others, where it is none of this space or cut short."""
-        file = self.place / name
-        with file.open("rb") as content:
-            whole = os.fstat(content.fileno()).st_size
-            begin = 8 + int.from_bytes(content.read(8), "little")
-            if begin > whole:
-                raise ValueError(f"{file} is cut short")
-            header = json.loads(content.read(begin - 8))
-        notes = header.pop("__metadata__")
-        checks = json.loads(notes["checks"])
-        spans = np.array([header[key]["data_offsets"] for key in header], dtype=np.int64).reshape(-1, 2)
-        if notes["space"] != self.space or begin + spans.max(initial=0) != whole:
-            raise ValueError(f"{file} is of another space, or cut short")
-        table = np.zeros(len(header), TABLE)
-        table["key"] = np.frombuffer(b"".join(bytes.fromhex(key) for key in header), dtype="S16")
-        table["offset"], table["size"] = begin + spans[:, 0], spans[:, 1] - spans[:, 0]
-        table["check"] = [checks[key] for key in header]
         return Shard(name, table)
+
+    def opened(self, names: Sequence[str]) -> list[Shard]:
+        """Open several shards; those that can be used."""
+        return [shard for name in names if (shard := self.open(name))]
 
     def add(self, shards: Sequence[Shard]) -> None:
         """Take what shards hold into the table."""
@@ -183,26 +167,13 @@ class FeatureStore:
         except FileNotFoundError:
             content = b""
         if len(content) != image["size"] or zlib.crc32(content) != image["check"]:
-            # The next start reads all of the shard again.
-            note_of(file).unlink(missing_ok=True)
+            # The next start makes all of the shard anew.
+            file.unlink(missing_ok=True)
             raise UserError(
                 f"{file}: kept features are damaged; start again, which makes them anew, and look at the disk",
                 everywhere=False,
             )
         return torch.frombuffer(bytearray(content), dtype=self.dtype).view(-1, self.width)
-
-
-def note_of(shard: Path) -> Path:
-    """Return the place of a shard's note that it is whole."""
-    return shard.with_suffix(".verified")
-
-
-def _noted(shard: Path, stamp: Stamp) -> bool:
-    try:
-        return bool(json.loads(note_of(shard).read_bytes()) == [*stamp])
-    except (OSError, ValueError):
-        # No note, or half of one: the shard is read.
-        return False
 
 
 class ShardWriter:

@@ -13,10 +13,11 @@ import stat
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -48,6 +49,7 @@ PNG_SCALES = {"L;2": 85, "L;4": 17}
 _opening = threading.Lock()
 # Key of an image's content.
 Key = tuple[int, int]
+Look = TypeVar("Look", bound=Callable[..., Any])
 # What a process remembers of the image files that it has looked at: so many answers.
 REMEMBERED = 100_000
 
@@ -67,6 +69,31 @@ class Sight(NamedTuple):
     mtime_ns: int
 
 
+def once(look: Look) -> Look:
+    """Let a finder that remembers look once for an image, however many records of one folder show it."""
+
+    @wraps(look)
+    def answer(finder: ImageFinder, *asked: Any) -> Any:
+        if finder.seen is None:
+            return look(finder, *asked)
+        question = (look.__name__, asked[-1])
+        found = finder.seen.get(question)
+        if found is None:
+            try:
+                found = look(finder, *asked)
+            except RecordError as error:
+                found = error.fault
+            if len(finder.seen) >= REMEMBERED:
+                finder.seen.clear()
+            finder.seen[question] = found
+        if isinstance(found, Fault):
+            record, name, _ = asked
+            raise RecordError(replace(found, line=record.line, field=name))
+        return found
+
+    return answer  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class ImageFinder:
     """Finds a record's images: beside the file, under the image root, in the working directory.
@@ -74,10 +101,12 @@ class ImageFinder:
     Attributes:
         folders: where relative paths are looked for, in this order.
         within: with these, an image must lie in one of them, also behind links; None allows any place.
+        seen: (what was asked, path) → the answer, or the fault that it came to; None where nothing is remembered.
     """
 
     folders: tuple[Path, ...]
     within: tuple[Path, ...] | None = None
+    seen: dict[tuple[str, str], Any] | None = field(default=None, compare=False)
 
     @classmethod
     def beside(cls, data_path: Path, image_root: Path | None, confine: bool = False) -> ImageFinder:
@@ -97,7 +126,8 @@ class ImageFinder:
         """
         beside = file.parent.resolve()
         within = None if self.within is None else (beside, *self.within[1:], pictures.resolve())
-        return type(self)((beside, *self.folders[1:]), within)
+        seen: dict[tuple[str, str], Any] | None = None if self.seen is None else {}
+        return replace(self, folders=(beside, *self.folders[1:]), within=within, seen=seen)
 
     def places(self, path: str) -> list[Path]:
         """List where an image may lie, in the order in which it is looked for."""
@@ -107,6 +137,7 @@ class ImageFinder:
             return [place for one in dict.fromkeys([plain, unquote(plain)]) for place in self.places(one)]
         return [Path(path)] if Path(path).is_absolute() else [folder / path for folder in self.folders]
 
+    @once
     def sight(self, path: str) -> Sight:
         """Look for an image as `find` does, reading nothing."""
         for number, place in enumerate(self.places(path)):
@@ -118,11 +149,15 @@ class ImageFinder:
                 return Sight(number, found.st_size, found.st_mtime_ns)
         return Sight(-1, -1, -1)
 
+    @once
     def find(self, record: Record, name: str, path: str) -> Path:
         """Return the image's place; RecordError that names every place looked at."""
         if re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://", path):
             what = f"{shown(path)} is an address, and images are read from files alone"
             raise record.fault(name, what, "download it, and write the path of the file")
+        if self.seen is not None:
+            # Before it is read: what is written meanwhile is noticed by whoever compares.
+            self.sight(path)
         places = self.places(path)
         try:
             place = next((place for place in places if place.is_file()), None)
@@ -147,6 +182,7 @@ class ImageFinder:
             )
         return place
 
+    @once
     def size(self, record: Record, name: str, path: str) -> tuple[int, int]:
         """Return (height, width) in pixels of the image as `load` returns it, from the header alone."""
         place = self.find(record, name, path)
@@ -181,10 +217,12 @@ class ImageFinder:
             )
         return made
 
+    @once
     def check(self, record: Record, name: str, path: str) -> bool:
         """RecordError unless the image decodes."""
         return bool(self.load(record, name, path))
 
+    @once
     def key(self, record: Record, name: str, path: str) -> Key:
         """Return the key of the image's content; RecordError where it cannot be read."""
         place = self.find(record, name, path)
@@ -192,76 +230,6 @@ class ImageFinder:
             return image_key(place)
         except OSError as error:
             raise _broken(record, name, place, error) from None
-
-
-@dataclass(frozen=True)
-class RememberingFinder(ImageFinder):
-    """Looks at each image once, however many records of one folder show it.
-
-    Attributes:
-        seen: (what was asked, path) → the answer, or the fault that it came to.
-    """
-
-    seen: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False)
-
-    def _remember(self, what: str, path: str, ask: Callable[[], Any]) -> Any:
-        answer = self.seen.get((what, path))
-        if answer is None:
-            try:
-                answer = ask()
-            except RecordError as error:
-                answer = error.fault
-            if len(self.seen) >= REMEMBERED:
-                self.seen.clear()
-            self.seen[what, path] = answer
-        return answer
-
-    def _once(self, what: str, record: Record, name: str, path: str) -> Any:
-        answer = self._remember(what, path, lambda: getattr(ImageFinder, what)(self, record, name, path))
-        if isinstance(answer, Fault):
-            raise RecordError(replace(answer, line=record.line, field=name))
-        return answer
-
-    def sight(self, path: str) -> Sight:
-        """See ImageFinder."""
-        return self._remember("sight", path, lambda: ImageFinder.sight(self, path))
-
-    def find(self, record: Record, name: str, path: str) -> Path:
-        """See ImageFinder."""
-        # Before it is read: what is written meanwhile is noticed by whoever compares.
-        self.sight(path)
-        return self._once("find", record, name, path)
-
-    def size(self, record: Record, name: str, path: str) -> tuple[int, int]:
-        """See ImageFinder."""
-        return self._once("size", record, name, path)
-
-    def check(self, record: Record, name: str, path: str) -> bool:
-        """See ImageFinder."""
-        return bool(self._once("check", record, name, path))
-
-    def key(self, record: Record, name: str, path: str) -> Key:
-        """See ImageFinder."""
-        return self._once("key", record, name, path)
-
-
-def changed(
-    seen: Iterable[tuple[int, str, int, int, int]], finder: ImageFinder, files: Sequence[Path], pictures: Path
-) -> bool:
-    """Tell whether an image is another file now than when it was seen, or lies elsewhere; reads none.
-
-    Args:
-        seen: the number of its file in `files`, its path, and what it was then (Sight).
-        finder: of the records, for any of their files.
-        pictures: where pictures that came inside records files lie.
-    """
-    finders: dict[int, ImageFinder] = {}
-    for file, path, *sight in seen:
-        if file not in finders:
-            finders[file] = finder.of(files[file], pictures)
-        if finders[file].sight(path) != Sight(*sight):
-            return True
-    return False
 
 
 def _open(place: Path) -> Image.Image:

@@ -6,28 +6,24 @@ one finds.
 
 from __future__ import annotations
 
-import io
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from mirage_ds.data import sources
-from mirage_ds.data.encode import BesideEach, Encoder
-from mirage_ds.data.images import Key, RememberingFinder, changed
-from mirage_ds.data.index import COLUMNS, HEADER, PICTURE_SCHEMA, ROW_FILES, check_of, seen_in, written
+from mirage_ds.data.encode import Encoder, beside_each
+from mirage_ds.data.images import Key
+from mirage_ds.data.index import HEADER, IMAGES, NUMBERS, PICTURES, ROWS, check_of
 from mirage_ds.data.inside import folder_of_pictures, writable
 from mirage_ds.data.record import Fault, Record, RecordError, to_json
 from mirage_ds.data.record_files import read_piece
-from mirage_ds.data.sample import NO_MEASURE, Layout
 from mirage_ds.data.sources import Piece, Stamp
-from mirage_ds.errors import UserError
 from mirage_ds.files import write_new
 
 CRC_BYTES = 4
@@ -55,116 +51,97 @@ class Plan(NamedTuple):
         return self.place.with_name(f".{self.place.name}.parts")
 
 
-class Part(NamedTuple):
-    """What a piece of the records became.
+def part_schema(keep: Sequence[str]) -> pa.Schema:
+    """Return the columns of a part: a row a record, with the images that it shows.
 
-    Attributes:
-        rows: COLUMNS, those of ROW_FILES, and for each field whose features are kept `<field>.keys` (a list of two
-            numbers an image) and `<field>.sizes`.
-        faults: one line of faults.jsonl each.
-        pictures: PICTURE_SCHEMA, and `faulty`: a record with a fault names it.
+    Args:
+        keep: the fields whose features are kept.
     """
-
-    rows: pa.Table
-    faults: pa.Table
-    pictures: pa.Table
-
-    @staticmethod
-    def schemas(keep: Sequence[str]) -> dict[str, pa.Schema]:
-        """Return the schema of each table.
-
-        Args:
-            keep: the fields whose features are kept.
-        """
-        rows: dict[str, pa.DataType] = {name: pa.from_numpy_dtype(dtype) for name, dtype in COLUMNS.items()}
-        for schema in ROW_FILES.values():
-            rows |= {field.name: field.type for field in schema}
-        for name in keep:
-            rows |= {f"{name}.keys": pa.list_(pa.uint64()), f"{name}.sizes": pa.list_(pa.int32())}
-        pictures = PICTURE_SCHEMA.append(pa.field("faulty", pa.bool_()))
-        return {"rows": pa.schema(rows), "faults": pa.schema({"fault": pa.string()}), "pictures": pictures}
-
-    @classmethod
-    def of(
-        cls, keep: Sequence[str], rows: list[dict[str, Any]], faults: list[str], pictures: dict[tuple[Any, ...], bool]
-    ) -> Part:
-        """Make a part of Python's values; `pictures` says of each whether it is faulty."""
-        schemas = cls.schemas(keep)
-        seen = [dict(zip(schemas["pictures"].names, (*one, pictures[one]), strict=True)) for one in sorted(pictures)]
-        values = {"rows": rows, "faults": [{"fault": line} for line in faults], "pictures": seen}
-        return cls(**{name: pa.Table.from_pylist(values[name], schemas[name]) for name in cls._fields})
-
-    @property
-    def records(self) -> int:
-        """How many there were; those without the format have a fault and no row."""
-        without_tokens = len(self.rows) - np.count_nonzero(self.rows["tokens"].to_numpy())
-        return len(self.rows) + len(self.faults) - int(without_tokens)
+    own = {name: IMAGES for name in keep} | {"pictures": pa.list_(pa.struct(PICTURES))}
+    return pa.schema([*NUMBERS, *ROWS, *own.items()])
 
 
-def fault_line(fault: Fault, file: int) -> str:
-    """Return a line of faults.jsonl."""
-    return json.dumps([file, fault.line, fault.field, fault.what, fault.how])
-
-
-def write_part(place: Path, part: Part) -> None:
+def write_part(place: Path, part: pa.Table) -> None:
     """Write a part, whole or not at all."""
-    content = io.BytesIO()
-    for table in part:
-        with pa.ipc.new_stream(content, table.schema) as stream:
-            stream.write_table(table)
-    body = content.getvalue()
+    content = pa.BufferOutputStream()
+    with pa.ipc.new_stream(content, part.schema) as stream:
+        stream.write_table(part)
+    body = content.getvalue().to_pybytes()
     # The check comes last: Arrow reads from aligned places.
     write_new(place, body + zlib.crc32(body).to_bytes(CRC_BYTES, "big"))
 
 
-def read_part(place: Path) -> Part | None:
+def read_part(place: Path) -> pa.Table | None:
     """Read a part; None where there is none, or a damaged one."""
     try:
         content = memoryview(place.read_bytes())
     except FileNotFoundError:
         return None
     body, crc = content[:-CRC_BYTES], content[-CRC_BYTES:]
-    if zlib.crc32(body).to_bytes(CRC_BYTES, "big") != crc:
-        return None
-    source = pa.BufferReader(body)
-    return Part(*(pa.ipc.open_stream(source).read_all() for _ in Part._fields))
+    whole = zlib.crc32(body).to_bytes(CRC_BYTES, "big") == crc
+    return pa.ipc.open_stream(pa.py_buffer(body)).read_all() if whole else None
 
 
-class Parts(torch.utils.data.Dataset):
-    """Makes the part of a piece when it is asked for, unless it is there; an error is returned, not raised.
+def pictures_of(part: pa.Table) -> pa.Table:
+    """Return the image files that a part's records show, in the columns of PICTURES.
 
-    A worker's exception would lose its words.
+    Returns:
+        Each once, with `faulty`: a record that cannot be used shows it.
+    """
+    lists = part["pictures"].combine_chunks()
+    faulty = np.repeat(part["tokens"].to_numpy() == 0, lists.value_lengths())
+    return each_once(pa.Table.from_struct_array(lists.flatten()).append_column("faulty", pa.array(faulty)))
+
+
+def each_once(pictures: pa.Table) -> pa.Table:
+    """Join the rows of like image files."""
+    joined = pictures.group_by(PICTURES.names, use_threads=False).aggregate([("faulty", "any")])
+    return joined.rename_columns([*PICTURES.names, "faulty"])
+
+
+def changed(pictures: pa.Table | pa.RecordBatch, encoders: Sequence[Encoder]) -> bool:
+    """Tell whether an image is another file now than when it was seen, or lies elsewhere; reads none.
+
+    Args:
+        pictures: rows of PICTURES.
+        encoders: of the records files; their finders look for the images.
+    """
+    seen = zip(*(pictures[name].to_pylist() for name in PICTURES.names), strict=True)
+    return any(encoders[file].finder.sight(path) != tuple(sight) for file, path, *sight in seen)
+
+
+class Parts:
+    """The parts of an index.
 
     Args:
         cache: the folder that --cache_dir names.
     """
 
     def __init__(self, plan: Plan, encoder: Encoder, keep: Sequence[str], cache: Path):
-        self.plan, self.encoder, self.keep, self.cache = plan, encoder, keep, cache
+        self.plan, self.keep, self.cache = plan, keep, cache
         self.pictures = folder_of_pictures(cache)
-        self.first: dict[Path, int] = {}
-        for number, file in enumerate(plan.files):
-            self.first.setdefault(file.parent, number)
-        finder = RememberingFinder(encoder.finder.folders, encoder.finder.within)
-        self.encoders = BesideEach(replace(encoder, finder=finder), plan.files, self.pictures)
+        self.first = {file.parent: number for number, file in reversed([*enumerate(plan.files)])}
+        encoder = replace(encoder, finder=replace(encoder.finder, seen={}))
+        self.encoders = beside_each(encoder, plan.files, self.pictures)
 
-    def __getitem__(self, number: int) -> UserError | None:
+    def make(self, number: int) -> None:
+        """Make the part of a piece, unless it is there.
+
+        Raises:
+            UserError: its file cannot be read or has changed, or the cache not written.
+        """
         place = self.plan.parts / str(number)
         # Another run may have put the index together meanwhile, and removed its parts.
         if place.exists() or (self.plan.place / HEADER).exists():
-            return None
+            return
         file = self.plan.pieces[number].file
-        try:
-            part = self.encode(number)
-            # The folder of parts belongs to the records as they were hashed.
-            sources.check_unchanged([self.plan.files[file]], [self.plan.stamps[file]])
-            with writable(self.cache):
-                write_part(place, part)
-        except UserError as error:
-            return error
-        return None
+        part = self.encode(number)
+        # The folder of parts belongs to the records as they were hashed.
+        sources.check_unchanged([self.plan.files[file]], [self.plan.stamps[file]])
+        with writable(self.cache):
+            write_part(place, part)
 
-    def read(self, number: int, check_images: bool) -> Part:
+    def read(self, number: int, check_images: bool) -> pa.Table:
         """Return the part of a piece, made anew where it is gone, damaged, or of images that have changed.
 
         Args:
@@ -172,13 +149,17 @@ class Parts(torch.utils.data.Dataset):
         """
         part = read_part(self.plan.parts / str(number))
         if part is not None:
-            looked = part.pictures if check_images else part.pictures.filter(part.pictures["faulty"])
-            if not changed(seen_in(looked), self.encoder.finder, self.plan.files, self.pictures):
+            pictures = pictures_of(part)
+            looked = pictures if check_images else pictures.filter(pictures["faulty"])
+            if not changed(looked, self.encoders):
                 return part
         return self.encode(number)
 
-    def encode(self, number: int) -> Part:
+    def encode(self, number: int) -> pa.Table:
         """Read, check and encode the records of a piece.
+
+        Returns:
+            A row of part_schema for each.
 
         Raises:
             UserError: its file cannot be read, or the cache not written.
@@ -187,55 +168,49 @@ class Parts(torch.utils.data.Dataset):
         # Those of one folder see the same images.
         first = self.first[self.plan.files[piece.file].parent]
         encoder = self.encoders[first]
-        rows: list[dict[str, Any]] = []
-        faults: list[str] = []
-        pictures: dict[tuple[Any, ...], bool] = {}
+        rows = []
         for found in read_piece(piece, self.plan.files[piece.file], self.pictures):
-            if isinstance(found, Fault):
-                faults.append(fault_line(found, piece.file))
-                continue
-            row, fault = encode_row(found, encoder, self.keep)
-            rows.append(row | {"file": piece.file})
-            if fault is not None:
-                faults.append(fault_line(fault, piece.file))
-            for _, path in found.images(helpers=encoder.stage == "stage1"):
-                seen = (first, path, *encoder.finder.sight(path))
-                pictures[seen] = pictures.get(seen, False) or fault is not None
-        return Part.of(self.keep, rows, faults, pictures)
+            row = encode_row(found, encoder, self.keep) | {"file": piece.file, "pictures": []}
+            for _, path in () if isinstance(found, Fault) else found.images(helpers=encoder.stage == "stage1"):
+                row["pictures"].append({"file": first, "path": path} | encoder.finder.sight(path)._asdict())
+            rows.append(row)
+        return pa.Table.from_pylist(rows, part_schema(self.keep))
 
 
-def encode_row(record: Record, encoder: Encoder, keep: Sequence[str]) -> tuple[dict[str, Any], Fault | None]:
-    """Encode a record and check its images; return its row of a Part without the file, and its fault.
-
-    The row of a record with a fault holds nothing but the record.
-    """
-    fault, layout, measure = None, Layout([], 0, [], []), NO_MEASURE
+def encode_row(record: Record | Fault, encoder: Encoder, keep: Sequence[str]) -> dict[str, Any]:
+    """Encode a record and check its images; return its row of a part, without its file and its pictures."""
+    if isinstance(record, Fault):
+        return faulty_row(record, keep)
     keys: dict[str, list[Key]] = {name: [] for name in keep}
     try:
-        own = encoder.lay_out(record)
+        layout = encoder.lay_out(record)
         for name, path in record.images(helpers=encoder.stage == "stage1"):
             if name in keep:
                 keys[name].append(encoder.finder.key(record, name, path))
             else:
                 encoder.finder.check(record, name, path)
-        layout, measure = own, encoder.measure_of(own)
     except RecordError as error:
-        fault, keys = error.fault, {name: [] for name in keep}
+        return faulty_row(error.fault, keep)
+    measure = encoder.measure_of(layout)
     sizes = {"image_input": measure.images, "image_output": measure.helpers}
-    text = to_json(record)
-    ids, rest = written(layout, record)
-    row = dict(
+    ids = np.asarray(layout.input_ids, dtype=np.int32)
+    text, rest = to_json(record), json.dumps([layout.answer_start, layout.grids, layout.helper_grids])
+    return dict(
         line=record.line,
         tokens=measure.tokens,
         labels=measure.labels,
         runs=measure.runs,
         patches=sum(time * height * width for time, height, width in layout.grids + layout.helper_grids),
-        record_check=check_of(text),
-        check=check_of(rest, ids),
+        check=check_of(ids, rest, text),
         ids=ids,
         layout=rest,
         record=text,
-        **{f"{name}.keys": [half for key in keys[name] for half in key] for name in keep},
-        **{f"{name}.sizes": sizes[name] for name in keep},
+        **{name: [{"key": k, "size": n} for k, n in zip(keys[name], sizes[name], strict=True)] for name in keep},
     )
-    return row, fault
+
+
+def faulty_row(fault: Fault, keep: Sequence[str]) -> dict[str, Any]:
+    """Return the row of a record that cannot be used: nothing but its line and its fault."""
+    ids, rest = np.empty(0, np.int32), json.dumps(asdict(fault))
+    nothing: dict[str, Any] = dict.fromkeys(("tokens", "labels", "runs", "patches"), 0) | {name: [] for name in keep}
+    return nothing | dict(line=fault.line, check=check_of(ids, rest, ""), ids=ids, layout=rest, record="")

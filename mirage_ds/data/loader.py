@@ -14,42 +14,39 @@ from itertools import islice
 import torch
 
 from mirage_ds.data.batch import Batch, collate
-from mirage_ds.data.encode import BesideEach, Encoder
+from mirage_ds.data.encode import Encoder, beside_each
 from mirage_ds.data.features import FeatureStore, KeptFeatures
-from mirage_ds.data.images import RememberingFinder
 from mirage_ds.data.index import Index
 from mirage_ds.data.pack import Planner, StepPlan
-from mirage_ds.data.record import Fault, Record, RecordError
-from mirage_ds.data.sample import NO_MEASURE, Measure, Sample
-from mirage_ds.data.ship import Shipment, ignore_in_worker, ship
+from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.sample import Measure, Sample
+from mirage_ds.data.ship import Shipment, from_workers, ship
 from mirage_ds.errors import UserError
 
 
-def check_records(records: list[Record], encoder: Encoder) -> tuple[dict[int, Fault], list[Measure]]:
-    """Measure every record of a list and decode every image; for what is decoded, not trained on.
+def check_records(records: Sequence[Record], encoder: Encoder) -> list[Measure]:
+    """Measure every record and decode every image; for what is decoded, not trained on.
 
-    Returns:
-        Place in `records` → its fault, and the measure of each record (empty for a faulty one).
+    Raises:
+        UserError: the first record that cannot be used.
     """
-    own = replace(encoder, finder=RememberingFinder(encoder.finder.folders, encoder.finder.within))
+    own = replace(encoder, finder=replace(encoder.finder, seen={}))
 
-    def check(record: Record) -> Measure | Fault:
-        try:
-            measure = own.measure(record)
-            for name, path in record.images(helpers=encoder.stage == "stage1"):
-                own.finder.check(record, name, path)
-        except RecordError as error:
-            return error.fault
+    def check(record: Record) -> Measure:
+        measure = own.measure(record)
+        for name, path in record.images(helpers=encoder.stage == "stage1"):
+            own.finder.check(record, name, path)
         return measure
 
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(check, records))
-    faults = {place: one for place, one in enumerate(found) if isinstance(one, Fault)}
-    return faults, [NO_MEASURE if isinstance(one, Fault) else one for one in found]
+        try:
+            return list(pool.map(check, records))
+        except RecordError as error:
+            raise UserError(f"record on {error.fault}") from None
 
 
-class Rows(torch.utils.data.Dataset):
-    """Fills a row when it is asked for; a faulty one arrives as its Fault, since a worker's exception loses it.
+class Rows:
+    """Fills a row when it is asked for.
 
     Args:
         records: the rows on disk.
@@ -60,16 +57,16 @@ class Rows(torch.utils.data.Dataset):
         self.records = records
         self.encoder = encoder
         self.stores = stores
-        self.encoders = BesideEach(encoder, records.files, records.pictures)
+        self.encoders = beside_each(encoder, records.files, records.pictures)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, row: int) -> Sample | Fault:
-        """Return a row's Sample, or its Fault.
+    def __getitem__(self, row: int) -> Sample:
+        """Return a row's Sample.
 
         Raises:
-            UserError: what the cache holds of it is damaged.
+            UserError: one of its images is faulty, or what the cache holds of it is damaged; only this process knows.
         """
         record, layout = self.records.encoded(row)
         try:
@@ -79,23 +76,11 @@ class Rows(torch.utils.data.Dataset):
             images, helpers = features.get("image_input"), features.get("image_output")
             return self.encoders[int(self.records["file"][row])].fill(layout, record, row, images, helpers)
         except RecordError as error:
-            return self.records.named(error.fault, row)
+            raise UserError(f"record on {self.records.named(error.fault, row)}", everywhere=False) from None
 
-    def __getitems__(self, rows: Sequence[int]) -> list[Sample | Fault | UserError]:
-        """Return several rows; an error that is no record's is the only item."""
-        try:
-            return [self[row] for row in rows]
-        except UserError as error:
-            return [error]
-
-
-def _collate(
-    items: list[Sample | Fault | UserError], make: Callable[[list[Sample]], Batch]
-) -> Shipment | Fault | UserError:
-    for item in items:
-        if isinstance(item, (Fault, UserError)):
-            return item
-    return ship(make([item for item in items if isinstance(item, Sample)]))
+    def batch(self, rows: Sequence[int], make: Callable[[list[Sample]], Batch]) -> Shipment:
+        """Return a micro-batch, to be sent; UserError as for one row."""
+        return ship(make([self[row] for row in rows]))
 
 
 class Loader:
@@ -127,7 +112,7 @@ class Loader:
         self.workers = workers
         dummy = encoder.dummy(1 if encoder.auxiliary else (passes - 1) // encoder.latent_size)
         make = partial(collate, passes=passes, dummy=dummy, auxiliary=encoder.auxiliary)
-        self.collate = partial(_collate, make=make)
+        self.batch = partial(self.rows.batch, make=make)
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[StepPlan, Iterator[Batch]]]:
         """Yield (plan, its G micro-batches of this rank) for the steps start … stop − 1."""
@@ -144,18 +129,5 @@ class Loader:
         Raises:
             UserError: a row cannot be filled; only this rank knows.
         """
-        loader = torch.utils.data.DataLoader(
-            self.rows,
-            batch_sampler=bins,
-            collate_fn=self.collate,
-            num_workers=self.workers,
-            prefetch_factor=4 if self.workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore_in_worker,
-        )
-        for item in loader:
-            if isinstance(item, UserError):
-                raise item
-            if isinstance(item, Fault):
-                raise UserError(f"record on {item}", everywhere=False)
-            yield item.unpack()
+        for shipment in from_workers(self.batch, bins, self.workers, 4, torch.cuda.is_available()):
+            yield shipment.unpack()

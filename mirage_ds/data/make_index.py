@@ -4,150 +4,139 @@ joins these."""
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from rich.progress import track
 
 from mirage_ds.config.mixture import Records
 from mirage_ds.config.run import cache_folder
 from mirage_ds.data import sources
-from mirage_ds.data.encode import Encoder
-from mirage_ds.data.images import ImageFinder, changed
-from mirage_ds.data.index import (
-    BATCH_ROWS,
-    COLUMNS,
-    DOUBTS,
-    FORMAT,
-    HEADER,
-    PICTURE_BATCH,
-    PICTURE_SCHEMA,
-    ROW_FILES,
-    Index,
-    digest_of,
-    hash_of,
-    open_made,
-    put,
-    remove_abandoned,
-    seen_in,
-)
-from mirage_ds.data.index_part import Part, Parts, Plan
+from mirage_ds.data.encode import Encoder, beside_each
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.index import BATCH_ROWS, DOUBTS, FORMAT, HEADER, PICTURES, ROWS, Index, hash_of, open_made
+from mirage_ds.data.index_part import Parts, Plan, changed, each_once, part_schema, pictures_of
 from mirage_ds.data.inside import folder_of_pictures, writable
 from mirage_ds.data.load import fingerprint
-from mirage_ds.data.ship import as_it_is, ignore_in_worker
+from mirage_ds.data.ship import from_workers
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync
 
 MOST_PROCESSES = 16
 # A network file system answers many questions at once.
 LOOKING_THREADS = 16
+PICTURE_BATCH = 4096
+# What a killed run has left behind is removed by a later one, that no longer takes it for another's work in progress.
+ABANDONED_S = 7 * 24 * 3600.0
 # Modules that decide what a row is.
 CODE = "encode images index index_part inside literals make_index messages pooling record record_files sample sources"
 
 
 class Writer:
-    """Writes parts, one behind the other, into the files of an index.
-
-    Attributes:
-        records: how many of them there are so far, whether or not they have the format.
-    """
+    """Writes parts, one behind the other, into the files of an index."""
 
     def __init__(self, folder: Path, keep: Sequence[str]):
-        self.folder, self.keep = folder, keep
-        schemas = Part.schemas(keep)
-        self.records = 0
-        self.faults: list[str] = []
-        self.pictures = [schemas["pictures"].empty_table()]
+        self.folder = folder
+        schema = part_schema(keep)
+        self.waiting = schema.empty_table().select(ROWS.names)
         # A number of each row takes little; written at the end, each column is one array.
-        self.columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
-        self.images = dict.fromkeys(keep, 0)
-        for name in keep:
-            self.columns |= {f"{name}.keys": [], f"{name}.sizes": [], f"{name}.starts": [np.zeros(1, np.int64)]}
+        self.columns = [schema.empty_table().drop_columns([*ROWS.names, "pictures"])]
+        self.pictures = [pictures_of(schema.empty_table())]
         self.files = ExitStack()
-        self.tables = {}
-        for name, schema in ROW_FILES.items():
-            # Python's file: its errors have a number.
-            file = self.files.enter_context((folder / name).open("wb"))
-            self.tables[name] = self.files.enter_context(pa.ipc.new_file(file, schema))
-        self.waiting = schemas["rows"].empty_table()
+        self.rows = self._table("rows.arrow", ROWS)
 
-    def add(self, part: Part) -> None:
+    def _table(self, name: str, schema: pa.Schema) -> pa.RecordBatchWriter:
+        # Python's file: its errors have a number.
+        file = self.files.enter_context((self.folder / name).open("wb"))
+        return self.files.enter_context(pa.ipc.new_file(file, schema))
+
+    def add(self, part: pa.Table) -> None:
         """Append a part."""
-        # Copies: a view of a part would keep all of it, with its texts, until the end.
-        for name in COLUMNS:
-            self.columns[name].append(part.rows[name].to_numpy().copy())
-        for name in self.keep:
-            keys, sizes = (part.rows[f"{name}.{one}"].combine_chunks() for one in ("keys", "sizes"))
-            self.columns[f"{name}.keys"].append(keys.flatten().to_numpy().reshape(-1, 2).copy())
-            self.columns[f"{name}.sizes"].append(sizes.flatten().to_numpy().copy())
-            counts = sizes.value_lengths().to_numpy(zero_copy_only=False)
-            self.columns[f"{name}.starts"].append(self.images[name] + np.cumsum(counts))
-            self.images[name] += int(counts.sum())
-        self.waiting = pa.concat_tables([self.waiting, part.rows])
+        # A copy: a view of a part would keep all of it, with its texts, until the end.
+        self.columns.append(part.select(self.columns[0].column_names).take(pa.array(np.arange(len(part)))))
+        self.pictures.append(pictures_of(part))
+        self.waiting = pa.concat_tables([self.waiting, part.select(ROWS.names)])
         self._write(len(self.waiting) // BATCH_ROWS * BATCH_ROWS)
-        self.faults += part.faults["fault"].to_pylist()
-        self.pictures.append(part.pictures.take(pa.array(np.arange(len(part.pictures)))))
-        self.records += part.records
 
     def _write(self, count: int) -> None:
-        ready = self.waiting.slice(0, count).combine_chunks()
-        for name, schema in ROW_FILES.items():
-            for batch in ready.select(schema.names).to_batches(BATCH_ROWS):
-                self.tables[name].write_batch(batch)
+        self.rows.write_table(self.waiting.slice(0, count).combine_chunks(), BATCH_ROWS)
         self.waiting = self.waiting.slice(count)
 
-    def finish(self, finder: ImageFinder, source: str, pictures: Path) -> None:
-        """Write what is left, and the header.
+    def finish(self, finder: ImageFinder, source: str, pictures: Path) -> int:
+        """Write what is left, and the header; return the number of records.
 
         Args:
             source: hash of the records.
             pictures: where pictures that came inside records files lie.
         """
         self._write(len(self.waiting))
-        self.files.close()
-        (self.folder / "faults.jsonl").write_text("".join(f"{line}\n" for line in self.faults), encoding="utf-8")
-        for name, parts in self.columns.items():
-            # numpy itself says nothing of a full disk, or not why.
-            column = io.BytesIO()
-            np.save(column, np.concatenate(parts))
-            (self.folder / f"{name}.npy").write_bytes(column.getbuffer())
-        seen = pa.concat_tables(self.pictures)
+        columns = pa.concat_tables(self.columns).combine_chunks()
+        self._table("columns.arrow", columns.schema).write_table(columns)
         # Every part names the images that its records show.
-        seen = seen.group_by(PICTURE_SCHEMA.names, use_threads=False).aggregate([("faulty", "any")])
-        seen = seen.sort_by([(name, "ascending") for name in PICTURE_SCHEMA.names]).combine_chunks()
-        for name, own in (("pictures.arrow", seen), ("suspects.arrow", seen.filter(seen["faulty_any"]))):
-            with (self.folder / name).open("wb") as file, pa.ipc.new_file(file, PICTURE_SCHEMA) as table:
-                table.write_table(own.select(PICTURE_SCHEMA.names), PICTURE_BATCH)
+        seen = each_once(pa.concat_tables(self.pictures))
+        seen = seen.sort_by([(name, "ascending") for name in PICTURES.names]).combine_chunks()
+        self._table("pictures.arrow", seen.schema).write_table(seen, PICTURE_BATCH)
+        self.files.close()
         last, place = len(finder.folders) - 1, seen["place"].to_numpy()
         # The rows themselves are checked one by one, when they are read.
         files = {
-            file.name: (file.stat().st_size, None if file.name in ROW_FILES else hash_of(file))
+            file.name: (file.stat().st_size, None if file.name == "rows.arrow" else hash_of(file))
             for file in sorted(self.folder.iterdir())
         }
         header = dict(
             format=FORMAT,
             source=source,
-            records=self.records,
-            faults=len(self.faults),
             # Where it decides nothing, a run in another folder finds the same rows.
             working_directory=str(finder.folders[last]) if ((place == last) | (place < 0)).any() else None,
             inside=bool(pc.any(pc.starts_with(seen["path"], f"{pictures.resolve()}/")).as_py()),
             files=files,
         )
-        (self.folder / HEADER).write_text(json.dumps(header | {"digest": digest_of(header)}))
+        (self.folder / HEADER).write_text(json.dumps(header))
+        return len(columns)
+
+
+def put(own: Index, place: Path, cache: Path) -> Index:
+    """Rename a whole index to its place, and return it opened.
+
+    What lies there is damaged or old, or another run has just made the same: then that one stays.
+    """
+    while True:
+        theirs = open_made(place, own.files, cache)
+        if theirs is not None and theirs.header == own.header:
+            return theirs
+        with suppress(FileNotFoundError):
+            old = place.replace(place.with_name(f".{place.name}.{uuid.uuid4().hex}"))
+            shutil.rmtree(old, ignore_errors=True)
+        try:
+            own.place.replace(place)
+        except OSError:
+            # Another run was quicker.
+            if place.exists():
+                continue
+            raise
+        sync(place.parent)
+        # Opened before it was in reach of other runs, one of which may be putting another in its place.
+        own.place = place
+        return own
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what lies under a name of work in progress and has not been touched for long."""
+    for left in folder.glob(".*"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def processes(work: int, sharers: int = 1) -> int:
@@ -185,7 +174,7 @@ class Maker:
         """
         files = sources.find_files(self.data_path)
         # Before they are read.
-        stamps = sources.stamps(files)
+        stamps = [sources.Stamp.of(file) for file in files]
         hashes = []
         for file in files:
             hashes.append(sources.content_hash(file, self.cache))
@@ -195,18 +184,19 @@ class Maker:
 
     def open(self, plan: Plan) -> Index | None:
         """Open what is there; where that is damaged or, as far as is looked, of other images, it is removed."""
-        there = plan.place.exists()
-        index = open_made(plan.place, plan.files, self.cache)
-        other = index is not None and self._pictures_changed(index)
-        if other:
-            shutil.rmtree(plan.parts, ignore_errors=True)
-        if other or (there and index is None):
-            with writable(self.cache):
-                # Without its header it is no index.
-                (plan.place / HEADER).unlink(missing_ok=True)
-            shutil.rmtree(plan.place, ignore_errors=True)
+        # Another start may put it there from now on.
+        if not plan.place.exists():
             return None
-        return index
+        index = open_made(plan.place, plan.files, self.cache)
+        if index is not None:
+            if not self._pictures_changed(index):
+                return index
+            shutil.rmtree(plan.parts, ignore_errors=True)
+        with writable(self.cache):
+            # Without its header it is no index.
+            (plan.place / HEADER).unlink(missing_ok=True)
+        shutil.rmtree(plan.place, ignore_errors=True)
+        return None
 
     def _pictures_changed(self, index: Index) -> bool:
         """Tell whether an image that was looked at is another file now, or lies elsewhere; reads no image.
@@ -218,20 +208,16 @@ class Maker:
             return True
         if index.header["inside"] and not index.pictures.is_dir():
             return True
-
-        def other(pictures: pa.Table | pa.RecordBatch) -> bool:
-            return changed(seen_in(pictures), self.encoder.finder, index.files, index.pictures)
-
-        doubts = index.place / DOUBTS
-        if not self.check_images and doubts.exists():
-            paths = pa.array({json.loads(line) for line in doubts.read_text().splitlines()}, pa.string())
-            seen = index.seen("pictures.arrow").read_all()
-            if other(seen.filter(pc.is_in(seen["path"], paths))):
-                return True
-        name = "pictures.arrow" if self.check_images else "suspects.arrow"
+        seen = index.reader("pictures.arrow", mapped=True).read_all()
+        if not self.check_images:
+            looked, doubts = seen["faulty"], index.place / DOUBTS
+            if doubts.exists():
+                paths = pa.array({json.loads(line) for line in doubts.read_text().splitlines()}, pa.string())
+                looked = pc.or_(looked, pc.is_in(seen["path"], paths))
+            seen = seen.filter(looked)
+        encoders = beside_each(self.encoder, index.files, index.pictures)
         with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-            numbers = range(index.seen(name).num_record_batches)
-            return any(pool.map(lambda number: other(index.seen(name).get_batch(number)), numbers))
+            return any(pool.map(lambda batch: changed(batch, encoders), seen.to_batches(PICTURE_BATCH)))
 
     def begin(self, plan: Plan) -> tuple[Plan, str]:
         """Cut the files into pieces, for which they are read.
@@ -259,17 +245,9 @@ class Maker:
             UserError: a file cannot be read, or the cache not written.
         """
         own = range(share, len(plan.pieces), shares)
-        loader: Any = torch.utils.data.DataLoader(
-            Parts(plan, self.encoder, self.keep, self.cache),
-            batch_size=None,
-            sampler=own,
-            collate_fn=as_it_is,
-            num_workers=processes(len(own), sharers),
-            worker_init_fn=ignore_in_worker,
-        )
-        for error in track(loader, "indexing records", total=len(own), disable=self.quiet, transient=True):
-            if error:
-                raise error
+        parts = Parts(plan, self.encoder, self.keep, self.cache)
+        made = from_workers(parts.make, own, processes(len(own), sharers))
+        for _ in track(made, "indexing records", total=len(own), disable=self.quiet, transient=True):
             self.tick()
             if asked():
                 return
@@ -299,10 +277,9 @@ class Maker:
             for number in track(range(len(plan.pieces)), "joining the index", disable=self.quiet, transient=True):
                 writer.add(parts.read(number, self.check_images))
                 self.tick()
-            if not writer.records:
-                raise sources.no_record(self.data_path)
             sources.check_unchanged(plan.files, plan.stamps)
-            writer.finish(self.encoder.finder, plan.source, folder_of_pictures(self.cache))
+            if not writer.finish(self.encoder.finder, plan.source, folder_of_pictures(self.cache)):
+                raise sources.no_record(self.data_path)
             for file in partial.iterdir():
                 sync(file)
             sync(partial)

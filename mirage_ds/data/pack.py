@@ -136,7 +136,10 @@ class Planner:
 
         Nothing but the step decides: a run that begins anew at any micro-step of it finds the same bins.
         """
-        places = self.rows_of(step)
+        return StepPlan(step, self.packed(self.rows_of(step)))
+
+    def packed(self, places: np.ndarray) -> list[Bins]:
+        """Pack rows, given by their places in `row_ids`; see StepPlan.bins."""
         bins = pack(
             self.lengths[places],
             self.world_size,
@@ -146,7 +149,7 @@ class Planner:
             self.micro_batch_patches,
         )
         named = [self.row_ids[places[one]].tolist() for one in bins]
-        return StepPlan(step, [named[at : at + self.world_size] for at in range(0, len(named), self.world_size)])
+        return [named[at : at + self.world_size] for at in range(0, len(named), self.world_size)]
 
 
 @lru_cache(maxsize=4)
@@ -245,41 +248,17 @@ def _sums(bins: Bins, sizes: np.ndarray) -> np.ndarray:
 
 
 def _first_fit(sizes: np.ndarray, order: list[int], limit: int, most: int) -> Bins:
-    """Put each row into the first bin with room for it.
-
-    A tree over the bins holds the largest rooms below each node (node n has the children 2n and 2n + 1): O(log R) a
-    row without patches, and few nodes more with them, where a node's two rooms can be in different bins.
-    """
-    leaves = 1 << max(0, len(order) - 1).bit_length()
-    room, image_room = [limit] * (2 * leaves), [limit] * (2 * leaves)
-    tokens_of, images_of = sizes.tolist()
+    """Put each row into the first bin with room for it."""
     bins: Bins = []
+    # Tokens and patches that each bin has room for; as many bins as rows suffice.
+    rooms = np.full((2, len(order)), limit)
     for row in order:
-        tokens, images = tokens_of[row], images_of[row]
-        node = 1
-        while True:
-            if room[node] < tokens or image_room[node] < images:
-                # Nothing below: on to the next subtree. There is one, since as many bins as rows suffice.
-                while node & 1:
-                    node >>= 1
-                node += 1
-            elif node < leaves:
-                node *= 2
-            else:
-                break
-        if node - leaves == len(bins):
+        fits = (rooms[:, : len(bins) + 1] >= sizes[:, row, None]).all(axis=0)
+        place = int(fits.argmax())
+        if place == len(bins):
             bins.append([])
-        one = bins[node - leaves]
-        one.append(row)
-        room[node] = room[node] - tokens if len(one) < most else -1
-        image_room[node] -= images
-        while node > 1:
-            node >>= 1
-            left, right = 2 * node, 2 * node + 1
-            largest = max(room[left], room[right]), max(image_room[left], image_room[right])
-            if largest == (room[node], image_room[node]):
-                break
-            room[node], image_room[node] = largest
+        bins[place].append(row)
+        rooms[:, place] = rooms[:, place] - sizes[:, row] if len(bins[place]) < most else -1
     return bins
 
 

@@ -80,10 +80,6 @@ class RecordError(Exception):
         super().__init__(str(fault))
         self.fault = fault
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Crosses process borders (data-loader workers), where Exception's own pickling would lose the Fault.
-        return RecordError, (self.fault,)
-
 
 @dataclass(frozen=True)
 class Record:
@@ -242,10 +238,6 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True, picture
             raise RecordError(
                 Fault(line, name, f"expected a string, found {shown(values[name])}", "write it as a string")
             )
-        if not is_text(values[name]):
-            raise RecordError(
-                Fault(line, name, "holds half a surrogate pair", "write both halves, or the character itself")
-            )
     record = Record(
         line=line,
         text_input=values["text_input"],
@@ -254,11 +246,13 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True, picture
         image_output=_paths(values.get("image_output"), line, "image_output", pictures),
         extra={key: value for key, value in values.items() if key not in FIELDS},
     )
-    for turn in record.turns_before:
-        if not is_text(turn["content"]):
-            raise record.fault(
-                TURNS_BEFORE, "holds half a surrogate pair", "write both halves, or the character itself"
-            )
+    for name, text in [
+        *((TURNS_BEFORE, turn["content"]) for turn in record.turns_before),
+        ("text_input", record.text_input),
+        ("text_output", record.text_output),
+    ]:
+        if not is_text(text):
+            raise record.fault(name, "holds half a surrogate pair", "write both halves, or the character itself")
     _check_marks(record, answers)
     return record
 

@@ -65,9 +65,6 @@ class Measure(NamedTuple):
     helpers: tuple[int, ...]
 
 
-NO_MEASURE = Measure(0, 0, 0, (), ())
-
-
 @dataclass(frozen=True)
 class Layout:
     """Where everything in a row stands; with the pixels it is the whole Sample.

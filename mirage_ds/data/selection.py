@@ -31,9 +31,8 @@ class Selection(NamedTuple):
         row_ids: (R,) place of each row in the index.
         tokens, labels, runs: (R,) counts of each.
         patches: (R,) vision patches of its images: of the input images and, in stage1, of the helpers.
-        dropped: rows longer than the limit; longest: tokens of the longest row met.
+        dropped: rows longer than the limit.
         images: field name → the images of all rows, usable or not, for the fields whose features are kept.
-        records: how many the source holds, usable or not.
         skipped: one fault of each record that is left out for it.
         rows: the index.
     """
@@ -43,9 +42,7 @@ class Selection(NamedTuple):
     labels: np.ndarray
     runs: np.ndarray
     dropped: int
-    longest: int
     images: dict[str, ImageKeys]
-    records: int
     skipped: tuple[Fault, ...]
     patches: np.ndarray
     rows: Index
@@ -118,8 +115,8 @@ def usable(
     """
     if rows.faults:
         first = next(rows.all_faults())
-        judge_faults(data_path, first, rows.faults, rows.records, max_bad_share)
-        if rows.faults == rows.records:
+        judge_faults(data_path, first, rows.faults, len(rows), max_bad_share)
+        if rows.faults == len(rows):
             raise no_row_left(data_path, first, rows.faults)
     tokens = rows["tokens"]
     # A row with a fault has none.
@@ -129,21 +126,19 @@ def usable(
         row_ids=fits,
         **{name: rows[name][fits] for name in ("tokens", "labels", "runs", "patches")},
         dropped=sound - len(fits),
-        longest=int(tokens.max()),
         images={name: rows.images(name) for name in keep},
-        records=rows.records,
         skipped=tuple(rows.all_faults()),
         rows=rows,
     )
     if not len(fits):
         raise UserError(
             f"{data_path}: no usable row: all {selection.dropped} are longer than --max_length {max_length} "
-            f"(the longest has {selection.longest} tokens); raise it or lower --max_pixels"
+            f"(the longest has {tokens.max()} tokens); raise it or lower --max_pixels"
         )
     if selection.dropped_share > max_dropped_share:
         raise UserError(
             f"{data_path}: {selection.dropped} of {sound} rows are longer than --max_length {max_length} (the "
-            f"longest has {selection.longest} tokens), above --max_dropped_share {max_dropped_share}; raise one of them"
+            f"longest has {tokens.max()} tokens), above --max_dropped_share {max_dropped_share}; raise one of them"
         )
     return selection
 
@@ -160,7 +155,7 @@ def without(selection: Selection, broken: Mapping[int, Fault], data_path: Record
     if not broken:
         return selection
     first = min([*selection.skipped[:1], _own(broken, min(broken), selection.rows)], key=by_place)
-    judge_faults(data_path, first, len(selection.skipped) + len(broken), selection.records, max_bad_share)
+    judge_faults(data_path, first, len(selection.skipped) + len(broken), len(selection.rows), max_bad_share)
     faults = (_own(broken, row, selection.rows) for row in sorted(broken))
     skipped = tuple(sorted([*selection.skipped, *faults], key=by_place))
     left = selection.only(~np.isin(selection.row_ids, list(broken)))._replace(skipped=skipped)

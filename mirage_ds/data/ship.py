@@ -1,4 +1,4 @@
-"""A tree of tensors as one, for the way from a data-loader worker to its rank.
+"""The way from a worker process to its rank, and a tree of tensors as one for it.
 
 Each tensor on that way costs an open file and several system calls, and a Batch of the recurrent stage has some ten a
 pass. In one piece the way takes the same time whatever the number of passes.
@@ -7,13 +7,13 @@ pass. In one piece the way takes the same time whatever the number of passes.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from mirage_ds.errors import STOP_SIGNALS
+from mirage_ds.errors import STOP_SIGNALS, UserError
 
 # Tensors begin where any dtype may.
 ALIGNMENT = 64
@@ -83,13 +83,55 @@ def mapped(item: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
 
 
-def as_it_is(item: Any) -> Any:
-    """Be the collate_fn of what a worker makes whole."""
+def from_workers(
+    make: Callable[[Any], Any], work: Iterable[Any], workers: int, prefetch: int = 2, pin: bool = False
+) -> Iterator[Any]:
+    """Yield what is made of each item of work, in their order.
+
+    Args:
+        make: runs in a worker process; what it returns travels best as a Shipment.
+        workers: how many there are; with none this process makes all.
+        prefetch: items that each of them has begun or finished.
+        pin: a Shipment arrives in memory that a GPU copies from directly.
+
+    Raises:
+        UserError: as `make` raises it; only this process knows.
+    """
+    loader: Any = torch.utils.data.DataLoader(
+        _Made(make),
+        batch_size=None,
+        sampler=work,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=pin,
+        worker_init_fn=_ignore_signals,
+    )
+    for made in loader:
+        if isinstance(made, UserError):
+            raise made
+        yield made
+
+
+class _Made(torch.utils.data.Dataset):
+    """Makes what is asked for. A UserError is returned: torch would raise it with a worker's traceback for words."""
+
+    def __init__(self, make: Callable[[Any], Any]):
+        self.make = make
+
+    def __getitem__(self, work: Any) -> Any:
+        try:
+            return self.make(work)
+        except UserError as error:
+            return error
+
+
+def _as_it_is(item: Any) -> Any:
     return item
 
 
-def ignore_in_worker(worker: int) -> None:
-    """Let a data-loader worker outlive the signals that a scheduler sends to every process of a job.
+def _ignore_signals(worker: int) -> None:
+    """Let a worker outlive the signals that a scheduler sends to every process of a job.
 
     The rank that it works for finishes its step first, for which it needs the rows.
     """

@@ -64,8 +64,11 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, file: Path) -> Stamp:
-        """Look at a file; OSError where there is none."""
-        found = file.stat()
+        """Look at a file; UserError where it cannot be looked at."""
+        try:
+            found = file.stat()
+        except OSError as error:
+            raise _unreadable(file, error) from None
         return cls(found.st_size, found.st_mtime_ns)
 
 
@@ -135,17 +138,6 @@ def _unreadable(file: Path, error: OSError) -> UserError:
     return UserError(f"{file}: cannot be read ({error.strerror or reason(error)}); name a readable file of records")
 
 
-def stamps(files: Sequence[Path]) -> list[Stamp]:
-    """Look at each file; UserError where one cannot be looked at."""
-    made = []
-    for file in files:
-        try:
-            made.append(Stamp.of(file))
-        except OSError as error:
-            raise _unreadable(file, error) from None
-    return made
-
-
 # ------------------------------------------------------------------------------------------------------------- hashes
 
 
@@ -155,11 +147,8 @@ def content_hash(file: Path, cache: Path) -> str:
     Raises:
         UserError: the file cannot be read, or the cache not written.
     """
-    try:
-        stamp = Stamp.of(file)
-        name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()
-    except OSError as error:
-        raise _unreadable(file, error) from None
+    stamp = Stamp.of(file)
+    name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()
     note = cache / "hashes" / f"{name}.json"
     with writable(cache):
         known = _noted(note)
@@ -309,11 +298,7 @@ def no_record(data_path: Records) -> UserError:
 
 
 def check_unchanged(files: Sequence[Path], stamps: Sequence[Stamp]) -> None:
-    """UserError where a file is another one than when its stamp was taken."""
+    """UserError where a file is another one than when its stamp was taken, or none any more."""
     for file, stamp in zip(files, stamps, strict=True):
-        try:
-            same = Stamp.of(file) == stamp
-        except OSError:
-            same = False
-        if not same:
+        if Stamp.of(file) != stamp:
             raise UserError(f"{file}: changed while it was read; leave it alone and start again")

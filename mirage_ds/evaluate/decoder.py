@@ -325,9 +325,7 @@ def answer_records(
     """
     places = range(len(records)) if rows is None else rows
     encoder = decoder.encoder
-    faults, measures = check_records(list(records), encoder)
-    if faults:
-        raise UserError(f"record on {faults[min(faults)]}")
+    measures = check_records(records, encoder)
     # The prompt is what is no label; helpers take no part in it (load_decoder's encoder is sft's).
     order = sorted(range(len(records)), key=lambda i: measures[i].tokens - measures[i].labels)
     model, slots = decoder.loaded.model, decoder.trained.get("slots")

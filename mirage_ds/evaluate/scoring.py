@@ -32,7 +32,7 @@ class Answer(NamedTuple):
         text = str(encoder.tokenizer.decode(self.ids, skip_special_tokens=False))
         for length in self.runs:
             text = text.replace(LATENT_START + LATENT_PAD * length, f"[{length} latents]", 1)
-        for token in encoder.special_tokens:
+        for token in encoder.literals.special_tokens:
             text = text.replace(token, "")
         return text.strip()
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,21 +23,23 @@ from rich.progress import track
 from safetensors import SafetensorError
 
 from mirage_ds.config.mixture import Records
-from mirage_ds.config.run import RunConfig
-from mirage_ds.data.encode import BesideEach, Encoder
+from mirage_ds.data.encode import Encoder, beside_each
 from mirage_ds.data.features import FeatureStore, KeptFeatures, Shard, ShardWriter, sortable
-from mirage_ds.data.images import READING, image_key
+from mirage_ds.data.images import READING
 from mirage_ds.data.index import Index
 from mirage_ds.data.pooling import DROPPED
 from mirage_ds.data.record import Fault, RecordError
 from mirage_ds.data.sample import ImageKeys
 from mirage_ds.data.selection import Selection, by_place, faults_error
-from mirage_ds.data.ship import as_it_is, ignore_in_worker
-from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero
+from mirage_ds.data.ship import Shipment, from_workers, ship
+from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.errors import Stopped, UserError, reason
 from mirage_ds.model.images import embedded
 from mirage_ds.model.latents import averages
 from mirage_ds.model.vision import FrozenTower
+
+if TYPE_CHECKING:
+    from mirage_ds.run.settings import Run
 
 # Settings of the image processor that decide what the tower sees.
 SETTINGS = """size patch_size temporal_patch_size merge_size resample rescale_factor image_mean image_std do_resize
@@ -75,22 +77,8 @@ def chunks_of(sizes: Sequence[int]) -> list[list[int]]:
     return chunks
 
 
-class Decoded(NamedTuple):
-    """The images of a chunk.
-
-    Attributes:
-        places: in the table of images, of those that decoded; pixels: (P, 1176) of all; grids: (n, 3).
-        broken: place → what is wrong with the image there.
-    """
-
-    places: list[int]
-    pixels: torch.Tensor
-    grids: torch.Tensor
-    broken: dict[int, Fault]
-
-
-class Images(torch.utils.data.Dataset):
-    """Decodes images of one field; an error that is no record's is returned, since a worker's exception loses it.
+class Images:
+    """Decodes images of one field.
 
     Args:
         images: all images of the field, with the sizes that they were measured with; places: those to decode.
@@ -108,7 +96,7 @@ class Images(torch.utils.data.Dataset):
     ):
         self.index, self.name, self.images, self.places, self.dtype = index, name, images, places, dtype
         self.encoder = encoder
-        self.encoders = BesideEach(encoder, index.files, index.pictures)
+        self.encoders = beside_each(encoder, index.files, index.pictures)
         self.merged = encoder.images.merge_size**2
 
     def bytes_of_pixels(self) -> list[int]:
@@ -129,40 +117,22 @@ class Images(torch.utils.data.Dataset):
         """Return an image's pixels (P, 1176) and grid (1, 3), or its Fault."""
         place = int(self.places[number])
         row = int(self.images.rows_of(np.array(place)))
-        record, _ = self.index.encoded(row)
+        record = self.index.record(row)
         path = getattr(record, self.name)[place - int(self.images.starts[row])]
         encoder = self.encoders[int(self.index["file"][row])]
-        how = "start the run again"
         try:
-            pixels, grid = encoder.pixels(record, self.name, path)
-            if int(grid.prod()) // self.merged != int(self.images.sizes[place]):
-                what = f"image {path} has another size than when it was measured"
-                raise record.fault(self.name, what, how)
+            pixels, grid = encoder.pixels(record, self.name, [path])
             # Features under the key of another content would be wrong for every run to come.
-            if image_key(encoder.finder.find(record, self.name, path)) != tuple(self.images.keys[place].tolist()):
-                raise record.fault(self.name, f"image {path} is another one than when it was measured", how)
+            if encoder.finder.key(record, self.name, path) != tuple(self.images.keys[place].tolist()):
+                what = f"image {path} is another one than when it was measured"
+                raise record.fault(self.name, what, "start the run again")
         except RecordError as error:
             return self.index.named(error.fault, row)
         return pixels.to(self.dtype), grid
 
-    def __getitems__(self, numbers: Sequence[int]) -> Decoded | UserError:
-        """Return a chunk of images."""
-        places, pixels, grids, broken = list[int](), [], [], dict[int, Fault]()
-        try:
-            for number in numbers:
-                place, found = int(self.places[number]), self[number]
-                if isinstance(found, Fault):
-                    broken[place] = found
-                else:
-                    places.append(place)
-                    pixels.append(found[0])
-                    grids.append(found[1])
-        except UserError as error:
-            return error
-        none = torch.empty(0, self.encoder.patch_width, dtype=self.dtype)
-        # A large photograph comes alone, and joining would copy it.
-        joined = pixels[0] if len(pixels) == 1 else torch.cat([none, *pixels])
-        return Decoded(places, joined, torch.cat([torch.empty(0, 3, dtype=torch.int64), *grids]), broken)
+    def chunk(self, numbers: Sequence[int]) -> Shipment:
+        """Return several images, to be sent: (place in the table of images, pixels and grid, or the Fault) of each."""
+        return ship(tuple((int(self.places[number]), self[number]) for number in numbers))
 
 
 def _kept(
@@ -185,15 +155,11 @@ def _kept(
     return KeptFeatures(images, FeatureStore(folder, space, width, tower.tower.dtype))
 
 
-def _open(kept: KeptFeatures, world: World, begin: Callable[[str], None]) -> None:
+def _open(kept: KeptFeatures, world: World) -> None:
     """Open the shards that are there, each on one rank, and learn where the others found what. All ranks call it."""
     names = from_rank_zero(kept.store.listed, world)
     _await(kept, names, world)
-    found = []
-    for name in names[world.rank :: world.size]:
-        begin("features")
-        found.append(kept.store.open(name))
-    kept.store.add(everyone([shard for shard in found if shard is not None], world))
+    kept.store.add(everyone(kept.store.opened(names[world.rank :: world.size]), world))
 
 
 @contextmanager
@@ -223,46 +189,34 @@ def _check_room(kept: KeptFeatures, places: np.ndarray, folder: Path) -> None:
         )
 
 
-def _make(
-    tower: FrozenTower,
-    kept: KeptFeatures,
-    images: Images,
-    workers: int,
-    world: World,
-    asked: Callable[[], bool],
-    begin: Callable[[str], None],
-) -> tuple[list[Shard], dict[int, Fault]]:
-    """Encode this rank's images, or those before somebody asks to stop; return the shards and the broken ones."""
+def _make(run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images) -> tuple[list[Shard], dict[int, Fault]]:
+    """Encode this rank's images, or those before somebody asks to stop.
+
+    Returns:
+        The shards, and the broken images: place → fault.
+    """
     sizes = images.bytes_of_pixels()
     chunks = chunks_of(sizes)
     largest = max((sum(sizes[number] for number in chunk) for chunk in chunks), default=1)
-    workers = min(workers, max(1, IN_FLIGHT_BYTES // (PREFETCHED * largest)))
-    loader: Any = torch.utils.data.DataLoader(
-        images,
-        batch_sampler=chunks,
-        collate_fn=as_it_is,
-        num_workers=workers,
-        prefetch_factor=PREFETCHED if workers else None,
-        worker_init_fn=ignore_in_worker,
-    )
+    workers = min(run.config.num_workers, max(1, IN_FLIGHT_BYTES // (PREFETCHED * largest)))
     writer = ShardWriter(kept.store)
     broken: dict[int, Fault] = {}
     title = "encoding input images" if images.name == "image_input" else "encoding helper images"
-    for chunk in track(loader, title, disable=world.rank > 0, transient=True):
-        if isinstance(chunk, UserError):
-            raise chunk
-        broken |= chunk.broken
+    made = from_workers(images.chunk, chunks, workers, PREFETCHED)
+    for chunk in track(made, title, total=len(chunks), disable=run.world.rank > 0, transient=True):
         # A sign of progress: encoding may take hours.
-        begin("features")
-        if chunk.places:
-            features = tower.features(chunk.pixels.to(world.device), chunk.grids.to(world.device))
-            each = features.split([int(images.images.sizes[place]) for place in chunk.places])
-            for place, one, grid in zip(chunk.places, each, chunk.grids.tolist(), strict=True):
-                writer.add(kept.images.keys[place], images.kept_of(one, grid, tower.input_width))
-        if asked():
+        run.journal.phase("features")
+        for place, image in chunk.unpack():
+            if isinstance(image, Fault):
+                broken[place] = image
+                continue
+            pixels, grid = image
+            features = tower.features(pixels.to(run.world.device), grid.to(run.world.device))
+            writer.add(kept.images.keys[place], images.kept_of(features, grid[0].tolist(), tower.input_width))
+        if run.asked():
             break
     writer.flush()
-    return [kept.store.table(name) for name in writer.written], broken
+    return kept.store.opened(writer.written), broken
 
 
 def _rows_with(kept: KeptFeatures, broken: list[tuple[int, Fault]], rows: np.ndarray) -> dict[int, Fault]:
@@ -298,23 +252,13 @@ def _await(kept: KeptFeatures, names: Sequence[str], world: World) -> None:
 
 
 def keep_features(
-    tower: FrozenTower,
-    encoder: Encoder,
-    selection: Selection,
-    rows: np.ndarray,
-    data_path: Records,
-    config: RunConfig,
-    world: World,
-    asked: Callable[[], bool],
-    begin: Callable[[str], None],
+    run: Run, tower: FrozenTower, encoder: Encoder, selection: Selection, rows: np.ndarray, data_path: Records
 ) -> tuple[dict[str, KeptFeatures], dict[int, Fault]]:
     """Make and keep those features of the rows' images that are not kept yet. All ranks call it.
 
     Args:
         selection: its `images` are those whose features are kept.
         rows: the rows whose images are needed, (n,).
-        asked: whether somebody wants this process to stop.
-        begin: is told again and again that this phase goes on.
 
     Returns:
         Field name → its features; with --skip_bad_records, each row that has a broken image → the fault, the same on
@@ -324,14 +268,14 @@ def keep_features(
         UserError: on every rank: a broken image, too little room, a folder that not all hosts share.
         Stopped: on every rank; what has been made is kept.
     """
-    folder = config.features_folder
+    world, folder = run.world, run.config.features_folder
     made: dict[str, KeptFeatures] = {}
     lost: dict[int, Fault] = {}
     fingerprint = from_rank_zero(tower.fingerprint, world) if selection.images else ""
     for name, keys in selection.images.items():
         kept = _kept(folder, tower, fingerprint, encoder, name, keys)
         with _said(folder):
-            _open(kept, world, begin)
+            _open(kept, world)
         needed = kept.needs(rows)
         missing = needed[kept.store.missing(keys.keys[needed])]
         if len(missing):
@@ -339,11 +283,11 @@ def keep_features(
             mine = missing[world.rank :: world.size]
             own = Images(selection.rows, encoder, name, keys, mine, tower.tower.dtype)
             with _said(folder):
-                shards, own_broken = _make(tower, kept, own, config.num_workers, world, asked, begin)
+                shards, own_broken = _make(run, tower, kept, own)
             broken = everyone(list(own_broken.items()), world)
-            if broken and not config.skip_bad_records:
+            if broken and not run.config.skip_bad_records:
                 raise faults_error(data_path, min((fault for _, fault in broken), key=by_place), len(broken))
-            if agree(asked(), world):
+            if run.stops():
                 raise Stopped
             if broken:
                 lost = _rows_with(kept, broken, rows) | lost

@@ -9,9 +9,10 @@ import hashlib
 import json
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -25,10 +26,10 @@ from mirage_ds.data.index_part import Plan
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.loader import Loader
 from mirage_ds.data.make_index import Maker, open_index
-from mirage_ds.data.pack import Planner, check_patches, pack, total_steps
+from mirage_ds.data.pack import Planner, total_steps
 from mirage_ds.data.record import Fault
 from mirage_ds.data.selection import Selection, usable, weighed, without
-from mirage_ds.engine.setup import World, agree, everyone, from_rank_zero, shared_fate
+from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.scoring import check_evaluation, spread
 from mirage_ds.model.folder import resolve_folder
@@ -37,19 +38,8 @@ from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run.features import keep_features
 
-
-@dataclass(frozen=True)
-class Measured:
-    """Records that have been checked: their rows, measures and plan, the kept features of each field.
-
-    Attributes:
-        encoder: finds images beside these very records.
-    """
-
-    encoder: Encoder
-    index: Selection
-    planner: Planner
-    features: dict[str, KeptFeatures]
+if TYPE_CHECKING:
+    from mirage_ds.run.settings import Run
 
 
 class Evaluation(NamedTuple):
@@ -98,7 +88,7 @@ def index_beforehand(config: RunConfig) -> Iterator[str]:
             file, own, config.kept_fields, config.cache_dir, quiet=False, check_images=config.check_images
         )
         index = _usable(config, file, rows)
-        yield f"{file}: {rows.records} records, {len(index.row_ids)} rows to train on, index {rows.place}"
+        yield f"{file}: {len(rows)} records, {len(index.row_ids)} rows to train on, index {rows.place}"
 
 
 def _usable(config: RunConfig, data_path: Records, index: Index) -> Selection:
@@ -124,27 +114,17 @@ def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:
     return encoder
 
 
-def index_records(
-    config: RunConfig,
-    encoder: Encoder,
-    data_path: Records,
-    world: World,
-    asked: Callable[[], bool],
-    tick: Callable[[], None],
-) -> Selection:
+def index_records(run: Run, encoder: Encoder, data_path: Records) -> Selection:
     """Open the index of records on every rank; all ranks make it where there is none. All ranks call it.
 
     Where hosts do not share --cache_dir, the ranks of each make one there.
-
-    Args:
-        asked: whether somebody wants this process to stop.
-        tick: is called again and again while an index is made.
 
     Raises:
         UserError: see make_index.open_index and selection.usable; or a host has other records or images.
         Stopped: on every rank; the parts that are made stay.
     """
-    cache = cache_folder(config.cache_dir)
+    config, world, cache = run.config, run.world, cache_folder(run.config.cache_dir)
+    tick = partial(run.journal.phase, "records")
     maker = Maker(data_path, encoder, config.kept_fields, cache, world.rank > 0, config.check_images, tick)
 
     def on_rank_zero() -> tuple[Plan, str | None]:
@@ -159,7 +139,7 @@ def index_records(
             # Each host may have another cache, and other images.
             own = maker.open(plan) if world.local_rank == 0 else open_made(plan.place, plan.files, cache)
     if everyone([] if own is not None and own.digest == digest else [world.rank], world):
-        _make_index(maker, plan, world, asked)
+        _make_index(run, maker, plan)
         own = open_made(plan.place, plan.files, cache)
         digests = everyone(["" if own is None else own.digest], world)
         strangers = [rank for rank, one in enumerate(digests) if not one or one != digests[0]]
@@ -176,8 +156,9 @@ def _stranger(data_path: Records, rank: int) -> UserError:
     )
 
 
-def _make_index(maker: Maker, plan: Plan, world: World, asked: Callable[[], bool]) -> None:
+def _make_index(run: Run, maker: Maker, plan: Plan) -> None:
     """Make the index wherever a rank lacks it: in the folder that rank 0 sees, and on each host that does not."""
+    world = run.world
     plan, token = from_rank_zero(lambda: maker.begin(plan), world)
     host = socket.gethostname()
     group = "" if (plan.parts / token).exists() else host
@@ -195,44 +176,39 @@ def _make_index(maker: Maker, plan: Plan, world: World, asked: Callable[[], bool
             maker.open(plan)
     sharers = sum(one == host for _, one in everywhere)
     with shared_fate(world):
-        maker.make_parts(plan, together.index(world.rank), len(together), sharers, asked)
-    if agree(asked(), world):
+        maker.make_parts(plan, together.index(world.rank), len(together), sharers, run.asked)
+    if run.stops():
         raise Stopped
     with shared_fate(world):
         if leads:
             maker.join(plan)
 
 
-def measure(
-    config: RunConfig,
-    encoder: Encoder,
-    tower: FrozenTower | None,
-    data_path: Records,
-    index: Selection,
-    whole: bool,
-    world: World,
-    asked: Callable[[], bool],
-    begin: Callable[[str], None],
-) -> Measured:
+def keep(
+    run: Run, encoder: Encoder, tower: FrozenTower | None, data_path: Records, index: Selection, whole: bool
+) -> tuple[Selection, dict[str, KeptFeatures]]:
     """Keep the features of the images of indexed records. All ranks call it.
 
     Args:
         tower: None where it is trained.
         whole: every row is used, not only those that the run's steps reach.
 
+    Returns:
+        The rows that are left, and the features by field.
+
     Raises:
         UserError: on every rank: a broken image; with --skip_bad_records, too large a share of faulty records.
     """
-    features: dict[str, KeptFeatures] = {}
-    if tower is not None:
-        # Which rows are skipped must depend on the records alone: a run that goes on for more steps finds the same.
-        whole = whole or config.skip_bad_records
-        steps = run_steps(config, index)
-        whole = whole or steps * config.rows_per_step >= len(index.row_ids)
-        rows = index.row_ids if whole else np.asarray(make_planner(config, index, world).reached(steps))
-        features, broken = keep_features(tower, encoder, index, rows, data_path, config, world, asked, begin)
-        index = without(index, broken, data_path, config.max_bad_share)
-    return Measured(encoder, index, make_planner(config, index, world), features)
+    if tower is None:
+        return index, {}
+    config, steps = run.config, run_steps(run.config, index)
+    # Which rows are skipped must depend on the records alone: a run that goes on for more steps finds the same.
+    if whole or config.skip_bad_records or steps * config.rows_per_step >= len(index.row_ids):
+        rows = index.row_ids
+    else:
+        rows = np.asarray(make_planner(config, index, run.world).reached(steps))
+    features, broken = keep_features(run, tower, encoder, index, rows, data_path)
+    return without(index, broken, data_path, config.max_bad_share), features
 
 
 def run_steps(config: RunConfig, index: Selection) -> int:
@@ -272,32 +248,16 @@ def make_planner(config: RunConfig, index: Selection, world: World) -> Planner:
     )
 
 
-def make_loader(config: RunConfig, measured: Measured, rank: int, passes: int) -> Loader:
-    """Build this rank's loader over a records file."""
-    return Loader(
-        measured.index.rows,
-        measured.encoder,
-        measured.planner,
-        rank,
-        passes,
-        config.num_workers,
-        measured.features,
-    )
+def make_loader(run: Run, encoder: Encoder, index: Selection, features: dict[str, KeptFeatures], passes: int) -> Loader:
+    """Build this rank's loader over records, with the features that are kept of them."""
+    planner = make_planner(run.config, index, run.world)
+    return Loader(index.rows, encoder, planner, run.world.rank, passes, run.config.num_workers, features)
 
 
-def make_evaluation(config: RunConfig, loader: Loader, index: Selection) -> Evaluation:
+def make_evaluation(loader: Loader, index: Selection, latent_size: int) -> Evaluation:
     """Pack the evaluation rows into micro-steps once; the packing of training rows decides nothing here."""
-    planner = loader.planner
-    limit = config.micro_batch_patches
-    if limit is not None:
-        check_patches(index.row_ids, index.patches, limit)
-    bins = pack(
-        index.tokens, planner.world_size, config.micro_batch_tokens, config.micro_batch_size, index.patches, limit
-    )
-    rows = [[int(index.row_ids[i]) for i in one] for one in bins]
-    counts = StepCounts(len(index.row_ids), int(index.labels.sum()), int(index.runs.sum()) * config.latent_size)
-    width = planner.world_size
-    return Evaluation(loader, [rows[at : at + width] for at in range(0, len(rows), width)], counts)
+    counts = StepCounts(len(index.row_ids), int(index.labels.sum()), int(index.runs.sum()) * latent_size)
+    return Evaluation(loader, loader.planner.packed(np.arange(len(index.row_ids))), counts)
 
 
 def check_scores(config: RunConfig, data_path: Path, index: Selection) -> None:

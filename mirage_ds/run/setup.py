@@ -41,9 +41,9 @@ from mirage_ds.run.records import (
     Evaluation,
     check_scores,
     index_records,
+    keep,
     make_evaluation,
     make_loader,
-    measure,
     run_steps,
     skipped_lines,
     sources_of,
@@ -128,10 +128,7 @@ def open_data(run: Run, checked: Checked) -> Data:
     """Index the records, keep the features of their images, and pack them."""
     config, world, journal = run.config, run.world, run.journal
     files, encoders = zip(*sources_of(config, checked.encoder), strict=True)
-    indices = [
-        index_records(config, own, file, world, run.asked, partial(journal.phase, "records"))
-        for file, own in zip(files, encoders, strict=True)
-    ]
+    indices = [index_records(run, own, file) for file, own in zip(files, encoders, strict=True)]
     if config.eval_data_path:
         from_rank_zero(partial(check_scores, config, config.eval_data_path, indices[-1]), world)
     journal.phase("vision tower")
@@ -139,22 +136,23 @@ def open_data(run: Run, checked: Checked) -> Data:
     if not config.train_vision:
         tower = load_tower(folder, read_config(folder), checked.dtype, world.device)
     journal.phase("features")
-    measured = [
-        measure(config, own, tower, file, index, index is not indices[0], world, run.asked, journal.phase)
+    kept = [
+        keep(run, own, tower, file, index, index is not indices[0])
         for file, own, index in zip(files, encoders, indices, strict=True)
     ]
+    indices = [index for index, _ in kept]
     if tower is not None and "image_input" in config.kept_fields:
         # No step calls it any more; it is kept for the model folder that is saved at the end.
         tower.tower.to("cpu")
     # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
-    passes = config.passes(max(int(one.index.runs.max()) for one in measured))
-    loader, *others = [make_loader(config, one, world.rank, passes) for one in measured]
+    passes = config.passes(max(int(index.runs.max()) for index in indices))
+    loader, *others = [make_loader(run, own, *one, passes) for own, one in zip(encoders, kept, strict=True)]
     return Data(
-        index=measured[0].index,
-        steps=run_steps(config, measured[0].index),
+        index=indices[0],
+        steps=run_steps(config, indices[0]),
         loader=loader,
-        evaluation=make_evaluation(config, others[0], measured[1].index) if others else None,
-        skipped=[(file, fault) for file, one in zip(files, measured, strict=True) for fault in one.index.skipped],
+        evaluation=make_evaluation(others[0], indices[1], config.latent_size) if others else None,
+        skipped=[(file, fault) for file, index in zip(files, indices, strict=True) for fault in index.skipped],
         tower=tower,
     )
 

@@ -19,8 +19,7 @@ from torch import nn
 
 from mirage_ds.analysis.inspect.live import figures, need_matplotlib
 from mirage_ds.data.loader import Rows
-from mirage_ds.data.record import Fault, Record, RecordError
-from mirage_ds.data.sample import Sample
+from mirage_ds.data.record import Record, RecordError
 from mirage_ds.engine.setup import everyone, from_rank_zero
 from mirage_ds.engine.whole import check_room, whole_model
 from mirage_ds.errors import Stopped, UserError
@@ -162,14 +161,6 @@ def _tower_of(learner: Learner, model: MirageModel) -> FrozenTower:
     return learner.tower or FrozenTower(cast(nn.Module, model.visual))
 
 
-def _prompt_at(rows: Rows, row: int) -> Sample:
-    found = rows[row]
-    if isinstance(found, Fault):
-        # An image that was there when the run began; only this rank knows.
-        raise UserError(f"record on {found}", everywhere=False)
-    return prompt_of(found)
-
-
 def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], limits: Limits) -> list[Answer] | None:
     """Answer rows with the engine's weights, greedily; None when the ranks stop on request. All ranks call it.
 
@@ -199,7 +190,7 @@ def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], l
             run.journal.at(f"decodes batch {number + 1} of {rounds}")
             try:
                 if part:
-                    samples = [_prompt_at(rows, chosen[i]) for i in part]
+                    samples = [prompt_of(rows[chosen[i]]) for i in part]
                     answers = decode_samples(
                         model, tower, rows.encoder, samples, limits, latents, asked=run.asked, slots=rows.encoder.slots
                     )

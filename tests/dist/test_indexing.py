@@ -62,6 +62,7 @@ def start(
     from mirage_ds.engine.private import set_collective_timeout
     from mirage_ds.errors import Stopped, UserError
     from mirage_ds.run.records import index_records
+    from mirage_ds.run.settings import Run
 
     made: list[int] = []
     encode, content_hash = Parts.encode, sources.content_hash
@@ -95,7 +96,7 @@ def start(
         asked = world.waiting.anyone(lambda: world.rank == 1 and stop_after is not None and len(made) >= stop_after)
         found: Path | str
         try:
-            found = index_records(config, encoder, config.records, world, asked, lambda: None).rows.place.resolve()
+            found = index_records(Run(config, world, asked=asked), encoder, config.records).rows.place.resolve()
         except Stopped:
             found = "stopped"
         except UserError as error:

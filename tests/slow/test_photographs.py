@@ -116,6 +116,7 @@ def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, worker
     """Keep the features of all rows, by a tower that looks at nothing."""
     from support.indices import selected
 
+    from mirage_ds.config.run import RunConfig
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.load import load_encoder
     from mirage_ds.engine.setup import World
@@ -123,6 +124,7 @@ def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, worker
     from mirage_ds.model.load import load_tower, read_config
     from mirage_ds.model.vision import FrozenTower
     from mirage_ds.run import features as keep_features
+    from mirage_ds.run.settings import Run
 
     # As in a run; a process that was spawned would spawn the workers too.
     multiprocessing.set_start_method("fork", force=True)
@@ -139,8 +141,9 @@ def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, worker
     images = index.images["image_input"]
     kept = keep_features._kept(rows.parent / "features", tower, "print", encoder, "image_input", images)
     own = keep_features.Images(index.rows, encoder, "image_input", images, kept.needs(index.row_ids))
+    config = RunConfig(model="m", save_model_path="s", stage="sft", data_path=rows, num_workers=workers)
     world = World(0, 1, 0, torch.device("cpu"), Waiting(None, 0, 1, 60.0))
-    shards, broken = keep_features._make(tower, kept, own, workers, world, lambda: False, lambda _: None)
+    shards, broken = keep_features._make(Run(config, world, asked=lambda: False), tower, kept, own)
     answers.put((sum(len(shard.table) for shard in shards), len(broken), max(own.bytes_of_pixels()) / MEGABYTE))
 
 

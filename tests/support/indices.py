@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -40,8 +41,8 @@ def selected(
 
 
 def every(index: Index) -> list[Record]:
-    """All records of an index."""
-    return [index.record(row) for row in range(len(index))]
+    """All records of an index that can be used."""
+    return [index.record(row) for row in np.flatnonzero(index["tokens"]).tolist()]
 
 
 class Counted:

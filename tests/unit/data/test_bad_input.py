@@ -413,7 +413,7 @@ def test_special_tokens_in_a_users_text_stay_text(
 ) -> None:
     encoder = encoder_for(stage, 3)
     tokenizer = encoder.tokenizer
-    special = {tokenizer.convert_tokens_to_ids(token) for token in encoder.special_tokens}
+    special = {tokenizer.convert_tokens_to_ids(token) for token in encoder.literals.special_tokens}
     question, answer = clean(question), clean(answer)
     marked = f"{answer[:3]}<output_image>{answer[3:]}"
     ids = encoder.encode(record_with(question, marked), 0).input_ids.tolist()
@@ -509,8 +509,7 @@ def test_faulty_records_are_left_out_and_are_not_called_too_long(
     encoder = encoder_for("stage2", 2, beside=file)
     index = selected(file, encoder, 100, 0.4, max_bad_share=0.5)
     assert [fault.line for fault in index.skipped] == [2, 3, 4]
-    # Line 2 is no row of the dataset; rows 0 and 4 of the five others are left.
-    assert (index.row_ids.tolist(), index.dropped, index.records) == ([0, 4], 1, 6)
+    assert (index.row_ids.tolist(), index.dropped, len(index.rows)) == ([0, 5], 1, 6)
     assert index.dropped_share == 1 / 3
     assert (index.tokens > 0).all()
     with pytest.raises(

@@ -21,20 +21,14 @@ from support.indices import BREAK, Counted, Make, every, selected
 from mirage_ds.data import make_index
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.index import (
-    ABANDONED_S,
-    COLUMNS,
-    Index,
-    check_of,
-    written,
-)
-from mirage_ds.data.index_part import Part, fault_line
+from mirage_ds.data.index import NUMBERS, Index, check_of
+from mirage_ds.data.index_part import faulty_row, part_schema
 from mirage_ds.data.loader import Loader, Rows
-from mirage_ds.data.make_index import Writer, open_index
+from mirage_ds.data.make_index import ABANDONED_S, Writer, open_index
 from mirage_ds.data.pack import Planner
 from mirage_ds.data.record import Fault, Record, to_json
 from mirage_ds.data.record_files import scan
-from mirage_ds.data.sample import Layout, Sample
+from mirage_ds.data.sample import Sample
 from mirage_ds.data.selection import usable
 from mirage_ds.errors import UserError
 
@@ -65,7 +59,7 @@ def test_a_sample_from_the_index_is_the_encoders_on_every_field(
         assert counts == (measure.tokens, measure.labels, measure.runs)
         assert index.patches[place] == len(wanted.pixel_values) + len(wanted.helper_pixel_values)
     # What scorers and the log ask for: the record as the user wrote it.
-    assert every(index.rows) == records
+    assert every(index.rows) == [records[row] for row in index.row_ids]
     assert index.rows["line"].tolist() == [record.line for record in records]
 
 
@@ -113,7 +107,7 @@ def test_the_working_directory_decides_only_where_it_did(
 
 
 @pytest.mark.parametrize("how", [*BREAK, "gone"])
-@pytest.mark.parametrize("name", ["index.json", "tokens.npy", "image_input.keys.npy", "faults.jsonl", "rows.arrow"])
+@pytest.mark.parametrize("name", ["index.json", "columns.arrow", "pictures.arrow", "rows.arrow"])
 def test_a_damaged_index_is_made_anew(name: str, how: str, rows: Path, cache: Path, encoder_for: Make) -> None:
     rows.write_text(rows.read_text() + "{\n")
     encoder = encoder_for("stage2", 2, beside=rows)
@@ -235,18 +229,19 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(rows: Path, tmp_path: Pa
 # ---------------------------------------------------------------------------------------------------- a million of rows
 
 
+STUB, FAULT = Record(1, "q", "a", ("i.png",), ()), Fault(9, "json", "w", "h")
+
+
 def synthetic(folder: Path, count: int) -> Index:
-    """An index of `count` rows of one image each, written directly."""
+    """An index of `count` rows of one image each and a fault, written directly."""
     folder.mkdir(parents=True)
-    stub = Record(1, "q", "a", ("i.png",), ())
-    ids, layout = written(Layout([1, 2, 3], 1, [(1, 2, 2)], []), stub)
-    one = dict.fromkeys(COLUMNS, 3) | {"check": check_of(layout, ids), "file": 0}
-    one |= {"ids": ids, "layout": layout, "record": to_json(stub)}
-    one |= {"image_input.keys": [0, 0], "image_input.sizes": [1]}
-    part = Part.of(["image_input"], [one], [fault_line(Fault(9, "json", "w", "h"), 0)], {})
-    rows = part.rows.take(pa.array(np.zeros(count, dtype=np.int64))).combine_chunks()
+    ids, layout, record = np.array([1, 2, 3], np.int32), "[1, [[1, 2, 2]], []]", to_json(STUB)
+    one = dict.fromkeys(NUMBERS.names, 3) | {"check": check_of(ids, layout, record), "file": 0}
+    one |= {"ids": ids, "layout": layout, "record": record, "image_input": [{"key": [0, 0], "size": 1}], "pictures": []}
+    bad = faulty_row(FAULT, ["image_input"]) | {"file": 0, "pictures": []}
+    both = pa.Table.from_pylist([one, bad], part_schema(["image_input"]))
     writer = Writer(folder, ["image_input"])
-    writer.add(part._replace(rows=rows))
+    writer.add(both.take(pa.array(np.repeat([0, 1], [count, 1]))))
     writer.finish(ImageFinder((folder, folder)), "source", folder / "pictures")
     return Index(folder, [folder / "rows.jsonl"], folder / "pictures")
 
@@ -266,9 +261,9 @@ def test_nothing_of_a_row_is_kept_in_python(tmp_path: Path, encoder_for: Make) -
         # Five numbers a row, none of more than 8 bytes.
         own = sum(getattr(index, name).nbytes for name in ("row_ids", "tokens", "labels", "runs", "patches"))
         assert own <= 40 * count
-        assert index.skipped == (Fault(9, "json", "w", "h"),)
+        assert index.skipped == (FAULT,)
         for row in (0, 17, count - 1):
             record, layout = rows.encoded(row)
-            assert (record.image_input, [*layout.input_ids]) == (("i.png",), [1, 2, 3])
+            assert (record, [*layout.input_ids]) == (STUB, [1, 2, 3])
     assert abs(travels[1] - travels[0]) < 100
     assert abs(blocks[1] - blocks[0]) < 500

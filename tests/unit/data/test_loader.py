@@ -43,7 +43,7 @@ def test_the_index_counts_what_each_row_encodes_to(mixed: Path, encoder: Encoder
     assert index.tokens.tolist() == [len(sample.input_ids) for sample in samples]
     assert index.labels.tolist() == [int((sample.labels != -100).sum()) for sample in samples]
     assert index.runs.tolist() == [1, 1, 0, 0] * 3
-    assert (index.dropped, index.dropped_share, index.longest) == (0, 0, max(index.tokens))
+    assert (index.dropped, index.dropped_share) == (0, 0)
 
 
 def test_rows_above_the_limit_are_dropped_and_counted(mixed: Path, encoder: Encoder, samples: list[Sample]) -> None:
@@ -54,7 +54,7 @@ def test_rows_above_the_limit_are_dropped_and_counted(mixed: Path, encoder: Enco
     index = selected(mixed, encoder, limit, 1)
     assert index.row_ids.tolist() == kept
     assert index.tokens.tolist() == [lengths[row] for row in kept]
-    assert (index.dropped, index.longest) == (12 - len(kept), max(lengths))
+    assert index.dropped == 12 - len(kept)
     share = (12 - len(kept)) / 12
     assert index.dropped_share == share
     assert selected(mixed, encoder, limit, share).dropped == 12 - len(kept)
@@ -171,7 +171,7 @@ def test_kept_features_come_instead_of_pixels(
     for number, (key, size) in enumerate(zip(images.keys, images.sizes, strict=True)):
         writer.add(key, torch.full((int(size), 3), float(number)))
     writer.flush()
-    store.add([store.table(name) for name in writer.written])
+    store.add(store.opened(writer.written))
     # Nobody opens them any more.
     for image in spoilt.parent.glob("in*.png"):
         image.unlink()

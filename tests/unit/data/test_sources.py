@@ -187,8 +187,8 @@ def test_a_fault_names_file_and_line(folder: Path, encoder_for: Make, tmp_path: 
     index = selected(source, encoder, 10_000, 0, max_bad_share=0.5, cache_dir=tmp_path / "cache")
     wanted = [("b.parquet", 3), ("c.jsonl", 2), ("d.parquet", 1), ("e.jsonl", 1)]
     assert [(Path(fault.file).name, fault.line) for fault in index.skipped] == wanted
-    # Rows count records that have the format, over all files: 12, the second of d.
-    assert index.row_ids.tolist() == [row for row in range(13) if row != 6]
+    # Rows count records over all files: 12 and three faulty ones, the second of d.
+    assert index.row_ids.tolist() == [row for row in range(15) if row not in (6, 8, 13)]
     assert usable_rows(index).startswith("12 (4 skipped, lines ")  # type: ignore[union-attr]
     listed = [json.loads(line) for line in skipped_lines([(source, fault) for fault in index.skipped]).splitlines()]
     assert [(Path(row["file"]).name, row["line"]) for row in listed] == wanted
@@ -257,9 +257,8 @@ def test_pictures_inside_are_written_once_and_again_where_they_are_lost(
     assert start().digest == before.digest
     written[1].unlink()
     lost = next(row for row in range(12) if str(written[1]) in before.record(row).image_input)
-    fault = Rows(start(), encoder, {})[lost]
-    assert isinstance(fault, Fault)
-    assert (fault.line, fault.how) == (lost + 1, "start the run again, which writes it anew")
+    with pytest.raises(UserError, match=rf"^record on line {lost + 1}, .*; start the run again, which writes it anew$"):
+        Rows(start(), encoder, {})[lost]
     after = start()
     assert after.digest == before.digest
     assert written[1].exists()
