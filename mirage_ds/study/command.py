@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from pydantic import BaseModel, Field, PositiveInt, create_model
 
-from mirage_ds.config.flags import CONTEXT
+from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.errors import EXIT_STOPPED, UserError
 from mirage_ds.files import Output, check_output
+from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.run.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -29,10 +32,32 @@ if TYPE_CHECKING:
 # Something that the study needs has failed; 2 is a user's mistake.
 EXIT_HOLES = 1
 STATES = ("done", "running", "waiting", "failed", "blocked")
+A_PATH = click.Path(path_type=Path)
+as_json = click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
+# What a study's file does not say of its machines and rows, as for `mirage-ds plan`.
+_ASKED = ("nodes", "gpus_per_node", "card", "gpu_memory", "row_tokens", "images", "image_tokens")
+Machine: Any = create_model(
+    "Machine", **{name: (PlanSpec.model_fields[name].annotation, PlanSpec.model_fields[name]) for name in _ASKED}
+)
 
 
-def _path(**options: Any) -> click.Path:
-    return click.Path(path_type=Path, **options)
+class RunFlags(BaseModel):
+    """The flags of `ablate run`."""
+
+    jobs: PositiveInt | None = Field(None, description="How many runs at once. [default: as many as fit]")
+    hostfile: Path | None = Field(None, description="Run on these hosts; each run gets --hosts_per_run of them.")
+    hosts_per_run: PositiveInt = Field(1, description="Hosts of one run.")
+    arms: list[str] | None = Field(None, description="Only these arms.")
+    only: list[str] = Field([], description="Only the runs with these keys or folder names.")
+    again: bool = Field(False, description="Run again what has failed as often as `launch.retries` allows.")
+    slurm: bool = Field(False, description="Submit to Slurm instead: one array for each stage of the chains.")
+    sbatch: str | None = Field(
+        None, description="Options of sbatch, in quotes: '--partition gpu --gres gpu:8 --time 8:00:00'."
+    )
+    sbatch_evaluate: str | None = Field(
+        None, description="Options of sbatch for evaluations, which use one GPU. [default: --sbatch]"
+    )
+    at_once: PositiveInt | None = Field(None, description="How many tasks of a Slurm array may run at once.")
 
 
 @click.group(context_settings=CONTEXT)
@@ -52,28 +77,23 @@ def _open(file: Path) -> tuple[Study, Store]:
 
 
 @ablate.command("plan")
-@click.argument("study", type=_path())
-@click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1), help="Hosts of a run.")
-@click.option("--gpus_per_node", default=8, show_default=True, type=click.IntRange(min=1))
-@click.option("--card", default="h100", show_default=True, type=click.Choice(["h100", "a100"]))
-@click.option("--gpu_memory", type=float, help="GB of a GPU, as for `mirage-ds plan`.")
-@click.option("--row_tokens", default=500, show_default=True, type=click.IntRange(min=1), help="Tokens of a row.")
-@click.option("--images", default=1, show_default=True, type=click.IntRange(min=0), help="Input images of a row.")
-@click.option("--image_tokens", default=256, show_default=True, type=click.IntRange(min=1))
+@click.argument("study", type=A_PATH)
+@model_options(Machine)
 @click.option(
     "--each", is_flag=True, help="One line for each run, with its folder's name, instead of one for each stage."
 )
-@click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
-def plan_study(study: Path, each: bool, wants_json: bool, **machine: Any) -> None:
+@as_json
+def plan_study(study: Path, each: bool, wants_json: bool, **flags: Any) -> None:
     """Print what STUDY would run, what is done already, and the GPU-hours that the planner expects."""
     from mirage_ds.study.overview import hours_of, overview
 
     made, store = _open(study)
-    lines = overview(made, store, {name: value for name, value in machine.items() if value is not None})
+    machine = build_model(Machine, flags)
+    lines = overview(made, store, machine.model_dump(exclude_none=True))
     left = [line for line in lines if line.state != "done"]
     problems = sorted({line.estimate.problem for line in lines if line.estimate.problem})
     if not wants_json:
-        where = f"{machine['nodes']} × {machine['gpus_per_node']} {machine['card'].upper()}"
+        where = f"{machine.nodes} × {machine.gpus_per_node} {machine.card.upper()}"
         _print_plan(made, lines, left, problems, each, where)
         return
     nodes = [
@@ -143,73 +163,49 @@ def _gpus() -> list[str]:
     return [str(number) for number, _ in enumerate(listed.stdout.splitlines())] if listed.returncode == 0 else []
 
 
-def _places(ranks: int, jobs: int | None, hostfile: Path | None, each: int) -> tuple[list[Place], int]:
-    """Return where nodes run, and the threads of a rank."""
+def _places(ranks: int, asked: RunFlags) -> list[Place]:
+    """Return where nodes run."""
     from mirage_ds.cluster.hosts import read_hosts
     from mirage_ds.study.launch import here, parts
 
-    cores = len(os.sched_getaffinity(0))
-    if hostfile is not None:
-        found = parts(read_hosts(hostfile), each)
-        if not found:
-            raise UserError(f"--hosts_per_run {each}: {hostfile} has fewer hosts; lower it")
-        return found[:jobs], 1
-    found = here(ranks, jobs, _gpus(), cores)
-    return found, max(1, cores // (len(found) * ranks))
+    if asked.hostfile is None:
+        return here(ranks, asked.jobs, _gpus(), len(os.sched_getaffinity(0)))
+    found = parts(read_hosts(asked.hostfile), asked.hosts_per_run)
+    if not found:
+        raise UserError(f"--hosts_per_run {asked.hosts_per_run}: {asked.hostfile} has fewer hosts; lower it")
+    return found[: asked.jobs]
 
 
 @ablate.command("run")
-@click.argument("study", type=_path())
-@click.option("--jobs", type=click.IntRange(min=1), help="How many runs at once. [default: as many as fit]")
-@click.option("--hostfile", type=_path(), help="Run on these hosts; each run gets --hosts_per_run of them.")
-@click.option("--hosts_per_run", default=1, show_default=True, type=click.IntRange(min=1), help="Hosts of one run.")
-@click.option("--arms", help="Only these arms, separated by commas.")
-@click.option("--only", multiple=True, help="Only the run with this key or folder name; repeat for more.")
-@click.option("--again", is_flag=True, help="Run again what has failed as often as `launch.retries` allows.")
-@click.option("--slurm", is_flag=True, help="Submit to Slurm instead: one array for each stage of the chains.")
-@click.option(
-    "--sbatch", default="", help="Options of sbatch, in quotes: '--partition gpu --gres gpu:8 --time 8:00:00'."
-)
-@click.option("--sbatch_evaluate", help="Options of sbatch for evaluations, which use one GPU. [default: --sbatch]")
-@click.option("--at_once", type=click.IntRange(min=1), help="How many tasks of a Slurm array may run at once.")
-def run_study(
-    study: Path,
-    jobs: int | None,
-    hostfile: Path | None,
-    hosts_per_run: int,
-    arms: str | None,
-    only: tuple[str, ...],
-    again: bool,
-    slurm: bool,
-    sbatch: str,
-    sbatch_evaluate: str | None,
-    at_once: int | None,
-) -> None:
+@click.argument("study", type=A_PATH)
+@model_options(RunFlags)
+def run_study(study: Path, **flags: Any) -> None:
     """Run what of STUDY is not done; start it again to go on.
 
     Exit code 0 when all is done, 1 when it is not and nothing more can start, 75 when it was stopped.
     """
+    asked = build_model(RunFlags, flags)
     made, store = _open(study)
-    wanted = _wanted(made, arms, only)
-    if again:
+    wanted = _wanted(made, asked.arms, asked.only)
+    if asked.again:
         for key in wanted:
             store.forget_failures(made.nodes[key])
-    if slurm:
+    if asked.slurm:
         from mirage_ds.study.slurm import submit, write_scripts
 
-        found = write_scripts(made, store, study, wanted, at_once)
-        own = None if sbatch_evaluate is None else shlex.split(sbatch_evaluate)
-        numbers = submit(found, shlex.split(sbatch), own)
+        found = write_scripts(made, store, study, wanted, asked.at_once)
+        own = None if asked.sbatch_evaluate is None else shlex.split(asked.sbatch_evaluate)
+        numbers = submit(found, shlex.split(asked.sbatch or ""), own)
         print(f"{len(found)} array(s): {', '.join(numbers)}; `mirage-ds ablate status {study}` says how far they are")
         return
     left = [made.nodes[key] for key in wanted if not store.is_done(made.nodes[key])]
     # Where there are only evaluations, one GPU a run is enough.
     ranks = made.spec.launch.ranks if any(node.kind == "train" for node in left) else 1
-    places, threads = _places(ranks, jobs, hostfile, hosts_per_run)
+    places = _places(ranks, asked)
     stop = StopRequest()
     stop.listen()
     # A task of an array has nothing to wait for: what it needs has ended before it began.
-    finished = _follow(made, store, wanted, places, threads, stop, patient=not only)
+    finished = _follow(made, store, wanted, places, stop, patient=not asked.only)
     undone = [key for key in wanted if store.state(made.nodes[key]) != "done"]
     if not finished:
         print(f"stopped, {len(undone)} of {len(wanted)} left; the same command goes on", file=sys.stderr)
@@ -221,18 +217,17 @@ def run_study(
         sys.exit(EXIT_HOLES)
 
 
-def _wanted(made: Study, arms: str | None, only: tuple[str, ...]) -> list[str]:
+def _wanted(made: Study, arms: Sequence[str] | None, only: Sequence[str]) -> list[str]:
     """Return the keys that are asked for, with all that they need; in the study's order."""
     keys = set(made.nodes)
     if arms is not None:
-        names = [name.strip() for name in arms.split(",") if name.strip()]
-        known = {cell.arm for cell in made.cells} | {cell.arm.partition("[")[0] for cell in made.cells}
-        for name in names:
+        # By its whole name, or by that of its entry.
+        names = [{cell.arm, cell.arm.partition("[")[0]} for cell in made.cells]
+        known = set().union(*names)
+        for name in arms:
             if name not in known:
                 raise UserError(f"--arms: no arm {name!r}; there are {', '.join(sorted(known))}")
-        keys = {
-            key for cell in made.cells if cell.arm in names or cell.arm.partition("[")[0] in names for key in cell.nodes
-        }
+        keys = {key for cell, own in zip(made.cells, names, strict=True) if own & set(arms) for key in cell.nodes}
     for name in only:
         if not any(name in (key, node.folder) for key, node in made.nodes.items()):
             raise UserError(f"--only {name}: the study has no such run; `mirage-ds ablate plan` lists them")
@@ -246,7 +241,6 @@ def _follow(
     store: Store,
     wanted: list[str],
     places: list[Place],
-    threads: int,
     stop: StopRequest,
     patient: bool,
 ) -> bool:
@@ -268,12 +262,12 @@ def _follow(
             bar.update(task, completed=sum(store.is_done(made.nodes[key]) for key in wanted))
 
         bars = Bars(bar, store)
-        return run(made, store, places, threads, say, stop.asked, wanted, patient, bars.show)
+        return run(made, store, places, say, stop.asked, wanted, patient, bars.show)
 
 
 @ablate.command("status")
-@click.argument("study", type=_path())
-@click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.argument("study", type=A_PATH)
+@as_json
 def show_status(study: Path, wants_json: bool) -> None:
     """Show how far STUDY is and what failed; works on any machine that sees its folder."""
     from rich.console import Console
@@ -309,13 +303,13 @@ def show_status(study: Path, wants_json: bool) -> None:
 
 
 @ablate.command("report")
-@click.argument("study", type=_path())
+@click.argument("study", type=A_PATH)
 @click.option("--out", type=Output(folder=True), help="Folder to write. [default: report/ in the study's folder]")
 @click.option(
     "--with",
     "others",
     multiple=True,
-    type=_path(),
+    type=A_PATH,
     help="A file of `ablate export` with cells run elsewhere; repeat for more.",
 )
 def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> None:
@@ -335,7 +329,7 @@ def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> Non
 
 
 @ablate.command("export")
-@click.argument("study", type=_path())
+@click.argument("study", type=A_PATH)
 @click.argument("file", type=Output())
 def export_study(study: Path, file: Path) -> None:
     """Write the finished cells of STUDY into FILE (.json.gz), for `ablate report --with` on another machine."""

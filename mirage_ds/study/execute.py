@@ -55,7 +55,7 @@ def why(log: Path, code: int) -> str:
     return f"exit code {code}: {last.removeprefix('error: ')[:300]}"
 
 
-def start(node: Node, study: Study, store: Store, place: Place, threads: int) -> Running | None:
+def start(node: Node, study: Study, store: Store, place: Place) -> Running | None:
     """Start a node; None where another process works at it, or it has been done meanwhile."""
     with ExitStack() as held:
         lock = held.enter_context(store.hold(node))
@@ -78,29 +78,12 @@ def start(node: Node, study: Study, store: Store, place: Place, threads: int) ->
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment(used, store.place(node), study.spec.launch.environment, threads),
+            env=environment(used, store.place(node), study.spec.launch.environment),
             # A Ctrl-C of the terminal reaches this process alone, which passes it on.
             start_new_session=True,
             pass_fds=(lock.fileno(),),
         )
         return Running(node, place, process, held.pop_all(), begun)
-
-
-def end(one: Running, store: Store, code: int, stopping: bool) -> str | None:
-    """Write down how a node ended; why it failed, or None.
-
-    Args:
-        stopping: it was asked to stop. However it ended then, it was no failure: the request may have met it before it
-            listened.
-    """
-    failed = None
-    if code == 0 and store.is_whole(one.node):
-        store.finish(one.node, one.begun)
-    else:
-        failed = why(store.log(one.node), code)
-        store.ended(one.node, one.begun, EXIT_STOPPED if stopping else code, failed)
-    one.held.close()
-    return failed
 
 
 def ready(study: Study, store: Store, wanted: Iterable[str], busy: set[str]) -> Node | None:
@@ -121,28 +104,32 @@ class _Work:
         keys: of what is wanted; say: is told when a node begins and ends.
     """
 
-    def __init__(self, study: Study, store: Store, places: list[Place], threads: int, keys: list[str], say: Say):
-        self.study, self.store, self.threads, self.keys, self.say = study, store, threads, keys, say
+    def __init__(self, study: Study, store: Store, places: list[Place], keys: list[str], say: Say):
+        self.study, self.store, self.keys, self.say = study, store, keys, say
         self.free, self.working = list(places), list[Running]()
         self.stopping_since: float | None = None
 
     def collect(self) -> bool:
         """Write down the nodes that have ended; whether there were any."""
-        ended = False
-        for one in list(self.working):
-            code = one.process.poll()
-            if code is None:
-                continue
-            ended = True
+        ended = [(one, code) for one in self.working if (code := one.process.poll()) is not None]
+        for one, code in ended:
             self.working.remove(one)
             self.free.append(one.place)
-            stopping = self.stopping_since is not None
-            failed = end(one, self.store, code, stopping)
-            took = f"{time.time() - one.begun:.0f} s"
-            how = "stopped" if stopping else "failed"
-            name = one.node.folder
-            self.say(f"{name}: {took}" if failed is None else f"{name} {how} after {took}: {failed}")
-        return ended
+            with one.held:
+                self._write_down(one, code)
+        return bool(ended)
+
+    def _write_down(self, one: Running, code: int) -> None:
+        took = f"{time.time() - one.begun:.0f} s"
+        if code == 0 and self.store.is_whole(one.node):
+            self.store.finish(one.node, one.begun)
+            self.say(f"{one.node.folder}: {took}")
+            return
+        # However it ends once it was asked to stop, that is no failure: the request may meet it before it listens.
+        stopping = self.stopping_since is not None
+        failed = why(self.store.log(one.node), code)
+        self.store.ended(one.node, one.begun, EXIT_STOPPED if stopping else code, failed)
+        self.say(f"{one.node.folder} {'stopped' if stopping else 'failed'} after {took}: {failed}")
 
     def forget_ended(self) -> None:
         """Leave alone what is done or has failed for good."""
@@ -154,37 +141,31 @@ class _Work:
             node = ready(self.study, self.store, self.keys, {one.node.key for one in self.working})
             if node is None:
                 return
-            started = start(node, self.study, self.store, self.free[0], self.threads)
+            started = start(node, self.study, self.store, self.free[0])
             if started is None:
                 self.forget_ended()
                 continue
-            self.say(f"{node.folder} begins, {started.place.of(node).name}")
             self.working.append(started)
             self.free.pop(0)
+            self.say(f"{node.folder} begins, {started.place.of(node).name}")
 
     def stop(self) -> None:
-        """Pass a stop on, once; end what does not listen."""
+        """Ask what runs to stop, once; end what does not listen, with all that it started."""
         if self.stopping_since is None:
             self.stopping_since = time.monotonic()
             for one in self.working:
                 one.process.send_signal(signal.SIGTERM)
-            if self.working:
-                self.say(f"stopping: {len(self.working)} node(s) save and leave")
         elif time.monotonic() - self.stopping_since > GRACE_S:
             for one in self.working:
-                os.killpg(one.process.pid, signal.SIGKILL)
+                if one.process.poll() is None:
+                    os.killpg(one.process.pid, signal.SIGKILL)
 
     def end_all(self) -> None:
-        """Ask what runs to stop, wait for it, end what does not listen with all that it started."""
+        """Stop what runs and wait for it, without a word: this process can go on no more."""
+        while any(one.process.poll() is None for one in self.working):
+            self.stop()
+            time.sleep(LOOK_S)
         for one in self.working:
-            one.process.send_signal(signal.SIGTERM)
-        until = time.monotonic() + GRACE_S
-        for one in self.working:
-            try:
-                one.process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                os.killpg(one.process.pid, signal.SIGKILL)
-                one.process.wait()
             one.held.close()
 
     def elsewhere(self) -> int:
@@ -197,7 +178,6 @@ def run(
     study: Study,
     store: Store,
     places: list[Place],
-    threads: int,
     say: Say,
     asked: Callable[[], bool] = never,
     wanted: Iterable[str] | None = None,
@@ -207,7 +187,7 @@ def run(
     """Run what is not done. However it leaves, no node goes on without it, unless this process itself is killed.
 
     Args:
-        places: where nodes run, one at a time in each; threads: of a rank.
+        places: where nodes run, one at a time in each.
         say: is told when a node begins and ends.
         asked: whether somebody wants this process to stop.
         wanted: keys; all nodes if None.
@@ -220,7 +200,7 @@ def run(
     Raises:
         UserError: the study's folder cannot be written to.
     """
-    work = _Work(study, store, places, threads, list(study.nodes if wanted is None else wanted), say)
+    work = _Work(study, store, places, list(study.nodes if wanted is None else wanted), say)
     try:
         return _until_done(work, asked, patient, look)
     except OSError as error:
@@ -238,6 +218,8 @@ def _until_done(work: _Work, asked: Callable[[], bool], patient: bool, look: Loo
             work.forget_ended()
             look_at = 0.0
         if asked():
+            if work.stopping_since is None and work.working:
+                work.say(f"stopping: {len(work.working)} node(s) save and leave")
             work.stop()
             if not work.working:
                 return False

@@ -29,11 +29,13 @@ class Place(NamedTuple):
         devices: the GPUs that it may see, as CUDA_VISIBLE_DEVICES names them; None where it may see all (or there is
             none).
         hosts: of a hostfile; none for this machine alone.
+        threads: of a rank.
     """
 
     ranks: int
     devices: tuple[str, ...] | None = None
     hosts: tuple[Host, ...] = ()
+    threads: int = 1
 
     @property
     def name(self) -> str:
@@ -46,7 +48,8 @@ class Place(NamedTuple):
         """Return what of it a node uses: an evaluation is one process, on the first GPU of the first host."""
         if node.kind == "train":
             return self
-        return Place(1, self.devices and self.devices[:1], tuple(Host(host.name, 1) for host in self.hosts[:1]))
+        first = tuple(Host(host.name, 1) for host in self.hosts[:1])
+        return self._replace(ranks=1, devices=self.devices and self.devices[:1], hosts=first)
 
 
 def here(ranks: int, jobs: int | None, gpus: Sequence[str], cores: int) -> list[Place]:
@@ -58,14 +61,15 @@ def here(ranks: int, jobs: int | None, gpus: Sequence[str], cores: int) -> list[
     Raises:
         UserError: a run has more ranks than there are GPUs.
     """
-    if not gpus:
-        return [Place(ranks)] * (jobs or max(1, cores // ranks))
-    if ranks > len(gpus):
+    if gpus and ranks > len(gpus):
         raise UserError(f"launch.ranks {ranks}: there are {len(gpus)} GPUs here; lower it, or name a --hostfile")
-    most = jobs or len(gpus) // ranks
+    count = jobs or max(1, (len(gpus) or cores) // ranks)
+    threads = max(1, cores // (count * ranks))
+    if not gpus:
+        return [Place(ranks, threads=threads)] * count
     return [
-        Place(ranks, tuple(gpus[(number * ranks + rank) % len(gpus)] for rank in range(ranks)))
-        for number in range(most)
+        Place(ranks, tuple(gpus[(number * ranks + rank) % len(gpus)] for rank in range(ranks)), threads=threads)
+        for number in range(count)
     ]
 
 
@@ -88,7 +92,7 @@ def free_ports() -> int:
             return port
 
 
-def environment(place: Place, folder: Path, given: Mapping[str, str], threads: int) -> dict[str, str]:
+def environment(place: Place, folder: Path, given: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a node: this process's, with what the study and the place set.
 
     On a part of a hostfile, what DeepSpeed's launcher reads is written too, as launch/deepspeed.sh does.
@@ -96,7 +100,7 @@ def environment(place: Place, folder: Path, given: Mapping[str, str], threads: i
     Args:
         folder: of the node; given: of the study, which the ranks of other hosts get in any case.
     """
-    found = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ, **given}
+    found = {"OMP_NUM_THREADS": str(place.threads), "TOKENIZERS_PARALLELISM": "false", **os.environ, **given}
     if place.devices is not None:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(place.devices)
     found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found.get('PATH', '')}"

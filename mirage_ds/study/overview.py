@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -191,30 +192,21 @@ def by_arm(study: Study, store: Store) -> dict[str, dict[str, int]]:
     return {name: dict(counts) for name, counts in found.items()}
 
 
-class Reached(NamedTuple):
-    """The last optimizer step that a run has logged, and how many it will have; None while it has not said."""
+def reached(node: Node, store: Store) -> tuple[int, int | None]:
+    """Return the last optimizer step that a run has logged, and how many it will have; None while it has not said.
 
-    step: int
-    steps: int | None
-
-
-def reached(node: Node, store: Store) -> Reached:
-    """Say how far a node is; an evaluation says nothing of itself while it works."""
+    An evaluation says nothing of itself while it works.
+    """
     run = store.model(node) / "run"
-    try:
-        # Written at once and whole (files.write_atomically).
+    # Not there yet, or taken away by a run that begins anew: who only looks must not end the study by it.
+    with suppress(OSError):
         steps = json.loads((run / "run.json").read_text()).get("steps")
         with (run / "log.jsonl").open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            lines = file.read().split(b"\n")
-    except OSError:
-        # Not there yet, or taken away by a run that begins anew: who only looks must not end the study by it.
-        return Reached(0, None)
-    # The first line may have lost its beginning, the last one be half written.
-    for line in reversed(lines):
-        with suppress(ValueError, KeyError, TypeError):
-            return Reached(int(json.loads(line)["step"]), steps)
-    return Reached(0, steps)
+            # The last line may be half written.
+            taken = re.findall(rb'"step": (\d+)[,}]', file.read())
+        return int(taken[-1]) if taken else 0, steps
+    return 0, None
 
 
 def glance(node: Node, store: Store, now: float) -> dict[str, Any] | None:
@@ -240,5 +232,5 @@ class Bars:
         for key, node in working.items():
             if key not in self._tasks:
                 self._tasks[key] = self._bars.add_task(f"  {node.folder}", total=None)
-            at = reached(node, self._store)
-            self._bars.update(self._tasks[key], completed=at.step, total=at.steps)
+            step, steps = reached(node, self._store)
+            self._bars.update(self._tasks[key], completed=step, total=steps)

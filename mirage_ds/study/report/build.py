@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
+
+import pandas as pd
 
 from mirage_ds.analysis.controls.statistics import RESAMPLES
 from mirage_ds.errors import UserError
@@ -23,17 +25,17 @@ COSTS = ("steps", "rows", "tokens", "flops", "seconds", "samples_s", "peak_gb")
 def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report:
     """Put the whole report together.
 
-    What is wrong with a cell, a contrast or a control becomes one of its holes; nothing but a study without any score
+    What is wrong with a cell or a contrast becomes one of its holes; nothing but a study without any score
     is refused.
 
     Args:
         resamples: of every bootstrap; seed: of their draws.
 
     Returns:
-        {"name", "question", "margin", "made", "statistics", "arms", "holes", "primary", "contrasts", "controls"}, as
-        strict JSON has it (see `plain`). "arms" is a list in the study's order of what `_arm` returns, "holes" one of
-        {"arm", "seed", "evaluation", "problem"}, None where it is about no single one; for "primary" and "contrasts"
-        see contrasts.contrasts, for "controls" answers.controls.
+        {"name", "question", "margin", "made", "statistics", "arms", "holes", "primary", "contrasts", "controls"}.
+        "arms" is a list in the study's order of what `_arm` returns, "holes" one of {"arm", "seed", "evaluation",
+        "problem"}, None where it is about no single one; for "primary" and "contrasts" see contrasts.contrasts, for
+        "controls" controls.controls.
 
     Raises:
         UserError: no cell has a score.
@@ -45,9 +47,9 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
         )
     work = Work(Draws(resamples, seed))
     _gather(results, work)
-    arms = [_arm(name, results.arms.get(name, ""), cells, work) for name, cells in work.cells.items()]
+    arms = [_arm(name, results.arms[name], cells, work) for name, cells in work.cells.items()]
     primary, others = contrasts(results, work)
-    report = {
+    return {
         "name": results.name,
         "question": results.question,
         "margin": results.margin,
@@ -59,24 +61,6 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
         "contrasts": others,
         "controls": controls(work),
     }
-    return plain(report)
-
-
-def plain(value: Any) -> Any:
-    """Return a value as strict JSON has it: text keys, numbers that are finite or else None, texts that UTF-8 holds."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
-    if isinstance(value, Mapping):
-        return {plain(str(key)): plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(one) for one in value]
-    if isinstance(value, bool) or value is None or isinstance(value, int):
-        return value
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return str(value)
-    return number if math.isfinite(number) else None
 
 
 def _gather(results: Results, work: Work) -> None:
@@ -84,22 +68,14 @@ def _gather(results: Results, work: Work) -> None:
 
     An evaluation's metrics stand in the order of its first scored record: the first is the task's success.
     """
-    for name in dict.fromkeys([*results.arms, *(cell.arm for cell in results.cells)]):
-        own: dict[int, Cell] = {}
-        for cell in sorted((one for one in results.cells if one.arm == name), key=lambda one: one.seed):
-            if cell.seed in own:
-                work.miss(name, cell.seed, "a second cell of this arm and seed is left out")
-                continue
-            own[cell.seed] = cell
+    for name in results.arms:
+        work.cells[name] = sorted((cell for cell in results.cells if cell.arm == name), key=lambda cell: cell.seed)
+        for cell in work.cells[name]:
             if cell.problem or not cell.is_scored:
                 work.miss(name, cell.seed, cell.problem or "it has no scores")
-        if not own:
-            work.miss(name, None, "the arm has no cells")
-        work.cells[name] = list(own.values())
-    for cell in results.cells:
-        for evaluation, scores in cell.scores.items():
-            if scores.records and scores.metrics:
-                work.metrics.setdefault(evaluation, list(scores.metrics))
+            for evaluation, scores in cell.scores.items():
+                if scores.metrics:
+                    work.metrics.setdefault(evaluation, list(scores.metrics))
 
 
 def _arm(name: str, description: str, cells: Sequence[Cell], work: Work) -> dict[str, Any]:
@@ -142,14 +118,14 @@ def _evaluation(arm: str, evaluation: str, cells: Sequence[Cell], work: Work) ->
             if asked and cell.is_scored:
                 work.miss(arm, cell.seed, "it has no scores of this evaluation", evaluation)
             continue
-        found, faults = column(scores, metric)
-        for fault in faults:
-            work.miss(arm, cell.seed, fault, evaluation)
+        found = column(scores, metric)
+        empty = len(scores.records) - len(found)
+        if empty:
+            work.miss(arm, cell.seed, f"{empty} records have no number for {metric!r} and are left out", evaluation)
         if len(found):
             columns[cell.seed] = found
         for name, means in others.items():
-            values = column(scores, name)[0]["value"].to_numpy()
-            means.extend([float(values.mean())] if len(values) else [])
+            means.append(_mean(column(scores, name)["value"]))
     if not columns:
         return None
     try:
@@ -160,26 +136,23 @@ def _evaluation(arm: str, evaluation: str, cells: Sequence[Cell], work: Work) ->
     if grid.left_out:
         fault = f"{grid.left_out} records do not have scores under every seed and are left out of the mean"
         work.miss(arm, None, fault, evaluation)
-    overall, levels = estimate(grid.values[0], grid.sizes, work.draws)
+    overall, levels = estimate(grid.values[0], list(grid.levels.values()), work.draws)
     return {
         "metric": metric,
         "overall": asdict(overall),
         "levels": {name: asdict(one) for name, one in zip(grid.levels, levels, strict=True)},
-        "by_seed": [{"seed": seed, **_seed(found)} for seed, found in sorted(columns.items())],
+        "by_seed": [{"seed": seed, **_of_seed(found)} for seed, found in sorted(columns.items())],
         "other_metrics": {name: _mean(means) for name, means in others.items()},
     }
 
 
-def _seed(found: Column) -> dict[str, Any]:
-    levels = {str(level): _score(own.tolist()) for level, own in found.groupby("level")["value"]}
-    return {
-        **_score(found["value"].tolist()),
-        "levels": {level: levels[level] for level in sorted(levels, key=level_key)},
-    }
+def _of_seed(found: Column) -> dict[str, Any]:
+    levels = sorted(found.groupby("level")["value"], key=lambda one: level_key(one[0]))
+    return {**_score(found["value"]), "levels": {level: _score(values) for level, values in levels}}
 
 
-def _score(values: Sequence[float]) -> dict[str, Any]:
-    return {"score": math.fsum(values) / len(values), "records": len(values)}
+def _score(values: pd.Series) -> dict[str, Any]:
+    return {"score": _mean(values), "records": len(values)}
 
 
 def _settings(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -212,5 +185,5 @@ def chain(stages: Sequence[StageResult]) -> dict[str, Any]:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [float(one) for one in values if one is not None and math.isfinite(one)]
-    return math.fsum(known) / len(known) if known else None
+    known = [one for one in values if one is not None]
+    return fmean(known) if known else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from mirage_ds.analysis.controls.statistics import holm
 from mirage_ds.study.report.grid import Column, Grid, Misfit, Work, column, line_up
-from mirage_ds.study.report.statistics import Comparison, compare
+from mirage_ds.study.report.statistics import compare
 from mirage_ds.study.results import Cell, Results
 from mirage_ds.study.spec import ContrastSpec
 
@@ -20,7 +20,9 @@ def contrasts(results: Results, work: Work) -> tuple[Found | None, list[Found]]:
 
     Returns:
         (primary, others). Each has {"arm", "base", "evaluation", "levels", "metric", "problem"} and, where "problem" is
-        None, what `_compared` and `_families` say. "p_holm" is adjusted among the others; the primary has none.
+        None, the fields of a Comparison ("by_level": name → an Estimate), "means" of arm and base over the same seeds
+        and records, "families" (see `_families`), "notes", and "steps", the optimizer steps of the chains, seed by
+        seed. "p_holm" is adjusted among the others; the primary has none.
     """
     primary = _contrast(results.primary, results.margin, work) if results.primary else None
     asked = [one for one in dict.fromkeys(results.contrasts) if one != results.primary]
@@ -49,11 +51,17 @@ def _contrast(contrast: ContrastSpec, margin: float, work: Work) -> Found:
         found["problem"] = f"contrast {contrast.arm} − {contrast.base}: {error}"
         work.miss(None, None, found["problem"], contrast.evaluation)
         return found
-    compared = compare(grid.values[0], grid.values[1], grid.sizes, margin, work.draws)
-    found.update(_compared(compared, grid))
+    compared = asdict(compare(grid.values[0], grid.values[1], list(grid.levels.values()), margin, work.draws))
+    found |= compared | {
+        "by_level": dict(zip(grid.levels, compared["by_level"], strict=True)),
+        "by_seed": [
+            {"seed": seed, "difference": one} for seed, one in zip(grid.seeds, compared["by_seed"], strict=True)
+        ],
+        "means": {side: float(values.mean()) for side, values in zip(sides, grid.values, strict=True)},
+        "p_holm": None,
+    }
     found["families"] = _families(found, [cell for name in sides.values() for cell in work.cells[name]])
     found["notes"] = _notes(found, grid, [set(one) for one in pair])
-    # Optimizer steps of the chains, seed by seed.
     found["steps"] = {
         side: [sum(stage.steps for stage in cell.stages) for cell in work.cells[name] if cell.seed in grid.seeds]
         for side, name in sides.items()
@@ -65,39 +73,17 @@ def _contrast(contrast: ContrastSpec, margin: float, work: Work) -> Found:
 
 def _columns(name: str, found: Found, work: Work) -> dict[int, Column]:
     """Read one arm's scores, seed by seed."""
-    if name not in work.cells:
-        raise Misfit(f"the study has no arm {name!r}")
-    columns = {}
-    for cell in work.cells[name]:
-        if scores := cell.scores.get(found["evaluation"]):
-            one, _ = column(scores, found["metric"], found["levels"])
-            if len(one):
-                columns[cell.seed] = one
+    columns = {
+        cell.seed: column(cell.scores[found["evaluation"]], found["metric"], found["levels"])
+        for cell in work.cells[name]
+        if found["evaluation"] in cell.scores
+    }
+    columns = {seed: one for seed, one in columns.items() if len(one)}
     if not columns:
         at = f" at levels {', '.join(found['levels'])}" if found["levels"] else ""
         by = f" by {found['metric']}" if found["metric"] else ""
         raise Misfit(f"no cell of {name!r} has scores{by} in evaluation {found['evaluation']!r}{at}")
     return columns
-
-
-def _compared(compared: Comparison, grid: Grid) -> Found:
-    """Write a comparison as a dict.
-
-    "difference" and "by_level" are Estimates, "by_seed" pairs seed and mean difference, "means" are those of arm and
-    base over the same seeds and records; the rest as in Comparison.
-    """
-    return {
-        "difference": asdict(compared.difference),
-        "by_level": {name: asdict(one) for name, one in zip(grid.levels, compared.levels, strict=True)},
-        "by_seed": [{"seed": seed, "difference": one} for seed, one in zip(grid.seeds, compared.by_seed, strict=True)],
-        "means": {"arm": float(grid.values[0].mean()), "base": float(grid.values[1].mean())},
-        "test": compared.test,
-        "p": compared.p,
-        "p_holm": None,
-        "least_p": compared.least_p,
-        "verdict": compared.verdict,
-        "equivalent": compared.equivalent,
-    }
 
 
 def _families(found: Found, cells: Sequence[Cell]) -> list[Found]:
@@ -133,18 +119,14 @@ def _kinship(families: Sequence[Found], count: int) -> list[str]:
     if not families:
         return []
     if len(families) == 1 and len(families[0]["seeds"]) == count:
-        return [f"all seeds share {_and(families[0]['runs'])}: the interval says nothing about another one"]
+        return [f"all seeds share {' and '.join(families[0]['runs'])}: the interval says nothing about another one"]
     groups = "; ".join(
-        f"seeds {', '.join(map(str, one['seeds']))} share {_and(one['runs'])} ({one['difference']:+.3f})"
+        f"seeds {', '.join(map(str, one['seeds']))} share {' and '.join(one['runs'])} ({one['difference']:+.3f})"
         for one in families
     )
     alone = count - sum(len(one["seeds"]) for one in families)
     groups += f"; {alone} share nothing" if alone else ""
     return [f"{groups}: such seeds are not independent, and the interval and the test take them as if they were"]
-
-
-def _and(names: Sequence[str]) -> str:
-    return " and ".join(names)
 
 
 def _notes(found: Found, grid: Grid, seeds: Sequence[set[int]]) -> list[str]:

@@ -1,8 +1,7 @@
-"""The report's dict → figures of scores, contrasts, controls and cost. What has nothing to show gives no figure."""
+"""The report's dict → figures of scores, contrasts and controls. What has nothing to show gives no figure."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -59,6 +58,22 @@ def spread(
     return figure, list(grid.flat[:count])
 
 
+def _rows(
+    axes: Axes, names: Sequence[str], series: Sequence[tuple[str, str, Sequence[Any]]], step: float = 0.0
+) -> None:
+    """Draw intervals in named rows.
+
+    Args:
+        series: colour, marker, and an Estimate or None a row; each series stands so much of a row below the one before.
+    """
+    for number, (colour, mark, found) in enumerate(series):
+        for row, one in enumerate(found):
+            if one is not None:
+                style.interval(axes, row + step * (number - (len(series) - 1) / 2), one, colour, mark)
+    style.name_rows(axes, names, 70)
+    axes.grid(axis="x")
+
+
 def scores(report: Report) -> list[Drawn]:
     """Draw each evaluation's scores, an arm a row, overall and level by level."""
     drawn = []
@@ -78,14 +93,10 @@ def scores(report: Report) -> list[Drawn]:
         parts: list[str | None] = [None, *(levels if len(levels) > 1 else [])]
         title, height = f"{evaluation}: {metric}", style.ROW * len(arms) + 0.75
         figure, shown = spread(len(parts), 3, height, title, handles, sharex=True, sharey=True)
-        for number, (axes, level) in enumerate(zip(shown, parts, strict=True)):
+        for axes, level in zip(shown, parts, strict=True):
             _score_panel(axes, arms, level, base)
-            # Where the row below has no panel in this column, the axis is named here.
-            lowest = number + 3 >= len(parts)
-            axes.tick_params(labelbottom=lowest)
-            axes.set_xlabel(f"{style.legible(metric)}, mean" if lowest else "")
-            axes.tick_params(axis="y", length=0)
-        style.name_rows(shown[0], list(arms))
+            axes.set_xlabel(f"{style.legible(metric)}, mean")
+            axes.tick_params(labelbottom=True)
         caption = (
             f"Evaluation {evaluation}: mean {metric} of each arm with its 95 % interval over seeds and records; small "
             "dots are single seeds."
@@ -95,16 +106,17 @@ def scores(report: Report) -> list[Drawn]:
 
 
 def _score_panel(axes: Axes, arms: Mapping[str, Mapping[str, Any]], level: str | None, base: str | None) -> None:
-    for row, (name, found) in enumerate(arms.items()):
-        one = found["overall"] if level is None else found["levels"].get(level)
-        if one is not None:
-            style.interval(axes, row, one, style.BLUE)
-            if name == base:
-                axes.axvline(one["mean"], color=style.BLACK, linestyle="--", linewidth=1, zorder=1)
-        by_seed = [seed if level is None else seed["levels"].get(level) for seed in found["by_seed"]]
+    def at_level(found: Mapping[str, Any], whole: Mapping[str, Any]) -> Any:
+        return whole if level is None else found["levels"].get(level)
+
+    means = {name: at_level(found, found["overall"]) for name, found in arms.items()}
+    _rows(axes, [style.legible(name, 30) for name in means], [(style.BLUE, "o", list(means.values()))])
+    if base is not None and means[base] is not None:
+        axes.axvline(means[base]["mean"], color=style.BLACK, linestyle="--", linewidth=1, zorder=1)
+    for row, found in enumerate(arms.values()):
+        by_seed = [at_level(seed, seed) for seed in found["by_seed"]]
         style.dots(axes, [(seed["score"], row + 0.24) for seed in by_seed if seed is not None])
     axes.set_title("all records" if level is None else f"level {style.legible(level)}")
-    axes.grid(axis="x")
 
 
 def contrasts(report: Report) -> list[Drawn]:
@@ -182,24 +194,16 @@ def _conditions(entries: Sequence[Mapping[str, Any]], report: Report) -> Figure:
     names = list(dict.fromkeys(name for entry in entries for name in entry["conditions"]))
     order = [arm["name"] for arm in report["arms"]]
     looks = [style.look(order.index(entry["arm"])) for entry in entries]
-    handles = [
-        handle(style.legible(entry["arm"]), colour, marker=mark, linestyle="")
-        for entry, (colour, _, mark) in zip(entries, looks, strict=True)
-    ]
-    step = min(0.16, 0.8 / len(entries))
+    pairs = list(zip(entries, looks, strict=True))
+    handles = [handle(style.legible(one["arm"]), colour, marker=mark, linestyle="") for one, (colour, _, mark) in pairs]
     title = f"{entries[0]['evaluation']}: {entries[0]['metric']} with other latents"
     height = len(names) * max(0.3, 0.13 * len(entries) + 0.12) + 0.6
     figure, (axes,) = spread(1, 1, height, title, handles)
-    for number, (entry, (colour, _, mark)) in enumerate(zip(entries, looks, strict=True)):
-        for row, name in enumerate(names):
-            if name in entry["conditions"]:
-                at = row + step * (number - (len(entries) - 1) / 2)
-                style.interval(axes, at, entry["conditions"][name], colour, mark)
+    series = [(colour, mark, [one["conditions"].get(name) for name in names]) for one, (colour, _, mark) in pairs]
+    _rows(axes, names, series, min(0.16, 0.8 / len(entries)))
     for row in range(1, len(names)):
         axes.axhline(row - 0.5, color=style.GREY, linewidth=0.5, alpha=0.5)
-    style.name_rows(axes, names)
     axes.set(xlabel=f"{style.legible(entries[0]['metric'])}, mean", ylabel="latents fed")
-    axes.grid(axis="x")
     return figure
 
 
@@ -208,64 +212,11 @@ def _paths(entries: Sequence[Mapping[str, Any]]) -> Figure:
     handles = [handle(f"follows {kind}", colour, marker=mark, linestyle="") for kind, (colour, mark) in looks.items()]
     title = f"{entries[0]['evaluation']}: which path's latents the answer follows"
     figure, (shares, apart) = spread(2, 2, 0.42 * len(entries) + 0.75, title, handles, sharey=True)
-    for row, entry in enumerate(entries):
-        for number, (kind, (colour, mark)) in enumerate(looks.items()):
-            style.interval(shares, row + 0.2 * (number - 1), entry["path"][kind], colour, mark)
-        style.interval(apart, row, entry["path"]["difference"], style.BLACK)
+    arms = [style.legible(entry["arm"], 30) for entry in entries]
+    series = [(*how, [entry["path"][kind] for entry in entries]) for kind, how in looks.items()]
+    _rows(shares, arms, series, 0.2)
+    _rows(apart, arms, [(style.BLACK, "o", [entry["path"]["difference"] for entry in entries])])
     apart.axvline(0, color=style.BLACK, linewidth=1)
-    style.name_rows(shares, [entry["arm"] for entry in entries])
     shares.set(xlabel="share of answers", xlim=(-0.02, 1.02))
     apart.set(xlabel="share that follows the injected path − the other")
-    for axes in (shares, apart):
-        axes.grid(axis="x")
-        axes.tick_params(axis="y", length=0)
     return figure
-
-
-# Key of a cost, its title, its unit, its colour.
-_COSTS = (
-    ("seconds", "time of all steps", "s", style.BLUE),
-    ("samples_s", "speed", "samples/s", style.GREEN),
-    ("flops", "model FLOPs", "FLOP", style.ORANGE),
-    ("peak_gb", "peak memory of a rank", "GB", style.VERMILLION),
-)
-
-
-def cost(report: Report) -> list[Drawn]:
-    """Draw what a chain of each arm cost."""
-    arms = [arm for arm in report["arms"] if any(arm["cost"][key] for key, *_ in _COSTS)]
-    parts = [part for part in _COSTS if any(arm["cost"][part[0]] for arm in arms)]
-    if not parts:
-        return []
-    longest = max(len(style.legible(arm["name"], 30)) for arm in arms)
-    width = min(style.WIDTH, style.LETTER * longest + 2.3 * len(parts) + 0.4)
-    height = style.ROW * len(arms) + 0.75
-    figure, shown = spread(len(parts), len(parts), height, "Cost of a chain", [], width, sharey=True)
-    for axes, (key, title, unit, colour) in zip(shown, parts, strict=True):
-        means = [arm["cost"][key] for arm in arms]
-        scale, named = _scaled(max(one for one in means if one is not None), key, unit)
-        axes.barh(range(len(arms)), [(one or 0) / scale for one in means], color=colour, height=0.62, alpha=0.75)
-        for row, arm in enumerate(arms):
-            cells = [cell[key] / scale for cell in arm["cells"] if cell[key] is not None and not cell["problem"]]
-            style.dots(axes, [(one, row) for one in cells], style.BLACK)
-        axes.set_title(title)
-        axes.set_xlabel(named)
-        axes.grid(axis="x")
-        axes.locator_params(axis="x", nbins=5)
-        axes.tick_params(axis="y", length=0)
-    style.name_rows(shown[0], [arm["name"] for arm in arms])
-    caption = "Mean over seeds with scores; dots are single seeds. A stage that several arms share counts in each."
-    return [Drawn("cost", figure, caption)]
-
-
-def _scaled(most: float, key: str, unit: str) -> tuple[float, str]:
-    """Choose a unit in which the largest value has few digits."""
-    if key == "seconds":
-        for factor, name in ((3600, "h"), (60, "min")):
-            if most >= 3 * factor:
-                return factor, name
-    if key == "flops" and most >= 1e4:
-        power = 3 * int(math.log10(most) // 3)
-        names = {3: "k", 6: "M", 9: "G", 12: "T", 15: "P", 18: "E", 21: "Z"}
-        return 10.0**power, f"{names.get(power, f'10^{power} ')}{unit}"
-    return 1, unit

@@ -49,31 +49,23 @@ class Work:
 Column: TypeAlias = pd.DataFrame
 
 
-def make_column(records: Sequence[str], levels: Sequence[str], values: Sequence[float] | np.ndarray) -> Column:
-    """Put the scores of N records together."""
+def make_column(records: Sequence[str], levels: Sequence[str], values: Sequence[float]) -> Column:
+    """Put the scores of N records together; those without a finite value are left out."""
     # As objects: pandas' own texts cannot hold half a surrogate pair, which a record's level may have.
     level = np.asarray(levels, object)
-    return pd.DataFrame({"level": level, "value": np.asarray(values, np.float64)}, pd.Index(records, dtype=object))
+    found = pd.DataFrame({"level": level, "value": np.asarray(values, float)}, pd.Index(records, dtype=object))
+    return found[np.isfinite(found["value"])]
 
 
-def column(scores: Scores, metric: str, only: Sequence[str] = ()) -> tuple[Column, list[str]]:
-    """Read one cell's scores; a record without a finite value is left out, one that stands there twice counts once.
+def column(scores: Scores, metric: str | None, only: Sequence[str] = ()) -> Column:
+    """Read one cell's scores by one metric.
 
     Args:
         only: levels that count; all if empty.
-
-    Returns:
-        The scores, and what was left out, as ends of sentences.
     """
     nothing = [math.nan] * len(scores.records)
-    values = np.asarray(scores.metrics.get(metric, nothing), np.float64)
-    counts = np.asarray([not only or level in only for level in scores.levels], bool)
-    finite = make_column(scores.records, scores.levels, values)[counts & np.isfinite(values)]
-    once = finite[~finite.index.duplicated()]
-    empty, twice = int(counts.sum()) - len(finite), len(finite) - len(once)
-    faults = [f"{empty} records have no number for {metric!r} and are left out"] if empty else []
-    faults += [f"{twice} records stand there twice, and the first of each counts"] if twice else []
-    return once, faults
+    found = make_column(scores.records, scores.levels, scores.metrics.get(metric or "", nothing))
+    return found[found["level"].isin(only)] if only else found
 
 
 def level_key(level: str) -> tuple[int, float, str]:
@@ -89,15 +81,14 @@ class Grid(NamedTuple):
     """Scores of G groups on the same seeds and records.
 
     Attributes:
-        seeds: S; levels, sizes: the levels that occur and how many records each has; records: N, level by level.
-        values: (G, S, N).
+        seeds: S.
+        levels: name → how many records it has, of those that occur; they sum to N.
+        values: (G, S, N), level by level.
         left_out: records that some cell has and another has not.
     """
 
     seeds: tuple[int, ...]
-    levels: tuple[str, ...]
-    sizes: tuple[int, ...]
-    records: tuple[str, ...]
+    levels: Mapping[str, int]
     values: np.ndarray
     left_out: int
 
@@ -122,12 +113,9 @@ def line_up(groups: Sequence[Mapping[int, Column]]) -> Grid:
         raise Misfit("they have no common record")
     level_of = columns[0]["level"].to_dict()
     records = sorted(shared.index, key=lambda name: (level_key(level_of[name]), name))
-    sizes = Counter(level_of[name] for name in records)
     return Grid(
         seeds=tuple(seeds),
-        levels=tuple(sizes),
-        sizes=tuple(sizes.values()),
-        records=tuple(records),
+        levels=Counter(level_of[name] for name in records),
         values=shared.loc[records].to_numpy().T.reshape(len(groups), len(seeds), len(records)),
         left_out=len(set().union(*(one.index for one in columns))) - len(records),
     )

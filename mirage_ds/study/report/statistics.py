@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,35 +26,27 @@ FLIPS = 20_000
 _DIGITS = 12
 
 
-class Draws:
+class Draws(NamedTuple):
     """Which seeds and records each resample holds.
 
-    Drawn once for each mix of levels and used for everything that is measured on it, so what is compared is compared
+    The draws of a mix of levels are the same for everything that is measured on it, so what is compared is compared
     under the same draws, and no result depends on what was measured before it.
     """
 
-    def __init__(self, resamples: int = RESAMPLES, seed: int = 0):
-        """Args: seed: of the draws."""
-        self.resamples, self._seed = resamples, seed
-        self._kept: dict[tuple[int, ...], np.ndarray] = {}
+    resamples: int = RESAMPLES
+    seed: int = 0
 
     def seeds(self, count: int) -> np.ndarray:
         """Return (R, S) float64: the share of each of S seeds in each resample; rows sum to 1."""
-        rng = np.random.default_rng([self._seed, 1, count])
+        rng = np.random.default_rng([self.seed, 1, count])
         return _counts(rng, self.resamples, count) / count
 
+    @lru_cache(maxsize=_MOST_KEPT)  # noqa: B019
     def records(self, sizes: tuple[int, ...]) -> np.ndarray:
         """Return (R, N) uint8: how often each record is in each resample; every level keeps its size."""
-        if sizes not in self._kept:
-            rng = np.random.default_rng([self._seed, 2, *sizes])
-            drawn = np.empty((self.resamples, sum(sizes)), np.uint8)
-            for start, stop in _ranges(sizes):
-                # A record that is drawn more than 255 times out of more than 255 does not happen.
-                drawn[:, start:stop] = _counts(rng, self.resamples, stop - start)
-            while len(self._kept) >= _MOST_KEPT:
-                del self._kept[next(iter(self._kept))]
-            self._kept[sizes] = drawn
-        return self._kept[sizes]
+        rng = np.random.default_rng([self.seed, 2, *sizes])
+        # A record that is drawn more than 255 times out of more than 255 does not happen.
+        return np.concatenate([_counts(rng, self.resamples, size).astype(np.uint8) for size in sizes], axis=1)
 
 
 def _counts(rng: np.random.Generator, resamples: int, count: int) -> np.ndarray:
@@ -154,7 +148,7 @@ class Comparison:
 
     Attributes:
         difference: arm − base, with 95 % and 90 % intervals.
-        levels: the same for each level.
+        by_level: the same for each level.
         by_seed: mean difference of each seed.
         test: "sign-flip" (over seeds, every pattern), "sign-flip, random" (20,000 patterns), "McNemar" (over records,
             one seed) or "none".
@@ -169,18 +163,13 @@ class Comparison:
     """
 
     difference: Estimate
-    levels: list[Estimate]
+    by_level: list[Estimate]
     by_seed: list[float]
     test: str
     p: float | None
     least_p: float | None
     equivalent: bool
     verdict: str
-
-
-def excludes_zero(difference: Estimate) -> bool:
-    """Tell whether the 95 % interval lies on one side of 0."""
-    return difference.low > 0 or difference.high < 0
 
 
 def equivalent(difference: Estimate, margin: float) -> bool:
@@ -193,8 +182,11 @@ def verdict(difference: Estimate, margin: float, p: float | None = None) -> str:
 
     An interval from resampling a handful of seeds is narrower than it ought to be, so the exact test has to agree.
     """
-    if excludes_zero(difference) and (p is None or p <= LEVEL):
-        return "higher" if difference.low > 0 else "lower"
+    if p is None or p <= LEVEL:
+        if difference.low > 0:
+            return "higher"
+        if difference.high < 0:
+            return "lower"
     return "equivalent" if equivalent(difference, margin) else "undecided"
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from markdown_it import MarkdownIt
 
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.report import apart, measured, p_values
+from mirage_ds.analysis.inspect.page import Shown
 from mirage_ds.analysis.inspect.page import page as whole_page
 from mirage_ds.study.report.build import COSTS
 from mirage_ds.study.report.grid import NO_LEVEL, level_key
@@ -188,13 +187,12 @@ def page(report: Report, figures: Sequence[tuple[bytes, str]] = ()) -> str:
     Args:
         figures: (PNG, caption) of each.
     """
-    names = [f"figure-{number}" for number in range(len(figures))]
-    text = body(report, list(zip(names, (caption for _, caption in figures), strict=True)))
+    shown = [Shown(data, "figure", caption) for data, caption in figures]
+    text = body(report, [(f"figure-{number}", one.caption) for number, one in enumerate(shown)])
     html = MarkdownIt("commonmark").enable("table").render(text)
     html = html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
-    for name, (data, caption) in zip(names, figures, strict=True):
-        url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        html = html.replace(f'<img src="{name}" alt="figure" />', f'<img src="{url}" alt="{escape(caption)}">')
+    for number, one in enumerate(shown):
+        html = html.replace(f'<img src="figure-{number}"', f'<img src="{one.url}"')
     return whole_page(report["name"], _CSS + html, [])
 
 
@@ -204,21 +202,18 @@ def sheet(report: Report) -> str:
     `n` is the number of records; steps, rows, tokens, flops and seconds are those of the cell's whole chain, so they
     stand there once for each evaluation and level. A cell without scores has one row, with its problem.
     """
-    rows = [
-        {"arm": arm["name"], **{key: cell[key] for key in ("seed", *_OF_CHAINS)}, **scores}
-        for arm in report["arms"]
-        for cell in arm["cells"]
-        for scores in list(_scores(arm, cell["seed"])) or [{}]
-    ]
+    rows = []
+    for arm in report["arms"]:
+        for cell in arm["cells"]:
+            whole = {"arm": arm["name"], **{key: cell[key] for key in ("seed", *_OF_CHAINS)}}
+            scores = [
+                dict(zip(_OF_SCORES, (evaluation, level, found["metric"], part["score"], part["records"]), strict=True))
+                for evaluation, found in arm["evaluations"].items()
+                for one in found["by_seed"]
+                if one["seed"] == cell["seed"]
+                for level, part in [("all", one), *one["levels"].items()]
+            ]
+            rows += [{**whole, **one} for one in scores or [{}]]
     # As objects: whole numbers stay whole beside cells without any.
     frame = pd.DataFrame(rows, columns=["arm", "seed", *_OF_SCORES, *_OF_CHAINS], dtype=object)
     return frame.to_csv(index=False, lineterminator="\n")
-
-
-def _scores(arm: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
-    for evaluation, found in arm["evaluations"].items():
-        for one in found["by_seed"]:
-            if one["seed"] == seed:
-                for level, part in [("all", one), *one["levels"].items()]:
-                    values = (evaluation, level, found["metric"], part["score"], part["records"])
-                    yield dict(zip(_OF_SCORES, values, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,15 @@ def write_report(results: Results, out: Path, resamples: int = RESAMPLES) -> dic
         write_atomically(folder / f"{name}.png", data)
     for name in _earlier(out) - {name for name, _, _ in drawn}:
         (folder / f"{name}.png").unlink(missing_ok=True)
-    write_atomically(out / "report.csv", sheet(report))
-    write_atomically(out / "report.md", markdown(report, [(f"figures/{name}.png", text) for name, _, text in drawn]))
-    write_atomically(out / "report.html", page(report, [(data, text) for _, data, text in drawn]))
-    write_atomically(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    texts = {
+        "csv": sheet(report),
+        "md": markdown(report, [(f"figures/{name}.png", text) for name, _, text in drawn]),
+        "html": page(report, [(data, text) for _, data, text in drawn]),
+        "json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+    }
+    for kind, text in texts.items():
+        # A record's level or a study's words may hold half of a surrogate pair, which UTF-8 has not.
+        write_atomically(out / f"report.{kind}", text.encode("utf-8", "backslashreplace"))
     return report
 
 
@@ -57,20 +63,15 @@ def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, by
     from mirage_ds.analysis.inspect import style
     from mirage_ds.study.report import figures, sweeps
 
-    taken: set[str] = set()
+    taken: Counter[str] = Counter()
     with style.styled():
-        for one in (
+        for name, figure, caption in (
             *figures.scores(report),
             *figures.contrasts(report),
             *sweeps.sweeps(report),
             *sweeps.curves(results, report),
             *figures.controls(report),
-            *figures.cost(report),
         ):
             # Two evaluations whose names differ in odd characters alone.
-            name, number = one.name, 1
-            while name in taken:
-                number += 1
-                name = f"{one.name}-{number}"
-            taken.add(name)
-            yield name, style.png(one.figure), one.caption
+            taken[name] += 1
+            yield name if taken[name] == 1 else f"{name}-{taken[name]}", style.png(figure), caption

@@ -55,7 +55,7 @@ def run(
 ) -> tuple[bool, list[str]]:
     monkeypatch.setattr(execute, "command", pretend(store, modes or {}))
     said: list[str] = []
-    return execute.run(study, store, [Place(1)] * places, 1, said.append, asked, patient=patient), said
+    return execute.run(study, store, [Place(1)] * places, said.append, asked, patient=patient), said
 
 
 def began(said: list[str]) -> list[str]:
@@ -131,7 +131,7 @@ def test_a_node_outlives_a_study_that_is_killed_and_is_left_alone(tmp_path: Path
         "from mirage_ds.study import execute\n"
         "from mirage_ds.study.launch import Place\n"
         "study, store = opened(Path(sys.argv[1])); execute.command = pretend(store, {'base': 'some'})\n"
-        "execute.run(study, store, [Place(1)], 1, print)"
+        "execute.run(study, store, [Place(1)], print)"
     )
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen([sys.executable, "-c", script, str(file)], env=here, stdout=subprocess.DEVNULL) as runner:
@@ -210,7 +210,7 @@ def test_two_processes_share_a_study(small, monkeypatch: pytest.MonkeyPatch) -> 
     def work() -> None:
         said: list[str] = []
         while len([node for node in study.nodes.values() if store.is_done(node)]) < len(study.nodes):
-            execute.run(study, store, [Place(1)], 1, said.append)
+            execute.run(study, store, [Place(1)], said.append)
         found.append(began(said))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
@@ -245,8 +245,8 @@ def test_a_thousand_runs_are_listed_and_resumed_in_seconds(tmp_path: Path, nano:
 def test_places_of_this_machine_and_of_a_hostfile() -> None:
     assert here(1, None, gpus=[], cores=2) == [Place(1), Place(1)]
     assert here(2, None, gpus=[], cores=3) == [Place(2)]
-    assert here(4, None, gpus="01234567", cores=64) == [Place(4, tuple("0123")), Place(4, tuple("4567"))]
-    assert here(1, 3, gpus=["4", "7"], cores=64) == [Place(1, ("4",)), Place(1, ("7",)), Place(1, ("4",))]
+    assert here(4, None, gpus="01234567", cores=64) == [Place(4, tuple(gpus), (), 8) for gpus in ("0123", "4567")]
+    assert here(1, 3, gpus=["4", "7"], cores=64) == [Place(1, (gpu,), (), 21) for gpu in "474"]
     with pytest.raises(UserError, match=r"launch\.ranks 8: there are 2 GPUs here"):
         here(8, None, gpus="01", cores=64)
     hosts = tuple(Host(f"n{i}", 8) for i in range(5))
@@ -299,7 +299,7 @@ def test_what_a_part_of_a_hostfile_gets(tmp_path: Path, monkeypatch: pytest.Monk
     for name, value in {"DS_ACCELERATOR": "cpu", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "X": "y"}.items():
         monkeypatch.setenv(name, value)
     place = Place(16, None, (Host("n0", 8), Host("n1", 8)))
-    found = environment(place, tmp_path, {"MY_NAME": "x"}, 1)
+    found = environment(place, tmp_path, {"MY_NAME": "x"})
     assert (tmp_path / "hosts").read_text() == "n0 slots=8\nn1 slots=8\n"
     sent = (tmp_path / "deepspeed_env").read_text().splitlines()
     assert {"DS_ACCELERATOR=cpu", "MY_NAME=x"} <= set(sent)
@@ -310,9 +310,9 @@ def test_what_a_part_of_a_hostfile_gets(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    found = environment(Place(2, ("4", "5")), tmp_path, {"A": "b"}, 7)
+    found = environment(Place(2, ("4", "5"), threads=7), tmp_path, {"A": "b"})
     assert (found["CUDA_VISIBLE_DEVICES"], found["OMP_NUM_THREADS"], found["A"]) == ("4,5", "3", "b")
-    assert "CUDA_VISIBLE_DEVICES" not in environment(Place(1), tmp_path, {}, 1).keys() - os.environ.keys()
+    assert "CUDA_VISIBLE_DEVICES" not in environment(Place(1), tmp_path, {}).keys() - os.environ.keys()
     assert not list(tmp_path.iterdir())
 
 
@@ -371,7 +371,7 @@ def test_slurm_arrays_depend_on_each_other(tmp_path: Path, nano: Path, monkeypat
 
 def test_slurm_takes_only_the_arms_that_are_asked_for(tmp_path: Path, nano: Path) -> None:
     study, store = opened(write_study(tmp_path, nano))
-    wanted = commands._wanted(study, "text", ())
+    wanted = commands._wanted(study, ["text"], [])
     names = [[study.nodes[key].name for key in keys] for keys in (one.keys for one in arrays(study, store, wanted))]
     assert names == [["base"], ["sft", "sft"], ["test", "test"]]
 
@@ -492,7 +492,7 @@ def test_who_looks_sees_what_is_at_work_and_then_nothing(small, monkeypatch: pyt
     def look(nodes: list[Node]) -> None:
         seen.append([node.name for node in nodes])
 
-    assert execute.run(study, store, [Place(1)], 1, lambda line: None, look=look)
+    assert execute.run(study, store, [Place(1)], lambda line: None, look=look)
     # The base takes 3 s, and every other second somebody looks.
     assert seen[:2] == [["base"], ["base"]]
     assert seen[-1] == []
