@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from shutil import which
 
-from mirage_ds.cluster.doctor import check_run
 from mirage_ds.cluster.doctor.bandwidth import slow
+from mirage_ds.cluster.doctor.check_run import code, data, disk, ds_config, model, packages, shared_folder
 from mirage_ds.cluster.doctor.finding import HERE, Facts, Finding, Seen, fail, size, unlike, warn, well
 from mirage_ds.cluster.environment import is_wanted
 
@@ -237,28 +237,10 @@ def deepspeed_env(seen: Seen) -> Iterator[Finding]:
         yield well(", ".join(map(str, seen.env_files)) or "none", HERE)
 
 
-# In the order in which a job meets what they look at.
-CHECKS: dict[str, Callable[[Seen], Iterator[Finding]]] = {
-    "ssh": ssh,
-    "probe": probe,
-    "packages": check_run.packages,
-    "code": check_run.code,
-    "gpus": gpus,
-    "host-name": host_name,
-    "master": master,
-    "bandwidth": bandwidth,
-    "clock": clock,
-    "ulimits": ulimits,
-    "shm": shm,
-    "locks": locks,
-    "environment": environment,
-    "deepspeed-env": deepspeed_env,
-    "model": check_run.model,
-    "data": check_run.data,
-    "shared-folder": check_run.shared_folder,
-    "disk": check_run.disk,
-    "ds-config": check_run.ds_config,
-}
+# In the order in which a job meets what they look at; a check's name is its function's.
+_IN_ORDER = [ssh, probe, packages, code, gpus, host_name, master, bandwidth, clock, ulimits, shm, locks, environment]
+_IN_ORDER += [deepspeed_env, model, data, shared_folder, disk, ds_config]
+CHECKS = {check.__name__.replace("_", "-"): check for check in _IN_ORDER}
 ORDER = {"fail": 0, "warn": 1, "pass": 2}
 
 

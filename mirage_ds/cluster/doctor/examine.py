@@ -96,17 +96,14 @@ def _ask(seen: Seen) -> None:
     run_folder = spec.save_model_path
     # A folder that is not there yet will be made: the disk is that of the nearest one.
     nearest = run_folder and next(path for path in (run_folder, *run_folder.parents) if path.exists())
-    request = {
+    request = spec.model_dump(mode="json") | {
         "cwd": os.getcwd(),
         "master": spec.master_addr or seen.hosts[0].address,
-        "port": spec.master_port,
         "packages": [*PACKAGES, *NCCL_PACKAGES],
         "wanted": WANTED.pattern,
         "secret": SECRET.pattern,
         "models": spec.models(),
-        "cache_dir": spec.cache_dir and str(spec.cache_dir),
         "files": {flag: str(path) for flag, path in spec.files().items()},
-        "image_root": spec.image_root and str(spec.image_root),
         "run_folder": nearest and str(nearest),
         "write_bytes": WRITE_BYTES if spec.wants("disk") else 0,
     }

@@ -171,7 +171,7 @@ def ports(request: Request) -> dict[str, Any]:
     """On the first host: why the ranks' port or the next one, the guards', cannot be had; and two that can."""
     if request["number"]:
         return {}
-    wanted: int = request["port"]
+    wanted: int = request["master_port"]
     faults = {port: why for port in (wanted, wanted + 1) if (why := _why_taken(port))}
     pairs = (port for port in (wanted, *range(20000, 65000, 2)) if not _why_taken(port) and not _why_taken(port + 1))
     return {"faults": faults, "free": next(pairs)}

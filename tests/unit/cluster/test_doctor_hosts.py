@@ -41,7 +41,7 @@ def request(**changed: Any) -> dict[str, Any]:
         "cwd": "/",
         "token": ".token",
         "master": "localhost",
-        "port": 1,
+        "master_port": 1,
         "packages": [],
         "wanted": "PATH$|NCCL_",
         "secret": "KEY",
@@ -91,12 +91,12 @@ def test_a_taken_port_is_seen_and_two_others_offered(offset: int) -> None:
     """The ranks' own port, or the next one, which their guards take."""
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        found = probe.ports(request(port=port - offset))
+        found = probe.ports(request(master_port=port - offset))
         assert found["faults"][port] == "Address already in use"
         assert port not in (found["free"], found["free"] + 1)
-    assert port not in probe.ports(request(port=port))["faults"]
-    assert probe.ports(request(port=found["free"])) == {"faults": {}, "free": found["free"]}
-    assert probe.ports(request(number=1, port=port)) == {}
+    assert port not in probe.ports(request(master_port=port))["faults"]
+    assert probe.ports(request(master_port=found["free"])) == {"faults": {}, "free": found["free"]}
+    assert probe.ports(request(number=1, master_port=port)) == {}
 
 
 def test_the_run_folder_is_written_to_and_left_as_it_was(tmp_path: Path) -> None:
