@@ -16,15 +16,14 @@ import io
 import os
 import re
 import shlex
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import click
 
-from mirage_ds.errors import EXIT_USER_ERROR, UserError, reason, shown
+from mirage_ds.errors import UserError, reason, shown
 from mirage_ds.files import write_atomically
-from mirage_ds.run.process import print_anything
+from mirage_ds.run.process import run_rank
 
 # A rank's numbers, speed, files or programs may depend on these.
 WANTED = re.compile(
@@ -194,20 +193,9 @@ def command(extra_names: tuple[str, ...], out: Path) -> None:
     click.echo(f"{out}: {len(values)} variables: {', '.join(values)}")
     for file in files:
         click.echo(f"{file}: its lines are among them and win")
-    for name in left_out.keys() - values.keys():
+    for name in sorted(left_out.keys() - values.keys()):
         click.echo(f"left out: {name} ({left_out[name]})")
 
 
-def main() -> None:
-    """Run the command; a user's error is one sentence and exit code 2."""
-    print_anything()
-    try:
-        command.main(standalone_mode=False)
-    except (click.ClickException, UserError) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        click.echo(f"error: {message}", err=True)
-        sys.exit(EXIT_USER_ERROR)
-
-
 if __name__ == "__main__":
-    main()
+    run_rank(command, alone=True)

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mirage_ds.cluster.status.facts import read_facts
+from mirage_ds.cluster.status.facts import Facts
 from mirage_ds.cluster.status.summary import summary
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.run import RunConfig
@@ -214,7 +214,7 @@ def glance(node: Node, store: Store, now: float) -> dict[str, Any] | None:
     model = store.model(node)
     if not (model / "run" / events.FILE).is_file():
         return None
-    return {**summary(read_facts(model), now), "run": str(store.place(node))}
+    return {**summary(Facts(model), now), "run": str(store.place(node))}
 
 
 class Bars:

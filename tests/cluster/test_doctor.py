@@ -130,7 +130,7 @@ def test_a_cut_cable_is_told_in_time_and_the_others_are_looked_at(cluster: Clust
     said = ask(cluster.hosts[0], "--hostfile", "hosts", "--save_model_path", "run", cwd=folder)
     assert said.bad == {("ssh", "node3", "fail"), ("bandwidth", "here", "warn")}
     assert said.seconds < SILENT_S
-    assert "cannot be reached; see whether node3 is up, and look at its cable" in said.says("ssh", "node3")
+    assert "see whether node3 is up, and its name, address, cable and firewall" in said.says("ssh", "node3")
     assert said.everything["facts"].keys() == {"node1", "node2"}
 
 
@@ -157,7 +157,7 @@ def test_a_stopped_sshd_is_told_in_time(cluster: Cluster, folder: Path) -> None:
         host.run(["kill", "-CONT", pid])
     assert said.bad == {("ssh", "node2", "fail")}
     assert said.seconds < SILENT_S
-    assert "cannot be reached" in said.says("ssh", "node2")
+    assert "timed out" in said.says("ssh", "node2")
 
 
 def test_sshd_on_another_port_is_no_sshd(cluster: Cluster, folder: Path) -> None:
@@ -168,7 +168,7 @@ def test_sshd_on_another_port_is_no_sshd(cluster: Cluster, folder: Path) -> None
     finally:
         config.unlink()
     assert said.bad == {("ssh", "node2", "fail")}
-    assert "refuses the connection: no sshd listens there; start sshd on node2" in said.says("ssh", "node2")
+    assert "port 2222: Connection refused; see whether node2 is up" in said.says("ssh", "node2")
 
 
 def test_host_keys_unknown_and_changed(cluster: Cluster, folder: Path) -> None:
@@ -177,12 +177,12 @@ def test_host_keys_unknown_and_changed(cluster: Cluster, folder: Path) -> None:
     with replaced(known, f"node1,node2,10.97.0.1,10.97.0.2 {key}"):
         said = ask(cluster.hosts[0], *QUICK, cwd=folder)
     assert said.bad == {("ssh", "node3", "fail")}
-    assert "host key is not known here; ssh node3 once by hand" in said.says("ssh", "node3")
+    assert "host key is not known here, or has changed; ssh node3 once by hand" in said.says("ssh", "node3")
     other = (cluster.home / ".ssh/id_ed25519.pub").read_text()
     with replaced(known, f"node1,node2,10.97.0.1,10.97.0.2 {key}node3 {other}"):
         said = ask(cluster.hosts[0], *QUICK, cwd=folder)
     assert said.bad == {("ssh", "node3", "fail")}
-    assert "host key has changed" in said.says("ssh", "node3")
+    assert "or has changed" in said.says("ssh", "node3")
     assert "ssh-keygen -R node3" in said.says("ssh", "node3")
 
 
@@ -197,7 +197,7 @@ def test_a_name_that_nobody_knows(cluster: Cluster, folder: Path) -> None:
     (folder / "hosts").write_text("node1 slots=1\nnode9 slots=1\n")
     said = ask(cluster.hosts[0], *QUICK, cwd=folder)
     assert said.bad == {("ssh", "node9", "fail")}
-    assert "name cannot be resolved" in said.says("ssh", "node9")
+    assert "Could not resolve hostname node9" in said.says("ssh", "node9")
 
 
 # Hosts that differ
@@ -419,7 +419,7 @@ def test_nothing_goes_on_when_the_doctor_is_ended_amid_the_measurement(
 
     def ranks() -> int:
         # Each in its guard.
-        return sum("doctor.rank" in command for _, command in cluster.processes())
+        return sum("doctor.bandwidth" in command for _, command in cluster.processes())
 
     wait_until(lambda: ranks() >= 12, "ranks", 30)
     process.send_signal(number)
@@ -436,7 +436,9 @@ def test_a_cable_cut_amid_the_measurement_ends_it(cluster: Cluster, folder: Path
         stderr=subprocess.DEVNULL,
     )
     node3 = cluster.hosts[2]
-    wait_until(lambda: sum("doctor.rank" in command for _, command in node3.processes()) >= 2, "ranks on node3", 30)
+    wait_until(
+        lambda: sum("doctor.bandwidth" in command for _, command in node3.processes()) >= 2, "ranks on node3", 30
+    )
     node3.cut_cable()
     begin = time.monotonic()
     process.wait(120)

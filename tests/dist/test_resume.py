@@ -20,7 +20,7 @@ from support.group import Group
 from support.on_disk import files, log_of, rewrite
 
 from mirage_ds import train
-from mirage_ds.cluster.status.facts import read_facts
+from mirage_ds.cluster.status.facts import Facts
 from mirage_ds.cluster.status.summary import summary
 from mirage_ds.config.mixture import records_of
 from mirage_ds.config.run import RunConfig
@@ -178,12 +178,12 @@ def test_uninterrupted_run_moves_and_its_steps_differ(whole: Path, nano: Path) -
 
 
 def test_its_folder_says_how_a_run_stands(whole: Path) -> None:
-    done = summary(read_facts(whole), time.time())
+    done = summary(Facts(whole), time.time())
     assert (done["state"], done["step"], done["steps"], done["world_size"]) == ("finished", STEPS, STEPS, 2)
     assert done["checkpoint"]["step"] == STEPS
     assert all(line["model_flops"] > 0 for line in log_of(whole))
     before = files(whole)
-    summary(read_facts(whole), time.time())
+    summary(Facts(whole), time.time())
     assert files(whole) == before
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Iterator
+from shutil import which
 
-from mirage_ds.cluster.doctor import check_run
 from mirage_ds.cluster.doctor.bandwidth import slow
-from mirage_ds.cluster.doctor.finding import HERE, Bad, Facts, Finding, Seen, Verdict, fail, size, unlike, warn
+from mirage_ds.cluster.doctor.check_run import code, data, disk, ds_config, model, packages, shared_folder
+from mirage_ds.cluster.doctor.finding import HERE, Facts, Finding, Seen, fail, size, unlike, warn, well
 from mirage_ds.cluster.environment import is_wanted
 
 # More than this share of a GPU's memory in use before the run: somebody else works there.
@@ -21,184 +22,180 @@ SHM_FAIL_BYTES, SHM_WARN_BYTES_A_SLOT = 256 << 20, 1 << 30
 YOUNG_LOCK_S, OLDEST_LOCK_S = 120.0, 3600.0
 
 
-def ssh(seen: Seen) -> Verdict:
+def ssh(seen: Seen) -> Iterator[Finding]:
     """Every host can be asked, without a password, with a known key; the launcher's own tool is there."""
-    bad = [fail(answer.host, answer.fault, answer.mend) for answer in seen.answers.values() if answer.fault]
-    if seen.launcher == "pdsh" and not seen.has_pdsh:
-        bad.append(warn(HERE, "pdsh is not installed", "install it, or give `deepspeed` another --launcher"))
-    return "all answer" if seen.launcher != "local" else "this machine", bad
+    for answer in seen.answers.values():
+        if answer.fault:
+            yield fail(answer.host, answer.fault, answer.mend)
+    if seen.launcher == "pdsh" and not which("pdsh"):
+        yield warn(HERE, "pdsh is not installed", "install it, or give `deepspeed` another --launcher")
+    yield well("this machine" if seen.launcher == "local" else "all answer")
 
 
-def probe(seen: Seen) -> Verdict:
+def probe(seen: Seen) -> Iterator[Finding]:
     """The working directory is there, and every section of the probe says something."""
-    bad: list[Bad] = []
     for host, facts in seen.facts.items():
         if "cwd" in facts:
             says = f"cannot enter the working directory: {facts['cwd']}"
-            bad.append(fail(host, says, "start the job in a folder that every host sees under the same path"))
+            yield fail(host, says, "start the job in a folder that every host sees under the same path")
         for section, why in facts.get("errors", {}).items():
-            bad.append(warn(host, f"{section}: cannot be found out ({why})", "fix that, or look by hand"))
-    return None, bad
+            yield warn(host, f"{section}: cannot be found out ({why})", "fix that, or look by hand")
 
 
-def _gpus_of(seen: Seen, host: str, facts: Facts, needed: bool) -> list[Bad]:
+def _gpus_of(host: str, facts: Facts, slots: int, needed: bool) -> Iterator[Finding]:
     """Judge the GPUs of one host whose ranks use them; `needed`: another host has some."""
     if "fault" in facts:
         mend = "restart the host: its driver was updated under a running kernel module, or has crashed"
-        return [fail(host, f"nvidia-smi: {facts['fault']}", mend)]
-    count, slots, bad = len(facts["gpus"]), seen.slots(host), []
+        yield fail(host, f"nvidia-smi: {facts['fault']}", mend)
+        return
+    count = len(facts["gpus"])
     if not count:
         why = "a GPU is there and nvidia-smi is not installed" if facts["there"] else "no GPU is seen"
         # Where no host has one, it may be meant.
         status = fail if facts["there"] or needed else warn
-        bad.append(status(host, why, "install the driver; for a run on CPUs set DS_ACCELERATOR=cpu"))
+        yield status(host, why, "install the driver; for a run on CPUs set DS_ACCELERATOR=cpu")
     elif count < slots:
         mend = f"write slots={count} into the hostfile, or look for the missing one: nvidia-smi, dmesg | grep -i xid"
-        bad.append(fail(host, f"{count} GPU(s) for {slots} slots", mend))
+        yield fail(host, f"{count} GPU(s) for {slots} slots", mend)
     for gpu in facts["gpus"]:
         if gpu["ecc_faults"]:
             says = f"GPU {gpu['index']}: {gpu['ecc_faults']} uncorrected memory errors since the last restart"
-            bad.append(fail(host, says, "restart the host; if they come back, leave this GPU out"))
+            yield fail(host, says, "restart the host; if they come back, leave this GPU out")
         if gpu["used_mib"] > USED_SHARE * gpu["total_mib"]:
             who = f" by process {', '.join(map(str, gpu['pids']))}" if gpu["pids"] else ""
             says = f"GPU {gpu['index']}: {gpu['used_mib']:,} of {gpu['total_mib']:,} MiB in use{who}"
-            bad.append(fail(host, says, "end what runs there (a rank left over?), or leave this GPU out"))
-    return bad
+            yield fail(host, says, "end what runs there (a rank left over?), or leave this GPU out")
 
 
-def gpus(seen: Seen) -> Verdict:
+def gpus(seen: Seen) -> Iterator[Finding]:
     """As many GPUs as slots, of one kind and driver, none that fails, nobody else's memory on them."""
     found = {host: facts for host, facts in seen.section("gpus").items() if not seen.on_cpu(host)}
-    if not found:
-        return "none asked for (DS_ACCELERATOR=cpu)", []
-    needed = any(facts["gpus"] for facts in found.values())
-    bad = [one for host, facts in found.items() for one in _gpus_of(seen, host, facts, needed)]
+    with_gpus = {host: facts["gpus"] for host, facts in found.items() if facts["gpus"]}
+    for host, facts in found.items():
+        yield from _gpus_of(host, facts, seen.slots(host), bool(with_gpus))
     kinds = {
-        host: ", ".join(sorted({f"{gpu['name']} with driver {gpu['driver']}" for gpu in facts["gpus"]}))
-        for host, facts in found.items()
-        if facts["gpus"]
+        host: ", ".join(sorted({f"{gpu['name']} with driver {gpu['driver']}" for gpu in own}))
+        for host, own in with_gpus.items()
     }
-    mend = "the slowest GPU sets the pace of all: use hosts of one kind, with one driver"
-    bad += unlike(kinds, "", mend, warn)
-    free = [gpu["total_mib"] - gpu["used_mib"] for facts in found.values() for gpu in facts["gpus"]]
-    return (f"{next(iter(kinds.values()))}, {size(min(free) * 2**20)} free" if free else ""), bad
+    yield from unlike(kinds, "", "the slowest GPU sets the pace of all: use hosts of one kind, with one driver", False)
+    free = [gpu["total_mib"] - gpu["used_mib"] for own in with_gpus.values() for gpu in own]
+    if not found:
+        yield well("none asked for (DS_ACCELERATOR=cpu)")
+    elif free:
+        yield well(f"{next(iter(kinds.values()))}, {size(min(free) * 2**20)} free")
 
 
 def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def host_name(seen: Seen) -> Verdict:
+def host_name(seen: Seen) -> Iterator[Finding]:
     """Each host's own name leads to it from elsewhere, and no two hosts are the same machine."""
-    bad: list[Bad] = []
+    if len(seen.hosts) < 2:
+        return
     named: dict[str, str] = {}
     for host, place in seen.section("place").items():
-        if place["hostname"] in named:
-            says = f"is called {place['hostname']}, as {named[place['hostname']]} is: the same machine twice?"
-            bad.append(warn(host, says, "give a machine one line in the hostfile, with all its slots"))
-        named.setdefault(place["hostname"], host)
-        own = place["own_addresses"]
+        name, own = place["hostname"], place["own_addresses"]
+        if name in named:
+            says = f"is called {name}, as {named[name]} is: the same machine twice?"
+            yield warn(host, says, "give a machine one line in the hostfile, with all its slots")
+        named.setdefault(name, host)
         chosen = "GLOO_SOCKET_IFNAME" in seen.section("variables").get(host, {})
         if seen.on_cpu(host) and not chosen and all(map(_is_loopback, own)):
-            says = f"its own name {place['hostname']} leads to {', '.join(own) or 'nothing'}: gloo will listen there"
+            says = f"its own name {name} leads to {', '.join(own) or 'nothing'}: gloo will listen there"
             mend = "write its real address into its /etc/hosts, or set GLOO_SOCKET_IFNAME to its interface"
-            bad.append(fail(host, says, mend))
-    return ("leads to a real address", bad) if len(seen.hosts) > 1 else (None, [])
+            yield fail(host, says, mend)
+    yield well("leads to a real address")
 
 
-def master(seen: Seen) -> Verdict:
-    """The others find the first host, and its port is free."""
+def master(seen: Seen) -> Iterator[Finding]:
+    """The others find the first host, and its two ports are free."""
     places, first, given = seen.section("place"), seen.hosts[0].name, seen.spec.master_addr
     if first not in places:
-        return None, []
-    bad, port = [], seen.spec.master_port
-    if fault := seen.section("port").get(first, {}).get("fault"):
+        return
+    for port, why in seen.section("ports").get(first, {}).get("faults", {}).items():
         mend = f"give another --master_port (ss -ltnp 'sport = :{port}' there says who has it)"
-        bad.append(fail(first, f"port {port} cannot be listened on: {fault}", mend))
+        guards = "" if port == str(seen.spec.master_port) else ", the guards',"
+        yield fail(first, f"port {port}{guards} cannot be listened on: {why}", mend)
     listed = places[first]["addresses"]
     by_address = seen.launcher == "pdsh" and not given
     if by_address and (not listed or _is_loopback(listed[0])):
         says = f"`hostname -I` gives {listed[0] if listed else 'nothing'}, which DeepSpeed takes as master address"
-        bad.append(fail(first, says, f"give --master_addr, an address of {first} that the others reach"))
+        yield fail(first, says, f"give --master_addr, an address of {first} that the others reach")
     # launch/deepspeed.sh gives the name; `deepspeed` alone asks for the address.
     status, name = warn if by_address else fail, given or seen.hosts[0].address
     for host, place in list(places.items())[1:]:
         address = place["master_address"]
         if address is None or _is_loopback(address):
             mend = f"write {name} into DNS or /etc/hosts, or give rank 0's address as --master_addr (MASTER_ADDR)"
-            bad.append(status(host, f"the name {name} leads to {address or 'nothing'}", mend))
-    return f"port {port} is free on {first}", bad
+            yield status(host, f"the name {name} leads to {address or 'nothing'}", mend)
+    yield well(f"port {seen.spec.master_port} and the next are free on {first}")
 
 
-def bandwidth(seen: Seen) -> Verdict:
+def bandwidth(seen: Seen) -> Iterator[Finding]:
     """Ranks start and meet as in training, and no host is much slower than the others."""
     measured = seen.bandwidth
+    if seen.unmeasured:
+        yield warn(HERE, seen.unmeasured, "fix that first")
     if measured is None:
-        return None, [warn(HERE, seen.unmeasured, "fix that first")] if seen.unmeasured else []
-    if measured.faults:
-        return None, [fail(host, what, mend) for host, (what, mend) in measured.faults.items()]
-    if not measured.all_reduce:
-        return "a rank starts", []
-    bad = []
+        return
+    for host, (what, mend) in measured.faults.items():
+        yield fail(host, what, mend)
     says = f"all-reduce {size(measured.all_reduce)}/s, all-gather {size(measured.all_gather)}/s"
     if measured.pairs:
         hosts, links, median = slow(measured.pairs)
         look = "look at its cable, link speed (ethtool, ibstat) and NCCL_SOCKET_IFNAME / NCCL_IB_HCA"
         for host, rate in hosts.items():
-            bad.append(warn(host, f"{size(rate)}/s at best; the hosts' median is {size(median)}/s", look))
+            yield warn(host, f"{size(rate)}/s at best; the hosts' median is {size(median)}/s", look)
         for (a, b), rate in links.items():
-            bad.append(warn(f"{a}, {b}", f"{size(rate)}/s between them; the hosts' median is {size(median)}/s", look))
+            yield warn(f"{a}, {b}", f"{size(rate)}/s between them; the hosts' median is {size(median)}/s", look)
         rates = measured.pairs.values()
         says += f", between two hosts {size(min(rates))}/s to {size(max(rates))}/s"
-    return says, bad
+    yield well(says if measured.all_reduce else "a rank starts")
 
 
-def clock(seen: Seen) -> Verdict:
+def clock(seen: Seen) -> Iterator[Finding]:
     """Clocks agree with the launching machine's: time stamps of files and logs, Slurm's and Kerberos' tickets."""
-    bad = []
     for answer in seen.answers.values():
         if abs(answer.skew_s) > CLOCK_WARN_S:
             status = fail if abs(answer.skew_s) > CLOCK_FAIL_S else warn
             says = f"clock is at least {abs(answer.skew_s):.1f} s {'ahead' if answer.skew_s > 0 else 'behind'}"
-            bad.append(status(answer.host, says, "switch on time synchronisation: timedatectl set-ntp true"))
-    return None if seen.launcher == "local" else "the same, as far as can be seen", bad
+            yield status(answer.host, says, "switch on time synchronisation: timedatectl set-ntp true")
+    if seen.launcher != "local":
+        yield well("the same, as far as can be seen")
 
 
-def ulimits(seen: Seen) -> Verdict:
+def ulimits(seen: Seen) -> Iterator[Finding]:
     """Limits that data loading, sockets and RDMA run into."""
-    bad = []
     where = "in /etc/security/limits.conf there (Slurm: slurmd's unit)"
     for host, facts in seen.section("limits").items():
         limits = facts["ulimits"]
         for name, option, least in LEAST_LIMITS:
             if limits[name] is not None and limits[name] < least:
                 says = f"ulimit -{option} is {limits[name]}, below {least}"
-                bad.append(warn(host, says, f"set {name} to {least} or more {where}"))
+                yield warn(host, says, f"set {name} to {least} or more {where}")
         fabric = seen.section("place").get(host, {}).get("infiniband")
         if fabric and limits["memlock"] is not None and limits["memlock"] < MIN_LOCKED_BYTES:
             says = f"ulimit -l is {size(limits['memlock'])}: RDMA over {fabric[0]} cannot pin its buffers"
-            bad.append(fail(host, says, f"set memlock to unlimited {where}"))
-    return "high enough", bad
+            yield fail(host, says, f"set memlock to unlimited {where}")
+    yield well("high enough")
 
 
-def shm(seen: Seen) -> Verdict:
+def shm(seen: Seen) -> Iterator[Finding]:
     """/dev/shm holds what NCCL and data-loader workers put there."""
-    bad, frees = [], []
-    for host, facts in seen.section("limits").items():
-        frees.append(free := facts["shm_bytes"])
+    frees = {host: facts["shm_bytes"] for host, facts in seen.section("limits").items()}
+    for host, free in frees.items():
         wanted = seen.slots(host) * SHM_WARN_BYTES_A_SLOT
         if free < wanted:
             status, gib = fail if free < SHM_FAIL_BYTES else warn, -(-wanted >> 30)
-            says = f"/dev/shm has {size(free)} free for {seen.slots(host)} slot(s)"
-            bad.append(
-                status(host, says, f"give the container --shm-size={gib}g, or remount /dev/shm with size={gib}g")
-            )
-    return f"at least {size(min(frees, default=0))} free", bad
+            mend = f"give the container --shm-size={gib}g, or remount /dev/shm with size={gib}g"
+            yield status(host, f"/dev/shm has {size(free)} free for {seen.slots(host)} slot(s)", mend)
+    yield well(f"at least {size(min(frees.values(), default=0))} free")
 
 
-def locks(seen: Seen) -> Verdict:
+def locks(seen: Seen) -> Iterator[Finding]:
     """No lock of a compilation that was killed: every later run waits on it without a word."""
-    sections, bad = seen.section("locks"), []
+    sections = seen.section("locks")
     # The folder may be shared: the compiler may run on another host.
     compiling = any(facts["compilers"] for facts in sections.values())
     for host, facts in sections.items():
@@ -206,69 +203,44 @@ def locks(seen: Seen) -> Verdict:
             age, path = lock["age_s"], lock["path"]
             if age < YOUNG_LOCK_S or (compiling and age < OLDEST_LOCK_S):
                 says = f"{path}, {age:.0f} s old: something is being compiled"
-                bad.append(warn(host, says, "wait for it; if no ninja or nvcc runs, remove the lock"))
+                yield warn(host, says, "wait for it; if no ninja or nvcc runs, remove the lock")
             else:
                 says = f"{path}, {age:.0f} s old, and nothing compiles: every run waits on it for ever"
-                bad.append(fail(host, says, f"rm {path}"))
-    return "no stale lock", bad
+                yield fail(host, says, f"rm {path}")
+    yield well("no stale lock")
 
 
-def environment(seen: Seen) -> Verdict:
+def environment(seen: Seen) -> Iterator[Finding]:
     """Variables that matter reach the hosts, and are alike there."""
     found = {
         # PATH of another machine need not be ours; the interpreter goes by its full name.
         host: {name: value for name, value in variables.items() if is_wanted(name) and name != "PATH"}
         for host, variables in seen.section("variables").items()
     }
-    here = {name: value for name, value in seen.variables.items() if seen.launcher == "pdsh" and name != "PATH"}
-    bad: list[Bad] = []
     mend = "python -m mirage_ds.cluster.environment --out FILE, and export DS_ENV_FILE=FILE, before `deepspeed`"
     for host, variables in found.items():
-        lost = [name for name in here if variables.get(name) != here[name]]
+        lost = [name for name, value in seen.variables.items() if variables.get(name) != value]
         if lost:
-            bad.append(warn(host, f"{', '.join(lost)}: set here, not or otherwise there", mend))
-    for name in sorted({name for variables in found.values() for name in variables} - here.keys()):
+            yield warn(host, f"{', '.join(lost)}: set here, not or otherwise there", mend)
+    for name in sorted({name for variables in found.values() for name in variables} - seen.variables.keys()):
         values = {host: variables.get(name) for host, variables in found.items()}
-        status = fail if name == "DS_ACCELERATOR" else warn
-        bad += unlike(values, f"{name} is ", "set it alike on all hosts", status)
-    return "alike", bad
+        yield from unlike(values, f"{name} is ", "set it alike on all hosts", fatal=name == "DS_ACCELERATOR")
+    yield well("alike")
 
 
-def deepspeed_env(seen: Seen) -> Verdict:
+def deepspeed_env(seen: Seen) -> Iterator[Finding]:
     """`.deepspeed_env` is what DeepSpeed's launcher and the hosts' shells can read."""
-    if seen.launcher != "pdsh":
-        return None, []
-    bad = []
     for file, faults in seen.env_files.items():
         for says, _, mend in (fault.rpartition(", ") for fault in faults):
-            bad.append(fail(HERE, f"{file} {says}", mend))
-    return ", ".join(map(str, seen.env_files)) or "none", bad
+            yield fail(HERE, f"{file} {says}", mend)
+    if seen.launcher == "pdsh":
+        yield well(", ".join(map(str, seen.env_files)) or "none", HERE)
 
 
-# In the order in which a job meets what they look at.
-CHECKS: dict[str, Callable[[Seen], Verdict]] = {
-    "ssh": ssh,
-    "probe": probe,
-    "packages": check_run.packages,
-    "code": check_run.code,
-    "gpus": gpus,
-    "host-name": host_name,
-    "master": master,
-    "bandwidth": bandwidth,
-    "clock": clock,
-    "ulimits": ulimits,
-    "shm": shm,
-    "locks": locks,
-    "environment": environment,
-    "deepspeed-env": deepspeed_env,
-    "model": check_run.model,
-    "data": check_run.data,
-    "shared-folder": check_run.shared_folder,
-    "disk": check_run.disk,
-    "ds-config": check_run.ds_config,
-}
-# These look at files of the launching machine alone.
-ABOUT_HERE = ("deepspeed-env", "ds-config")
+# In the order in which a job meets what they look at; a check's name is its function's.
+_IN_ORDER = [ssh, probe, packages, code, gpus, host_name, master, bandwidth, clock, ulimits, shm, locks, environment]
+_IN_ORDER += [deepspeed_env, model, data, shared_folder, disk, ds_config]
+CHECKS = {check.__name__.replace("_", "-"): check for check in _IN_ORDER}
 ORDER = {"fail": 0, "warn": 1, "pass": 2}
 
 
@@ -278,10 +250,10 @@ def run_checks(seen: Seen) -> list[Finding]:
     for name, check in CHECKS.items():
         if not seen.spec.wants(name):
             continue
-        says, bad = check(seen)
-        findings += [Finding(name, *one) for one in bad]
+        found = [one._replace(check=name) for one in check(seen)]
+        bad = [one for one in found if one.status != "pass"]
         # Hosts that did not answer are no part of a pass.
-        about = [HERE] if name in ABOUT_HERE else list(seen.facts)
-        if not bad and says is not None:
-            findings += [Finding(name, host, "pass", says) for host in about]
+        findings += bad or [
+            one._replace(host=host) for one in found for host in ([one.host] if one.host else seen.facts)
+        ]
     return sorted(findings, key=lambda finding: ORDER[finding.status])

@@ -1,69 +1,35 @@
-"""`mirage-ds doctor`: its flags and the command. Imports little, so that `--help` is quick."""
+"""`mirage-ds doctor`: the command, and how it shows what was found. Imports little, so that `--help` is quick."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
+from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.config.flags import build_model, model_options
+from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.errors import EXIT_USER_ERROR, UserError, closest
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-class DoctorSpec(BaseModel):
-    """What is looked at. The run's own flags keep their names and meaning; all are optional."""
+    from mirage_ds.cluster.doctor.finding import Finding, Seen
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    hostfile: Path | None = Field(None, description="The hostfile of `deepspeed --hostfile`; hosts are asked over ssh.")
-    slurm: bool = Field(False, description="Look at the nodes of the Slurm job that this is called in.")
-    model: str | None = Field(None, description="The run's model folder or hub id.")
-    load_model_path: Path | None = Field(None, description="The run's start weights.")
-    data_path: Path | tuple[Path, ...] | None = Field(None, description="The run's records, all of them.")
-    eval_data_path: Path | None = Field(None, description="The records whose loss the run measures.")
-    image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
-    save_model_path: Path | None = Field(None, description="The run folder: shared, free space, write speed.")
-    cache_dir: Path | None = Field(None, description="The run's cache of hub downloads.")
-    deepspeed: Path | None = Field(None, description="The run's DeepSpeed JSON.")
-    keep_checkpoints: PositiveInt = Field(2, description="Sharded checkpoints that stay on the disk.")
-    master_port: PositiveInt = Field(29500, le=65535, description="Port of rank 0, as given to the launcher.")
-    master_addr: str | None = Field(None, description="Address of rank 0. [default: what DeepSpeed would take]")
-    bandwidth: bool = Field(True, description="Start a rank on every slot and measure between them.")
-    timeout_s: PositiveFloat = Field(12, description="Seconds a host has to answer; bandwidth has its own minutes.")
-    only: list[str] = Field([], description="Run these checks alone, by the names of the table.")
-
-    def wants(self, check: str) -> bool:
-        """Whether a check is to be run."""
-        return not self.only or check in self.only
-
-    def models(self) -> dict[str, str]:
-        """Return flag → model folder or hub id; the one that gives the weights first."""
-        named = {"--load_model_path": self.load_model_path, "--model": self.model}
-        return {flag: str(name) for flag, name in named.items() if name is not None}
-
-    def files(self) -> dict[str, Path]:
-        """Return flag → file that every host reads."""
-        from mirage_ds.config.mixture import parse_part
-
-        files = {"--eval_data_path": self.eval_data_path, "--deepspeed": self.deepspeed}
-        if isinstance(self.data_path, tuple) and len(self.data_path) > 1:
-            # Weights are the training's business.
-            parts = enumerate(self.data_path, 1)
-            files |= {f"--data_path {number}": parse_part(str(part)).file for number, part in parts}
-        elif self.data_path:
-            files["--data_path"] = self.data_path[0] if isinstance(self.data_path, tuple) else self.data_path
-        return {flag: path for flag, path in files.items() if path is not None}
+COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+MOST_NAMES = 3
 
 
 def _run_settings(file: Path) -> dict[str, Any]:
     """Return what a run's YAML says of the things that are looked at here."""
-    from mirage_ds.config.run import RunConfig, read_yaml
-
     values = {str(key).replace("-", "_"): value for key, value in read_yaml(file).items()}
     for name in values:
         if name not in RunConfig.model_fields:
@@ -84,15 +50,13 @@ def doctor(yaml_file: Path | None, wants_json: bool, **flags: Any) -> None:
 
     from mirage_ds.cluster.doctor.checks import CHECKS, run_checks
     from mirage_ds.cluster.doctor.examine import examine
-    from mirage_ds.cluster.doctor.report import as_json, print_table
 
-    spec = build_model(DoctorSpec, flags, _run_settings(yaml_file) if yaml_file else None, source=str(yaml_file))
     # `-` and `_` are alike in choices, as everywhere.
-    only = [name.replace("_", "-") for name in spec.only]
-    for name in only:
+    flags["only"] = tuple(name.replace("_", "-") for name in flags["only"])
+    spec = build_model(DoctorSpec, flags, _run_settings(yaml_file) if yaml_file else None, source=str(yaml_file))
+    for name in spec.only:
         if name not in CHECKS:
             raise UserError(f"--only {name}: no such check{closest(name, CHECKS)}; there are {', '.join(CHECKS)}")
-    spec = spec.model_copy(update={"only": only})
     begin = time.monotonic()
     with Console(stderr=True).status("asking the hosts"):
         seen = examine(spec, os.environ)
@@ -104,3 +68,45 @@ def doctor(yaml_file: Path | None, wants_json: bool, **flags: Any) -> None:
         print_table(findings, seen, seconds, Console())
     if any(finding.status == "fail" for finding in findings):
         sys.exit(EXIT_USER_ERROR)
+
+
+def print_table(findings: Sequence[Finding], seen: Seen, seconds: float, console: Console) -> None:
+    """Print a row for all hosts that say the same, failures first; then how long it took and the number of rows."""
+    from rich import box
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    alike: dict[Finding, list[str]] = {}
+    for finding in findings:
+        alike.setdefault(finding._replace(host=""), []).append(finding.host)
+    titles = ("", "check", "host", "what is seen", "how to fix it")
+    table = Table(*(Column(title, overflow="fold") for title in titles), box=box.SIMPLE, pad_edge=False)
+    for row, names in alike.items():
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        host = ", ".join(names[:MOST_NAMES]) + more
+        host = f"all {len(names)}" if len(names) == len(seen.hosts) > 1 else host
+        # Text, not str: rich would read brackets in a path as markup.
+        table.add_row(Text(row.status, COLOURS[row.status]), *map(Text, (row.check, host, row.says, row.mend)))
+    console.print(table)
+    counts = Counter(row.status for row in alike)
+    said = ", ".join(f"{counts[status]} {status}" for status in ("fail", "warn", "pass"))
+    slots = sum(host.slots for host in seen.hosts)
+    last = f"{len(seen.hosts)} host(s), {slots} slot(s), {seconds:.1f} s: {said}"
+    console.print(last, markup=False, highlight=False)
+
+
+def as_json(findings: Sequence[Finding], seen: Seen, seconds: float) -> str:
+    """Return everything as one JSON object: ok, seconds, hosts, findings, bandwidth, facts."""
+    bandwidth = seen.bandwidth and {
+        **asdict(seen.bandwidth),
+        "pairs": [[*pair, rate] for pair, rate in seen.bandwidth.pairs.items()],
+    }
+    found = {
+        "ok": all(finding.status != "fail" for finding in findings),
+        "seconds": round(seconds, 2),
+        "hosts": [host._asdict() for host in seen.hosts],
+        "findings": [finding._asdict() for finding in findings],
+        "bandwidth": bandwidth,
+        "facts": seen.facts,
+    }
+    return json.dumps(found, indent=1)

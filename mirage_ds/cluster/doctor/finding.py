@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from rich.filesize import decimal
+
 from mirage_ds.cluster.doctor.bandwidth import Bandwidth
-from mirage_ds.cluster.doctor.command import DoctorSpec
-from mirage_ds.cluster.doctor.transport import Answer
+from mirage_ds.cluster.doctor.spec import DoctorSpec
+from mirage_ds.cluster.doctor.transport import Answer, Reach
 from mirage_ds.cluster.hosts import Host
 
-Status = Literal["pass", "warn", "fail"]
-# How ranks get to the hosts: `deepspeed --hostfile`, srun, or not at all.
-Launcher = Literal["pdsh", "slurm", "local"]
 # What probe.py says of one host: section → facts.
 Facts = dict[str, Any]
-# (host, status, what is seen, how to fix it) of what is not right.
-Bad = tuple[str, Status, str, str]
-# A check's verdict: what a pass says, None where the check does not apply; and what is not right.
-Verdict = tuple[str | None, list[Bad]]
 # The "host" of findings about the launching machine's own files.
 HERE = "here"
 
@@ -37,33 +32,33 @@ class Finding(NamedTuple):
 
     check: str
     host: str
-    status: Status
+    status: Literal["pass", "warn", "fail"]
     says: str
     mend: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seen:
-    """Everything that is known: what the checks are functions of.
+    """The job's hosts and everything that is known of them: what the checks are functions of.
 
     Attributes:
+        launcher: how ranks get to the hosts: `deepspeed --hostfile`, srun, or not at all.
+        hosts: in the order of ranks; slots are 0 where only the host can say how many GPUs it has.
+        env_files: DeepSpeed's environment files on the launching machine → lines that stop the launch.
+        variables: of the launching machine, what ranks should have too.
         answers: host → how asking it went.
         facts: host → what its probe says, of the hosts that answered, in the order of `hosts`.
-        variables: of the launching machine, what ranks should have too.
-        env_files: DeepSpeed's environment files on the launching machine → lines that stop the launch.
-        model_fault: what is wrong with the model's folder, where the launching machine has it.
         bandwidth: None where it was not measured; unmeasured: why, where it should have been.
     """
 
     spec: DoctorSpec
-    launcher: Launcher
+    launcher: Literal["pdsh", "slurm", "local"]
     hosts: tuple[Host, ...]
-    answers: Mapping[str, Answer]
-    facts: Mapping[str, Facts]
-    variables: Mapping[str, str] = field(default_factory=dict)
+    reach: Reach
     env_files: Mapping[Path, list[str]] = field(default_factory=dict)
-    has_pdsh: bool = True
-    model_fault: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    answers: Mapping[str, Answer] = field(default_factory=dict)
+    facts: Mapping[str, Facts] = field(default_factory=dict)
     bandwidth: Bandwidth | None = None
     unmeasured: str = ""
 
@@ -80,30 +75,30 @@ class Seen:
         return self.section("variables").get(host, {}).get("DS_ACCELERATOR") == "cpu"
 
 
-def fail(host: str, says: str, mend: str) -> Bad:
+def fail(host: str, says: str, mend: str) -> Finding:
     """Say that the run would break."""
-    return host, "fail", says, mend
+    return Finding("", host, "fail", says, mend)
 
 
-def warn(host: str, says: str, mend: str) -> Bad:
+def warn(host: str, says: str, mend: str) -> Finding:
     """Say that the run would go, slower or otherwise than meant."""
-    return host, "warn", says, mend
+    return Finding("", host, "warn", says, mend)
 
 
-def unlike(values: Mapping[str, Any], what: str, mend: str, status: Callable[[str, str, str], Bad] = fail) -> list[Bad]:
+def well(says: str, host: str = "") -> Finding:
+    """Say what a pass says: of one host, or else of all that answered. It counts where nothing else is found."""
+    return Finding("", host, "pass", says)
+
+
+def unlike(values: Mapping[str, Any], what: str, mend: str, fatal: bool = True) -> Iterator[Finding]:
     """Name each host whose value differs from the first host's."""
     first_host, first = next(iter(values.items()), ("", None))
-    return [
-        status(host, f"{what}{value or 'not set'}, on {first_host} {first or 'not set'}", mend)
-        for host, value in values.items()
-        if value != first
-    ]
+    for host, value in values.items():
+        if value != first:
+            says = f"{what}{value or 'not set'}, on {first_host} {first or 'not set'}"
+            yield (fail if fatal else warn)(host, says, mend)
 
 
 def size(count: float) -> str:
     """Write bytes for people, in powers of ten as disks and networks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+    return decimal(round(count))

@@ -5,7 +5,6 @@ What cannot be found out is a fact too: its section is missing, and `errors` say
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -29,15 +28,7 @@ Request = dict[str, Any]
 
 # Lines of ours begin with it; a login script may print lines of its own.
 SIGN = "\x1emirage-doctor "
-GPU_FIELDS = (
-    "index",
-    "name",
-    "uuid",
-    "driver_version",
-    "memory.total",
-    "memory.used",
-    "ecc.errors.uncorrected.volatile.total",
-)
+GPU_FIELDS = "index,name,uuid,driver_version,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
 COMPILERS = frozenset(("ninja", "nvcc", "cicc", "ptxas", "cc1plus", "c++", "g++"))
 # The write test ends here, however slow the disk.
 WRITE_LIMIT_S = 3.0
@@ -89,9 +80,8 @@ def python(request: Request) -> dict[str, Any]:
     return {"version": platform.python_version(), "path": sys.executable, "packages": found}
 
 
-def code(request: Request) -> dict[str, Any]:
+def code(_: Request) -> dict[str, Any]:
     """Where `mirage_ds` would be imported from, the hash of its source, its git commit."""
-    del request
     spec = importlib.util.find_spec("mirage_ds")
     if spec is None or spec.origin is None:
         return {"folder": None}
@@ -108,13 +98,12 @@ def code(request: Request) -> dict[str, Any]:
     return facts
 
 
-def gpus(request: Request) -> dict[str, Any]:
+def gpus(_: Request) -> dict[str, Any]:
     """What nvidia-smi says, where it is installed; memory in MiB."""
-    del request
     if not shutil.which("nvidia-smi"):
         return {"there": Path("/dev/nvidiactl").exists(), "gpus": []}
     form = "--format=csv,noheader,nounits"
-    seen = run("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", form)
+    seen = run("nvidia-smi", f"--query-gpu={GPU_FIELDS}", form)
     if seen.returncode:
         words = (seen.stdout + seen.stderr).strip().splitlines() or [f"exit code {seen.returncode}"]
         return {"there": True, "gpus": [], "fault": words[0]}
@@ -123,30 +112,17 @@ def gpus(request: Request) -> dict[str, Any]:
     found = []
     for line in seen.stdout.splitlines():
         index, name, uuid, driver, total, used, faults = (part.strip() for part in line.split(","))
-        found.append(
-            {
-                "index": int(index),
-                "name": name,
-                "driver": driver,
-                "total_mib": int(total),
-                "used_mib": int(used),
-                # "[N/A]" where the GPU has no ECC memory.
-                "ecc_faults": int(faults) if faults.isdecimal() else 0,
-                "pids": [int(pid) for holder, pid in pairs if holder == uuid],
-            }
-        )
+        facts = {"index": int(index), "name": name, "driver": driver, "total_mib": int(total), "used_mib": int(used)}
+        # "[N/A]" where the GPU has no ECC memory.
+        facts["ecc_faults"] = int(faults) if faults.isdecimal() else 0
+        found.append({**facts, "pids": [int(pid) for holder, pid in pairs if holder == uuid]})
     return {"there": True, "gpus": found}
 
 
-def limits(request: Request) -> dict[str, Any]:
+def limits(_: Request) -> dict[str, Any]:
     """Soft ulimits (None: unlimited), in files, bytes and processes, and the bytes of /dev/shm."""
-    del request
-    kinds = {
-        "nofile": resource.RLIMIT_NOFILE,
-        "memlock": resource.RLIMIT_MEMLOCK,
-        "nproc": resource.RLIMIT_NPROC,
-    }
-    soft = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
+    names = ("nofile", "memlock", "nproc")
+    soft = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[0] for name in names}
     shm = os.statvfs("/dev/shm")
     return {
         "ulimits": {name: None if value == resource.RLIM_INFINITY else value for name, value in soft.items()},
@@ -154,9 +130,8 @@ def limits(request: Request) -> dict[str, Any]:
     }
 
 
-def locks(request: Request) -> dict[str, Any]:
+def locks(_: Request) -> dict[str, Any]:
     """Lock files of torch's compiled extensions, with their age, and the compilers at work."""
-    del request
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
     found = [*root.glob("*/lock"), *root.glob("*/*/lock")] if root.is_dir() else []
@@ -182,25 +157,24 @@ def variables(request: Request) -> dict[str, str]:
     }
 
 
-def port(request: Request) -> dict[str, Any]:
-    """On the first host: whether the master's port can be listened on, and one that can."""
+def _why_taken(port: int) -> str | None:
+    """Say why nobody can listen on a port; None where it is free."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+    except OSError as error:
+        return os.strerror(error.errno or 0)
+    return None
+
+
+def ports(request: Request) -> dict[str, Any]:
+    """On the first host: why the ranks' port or the next one, the guards', cannot be had; and two that can."""
     if request["number"]:
         return {}
-    wanted: int = request["port"]
-    fault = None
-    for family, anywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
-        try:
-            with socket.socket(family) as test:
-                test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                test.bind((anywhere, wanted))
-                test.listen(1)
-        except OSError as error:
-            # A machine without IPv6 is no fault.
-            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                fault = os.strerror(error.errno or 0)
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return {"fault": fault, "free": free.getsockname()[1]}
+    wanted: int = request["master_port"]
+    faults = {port: why for port in (wanted, wanted + 1) if (why := _why_taken(port))}
+    pairs = (port for port in (wanted, *range(20000, 65000, 2)) if not _why_taken(port) and not _why_taken(port + 1))
+    return {"faults": faults, "free": next(pairs)}
 
 
 def folder(request: Request) -> dict[str, Any]:
@@ -293,7 +267,7 @@ def data(request: Request) -> dict[str, Any]:
             with open(name, encoding="utf-8") as file:
                 line = next((line for line in file if line.strip()), "{}")
             facts["bytes"] = os.stat(name).st_size
-            if flag in request["records"]:
+            if "data_path" in flag:
                 missing = _images(line, Path(name).parent, request["image_root"])
                 facts["fault"] = missing and f"the first record's image {missing} cannot be read"
         except OSError as error:
@@ -305,7 +279,7 @@ def data(request: Request) -> dict[str, Any]:
 
 
 SECTIONS: list[Callable[[Request], dict[str, Any]]]
-SECTIONS = [place, python, code, gpus, limits, locks, variables, port, models, data, folder]
+SECTIONS = [place, python, code, gpus, limits, locks, variables, ports, models, data, folder]
 
 
 def probe(request: Request) -> dict[str, Any]:

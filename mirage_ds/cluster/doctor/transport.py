@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
-from importlib.resources import files
 from typing import Any, NamedTuple
 
 from mirage_ds.cluster.doctor.probe import SIGN
@@ -36,36 +35,21 @@ EXPORTED = ("PYTHON", "MLFLOW", "MV2", "UCX")
 GRACE_S = 1.0
 
 
-# What ssh or srun says when a host cannot be asked → (what it means, how to fix it). The first that fits counts.
+# What ssh or srun says when a host cannot be asked → (what it means, how to fix it). The first that fits counts; in all
+# other cases their own last line is told.
 FAULTS = {
     # A shell's exit codes for it, and srun's words.
     r"exit code 12[67]|execve": (
         "has no such interpreter",
         "install the environment under the same path on every host, or on a disk that all see: {python}",
     ),
-    "IDENTIFICATION HAS CHANGED": (
-        "host key has changed",
-        "find out why; if it was installed anew: ssh-keygen -R {host}, then ssh {host} once by hand",
-    ),
     "Host key verification failed": (
-        "host key is not known here",
-        "ssh {host} once by hand, or ssh-keyscan {host} >> ~/.ssh/known_hosts",
+        "host key is not known here, or has changed",
+        "ssh {host} once by hand; if its key has changed, find out why, then ssh-keygen -R {host} first",
     ),
     "Permission denied": (
         "ssh key is refused",
         "ssh-copy-id {host}; the key needs to have no passphrase, or to be in an ssh-agent",
-    ),
-    "Connection refused": (
-        "refuses the connection: no sshd listens there",
-        "start sshd on {host}, or write its port into ~/.ssh/config",
-    ),
-    "Could not resolve|Name or service not known|Invalid node name|Unable to contact slurm|node.* not in this job": (
-        "name cannot be resolved",
-        "write {host} as DNS, /etc/hosts, ~/.ssh/config or Slurm has it",
-    ),
-    "timed out|No route to host|Network is unreachable|Connection reset|Connection closed|not responding": (
-        "cannot be reached",
-        "see whether {host} is up, and look at its cable, address and firewall",
     ),
 }
 
@@ -87,11 +71,6 @@ class Answer(NamedTuple):
     mend: str = ""
     skew_s: float = 0.0
     ended_s: float = 0.0
-
-
-def probe_source() -> str:
-    """Return the text of probe.py."""
-    return (files("mirage_ds.cluster.doctor") / "probe.py").read_text(encoding="utf-8")
 
 
 def local(host: str) -> list[str]:
@@ -137,22 +116,19 @@ def explain(said: str, code: int, host: str) -> tuple[str, str]:
         if re.search(pattern, f"{said}\nexit code {code}"):
             return what, mend.format(host=host, python=sys.executable)
     last = (said.strip().splitlines() or ["it said nothing"])[-1]
-    return f"gave no answer (exit code {code}): {last}", f"run {sys.executable} --version on {host} by hand"
+    mend = f"see whether {host} is up, and its name, address, cable and firewall; try {sys.executable} --version there"
+    return f"gave no answer (exit code {code}): {last}", mend
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    # srun cancels its step on SIGTERM; killed at once it would leave it.
-    process.terminate()
-    try:
-        process.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-
-
-def _end_all(running: list[subprocess.Popen[str]]) -> None:
-    for process in running:
-        if process.poll() is None:
-            _end(process)
+def _end(*processes: subprocess.Popen[str]) -> None:
+    for process in processes:
+        # srun cancels its step on SIGTERM; killed at once it would leave it.
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _skew(said: float, asked_at: float, heard_at: float) -> float:
@@ -164,18 +140,13 @@ def _ask(
     host: str, command: list[str], source: str, request: dict[str, Any], running: list[subprocess.Popen[str]]
 ) -> Answer:
     lines: list[dict[str, Any]] = []
-    skew_s, limit_s, asked_at, late = 0.0, request["limit_s"], time.time(), threading.Event()
-
-    def give_up() -> None:
-        late.set()
-        _end(process)
-
+    skew_s, limit_s, asked_at, begin = 0.0, request["limit_s"], time.time(), time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
         )
         running.append(process)
-        timer = threading.Timer(limit_s, give_up)
+        timer = threading.Timer(limit_s, _end, [process])
         timer.start()
         assert process.stdin
         assert process.stdout
@@ -196,7 +167,7 @@ def _ask(
         errors.seek(0)
         said = errors.read()
     what, mend = "", ""
-    if late.is_set():
+    if code and ended_s - begin >= limit_s:
         what = f"gave no answer within {limit_s:g} s"
         mend = f"see whether {host} is up and whether a network disk hangs there"
     elif not lines:
@@ -234,7 +205,6 @@ def ask_all(
                 if together and done.result().fault:
                     wait(asked, GRACE_S)
                     break
-            _end_all(running)
-            return [answer.result() for answer in asked]
         finally:
-            _end_all(running)
+            _end(*running)
+        return [answer.result() for answer in asked]

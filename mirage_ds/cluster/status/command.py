@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -23,19 +24,17 @@ def status(runs: tuple[Path, ...], wants_json: bool, watch: float | None) -> Non
     """
     from rich.console import Console
 
-    from mirage_ds.cluster.status.facts import find_run, read_facts
+    from mirage_ds.cluster.status.facts import Facts, find_run
     from mirage_ds.cluster.status.show import print_one, print_several
     from mirage_ds.cluster.status.summary import summary
     from mirage_ds.errors import Stopped
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        # A line of a file or a pipe is as long as it is.
-        console = Console(highlight=False, width=WIDE)
+    # A line of a file or a pipe is as long as it is.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     folders = [find_run(run) for run in runs]
     try:
         while True:
-            found = [summary(read_facts(folder), time.time()) for folder in folders]
+            found = [summary(Facts(folder), time.time()) for folder in folders]
             if wants_json:
                 click.echo(json.dumps(found[0] if len(found) == 1 else {"runs": found}, ensure_ascii=False))
             else:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,6 @@ from mirage_ds.errors import UserError
 from mirage_ds.run import events
 
 Line = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """A run as its files show it.
-
-    Attributes:
-        folder: its --save_model_path.
-        settings: config.yaml; start: run.json. Empty where they are not there yet.
-        events: of events.jsonl; verdicts: the guards', of faults.jsonl; not_finite: steps that were skipped.
-        steps, evaluations: the lines of log.jsonl, one a step.
-        logged: when log.jsonl was last written to, without one config.yaml, in seconds since 1970.
-        skipped_records: lines of skipped.jsonl.
-        best: best.json, or None.
-        saved: (step, when) of the newest whole checkpoint that a resume would take; damaged: names of newer ones.
-    """
-
-    folder: Path
-    settings: dict[str, Any]
-    start: dict[str, Any]
-    events: list[Line]
-    verdicts: list[Line]
-    not_finite: list[Line]
-    steps: list[Line]
-    evaluations: list[Line]
-    logged: float
-    skipped_records: int
-    best: Line | None
-    saved: tuple[int, float] | None
-    damaged: list[str]
 
 
 def find_run(path: Path) -> Path:
@@ -99,17 +68,20 @@ def _object(file: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def by_step(lines: Iterable[Line]) -> list[Line]:
-    """Keep of each step the last line: a run that goes on from a checkpoint takes some steps again."""
-    return list({line["step"]: line for line in lines}.values())
-
-
 def split_log(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
-    """Return a log's steps and its evaluations, each in order and once."""
-    known = [line for line in lines if isinstance(line.get("step"), int)]
-    steps = sorted(by_step(line for line in known if "seconds" in line), key=lambda one: one["step"])
-    measured = (line for line in known if any(name.startswith("eval_") for name in line))
-    return steps, sorted(by_step(measured), key=lambda one: one["step"])
+    """Return a log's steps and its evaluations, in order; the last line of each step counts.
+
+    A run that goes on from a checkpoint takes some steps again.
+    """
+    steps: dict[int, Line] = {}
+    evaluations: dict[int, Line] = {}
+    for line in lines:
+        if isinstance(line.get("step"), int):
+            if "seconds" in line:
+                steps[line["step"]] = line
+            if any(name.startswith("eval_") for name in line):
+                evaluations[line["step"]] = line
+    return [steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)]
 
 
 def _changed(file: Path) -> float:
@@ -119,38 +91,44 @@ def _changed(file: Path) -> float:
         return 0.0
 
 
-def read_facts(folder: Path) -> Facts:
-    """Read a run.
+class Facts:
+    """A run as its files show it.
 
-    Args:
-        folder: as find_run returns it.
+    Attributes:
+        folder: its --save_model_path.
+        settings: config.yaml; start: run.json. Empty where they are not there yet.
+        events: of events.jsonl; verdicts: the guards', of faults.jsonl; not_finite: steps that were skipped.
+        steps, evaluations: the lines of log.jsonl, one a step.
+        logged: when log.jsonl was last written to, without one config.yaml, in seconds since 1970.
+        skipped_records: lines of skipped.jsonl.
+        best: best.json, or None.
+        saved: (step, when) of the newest whole checkpoint that a resume would take; damaged: names of newer ones.
     """
-    own = folder / "run"
-    steps, evaluations = split_log(json_lines(own / "log.jsonl"))
-    damaged: list[str] = []
-    saved = None
-    for place in candidates(own / "checkpoints"):
-        if is_whole(place):
-            saved = (step_of(place), _changed(place / MANIFEST))
-            break
-        damaged.append(place.name)
-    noted = json_lines(own / events.FILE)
-    if saved is not None:
-        # A copied folder has other dates.
-        ends = [one["time"] for one in noted if one.get("event") == events.SAVE_ENDS and one.get("step") == saved[0]]
-        saved = (saved[0], ends[-1] if ends else saved[1])
-    return Facts(
-        folder=folder,
-        settings=_object(own / "config.yaml") or {},
-        start=_object(own / "run.json") or {},
-        events=[one for one in noted if isinstance(one.get("event"), str) and isinstance(one.get("time"), float)],
-        verdicts=[one for one in json_lines(own / "faults.jsonl") if one.get("code") and one.get("why")],
-        not_finite=json_lines(own / "not_finite.jsonl"),
-        steps=steps,
-        evaluations=evaluations,
-        logged=_changed(own / "log.jsonl") or _changed(own / "config.yaml"),
-        skipped_records=len(json_lines(own / "skipped.jsonl")),
-        best=_object(folder / "best" / "best.json"),
-        saved=saved,
-        damaged=damaged,
-    )
+
+    def __init__(self, folder: Path):
+        """Read a run; `folder` is what find_run returns."""
+        own = folder / "run"
+        self.folder = folder
+        self.settings = _object(own / "config.yaml") or {}
+        self.start = _object(own / "run.json") or {}
+        noted = json_lines(own / events.FILE)
+        self.events = [one for one in noted if isinstance(one.get("event"), str) and isinstance(one.get("time"), float)]
+        self.verdicts = [one for one in json_lines(own / "faults.jsonl") if one.get("code") and one.get("why")]
+        self.not_finite = json_lines(own / "not_finite.jsonl")
+        self.steps, self.evaluations = split_log(json_lines(own / "log.jsonl"))
+        self.logged = _changed(own / "log.jsonl") or _changed(own / "config.yaml")
+        self.skipped_records = len(json_lines(own / "skipped.jsonl"))
+        self.best = _object(folder / "best" / "best.json")
+        self.saved: tuple[int, float] | None = None
+        self.damaged: list[str] = []
+        for place in candidates(own / "checkpoints"):
+            if is_whole(place):
+                self.saved = (step_of(place), self._saved_at(place))
+                break
+            self.damaged.append(place.name)
+
+    def _saved_at(self, checkpoint: Path) -> float:
+        """Return when a checkpoint was whole; a copied folder has other dates than its events."""
+        ends = [one for one in self.events if one["event"] == events.SAVE_ENDS]
+        times = [float(one["time"]) for one in ends if one.get("step") == step_of(checkpoint)]
+        return times[-1] if times else _changed(checkpoint / MANIFEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,25 +142,7 @@ def print_several(several: Sequence[Summary], console: Console) -> None:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """Leave out the folders that all paths begin and end with; one path keeps its last folder.
-
-    runs/a/stage2 and runs/b/stage2 are "a" and "b"; runs/x and runs/x/again are "x" and "x/again".
-    """
-    parts = [folder.resolve().parts for folder in folders]
-    if len(set(parts)) == 1:
-        return [one[-1] for one in parts]
-    shortest = min(map(len, parts))
-    begin = _common(parts, shortest)
-    # What is left of the shortest path: not all of it may go.
-    end = _common([one[::-1] for one in parts], shortest - begin)
-    if begin + end == shortest:
-        begin, end = (begin, end - 1) if end else (begin - 1, end)
-    return ["/".join(one[begin : len(one) - end]) for one in parts]
-
-
-def _common(parts: Sequence[Sequence[str]], most: int) -> int:
-    """Count the folders that all begin with."""
-    count = 0
-    while count < most and len({one[count] for one in parts}) == 1:
-        count += 1
-    return count
+    """Leave out the folders that all paths begin with; every path keeps at least its last folder."""
+    paths = [folder.resolve() for folder in folders]
+    above = os.path.commonpath([path.parent for path in paths])
+    return [str(path.relative_to(above)) for path in paths]

@@ -24,14 +24,13 @@ from hypothesis import strategies as st
 from support.group import free_port
 
 from mirage_ds.cli import main
-from mirage_ds.cluster.doctor import bandwidth
-from mirage_ds.cluster.doctor.bandwidth import Bandwidth, judge, rounds, slow
+from mirage_ds.cluster.doctor import bandwidth, check_run, checks
+from mirage_ds.cluster.doctor.bandwidth import Bandwidth, counterparts, judge, rounds, slow
 from mirage_ds.cluster.doctor.checks import CHECKS, run_checks
-from mirage_ds.cluster.doctor.command import DoctorSpec
+from mirage_ds.cluster.doctor.command import as_json, print_table
 from mirage_ds.cluster.doctor.finding import HERE, Finding, Seen
-from mirage_ds.cluster.doctor.rank import counterparts
-from mirage_ds.cluster.doctor.report import as_json, print_table
-from mirage_ds.cluster.doctor.transport import Answer, _skew
+from mirage_ds.cluster.doctor.spec import DoctorSpec
+from mirage_ds.cluster.doctor.transport import Answer, _skew, local
 from mirage_ds.cluster.environment import parse
 from mirage_ds.cluster.guard.client import Client
 from mirage_ds.cluster.guard.hub import Member, judge_gathering
@@ -77,7 +76,7 @@ def host_facts(number: int) -> dict[str, Any]:
         },
         "locks": {"locks": [], "compilers": []},
         "variables": {"NCCL_DEBUG": "WARN", "PATH": f"/{number}"},
-        "port": {"fault": None, "free": 40000} if number == 0 else {},
+        "ports": {"faults": {}, "free": 40000} if number == 0 else {},
         "models": {"--model": copy.deepcopy(MODEL)},
         "data": {"--data_path": {"bytes": 1000, "fault": None}, "--deepspeed": {"bytes": 100, "fault": None}},
         "folder": {"there": True, "shared": True, "free_bytes": 1000 * GB, "write_bytes_s": 2e9},
@@ -85,8 +84,9 @@ def host_facts(number: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def healthy(tmp_path: Path) -> Seen:
+def healthy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Three hosts of two GPUs on which nothing is wrong, under pdsh."""
+    monkeypatch.setattr(checks, "which", lambda name: f"/usr/bin/{name}")
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
     return Seen(
         spec=DoctorSpec(
@@ -96,9 +96,10 @@ def healthy(tmp_path: Path) -> Seen:
             save_model_path=Path("/runs/x"),
         ),
         launcher="pdsh",
-        variables={"NCCL_DEBUG": "WARN", "PATH": "/here"},
-        env_files={Path(".deepspeed_env"): []},
         hosts=tuple(Host(name, 2) for name in NAMES),
+        reach=local,
+        env_files={Path(".deepspeed_env"): []},
+        variables={"NCCL_DEBUG": "WARN"},
         answers={name: Answer(name, []) for name in NAMES},
         facts={name: host_facts(number) for number, name in enumerate(NAMES)},
         bandwidth=Bandwidth(
@@ -185,7 +186,7 @@ ON_ONE_HOST: dict[str, tuple[Change, str, str, str, str]] = {
                       "ulimit -l is 65.5 kB: RDMA over mlx5_0", "memlock"),
     "small shm": (set_at("limits", "shm_bytes", to=67_108_864), "shm", "fail",
                   "/dev/shm has 67.1 MB free for 2 slot(s)", "--shm-size=2g"),
-    "smallish shm": (set_at("limits", "shm_bytes", to=GB), "shm", "warn", "/dev/shm has 1 GB", "--shm-size=2g"),
+    "smallish shm": (set_at("limits", "shm_bytes", to=GB), "shm", "warn", "/dev/shm has 1.0 GB", "--shm-size=2g"),
     "stale lock": (set_at("locks", "locks", to=[LOCK]), "locks", "fail", "4000 s old, and nothing compiles",
                    f"rm {LOCK['path']}"),
     "young lock": (set_at("locks", "locks", to=[{**LOCK, "age_s": 30.0}]), "locks", "warn",
@@ -213,10 +214,10 @@ ON_ONE_HOST: dict[str, tuple[Change, str, str, str, str]] = {
     "run folder read-only": (lambda facts: facts["folder"].update(fault="Read-only file system"), "disk", "fail",
                              "cannot be written to: Read-only file system", "mount options"),
     "disk full": (set_at("folder", "free_bytes", to=200 * GB), "disk", "warn",
-                  "200 GB free; 3 checkpoints and the model of 7,000,000,000 weights need 266 GB",
+                  "200.0 GB free; 3 checkpoints and the model of 7,000,000,000 weights need 266.0 GB",
                   "--keep_checkpoints"),
     "disk slow": (set_at("folder", "write_bytes_s", to=5e6), "disk", "warn",
-                  "writes 5 MB/s, synced, 3 host(s) at once: a checkpoint takes about 93.3 min", "--save_every"),
+                  "writes 5.0 MB/s, synced, 3 host(s) at once: a checkpoint takes about 93.3 min", "--save_every"),
 }  # fmt: skip
 
 
@@ -282,11 +283,12 @@ def test_no_gpu_anywhere_is_a_warning(healthy: Seen) -> None:
     assert [(one.check, one.host, one.status) for one in bad(healthy)] == [("gpus", name, "warn") for name in NAMES]
 
 
-def test_a_taken_master_port_fails_on_the_first_host(healthy: Seen) -> None:
-    healthy.facts["a"]["port"]["fault"] = "Address already in use"
+@pytest.mark.parametrize(("port", "says"), [(29500, "port 29500"), (29501, "port 29501, the guards',")])
+def test_a_taken_port_fails_on_the_first_host(port: int, says: str, healthy: Seen) -> None:
+    healthy.facts["a"]["ports"]["faults"] = {str(port): "Address already in use"}
     (found,) = bad(healthy)
     assert (found.check, found.host, found.status) == ("master", "a", "fail")
-    assert "port 29500" in found.says
+    assert found.says == f"{says} cannot be listened on: Address already in use"
     assert "--master_port" in found.mend
 
 
@@ -331,9 +333,10 @@ def test_a_model_folder_that_no_host_has_fails_on_all(healthy: Seen) -> None:
     assert [(one.check, one.host, one.status) for one in bad(healthy)] == [("model", name, "fail") for name in NAMES]
 
 
-def test_a_model_that_contradicts_itself_is_what_is_said_of_it(healthy: Seen) -> None:
+def test_a_model_that_contradicts_itself_is_what_is_said_of_it(healthy: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = "/m: this checkpoint is quantised (fp8, says config.json); give the original weights"
-    found = bad(replace(healthy, model_fault=fault))
+    monkeypatch.setattr(check_run, "model_fault", lambda spec: fault)
+    found = bad(healthy)
     assert [(one.check, one.host, one.status) for one in found] == [("model", HERE, "fail")]
     assert (found[0].says, found[0].mend) == tuple(fault.split("; "))
 
@@ -346,8 +349,9 @@ def test_a_faulty_environment_file_is_named_with_its_line(healthy: Seen) -> None
     assert found.mend == "remove it"
 
 
-def test_a_missing_pdsh_is_a_warning(healthy: Seen) -> None:
-    (found,) = bad(replace(healthy, has_pdsh=False))
+def test_a_missing_pdsh_is_a_warning(healthy: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "which", lambda name: None)
+    (found,) = bad(healthy)
     assert (found.check, found.status) == ("ssh", "warn")
     assert "pdsh is not installed" in found.says
 
@@ -393,7 +397,7 @@ def test_slow_hosts_and_slow_links_are_told_apart(healthy: Seen) -> None:
         ("bandwidth", "c", "warn"),
         ("bandwidth", "a, e", "warn"),
     ]
-    assert found[0].says == "1 GB/s at best; the hosts' median is 10 GB/s"
+    assert found[0].says == "1.0 GB/s at best; the hosts' median is 10.0 GB/s"
     assert slow({("a", "b"): 10.0, ("a", "c"): 1.0, ("b", "c"): 1.0})[0] == {"c": 1.0}
     assert slow({("a", "b"): 10.0, ("a", "c"): 6.0, ("b", "c"): 6.0})[:2] == ({}, {})
 
@@ -414,11 +418,11 @@ def test_rounds_are_disjoint_and_hold_each_pair_once(count: int) -> None:
 def test_every_slot_meets_its_like_on_each_other_host() -> None:
     by_rank = [counterparts([2, 3, 2], rank) for rank in range(7)]
     assert {len(one) for one in by_rank} == {3}
-    met = [(rank, other) for rank, others in enumerate(by_rank) for other in others if other is not None]
-    assert all(
-        by_rank[other][number] == rank for rank in range(7) for number, other in enumerate(by_rank[rank]) if other
-    )
-    assert sorted(pair for pair in met if pair[0] < pair[1]) == [(0, 2), (0, 5), (1, 3), (1, 6), (2, 5), (3, 6)]
+    met = [(rank, *one) for rank, rounds_of in enumerate(by_rank) for one in rounds_of if one[2] is not None]
+    assert all((other, a, b, rank) in met for rank, a, b, other in met)
+    pairs = sorted((rank, other, a, b) for rank, a, b, other in met if rank < other)
+    assert [pair[:2] for pair in pairs] == [(0, 2), (0, 5), (1, 3), (1, 6), (2, 5), (3, 6)]
+    assert [pair[2:] for pair in pairs] == [(0, 1), (0, 2), (0, 1), (0, 2), (1, 2), (1, 2)]
 
 
 HOSTS = [Host("a", 2), Host("b", 2)]
@@ -426,7 +430,7 @@ HOSTS = [Host("a", 2), Host("b", 2)]
 
 def answers_of(**changed: Any) -> list[Answer]:
     measured = {"bytes": 16 << 20, "all_reduce_s": (16 << 20) / 1e9, "all_gather_s": (16 << 20) / 2e9}
-    lines = [{"rank": rank, **measured, "pairs": {"0": (16 << 20) / 1e9}} for rank in range(4)]
+    lines = [{"rank": rank, **measured, "pairs": [(0, 1, (16 << 20) / 1e9)]} for rank in range(4)]
     lines[0].update(changed)
     return [Answer("a", [{"started": True}, *lines[:2]]), Answer("b", lines[2:])]
 

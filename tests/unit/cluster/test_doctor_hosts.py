@@ -24,11 +24,13 @@ from support.group import free_port
 from mirage_ds.cluster.doctor import probe, transport
 from mirage_ds.cluster.doctor.bandwidth import SOURCE, measure
 from mirage_ds.cluster.doctor.examine import find_job, slurm_hosts
-from mirage_ds.cluster.doctor.transport import ask_all, probe_source
+from mirage_ds.cluster.doctor.spec import DoctorSpec
+from mirage_ds.cluster.doctor.transport import ask_all
 from mirage_ds.cluster.hosts import Host
 from mirage_ds.errors import UserError
 
 ROOT = Path(__file__).parents[3]
+PROBE = Path(probe.__file__).read_text()
 
 # The probe
 
@@ -39,14 +41,13 @@ def request(**changed: Any) -> dict[str, Any]:
         "cwd": "/",
         "token": ".token",
         "master": "localhost",
-        "port": 1,
+        "master_port": 1,
         "packages": [],
         "wanted": "PATH$|NCCL_",
         "secret": "KEY",
         "models": {},
         "cache_dir": None,
         "files": {},
-        "records": [],
         "image_root": None,
         "run_folder": None,
         "write_bytes": 1 << 20,
@@ -85,16 +86,17 @@ def test_what_nvidia_smi_says_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
     assert probe.gpus({})["fault"] == "Failed to initialize NVML: Driver/library version mismatch"
 
 
-def test_a_taken_port_is_seen_and_another_offered() -> None:
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_taken_port_is_seen_and_two_others_offered(offset: int) -> None:
+    """The ranks' own port, or the next one, which their guards take."""
     with socket.create_server(("", 0)) as taken:
-        found = probe.port(request(port=taken.getsockname()[1]))
-        assert found["fault"] == "Address already in use"
-        assert found["free"] != taken.getsockname()[1]
-    with socket.socket() as free:
-        free.bind(("", 0))
-        number = free.getsockname()[1]
-    assert probe.port(request(port=number))["fault"] is None
-    assert probe.port(request(number=1, port=number)) == {}
+        port = taken.getsockname()[1]
+        found = probe.ports(request(master_port=port - offset))
+        assert found["faults"][port] == "Address already in use"
+        assert port not in (found["free"], found["free"] + 1)
+    assert port not in probe.ports(request(master_port=port))["faults"]
+    assert probe.ports(request(master_port=found["free"])) == {"faults": {}, "free": found["free"]}
+    assert probe.ports(request(number=1, master_port=port)) == {}
 
 
 def test_the_run_folder_is_written_to_and_left_as_it_was(tmp_path: Path) -> None:
@@ -202,7 +204,7 @@ def test_hub_models_are_looked_for_where_the_hubs_client_keeps_them(
 
 def test_records_and_the_first_ones_images_have_to_be_readable(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    ask = request(files={"--data_path": str(file)}, records=["--data_path"])
+    ask = request(files={"--data_path": str(file)})
     assert probe.data(ask)["--data_path"] == {"bytes": None, "fault": "No such file or directory"}
     file.write_text('\n{"image_input": ["i.png"], "image_output": "o.png"}\n')
     assert probe.data(ask)["--data_path"]["fault"] == "the first record's image i.png cannot be read"
@@ -217,7 +219,7 @@ def test_records_and_the_first_ones_images_have_to_be_readable(tmp_path: Path) -
 
 def test_the_code_has_a_hash_that_changes_with_it(tmp_path: Path) -> None:
     source = "import json; from mirage_ds_doctor_probe import code; print(json.dumps(code({})))"
-    (tmp_path / "mirage_ds_doctor_probe.py").write_text(probe_source())
+    (tmp_path / "mirage_ds_doctor_probe.py").write_text(PROBE)
     (tmp_path / "tree/mirage_ds").mkdir(parents=True)
 
     def found() -> dict[str, Any]:
@@ -241,7 +243,7 @@ def test_the_code_has_a_hash_that_changes_with_it(tmp_path: Path) -> None:
 
 
 def test_the_probe_imports_nothing_but_the_standard_library() -> None:
-    source = probe_source().replace("__main__", "imported")
+    source = PROBE.replace("__main__", "imported")
     code = f"import sys; exec({source!r}); print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True).stdout
     tops = {name.partition(".")[0] for name in eval(loaded)}
@@ -261,17 +263,18 @@ def ssh_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None
 REFUSALS = {
     "Permission denied": ("u@b: Permission denied (publickey).", 255, "ssh key is refused", "ssh-copy-id b"),
     "unknown key": ("No ED25519 host key is known for b and you ….\nHost key verification failed.",
-                    255, "host key is not known here", "known_hosts"),
+                    255, "host key is not known here", "ssh b once by hand"),
     "changed key": ("@  WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!  @\nHost key verification failed.", 255,
-                    "host key has changed", "ssh-keygen -R b"),
-    "no sshd": ("ssh: connect to host b port 22: Connection refused", 255, "refuses the connection", "start sshd"),
-    "silence": ("ssh: connect to host b port 22: Connection timed out", 255, "cannot be reached", "cable"),
-    "no route": ("ssh: connect to host b port 22: No route to host", 255, "cannot be reached", "firewall"),
-    "no name": ("ssh: Could not resolve hostname b: Name or service not known", 255, "name cannot be resolved", "DNS"),
+                    "or has changed", "ssh-keygen -R b"),
+    "no sshd": ("ssh: connect to host b port 22: Connection refused", 255, "port 22: Connection refused", "is up"),
+    "silence": ("ssh: connect to host b port 22: Connection timed out", 255, "Connection timed out", "cable"),
+    "no route": ("ssh: connect to host b port 22: No route to host", 255, "No route to host", "firewall"),
+    "no name": ("ssh: Could not resolve hostname b: Name or service not known", 255, "Could not resolve", "name"),
     "no python": ("bash: line 1: /env/bin/python: No such file or directory", 127, "has no such interpreter",
                   sys.executable),
-    "something else": ("kex_exchange_identification: banner exchange", 255, "exit code 255): kex_exchange", "by hand"),
-    "nothing": ("", 0, "exit code 0): it said nothing", "by hand"),
+    "something else": ("kex_exchange_identification: banner exchange", 255, "exit code 255): kex_exchange",
+                       sys.executable),
+    "nothing": ("", 0, "exit code 0): it said nothing", sys.executable),
 }  # fmt: skip
 
 
@@ -281,7 +284,7 @@ def test_what_ssh_says_becomes_a_fault_with_its_own_cure(
 ) -> None:
     words, code, fault, mend = REFUSALS[what]
     ssh_that(tmp_path, monkeypatch, f"cat > /dev/null <<'END'\nEND\nprintf '%s\\n' '{words}' >&2; exit {code}")
-    (answer,) = ask_all(["b"], transport.ssh(""), probe_source(), [request()], 5)
+    (answer,) = ask_all(["b"], transport.ssh(""), PROBE, [request()], 5)
     assert (answer.host, answer.lines) == ("b", [])
     assert fault in answer.fault
     assert mend in answer.mend
@@ -301,7 +304,7 @@ def test_a_greeting_does_no_harm_and_exports_arrive_as_deepspeed_sends_them(
         )
         ask = request(wanted="PYTHONPATH|OMP_NUM_THREADS|UCX_|NCCL_")
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        (answer,) = ask_all(["b"], transport.ssh(code), probe_source(), [ask], 10)
+        (answer,) = ask_all(["b"], transport.ssh(code), PROBE, [ask], 10)
         assert answer.fault == ""
         wanted = {
             "NCCL_X": "two words",
@@ -411,7 +414,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
     def reach(host: str) -> list[str]:
         # A host that never starts anything.
-        fast = f"import mirage_ds.cluster.doctor.rank as r; r.BOUNDS['gather'] = 2; {transport.LOADER}"
+        fast = f"import mirage_ds.cluster.doctor.bandwidth as r; r.BOUNDS['gather'] = 2; {transport.LOADER}"
         return [sys.executable, "-c", fast if host == "a" else "import time; time.sleep(60)"]
 
     found = measure(hosts, reach, "127.0.0.1", free_port(), str(ROOT)).faults
@@ -428,7 +431,7 @@ def test_slurm_nodes_and_their_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     job = {"SLURM_JOB_NODELIST": "n[1-3]"}
     assert slurm_hosts({**job, "SLURM_TASKS_PER_NODE": "8(x2),4"}) == (Host("n1", 8), Host("n2", 8), Host("n3", 4))
-    assert slurm_hosts({**job, "SLURM_NTASKS_PER_NODE": "2"}) == (Host("n1", 2), Host("n2", 2), Host("n3", 2))
+    assert slurm_hosts({**job, "SLURM_TASKS_PER_NODE": "2(x3)"}) == (Host("n1", 2), Host("n2", 2), Host("n3", 2))
     assert slurm_hosts(job) == (Host("n1", 0), Host("n2", 0), Host("n3", 0))
 
 
@@ -440,7 +443,7 @@ def test_a_faulty_environment_file_does_not_keep_the_doctor_from_asking(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / ".deepspeed_env").write_text('# NCCL_A=1\n\nNCCL_B=2\nNCCL_C="two words"\n')
     (tmp_path / "hosts").write_text("b slots=1\n")
-    command = find_job(tmp_path / "hosts", False, {}).reach("b")[-1]
+    command = find_job(DoctorSpec(hostfile=tmp_path / "hosts"), {}).reach("b")[-1]
     assert "export NCCL_B=2; " in command
     assert "NCCL_A" not in command
     assert "NCCL_C" not in command
@@ -449,4 +452,4 @@ def test_a_faulty_environment_file_does_not_keep_the_doctor_from_asking(
 def test_user_errors_are_not_swallowed(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("a\n")
     with pytest.raises(UserError, match="line 1"):
-        find_job(tmp_path / "hosts", False, {})
+        find_job(DoctorSpec(hostfile=tmp_path / "hosts"), {})

@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner
 
 from mirage_ds.cluster.status.command import status
-from mirage_ds.cluster.status.facts import find_run, read_facts
+from mirage_ds.cluster.status.facts import Facts, find_run
 from mirage_ds.cluster.status.show import duration, short_names
 from mirage_ds.cluster.status.summary import State, judge, summary
 from mirage_ds.engine.manifest import entry_of, write_manifest
@@ -76,10 +76,10 @@ class Run:
         return self.event(at, events.SAVE_BEGINS, step).event(at - 1, events.SAVE_ENDS, step)
 
     def state(self, now: float = NOW) -> State:
-        return judge(read_facts(self.folder), now)
+        return judge(Facts(self.folder), now)
 
     def summary(self, now: float = NOW) -> dict[str, Any]:
-        return summary(read_facts(self.folder), now)
+        return summary(Facts(self.folder), now)
 
 
 @pytest.fixture
@@ -344,7 +344,7 @@ def test_durations(seconds: float, words: str) -> None:
 @pytest.mark.parametrize(
     ("folders", "names"),
     [
-        (["r/a/stage2", "r/b/stage2"], ["a", "b"]),
+        (["r/a/stage2", "r/b/stage2"], ["a/stage2", "b/stage2"]),
         (["r/x"], ["x"]),
         (["r/x", "r/x"], ["x", "x"]),
         (["r/x", "r/x/again"], ["x", "x/again"]),

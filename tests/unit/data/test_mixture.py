@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.indices import selected
 
-from mirage_ds.cluster.doctor.command import DoctorSpec
+from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.config.flags import build_model
 from mirage_ds.config.mixture import Mixture, records_of
 from mirage_ds.config.run import RunConfig

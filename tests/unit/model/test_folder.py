@@ -20,8 +20,8 @@ from transformers import AutoConfig
 
 from mirage_ds import api
 from mirage_ds.cli import cli
-from mirage_ds.cluster.doctor.command import DoctorSpec
-from mirage_ds.cluster.doctor.examine import model_fault
+from mirage_ds.cluster.doctor.check_run import model_fault
+from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.curate.rationalize.job import Rows
 from mirage_ds.curate.rationalize.local import Local
 from mirage_ds.curate.rationalize.prompt import Template
