@@ -17,7 +17,7 @@ from mirage_ds import train
 from mirage_ds.run import step as step_module
 
 FAULTS = ("kill", "stop", "loader", "skip", "walk", "crawl")
-LONGER_S = {"walk": 0.3, "crawl": 1.0}
+LONGER_S = {"walk": 1.0, "crawl": 3.0}
 
 
 def late(batches: Iterator[Any]) -> Iterator[Any]:

@@ -11,8 +11,8 @@ from .hosts import Cluster, wait_until
 from .jobs import GUARD, Job, flags
 from .slurm import Slurm
 
-# The learning rate is constant: a shorter run begins as the longer one does. A time limit is a minute at least.
-STEPS, SHORT = 32, 16
+# The learning rate is constant: a shorter run begins as the longer one does.
+STEPS, SHORT = 16, 10
 LIMIT_S = 240
 
 
@@ -98,7 +98,7 @@ def test_a_requeued_job_goes_on(
     shared: Path,
     tmp_path: Path,
 ) -> None:
-    # Whole minutes; the signal comes up to a minute early.
+    # Whole minutes; the signal comes up to a minute early. At that pace the run lasts longer than a minute.
     limit = ("--time=1", "--signal=B:USR1@12") if cause == "time limit" else ()
     steps = STEPS if limit else SHORT
     job = start(
