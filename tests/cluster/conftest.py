@@ -35,6 +35,11 @@ def require_hosts() -> None:
         end(sentence + ", ".join(parts))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that waits for Slurm's time limit first: others compute meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_requeue.py")
+
+
 @pytest.fixture(scope="session")
 def can_have_hosts() -> None:
     require_hosts()

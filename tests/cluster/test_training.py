@@ -67,8 +67,8 @@ def alone(losses: Callable[..., Steps], slurm: Slurm) -> Callable[[int], Steps]:
     [
         *((2, 1, launcher) for launcher in (*LAUNCHERS, "sbatch")),
         # What ranks of other shapes are given is the same under each launcher: test_launch.py.
-        pytest.param(2, 2, "slurm", marks=pytest.mark.slow),
-        pytest.param(3, 1, "mpi", marks=pytest.mark.slow),
+        (2, 2, "slurm"),
+        (3, 1, "mpi"),
     ],
 )
 def test_a_launcher_trains_as_one_host_does(
