@@ -29,10 +29,8 @@ demo: install
 test: install
 	$(ENV) $(BIN)/python -m pytest tests/dist tests/unit -m "not slow" --numprocesses 2 --dist loadfile
 
-# The cluster's slow tests have two cores for themselves: one of them gives a job a minute to start and save.
 test-slow: install
 	$(ENV) $(BIN)/python -m pytest tests/slow tests/dist -m slow --numprocesses 2 --dist loadfile
-	$(ENV) $(BIN)/python -m pytest tests/cluster -m slow
 
 # A short suite with the oldest, a middle and the newest set of libraries (tests/versions/*.txt), each in its own
 # environment under ~/.cache/mirage-ds/versions: 14 GB, built where it is missing.
@@ -43,9 +41,10 @@ test-versions: install
 versions-lock: install
 	$(BIN)/python tests/versions/run.py lock
 
-# Several hosts as namespaces of this machine, with the real launchers; needs root and cluster-packages.
+# Several hosts as namespaces of this machine, with the real launchers; needs root and cluster-packages. Three processes:
+# a test waits for a lost host or a time limit while others compute.
 test-cluster: install
-	$(ENV) $(BIN)/python -m pytest tests/cluster -m "not slow" --numprocesses 2 --dist loadfile
+	$(ENV) $(BIN)/python -m pytest tests/cluster --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # On Debian and Ubuntu, as root. RUNLEVEL=1: installing a server must not start it.
 cluster-packages:

@@ -31,7 +31,7 @@ from rich.table import Table
 
 BINARIES = Path(sys.executable).parent
 PHASES = ("load", "step", "save", "evaluation")
-STEPS, SAVE_EVERY, EVAL_EVERY = 24, 2, 3
+SAVE_EVERY, EVAL_EVERY = 2, 3
 # Checkpoint shards of nano are larger than this, everything else that a run writes is smaller.
 QUOTA_BYTES = 400_000
 LIMIT_S = 240
@@ -74,12 +74,12 @@ def make_inputs(out: Path) -> None:
         subprocess.run(words, env=environment(), check=True, stdout=subprocess.DEVNULL)
 
 
-def start(out: Path, run: Path, log: Path, quota: bool = False) -> subprocess.Popen[bytes]:
+def start(out: Path, run: Path, log: Path, steps: int, quota: bool = False) -> subprocess.Popen[bytes]:
     """Start the training command of a run; it continues where it can."""
     command = [
         *(BINARIES / "deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "--module", "mirage_ds.train"),
         *("--stage", "stage2", "--model", out / "nano", "--data_path", out / "data/data.jsonl", "--latent_size", 2),
-        *("--save_model_path", run, "--resume", "auto", "--max_steps", STEPS, "--global_batch_size", 5),
+        *("--save_model_path", run, "--resume", "auto", "--max_steps", steps, "--global_batch_size", 5),
         *("--micro_batch_size", 2, "--learning_rate", 1e-3, "--save_every", SAVE_EVERY, "--keep_checkpoints", 3),
         *("--eval_data_path", out / "held_out/data.jsonl", "--eval_every", EVAL_EVERY, "--num_workers", 1),
         *("--feature_dir", out / "features", "--log_rows", "--report_to", "none", "--no_gradient_checkpointing"),
@@ -194,9 +194,10 @@ def print_table(console: Console, kills: list[Kill]) -> None:
 @click.command()
 @click.option("--kills", default=20, show_default=True, help="Kills in all.")
 @click.option("--each", default=3, show_default=True, help="Kills in each phase, at least.")
+@click.option("--steps", default=24, show_default=True, help="Steps of a run.")
 @click.option("--out", default="runs/chaos", show_default=True, type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True)
-def main(kills: int, each: int, out: Path, seed: int) -> None:
+def main(kills: int, each: int, steps: int, out: Path, seed: int) -> None:
     """Disturb a run and compare it with one that was left alone; exit code 1 where they differ."""
     console, chance = Console(highlight=False), random.Random(seed)
     if out.exists():
@@ -206,7 +207,7 @@ def main(kills: int, each: int, out: Path, seed: int) -> None:
     begun = time.perf_counter()
     make_inputs(out)
     reference, run = out / "undisturbed", out / "disturbed"
-    if start(out, reference, out / "undisturbed.log").wait():
+    if start(out, reference, out / "undisturbed.log", steps).wait():
         console.print((out / "undisturbed.log").read_text()[-3000:], markup=False)
         sys.exit("the undisturbed run failed")
     done: list[Kill] = []
@@ -220,7 +221,7 @@ def main(kills: int, each: int, out: Path, seed: int) -> None:
             aim = chance.choice(wanted)
             quota = aim == "save" and chance.random() < 0.5
             started = time.perf_counter()
-            struck = strike(start(out, run, out / "disturbed.log", quota), run, aim, chance)
+            struck = strike(start(out, run, out / "disturbed.log", steps, quota), run, aim, chance)
             if struck is None:
                 # It came to its end first. Begin again, so that there is something left to kill.
                 problems = [] if quota else compare(run, reference)
@@ -234,7 +235,7 @@ def main(kills: int, each: int, out: Path, seed: int) -> None:
             what += " (quota)" if quota else ""
             done.append(Kill(aim, *struck, time.perf_counter() - started, what))
             bar.update(task, completed=len(done))
-    code = start(out, run, out / "disturbed.log").wait()
+    code = start(out, run, out / "disturbed.log", steps).wait()
     print_table(console, done)
     problems = [f"the last start ended with exit code {code}"] if code else compare(run, reference)
     report = {"kills": [one._asdict() for one in done], "rounds": rounds + 1, "problems": problems, "seed": seed}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from support.models import make_nano
 
 from . import namespaces
 from .hosts import LOGIN_PATH, Cluster
@@ -33,9 +35,20 @@ def require_hosts() -> None:
         end(sentence + ", ".join(parts))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that waits for Slurm's time limit first: others compute meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_requeue.py")
+
+
 @pytest.fixture(scope="session")
 def can_have_hosts() -> None:
     require_hosts()
+
+
+@pytest.fixture(scope="session")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The nano model with two of its four layers, as on several ranks elsewhere (tests/dist/conftest.py)."""
+    return make_nano(tmp_path_factory.mktemp("models") / "nano", layers=2)
 
 
 @pytest.fixture(scope="module")

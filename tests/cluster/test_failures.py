@@ -29,7 +29,7 @@ from .slurm import Slurm
         ("stop", EXIT_HANG, "is stopped (SIGSTOP)"),
         ("sleep", EXIT_HANG, "was late: waits for data, step 9"),
         # Of the trainer too: test_trainer_failures.py.
-        pytest.param("skip", EXIT_HANG, "went past a collective in which rank 0", marks=pytest.mark.slow),
+        ("skip", EXIT_HANG, "went past a collective in which rank 0"),
     ],
 )
 def test_a_rank_fails(fault: str, code: int, last: str, cluster: Cluster, slurm: Slurm, tmp_path: Path) -> None:

@@ -13,9 +13,7 @@ from .jobs import all_end, start_all
 from .slurm import Slurm
 
 
-@pytest.mark.parametrize(
-    ("rank", "what"), [(1, "power"), (1, "cable"), (0, "power"), pytest.param(0, "cable", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("rank", "what"), [(1, "power"), (1, "cable"), (0, "power"), (0, "cable")])
 def test_a_host_is_lost(rank: int, what: str, cluster: Cluster, slurm: Slurm, tmp_path: Path) -> None:
     jobs = start_all(slurm, tmp_path)
     for job in jobs:

@@ -11,8 +11,8 @@ from .hosts import Cluster, wait_until
 from .jobs import GUARD, Job, flags
 from .slurm import Slurm
 
-# The learning rate is constant: a shorter run begins as the longer one does. A time limit is a minute at least.
-STEPS, SHORT = 32, 16
+# The learning rate is constant: a shorter run begins as the longer one does.
+STEPS, SHORT = 16, 10
 LIMIT_S = 240
 
 
@@ -85,9 +85,7 @@ def undisturbed(nano: Path, mixed: Path, slurm: Slurm, shared: Path) -> list[tup
     return curve(job.out)
 
 
-@pytest.mark.parametrize(
-    "cause", ["preemption", *(pytest.param(cause, marks=pytest.mark.slow) for cause in ("dead host", "time limit"))]
-)
+@pytest.mark.parametrize("cause", ["time limit", "preemption", "dead host"])
 def test_a_requeued_job_goes_on(
     cause: str,
     undisturbed: list[tuple[object, ...]],
@@ -98,8 +96,9 @@ def test_a_requeued_job_goes_on(
     shared: Path,
     tmp_path: Path,
 ) -> None:
-    # Whole minutes; the signal comes up to a minute early.
-    limit = ("--time=1", "--signal=B:USR1@12") if cause == "time limit" else ()
+    # Slurm looks at time limits twice a minute: the signal comes 78 to 108 s after the start. Even a busy machine has
+    # taken a step by then, and at that pace the run has more to do.
+    limit = ("--time=2", "--signal=B:USR1@12") if cause == "time limit" else ()
     steps = STEPS if limit else SHORT
     job = start(
         slurm,

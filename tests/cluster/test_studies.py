@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import yaml
 
 from .hosts import Cluster, wait_until
@@ -74,7 +73,6 @@ def test_runs_share_a_hostfile(cluster: Cluster, tmp_path: Path, nano: Path, mix
     assert all("MY_OWN=" in (place / "deepspeed_env").read_text() for place in places)
 
 
-@pytest.mark.slow
 def test_a_study_of_slurm_arrays(slurm: Slurm, tmp_path: Path, nano: Path, mixed: Path) -> None:
     """The second array waits for the first; a node that fails leaves its hole, the other chain goes on."""
     arms = {

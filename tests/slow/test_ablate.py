@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-STEPS = 20
+STEPS = 10
 EXAMPLE = Path(__file__).parents[2] / "examples" / "study" / "small.yaml"
 
 
@@ -41,9 +41,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "warmup_steps": 1,
         "save_every": 4,
         "num_workers": 0,
+        "gradient_checkpointing": False,
     }
     values["out"] = "runs"
     values["arms"] = {name: values["arms"][name] for name in ("text", "pause", "mirage")}
+    for name in ("text", "pause"):
+        values["arms"][name]["chain"] = ["base", "sft"]
     # 25 features do not make 30 latents: found by the run itself, when it measures its records.
     broken = {"chain": ["base", "stage1"], "settings": {"stage1.latent_size": 30}, "about": "fails"}
     values["arms"]["broken"] = broken
@@ -59,7 +62,7 @@ def models(study: Path, name: str) -> list[Path]:
 
 @pytest.mark.slow
 def test_a_study_is_stopped_goes_on_and_is_reported(study: Path) -> None:
-    assert "15 training runs instead of 22" in mirage("ablate", "plan", "study.yaml", folder=study)
+    assert "11 training runs instead of 18" in mirage("ablate", "plan", "study.yaml", folder=study)
     command = [str(Path(sys.executable).parent / "mirage-ds"), "ablate", "run", "study.yaml", "--jobs", "2"]
     with subprocess.Popen(command, cwd=study, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         # Stop once a run of the arms has a checkpoint, so that it goes on from there.

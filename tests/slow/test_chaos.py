@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_a_run_killed_in_every_phase_ends_equal(tmp_path: Path) -> None:
     out = tmp_path / "chaos"
-    command = [sys.executable, "-m", "benchmarks.chaos", "--kills", "4", "--each", "1", "--out", str(out)]
+    # With this seed the kills come early, and a checkpoint is damaged after three of the four.
+    words = ("--kills", "4", "--each", "1", "--steps", "14", "--seed", "17", "--out", str(out))
+    command = [sys.executable, "-m", "benchmarks.chaos", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((out / "chaos.json").read_text())

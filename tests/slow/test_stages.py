@@ -12,7 +12,7 @@ from statistics import mean
 
 import pytest
 
-STEPS = 20
+STEPS, ROWS = 12, 32
 
 
 def deepspeed(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -28,31 +28,24 @@ def deepspeed(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Planning and reasoning records of the benchmark's picture size with the full prompt, and a nano model."""
+@pytest.mark.slow
+def test_losses_fall_through_the_stages(tmp_path: Path) -> None:
+    """On records of the benchmark's picture size with the full prompt: planning, then reasoning too."""
     from mirage_ds.model.init import init_model
     from mirage_ds.tasks.build import build
     from mirage_ds.tasks.spec import BuildSpec
 
-    out = tmp_path_factory.mktemp("stages")
-    build("vsp-spatial-planning", BuildSpec(out=out / "planning", count=100))
-    build("vsp-spatial-reasoning", BuildSpec(out=out / "reasoning", count=100, answer="cot"))
-    init_model("nano", out / "nano", texts=[out / "planning/data.jsonl", out / "reasoning/data.jsonl"])
-    return out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "stages"), [("planning", ("sft", "stage1", "stage2")), ("reasoning", ("stage1", "stage2"))]
-)
-def test_losses_fall_through_the_stages(folder: Path, task: str, stages: tuple[str, ...]) -> None:
-    weights = folder / "nano"
-    for stage in stages:
-        out = folder / f"{task}-{stage}"
+    build("vsp-spatial-planning", BuildSpec(out=tmp_path / "planning", count=ROWS))
+    build("vsp-spatial-reasoning", BuildSpec(out=tmp_path / "reasoning", count=ROWS, answer="cot"))
+    planning, reasoning = tmp_path / "planning/data.jsonl", tmp_path / "reasoning/data.jsonl"
+    init_model("nano", tmp_path / "nano", texts=[planning, reasoning])
+    weights = tmp_path / "nano"
+    for stage, records in (("sft", [planning]), ("stage1", [planning, reasoning]), ("stage2", [planning, reasoning])):
+        out = tmp_path / stage
         finished = deepspeed(
-            *("--model", folder / "nano", "--load_model_path", weights, "--stage", stage),
-            *("--data_path", folder / task / "data.jsonl", "--save_model_path", out),
+            *("--model", tmp_path / "nano", "--load_model_path", weights, "--stage", stage),
+            *(word for one in records for word in ("--data_path", one)),
+            *("--save_model_path", out, "--global_batch_size", 4, "--warmup_steps", 2),
             *("--max_steps", STEPS, "--learning_rate", 1e-3, "--save_every", STEPS),
         )
         assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -109,43 +109,36 @@ def to_launcher(job: Job) -> None:
     os.kill(int(status.rsplit(")", 1)[1].split()[1]), signal.SIGTERM)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ask", "code"),
-    [
-        (by_file, 75),
-        (by_signal(signal.SIGUSR1, 1), 75),
-        (to_all, 75),
-        # The launcher has its own code once it is signalled.
-        (to_launcher, 1),
-    ],
-    ids=["stop file", "SIGUSR1 to rank 1", "SIGTERM to every rank and worker", "SIGTERM to the launcher"],
+# The launcher has its own code once it is signalled.
+WAYS = (
+    ("stop file", by_file, 75),
+    ("SIGUSR1 to rank 1", by_signal(signal.SIGUSR1, 1), 75),
+    ("SIGTERM to every rank and worker", to_all, 75),
+    ("SIGTERM to the launcher", to_launcher, 1),
 )
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
-    ask: Callable[[Job], None], code: int, nano: Path, mixed: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    job = Job(out, nano, mixed)
-    job.wait_for_step(3)
-    asked = time.monotonic()
-    ask(job)
-    returned, said = job.end()
-    seconds = time.monotonic() - asked
-    assert returned == code, said
-    assert "Traceback" not in said
-    last = job.steps()[-1]
-    assert f"stopped on request after step {last}; the same command with --resume auto goes on" in said
-    assert (out / "run/checkpoints/latest").read_text() == f"global_step{last}"
-    assert not (out / "config.json").exists()
-    # One step, one save, the launcher's look at its ranks once a second; idle cores would need 2 s.
-    assert seconds < 30
-    print(f"from the request to the end of the job: {seconds:.1f} s")
-    if ask is by_file:
-        again = Job(out, nano, mixed)
-        again.wait_for_step(last + 2)
-        assert again.steps() == list(range(1, again.steps()[-1] + 1))
-        ask(again)
-        assert again.end()[0] == code
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(nano: Path, mixed: Path, tmp_path: Path) -> None:
+    """One run, stopped in one way after another; each start goes on where the one before has stopped."""
+    out, last = tmp_path / "out", 0
+    for way, ask, code in WAYS:
+        job = Job(out, nano, mixed)
+        job.wait_for_step(last + 3)
+        asked = time.monotonic()
+        ask(job)
+        returned, said = job.end()
+        seconds = time.monotonic() - asked
+        assert returned == code, f"{way}: {said}"
+        assert "Traceback" not in said, f"{way}: {said}"
+        last = job.steps()[-1]
+        assert job.steps() == list(range(1, last + 1)), way
+        assert f"stopped on request after step {last}; the same command with --resume auto goes on" in said, way
+        assert (out / "run/checkpoints/latest").read_text() == f"global_step{last}", way
+        assert not (out / "config.json").exists(), way
+        # One step, one save, the launcher's look at its ranks once a second; idle cores would need 2 s.
+        assert seconds < 30, way
+        print(f"{way}: {seconds:.1f} s from the request to the end of the job")
 
 
 def run_command(*words: object, code: str = "") -> subprocess.Popen[str]:
