@@ -32,8 +32,8 @@ def deepspeed(*arguments: object) -> subprocess.CompletedProcess[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Planning and reasoning records of the benchmark's picture size with the full prompt, and a nano model."""
     from mirage_ds.model.init import init_model
+    from mirage_ds.tasks.board_task import BuildSpec
     from mirage_ds.tasks.build import build
-    from mirage_ds.tasks.spec import BuildSpec
 
     out = tmp_path_factory.mktemp("stages")
     build("vsp-spatial-planning", BuildSpec(out=out / "planning", count=100))
