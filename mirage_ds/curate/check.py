@@ -92,9 +92,11 @@ def print_faults(file: Path, count: int, faults: list[Fault], most: int) -> None
         return
     # Text, not str: rich would read brackets in a path as markup.
     title = Text(f"{file}: {len(faults)} fault(s) in {count} records")
-    table = Table("where", "field", "what", "how to fix", title=title)
+    several = any(fault.file for fault in faults)
+    table = Table(*(["file"] if several else []), "line", "field", "what", "how to fix", title=title)
     for fault in faults[:most]:
-        table.add_row(Text(fault.place), fault.field, Text(fault.what), Text(fault.how))
+        own = [Text(fault.file)] if several else []
+        table.add_row(*own, str(fault.line), fault.field, Text(fault.what), Text(fault.how))
     console.print(table)
     if faults[most:]:
         console.print(f"… and {len(faults) - most} more (--most)")

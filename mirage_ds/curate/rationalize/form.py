@@ -49,7 +49,6 @@ class Reply(NamedTuple):
 _TAG = re.compile(r"</?(?:before|between|after|answer)>", re.IGNORECASE)
 _PART = re.compile(r"<(before|between|after|answer)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
 _THINK = re.compile(r"\s*</?think>\s*", re.IGNORECASE)
-_FOREIGN = (HELPER_MARK, IMAGE_MARK)
 
 
 def tags(helpers: int) -> list[str]:
@@ -84,7 +83,7 @@ def read(text: str, helpers: int) -> tuple[list[str], str] | None:
     parts = [_THINK.sub(" ", part).strip() for _, part in found]
     for part in parts:
         # Half a surrogate pair can be spelt in a server's JSON, and no file can hold it.
-        if _TAG.search(part) or any(mark in part for mark in _FOREIGN) or not is_text(part):
+        if _TAG.search(part) or any(mark in part for mark in (HELPER_MARK, IMAGE_MARK)) or not is_text(part):
             return None
     return parts[:-1], parts[-1]
 

@@ -201,8 +201,7 @@ class Server:
             values = response.json()
             choice = values["choices"][0]
             message, finish = choice["message"], choice.get("finish_reason")
-            text = message.get("content")
-            refusal = message.get("refusal")
+            text, refusal = message.get("content"), message.get("refusal")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise _NoReply(f"200, but no chat completion: {self._said(response)}", None) from None
         if finish == "content_filter" or refusal:
