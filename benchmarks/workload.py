@@ -28,8 +28,8 @@ class Workload(NamedTuple):
 def make_workload(out: Path, preset: str, rows: int, source: Source, seed: int = 0) -> Workload:
     """Write `rows` records with their images and a random model of `preset` whose tokenizer knows their text."""
     from mirage_ds.model.init import init_model
+    from mirage_ds.tasks.board_task import BuildSpec
     from mirage_ds.tasks.build import build
-    from mirage_ds.tasks.spec import BuildSpec
 
     build("vsp-spatial-planning", BuildSpec(out=out / "data", count=rows, answer="cot", seed=seed))
     records = out / "data/data.jsonl"

@@ -15,8 +15,7 @@ from mirage_ds.cluster.doctor.command import doctor
 from mirage_ds.cluster.status.command import status
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.config.run import RunConfig, read_yaml
-from mirage_ds.curate.command import import_, mix, vary
-from mirage_ds.curate.rationalize.command import rationalize
+from mirage_ds.curate.command import import_, mix, rationalize, vary
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 from mirage_ds.evaluate.command import evaluate, generate
 from mirage_ds.files import Output, users_error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mirage_ds.config.run import Stage, cache_folder
@@ -14,20 +16,26 @@ from mirage_ds.data.sources import find_files, no_record, pieces
 from mirage_ds.errors import UserError
 
 
-def _faults(record: Record, finder: ImageFinder, stage: Stage) -> list[Fault]:
-    faults = []
-    if stage == "stage1":
-        try:
-            record.need_helper()
-        except RecordError as error:
-            faults.append(error.fault)
-    for name, path in record.images(helpers=stage == "stage1"):
-        try:
-            finder.size(record, name, path)
-            finder.load(record, name, path)
-        except RecordError as error:
-            faults.append(error.fault)
-    return faults
+def _fault_of(check: Callable[[], object]) -> Fault | None:
+    try:
+        check()
+    except RecordError as error:
+        return error.fault
+    return None
+
+
+def _faults(
+    record: Record, finder: ImageFinder, stage: Stage, measure: Callable[[Record], object] | None
+) -> list[Fault]:
+    def look(name: str, path: str) -> None:
+        finder.size(record, name, path)
+        finder.load(record, name, path)
+
+    checks: list[Callable[[], object]] = [record.need_helper] if stage == "stage1" else []
+    checks += [partial(look, *image) for image in record.images(helpers=stage == "stage1")]
+    faults = [fault for fault in map(_fault_of, checks) if fault]
+    measured = _fault_of(partial(measure, record)) if measure and not faults else None
+    return [measured] if measured else faults
 
 
 def check_file(
@@ -65,12 +73,7 @@ def check_file(
         measure = replace(encoder, finder=own).measure if encoder else None
         for record in read_piece(piece, files[piece.file], pictures):
             count += 1
-            found = [record] if isinstance(record, Fault) else _faults(record, own, stage)
-            if measure and not found and isinstance(record, Record):
-                try:
-                    measure(record)
-                except RecordError as error:
-                    found.append(error.fault)
+            found = [record] if isinstance(record, Fault) else _faults(record, own, stage, measure)
             faults += [name_file(fault, files, piece.file) for fault in found]
     if not count:
         raise no_record(data_path)

@@ -1,4 +1,4 @@
-"""`mirage-ds data vary`, `data mix` and `data import`. Imports stay inside the commands: `--help` is quick."""
+"""`mirage-ds data vary`, `mix`, `import` and `rationalize`. Imports stay inside the commands: `--help` is quick."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import click
 
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.curate.layouts import LAYOUTS, Layout
-from mirage_ds.curate.spec import KINDS, ImportSpec, Kind, MixSpec, VarySpec
+from mirage_ds.curate.spec import KINDS, ImportSpec, Kind, MixSpec, RationalizeSpec, VarySpec
+from mirage_ds.errors import UserError
 
 if TYPE_CHECKING:
     from mirage_ds.tasks.write import Written
@@ -84,3 +85,37 @@ def import_(layout: Layout, source: str, **flags: Any) -> None:
 def _tell(written: Written) -> None:
     pictures = f", {written.images} new pictures" if written.images else ""
     click.echo(f"{written.file}: {written.records} records{pictures}")
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-n", "short", type=click.IntRange(1, 1000), help="The same as --samples.")
+@model_options(RationalizeSpec)
+def rationalize(file: Path, short: int | None, **flags: Any) -> None:
+    """Let a model write the reasoning around the helper image of each row of FILE.
+
+    It is shown the question, its images, the helper image and the answer, and writes the text before and after the
+    helper. Replies whose answer is not the row's, or that have not the form, are dropped and counted. The same command
+    goes on where it was cut off.
+    """
+    from mirage_ds.curate.rationalize.form import MEANINGS
+    from mirage_ds.curate.rationalize.run import rationalize as run
+    from mirage_ds.tasks.report import print_counts, progress_bar
+
+    if short is not None and flags["samples"] not in (None, short):
+        raise UserError(f"-n {short} and --samples {flags['samples']} say two things; give one of them")
+    spec = build_model(RationalizeSpec, flags if short is None else flags | {"samples": short})
+    with progress_bar("rationales: replies") as progress:
+        summary = run(file, spec, progress)
+    outcomes = summary["counts"]
+    counts: dict[str, int | str] = {name: summary[name] for name in ("rows", "rows with a rationale", "replies")}
+    counts |= {"accepted": outcomes["accepted"]}
+    counts |= {f"{kind}: {text}": outcomes[kind] for kind, text in MEANINGS.items() if outcomes[kind]}
+    counts |= {f"tokens {name}": f"{count:,}" for name, count in summary["tokens"].items() if count}
+    print_counts(str(spec.out.resolve() / "data.jsonl") if outcomes["accepted"] else "", counts.items())
+    if not outcomes["accepted"]:
+        worst = max(MEANINGS, key=lambda kind: outcomes[kind])
+        raise UserError(
+            f"none of {summary['replies']} replies was accepted, {outcomes[worst]} of them for this: "
+            f"{MEANINGS[worst]}; {spec.out}/rationalize.json has an example"
+        )

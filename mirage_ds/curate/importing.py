@@ -9,31 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.curate.layouts import Layout, read_row
-from mirage_ds.curate.rewrite import Row, place_of, write_rows
+from mirage_ds.curate.rewrite import place_of
 from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import content_of
 from mirage_ds.data.kinds import is_array, is_arrow, is_parquet
 from mirage_ds.data.messages import TURNS_BEFORE, MessageError
-from mirage_ds.data.record import Fault, RecordError, make_record, parse_object
-from mirage_ds.data.record_files import read_lines
+from mirage_ds.data.record import Fault, RecordError, make_record
 from mirage_ds.data.sources import BATCH_ROWS
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
-from mirage_ds.tasks.tables import read_batches
-from mirage_ds.tasks.write import Written, new_target
-
-# First bytes of a file → its suffix; others are kept under "img", which every reader here opens by content too.
-_SIGNS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"RIFF", "webp"), (b"GIF8", "gif"))
-
-
-def _from_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    for line, text in read_lines(file):
-        try:
-            yield line, parse_object(text, line)
-        except RecordError as error:
-            raise UserError(f"{file}, {error.fault}") from None
+from mirage_ds.tasks.tables import read_batches, read_objects, suffix_of
+from mirage_ds.tasks.write import Row, Written, new_target, write_rows
 
 
 def _from_array(file: Path) -> Iterator[tuple[int, Any]]:
@@ -67,29 +55,23 @@ def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
         UserError: it cannot be read.
     """
     file = Path(source)
-    try:
-        if not file.is_file():
-            if file.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv") or file.is_absolute():
-                raise UserError(f"{source}: no such file")
-            yield from _from_hub(source, split)
-        elif is_parquet(file) or is_arrow(file):
-            rows = (row for batch in read_batches(file) for row in batch.to_pylist())
-            yield from enumerate(rows, 1)
-        elif is_array(file):
-            yield from _from_array(file)
-        else:
-            yield from _from_lines(file)
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({reason(error)})") from None
+    if not file.is_file():
+        if file.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv") or file.is_absolute():
+            raise UserError(f"{source}: no such file")
+        yield from _from_hub(source, split)
+    elif is_parquet(file) or is_arrow(file):
+        rows = (row for batch in read_batches(file) for row in batch.to_pylist())
+        yield from enumerate(rows, 1)
+    elif is_array(file):
+        yield from _from_array(file)
+    else:
+        yield from read_objects(file)
 
 
 def _picture(value: Any) -> Picture | None:
     """Return a picture that stands in the row itself; ValueError where it cannot be decoded."""
     content = content_of(value)
-    if content is None:
-        return None
-    suffix = next((name for sign, name in _SIGNS if content.startswith(sign)), "img")
-    return Picture.stored(content, suffix)
+    return None if content is None else Picture.stored(content, suffix_of(content, "that"))
 
 
 def _row(number: int, values: Any, layout: Layout, helper_key: str, finder: ImageFinder) -> Row:
@@ -128,11 +110,8 @@ def import_records(
     Raises:
         UserError: the source cannot be read, a row has not the layout or its image is missing, the target exists.
     """
-    new_target(spec.out, spec.name)  # before the source is read
-    place = Path(source)
-    beside = place if place.is_file() else Path.cwd() / "rows"
-    finder = ImageFinder.beside(beside, spec.image_root)
-
+    new_target(spec)  # before the source is read
+    finder = ImageFinder.beside(Path(source), spec.image_root)
     helped = rounds = 0
 
     def rows() -> Iterator[Row]:

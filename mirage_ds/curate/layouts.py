@@ -82,7 +82,9 @@ def _turn(where: str, role: str, content: Any, learnt: bool = True) -> _Turn:
         kind = item.get("type") or next(iter(named), None)
         if kind in ("text", "input_text", "output_text"):
             check_keys(item, ("type", "text"), where)
-            return marked(_string(item.get("text"), where))
+            if not isinstance(item.get("text"), str):
+                raise MessageError(where, f"expected a string, found {shown(item.get('text'))}", "write it as a string")
+            return marked(item["text"])
         if kind in ("input_image", *_PICTURE_KEYS):
             check_keys(item, ("type", "detail", *_PICTURE_KEYS), where)
             pictures.append(picture_of(item, where) if named else None)
@@ -99,12 +101,6 @@ def _turn(where: str, role: str, content: Any, learnt: bool = True) -> _Turn:
         how = "only the user shows images; a helper stands there as <output_image>, its path under --helper_key"
         raise MessageError(where, "an answer holds an image", how)
     return _Turn(where, role, text, pictures, learnt)
-
-
-def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise MessageError(where, f"expected a string, found {shown(value)}", "write it as a string")
-    return value
 
 
 def _taken(row: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:

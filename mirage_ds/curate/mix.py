@@ -6,12 +6,12 @@ import random
 from collections.abc import Sequence
 
 from mirage_ds.config.mixture import Part, mixture_of
-from mirage_ds.curate.rewrite import Row, Source, write_rows
+from mirage_ds.curate.rewrite import Source
 from mirage_ds.curate.spec import MixSpec
 from mirage_ds.data.proportion import most, shares
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
-from mirage_ds.tasks.write import Written, new_target
+from mirage_ds.tasks.write import Written, new_target, write_rows
 
 
 def mix(parts: Sequence[Part], spec: MixSpec) -> Written:
@@ -23,28 +23,22 @@ def mix(parts: Sequence[Part], spec: MixSpec) -> Written:
         UserError: weights for some files only, a file twice, too few rows in one, a faulty record, a target that
             exists.
     """
-    new_target(spec.out, spec.name)  # before the records are read
+    new_target(spec)  # before the records are read
     weighted = mixture_of(parts).weights or []
     sources = [Source.read(part.file, spec.image_root) for part in parts]
     counts = _counts(sources, weighted, spec.count)
     taken = [iter(_take(source, counts[at], spec.seed, at)) for at, source in enumerate(sources)]
     turns = [at for at, count in enumerate(counts) for _ in range(count)]
     random.Random(f"{spec.seed}/mix/order").shuffle(turns)
-    return write_rows([_row(sources[at], next(taken[at])) for at in turns], spec)
+    return write_rows([sources[at].row(next(taken[at])) for at in turns], spec)
 
 
 def _counts(sources: Sequence[Source], weights: Sequence[float], count: int | None) -> list[int]:
     """Return how many rows each file gives."""
     files, lengths = [source.file for source in sources], [len(source.records) for source in sources]
-    if not weights:
-        if count is not None and count > sum(lengths):
-            raise UserError(
-                f"--count {count}: the files have {sum(lengths)} rows in all; ask for fewer or give more files"
-            )
-        return lengths if count is None else shares(files, count, lengths)
     if count is None:
-        return most(files, lengths, weights)
-    counts = shares(files, count, weights)
+        return most(files, lengths, weights) if weights else lengths
+    counts = shares(files, count, weights or lengths)
     for file, length, share in zip(files, lengths, counts, strict=True):
         if share > length:
             raise UserError(
@@ -58,8 +52,3 @@ def _take(source: Source, count: int, seed: int, at: int) -> list[Record]:
     """Choose rows by chance, since levels may stand one after another, and keep their order."""
     chosen = random.Random(f"{seed}/mix/{at}").sample(range(len(source.records)), count)
     return [source.records[place] for place in sorted(chosen)]
-
-
-def _row(source: Source, record: Record) -> Row:
-    with source.told(record):
-        return source.row(record)

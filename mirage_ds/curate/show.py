@@ -10,16 +10,16 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Fault, Record, RecordError, parse_record
-from mirage_ds.data.record_files import read_lines
+from mirage_ds.data.record_files import need_lines, read_lines
 from mirage_ds.errors import UserError, shown
 from mirage_ds.files import write_atomically
 from mirage_ds.tasks import TASKS, get_task
@@ -27,11 +27,10 @@ from mirage_ds.tasks import TASKS, get_task
 # Rows shown where nobody says which.
 FIRST = 20
 # px of the longer side; larger pictures are shrunk, so that a page of many photographs still opens.
-_HTML_SIDE, _PNG_SIDE = 640, 224
+_HTML_SIDE, _PNG_SIDE = 640, 216
+# Of a sheet: pictures in a row, px at the edges and between pictures, characters in a line of text.
+_PICTURES, _PAD, _COLUMNS = 5, 20, 120
 _ROWS = re.compile(r"(\d+)(?:-(\d+))?")
-# px of a sheet, of the space at its edges and between pictures, and of a line of text.
-_WIDTH, _PAD, _LINE = 1200, 12, 18
-_INK, _SOFT, _LATENT, _FAULT = "#141414", "#787878", "#b45f06", "#c5221f"
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,14 @@ class Place:
     """Where a picture stands in a text.
 
     Attributes:
-        number: from 1, among the marks of its text.
+        label: "image 1" or "latents 1": what it is, and its number among the marks of its text.
         image: None where there is none, or none that can be decoded.
         caption: its path, or why it is not there.
     """
 
-    number: int
+    label: str
     image: Image.Image | None
     caption: str
-
-    def label(self, kind: str) -> str:
-        """Name it by its number; `kind` is that of the text, "" or "latent"."""
-        return f"{'latents' if kind else 'image'} {self.number}"
 
 
 @dataclass(frozen=True)
@@ -96,8 +91,7 @@ def read_shown(file: Path, rows: str | None, image_root: Path | None) -> list[Sh
     Raises:
         UserError: no such file, no such line.
     """
-    if not file.is_file():
-        raise UserError(f"{file}: no such file of records; check the path")
+    need_lines(file)
     wanted = parse_rows(rows) if rows else None
     finder = ImageFinder.beside(file, image_root)
     found: list[Shown] = []
@@ -126,9 +120,8 @@ def _shown(text: str, line: int, finder: ImageFinder) -> Shown:
             return Shown(line, [], [text], [], faults)
     before = "".join(f"{turn['role']}: {turn['content']}\n" for turn in record.turns_before)
     asked = f"{before}user: {record.text_input}" if before else record.text_input
-    question = _laid(asked, IMAGE_MARK, _places(record, "image_input", record.image_input, finder, faults))
-    helpers = _places(record, "image_output", record.image_output, finder, faults)
-    answer = _laid(record.text_output, HELPER_MARK, helpers)
+    question = _laid(asked, IMAGE_MARK, "image", _places(record, "image_input", finder, faults))
+    answer = _laid(record.text_output, HELPER_MARK, "latents", _places(record, "image_output", finder, faults))
     faults += _task_faults(record)
     keys = [
         f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
@@ -138,26 +131,28 @@ def _shown(text: str, line: int, finder: ImageFinder) -> Shown:
     return Shown(line, question, answer, keys, faults)
 
 
-def _places(record: Record, name: str, paths: Sequence[str], finder: ImageFinder, faults: list[Fault]) -> list[Place]:
-    places = []
-    for number, path in enumerate(paths, 1):
+def _places(
+    record: Record, name: str, finder: ImageFinder, faults: list[Fault]
+) -> list[tuple[Image.Image | None, str]]:
+    """Return the pictures of a field, each with its caption."""
+    places: list[tuple[Image.Image | None, str]] = []
+    for path in getattr(record, name):
         try:
-            places.append(Place(number, finder.load(record, name, path), path))
+            places.append((finder.load(record, name, path), path))
         except RecordError as error:
             faults.append(error.fault)
-            places.append(Place(number, None, f"{path}: {error.fault.what}"))
+            places.append((None, f"{path}: {error.fault.what}"))
     return places
 
 
-def _laid(text: str, mark: str, places: list[Place]) -> list[str | Place]:
+def _laid(text: str, mark: str, what: str, pictures: list[tuple[Image.Image | None, str]]) -> list[str | Place]:
     """Put the pictures where their marks stand; without a mark they stand first."""
-    parts = text.split(mark)
-    if len(parts) == 1:
+    head, *parts = text.split(mark)
+    lacking = [(None, "no picture")] * (len(parts) - len(pictures))
+    places = [Place(f"{what} {number}", *one) for number, one in enumerate([*pictures, *lacking], 1)]
+    if not parts:
         return [*places, text]
-    laid: list[str | Place] = [parts[0]]
-    for number, part in enumerate(parts[1:], 1):
-        laid.append(places[number - 1] if number <= len(places) else Place(number, None, "no picture"))
-        laid.append(part)
+    laid = [head, *(one for pair in zip(places, parts, strict=False) for one in pair)]
     return [part for part in laid if part != ""]
 
 
@@ -190,94 +185,54 @@ def _data_url(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def html_page(title: str, records: Sequence[Shown]) -> str:
+def html_page(title: str, records: Sequence[Shown]) -> bytes:
     """Return one self-contained page."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True)
     environment.filters |= {"shrunk": _shrunk, "data_url": _data_url}
     template = Path(__file__).with_name("show.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(title=title, records=records)
+    page = environment.from_string(template).render(title=title, records=records)
+    # Half a surrogate pair can stand in a record, and in no file.
+    return page.encode("utf-8", "backslashreplace")
 
 
-def png_sheet(records: Sequence[Shown]) -> Image.Image:
-    """Draw the records, RGB, 1200 px wide: words and pictures from left to right, as on the page."""
-    placed: list[tuple[Image.Image, tuple[int, int]]] = []
-    x, y, height = _PAD, _PAD, _LINE
-    for box in (box for one in records for box in _boxes(one)):
-        if box is None or x + box.width > _WIDTH - _PAD:
-            x, y, height = _PAD, y + height, _LINE
-        if box is not None:
-            placed.append((box, (x, y)))
-            x, height = x + box.width, max(height, box.height)
-    sheet = Image.new("RGB", (_WIDTH, y + height + _PAD), "white")
-    for box, at in placed:
-        sheet.paste(box, at)
-    return sheet
-
-
-def _boxes(one: Shown) -> Iterator[Image.Image | None]:
-    """Yield words and pictures as small pictures of their own, and None where a line ends."""
-    yield from _words(f"line {one.line}\n", _SOFT)
-    for fault in one.faults:
-        yield from _words(f"{fault.field}: {fault.what}; {fault.how}\n", _FAULT)
-    for name, parts, kind in (("question", one.question, ""), ("answer", one.answer, "latent")):
-        yield from _words(f"{name}\n", _SOFT)
-        for part in parts:
-            yield from _words(part, _INK) if isinstance(part, str) else [_figure(part, kind)]
-        yield None
-    yield from _words("\n".join([*one.keys, "", ""]), _SOFT)
-
-
-def _words(text: str, colour: str) -> Iterator[Image.Image | None]:
-    # Longer words are broken anywhere.
-    for word in re.findall(r"\n|[^\S\n]+|\S{1,80}", text):
-        yield None if word == "\n" else _drawn(word, colour)
-
-
-_font = cache(ImageFont.load_default)
-
-
-def _drawn(text: str, colour: str) -> Image.Image:
-    font = _font(14)
-    box = Image.new("RGB", (math.ceil(font.getlength(text)), _LINE), "white")
-    ImageDraw.Draw(box).text((0, 0), text, fill=colour, font=font)
-    return box
-
-
-def _figure(place: Place, kind: str) -> Image.Image:
-    """Draw a picture in a frame below its label."""
-    colour = _LATENT if kind else _SOFT
-    label = _drawn(place.label(kind), colour)
-    inner = _shrunk(place.image, _PNG_SIDE) if place.image else _drawn("no picture", _FAULT)
-    framed = ImageOps.expand(inner.convert("RGB"), 2, colour)
-    box = Image.new("RGB", (max(label.width, framed.width) + 2 * _PAD, _LINE + framed.height + _PAD), "white")
-    box.paste(label, (_PAD, 0))
-    box.paste(framed, (_PAD, _LINE))
-    return box
+def png_sheet(records: Sequence[Shown]) -> bytes:
+    """Draw the records, RGB, 1200 px wide: the text of each, as `as_text` has it, and below it its pictures."""
+    font, step = ImageFont.load_default(14), _PNG_SIDE + _PAD
+    rows: list[Image.Image] = []
+    for one in records:
+        text = as_text([one]).replace("─", "-")
+        lines = "\n".join(part for line in text.splitlines() for part in textwrap.wrap(line, _COLUMNS) or [""])
+        height = math.ceil(ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), lines, font)[3])
+        rows.append(Image.new("RGB", (_PAD + _PICTURES * step, height + 2 * _PAD), "white"))
+        ImageDraw.Draw(rows[-1]).multiline_text((_PAD, _PAD), lines, "black", font)
+        parts = (part for part in (*one.question, *one.answer) if isinstance(part, Place))
+        for at, (label, image) in enumerate((part.label, part.image) for part in parts if part.image):
+            left = _PAD + at % _PICTURES * step
+            if left == _PAD:
+                rows.append(Image.new("RGB", (rows[0].width, _PNG_SIDE + 2 * _PAD), "white"))
+            ImageDraw.Draw(rows[-1]).text((left, 0), label, "black", font)
+            rows[-1].paste(_shrunk(image, _PNG_SIDE), (left, 20))
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for at, row in enumerate(rows):
+        sheet.paste(row, (0, sum(other.height for other in rows[:at])))
+    content = io.BytesIO()
+    sheet.save(content, "PNG")
+    return content.getvalue()
 
 
 def write_page(file: Path, records: Sequence[Shown], out: Path) -> None:
     """Write the records to `out`, a page or, where it ends so, a PNG; never over another file.
 
     Raises:
-        UserError: it exists, or cannot be written.
+        UserError: it exists, or is of another kind.
     """
     if out.suffix not in (".html", ".png"):
         raise UserError(f"--out {out}: is neither .html nor .png; call it one of them")
     if out.exists():
         raise UserError(f"--out {out}: exists; remove it, or choose another name")
-    if out.suffix == ".png":
-        drawn = io.BytesIO()
-        png_sheet(records).save(drawn, "PNG")
-        content = drawn.getvalue()
-    else:
-        # Half a surrogate pair can stand in a record, and in no file.
-        content = html_page(file.name, records).encode("utf-8", "backslashreplace")
-    try:
-        write_atomically(out, content)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another place") from None
+    write_atomically(out, png_sheet(records) if out.suffix == ".png" else html_page(file.name, records))
 
 
 def as_text(records: Sequence[Shown]) -> str:
@@ -286,8 +241,8 @@ def as_text(records: Sequence[Shown]) -> str:
     for one in records:
         lines.append(f"── line {one.line} " + "─" * 60)
         lines += [f"FAULT {fault.field}: {fault.what}; {fault.how}" for fault in one.faults]
-        for parts, kind in ((one.question, ""), (one.answer, "latent")):
-            text = "".join(part if isinstance(part, str) else f"[{part.label(kind)}: {part.caption}]" for part in parts)
+        for parts in (one.question, one.answer):
+            text = "".join(part if isinstance(part, str) else f"[{part.label}: {part.caption}]" for part in parts)
             lines += [text.strip(), ""] if text.strip() else []
         lines += one.keys
     return "\n".join(lines)

@@ -1,11 +1,11 @@
-"""The flags of `mirage-ds data vary`, `data mix` and `data import`. Imports little: `--help` is quick."""
+"""The flags of `mirage-ds data vary`, `mix`, `import` and `rationalize`. Imports little: `--help` is quick."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import BaseModel, Field, HttpUrl, model_validator
 
 from mirage_ds.tasks.task import Settings
 
@@ -14,6 +14,8 @@ Kind = Literal[
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 QUESTION = "Read the path."
+# Sent to a server where it is set and no --key_variable is given.
+USUAL_KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 class RewriteSpec(Settings):
@@ -45,3 +47,57 @@ class MixSpec(RewriteSpec):
     count: int | None = Field(
         None, ge=1, le=10**9, description="rows to write [default: as many as the files have for their weights]"
     )
+
+
+class RationalizeSpec(BaseModel, extra="forbid"):
+    """Who writes rationales, from what, and how."""
+
+    out: Path = Field(description="folder to write: data.jsonl, rationalize.json, and replies.jsonl to go on from")
+    samples: int = Field(
+        3, ge=1, le=1000, description="replies asked for each row; each that is accepted is a row of its own"
+    )
+    endpoint: HttpUrl | None = Field(None, description="OpenAI-compatible server, like http://host:8000/v1")
+    model_name: str | None = Field(None, min_length=1, description="--endpoint: the model's name there")
+    key_variable: str | None = Field(
+        None,
+        min_length=1,
+        description=f"--endpoint: environment variable that holds the key [default: {USUAL_KEY_VARIABLE} if it is set]",
+    )
+    parallel: int = Field(8, ge=1, le=1024, description="--endpoint: requests at a time, at most")
+    timeout: float = Field(300, gt=0, le=86400, description="--endpoint: seconds to wait for the server")
+    tries: int = Field(6, ge=1, le=100, description="--endpoint: requests for one reply, at most")
+    limit_key: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="--endpoint: how the server calls --max_new_tokens"
+    )
+    model: str | None = Field(None, min_length=1, description="folder or hub id of a model that writes them here")
+    batch_size: int = Field(8, ge=1, description="--model: rows at a time")
+    prompt: Path | None = Field(None, description="text template of the request [default: the one that comes along]")
+    task: str | None = Field(None, description="whose scorer judges the answer [default: the record's own task]")
+    temperature: float = Field(0.7, ge=0, le=2, description="how freely tokens are drawn")
+    max_new_tokens: int = Field(1024, ge=1, description="tokens of a reply, at most")
+    seed: int | None = Field(None, ge=0, lt=2**31, description="of the draws; a server is sent one only where given")
+    max_pixels: int | None = Field(None, ge=784, description="larger images are made smaller before they are shown")
+    image_root: Path | None = Field(None, description="second place where relative image paths are looked for")
+    most: int | None = Field(None, ge=1, description="take only the first so many records")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if (self.endpoint is None) == (self.model is None):
+            raise ValueError(
+                "who writes the rationales: give --endpoint URL with --model_name, or --model FOLDER, one of them"
+            )
+        if self.endpoint is not None and self.model_name is None:
+            raise ValueError(
+                "--endpoint needs --model_name: what the server calls the model (its /v1/models lists them)"
+            )
+        if self.endpoint is not None and (self.endpoint.username or self.endpoint.password or self.endpoint.query):
+            raise ValueError("--endpoint: holds a name, password or query; give the key by --key_variable")
+        idle = [flag for flag in ("model_name", "key_variable") if getattr(self, flag) is not None]
+        if self.model is not None and idle:
+            raise ValueError(f"--{idle[0]} goes with --endpoint, not with --model; leave it out")
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(
+                f"-n {self.samples} at --temperature 0 asks {self.samples} times for the same text: give -n 1, or a "
+                "higher --temperature"
+            )
+        return self

@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from mirage_ds.curate.partners import choose_partners
-from mirage_ds.curate.rewrite import Row, Source, named_task, write_rows
+from mirage_ds.curate.rewrite import Source, named_task
 from mirage_ds.curate.spec import QUESTION, Kind, VarySpec
+from mirage_ds.data.images import Key
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Record
-from mirage_ds.errors import UserError, shown
+from mirage_ds.errors import UserError, is_text, shown
 from mirage_ds.tasks import get_task, task_name
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
-from mirage_ds.tasks.write import Written, new_target
+from mirage_ds.tasks.write import Row, Written, new_target, write_rows
 
 GREY = (128, 128, 128)
-# Every other one is converted to RGB when it is read, so noise in RGB is the same to the model.
-_NOISE_MODES = {"L": 1, "RGB": 3, "RGBA": 4}
 # After these a helper is no longer what the record's keys say.
 _FOREIGN = {"helper-swap", "helper-noise"}
 
@@ -55,7 +55,7 @@ def vary(kind: Kind, file: Path, spec: VarySpec, progress: Advance | None = None
     Raises:
         UserError: a record that lacks what the kind needs, a flag of another kind, a target that exists.
     """
-    new_target(spec.out, spec.name)  # before the records are read
+    new_target(spec)  # before the records are read
     _check_flags(kind, spec)
     source = Source.read(file, spec.image_root, spec.most)
     for record in source.records:
@@ -64,9 +64,10 @@ def vary(kind: Kind, file: Path, spec: VarySpec, progress: Advance | None = None
     partners = choose_partners(source, spec.seed) if kind == "helper-swap" else None
     rows: list[Row] = []
     for place, record in enumerate(source.records):
+        partner = source.records[partners[place]] if partners else None
+        given = Given(source, spec, record, source.row(record), partner)
         with source.told(record):
-            partner = source.records[partners[place]] if partners else None
-            made = MAKERS[kind](Given(source, spec, record, source.row(record), partner))
+            made = MAKERS[kind](given)
         before = record.extra.get("variant")
         variant = f"{before}+{kind}" if isinstance(before, str) else kind
         rows += [replace(row, extra=row.extra | {"variant": variant}) for row in made]
@@ -77,15 +78,11 @@ def _check_flags(kind: Kind, spec: VarySpec) -> None:
     for flag, own in (("question", "helper-only"), ("task", "helper-text")):
         if getattr(spec, flag) is not None and kind != own:
             raise UserError(f"--{flag} goes with {own}, not with {kind}; leave it out")
-    if spec.question is not None:
-        try:
-            spec.question.encode()
-        except UnicodeEncodeError:
-            raise UserError("--question: not UTF-8 text; type it in a UTF-8 terminal") from None
-        if IMAGE_MARK in spec.question or not spec.question.strip():
-            raise UserError(
-                f"--question is {shown(spec.question)}; give a text without {IMAGE_MARK}, there is no image"
-            )
+    question = QUESTION if spec.question is None else spec.question
+    if not is_text(question):
+        raise UserError("--question: not UTF-8 text; type it in a UTF-8 terminal")
+    if IMAGE_MARK in question or not question.strip():
+        raise UserError(f"--question is {shown(question)}; give a text without {IMAGE_MARK}, there is no image")
 
 
 def _check_images(kind: Kind, record: Record) -> None:
@@ -94,6 +91,65 @@ def _check_images(kind: Kind, record: Record) -> None:
             raise record.fault("image_input", "no-image needs an input image", "add its path, or leave the row out")
     elif not record.image_output:
         raise record.fault("image_output", f"{kind} needs a helper image", "add its path, or leave the row out")
+
+
+def derange(labels: Sequence[Hashable], rng: random.Random) -> list[int] | None:
+    """Draw a permutation that gives no place a label like its own.
+
+    All labels different, it is a random cycle. Otherwise equal labels stand side by side in an order of chance, which
+    is turned by as many places as the commonest label has.
+
+    Returns:
+        For each place the place it gets; None where more than half of the labels are equal, so that there is none.
+    """
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for place in rng.sample(range(len(labels)), len(labels)):
+        members[labels[place]].append(place)
+    order = [place for places in members.values() for place in places]
+    turn = max(map(len, members.values()), default=0)
+    if 2 * turn > len(order):
+        return None
+    return [other for _, other in sorted(zip(order, order[turn:] + order[:turn], strict=True))]
+
+
+def choose_partners(source: Source, seed: int) -> list[int]:
+    """Choose for each record another one of its level with as many helpers, and with another content in them.
+
+    Raises:
+        UserError: a record without a level, or a level that has no partner for each of its records.
+    """
+    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+    contents: list[tuple[Key, ...]] = []
+    for place, record in enumerate(source.records):
+        with source.told(record):
+            groups[_level(record), len(record.image_output)].append(place)
+            # Pictures of one content are no swap, whatever they are called.
+            contents.append(tuple(source.finder.key(record, "image_output", path) for path in record.image_output))
+    found = [0] * len(source.records)
+    for (level, helpers), places in sorted(groups.items()):
+        own = [contents[place] for place in places]
+        chosen = derange(own, random.Random(f"{seed}/swap/{level}/{helpers}"))
+        if chosen is None:
+            what = f"level {level}" + (f" with {helpers} helpers" if helpers > 1 else "")
+            if len(places) == 1:
+                trouble = f"the record on line {source.records[places[0]].line} is the only one of {what}"
+            else:
+                trouble = f"{max(Counter(own).values())} of the {len(places)} records of {what} have one helper"
+            raise UserError(
+                f"{source.file}: helper-swap: {trouble}, so there is no other for each; give more records of that "
+                "level, or leave it out"
+            )
+        for place, other in zip(places, chosen, strict=True):
+            found[place] = places[other]
+    return found
+
+
+def _level(record: Record) -> str:
+    """Return what a record calls its level, else the side of its map."""
+    board = record.extra.get("map_desc")
+    if "level" not in record.extra and not isinstance(board, list):
+        raise record.fault("level", "missing, and there is no map_desc", "add it: a helper is swapped within its level")
+    return str(record.extra.get("level", len(board) if isinstance(board, list) else None))
 
 
 def _without_helper(row: Row) -> Row:
@@ -130,15 +186,14 @@ def _helper_text(given: Given) -> list[Row]:
         how = f"add it: {task_name(name)} tells its helper by it"
         raise record.fault(str(error.args[0]), "missing", how) from None
     before, mark, after = record.text_output.partition(HELPER_MARK)
-    if not mark:
-        before, after = "", before
-    parts = [before, words, after]
-    text = parts[0]
-    for part in parts[1:]:
-        # Words do not run into their neighbours; what stood apart stays as it was.
-        apart = not text or not part or text[-1].isspace() or part[0].isspace()
-        text += part if apart else f" {part}"
+    text = _joined(_joined(before, words), after) if mark else _joined(words, before)
     return [replace(given.row, text_output=text, helpers=())]
+
+
+def _joined(before: str, after: str) -> str:
+    """Join two texts so that words do not run into their neighbours; what stood apart stays as it was."""
+    apart = not before or not after or before[-1].isspace() or after[0].isspace()
+    return before + after if apart else f"{before} {after}"
 
 
 def _helper_swap(given: Given) -> list[Row]:
@@ -154,27 +209,23 @@ def _helper_noise(given: Given) -> list[Row]:
 
 
 def _noise(given: Given, number: int, path: str) -> Picture:
-    finder, record = given.source.finder, given.record
-    height, width = finder.size(record, "image_output", path)
-    with Image.open(finder.find(record, "image_output", path)) as image:
-        mode = image.mode if image.mode in _NOISE_MODES else "RGB"
-    drawn = f"{given.spec.seed}/noise/{record.line}/{number}/{mode}/{width}x{height}"
+    height, width = given.source.finder.size(given.record, "image_output", path)
+    drawn = f"{given.spec.seed}/noise/{given.record.line}/{number}/RGB/{width}x{height}"
     digest = hashlib.sha256(drawn.encode()).hexdigest()[:16]
-    values = width * height * _NOISE_MODES[mode]
     return Picture.drawn(
         f"noise/{digest[:2]}/{digest}",
-        lambda: Image.frombytes(mode, (width, height), random.Random(drawn).randbytes(values)),
+        lambda: Image.frombytes("RGB", (width, height), random.Random(drawn).randbytes(width * height * 3)),
     )
 
 
 def _no_image(given: Given) -> list[Row]:
     """Grey pictures of the input images' sizes."""
-    return [replace(given.row, inputs=tuple(_grey(given, path) for path in given.record.image_input))]
-
-
-def _grey(given: Given, path: str) -> Picture:
-    height, width = given.source.finder.size(given.record, "image_input", path)
-    return Picture.drawn(f"grey/{width}x{height}", lambda: Image.new("RGB", (width, height), GREY))
+    sizes = [given.source.finder.size(given.record, "image_input", path) for path in given.record.image_input]
+    grey = [
+        Picture.drawn(f"grey/{width}x{height}", partial(Image.new, "RGB", (width, height), GREY))
+        for height, width in sizes
+    ]
+    return [replace(given.row, inputs=tuple(grey))]
 
 
 def _helper_only(given: Given) -> list[Row]:

@@ -3,27 +3,134 @@
 from __future__ import annotations
 
 import random
+import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
 
 from mirage_ds.config.mixture import apportion
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, reason
 from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.maps import Board, check_solvable, map_hash, most_holes, random_board, split_of, symmetry_hashes
-from mirage_ds.tasks.render import check_renderer, load_tiles
+from mirage_ds.tasks.maps import (
+    Board,
+    check_solvable,
+    map_hash,
+    most_holes,
+    parse_board,
+    random_board,
+    split_of,
+    symmetry_hashes,
+)
+from mirage_ds.tasks.render import load_tiles
 from mirage_ds.tasks.report import BuildReport
-from mirage_ds.tasks.sources import read_exclude, read_rows
-from mirage_ds.tasks.spec import BuildSpec
-from mirage_ds.tasks.task import Task
+from mirage_ds.tasks.tables import read_json_lines
+from mirage_ds.tasks.task import Settings, Task
 
+_RANDOM_ONLY = ("levels", "proportions", "hole_rate", "split")
+_HASH = re.compile(r"[0-9a-f]{64}(\s+\S.*)?")
 # What a source row has under these names is made anew.
 _MADE = ("text_input", "text_output", "image_input", "image_output")
 # So many draws in a row without a new record mean that the supply is used up.
 _PATIENCE = 20_000
+
+
+class BuildSpec(Settings):
+    """What to build."""
+
+    maps: Path | None = Field(None, description="JSONL file with map_desc to take the boards from; else random boards")
+    count: int | None = Field(None, ge=1, description="rows to make [default: 1000, or every row of --maps]")
+    levels: list[int] = Field([3, 4, 5, 6], description="sides of the random boards, 3 to 8")
+    proportions: list[float] | None = Field(
+        None, description="shares of the levels [default: side - 2, the paper's 1:2:3:4 for levels 3 to 6]"
+    )
+    hole_rate: float = Field(0.2, ge=0, le=0.5, description="greatest share of holes on a random board")
+    split: Literal["train", "dev", "test"] = Field(
+        "train", description="which of three sets of random boards, disjoint up to symmetry whatever the seed"
+    )
+    seed: int = Field(0, description="the same seed gives the same bytes")
+    exclude: list[Path] = Field(
+        [], description="maps to leave out with their rotations and reflections: JSONL with map_desc, or SHA-256 list"
+    )
+    drop_duplicates: bool = Field(False, description="with --maps: leave out rows that repeat map and answer")
+    answer: Literal["direct", "cot"] = Field(
+        "direct", description="the boxed answer alone, or a rationale by rule around the helper image"
+    )
+    prompt: Literal["full", "short"] = Field("full", description="the public prompt, or one short sentence")
+    ties: Literal["rule", "random"] = Field(
+        "rule", description="which of several shortest paths: by a fixed order of moves, or at random"
+    )
+    cell_size: int = Field(64, ge=8, le=256, description="px a cell; at 64 the pictures are the benchmark's")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> BuildSpec:
+        if self.maps is not None:
+            for name in _RANDOM_ONLY:
+                if name in self.model_fields_set:
+                    raise ValueError(
+                        f"--{name} is about random boards and cannot go with --maps; leave one of them out"
+                    )
+            return self
+        if self.drop_duplicates:
+            raise ValueError("--drop_duplicates goes with --maps; random boards never repeat")
+        if not self.levels or len(set(self.levels)) != len(self.levels) or not all(3 <= x <= 8 for x in self.levels):
+            raise ValueError(f"--levels is {self.levels}; give different sides from 3 to 8")
+        shares = self.shares()
+        if len(shares) != len(self.levels) or min(shares) < 0 or sum(shares) <= 0:
+            raise ValueError(
+                f"--proportions is {self.proportions}; give one share per level, {len(self.levels)} in all"
+            )
+        return self
+
+    def shares(self) -> list[float]:
+        """Return one share per level."""
+        return self.proportions if self.proportions is not None else [level - 2.0 for level in self.levels]
+
+
+class ReadingSpec(BuildSpec):
+    """What to build of a task whose answer is read off the picture: no helper, so no rationale around one."""
+
+    answer: Literal["direct"] = Field("direct", description="the boxed answer alone")
+    prompt: Literal["full", "short"] = Field("short", description="one short sentence, or a longer explanation")
+
+
+def _board_of(row: Mapping[str, Any], where: str) -> Board:
+    if "map_desc" not in row:
+        raise UserError(f"{where}: the row has no 'map_desc'; give the board as a list of rows of 1, 2, -1 and 0")
+    return parse_board(row["map_desc"], where)
+
+
+def read_exclude(paths: Sequence[Path]) -> frozenset[str]:
+    """Return the hashes of the maps in the files, each a JSONL file with `map_desc` or a list of map hashes.
+
+    A map meets the list when one of its `symmetry_hashes` is in it.
+
+    Raises:
+        UserError: a missing or empty file, or a line that is neither.
+    """
+    hashes: set[str] = set()
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({reason(error)}); name a text file in UTF-8") from None
+        if not text:
+            raise UserError(f"{path}: the file is empty; write one map a line")
+        if text.startswith("{"):
+            hashes.update(map_hash(_board_of(row.values, row.where)) for row in read_json_lines(path))
+            continue
+        for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+            if line and not _HASH.fullmatch(line.lower()):
+                raise UserError(
+                    f"{path}, line {number}: neither a record with 'map_desc' nor the SHA-256 of a map (64 hex "
+                    "digits); give --exclude a JSONL file or a list of hashes"
+                )
+            hashes.add(line[:64].lower())
+    return frozenset(hashes - {""})
 
 
 @dataclass(frozen=True)
@@ -74,11 +181,11 @@ class BoardTask(Task):
 
     def build(self, settings: BuildSpec, report: BuildReport) -> list[Draft]:
         """Draw boards at random, or take them from --maps."""
-        check_renderer()
+        # Before any work: it needs packages, and is no matter for threads.
+        load_tiles(settings.cell_size)
         supply = _Supply(self, settings, read_exclude(settings.exclude), report)
         found = supply.draw() if settings.maps is None else supply.take(settings.maps)
         report.duplicates_kept = settings.maps is not None and not settings.drop_duplicates
-        load_tiles(settings.cell_size)
         return found
 
     def wanted(self, turn: int) -> str:
@@ -151,14 +258,15 @@ class _Supply:
         settings = self.settings
         found: list[Draft] = []
         seen: set[str] = set()
-        for number, (row, board, where) in enumerate(read_rows(path)):
+        for source in read_json_lines(path):
             if len(found) == settings.count:
                 break
-            check_solvable(board, where)
+            board, row = _board_of(source.values, source.where), source.values
+            check_solvable(board, source.where)
             if self._is_excluded(board):
                 continue
             # Its own rng for each row: what a row becomes does not hang on the rows before it.
-            rng = random.Random(f"{settings.seed}/{self.task.name}/maps/{number}")
+            rng = random.Random(f"{settings.seed}/{self.task.name}/maps/{source.number}")
             draft = self._make(board, rng, row, len(found))
             again = f"{draft.key} {draft.text_output}"
             if again in seen:
@@ -166,7 +274,8 @@ class _Supply:
                 if settings.drop_duplicates:
                     continue
             seen.add(again)
-            self.report.replaced += draft.replaced
+            if draft.replaced:
+                self.report.note("wrong answers replaced")
             found.append(self._kept(row, board, draft))
         if not found or len(found) < (settings.count or 0):
             asked = f" of the {settings.count} asked for" if settings.count else ""
@@ -178,11 +287,9 @@ class _Supply:
 
     def _make(self, board: Board, rng: random.Random, row: dict[str, Any], turn: int) -> Draft:
         """Make a record of the class whose turn it is, or of the next one that this board can have."""
-        for at in range(max(1, len(self.task.classes))):
-            draft = self.task.make(Given(board, rng, self.settings, row, self.task.wanted(turn + at)))
-            if draft is not None:
-                return draft
-        raise AssertionError(f"no record of any class on {board}")
+        turns = range(turn, turn + max(1, len(self.task.classes)))
+        made = (self.task.make(Given(board, rng, self.settings, row, self.task.wanted(one))) for one in turns)
+        return next(draft for draft in made if draft is not None)
 
     def _is_excluded(self, board: Board) -> bool:
         """Tell whether the board or a symmetry of it is to be left out, and count it if so."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from mirage_ds.data.record import RecordError, make_record
 from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks import get_task, task_name
-from mirage_ds.tasks.draft import INPUT_IMAGE, OUTPUT_IMAGE, Draft, Picture
+from mirage_ds.tasks.draft import Draft
 from mirage_ds.tasks.report import Advance, BuildReport
 from mirage_ds.tasks.task import Settings, Task
-from mirage_ds.tasks.write import Line, image_keys, new_pictures, new_target, write_records
+from mirage_ds.tasks.write import Row, new_target, write_rows
 
 
 def build(task: str, settings: Settings, progress: Advance | None = None) -> BuildReport:
@@ -26,44 +26,35 @@ def build(task: str, settings: Settings, progress: Advance | None = None) -> Bui
     Raises:
         UserError: an unknown task, a target that exists, what the task itself says.
     """
-    made, report = _begin(task, settings)
+    made, report = get_task(task), BuildReport(task_name(task), new_target(settings))
     return _write(made, made.build(settings, report), settings, report, progress)
 
 
 def convert(task: str, source: Path, settings: Settings, progress: Advance | None = None) -> BuildReport:
     """Write the records of a file or folder in another form; as `build`, with the task's `convert_settings`."""
-    made, report = _begin(task, settings)
+    made, report = get_task(task), BuildReport(task_name(task), new_target(settings))
     if not source.exists():
         raise UserError(f"{source}: no such file or folder; check the path")
     return _write(made, made.convert(source, settings, report), settings, report, progress)
 
 
-def _begin(task: str, settings: Settings) -> tuple[Task, BuildReport]:
-    made = get_task(task)
-    return made, BuildReport(task_name(task), new_target(settings.out, settings.name))
-
-
 def _write(
     task: Task, drafts: Iterable[Draft], settings: Settings, report: BuildReport, progress: Advance | None
 ) -> BuildReport:
-    total = None
-    if isinstance(drafts, Sequence):
-        total = len(new_pictures(settings.out, map(_pictures, drafts)))
-    lines = _lines(task, drafts, settings, report)
-    report.images = write_records(settings.out, settings.name, lines, total, progress).images
+    rows = _rows(task, drafts, settings, report)
+    report.images = write_rows(list(rows) if isinstance(drafts, Sequence) else rows, settings, progress).images
     return report
 
 
-def _lines(task: Task, drafts: Iterable[Draft], settings: Settings, report: BuildReport) -> Iterator[Line]:
-    """Yield the drafts' lines and count them; UserError where there is none."""
+def _rows(task: Task, drafts: Iterable[Draft], settings: Settings, report: BuildReport) -> Iterator[Row]:
+    """Make the drafts' rows and count them; UserError where there is none."""
     for draft in drafts:
-        record = _record(task, draft, settings, report.task)
+        yield _row(task, draft, settings, report.task)
         report.records += 1
         if (level := draft.extra.get("level")) is not None:
-            report.levels[level] = report.levels.get(level, 0) + 1
+            report.levels[level] += 1
         if draft.kind:
-            report.classes[draft.kind] = report.classes.get(draft.kind, 0) + 1
-        yield json.dumps(record, ensure_ascii=False) + "\n", _pictures(draft)
+            report.classes[draft.kind] += 1
     if not report.records:
         lost = {**report.notes, "excluded": report.excluded}
         told = ", ".join(f"{what}: {count}" for what, count in lost.items() if count)
@@ -71,32 +62,21 @@ def _lines(task: Task, drafts: Iterable[Draft], settings: Settings, report: Buil
         raise UserError(f"task {report.task} has made no record; {why}")
 
 
-def _pictures(draft: Draft) -> dict[str, Picture]:
-    """Return a draft's pictures by their path beside the JSONL file."""
-    return {f"images/{picture.name}": picture for picture in (*draft.images, *draft.helpers)}
-
-
-def _record(task: Task, draft: Draft, settings: Settings, name: str) -> dict[str, Any]:
-    """Return the JSON row, and refuse one whose marks or whose own answer do not fit.
+def _row(task: Task, draft: Draft, settings: Settings, name: str) -> Row:
+    """Make a row, and refuse one that training or the scorer would refuse much later.
 
     Raises:
-        UserError: the task's question or answer is not right; the trainer or the scorer would say so much later.
+        UserError: the task's question or answer is not right.
     """
-    inputs, helpers = ([f"images/{picture.name}" for picture in own] for own in (draft.images, draft.helpers))
-    row = image_keys(inputs, helpers) | draft.extra
-    row.setdefault("task", name)
-    record = {"text_input": task.prompt(row, settings), "text_output": draft.text_output, **row}
-    # As the format has it: input images, or one helper, need no marks, and latents need no helper.
-    checks = [("text_input", INPUT_IMAGE, len(draft.images), True)]
-    if draft.helpers:
-        checks.append(("text_output", OUTPUT_IMAGE, len(draft.helpers), len(draft.helpers) == 1))
-    for key, mark, images, unmarked in checks:
-        found = record[key].count(mark)
-        if found != images and not (found == 0 and unmarked):
-            raise UserError(
-                f"task {name} makes {found} image mark(s) for {images} image(s) in {key} {shown(record[key])}; "
-                "write one mark for each image"
-            )
+    row = Row("", draft.text_output, draft.images, draft.helpers, draft.extra | {"task": draft.extra.get("task", name)})
+    known = row.record(settings.out)
+    row = replace(row, text_input=task.prompt(known, settings))
+    record = known | {"text_input": row.text_input}
     if draft.text_output and task.parse(draft.text_output, record) is None:
         raise UserError(f"task {name} reads no answer out of its own {shown(draft.text_output)}; fix build or parse")
-    return record
+    try:
+        make_record(record, 1, answers=bool(draft.text_output))
+    except RecordError as error:
+        fault = error.fault
+        raise UserError(f"task {name} makes a record with {fault.what} in {fault.field}; {fault.how}") from None
+    return row

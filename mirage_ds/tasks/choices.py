@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any, ClassVar
 
-from mirage_ds.errors import UserError, shown
+from mirage_ds.data.messages import IMAGE_MARK
 from mirage_ds.tasks.boxed import last_boxed
-from mirage_ds.tasks.draft import INPUT_IMAGE
 from mirage_ds.tasks.task import Task
 
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
@@ -60,18 +59,7 @@ def image_count(row: Mapping[str, Any]) -> int:
 
 def with_marks(text: str, images: int) -> str:
     """Put the images in front of a text that does not say where they stand."""
-    return text if INPUT_IMAGE in text else INPUT_IMAGE * images + ("\n" if images else "") + text
-
-
-def ask(question: str, options: Sequence[str], images: int, what: str) -> str:
-    """Write a question with its options, one a line.
-
-    Args:
-        images: input images.
-        what: what goes into the box.
-    """
-    lines = [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
-    return "\n".join([with_marks(question, images), *lines, f"Put {what} in \\boxed{{}}."])
+    return text if IMAGE_MARK in text else IMAGE_MARK * images + ("\n" if images else "") + text
 
 
 class ChoiceTask(Task):
@@ -79,23 +67,18 @@ class ChoiceTask(Task):
 
     Attributes:
         letter_first: see `read_choice`.
+        boxed: what the question asks to put into the box.
     """
 
     letter_first: ClassVar[bool] = True
+    boxed: ClassVar[str] = "the letter of the right option"
+
+    def prompt(self, row: Mapping[str, Any], settings: Any) -> str:
+        """Return the row's `question` with its options, one a line."""
+        lines = [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, row["options"], strict=False)]
+        asked = with_marks(row["question"], image_count(row))
+        return "\n".join([asked, *lines, f"Put {self.boxed} in \\boxed{{}}."])
 
     def parse(self, text: str, row: Mapping[str, Any]) -> str | None:
         """Return the letter of the option that is answered; None when it is none of them."""
         return read_choice(text, row["options"], self.letter_first)
-
-    def score_record(self, text: str, record: Mapping[str, Any]) -> dict[str, float]:
-        """Return `correct` and `invalid`, each 0 or 1; an answer that is none of the options is invalid.
-
-        Raises:
-            KeyError: the record has no `options` or no `text_output`. UserError: its own answer is none of its options.
-        """
-        right, found = self.parse(record["text_output"], record), self.parse(text, record)
-        if right is None:
-            raise UserError(
-                f"a record's answer {shown(record['text_output'])} names none of its options; fix its text_output"
-            )
-        return {"correct": float(found == right), "invalid": float(found is None)}

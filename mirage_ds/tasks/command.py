@@ -28,7 +28,7 @@ class TaskGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name the tasks that come with the package and have this way."""
-        return [name for name in TASKS if _settings(get_task(name), self.way) is not None]
+        return [name for name in TASKS if getattr(get_task(name), f"{self.way}_settings")]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
         """Make a task's command.
@@ -37,16 +37,12 @@ class TaskGroup(click.Group):
             UserError: no such task, or it has not this way.
         """
         task = get_task(cmd_name)
-        settings = _settings(task, self.way)
+        settings = getattr(task, f"{self.way}_settings")
         if settings is None:
-            other: Way = "convert" if self.way == "build" else "build"
-            how = f"it has `data {other}`" if _settings(task, other) else "it only scores"
+            other = "convert" if self.way == "build" else "build"
+            how = f"it has `data {other}`" if getattr(task, f"{other}_settings") else "it only scores"
             raise UserError(f"task {task_name(cmd_name)} has no `data {self.way}`; {how}")
         return _command(task_name(cmd_name), task, settings, self.way)
-
-
-def _settings(task: Task, way: Way) -> type[Settings] | None:
-    return task.build_settings if way == "build" else task.convert_settings
 
 
 def _command(name: str, task: Task, settings: type[Settings], way: Way) -> click.Command:
@@ -61,5 +57,5 @@ def _command(name: str, task: Task, settings: type[Settings], way: Way) -> click
 
     if way == "convert":
         run = click.argument("source", type=click.Path(path_type=Path))(run)
-    text = inspect.getdoc(task.build if way == "build" else task.convert)
+    text = inspect.getdoc(getattr(task, way))
     return click.command(name, context_settings=CONTEXT, help=text)(model_options(settings)(run))

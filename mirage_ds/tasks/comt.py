@@ -10,16 +10,18 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
 from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.boxed import last_boxed
-from mirage_ds.tasks.choices import ChoiceTask, ask, image_count, read_choice, with_marks, without_letters
-from mirage_ds.tasks.draft import INPUT_IMAGE, OUTPUT_IMAGE, Draft, Picture
+from mirage_ds.tasks.choices import ChoiceTask, image_count, read_choice, with_marks, without_letters
+from mirage_ds.tasks.draft import Draft, Picture
 from mirage_ds.tasks.report import BuildReport
 
 LETTERS = ["A", "B", "C", "D"]
@@ -50,7 +52,7 @@ class Comt(ChoiceTask):
     def prompt(self, row: Mapping[str, Any], settings: Any) -> str:
         """Return the question with its options; a packed row's question holds them already."""
         if row["options"]:
-            return ask(row["question"], row["options"], image_count(row), "the letter of the right option")
+            return super().prompt(row, settings)
         text = with_marks(row["question"], image_count(row))
         return text if "\\boxed" in text else f"{text}\nPut the letter of the right option in \\boxed{{}}."
 
@@ -60,14 +62,10 @@ class Comt(ChoiceTask):
 
     def convert(self, source: Path, settings: ComtSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert COMT's data.jsonl with images/, or rows with a `sequence_plan` (JSON lines, Parquet, Arrow)."""
-        places: dict[Path, dict[str, list[Path]]] = {}
+        images = cache(_images_by_name)
 
         def make(row: tables.Row) -> Draft:
-            if "sequence_plan" in row.values:
-                return _packed(row)
-            if row.folder not in places:
-                places[row.folder] = _images_by_name(row.folder / "images")
-            return _own(row, places[row.folder])
+            return _packed(row) if "sequence_plan" in row.values else _own(row, images(row.folder / "images"))
 
         numbers = []
         # A packed row may have no type: its file is a subset already.
@@ -171,8 +169,8 @@ def _own(row: tables.Row, places: Mapping[str, list[Path]]) -> Draft:
         if match is None:
             raise tables.BadRow(f"image {shown(entry)} is not of the form [IMAGE0:ID]")
         ids[int(match.group(1))] = match.group(2)
-    if OUTPUT_IMAGE in rationale or INPUT_IMAGE in question:
-        raise tables.BadRow(f"its text spells {OUTPUT_IMAGE} or {INPUT_IMAGE}, which mean images here")
+    if HELPER_MARK in rationale or IMAGE_MARK in question:
+        raise tables.BadRow(f"its text spells {HELPER_MARK} or {IMAGE_MARK}, which mean images here")
     asked = [number for number in _marked(question) if number in ids]
     told = _marked(rationale)
     unknown = [number for number in told if number not in ids]
@@ -186,11 +184,11 @@ def _own(row: tables.Row, places: Mapping[str, list[Path]]) -> Draft:
         raise tables.BadRow(f"IMAGE{min(unused)} is marked neither in its question nor in its rationale")
 
     def latent(match: re.Match[str]) -> str:
-        return OUTPUT_IMAGE if int(match["number"]) in thought else f"image {int(match['number']) + 1}"
+        return HELPER_MARK if int(match["number"]) in thought else f"image {int(match['number']) + 1}"
 
     letter, text = _answer(values, _MARK.sub(latent, rationale), options)
     if asked:
-        question = _MARK.sub(lambda match: INPUT_IMAGE if int(match["number"]) in ids else match[0], question)
+        question = _MARK.sub(lambda match: IMAGE_MARK if int(match["number"]) in ids else match[0], question)
     return Draft(
         text_output=text,
         images=tuple(_image(row, ids[number], kind, places) for number in inputs),
@@ -208,10 +206,8 @@ def _packed(row: tables.Row) -> Draft:
     stored = values.get("image_input") or []
     stored = stored if isinstance(stored, list) else [stored]
     images = tuple(row.picture(value, "image_input") for value in stored)
-    if question.count(INPUT_IMAGE) not in (0, len(images)):
-        raise tables.BadRow(
-            f"text_input has {question.count(INPUT_IMAGE)} {INPUT_IMAGE} marks for {len(images)} images"
-        )
+    if question.count(IMAGE_MARK) not in (0, len(images)):
+        raise tables.BadRow(f"text_input has {question.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(images)} images")
     plan = values["sequence_plan"]
     if not isinstance(plan, list) or not plan or not all(isinstance(part, dict) for part in plan):
         raise tables.BadRow(f"sequence_plan is {shown(plan)}, not a list of parts")
@@ -219,11 +215,11 @@ def _packed(row: tables.Row) -> Draft:
     for part in plan:
         if part.get("type") == "text":
             content = replace(row, values=part).text("content")
-            if OUTPUT_IMAGE in content:
-                raise tables.BadRow(f"a text of its sequence_plan spells {OUTPUT_IMAGE}, which means an image here")
+            if HELPER_MARK in content:
+                raise tables.BadRow(f"a text of its sequence_plan spells {HELPER_MARK}, which means an image here")
             text += content
         elif part.get("type") == "latent":
-            text += OUTPUT_IMAGE
+            text += HELPER_MARK
             helpers.append(row.picture(part.get("helper_image"), "helper_image"))
         else:
             raise tables.BadRow(f"a part of its sequence_plan is of type {shown(part.get('type'))}, not text or latent")

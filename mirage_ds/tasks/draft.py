@@ -10,10 +10,6 @@ from typing import Any
 
 from PIL import Image
 
-# The two marks of the record format; mirage_ds.data, which reads them, stands above the tasks.
-INPUT_IMAGE = "<image>"
-OUTPUT_IMAGE = "<output_image>"
-
 
 def _png(image: Image.Image, level: int = 6) -> bytes:
     content = io.BytesIO()

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import io
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from PIL import Image, ImageChops, ImageOps, ImageStat
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import tables
-from mirage_ds.tasks.choices import ChoiceTask, ask, image_count, read_choice, without_letters
+from mirage_ds.tasks.choices import ChoiceTask, read_choice, without_letters
 from mirage_ds.tasks.draft import Draft, Picture
 from mirage_ds.tasks.report import BuildReport
 from mirage_ds.tasks.task import Settings
@@ -51,12 +52,6 @@ class JigsawSettings(Settings):
     min_side: int = Field(224, ge=56, description="px the shorter side must have then; smaller ones are left out")
     seed: int = Field(0, description="the same seed and photographs give the same bytes")
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> JigsawSettings:
-        if self.min_side > self.side:
-            raise ValueError(f"--min_side {self.min_side} is more than --side {self.side}; no photograph has both")
-        return self
-
 
 class BlinkSettings(tables.ConvertSettings):
     """Which of BLINK's rows."""
@@ -70,21 +65,17 @@ def split_of(content: bytes) -> Split:
     return "test" if share == 9 else "dev" if share == 8 else "train"
 
 
-class Puzzle(NamedTuple):
-    """The pictures of one puzzle: with the gap, the patch that was there, one from elsewhere, and the whole."""
-
-    gap: Image.Image
-    right: Image.Image
-    wrong: Image.Image
-    whole: Image.Image
-
-
-def cut_puzzle(photo: Image.Image, corner: Corner, cut: float, rng: random.Random) -> Puzzle:
+def cut_puzzle(
+    photo: Image.Image, corner: Corner, cut: float, rng: random.Random
+) -> tuple[Image.Image, Image.Image, Image.Image]:
     """Cut a corner out of a photograph, and a patch of the same size from a place that does not meet it.
 
     Args:
         photo: RGB.
         cut: share of each side, at most a half.
+
+    Returns:
+        The photograph with the gap, the patch that was there, and the one from elsewhere.
 
     Raises:
         BadRow: the patches elsewhere look like the one cut out.
@@ -100,13 +91,11 @@ def cut_puzzle(photo: Image.Image, corner: Corner, cut: float, rng: random.Rando
         axis = rng.randrange(2)
         free = span[axis] - patch[axis]
         away = rng.randint(0, free) if at[axis] else rng.randint(patch[axis], span[axis])
-        place = (away, place[1]) if axis == 0 else (place[0], away)
-        wrong = _crop(photo, place, patch)
-        if _difference(right, wrong) >= MIN_DIFFERENCE:
-            gap, whole = photo.copy(), photo.copy()
+        wrong = _crop(photo, (away, place[1]) if axis == 0 else (place[0], away), patch)
+        if sum(ImageStat.Stat(ImageChops.difference(right, wrong)).mean) >= MIN_DIFFERENCE * 3:
+            gap = photo.copy()
             gap.paste((0, 0, 0), (*at, at[0] + patch[0], at[1] + patch[1]))
-            whole.paste(right, at)
-            return Puzzle(gap, right, wrong, whole)
+            return gap, right, wrong
     raise tables.BadRow("alike all over")
 
 
@@ -114,21 +103,11 @@ def _crop(photo: Image.Image, at: tuple[int, int], size: tuple[int, int]) -> Ima
     return photo.crop((at[0], at[1], at[0] + size[0], at[1] + size[1]))
 
 
-def _difference(one: Image.Image, other: Image.Image) -> float:
-    """Return the mean absolute difference of two RGB pictures, of 255."""
-    means = ImageStat.Stat(ImageChops.difference(one, other)).mean
-    return sum(means) / len(means)
-
-
 class Jigsaw(ChoiceTask):
     """BLINK-Jigsaw; see the module."""
 
     build_settings = JigsawSettings
     convert_settings = BlinkSettings
-
-    def prompt(self, row: Mapping[str, Any], settings: Any) -> str:
-        """Return the row's question with its options."""
-        return ask(row["question"], row["options"], image_count(row), "the letter of the right option")
 
     def build(self, settings: JigsawSettings, report: BuildReport) -> Iterator[Draft]:
         """Cut puzzles out of a folder of photographs: one corner missing, two patches to choose from."""
@@ -141,14 +120,12 @@ class Jigsaw(ChoiceTask):
             raise UserError(f"--photos {settings.photos}: no photograph in it ({', '.join(tables.IMAGES)})")
         rng = random.Random(f"{settings.seed}/jigsaw")
         rng.shuffle(files)
-        for what in ("too small", "unreadable", "alike all over"):
-            report.note(f"photographs left out, {what}", 0)
         made, seen = 0, set[bytes]()
         letters: list[str] = []
         for file in files:
             if made == settings.count:
                 return
-            content = _read(file)
+            content = file.read_bytes()
             digest = hashlib.sha256(content).digest()
             if split_of(content) != settings.split:
                 report.excluded += 1
@@ -183,13 +160,13 @@ class Jigsaw(ChoiceTask):
             raise tables.BadRow("unreadable") from None
         if min(image.size) < settings.min_side:
             raise tables.BadRow("too small")
-        puzzle = cut_puzzle(image, corner, settings.cut, rng)
-        patches = (puzzle.right, puzzle.wrong) if letter == "A" else (puzzle.wrong, puzzle.right)
+        gap, right, wrong = cut_puzzle(image, corner, settings.cut, rng)
+        patches = (right, wrong) if letter == "A" else (wrong, right)
         question = QUESTION.format(corner=corner.replace("-", " "))
         return Draft(
             text_output=f"\\boxed{{{letter}}}",
-            images=tuple(Picture.of(one) for one in (puzzle.gap, *patches)),
-            helpers=(Picture.of(puzzle.whole),),
+            images=tuple(Picture.of(one) for one in (gap, *patches)),
+            helpers=(Picture.of(image),),
             extra={
                 "question": question,
                 "options": OPTIONS,
@@ -205,44 +182,33 @@ class Jigsaw(ChoiceTask):
     def convert(self, source: Path, settings: BlinkSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert BLINK's Jigsaw rows (Parquet as the Hub has them, or `save_to_disk`) to evaluate on."""
         files = tables.find_tables(source, "Jigsaw", settings.split)
-        for file in files:
-            tables.need_columns(file, ("idx", "question", "choices", "answer", "image_1"))
+        tables.need_columns(files, ("idx", "question", "choices", "answer", "image_1"))
         number_of = {row.number for row in tables.read_tables(files, ["idx"])}
-        report.note("answers withheld", 0)
-
-        def make(row: tables.Row) -> Draft:
-            return self._blink(row, report)
 
         rows = tables.read_tables(files, None, tables.draw(sorted(number_of), settings.count, settings.seed))
-        return tables.drafts(rows, make, settings, report)
-
-    def _blink(self, row: tables.Row, report: BuildReport) -> Draft:
-        values = row.values
-        question, options = row.text("question"), without_letters(row.texts("choices"))
-        names = [name for name in ("image_1", "image_2", "image_3", "image_4") if values.get(name) is not None]
-        images = tuple(row.picture(values[name], name) for name in names)
-        if not images:
-            raise tables.BadRow("it has no image")
-        answer = str(values.get("answer") or "")
-        letter = read_choice(f"\\boxed{{{answer}}}", options)
-        if letter is None and answer.strip("() ").lower() not in ("", "hidden"):
-            raise tables.BadRow(f"answer {answer!r} is none of its {len(options)} choices")
-        if letter is None:
-            report.note("answers withheld")
-        return Draft(
-            text_output=f"\\boxed{{{letter}}}" if letter else "",
-            images=images,
-            extra={"question": question, "options": options, "idx": str(values["idx"])},
-            kind=letter or "",
-            key=question,
-        )
+        return tables.drafts(rows, partial(_blink, report), settings, report)
 
 
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable or move it away") from None
+def _blink(report: BuildReport, row: tables.Row) -> Draft:
+    values = row.values
+    question, options = row.text("question"), without_letters(row.texts("choices"))
+    names = [name for name in ("image_1", "image_2", "image_3", "image_4") if values.get(name) is not None]
+    images = tuple(row.picture(values[name], name) for name in names)
+    if not images:
+        raise tables.BadRow("it has no image")
+    answer = str(values.get("answer") or "")
+    letter = read_choice(f"\\boxed{{{answer}}}", options)
+    if letter is None and answer.strip("() ").lower() not in ("", "hidden"):
+        raise tables.BadRow(f"answer {answer!r} is none of its {len(options)} choices")
+    if letter is None:
+        report.note("answers withheld")
+    return Draft(
+        text_output=f"\\boxed{{{letter}}}" if letter else "",
+        images=images,
+        extra={"question": question, "options": options, "idx": str(values["idx"])},
+        kind=letter or "",
+        key=question,
+    )
 
 
 def _load(content: bytes, side: int) -> Image.Image:

@@ -11,13 +11,12 @@ import json
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from mirage_ds.errors import UserError
 
 Board = tuple[tuple[int, ...], ...]
 Cell = tuple[int, int]
-Ties = Literal["rule", "random"]
 
 START, GOAL, HOLE, ICE = 1, 2, -1, 0
 # In the order of gymnasium's actions 0..3.
@@ -118,27 +117,25 @@ def count_shortest_paths(board: Board) -> int:
     return _path_counts(board, distances(board)).get(find(board, START), 0)
 
 
-def shortest_path(board: Board, ties: Ties = "rule", rng: random.Random | None = None) -> list[str]:
+def shortest_path(board: Board, rng: random.Random | None = None) -> list[str]:
     """Return the moves of a shortest path from start to goal.
 
     Args:
-        ties: "rule" takes at each cell the first fitting move of `TIE_ORDER`; "random" draws each of the shortest
-            paths with equal probability from `rng`.
+        rng: draws each of the shortest paths with equal probability; None takes at each cell the first fitting move of
+            `TIE_ORDER`.
 
     Raises:
-        ValueError: the board has no path, or ties are random without an rng.
+        ValueError: the board has no path.
     """
     found = distances(board)
     cell = find(board, START)
     if cell not in found:
         raise ValueError("the board has no path from start to goal")
-    if ties == "random" and rng is None:
-        raise ValueError("random ties need an rng")
     counts = _path_counts(board, found)
     moves: list[str] = []
     while found[cell]:
         fitting = [move for move in TIE_ORDER if found.get(step(board, cell, move)) == found[cell] - 1]
-        if ties == "random" and rng is not None and len(fitting) > 1:
+        if rng is not None and len(fitting) > 1:
             moves += rng.choices(fitting, [counts[step(board, cell, move)] for move in fitting])
         else:
             moves.append(fitting[0])
@@ -174,13 +171,9 @@ def map_json(board: Board) -> str:
     return json.dumps(board, separators=(",", ":"))
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def map_hash(board: Board) -> str:
     """Return the SHA-256 (64 hex digits) of `map_json`, as the public list of test maps has it."""
-    return _sha256(map_json(board))
+    return hashlib.sha256(map_json(board).encode()).hexdigest()
 
 
 def symmetries(board: Board) -> Iterator[Board]:
@@ -201,5 +194,5 @@ def split_of(board: Board) -> str:
 
     It follows from the hash of the smallest spelling among the eight symmetries.
     """
-    share = int(_sha256(min(map_json(image) for image in symmetries(board)))[:8], 16) % 10
+    share = int(map_hash(min(symmetries(board), key=map_json))[:8], 16) % 10
     return "test" if share == 9 else "dev" if share == 8 else "train"

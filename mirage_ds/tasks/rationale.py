@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mirage_ds.tasks.draft import OUTPUT_IMAGE
+from mirage_ds.data.messages import HELPER_MARK
 from mirage_ds.tasks.maps import GOAL, HOLE, ICE, START, Board, Cell, tile
 
 TILE_NAMES = {START: "Start", GOAL: "Target", HOLE: "Hole", ICE: "Ice"}
@@ -44,4 +44,4 @@ def with_helper(before: Sequence[str], after: Sequence[str], boxed: str) -> str:
     Either part without a sentence has no <think> block.
     """
     parts = ["<think> " + " ".join(part) + " </think>" if part else "" for part in (before, after)]
-    return f"{parts[0]}{OUTPUT_IMAGE}{parts[1]}The answer is {boxed}."
+    return f"{parts[0]}{HELPER_MARK}{parts[1]}The answer is {boxed}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +29,6 @@ class BuildReport:
         duplicates: repeated rows met (random boards: draws; the same map, or for reasoning the same map and plan).
         duplicates_kept: whether they stand in the file all the same.
         excluded: rows (random boards: draws) left out because a setting says so.
-        replaced: answers or plans of the given rows that were wrong, and were replaced.
         notes: further lines, what and how many.
     """
 
@@ -37,17 +36,16 @@ class BuildReport:
     file: Path
     records: int = 0
     images: int = 0
-    levels: dict[int | str, int] = field(default_factory=dict)
-    classes: dict[str, int] = field(default_factory=dict)
+    levels: Counter[int | str] = field(default_factory=Counter)
+    classes: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
     duplicates_kept: bool = False
     excluded: int = 0
-    replaced: int = 0
-    notes: dict[str, int] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
 
     def note(self, what: str, count: int = 1) -> None:
         """Count something that only this task knows; 0 puts the line into the table all the same."""
-        self.notes[what] = self.notes.get(what, 0) + count
+        self.notes[what] += count
 
 
 def print_report(report: BuildReport) -> None:
@@ -59,8 +57,6 @@ def print_report(report: BuildReport) -> None:
     counts += [(f"answer {kind}", count) for kind, count in classes]
     counts += [(f"duplicates {'kept' if report.duplicates_kept else 'removed'}", report.duplicates)]
     counts += [("excluded", report.excluded)]
-    if report.replaced:
-        counts += [("wrong answers replaced", report.replaced)]
     print_counts(f"{report.task}: {report.file}", [*counts, *report.notes.items()])
 
 
@@ -77,25 +73,10 @@ def print_counts(title: str, counts: Iterable[tuple[str, int | str]]) -> None:
 
 
 @contextmanager
-def progress_bar(title: str, after_s: float = 3.0) -> Iterator[Advance]:
-    """Yield a function (done, total) that draws a bar on stderr once `after_s` seconds have passed.
-
-    Without a terminal on stderr nothing is ever drawn.
-    """
+def progress_bar(title: str) -> Iterator[Advance]:
+    """Yield a function (done, total) that draws a bar on stderr while the work lasts; nothing without a terminal."""
     console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    )
-    row = bar.add_task(title, total=None)
-    begin = time.monotonic()
-
-    def advance(done: int, total: int | None) -> None:
-        if not bar.live.is_started and console.is_terminal and time.monotonic() - begin >= after_s:
-            bar.start()
-        bar.update(row, completed=done, total=total)
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:  # stopping a bar that never started would print an empty line
-            bar.stop()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        row = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(row, completed=done, total=total)

@@ -6,17 +6,17 @@ The data has no helper images: they come from a folder of the user's, one a row.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
 
 from pydantic import Field
 
+from mirage_ds.data.messages import IMAGE_MARK
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import tables
-from mirage_ds.tasks.choices import ChoiceTask, ask, image_count, plain
-from mirage_ds.tasks.draft import INPUT_IMAGE, Draft, Picture
+from mirage_ds.tasks.choices import ChoiceTask, plain
+from mirage_ds.tasks.draft import Draft, Picture
 from mirage_ds.tasks.report import BuildReport
 
 # The paper's two kinds of question, as it writes them and as the data does.
@@ -45,16 +45,12 @@ class Sat(ChoiceTask):
 
     convert_settings = SatSettings
     letter_first = False
-
-    def prompt(self, row: Mapping[str, Any], settings: Any) -> str:
-        """Return the row's question with its options."""
-        return ask(row["question"], row["options"], image_count(row), "the text of the right option")
+    boxed = "the text of the right option"
 
     def convert(self, source: Path, settings: SatSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert rows of SAT or SAT-v2 (Parquet, or `save_to_disk`); helper images come from --helpers."""
         files = tables.find_tables(source, split=settings.split)
-        for file in files:
-            tables.need_columns(file, ("question", "answers", "question_type", "correct_answer"))
+        tables.need_columns(files, ("question", "answers", "question_type", "correct_answer"))
         images = next((name for name in _IMAGE_COLUMNS if name in tables.columns_of(files[0])), None)
         if images is None:
             raise UserError(f"{files[0]}: has no column {' or '.join(_IMAGE_COLUMNS)}; name the data set that has it")
@@ -64,7 +60,6 @@ class Sat(ChoiceTask):
         fitting = tables.of_types(kinds, "question_type", "--question_types", settings.question_types, report)
         numbers = [row.number for row in fitting]
         helpers = folder_of_images(settings.helpers) if settings.helpers else {}
-        report.note(LACKING, 0)
 
         def make(row: tables.Row) -> Draft:
             own = str(row.number if name is None else row.values[name])
@@ -97,9 +92,9 @@ def _draft(row: tables.Row, column: str, own: str, helper: Path | None, seed: in
     if not isinstance(stored, list) or not stored:
         raise tables.BadRow(f"{column} holds no image")
     images = tuple(row.picture(value, f"image {n}") for n, value in enumerate(stored, 1))
-    marks = question.count(INPUT_IMAGE)
+    marks = question.count(IMAGE_MARK)
     if marks not in (0, len(images)):
-        raise tables.BadRow(f"its question has {marks} {INPUT_IMAGE} marks for {len(images)} images")
+        raise tables.BadRow(f"its question has {marks} {IMAGE_MARK} marks for {len(images)} images")
     if "{" in right or "}" in right:
         raise tables.BadRow(f"correct_answer {right!r} has a brace, which cannot stand in a box")
     helpers: tuple[Picture, ...] = ()

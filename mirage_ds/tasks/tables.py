@@ -6,9 +6,7 @@ images unless each column is cast.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import random
 import re
 import warnings
@@ -22,10 +20,11 @@ from typing import Any
 from PIL import Image
 from pydantic import Field
 
+from mirage_ds.data.record import RecordError, parse_object
+from mirage_ds.data.record_files import need_lines, read_lines
 from mirage_ds.errors import UserError, reason, shown
 from mirage_ds.tasks.draft import Draft, Picture
 from mirage_ds.tasks.report import BuildReport
-from mirage_ds.tasks.sources import json_object, text_lines
 from mirage_ds.tasks.task import Settings
 
 TABLES = (".parquet", ".arrow")
@@ -43,7 +42,7 @@ class ConvertSettings(Settings):
     skip_bad_records: bool = Field(False, description="leave bad rows out and count them, instead of refusing")
 
 
-class BadRow(Exception):
+class BadRow(ValueError):
     """A row that cannot become a record; the message says what is wrong with it."""
 
 
@@ -97,11 +96,11 @@ class Row:
                 raise BadRow(f"{what} {value} cannot be read ({error.strerror})") from None
         if not isinstance(value, bytes) or not value:
             raise BadRow(f"{what} is {shown(value)}, not an image")
-        return Picture.stored(value, _suffix(value, what))
+        return Picture.stored(value, suffix_of(value, what))
 
 
-def _suffix(content: bytes, what: str) -> str:
-    """Decode an image; return the suffix of its format."""
+def suffix_of(content: bytes, what: str) -> str:
+    """Decode an image; return the suffix of its format, or raise BadRow that calls it `what`."""
     try:
         with warnings.catch_warnings():
             # What Pillow only warns of as of a decompression bomb is refused by the trainer too.
@@ -195,14 +194,14 @@ def columns_of(file: Path) -> list[str]:
         return names
 
 
-def need_columns(file: Path, names: Collection[str]) -> None:
+def need_columns(files: Sequence[Path], names: Collection[str]) -> None:
     """Raise UserError when a file lacks a column."""
-    found = columns_of(file)
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise UserError(
-            f"{file}: has no column {' and '.join(missing)}, only {', '.join(found)}; name the data set that has it"
-        )
+    for file in files:
+        found = columns_of(file)
+        missing = " and ".join(name for name in names if name not in found)
+        if missing:
+            there = ", ".join(found)
+            raise UserError(f"{file}: has no column {missing}, only {there}; name the data set that has it")
 
 
 def read_tables(
@@ -228,10 +227,22 @@ def read_tables(
             number += len(batch)
 
 
+def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line, object) of a JSON-lines file; UserError where it cannot be read, or a line is no object."""
+    need_lines(file)
+    try:
+        for line, text in read_lines(file):
+            yield line, parse_object(text, line)
+    except RecordError as error:
+        raise UserError(f"{file}, {error.fault}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable") from None
+
+
 def read_json_lines(file: Path) -> Iterator[Row]:
-    """Yield the objects of a JSON-lines file; UserError where it cannot be read, or a line is no object."""
-    for number, (line, where) in enumerate(text_lines(file)):
-        yield Row(number, json_object(line, where), file.parent, where)
+    """Yield the rows of a JSON-lines file; UserError as in read_objects."""
+    for number, (line, values) in enumerate(read_objects(file)):
+        yield Row(number, values, file.parent, f"{file}, line {line}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -295,7 +306,7 @@ def drafts(
     report.duplicates_kept = True
     if settings.skip_bad_records:
         report.note("bad rows left out", 0)
-    seen: set[bytes] = set()
+    seen: set[tuple[str, ...]] = set()
     for row in rows:
         try:
             draft = make(row)
@@ -304,8 +315,7 @@ def drafts(
                 raise UserError(f"{row.where}: {error}; fix it, or leave such rows out by --skip_bad_records") from None
             report.note("bad rows left out")
             continue
-        names = [picture.name for picture in (*draft.images, *draft.helpers)]
-        known = hashlib.sha256(json.dumps([draft.key, draft.text_output, names]).encode()).digest()
+        known = (draft.key, draft.text_output, *(picture.name for picture in (*draft.images, *draft.helpers)))
         report.duplicates += known in seen
         seen.add(known)
         yield draft

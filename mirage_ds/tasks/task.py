@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, Field
 
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ class Settings(BaseModel, extra="forbid"):
 class Task(ABC):
     """A task.
 
-    Every task asks, reads and scores. `data build` and `data convert` need the method of their name, and its settings;
-    `data vary helper-text` needs `helper_text`.
+    Every task asks, reads and scores; `prompt` and `parse` are its own. `data build` and `data convert` need the method
+    of their name, and its settings; `data vary helper-text` needs `helper_text`.
 
     Attributes:
         build_settings: flags of `data build`; None where the task is not built.
@@ -40,6 +40,12 @@ class Task(ABC):
 
     build_settings: ClassVar[type[Settings] | None] = None
     convert_settings: ClassVar[type[Settings] | None] = None
+
+    @property
+    def _name(self) -> str:
+        """The name by which it is told to the user."""
+        own = f"{type(self).__module__}:{type(self).__name__}"
+        return next((name for name, known in TASKS.items() if known == own), own)
 
     def build(self, settings: Any, report: BuildReport) -> Iterable[Draft]:
         """Make records. They are written as they come, so a generator need not hold them all.
@@ -51,11 +57,11 @@ class Task(ABC):
         Raises:
             UserError: what the user can fix.
         """
-        raise NotImplementedError
+        raise UserError(f"task {self._name} has build_settings but no build; write it, see docs/tasks.md")
 
     def convert(self, source: Path, settings: Any, report: BuildReport) -> Iterable[Draft]:
         """Make records of a file or folder in the form in which others hand the data out; else as `build`."""
-        raise NotImplementedError
+        raise UserError(f"task {self._name} has convert_settings but no convert; write it, see docs/tasks.md")
 
     @abstractmethod
     def prompt(self, row: Mapping[str, Any], settings: Any) -> str:
@@ -75,9 +81,7 @@ class Task(ABC):
             UserError: the task has no words for it (this default).
             KeyError: the record lacks a key; its name and line are told to the user.
         """
-        place = f"{type(self).__module__}:{type(self).__name__}"
-        name = next((name for name, known in TASKS.items() if known == place), place)
-        raise UserError(f"task {name} has no words for its helper; write its helper_text, or vary in another way")
+        raise UserError(f"task {self._name} has no words for its helper; write its helper_text, or vary in another way")
 
     @abstractmethod
     def parse(self, text: str, row: Mapping[str, Any]) -> Any | None:
@@ -87,13 +91,20 @@ class Task(ABC):
             row: the record that the text answers; a missing key may raise KeyError.
         """
 
-    @abstractmethod
     def score_record(self, text: str, record: Mapping[str, Any]) -> dict[str, float]:
         """Score a decoded text; the first metric is the success rate, and `invalid` says that there was no answer.
+
+        This default compares what `parse` reads out of the text and of the record's own answer: `correct`, `invalid`.
 
         Args:
             record: the record's extra keys and, where it has an answer, `text_output`.
 
         Raises:
             KeyError: the record lacks a key; its name and line are told to the user.
+            UserError: there is no answer in the record's own.
         """
+        right, found = self.parse(record["text_output"], record), self.parse(text, record)
+        if right is None:
+            own = shown(record["text_output"])
+            raise UserError(f"a record's own answer {own} cannot be read by its task; fix its text_output")
+        return {"correct": float(found == right), "invalid": float(found is None)}

@@ -12,20 +12,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.tasks.board_task import BoardTask, Given
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.maps import (
-    GOAL,
-    HOLE,
-    MOVES,
-    START,
-    Board,
-    find,
-    follow,
-    map_json,
-    parse_board,
-    shortest_path,
-    step,
-    tile,
-)
+from mirage_ds.tasks.maps import GOAL, HOLE, MOVES, Board, find, follow, map_json, parse_board, shortest_path, tile
 from mirage_ds.tasks.rationale import sentences, spot, with_helper
 from mirage_ds.tasks.render import path_picture, state_picture
 
@@ -61,7 +48,7 @@ def choose_moves(given: Given, right: Callable[[Board, Sequence[str]], bool] = s
     own = _given_moves(given.row)
     if own and right(given.board, own):
         return own, False
-    return shortest_path(given.board, given.settings.ties, given.rng), bool(own)
+    return shortest_path(given.board, given.rng if given.settings.ties == "random" else None), bool(own)
 
 
 def boxed_moves(moves: Sequence[str]) -> str:
@@ -117,7 +104,7 @@ class Planning(MovesTask):
         cells = follow(board, moves)
         text_output = boxed_moves(moves)
         if given.settings.answer == "cot":
-            start, goal = spot(find(board, START)), spot(find(board, GOAL))
+            start, goal = spot(cells[0]), spot(find(board, GOAL))
             where = f"I start at [{start},Start] and the goal is at [{goal},Target]."
             text_output = with_helper([where], sentences(board, cells, moves), text_output)
         return Draft(
@@ -129,29 +116,3 @@ class Planning(MovesTask):
             key=map_json(board),
             replaced=replaced,
         )
-
-
-def best_constant(boards: Sequence[Board], longest: int = 6) -> tuple[list[str], float]:
-    """Find the one answer that solves most boards: what a model scores that never looks at the map.
-
-    Args:
-        longest: moves of the answer at most; every one of the 4 + 16 + … answers is tried.
-
-    Returns:
-        The moves, and the share of boards they solve.
-    """
-    best: tuple[list[str], int] = ([], 0)
-
-    def extend(moves: list[str], places: list[tuple[Board, tuple[int, int]]]) -> None:
-        nonlocal best
-        # Only boards on which no hole was met are still here.
-        solved = sum(tile(board, cell) == GOAL for board, cell in places)
-        if moves and solved > best[1]:
-            best = (moves, solved)
-        if len(moves) < longest:
-            for move in MOVES:
-                after = [(board, step(board, cell, move)) for board, cell in places]
-                extend([*moves, move], [(board, cell) for board, cell in after if tile(board, cell) != HOLE])
-
-    extend([], [(board, find(board, START)) for board in boards])
-    return best[0], best[1] / max(1, len(boards))

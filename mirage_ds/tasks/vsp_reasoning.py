@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mirage_ds.errors import UserError
-from mirage_ds.tasks.board_task import BoardTask, Given
+from mirage_ds.tasks.board_task import BoardTask, BuildSpec, Given
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.draft import Draft
 from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, Board, follow, map_json, parse_board, shortest_path, tile
 from mirage_ds.tasks.rationale import seen, sentences, with_helper
 from mirage_ds.tasks.render import state_picture
-from mirage_ds.tasks.spec import BuildSpec
 
 # What the question adds where the answer has a rationale.
 _THINK = (
@@ -52,7 +51,7 @@ def _candidate(board: Board, rng: random.Random) -> list[str]:
     way = rng.choice(("shortest", "blind", "part", "perturbed", "perturbed", "walk"))
     if way == "walk":
         return [rng.choice(list(MOVES)) for _ in range(rng.randint(1, len(board) + 2))]
-    path = shortest_path(blind if way == "blind" else board, "random", rng)
+    path = shortest_path(blind if way == "blind" else board, rng)
     if way == "part":
         return path[: rng.randint(1, len(path))]
     return _perturbed(path, rng) if way == "perturbed" else path
@@ -101,11 +100,6 @@ class Reasoning(BoardTask):
         r"""Return the letter of the last ``\boxed{…}``; None when it holds no A, B or C in front."""
         match = _LETTER.match((last_boxed(text) or "").upper().replace("\\TEXT{", "\\text{"))
         return match.group(1) if match else None
-
-    def score_record(self, text: str, record: Mapping[str, Any]) -> dict[str, float]:
-        """Score a text by the record's own answer; invalid: no letter A, B or C is boxed last."""
-        right, found = self.parse(record["text_output"], record), self.parse(text, record)
-        return {"correct": found is not None and found == right, "invalid": found is None}
 
     def helper_text(self, row: Mapping[str, Any]) -> str:
         """Return what the helper shows beside the board: "The player is at [(2,1),Ice], facing DOWN."."""

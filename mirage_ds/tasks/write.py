@@ -5,6 +5,7 @@ Everything is written into a temporary folder beside the target and moved at the
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,16 +16,53 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, is_text
 from mirage_ds.files import TROUBLES, check_output
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
+from mirage_ds.tasks.task import Settings
 
 # Rows, and the pictures in them, that are held at a time.
 ROWS_AT_A_TIME = 64
 
-# A line of the file, and its pictures by their paths beside the file.
-Line = tuple[str, dict[str, Picture]]
+
+@dataclass(frozen=True)
+class Row:
+    """A record to be.
+
+    Attributes:
+        inputs, helpers: images, each a file there is, or a picture that is to be written.
+        extra: keys beside the four of the format.
+    """
+
+    text_input: str
+    text_output: str
+    inputs: tuple[Path | Picture, ...]
+    helpers: tuple[Path | Picture, ...]
+    extra: dict[str, Any]
+
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        """The pictures that are to be written, by their paths beside the file."""
+        return {f"images/{one.name}": one for one in (*self.inputs, *self.helpers) if isinstance(one, Picture)}
+
+    def record(self, out: Path) -> dict[str, Any]:
+        """Return the record's keys in a file in `out`, its images' paths relative to it: one path, or a list."""
+        keys: dict[str, Any] = {"text_input": self.text_input, "text_output": self.text_output}
+        for name, images in (("image_input", self.inputs), ("image_output", self.helpers)):
+            paths = [
+                f"images/{one.name}" if isinstance(one, Picture) else Path(os.path.relpath(one, out)).as_posix()
+                for one in images
+            ]
+            keys |= {name: paths if len(paths) > 1 else paths[0]} if paths else {}
+        return keys | self.extra
+
+    def line(self, out: Path) -> str:
+        """Write the record as a line of a file in `out`."""
+        record = self.record(out)
+        text = json.dumps(record, ensure_ascii=False)
+        # Half a surrogate pair in a key of the user's: no file can hold it, only JSON's escape.
+        return (text if is_text(text) else json.dumps(record)) + "\n"
 
 
 @dataclass(frozen=True)
@@ -36,15 +74,14 @@ class Written:
     images: int
 
 
-def new_target(out: Path, name: str) -> Path:
-    """Return the place of `out`/`name`.jsonl, which nothing may stand at.
+def new_target(settings: Settings) -> Path:
+    """Return the place of the JSONL file, which nothing may stand at.
 
     Raises:
-        UserError: `out` is a file, or the target exists.
+        UserError: --out is a file, or the target exists.
     """
-    target = out.resolve() / f"{name}.jsonl"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
+    out = settings.out
+    target = out.resolve() / f"{settings.name}.jsonl"
     check_output(out, "--out", folder=True)
     if target.exists():
         raise UserError(f"{out / target.name} exists; remove it, or choose another --out or --name")
@@ -77,45 +114,29 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def image_keys(inputs: Sequence[str], helpers: Sequence[str]) -> dict[str, Any]:
-    """Return the keys of a record that name its images: one path, or a list of several."""
-    keys = {"image_input": inputs, "image_output": helpers}
-    return {key: list(paths) if len(paths) > 1 else paths[0] for key, paths in keys.items() if paths}
-
-
-def new_pictures(out: Path, rows: Iterable[dict[str, Picture]]) -> dict[str, Picture]:
+def _new_pictures(out: Path, rows: Iterable[Row]) -> dict[str, Picture]:
     """Return the pictures of some rows that `out` does not hold yet."""
-    return {name: one for pictures in rows for name, one in pictures.items() if not (out / name).exists()}
+    return {name: one for row in rows for name, one in row.pictures.items() if not (out / name).exists()}
 
 
-@contextmanager
-def _painters() -> Iterator[ThreadPoolExecutor]:
-    """Yield threads on all cores: compressing pictures is most of the work."""
-    pool = ThreadPoolExecutor()
-    try:
-        yield pool
-    finally:
-        # Whoever stops the work does not wait for the pictures that nobody began.
-        pool.shutdown(cancel_futures=True)
-
-
-def write_records(out: Path, name: str, lines: Iterable[Line], total: int | None, progress: Advance | None) -> Written:
-    """Write `out`/`name`.jsonl and the pictures that are not there yet.
+def write_rows(rows: Iterable[Row], settings: Settings, progress: Advance | None = None) -> Written:
+    """Write the JSONL file, and the pictures that are not there yet under images/ beside it.
 
     Args:
-        lines: taken ROWS_AT_A_TIME, so that an iterator's never lie in memory together.
-        total: new pictures in all, where that is known.
-        progress: called with (pictures written, total).
+        rows: taken ROWS_AT_A_TIME, so that an iterator's never lie in memory together.
+        progress: called with (pictures written, pictures in all; None where `rows` is an iterator).
 
     Raises:
         UserError: the target exists, or cannot be written.
     """
-    target = new_target(out, name)
+    target = new_target(settings)
+    total = len(_new_pictures(target.parent, rows)) if isinstance(rows, Sequence) else None
     known: set[str] = set()
     count = 0
     with (
-        whole_or_nothing(out) as work,
-        _painters() as pool,
+        whole_or_nothing(settings.out) as work,
+        # Compressing pictures is most of the work.
+        ThreadPoolExecutor() as pool,
         (work / target.name).open("w", encoding="utf-8", newline="\n") as file,
     ):
 
@@ -123,10 +144,10 @@ def write_records(out: Path, name: str, lines: Iterable[Line], total: int | None
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             (work / name).write_bytes(picture.content())
 
-        waiting = iter(lines)
+        waiting = iter(rows)
         while some := list(islice(waiting, ROWS_AT_A_TIME)):
-            file.writelines(line for line, _ in some)
-            pictures = new_pictures(target.parent, (own for _, own in some))
+            file.writelines(row.line(target.parent) for row in some)
+            pictures = _new_pictures(target.parent, some)
             new = {name: one for name, one in pictures.items() if name not in known}
             for done, _ in enumerate(pool.map(save, new, new.values()), len(known) + 1):
                 if progress is not None:

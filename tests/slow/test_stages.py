@@ -32,8 +32,8 @@ def deepspeed(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_losses_fall_through_the_stages(tmp_path: Path) -> None:
     """On records of the benchmark's picture size with the full prompt: planning, then reasoning too."""
     from mirage_ds.model.init import init_model
+    from mirage_ds.tasks.board_task import BuildSpec
     from mirage_ds.tasks.build import build
-    from mirage_ds.tasks.spec import BuildSpec
 
     build("vsp-spatial-planning", BuildSpec(out=tmp_path / "planning", count=ROWS))
     build("vsp-spatial-reasoning", BuildSpec(out=tmp_path / "reasoning", count=ROWS, answer="cot"))

@@ -57,7 +57,7 @@ def fork_of(record: Record, seed: int) -> Fork | None:
         return None
     rng, other = random.Random(f"{seed}/path/{record.line}"), moves
     while other == moves:
-        other = shortest_path(board, "random", rng)
+        other = shortest_path(board, rng)
     return Fork(record, board, (tuple(moves), tuple(other)))
 
 

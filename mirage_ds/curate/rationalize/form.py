@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mirage_ds.curate.rewrite import named_task
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
-from mirage_ds.errors import shown
+from mirage_ds.errors import is_text, shown
 from mirage_ds.tasks import get_task, task_name
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.task import Task
@@ -28,10 +28,27 @@ MEANINGS: dict[Outcome, str] = {
     "no reply": "the server failed; the same command asks again",
 }
 
+
+class Reply(NamedTuple):
+    """What a model wrote, or why it wrote nothing.
+
+    Attributes:
+        cut: it ended because it had all its tokens.
+        served: the model that the server says has written it; "" if it says none.
+        tokens: of the request and of the reply, where they are told.
+        lost: what became of the job, where `text` is not a reply but the reason why there is none.
+    """
+
+    text: str
+    cut: bool = False
+    served: str = ""
+    tokens: tuple[int, int] = (0, 0)
+    lost: Literal["refused", "no reply"] | None = None
+
+
 _TAG = re.compile(r"</?(?:before|between|after|answer)>", re.IGNORECASE)
 _PART = re.compile(r"<(before|between|after|answer)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
 _THINK = re.compile(r"\s*</?think>\s*", re.IGNORECASE)
-_FOREIGN = (HELPER_MARK, IMAGE_MARK)
 
 
 def tags(helpers: int) -> list[str]:
@@ -53,37 +70,22 @@ def described(helpers: int) -> str:
     return "Reply with nothing but this, your text between the tags:\n" + "\n".join(lines)
 
 
-class NoForm(Exception):
-    """A reply that has not the form."""
-
-
-def read(text: str, helpers: int) -> tuple[list[str], str]:
-    """Return the helpers + 1 parts and the answer of a reply.
+def read(text: str, helpers: int) -> tuple[list[str], str] | None:
+    """Return the helpers + 1 parts and the answer of a reply; None unless each is there once and in order.
 
     What stands before the last `<before>` is left out: models that think aloud try the form there. So are `<think>`
     tags, which `composed` places.
-
-    Raises:
-        NoForm: the parts are not there, each once and in order.
     """
     start = text.lower().rfind("<before>")
     found = [(match[1].lower(), match[2]) for match in _PART.finditer(text, start)] if start >= 0 else []
     if [tag for tag, _ in found] != tags(helpers):
-        raise NoForm
+        return None
     parts = [_THINK.sub(" ", part).strip() for _, part in found]
     for part in parts:
         # Half a surrogate pair can be spelt in a server's JSON, and no file can hold it.
-        if _TAG.search(part) or any(mark in part for mark in _FOREIGN) or not _whole(part):
-            raise NoForm
+        if _TAG.search(part) or any(mark in part for mark in (HELPER_MARK, IMAGE_MARK)) or not is_text(part):
+            return None
     return parts[:-1], parts[-1]
-
-
-def _whole(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -145,16 +147,14 @@ class Judge:
         own = self.task.parse(self.record.text_output, known)
         return next(iter(marks.values())) >= 1 and self.task.parse(text, known) == own
 
-    def outcome(self, text: str, cut: bool) -> Outcome:
-        """Judge a reply.
-
-        Args:
-            cut: it ended because it had all its tokens.
-        """
-        try:
-            parts, answer = read(text, len(self.record.image_output))
-        except NoForm:
-            return "cut off" if cut else "no form"
+    def outcome(self, reply: Reply) -> Outcome:
+        """Judge a reply."""
+        if reply.lost:
+            return reply.lost
+        found = read(reply.text, len(self.record.image_output))
+        if found is None:
+            return "cut off" if reply.cut else "no form"
+        parts, answer = found
         if not all(re.search(r"\w", part) for part in parts):
             return "empty part"
         said = answer if last_boxed(answer) is not None else f"\\boxed{{{answer}}}"
@@ -167,8 +167,9 @@ class Judge:
 
         Where the question speaks of <think> each part stands in such a block, as in the rows of `data build`.
         """
-        parts, _ = read(text, len(self.record.image_output))
+        found = read(text, len(self.record.image_output))
+        assert found is not None
         end = f"The answer is \\boxed{{{self.boxed}}}."
         if "<think>" in self.record.text_input:
-            return HELPER_MARK.join(f"<think> {part} </think>" for part in parts) + end
-        return f"\n{HELPER_MARK}\n".join(parts) + f"\n{end}"
+            return HELPER_MARK.join(f"<think> {part} </think>" for part in found[0]) + end
+        return f"\n{HELPER_MARK}\n".join(found[0]) + f"\n{end}"

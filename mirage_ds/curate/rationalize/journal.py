@@ -12,31 +12,31 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.curate.rationalize.form import Outcome
-from mirage_ds.curate.rationalize.job import Job, Lost, Reply
+from mirage_ds.curate.rationalize.form import Outcome, Reply
 from mirage_ds.errors import UserError
 
 NAME = "replies.jsonl"
+# A request: the row's place among the file's records, from 0, and which of its samples.
+Job = tuple[int, int]
 
 
 class Noted(NamedTuple):
-    """Where a job's line stands, and what became of the job."""
+    """The bytes of a job's line in the file, and what became of the job."""
 
     offset: int
+    length: int
     outcome: Outcome
 
 
 class Journal:
-    """The journal of one --out, locked for this process. It holds two numbers a reply in memory, no text.
+    """The journal of one --out, locked for this process. It holds a few numbers a reply in memory, no text.
 
     Attributes:
-        noted: (row, sample) → its line.
-        tokens: of all requests and of all replies, as far as they were told.
+        noted: job → its line.
+        tokens: asked and written, of all replies, as far as they were told.
     """
 
     def __init__(self, out: Path, setup: dict[str, Any]):
@@ -49,108 +49,85 @@ class Journal:
             UserError: it was begun with another setup, another process writes it, or it cannot be written.
         """
         self.path = out / NAME
-        self.noted: dict[tuple[int, int], Noted] = {}
+        self.noted: dict[Job, Noted] = {}
         self.tokens: Counter[str] = Counter()
-        with self._writing():
-            begun = self.path.is_file()
-            if not begun and (out / "data.jsonl").exists():
-                raise UserError(f"--out {out}: holds a data.jsonl that is not of this command; name another folder")
-            out.mkdir(parents=True, exist_ok=True)
-            self.file: io.FileIO = self.path.open("ab", buffering=0)
+        if (out / "data.jsonl").exists() and not self.path.is_file():
+            raise UserError(f"--out {out}: holds a data.jsonl that is not of this command; name another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        self.file: io.FileIO = self.path.open("a+b", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._read(setup)
         except BlockingIOError:
             self.file.close()
             raise UserError(f"--out {out}: another process writes {NAME} there; wait for it, or stop it") from None
-        try:
-            self._read(setup)
-            # Only now: it has never seen what was cut off.
-            self.lines = self.path.open("rb")
         except BaseException:
             self.file.close()
             raise
 
     def close(self) -> None:
         """Let others have it."""
-        self.lines.close()
         self.file.close()
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); make room, or name another --out"
-            ) from None
-
-    def _append(self, values: dict[str, Any]) -> int:
-        """Write a line; return where it begins."""
+    def _append(self, values: dict[str, Any]) -> None:
         # ASCII: a reply may hold half a surrogate pair, which only an escape can spell.
         line = (json.dumps(values) + "\n").encode()
-        with self._writing():
-            offset = self.file.seek(0, os.SEEK_END)
+        offset = self.file.seek(0, os.SEEK_END)
+        try:
             if self.file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return offset
+        except OSError as error:
+            how = "make room, or name another --out"
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); {how}") from None
+        self._take(values, offset, len(line))
+
+    def _take(self, values: dict[str, Any], offset: int, length: int) -> None:
+        """Remember a line; KeyError, TypeError or ValueError where it is none."""
+        if offset:
+            self.noted[int(values["row"]), int(values["sample"])] = Noted(offset, length, values["outcome"])
+            self.tokens.update({name: int(values.get(name, 0)) for name in ("asked", "written")})
 
     def _read(self, setup: dict[str, Any]) -> None:
         """Read the lines there are, or write the first."""
-        end = 0
+        end, begun = 0, setup
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.endswith(b"\n"):
                     break
-                self._take(line, number, end, setup)
+                try:
+                    values = json.loads(line)
+                    begun = begun if end else dict(values["setup"])
+                    self._take(values, end, len(line))
+                except (ValueError, KeyError, TypeError):
+                    how = "remove the line, or name another --out"
+                    raise UserError(f"{self.path}, line {number}: no reply; {how}") from None
                 end += len(line)
-        with self._writing():
-            self.file.truncate(end)
-        if not end:
-            self._append({"setup": setup})
-
-    def _take(self, line: bytes, number: int, offset: int, setup: dict[str, Any]) -> None:
-        try:
-            values = json.loads(line)
-            if number == 1:
-                before = dict(values["setup"])
-            else:
-                key, outcome = (int(values["row"]), int(values["sample"])), values["outcome"]
-                self._count(values)
-                self.noted[key] = Noted(offset, outcome)
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.path}, line {number}: no reply; remove the line, or name another --out") from None
-        if number == 1 and before != setup:
-            other = next(key for key in {**before, **setup} if before.get(key) != setup.get(key))
+        if begun != setup:
+            other = next(key for key in {**begun, **setup} if begun.get(key) != setup.get(key))
             raise UserError(
                 f"--out {self.path.parent}: was begun with another {other}; name another folder, or go on with what it "
                 "was begun with"
             )
+        self.file.truncate(end)
+        if not end:
+            self._append({"setup": setup})
 
-    def _count(self, values: dict[str, Any]) -> None:
-        self.tokens.update({"asked": int(values.get("asked", 0)), "written": int(values.get("written", 0))})
-
-    def pending(self, row: int, sample: int) -> bool:
+    def pending(self, job: Job) -> bool:
         """Whether a job has no reply yet; one whose reply was lost is asked again."""
-        noted = self.noted.get((row, sample))
-        return noted is None or noted.outcome == "no reply"
+        return job not in self.noted or self.noted[job].outcome == "no reply"
 
-    def note(self, job: Job, found: Reply | Lost) -> Outcome:
-        """Append what came of a job; return how it is judged."""
-        values: dict[str, Any] = {"row": job.row, "sample": job.sample, "line": job.judge.record.line}
-        outcome: Outcome
-        if isinstance(found, Lost):
-            outcome = "no reply" if found.server else "refused"
-            values |= {"outcome": outcome, "why": found.why}
+    def note(self, job: Job, line: int, outcome: Outcome, reply: Reply) -> None:
+        """Append what came of a job; `line` is that of its row."""
+        values: dict[str, Any] = {"row": job[0], "sample": job[1], "line": line, "outcome": outcome}
+        if reply.lost:
+            values["why"] = reply.text
         else:
-            outcome = job.judge.outcome(found.text, found.cut)
-            values |= {"outcome": outcome, "text": found.text, "cut": found.cut, "served": found.served}
-            values |= {"asked": found.tokens[0], "written": found.tokens[1]}
-        self.noted[job.row, job.sample] = Noted(self._append(values), outcome)
-        self._count(values)
-        return outcome
+            values |= {"text": reply.text, "cut": reply.cut, "served": reply.served}
+            values |= {"asked": reply.tokens[0], "written": reply.tokens[1]}
+        self._append(values)
 
-    def line(self, row: int, sample: int) -> dict[str, Any]:
+    def line(self, job: Job) -> dict[str, Any]:
         """Read again what a job's line says."""
-        self.lines.seek(self.noted[row, sample].offset)
-        values: dict[str, Any] = json.loads(self.lines.readline())
+        offset, length, _ = self.noted[job]
+        values: dict[str, Any] = json.loads(os.pread(self.file.fileno(), length, offset))
         return values

@@ -6,12 +6,15 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from mirage_ds.curate.rationalize.form import described
-from mirage_ds.data.record import IMAGE_MARK, Record
-from mirage_ds.errors import UserError
+from mirage_ds.curate.rationalize.form import Judge, described
+from mirage_ds.curate.rewrite import Source
+from mirage_ds.curate.spec import RationalizeSpec
+from mirage_ds.data.record import IMAGE_MARK
+from mirage_ds.errors import UserError, reason
 
 SHIPPED = Path(__file__).with_name("prompt.txt")
 QUESTION, ANSWER, FORM, HELPER = "{question}", "{answer}", "{form}", "<helper>"
@@ -25,70 +28,27 @@ class Shown(NamedTuple):
     path: str
 
 
-@dataclass(frozen=True)
-class Template:
-    """A request's text with its places.
+def load_template(file: Path | None) -> str:
+    """Read a template, or the one that comes along: it has each needed place, and the form where tags are described.
 
-    Attributes:
-        text: holds each needed place, and the form where a reply's tags are described.
+    Raises:
+        UserError: no such text, or a place is missing or stands there too often.
     """
-
-    text: str
-
-    @classmethod
-    def load(cls, file: Path | None) -> Template:
-        """Read a template, or the one that comes along.
-
-        Raises:
-            UserError: no such text, or a place is missing or stands there too often.
-        """
-        place = file or SHIPPED
-        try:
-            text = place.read_text(encoding="utf-8-sig").strip()
-        except OSError as error:
-            raise UserError(f"--prompt {place}: cannot be read ({error.strerror}); name a text file") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"--prompt {place}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-        for name, what in (
-            (QUESTION, "the question"), (ANSWER, "the right answer"),
-            (IMAGE_MARK, "the question's pictures"), (HELPER, "the helper images"),
-        ):  # fmt: skip
-            if text.count(name) != 1:
-                found = f"stands there {text.count(name)} times" if name in text else "is missing"
-                raise UserError(f"--prompt {place}: {name} {found}; write it once, where {what} shall stand")
-        if text.count(FORM) > 1:
-            raise UserError(f"--prompt {place}: {FORM} stands there {text.count(FORM)} times; write it once")
-        return cls(text if FORM in text else f"{text}\n\n{FORM}")
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the text, in hexadecimal."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-    def fill(self, record: Record, answer: str) -> list[str | Shown]:
-        """Return the request as texts and pictures in their order.
-
-        Where the question's own text marks its pictures it names them, as `[image 2]`; they stand at the template's
-        place.
-        """
-        question = _named_marks(record.text_input, len(record.image_input))
-        texts = {QUESTION: question, ANSWER: answer, FORM: described(len(record.image_output))}
-        pieces: list[str | Shown] = []
-        for piece in _PLACES.split(self.text):
-            if piece == IMAGE_MARK:
-                pieces += _named_pictures("image", "image_input", record.image_input)
-            elif piece == HELPER:
-                pieces += _named_pictures("helper image", "image_output", record.image_output)
-            else:
-                pieces.append(texts.get(piece, piece))
-        made: list[str | Shown] = []
-        for piece in pieces:
-            # Neighbouring texts are one, and empty ones none.
-            if isinstance(piece, str) and made and isinstance(made[-1], str):
-                made[-1] += piece
-            elif piece:
-                made.append(piece)
-        return made
+    place = file or SHIPPED
+    try:
+        text = place.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt {place}: cannot be read ({reason(error)}); name a text file in UTF-8") from None
+    for name, what in (
+        (QUESTION, "the question"), (ANSWER, "the right answer"),
+        (IMAGE_MARK, "the question's pictures"), (HELPER, "the helper images"),
+    ):  # fmt: skip
+        if text.count(name) != 1:
+            found = f"stands there {text.count(name)} times" if name in text else "is missing"
+            raise UserError(f"--prompt {place}: {name} {found}; write it once, where {what} shall stand")
+    if text.count(FORM) > 1:
+        raise UserError(f"--prompt {place}: {FORM} stands there {text.count(FORM)} times; write it once")
+    return text if FORM in text else f"{text}\n\n{FORM}"
 
 
 def _named_pictures(name: str, field: str, paths: Sequence[str]) -> Iterator[str | Shown]:
@@ -103,8 +63,67 @@ def _named_pictures(name: str, field: str, paths: Sequence[str]) -> Iterator[str
 
 def _named_marks(question: str, images: int) -> str:
     """Write `[image]`, or `[image 1]` and so on, where the pictures' marks stand."""
-    head, *rest = question.split(IMAGE_MARK)
-    for number, part in enumerate(rest, 1):
-        head += f"[image {number}]" if images > 1 else "[image]"
-        head += part
-    return head.strip()
+    number = count(1)
+    return re.sub(IMAGE_MARK, lambda _: f"[image {next(number)}]" if images > 1 else "[image]", question).strip()
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a model is asked about the rows of a records file.
+
+    Attributes:
+        judges: of each row its judge.
+    """
+
+    spec: RationalizeSpec
+    source: Source
+    template: str
+    judges: list[Judge]
+
+    @classmethod
+    def read(cls, file: Path, spec: RationalizeSpec) -> Questions:
+        """Read every row and the header of each of its images, before anything is asked.
+
+        Raises:
+            UserError: the first thing that is wrong with the template or a row.
+        """
+        template = load_template(spec.prompt)
+        source = Source.read(file, spec.image_root, spec.most)
+        judges = []
+        for record in source.records:
+            with source.told(record):
+                judges.append(Judge.of(record, spec.task))
+                for name, path in record.images(helpers=True):
+                    source.finder.size(record, name, path)
+        return cls(spec, source, template, judges)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the template, in hexadecimal."""
+        return hashlib.sha256(self.template.encode()).hexdigest()
+
+    def request(self, row: int) -> list[str | Shown]:
+        """Return a row's request as texts and pictures in their order.
+
+        Where the question's own text marks its pictures it names them, as `[image 2]`; they stand at the template's
+        place.
+        """
+        record = self.judges[row].record
+        question = _named_marks(record.text_input, len(record.image_input))
+        texts = {QUESTION: question, ANSWER: self.judges[row].boxed, FORM: described(len(record.image_output))}
+        pieces: list[str | Shown] = []
+        for piece in _PLACES.split(self.template):
+            if piece == IMAGE_MARK:
+                pieces += _named_pictures("image", "image_input", record.image_input)
+            elif piece == HELPER:
+                pieces += _named_pictures("helper image", "image_output", record.image_output)
+            else:
+                pieces.append(texts.get(piece, piece))
+        made: list[str | Shown] = []
+        for piece in [one for one in pieces if one]:
+            # Neighbouring texts are one: servers put a line break between two.
+            if isinstance(piece, str) and made and isinstance(made[-1], str):
+                made[-1] += piece
+            else:
+                made.append(piece)
+        return made

@@ -6,26 +6,26 @@ waits as long as a server says, closes the client that all threads share, and ta
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import random
 import threading
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from itertools import islice
-from queue import SimpleQueue
+from collections.abc import Collection, Iterator
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import httpx2
+from PIL import ExifTags, Image
 
-from mirage_ds.curate.rationalize.job import Job, Lost, Pending, Reply, Rows
-from mirage_ds.curate.rationalize.pictures import data_url
-from mirage_ds.curate.rationalize.prompt import Template
-from mirage_ds.curate.rationalize.spec import USUAL_KEY_VARIABLE, RationalizeSpec
-from mirage_ds.curate.rewrite import told
-from mirage_ds.errors import UserError, reason
+from mirage_ds.curate.rationalize.form import Reply
+from mirage_ds.curate.rationalize.journal import Job
+from mirage_ds.curate.rationalize.prompt import Questions, Shown
+from mirage_ds.curate.spec import USUAL_KEY_VARIABLE
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import Record
+from mirage_ds.errors import UserError
 
 # The first wait before asking again; each further one is twice as long.
 FIRST_WAIT_S = 1.0
@@ -39,15 +39,7 @@ GONE_AFTER = 8
 
 
 class _NoReply(Exception):
-    """A try without a reply.
-
-    Attributes:
-        after: the seconds that the server asks to wait, if it does.
-    """
-
-    def __init__(self, why: str, after: float | None = None):
-        super().__init__(why)
-        self.after = after
+    """A try without a reply: why, and the seconds that the server asks to wait, if it does."""
 
 
 def read_key(variable: str | None) -> str | None:
@@ -67,25 +59,48 @@ def read_key(variable: str | None) -> str | None:
     return key
 
 
-def chat_url(endpoint: str) -> str:
-    """Return where chat completions are asked for.
+def data_url(finder: ImageFinder, record: Record, shown: Shown, max_pixels: int | None) -> str:
+    """Return a picture as base64 in a URL: the file's bytes, or a PNG of the pixels that the trainer sees.
+
+    Args:
+        max_pixels: a larger picture is made smaller, its sides in proportion.
 
     Raises:
-        UserError: no URL of an HTTP server, or one that holds a secret.
+        RecordError: the image is missing or does not decode.
     """
-    try:
-        url = httpx2.URL(endpoint.strip())
-    except httpx2.InvalidURL as error:
-        raise UserError(f"--endpoint {endpoint}: no URL ({reason(error)}); write it like http://host:8000/v1") from None
-    if url.userinfo or url.query:
-        raise UserError("--endpoint: holds a name, password or query; give the key by --key_variable")
-    if url.scheme not in ("http", "https") or not url.host:
-        raise UserError(f"--endpoint {endpoint}: no address of an HTTP server; write it like http://host:8000/v1")
-    bare = str(url).rstrip("/").removesuffix("/chat/completions")
-    return f"{bare}/chat/completions"
+    picture = finder.load(record, *shown)
+    width, height = picture.size
+    content, kind = finder.find(record, *shown).read_bytes(), ""
+    if max_pixels is not None and width * height > max_pixels:
+        scale = (max_pixels / (width * height)) ** 0.5
+        picture = picture.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BICUBIC)
+    else:
+        kind = _plain(content)
+    if not kind:
+        # Pillow would write notes of the transparency and of the turn again, which are in the pixels now.
+        picture.info.clear()
+        made = io.BytesIO()
+        picture.save(made, "PNG")
+        content, kind = made.getvalue(), "image/png"
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-@dataclass
+def _plain(content: bytes) -> str:
+    """Return the media type of a file that means to everybody what it means to the trainer; "" of another one.
+
+    That is a PNG or JPEG of one picture, 8 bits, without transparency or a turn that viewers make.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        plain = (
+            image.format in ("PNG", "JPEG")
+            and image.mode in ("L", "RGB")
+            and getattr(image, "n_frames", 1) == 1
+            and "transparency" not in image.info
+            and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        )
+        return Image.MIME[str(image.format)] if plain else ""
+
+
 class Server:
     """Asks a server.
 
@@ -93,13 +108,10 @@ class Server:
         stop: set when the command ends; waits end then.
     """
 
-    spec: RationalizeSpec
-    template: Template
-    rows: Rows
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        self.url = chat_url(self.spec.endpoint or "")
+    def __init__(self, questions: Questions):
+        self.questions, self.spec = questions, questions.spec
+        self.stop = threading.Event()
+        self.url = str(self.spec.endpoint).rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.key = read_key(self.spec.key_variable)
         headers = {"Content-Type": "application/json"}
         if self.key:
@@ -107,86 +119,55 @@ class Server:
         limits = httpx2.Limits(max_connections=self.spec.parallel, max_keepalive_connections=self.spec.parallel)
         self.client = httpx2.Client(timeout=self.spec.timeout, limits=limits, headers=headers)
 
-    def replies(self, samples: int, pending: Pending) -> Iterator[tuple[Job, Reply | Lost]]:
-        """Ask for what is pending, `parallel` jobs at a time; yield what comes as it comes.
+    def replies(self, jobs: Collection[Job]) -> Iterator[tuple[Job, Reply]]:
+        """Ask for what is wanted, `parallel` jobs at a time; yield what comes as it comes.
 
         Raises:
             UserError: the server refuses what all jobs have in common, or is gone.
         """
         lost = 0
-        for job, found in self._as_ready(self._jobs(samples, pending)):
-            yield job, found
-            lost = lost + 1 if isinstance(found, Lost) and found.server else 0
-            if lost >= max(GONE_AFTER, self.spec.parallel):
-                assert isinstance(found, Lost)
-                raise UserError(
-                    f"--endpoint {self.spec.endpoint}: no reply to {lost} jobs in a row, each tried "
-                    f"{self.spec.tries} times ({found.why}); start the same command again when the server answers"
-                )
-        self.client.close()
-
-    def _as_ready(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Reply | Lost]]:
-        """Ask for `parallel` jobs at a time; yield them in the order in which they end.
-
-        concurrent.futures joins its threads when the interpreter ends, so whoever stops the command would wait for the
-        slowest request; these threads are daemons.
-        """
-        done: SimpleQueue[tuple[Job, Reply | Lost | Exception]] = SimpleQueue()
-
-        def work(job: Job) -> None:
+        # Its threads are daemons: whoever stops the command does not wait for the slowest request, as with
+        # concurrent.futures.
+        with ThreadPool(min(self.spec.parallel, len(jobs))) as pool:
             try:
-                done.put((job, self.ask(job)))
-            except Exception as error:  # noqa: BLE001  # raised again where the results are read
-                done.put((job, error))
+                for job, reply in pool.imap_unordered(lambda job: (job, self.ask(job)), jobs):
+                    yield job, reply
+                    lost = lost + 1 if reply.lost == "no reply" else 0
+                    if lost >= max(GONE_AFTER, self.spec.parallel):
+                        raise UserError(
+                            f"--endpoint {self.spec.endpoint}: no reply to {lost} jobs in a row, each tried "
+                            f"{self.spec.tries} times ({reply.text}); start the same command again when the server "
+                            "answers"
+                        )
+            finally:
+                self.stop.set()
 
-        running = 0
-        try:
-            while True:
-                for job in islice(jobs, self.spec.parallel - running):
-                    threading.Thread(target=work, args=(job,), daemon=True).start()
-                    running += 1
-                if not running:
-                    return
-                job, found = done.get()
-                running -= 1
-                if isinstance(found, Exception):
-                    raise found
-                yield job, found
-        finally:
-            self.stop.set()
-
-    def _jobs(self, samples: int, pending: Pending) -> Iterator[Job]:
-        for row, judge in self.rows:
-            for sample in range(samples):
-                if pending(row, sample):
-                    yield Job(row, sample, judge)
-
-    def ask(self, job: Job) -> Reply | Lost:
+    def ask(self, job: Job) -> Reply:
         """Ask for one reply, again and again where that may help."""
-        with told(self.rows.file, job.judge.record.line):
+        with self.questions.source.told(self.questions.judges[job[0]].record):
             body = json.dumps(self._request(job)).encode()
-        wait = FIRST_WAIT_S
-        why = ""
-        for last in [False] * (self.spec.tries - 1) + [True]:
+        wait, pause, why = FIRST_WAIT_S, 0.0, "stopped"
+        for _ in range(self.spec.tries):
+            if self.stop.wait(pause):
+                break
             try:
                 return self._try(job, body)
             except _NoReply as error:
-                why = str(error)
+                why, after = error.args
                 # Spread, so that those who failed together do not come back together.
-                pause = wait * random.uniform(0.5, 1) if error.after is None else min(error.after, LONGEST_TOLD_S)
-            if last or self.stop.wait(pause):
-                break
+                pause = wait * random.uniform(0.5, 1) if after is None else min(after, LONGEST_TOLD_S)
             wait = min(2 * wait, LONGEST_WAIT_S)
-        return Lost(why, server=True)
+        return Reply(why, lost="no reply")
 
     def _request(self, job: Job) -> dict[str, Any]:
-        record = job.judge.record
+        row, sample = job
+        record = self.questions.judges[row].record
         content: list[dict[str, Any]] = []
-        for part in self.template.fill(record, job.judge.boxed):
+        for part in self.questions.request(row):
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})
             else:
-                url = data_url(self.rows.finder, record, part, self.spec.max_pixels)
+                url = data_url(self.questions.source.finder, record, part, self.spec.max_pixels)
                 content.append({"type": "image_url", "image_url": {"url": url}})
         request = {
             "model": self.spec.model_name,
@@ -196,40 +177,41 @@ class Server:
         }
         if self.spec.seed is not None:
             # Of its own for each job: with one seed for all, the samples of a row would be the same text.
-            request["seed"] = random.Random(f"{self.spec.seed}/{job.row}/{job.sample}").getrandbits(31)
+            request["seed"] = random.Random(f"{self.spec.seed}/{row}/{sample}").getrandbits(31)
         return request
 
-    def _try(self, job: Job, body: bytes) -> Reply | Lost:
+    def _try(self, job: Job, body: bytes) -> Reply:
         try:
             response = self.client.post(self.url, content=body)
         except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise _NoReply(self._hidden(f"{type(error).__name__}: {error}")) from None
+            raise _NoReply(self._hidden(f"{type(error).__name__}: {error}"), None) from None
         if response.status_code in PASSING or response.status_code >= 500:
-            raise _NoReply(f"{response.status_code} {self._said(response)}", retry_after(response.headers))
+            after = response.headers.get("retry-after", "")
+            why = f"{response.status_code} {self._said(response)}"
+            raise _NoReply(why, float(after) if after.isascii() and after.isdecimal() else None)
         if response.status_code != 200:
+            # The others would be refused too.
+            self.stop.set()
             raise self._refused(job, response)
         return self._read(response)
 
-    def _read(self, response: httpx2.Response) -> Reply | Lost:
+    def _read(self, response: httpx2.Response) -> Reply:
         """Read the reply out of a chat completion."""
         try:
             values = response.json()
             choice = values["choices"][0]
             message, finish = choice["message"], choice.get("finish_reason")
-            text = message.get("content")
-            refusal = message.get("refusal")
+            text, refusal = message.get("content"), message.get("refusal")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise _NoReply(f"200, but no chat completion: {self._said(response)}") from None
+            raise _NoReply(f"200, but no chat completion: {self._said(response)}", None) from None
         if finish == "content_filter" or refusal:
-            return Lost(self._hidden(f"refused: {refusal or finish}"), server=False)
+            return Reply(self._hidden(f"refused: {refusal or finish}"), lost="refused")
         if not isinstance(text, str):
-            raise _NoReply(f"200, but no text: {self._said(response)}")
-        usage = values.get("usage")
-        usage = usage if isinstance(usage, dict) else {}
+            raise _NoReply(f"200, but no text: {self._said(response)}", None)
+        usage = values.get("usage") if isinstance(values.get("usage"), dict) else {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         asked, written = (count if type(count) is int else 0 for count in counts)
-        served = values.get("model")
-        return Reply(text, finish == "length", served if isinstance(served, str) else "", (asked, written))
+        return Reply(text, finish == "length", str(values.get("model") or ""), (asked, written))
 
     def _refused(self, job: Job, response: httpx2.Response) -> UserError:
         """Make the error of an answer that no further try can change."""
@@ -242,9 +224,10 @@ class Server:
         elif 300 <= status < 400:
             how = f"give the address itself ({response.headers.get('location', 'it names none')})"
         else:
+            line = self.questions.judges[job[0]].record.line
             how = (
-                f"the request was that of line {job.judge.record.line}: check --model_name, --max_new_tokens, "
-                "--max_pixels, --limit_key and --temperature"
+                f"the request was that of line {line}: check --model_name, --max_new_tokens, --max_pixels, --limit_key "
+                "and --temperature"
             )
         return UserError(f"--endpoint {self.spec.endpoint}: the server answers {status} {self._said(response)}; {how}")
 
@@ -261,14 +244,3 @@ class Server:
     def _hidden(self, text: str) -> str:
         """Servers may repeat the key that they refuse."""
         return text.replace(self.key, "[key]") if self.key else text
-
-
-def retry_after(headers: httpx2.Headers) -> float | None:
-    """Return the seconds that a server asks to wait (RFC 9110, 10.2.3: seconds or a date); None if it does not."""
-    told = headers.get("retry-after", "").strip()
-    if told.isascii() and told.isdecimal():
-        return float(told)
-    try:
-        return max(0.0, parsedate_to_datetime(told).timestamp() - time.time())
-    except ValueError:
-        return None

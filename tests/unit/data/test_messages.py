@@ -16,7 +16,6 @@ from PIL import Image
 from mirage_ds.cli import cli
 from mirage_ds.curate.check import check_file
 from mirage_ds.curate.layouts import read_row
-from mirage_ds.curate.rewrite import Row, write_rows
 from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK, MessageError, from_messages
@@ -25,7 +24,7 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import IGNORE
 from mirage_ds.errors import UserError
 from mirage_ds.tasks.draft import Picture
-from mirage_ds.tasks.write import ROWS_AT_A_TIME
+from mirage_ds.tasks.write import ROWS_AT_A_TIME, Row, write_rows
 
 
 def text(value: str) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import runpy
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -38,7 +39,6 @@ from mirage_ds.evaluate.report import evaluate_file, write_report
 from mirage_ds.evaluate.scoring import Answer, better, check_metric, score, task_of, wilson
 from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import load_model
-from mirage_ds.tasks.vsp_planning import best_constant
 
 PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"
 SAMPLE = Path(__file__).parents[3] / "data/sample_planning.jsonl"
@@ -197,6 +197,7 @@ def test_task_is_the_named_one_or_the_records_own() -> None:
 
 @pytest.mark.parametrize("longest", [1, 3, 4])
 def test_best_constant_equals_trying_every_answer(longest: int) -> None:
+    best_constant = runpy.run_path(str(SAMPLE.parents[1] / "examples/demo.py"))["best_constant"]
     boards = [json.loads(line)["map_desc"] for line in SAMPLE.read_text().splitlines()]
     boards = [tuple(map(tuple, board)) for board in [*boards, SMALL, LARGE]]
 

@@ -22,11 +22,10 @@ from mirage_ds import api
 from mirage_ds.cli import cli
 from mirage_ds.cluster.doctor.check_run import model_fault
 from mirage_ds.cluster.doctor.spec import DoctorSpec
-from mirage_ds.curate.rationalize.job import Rows
 from mirage_ds.curate.rationalize.local import Local
-from mirage_ds.curate.rationalize.prompt import Template
-from mirage_ds.curate.rationalize.spec import RationalizeSpec
-from mirage_ds.data.images import ImageFinder
+from mirage_ds.curate.rationalize.prompt import Questions, load_template
+from mirage_ds.curate.rewrite import Source
+from mirage_ds.curate.spec import RationalizeSpec
 from mirage_ds.engine.checkpoint import STATE_FILE
 from mirage_ds.errors import UserError
 from mirage_ds.model.family import FAMILIES
@@ -445,7 +444,7 @@ def test_the_interface_and_the_local_writer_say_it(copy: Path, mixed: Path, tmp_
         api.load(copy)
     spec = RationalizeSpec(out=tmp_path, model=str(copy), temperature=0, samples=1)
     with pytest.raises(UserError, match="this checkpoint is quantised"):
-        Local(spec, Template.load(None), Rows(mixed, ImageFinder.beside(mixed, None), None, None))
+        Local(Questions(spec, Source.read(mixed, None), load_template(None), []))
 
 
 def test_an_adapter_alone_is_called_so(copy: Path) -> None:

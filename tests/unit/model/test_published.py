@@ -18,10 +18,9 @@ from support.published import BY_NAME, LAYOUTS, PIXELS, REAL, Layout, published_
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from mirage_ds.cli import cli
-from mirage_ds.curate.rationalize.job import Rows
 from mirage_ds.curate.rationalize.local import Local
-from mirage_ds.curate.rationalize.prompt import Template
-from mirage_ds.curate.rationalize.spec import RationalizeSpec
+from mirage_ds.curate.rationalize.prompt import Questions
+from mirage_ds.curate.spec import RationalizeSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.engine.save import change_rows
@@ -270,11 +269,10 @@ def test_rationales_are_drawn_by_their_own_settings(kind: str, nano: Path, tmp_p
     Image.new("RGB", (56, 56)).save(tmp_path / "h.png")
 
     def written(temperature: float) -> list[str]:
-        spec = RationalizeSpec(
-            out=tmp_path / "o", model=str(folder), temperature=temperature, max_new_tokens=12, samples=1
-        )
-        local = Local(spec, Template.load(None), Rows(rows, ImageFinder.beside(rows, None), "boxed", None))
-        return [reply.text for _, reply in local.replies(3, lambda row, sample: True)]
+        samples, own = 3 if temperature else 1, {"model": str(folder), "max_new_tokens": 12, "task": "boxed"}
+        spec = RationalizeSpec(out=tmp_path / "o", temperature=temperature, samples=samples, **own)
+        local = Local(Questions.read(rows, spec))
+        return [reply.text for _, reply in local.replies([(0, sample) for sample in range(samples)])]
 
     plain = [written(1.0), written(0.0)]
     ends = json.loads((folder / "generation_config.json").read_text())

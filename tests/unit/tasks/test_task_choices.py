@@ -6,7 +6,7 @@ import pytest
 
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import get_task
-from mirage_ds.tasks.choices import ask, read_choice, without_letters
+from mirage_ds.tasks.choices import read_choice, without_letters
 
 SIDES = ["rotated left", "Rotated right."]
 
@@ -55,11 +55,15 @@ def test_letters_in_front_of_options_go_only_where_all_have_their_own() -> None:
 
 
 def test_a_question_with_its_options() -> None:
-    assert ask("Which?", ["x", "y"], 2, "the letter") == (
-        "<image><image>\nWhich?\n(A) x\n(B) y\nPut the letter in \\boxed{}."
+    def ask(question: str, options: list[str], images: int) -> str:
+        row = {"question": question, "options": options, "image_input": ["x.png"] * images}
+        return get_task("blink-jigsaw").prompt(row, None)
+
+    assert ask("Which?", ["x", "y"], 2) == (
+        "<image><image>\nWhich?\n(A) x\n(B) y\nPut the letter of the right option in \\boxed{}."
     )
-    assert ask("In <image> and <image>?", ["x"], 2, "it").startswith("In <image> and <image>?\n(A) x")
-    assert ask("Which?", ["x"], 0, "it").startswith("Which?\n")
+    assert ask("In <image> and <image>?", ["x"], 2).startswith("In <image> and <image>?\n(A) x")
+    assert ask("Which?", ["x"], 0).startswith("Which?\n")
 
 
 def test_scores() -> None:
@@ -72,7 +76,7 @@ def test_scores() -> None:
         ("left", 0.0, 1.0),
     ):
         assert list(task.score_record(text, record).items()) == [("correct", correct), ("invalid", invalid)]
-    with pytest.raises(UserError, match=r"answer '\\\\boxed\{up\}' names none of its options; fix its text_output"):
+    with pytest.raises(UserError, match=r"answer '\\\\boxed\{up\}' cannot be read by its task; fix its text_output"):
         task.score_record("\\boxed{A}", record | {"text_output": "\\boxed{up}"})
     with pytest.raises(KeyError, match="text_output"):
         task.score_record("\\boxed{A}", {"options": SIDES})

@@ -244,7 +244,7 @@ def test_bad_packed_rows(tmp_path: Path, part: dict[str, Any], says: str) -> Non
 
 def test_what_is_no_comt(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("{}\n{\n")
-    with pytest.raises(UserError, match=r"x\.jsonl, line 2: broken JSON \(.*\); fix or remove the line"):
+    with pytest.raises(UserError, match=r"x\.jsonl, line 2, json: not valid JSON \(.*\); write one object a line"):
         run(tmp_path / "x.jsonl", tmp_path / "o")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "y.parquet")
     with pytest.raises(UserError, match=r"has no column sequence_plan, only a; name COMT's data\.jsonl"):

@@ -115,12 +115,7 @@ def test_an_installed_command_finds_a_module_in_the_working_directory(tmp_path: 
         (
             HEAD + "class Dots(Task):\n    def prompt(self, row, settings): return ''\n",
             "Dots",
-            r"Dots' has no parse and score_record; write it, see docs/tasks\.md",
-        ),
-        (
-            HEAD + "class Dots(Task):\n    build_settings = Settings" + SCORES,
-            "Dots",
-            r"Dots' has build_settings but no build; write it",
+            r"Dots' has no parse; write it, see docs/tasks\.md",
         ),
     ],
 )
@@ -138,6 +133,12 @@ def test_what_is_wrong_with_an_own_task_is_one_sentence(
     code, _, said = call("data", "build", name, "--out", "o")
     assert code == 2
     assert said == f"error: {error.value}\n"
+
+
+def test_settings_without_their_way(module: Callable, call: Callable) -> None:
+    name = f"{module(HEAD + 'class Dots(Task):' + chr(10) + '    build_settings = Settings' + SCORES)}:Dots"
+    said = f"error: task {name} has build_settings but no build; write it, see docs/tasks.md\n"
+    assert call("data", "build", name, "--out", "o") == (2, "", said)
 
 
 def test_names() -> None:
@@ -168,10 +169,13 @@ PLANNING = "vsp-spatial-planning"
 @pytest.mark.parametrize(
     ("draft", "says"),
     [
-        ('Draft("x<output_image>", (P, P), (P, P))', r"makes 1 image mark\(s\) for 2 image\(s\) in text_output 'x<ou"),
-        ('Draft("x", (P, P), (P, P))', r"makes 0 image mark\(s\) for 2 image\(s\) in text_output"),
-        ('Draft("x", (P,))', r"makes 2 image mark\(s\) for 1 image\(s\) in text_input '<image><image>\?'"),
-        ('Draft("x")', r"makes 2 image mark\(s\) for 0 image\(s\) in text_input"),
+        (
+            'Draft("x<output_image>", (P, P), (P, P))',
+            r"a record with 1 <output_image> mark\(s\) for 2 helper image\(s\) in text_output",
+        ),
+        ('Draft("x", (P, P), (P, P))', r"with 0 <output_image> mark\(s\) for 2 helper image\(s\) in text_output"),
+        ('Draft("x", (P,))', r"with 2 <image> mark\(s\) for 1 image\(s\) in text_input; write one"),
+        ('Draft("x")', r"with 2 <image> mark\(s\) for 0 image\(s\) in text_input"),
         ('Draft(" ", (P, P))', r"reads no answer out of its own ' '; fix build or parse"),
     ],
 )

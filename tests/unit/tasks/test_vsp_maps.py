@@ -82,13 +82,13 @@ def test_shortest_paths_are_those_that_trying_every_plan_finds():
         assert tuple(maps.shortest_path(board)) in good
         order = ("UP", "LEFT", "RIGHT", "DOWN")
         assert tuple(maps.shortest_path(board)) == min(good, key=lambda plan: [order.index(move) for move in plan])
-        assert tuple(maps.shortest_path(board, "random", rng)) in good
+        assert tuple(maps.shortest_path(board, rng)) in good
     assert ambiguous > 10
 
 
 def test_random_ties_draw_every_shortest_path_equally():
     board = maps.parse_board([[1, 0, 0], [0, 0, 0], [0, 0, 2]], "x")
-    drawn = Counter(tuple(maps.shortest_path(board, "random", random.Random(seed))) for seed in range(1800))
+    drawn = Counter(tuple(maps.shortest_path(board, random.Random(seed))) for seed in range(1800))
     assert set(drawn) == enumerate_shortest(board)
     assert len(drawn) == 6
     assert min(drawn.values()) > 240  # 300 expected, standard deviation 16
