@@ -29,7 +29,7 @@ demo: install
 test: install
 	$(ENV) $(BIN)/python -m pytest tests/dist tests/unit -m "not slow" --numprocesses 2 --dist loadfile
 
-# The longest files first here too; xdist's own order would take those with the most tests.
+# In this order the long files come early; xdist's own would begin with those of the most tests.
 test-slow: install
 	$(ENV) $(BIN)/python -m pytest tests/dist tests/slow -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
