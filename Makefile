@@ -29,8 +29,9 @@ demo: install
 test: install
 	$(ENV) $(BIN)/python -m pytest tests/dist tests/unit -m "not slow" --numprocesses 2 --dist loadfile
 
+# In this order the long files come early; xdist's own would begin with those of the most tests.
 test-slow: install
-	$(ENV) $(BIN)/python -m pytest tests/slow tests/dist -m slow --numprocesses 2 --dist loadfile
+	$(ENV) $(BIN)/python -m pytest tests/dist tests/slow -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # A short suite with the oldest, a middle and the newest set of libraries (tests/versions/*.txt), each in its own
 # environment under ~/.cache/mirage-ds/versions: 14 GB, built where it is missing.

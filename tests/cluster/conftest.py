@@ -36,8 +36,9 @@ def require_hosts() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that waits for Slurm's time limit first: others compute meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_requeue.py")
+    """First the file that waits for Slurm's time limit, since others compute meanwhile, then the longest."""
+    first = ("test_requeue.py", "test_training.py")
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 
 @pytest.fixture(scope="session")
