@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -33,7 +34,7 @@ from mirage_ds.engine.frozen import digest, notes_of_engine
 from mirage_ds.engine.manifest import faults, read_manifest
 from mirage_ds.engine.save import export_folder
 from mirage_ds.engine.setup import everyone
-from mirage_ds.engine.universal import convert, listed, needed_bytes
+from mirage_ds.engine.universal import convert, needed_bytes, print_list
 from mirage_ds.errors import UserError
 from mirage_ds.run.settings import Run
 
@@ -580,18 +581,28 @@ def test_export_takes_the_shards_as_before(runs: Runs, tmp_path: Path) -> None:
     same_tensors(load_file(tmp_path / "with/model.safetensors"), load_file(tmp_path / "without/model.safetensors"))
 
 
-def test_list_says_what_each_checkpoint_is(runs: Runs, tmp_path: Path) -> None:
+def test_list_says_what_each_checkpoint_is(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def listed(hashes: bool) -> list[list[str]]:
+        """The table's cells, without its head."""
+        print_list(out, hashes)
+        lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines() if line.strip()]
+        return lines[2:]
+
     out = tmp_path / "out"
     runs.whole("stage2").copy(out)
     second = break_off(runs.whole("stage2").out, tmp_path / "other", 2 * SAVED)
     shutil.copytree(second, out / "run/checkpoints" / second.name)
-    first, other = listed(out, hashes=True)
-    assert (first.step, first.ranks, first.wrong, first.universal) == (SAVED, 2, None, None)
-    assert (other.step, other.ranks, other.wrong, other.universal) == (2 * SAVED, 2, None, "")
-    assert first.size > 1.9 * other.size
+    first, other = listed(hashes=True)
+    assert [*first[:2], *first[3:]] == [str(SAVED), "2", "yes", "yes"]
+    assert [*other[:2], *other[3:]] == [str(2 * SAVED), "2", "yes", "no"]
+    assert float(first[2]) > 1.9 * float(other[2])
     file = out / "run/checkpoints" / second.name / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert listed(out, hashes=False)[1].wrong is None
-    assert listed(out, hashes=True)[1].wrong == f"{file.name} differs from what was written (SHA-256)"
-    assert listed(out, hashes=True)[1].ranks is None
+    assert listed(hashes=False)[1][3] == "yes"
+    damaged = listed(hashes=True)[1]
+    assert (damaged[1], damaged[3]) == ("?", f"no: {file.name} differs from what was written (SHA-256)")

@@ -208,7 +208,7 @@ def test_a_value_of_another_type_in_yaml_is_one_sentence(yaml: str, sentence: Ca
         ("- a\n- b\n", "expected `key: value` lines, found list"),
         ("epochs: 3\nseed: [1\n", "not valid YAML"),
         ("epochs: 3\n\tseed: 1\n", "line 2: not valid YAML"),
-        (b"model: caf\xe9\n", "UTF-8"),
+        (b"model: caf\xe9\n", "utf-8"),
     ],
     ids=["empty", "list", "broken", "tab", "latin-1"],
 )

