@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+SETTINGS = """size patch_size temporal_patch_size merge_size resample rescale_factor image_mean image_std do_resize
+do_rescale do_normalize do_convert_rgb""".split()  # noqa: SIM905
+
 
 def load_tokenizer(folders: list[str], cache_dir: Path | None, add_latents: bool = True) -> PreTrainedTokenizerBase:
     """Load the tokenizer from the first of `folders` that has one, and give it the three latent tokens.
@@ -142,8 +145,8 @@ def fingerprint(encoder: Encoder) -> dict[str, Any]:
     return dict(
         libraries=[transformers.__version__, tokenizers.__version__, PIL.__version__],
         tokenizer=hashlib.sha256(text.encode()).hexdigest(),
-        images=_settings(encoder.images),
-        helpers=_settings(encoder.helpers),
+        images=settings_of(encoder.images),
+        helpers=settings_of(encoder.helpers),
         stage=encoder.stage,
         latent_size=encoder.latent_size,
         slots=encoder.slots,
@@ -152,7 +155,8 @@ def fingerprint(encoder: Encoder) -> dict[str, Any]:
     )
 
 
-def _settings(processor: Any) -> dict[str, Any]:
-    size = {edge: int(processor.size[edge]) for edge in ("shortest_edge", "longest_edge")}
-    names = ["patch_size", "temporal_patch_size", "merge_size"]
-    return {"size": size, **{name: getattr(processor, name) for name in names}}
+def settings_of(processor: Any) -> dict[str, str]:
+    """Name the settings of an image processor that decide what a tower sees."""
+    settings = {name: getattr(processor, name) for name in SETTINGS}
+    settings["size"] = {edge: int(processor.size[edge]) for edge in ("shortest_edge", "longest_edge")}
+    return {name: str(value) for name, value in settings.items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -149,11 +148,12 @@ def content_hash(file: Path, cache: Path) -> str:
     """
     stamp = Stamp.of(file)
     name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()
-    note = cache / "hashes" / f"{name}.json"
+    # Size, time and hash.
+    note = cache / "hashes" / f"{name}.txt"
     with writable(cache):
-        known = _noted(note)
-    if known.get("stamp") == [*stamp]:
-        return str(known["sha256"])
+        known = note.read_text(errors="replace").split() if note.exists() else []
+    if known[:-1] == [str(number) for number in stamp]:
+        return known[-1]
     try:
         with file.open("rb") as content:
             made = hashlib.file_digest(content, "sha256").hexdigest()
@@ -161,17 +161,8 @@ def content_hash(file: Path, cache: Path) -> str:
         raise _unreadable(file, error) from None
     if time.time_ns() - stamp.mtime_ns > SETTLED_NS:
         with writable(cache):
-            write_new(note, json.dumps({"stamp": stamp, "sha256": made}).encode())
+            write_new(note, f"{stamp.bytes} {stamp.mtime_ns} {made}".encode())
     return made
-
-
-def _noted(note: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(note.read_bytes())
-    except (FileNotFoundError, ValueError):
-        # Nothing noted yet, or half of it: the file is read again.
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def data_hash(hashes: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ from mirage_ds.data.encode import Encoder, beside_each
 from mirage_ds.data.features import FeatureStore, KeptFeatures, Shard, ShardWriter, sortable
 from mirage_ds.data.images import READING
 from mirage_ds.data.index import Index
+from mirage_ds.data.load import settings_of
 from mirage_ds.data.pooling import DROPPED
 from mirage_ds.data.record import Fault, RecordError
 from mirage_ds.data.sample import ImageKeys
@@ -41,9 +42,6 @@ from mirage_ds.model.vision import FrozenTower
 if TYPE_CHECKING:
     from mirage_ds.run.settings import Run
 
-# Settings of the image processor that decide what the tower sees.
-SETTINGS = """size patch_size temporal_patch_size merge_size resample rescale_factor image_mean image_std do_resize
-do_rescale do_normalize do_convert_rgb""".split()  # noqa: SIM905
 # Directory listings of a network file system may be a minute old.
 LISTING_DELAY_S = 90
 
@@ -139,14 +137,8 @@ def _kept(
     folder: Path, tower: FrozenTower, fingerprint: str, encoder: Encoder, name: str, images: ImageKeys
 ) -> KeptFeatures:
     """Say what is kept of a field's images: features of input images, targets of helpers."""
-    processor: Any = encoder.images if name == "image_input" else encoder.helpers
-    settings = {key: getattr(processor, key) for key in SETTINGS}
-    settings["size"] = {key: int(settings["size"][key]) for key in ("shortest_edge", "longest_edge")}
-    space: dict[str, Any] = {
-        "tower": fingerprint,
-        "processor": {k: str(v) for k, v in settings.items()},
-        "reading": READING,
-    }
+    processor = settings_of(encoder.images if name == "image_input" else encoder.helpers)
+    space: dict[str, Any] = {"tower": fingerprint, "processor": processor, "reading": READING}
     width = tower.width
     if name == "image_output":
         space["targets"] = [encoder.latent_size, encoder.compress]
