@@ -225,7 +225,7 @@ def _wanted(made: Study, arms: Sequence[str] | None, only: Sequence[str]) -> lis
     if arms is not None:
         # By its whole name, or by that of its entry.
         names = [{cell.arm, cell.arm.partition("[")[0]} for cell in made.cells]
-        known = set().union(*names)
+        known = {name for own in names for name in own}
         for name in arms:
             if name not in known:
                 raise UserError(f"--arms: no arm {name!r}; there are {', '.join(sorted(known))}")

@@ -109,7 +109,7 @@ def _evaluation(arm: str, evaluation: str, cells: Sequence[Cell], work: Work) ->
     """
     metric, *names = work.metrics[evaluation]
     columns: dict[int, Column] = {}
-    others: dict[str, list[float]] = {name: [] for name in names}
+    others: dict[str, list[float | None]] = {name: [] for name in names}
     for cell in cells:
         scores = cell.scores.get(evaluation)
         if scores is None or not scores.records:
