@@ -37,9 +37,8 @@ A_PATH = click.Path(path_type=Path)
 as_json = click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 # What a study's file does not say of its machines and rows, as for `mirage-ds plan`.
 _ASKED = ("nodes", "gpus_per_node", "card", "gpu_memory", "row_tokens", "images", "image_tokens")
-Machine: Any = create_model(
-    "Machine", **{name: (PlanSpec.model_fields[name].annotation, PlanSpec.model_fields[name]) for name in _ASKED}
-)
+_FIELDS: Any = {name: (PlanSpec.model_fields[name].annotation, PlanSpec.model_fields[name]) for name in _ASKED}
+Machine: Any = create_model("Machine", **_FIELDS)
 
 
 class RunFlags(BaseModel):
