@@ -26,7 +26,7 @@ ROOT = REPO / "mirage_ds"
 # All of it should fit into 20,000 lines (22,185 on 2026-11-29).
 ROOMS = {
     "data": 2760,
-    "study": 2720,
+    "study": 2440,
     "cluster": 2690,
     "analysis": 1860,
     "curate": 1530,

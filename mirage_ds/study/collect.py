@@ -11,36 +11,26 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from mirage_ds.cluster.status.facts import json_lines, split_log
 from mirage_ds.data.record_files import read_lines
 from mirage_ds.engine.installed import versions
 from mirage_ds.plan.formulas import flops
 from mirage_ds.plan.shape import Sizes, read_shape, sizes
 from mirage_ds.study.nodes import CellPlan, Node, Study
-from mirage_ds.study.results import CONTROLS, SCORES, Cell, Results, Scores, StageResult
+from mirage_ds.study.results import Cell, Results, Scores, StageResult, parted
 from mirage_ds.study.store import Store
 
 # Points of a learning curve: more cannot be seen.
 POINTS = 300
 
 
-def curve_of(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Thin a log out to a learning curve: of neighbouring steps the mean, at the last one's number."""
-    found: dict[float, dict[str, float]] = {}
-    size = max(1, -(-len(steps) // POINTS))
-    for at in range(0, len(steps), size):
-        part = steps[at : at + size]
-        last = float(part[-1]["step"])
-        found[last] = {"step": last}
-        for name in ("loss", "ce", "sim"):
-            values = [float(one[name]) for one in part if one.get(name) is not None]
-            if values:
-                found[last][name] = sum(values) / len(values)
-    for one in evaluations:
-        if one.get("eval_loss") is not None:
-            step = float(one["step"])
-            found.setdefault(step, {"step": step})["eval_loss"] = float(one["eval_loss"])
-    return [found[step] for step in sorted(found)]
+def curve_of(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Thin a log out to a learning curve: of neighbouring steps the mean loss, at the last one's number."""
+    log = pd.DataFrame(steps, columns=["step", "loss"], dtype=float)
+    parts = log.groupby(log.index // max(1, -(-len(log) // POINTS)))
+    return parts.agg({"step": "last", "loss": "mean"}).dropna().to_dict("records")
 
 
 @lru_cache
@@ -52,12 +42,10 @@ def stage_result(node: Node, store: Store) -> StageResult:
     """Read what a training stage came to."""
     assert node.config is not None
     model, config = store.model(node), node.config
-    steps, evaluations = split_log(json_lines(model / "run" / "log.jsonl"))
+    steps, _ = split_log(json_lines(model / "run" / "log.jsonl"))
     shape = _sizes(model / "config.json")
     rows, tokens = sum(line["rows"] for line in steps), sum(line["tokens"] for line in steps)
     labelled = sum(line.get("labels", 0) for line in steps)
-    # A token attends to half a row on the average.
-    work = flops(shape, tokens, labelled, tokens / max(1, rows) / 2, config.gradient_checkpointing)
     seconds = sum(line["seconds"] for line in steps)
     memory = [line["memory_gb"] for line in steps if line.get("memory_gb") is not None]
     return StageResult(
@@ -67,11 +55,12 @@ def stage_result(node: Node, store: Store) -> StageResult:
         steps=len(steps),
         rows=rows,
         tokens=tokens,
-        flops=work,
+        # A token attends to half a row on the average.
+        flops=flops(shape, tokens, labelled, tokens / max(1, rows) / 2, config.gradient_checkpointing),
         seconds=seconds,
         samples_s=rows / seconds if seconds else 0.0,
         peak_gb=max(memory, default=None),
-        curve=curve_of(steps, evaluations),
+        curve=curve_of(steps),
     )
 
 
@@ -86,50 +75,44 @@ def levels_of(file: Path) -> dict[int, str]:
     return found
 
 
-def scored(result: Path, data: Path) -> Scores:
-    """Read the answers' scores out of what `mirage-ds evaluate --out` wrote."""
-    answers = json.loads(result.read_text(encoding="utf-8"))["answers"]
+def _result(node: Node, store: Store) -> Any:
+    """Read what `mirage-ds controls` or `mirage-ds evaluate` wrote; of the latter, its Scores."""
+    found = json.loads(store.result(node).read_text(encoding="utf-8"))
+    if node.kind == "controls":
+        return found
+    assert node.evaluation is not None
+    answers, levels = found["answers"], levels_of(node.evaluation.data_path)
     names = dict.fromkeys(name for one in answers for name in one["metrics"])
     return Scores(
         records=[str(one["line"]) for one in answers],
-        levels=[levels_of(data)[one["line"]] for one in answers],
+        levels=[levels[one["line"]] for one in answers],
         metrics={name: [float(one["metrics"].get(name, math.nan)) for one in answers] for name in names},
     )
 
 
-def _problem(plan: CellPlan, study: Study, store: Store) -> str | None:
-    """Say why a cell has no scores: the first node of it that is not done."""
-    for key in plan.nodes:
-        node = study.nodes[key]
-        if not store.is_done(node):
-            attempts = store.attempts(node)
-            if attempts:
-                return f"{node.folder} failed {len(attempts)} time(s), at last with {attempts[-1]['why']}"
-            return f"{node.folder} has not been run"
-    return None
+def _problem(node: Node, store: Store) -> str:
+    """Say why a cell has no scores: a node of it that is not done."""
+    attempts = store.attempts(node)
+    if attempts:
+        return f"{node.folder} failed {len(attempts)} time(s), at last with {attempts[-1]['why']}"
+    return f"{node.folder} has not been run"
 
 
 def _cell(plan: CellPlan, study: Study, store: Store, settings: Mapping[str, Any]) -> Cell:
-    def finished(keys: Mapping[str, str]) -> dict[str, Node]:
-        return {name: study.nodes[key] for name, key in keys.items() if store.is_done(study.nodes[key])}
-
+    nodes = {key: study.nodes[key] for key in plan.nodes}
+    done = {key: node for key, node in nodes.items() if store.is_done(node)}
+    undone = [node for key, node in nodes.items() if key not in done]
+    scores, controls = parted({title: _result(done[key], store) for title, key in plan.results.items() if key in done})
     return Cell(
         arm=plan.arm,
         seed=plan.seed,
         settings=settings,
-        stages=[stage_result(node, store) for node in finished({key: key for key in plan.stages}).values()],
-        scores={
-            name: scored(store.result(node), study.spec.evaluations[name].data_path)
-            for name, node in finished(plan.scores).items()
-        },
-        controls={
-            name: json.loads(store.result(node).read_text(encoding="utf-8"))
-            for name, node in finished(plan.controls).items()
-        },
-        problem=_problem(plan, study, store),
+        stages=[stage_result(done[key], store) for key in plan.stages if key in done],
+        scores=scores,
+        controls=controls,
+        problem=_problem(undone[0], store) if undone else None,
         chain=plan.stages[-1],
-        keys={f"{SCORES} {name}": key for name, key in plan.scores.items()}
-        | {f"{CONTROLS} {name}": key for name, key in plan.controls.items()},
+        keys=plan.results,
     )
 
 
@@ -162,14 +145,11 @@ def collect(study: Study, store: Store) -> Results:
     """Read everything that is there of a study."""
     settings = stated(study)
     cells = [_cell(plan, study, store, own) for plan, own in zip(study.cells, settings, strict=True)]
-    entries = study.spec.arms
-    arms = {cell.arm: entries[cell.arm.partition("[")[0]].about for cell in cells}
-    asked = study.spec.report
-    found = versions()
+    asked, found = study.spec.report, versions()
     return Results(
         name=study.spec.name,
         question=study.spec.question,
-        arms=arms,
+        arms={cell.arm: study.spec.arms[cell.arm.partition("[")[0]].about for cell in cells},
         cells=cells,
         primary=asked.primary,
         contrasts=asked.contrasts,

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,9 +37,8 @@ A_PATH = click.Path(path_type=Path)
 as_json = click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 # What a study's file does not say of its machines and rows, as for `mirage-ds plan`.
 _ASKED = ("nodes", "gpus_per_node", "card", "gpu_memory", "row_tokens", "images", "image_tokens")
-Machine: Any = create_model(
-    "Machine", **{name: (PlanSpec.model_fields[name].annotation, PlanSpec.model_fields[name]) for name in _ASKED}
-)
+_FIELDS: Any = {name: (PlanSpec.model_fields[name].annotation, PlanSpec.model_fields[name]) for name in _ASKED}
+Machine: Any = create_model("Machine", **_FIELDS)
 
 
 class RunFlags(BaseModel):
@@ -147,11 +147,11 @@ def _print_plan(made: Study, lines: list[Line], left: list[Line], problems: list
         console.print(f"no estimate: {problem}", markup=False)
 
 
-def _gpus() -> list[str]:
-    """Name the GPUs that this process may use; none where the runs are told to use the CPU."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
+def _gpus(environment: Mapping[str, str]) -> list[str]:
+    """Name the GPUs that runs with this environment may use; none where they are told to use the CPU."""
+    if environment.get("DS_ACCELERATOR") == "cpu":
         return []
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    given = environment.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         names = [name.strip() for name in given.split(",") if name.strip()]
         # As CUDA has it, what stands behind a number below 0 is not seen.
@@ -163,13 +163,14 @@ def _gpus() -> list[str]:
     return [str(number) for number, _ in enumerate(listed.stdout.splitlines())] if listed.returncode == 0 else []
 
 
-def _places(ranks: int, asked: RunFlags) -> list[Place]:
+def _places(made: Study, ranks: int, asked: RunFlags) -> list[Place]:
     """Return where nodes run."""
     from mirage_ds.cluster.hosts import read_hosts
     from mirage_ds.study.launch import here, parts
 
     if asked.hostfile is None:
-        return here(ranks, asked.jobs, _gpus(), len(os.sched_getaffinity(0)))
+        gpus = _gpus({**os.environ, **made.spec.launch.environment})
+        return here(ranks, asked.jobs, gpus, len(os.sched_getaffinity(0)))
     found = parts(read_hosts(asked.hostfile), asked.hosts_per_run)
     if not found:
         raise UserError(f"--hosts_per_run {asked.hosts_per_run}: {asked.hostfile} has fewer hosts; lower it")
@@ -201,7 +202,7 @@ def run_study(study: Path, **flags: Any) -> None:
     left = [made.nodes[key] for key in wanted if not store.is_done(made.nodes[key])]
     # Where there are only evaluations, one GPU a run is enough.
     ranks = made.spec.launch.ranks if any(node.kind == "train" for node in left) else 1
-    places = _places(ranks, asked)
+    places = _places(made, ranks, asked)
     stop = StopRequest()
     stop.listen()
     # A task of an array has nothing to wait for: what it needs has ended before it began.
@@ -223,7 +224,7 @@ def _wanted(made: Study, arms: Sequence[str] | None, only: Sequence[str]) -> lis
     if arms is not None:
         # By its whole name, or by that of its entry.
         names = [{cell.arm, cell.arm.partition("[")[0]} for cell in made.cells]
-        known = set().union(*names)
+        known = {name for own in names for name in own}
         for name in arms:
             if name not in known:
                 raise UserError(f"--arms: no arm {name!r}; there are {', '.join(sorted(known))}")
@@ -237,32 +238,21 @@ def _wanted(made: Study, arms: Sequence[str] | None, only: Sequence[str]) -> lis
 
 
 def _follow(
-    made: Study,
-    store: Store,
-    wanted: list[str],
-    places: list[Place],
-    stop: StopRequest,
-    patient: bool,
+    made: Study, store: Store, wanted: list[str], places: list[Place], stop: StopRequest, patient: bool
 ) -> bool:
     """Run with bars below the lines, the study's and one a run at work; False where it was stopped."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from mirage_ds.study.execute import run
+    from mirage_ds.study.execute import Runner
     from mirage_ds.study.overview import Bars
 
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        done = sum(store.is_done(made.nodes[key]) for key in wanted)
-        task = bar.add_task(made.spec.name, total=len(wanted), completed=done)
-
-        def say(line: str) -> None:
-            console.print(line, markup=False)
-            bar.update(task, completed=sum(store.is_done(made.nodes[key]) for key in wanted))
-
-        bars = Bars(bar, store)
-        return run(made, store, places, say, stop.asked, wanted, patient, bars.show)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bars = Bars(progress, store, made.spec.name, [made.nodes[key] for key in wanted])
+        say = partial(console.print, markup=False)
+        return Runner(made, store, places, say, wanted).run(stop.asked, patient, bars.show)
 
 
 @ablate.command("status")

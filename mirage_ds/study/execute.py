@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -55,61 +55,73 @@ def why(log: Path, code: int) -> str:
     return f"exit code {code}: {last.removeprefix('error: ')[:300]}"
 
 
-def start(node: Node, study: Study, store: Store, place: Place) -> Running | None:
-    """Start a node; None where another process works at it, or it has been done meanwhile."""
-    with ExitStack() as held:
-        lock = held.enter_context(store.hold(node))
-        if lock is None or store.is_done(node):
-            return None
-        parent = study.parent_of(node)
-        store.prepare(node, parent)
-        begun = time.time()
-        if store.is_whole(node):
-            # Its process ended well and ours did not live to write it down.
-            store.finish(node, begun)
-            return None
-        log = held.enter_context(store.log(node).open("ab"))
-        used = place.of(node)
-        words = command(node, parent, store, used)
-        log.write(f"\n$ {' '.join(words)}\n".encode())
-        log.flush()
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment(used, store.place(node), study.spec.launch.environment),
-            # A Ctrl-C of the terminal reaches this process alone, which passes it on.
-            start_new_session=True,
-            pass_fds=(lock.fileno(),),
-        )
-        return Running(node, place, process, held.pop_all(), begun)
-
-
-def ready(study: Study, store: Store, wanted: Iterable[str], busy: set[str]) -> Node | None:
-    """Return the first node that can start now."""
-    for key in wanted:
-        node = study.nodes[key]
-        parent = study.parent_of(node)
-        can_start = parent is None or store.is_done(parent)
-        if key not in busy and can_start and store.state(node) == "waiting":
-            return node
-    return None
-
-
-class _Work:
+class Runner:
     """What runs, what is free, what is left.
 
     Args:
-        keys: of what is wanted; say: is told when a node begins and ends.
+        places: where nodes run, one at a time in each.
+        say: is told when a node begins and ends.
+        keys: of what is wanted; all nodes if None.
     """
 
-    def __init__(self, study: Study, store: Store, places: list[Place], keys: list[str], say: Say):
-        self.study, self.store, self.keys, self.say = study, store, keys, say
+    def __init__(
+        self, study: Study, store: Store, places: Sequence[Place], say: Say, keys: Iterable[str] | None = None
+    ):
+        self.study, self.store, self.say = study, store, say
+        self.keys = list(study.nodes if keys is None else keys)
         self.free, self.working = list(places), list[Running]()
         self.stopping_since: float | None = None
 
-    def collect(self) -> bool:
+    def run(self, asked: Callable[[], bool] = never, patient: bool = True, look: Look = lambda nodes: None) -> bool:
+        """Run what is not done. However it leaves, no node goes on without it, unless this process itself is killed.
+
+        Args:
+            asked: whether somebody wants this process to stop.
+            patient: wait for wanted nodes that other processes work at.
+            look: is told every other second which nodes are at work here.
+
+        Returns:
+            False where it was stopped.
+
+        Raises:
+            UserError: the study's folder cannot be written to.
+        """
+        try:
+            return self._until_done(asked, patient, look)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.store.root}: {reason(error)}; its runs were stopped; the same command goes on"
+            ) from None
+        finally:
+            self._end_all()
+
+    def _until_done(self, asked: Callable[[], bool], patient: bool, look: Look) -> bool:
+        look_at, told = 0.0, False
+        while True:
+            if self._collect():
+                self._forget_ended()
+                look_at = 0.0
+            if asked():
+                if self.stopping_since is None and self.working:
+                    self.say(f"stopping: {len(self.working)} node(s) save and leave")
+                self._stop()
+                if not self.working:
+                    return False
+            elif time.monotonic() >= look_at:
+                look_at = time.monotonic() + OTHERS_S
+                self._begin()
+                look([one.node for one in self.working])
+                if not self.working:
+                    # Those that other processes work at.
+                    others = sum(self.store.state(self.study.nodes[key]) == "running" for key in self.keys)
+                    if not others or not patient:
+                        return True
+                    if not told:
+                        told = True
+                        self.say(f"waiting for {others} run(s) that another process works at")
+            time.sleep(LOOK_S)
+
+    def _collect(self) -> bool:
         """Write down the nodes that have ended; whether there were any."""
         ended = [(one, code) for one in self.working if (code := one.process.poll()) is not None]
         for one, code in ended:
@@ -131,25 +143,62 @@ class _Work:
         self.store.ended(one.node, one.begun, EXIT_STOPPED if stopping else code, failed)
         self.say(f"{one.node.folder} {'stopped' if stopping else 'failed'} after {took}: {failed}")
 
-    def forget_ended(self) -> None:
+    def _forget_ended(self) -> None:
         """Leave alone what is done or has failed for good."""
         self.keys = [key for key in self.keys if self.store.state(self.study.nodes[key]) not in ("done", "failed")]
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Start what can start."""
-        while self.free:
-            node = ready(self.study, self.store, self.keys, {one.node.key for one in self.working})
-            if node is None:
-                return
-            started = start(node, self.study, self.store, self.free[0])
+        while self.free and (node := self._ready()):
+            started = self._start(node, self.free[0])
             if started is None:
-                self.forget_ended()
+                self._forget_ended()
                 continue
             self.working.append(started)
             self.free.pop(0)
             self.say(f"{node.folder} begins, {started.place.of(node).name}")
 
-    def stop(self) -> None:
+    def _ready(self) -> Node | None:
+        """Return the first node that can start now."""
+        busy = {one.node.key for one in self.working}
+        for key in self.keys:
+            node = self.study.nodes[key]
+            parent = self.study.parent_of(node)
+            can_start = parent is None or self.store.is_done(parent)
+            if key not in busy and can_start and self.store.state(node) == "waiting":
+                return node
+        return None
+
+    def _start(self, node: Node, place: Place) -> Running | None:
+        """Start a node; None where another process works at it, or it has been done meanwhile."""
+        store, parent, used = self.store, self.study.parent_of(node), place.of(node)
+        with ExitStack() as held:
+            lock = held.enter_context(store.hold(node))
+            if lock is None or store.is_done(node):
+                return None
+            store.prepare(node, parent)
+            begun = time.time()
+            if store.is_whole(node):
+                # Its process ended well and ours did not live to write it down.
+                store.finish(node, begun)
+                return None
+            log = held.enter_context(store.log(node).open("ab"))
+            words = command(node, parent, store, used)
+            log.write(f"\n$ {' '.join(words)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(used, store.place(node), self.study.spec.launch.environment),
+                # A Ctrl-C of the terminal reaches this process alone, which passes it on.
+                start_new_session=True,
+                pass_fds=(lock.fileno(),),
+            )
+            return Running(node, place, process, held.pop_all(), begun)
+
+    def _stop(self) -> None:
         """Ask what runs to stop, once; end what does not listen, with all that it started."""
         if self.stopping_since is None:
             self.stopping_since = time.monotonic()
@@ -160,78 +209,10 @@ class _Work:
                 if one.process.poll() is None:
                     os.killpg(one.process.pid, signal.SIGKILL)
 
-    def end_all(self) -> None:
+    def _end_all(self) -> None:
         """Stop what runs and wait for it, without a word: this process can go on no more."""
         while any(one.process.poll() is None for one in self.working):
-            self.stop()
+            self._stop()
             time.sleep(LOOK_S)
         for one in self.working:
             one.held.close()
-
-    def elsewhere(self) -> int:
-        """Count the wanted nodes that other processes work at."""
-        own = {one.node.key for one in self.working}
-        return sum(key not in own and self.store.state(self.study.nodes[key]) == "running" for key in self.keys)
-
-
-def run(
-    study: Study,
-    store: Store,
-    places: list[Place],
-    say: Say,
-    asked: Callable[[], bool] = never,
-    wanted: Iterable[str] | None = None,
-    patient: bool = True,
-    look: Look = lambda nodes: None,
-) -> bool:
-    """Run what is not done. However it leaves, no node goes on without it, unless this process itself is killed.
-
-    Args:
-        places: where nodes run, one at a time in each.
-        say: is told when a node begins and ends.
-        asked: whether somebody wants this process to stop.
-        wanted: keys; all nodes if None.
-        patient: wait for wanted nodes that other processes work at.
-        look: is told every other second which nodes are at work here.
-
-    Returns:
-        False where it was stopped.
-
-    Raises:
-        UserError: the study's folder cannot be written to.
-    """
-    work = _Work(study, store, places, list(study.nodes if wanted is None else wanted), say)
-    try:
-        return _until_done(work, asked, patient, look)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or store.root}: {reason(error)}; its runs were stopped; the same command goes on"
-        ) from None
-    finally:
-        work.end_all()
-
-
-def _until_done(work: _Work, asked: Callable[[], bool], patient: bool, look: Look) -> bool:
-    look_at, told = 0.0, False
-    while True:
-        if work.collect():
-            work.forget_ended()
-            look_at = 0.0
-        if asked():
-            if work.stopping_since is None and work.working:
-                work.say(f"stopping: {len(work.working)} node(s) save and leave")
-            work.stop()
-            if not work.working:
-                return False
-        elif time.monotonic() >= look_at:
-            look_at = time.monotonic() + OTHERS_S
-            work.begin()
-            look([one.node for one in work.working])
-            if not work.working:
-                others = work.elsewhere() if patient else 0
-                if not others:
-                    return True
-                if not told:
-                    told = True
-                    work.say(f"waiting for {others} run(s) that another process works at")
-        time.sleep(LOOK_S)

@@ -145,21 +145,17 @@ def command(node: Node, parent: Node | None, store: Store, place: Place) -> list
     assert parent is not None
     assert node.evaluation is not None
     asked = node.evaluation
-    words = ["mirage_ds", node.kind, str(store.model(parent)), "--data_path", str(asked.data_path)]
-    words += ["--out", str(store.result(node)), "--max_new_tokens", str(asked.max_new_tokens)]
-    words += ["--batch_size", str(asked.batch_size)]
-    most = asked.most
+    flags = asked.model_dump(include={"data_path", "task", "most", "max_new_tokens", "batch_size", "image_root"})
+    flags["out"] = store.result(node)
     if node.kind == "controls":
-        words += ["--latents", ",".join(node.conditions)]
-        most = asked.controls_most or most
         assert node.config is not None
-        for name in ("helper_min_pixels", "helper_max_pixels"):
-            if (value := getattr(node.config, name)) is not None:
-                words += [f"--{name}", str(value)]
-    elif not sees_latents(parent):
-        words += ["--no_latents"]
-    for name, value in (("task", asked.task), ("most", most), ("image_root", asked.image_root)):
+        flags |= {name: getattr(node.config, name) for name in ("helper_min_pixels", "helper_max_pixels")}
+        flags |= {"latents": ",".join(node.conditions), "most": asked.controls_most or asked.most}
+    words = ["mirage_ds", node.kind, str(store.model(parent))]
+    for name, value in flags.items():
         words += [f"--{name}", str(value)] if value is not None else []
+    if node.kind == "evaluate" and not sees_latents(parent):
+        words.append("--no_latents")
     return _launched(words, store.place(node), place)
 
 

@@ -19,20 +19,20 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from mirage_ds.analysis.controls.names import parse_names
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.sources import find_files
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
+from mirage_ds.study.results import CONTROLS, SCORES
 from mirage_ds.study.spec import (
     Arm,
     EvaluationSpec,
     Settings,
     StudySpec,
     arm_names,
-    conditions,
     first_fault,
-    seed_number,
 )
 
 Kind = Literal["train", "evaluate", "controls"]
@@ -92,20 +92,19 @@ class CellPlan:
 
     Attributes:
         settings: what the arm varies, with whatever its entry sets.
-        stages: keys of its chain; scores, controls: evaluation name → key.
+        stages: keys of its chain; results: as Cell.keys has them.
     """
 
     arm: str
     seed: int
     settings: Settings
     stages: tuple[str, ...]
-    scores: Mapping[str, str]
-    controls: Mapping[str, str]
+    results: Mapping[str, str]
 
     @property
     def nodes(self) -> tuple[str, ...]:
         """All of its keys."""
-        return (*self.stages, *self.scores.values(), *self.controls.values())
+        return (*self.stages, *self.results.values())
 
 
 @dataclass(frozen=True)
@@ -189,19 +188,17 @@ def model_hash(model: str) -> str:
     return _hash("".join(f"{path.name} {_file_hash(path)}\n" for path in files))
 
 
-def settings_of(spec: StudySpec, stage: str, arm: Arm, varied: Settings, seed: int | Mapping[str, Any]) -> Settings:
+def settings_of(spec: StudySpec, stage: str, arm: Arm, varied: Settings, seed: Settings) -> Settings:
     """Merge the settings of one stage of a chain: seed < common < stage < arm < seed's own < what the arm varies.
 
     A name with a stage before it counts for that stage alone, and more than one without.
     """
-    merged: Settings = {"seed": seed_number(seed)}
-    own = {key: value for key, value in seed.items() if key != "seed"} if isinstance(seed, Mapping) else {}
+    merged: Settings = {"seed": seed["seed"]}
+    own = {key: value for key, value in seed.items() if key != "seed"}
     for layer in (spec.common, spec.stages[stage], arm.settings, own, varied):
-        merged |= {name: value for name, value in layer.items() if "." not in name}
-        for name, value in layer.items():
-            whose, _, setting = name.rpartition(".")
-            if whose == stage:
-                merged[setting] = value
+        for whose in ("", stage):
+            parts = {name.rpartition("."): value for name, value in layer.items()}
+            merged |= {name: value for (place, _, name), value in parts.items() if place == whose}
     return merged
 
 
@@ -215,11 +212,9 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
         UserError: settings that a run would refuse.
     """
     values = dict(settings)
-    for name in PATHS:
-        if values.get(name) is not None:
-            given = values[name]
-            several = isinstance(given, list | tuple)
-            values[name] = [here / str(one) for one in given] if several else here / str(given)
+    for name, given in settings.items():
+        if name in PATHS and given is not None:
+            values[name] = [here / str(one) for one in given] if isinstance(given, list) else here / str(given)
     if values.get("model") is not None and (here / str(values["model"])).exists():
         values["model"] = str(here / str(values["model"]))
     stage, slots = str(values.get("stage")), values.get("slots")
@@ -235,8 +230,6 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
         return RunConfig(save_model_path=Path("model"), **values)
     except ValidationError as error:
         raise UserError(f"{where}: {first_fault(error, 'settings')}") from None
-    except TypeError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def _key(material: Mapping[str, Any]) -> str:
@@ -248,7 +241,7 @@ def _relative(path: Path | None, here: Path) -> str | None:
     return None if path is None else os.path.relpath(path, here)
 
 
-def _train_node(config: RunConfig, name: str, parent: str | None, here: Path) -> Node:
+def _train_node(config: RunConfig, name: str, parent: str | None, here: Path, on_cpu: bool = False) -> Node:
     whole = json.loads(config.model_dump_json())
     material = {
         "kind": "train",
@@ -265,6 +258,9 @@ def _train_node(config: RunConfig, name: str, parent: str | None, here: Path) ->
         "model": model_hash(str(config.model)) if parent is None else None,
         "deepspeed": read_json(config.deepspeed) if config.deepspeed else None,
         "parent": parent,
+        # On a CPU a recipe computes in float32. The study's file alone counts: whoever plans, looks at or reports runs
+        # of GPUs may have none.
+        **({"device": "cpu"} if on_cpu else {}),
     }
     return Node(_key(material), "train", name, parent, config, None, (), material)
 
@@ -280,7 +276,7 @@ def _evaluation_nodes(
     yield Node(_key(material), "evaluate", name, parent, None, evaluation, (), material)
     sees = last.stage != "sft" and (last.slots or "latents") == "latents"
     if evaluation.controls and sees:
-        names = tuple(conditions(evaluation))
+        names = tuple(parse_names(evaluation.controls))
         pixels = [last.helper_min_pixels, last.helper_max_pixels]
         material = {
             **{**material, "kind": "controls", "conditions": names, "helper_pixels": pixels},
@@ -301,11 +297,7 @@ def spell_out(spec: StudySpec, here: Path) -> Study:
     nodes: dict[str, Node] = {}
     cells: dict[tuple[str, tuple[str, ...]], CellPlan] = {}
     arms = arm_names(spec)
-    for evaluation, one in spec.evaluations.items():
-        for name in one.arms or ():
-            if name not in arms and name not in spec.arms:
-                raise UserError(f"evaluation {evaluation}: no arm {name!r}; there are {', '.join(arms)}")
-    _check_report(spec, arms)
+    _check_names(spec, arms)
     for number, seed in enumerate(spec.seeds):
         for name, (arm, varied) in arms.items():
             if arm.seeds is None or number < arm.seeds:
@@ -316,16 +308,22 @@ def spell_out(spec: StudySpec, here: Path) -> Study:
     return Study(spec, nodes, tuple(sorted(cells.values(), key=lambda cell: order.index(cell.arm))))
 
 
-def _check_report(spec: StudySpec, arms: Collection[str]) -> None:
-    """Refuse a report that compares what the study has not, before anything is run."""
-    asked = [*([spec.report.primary] if spec.report.primary else []), *spec.report.contrasts]
+def _check_names(spec: StudySpec, arms: Collection[str]) -> None:
+    """Refuse evaluations and comparisons of what the study has not, before anything is run."""
+    asked = [one for one in (spec.report.primary, *spec.report.contrasts) if one is not None]
+    named = [("report", name, {*arms}) for one in asked for name in (one.arm, one.base)]
+    # An evaluation may name all variants of an entry at once.
+    whole = {*arms, *spec.arms}
+    named += [
+        (f"evaluation {title}", name, whole) for title, one in spec.evaluations.items() for name in one.arms or ()
+    ]
+    for where, name, known in named:
+        if name not in known:
+            raise UserError(f"{where}: no arm {name!r}; there are {', '.join(arms)}")
     for one in asked:
-        for arm in (one.arm, one.base):
-            if arm not in arms:
-                raise UserError(f"report: no arm {arm!r}; there are {', '.join(arms)}")
         if one.evaluation not in spec.evaluations:
-            known = ", ".join(spec.evaluations) or "none"
-            raise UserError(f"report: no evaluation {one.evaluation!r}; there are {known}")
+            there = ", ".join(spec.evaluations) or "none"
+            raise UserError(f"report: no evaluation {one.evaluation!r}; there are {there}")
 
 
 def _cell(
@@ -333,7 +331,7 @@ def _cell(
     name: str,
     arm: Arm,
     varied: Settings,
-    seed: int | Mapping[str, Any],
+    seed: Settings,
     here: Path,
     nodes: dict[str, Node],
 ) -> CellPlan:
@@ -350,19 +348,18 @@ def _cell(
         config = make_config(settings, where, here)
         if config.model is None:
             raise UserError(f"{where}: no `model`; give it in common: the folder or hub id that chains begin with")
-        node = _train_node(config, stage, parent, here)
+        node = _train_node(config, stage, parent, here, spec.launch.environment.get("DS_ACCELERATOR") == "cpu")
         nodes.setdefault(node.key, node)
         parent = node.key
         chain.append(node.key)
     assert parent is not None
     assert config is not None
-    scores: dict[str, str] = {}
-    controls: dict[str, str] = {}
+    results: dict[str, str] = {}
     entry = name.partition("[")[0]
     for title, evaluation in spec.evaluations.items():
         if evaluation.arms is not None and not {name, entry} & set(evaluation.arms):
             continue
         for node in _evaluation_nodes(title, evaluation, parent, config, here):
             nodes.setdefault(node.key, node)
-            (scores if node.kind == "evaluate" else controls)[title] = node.key
-    return CellPlan(name, seed_number(seed), {**arm.settings, **varied}, tuple(chain), scores, controls)
+            results[f"{SCORES if node.kind == 'evaluate' else CONTROLS} {title}"] = node.key
+    return CellPlan(name, seed["seed"], {**arm.settings, **varied}, tuple(chain), results)

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mirage_ds.cluster.status.facts import Facts
 from mirage_ds.cluster.status.summary import summary
-from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.config.mixture import Mixture
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.pack import total_steps
 from mirage_ds.data.proportion import most
@@ -64,21 +64,15 @@ def shown_hours(hours: float, digits: int) -> str:
     return f"under {least:g}" if 0 < hours < least else f"{hours:,.{digits}f}"
 
 
-def _rows_of_records(records: Records) -> int | None:
-    if not isinstance(records, Mixture):
-        return rows_of(records)
-    counts = [rows_of(part.file) for part in records.parts]
-    known = [count for count in counts if count is not None]
-    if len(known) < len(counts):
-        return None
-    return sum(most([part.file for part in records.parts], known, records.weights) if records.weights else known)
-
-
 def steps_of(config: RunConfig) -> int | None:
     """Count the optimizer steps of a run, if no record is dropped."""
-    rows = _rows_of_records(config.records)
-    if rows is None:
+    records = config.records
+    files = [part.file for part in records.parts] if isinstance(records, Mixture) else [records]
+    counts = [count for file in files if (count := rows_of(file)) is not None]
+    if len(counts) < len(files):
         return config.max_steps
+    weights = records.weights if isinstance(records, Mixture) else None
+    rows = sum(most(files, counts, weights) if weights else counts)
     return total_steps(rows, config.rows_per_step, config.epochs, config.max_steps)
 
 
@@ -123,9 +117,7 @@ def estimate(config: RunConfig, machine: Mapping[str, Any]) -> Estimate:
         # The planner's micro-batches are full; a step that has fewer rows takes as much less.
         share = config.rows_per_step / (each * spec.micro_steps)
         return Estimate(steps, steps * _seconds(spec) * share * ranks / 3600, None)
-    except UserError as error:
-        return Estimate(steps, problem=str(error))
-    except ValueError as error:
+    except (UserError, ValueError) as error:
         return Estimate(steps, problem=str(error).splitlines()[0])
 
 
@@ -218,14 +210,16 @@ def glance(node: Node, store: Store, now: float) -> dict[str, Any] | None:
 
 
 class Bars:
-    """One bar a run at work, below the study's own."""
+    """The study's bar, and one a run at work below it."""
 
-    def __init__(self, bars: Progress, store: Store):
-        self._bars, self._store = bars, store
+    def __init__(self, bars: Progress, store: Store, title: str, wanted: Sequence[Node]):
+        self._bars, self._store, self._wanted = bars, store, wanted
+        self._whole = bars.add_task(title, total=len(wanted))
         self._tasks: dict[str, TaskID] = {}
 
     def show(self, nodes: Iterable[Node]) -> None:
         """Bring the bars to where these nodes are, and take away those of others."""
+        self._bars.update(self._whole, completed=sum(map(self._store.is_done, self._wanted)))
         working = {node.key: node for node in nodes}
         for key in self._tasks.keys() - working.keys():
             self._bars.remove_task(self._tasks.pop(key))

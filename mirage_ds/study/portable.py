@@ -12,19 +12,25 @@ import gzip
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_atomically
-from mirage_ds.study.results import CONTROLS, SCORES, Cell, Results
+from mirage_ds.study.results import Cell, Results, parted
 from mirage_ds.study.spec import first_fault
 
-FORMAT = 2
-_CELLS = TypeAdapter(list[Cell])
+
+class Export(BaseModel):
+    """What is in a file."""
+
+    format: Literal[2] = 2
+    study: str
+    made: dict[str, str]
+    cells: list[Cell]
 
 
 def _without_texts(controls: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,14 +49,14 @@ def export(results: Results, file: Path) -> int:
         UserError: there is none.
     """
     cells = [
-        asdict(replace(cell, settings={}, controls={name: _without_texts(one) for name, one in cell.controls.items()}))
+        replace(cell, settings={}, controls={name: _without_texts(one) for name, one in cell.controls.items()})
         for cell in results.cells
         if cell.stages and cell.results
     ]
     if not cells:
         raise UserError("no arm of the study has been evaluated under any seed; run it first")
-    text = json.dumps({"format": FORMAT, "study": results.name, "made": dict(results.made), "cells": cells})
-    write_atomically(file, gzip.compress(text.encode(), mtime=0))
+    whole = Export(study=results.name, made=dict(results.made), cells=cells)
+    write_atomically(file, gzip.compress(json.dumps(whole.model_dump()).encode(), mtime=0))
     return len(cells)
 
 
@@ -61,37 +67,28 @@ def load(file: Path) -> list[Cell]:
         UserError: no such file, or another kind of file.
     """
     try:
-        values = json.loads(gzip.decompress(file.read_bytes()))
-        if values["format"] != FORMAT:
-            raise UserError(f"{file}: written by another version (format {values['format']}); export it anew")
-        return _CELLS.validate_python([{"settings": {}, **one} for one in values["cells"]])
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({reason(error)}); name a file of `mirage-ds ablate export`") from None
+        return Export.model_validate_json(gzip.decompress(file.read_bytes())).cells
     except ValidationError as error:
         why = first_fault(error)
-    except (ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error) as error:
         why = reason(error)
-    raise UserError(f"{file}: not a file of `mirage-ds ablate export` ({why}); export it anew")
+    raise UserError(f"{file}: not a file of this version's `mirage-ds ablate export` ({why}); export it anew")
 
 
 def _filled(cell: Cell, others: Sequence[Cell]) -> Cell:
     """Return a cell with what it lacks and others have, the first of them that does; itself where there is nothing."""
     known = {other.keys[title]: one for other in reversed(others) for title, one in other.results.items()}
-    had = cell.results
-    whole = {title: had.get(title, known.get(key)) for title, key in cell.keys.items()}
-    found = {**had, **{title: one for title, one in whole.items() if one is not None}}
-    if len(found) == len(had):
+    new = {title: known[key] for title, key in cell.keys.items() if key in known and title not in cell.results}
+    if not new:
         return cell
-    parts: dict[str, dict[str, Any]] = {SCORES: {}, CONTROLS: {}}
-    for title, one in found.items():
-        kind, _, name = title.partition(" ")
-        parts[kind][name] = one
+    found = cell.results | new
+    scores, controls = parted(found)
     chains = {other.chain: other.stages for other in reversed(others)}
     return replace(
         cell,
         stages=chains.get(cell.chain, cell.stages),
-        scores=parts[SCORES],
-        controls=parts[CONTROLS],
+        scores=scores,
+        controls=controls,
         problem=None if len(found) == len(cell.keys) else cell.problem,
     )
 
@@ -102,16 +99,14 @@ def merge(results: Results, files: Sequence[Path]) -> tuple[Results, list[str]]:
     Returns:
         The results, and a line for each file that says how many of its cells the study has and were of use.
     """
-    said = []
-    cells = list(results.cells)
+    said, chains = [], {cell.chain for cell in results.cells}
     for file in files:
-        found = load(file)
-        filled = [_filled(cell, found) for cell in cells]
-        taken = sum(one is not cell for one, cell in zip(filled, cells, strict=True))
-        strangers = sum(one.chain not in {cell.chain for cell in cells} for one in found)
+        found, before = load(file), results.cells
+        results = replace(results, cells=[_filled(cell, found) for cell in before])
+        taken = sum(one is not other for one, other in zip(results.cells, before, strict=True))
+        strangers = sum(one.chain not in chains for one in found)
         said.append(
             f"{file}: {len(found)} cell(s), {taken} of the study filled"
             + (f", {strangers} are of other settings or records than this study's" if strangers else "")
         )
-        cells = filled
-    return replace(results, cells=cells), said
+    return results, said

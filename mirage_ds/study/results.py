@@ -25,8 +25,7 @@ class StageResult:
         steps: optimizer steps; rows, tokens: that went through the forward; flops: of the model, forward and backward.
         seconds: of all steps; samples_s: rows a second of its steps' time; peak_gb: highest memory of a rank, in GB;
             None where the run did not measure it.
-        curve: one entry a logged step, {"step": …, "loss": …, "ce": …, "sim": …}, with "eval_loss" where it was
-            measured.
+        curve: {"step": …, "loss": …} of some steps; entries of older exports have more, or no loss.
     """
 
     name: str
@@ -75,8 +74,8 @@ class Cell:
 
     arm: str
     seed: int
-    settings: Mapping[str, Any]
-    stages: Sequence[StageResult]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    stages: Sequence[StageResult] = ()
     scores: Mapping[str, Scores] = field(default_factory=dict)
     controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     problem: str | None = None
@@ -94,6 +93,12 @@ class Cell:
         return {f"{SCORES} {name}": one for name, one in self.scores.items()} | {
             f"{CONTROLS} {name}": one for name, one in self.controls.items()
         }
+
+
+def parted(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return scores and controls apart, by the names of their evaluations; the opposite of Cell.results."""
+    pairs = [(title.partition(" "), one) for title, one in results.items()]
+    return [{name: one for (own, _, name), one in pairs if own == kind} for kind in (SCORES, CONTROLS)]
 
 
 @dataclass(frozen=True)

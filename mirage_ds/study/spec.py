@@ -10,10 +10,12 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -33,6 +35,18 @@ Settings = dict[str, Any]
 NAME = r"^\w[\w.+-]*$"
 # Set by the study itself.
 RESERVED = ("save_model_path", "load_model_path", "resume", "overwrite", "log_file")
+
+
+# A number, or settings with their `seed`, like {seed: 1, base.model: other}.
+Seed = Annotated[Settings, BeforeValidator(lambda one: {"seed": one} if isinstance(one, int) else one)]
+# A path that starts at the folder of the study's file, which is the context of the validation.
+Here = Annotated[Path, AfterValidator(lambda path, info: info.context / path)]
+
+
+def _is_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"no file {path}; name a JSON-lines file")
+    return path
 
 
 class _Strict(BaseModel):
@@ -78,7 +92,7 @@ class Arm(_Strict):
 class EvaluationSpec(_Strict):
     """Records that the last model of each chain answers."""
 
-    data_path: Path = Field(description="Records.")
+    data_path: Annotated[Here, AfterValidator(_is_file)] = Field(description="Records.")
     task: str | None = Field(None, description="Whose scorer; the records' own task if they name one.")
     most: PositiveInt | None = Field(None, description="Take only the first so many records.")
     max_new_tokens: PositiveInt = Field(256, description="Tokens that an answer may have.")
@@ -90,7 +104,7 @@ class EvaluationSpec(_Strict):
         None, description="Records of the controls; all that are evaluated if not set."
     )
     arms: list[str] | None = Field(None, description="Only these arms; all if not set.")
-    image_root: Path | None = None
+    image_root: Here | None = None
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -138,15 +152,11 @@ class StudySpec(_Strict):
 
     name: str = Field(pattern=NAME, description="Of the study.")
     question: str = Field("", description="What it asks; stands on top of the report.")
-    out: Path = Field(description="Folder of all runs, relative to this file.")
+    out: Here = Field(description="Folder of all runs, relative to this file.")
     common: Settings = Field({}, description="Settings of every stage.")
     stages: dict[str, Settings] = Field(description="Name → the settings of one stage.")
     arms: dict[str, Arm] = Field(min_length=1)
-    seeds: list[int | dict[str, Any]] = Field(
-        [0],
-        min_length=1,
-        description="Each a number, or settings with their `seed`, like {seed: 1, base.model: other}.",
-    )
+    seeds: list[Seed] = Field([{"seed": 0}], min_length=1, description="Arms are paired by their number.")
     evaluations: dict[str, EvaluationSpec] = {}
     report: ReportSpec = ReportSpec.model_validate({})
     launch: LaunchSpec = LaunchSpec.model_validate({})
@@ -157,29 +167,23 @@ class StudySpec(_Strict):
             for name in names:
                 if not re.match(NAME, name):
                     raise ValueError(f"{kind} {name!r}: a name may only have letters, digits and . _ + -")
+        places = [("common", self.common), *((f"stage {name}", own) for name, own in self.stages.items())]
         for name, arm in self.arms.items():
             for stage in arm.chain:
                 if stage not in self.stages:
                     raise ValueError(f"arm {name}: no stage {stage!r}{closest(stage, self.stages)} in `stages`")
             if arm.seeds is not None and arm.seeds > len(self.seeds):
                 raise ValueError(f"arm {name}: {arm.seeds} seeds, the study has {len(self.seeds)}")
-        places = [("common", self.common), *((f"stage {name}", own) for name, own in self.stages.items())]
-        for name, arm in self.arms.items():
             places += [(f"arm {name}", {**arm.settings, **one}) for one in arm.variants()]
-        places += [("seeds", one) for one in self.seeds if isinstance(one, dict)]
+        places += [("seeds", one) for one in self.seeds]
         for place, settings in places:
             _check_settings(place, settings, self.stages)
         for one in self.seeds:
-            if isinstance(one, dict) and not isinstance(one.get("seed"), int):
+            if not isinstance(one.get("seed"), int):
                 raise ValueError(f"seeds: {one} needs `seed`, the number that pairs the arms")
-        if len({seed_number(one) for one in self.seeds}) < len(self.seeds):
+        if len({one["seed"] for one in self.seeds}) < len(self.seeds):
             raise ValueError("seeds: a number is there twice")
         return self
-
-
-def seed_number(seed: int | Mapping[str, Any]) -> int:
-    """Return the number of a seed's entry."""
-    return seed if isinstance(seed, int) else int(seed["seed"])
 
 
 def _check_settings(place: str, settings: Settings, stages: Mapping[str, Any]) -> None:
@@ -218,22 +222,9 @@ def read_study(path: Path) -> StudySpec:
     if unknown:
         raise UserError(f"unknown key {shown(unknown[0])} in {path}{closest(unknown[0], StudySpec.model_fields)}")
     try:
-        spec = StudySpec.model_validate(values)
+        return StudySpec.model_validate(values, context=path.resolve().parent)
     except ValidationError as error:
         raise UserError(f"{path}: {first_fault(error)}") from None
-    here = path.resolve().parent
-    evaluations = {
-        name: one.model_copy(update={"data_path": here / one.data_path, "image_root": _from(here, one.image_root)})
-        for name, one in spec.evaluations.items()
-    }
-    for name, one in evaluations.items():
-        if not one.data_path.is_file():
-            raise UserError(f"{path}: evaluation {name}: no file {one.data_path}; name a JSON-lines file")
-    return spec.model_copy(update={"out": here / spec.out, "evaluations": evaluations})
-
-
-def _from(here: Path, path: Path | None) -> Path | None:
-    return None if path is None else here / path
 
 
 def arm_names(spec: StudySpec) -> dict[str, tuple[Arm, Settings]]:
@@ -250,8 +241,3 @@ def arm_names(spec: StudySpec) -> dict[str, tuple[Arm, Settings]]:
                 raise UserError(f"arm {whole} is there twice; give each value once")
             found[whole] = (arm, varied)
     return found
-
-
-def conditions(evaluation: EvaluationSpec) -> list[str]:
-    """Return the conditions of an evaluation's controls, `path` among them; none where there are no controls."""
-    return parse_names(evaluation.controls) if evaluation.controls else []

@@ -109,7 +109,7 @@ def _evaluation(arm: str, evaluation: str, cells: Sequence[Cell], work: Work) ->
     """
     metric, *names = work.metrics[evaluation]
     columns: dict[int, Column] = {}
-    others: dict[str, list[float]] = {name: [] for name in names}
+    others: dict[str, list[float | None]] = {name: [] for name in names}
     for cell in cells:
         scores = cell.scores.get(evaluation)
         if scores is None or not scores.records:
@@ -172,15 +172,12 @@ def chain(stages: Sequence[StageResult]) -> dict[str, Any]:
     Returns:
         Each of COSTS (sums; samples/s over the whole chain; the highest peak), and "stages", each with its own.
     """
-    stated = ("name", "key", "stage", *COSTS)
-    total: dict[str, Any] = {key: sum(getattr(one, key) for one in stages) if stages else None for key in COSTS[:5]}
-    peaks = [one.peak_gb for one in stages if one.peak_gb is not None]
-    seconds = total["seconds"]
+    sums: dict[str, Any] = {key: sum(getattr(one, key) for one in stages) if stages else None for key in COSTS[:5]}
     return {
-        **total,
-        "samples_s": total["rows"] / seconds if seconds else None,
-        "peak_gb": max(peaks, default=None),
-        "stages": [{key: getattr(one, key) for key in stated} for one in stages],
+        **sums,
+        "samples_s": sums["rows"] / sums["seconds"] if sums["seconds"] else None,
+        "peak_gb": max((one.peak_gb for one in stages if one.peak_gb is not None), default=None),
+        "stages": [{key: value for key, value in vars(one).items() if key != "curve"} for one in stages],
     }
 
 

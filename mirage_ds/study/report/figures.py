@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.inspect import style
-from mirage_ds.study.report.text import evaluations, having, judged
+from mirage_ds.study.report.text import evaluations, having, judged, pair
 
 Report = Mapping[str, Any]
 
@@ -142,7 +142,7 @@ def contrasts(report: Report) -> list[Drawn]:
         axes.plot([apart["low90"], apart["high90"]], [row, row], color=colour, linewidth=5, alpha=0.35)
         style.interval(axes, row, apart, colour)
         style.dots(axes, [(seed["difference"], row + 0.25) for seed in one["by_seed"]])
-    style.name_rows(axes, [_pair(one, found) for one in found], 70)
+    style.name_rows(axes, [pair(one) for one in found], 70)
     words = axes.secondary_yaxis("right")
     words.set_yticks(range(len(found)), [judged(one, margin).replace(", and", ",\nand") for one in found])
     words.tick_params(length=0)
@@ -155,16 +155,6 @@ def contrasts(report: Report) -> list[Drawn]:
         "equivalent; a 95 % interval without 0 means higher or lower, if the test agrees."
     )
     return [Drawn("contrasts", figure, caption)]
-
-
-def _pair(contrast: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> str:
-    """Name a contrast, with its evaluation and levels where the others have other ones."""
-    text = f"{style.legible(contrast['arm'], 24)} − {style.legible(contrast['base'], 24)}"
-    if len({one["evaluation"] for one in among}) > 1:
-        text += f", {style.legible(contrast['evaluation'], 14)}"
-    if len({tuple(one["levels"]) for one in among}) > 1:
-        text += f", level {', '.join(contrast['levels'])}" if contrast["levels"] else ", all levels"
-    return text
 
 
 def controls(report: Report) -> list[Drawn]:

@@ -136,8 +136,10 @@ def _sweep(alike: Sequence[str], arms: Sequence[Mapping[str, Any]], traits: pd.D
     figure, shown = spread(len(scored), 2, 3.2, f"Scores against {title}", handles, WIDTH if len(scored) > 1 else 7.0)
     for axes, evaluation in zip(shown, scored, strict=True):
         for number, (group, how) in enumerate(groups):
-            found = {ticks.index(values[at]) + step * number: arms[at]["evaluations"].get(evaluation) for at in group}
-            _line(axes, {place: found[place] for place in sorted(found) if found[place] is not None}, how)
+            known = [at for at in group if evaluation in arms[at]["evaluations"]]
+            known.sort(key=lambda at: ticks.index(values[at]))
+            places = [ticks.index(values[at]) + step * number for at in known]
+            _line(axes, places, [arms[at]["evaluations"][evaluation] for at in known], how)
         axes.set_xticks(range(len(ticks)), [legible(text, 18) for text in ticks])
         metric = having(evaluation, arms)[0]["evaluations"][evaluation]["metric"]
         axes.set(title=legible(evaluation), xlabel=title, ylabel=f"{legible(metric)}, mean")
@@ -150,16 +152,15 @@ def _sweep(alike: Sequence[str], arms: Sequence[Mapping[str, Any]], traits: pd.D
     return [Drawn(slug("setting", alike[0]), figure, caption)]
 
 
-def _line(axes: Axes, points: Mapping[float, Mapping[str, Any]], how: Look) -> None:
-    """Draw one group of arms: place → scores, from left to right."""
-    if not points:
+def _line(axes: Axes, places: Sequence[float], found: Sequence[Mapping[str, Any]], how: Look) -> None:
+    """Draw the scores of one group of arms, from left to right."""
+    if not found:
         return
     colour, dash, mark = how
-    means = [found["overall"]["mean"] for found in points.values()]
-    sides = np.asarray([bars(found["overall"]) for found in points.values()]).T
+    sides = np.asarray([bars(one["overall"]) for one in found]).T
     shape = {"linestyle": dash, "marker": mark, "markersize": 5, "capsize": 2.5, "linewidth": 1.4}
-    axes.errorbar(list(points), means, yerr=sides, color=colour, **shape)
-    dots(axes, [(place, seed["score"]) for place, found in points.items() for seed in found["by_seed"]])
+    axes.errorbar(places, [one["overall"]["mean"] for one in found], yerr=sides, color=colour, **shape)
+    dots(axes, [(place, seed["score"]) for place, one in zip(places, found, strict=True) for seed in one["by_seed"]])
 
 
 def _ticks(values: Iterable[str]) -> list[str]:

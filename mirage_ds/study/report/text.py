@@ -202,7 +202,7 @@ def sheet(report: Report) -> str:
     `n` is the number of records; steps, rows, tokens, flops and seconds are those of the cell's whole chain, so they
     stand there once for each evaluation and level. A cell without scores has one row, with its problem.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for arm in report["arms"]:
         for cell in arm["cells"]:
             whole = {"arm": arm["name"], **{key: cell[key] for key in ("seed", *_OF_CHAINS)}}

@@ -55,7 +55,7 @@ def run(
 ) -> tuple[bool, list[str]]:
     monkeypatch.setattr(execute, "command", pretend(store, modes or {}))
     said: list[str] = []
-    return execute.run(study, store, [Place(1)] * places, said.append, asked, patient=patient), said
+    return execute.Runner(study, store, [Place(1)] * places, said.append).run(asked, patient), said
 
 
 def began(said: list[str]) -> list[str]:
@@ -131,7 +131,7 @@ def test_a_node_outlives_a_study_that_is_killed_and_is_left_alone(tmp_path: Path
         "from mirage_ds.study import execute\n"
         "from mirage_ds.study.launch import Place\n"
         "study, store = opened(Path(sys.argv[1])); execute.command = pretend(store, {'base': 'some'})\n"
-        "execute.run(study, store, [Place(1)], print)"
+        "execute.Runner(study, store, [Place(1)], print).run()"
     )
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen([sys.executable, "-c", script, str(file)], env=here, stdout=subprocess.DEVNULL) as runner:
@@ -210,7 +210,7 @@ def test_two_processes_share_a_study(small, monkeypatch: pytest.MonkeyPatch) -> 
     def work() -> None:
         said: list[str] = []
         while len([node for node in study.nodes.values() if store.is_done(node)]) < len(study.nodes):
-            execute.run(study, store, [Place(1)], said.append)
+            execute.Runner(study, store, [Place(1)], said.append).run()
         found.append(began(said))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
@@ -273,7 +273,8 @@ def test_an_evaluation_takes_one_gpu_of_one_host(small) -> None:
 def test_gpus_that_this_process_was_given(monkeypatch: pytest.MonkeyPatch, given: str, found: list[str]) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    assert commands._gpus() == found
+    assert commands._gpus(os.environ) == found
+    assert commands._gpus({**os.environ, "DS_ACCELERATOR": "cpu"}) == []
 
 
 def test_command_lines(small, tmp_path: Path) -> None:
@@ -469,19 +470,22 @@ def test_a_run_at_work_shows_its_step(small, tmp_path: Path) -> None:
     assert (store.model(base) / "run" / "log.jsonl").stat().st_size > 2 * TAIL_BYTES
     assert reached(base, store) == (1200, 5000)
     (store.model(base) / "run" / "run.json").rename(tmp_path / "run.json")
-    assert reached(base, store) == (0, None)
+    assert reached(base, store) == (0, None), "a run that begins anew"
     (tmp_path / "run.json").rename(store.model(base) / "run" / "run.json")
+    store.place(other).mkdir()
+    store.finish(other, 0.0)
     bar = Progress(disable=True)
-    bars = Bars(bar, store)
+    bars = Bars(bar, store, "small", [base, other, evaluation])
     bars.show([base, evaluation])
     assert [(task.description.strip(), task.completed, task.total) for task in bar.tasks] == [
+        ("small", 1, 3),
         (base.folder, 1200, 5000),
         (evaluation.folder, 0, None),
     ]
     bars.show([other])
-    assert [task.description.strip() for task in bar.tasks] == [other.folder]
+    assert [task.description.strip() for task in bar.tasks] == ["small", other.folder]
     bars.show([])
-    assert not bar.tasks
+    assert [task.description for task in bar.tasks] == ["small"]
 
 
 def test_who_looks_sees_what_is_at_work_and_then_nothing(small, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,7 +496,7 @@ def test_who_looks_sees_what_is_at_work_and_then_nothing(small, monkeypatch: pyt
     def look(nodes: list[Node]) -> None:
         seen.append([node.name for node in nodes])
 
-    assert execute.run(study, store, [Place(1)], lambda line: None, look=look)
+    assert execute.Runner(study, store, [Place(1)], lambda line: None).run(look=look)
     # The base takes 3 s, and every other second somebody looks.
     assert seen[:2] == [["base"], ["base"]]
     assert seen[-1] == []

@@ -12,7 +12,7 @@ from support.studies import STAGES, opened, write_study
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
-from mirage_ds.study.collect import stated
+from mirage_ds.study.collect import POINTS, curve_of, stated
 from mirage_ds.study.nodes import MACHINE, model_hash, records_hash
 from mirage_ds.study.overview import steps_of
 from mirage_ds.study.spec import arm_names, read_study
@@ -158,6 +158,19 @@ def test_what_changes_nothing_makes_no_new_run(tmp_path: Path, nano: Path) -> No
     assert not set(folders(write_study(tmp_path, nano, common=common, stages=paused))) & set(before)
 
 
+def test_runs_that_the_file_puts_on_the_cpu_are_others_than_on_gpus(tmp_path: Path, nano: Path, monkeypatch) -> None:
+    """A recipe computes in float32 there. The machine that looks does not count: it may be a login node."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    on_gpus = folders(write_study(tmp_path, nano))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert folders(write_study(tmp_path, nano)) == on_gpus
+    # The key of a run of GPUs is what it was.
+    assert "device" not in opened(write_study(tmp_path, nano))[0].nodes.popitem()[1].material
+    launch = {"environment": {"DS_ACCELERATOR": "cpu"}}
+    assert not set(folders(write_study(tmp_path, nano, launch=launch))) & set(on_gpus)
+    assert folders(write_study(tmp_path, nano, launch={"environment": {"A": "b"}})) == on_gpus
+
+
 def test_every_setting_is_either_hashed_or_named_as_the_machines(nano: Path, tmp_path: Path) -> None:
     study, _ = opened(write_study(tmp_path, nano))
     node = next(iter(study.nodes.values()))
@@ -183,9 +196,9 @@ def test_controls_run_where_answers_see_latents(tmp_path: Path, nano: Path) -> N
     evaluations = {"test": asked, "some": asked | {"arms": ["two"], "controls_most": 2}}
     study, _ = opened(write_study(tmp_path, nano, arms=arms, seeds=[0], evaluations=evaluations))
     cells = {cell.arm: cell for cell in study.cells}
-    assert {name for name, cell in cells.items() if "test" in cell.controls} == {"one", "two"}
-    assert {name for name, cell in cells.items() if "some" in cell.scores} == {"two"}
-    assert study.nodes[cells["one"].controls["test"]].conditions == ("own", "zero")
+    assert {name for name, cell in cells.items() if "controls test" in cell.results} == {"one", "two"}
+    assert {name for name, cell in cells.items() if "scores some" in cell.results} == {"two"}
+    assert study.nodes[cells["one"].results["controls test"]].conditions == ("own", "zero")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +215,7 @@ def test_controls_run_where_answers_see_latents(tmp_path: Path, nano: Path) -> N
         ({"arms": {"a/b": {"chain": ["sft"]}}}, "a name may only have letters"),
         ({"seeds": [{"base.seed": 3}]}, "needs `seed`"),
         ({"seeds": [1, 1]}, "a number is there twice"),
-        ({"evaluations": {"test": {"data_path": "none.jsonl"}}}, "evaluation test: no file"),
+        ({"evaluations": {"test": {"data_path": "none.jsonl"}}}, "evaluations.test.data_path: no file"),
         ({"evaluations": {"test": {"data_path": "data.jsonl", "arms": ["x"]}}}, "evaluation test: no arm 'x'"),
         ({"evaluations": {"test": {"data_path": "data.jsonl", "controls": "zer"}}}, "no condition 'zer'"),
         ({"arms": {"a": {"chain": ["sft"], "settings": {"epochs": -1}}}}, "arm a, stage sft: epochs: Input should be"),
@@ -347,7 +360,7 @@ def test_stage2_knows_how_its_targets_were_made(tmp_path: Path, nano: Path) -> N
     cells = {cell.arm: cell for cell in study.cells}
     last = study.nodes[cells["a"].stages[-1]].config
     assert (last.compress_strategy, last.helper_max_pixels) == ("grid", 50_000)
-    assert study.nodes[cells["a"].controls["test"]].material["helper_pixels"] == [None, 50_000]
+    assert study.nodes[cells["a"].results["controls test"]].material["helper_pixels"] == [None, 50_000]
     assert study.nodes[cells["plain"].stages[-1]].config.compress_strategy == "average"
 
 
@@ -402,3 +415,16 @@ def test_a_renamed_stage_keeps_its_folder(tmp_path: Path, nano: Path) -> None:
     assert start.folder.startswith("start-")
     assert store.place(start).name == base.folder
     assert store.state(start) == "done"
+
+
+def test_a_learning_curve_has_the_means_of_neighbouring_steps() -> None:
+    log = [
+        {"step": at, "loss": None if at == 2 else at / 2, "lr": 1e-3, "time": 5.0} for at in range(1, 2 * POINTS + 2)
+    ]
+    found = curve_of(log)
+    assert len(found) <= POINTS
+    assert found[0] == {"step": 3.0, "loss": (1 / 2 + 3 / 2) / 2}
+    assert found[1] == {"step": 6.0, "loss": 5 / 2}
+    assert found[-1]["step"] == 2 * POINTS + 1
+    assert curve_of(log[:3]) == [{"step": 1.0, "loss": 0.5}, {"step": 3.0, "loss": 1.5}]
+    assert curve_of([]) == []
