@@ -27,7 +27,7 @@ ROOT = REPO / "mirage_ds"
 ROOMS = {
     "data": 2960,
     "study": 2720,
-    "cluster": 2690,
+    "cluster": 2440,
     "analysis": 1860,
     "curate": 1860,
     "tasks": 1830,
