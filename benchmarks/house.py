@@ -27,7 +27,7 @@ ROOT = REPO / "mirage_ds"
 ROOMS = {
     "data": 2760,
     "study": 2440,
-    "cluster": 2690,
+    "cluster": 2440,
     "analysis": 1860,
     "curate": 1530,
     "tasks": 1710,

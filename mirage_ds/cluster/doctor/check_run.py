@@ -29,7 +29,8 @@ def packages(seen: Seen) -> Iterator[Finding]:
     pythons = {host: facts["version"].rpartition(".")[0] for host, facts in seen.section("python").items()}
     mend = "install the same versions on every host, or one environment on a disk that all see"
     yield from unlike(pythons, "Python ", mend)
-    first, own = next(iter(found.items()), ("", {}))
+    first = next(iter(found), "")
+    own = found.get(first, {})
     for host, versions in found.items():
         missing = [name for name in PACKAGES if name not in OPTIONAL and versions[name] is None]
         if missing:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
+from mirage_ds.errors import EXIT_STOPPED
 from mirage_ds.run.heartbeat import MARKS_FD, STACKS_FD, STACKS_SIGNAL
 
 # From linux/prctl.h.
@@ -40,7 +41,7 @@ class Child:
     """A process that dies with its guard, whatever ends that.
 
     Attributes:
-        progress: its last mark (heartbeat.py), and `progressed`, when it came (time.monotonic).
+        progress: its last mark (heartbeat.py).
         folder: where its run keeps its files, once it has said so.
     """
 
@@ -54,19 +55,19 @@ class Child:
             own_session: whether a terminal's Ctrl-C reaches the guard alone.
         """
         self.progress: dict[str, Any] = {}
-        self.progressed = time.monotonic()
-        self.folder: Path | None = None
+        self.folder: str | None = None
+        self._asked = False
         self._last_lines: deque[bytes] = deque(maxlen=KEPT_LINES)
         self._log = log.open("ab", buffering=0) if log else None
         self._stacks = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
         # A progress bar is drawn for people: their terminal is left to the process.
-        self._direct = sys.stdout.isatty() and log is None
+        direct = sys.stdout.isatty() and log is None
         reading, writing = os.pipe()
         handed = {MARKS_FD: str(writing), STACKS_FD: str(self._stacks.fileno())}
         self.process = subprocess.Popen(
             command,
             env=environment | handed,
-            stdout=None if self._direct else subprocess.PIPE,
+            stdout=None if direct else subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=(writing, self._stacks.fileno()),
             preexec_fn=_die_with_parent,  # noqa: PLW1509  # there is no other thread yet
@@ -74,23 +75,23 @@ class Child:
         )
         os.close(writing)
         # Threads: the console may be a pipe that nobody empties any more, and the guard itself must never wait for it.
-        self._threads = [threading.Thread(target=self._copy, args=(self.process.stderr, sys.stderr.buffer, True))]
-        if self.process.stdout:
-            self._threads.append(
-                threading.Thread(target=self._copy, args=(self.process.stdout, sys.stdout.buffer, False))
-            )
-        self._threads.append(threading.Thread(target=self._read_marks, args=(os.fdopen(reading, "rb"),)))
+        self._threads = [
+            threading.Thread(target=self._read_marks, args=(os.fdopen(reading, "rb"),), daemon=True),
+            threading.Thread(target=self._copy, args=(self.process.stderr, sys.stderr.buffer), daemon=True),
+            threading.Thread(target=self._copy, args=(self.process.stdout, sys.stdout.buffer), daemon=True),
+        ]
         for thread in self._threads:
-            thread.daemon = True
             thread.start()
 
-    def _copy(self, source: BinaryIO, console: BinaryIO, keep: bool) -> None:
+    def _copy(self, source: BinaryIO | None, console: BinaryIO) -> None:
+        if source is None:
+            return
         there = True
         rest = b""
         while chunk := os.read(source.fileno(), 1 << 16):
             if self._log:
                 self._log.write(chunk)
-            if keep:
+            if source is self.process.stderr:
                 *whole, rest = (rest + chunk)[-(1 << 16) :].split(b"\n")
                 self._last_lines.extend(whole)
             if there:
@@ -107,13 +108,16 @@ class Child:
         for line in pipe:
             message = json.loads(line)
             if "folder" in message:
-                self.folder = Path(message["folder"])
+                self.folder = message["folder"]
             else:
-                self.progress, self.progressed = message, time.monotonic()
+                self.progress = message
 
     def returned(self) -> int | None:
         """Return the exit code as a shell has it (128 + N where signal N killed it), None while it runs."""
         code = self.process.poll()
+        if self._asked and code == -signal.SIGTERM:
+            # It was still importing and could not listen: nothing was begun, nothing is lost.
+            return EXIT_STOPPED
         return code if code is None or code >= 0 else 128 - code
 
     def state(self) -> str:
@@ -139,6 +143,11 @@ class Child:
         """Send a signal to the process itself."""
         if self.process.poll() is None:
             self.process.send_signal(number)
+
+    def stop(self) -> None:
+        """Ask the process to save and leave."""
+        self._asked = True
+        self.signal(signal.SIGTERM)
 
     def ask_for_stacks(self) -> None:
         """Let the process write its stacks, if it listens for that; the default of the signal would end it."""

@@ -1,169 +1,26 @@
-"""The hub in rank 0's guard: it hears every guard and judges the job. One verdict, told to all.
-
-A member is a rank's guard or the one around the launcher. `judge` and what it calls are functions of what was heard and
-of the time alone.
-"""
+"""The hub in rank 0's guard: it hears every guard and judges the job (judge.py). One verdict, told to all."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import os
-import re
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.cluster.guard.explain import by_position, late
+from mirage_ds.cluster.guard.judge import Member, by_position, hanging, judge, late
 from mirage_ds.cluster.guard.wire import EXIT_HANG, LONGEST_LINE, PAUSED_S, Bounds, Verdict, messages, send
-from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
+from mirage_ds.errors import UserError
 
 # Between two looks of the hub, in seconds.
 LOOK_S = 0.25
-# One failure brings others: within this time the hub hears them too and names the one that began.
-SETTLE_S = 1.0
-# A process that is stopped this long is not being looked at by a debugger's single step.
-STOPPED_S = 3.0
 STACKS_S = 5.0
 DISK_S = 3.0
 # Files that the hub's process has besides its connections.
-SPARE_FILES = 256
-# What a rank says that fails since another one is gone or late.
-CONSEQUENCES = re.compile(
-    "connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|nccl|watchdog|gloo|store|peer"
-)
-
-
-@dataclass
-class Member:
-    """What the hub has heard of one guard; times are time.monotonic.
-
-    Attributes:
-        rank: None for the launcher's.
-        heard: when it last said anything; closed: its connection has ended.
-        code, why: how its process ended, and `ended`, when the hub heard of it.
-        state: of its process (child.py); stopped: since when that has been T.
-        progress: its process's last mark; progressed: when that came.
-    """
-
-    rank: int | None
-    host: str
-    heard: float
-    closed: bool = False
-    code: int | None = None
-    why: str = ""
-    ended: float = 0.0
-    state: str = "S"
-    stopped: float | None = None
-    progress: dict[str, Any] = field(default_factory=dict)
-    progressed: float = 0.0
-    folder: str | None = None
-    stacks: str = ""
-    writer: asyncio.StreamWriter | None = None
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"the launcher on {self.host}" if self.rank is None else f"rank {self.rank} on {self.host}"
-
-    def hear(self, message: dict[str, Any], now: float) -> None:
-        """Take in a message."""
-        self.heard = now
-        if "ended" in message and self.code is None:
-            self.code, self.why, self.ended = int(message["ended"]), str(message["why"]), now
-        if "stacks" in message:
-            self.stacks = message["stacks"]
-        if "state" in message:
-            self.state = message["state"]
-            self.stopped = (self.stopped or now) if self.state == "T" else None
-            if message["progress"] != self.progress:
-                self.progress, self.progressed = message["progress"], now
-        self.folder = message.get("folder") or self.folder
-
-
-def failures(members: Sequence[Member]) -> list[Member]:
-    """Return the ranks that failed, the one that began it first."""
-    failed = [one for one in members if one.rank is not None and one.code not in (None, 0)]
-
-    def follows(one: Member) -> bool:
-        # A rank ends with this code where it has noticed by itself that another one is gone (engine/waiting.py).
-        return one.code == EXIT_LOST or CONSEQUENCES.search(one.why.lower()) is not None
-
-    return sorted(failed, key=lambda one: (follows(one), one.ended))
-
-
-def judge_failure(members: Sequence[Member], now: float) -> Verdict | None:
-    """Judge ranks that have ended with another code than 0."""
-    failed = failures(members)
-    if not failed or now - min(one.ended for one in failed) < SETTLE_S:
-        return None
-    first = failed[0]
-    if first.code == EXIT_STOPPED:
-        return Verdict(EXIT_STOPPED, ("stopped on request",))
-    others = tuple(f"then {one.name} {one.why}" for one in failed[1:9])
-    return Verdict(int(first.code or 1), (*others, *by_position(members), f"{first.name} {first.why}"))
-
-
-def judge_lost(members: Sequence[Member], bounds: Bounds, now: float) -> Verdict | None:
-    """Judge guards that are gone or silent, and stopped processes."""
-    for one in members:
-        if one.code is None and one.closed:
-            what = "was killed" if one.rank is None else "lost its guard, which was killed"
-            return Verdict(EXIT_LOST, (*by_position(members), f"{one.name} {what}"))
-        if one.code is None and now - one.heard > bounds.silence:
-            return Verdict(
-                EXIT_LOST,
-                (
-                    *by_position(members),
-                    f"{one.name}: no sign of life for {bounds.silence:.0f} s, host or network is gone",
-                ),
-            )
-        if one.stopped is not None and now - one.stopped > STOPPED_S:
-            return Verdict(EXIT_HANG, (f"{one.name} is stopped (SIGSTOP); the others wait for it",))
-        if one.rank is None and one.code is not None:
-            living = [other for other in members if other.rank is not None and other.code is None]
-            if living and now - one.ended > SETTLE_S:
-                return Verdict(one.code or EXIT_LOST, (f"{one.name} {one.why}",))
-    return None
-
-
-def judge_gathering(members: Sequence[Member], size: int, bounds: Bounds, since: float, now: float) -> Verdict | None:
-    """Judge a job whose ranks have not all come."""
-    absent = sorted(set(range(size)) - {one.rank for one in members if one.rank is not None})
-    if not absent or now - since < bounds.gather:
-        return None
-    some = ", ".join(map(str, absent[:16])) + (", …" if len(absent) > 16 else "")
-    hosts = ", ".join(sorted({one.host for one in members if one.rank is not None}))
-    return Verdict(
-        EXIT_LOST, (f"rank(s) {some} of {size} did not start within {bounds.gather:.0f} s; heard from {hosts}",)
-    )
-
-
-def hanging(members: Sequence[Member], size: int, bounds: Bounds, now: float) -> bool:
-    """Tell whether no rank has come on for longer than its kind of work may take."""
-    ranks = [one for one in members if one.rank is not None and one.code is None]
-    if len(ranks) < size or not all(one.progress for one in ranks):
-        return False
-    slow = any(one.progress["slow"] for one in ranks)
-    return now - max(one.progressed for one in ranks) > (bounds.start if slow else bounds.hang)
-
-
-def judge(members: Sequence[Member], size: int, bounds: Bounds, since: float, now: float) -> Verdict | None:
-    """Judge the job, hangs apart; None while all is well.
-
-    Args:
-        size: ranks of the job.
-        since: when the hub began to listen.
-    """
-    return (
-        judge_failure(members, now)
-        or judge_lost(members, bounds, now)
-        or judge_gathering(members, size, bounds, since, now)
-    )
+SPARE_FILES = 64
 
 
 def write_stacks(place: Path, ranks: Sequence[Member]) -> None:
@@ -194,22 +51,16 @@ class Hub:
         """Open the port.
 
         Raises:
-            UserError: somebody else has it.
+            UserError: somebody else has it, or this process may not open a file for each rank.
         """
         # One connection a rank; many systems allow a process 1,024 files unless it asks for more.
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, self.size + SPARE_FILES)), hard))
+        needed, (soft, hard) = self.size + SPARE_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard < needed:
+            raise UserError(f"rank 0's guard needs {needed} open files and may have {hard}: raise ulimit -Hn there")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
         try:
-            server = await asyncio.start_server(self._serve, None, port, limit=LONGEST_LINE, backlog=self.size)
-            if not server.sockets:
-                # asyncio takes a socket that cannot be made for a missing address family, and would serve nobody.
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            await asyncio.start_server(self._serve, None, port, limit=LONGEST_LINE, backlog=self.size)
         except OSError as error:
-            if error.errno == errno.EMFILE:
-                raise UserError(
-                    f"the guards' hub has no file left for port {port} (ulimit -n is "
-                    f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}): raise it"
-                ) from None
             raise UserError(
                 f"port {port} for the guards cannot be opened ({os.strerror(error.errno or 0)}); "
                 "another job on this host has it: choose another --port"

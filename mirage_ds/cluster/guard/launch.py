@@ -11,27 +11,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
-from typing import Any
 
 import click
 
-from mirage_ds.cluster.guard.__main__ import leave_by_itself
-from mirage_ds.cluster.guard.child import Child, adopt_orphans, end_all
-from mirage_ds.cluster.guard.client import BEAT_S, Client
-from mirage_ds.cluster.guard.options import CONTEXT, bounds_options, leave
-from mirage_ds.cluster.guard.wire import Bounds, Verdict
-from mirage_ds.run.process import print_anything
-
-# A launcher looks at its processes about once a second.
-LAUNCHER_S = 10.0
+from mirage_ds.cluster.guard.child import Child, adopt_orphans
+from mirage_ds.cluster.guard.watch import CONTEXT, LAUNCHER_S, bounds_options, end, leave, talk
+from mirage_ds.cluster.guard.wire import Bounds, Client, Verdict
+from mirage_ds.run.process import run_rank
 
 
 @click.command(context_settings=CONTEXT)
 @bounds_options
 @click.option("--master", required=True, help="Rank 0's host, as this host knows it.")
 @click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED)
-def main(port: int, job: str, master: str, words: tuple[str, ...], **bounds: float) -> None:
+def command(port: int, job: str, master: str, words: tuple[str, ...], **bounds: float) -> None:
     """Run the launcher's command WORDS; end when the job ends, however that comes."""
     adopt_orphans()
 
@@ -47,10 +40,7 @@ async def watch(words: list[str], master: str, port: int, job: str, bounds: Boun
     client = Client(master, port, job, None, bounds)
     asked = 0
 
-    def on(message: dict[str, Any]) -> None:
-        """The hub wants nothing of a launcher."""
-
-    def on_signal(number: signal.Signals) -> None:
+    def stop(number: signal.Signals) -> None:
         nonlocal asked
         asked += 1
         if client.connected and not (asked > 1 and number == signal.SIGINT):
@@ -59,30 +49,13 @@ async def watch(words: list[str], master: str, port: int, job: str, bounds: Boun
             # Before the ranks run there is nothing to save.
             client.verdict = client.verdict or Verdict(128 + number, (f"{number.name} at the launcher",))
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    talking = asyncio.create_task(client.run(on))
-    ended: float | None = None
-    while client.verdict is None:
-        code = child.returned()
-        if code is None:
-            client.say({"state": child.state(), "progress": {}})
-        else:
-            ended = ended or time.monotonic()
-            client.say({"ended": code, "why": child.why()})
-            if not client.connected or time.monotonic() - ended > LAUNCHER_S:
-                client.verdict = Verdict(code, (f"the launcher {child.why()}",))
-        await asyncio.sleep(BEAT_S)
-        client.judge()
-    if client.verdict.code > 128 and not client.connected:
+    # The hub wants nothing of a launcher.
+    verdict = await talk(child, client, lambda message: None, stop)
+    if verdict.code > 128 and not client.connected:
         child.signal(signal.SIGTERM)
-    await leave_by_itself(child, bounds.grace + LAUNCHER_S)
-    end_all()
-    await asyncio.to_thread(child.finish_output)
-    talking.cancel()
-    return client.verdict
+    await end(child, bounds.grace + LAUNCHER_S)
+    return verdict
 
 
 if __name__ == "__main__":
-    print_anything()
-    main()
+    run_rank(command, alone=True)

@@ -32,9 +32,8 @@ from mirage_ds.cluster.doctor.finding import HERE, Finding, Seen
 from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.cluster.doctor.transport import Answer, _skew, local
 from mirage_ds.cluster.environment import parse
-from mirage_ds.cluster.guard.client import Client
-from mirage_ds.cluster.guard.hub import Member, judge_gathering
-from mirage_ds.cluster.guard.wire import Bounds
+from mirage_ds.cluster.guard.judge import Member, judge_gathering
+from mirage_ds.cluster.guard.wire import Bounds, Client
 from mirage_ds.cluster.hosts import Host
 
 GB = 10**9

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from mirage_ds.cluster.guard.explain import late, main_stack, waits_for
-from mirage_ds.cluster.guard.hub import Member, hanging, judge
+from mirage_ds.cluster.guard.judge import Member, hanging, judge, late, main_stack, waits_for
 from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.engine.place import Place, find_place
 from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
