@@ -158,4 +158,4 @@ def trained_elements(model: Shape, train_vision: bool, lora: Lora | None) -> lis
     """List the elements of each trained parameter."""
     if lora:
         return [math.prod(shape) for shape in trained_shapes(model.shapes, lora)]
-    return [one.elements for one in trained_parameters(model, train_vision)]
+    return [elements for group in trained_parameters(model, train_vision) for elements in group]

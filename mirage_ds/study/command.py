@@ -55,7 +55,7 @@ def _open(file: Path) -> tuple[Study, Store]:
 @click.argument("study", type=_path())
 @click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1), help="Hosts of a run.")
 @click.option("--gpus_per_node", default=8, show_default=True, type=click.IntRange(min=1))
-@click.option("--card", default="h100", show_default=True, type=click.Choice(["h100", "a100"]))
+@click.option("--gpu", "--card", "gpu", default="h100", show_default=True, type=click.Choice(["h100", "a100"]))
 @click.option("--gpu_memory", type=float, help="GB of a GPU, as for `mirage-ds plan`.")
 @click.option("--row_tokens", default=500, show_default=True, type=click.IntRange(min=1), help="Tokens of a row.")
 @click.option("--images", default=1, show_default=True, type=click.IntRange(min=0), help="Input images of a row.")
@@ -73,7 +73,7 @@ def plan_study(study: Path, each: bool, wants_json: bool, **machine: Any) -> Non
     left = [line for line in lines if line.state != "done"]
     problems = sorted({line.estimate.problem for line in lines if line.estimate.problem})
     if not wants_json:
-        where = f"{machine['nodes']} × {machine['gpus_per_node']} {machine['card'].upper()}"
+        where = f"{machine['nodes']} × {machine['gpus_per_node']} {machine['gpu'].upper()}"
         _print_plan(made, lines, left, problems, each, where)
         return
     nodes = [
