@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
+from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect.live import figures
 from mirage_ds.data.loader import Rows
 from mirage_ds.data.record import Fault, Record, RecordError
@@ -20,7 +21,7 @@ from mirage_ds.engine.setup import everyone, from_rank_zero
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.decoder import decode_samples, prompt_of
-from mirage_ds.evaluate.scoring import Answer
+from mirage_ds.evaluate.scoring import Prediction
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.model.vision import FrozenTower
@@ -52,7 +53,9 @@ def _prompt_at(rows: Rows, row: int) -> Sample:
     return prompt_of(found)
 
 
-def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], limits: Limits) -> list[Answer] | None:
+def decode_rows(
+    run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], limits: Limits
+) -> list[Prediction] | None:
     """Answer rows with the engine's weights, greedily; None when the ranks stop on request. All ranks call it.
 
     The weights are gathered once, whatever is decoded, and released at the end.
@@ -72,7 +75,7 @@ def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], l
     latents = run.config.stage != "sft" or run.config.slots is not None
     own = list(range(world.rank, len(chosen), world.size))
     rounds = math.ceil(math.ceil(len(chosen) / world.size) / BATCH)
-    made: list[tuple[int, Answer]] = []
+    made: list[tuple[int, Prediction]] = []
     broken: list[int] = []
     with whole_model(learner.engine) as model:
         tower = _tower_of(learner, model)
@@ -129,9 +132,9 @@ def draw_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int]) -> 
     with whole_model(learner.engine) as model:
 
         def draw() -> None:
-            tower = _tower_of(learner, model)
+            bench = Bench(model, _tower_of(learner, model), rows.encoder)
             try:
-                made.update(figures(model, rows.encoder, [record_at(rows, row) for row in chosen], tower))
+                made.update(figures(bench, [record_at(rows, row) for row in chosen]))
             except RecordError as error:
                 raise UserError(f"record on {error.fault}") from None
 

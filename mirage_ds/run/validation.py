@@ -14,7 +14,7 @@ from mirage_ds.data.loader import Rows
 from mirage_ds.engine.setup import from_rank_zero
 from mirage_ds.engine.whole import check_room
 from mirage_ds.evaluate.decoder import slots_fed
-from mirage_ds.evaluate.scoring import Answer, check_evaluation, score, spread
+from mirage_ds.evaluate.scoring import NOTHING, Prediction, check_evaluation, score, spread
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.run.decoding import BATCH, decode_rows, draw_rows, record_at, rows_to_draw
 from mirage_ds.run.events import EVALUATION_BEGINS, EVALUATION_ENDS
@@ -110,10 +110,10 @@ class Evaluator:
         except NotFinite as error:
             # Training has its own judgement of weights that break (--max_skipped_steps).
             self.run.journal.say(f"error: evaluation after step {done}: {error}; nothing is scored")
-            return dict.fromkeys(self._scored(rows, [Answer("", [], [])] * len(self.chosen)), math.nan)
+            return dict.fromkeys(self._scored(rows, [NOTHING] * len(self.chosen)), math.nan)
         return None if answers is None else self._scored(rows, answers)
 
-    def _scored(self, rows: Rows, answers: list[Answer]) -> dict[str, float]:
+    def _scored(self, rows: Rows, answers: list[Prediction]) -> dict[str, float]:
         """Score answers; every rank gets the same numbers: the scorer's metrics, `count`, `low` and `high`."""
 
         def on_rank_zero() -> dict[str, float]:
