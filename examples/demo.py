@@ -180,13 +180,13 @@ def score(folder: Path, test: Path, latents: bool, title: str) -> dict[str, Any]
     from functools import partial
 
     from mirage_ds.data.images import ImageFinder
-    from mirage_ds.evaluate.decoder import load_decoder, run_limits
+    from mirage_ds.evaluate.decoder import load_decoder
     from mirage_ds.evaluate.report import evaluate_file, write_report
+    from mirage_ds.evaluate.spec import EvaluateSpec
 
     decoder = load_decoder(folder, ImageFinder.beside(test, None), latents=latents)
-    limits = run_limits(decoder, new_tokens=48, longest_run=8, run_length="trained")
     bar = partial(track, description=title, console=console)
-    scores = evaluate_file(decoder, test, None, limits, batch_size=50, track=bar)
+    scores = evaluate_file(decoder, EvaluateSpec(data_path=test, max_new_tokens=48, batch_size=50), bar)
     write_report(scores, folder / "scores.json")
     return scores
 

@@ -3,7 +3,7 @@
 decoder     a model folder, or records and prompts → answers
 scoring     answers → the scorer's metrics; which of two scores is the better one
 report      a file of records → answers and scores, on one process or several ranks
-tables      scores as tables
+tables      files of scores, and scores as tables
 model_card  scores → the model card
 spec        the flags
 command     `mirage-ds evaluate` and `mirage-ds generate`

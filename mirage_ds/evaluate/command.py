@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from mirage_ds.data.images import ImageFinder
-    from mirage_ds.evaluate.decoder import Decoder, Decoding
+    from mirage_ds.evaluate.decoder import Decoder
 
 
 @click.command(context_settings=CONTEXT)
@@ -43,10 +43,9 @@ def evaluate(folder: Path, local_rank: str | None, **flags: Any) -> None:
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.engine.setup import join, shared_fate
     from mirage_ds.evaluate import report as reports
-    from mirage_ds.evaluate.decoder import run_limits
+    from mirage_ds.evaluate.tables import print_table, score_table
 
     spec = build_model(EvaluateSpec, flags)
-    decoding = _decoding(spec)
     if spec.latents is not None:
         _compare_latents(folder, spec)
         return
@@ -57,22 +56,11 @@ def evaluate(folder: Path, local_rank: str | None, **flags: Any) -> None:
         if spec.out and first:
             check_output(spec.out, "--out")
         decoder = _decoder(folder, finder, spec, world.device if world else None)
-        limits = run_limits(decoder, spec.max_new_tokens, spec.longest_run, spec.run_length, spec.prefill_tokens)
-    report = reports.evaluate_file(
-        decoder,
-        spec.data_path,
-        spec.task,
-        limits,
-        decoding,
-        spec.seed,
-        spec.batch_size,
-        spec.most,
-        track=partial(track, description="answering", transient=True, disable=not first),
-        world=world,
-    )
+    bar = partial(track, description="answering", transient=True, disable=not first)
+    report = reports.evaluate_file(decoder, spec, bar, world)
     with shared_fate(world):
         if first:
-            reports.print_report(report)
+            print_table(*score_table(report, digits=2), title=f"{report['task']}, {report['model']}")
             if spec.out:
                 reports.write_report(report, spec.out)
     if world:
@@ -107,7 +95,6 @@ def generate(folder: Path, **flags: Any) -> None:
     spec = build_model(GenerateSpec, flags)
     if not is_text(spec.prompt):
         raise UserError("--prompt: not UTF-8 text; type it in a UTF-8 terminal")
-    decoding = _decoding(spec)
     if spec.save_latents is not None:
         if spec.save_latents.suffix != ".safetensors":
             raise UserError(f"--save_latents {spec.save_latents}: give a name that ends in .safetensors")
@@ -118,7 +105,7 @@ def generate(folder: Path, **flags: Any) -> None:
     answer = Mirage(decoder).generate(
         spec.prompt,
         spec.image,
-        decoding=decoding,
+        decoding=spec.chosen,
         **spec.model_dump(include={"max_new_tokens", "longest_run", "run_length", "seed"}),
     )
     if spec.save_latents is not None:
@@ -126,24 +113,12 @@ def generate(folder: Path, **flags: Any) -> None:
     click.echo(answer.marked)
 
 
-def _decoding(spec: DecodingSpec) -> Decoding:
-    from mirage_ds.evaluate.decoder import Sampling
-
-    if spec.decoding == "sampled":
-        return Sampling(spec.temperature or 1.0, spec.top_p or 1.0)
-    for name in ("temperature", "top_p"):
-        if getattr(spec, name) is not None:
-            raise UserError(f"--{name} needs --decoding sampled, and it is {spec.decoding}: give both, or neither")
-    return spec.decoding
-
-
 def _decoder(folder: Path, finder: ImageFinder, spec: DecodingSpec, device: torch.device | None = None) -> Decoder:
     import torch
 
     from mirage_ds.evaluate.decoder import load_decoder
 
-    pixels = (spec.min_pixels, spec.max_pixels)
-    decoder = load_decoder(folder, finder, spec.processor, not spec.no_latents, pixels, device)
+    decoder = load_decoder(folder, finder, spec.processor, not spec.no_latents, spec.pixels, device=device)
     if decoder.loaded.config.dtype == torch.float16 and os.environ.get("RANK", "0") == "0":
         dtype = str(decoder.loaded.model.head.weight.dtype).removeprefix("torch.")
         click.echo(f"{folder}: stored in float16, in which these models overflow; decoded in {dtype}", err=True)

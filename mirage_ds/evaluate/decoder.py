@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 
@@ -24,7 +24,8 @@ from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.engine.spelling import read_trained
 from mirage_ds.errors import Stopped, UserError
-from mirage_ds.evaluate.scoring import Answer
+from mirage_ds.evaluate.scoring import Prediction
+from mirage_ds.evaluate.spec import PAPER, Decoding, Pixels, Sampling
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import (
@@ -45,19 +46,6 @@ from mirage_ds.model.vision import FrozenTower
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
-class Sampling(NamedTuple):
-    """How tokens are drawn: from the smallest set that holds `top_p` of the probability at this temperature."""
-
-    temperature: float
-    top_p: float
-
-
-# The public code's evaluation: temperature 0.7, top_p 0.9, 1024 new tokens.
-PAPER = Sampling(0.7, 0.9)
-
-Decoding = Literal["greedy", "paper"] | Sampling
-
-
 @dataclass(frozen=True)
 class Decoder:
     """A model folder ready to answer questions.
@@ -67,14 +55,12 @@ class Decoder:
         loaded: the unsharded model and its tower.
         encoder: turns records into prompts.
         latents: whether the model may open latent blocks.
-        processor: folder that gives the image processor where the model's own has none.
     """
 
     folder: Path
     loaded: Loaded
     encoder: Encoder
     latents: bool
-    processor: Path | None = None
 
     @property
     def trained(self) -> dict[str, Any]:
@@ -87,26 +73,10 @@ class Decoder:
         assert self.loaded.tower is not None
         return self.loaded.tower
 
-    def latent_encoder(self, stage: Stage, k: int, helper_pixels: tuple[int | None, int | None]) -> Encoder:
-        """Make an encoder of a stage that has latents, k a block, as the model was trained with.
-
-        Args:
-            helper_pixels: (min, max) pixels of helper images; None keeps the processor's own.
-        """
-        size: Any = self.encoder.images.size
-        return load_encoder(
-            _folders(self.folder, self.processor),
-            self.encoder.finder,
-            stage,
-            k,
-            (size["shortest_edge"], size["longest_edge"]),
-            helper_pixels,
-            compress=self.trained.get("compress_strategy", "average"),
-        )
-
-
-def _folders(folder: Path, processor: Path | None) -> list[str]:
-    return [str(one) for one in (folder, processor) if one is not None]
+    def latent_encoder(self, stage: Stage, k: int) -> Encoder:
+        """Make an encoder of a stage that has latents, k a block, as the model was trained with."""
+        compress = self.trained.get("compress_strategy", "average")
+        return replace(self.encoder, stage=stage, latent_size=k, compress=compress)
 
 
 def slots_fed(slots: Slots | None, k: int | None) -> int | None:
@@ -146,7 +116,8 @@ def load_decoder(
     finder: ImageFinder,
     processor: Path | None = None,
     latents: bool | None = True,
-    pixels: tuple[int | None, int | None] = (None, None),
+    pixels: Pixels = (None, None),
+    helper_pixels: Pixels = (None, None),
     device: torch.device | None = None,
 ) -> Decoder:
     """Load a model folder for decoding.
@@ -154,6 +125,7 @@ def load_decoder(
     Args:
         processor: folder that gives the image processor where the model's own has none (the public code saves none).
         latents: False decodes a model that was never trained on latents; None where its tokenizer has no such tokens.
+        pixels, helper_pixels: (min, max) of input and of helper images; None keeps the processor's own.
         device: the GPU where there is one, if None.
 
     Raises:
@@ -171,12 +143,13 @@ def load_decoder(
             "give --no_latents to decode it as it is"
         )
     # Prompts are the same in every stage; sft's encoder never looks at a helper image.
-    encoder = load_encoder(_folders(place, processor), finder, "sft", 1, pixels)
+    folders = [str(one) for one in (place, processor) if one is not None]
+    encoder = load_encoder(folders, finder, "sft", 1, pixels, helper_pixels)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = decoding_dtype(stored, device)
     loaded = load_model(place, stage="sft", dtype=dtype, device=device, checkpointing=False)
     loaded.model.eval()
-    return Decoder(place, loaded, encoder, latents, processor)
+    return Decoder(place, loaded, encoder, latents)
 
 
 def run_limits(
@@ -205,7 +178,7 @@ def chooser_of(decoding: Decoding, seed: int, rows: Sequence[int]) -> Chooser:
     return sampler(*drawn, [seed * 1_000_003 + row for row in rows]) if isinstance(drawn, Sampling) else greedy
 
 
-def answer_of(row: Generated, encoder: Encoder) -> Answer:
+def answer_of(row: Generated, encoder: Encoder) -> Prediction:
     """Split emitted ids into text and the lengths of the latent blocks."""
     pad, start, _ = (encoder.id_of(token) for token in LATENT_TOKENS)
     runs: list[int] = []
@@ -215,7 +188,7 @@ def answer_of(row: Generated, encoder: Encoder) -> Answer:
         elif token == pad and runs:
             runs[-1] += 1
     text = encoder.tokenizer.decode(row.ids, skip_special_tokens=True)
-    return Answer(str(text).strip(), runs, row.ids)
+    return Prediction(str(text).strip(), runs, row.ids)
 
 
 def tokens_and_feed(
@@ -233,19 +206,21 @@ def pack(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequ
     return tower.attach(to_device(collate(samples, passes, encoder.dummy(0)), model.head.weight.device))
 
 
-def prompt_of(sample: Sample) -> Sample:
-    """Cut a row before its first label: what Encoder.encode_prompt makes, with the features that were kept."""
-    end = int((sample.labels != IGNORE).int().argmax())
+def without_helpers(sample: Sample) -> Sample:
+    """Leave a row's helper images out."""
     return sample._replace(
-        input_ids=sample.input_ids[:end],
-        labels=sample.labels[:end],
-        position_ids=sample.position_ids[:, :end],
-        runs=(),
         helper_pixel_values=sample.helper_pixel_values[:0],
         helper_grid_thw=sample.helper_grid_thw[:0],
         helper_groups=sample.helper_groups[:0],
         helper_features=None,
     )
+
+
+def prompt_of(sample: Sample) -> Sample:
+    """Cut a row before its first label: what Encoder.encode_prompt makes, with the features that were kept."""
+    end = int((sample.labels != IGNORE).int().argmax())
+    ids, labels, positions = sample.input_ids[:end], sample.labels[:end], sample.position_ids[:, :end]
+    return without_helpers(sample)._replace(input_ids=ids, labels=labels, position_ids=positions, runs=())
 
 
 def decode_samples(
@@ -259,7 +234,7 @@ def decode_samples(
     seed: int = 42,
     asked: Callable[[], bool] = lambda: False,
     slots: Slots | None = None,
-) -> list[Answer]:
+) -> list[Prediction]:
     """Answer a batch of prompts.
 
     Args:
@@ -313,7 +288,7 @@ def answer_records(
     batch_size: int = 32,
     track: Track = iter,
     rows: Sequence[int] | None = None,
-) -> list[Answer]:
+) -> list[Prediction]:
     """Answer every record, in the order given; rows of like length share a batch.
 
     Args:
@@ -329,7 +304,7 @@ def answer_records(
     # The prompt is what is no label; helpers take no part in it (load_decoder's encoder is sft's).
     order = sorted(range(len(records)), key=lambda i: measures[i].tokens - measures[i].labels)
     model, slots = decoder.loaded.model, decoder.trained.get("slots")
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Prediction] = {}
     for part in track(batches(order, batch_size)):
         with batches_fit(batch_size):
             # Here and not before: the pixels of a whole file do not fit into memory.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,33 +10,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mirage_ds.engine.card import FILE, MARK, with_scores
 from mirage_ds.engine.manifest import entry_of
-from mirage_ds.errors import UserError, reason
-from mirage_ds.evaluate.tables import COUNTS, markdown_table, score_table
+from mirage_ds.errors import UserError
+from mirage_ds.evaluate.tables import COUNTS, markdown_table, read_report, score_table
 from mirage_ds.files import check_output, write_atomically
 from mirage_ds.model.folder import weight_files
 
 TASK_TYPE = "image-text-to-text"
-# Keys of a report.
-NEEDED = {"task", "data", "settings", "hashes", "levels", "all"}
-
-
-def read_scores(file: Path) -> dict[str, Any]:
-    """Read what `mirage-ds evaluate --out` wrote.
-
-    Raises:
-        UserError: it is something else.
-    """
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or reason(error)})") from None
-    except ValueError:
-        report = None
-    hashes = report.get("hashes") if isinstance(report, dict) else None
-    if not isinstance(hashes, dict) or not report.keys() >= NEEDED or not hashes.get("model"):
-        raise UserError(f"{file}: is no file of scores; `mirage-ds evaluate FOLDER … --out {file}` writes one")
-    found: dict[str, Any] = report
-    return found
 
 
 def lines_of(report: dict[str, Any]) -> list[str]:
@@ -62,9 +40,9 @@ def results_of(report: dict[str, Any]) -> list[EvalResult]:
             dataset_name=f"{report['task']}, {Path(report['data']).name}",
             dataset_revision=report["hashes"]["data"],
             metric_type=name,
-            metric_value=round(report["all"][name], 4),
+            metric_value=round(value, 4),
         )
-        for name in report["all"]
+        for name, value in report["all"].items()
         if name not in COUNTS
     ]
 
@@ -85,7 +63,7 @@ def add_scores(folder: Path, files: Sequence[Path], track: Callable[[Sequence[Pa
         )
     # Before the weights are hashed.
     check_output(place, "the model card")
-    reports = [read_scores(file) for file in files]
+    reports = [read_report(file) for file in files]
     own = {(entry := entry_of(folder, file)).name: entry.sha256 for file in track(weight_files(folder))}
     for file, report in zip(files, reports, strict=True):
         if report["hashes"]["model"] != own:

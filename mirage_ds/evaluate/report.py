@@ -22,9 +22,9 @@ from mirage_ds.engine.installed import versions
 from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import PAPER, Decoder, Decoding, Sampling, Track, answer_records
-from mirage_ds.evaluate.scoring import Answer, marks, summarize, task_of
-from mirage_ds.evaluate.tables import print_table, score_table
+from mirage_ds.evaluate.decoder import Decoder, Track, answer_records, run_limits
+from mirage_ds.evaluate.scoring import marks, summarize, task_of
+from mirage_ds.evaluate.spec import PAPER, EvaluateSpec
 from mirage_ds.files import write_atomically
 from mirage_ds.model.folder import weight_files
 from mirage_ds.model.generate import Limits
@@ -33,12 +33,11 @@ from mirage_ds.model.generate import Limits
 PATIENCE_S = 24 * 3600.0
 
 
-def _read(file: Path, task: str | None, most: int | None) -> tuple[list[Record], str, str]:
+def _read(spec: EvaluateSpec) -> tuple[list[Record], str, str]:
     """Read the records to answer: they, their task, the file's SHA-256. What the scorer lacks in one is said now."""
-    records = read_records(file, answers=False)[:most]
-    name = task_of(records, file, task)
-    marks(records, [Answer("", [], [])] * len(records), name)
-    return records, name, hashlib.sha256(file.read_bytes()).hexdigest()
+    file = spec.data_path
+    records = read_records(file, answers=False)[: spec.most]
+    return records, task_of(records, file, spec.task), hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def prompt_hash(record: Record, finder: ImageFinder) -> str:
@@ -57,17 +56,16 @@ def prompt_hash(record: Record, finder: ImageFinder) -> str:
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
 
-def settings_of(
-    decoder: Decoder, limits: Limits, decoding: Decoding, seed: int, batch_size: int, ranks: int
-) -> dict[str, Any]:
+def settings_of(decoder: Decoder, spec: EvaluateSpec, limits: Limits, ranks: int) -> dict[str, Any]:
     """Write down all that the answers follow from, besides records and weights."""
-    drawn = PAPER if decoding == "paper" else decoding
-    images: Any = decoder.encoder.images
+    drawn: Any = {"greedy": (None, None), "paper": PAPER}.get(spec.decoding, spec.chosen)
+    pixels: Any = decoder.encoder.images.size
+    weight = decoder.loaded.model.head.weight
     return {
-        "decoding": "sampled" if isinstance(decoding, Sampling) else decoding,
-        "temperature": drawn.temperature if isinstance(drawn, Sampling) else None,
-        "top_p": drawn.top_p if isinstance(drawn, Sampling) else None,
-        "seed": seed,
+        "decoding": spec.decoding,
+        "temperature": drawn[0],
+        "top_p": drawn[1],
+        "seed": spec.seed,
         "max_new_tokens": limits.new_tokens,
         "prefill_tokens": limits.prefill_tokens,
         "longest_run": limits.longest_run,
@@ -75,30 +73,22 @@ def settings_of(
         "run_length": limits.fixed_run,
         "latents": decoder.latents,
         "slots": decoder.trained.get("slots"),
-        "min_pixels": int(images.size["shortest_edge"]),
-        "max_pixels": int(images.size["longest_edge"]),
-        "batch_size": batch_size,
+        "min_pixels": int(pixels["shortest_edge"]),
+        "max_pixels": int(pixels["longest_edge"]),
+        "batch_size": spec.batch_size,
         "ranks": ranks,
-        "device": str(decoder.loaded.model.head.weight.device.type),
-        "dtype": str(decoder.loaded.model.head.weight.dtype).removeprefix("torch."),
+        "device": weight.device.type,
+        "dtype": str(weight.dtype).removeprefix("torch."),
     }
 
 
 def evaluate_file(
-    decoder: Decoder,
-    file: Path,
-    task: str | None,
-    limits: Limits,
-    decoding: Decoding = "greedy",
-    seed: int = 42,
-    batch_size: int = 32,
-    most: int | None = None,
-    track: Track = iter,
-    world: World | None = None,
+    decoder: Decoder, spec: EvaluateSpec, track: Track = iter, world: World | None = None
 ) -> dict[str, Any]:
     """Answer and score a file of records; rows need no output fields beyond what the scorer reads.
 
     Args:
+        spec: which records, and how they are answered.
         world: the ranks that share the records; all of them call it. None for a single process.
 
     Returns:
@@ -109,13 +99,14 @@ def evaluate_file(
         UserError: on every rank, whichever has met it.
     """
     rank, size = (world.rank, world.size) if world else (0, 1)
-    read = partial(_read, file, task, most)
+    read = partial(_read, spec)
     records, name, digest = from_rank_zero(read, world) if world else read()
     own = range(rank, len(records), size)
     files = weight_files(decoder.folder)[rank::size]
     with shared_fate(world):
+        limits = run_limits(decoder, spec.max_new_tokens, spec.longest_run, spec.run_length, spec.prefill_tokens)
         share = [records[i] for i in own]
-        answers = answer_records(decoder, share, limits, decoding, seed, batch_size, track, own)
+        answers = answer_records(decoder, share, limits, spec.chosen, spec.seed, spec.batch_size, track, own)
         prompts = [prompt_hash(record, decoder.encoder.finder) for record in share]
     made = list(zip(own, answers, prompts, strict=True))
     weights = [tuple(entry_of(decoder.folder, file)) for file in files]
@@ -130,18 +121,13 @@ def evaluate_file(
     return {
         "task": name,
         "model": str(decoder.folder),
-        "data": str(file),
-        "settings": settings_of(decoder, limits, decoding, seed, batch_size, size),
+        "data": str(spec.data_path),
+        "settings": settings_of(decoder, spec, limits, size),
         "hashes": {"data": digest, "model": {part: own_digest for part, _, own_digest in sorted(weights)}},
         "versions": versions(),
         **summarize(records, marked),
         "answers": written,
     }
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """Print the scores as a table, a row a level."""
-    print_table(*score_table(report, digits=2), title=f"{report['task']}, {report['model']}")
 
 
 def write_report(report: dict[str, Any], file: Path) -> None:

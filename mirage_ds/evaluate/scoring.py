@@ -20,7 +20,7 @@ MORE_IS_BETTER = {
 }
 
 
-class Answer(NamedTuple):
+class Prediction(NamedTuple):
     """A decoded answer: its text without latent blocks, the length of each block, and the emitted ids."""
 
     text: str
@@ -37,6 +37,10 @@ class Answer(NamedTuple):
         return text.strip()
 
 
+# An answer without a word: what it is scored by is there before anything is decoded.
+NOTHING = Prediction("", [], [])
+
+
 def wilson(successes: float, count: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval of a proportion (JASA 22, 1927); 95 % by default."""
     if not count:
@@ -51,7 +55,7 @@ def task_of(records: Sequence[Record], file: Path, named: str | None) -> str:
     """Return the task of a file, from --task or from its records' `task`.
 
     Raises:
-        UserError: none is named, or the records are of another task.
+        UserError: none is named, the records are of another task, or one lacks what the scorer needs.
     """
     written = {str(record.extra["task"]) for record in records if "task" in record.extra}
     wanted = task_name(named) if named else None
@@ -66,10 +70,11 @@ def task_of(records: Sequence[Record], file: Path, named: str | None) -> str:
     others = {task_name(name) for name in written} - {found}
     if others:
         raise UserError(f"{file}: holds records of {', '.join(sorted(others))}, not of --task {found}")
+    marks(records, [NOTHING] * len(records), found)
     return found
 
 
-def marks(records: Sequence[Record], answers: Sequence[Answer], task: str) -> list[dict[str, float]]:
+def marks(records: Sequence[Record], answers: Sequence[Prediction], task: str) -> list[dict[str, float]]:
     """Score each answer: the scorer's metrics, and `runs` and `latents` of the answer.
 
     Raises:
@@ -102,7 +107,7 @@ def summarize(records: Sequence[Record], marked: Sequence[Mapping[str, float]]) 
     return {"levels": levels, "all": _summary(marked)}
 
 
-def score(records: Sequence[Record], answers: Sequence[Answer], task: str) -> dict[str, Any]:
+def score(records: Sequence[Record], answers: Sequence[Prediction], task: str) -> dict[str, Any]:
     """Score answers per level and in all, as `summarize` returns it.
 
     Raises:
@@ -148,8 +153,7 @@ def check_evaluation(
     task, measured = "", list(losses)
     if records:
         task = task_of(records, file, named)
-        # Empty answers: what a record lacks is said now.
-        measured += score(records, [Answer("", [], [])] * len(records), task)["all"]
+        measured += marks(records[:1], [NOTHING], task)[0]
     if save_best:
         check_metric(save_best, measured, "--save_best")
     return task

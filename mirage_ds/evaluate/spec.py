@@ -3,24 +3,62 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+# The smallest and the largest image; None keeps the processor's own.
+Pixels = tuple[int | None, int | None]
 
 
-class ModelSpec(BaseModel):
-    """How a model folder is opened, and how long its answers are."""
+class FolderSpec(BaseModel):
+    """How a model folder is opened."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     processor: Path | None = Field(None, description="Folder that gives the image processor if FOLDER has none.")
+    min_pixels: int | None = Field(None, description="Smallest input image; the processor's own if not set.")
+    max_pixels: int | None = Field(None, description="Largest input image; the processor's own if not set.")
+
+    @property
+    def pixels(self) -> Pixels:
+        """Of input images."""
+        return self.min_pixels, self.max_pixels
+
+
+class HelperSpec(BaseModel):
+    """How helper images are opened."""
+
+    helper_min_pixels: int | None = Field(None, description="Smallest helper image, as it was trained with.")
+    helper_max_pixels: int | None = Field(None, description="Largest helper image, as it was trained with.")
+
+    @property
+    def helper_pixels(self) -> Pixels:
+        """Of helper images."""
+        return self.helper_min_pixels, self.helper_max_pixels
+
+
+class ModelSpec(FolderSpec):
+    """How long a model's answers are."""
+
     run_length: str = Field(
         "trained", description="Latents of a latent block: trained (as in training), model (it decides), or a number."
     )
     max_new_tokens: PositiveInt = Field(1024, description="Tokens of an answer, at most.")
-    min_pixels: int | None = Field(None, description="Smallest input image; the processor's own if not set.")
-    max_pixels: int | None = Field(None, description="Largest input image; the processor's own if not set.")
     seed: NonNegativeInt = Field(42, description="Of all draws; a row's draws do not depend on the rows beside it.")
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn: from the smallest set that holds `top_p` of the probability at this temperature."""
+
+    temperature: float
+    top_p: float
+
+
+# The public code's evaluation: temperature 0.7, top_p 0.9, 1024 new tokens.
+PAPER = Sampling(0.7, 0.9)
+
+Decoding = Literal["greedy", "paper"] | Sampling
 
 
 class DecodingSpec(ModelSpec):
@@ -34,14 +72,31 @@ class DecodingSpec(ModelSpec):
     longest_run: NonNegativeInt = Field(8, description="Latents after which the end of a latent block is forced.")
     no_latents: bool = Field(False, description="Decode a model that was never trained on latents.")
 
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        for name in ("temperature", "top_p"):
+            if getattr(self, name) is not None and self.decoding != "sampled":
+                raise ValueError(f"--{name} needs --decoding sampled, and it is {self.decoding}: give both, or neither")
+        return self
 
-class RecordsSpec(BaseModel):
-    """Which records are answered."""
+    @property
+    def chosen(self) -> Decoding:
+        """How tokens are chosen, with the numbers of a sampled answer."""
+        return Sampling(self.temperature or 1.0, self.top_p or 1.0) if self.decoding == "sampled" else self.decoding
+
+
+class DataSpec(BaseModel):
+    """Which records are run."""
 
     data_path: Path = Field(description="Records: one JSON-lines file.")
-    task: str | None = Field(None, description="Whose scorer is used; the records' own task if they name one.")
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
-    batch_size: PositiveInt = Field(32, description="Records answered at a time.")
+    batch_size: PositiveInt = Field(32, description="Records that run at a time.")
+
+
+class RecordsSpec(DataSpec):
+    """Which records are answered."""
+
+    task: str | None = Field(None, description="Whose scorer is used; the records' own task if they name one.")
     prefill_tokens: PositiveInt = Field(
         8192, description="Prompts of a batch run together up to so many tokens; a longer one runs alone."
     )

@@ -1,16 +1,38 @@
-"""Tables of results, on the console and in Markdown."""
+"""Files of scores, and tables of results on the console and in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from mirage_ds.errors import UserError, reason, strict_json
+
 Cells = list[str]
+# What a report has, whatever the task.
+KEYS = {"task", "data", "settings", "hashes", "levels", "all", "answers"}
 # Keys of a report's means that are no metric.
 COUNTS = ("count", "low", "high", "runs", "latents")
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """Read what `mirage-ds evaluate --out` wrote.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        report = strict_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or reason(error)})") from None
+    except (ValueError, RecursionError):
+        report = None
+    if not isinstance(report, dict) or not report.keys() >= KEYS:
+        raise UserError(f"{file}: is no file of scores; `mirage-ds evaluate FOLDER … --out {file}` writes one")
+    return report
 
 
 def score_table(report: Mapping[str, Any], digits: int) -> tuple[Cells, list[Cells]]:
@@ -34,3 +56,23 @@ def print_table(head: Cells, rows: Sequence[Cells], title: str) -> None:
 def markdown_table(head: Cells, rows: Sequence[Cells]) -> str:
     """Write a table in Markdown."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+
+
+class Told(NamedTuple):
+    """Results for people: tables as (head, rows), and sentences."""
+
+    title: str
+    tables: Sequence[tuple[Cells, Sequence[Cells]]]
+    notes: Sequence[str] = ()
+
+    def print(self) -> None:
+        """Print tables and sentences."""
+        for head, rows in self.tables:
+            print_table(head, rows, self.title)
+        for note in self.notes:
+            Console().print(note, highlight=False)
+
+    def markdown(self) -> str:
+        """Write them in Markdown."""
+        parts = [f"# {self.title}", *(markdown_table(head, rows) for head, rows in self.tables), *self.notes]
+        return "\n\n".join(parts) + "\n"

@@ -16,10 +16,11 @@ EXIT_DOES_NOT_FIT = 1
 
 @click.command("plan")
 @model_options(PlanSpec)
+@click.option("--card", hidden=True, help="What --gpu was called before.")
 @click.option(
     "--json", "wants_json", is_flag=True, help="Print one JSON object, in bytes and seconds, and nothing else."
 )
-def plan(wants_json: bool, **flags: Any) -> None:
+def plan(wants_json: bool, card: str | None, **flags: Any) -> None:
     """Compute, before a GPU-hour is spent, what fits, which DeepSpeed JSON to take and what bounds a step.
 
     From the model's config.json alone; nothing is downloaded or measured, and no weights are read. Exit code 0 also
@@ -30,7 +31,7 @@ def plan(wants_json: bool, **flags: Any) -> None:
     from mirage_ds.plan.fit import Question, advice, chosen, rank
     from mirage_ds.plan.report import as_json, print_tables
 
-    spec = build_model(PlanSpec, flags)
+    spec = build_model(PlanSpec, flags | {"gpu": flags["gpu"] or card})
     asked, paths = Question(spec), chosen(spec)
     plans = rank(asked, paths)
     fits = plans[0].problem is None

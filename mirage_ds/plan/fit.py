@@ -6,26 +6,26 @@ element of the compute dtype.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mirage_ds.data.passes import schedule
 from mirage_ds.engine.ds_config import read_json, recipes
-from mirage_ds.model.shape import Shape
-from mirage_ds.plan.activations import Micro, PassShape, Peak, peak, saved_terms, total
-from mirage_ds.plan.formulas import Machine, Step, Walk, Work, step_cost, walk
+from mirage_ds.plan.activations import Micro, PassShape, Peak, Terms, peak, saved_terms, total
+from mirage_ds.plan.formulas import Machine, Step, step_cost, walk
 from mirage_ds.plan.gpus import A100, H100_SXM
 from mirage_ds.plan.settings import Settings, read_settings
-from mirage_ds.plan.shape import Parameter, Sizes, read_shape, sizes, trained_parameters
+from mirage_ds.plan.shape import Sizes, read_shape, sizes, trained_parameters
 from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.plan.states import States, states
 
 GB = 1e9
 MIB = 1 << 20
 # Nominal; docs/scaling.md names the sources.
-CARDS = {
+GPUS = {
     "h100": Machine("h100", 8, H100_SXM.bf16, 80e9, 3.35e12, 450e9, 400e9),
     "a100": Machine("a100", 8, A100.bf16, 40e9, 1.555e12, 300e9, 50e9),
 }
@@ -36,81 +36,51 @@ MOST_NODES = 128
 
 
 class Question:
-    """A PlanSpec, worked out as far as it does not depend on the JSON."""
+    """A PlanSpec, worked out as far as it does not depend on the JSON.
+
+    Attributes:
+        machine: the GPUs and what lies between them; ranks: W.
+        model: its elements; parameters: what is trained.
+        micro: one rank's micro-batch.
+    """
 
     def __init__(self, spec: PlanSpec):
-        self.spec = spec
-        said = {"memory": spec.gpu_memory, "hbm": spec.hbm, "nvlink": spec.nvlink, "nics": spec.network}
-        given: dict[str, Any] = {name: value * GB for name, value in said.items() if value is not None}
-        if spec.tflops is not None:
-            given["flops"] = spec.tflops * 1e12
-        given |= {"gpus": spec.gpus_per_node, "pcie": spec.pcie * GB, "host": spec.host_bandwidth * GB}
-        self.machine = CARDS[spec.card]._replace(**given)
+        shape = read_shape(spec.model)
+        self.spec, self.machine, self.ranks = spec, _machine(spec), spec.nodes * spec.gpus_per_node
+        self.model, self.parameters = sizes(shape), trained_parameters(shape)
+        self.micro = _micro(spec, self.model)
 
-    @cached_property
-    def shape(self) -> Shape:
-        """The model."""
-        return read_shape(self.spec.model)
 
-    @cached_property
-    def model(self) -> Sizes:
-        """Its elements."""
-        return sizes(self.shape)
+def _machine(spec: PlanSpec) -> Machine:
+    said = {"memory": spec.gpu_memory, "hbm": spec.hbm, "nvlink": spec.nvlink, "nics": spec.network}
+    said |= {"pcie": spec.pcie, "host": spec.host_bandwidth, "flops": spec.tflops and 1000 * spec.tflops}
+    given: dict[str, Any] = {name: value * GB for name, value in said.items() if value is not None}
+    return GPUS[spec.gpu]._replace(gpus=spec.gpus_per_node, **given)
 
-    @cached_property
-    def parameters(self) -> list[Parameter]:
-        """What is trained."""
-        return trained_parameters(self.shape)
 
-    @property
-    def ranks(self) -> int:
-        """W."""
-        return self.spec.nodes * self.spec.gpus_per_node
+def _micro(spec: PlanSpec, model: Sizes) -> Micro:
+    """Pack as many rows as fit, alike, each with all its latent blocks.
 
-    @property
-    def walked(self) -> Walk:
-        """Walks over the layers."""
-        return walk(self.spec.stage, self.spec.latent_size, self.spec.latent_runs)
-
-    @cached_property
-    def micro(self) -> Micro:
-        """One rank's micro-batch: as many rows as fit, alike, each with all its latent blocks.
-
-        The first block stands before the labelled tokens, the others spread over them evenly.
-        """
-        spec, k = self.spec, self.spec.latent_size
-        rows, first = spec.micro_batch_tokens // spec.row_tokens, int(spec.row_tokens * (1 - spec.labelled))
-        apart = (spec.row_tokens - first) // spec.latent_runs
-        blocks = [(first + number * apart, k) for number in range(spec.latent_runs)] if spec.stage == "stage2" else []
-        plans = schedule([spec.row_tokens] * rows, [blocks] * rows, self.walked.passes)
-        # A latent's own place carries no label.
-        labelled = spec.row_tokens - first - (0 if spec.stage == "sft" else k * spec.latent_runs)
-        return Micro(
-            passes=tuple(PassShape(tuple(one.query_lengths), tuple(one.key_lengths)) for one in plans),
-            labelled=rows * labelled,
-            rows=rows,
-            grounded=rows * k * spec.latent_runs if spec.stage == "stage1" else None,
-        )
-
-    @property
-    def features(self) -> int:
-        """F of a micro-batch: of input images, in stage1 of each helper too, or its targets if kept."""
-        spec = self.spec
-        helpers = spec.latent_runs if spec.stage == "stage1" else 0
-        helper = spec.image_tokens if spec.feature_cache == "off" else spec.latent_size
-        return self.micro.rows * (spec.images * spec.image_tokens + helpers * helper)
-
-    @property
-    def work(self) -> Work:
-        """The step as arithmetic sees it; a token sees half a row on the average."""
-        return Work(
-            walked=self.walked,
-            micro_steps=self.spec.micro_steps,
-            tokens=self.micro.tokens,
-            labelled=self.micro.labelled,
-            keys=self.micro.tokens / self.micro.rows / 2,
-            checkpointing=self.spec.gradient_checkpointing,
-        )
+    The first block stands before the labelled tokens, the others spread over them evenly.
+    """
+    k, blocks = spec.latent_size, spec.latent_runs
+    rows, first = spec.micro_batch_tokens // spec.row_tokens, int(spec.row_tokens * (1 - spec.labelled))
+    apart = (spec.row_tokens - first) // blocks
+    runs = [(first + number * apart, k) for number in range(blocks)] if spec.stage == "stage2" else []
+    plans = schedule([spec.row_tokens] * rows, [runs] * rows, walk(spec.stage, k, blocks).passes)
+    # A latent's own place carries no label.
+    labelled = spec.row_tokens - first - (0 if spec.stage == "sft" else k * blocks)
+    return Micro(
+        model,
+        passes=tuple(PassShape(tuple(one.query_lengths), tuple(one.key_lengths)) for one in plans),
+        labelled=rows * labelled,
+        rows=rows,
+        grounded=rows * k * blocks if spec.stage == "stage1" else None,
+        backend=spec.attention,
+        checkpointing=spec.gradient_checkpointing,
+        chunk_bytes=spec.loss_chunk_mb * MIB,
+        features=rows * spec.images * spec.image_tokens,
+    )
 
 
 class Held(NamedTuple):
@@ -118,11 +88,10 @@ class Held(NamedTuple):
 
     Attributes:
         states: model states of a rank.
-        gathered: whole weights at one time (ZeRO-3), without the small ones that always are.
-        reduced: the copy of a bucket while it is reduced.
-        height: activations, head and whole gradients.
+        backward: what is there beside them in forward and backward, in the order in which it is said.
+        phase: when that is at its height.
         saved, keys_values: of the activations, what the forward saved, and of that the earlier passes' keys and values.
-        features, tower: on the GPU.
+        tower: on the GPU.
         reserve: what is kept free.
         host, host_start: of a node, running, and while rank 0 reads the weights.
         kept: features on disk, of all records.
@@ -130,36 +99,26 @@ class Held(NamedTuple):
     """
 
     states: States
-    gathered: int
-    reduced: int
-    height: Peak
+    backward: Terms
+    phase: str
     saved: int
     keys_values: int
-    features: int
     tower: int
     reserve: int
-    host: dict[str, int]
+    host: Terms
     host_start: int
     kept: int
     checkpoint: int
 
     @property
-    def backward(self) -> dict[str, int]:
-        """What is there beside the states in forward and backward, in the order in which it is said."""
-        return {
-            "gathered parameters": self.gathered,
-            "whole gradients of all layers (stage2)": self.height.gradients,
-            "copy of a bucket while it is reduced": self.reduced,
-            "activations at the height": self.height.activations,
-            "logits chunk and the head's gradient": self.height.head,
-            "image features of the micro-batch": self.features,
-        }
+    def always(self) -> Terms:
+        """What is on the GPU all the time."""
+        return {**self.states.gpu, "frozen tower": self.tower, "reserve": self.reserve}
 
     @property
     def gpu(self) -> int:
         """All of a GPU: the larger of backward and the optimizer's step, beside what is always there."""
-        always = total(self.states.gpu) + self.tower + self.reserve
-        return always + max(total(self.backward), total(self.states.step))
+        return total(self.always) + max(total(self.backward), total(self.states.step))
 
 
 class Plan(NamedTuple):
@@ -181,42 +140,30 @@ class Plan(NamedTuple):
 def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     """Count what one rank, its node and the disks hold."""
     spec, model, b = asked.spec, asked.model, settings.compute
-    found = states(asked.parameters, settings, asked.ranks, spec.micro_steps)
-    saved = saved_terms(model, asked.micro, b, spec.attention, checkpointing)
-    inputs = asked.micro.rows * spec.images * spec.image_tokens
-    chunk = spec.loss_chunk_mb * MIB
-    height = peak(model, asked.micro, b, spec.attention, checkpointing, chunk, "cuda", inputs)
-    gathered = reduced = 0
-    if settings.stage == 3:
-        # Whatever the limits, embedding and head are gathered whole: at 3B and 7B more than two layers.
-        live = max(settings.zero.live(model), model.embedding)
-        small = sum(one.elements for one in asked.parameters if one.elements <= settings.zero.persistence)
-        gathered = (live - small if settings.zero.keeps(model) else live) * b
-        reduced = min(settings.zero.bucket, model.text) * b
-    if settings.whole_sums or (settings.stage == 0 and spec.micro_steps == 1):
-        # They are among the states already: autograd's sums become the parameters' own gradients.
-        height = height._replace(gradients=0)
-    every_kept = spec.feature_cache == "all"
+    micro = asked.micro._replace(width=b, checkpointing=checkpointing)
+    found, saved, height = (
+        states(asked.parameters, settings, asked.ranks, spec.micro_steps),
+        saved_terms(micro),
+        peak(micro),
+    )
+    every_kept, grounded = spec.feature_cache == "all", spec.latent_runs if spec.stage == "stage1" else 0
     tower = model.vision * b
     host = {name: spec.gpus_per_node * size for name, size in found.host.items() if size}
     if every_kept:
         host["frozen tower, a copy a rank"] = spec.gpus_per_node * tower
     host["processes (assumed)"] = spec.gpus_per_node * PROCESS_BYTES
-    # DeepStack's features lie beside those of the embeddings.
+    # DeepStack's features lie beside those of the embeddings; a helper's k targets have no part of it.
     feature = model.hidden * (1 + model.deep) * b
     kept = spec.images * spec.image_tokens * feature if every_kept else 0
-    if spec.stage == "stage1" and spec.feature_cache != "off":
-        # Of a helper its k targets, of which DeepStack has no part.
-        kept += spec.latent_runs * spec.latent_size * model.hidden * b
+    if spec.feature_cache != "off":
+        kept += grounded * spec.latent_size * model.hidden * b
     optimizer = (settings.master + 2 * settings.moments) * model.text
     return Held(
         states=found,
-        gathered=gathered,
-        reduced=reduced,
-        height=height,
+        backward=_backward(asked, settings, height),
+        phase=height.phase,
         saved=total(saved),
         keys_values=sum(size for name, size in saved.items() if name.startswith("keys and values")),
-        features=asked.features * feature,
         tower=0 if every_kept else tower,
         reserve=int(spec.reserve * GB),
         host=host,
@@ -227,24 +174,45 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     )
 
 
+def _backward(asked: Question, settings: Settings, height: Peak) -> Terms:
+    """Name what is on a GPU beside the model states in forward and backward."""
+    spec, model, zero, b = asked.spec, asked.model, settings.zero, settings.compute
+    gathered = 0
+    if settings.stage == 3:
+        # Whatever the limits, embedding and head are gathered whole: at 3B and 7B more than two layers. Of kept weights
+        # the small ones are among the states.
+        small = sum(n for n in chain(*asked.parameters) if n <= zero.persistence) if zero.keeps(model) else 0
+        gathered = max(zero.live(model), model.embedding) - small
+    # Sums that are kept whole are among the states: they become the parameters' own gradients.
+    counted = settings.whole_sums or (settings.stage == 0 and spec.micro_steps == 1)
+    # Of input images; in stage1 of each helper too, or its targets if kept.
+    helper = spec.image_tokens if spec.feature_cache == "off" else spec.latent_size
+    helpers = asked.micro.rows * helper * (spec.latent_runs if spec.stage == "stage1" else 0)
+    return {
+        "gathered parameters": gathered * b,
+        "whole gradients of all layers (stage2)": 0 if counted else height.gradients,
+        "copy of a bucket while it is reduced": min(zero.bucket, model.text) * b if settings.stage == 3 else 0,
+        "activations at the height": height.activations,
+        "logits chunk and the head's gradient": height.head,
+        "image features of the micro-batch": (asked.micro.features + helpers) * model.hidden * (1 + model.deep) * b,
+    }
+
+
 def _problem(asked: Question, held: Held) -> str | None:
     """Name the first thing that is too large."""
     if held.states.obstacle:
         return held.states.obstacle
-    room, so_far = asked.machine.memory, 0
-    parts = {**held.states.gpu, "frozen tower": held.tower, "reserve": held.reserve}
     for phase in (held.backward, held.states.step):
         so_far = 0
-        for name, size in {**parts, **phase}.items():
+        for name, size in {**held.always, **phase}.items():
             so_far += size
-            if so_far > room:
+            if so_far > asked.machine.memory:
                 return f"{name}, {size / GB:.0f} GB"
-    for name, needed, given in (
-        ("RAM of a host", total(held.host), asked.spec.host_memory),
-        ("RAM of the host that reads the weights", held.host_start, asked.spec.host_memory),
-    ):
-        if needed > given * GB:
-            return f"{name}: {needed / GB:,.0f} of {given:,.0f} GB"
+    room = asked.spec.host_memory
+    reading = "RAM of the host that reads the weights"
+    for name, needed in (("RAM of a host", total(held.host)), (reading, held.host_start)):
+        if needed > room * GB:
+            return f"{name}: {needed / GB:,.0f} of {room:,.0f} GB"
     return None
 
 
@@ -257,7 +225,7 @@ def judge(asked: Question, path: Path) -> Plan:
     spec = asked.spec
     settings = read_settings(read_json(path), path, asked.model)
     held = held_by(asked, settings, spec.gradient_checkpointing)
-    step = step_cost(asked.model, asked.work, settings, asked.machine, spec.nodes, spec.used, spec.achieved)
+    step = step_cost(asked.micro, spec.micro_steps, settings, asked.machine, spec.nodes, spec.used, spec.achieved)
     return Plan(path.name, settings, held, step, _problem(asked, held))
 
 
@@ -280,25 +248,20 @@ def advice(asked: Question, paths: Sequence[Path]) -> list[str]:
         return next((plan.name for plan in rank(other, paths) if plan.problem is None), None)
 
     spec, said = asked.spec, []
-    low, high = 0, spec.micro_batch_tokens // spec.row_tokens
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if some(micro_batch_tokens=middle * spec.row_tokens) else (low, middle)
-    if low:
-        tokens = low * spec.row_tokens
+    if not spec.gradient_checkpointing and (name := some(gradient_checkpointing=True)):
+        said.append(f"--gradient_checkpointing ({name})")
+    fewer = range(spec.row_tokens, spec.micro_batch_tokens - spec.row_tokens + 1, spec.row_tokens)
+    if low := bisect_left(fewer, True, key=lambda tokens: some(micro_batch_tokens=tokens) is None):
+        tokens = fewer[low - 1]
         said.append(f"--micro_batch_tokens {tokens} ({some(micro_batch_tokens=tokens)})")
-    nodes = spec.nodes * 2
-    while nodes <= MOST_NODES:
-        if name := some(nodes=nodes):
+    for nodes in (spec.nodes << power for power in range(1, MOST_NODES.bit_length())):
+        if nodes <= MOST_NODES and (name := some(nodes=nodes)):
             said.append(f"--nodes {nodes} ({name})")
             break
-        nodes *= 2
-    plans = [plan for plan in rank(asked, paths) if not plan.held.states.obstacle]
-    if plans:
-        least = min(plans, key=lambda plan: plan.held.gpu)
+    possible = [plan for plan in rank(asked, paths) if not plan.held.states.obstacle]
+    if possible:
+        least = min(possible, key=lambda plan: plan.held.gpu)
         said.append(f"GPUs of {least.held.gpu / GB:.0f} GB ({least.name})")
-    if not spec.gradient_checkpointing and (name := some(gradient_checkpointing=True)):
-        said.insert(0, f"--gradient_checkpointing ({name})")
     return said
 
 

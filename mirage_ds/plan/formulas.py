@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
+from mirage_ds.plan.activations import Micro
 from mirage_ds.plan.settings import Settings, Zero3
 from mirage_ds.plan.shape import Sizes
 
@@ -137,7 +138,7 @@ def traffic(model: Sizes, walked: Walk, zero: Zero3, ranks: int, micro_steps: in
     moved, calls = volume(model, walked, zero), gather_calls(model, walked, zero)
     gathered, gathers = micro_steps * moved.gathered, micro_steps * calls
     reduced, reductions = micro_steps * moved.reduced, micro_steps * math.ceil(moved.reduced / zero.bucket)
-    if zero.hpz == 1 or zero.hpz >= ranks:
+    if zero.hpz <= 1 or zero.hpz >= ranks:
         return Traffic(gathered + reduced, gathers + reductions, 0, 0)
     first = zero._replace(max_live=model.text, reuse=5 * model.text)
     once, once_calls = volume(model, walked, first).gathered, gather_calls(model, walked, first)
@@ -243,24 +244,6 @@ def thin_bytes(model: Sizes, walked: Walk, width: int = BF16) -> float:
     return walked.thin * 7 * model.layers * model.layer * width
 
 
-class Work(NamedTuple):
-    """One rank's part of an optimizer step, as arithmetic sees it.
-
-    Attributes:
-        walked: walks over the layers.
-        micro_steps: G.
-        tokens: of a micro-step; labelled: those with a label; keys: mean keys that a token attends to.
-        checkpointing: layers are recomputed in backward.
-    """
-
-    walked: Walk
-    micro_steps: int
-    tokens: int
-    labelled: int
-    keys: float
-    checkpointing: bool
-
-
 class Step(NamedTuple):
     """One optimizer step.
 
@@ -303,18 +286,21 @@ def moved(model: Sizes, walked: Walk, settings: Settings, ranks: int, micro_step
 
 
 def step_cost(
-    model: Sizes, work: Work, settings: Settings, machine: Machine, nodes: int, used: float, achieved: float
+    micro: Micro, steps: int, settings: Settings, machine: Machine, nodes: int, used: float, achieved: float
 ) -> Step:
-    """Bound one optimizer step.
+    """Bound one optimizer step; a token sees half a row on the average.
 
     Args:
+        micro: one rank's micro-batch; steps: G of them.
         used: share of the peak FLOP/s; achieved: share of the link speeds.
     """
-    ranks, b, steps = nodes * machine.gpus, settings.compute, work.micro_steps
-    sent = moved(model, work.walked, settings, ranks, steps)
+    model, ranks, b = micro.model, nodes * machine.gpus, settings.compute
+    walked = Walk(len(micro.passes), sum(max(one.queries) == 1 for one in micro.passes))
+    sent = moved(model, walked, settings, ranks, steps)
     everywhere = ring_bytes(sent.everywhere, ranks, b)
-    arithmetic = steps * flops(model, work.tokens, work.labelled, work.keys, work.checkpointing)
-    thin = steps * thin_bytes(model, work.walked, b)
+    keys = micro.tokens / micro.rows / 2
+    arithmetic = steps * flops(model, micro.tokens, micro.labelled, keys, micro.checkpointing)
+    thin = steps * thin_bytes(model, walked, b)
     seconds = {
         "arithmetic": arithmetic / (machine.flops * used) + thin / machine.hbm,
         "network" if nodes > 1 else "NVLink": network(sent, machine, nodes, achieved, b).total,
@@ -331,7 +317,7 @@ def step_cost(
     else:
         seconds["optimizer"] = touched / machine.hbm
     if settings.offload_parameters:
-        gathered = steps * volume(model, work.walked, settings.zero).gathered / ranks
+        gathered = steps * volume(model, walked, settings.zero).gathered / ranks
         seconds["PCIe"] = seconds.get("PCIe", 0.0) + (gathered + shard) * b / machine.pcie
     return Step(
         flops=arithmetic,

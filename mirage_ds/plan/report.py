@@ -41,7 +41,7 @@ def headline(asked: Question) -> str:
     runs = f" x {spec.latent_runs} runs" if spec.latent_runs > 1 else ""
     return (
         f"{spec.model}: {model.text / 1e9:.2f} B trained, {model.vision / 1e9:.2f} B frozen; {spec.stage}{k}{runs}; "
-        f"{spec.nodes} x {spec.gpus_per_node} {spec.card} of {asked.machine.memory / GB:.0f} GB; "
+        f"{spec.nodes} x {spec.gpus_per_node} {spec.gpu} of {asked.machine.memory / GB:.0f} GB; "
         f"{micro.tokens:,} tokens ({micro.rows} rows) a GPU and micro-step, {spec.micro_steps} micro-step(s)"
     )
 
@@ -50,50 +50,41 @@ def ranking(asked: Question, plans: Sequence[Plan]) -> Table:
     """Draw one line a JSON, the best first."""
     titles = ("", "JSON", "GPU\nGB", "free\nGB", "moved\nGB", "least\ns", "most\ns", "bound by, or too large")
     table = _table(*titles, right=range(2, 7), whole=range(7))
-    room = asked.machine.memory
     for plan in plans:
-        fits = plan.problem is None
-        moved = max(plan.step.network_bytes, plan.step.nvlink_bytes) / GB
-        remark = plan.step.bound if plan.problem is None else f"too large: {plan.problem}"
+        fits, step, held = plan.problem is None, plan.step, plan.held.gpu
+        sizes = held, asked.machine.memory - held, max(step.network_bytes, step.nvlink_bytes)
+        remark = step.bound if fits else f"too large: {plan.problem}"
         if not plan.settings.moves_all_weights:
             remark += " (bf16 states)"
         table.add_row(
             Text("fits" if fits else "no", COLOURS[fits]),
             plan.name.removesuffix(".json"),
-            f"{plan.held.gpu / GB:.0f}",
-            f"{(room - plan.held.gpu) / GB:.0f}",
-            f"{moved:.0f}",
-            f"{plan.step.least:.2f}",
-            f"{plan.step.most:.2f}",
+            *(f"{size / GB:.0f}" for size in sizes),
+            *(f"{seconds:.2f}" for seconds in (step.least, step.most)),
             Text(remark),
         )
     return table
 
 
-def _other(asked: Question, plan: Plan) -> Held:
-    """Count the same JSON with checkpointing the other way."""
-    return held_by(asked, plan.settings, not asked.spec.gradient_checkpointing)
-
-
 def gpu_table(asked: Question, plan: Plan) -> Table:
     """Draw one GPU's memory, with and without gradient checkpointing."""
-    one, other = plan.held, _other(asked, plan)
-    on, off = (one, other) if asked.spec.gradient_checkpointing else (other, one)
+    on, off = (held_by(asked, plan.settings, checkpointing) for checkpointing in (True, False))
     table = _table(f"per GPU, GB ({plan.name})", "checkpointing", "without", right=(1, 2))
-    always = {**one.states.gpu, "frozen tower": one.tower}
-    for name, size in always.items():
-        if size:
-            table.add_row(Text(name), _gb(size), _gb(size))
-    for (name, size), without in zip(on.backward.items(), off.backward.values(), strict=True):
-        if size or without:
-            table.add_row(Text(name), _gb(size), _gb(without))
+
+    def row(name: str, *sizes: int, style: str = "") -> None:
+        if any(sizes):
+            table.add_row(Text(name), *map(_gb, sizes), style=style)
+
+    for name, size in {**on.states.gpu, "frozen tower": on.tower}.items():
+        row(name, size, size)
+    for name, size in on.backward.items():
+        row(name, size, off.backward[name])
         if name.startswith("activations"):
-            table.add_row("  (saved when the forward ends)", _gb(on.saved), _gb(off.saved), style="dim")
+            row("  (saved when the forward ends)", on.saved, off.saved, style="dim")
             if on.keys_values:
-                table.add_row("  (of it keys and values)", _gb(on.keys_values), _gb(off.keys_values), style="dim")
-    if one.states.step:
-        table.add_row(Text("(the optimizer's step instead of backward)"), _gb(total(one.states.step)), "", style="dim")
-    table.add_row("reserve (CUDA, NCCL, allocator)", _gb(one.reserve), _gb(one.reserve))
+                row("  (of it keys and values)", on.keys_values, off.keys_values, style="dim")
+    row("(the optimizer's step instead of backward)", total(on.states.step), style="dim")
+    table.add_row("reserve (CUDA, NCCL, allocator)", _gb(on.reserve), _gb(on.reserve))
     table.add_section()
     room = asked.machine.memory
     sums = [Text(_gb(held.gpu), COLOURS[held.gpu <= room]) for held in (on, off)]
@@ -131,11 +122,8 @@ def step_table(asked: Question, plan: Plan) -> Table:
         table.add_row(f"{name}{mark}", said.get(name, ""), f"{seconds:.2f}")
     rows = asked.micro.rows * asked.ranks * spec.micro_steps
     table.add_section()
-    table.add_row(
-        "all hidden behind the longest / nothing hidden",
-        f"{rows:,} rows a step",
-        f"{step.least:.2f} / {step.most:.2f}",
-    )
+    bounds = f"{step.least:.2f} / {step.most:.2f}"
+    table.add_row("all hidden behind the longest / nothing hidden", f"{rows:,} rows a step", bounds)
     return table
 
 
@@ -168,7 +156,7 @@ def as_json(asked: Question, plans: Sequence[Plan], advice: Sequence[str]) -> st
                 "trained": asked.model.text,
                 "frozen": asked.model.vision,
                 "layers": asked.model.layers,
-                "passes": asked.walked.passes,
+                "passes": len(asked.micro.passes),
                 "ranks": asked.ranks,
             },
             "micro_batch": {
@@ -191,7 +179,7 @@ def _gpu(held: Held) -> dict[str, Any]:
         "states": held.states.gpu,
         "frozen tower": held.tower,
         "backward": held.backward,
-        "height": held.height.phase,
+        "height": held.phase,
         "saved by the forward": held.saved,
         "keys and values of earlier passes": held.keys_values,
         "optimizer step instead of backward": held.states.step,
@@ -208,7 +196,9 @@ def _plan(asked: Question, plan: Plan) -> dict[str, Any]:
         "problem": plan.problem,
         "fp32_states": plan.settings.moves_all_weights,
         "gpu": _gpu(held),
-        "gpu_with_checkpointing_the_other_way": _gpu(_other(asked, plan)),
+        "gpu_with_checkpointing_the_other_way": _gpu(
+            held_by(asked, plan.settings, not asked.spec.gradient_checkpointing)
+        ),
         "host": {**held.host, "all": total(held.host), "at the start": held.host_start},
         "kept_features": held.kept,
         "checkpoint": {"bytes": held.checkpoint, "seconds": held.checkpoint / GB / asked.spec.storage},

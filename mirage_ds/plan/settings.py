@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.engine.ds_config import LIMITS, compute_dtype, offload_device, zero_stage
+from mirage_ds.engine.ds_config import compute_dtype, fill_limits, offload_device, zero_stage
 from mirage_ds.errors import UserError, shown
 from mirage_ds.plan.shape import Sizes
 
@@ -19,16 +19,7 @@ SUB_GROUP = 10**9
 
 
 class Zero3(NamedTuple):
-    """The keys of a DeepSpeed JSON's `zero_optimization` that decide traffic and memory, in elements; its defaults.
-
-    Attributes:
-        max_live: stage3_max_live_parameters.
-        reuse: stage3_max_reuse_distance.
-        prefetch: stage3_prefetch_bucket_size.
-        persistence: stage3_param_persistence_threshold.
-        bucket: reduce_bucket_size.
-        hpz: zero_hpz_partition_size, in ranks.
-    """
+    """What of a DeepSpeed JSON's `zero_optimization` decides traffic and memory (KEYS), in elements; hpz in ranks."""
 
     max_live: int = 10**9
     reuse: int = 10**9
@@ -48,6 +39,17 @@ class Zero3(NamedTuple):
     def live(self, model: Sizes) -> int:
         """Elements of gathered weights at one time."""
         return model.text if self.keeps(model) else min(model.text, max(self.max_live, self.reuse, *model.matrices))
+
+
+# Fields of Zero3 in the JSON.
+KEYS = {
+    "max_live": "stage3_max_live_parameters",
+    "reuse": "stage3_max_reuse_distance",
+    "prefetch": "stage3_prefetch_bucket_size",
+    "persistence": "stage3_param_persistence_threshold",
+    "bucket": "reduce_bucket_size",
+    "hpz": "zero_hpz_partition_size",
+}
 
 
 class Settings(NamedTuple):
@@ -96,10 +98,7 @@ def two_layers(model: Sizes) -> int:
 
 
 def read_settings(values: dict[str, Any], path: Path, model: Sizes) -> Settings:
-    """Read a JSON that ds_config.read_json has checked.
-
-    Args:
-        model: from which limits of "auto" are filled as the run fills them.
+    """Read a JSON that ds_config.read_json has checked; its limits of "auto" are filled, as the run fills them.
 
     Raises:
         UserError: a value of a wrong type, or a mix that DeepSpeed refuses.
@@ -113,39 +112,26 @@ def read_settings(values: dict[str, Any], path: Path, model: Sizes) -> Settings:
     if said is not None and said not in ACCUMULATION:
         raise UserError(f'{path}: \'data_types.grad_accum_dtype\' is {shown(said)}; write "fp32" or "bf16"')
     accumulated = compute if said is None else ACCUMULATION[said]
-    parameters, optimizer = (_offloaded(values, name, path) for name in ("param", "optimizer"))
+    devices = {name: offload_device(values, name) for name in ("param", "optimizer")}
+    for name, device in devices.items():
+        if device not in DEVICES:
+            raise UserError(f'{path}: \'offload_{name}.device\' is {shown(device)}; write "none" or "cpu"')
     if stage == 0 and compute != accumulated:
         raise UserError(f"{path}: ZeRO-0 sums gradients in the dtype of the weights; write stage 1, 2 or 3")
-    live, reuse = (
-        two_layers(model) if zero.get(name) == "auto" else _number(zero, name, 10**9, path) for name in LIMITS
-    )
+    fill_limits(values, two_layers(model))
     return Settings(
         stage=stage,
         compute=compute,
         accumulated=accumulated,
         master=2 if bf16.get("bf16_master_weights_and_grads") else 4,
         moments=2 if bf16.get("bf16_optimizer_states") else 4,
-        zero=Zero3(
-            max_live=live,
-            reuse=reuse,
-            prefetch=_number(zero, "stage3_prefetch_bucket_size", 5 * 10**7, path),
-            persistence=_number(zero, "stage3_param_persistence_threshold", 10**5, path),
-            bucket=_number(zero, "reduce_bucket_size", 5 * 10**8, path),
-            hpz=max(1, _number(zero, "zero_hpz_partition_size", 1, path)),
-        ),
+        zero=Zero3(**{name: _number(zero, key, Zero3._field_defaults[name], path) for name, key in KEYS.items()}),
         contiguous=bool(zero.get("contiguous_gradients", True)),
         overlap=bool(zero.get("overlap_comm", stage == 3)),
         sub_group=_number(zero, "sub_group_size", SUB_GROUP, path),
-        offload_parameters=parameters,
-        offload_optimizer=optimizer,
+        offload_parameters=devices["param"] == "cpu",
+        offload_optimizer=devices["optimizer"] == "cpu",
     )
-
-
-def _offloaded(values: dict[str, Any], name: str, path: Path) -> bool:
-    device = offload_device(values, name)
-    if device not in DEVICES:
-        raise UserError(f'{path}: \'offload_{name}.device\' is {shown(device)}; write "none" or "cpu"')
-    return device == "cpu"
 
 
 def _number(values: Mapping[str, Any], name: str, default: int, path: Path) -> int:

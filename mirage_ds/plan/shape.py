@@ -12,7 +12,6 @@ import importlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,28 +104,13 @@ def sizes(model: Shape) -> Sizes:
     )
 
 
-class Parameter(NamedTuple):
-    """One parameter.
+def trained_parameters(model: Shape, train_vision: bool = False) -> list[list[int]]:
+    """List the elements of each trained parameter, matrices apart from the rest.
 
-    Attributes:
-        elements: of it.
-        matrix: more than one dimension; decides the weight-decay group.
+    These are the optimizer's two groups (engine.setup.weight_decay_groups), each in the order of the model.
     """
-
-    elements: int
-    matrix: bool
-
-
-def trained_parameters(model: Shape, train_vision: bool = False) -> list[Parameter]:
-    """List what is trained, in the order of `MirageModel.parameters()`: the text model, then the tower if it is."""
-    vision = [name for name in model.shapes if name.startswith("visual.")]
-    names = [name for name in model.shapes if not name.startswith("visual.")] + train_vision * vision
-    return [Parameter(math.prod(model.shapes[name]), len(model.shapes[name]) > 1) for name in names]
-
-
-def groups(parameters: Sequence[Parameter]) -> list[list[int]]:
-    """Split elements into the optimizer's two groups, as engine.setup.weight_decay_groups does."""
-    return [[one.elements for one in parameters if one.matrix is matrix] for matrix in (True, False)]
+    shapes = [shape for name, shape in model.shapes.items() if train_vision or not name.startswith("visual.")]
+    return [[math.prod(shape) for shape in shapes if (len(shape) > 1) is matrices] for matrices in (True, False)]
 
 
 def read_shape(model: str) -> Shape:
@@ -144,20 +128,16 @@ def read_shape(model: str) -> Shape:
         if not path.is_file():
             raise UserError(f"--model {model}: no config.json there; give a model folder or a public shape's name")
     if path.is_file():
-        return describe(_read(path), str(path))
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected an object, found {type(values).__name__}; copy the model's own")
+        check_kind(values, path)
+        return describe(values, str(path))
     # `Qwen/Qwen2.5-VL-7B-Instruct` is the hub's name of a public shape: nothing is fetched.
     found = preset(model.removeprefix("Qwen/").removesuffix("-Instruct"))
     if not found["text_config"]["vocab_size"]:
         raise UserError(f"--model {model}: its vocabulary is known once `mirage-ds init` has made it; give that folder")
     return describe(found, model)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected an object, found {type(values).__name__}; copy the model's own")
-    check_kind(values, path)
-    return values
 
 
 def describe(values: dict[str, Any], where: str) -> Shape:

@@ -43,7 +43,7 @@ class PlanSpec(BaseModel):
     # the machines
     nodes: PositiveInt = Field(1, description="Hosts.")
     gpus_per_node: PositiveInt = Field(8, description="GPUs of a host.")
-    card: Literal["h100", "a100"] = Field("h100", description="Fills memory and speeds that are not given.")
+    gpu: Literal["h100", "a100"] = Field("h100", description="Fills memory and speeds that are not given.")
     gpu_memory: PositiveFloat | None = Field(None, description="GB of a GPU. [default: h100 80, a100 40]")
     tflops: PositiveFloat | None = Field(None, description="Dense bf16 TFLOP/s of a GPU. [default: 989.4, 312]")
     hbm: PositiveFloat | None = Field(None, description="GB/s of a GPU's memory. [default: 3350, 1555]")

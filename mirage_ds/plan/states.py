@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from mirage_ds.plan.settings import Settings
-from mirage_ds.plan.shape import Parameter, groups
 
 # stage_1_and_2.py and bf16_optimizer.py align the flat groups to 2 elements a rank (nccl_start_alignment_factor).
 ALIGNMENT = 2
 Terms = dict[str, int]
+# Elements of each parameter, group by group.
+Groups = Sequence[Sequence[int]]
 
 
 class States(NamedTuple):
@@ -39,16 +41,16 @@ class States(NamedTuple):
     obstacle: str | None = None
 
 
-def states(parameters: Sequence[Parameter], settings: Settings, ranks: int, micro_steps: int = 1) -> States:
+def states(groups: Groups, settings: Settings, ranks: int, micro_steps: int = 1) -> States:
     """Count the states of one rank.
 
     Args:
-        parameters: the trained ones, in the order of the model.
+        groups: the elements of the trained parameters (shape.trained_parameters).
         micro_steps: of an optimizer step; with several, ZeRO-1 keeps whole gradients until the last of them.
     """
     if settings.stage == 3:
-        return _sharded(parameters, settings, ranks)
-    return _flat(parameters, settings, ranks, micro_steps)
+        return _sharded(groups, settings, ranks)
+    return _flat(groups, settings, ranks, micro_steps)
 
 
 def part(elements: int, ranks: int) -> int:
@@ -76,16 +78,15 @@ def sub_groups(group: Sequence[int], limit: int, ranks: int) -> list[list[int]]:
     return found
 
 
-def _sharded(parameters: Sequence[Parameter], settings: Settings, ranks: int) -> States:
+def _sharded(groups: Groups, settings: Settings, ranks: int) -> States:
     zero, b = settings.zero, settings.compute
-    shard = sum(part(one.elements, ranks) for one in parameters)
+    every = list(chain(*groups))
+    shard = sum(part(n, ranks) for n in every)
     gpu: Terms = {}
     host: Terms = {}
     obstacle = None
     (host if settings.offload_parameters else gpu)["parameters, sharded (b Ψ / W)"] = shard * b
-    gpu["small parameters, whole (persistence)"] = b * sum(
-        one.elements for one in parameters if one.elements <= zero.persistence
-    )
+    gpu["small parameters, whole (persistence)"] = b * sum(n for n in every if n <= zero.persistence)
     if zero.hpz > 1:
         if ranks % zero.hpz:
             obstacle = f"zero_hpz_partition_size {zero.hpz} does not divide {ranks} ranks"
@@ -102,9 +103,7 @@ def _sharded(parameters: Sequence[Parameter], settings: Settings, ranks: int) ->
     else:
         gpu |= optimizer
         largest = max(
-            sum(part(n, ranks) for n in sub)
-            for group in groups(parameters)
-            for sub in sub_groups(group, settings.sub_group, ranks)
+            sum(part(n, ranks) for n in sub) for group in groups for sub in sub_groups(group, settings.sub_group, ranks)
         )
         step = _optimizer_work(largest, settings)
     if settings.contiguous:
@@ -117,17 +116,17 @@ def _optimizer_work(elements: int, settings: Settings) -> Terms:
     return {"gradients for the optimizer, of a sub-group": elements * settings.master}
 
 
-def _flat(parameters: Sequence[Parameter], settings: Settings, ranks: int, micro_steps: int) -> States:
+def _flat(groups: Groups, settings: Settings, ranks: int, micro_steps: int) -> States:
     b = settings.compute
-    elements = sum(one.elements for one in parameters)
+    elements = sum(map(sum, groups))
     if settings.stage == 0:
         gpu = {"parameters, whole (b Ψ)": elements * b, "gradients, whole (b Ψ)": elements * b}
         gpu["master weights (m Ψ)"] = 0 if b == settings.master else elements * settings.master
         gpu["moments (2 s Ψ)"] = 2 * elements * settings.moments
         return States(gpu, _optimizer_work(elements, settings), {})
     padding = ALIGNMENT * ranks
-    flat = [math.ceil(sum(group) / padding) * padding for group in groups(parameters)]
-    own, largest = sum(flat) // ranks, max(one.elements for one in parameters)
+    flat = [math.ceil(sum(group) / padding) * padding for group in groups]
+    own, largest = sum(flat) // ranks, max(map(max, groups))
     gpu = {"parameters, whole (b Ψ)": sum(flat) * b}
     host: Terms = {}
     optimizer = {

@@ -24,7 +24,7 @@ from mirage_ds.model.load import check_folder, read_config, shape_of
 from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
 from mirage_ds.model.shape import Shape
 from mirage_ds.plan.settings import Settings, read_settings, two_layers
-from mirage_ds.plan.shape import Parameter, sizes, trained_parameters
+from mirage_ds.plan.shape import sizes, trained_parameters
 from mirage_ds.plan.states import states
 from mirage_ds.run import folder as run_folder
 from mirage_ds.run.journal import Journal
@@ -155,7 +155,7 @@ def make_lora(config: RunConfig, model: Shape, encoder: Encoder) -> Lora | None:
 
 def bytes_offloaded(settings: Settings, checked: Checked, train_vision: bool, ranks: int) -> int:
     """Count the bytes of one rank that lie in the host's memory."""
-    parameters = trained_parameters(checked.shape, train_vision)
+    groups = trained_parameters(checked.shape, train_vision)
     if checked.lora:
-        parameters = [Parameter(math.prod(shape), True) for shape in trained_shapes(checked.shape.shapes, checked.lora)]
-    return sum(states(parameters, settings, ranks).host.values())
+        groups = [[math.prod(shape) for shape in trained_shapes(checked.shape.shapes, checked.lora)]]
+    return sum(states(groups, settings, ranks).host.values())

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect.live import figures, need_matplotlib
 from mirage_ds.data.loader import Rows
 from mirage_ds.data.record import Record, RecordError
@@ -24,7 +25,7 @@ from mirage_ds.engine.setup import everyone, from_rank_zero
 from mirage_ds.engine.whole import check_room, whole_model
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.decoder import decode_samples, prompt_of, slots_fed
-from mirage_ds.evaluate.scoring import Answer, check_evaluation, score, spread
+from mirage_ds.evaluate.scoring import NOTHING, Prediction, check_evaluation, score, spread
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.model.vision import FrozenTower
@@ -124,10 +125,10 @@ class Evaluator:
         except NotFinite as error:
             # Training has its own judgement of weights that break (--max_skipped_steps).
             self.run.journal.say(f"error: evaluation after step {done}: {error}; nothing is scored")
-            return dict.fromkeys(self._scored(rows, [Answer("", [], [])] * len(self.chosen)), math.nan)
+            return dict.fromkeys(self._scored(rows, [NOTHING] * len(self.chosen)), math.nan)
         return None if answers is None else self._scored(rows, answers)
 
-    def _scored(self, rows: Rows, answers: list[Answer]) -> dict[str, float]:
+    def _scored(self, rows: Rows, answers: list[Prediction]) -> dict[str, float]:
         """Score answers; every rank gets the same numbers: the scorer's metrics, `count`, `low` and `high`."""
 
         return from_rank_zero(lambda: dict(score(self._records(rows), answers, self.task)["all"]), self.run.world)
@@ -161,7 +162,9 @@ def _tower_of(learner: Learner, model: MirageModel) -> FrozenTower:
     return learner.tower or FrozenTower(cast(nn.Module, model.visual))
 
 
-def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], limits: Limits) -> list[Answer] | None:
+def decode_rows(
+    run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], limits: Limits
+) -> list[Prediction] | None:
     """Answer rows with the engine's weights, greedily; None when the ranks stop on request. All ranks call it.
 
     The weights are gathered once, whatever is decoded, and released at the end.
@@ -181,7 +184,7 @@ def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], l
     latents = run.config.stage != "sft" or run.config.slots is not None
     own = list(range(world.rank, len(chosen), world.size))
     rounds = math.ceil(math.ceil(len(chosen) / world.size) / BATCH)
-    made: list[tuple[int, Answer]] = []
+    made: list[tuple[int, Prediction]] = []
     broken: list[int] = []
     with whole_model(learner.engine) as model:
         tower = _tower_of(learner, model)
@@ -235,9 +238,9 @@ def draw_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int]) -> 
     with whole_model(learner.engine) as model:
 
         def draw() -> None:
-            tower = _tower_of(learner, model)
+            bench = Bench(model, _tower_of(learner, model), rows.encoder)
             try:
-                made.update(figures(model, rows.encoder, [rows.records.record(row) for row in chosen], tower))
+                made.update(figures(bench, [rows.records.record(row) for row in chosen]))
             except RecordError as error:
                 raise UserError(f"record on {error.fault}") from None
 

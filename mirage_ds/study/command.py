@@ -36,7 +36,7 @@ STATES = ("done", "running", "waiting", "failed", "blocked")
 A_PATH = click.Path(path_type=Path)
 as_json = click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 # What a study's file does not say of its machines and rows, as for `mirage-ds plan`.
-_ASKED = ("nodes", "gpus_per_node", "card", "gpu_memory", "row_tokens", "images", "image_tokens")
+_ASKED = ("nodes", "gpus_per_node", "gpu", "gpu_memory", "row_tokens", "images", "image_tokens")
 _FIELDS: Any = {name: (PlanSpec.model_fields[name].annotation, PlanSpec.model_fields[name]) for name in _ASKED}
 Machine: Any = create_model("Machine", **_FIELDS)
 
@@ -79,21 +79,22 @@ def _open(file: Path) -> tuple[Study, Store]:
 @ablate.command("plan")
 @click.argument("study", type=A_PATH)
 @model_options(Machine)
+@click.option("--card", hidden=True, help="What --gpu was called before.")
 @click.option(
     "--each", is_flag=True, help="One line for each run, with its folder's name, instead of one for each stage."
 )
 @as_json
-def plan_study(study: Path, each: bool, wants_json: bool, **flags: Any) -> None:
+def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **flags: Any) -> None:
     """Print what STUDY would run, what is done already, and the GPU-hours that the planner expects."""
     from mirage_ds.study.overview import hours_of, overview
 
     made, store = _open(study)
-    machine = build_model(Machine, flags)
+    machine = build_model(Machine, flags | {"gpu": flags["gpu"] or card})
     lines = overview(made, store, machine.model_dump(exclude_none=True))
     left = [line for line in lines if line.state != "done"]
     problems = sorted({line.estimate.problem for line in lines if line.estimate.problem})
     if not wants_json:
-        where = f"{machine.nodes} × {machine.gpus_per_node} {machine.card.upper()}"
+        where = f"{machine.nodes} × {machine.gpus_per_node} {machine.gpu.upper()}"
         _print_plan(made, lines, left, problems, each, where)
         return
     nodes = [

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from mirage_ds.analysis.controls.names import parse_names
+from mirage_ds.analysis.controls.spec import parse_names
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.sources import find_files

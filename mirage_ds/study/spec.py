@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from mirage_ds.analysis.controls.names import parse_names
+from mirage_ds.analysis.controls.spec import parse_names
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.errors import UserError, closest, shown
 

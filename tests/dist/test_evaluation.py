@@ -31,9 +31,10 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.engine import whole
 from mirage_ds.engine.private import elements_to_gather
 from mirage_ds.errors import Stopped, UserError
-from mirage_ds.evaluate.decoder import Sampling, answer_records, load_decoder
+from mirage_ds.evaluate.decoder import answer_records, load_decoder
 from mirage_ds.evaluate.report import evaluate_file
 from mirage_ds.evaluate.scoring import spread
+from mirage_ds.evaluate.spec import EvaluateSpec, Sampling
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.run import validation
 from mirage_ds.run.settings import Run
@@ -149,11 +150,18 @@ def _plain(world: Any, settings: dict[str, Any]) -> list[Any]:
     return [hooks, shared, buffers, sizes, parts, left]
 
 
+def _spec(data: Path, most: int | None) -> EvaluateSpec:
+    sampled = SAMPLED._asdict()
+    return EvaluateSpec(
+        data_path=data, task=TASK, max_new_tokens=NEW, decoding="sampled", seed=7, batch_size=2, most=most, **sampled
+    )
+
+
 def _evaluate(world: Any, folder: Path, data: Path, most: int | None) -> dict[str, Any] | str:
     """Be a rank of `evaluate`: the report, or the sentence that every rank raises."""
     decoder = load_decoder(folder, ImageFinder.beside(data, None))
     try:
-        return evaluate_file(decoder, data, TASK, Limits(NEW), SAMPLED, 7, 2, most, world=world)
+        return evaluate_file(decoder, _spec(data, most), world=world)
     except UserError as error:
         return str(error)
 
@@ -337,7 +345,7 @@ def alike(report: dict[str, Any]) -> dict[str, Any]:
 def test_ranks_share_the_records_of_evaluate(most: int, group: Group, nano: Path, base: dict[str, Any]) -> None:
     data = base["eval_data_path"]
     decoder = load_decoder(nano, ImageFinder.beside(data, None))
-    alone = evaluate_file(decoder, data, TASK, Limits(NEW), SAMPLED, 7, 2, most)
+    alone = evaluate_file(decoder, _spec(data, most))
     assert [one["line"] for one in alone["answers"]] == list(range(1, most + 1))
     for report in group.run(_evaluate, nano, data, most):
         assert report["settings"]["ranks"] == 2

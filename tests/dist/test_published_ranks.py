@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from mirage_ds.engine.export import export_folder
 from PIL import Image
 from safetensors.torch import load_file
 from support.group import Group
@@ -29,10 +30,10 @@ from mirage_ds import train
 from mirage_ds.cli import main
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.engine.export import export_folder
 from mirage_ds.engine.universal import convert
-from mirage_ds.evaluate.decoder import load_decoder, run_limits
+from mirage_ds.evaluate.decoder import load_decoder
 from mirage_ds.evaluate.report import evaluate_file
+from mirage_ds.evaluate.spec import EvaluateSpec
 from mirage_ds.run.settings import Run
 from mirage_ds.study.collect import _sizes
 
@@ -217,9 +218,8 @@ def check_export(out: Path, made: Path) -> None:
 def check_answers(out: Path, records: Path) -> None:
     """It is scored, and answers, with the k that it was trained with."""
     decoder = load_decoder(out, ImageFinder.beside(records, None))
-    limits = run_limits(decoder, 3, 8, "trained")
-    assert limits.fixed_run == K
-    assert evaluate_file(decoder, records, "boxed", limits, most=2)["all"]["count"] == 2
+    report = evaluate_file(decoder, EvaluateSpec(data_path=records, task="boxed", max_new_tokens=3, most=2))
+    assert (report["settings"]["run_length"], report["all"]["count"]) == (K, 2)
     model = mirage_ds.load(out)
     assert model.latent_size == K
     assert model.generate("Where?", max_new_tokens=3).ids

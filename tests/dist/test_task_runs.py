@@ -20,7 +20,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import load_decoder
 from mirage_ds.evaluate.report import evaluate_file
-from mirage_ds.model.generate import Limits
+from mirage_ds.evaluate.spec import EvaluateSpec
 from mirage_ds.run.settings import Run
 from mirage_ds.tasks import TASKS, get_task
 from mirage_ds.tasks.build import build, convert
@@ -148,7 +148,9 @@ def test_records_of_every_task_train_in_every_stage_and_are_scored(
         model = out
     decoder = load_decoder(model, ImageFinder((Path("/"),)))
     for name, file in files.items():
-        report = evaluate_file(decoder, file, None, Limits(6, 2, 2), "greedy", 1, 2, None)
+        report = evaluate_file(
+            decoder, EvaluateSpec(data_path=file, max_new_tokens=6, run_length="2", seed=1, batch_size=2)
+        )
         scores = report["all"]
         assert report["task"] == name
         assert next(iter(scores)) == FIRST[name]

@@ -15,13 +15,6 @@ from mirage_ds.plan.shape import read_shape, sizes
 LEAST, MOST = 0.85, 1.1
 
 
-def micro_of(batch: Batch, stage: str) -> Micro:
-    """The planner's view of a packed batch."""
-    passes = tuple(PassShape(tuple(one.cu_q.diff().tolist()), tuple(one.cu_k.diff().tolist())) for one in batch.passes)
-    grounded = len(batch.latents) if stage == "stage1" else None
-    return Micro(passes, labelled=len(batch.targets), rows=len(batch.rows), grounded=grounded)
-
-
 def planned(rows: Rows, batch: Batch, width: int, backend: str, chunk_bytes: int, device: str) -> Peak:
     """Compute the height of forward and backward with checkpointing.
 
@@ -30,5 +23,8 @@ def planned(rows: Rows, batch: Batch, width: int, backend: str, chunk_bytes: int
         backend: a key of model.attention.BACKENDS.
         chunk_bytes: as LossHead takes them.
     """
+    passes = tuple(PassShape(tuple(one.cu_q.diff().tolist()), tuple(one.cu_k.diff().tolist())) for one in batch.passes)
+    grounded = len(batch.latents) if rows.stage == "stage1" else None
     model = sizes(read_shape(str(rows.model)))
-    return peak(model, micro_of(batch, rows.stage), width, backend, True, chunk_bytes, device)
+    labelled, count = len(batch.targets), len(batch.rows)
+    return peak(Micro(model, passes, labelled, count, grounded, width, backend, True, chunk_bytes, device))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mirage_ds.analysis.controls.spec import ControlsSpec
+from mirage_ds.analysis.controls.spec import ControlsSpec, parse_names
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.files import Output, check_output, write_atomically
+
+if TYPE_CHECKING:
+    from mirage_ds.evaluate.tables import Told
 
 
 @click.command(context_settings=CONTEXT)
@@ -30,8 +34,7 @@ def run_controls(folder: Path, spec: ControlsSpec) -> None:
     """Run the study, print its tables, and write the files asked for."""
     from rich.progress import track
 
-    from mirage_ds.analysis.controls import report as reports
-    from mirage_ds.analysis.controls.names import parse_names
+    from mirage_ds.analysis.controls.report import told
     from mirage_ds.analysis.controls.study import study
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.evaluate.decoder import load_decoder
@@ -41,13 +44,18 @@ def run_controls(folder: Path, spec: ControlsSpec) -> None:
         if file:
             check_output(file, flag)
     finder = ImageFinder.beside(spec.data_path, spec.image_root)
-    decoder = load_decoder(folder, finder, spec.processor, pixels=(spec.min_pixels, spec.max_pixels))
+    decoder = load_decoder(folder, finder, spec.processor, True, spec.pixels, spec.helper_pixels)
     found = study(decoder, names, spec, partial(track, description="answering", transient=True))
-    reports.print_tables(found)
-    if spec.out:
-        reports.write_json(found, spec.out)
-    if spec.markdown:
-        write_atomically(spec.markdown, reports.markdown(found))
+    _tell(found, told(found), spec.out, spec.markdown)
+
+
+def _tell(report: dict[str, Any], told: Told, out: Path | None, markdown: Path | None) -> None:
+    """Print a report, and write it into the files asked for."""
+    told.print()
+    if out:
+        write_atomically(out, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    if markdown:
+        write_atomically(markdown, told.markdown())
 
 
 @click.command(context_settings=CONTEXT)
@@ -62,11 +70,6 @@ def compare(files: tuple[Path, ...], metric: str | None, seed: int, out: Path | 
     Paired differences with 95 % bootstrap intervals, exact McNemar p and p by Holm. Files of other records are refused.
     """
     from mirage_ds.analysis.controls import compare as comparing
-    from mirage_ds.analysis.controls.report import write_json
 
     found = comparing.compare(files, metric, seed)
-    comparing.print_comparison(found)
-    if out:
-        write_json(found, out)
-    if markdown:
-        write_atomically(markdown, comparing.comparison_markdown(found))
+    _tell(found, comparing.told(found), out, markdown)

@@ -12,46 +12,85 @@ from __future__ import annotations
 import random as stdlib_random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from mirage_ds.analysis.controls.gaussian import LEAST, Gaussian
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import level_of
 from mirage_ds.model.generate import Chooser, LatentTokens
+
+# Two vectors lie alike on both sides of their mean, so that nothing says how far the estimate may be off.
+LEAST = 3
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A normal distribution estimated from n vectors, fewer than they are wide (H).
+
+    Its covariance is (1 − share) · Xᵀ X / n + share · variance · I, never written out as (H, H).
+
+    Attributes:
+        mean: (H,) float64; deviations: X (n, H) float64, the vectors less their mean.
+        share: of the covariance that is shrunk to a multiple of the identity.
+        variance: mean variance of a coordinate.
+    """
+
+    mean: torch.Tensor
+    deviations: torch.Tensor
+    share: float
+    variance: float
+
+    @classmethod
+    def of(cls, vectors: torch.Tensor) -> Gaussian:
+        """Estimate from vectors (n, H), n ≥ LEAST, with the shrinkage of Ledoit and Wolf.
+
+        J. Multivariate Analysis 88 (2004): the share whose expected squared error is least for any distribution. With
+        the sample mean in place of the true one, and covariances divided by n.
+        """
+        mean = vectors.double().mean(0)
+        deviations = vectors.double() - mean
+        n, width = deviations.shape
+        # Everything follows from the (n, n) inner products: ‖Xᵀ X‖ = ‖X Xᵀ‖.
+        inner = deviations @ deviations.T
+        variance = float(inner.trace()) / (n * width)
+        square = float(inner.square().sum()) / n**2
+        # ‖S − m I‖², and the mean over vectors of ‖x xᵀ − S‖² divided by n: how far S may be from the truth.
+        spread = square - width * variance**2
+        error = (float(inner.diagonal().square().sum()) / n - square) / n
+        share = min(1.0, error / spread) if spread > 0 else 0.0
+        return cls(mean, deviations, share, variance)
+
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw (count, H) vectors, float64."""
+        n, width = self.deviations.shape
+        seen = torch.randn(count, n, dtype=torch.float64, generator=generator)
+        free = torch.randn(count, width, dtype=torch.float64, generator=generator)
+        scale = ((1 - self.share) / n) ** 0.5
+        return self.mean + scale * (seen @ self.deviations) + (self.share * self.variance) ** 0.5 * free
 
 
 class Material(NamedTuple):
     """What known vectors are made from, a list entry a record.
 
     Attributes:
-        own: (R, k, H) own latents; targets: (R, k, H) the helpers' compressed features, or None where nobody asks.
-        partners: the record whose latents each one gets (choose_partners), or None where nobody asks.
+        own: (R, k, H) own latents; targets: (R, k, H) the helpers' compressed features, where somebody asks.
+        partners: the record whose latents each one gets (choose_partners), where somebody asks.
         pad: (H,) embedding of `<|latent_pad|>`.
         seed: of all draws; a record's draws also depend on its place.
     """
 
     own: list[torch.Tensor]
-    targets: list[torch.Tensor] | None
-    partners: list[int] | None
+    targets: list[torch.Tensor]
+    partners: list[int]
     pad: torch.Tensor
     seed: int
 
     def generator(self, stream: int, place: int) -> torch.Generator:
         """A record's own source of chance."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + place) * 8 + stream)
-
-
-def zero(material: Material) -> list[torch.Tensor]:
-    """Zero vectors."""
-    return [torch.zeros_like(own) for own in material.own]
-
-
-def text(material: Material) -> list[torch.Tensor]:
-    """The slots as ordinary tokens: the embedding of `<|latent_pad|>`."""
-    return [material.pad.expand_as(own).clone() for own in material.own]
 
 
 def random(material: Material) -> list[torch.Tensor]:
@@ -110,7 +149,6 @@ def choose_partners(records: Sequence[Record], seed: int) -> list[int]:
 
 def swap(material: Material) -> list[torch.Tensor]:
     """Another record's own latents, of the same level; all blocks, since the answer may have more than the record."""
-    assert material.partners is not None
     found = []
     for own, other in zip(material.own, material.partners, strict=True):
         given = material.own[other]
@@ -119,20 +157,16 @@ def swap(material: Material) -> list[torch.Tensor]:
     return found
 
 
-def oracle(material: Material) -> list[torch.Tensor]:
-    """The helper images' compressed features, which stage 1 feeds."""
-    assert material.targets is not None
-    return material.targets
-
-
 # Conditions whose vectors are known before a record is decoded.
 KNOWN: dict[str, Callable[[Material], list[torch.Tensor]]] = {
-    "zero": zero,
+    "zero": lambda material: [torch.zeros_like(own) for own in material.own],
     "random": random,
     "matched": matched,
     "swap": swap,
-    "oracle": oracle,
-    "text": text,
+    # The helper images' compressed features, which stage 1 feeds.
+    "oracle": lambda material: material.targets,
+    # The slots as ordinary tokens.
+    "text": lambda material: [material.pad.expand_as(own).clone() for own in material.own],
 }
 
 

@@ -16,15 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirage_ds.analysis.controls.bench import Bench
+from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls.conditions import Given
 from mirage_ds.analysis.controls.run import check
 from mirage_ds.analysis.controls.statistics import bootstrap
+from mirage_ds.analysis.controls.teach import decode, rows_of
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Track, answer_of, batches, batches_fit
-from mirage_ds.evaluate.scoring import Answer, wilson
+from mirage_ds.evaluate.scoring import Prediction, wilson
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.maps import Board, count_shortest_paths, follow, parse_board, shortest_path
 from mirage_ds.tasks.render import check_renderer, red_path, render
@@ -109,30 +110,31 @@ def run_paths(
         except RecordError as error:
             raise UserError(f"record on {error}") from None
         twins = [twin for pair in pairs for twin in pair]
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Prediction] = {}
         for part in track(batches(check(twins, bench), batch_size)):
             with batches_fit(batch_size):
-                rows = bench.rows([twins[i] for i in part], part)
-                decoded = bench.decode(rows, Given([row.targets for row in rows if row.targets is not None]))
-            answers |= {i: answer_of(one, bench.encoder) for i, one in zip(part, decoded, strict=True)}
-    found: list[dict[str, Any]] = []
-    for i, fork in enumerate(forks):
-        (a, b), (by_a, by_b) = fork.paths, (answers[2 * i], answers[2 * i + 1])
-        found.append(
-            {
-                "line": fork.record.line,
-                "A": list(a),
-                "B": list(b),
-                "texts": {"A": by_a.text, "B": by_b.text},
-                "runs": {"A": by_a.runs, "B": by_b.runs},
-                "follows": {"A": verdict(by_a.text, a, b), "B": verdict(by_b.text, b, a)},
-            }
-        )
+                rows = rows_of(bench, [twins[i] for i in part], part)
+                made = decode(bench, rows, Given([row.targets for row in rows if row.targets is not None]))
+            answers |= {i: answer_of(one, bench.encoder) for i, one in zip(part, made, strict=True)}
+    found = [_followed(fork, answers[2 * i], answers[2 * i + 1]) for i, fork in enumerate(forks)]
     return {
         "left_out": len(records) - len(forks),
         "opened": sum(bool(answer.runs) for answer in answers.values()),
         **summary([one["follows"] for one in found], seed),
         "answers": found,
+    }
+
+
+def _followed(fork: Fork, by_a: Prediction, by_b: Prediction) -> dict[str, Any]:
+    """Say which path the answers are, with A's latents and with B's."""
+    a, b = fork.paths
+    return {
+        "line": fork.record.line,
+        "A": list(a),
+        "B": list(b),
+        "texts": {"A": by_a.text, "B": by_b.text},
+        "runs": {"A": by_a.runs, "B": by_b.runs},
+        "follows": {"A": verdict(by_a.text, a, b), "B": verdict(by_b.text, b, a)},
     }
 
 
@@ -148,13 +150,13 @@ def summary(follows: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
         bootstrap interval "low", "high"}. Answers that do not depend on the latents make the difference exactly 0.
     """
     count = len(follows)
-    shares: dict[str, Any] = {}
-    for name in "AB":
-        shares[name] = {}
-        for kind in VERDICTS:
-            met = sum(one[name] == kind for one in follows)
-            low, high = wilson(met, count)
-            shares[name][kind] = {"count": met, "share": met / count, "low": low, "high": high}
+
+    def share(name: str, kind: str) -> dict[str, float]:
+        met = sum(one[name] == kind for one in follows)
+        low, high = wilson(met, count)
+        return {"count": met, "share": met / count, "low": low, "high": high}
+
+    shares = {name: {kind: share(name, kind) for kind in VERDICTS} for name in "AB"}
     worth = {"injected": 0.5, "other": -0.5, "neither": 0.0}
     apart = [worth[one["A"]] + worth[one["B"]] for one in follows]
     low, high = bootstrap(apart, seed)

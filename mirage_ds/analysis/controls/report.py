@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.run import Outcome
 from mirage_ds.analysis.controls.statistics import average, differences
 from mirage_ds.data.record import Record
 from mirage_ds.evaluate.scoring import marks
-from mirage_ds.evaluate.tables import Cells, markdown_table, print_table
-from mirage_ds.files import write_atomically
+from mirage_ds.evaluate.tables import Cells, Told
 
 SCORE_HEAD = ["latents", "score", "− own", "p", "p (Holm)"]
 LIKELIHOOD_HEAD = ["latents", "slots", "log p", "− own"]
@@ -47,10 +41,10 @@ def summarize(records: Sequence[Record], outcomes: Mapping[str, Sequence[Outcome
         name: {
             "metrics": {key: sum(float(one[key]) for one in found) / len(found) for key in found[0]},
             "opened": sum(one["runs"] > 0 for one in found),
-            "score": {"metric": metric, **asdict(average(scores[name], seed))},
-            "log_likelihood": asdict(average(logs[name], seed)),
-            "score_difference": asdict(by_score[name]) if name in by_score else None,
-            "log_likelihood_difference": asdict(by_log[name]) if name in by_log else None,
+            "score": {"metric": metric, **average(scores[name], seed)},
+            "log_likelihood": average(logs[name], seed),
+            "score_difference": by_score.get(name),
+            "log_likelihood_difference": by_log.get(name),
         }
         for name, found in marked.items()
     }
@@ -82,32 +76,6 @@ def p_values(one: Mapping[str, Any] | None) -> Cells:
     return ["" if p is None else "<.0001" if p < 1e-4 else f"{p:.4f}" for p in found]
 
 
-def score_rows(conditions: Mapping[str, Any]) -> list[Cells]:
-    """Write the scores as rows of text, one cell for each entry of SCORE_HEAD."""
-    return [
-        [name, measured(one["score"]), apart(one["score_difference"]), *p_values(one["score_difference"])]
-        for name, one in conditions.items()
-    ]
-
-
-def likelihood_rows(conditions: Mapping[str, Any]) -> list[Cells]:
-    """Write the likelihoods as rows of text, one cell for each entry of LIKELIHOOD_HEAD."""
-    return [
-        [
-            name,
-            f"{one['metrics']['latents']:.1f}",
-            measured(one["log_likelihood"]),
-            apart(one["log_likelihood_difference"]),
-        ]
-        for name, one in conditions.items()
-    ]
-
-
-def path_rows(path: Mapping[str, Any]) -> list[Cells]:
-    """Write the two injections as rows of text, one cell for each entry of PATH_HEAD."""
-    return [[name, str(path["records"]), *(measured(path[name][kind], "share") for kind in VERDICTS)] for name in "AB"]
-
-
 def notes(report: Mapping[str, Any]) -> list[str]:
     """Say in sentences what the tables cannot."""
     said = []
@@ -129,31 +97,19 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _tables(report: Mapping[str, Any]) -> list[tuple[Cells, list[Cells]]]:
+def told(report: Mapping[str, Any]) -> Told:
+    """Write what was found as tables and sentences."""
     tables = []
-    if "conditions" in report:
-        tables.append((SCORE_HEAD, score_rows(report["conditions"])))
-        tables.append((LIKELIHOOD_HEAD, likelihood_rows(report["conditions"])))
-    if "path" in report:
-        tables.append((PATH_HEAD, path_rows(report["path"])))
-    return tables
-
-
-def print_tables(report: Mapping[str, Any]) -> None:
-    """Print tables and notes."""
-    for head, rows in _tables(report):
-        print_table(head, rows, f"{report['task']}, {report['model']}")
-    for note in notes(report):
-        Console().print(note, highlight=False)
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """Write tables and notes in Markdown."""
-    parts = [f"# {report['task']}, {report['model']}"]
-    parts += [markdown_table(head, rows) for head, rows in _tables(report)]
-    return "\n\n".join([*parts, *notes(report)]) + "\n"
-
-
-def write_json(report: Mapping[str, Any], file: Path) -> None:
-    """Write everything, each record's answers too."""
-    write_atomically(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    if conditions := report.get("conditions"):
+        scores, likelihoods = [], []
+        for name, one in conditions.items():
+            score, slots = one["score_difference"], f"{one['metrics']['latents']:.1f}"
+            scores.append([name, measured(one["score"]), apart(score), *p_values(score)])
+            log_p = one["log_likelihood"], one["log_likelihood_difference"]
+            likelihoods.append([name, slots, measured(log_p[0]), apart(log_p[1])])
+        tables += [(SCORE_HEAD, scores), (LIKELIHOOD_HEAD, likelihoods)]
+    if path := report.get("path"):
+        shares = [[measured(path[name][kind], "share") for kind in VERDICTS] for name in "AB"]
+        rows = [[name, str(path["records"]), *own] for name, own in zip("AB", shares, strict=True)]
+        tables.append((PATH_HEAD, rows))
+    return Told(f"{report['task']}, {report['model']}", tables, notes(report))

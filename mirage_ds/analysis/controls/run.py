@@ -13,14 +13,15 @@ from typing import NamedTuple
 
 import torch
 
+from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls import teach
-from mirage_ds.analysis.controls.bench import Bench, Row
 from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners, forbid
+from mirage_ds.analysis.controls.teach import Row, decode, rows_of
 from mirage_ds.data.loader import check_records
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Track, answer_of, batches, batches_fit
-from mirage_ds.evaluate.scoring import Answer
+from mirage_ds.evaluate.scoring import Prediction
 from mirage_ds.model.generate import Generated, greedy
 
 # One way of filling the slots: what the model answers to the rows' questions, and the log-likelihood of their answers.
@@ -30,18 +31,18 @@ Condition = Callable[[Bench, Sequence[Row]], tuple[list[Generated], list[float]]
 class Outcome(NamedTuple):
     """A record under one condition: its answer, and the log-likelihood of the right one (see teach)."""
 
-    answer: Answer
+    answer: Prediction
     log_likelihood: float
 
 
 def first_state(bench: Bench, rows: Sequence[Row]) -> tuple[list[Generated], list[float]]:
     """Feed the first slot's state at every slot of its block."""
-    return bench.decode(rows, First()), teach.first(bench, rows)
+    return decode(bench, rows, First()), teach.first(bench, rows)
 
 
 def no_latents(bench: Bench, rows: Sequence[Row]) -> tuple[list[Generated], list[float]]:
     """Have no latent token at all: never emitted, and left out of the answer that is scored."""
-    return bench.decode(rows, choose=forbid(greedy, bench.tokens)), teach.off(bench, rows)
+    return decode(bench, rows, choose=forbid(greedy, bench.tokens)), teach.off(bench, rows)
 
 
 def known(vectors: Sequence[torch.Tensor]) -> Condition:
@@ -49,7 +50,7 @@ def known(vectors: Sequence[torch.Tensor]) -> Condition:
 
     def fill(bench: Bench, rows: Sequence[Row]) -> tuple[list[Generated], list[float]]:
         fed = [vectors[row.sample.row] for row in rows]
-        return bench.decode(rows, Given(fed)), teach.given(bench, rows, fed)
+        return decode(bench, rows, Given(fed)), teach.given(bench, rows, fed)
 
     return fill
 
@@ -96,31 +97,30 @@ def run_conditions(
         UserError: a record that cannot be used, or a condition that cannot be made of these records.
     """
     order = check(records, bench)
-    partners = choose_partners(records, seed) if "swap" in names else None
     parts = batches(order, batch_size)
     found: dict[str, dict[int, Outcome]] = {name: {} for name in ("own", *names)}
     latents: dict[int, torch.Tensor] = {}
     targets: dict[int, torch.Tensor] = {}
     for part in track(parts):
         with batches_fit(batch_size):
-            rows = bench.rows([records[i] for i in part], part)
-            own = teach.own(bench, rows)
-            outcomes = _outcomes(bench, bench.decode(rows), own.log_likelihoods)
-        latents |= zip(part, own.latents, strict=True)
+            rows = rows_of(bench, [records[i] for i in part], part)
+            fed, log_likelihoods = teach.own(bench, rows)
+            outcomes = _outcomes(bench, decode(bench, rows), log_likelihoods)
+        latents |= zip(part, fed, strict=True)
         targets |= {i: row.targets for i, row in zip(part, rows, strict=True) if row.targets is not None}
         found["own"] |= zip(part, outcomes, strict=True)
     places = range(len(records))
     material = Material(
         own=[latents[i] for i in places],
-        targets=[targets[i] for i in places] if len(targets) == len(records) else None,
-        partners=partners,
+        targets=[targets[i] for i in places if i in targets],
+        partners=choose_partners(records, seed) if "swap" in names else [],
         pad=bench.model.language_model.embed_tokens.weight[bench.tokens.pad].detach().cpu(),
         seed=seed,
     )
     conditions = {name: make(name, material) for name in names if name != "own"}
     for part in track(parts if conditions else []):
         with batches_fit(batch_size):
-            rows = bench.rows([records[i] for i in part], part)
+            rows = rows_of(bench, [records[i] for i in part], part)
             for name, condition in conditions.items():
                 found[name] |= zip(part, _outcomes(bench, *condition(bench, rows)), strict=True)
     return {name: [own[i] for i in places] for name, own in found.items()}

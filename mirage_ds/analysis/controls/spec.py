@@ -1,4 +1,4 @@
-"""The flags of `mirage-ds controls`. Imports no torch: the command line's `--help` is quick."""
+"""The conditions by name, and the flags of `mirage-ds controls`. Imports no torch: `--help` is quick."""
 
 from __future__ import annotations
 
@@ -6,18 +6,35 @@ from pathlib import Path
 
 from pydantic import Field
 
-from mirage_ds.analysis.controls.names import CONDITIONS
-from mirage_ds.evaluate.spec import ModelSpec, RecordsSpec
+from mirage_ds.errors import UserError, closest
+from mirage_ds.evaluate.spec import HelperSpec, ModelSpec, RecordsSpec
+
+CONDITIONS = ("own", "first", "zero", "random", "matched", "swap", "oracle", "off", "text")
+PATH = "path"
 
 
-class ControlsSpec(ModelSpec, RecordsSpec):
+def parse_names(text: str) -> list[str]:
+    """Read --latents: names with commas between them, each once; `own`, which all are compared with, comes first.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    known = (*CONDITIONS, PATH)
+    for name in names:
+        if name not in known:
+            raise UserError(f"--latents: no condition {name!r}{closest(name, known)}; there are {', '.join(known)}")
+    if not names:
+        raise UserError(f"--latents names no condition; there are {', '.join(known)}")
+    return names if names == [PATH] else ["own", *(name for name in names if name != "own")]
+
+
+class ControlsSpec(HelperSpec, ModelSpec, RecordsSpec):
     """What is compared; evaluate's flags keep their names and meanings."""
 
     latents: str = Field(
         ",".join(CONDITIONS),
         description="What is fed at the slots, compared with own; path: the latents of one path or of another.",
     )
-    helper_min_pixels: int | None = Field(None, description="Smallest helper image, as it was trained with.")
-    helper_max_pixels: int | None = Field(None, description="Largest helper image, as it was trained with.")
     seed: int = Field(42, ge=0, lt=2**31, description="Of vectors, partners, paths and resamples.")
     markdown: Path | None = Field(None, description="Write the tables to this Markdown file.")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -57,49 +56,34 @@ def is_binary(values: Iterable[float]) -> bool:
     return {float(value) for value in values} <= {0.0, 1.0}
 
 
-@dataclass(frozen=True)
-class Average:
-    """A mean and its 95 % interval: Wilson's where all values are 0 or 1, else by bootstrap."""
+def average(values: Sequence[float], seed: int) -> dict[str, float]:
+    """Average N records' values.
 
-    mean: float
-    low: float
-    high: float
-
-
-def average(values: Sequence[float], seed: int) -> Average:
-    """Average N records' values."""
-    found = wilson(sum(values), len(values)) if is_binary(values) else bootstrap(values, seed)
-    return Average(float(sum(values) / len(values)), *found)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far a condition lies from the one that it is paired with.
-
-    Attributes:
-        mean: mean difference of the records; low, high: its 95 % bootstrap interval.
-        p: exact McNemar p where all values are 0 or 1, else None.
-        p_holm: the same, adjusted for the number of comparisons.
+    Returns:
+        {"mean", "low", "high"}: the 95 % interval is Wilson's where all values are 0 or 1, else by bootstrap.
     """
-
-    mean: float
-    low: float
-    high: float
-    p: float | None = None
-    p_holm: float | None = None
+    low, high = wilson(sum(values), len(values)) if is_binary(values) else bootstrap(values, seed)
+    return {"mean": float(sum(values) / len(values)), "low": low, "high": high}
 
 
-def difference(values: Sequence[float], base: Sequence[float], seed: int) -> Difference:
-    """Compare N records' values with those of the same records under another condition."""
+def difference(values: Sequence[float], base: Sequence[float], seed: int) -> dict[str, float | None]:
+    """Compare N records' values with those of the same records under another condition.
+
+    Returns:
+        {"mean", "low", "high"} of the records' differences, with a 95 % bootstrap interval, and "p": exact McNemar
+        where all values are 0 or 1, else None.
+    """
     apart = [float(a) - float(b) for a, b in zip(values, base, strict=True)]
     low, high = bootstrap(apart, seed)
     p = mcnemar(values, base) if is_binary([*values, *base]) else None
-    return Difference(sum(apart) / len(apart), low, high, p)
+    return {"mean": sum(apart) / len(apart), "low": low, "high": high, "p": p}
 
 
-def differences(values: dict[str, Sequence[float]], base: Sequence[float], seed: int) -> dict[str, Difference]:
-    """Compare several conditions with one, their p-values adjusted together."""
+def differences(
+    values: Mapping[str, Sequence[float]], base: Sequence[float], seed: int
+) -> dict[str, dict[str, float | None]]:
+    """Compare several conditions with one; "p_holm" are their p-values adjusted together."""
     found = {name: difference(own, base, seed) for name, own in values.items()}
-    tested = {name: one.p for name, one in found.items() if one.p is not None}
+    tested = {name: one["p"] for name, one in found.items() if one["p"] is not None}
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return {name: Difference(one.mean, one.low, one.high, one.p, adjusted.get(name)) for name, one in found.items()}
+    return {name: {**one, "p_holm": adjusted.get(name)} for name, one in found.items()}

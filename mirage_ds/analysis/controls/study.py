@@ -7,24 +7,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mirage_ds.analysis.controls.bench import Bench
-from mirage_ds.analysis.controls.names import PATH
+from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls.paths import run_paths
 from mirage_ds.analysis.controls.report import summarize
 from mirage_ds.analysis.controls.run import run_conditions
-from mirage_ds.analysis.controls.spec import ControlsSpec
+from mirage_ds.analysis.controls.spec import PATH, ControlsSpec
 from mirage_ds.data.record_files import read_records
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, Track, need_latents, run_limits
-from mirage_ds.evaluate.scoring import Answer, marks, task_of
-from mirage_ds.model.generate import latent_tokens
+from mirage_ds.evaluate.scoring import task_of
 
 
 def study(decoder: Decoder, names: Sequence[str], spec: ControlsSpec, track: Track = iter) -> dict[str, Any]:
     """Run the conditions on a records file.
 
     Args:
-        names: as names.parse_names gives them.
+        names: as spec.parse_names gives them.
 
     Returns:
         {"task", "model", "data", "settings", "hashes", "conditions", "answers", "path"}; the last ones where asked for.
@@ -44,16 +42,9 @@ def study(decoder: Decoder, names: Sequence[str], spec: ControlsSpec, track: Tra
     file = spec.data_path
     records = read_records(file)[: spec.most]
     task = task_of(records, file, spec.task)
-    # What the scorer lacks in a record is said now, before anything is decoded.
-    marks(records, [Answer("", [], [])] * len(records), task)
-    helpers = decoder.latent_encoder("stage1", k, (spec.helper_min_pixels, spec.helper_max_pixels))
-    bench = Bench(
-        decoder.loaded.model,
-        decoder.tower,
-        helpers if "oracle" in names else replace(helpers, stage="stage2"),
-        latent_tokens(decoder.encoder),
-        limits,
-    )
+    helpers = decoder.latent_encoder("stage1", k)
+    grounded = Bench(decoder.loaded.model, decoder.tower, helpers, limits)
+    bench = grounded if "oracle" in names else replace(grounded, encoder=replace(helpers, stage="stage2"))
     pixels: Any = helpers.images.size
     report: dict[str, Any] = {
         "task": task,
@@ -75,7 +66,6 @@ def study(decoder: Decoder, names: Sequence[str], spec: ControlsSpec, track: Tra
     }
     if PATH in names:
         # First, since it refuses soonest.
-        grounded = replace(bench, encoder=helpers)
         report["path"] = run_paths(grounded, records, task, spec.seed, spec.batch_size, track)
     others = [name for name in names if name != PATH]
     if others:

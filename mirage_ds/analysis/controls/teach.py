@@ -1,7 +1,7 @@
-"""The likelihood of a given answer behind given latents.
+"""Rows with their latent blocks, and the likelihood of a given answer behind given latents.
 
 T tokens of the packed rows, N rows, A scored tokens of a row, C of a chunk, R latent blocks of a row, k latents a
-block, H hidden, V vocabulary.
+block, F image features, H hidden, V vocabulary.
 
 A row's log-likelihood is the mean over its scored tokens of their log-probability among the tokens that are no latent
 tokens. So it is one measure for all conditions: without a latent block the model would open one if it could.
@@ -15,32 +15,92 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from mirage_ds.analysis.controls.bench import Bench, Row, without_blocks
+from mirage_ds.analysis.bench import Bench
 from mirage_ds.data.batch import Batch
-from mirage_ds.model.images import Deep, place_images
-from mirage_ds.model.latents import in_order, run_passes
+from mirage_ds.data.record import Record
+from mirage_ds.data.sample import IGNORE, Sample
+from mirage_ds.evaluate.decoder import prompt_of, without_helpers
+from mirage_ds.model.generate import Chooser, Generated, Latents, LatentTokens, generate, greedy
+from mirage_ds.model.latents import compress
 
 
-class Own(NamedTuple):
-    """What the model does with its own states: each row's latents (R, k, H), and its log-likelihood."""
+class Row(NamedTuple):
+    """A record with its answer and its latent blocks.
 
-    latents: list[torch.Tensor]
-    log_likelihoods: list[float]
+    Attributes:
+        sample: the encoded row; its images are features already.
+        scored: (A,) places of the answer's text behind the first latent block: the likelihood is of these.
+        targets: (R, k, H) the helpers' compressed features, where the encoder is stage1's.
+    """
+
+    sample: Sample
+    scored: torch.Tensor
+    targets: torch.Tensor | None
 
 
-def _inputs(bench: Bench, batch: Batch) -> tuple[torch.Tensor, Deep | None]:
-    """Input embeddings (T, H) with the images in place; a slot holds the embedding of its pad token."""
-    embeddings = bench.model.language_model.embed_tokens(batch.input_ids)
+def scored_places(sample: Sample, tokens: LatentTokens) -> torch.Tensor:
+    """Places of the text behind the first latent block, up to the token that ends the answer; no latent tokens."""
+    ids, (start, k) = sample.input_ids, sample.runs[0]
+    places = torch.arange(len(ids))
+    last = places[torch.isin(ids, torch.tensor(tokens.stops))].max()
+    latent = torch.isin(ids, torch.tensor([tokens.pad, tokens.start, tokens.end]))
+    return places[(places >= start + k) & (places <= last) & ~latent & (sample.labels != IGNORE)]
+
+
+def without_blocks(row: Row, tokens: LatentTokens) -> Row:
+    """Leave a row's latent blocks out, start and end tokens too; what follows moves up, positions with it."""
+    sample = row.sample
+    latent = torch.isin(sample.input_ids, torch.tensor([tokens.pad, tokens.start, tokens.end]))
+    # Blocks stand in the answer, where all is text: one place a token on all three axes.
+    before = latent.cumsum(0)
+    shorter = sample._replace(
+        input_ids=sample.input_ids[~latent],
+        labels=sample.labels[~latent],
+        position_ids=(sample.position_ids - before)[:, ~latent],
+        runs=(),
+    )
+    return row._replace(sample=shorter, scored=row.scored - before[row.scored])
+
+
+@torch.no_grad()
+def rows_of(bench: Bench, records: Sequence[Record], places: Sequence[int]) -> list[Row]:
+    """Encode records and run the tower on their images.
+
+    Args:
+        bench: with the encoder of stage1 where the helpers' targets are wanted, else of stage2.
+        places: the records' places in their file.
+
+    Raises:
+        RecordError: an image does not decode.
+    """
+    encoder = bench.encoder
+    samples = [encoder.encode(record, place) for record, place in zip(records, places, strict=True)]
+    batch = bench.batch(samples)
     assert batch.image_features is not None
-    return place_images(embeddings, batch.image_features, batch.image_positions)
+    assert batch.helper_features is not None
+    features = batch.image_features.split([len(sample.image_positions) for sample in samples])
+    targets: list[torch.Tensor | None] = [None] * len(samples)
+    if encoder.stage == "stage1":
+        blocks = compress(batch.helper_features, batch, bench.model.head.weight.shape[1]).cpu()
+        blocks = blocks.unflatten(0, (-1, encoder.latent_size))
+        targets = list(blocks.split([len(sample.runs) for sample in samples]))
+    return [
+        # Features in place of pixels; helpers have done their part.
+        Row(
+            without_helpers(sample)._replace(image_features=own, pixel_values=sample.pixel_values[:0]),
+            scored_places(sample, bench.tokens),
+            target,
+        )
+        for sample, own, target in zip(samples, features, targets, strict=True)
+    ]
 
 
-def _hidden(bench: Bench, batch: Batch, inputs: torch.Tensor, deep: Deep | None) -> torch.Tensor:
-    """Final-norm hidden states (T, H) of the packed rows, in the batch's passes."""
-    model = bench.model
-    text, backend = model.language_model, model.how.attention
-    passes = run_passes(text, inputs, batch.position_ids, batch.passes, backend, checkpointing=False, deep=deep)
-    return in_order(passes, batch.passes)
+def decode(
+    bench: Bench, rows: Sequence[Row], latents: Latents | None = None, choose: Chooser = greedy
+) -> list[Generated]:
+    """Answer the rows' questions, with the slots fed by `latents`."""
+    batch = bench.batch([prompt_of(row.sample) for row in rows])
+    return generate(bench.model, batch, bench.tokens, bench.limits, choose, latents=latents)
 
 
 def _log_likelihoods(bench: Bench, rows: Sequence[Row], batch: Batch, hidden: torch.Tensor) -> list[float]:
@@ -62,24 +122,22 @@ def _log_likelihoods(bench: Bench, rows: Sequence[Row], batch: Batch, hidden: to
 
 
 @torch.no_grad()
-def own(bench: Bench, rows: Sequence[Row]) -> Own:
-    """Feed every latent block the states before its slots, as stage 2 does, whatever the model's stage."""
-    passes = 1 + max(sum(k for _, k in row.sample.runs) for row in rows)
-    batch = bench.batch([row.sample for row in rows], passes)
-    hidden = _hidden(bench, batch, *_inputs(bench, batch))
+def own(bench: Bench, rows: Sequence[Row]) -> tuple[list[torch.Tensor], list[float]]:
+    """Feed the model's own states; return each row's latents (R, k, H) and its log-likelihood."""
+    batch, _, hidden = bench.fed_back([row.sample for row in rows])
     fed = hidden[batch.latents - 1].cpu().unflatten(0, (-1, bench.encoder.latent_size))
-    return Own(list(fed.split([len(row.sample.runs) for row in rows])), _log_likelihoods(bench, rows, batch, hidden))
+    return list(fed.split([len(row.sample.runs) for row in rows])), _log_likelihoods(bench, rows, batch, hidden)
 
 
 @torch.no_grad()
 def given(bench: Bench, rows: Sequence[Row], vectors: Sequence[torch.Tensor]) -> list[float]:
     """Log-likelihood of each row with known vectors, (R, k, H) a row, at its slots; blocks it lacks are not fed."""
     batch = bench.batch([row.sample for row in rows])
-    inputs, deep = _inputs(bench, batch)
+    inputs, deep = bench.inputs(batch)
     fed = torch.cat([one[: len(row.sample.runs)].flatten(0, 1) for row, one in zip(rows, vectors, strict=True)]).to(
         inputs.device, inputs.dtype
     )
-    hidden = _hidden(bench, batch, inputs.index_copy(0, batch.latents, fed), deep)
+    hidden = bench.hidden(batch, inputs.index_copy(0, batch.latents, fed), deep)
     return _log_likelihoods(bench, rows, batch, hidden)
 
 
@@ -87,16 +145,16 @@ def given(bench: Bench, rows: Sequence[Row], vectors: Sequence[torch.Tensor]) ->
 def first(bench: Bench, rows: Sequence[Row]) -> list[float]:
     """Log-likelihood of each row with the state before a latent block at all of the block's slots."""
     batch = bench.batch([row.sample for row in rows])
-    inputs, deep = _inputs(bench, batch)
+    inputs, deep = bench.inputs(batch)
     # (N_runs, k) places of the slots, and which of its row's blocks each is.
     slots = batch.latents.unflatten(0, (-1, bench.encoder.latent_size))
     number = torch.cat([torch.arange(len(row.sample.runs)) for row in rows]).to(slots.device)
     # A block's state depends on the blocks before it: all rows' first blocks, then their second …
     for block in range(int(number.max()) + 1):
         now = slots[number == block]
-        states = _hidden(bench, batch, inputs, deep)[now[:, 0] - 1]
+        states = bench.hidden(batch, inputs, deep)[now[:, 0] - 1]
         inputs = inputs.index_copy(0, now.flatten(), states.repeat_interleave(now.shape[1], dim=0))
-    return _log_likelihoods(bench, rows, batch, _hidden(bench, batch, inputs, deep))
+    return _log_likelihoods(bench, rows, batch, bench.hidden(batch, inputs, deep))
 
 
 @torch.no_grad()
@@ -104,4 +162,4 @@ def off(bench: Bench, rows: Sequence[Row]) -> list[float]:
     """Log-likelihood of each row with its latent blocks left out."""
     shorter = [without_blocks(row, bench.tokens) for row in rows]
     batch = bench.batch([row.sample for row in shorter])
-    return _log_likelihoods(bench, shorter, batch, _hidden(bench, batch, *_inputs(bench, batch)))
+    return _log_likelihoods(bench, shorter, batch, bench.hidden(batch, *bench.inputs(batch)))

@@ -6,20 +6,17 @@ N rows, k latents a latent block, F features, W words, H hidden, c components.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
+from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect import measure, probe
 from mirage_ds.analysis.inspect.look import see
 from mirage_ds.analysis.inspect.run import taught
-from mirage_ds.data.encode import Encoder
 from mirage_ds.data.record import Record
 from mirage_ds.evaluate.decoder import Track
-from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.vision import FrozenTower
 
 # Vectors of a kind that go into the components: enough for a picture, and no kind outweighs the others by far.
 MOST_VECTORS = 500
@@ -56,52 +53,41 @@ def _some(vectors: torch.Tensor) -> torch.Tensor:
     return vectors[drawn.sort().values]
 
 
-def gather(
-    model: MirageModel,
-    tower: FrozenTower,
-    encoder: Encoder,
-    records: Sequence[Record],
-    batch_size: int,
-    track: Track = iter,
-) -> Corpus:
+def gather(bench: Bench, records: Sequence[Record], batch_size: int, track: Track = iter) -> Corpus:
     """Run records with their answers given, and keep the latents of their first blocks.
 
     Args:
-        model: plain, not sharded.
-        encoder: of any stage.
+        bench: with an encoder of stage2.
         records: each with a latent block.
 
     Raises:
         RecordError: a record cannot be used, or an image is missing or does not decode.
     """
-    encoder = replace(encoder, stage="stage2")
-    k = encoder.latent_size
-    latents, images, helpers, features, helper_features, words = [], [], [], [], [], set()
+    encoder, k = bench.encoder, bench.encoder.latent_size
+    latents, images, helpers, words = [], [], [], set()
     # So many features a row are kept for the components; all of them might not fit.
     few = -(-MOST_VECTORS // len(records))
+    features: dict[str, list[torch.Tensor]] = {"input image features": [], "helper image features": []}
     for part in track([records[at : at + batch_size] for at in range(0, len(records), batch_size)]):
-        samples = [encoder.encode(record, row) for row, record in enumerate(part)]
-        for record, thought in zip(part, taught(model, tower, encoder, samples), strict=True):
-            inputs, own = see(model, tower, encoder, record, thought)
+        thoughts = taught(bench, [encoder.encode(record, row) for row, record in enumerate(part)])
+        for record, thought in zip(part, thoughts, strict=True):
+            inputs, own = see(bench, record, thought)
             latents.append(thought.latents[0].float().cpu())
             if inputs:
-                features.append(_some(thought.images.float().cpu())[:few])
+                features["input image features"].append(_some(thought.images.float().cpu())[:few])
             if len(thought.images) >= k:
                 images.append(measure.targets(thought.images, k, len(thought.images)).cpu())
             if own:
                 helpers.append(measure.targets(own[0].features, k, own[0].columns, encoder.compress).cpu())
-                helper_features.append(_some(own[0].features.float().cpu())[:few])
+                features["helper image features"].append(_some(own[0].features.float().cpu())[:few])
             words |= set(thought.ids.tolist())
-    special = set(encoder.tokenizer.all_special_ids)
-    ids = torch.tensor(sorted(words - special))
-    text = model.language_model.embed_tokens.weight.detach()[ids.to(model.head.weight.device)].float().cpu()
-    kinds = {"text embeddings": text}
-    if features:
-        kinds["input image features"] = torch.cat(features)
-    if helper_features:
-        kinds["helper image features"] = torch.cat(helper_features)
+    ids = torch.tensor(sorted(words - set(encoder.tokenizer.all_special_ids)), device=bench.device)
     stacked = torch.stack(latents)
-    kinds |= {f"latent {number + 1}": stacked[:, number] for number in range(k)}
+    kinds = {
+        "text embeddings": bench.model.language_model.embed_tokens.weight.detach()[ids].float().cpu(),
+        **{name: torch.cat(vectors) for name, vectors in features.items() if vectors},
+        **{f"latent {number + 1}": stacked[:, number] for number in range(k)},
+    }
     return Corpus(
         records=list(records),
         latents=stacked,

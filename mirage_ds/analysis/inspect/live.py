@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect.look import Look, look, see
 from mirage_ds.analysis.inspect.run import Thought, taught
-from mirage_ds.data.encode import Encoder
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
-from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.vision import FrozenTower
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,9 +23,7 @@ def need_matplotlib() -> None:
         raise UserError('pictures need matplotlib, which is not installed; pip install "mirage-ds[plot]"')
 
 
-def looks(
-    model: MirageModel, tower: FrozenTower, encoder: Encoder, record: Record, thought: Thought, title: str
-) -> Iterator[Look]:
+def looks(bench: Bench, record: Record, thought: Thought, title: str) -> Iterator[Look]:
     """Measure each latent block of a row.
 
     Args:
@@ -36,34 +32,30 @@ def looks(
     Raises:
         RecordError: an image is missing or does not decode.
     """
-    images, helpers = see(model, tower, encoder, record, thought)
+    images, helpers = see(bench, record, thought)
     for block in range(len(thought.runs)):
         helper = helpers[block] if block < len(helpers) else None
         # Keys of numbers.json and names of pictures: they stay.
         name = f"{title}, run {block + 1}" if len(thought.runs) > 1 else title
-        yield look(model, encoder, thought, block, images, helper, name)
+        yield look(bench, thought, block, images, helper, name)
 
 
 def drawings(one: Look) -> dict[str, Figure]:
     """Draw all figures of one latent block."""
-    from mirage_ds.analysis.inspect import draw
+    from mirage_ds.analysis.inspect import draw, style
 
-    made = {
-        "similarity": draw.similarity(one),
-        "words": draw.words(one),
-        "norms": draw.norms(one),
-        "attention": draw.attends(one),
-    }
+    makers = {"similarity": draw.similarity, "words": draw.words, "norms": draw.norms, "attention": draw.attends}
+    with style.styled():
+        made = {name: make(one) for name, make in makers.items()}
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
-def figures(model: MirageModel, encoder: Encoder, samples: Sequence[Record], tower: FrozenTower) -> dict[str, Figure]:
+def figures(bench: Bench, records: Sequence[Record]) -> dict[str, Figure]:
     """Draw the latents of a few rows, answers given, latents fed back as in stage 2, whatever the stage of the model.
 
     Args:
-        model: plain; of a sharded one engine.whole.whole_model makes one. Nothing is sent to other ranks.
-        encoder: the run's own, of any stage.
-        samples: records, each with a latent block.
+        bench: of a sharded model engine.whole.whole_model makes a plain one. Nothing is sent to other ranks.
+        records: each with a latent block.
 
     Returns:
         "line 3/similarity", … → figure.
@@ -73,13 +65,13 @@ def figures(model: MirageModel, encoder: Encoder, samples: Sequence[Record], tow
         UserError: a record has no latent block, logits are not finite, or matplotlib is not installed.
     """
     need_matplotlib()
-    encoder = replace(encoder, stage="stage2")
+    bench = replace(bench, encoder=replace(bench.encoder, stage="stage2"))
     found: dict[str, Figure] = {}
-    for record in samples:
+    for record in records:
         title = f"line {record.line}"
         if not record.runs:
             raise UserError(f"record on {title} has no latent block; choose rows with a helper image or its mark")
-        thought = taught(model, tower, encoder, [encoder.encode(record, record.line - 1)])[0]
-        for one in looks(model, tower, encoder, record, thought, title):
+        thought = taught(bench, [bench.encoder.encode(record, record.line - 1)])[0]
+        for one in looks(bench, record, thought, title):
             found |= {f"{one.title}/{name}": figure for name, figure in drawings(one).items()}
     return found

@@ -12,16 +12,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect import measure
 from mirage_ds.analysis.inspect.run import Thought, attention
 from mirage_ds.data.encode import IMAGE_PAD, Encoder
 from mirage_ds.data.record import Record
-from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.images import embedded
-from mirage_ds.model.vision import FrozenTower
 
 # What a token of the answer can look at, in the order of Look.shares.
 PARTS = ("images", "text before", "latents", "text behind")
+# m.
+WORDS = 6
 
 
 class Seen(NamedTuple):
@@ -75,32 +76,28 @@ def spell(encoder: Encoder, token: int) -> str:
     return text.replace(" ", "␣").replace("\n", "\\n").replace("\t", "\\t")
 
 
-def see(
-    model: MirageModel, tower: FrozenTower, encoder: Encoder, record: Record, thought: Thought
-) -> tuple[list[Seen], list[Seen]]:
+def see(bench: Bench, record: Record, thought: Thought) -> tuple[list[Seen], list[Seen]]:
     """Open a row's images: the input images with the features that the model got, and the helpers with theirs.
 
     Raises:
         RecordError: a helper image is missing or does not decode.
     """
-    device = thought.inputs.device
+    encoder, device = bench.encoder, thought.inputs.device
     inputs: list[Seen] = []
     helpers: list[Seen] = []
-    at = 0
+    left = thought.images
     for name, path in record.images(helpers=True):
         pixels, grid = encoder.pixels(record, name, path)
         time, height, width = (int(side) for side in grid[0])
         rows, columns = height // encoder.images.merge_size, width // encoder.images.merge_size
         picture = np.asarray(encoder.finder.load(record, name, path))
         if name == "image_input":
-            count = time * rows * columns
+            own, left = left.split([time * rows * columns, len(left) - time * rows * columns])
             number = f" {len(inputs) + 1}" if len(record.image_input) > 1 else ""
-            found = thought.images[at : at + count]
-            inputs.append(Seen(f"input image{number}", picture, found, rows, columns))
-            at += count
+            inputs.append(Seen(f"input image{number}", picture, own, rows, columns))
         else:
-            found = embedded(tower.features(pixels.to(device), grid.to(device)), thought.inputs.shape[1])
-            helpers.append(Seen("helper image", picture, found, rows, columns))
+            own = embedded(bench.tower.features(pixels.to(device), grid.to(device)), thought.inputs.shape[1])
+            helpers.append(Seen("helper image", picture, own, rows, columns))
     return inputs, helpers
 
 
@@ -114,39 +111,31 @@ def _shares(encoder: Encoder, thought: Thought, block: int, rows: torch.Tensor) 
     return torch.stack([rows[..., part].sum(-1).mean(1) for part in parts], dim=-1)
 
 
-def look(
-    model: MirageModel,
-    encoder: Encoder,
-    thought: Thought,
-    block: int,
-    images: Sequence[Seen],
-    helper: Seen | None,
-    title: str,
-    words: int = 6,
-) -> Look:
+def look(bench: Bench, thought: Thought, block: int, images: Sequence[Seen], helper: Seen | None, title: str) -> Look:
     """Measure one latent block.
 
     Args:
-        model: plain, not sharded.
-        encoder: of the model's tokenizer.
         block: its number in the row, from 0.
         images, helper: the row's input images and the block's own helper, see `see`.
-        words: m.
     """
+    model, encoder = bench.model, bench.encoder
     latents = thought.latents[block]
     start, k = thought.runs[block]
     matrix, embeddings = (one.weight.detach() for one in (model.head, model.language_model.embed_tokens))
     words_known = len(encoder.tokenizer)
-    nearest = measure.nearest(latents, matrix[:words_known], words)
-    lens = measure.lens(latents, matrix, words)
+    nearest = measure.nearest(latents, matrix[:words_known], WORDS)
+    lens = measure.lens(latents, matrix, WORDS)
     queries = thought.answer(block)
     probabilities = attention(model, thought, queries)
-    shown = [*images, *([helper] if helper else [])]
+    to_targets = None
+    if helper:
+        targets = measure.targets(helper.features, k, helper.columns, encoder.compress)
+        to_targets = measure.cosines(latents, targets).cpu()
     return Look(
         title=title,
         similarity=[
             (one.name, one.picture, measure.cosines(latents, one.features).view(k, one.rows, one.columns).cpu())
-            for one in shown
+            for one in [*images, *([helper] if helper else [])]
         ],
         nearest=measure.Words(*(part.cpu() for part in nearest)),
         lens=measure.Words(*(part.cpu() for part in lens)),
@@ -154,11 +143,7 @@ def look(
         norms=latents.float().norm(dim=-1).cpu(),
         word_norms=embeddings[:words_known].float().norm(dim=-1).cpu(),
         feature_norms=thought.images.float().norm(dim=-1).cpu(),
-        to_targets=(
-            measure.cosines(latents, measure.targets(helper.features, k, helper.columns, encoder.compress)).cpu()
-            if helper
-            else None
-        ),
+        to_targets=to_targets,
         attention=probabilities[..., start : start + k],
         shares=_shares(encoder, thought, block, probabilities),
         uniform=float((k / (queries + 1).float()).mean()),

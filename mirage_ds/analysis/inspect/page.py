@@ -1,21 +1,15 @@
-"""Figures and tables → one HTML file that needs nothing beside it, by the macros of page.html."""
+"""Figures and tables → one HTML file that needs nothing beside it (page.html)."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 
-if TYPE_CHECKING:
-    from mirage_ds.analysis.inspect.look import Look
-    from mirage_ds.analysis.inspect.measure import Words
-    from mirage_ds.analysis.inspect.probe import Reading
-
-_FOLDER = FileSystemLoader(Path(__file__).parent)
-_MACROS: Any = Environment(loader=_FOLDER, autoescape=True, trim_blocks=True).get_template("page.html").module
+_ENVIRONMENT = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
 
 
 class Shown(NamedTuple):
@@ -32,38 +26,17 @@ class Shown(NamedTuple):
 
 
 class Section(NamedTuple):
-    """One part of the page: its heading, HTML in front of the figures, and the figures."""
+    """One part of the page.
+
+    Attributes:
+        facts: names and texts, the texts as they are; readings: question → what is read → probe.Reading.
+    """
 
     heading: str
-    html: str
-    figures: list[Shown]
-
-
-def facts(pairs: Sequence[tuple[str, str]]) -> str:
-    """Write names and texts, the texts as they are."""
-    return str(_MACROS.facts(pairs))
-
-
-def paragraph(text: str) -> str:
-    """Write one paragraph."""
-    return str(_MACROS.paragraph(text))
-
-
-def _word_table(name: str, words: Words, spellings: Mapping[int, str]) -> str:
-    pairs = zip(words.ids.T.tolist(), words.scores.T.tolist(), strict=True)
-    ranks = [[(spellings[one], score) for one, score in zip(*rank, strict=True)] for rank in pairs]
-    return str(_MACROS.word_table(name, ranks))
-
-
-def word_tables(look: Look) -> str:
-    """Write the nearest words of each latent as tables."""
-    nearest = _word_table("Nearest output vectors, with their cosine", look.nearest, look.spellings)
-    return nearest + _word_table("What the head would emit, with its probability", look.lens, look.spellings)
-
-
-def reading_table(questions: Mapping[str, Mapping[str, Reading]]) -> str:
-    """Write accuracies, intervals and the commonest answer's accuracy as a table."""
-    return str(_MACROS.reading_table(questions))
+    figures: Sequence[Shown] = ()
+    facts: Sequence[tuple[str, str]] = ()
+    text: str = ""
+    readings: Mapping[str, Mapping[str, Any]] = {}
 
 
 def page(title: str, introduction: str, sections: Sequence[Section]) -> str:
@@ -72,4 +45,5 @@ def page(title: str, introduction: str, sections: Sequence[Section]) -> str:
     Args:
         introduction: HTML.
     """
-    return str(_MACROS.page(title, introduction, sections)).lstrip()
+    made = _ENVIRONMENT.get_template("page.html")
+    return made.render(title=title, introduction=introduction, sections=sections).lstrip()

@@ -9,21 +9,18 @@ A latent is what is fed back at its place: the final-norm hidden state of the po
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
-from mirage_ds.data.batch import Batch
-from mirage_ds.data.encode import Encoder
-from mirage_ds.data.sample import Sample
-from mirage_ds.evaluate.decoder import pack
+from mirage_ds.analysis.bench import Bench
+from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.attention import Ends, varlen_attention
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Generated, Limits, check_finite, generate, latent_tokens
+from mirage_ds.model.generate import Generated, check_finite, generate
 from mirage_ds.model.images import Deep, embedded, place_images
-from mirage_ds.model.latents import in_order, run_passes
-from mirage_ds.model.vision import FrozenTower
 
 
 class Thought(NamedTuple):
@@ -100,28 +97,12 @@ def attention(model: MirageModel, thought: Thought, queries: torch.Tensor) -> to
     return torch.stack(found).cpu()
 
 
-def _batch(
-    model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], passes: int
-) -> tuple[Batch, torch.Tensor]:
-    """Pack rows; return with them the features of their images."""
-    batch = pack(model, tower, encoder, samples, passes)
-    assert batch.image_features is not None
-    return batch, batch.image_features
-
-
-def _images(inputs: torch.Tensor, features: torch.Tensor, sample: Sample) -> tuple[torch.Tensor, Deep | None]:
-    """Split a row's features (F, (1 + D) · H) into what is fed and what is added behind the first layers."""
-    _, deep = place_images(inputs, features, sample.image_positions.to(inputs.device))
-    return embedded(features, inputs.shape[1]), deep
-
-
 @torch.no_grad()
-def taught(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample]) -> list[Thought]:
+def taught(bench: Bench, samples: Sequence[Sample]) -> list[Thought]:
     """Run encoded rows with their answers given and their latents fed back, as stage 2 does, whatever the stage.
 
     Args:
-        model: its reduction and stage do not matter.
-        samples: rows of a stage2 encoder, each with at least one latent block.
+        samples: rows of a stage2 encoder.
 
     Returns:
         One Thought a row.
@@ -129,34 +110,32 @@ def taught(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Se
     Raises:
         NotFinite: a row's logits are not.
     """
-    passes = max(sum(k for _, k in sample.runs) for sample in samples) + 1
-    batch, features = _batch(model, tower, encoder, samples, passes)
-    text = model.language_model
-    embeddings = text.embed_tokens(batch.input_ids)
-    embeddings, deep = place_images(embeddings, features, batch.image_positions)
-    hidden = run_passes(text, embeddings, batch.position_ids, batch.passes, model.how.attention, False, deep=deep)
-    states = in_order(hidden, batch.passes)
+    batch, embeddings, states = bench.fed_back(samples)
+    assert batch.image_features is not None
     # What is not finite reaches a row's last token: it attends to all others.
-    check_finite(functional.linear(states[batch.cu_seqlens[1:].long() - 1], model.head.weight), batch.rows)
+    last = states[batch.cu_seqlens[1:].long() - 1]
+    check_finite(functional.linear(last, bench.model.head.weight), batch.rows)
     latents = states.index_select(0, batch.latents - 1)
-    inputs = embeddings.index_copy(0, batch.latents, latents)
-    lengths = [len(sample.input_ids) for sample in samples]
-    images = features.split([len(sample.image_positions) for sample in samples])
-    each = latents.split([k for sample in samples for _, k in sample.runs])
-    rows, at = [], 0
-    for sample, fed, seen in zip(samples, inputs.split(lengths), images, strict=True):
-        runs = each[at : at + len(sample.runs)]
-        at += len(runs)
-        own = _images(fed, seen, sample)
-        rows.append(Thought(sample.input_ids, fed, sample.position_ids, sample.runs, tuple(runs), *own))
-    return rows
+    inputs = embeddings.index_copy(0, batch.latents, latents).split([len(sample.input_ids) for sample in samples])
+    images = batch.image_features.split([len(sample.image_positions) for sample in samples])
+    each = iter(latents.split([k for sample in samples for _, k in sample.runs]))
+    return [
+        Thought(
+            ids=sample.input_ids,
+            inputs=fed,
+            position_ids=sample.position_ids,
+            runs=sample.runs,
+            latents=tuple(islice(each, len(sample.runs))),
+            # Of the features (F, (1 + D) · H) what is fed, and what is added behind the first layers.
+            images=embedded(seen, fed.shape[1]),
+            deep=place_images(fed, seen, sample.image_positions.to(fed.device))[1],
+        )
+        for sample, fed, seen in zip(samples, inputs, images, strict=True)
+    ]
 
 
-@torch.no_grad()
-def decoded(
-    model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], limits: Limits
-) -> list[Thought]:
-    """Let the model answer greedily, and take the latents it made.
+def decoded(bench: Bench, samples: Sequence[Sample]) -> list[Thought]:
+    """Let the model answer greedily, within bench.limits, and run its answers as if they were given.
 
     Args:
         samples: prompts (Encoder.encode_prompt).
@@ -164,31 +143,18 @@ def decoded(
     Returns:
         One Thought a row, without the last token, which was never fed; `runs` is empty where the model opened none.
     """
-    batch, features = _batch(model, tower, encoder, samples, 1)
-    answers = generate(model, batch, latent_tokens(encoder), limits, trace=True)
-    embeddings = model.language_model.embed_tokens(batch.input_ids)
-    embeddings, _ = place_images(embeddings, features, batch.image_positions)
-    prompts = embeddings.split([len(sample.input_ids) for sample in samples])
-    images = features.split([len(sample.image_positions) for sample in samples])
-    return [
-        _thought(sample, answer, prompt, seen)
-        for sample, answer, prompt, seen in zip(samples, answers, prompts, images, strict=True)
-    ]
+    answers = generate(bench.model, bench.batch(samples), bench.tokens, bench.limits)
+    return taught(bench, [_answered(sample, answer) for sample, answer in zip(samples, answers, strict=True)])
 
 
-def _thought(sample: Sample, answer: Generated, prompt: torch.Tensor, images: torch.Tensor) -> Thought:
-    prefix, fed = len(sample.input_ids), len(answer.fed)
-    # The first forward's input is the prompt's last token, which stands in the prompt already.
-    inputs = torch.cat([prompt, *(one[None] for one in answer.inputs[1:])])
-    runs = [(prefix + start, k) for start, k in answer.blocks()]
-    onwards = sample.position_ids.max() + 1 + torch.arange(fed)
-    own, deep = _images(inputs, images, sample)
-    return Thought(
-        ids=torch.cat([sample.input_ids, torch.tensor(answer.ids[:fed], dtype=torch.long)]),
-        inputs=inputs,
-        position_ids=torch.cat([sample.position_ids, onwards.expand(3, -1)], dim=1),
-        runs=tuple(runs),
-        latents=tuple(inputs[start : start + k] for start, k in runs),
-        images=own,
-        deep=deep,
+def _answered(prompt: Sample, answer: Generated) -> Sample:
+    """Put an answer behind its prompt."""
+    fed, prefix = len(answer.fed), len(prompt.input_ids)
+    ids = torch.tensor(answer.ids[:fed], dtype=torch.long)
+    onwards = prompt.position_ids.max() + 1 + torch.arange(fed)
+    return prompt._replace(
+        input_ids=torch.cat([prompt.input_ids, ids]),
+        labels=torch.cat([prompt.labels, torch.full_like(ids, IGNORE)]),
+        position_ids=torch.cat([prompt.position_ids, onwards.expand(3, -1)], dim=1),
+        runs=tuple((prefix + start, k) for start, k in answer.blocks()),
     )

@@ -11,19 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect.corpus import Corpus, gather, project, readings
 from mirage_ds.analysis.inspect.live import drawings, looks, need_matplotlib
 from mirage_ds.analysis.inspect.look import Look, spell
-from mirage_ds.analysis.inspect.page import Section, Shown, facts, page, paragraph, reading_table, word_tables
+from mirage_ds.analysis.inspect.page import Section, Shown, page
 from mirage_ds.analysis.inspect.probe import FEWEST_MAPS
-from mirage_ds.analysis.inspect.run import Thought, decoded, taught
+from mirage_ds.analysis.inspect.run import decoded, taught
 from mirage_ds.analysis.inspect.spec import InspectSpec
-from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import read_records
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import Decoder, Track, load_decoder, need_latents
+from mirage_ds.evaluate.decoder import Track, load_decoder, need_latents
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.generate import Limits
 
@@ -32,35 +32,20 @@ if TYPE_CHECKING:
 
 CAPTIONS = {
     "similarity": "Each square is one feature of the image. One scale an image: compare the latents with each other.",
-    "words": "The tables again as a picture, as TensorBoard gets it.",
+    "words": "Words by the cosine of their output vectors to the latent, and as the head would emit them. numbers.json "
+    "has them unshortened.",
     "norms": "Left: a state that is fed back far outside the inputs' norms is an input that the layers never saw "
     "before they were trained on it. Right: stage 1 pulls the diagonal to one; the other columns show how alike the "
     "targets are anyway.",
     "attention": "Probabilities of the softmax, computed anew from queries and keys. Rows of the left panel sum to "
     "100 %. Much attention does not prove that the latents matter, and little does not prove the contrary.",
+    "pca": "Principal components of all kinds together; in brackets how many vectors of each. On the left a kind with "
+    "long vectors decides what is seen, on the right only directions count. Of each row the first latent block.",
+    "probe": "Ridge regression, five folds; no fold shares a map, nor a rotation or reflection of one, with another. "
+    "Bars are 95 % intervals (Wilson, each map counted once). The dashed line is what the commonest answer gets. "
+    "Cells: ice, hole, start or goal. Helper targets are what stage 1 pulls the latents to; the input image's features "
+    "are averaged to as many vectors as there are latents.",
 }
-
-
-def trained_length(decoder: Decoder, given: int | None) -> int:
-    """Return k: as given, or as the folder says it was trained.
-
-    Raises:
-        UserError: the folder does not say.
-    """
-    k = given or decoder.trained.get("latent_size")
-    if k is None:
-        raise UserError(
-            f"{decoder.folder}/config.json does not say how many latents it was trained with; give --latent_size"
-        )
-    return int(k)
-
-
-def read_rows(text: str) -> list[int]:
-    """Read "0,5,9"; UserError unless it is a list of different whole numbers."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise UserError(f"--rows {text}: write different row numbers, counted from 0, with commas between them")
-    return [int(part) for part in parts]
 
 
 def check_rows(records: Sequence[Record], rows: Sequence[int], file: Path) -> None:
@@ -97,68 +82,49 @@ def _numbers(look: Look) -> dict[str, Any]:
     }
 
 
-def _row(
-    folder: Path, decoder: Decoder, encoder: Encoder, record: Record, row: int, limits: Limits | None
-) -> tuple[list[Section], dict[str, Any]]:
-    """Study one row: with its answer given, and with `limits` by the model's own decoding too."""
-    model, tower = decoder.loaded.model, decoder.tower
+def _row(folder: Path, bench: Bench, record: Record, row: int, decode: bool) -> tuple[list[Section], dict[str, Any]]:
+    """Study one row: with its answer given, and with `decode` by the model's own decoding too."""
+    encoder = bench.encoder
     question = [("question", record.text_input), ("answer", record.text_output)]
-    thought = taught(model, tower, encoder, [encoder.encode(record, row)])[0]
-    studied: list[tuple[str, Thought, list[tuple[str, str]]]] = [("answer given", thought, question)]
-    if limits is not None:
+    studied = [("answer given", taught(bench, [encoder.encode(record, row)])[0], question)]
+    if decode:
         prompt = encoder.encode_prompt(record, row)
-        thought = decoded(model, tower, encoder, [prompt], limits)[0]
+        thought = decoded(bench, [prompt])[0]
         text = "".join(spell(encoder, token) for token in thought.ids[len(prompt.input_ids) :].tolist())
         said = ("decoded, without the token that ended it", text.replace("␣", " "))
         studied.append(("decoded", thought, [*question, said]))
     sections, numbers = [], {}
-    for kind, thought, written in studied:
+    for kind, thought, facts in studied:
         title = f"row {row} (line {record.line}), {kind}"
         if not thought.runs:
-            sections.append(Section(title, facts(written) + paragraph("The model opened no latent block."), []))
-        for look in looks(model, tower, encoder, record, thought, title):
-            shown = [
-                _keep(folder, f"{look.title} {name}", figure, CAPTIONS[name]) for name, figure in drawings(look).items()
-            ]
-            sections.append(Section(look.title, facts(written) + word_tables(look), shown))
+            sections.append(Section(title, facts=facts, text="The model opened no latent block."))
+        for look in looks(bench, record, thought, title):
+            made = drawings(look).items()
+            shown = [_keep(folder, f"{look.title} {name}", figure, CAPTIONS[name]) for name, figure in made]
+            sections.append(Section(look.title, shown, facts))
             numbers[look.title] = _numbers(look)
     return sections, numbers
 
 
 def _together(folder: Path, corpus: Corpus, file: Path) -> tuple[list[Section], dict[str, Any]]:
     """Study all rows of a file: components and probe."""
-    from mirage_ds.analysis.inspect import draw
+    from mirage_ds.analysis.inspect import draw, style
 
-    count = len(corpus.records)
-    figure = draw.pca(
-        project(corpus.kinds, unit=False),
-        project(corpus.kinds, unit=True),
-        f"{file.name}, {count} rows: latents among image features and text embeddings",
-    )
-    caption = (
-        "Principal components of all kinds together; in brackets how many vectors of each. On the left a kind with "
-        "long vectors decides what is seen, on the right only directions count. Of each row the first latent block."
-    )
-    sections = [Section("Where the latents lie", "", [_keep(folder, "pca", figure, caption)])]
-    found = readings(corpus)
+    found, heading = readings(corpus), "What can be read from the latents"
+    title = f"{file.name}, {len(corpus.records)} rows: latents among image features and text embeddings"
+    with style.styled():
+        figure = draw.pca(project(corpus.kinds, unit=False), project(corpus.kinds, unit=True), title)
+        sections = [Section("Where the latents lie", [_keep(folder, "pca", figure, CAPTIONS["pca"])])]
+        for size, asked in found.items():
+            figure = draw.reads(asked, f"{file.name}, boards of {size}: what a linear probe reads")
+            shown = _keep(folder, f"probe {size}", figure, CAPTIONS["probe"])
+            sections.append(Section(f"{heading}: boards of {size}", [shown], readings=asked))
     if not found:
         text = f"No linear probe: it needs records with map_desc, of at least {FEWEST_MAPS} different maps of one size."
-        return [*sections, Section("What can be read from the latents", paragraph(text), [])], {}
-    for size, questions in found.items():
-        title = f"{file.name}, boards of {size}: what a linear probe reads"
-        caption = (
-            "Ridge regression, five folds; no fold shares a map, nor a rotation or reflection of one, with another. "
-            "Bars are 95 % intervals (Wilson, each map counted once). The dashed line is what the commonest answer "
-            "gets. Cells: ice, hole, start or goal. Helper targets are what stage 1 pulls the latents to; the input "
-            "image's features are averaged to as many vectors as there are latents."
-        )
-        shown = _keep(folder, f"probe {size}", draw.reads(questions, title), caption)
-        sections.append(
-            Section(f"What can be read from the latents: boards of {size}", reading_table(questions), [shown])
-        )
+        sections.append(Section(heading, text=text))
     return sections, {
-        size: {block: {source: r._asdict() for source, r in sources.items()} for block, sources in questions.items()}
-        for size, questions in found.items()
+        size: {block: {source: r._asdict() for source, r in sources.items()} for block, sources in asked.items()}
+        for size, asked in found.items()
     }
 
 
@@ -169,32 +135,35 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> Path:
         UserError: what the user can fix in the model, the records or the flags.
     """
     need_matplotlib()
-    file, rows = spec.data_path, read_rows(spec.rows)
+    file, rows = spec.data_path, list(dict.fromkeys(spec.rows)) or [0]
     if spec.out.exists():
         raise UserError(f"--out {spec.out} exists; remove it, or choose another")
     records = read_records(file)
     check_rows(records, rows, file)
     with_latents = [record for record in records if record.runs][: spec.most]
     finder = ImageFinder.beside(file, spec.image_root)
-    decoder = load_decoder(folder, finder, spec.processor, pixels=(spec.min_pixels, spec.max_pixels))
+    decoder = load_decoder(folder, finder, spec.processor, True, spec.pixels, spec.helper_pixels)
     need_latents(decoder)
-    k = trained_length(decoder, spec.latent_size)
-    encoder = decoder.latent_encoder("stage2", k, (spec.helper_min_pixels, spec.helper_max_pixels))
-    limits = Limits(new_tokens=spec.max_new_tokens, fixed_run=k) if spec.decode else None
+    k = spec.latent_size or decoder.trained.get("latent_size")
+    if k is None:
+        raise UserError(
+            f"{decoder.folder}/config.json does not say how many latents it was trained with; give --latent_size"
+        )
+    limits = Limits(new_tokens=spec.max_new_tokens, fixed_run=k)
+    bench = Bench(decoder.loaded.model, decoder.tower, decoder.latent_encoder("stage2", k), limits)
+    facts = [("model", str(folder)), ("records", str(file)), ("latents a latent block (k)", str(k))]
+    sections, numbers = [Section("", facts=facts)], dict[str, Any]()
     try:
         with whole_folder(spec.out) as work:
-            sections: list[Section] = []
-            numbers: dict[str, Any] = {"rows": {}}
             for row in rows:
-                made, measured = _row(work, decoder, encoder, records[row], row, limits)
+                made, measured = _row(work, bench, records[row], row, spec.decode)
                 sections += made
-                numbers["rows"] |= measured
-            corpus = gather(decoder.loaded.model, decoder.tower, encoder, with_latents, spec.batch_size, track)
-            made, numbers["probe"] = _together(work, corpus, file)
-            sections += made
-            head = facts([("model", str(folder)), ("records", str(file)), ("latents a latent block (k)", str(k))])
-            write_atomically(work / "index.html", page("Latents", head, sections))
-            write_atomically(work / "numbers.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+                numbers |= measured
+            corpus = gather(bench, with_latents, spec.batch_size, track)
+            made, probe = _together(work, corpus, file)
+            write_atomically(work / "index.html", page("Latents", "", [*sections, *made]))
+            text = json.dumps({"rows": numbers, "probe": probe}, indent=1, ensure_ascii=False)
+            write_atomically(work / "numbers.json", text + "\n")
     except RecordError as error:
         raise UserError(f"{file}: record on {error}") from None
     return spec.out / "index.html"

@@ -6,6 +6,7 @@ Colours are Okabe and Ito's.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -88,10 +89,13 @@ def panels(
     Returns:
         (figure, axes of shape (down, across))
     """
-    above = 0.4 if title else 0.1
+    # Two lines at most; a letter is 0.09 inch wide on average.
+    letters = int(width / 0.09)
+    title = textwrap.fill(legible(title, 2 * letters), letters)
+    above = 0.4 + 0.2 * title.count("\n") if title else 0.1
     figure = Figure(figsize=(width, down * height + above + beside), dpi=DPI, layout="constrained")
     if title:
-        figure.suptitle(legible(title, int(width / 0.09)), fontsize=10.5)
+        figure.suptitle(title, fontsize=10.5)
     return figure, figure.subplots(down, across, squeeze=False, **options)
 
 

@@ -19,14 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_generate import World, assert_same, both, sharpen, slowly
 
+from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls import conditions as making
-from mirage_ds.analysis.controls.bench import Bench
 from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners, forbid
-from mirage_ds.analysis.controls.names import CONDITIONS, parse_names
 from mirage_ds.analysis.controls.paths import fork_of, run_paths, verdict
 from mirage_ds.analysis.controls.report import summarize
 from mirage_ds.analysis.controls.run import Outcome, run_conditions
+from mirage_ds.analysis.controls.spec import CONDITIONS, parse_names
 from mirage_ds.analysis.controls.statistics import bootstrap
+from mirage_ds.analysis.controls.teach import rows_of
 from mirage_ds.cli import main
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
@@ -35,7 +36,7 @@ from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import answer_records, load_decoder, prompt_of
-from mirage_ds.evaluate.scoring import Answer
+from mirage_ds.evaluate.scoring import Prediction
 from mirage_ds.model.generate import Generated, Limits, generate, greedy, latent_tokens
 
 K, SEED = 3, 11
@@ -97,7 +98,7 @@ def folder(nano: Path, file: Path, records: list[Record], tmp_path_factory: pyte
 def bench(folder: Path, file: Path) -> Bench:
     loaded = both(folder)[1]
     encoder = load_encoder([str(folder)], ImageFinder.beside(file, None), "stage1", K)
-    return Bench(loaded.model, loaded.tower, encoder, latent_tokens(encoder), LIMITS)
+    return Bench(loaded.model, loaded.tower, encoder, LIMITS)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def test_condition_is_the_slow_loop(
 ) -> None:
     # Once more, looked at from inside: ids alone might be the same whatever is fed.
     known = Given(KNOWN[name](oracle.material)) if name in KNOWN else First() if name == "first" else None
-    prompts = bench.batch([prompt_of(row.sample) for row in bench.rows(records, range(len(records)))])
+    prompts = bench.batch([prompt_of(row.sample) for row in rows_of(bench, records, range(len(records)))])
     choose = forbid(greedy, bench.tokens) if name == "off" else greedy
     traced = generate(bench.model, prompts, bench.tokens, LIMITS, choose, trace=True, latents=known)
     for row, outcome in enumerate(found[name]):
@@ -250,7 +251,7 @@ def test_own_is_ordinary_decoding(folder: Path, file: Path, records: list[Record
     encoder = replace(decoder.encoder, stage="stage2", latent_size=K)
     loaded = decoder.loaded
     assert loaded.tower is not None
-    bench = Bench(loaded.model, loaded.tower, encoder, latent_tokens(encoder), LIMITS)
+    bench = Bench(loaded.model, loaded.tower, encoder, LIMITS)
     outcomes = run_conditions(bench, records, ["own"], SEED, batch_size=2)
     assert list(outcomes) == ["own"]
     assert [one.answer for one in outcomes["own"]] == answer_records(decoder, records, LIMITS, batch_size=2)
@@ -287,7 +288,7 @@ def material(rows: int = 400, width: int = 5, runs: Callable[[int], int] = lambd
         torch.stack([torch.randn(runs(row), width, generator=generator) @ mix[slot] + slot for slot in range(K)], 1)
         for row in range(rows)
     ]
-    return Material(own, None, None, torch.arange(float(width)), seed=2)
+    return Material(own, [], [], torch.arange(float(width)), seed=2)
 
 
 def test_random_vectors_have_the_mean_norm_and_any_direction() -> None:
@@ -368,7 +369,7 @@ def test_summary_pairs_with_own_by_record(records: list[Record], found: dict[str
     said = {"own": "ABACB", "zero": "BBBBB", "swap": "ABACA"}
     outcomes = {
         name: [
-            Outcome(Answer(f"\\boxed{{{letter}}}", [K] if row else [], []), found[name][row].log_likelihood)
+            Outcome(Prediction(f"\\boxed{{{letter}}}", [K] if row else [], []), found[name][row].log_likelihood)
             for row, letter in enumerate(letters)
         ]
         for name, letters in said.items()
@@ -453,19 +454,19 @@ def test_paths_feed_the_targets_of_either_path_and_count_who_follows(
     says = [[0, 1], [0, 1], [0, 0], [None, None]]
     fed: dict[int, torch.Tensor] = {}
 
-    def decode(self: Bench, rows: Any, latents: Any) -> list[int]:
+    def decode(bench: Bench, rows: Any, latents: Any) -> list[int]:
         fed.update({row.sample.row: vectors[0] for row, vectors in zip(rows, latents.vectors, strict=True)})
         return [row.sample.row for row in rows]
 
-    def answer(row: int, encoder: Encoder) -> Answer:
+    def answer(row: int, encoder: Encoder) -> Prediction:
         path = says[row // 2][row % 2]
-        return Answer(
+        return Prediction(
             "?" if path is None else f"\\boxed{{{', '.join(forks[row // 2].paths[path])}}}",
             [] if path is None else [K],
             [],
         )
 
-    monkeypatch.setattr(Bench, "decode", decode)
+    monkeypatch.setattr("mirage_ds.analysis.controls.paths.decode", decode)
     monkeypatch.setattr("mirage_ds.analysis.controls.paths.answer_of", answer)
     straight = next(record for record in small if not fork_of(record, SEED))
     report = run_paths(bench, [straight, *(fork.record for fork in forks)], PLANNING, SEED, batch_size=3)
@@ -481,7 +482,7 @@ def test_paths_feed_the_targets_of_either_path_and_count_who_follows(
     assert sorted(fed) == list(range(8))
     for at, fork in enumerate(forks):
         # A's picture is the record's own helper image, to the pixel; B's is another.
-        own = bench.rows([fork.record], [0])[0].targets
+        own = rows_of(bench, [fork.record], [0])[0].targets
         assert torch.equal(fed[2 * at], own[0])
         assert not torch.allclose(fed[2 * at + 1], own[0], atol=1e-3)
 

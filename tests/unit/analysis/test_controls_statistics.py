@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from mirage_ds.analysis.controls.compare import compare
-from mirage_ds.analysis.controls.gaussian import Gaussian
+from mirage_ds.analysis.controls.conditions import Gaussian
 from mirage_ds.analysis.controls.paths import summary
 from mirage_ds.analysis.controls.statistics import average, bootstrap, difference, differences, holm, mcnemar
 from mirage_ds.cli import main
@@ -52,9 +52,9 @@ def test_bootstrap_of_many_values_is_near_the_normal_interval_and_repeatable() -
 
 def test_average_has_wilsons_interval_where_values_are_binary() -> None:
     one = average([1, 0, 1, True, 0.0], seed=1)
-    assert (one.mean, one.low, one.high) == (0.6, *wilson(3, 5))
+    assert tuple(one.values()) == (0.6, *wilson(3, 5))
     other = average([1, 0, 0.5], seed=1)
-    assert (other.low, other.high) == bootstrap([1, 0, 0.5], 1)
+    assert (other["low"], other["high"]) == bootstrap([1, 0, 0.5], 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- tests
@@ -93,14 +93,14 @@ def test_differences_are_paired_and_adjusted_together() -> None:
     base = [1, 1, 0, 0, 1, 0, 1, 1, 0, 1]
     worse = [0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
     found = differences({"same": base, "worse": worse, "real": [0.5] * 10}, base, seed=3)
-    assert (found["same"].mean, found["same"].low, found["same"].high, found["same"].p) == (0, 0, 0, 1)
-    assert found["worse"].mean == pytest.approx(-0.5)
-    assert found["worse"].p == float(by_signs(0, 5)) == 0.0625
+    assert found["same"] == {"mean": 0, "low": 0, "high": 0, "p": 1, "p_holm": 1}
+    assert found["worse"]["mean"] == pytest.approx(-0.5)
+    assert found["worse"]["p"] == float(by_signs(0, 5)) == 0.0625
     # Two of the three can be tested, so the smaller p is doubled.
-    assert (found["worse"].p_holm, found["same"].p_holm) == (0.125, 1)
-    assert (found["real"].p, found["real"].p_holm) == (None, None)
+    assert found["worse"]["p_holm"] == 0.125
+    assert (found["real"]["p"], found["real"]["p_holm"]) == (None, None)
     # Paired: the interval is that of the differences, not of two means apart.
-    assert difference([x + 5 for x in base], base, seed=3).low == 5
+    assert difference([x + 5 for x in base], base, seed=3)["low"] == 5
 
 
 # ------------------------------------------------------------------------------------------------------------ gaussian
@@ -191,6 +191,7 @@ def result(path: Path, success: list[bool], **changes: Any) -> Path:
         for at, one in enumerate(success)
     ]
     report = {"task": "vsp-spatial-planning", "data": "test.jsonl", "hashes": {"data": "abc"}, "answers": answers}
+    report |= {"settings": {}, "levels": {}, "all": {}}
     path.write_text(json.dumps(report | changes))
     return path
 
@@ -247,7 +248,7 @@ def test_compare_refuses_what_is_no_pair_of_results(tmp_path: Path) -> None:
     one, other = result(tmp_path / "a.json", A), result(tmp_path / "b.json", B)
     for text in ("no json", "[]", "{}", '{"answers": [{"line": 1}], "task": "t", "data": "d"}', '{"answers": 3}'):
         (tmp_path / "c.json").write_text(text)
-        with pytest.raises(UserError, match=r"c.json: no result of `mirage-ds evaluate --out`"):
+        with pytest.raises(UserError, match=r"c.json: is no file of scores; `mirage-ds evaluate"):
             compare([one, tmp_path / "c.json"], None, seed=1)
     with pytest.raises(UserError, match="cannot be read"):
         compare([one, tmp_path / "gone.json"], None, seed=1)

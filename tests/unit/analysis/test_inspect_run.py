@@ -10,13 +10,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect.live import figures
 from mirage_ds.analysis.inspect.look import PARTS, look, see
 from mirage_ds.analysis.inspect.measure import targets
@@ -45,6 +46,11 @@ class World(NamedTuple):
     encoder: Encoder
     records: list[Record]
     file: Path
+
+    def bench(self, **changes: Any) -> Bench:
+        """The loaded model with this encoder, or another one or limits."""
+        assert self.loaded.tower is not None
+        return Bench(self.loaded.model, self.loaded.tower, **{"encoder": self.encoder, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +116,7 @@ def slowly(world: World, sample: Sample) -> torch.Tensor:
 
 def run(world: World, rows: Sequence[int] = (0, 1, 2)) -> tuple[list[Sample], list[Thought]]:
     samples = [world.encoder.encode(world.records[row], row) for row in rows]
-    return samples, taught(world.loaded.model, world.loaded.tower, world.encoder, samples)
+    return samples, taught(world.bench(), samples)
 
 
 def test_latents_are_fed_back_as_in_stage_2_also_by_a_model_of_stage_1(world: World) -> None:
@@ -149,7 +155,7 @@ def test_decoded_latents_are_what_the_model_fed_back(world: World) -> None:
     prompt = world.encoder.encode_prompt(world.records[2], 2)
     opening(world, prompt)
     limits = Limits(new_tokens=12, fixed_run=2)
-    found = decoded(world.loaded.model, world.loaded.tower, world.encoder, [prompt], limits)[0]
+    found = decoded(world.bench(limits=limits), [prompt])[0]
     prefix = len(prompt.input_ids)
     assert found.runs[0] == (prefix + 1, 2)
     assert len(found.ids) == len(found.inputs) == found.position_ids.shape[1] == prefix + 11
@@ -167,15 +173,15 @@ def test_a_model_that_opens_no_run_has_no_latents(world: World) -> None:
     prompt = world.encoder.encode_prompt(world.records[1], 1)
     with torch.no_grad():
         world.loaded.model.head.weight[world.encoder.id_of("<|latent_start|>")] = 0
-    found = decoded(world.loaded.model, world.loaded.tower, world.encoder, [prompt], Limits(new_tokens=4))[0]
+    found = decoded(world.bench(limits=Limits(new_tokens=4)), [prompt])[0]
     assert (found.runs, found.latents) == ((), ())
 
 
 def test_a_look_has_the_numbers_of_its_own_run(world: World) -> None:
     samples, thoughts = run(world, (0,))
-    model, encoder, thought = world.loaded.model, world.encoder, thoughts[0]
-    inputs, helpers = see(model, world.loaded.tower, encoder, world.records[0], thought)
-    found = look(model, encoder, thought, 1, inputs, helpers[1], "second")
+    encoder, thought = world.encoder, thoughts[0]
+    inputs, helpers = see(world.bench(), world.records[0], thought)
+    found = look(world.bench(), thought, 1, inputs, helpers[1], "second")
     start, k = samples[0].runs[1]
     latents = thought.inputs[start : start + k]
     torch.testing.assert_close(found.norms.double(), latents.pow(2).sum(-1).sqrt(), rtol=1e-5, atol=0)
@@ -219,18 +225,17 @@ def test_a_look_has_the_numbers_of_its_own_run(world: World) -> None:
 
 def test_figures_for_a_run_that_trains(world: World) -> None:
     encoder = replace(world.encoder, stage="stage1")
-    made = figures(world.loaded.model, encoder, [world.records[1]], world.loaded.tower)
+    made = figures(world.bench(encoder=encoder), [world.records[1]])
     assert list(made) == [f"line 2/{kind}" for kind in ("similarity", "words", "norms", "attention")]
     for name, figure in made.items():
         assert figure.get_suptitle().replace("\n", " ").startswith(name.partition("/")[0])
 
 
 def test_rows_without_latents_and_broken_rows_are_told(world: World) -> None:
-    model, encoder, tower = world.loaded.model, world.encoder, world.loaded.tower
     with pytest.raises(UserError, match="line 4 has no latent block"):
-        figures(model, encoder, [world.records[3]], tower)
+        figures(world.bench(), [world.records[3]])
     with pytest.raises(RecordError, match="line 2, image_output"):
-        figures(model, encoder, [replace(world.records[1], image_output=("gone.png",))], tower)
+        figures(world.bench(), [replace(world.records[1], image_output=("gone.png",))])
 
 
 def test_a_row_whose_logits_are_not_finite_is_named(world: World) -> None:
@@ -241,8 +246,7 @@ def test_a_row_whose_logits_are_not_finite_is_named(world: World) -> None:
     with torch.no_grad():
         weight[0, 0] = float("nan")
     try:
-        for make in (lambda: taught(model, world.loaded.tower, world.encoder, samples[1:]),
-                     lambda: figures(model, world.encoder, world.records[1:2], world.loaded.tower)):  # fmt: skip
+        for make in (lambda: taught(world.bench(), samples[1:]), lambda: figures(world.bench(), world.records[1:2])):
             with pytest.raises(NotFinite, match=r"^the logits of record 2 are not finite"):
                 make()
     finally:

@@ -38,7 +38,7 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
 from mirage_ds.engine.ds_config import read_json, resolve
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.scoring import Answer, score
+from mirage_ds.evaluate.scoring import Prediction, score
 from mirage_ds.model.load import check_folder
 
 # A fixture made once for all examples of a property is what is meant here.
@@ -605,7 +605,7 @@ def test_a_prompt_that_is_no_text_is_a_sentence(tmp_path: Path) -> None:
 def test_a_board_of_any_type_is_scored_or_a_sentence(task: str, board: Any) -> None:
     record = Record(1, "q", "\\boxed{A}", (), (), {"map_desc": board})
     try:
-        scores = score([record], [Answer("\\boxed{RIGHT}", [], [])], task)
+        scores = score([record], [Prediction("\\boxed{RIGHT}", [], [])], task)
     except UserError as error:
         sentence(error)
         return

@@ -24,9 +24,9 @@ from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.command import evaluate
 from mirage_ds.evaluate.spec import EvaluateSpec
-from mirage_ds.model.presets import preset
 from mirage_ds.plan.fit import Plan, Question, chosen, rank
 from mirage_ds.plan.settings import read_settings
+from mirage_ds.plan.shape import read_shape, sizes
 from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.study.nodes import Study, spell_out
 from mirage_ds.study.overview import overview, planned_model
@@ -120,7 +120,7 @@ def test_its_numbers_are_written_down_and_explained(file: Path) -> None:
 def test_it_computes_in_bf16_with_fp32_master_weights(file: Path) -> None:
     path = config_of(file).deepspeed
     assert path is not None
-    settings = read_settings(read_json(ROOT / path), path, preset("qwen2.5-vl-7b")["text_config"])
+    settings = read_settings(read_json(ROOT / path), path, sizes(read_shape("qwen2.5-vl-7b")))
     assert (settings.stage, settings.compute, settings.master, settings.moments) == (3, 2, 4, 4)
     assert settings.moves_all_weights
 

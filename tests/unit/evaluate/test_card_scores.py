@@ -15,9 +15,10 @@ from test_decode_eval import STATE
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import load_decoder, run_limits
+from mirage_ds.evaluate.decoder import load_decoder
 from mirage_ds.evaluate.model_card import add_scores
 from mirage_ds.evaluate.report import evaluate_file, write_report
+from mirage_ds.evaluate.spec import EvaluateSpec
 
 SAMPLE = Path(__file__).parents[3] / "data/sample_planning.jsonl"
 
@@ -30,7 +31,7 @@ def scored(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     shutil.copytree(nano, model)
     write_card(model, model_card(STATE))
     decoder = load_decoder(model, ImageFinder.beside(SAMPLE, None), latents=False)
-    report = evaluate_file(decoder, SAMPLE, None, run_limits(decoder, 2, 0, "trained"), most=6)
+    report = evaluate_file(decoder, EvaluateSpec(data_path=SAMPLE, max_new_tokens=2, most=6))
     write_report(report, folder / "scores.json")
     return model, folder / "scores.json"
 

@@ -29,14 +29,14 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluate import decoder as evaluate
 from mirage_ds.evaluate.decoder import (
     Decoder,
-    Sampling,
     answer_records,
     decoding_dtype,
     load_decoder,
     run_limits,
 )
 from mirage_ds.evaluate.report import evaluate_file, write_report
-from mirage_ds.evaluate.scoring import Answer, better, check_metric, score, task_of, wilson
+from mirage_ds.evaluate.scoring import Prediction, better, check_metric, score, task_of, wilson
+from mirage_ds.evaluate.spec import EvaluateSpec, Sampling
 from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import load_model
 
@@ -94,8 +94,8 @@ def decoder(nano: Path) -> Decoder:
     return load_decoder(nano, ImageFinder.beside(SAMPLE, None))
 
 
-def answer(text: str, runs: Sequence[int] = ()) -> Answer:
-    return Answer(text, list(runs), [])
+def answer(text: str, runs: Sequence[int] = ()) -> Prediction:
+    return Prediction(text, list(runs), [])
 
 
 # ------------------------------------------------------------------------------------------------------- the numbers
@@ -180,7 +180,7 @@ def test_record_that_cannot_be_scored_is_named() -> None:
 def test_task_is_the_named_one_or_the_records_own() -> None:
     file = Path("rows.jsonl")
     bare, planning = question(1, SMALL), question(2, SMALL, task=PLANNING)
-    other = question(3, SMALL, task="vsp_spatial_reasoning")
+    other = replace(question(3, SMALL, task="vsp_spatial_reasoning"), text_output="\\boxed{A}")
     assert task_of([bare, planning], file, None) == PLANNING
     assert task_of([bare], file, "VSP_spatial_planning") == PLANNING
     assert task_of([other], file, None) == REASONING
@@ -354,7 +354,9 @@ def test_records_need_no_output_fields(decoder: Decoder, tmp_path: Path) -> None
     for row in [*rows, *bare]:
         row["image_input"] = str(SAMPLE.parent / row["image_input"])
     files = [write_jsonl(tmp_path / f"{name}.jsonl", made) for name, made in (("whole", rows), ("bare", bare))]
-    whole, alone = (evaluate_file(decoder, file, PLANNING, Limits(4)) for file in files)
+    whole, alone = (
+        evaluate_file(decoder, EvaluateSpec(data_path=file, task=PLANNING, max_new_tokens=4)) for file in files
+    )
     assert whole["answers"] == alone["answers"]
     assert whole["all"] == alone["all"]
     assert len(alone["answers"]) == 3
@@ -409,7 +411,11 @@ def test_a_gpu_that_is_too_small_is_one_sentence(decoder: Decoder, monkeypatch: 
 
 
 def test_a_report_holds_all_that_its_scores_follow_from(decoder: Decoder, nano: Path, tmp_path: Path) -> None:
-    report = evaluate_file(decoder, SAMPLE, PLANNING, Limits(6, 4, 3), Sampling(1.5, 0.8), seed=5, batch_size=2, most=3)
+    spec = EvaluateSpec(
+        data_path=SAMPLE, task=PLANNING, max_new_tokens=6, longest_run=4, run_length="3", decoding="sampled",
+        temperature=1.5, top_p=0.8, seed=5, batch_size=2, most=3,
+    )  # fmt: skip
+    report = evaluate_file(decoder, spec)
     rows = [json.loads(line) for line in SAMPLE.read_text().splitlines()][:3]
     settings = report["settings"]
     assert settings | {"min_pixels": 0, "max_pixels": 0} == dict(
@@ -515,5 +521,5 @@ def test_generated_runs_are_marked_with_their_length(decoder: Decoder) -> None:
     pad, start, end = (encoder.id_of(f"<|latent_{name}|>") for name in ("pad", "start", "end"))
     word = encoder.tokenizer("map", add_special_tokens=False)["input_ids"]
     ids = [*word, start, pad, pad, end, *word, start, end, start, pad, encoder.id_of("<|im_end|>")]
-    marked = Answer("", [2, 0, 1], ids).marked(encoder)
+    marked = Prediction("", [2, 0, 1], ids).marked(encoder)
     assert marked == "map[2 latents]map[0 latents][1 latents]"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,12 +38,11 @@ from mirage_ds.plan.activations import (
     saved_terms,
     total,
 )
-from mirage_ds.plan.fit import CARDS, GB, Question, advice, held_by, judge, rank
+from mirage_ds.plan.fit import GB, GPUS, Question, advice, held_by, judge, rank
 from mirage_ds.plan.formulas import (
     Machine,
     Traffic,
     Walk,
-    Work,
     flops,
     moved,
     step_cost,
@@ -51,7 +51,7 @@ from mirage_ds.plan.formulas import (
     walk,
 )
 from mirage_ds.plan.settings import Settings, Zero3, read_settings, two_layers
-from mirage_ds.plan.shape import Sizes, describe, groups, read_shape, sizes, trained_parameters
+from mirage_ds.plan.shape import Sizes, describe, read_shape, sizes, trained_parameters
 from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.plan.states import part, states, sub_groups
 
@@ -102,10 +102,9 @@ def test_parameters_are_those_of_the_model_in_its_order(name: str, tmp_path: Pat
     shape = read_shape(str(tmp_path))
     if name in PUBLIC:
         assert shape == read_shape(name)
-    listed = trained_parameters(shape)
-    found = [(one.numel(), one.ndim > 1) for one in on_meta(name).parameters()]
-    assert [(one.elements, one.matrix) for one in listed] == found
-    assert sum(one.elements for one in listed) == sizes(shape).text
+    listed, found = trained_parameters(shape), list(on_meta(name).parameters())
+    assert listed == [[one.numel() for one in found if (one.ndim > 1) is matrices] for matrices in (True, False)]
+    assert sum(map(sum, listed)) == sizes(shape).text
 
 
 # What the publishers' indices say: bytes in bf16; of the 32B and 72B the model cards' sizes.
@@ -149,7 +148,8 @@ def test_deepstack_features_are_three_times_as_wide(tmp_path: Path) -> None:
         held[name] = held_by(asked, PLAIN, True)
         assert asked.model.hidden == 128
     one, other = held.values()
-    assert other.features == 3 * one.features
+    features = "image features of the micro-batch"
+    assert other.backward[features] == 3 * one.backward[features]
     # A helper's four targets are not.
     assert (one.kept, other.kept) == (7 * (256 + 4) * 128 * 2, 7 * (3 * 256 + 4) * 128 * 2)
 
@@ -293,7 +293,7 @@ def test_what_a_host_holds_of_one_rank_by_hand(
     values = more | {"zero_optimization": {"stage": 3, **{f"offload_{name}": {"device": "cpu"} for name in offloaded}}}
     parameters = trained_parameters(SEVEN)
     settings = read_settings(values, Path("x.json"), sizes(SEVEN))
-    own = sum(-(-one.elements // ranks) for one in parameters)
+    own = sum(-(-elements // ranks) for elements in chain(*parameters))
     assert total(states(parameters, settings, ranks).host) == each * own
 
 
@@ -333,7 +333,7 @@ def test_groups_are_those_of_the_optimizer() -> None:
     from mirage_ds.engine.setup import weight_decay_groups
 
     real = weight_decay_groups(on_meta("qwen2.5-vl-7b"), 0.01)
-    assert [[p.numel() for p in one["params"]] for one in real] == groups(trained_parameters(SEVEN))
+    assert [[p.numel() for p in one["params"]] for one in real] == trained_parameters(SEVEN)
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -413,7 +413,7 @@ def test_seconds_of_a_step_by_hand() -> None:
     )  # fmt: skip
     machine = Machine("plain", 2, 1e12, 80e9, 1e12, 4e9, 1e9, pcie=1e9, host=2e8)
     chosen = PLAIN._replace(zero=KEPT, offload_parameters=True, offload_optimizer=True)
-    found = step_cost(model, Work(Walk(1, 0), 1, 100, 0, 50, True), chosen, machine, 2, 0.5, 1.0)
+    found = step_cost(Micro(model, (PassShape((100,), (100,)),), 0, 1), 1, chosen, machine, 2, 0.5, 1.0)
     own, gathered = 28e6 / 4, 28e6 / 4
     assert found.flops == 8 * 100 * 4 * (7e6 + 2 * 1000 * 50)
     assert found.seconds["arithmetic"] == pytest.approx(found.flops / 0.5e12)
@@ -429,10 +429,8 @@ def test_seconds_of_a_step_by_hand() -> None:
 def test_sums_on_the_host_go_down_and_up_again() -> None:
     model = sizes(SEVEN)
     chosen = PLAIN._replace(offload_optimizer=True)
-    one, three = (
-        step_cost(model, Work(Walk(1, 0), steps, 100, 0, 50, True), chosen, CARDS["h100"], 1, 0.5, 1.0).seconds["PCIe"]
-        for steps in (1, 3)
-    )
+    micro = Micro(model, (PassShape((100,), (100,)),), 0, 1)
+    one, three = (step_cost(micro, steps, chosen, GPUS["h100"], 1, 0.5, 1.0).seconds["PCIe"] for steps in (1, 3))
     # fp32 sums of a rank: down once; then twice up and down again. The bf16 weights come back once.
     assert one == pytest.approx(model.text / 8 * (4 + 2) / 25e9)
     assert three == pytest.approx(model.text / 8 * (5 * 4 + 2) / 25e9)
@@ -442,22 +440,26 @@ def test_sums_on_the_host_go_down_and_up_again() -> None:
 
 
 def test_flash_keeps_neither_masks_nor_joined_outputs() -> None:
-    block = widths(256, 704, 8, 2, 4, 700)
     one = PassShape((19, 36), (31, 57))
-    sdpa, flash = (layer_terms(block, one, 2, backend) for backend in ("sdpa", "flash"))
+    micro = Micro(widths(256, 704, 8, 2, 4, 700), (one,), 0, 2)
+    sdpa, flash, varlen = (
+        layer_terms(micro._replace(backend=backend), one) for backend in ("sdpa", "flash", "torch_varlen")
+    )
     assert sdpa.keys() - flash.keys() == {
         "sdpa: outputs joined (b T Hq D)",
         "sdpa: masks (b T K of each pair of lengths)",
     }
     assert total(sdpa) - total(flash) == 2 * 55 * 256 + 2 * (19 * 31 + 36 * 57)
-    assert layer_terms(block, one, 2, "torch_varlen") == flash
+    assert varlen == flash
 
 
 def test_recomputing_brings_back_all_but_the_input() -> None:
-    block, one = widths(256, 704, 8, 2, 4, 700), PassShape((50,), (50,))
-    assert recomputed(block, one, 4, "flash") == total(layer_terms(block, one, 4, "flash")) - 4 * 50 * 256
+    one = PassShape((50,), (50,))
+    bf16 = Micro(widths(256, 704, 8, 2, 4, 700), (one,), 0, 1)
+    fp32 = bf16._replace(width=4)
+    assert recomputed(fp32, one) == total(layer_terms(fp32, one)) - 4 * 50 * 256
     # In bf16 the norm squares a float32 copy: the layer's input itself is not among what it keeps.
-    assert recomputed(block, one, 2, "flash") == total(layer_terms(block, one, 2, "flash"))
+    assert recomputed(bf16, one) == total(layer_terms(bf16, one))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -485,33 +487,36 @@ def test_logits_chunk_is_what_the_allocator_gives(dtype: torch.dtype, chunk_byte
         height = max(height, now)
     # The labelled states themselves were made before.
     given = labelled * block.hidden * dtype.itemsize
-    computed = total(head_terms(block, labelled, dtype.itemsize, chunk_bytes, "cpu")) - given
+    micro = Micro(block, (), labelled, 1, width=dtype.itemsize, chunk_bytes=chunk_bytes, device="cpu")
+    computed = total(head_terms(micro)) - given
     assert height == pytest.approx(computed, rel=0.03)
 
 
 def test_no_chunk_is_larger_than_its_budget() -> None:
     block = sizes(SEVEN)
     for labelled in (1, 100, 10**6):
-        chunk = head_terms(block, labelled, 2, 256 << 20, "cuda")["logits and softmax of a chunk (8 C V)"]
+        chunk = head_terms(Micro(block, (), labelled, 1))["logits and softmax of a chunk (8 C V)"]
         assert 8 * block.vocabulary <= chunk <= 256 << 20
 
 
 def test_stage2_holds_the_whole_gradients_whatever_the_ranks() -> None:
     asked = Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage2", nodes=128))
-    model = asked.model
-    found = peak(model, asked.micro, 2, "flash", True, 256 << 20, "cuda")
+    model, found = asked.model, peak(asked.micro)
     assert found.gradients == 2 * model.layers * (model.layer + model.vectors) > 13e9
     assert found.phase == "backward of pass 0, layer 27"
     one = Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage1"))
-    assert peak(model, one.micro, 2, "flash", True, 256 << 20, "cuda").gradients == 0
+    assert peak(one.micro).gradients == 0
 
 
 def test_kept_weights_are_counted_once() -> None:
     asked = Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage2"))
     held = judge(asked, shipped_folder() / "zero3_kept.json").held
-    assert held.gathered + held.states.gpu["small parameters, whole (persistence)"] == 2 * asked.model.text
+    assert (
+        held.backward["gathered parameters"] + held.states.gpu["small parameters, whole (persistence)"]
+        == 2 * asked.model.text
+    )
     released = judge(asked, shipped_folder() / "zero3.json").held
-    assert released.gathered == 2 * 152_064 * 3584 > 2 * two_layers(sizes(SEVEN))
+    assert released.backward["gathered parameters"] == 2 * 152_064 * 3584 > 2 * two_layers(sizes(SEVEN))
 
 
 def test_schedule_of_the_question() -> None:
@@ -525,7 +530,7 @@ def test_schedule_of_the_question() -> None:
     assert [one.keys[0] for one in micro.passes] == [60, 61, 62, 80, 81, 82, 100]
     assert (micro.tokens, micro.rows, micro.labelled) == (200, 2, 2 * (40 - 6))
     # Keys and values of all passes but the last, once a layer.
-    saved = saved_terms(sizes(SEVEN), micro, 2, "flash", True)
+    saved = saved_terms(micro)
     assert saved["keys and values of earlier passes (2 b T Hkv D L)"] == 2 * 2 * 164 * 512 * 28
 
 
@@ -611,7 +616,7 @@ def decoder(hidden: int, inner: int, kv: int, layers: int, vocabulary: int) -> S
 # Tokens/s of a GPU. foundation-model-stack/fms-fsdp, README: Llama 2 shapes at 4,096 tokens, FSDP on 128 A100 and 96
 # H100. torchtitan, docs/performance.md: Llama 3 70B at 8,192 tokens on 64 A100. How many times slower than the bound.
 @pytest.mark.parametrize(
-    ("model", "row", "checkpointing", "card", "measured", "slower"),
+    ("model", "row", "checkpointing", "gpu", "measured", "slower"),
     [
         (decoder(4096, 11008, 4096, 32, 32000), 4096, False, "a100", 3700, 1.97),
         (decoder(4096, 11008, 4096, 32, 32000), 4096, False, "h100", 7500, 3.08),
@@ -621,9 +626,9 @@ def decoder(hidden: int, inner: int, kv: int, layers: int, vocabulary: int) -> S
     ],
 )
 def test_published_speeds_are_below_the_bound(
-    model: Sizes, row: int, checkpointing: bool, card: str, measured: float, slower: float
+    model: Sizes, row: int, checkpointing: bool, gpu: str, measured: float, slower: float
 ) -> None:
-    bound = CARDS[card].flops / flops(model, 1, 1, row / 2, checkpointing)
+    bound = GPUS[gpu].flops / flops(model, 1, 1, row / 2, checkpointing)
     assert bound / measured == pytest.approx(slower, rel=0.01)
 
 
@@ -635,7 +640,7 @@ def test_the_papers_seconds_a_row() -> None:
     """
     for stage, measured, slower in (("stage1", 0.42, 15.5), ("stage2", 0.86, 7.8)):
         model, walked = sizes(SEVEN), walk(stage, 4)
-        bound = flops(model, 500, 100, 250) / CARDS["h100"].flops + thin_bytes(model, walked) / CARDS["h100"].hbm
+        bound = flops(model, 500, 100, 250) / GPUS["h100"].flops + thin_bytes(model, walked) / GPUS["h100"].hbm
         assert measured / bound == pytest.approx(slower, rel=0.02)
 
 
@@ -655,8 +660,8 @@ def test_a_published_run_without_checkpointing_keeps_more() -> None:
     out below it, by no more than a third. docs/plan.md says by how much.
     """
     model = decoder(4096, 11008, 4096, 32, 32000)
-    rows = Micro((PassShape((4096,) * 2, (4096,) * 2),), 8190, 2)
-    off, on = (peak(model, rows, 2, "flash", way, 256 << 20, "cuda").activations for way in (False, True))
+    rows = Micro(model, (PassShape((4096,) * 2, (4096,) * 2),), 8190, 2)
+    off, on = (peak(rows._replace(checkpointing=way)).activations for way in (False, True))
     assert 2 / 3 < (off - on) / 2**30 / (75.7 - 20.4) < 1
 
 
@@ -701,6 +706,13 @@ def test_page_holds_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> 
     assert f"mirage-ds plan {' '.join(FLAGS)}" in page
     printed = "\n".join(line.rstrip() for line in run(*FLAGS).output.splitlines())
     assert printed in page
+
+
+def test_card_is_the_old_name_of_gpu() -> None:
+    flags = ("--model", "qwen2.5-vl-3b", "--stage", "sft", "--json")
+    old, new = run(*flags, "--card", "a100"), run(*flags, "--gpu", "a100")
+    assert old.output == new.output != run(*flags).output
+    assert json.loads(new.output)["question"]["gpu"] == "a100"
 
 
 def test_exit_codes(tmp_path: Path) -> None:

@@ -108,10 +108,14 @@ def batch_of(name: str, stage: str, k: int, dtype: torch.dtype) -> Batch:
     return collate(made, k + 1 if stage == "stage2" else 1, dummy)
 
 
-def micro_of(batch: Batch, stage: str) -> Micro:
+def micro_of(name: str, batch: Batch, stage: str, dtype: torch.dtype, checkpointing: bool, **options: int) -> Micro:
     passes = tuple(PassShape(tuple(one.cu_q.diff().tolist()), tuple(one.cu_k.diff().tolist())) for one in batch.passes)
     grounded = len(batch.latents) if stage == "stage1" else None
-    return Micro(passes, labelled=len(batch.targets), rows=len(batch.rows), grounded=grounded)
+    return Micro(
+        counted(name, options.get("vocabulary", VOCABULARY)), passes, len(batch.targets), len(batch.rows), grounded,
+        dtype.itemsize, "sdpa", checkpointing, options.get("chunk_bytes", CHUNK_BYTES), "cpu",
+        len(batch.image_positions),
+    )  # fmt: skip
 
 
 def tensors(tree: Any) -> Iterator[torch.Tensor]:
@@ -198,8 +202,7 @@ def measure(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bo
 
 @every_case
 def test_saved_is_what_hooks_count(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bool) -> None:
-    micro = micro_of(batch_of(name, stage, k, dtype), stage)
-    terms = saved_terms(counted(name), micro, dtype.itemsize, "sdpa", checkpointing)
+    terms = saved_terms(micro_of(name, batch_of(name, stage, k, dtype), stage, dtype, checkpointing))
     # The head keeps the gradients that it makes out of the hooks' sight. They are alive (next test).
     terms = {name: size for name, size in terms.items() if not name.startswith("gradient of")}
     if checkpointing:
@@ -210,16 +213,13 @@ def test_saved_is_what_hooks_count(name: str, stage: str, k: int, dtype: torch.d
 
 @every_case
 def test_saved_is_what_stays_alive(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bool) -> None:
-    micro = micro_of(batch_of(name, stage, k, dtype), stage)
-    computed = total(saved_terms(counted(name), micro, dtype.itemsize, "sdpa", checkpointing))
+    computed = total(saved_terms(micro_of(name, batch_of(name, stage, k, dtype), stage, dtype, checkpointing)))
     assert measure(name, stage, k, dtype, checkpointing).alive == pytest.approx(computed, rel=0.002)
 
 
 @every_case
 def test_height_is_what_was_alive(name: str, stage: str, k: int, dtype: torch.dtype, checkpointing: bool) -> None:
-    batch = batch_of(name, stage, k, dtype)
-    micro, features = micro_of(batch, stage), len(batch.image_positions)
-    computed = peak(counted(name), micro, dtype.itemsize, "sdpa", checkpointing, CHUNK_BYTES, "cpu", features)
+    computed = peak(micro_of(name, batch_of(name, stage, k, dtype), stage, dtype, checkpointing))
     measured = measure(name, stage, k, dtype, checkpointing).height
     # One pass is walked to the byte, but for the head's small tensors; of several, gradients of keys and values that
     # wait for each other, and small steps inside a layer, are left out.
@@ -239,8 +239,7 @@ def test_deepstack_features_are_there_until_the_head_is_through() -> None:
     made = MirageModel(model.model.language_model, head, None, Forward(False, "sample", "sdpa", True))
     with Live() as live:
         objective(made(batch), StepCounts(3, 720, 0), 0.1, "sample")[0].backward()
-    micro = micro_of(batch, "sft")
-    computed = peak(counted(name, vocabulary), micro, 4, "sdpa", True, chunk, "cpu", 600)
+    computed = peak(micro_of(name, batch, "sft", torch.float32, True, vocabulary=vocabulary, chunk_bytes=chunk))
     assert computed.phase == "head"
     assert live.peak == pytest.approx(computed.total, rel=0.01)
     # Without them it would miss.

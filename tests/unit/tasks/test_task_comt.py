@@ -15,7 +15,7 @@ from PIL import Image
 from mirage_ds.config.flags import build_model
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.scoring import Answer, score
+from mirage_ds.evaluate.scoring import Prediction, score
 from mirage_ds.tasks.build import convert
 from mirage_ds.tasks.comt import ComtSettings
 from mirage_ds.tasks.report import BuildReport
@@ -85,7 +85,7 @@ def test_the_geometry_subset_with_two_runs_an_answer(comt: Path, tmp_path: Path)
         assert (new["id"], new["level"], new["task"]) == (f"creation-{n}", "creation", "comt")
     records = scan(tmp_path / "o/data.jsonl")[0]
     assert [record.runs for record in records] == [2] * 4
-    answers = [Answer(text, [], []) for text in ("\\boxed{C}", "\\boxed{90}", "\\boxed{A}", "C")]
+    answers = [Prediction(text, [], []) for text in ("\\boxed{C}", "\\boxed{90}", "\\boxed{A}", "C")]
     found = score(records, answers, "comt")["all"]
     assert (found["correct"], found["invalid"]) == (0.5, 0.25)
 
@@ -220,7 +220,7 @@ def test_packed_rows(tmp_path: Path, form: str) -> None:
             pixels(tmp_path / f"pics/{name}.png") for name in (image, 1, 2)
         ]
     records = scan(tmp_path / "o/data.jsonl")[0]
-    found = score(records, [Answer("\\boxed{(B)}", [], []), Answer("\\boxed{2}", [], [])], "comt")["all"]
+    found = score(records, [Prediction("\\boxed{(B)}", [], []), Prediction("\\boxed{2}", [], [])], "comt")["all"]
     assert (found["correct"], found["invalid"]) == (0.5, 0.5)
 
 

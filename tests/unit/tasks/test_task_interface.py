@@ -18,7 +18,7 @@ from mirage_ds.cli import main
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.scoring import Answer, score, task_of
+from mirage_ds.evaluate.scoring import Prediction, score, task_of
 from mirage_ds.tasks import TASKS, get_task, task_name
 from mirage_ds.tasks.build import build
 from mirage_ds.tasks.task import Task
@@ -86,8 +86,8 @@ def test_the_pages_own_task_as_a_user_runs_it(tmp_path: Path, module: Callable, 
     # As `evaluate --task` and evaluation while training use it.
     records = scan(tmp_path / "o/data.jsonl")[0]
     assert task_of(records, Path("f"), name) == name
-    answers = [Answer(f"\\boxed{{{row['dots']}}}", [], []) for row in rows[:9]]
-    answers += [Answer("\\boxed{99}", [], []), Answer("99", [], []), Answer("", [], [])]
+    answers = [Prediction(f"\\boxed{{{row['dots']}}}", [], []) for row in rows[:9]]
+    answers += [Prediction("\\boxed{99}", [], []), Prediction("99", [], []), Prediction("", [], [])]
     found = score(records, answers, name)["all"]
     assert next(iter(found)) == "correct"
     assert (found["correct"], found["invalid"]) == (9 / 12, 2 / 12)
@@ -129,7 +129,7 @@ def test_what_is_wrong_with_an_own_task_is_one_sentence(
     # Scoring says the same as building.
     record = Record(1, "?", "x", (), (), {})
     with pytest.raises(UserError, match=says):
-        score([record], [Answer("x", [], [])], task_name(name))
+        score([record], [Prediction("x", [], [])], task_name(name))
     code, _, said = call("data", "build", name, "--out", "o")
     assert code == 2
     assert said == f"error: {error.value}\n"
@@ -155,7 +155,7 @@ def test_names() -> None:
 
 def test_a_task_that_only_scores_neither_builds_nor_converts(module: Callable, call: Callable) -> None:
     name = f"{module(HEAD + 'class Dots(Task):' + SCORES)}:Dots"
-    assert score([Record(1, "?", "x", (), (), {})], [Answer("x", [], [])], name)["all"]["correct"] == 1.0
+    assert score([Record(1, "?", "x", (), (), {})], [Prediction("x", [], [])], name)["all"]["correct"] == 1.0
     assert call("data", "build", name, "--out", "o")[2].endswith("has no `data build`; it only scores\n")
     assert (
         call("data", "build", "sat", "--out", "o")[2] == "error: task sat has no `data build`; it has `data convert`\n"

@@ -19,7 +19,7 @@ from PIL import Image
 from mirage_ds.config.flags import build_model
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.scoring import Answer, score
+from mirage_ds.evaluate.scoring import Prediction, score
 from mirage_ds.tasks.build import build, convert
 from mirage_ds.tasks.jigsaw import BlinkSettings, JigsawSettings
 from mirage_ds.tasks.report import BuildReport
@@ -255,14 +255,14 @@ def test_blinks_rows_become_records_to_evaluate_on(tmp_path: Path) -> None:
         for i, path in enumerate(row["image_input"], 1):
             assert np.array_equal(pixels(tmp_path / "val" / path), np.array(photo(10 * n + i)))
     records = scan(tmp_path / "val/data.jsonl")[0]
-    answers = [Answer(text, [], []) for text in ("\\boxed{A}", "\\boxed{The second image.}", "B")]
+    answers = [Prediction(text, [], []) for text in ("\\boxed{A}", "\\boxed{The second image.}", "B")]
     found = score(records, answers, TASK)["all"]
     assert (found["correct"], found["invalid"]) == (1 / 3, 1 / 3)
     report, rows = turn(hub, tmp_path / "test", split="test")
     assert report.notes == {"answers withheld": 2}
     records = scan(tmp_path / "test/data.jsonl", answers=False)[0]
     with pytest.raises(UserError, match="record on line 1 has no 'text_output', which blink-jigsaw is scored by"):
-        score(records, [Answer("\\boxed{A}", [], [])] * 2, TASK)
+        score(records, [Prediction("\\boxed{A}", [], [])] * 2, TASK)
 
 
 def test_which_files_are_meant(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mirage_ds.cli import main
 from mirage_ds.curate.check import check_file
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.scoring import Answer, score
+from mirage_ds.evaluate.scoring import Prediction, score
 from mirage_ds.tasks import get_task
 from mirage_ds.tasks.build import build
 
@@ -34,7 +34,7 @@ def made(task: str, out: Path, **values: Any) -> list[dict[str, Any]]:
 
 
 def scores(task: str, text: str, /, **extra: Any) -> dict[str, float]:
-    found = score([Record(1, "?", "x", (), (), extra)], [Answer(text, [], [])], task)["all"]
+    found = score([Record(1, "?", "x", (), (), extra)], [Prediction(text, [], [])], task)["all"]
     return {name: value for name, value in found.items() if name not in ("count", "low", "high", "runs", "latents")}
 
 

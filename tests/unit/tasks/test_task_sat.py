@@ -18,7 +18,7 @@ from PIL import Image
 from mirage_ds.config.flags import build_model
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.scoring import Answer, score
+from mirage_ds.evaluate.scoring import Prediction, score
 from mirage_ds.tasks.build import convert
 from mirage_ds.tasks.report import BuildReport, print_report
 from mirage_ds.tasks.sat import SatSettings
@@ -232,8 +232,8 @@ def test_repeated_rows_are_counted_and_kept(tmp_path: Path) -> None:
 def test_answers_are_scored_for_each_type(train: Path, tmp_path: Path) -> None:
     run(train, tmp_path / "o", count=8)
     records = scan(tmp_path / "o/data.jsonl")[0]
-    answers = [Answer(record.text_output, [], []) for record in records]
-    answers[0] = Answer("\\boxed{nowhere}", [], [])
+    answers = [Prediction(record.text_output, [], []) for record in records]
+    answers[0] = Prediction("\\boxed{nowhere}", [], [])
     found = score(records, answers, "sat")
     assert (found["all"]["correct"], found["all"]["invalid"]) == (7 / 8, 1 / 8)
     assert set(found["levels"]) <= {"obj-movement", "goal-aim"}

@@ -1,0 +1,79 @@
+"""A plain model with its tower and an encoder: what rows are packed, run and decoded with.
+
+T tokens of the packed rows, N rows, k latents a block, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from mirage_ds.data.batch import Batch
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.sample import Sample
+from mirage_ds.evaluate.decoder import pack
+from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.generate import LatentTokens, Limits, latent_tokens
+from mirage_ds.model.images import Deep, place_images
+from mirage_ds.model.latents import in_order, run_passes
+from mirage_ds.model.vision import FrozenTower
+
+
+class Ran(NamedTuple):
+    """Rows as the model ran them: embeddings (T, H) with the images in place, and final-norm hidden states (T, H)."""
+
+    batch: Batch
+    embeddings: torch.Tensor
+    hidden: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All that is the same for every row.
+
+    Attributes:
+        model: plain, not sharded, evaluating; its stage does not matter.
+        tower: its frozen tower.
+        encoder: of the model's tokenizer; its latent_size is the slots of a block.
+        limits: of answers.
+    """
+
+    model: MirageModel
+    tower: FrozenTower
+    encoder: Encoder
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.head.weight.device
+
+    @property
+    def tokens(self) -> LatentTokens:
+        """Ids of the latent tokens."""
+        return latent_tokens(self.encoder)
+
+    def batch(self, samples: Sequence[Sample], passes: int = 1) -> Batch:
+        """Pack rows, with the features of their images."""
+        return pack(self.model, self.tower, self.encoder, samples, passes)
+
+    def inputs(self, batch: Batch) -> tuple[torch.Tensor, Deep | None]:
+        """Input embeddings (T, H) with the images in place; a slot holds the embedding of its pad token."""
+        embeddings = self.model.language_model.embed_tokens(batch.input_ids)
+        assert batch.image_features is not None
+        return place_images(embeddings, batch.image_features, batch.image_positions)
+
+    def hidden(self, batch: Batch, inputs: torch.Tensor, deep: Deep | None) -> torch.Tensor:
+        """Final-norm hidden states (T, H) of the packed rows, in the batch's passes."""
+        text, passes = self.model.language_model, batch.passes
+        states = run_passes(text, inputs, batch.position_ids, passes, self.model.how.attention, False, deep=deep)
+        return in_order(states, passes)
+
+    def fed_back(self, samples: Sequence[Sample]) -> Ran:
+        """Run rows with their answers given and every block fed the states before its slots, as stage 2 does."""
+        batch = self.batch(samples, 1 + max(sum(k for _, k in sample.runs) for sample in samples))
+        embeddings, deep = self.inputs(batch)
+        return Ran(batch, embeddings, self.hidden(batch, embeddings, deep))
