@@ -53,6 +53,9 @@ UNUSED = {
     "vocabulary_size": ("", "the model's config.json says it, and it would be ignored"),
     "wandb": ("enabled", "--report_to wandb sends the metrics"),
     "comet": ("enabled", "--report_to says where metrics go"),
+    "zero_optimization.mics_shard_size": ("", "DeepSpeed has removed MiCS; 'zero_hpz_partition_size' is near it"),
+    "zero_optimization.mics_hierarchical_params_gather": ("", "DeepSpeed has removed MiCS"),
+    "zero_optimization.zeropp_loco_param": ("", "DeepSpeed has removed LoCo"),
     "zero_optimization.zenflow": ("", "its updates come late, and a step here is whole"),
     "zero_optimization.compute_grad_norm": ("", "the norm shows steps that are not finite, and it is logged"),
 }
@@ -68,6 +71,7 @@ SAME = {
     "gradient_allreduce_op": ("mean",),
     "managed_gradient_accumulation": (True, None),
     "zero_optimization.compute_grad_norm": (True, None),
+    "zero_optimization.mics_shard_size": (-1,),
 }
 # What torch's AdamW and DeepSpeed's take; another name stops the start only after the model is loaded.
 OPTIMIZER_PARAMS = frozenset(

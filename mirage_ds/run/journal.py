@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +18,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import click
 import psutil
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import Stopped, UserError, reason
@@ -194,7 +196,7 @@ class Journal:
 
 
 class Logs:
-    """Where rank 0 writes while steps are taken: console, --log_file, log.jsonl, trackers.
+    """Where rank 0 writes while steps are taken: console with a bar, --log_file, log.jsonl, trackers.
 
     Args:
         folder: the run's own folder.
@@ -228,10 +230,23 @@ class Logs:
             log_file.parent.mkdir(parents=True, exist_ok=True)
             self.text = log_file.open("a", buffering=1, encoding="utf-8", errors="replace")
         self.recent: deque[float] = deque(maxlen=50)
+        # A terminal gets a bar under the lines; a file gets the lines alone.
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("steps", total=steps, completed=start)
+        self.bar.start()
 
     def say(self, line: str) -> None:
         """Print one line."""
-        click.echo(line)
+        self.console.print(line, markup=False)
         if self.text:
             self.text.write(line + "\n")
 
@@ -257,12 +272,14 @@ class Logs:
 
     def left(self, step: int, seconds: float) -> str:
         """Take note of a step that took so long; return the time that the rest will take, as h:mm:ss."""
+        self.bar.update(self.task, completed=step)
         self.recent.append(seconds)
         whole = round(median(self.recent) * (self.steps - step))
         return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
     def close(self, end: End) -> None:
         """Say to the trackers how the run ended, and write what waits."""
+        self.bar.stop()
         self.lines.close()
         for sink in self.sinks:
             self._give("how the run ended", sink, sink.close, end)
