@@ -128,8 +128,8 @@ def test_without_enough_maps_there_is_no_probe(boards: Path) -> None:
         (("--rows", "53"), r"--rows 53: .*data.jsonl has the rows 0 to 52; choose among them"),
         (("--rows", "52"), r"--rows 52: the record on line 53 of .* has no latent block; choose a row with a helper"),
         (("--rows", "0"), r"config.json does not say how many latents .*; give --latent_size"),
-        (("--rows", "-1"), r"--rows is \['-1'\]: Input should be greater than or equal to 0"),
-        (("--rows", "one"), r"--rows is \['one'\]: Input should be a valid integer"),
+        (("--rows", "-1"), r"--rows is '-1': Input should be greater than or equal to 0"),
+        (("--rows", "one"), r"--rows is 'one': Input should be a valid integer"),
     ],
 )
 def test_mistakes_are_told(nano: Path, boards: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
