@@ -9,7 +9,7 @@ import networkx  # noqa: F401
 import pandas  # noqa: F401
 import peft  # noqa: F401
 import pytest  # noqa: F401
-import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
+import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
 import transformers.models.qwen2_vl.image_processing_pil_qwen2_vl  # noqa: F401
 
 import mirage_ds.train  # noqa: F401
