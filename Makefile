@@ -25,9 +25,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(ENV) $(BIN)/python examples/demo.py --out $(OUT)
 
-# Two processes, here and in test-slow; the long files first. A file's tests share what was trained for them.
+# Two processes, here and in test-slow; the long files, those of tests/dist, first: without the flag pytest-xdist begins
+# with the files that have most tests. A file's tests share what was trained for them.
 test: install
-	$(ENV) $(BIN)/python -m pytest tests/dist tests/unit -m "not slow" --numprocesses 2 --dist loadfile
+	$(ENV) $(BIN)/python -m pytest tests/dist tests/unit -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 # In this order the long files come early; xdist's own would begin with those of the most tests.
 test-slow: install

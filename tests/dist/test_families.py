@@ -9,18 +9,17 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 from support.group import Group
+from support.models import make_nano
 from transformers import AutoModelForImageTextToText
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
-from mirage_ds.model.init import init_model
 from mirage_ds.run.settings import Run
 
 SETTINGS: dict[str, Any] = dict(
     latent_size=2, global_batch_size=6, micro_batch_tokens=8192, max_steps=2, warmup_steps=0, learning_rate=1e-3,
     num_workers=0, report_to=["none"],
 )  # fmt: skip
-REPO = Path(__file__).parents[2]
 
 
 def _train(world: Any, settings: dict[str, Any]) -> None:
@@ -35,8 +34,7 @@ def _train(world: Any, settings: dict[str, Any]) -> None:
     ("name", "first"), [("nano-qwen2-vl", "model.embed"), ("nano-qwen3-vl", "model.language_model.")]
 )
 def test_a_family_trains_in_every_stage(group: Group, mixed: Path, tmp_path: Path, name: str, first: str) -> None:
-    model = tmp_path / "base"
-    init_model(name, model, texts=[REPO / "data/sample.jsonl"])
+    model = make_nano(tmp_path / "base", layers=2, name=name)
     base = SETTINGS | dict(data_path=mixed, cache_dir=tmp_path / "cache", feature_dir=tmp_path / "features")
     # The tower too in stage1, where it encodes helpers as well and rows without a picture stand beside others.
     for stage, more in (

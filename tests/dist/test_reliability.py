@@ -331,18 +331,45 @@ def zero(tmp_path: Path, stage: int) -> Path:
     return path
 
 
+Poisoned = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def poisoned(group: Group, base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Poisoned:
+    """Run `_poison` for three steps: poisoned(ZeRO stage, folder, bad rows, what)."""
+    settings = base | dict(stage="sft", save_every=None, max_steps=3, warmup_steps=0, log_rows=True)
+
+    def run(stage: int, out: Path, bad_rows: list[int], what: str) -> list[dict[str, Any]]:
+        json_of_stage = zero(tmp_path_factory.mktemp("zero"), stage)
+        return group.run(_poison, settings | dict(save_model_path=out, deepspeed=json_of_stage), bad_rows, what)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def clean_run(poisoned: Poisoned, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[dict, Path]]:
+    """What a ZeRO stage does with finite numbers on the first rank, and its folder; once for each."""
+    made: dict[int, tuple[dict[str, Any], Path]] = {}
+
+    def run(stage: int) -> tuple[dict[str, Any], Path]:
+        if stage not in made:
+            out = tmp_path_factory.mktemp("clean") / "run"
+            made[stage] = poisoned(stage, out, [], "nothing")[0], out
+        return made[stage]
+
+    return run
+
+
 @pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
-    stage: int, what: str, group: Group, base: dict[str, Any], tmp_path: Path
+    stage: int, what: str, poisoned: Poisoned, clean_run: Callable[[int], tuple[dict, Path]], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    settings = base | dict(save_model_path=out, deepspeed=zero(tmp_path, stage), stage="sft", save_every=None)
-    settings |= dict(max_steps=3, warmup_steps=0, log_rows=True)
-    clean = group.run(_poison, settings | dict(save_model_path=tmp_path / "clean"), [], "nothing")[0]
-    rows = [line["row_ids"] for line in log_of(tmp_path / "clean")]
+    clean, clean_out = clean_run(stage)
+    rows = [line["row_ids"] for line in log_of(clean_out)]
     bad = sorted(rows[1])[:1]
-    found, other = group.run(_poison, settings, bad, what)
+    found, other = poisoned(stage, out, bad, what)
     assert found["told"] == other["told"] == ""
     lines = log_of(out)
     assert [line["skipped"] for line in lines] == [0, 1, 0]

@@ -1,4 +1,7 @@
-"""A group of ranks that lives as long as a test file: gloo on this machine, functions sent by name over pipes."""
+"""A group of ranks that lives as long as a test file: gloo on this machine, functions sent by name over pipes.
+
+Ranks are forks of a server that has imported torch, transformers and DeepSpeed once (support/imports.py).
+"""
 
 from __future__ import annotations
 
@@ -25,16 +28,20 @@ GRACE_S = 3
 DUMP_SHARE = 0.6
 
 
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["support.imports"])
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, size: int, port: int, environment: dict[str, str], pipe: Connection) -> None:
     """One rank: join the group, then run what is sent until the pipe is closed."""
     place = dict(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.environ |= {key: str(value) for key, value in place.items()}
+    os.environ |= environment | {key: str(value) for key, value in place.items()}
     warnings.filterwarnings("ignore", category=FutureWarning)
     from mirage_ds.engine.setup import join
 
@@ -66,10 +73,11 @@ class Group:
         self.ranks: list[tuple[Any, Connection]] = []
 
     def start(self) -> None:
-        context, port = multiprocessing.get_context("spawn"), free_port()
+        port = free_port()
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            place = (rank, self.size, port, dict(os.environ))
+            process = CONTEXT.Process(target=_serve, args=(*place, theirs), daemon=True)
             process.start()
             theirs.close()
             self.ranks.append((process, ours))
