@@ -30,6 +30,10 @@ from mirage_ds import train
 from mirage_ds.cli import main
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.images import ImageFinder
+<<<<<<< ours
+=======
+from mirage_ds.engine.save import export_folder
+>>>>>>> theirs
 from mirage_ds.engine.universal import convert
 from mirage_ds.evaluate.decoder import load_decoder
 from mirage_ds.evaluate.report import evaluate_file
