@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from mirage_ds.engine.export import export_folder
 from PIL import Image
 from safetensors.torch import load_file
 from support.group import Group
@@ -30,10 +29,7 @@ from mirage_ds import train
 from mirage_ds.cli import main
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.images import ImageFinder
-<<<<<<< ours
-=======
 from mirage_ds.engine.save import export_folder
->>>>>>> theirs
 from mirage_ds.engine.universal import convert
 from mirage_ds.evaluate.decoder import load_decoder
 from mirage_ds.evaluate.report import evaluate_file
