@@ -87,7 +87,7 @@ def see(bench: Bench, record: Record, thought: Thought) -> tuple[list[Seen], lis
     helpers: list[Seen] = []
     left = thought.images
     for name, path in record.images(helpers=True):
-        pixels, grid = encoder.pixels(record, name, path)
+        pixels, grid = encoder.pixels(record, name, [path])
         time, height, width = (int(side) for side in grid[0])
         rows, columns = height // encoder.images.merge_size, width // encoder.images.merge_size
         picture = np.asarray(encoder.finder.load(record, name, path))
