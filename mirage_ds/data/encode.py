@@ -371,5 +371,6 @@ def beside_each(encoder: Encoder, files: Sequence[Path], pictures: Path) -> list
     Args:
         pictures: where pictures that came inside records files lie.
     """
-    finders = [encoder.finder.of(file, pictures) for file in files]
+    beside = {folder: encoder.finder.of(folder / "any", pictures) for folder in {file.parent for file in files}}
+    finders = [beside[file.parent] for file in files]
     return [encoder if finder == encoder.finder else replace(encoder, finder=finder) for finder in finders]

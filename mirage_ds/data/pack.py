@@ -248,17 +248,41 @@ def _sums(bins: Bins, sizes: np.ndarray) -> np.ndarray:
 
 
 def _first_fit(sizes: np.ndarray, order: list[int], limit: int, most: int) -> Bins:
-    """Put each row into the first bin with room for it."""
+    """Put each row into the first bin with room for it.
+
+    A tree over the bins holds the largest rooms below each node (node n has the children 2n and 2n + 1): O(log R) a
+    row without patches, and few nodes more with them, where a node's two rooms can be in different bins.
+    """
+    leaves = 1 << max(0, len(order) - 1).bit_length()
+    room, image_room = [limit] * (2 * leaves), [limit] * (2 * leaves)
+    tokens_of, images_of = sizes.tolist()
     bins: Bins = []
-    # Tokens and patches that each bin has room for; as many bins as rows suffice.
-    rooms = np.full((2, len(order)), limit)
     for row in order:
-        fits = (rooms[:, : len(bins) + 1] >= sizes[:, row, None]).all(axis=0)
-        place = int(fits.argmax())
-        if place == len(bins):
+        tokens, images = tokens_of[row], images_of[row]
+        node = 1
+        while True:
+            if room[node] < tokens or image_room[node] < images:
+                # Nothing below: on to the next subtree. There is one, since as many bins as rows suffice.
+                while node & 1:
+                    node >>= 1
+                node += 1
+            elif node < leaves:
+                node *= 2
+            else:
+                break
+        if node - leaves == len(bins):
             bins.append([])
-        bins[place].append(row)
-        rooms[:, place] = rooms[:, place] - sizes[:, row] if len(bins[place]) < most else -1
+        one = bins[node - leaves]
+        one.append(row)
+        room[node] = room[node] - tokens if len(one) < most else -1
+        image_room[node] -= images
+        while node > 1:
+            node >>= 1
+            left, right = 2 * node, 2 * node + 1
+            largest = max(room[left], room[right]), max(image_room[left], image_room[right])
+            if largest == (room[node], image_room[node]):
+                break
+            room[node], image_room[node] = largest
     return bins
 
 

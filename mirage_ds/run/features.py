@@ -208,7 +208,14 @@ def _make(run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images) -> t
         if run.asked():
             break
     writer.flush()
-    return kept.store.opened(writer.written), broken
+    opened = kept.store.opened(writer.written)
+    if len(opened) < len(writer.written):
+        raise UserError(
+            f"--feature_dir {kept.store.place}: a shard that this rank has written is gone; start again, which makes it "
+            "anew, and look at what deletes files there",
+            everywhere=False,
+        )
+    return opened, broken
 
 
 def _rows_with(kept: KeptFeatures, broken: list[tuple[int, Fault]], rows: np.ndarray) -> dict[int, Fault]:

@@ -188,7 +188,7 @@ def test_a_look_has_the_numbers_of_its_own_run(world: World) -> None:
     features = torch.cat(
         list(
             world.plain.model.get_image_features(
-                *encoder.pixels(world.records[0], "image_output", "out2.png"), return_dict=True
+                *encoder.pixels(world.records[0], "image_output", ["out2.png"]), return_dict=True
             ).pooler_output
         )
     ).detach()
