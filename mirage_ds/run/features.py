@@ -211,8 +211,8 @@ def _make(run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images) -> t
     opened = kept.store.opened(writer.written)
     if len(opened) < len(writer.written):
         raise UserError(
-            f"--feature_dir {kept.store.place}: a shard that this rank has written is gone; start again, which makes it "
-            "anew, and look at what deletes files there",
+            f"--feature_dir {kept.store.place}: a shard that this rank has written is gone; start again, which makes "
+            "it anew, and look at what deletes files there",
             everywhere=False,
         )
     return opened, broken
