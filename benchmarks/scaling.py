@@ -8,6 +8,7 @@ Computed from public numbers: nothing is run, no GPU, no torch.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,7 +148,7 @@ class Question(NamedTuple):
         # As the shipped JSONs are filled.
         room = 2 * self.model.layer
         released = Zero3(max_live=room, reuse=room)
-        return {"kept": KEPT, "released": released, "hpZ": released._replace(hpz=H100.gpus)}
+        return {"kept": KEPT, "released": released, "hpZ": replace(released, hpz=H100.gpus)}
 
     def network(self, way: Zero3, machine: Machine, nodes: int) -> Network:
         """Collectives of an optimizer step."""

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,15 +46,15 @@ CASES = [
     Case("kept", "sft", KEPT),
     Case("released, two layers", "sft", TWO_LAYERS),
     # As 10⁹ is for the 72B's layer of 0.88 · 10⁹.
-    Case("released, 1.14 layers", "sft", TWO_LAYERS._replace(max_live=224_000, reuse=224_000)),
-    Case("released, 0", "sft", TWO_LAYERS._replace(max_live=0, reuse=0)),
+    Case("released, 1.14 layers", "sft", replace(TWO_LAYERS, max_live=224_000, reuse=224_000)),
+    Case("released, 0", "sft", replace(TWO_LAYERS, max_live=0, reuse=0)),
     Case("kept", "stage2", KEPT),
-    Case("max_live above Ψ, reuse 0", "stage2", KEPT._replace(reuse=0, prefetch=LAYER // 4)),
-    Case("max_live 0, reuse 3 Ψ", "stage2", KEPT._replace(max_live=0, reuse=13 * LAYER)),
+    Case("max_live above Ψ, reuse 0", "stage2", replace(KEPT, reuse=0, prefetch=LAYER // 4)),
+    Case("max_live 0, reuse 3 Ψ", "stage2", replace(KEPT, max_live=0, reuse=13 * LAYER)),
     Case("released, two layers", "stage2", TWO_LAYERS),
-    Case("released, 0", "stage2", TWO_LAYERS._replace(max_live=0, reuse=0)),
-    Case("kept, hpZ", "stage2", KEPT._replace(hpz=RANKS)),
-    Case("released, two layers, hpZ", "stage2", TWO_LAYERS._replace(hpz=RANKS)),
+    Case("released, 0", "stage2", replace(TWO_LAYERS, max_live=0, reuse=0)),
+    Case("kept, hpZ", "stage2", replace(KEPT, hpz=RANKS)),
+    Case("released, two layers, hpZ", "stage2", replace(TWO_LAYERS, hpz=RANKS)),
 ]
 
 

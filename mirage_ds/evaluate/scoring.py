@@ -135,32 +135,8 @@ def spread(rows: Sequence[int], count: int) -> list[int]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def check_evaluation(
-    records: Sequence[Record], file: Path, named: str | None, losses: Sequence[str], save_best: str | None
-) -> str:
-    """Refuse, before anything is trained, what an evaluation could not score or measure.
-
-    Args:
-        records: those to be decoded, of `file`; perhaps none.
-        named: --task. losses: what is measured of every record. save_best: --save_best.
-
-    Returns:
-        The task; "" without records.
-
-    Raises:
-        UserError: no task, a record that its scorer cannot score, a metric that is not measured.
-    """
-    task, measured = "", list(losses)
-    if records:
-        task = task_of(records, file, named)
-        measured += marks(records[:1], [NOTHING], task)[0]
-    if save_best:
-        check_metric(save_best, measured, "--save_best")
-    return task
-
-
-def check_metric(name: str, measured: Sequence[str], flag: str) -> None:
-    """Refuse a metric that is not measured, or of which nobody knows whether more or less is better.
+def check_metric(name: str, measured: Sequence[str]) -> None:
+    """Refuse as --save_best a metric that is not measured, or of which nobody knows whether more or less is better.
 
     Args:
         measured: the metrics there are.
@@ -170,7 +146,7 @@ def check_metric(name: str, measured: Sequence[str], flag: str) -> None:
     """
     known = [metric for metric in measured if metric in MORE_IS_BETTER]
     if name not in known:
-        raise UserError(f"{flag} {name}: no such metric here{closest(name, known)}; there are {', '.join(known)}")
+        raise UserError(f"--save_best {name}: no such metric here{closest(name, known)}; there are {', '.join(known)}")
 
 
 def better(name: str, value: float, than: float | None) -> bool:

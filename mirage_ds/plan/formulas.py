@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -140,7 +141,7 @@ def traffic(model: Sizes, walked: Walk, zero: Zero3, ranks: int, micro_steps: in
     reduced, reductions = micro_steps * moved.reduced, micro_steps * math.ceil(moved.reduced / zero.bucket)
     if zero.hpz <= 1 or zero.hpz >= ranks:
         return Traffic(gathered + reduced, gathers + reductions, 0, 0)
-    first = zero._replace(max_live=model.text, reuse=5 * model.text)
+    first = replace(zero, max_live=model.text, reuse=5 * model.text)
     once, once_calls = volume(model, walked, first).gathered, gather_calls(model, walked, first)
     return Traffic(once + reduced, once_calls + reductions, gathered - once, gathers - once_calls)
 

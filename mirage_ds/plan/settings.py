@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from mirage_ds.engine.ds_config import compute_dtype, fill_limits, offload_device, zero_stage
 from mirage_ds.errors import UserError, shown
 from mirage_ds.plan.shape import Sizes
 
 BYTES = {"float32": 4, "bfloat16": 2}
-# data_types.grad_accum_dtype; "fp16" has no place here.
-ACCUMULATION = {"fp32": 4, "bf16": 2, "float32": 4, "bfloat16": 2}
+# data_types.grad_accum_dtype, as runtime/config.py spells it; float16 has no place here.
+ACCUMULATION = {
+    **dict.fromkeys(("fp32", "float32", "float", "torch.float32"), 4),
+    **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16"), 2),
+}
 DEVICES = ("none", "cpu")
-# zero/config.py.
-SUB_GROUP = 10**9
 
 
-class Zero3(NamedTuple):
-    """What of a DeepSpeed JSON's `zero_optimization` decides traffic and memory (KEYS), in elements; hpz in ranks."""
+@dataclass(frozen=True, config=ConfigDict(populate_by_name=True))
+class Zero3:
+    """What of a DeepSpeed JSON's `zero_optimization` decides traffic and memory; types as in its zero/config.py.
 
-    max_live: int = 10**9
-    reuse: int = 10**9
-    prefetch: int = 5 * 10**7
-    persistence: int = 10**5
-    bucket: int = 5 * 10**8
-    hpz: int = 1
+    In elements, but hpz in ranks; the last two are switches.
+    """
+
+    max_live: NonNegativeInt = Field(10**9, validation_alias="stage3_max_live_parameters")
+    reuse: NonNegativeInt = Field(10**9, validation_alias="stage3_max_reuse_distance")
+    prefetch: NonNegativeInt = Field(5 * 10**7, validation_alias="stage3_prefetch_bucket_size")
+    persistence: NonNegativeInt = Field(10**5, validation_alias="stage3_param_persistence_threshold")
+    bucket: PositiveInt = Field(5 * 10**8, validation_alias="reduce_bucket_size")
+    hpz: NonNegativeInt = Field(1, validation_alias="zero_hpz_partition_size")
+    sub_group: NonNegativeInt = Field(10**9, validation_alias="sub_group_size")
+    contiguous: bool = Field(True, validation_alias="contiguous_gradients")
+    # None: with ZeRO-3 alone.
+    overlap: bool | None = Field(None, validation_alias="overlap_comm")
 
     def keeps(self, model: Sizes) -> bool:
         """Whether gathered weights stay until the micro-step ends.
@@ -41,17 +52,6 @@ class Zero3(NamedTuple):
         return model.text if self.keeps(model) else min(model.text, max(self.max_live, self.reuse, *model.matrices))
 
 
-# Fields of Zero3 in the JSON.
-KEYS = {
-    "max_live": "stage3_max_live_parameters",
-    "reuse": "stage3_max_reuse_distance",
-    "prefetch": "stage3_prefetch_bucket_size",
-    "persistence": "stage3_param_persistence_threshold",
-    "bucket": "reduce_bucket_size",
-    "hpz": "zero_hpz_partition_size",
-}
-
-
 class Settings(NamedTuple):
     """What decides sizes.
 
@@ -59,9 +59,7 @@ class Settings(NamedTuple):
         stage: of ZeRO.
         compute, accumulated, master, moments: bytes of an element of the weights in the forward, the summed gradients,
             the weights the optimizer moves, and each of AdamW's two moments.
-        zero: ZeRO-3's limits.
-        contiguous, overlap: contiguous_gradients, overlap_comm.
-        sub_group: elements that the optimizer updates at a time (ZeRO-3).
+        zero: limits of gathering, reducing and the optimizer's step.
         offload_parameters, offload_optimizer: to the host's memory.
     """
 
@@ -71,9 +69,6 @@ class Settings(NamedTuple):
     master: int
     moments: int
     zero: Zero3
-    contiguous: bool = True
-    overlap: bool = False
-    sub_group: int = SUB_GROUP
     offload_parameters: bool = False
     offload_optimizer: bool = False
 
@@ -103,7 +98,7 @@ def read_settings(values: dict[str, Any], path: Path, model: Sizes) -> Settings:
     Raises:
         UserError: a value of a wrong type, or a mix that DeepSpeed refuses.
     """
-    zero, bf16 = values.get("zero_optimization", {}), values.get("bf16", {})
+    bf16 = values.get("bf16", {})
     stage, compute = zero_stage(values), BYTES[compute_dtype(values)]
     types = values.get("data_types") or {}
     if not isinstance(types, dict):
@@ -119,23 +114,19 @@ def read_settings(values: dict[str, Any], path: Path, model: Sizes) -> Settings:
     if stage == 0 and compute != accumulated:
         raise UserError(f"{path}: ZeRO-0 sums gradients in the dtype of the weights; write stage 1, 2 or 3")
     fill_limits(values, two_layers(model))
+    try:
+        zero = TypeAdapter(Zero3).validate_python(values.get("zero_optimization", {}))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        wanted = "true or false" if wrong["type"].startswith("bool") else "a number of elements"
+        raise UserError(f"{path}: '{wrong['loc'][0]}' is {shown(wrong['input'])}; write {wanted}") from None
     return Settings(
         stage=stage,
         compute=compute,
         accumulated=accumulated,
         master=2 if bf16.get("bf16_master_weights_and_grads") else 4,
         moments=2 if bf16.get("bf16_optimizer_states") else 4,
-        zero=Zero3(**{name: _number(zero, key, Zero3._field_defaults[name], path) for name, key in KEYS.items()}),
-        contiguous=bool(zero.get("contiguous_gradients", True)),
-        overlap=bool(zero.get("overlap_comm", stage == 3)),
-        sub_group=_number(zero, "sub_group_size", SUB_GROUP, path),
+        zero=zero,
         offload_parameters=devices["param"] == "cpu",
         offload_optimizer=devices["optimizer"] == "cpu",
     )
-
-
-def _number(values: Mapping[str, Any], name: str, default: int, path: Path) -> int:
-    value = values.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        raise UserError(f"{path}: '{name}' is {shown(value)}; write a number of elements")
-    return int(value)

@@ -68,8 +68,6 @@ def sub_groups(group: Sequence[int], limit: int, ranks: int) -> list[list[int]]:
     Returns:
         The elements (whole, not the rank's part) of each sub-group's parameters.
     """
-    if limit >= sum(part(n, ranks) for n in group):
-        return [list(group)] if group else []
     found: list[list[int]] = [[]]
     for elements in group:
         if sum(part(n, ranks) for n in found[-1]) >= limit:
@@ -103,10 +101,10 @@ def _sharded(groups: Groups, settings: Settings, ranks: int) -> States:
     else:
         gpu |= optimizer
         largest = max(
-            sum(part(n, ranks) for n in sub) for group in groups for sub in sub_groups(group, settings.sub_group, ranks)
+            sum(part(n, ranks) for n in sub) for group in groups for sub in sub_groups(group, zero.sub_group, ranks)
         )
         step = _optimizer_work(largest, settings)
-    if settings.contiguous:
+    if zero.contiguous:
         gpu["bucket of gradients (reduce_bucket_size)"] = zero.bucket * b
     return States(gpu, step, host, obstacle)
 
@@ -117,7 +115,7 @@ def _optimizer_work(elements: int, settings: Settings) -> Terms:
 
 
 def _flat(groups: Groups, settings: Settings, ranks: int, micro_steps: int) -> States:
-    b = settings.compute
+    zero, b = settings.zero, settings.compute
     elements = sum(map(sum, groups))
     if settings.stage == 0:
         gpu = {"parameters, whole (b Ψ)": elements * b, "gradients, whole (b Ψ)": elements * b}
@@ -151,7 +149,7 @@ def _flat(groups: Groups, settings: Settings, ranks: int, micro_steps: int) -> S
         gpu["gradients, summed (a Ψ / W)"] = own * settings.accumulated
     if settings.stage == 1 and micro_steps > 1 and not settings.whole_sums:
         gpu["gradients, whole, until the last micro-step (a Ψ)"] = elements * settings.accumulated
-    if settings.contiguous and not settings.whole_sums:
-        gpu["buckets of gradients (reduce_bucket_size)"] = (1 + settings.overlap) * settings.zero.bucket * b
+    if zero.contiguous and not settings.whole_sums:
+        gpu["buckets of gradients (reduce_bucket_size)"] = (1 + bool(zero.overlap)) * zero.bucket * b
     step = {} if settings.offload_optimizer else _optimizer_work(max(flat) // ranks, settings)
     return States(gpu, step, host)

@@ -31,7 +31,7 @@ from mirage_ds.data.record import Fault
 from mirage_ds.data.selection import Selection, usable, weighed, without
 from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
 from mirage_ds.errors import Stopped, UserError
-from mirage_ds.evaluate.scoring import check_evaluation, spread
+from mirage_ds.evaluate.scoring import NOTHING, check_metric, marks, spread, task_of
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.load import check_vocabulary, read_config
 from mirage_ds.model.loss import StepCounts
@@ -262,6 +262,9 @@ def make_evaluation(loader: Loader, index: Selection, latent_size: int) -> Evalu
 
 def check_scores(config: RunConfig, data_path: Path, index: Selection) -> None:
     """Refuse evaluation records that cannot be scored, and a metric that is not measured."""
-    losses = [name for name in LOSSES if name != "sim" or config.stage == "stage1"]
+    measured = [name for name in LOSSES if name != "sim" or config.stage == "stage1"]
     records = [index.rows.record(row) for row in spread(index.row_ids.tolist(), config.eval_decode)]
-    check_evaluation(records, data_path, config.task, losses, config.save_best)
+    if records:
+        measured += marks(records[:1], [NOTHING], task_of(records, data_path, config.task))[0]
+    if config.save_best:
+        check_metric(config.save_best, measured)

@@ -25,7 +25,7 @@ from mirage_ds.engine.setup import everyone, from_rank_zero
 from mirage_ds.engine.whole import check_room, whole_model
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.decoder import decode_samples, prompt_of, slots_fed
-from mirage_ds.evaluate.scoring import NOTHING, Prediction, check_evaluation, score, spread
+from mirage_ds.evaluate.scoring import NOTHING, Prediction, score, spread, task_of
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Limits, NotFinite
 from mirage_ds.model.vision import FrozenTower
@@ -71,9 +71,7 @@ class Evaluator:
             self.chosen = spread(row_ids, config.eval_decode)
             # Not those that open_data looked at, where rows with broken images have been left out since.
             path = cast(Path, config.eval_data_path)
-            self.task = from_rank_zero(
-                lambda: check_evaluation(self._records(rows), path, config.task, (), None), world
-            )
+            self.task = from_rank_zero(lambda: task_of(self._records(rows), path, config.task), world)
             check_room(engine, BATCH, longest, self.limits, world, f"--eval_decode {config.eval_decode}")
         if config.eval_pictures:
             from_rank_zero(need_matplotlib, world)

@@ -236,12 +236,12 @@ def test_better_is_more_or_less_by_the_metrics_name() -> None:
 
 def test_a_metric_that_judges_nothing_or_is_not_measured_is_refused() -> None:
     measured = ["loss", "ce", "success", "invalid", "moves", "latents", "count"]
-    check_metric("success", measured, "--save_best")
+    check_metric("success", measured)
     for name in ("moves", "count", "correct", "sucess"):
         with pytest.raises(
             UserError, match=rf"^--save_best {name}: no such metric here.*; there are loss, ce, success, inv"
         ):
-            check_metric(name, measured, "--save_best")
+            check_metric(name, measured)
 
 
 # ------------------------------------------------------------------------------------------------- folders and records

@@ -348,17 +348,29 @@ def settings_of(values: dict[str, Any], tmp_path: Path) -> Settings:
 def test_defaults_are_deepspeeds(tmp_path: Path) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    real = DeepSpeedZeroConfig(stage=3)
-    found = settings_of({"zero_optimization": {"stage": 3}}, tmp_path)
-    assert found.zero == Zero3(
-        real.max_live_parameters, real.max_reuse_distance, real.prefetch_bucket_size,
-        real.param_persistence_threshold, real.reduce_bucket_size, real.zero_hpz_partition_size,
-    )  # fmt: skip
-    assert (found.contiguous, found.sub_group) == (real.contiguous_gradients, real.sub_group_size)
-    assert found.overlap == real.overlap_comm
-    assert (
-        settings_of({"zero_optimization": {"stage": 2}}, tmp_path).overlap == DeepSpeedZeroConfig(stage=2).overlap_comm
-    )
+    for stage in (1, 2, 3):
+        real = DeepSpeedZeroConfig(stage=stage)
+        found = settings_of({"zero_optimization": {"stage": stage}}, tmp_path).zero
+        assert found == Zero3(
+            real.max_live_parameters, real.max_reuse_distance, real.prefetch_bucket_size,
+            real.param_persistence_threshold, real.reduce_bucket_size, real.zero_hpz_partition_size,
+            real.sub_group_size, real.contiguous_gradients, found.overlap,
+        )  # fmt: skip
+        assert real.overlap_comm == (stage == 3 if found.overlap is None else found.overlap)
+
+
+def test_values_are_read_as_deepspeed_reads_them(tmp_path: Path) -> None:
+    from deepspeed.runtime.config import DtypeEnum
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    block = {"stage": 2, "reduce_bucket_size": "200000000", "sub_group_size": 5e8, "contiguous_gradients": "false"}
+    found, real = settings_of({"zero_optimization": block}, tmp_path).zero, DeepSpeedZeroConfig(**block)
+    read = (found.bucket, found.sub_group, found.contiguous)
+    assert read == (real.reduce_bucket_size, real.sub_group_size, real.contiguous_gradients)
+    for kind in (DtypeEnum.fp32, DtypeEnum.bf16):
+        for name in kind._all_values[1:]:
+            said = {"data_types": {"grad_accum_dtype": name}, "zero_optimization": {"stage": 2}}
+            assert settings_of(said, tmp_path).accumulated == kind.value.itemsize
 
 
 def test_auto_is_what_the_run_fills(tmp_path: Path) -> None:
@@ -375,6 +387,8 @@ def test_auto_is_what_the_run_fills(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "neither save nor restore"),
         ({"data_types": 1}, "'data_types' is 1"),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "many"}}, "'reduce_bucket_size' is 'many'"),
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": 0}}, "'reduce_bucket_size' is 0; write a number"),
+        ({"zero_optimization": {"stage": 2, "overlap_comm": "perhaps"}}, "is 'perhaps'; write true or false"),
         ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "ZeRO-0"),
         ({"data_types": {"grad_accum_dtype": "fp64"}}, "grad_accum_dtype' is 'fp64'"),
         (

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,11 @@ def test_walks_of_each_stage() -> None:
     [
         ("sft", NANO_KEPT, 1.00, True),
         ("sft", TWO_LAYERS, 1.78, False),
-        ("sft", TWO_LAYERS._replace(max_live=224_000, reuse=224_000), 2.01, False),
-        ("sft", TWO_LAYERS._replace(max_live=0, reuse=0), 2.84, True),
+        ("sft", replace(TWO_LAYERS, max_live=224_000, reuse=224_000), 2.01, False),
+        ("sft", replace(TWO_LAYERS, max_live=0, reuse=0), 2.84, True),
         ("stage2", NANO_KEPT, 1.00, True),
         ("stage2", TWO_LAYERS, 9.15, False),
-        ("stage2", TWO_LAYERS._replace(max_live=0, reuse=0), 12.97, True),
+        ("stage2", replace(TWO_LAYERS, max_live=0, reuse=0), 12.97, True),
     ],
 )
 def test_volumes_bound_what_deepspeed_gathered(stage: str, zero: Zero3, counted: float, exact: bool) -> None:
@@ -168,14 +169,14 @@ def test_shipped_files_keep_and_release_as_their_page_says() -> None:
 def test_one_limit_alone_does_not_keep() -> None:
     # Counted: 1.33 Ψ with max_live above Ψ and reuse 0, 1.15 Ψ with max_live 0 and reuse 3 Ψ, instead of 1.00.
     assert NANO_KEPT.keeps(NANO)
-    for alone in (NANO_KEPT._replace(reuse=0), NANO_KEPT._replace(max_live=0)):
+    for alone in (replace(NANO_KEPT, reuse=0), replace(NANO_KEPT, max_live=0)):
         assert not alone.keeps(NANO)
         assert volume(NANO, walk("stage2", 4), alone).gathered > 9 * NANO.text
 
 
 def test_small_matrices_stay_whole() -> None:
     model = NANO
-    moved = volume(model, Walk(1, 0), TWO_LAYERS._replace(persistence=20_000))
+    moved = volume(model, Walk(1, 0), replace(TWO_LAYERS, persistence=20_000))
     # Only gate, up, down and the embedding are above the threshold; the embedding is the head too.
     assert moved.forward == 4 * 3 * 128 * 384 + 2 * NANO_ROWS * 128
 
@@ -205,10 +206,10 @@ def test_hpz_gathers_once_among_all_ranks() -> None:
     # released 1.00 + 8.15, then 9.15 in the node.
     for zero in (KEPT, Zero3()):
         gathered = volume(SEVEN, walked, zero).gathered
-        moved = traffic(SEVEN, walked, zero._replace(hpz=8), ranks=64, micro_steps=3)
+        moved = traffic(SEVEN, walked, replace(zero, hpz=8), ranks=64, micro_steps=3)
         assert moved.everywhere == matrices + 3 * SEVEN.text
         assert moved.in_node == 3 * gathered - matrices
-    assert traffic(SEVEN, walked, KEPT._replace(hpz=8), 64) == traffic(SEVEN, walked, KEPT, 64)
+    assert traffic(SEVEN, walked, replace(KEPT, hpz=8), 64) == traffic(SEVEN, walked, KEPT, 64)
     assert traffic(SEVEN, walked, Zero3(hpz=8), 8) == traffic(SEVEN, walked, Zero3(), 8)
 
 
