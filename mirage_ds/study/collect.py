@@ -40,7 +40,6 @@ def _sizes(file: Path) -> Sizes:
 
 def stage_result(node: Node, store: Store) -> StageResult:
     """Read what a training stage came to."""
-    assert node.config is not None
     model, config = store.model(node), node.config
     steps, _ = split_log(json_lines(model / "run" / "log.jsonl"))
     shape = _sizes(model / "config.json")

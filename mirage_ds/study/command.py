@@ -124,7 +124,7 @@ def _print_plan(made: Study, lines: list[Line], left: list[Line], problems: list
     for name, group in grouped(lines, each).items():
         node = group[0].node
         row = [name, node.kind, str(len(group)), str(sum(line.cells for line in group)), "", ""]
-        if node.kind == "train" and node.config:
+        if node.kind == "train":
             steps = [line.estimate.steps for line in group if line.estimate.steps is not None]
             hours = hours_of(group)
             row[1] = node.config.stage

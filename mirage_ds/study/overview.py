@@ -134,13 +134,11 @@ def overview(study: Study, store: Store, machine: Mapping[str, Any] | None = Non
     """List every node, with `machine` also what it would take."""
     needed = Counter(key for cell in study.cells for key in cell.nodes)
     states = states_of(study, store)
-
-    def estimated(node: Node) -> Estimate:
-        if machine is None or node.kind != "train" or node.config is None:
-            return Estimate()
-        return estimate(node.config, machine)
-
-    return [Line(node, needed[key], states[key], estimated(node)) for key, node in study.nodes.items()]
+    lines = []
+    for key, node in study.nodes.items():
+        found = estimate(node.config, machine) if machine is not None and node.kind == "train" else Estimate()
+        lines.append(Line(node, needed[key], states[key], found))
+    return lines
 
 
 def hours_of(lines: Iterable[Line]) -> list[float]:
