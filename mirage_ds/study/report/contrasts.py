@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from mirage_ds.analysis.controls.statistics import holm
@@ -20,7 +19,7 @@ def contrasts(results: Results, work: Work) -> tuple[Found | None, list[Found]]:
 
     Returns:
         (primary, others). Each has {"arm", "base", "evaluation", "levels", "metric", "problem"} and, where "problem" is
-        None, the fields of a Comparison ("by_level": name → an Estimate), "means" of arm and base over the same seeds
+        None, what `compare` returns ("by_level": name → an Estimate), "means" of arm and base over the same seeds
         and records, "families" (see `_families`), "notes", and "steps", the optimizer steps of the chains, seed by
         seed. "p_holm" is adjusted among the others; the primary has none.
     """
@@ -51,7 +50,7 @@ def _contrast(contrast: ContrastSpec, margin: float, work: Work) -> Found:
         found["problem"] = f"contrast {contrast.arm} − {contrast.base}: {error}"
         work.miss(None, None, found["problem"], contrast.evaluation)
         return found
-    compared = asdict(compare(grid.values[0], grid.values[1], list(grid.levels.values()), margin, work.draws))
+    compared = compare(grid.values[0], grid.values[1], list(grid.levels.values()), margin, work.draws)
     found |= compared | {
         "by_level": dict(zip(grid.levels, compared["by_level"], strict=True)),
         "by_seed": [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -74,4 +73,4 @@ def _grid(answers: Mapping[int, Sequence[Answer]], names: Iterable[str], value: 
 
 
 def _mean(grid: Grid, values: np.ndarray, draws: Draws) -> Found:
-    return asdict(estimate(values, list(grid.levels.values()), draws)[0])
+    return estimate(values, list(grid.levels.values()), draws)[0]
