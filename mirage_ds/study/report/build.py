@@ -47,11 +47,11 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
     work = Work(Draws(resamples, seed))
     _gather(results, work)
     arms = [_arm(name, results.arms[name], cells, work) for name, cells in work.cells.items()]
-    primary, others = contrasts(results, work)
+    primary, others = contrasts(results.report, work)
     return {
         "name": results.name,
         "question": results.question,
-        "margin": results.margin,
+        "margin": results.report.margin,
         "made": dict(results.made),
         "statistics": {"resamples": resamples, "seed": seed},
         "arms": arms,

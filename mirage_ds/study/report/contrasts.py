@@ -8,13 +8,13 @@ from typing import Any
 from mirage_ds.analysis.controls.statistics import holm
 from mirage_ds.study.report.grid import Column, Grid, Misfit, Work, column, line_up
 from mirage_ds.study.report.statistics import compare
-from mirage_ds.study.results import Cell, Results
-from mirage_ds.study.spec import ContrastSpec
+from mirage_ds.study.results import Cell
+from mirage_ds.study.spec import ContrastSpec, ReportSpec
 
 Found = dict[str, Any]
 
 
-def contrasts(results: Results, work: Work) -> tuple[Found | None, list[Found]]:
+def contrasts(asked: ReportSpec, work: Work) -> tuple[Found | None, list[Found]]:
     """Compare what the study wants compared; a contrast that cannot be made is a hole.
 
     Returns:
@@ -23,9 +23,8 @@ def contrasts(results: Results, work: Work) -> tuple[Found | None, list[Found]]:
         and records, "families" (see `_families`), "notes", and "steps", the optimizer steps of the chains, seed by
         seed. "p_holm" is adjusted among the others; the primary has none.
     """
-    primary = _contrast(results.primary, results.margin, work) if results.primary else None
-    asked = [one for one in dict.fromkeys(results.contrasts) if one != results.primary]
-    others = [_contrast(one, results.margin, work) for one in asked]
+    primary = _contrast(asked.primary, asked.margin, work) if asked.primary else None
+    others = [_contrast(one, asked.margin, work) for one in dict.fromkeys(asked.contrasts) if one != asked.primary]
     tested = [one for one in others if one.get("p") is not None]
     for one, adjusted in zip(tested, holm([one["p"] for one in tested]), strict=True):
         one["p_holm"] = adjusted
@@ -34,14 +33,7 @@ def contrasts(results: Results, work: Work) -> tuple[Found | None, list[Found]]:
 
 def _contrast(contrast: ContrastSpec, margin: float, work: Work) -> Found:
     first = next(iter(work.metrics.get(contrast.evaluation, ())), None)
-    found: Found = {
-        "arm": contrast.arm,
-        "base": contrast.base,
-        "evaluation": contrast.evaluation,
-        "levels": list(contrast.levels),
-        "metric": contrast.metric or first,
-        "problem": None,
-    }
+    found: Found = {**contrast.model_dump(mode="json"), "metric": contrast.metric or first, "problem": None}
     sides = {"arm": contrast.arm, "base": contrast.base}
     try:
         pair = [_columns(name, found, work) for name in sides.values()]

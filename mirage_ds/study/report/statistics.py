@@ -50,18 +50,7 @@ class Draws(NamedTuple):
 
 def _counts(rng: np.random.Generator, resamples: int, count: int) -> np.ndarray:
     """Draw `count` of `count` with replacement, R times: (R, count), how often each was drawn."""
-    parts = []
-    for at in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - at)
-        drawn = rng.integers(count, size=(size, count))
-        drawn += count * np.arange(size)[:, None]
-        parts.append(np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count))
-    return np.concatenate(parts)
-
-
-def _ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    ends = np.cumsum(sizes).tolist()
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    return np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(resamples)])
 
 
 # A mean over seeds and records, as report.json has it; see `estimate`.
@@ -85,10 +74,11 @@ def estimate(values: np.ndarray, sizes: Sequence[int], draws: Draws) -> tuple[Es
     seeds, count = values.shape
     shares, drawn = draws.seeds(seeds), draws.records(tuple(sizes))
     sums = np.empty((draws.resamples, len(sizes)))
+    columns = [slice(int(end) - size, int(end)) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
     for at in range(0, draws.resamples, _CHUNK):
         part = slice(at, at + _CHUNK)
-        for level, (start, stop) in enumerate(_ranges(sizes)):
-            by_seed = drawn[part, start:stop].astype(np.float64) @ values[:, start:stop].T
+        for level, own in enumerate(columns):
+            by_seed = drawn[part, own].astype(np.float64) @ values[:, own].T
             sums[part, level] = (by_seed * shares[part]).sum(1)
     resampled = "seeds and records" if seeds > 1 else "records"
 
@@ -99,8 +89,8 @@ def estimate(values: np.ndarray, sizes: Sequence[int], draws: Draws) -> tuple[Es
         return {**rounded, "seeds": seeds, "records": records, "resampled": resampled}
 
     levels = [
-        made(values[:, start:stop].mean(), sums[:, level] / (stop - start), stop - start)
-        for level, (start, stop) in enumerate(_ranges(sizes))
+        made(values[:, own].mean(), sums[:, level] / size, size)
+        for level, (own, size) in enumerate(zip(columns, sizes, strict=True))
     ]
     return made(values.mean(), sums.sum(1) / count, count), levels
 
