@@ -236,23 +236,13 @@ class Encoder:
             helpers=tuple(self._merged(grid) for grid in layout.helper_grids),
         )
 
-    def encode(
-        self,
-        record: Record,
-        row: int,
-        image_features: torch.Tensor | None = None,
-        helper_features: torch.Tensor | None = None,
-    ) -> Sample:
+    def encode(self, record: Record, row: int) -> Sample:
         """Encode one record.
-
-        Args:
-            image_features: (F, H) features of its images, which are then not decoded.
-            helper_features: (blocks · k, H) targets that its helpers were pooled to, which are then not decoded.
 
         Raises:
             RecordError: the record cannot be used in this stage, or an image does not decode.
         """
-        return self.fill(self.lay_out(record), record, row, image_features, helper_features)
+        return self.fill(self.lay_out(record), record, row)
 
     def fill(
         self,
@@ -263,6 +253,10 @@ class Encoder:
         helper_features: torch.Tensor | None = None,
     ) -> Sample:
         """Make the Sample of a row that is laid out already; of the record only its line and its paths are looked at.
+
+        Args:
+            image_features: (F, H) features of its images, which are then not decoded.
+            helper_features: (blocks · k, H) targets that its helpers were pooled to, which are then not decoded.
 
         Raises:
             RecordError: an image does not decode, or is another one than when the row was laid out.
