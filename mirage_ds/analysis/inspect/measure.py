@@ -57,9 +57,11 @@ def lens(latents: torch.Tensor, matrix: torch.Tensor, count: int) -> Words:
 
 def targets(features: torch.Tensor, k: int, compress: Compress = "average") -> torch.Tensor:
     """Average a helper's features (rows, columns, H) into k targets (k, H), as stage 1 does."""
-    groups = torch.from_numpy(pool_groups(*features.shape[:2], k, compress)).to(features.device)
-    features, kept = features.flatten(0, 1), groups != DROPPED
-    sums = torch.zeros(k, features.shape[-1], device=features.device).index_add(0, groups[kept], features[kept].float())
+    rows, columns, width = features.shape
+    groups = torch.from_numpy(pool_groups(rows, columns, k, compress)).to(features.device)
+    kept = groups != DROPPED
+    own = features.flatten(0, 1)[kept].float()
+    sums = torch.zeros(k, width, device=features.device).index_add(0, groups[kept], own)
     return sums / groups[kept].bincount()[:, None]
 
 
