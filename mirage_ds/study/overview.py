@@ -24,10 +24,9 @@ from rich.table import Column, Table
 from mirage_ds.cluster.status.facts import Facts
 from mirage_ds.cluster.status.show import print_several
 from mirage_ds.cluster.status.summary import summary
-from mirage_ds.config.mixture import Mixture
+from mirage_ds.config.mixture import Mixture, most
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.pack import total_steps
-from mirage_ds.data.proportion import most
 from mirage_ds.errors import UserError
 from mirage_ds.plan.fit import Question, chosen, rank
 from mirage_ds.plan.spec import PlanSpec

@@ -287,8 +287,8 @@ def test_kept_targets_are_those_of_a_helper_that_is_not_kept_to_the_bit(
     records, _ = scan(file)
     whole = [encoder.encode(record, row) for row, record in enumerate(records)]
     kept = [
-        encoder.encode(records[0], 0, None, torch.cat(each[:2])),
-        encoder.encode(records[1], 1, None, each[2]),
+        encoder.fill(encoder.lay_out(record), record, row, None, features)
+        for row, (record, features) in enumerate(zip(records, [torch.cat(each[:2]), each[2]], strict=False))
     ]
     assert [sample.helper_features.shape for sample in kept] == [(2 * k, width), (k, width)]
     assert all(not sample.helper_pixel_values.numel() for sample in kept)
@@ -298,7 +298,7 @@ def test_kept_targets_are_those_of_a_helper_that_is_not_kept_to_the_bit(
         targets.append(compressed(batch.helper_features, batch, width))
     assert torch.equal(*targets)
     with pytest.raises(RecordError, match="an image changed its size"):
-        encoder.encode(records[1], 1, None, torch.cat(each))
+        encoder.fill(encoder.lay_out(records[1]), records[1], 1, None, torch.cat(each))
 
 
 def test_what_is_kept_is_of_one_way_of_reading_and_pooling(
