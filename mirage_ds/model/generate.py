@@ -200,15 +200,16 @@ class _OneToken:
         return output.flatten(1, 2)
 
 
-def _parts(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Split rows into neighbours, [first, end), of at most `budget` tokens; a row that is longer stands alone."""
-    first = tokens = 0
-    for row, length in enumerate(lengths):
-        if tokens and tokens + length > budget:
-            yield first, row
-            first, tokens = row, 0
-        tokens += length
-    yield first, len(lengths)
+def neighbours(sizes: Sequence[int], budget: int, most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Cut a row of things into [first, end), each of `budget` and `most` things at most; a larger one stands alone."""
+    first = held = 0
+    for number, size in enumerate(sizes):
+        if number > first and (held + size > budget or number - first == most):
+            yield first, number
+            first, held = number, 0
+        held += size
+    if sizes:
+        yield first, len(sizes)
 
 
 def _prefill(
@@ -225,7 +226,7 @@ def _prefill(
     images = torch.searchsorted(batch.image_positions, batch.cu_seqlens.long()).tolist()
     cache: _Cache | None = None
     last = []
-    for first, end in _parts(lengths, budget):
+    for first, end in neighbours(lengths, budget):
         here, seen = slice(starts[first], starts[end]), slice(images[first], images[end])
         x, deep = place_images(
             text.embed_tokens(batch.input_ids[here]), features[seen], batch.image_positions[seen] - here.start
