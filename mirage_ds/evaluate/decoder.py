@@ -34,10 +34,10 @@ from mirage_ds.model.generate import (
     Latents,
     LatentTokens,
     Limits,
-    Pause,
     generate,
     greedy,
     latent_tokens,
+    pause,
     sampler,
 )
 from mirage_ds.model.load import Loaded, check_folder, load_model
@@ -198,7 +198,7 @@ def tokens_and_feed(
     tokens = latent_tokens(encoder)
     if not latents:
         tokens = tokens._replace(start=-1)
-    return tokens, Pause(model, tokens.pad) if slots == "pause" else None
+    return tokens, pause(model, tokens.pad) if slots == "pause" else None
 
 
 def pack(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], passes: int = 1) -> Batch:

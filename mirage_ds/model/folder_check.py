@@ -53,7 +53,7 @@ PROCESSOR_KEYS = {
 CHUNK_ROWS = 8192
 
 
-def check_stored(folder: Path, config: PretrainedConfig, expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_stored(folder: Path, config: PretrainedConfig, expected: Mapping[str, Sequence[int]]) -> None:
     """Refuse a folder whose weights are not exactly those of its config.json, or that contradicts itself.
 
     Args:
@@ -86,7 +86,7 @@ def check_stored(folder: Path, config: PretrainedConfig, expected: Mapping[str, 
     _refuse_codes(stored, (*own.values(), *strange))
     _compare_names(folder, stored, own, strange, expected)
     for flat, shape in expected.items():
-        if stored[own[flat]].shape != shape:
+        if stored[own[flat]].shape != tuple(shape):
             raise UserError(
                 f"{folder}: {flat} has shape {stored[own[flat]].shape}, config.json says {shape}; they do not belong "
                 "together"
@@ -131,7 +131,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _refuse_other_weights(
-    folder: Path, stored: Mapping[str, Stored], family: Family, expected: Mapping[str, tuple[int, ...]]
+    folder: Path, stored: Mapping[str, Stored], family: Family, expected: Mapping[str, Sequence[int]]
 ) -> None:
     """Refuse a second set of weights that from_pretrained would pass over.
 
@@ -187,7 +187,7 @@ def _compare_names(
     stored: Mapping[str, Stored],
     own: Mapping[str, str],
     strange: Sequence[str],
-    expected: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, Sequence[int]],
 ) -> None:
     """Refuse tensors that are missing, renamed or not the model's.
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from mirage_ds.cluster.status.facts import json_lines, split_log
 from mirage_ds.data.record_files import read_lines
-from mirage_ds.engine.installed import versions
+from mirage_ds.engine.versions import versions
 from mirage_ds.plan.formulas import flops
 from mirage_ds.plan.shape import read_shape, sizes
 from mirage_ds.study.nodes import CellPlan, Node, Study
