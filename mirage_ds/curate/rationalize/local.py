@@ -96,7 +96,9 @@ class Local:
         # They are no text; a folder that was trained on latents would begin its reply with them.
         banned = [token for token in map(encoder.id_of, (*LATENT_TOKENS, IMAGE_PAD)) if token < len(model.head.weight)]
         try:
-            answers = decode_samples(model, self.decoder.tower, encoder, samples, limits, False, drawn, seed, banned=banned)
+            answers = decode_samples(
+                model, self.decoder.tower, encoder, samples, limits, False, drawn, seed, banned=banned
+            )
         except NotFinite as error:
             with self.questions.source.told(self.questions.source.records[error.row]):
                 raise
