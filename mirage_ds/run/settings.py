@@ -23,7 +23,7 @@ from mirage_ds.model.attention import choose_backend, head_width_of
 from mirage_ds.model.load import check_folder, read_config, shape_of
 from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
 from mirage_ds.model.shape import Shape
-from mirage_ds.plan.settings import Settings, read_settings, two_layers
+from mirage_ds.plan.settings import Settings, read_settings
 from mirage_ds.plan.shape import sizes, trained_parameters
 from mirage_ds.plan.states import states
 from mirage_ds.run import folder as run_folder
@@ -103,8 +103,8 @@ def check_settings(run: Run) -> Checked:
             check_folder(folders[0], folders[1:])
     model_config = read_config(folders[0])
     shape = shape_of(model_config, f"{folders[0]}/config.json")
+    # Fills the limits that are "auto" in `ds_values`, too.
     settings = read_settings(ds_values, json_path, sizes(shape))
-    ds.fill_limits(ds_values, two_layers(sizes(shape)))
     encoder = make_encoder(config, folders)
     lora = from_rank_zero(lambda: make_lora(config, shape, encoder), world)
     checked = Checked(ds_values, folders, encoder, shape, lora)
