@@ -34,7 +34,7 @@ ROOMS = {
     "engine": 1660,
     "model": 1590,
     "run": 1700,
-    "plan": 1090,
+    "plan": 1100,
     "evaluate": 650,
     "config": 440,
     "api": 240,
