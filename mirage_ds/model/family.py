@@ -113,7 +113,7 @@ def family_of(kind: Any, where: str) -> Family:
     raise UserError(f"{where}: {what}a model of type {kind!r}; mirage_ds trains {what and 'the dense '}{known}")
 
 
-def check_kind(values: Mapping[str, Any], file: Path) -> Family:
+def check_kind(values: Any, file: Path) -> Family:
     """Find the family of a model by its config.json; UserError where it is none that can be trained.
 
     Refused too is a model that writes no text: one that was made for embeddings, ranks or classes.
@@ -122,6 +122,8 @@ def check_kind(values: Mapping[str, Any], file: Path) -> Family:
         values: what stands in the file.
         file: the config.json; what stands beside it is looked at too.
     """
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected an object, found {type(values).__name__}; copy the model's own")
     family = family_of(values.get("model_type"), str(file))
     # A shape may be given as a file of any name, in a folder that is no model.
     beside = {one.name for one in file.parent.iterdir()} if file.name == "config.json" else set()

@@ -69,8 +69,6 @@ def read_config(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     values = read_json(folder / "config.json")
-    if not isinstance(values, dict):
-        raise UserError(f"{folder}/config.json: expected an object, found {type(values).__name__}")
     family = check_kind(values, folder / "config.json")
     with _described(family, f"{folder}/config.json"):
         config = AutoConfig.from_pretrained(folder)

@@ -18,7 +18,6 @@ is freed on the way, and gradients come up. Model states, gathered weights and b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from mirage_ds.plan.shape import Sizes
@@ -44,11 +43,6 @@ class PassShape(NamedTuple):
     def tokens(self) -> int:
         """T."""
         return sum(self.queries)
-
-    @property
-    def visible(self) -> int:
-        """K."""
-        return sum(self.keys)
 
 
 class Micro(NamedTuple):
@@ -96,7 +90,7 @@ def layer_terms(micro: Micro, one: PassShape) -> Terms:
         "normalised, before the norms' weights (2 b T H)": 2 * width * tokens * hidden,
         "inputs of q, k, v and of gate, up (2 b T H)": 2 * width * tokens * hidden,
         "queries (b T Hq D)": width * tokens * model.width,
-        "keys and values (2 b K Hkv D)": 2 * width * one.visible * model.kv_width,
+        "keys and values (2 b K Hkv D)": 2 * width * sum(one.keys) * model.kv_width,
         "attention's output (b T Hq D)": width * tokens * model.width,
         "log-sum-exp (4 T Hq)": FLOAT32 * tokens * model.heads,
         "gate, its activation, up, their product (4 b T I)": 4 * width * tokens * inner,
@@ -149,7 +143,7 @@ def recomputed(micro: Micro, one: PassShape) -> int:
     return total(layer_terms(micro, one)) - there
 
 
-def total(terms: Mapping[str, int]) -> int:
+def total(terms: Terms) -> int:
     """Sum of the terms."""
     return sum(terms.values())
 

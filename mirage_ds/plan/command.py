@@ -26,19 +26,17 @@ def plan(wants_json: bool, card: str | None, **flags: Any) -> None:
     From the model's config.json alone; nothing is downloaded or measured, and no weights are read. Exit code 0 also
     where none of the shipped JSONs fits; 1 where the one given by --deepspeed does not.
     """
-    from rich.console import Console
-
-    from mirage_ds.plan.fit import Question, advice, chosen, rank
+    from mirage_ds.plan.fit import Question, advice, rank
     from mirage_ds.plan.report import as_json, print_tables
 
     spec = build_model(PlanSpec, flags | {"gpu": flags["gpu"] or card})
-    asked, paths = Question(spec), chosen(spec)
-    plans = rank(asked, paths)
+    asked = Question(spec)
+    plans = rank(asked)
     fits = plans[0].problem is None
-    said = [] if fits else advice(asked, paths)
+    said = [] if fits else advice(asked)
     if wants_json:
         click.echo(as_json(asked, plans, said))
     else:
-        print_tables(asked, plans, said, Console())
+        print_tables(asked, plans, said)
     if spec.deepspeed is not None and not fits:
         sys.exit(EXIT_DOES_NOT_FIT)

@@ -7,7 +7,6 @@ element of the compute dtype.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +41,7 @@ class Question:
         machine: the GPUs and what lies between them; ranks: W.
         model: its elements; parameters: what is trained.
         micro: one rank's micro-batch.
+        paths: the JSONs to choose from: the one given, or all recipes.
     """
 
     def __init__(self, spec: PlanSpec):
@@ -49,6 +49,7 @@ class Question:
         self.spec, self.machine, self.ranks = spec, _machine(spec), spec.nodes * spec.gpus_per_node
         self.model, self.parameters = sizes(shape), trained_parameters(shape)
         self.micro = _micro(spec, self.model)
+        self.paths = recipes() if spec.deepspeed is None else [spec.deepspeed]
 
 
 def _machine(spec: PlanSpec) -> Machine:
@@ -141,11 +142,8 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     """Count what one rank, its node and the disks hold."""
     spec, model, b = asked.spec, asked.model, settings.compute
     micro = asked.micro._replace(width=b, checkpointing=checkpointing)
-    found, saved, height = (
-        states(asked.parameters, settings, asked.ranks, spec.micro_steps),
-        saved_terms(micro),
-        peak(micro),
-    )
+    found, saved = states(asked.parameters, settings, asked.ranks, spec.micro_steps), saved_terms(micro)
+    height = peak(micro)
     every_kept, grounded = spec.feature_cache == "all", spec.latent_runs if spec.stage == "stage1" else 0
     tower = model.vision * b
     host = {name: spec.gpus_per_node * size for name, size in found.host.items() if size}
@@ -235,17 +233,17 @@ def _worth(asked: Question, plan: Plan) -> tuple[bool, bool, float, float]:
     return plan.problem is not None, not plan.settings.moves_all_weights, seconds, plan.held.gpu
 
 
-def rank(asked: Question, paths: Sequence[Path]) -> list[Plan]:
-    """Judge several JSONs, the best first."""
-    return sorted((judge(asked, path) for path in paths), key=lambda plan: _worth(asked, plan))
+def rank(asked: Question) -> list[Plan]:
+    """Judge all JSONs, the best first."""
+    return sorted((judge(asked, path) for path in asked.paths), key=lambda plan: _worth(asked, plan))
 
 
-def advice(asked: Question, paths: Sequence[Path]) -> list[str]:
+def advice(asked: Question) -> list[str]:
     """Say what would make something fit where nothing does: fewer tokens, more nodes, larger GPUs."""
 
     def some(**changed: Any) -> str | None:
-        other = Question(asked.spec.model_copy(update=changed))
-        return next((plan.name for plan in rank(other, paths) if plan.problem is None), None)
+        best = rank(Question(asked.spec.model_copy(update=changed)))[0]
+        return best.name if best.problem is None else None
 
     spec, said = asked.spec, []
     if not spec.gradient_checkpointing and (name := some(gradient_checkpointing=True)):
@@ -258,13 +256,8 @@ def advice(asked: Question, paths: Sequence[Path]) -> list[str]:
         if nodes <= MOST_NODES and (name := some(nodes=nodes)):
             said.append(f"--nodes {nodes} ({name})")
             break
-    possible = [plan for plan in rank(asked, paths) if not plan.held.states.obstacle]
+    possible = [plan for plan in rank(asked) if not plan.held.states.obstacle]
     if possible:
         least = min(possible, key=lambda plan: plan.held.gpu)
         said.append(f"GPUs of {least.held.gpu / GB:.0f} GB ({least.name})")
     return said
-
-
-def chosen(spec: PlanSpec) -> list[Path]:
-    """Return the JSONs that are asked about: the one given, or all recipes."""
-    return recipes() if spec.deepspeed is None else [spec.deepspeed]

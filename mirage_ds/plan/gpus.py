@@ -50,12 +50,3 @@ PEAKS = {
     "GeForce RTX 4090": _tera(165.2, 82.6, 82.6),
     "GeForce RTX 3090": _tera(71, 35.6, 35.6),
 }
-
-
-def peak_of(device_name: str) -> Peak | None:
-    """Return a GPU's peaks; None for one that is not in the table.
-
-    Args:
-        device_name: as torch.cuda.get_device_name says it.
-    """
-    return PEAKS.get(device_name.removeprefix("NVIDIA ").strip())

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from mirage_ds.model.shape import Shape
 from mirage_ds.plan.formulas import flops
-from mirage_ds.plan.gpus import peak_of
+from mirage_ds.plan.gpus import PEAKS
 from mirage_ds.plan.shape import Sizes, sizes
 
 
@@ -127,5 +127,5 @@ def peak_flops(given: float | None, device_name: str | None, precision: str) -> 
     """
     if given is not None:
         return given * 1e12
-    found = peak_of(device_name) if device_name is not None else None
+    found = PEAKS.get((device_name or "").removeprefix("NVIDIA ").strip())
     return None if found is None else float(getattr(found, precision))

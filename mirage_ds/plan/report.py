@@ -127,8 +127,9 @@ def step_table(asked: Question, plan: Plan) -> Table:
     return table
 
 
-def print_tables(asked: Question, plans: Sequence[Plan], advice: Sequence[str], console: Console) -> None:
+def print_tables(asked: Question, plans: Sequence[Plan], advice: Sequence[str]) -> None:
     """Print the ranking, then the first JSON's numbers, then what to do where nothing fits."""
+    console = Console()
     console.width = min(console.width, WIDTH)
     console.print(headline(asked), markup=False, highlight=False)
     console.print(ranking(asked, plans), highlight=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 
 from mirage_ds.engine.ds_config import compute_dtype, fill_limits, offload_device, zero_stage
@@ -93,7 +93,7 @@ def two_layers(model: Sizes) -> int:
 
 
 def read_settings(values: dict[str, Any], path: Path, model: Sizes) -> Settings:
-    """Read a JSON that ds_config.read_json has checked; its limits of "auto" are filled, as the run fills them.
+    """Read a JSON that ds_config.read_json has checked; its limits of "auto" are filled, in `values` too.
 
     Raises:
         UserError: a value of a wrong type, or a mix that DeepSpeed refuses.
@@ -115,7 +115,7 @@ def read_settings(values: dict[str, Any], path: Path, model: Sizes) -> Settings:
         raise UserError(f"{path}: ZeRO-0 sums gradients in the dtype of the weights; write stage 1, 2 or 3")
     fill_limits(values, two_layers(model))
     try:
-        zero = TypeAdapter(Zero3).validate_python(values.get("zero_optimization", {}))
+        zero = Zero3(**values.get("zero_optimization", {}))
     except ValidationError as error:
         wrong = error.errors()[0]
         wanted = "true or false" if wrong["type"].startswith("bool") else "a number of elements"

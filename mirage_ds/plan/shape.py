@@ -129,8 +129,6 @@ def read_shape(model: str) -> Shape:
             raise UserError(f"--model {model}: no config.json there; give a model folder or a public shape's name")
     if path.is_file():
         values = read_json(path)
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: expected an object, found {type(values).__name__}; copy the model's own")
         check_kind(values, path)
         return describe(values, str(path))
     # `Qwen/Qwen2.5-VL-7B-Instruct` is the hub's name of a public shape: nothing is fetched.

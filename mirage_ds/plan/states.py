@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
+from mirage_ds.plan.activations import Terms
 from mirage_ds.plan.settings import Settings
 
 # stage_1_and_2.py and bf16_optimizer.py align the flat groups to 2 elements a rank (nccl_start_alignment_factor).
 ALIGNMENT = 2
-Terms = dict[str, int]
 # Elements of each parameter, group by group.
 Groups = Sequence[Sequence[int]]
 
@@ -69,10 +69,13 @@ def sub_groups(group: Sequence[int], limit: int, ranks: int) -> list[list[int]]:
         The elements (whole, not the rank's part) of each sub-group's parameters.
     """
     found: list[list[int]] = [[]]
+    held = 0
     for elements in group:
-        if sum(part(n, ranks) for n in found[-1]) >= limit:
+        if held >= limit:
             found.append([])
+            held = 0
         found[-1].append(elements)
+        held += part(elements, ranks)
     return found
 
 

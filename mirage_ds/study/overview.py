@@ -28,7 +28,7 @@ from mirage_ds.config.mixture import Mixture, most
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.pack import total_steps
 from mirage_ds.errors import UserError
-from mirage_ds.plan.fit import Question, chosen, rank
+from mirage_ds.plan.fit import Question, rank
 from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.run import events
 from mirage_ds.study.nodes import Node, Study
@@ -88,7 +88,7 @@ def planned_model(model: str) -> str:
 
 @lru_cache
 def _seconds(spec: PlanSpec) -> float:
-    plans = rank(Question(spec), chosen(spec))
+    plans = rank(Question(spec))
     if plans[0].problem is not None:
         raise UserError(f"does not fit: {plans[0].problem}")
     return float(plans[0].step.most)

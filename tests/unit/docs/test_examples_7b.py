@@ -24,7 +24,7 @@ from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.command import evaluate
 from mirage_ds.evaluate.spec import EvaluateSpec
-from mirage_ds.plan.fit import Plan, Question, chosen, rank
+from mirage_ds.plan.fit import Plan, Question, rank
 from mirage_ds.plan.settings import read_settings
 from mirage_ds.plan.shape import read_shape, sizes
 from mirage_ds.plan.spec import PlanSpec
@@ -132,7 +132,7 @@ def plan_of(stage: str, path: Path | None, **machine: Any) -> list[Plan]:
     """Judge the stage's JSONs, or one, for a row of a GPU and step."""
     machine = {"micro_batch_tokens": machine.get("row_tokens", 500), "gpus_per_node": 8, **machine}
     spec = PlanSpec(model=planned_model(MODEL), stage=stage, deepspeed=path, **machine)
-    return rank(Question(spec), chosen(spec))
+    return rank(Question(spec))
 
 
 def test_the_hub_id_is_a_public_shape() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.model.load import load_model, load_tower, read_config, shape_of
 from mirage_ds.model.loss import StepCounts, objective
 from mirage_ds.model.vision import features_of
-from mirage_ds.plan.gpus import A100, H100_SXM, PEAKS, peak_of
+from mirage_ds.plan.gpus import A100, H100_SXM, PEAKS
 from mirage_ds.plan.mfu import ModelFlops, Tower, peak_flops, tower_of
 from mirage_ds.plan.shape import read_shape
 from mirage_ds.run.step import encoding_flops
@@ -107,11 +108,15 @@ def test_windows_are_cut_off_at_the_edges() -> None:
 
 
 def test_peaks_go_by_the_whole_name() -> None:
-    assert peak_of("NVIDIA H100 80GB HBM3") == peak_of("NVIDIA H200") == H100_SXM
-    assert peak_of("NVIDIA A100-SXM4-80GB") == peak_of("A100-SXM4-80GB") == A100
+    for peak, *names in (
+        (H100_SXM, "NVIDIA H100 80GB HBM3", "NVIDIA H200"),
+        (A100, "NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"),
+    ):
+        for name, precision in product(names, peak._fields):
+            assert peak_flops(None, name, precision) == getattr(peak, precision)
     for other in ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 D", "NVIDIA RTX 6000 Ada Generation",
                   "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H20", "cpu"):  # fmt: skip
-        assert peak_of(other) is None
+        assert peak_flops(None, other, "bf16") is None
     for peak in PEAKS.values():
         assert peak.bf16 > 1.9 * peak.tf32 >= 1.9 * peak.fp32
 

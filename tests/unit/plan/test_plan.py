@@ -553,7 +553,7 @@ def test_schedule_of_the_question() -> None:
 
 def test_every_shipped_json_is_judged_in_every_stage() -> None:
     for stage in ("sft", "stage1", "stage2"):
-        plans = rank(Question(PlanSpec(model="qwen2.5-vl-7b", stage=stage, nodes=4)), recipes())
+        plans = rank(Question(PlanSpec(model="qwen2.5-vl-7b", stage=stage, nodes=4)))
         assert {plan.name for plan in plans} == {path.name for path in recipes()} >= {f"{DEFAULTS[stage]}.json"}
         for plan in plans:
             assert (plan.held.gpu <= 80e9) or plan.problem
@@ -564,10 +564,10 @@ def test_every_shipped_json_is_judged_in_every_stage() -> None:
 
 
 def test_kept_is_best_on_large_cards_and_released_on_small_ones() -> None:
-    large = rank(Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage2", nodes=4, gpu_memory=80)), recipes())
+    large = rank(Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage2", nodes=4, gpu_memory=80)))
     assert large[0].name == "zero3_kept.json"
     asked = Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage2", nodes=4, gpu_memory=35))
-    plans = {plan.name: plan for plan in rank(asked, recipes())}
+    plans = {plan.name: plan for plan in rank(asked)}
     assert "GB" in str(plans["zero3_kept.json"].problem)
     assert plans["zero3.json"].problem is None
 
@@ -586,14 +586,14 @@ def test_the_first_thing_too_large_is_named() -> None:
 
 def test_advice_is_what_would_fit() -> None:
     spec = PlanSpec(model="qwen2.5-vl-32b", stage="stage2", nodes=2)
-    asked, paths = Question(spec), [shipped_folder() / "zero3.json", shipped_folder() / "zero3_offload.json"]
-    assert all(plan.problem for plan in rank(asked, paths))
-    said = advice(asked, paths)
+    asked = Question(spec)
+    assert all(plan.problem for plan in rank(asked))
+    said = advice(asked)
     tokens = int(said[0].split()[1])
     for more, fits in ((0, True), (spec.row_tokens, False)):
         other = Question(spec.model_copy(update={"micro_batch_tokens": tokens + more}))
-        assert any(plan.problem is None for plan in rank(other, paths)) is fits
-    least = min(plan.held.gpu for plan in rank(asked, paths)) / GB
+        assert any(plan.problem is None for plan in rank(other)) is fits
+    least = min(plan.held.gpu for plan in rank(asked)) / GB
     assert any(line.startswith(f"GPUs of {least:.0f} GB") for line in said)
 
 
