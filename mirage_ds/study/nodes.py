@@ -322,7 +322,6 @@ def _check_names(spec: StudySpec, arms: Collection[str]) -> None:
 def _cell(
     spec: StudySpec, name: str, arm: Arm, varied: Settings, seed: Settings, here: Path, nodes: dict[str, Node]
 ) -> CellPlan:
-    parent: str | None = None
     chain: list[str] = []
     config: RunConfig | None = None
     for stage in arm.chain:
@@ -335,18 +334,17 @@ def _cell(
         config = make_config(settings, where, here)
         if config.model is None:
             raise UserError(f"{where}: no `model`; give it in common: the folder or hub id that chains begin with")
+        parent = chain[-1] if chain else None
         node = _train_node(config, stage, parent, here, spec.launch.environment.get("DS_ACCELERATOR") == "cpu")
         nodes.setdefault(node.key, node)
-        parent = node.key
         chain.append(node.key)
-    assert parent is not None
     assert config is not None
     results: dict[str, str] = {}
     entry = name.partition("[")[0]
     for title, evaluation in spec.evaluations.items():
         if evaluation.arms is not None and not {name, entry} & set(evaluation.arms):
             continue
-        for node in _evaluation_nodes(title, evaluation, parent, config, here):
+        for node in _evaluation_nodes(title, evaluation, chain[-1], config, here):
             nodes.setdefault(node.key, node)
             results[f"{SCORES if node.kind == 'evaluate' else CONTROLS} {title}"] = node.key
     return CellPlan(name, seed["seed"], {**arm.settings, **varied}, tuple(chain), results)
