@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -20,14 +19,6 @@ from mirage_ds.model.generate import LatentTokens, Limits, latent_tokens
 from mirage_ds.model.images import Deep, place_images
 from mirage_ds.model.latents import in_order, run_passes
 from mirage_ds.model.vision import FrozenTower
-
-
-class Ran(NamedTuple):
-    """Rows as the model ran them: embeddings (T, H) with the images in place, and final-norm hidden states (T, H)."""
-
-    batch: Batch
-    embeddings: torch.Tensor
-    hidden: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -72,8 +63,12 @@ class Bench:
         states = run_passes(text, inputs, batch.position_ids, passes, self.model.how.attention, False, deep=deep)
         return in_order(states, passes)
 
-    def fed_back(self, samples: Sequence[Sample]) -> Ran:
-        """Run rows with their answers given and every block fed the states before its slots, as stage 2 does."""
+    def fed_back(self, samples: Sequence[Sample]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+        """Run rows with their answers given and every block fed the states before its slots, as stage 2 does.
+
+        Returns:
+            The batch, embeddings (T, H) with the images in place, and final-norm hidden states (T, H).
+        """
         batch = self.batch(samples, 1 + max(sum(k for _, k in sample.runs) for sample in samples))
         embeddings, deep = self.inputs(batch)
-        return Ran(batch, embeddings, self.hidden(batch, embeddings, deep))
+        return batch, embeddings, self.hidden(batch, embeddings, deep)

@@ -82,6 +82,32 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
     return counts
 
 
+def shares(files: Sequence[Path], count: int, weights: Sequence[float]) -> list[int]:
+    """Split `count` rows by the weights.
+
+    Raises:
+        UserError: a source gets none.
+    """
+    counts = apportion(count, weights)
+    for file, share in zip(files, counts, strict=True):
+        if not share:
+            raise UserError(f"{file}: gets no row in a mixture of {count}; raise its weight or --count")
+    return counts
+
+
+def most(files: Sequence[Path], lengths: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Count the rows of each source in the largest mixture of these weights that takes no row twice.
+
+    Args:
+        lengths: rows that there are of each.
+
+    Raises:
+        UserError: a source gets none.
+    """
+    total = min(length / weight for length, weight in zip(lengths, weights, strict=True)) * sum(weights)
+    return shares(files, int(total + 1e-9), weights)
+
+
 def records_of(named: Path | Sequence[Path]) -> Records:
     """Read what --data_path names: one source as it is called, or FILE[:WEIGHT] of each of several.
 

@@ -230,24 +230,16 @@ class RunConfig(BaseModel):
     def _agree(self) -> Self:
         if self.model is None and self.load_model_path is None:
             raise ValueError("--model is required: the folder or hub id of a Qwen2.5-VL (or --load_model_path)")
-        if (
-            self.global_batch_size
-            and self.gradient_accumulation_steps
-            and self.global_batch_size != self.gradient_accumulation_steps
-        ):
+        if len({self.global_batch_size, self.gradient_accumulation_steps} - {None}) == 2:
             raise ValueError(
                 f"--global_batch_size {self.global_batch_size} and --gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps} both say how many rows an optimizer step has: give one of them"
             )
         if (self.eval_data_path is None) != (self.eval_every is None):
             raise ValueError("--eval_data_path and --eval_every belong together: give both or none")
-        for flag, given in (
-            ("--eval_decode", self.eval_decode),
-            ("--eval_pictures", self.eval_pictures),
-            ("--save_best", self.save_best),
-        ):
-            if given and self.eval_data_path is None:
-                raise ValueError(f"{flag} {given} needs records to evaluate: add --eval_data_path and --eval_every")
+        for name in ("eval_decode", "eval_pictures", "save_best"):
+            if (given := getattr(self, name)) and self.eval_data_path is None:
+                raise ValueError(f"--{name} {given} needs records to evaluate: add --eval_data_path and --eval_every")
         if self.eval_pictures and "tensorboard" not in self.report_to:
             raise ValueError(f"--eval_pictures {self.eval_pictures} go to TensorBoard: add --report_to tensorboard")
         if self.eval_pictures and self.stage == "sft":
@@ -262,10 +254,9 @@ class RunConfig(BaseModel):
                 f"--train_vision changes the features that --feature_cache {self.feature_cache} would keep: use "
                 "--feature_cache off, or leave it out"
             )
-        if self.lora_rank is None:
-            lora = {"alpha": self.lora_alpha, "dropout": self.lora_dropout, "targets": self.lora_targets}
-            for name in (name for name, given in lora.items() if given):
-                raise ValueError(f"--lora_{name} needs adapters: add --lora_rank, or leave it out")
+        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+            if getattr(self, name) and self.lora_rank is None:
+                raise ValueError(f"--{name} needs adapters: add --lora_rank, or leave it out")
         if self.lora_dropout:
             raise ValueError(
                 f"--lora_dropout {self.lora_dropout}: a layer that backward recomputes would draw another mask than "

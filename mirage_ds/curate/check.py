@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from mirage_ds.config.run import Stage, cache_folder
@@ -16,26 +15,28 @@ from mirage_ds.data.sources import find_files, no_record, pieces
 from mirage_ds.errors import UserError
 
 
-def _fault_of(check: Callable[[], object]) -> Fault | None:
-    try:
-        check()
-    except RecordError as error:
-        return error.fault
-    return None
-
-
 def _faults(
     record: Record, finder: ImageFinder, stage: Stage, measure: Callable[[Record], object] | None
 ) -> list[Fault]:
+    faults: list[Fault] = []
+
+    def attempt(check: Callable[..., object], *arguments: object) -> None:
+        try:
+            check(*arguments)
+        except RecordError as error:
+            faults.append(error.fault)
+
     def look(name: str, path: str) -> None:
         finder.size(record, name, path)
         finder.load(record, name, path)
 
-    checks: list[Callable[[], object]] = [record.need_helper] if stage == "stage1" else []
-    checks += [partial(look, *image) for image in record.images(helpers=stage == "stage1")]
-    faults = [fault for fault in map(_fault_of, checks) if fault]
-    measured = _fault_of(partial(measure, record)) if measure and not faults else None
-    return [measured] if measured else faults
+    if stage == "stage1":
+        attempt(record.need_helper)
+    for image in record.images(helpers=stage == "stage1"):
+        attempt(look, *image)
+    if measure and not faults:
+        attempt(measure, record)
+    return faults
 
 
 def check_file(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,15 @@ from mirage_ds.tasks.tables import read_batches, read_objects, suffix_of
 from mirage_ds.tasks.write import Row, Written, new_target, write_rows
 
 
-def _from_array(file: Path) -> Iterator[tuple[int, Any]]:
+def _from_array(file: Path) -> Iterable[Any]:
     try:
-        values = strict_json(file.read_text(encoding="utf-8-sig"))
+        values: list[Any] = strict_json(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({reason(error)}); expected a list of rows") from None
-    yield from enumerate(values, 1)
+    return values
 
 
-def _from_hub(source: str, split: str) -> Iterator[tuple[int, Any]]:
+def _from_hub(source: str, split: str) -> Iterable[Any]:
     """Read a data set of the Hub; images stay as they were stored."""
     import datasets
 
@@ -44,12 +44,11 @@ def _from_hub(source: str, split: str) -> Iterator[tuple[int, Any]]:
             f"{source}: cannot be loaded ({reason(error)}); give a file, or a data set of the Hub"
         ) from None
     # As Arrow has them: images would be decoded otherwise.
-    rows = (row for part in found.with_format("arrow").iter(BATCH_ROWS) for row in part.to_pylist())
-    yield from enumerate(rows, 1)
+    return (row for part in found.with_format("arrow").iter(BATCH_ROWS) for row in part.to_pylist())
 
 
 def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
-    """Yield (number from 1, row) of JSON lines, a JSON array, Parquet, Arrow or a data set of the Hub.
+    """Read (number from 1, row) of JSON lines, a JSON array, Parquet, Arrow or a data set of the Hub.
 
     Raises:
         UserError: it cannot be read.
@@ -58,14 +57,10 @@ def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
     if not file.is_file():
         if file.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv") or file.is_absolute():
             raise UserError(f"{source}: no such file")
-        yield from _from_hub(source, split)
-    elif is_parquet(file) or is_arrow(file):
-        rows = (row for batch in read_batches(file) for row in batch.to_pylist())
-        yield from enumerate(rows, 1)
-    elif is_array(file):
-        yield from _from_array(file)
-    else:
-        yield from read_objects(file)
+        return enumerate(_from_hub(source, split), 1)
+    if is_parquet(file) or is_arrow(file):
+        return enumerate((row for batch in read_batches(file) for row in batch.to_pylist()), 1)
+    return enumerate(_from_array(file), 1) if is_array(file) else read_objects(file)
 
 
 def _picture(value: Any) -> Picture | None:

@@ -188,23 +188,12 @@ def images_of(row: dict[str, Any], key: str) -> list[Any]:
     return [picture_of(one, key) for one in (value if isinstance(value, list) else [value])]
 
 
-def _check_kept(kept: Row, pictures: bool) -> None:
-    """MessageError where what a row has besides holds pictures that would not be seen."""
-    for key, value in kept.items():
-        leaves = list(_leaves(value))
-        found: list[Any] = [one for one in leaves if isinstance(one, bytes)]
-        if not pictures:
-            found += [one for one in leaves if isinstance(one, str) and _PICTURE_FILE.search(one)]
-        if found:
-            how = "call the key images, or name it with --helper_key"
-            raise MessageError(key, f"holds a picture ({shown(found[0], 40)}) that is not read", how)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
+def _unread(value: Any, paths: bool) -> Iterator[Any]:
+    """Yield the pictures in what a row has besides; with `paths`, also texts that look like a picture's path."""
     if isinstance(value, (list, Mapping)):
         for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _leaves(inner)
-    else:
+            yield from _unread(inner, paths)
+    elif isinstance(value, bytes) or (paths and isinstance(value, str) and _PICTURE_FILE.search(value)):
         yield value
 
 
@@ -246,7 +235,10 @@ def read_row(row: Row, layout: Layout, helper_key: str) -> dict[str, Any]:
     if not turns[-1].learnt:
         raise not_learnt(turns[-1].where)
     texts, images = _placed(turns, images)
-    _check_kept(left, bool(images or helpers))
+    for key, value in left.items():
+        for found in _unread(value, paths=not images and not helpers):
+            how = "call the key images, or name it with --helper_key"
+            raise MessageError(key, f"holds a picture ({shown(found, 40)}) that is not read", how)
     before = [{"role": turn.role, "content": text} for turn, text in zip(turns[:-2], texts[:-2], strict=True)]
     return {
         **{"text_input": texts[-2], "text_output": texts[-1]},

@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from mirage_ds.config.mixture import Part, mixture_of
+from mirage_ds.config.mixture import Part, mixture_of, most, shares
 from mirage_ds.curate.rewrite import Source
 from mirage_ds.curate.spec import MixSpec
-from mirage_ds.data.proportion import most, shares
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
 from mirage_ds.tasks.write import Written, new_target, write_rows

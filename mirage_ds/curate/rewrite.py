@@ -33,10 +33,8 @@ class Source:
             UserError: no such file, or a record among those taken that has not the format.
         """
         records, faults = scan(file)
-        last = records[most - 1].line if most and most <= len(records) else None
-        for fault in faults:
-            if last is None or fault.line < last:
-                raise UserError(f"{file}, {fault}")
+        if faults and (most is None or len(records) < most or faults[0].line < records[most - 1].line):
+            raise UserError(f"{file}, {faults[0]}")
         return cls(file, records[:most], ImageFinder.beside(file, image_root))
 
     @contextmanager

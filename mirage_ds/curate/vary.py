@@ -36,14 +36,14 @@ class Given:
 
     Attributes:
         row: the record as it is, its images found.
-        partner: the record whose helpers it gets; only for helper-swap.
+        partner: the record whose helpers it gets with helper-swap; itself with other kinds.
     """
 
     source: Source
     spec: VarySpec
     record: Record
     row: Row
-    partner: Record | None = None
+    partner: Record
 
 
 def vary(kind: Kind, file: Path, spec: VarySpec, progress: Advance | None = None) -> Written:
@@ -61,10 +61,9 @@ def vary(kind: Kind, file: Path, spec: VarySpec, progress: Advance | None = None
     for record in source.records:
         with source.told(record):
             _check_images(kind, record)
-    partners = choose_partners(source, spec.seed) if kind == "helper-swap" else None
+    partners = choose_partners(source, spec.seed) if kind == "helper-swap" else source.records
     rows: list[Row] = []
-    for place, record in enumerate(source.records):
-        partner = source.records[partners[place]] if partners else None
+    for record, partner in zip(source.records, partners, strict=True):
         given = Given(source, spec, record, source.row(record), partner)
         with source.told(record):
             made = MAKERS[kind](given)
@@ -112,7 +111,7 @@ def derange(labels: Sequence[Hashable], rng: random.Random) -> list[int] | None:
     return [other for _, other in sorted(zip(order, order[turn:] + order[:turn], strict=True))]
 
 
-def choose_partners(source: Source, seed: int) -> list[int]:
+def choose_partners(source: Source, seed: int) -> list[Record]:
     """Choose for each record another one of its level with as many helpers, and with another content in them.
 
     Raises:
@@ -125,7 +124,7 @@ def choose_partners(source: Source, seed: int) -> list[int]:
             groups[_level(record), len(record.image_output)].append(place)
             # Pictures of one content are no swap, whatever they are called.
             contents.append(tuple(source.finder.key(record, "image_output", path) for path in record.image_output))
-    found = [0] * len(source.records)
+    found = list(source.records)
     for (level, helpers), places in sorted(groups.items()):
         own = [contents[place] for place in places]
         chosen = derange(own, random.Random(f"{seed}/swap/{level}/{helpers}"))
@@ -140,7 +139,7 @@ def choose_partners(source: Source, seed: int) -> list[int]:
                 "level, or leave it out"
             )
         for place, other in zip(places, chosen, strict=True):
-            found[place] = places[other]
+            found[place] = source.records[places[other]]
     return found
 
 
@@ -198,24 +197,22 @@ def _joined(before: str, after: str) -> str:
 
 def _helper_swap(given: Given) -> list[Row]:
     """Another record's helpers."""
-    assert given.partner is not None
     return [replace(given.row, helpers=given.source.row(given.partner).helpers)]
 
 
 def _helper_noise(given: Given) -> list[Row]:
     """Noise of the helpers' sizes."""
-    pictures = tuple(_noise(given, number, path) for number, path in enumerate(given.record.image_output))
-    return [replace(given.row, helpers=pictures)]
 
+    def noise(number: int, path: str) -> Picture:
+        height, width = given.source.finder.size(given.record, "image_output", path)
+        drawn = f"{given.spec.seed}/noise/{given.record.line}/{number}/RGB/{width}x{height}"
+        digest = hashlib.sha256(drawn.encode()).hexdigest()[:16]
+        return Picture.drawn(
+            f"noise/{digest[:2]}/{digest}",
+            lambda: Image.frombytes("RGB", (width, height), random.Random(drawn).randbytes(width * height * 3)),
+        )
 
-def _noise(given: Given, number: int, path: str) -> Picture:
-    height, width = given.source.finder.size(given.record, "image_output", path)
-    drawn = f"{given.spec.seed}/noise/{given.record.line}/{number}/RGB/{width}x{height}"
-    digest = hashlib.sha256(drawn.encode()).hexdigest()[:16]
-    return Picture.drawn(
-        f"noise/{digest[:2]}/{digest}",
-        lambda: Image.frombytes("RGB", (width, height), random.Random(drawn).randbytes(width * height * 3)),
-    )
+    return [replace(given.row, helpers=tuple(noise(*one) for one in enumerate(given.record.image_output)))]
 
 
 def _no_image(given: Given) -> list[Row]:

@@ -7,7 +7,7 @@ by `<|latent_start|>` + k × `<|latent_pad|>` + `<|latent_end|>`. Every token af
 but `<|latent_pad|>` (arXiv 2506.17218, section 3).
 
 `--slots pause`: k pads are placed, and no latent block is noted (`Encoder.fill`): they are ordinary embeddings without
-labels. Decoding feeds the same embedding (model/generate.py, Pause).
+labels. Decoding feeds the same embedding (model/generate.py, pause).
 
 What a user's text spells out, `<|im_end|>` say, stays text: only the template and the encoder place special tokens.
 """
@@ -125,10 +125,10 @@ class Encoder:
 
     def groups_of(self, grid: Grid) -> np.ndarray:
         """Assign a helper's merged features to its k targets, (F,); see pooling.pool_groups."""
-        return pool_groups(*self._sides(grid), self.latent_size, self.compress)
+        return pool_groups(*self.sides(grid), self.latent_size, self.compress)
 
-    def _sides(self, grid: Grid) -> tuple[int, int]:
-        """Rows and columns of an image's merged features."""
+    def sides(self, grid: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the merged features of an image of this grid."""
         return grid[1] // self.images.merge_size, grid[2] // self.images.merge_size
 
     def _prompt(self, record: Record) -> str:
@@ -188,8 +188,8 @@ class Encoder:
                         f"{self.latent_size}",
                         "raise --helper_min_pixels or lower --latent_size",
                     )
-                if self.compress == "grid" and grid_sides(*self._sides(grid), self.latent_size) is None:
-                    rows, columns = self._sides(grid)
+                if self.compress == "grid" and grid_sides(*self.sides(grid), self.latent_size) is None:
+                    rows, columns = self.sides(grid)
                     raise record.fault(
                         "image_output",
                         f"helper {path} has {rows} × {columns} merged tokens, which cannot be cut into "
@@ -236,23 +236,13 @@ class Encoder:
             helpers=tuple(self._merged(grid) for grid in layout.helper_grids),
         )
 
-    def encode(
-        self,
-        record: Record,
-        row: int,
-        image_features: torch.Tensor | None = None,
-        helper_features: torch.Tensor | None = None,
-    ) -> Sample:
+    def encode(self, record: Record, row: int) -> Sample:
         """Encode one record.
-
-        Args:
-            image_features: (F, H) features of its images, which are then not decoded.
-            helper_features: (blocks · k, H) targets that its helpers were pooled to, which are then not decoded.
 
         Raises:
             RecordError: the record cannot be used in this stage, or an image does not decode.
         """
-        return self.fill(self.lay_out(record), record, row, image_features, helper_features)
+        return self.fill(self.lay_out(record), record, row)
 
     def fill(
         self,
@@ -263,6 +253,10 @@ class Encoder:
         helper_features: torch.Tensor | None = None,
     ) -> Sample:
         """Make the Sample of a row that is laid out already; of the record only its line and its paths are looked at.
+
+        Args:
+            image_features: (F, H) features of its images, which are then not decoded.
+            helper_features: (blocks · k, H) targets that its helpers were pooled to, which are then not decoded.
 
         Raises:
             RecordError: an image does not decode, or is another one than when the row was laid out.
@@ -323,13 +317,10 @@ class Encoder:
         """
         if not paths:
             return torch.empty(0, self.patch_width), torch.empty(0, 3, dtype=torch.int64)
-        processor: Any = self._processor(name)
+        processor: Any = self.images if name == "image_input" else self.helpers
         images = [self._resized(processor, self.finder.load(record, name, path)) for path in paths]
         output = processor(images=images, do_resize=False, return_tensors="pt")
         return output["pixel_values"].to(torch.float32), output["image_grid_thw"].to(torch.int64)
-
-    def _processor(self, name: str) -> Qwen2VLImageProcessorPil:
-        return self.images if name == "image_input" else self.helpers
 
     def _images(
         self, record: Record, name: str, expected: list[Grid], features: torch.Tensor | None
@@ -371,5 +362,6 @@ def beside_each(encoder: Encoder, files: Sequence[Path], pictures: Path) -> list
     Args:
         pictures: where pictures that came inside records files lie.
     """
-    finders = [encoder.finder.of(file, pictures) for file in files]
+    beside = {folder: encoder.finder.of(folder / "any", pictures) for folder in {file.parent for file in files}}
+    finders = [beside[file.parent] for file in files]
     return [encoder if finder == encoder.finder else replace(encoder, finder=finder) for finder in finders]

@@ -19,6 +19,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,7 +169,8 @@ class FeatureStore:
             content = b""
         if len(content) != image["size"] or zlib.crc32(content) != image["check"]:
             # The next start makes all of the shard anew.
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink()
             raise UserError(
                 f"{file}: kept features are damaged; start again, which makes them anew, and look at the disk",
                 everywhere=False,

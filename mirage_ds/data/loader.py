@@ -59,9 +59,6 @@ class Rows:
         self.stores = stores
         self.encoders = beside_each(encoder, records.files, records.pictures)
 
-    def __len__(self) -> int:
-        return len(self.records)
-
     def __getitem__(self, row: int) -> Sample:
         """Return a row's Sample.
 

@@ -65,21 +65,6 @@ def total_steps(rows: int, rows_per_step: int, epochs: float, max_steps: int | N
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def check_patches(row_ids: np.ndarray, patches: np.ndarray, micro_batch_patches: int) -> None:
-    """Refuse a row of more image patches than a bin has: unlike rows of too many tokens, it is not dropped.
-
-    Raises:
-        UserError: it names the row.
-    """
-    too_many = np.flatnonzero(patches > micro_batch_patches)
-    if len(too_many):
-        row, found = int(row_ids[too_many[0]]), int(patches[too_many[0]])
-        raise UserError(
-            f"row {row} of the records (from 0) has {found} image patches, more than --micro_batch_patches "
-            f"{micro_batch_patches}: raise it to {int(patches.max())}, or lower --max_pixels"
-        )
-
-
 @dataclass(frozen=True)
 class Planner:
     """Chooses the rows of each step by seed and epoch alone, then packs them for any number of ranks.
@@ -110,8 +95,16 @@ class Planner:
     micro_batch_patches: int | None = None
 
     def __post_init__(self) -> None:
-        if self.patches is not None and self.micro_batch_patches is not None:
-            check_patches(self.row_ids, self.patches, self.micro_batch_patches)
+        if self.patches is None or self.micro_batch_patches is None:
+            return
+        # Unlike rows of too many tokens, those of too many patches are not dropped.
+        too_many = np.flatnonzero(self.patches > self.micro_batch_patches)
+        if len(too_many):
+            raise UserError(
+                f"row {self.row_ids[too_many[0]]} of the records (from 0) has {self.patches[too_many[0]]} image "
+                f"patches, more than --micro_batch_patches {self.micro_batch_patches}: raise it to "
+                f"{self.patches.max()}, or lower --max_pixels"
+            )
 
     def rows_of(self, step: int) -> np.ndarray:
         """Places (in `row_ids`) of the rows of a step, (B,) int64: the epochs' permutations, one behind the other."""
@@ -248,17 +241,41 @@ def _sums(bins: Bins, sizes: np.ndarray) -> np.ndarray:
 
 
 def _first_fit(sizes: np.ndarray, order: list[int], limit: int, most: int) -> Bins:
-    """Put each row into the first bin with room for it."""
+    """Put each row into the first bin with room for it.
+
+    A tree over the bins holds the largest rooms below each node (node n has the children 2n and 2n + 1): O(log R) a
+    row without patches, and few nodes more with them, where a node's two rooms can be in different bins.
+    """
+    leaves = 1 << max(0, len(order) - 1).bit_length()
+    room, image_room = [limit] * (2 * leaves), [limit] * (2 * leaves)
+    tokens_of, images_of = sizes.tolist()
     bins: Bins = []
-    # Tokens and patches that each bin has room for; as many bins as rows suffice.
-    rooms = np.full((2, len(order)), limit)
     for row in order:
-        fits = (rooms[:, : len(bins) + 1] >= sizes[:, row, None]).all(axis=0)
-        place = int(fits.argmax())
-        if place == len(bins):
+        tokens, images = tokens_of[row], images_of[row]
+        node = 1
+        while True:
+            if room[node] < tokens or image_room[node] < images:
+                # Nothing below: on to the next subtree. There is one, since as many bins as rows suffice.
+                while node & 1:
+                    node >>= 1
+                node += 1
+            elif node < leaves:
+                node *= 2
+            else:
+                break
+        if node - leaves == len(bins):
             bins.append([])
-        bins[place].append(row)
-        rooms[:, place] = rooms[:, place] - sizes[:, row] if len(bins[place]) < most else -1
+        one = bins[node - leaves]
+        one.append(row)
+        room[node] = room[node] - tokens if len(one) < most else -1
+        image_room[node] -= images
+        while node > 1:
+            node >>= 1
+            left, right = 2 * node, 2 * node + 1
+            largest = max(room[left], room[right]), max(image_room[left], image_room[right])
+            if largest == (room[node], image_room[node]):
+                break
+            room[node], image_room[node] = largest
     return bins
 
 

@@ -221,12 +221,10 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True, picture
     try:
         if "messages" in values and "text_input" not in values:
             _check_beside(values, answers)
-            values = {
-                **{k: v for k, v in values.items() if k != "messages"},
-                **from_messages(values["messages"], answers),
-            }
+            messages = values.pop("messages")
+            values |= from_messages(messages, answers)
         if TURNS_BEFORE in values:
-            values = {**values, TURNS_BEFORE: check_turns(values[TURNS_BEFORE])}
+            values[TURNS_BEFORE] = check_turns(values[TURNS_BEFORE])
     except MessageError as error:
         raise RecordError(Fault(line, error.field, error.what, error.how)) from None
     if not answers:
@@ -246,11 +244,8 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True, picture
         image_output=_paths(values.get("image_output"), line, "image_output", pictures),
         extra={key: value for key, value in values.items() if key not in FIELDS},
     )
-    for name, text in [
-        *((TURNS_BEFORE, turn["content"]) for turn in record.turns_before),
-        ("text_input", record.text_input),
-        ("text_output", record.text_output),
-    ]:
+    before = [(TURNS_BEFORE, turn["content"]) for turn in record.turns_before]
+    for name, text in [*before, ("text_input", record.text_input), ("text_output", record.text_output)]:
         if not is_text(text):
             raise record.fault(name, "holds half a surrogate pair", "write both halves, or the character itself")
     _check_marks(record, answers)

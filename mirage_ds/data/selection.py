@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.config.mixture import Mixture, Records, most
 from mirage_ds.data.index import Index
-from mirage_ds.data.proportion import most
 from mirage_ds.data.record import Fault
 from mirage_ds.data.sample import ImageKeys
 from mirage_ds.data.sources import find_files

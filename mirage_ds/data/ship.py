@@ -101,7 +101,6 @@ def from_workers(
         _Made(make),
         batch_size=None,
         sampler=work,
-        collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin,
@@ -126,15 +125,10 @@ class _Made(torch.utils.data.Dataset):
             return error
 
 
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _ignore_signals(worker: int) -> None:
+def _ignore_signals(_worker: int) -> None:
     """Let a worker outlive the signals that a scheduler sends to every process of a job.
 
     The rank that it works for finishes its step first, for which it needs the rows.
     """
-    del worker
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

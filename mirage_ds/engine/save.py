@@ -9,7 +9,7 @@ V vocabulary rows, H hidden.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,21 +46,6 @@ def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
-
-
-def whole_tensors(model: nn.Module, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (public name, whole tensor on the CPU) of each parameter, one gathered at a time. All ranks iterate.
-
-    Adapters are left out (adapter.trained_adapter).
-
-    Args:
-        keep: whether this rank wants the tensors; the others get empty ones.
-    """
-    for name, parameter in model.named_parameters():
-        if adapter_name(name) is not None:
-            continue
-        with gathered([parameter]):
-            yield public_name(name), parameter.detach().cpu().clone() if keep else torch.empty(0)
 
 
 class Parts(NamedTuple):
@@ -116,17 +101,17 @@ def save_model(model: MirageModel, tower: nn.Module | None, folder: Path, rank: 
     Raises:
         OSError: on rank 0, once all ranks have done their part: what is gathered needs every rank.
     """
-    writer: ShardWriter | None = None
+    writer = ShardWriter(folder, parts.family) if rank == 0 else None
     failure: OSError | None = None
-    dtype = torch.float32
-    try:
-        writer = ShardWriter(folder, family=parts.family) if rank == 0 else None
-    except OSError as error:
-        failure = error
-    adapter = trained_adapter(model, keep=writer is not None)
-    for name, tensor in whole_tensors(model, keep=writer is not None):
-        if writer and failure is None:
-            dtype = tensor.dtype
+    adapter = trained_adapter(model, keep=rank == 0)
+    for stored, parameter in model.named_parameters():
+        if adapter_name(stored) is not None:
+            continue
+        # One at a time.
+        with gathered([parameter]):
+            tensor = parameter.detach().cpu().clone() if writer and failure is None else None
+        if writer and tensor is not None:
+            name = public_name(stored)
             try:
                 writer.add(name, adapter.merged(name, tensor) if adapter else tensor)
             except OSError as error:
@@ -138,7 +123,7 @@ def save_model(model: MirageModel, tower: nn.Module | None, folder: Path, rank: 
     if tower is not None:
         for name, tensor in tower.state_dict().items():
             writer.add(f"visual.{name}", tensor.cpu())
-    finish_folder(writer, dtype, parts, adapter)
+    finish_folder(writer, model.head.weight.dtype, parts, adapter)
 
 
 def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Parts) -> None:
@@ -151,12 +136,11 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
         dtype: of the written weights; the checkpoint holds float32 masters.
 
     Raises:
-        UserError: `out` exists, a file differs from the checkpoint's manifest, or what is in the source is not what
+        UserError: a file differs from the checkpoint's manifest, or what is in the source is not what
             was frozen in training.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    refuse_existing(out)
     check_whole(checkpoint)
     state = read_state(checkpoint)
     lora = lora_of(state)
@@ -166,7 +150,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
     expected = expected_shapes(read_config(parts.source))
     masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
     with whole_folder(out) as folder:
-        writer = ShardWriter(folder, family=parts.family)
+        writer = ShardWriter(folder, parts.family)
         tied = "lm_head.weight" not in expected
         adapter = stored_adapter(lora, masters.items(), dtype, tied) if lora else None
         written = set()
@@ -192,12 +176,6 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
         finish_folder(writer, dtype, parts._replace(card=model_card(state)), adapter)
 
 
-def refuse_existing(out: Path) -> None:
-    """Raise UserError where an output folder exists already."""
-    if out.exists():
-        raise UserError(f"{out} exists already; give a new folder")
-
-
 def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:
     """Copy a model folder with another number of vocabulary rows.
 
@@ -210,14 +188,13 @@ def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:
     """
     if rows < tokens:
         raise UserError(f"--vocab_rows {rows} would cut off tokens: the tokenizer has {tokens}")
-    refuse_existing(target)
     with whole_folder(target) as folder:
         _copy_rows(source, folder, rows)
 
 
 def _copy_rows(source: Path, target: Path, rows: int) -> None:
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    writer = ShardWriter(target, family=family_of(values.get("model_type"), str(source)))
+    writer = ShardWriter(target, family_of(values.get("model_type"), str(source)))
     for file in weight_files(source):
         with safe_open(file, "pt") as tensors:
             for stored in tensors.keys():  # noqa: SIM118  # safe_open is no dict
@@ -252,7 +229,8 @@ def export_folder(source: Path, target: Path, vocab_rows: int | None, base: Path
     Raises:
         UserError: nothing to export, `target` exists, or the base model is gone.
     """
-    refuse_existing(target)
+    if target.exists():
+        raise UserError(f"{target} exists already; give a new folder")
     found = _find(source)
     if not (found / STATE_FILE).is_file():
         if vocab_rows is None:

@@ -125,7 +125,7 @@ def trouble_of(work: Callable[[], object]) -> str | None:
     try:
         work()
     except OSError as error:
-        return f"{error.filename or 'a file'}: {error.strerror}"
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
     return None
 
 

@@ -21,7 +21,7 @@ from mirage_ds.files import TRAINED_KEY, write_atomically
 # The public Mirage code says it at the top of config.json.
 PUBLIC_KEYS = ("stage", "latent_size", "compress_strategy")
 TOKENIZER = "tokenizer_config.json"
-DTYPE_KEYS = ("dtype", "torch_dtype")
+DTYPE_KEYS = {"dtype", "torch_dtype"}
 # Read by some release of transformers, or by another program, and the same before and after training.
 KEPT_OF_MODEL = ("generation_config.json", "video_preprocessor_config.json")
 KEPT_OF_TOKENIZER = ("vocab.json", "merges.txt", "chat_template.json")
@@ -74,12 +74,11 @@ def config_json(base: Base, dtype: torch.dtype, trained: Mapping[str, Any], whol
     """
     values = copy.deepcopy(dict(base.config))
     blocks = [block for block in (values, *values.values()) if isinstance(block, dict)]
-    for key in DTYPE_KEYS:
-        for block in blocks:
-            if key in block:
-                block[key] = str(dtype).removeprefix("torch.")
-    if not any(key in values for key in DTYPE_KEYS):
-        values["dtype"] = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
+    for block in blocks:
+        block.update(dict.fromkeys(block.keys() & DTYPE_KEYS, name))
+    if not values.keys() & DTYPE_KEYS:
+        values["dtype"] = name
     values |= {key: trained[key] for key in PUBLIC_KEYS if key in values and key in trained}
     values |= {"architectures": [whole], TRAINED_KEY: dict(trained)}
     return json.dumps(values, indent=2) + "\n"
@@ -97,13 +96,9 @@ def write_tokenizer(tokenizer: Any, base: Base, folder: Path) -> None:
         values["additional_special_tokens"] = [*known, *(token for token in LATENT_TOKENS if token not in names)]
     if "added_tokens_decoder" in values:
         for number, token in tokenizer.added_tokens_decoder.items():
-            values["added_tokens_decoder"].setdefault(str(number), _token(token))
+            # As transformers itself writes one.
+            values["added_tokens_decoder"].setdefault(str(number), token.__getstate__())
     write_atomically(folder / TOKENIZER, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _token(token: Any) -> dict[str, Any]:
-    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    return {name: getattr(token, name) for name in names}
 
 
 def write_image_processor(processor: Any, folder: Path) -> None:

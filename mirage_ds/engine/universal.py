@@ -75,7 +75,7 @@ def _all_of(source: Path) -> list[Path]:
     found = checkpoints(source / "run" / "checkpoints")
     if not found:
         raise UserError(
-            f"{source}: has no checkpoints (run/checkpoints/global_step<N>); name a --save_model_path folder that has"
+            f"{source}: has no checkpoints (run/checkpoints/global_step<N>); name a checkpoint or a run's folder"
         )
     return found
 

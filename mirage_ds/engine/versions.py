@@ -1,11 +1,13 @@
-"""What older releases of DeepSpeed lack or do wrongly: every difference between them that this project knows.
+"""The versions of what computes here, and every difference between releases of DeepSpeed that this project knows.
 
 docs/versions.md has the releases that the suite is run with.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import version
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from packaging.version import Version
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.errors import UserError
 
+PACKAGES = ("mirage-ds", "torch", "transformers", "deepspeed", "accelerate", "datasets", "flash-attn", "peft")
 # The release that first reads a top-level key; an older one ignores the key without a word.
 SINCE = {
     "disable_python_gc": "0.19.8",
@@ -27,6 +30,20 @@ RECOMPUTES_FROZEN = "0.19.4"
 # Below it, ZeRO-3 waits for the last of several gathers only. On GPUs they end in their order; on the CPU they do not,
 # and weights are random numbers now and then.
 WAITS_FOR_ALL = "0.19.8"
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of what computes, the machine's kind and the commit; None for a package that is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    found["git_commit"] = commit.stdout.strip() or None
+    return found
 
 
 def _older_than(release: str) -> str | None:

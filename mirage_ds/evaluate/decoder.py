@@ -34,10 +34,10 @@ from mirage_ds.model.generate import (
     Latents,
     LatentTokens,
     Limits,
-    Pause,
     generate,
     greedy,
     latent_tokens,
+    pause,
     sampler,
 )
 from mirage_ds.model.load import Loaded, check_folder, load_model
@@ -198,7 +198,7 @@ def tokens_and_feed(
     tokens = latent_tokens(encoder)
     if not latents:
         tokens = tokens._replace(start=-1)
-    return tokens, Pause(model, tokens.pad) if slots == "pause" else None
+    return tokens, pause(model, tokens.pad) if slots == "pause" else None
 
 
 def pack(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], passes: int = 1) -> Batch:
@@ -234,6 +234,7 @@ def decode_samples(
     seed: int = 42,
     asked: Callable[[], bool] = lambda: False,
     slots: Slots | None = None,
+    banned: Sequence[int] = (),
 ) -> list[Prediction]:
     """Answer a batch of prompts.
 
@@ -244,6 +245,7 @@ def decode_samples(
         latents: whether the model may open latent blocks.
         asked: whether somebody wants this process to stop; looked at before each token.
         slots: what the model was trained with, as config.RunConfig.slots.
+        banned: ids of tokens that are never chosen.
 
     Raises:
         Stopped: somebody does.
@@ -255,6 +257,7 @@ def decode_samples(
     def choose_or_stop(logits: torch.Tensor, step: int) -> torch.Tensor:
         if asked():
             raise Stopped
+        logits[:, list(banned)] = -torch.inf
         return choose(logits, step)
 
     return [answer_of(row, encoder) for row in generate(model, batch, tokens, limits, choose_or_stop, latents=fed)]

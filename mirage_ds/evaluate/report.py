@@ -18,9 +18,9 @@ from typing import Any
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import read_records
-from mirage_ds.engine.installed import versions
 from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
+from mirage_ds.engine.versions import versions
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, Track, answer_records, run_limits
 from mirage_ds.evaluate.scoring import marks, summarize, task_of

@@ -16,13 +16,6 @@ from typing import Any
 
 from mirage_ds.errors import UserError
 
-# A nested checkpoint's name → the flat one, which this project counts, compares and looks tensors up by.
-_FLAT = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
-_NESTED = ((r"^visual\.", "model.visual."), (r"^model\.", "model.language_model."))
-
-# What transformers opens, in every family.
-_OPENED = ((r"^(model\.)?visual\.", "visual."), (r"^(model\.)?language_model\.", "model."))
-
 
 @dataclass(frozen=True)
 class Family:
@@ -62,29 +55,16 @@ class Family:
 
     def written_name(self, name: str) -> str:
         """Turn a flat name (load.public_name) into the one that published checkpoints of this family have."""
-        for pattern, replacement in _NESTED if self.nested else ():
-            name, count = re.subn(pattern, replacement, name)
-            if count:
-                break
-        return name
+        if self.nested and name.startswith("visual."):
+            return f"model.{name}"
+        return re.sub(r"^model\.", "model.language_model.", name) if self.nested else name
 
     def opened_name(self, name: str) -> str | None:
         """Turn a stored tensor's name into the flat one; None where transformers would not find it by that name."""
-        if name == "lm_head.weight":
-            return name
-        for pattern, replacement in _OPENED:
-            flat, count = re.subn(pattern, replacement, name)
-            if count:
-                return flat
-        return name if name.startswith("model.") and not self.nested else None
-
-    def feature_width(self, vision: Any) -> int:
-        """Return the numbers of a merged feature: H, and H more for each decoder layer that DeepStack adds to.
-
-        Args:
-            vision: the family's vision_config.
-        """
-        return int(getattr(vision, self.output_width)) * (1 + len(getattr(vision, "deepstack_visual_indexes", ())))
+        # The nested names, and without their first part, transformers opens in every family.
+        if re.match(r"(model\.)?(visual|language_model)\.", name):
+            return flat_name(name)
+        return name if name == "lm_head.weight" or (name.startswith("model.") and not self.nested) else None
 
 
 _KNOWN = (
@@ -157,7 +137,5 @@ def check_kind(values: Any, file: Path) -> Family:
 
 
 def flat_name(name: str) -> str:
-    """Turn a name of a published checkpoint, flat or nested, into the flat one."""
-    for pattern, replacement in _FLAT:
-        name = re.sub(pattern, replacement, name)
-    return name
+    """Turn a tensor's name, flat or nested, into the flat one, which this project counts, compares and looks up by."""
+    return re.sub(r"^(model\.)?language_model\.", "model.", re.sub(r"^model\.visual\.", "visual.", name))

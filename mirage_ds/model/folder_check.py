@@ -50,9 +50,10 @@ PROCESSOR_KEYS = {
     "merge_size": ("spatial_merge_size", 2),
     "temporal_patch_size": ("temporal_patch_size", 2),
 }
+CHUNK_ROWS = 8192
 
 
-def check_stored(folder: Path, config: PretrainedConfig, expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_stored(folder: Path, config: PretrainedConfig, expected: Mapping[str, Sequence[int]]) -> None:
     """Refuse a folder whose weights are not exactly those of its config.json, or that contradicts itself.
 
     Args:
@@ -85,7 +86,7 @@ def check_stored(folder: Path, config: PretrainedConfig, expected: Mapping[str, 
     _refuse_codes(stored, (*own.values(), *strange))
     _compare_names(folder, stored, own, strange, expected)
     for flat, shape in expected.items():
-        if stored[own[flat]].shape != shape:
+        if stored[own[flat]].shape != tuple(shape):
             raise UserError(
                 f"{folder}: {flat} has shape {stored[own[flat]].shape}, config.json says {shape}; they do not belong "
                 "together"
@@ -130,7 +131,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _refuse_other_weights(
-    folder: Path, stored: Mapping[str, Stored], family: Family, expected: Mapping[str, tuple[int, ...]]
+    folder: Path, stored: Mapping[str, Stored], family: Family, expected: Mapping[str, Sequence[int]]
 ) -> None:
     """Refuse a second set of weights that from_pretrained would pass over.
 
@@ -139,7 +140,10 @@ def _refuse_other_weights(
     """
     opened, others = weight_files(folder), []
     for file in sorted(set(folder.glob("*.safetensors")).difference(opened)):
-        names = header_of(file)
+        try:
+            names = header_of(file)
+        except UserError:
+            names = {}
         if any(map(ADAPTER_NAME.search, names)):
             raise UserError(f"{file}: holds an adapter beside the model; {MERGE}, or move it away")
         known = any(name in stored or family.opened_name(name) in expected for name in names)
@@ -183,7 +187,7 @@ def _compare_names(
     stored: Mapping[str, Stored],
     own: Mapping[str, str],
     strange: Sequence[str],
-    expected: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, Sequence[int]],
 ) -> None:
     """Refuse tensors that are missing, renamed or not the model's.
 
@@ -209,11 +213,13 @@ def _compare_names(
 
 
 def _same(stored: Mapping[str, Stored], one: str, other: str) -> bool:
-    """Compare two matrices value by value."""
-    if (stored[one].dtype, stored[one].shape) != (stored[other].dtype, stored[other].shape):
+    """Compare two matrices value by value, a few rows in memory at a time."""
+    if stored[one].shape != stored[other].shape:
         return False
     with safe_open(stored[one].file, "pt") as first, safe_open(stored[other].file, "pt") as second:
-        return torch.equal(first.get_tensor(one), second.get_tensor(other))
+        pair = first.get_slice(one), second.get_slice(other)
+        rows = range(0, stored[one].shape[0], CHUNK_ROWS)
+        return all(torch.equal(*(part[at : at + CHUNK_ROWS].float() for part in pair)) for at in rows)
 
 
 def check_processor(config: PretrainedConfig, folders: Sequence[Path]) -> None:

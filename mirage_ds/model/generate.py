@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -62,34 +62,21 @@ def check_finite(logits: torch.Tensor, rows: Sequence[int] | torch.Tensor) -> No
         raise NotFinite(int(rows[found.index(False)]))
 
 
-class Latents(Protocol):
-    """Says what is fed at the slots of latent blocks, where that is not the rows' own hidden states.
-
-    Made for one batch: it may remember what it has seen of each row.
-    """
-
-    def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Return what each row is fed: (N, H); not used for rows outside a block.
-
-        Args:
-            slots: (N,) the slot that each row comes to, counted from 0 in each of its blocks; −1 outside.
-            own: (N, H) the rows' final-norm hidden states, which are fed otherwise.
-        """
+# Says what is fed at the slots of latent blocks, where that is not the rows' own hidden states: (slots, own) → (N, H),
+# not used for rows outside a block. `slots` (N,) is the slot that each row comes to, counted from 0 in each of its
+# blocks, −1 outside; `own` (N, H) are the rows' final-norm hidden states, which are fed otherwise. It is made for one
+# batch, and may remember what it has seen of each row.
+Latents = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class Pause:
-    """Feeds every slot the embedding of `<|latent_pad|>`: slots are ordinary tokens, as --slots pause trains them.
+def pause(model: MirageModel, pad: int) -> Latents:
+    """Feed every slot the embedding of `<|latent_pad|>`: slots are ordinary tokens, as --slots pause trains them.
 
     Args:
         model: plain, not sharded.
     """
-
-    def __init__(self, model: MirageModel, pad: int):
-        self.embedding = model.language_model.embed_tokens.weight[pad]
-
-    def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """See Latents."""
-        return self.embedding.to(own.dtype).expand_as(own)
+    embedding = model.language_model.embed_tokens.weight[pad]
+    return lambda slots, own: embedding.to(own.dtype).expand_as(own)
 
 
 class LatentTokens(NamedTuple):
@@ -213,15 +200,16 @@ class _OneToken:
         return output.flatten(1, 2)
 
 
-def _parts(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Split rows into neighbours, [first, end), of at most `budget` tokens; a row that is longer stands alone."""
-    first = tokens = 0
-    for row, length in enumerate(lengths):
-        if tokens and tokens + length > budget:
-            yield first, row
-            first, tokens = row, 0
-        tokens += length
-    yield first, len(lengths)
+def neighbours(sizes: Sequence[int], budget: int, most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Cut a row of things into [first, end), each of `budget` and `most` things at most; a larger one stands alone."""
+    first = held = 0
+    for number, size in enumerate(sizes):
+        if number > first and (held + size > budget or number - first == most):
+            yield first, number
+            first, held = number, 0
+        held += size
+    if sizes:
+        yield first, len(sizes)
 
 
 def _prefill(
@@ -238,7 +226,7 @@ def _prefill(
     images = torch.searchsorted(batch.image_positions, batch.cu_seqlens.long()).tolist()
     cache: _Cache | None = None
     last = []
-    for first, end in _parts(lengths, budget):
+    for first, end in neighbours(lengths, budget):
         here, seen = slice(starts[first], starts[end]), slice(images[first], images[end])
         x, deep = place_images(
             text.embed_tokens(batch.input_ids[here]), features[seen], batch.image_positions[seen] - here.start

@@ -151,7 +151,7 @@ def init_model(
             torch.manual_seed(seed)
             model = family.model_class()(config)
             count = sum(p.numel() for p in model.parameters())
-            writer = ShardWriter(folder, family=family)
+            writer = ShardWriter(folder, family)
             for parameter_name, parameter in model.named_parameters():
                 writer.add(public_name(parameter_name), parameter.detach())
             writer.finish()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,10 +52,7 @@ class Loaded:
 def public_name(name: str) -> str:
     """Translate a parameter's name, of a checkpoint or of a MirageModel, to the flat one."""
     # What has an adapter around it is still the layer's own weight.
-    name = flat_name(name).replace(".base_layer.", ".")
-    if name == "head.weight":
-        return "lm_head.weight"
-    return re.sub(r"^language_model\.", "model.", name)
+    return "lm_head.weight" if name == "head.weight" else flat_name(name).replace(".base_layer.", ".")
 
 
 @contextmanager
@@ -131,8 +127,7 @@ def check_folder(folder: Path, processors: Sequence[Path] = ()) -> PretrainedCon
         UserError: its weights are not exactly those that config.json describes, or the processor is of another family.
     """
     config = read_config(folder)
-    shapes = shape_of(config, f"{folder}/config.json").shapes
-    check_stored(folder, config, {name: tuple(shape) for name, shape in shapes.items()})
+    check_stored(folder, config, shape_of(config, f"{folder}/config.json").shapes)
     check_processor(config, (folder, *processors))
     return config
 

@@ -36,17 +36,16 @@ class ShardWriter:
     """Writes tensors into safetensors shards of bounded size under temporary names, and names them at the end.
 
     Args:
-        family: whose checkpoints' names the tensors get; as they are handed in if None.
+        family: whose checkpoints' names the tensors get.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, family: Family | None = None):
+    def __init__(self, folder: Path, family: Family, shard_bytes: int = SHARD_BYTES):
         self.folder = folder
         self.shard_bytes = shard_bytes
         self.family = family
         self.shards: list[list[str]] = []
         self.waiting: dict[str, torch.Tensor] = {}
         self.total = 0
-        folder.mkdir(parents=True, exist_ok=True)
 
     def _partial(self, number: int) -> Path:
         return self.folder / f".model-{number:05d}.safetensors.partial"
@@ -56,10 +55,11 @@ class ShardWriter:
         size = tensor.numel() * tensor.element_size()
         if self.waiting and sum(t.numel() * t.element_size() for t in self.waiting.values()) + size > self.shard_bytes:
             self._flush()
-        self.waiting[self.family.written_name(name) if self.family else name] = tensor.contiguous()
+        self.waiting[self.family.written_name(name)] = tensor.contiguous()
         self.total += size
 
     def _flush(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_tensors(self.waiting, self._partial(len(self.shards)))
         self.shards.append(list(self.waiting))
         self.waiting = {}

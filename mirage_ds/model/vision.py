@@ -46,15 +46,15 @@ class FrozenTower:
         self.tower: Any = tower.requires_grad_(False).eval()
 
     @property
-    def width(self) -> int:
-        """W."""
-        kind = self.tower.config.model_type.removesuffix("_vision")
-        return FAMILIES[kind].feature_width(self.tower.config)
-
-    @property
     def input_width(self) -> int:
         """H: the first of a feature's W numbers, which are the input embedding of its token (images.py)."""
-        return self.width // (1 + len(getattr(self.tower.config, "deepstack_visual_indexes", ())))
+        family = FAMILIES[self.tower.config.model_type.removesuffix("_vision")]
+        return int(getattr(self.tower.config, family.output_width))
+
+    @property
+    def width(self) -> int:
+        """W: H more for each decoder layer that DeepStack adds to."""
+        return self.input_width * (1 + len(getattr(self.tower.config, "deepstack_visual_indexes", ())))
 
     def fingerprint(self) -> str:
         """Hash of what the features are a function of: the tower's configuration and weights."""

@@ -22,11 +22,6 @@ def note(own_folder: Path, event: str, step: int | None = None, why: str | None 
         own_folder: the run's own folder.
         why: a reason, for people.
     """
-    line = {
-        "time": time.time(),
-        "event": event,
-        **({} if step is None else {"step": step}),
-        **({} if why is None else {"why": why}),
-    }
+    line = {"time": time.time(), "event": event, "step": step, "why": why}
     with (own_folder / FILE).open("a") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.write(json.dumps({key: said for key, said in line.items() if said is not None}, ensure_ascii=False) + "\n")

@@ -35,6 +35,7 @@ from mirage_ds.data.selection import Selection, by_place, faults_error
 from mirage_ds.data.ship import Shipment, from_workers, ship
 from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.errors import Stopped, UserError, reason
+from mirage_ds.model.generate import neighbours
 from mirage_ds.model.images import embedded
 from mirage_ds.model.latents import averages
 from mirage_ds.model.vision import FrozenTower
@@ -53,26 +54,6 @@ CHUNK_BYTES = 32 << 20
 PREFETCHED = 2
 # Pixels of one rank that lie in its workers and in shared memory; of large images fewer workers decode at a time.
 IN_FLIGHT_BYTES = 1 << 30
-
-
-def chunks_of(sizes: Sequence[int]) -> list[list[int]]:
-    """Cut a row of images into chunks of at most CHUNK of them and, where one is not larger, CHUNK_BYTES.
-
-    Args:
-        sizes: bytes of each one's pixels.
-
-    Returns:
-        The images' numbers, in order.
-    """
-    chunks: list[list[int]] = []
-    room = 0
-    for number, size in enumerate(sizes):
-        if not chunks or len(chunks[-1]) == CHUNK or size > room:
-            chunks.append([])
-            room = CHUNK_BYTES
-        chunks[-1].append(number)
-        room -= size
-    return chunks
 
 
 class Images:
@@ -188,7 +169,7 @@ def _make(run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images) -> t
         The shards, and the broken images: place → fault.
     """
     sizes = images.bytes_of_pixels()
-    chunks = chunks_of(sizes)
+    chunks = [range(*ends) for ends in neighbours(sizes, CHUNK_BYTES, CHUNK)]
     largest = max((sum(sizes[number] for number in chunk) for chunk in chunks), default=1)
     workers = min(run.config.num_workers, max(1, IN_FLIGHT_BYTES // (PREFETCHED * largest)))
     writer = ShardWriter(kept.store)
@@ -208,7 +189,14 @@ def _make(run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images) -> t
         if run.asked():
             break
     writer.flush()
-    return kept.store.opened(writer.written), broken
+    opened = kept.store.opened(writer.written)
+    if len(opened) < len(writer.written):
+        raise UserError(
+            f"--feature_dir {kept.store.place}: a shard that this rank has written is gone; start again, which makes "
+            "it anew, and look at what deletes files there",
+            everywhere=False,
+        )
+    return opened, broken
 
 
 def _rows_with(kept: KeptFeatures, broken: list[tuple[int, Fault]], rows: np.ndarray) -> dict[int, Fault]:

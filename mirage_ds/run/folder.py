@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from mirage_ds.config.run import RunConfig
-from mirage_ds.engine.installed import versions
+from mirage_ds.engine.versions import versions
 from mirage_ds.errors import UserError
 from mirage_ds.files import TRAINED_KEY, check_output, delete_model, is_model_file, write_atomically
 from mirage_ds.run.events import FILE, MODEL_BEGINS

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import Stopped, UserError, reason
@@ -232,15 +232,8 @@ class Logs:
         self.recent: deque[float] = deque(maxlen=50)
         # A terminal gets a bar under the lines; a file gets the lines alone.
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("steps", total=steps, completed=start)
         self.bar.start()
 

@@ -23,9 +23,8 @@ from mirage_ds.model.attention import choose_backend, head_width_of
 from mirage_ds.model.load import check_folder, read_config, shape_of
 from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
 from mirage_ds.model.shape import Shape
-from mirage_ds.plan.settings import Settings, read_settings
+from mirage_ds.plan.settings import two_layers
 from mirage_ds.plan.shape import sizes, trained_parameters
-from mirage_ds.plan.states import states
 from mirage_ds.run import folder as run_folder
 from mirage_ds.run.journal import Journal
 from mirage_ds.run.records import make_encoder, model_folders
@@ -103,14 +102,13 @@ def check_settings(run: Run) -> Checked:
             check_folder(folders[0], folders[1:])
     model_config = read_config(folders[0])
     shape = shape_of(model_config, f"{folders[0]}/config.json")
-    # Fills the limits that are "auto" in `ds_values`, too.
-    settings = read_settings(ds_values, json_path, sizes(shape))
+    ds.fill_limits(ds_values, two_layers(sizes(shape)))
     encoder = make_encoder(config, folders)
     lora = from_rank_zero(lambda: make_lora(config, shape, encoder), world)
     checked = Checked(ds_values, folders, encoder, shape, lora)
     head_width = head_width_of(model_config.get_text_config())
     choose_backend(config.attention, world.device, checked.products, head_width)
-    check_offload(bytes_offloaded(settings, checked, config.train_vision, world.size), json_path, world)
+    check_offload(ds_values, json_path, trained_elements(shape, config.train_vision, lora), world)
     if config.deepspeed:
         # The shipped ones are known to start.
         try_engine(ds_values, json_path)
@@ -153,9 +151,8 @@ def make_lora(config: RunConfig, model: Shape, encoder: Encoder) -> Lora | None:
     return Lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, targets, tokens, config.seed)
 
 
-def bytes_offloaded(settings: Settings, checked: Checked, train_vision: bool, ranks: int) -> int:
-    """Count the bytes of one rank that lie in the host's memory."""
-    groups = trained_parameters(checked.shape, train_vision)
-    if checked.lora:
-        groups = [[math.prod(shape) for shape in trained_shapes(checked.shape.shapes, checked.lora)]]
-    return sum(states(groups, settings, ranks).host.values())
+def trained_elements(model: Shape, train_vision: bool, lora: Lora | None) -> list[int]:
+    """List the elements of each trained parameter."""
+    if lora:
+        return [math.prod(shape) for shape in trained_shapes(model.shapes, lora)]
+    return [elements for group in trained_parameters(model, train_vision) for elements in group]

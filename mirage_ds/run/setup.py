@@ -57,6 +57,11 @@ SKIPPED_FILE = "skipped.jsonl"
 # Settings that load_model takes by the same names.
 FORWARD = {"stage", "attention", "train_vision", "reduction", "latent_loss", "detach_latents", "train_targets"}
 
+# Settings in a checkpoint's state (state_of): under their own names, and two lists that are compared as a whole.
+NOTED = {"stage", "latent_size", "seed", "train_vision", "reduction"}
+LATENTS = ("slots", "compress_strategy", "latent_loss", "detach_latents", "train_targets")
+OPTIMIZER = ("learning_rate", "lr_scheduler", "warmup_steps", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay")
+
 
 @dataclass(frozen=True)
 class Data:
@@ -182,33 +187,15 @@ def state_of(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
     """Say what a checkpoint of this run says of it: checkpoint.MUST_AGREE, and what training never changes."""
     config = run.config
     return dict(
+        **config.model_dump(include=NOTED),
         world_size=run.world.size,
-        stage=config.stage,
-        latent_size=config.latent_size,
-        latents=[
-            config.slots,
-            config.compress_strategy,
-            config.latent_loss,
-            config.detach_latents,
-            config.train_targets,
-        ],
+        latents=[getattr(config, name) for name in LATENTS],
         data=content(data.index.rows.source, config.records),
         rows=usable_rows(data.index),
         rows_per_step=config.rows_per_step,
-        seed=config.seed,
-        train_vision=config.train_vision,
         lora=note_of(checked.lora),
-        reduction=config.reduction,
         ce_weight=config.gamma,
-        optimizer=[
-            config.learning_rate,
-            config.lr_scheduler,
-            config.warmup_steps,
-            config.adam_beta1,
-            config.adam_beta2,
-            config.adam_eps,
-            config.weight_decay,
-        ],
+        optimizer=[getattr(config, name) for name in OPTIMIZER],
         zero_stage=ds.zero_stage(checked.ds_values),
         tower=notes_of_tower(data.tower.tower if data.tower else None, run.world),
         # For `mirage-ds export`: where the rest of a model folder comes from.

@@ -17,11 +17,6 @@ from mirage_ds.errors import STOP_SIGNALS, Stopped
 LOOK_EVERY_S = 1.0
 
 
-def never() -> bool:
-    """Be the `asked` of work that nobody can stop."""
-    return False
-
-
 class StopRequest:
     """Whether somebody has asked this process to stop.
 

@@ -15,9 +15,9 @@ import pandas as pd
 
 from mirage_ds.cluster.status.facts import json_lines, split_log
 from mirage_ds.data.record_files import read_lines
-from mirage_ds.engine.installed import versions
+from mirage_ds.engine.versions import versions
 from mirage_ds.plan.formulas import flops
-from mirage_ds.plan.shape import Sizes, read_shape, sizes
+from mirage_ds.plan.shape import read_shape, sizes
 from mirage_ds.study.nodes import CellPlan, Node, Study
 from mirage_ds.study.results import Cell, Results, Scores, StageResult, parted
 from mirage_ds.study.store import Store
@@ -33,17 +33,11 @@ def curve_of(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     return parts.agg({"step": "last", "loss": "mean"}).dropna().to_dict("records")
 
 
-@lru_cache
-def _sizes(file: Path) -> Sizes:
-    return sizes(read_shape(str(file)))
-
-
 def stage_result(node: Node, store: Store) -> StageResult:
     """Read what a training stage came to."""
-    assert node.config is not None
     model, config = store.model(node), node.config
     steps, _ = split_log(json_lines(model / "run" / "log.jsonl"))
-    shape = _sizes(model / "config.json")
+    shape = sizes(read_shape(str(model / "config.json")))
     rows, tokens = sum(line["rows"] for line in steps), sum(line["tokens"] for line in steps)
     labelled = sum(line.get("labels", 0) for line in steps)
     seconds = sum(line["seconds"] for line in steps)
@@ -145,15 +139,13 @@ def collect(study: Study, store: Store) -> Results:
     """Read everything that is there of a study."""
     settings = stated(study)
     cells = [_cell(plan, study, store, own) for plan, own in zip(study.cells, settings, strict=True)]
-    asked, found = study.spec.report, versions()
+    found = versions()
     return Results(
         name=study.spec.name,
         question=study.spec.question,
         arms={cell.arm: study.spec.arms[cell.arm.partition("[")[0]].about for cell in cells},
         cells=cells,
-        primary=asked.primary,
-        contrasts=asked.contrasts,
-        margin=asked.margin,
+        report=study.spec.report,
         made={
             "date": time.strftime("%Y-%m-%d"),
             "commit": str(found.get("git_commit")),

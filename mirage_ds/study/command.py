@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import takewhile
@@ -27,12 +26,10 @@ from mirage_ds.run.stop import StopRequest
 if TYPE_CHECKING:
     from mirage_ds.study.launch import Place
     from mirage_ds.study.nodes import Study
-    from mirage_ds.study.overview import Line
     from mirage_ds.study.store import Store
 
 # Something that the study needs has failed; 2 is a user's mistake.
 EXIT_HOLES = 1
-STATES = ("done", "running", "waiting", "failed", "blocked")
 A_PATH = click.Path(path_type=Path)
 as_json = click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 # What a study's file does not say of its machines and rows, as for `mirage-ds plan`.
@@ -86,7 +83,7 @@ def _open(file: Path) -> tuple[Study, Store]:
 @as_json
 def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **flags: Any) -> None:
     """Print what STUDY would run, what is done already, and the GPU-hours that the planner expects."""
-    from mirage_ds.study.overview import hours_of, overview
+    from mirage_ds.study.overview import hours_of, overview, print_plan
 
     made, store = _open(study)
     machine = build_model(Machine, flags | {"gpu": flags["gpu"] or card})
@@ -95,7 +92,7 @@ def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **fl
     problems = sorted({line.estimate.problem for line in lines if line.estimate.problem})
     if not wants_json:
         where = f"{machine.nodes} × {machine.gpus_per_node} {machine.gpu.upper()}"
-        _print_plan(made, lines, left, problems, each, where)
+        print_plan(made, lines, left, problems, each, where)
         return
     nodes = [
         {
@@ -111,41 +108,6 @@ def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **fl
     ]
     sums = {"gpu_hours": sum(hours_of(lines)), "gpu_hours_left": sum(hours_of(left)), "no_estimate": problems}
     click.echo(json.dumps({"study": made.spec.name, "cells": len(made.cells), "nodes": nodes, **sums}))
-
-
-def _print_plan(made: Study, lines: list[Line], left: list[Line], problems: list[str], each: bool, where: str) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    from mirage_ds.study.overview import grouped, hours_of, shown_hours
-
-    head = ["what", "runs", "for arms × seeds", "steps", "GPU-hours", "state"]
-    table = Table(Column("run", overflow="fold"), *head, title=made.spec.name)
-    for name, group in grouped(lines, each).items():
-        node = group[0].node
-        row = [name, node.kind, str(len(group)), str(sum(line.cells for line in group)), "", ""]
-        if node.kind == "train" and node.config:
-            steps = [line.estimate.steps for line in group if line.estimate.steps is not None]
-            hours = hours_of(group)
-            row[1] = node.config.stage
-            row[4] = " … ".join(f"{n:,}" for n in sorted({min(steps), max(steps)})) if len(steps) == len(group) else "?"
-            row[5] = shown_hours(sum(hours), 2) if hours else "–"
-        counts = Counter(line.state for line in group)
-        states = ", ".join(f"{count} {state}" if len(counts) > 1 else state for state, count in counts.items())
-        table.add_row(*row, states)
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(table)
-    trained = sum(line.node.kind == "train" for line in lines)
-    alone = sum(len(cell.stages) for cell in made.cells)
-    once = f" instead of {alone}, since equal parts run once" if alone > trained else ""
-    console.print(
-        f"{len(made.cells)} cells (arms × seeds); {trained} training runs{once}; {len(lines) - trained} evaluations"
-    )
-    if hours_of(lines):
-        whole, rest = (shown_hours(sum(hours_of(some)), 1) for some in (lines, left))
-        console.print(f"{whole} GPU-hours on {where} by the planner, {rest} left")
-    for problem in problems:
-        console.print(f"no estimate: {problem}", markup=False)
 
 
 def _gpus(environment: Mapping[str, str]) -> list[str]:
@@ -261,36 +223,18 @@ def _follow(
 @as_json
 def show_status(study: Path, wants_json: bool) -> None:
     """Show how far STUDY is and what failed; works on any machine that sees its folder."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Column, Table
-
-    from mirage_ds.cluster.status.show import print_several
-    from mirage_ds.study.overview import by_arm, counted, glance, overview
+    from mirage_ds.study.overview import by_arm, counted, glance, overview, print_status
 
     made, store = _open(study)
     lines = overview(made, store)
-    runs, arms = counted(lines), by_arm(made, store)
     failed = {line.node.folder: store.attempts(line.node)[-1]["why"] for line in lines if line.state == "failed"}
     running = {line.node.folder: glance(line.node, store, time.time()) for line in lines if line.state == "running"}
+    arms = by_arm(made, lines)
+    found = {"study": made.spec.name, "runs": counted(lines), "arms": arms, "running": running, "failed": failed}
     if wants_json:
-        found = {"study": made.spec.name, "runs": runs, "arms": arms, "running": running, "failed": failed}
         click.echo(json.dumps(found))
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    for title, first, counts_of in ((made.spec.name, "run", runs), ("arms, by seeds", "arm", arms)):
-        # Names of arms are long and differ at their ends.
-        table = Table(Column(first, overflow="fold"), *STATES, title=title)
-        for name, counts in counts_of.items():
-            table.add_row(escape(name), *(str(counts.get(state, "")) for state in STATES))
-        console.print(table)
-    seen = [one for one in running.values() if one is not None]
-    if seen:
-        print_several(seen, console)
-    for folder in (folder for folder, one in running.items() if one is None):
-        console.print(f"running: {folder}", markup=False)
-    for folder, why in failed.items():
-        console.print(f"failed: {folder}: {why}", markup=False)
+    else:
+        print_status(found)
 
 
 @ablate.command("report")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mirage_ds.errors import EXIT_STOPPED, UserError, reason
-from mirage_ds.run.stop import never
 from mirage_ds.study.launch import Place, command, environment
 from mirage_ds.study.nodes import Node, Study
 from mirage_ds.study.store import Store
@@ -72,7 +71,9 @@ class Runner:
         self.free, self.working = list(places), list[Running]()
         self.stopping_since: float | None = None
 
-    def run(self, asked: Callable[[], bool] = never, patient: bool = True, look: Look = lambda nodes: None) -> bool:
+    def run(
+        self, asked: Callable[[], bool] = lambda: False, patient: bool = True, look: Look = lambda nodes: None
+    ) -> bool:
         """Run what is not done. However it leaves, no node goes on without it, unless this process itself is killed.
 
         Args:

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from mirage_ds.cluster.environment import render
 from mirage_ds.cluster.hosts import Host
+from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_atomically
 from mirage_ds.study.nodes import Node
@@ -148,18 +149,16 @@ def command(node: Node, parent: Node | None, store: Store, place: Place) -> list
     flags = asked.model_dump(include={"data_path", "task", "most", "max_new_tokens", "batch_size", "image_root"})
     flags["out"] = store.result(node)
     if node.kind == "controls":
-        assert node.config is not None
         flags |= {name: getattr(node.config, name) for name in ("helper_min_pixels", "helper_max_pixels")}
-        flags |= {"latents": ",".join(node.conditions), "most": asked.controls_most or asked.most}
+        flags |= {"latents": asked.controls, "most": asked.controls_most or asked.most}
     words = ["mirage_ds", node.kind, str(store.model(parent))]
     for name, value in flags.items():
         words += [f"--{name}", str(value)] if value is not None else []
-    if node.kind == "evaluate" and not sees_latents(parent):
+    if node.kind == "evaluate" and not sees_latents(node.config):
         words.append("--no_latents")
     return _launched(words, store.place(node), place)
 
 
-def sees_latents(node: Node) -> bool:
+def sees_latents(config: RunConfig) -> bool:
     """Tell whether a trained model opens latent blocks: of latents, of pauses, or bare marks."""
-    assert node.config is not None
-    return node.config.stage != "sft" or node.config.slots is not None
+    return config.stage != "sft" or config.slots is not None

@@ -26,14 +26,7 @@ from mirage_ds.data.sources import find_files
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
 from mirage_ds.study.results import CONTROLS, SCORES
-from mirage_ds.study.spec import (
-    Arm,
-    EvaluationSpec,
-    Settings,
-    StudySpec,
-    arm_names,
-    first_fault,
-)
+from mirage_ds.study.spec import Arm, EvaluationSpec, Settings, StudySpec, arm_names, first_fault
 
 Kind = Literal["train", "evaluate", "controls"]
 
@@ -66,8 +59,9 @@ class Node:
 
     Attributes:
         key: 64 hex digits; name: of the stage or evaluation; parent: the node whose model it needs.
-        config: of a training stage; its save_model_path and load_model_path are the node's business (store.Store).
-        evaluation: of the others; conditions: of the controls.
+        config: of the training stage, or of the one whose model is evaluated; its save_model_path and load_model_path
+            are the node's business (store.Store).
+        evaluation: of the others.
         material: what the key is a hash of, for people who want to know why two nodes differ.
     """
 
@@ -75,9 +69,8 @@ class Node:
     kind: Kind
     name: str
     parent: str | None
-    config: RunConfig | None
+    config: RunConfig
     evaluation: EvaluationSpec | None
-    conditions: tuple[str, ...]
     material: Mapping[str, Any]
 
     @property
@@ -262,7 +255,7 @@ def _train_node(config: RunConfig, name: str, parent: str | None, here: Path, on
         # of GPUs may have none.
         **({"device": "cpu"} if on_cpu else {}),
     }
-    return Node(_key(material), "train", name, parent, config, None, (), material)
+    return Node(_key(material), "train", name, parent, config, None, material)
 
 
 def _evaluation_nodes(
@@ -273,16 +266,16 @@ def _evaluation_nodes(
         **{**settings, "data_path": records_hash(evaluation.data_path), "parent": parent, "kind": "evaluate"},
         "image_root": _relative(evaluation.image_root, here),
     }
-    yield Node(_key(material), "evaluate", name, parent, None, evaluation, (), material)
+    yield Node(_key(material), "evaluate", name, parent, last, evaluation, material)
     sees = last.stage != "sft" and (last.slots or "latents") == "latents"
     if evaluation.controls and sees:
-        names = tuple(parse_names(evaluation.controls))
+        names = parse_names(evaluation.controls)
         pixels = [last.helper_min_pixels, last.helper_max_pixels]
         material = {
             **{**material, "kind": "controls", "conditions": names, "helper_pixels": pixels},
             "most": evaluation.controls_most or evaluation.most,
         }
-        yield Node(_key(material), "controls", name, parent, last, evaluation, names, material)
+        yield Node(_key(material), "controls", name, parent, last, evaluation, material)
 
 
 def spell_out(spec: StudySpec, here: Path) -> Study:
@@ -327,13 +320,7 @@ def _check_names(spec: StudySpec, arms: Collection[str]) -> None:
 
 
 def _cell(
-    spec: StudySpec,
-    name: str,
-    arm: Arm,
-    varied: Settings,
-    seed: Settings,
-    here: Path,
-    nodes: dict[str, Node],
+    spec: StudySpec, name: str, arm: Arm, varied: Settings, seed: Settings, here: Path, nodes: dict[str, Node]
 ) -> CellPlan:
     parent: str | None = None
     chain: list[str] = []

@@ -14,14 +14,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+from rich.table import Column, Table
 
 from mirage_ds.cluster.status.facts import Facts
+from mirage_ds.cluster.status.show import print_several
 from mirage_ds.cluster.status.summary import summary
-from mirage_ds.config.mixture import Mixture
+from mirage_ds.config.mixture import Mixture, most
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.pack import total_steps
-from mirage_ds.data.proportion import most
 from mirage_ds.errors import UserError
 from mirage_ds.plan.fit import Question, rank
 from mirage_ds.plan.spec import PlanSpec
@@ -29,11 +34,9 @@ from mirage_ds.run import events
 from mirage_ds.study.nodes import Node, Study
 from mirage_ds.study.store import Store
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
 # Some lines of log.jsonl, whose whole is not read every other second.
 TAIL_BYTES = 1 << 14
+STATES = ("done", "running", "waiting", "failed", "blocked")
 
 
 class Estimate(NamedTuple):
@@ -134,13 +137,11 @@ def overview(study: Study, store: Store, machine: Mapping[str, Any] | None = Non
     """List every node, with `machine` also what it would take."""
     needed = Counter(key for cell in study.cells for key in cell.nodes)
     states = states_of(study, store)
-
-    def estimated(node: Node) -> Estimate:
-        if machine is None or node.kind != "train" or node.config is None:
-            return Estimate()
-        return estimate(node.config, machine)
-
-    return [Line(node, needed[key], states[key], estimated(node)) for key, node in study.nodes.items()]
+    lines = []
+    for key, node in study.nodes.items():
+        found = estimate(node.config, machine) if machine is not None and node.kind == "train" else Estimate()
+        lines.append(Line(node, needed[key], states[key], found))
+    return lines
 
 
 def hours_of(lines: Iterable[Line]) -> list[float]:
@@ -173,9 +174,9 @@ def counted(lines: list[Line]) -> dict[str, dict[str, int]]:
     return {name: dict(Counter(line.state for line in group)) for name, group in grouped(lines).items()}
 
 
-def by_arm(study: Study, store: Store) -> dict[str, dict[str, int]]:
+def by_arm(study: Study, lines: list[Line]) -> dict[str, dict[str, int]]:
     """Count the cells of each arm: done, failed (something it needs has), running, waiting."""
-    states = states_of(study, store)
+    states = {line.node.key: line.state for line in lines}
     found: dict[str, Counter[str]] = {}
     for cell in study.cells:
         own = [states[key] for key in cell.nodes]
@@ -207,6 +208,56 @@ def glance(node: Node, store: Store, now: float) -> dict[str, Any] | None:
     if not (model / "run" / events.FILE).is_file():
         return None
     return {**summary(Facts(model), now), "run": str(store.place(node))}
+
+
+def print_plan(made: Study, lines: list[Line], left: list[Line], problems: list[str], each: bool, where: str) -> None:
+    """Show what a study would run, one row a stage, or a run where `each`; `where` are the machines."""
+    head = ["what", "runs", "for arms × seeds", "steps", "GPU-hours", "state"]
+    table = Table(Column("run", overflow="fold"), *head, title=made.spec.name)
+    for name, group in grouped(lines, each).items():
+        node = group[0].node
+        row = [name, node.kind, str(len(group)), str(sum(line.cells for line in group)), "", ""]
+        if node.kind == "train":
+            steps = [line.estimate.steps for line in group if line.estimate.steps is not None]
+            hours = hours_of(group)
+            row[1] = node.config.stage
+            row[4] = " … ".join(f"{n:,}" for n in sorted({min(steps), max(steps)})) if len(steps) == len(group) else "?"
+            row[5] = shown_hours(sum(hours), 2) if hours else "–"
+        counts = Counter(line.state for line in group)
+        states = ", ".join(f"{count} {state}" if len(counts) > 1 else state for state, count in counts.items())
+        table.add_row(*row, states)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    trained = sum(line.node.kind == "train" for line in lines)
+    alone = sum(len(cell.stages) for cell in made.cells)
+    once = f" instead of {alone}, since equal parts run once" if alone > trained else ""
+    console.print(
+        f"{len(made.cells)} cells (arms × seeds); {trained} training runs{once}; {len(lines) - trained} evaluations"
+    )
+    if hours_of(lines):
+        whole, rest = (shown_hours(sum(hours_of(some)), 1) for some in (lines, left))
+        console.print(f"{whole} GPU-hours on {where} by the planner, {rest} left")
+    for problem in problems:
+        console.print(f"no estimate: {problem}", markup=False)
+
+
+def print_status(found: Mapping[str, Any]) -> None:
+    """Show what `ablate status --json` prints."""
+    console = Console(highlight=False, soft_wrap=True)
+    for title, first, counts_of in ((found["study"], "run", found["runs"]), ("arms, by seeds", "arm", found["arms"])):
+        # Names of arms are long and differ at their ends.
+        table = Table(Column(first, overflow="fold"), *STATES, title=title)
+        for name, counts in counts_of.items():
+            table.add_row(escape(name), *(str(counts.get(state, "")) for state in STATES))
+        console.print(table)
+    seen = [one for one in found["running"].values() if one is not None]
+    if seen:
+        print_several(seen, console)
+    for folder, one in found["running"].items():
+        if one is None:
+            console.print(f"running: {folder}", markup=False)
+    for folder, why in found["failed"].items():
+        console.print(f"failed: {folder}: {why}", markup=False)
 
 
 class Bars:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mirage_ds.study.spec import ContrastSpec
+from mirage_ds.study.spec import ReportSpec
 
 SCORES, CONTROLS = "scores", "controls"
 
@@ -109,9 +109,8 @@ class Results:
         name, question: of the study.
         arms: in the order of the study, name → what it is, in a line.
         cells: of all arms and seeds, missing ones too (with their problem).
-        primary: the one contrast that needs no correction; None in a study without one.
-        contrasts: the others, Holm-corrected together.
-        margin: a difference within ± this counts as none (in units of the metric: 0.02 is two points).
+        report: the contrasts, and the margin within which a difference counts as none (in units of the metric: 0.02
+            is two points).
         made: date, commit, machine, versions: what the report says of itself.
     """
 
@@ -119,7 +118,5 @@ class Results:
     question: str
     arms: Mapping[str, str]
     cells: Sequence[Cell]
-    primary: ContrastSpec | None = None
-    contrasts: Sequence[ContrastSpec] = ()
-    margin: float = 0.02
+    report: ReportSpec = field(default_factory=lambda: ReportSpec.model_validate({}))
     made: Mapping[str, str] = field(default_factory=dict)

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,20 +45,16 @@ def arrays(study: Study, store: Store, wanted: Iterable[str]) -> list[Array]:
     depth: dict[str, int] = {}
     for key in wanted:
         node = study.nodes[key]
-        if store.state(node) in ("done", "failed"):
-            continue
-        depth[key] = depth[node.parent] + 1 if node.parent in depth else 0
+        if store.state(node) not in ("done", "failed"):
+            depth[key] = depth[node.parent] + 1 if node.parent in depth else 0
     found: list[Array] = []
     trained: dict[int, int] = {}
-    for level in range(max(depth.values(), default=-1) + 1):
-        for evaluates in (False, True):
-            keys = [key for key in depth if depth[key] == level and evaluates == (study.nodes[key].kind != "train")]
-            if not keys:
-                continue
-            name = f"{'evaluate' if evaluates else 'train'}{level}.sbatch"
-            if not evaluates:
-                trained[level] = len(found)
-            found.append(Array(store.root / "slurm" / name, tuple(keys), evaluates, trained.get(level - 1)))
+    place = {key: (level, study.nodes[key].kind != "train") for key, level in depth.items()}
+    for (level, evaluates), keys in groupby(sorted(depth, key=place.__getitem__), place.__getitem__):
+        name = f"{'evaluate' if evaluates else 'train'}{level}.sbatch"
+        if not evaluates:
+            trained[level] = len(found)
+        found.append(Array(store.root / "slurm" / name, tuple(keys), evaluates, trained.get(level - 1)))
     return found
 
 

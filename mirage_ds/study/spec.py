@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -77,16 +77,11 @@ class Arm(_Strict):
             raise ValueError("the lists of `pairs` differ in length; make them equally long")
         return self
 
-    def variants(self) -> Iterator[Settings]:
-        """Yield what each arm of this entry varies; once nothing, where it varies nothing."""
-        if self.listed:
-            yield from self.listed
-        elif self.pairs:
-            for values in zip(*self.pairs.values(), strict=True):
-                yield dict(zip(self.pairs, values, strict=True))
-        else:
-            for values in itertools.product(*self.grid.values()):
-                yield dict(zip(self.grid, values, strict=True))
+    def variants(self) -> list[Settings]:
+        """Return what each arm of this entry varies; once nothing, where it varies nothing."""
+        names = self.pairs or self.grid
+        rows = zip(*names.values(), strict=True) if self.pairs else itertools.product(*names.values())
+        return self.listed or [dict(zip(names, values, strict=True)) for values in rows]
 
 
 class EvaluationSpec(_Strict):

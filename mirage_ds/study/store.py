@@ -128,7 +128,6 @@ class Store:
         place = self.place(node)
         write_atomically(place / "node.json", json.dumps({"key": node.key, **node.material}, indent=1) + "\n")
         if node.kind == "train":
-            assert node.config is not None
             values = json.loads(node.config.model_dump_json(exclude_none=True))
             values |= {"save_model_path": str(self.model(node)), "resume": "auto"}
             if parent is not None:

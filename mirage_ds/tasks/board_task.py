@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from mirage_ds.config.mixture import apportion
+from mirage_ds.data.messages import FIELDS
 from mirage_ds.errors import UserError, reason
 from mirage_ds.tasks.draft import Draft
 from mirage_ds.tasks.maps import (
@@ -33,8 +34,6 @@ from mirage_ds.tasks.task import Settings, Task
 
 _RANDOM_ONLY = ("levels", "proportions", "hole_rate", "split")
 _HASH = re.compile(r"[0-9a-f]{64}(\s+\S.*)?")
-# What a source row has under these names is made anew.
-_MADE = ("text_input", "text_output", "image_input", "image_output")
 # So many draws in a row without a new record mean that the supply is used up.
 _PATIENCE = 20_000
 
@@ -242,11 +241,11 @@ class _Supply:
             draft = self.task.make(Given(board, rng, settings, {}, self.task.wanted(len(found))))
             if draft is None:
                 continue
-            if draft.key in found:
+            if draft.key not in found:
+                found[draft.key] = self._kept({}, board, draft)
+                fruitless = 0
+            else:
                 self.report.duplicates += 1
-                continue
-            found[draft.key] = self._kept({}, board, draft)
-            fruitless = 0
         return list(found.values())
 
     def take(self, path: Path) -> list[Draft]:
@@ -300,7 +299,7 @@ class _Supply:
     def _kept(self, row: Mapping[str, Any], board: Board, draft: Draft) -> Draft:
         """Add what the source row had beside the format's keys, and what made the record."""
         extra: dict[str, Any] = {"map_id": int(map_hash(board)[:12], 16)}
-        extra |= {key: value for key, value in row.items() if key not in _MADE}
+        extra |= {key: value for key, value in row.items() if key not in FIELDS}
         extra |= {"map_desc": board, "level": len(board), "task": self.task.name, **draft.extra}
         extra["seed"] = self.settings.seed
         return replace(draft, extra=extra if row else extra | {"split": self.settings.split}, key="")

@@ -51,15 +51,11 @@ def without_letters(options: Sequence[str]) -> list[str]:
     return [option.strip()[match.end() :] for option, match in zip(options, matches, strict=True) if match]
 
 
-def image_count(row: Mapping[str, Any]) -> int:
-    """Return how many input images a record has."""
-    paths = row.get("image_input") or []
-    return len(paths) if isinstance(paths, list) else 1
-
-
-def with_marks(text: str, images: int) -> str:
-    """Put the images in front of a text that does not say where they stand."""
-    return text if IMAGE_MARK in text else IMAGE_MARK * images + ("\n" if images else "") + text
+def marked_question(row: Mapping[str, Any]) -> str:
+    """Return a row's `question`; where it does not say where its images stand, they stand in front."""
+    question, paths = str(row["question"]), row.get("image_input") or []
+    images = len(paths) if isinstance(paths, list) else 1
+    return question if IMAGE_MARK in question or not images else f"{IMAGE_MARK * images}\n{question}"
 
 
 class ChoiceTask(Task):
@@ -76,8 +72,7 @@ class ChoiceTask(Task):
     def prompt(self, row: Mapping[str, Any], settings: Any) -> str:
         """Return the row's `question` with its options, one a line."""
         lines = [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, row["options"], strict=False)]
-        asked = with_marks(row["question"], image_count(row))
-        return "\n".join([asked, *lines, f"Put {self.boxed} in \\boxed{{}}."])
+        return "\n".join([marked_question(row), *lines, f"Put {self.boxed} in \\boxed{{}}."])
 
     def parse(self, text: str, row: Mapping[str, Any]) -> str | None:
         """Return the letter of the option that is answered; None when it is none of them."""

@@ -20,7 +20,7 @@ from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
 from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.boxed import last_boxed
-from mirage_ds.tasks.choices import ChoiceTask, image_count, read_choice, with_marks, without_letters
+from mirage_ds.tasks.choices import ChoiceTask, marked_question, read_choice, without_letters
 from mirage_ds.tasks.draft import Draft, Picture
 from mirage_ds.tasks.report import BuildReport
 
@@ -53,7 +53,7 @@ class Comt(ChoiceTask):
         """Return the question with its options; a packed row's question holds them already."""
         if row["options"]:
             return super().prompt(row, settings)
-        text = with_marks(row["question"], image_count(row))
+        text = marked_question(row)
         return text if "\\boxed" in text else f"{text}\nPut the letter of the right option in \\boxed{{}}."
 
     def parse(self, text: str, row: Mapping[str, Any]) -> str | None:

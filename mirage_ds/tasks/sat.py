@@ -16,7 +16,7 @@ from mirage_ds.data.messages import IMAGE_MARK
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.choices import ChoiceTask, plain
-from mirage_ds.tasks.draft import Draft, Picture
+from mirage_ds.tasks.draft import Draft
 from mirage_ds.tasks.report import BuildReport
 
 # The paper's two kinds of question, as it writes them and as the data does.
@@ -97,16 +97,13 @@ def _draft(row: tables.Row, column: str, own: str, helper: Path | None, seed: in
         raise tables.BadRow(f"its question has {marks} {IMAGE_MARK} marks for {len(images)} images")
     if "{" in right or "}" in right:
         raise tables.BadRow(f"correct_answer {right!r} has a brace, which cannot stand in a box")
-    helpers: tuple[Picture, ...] = ()
-    if helper:
-        helpers = (row.picture(helper, "its helper"),)
-    else:
+    if not helper:
         report.note(LACKING)
     letter = ascii_uppercase[at.index(plain(right))]
     return Draft(
         text_output=f"\\boxed{{{right.strip()}}}",
         images=images,
-        helpers=helpers,
+        helpers=(row.picture(helper, "its helper"),) if helper else (),
         extra={
             "question": question,
             "options": options,

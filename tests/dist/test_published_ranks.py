@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from mirage_ds.engine.export import export_folder
 from PIL import Image
 from safetensors.torch import load_file
 from support.group import Group
@@ -30,12 +29,13 @@ from mirage_ds import train
 from mirage_ds.cli import main
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.images import ImageFinder
+from mirage_ds.engine.save import export_folder
 from mirage_ds.engine.universal import convert
 from mirage_ds.evaluate.decoder import load_decoder
 from mirage_ds.evaluate.report import evaluate_file
 from mirage_ds.evaluate.spec import EvaluateSpec
+from mirage_ds.plan.shape import read_shape, sizes
 from mirage_ds.run.settings import Run
-from mirage_ds.study.collect import _sizes
 
 QUICK = ("qwen2.5-vl-7b", "qwen2-vl-7b", "qwen3-vl-8b")
 # On one rank what two have begun: one of each family.
@@ -240,9 +240,9 @@ def check_commands(layout: Layout, base: dict[str, Any], out: Path, records: Pat
     ):
         assert call(*words) == 0, words
     whole = AutoModelForImageTextToText.from_pretrained(out)
-    sizes = _sizes(out / "config.json")
+    found = sizes(read_shape(str(out / "config.json")))
     vision = sum(p.numel() for p in whole.model.visual.parameters())
-    assert (sizes.text, sizes.vision) == (sum(p.numel() for p in whole.parameters()) - vision, vision)
+    assert (found.text, found.vision) == (sum(p.numel() for p in whole.parameters()) - vision, vision)
 
 
 def call(*words: Any) -> int:

@@ -106,10 +106,9 @@ def run_paths(
     check_renderer()
     with tempfile.TemporaryDirectory(prefix="mirage-paths-") as name:
         try:
-            pairs = [_with_helpers(fork, bench.encoder.finder, Path(name)) for fork in forks]
+            twins = [twin for fork in forks for twin in _with_helpers(fork, bench.encoder.finder, Path(name))]
         except RecordError as error:
             raise UserError(f"record on {error}") from None
-        twins = [twin for pair in pairs for twin in pair]
         answers: dict[int, Prediction] = {}
         for part in track(batches(check(twins, bench), batch_size)):
             with batches_fit(batch_size):

@@ -8,7 +8,7 @@ of the other conditions are made, which the second round feeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,9 +24,6 @@ from mirage_ds.evaluate.decoder import Track, answer_of, batches, batches_fit
 from mirage_ds.evaluate.scoring import Prediction
 from mirage_ds.model.generate import Generated, greedy
 
-# One way of filling the slots: what the model answers to the rows' questions, and the log-likelihood of their answers.
-Condition = Callable[[Bench, Sequence[Row]], tuple[list[Generated], list[float]]]
-
 
 class Outcome(NamedTuple):
     """A record under one condition: its answer, and the log-likelihood of the right one (see teach)."""
@@ -35,29 +32,21 @@ class Outcome(NamedTuple):
     log_likelihood: float
 
 
-def first_state(bench: Bench, rows: Sequence[Row]) -> tuple[list[Generated], list[float]]:
-    """Feed the first slot's state at every slot of its block."""
-    return decode(bench, rows, First()), teach.first(bench, rows)
+def fill(
+    name: str, vectors: Sequence[torch.Tensor], bench: Bench, rows: Sequence[Row]
+) -> tuple[list[Generated], list[float]]:
+    """Fill the slots in another way than `own`: answers to the rows' questions, and their answers' log-likelihood.
 
-
-def no_latents(bench: Bench, rows: Sequence[Row]) -> tuple[list[Generated], list[float]]:
-    """Have no latent token at all: never emitted, and left out of the answer that is scored."""
-    return decode(bench, rows, choose=forbid(greedy, bench.tokens)), teach.off(bench, rows)
-
-
-def known(vectors: Sequence[torch.Tensor]) -> Condition:
-    """Feed vectors that are known beforehand, (R, k, H) for each record by its place."""
-
-    def fill(bench: Bench, rows: Sequence[Row]) -> tuple[list[Generated], list[float]]:
-        fed = [vectors[row.sample.row] for row in rows]
-        return decode(bench, rows, Given(fed)), teach.given(bench, rows, fed)
-
-    return fill
-
-
-def make(name: str, material: Material) -> Condition:
-    """Make a condition other than `own` by its name."""
-    return {"first": first_state, "off": no_latents}.get(name) or known(KNOWN[name](material))
+    Args:
+        vectors: what is fed where it is known beforehand, (R, k, H) for each record by its place.
+    """
+    if name == "first":
+        return decode(bench, rows, First()), teach.first(bench, rows)
+    if name == "off":
+        # Never emitted, and left out of the answer that is scored.
+        return decode(bench, rows, choose=forbid(greedy, bench.tokens)), teach.off(bench, rows)
+    fed = [vectors[row.sample.row] for row in rows]
+    return decode(bench, rows, Given(fed)), teach.given(bench, rows, fed)
 
 
 def check(records: Sequence[Record], bench: Bench) -> list[int]:
@@ -117,10 +106,10 @@ def run_conditions(
         pad=bench.model.language_model.embed_tokens.weight[bench.tokens.pad].detach().cpu(),
         seed=seed,
     )
-    conditions = {name: make(name, material) for name in names if name != "own"}
-    for part in track(parts if conditions else []):
+    others = {name: KNOWN[name](material) if name in KNOWN else [] for name in names if name != "own"}
+    for part in track(parts if others else []):
         with batches_fit(batch_size):
             rows = rows_of(bench, [records[i] for i in part], part)
-            for name, condition in conditions.items():
-                found[name] |= zip(part, _outcomes(bench, *condition(bench, rows)), strict=True)
+            for name, vectors in others.items():
+                found[name] |= zip(part, _outcomes(bench, *fill(name, vectors, bench, rows)), strict=True)
     return {name: [own[i] for i in places] for name, own in found.items()}

@@ -27,16 +27,13 @@ class Corpus(NamedTuple):
 
     Attributes:
         records: N records.
-        latents: (N, k, H).
-        images: (N, k, H) the input images' features, averaged to k as a helper's are; None where one has too few.
-        helpers: (N, k, H) the helpers' targets; None where a row has none.
+        sources: what a probe reads → (N, k · H), or (N, H) of one latent: the latents; the helpers' targets, unless a
+            row has none; the input images' features averaged to k as a helper's are, unless one has too few.
         kinds: kind of vector → some of them (≤ MOST_VECTORS, H).
     """
 
     records: list[Record]
-    latents: torch.Tensor
-    images: torch.Tensor | None
-    helpers: torch.Tensor | None
+    sources: dict[str, torch.Tensor]
     kinds: dict[str, torch.Tensor]
 
 
@@ -76,25 +73,24 @@ def gather(bench: Bench, records: Sequence[Record], batch_size: int, track: Trac
             if inputs:
                 features["input image features"].append(_some(thought.images.float().cpu())[:few])
             if len(thought.images) >= k:
-                images.append(measure.targets(thought.images, k, len(thought.images)).cpu())
+                images.append(measure.targets(thought.images[None], k).cpu())
             if own:
-                helpers.append(measure.targets(own[0].features, k, own[0].columns, encoder.compress).cpu())
-                features["helper image features"].append(_some(own[0].features.float().cpu())[:few])
+                helpers.append(measure.targets(own[0].features, k, encoder.compress).cpu())
+                features["helper image features"].append(_some(own[0].features.flatten(0, 1).float().cpu())[:few])
             words |= set(thought.ids.tolist())
     ids = torch.tensor(sorted(words - set(encoder.tokenizer.all_special_ids)), device=bench.device)
     stacked = torch.stack(latents)
+    each = {f"latent {number + 1}": stacked[:, number] for number in range(k)}
+    sources = {"all latents": stacked.flatten(1), **each}
+    for source, pooled in (("helper targets", helpers), ("input image, pooled", images)):
+        if len(pooled) == len(records):
+            sources[source] = torch.stack(pooled).flatten(1)
     kinds = {
         "text embeddings": bench.model.language_model.embed_tokens.weight.detach()[ids].float().cpu(),
         **{name: torch.cat(vectors) for name, vectors in features.items() if vectors},
-        **{f"latent {number + 1}": stacked[:, number] for number in range(k)},
+        **each,
     }
-    return Corpus(
-        records=list(records),
-        latents=stacked,
-        images=torch.stack(images) if len(images) == len(records) else None,
-        helpers=torch.stack(helpers) if len(helpers) == len(records) else None,
-        kinds={name: _some(vectors) for name, vectors in kinds.items()},
-    )
+    return Corpus(list(records), sources, {name: _some(vectors) for name, vectors in kinds.items()})
 
 
 def project(kinds: dict[str, torch.Tensor], unit: bool) -> Projection:
@@ -105,8 +101,9 @@ def project(kinds: dict[str, torch.Tensor], unit: bool) -> Projection:
     """
     if unit:
         kinds = {name: functional.normalize(vectors.float(), dim=-1) for name, vectors in kinds.items()}
-    found = measure.components(torch.cat(list(kinds.values())))
-    return Projection({name: found.project(vectors) for name, vectors in kinds.items()}, found.share)
+    points, share = measure.components(torch.cat(list(kinds.values())))
+    each = points.split([len(vectors) for vectors in kinds.values()])
+    return Projection(dict(zip(kinds, each, strict=True)), share)
 
 
 def readings(corpus: Corpus) -> dict[str, dict[str, dict[str, probe.Reading]]]:
@@ -118,18 +115,12 @@ def readings(corpus: Corpus) -> dict[str, dict[str, dict[str, probe.Reading]]]:
     Raises:
         UserError: a record's map_desc is no board.
     """
-    sources: dict[str, torch.Tensor] = {"all latents": corpus.latents.flatten(1)}
-    sources |= {f"latent {number + 1}": corpus.latents[:, number] for number in range(corpus.latents.shape[1])}
-    if corpus.helpers is not None:
-        sources["helper targets"] = corpus.helpers.flatten(1)
-    if corpus.images is not None:
-        sources["input image, pooled"] = corpus.images.flatten(1)
     found: dict[str, dict[str, dict[str, probe.Reading]]] = {}
     for asked in probe.questions(corpus.records):
         if len(set(asked.groups)) < probe.FEWEST_MAPS:
             continue
         size = found.setdefault(f"{asked.side} × {asked.side}", {block: {} for block in asked.blocks})
-        for source, x in sources.items():
+        for source, x in corpus.sources.items():
             for block, reading in probe.read(x[asked.rows], asked).items():
                 size[block][source] = reading
     return found

@@ -62,15 +62,13 @@ def figures(bench: Bench, records: Sequence[Record]) -> dict[str, Figure]:
 
     Raises:
         RecordError: a record cannot be used, or an image is missing or does not decode.
-        UserError: a record has no latent block, logits are not finite, or matplotlib is not installed.
+        UserError: logits are not finite, or matplotlib is not installed.
     """
     need_matplotlib()
     bench = replace(bench, encoder=replace(bench.encoder, stage="stage2"))
     found: dict[str, Figure] = {}
     for record in records:
         title = f"line {record.line}"
-        if not record.runs:
-            raise UserError(f"record on {title} has no latent block; choose rows with a helper image or its mark")
         thought = taught(bench, [bench.encoder.encode(record, record.line - 1)])[0]
         for one in looks(bench, record, thought, title):
             found |= {f"{one.title}/{name}": figure for name, figure in drawings(one).items()}

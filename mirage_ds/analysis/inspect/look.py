@@ -26,13 +26,11 @@ WORDS = 6
 
 
 class Seen(NamedTuple):
-    """An image: its name, picture (height, width, 3) uint8, and features (F, H) in so many rows and columns."""
+    """An image: its name, picture (height, width, 3) uint8, and features (rows, columns, H)."""
 
     name: str
     picture: np.ndarray
     features: torch.Tensor
-    rows: int
-    columns: int
 
 
 class Look(NamedTuple):
@@ -87,17 +85,16 @@ def see(bench: Bench, record: Record, thought: Thought) -> tuple[list[Seen], lis
     helpers: list[Seen] = []
     left = thought.images
     for name, path in record.images(helpers=True):
-        pixels, grid = encoder.pixels(record, name, path)
-        time, height, width = (int(side) for side in grid[0])
-        rows, columns = height // encoder.images.merge_size, width // encoder.images.merge_size
+        pixels, grid = encoder.pixels(record, name, [path])
+        rows, columns = encoder.sides(grid[0].tolist())
         picture = np.asarray(encoder.finder.load(record, name, path))
         if name == "image_input":
-            own, left = left.split([time * rows * columns, len(left) - time * rows * columns])
+            own, left = left[: rows * columns], left[rows * columns :]
             number = f" {len(inputs) + 1}" if len(record.image_input) > 1 else ""
-            inputs.append(Seen(f"input image{number}", picture, own, rows, columns))
+            inputs.append(Seen(f"input image{number}", picture, own.unflatten(0, (rows, columns))))
         else:
             own = embedded(bench.tower.features(pixels.to(device), grid.to(device)), thought.inputs.shape[1])
-            helpers.append(Seen("helper image", picture, own, rows, columns))
+            helpers.append(Seen("helper image", picture, own.unflatten(0, (rows, columns))))
     return inputs, helpers
 
 
@@ -129,12 +126,12 @@ def look(bench: Bench, thought: Thought, block: int, images: Sequence[Seen], hel
     probabilities = attention(model, thought, queries)
     to_targets = None
     if helper:
-        targets = measure.targets(helper.features, k, helper.columns, encoder.compress)
+        targets = measure.targets(helper.features, k, encoder.compress)
         to_targets = measure.cosines(latents, targets).cpu()
     return Look(
         title=title,
         similarity=[
-            (one.name, one.picture, measure.cosines(latents, one.features).view(k, one.rows, one.columns).cpu())
+            (one.name, one.picture, measure.cosines(one.features, latents).movedim(-1, 0).cpu())
             for one in [*images, *([helper] if helper else [])]
         ],
         nearest=measure.Words(*(part.cpu() for part in nearest)),

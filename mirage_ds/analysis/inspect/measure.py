@@ -1,6 +1,6 @@
 """Numbers about vectors: cosines, nearest words, pooled targets, principal components.
 
-n latents, F visual features, k latents a block, H hidden, V vocabulary, N vectors. All results are float32.
+n latents, k latents a block, H hidden, V vocabulary, N vectors, c components. All results are float32.
 """
 
 from __future__ import annotations
@@ -21,20 +21,8 @@ class Words(NamedTuple):
     scores: torch.Tensor
 
 
-class Components(NamedTuple):
-    """Principal components: mean (H,), directions (c, H) of length 1, and each one's share (c,) of the variance."""
-
-    mean: torch.Tensor
-    directions: torch.Tensor
-    share: torch.Tensor
-
-    def project(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Coordinates (N, c) of vectors (N, H)."""
-        return (vectors.float() - self.mean) @ self.directions.T
-
-
 def cosines(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Cosine of each vector of `one` (n, H) with each of `other` (F, H) → (n, F)."""
+    """Cosine of each vector of `one` (…, H) with each of `other` (n, H) → (…, n)."""
     return functional.normalize(one.float(), dim=-1) @ functional.normalize(other.float(), dim=-1).T
 
 
@@ -67,24 +55,28 @@ def lens(latents: torch.Tensor, matrix: torch.Tensor, count: int) -> Words:
     return Words(ids, scores)
 
 
-def targets(features: torch.Tensor, k: int, columns: int, compress: Compress = "average") -> torch.Tensor:
-    """Average a helper's features (F, H), in rows of so many columns, into k targets (k, H), as stage 1 does."""
-    groups = torch.from_numpy(pool_groups(len(features) // columns, columns, k, compress)).to(features.device)
+def targets(features: torch.Tensor, k: int, compress: Compress = "average") -> torch.Tensor:
+    """Average a helper's features (rows, columns, H) into k targets (k, H), as stage 1 does."""
+    rows, columns, width = features.shape
+    groups = torch.from_numpy(pool_groups(rows, columns, k, compress)).to(features.device)
     kept = groups != DROPPED
-    sums = torch.zeros(k, features.shape[1], device=features.device).index_add(0, groups[kept], features[kept].float())
+    own = features.flatten(0, 1)[kept].float()
+    sums = torch.zeros(k, width, device=features.device).index_add(0, groups[kept], own)
     return sums / groups[kept].bincount()[:, None]
 
 
-def components(vectors: torch.Tensor, count: int = 2) -> Components:
-    """Find the `count` directions of greatest variance of vectors (N, H).
+def components(vectors: torch.Tensor, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay vectors (N, H) on the `count` directions of greatest variance.
 
     The sign of a direction is chosen: its entry of greatest magnitude is positive, so that pictures do not flip.
+
+    Returns:
+        Coordinates (N, c), and each direction's share (c,) of the variance.
     """
-    vectors = vectors.double()
-    mean = vectors.mean(0)
+    centred = vectors.double() - vectors.double().mean(0)
     # H × H, not N × H: what is kept does not grow with the file.
-    values, directions = torch.linalg.eigh((vectors - mean).T @ (vectors - mean))
+    values, directions = torch.linalg.eigh(centred.T @ centred)
     values, directions = values.flip(0).clamp(min=0), directions.flip(1).T[:count]
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     share = values[:count] / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
-    return Components(mean.float(), (directions * largest.sign()).float(), share.float())
+    return (centred @ (directions * largest.sign()).T).float(), share.float()

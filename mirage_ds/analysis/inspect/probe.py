@@ -63,10 +63,6 @@ class Reading(NamedTuple):
     maps: int
 
 
-def _map_of(board: Board) -> str:
-    return min(map_json(image) for image in symmetries(board))
-
-
 def questions(records: Sequence[Record]) -> list[Questions]:
     """Find what can be asked: the cells of `map_desc`, and the moves of `path` where records have one.
 
@@ -99,7 +95,7 @@ def _ask(side: int, boards: Sequence[tuple[int, Board]], records: Sequence[Recor
     return Questions(
         side,
         torch.tensor([row for row, _ in boards]),
-        [_map_of(board) for _, board in boards],
+        [min(map_json(image) for image in symmetries(board)) for _, board in boards],
         torch.tensor(columns).T.contiguous(),
         blocks,
     )

@@ -19,7 +19,7 @@ from mirage_ds.analysis.bench import Bench
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.attention import Ends, varlen_attention
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Generated, check_finite, generate
+from mirage_ds.model.generate import check_finite, generate
 from mirage_ds.model.images import Deep, embedded, place_images
 
 
@@ -134,27 +134,23 @@ def taught(bench: Bench, samples: Sequence[Sample]) -> list[Thought]:
     ]
 
 
-def decoded(bench: Bench, samples: Sequence[Sample]) -> list[Thought]:
-    """Let the model answer greedily, within bench.limits, and run its answers as if they were given.
+def decoded(bench: Bench, prompt: Sample) -> Thought:
+    """Let the model answer a prompt greedily, within bench.limits, and run its answer as if it were given.
 
     Args:
-        samples: prompts (Encoder.encode_prompt).
+        prompt: see Encoder.encode_prompt.
 
     Returns:
-        One Thought a row, without the last token, which was never fed; `runs` is empty where the model opened none.
+        The row without the last token, which was never fed; `runs` is empty where the model opened none.
     """
-    answers = generate(bench.model, bench.batch(samples), bench.tokens, bench.limits)
-    return taught(bench, [_answered(sample, answer) for sample, answer in zip(samples, answers, strict=True)])
-
-
-def _answered(prompt: Sample, answer: Generated) -> Sample:
-    """Put an answer behind its prompt."""
+    answer = generate(bench.model, bench.batch([prompt]), bench.tokens, bench.limits)[0]
     fed, prefix = len(answer.fed), len(prompt.input_ids)
     ids = torch.tensor(answer.ids[:fed], dtype=torch.long)
     onwards = prompt.position_ids.max() + 1 + torch.arange(fed)
-    return prompt._replace(
+    row = prompt._replace(
         input_ids=torch.cat([prompt.input_ids, ids]),
         labels=torch.cat([prompt.labels, torch.full_like(ids, IGNORE)]),
         position_ids=torch.cat([prompt.position_ids, onwards.expand(3, -1)], dim=1),
         runs=tuple((prefix + start, k) for start, k in answer.blocks()),
     )
+    return taught(bench, [row])[0]

@@ -89,7 +89,7 @@ def _row(folder: Path, bench: Bench, record: Record, row: int, decode: bool) -> 
     studied = [("answer given", taught(bench, [encoder.encode(record, row)])[0], question)]
     if decode:
         prompt = encoder.encode_prompt(record, row)
-        thought = decoded(bench, [prompt])[0]
+        thought = decoded(bench, prompt)
         text = "".join(spell(encoder, token) for token in thought.ids[len(prompt.input_ids) :].tolist())
         said = ("decoded, without the token that ended it", text.replace("␣", " "))
         studied.append(("decoded", thought, [*question, said]))

@@ -9,7 +9,7 @@ from pathlib import Path
 from mirage_ds.cluster.doctor.finding import HERE, Facts, Finding, Seen, fail, size, unlike, warn, well
 from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.engine.ds_config import read_json
-from mirage_ds.engine.installed import PACKAGES
+from mirage_ds.engine.versions import PACKAGES
 from mirage_ds.errors import UserError
 
 OPTIONAL = ("flash-attn", "peft")

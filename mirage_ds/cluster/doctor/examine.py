@@ -19,7 +19,7 @@ from mirage_ds.cluster.doctor.finding import Seen
 from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.cluster.environment import DEFAULT_NAME, SECRET, WANTED, env_files, is_wanted, parse, read
 from mirage_ds.cluster.hosts import Host, read_hosts
-from mirage_ds.engine.installed import PACKAGES
+from mirage_ds.engine.versions import PACKAGES
 from mirage_ds.errors import UserError
 
 WRITE_BYTES = 64 << 20

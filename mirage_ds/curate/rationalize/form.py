@@ -94,12 +94,12 @@ class Judge:
 
     Attributes:
         record: with at least one helper and a boxed answer.
-        task: whose scorer decides; None where the boxed texts are compared.
+        task: whose scorer decides.
         boxed: what stands in the record's own box.
     """
 
     record: Record
-    task: Task | None
+    task: Task
     boxed: str
 
     @classmethod
@@ -107,7 +107,7 @@ class Judge:
         """Make a record's judge.
 
         Args:
-            named: --task; else the record's own `task`, if it has one.
+            named: --task; else the record's own `task`, and `boxed` where it has none.
 
         Raises:
             RecordError: the record has no helper, no boxed answer, or one that its own task calls wrong.
@@ -118,17 +118,17 @@ class Judge:
         boxed = last_boxed(record.text_output)
         if boxed is None or not boxed.strip():
             raise record.fault("text_output", r"no answer in \boxed{…}", r"write the answer as \boxed{answer}")
-        name = named_task(record, named)
-        judge = cls(record, get_task(name) if name else None, boxed)
+        name = named_task(record, named) or "boxed"
+        judge = cls(record, get_task(name), boxed)
         try:
             right = judge.agrees(record.text_output)
         except KeyError as error:
-            how = f"add it: {task_name(str(name))} scores by it"
+            how = f"add it: {task_name(name)} scores by it"
             raise record.fault(str(error.args[0]), "missing", how) from None
         if not right:
             raise record.fault(
                 "text_output",
-                f"its own answer {shown(boxed)} is wrong by the scorer of {task_name(str(name))}",
+                f"its own answer {shown(boxed)} is wrong by the scorer of {task_name(name)}",
                 "fix it, or leave the row out",
             )
         return judge
@@ -139,9 +139,6 @@ class Judge:
         The task's scorer must call it right, and the task must read the same from both: of two right answers the
         helper image belongs to one.
         """
-        if self.task is None:
-            found = last_boxed(text)
-            return found is not None and " ".join(found.split()) == " ".join(self.boxed.split())
         known: Mapping[str, Any] = {**self.record.extra, "text_output": self.record.text_output}
         marks = self.task.score_record(text, known)
         own = self.task.parse(self.record.text_output, known)

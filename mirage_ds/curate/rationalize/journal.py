@@ -11,9 +11,8 @@ import fcntl
 import io
 import json
 import os
-from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mirage_ds.curate.rationalize.form import Outcome, Reply
 from mirage_ds.errors import UserError
@@ -23,20 +22,11 @@ NAME = "replies.jsonl"
 Job = tuple[int, int]
 
 
-class Noted(NamedTuple):
-    """The bytes of a job's line in the file, and what became of the job."""
-
-    offset: int
-    length: int
-    outcome: Outcome
-
-
 class Journal:
-    """The journal of one --out, locked for this process. It holds a few numbers a reply in memory, no text.
+    """The journal of one --out, locked for this process.
 
     Attributes:
-        noted: job → its line.
-        tokens: asked and written, of all replies, as far as they were told.
+        noted: job → what its line says.
     """
 
     def __init__(self, out: Path, setup: dict[str, Any]):
@@ -49,8 +39,7 @@ class Journal:
             UserError: it was begun with another setup, another process writes it, or it cannot be written.
         """
         self.path = out / NAME
-        self.noted: dict[Job, Noted] = {}
-        self.tokens: Counter[str] = Counter()
+        self.noted: dict[Job, dict[str, Any]] = {}
         if (out / "data.jsonl").exists() and not self.path.is_file():
             raise UserError(f"--out {out}: holds a data.jsonl that is not of this command; name another folder")
         out.mkdir(parents=True, exist_ok=True)
@@ -72,20 +61,12 @@ class Journal:
     def _append(self, values: dict[str, Any]) -> None:
         # ASCII: a reply may hold half a surrogate pair, which only an escape can spell.
         line = (json.dumps(values) + "\n").encode()
-        offset = self.file.seek(0, os.SEEK_END)
         try:
             if self.file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             how = "make room, or name another --out"
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); {how}") from None
-        self._take(values, offset, len(line))
-
-    def _take(self, values: dict[str, Any], offset: int, length: int) -> None:
-        """Remember a line; KeyError, TypeError or ValueError where it is none."""
-        if offset:
-            self.noted[int(values["row"]), int(values["sample"])] = Noted(offset, length, values["outcome"])
-            self.tokens.update({name: int(values.get(name, 0)) for name in ("asked", "written")})
 
     def _read(self, setup: dict[str, Any]) -> None:
         """Read the lines there are, or write the first."""
@@ -96,8 +77,11 @@ class Journal:
                     break
                 try:
                     values = json.loads(line)
-                    begun = begun if end else dict(values["setup"])
-                    self._take(values, end, len(line))
+                    if end:
+                        row, sample, _ = (values[key] for key in ("row", "sample", "outcome"))
+                        self.noted[row, sample] = values
+                    else:
+                        begun = dict(values["setup"])
                 except (ValueError, KeyError, TypeError):
                     how = "remove the line, or name another --out"
                     raise UserError(f"{self.path}, line {number}: no reply; {how}") from None
@@ -114,7 +98,7 @@ class Journal:
 
     def pending(self, job: Job) -> bool:
         """Whether a job has no reply yet; one whose reply was lost is asked again."""
-        return job not in self.noted or self.noted[job].outcome == "no reply"
+        return job not in self.noted or self.noted[job]["outcome"] == "no reply"
 
     def note(self, job: Job, line: int, outcome: Outcome, reply: Reply) -> None:
         """Append what came of a job; `line` is that of its row."""
@@ -125,9 +109,4 @@ class Journal:
             values |= {"text": reply.text, "cut": reply.cut, "served": reply.served}
             values |= {"asked": reply.tokens[0], "written": reply.tokens[1]}
         self._append(values)
-
-    def line(self, job: Job) -> dict[str, Any]:
-        """Read again what a job's line says."""
-        offset, length, _ = self.noted[job]
-        values: dict[str, Any] = json.loads(os.pread(self.file.fileno(), length, offset))
-        return values
+        self.noted[job] = values

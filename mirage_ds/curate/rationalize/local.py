@@ -19,6 +19,7 @@ from mirage_ds.config.run import cache_folder
 from mirage_ds.curate.rationalize.form import Reply
 from mirage_ds.curate.rationalize.journal import Job
 from mirage_ds.curate.rationalize.prompt import Questions
+from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS
 from mirage_ds.data.record import IMAGE_MARK, Record
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.data.sources import content_hash
@@ -92,8 +93,12 @@ class Local:
         # From all tokens.
         drawn: Decoding = Sampling(self.spec.temperature, 1.0) if self.spec.temperature else "greedy"
         limits, seed = Limits(self.spec.max_new_tokens), 1000 * (self.spec.seed or 0) + number
+        # They are no text; a folder that was trained on latents would begin its reply with them.
+        banned = [token for token in map(encoder.id_of, (*LATENT_TOKENS, IMAGE_PAD)) if token < len(model.head.weight)]
         try:
-            answers = decode_samples(model, self.decoder.tower, encoder, samples, limits, False, drawn, seed)
+            answers = decode_samples(
+                model, self.decoder.tower, encoder, samples, limits, False, drawn, seed, banned=banned
+            )
         except NotFinite as error:
             with self.questions.source.told(self.questions.source.records[error.row]):
                 raise

@@ -91,17 +91,16 @@ def _finish(questions: Questions, setup: dict[str, Any], journal: Journal) -> di
     reasoned = set()
     with whole_or_nothing(spec.out) as work:
         with (work / "data.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
-            for (row, sample), noted in sorted(journal.noted.items()):
+            for row, sample in sorted(journal.noted):
                 if row >= len(questions.judges) or sample >= spec.samples:
                     # Asked for by an earlier command with a larger --most or --samples.
                     continue
-                counts[noted.outcome] += 1
-                if noted.outcome != "accepted" and noted.outcome in examples:
-                    continue
-                values = journal.line((row, sample))
+                values = journal.noted[row, sample]
+                outcome: Outcome = values["outcome"]
+                counts[outcome] += 1
                 said = str(values.get("text", values.get("why", "")))[:_SHOWN]
-                examples.setdefault(noted.outcome, {"line": values["line"], "sample": sample, "said": said})
-                if noted.outcome == "accepted":
+                examples.setdefault(outcome, {"line": values["line"], "sample": sample, "said": said})
+                if outcome == "accepted":
                     reasoned.add(row)
                     lines.write(_line(questions, row, sample, values, out))
         if not reasoned:
@@ -113,7 +112,7 @@ def _finish(questions: Questions, setup: dict[str, Any], journal: Journal) -> di
             "replies": len(questions.judges) * spec.samples,
             "counts": {outcome: counts[outcome] for outcome in ("accepted", *MEANINGS)},
             "examples": examples,
-            "tokens": dict(journal.tokens),
+            "tokens": {name: sum(one.get(name, 0) for one in journal.noted.values()) for name in ("asked", "written")},
             "endpoint": spec.endpoint and str(spec.endpoint),
             "model": spec.model_name or spec.model,
             "samples": spec.samples,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
@@ -48,11 +47,11 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
     work = Work(Draws(resamples, seed))
     _gather(results, work)
     arms = [_arm(name, results.arms[name], cells, work) for name, cells in work.cells.items()]
-    primary, others = contrasts(results, work)
+    primary, others = contrasts(results.report, work)
     return {
         "name": results.name,
         "question": results.question,
-        "margin": results.margin,
+        "margin": results.report.margin,
         "made": dict(results.made),
         "statistics": {"resamples": resamples, "seed": seed},
         "arms": arms,
@@ -139,8 +138,8 @@ def _evaluation(arm: str, evaluation: str, cells: Sequence[Cell], work: Work) ->
     overall, levels = estimate(grid.values[0], list(grid.levels.values()), work.draws)
     return {
         "metric": metric,
-        "overall": asdict(overall),
-        "levels": {name: asdict(one) for name, one in zip(grid.levels, levels, strict=True)},
+        "overall": overall,
+        "levels": dict(zip(grid.levels, levels, strict=True)),
         "by_seed": [{"seed": seed, **_of_seed(found)} for seed, found in sorted(columns.items())],
         "other_metrics": {name: _mean(means) for name, means in others.items()},
     }

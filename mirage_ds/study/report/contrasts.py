@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from mirage_ds.analysis.controls.statistics import holm
 from mirage_ds.study.report.grid import Column, Grid, Misfit, Work, column, line_up
 from mirage_ds.study.report.statistics import compare
-from mirage_ds.study.results import Cell, Results
-from mirage_ds.study.spec import ContrastSpec
+from mirage_ds.study.results import Cell
+from mirage_ds.study.spec import ContrastSpec, ReportSpec
 
 Found = dict[str, Any]
 
 
-def contrasts(results: Results, work: Work) -> tuple[Found | None, list[Found]]:
+def contrasts(asked: ReportSpec, work: Work) -> tuple[Found | None, list[Found]]:
     """Compare what the study wants compared; a contrast that cannot be made is a hole.
 
     Returns:
         (primary, others). Each has {"arm", "base", "evaluation", "levels", "metric", "problem"} and, where "problem" is
-        None, the fields of a Comparison ("by_level": name → an Estimate), "means" of arm and base over the same seeds
+        None, what `compare` returns ("by_level": name → an Estimate), "means" of arm and base over the same seeds
         and records, "families" (see `_families`), "notes", and "steps", the optimizer steps of the chains, seed by
         seed. "p_holm" is adjusted among the others; the primary has none.
     """
-    primary = _contrast(results.primary, results.margin, work) if results.primary else None
-    asked = [one for one in dict.fromkeys(results.contrasts) if one != results.primary]
-    others = [_contrast(one, results.margin, work) for one in asked]
+    primary = _contrast(asked.primary, asked.margin, work) if asked.primary else None
+    others = [_contrast(one, asked.margin, work) for one in dict.fromkeys(asked.contrasts) if one != asked.primary]
     tested = [one for one in others if one.get("p") is not None]
     for one, adjusted in zip(tested, holm([one["p"] for one in tested]), strict=True):
         one["p_holm"] = adjusted
@@ -35,14 +33,7 @@ def contrasts(results: Results, work: Work) -> tuple[Found | None, list[Found]]:
 
 def _contrast(contrast: ContrastSpec, margin: float, work: Work) -> Found:
     first = next(iter(work.metrics.get(contrast.evaluation, ())), None)
-    found: Found = {
-        "arm": contrast.arm,
-        "base": contrast.base,
-        "evaluation": contrast.evaluation,
-        "levels": list(contrast.levels),
-        "metric": contrast.metric or first,
-        "problem": None,
-    }
+    found: Found = {**contrast.model_dump(mode="json"), "metric": contrast.metric or first, "problem": None}
     sides = {"arm": contrast.arm, "base": contrast.base}
     try:
         pair = [_columns(name, found, work) for name in sides.values()]
@@ -51,7 +42,7 @@ def _contrast(contrast: ContrastSpec, margin: float, work: Work) -> Found:
         found["problem"] = f"contrast {contrast.arm} − {contrast.base}: {error}"
         work.miss(None, None, found["problem"], contrast.evaluation)
         return found
-    compared = asdict(compare(grid.values[0], grid.values[1], list(grid.levels.values()), margin, work.draws))
+    compared = compare(grid.values[0], grid.values[1], list(grid.levels.values()), margin, work.draws)
     found |= compared | {
         "by_level": dict(zip(grid.levels, compared["by_level"], strict=True)),
         "by_seed": [

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from mirage_ds.analysis.controls.paths import VERDICTS
-from mirage_ds.study.report.grid import NO_LEVEL, Grid, Work, line_up, make_column
+from mirage_ds.study.report.grid import NO_LEVEL, Column, Grid, Work, line_up, make_column
 from mirage_ds.study.report.statistics import Draws, estimate
 
 Found = dict[str, Any]
@@ -60,18 +59,12 @@ def _averaged(reports: Mapping[int, Mapping[str, Any]], draws: Draws) -> Found:
 
 def _grid(answers: Mapping[int, Sequence[Answer]], names: Iterable[str], value: Callable[[Answer, str], float]) -> Grid:
     """Line up what each record has under each name; answers: seed → a record each. They do not say a record's level."""
-    return line_up(
-        [
-            {
-                seed: make_column(
-                    [str(one["line"]) for one in own], [NO_LEVEL] * len(own), [value(one, name) for one in own]
-                )
-                for seed, own in answers.items()
-            }
-            for name in names
-        ]
-    )
+
+    def scored(own: Sequence[Answer], name: str) -> Column:
+        return make_column([str(one["line"]) for one in own], [NO_LEVEL] * len(own), [value(one, name) for one in own])
+
+    return line_up([{seed: scored(own, name) for seed, own in answers.items()} for name in names])
 
 
 def _mean(grid: Grid, values: np.ndarray, draws: Draws) -> Found:
-    return asdict(estimate(values, list(grid.levels.values()), draws)[0])
+    return estimate(values, list(grid.levels.values()), draws)[0]

@@ -7,9 +7,8 @@ says how many each level has.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -51,39 +50,11 @@ class Draws(NamedTuple):
 
 def _counts(rng: np.random.Generator, resamples: int, count: int) -> np.ndarray:
     """Draw `count` of `count` with replacement, R times: (R, count), how often each was drawn."""
-    parts = []
-    for at in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - at)
-        drawn = rng.integers(count, size=(size, count))
-        drawn += count * np.arange(size)[:, None]
-        parts.append(np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count))
-    return np.concatenate(parts)
+    return np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(resamples)])
 
 
-def _ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    ends = np.cumsum(sizes).tolist()
-    return list(zip([0, *ends[:-1]], ends, strict=True))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and records.
-
-    Attributes:
-        mean: of S × N values; low, high: its 95 % interval; low90, high90: its 90 % interval.
-        seeds, records: S and N.
-        resampled: what the interval is over: "seeds and records", or "records" where there is only one seed; then it
-            says nothing about another training run.
-    """
-
-    mean: float
-    low: float
-    high: float
-    low90: float
-    high90: float
-    seeds: int
-    records: int
-    resampled: str
+# A mean over seeds and records, as report.json has it; see `estimate`.
+Estimate: TypeAlias = dict[str, Any]
 
 
 def estimate(values: np.ndarray, sizes: Sequence[int], draws: Draws) -> tuple[Estimate, list[Estimate]]:
@@ -96,26 +67,30 @@ def estimate(values: np.ndarray, sizes: Sequence[int], draws: Draws) -> tuple[Es
         values: (S, N) with S, N ≥ 1; sizes: records of each of L levels, which sum to N.
 
     Returns:
-        (overall, one a level)
+        (overall, one a level), each an Estimate: {"mean": of S × N values, "low", "high": its 95 % interval, "low90",
+        "high90": its 90 % interval, "seeds", "records": S and N, "resampled": what the interval is over}. That is
+        "seeds and records", or "records" where there is only one seed; then it says nothing about another training run.
     """
     seeds, count = values.shape
     shares, drawn = draws.seeds(seeds), draws.records(tuple(sizes))
     sums = np.empty((draws.resamples, len(sizes)))
+    columns = [slice(int(end) - size, int(end)) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
     for at in range(0, draws.resamples, _CHUNK):
         part = slice(at, at + _CHUNK)
-        for level, (start, stop) in enumerate(_ranges(sizes)):
-            by_seed = drawn[part, start:stop].astype(np.float64) @ values[:, start:stop].T
+        for level, own in enumerate(columns):
+            by_seed = drawn[part, own].astype(np.float64) @ values[:, own].T
             sums[part, level] = (by_seed * shares[part]).sum(1)
     resampled = "seeds and records" if seeds > 1 else "records"
 
     def made(mean: float, means: np.ndarray, records: int) -> Estimate:
         low, low90, high90, high = np.quantile(means, [0.025, 0.05, 0.95, 0.975])
-        five = [round(float(one), _DIGITS) for one in (mean, low, high, low90, high90)]
-        return Estimate(five[0], five[1], five[2], five[3], five[4], seeds, records, resampled)
+        numbers = {"mean": mean, "low": low, "high": high, "low90": low90, "high90": high90}
+        rounded = {name: round(float(one), _DIGITS) for name, one in numbers.items()}
+        return {**rounded, "seeds": seeds, "records": records, "resampled": resampled}
 
     levels = [
-        made(values[:, start:stop].mean(), sums[:, level] / (stop - start), stop - start)
-        for level, (start, stop) in enumerate(_ranges(sizes))
+        made(values[:, own].mean(), sums[:, level] / size, size)
+        for level, (own, size) in enumerate(zip(columns, sizes, strict=True))
     ]
     return made(values.mean(), sums.sum(1) / count, count), levels
 
@@ -142,14 +117,32 @@ TOO_FEW = "too few seeds"
 LEVEL = 0.05
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """How far an arm lies from its base, paired by seed and by record.
+def equivalent(difference: Estimate, margin: float) -> bool:
+    """Tell whether two one-sided tests at 5 % find the difference within ± margin."""
+    return -margin < difference["low90"] and difference["high90"] < margin
 
-    Attributes:
-        difference: arm − base, with 95 % and 90 % intervals.
-        by_level: the same for each level.
-        by_seed: mean difference of each seed.
+
+def verdict(difference: Estimate, margin: float, p: float | None = None) -> str:
+    """Say in a word what the intervals and the test say: higher, lower, equivalent, undecided.
+
+    An interval from resampling a handful of seeds is narrower than it ought to be, so the exact test has to agree.
+    """
+    if p is None or p <= LEVEL:
+        if difference["low"] > 0:
+            return "higher"
+        if difference["high"] < 0:
+            return "lower"
+    return "equivalent" if equivalent(difference, margin) else "undecided"
+
+
+def compare(arm: np.ndarray, base: np.ndarray, sizes: Sequence[int], margin: float, draws: Draws) -> dict[str, Any]:
+    """Compare two matrices (S, N) of the same seeds and records.
+
+    Args:
+        sizes: records of each level; margin: a difference within ± this counts as none.
+
+    Returns:
+        difference: an Estimate of arm − base; by_level: the same for each level; by_seed: mean difference of each seed.
         test: "sign-flip" (over seeds, every pattern), "sign-flip, random" (20,000 patterns), "McNemar" (over records,
             one seed) or "none".
         p: of that test, two-sided; None without one: from two to four seeds none can reach 5 %, and McNemar's wants
@@ -160,41 +153,6 @@ class Comparison:
             "equivalent" or "undecided". A difference that is both significant and equivalent is "higher" or "lower"
             with `equivalent` set. Below five seeds TOO_FEW, and not equivalent: of two to four the interval is too
             narrow to say anything by, and one is two models, not two arms.
-    """
-
-    difference: Estimate
-    by_level: list[Estimate]
-    by_seed: list[float]
-    test: str
-    p: float | None
-    least_p: float | None
-    equivalent: bool
-    verdict: str
-
-
-def equivalent(difference: Estimate, margin: float) -> bool:
-    """Tell whether two one-sided tests at 5 % find the difference within ± margin."""
-    return -margin < difference.low90 and difference.high90 < margin
-
-
-def verdict(difference: Estimate, margin: float, p: float | None = None) -> str:
-    """Say in a word what the intervals and the test say: higher, lower, equivalent, undecided.
-
-    An interval from resampling a handful of seeds is narrower than it ought to be, so the exact test has to agree.
-    """
-    if p is None or p <= LEVEL:
-        if difference.low > 0:
-            return "higher"
-        if difference.high < 0:
-            return "lower"
-    return "equivalent" if equivalent(difference, margin) else "undecided"
-
-
-def compare(arm: np.ndarray, base: np.ndarray, sizes: Sequence[int], margin: float, draws: Draws) -> Comparison:
-    """Compare two matrices (S, N) of the same seeds and records.
-
-    Args:
-        sizes: records of each level; margin: a difference within ± this counts as none.
     """
     apart = arm - base
     overall, levels = estimate(apart, sizes, draws)
@@ -207,9 +165,13 @@ def compare(arm: np.ndarray, base: np.ndarray, sizes: Sequence[int], margin: flo
     elif len(by_seed) == 1 and is_binary(np.unique(np.concatenate([arm, base]))):
         test, p = "McNemar", mcnemar(arm[0].tolist(), base[0].tolist())
     few = len(by_seed) < LEAST_SEEDS
-    same = equivalent(overall, margin) and not few
-    return Comparison(
-        *(overall, levels, by_seed, test, p, least),
-        equivalent=same,
-        verdict=TOO_FEW if few else verdict(overall, margin, p),
-    )
+    return {
+        "difference": overall,
+        "by_level": levels,
+        "by_seed": by_seed,
+        "test": test,
+        "p": p,
+        "least_p": least,
+        "equivalent": equivalent(overall, margin) and not few,
+        "verdict": TOO_FEW if few else verdict(overall, margin, p),
+    }

@@ -139,7 +139,8 @@ def _sweep(alike: Sequence[str], arms: Sequence[Mapping[str, Any]], traits: pd.D
             known = [at for at in group if evaluation in arms[at]["evaluations"]]
             known.sort(key=lambda at: ticks.index(values[at]))
             places = [ticks.index(values[at]) + step * number for at in known]
-            _line(axes, places, [arms[at]["evaluations"][evaluation] for at in known], how)
+            if known:
+                _line(axes, places, [arms[at]["evaluations"][evaluation] for at in known], how)
         axes.set_xticks(range(len(ticks)), [legible(text, 18) for text in ticks])
         metric = having(evaluation, arms)[0]["evaluations"][evaluation]["metric"]
         axes.set(title=legible(evaluation), xlabel=title, ylabel=f"{legible(metric)}, mean")
@@ -154,8 +155,6 @@ def _sweep(alike: Sequence[str], arms: Sequence[Mapping[str, Any]], traits: pd.D
 
 def _line(axes: Axes, places: Sequence[float], found: Sequence[Mapping[str, Any]], how: Look) -> None:
     """Draw the scores of one group of arms, from left to right."""
-    if not found:
-        return
     colour, dash, mark = how
     sides = np.asarray([bars(one["overall"]) for one in found]).T
     shape = {"linestyle": dash, "marker": mark, "markersize": 5, "capsize": 2.5, "linewidth": 1.4}

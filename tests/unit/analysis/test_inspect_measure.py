@@ -52,18 +52,17 @@ def test_the_lens_is_the_softmax_of_the_head() -> None:
 def test_targets_are_means_of_neighbours_without_the_rest() -> None:
     features = drawn(11, 3)
     pairs = [features[0:2], features[2:4], features[4:6], features[6:8], features[8:10]]
-    torch.testing.assert_close(measure.targets(features, 5, columns=11), torch.stack([(a + b) / 2 for a, b in pairs]))
+    torch.testing.assert_close(measure.targets(features[None], 5), torch.stack([(a + b) / 2 for a, b in pairs]))
 
 
 @pytest.mark.parametrize("count", [40, 5])
 def test_components_are_those_of_the_centred_matrix(count: int) -> None:
     """Also where there are fewer vectors than dimensions."""
     vectors = drawn(count, 12) * torch.linspace(3, 0.2, 12) + 4
-    found = measure.components(vectors, 3)
+    points, share = measure.components(vectors, 3)
     centred = vectors.double().numpy() - vectors.double().numpy().mean(0)
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
     signs = [np.sign(one[np.abs(one).argmax()]) for one in directions[:3]]
     expected = directions[:3] * np.array(signs)[:, None]
-    np.testing.assert_allclose(found.directions.numpy(), expected, atol=1e-5)
-    np.testing.assert_allclose(found.share.numpy(), singular[:3] ** 2 / (singular**2).sum(), atol=1e-6)
-    np.testing.assert_allclose(found.project(vectors).numpy(), centred @ expected.T, atol=1e-4)
+    np.testing.assert_allclose(share.numpy(), singular[:3] ** 2 / (singular**2).sum(), atol=1e-6)
+    np.testing.assert_allclose(points.numpy(), centred @ expected.T, atol=1e-4)

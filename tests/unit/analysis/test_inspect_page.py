@@ -116,10 +116,10 @@ def test_one_page_that_needs_nothing_beside_it(nano: Path, boards: Path, tmp_pat
 
 def test_without_enough_maps_there_is_no_probe(boards: Path) -> None:
     records = scan(boards)[0]
-    latents = torch.randn(MAPS, 2, 3)
+    latents = torch.randn(MAPS, 6)
     for few in (records[:5], [replace(record, extra={}) for record in records]):
-        assert readings(Corpus(few, latents[: len(few)], None, None, {})) == {}
-    assert list(readings(Corpus(records[:MAPS], latents, None, None, {}))) == ["4 × 4"]
+        assert readings(Corpus(few, {"all latents": latents[: len(few)]}, {})) == {}
+    assert list(readings(Corpus(records[:MAPS], {"all latents": latents}, {}))) == ["4 × 4"]
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,11 @@ from mirage_ds.data.record import Fault, RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import ImageKeys
 from mirage_ds.errors import UserError
+from mirage_ds.model.generate import neighbours
 from mirage_ds.model.latents import compress as compressed
 from mirage_ds.model.load import load_tower, read_config
 from mirage_ds.run import features as keep_features
-from mirage_ds.run.features import CHUNK, CHUNK_BYTES, Images, _kept, chunks_of
+from mirage_ds.run.features import CHUNK, CHUNK_BYTES, Images, _kept
 
 WIDTH = 8
 SPACE = {"tower": "a"}
@@ -287,8 +288,8 @@ def test_kept_targets_are_those_of_a_helper_that_is_not_kept_to_the_bit(
     records, _ = scan(file)
     whole = [encoder.encode(record, row) for row, record in enumerate(records)]
     kept = [
-        encoder.encode(records[0], 0, None, torch.cat(each[:2])),
-        encoder.encode(records[1], 1, None, each[2]),
+        encoder.fill(encoder.lay_out(record), record, row, None, features)
+        for row, (record, features) in enumerate(zip(records, [torch.cat(each[:2]), each[2]], strict=False))
     ]
     assert [sample.helper_features.shape for sample in kept] == [(2 * k, width), (k, width)]
     assert all(not sample.helper_pixel_values.numel() for sample in kept)
@@ -298,7 +299,7 @@ def test_kept_targets_are_those_of_a_helper_that_is_not_kept_to_the_bit(
         targets.append(compressed(batch.helper_features, batch, width))
     assert torch.equal(*targets)
     with pytest.raises(RecordError, match="an image changed its size"):
-        encoder.encode(records[1], 1, None, torch.cat(each))
+        encoder.fill(encoder.lay_out(records[1]), records[1], 1, None, torch.cat(each))
 
 
 def test_what_is_kept_is_of_one_way_of_reading_and_pooling(
@@ -322,14 +323,14 @@ def test_what_is_kept_is_of_one_way_of_reading_and_pooling(
 @pytest.mark.parametrize("size", [1, CHUNK_BYTES // 100, CHUNK_BYTES // 3, CHUNK_BYTES, 5 * CHUNK_BYTES])
 def test_a_chunk_is_bounded_by_its_bytes(size: int) -> None:
     sizes = [size * (1 + number % 3) // 2 for number in range(100)]
-    chunks = chunks_of(sizes)
+    chunks = [range(*ends) for ends in neighbours(sizes, CHUNK_BYTES, CHUNK)]
     assert [number for chunk in chunks for number in chunk] == list(range(100))
     assert all(len(one) == 1 or sum(sizes[at] for at in one) <= CHUNK_BYTES for one in chunks)
     assert max(map(len, chunks)) <= CHUNK
     # None could have taken the next one's first image.
     for one, following in itertools.pairwise(chunks):
         assert len(one) == CHUNK or sum(sizes[at] for at in one) + sizes[following[0]] > CHUNK_BYTES
-    assert chunks_of([]) == []
+    assert not list(neighbours([], CHUNK_BYTES, CHUNK))
 
 
 def test_a_full_disk_while_features_are_kept_is_a_sentence(tmp_path: Path) -> None:

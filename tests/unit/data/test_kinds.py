@@ -35,7 +35,6 @@ from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import UserError
 from mirage_ds.run.records import index_records
 from mirage_ds.run.settings import Run
-from mirage_ds.run.stop import never
 
 ROWS = [{"text_input": f"q, {n} ä", "text_output": "a"} for n in range(3)]
 TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -222,7 +221,7 @@ def test_a_run_says_the_first_fault_where_no_record_has_the_format(
         config = RunConfig(model="m", save_model_path="s", stage="sft", data_path=file, cache_dir=tmp_path / "cache")
         for _ in ("made", "opened again"):
             with pytest.raises(UserError, match=re.escape(f"{file}: line 1, ")):
-                index_records(Run(config, world, asked=never), encoder_for("sft", 2, beside=file), file)
+                index_records(Run(config, world, asked=lambda: False), encoder_for("sft", 2, beside=file), file)
     # An empty file, one of blank lines, a folder.
     (tmp_path / "more").mkdir()
     for name, content, said in (
@@ -235,7 +234,7 @@ def test_a_run_says_the_first_fault_where_no_record_has_the_format(
         source = file.parent if "/" in name else file
         config = RunConfig(model="m", save_model_path="s", stage="sft", data_path=source, cache_dir=tmp_path / "cache")
         with pytest.raises(UserError, match=re.escape(f"{source}: {said}")):
-            index_records(Run(config, world, asked=never), encoder_for("sft", 2, beside=file), source)
+            index_records(Run(config, world, asked=lambda: False), encoder_for("sft", 2, beside=file), source)
 
 
 def test_what_a_folder_holds_besides_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -190,10 +190,11 @@ def test_kept_features_come_instead_of_pixels(
 
 def test_an_image_of_another_size_than_its_kept_features_is_said(mixed: Path, encoder: Encoder) -> None:
     record = scan(mixed)[0][0]
-    right = encoder.measure(record).images[0]
-    assert encoder.encode(record, 0, torch.zeros(right, 3)).image_features is not None
+    layout = encoder.lay_out(record)
+    right = encoder.measure_of(layout).images[0]
+    assert encoder.fill(layout, record, 0, torch.zeros(right, 3)).image_features is not None
     with pytest.raises(RecordError, match=r"line 1, image_input: an image changed its size since it was measured"):
-        encoder.encode(record, 0, torch.zeros(right + 1, 3))
+        encoder.fill(layout, record, 0, torch.zeros(right + 1, 3))
 
 
 def test_a_batch_travels_as_one_tensor(mixed: Path, encoder: Encoder, samples: list[Sample]) -> None:

@@ -30,10 +30,10 @@ from mirage_ds.model.generate import (
     LatentTokens,
     Limits,
     NotFinite,
-    _parts,
     generate,
     greedy,
     latent_tokens,
+    neighbours,
     sampler,
 )
 from mirage_ds.model.load import Loaded, load_model
@@ -206,7 +206,7 @@ def test_prompts_that_run_a_few_at_a_time_go_on_to_the_same_tokens(world: World,
     for got, wanted in zip(some, whole, strict=True):
         assert_same(got, wanted)
     lengths = [len(sample.input_ids) for sample in world.samples]
-    parts = [sum(lengths[first:end]) for first, end in _parts(lengths, tokens)]
+    parts = [sum(lengths[first:end]) for first, end in neighbours(lengths, tokens)]
     # The steps behind the prompts run a token a row.
     assert calls == [*parts, *[len(lengths)] * 9]
     assert 1 < len(parts) <= len(lengths)
@@ -222,7 +222,7 @@ def test_prompts_that_run_a_few_at_a_time_go_on_to_the_same_tokens(world: World,
     ],
 )
 def test_rows_go_together_up_to_the_budget(lengths: list[int], tokens: int, parts: list[tuple[int, int]]) -> None:
-    assert list(_parts(lengths, tokens)) == parts
+    assert list(neighbours(lengths, tokens)) == parts
 
 
 @pytest.mark.parametrize("choose", [greedy, sampler(0.7, 0.9, range(6))], ids=["greedy", "sampled"])

@@ -29,8 +29,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import load_decoder, run_limits
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.load import read_config
-from mirage_ds.plan.shape import read_shape
-from mirage_ds.study.collect import _sizes
+from mirage_ds.plan.shape import read_shape, sizes
 
 TEXTS = ("Where does the way go? Left.", "system\nYou are a helpful assistant.\nuser\n")
 TRAINED = {"stage": "stage1", "latent_size": 6, "slots": None, "compress_strategy": "grid"}
@@ -79,7 +78,7 @@ def test_a_study_counts_the_parameters_of_a_saved_folder(layout: Layout, tmp_pat
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
     vision = sum(p.numel() for p in model.model.visual.parameters())
-    found = _sizes(saved / "config.json")
+    found = sizes(read_shape(str(saved / "config.json")))
     assert (found.text, found.vision) == (sum(p.numel() for p in model.parameters()) - vision, vision)
 
 

@@ -27,7 +27,7 @@ from mirage_ds.study.report.statistics import TOO_FEW
 from mirage_ds.study.report.text import escaped, markdown, page, primary_sentence, sheet
 from mirage_ds.study.report.write import write_report
 from mirage_ds.study.results import SCORES, Cell, Results, Scores, StageResult
-from mirage_ds.study.spec import ContrastSpec
+from mirage_ds.study.spec import ContrastSpec, ReportSpec
 
 LEVELS = ("5", "6", "10")
 
@@ -89,7 +89,7 @@ SETTINGS = {
 }
 
 
-def study(seeds: Sequence[int] = range(1, 6), levels: Sequence[str] = LEVELS, **other: Any) -> Results:
+def study(seeds: Sequence[int] = range(1, 6), levels: Sequence[str] = LEVELS) -> Results:
     """Four arms; the primary contrast is k4 − base."""
     cells = [
         Cell(
@@ -104,12 +104,14 @@ def study(seeds: Sequence[int] = range(1, 6), levels: Sequence[str] = LEVELS, **
         for seed in seeds
     ]
     contrasts = [contrast("k8", "k4", "test"), contrast("top", "k4", "test"), contrast("k8", "base", "test", ("5",))]
-    fields = {"contrasts": contrasts, "made": {"date": "2026-12-01", "commit": "abc"}, "margin": 0.02}
-    primary = contrast("k4", "base", "test")
+    asked = ReportSpec(primary=contrast("k4", "base", "test"), contrasts=contrasts)
     about = {arm: f"what {arm} is" for arm in RATES}
-    return Results(
-        **{"name": "study", "question": "Why?", "arms": about, "cells": cells, "primary": primary, **fields, **other}
-    )
+    return Results("study", "Why?", about, cells, asked, {"date": "2026-12-01", "commit": "abc"})
+
+
+def asking(results: Results, **changed: Any) -> Results:
+    """The study with another primary contrast or others."""
+    return replace(results, report=results.report.model_copy(update=changed))
 
 
 def changed(results: Results, arm: str, seed: int, change: Callable[[Cell], Cell]) -> Results:
@@ -249,7 +251,8 @@ def test_an_evaluation_of_some_arms_leaves_no_hole_in_the_others() -> None:
 
 def test_holm_is_over_all_contrasts_but_the_primary() -> None:
     twice = study(range(1, 9))
-    twice = replace(twice, contrasts=[*twice.contrasts, twice.primary, twice.contrasts[0]])
+    asked = twice.report
+    twice = asking(twice, contrasts=[*asked.contrasts, asked.primary, asked.contrasts[0]])
     report = build(twice, 300)
     others = report["contrasts"]
     # Neither the primary again nor the same one twice.
@@ -282,10 +285,10 @@ def test_a_result_does_not_depend_on_the_order_of_cells_and_records() -> None:
 def test_a_metric_that_is_not_binary_and_one_that_is_named() -> None:
     results = study([1])
     primary = contrast("k4", "base", "test", metric="optimal")
-    report = build(replace(results, primary=primary), 300)
+    report = build(asking(results, primary=primary), 300)
     assert (report["primary"]["test"], report["primary"]["verdict"]) == ("none", TOO_FEW)
     assert any("do not differ in any record" in note for note in report["primary"]["notes"])
-    gone = build(replace(results, primary=contrast("k4", "base", "test", metric="nonsense")), 300)
+    gone = build(asking(results, primary=contrast("k4", "base", "test", metric="nonsense")), 300)
     assert "by nonsense" in gone["primary"]["problem"]
 
 
@@ -344,7 +347,8 @@ def test_contrasts_that_cannot_be_made_are_holes(against: ContrastSpec, said: st
     lone = Cell("lone", 77, {}, [], {"test": scored("lone", 77, 0.5)})
     alien = Cell("alien", 1, {}, [], {"test": columns([Scored("x", "5", {"success": 1.0})])})
     arms = {**results.arms, "lone": "", "alien": ""}
-    report = build(replace(results, arms=arms, cells=[*results.cells, lone, alien], primary=against), 100)
+    results = replace(results, arms=arms, cells=[*results.cells, lone, alien])
+    report = build(asking(results, primary=against), 100)
     assert said in report["primary"]["problem"]
     assert any(said in problem for problem in problems(report))
     assert said in primary_sentence(report)
@@ -465,9 +469,7 @@ def nasty(text: str) -> Results:
         text,
         {name.get(arm, arm): text for arm in RATES},
         cells,
-        contrast(text, "base", text),
-        (),
-        0.02,
+        ReportSpec(primary=contrast(text, "base", text)),
         {text: text},
     )
 
@@ -527,7 +529,7 @@ def test_no_levels_and_equal_scores() -> None:
         )
         for cell in results.cells
     ]
-    report = build(replace(results, cells=cells, contrasts=()), 100)
+    report = build(asking(replace(results, cells=cells), contrasts=[]), 100)
     assert report["primary"]["verdict"] == "equivalent"
     assert list(arm_of(report, "k4")["evaluations"]["test"]["levels"]) == ["?"]
     text = markdown(report)
@@ -572,7 +574,7 @@ def test_files_are_strict_repeatable_and_without_what_is_gone(tmp_path: Path) ->
     again = tmp_path / "again"
     assert {path.relative_to(again).as_posix(): path.read_bytes() for path in again.rglob("*.*")} == files
     bare = [replace(cell, controls={}, stages=[], settings={}) for cell in results.cells]
-    write_report(replace(results, cells=bare, primary=None, contrasts=()), tmp_path, 100)
+    write_report(replace(results, cells=bare, report=ReportSpec()), tmp_path, 100)
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["scores-test.png"]
 
 
@@ -684,7 +686,7 @@ def many(count: int) -> Results:
         for seed in range(8)
     ]
     contrasts = [contrast(arm, "arm 0", "test") for arm in arms if arm != "arm 0"]
-    return Results("many", "?", arms, cells, None, contrasts)
+    return Results("many", "?", arms, cells, ReportSpec(contrasts=contrasts))
 
 
 def test_a_thousand_cells_take_seconds(tmp_path: Path) -> None:

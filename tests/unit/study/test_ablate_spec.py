@@ -198,7 +198,7 @@ def test_controls_run_where_answers_see_latents(tmp_path: Path, nano: Path) -> N
     cells = {cell.arm: cell for cell in study.cells}
     assert {name for name, cell in cells.items() if "controls test" in cell.results} == {"one", "two"}
     assert {name for name, cell in cells.items() if "scores some" in cell.results} == {"two"}
-    assert study.nodes[cells["one"].results["controls test"]].conditions == ("own", "zero")
+    assert study.nodes[cells["one"].results["controls test"]].material["conditions"] == ["own", "zero"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,7 @@ from mirage_ds.study.report.grid import Column, Misfit, column, level_key, line_
 from mirage_ds.study.report.statistics import (
     FLIPS,
     TOO_FEW,
-    Comparison,
     Draws,
-    Estimate,
     compare,
     equivalent,
     estimate,
@@ -63,10 +62,10 @@ def test_bounds_are_those_of_a_loop_over_the_same_draws(seeds: int, sizes: tuple
             cells = [values[s, n] for s in picked for n in rows]
             assert len(cells) == seeds * (stop - start)
             means.append(sum(cells) / len(cells))
-        assert found.mean == pytest.approx(values[:, start:stop].mean(), abs=1e-11)
+        assert found["mean"] == pytest.approx(values[:, start:stop].mean(), abs=1e-11)
         bounds = [quantile(means, share) for share in (0.025, 0.975, 0.05, 0.95)]
-        assert [found.low, found.high, found.low90, found.high90] == pytest.approx(bounds, abs=1e-11)
-        assert (found.seeds, found.records) == (seeds, stop - start)
+        assert [found["low"], found["high"], found["low90"], found["high90"]] == pytest.approx(bounds, abs=1e-11)
+        assert (found["seeds"], found["records"]) == (seeds, stop - start)
 
 
 def test_bounds_are_quantiles_of_all_ways_to_draw_seeds_and_records() -> None:
@@ -81,7 +80,12 @@ def test_bounds_are_quantiles_of_all_ways_to_draw_seeds_and_records() -> None:
             for other in itertools.product((3, 4), repeat=2):
                 whole.append((sum(by_seed) + sum(values[s, n] for s in seeds for n in other)) / 15)
     for found, every in ((overall, whole), (first, part)):
-        for bound, share in ((found.low, 0.025), (found.low90, 0.05), (found.high90, 0.95), (found.high, 0.975)):
+        for bound, share in (
+            (found["low"], 0.025),
+            (found["low90"], 0.05),
+            (found["high90"], 0.95),
+            (found["high"], 0.975),
+        ):
             below = sum(one < bound - 1e-9 for one in every) / len(every)
             upto = sum(one <= bound + 1e-9 for one in every) / len(every)
             # Four standard errors of the share in 10,000 draws, and one of the two order statistics between which the
@@ -108,11 +112,11 @@ def test_one_seed_resamples_records_alone_and_says_so() -> None:
     values = np.random.default_rng(2).integers(2, size=(1, 400)).astype(float)
     found, _ = estimate(values, (400,), Draws())
     error = values.std() / math.sqrt(400)
-    assert found.resampled == "records"
-    assert (found.low, found.high) == pytest.approx(
+    assert found["resampled"] == "records"
+    assert (found["low"], found["high"]) == pytest.approx(
         (values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.15 * error
     )
-    assert estimate(np.repeat(values, 2, axis=0), (400,), Draws())[0].resampled == "seeds and records"
+    assert estimate(np.repeat(values, 2, axis=0), (400,), Draws())[0]["resampled"] == "seeds and records"
 
 
 def test_interval_is_wider_than_over_records_or_seeds_alone() -> None:
@@ -120,11 +124,13 @@ def test_interval_is_wider_than_over_records_or_seeds_alone() -> None:
     both, _ = estimate(values, (50,), Draws())
     records, _ = estimate(values.mean(0, keepdims=True), (50,), Draws())
     seeds, _ = estimate(values.mean(1, keepdims=True).T, (8,), Draws())
-    width = both.high - both.low
-    assert width > 1.05 * (records.high - records.low)
-    assert width > 1.05 * (seeds.high - seeds.low)
+    width = both["high"] - both["low"]
+    assert width > 1.05 * (records["high"] - records["low"])
+    assert width > 1.05 * (seeds["high"] - seeds["low"])
     # Both sources add up as variances.
-    assert width**2 == pytest.approx((records.high - records.low) ** 2 + (seeds.high - seeds.low) ** 2, rel=0.15)
+    assert width**2 == pytest.approx(
+        (records["high"] - records["low"]) ** 2 + (seeds["high"] - seeds["low"]) ** 2, rel=0.15
+    )
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
@@ -133,8 +139,8 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         values = study(10, 60, 0.5, rng)
         both, _ = estimate(values, (20, 40), draws)
         records, _ = estimate(values.mean(0, keepdims=True), (20, 40), draws)
-        held += both.low <= 0 <= both.high
-        alone += records.low <= 0 <= records.high
+        held += both["low"] <= 0 <= both["high"]
+        alone += records["low"] <= 0 <= records["high"]
         # The truth lies on the margin: equivalence would be a mistake.
         wrong += equivalent(estimate(values + 0.6, (20, 40), draws)[0], 0.6)
     # Percentiles over ten seeds are a little too narrow: about 0.92.
@@ -152,7 +158,9 @@ def test_a_large_study_takes_seconds() -> None:
 
 def test_equal_scores_have_an_interval_without_width() -> None:
     found, (level,) = estimate(np.full((4, 30), 0.1), (30,), Draws(500))
-    assert (found.low, found.mean, found.high) == (level.low, level.mean, level.high) == (0.1, 0.1, 0.1)
+    assert (
+        (found["low"], found["mean"], found["high"]) == (level["low"], level["mean"], level["high"]) == (0.1, 0.1, 0.1)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- tests
@@ -196,28 +204,28 @@ def binary(seeds: int, records: int = 40) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(base, rng.random((seeds, records)) < 0.3), base
 
 
-def compared(arm: np.ndarray, base: np.ndarray, margin: float = 0.02) -> Comparison:
+def compared(arm: np.ndarray, base: np.ndarray, margin: float = 0.02) -> dict[str, Any]:
     return compare(arm, base, (arm.shape[1],), margin, Draws(1000))
 
 
 def test_the_number_of_seeds_chooses_the_test() -> None:
     arm, base = binary(1)
     one = compared(arm, base)
-    assert (one.test, one.p, one.least_p) == ("McNemar", mcnemar(arm[0].tolist(), base[0].tolist()), None)
-    assert one.difference.resampled == "records"
+    assert (one["test"], one["p"], one["least_p"]) == ("McNemar", mcnemar(arm[0].tolist(), base[0].tolist()), None)
+    assert one["difference"]["resampled"] == "records"
     one = compared(arm / 2, base)
-    assert (one.test, one.p) == ("none", None)
+    assert (one["test"], one["p"]) == ("none", None)
     for seeds in (2, 3, 4):
         one = compared(*binary(seeds))
-        assert (one.test, one.p, one.least_p) == ("none", None, None)
+        assert (one["test"], one["p"], one["least_p"]) == ("none", None, None)
     for seeds in (5, 8):
         arm, base = binary(seeds)
         one = compared(arm, base)
-        assert one.by_seed == pytest.approx([(a - b).mean() for a, b in zip(arm, base, strict=True)])
-        assert (one.test, one.p) == ("sign-flip", by_signs(one.by_seed))
-        assert one.least_p == 2 / 2**seeds
-        assert one.p >= one.least_p
-    assert compared(*binary(17)).test == "sign-flip, random"
+        assert one["by_seed"] == pytest.approx([(a - b).mean() for a, b in zip(arm, base, strict=True)])
+        assert (one["test"], one["p"]) == ("sign-flip", by_signs(one["by_seed"]))
+        assert one["least_p"] == 2 / 2**seeds
+        assert one["p"] >= one["least_p"]
+    assert compared(*binary(17))["test"] == "sign-flip, random"
 
 
 def test_a_comparison_is_paired() -> None:
@@ -225,12 +233,12 @@ def test_a_comparison_is_paired() -> None:
     base = study(6, 80, 5.0, rng)
     arm = base + 0.1 + 0.01 * rng.normal(size=base.shape)
     one = compared(arm, base)
-    assert one.difference.mean == pytest.approx((arm - base).mean())
+    assert one["difference"]["mean"] == pytest.approx((arm - base).mean())
     # Each by itself is known to within several units.
-    assert one.difference.high - one.difference.low < 0.01
-    assert one.verdict == "higher"
+    assert one["difference"]["high"] - one["difference"]["low"] < 0.01
+    assert one["verdict"] == "higher"
     back = compared(base, arm)
-    assert (back.verdict, back.difference.mean, back.p) == ("lower", -one.difference.mean, one.p)
+    assert (back["verdict"], back["difference"]["mean"], back["p"]) == ("lower", -one["difference"]["mean"], one["p"])
 
 
 # Margin 0.02.
@@ -251,7 +259,7 @@ def test_a_comparison_is_paired() -> None:
 )
 def test_verdicts(bounds: tuple[float, float, float, float], word: str, same: bool) -> None:
     low, high, low90, high90 = bounds
-    one = Estimate((low + high) / 2, low, high, low90, high90, 8, 100, "seeds and records")
+    one = {"low": low, "high": high, "low90": low90, "high90": high90}
     assert (verdict(one, 0.02), equivalent(one, 0.02)) == (word, same)
     assert verdict(one, 0.02, 0.05) == word
     # A test that finds nothing takes higher and lower back.
@@ -262,7 +270,7 @@ def test_verdicts(bounds: tuple[float, float, float, float], word: str, same: bo
 def test_identical_arms_are_equivalent_and_not_significant() -> None:
     arm, _ = binary(8)
     one = compared(arm, arm)
-    assert (one.verdict, one.p, one.difference.low, one.difference.high) == ("equivalent", 1, 0, 0)
+    assert (one["verdict"], one["p"], one["difference"]["low"], one["difference"]["high"]) == ("equivalent", 1, 0, 0)
 
 
 # --------------------------------------------------------------------------------------------------------------- grid
@@ -311,5 +319,5 @@ def test_below_five_seeds_nothing_is_said(seeds: int, word: str, shift: float) -
     base = np.zeros((seeds, 40))
     one = compare(base + shift, base, (40,), 0.02, Draws(200))
     # The exact test over five seeds gives 0.0625 at best.
-    assert one.verdict == (word if word == TOO_FEW or not shift else "undecided" if seeds == 5 else "higher")
-    assert one.equivalent == (word == "equivalent" and not shift)
+    assert one["verdict"] == (word if word == TOO_FEW or not shift else "undecided" if seeds == 5 else "higher")
+    assert one["equivalent"] == (word == "equivalent" and not shift)
