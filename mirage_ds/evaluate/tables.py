@@ -14,8 +14,24 @@ from mirage_ds.errors import UserError, reason, strict_json
 Cells = list[str]
 # What a report has, whatever the task.
 KEYS = {"task", "data", "settings", "hashes", "levels", "all", "answers"}
+ANSWER_KEYS = {"line", "prompt", "metrics"}
 # Keys of a report's means that are no metric.
 COUNTS = ("count", "low", "high", "runs", "latents")
+
+
+def is_report(value: Any) -> bool:
+    """Tell whether a JSON value has what is read of a file of scores."""
+    if not isinstance(value, dict) or not value.keys() >= KEYS:
+        return False
+    hashes, answers = value["hashes"], value["answers"]
+    return (
+        isinstance(hashes, dict)
+        and hashes.keys() >= {"data", "model"}
+        and isinstance(answers, list)
+        and all(isinstance(one, dict) and one.keys() >= ANSWER_KEYS for one in answers)
+        and all(isinstance(one["metrics"], dict) for one in answers)
+        and all(isinstance(number, (int, float)) for one in answers for number in one["metrics"].values())
+    )
 
 
 def read_report(file: Path) -> dict[str, Any]:
@@ -30,7 +46,7 @@ def read_report(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot be read ({error.strerror or reason(error)})") from None
     except (ValueError, RecursionError):
         report = None
-    if not isinstance(report, dict) or not report.keys() >= KEYS:
+    if not is_report(report):
         raise UserError(f"{file}: is no file of scores; `mirage-ds evaluate FOLDER … --out {file}` writes one")
     return report
 

@@ -55,7 +55,7 @@ class Hub:
         """
         # One connection a rank; many systems allow a process 1,024 files unless it asks for more.
         needed, (soft, hard) = self.size + SPARE_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard < needed:
+        if resource.RLIM_INFINITY != hard < needed:
             raise UserError(f"rank 0's guard needs {needed} open files and may have {hard}: raise ulimit -Hn there")
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
         try:
