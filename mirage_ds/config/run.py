@@ -90,7 +90,7 @@ class RunConfig(BaseModel):
     # data
     data_path: Path | tuple[Path, ...] = Field(
         description="Records: a JSON-lines or Parquet file, a folder of such files, or a glob pattern in quotes. May "
-        "be given several times: all records together, or in proportion as FILE:WEIGHT.",
+        "be given several times: all records together, or in proportion as FILE:WEIGHT."
     )
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
     max_length: PositiveInt = Field(4096, description="Longer rows are dropped and counted, never cut.")

@@ -232,12 +232,7 @@ class Maker:
         return plan._replace(pieces=list(sources.pieces(plan.files))), token
 
     def make_parts(
-        self,
-        plan: Plan,
-        share: int = 0,
-        shares: int = 1,
-        sharers: int = 1,
-        asked: Callable[[], bool] = lambda: False,
+        self, plan: Plan, share: int = 0, shares: int = 1, sharers: int = 1, asked: Callable[[], bool] = lambda: False
     ) -> None:
         """Make the parts of one of several shares, as far as they are not there and nobody asks to stop.
 

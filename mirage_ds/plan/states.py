@@ -130,10 +130,7 @@ def _flat(groups: Groups, settings: Settings, ranks: int, micro_steps: int) -> S
     own, largest = sum(flat) // ranks, max(map(max, groups))
     gpu = {"parameters, whole (b Ψ)": sum(flat) * b}
     host: Terms = {}
-    optimizer = {
-        "master weights (m Ψ / W)": own * settings.master,
-        "moments (2 s Ψ / W)": 2 * own * settings.moments,
-    }
+    optimizer = {"master weights (m Ψ / W)": own * settings.master, "moments (2 s Ψ / W)": 2 * own * settings.moments}
     if not settings.offload_optimizer:
         gpu |= optimizer
     else:
