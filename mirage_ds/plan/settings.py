@@ -93,7 +93,7 @@ def two_layers(model: Sizes) -> int:
 
 
 def read_settings(values: dict[str, Any], path: Path, model: Sizes) -> Settings:
-    """Read a JSON that ds_config.read_json has checked; its limits of "auto" are filled in `values`, as the run fills them.
+    """Read a JSON that ds_config.read_json has checked; its limits of "auto" are filled, as the run fills them.
 
     Raises:
         UserError: a value of a wrong type, or a mix that DeepSpeed refuses.

@@ -368,6 +368,7 @@ OFF: dict[str, Any] = {
     "gradient_allreduce_op": "mean",
     "managed_gradient_accumulation": True,
     "zero_optimization.compute_grad_norm": True,
+    "zero_optimization.mics_shard_size": -1,
     "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
     "data_efficiency": {"enabled": False, "seed": 7},
 }
