@@ -20,7 +20,7 @@ from mirage_ds.data.sources import BATCH_ROWS
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
-from mirage_ds.tasks.tables import read_batches, read_objects, suffix_of
+from mirage_ds.tasks.tables import read_batches, read_objects, reading, suffix_of
 from mirage_ds.tasks.write import Row, Written, new_target, write_rows
 
 
@@ -54,13 +54,14 @@ def read_source(source: str, split: str) -> Iterator[tuple[int, Any]]:
         UserError: it cannot be read.
     """
     file = Path(source)
-    if not file.is_file():
-        if file.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv") or file.is_absolute():
-            raise UserError(f"{source}: no such file")
-        return enumerate(_from_hub(source, split), 1)
-    if is_parquet(file) or is_arrow(file):
-        return enumerate((row for batch in read_batches(file) for row in batch.to_pylist()), 1)
-    return enumerate(_from_array(file), 1) if is_array(file) else read_objects(file)
+    with reading(file):
+        if not file.is_file():
+            if file.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv") or file.is_absolute():
+                raise UserError(f"{source}: no such file")
+            return enumerate(_from_hub(source, split), 1)
+        if is_parquet(file) or is_arrow(file):
+            return enumerate((row for batch in read_batches(file) for row in batch.to_pylist()), 1)
+        return enumerate(_from_array(file), 1) if is_array(file) else read_objects(file)
 
 
 def _picture(value: Any) -> Picture | None:

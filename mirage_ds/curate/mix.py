@@ -37,6 +37,8 @@ def _counts(sources: Sequence[Source], weights: Sequence[float], count: int | No
     files, lengths = [source.file for source in sources], [len(source.records) for source in sources]
     if count is None:
         return most(files, lengths, weights) if weights else lengths
+    if not weights and count > (known := sum(lengths)):
+        raise UserError(f"--count {count}: the files have {known} rows in all; ask for fewer or give more files")
     counts = shares(files, count, weights or lengths)
     for file, length, share in zip(files, lengths, counts, strict=True):
         if share > length:

@@ -161,7 +161,8 @@ def parse_object(text: str, line: int) -> dict[str, Any]:
         Fault(line, "json", f"more than {MAX_DEPTH} levels of lists and objects", "write a flat object")
     )
     try:
-        values = strict_json(text)
+        # A line that is cut off is to be blamed at its own end, not at column 1 of the next.
+        values = strict_json(text.removesuffix("\n"))
     except json.JSONDecodeError as error:
         raise RecordError(
             Fault(line, "json", f"not valid JSON ({error.msg} at column {error.colno})", "write one object a line")

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from mirage_ds.config.mixture import apportion
 from mirage_ds.data.messages import FIELDS
+from mirage_ds.data.record import parse_object
 from mirage_ds.errors import UserError, reason
 from mirage_ds.tasks.draft import Draft
 from mirage_ds.tasks.maps import (
@@ -29,7 +30,7 @@ from mirage_ds.tasks.maps import (
 )
 from mirage_ds.tasks.render import load_tiles
 from mirage_ds.tasks.report import BuildReport
-from mirage_ds.tasks.tables import read_json_lines
+from mirage_ds.tasks.tables import read_json_lines, reading
 from mirage_ds.tasks.task import Settings, Task
 
 _RANDOM_ONLY = ("levels", "proportions", "hole_rate", "split")
@@ -114,22 +115,25 @@ def read_exclude(paths: Sequence[Path]) -> frozenset[str]:
     hashes: set[str] = set()
     for path in paths:
         try:
-            text = path.read_text(encoding="utf-8-sig").strip()
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({reason(error)}); name a text file in UTF-8") from None
-        if not text:
+        if not text.strip():
             raise UserError(f"{path}: the file is empty; write one map a line")
-        if text.startswith("{"):
-            hashes.update(map_hash(_board_of(row.values, row.where)) for row in read_json_lines(path))
-            continue
-        for number, line in enumerate(map(str.strip, text.splitlines()), 1):
-            if line and not _HASH.fullmatch(line.lower()):
+        # splitlines() would also cut at what a file's name may hold.
+        for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+            where = f"{path}, line {number}"
+            if line.startswith("{"):
+                with reading(path):
+                    hashes.add(map_hash(_board_of(parse_object(line, number), where)))
+            elif _HASH.fullmatch(line.lower()):
+                hashes.add(line[:64].lower())
+            elif line:
                 raise UserError(
-                    f"{path}, line {number}: neither a record with 'map_desc' nor the SHA-256 of a map (64 hex "
-                    "digits); give --exclude a JSONL file or a list of hashes"
+                    f"{where}: neither a record with 'map_desc' nor the SHA-256 of a map (64 hex digits); "
+                    "give --exclude a JSONL file or a list of hashes"
                 )
-            hashes.add(line[:64].lower())
-    return frozenset(hashes - {""})
+    return frozenset(hashes)
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,9 @@ def _row(task: Task, draft: Draft, settings: Settings, name: str) -> Row:
     """
     row = Row("", draft.text_output, draft.images, draft.helpers, draft.extra | {"task": draft.extra.get("task", name)})
     known = row.record(settings.out)
+    del known["text_input"], known["text_output"]
     row = replace(row, text_input=task.prompt(known, settings))
-    record = known | {"text_input": row.text_input}
+    record = row.record(settings.out)
     if draft.text_output and task.parse(draft.text_output, record) is None:
         raise UserError(f"task {name} reads no answer out of its own {shown(draft.text_output)}; fix build or parse")
     try:

@@ -125,7 +125,8 @@ class Jigsaw(ChoiceTask):
         for file in files:
             if made == settings.count:
                 return
-            content = file.read_bytes()
+            with tables.reading(file):
+                content = file.read_bytes()
             digest = hashlib.sha256(content).digest()
             if split_of(content) != settings.split:
                 report.excluded += 1

@@ -227,20 +227,27 @@ def read_tables(
             number += len(batch)
 
 
-def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, object) of a JSON-lines file; UserError where it cannot be read, or a line is no object."""
-    need_lines(file)
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """UserError where the file cannot be read, or a line is no object."""
     try:
-        for line, text in read_lines(file):
-            yield line, parse_object(text, line)
+        yield
     except RecordError as error:
         raise UserError(f"{file}, {error.fault}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable") from None
 
 
+def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line, object) of a JSON-lines file; UserError as in reading."""
+    with reading(file):
+        need_lines(file)
+        for line, text in read_lines(file):
+            yield line, parse_object(text, line)
+
+
 def read_json_lines(file: Path) -> Iterator[Row]:
-    """Yield the rows of a JSON-lines file; UserError as in read_objects."""
+    """Yield the rows of a JSON-lines file; UserError as in reading."""
     for number, (line, values) in enumerate(read_objects(file)):
         yield Row(number, values, file.parent, f"{file}, line {line}")
 

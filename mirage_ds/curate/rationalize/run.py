@@ -77,7 +77,8 @@ def _setup(file: Path, questions: Questions) -> dict[str, Any]:
     else:
         from mirage_ds.curate.rationalize.local import weights_hash
 
-        made |= {"--model": weights_hash(str(spec.model)), "--batch_size": spec.batch_size}
+        # 1, which no folder names, was transformers' `generate`: it drew other texts from the same seed.
+        made |= {"--model": weights_hash(str(spec.model)), "--batch_size": spec.batch_size, "decoder": 2}
     for name in ("temperature", "max_new_tokens", "seed", "max_pixels", "task"):
         made[f"--{name}"] = getattr(spec, name)
     return made

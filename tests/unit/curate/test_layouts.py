@@ -226,6 +226,16 @@ def test_a_refused_row_is_named_with_its_line_and_nothing_is_written(tmp_path: P
         assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """Not --out, which is opened before it."""
+    file = tmp_path / "rows.json"
+    file.symlink_to("/proc/self/mem")  # an I/O error for root too
+    with pytest.raises(UserError) as error:
+        run("swift", file, "--out", tmp_path / "out")
+    assert str(error.value) == f"{file}: cannot be read (Input/output error); make it readable"
+    assert not (tmp_path / "out").exists()
+
+
 def test_arrays_are_known_by_their_content(tmp_path: Path) -> None:
     content = json.dumps([swift(), swift()]).encode()
     for name, made in (("a.json", content), ("b.jsonl", content), ("c.json", b"\xef\xbb\xbf" + content)):

@@ -206,7 +206,7 @@ def test_refusals(call: Call, files: list[Path], tmp_path: Path, refused: Callab
     )
     assert refused(f"{a}:3", f"{b}:1", f"{c}:2", "--count", 74).startswith(f"{b}: has 10 rows and would need 12 for")
     assert refused(a, b, "--count", 51) == (
-        f"{a}: has 40 rows and would need 41 for its share of 51; give it more rows, or lower its weight or --count"
+        "--count 51: the files have 50 rows in all; ask for fewer or give more files"
     )
     assert refused(f"{a}:1", b, c) == (
         f"{b} has no weight while other files have; give every file one as FILE:WEIGHT, or none"

@@ -689,6 +689,9 @@ def test_a_signal_ends_it_at_once(fake: Fake, boards: Path, tmp_path: Path, numb
 def test_another_command_is_refused(ask: Call, fake: Fake, boards: Path, plain: Path, tmp_path: Path) -> None:
     assert ask(boards, "--most", 2)[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    # One more key, and folders begun earlier would be refused.
+    keys = "FILE --prompt --model_name --temperature --max_new_tokens --seed --max_pixels --task"
+    assert " ".join(lines(tmp_path / "out/replies.jsonl")[0]["setup"]) == keys
     prompt = tmp_path / "p.txt"
     prompt.write_text("{question} {answer} <image> <helper>")
     for what, file, arguments in (
@@ -791,6 +794,11 @@ def test_local_model(call: Call, boards: Path, nano: Path, tmp_path: Path) -> No
     assert call(*own)[0] == 2
     assert sorted(lines_there(tmp_path / "o")) == sorted(noted)
     assert call(*own, "--batch_size", 3)[2].count("another --batch_size") == 1
+    # The decoder of before named itself nowhere, and drew other texts.
+    first = json.loads(noted[0])
+    first["setup"].pop("decoder", None)
+    (tmp_path / "o/replies.jsonl").write_bytes(b"\n".join([json.dumps(first).encode(), *noted[1:]]) + b"\n")
+    assert call(*own)[2].count("another decoder; name another folder") == 1
     # Other seeds draw other texts.
     assert call(*own, "--out", tmp_path / "p", "--seed", 1)[0] == 2
     assert lines_there(tmp_path / "p")[1:] != noted[1:]

@@ -192,6 +192,19 @@ def test_the_writer_refuses_what_no_trainer_could_read(tmp_path: Path, module: C
     assert not (tmp_path / "o").exists()
 
 
+def test_a_question_is_asked_without_the_records_texts(tmp_path: Path, module: Callable) -> None:
+    text = (
+        HEAD + "from PIL import Image\nfrom mirage_ds.tasks.draft import Draft, Picture\n"
+        "P = Picture.of(Image.new('RGB', (9, 9)))\nclass Dots(Task):\n    build_settings = Settings"
+        + SCORES.replace('"?"', '" ".join(row)')
+        + "    def build(self, settings, report): return [Draft('x', (P,), extra={'dots': 3})]\n"
+    )
+    name = f"{module(text)}:Dots"
+    build(name, get_task(name).build_settings(out=tmp_path / "o"))
+    (row,) = lines(tmp_path / "o/data.jsonl")
+    assert (row["text_input"], row["text_output"]) == ("image_input dots task", "x")
+
+
 def test_help_lists_the_tasks_and_each_has_its_own_flags(call: Callable) -> None:
     built, converted = call("data", "build", "--help")[1], call("data", "convert", "--help")[1]
     for name in ("vsp-spatial-planning", "vsp-spatial-reasoning", "blink-jigsaw"):

@@ -178,6 +178,16 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
     assert run(folder, tmp_path / "p", count=5)[0].records == 5
 
 
+def test_a_photograph_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """Not --out, which is opened before it."""
+    (tmp_path / "photos").mkdir()
+    file = tmp_path / "photos/a.png"
+    file.symlink_to("/proc/self/mem")  # an I/O error for root too
+    with pytest.raises(UserError) as error:
+        run(tmp_path / "photos", tmp_path / "o")
+    assert str(error.value) == f"{file}: cannot be read (Input/output error); make it readable"
+
+
 def test_an_upright_photograph_is_cut_upright(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     exif = Image.Exif()

@@ -204,7 +204,7 @@ def rotated(board):
     return [list(row) for row in zip(*board[::-1], strict=True)]
 
 
-@pytest.mark.parametrize("form", ["rows", "hashes", "sha256sum"])
+@pytest.mark.parametrize("form", ["rows", "hashes", "sha256sum", "mixed"])
 def test_exclude_covers_the_symmetries(tmp_path, form):
     boards = [row["map_desc"] for row in lines(ROWS)]
     banned = [boards[3], rotated(boards[11]), [row[::-1] for row in rotated(boards[25])]]
@@ -213,7 +213,9 @@ def test_exclude_covers_the_symmetries(tmp_path, form):
     rows = {
         "rows": [{"map_desc": board} for board in banned],
         "hashes": hashes,
-        "sha256sum": [f"{digest}  map{n}.json" for n, digest in enumerate(hashes)],
+        # U+2028 is a line's end to str.splitlines.
+        "sha256sum": [f"{digest}  map\u2028{n}.json" for n, digest in enumerate(hashes)],
+        "mixed": [hashes[0], {"map_desc": banned[1]}, "", hashes[2]],
     }[form]
     report = run(PLANNING, tmp_path / "o", maps=ROWS, exclude=write(tmp_path / "x", *rows))
     # A map among the forty may be a symmetry of another one.
@@ -324,7 +326,7 @@ GOOD = {"map_desc": [[1, 0], [0, 2]]}
     [
         (
             [GOOD, '{"map_desc": [[1'],
-            "m.jsonl, line 2, json: not valid JSON (Expecting ',' delimiter at column 1); write one object a line",
+            "m.jsonl, line 2, json: not valid JSON (Expecting ',' delimiter at column 17); write one object a line",
         ),
         ([GOOD, "", {"id": 1}], "m.jsonl, line 3: the row has no 'map_desc'; give the board as a list of rows"),
         (["[1]"], "m.jsonl, line 1, json: expected an object, found list"),
@@ -344,8 +346,17 @@ def test_bad_maps(tmp_path, rows, says):
     assert not (tmp_path / "o").exists()
 
 
+def test_maps_that_cannot_be_read(tmp_path):
+    (tmp_path / "m.jsonl").symlink_to("/proc/self/mem")  # an I/O error for root too
+    with pytest.raises(UserError, match=r"m\.jsonl: cannot be read \(Input/output error\); make it readable"):
+        run(PLANNING, tmp_path / "o", maps=tmp_path / "m.jsonl")
+
+
 def test_bad_exclude_files(tmp_path):
     for rows, says in [
+        (["", "", "a" * 63], "x, line 3: neither a record with"),
+        (["", "", '{"id": 1}'], "x, line 3: the row has no 'map_desc'"),
+        (["", "a" * 64, '{"map_desc": [[1'], "x, line 3, json: not valid JSON (Expecting ',' delimiter at column 17)"),
         (["a" * 64, "b" * 63], "x, line 2: neither a record with 'map_desc' nor the SHA-256 of a map (64 hex digits)"),
         (['{"id": 1}'], "x, line 1: the row has no 'map_desc'"),
         (["\n"], "x: the file is empty"),
