@@ -24,7 +24,7 @@ COSTS = ("steps", "rows", "tokens", "flops", "seconds", "samples_s", "peak_gb")
 def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report:
     """Put the whole report together.
 
-    What is wrong with a cell or a contrast becomes one of its holes; nothing but a study without any score
+    What is wrong with a cell, a contrast or a control becomes one of its holes; nothing but a study without any score
     is refused.
 
     Args:

@@ -426,6 +426,35 @@ def test_controls_without_path_in_some_cells() -> None:
     assert "## Controls" not in markdown(none)
 
 
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        ({"conditions": {}}, "KeyError: 'answers'"),
+        ({"conditions": {}, "answers": []}, "they have no common record"),
+        ({"path": {"answers": []}}, "they have no common record"),
+        ({"path": {"answers": [{"line": 1, "follows": None}]}}, "AttributeError: "),
+        ({"conditions": {}, "answers": [{"line": 1, "conditions": {"own": {"metrics": {}}}}]}, "KeyError: 'success'"),
+        ({"conditions": {}, "answers": [{"line": 1, "conditions": {"own": {"metrics": {"success": "x"}}}}]}, "could"),
+    ],
+)
+def test_broken_controls_are_a_hole(broken: dict[str, Any], why: str) -> None:
+    results = changed(study(), "k4", 3, lambda cell: replace(cell, controls={"test": broken}))
+    report = build(results, 50)
+    assert [one["arm"] for one in report["controls"]] == ["k8", "top"]
+    (hole,) = report["holes"]
+    assert (hole["arm"], hole["seed"], hole["evaluation"]) == ("k4", None, "test")
+    assert hole["problem"].startswith(f"its controls cannot be read ({why}")
+
+
+def test_a_record_without_a_score_under_one_condition_is_left_out_and_said() -> None:
+    report = control_report("k4", 2)
+    report["answers"][0]["conditions"]["swap"]["metrics"]["success"] = math.nan
+    found = build(changed(study(), "k4", 2, lambda cell: replace(cell, controls={"test": report})), 50)
+    assert found["controls"][0]["conditions"]["own"]["records"] == 19
+    fault = "1 records do not have scores under every seed and condition of its controls and are left out of their mean"
+    assert found["holes"] == [{"arm": "k4", "seed": None, "evaluation": "test", "problem": fault}]
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 NASTY = "<b>k</b>|4_% $x$ & `c` *s* [l](u)"
