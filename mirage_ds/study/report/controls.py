@@ -14,8 +14,6 @@ from mirage_ds.study.report.grid import NO_LEVEL, Column, Grid, Work, line_up, m
 from mirage_ds.study.report.statistics import Draws, estimate
 
 Found = dict[str, Any]
-# Writes a hole down.
-Miss = Callable[[str], None]
 # One record's answers, as `mirage-ds controls` writes them.
 Answer = Mapping[str, Any]
 OWN = "own"
@@ -42,7 +40,7 @@ def controls(work: Work) -> list[Found]:
     return entries
 
 
-def _averaged(reports: Mapping[int, Mapping[str, Any]], draws: Draws, miss: Miss) -> Found:
+def _averaged(reports: Mapping[int, Mapping[str, Any]], draws: Draws, miss: Callable[[str], None]) -> Found:
     """Average the reports of an arm, seed → report."""
     found: Found = {"metric": None, "conditions": {}, "path": None}
     scored = {seed: one for seed, one in reports.items() if "conditions" in one}
@@ -50,7 +48,9 @@ def _averaged(reports: Mapping[int, Mapping[str, Any]], draws: Draws, miss: Miss
         names = next(iter(scored.values()))["conditions"]
         metric = found["metric"] = names[OWN]["score"]["metric"]
         answers = {seed: one["answers"] for seed, one in scored.items()}
-        grid = _grid(answers, names, lambda answer, name: answer["conditions"][name]["metrics"][metric], miss)
+        grid = _grid(answers, names, lambda answer, name: answer["conditions"][name]["metrics"][metric])
+        if grid.left_out:
+            miss(f"{grid.left_out} records have no score under some condition or seed of its controls and are left out")
         scores = dict(zip(names, grid.values, strict=True))
         for name, values in scores.items():
             apart = None if name == OWN else _mean(grid, values - scores[OWN], draws)
@@ -58,26 +58,20 @@ def _averaged(reports: Mapping[int, Mapping[str, Any]], draws: Draws, miss: Miss
     answers = {seed: one["path"]["answers"] for seed, one in reports.items() if "path" in one}
     if answers:
         # A record's answer meets a verdict in 0, 1 or 2 of its two injections.
-        grid = _grid(answers, VERDICTS, lambda answer, kind: list(answer["follows"].values()).count(kind) / 2, miss)
+        grid = _grid(answers, VERDICTS, lambda answer, kind: list(answer["follows"].values()).count(kind) / 2)
         shares = dict(zip(VERDICTS, grid.values, strict=True))
         found["path"] = {kind: _mean(grid, values, draws) for kind, values in shares.items()}
         found["path"]["difference"] = _mean(grid, shares["injected"] - shares["other"], draws)
     return found
 
 
-def _grid(
-    answers: Mapping[int, Sequence[Answer]], names: Iterable[str], value: Callable[[Answer, str], float], miss: Miss
-) -> Grid:
+def _grid(answers: Mapping[int, Sequence[Answer]], names: Iterable[str], value: Callable[[Answer, str], float]) -> Grid:
     """Line up what each record has under each name; answers: seed → a record each. They do not say a record's level."""
 
     def scored(own: Sequence[Answer], name: str) -> Column:
         return make_column([str(one["line"]) for one in own], [NO_LEVEL] * len(own), [value(one, name) for one in own])
 
-    grid = line_up([{seed: scored(own, name) for seed, own in answers.items()} for name in names])
-    if grid.left_out:
-        under = "every seed and condition of its controls"
-        miss(f"{grid.left_out} records do not have scores under {under} and are left out of their mean")
-    return grid
+    return line_up([{seed: scored(own, name) for seed, own in answers.items()} for name in names])
 
 
 def _mean(grid: Grid, values: np.ndarray, draws: Draws) -> Found:

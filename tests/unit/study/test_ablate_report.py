@@ -451,7 +451,7 @@ def test_a_record_without_a_score_under_one_condition_is_left_out_and_said() -> 
     report["answers"][0]["conditions"]["swap"]["metrics"]["success"] = math.nan
     found = build(changed(study(), "k4", 2, lambda cell: replace(cell, controls={"test": report})), 50)
     assert found["controls"][0]["conditions"]["own"]["records"] == 19
-    fault = "1 records do not have scores under every seed and condition of its controls and are left out of their mean"
+    fault = "1 records have no score under some condition or seed of its controls and are left out"
     assert found["holes"] == [{"arm": "k4", "seed": None, "evaluation": "test", "problem": fault}]
 
 
