@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import math
 import random
@@ -583,17 +584,21 @@ def test_csv_has_a_row_an_arm_seed_evaluation_and_level() -> None:
 
 def test_files_are_strict_repeatable_and_without_what_is_gone(tmp_path: Path) -> None:
     def unmeasured(cell: Cell) -> Cell:
-        curve = [{"step": 1.0}, {"step": 2.0, "loss": 1.0}, {"step": 3.0, "eval_loss": 1.0}]
-        return replace(cell, stages=[stage("x", seconds=0.0, peak_gb=None, curve=curve)])
+        curve = [{"step": 1.0, "loss": math.nan}, {"step": 2.0, "loss": 1.0}, {"step": 3.0}]
+        return replace(cell, stages=[stage("x", flops=math.inf, seconds=0.0, peak_gb=None, curve=curve)])
 
     results = changed(study(), "k4", 2, unmeasured)
+    # A date and a number as YAML has them.
+    settings = {"since": datetime.date(2026, 1, 2), "rate": math.nan}
+    results = replace(results, cells=[replace(cell, settings=cell.settings | settings) for cell in results.cells])
     # Half of a pair, as a record's level may have it: no text file can hold it.
     results = changed(results, "k8", 2, lambda cell: replace(cell, scores={}, problem="lost \ud83d"))
     report = write_report(results, tmp_path, 100)
     assert strict_json((tmp_path / "report.json").read_text()) == report
     assert "lost \\ud83d" in (tmp_path / "report.csv").read_text()
     cell = arm_of(report, "k4")["cells"][1]
-    assert (cell["samples_s"], cell["peak_gb"]) == (None, None)
+    assert (cell["flops"], cell["samples_s"], cell["peak_gb"]) == (None, None, None)
+    assert arm_of(report, "k4")["settings"] == SETTINGS["k4"] | {"since": "2026-01-02", "rate": None}
     files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.*")}
     drawn = ["scores-test", "contrasts", "setting-latent-size", "setting-compress-strategy", "curves", "controls-test"]
     assert set(files) == {f"report.{kind}" for kind in ("json", "csv", "md", "html")} | {
@@ -605,6 +610,13 @@ def test_files_are_strict_repeatable_and_without_what_is_gone(tmp_path: Path) ->
     bare = [replace(cell, controls={}, stages=[], settings={}) for cell in results.cells]
     write_report(replace(results, cells=bare, report=ReportSpec()), tmp_path, 100)
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["scores-test.png"]
+
+
+def test_a_text_that_cannot_be_made_leaves_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mirage_ds.study.report.write.sheet", lambda report: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(study([1]), tmp_path, 50)
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
