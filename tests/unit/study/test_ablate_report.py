@@ -703,6 +703,21 @@ def test_settings_that_vary_together_are_one_axis() -> None:
     assert lines_of(swept(settings, dict.fromkeys(settings, ("stage1", "stage2")))) == {}
 
 
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ((12345678901, 12345678902), ["12345678901", "12345678902"]),
+        ((0.1, 2.0, 2), ["0.1", "2"]),
+        (("", "x", None), ["", "x"]),
+    ],
+)
+def test_values_that_differ_stand_apart(values: Sequence[Any], ticks: list[str]) -> None:
+    """None: the arm has no such setting."""
+    settings = {f"a{at}": {} if one is None else {"path": one} for at, one in enumerate(values)}
+    (drawn,) = sweeps.sweeps(build(swept(settings, dict.fromkeys(settings, ("s",))), 50))
+    assert [label.get_text() for label in drawn.figure.axes[0].get_xticklabels()] == ticks
+
+
 def test_many_arms_have_looks_of_their_own() -> None:
     looks = [style.look(number) for number in range(32)]
     assert len(set(looks)) == 32
