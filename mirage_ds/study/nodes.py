@@ -349,4 +349,4 @@ def _cell(
         for node in _evaluation_nodes(title, evaluation, parent, config, here):
             nodes.setdefault(node.key, node)
             results[f"{SCORES if node.kind == 'evaluate' else CONTROLS} {title}"] = node.key
-    return CellPlan(name, seed["seed"], {**arm.settings, **varied}, tuple(chain), results)
+    return CellPlan(name, int(seed["seed"]), {**arm.settings, **varied}, tuple(chain), results)
