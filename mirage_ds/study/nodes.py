@@ -347,4 +347,4 @@ def _cell(
         for node in _evaluation_nodes(title, evaluation, chain[-1], config, here):
             nodes.setdefault(node.key, node)
             results[f"{SCORES if node.kind == 'evaluate' else CONTROLS} {title}"] = node.key
-    return CellPlan(name, seed["seed"], {**arm.settings, **varied}, tuple(chain), results)
+    return CellPlan(name, int(seed["seed"]), {**arm.settings, **varied}, tuple(chain), results)

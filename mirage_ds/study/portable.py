@@ -67,10 +67,10 @@ def load(file: Path) -> list[Cell]:
         UserError: no such file, or another kind of file.
     """
     try:
-        return Export.model_validate_json(gzip.decompress(file.read_bytes())).cells
+        return Export.model_validate(json.loads(gzip.decompress(file.read_bytes()))).cells
     except ValidationError as error:
         why = first_fault(error)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         why = reason(error)
     raise UserError(f"{file}: not a file of this version's `mirage-ds ablate export` ({why}); export it anew")
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
+    GetPydanticSchema,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -38,7 +38,9 @@ RESERVED = ("save_model_path", "load_model_path", "resume", "overwrite", "log_fi
 
 
 # A number, or settings with their `seed`, like {seed: 1, base.model: other}.
-Seed = Annotated[Settings, BeforeValidator(lambda one: {"seed": one} if isinstance(one, int) else one)]
+_Seed = Annotated[int | Settings, AfterValidator(lambda one: {"seed": one} if isinstance(one, int) else one)]
+# For type checkers what comes out of it.
+Seed = Annotated[Settings, GetPydanticSchema(lambda _, handler: handler.generate_schema(_Seed))]
 # A path that starts at the folder of the study's file, which is the context of the validation.
 Here = Annotated[Path, AfterValidator(lambda path, info: info.context / path)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
@@ -24,17 +25,17 @@ COSTS = ("steps", "rows", "tokens", "flops", "seconds", "samples_s", "peak_gb")
 def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report:
     """Put the whole report together.
 
-    What is wrong with a cell or a contrast becomes one of its holes; nothing but a study without any score
+    What is wrong with a cell, a contrast or a control becomes one of its holes; nothing but a study without any score
     is refused.
 
     Args:
         resamples: of every bootstrap; seed: of their draws.
 
     Returns:
-        {"name", "question", "margin", "made", "statistics", "arms", "holes", "primary", "contrasts", "controls"}.
-        "arms" is a list in the study's order of what `_arm` returns, "holes" one of {"arm", "seed", "evaluation",
-        "problem"}, None where it is about no single one; for "primary" and "contrasts" see contrasts.contrasts, for
-        "controls" controls.controls.
+        {"name", "question", "margin", "made", "statistics", "arms", "holes", "primary", "contrasts", "controls"}, as
+        strict JSON has it: numbers that are not finite are None, dates are texts. "arms" is a list in the study's order
+        of what `_arm` returns, "holes" one of {"arm", "seed", "evaluation", "problem"}, None where it is about no
+        single one; for "primary" and "contrasts" see contrasts.contrasts, for "controls" controls.controls.
 
     Raises:
         UserError: no cell has a score.
@@ -48,7 +49,7 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
     _gather(results, work)
     arms = [_arm(name, results.arms[name], cells, work) for name, cells in work.cells.items()]
     primary, others = contrasts(results.report, work)
-    return {
+    report = {
         "name": results.name,
         "question": results.question,
         "margin": results.report.margin,
@@ -60,6 +61,9 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
         "contrasts": others,
         "controls": controls(work),
     }
+    # Settings have what YAML has, and an export's costs may be infinite.
+    plain: Report = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)
+    return plain
 
 
 def _gather(results: Results, work: Work) -> None:

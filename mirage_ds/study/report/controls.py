@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mirage_ds.analysis.controls.paths import VERDICTS
+from mirage_ds.errors import reason
 from mirage_ds.study.report.grid import NO_LEVEL, Column, Grid, Work, line_up, make_column
 from mirage_ds.study.report.statistics import Draws, estimate
 
@@ -24,17 +26,21 @@ def controls(work: Work) -> list[Found]:
         One entry an arm and evaluation: {"arm", "evaluation", "metric", "conditions", "path"}. "conditions": name →
         an Estimate of the score, and "difference", an Estimate of score − own's on the same seeds and records, None for
         own; {} where no cell has any. "path": each verdict of paths.VERDICTS → an Estimate of its share over both
-        injections, and "difference", of injected − other; None where no cell has it.
+        injections, and "difference", of injected − other; None where no cell has it. What cannot be read is a hole.
     """
     entries = []
     for arm, cells in work.cells.items():
         for evaluation in dict.fromkeys(name for cell in cells for name in cell.controls):
             reports = {cell.seed: cell.controls[evaluation] for cell in cells if evaluation in cell.controls}
-            entries.append({"arm": arm, "evaluation": evaluation, **_averaged(reports, work.draws)})
+            miss = partial(work.miss, arm, None, evaluation=evaluation)
+            try:
+                entries.append({"arm": arm, "evaluation": evaluation, **_averaged(reports, work.draws, miss)})
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                miss(f"its controls cannot be read ({reason(error)})")
     return entries
 
 
-def _averaged(reports: Mapping[int, Mapping[str, Any]], draws: Draws) -> Found:
+def _averaged(reports: Mapping[int, Mapping[str, Any]], draws: Draws, miss: Callable[[str], None]) -> Found:
     """Average the reports of an arm, seed → report."""
     found: Found = {"metric": None, "conditions": {}, "path": None}
     scored = {seed: one for seed, one in reports.items() if "conditions" in one}
@@ -43,6 +49,8 @@ def _averaged(reports: Mapping[int, Mapping[str, Any]], draws: Draws) -> Found:
         metric = found["metric"] = names[OWN]["score"]["metric"]
         answers = {seed: one["answers"] for seed, one in scored.items()}
         grid = _grid(answers, names, lambda answer, name: answer["conditions"][name]["metrics"][metric])
+        if grid.left_out:
+            miss(f"{grid.left_out} records have no score under some condition or seed of its controls and are left out")
         scores = dict(zip(names, grid.values, strict=True))
         for name, values in scores.items():
             apart = None if name == OWN else _mean(grid, values - scores[OWN], draws)

@@ -21,7 +21,7 @@ from mirage_ds.study.results import Cell, Scores
 NO_LEVEL = "?"
 
 
-class Misfit(Exception):
+class Misfit(ValueError):
     """Scores that cannot be put together; the message says why, as the end of a sentence. The report shows it."""
 
 

@@ -22,6 +22,8 @@ Line = tuple[np.ndarray, np.ndarray]
 _LOGARITHMIC = 8
 # How the chain of stages is called among the settings.
 _CHAIN = "stages"
+# Instead of a value that an arm has not; no setting's text.
+_UNSET = "\0"
 # Values stand 1 apart; groups of arms stand so far aside of each other, all of them at most so far.
 _ASIDE, _MOST_ASIDE = 0.06, 0.6
 
@@ -85,7 +87,7 @@ def sweeps(report: Report) -> list[Drawn]:
     """Draw the scores against each setting that takes several values, lines where all other settings are equal."""
     arms = [arm for arm in report["arms"] if arm["evaluations"]]
     # One row an arm.
-    traits = pd.DataFrame([_traits(arm) for arm in arms], dtype=object).fillna("")
+    traits = pd.DataFrame([_traits(arm) for arm in arms], dtype=object).fillna(_UNSET)
     drawn: list[Drawn] = []
     seen = {_CHAIN}
     for name in traits:
@@ -93,7 +95,7 @@ def sweeps(report: Report) -> list[Drawn]:
             # Those with this one's value in every arm: k of two stages that vary together are one axis.
             alike = [key for key in traits if key != _CHAIN and traits[key].equals(traits[name])]
             seen.update(alike)
-            drawn += _sweep(alike, arms, traits[traits[name] != ""])
+            drawn += _sweep(alike, arms, traits[traits[name] != _UNSET])
     return drawn
 
 
@@ -102,7 +104,8 @@ def _traits(arm: Mapping[str, Any]) -> dict[str, str]:
     # A cell that is not done has the first of its stages alone.
     chains = [" → ".join(stage["name"] for stage in cell["stages"]) for cell in arm["cells"]]
     texts = {
-        key: f"{value:.9g}" if type(value) in (int, float) else setting(value) for key, value in arm["settings"].items()
+        key: repr(float(value)).removesuffix(".0") if type(value) in (int, float) else setting(value)
+        for key, value in arm["settings"].items()
     }
     return {**texts, _CHAIN: max(chains, key=len, default="")}
 
@@ -177,4 +180,4 @@ def _labels(lines: pd.DataFrame) -> list[str]:
     if differ.empty:
         return ["arms that differ in nothing else"]
     rows = differ.to_dict("records")
-    return [legible(", ".join(f"{key} {text}" for key, text in row.items() if text), 60) for row in rows]
+    return [legible(", ".join(f"{key} {text}" for key, text in row.items() if text != _UNSET), 60) for row in rows]

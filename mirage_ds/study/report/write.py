@@ -36,16 +36,16 @@ def write_report(results: Results, out: Path, resamples: int = RESAMPLES) -> dic
     report = build(results, resamples)
     folder = out / "figures"
     drawn = list(_figures(results, report))
-    for name, data, _ in drawn:
-        write_atomically(folder / f"{name}.png", data)
-    for name in _earlier(out) - {name for name, _, _ in drawn}:
-        (folder / f"{name}.png").unlink(missing_ok=True)
     texts = {
         "csv": sheet(report),
         "md": markdown(report, [(f"figures/{name}.png", text) for name, _, text in drawn]),
         "html": page(report, [(data, text) for _, data, text in drawn]),
         "json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     }
+    for name, data, _ in drawn:
+        write_atomically(folder / f"{name}.png", data)
+    for name in _earlier(out) - {name for name, _, _ in drawn}:
+        (folder / f"{name}.png").unlink(missing_ok=True)
     for kind, text in texts.items():
         # A record's level or a study's words may hold half of a surrogate pair, which UTF-8 has not.
         write_atomically(out / f"report.{kind}", text.encode("utf-8", "backslashreplace"))

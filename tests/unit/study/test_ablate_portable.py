@@ -47,6 +47,12 @@ def test_cells_come_back_as_they_were_without_what_answers_said(tmp_path: Path) 
     assert (tmp_path / "again.json.gz").read_bytes() == (tmp_path / "part.json.gz").read_bytes()
 
 
+def test_half_of_a_surrogate_pair_comes_back(tmp_path: Path) -> None:
+    level = Scored("0", "lost \ud83d", {"success": 1.0})
+    export(replace(WHOLE, cells=[replace(WHOLE.cells[0], scores={"test": columns([level])})]), tmp_path / "part.gz")
+    assert load(tmp_path / "part.gz")[0].scores["test"].levels == ["lost \ud83d"]
+
+
 def test_a_report_of_parts_is_the_report_of_the_whole(tmp_path: Path) -> None:
     parts = []
     for number, seed in enumerate((0, 1)):
@@ -100,13 +106,15 @@ def test_what_is_no_such_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(
         gzip.compress(json.dumps({"study": "s", "made": {}, "cells": [{"arm": "a"}]}).encode())
     )
+    (tmp_path / "h").write_bytes(gzip.compress(b"{"))
     for name, said in {
         "a": "Not a gzipped file",
-        "b": "Input should be an object",
+        "b": "Input should be a valid dictionary",
         "c": "format: Input should be 2",
         "d": "ended before",
         "f": "seed: Field required",
         "e": "No such file",
+        "h": "Expecting property name",
     }.items():
         with pytest.raises(UserError, match=f"not a file of this version's `mirage-ds ablate export`.*{said}"):
             load(tmp_path / name)

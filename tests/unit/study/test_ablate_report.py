@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import math
 import random
@@ -426,6 +427,35 @@ def test_controls_without_path_in_some_cells() -> None:
     assert "## Controls" not in markdown(none)
 
 
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        ({"conditions": {}}, "KeyError: 'answers'"),
+        ({"conditions": {}, "answers": []}, "they have no common record"),
+        ({"path": {"answers": []}}, "they have no common record"),
+        ({"path": {"answers": [{"line": 1, "follows": None}]}}, "AttributeError: "),
+        ({"conditions": {}, "answers": [{"line": 1, "conditions": {"own": {"metrics": {}}}}]}, "KeyError: 'success'"),
+        ({"conditions": {}, "answers": [{"line": 1, "conditions": {"own": {"metrics": {"success": "x"}}}}]}, "could"),
+    ],
+)
+def test_broken_controls_are_a_hole(broken: dict[str, Any], why: str) -> None:
+    results = changed(study(), "k4", 3, lambda cell: replace(cell, controls={"test": broken}))
+    report = build(results, 50)
+    assert [one["arm"] for one in report["controls"]] == ["k8", "top"]
+    (hole,) = report["holes"]
+    assert (hole["arm"], hole["seed"], hole["evaluation"]) == ("k4", None, "test")
+    assert hole["problem"].startswith(f"its controls cannot be read ({why}")
+
+
+def test_a_record_without_a_score_under_one_condition_is_left_out_and_said() -> None:
+    report = control_report("k4", 2)
+    report["answers"][0]["conditions"]["swap"]["metrics"]["success"] = math.nan
+    found = build(changed(study(), "k4", 2, lambda cell: replace(cell, controls={"test": report})), 50)
+    assert found["controls"][0]["conditions"]["own"]["records"] == 19
+    fault = "1 records have no score under some condition or seed of its controls and are left out"
+    assert found["holes"] == [{"arm": "k4", "seed": None, "evaluation": "test", "problem": fault}]
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 NASTY = "<b>k</b>|4_% $x$ & `c` *s* [l](u)"
@@ -554,17 +584,21 @@ def test_csv_has_a_row_an_arm_seed_evaluation_and_level() -> None:
 
 def test_files_are_strict_repeatable_and_without_what_is_gone(tmp_path: Path) -> None:
     def unmeasured(cell: Cell) -> Cell:
-        curve = [{"step": 1.0}, {"step": 2.0, "loss": 1.0}, {"step": 3.0, "eval_loss": 1.0}]
-        return replace(cell, stages=[stage("x", seconds=0.0, peak_gb=None, curve=curve)])
+        curve = [{"step": 1.0, "loss": math.nan}, {"step": 2.0, "loss": 1.0}, {"step": 3.0}]
+        return replace(cell, stages=[stage("x", flops=math.inf, seconds=0.0, peak_gb=None, curve=curve)])
 
     results = changed(study(), "k4", 2, unmeasured)
+    # A date and a number as YAML has them.
+    settings = {"since": datetime.date(2026, 1, 2), "rate": math.nan}
+    results = replace(results, cells=[replace(cell, settings=cell.settings | settings) for cell in results.cells])
     # Half of a pair, as a record's level may have it: no text file can hold it.
     results = changed(results, "k8", 2, lambda cell: replace(cell, scores={}, problem="lost \ud83d"))
     report = write_report(results, tmp_path, 100)
     assert strict_json((tmp_path / "report.json").read_text()) == report
     assert "lost \\ud83d" in (tmp_path / "report.csv").read_text()
     cell = arm_of(report, "k4")["cells"][1]
-    assert (cell["samples_s"], cell["peak_gb"]) == (None, None)
+    assert (cell["flops"], cell["samples_s"], cell["peak_gb"]) == (None, None, None)
+    assert arm_of(report, "k4")["settings"] == SETTINGS["k4"] | {"since": "2026-01-02", "rate": None}
     files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.*")}
     drawn = ["scores-test", "contrasts", "setting-latent-size", "setting-compress-strategy", "curves", "controls-test"]
     assert set(files) == {f"report.{kind}" for kind in ("json", "csv", "md", "html")} | {
@@ -576,6 +610,13 @@ def test_files_are_strict_repeatable_and_without_what_is_gone(tmp_path: Path) ->
     bare = [replace(cell, controls={}, stages=[], settings={}) for cell in results.cells]
     write_report(replace(results, cells=bare, report=ReportSpec()), tmp_path, 100)
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["scores-test.png"]
+
+
+def test_a_text_that_cannot_be_made_leaves_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mirage_ds.study.report.write.sheet", lambda report: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(study([1]), tmp_path, 50)
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -660,6 +701,21 @@ def test_settings_that_vary_together_are_one_axis() -> None:
     # One that goes its own way: nothing differs in one setting alone.
     settings["k4"] = {"stage1.latent_size": 4, "stage2.latent_size": 3}
     assert lines_of(swept(settings, dict.fromkeys(settings, ("stage1", "stage2")))) == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ((12345678901, 12345678902), ["12345678901", "12345678902"]),
+        ((0.1, 2.0, 2), ["0.1", "2"]),
+        (("", "x", None), ["", "x"]),
+    ],
+)
+def test_values_that_differ_stand_apart(values: Sequence[Any], ticks: list[str]) -> None:
+    """None: the arm has no such setting."""
+    settings = {f"a{at}": {} if one is None else {"path": one} for at, one in enumerate(values)}
+    (drawn,) = sweeps.sweeps(build(swept(settings, dict.fromkeys(settings, ("s",))), 50))
+    assert [label.get_text() for label in drawn.figure.axes[0].get_xticklabels()] == ticks
 
 
 def test_many_arms_have_looks_of_their_own() -> None:

@@ -215,6 +215,9 @@ def test_controls_run_where_answers_see_latents(tmp_path: Path, nano: Path) -> N
         ({"arms": {"a/b": {"chain": ["sft"]}}}, "a name may only have letters"),
         ({"seeds": [{"base.seed": 3}]}, "needs `seed`"),
         ({"seeds": [1, 1]}, "a number is there twice"),
+        ({"seeds": [1, "1"]}, "a number is there twice"),
+        ({"seeds": [0.5]}, "seeds.0.int: Input should be a valid integer, got a number with a fractional part"),
+        ({"seeds": ["one"]}, "seeds.0.int: Input should be a valid integer, unable to parse"),
         ({"evaluations": {"test": {"data_path": "none.jsonl"}}}, "evaluations.test.data_path: no file"),
         ({"evaluations": {"test": {"data_path": "data.jsonl", "arms": ["x"]}}}, "evaluation test: no arm 'x'"),
         ({"evaluations": {"test": {"data_path": "data.jsonl", "controls": "zer"}}}, "no condition 'zer'"),
@@ -233,6 +236,11 @@ def test_controls_run_where_answers_see_latents(tmp_path: Path, nano: Path) -> N
 def test_what_is_refused(tmp_path: Path, nano: Path, changed: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
         opened(write_study(tmp_path, nano, **changed))
+
+
+def test_seeds_are_whole_numbers_however_they_are_written(tmp_path: Path, nano: Path) -> None:
+    study, _ = opened(write_study(tmp_path, nano, seeds=["3", 4.0, True, {"seed": False}]))
+    assert {repr(cell.seed) for cell in study.cells} == {"3", "4", "1", "0"}
 
 
 def test_relative_paths_start_at_the_file(tmp_path: Path, nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
