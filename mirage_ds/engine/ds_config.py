@@ -149,7 +149,7 @@ def read_json(path: Path, device: str = "cuda") -> dict[str, Any]:
     try:
         values = strict_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); fix that") from None
+        raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); correct it") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected an object, found {type(values).__name__}")
     for key in values:

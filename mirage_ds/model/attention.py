@@ -81,6 +81,8 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, scale: 
 
 
 BACKENDS: dict[str, Backend] = {"flash": _flash, "torch_varlen": _torch_varlen, "sdpa": _sdpa}
+# Those that kernel_fault is about.
+KERNELS = ("flash", "torch_varlen")
 
 
 @cache
@@ -162,7 +164,7 @@ def varlen_attention(
     q, k = q.to(v.dtype), k.to(v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # A run under torch_autocast decodes in float32 when it evaluates, outside of the autocast.
-    if kernel_fault(v.dtype, q.shape[-1]):
+    if backend in KERNELS and kernel_fault(v.dtype, q.shape[-1]):
         backend = "sdpa"
     return BACKENDS[backend](q, k, v, ends, scale)
 

@@ -359,7 +359,7 @@ def test_a_missing_pdsh_is_a_warning(healthy: Seen, monkeypatch: pytest.MonkeyPa
     ("text", "says"),
     [
         ('{"zero_optimisation": {}}', "no key 'zero_optimisation'"),
-        ("{", "line 1: not valid JSON"),
+        ("{", "cannot be read as JSON"),
         (None, "no such file"),
     ],
 )

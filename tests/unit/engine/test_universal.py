@@ -63,8 +63,8 @@ def test_nothing_to_convert_is_one_sentence(
         said = capsys.readouterr()
         assert said.out == ""
         assert said.err == (
-            f"error: {source}: has no checkpoints (run/checkpoints/global_step<N>); name a --save_model_path folder "
-            "that has\n"
+            f"error: {source}: has no checkpoints (run/checkpoints/global_step<N>); name a checkpoint or a run's "
+            "folder\n"
         )
         assert call(monkeypatch, "list", source) == 2
         assert "has no checkpoints" in capsys.readouterr().err

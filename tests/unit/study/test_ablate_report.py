@@ -751,5 +751,5 @@ def test_a_thousand_cells_take_seconds(tmp_path: Path) -> None:
     report = build(results)
     # matplotlib takes a tenth of a second for an arm: 25 of them show what 125 would.
     write_report(fewer, tmp_path)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 20
     assert len(report["contrasts"]) == 124
