@@ -9,8 +9,6 @@ One process, one device, nothing sharded: for looking, for notebooks, for small 
 batch, N rows, S emitted tokens, k latents a latent block, H hidden.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """`mirage-ds`: status, plan, doctor, data, init, export, … Imports stay inside commands: `--help` is quick."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

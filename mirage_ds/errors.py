@@ -1,7 +1,5 @@
 """A user's error is one sentence and exit code 2; everything else keeps its traceback."""
 
-from __future__ import annotations
-
 import json
 import math
 import signal

@@ -3,8 +3,6 @@
 Read it from the top: main → run → open_run → train, then run/step.py.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

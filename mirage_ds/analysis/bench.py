@@ -3,8 +3,6 @@
 T tokens of the packed rows, N rows, k latents a block, H hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -10,8 +10,6 @@ launching directory (`$DS_ENV_FILE` is another name, or a path). It reads no com
 double quotes without escaping them; pdsh then replaces %h, %n and %u, and a shell on the host expands the rest.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -1,7 +1,5 @@
 """The hostfile that `deepspeed --hostfile` reads: one `host slots=N` a line. Imports no torch."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

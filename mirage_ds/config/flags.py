@@ -4,8 +4,6 @@ Precedence: flags over YAML over defaults. An unknown key is an error in all thr
 names and in choices (click's ``token_normalize_func``).
 """
 
-from __future__ import annotations
-
 import types
 import typing
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Several sources of records as one, each with a share of the rows or without: FILE:WEIGHT. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ The names and meanings of the public Mirage code's flags are kept: --model --sta
 --compress_strategy --epochs --gradient_accumulation_steps --save_model_path --load_model_path --cache_dir --log_file.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, Literal, Self

@@ -1,7 +1,5 @@
 """`mirage-ds data check`: every fault of the records at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

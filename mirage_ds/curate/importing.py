@@ -1,7 +1,5 @@
 """`mirage-ds data import`: conversations in another trainer's layout, from a file or the Hub, as a records file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice

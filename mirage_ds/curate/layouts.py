@@ -9,8 +9,6 @@ may name a picture of its own. None of them has helper images: those are taken f
 `<output_image>` does in the answer (without it, first). What a record cannot hold is refused.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args

@@ -1,7 +1,5 @@
 """`mirage-ds data mix`: several records files as one, in given proportions."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

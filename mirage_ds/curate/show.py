@@ -3,8 +3,6 @@
 The answer has a numbered mark where each latent block stands, with its helper image there.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

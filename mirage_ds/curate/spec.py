@@ -1,7 +1,5 @@
 """The flags of `mirage-ds data vary`, `mix`, `import` and `rationalize`. Imports little: `--help` is quick."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal, Self, get_args
 

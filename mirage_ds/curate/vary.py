@@ -3,8 +3,6 @@
 Each kind is a function of one record that returns the rows written for it, in the records' order.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections import Counter, defaultdict

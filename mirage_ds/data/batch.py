@@ -4,8 +4,6 @@ T tokens of the packed batch, N samples, M labelled tokens, P patches, F merged 
 Made in the data-loader's workers, so that the forward only indexes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 

@@ -11,8 +11,6 @@ whole, and never changed: runs that fill a space at the same time at worst make 
 their place in the file: pages of a map that one process alone has touched count as its own memory.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -18,8 +18,6 @@ alone has touched count as its own memory, and a run touches every row in every 
 files differ with the number of processes, it knows one host, and reading its rows grows each process by their size.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import zlib

@@ -4,8 +4,6 @@ Any process of any rank makes any part, and of the same piece always the same. W
 one finds.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from collections.abc import Sequence

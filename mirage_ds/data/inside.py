@@ -1,7 +1,5 @@
 """Pictures that stand inside a record, as bytes or base64: each becomes a file in the cache, named by its content."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import hashlib

@@ -1,7 +1,5 @@
 """What a file of records is, by its first bytes: JSON lines, Parquet, or what has to be converted first."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

@@ -9,8 +9,6 @@ The last user message is the question, the last assistant message the answer tha
 kept in TURNS_BEFORE, with `<image>` where an image stands.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ All of it is integer arithmetic on row lengths, the same on every rank without t
 B rows an optimizer step, W ranks, G micro-steps of the step.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Iterator, Sequence

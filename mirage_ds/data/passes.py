@@ -3,8 +3,6 @@
 k latents a block, p position of a block's first latent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 F merged features of a helper, in raster order on a grid of R rows and C columns; k latents a block.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from mirage_ds.config.run import Compress

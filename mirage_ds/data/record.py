@@ -9,8 +9,6 @@ or `messages`, a conversation with content items (messages.py), in place of thes
 messages before the question. Other keys are kept as they are.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace

@@ -1,7 +1,5 @@
 """Files of records: JSON lines and Parquet → Records and faults."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ T tokens of the row, R rows, n images of a row, I of a field of all rows, P patc
 1176 numbers), F merged features, k latents a block, H hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

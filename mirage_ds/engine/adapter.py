@@ -3,8 +3,6 @@
 V vocabulary rows, H hidden, R latent tokens, r rank.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """The model card: the README.md of a folder that training or an export writes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

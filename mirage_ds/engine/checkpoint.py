@@ -11,8 +11,6 @@ ones as they are. DeepSpeed reads its files as pickles, so no file is given to i
 W ranks.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

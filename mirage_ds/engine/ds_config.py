@@ -6,8 +6,6 @@ JSON that says something else about them is refused, since one of the two would 
 ds_configs/ holds one JSON a recipe, written for GPUs; on a CPU a recipe is changed as it is read (_for_cpu).
 """
 
-from __future__ import annotations
-
 from copy import deepcopy
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ The frozen tower, frozen parameters inside the engine, and buffers. A run that w
 model without a word.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from typing import Any

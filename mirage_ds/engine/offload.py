@@ -4,8 +4,6 @@ W ranks; n elements of a parameter, p = ⌈n / W⌉ its part on one rank; b byte
 weight or moment, a of an accumulated gradient.
 """
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Sequence
 from pathlib import Path

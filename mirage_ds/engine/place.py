@@ -1,7 +1,5 @@
 """A process's place among the ranks, as its launcher says it in the environment."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ tests/unit/engine/test_private.py notices when it changes; for what happens in a
 tests/dist/test_reliability.py does, for a load on another number of ranks tests/dist/test_world_size.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta

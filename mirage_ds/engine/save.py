@@ -6,8 +6,6 @@ another number of vocabulary rows.
 V vocabulary rows, H hidden.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

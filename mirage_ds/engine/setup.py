@@ -1,7 +1,5 @@
 """Starting up: the process group, agreement between ranks, the DeepSpeed engine."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Callable, Iterator

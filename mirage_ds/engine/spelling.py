@@ -5,8 +5,6 @@ additional_special_tokens and extra_special_tokens) and read only those of their
 the base says already: its files are taken, and what training has changed is put in.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Mapping

@@ -7,8 +7,6 @@ It lies inside its checkpoint, so that retention deletes both together. DeepSpee
 files whose hashes are the manifest's.
 """
 
-from __future__ import annotations
-
 import shutil
 import sys
 import tempfile

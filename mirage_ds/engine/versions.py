@@ -3,8 +3,6 @@
 docs/versions.md has the releases that the suite is run with.
 """
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version

@@ -4,8 +4,6 @@ A collective has a bound in seconds; a start takes as long as records, downloads
 in the store of the process group first and enter a collective together. A rank that ends meanwhile ends the others.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

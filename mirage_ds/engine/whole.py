@@ -7,8 +7,6 @@ DeepSpeed's hooks gather a module's parameters in each of its forwards: Ψ a tok
 second tree of modules without hooks is made around the same memory.
 """
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager

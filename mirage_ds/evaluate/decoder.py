@@ -4,8 +4,6 @@
 one token after another; greedy unless --decoding says otherwise. N rows of a batch, k latents of a latent block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """`mirage-ds card`: write the scores of `mirage-ds evaluate` into the model card of the folder that they are of."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any

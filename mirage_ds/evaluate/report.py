@@ -7,8 +7,6 @@ Each rank decodes its share with a whole copy of the model; no collective hides 
 gathered once, at the end.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from functools import partial

@@ -1,7 +1,5 @@
 """Answers and their scores, by the task's own scorer; which of two scores is the better one."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Files of scores, and tables of results on the console and in Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -6,8 +6,6 @@ Causal with the mask aligned bottom-right: a sample's last query sees its last k
 stage but the first, queries are fewer than keys, and a top-left mask would be silently wrong.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections import defaultdict
 from collections.abc import Callable

@@ -5,8 +5,6 @@ attention interface, M-RoPE on three axes, Qwen2-VL's image processor, a tower c
 neither torch nor transformers.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Transformers opens model.safetensors, else the files that model.safetensors.index.json names, and nothing else.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -5,8 +5,6 @@ T tokens of the packed batch, N samples, M labelled tokens, k latents a block, F
 It walks transformers' own decoder layers; weights, names and files stay those of its whole models (family.py).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

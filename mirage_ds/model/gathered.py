@@ -1,7 +1,5 @@
 """Whole parameters where ZeRO-3 has sharded them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

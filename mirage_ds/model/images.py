@@ -7,8 +7,6 @@ A feature comes with (1 + D) · H numbers: the first H are the input embedding o
 hidden state behind decoder layers 1 … D (DeepStack, arXiv 2406.04334; Qwen3-VL).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

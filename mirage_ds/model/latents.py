@@ -4,8 +4,6 @@ T tokens of the packed batch, Tq tokens of one pass, N samples, k latents a bloc
 layers, D head width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ of a linear layer cannot make any: R rows of each are parameters here. PEFT's ow
 what is saved has its format (engine/adapter.py).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence

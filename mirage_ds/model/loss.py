@@ -8,8 +8,6 @@ them with `objective`.
 No tensor of size T × V is ever made: the head runs on the M labelled positions in chunks whose logits fit a budget.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -3,8 +3,6 @@
 What is not said here, such as the size of a patch, is as transformers has it.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

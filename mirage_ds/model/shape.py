@@ -1,7 +1,5 @@
 """The parameters of a model by name and size, without their values; needs no torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Writing safetensors shards and their index."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -4,8 +4,6 @@ P patches of C numbers, n images, F merged features, H hidden width of the langu
 to (images.py), W = (1 + D) · H.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any

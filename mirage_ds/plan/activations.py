@@ -16,8 +16,6 @@ first: the head, then the passes from the last to the first, each from its last 
 is freed on the way, and gradients come up. Model states, gathered weights and buckets are not here (states.py, fit.py).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from mirage_ds.plan.shape import Sizes

@@ -1,7 +1,5 @@
 """`mirage-ds plan`, the command."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -4,8 +4,6 @@ T tokens of a rank's micro-batch, R rows of it, k latents a block, F image featu
 element of the compute dtype.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from itertools import chain
 from pathlib import Path

@@ -10,8 +10,6 @@ counted: ZeRO-2 reduces a bucket by an all-reduce (use_multi_rank_bucket_allredu
 micro-step, ZeRO-1 and 0 once an optimizer step, and 1 and 2 gather the new weights once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -10,8 +10,6 @@ sheets on nvidia.com. RTX A6000, RTX 3090: "NVIDIA Ampere GA102 GPU Architecture
 Ada GPU Architecture", 2022, appendix A.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

@@ -9,8 +9,6 @@ k + 1 passes, and attends to the same keys as in one pass.
 P patches of an image, h × w of a frame's grid of them; H hidden width of the tower, T tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 

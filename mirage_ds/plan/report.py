@@ -1,7 +1,5 @@
 """What the planner tells: tables for people, one JSON object for programs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from itertools import zip_longest

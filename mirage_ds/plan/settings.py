@@ -1,7 +1,5 @@
 """What a DeepSpeed JSON says of memory and traffic, with DeepSpeed 0.19.8's defaults. Imports no torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ H hidden, I inner width of the MLP, V vocabulary rows, L layers, Hq and Hkv head
 What was counted is kept in the cache, by config.json and version of transformers: only the first time imports torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.metadata

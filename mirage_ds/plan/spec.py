@@ -1,7 +1,5 @@
 """The flags of `mirage-ds plan`. Imports little, so that the command line's `--help` is quick."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal, Self
 

@@ -9,8 +9,6 @@ tests/dist/test_planned.py compares parameters, gradients, master weights and mo
 the byte. Two scalars a parameter group (AdamW's step) are left out.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import chain

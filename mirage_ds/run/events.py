@@ -1,7 +1,5 @@
 """events.jsonl of a run: what began or ended, and when. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

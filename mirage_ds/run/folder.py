@@ -6,8 +6,6 @@
                               was skipped; trackers.json, if W&B or MLflow follow it; faults.jsonl, if a guard ended it
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

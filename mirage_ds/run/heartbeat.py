@@ -3,8 +3,6 @@
 Every rank makes the same marks in the same order: the rank with the fewest is the one that the others wait for.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import json
 import os

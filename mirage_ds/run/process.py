@@ -1,7 +1,5 @@
 """How a process that is one rank of many knows its place, runs its command, and leaves."""
 
-from __future__ import annotations
-
 import atexit
 import io
 import os

@@ -6,8 +6,6 @@
                                     other, and best.json: metric, step and all that was measured
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """A run, and the check of its settings: what can be refused before a look at the records."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ What can be refused is refused before the run's folder is claimed. All ranks cal
 Stopped is the same on every rank.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

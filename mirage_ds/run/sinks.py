@@ -4,8 +4,6 @@ A sink takes numbers and figures by step, and is closed with how the run ended. 
 trackers are kept in the run folder (trackers.json), so that a run that goes on is one run there too.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from abc import ABC, abstractmethod

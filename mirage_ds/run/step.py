@@ -3,8 +3,6 @@
 W ranks, G micro-steps of a step, B rows of a step, N samples of a micro-batch.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) only leave a mark. Whoever loops looks at i
 where all ranks agree, save and leave together. A second Ctrl-C ends the process at once.
 """
 
-from __future__ import annotations
-
 import signal
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From the folders of a study to its Results. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 import math
 import platform

@@ -6,8 +6,6 @@ the next start continues there. A node's process has its lock too: where this on
 next start leaves it alone and takes what it leaves. Imports no torch.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -6,8 +6,6 @@ parts of two chains are one node, a changed setting is another one, and a finish
 torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

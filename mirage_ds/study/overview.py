@@ -3,8 +3,6 @@
 Read from the runs' files while they grow. Imports no torch.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -6,8 +6,6 @@ keys of their runs, which are hashes of content: one whose settings or records d
 renamed arm or another evaluation beside it changes nothing. Imports no torch.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import zlib

@@ -4,8 +4,6 @@ An arm is a setting of the study; a cell is an arm under one seed, that is a cha
 evaluations of its last model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

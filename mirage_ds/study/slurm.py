@@ -6,8 +6,6 @@ array before them, ended well or not (`afterany`): a task whose model is not the
 hole.
 """
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import sys

@@ -4,8 +4,6 @@ docs/studies.md shows whole files. A setting is a field of a run (`mirage-ds`' o
 `stage1.ce_weight` is that setting in the stage of that name alone.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Mapping

@@ -11,8 +11,6 @@
     lock           held by the process that works at it
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import time

@@ -3,8 +3,6 @@ r"""Read the final answer, the last ``\boxed{…}``, out of a text; the task of 
 Nothing is built or converted for that task: the records are the user's own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

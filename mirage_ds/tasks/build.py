@@ -1,7 +1,5 @@
 """Make a task's records and write them, whole or not at all (see `mirage_ds.tasks.write`)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path

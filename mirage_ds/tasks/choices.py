@@ -1,7 +1,5 @@
 r"""Questions with options, answered by a letter or by an option's text in the last ``\boxed{…}``."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase

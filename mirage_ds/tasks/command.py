@@ -3,8 +3,6 @@
 Tasks are imported when they are named: `--help` is quick.
 """
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any, Literal

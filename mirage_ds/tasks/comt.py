@@ -4,8 +4,6 @@ Two forms are read: the data set's own (data.jsonl beside images/, the images ma
 packed for latent blocks (`sequence_plan`, a list of texts and helper images).
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping

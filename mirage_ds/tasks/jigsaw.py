@@ -4,8 +4,6 @@ Built from any folder of photographs; BLINK's own rows are converted to be evalu
 picture with the right patch in its gap.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import random

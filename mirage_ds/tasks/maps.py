@@ -4,8 +4,6 @@ A board is a square of side x side cells, row by row from the top: 1 start, 2 go
 (row, column), counted from 0 at the top left.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -1,7 +1,5 @@
 """Rationales by rule: one true sentence a move, shaped like the public rows' (whose own often name wrong tiles)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from mirage_ds.data.messages import HELPER_MARK

@@ -4,8 +4,6 @@ Composing is some hundred times faster than an environment a picture and, at 64 
 to the real renderer bit for bit (beyond 8 x 8 the real one shrinks its cells, this one does not).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

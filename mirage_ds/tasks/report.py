@@ -1,7 +1,5 @@
 """What a build tells its user: progress while it runs, counts at the end."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

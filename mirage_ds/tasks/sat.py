@@ -3,8 +3,6 @@ r"""SAT: spatial questions about one or two images, answered by an option's text
 The data has no helper images: they come from a folder of the user's, one a row.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from pathlib import Path

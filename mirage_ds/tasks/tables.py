@@ -4,8 +4,6 @@ pyarrow reads the tables. `datasets` streams them too, but it locks files in its
 images unless each column is cast.
 """
 
-from __future__ import annotations
-
 import io
 import random
 import re

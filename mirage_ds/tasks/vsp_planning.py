@@ -3,8 +3,6 @@ r"""VSP spatial planning: the shortest safe way from start to goal, as ``\boxed{
 The helper image is the start map with the answer's own path in red, never another path of the same length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

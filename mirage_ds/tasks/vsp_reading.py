@@ -4,8 +4,6 @@ Transcription: what lies on each cell of the board, as ``\boxed{SFF/FHF/FFG}``. 
 is drawn on the board, which is Planning's helper image, as ``\boxed{RIGHT, DOWN}``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

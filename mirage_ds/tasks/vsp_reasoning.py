@@ -4,8 +4,6 @@ A reaches the goal, B falls into a hole, C ends safe but not at the goal. The he
 the plan; a rationale is split at that step.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Mapping, Sequence

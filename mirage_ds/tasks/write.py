@@ -3,8 +3,6 @@
 Everything is written into a temporary folder beside the target and moved at the end, the JSONL file last.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

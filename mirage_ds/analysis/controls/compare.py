@@ -1,7 +1,5 @@
 """Paired tests between result files of the same records: is one model, or one setting, better than another?"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ and its picture stay; the slots are fed the compressed features of a helper imag
 drawn here, so that they differ in the path alone.
 """
 
-from __future__ import annotations
-
 import random
 import tempfile
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What the controls found, for eyes and for programs: a table, Markdown, JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

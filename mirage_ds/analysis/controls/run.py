@@ -6,8 +6,6 @@ Two rounds over the records. The first decodes them as usual and keeps the own l
 of the other conditions are made, which the second round feeds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The conditions by name, and the flags of `mirage-ds controls`. Imports no torch: `--help` is quick."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pydantic import Field

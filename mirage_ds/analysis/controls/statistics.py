@@ -1,7 +1,5 @@
 """Paired differences between two conditions on the same records: intervals and tests. N records."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np

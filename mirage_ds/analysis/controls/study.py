@@ -1,7 +1,5 @@
 """From a model folder and a records file to the whole report."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace

@@ -7,8 +7,6 @@ A row's log-likelihood is the mean over its scored tokens of their log-probabili
 tokens. So it is one measure for all conditions: without a latent block the model would open one if it could.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """`mirage-ds inspect`, the command. Imports stay inside it: `--help` is quick."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 N rows, k latents a latent block, F features, W words, H hidden, c components.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 k latents, Q tokens of the answer, L layers, m words.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

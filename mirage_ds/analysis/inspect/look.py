@@ -4,8 +4,6 @@ T tokens of a row, k latents of the block, Q tokens of the answer behind it, F m
 columns of them), m words, H hidden, L layers, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

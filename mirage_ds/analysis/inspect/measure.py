@@ -3,8 +3,6 @@
 n latents, k latents a block, H hidden, V vocabulary, N vectors, c components. All results are float32.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Figures and tables → one HTML file that needs nothing beside it (page.html)."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path

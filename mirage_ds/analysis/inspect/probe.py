@@ -5,8 +5,6 @@ N rows, D numbers a row (k latents × H hidden, say), J questions a row, C class
 Every row is answered once, by a probe that has seen no row of its map, nor of a rotation or reflection of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

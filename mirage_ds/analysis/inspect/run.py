@@ -6,8 +6,6 @@ width, Hq query heads, Hkv key heads.
 A latent is what is fed back at its place: the final-norm hidden state of the position before it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple

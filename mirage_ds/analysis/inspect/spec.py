@@ -1,7 +1,5 @@
 """The flags of `mirage-ds inspect`. Imports no torch: the command line's `--help` is quick."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveInt

@@ -3,8 +3,6 @@
 Colours are Okabe and Ito's.
 """
 
-from __future__ import annotations
-
 import io
 import textwrap
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Every rank is a process of its own under a guard, as behind launch/*.sh: the gua
 not come, and say which. `measure` asks the hosts, `start` runs on each of them, `measure_rank` in each rank.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

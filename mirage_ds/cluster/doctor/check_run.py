@@ -1,7 +1,5 @@
 """Checks of what is to be run: the software, the model and data, the run folder, the JSON."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checks of the hosts, their GPUs and the way between them, and the table of all checks."""
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Iterator
 from shutil import which

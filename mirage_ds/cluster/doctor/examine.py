@@ -1,7 +1,5 @@
 """Find the hosts, ask them, measure between them, and put everything together for the checks."""
 
-from __future__ import annotations
-
 import os
 import re
 import secrets

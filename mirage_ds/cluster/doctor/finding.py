@@ -1,7 +1,5 @@
 """What the checks work on and what they find."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

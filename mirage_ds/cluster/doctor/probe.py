@@ -3,8 +3,6 @@
 What cannot be found out is a fact too: its section is missing, and `errors` says why.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import importlib.util

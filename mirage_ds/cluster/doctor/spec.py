@@ -1,7 +1,5 @@
 """What `mirage-ds doctor` is asked: its flags."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt

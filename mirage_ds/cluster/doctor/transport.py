@@ -5,8 +5,6 @@ is started as DeepSpeed starts a rank: over ssh with the same interpreter, worki
 by srun with the whole environment.
 """
 
-from __future__ import annotations
-
 import getpass
 import json
 import re

@@ -1,7 +1,5 @@
 """The guard around one rank, which any launcher starts: `python -m mirage_ds.cluster.guard --port P MODULE …`."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

@@ -1,7 +1,5 @@
 """The process that a guard has started: its output, its marks, its stacks, and its end with everything below it."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import json

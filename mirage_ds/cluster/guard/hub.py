@@ -1,7 +1,5 @@
 """The hub in rank 0's guard: it hears every guard and judges the job (judge.py). One verdict, told to all."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -3,8 +3,6 @@
 A member is a rank's guard or the one around the launcher.
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ waits for a dead connection is ended; when this guard or its launcher is killed,
 the job.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

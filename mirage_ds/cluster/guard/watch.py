@@ -1,7 +1,5 @@
 """What the guards around a rank and around a launcher share: their options, the watch over a process, its end."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

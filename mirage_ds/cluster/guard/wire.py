@@ -1,7 +1,5 @@
 """What the guards say to each other: JSON objects, one a line, over TCP; and each guard's connection to the hub."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import socket

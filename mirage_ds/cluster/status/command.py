@@ -1,7 +1,5 @@
 """`mirage-ds status`. Imports stay inside the commands: `--help` is quick."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -3,8 +3,6 @@
 A line that is half written, the last one or one that a killed process left, is passed over.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The status of runs as text: a page for one, a table for several. Imports no torch."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ counts as silent when it has written nothing for longer than what it does can ta
 an evaluation some times its longest so far, a start the time that the guards give it.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

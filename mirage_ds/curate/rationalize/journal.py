@@ -4,8 +4,6 @@ The first line says what was asked (the setup), each further one is a reply or i
 by one write; what a kill leaves of a line is dropped at the next start. Of two lines for one job the later counts.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import io

@@ -7,8 +7,6 @@ spells out stays text. A batch is always the same rows with the same random numb
 where an earlier command was cut off.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ httpx2 speaks HTTP. When to ask again is decided here: huggingface_hub's http_ba
 waits as long as a server says, closes the client that all threads share, and takes any 200 for a reply.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """Results → the report as a plain dict, which is what report.json holds. S seeds, N records."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from statistics import fmean

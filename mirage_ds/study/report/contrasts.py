@@ -1,7 +1,5 @@
 """Contrasts of a study → differences with intervals, tests and verdicts, as plain dicts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

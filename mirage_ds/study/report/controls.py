@@ -1,7 +1,5 @@
 """Reports of `mirage-ds controls`, one a cell → means over seeds and records, as plain dicts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The report's dict → figures of scores, contrasts and controls. What has nothing to show gives no figure."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

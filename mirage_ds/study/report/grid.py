@@ -3,8 +3,6 @@
 S seeds, N records, G groups (the arms of a contrast, the conditions of a control).
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

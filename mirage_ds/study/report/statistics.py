@@ -4,8 +4,6 @@ S seeds, N records, L levels, R resamples. A matrix of scores is (S, N); its col
 says how many each level has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias

@@ -1,7 +1,5 @@
 """Learning curves, and scores against what the study varied."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The report's dict → GitHub-flavoured Markdown, an HTML page made of that Markdown, and CSV."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The whole report into a folder."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter
