@@ -1,7 +1,7 @@
 """Decoding: a model folder ready to answer questions, and records or encoded prompts → answers.
 
-`mirage-ds evaluate`: command.evaluate → report.evaluate_file → answer_records → model/generate.generate, which makes
-one token after another; greedy unless --decoding says otherwise. N rows of a batch, k latents of a latent block.
+`mirage-ds evaluate`: command.evaluate → report.evaluate_file → answer_records → decode_samples → generate in
+model/generate.py, whose Chooser (greedy, or sampling) picks each token. N rows of a batch, k latents of a latent block.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
