@@ -64,7 +64,7 @@ def add_scores(folder: Path, files: Sequence[Path], track: Callable[[Sequence[Pa
     reports = [read_report(file) for file in files]
     own = {(entry := entry_of(folder, file)).name: entry.sha256 for file in track(weight_files(folder))}
     for file, report in zip(files, reports, strict=True):
-        if report["hashes"]["model"] != own:
+        if report["hashes"].get("model") != own:
             raise UserError(
                 f"{file}: are scores of other weights ({report.get('model')}) than those in {folder}; evaluate these"
             )

@@ -24,7 +24,7 @@ def is_report(value: Any) -> bool:
     hashes, answers = value["hashes"], value["answers"]
     return (
         isinstance(hashes, dict)
-        and hashes.keys() >= {"data", "model"}
+        and "data" in hashes
         and isinstance(answers, list)
         and all(isinstance(one, dict) and one.keys() >= ANSWER_KEYS for one in answers)
         and all(isinstance(one["metrics"], dict) for one in answers)

@@ -16,6 +16,8 @@ from mirage_ds.analysis.controls.statistics import RESAMPLES, is_binary, mcnemar
 _CHUNK = 500
 # Kept draws: 1 byte a resample and record each, 40 MB for 10,000 × 4,000.
 _MOST_KEPT = 3
+# Resamples multiplied at a time: their counts take 8 bytes a record.
+_CHUNK = 500
 # From so many paired seeds on their differences are tested, up to the second number with every sign pattern.
 LEAST_SEEDS, MOST_EXACT = 5, 16
 FLIPS = 20_000
@@ -48,7 +50,13 @@ class Draws(NamedTuple):
 
 def _counts(rng: np.random.Generator, resamples: int, count: int) -> np.ndarray:
     """Draw `count` of `count` with replacement, R times: (R, count), how often each was drawn."""
-    return np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(resamples)])
+    parts = []
+    for at in range(0, resamples, _CHUNK):
+        size = min(_CHUNK, resamples - at)
+        # All resamples of a chunk are counted at once, each in bins of its own.
+        drawn = rng.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+        parts.append(np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count))
+    return np.concatenate(parts)
 
 
 # A mean over seeds and records, as report.json has it; see `estimate`.
