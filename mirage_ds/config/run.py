@@ -44,7 +44,9 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     # what is trained
-    model: str | None = Field(None, description="Folder or hub id of a Qwen2.5-VL: config, tokenizer, first weights.")
+    model: str | None = Field(
+        None, description="Folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL: config, tokenizer, first weights."
+    )
     load_model_path: Path | None = Field(
         None, description="Folder that an earlier stage saved with --save_model_path: start from its weights."
     )
@@ -55,7 +57,7 @@ class RunConfig(BaseModel):
     slots: Slots | None = Field(
         None,
         description="What stands where the helper stood. sft: nothing, k pause tokens, or the two marks alone; stage1: "
-        "latents, or auxiliary ones that the answer does not attend to; stage2: latents. [default: nothing or latents]",
+        "latents, or auxiliary ones that the answer does not attend to; stage2: latents. [default: latents; sft: none]",
     )
     compress_strategy: Compress = Field(
         "average",
@@ -78,7 +80,7 @@ class RunConfig(BaseModel):
         "weights; the saved model has them merged. See docs/lora.md.",
     )
     lora_alpha: PositiveInt | None = Field(
-        None, description="Adapters count alpha / rank times. [default: twice --lora_rank]"
+        None, description="Scale adapters by alpha / rank. [default: twice --lora_rank]"
     )
     lora_dropout: float = Field(0, ge=0, lt=1, description="Must be 0: layers are recomputed exactly.")
     lora_targets: list[str] | None = Field(
@@ -165,7 +167,7 @@ class RunConfig(BaseModel):
     )
 
     # the machine
-    deepspeed: Path | None = Field(None, description="DeepSpeed JSON. [default: the stage's own in ds_configs/]")
+    deepspeed: Path | None = Field(None, description="DeepSpeed JSON. [default: zero3_kept for stage2, else zero3]")
     attention: Literal["auto", "flash", "torch_varlen", "sdpa"] = Field("auto", description="Attention back end.")
     gradient_checkpointing: bool = Field(True, description="Recompute each layer in backward, in every pass.")
     loss_chunk_mb: PositiveInt = Field(256, description="Memory for one chunk of logits, in MiB.")
@@ -189,12 +191,10 @@ class RunConfig(BaseModel):
     )
     eval_data_path: Path | None = Field(None, description="Records whose loss is measured while training.")
     eval_every: PositiveInt | None = Field(None, description="Optimizer steps between two evaluations.")
-    eval_decode: int = Field(
-        0, ge=0, description="Answer this many of them too, and score the answers; 0 answers none."
-    )
+    eval_decode: int = Field(0, ge=0, description="Answer and score this many evaluation records; 0 answers none.")
     eval_new_tokens: PositiveInt = Field(256, description="Tokens of such an answer, at most.")
     eval_pictures: int = Field(
-        0, ge=0, description="Draw the latents of this many of them into TensorBoard each time; see docs/inspect.md."
+        0, ge=0, description="Draw this many records' latents in TensorBoard each time; see docs/inspect.md."
     )
     save_best: str | None = Field(
         None,
@@ -204,7 +204,7 @@ class RunConfig(BaseModel):
     overwrite: bool = Field(False, description="Start over in a --save_model_path that holds an earlier run.")
     log_file: Path | None = Field(None, description="Also write the log lines to this file.")
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "none"]] = Field(
-        ["tensorboard"], description="Where metrics go besides the console and the JSON lines; see docs/watching.md."
+        ["tensorboard"], description="Where metrics go besides console and log.jsonl: tensorboard, wandb, mlflow, none."
     )
     peak_tflops: PositiveFloat | None = Field(
         None,

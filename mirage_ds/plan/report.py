@@ -36,7 +36,7 @@ def headline(asked: Question) -> str:
     """Return the question in one line."""
     spec, micro, model = asked.spec, asked.micro, asked.model
     k = f", k = {spec.latent_size}" if spec.stage != "sft" else ""
-    runs = f" x {spec.latent_runs} runs" if spec.latent_runs > 1 else ""
+    runs = f" x {spec.latent_runs} latent blocks" if spec.latent_runs > 1 else ""
     return (
         f"{spec.model}: {model.text / 1e9:.2f} B trained, {model.vision / 1e9:.2f} B frozen; {spec.stage}{k}{runs}; "
         f"{spec.nodes} x {spec.gpus_per_node} {spec.gpu} of {asked.machine.memory / GB:.0f} GB; "
@@ -81,7 +81,7 @@ def gpu_table(asked: Question, plan: Plan) -> Table:
             row("  (saved when the forward ends)", on.saved, off.saved, style="dim")
             if on.keys_values:
                 row("  (of it keys and values)", on.keys_values, off.keys_values, style="dim")
-    row("(the optimizer's step instead of backward)", total(on.states.step), style="dim")
+    row("(optimizer step; counts only if larger)", total(on.states.step), style="dim")
     table.add_row("reserve (CUDA, NCCL, allocator)", _gb(on.reserve), _gb(on.reserve))
     table.add_section()
     room = asked.machine.memory
