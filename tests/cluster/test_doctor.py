@@ -278,7 +278,7 @@ def test_a_small_or_full_disk(cluster: Cluster, folder: Path, nano: Path) -> Non
     assert said.bad == {("disk", "localhost", "fail")}
     assert "No space left on device" in said.says("disk", "localhost")
     with mounted(cluster.hosts[0], "-t", "tmpfs", "-o", "size=100m", "none", over=folder / "run"):
-        cluster.hosts[0].run(["dd", "if=/dev/zero", f"of={folder}/run/full", "bs=1M", "count=30"])
+        cluster.hosts[0].run(["dd", "if=/dev/zero", f"of={folder}/run/full", "bs=1M", "count=60"])
         said = ask(cluster.hosts[0], *alone, "--keep_checkpoints", 4, cwd=folder)
     assert said.bad == {("disk", "localhost", "warn")}
     assert "5 checkpoints and the model of" in said.says("disk", "localhost")
@@ -342,7 +342,8 @@ def test_a_taken_master_port(cluster: Cluster, folder: Path) -> None:
     # Bandwidth is measured all the same, on another port.
     words = ("--hostfile", "hosts", "--save_model_path", "run", "--master_port", 29777)
     said = ask(cluster.hosts[0], *words, cwd=folder)
-    assert said.bad == {("master", "node1", "fail")}
+    # How fast the links are is not asked here: the other suites may load them.
+    assert {one for one in said.bad if one[0] != "bandwidth"} == {("master", "node1", "fail")}
     assert "port 29777 cannot be listened on: Address already in use" in said.says("master", "node1")
     assert said.everything["bandwidth"]["faults"] == {}
 
