@@ -278,10 +278,10 @@ def test_a_small_or_full_disk(cluster: Cluster, folder: Path, nano: Path) -> Non
     assert said.bad == {("disk", "localhost", "fail")}
     assert "No space left on device" in said.says("disk", "localhost")
     with mounted(cluster.hosts[0], "-t", "tmpfs", "-o", "size=100m", "none", over=folder / "run"):
-        cluster.hosts[0].run(["dd", "if=/dev/zero", f"of={folder}/run/full", "bs=1M", "count=60"])
-        said = ask(cluster.hosts[0], *alone, "--keep_checkpoints", 4, cwd=folder)
+        cluster.hosts[0].run(["dd", "if=/dev/zero", f"of={folder}/run/full", "bs=1M", "count=30"])
+        said = ask(cluster.hosts[0], *alone, "--keep_checkpoints", 6, cwd=folder)
     assert said.bad == {("disk", "localhost", "warn")}
-    assert "5 checkpoints and the model of" in said.says("disk", "localhost")
+    assert "7 checkpoints and the model of" in said.says("disk", "localhost")
 
 
 def test_a_model_or_records_that_one_host_does_not_see(cluster: Cluster, folder: Path, nano: Path, mixed: Path) -> None:
