@@ -1,7 +1,8 @@
 """The DeepSpeed JSON: what it may say, which one a stage takes (DEFAULTS), and what a run changes in it.
 
 run/settings.py (check_settings) calls these in order: --deepspeed or default_path, read_json, resolve, then on a CPU
-versions.gather_safely, and fill_limits. Imports neither torch nor DeepSpeed.
+versions.gather_safely, and fill_limits; a resume on other ranks adds universal.use_universal. Imports neither torch nor
+DeepSpeed.
 
 The JSON chooses ZeRO stage, offload and precision. Batch size, clipping and optimizer come from the run's settings; a
 JSON that says something else about them is refused, since one of the two would be silently ignored.
