@@ -7,7 +7,7 @@ without a word. Of a file only the header is read, but for a head that is stored
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +40,17 @@ FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 # Keys of config.json, at any depth, and files of tools that quantise.
 QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
 QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# What stands beside, or in place of, a quantised weight: its scales, zeros, codes and tables.
+QUANTISED_NAME = re.compile(
+    r"scale|zero|quant|qweight|q_weight|qdata|q_invperm|packed|absmax|SCB|code|g_idx|_blocks|W_q|trellis|nf4|fp4|tables"
+)
+# The same for what is known by its whole name alone.
+QUANTISED_LEAF = re.compile(r"(^|\.)(biases|suh|svh|meta|weight_shape|weight_format|centroids|indices)$")
 # Buffers that older versions stored; they are computed anew.
 BUFFER = re.compile(r"(^|\.)(rotary\w*\.(original_)?(inv_freq|cos_cached|sin_cached)|position_ids)$")
 ADAPTER_NAME = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|token_adapter|ia3_\w+|oft_\w+)\.|\.lora_\w+$")
+# Modules that trainers put around a module.
+WRAPPERS = frozenset(("_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 PROCESSOR_TYPE = re.compile(r"Qwen\w*VLImageProcessor\w*")
 # Key of a processor → key of vision_config, and what the processor has where its file is silent.
 PROCESSOR_KEYS = {
@@ -83,8 +91,8 @@ def check_stored(folder: Path, config: PretrainedConfig, expected: Mapping[str, 
             own[flat] = name
         elif not BUFFER.search(name):
             strange.append(name)
-    _refuse_codes(stored, (*own.values(), *strange))
-    _compare_names(folder, stored, own, strange, expected)
+    _refuse_codes(stored, own.values(), strange)
+    _compare_names(folder, family, stored, (own, strange), expected)
     for flat, shape in expected.items():
         if stored[own[flat]].shape != tuple(shape):
             raise UserError(
@@ -172,32 +180,48 @@ def _compare_index(folder: Path, stored: Mapping[str, Stored]) -> None:
             )
 
 
-def _refuse_codes(stored: Mapping[str, Stored], names: Iterable[str]) -> None:
-    """Refuse integers and 8-bit floats: quantised weights, or what stands in place of them."""
-    coded = next((name for name in names if stored[name].dtype not in FLOATS), None)
+def _refuse_codes(stored: Mapping[str, Stored], own: Iterable[str], strange: Iterable[str]) -> None:
+    """Refuse weights that are integers or 8-bit floats, and what belongs to such."""
+    coded = [name for name in own if stored[name].dtype not in FLOATS]
+    for name in strange:
+        leaf = name.rpartition(".weight.")[2].rpartition(".")[2]
+        beside = "." in name and (QUANTISED_NAME.search(leaf) or QUANTISED_LEAF.search(name))
+        if beside or stored[name].dtype[:2] in ("F8", "F4", "F6"):
+            coded.append(name)
     if coded:
+        first = stored[coded[0]]
         raise UserError(
-            f"{stored[coded].file}: this checkpoint is quantised ({coded} is there, as {stored[coded].dtype}); "
-            "give the original weights, in bfloat16, float16 or float32"
+            f"{first.file}: this checkpoint is quantised ({coded[0]} is there, as {first.dtype}); give the original "
+            "weights, in bfloat16, float16 or float32"
         )
 
 
 def _compare_names(
     folder: Path,
+    family: Family,
     stored: Mapping[str, Stored],
-    own: Mapping[str, str],
-    strange: Sequence[str],
+    found: tuple[Mapping[str, str], Sequence[str]],
     expected: Mapping[str, Sequence[int]],
 ) -> None:
     """Refuse tensors that are missing, renamed or not the model's.
 
     Args:
-        own: the model's own tensors, flat name → name; strange: names of the others.
+        found: the model's own tensors, flat name → name; names of the others.
     """
+    own, strange = found
     missing = expected.keys() - own.keys()
     adapters = [name for name in strange if ADAPTER_NAME.search(name)]
     if adapters:
         raise UserError(f"{stored[adapters[0]].file}: holds an adapter beside the weights ({adapters[0]}); {MERGE}")
+    for name in strange:
+        meant = _meant(name, family, missing)
+        if meant:
+            prefix = name.removesuffix(meant)
+            how = f"take the prefix '{prefix}' off the names" if prefix != name else "rename them"
+            raise UserError(
+                f"{stored[name].file}: holds {name} for {meant}, so that transformers would not find it; {how}, and "
+                "save the file again"
+            )
     if missing:
         hint = "the folder is not whole"
         if missing == {HEAD}:
@@ -210,6 +234,19 @@ def _compare_names(
             f"{stored[strange[0]].file}: holds {len(strange)} tensor(s) that config.json knows nothing of, the first "
             f"is {strange[0]}; they would be left out, so give the config.json that goes with them, or take them out"
         )
+
+
+def _meant(name: str, family: Family, missing: Collection[str]) -> str | None:
+    """Return the name that transformers would find, for a tensor that has something put before or into its name."""
+    parts = name.split(".")
+    for at in range(len(parts)):
+        tail = ".".join(parts[at:])
+        if family.opened_name(tail) in missing:
+            return tail
+        for inner in (".".join(part for part in parts[at:] if part not in WRAPPERS), family.written_name(tail)):
+            if family.opened_name(inner) in missing:
+                return inner
+    return None
 
 
 def _same(stored: Mapping[str, Stored], one: str, other: str) -> bool:

@@ -250,6 +250,19 @@ def test_compare_refuses_what_is_no_pair_of_results(tmp_path: Path) -> None:
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(UserError, match=r"c.json: is no file of scores; `mirage-ds evaluate"):
             compare([one, tmp_path / "c.json"], None, seed=1)
+    whole = json.loads(one.read_text())
+    first = whole["answers"][0]
+    for broken in (
+        {"hashes": None},
+        {"hashes": {}},
+        {"answers": 3},
+        {"answers": [{key: value for key, value in first.items() if key != "prompt"}]},
+        {"answers": [first | {"metrics": None}]},
+        {"answers": [first | {"metrics": {"success": None}}]},
+    ):
+        (tmp_path / "c.json").write_text(json.dumps(whole | broken))
+        with pytest.raises(UserError, match=r"c.json: is no file of scores"):
+            compare([one, tmp_path / "c.json"], None, seed=1)
     with pytest.raises(UserError, match="cannot be read"):
         compare([one, tmp_path / "gone.json"], None, seed=1)
     for files in ([one], [one, other, one]):
