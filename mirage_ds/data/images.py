@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import unquote
 
 import numpy as np
@@ -91,7 +91,7 @@ def once(look: Look) -> Look:
             raise RecordError(replace(found, line=record.line, field=name))
         return found
 
-    return answer  # type: ignore[return-value]
+    return cast(Look, answer)
 
 
 @dataclass(frozen=True)
