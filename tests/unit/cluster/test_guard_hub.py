@@ -78,3 +78,10 @@ def test_fewer_files_than_ranks_is_said() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with pytest.raises(UserError, match=f"needs {hard + SPARE_FILES} open files and may have {hard}"):
         asyncio.run(Hub(hard, Bounds(), "job", lambda line: None).listen(0))
+
+
+def test_no_limit_of_files_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    # RLIM_INFINITY is -1, which is below every number.
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    asyncio.run(Hub(2, Bounds(), "job", lambda line: None).listen(0))

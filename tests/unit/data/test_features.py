@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -159,6 +160,21 @@ def flip(file: Path, number: int) -> None:
     content = bytearray(file.read_bytes())
     content[content.index(features(number, 1 + number % 4).numpy().tobytes()) + 5] ^= 1
     file.write_bytes(content)
+
+
+def test_what_rots_where_nothing_can_be_deleted_is_a_sentence_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(place: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(place))
+
+    store = FeatureStore(tmp_path, SPACE, WIDTH, torch.float32)
+    fill(store, range(4))
+    flip(store.place / store.listed()[0], 2)
+    assert look(store) == []
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match="kept features are damaged"):
+        store.get(key(2))
 
 
 def test_what_rots_is_a_sentence_and_the_next_start_makes_it_anew(tmp_path: Path) -> None:
