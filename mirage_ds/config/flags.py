@@ -30,7 +30,7 @@ class RunCommand(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             said = hint(error.option_name, {str(param.name) for param in self.params})
-            raise UserError(f"no such option: {error.option_name}{said or '; --help lists them'}") from None
+            raise UserError(f"No such option: {error.option_name}{said or '; --help lists them'}") from None
 
 
 def _click_type(annotation: Any) -> tuple[Any, bool]:

@@ -196,9 +196,10 @@ def _records(made: Imported, name: str, values: dict[str, Any]) -> str:
     """Note the command that makes records of a data set; return the file that it writes."""
     if "$" in name:
         raise _Left("is a variable of the shell; name the file")
+    flags: list[str] = []
     if made.source.trainer == "ms-swift":
         layout, (place, _, most) = "swift", name.partition("#")
-        called, flags = Path(place).stem, []
+        called = Path(place).stem
         if ":" in place:
             raise _Left("names a subset; download it, and import its file")
     else:
