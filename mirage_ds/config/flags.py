@@ -25,12 +25,12 @@ class RunCommand(click.Command):
     """A command that takes a run's settings as flags: other trainers' names are answered with ours."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse as click does; UserError for a flag of another trainer."""
+        """Parse as click does; UsageError where there is no such flag."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             said = hint(error.option_name, {str(param.name) for param in self.params})
-            raise UserError(f"No such option: {error.option_name}{said or '; --help lists them'}") from None
+            raise click.UsageError(f"No such option: {error.option_name}{said or '; --help lists them'}", ctx) from None
 
 
 def _click_type(annotation: Any) -> tuple[Any, bool]:
@@ -38,6 +38,8 @@ def _click_type(annotation: Any) -> tuple[Any, bool]:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         kinds = [_click_type(arg) for arg in args if arg is not type(None)]
+        if all(isinstance(kind, click.Choice) for kind, _ in kinds):
+            return click.Choice([choice for kind, _ in kinds for choice in kind.choices]), False
         return kinds[0][0], any(several for _, several in kinds)
     if origin is typing.Annotated:
         return _click_type(args[0])
@@ -102,7 +104,12 @@ def build_model(
         kind = _click_type(model.model_fields[name].annotation)[0]
         if kind in (int, float) and isinstance(value, bool):
             raise UserError(f"'{name}' in {source} is {value}: a number is needed")
-        values[name] = value.replace("-", "_") if isinstance(kind, click.Choice) and isinstance(value, str) else value
+        if isinstance(kind, click.Choice) and isinstance(value, str):
+            # "-" and "_" are alike, as in flags.
+            spelt = {choice.replace("-", "_"): choice for choice in kind.choices}
+            values[name] = spelt.get(value.replace("-", "_"), value)
+        else:
+            values[name] = value
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     for name, value in given.items():
         kind, several = _click_type(model.model_fields[name].annotation)

@@ -54,9 +54,9 @@ def test_the_table_leads_to_settings_that_there_are() -> None:
     ],
 )
 def test_a_flag_of_another_trainer_is_answered_with_ours(flag: str, said: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(click.UsageError) as caught:
         train.command.main([flag, "1"], standalone_mode=False)
-    assert str(caught.value) == said
+    assert caught.value.format_message() == said
 
 
 def test_a_key_of_another_trainer_too() -> None:
