@@ -11,7 +11,8 @@ from mirage_ds.analysis.controls.command import compare, controls
 from mirage_ds.analysis.inspect.command import inspect
 from mirage_ds.cluster.doctor.command import doctor
 from mirage_ds.cluster.status.command import status
-from mirage_ds.config.flags import CONTEXT, build_model, model_options
+from mirage_ds.config.command import config
+from mirage_ds.config.flags import CONTEXT, RunCommand, build_model, model_options
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.curate.command import import_, mix, rationalize, vary
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
@@ -31,7 +32,7 @@ def cli() -> None:
     """Train and study vision-language models that think in latent visual tokens."""
 
 
-for command in (status, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
+for command in (status, ablate, doctor, plan, evaluate, generate, inspect, controls, compare, config):
     cli.add_command(command)
 
 
@@ -69,7 +70,7 @@ def data_check(file: Path, most: int, **options: Any) -> None:
         sys.exit(EXIT_USER_ERROR)
 
 
-@data.command("index")
+@data.command("index", cls=RunCommand)
 @model_options(RunConfig)
 @click.option("--config", "yaml_file", type=_PATH, help="YAML file of the same settings.")
 def data_index(yaml_file: Path | None, **flags: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 import torch.distributed as dist
 
-from mirage_ds.config.flags import CONTEXT, build_model, model_options
+from mirage_ds.config.flags import CONTEXT, RunCommand, build_model, model_options
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, join
@@ -44,7 +44,7 @@ def main() -> None:
     run_rank(command)
 
 
-@click.command(context_settings=CONTEXT, no_args_is_help=True)
+@click.command(cls=RunCommand, context_settings=CONTEXT, no_args_is_help=True)
 @model_options(RunConfig)
 @click.option("--config", "yaml_file", type=click.Path(path_type=Path), help="YAML file of the same settings.")
 @click.option("--local_rank", hidden=True, help="Passed by some launchers; the environment says it too.")

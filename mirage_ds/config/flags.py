@@ -13,11 +13,24 @@ from typing import Any, TypeVar
 import click
 from pydantic import BaseModel, ValidationError
 
-from mirage_ds.errors import UserError, closest, shown
+from mirage_ds.config.names import hint
+from mirage_ds.errors import UserError, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 
 CONTEXT = {"token_normalize_func": lambda token: token.replace("-", "_"), "max_content_width": 110}
+
+
+class RunCommand(click.Command):
+    """A command that takes a run's settings as flags: other trainers' names are answered with ours."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse as click does; UsageError where there is no such flag."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            said = hint(error.option_name, {str(param.name) for param in self.params})
+            raise click.UsageError(f"No such option: {error.option_name}{said or '; --help lists them'}", ctx) from None
 
 
 def _click_type(annotation: Any) -> tuple[Any, bool]:
@@ -87,7 +100,7 @@ def build_model(
     for key, value in (yaml_values or {}).items():
         name = str(key).replace("-", "_")
         if name not in model.model_fields:
-            raise UserError(f"unknown key {shown(str(key))} in {source}{closest(name, model.model_fields)}")
+            raise UserError(f"unknown key {shown(str(key))} in {source}{hint(name, model.model_fields)}")
         kind = _click_type(model.model_fields[name].annotation)[0]
         if kind in (int, float) and isinstance(value, bool):
             raise UserError(f"'{name}' in {source} is {value}: a number is needed")

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from mirage_ds.analysis.controls.spec import parse_names
+from mirage_ds.config.names import hint
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.errors import UserError, closest, shown
 
@@ -187,7 +188,7 @@ def _check_settings(place: str, settings: Settings, stages: Mapping[str, Any]) -
         if stage and stage not in stages:
             raise ValueError(f"{place}: {name}: no stage {stage!r}{closest(stage, stages)} in `stages`")
         if own not in RunConfig.model_fields:
-            raise ValueError(f"{place}: no setting {own!r}{closest(own, RunConfig.model_fields)}")
+            raise ValueError(f"{place}: no setting {own!r}{hint(own, RunConfig.model_fields)}")
         if own in RESERVED:
             raise ValueError(f"{place}: {own} is set by the study itself; leave it out")
 

@@ -16,6 +16,7 @@ import click
 
 from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.config.flags import build_model, model_options
+from mirage_ds.config.names import hint
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.errors import EXIT_USER_ERROR, UserError, closest
 
@@ -33,7 +34,7 @@ def _run_settings(file: Path) -> dict[str, Any]:
     values = {str(key).replace("-", "_"): value for key, value in read_yaml(file).items()}
     for name in values:
         if name not in RunConfig.model_fields:
-            raise UserError(f"unknown key '{name}' in {file}{closest(name, RunConfig.model_fields)}")
+            raise UserError(f"unknown key '{name}' in {file}{hint(name, RunConfig.model_fields)}")
     return {name: value for name, value in values.items() if name in DoctorSpec.model_fields}
 
 
