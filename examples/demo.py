@@ -191,6 +191,30 @@ def score(folder: Path, test: Path, latents: bool, title: str) -> dict[str, Any]
     return scores
 
 
+def show_answers(folder: Path, test: Path, scores: dict[str, Any]) -> None:
+    """Ask two maps again, one that the model solves and one that it does not, and print the answers whole."""
+    from mirage_ds import load
+
+    model = load(folder)
+    records = [json.loads(line) for line in test.read_text().splitlines()]
+    for title, solved in (("the longest way that it finds", True), ("the longest way that is wrong", False)):
+        found = [one for one in scores["answers"] if one["metrics"]["success"] is solved]
+        if not found:
+            continue
+        at = max(found, key=lambda one: one["metrics"]["moves"])["row"]
+        record, picture = records[at], test.parent / records[at]["image_input"]
+        answer = model.generate(record["text_input"], [picture], max_new_tokens=48)
+        console.rule(title, align="left", style="dim")
+        for name, text in (
+            ("question", record["text_input"]),
+            ("picture", picture),
+            ("answer", answer.marked),
+            ("a right one", record["text_output"]),
+        ):
+            # A terminal that finds a picture's path in one piece can open it.
+            console.print(f"{name:14}{str(text).strip()}", markup=False, soft_wrap=True)
+
+
 @click.command()
 @click.option("--out", default="runs/demo", show_default=True, type=click.Path(path_type=Path))
 @click.option("--count", default=10_000, show_default=True, help="Training maps.")
@@ -243,6 +267,8 @@ def main(out: Path, count: int, test_count: int) -> None:
         "A smoke test of the parts, no comparison of methods: each row goes on from the one above and has seen more "
         "steps. Real maps at 28 px a cell, not the benchmark's picture size; in brackets Wilson's 95 % interval."
     )
+    show_answers(exported, test_data, scores)
+    console.rule(style="dim")
     console.print(f"run folders   {out}/sft, stage1, stage2 (settings, logs and checkpoints in run/)")
     console.print(f"final model   {exported}")
     console.print(f"TensorBoard   tensorboard --logdir {out}")

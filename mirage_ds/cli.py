@@ -15,9 +15,9 @@ from mirage_ds.config.command import config
 from mirage_ds.config.flags import CONTEXT, RunCommand, build_model, model_options
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.curate.command import import_, mix, rationalize, vary
-from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
+from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, closest
 from mirage_ds.evaluate.command import evaluate, generate
-from mirage_ds.files import Output, users_error
+from mirage_ds.files import Output, pages, shipped, shipped_files, users_error, write_shipped
 from mirage_ds.plan.command import plan
 from mirage_ds.run.process import print_anything
 from mirage_ds.run.stop import StopRequest
@@ -154,6 +154,48 @@ def card(folder: Path, scores: tuple[Path, ...]) -> None:
     from mirage_ds.evaluate.model_card import add_scores
 
     print(add_scores(folder, scores, partial(track, description="hashing weights", transient=True)))
+
+
+_write = click.option("--write", "target", type=Output(folder=True), metavar="DIR", help="Write them into DIR.")
+
+
+@cli.command()
+@_write
+def launch(target: Path | None) -> None:
+    """Write the start scripts for one machine, ssh, MPI, Slurm and Kubernetes; without --write, list them."""
+    if target is None:
+        click.echo(pages()["launch/README"].read_text(encoding="utf-8"))
+    else:
+        print("\n".join(map(str, write_shipped({"launch": target}))))
+
+
+@cli.command()
+@_write
+def examples(target: Path | None) -> None:
+    """Write examples/, and launch/, ds_configs/ and data/ beside it, which they use; without --write, list them."""
+    if target is None:
+        print("\n".join(str(file.relative_to(shipped())) for file in shipped_files("examples")))
+    else:
+        names = ("examples", "launch", "ds_configs", "data")
+        written = write_shipped({name: target / name for name in names})
+        print(
+            f"{len(written)} files in {', '.join(str(target / name) for name in names)}; start commands from {target}"
+        )
+
+
+@cli.command()
+@click.argument("page", required=False)
+def docs(page: str | None) -> None:
+    """Show a PAGE of the documentation of this version; without PAGE, list them."""
+    if page is None:
+        for name, file in pages().items():
+            print(f"{name:32}{file.read_text(encoding='utf-8').partition(chr(10))[0].strip('# ')}")
+        print(f"mirage-ds docs PAGE shows one. They lie in {shipped()}.")
+        return
+    name = page.removesuffix(".md").removeprefix("docs/")
+    if name not in pages():
+        raise UserError(f"no page '{page}'{closest(name, pages())}; `mirage-ds docs` lists them")
+    click.echo_via_pager(pages()[name].read_text(encoding="utf-8"))
 
 
 @cli.group()

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,55 @@ _MODEL_FILES = frozenset(
     video_preprocessor_config.json processor_config.json adapter_config.json""".split()  # noqa: SIM905
 )
 _NOTES = ("best.json", "README.md", "adapter_model.safetensors")
+
+
+def shipped() -> Path:
+    """Return the folder of launch/, examples/, ds_configs/, data/ and docs/, laid out as in the repository.
+
+    It is inside an installed package, and in a checkout the repository's root.
+    """
+    inside = Path(__file__).parent / "shipped"
+    return inside if inside.is_dir() else Path(__file__).parents[1]
+
+
+def pages() -> dict[str, Path]:
+    """Map the names of the pages to their files: "lora" is docs/lora.md, "data/README" is data/README.md."""
+    root = shipped()
+    folders = ("docs", "data", "ds_configs", "launch", "examples")
+    files = [root / "README.md", *(file for folder in folders for file in sorted((root / folder).rglob("*.md")))]
+    return {str(file.relative_to(root).with_suffix("")).removeprefix("docs/"): file for file in files}
+
+
+def shipped_files(folder: str) -> list[Path]:
+    """List the files of a folder that the package ships."""
+    found = sorted((shipped() / folder).rglob("*"))
+    return [file for file in found if file.is_file() and "__pycache__" not in file.parts]
+
+
+def write_shipped(copies: Mapping[str, Path]) -> list[Path]:
+    """Write folders that the package ships; a file that is there with the same content stays.
+
+    Args:
+        copies: name of a shipped folder → folder to write.
+
+    Returns:
+        The files that are there now, in order.
+
+    Raises:
+        UserError: a file is there with other content; then none is written.
+    """
+    wanted = {
+        target / file.relative_to(shipped() / name): file
+        for name, target in copies.items()
+        for file in shipped_files(name)
+    }
+    for place, file in wanted.items():
+        if os.path.lexists(place) and not (place.is_file() and place.read_bytes() == file.read_bytes()):
+            raise UserError(f"{place} is there and is another file; move it, or name another folder")
+    for place, file in wanted.items():
+        write_atomically(place, file.read_bytes())
+        place.chmod(file.stat().st_mode)
+    return list(wanted)
 
 
 def is_own_weights(name: str) -> bool:

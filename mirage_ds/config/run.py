@@ -77,7 +77,7 @@ class RunConfig(BaseModel):
     lora_rank: PositiveInt | None = Field(
         None,
         description="Train adapters of this rank (LoRA, needs PEFT) and the latent tokens' rows, in place of all "
-        "weights; the saved model has them merged. See docs/lora.md.",
+        "weights; the saved model has them merged. See `mirage-ds docs lora`.",
     )
     lora_alpha: PositiveInt | None = Field(
         None, description="Scale adapters by alpha / rank. [default: twice --lora_rank]"
@@ -194,7 +194,7 @@ class RunConfig(BaseModel):
     eval_decode: int = Field(0, ge=0, description="Answer and score this many evaluation records; 0 answers none.")
     eval_new_tokens: PositiveInt = Field(256, description="Tokens of such an answer, at most.")
     eval_pictures: int = Field(
-        0, ge=0, description="Draw this many records' latents in TensorBoard each time; see docs/inspect.md."
+        0, ge=0, description="Draw this many records' latents in TensorBoard each time; see `mirage-ds docs inspect`."
     )
     save_best: str | None = Field(
         None,

@@ -16,6 +16,7 @@ from typing import Any
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError, closest, reason, shown, strict_json
+from mirage_ds.files import shipped
 
 # Top-level keys that DeepSpeed 0.19.8 reads. It accepts any other without a word: `zero_optimisation` is ZeRO-0.
 KNOWN_KEYS = frozenset(
@@ -102,8 +103,7 @@ DEFAULTS = {"sft": "zero3", "stage1": "zero3", "stage2": "zero3_kept"}
 
 def shipped_folder() -> Path:
     """Return ds_configs/, inside the installed package or beside it in a checkout."""
-    inside = Path(__file__).parents[1] / "ds_configs"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "ds_configs"
+    return shipped() / "ds_configs"
 
 
 def recipes() -> list[Path]:

@@ -14,6 +14,7 @@ NAMES = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 )
+LAUNCHERS = "launch/*.sh (`mirage-ds launch --write launch` writes them), torchrun or deepspeed"
 # What tells a task that it is one of several: (who started it, its number, how many there are, what starts ranks).
 # The nearest to the process comes first: mpirun may have been started by srun.
 STARTERS = (
@@ -48,7 +49,7 @@ def _number(environment: Mapping[str, str], name: str, least: int, end: int) -> 
     if not least <= value < end:
         raise UserError(
             f"{name} is {shown(environment[name])}, and has to be a number from {least} to {end - 1}; let the launcher "
-            "set it (launch/*.sh, torchrun, deepspeed)",
+            f"set it ({LAUNCHERS})",
             everywhere=False,
         )
     return value
@@ -61,7 +62,7 @@ def _place(environment: Mapping[str, str], names: tuple[str, str, str]) -> Place
     if missing:
         raise UserError(
             f"{rank_name} is set, and {' and '.join(missing)} not: export the name of rank 0's host and a free port to "
-            "all ranks, or start through launch/*.sh, torchrun or deepspeed",
+            f"all ranks, or start through {LAUNCHERS}",
             everywhere=False,
         )
     size = _number(environment, size_name, 1, 1 << 20)
@@ -85,7 +86,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
             return _place(environment, names)
     raise UserError(
         "no launcher has set RANK, WORLD_SIZE and LOCAL_RANK (or their OpenMPI, MPICH or Slurm names); start the "
-        "guard through launch/*.sh, deepspeed, mpirun or srun",
+        f"guard through {LAUNCHERS}",
         everywhere=False,
     )
 
@@ -105,7 +106,7 @@ def is_rank(environment: Mapping[str, str]) -> bool:
     if "RANK" in environment or environment.get("WORLD_SIZE", "1") != "1":
         said = " and ".join(there) or "RANK"
         raise UserError(
-            f"{', '.join(missing)} not set, beside {said}: start through launch/*.sh, torchrun or deepspeed, which set "
+            f"{', '.join(missing)} not set, beside {said}: start through {LAUNCHERS}, which set "
             f"all of them, or unset {said} to run alone",
             everywhere=False,
         )
@@ -113,7 +114,7 @@ def is_rank(environment: Mapping[str, str]) -> bool:
     if tasks:
         raise UserError(
             f"{tasks}, and RANK is not set: each task would do the whole work alone, in the same folder; start "
-            "through the script named, or through torchrun, or start one task",
+            "through the script named (`mirage-ds launch` lists the scripts), or through torchrun, or start one task",
             everywhere=False,
         )
     return False

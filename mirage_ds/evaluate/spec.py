@@ -107,8 +107,8 @@ class EvaluateSpec(DecodingSpec, RecordsSpec):
 
     latents: str | None = Field(
         None,
-        description="Score under these conditions instead, separated by commas: own,swap,… (docs/controls.md; "
-        "`mirage-ds controls` has more flags).",
+        description="Score under these conditions instead, separated by commas: own,swap,… (`mirage-ds docs "
+        "controls`; `mirage-ds controls` has more flags).",
     )
 
 

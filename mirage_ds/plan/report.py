@@ -140,7 +140,7 @@ def closing(plans: Sequence[Plan], advice: Sequence[str]) -> str:
     """Return the last line: what to take, or what to change."""
     best = plans[0]
     if best.problem is None:
-        return f"take {best.name}; numbers are computed, docs/plan.md says how far they were tested"
+        return f"take {best.name}; numbers are computed, `mirage-ds docs plan` says how far they were tested"
     if not advice:
         return f"nothing fits, nor would it with fewer tokens or more nodes: {best.name}: {best.problem}"
     return f"nothing fits; any one of these would: {', '.join(advice)}"

@@ -25,7 +25,7 @@ class PlanSpec(BaseModel):
     stage: Literal["sft", "stage1", "stage2"] = Field(description="As for a run.")
     latent_size: PositiveInt = Field(4, description="k, latents a block.")
     latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
-    deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: all in ds_configs/]")
+    deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: all that ship]")
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens packed into one micro-batch of one rank.")
     micro_steps: PositiveInt = Field(1, description="Micro-steps of an optimizer step.")
     row_tokens: PositiveInt = Field(500, description="Tokens of a row.")

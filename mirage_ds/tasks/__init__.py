@@ -78,8 +78,8 @@ def get_task(name: str) -> Task:
         names = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Task)]
         raise UserError(f"task '{known}': {module_name} has no {attribute}{closest(attribute, names)}; name its class")
     if not (inspect.isclass(found) and issubclass(found, Task)):
-        raise UserError(f"task '{known}' is no subclass of mirage_ds.tasks.task.Task; make it one, see docs/tasks.md")
+        raise UserError(f"task '{known}' is no subclass of mirage_ds.tasks.task.Task; make it one")
     if inspect.isabstract(found):
         missing = " and ".join(sorted(found.__abstractmethods__))
-        raise UserError(f"task '{known}' has no {missing}; write it, see docs/tasks.md")
+        raise UserError(f"task '{known}' has no {missing}; write it, see `mirage-ds docs tasks`")
     return found()

@@ -57,11 +57,11 @@ class Task(ABC):
         Raises:
             UserError: what the user can fix.
         """
-        raise UserError(f"task {self._name} has build_settings but no build; write it, see docs/tasks.md")
+        raise UserError(f"task {self._name} has build_settings but no build; write it, see `mirage-ds docs tasks`")
 
     def convert(self, source: Path, settings: Any, report: BuildReport) -> Iterable[Draft]:
         """Make records of a file or folder in the form in which others hand the data out; else as `build`."""
-        raise UserError(f"task {self._name} has convert_settings but no convert; write it, see docs/tasks.md")
+        raise UserError(f"task {self._name} has convert_settings but no convert; write it, see `mirage-ds docs tasks`")
 
     @abstractmethod
     def prompt(self, row: Mapping[str, Any], settings: Any) -> str:

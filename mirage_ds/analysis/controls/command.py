@@ -25,7 +25,7 @@ def controls(folder: Path, **flags: Any) -> None:
 
     Each record is answered greedily under each condition, always with the same number of slots, and compared with the
     model's own latents: paired differences of the score and of the right answer's likelihood. What the conditions are
-    and what a result says stands in docs/controls.md.
+    and what a result says is in `mirage-ds docs controls`.
     """
     run_controls(folder, build_model(ControlsSpec, flags))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mirage_ds.cluster.doctor.finding import HERE, Facts, Finding, Seen, fail, size, unlike, warn, well
 from mirage_ds.cluster.doctor.spec import DoctorSpec
-from mirage_ds.engine.ds_config import read_json
+from mirage_ds.engine.ds_config import read_json, shipped_folder
 from mirage_ds.engine.versions import PACKAGES
 from mirage_ds.errors import UserError
 
@@ -190,5 +190,5 @@ def ds_config(seen: Seen) -> Iterator[Finding]:
         read_json(seen.spec.deepspeed)
     except UserError as error:
         says, _, mend = str(error).rpartition("; ")
-        yield fail(HERE, says or str(error), mend if says else "fix the JSON; ds_configs/ has examples")
+        yield fail(HERE, says or str(error), mend if says else f"fix the JSON; {shipped_folder()} has examples")
     yield well(f"{seen.spec.deepspeed}", HERE)

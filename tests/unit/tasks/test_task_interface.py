@@ -106,7 +106,7 @@ def test_an_installed_command_finds_a_module_in_the_working_directory(tmp_path: 
         (
             HEAD + "class Dots(Task):\n    def prompt(self, row, settings): return ''\n",
             "Dots",
-            r"Dots' has no parse; write it, see docs/tasks\.md",
+            r"Dots' has no parse; write it, see `mirage-ds docs tasks`",
         ),
     ],
 )
@@ -128,7 +128,7 @@ def test_what_is_wrong_with_an_own_task_is_one_sentence(
 
 def test_settings_without_their_way(module: Callable, call: Callable) -> None:
     name = f"{module(HEAD + 'class Dots(Task):' + chr(10) + '    build_settings = Settings' + SCORES)}:Dots"
-    said = f"error: task {name} has build_settings but no build; write it, see docs/tasks.md\n"
+    said = f"error: task {name} has build_settings but no build; write it, see `mirage-ds docs tasks`\n"
     assert call("data", "build", name, "--out", "o") == (2, "", said)
 
 
