@@ -15,6 +15,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 # Code, in which nothing is a link, or a link: ](target).
 PIECE = re.compile(r"(^ *```.*?^ *```|`[^`\n]*`)|(\]\()([^()\s#]+)(#[^()\s]*)?\)", re.DOTALL | re.MULTILINE)
+# The first line of a block that shows output.
+OUTPUT = re.compile(r"\A( *```)(|text|console)$", re.MULTILINE)
 
 
 def site_place(place: str) -> str:
@@ -65,6 +67,8 @@ def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
         begin = link.string.rfind("\n", 0, link.start()) + 1
         if link[1] and link.string[begin] == "|":
             return link[1].replace("\\|", "|")
+        if link[1]:
+            return OUTPUT.sub(lambda met: f"{met[1]} {{ .{met[2] or 'text'} .no-copy }}", link[1])
         target = target_of(in_repository(own), link[3]) if link[3] else None
         if target is None or site_place(target) not in files.src_uris:
             return link[0]

@@ -79,7 +79,18 @@ def _result(node: Node, store: Store) -> Any:
         records=[str(one["line"]) for one in answers],
         levels=[levels[one["line"]] for one in answers],
         metrics={name: [float(one["metrics"].get(name, math.nan)) for one in answers] for name in names},
+        said=_said(answers),
     )
+
+
+def _said(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Keep two answers for the report: the first of those with the highest score, and of those with the lowest."""
+    scored = [(float(next(iter(one["metrics"].values()))), one) for one in answers if one["metrics"]]
+    pair = [pick(scored, key=lambda one: one[0]) for pick in (max, min)] if scored else []
+    return {
+        str(one["line"]): {"answer": one["text"], "latents": int(one["metrics"].get("latents", 0)), "score": score}
+        for score, one in pair
+    }
 
 
 def _problem(node: Node, store: Store) -> str:

@@ -252,6 +252,7 @@ def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> Non
     from mirage_ds.study.collect import collect
     from mirage_ds.study.portable import merge
     from mirage_ds.study.report.write import write_report
+    from mirage_ds.study.shown import with_records
 
     made, store = _open(study)
     target = out or store.root / "report"
@@ -259,7 +260,7 @@ def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> Non
     results, said = merge(collect(made, store), others)
     for line in said:
         print(line)
-    write_report(results, target)
+    write_report(with_records(results, made.spec.evaluations), target)
     print(f"{target}/report.html")
 
 

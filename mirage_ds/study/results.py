@@ -47,11 +47,14 @@ class Scores:
         records: (N,) what tells a record from the others of its file, the same for every arm.
         levels: (N,) of the records; "?" where they have none.
         metrics: name → (N,) values, NaN where a record has none; the first is the task's success.
+        said: record → {"answer", "latents": how many it holds, "score"} of one of the best and one of the worst; older
+            exports have none.
     """
 
     records: Sequence[str]
     levels: Sequence[str]
     metrics: Mapping[str, Sequence[float]]
+    said: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class Results:
         report: the contrasts, and the margin within which a difference counts as none (in units of the metric: 0.02
             is two points).
         made: date, commit, machine, versions: what the report says of itself.
+        chance, examples, unseen: what is shown of the records, see shown.with_records.
     """
 
     name: str
@@ -118,3 +122,6 @@ class Results:
     cells: Sequence[Cell]
     report: ReportSpec = field(default_factory=lambda: ReportSpec.model_validate({}))
     made: Mapping[str, str] = field(default_factory=dict)
+    chance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    examples: Sequence[Mapping[str, Any]] = ()
+    unseen: Sequence[str] = ()

@@ -1,7 +1,7 @@
 """Results → the report as a plain dict, which is what report.json holds. S seeds, N records."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -30,7 +30,8 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
         resamples: of every bootstrap; seed: of their draws.
 
     Returns:
-        {"name", "question", "margin", "made", "statistics", "arms", "holes", "primary", "contrasts", "controls"}, as
+        {"name", "question", "margin", "made", "statistics", "arms", "holes", "primary", "contrasts", "controls",
+        "chance": evaluation → what `_chance` returns, "examples": those of the results without their pictures}, as
         strict JSON has it: numbers that are not finite are None, dates are texts. "arms" is a list in the study's order
         of what `_arm` returns, "holes" one of {"arm", "seed", "evaluation", "problem"}, None where it is about no
         single one; for "primary" and "contrasts" see contrasts.contrasts, for "controls" controls.controls.
@@ -45,6 +46,8 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
         )
     work = Work(Draws(resamples, seed))
     _gather(results, work)
+    for problem in results.unseen:
+        work.miss(None, None, problem)
     arms = [_arm(name, results.arms[name], cells, work) for name, cells in work.cells.items()]
     primary, others = contrasts(results.report, work)
     report = {
@@ -58,6 +61,8 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
         "primary": primary,
         "contrasts": others,
         "controls": controls(work),
+        "chance": {name: _chance(found["scores"], name, results.cells) for name, found in results.chance.items()},
+        "examples": [{key: value for key, value in one.items() if key != "picture"} for one in results.examples],
     }
     # Settings have what YAML has, and an export's costs may be infinite.
     plain: Report = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)
@@ -77,6 +82,14 @@ def _gather(results: Results, work: Work) -> None:
             for evaluation, scores in cell.scores.items():
                 if scores.metrics:
                     work.metrics.setdefault(evaluation, list(scores.metrics))
+
+
+def _chance(scores: Mapping[str, float], evaluation: str, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Average the scores of the best constant answer (record → score): {"overall", "levels": level → mean}."""
+    scored = next(cell.scores[evaluation] for cell in cells if evaluation in cell.scores)
+    level_of = dict(zip(scored.records, scored.levels, strict=True))
+    values = pd.Series(dict(scores)).loc[lambda own: own.index.isin(level_of)]
+    return {"overall": values.mean(), "levels": values.groupby(level_of).mean().to_dict()}
 
 
 def _arm(name: str, description: str, cells: Sequence[Cell], work: Work) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.inspect import style
-from mirage_ds.study.report.text import evaluations, having, judged, pair
+from mirage_ds.study.report.text import evaluations, having, judged, label, pair
 
 Report = Mapping[str, Any]
 
@@ -72,27 +72,56 @@ def _rows(
     axes.grid(axis="x")
 
 
+def lead(report: Report) -> Drawn:
+    """Draw what stands first: the primary evaluation's scores over all records, or the first one's."""
+    evaluation = next(iter(evaluations(report)))
+    arms, handles, base = _scored(report, evaluation)
+    chance = report["chance"].get(evaluation)
+    title = f"{evaluation}: {next(iter(arms.values()))['metric']}"
+    figure, (axes,) = spread(1, 1, style.ROW * len(arms) + 0.75, title, handles, 7.0)
+    _score_panel(axes, arms, None, base, chance)
+    axes.set(title="", xlabel=f"mean over all records of {evaluation}")
+    means = axes.secondary_yaxis("right")
+    means.set_yticks(range(len(arms)), [f"{found['overall']['mean']:.3f}" for found in arms.values()])
+    means.tick_params(length=0)
+    means.spines["right"].set_visible(False)
+    caption = "Scores of the arms with their 95 % intervals over seeds and records; small dots are single seeds."
+    if chance:
+        caption += f" Dotted: what the best constant answer gets, {chance['overall']:.3f}."
+    return Drawn("lead", figure, caption)
+
+
+def _scored(report: Report, evaluation: str) -> tuple[dict[str, Any], list[Line2D], str | None]:
+    """Return an evaluation's scores by arm, the legend, and the primary contrast's base if it is of this evaluation."""
+    arms = {arm["name"]: arm["evaluations"][evaluation] for arm in having(evaluation, report["arms"])}
+    handles = [
+        handle("mean, 95 % interval", style.BLUE, marker="o"),
+        handle("one seed", style.GREY, marker="o", markersize=3, linestyle=""),
+    ]
+    primary = report["primary"]
+    base = None
+    if primary and not primary["problem"] and primary["evaluation"] == evaluation:
+        base = primary["base"]
+        handles.append(handle(f"mean of {style.legible(label(base))}", style.BLACK, linestyle="--", linewidth=1))
+    if evaluation in report["chance"]:
+        handles.append(handle("best constant answer", style.VERMILLION, linestyle=":", linewidth=1.4))
+    return arms, handles, base
+
+
 def scores(report: Report) -> list[Drawn]:
-    """Draw each evaluation's scores, an arm a row, overall and level by level."""
+    """Draw the scores of each evaluation, an arm a row, overall and level by level; not again what `lead` shows."""
     drawn = []
-    for evaluation, levels in evaluations(report).items():
-        arms = {arm["name"]: arm["evaluations"][evaluation] for arm in having(evaluation, report["arms"])}
+    for number, (evaluation, levels) in enumerate(evaluations(report).items()):
+        if number == 0 and len(levels) < 2:
+            continue
+        arms, handles, base = _scored(report, evaluation)
         metric = next(iter(arms.values()))["metric"]
-        handles = [
-            handle("mean, 95 % interval", style.BLUE, marker="o"),
-            handle("one seed", style.GREY, marker="o", markersize=3, linestyle=""),
-        ]
-        primary = report["primary"]
-        base = None
-        if primary and not primary["problem"] and primary["evaluation"] == evaluation:
-            base = primary["base"]
-            handles.append(handle(f"mean of {style.legible(base)}", style.BLACK, linestyle="--", linewidth=1))
         # One level is the same as all.
         parts: list[str | None] = [None, *(levels if len(levels) > 1 else [])]
         title, height = f"{evaluation}: {metric}", style.ROW * len(arms) + 0.75
         figure, shown = spread(len(parts), 3, height, title, handles, sharex=True, sharey=True)
         for axes, level in zip(shown, parts, strict=True):
-            _score_panel(axes, arms, level, base)
+            _score_panel(axes, arms, level, base, report["chance"].get(evaluation))
             axes.set_xlabel(f"{style.legible(metric)}, mean")
             axes.tick_params(labelbottom=True)
         caption = (
@@ -103,14 +132,16 @@ def scores(report: Report) -> list[Drawn]:
     return drawn
 
 
-def _score_panel(axes: Axes, arms: Mapping[str, Mapping[str, Any]], level: str | None, base: str | None) -> None:
+def _score_panel(axes: Axes, arms: Mapping[str, Any], level: str | None, base: str | None, chance: Any) -> None:
     def at_level(found: Mapping[str, Any], whole: Mapping[str, Any]) -> Any:
         return whole if level is None else found["levels"].get(level)
 
     means = {name: at_level(found, found["overall"]) for name, found in arms.items()}
-    _rows(axes, [style.legible(name, 30) for name in means], [(style.BLUE, "o", list(means.values()))])
+    _rows(axes, [style.legible(label(name), 30) for name in means], [(style.BLUE, "o", list(means.values()))])
     if base is not None and means[base] is not None:
         axes.axvline(means[base]["mean"], color=style.BLACK, linestyle="--", linewidth=1, zorder=1)
+    if chance is not None and (value := at_level(chance, chance["overall"])) is not None:
+        axes.axvline(value, color=style.VERMILLION, linestyle=":", linewidth=1.4, zorder=1)
     for row, found in enumerate(arms.values()):
         by_seed = [at_level(seed, seed) for seed in found["by_seed"]]
         style.dots(axes, [(seed["score"], row + 0.24) for seed in by_seed if seed is not None])
@@ -183,7 +214,9 @@ def _conditions(entries: Sequence[Mapping[str, Any]], report: Report) -> Figure:
     order = [arm["name"] for arm in report["arms"]]
     looks = [style.look(order.index(entry["arm"])) for entry in entries]
     pairs = list(zip(entries, looks, strict=True))
-    handles = [handle(style.legible(one["arm"]), colour, marker=mark, linestyle="") for one, (colour, _, mark) in pairs]
+    handles = [
+        handle(style.legible(label(one["arm"])), colour, marker=mark, linestyle="") for one, (colour, _, mark) in pairs
+    ]
     title = f"{entries[0]['evaluation']}: {entries[0]['metric']} with other latents"
     height = len(names) * max(0.3, 0.13 * len(entries) + 0.12) + 0.6
     figure, (axes,) = spread(1, 1, height, title, handles)
@@ -200,7 +233,7 @@ def _paths(entries: Sequence[Mapping[str, Any]]) -> Figure:
     handles = [handle(f"follows {kind}", colour, marker=mark, linestyle="") for kind, (colour, mark) in looks.items()]
     title = f"{entries[0]['evaluation']}: which path's latents the answer follows"
     figure, (shares, apart) = spread(2, 2, 0.42 * len(entries) + 0.75, title, handles, sharey=True)
-    arms = [style.legible(entry["arm"], 30) for entry in entries]
+    arms = [style.legible(label(entry["arm"]), 30) for entry in entries]
     series = [(*how, [entry["path"][kind] for entry in entries]) for kind, how in looks.items()]
     _rows(shares, arms, series, 0.2)
     _rows(apart, arms, [(style.BLACK, "o", [entry["path"]["difference"] for entry in entries])])

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator
 
 from mirage_ds.analysis.inspect.style import GREY, WIDTH, Look, bars, dots, legible, look
 from mirage_ds.study.report.figures import Drawn, handle, slug, spread
-from mirage_ds.study.report.text import having, setting
+from mirage_ds.study.report.text import having, label, setting
 from mirage_ds.study.results import Results
 
 Report = Mapping[str, Any]
@@ -27,28 +27,33 @@ _ASIDE, _MOST_ASIDE = 0.06, 0.6
 
 
 def curves(results: Results, report: Report) -> list[Drawn]:
-    """Draw loss against optimizer step, one panel a position in the chain, one colour an arm."""
+    """Draw loss against optimizer step, one colour an arm, one panel a position in the chain and kind of loss.
+
+    Losses of other stages, or with other weights, are of other scales.
+    """
     order = [arm["name"] for arm in report["arms"]]
     cells = sorted(results.cells, key=lambda one: order.index(one.arm))
     panels: dict[str, dict[str, list[Line]]] = {}
     for position in range(max(len(cell.stages) for cell in cells)):
-        runs: dict[str, list[Line]] = {}
-        drawn: dict[str, str] = {}
+        runs: dict[str, dict[str, list[Line]]] = {}
+        drawn: dict[str, dict[str, str]] = {}
         for cell in cells:
+            weights = "".join(f", {key} {value}" for key, value in cell.settings.items() if key.endswith("_weight"))
             for stage in cell.stages[position : position + 1]:
                 points = [(one["step"], one["loss"]) for one in stage.curve if "loss" in one]
-                if points and stage.key not in drawn:
-                    drawn[stage.key] = stage.name
+                kind = f"{stage.stage}{weights}"
+                if points and stage.key not in drawn.setdefault(kind, {}):
+                    drawn[kind][stage.key] = stage.name
                     steps, losses = np.asarray(points, dtype=np.float64).T
-                    runs.setdefault(cell.arm, []).append((steps, losses))
-        if runs:
-            names = ", ".join(dict.fromkeys(drawn.values()))
-            panels[legible(f"{position + 1}: {names} ({len(drawn)} run{'s' * (len(drawn) > 1)})", 60)] = runs
+                    runs.setdefault(kind, {}).setdefault(cell.arm, []).append((steps, losses))
+        for kind, own in runs.items():
+            names, count = ", ".join(dict.fromkeys(drawn[kind].values())), len(drawn[kind])
+            panels[legible(f"{position + 1}, {kind}: {names} ({count} run{'s' * (count > 1)})", 60)] = own
     if not panels:
         return []
     looks = {name: look(at) for at, name in enumerate(order) if any(name in runs for runs in panels.values())}
     handles = [
-        handle(legible(name), colour, linestyle=dash, linewidth=1.8) for name, (colour, dash, _) in looks.items()
+        handle(legible(label(name)), colour, linestyle=dash, linewidth=1.8) for name, (colour, dash, _) in looks.items()
     ]
     figure, shown = spread(len(panels), 2, 3.1, "Training loss", handles)
     for axes, (title, runs) in zip(shown, panels.items(), strict=True):
@@ -63,8 +68,9 @@ def curves(results: Results, report: Report) -> list[Drawn]:
             axes.minorticks_off()
         axes.grid()
     caption = (
-        "Loss of each stage of the chains. Thin: single seeds; thick: their mean where they logged the same steps. A "
-        "stage that several arms share is drawn once, for the first of them."
+        "Loss of each stage of the chains, a panel a kind of loss: their scales differ. Thin: single seeds; thick: "
+        "their mean where they logged the same steps. A stage that several arms share is drawn once, for the first of "
+        "them."
     )
     return [Drawn("curves", figure, caption)]
 

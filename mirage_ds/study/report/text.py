@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,21 @@ TESTS = {
 }
 # What would be markup, unless it is an underscore inside a word, which GitHub leaves alone.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~&$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])")
+# All but those that keep a number and its interval on one line.
+_BLANKS = re.compile(r"[^\S\u00a0]+")
+# An arm that varies something: its entry in the study, and name=value of each.
+_VARIED = re.compile(r"(.+)\[((?:[\w.]+=).*)\]", re.DOTALL)
+# Letters of an example's text, at most.
+_EXCERPT = 400
 # What is markup at the beginning of a paragraph.
 _START = re.compile(r"^(?=[-+#=])|^(\d+)(?=[.)])")
-# The primary endpoint stands out, captions are quieter than the text; what is too wide for the page can be scrolled.
+# What came out stands out, captions are quieter than the text; what is too wide for the page can be scrolled.
 _CSS = """<style>
 .wide { overflow-x: auto; }
-style + p + p { font-weight: 600; }
-p:has(> img) { max-width: none; margin: 1.2rem 0 0; overflow-x: auto; }
+.wide td { min-width: 4rem; max-width: 26rem; overflow-wrap: break-word; }
+td img { width: min(9rem, 30vw); max-width: none; }
+style + p + p { font-size: 1.2rem; font-weight: 600; }
+p:has(> img) { max-width: none; margin: 1.2rem 0 0; }
 p:has(> img) + p { margin-top: 0; }
 p:has(+ .wide), p:has(> img) + p { color: var(--quiet); font-size: .9rem; }
 </style>"""
@@ -61,10 +69,28 @@ def settings(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {setting(value)}" for key, value in values.items())
 
 
+def label(arm: str) -> str:
+    """Write an arm shortly: of what it varies the values, once if they are all the same."""
+    met = _VARIED.fullmatch(arm)
+    if not met:
+        return arm
+    values = re.split(r"(?:^|,)[\w.]+=", met[2])[1:]
+    return f"{met[1]}[{','.join(values if len(set(values)) > 1 else values[:1])}]"
+
+
+def excerpt(text: str) -> str:
+    """Leave out the middle of a long text."""
+    return text if len(text) <= _EXCERPT else f"{text[: _EXCERPT // 2]} … {text[-_EXCERPT // 2 :]}"
+
+
+def _where(contrast: Mapping[str, Any]) -> str:
+    at = f", levels {', '.join(contrast['levels'])}" if contrast["levels"] else ""
+    return f"({contrast['evaluation']}{at}; {contrast['metric']})"
+
+
 def pair(contrast: Mapping[str, Any]) -> str:
     """Name a contrast: arm − base, and where."""
-    at = f", levels {', '.join(contrast['levels'])}" if contrast["levels"] else ""
-    return f"{contrast['arm']} − {contrast['base']} ({contrast['evaluation']}{at}; {contrast['metric']})"
+    return f"{label(contrast['arm'])} − {label(contrast['base'])} {_where(contrast)}"
 
 
 def judged(contrast: Mapping[str, Any], margin: float) -> str:
@@ -81,6 +107,19 @@ def narrow(one: Mapping[str, Any]) -> str:
 def size(one: Mapping[str, Any]) -> str:
     """Write what an Estimate is a mean of."""
     return f"{one['seeds']} × {one['records']:,}"
+
+
+def headline(report: Report) -> str:
+    """Say in one short sentence what came out."""
+    found = report["primary"]
+    if found is None or found["problem"]:
+        return primary_sentence(report)
+    one, means = found["difference"], found["means"]
+    return (
+        f"{label(found['arm'])} {means['arm']:.3f}, {label(found['base'])} {means['base']:.3f} {_where(found)}: a "
+        f"difference of {one['mean']:+.3f} (95 % interval {one['low']:+.3f} to {one['high']:+.3f}), "
+        f"{judged(found, report['margin'])}."
+    )
 
 
 def primary_sentence(report: Report) -> str:
@@ -124,12 +163,14 @@ def having(evaluation: str, arms: Sequence[Mapping[str, Any]]) -> list[Mapping[s
 
 
 def evaluations(report: Report) -> dict[str, list[str]]:
-    """Return each evaluation's levels in any arm; none where records have no level."""
+    """Return each evaluation's levels in any arm, the primary's first; none where records have no level."""
+    primary = report["primary"]
     found: dict[str, dict[str, None]] = {}
     for arm in report["arms"]:
         for name, one in arm["evaluations"].items():
             found.setdefault(name, {}).update(dict.fromkeys(one["levels"]))
-    return {name: [] if set(own) <= {NO_LEVEL} else sorted(own, key=level_key) for name, own in found.items()}
+    order = sorted(found.items(), key=lambda one: not primary or one[0] != primary["evaluation"])
+    return {name: [] if set(own) <= {NO_LEVEL} else sorted(own, key=level_key) for name, own in order}
 
 
 class Escaped(str):
@@ -140,7 +181,7 @@ def escaped(text: object) -> str:
     """Write a text so that Markdown shows it as it is, on one line."""
     if isinstance(text, Escaped):
         return text
-    return _MARKUP.sub(lambda met: f"\\{met[0]}", " ".join(str(text).split()))
+    return _MARKUP.sub(lambda met: f"\\{met[0]}", _BLANKS.sub(" ", str(text)).strip(" "))
 
 
 def paragraph(text: str) -> str:
@@ -151,16 +192,28 @@ def paragraph(text: str) -> str:
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), finalize=escaped, trim_blocks=True, lstrip_blocks=True
 )
-_TEMPLATES.filters |= {one.__name__: one for one in (count, settings, pair, judged, narrow, size, having, paragraph)}
-_TEMPLATES.filters |= {"measured": measured, "apart": apart, "p_values": p_values, "verbatim": Escaped}
+
+
+def _unbroken(write: Callable[[Any], str]) -> Callable[[Any], str]:
+    """Keep a number and its interval on one line."""
+    return lambda one: write(one).replace(" ", "\u00a0")
+
+
+_TEMPLATES.filters |= {
+    one.__name__: one for one in (count, settings, pair, judged, having, paragraph, label, excerpt, p_values)
+}
+_TEMPLATES.filters |= {one.__name__: _unbroken(one) for one in (measured, apart, narrow, size)}
+_TEMPLATES.filters["verbatim"] = Escaped
 _TEMPLATES.filters["test"] = lambda contrast: TESTS[contrast["test"]]
 
 
-def body(report: Report, figures: Sequence[tuple[str, str]] = ()) -> str:
+def body(report: Report, figures: Sequence[tuple[str, str]] = (), pictures: Sequence[str | None] = ()) -> str:
     """Write the report in Markdown, but for its title; see `markdown`."""
     values = {
         **report,
+        "headline": headline(report),
         "sentence": primary_sentence(report),
+        "pictures": pictures,
         "holes": [_hole(one) for one in report["holes"]],
         "evaluations": evaluations(report),
         "figures": figures,
@@ -170,23 +223,25 @@ def body(report: Report, figures: Sequence[tuple[str, str]] = ()) -> str:
     return _TEMPLATES.get_template("report.md.jinja").render(values).strip() + "\n"
 
 
-def markdown(report: Report, figures: Sequence[tuple[str, str]] = ()) -> str:
+def markdown(report: Report, figures: Sequence[tuple[str, str]] = (), pictures: Sequence[str | None] = ()) -> str:
     """Write the whole report.
 
     Args:
-        figures: (path beside the Markdown file, caption) of each.
+        figures: (path beside the Markdown file, caption) of each; the first leads.
+        pictures: path of each example's picture.
     """
-    return f"# {escaped(report['name'])}\n\n{body(report, figures)}"
+    return f"# {escaped(report['name'])}\n\n{body(report, figures, pictures)}"
 
 
-def page(report: Report, figures: Sequence[tuple[bytes, str]] = ()) -> str:
+def page(report: Report, figures: Sequence[tuple[bytes, str]] = (), pictures: Sequence[bytes | None] = ()) -> str:
     """Write the whole report as a page that needs nothing beside it.
 
     Args:
-        figures: (PNG, caption) of each.
+        figures: (PNG, caption) of each; the first leads. pictures: the PNG of each example.
     """
     shown = [Shown(data, "figure", caption) for data, caption in figures]
-    text = body(report, [(f"figure-{number}", one.caption) for number, one in enumerate(shown)])
+    own = [Shown(data, "", "").url if data else None for data in pictures]
+    text = body(report, [(f"figure-{number}", one.caption) for number, one in enumerate(shown)], own)
     html = MarkdownIt("commonmark").enable("table").render(text)
     html = html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     for number, one in enumerate(shown):

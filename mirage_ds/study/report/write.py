@@ -1,5 +1,6 @@
 """The whole report into a folder."""
 
+import base64
 import json
 import re
 from collections import Counter
@@ -34,15 +35,19 @@ def write_report(results: Results, out: Path, resamples: int = RESAMPLES) -> dic
     report = build(results, resamples)
     folder = out / "figures"
     drawn = list(_figures(results, report))
+    pictures = [one["picture"] and base64.b64decode(one["picture"]) for one in results.examples]
+    named = {f"example-{number}": data for number, data in enumerate(pictures, 1) if data}
+    paths = [data and f"figures/example-{number}.png" for number, data in enumerate(pictures, 1)]
     texts = {
         "csv": sheet(report),
-        "md": markdown(report, [(f"figures/{name}.png", text) for name, _, text in drawn]),
-        "html": page(report, [(data, text) for _, data, text in drawn]),
+        "md": markdown(report, [(f"figures/{name}.png", text) for name, _, text in drawn], paths),
+        "html": page(report, [(data, text) for _, data, text in drawn], pictures),
         "json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     }
-    for name, data, _ in drawn:
+    named |= {name: data for name, data, _ in drawn}
+    for name, data in named.items():
         write_atomically(folder / f"{name}.png", data)
-    for name in _earlier(out) - {name for name, _, _ in drawn}:
+    for name in _earlier(out) - named.keys():
         (folder / f"{name}.png").unlink(missing_ok=True)
     for kind, text in texts.items():
         # A record's level or a study's words may hold half of a surrogate pair, which UTF-8 has not.
@@ -64,6 +69,7 @@ def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, by
     taken: Counter[str] = Counter()
     with style.styled():
         for name, figure, caption in (
+            figures.lead(report),
             *figures.scores(report),
             *figures.contrasts(report),
             *sweeps.sweeps(report),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import datetime
 import io
@@ -25,7 +26,7 @@ from mirage_ds.errors import UserError, strict_json
 from mirage_ds.study.report import figures, sweeps
 from mirage_ds.study.report.build import build
 from mirage_ds.study.report.statistics import TOO_FEW
-from mirage_ds.study.report.text import escaped, markdown, page, primary_sentence, sheet
+from mirage_ds.study.report.text import escaped, label, markdown, page, primary_sentence, sheet
 from mirage_ds.study.report.write import write_report
 from mirage_ds.study.results import SCORES, Cell, Results, Scores, StageResult
 from mirage_ds.study.spec import ContrastSpec, ReportSpec
@@ -540,14 +541,92 @@ def test_markdown_keeps_underscores_inside_words() -> None:
 
 def test_pages_hold_their_parts_in_order() -> None:
     report = build(study(), 100)
-    text = page(report, [(b"PNG", "a caption")])
-    order = ["<h1>study", "Why?", "Primary endpoint", "<h2>Arms", "<h2>Figures", "data:image/png;base64,UE5H"]
-    order += ["<h2>Contrasts", "<h2>Controls", "<h2>Cost", "<h2>How it was made", "2026-12-01"]
+    text = page(report, [(b"PNG", "a caption"), (b"GIF", "another")])
+    order = ["<h1>study", "Why?", "k4 0.7", "data:image/png;base64,UE5H", "<h2>Arms", "<h2>Figures", "base64,R0lG"]
+    order += ["<h2>Contrasts", "Primary endpoint", "<h2>Controls", "<h2>Cost", "<h2>How it was made", "2026-12-01"]
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
     assert "http" not in text.replace("http-equiv", "")
     text = markdown(report, [("figures/a.png", "a caption")])
-    order = ["# study", "Why?", "Primary endpoint", "## Arms", "](figures/a.png)", "## Contrasts", "## Controls"]
+    order = ["# study", "Why?", "](figures/a.png)", "## Arms", "## Contrasts", "Primary endpoint", "## Controls"]
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+
+
+@pytest.mark.parametrize(
+    ("arm", "short"),
+    [
+        ("mirage", "mirage"),
+        ("k[stage1.latent_size=1,stage2.latent_size=1]", "k[1]"),
+        ("k[stage1.latent_size=1,stage2.latent_size=2]", "k[1,2]"),
+        ("k[a=1,b=1,c=2]", "k[1,1,2]"),
+        ("pooling[stage1.compress_strategy=grid]", "pooling[grid]"),
+        ("data[data_path=a,b.jsonl]", "data[a,b.jsonl]"),
+        ("odd[1]", "odd[1]"),
+    ],
+)
+def test_an_arm_is_called_by_the_values_that_it_varies(arm: str, short: str) -> None:
+    assert label(arm) == short
+
+
+def with_examples(results: Results) -> Results:
+    """The study with a chance level and two answers, one of them without a picture."""
+    records = results.cells[0].scores["test"].records
+    one = {"arm": "k4", "seed": 1, "evaluation": "test", "question": "Where?", "right": "*Up*", "latents": 4}
+    picture = base64.b64encode(b"a PNG").decode()
+    examples = [
+        {**one, "line": 3, "answer": "Up", "score": 1.0, "picture": picture},
+        {**one, "line": 9, "answer": "Down " * 200, "score": 0.0, "picture": None},
+    ]
+    chance = {"test": {"answer": "Up", "scores": {record: float(record[0] == "5") for record in records}}}
+    return replace(results, chance=chance, examples=examples, unseen=["evaluation other: gone"])
+
+
+def test_a_report_leads_with_a_sentence_and_a_picture_and_shows_chance_and_two_answers(tmp_path: Path) -> None:
+    report = write_report(with_examples(study()), tmp_path, 100)
+    assert report["chance"]["test"] == {"overall": pytest.approx(1 / 3), "levels": {"5": 1.0, "6": 0.0, "10": 0.0}}
+    assert "evaluation other: gone" in problems(report)
+    found = report["primary"]["difference"]
+    text = (tmp_path / "report.md").read_text()
+    _, question, sentence, picture, caption, title = text.split("\n\n")[:6]
+    assert question == "Why?"
+    assert sentence.startswith(
+        f"k4 {report['primary']['means']['arm']:.3f}, base {report['primary']['means']['base']:.3f}"
+    )
+    assert f"{found['mean']:+.3f}" in sentence
+    assert picture == "![figure](figures/lead.png)"
+    assert caption.endswith("the best constant answer gets, 0.333.")
+    assert title == "## Two answers"
+    assert "gets 0.333.\n\n| arm | all |" in text
+    assert "| picture | ![the question's picture](figures/example-1.png) |  |" in text
+    assert r"| right | \*Up\* | \*Up\* |" in text
+    assert "(4 latents) Up |" in text
+    assert len(max(text.splitlines(), key=lambda line: line.count("Down"))) < 500
+    assert (tmp_path / "figures/example-1.png").read_bytes() == b"a PNG"
+    assert not (tmp_path / "figures/example-2.png").exists()
+    assert base64.b64encode(b"a PNG").decode() in (tmp_path / "report.html").read_text()
+    with style.styled():
+        lead = figures.lead(report)
+        assert [text.get_text() for text in lead.figure.legends[0].get_texts()][-1] == "best constant answer"
+        assert any(line.get_xdata()[0] == pytest.approx(1 / 3) for line in lead.figure.axes[0].lines)
+
+
+def test_losses_of_other_stages_and_weights_have_axes_of_their_own() -> None:
+    kinds = {"base": "sft", "k4": "stage1", "k8": "stage1", "top": "stage1"}
+    cells = [
+        replace(
+            cell,
+            stages=[stage(f"{cell.arm}/{cell.seed}", name=f"a {cell.arm}", **{"stage": kinds[cell.arm]})],
+            settings={"stage1.ce_weight": 20} if cell.arm == "top" else {},
+        )
+        for cell in study().cells
+    ]
+    results = replace(study(), cells=cells)
+    with style.styled():
+        (drawn,) = sweeps.curves(results, build(results, 50))
+    assert [axes.get_title() for axes in drawn.figure.axes if axes.get_visible()] == [
+        "1, sft: a base (5 runs)",
+        "1, stage1: a k4, a k8 (10 runs)",
+        "1, stage1, stage1.ce_weight 20: a top (5 runs)",
+    ]
 
 
 def test_no_levels_and_equal_scores() -> None:
@@ -565,9 +644,9 @@ def test_no_levels_and_equal_scores() -> None:
     text = markdown(report)
     assert "level" not in text.split("## Cost")[0].replace("levels", "")
     with style.styled():
-        (drawn,) = figures.scores(report)
-        assert sum(axes.get_visible() for axes in drawn.figure.axes) == 1
-        style.png(drawn.figure)
+        # What leads is all there is.
+        assert figures.scores(report) == []
+        style.png(figures.lead(report).figure)
 
 
 def test_csv_has_a_row_an_arm_seed_evaluation_and_level() -> None:
@@ -600,7 +679,15 @@ def test_files_are_strict_repeatable_and_without_what_is_gone(tmp_path: Path) ->
     assert (cell["flops"], cell["samples_s"], cell["peak_gb"]) == (None, None, None)
     assert arm_of(report, "k4")["settings"] == SETTINGS["k4"] | {"since": "2026-01-02", "rate": None}
     files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.*")}
-    drawn = ["scores-test", "contrasts", "setting-latent-size", "setting-compress-strategy", "curves", "controls-test"]
+    drawn = [
+        "lead",
+        "scores-test",
+        "contrasts",
+        "setting-latent-size",
+        "setting-compress-strategy",
+        "curves",
+        "controls-test",
+    ]
     assert set(files) == {f"report.{kind}" for kind in ("json", "csv", "md", "html")} | {
         f"figures/{name}.png" for name in [*drawn, "follow-test"]
     }
@@ -609,7 +696,7 @@ def test_files_are_strict_repeatable_and_without_what_is_gone(tmp_path: Path) ->
     assert {path.relative_to(again).as_posix(): path.read_bytes() for path in again.rglob("*.*")} == files
     bare = [replace(cell, controls={}, stages=[], settings={}) for cell in results.cells]
     write_report(replace(results, cells=bare, report=ReportSpec()), tmp_path, 100)
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["scores-test.png"]
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"lead.png", "scores-test.png"}
 
 
 def test_a_text_that_cannot_be_made_leaves_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,10 +714,10 @@ def test_every_axis_says_what_it_shows() -> None:
     report = build(results, 100)
     with style.styled():
         drawn = [
-            *(*figures.scores(report), *figures.contrasts(report), *figures.controls(report)),
+            *(figures.lead(report), *figures.scores(report), *figures.contrasts(report), *figures.controls(report)),
             *(*sweeps.sweeps(report), *sweeps.curves(results, report)),
         ]
-        assert len(drawn) == 7
+        assert len(drawn) == 8
         for one in drawn:
             style.png(one.figure)
             for axes in one.figure.axes:
