@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.analysis.controls.report import apart, measured, p_values
-from mirage_ds.analysis.controls.statistics import average, differences
+from mirage_ds.analysis.controls.statistics import differences
 from mirage_ds.errors import UserError, closest
+from mirage_ds.evaluate.scoring import average
 from mirage_ds.evaluate.tables import Told, read_report
 
 HEAD = ["file", "score", "− first", "p", "p (Holm)"]

@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls.conditions import Given
 from mirage_ds.analysis.controls.run import check
-from mirage_ds.analysis.controls.statistics import bootstrap
 from mirage_ds.analysis.controls.teach import decode, rows_of
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Track, answer_of, batches, batches_fit
-from mirage_ds.evaluate.scoring import Prediction, wilson
+from mirage_ds.evaluate.scoring import Prediction, bootstrap, wilson
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.maps import Board, count_shortest_paths, follow, parse_board, shortest_path
 from mirage_ds.tasks.render import check_renderer, red_path, render

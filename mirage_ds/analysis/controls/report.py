@@ -5,9 +5,9 @@ from typing import Any
 
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.run import Outcome
-from mirage_ds.analysis.controls.statistics import average, differences
+from mirage_ds.analysis.controls.statistics import differences
 from mirage_ds.data.record import Record
-from mirage_ds.evaluate.scoring import marks
+from mirage_ds.evaluate.scoring import average, marks
 from mirage_ds.evaluate.tables import Cells, Told
 
 SCORE_HEAD = ["latents", "score", "− own", "p", "p (Holm)"]

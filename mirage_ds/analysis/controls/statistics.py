@@ -1,29 +1,8 @@
 """Paired differences between two conditions on the same records: intervals and tests. N records."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from mirage_ds.evaluate.scoring import wilson
-
-RESAMPLES = 10_000
-# Resamples drawn at a time: their indices take 8 bytes a record.
-_CHUNK = 500
-
-
-def bootstrap(values: Sequence[float], seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % percentile interval of the mean of N records' values, by resampling records.
-
-    Raises:
-        ValueError: there is no value.
-    """
-    if not len(values):
-        raise ValueError("no value to resample")
-    array, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
-    sizes = [min(_CHUNK, resamples - at) for at in range(0, resamples, _CHUNK)]
-    means = [array[rng.integers(len(array), size=(size, len(array)))].mean(1) for size in sizes]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
+from mirage_ds.evaluate.scoring import RESAMPLES, bootstrap, is_binary  # noqa: F401  # study reports resample as often
 
 
 def mcnemar(one: Sequence[float], other: Sequence[float]) -> float:
@@ -47,21 +26,6 @@ def holm(p: Sequence[float]) -> list[float]:
         least = max(least, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = least
     return adjusted
-
-
-def is_binary(values: Iterable[float]) -> bool:
-    """Tell whether all values are 0 or 1."""
-    return {float(value) for value in values} <= {0.0, 1.0}
-
-
-def average(values: Sequence[float], seed: int) -> dict[str, float]:
-    """Average N records' values.
-
-    Returns:
-        {"mean", "low", "high"}: the 95 % interval is Wilson's where all values are 0 or 1, else by bootstrap.
-    """
-    low, high = wilson(sum(values), len(values)) if is_binary(values) else bootstrap(values, seed)
-    return {"mean": float(sum(values) / len(values)), "low": low, "high": high}
 
 
 def difference(values: Sequence[float], base: Sequence[float], seed: int) -> dict[str, float | None]:

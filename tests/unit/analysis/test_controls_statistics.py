@@ -20,10 +20,10 @@ import torch
 from mirage_ds.analysis.controls.compare import compare
 from mirage_ds.analysis.controls.conditions import Gaussian
 from mirage_ds.analysis.controls.paths import summary
-from mirage_ds.analysis.controls.statistics import average, bootstrap, difference, differences, holm, mcnemar
+from mirage_ds.analysis.controls.statistics import difference, differences, holm, mcnemar
 from mirage_ds.cli import main
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.scoring import wilson
+from mirage_ds.evaluate.scoring import average, bootstrap, wilson
 
 # ---------------------------------------------------------------------------------------------------------- intervals
 
