@@ -7,16 +7,19 @@ and its picture stay; the slots are fed the compressed features of a helper imag
 drawn here, so that they differ in the path alone.
 """
 
+import math
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import pstdev
 from typing import Any, NamedTuple
 
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls.conditions import Given
 from mirage_ds.analysis.controls.run import check
+from mirage_ds.analysis.controls.statistics import visible_mean
 from mirage_ds.analysis.controls.teach import decode, rows_of
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
@@ -142,8 +145,9 @@ def summary(follows: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
 
     Returns:
         {"records": count, "A", "B": {verdict: {"count", "share", "low", "high"}} with Wilson's intervals, "difference":
-        the share of answers that follow the injected path less that of the other one, over both injections, and its
-        bootstrap interval "low", "high"}. Answers that do not depend on the latents make the difference exactly 0.
+        the share of answers that follow the injected path less that of the other one, over both injections, its
+        bootstrap interval "low", "high", and "visible", as statistics.difference has it}. Answers that do not depend on
+        the latents make the difference exactly 0.
     """
     count = len(follows)
 
@@ -156,4 +160,5 @@ def summary(follows: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
     worth = {"injected": 0.5, "other": -0.5, "neither": 0.0}
     apart = [worth[one["A"]] + worth[one["B"]] for one in follows]
     low, high = bootstrap(apart, seed)
-    return {"records": count, **shares, "difference": sum(apart) / count, "low": low, "high": high}
+    seen = {"visible": visible_mean(pstdev(apart) / math.sqrt(count))}
+    return {"records": count, **shares, "difference": sum(apart) / count, "low": low, "high": high, **seen}

@@ -268,7 +268,7 @@ def test_a_function_sees_the_whole_record(module: Callable) -> None:
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("return None", r"record on line 2: task own_\w+:f returned None for the answer ''; return a finite number, True"),
+        ("return None", r"record on line 2: task own_\w+:f returned None for the answer ''; return a finite"),
         ("return '0.5'", r"returned '0\.5' for the answer ''; return a finite number"),
         ("return float('nan')", r"returned nan for"),
         ("return {}", r"returned \{\} for"),
@@ -281,8 +281,8 @@ def test_a_function_sees_the_whole_record(module: Callable) -> None:
         ("return {'loss': 1}", r"task own_\w+:f returns loss, which is something else; rename it"),
         ("return {'count': 1}", r"returns count, which"),
         # Found before anything is decoded: the first record's own answer is scored too.
-        ("return {'hit': 1} if answer else {'none': 1}", r"line 2: task \S+ returns hit, and none for line 2; return the"),
-        ("return 1 if record['colour'] == 'red' else {'hit': 1}", r"record on line 5: .* returns hit, and score for line 2"),
+        ("return {'hit': 1} if answer else {'none': 1}", r"line 2: task \S+ returns hit, and none for line 2;"),
+        ("return 1 if record['colour'] == 'red' else {'hit': 1}", r"on line 5: .* returns hit, and score for line 2"),
     ],
 )  # fmt: skip
 def test_what_a_function_returns_must_be_numbers(module: Callable, body: str, says: str) -> None:
