@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mirage_ds.analysis.bench import Bench
-from mirage_ds.analysis.inspect.live import figures, need_matplotlib
+from mirage_ds.analysis.inspect.live import figures
 from mirage_ds.data.loader import Rows
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.engine.setup import everyone, from_rank_zero
@@ -48,7 +48,7 @@ class Evaluator:
 
     Raises:
         UserError: on every rank, before anything is trained: no room to decode or draw, a record that its scorer
-            cannot score, none with latents to draw, no matplotlib.
+            cannot score, none with latents to draw.
     """
 
     def __init__(self, run: Run, data: Data, learner: Learner):
@@ -76,7 +76,6 @@ class Evaluator:
             self.names = list(self._scored(rows, [NOTHING] * len(self.chosen)))
             check_room(engine, BATCH, longest, self.limits, world, f"--eval_decode {config.eval_decode}")
         if config.eval_pictures:
-            from_rank_zero(need_matplotlib, world)
             self.drawn = rows_to_draw(rows, row_ids, config.eval_pictures)
             check_room(engine, 1, longest, Limits(new_tokens=0), world, f"--eval_pictures {config.eval_pictures}")
         if config.save_best:

@@ -28,7 +28,7 @@ from mirage_ds.evaluate.decoder import Track, answer_of, batches, batches_fit
 from mirage_ds.evaluate.scoring import Prediction, bootstrap, wilson
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.maps import Board, count_shortest_paths, follow, parse_board, shortest_path
-from mirage_ds.tasks.render import check_renderer, red_path, render
+from mirage_ds.tasks.render import red_path, render
 from mirage_ds.tasks.vsp_planning import NAME, read_moves, solves
 
 VERDICTS = ("injected", "other", "neither")
@@ -93,7 +93,7 @@ def run_paths(
         have a latent block.
 
     Raises:
-        UserError: another task than spatial planning, no record with an alternative, or no renderer.
+        UserError: another task than spatial planning, or no record with an alternative.
     """
     if task != NAME:
         raise UserError(f"--latents path is about the paths of {NAME}, and these records are of {task}; leave it out")
@@ -103,7 +103,6 @@ def run_paths(
             "--latents path: no record whose own answer is one of several shortest paths; build records with "
             "`mirage-ds data build vsp-spatial-planning --ties random`, or leave path out"
         )
-    check_renderer()
     with tempfile.TemporaryDirectory(prefix="mirage-paths-") as name:
         try:
             twins = [twin for fork in forks for twin in _with_helpers(fork, bench.encoder.finder, Path(name))]
