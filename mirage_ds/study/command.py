@@ -70,10 +70,12 @@ def _open(file: Path) -> tuple[Study, Store]:
     from mirage_ds.study.spec import read_study
     from mirage_ds.study.store import Store
 
-    spec = read_study(file)
-    return spell_out(spec, file.resolve().parent), Store(
-        spec.out, spec.launch.retries + 1, spec.launch.keep_checkpoints
-    )
+    spec, here = read_study(file), file.resolve().parent
+    # A scorer of one's own may lie beside the study's file; the runs look there too.
+    if str(here) not in sys.path:
+        sys.path.append(str(here))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(here))))
+    return spell_out(spec, here), Store(spec.out, spec.launch.retries + 1, spec.launch.keep_checkpoints)
 
 
 def _need(made: Study) -> None:
