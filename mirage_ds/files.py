@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -266,3 +267,19 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def own_modules_found() -> Iterator[None]:
+    """Let modules in the working directory be found first, as `python -c` does; afterwards they are found last.
+
+    Unlike `python -m`, an installed command does not look there by itself.
+    """
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+        if here not in sys.path:
+            sys.path.append(here)

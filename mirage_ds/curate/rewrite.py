@@ -10,7 +10,7 @@ from pathlib import Path
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import scan
-from mirage_ds.errors import UserError, shown
+from mirage_ds.errors import UserError
 from mirage_ds.tasks.write import Row
 
 
@@ -57,20 +57,6 @@ class Source:
             inputs = tuple(place_of(record, "image_input", path, self.finder) for path in record.image_input)
             helpers = tuple(place_of(record, "image_output", path, self.finder) for path in record.image_output)
         return Row(record.text_input, record.text_output, inputs, helpers, dict(record.extra))
-
-
-def named_task(record: Record, given: str | None) -> str | None:
-    """Return the task that --task names, else the record's own; None where neither does.
-
-    Raises:
-        RecordError: the record's is no name, or is code.
-    """
-    name = given or record.extra.get("task")
-    if name is not None and not isinstance(name, str):
-        raise record.fault("task", f"expected a name, found {shown(name)}", "write it as a string, or give --task")
-    if name and ":" in name and not given:
-        raise record.fault("task", f"{shown(name)} is code, which data must not choose", "give it with --task")
-    return name
 
 
 def place_of(record: Record, name: str, path: str, finder: ImageFinder) -> Path:

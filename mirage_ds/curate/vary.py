@@ -13,12 +13,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from mirage_ds.curate.rewrite import Source, named_task
+from mirage_ds.curate.rewrite import Source
 from mirage_ds.curate.spec import QUESTION, Kind, VarySpec
 from mirage_ds.data.images import Key
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Record
 from mirage_ds.errors import UserError, is_text, shown
-from mirage_ds.tasks import get_task, task_name
+from mirage_ds.tasks import get_task, level_of, named_task
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.report import Advance
 from mirage_ds.tasks.write import Row, Written, new_target, write_rows
@@ -113,13 +113,13 @@ def choose_partners(source: Source, seed: int) -> list[Record]:
     """Choose for each record another one of its level with as many helpers, and with another content in them.
 
     Raises:
-        UserError: a record without a level, or a level that has no partner for each of its records.
+        UserError: a level has no partner for each of its records. Records without a level are of one level together.
     """
     groups: dict[tuple[str, int], list[int]] = defaultdict(list)
     contents: list[tuple[Key, ...]] = []
     for place, record in enumerate(source.records):
         with source.told(record):
-            groups[_level(record), len(record.image_output)].append(place)
+            groups[level_of(record), len(record.image_output)].append(place)
             # Pictures of one content are no swap, whatever they are called.
             contents.append(tuple(source.finder.key(record, "image_output", path) for path in record.image_output))
     found = list(source.records)
@@ -127,26 +127,19 @@ def choose_partners(source: Source, seed: int) -> list[Record]:
         own = [contents[place] for place in places]
         chosen = derange(own, random.Random(f"{seed}/swap/{level}/{helpers}"))
         if chosen is None:
-            what = f"level {level}" + (f" with {helpers} helpers" if helpers > 1 else "")
+            what = "the file" if level == "?" else f"level {level}"
+            what += f" with {helpers} helpers" if helpers > 1 else ""
             if len(places) == 1:
                 trouble = f"the record on line {source.records[places[0]].line} is the only one of {what}"
             else:
                 trouble = f"{max(Counter(own).values())} of the {len(places)} records of {what} have one helper"
             raise UserError(
-                f"{source.file}: helper-swap: {trouble}, so there is no other for each; give more records of that "
-                "level, or leave it out"
+                f"{source.file}: helper-swap: {trouble}, so there is no other for each; give more records of "
+                "them, or leave it out"
             )
         for place, other in zip(places, chosen, strict=True):
             found[place] = source.records[places[other]]
     return found
-
-
-def _level(record: Record) -> str:
-    """Return what a record calls its level, else the side of its map."""
-    board = record.extra.get("map_desc")
-    if "level" not in record.extra and not isinstance(board, list):
-        raise record.fault("level", "missing, and there is no map_desc", "add it: a helper is swapped within its level")
-    return str(record.extra.get("level", len(board) if isinstance(board, list) else None))
 
 
 def _without_helper(row: Row) -> Row:
@@ -180,7 +173,7 @@ def _helper_text(given: Given) -> list[Row]:
     try:
         words = get_task(name).helper_text({**record.extra, "text_output": record.text_output})
     except KeyError as error:
-        how = f"add it: {task_name(name)} tells its helper by it"
+        how = f"add it: {name} tells its helper by it"
         raise record.fault(str(error.args[0]), "missing", how) from None
     before, mark, after = record.text_output.partition(HELPER_MARK)
     text = _joined(_joined(before, words), after) if mark else _joined(words, before)

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from mirage_ds.config.extras import need
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.engine.adapter import Adapter, adapter_name, lora_of, stored_adapter, trained_adapter
@@ -29,7 +30,6 @@ from mirage_ds.model.folder import resolve_folder, weight_files
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.gathered import gathered
 from mirage_ds.model.load import check_folder, expected_shapes, public_name, read_config
-from mirage_ds.model.lora import check_peft
 from mirage_ds.model.shards import ShardWriter
 
 
@@ -143,7 +143,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
     state = read_state(checkpoint)
     lora = lora_of(state)
     if lora:
-        check_peft(f"{checkpoint}, which holds adapters,")
+        need("lora", f"{checkpoint}, which holds adapters,")
     frozen: Notes = {public_name(name): note for name, note in state.get("kept", {}).items()}
     expected = expected_shapes(read_config(parts.source))
     masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)

@@ -111,7 +111,9 @@ def evaluate_file(
     if world:
         made, weights = everyone(made, world), everyone(weights, world)
     made.sort(key=lambda one: one[0])
-    marked = marks(records, [answer for _, answer, _ in made], name)
+    scored = partial(marks, records, [answer for _, answer, _ in made], name)
+    # Once, whatever a scorer of one's own costs.
+    marked = from_rank_zero(scored, world) if world else scored()
     written = []
     for record, (row, answer, prompt), metrics in zip(records, made, marked, strict=True):
         one = {"line": record.line, "row": row, **({"id": record.extra["id"]} if "id" in record.extra else {})}

@@ -2,20 +2,26 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from mirage_ds.config.run import LOSSES
 from mirage_ds.data.encode import LATENT_PAD, LATENT_START, Encoder
-from mirage_ds.data.record import Record
-from mirage_ds.errors import UserError, closest, shown
-from mirage_ds.tasks import get_task, task_name
+from mirage_ds.data.record import HELPER_MARK, Record, RecordError
+from mirage_ds.errors import UserError, closest
+from mirage_ds.tasks import DEFAULT, NO_METRICS, get_task, level_of, named_task
 
 # Metric → whether more of it is better. `moves`, `runs` and `latents` describe an answer and do not judge it.
 MORE_IS_BETTER = {
-    **dict.fromkeys(("success", "optimal", "correct", "accuracy"), True),
+    **dict.fromkeys(("success", "optimal", "correct", "accuracy", "score"), True),
     **dict.fromkeys(("loss", "ce", "sim", "token_ce", "invalid"), False),
 }
+RESAMPLES = 10_000
+# Resamples drawn at a time: their indices take 8 bytes a record.
+_CHUNK = 500
 
 
 class Prediction(NamedTuple):
@@ -49,26 +55,63 @@ def wilson(successes: float, count: int, z: float = 1.959964) -> tuple[float, fl
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def task_of(records: Sequence[Record], file: Path, named: str | None) -> str:
-    """Return the task of a file, from --task or from its records' `task`.
+def bootstrap(values: Sequence[float], seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95 % percentile interval of the mean of N records' values, by resampling records.
 
     Raises:
-        UserError: none is named, the records are of another task, or one lacks what the scorer needs.
+        ValueError: there is no value.
     """
-    written = {str(record.extra["task"]) for record in records if "task" in record.extra}
-    wanted = task_name(named) if named else None
-    if wanted is None and len(written) != 1:
-        raise UserError(f"{file}: its records name {len(written)} tasks; say which scorer to use with --task")
-    if wanted is None and ":" in next(iter(written)):
-        raise UserError(
-            f"{file}: its records name the task {shown(next(iter(written)))}, which is code, and data must not choose "
-            "what is run; give it with --task"
-        )
-    found = wanted or task_name(next(iter(written)))
-    others = {task_name(name) for name in written} - {found}
+    if not len(values):
+        raise ValueError("no value to resample")
+    array, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
+    sizes = [min(_CHUNK, resamples - at) for at in range(0, resamples, _CHUNK)]
+    means = [array[rng.integers(len(array), size=(size, len(array)))].mean(1) for size in sizes]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def is_binary(values: Iterable[float]) -> bool:
+    """Tell whether all values are 0 or 1."""
+    return {float(value) for value in values} <= {0.0, 1.0}
+
+
+def average(values: Sequence[float], seed: int) -> dict[str, float]:
+    """Average N records' values.
+
+    Returns:
+        {"mean", "low", "high"}: the 95 % interval is Wilson's where all values are 0 or 1, else by bootstrap.
+    """
+    low, high = wilson(sum(values), len(values)) if is_binary(values) else bootstrap(values, seed)
+    return {"mean": float(sum(values) / len(values)), "low": low, "high": high}
+
+
+def task_of(records: Sequence[Record], file: Path, named: str | None) -> str:
+    """Return the task that scores a file: --task, else the records' own, else DEFAULT (tasks.named_task).
+
+    Raises:
+        UserError: the records name several tasks, or one lacks what the scorer needs.
+    """
+    try:
+        own = {named_task(record, named) for record in records}
+    except RecordError as error:
+        raise UserError(f"{file}, {error}") from None
+    found, *others = sorted({name or DEFAULT for name in own})
     if others:
-        raise UserError(f"{file}: holds records of {', '.join(sorted(others))}, not of --task {found}")
-    marks(records, [NOTHING] * len(records), found)
+        raise UserError(
+            f"{file}: its records are of several tasks ({', '.join([found, *others])}); name one that scores all of "
+            "them with --task"
+        )
+    try:
+        # An own answer, of one record alone, shows what a scorer returns otherwise than for none.
+        given = Prediction(records[0].text_output.replace(HELPER_MARK, ""), [], [])
+        marks([*records, *records[:1]], [NOTHING] * len(records) + [given], found)
+    except UserError as error:
+        if own != {None}:
+            raise
+        raise UserError(
+            f"{file}: neither --task nor its records name a task, and {DEFAULT} does not fit ({error}); name another "
+            "with --task, such as your own module:function (docs/tasks.md)"
+        ) from None
     return found
 
 
@@ -76,18 +119,29 @@ def marks(records: Sequence[Record], answers: Sequence[Prediction], task: str) -
     """Score each answer: the scorer's metrics, and `runs` and `latents` of the answer.
 
     Raises:
-        UserError: a record lacks what the scorer needs.
+        UserError: a record lacks what the scorer needs, or a scorer of one's own fails.
     """
     scorer = get_task(task).score_record
-    found = []
+    found: list[dict[str, float]] = []
     for record, answer in zip(records, answers, strict=True):
+        pictures = {"image_input": list(record.image_input), "image_output": list(record.image_output)}
+        # A question alone has an empty answer, and nothing is to be compared with that.
+        own = {"text_output": record.text_output} if record.text_output else {}
         try:
-            # A question alone has an empty answer, and nothing is to be compared with that.
-            own = {"text_output": record.text_output} if record.text_output else {}
-            values = scorer(answer.text, {**record.extra, **own})
+            values = scorer(answer.text, {**record.extra, "text_input": record.text_input, **pictures, **own})
         except KeyError as error:
             raise UserError(f"record on line {record.line} has no {error}, which {task} is scored by") from None
+        except UserError as error:
+            raise UserError(f"record on line {record.line}: {error}") from error
         found.append({**values, "runs": len(answer.runs), "latents": sum(answer.runs)})
+        taken = values.keys() & {*NO_METRICS, *LOSSES}
+        if taken:
+            raise UserError(f"task {task} returns {', '.join(sorted(taken))}, which is something else; rename it")
+        if found[0].keys() != found[-1].keys():
+            raise UserError(
+                f"record on line {record.line}: task {task} returns {', '.join(values)}, and "
+                f"{', '.join([*found[0]][:-2])} for line {records[0].line}; return the same names every time"
+            )
     return found
 
 
@@ -95,8 +149,8 @@ def summarize(records: Sequence[Record], marked: Sequence[Mapping[str, float]]) 
     """Average marks per level and in all.
 
     Returns:
-        {"levels": {level: {metric: mean, "count", "low", "high"}}, "all": …}; low and high are Wilson's interval of the
-        task's first metric.
+        {"levels": {level: {metric: mean, "count", "low", "high"}}, "all": …}; low and high are the first metric's 95 %
+        interval, as in `average`.
     """
     groups: dict[str, list[Mapping[str, float]]] = defaultdict(list)
     for record, values in zip(records, marked, strict=True):
@@ -114,17 +168,11 @@ def score(records: Sequence[Record], answers: Sequence[Prediction], task: str) -
     return summarize(records, marks(records, answers, task))
 
 
-def level_of(record: Record) -> str:
-    """Return what a record calls its level, else the side of its map, else "?"."""
-    board = record.extra.get("map_desc")
-    return str(record.extra.get("level", len(board) if board and isinstance(board, list) else "?"))
-
-
 def _summary(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     first = next(iter(rows[0]))
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    low, high = wilson(sum(row[first] for row in rows), len(rows))
-    return {**means, "count": len(rows), "low": low, "high": high}
+    interval = average([row[first] for row in rows], seed=0)
+    return {**means, "count": len(rows), "low": interval["low"], "high": interval["high"]}
 
 
 def spread(rows: Sequence[int], count: int) -> list[int]:

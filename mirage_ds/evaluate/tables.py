@@ -8,13 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mirage_ds.errors import UserError, reason, strict_json
+from mirage_ds.tasks import NO_METRICS
 
 Cells = list[str]
 # What a report has, whatever the task.
 KEYS = {"task", "data", "settings", "hashes", "levels", "all", "answers"}
 ANSWER_KEYS = {"line", "prompt", "metrics"}
-# Keys of a report's means that are no metric.
-COUNTS = ("count", "low", "high", "runs", "latents")
 
 
 def is_report(value: Any) -> bool:
@@ -51,7 +50,7 @@ def read_report(file: Path) -> dict[str, Any]:
 
 def score_table(report: Mapping[str, Any], digits: int) -> tuple[Cells, list[Cells]]:
     """Write the scores of a report (evaluate_file) as a head and rows of text, a row a level."""
-    first, *others = [name for name in report["all"] if name not in COUNTS]
+    first, *others = [name for name in report["all"] if name not in NO_METRICS]
     rows = []
     for level, means in [*report["levels"].items(), ("all", report["all"])]:
         low, high, *metrics = (f"{means[name]:.{digits}f}" for name in ("low", "high", first, *others))

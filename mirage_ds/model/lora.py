@@ -8,7 +8,6 @@ of a linear layer cannot make any: R rows of each are parameters here. PEFT's ow
 what is saved has its format (engine/adapter.py).
 """
 
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -46,16 +45,6 @@ class Lora(NamedTuple):
     def pattern(self) -> str:
         """The adapted layers in a whole model of transformers; the tower's may have the same last part."""
         return rf".*language_model\.layers\.\d+\.\w+\.({'|'.join(self.targets)})"
-
-
-def check_peft(what: str) -> None:
-    """Refuse what needs PEFT where it is not installed.
-
-    Args:
-        what: the flag or folder that needs it.
-    """
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f'{what} needs PEFT, which is not installed: pip install "mirage-ds[lora]"')
 
 
 def find_targets(shapes: Mapping[str, Sequence[int]], wanted: Sequence[str] | None) -> tuple[str, ...]:

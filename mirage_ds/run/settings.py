@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mirage_ds.config.extras import need_for
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.engine import ds_config as ds
@@ -19,14 +20,13 @@ from mirage_ds.errors import UserError
 from mirage_ds.files import check_log
 from mirage_ds.model.attention import choose_backend, head_width_of
 from mirage_ds.model.load import check_folder, read_config, shape_of
-from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
+from mirage_ds.model.lora import Lora, find_targets, trained_shapes
 from mirage_ds.model.shape import Shape
 from mirage_ds.plan.settings import two_layers
 from mirage_ds.plan.shape import sizes, trained_parameters
 from mirage_ds.run import folder as run_folder
 from mirage_ds.run.journal import Journal
 from mirage_ds.run.records import make_encoder, model_folders
-from mirage_ds.run.sinks import check_installed
 from mirage_ds.run.stop import StopRequest
 
 
@@ -84,13 +84,13 @@ def check_settings(run: Run) -> Checked:
     """Refuse what can be refused without a look at the records."""
     config, world = run.config, run.world
     run.journal.phase("records")
+    from_rank_zero(partial(need_for, config), world)
     if config.rows_per_step < world.size and not config.allow_idle_ranks:
         raise UserError(
             f"{config.rows_per_step} rows an optimizer step (--global_batch_size) are fewer than {world.size} ranks: "
             "use fewer ranks, or --allow_idle_ranks"
         )
     from_rank_zero(partial(check_outputs, config), world)
-    from_rank_zero(partial(check_installed, config.report_to), world)
     json_path = config.deepspeed or ds.default_path(config.stage)
     ds_values = read_ds_values(config, json_path, world)
     folders = from_rank_zero(partial(model_folders, config, partial(run.journal.phase, "records")), world)
@@ -131,8 +131,6 @@ def read_ds_values(config: RunConfig, json_path: Path, world: World) -> dict[str
     check_release(values, json_path, bool(config.lora_rank) and config.gradient_checkpointing)
     gather_safely(values, world.device.type)
     check_ds_config(values, json_path)
-    if config.lora_rank:
-        check_peft(f"--lora_rank {config.lora_rank}")
     return values
 
 

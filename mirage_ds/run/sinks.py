@@ -4,7 +4,6 @@ A sink takes numbers and figures by step, and is closed with how the run ended. 
 trackers are kept in the run folder (trackers.json), so that a run that goes on is one run there too.
 """
 
-import importlib.util
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,6 @@ from mirage_ds.files import write_atomically
 End = Literal["finished", "stopped", "failed"]
 
 IDENTITIES = "trackers.json"
-# Modules that --report_to may need, and extras of this package.
-EXTRAS = ("wandb", "mlflow")
 
 # MLflow's names of how runs end.
 STATUS: dict[End, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -45,19 +42,6 @@ class Sink(ABC):
     @abstractmethod
     def close(self, end: End) -> None:
         """Send what waits, and say how the run ended."""
-
-
-def check_installed(report_to: Sequence[str]) -> None:
-    """Refuse --report_to something whose package is missing.
-
-    Raises:
-        UserError: names it and how to install it.
-    """
-    for name in report_to:
-        if name in EXTRAS and importlib.util.find_spec(name) is None:
-            raise UserError(
-                f'--report_to {name}: {name} is not installed; pip install "mirage-ds[{name}]", or leave it out'
-            )
 
 
 def open_sinks(

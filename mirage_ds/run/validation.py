@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mirage_ds.analysis.bench import Bench
-from mirage_ds.analysis.inspect.live import figures, need_matplotlib
+from mirage_ds.analysis.inspect.live import figures
 from mirage_ds.data.loader import Rows
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.engine.setup import everyone, from_rank_zero
@@ -48,13 +48,14 @@ class Evaluator:
 
     Raises:
         UserError: on every rank, before anything is trained: no room to decode or draw, a record that its scorer
-            cannot score, none with latents to draw, no matplotlib.
+            cannot score, none with latents to draw.
     """
 
     def __init__(self, run: Run, data: Data, learner: Learner):
         self.run, self.learner, self.evaluation = run, learner, data.evaluation
         self.last: tuple[int, Mapping[str, float]] = (-1, {})
         self.task = ""
+        self.names: list[str] = []
         self.chosen: list[int] = []
         self.drawn: list[int] = []
         self.best: Best | None = None
@@ -72,9 +73,9 @@ class Evaluator:
             # Not those that open_data looked at, where rows with broken images have been left out since.
             path = cast(Path, config.eval_data_path)
             self.task = from_rank_zero(lambda: task_of(self._records(rows), path, config.task), world)
+            self.names = list(self._scored(rows, [NOTHING] * len(self.chosen)))
             check_room(engine, BATCH, longest, self.limits, world, f"--eval_decode {config.eval_decode}")
         if config.eval_pictures:
-            from_rank_zero(need_matplotlib, world)
             self.drawn = rows_to_draw(rows, row_ids, config.eval_pictures)
             check_room(engine, 1, longest, Limits(new_tokens=0), world, f"--eval_pictures {config.eval_pictures}")
         if config.save_best:
@@ -123,8 +124,15 @@ class Evaluator:
         except NotFinite as error:
             # Training has its own judgement of weights that break (--max_skipped_steps).
             self.run.journal.say(f"error: evaluation after step {done}: {error}; nothing is scored")
-            return dict.fromkeys(self._scored(rows, [NOTHING] * len(self.chosen)), math.nan)
-        return None if answers is None else self._scored(rows, answers)
+            return dict.fromkeys(self.names, math.nan)
+        if answers is None:
+            return None
+        try:
+            return self._scored(rows, answers)
+        except UserError as error:
+            # A scorer of one's own that fails for this answer is no reason to lose the run.
+            self.run.journal.say(f"error: evaluation after step {done}: {error}; nothing is scored")
+            return dict.fromkeys(self.names, math.nan)
 
     def _scored(self, rows: Rows, answers: list[Prediction]) -> dict[str, float]:
         """Score answers; every rank gets the same numbers: the scorer's metrics, `count`, `low` and `high`."""

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import BaseModel, Field, PositiveInt, create_model
 
+from mirage_ds.analysis.controls.spec import PATH
+from mirage_ds.config.extras import need, need_for
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.errors import EXIT_STOPPED, UserError
 from mirage_ds.files import Output, check_output
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 # Something that the study needs has failed; 2 is a user's mistake.
 EXIT_HOLES = 1
+REPORT = "`ablate report`, which draws,"
 A_PATH = click.Path(path_type=Path)
 as_json = click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 # What a study's file does not say of its machines and rows, as for `mirage-ds plan`.
@@ -67,10 +70,22 @@ def _open(file: Path) -> tuple[Study, Store]:
     from mirage_ds.study.spec import read_study
     from mirage_ds.study.store import Store
 
-    spec = read_study(file)
-    return spell_out(spec, file.resolve().parent), Store(
-        spec.out, spec.launch.retries + 1, spec.launch.keep_checkpoints
-    )
+    spec, here = read_study(file), file.resolve().parent
+    # A scorer of one's own may lie beside the study's file; the runs look there too.
+    if str(here) not in sys.path:
+        sys.path.append(str(here))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(here))))
+    return spell_out(spec, here), Store(spec.out, spec.launch.retries + 1, spec.launch.keep_checkpoints)
+
+
+def _need(made: Study) -> None:
+    """Refuse a study of which some run, controls or the report need what is not installed."""
+    for node in made.nodes.values():
+        if node.kind == "train":
+            need_for(node.config)
+        elif node.kind == "controls" and PATH in node.material["conditions"]:
+            need("vsp", f"evaluation {node.name}: controls: {PATH}")
+    need("plot", REPORT)
 
 
 @ablate.command("plan")
@@ -86,6 +101,7 @@ def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **fl
     from mirage_ds.study.overview import hours_of, overview, print_plan
 
     made, store = _open(study)
+    _need(made)
     machine = build_model(Machine, flags | {"gpu": flags["gpu"] or card})
     lines = overview(made, store, machine.model_dump(exclude_none=True))
     left = [line for line in lines if line.state != "done"]
@@ -150,6 +166,8 @@ def run_study(study: Path, **flags: Any) -> None:
     """
     asked = build_model(RunFlags, flags)
     made, store = _open(study)
+    if not asked.only:
+        _need(made)
     wanted = _wanted(made, asked.arms, asked.only)
     if asked.again:
         for key in wanted:
@@ -254,6 +272,7 @@ def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> Non
     from mirage_ds.study.report.write import write_report
     from mirage_ds.study.shown import with_records
 
+    need("plot", REPORT)
     made, store = _open(study)
     target = out or store.root / "report"
     check_output(target, "--out", folder=True)

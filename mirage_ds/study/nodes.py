@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.data.sources import find_files
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
+from mirage_ds.files import own_modules_found
 from mirage_ds.study.results import CONTROLS, SCORES
 from mirage_ds.study.spec import Arm, EvaluationSpec, Settings, StudySpec, arm_names, first_fault
 
@@ -256,6 +258,24 @@ def _train_node(config: RunConfig, name: str, parent: str | None, here: Path, on
     return Node(_key(material), "train", name, parent, config, None, material)
 
 
+def _scorer(task: str | None, where: str) -> dict[str, str]:
+    """Hash the file of a scorer of one's own, so that what it judges is judged anew when it changes; {} of others.
+
+    Raises:
+        UserError: it is not found.
+    """
+    if task is None or ":" not in task:
+        return {}
+    with own_modules_found():
+        try:
+            found = find_spec(task.partition(":")[0])
+        except ImportError:
+            found = None
+    if found is None or found.origin is None:
+        raise UserError(f"{where}: task {task}: no such module here; put it beside the study's file")
+    return {"scorer": _file_hash(Path(found.origin))}
+
+
 def _evaluation_nodes(
     name: str, evaluation: EvaluationSpec, parent: str, last: RunConfig, here: Path
 ) -> Iterator[Node]:
@@ -263,6 +283,7 @@ def _evaluation_nodes(
     material = {
         **{**settings, "data_path": records_hash(evaluation.data_path), "parent": parent, "kind": "evaluate"},
         "image_root": _relative(evaluation.image_root, here),
+        **_scorer(evaluation.task, f"evaluation {name}"),
     }
     yield Node(_key(material), "evaluate", name, parent, last, evaluation, material)
     sees = last.stage != "sft" and (last.slots or "latents") == "latents"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from importlib import import_module
-from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from mirage_ds.errors import UserError, closest, reason
+from mirage_ds.errors import UserError, closest, shown
+from mirage_ds.files import own_modules_found
 
 if TYPE_CHECKING:
+    from mirage_ds.data.record import Record
     from mirage_ds.tasks.task import Task
 
 TASKS = {
@@ -27,11 +28,15 @@ TASKS = {
     "zebra-cot": "mirage_ds.tasks.published:Zebra",
     "boxed": "mirage_ds.tasks.boxed:BoxedAnswer",
 }
+# Of records where neither they nor --task name one.
+DEFAULT = "boxed"
+# What a report says of an answer besides its task's metrics.
+NO_METRICS = ("count", "low", "high", "runs", "latents")
 _OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def task_name(name: str) -> str:
-    """Return the registered spelling of `name` (`-` and `_` are alike), or `package.module:Name` as it stands.
+    """Return the registered spelling of `name` (`-` and `_` are alike), or `package.module:name` as it stands.
 
     Nothing is imported.
 
@@ -39,46 +44,93 @@ def task_name(name: str) -> str:
         UserError: no such task; the message lists those there are.
     """
     if ":" in name:
-        if not _OWN.fullmatch(name.strip()):
-            raise UserError(f"task '{name}' is not of the form package.module:Name; write the class's full name")
+        if not _OWN.fullmatch(name.strip()) or ".py:" in name:
+            raise UserError(
+                f"task '{name}' is not of the form package.module:name; write it as Python imports it, like "
+                "scores:points for the function points in scores.py"
+            )
         return name.strip()
     known = name.strip().lower().replace("_", "-")
     if known not in TASKS:
         raise UserError(
             f"unknown task '{name}'{closest(known, TASKS)}; there are: {', '.join(TASKS)}, "
-            "and your own as package.module:Name"
+            "and your own as package.module:name"
         )
     return known
+
+
+def named_task(record: Record, given: str | None) -> str | None:
+    """Return the task of a record: --task's, else its own key `task`'s, else None.
+
+    This is the rule of every command. What has to score such a record all the same takes DEFAULT.
+
+    Args:
+        given: --task.
+
+    Raises:
+        UserError: there is no task `given`.
+        RecordError: the record's is no name, is code, or does not exist.
+    """
+    if given:
+        return task_name(given)
+    name = record.extra.get("task")
+    # An empty cell of a table is none.
+    if name is None or name == "":
+        return None
+    if not isinstance(name, str):
+        raise record.fault("task", f"expected a name, found {shown(name)}", "write it as a string, or give --task")
+    if ":" in name:
+        raise record.fault("task", f"{shown(name)} is code, which data must not choose", "give it with --task")
+    try:
+        return task_name(name)
+    except UserError as error:
+        raise record.fault("task", str(error), "give one of them with --task") from None
+
+
+def level_of(record: Record) -> str:
+    """Return what a record calls its level, else the side of its map, else "?"."""
+    board = record.extra.get("map_desc")
+    return str(record.extra.get("level", len(board) if board and isinstance(board, list) else "?"))
+
+
+def _module(known: str, name: str) -> ModuleType:
+    """Import the module of task `known`; one's own may lie in the working directory."""
+    if known in TASKS:
+        return import_module(name)
+    with own_modules_found():
+        try:
+            return import_module(name)
+        except Exception as error:
+            from mirage_ds.tasks.scorer import told
+
+            raise UserError(
+                f"task '{known}': {name} cannot be imported ({told(error)}); fix it, install it, or start where it lies"
+            ) from error
 
 
 def get_task(name: str) -> Task:
     """Make task `name`, importing its module only now, so that one task's requirements never burden another.
 
-    Own modules are looked for where Python looks, and last in the working directory.
+    A function is a task that only scores (tasks/scorer.py).
 
     Raises:
-        UserError: no such task, its module cannot be imported, or the class is no whole task.
+        UserError: no such task, its module cannot be imported, or what is named there is no whole task.
     """
+    from mirage_ds.tasks.scorer import Scorer
     from mirage_ds.tasks.task import Task
 
     known = task_name(name)
     module_name, _, attribute = TASKS.get(known, known).partition(":")
-    if known not in TASKS and str(Path.cwd()) not in sys.path:
-        # Unlike `python -m`, an installed command does not look there by itself.
-        sys.path.append(str(Path.cwd()))
-    try:
-        module = import_module(module_name)
-    except (ImportError, SyntaxError) as error:
-        raise UserError(
-            f"task '{known}': {module_name} cannot be imported ({reason(error)}); fix it, install it, or start where "
-            "it lies"
-        ) from error
+    module = _module(known, module_name)
     found = getattr(module, attribute, None)
     if found is None:
-        names = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Task)]
-        raise UserError(f"task '{known}': {module_name} has no {attribute}{closest(attribute, names)}; name its class")
-    if not (inspect.isclass(found) and issubclass(found, Task)):
-        raise UserError(f"task '{known}' is no subclass of mirage_ds.tasks.task.Task; make it one")
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
+        where = f"{module_name} ({module.__file__})"
+        raise UserError(f"task '{known}': {where} has no {attribute}{closest(attribute, own)}; name what scores in it")
+    if not inspect.isclass(found):
+        return Scorer(known, found)
+    if not issubclass(found, Task):
+        raise UserError(f"task '{known}' is no subclass of mirage_ds.tasks.task.Task; make it one, or a function")
     if inspect.isabstract(found):
         missing = " and ".join(sorted(found.__abstractmethods__))
         raise UserError(f"task '{known}' has no {missing}; write it, see `mirage-ds docs tasks`")

@@ -30,7 +30,7 @@ class BoxedAnswer(Task):
 
     def prompt(self, row: Mapping[str, Any], settings: Any) -> str:
         """Refuse: the records have their questions."""
-        raise UserError("task boxed builds no records; write them yourself (`mirage-ds docs data/README`)")
+        raise UserError(f"task {self._name} builds no records; write them yourself (`mirage-ds docs data/README`)")
 
     def parse(self, text: str, row: Mapping[str, Any]) -> str | None:
         r"""Return what stands in the last ``\boxed{…}``, letter case and spaces folded; None without text."""

@@ -9,37 +9,21 @@ import math
 import os
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any
 from unittest import mock
 
 from PIL import Image, ImageDraw
 
-from mirage_ds.errors import UserError
+from mirage_ds.config.extras import need
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, START, Board, Cell, find, follow, map_hash
 
-GYMNASIUM = "1.2.3"
 RENDERED_CELL = 64
 RED = (255, 0, 0)
 
-_FIX = 'install it with: pip install "mirage-ds[vsp]"'
 # pygame greets on stdout, and without an audio device ALSA floods stderr.
 _QUIET = {"SDL_VIDEODRIVER": "dummy", "SDL_AUDIODRIVER": "dummy", "PYGAME_HIDE_SUPPORT_PROMPT": "1"}
-
-
-def check_renderer() -> None:
-    """Raise UserError unless the one gymnasium that draws the benchmark's pictures, and pygame, are installed."""
-    for package in ("gymnasium", "pygame"):
-        try:
-            found = version(package)
-        except PackageNotFoundError:
-            raise UserError(f"the VSP tasks draw with {package}, which is not installed; {_FIX}") from None
-        if package == "gymnasium" and found != GYMNASIUM:
-            raise UserError(
-                f"gymnasium {found} is installed, but only {GYMNASIUM} draws the VSP benchmark's pictures; {_FIX}"
-            )
 
 
 @cache
@@ -48,7 +32,7 @@ def _rendered_tiles() -> dict[tuple[int, str | None], Image.Image]:
 
     Every cell is drawn within its own square, so a tile does not depend on its neighbours.
     """
-    check_renderer()
+    need("vsp", "a VSP task, which draws maps,")
     with mock.patch.dict(os.environ, _QUIET):
         import gymnasium
 

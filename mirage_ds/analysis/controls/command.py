@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mirage_ds.analysis.controls.spec import ControlsSpec, parse_names
+from mirage_ds.analysis.controls.spec import PATH, ControlsSpec, parse_names
+from mirage_ds.config.extras import need
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.files import Output, check_output, write_atomically
 
@@ -40,6 +41,8 @@ def run_controls(folder: Path, spec: ControlsSpec) -> None:
     from mirage_ds.evaluate.decoder import load_decoder
 
     names = parse_names(spec.latents)
+    if PATH in names:
+        need("vsp", "--latents path")
     for flag, file in (("--out", spec.out), ("--markdown", spec.markdown)):
         if file:
             check_output(file, flag)

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.analysis.controls.report import apart, measured, p_values
-from mirage_ds.analysis.controls.statistics import average, differences
+from mirage_ds.analysis.controls.statistics import differences
+from mirage_ds.analysis.controls.words import sentence
 from mirage_ds.errors import UserError, closest
+from mirage_ds.evaluate.scoring import average
 from mirage_ds.evaluate.tables import Told, read_report
 
 HEAD = ["file", "score", "− first", "p", "p (Holm)"]
@@ -75,9 +77,11 @@ def compare(files: Sequence[Path], metric: str | None, seed: int) -> dict[str, A
 
 
 def told(report: dict[str, Any]) -> Told:
-    """Write a comparison as a table."""
+    """Write a comparison as a table and a sentence."""
     rows = [
         [file, measured(one), apart(one["difference"]), *p_values(one["difference"])]
         for file, one in report["files"].items()
     ]
-    return Told(f"{report['task']}, {report['metric']}, {report['records']} records", [(HEAD, rows)])
+    (first, _), *others = report["files"].items()
+    words = sentence({file: one["difference"] for file, one in others}, first, report["records"], report["metric"])
+    return Told(f"{report['task']}, {report['metric']}, {report['records']} records", [(HEAD, rows)], [words])

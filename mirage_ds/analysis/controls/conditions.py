@@ -19,8 +19,8 @@ import torch
 
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.scoring import level_of
 from mirage_ds.model.generate import Chooser, LatentTokens
+from mirage_ds.tasks import level_of
 
 # Two vectors lie alike on both sides of their mean, so that nothing says how far the estimate may be off.
 LEAST = 3

@@ -7,26 +7,28 @@ and its picture stay; the slots are fed the compressed features of a helper imag
 drawn here, so that they differ in the path alone.
 """
 
+import math
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import pstdev
 from typing import Any, NamedTuple
 
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls.conditions import Given
 from mirage_ds.analysis.controls.run import check
-from mirage_ds.analysis.controls.statistics import bootstrap
+from mirage_ds.analysis.controls.statistics import visible_mean
 from mirage_ds.analysis.controls.teach import decode, rows_of
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Track, answer_of, batches, batches_fit
-from mirage_ds.evaluate.scoring import Prediction, wilson
+from mirage_ds.evaluate.scoring import Prediction, bootstrap, wilson
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.maps import Board, count_shortest_paths, follow, parse_board, shortest_path
-from mirage_ds.tasks.render import check_renderer, red_path, render
+from mirage_ds.tasks.render import red_path, render
 from mirage_ds.tasks.vsp_planning import NAME, read_moves, solves
 
 VERDICTS = ("injected", "other", "neither")
@@ -91,7 +93,7 @@ def run_paths(
         have a latent block.
 
     Raises:
-        UserError: another task than spatial planning, no record with an alternative, or no renderer.
+        UserError: another task than spatial planning, or no record with an alternative.
     """
     if task != NAME:
         raise UserError(f"--latents path is about the paths of {NAME}, and these records are of {task}; leave it out")
@@ -101,7 +103,6 @@ def run_paths(
             "--latents path: no record whose own answer is one of several shortest paths; build records with "
             "`mirage-ds data build vsp-spatial-planning --ties random`, or leave path out"
         )
-    check_renderer()
     with tempfile.TemporaryDirectory(prefix="mirage-paths-") as name:
         try:
             twins = [twin for fork in forks for twin in _with_helpers(fork, bench.encoder.finder, Path(name))]
@@ -143,8 +144,9 @@ def summary(follows: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
 
     Returns:
         {"records": count, "A", "B": {verdict: {"count", "share", "low", "high"}} with Wilson's intervals, "difference":
-        the share of answers that follow the injected path less that of the other one, over both injections, and its
-        bootstrap interval "low", "high"}. Answers that do not depend on the latents make the difference exactly 0.
+        the share of answers that follow the injected path less that of the other one, over both injections, its
+        bootstrap interval "low", "high", and "visible", as statistics.difference has it}. Answers that do not depend on
+        the latents make the difference exactly 0.
     """
     count = len(follows)
 
@@ -157,4 +159,5 @@ def summary(follows: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
     worth = {"injected": 0.5, "other": -0.5, "neither": 0.0}
     apart = [worth[one["A"]] + worth[one["B"]] for one in follows]
     low, high = bootstrap(apart, seed)
-    return {"records": count, **shares, "difference": sum(apart) / count, "low": low, "high": high}
+    seen = {"visible": visible_mean(pstdev(apart) / math.sqrt(count))}
+    return {"records": count, **shares, "difference": sum(apart) / count, "low": low, "high": high, **seen}

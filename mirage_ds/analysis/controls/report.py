@@ -1,13 +1,14 @@
 """What the controls found, for eyes and for programs: a table, Markdown, JSON."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.run import Outcome
-from mirage_ds.analysis.controls.statistics import average, differences
+from mirage_ds.analysis.controls.statistics import differences, differs
+from mirage_ds.analysis.controls.words import listed, sentence, sure, unseen
 from mirage_ds.data.record import Record
-from mirage_ds.evaluate.scoring import marks
+from mirage_ds.evaluate.scoring import average, marks
 from mirage_ds.evaluate.tables import Cells, Told
 
 SCORE_HEAD = ["latents", "score", "− own", "p", "p (Holm)"]
@@ -92,7 +93,27 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             f"{2 * path['records']} answers the model opened a latent block. {path['left_out']} records without an "
             "alternative are left out."
         )
-    return said
+    return [*said, *words(report)]
+
+
+def words(report: Mapping[str, Any]) -> Iterator[str]:
+    """Say in a sentence what was found, and one about the paths where they were asked for."""
+    others = {name: one for name, one in report.get("conditions", {}).items() if name != "own"}
+    if others:
+        found = {name: one["score_difference"] for name, one in others.items()}
+        metric = next(iter(others.values()))["score"]["metric"]
+        said = sentence(found, "own", len(report["answers"]), metric)
+        moved = [name for name, one in others.items() if differs(one["log_likelihood_difference"])]
+        quiet = [name for name in moved if not differs(found[name])]
+        yield f"{said[:-1]}; log p does differ with {listed(quiet)}." if quiet else said
+    if path := report.get("path"):
+        one, visible = {**path, "mean": path["difference"], "p": None}, [path["visible"]]
+        way = "more" if path["difference"] > 0 else "less"
+        yield f"On {path['records']:,} records: " + (
+            f"the answer follows the path that is fed {way} often than the other {sure(one, True)}."
+            if differs(one)
+            else f"no difference is found between the path that is fed and the other, where {unseen(visible, True)}."
+        )
 
 
 def told(report: Mapping[str, Any]) -> Told:

@@ -1,29 +1,18 @@
-"""Paired differences between two conditions on the same records: intervals and tests. N records."""
+"""Paired differences between two conditions on the same records: intervals, tests, what a test can see. N records."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from statistics import NormalDist, pstdev
 
 import numpy as np
 
-from mirage_ds.evaluate.scoring import wilson
+from mirage_ds.evaluate.scoring import RESAMPLES, bootstrap, is_binary  # noqa: F401  # study reports resample as often
 
-RESAMPLES = 10_000
-# Resamples drawn at a time: their indices take 8 bytes a record.
-_CHUNK = 500
-
-
-def bootstrap(values: Sequence[float], seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % percentile interval of the mean of N records' values, by resampling records.
-
-    Raises:
-        ValueError: there is no value.
-    """
-    if not len(values):
-        raise ValueError("no value to resample")
-    array, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
-    sizes = [min(_CHUNK, resamples - at) for at in range(0, resamples, _CHUNK)]
-    means = [array[rng.integers(len(array), size=(size, len(array)))].mean(1) for size in sizes]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
+# A difference that is found in so many of all samples would have shown.
+POWER = 0.8
+# Chances below it are left out of sums.
+_NEVER = 1e-10
 
 
 def mcnemar(one: Sequence[float], other: Sequence[float]) -> float:
@@ -49,39 +38,114 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def is_binary(values: Iterable[float]) -> bool:
-    """Tell whether all values are 0 or 1."""
-    return {float(value) for value in values} <= {0.0, 1.0}
+def binomial(count: int, share: float) -> np.ndarray:
+    """Return the chances of 0 to `count` hits, (count + 1,) float64."""
+    hits = np.arange(count + 1)
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
+    share = min(max(share, 1e-300), 1 - 1e-16)
+    ways = logs[-1] - logs - logs[::-1]
+    return np.asarray(np.exp(ways + hits * math.log(share) + (count - hits) * math.log1p(-share)))
 
 
-def average(values: Sequence[float], seed: int) -> dict[str, float]:
-    """Average N records' values.
+@lru_cache(maxsize=1 << 16)
+def _wins_needed(count: int, alpha: float) -> int:
+    """Return how many of `count` records that differ one side must win for a p of at most alpha."""
+    p = 2 * np.cumsum(binomial(count, 0.5)[::-1])
+    return count + 1 - int((p <= alpha).sum())
 
-    Returns:
-        {"mean", "low", "high"}: the 95 % interval is Wilson's where all values are 0 or 1, else by bootstrap.
+
+def mcnemar_power(count: int, discordant: float, apart: float, alpha: float) -> float:
+    """Return how often the exact McNemar test finds a true difference between two shares.
+
+    The unconditional power (Duffy, Biometrics 40, 1984; in SAS/STAT: PROC POWER, PAIREDFREQ, DIST=EXACT_COND): over
+    every number of records that differ, its chance times the chance that the test then rejects.
+
+    Args:
+        count: N; discordant: the share of records, in truth, on which the two differ.
+        apart: the difference, 0 to `discordant`; alpha: of the test.
     """
-    low, high = wilson(sum(values), len(values)) if is_binary(values) else bootstrap(values, seed)
-    return {"mean": float(sum(values) / len(values)), "low": low, "high": high}
+    found = 0.0
+    for differ, chance in enumerate(binomial(count, discordant)):
+        if chance > _NEVER:
+            wins, needed = binomial(differ, (1 + apart / discordant) / 2), _wins_needed(differ, alpha)
+            found += float(chance * (wins[needed:].sum() + wins[: differ - needed + 1].sum()))
+    return found
 
 
-def difference(values: Sequence[float], base: Sequence[float], seed: int) -> dict[str, float | None]:
+def least(power: Callable[[float], float], most: float) -> float | None:
+    """Return the smallest difference, up to `most`, that is found with POWER; None where not even `most` is.
+
+    Args:
+        power: of a difference; it does not fall.
+    """
+    low, high = 0.0, most
+    if most <= 0 or power(most) < POWER:
+        return None
+    for _ in range(13):
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(middle) >= POWER else (middle, high)
+    return high
+
+
+def visible_share(count: int, discordant: float, alpha: float) -> float | None:
+    """Return the smallest true difference of two shares that the exact McNemar test finds with POWER.
+
+    Args:
+        discordant: the share of N records on which the two differ, as observed. Of a larger difference it is that
+            difference, all of it in one direction, which is the case that shows soonest.
+    """
+    return least(lambda apart: mcnemar_power(count, max(discordant, apart), apart, alpha), 1.0)
+
+
+def visible_mean(error: float) -> float:
+    """Return the smallest true mean whose 95 % interval leaves out 0 with POWER; 0 without an error.
+
+    (z(0.975) + z(POWER)) · error, the normal approximation (Chow, Shao and Wang, Sample Size Calculations in Clinical
+    Research, 2008, section 3.1).
+
+    Args:
+        error: standard error of the mean.
+    """
+    return (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(POWER)) * error
+
+
+def difference(values: Sequence[float], base: Sequence[float], seed: int, tests: int = 1) -> dict[str, float | None]:
     """Compare N records' values with those of the same records under another condition.
+
+    Args:
+        tests: how many such comparisons are adjusted together.
 
     Returns:
         {"mean", "low", "high"} of the records' differences, with a 95 % bootstrap interval, and "p": exact McNemar
-        where all values are 0 or 1, else None.
+        where all values are 0 or 1, else None. "visible": the smallest difference that would show with POWER, by the
+        rule of `differs`, at the strictest level of Holm's; None where none would. It is 0 where numbers that are not
+        all 0 or 1 differ by the same in every record.
     """
     apart = [float(a) - float(b) for a, b in zip(values, base, strict=True)]
     low, high = bootstrap(apart, seed)
-    p = mcnemar(values, base) if is_binary([*values, *base]) else None
-    return {"mean": sum(apart) / len(apart), "low": low, "high": high, "p": p}
+    found = {"mean": sum(apart) / len(apart), "low": low, "high": high}
+    if not is_binary([*values, *base]):
+        return {**found, "p": None, "visible": visible_mean(pstdev(apart) / math.sqrt(len(apart)))}
+    discordant = sum(map(bool, apart)) / len(apart)
+    visible = visible_share(len(apart), discordant, 0.05 / tests)
+    return {**found, "p": mcnemar(values, base), "visible": visible}
+
+
+def differs(one: Mapping[str, float | None]) -> bool:
+    """Tell whether a difference was found: its p, adjusted where there are several, is at most 5 %.
+
+    Where there is no p: its 95 % interval leaves out 0.
+    """
+    p = one["p"] if one.get("p_holm") is None else one["p_holm"]
+    low, high = one["low"] or 0.0, one["high"] or 0.0
+    return (low > 0 or high < 0) if p is None else p <= 0.05
 
 
 def differences(
     values: Mapping[str, Sequence[float]], base: Sequence[float], seed: int
 ) -> dict[str, dict[str, float | None]]:
     """Compare several conditions with one; "p_holm" are their p-values adjusted together."""
-    found = {name: difference(own, base, seed) for name, own in values.items()}
+    found = {name: difference(own, base, seed, len(values)) for name, own in values.items()}
     tested = {name: one["p"] for name, one in found.items() if one["p"] is not None}
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     return {name: {**one, "p_holm": adjusted.get(name)} for name, one in found.items()}

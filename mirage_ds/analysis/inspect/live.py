@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,16 +10,9 @@ from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect.look import Look, look, see
 from mirage_ds.analysis.inspect.run import Thought, taught
 from mirage_ds.data.record import Record
-from mirage_ds.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def need_matplotlib() -> None:
-    """UserError where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError('pictures need matplotlib, which is not installed; pip install "mirage-ds[plot]"')
 
 
 def looks(bench: Bench, record: Record, thought: Thought, title: str) -> Iterator[Look]:
@@ -62,9 +54,8 @@ def figures(bench: Bench, records: Sequence[Record]) -> dict[str, Figure]:
 
     Raises:
         RecordError: a record cannot be used, or an image is missing or does not decode.
-        UserError: logits are not finite, or matplotlib is not installed.
+        NotFinite: logits are not.
     """
-    need_matplotlib()
     bench = replace(bench, encoder=replace(bench.encoder, stage="stage2"))
     found: dict[str, Figure] = {}
     for record in records:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect.corpus import Corpus, gather, project, readings
-from mirage_ds.analysis.inspect.live import drawings, looks, need_matplotlib
+from mirage_ds.analysis.inspect.live import drawings, looks
 from mirage_ds.analysis.inspect.look import Look, spell
 from mirage_ds.analysis.inspect.page import Section, Shown, page
 from mirage_ds.analysis.inspect.probe import FEWEST_MAPS
 from mirage_ds.analysis.inspect.run import decoded, taught
 from mirage_ds.analysis.inspect.spec import InspectSpec
+from mirage_ds.config.extras import need
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import read_records
@@ -134,7 +135,7 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> Path:
     Raises:
         UserError: what the user can fix in the model, the records or the flags.
     """
-    need_matplotlib()
+    need("plot", "inspect")
     file, rows = spec.data_path, list(dict.fromkeys(spec.rows)) or [0]
     if spec.out.exists():
         raise UserError(f"--out {spec.out} exists; remove it, or choose another")

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from mirage_ds.curate.rewrite import named_task
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
 from mirage_ds.errors import is_text, shown
-from mirage_ds.tasks import get_task, task_name
+from mirage_ds.tasks import DEFAULT, get_task, named_task
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.task import Task
 
@@ -118,17 +117,17 @@ class Judge:
         boxed = last_boxed(record.text_output)
         if boxed is None or not boxed.strip():
             raise record.fault("text_output", r"no answer in \boxed{…}", r"write the answer as \boxed{answer}")
-        name = named_task(record, named) or "boxed"
+        name = named_task(record, named) or DEFAULT
         judge = cls(record, get_task(name), boxed)
         try:
             right = judge.agrees(record.text_output)
         except KeyError as error:
-            how = f"add it: {task_name(name)} scores by it"
+            how = f"add it: {name} scores by it"
             raise record.fault(str(error.args[0]), "missing", how) from None
         if not right:
             raise record.fault(
                 "text_output",
-                f"its own answer {shown(boxed)} is wrong by the scorer of {task_name(name)}",
+                f"its own answer {shown(boxed)} is wrong by the scorer of {name}",
                 "fix it, or leave the row out",
             )
         return judge

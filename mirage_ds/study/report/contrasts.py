@@ -1,11 +1,14 @@
 """Contrasts of a study → differences with intervals, tests and verdicts, as plain dicts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mirage_ds.analysis.controls.statistics import holm
+import numpy as np
+
+from mirage_ds.analysis.controls.statistics import holm, is_binary, visible_mean, visible_share
+from mirage_ds.analysis.controls.words import unseen
 from mirage_ds.study.report.grid import Column, Grid, Misfit, Work, column, line_up
-from mirage_ds.study.report.statistics import compare
+from mirage_ds.study.report.statistics import LEVEL, compare
 from mirage_ds.study.results import Cell
 from mirage_ds.study.spec import ContrastSpec, ReportSpec
 
@@ -135,4 +138,17 @@ def _notes(found: Found, grid: Grid, seeds: Sequence[set[int]]) -> list[str]:
     notes += _kinship(found["families"], len(grid.seeds))
     if not (grid.values[0] != grid.values[1]).any():
         notes.append("the two do not differ in any record: the interval has no width and says nothing about others")
-    return notes
+    return [*notes, *_blind(found, grid)]
+
+
+def _blind(found: Found, grid: Grid) -> Iterator[str]:
+    """Say, where no difference was found and the test can find one, which ones were too small for it."""
+    one, tests = found["difference"], found["p"] is not None and (found["least_p"] or 0) <= LEVEL
+    if not tests or found["p"] <= LEVEL or one["low"] > 0 or one["high"] < 0:
+        return
+    share = float((grid.values[0] != grid.values[1]).mean())
+    # With one seed records are tested; else the interval over seeds and records has to leave out 0.
+    error = (one["high"] - one["low"]) / (2 * 1.959964)
+    visible = visible_share(one["records"], share, LEVEL) if found["test"] == "McNemar" else visible_mean(error)
+    if visible:
+        yield f"of true differences {unseen([visible], is_binary(np.unique(grid.values).tolist()))}"

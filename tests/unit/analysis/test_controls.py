@@ -26,7 +26,6 @@ from mirage_ds.analysis.controls.paths import fork_of, run_paths, verdict
 from mirage_ds.analysis.controls.report import summarize
 from mirage_ds.analysis.controls.run import Outcome, run_conditions
 from mirage_ds.analysis.controls.spec import CONDITIONS, parse_names
-from mirage_ds.analysis.controls.statistics import bootstrap
 from mirage_ds.analysis.controls.teach import rows_of
 from mirage_ds.cli import main
 from mirage_ds.data.encode import Encoder
@@ -36,7 +35,7 @@ from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import answer_records, load_decoder, prompt_of
-from mirage_ds.evaluate.scoring import Prediction
+from mirage_ds.evaluate.scoring import Prediction, bootstrap
 from mirage_ds.model.generate import Generated, Limits, generate, greedy, latent_tokens
 
 K, SEED = 3, 11

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -20,10 +21,10 @@ import torch
 from mirage_ds.analysis.controls.compare import compare
 from mirage_ds.analysis.controls.conditions import Gaussian
 from mirage_ds.analysis.controls.paths import summary
-from mirage_ds.analysis.controls.statistics import average, bootstrap, difference, differences, holm, mcnemar
+from mirage_ds.analysis.controls.statistics import difference, differences, holm, mcnemar
 from mirage_ds.cli import main
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.scoring import wilson
+from mirage_ds.evaluate.scoring import average, bootstrap, wilson
 
 # ---------------------------------------------------------------------------------------------------------- intervals
 
@@ -93,7 +94,8 @@ def test_differences_are_paired_and_adjusted_together() -> None:
     base = [1, 1, 0, 0, 1, 0, 1, 1, 0, 1]
     worse = [0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
     found = differences({"same": base, "worse": worse, "real": [0.5] * 10}, base, seed=3)
-    assert found["same"] == {"mean": 0, "low": 0, "high": 0, "p": 1, "p_holm": 1}
+    same = {key: one for key, one in found["same"].items() if key != "visible"}
+    assert same == {"mean": 0, "low": 0, "high": 0, "p": 1, "p_holm": 1}
     assert found["worse"]["mean"] == pytest.approx(-0.5)
     assert found["worse"]["p"] == float(by_signs(0, 5)) == 0.0625
     # Two of the three can be tested, so the smaller p is doubled.
@@ -287,4 +289,10 @@ def test_compare_the_command(
     apart = report["files"][str(other)]["difference"]
     row = f"-0.100 ({apart['low']:+.3f}, {apart['high']:+.3f})"
     assert row in said
+    # Nine of the ten differ, and yet the two are as good as each other.
+    sentence = f"On 10 records: no difference of success is found between {one} and {other}, where one below"
+    assert re.search(
+        rf"{re.escape(sentence)} \d\d\.\d points would be missed more than 1 time in 5\.\n$", page.read_text()
+    )
+    assert " ".join(said.split()).endswith("would be missed more than 1 time in 5.")
     assert f"| {other} | 0.500 (0.237, 0.763) | {row} | 1.0000 | 1.0000 |" in page.read_text()

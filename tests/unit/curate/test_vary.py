@@ -403,7 +403,7 @@ def test_refused_swaps(odd: Path, refused: Callable[..., str]) -> None:
     rows = lines(odd)
     one = [rows[1], rows[4], rows[0]]
     file = write(odd.parent / "one.jsonl", *one)
-    end = "so there is no other for each; give more records of that level, or leave it out"
+    end = "so there is no other for each; give more records of them, or leave it out"
     assert refused("helper-swap", file) == (
         f"{file}: helper-swap: the record on line 2 is the only one of level 2, {end}"
     )
@@ -420,7 +420,7 @@ def test_refused_swaps(odd: Path, refused: Callable[..., str]) -> None:
     del rows[1]["level"]
     file = write(odd.parent / "none.jsonl", rows[0], rows[1])
     assert refused("helper-swap", file) == (
-        f"{file}, line 2, level: missing, and there is no map_desc; add it: a helper is swapped within its level"
+        f"{file}: helper-swap: the record on line 2 is the only one of the file, {end}"
     )
 
 
@@ -440,7 +440,7 @@ def test_refused_words(odd: Path, built: dict[str, Path], refused: Callable[...,
     assert said(helper | {"task": "own:Task"}) == (
         ", task: 'own:Task' is code, which data must not choose; give it with --task"
     )
-    assert said(helper | {"task": "sta"}).startswith(": unknown task 'sta' (did you mean 'sat'?)")
+    assert said(helper | {"task": "sta"}).startswith(", task: unknown task 'sta' (did you mean 'sat'?)")
     assert said(rows[3] | {"task": PLANNING}) == (
         ", image_output: helper-text needs exactly one helper image; leave the row out"
     )

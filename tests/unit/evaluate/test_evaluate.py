@@ -179,16 +179,28 @@ def test_record_that_cannot_be_scored_is_named() -> None:
 
 def test_task_is_the_named_one_or_the_records_own() -> None:
     file = Path("rows.jsonl")
-    bare, planning = question(1, SMALL), question(2, SMALL, task=PLANNING)
+    bare, planning = question(1, SMALL, task=None), question(2, SMALL, task=PLANNING)
+    boxed = replace(question(4, SMALL), text_output="\\boxed{A}")
     other = replace(question(3, SMALL, task="vsp_spatial_reasoning"), text_output="\\boxed{A}")
-    assert task_of([bare, planning], file, None) == PLANNING
+    assert task_of([planning, planning], file, None) == PLANNING
     assert task_of([bare], file, "VSP_spatial_planning") == PLANNING
     assert task_of([other], file, None) == REASONING
+    # --task wins, whatever the records say; where nobody says anything, their boxes are compared.
+    strange = [question(number, SMALL, task=task) for number, task in enumerate(("VQA", 3, "own:Task", REASONING), 5)]
+    assert task_of([planning, other, *strange], file, PLANNING) == PLANNING
+    assert task_of([boxed, replace(boxed, extra={"task": ""})], file, None) == "boxed"
+    several = f"rows.jsonl: its records are of several tasks (boxed, {PLANNING}); name one that scores all of them with"
     for records, named, sentence in (
-        ([bare], None, "rows.jsonl: its records name 0 tasks; say which scorer to use with --task"),
-        ([planning, other], None, "rows.jsonl: its records name 2 tasks; say which scorer to use with --task"),
-        ([planning, other], PLANNING, f"rows.jsonl: holds records of {REASONING}, not of --task {PLANNING}"),
+        ([boxed, planning], None, several),
+        ([bare], None, "rows.jsonl: neither --task nor its records name a task, and boxed does not fit (record on"),
         ([bare], "vsp-planing", "unknown task 'vsp-planing' (did you mean 'vsp-spatial-planning'?)"),
+        (strange[:1], None, "rows.jsonl, line 5, task: unknown task 'VQA'; there are: vsp-spatial-planning, "),
+        (
+            strange[1:2],
+            None,
+            "rows.jsonl, line 6, task: expected a name, found 3; write it as a string, or give --task",
+        ),
+        (strange[2:], None, "rows.jsonl, line 7, task: 'own:Task' is code, which data must not choose; give it with"),
     ):
         with pytest.raises(UserError) as error:
             task_of(records, file, named)

@@ -36,7 +36,7 @@ from mirage_ds.engine.spelling import read_base
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import UserError
 from mirage_ds.model.load import Loaded, expected_shapes, read_config
-from mirage_ds.model.lora import Lora, check_peft, find_targets, trained_shapes
+from mirage_ds.model.lora import Lora, find_targets, trained_shapes
 from mirage_ds.model.presets import preset
 
 STAGES = (("sft", ROWS), ("stage1", HELPED), ("stage2", ROWS))
@@ -267,13 +267,6 @@ def config_of(**settings: Any) -> RunConfig:
 def test_settings_that_make_no_sense_together_are_refused(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         config_of(**settings)
-
-
-def test_missing_peft_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError) as caught:
-        check_peft("--lora_rank 4")
-    assert str(caught.value) == '--lora_rank 4 needs PEFT, which is not installed: pip install "mirage-ds[lora]"'
 
 
 def test_runs_without_adapters_keep_their_keys(mixed: Path, tmp_path: Path) -> None:

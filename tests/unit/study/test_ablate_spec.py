@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from support.commands import caller
 from support.studies import STAGES, opened, write_study
 
 from mirage_ds.config.run import RunConfig
@@ -436,3 +440,27 @@ def test_a_learning_curve_has_the_means_of_neighbouring_steps() -> None:
     assert found[-1]["step"] == 2 * POINTS + 1
     assert curve_of(log[:3]) == [{"step": 1.0, "loss": 0.5}, {"step": 3.0, "loss": 1.5}]
     assert curve_of([]) == []
+
+
+def test_a_scorer_beside_the_study_is_found_and_its_change_is_a_new_evaluation(
+    tmp_path: Path, nano: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "study").mkdir()
+    own = {"test": {"data_path": "data.jsonl", "task": "own_judge:score"}}
+    file = write_study(tmp_path / "study", nano, evaluations=own)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    call = caller(monkeypatch, capsys, "ablate", "plan", str(file), "--json")
+    said = "error: evaluation test: task own_judge:score: no such module here; put it beside the study's file\n"
+    assert call() == (2, "", said)
+    scorer, found = tmp_path / "study/own_judge.py", []
+    for points in (1, 2, 2):
+        scorer.write_text(f"def score(answer, record): return {points}\n")
+        found.append([node["folder"] for node in json.loads(call()[1])["nodes"]])
+        importlib.invalidate_caches()
+    one, two, same = found
+    assert two == same
+    assert {name for name in one if name in two} == {name for name in one if not name.startswith("evaluate")}
+    # The runs look there too, behind what they were told.
+    assert os.environ["PYTHONPATH"] == f"elsewhere{os.pathsep}{tmp_path / 'study'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -98,11 +99,18 @@ def test_an_installed_command_finds_a_module_in_the_working_directory(tmp_path: 
     ("text", "attribute", "says"),
     [
         (None, "Dots", r"nowhere cannot be imported \(.*No module named 'nowhere'\); fix it, install it"),
-        ("import nothing_such\n", "Dots", r"cannot be imported \(.*No module named 'nothing_such'\)"),
+        ("import nothing_such\n", "Dots", r"\(.*No module named 'nothing_such', /.*own_\w+\.py line 1\)"),
         ("def (\n", "Dots", r"cannot be imported \(SyntaxError: invalid syntax \(own_.*\.py, line 1\)\)"),
-        (HEAD + "class Dots(Task):" + SCORES, "Dot", r"has no Dot \(did you mean 'Dots'\?\); name its class"),
+        (HEAD + "class Dots(Task):" + SCORES, "Dot", r"has no Dot \(did you mean 'Dots'\?\); name what scores in it"),
         ("class Dots: pass\n", "Dots", r"Dots' is no subclass of mirage_ds\.tasks\.task\.Task; make it one"),
-        ("Dots = {}\n", "Dots", r"Dots' is no subclass"),
+        ("Dots = {}\n", "Dots", r"Dots' is \{\}, neither a function nor a class; write def score\(answer, record\)"),
+        (
+            "def f(answer): return 1\n",
+            "f",
+            r"f' cannot be called with an answer and a record \(too many positional arg",
+        ),
+        ("def f(a, b): return 1\n", "g", r"own_\w+ \(/.*own_\w+\.py\) has no g; name what scores in it"),
+        ("x = 1\ny = x / 0\n", "f", r"imported \(ZeroDivisionError: division by zero, .*own_\w+\.py line 2\); fix"),
         (
             HEAD + "class Dots(Task):\n    def prompt(self, row, settings): return ''\n",
             "Dots",
@@ -135,8 +143,8 @@ def test_settings_without_their_way(module: Callable, call: Callable) -> None:
 def test_names() -> None:
     assert task_name(" BLINK_jigsaw ") == "blink-jigsaw"
     assert task_name("a.b_c:D_e") == "a.b_c:D_e"
-    for name in ("a:", ":B", "a.:B", "a:B.c", "1a:B", "a/b:C"):
-        with pytest.raises(UserError, match=r"is not of the form package\.module:Name"):
+    for name in ("a:", ":B", "a.:B", "a:B.c", "1a:B", "a/b:C", "scores.py:points"):
+        with pytest.raises(UserError, match=r"is not of the form package\.module:name; .* like scores:points for"):
             task_name(name)
     for name in TASKS:
         task = get_task(name)
@@ -209,3 +217,100 @@ def test_help_lists_the_tasks_and_each_has_its_own_flags(call: Callable) -> None
     assert "--question_types" in told
     assert "--photos" not in told
     assert call("data", "build", "sta", "--out", "o")[2].startswith("error: unknown task 'sta' (did you mean 'sat'?)")
+
+
+FUNCTIONS = """
+import numpy as np
+from decimal import Decimal
+
+def exact(answer, record): return answer == record["colour"]
+def share(answer, record): return len(set(answer) & set(record["text_output"])) / len(set(record["text_output"]))
+def ten(answer, record): return np.float32(10 * (answer == "red"))
+def several(answer, record): return {"f1": Decimal(answer == "red"), "picked": np.bool_(bool(answer))}
+class _Weighed:
+    def __call__(self, answer, record, weight=2): return weight * len(record["image_input"])
+weighed = _Weighed()
+"""
+
+
+def coloured(line: int, colour: str, **extra: Any) -> Record:
+    return Record(line, "<image>Which?", f"It is {colour}.", ("a.png",), (), {"colour": colour, **extra})
+
+
+@pytest.mark.parametrize(
+    ("function", "first", "means"),
+    [
+        ("exact", "score", {"score": 2 / 3}),
+        # Three of the nine letters of "It is red.", one of the ten of "It is blue.", and none.
+        ("share", "score", {"score": (3 / 9 + 1 / 10 + 0) / 3}),
+        ("ten", "score", {"score": 20 / 3}),
+        ("several", "f1", {"f1": 2 / 3, "picked": 2 / 3}),
+        ("weighed", "score", {"score": 2.0}),
+    ],
+)
+def test_a_function_scores(module: Callable, function: str, first: str, means: dict[str, float]) -> None:
+    name = f"{module(FUNCTIONS)}:{function}"
+    records = [coloured(1, "red"), coloured(2, "blue", task="boxed"), coloured(3, "")]
+    assert task_of(records, Path("f"), name) == name
+    found = score(records, [Prediction("red", [], []), Prediction("red", [4], []), Prediction("", [], [])], name)["all"]
+    assert next(iter(found)) == first
+    assert {key: found[key] for key in means} == pytest.approx(means)
+    assert found["low"] <= found[first] <= found["high"]
+
+
+def test_a_function_sees_the_whole_record(module: Callable) -> None:
+    text = "def f(answer, record):\n    record['seen'] = 1\n    return len(record) == 7 and 'seen' in record\n"
+    record = Record(3, "<image>?", "x", ("a",), ("b",), {"id": 7, "level": "x"})
+    assert score([record] * 2, [Prediction("", [], [])] * 2, f"{module(text)}:f")["all"]["score"] == 1
+    assert sorted(record.extra) == ["id", "level"]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return None", r"record on line 2: task own_\w+:f returned None for the answer ''; return a finite"),
+        ("return '0.5'", r"returned '0\.5' for the answer ''; return a finite number"),
+        ("return float('nan')", r"returned nan for"),
+        ("return {}", r"returned \{\} for"),
+        ("return {'a': 'x'}", r"returned \{'a': 'x'\} for"),
+        ("return {3: 1}", r"returned \{3: 1\} for"),
+        ("return [1, 2]", r"returned \[1, 2\] for"),
+        ("return float(answer)", r"line 2: task \S+ fails for the answer '' \(could not convert string to float: '', "
+         r".*own_\w+\.py line 2\); a scorer must take any text"),
+        ("return record['color']", r"fails for the answer '' \(KeyError: 'color', .*own_\w+\.py line 2\)"),
+        ("return {'loss': 1}", r"task own_\w+:f returns loss, which is something else; rename it"),
+        ("return {'count': 1}", r"returns count, which"),
+        # Found before anything is decoded: the first record's own answer is scored too.
+        ("return {'hit': 1} if answer else {'none': 1}", r"line 2: task \S+ returns hit, and none for line 2;"),
+        ("return 1 if record['colour'] == 'red' else {'hit': 1}", r"on line 5: .* returns hit, and score for line 2"),
+    ],
+)  # fmt: skip
+def test_what_a_function_returns_must_be_numbers(module: Callable, body: str, says: str) -> None:
+    name = f"{module(f'def f(answer, record):{chr(10)}    {body}{chr(10)}')}:f"
+    with pytest.raises(UserError, match=says) as error:
+        task_of([coloured(2, "red"), coloured(5, "blue")], Path("f"), name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_function_neither_builds_nor_has_words(module: Callable, call: Callable) -> None:
+    name = f"{module(FUNCTIONS)}:exact"
+    assert call("data", "build", name, "--out", "o")[2] == f"error: task {name} has no `data build`; it only scores\n"
+    with pytest.raises(UserError, match=f"task {name} has no words for its helper"):
+        get_task(name).helper_text({})
+    with pytest.raises(UserError, match=f"task {name} builds no records"):
+        get_task(name).prompt({}, None)
+
+
+def test_a_module_here_is_found_before_one_of_its_name_elsewhere(tmp_path: Path) -> None:
+    for folder, value in (("site", 0), ("here", 1)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "metrics.py").write_text(f"def score(answer, record): return {value}\n")
+    code = (
+        "import sys; sys.path.remove(''); from mirage_ds.tasks import get_task; before = list(sys.path);"
+        "print(get_task('metrics:score').score_record('', {}), sys.path == [*before, sys.path[-1]], sys.path[-1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "here", capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[3]}{os.pathsep}{tmp_path / 'site'}"},
+    )  # fmt: skip
+    assert done.stdout == f"{{'score': 1.0}} True {tmp_path / 'here'}\n", done.stderr

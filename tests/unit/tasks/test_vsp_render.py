@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mirage_ds.errors import UserError
 from mirage_ds.tasks import maps, render
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -108,26 +107,3 @@ def test_arrow_heads_point_the_way():
     assert not stay.any()
     small = np.array(render.red_path(render.render(board, cell_size=32), [(0, 0), (0, 1)], 32))
     assert (small[16, 20:44] == (255, 0, 0)).all()
-
-
-def test_the_renderers_version_is_part_of_the_data(monkeypatch):
-    found = {"gymnasium": "1.4.0", "pygame": "2.6.1"}
-
-    def version(name):
-        if name not in found:
-            raise render.PackageNotFoundError(name)
-        return found[name]
-
-    monkeypatch.setattr(render, "version", version)
-    with pytest.raises(UserError) as error:
-        render.check_renderer()
-    assert str(error.value) == (
-        "gymnasium 1.4.0 is installed, but only 1.2.3 draws the VSP benchmark's pictures; "
-        'install it with: pip install "mirage-ds[vsp]"'
-    )
-    found["gymnasium"] = "1.2.3"
-    render.check_renderer()
-    for missing in ("pygame", "gymnasium"):
-        del found[missing]
-        with pytest.raises(UserError, match=rf'draw with {missing}, which is not installed.*"mirage-ds\[vsp\]"'):
-            render.check_renderer()
