@@ -204,6 +204,9 @@ def _form(row: dict[str, Any], names: tuple[str, ...], columns: Columns) -> tupl
     Raises:
         MessageError: it has two.
     """
+    asked, answered = columns.question or "prompt", columns.answer or "completion"
+    if isinstance(row.get(asked), list) and columns.layout in (None, "trl") and not columns.messages:
+        return asked, answered
     if columns.question or columns.answer:
         return ()
     keys = [columns.messages] if columns.messages else [key for key in CONVERSATIONS if key in row]
@@ -221,8 +224,7 @@ def _form(row: dict[str, Any], names: tuple[str, ...], columns: Columns) -> tupl
     if len(pairs) > 1:
         first, second = (next(name for name in pair if name in row) for pair in pairs[:2])
         raise MessageError(first, f"stands beside {second}", "a row has one question and one answer")
-    talk = isinstance(row.get("prompt"), list) and columns.layout in (None, "trl")
-    return ("prompt", "completion") if talk else pairs[0] if pairs else ()
+    return pairs[0] if pairs else ()
 
 
 def _turns(
