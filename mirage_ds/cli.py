@@ -61,8 +61,8 @@ data.add_command(rationalize)
 def data_check(file: Path, most: int, columns: str | None, **options: Any) -> None:
     """List every faulty record of FILE: line, field, what is wrong, how to fix it. Exit code 2 if there is one."""
     from mirage_ds.curate.check import check_file, print_faults
+    from mirage_ds.data.folders import unread_lines
     from mirage_ds.data.record_files import told
-    from mirage_ds.data.sources import unread_lines
 
     names = parse_columns(columns)
     for line in told(file, names):

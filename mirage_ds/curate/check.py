@@ -6,11 +6,12 @@ from pathlib import Path
 
 from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.config.run import Stage, cache_folder
+from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
 from mirage_ds.data.record import Fault, Record, RecordError, name_file
 from mirage_ds.data.record_files import read_piece
-from mirage_ds.data.sources import find_files, no_record, pieces
+from mirage_ds.data.sources import no_record, pieces
 from mirage_ds.errors import UserError
 
 

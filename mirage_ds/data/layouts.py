@@ -189,7 +189,7 @@ def _own_pair(row: dict[str, Any], names: tuple[str, ...], columns: Columns, ans
         if name not in row and (answers or role == "question"):
             # Rows of preferences have no answer either.
             refuse_row(row)
-            where = f"missing (the row has {shown(list(row)[:8])})" if not name else f"{name} is missing or empty"
+            where = f"missing (the row has {shown(list(names)[:8])})" if not name else f"{name} is missing or empty"
             raise MessageError(
                 role, where, f"give --columns {role}=COLUMN" if not name else "fill it, or leave the row out"
             )

@@ -25,6 +25,7 @@ from mirage_ds.config.mixture import Records
 from mirage_ds.config.run import cache_folder
 from mirage_ds.data import sources
 from mirage_ds.data.encode import Encoder, beside_each
+from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import BATCH_ROWS, DOUBTS, FORMAT, HEADER, PICTURES, ROWS, Index, hash_of, open_made
 from mirage_ds.data.index_part import Parts, Plan, changed, each_once, part_schema, pictures_of
@@ -42,7 +43,7 @@ PICTURE_BATCH = 4096
 # What a killed run has left behind is removed by a later one, that no longer takes it for another's work in progress.
 ABANDONED_S = 7 * 24 * 3600.0
 # Modules that decide what a row is.
-CODE = """encode flat images index index_part inside kinds layouts literals make_index messages pooling record
+CODE = """encode flat folders images index index_part inside kinds layouts literals make_index messages pooling record
 record_files sample sources"""
 
 
@@ -176,7 +177,7 @@ class Maker:
         Raises:
             UserError: a file is missing or cannot be read, or the cache not written; or a named column is not there.
         """
-        files = sources.find_files(self.data_path)
+        files = find_files(self.data_path)
         list(told(self.data_path, self.columns))
         # Before they are read.
         stamps = [sources.Stamp.of(file) for file in files]

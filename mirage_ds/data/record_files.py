@@ -13,11 +13,12 @@ import click
 
 from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.data.folders import find_files
 from mirage_ds.data.kinds import kind_of
 from mirage_ds.data.layouts import ColumnError, roles_of
 from mirage_ds.data.messages import MessageError, is_absent, is_null
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, name_file, parse_object
-from mirage_ds.data.sources import Piece, find_files, no_record, pieces, rows_of, text_lines
+from mirage_ds.data.sources import Piece, no_record, pieces, rows_of, text_lines
 from mirage_ds.errors import UserError
 
 Raw = str | dict[str, Any]

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from mirage_ds.config.mixture import Mixture, Records, most
+from mirage_ds.data.folders import find_files
 from mirage_ds.data.index import Index
 from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import summary
 from mirage_ds.data.sample import ImageKeys
-from mirage_ds.data.sources import find_files
 from mirage_ds.errors import UserError
 
 # A share of dropped rows above this is worth a line in the log; --max_dropped_share decides when it is an error.

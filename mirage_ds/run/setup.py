@@ -15,11 +15,11 @@ import torch
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.data.folders import unread_lines
 from mirage_ds.data.loader import Loader
 from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import told
 from mirage_ds.data.selection import WARN_DROPPED_SHARE, Selection, content, describe
-from mirage_ds.data.sources import unread_lines
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.adapter import note_of
 from mirage_ds.engine.card import model_card

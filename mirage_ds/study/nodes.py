@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from mirage_ds.analysis.controls.spec import parse_names
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.run import RunConfig
-from mirage_ds.data.sources import find_files
+from mirage_ds.data.folders import find_files
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
 from mirage_ds.study.results import CONTROLS, SCORES

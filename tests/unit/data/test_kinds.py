@@ -27,8 +27,9 @@ from mirage_ds.config.mixture import Mixture, Part
 from mirage_ds.config.run import RunConfig
 from mirage_ds.curate.check import check_file
 from mirage_ds.data.encode import Encoder
+from mirage_ds.data.folders import find_files, unread, unread_lines
 from mirage_ds.data.record_files import read_piece, scan
-from mirage_ds.data.sources import find_files, pieces, unread, unread_lines
+from mirage_ds.data.sources import pieces
 from mirage_ds.engine.setup import World
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import UserError

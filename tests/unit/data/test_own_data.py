@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from mirage_ds.cli import cli
 from mirage_ds.config.columns import parse_columns
-from mirage_ds.data import sources
+from mirage_ds.data import folders, sources
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import read_piece, read_records, scan, told
@@ -288,7 +288,7 @@ def test_every_layout_is_the_same_records(
     shutil.copytree(bars[0], folder)
     source, names = write(folder, rows), parse_columns(columns)
     monkeypatch.setattr(sources, "PIECE_BYTES", 150)
-    files = sources.find_files(source)
+    files = folders.find_files(source)
     cut = list(sources.pieces(files))
     trained: list[Any] = [one for piece in cut for one in read_piece(piece, files[piece.file], tmp_path / "p", names)]
     wanted = expected(folder, rows)
