@@ -24,14 +24,14 @@ def rows_of_frame(data: Any) -> Iterator[dict[str, Any]]:
         UserError: a row is none.
     """
     rows: Iterable[Any] = data
+    if isinstance(data, Mapping):
+        raise UserError("records: a dict of data; give one data set of it, such as data['train']")
     if hasattr(data, "with_format"):
         rows = (row for part in data.with_format("arrow").iter(BATCH_ROWS) for row in part.to_pylist())
     elif hasattr(data, "to_pylist"):
         rows = data.to_pylist()
     elif hasattr(data, "to_dict") and hasattr(data, "columns"):
         rows = data.to_dict("records")
-    elif isinstance(data, Mapping):
-        raise UserError("records: a dict of data; give one data set of it, such as data['train']")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise UserError(f"record on line {number}: expected a dict, found {type(row).__name__}; write one")

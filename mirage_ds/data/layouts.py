@@ -14,6 +14,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from mirage_ds.config.columns import RECOGNISED, Columns, Layout
@@ -163,6 +164,7 @@ def _pair(row: dict[str, Any], question: str, answer: str) -> Iterator[_Turn]:
         yield _turn(answer, "assistant", _taken(row, answer, str))
 
 
+@lru_cache(4096)
 def _plain(name: str) -> str:
     """Return a column's name without case, a plural, and what says that it holds a path: `Image path` is image."""
     name = re.sub(r"[\s-]+", "_", name.strip().lower())
@@ -307,14 +309,12 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
     """Return a record's keys, and (role, column) of what was read."""
     names = tuple(row)
     left = {key: value for key, value in row.items() if not is_absent(value)}
-    if "image" in left and "images" in left and not columns.image:
-        raise MessageError("image", "stands beside images", "write all pictures of the row under images")
-    own = {
-        "image": columns.image or tuple(name for name in ("image", "images") if name in left),
-        "helper": columns.helper,
-    }
-    images, helpers = images_of(left, own["image"]), images_of(left, own["helper"])
     form = _form(left, names, columns)
+    shown_under = [name for name in ("image", "images") if name in left and form]
+    if len(shown_under) > 1 and not columns.image:
+        raise MessageError("image", "stands beside images", "write all pictures of the row under images")
+    own = {"image": columns.image or tuple(shown_under), "helper": columns.helper}
+    images, helpers = images_of(left, own["image"]), images_of(left, own["helper"])
     if form and answers:
         refuse_row(left)
     turns = _turns(left, names, form, columns, answers)
@@ -389,13 +389,10 @@ def _read_any(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any]
     if chosen or not ("text_input" in row or bare):
         return _read(row, columns, answers)
     made = dict(row)
-    for role, field in zip(
-        Columns._fields[:4], ("text_input", "text_output", "image_input", "image_output"), strict=True
-    ):
+    for role, field in zip(Columns._fields, FIELDS, strict=False):
         named = [name for own, name in columns.named if own == role and name in made and name != field]
-        for name in named:
-            if not is_absent(made.get(field)):
-                raise MessageError(field, f"stands beside {name}", f"a record has one; leave {role}= out of --columns")
+        if named and not is_absent(made.get(field)):
+            raise MessageError(field, f"stands beside {named[0]}", f"a record has one; leave {role}= out of --columns")
         if named:
             found = [made.pop(name) for name in named]
             made[field] = found[0] if len(found) == 1 else found
