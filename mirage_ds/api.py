@@ -10,7 +10,7 @@ batch, N rows, S emitted tokens, k latents a latent block, H hidden.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -20,12 +20,14 @@ from PIL import Image
 from safetensors.torch import save
 from torch.utils.data import Dataset
 
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.run import Compress, Slots, Stage
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import Encoder
+from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder, upright_rgb
-from mirage_ds.data.record import IMAGE_MARK, Record, RecordError, make_record
-from mirage_ds.data.record_files import read_records
+from mirage_ds.data.record import IMAGE_MARK, Record, RecordError
+from mirage_ds.data.record_files import read_records, record_of
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import (
@@ -287,19 +289,21 @@ class Mirage:
 
     def rows(
         self,
-        data: str | Path | Iterable[Mapping[str, Any]],
+        data: Any,
         stage: Stage = "stage2",
         *,
         latent_size: int | None = None,
         slots: Slots | None = None,
         compress_strategy: Compress = "average",
         image_root: str | Path | None = None,
+        columns: str | None = None,
     ) -> Rows:
         """Encode records as a stage trains on them.
 
         Args:
-            data: a file of JSON lines, or records as dicts (data/README.md); relative paths are from the file, or from
-                the working directory.
+            data: a file or folder that training reads, a pandas frame, a data set of `datasets`, or dicts
+                (data/README.md); relative paths are from the file, or from the working directory.
+            columns: the names of its own columns, "question=…,answer=…,image=…,helper=…"; obvious ones are recognised.
             latent_size: k; the folder's own if None. The rest as the settings of a run of these names.
 
         Raises:
@@ -307,12 +311,12 @@ class Mirage:
         """
         if slots == "auxiliary":
             raise UserError("slots: auxiliary rows are packed by a training run alone; take another value")
-        root = Path(image_root) if image_root else None
+        root, names = Path(image_root) if image_root else None, parse_columns(columns)
         if isinstance(data, (str, Path)):
-            records, finder = read_records(Path(data)), ImageFinder.beside(Path(data), root)
+            records, finder = read_records(Path(data), columns=names), ImageFinder.beside(Path(data), root)
         else:
             try:
-                records = [make_record(dict(one), line) for line, one in enumerate(data, 1)]
+                records = [record_of(one, line, True, None, names) for line, one in enumerate(rows_of_frame(data), 1)]
             except RecordError as error:
                 raise UserError(f"record on {error}") from None
             finder = ImageFinder(tuple(one.resolve() for one in (root, Path.cwd()) if one))

@@ -11,6 +11,7 @@ from mirage_ds.analysis.controls.command import compare, controls
 from mirage_ds.analysis.inspect.command import inspect
 from mirage_ds.cluster.doctor.command import doctor
 from mirage_ds.cluster.status.command import status
+from mirage_ds.config.columns import COLUMNS_HELP, parse_columns
 from mirage_ds.config.command import config
 from mirage_ds.config.flags import CONTEXT, RunCommand, build_model, model_options
 from mirage_ds.config.run import RunConfig, read_yaml
@@ -56,13 +57,18 @@ data.add_command(rationalize)
 @click.option("--model", "model_folder", type=_PATH, help="Model folder whose tokenizer and limits are applied.")
 @click.option("--latent_size", default=4, show_default=True, help="k: a helper needs as many merged tokens.")
 @click.option("--confine_paths", is_flag=True, help="Images outside FILE's folder and --image_root are faults.")
-@click.option("--most", default=50, show_default=True, help="Faults listed at most.")
-def data_check(file: Path, most: int, **options: Any) -> None:
+@click.option("--columns", help=COLUMNS_HELP)
+@click.option("--most", default=50, show_default=True, help="Kinds of faults listed at most.")
+def data_check(file: Path, most: int, columns: str | None, **options: Any) -> None:
     """List every faulty record of FILE: line, field, what is wrong, how to fix it. Exit code 2 if there is one."""
     from mirage_ds.curate.check import check_file, print_faults
-    from mirage_ds.data.sources import unread_lines
+    from mirage_ds.data.folders import unread_lines
+    from mirage_ds.data.record_files import told
 
-    count, faults = check_file(file, **options)
+    names = parse_columns(columns)
+    for line in told(file, names):
+        print(line)
+    count, faults = check_file(file, columns=names, **options)
     print_faults(file, count, faults, most)
     for line in unread_lines(file):
         print(line)
@@ -91,11 +97,12 @@ def data_index(yaml_file: Path | None, **flags: Any) -> None:
 @click.option("--rows", help="Lines to show, like 1,5-8; the first 20 records if not set.")
 @click.option("--out", type=Output(), help="Write one page, .html or .png; without it text is printed.")
 @click.option("--image_root", type=_PATH, help="Second place where relative image paths are looked for.")
-def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path | None) -> None:
+@click.option("--columns", help=COLUMNS_HELP)
+def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path | None, columns: str | None) -> None:
     """Show records of FILE: question, images, answer with its latents marked, other keys, faults."""
     from mirage_ds.curate.show import as_text, read_shown, write_page
 
-    records = read_shown(file, rows, image_root)
+    records = read_shown(file, rows, image_root, parse_columns(columns))
     if out is None:
         click.echo(as_text(records))
     else:
@@ -111,6 +118,7 @@ def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path |
 )
 @click.option("--out", required=True, type=Output(folder=True), help="Folder to write.")
 @click.option("--text", "texts", multiple=True, type=_PATH, help="Records whose text trains the tokenizer.")
+@click.option("--columns", help=COLUMNS_HELP)
 @click.option("--tokenizer", "tokenizer_from", type=_PATH, help="Folder whose tokenizer is taken instead.")
 @click.option("--tokenizer_size", default=512, show_default=True, help="Entries of the trained tokenizer.")
 @click.option("--seed", default=42, show_default=True)

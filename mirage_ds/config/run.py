@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from mirage_ds.config.columns import COLUMNS_HELP, ColumnsText
 from mirage_ds.config.mixture import Records, records_of
 from mirage_ds.errors import UserError, is_text, reason, shown
 
@@ -89,9 +90,11 @@ class RunConfig(BaseModel):
 
     # data
     data_path: Path | tuple[Path, ...] = Field(
-        description="Records: a JSON-lines or Parquet file, a folder of such files, or a glob pattern in quotes. May "
-        "be given several times: all records together, or in proportion as FILE:WEIGHT."
+        description="Records: a file (JSON lines, JSON array, CSV, Parquet, Arrow), a folder of such files or of "
+        "`datasets`, or a glob pattern in quotes. May be given several times: all records together, or in proportion "
+        "as FILE:WEIGHT."
     )
+    columns: ColumnsText = Field(None, description=COLUMNS_HELP)
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
     max_length: PositiveInt = Field(4096, description="Longer rows are dropped and counted, never cut.")
     max_dropped_share: float = Field(0.1, ge=0, le=1, description="Refuse to train when more rows are dropped.")

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.config.run import Stage, cache_folder
+from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
 from mirage_ds.data.record import Fault, Record, RecordError, name_file
 from mirage_ds.data.record_files import read_piece
-from mirage_ds.data.sources import find_files, no_record, pieces
+from mirage_ds.data.sources import no_record, pieces
 from mirage_ds.errors import UserError
 
 
@@ -44,11 +46,12 @@ def check_file(
     model_folder: Path | None,
     latent_size: int,
     confine_paths: bool = False,
+    columns: Columns = RECOGNISED,
 ) -> tuple[int, list[Fault]]:
     """Check every record: its form, its images, and with a model folder its encoding for a stage.
 
     Args:
-        data_path: a JSON-lines or Parquet file, a folder of such files, or a glob pattern.
+        data_path: a file, a folder of files, or a glob pattern.
 
     Returns:
         The number of records, and the faults in the order of the records.
@@ -70,7 +73,7 @@ def check_file(
     for piece in track(list(pieces(files)), "checking", transient=True):
         own = finder.of(files[piece.file], pictures)
         measure = replace(encoder, finder=own).measure if encoder else None
-        for record in read_piece(piece, files[piece.file], pictures):
+        for record in read_piece(piece, files[piece.file], pictures, columns):
             count += 1
             found = [record] if isinstance(record, Fault) else _faults(record, own, stage, measure)
             faults += [name_file(fault, files, piece.file) for fault in found]
@@ -80,7 +83,7 @@ def check_file(
 
 
 def print_faults(file: Path, count: int, faults: list[Fault], most: int) -> None:
-    """Print the faults as a table, or one line when there is none."""
+    """Print the faults as a table, those that are alike once, or one line when there is none."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -93,9 +96,14 @@ def print_faults(file: Path, count: int, faults: list[Fault], most: int) -> None
     title = Text(f"{file}: {len(faults)} fault(s) in {count} records")
     several = any(fault.file for fault in faults)
     table = Table(*(["file"] if several else []), "line", "field", "what", "how to fix", title=title)
-    for fault in faults[:most]:
+    groups: dict[tuple[str, ...], list[Fault]] = {}
+    for fault in faults:
+        groups.setdefault((fault.field, fault.what, fault.how), []).append(fault)
+    for alike in list(groups.values())[:most]:
+        fault, more = alike[0], f" and {len(alike) - 3} more" if len(alike) > 3 else ""
         own = [Text(fault.file)] if several else []
-        table.add_row(*own, str(fault.line), fault.field, Text(fault.what), Text(fault.how))
+        lines = ", ".join(str(one.line) for one in alike[:3]) + more
+        table.add_row(*own, lines, fault.field, Text(fault.what), Text(fault.how))
     console.print(table)
-    if faults[most:]:
-        console.print(f"… and {len(faults) - most} more (--most)")
+    if len(groups) > most:
+        console.print(f"… and {sum(map(len, list(groups.values())[most:]))} more (--most)")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mirage_ds.config.columns import LAYOUTS
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
-from mirage_ds.curate.layouts import LAYOUTS, Layout
 from mirage_ds.curate.spec import KINDS, ImportSpec, Kind, MixSpec, RationalizeSpec, VarySpec
 from mirage_ds.errors import UserError
 
@@ -54,31 +54,36 @@ def mix(files: tuple[str, ...], **flags: Any) -> None:
 
 
 @click.command("import", context_settings=CONTEXT)
-@click.argument("layout", type=click.Choice(LAYOUTS), metavar="LAYOUT")
-@click.argument("source")
+@click.argument("source", nargs=-1, required=True, metavar="SOURCE")
 @model_options(ImportSpec)
-def import_(layout: Layout, source: str, **flags: Any) -> None:
-    """Write a records file of conversations in another trainer's layout.
+def import_(source: tuple[str, ...], **flags: Any) -> None:
+    """Write a records file of rows in another layout, or with columns of your own.
 
-    \b
-    LAYOUT is one of
-      swift          ms-swift: messages, or query and response, or instruction and output
-      llama-factory  conversations or messages, or instruction and output
-      trl            messages, or prompt and completion
-
-    SOURCE is a JSON, JSON-lines, Parquet or Arrow file, or the name of a data set of the Hub. The first row that a
-    record cannot hold (videos, sound, boxes, tools, bad answers) ends the import.
+    SOURCE is a file (JSON lines, JSON array, CSV, Parquet, Arrow), a folder of such files, one that `datasets` has
+    saved, an image folder with its metadata, or the name of a data set of the Hub. The layouts of ms-swift,
+    LLaMA-Factory and TRL are recognised, and so are columns with obvious names; --columns names others. The first row
+    that a record cannot hold (videos, sound, boxes, tools, bad answers) ends the import.
     """
     from mirage_ds.curate.importing import import_records
     from mirage_ds.tasks.report import progress_bar
 
+    # `import LAYOUT SOURCE`, as it was called before layouts were recognised.
+    if len(source) == 2 and source[0].replace("_", "-") in LAYOUTS:
+        flags["layout"] = source[0].replace("_", "-")
+        source = source[1:]
+    if len(source) > 1:
+        raise UserError(
+            f"import {' '.join(source)}: names several sources; import one at a time, `data mix` joins them"
+        )
     spec = build_model(ImportSpec, flags)
     with progress_bar("pictures") as progress:
-        written, rounds = import_records(layout, source, spec, progress)
-    _tell(written)
-    if rounds:
+        found = import_records(source[0], spec, progress)
+    for line in found.forms:
+        click.echo(line)
+    _tell(found.written)
+    if found.rounds:
         click.echo(
-            f"of {rounds} record(s) with several answers the last is learnt, the others stand before the question"
+            f"of {found.rounds} record(s) with several answers the last is learnt, the others stand before the question"
         )
 
 

@@ -22,7 +22,7 @@ def mix(parts: Sequence[Part], spec: MixSpec) -> Written:
     """
     new_target(spec)  # before the records are read
     weighted = mixture_of(parts).weights or []
-    sources = [Source.read(part.file, spec.image_root) for part in parts]
+    sources = [Source.read(part.file, spec) for part in parts]
     counts = _counts(sources, weighted, spec.count)
     taken = [iter(_take(source, counts[at], spec.seed, at)) for at, source in enumerate(sources)]
     turns = [at for at, count in enumerate(counts) for _ in range(count)]

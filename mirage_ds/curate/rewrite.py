@@ -6,11 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+from mirage_ds.config.columns import parse_columns
+from mirage_ds.config.run import cache_folder
 from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.inside import folder_of_pictures
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
+from mirage_ds.tasks.draft import Picture
+from mirage_ds.tasks.tables import suffix_of
 from mirage_ds.tasks.write import Row
 
 
@@ -23,8 +29,8 @@ class Source:
     finder: ImageFinder
 
     @classmethod
-    def read(cls, file: Path, image_root: Path | None, most: int | None = None) -> Source:
-        """Read a JSON-lines file.
+    def read(cls, file: Path, spec: Reading, most: int | None = None) -> Source:
+        """Read a file or folder of records.
 
         Args:
             most: take only the first so many records.
@@ -32,10 +38,10 @@ class Source:
         Raises:
             UserError: no such file, or a record among those taken that has not the format.
         """
-        records, faults = scan(file)
+        records, faults = scan(file, columns=parse_columns(spec.columns))
         if faults and (most is None or len(records) < most or faults[0].line < records[most - 1].line):
             raise UserError(f"{file}, {faults[0]}")
-        return cls(file, records[:most], ImageFinder.beside(file, image_root))
+        return cls(file, records[:most], ImageFinder.beside(file, spec.image_root))
 
     @contextmanager
     def told(self, record: Record) -> Iterator[None]:
@@ -54,9 +60,44 @@ class Source:
     def row(self, record: Record) -> Row:
         """Make the row that a record is already; UserError where an image is not there."""
         with self.told(record):
-            inputs = tuple(place_of(record, "image_input", path, self.finder) for path in record.image_input)
-            helpers = tuple(place_of(record, "image_output", path, self.finder) for path in record.image_output)
-        return Row(record.text_input, record.text_output, inputs, helpers, dict(record.extra))
+            return row_of(record, self.finder, folder_of_pictures(cache_folder(None)))
+
+
+class Reading(Protocol):
+    """The settings by which records are read."""
+
+    @property
+    def image_root(self) -> Path | None:
+        """Second place of their images."""
+
+    @property
+    def columns(self) -> str | None:
+        """The names of their own columns."""
+
+
+def row_of(record: Record, finder: ImageFinder, inside: Path) -> Row:
+    """Make the row that a record is already.
+
+    Args:
+        inside: where pictures lie that stood inside the records; they are written beside the new ones.
+
+    Raises:
+        RecordError: an image is not there, or cannot be decoded.
+    """
+
+    def taken(name: str, path: str) -> Path | Picture:
+        place = place_of(record, name, path, finder)
+        if not place.is_relative_to(inside.resolve()):
+            return place
+        content = place.read_bytes()
+        try:
+            return Picture.stored(content, suffix_of(content, "that"))
+        except ValueError as error:
+            raise record.fault(name, f"a picture {error}", "write it as a file, and its path") from None
+
+    inputs = tuple(taken("image_input", path) for path in record.image_input)
+    helpers = tuple(taken("image_output", path) for path in record.image_output)
+    return Row(record.text_input, record.text_output, inputs, helpers, dict(record.extra))
 
 
 def place_of(record: Record, name: str, path: str, finder: ImageFinder) -> Path:

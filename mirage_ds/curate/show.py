@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 from PIL import Image, ImageDraw, ImageFont
 
+from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Fault, Record, RecordError, parse_record
-from mirage_ds.data.record_files import need_lines, read_lines
+from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Fault, Record, RecordError
+from mirage_ds.data.record_files import Raw, places, record_of, told
 from mirage_ds.errors import UserError, shown
 from mirage_ds.files import write_atomically
 from mirage_ds.tasks import TASKS, get_task
@@ -80,24 +82,26 @@ def parse_rows(text: str) -> set[int]:
     return lines
 
 
-def read_shown(file: Path, rows: str | None, image_root: Path | None) -> list[Shown]:
-    """Read lines of a records file with their pictures.
+def read_shown(file: Path, rows: str | None, image_root: Path | None, columns: Columns = RECOGNISED) -> list[Shown]:
+    """Read lines of a file or folder of records with their pictures.
 
     Args:
-        rows: line numbers, as `parse_rows` reads them; the first records for None.
+        rows: line numbers, of several files places among all records, as `parse_rows` reads them; the first records
+            for None.
 
     Raises:
         UserError: no such file, no such line.
     """
-    need_lines(file)
     wanted = parse_rows(rows) if rows else None
+    for said in told(file, columns):
+        click.echo(said, err=True)
     finder = ImageFinder.beside(file, image_root)
     found: list[Shown] = []
-    for line, text in read_lines(file):
+    for line, _, _, row in places(file):
         if wanted is None and len(found) == FIRST:
             break
         if wanted is None or line in wanted:
-            found.append(_shown(text, line, finder))
+            found.append(_shown(row, line, finder, columns))
     missing = sorted((wanted or set()) - {one.line for one in found})
     if missing or not found:
         what = f"no record on line {missing[0]}" if missing else "no record"
@@ -105,17 +109,17 @@ def read_shown(file: Path, rows: str | None, image_root: Path | None) -> list[Sh
     return found
 
 
-def _shown(text: str, line: int, finder: ImageFinder) -> Shown:
+def _shown(row: Raw, line: int, finder: ImageFinder, columns: Columns) -> Shown:
     faults: list[Fault] = []
     try:
-        record = parse_record(text, line)
+        record = record_of(row, line, True, None, columns)
     except RecordError as error:
         faults.append(error.fault)
         try:
             # What is wrong with its answer does not keep its question from being shown.
-            record = parse_record(text, line, answers=False)
+            record = record_of(row, line, False, None, columns)
         except RecordError:
-            return Shown(line, [], [text], [], faults)
+            return Shown(line, [], [row if isinstance(row, str) else shown(row, 2000)], [], faults)
     before = "".join(f"{turn['role']}: {turn['content']}\n" for turn in record.turns_before)
     asked = f"{before}user: {record.text_input}" if before else record.text_input
     question = _laid(asked, IMAGE_MARK, "image", _places(record, "image_input", finder, faults))

@@ -5,6 +5,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, Field, HttpUrl, model_validator
 
+from mirage_ds.config.columns import COLUMNS_HELP, ColumnsText, Layout
 from mirage_ds.tasks.task import Settings
 
 Kind = Literal[
@@ -21,6 +22,7 @@ class RewriteSpec(Settings):
 
     seed: int = Field(0, description="the same seed gives the same bytes")
     image_root: Path | None = Field(None, description="second place where relative image paths are looked for")
+    columns: ColumnsText = Field(None, description=COLUMNS_HELP[0].lower() + COLUMNS_HELP[1:])
 
 
 class VarySpec(RewriteSpec):
@@ -32,9 +34,10 @@ class VarySpec(RewriteSpec):
 
 
 class ImportSpec(RewriteSpec):
-    """Where conversations of another layout lie."""
+    """Whose rows are read, and how."""
 
-    helper_key: str = Field("helper_images", description="key of a row that holds its helper images")
+    layout: Layout | None = Field(None, description="the trainer whose layout the rows have [default: recognised]")
+    helper_key: str | None = Field(None, description="the same as --columns helper=…")
     split: str = Field("train", description="of a data set of the Hub")
     most: int | None = Field(None, ge=1, description="take only the first so many rows")
 
@@ -76,6 +79,7 @@ class RationalizeSpec(BaseModel, extra="forbid"):
     seed: int | None = Field(None, ge=0, lt=2**31, description="of the draws; a server is sent one only where given")
     max_pixels: int | None = Field(None, ge=784, description="larger images are made smaller before they are shown")
     image_root: Path | None = Field(None, description="second place where relative image paths are looked for")
+    columns: ColumnsText = Field(None, description=COLUMNS_HELP[0].lower() + COLUMNS_HELP[1:])
     most: int | None = Field(None, ge=1, description="take only the first so many records")
 
     @model_validator(mode="after")

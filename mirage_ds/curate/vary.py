@@ -55,7 +55,7 @@ def vary(kind: Kind, file: Path, spec: VarySpec, progress: Advance | None = None
     """
     new_target(spec)  # before the records are read
     _check_flags(kind, spec)
-    source = Source.read(file, spec.image_root, spec.most)
+    source = Source.read(file, spec, spec.most)
     for record in source.records:
         with source.told(record):
             _check_images(kind, record)

@@ -110,12 +110,13 @@ class ImageFinder:
 
     @classmethod
     def beside(cls, data_path: Path, image_root: Path | None, confine: bool = False) -> ImageFinder:
-        """Make the finder of one records file.
+        """Make the finder of a file or folder of records.
 
         Args:
             confine: refuse images outside the file's folder and the image root.
         """
-        own = tuple(f.resolve() for f in (data_path.parent, image_root) if f is not None)
+        beside = data_path if data_path.is_dir() else data_path.parent
+        own = tuple(f.resolve() for f in (beside, image_root) if f is not None)
         return cls((*own, Path.cwd().resolve()), own if confine else None)
 
     def of(self, file: Path, pictures: Path) -> ImageFinder:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from mirage_ds.config.columns import Columns
 from mirage_ds.data import sources
 from mirage_ds.data.encode import Encoder, beside_each
 from mirage_ds.data.images import Key
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
         files, stamps: the records, and what they were before they were read.
         source: hash of them (sources.data_hash).
         pieces: of the files, in their order; none before `Maker.begin`.
+        columns: see make_index.Maker.
     """
 
     place: Path
@@ -42,6 +44,7 @@ class Plan(NamedTuple):
     stamps: list[Stamp]
     source: str
     pieces: list[Piece]
+    columns: Columns
 
     @property
     def parts(self) -> Path:
@@ -167,7 +170,7 @@ class Parts:
         first = self.first[self.plan.files[piece.file].parent]
         encoder = self.encoders[first]
         rows = []
-        for found in read_piece(piece, self.plan.files[piece.file], self.pictures):
+        for found in read_piece(piece, self.plan.files[piece.file], self.pictures, self.plan.columns):
             row = encode_row(found, encoder, self.keep) | {"file": piece.file, "pictures": []}
             for _, path in () if isinstance(found, Fault) else found.images(helpers=encoder.stage == "stage1"):
                 row["pictures"].append({"file": first, "path": path} | encoder.finder.sight(path)._asdict())

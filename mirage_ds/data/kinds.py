@@ -1,19 +1,20 @@
-"""What a file of records is, by its first bytes: JSON lines, Parquet, or what has to be converted first."""
+"""What a file of records is, by its first bytes: JSON lines, an array, CSV, Parquet, Arrow, or to be converted."""
 
 import re
 import shlex
 from pathlib import Path
+from typing import Literal
 
 from mirage_ds.errors import UserError
+
+Kind = Literal["parquet", "arrow", "array", "table", "lines"]
 
 HEAD_BYTES = 4096
 BOM = b"\xef\xbb\xbf"
 # In a cure, FILE and NEW stand for the file's name and for that of the converted one.
 _UNPACK = "unpack it first: {} -dc FILE > NEW.jsonl"
 _RECODE = "save it as UTF-8: iconv -f {} -t UTF-8 FILE > NEW.jsonl"
-_TABLE = """python -c "import pandas; pandas.{}, dtype=str).to_json('NEW.jsonl', orient='records', lines=True)\""""
-_LOADED = "datasets.load_dataset('arrow', data_files='FILE', split='train')"
-_ARROW = f"""python -c "import datasets; {_LOADED}.to_parquet('NEW.parquet')\""""
+_TABLE = """python -c "import pandas; pandas.{}, dtype=str).to_csv('NEW.csv', index=False)\""""
 _EXCEL = ("an Excel table", _TABLE.format("read_excel('FILE'"))
 _SIGNS = (
     (b"\x1f\x8b", "compressed with gzip", _UNPACK.format("gzip")),
@@ -29,8 +30,6 @@ _SIGNS = (
     (b"\xfe\xff", "UTF-16 text", _RECODE.format("UTF-16")),
     *((sign, "UTF-16 text", _RECODE.format("UTF-16LE")) for sign in (b"{\0", b"[\0")),
     *((sign, "UTF-16 text", _RECODE.format("UTF-16BE")) for sign in (b"\0{", b"\0[")),
-    (b"ARROW1", "an Arrow file", _ARROW),
-    (b"\xff\xff\xff\xff", "an Arrow file", _ARROW),
     (b"\xd0\xcf\x11\xe0", *_EXCEL),
     (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself: git lfs pull"),
     (b"<!DOCTYPE", "an HTML page", "download the file itself"),
@@ -38,7 +37,7 @@ _SIGNS = (
 )
 _ROWS = re.compile(rb"\[\s*\{")
 # A first line of names with separators between them.
-_NAMES = re.compile(rb"[\"']?[A-Za-z_][\w .-]*[\"']?([,;\t])")
+_NAMES = re.compile(rb"[\"']?[A-Za-z_][\w .-]*[\"']?[,;\t]")
 
 
 def head_of(path: Path) -> bytes:
@@ -47,38 +46,36 @@ def head_of(path: Path) -> bytes:
         return file.read(HEAD_BYTES).removeprefix(BOM).lstrip(b" \t\r\n")
 
 
-def is_parquet(path: Path) -> bool:
-    """Tell whether a file is Parquet: by its content or, where that is damaged, by its name."""
-    return path.suffix.lower() == ".parquet" or head_of(path).startswith(b"PAR1")
-
-
-def is_arrow(path: Path) -> bool:
-    """Tell whether a file holds Arrow's own format, as `datasets` saves it."""
-    return head_of(path).startswith((b"ARROW1", b"\xff\xff\xff\xff"))
-
-
-def is_array(path: Path) -> bool:
-    """Tell whether a file is a JSON array."""
-    return head_of(path).startswith(b"[")
-
-
-def need_json_lines(path: Path) -> None:
-    """Refuse a file that is no JSON lines as a whole.
+def kind_of(path: Path) -> Kind:
+    """Tell what a file of records is.
 
     Raises:
-        UserError: it says what the file is, and the command that converts it.
+        UserError: it has to be converted first; it says what the file is, and the command.
+        OSError: it cannot be read.
     """
-    found = _other_kind(head_of(path), path.suffix.lower())
+    head, suffix = head_of(path), path.suffix.lower()
+    if suffix == ".parquet" or head.startswith(b"PAR1"):
+        return "parquet"
+    # As Feather has it, and as `datasets` saves it.
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow"
+    found = _other_kind(head, suffix)
     if found:
         what, how = found
         new = path.with_name(f"{path.name.split('.')[0] or 'rows'}_converted")
         for word, name in (("FILE", path), ("NEW", new)):
             how = how.replace(word, str(name) if "python" in how else shlex.quote(str(name)))
-        raise UserError(f"{path}: {what}, not JSON lines; {how}")
+        raise UserError(f"{path}: {what}, not records; {how}")
+    if _ROWS.match(head):
+        return "array"
+    # What follows could be JSON lines of which the first is broken, so the second line must not look like one.
+    rest = head.partition(b"\n")[2].lstrip()
+    named = suffix in (".csv", ".tsv") and not head.startswith(b"{")
+    return "table" if named or (_NAMES.match(head) and not rest.startswith(b"{")) else "lines"
 
 
 def _other_kind(head: bytes, suffix: str) -> tuple[str, str] | None:
-    """Return what a file is instead of JSON lines, and the cure; None where it may be JSON lines."""
+    """Return what a file is that cannot be read as it lies, and the cure; None where it can."""
     if head.startswith(b"PK\x03\x04") and (suffix == ".xlsx" or b"[Content_Types].xml" in head[:64]):
         return _EXCEL
     for sign, what, how in _SIGNS:
@@ -88,15 +85,7 @@ def _other_kind(head: bytes, suffix: str) -> tuple[str, str] | None:
         return "a tar archive", "unpack it first: tar -xf FILE"
     if b"\0" in head[:16]:
         return "a binary file", "write the records as JSON, one object a line"
-    # What follows could be JSON lines of which the first is broken, so the second line must not look like one.
     first, _, rest = head.partition(b"\n")
-    rest = rest.lstrip()
-    if _ROWS.match(head):
-        return "a JSON array", "write one object a line: jq -c '.[]' FILE > NEW.jsonl"
-    if first.strip() == b"{" and rest.startswith(b'"'):
+    if first.strip() == b"{" and rest.lstrip().startswith(b'"'):
         return "JSON over several lines", "write one object a line: jq -c . FILE > NEW.jsonl"
-    names = _NAMES.match(first)
-    if names and not rest.startswith(b"{"):
-        separator = names[1].decode().replace("\t", "\\t")
-        return "a table (CSV)", _TABLE.format(f"read_csv('FILE', sep='{separator}'")
     return None

@@ -20,15 +20,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.progress import track
 
+from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.config.mixture import Records
 from mirage_ds.config.run import cache_folder
 from mirage_ds.data import sources
 from mirage_ds.data.encode import Encoder, beside_each
+from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import BATCH_ROWS, DOUBTS, FORMAT, HEADER, PICTURES, ROWS, Index, hash_of, open_made
 from mirage_ds.data.index_part import Parts, Plan, changed, each_once, part_schema, pictures_of
 from mirage_ds.data.inside import folder_of_pictures, writable
 from mirage_ds.data.load import fingerprint
+from mirage_ds.data.record_files import told
 from mirage_ds.data.ship import from_workers
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync
@@ -40,7 +43,8 @@ PICTURE_BATCH = 4096
 # What a killed run has left behind is removed by a later one, that no longer takes it for another's work in progress.
 ABANDONED_S = 7 * 24 * 3600.0
 # Modules that decide what a row is.
-CODE = "encode images index index_part inside literals make_index messages pooling record record_files sample sources"
+CODE = """encode flat folders images index index_part inside kinds layouts literals make_index messages pooling record
+record_files sample sources"""
 
 
 class Writer:
@@ -154,7 +158,7 @@ class Maker:
 
     Attributes:
         data_path: as the user has given it.
-        keep, quiet, check_images: see open_index.
+        keep, quiet, check_images, columns: see open_index.
         tick: is called again and again.
     """
 
@@ -165,22 +169,24 @@ class Maker:
     quiet: bool = True
     check_images: bool = False
     tick: Callable[[], None] = lambda: None
+    columns: Columns = RECOGNISED
 
     def plan(self) -> Plan:
         """Find the records and the key of their index.
 
         Raises:
-            UserError: a file is missing or cannot be read, or the cache not written.
+            UserError: a file is missing or cannot be read, or the cache not written; or a named column is not there.
         """
-        files = sources.find_files(self.data_path)
+        files = find_files(self.data_path)
+        list(told(self.data_path, self.columns))
         # Before they are read.
         stamps = [sources.Stamp.of(file) for file in files]
         hashes = []
         for file in files:
             hashes.append(sources.content_hash(file, self.cache))
             self.tick()
-        key = key_of(files, hashes, self.encoder, self.keep)
-        return Plan(self.cache / "index" / key, files, stamps, sources.data_hash(hashes), [])
+        key = key_of(files, hashes, self.encoder, self.keep, self.columns)
+        return Plan(self.cache / "index" / key, files, stamps, sources.data_hash(hashes), [], self.columns)
 
     def open(self, plan: Plan) -> Index | None:
         """Open what is there; where that is damaged or, as far as is looked, of other images, it is removed."""
@@ -290,7 +296,9 @@ class Maker:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def key_of(files: Sequence[Path], hashes: Sequence[str], encoder: Encoder, keep: Sequence[str]) -> str:
+def key_of(
+    files: Sequence[Path], hashes: Sequence[str], encoder: Encoder, keep: Sequence[str], columns: Columns
+) -> str:
     """Hash of all that an index is a function of, but for the images."""
     finder = encoder.finder
     code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE.split())
@@ -298,7 +306,12 @@ def key_of(files: Sequence[Path], hashes: Sequence[str], encoder: Encoder, keep:
         format=FORMAT,
         # So that nobody who fixes the encoding trains on rows from before.
         code=hashlib.sha256(code).hexdigest(),
-        records=[(str(file.parent.resolve()), content) for file, content in zip(files, hashes, strict=True)],
+        # A table is known by its name too.
+        records=[
+            (str(file.parent.resolve()), content, file.suffix.lower())
+            for file, content in zip(files, hashes, strict=True)
+        ],
+        columns=columns.named,
         encoder=fingerprint(encoder),
         keep=sorted(keep),
         # The first looks beside the records, the last in the working directory, which rarely decides anything.
@@ -315,6 +328,7 @@ def open_index(
     cache_dir: Path | None = None,
     quiet: bool = True,
     check_images: bool = False,
+    columns: Columns = RECOGNISED,
 ) -> Index:
     """Open the index of a records source; it is made first where there is none, and anew where it does not hold.
 
@@ -325,11 +339,12 @@ def open_index(
         cache_dir: holds the index; ~/.cache/mirage_ds if None.
         quiet: show no progress.
         check_images: look at every image file, not only at those of records with a fault.
+        columns: the names of the records' own columns.
 
     Raises:
         UserError: a file is missing, cannot be read or changes meanwhile, there is no record, or no room.
     """
-    maker = Maker(data_path, encoder, keep, cache_folder(cache_dir), quiet, check_images)
+    maker = Maker(data_path, encoder, keep, cache_folder(cache_dir), quiet, check_images, columns=columns)
     plan = maker.plan()
     index = maker.open(plan)
     if index is None:

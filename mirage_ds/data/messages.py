@@ -1,4 +1,4 @@
-"""Conversations: `messages` with content items, as a record's own keys. Imports nothing heavy.
+"""Conversations: `messages` with content items, and what of them a record can hold; layouts.py reads them.
 
     {"messages": [
         {"role": "system", "content": "You plan."},
@@ -6,7 +6,7 @@
         {"role": "assistant", "content": [{"type": "latent", "image": "path.png"}, {"type": "text", "text": "RIGHT"}]}]}
 
 The last user message is the question, the last assistant message the answer that is learnt; what stands before them is
-kept in TURNS_BEFORE, with `<image>` where an image stands.
+kept in TURNS_BEFORE, with `<image>` where an image stands. Imports nothing heavy.
 """
 
 import math
@@ -134,82 +134,3 @@ def check_turns(turns: Any, field: str = TURNS_BEFORE) -> list[dict[str, str]]:
     if wanted != "user":
         raise MessageError(field, "they end with a user message", "the question itself is text_input")
     return found
-
-
-def from_messages(messages: Any, answers: bool) -> dict[str, Any]:
-    """Turn a conversation into text_input, text_output, image_input, image_output and TURNS_BEFORE.
-
-    Args:
-        answers: whether it must end with an answer; a question may stand last otherwise.
-
-    Raises:
-        MessageError: it does not have the format.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise MessageError("messages", f"expected a list of messages, found {shown(messages)}", "write at least two")
-    images: list[Any] = []
-    helpers: list[Any] = []
-    turns = [_turn(message, number, images, helpers) for number, message in enumerate(messages, 1)]
-    answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
-    if answer is None and answers:
-        raise MessageError("messages", "the last one is no assistant's", "end with the answer that is to be learnt")
-    if answers and not is_learnt(messages[-1], ("role", "content"), f"messages {len(messages)}"):
-        raise not_learnt(f"messages {len(messages)}")
-    if not turns or turns[-1]["role"] != "user":
-        raise MessageError("messages", "no user message before the answer", "write the question before it")
-    question = turns.pop()["content"]
-    before = check_turns(turns, "messages")
-    return {
-        "text_input": question,
-        "text_output": answer or "",
-        **({"image_input": images} if images else {}),
-        **({"image_output": helpers} if helpers else {}),
-        **({TURNS_BEFORE: before} if before else {}),
-    }
-
-
-def _turn(message: Any, number: int, images: list[Any], helpers: list[Any]) -> dict[str, str]:
-    where = f"messages {number}"
-    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-        how = f"write a role ({', '.join(ROLES)}) and a content"
-        raise MessageError(where, f"expected a message, found {shown(message)}", how)
-    content, role = message.get("content"), str(message["role"])
-    is_learnt(message, ("role", "content"), where)
-    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(items, list):
-        raise MessageError(where, f"its content is {shown(content)}", "write a text or a list of items")
-    return {"role": role, "content": "".join(_item(item, where, role, images, helpers) for item in items)}
-
-
-def _item(item: Any, where: str, role: str, images: list[Any], helpers: list[Any]) -> str:
-    kind = item.get("type") if isinstance(item, Mapping) else None
-    if kind in ("text", "image", "latent"):
-        check_keys(item, ("type", "text" if kind == "text" else "image"), where)
-    if kind == "text" and isinstance(item.get("text"), str):
-        for mark in (IMAGE_MARK, HELPER_MARK):
-            if mark in item["text"]:
-                how = "images and latents are items here; `mirage-ds data import` reads layouts that write marks"
-                raise MessageError(where, f"a text holds {mark}", how)
-        return str(item["text"])
-    if kind == "image":
-        if role != "user":
-            raise MessageError(
-                where, f"a {role} message holds an image", 'the helper of an answer is {"type": "latent"}'
-            )
-        images.append(_image(item, where))
-        return IMAGE_MARK
-    if kind == "latent":
-        if role != "assistant":
-            raise MessageError(where, f"a {role} message holds latents", "only the answer may hold them")
-        if item.get("image") is not None:
-            helpers.append(_image(item, where))
-        return HELPER_MARK
-    raise MessageError(where, f"no item {shown(item)}", "there are text, image and latent items")
-
-
-def _image(item: Mapping[str, Any], where: str) -> Any:
-    """Return what stands for an item's picture: a path, or the picture itself (inside.py)."""
-    image = item.get("image")
-    if not image or not isinstance(image, (str, bytes, Mapping)):
-        raise MessageError(where, f"an item's image is {shown(image)}", "write its path")
-    return image

@@ -5,8 +5,8 @@
     image_input   a path or a list of paths (or what inside.py reads)
     image_output  the helper image: a path, or a list for several latent blocks; may be absent
 
-or `messages`, a conversation with content items (messages.py), in place of these four. `turns_before` holds the
-messages before the question. Other keys are kept as they are.
+or a row as others have it (layouts.py): `messages`, another trainer's layout, the user's own columns. `turns_before`
+holds the messages before the question. Other keys are kept as they are.
 """
 
 import json
@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.config.run import cache_folder
 from mirage_ds.data.inside import folder_of_pictures, path_of
+from mirage_ds.data.layouts import read_row
 from mirage_ds.data.messages import (
     FIELDS,
     HELPER_MARK,
@@ -24,20 +26,12 @@ from mirage_ds.data.messages import (
     TURNS_BEFORE,
     MessageError,
     check_turns,
-    from_messages,
-    is_absent,
     is_null,
-    refuse_row,
 )
 from mirage_ds.errors import is_text, shown, strict_json
 
 # Where null means as much as nothing.
 NULLABLE = (*FIELDS, "messages", TURNS_BEFORE)
-# Keys by which other trainers' rows are known, and their layout.
-FOREIGN = {
-    **{"conversations": "llama-factory", "instruction": "llama-factory"},
-    **{"query": "swift", "conversation": "swift", "prompt": "trl", "completion": "trl"},
-}
 # Python's own limit depends on who calls the parser, and a line must be a fault for all or for none.
 MAX_DEPTH = 64
 
@@ -180,48 +174,24 @@ def parse_object(text: str, line: int) -> dict[str, Any]:
     return values
 
 
-def _check_beside(values: dict[str, Any], answers: bool) -> None:
-    """MessageError where something stands beside `messages` that another trainer would take into account."""
-    pictures = next((name for name in ("images", "image") if not is_absent(values.get(name))), None)
-    if pictures:
-        how = "pictures are items of a message here; `mirage-ds data import` reads layouts that list them"
-        raise MessageError(pictures, "stands beside messages", how)
-    if answers:
-        refuse_row(values)
-
-
-def _missing(values: dict[str, Any]) -> tuple[str, str]:
-    """Say what is wrong with a row that lacks a text, and what to do: rows of other trainers are imported."""
-    what = "missing"
-    if not any(name in values for name in FIELDS):
-        what += f" (the row has {shown(list(values)[:8])})"
-    layout = next((layout for key, layout in FOREIGN.items() if key in values), None)
-    how = f"`mirage-ds data import {layout}` reads such rows" if layout else "add it as a string"
-    return what, how
-
-
-def parse_record(text: str, line: int, answers: bool = True, pictures: Path | None = None) -> Record:
-    """Parse one JSON line; RecordError when it does not have the format.
+def make_record(
+    row: str | dict[str, Any],
+    line: int,
+    answers: bool = True,
+    pictures: Path | None = None,
+    columns: Columns = RECOGNISED,
+) -> Record:
+    """Make a record of a JSON line, or of a row's keys and values; RecordError when it does not have the format.
 
     Args:
+        row: in the public format, in another layout, or with the user's own columns (layouts.py).
         answers: whether the record must have an answer; questions alone are enough to decode.
         pictures: where pictures that stand in the record are written; a folder of the user's cache if None.
     """
-    return make_record(parse_object(text, line), line, answers, pictures)
-
-
-def make_record(values: dict[str, Any], line: int, answers: bool = True, pictures: Path | None = None) -> Record:
-    """Make a record of its keys and values; RecordError when they do not have the format.
-
-    Args:
-        answers, pictures: see parse_record.
-    """
+    values = parse_object(row, line) if isinstance(row, str) else row
     values = {key: value for key, value in values.items() if not (key in NULLABLE and is_null(value))}
     try:
-        if "messages" in values and "text_input" not in values:
-            _check_beside(values, answers)
-            messages = values.pop("messages")
-            values |= from_messages(messages, answers)
+        values = read_row(values, columns, answers)
         if TURNS_BEFORE in values:
             values[TURNS_BEFORE] = check_turns(values[TURNS_BEFORE])
     except MessageError as error:
@@ -230,7 +200,7 @@ def make_record(values: dict[str, Any], line: int, answers: bool = True, picture
         values.setdefault("text_output", "")
     for name in ("text_input", "text_output"):
         if name not in values:
-            raise RecordError(Fault(line, name, *_missing(values)))
+            raise RecordError(Fault(line, name, "missing", "add it as a string"))
         if not isinstance(values[name], str):
             raise RecordError(
                 Fault(line, name, f"expected a string, found {shown(values[name])}", "write it as a string")

@@ -1,43 +1,79 @@
-"""Files of records: JSON lines and Parquet → Records and faults."""
+"""Files of records of every form that training reads → Records and faults."""
 
+from __future__ import annotations
+
+import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mirage_ds.data.kinds import is_parquet, need_json_lines
-from mirage_ds.data.messages import is_null
-from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record
-from mirage_ds.data.sources import Piece, rows_of, text_lines
+import click
+
+from mirage_ds.config.columns import RECOGNISED, Columns
+from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.data.folders import find_files
+from mirage_ds.data.kinds import kind_of
+from mirage_ds.data.layouts import ColumnError, roles_of
+from mirage_ds.data.messages import MessageError, is_absent, is_null
+from mirage_ds.data.record import Fault, Record, RecordError, make_record, name_file, parse_object
+from mirage_ds.data.sources import Piece, no_record, pieces, rows_of, text_lines
 from mirage_ds.errors import UserError
+
+Raw = str | dict[str, Any]
+# Rows of a file by which its columns are known.
+LOOKED = 1000
+
+
+class Place(NamedTuple):
+    """A row as it lies.
+
+    Attributes:
+        number: its line; of several files its place among all records, from 1.
+        file: its number among `files`.
+    """
+
+    number: int
+    file: int
+    line: int
+    row: Raw
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of each line of a file that is not blank; see text_lines.
+    """Yield (line number from 1, text) of each line of a JSON-lines file that is not blank; see text_lines.
 
     Raises:
-        UserError: the file as a whole is something else.
+        UserError: the file is missing, or as a whole something else.
     """
-    need_json_lines(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of records")
+    if kind_of(path) != "lines":
+        raise UserError(f"{path}: not JSON lines; write one object a line")
     with path.open("rb") as file:
         yield from text_lines(file)
 
 
-def _records(
-    rows: Iterable[tuple[int, str | dict[str, Any]]], answers: bool, pictures: Path | None
+def record_of(row: Raw, line: int, answers: bool, pictures: Path | None, columns: Columns) -> Record:
+    """Make the record of a row as it lies in its file; RecordError as make_record."""
+    if not isinstance(row, str) and "text_input" in row:
+        # A row of a table has every column of its file: what it lacks is null there.
+        row = {name: value for name, value in row.items() if not is_null(value)}
+    return make_record(row, line, answers, pictures, columns)
+
+
+def records_of_rows(
+    rows: Iterable[tuple[int, Raw]], answers: bool, pictures: Path | None, columns: Columns
 ) -> Iterator[Record | Fault]:
+    """Yield what each row holds: a Record, or the Fault of one without the format."""
     for line, row in rows:
         try:
-            if isinstance(row, str):
-                yield parse_record(row, line, answers, pictures)
-            else:
-                # A row of Parquet has every column of its file: what it lacks is null there.
-                own = {name: value for name, value in row.items() if not is_null(value)}
-                yield make_record(own, line, answers, pictures)
+            yield record_of(row, line, answers, pictures, columns)
         except RecordError as error:
             yield error.fault
 
 
-def read_piece(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fault]:
+def read_piece(piece: Piece, file: Path, pictures: Path, columns: Columns = RECOGNISED) -> Iterator[Record | Fault]:
     """Yield what each record of a piece holds: a Record, or the Fault of one without the format.
 
     Args:
@@ -47,47 +83,121 @@ def read_piece(piece: Piece, file: Path, pictures: Path) -> Iterator[Record | Fa
     Raises:
         UserError: the file cannot be read.
     """
-    return _records(rows_of(piece, file), True, pictures)
+    return records_of_rows(rows_of(piece, file), True, pictures, columns)
 
 
-def need_lines(path: Path) -> None:
-    """Refuse a folder, Parquet and what is not there; UserError says so. The rest read_lines says."""
-    if path.is_dir() or (path.is_file() and is_parquet(path)):
-        raise UserError(
-            f"{path}: training reads folders and Parquet, this command reads one JSON-lines file; give such a file"
-        )
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of records")
+def places(path: Path) -> Iterator[Place]:
+    """Yield the rows of a source, as they lie; UserError where a file cannot be read."""
+    files = find_files(path)
+    count = 0
+    for piece in pieces(files):
+        for line, row in rows_of(piece, files[piece.file]):
+            count += 1
+            yield Place(line if len(files) == 1 else count, piece.file, line, row)
 
 
-def read_records(path: Path, answers: bool = True) -> list[Record]:
-    """Read a whole file as `scan` does; its first fault is a UserError."""
-    records, faults = scan(path, answers)
+def read_records(path: Path, answers: bool = True, columns: Columns = RECOGNISED) -> list[Record]:
+    """Read a whole source as `scan` does; its first fault is a UserError."""
+    records, faults = scan(path, answers, columns)
     if faults:
-        raise UserError(f"{path}: {faults[0]}; `mirage-ds data check {path}` lists all faults")
+        said, _ = summary(faults, len(records) + len(faults))
+        raise UserError(f"{path}: {said}; `mirage-ds data check {path}` lists all faults")
     return records
 
 
-def scan(path: Path, answers: bool = True) -> tuple[list[Record], list[Fault]]:
-    """Read a whole file; return the records that have the format and the faults of the others.
+def scan(path: Path, answers: bool = True, columns: Columns = RECOGNISED) -> tuple[list[Record], list[Fault]]:
+    """Read a whole source; return the records that have the format and the faults of the others.
+
+    Of several files a record's line is its place among all records, and its paths are from the first file's folder.
 
     Args:
-        answers: see parse_record.
+        answers: see make_record.
 
     Raises:
-        UserError: the file is missing, cannot be read, or holds no record.
+        UserError: a file is missing, cannot be read, or there is no record; or the files lie in several folders.
     """
     records: list[Record] = []
     faults: list[Fault] = []
-    try:
-        need_lines(path)
-        for found in _records(read_lines(path), answers, None):
-            if isinstance(found, Fault):
-                faults.append(found)
-            else:
-                records.append(found)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a readable file of records") from None
+    files = find_files(path)
+    if len({file.parent for file in files}) > 1:
+        raise UserError(f"{path}: training reads files of several folders, this command those of one; name one folder")
+    for line in told(path, columns):
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(line, err=True)
+    for place in places(path):
+        try:
+            record = record_of(place.row, place.line, answers, None, columns)
+            records.append(replace(record, line=place.number))
+        except RecordError as error:
+            faults.append(name_file(error.fault, files, place.file))
     if not records and not faults:
-        raise UserError(f"{path}: holds no record; expected one JSON object a line")
+        raise no_record(path)
     return records, faults
+
+
+def summary(faults: Iterable[Fault], count: int) -> tuple[str, int]:
+    """Say the first fault; where others are like it, with their number and three of their lines.
+
+    Returns:
+        The sentence, and how many faults it covers.
+    """
+    alike: list[Fault] = []
+    number = 0
+    for fault in faults:
+        if not alike or (fault.field, fault.what, fault.how) == (alike[0].field, alike[0].what, alike[0].how):
+            number += 1
+            alike += [fault] if number <= 3 else []
+    first, lines = alike[0], ", ".join(str(one.line) for one in alike)
+    if number == 1:
+        return str(first), 1
+    place = f"{first.file} lines" if first.file else "lines"
+    return f"{first.field}: {first.what} in {number} of {count} records, e.g. {place} {lines}; {first.how}", number
+
+
+def told(data_path: Records, columns: Columns = RECOGNISED) -> Iterator[str]:
+    """Say of each form of row in a source what its columns are taken for, unless all are named.
+
+    Raises:
+        UserError: a column that is named is not there, or it cannot be known which one is meant.
+    """
+    said: set[str] = set()
+    for path in [part.file for part in data_path.parts] if isinstance(data_path, Mixture) else [data_path]:
+        for file in find_files(path):
+            form = form_of(str(file), (row for piece in pieces([file]) for _, row in rows_of(piece, file)), columns)
+            if form and form not in said:
+                said.add(form)
+                yield said_of(file, form)
+
+
+def said_of(source: object, form: str) -> str:
+    """Say for what the columns of a source are taken."""
+    return f"{source}: read as {form} (--columns names others)"
+
+
+def form_of(source: str, rows: Iterable[Raw], columns: Columns) -> str:
+    """Return what was guessed of the first rows, as --columns has it; "" where nothing was.
+
+    Raises:
+        UserError: see told.
+    """
+    names: dict[str, None] = {}
+    form, own = None, False
+    for raw in islice(rows, LOOKED):
+        try:
+            row = parse_object(raw, 1) if isinstance(raw, str) else raw
+            names |= dict.fromkeys(row)
+            own |= is_absent(row.get("text_input"))
+            if form is None:
+                roles = roles_of(row, columns)
+                guessed = {*roles} - {*columns.named, ("messages", "messages")}
+                form = ",".join(f"{role}={name}" for role, name in roles) if guessed else ""
+        except ColumnError as error:
+            raise UserError(f"{source}: {error}") from None
+        except (MessageError, RecordError):
+            continue
+        if all(name in names for _, name in columns.named):
+            break
+    for role, name in columns.named if own else ():
+        if name not in names:
+            raise UserError(f"--columns {role}={name}: {source} has no such column; it has {', '.join([*names][:20])}")
+    return form or ""

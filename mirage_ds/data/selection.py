@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from mirage_ds.config.mixture import Mixture, Records, most
+from mirage_ds.data.folders import find_files
 from mirage_ds.data.index import Index
 from mirage_ds.data.record import Fault
+from mirage_ds.data.record_files import summary
 from mirage_ds.data.sample import ImageKeys
-from mirage_ds.data.sources import find_files
 from mirage_ds.errors import UserError
 
 # A share of dropped rows above this is worth a line in the log; --max_dropped_share decides when it is an error.
@@ -69,10 +70,10 @@ def _lists(data_path: Records) -> str:
     return f"{commands} {'lists' if len(files) == 1 else 'list'} them"
 
 
-def faults_error(data_path: Records, first: Fault, count: int) -> UserError:
-    """Make the error that says the first fault of the records and counts the others."""
-    rest = f" (and {count - 1} more: {_lists(data_path)})" if count > 1 else ""
-    return UserError(f"{data_path}: {first}{rest}")
+def faults_error(data_path: Records, first: Fault | str, count: int, alike: int = 1) -> UserError:
+    """Make the error that says the first fault of the records, with what is alike, and counts the others."""
+    others = f"and {count - alike} more: " if count > alike else ""
+    return UserError(f"{data_path}: {first}" + (f" ({others}{_lists(data_path)})" if count > 1 else ""))
 
 
 def judge_faults(data_path: Records, first: Fault, count: int, records: int, max_bad_share: float | None) -> None:
@@ -113,6 +114,9 @@ def usable(
             or no row is left.
     """
     if rows.faults:
+        said, alike = summary(rows.all_faults(), len(rows))
+        if max_bad_share is None:
+            raise faults_error(data_path, said, rows.faults, alike)
         first = next(rows.all_faults())
         judge_faults(data_path, first, rows.faults, len(rows), max_bad_share)
         if rows.faults == len(rows):

@@ -1,28 +1,28 @@
-"""Where records come from: JSON-lines and Parquet files, one of them, a folder or a glob pattern; read piece by piece.
+"""Where records come from: files of records, one of them, a folder or a glob pattern; read piece by piece.
 
-Files are taken in the order of their names. A record's line counts from 1 within its file; in Parquet it is the row.
-Pictures inside a record (inside.py) are written into the cache once and are read from there like any other.
+Files are taken in the order of their names. A record's line counts from 1 within its file; in JSON arrays, Parquet and
+Arrow it is the row. Pictures inside a record (inside.py) are written into the cache once and are read from there like
+any other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.config.mixture import Records
+from mirage_ds.data.flat import array_items, header_of, table_rows
+from mirage_ds.data.folders import find_files, unreadable
 from mirage_ds.data.inside import writable
-from mirage_ds.data.kinds import head_of, is_parquet, need_json_lines
+from mirage_ds.data.kinds import Kind, head_of, kind_of
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_new
 
-SUFFIXES = (".jsonl", ".parquet")
 # A piece is what one process makes at a time, and what a killed start loses: some hundred records.
 PIECE_BYTES = 1 << 18
 # Rows of a Parquet file lie in groups, and to reach a row all before it in its group are read.
@@ -30,12 +30,6 @@ PIECE_ROWS = 8192
 BATCH_ROWS = 256
 # A file that was written just now may be written again within the tick of the file system's clock.
 SETTLED_NS = 2_000_000_000
-# Files that are named where there are many.
-NAMED = 5
-_RECORDS_LIKE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|xlsx|parquet|arrow|feather)(\.(gz|bz2|xz|zst|lz4|zip))?$", re.I)
-_KEYS = re.compile(rb'"(text_input|messages|conversations?|query|instruction|prompt)"\s*:')
-# What `datasets` and LLaMA-Factory have beside their files.
-_NO_RECORDS = ("dataset_info.json", "dataset_infos.json", "state.json")
 
 
 class Piece(NamedTuple):
@@ -43,7 +37,7 @@ class Piece(NamedTuple):
 
     Attributes:
         file: its number among the files.
-        start, stop: bytes of a JSON-lines file, rows of a Parquet file's group.
+        start, stop: bytes of a text file, rows of a Parquet file's group or of an Arrow file.
         first: line (or row) number of its first record.
         group: of a Parquet file.
     """
@@ -67,74 +61,8 @@ class Stamp(NamedTuple):
         try:
             found = file.stat()
         except OSError as error:
-            raise _unreadable(file, error) from None
+            raise unreadable(file, error) from None
         return cls(found.st_size, found.st_mtime_ns)
-
-
-def find_files(data_path: Records) -> tuple[Path, ...]:
-    """List the files that a --data_path names, in the order in which their records count.
-
-    Raises:
-        UserError: there is none, or several sources have one in common.
-    """
-    if isinstance(data_path, Mixture):
-        files = sorted((file for part in data_path.parts for file in find_files(part.file)), key=str)
-        seen: set[Path] = set()
-        for file in files:
-            if file.resolve() in seen:
-                raise UserError(f"{file}: is in several sources of {data_path}; name it in one of them")
-            seen.add(file.resolve())
-        return tuple(files)
-    try:
-        if data_path.is_dir():
-            found = [file for file in data_path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
-            if not found:
-                others = ", ".join(file.name for file in unread(data_path)[:NAMED])
-                there = f", but {others}" if others else ""
-                raise UserError(f"{data_path}: no *.jsonl or *.parquet file in this folder{there}; name the records")
-        elif data_path.is_file():
-            found = [data_path]
-        elif has_magic(str(data_path)):
-            found = [Path(name) for name in glob(str(data_path)) if Path(name).is_file()]
-            if not found:
-                raise UserError(f"{data_path}: no file has such a name; name the records")
-        else:
-            raise UserError(f"{data_path}: no such file of records")
-    except OSError as error:
-        raise _unreadable(data_path, error) from None
-    return tuple(sorted(found, key=str))
-
-
-def unread(folder: Path) -> list[Path]:
-    """List what looks like records in a folder and is not read, in the order of the names."""
-    return sorted(file for file in folder.iterdir() if _like_records(file)) if folder.is_dir() else []
-
-
-def unread_lines(data_path: Records) -> Iterator[str]:
-    """Say of each folder of a source what looks like records there and is not read."""
-    for folder in [part.file for part in data_path.parts] if isinstance(data_path, Mixture) else [data_path]:
-        names = [file.name for file in unread(folder)]
-        if names:
-            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            yield f"{folder}: {', '.join(names[:NAMED])}{more} not read; of a folder *.jsonl and *.parquet are"
-
-
-def _like_records(file: Path) -> bool:
-    suffix = file.suffix.lower()
-    if not _RECORDS_LIKE.search(file.name) or file.name in _NO_RECORDS or (suffix in SUFFIXES and file.is_file()):
-        return False
-    if suffix != ".json" or not file.is_file():
-        return True
-    # Of JSON files most are settings of something.
-    try:
-        head = head_of(file)
-    except OSError:
-        return True
-    return head.startswith(b"[") or _KEYS.search(head) is not None
-
-
-def _unreadable(file: Path, error: OSError) -> UserError:
-    return UserError(f"{file}: cannot be read ({error.strerror or reason(error)}); name a readable file of records")
 
 
 # ------------------------------------------------------------------------------------------------------------- hashes
@@ -155,14 +83,23 @@ def content_hash(file: Path, cache: Path) -> str:
     if known[:-1] == [str(number) for number in stamp]:
         return known[-1]
     try:
-        with file.open("rb") as content:
-            made = hashlib.file_digest(content, "sha256").hexdigest()
+        made = _sha256(file)
     except OSError as error:
-        raise _unreadable(file, error) from None
+        raise unreadable(file, error) from None
     if time.time_ns() - stamp.mtime_ns > SETTLED_NS:
         with writable(cache):
             write_new(note, f"{stamp.bytes} {stamp.mtime_ns} {made}".encode())
     return made
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def hash_of_records(data_path: Path) -> str:
+    """Hash the content of all files of a source, as data_hash does."""
+    return data_hash([_sha256(file) for file in find_files(data_path)])
 
 
 def data_hash(hashes: Sequence[str]) -> str:
@@ -177,17 +114,49 @@ def pieces(files: Sequence[Path]) -> Iterator[Piece]:
     """Cut the files into pieces, in the order of their records.
 
     Raises:
-        UserError: a file cannot be read, or is neither JSON lines nor Parquet.
+        UserError: a file cannot be read, or is of another kind.
     """
     for number, file in enumerate(files):
         try:
-            if is_parquet(file):
+            kind = kind_of(file)
+            if kind == "parquet":
                 yield from _parquet_pieces(number, file)
-            else:
-                need_json_lines(file)
+            elif kind == "arrow":
+                yield from _arrow_pieces(number, file)
+            elif kind == "lines":
                 yield from _line_pieces(number, file)
+            else:
+                yield from _joined(number, ((line, start, stop) for line, start, stop, _ in _parts(file, kind)))
         except OSError as error:
-            raise _unreadable(file, error) from None
+            raise unreadable(file, error) from None
+
+
+def _parts(file: Path, kind: Kind, piece: Piece | None = None) -> Iterator[tuple[int, int, int, Any]]:
+    """Yield (line, first byte, byte behind it, row) of a JSON array or a table, or of a piece of it."""
+    with file.open("rb") as content:
+        block: BinaryIO = content
+        if piece is not None:
+            content.seek(piece.start)
+            block = io.BytesIO(content.read(piece.stop - piece.start))
+        first = piece.first if piece else 1
+        if kind == "array":
+            yield from array_items(block, file, first, whole=piece is None)
+        else:
+            yield from table_rows(block, file, first, header_of(file) if piece else None)
+
+
+def _joined(number: int, parts: Iterator[tuple[int, int, int]]) -> Iterator[Piece]:
+    """Join records to pieces: the end of one is where the next may begin."""
+    held: Piece | None = None
+    for line, start, stop in parts:
+        if held is None:
+            held = Piece(number, start, stop, line)
+        held = held._replace(stop=stop)
+        if stop - held.start >= PIECE_BYTES:
+            yield held
+            held = None
+    if held is not None:
+        yield held
 
 
 def _line_pieces(number: int, file: Path) -> Iterator[Piece]:
@@ -198,6 +167,29 @@ def _line_pieces(number: int, file: Path) -> Iterator[Piece]:
             start += len(block)
             # A line ends as Python's text files have it: by \n, \r or both. A block is never cut between the two.
             line += block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
+
+
+def _arrow_pieces(number: int, file: Path) -> Iterator[Piece]:
+    start = rows = 0
+    for batch in _arrow_batches(file):
+        rows += len(batch)
+        if rows - start >= PIECE_ROWS:
+            yield Piece(number, start, rows, start + 1)
+            start = rows
+    if rows > start:
+        yield Piece(number, start, rows, start + 1)
+
+
+def _arrow_batches(file: Path) -> Iterator[Any]:
+    """Yield the batches of an Arrow file, as Feather has it, or of a stream; of a mapped file nothing is copied."""
+    import pyarrow as pa
+
+    with _as_parquet(file), pa.memory_map(str(file)) as content:
+        if head_of(file).startswith(b"ARROW1"):
+            table = pa.ipc.open_file(content)
+            yield from map(table.get_batch, range(table.num_record_batches))
+        else:
+            yield from pa.ipc.open_stream(content)
 
 
 def _parquet(file: Path) -> Any:
@@ -218,7 +210,8 @@ def _as_parquet(file: Path) -> Iterator[None]:
         # Arrow's own OSError has no number; the system's is no matter of the content.
         if getattr(error, "errno", None) is not None:
             raise
-        raise UserError(f"{file}: cannot be read as Parquet ({reason(error)}); write it anew") from None
+        name = "Parquet" if file.suffix.lower() == ".parquet" or head_of(file).startswith(b"PAR1") else "Arrow"
+        raise UserError(f"{file}: cannot be read as {name} ({reason(error)}); write it anew") from None
 
 
 def _parquet_pieces(number: int, file: Path) -> Iterator[Piece]:
@@ -234,7 +227,7 @@ def _parquet_pieces(number: int, file: Path) -> Iterator[Piece]:
 def text_lines(file: BinaryIO, first: int = 1) -> Iterator[tuple[int, str]]:
     """Yield (line number, text) of each line that is not blank.
 
-    A byte that is not UTF-8 arrives as half a surrogate pair; record.parse_record says it.
+    A byte that is not UTF-8 arrives as half a surrogate pair; record.make_record says it.
 
     Args:
         first: number of the first line; the whole file has 1.
@@ -248,7 +241,7 @@ def text_lines(file: BinaryIO, first: int = 1) -> Iterator[tuple[int, str]]:
 
 
 def rows_of(piece: Piece, file: Path) -> Iterator[tuple[int, str | dict[str, Any]]]:
-    """Yield (line number, text) of a JSON-lines file, (row, values) of a Parquet file.
+    """Yield (line number, text) of JSON lines and of a JSON array's items, (row, values) of the other kinds.
 
     Args:
         file: the piece's file.
@@ -257,25 +250,31 @@ def rows_of(piece: Piece, file: Path) -> Iterator[tuple[int, str | dict[str, Any
         UserError: the file cannot be read.
     """
     try:
-        if piece.group is not None:
-            yield from enumerate(_parquet_rows(piece, file), piece.first)
-            return
-        with file.open("rb") as content:
-            content.seek(piece.start)
-            block = content.read(piece.stop - piece.start)
-        yield from text_lines(io.BytesIO(block), piece.first)
+        kind = kind_of(file)
+        if kind in ("parquet", "arrow"):
+            yield from enumerate(_rows_of_batches(piece, file), piece.first)
+        elif kind == "lines":
+            with file.open("rb") as content:
+                content.seek(piece.start)
+                block = content.read(piece.stop - piece.start)
+            yield from text_lines(io.BytesIO(block), piece.first)
+        else:
+            yield from ((line, row) for line, _, _, row in _parts(file, kind, piece))
     except OSError as error:
-        raise _unreadable(file, error) from None
+        raise unreadable(file, error) from None
 
 
-def _parquet_rows(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
+def _rows_of_batches(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
     at = 0
     with _as_parquet(file):
-        for batch in _parquet(file).iter_batches(BATCH_ROWS, row_groups=[piece.group]):
+        whole = piece.group is None
+        batches = _arrow_batches(file) if whole else _parquet(file).iter_batches(BATCH_ROWS, row_groups=[piece.group])
+        for batch in batches:
             low, high = max(0, piece.start - at), min(len(batch), piece.stop - at)
             at += len(batch)
-            if low < high:
-                own = batch.slice(low, high - low)
+            # Few at a time: a batch of `datasets` may hold a thousand pictures.
+            for start in range(low, high, BATCH_ROWS):
+                own = batch.slice(start, min(BATCH_ROWS, high - start))
                 # Text that is no UTF-8 is said here and not as a puzzle later.
                 own.validate(full=True)
                 yield from own.to_pylist()
@@ -285,7 +284,7 @@ def _parquet_rows(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
 
 def no_record(data_path: Records) -> UserError:
     """Make the error of a source that holds nothing."""
-    return UserError(f"{data_path}: holds no record; expected one JSON object a line, or the rows of a Parquet file")
+    return UserError(f"{data_path}: holds no record; expected one JSON object a line, or the rows of a table")
 
 
 def check_unchanged(files: Sequence[Path], stamps: Sequence[Stamp]) -> None:

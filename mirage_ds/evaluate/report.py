@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import read_records
+from mirage_ds.data.sources import hash_of_records
 from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
 from mirage_ds.engine.versions import versions
@@ -34,8 +36,8 @@ PATIENCE_S = 24 * 3600.0
 def _read(spec: EvaluateSpec) -> tuple[list[Record], str, str]:
     """Read the records to answer: they, their task, the file's SHA-256. What the scorer lacks in one is said now."""
     file = spec.data_path
-    records = read_records(file, answers=False)[: spec.most]
-    return records, task_of(records, file, spec.task), hashlib.sha256(file.read_bytes()).hexdigest()
+    records = read_records(file, False, parse_columns(spec.columns))[: spec.most]
+    return records, task_of(records, file, spec.task), hash_of_records(file)
 
 
 def prompt_hash(record: Record, finder: ImageFinder) -> str:

@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from mirage_ds.config.columns import COLUMNS_HELP, ColumnsText
+
 # The smallest and the largest image; None keeps the processor's own.
 Pixels = tuple[int | None, int | None]
 
@@ -86,7 +88,8 @@ class DecodingSpec(ModelSpec):
 class DataSpec(BaseModel):
     """Which records are run."""
 
-    data_path: Path = Field(description="Records: one JSON-lines file.")
+    data_path: Path = Field(description="Records: a file or a folder, in any form that training reads.")
+    columns: ColumnsText = Field(None, description=COLUMNS_HELP)
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
     batch_size: PositiveInt = Field(32, description="Records that run at a time.")
 

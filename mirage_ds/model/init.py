@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mirage_ds.config.columns import Columns, parse_columns
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS
 from mirage_ds.data.load import load_tokenizer
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK
@@ -67,10 +68,10 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
     return fast
 
 
-def _texts(files: Sequence[Path]) -> list[str]:
+def _texts(files: Sequence[Path], columns: Columns) -> list[str]:
     texts = [TEMPLATE_TEXT]
     for file in files:
-        for record in read_records(file):
+        for record in read_records(file, columns=columns):
             question, answer = record.text_input.replace(IMAGE_MARK, ""), record.text_output.replace(HELPER_MARK, "")
             texts += [TEMPLATE_TEXT, question, answer]
     return texts
@@ -95,6 +96,7 @@ def init_model(
     out: Path,
     *,
     texts: Sequence[Path],
+    columns: str | None = None,
     tokenizer_from: Path | None = None,
     tokenizer_size: int = 512,
     seed: int = 42,
@@ -104,7 +106,7 @@ def init_model(
 
     Args:
         name: a preset.
-        texts: record files whose text trains the tokenizer.
+        texts: record files whose text trains the tokenizer; columns: their own columns, as --columns names them.
         tokenizer_from: a folder whose tokenizer is taken instead.
         tokenizer_size: entries of the trained tokenizer.
         config_only: write config.json, tokenizer and image processor, no weights.
@@ -128,7 +130,7 @@ def init_model(
     if tokenizer_from:
         tokenizer = load_tokenizer([str(tokenizer_from)], None)
     else:
-        tokenizer = train_tokenizer(_texts(texts), tokenizer_size)
+        tokenizer = train_tokenizer(_texts(texts, parse_columns(columns)), tokenizer_size)
     text = values["text_config"]
     text["vocab_size"] = text["vocab_size"] or len(tokenizer)
     if len(tokenizer) > text["vocab_size"]:

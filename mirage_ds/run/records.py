@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.run import LOSSES, RunConfig, cache_folder
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
@@ -85,7 +86,13 @@ def index_beforehand(config: RunConfig) -> Iterator[str]:
     encoder = make_encoder(config, model_folders(config))
     for file, own in sources_of(config, encoder):
         rows = open_index(
-            file, own, config.kept_fields, config.cache_dir, quiet=False, check_images=config.check_images
+            file,
+            own,
+            config.kept_fields,
+            config.cache_dir,
+            quiet=False,
+            check_images=config.check_images,
+            columns=parse_columns(config.columns),
         )
         index = _usable(config, file, rows)
         yield f"{file}: {len(rows)} records, {len(index.row_ids)} rows to train on, index {rows.place}"
@@ -125,7 +132,8 @@ def index_records(run: Run, encoder: Encoder, data_path: Records) -> Selection:
     """
     config, world, cache = run.config, run.world, cache_folder(run.config.cache_dir)
     tick = partial(run.journal.phase, "records")
-    maker = Maker(data_path, encoder, config.kept_fields, cache, world.rank > 0, config.check_images, tick)
+    columns = parse_columns(config.columns)
+    maker = Maker(data_path, encoder, config.kept_fields, cache, world.rank > 0, config.check_images, tick, columns)
 
     def on_rank_zero() -> tuple[Plan, str | None]:
         plan = maker.plan()

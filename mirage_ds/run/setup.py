@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.data.folders import unread_lines
 from mirage_ds.data.loader import Loader
 from mirage_ds.data.record import Fault
+from mirage_ds.data.record_files import told
 from mirage_ds.data.selection import WARN_DROPPED_SHARE, Selection, content, describe
-from mirage_ds.data.sources import unread_lines
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.adapter import note_of
 from mirage_ds.engine.card import model_card
@@ -313,6 +315,7 @@ def opening_lines(run: Run, data: Data, learner: Learner) -> Iterator[str]:
     warning = "warning: " if index.dropped_share > WARN_DROPPED_SHARE else ""
     yield f"{warning}{index.dropped} row(s) dropped as longer than --max_length {config.max_length}"
     sources = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
+    yield from (line for source in sources for line in told(source, parse_columns(config.columns)))
     yield from (f"warning: {line}" for source in sources for line in unread_lines(source))
     if data.skipped:
         file, fault = data.skipped[0]

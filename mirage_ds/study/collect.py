@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 
 from mirage_ds.cluster.status.facts import json_lines, split_log
-from mirage_ds.data.record_files import read_lines
+from mirage_ds.data.record import parse_object
+from mirage_ds.data.record_files import places
 from mirage_ds.engine.versions import versions
 from mirage_ds.plan.formulas import flops
 from mirage_ds.plan.shape import read_shape, sizes
@@ -60,10 +61,10 @@ def stage_result(node: Node, store: Store) -> StageResult:
 def levels_of(file: Path) -> dict[int, str]:
     """Return the level of each line of a records file: what it calls its level, else the side of its map, else "?"."""
     found = {}
-    for line, text in read_lines(file):
-        row = json.loads(text)
+    for number, _, line, raw in places(file):
+        row = parse_object(raw, line) if isinstance(raw, str) else raw
         board = row.get("map_desc")
-        found[line] = str(row.get("level", len(board) if isinstance(board, list) else "?"))
+        found[number] = str(row.get("level", len(board) if isinstance(board, list) else "?"))
     return found
 
 

@@ -146,7 +146,9 @@ def command(node: Node, parent: Node | None, store: Store, place: Place) -> list
     assert parent is not None
     assert node.evaluation is not None
     asked = node.evaluation
-    flags = asked.model_dump(include={"data_path", "task", "most", "max_new_tokens", "batch_size", "image_root"})
+    flags = asked.model_dump(
+        include={"data_path", "columns", "task", "most", "max_new_tokens", "batch_size", "image_root"}
+    )
     flags["out"] = store.result(node)
     if node.kind == "controls":
         flags |= {name: getattr(node.config, name) for name in ("helper_min_pixels", "helper_max_pixels")}

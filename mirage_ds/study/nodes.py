@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from mirage_ds.analysis.controls.spec import parse_names
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.run import RunConfig
-from mirage_ds.data.sources import find_files
+from mirage_ds.data.folders import find_files
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
 from mirage_ds.files import own_modules_found
@@ -241,8 +241,8 @@ def _train_node(config: RunConfig, name: str, parent: str | None, here: Path, on
         "settings": {
             key: value
             for key, value in sorted(whole.items())
-            # Adapters came later: where there are none, a run is the one it was.
-            if key not in MACHINE and (value or not key.startswith("lora_"))
+            # Adapters and columns came later: where there are none, a run is the one it was.
+            if key not in MACHINE and (value or not key.startswith(("lora_", "columns")))
         },
         "rows_per_step": config.rows_per_step,
         "data": records_hash(config.records),
@@ -279,7 +279,8 @@ def _scorer(task: str | None, where: str) -> dict[str, str]:
 def _evaluation_nodes(
     name: str, evaluation: EvaluationSpec, parent: str, last: RunConfig, here: Path
 ) -> Iterator[Node]:
-    settings = json.loads(evaluation.model_dump_json(exclude={"arms", "batch_size", "controls", "controls_most"}))
+    left_out = {"arms", "batch_size", "controls", "controls_most"} | (set() if evaluation.columns else {"columns"})
+    settings = json.loads(evaluation.model_dump_json(exclude=left_out))
     material = {
         **{**settings, "data_path": records_hash(evaluation.data_path), "parent": parent, "kind": "evaluate"},
         "image_root": _relative(evaluation.image_root, here),

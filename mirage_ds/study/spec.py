@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from mirage_ds.analysis.controls.spec import parse_names
+from mirage_ds.config.columns import COLUMNS_HELP, ColumnsText
 from mirage_ds.config.names import hint
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.errors import UserError, closest, shown
@@ -44,9 +45,9 @@ Seed = Annotated[Settings, GetPydanticSchema(lambda _, handler: handler.generate
 Here = Annotated[Path, AfterValidator(lambda path, info: info.context / path)]
 
 
-def _is_file(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"no file {path}; name a JSON-lines file")
+def _is_there(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"no file {path}; name the records")
     return path
 
 
@@ -88,7 +89,8 @@ class Arm(_Strict):
 class EvaluationSpec(_Strict):
     """Records that the last model of each chain answers."""
 
-    data_path: Annotated[Here, AfterValidator(_is_file)] = Field(description="Records.")
+    data_path: Annotated[Here, AfterValidator(_is_there)] = Field(description="Records.")
+    columns: ColumnsText = Field(None, description=COLUMNS_HELP)
     task: str | None = Field(None, description="Whose scorer; the records' own task if they name one.")
     most: PositiveInt | None = Field(None, description="Take only the first so many records.")
     max_new_tokens: PositiveInt = Field(256, description="Tokens that an answer may have.")

@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import Field
 
 from mirage_ds.data.record import RecordError, parse_object
-from mirage_ds.data.record_files import need_lines, read_lines
+from mirage_ds.data.record_files import read_lines
 from mirage_ds.errors import UserError, reason, shown, strict_json
 from mirage_ds.tasks.draft import Draft, Picture
 from mirage_ds.tasks.report import BuildReport
@@ -239,7 +239,6 @@ def reading(file: Path) -> Iterator[None]:
 def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line, object) of a JSON-lines file; UserError as in reading."""
     with reading(file):
-        need_lines(file)
         for line, text in read_lines(file):
             yield line, parse_object(text, line)
 

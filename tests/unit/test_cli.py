@@ -118,10 +118,12 @@ def test_check_lists_every_fault_with_line_field_what_and_how(call: Call, images
 
 
 def test_check_shows_at_most_as_many_as_asked(call: Call, images: Path) -> None:
-    said = call("data", "check", write_rows(images, "{", "{", "{"), "--most", "1")
+    """What is alike stands there once, with its number."""
+    said = call("data", "check", write_rows(images, *5 * ["{"], "[]", "[]"), "--most", "1")
     assert said.code == 2
     assert said.out.count("not valid JSON") == 1
-    assert "2 more" in said.out
+    assert "1, 2, 3 and 2 more" in said.out
+    assert "… and 2 more (--most)" in said.out
 
 
 def test_check_with_a_model_applies_its_limits(call: Call, images: Path, nano: Path) -> None:

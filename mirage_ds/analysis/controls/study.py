@@ -1,6 +1,5 @@
 """From a model folder and a records file to the whole report."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,9 @@ from mirage_ds.analysis.controls.paths import run_paths
 from mirage_ds.analysis.controls.report import summarize
 from mirage_ds.analysis.controls.run import run_conditions
 from mirage_ds.analysis.controls.spec import PATH, ControlsSpec
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.data.record_files import read_records
+from mirage_ds.data.sources import hash_of_records
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, Track, need_latents, run_limits
 from mirage_ds.evaluate.scoring import task_of
@@ -38,7 +39,7 @@ def study(decoder: Decoder, names: Sequence[str], spec: ControlsSpec, track: Tra
             "not say how many it was trained with; give the number"
         )
     file = spec.data_path
-    records = read_records(file)[: spec.most]
+    records = read_records(file, columns=parse_columns(spec.columns))[: spec.most]
     task = task_of(records, file, spec.task)
     helpers = decoder.latent_encoder("stage1", k)
     grounded = Bench(decoder.loaded.model, decoder.tower, helpers, limits)
@@ -60,7 +61,7 @@ def study(decoder: Decoder, names: Sequence[str], spec: ControlsSpec, track: Tra
             "device": bench.device.type,
             "dtype": str(bench.model.head.weight.dtype).removeprefix("torch."),
         },
-        "hashes": {"data": hashlib.sha256(file.read_bytes()).hexdigest()},
+        "hashes": {"data": hash_of_records(file)},
     }
     if PATH in names:
         # First, since it refuses soonest.

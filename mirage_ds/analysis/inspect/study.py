@@ -19,6 +19,7 @@ from mirage_ds.analysis.inspect.page import Section, Shown, page
 from mirage_ds.analysis.inspect.probe import FEWEST_MAPS
 from mirage_ds.analysis.inspect.run import decoded, taught
 from mirage_ds.analysis.inspect.spec import InspectSpec
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.extras import need
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
@@ -139,7 +140,7 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> Path:
     file, rows = spec.data_path, list(dict.fromkeys(spec.rows)) or [0]
     if spec.out.exists():
         raise UserError(f"--out {spec.out} exists; remove it, or choose another")
-    records = read_records(file)
+    records = read_records(file, columns=parse_columns(spec.columns))
     check_rows(records, rows, file)
     with_latents = [record for record in records if record.runs][: spec.most]
     finder = ImageFinder.beside(file, spec.image_root)

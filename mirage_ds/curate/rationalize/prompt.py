@@ -88,7 +88,7 @@ class Questions:
             UserError: the first thing that is wrong with the template or a row.
         """
         template = load_template(spec.prompt)
-        source = Source.read(file, spec.image_root, spec.most)
+        source = Source.read(file, spec, spec.most)
         judges = []
         for record in source.records:
             with source.told(record):

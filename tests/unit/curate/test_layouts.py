@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 from mirage_ds.cli import cli
+from mirage_ds.config.columns import LAYOUTS, Columns, Layout
 from mirage_ds.curate.check import check_file
-from mirage_ds.curate.layouts import LAYOUTS, Layout, read_row
+from mirage_ds.data.layouts import read_row
 from mirage_ds.data.messages import MessageError
 from mirage_ds.data.record import RecordError, make_record
 from mirage_ds.data.record_files import read_piece, scan
@@ -97,9 +98,6 @@ REFUSED: list[tuple[tuple[Layout, ...], dict, str]] = [
     (("llama-factory",), sharegpt(("human", "Q"), ("function_call", "{}"), ("observation", "{}"), ("gpt", "A")),
      "conversations 2: expected a message"),
     # Marks in the wrong place or number.
-    (ANY, talk("Q", "<image> so A", images=["map.png"]), "messages 2: an answer holds an image"),
-    (ANY, talk("Q", [{"type": "image", "image": "map.png"}]), "messages 2: an answer holds an image"),
-    (("swift",), swift(response="<image>", images=["map.png"]), "response: an answer holds an image"),
     (ANY, talk("<image>Q", "A"), r"images: 1 <image> mark\(s\) .* for 0 image"),
     (ANY, talk("<image>Q", "A", images=["map.png", "map.png"]), r"images: 1 <image> mark\(s\) .* for 2 image"),
     (ANY, talk([{"type": "image", "image": "map.png"}], "A", images=["map.png"]), r"images: 0 <image> mark"),
@@ -107,8 +105,9 @@ REFUSED: list[tuple[tuple[Layout, ...], dict, str]] = [
      "messages 1: a system message holds an image"),
     # Pictures that would not be seen, or that are none.
     (ANY, talk("Q", "A", image="map.png", images=["map.png"]), "image: stands beside images"),
-    (ANY, talk("Q", "A", image_path="map.png"), "image_path: holds a picture"),
-    (ANY, talk("Q", "A", photo={"bytes": b"x", "path": None}), "photo: holds a picture"),
+    (ANY, talk("Q", "A", chart="map.png"), "chart: holds a picture"),
+    (ANY, talk("Q", "A", page={"bytes": b"x", "path": None}), "page: holds a picture"),
+    (ANY, talk("Q", "A", image_path="map.png", photo="map.png"), "image: may be image_path or photo; say which by"),
     (ANY, talk("<image>Q", "A", images=["map.png"], seen={"bytes": b"x"}), "seen: holds a picture"),
     (ANY, talk("Q", "A", images=[3]), "images: no picture 3"),
     (ANY, talk("Q", "A", images=[["a.png", "b.png"]]), "images: no picture"),
@@ -125,7 +124,7 @@ def test_what_a_record_cannot_hold_is_refused(number: int) -> None:
     layouts, row, said = REFUSED[number]
     for layout in layouts:
         with pytest.raises(MessageError, match=said) as error:
-            read_row(row, layout, HELPERS)
+            read_row(row, Columns(layout=layout))
         assert error.value.how
 
 
@@ -164,6 +163,19 @@ CARRIED: list[tuple[tuple[Layout, ...], dict, dict]] = [
     (ANY, talk([{"type": "text", "text": "a <image> b"}, {"type": "image", "image": "2.png"}, {"type": "image"}], "A",
                images=["1.png", "3.png"]),
      {"text_input": "a <image> b<image><image>", "text_output": "A", "image_input": ["1.png", "2.png", "3.png"]}),
+    # A picture in the answer is its helper, wherever it is named.
+    *((ANY, row, PLAIN | {"text_output": "<output_image> so A", "image_input": ["q.png"], "image_output": ["h.png"]})
+      for row in (
+        talk("Q", "<image> so A", images=["q.png", "h.png"]),
+        talk("Q", "<output_image> so A", image="q.png", helper="h.png"),
+        talk("Q", "<output_image> so A", image_path="q.png", helper_images=["h.png"]),
+        talk("Q", "<img>h.png</img> so A", images=["q.png"]),
+        talk("Q", [{"type": "image", "image": "h.png"}, {"type": "text", "text": " so A"}], images=["q.png"]),
+        talk("Q", [{"type": "latent", "image": "h.png"}, {"type": "text", "text": " so A"}], images=["q.png"]),
+        talk("Q", [{"type": "latent"}, {"type": "text", "text": " so A"}], images=["q.png"], helper="h.png"),
+        talk("Q", [{"type": "image"}, {"type": "text", "text": " so A"}], images=["q.png", "h.png"]),
+    )),
+    (ANY, talk("Q", "A", photo={"bytes": b"x", "path": None}), PLAIN | {"image_input": [{"bytes": b"x"}]}),
     # Nothing, in every spelling.
     (ANY, talk("Q", "A", images=None, videos=[], audios="", tools=None, label=None, rejected_response=float("nan"),
                objects={"ref": [], "bbox": [], "image_id": None}, system=None), PLAIN),
@@ -198,7 +210,8 @@ CARRIED: list[tuple[tuple[Layout, ...], dict, dict]] = [
 def test_what_a_record_can_hold_is_carried_over(number: int) -> None:
     layouts, row, record = CARRIED[number]
     for layout in layouts:
-        made = read_row(row, layout, HELPERS)
+        made = read_row(row, Columns(layout=layout))
+        assert read_row(row) == made
         assert made == record
         # It is a record.
         make_record(made | {"image_input": ["x"] * len(made.get("image_input", []))}, 1)
@@ -218,7 +231,7 @@ def test_a_refused_row_is_named_with_its_line_and_nothing_is_written(tmp_path: P
         ("".join(json.dumps(row) + "\n" for row in rows), "rows.jsonl, line 2, label: is False"),
         (json.dumps(rows, indent=2), "rows.jsonl, line 2, label: is False"),
         (json.dumps(rows[0]) + "\n" + '{"messages": "caf\xe9"}', "line 2, json: not UTF-8 text"),
-        (json.dumps(rows[0], indent=1), "rows.jsonl: JSON over several lines, not JSON lines"),
+        (json.dumps(rows[0], indent=1), "rows.jsonl: JSON over several lines, not records"),
     ):
         file.write_bytes(content.encode("latin-1"))
         with pytest.raises(UserError, match=said):
@@ -232,7 +245,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     file.symlink_to("/proc/self/mem")  # an I/O error for root too
     with pytest.raises(UserError) as error:
         run("swift", file, "--out", tmp_path / "out")
-    assert str(error.value) == f"{file}: cannot be read (Input/output error); make it readable"
+    assert str(error.value) == f"{file}: cannot be read (Input/output error); name a readable file of records"
     assert not (tmp_path / "out").exists()
 
 
@@ -249,7 +262,7 @@ def test_earlier_answers_and_a_helper_key_that_no_row_has_are_said(tmp_path: Pat
     file.write_text(json.dumps({"messages": ROUNDS}) + "\n" + json.dumps(talk("Q", "A")) + "\n")
     run("trl", file, "--out", tmp_path / "out")
     assert "of 1 record(s) with several answers the last is learnt" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"--helper_key helpers: no row of .* has it"):
+    with pytest.raises(UserError, match=r"--columns helper=helpers: .*rows.jsonl has no such column; it has messages"):
         run("trl", file, "--out", tmp_path / "other", "--helper_key", "helpers")
     assert not (tmp_path / "other").exists()
 
@@ -346,7 +359,6 @@ def test_a_null_text_beside_messages_is_absent_in_json_lines_too() -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        (talk("Q", "A", images=["a.png"]), "images: stands beside messages"),
         (talk("Q", "A", videos=["a.mp4"]), "videos: holds a video"),
         (talk("Q", "A", label=False), "label: is False"),
         (talk("Q", "A", rejected_response="B"), "rejected_response: holds"),

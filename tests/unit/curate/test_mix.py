@@ -222,7 +222,7 @@ def test_refusals(call: Call, files: list[Path], tmp_path: Path, refused: Callab
     assert refused(tmp_path / "no.jsonl:2") == f"{tmp_path / 'no.jsonl'}: no such file of records"
     assert refused(a, "--count", 0).startswith("--count is 0: ")
     assert refused().startswith("Missing argument")
-    assert refused(tmp_path).endswith("this command reads one JSON-lines file; give such a file")
+    assert "no *.jsonl or *.parquet file in this folder" in refused(tmp_path)
     broken = tmp_path / "z/broken.jsonl"
     broken.write_text(b.read_text() + '{"text_input": "?"}\n')
     assert refused(a, broken) == f"{broken}, line 12, text_output: missing; add it as a string"

@@ -33,7 +33,7 @@ from mirage_ds.curate.check import check_file
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import MAX_PIXELS, ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import MAX_DEPTH, Fault, Record, RecordError, parse_record
+from mirage_ds.data.record import MAX_DEPTH, Fault, Record, RecordError, make_record
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
 from mirage_ds.engine.ds_config import read_json, resolve
@@ -102,7 +102,7 @@ def checked(fault: Fault, line: int, field: str) -> Fault:
 
 def outcome(text: str, line: int = 4) -> Record | Fault:
     try:
-        return parse_record(text, line)
+        return make_record(text, line)
     except RecordError as error:
         return checked(error.fault, line, error.fault.field)
 
@@ -352,7 +352,7 @@ def test_an_image_of_one_pixel_is_a_sample(
 ) -> None:
     Image.new("RGB", (width, height), (9, 9, 9)).save(tmp_path / "i.png")
     row = GOOD | {"image_output": "i.png"}
-    sample = encoder_for("stage1", 2, beside=tmp_path / "rows.jsonl").encode(parse_record(json.dumps(row), 1), 0)
+    sample = encoder_for("stage1", 2, beside=tmp_path / "rows.jsonl").encode(make_record(json.dumps(row), 1), 0)
     assert isinstance(sample, Sample)
     assert len(sample.image_positions) == int(sample.image_grid_thw.prod()) // 4 > 0
     assert bool(torch.isfinite(sample.pixel_values).all())

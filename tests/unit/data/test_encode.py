@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
-from mirage_ds.data.record import Record, RecordError, parse_record
+from mirage_ds.data.record import Record, RecordError, make_record
 from mirage_ds.data.sample import Sample
 from mirage_ds.errors import UserError
 
@@ -93,7 +93,7 @@ STAGES = [(stage, k) for stage in ("sft", "stage1", "stage2") for k in (1, 4)]
 def record_for(name: str) -> Record:
     text_input, text_output, images, helpers, _, _ = ROWS[name]
     row = {"text_input": text_input, "text_output": text_output, "image_input": images, "image_output": helpers}
-    return parse_record(json.dumps(row), 5)
+    return make_record(json.dumps(row), 5)
 
 
 def pixels_of(folder: Path, names: list[str], **limits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,7 +247,7 @@ def test_the_template_says_what_the_public_one_says(messages: Any, prompt: bool,
 
 def test_a_helper_with_fewer_merged_tokens_than_k_is_a_fault(encoder_for: EncoderFor) -> None:
     row = {"text_input": "q", "text_output": "a", "image_output": "w56x84.png"}
-    record = parse_record(json.dumps(row), 3)
+    record = make_record(json.dumps(row), 3)
     assert encoder_for("stage1", 6).measure(record).runs == 1
     with pytest.raises(RecordError, match=r"w56x84\.png has 6 merged tokens, fewer than latent_size 7") as caught:
         encoder_for("stage1", 7).measure(record)
@@ -257,7 +257,7 @@ def test_a_helper_with_fewer_merged_tokens_than_k_is_a_fault(encoder_for: Encode
 
 def test_limits_of_input_and_helper_images_are_apart(encoder_for: EncoderFor, pictures: Path) -> None:
     row = {"text_input": "q", "text_output": "a", "image_input": "w112x112.png", "image_output": "w112x112.png"}
-    record = parse_record(json.dumps(row), 1)
+    record = make_record(json.dumps(row), 1)
     for given, used in (
         (dict(pixels=(None, 6000)), (dict(max_pixels=6000), {})),
         (dict(helper_pixels=(None, 6000)), ({}, dict(max_pixels=6000))),
@@ -283,7 +283,7 @@ def test_an_image_that_changed_since_it_was_measured_is_a_fault(
 ) -> None:
     Image.new("RGB", (56, 84)).save(tmp_path / "i.png")
     encoder = encoder_for("stage2", beside=tmp_path / "rows.jsonl")
-    record = parse_record('{"text_input": "q", "text_output": "a", "image_input": "i.png"}', 2)
+    record = make_record('{"text_input": "q", "text_output": "a", "image_input": "i.png"}', 2)
     monkeypatch.setattr(ImageFinder, "size", lambda *_: (112, 112))
     with pytest.raises(RecordError, match="line 2, image_input: an image changed its size"):
         encoder.encode(record, 0)

@@ -21,7 +21,7 @@ from mirage_ds.curate.importing import import_records
 from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import content_of
-from mirage_ds.data.record import Fault, Record, RecordError, make_record, parse_record
+from mirage_ds.data.record import Fault, Record, RecordError, make_record
 from mirage_ds.data.record_files import read_piece
 from mirage_ds.data.sources import pieces
 from mirage_ds.errors import Stopped
@@ -300,7 +300,7 @@ def test_lines_and_parquet_hold_pictures(jpeg: bytes, tmp_path: Path) -> None:
     assert len(found) == 3
     assert {Path(path).read_bytes() for path in found} == {jpeg}
     # A command without a cache of its own takes the user's.
-    assert Path(parse_record(lines.read_text(), 1).image_input[0]).read_bytes() == jpeg
+    assert Path(make_record(lines.read_text(), 1).image_input[0]).read_bytes() == jpeg
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_import_takes_pictures_out_of_the_rows(jpeg: bytes, tmp_path: Path) -> N
     source = tmp_path / "rows.jsonl"
     row = {"query": "<image><image>q", "response": "a", "images": [b64(jpeg), "data:image/jpeg;base64," + b64(jpeg)]}
     source.write_text(json.dumps(row) + "\n")
-    import_records("swift", str(source), ImportSpec(out=tmp_path / "out"))
+    import_records(str(source), ImportSpec(out=tmp_path / "out"))
     (file,) = (tmp_path / "out").glob("*.jsonl")
     for path in json.loads(file.read_text())["image_input"]:
         assert (file.parent / path).read_bytes() == jpeg

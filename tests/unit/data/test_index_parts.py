@@ -253,7 +253,7 @@ def test_a_file_without_any_record_moves_no_image(
             write_jsonl(folder / f"{number}.jsonl", part)
     encoder = encoder_for("sft", 2, beside=folder / "0.jsonl")
     opened = open_index(folder, encoder, ["image_input"], cache)
-    with pytest.raises(UserError, match=r"\.jsonl line 1, text_input: missing"):
+    with pytest.raises(UserError, match=r"\.jsonl line 1, answer: missing"):
         usable(opened, folder, 10_000, 0, ["image_input"])
     found = opened.images("image_input")
     sound = np.flatnonzero(opened["tokens"])

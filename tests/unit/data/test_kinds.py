@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
-import pandas
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -28,8 +27,9 @@ from mirage_ds.config.mixture import Mixture, Part
 from mirage_ds.config.run import RunConfig
 from mirage_ds.curate.check import check_file
 from mirage_ds.data.encode import Encoder
+from mirage_ds.data.folders import find_files, unread, unread_lines
 from mirage_ds.data.record_files import read_piece, scan
-from mirage_ds.data.sources import find_files, pieces, unread, unread_lines
+from mirage_ds.data.sources import pieces
 from mirage_ds.engine.setup import World
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import UserError
@@ -84,9 +84,6 @@ def stored(program: str) -> Callable[[Path], None]:
 
 # name of the file → its content, or what writes it; what is said of it.
 OTHERS: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
-    "array.json": (json.dumps(ROWS).encode(), "a JSON array"),
-    "marked.json": (b"\xef\xbb\xbf" + json.dumps(ROWS).encode(), "a JSON array"),
-    "array.jsonl": (json.dumps(ROWS, indent=2).encode(), "a JSON array"),
     "pretty.json": ("\n".join(json.dumps(row, indent=2) for row in ROWS).encode(), "JSON over several lines"),
     "lines.jsonl.gz": (gzip.compress(RAW), "compressed with gzip"),
     "gzip.jsonl": (gzip.compress(RAW), "compressed with gzip"),
@@ -102,11 +99,6 @@ OTHERS: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "utf16_big.jsonl": (TEXT.encode("utf-16-be"), "UTF-16 text"),
     "utf16_little.jsonl": (TEXT.encode("utf-16-le"), "UTF-16 text"),
     "utf32.jsonl": (TEXT.encode("utf-32"), "UTF-32 text"),
-    "table.csv": (pandas.DataFrame(ROWS).to_csv(index=False).encode(), "a table (CSV)"),
-    "quoted.csv": (pandas.DataFrame(ROWS).to_csv(index=False, quoting=1).encode(), "a table (CSV)"),
-    "table.tsv": (pandas.DataFrame(ROWS).to_csv(index=False, sep="\t").encode(), "a table (CSV)"),
-    "saved.arrow": (saved, "an Arrow file"),
-    "rows.feather": (lambda place: pyarrow.feather.write_feather(pa.Table.from_pylist(ROWS), place), "an Arrow file"),
     "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS"),
     "page.jsonl": (b"<!DOCTYPE html>\n<html></html>\n", "an HTML page"),
     "pickle.jsonl": (b"\x80\x04\x95\x0f\0\0\0\0\0\0\0", "a binary file"),
@@ -140,7 +132,7 @@ def test_another_kind_is_one_sentence_and_its_command_converts_it(name: str, tmp
         assert str(caught.value) == said
     if name in WITHOUT:
         return
-    command = re.split(r"not JSON lines; (?:[\w -]+: )?", said)[1]
+    command = re.split(r"not records; (?:[\w -]+: )?", said)[1]
     if command.startswith("python"):
         exec(command.removeprefix('python -c "').removesuffix('"'), {})
     elif shutil.which(command.split()[0]):
@@ -174,24 +166,6 @@ def test_a_first_line_that_is_broken_does_not_make_another_kind(broken: str, tmp
     assert (count, [fault.line for fault in faults]) == (4, [1])
 
 
-@pytest.mark.parametrize(
-    ("row", "how"),
-    [
-        ({"conversations": []}, "`mirage-ds data import llama-factory` reads such rows"),
-        ({"instruction": "Q", "output": "A"}, "`mirage-ds data import llama-factory` reads such rows"),
-        ({"query": "Q", "response": "A"}, "`mirage-ds data import swift` reads such rows"),
-        ({"prompt": "Q", "completion": "A"}, "`mirage-ds data import trl` reads such rows"),
-        ({"jpg": "x", "txt": "A"}, "add it as a string"),
-    ],
-)
-def test_another_trainers_row_is_told_how_it_is_imported(row: dict, how: str, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(row) + "\n")
-    _, (fault,) = check_file(file, "sft", None, None, 2)
-    assert (fault.line, fault.field, fault.how) == (1, "text_input", how)
-    assert fault.what == f"missing (the row has {list(row)})"
-
-
 # ------------------------------------------------------------------------------------------------------ a training run
 
 
@@ -220,14 +194,14 @@ def test_a_run_says_the_first_fault_where_no_record_has_the_format(
         file = tmp_path / name
         config = RunConfig(model="m", save_model_path="s", stage="sft", data_path=file, cache_dir=tmp_path / "cache")
         for _ in ("made", "opened again"):
-            with pytest.raises(UserError, match=re.escape(f"{file}: line 1, ")):
+            with pytest.raises(UserError, match=re.escape(f"{file}: ") + r".*lines? 1, "):
                 index_records(Run(config, world, asked=lambda: False), encoder_for("sft", 2, beside=file), file)
     # An empty file, one of blank lines, a folder.
     (tmp_path / "more").mkdir()
     for name, content, said in (
         ("empty.jsonl", b"", "holds no record"),
         ("blank.jsonl", b"\n \r\n\n", "holds no record"),
-        ("more/notes.csv", b"a,b\n", "no *.jsonl or *.parquet file in this folder, but notes.csv; name the records"),
+        ("more/notes.xlsx", b"a,b\n", "no *.jsonl or *.parquet file in this folder, but notes.xlsx; name the records"),
     ):
         file = tmp_path / name
         file.write_bytes(content)

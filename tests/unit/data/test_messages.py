@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from mirage_ds.cli import cli
+from mirage_ds.config.columns import Columns
 from mirage_ds.curate.check import check_file
-from mirage_ds.curate.layouts import read_row
 from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK, MessageError, from_messages
+from mirage_ds.data.layouts import read_row
+from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK, MessageError
 from mirage_ds.data.record import RecordError, from_json, make_record, to_json
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import IGNORE
@@ -53,7 +54,7 @@ LONG = [
 
 
 def test_a_conversation_becomes_the_records_own_keys() -> None:
-    assert from_messages(LONG, answers=True) == {
+    assert read_row({"messages": LONG}) == {
         "text_input": "And of <image>?",
         "text_output": "I look. <output_image>\\boxed{third}",
         "image_input": ["w56x84.png", "w84x84.png", "w112x112.png"],
@@ -76,22 +77,22 @@ def test_a_conversation_becomes_the_records_own_keys() -> None:
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
-        ([], "messages: expected a list"),
-        ([say("user", "?")], "the last one is no assistant's; end with the answer"),
-        ([say("assistant", "a")], "no user message before the answer"),
-        ([say("system", "s"), say("assistant", "a")], "no user message before the answer"),
+        ([], "question: missing"),
+        ([say("user", "?")], "do not end with a question and its answer"),
+        ([say("assistant", "a")], "do not end with a question"),
+        ([say("system", "s"), say("assistant", "a")], "do not end with a question"),
         ([say("user", "a"), say("user", "b"), say("assistant", "c")], "they end with a user message"),
         ([say("user", "a"), say("system", "s"), say("user", "b"), say("assistant", "c")], "messages 2: its role is"),
         ([say("assistant", "a"), say("user", "b"), say("assistant", "c")], "assistant where user is due"),
         ([say("tool", "a"), say("assistant", "c")], "messages 1: expected a message"),
-        ([say("user", "a <image>"), say("assistant", "c")], "messages 1: a text holds <image>"),
-        ([say("user", "a"), say("assistant", "<output_image>c")], "messages 2: a text holds <output_image>"),
-        ([say("user", "a"), say("assistant", image("x.png"))], "a assistant message holds an image"),
+        ([say("user", "a <image>"), say("assistant", "c")], "images: 1 <image> mark(s) without a picture"),
+        ([say("user", "a <output_image>"), say("assistant", "c")], "messages 1: a user message holds <output_image>"),
+        ([say("user", "a"), say("assistant", image("x.png"))], "empty answer"),
         ([say("user", latent("x.png")), say("assistant", "c")], "a user message holds latents"),
         ([say("user", "a"), say("assistant", latent(), text("b")), say("user", "c"), say("assistant", "d")],
          "messages 2: holds latents; only the last answer"),
         ([say("user", {"type": "video"}), say("assistant", "c")], "there are text, image and latent items"),
-        ([say("user", {"type": "image"}), say("assistant", "c")], "an item's image is None; write its path"),
+        ([say("user", {"type": "image"}), say("assistant", "c")], "1 <image> mark(s) without a picture"),
     ],
 )  # fmt: skip
 def test_what_is_no_conversation_is_said(messages: list, said: str) -> None:
@@ -170,15 +171,17 @@ RECORD = {"text_input": "<image>Q", "text_output": "A", "image_input": ["x.png"]
     ],
 )  # fmt: skip
 def test_layouts_are_one_record(layout: str, row: dict) -> None:
-    assert read_row({**row, "images": ["x.png"], "id": 3}, layout, "helper_images") == RECORD
+    for columns in (Columns(), Columns(layout=layout)):
+        assert read_row({**row, "images": ["x.png"], "id": 3}, columns) == RECORD
 
 
 def test_smaller_rows() -> None:
-    assert read_row({"instruction": "Q", "input": "more", "output": "A"}, "llama-factory", "h") == {
+    assert read_row({"instruction": "Q", "input": "more", "output": "A"}) == {
         "text_input": "Q\nmore",
         "text_output": "A",
     }
-    found = read_row({"query": "Q", "response": "<output_image>A", "h": {"path": "h.png"}, "image": "i"}, "swift", "h")
+    row = {"query": "Q", "response": "<output_image>A", "h": {"path": "h.png"}, "image": "i"}
+    found = read_row(row, Columns(helper=("h",)))
     assert found == {
         "text_input": "Q",
         "text_output": "<output_image>A",
@@ -194,7 +197,7 @@ def test_smaller_rows() -> None:
         ({"messages": "x"}, "messages: expected a list"),
     ):
         with pytest.raises(MessageError, match=said):
-            read_row(row, "swift", "h")
+            read_row(row, Columns(layout="swift"))
 
 
 def run(*arguments: object) -> None:
@@ -279,7 +282,7 @@ def test_what_cannot_be_imported_is_one_sentence_and_leaves_nothing(pictures: Pa
         ({"query": "Q"}, "bad.jsonl, line 1, response: expected a string"),
         ({"query": "<image>Q", "response": "A"}, r"line 1, images: 1 <image> mark\(s\) .* for 0 image"),
         ({"query": "Q", "response": "A", "images": ["no.png"]}, "line 1, image_input: no image 'no.png'"),
-        ([1], "line 1, row: expected an object"),
+        ([1], "line 1, json: expected an object"),
     ):
         source.write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=said):

@@ -15,8 +15,8 @@ from mirage_ds.config.flags import build_model
 from mirage_ds.config.mixture import Mixture, records_of
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.encode import Encoder
+from mirage_ds.data.folders import find_files
 from mirage_ds.data.selection import Selection, content, describe, weighed
-from mirage_ds.data.sources import find_files
 from mirage_ds.errors import UserError
 from mirage_ds.study.nodes import records_hash
 from mirage_ds.study.overview import rows_of, steps_of

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.record import Fault, Record, RecordError, from_json, parse_record, to_json
+from mirage_ds.data.record import Fault, Record, RecordError, from_json, make_record, to_json
 from mirage_ds.data.record_files import read_lines, scan
 from mirage_ds.errors import UserError
 
@@ -22,7 +22,7 @@ GOOD = {"text_input": "Where? <image>", "text_output": "<output_image> There.", 
 
 def fault_of(text: str | dict[str, Any], line: int = 7) -> Fault:
     with pytest.raises(RecordError) as caught:
-        parse_record(text if isinstance(text, str) else json.dumps(text), line)
+        make_record(text if isinstance(text, str) else json.dumps(text), line)
     fault = caught.value.fault
     assert fault.line == line
     assert fault.how
@@ -62,7 +62,7 @@ def without(*names: str, **changed: Any) -> dict[str, Any]:
         (without(text_output=" <output_image>\n", image_output="h.png"), "text_output", "empty answer"),
         (without(text_output="so <image>"), "text_output", "holds <image>"),
         (without(text_input="<output_image> <image>"), "text_input", "holds <output_image>"),
-        ({"jpg": "x", "txt": "A"}, "text_input", "missing (the row has ['jpg', 'txt'])"),
+        ({"jpg": "x", "txt": "A"}, "question", "missing (the row has ['jpg', 'txt'])"),
     ],
 )
 def test_a_faulty_row_names_its_line_its_field_and_what_is_wrong(row: Any, field: str, what: str) -> None:
@@ -79,7 +79,7 @@ def test_half_a_surrogate_pair_is_a_fault_since_no_file_and_no_tokenizer_can_hol
 
 def test_a_good_row_is_taken_as_written_and_its_extra_keys_survive() -> None:
     extra = {"id": 3, "map_desc": [[1, 0], [0, 2]], "nested": {"ä": None}, "task": "vsp"}
-    record = parse_record(json.dumps(GOOD | {"image_output": ["h.png"]} | extra), 4)
+    record = make_record(json.dumps(GOOD | {"image_output": ["h.png"]} | extra), 4)
     assert record == Record(4, GOOD["text_input"], GOOD["text_output"], ("a.png",), ("h.png",), extra)
 
 
@@ -88,23 +88,23 @@ def test_a_good_row_is_taken_as_written_and_its_extra_keys_survive() -> None:
     [("x", None, 0), ("x", "h", 1), ("<output_image>x", None, 1), ("<output_image>x<output_image>", ["h", "i"], 2)],
 )
 def test_runs_are_the_marks_or_one_for_an_unmarked_helper(answer: str, helpers: Any, runs: int) -> None:
-    assert parse_record(json.dumps({"text_input": "q", "text_output": answer, "image_output": helpers}), 1).runs == runs
+    assert make_record(json.dumps({"text_input": "q", "text_output": answer, "image_output": helpers}), 1).runs == runs
 
 
 def test_absent_empty_and_null_images_are_all_none() -> None:
     for nothing in (None, "", []):
         row = {"text_input": "q", "text_output": "a", "image_input": nothing, "image_output": nothing}
-        assert parse_record(json.dumps(row), 1).image_input == ()
-    assert parse_record('{"text_input": "q", "text_output": "a"}', 1).image_output == ()
+        assert make_record(json.dumps(row), 1).image_input == ()
+    assert make_record('{"text_input": "q", "text_output": "a"}', 1).image_output == ()
 
 
 def test_a_question_alone_is_enough_to_decode_but_is_checked_like_any_other() -> None:
     bare = {"text_input": "q <image>", "image_input": "a.png"}
-    assert parse_record(json.dumps(bare), 2, answers=False) == Record(2, "q <image>", "", ("a.png",), ())
+    assert make_record(json.dumps(bare), 2, answers=False) == Record(2, "q <image>", "", ("a.png",), ())
     with pytest.raises(RecordError, match="line 2, text_input: 1 <image> mark"):
-        parse_record(json.dumps(bare | {"image_input": []}), 2, answers=False)
+        make_record(json.dumps(bare | {"image_input": []}), 2, answers=False)
     with pytest.raises(RecordError, match="line 2, text_output: expected a string, found 3"):
-        parse_record(json.dumps(bare | {"text_output": 3}), 2, answers=False)
+        make_record(json.dumps(bare | {"text_output": 3}), 2, answers=False)
 
 
 def test_a_record_error_keeps_its_fault_across_processes() -> None:
@@ -258,11 +258,14 @@ def test_arrow_returns_the_records_memory_mapped_in_file_order(tmp_path: Path) -
     assert [from_json(to_json(record)) for record in expected] == expected
 
 
-def test_commands_of_one_file_say_so(tmp_path: Path) -> None:
-    places = (tmp_path, tmp_path / "rows.parquet", tmp_path / "rows.jsonl")
-    for place in places[1:]:
-        pq.write_table(pa.table({"text_input": ["q"], "text_output": ["a"]}), place)
-    for place in places:
-        with pytest.raises(UserError, match="this command reads one JSON-lines file") as error:
-            scan(place)
-        assert str(error.value).startswith(f"{place}: ")
+def test_commands_read_what_training_reads(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    row = {"text_input": ["q"], "text_output": ["a"]}
+    for place in ("a/1.parquet", "a/2.jsonl", "b/3.parquet"):
+        pq.write_table(pa.table(row), tmp_path / place)
+    for place, lines in ((tmp_path / "a", [1, 2]), (tmp_path / "a/2.jsonl", [1])):
+        records, faults = scan(place)
+        assert ([record.line for record in records], faults) == (lines, [])
+    with pytest.raises(UserError, match="of several folders, this command those of one"):
+        scan(tmp_path / "*/*.parquet")

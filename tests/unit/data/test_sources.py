@@ -20,6 +20,7 @@ from support.indices import every, selected
 from mirage_ds.curate.check import check_file
 from mirage_ds.data import sources
 from mirage_ds.data.encode import Encoder
+from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import Index
 from mirage_ds.data.loader import Rows
@@ -27,7 +28,7 @@ from mirage_ds.data.make_index import open_index
 from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
-from mirage_ds.data.sources import content_hash, data_hash, find_files
+from mirage_ds.data.sources import content_hash, data_hash
 from mirage_ds.errors import UserError
 from mirage_ds.run.records import skipped_lines, usable_rows
 

@@ -25,7 +25,7 @@ from mirage_ds import cli, load
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.record import parse_record
+from mirage_ds.data.record import make_record
 from mirage_ds.data.sample import IGNORE, Sample
 
 PAGE = Path(__file__).parents[3] / "docs/migrate.md"
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoded(nano: Path, folder: Path) -> Callable[[str], tuple[Encoder, Sample]]:
     def encode(stage: Any) -> tuple[Encoder, Sample]:
         encoder = load_encoder([str(nano)], ImageFinder((folder,)), stage, K)
-        return encoder, encoder.encode(parse_record(RECORD, 1), row=0)
+        return encoder, encoder.encode(make_record(RECORD, 1), row=0)
 
     return encode
 

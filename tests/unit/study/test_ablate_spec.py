@@ -178,9 +178,9 @@ def test_runs_that_the_file_puts_on_the_cpu_are_others_than_on_gpus(tmp_path: Pa
 def test_every_setting_is_either_hashed_or_named_as_the_machines(nano: Path, tmp_path: Path) -> None:
     study, _ = opened(write_study(tmp_path, nano))
     node = next(iter(study.nodes.values()))
-    # Settings of adapters stand there only where there are adapters.
-    lora = {name for name in RunConfig.model_fields if name.startswith("lora_")}
-    assert set(RunConfig.model_fields) - MACHINE - lora == set(node.material["settings"])
+    # Settings of adapters and columns stand there only where there are such.
+    later = {name for name in RunConfig.model_fields if name.startswith("lora_")} | {"columns"}
+    assert set(RunConfig.model_fields) - MACHINE - later == set(node.material["settings"])
     assert set(RunConfig.model_fields) >= MACHINE
     # These are hashed by content, under another name.
     assert node.material["rows_per_step"] == 8

@@ -1,0 +1,75 @@
+"""Which of a row's own names mean what: `--columns question=…,answer=…,image=…,helper=…`. Imports nothing heavy."""
+
+from typing import Annotated, Literal, NamedTuple, get_args
+
+from pydantic import AfterValidator
+
+from mirage_ds.errors import UserError, closest, shown
+
+Layout = Literal["swift", "llama-factory", "trl"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+COLUMNS_HELP = (
+    "Names of the records' own columns: question=…,answer=…,image=…,helper=… (or messages=…); image and helper may be "
+    "given several times. [default: obvious names are recognised]"
+)
+
+
+class Columns(NamedTuple):
+    """The names under which a user's rows hold what a record holds; empty where they are to be recognised.
+
+    Attributes:
+        messages: the conversation, in place of question and answer.
+        layout: the trainer whose layout the rows have, where it is named.
+    """
+
+    question: str = ""
+    answer: str = ""
+    image: tuple[str, ...] = ()
+    helper: tuple[str, ...] = ()
+    messages: str = ""
+    layout: Layout | None = None
+
+    @property
+    def named(self) -> list[tuple[str, str]]:
+        """(role, column) of all that are named."""
+        several = [(role, name) for role in ("image", "helper") for name in getattr(self, role)]
+        return [(role, getattr(self, role)) for role in ("question", "answer", "messages") if getattr(self, role)] + (
+            several
+        )
+
+
+# For wherever rows are to be recognised.
+RECOGNISED = Columns()
+
+
+def parse_columns(text: str | None, layout: Layout | None = None) -> Columns:
+    """Read `question=q,answer=a,image=before,image=after`.
+
+    Raises:
+        UserError: an unknown role, one without a name, or a conversation beside a question.
+    """
+    roles: dict[str, list[str]] = {}
+    for part in (text or "").split(",") if text else ():
+        role, equals, name = (one.strip() for one in part.partition("="))
+        if role not in Columns._fields[:5]:
+            raise UserError(f"--columns {text}: {shown(role)} is no role{closest(role, Columns._fields[:5])}; "
+                            "write question=…,answer=…,image=…,helper=…, each with a column's name")  # fmt: skip
+        if not equals or not name:
+            raise UserError(f"--columns {text}: {role} has no column; write {role}=NAME")
+        roles.setdefault(role, []).append(name)
+    for role in ("question", "answer", "messages"):
+        if len(roles.get(role, ())) > 1:
+            raise UserError(f"--columns {text}: {role} is one column, and {len(roles[role])} are named; name one")
+    if "messages" in roles and roles.keys() & {"question", "answer"}:
+        raise UserError(f"--columns {text}: messages hold question and answer; leave these out")
+    one = {role: names[0] for role, names in roles.items() if role not in ("image", "helper")}
+    return Columns(**one, image=tuple(roles.get("image", ())), helper=tuple(roles.get("helper", ())), layout=layout)
+
+
+def _checked(text: str | None) -> str | None:
+    parse_columns(text)
+    return text
+
+
+# A setting; parse_columns reads it.
+ColumnsText = Annotated[str | None, AfterValidator(_checked)]
