@@ -254,3 +254,25 @@ def _check(made: Imported) -> None:
     made.missing = {**{name: what for name, what in needed.items() if name not in settings}, **made.missing}
     checked = build_model(RunConfig, {}, {**needed, **settings}, f"{made.source.file}, in our names,")
     made.settings = {name: checked.model_dump(mode="json")[name] for name in settings}
+
+
+def print_imported(made: Imported, on_stderr: bool) -> None:
+    """Print what became of each of their settings, and the commands that make records of their data."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=on_stderr)
+    for title, head, rows in (
+        ("carried over", (made.source.trainer, "here", "value"), made.carried),
+        ("no counterpart", (made.source.trainer, "why"), made.left.items()),
+        ("to be given still", ("setting", "what"), made.missing.items()),
+    ):
+        table = Table(title=title)
+        for name in head:
+            table.add_column(name, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        if table.row_count:
+            console.print(table)
+    if made.commands:
+        console.print("records first:", *made.commands, sep="\n", soft_wrap=True, highlight=False, markup=False)
