@@ -15,7 +15,7 @@ from mirage_ds.config.flags import build_model
 from mirage_ds.config.foreign import DEFAULTS, Foreign, read_foreign
 from mirage_ds.config.names import ABSENT, ours
 from mirage_ds.config.run import RunConfig, Stage
-from mirage_ds.errors import UserError, reason
+from mirage_ds.errors import UserError, reason, shown
 
 # Our setting: their value → ours.
 _VALUES: dict[str, dict[str, str]] = {
@@ -26,7 +26,7 @@ _VALUES: dict[str, dict[str, str]] = {
 _INVERSE = ("freeze_vit", "freeze_vision_tower", "disable_gradient_checkpointing")
 # Names of ours, or of the table, that mean something else there; nothing is said where all runs are so.
 _OTHERS = {
-    **dict.fromkeys(("stage", "task_type"), ""),
+    **dict.fromkeys(("stage", "task_type", "do_train"), ""),
     **dict.fromkeys(("model_name", "model_author"), "only for the data set swift/self-cognition"),
     **dict.fromkeys(("save_strategy", "eval_strategy", "evaluation_strategy"), "every so many steps, never epochs"),
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model"), "--save_best keeps the best model beside it"),
@@ -101,6 +101,8 @@ def import_config(file: Path, stage: Stage = "sft", ranks: int | None = None) ->
             # Nobody has asked for a default.
             if theirs in source.given and str(why):
                 made.left[theirs] = str(why)
+        except (TypeError, ValueError):
+            made.left[theirs] = f"{shown(value)} is not understood"
     _check(made)
     made.carried.sort(key=lambda line: list(RunConfig.model_fields).index(line[1]))
     return made
@@ -127,8 +129,8 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
             raise _Left("")
     elif name == "train_vision" and not value and "lora_rank" in made.settings:
         raise _Left("adapters train the decoder alone")
-    elif name in ("save_every", "max_steps") and value < 1:
-        raise _Left("ours is a number of steps" if value > 0 else "")
+    elif name in ("save_every", "max_steps", "keep_checkpoints") and float(value) < 1:
+        raise _Left("ours is a whole number, 1 at least" if value != -1 else "")
     elif name == "resume":
         value = "auto"
     made.carry(theirs, name, not value if theirs in _INVERSE else value)
@@ -153,14 +155,18 @@ def _take_method(made: Imported, values: dict[str, Any]) -> None:
 
 
 def _take_batch(made: Imported, values: dict[str, Any], ranks: int | None) -> None:
-    size, steps = int(values.pop("per_device_train_batch_size")), values.pop("gradient_accumulation_steps", None)
-    # Without a number ms-swift takes as many as give a step 16 rows at least.
-    rows = size * int(steps or -(-16 // (size * (ranks or 1))))
+    size, steps = values.pop("per_device_train_batch_size"), values.pop("gradient_accumulation_steps", None)
+    try:
+        # Without a number ms-swift takes as many as give a step 16 rows at least.
+        rows = int(size) * int(steps or -(-16 // (int(size) * (ranks or 1))))
+    except (TypeError, ValueError):
+        made.missing["global_batch_size"] = f"rows a step; theirs is {size} × {steps} × ranks"
+        return
     if ranks is None:
         made.missing["global_batch_size"] = f"{rows} × the number of GPUs; give --ranks"
-    else:
-        theirs = f"per_device_train_batch_size × gradient_accumulation_steps × {ranks} ranks"
-        made.carry(theirs, "global_batch_size", rows * ranks)
+        return
+    theirs = f"per_device_train_batch_size × gradient_accumulation_steps × {ranks} ranks"
+    made.carry(theirs, "global_batch_size", rows * ranks)
 
 
 def _take_data(made: Imported, values: dict[str, Any]) -> None:
