@@ -52,7 +52,7 @@ class Imported:
 
     Attributes:
         carried: (theirs, ours, value); left: theirs → why it has no counterpart; missing: ours → what must be given.
-        commands: what makes records of their data.
+        commands: name of a folder of records → what makes it of their data.
     """
 
     source: Foreign
@@ -60,7 +60,7 @@ class Imported:
     carried: list[tuple[str, str, str]] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    commands: list[str] = field(default_factory=list)
+    commands: dict[str, str] = field(default_factory=dict)
 
     def carry(self, theirs: str, name: str, value: Any) -> None:
         """Set ours, once."""
@@ -171,11 +171,8 @@ def _take_batch(made: Imported, values: dict[str, Any], ranks: int | None) -> No
 
 def _take_data(made: Imported, values: dict[str, Any]) -> None:
     """Data sets, which commands make records of; records to evaluate go together with a number of steps."""
-    for theirs, name in (
-        ("dataset", "data_path"),
-        ("val_dataset", "eval_data_path"),
-        ("eval_dataset", "eval_data_path"),
-    ):
+    held_out = "val_dataset" if "val_dataset" in values else "eval_dataset"
+    for theirs, name in (("dataset", "data_path"), (held_out, "eval_data_path")):
         given = values.pop(theirs, [])
         files = []
         for one in given if isinstance(given, list) else map(str.strip, str(given).split(",")):
@@ -211,10 +208,10 @@ def _records(made: Imported, name: str, values: dict[str, Any]) -> str:
     else:
         layout, called, most = "llama-factory", name, str(values.get("max_samples", ""))
         place, flags = _described(made, name, values)
-    flags += ["--most", most] if most else []
-    made.commands.append(
-        shlex.join(["mirage-ds", "data", "import", layout, place, "--out", f"records/{called}", *flags])
-    )
+    while called in made.commands:
+        called += "_2"
+    words = ["mirage-ds", "data", "import", layout, place, "--out", f"records/{called}", *flags]
+    made.commands[called] = shlex.join([*words, "--most", most] if most else words)
     return f"records/{called}/data.jsonl"
 
 
@@ -251,11 +248,8 @@ def _check(made: Imported) -> None:
     settings = made.settings
     if int(settings.get("max_length", 0)) > RunConfig.model_fields["micro_batch_tokens"].default:
         # A row must fit into a micro-batch.
-        made.carry(
-            "max_length" if made.source.trainer == "ms-swift" else "cutoff_len",
-            "micro_batch_tokens",
-            settings["max_length"],
-        )
+        theirs = "max_length" if made.source.trainer == "ms-swift" else "cutoff_len"
+        made.carry(theirs, "micro_batch_tokens", settings["max_length"])
     needed = {"model": "a folder or hub id", "data_path": "records.jsonl", "save_model_path": "a folder"}
     made.missing = {**{name: what for name, what in needed.items() if name not in settings}, **made.missing}
     checked = build_model(RunConfig, {}, {**needed, **settings}, f"{made.source.file}, in our names,")
@@ -281,4 +275,6 @@ def print_imported(made: Imported, on_stderr: bool) -> None:
         if table.row_count:
             console.print(table)
     if made.commands:
-        console.print("records first:", *made.commands, sep="\n", soft_wrap=True, highlight=False, markup=False)
+        console.print(
+            "records first:", *made.commands.values(), sep="\n", soft_wrap=True, highlight=False, markup=False
+        )

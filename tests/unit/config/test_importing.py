@@ -61,7 +61,7 @@ MAX_PIXELS=1003520 \
 swift sft \
     --model "$MODEL" \
     --dataset a.jsonl#2000 'b.jsonl' \
-    --val_dataset dev.jsonl \
+    --val_dataset dev/a.jsonl \
     --train_type full \
     --torch_dtype bfloat16 \
     --num_train_epochs 1 \
@@ -127,7 +127,7 @@ CASES: list[tuple[str, str, int | None, dict[str, Any], set[str], set[str]]] = [
          "data_path": ["records/a/data.jsonl", "records/b/data.jsonl"], "max_length": 10000, "max_pixels": 1003520,
          "epochs": 1.0, "global_batch_size": 32, "micro_batch_tokens": 10000, "learning_rate": 1e-5,
          "warmup_steps": 0, "weight_decay": 0.1, "attention": "flash", "gradient_checkpointing": False,
-         "save_every": 100, "eval_data_path": "records/dev/data.jsonl", "eval_every": 100},
+         "save_every": 100, "eval_data_path": "records/a_2/data.jsonl", "eval_every": 100},
         {"torch_dtype", "freeze_aligner", "deepspeed", "padding_free", "seed"},
         set(),
     ),
@@ -224,7 +224,7 @@ def test_without_out_the_settings_alone_are_on_stdout(here: Path, capsys: pytest
 )  # fmt: skip
 def test_a_data_set_becomes_a_command(name: str, command: str, here: Path) -> None:
     Path("a.yaml").write_text(f"do_train: true\nmodel_name_or_path: m\noutput_dir: o\ndataset: {name}\n")
-    assert import_config(Path("a.yaml")).commands == [f"mirage-ds data import {command}"]
+    assert import_config(Path("a.yaml")).commands == {name: f"mirage-ds data import {command}"}
 
 
 @pytest.mark.parametrize(
