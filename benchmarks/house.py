@@ -26,7 +26,7 @@ ROOT = REPO / "mirage_ds"
 # All of it fits into 20,000 lines (19,935 on 2026-11-29).
 ROOMS = {
     "data": 2730,
-    "study": 2370,
+    "study": 2410,
     "cluster": 2420,
     "analysis": 1590,
     "curate": 1500,
@@ -39,7 +39,7 @@ ROOMS = {
     "plan": 1080,
     "evaluate": 660,
     # The table of other trainers' names (100 lines, nearly all of them data), and `config import` (330).
-    "config": 885,
+    "config": 860,
     "api": 230,
     # What a wheel ships, and the commands that show and write it: docs, examples, launch.
     "files": 180,
@@ -53,7 +53,8 @@ ROOMS = {
 TOTAL = 20_000
 FILE_LINES, FUNCTION_LINES = 400, 80
 FLOORS, ARROWS = 13, 100
-README_LINES, DOC_WORDS = 150, 25_000
+# 370 words more: other trainers' configurations, three published data sets.
+README_LINES, DOC_WORDS = 150, 25_370
 # Not prose that somebody reads from the start: dated results, and what a command has made.
 NO_PROSE = {"log.md", "api.md", "study.md"}
 

@@ -12,13 +12,12 @@ from mirage_ds.analysis.inspect.command import inspect
 from mirage_ds.cluster.doctor.command import doctor
 from mirage_ds.cluster.status.command import status
 from mirage_ds.config.columns import COLUMNS_HELP, parse_columns
-from mirage_ds.config.command import config
 from mirage_ds.config.flags import CONTEXT, RunCommand, build_model, model_options
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.curate.command import import_, mix, rationalize, vary
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, closest
 from mirage_ds.evaluate.command import evaluate, generate
-from mirage_ds.files import Output, pages, shipped, shipped_files, users_error, write_shipped
+from mirage_ds.files import Output, pages, shipped, shipped_files, users_error, write_atomically, write_shipped
 from mirage_ds.plan.command import plan
 from mirage_ds.run.process import print_anything
 from mirage_ds.run.stop import StopRequest
@@ -33,7 +32,7 @@ def cli() -> None:
     """Train and study vision-language models that think in latent visual tokens."""
 
 
-for command in (status, ablate, doctor, plan, evaluate, generate, inspect, controls, compare, config):
+for command in (status, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
     cli.add_command(command)
 
 
@@ -108,6 +107,36 @@ def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path |
     else:
         write_page(file, records, out)
         print(f"{out}: {len(records)} records")
+
+
+@cli.group()
+def config() -> None:
+    """Settings files of training runs."""
+
+
+@config.command("import")
+@click.argument("file", type=_PATH)
+@click.option("--out", type=Output(), help="Settings file to write; without it, it is printed.")
+@click.option("--stage", default="sft", show_default=True, type=click.Choice(["sft", "stage1", "stage2"]),
+              help="What the run trains: theirs is sft; stage1 and stage2 train latents.")  # fmt: skip
+@click.option("--ranks", type=click.IntRange(min=1), help="GPUs in all, where FILE does not say how many.")
+def config_import(file: Path, out: Path | None, **options: Any) -> None:
+    """Turn FILE, a configuration of LLaMA-Factory or ms-swift, into a settings file.
+
+    FILE is LLaMA-Factory's YAML or JSON, or ms-swift's YAML, JSON or shell script with `swift sft`. Tables say what is
+    carried over, what has no counterpart, and what has to be given still. Start it where the trainer is started.
+    """
+    from mirage_ds.config.importing import import_config, print_imported
+
+    if out is not None and out.exists():
+        raise UserError(f"--out {out}: is there already; name another file")
+    made = import_config(file, **options)
+    print_imported(made, on_stderr=out is None)
+    if out is None:
+        click.echo(made.as_yaml(), nl=False)
+    else:
+        write_atomically(out, made.as_yaml())
+        print(f"{out}: {len(made.settings)} settings; train with --config {out}")
 
 
 @cli.command()

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from mirage_ds.config.run import read_yaml
-from mirage_ds.errors import UserError, reason, shown
+from mirage_ds.errors import UserError, reason
 
 Trainer = Literal["LLaMA-Factory", "ms-swift"]
 # What their settings are where nobody sets them, as far as ours are something else.
@@ -28,8 +28,10 @@ DEFAULTS: dict[Trainer, dict[str, Any]] = {
                  "warmup_ratio": 0, "weight_decay": 0.1, "save_steps": 500},
 }  # fmt: skip
 _SWIFT = {"train_type", "tuner_type", "torch_dtype", "target_modules", "split_dataset_ratio", "freeze_vit", "attn_impl"}
-_COMMAND = re.compile(r"\bswift(?:[./]cli[./]|\s+)(\w+)")
+_MODULE = re.compile(r"(.*/)?swift[./]cli[./]sft(\.py)?")
 _ASSIGNED = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
+# What ms-swift's examples have where they share rows out.
+_QUOTIENT = re.compile(r"\$\(expr (\d+) / (\d+)\)|\$\(\((\d+) / (\d+)\)\)")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
 
 
@@ -65,9 +67,13 @@ def read_foreign(file: Path) -> Foreign:
             f"{file}: is no configuration that is recognised; give one of LLaMA-Factory (it has model_name_or_path) or "
             "of ms-swift (model with train_type and the like, or a script with `swift sft`)"
         )
-    stage = str(given.get("stage") or given.get("rlhf_type") or "sft")
-    if stage != "sft":
-        raise UserError(f"{file}: trains by {stage}; only fine-tuning on answers (sft) can be carried over")
+    if "model_name_or_path" in given and not given.get("do_train"):
+        raise UserError(f"{file}: trains nothing (it has no do_train: true); give the configuration of a training")
+    kinds = (given.get("stage"), given.get("rlhf_type"), given.get("task_type"))
+    kinds += ("Megatron",) if "micro_batch_size" in given else ()
+    for kind in kinds:
+        if kind not in (None, "sft", "causal_lm"):
+            raise UserError(f"{file}: is for {kind}; only fine-tuning on answers (sft) can be carried over")
     return Foreign("LLaMA-Factory" if "model_name_or_path" in given else "ms-swift", file, given, ranks)
 
 
@@ -79,18 +85,19 @@ def _script(file: Path) -> tuple[dict[str, Any], int | None]:
         raise UserError(f"{file}: cannot be read ({reason(error)})") from None
     known: dict[str, str] = {}
     for line in text.replace("\\\n", " ").splitlines():
-        words = _words(line)
-        head = list(takewhile(lambda word: not word.startswith("--"), words))
-        for match in filter(None, map(_ASSIGNED.fullmatch, head)):
-            known[match[1]] = _expanded(match[2], known)
-        command = _COMMAND.search(" ".join(head))
-        if command and command[1] != "sft":
-            raise UserError(f"{file}: has {shown(command[0])}; only `swift sft` can be carried over")
-        if command:
+        words = _words(_expanded(line, known))
+        before = ["", *words]
+        at = next(
+            (n for n, word in enumerate(words) if _MODULE.fullmatch(word) or (before[n], word) == ("swift", "sft")), -1
+        )
+        known |= {match[1]: match[2] for match in filter(None, map(_ASSIGNED.fullmatch, words[: max(at, 0) or None]))}
+        if at >= 0:
             pixels = {name.lower(): known[name] for name in ("MAX_PIXELS", "MIN_PIXELS") if name in known}
-            numbers = [known.get(name, "1") for name in ("NPROC_PER_NODE", "NNODES")]
+            # Another launcher has its own words for it.
+            each = known.get("NPROC_PER_NODE", "1" if words[at] == "sft" else "")
+            numbers = [each, known.get("NNODES", "1")]
             ranks = math.prod(map(int, numbers)) if all(map(str.isdecimal, numbers)) else None
-            return {**dict(_flags(words[len(head) :], known)), **pixels}, ranks
+            return {**dict(_flags(words[at + 1 :])), **pixels}, ranks
     raise UserError(f"{file}: has no `swift sft`; give a YAML, a JSON or a shell script with that command")
 
 
@@ -104,22 +111,23 @@ def _words(line: str) -> list[str]:
     return list(takewhile(lambda word: word[:1] not in ("#", "|", ">", "&", ";") and word != "2>&1", words))
 
 
-def _expanded(text: str, known: dict[str, str]) -> str:
-    """Put in the variables that are known, or their ${NAME:-default}; the others stay."""
-    return _VARIABLE.sub(lambda match: known.get(match[1] or match[2], match[3] or match[0]), text)
+def _expanded(line: str, known: dict[str, str]) -> str:
+    """Put in the variables that are known, or their ${NAME:-default}, and quotients; the rest stays."""
+    line = _VARIABLE.sub(lambda match: known.get(match[1] or match[2], match[3] or match[0]), line)
+    return _QUOTIENT.sub(lambda match: str(int(match[1] or match[3]) // int(match[2] or match[4])), line)
 
 
-def _flags(words: list[str], known: dict[str, str]) -> Iterator[tuple[str, Any]]:
+def _flags(words: list[str]) -> Iterator[tuple[str, Any]]:
     """Yield (name, value): a list where a flag has several, True where it has none."""
     name, values = "", []
     for word in [*words, "--"]:
         if not word.startswith("--"):
-            values.append(_scalar(_expanded(word, known)))
+            values.append(_scalar(word))
             continue
         if name:
             yield name.replace("-", "_"), values[0] if len(values) == 1 else values or True
         name, equals, value = word[2:].partition("=")
-        values = [_scalar(_expanded(value, known))] if equals else []
+        values = [_scalar(value)] if equals else []
 
 
 def _scalar(text: str) -> Any:

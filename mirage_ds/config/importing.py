@@ -15,7 +15,7 @@ from mirage_ds.config.flags import build_model
 from mirage_ds.config.foreign import DEFAULTS, Foreign, read_foreign
 from mirage_ds.config.names import ABSENT, ours
 from mirage_ds.config.run import RunConfig, Stage
-from mirage_ds.errors import UserError, reason
+from mirage_ds.errors import UserError, reason, shown
 
 # Our setting: their value → ours.
 _VALUES: dict[str, dict[str, str]] = {
@@ -26,7 +26,7 @@ _VALUES: dict[str, dict[str, str]] = {
 _INVERSE = ("freeze_vit", "freeze_vision_tower", "disable_gradient_checkpointing")
 # Names of ours, or of the table, that mean something else there; nothing is said where all runs are so.
 _OTHERS = {
-    **dict.fromkeys(("stage", "task_type"), ""),
+    **dict.fromkeys(("stage", "task_type", "do_train"), ""),
     **dict.fromkeys(("model_name", "model_author"), "only for the data set swift/self-cognition"),
     **dict.fromkeys(("save_strategy", "eval_strategy", "evaluation_strategy"), "every so many steps, never epochs"),
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model"), "--save_best keeps the best model beside it"),
@@ -52,7 +52,7 @@ class Imported:
 
     Attributes:
         carried: (theirs, ours, value); left: theirs → why it has no counterpart; missing: ours → what must be given.
-        commands: what makes records of their data.
+        commands: name of a folder of records → what makes it of their data.
     """
 
     source: Foreign
@@ -60,7 +60,7 @@ class Imported:
     carried: list[tuple[str, str, str]] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    commands: list[str] = field(default_factory=list)
+    commands: dict[str, str] = field(default_factory=dict)
 
     def carry(self, theirs: str, name: str, value: Any) -> None:
         """Set ours, once."""
@@ -101,6 +101,8 @@ def import_config(file: Path, stage: Stage = "sft", ranks: int | None = None) ->
             # Nobody has asked for a default.
             if theirs in source.given and str(why):
                 made.left[theirs] = str(why)
+        except (TypeError, ValueError):
+            made.left[theirs] = f"{shown(value)} is not understood"
     _check(made)
     made.carried.sort(key=lambda line: list(RunConfig.model_fields).index(line[1]))
     return made
@@ -127,8 +129,8 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
             raise _Left("")
     elif name == "train_vision" and not value and "lora_rank" in made.settings:
         raise _Left("adapters train the decoder alone")
-    elif name in ("save_every", "max_steps") and value < 1:
-        raise _Left("ours is a number of steps" if value > 0 else "")
+    elif name in ("save_every", "max_steps", "keep_checkpoints") and float(value) < 1:
+        raise _Left("ours is a whole number, 1 at least" if value != -1 else "")
     elif name == "resume":
         value = "auto"
     made.carry(theirs, name, not value if theirs in _INVERSE else value)
@@ -153,23 +155,24 @@ def _take_method(made: Imported, values: dict[str, Any]) -> None:
 
 
 def _take_batch(made: Imported, values: dict[str, Any], ranks: int | None) -> None:
-    size, steps = int(values.pop("per_device_train_batch_size")), values.pop("gradient_accumulation_steps", None)
-    # Without a number ms-swift takes as many as give a step 16 rows at least.
-    rows = size * int(steps or -(-16 // (size * (ranks or 1))))
+    size, steps = values.pop("per_device_train_batch_size"), values.pop("gradient_accumulation_steps", None)
+    try:
+        # Without a number ms-swift takes as many as give a step 16 rows at least.
+        rows = int(size) * int(steps or -(-16 // (int(size) * (ranks or 1))))
+    except (TypeError, ValueError):
+        made.missing["global_batch_size"] = f"rows a step; theirs is {size} × {steps} × ranks"
+        return
     if ranks is None:
         made.missing["global_batch_size"] = f"{rows} × the number of GPUs; give --ranks"
-    else:
-        theirs = f"per_device_train_batch_size × gradient_accumulation_steps × {ranks} ranks"
-        made.carry(theirs, "global_batch_size", rows * ranks)
+        return
+    theirs = f"per_device_train_batch_size × gradient_accumulation_steps × {ranks} ranks"
+    made.carry(theirs, "global_batch_size", rows * ranks)
 
 
 def _take_data(made: Imported, values: dict[str, Any]) -> None:
     """Data sets, which commands make records of; records to evaluate go together with a number of steps."""
-    for theirs, name in (
-        ("dataset", "data_path"),
-        ("val_dataset", "eval_data_path"),
-        ("eval_dataset", "eval_data_path"),
-    ):
+    held_out = "val_dataset" if "val_dataset" in values else "eval_dataset"
+    for theirs, name in (("dataset", "data_path"), (held_out, "eval_data_path")):
         given = values.pop(theirs, [])
         files = []
         for one in given if isinstance(given, list) else map(str.strip, str(given).split(",")):
@@ -205,10 +208,10 @@ def _records(made: Imported, name: str, values: dict[str, Any]) -> str:
     else:
         layout, called, most = "llama-factory", name, str(values.get("max_samples", ""))
         place, flags = _described(made, name, values)
-    flags += ["--most", most] if most else []
-    made.commands.append(
-        shlex.join(["mirage-ds", "data", "import", layout, place, "--out", f"records/{called}", *flags])
-    )
+    while called in made.commands:
+        called += "_2"
+    words = ["mirage-ds", "data", "import", layout, place, "--out", f"records/{called}", *flags]
+    made.commands[called] = shlex.join([*words, "--most", most] if most else words)
     return f"records/{called}/data.jsonl"
 
 
@@ -245,12 +248,33 @@ def _check(made: Imported) -> None:
     settings = made.settings
     if int(settings.get("max_length", 0)) > RunConfig.model_fields["micro_batch_tokens"].default:
         # A row must fit into a micro-batch.
-        made.carry(
-            "max_length" if made.source.trainer == "ms-swift" else "cutoff_len",
-            "micro_batch_tokens",
-            settings["max_length"],
-        )
+        theirs = "max_length" if made.source.trainer == "ms-swift" else "cutoff_len"
+        made.carry(theirs, "micro_batch_tokens", settings["max_length"])
     needed = {"model": "a folder or hub id", "data_path": "records.jsonl", "save_model_path": "a folder"}
     made.missing = {**{name: what for name, what in needed.items() if name not in settings}, **made.missing}
     checked = build_model(RunConfig, {}, {**needed, **settings}, f"{made.source.file}, in our names,")
     made.settings = {name: checked.model_dump(mode="json")[name] for name in settings}
+
+
+def print_imported(made: Imported, on_stderr: bool) -> None:
+    """Print what became of each of their settings, and the commands that make records of their data."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=on_stderr)
+    for title, head, rows in (
+        ("carried over", (made.source.trainer, "here", "value"), made.carried),
+        ("no counterpart", (made.source.trainer, "why"), made.left.items()),
+        ("to be given still", ("setting", "what"), made.missing.items()),
+    ):
+        table = Table(title=title)
+        for name in head:
+            table.add_column(name, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        if table.row_count:
+            console.print(table)
+    if made.commands:
+        console.print(
+            "records first:", *made.commands.values(), sep="\n", soft_wrap=True, highlight=False, markup=False
+        )

@@ -97,11 +97,16 @@ def _need(made: Study) -> None:
 )
 @as_json
 def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **flags: Any) -> None:
-    """Print what STUDY would run, what is done already, and the GPU-hours that the planner expects."""
+    """Print what STUDY would run, what is done already, and the GPU-hours that the planner expects.
+
+    A study whose evaluations would be refused (records, images, scorer, controls) is refused here.
+    """
+    from mirage_ds.study.check import check_evaluations
     from mirage_ds.study.overview import hours_of, overview, print_plan
 
     made, store = _open(study)
     _need(made)
+    check_evaluations(made)
     machine = build_model(Machine, flags | {"gpu": flags["gpu"] or card})
     lines = overview(made, store, machine.model_dump(exclude_none=True))
     left = [line for line in lines if line.state != "done"]
@@ -169,6 +174,11 @@ def run_study(study: Path, **flags: Any) -> None:
     if not asked.only:
         _need(made)
     wanted = _wanted(made, asked.arms, asked.only)
+    if not asked.only:
+        from mirage_ds.study.check import check_evaluations
+
+        # A task of an array is one run of a study that was checked when it was submitted.
+        check_evaluations(made)
     if asked.again:
         for key in wanted:
             store.forget_failures(made.nodes[key])

@@ -80,6 +80,23 @@ def _with_helpers(fork: Fork, finder: ImageFinder, folder: Path) -> list[Record]
     return found
 
 
+def forks_of(records: Sequence[Record], task: str, seed: int) -> list[Fork]:
+    """Choose the other path of each record that has one.
+
+    Raises:
+        UserError: another task than spatial planning, or no record with an alternative.
+    """
+    if task != NAME:
+        raise UserError(f"--latents path is about the paths of {NAME}, and these records are of {task}; leave it out")
+    forks = [fork for record in records if (fork := fork_of(record, seed)) is not None]
+    if not forks:
+        raise UserError(
+            "--latents path: no record whose own answer is one of several shortest paths; build records with "
+            "`mirage-ds data build vsp-spatial-planning --ties random`, or leave path out"
+        )
+    return forks
+
+
 def run_paths(
     bench: Bench, records: Sequence[Record], task: str, seed: int, batch_size: int, track: Track = iter
 ) -> dict[str, Any]:
@@ -93,16 +110,9 @@ def run_paths(
         have a latent block.
 
     Raises:
-        UserError: another task than spatial planning, or no record with an alternative.
+        UserError: see forks_of.
     """
-    if task != NAME:
-        raise UserError(f"--latents path is about the paths of {NAME}, and these records are of {task}; leave it out")
-    forks = [fork for record in records if (fork := fork_of(record, seed)) is not None]
-    if not forks:
-        raise UserError(
-            "--latents path: no record whose own answer is one of several shortest paths; build records with "
-            "`mirage-ds data build vsp-spatial-planning --ties random`, or leave path out"
-        )
+    forks = forks_of(records, task, seed)
     with tempfile.TemporaryDirectory(prefix="mirage-paths-") as name:
         try:
             twins = [twin for fork in forks for twin in _with_helpers(fork, bench.encoder.finder, Path(name))]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mirage_ds.cli import cli
 from mirage_ds.config.flags import build_model
+from mirage_ds.config.foreign import read_foreign
 from mirage_ds.config.importing import import_config
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.errors import UserError
@@ -52,6 +53,7 @@ resume_from_checkpoint: null
 SWIFT = r"""#!/bin/bash
 # don't stop here
 RUN=one
+EACH=4
 export MODEL=${MODEL:-Qwen/Qwen2.5-VL-3B-Instruct}
 CUDA_VISIBLE_DEVICES=0,1,2,3 \
 NPROC_PER_NODE=4 \
@@ -59,7 +61,7 @@ MAX_PIXELS=1003520 \
 swift sft \
     --model "$MODEL" \
     --dataset a.jsonl#2000 'b.jsonl' \
-    --val_dataset dev.jsonl \
+    --val_dataset dev/a.jsonl \
     --train_type full \
     --torch_dtype bfloat16 \
     --num_train_epochs 1 \
@@ -67,7 +69,7 @@ swift sft \
     --learning_rate 1e-5 \
     --freeze_vit false \
     --freeze_aligner=false \
-    --gradient_accumulation_steps 2 \
+    --gradient_accumulation_steps $(expr 8 / $EACH) \
     --gradient_checkpointing false \
     --eval_steps 100 \
     --save_steps 100 \
@@ -102,13 +104,14 @@ CASES: list[tuple[str, str, int | None, dict[str, Any], set[str], set[str]]] = [
          "max_pixels": 262144, "num_workers": 4, "epochs": 2.0, "global_batch_size": 32, "learning_rate": 1e-4,
          "lr_scheduler": "cosine", "adam_beta2": 0.999, "weight_decay": 0.0, "save_every": 250, "overwrite": True,
          "report_to": ["wandb"]},
-        {"video_max_pixels", "trust_remote_code", "do_train", "template", "preprocessing_num_workers", "logging_steps",
+        {"video_max_pixels", "trust_remote_code", "template", "preprocessing_num_workers", "logging_steps",
          "save_only_model", "bf16", "ddp_timeout"},
         {"warmup_steps"},
     ),
     (
         "least.json",
-        '{"model_name_or_path": "m", "output_dir": "o", "dataset": "shapes", "finetuning_type": "full"}',
+        '{"model_name_or_path": "m", "output_dir": "o", "dataset": "shapes", "finetuning_type": "full", '
+        '"do_train": true}',
         None,
         {"model": "m", "save_model_path": "o", "stage": "sft", "data_path": "records/shapes/data.jsonl",
          "max_length": 2048, "max_pixels": 589824, "epochs": 3.0, "learning_rate": 5e-5, "lr_scheduler": "linear",
@@ -124,7 +127,7 @@ CASES: list[tuple[str, str, int | None, dict[str, Any], set[str], set[str]]] = [
          "data_path": ["records/a/data.jsonl", "records/b/data.jsonl"], "max_length": 10000, "max_pixels": 1003520,
          "epochs": 1.0, "global_batch_size": 32, "micro_batch_tokens": 10000, "learning_rate": 1e-5,
          "warmup_steps": 0, "weight_decay": 0.1, "attention": "flash", "gradient_checkpointing": False,
-         "save_every": 100, "eval_data_path": "records/dev/data.jsonl", "eval_every": 100},
+         "save_every": 100, "eval_data_path": "records/a_2/data.jsonl", "eval_every": 100},
         {"torch_dtype", "freeze_aligner", "deepspeed", "padding_free", "seed"},
         set(),
     ),
@@ -174,7 +177,7 @@ def test_a_configuration_becomes_ours(
     assert all(made.left.values())
     # Every setting of theirs is told of, once.
     told = [part for theirs, *_ in made.carried for part in theirs.split(" × ")]
-    given = {key for key, value in made.source.given.items() if value not in (-1, "all-linear")} - {"stage"}
+    given = {key for key, value in made.source.given.items() if value not in (-1, "all-linear")} - {"stage", "do_train"}
     assert given <= {*told, *made.left, "warmup_ratio", "finetuning_type", "train_type", "tuner_type", *told}
     # What is written is what a run reads.
     Path("run.yaml").write_text(made.as_yaml())
@@ -220,8 +223,8 @@ def test_without_out_the_settings_alone_are_on_stdout(here: Path, capsys: pytest
     ],
 )  # fmt: skip
 def test_a_data_set_becomes_a_command(name: str, command: str, here: Path) -> None:
-    Path("a.yaml").write_text(f"model_name_or_path: m\noutput_dir: o\ndataset: {name}\n")
-    assert import_config(Path("a.yaml")).commands == [f"mirage-ds data import {command}"]
+    Path("a.yaml").write_text(f"do_train: true\nmodel_name_or_path: m\noutput_dir: o\ndataset: {name}\n")
+    assert import_config(Path("a.yaml")).commands == {name: f"mirage-ds data import {command}"}
 
 
 @pytest.mark.parametrize(
@@ -233,7 +236,7 @@ def test_a_data_set_becomes_a_command(name: str, command: str, here: Path) -> No
     ],
 )
 def test_a_data_set_that_cannot_be_taken_is_to_be_given(name: str, why: str, here: Path) -> None:
-    Path("a.yaml").write_text(f"model_name_or_path: m\noutput_dir: o\ndataset: {name}\n")
+    Path("a.yaml").write_text(f"do_train: true\nmodel_name_or_path: m\noutput_dir: o\ndataset: {name}\n")
     made = import_config(Path("a.yaml"))
     assert made.missing["data_path"].startswith(why)
     assert f"# data_path: {why}" in made.as_yaml()
@@ -242,14 +245,25 @@ def test_a_data_set_that_cannot_be_taken_is_to_be_given(name: str, why: str, her
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("a.yaml", "stage: dpo\nmodel_name_or_path: m\n", "a.yaml: trains by dpo; only fine-tuning"),
+        ("a.yaml", "stage: dpo\ndo_train: true\nmodel_name_or_path: m\n", "a.yaml: is for dpo; only fine-tuning"),
+        ("a.yaml", "model_name_or_path: m\ntemplate: qwen2_vl\n", "a.yaml: trains nothing (it has no do_train: true)"),
+        ("a.yaml", "model: m\ntuner_type: lora\ntask_type: seq_cls\n", "a.yaml: is for seq_cls; only fine-tuning"),
+        ("a.yaml", "model: m\ntuner_type: lora\nmicro_batch_size: 1\n", "a.yaml: is for Megatron; only fine-tuning"),
         ("a.yaml", "model: m\nlr: 3\n", "a.yaml: is no configuration that is recognised; give one of LLaMA-Factory"),
         ("a.yaml", "save_model_path: m\ndata_path: a\n", "a.yaml: is no configuration that is recognised"),
         ("a.yaml", "- a\n", "a.yaml: expected `key: value` lines, found list"),
         ("a.json", "{", "a.json line 1: not valid YAML"),
-        ("a.yaml", "finetuning_type: oft\nmodel_name_or_path: m\n", "a.yaml: finetuning_type oft has no counterpart"),
-        ("a.yaml", "lora_rank: many\nmodel_name_or_path: m\n", "'lora_rank' in a.yaml, in our names, is 'many'"),
-        ("a.sh", "swift rlhf --rlhf_type dpo", "a.sh: has 'swift rlhf'; only `swift sft`"),
+        (
+            "a.yaml",
+            "do_train: true\nfinetuning_type: oft\nmodel_name_or_path: m\n",
+            "a.yaml: finetuning_type oft has no counterpart",
+        ),
+        (
+            "a.yaml",
+            "do_train: true\nlora_rank: many\nmodel_name_or_path: m\n",
+            "'lora_rank' in a.yaml, in our names, is 'many'",
+        ),
+        ("a.sh", "swift rlhf --rlhf_type dpo", "a.sh: has no `swift sft`"),
         ("a.sh", "llamafactory-cli train a.yaml", "a.sh: has no `swift sft`"),
         ("gone.yaml", None, "gone.yaml: no such file"),
     ],
@@ -265,3 +279,26 @@ def test_what_is_not_recognised_is_one_sentence(file: str, text: str | None, sai
 
 def test_the_group_is_listed() -> None:
     assert isinstance(cli.commands["config"], click.Group)
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "ranks"),
+    [
+        ("swift sft --model m", {"model": "m"}, 1),
+        ("NPROC_PER_NODE=8 NNODES=2 swift sft --model m --packing", {"model": "m", "packing": True}, 16),
+        ("export NPROC_PER_NODE=2\nswift sft --model m  # as usual", {"model": "m"}, 2),
+        ("NNODES=$WORLD_SIZE swift sft --model m", {"model": "m"}, None),
+        # Another launcher's own flags stand before ours.
+        ("torchrun --nproc_per_node 2 swift/cli/sft.py --model m --lora-rank=4", {"model": "m", "lora_rank": 4}, None),
+        ("python -m swift.cli.sft --model m > log.txt", {"model": "m"}, None),
+        ("swift export --model x\nswift sft --model m", {"model": "m"}, 1),
+        ("say() { echo 'a\nb'; }\nN=4\nswift sft --gradient_accumulation_steps $(expr 16 / $N) --model ${M:-m}",
+         {"gradient_accumulation_steps": 4, "model": "m"}, 1),
+    ],
+)  # fmt: skip
+def test_scripts_are_read_as_a_shell_reads_them(
+    script: str, given: dict[str, Any], ranks: int | None, here: Path
+) -> None:
+    Path("a.sh").write_text(script)
+    found = read_foreign(Path("a.sh"))
+    assert (found.trainer, found.given, found.ranks) == ("ms-swift", given, ranks)
