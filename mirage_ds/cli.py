@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
+from mirage_ds import __version__
 from mirage_ds.analysis.controls.command import compare, controls
 from mirage_ds.analysis.inspect.command import inspect
 from mirage_ds.cluster.doctor.command import doctor
+from mirage_ds.cluster.here import train
 from mirage_ds.cluster.status.command import status
-from mirage_ds.config.flags import CONTEXT, RunCommand, build_model, model_options
-from mirage_ds.config.run import RunConfig, read_yaml
+from mirage_ds.config.flags import CONTEXT, Group, RunCommand, run_config, run_options
 from mirage_ds.curate.command import import_, mix, rationalize, vary
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 from mirage_ds.evaluate.command import evaluate, generate
@@ -26,16 +27,17 @@ from mirage_ds.tasks.command import TaskGroup
 _PATH = click.Path(path_type=Path)
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="mirage-ds")
 def cli() -> None:
     """Train and study vision-language models that think in latent visual tokens."""
 
 
-for command in (status, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
+for command in (train, status, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
     cli.add_command(command)
 
 
-@cli.group()
+@cli.group(cls=Group)
 def data() -> None:
     """Build, convert, import, check, index, show, vary, mix and rationalize records."""
 
@@ -70,8 +72,7 @@ def data_check(file: Path, most: int, **options: Any) -> None:
 
 
 @data.command("index", cls=RunCommand)
-@model_options(RunConfig)
-@click.option("--config", "yaml_file", type=_PATH, help="YAML file of the same settings.")
+@run_options
 def data_index(yaml_file: Path | None, **flags: Any) -> None:
     """Index a run's records before the run: what it would otherwise do before its first step.
 
@@ -80,8 +81,7 @@ def data_index(yaml_file: Path | None, **flags: Any) -> None:
     """
     from mirage_ds.run.records import index_beforehand
 
-    values = {"save_model_path": Path(), **(read_yaml(yaml_file) if yaml_file else {})}
-    for line in index_beforehand(build_model(RunConfig, flags, values, source=str(yaml_file))):
+    for line in index_beforehand(run_config(yaml_file, flags, save_model_path=Path())):
         print(line)
 
 
@@ -155,7 +155,7 @@ def card(folder: Path, scores: tuple[Path, ...]) -> None:
     print(add_scores(folder, scores, partial(track, description="hashing weights", transient=True)))
 
 
-@cli.group()
+@cli.group(cls=Group)
 def checkpoint() -> None:
     """List a run's checkpoints, and make them loadable by another number of ranks."""
 

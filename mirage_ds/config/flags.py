@@ -6,7 +6,7 @@ names and in choices (click's ``token_normalize_func``).
 
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,20 +14,49 @@ import click
 from pydantic import BaseModel, ValidationError
 
 from mirage_ds.config.names import hint
+from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.errors import UserError, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 
-CONTEXT = {"token_normalize_func": lambda token: token.replace("-", "_"), "max_content_width": 110}
+CONTEXT = {
+    "token_normalize_func": lambda token: token.replace("-", "_"),
+    "max_content_width": 110,
+    "help_option_names": ["-h", "--help"],
+}
+
+
+class Group(click.Group):
+    """A command that has commands. Its help gives each of them its whole first sentence; alone, it shows its help.
+
+    Attributes:
+        sections: heading → the commands below it, in their order. Without it there is one heading.
+    """
+
+    sections: Mapping[str, Sequence[str]] | None = None
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse as click does."""
+        return super().parse_args(ctx, args or ["--help"])
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands under their headings."""
+        for heading, names in (self.sections or {"Commands": self.list_commands(ctx)}).items():
+            with formatter.section(heading):
+                found = [(name, self.get_command(ctx, name)) for name in names]
+                formatter.write_dl([(name, one.get_short_help_str(limit=1000)) for name, one in found if one])
 
 
 class RunCommand(click.Command):
-    """A command that takes a run's settings as flags: other trainers' names are answered with ours."""
+    """A command that takes a run's settings as flags: other trainers' names are answered with ours.
+
+    Alone, it shows its help.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does; UserError for a flag of another trainer."""
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, args or ["--help"])
         except click.NoSuchOption as error:
             said = hint(error.option_name, {str(param.name) for param in self.params})
             raise UserError(f"no such option: {error.option_name}{said or '; --help lists them'}") from None
@@ -128,3 +157,17 @@ def build_model(
         where = f"--{name}" if name in given or name not in (yaml_values or {}) else f"'{name}' in {source}"
         reason = "is required" if first["type"] == "missing" else f"is {shown(first.get('input'))}: {first['msg']}"
         raise UserError(f"{where} {reason}") from None
+
+
+def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a click command the settings of a run as options, and --config for a YAML file of them."""
+    file = click.option(
+        "--config", "yaml_file", type=click.Path(path_type=Path), help="YAML file of the same settings."
+    )
+    return model_options(RunConfig)(file(function))
+
+
+def run_config(yaml_file: Path | None, flags: Mapping[str, Any], **beforehand: Any) -> RunConfig:
+    """Make a run's settings of what run_options gave; `beforehand` are defaults that stand in for missing ones."""
+    values = beforehand | (read_yaml(yaml_file) if yaml_file else {})
+    return build_model(RunConfig, flags, values, source=str(yaml_file))

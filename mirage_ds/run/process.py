@@ -34,7 +34,9 @@ def run_rank(command: click.Command, alone: bool = False) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         command.main(standalone_mode=False)
-    except Stopped:
+    except Stopped as stop:
+        if not stop.told and os.environ.get("RANK", "0") == "0":
+            print("stopped", file=sys.stderr)  # noqa: T201  # there may be no console
         leave(EXIT_STOPPED)
     # A full disk, or a cache that cannot be written, may be met by any rank.
     except (click.ClickException, UserError, OSError) as error:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import BaseModel, Field, PositiveInt, create_model
 
-from mirage_ds.config.flags import CONTEXT, build_model, model_options
+from mirage_ds.config.flags import CONTEXT, Group, build_model, model_options
 from mirage_ds.errors import EXIT_STOPPED, UserError
 from mirage_ds.files import Output, check_output
 from mirage_ds.plan.spec import PlanSpec
@@ -57,7 +55,7 @@ class RunFlags(BaseModel):
     at_once: PositiveInt | None = Field(None, description="How many tasks of a Slurm array may run at once.")
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT)
 def ablate() -> None:
     """Describe a study in one file, run it here or on a cluster, report it."""
 
@@ -110,29 +108,14 @@ def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **fl
     click.echo(json.dumps({"study": made.spec.name, "cells": len(made.cells), "nodes": nodes, **sums}))
 
 
-def _gpus(environment: Mapping[str, str]) -> list[str]:
-    """Name the GPUs that runs with this environment may use; none where they are told to use the CPU."""
-    if environment.get("DS_ACCELERATOR") == "cpu":
-        return []
-    given = environment.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        names = [name.strip() for name in given.split(",") if name.strip()]
-        # As CUDA has it, what stands behind a number below 0 is not seen.
-        return list(takewhile(lambda name: not name.startswith("-"), names))
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return []
-    return [str(number) for number, _ in enumerate(listed.stdout.splitlines())] if listed.returncode == 0 else []
-
-
 def _places(made: Study, ranks: int, asked: RunFlags) -> list[Place]:
     """Return where nodes run."""
+    from mirage_ds.cluster.here import visible_gpus
     from mirage_ds.cluster.hosts import read_hosts
     from mirage_ds.study.launch import here, parts
 
     if asked.hostfile is None:
-        gpus = _gpus({**os.environ, **made.spec.launch.environment})
+        gpus = visible_gpus({**os.environ, **made.spec.launch.environment})
         return here(ranks, asked.jobs, gpus, len(os.sched_getaffinity(0)))
     found = parts(read_hosts(asked.hostfile), asked.hosts_per_run)
     if not found:
