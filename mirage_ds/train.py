@@ -12,10 +12,12 @@ from typing import Any, NoReturn
 import click
 
 if __name__ == "__main__":
+    from mirage_ds.run.process import hush
     from mirage_ds.run.stop import leave_on_signals
 
     # Before torch, whose import takes seconds.
     leave_on_signals()
+    hush()
 
 import torch.distributed as dist
 

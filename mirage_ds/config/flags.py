@@ -6,7 +6,7 @@ names and in choices (click's ``token_normalize_func``).
 
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,13 +27,13 @@ CONTEXT = {
 
 
 class Group(click.Group):
-    """A command that has commands. Its help gives each of them its whole first sentence; alone, it shows its help.
+    """A command that has commands. Its help says the whole of each one's first sentence; alone, it shows its help.
 
     Attributes:
-        sections: heading → the commands below it, in their order. Without it there is one heading.
+        sections: heading → name → line, of commands that stand there with another line than their first sentence.
     """
 
-    sections: Mapping[str, Sequence[str]] | None = None
+    sections: Mapping[str, Mapping[str, str]] = {}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does."""
@@ -41,10 +41,16 @@ class Group(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands under their headings."""
-        for heading, names in (self.sections or {"Commands": self.list_commands(ctx)}).items():
-            with formatter.section(heading):
-                found = [(name, self.get_command(ctx, name)) for name in names]
-                formatter.write_dl([(name, one.get_short_help_str(limit=1000)) for name, one in found if one])
+        names = self.list_commands(ctx)
+        headed = {name for lines in self.sections.values() for name in lines}
+        found = {name: self.get_command(ctx, name) for name in names if name not in headed}
+        rest = {name: one.get_short_help_str(limit=1000) for name, one in found.items() if one}
+        for heading, lines in {**self.sections, "More" if self.sections else "Commands": rest}.items():
+            # The same width below every heading.
+            there = [(f"{name:{max(map(len, names))}}", line) for name, line in lines.items() if name in names]
+            if there:
+                with formatter.section(heading):
+                    formatter.write_dl(there)
 
 
 class RunCommand(click.Command):

@@ -13,11 +13,11 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import content_of
 from mirage_ds.data.kinds import is_array, is_arrow, is_parquet
 from mirage_ds.data.messages import TURNS_BEFORE, MessageError
+from mirage_ds.data.progress import Advance
 from mirage_ds.data.record import Fault, RecordError, make_record
 from mirage_ds.data.sources import BATCH_ROWS
 from mirage_ds.errors import UserError, reason, strict_json
 from mirage_ds.tasks.draft import Picture
-from mirage_ds.tasks.report import Advance
 from mirage_ds.tasks.tables import read_batches, read_objects, reading, suffix_of
 from mirage_ds.tasks.write import Row, Written, new_target, write_rows
 

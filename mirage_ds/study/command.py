@@ -80,7 +80,10 @@ def _open(file: Path) -> tuple[Study, Store]:
 )
 @as_json
 def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **flags: Any) -> None:
-    """Print what STUDY would run, what is done already, and the GPU-hours that the planner expects."""
+    """Print what STUDY would run, what is done, and the GPU-hours.
+
+    The hours are those that `mirage-ds plan` expects.
+    """
     from mirage_ds.study.overview import hours_of, overview, print_plan
 
     made, store = _open(study)
@@ -205,7 +208,7 @@ def _follow(
 @click.argument("study", type=A_PATH)
 @as_json
 def show_status(study: Path, wants_json: bool) -> None:
-    """Show how far STUDY is and what failed; works on any machine that sees its folder."""
+    """Show how far STUDY is and what failed. Works on any machine that sees its folder."""
     from mirage_ds.study.overview import by_arm, counted, glance, overview, print_status
 
     made, store = _open(study)
@@ -231,7 +234,10 @@ def show_status(study: Path, wants_json: bool) -> None:
     help="A file of `ablate export` with cells run elsewhere; repeat for more.",
 )
 def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> None:
-    """Write report.json, .md, .csv, .html and figures of what has finished of STUDY; what is missing is listed."""
+    """Write a report of what has finished of STUDY.
+
+    It is report.json, .md, .csv, .html and figures, and lists what is missing.
+    """
     from mirage_ds.study.collect import collect
     from mirage_ds.study.portable import merge
     from mirage_ds.study.report.write import write_report
@@ -250,7 +256,10 @@ def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> Non
 @click.argument("study", type=A_PATH)
 @click.argument("file", type=Output())
 def export_study(study: Path, file: Path) -> None:
-    """Write the finished cells of STUDY into FILE (.json.gz), for `ablate report --with` on another machine."""
+    """Write the finished cells of STUDY into FILE (.json.gz).
+
+    `ablate report --with` on another machine takes it.
+    """
     from mirage_ds.study.collect import collect
     from mirage_ds.study.portable import export
 
