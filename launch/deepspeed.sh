@@ -45,6 +45,7 @@ wait "$!"
 guard=(--port $((port + 1)) --job "$job" "${more[@]}")
 exec "$python" -m mirage_ds.cluster.guard.launch --master "$master" "${guard[@]}" \
     "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --force_multi --no_local_rank \
+    --log_level "${MIRAGE_LOG_LEVEL:-critical}" \
     --master_addr "$master" --master_port "$port" \
     --module mirage_ds.cluster.guard "${guard[@]}" --logs "$(realpath "$logs")" --quoted \
     "${MIRAGE_MODULE:-mirage_ds.train}" "${flags[@]}"

@@ -24,6 +24,7 @@ done >"$hostfile"
 guard=(--port $((port + 1)) --job "$job" "${more[@]}")
 exec "$python" -m mirage_ds.cluster.guard.launch --master "${MASTER_ADDR:?}" "${guard[@]}" \
     "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" --no_local_rank \
+    --log_level "${MIRAGE_LOG_LEVEL:-critical}" \
     --master_addr "$MASTER_ADDR" --master_port "$port" \
     --module mirage_ds.cluster.guard "${guard[@]}" --logs "${MIRAGE_LOGS:-runs/logs/$job}" \
     "${MIRAGE_MODULE:-mirage_ds.train}" "$@"

@@ -7,19 +7,20 @@ from typing import Any
 
 import click
 
+from mirage_ds import __version__
 from mirage_ds.analysis.controls.command import compare, controls
 from mirage_ds.analysis.inspect.command import inspect
 from mirage_ds.cluster.doctor.command import doctor
+from mirage_ds.cluster.here import train
 from mirage_ds.cluster.status.command import status
 from mirage_ds.config.columns import COLUMNS_HELP, parse_columns
-from mirage_ds.config.flags import CONTEXT, RunCommand, build_model, model_options
-from mirage_ds.config.run import RunConfig, read_yaml
+from mirage_ds.config.flags import CONTEXT, Group, RunCommand, run_config, run_options
 from mirage_ds.curate.command import import_, mix, rationalize, vary
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, closest
 from mirage_ds.evaluate.command import evaluate, generate
 from mirage_ds.files import Output, pages, shipped, shipped_files, users_error, write_atomically, write_shipped
 from mirage_ds.plan.command import plan
-from mirage_ds.run.process import print_anything
+from mirage_ds.run.process import hush, print_anything
 from mirage_ds.run.stop import StopRequest
 from mirage_ds.study.command import ablate
 from mirage_ds.tasks.command import TaskGroup
@@ -27,22 +28,50 @@ from mirage_ds.tasks.command import TaskGroup
 _PATH = click.Path(path_type=Path)
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="mirage-ds")
 def cli() -> None:
     """Train and study vision-language models that think in latent visual tokens."""
 
 
-for command in (status, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
+cli.sections = {
+    "Data": {
+        "data": "Import, build, check, show, vary and mix records",
+    },
+    "Training": {
+        "train": "Train one stage on this machine's GPUs, or on its CPU",
+        "status": "Show how far runs are and what went wrong",
+        "config": "Turn another trainer's configuration into ours",
+        "init": "Write a small random model, to try things out",
+        "checkpoint": "List checkpoints, convert them to any number of ranks",
+        "export": "Write a model folder that plain transformers opens",
+    },
+    "Results": {
+        "evaluate": "Answer the records of a file and score the answers",
+        "generate": "Answer one question",
+        "controls": "Replace the latents: do the answers need them?",
+        "inspect": "Show what the latents look at and stand for",
+        "compare": "Compare files of scores, record by record",
+        "card": "Write scores into a model card",
+        "ablate": "Run, follow and report a study of arms and seeds",
+    },
+    "Cluster": {
+        "plan": "Compute what fits into memory and how long it takes",
+        "doctor": "Check hosts, software, model and data before a run",
+        "launch": "Write the start scripts for ssh, MPI, Slurm, Kubernetes",
+    },
+}
+for command in (train, status, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
     cli.add_command(command)
 
 
-@cli.group()
+@cli.group(cls=Group)
 def data() -> None:
     """Build, convert, import, check, index, show, vary, mix and rationalize records."""
 
 
-data.add_command(TaskGroup("build", "Build a task's records and pictures; a TASK of your own is package.module:Name."))
-data.add_command(TaskGroup("convert", "Convert a data set as its authors hand it out; SOURCE is its file or folder."))
+data.add_command(TaskGroup("build", "Build a task's records and pictures. A TASK of your own is package.module:Name."))
+data.add_command(TaskGroup("convert", "Convert a data set as its authors hand it out. SOURCE is its file or folder."))
 data.add_command(vary)
 data.add_command(mix)
 data.add_command(import_)
@@ -59,7 +88,7 @@ data.add_command(rationalize)
 @click.option("--columns", help=COLUMNS_HELP)
 @click.option("--most", default=50, show_default=True, help="Kinds of faults listed at most.")
 def data_check(file: Path, most: int, columns: str | None, **options: Any) -> None:
-    """List every faulty record of FILE: line, field, what is wrong, how to fix it. Exit code 2 if there is one."""
+    """List every faulty record of FILE and how to fix it. Exit code 2 if there is one."""
     from mirage_ds.curate.check import check_file, print_faults
     from mirage_ds.data.folders import unread_lines
     from mirage_ds.data.record_files import told
@@ -76,18 +105,16 @@ def data_check(file: Path, most: int, columns: str | None, **options: Any) -> No
 
 
 @data.command("index", cls=RunCommand)
-@model_options(RunConfig)
-@click.option("--config", "yaml_file", type=_PATH, help="YAML file of the same settings.")
+@run_options
 def data_index(yaml_file: Path | None, **flags: Any) -> None:
-    """Index a run's records before the run: what it would otherwise do before its first step.
+    """Index a run's records before the run.
 
-    Give it the run's own flags; those that do not matter here are ignored. The run then opens what it finds in
-    --cache_dir. No GPU is needed. A stopped index is continued.
+    The run would otherwise do it before its first step; it then opens what it finds in --cache_dir. Give it the run's
+    own flags; those that do not matter here are ignored. No GPU is needed. A stopped index is continued.
     """
     from mirage_ds.run.records import index_beforehand
 
-    values = {"save_model_path": Path(), **(read_yaml(yaml_file) if yaml_file else {})}
-    for line in index_beforehand(build_model(RunConfig, flags, values, source=str(yaml_file))):
+    for line in index_beforehand(run_config(yaml_file, flags, save_model_path=Path())):
         print(line)
 
 
@@ -98,7 +125,10 @@ def data_index(yaml_file: Path | None, **flags: Any) -> None:
 @click.option("--image_root", type=_PATH, help="Second place where relative image paths are looked for.")
 @click.option("--columns", help=COLUMNS_HELP)
 def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path | None, columns: str | None) -> None:
-    """Show records of FILE: question, images, answer with its latents marked, other keys, faults."""
+    """Show records of FILE as text or as a page.
+
+    With question, images, answer with its latents marked, other keys, faults.
+    """
     from mirage_ds.curate.show import as_text, read_shown, write_page
 
     records = read_shown(file, rows, image_root, parse_columns(columns))
@@ -186,11 +216,10 @@ def card(folder: Path, scores: tuple[Path, ...]) -> None:
     """
     from functools import partial
 
-    from rich.progress import track
-
+    from mirage_ds.data.progress import track
     from mirage_ds.evaluate.model_card import add_scores
 
-    print(add_scores(folder, scores, partial(track, description="hashing weights", transient=True)))
+    print(add_scores(folder, scores, partial(track, title="hashing weights")))
 
 
 _write = click.option("--write", "target", type=Output(folder=True), metavar="DIR", help="Write them into DIR.")
@@ -235,7 +264,7 @@ def docs(page: str | None) -> None:
     click.echo_via_pager(pages()[name].read_text(encoding="utf-8"))
 
 
-@cli.group()
+@cli.group(cls=Group)
 def checkpoint() -> None:
     """List a run's checkpoints, and make them loadable by another number of ranks."""
 
@@ -245,7 +274,9 @@ def checkpoint() -> None:
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1),
               help="Processes at a time; each holds the whole shard of a rank in RAM.")  # fmt: skip
 def checkpoint_convert(source: Path, workers: int) -> None:
-    """Write the universal form of a checkpoint into it: --resume auto then goes on with any number of ranks.
+    """Make a checkpoint loadable by any number of ranks.
+
+    Its universal form is written into it, from which --resume auto goes on.
 
     SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>), or a --save_model_path folder, whose newest whole
     checkpoint is taken. Not while the run is training.
@@ -261,7 +292,10 @@ def checkpoint_convert(source: Path, workers: int) -> None:
 @click.argument("run", type=_PATH)
 @click.option("--hashes", is_flag=True, help="Read every byte; without it sizes alone are compared.")
 def checkpoint_list(run: Path, hashes: bool) -> None:
-    """List the checkpoints of RUN, a --save_model_path folder: ranks, size, whole or damaged, universal or not."""
+    """List the checkpoints of RUN, a --save_model_path folder.
+
+    With ranks, size, whole or damaged, universal or not.
+    """
     from mirage_ds.engine.universal import print_list
 
     print_list(run, hashes)
@@ -270,6 +304,7 @@ def checkpoint_list(run: Path, hashes: bool) -> None:
 def main() -> None:
     """Run the command line; a user's error is one sentence and exit code 2."""
     print_anything()
+    hush()
     # Quick commands must not wake the GPU, nor the tokenizers' threads complain after a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stop = StopRequest()

@@ -18,7 +18,14 @@ class Stopped(BaseException):
     """The work has ended on request, before its end, with nothing half-written.
 
     A signal may raise it anywhere, in a picture's decoder too: what takes any Exception for a broken file lets it pass.
+
+    Attributes:
+        told: a line has said it already.
     """
+
+    def __init__(self, *why: str, told: bool = False):
+        super().__init__(*why)
+        self.told = told
 
 
 class UserError(Exception):

@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+
+if __name__ == "__main__":
+    from mirage_ds.run.process import hush
+    from mirage_ds.run.stop import leave_on_signals
+
+    # Before torch, whose import takes seconds.
+    leave_on_signals()
+    hush()
+
 import torch.distributed as dist
 
-from mirage_ds.config.flags import CONTEXT, RunCommand, build_model, model_options
-from mirage_ds.config.run import RunConfig, read_yaml
+from mirage_ds.config.flags import CONTEXT, RunCommand, run_config, run_options
+from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, join
 from mirage_ds.errors import Stopped, UserError
@@ -44,15 +53,13 @@ def main() -> None:
     run_rank(command)
 
 
-@click.command(cls=RunCommand, context_settings=CONTEXT, no_args_is_help=True)
-@model_options(RunConfig)
-@click.option("--config", "yaml_file", type=click.Path(path_type=Path), help="YAML file of the same settings.")
+@click.command(cls=RunCommand, context_settings=CONTEXT)
+@run_options
 @click.option("--local_rank", hidden=True, help="Passed by some launchers; the environment says it too.")
 def command(yaml_file: Path | None, local_rank: str | None, **flags: Any) -> None:
     """Train one stage of a Mirage model. Flags win over the YAML file, which wins over defaults."""
     del local_rank
-    values = read_yaml(yaml_file) if yaml_file else None
-    run(build_model(RunConfig, flags, values, source=str(yaml_file)))
+    run(run_config(yaml_file, flags))
 
 
 def run(config: RunConfig) -> None:
@@ -108,9 +115,14 @@ def open_run(run: Run) -> tuple[Data, Learner]:
     """
     checked = check_settings(run)
     data = open_data(run, checked)
+    if run.stops():
+        raise Stopped
     # All that can refuse the run has come by now: a refused run must not stand in the way of the corrected one.
     state, checkpoint = claim_folder(run, checked, data)
     loaded = open_model(run, checked, data)
+    if run.stops():
+        run.journal.tell(events.STOPPED)
+        raise Stopped
     return data, open_engine(run, checked, data, loaded, state, checkpoint)
 
 
@@ -182,7 +194,7 @@ def stop_run(run: Run, step: int, said: str = "") -> NoReturn:
         Stopped: always.
     """
     run.journal.tell(events.STOPPED, step, said)
-    raise Stopped
+    raise Stopped(told=bool(said))
 
 
 if __name__ == "__main__":

@@ -14,20 +14,55 @@ import click
 from pydantic import BaseModel, ValidationError
 
 from mirage_ds.config.names import hint
+from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.errors import UserError, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 
-CONTEXT = {"token_normalize_func": lambda token: token.replace("-", "_"), "max_content_width": 110}
+CONTEXT = {
+    "token_normalize_func": lambda token: token.replace("-", "_"),
+    "max_content_width": 110,
+    "help_option_names": ["-h", "--help"],
+}
+
+
+class Group(click.Group):
+    """A command that has commands. Its help says the whole of each one's first sentence; alone, it shows its help.
+
+    Attributes:
+        sections: heading → name → line, of commands that stand there with another line than their first sentence.
+    """
+
+    sections: Mapping[str, Mapping[str, str]] = {}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse as click does."""
+        return super().parse_args(ctx, args or ["--help"])
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands under their headings."""
+        names = self.list_commands(ctx)
+        headed = {name for lines in self.sections.values() for name in lines}
+        found = {name: self.get_command(ctx, name) for name in names if name not in headed}
+        rest = {name: one.get_short_help_str(limit=1000) for name, one in found.items() if one}
+        for heading, lines in {**self.sections, "More" if self.sections else "Commands": rest}.items():
+            # The same width below every heading.
+            there = [(f"{name:{max(map(len, names))}}", line) for name, line in lines.items() if name in names]
+            if there:
+                with formatter.section(heading):
+                    formatter.write_dl(there)
 
 
 class RunCommand(click.Command):
-    """A command that takes a run's settings as flags: other trainers' names are answered with ours."""
+    """A command that takes a run's settings as flags: other trainers' names are answered with ours.
+
+    Alone, it shows its help.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does; UsageError where there is no such flag."""
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, args or ["--help"])
         except click.NoSuchOption as error:
             said = hint(error.option_name, {str(param.name) for param in self.params})
             raise click.UsageError(f"No such option: {error.option_name}{said or '; --help lists them'}", ctx) from None
@@ -128,3 +163,17 @@ def build_model(
         where = f"--{name}" if name in given or name not in (yaml_values or {}) else f"'{name}' in {source}"
         reason = "is required" if first["type"] == "missing" else f"is {shown(first.get('input'))}: {first['msg']}"
         raise UserError(f"{where} {reason}") from None
+
+
+def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a click command the settings of a run as options, and --config for a YAML file of them."""
+    file = click.option(
+        "--config", "yaml_file", type=click.Path(path_type=Path), help="YAML file of the same settings."
+    )
+    return model_options(RunConfig)(file(function))
+
+
+def run_config(yaml_file: Path | None, flags: Mapping[str, Any], **beforehand: Any) -> RunConfig:
+    """Make a run's settings of what run_options gave; `beforehand` are defaults that stand in for missing ones."""
+    values = beforehand | (read_yaml(yaml_file) if yaml_file else {})
+    return build_model(RunConfig, flags, values, source=str(yaml_file))

@@ -205,6 +205,11 @@ class RunConfig(BaseModel):
         "scorer.",
     )
     overwrite: bool = Field(False, description="Start over in a --save_model_path that holds an earlier run.")
+    log_every: PositiveInt | None = Field(
+        None,
+        description="Optimizer steps between two lines on the console; log.jsonl and the trackers have every step. "
+        "[default: 10; 1 in a run of at most 100 steps]",
+    )
     log_file: Path | None = Field(None, description="Also write the log lines to this file.")
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "none"]] = Field(
         ["tensorboard"], description="Where metrics go besides console and log.jsonl: tensorboard, wandb, mlflow, none."

@@ -56,7 +56,7 @@ def check_file(
     Returns:
         The number of records, and the faults in the order of the records.
     """
-    from rich.progress import track
+    from mirage_ds.data.progress import track
 
     files = find_files(data_path)
     pictures = folder_of_pictures(cache_folder(None))
@@ -70,7 +70,7 @@ def check_file(
         encoder = load_encoder([str(model_folder)], finder, stage, latent_size)
     count = 0
     faults: list[Fault] = []
-    for piece in track(list(pieces(files)), "checking", transient=True):
+    for piece in track(list(pieces(files)), "checking"):
         own = finder.of(files[piece.file], pictures)
         measure = replace(encoder, finder=own).measure if encoder else None
         for record in read_piece(piece, files[piece.file], pictures, columns):

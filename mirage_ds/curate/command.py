@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(path_type=Path))
 @model_options(VarySpec)
 def vary(kind: Kind, file: Path, **flags: Any) -> None:
-    """Write FILE's records anew, with the helper image's information elsewhere or destroyed.
+    """Write FILE's records with their helper moved or destroyed.
 
     \b
     KIND is one of
@@ -34,7 +34,7 @@ def vary(kind: Kind, file: Path, **flags: Any) -> None:
       helper-only    no input image, and a question that does not depend on it
     """
     from mirage_ds.curate.vary import vary as run
-    from mirage_ds.tasks.report import progress_bar
+    from mirage_ds.data.progress import progress_bar
 
     spec = build_model(VarySpec, flags)
     with progress_bar(f"{kind}: pictures") as progress:
@@ -46,7 +46,10 @@ def vary(kind: Kind, file: Path, **flags: Any) -> None:
 @click.argument("files", nargs=-1, required=True, metavar="FILE[:WEIGHT]...")
 @model_options(MixSpec)
 def mix(files: tuple[str, ...], **flags: Any) -> None:
-    """Write one records file of several, shuffled into one another: whole, or in proportion to their weights."""
+    """Write one records file of several, shuffled into one another.
+
+    Each is taken whole, or in proportion to its weight.
+    """
     from mirage_ds.config.mixture import parse_part
     from mirage_ds.curate.mix import mix as run
 
@@ -65,7 +68,7 @@ def import_(source: tuple[str, ...], **flags: Any) -> None:
     that a record cannot hold (videos, sound, boxes, tools, bad answers) ends the import.
     """
     from mirage_ds.curate.importing import import_records
-    from mirage_ds.tasks.report import progress_bar
+    from mirage_ds.data.progress import progress_bar
 
     # `import LAYOUT SOURCE`, as it was called before layouts were recognised.
     if len(source) == 2 and source[0].replace("_", "-") in LAYOUTS:
@@ -97,7 +100,7 @@ def _tell(written: Written) -> None:
 @click.option("-n", "short", type=click.IntRange(1, 1000), help="The same as --samples.")
 @model_options(RationalizeSpec)
 def rationalize(file: Path, short: int | None, **flags: Any) -> None:
-    """Let a model write the reasoning around the helper image of each row of FILE.
+    """Let a model write the reasoning around each row's helper image.
 
     It is shown the question, its images, the helper image and the answer, and writes the text before and after the
     helper. Replies whose answer is not the row's, or that have not the form, are dropped and counted. The same command
@@ -105,7 +108,8 @@ def rationalize(file: Path, short: int | None, **flags: Any) -> None:
     """
     from mirage_ds.curate.rationalize.form import MEANINGS
     from mirage_ds.curate.rationalize.run import rationalize as run
-    from mirage_ds.tasks.report import print_counts, progress_bar
+    from mirage_ds.data.progress import progress_bar
+    from mirage_ds.tasks.report import print_counts
 
     if short is not None and flags["samples"] not in (None, short):
         raise UserError(f"-n {short} and --samples {flags['samples']} say two things; give one of them")

@@ -11,10 +11,10 @@ from mirage_ds.curate.rewrite import row_of
 from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.progress import Advance
 from mirage_ds.data.record import Fault, Record, RecordError
 from mirage_ds.data.record_files import LOOKED, Raw, form_of, places, records_of_rows, said_of, summary, told
 from mirage_ds.errors import UserError, reason
-from mirage_ds.tasks.report import Advance
 from mirage_ds.tasks.write import Row, Written, new_target, write_rows
 
 

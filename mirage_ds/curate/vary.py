@@ -16,11 +16,11 @@ from PIL import Image
 from mirage_ds.curate.rewrite import Source
 from mirage_ds.curate.spec import QUESTION, Kind, VarySpec
 from mirage_ds.data.images import Key
+from mirage_ds.data.progress import Advance
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Record
 from mirage_ds.errors import UserError, is_text, shown
 from mirage_ds.tasks import get_task, level_of, named_task
 from mirage_ds.tasks.draft import Picture
-from mirage_ds.tasks.report import Advance
 from mirage_ds.tasks.write import Row, Written, new_target, write_rows
 
 GREY = (128, 128, 128)

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.progress import track
 
 from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.config.mixture import Records
@@ -31,6 +30,7 @@ from mirage_ds.data.index import BATCH_ROWS, DOUBTS, FORMAT, HEADER, PICTURES, R
 from mirage_ds.data.index_part import Parts, Plan, changed, each_once, part_schema, pictures_of
 from mirage_ds.data.inside import folder_of_pictures, writable
 from mirage_ds.data.load import fingerprint
+from mirage_ds.data.progress import track
 from mirage_ds.data.record_files import told
 from mirage_ds.data.ship import from_workers
 from mirage_ds.errors import UserError
@@ -248,7 +248,7 @@ class Maker:
         own = range(share, len(plan.pieces), shares)
         parts = Parts(plan, self.encoder, self.keep, self.cache)
         made = from_workers(parts.make, own, processes(len(own), sharers))
-        for _ in track(made, "indexing records", total=len(own), disable=self.quiet, transient=True):
+        for _ in track(made, "indexing records", total=len(own), quiet=self.quiet):
             self.tick()
             if asked():
                 return
@@ -275,7 +275,7 @@ class Maker:
         writer = Writer(partial, self.keep)
         try:
             parts = Parts(plan, self.encoder, self.keep, self.cache)
-            for number in track(range(len(plan.pieces)), "joining the index", disable=self.quiet, transient=True):
+            for number in track(range(len(plan.pieces)), "joining the index", quiet=self.quiet):
                 writer.add(parts.read(number, self.check_images))
                 self.tick()
             sources.check_unchanged(plan.files, plan.stamps)

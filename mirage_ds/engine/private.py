@@ -4,8 +4,10 @@ tests/unit/engine/test_private.py notices when it changes; for what happens in a
 tests/dist/test_reliability.py does, for a load on another number of ranks tests/dist/test_world_size.py.
 """
 
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,17 @@ from typing import Any
 import torch
 
 from mirage_ds.files import sync
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Keep what DeepSpeed's tools print off stdout: stderr has it, on a terminal or where MIRAGE_LOG_LEVEL is set."""
+    if sys.stderr.isatty() or "MIRAGE_LOG_LEVEL" in os.environ:
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def use_plain_gloo() -> None:

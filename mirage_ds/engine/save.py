@@ -22,6 +22,7 @@ from mirage_ds.engine.adapter import Adapter, adapter_name, lora_of, stored_adap
 from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.engine.checkpoint import STATE_FILE, check_whole, read_state
 from mirage_ds.engine.frozen import Notes, digest
+from mirage_ds.engine.private import unheard
 from mirage_ds.engine.spelling import Base, config_json, read_base, write_image_processor, write_tokenizer
 from mirage_ds.errors import UserError
 from mirage_ds.files import whole_folder, write_atomically
@@ -146,7 +147,8 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
         need("lora", f"{checkpoint}, which holds adapters,")
     frozen: Notes = {public_name(name): note for name, note in state.get("kept", {}).items()}
     expected = expected_shapes(read_config(parts.source))
-    masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
+    with unheard():
+        masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
     with whole_folder(out) as folder:
         writer = ShardWriter(folder, parts.family)
         tied = "lm_head.weight" not in expected

@@ -8,11 +8,9 @@ files whose hashes are the manifest's.
 """
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from mirage_ds.engine.manifest import (
     step_of,
     write_manifest,
 )
-from mirage_ds.engine.private import shards_into_tensors
+from mirage_ds.engine.private import shards_into_tensors, unheard
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync
 
@@ -132,8 +130,7 @@ def _convert(place: Path, files: list[Entry], partial: Path, workers: int) -> No
             (source / entry.name).symlink_to((place / entry.name).resolve())
         target.symlink_to(partial.resolve(), target_is_directory=True)
         try:
-            # Its own words and bars are progress, not the command's answer.
-            with redirect_stdout(sys.stderr):
+            with unheard():
                 shards_into_tensors(source, target, workers)
         except RuntimeError as error:
             # So torch's zip writer reports a full disk.

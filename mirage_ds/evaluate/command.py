@@ -38,9 +38,8 @@ def evaluate(folder: Path, local_rank: str | None, **flags: Any) -> None:
     On several GPUs: deepspeed --module mirage_ds.evaluate FOLDER … shares the records among the ranks.
     """
     del local_rank
-    from rich.progress import track
-
     from mirage_ds.data.images import ImageFinder
+    from mirage_ds.data.progress import track
     from mirage_ds.engine.setup import join, shared_fate
     from mirage_ds.evaluate import report as reports
     from mirage_ds.evaluate.tables import print_table, score_table
@@ -56,7 +55,7 @@ def evaluate(folder: Path, local_rank: str | None, **flags: Any) -> None:
         if spec.out and first:
             check_output(spec.out, "--out")
         decoder = _decoder(folder, finder, spec, world.device if world else None)
-    bar = partial(track, description="answering", transient=True, disable=not first)
+    bar = partial(track, title="answering", quiet=not first)
     report = reports.evaluate_file(decoder, spec, bar, world)
     with shared_fate(world):
         if first:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from safetensors import SafetensorError
 
 from mirage_ds.config.mixture import Records
@@ -29,6 +28,7 @@ from mirage_ds.data.images import READING
 from mirage_ds.data.index import Index
 from mirage_ds.data.load import settings_of
 from mirage_ds.data.pooling import DROPPED
+from mirage_ds.data.progress import track
 from mirage_ds.data.record import Fault, RecordError
 from mirage_ds.data.sample import ImageKeys
 from mirage_ds.data.selection import Selection, by_place, faults_error
@@ -176,7 +176,7 @@ def _make(run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images) -> t
     broken: dict[int, Fault] = {}
     title = "encoding input images" if images.name == "image_input" else "encoding helper images"
     made = from_workers(images.chunk, chunks, workers, PREFETCHED)
-    for chunk in track(made, title, total=len(chunks), disable=run.world.rank > 0, transient=True):
+    for chunk in track(made, title, total=len(chunks), quiet=run.world.rank > 0):
         # A sign of progress: encoding may take hours.
         run.journal.phase("features")
         for place, image in chunk.unpack():

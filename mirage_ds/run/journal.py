@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from mirage_ds.data.progress import clock
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import Stopped, UserError, reason
 from mirage_ds.files import write_atomically
@@ -32,6 +33,8 @@ from mirage_ds.run.sinks import End, Sink
 
 # What a rank does from an event on. Both take as long as the model is large.
 DOING = {events.SAVE_BEGINS: "saves a checkpoint", events.MODEL_BEGINS: "saves the model"}
+# Of a step's losses, those on the console.
+LOSSES = ("loss", "ce", "sim")
 # What stands in a line of log.jsonl and is no curve.
 NOT_PLOTTED = ("step", "rows", "tokens", "time", "row_ids")
 
@@ -155,15 +158,7 @@ class Journal:
         if logs.peak is not None:
             record["mfu"] = metrics["model_flops"] / (seconds * logs.peak)
         logs.write(record)
-        sim = f" sim {metrics['sim']:.4f}" if "sim" in metrics else ""
-        mfu = f" mfu {record['mfu']:.1%}" if "mfu" in record else ""
-        logs.say(
-            f"step {step}/{logs.steps} epoch {epoch:.2f} loss {metrics['loss']:.4f} ce {metrics['ce']:.4f}{sim} "
-            f"grad {metrics['grad_norm']:.3f} lr {metrics['lr']:.2e} G {metrics['micro_steps']:.0f} "
-            f"{seconds:.2f} s {rows / seconds:.1f} rows/s {tokens / seconds:.0f} tok/s{mfu} "
-            f"mem {record['memory_gb']:.2f} GB eta {logs.left(step, seconds)}"
-            f"{' SKIPPED' if metrics['skipped'] else ''}"
-        )
+        logs.taken(record, seconds)
         logs.plot(step, "train", {name: record[name] for name in record if name not in NOT_PLOTTED})
 
     def not_finite(self, step: int, records: list[dict[str, int]], whole: bool) -> None:
@@ -205,6 +200,7 @@ class Logs:
         log_file: where the console's lines are repeated, or None.
         start: optimizer steps already taken; what an interrupted run logged beyond them is dropped.
         peak: FLOP/s of all ranks together, by which MFU is taken; None where it is not known.
+        every: steps between two lines; the first step, the last and those that are skipped have one in any case.
     """
 
     def __init__(
@@ -215,8 +211,9 @@ class Logs:
         log_file: Path | None = None,
         start: int = 0,
         peak: float | None = None,
+        every: int = 1,
     ):
-        self.steps, self.sinks, self.peak = steps, sinks, peak
+        self.steps, self.sinks, self.peak, self.every = steps, sinks, peak, every
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.jsonl"
         if log.is_file():
@@ -230,6 +227,8 @@ class Logs:
             log_file.parent.mkdir(parents=True, exist_ok=True)
             self.text = log_file.open("a", buffering=1, encoding="utf-8", errors="replace")
         self.recent: deque[float] = deque(maxlen=50)
+        # Of the steps since the last line.
+        self.unsaid: list[Mapping[str, Any]] = []
         # A terminal gets a bar under the lines; a file gets the lines alone.
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -263,12 +262,31 @@ class Logs:
             for sink in self.sinks:
                 self._give(f"{name} of step {step}", sink, sink.figure, step, f"latents/{name}", figure)
 
-    def left(self, step: int, seconds: float) -> str:
-        """Take note of a step that took so long; return the time that the rest will take, as h:mm:ss."""
-        self.bar.update(self.task, completed=step)
+    def taken(self, record: Mapping[str, Any], seconds: float) -> None:
+        """Take note of a step that took so long, and print a line if one is due."""
+        step, first = record["step"], not self.recent
+        self.bar.update(self.task, completed=step, description=f"loss {record['loss']:.4f}")
         self.recent.append(seconds)
-        whole = round(median(self.recent) * (self.steps - step))
-        return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+        self.unsaid.append({**record, "seconds": seconds})
+        if first or step % self.every == 0 or step == self.steps or record["skipped"]:
+            self.say(self._line())
+            self.unsaid.clear()
+
+    def _line(self) -> str:
+        """Say how the steps since the last line were: losses, seconds and rates are means over them."""
+        steps = self.unsaid
+        last, seconds = steps[-1], sum(one["seconds"] for one in steps)
+        losses = "".join(
+            f" {name} {sum(one[name] for one in steps) / len(steps):.4f}" for name in LOSSES if name in last
+        )
+        rates = [sum(one[name] for one in steps) / seconds for name in ("rows", "tokens", "model_flops")]
+        mfu = f" mfu {rates[2] / self.peak:.1%}" if self.peak else ""
+        return (
+            f"step {last['step']}/{self.steps} epoch {last['epoch']:.2f}{losses} grad {last['grad_norm']:.3f} "
+            f"lr {last['lr']:.2e} G {last['micro_steps']:.0f} {seconds / len(steps):.2f} s {rates[0]:.1f} rows/s "
+            f"{rates[1]:.0f} tok/s{mfu} mem {last['memory_gb']:.2f} GB "
+            f"eta {clock(median(self.recent) * (self.steps - last['step']))}{' SKIPPED' if last['skipped'] else ''}"
+        )
 
     def close(self, end: End) -> None:
         """Say to the trackers how the run ended, and write what waits."""

@@ -23,6 +23,19 @@ def print_anything() -> None:
             stream.reconfigure(errors="replace")
 
 
+def hush() -> None:
+    """Keep libraries from printing what nobody has to act upon, unless the user has said otherwise.
+
+    Before torch is imported. MIRAGE_LOG_LEVEL (debug, info, warning) brings their lines back, and -W or PYTHONWARNINGS
+    Python's warnings.
+    """
+    level = os.environ.get("MIRAGE_LOG_LEVEL", "error").lower()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", level)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", {"debug": "INFO", "critical": "FATAL"}.get(level, level.upper()))
+    if level == "error" and not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(torch|transformers|deepspeed|accelerate|peft)\b")
+
+
 def run_rank(command: click.Command, alone: bool = False) -> None:
     """Run a command; a user's error is one sentence, printed once, and exit code 2 on every rank.
 
@@ -30,11 +43,12 @@ def run_rank(command: click.Command, alone: bool = False) -> None:
         alone: the other ranks may know nothing of an error of this one, so it prints its own.
     """
     print_anything()
-    # DeepSpeed calls collectives that torch has renamed: nothing the user can fix.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    hush()
     try:
         command.main(standalone_mode=False)
-    except Stopped:
+    except Stopped as stop:
+        if not stop.told and os.environ.get("RANK", "0") == "0":
+            print("stopped", file=sys.stderr)  # noqa: T201  # there may be no console
         leave(EXIT_STOPPED)
     # A full disk, or a cache that cannot be written, may be met by any rank.
     except (click.ClickException, UserError, OSError) as error:

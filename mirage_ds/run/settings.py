@@ -16,15 +16,13 @@ from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.setup import World, agree, check_ds_config, from_rank_zero, shared_fate, try_engine
 from mirage_ds.engine.versions import check_release, gather_safely
-from mirage_ds.errors import UserError
-from mirage_ds.files import check_log
 from mirage_ds.model.attention import choose_backend, head_width_of
 from mirage_ds.model.load import check_folder, read_config, shape_of
 from mirage_ds.model.lora import Lora, find_targets, trained_shapes
 from mirage_ds.model.shape import Shape
 from mirage_ds.plan.settings import two_layers
 from mirage_ds.plan.shape import sizes, trained_parameters
-from mirage_ds.run import folder as run_folder
+from mirage_ds.run.beforehand import check_outputs, check_rows
 from mirage_ds.run.journal import Journal
 from mirage_ds.run.records import make_encoder, model_folders
 from mirage_ds.run.stop import StopRequest
@@ -85,11 +83,7 @@ def check_settings(run: Run) -> Checked:
     config, world = run.config, run.world
     run.journal.phase("records")
     from_rank_zero(partial(need_for, config), world)
-    if config.rows_per_step < world.size and not config.allow_idle_ranks:
-        raise UserError(
-            f"{config.rows_per_step} rows an optimizer step (--global_batch_size) are fewer than {world.size} ranks: "
-            "use fewer ranks, or --allow_idle_ranks"
-        )
+    check_rows(config, world.size)
     from_rank_zero(partial(check_outputs, config), world)
     json_path = config.deepspeed or ds.default_path(config.stage)
     ds_values = read_ds_values(config, json_path, world)
@@ -111,18 +105,6 @@ def check_settings(run: Run) -> Checked:
         # The shipped ones are known to start.
         try_engine(ds_values, json_path)
     return checked
-
-
-def check_outputs(config: RunConfig) -> None:
-    """Refuse, before any work, what cannot be written, and a run folder that holds what is not this run's.
-
-    Raises:
-        UserError: names the flag.
-    """
-    sources = [Path(one) for one in (config.model, config.load_model_path) if one is not None]
-    run_folder.check(config.save_model_path, config.overwrite, config.resume == "auto", sources)
-    if config.log_file:
-        check_log(config.log_file, "--log_file")
 
 
 def read_ds_values(config: RunConfig, json_path: Path, world: World) -> dict[str, Any]:

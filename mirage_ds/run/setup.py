@@ -54,6 +54,8 @@ from mirage_ds.run.sinks import open_sinks
 
 # In the run folder, the records that --skip_bad_records leaves out.
 SKIPPED_FILE = "skipped.jsonl"
+# Steps between two lines on the console, as TRL's default has it, and of a run that shows each of its steps.
+LOG_EVERY, SHORT_RUN = 10, 100
 # Settings that load_model takes by the same names.
 FORWARD = {"stage", "attention", "train_vision", "reduction", "latent_loss", "detach_latents", "train_targets"}
 
@@ -280,7 +282,8 @@ def open_logs(run: Run, data: Data, learner: Learner) -> Logs | None:
     settings = json.loads(config.model_dump_json(exclude_none=True))
     sinks = open_sinks(config.report_to, run.folder, config.save_model_path.name, settings, start)
     peak = learner.peak * run.world.size if learner.peak else None
-    return Logs(run.folder, data.steps, sinks, config.log_file, start, peak)
+    every = config.log_every or (1 if data.steps <= SHORT_RUN else LOG_EVERY)
+    return Logs(run.folder, data.steps, sinks, config.log_file, start, peak, every)
 
 
 def facts(run: Run, data: Data, learner: Learner) -> dict[str, Any]:
@@ -312,8 +315,9 @@ def opening_lines(run: Run, data: Data, learner: Learner) -> Iterator[str]:
         yield f"continuing from {learner.checkpoint.form}"
     if isinstance(config.records, Mixture):
         yield f"a mixture: {describe(index, config.records)}"
-    warning = "warning: " if index.dropped_share > WARN_DROPPED_SHARE else ""
-    yield f"{warning}{index.dropped} row(s) dropped as longer than --max_length {config.max_length}"
+    if index.dropped:
+        warning = "warning: " if index.dropped_share > WARN_DROPPED_SHARE else ""
+        yield f"{warning}{index.dropped} row(s) dropped as longer than --max_length {config.max_length}"
     sources = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
     yield from (line for source in sources for line in told(source, parse_columns(config.columns)))
     yield from (f"warning: {line}" for source in sources for line in unread_lines(source))

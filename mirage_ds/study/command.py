@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,7 @@ from pydantic import BaseModel, Field, PositiveInt, create_model
 
 from mirage_ds.analysis.controls.spec import PATH
 from mirage_ds.config.extras import need, need_for
-from mirage_ds.config.flags import CONTEXT, build_model, model_options
+from mirage_ds.config.flags import CONTEXT, Group, build_model, model_options
 from mirage_ds.errors import EXIT_STOPPED, UserError
 from mirage_ds.files import Output, check_output
 from mirage_ds.plan.spec import PlanSpec
@@ -60,7 +58,7 @@ class RunFlags(BaseModel):
     at_once: PositiveInt | None = Field(None, description="How many tasks of a Slurm array may run at once.")
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT)
 def ablate() -> None:
     """Describe a study in one file, run it here or on a cluster, report it."""
 
@@ -97,9 +95,10 @@ def _need(made: Study) -> None:
 )
 @as_json
 def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **flags: Any) -> None:
-    """Print what STUDY would run, what is done already, and the GPU-hours that the planner expects.
+    """Print what STUDY would run, what is done, and the GPU-hours.
 
-    A study whose evaluations would be refused (records, images, scorer, controls) is refused here.
+    The hours are those that `mirage-ds plan` expects. A study whose evaluations would be refused (records, images,
+    scorer, controls) is refused here.
     """
     from mirage_ds.study.check import check_evaluations
     from mirage_ds.study.overview import hours_of, overview, print_plan
@@ -131,29 +130,14 @@ def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **fl
     click.echo(json.dumps({"study": made.spec.name, "cells": len(made.cells), "nodes": nodes, **sums}))
 
 
-def _gpus(environment: Mapping[str, str]) -> list[str]:
-    """Name the GPUs that runs with this environment may use; none where they are told to use the CPU."""
-    if environment.get("DS_ACCELERATOR") == "cpu":
-        return []
-    given = environment.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        names = [name.strip() for name in given.split(",") if name.strip()]
-        # As CUDA has it, what stands behind a number below 0 is not seen.
-        return list(takewhile(lambda name: not name.startswith("-"), names))
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return []
-    return [str(number) for number, _ in enumerate(listed.stdout.splitlines())] if listed.returncode == 0 else []
-
-
 def _places(made: Study, ranks: int, asked: RunFlags) -> list[Place]:
     """Return where nodes run."""
+    from mirage_ds.cluster.here import visible_gpus
     from mirage_ds.cluster.hosts import read_hosts
     from mirage_ds.study.launch import here, parts
 
     if asked.hostfile is None:
-        gpus = _gpus({**os.environ, **made.spec.launch.environment})
+        gpus = visible_gpus({**os.environ, **made.spec.launch.environment})
         return here(ranks, asked.jobs, gpus, len(os.sched_getaffinity(0)))
     found = parts(read_hosts(asked.hostfile), asked.hosts_per_run)
     if not found:
@@ -250,7 +234,7 @@ def _follow(
 @click.argument("study", type=A_PATH)
 @as_json
 def show_status(study: Path, wants_json: bool) -> None:
-    """Show how far STUDY is and what failed; works on any machine that sees its folder."""
+    """Show how far STUDY is and what failed. Works on any machine that sees its folder."""
     from mirage_ds.study.overview import by_arm, counted, glance, overview, print_status
 
     made, store = _open(study)
@@ -276,7 +260,10 @@ def show_status(study: Path, wants_json: bool) -> None:
     help="A file of `ablate export` with cells run elsewhere; repeat for more.",
 )
 def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> None:
-    """Write report.json, .md, .csv, .html and figures of what has finished of STUDY; what is missing is listed."""
+    """Write a report of what has finished of STUDY.
+
+    It is report.json, .md, .csv, .html and figures, and lists what is missing.
+    """
     from mirage_ds.study.collect import collect
     from mirage_ds.study.portable import merge
     from mirage_ds.study.report.write import write_report
@@ -297,7 +284,10 @@ def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> Non
 @click.argument("study", type=A_PATH)
 @click.argument("file", type=Output())
 def export_study(study: Path, file: Path) -> None:
-    """Write the finished cells of STUDY into FILE (.json.gz), for `ablate report --with` on another machine."""
+    """Write the finished cells of STUDY into FILE (.json.gz).
+
+    `ablate report --with` on another machine takes it.
+    """
     from mirage_ds.study.collect import collect
     from mirage_ds.study.portable import export
 

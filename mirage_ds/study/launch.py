@@ -6,7 +6,6 @@ Imports no torch.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from mirage_ds.cluster.environment import render
+from mirage_ds.cluster.here import Job, free_ports, this_machine
 from mirage_ds.cluster.hosts import Host
 from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
@@ -80,19 +80,6 @@ def parts(hosts: Sequence[Host], each: int) -> list[Place]:
     return [Place(sum(host.slots for host in chunk), None, chunk) for chunk in chunks]
 
 
-def free_ports() -> int:
-    """Return a port of two neighbours that nobody listens on: of the ranks, and of their guards."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("", 0))
-            port = int(first.getsockname()[1])
-            try:
-                second.bind(("", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
-
-
 def environment(place: Place, folder: Path, given: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a node: this process's, with what the study and the place set.
 
@@ -102,8 +89,11 @@ def environment(place: Place, folder: Path, given: Mapping[str, str]) -> dict[st
         folder: of the node; given: of the study, which the ranks of other hosts get in any case.
     """
     found = {"OMP_NUM_THREADS": str(place.threads), "TOKENIZERS_PARALLELISM": "false", **os.environ, **given}
-    if place.devices is not None:
+    if place.devices is not None and place.ranks == 1:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(place.devices)
+    elif place.devices is not None:
+        # The launcher is told which they are by number, among all that there are.
+        found.pop("CUDA_VISIBLE_DEVICES", None)
     found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found.get('PATH', '')}"
     if place.hosts:
         write_atomically(folder / "hosts", "".join(f"{host.name} slots={host.slots}\n" for host in place.hosts))
@@ -119,19 +109,16 @@ def _launched(module: list[str], folder: Path, place: Place) -> list[str]:
     if place.ranks == 1 and not place.hosts:
         return [sys.executable, "-m", *module]
     port = free_ports()
-    master = place.hosts[0].address if place.hosts else "127.0.0.1"
-    guard = ["--port", str(port + 1), "--job", f"{folder.name}-{port}"]
-    launcher = ["--no_local_rank", "--master_addr", master, "--master_port", str(port)]
-    own = ["--module", "mirage_ds.cluster.guard", *guard]
+    job = Job(f"{folder.name}-{port}", port)
     if place.hosts:
-        launcher = ["--hostfile", str(folder / "hosts"), "--force_multi", *launcher]
         # pdsh hands the words to a shell: quoted, none of them means anything to it.
-        own += ["--logs", str(folder / "logs"), "--quoted"]
         module = [quote(word, safe="/=,:@+") for word in module]
+        job = job._replace(master=place.hosts[0].address)
+        there = ["--hostfile", str(folder / "hosts"), "--force_multi"]
+        words = job.through_deepspeed(there, module, ["--logs", str(folder / "logs"), "--quoted"])
     else:
-        launcher = ["--hostfile", "/nonexistent", "--num_accelerators", str(place.ranks), *launcher]
-    guarded = [sys.executable, "-m", "mirage_ds.cluster.guard.launch", "--master", master, *guard]
-    return [*guarded, sys.executable, "-m", "deepspeed.launcher.runner", *launcher, *own, *module]
+        words = job.through_deepspeed(this_machine(place.ranks, place.devices), module)
+    return [sys.executable, "-m", "mirage_ds.cluster.guard.launch", *words]
 
 
 def command(node: Node, parent: Node | None, store: Store, place: Place) -> list[str]:

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mirage_ds.data.progress import Advance
 from mirage_ds.data.record import RecordError, make_record
 from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks import get_task, task_name
 from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.report import Advance, BuildReport
+from mirage_ds.tasks.report import BuildReport
 from mirage_ds.tasks.task import Settings, Task
 from mirage_ds.tasks.write import Row, new_target, write_rows
 

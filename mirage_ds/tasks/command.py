@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import click
 
-from mirage_ds.config.flags import CONTEXT, build_model, model_options
+from mirage_ds.config.flags import CONTEXT, Group, build_model, model_options
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import TASKS, get_task, task_name
 from mirage_ds.tasks.task import Settings, Task
@@ -17,7 +17,7 @@ from mirage_ds.tasks.task import Settings, Task
 Way = Literal["build", "convert"]
 
 
-class TaskGroup(click.Group):
+class TaskGroup(Group):
     """One subcommand a task, made of the settings that the task has for this way to its records."""
 
     def __init__(self, way: Way, text: str):
@@ -45,8 +45,9 @@ class TaskGroup(click.Group):
 
 def _command(name: str, task: Task, settings: type[Settings], way: Way) -> click.Command:
     def run(source: Path | None = None, **flags: Any) -> None:
+        from mirage_ds.data.progress import progress_bar
         from mirage_ds.tasks.build import build, convert
-        from mirage_ds.tasks.report import print_report, progress_bar
+        from mirage_ds.tasks.report import print_report
 
         wanted = build_model(settings, flags)
         with progress_bar(f"{name}: pictures") as progress:

@@ -1,17 +1,12 @@
-"""What a build tells its user: progress while it runs, counts at the end."""
+"""What a build tells its user: the counts of what it has made."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-# (done, total), the total None where nobody knows it yet
-Advance = Callable[[int, int | None], None]
 
 
 @dataclass
@@ -68,13 +63,3 @@ def print_counts(title: str, counts: Iterable[tuple[str, int | str]]) -> None:
     for what, count in counts:
         table.add_row(what, str(count))
     console.print(table)
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Advance]:
-    """Yield a function (done, total) that draws a bar on stderr while the work lasts; nothing without a terminal."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        row = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(row, completed=done, total=total)

@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mirage_ds.data.progress import Advance
 from mirage_ds.errors import UserError, is_text
 from mirage_ds.files import TROUBLES, check_output
 from mirage_ds.tasks.draft import Picture
-from mirage_ds.tasks.report import Advance
 from mirage_ds.tasks.task import Settings
 
 # Rows, and the pictures in them, that are held at a time.

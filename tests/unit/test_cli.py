@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from mirage_ds.cli import main
+from mirage_ds import __version__
+from mirage_ds.cli import cli, main
 from mirage_ds.model.presets import PRESETS, preset
 
 
@@ -165,6 +169,54 @@ def test_unknown_commands_and_flags_are_one_sentence_with_exit_code_2(call: Call
     assert "trane" in refusal(call("trane"))
     assert "--presets" in refusal(call("init", "--presets", "nano"))
     assert "--preset" in refusal(call("init"))
+
+
+def groups(group: click.Group, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Group]]:
+    yield words, group
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        if isinstance(command, click.Group):
+            yield from groups(command, (*words, name))
+
+
+def test_alone_each_group_shows_all_of_its_commands_and_cuts_no_line(call: Call) -> None:
+    found = dict(groups(cli))
+    assert len(found) >= 6
+    for words, group in found.items():
+        said = call(*words)
+        assert (said.code, said.error) == (0, "")
+        listed = {line.split()[0]: line for line in said.out.splitlines() if re.match(r"  [a-z]", line)}
+        assert set(group.list_commands(click.Context(group))) <= set(listed), words
+        assert "..." not in said.out.partition("\n")[2], words
+    # Each line of the first page fits.
+    assert max(map(len, call("-h").out.splitlines())) < 80
+    assert call("-h").out == call().out
+
+
+@pytest.mark.parametrize("words", [("-h",), ("init", "-h"), ("data", "check", "-h"), ("train", "-h"), ("train",)])
+def test_help_has_a_short_name(words: tuple[str, ...], call: Call) -> None:
+    said = call(*words)
+    assert said.code == 0
+    assert "-h, --help" in said.out
+
+
+def test_the_version(call: Call) -> None:
+    assert call("--version").out == f"mirage-ds, version {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "there"),
+    [("tra", "train"), ("train --max_", "--max_steps"), ("data ch", "check")],
+)
+def test_a_shell_completes(typed: str, there: str) -> None:
+    """As click's scripts for bash, zsh and fish ask."""
+    words = ["mirage-ds", *typed.split()]
+    asked = {"_MIRAGE_DS_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    code = "import sys; sys.argv = ['mirage-ds']; from mirage_ds.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, check=False
+    )
+    assert f"plain,{there}" in done.stdout.splitlines(), done
 
 
 def test_help_is_quick_since_it_imports_no_torch() -> None:

@@ -33,11 +33,10 @@ def controls(folder: Path, **flags: Any) -> None:
 
 def run_controls(folder: Path, spec: ControlsSpec) -> None:
     """Run the study, print its tables, and write the files asked for."""
-    from rich.progress import track
-
     from mirage_ds.analysis.controls.report import told
     from mirage_ds.analysis.controls.study import study
     from mirage_ds.data.images import ImageFinder
+    from mirage_ds.data.progress import track
     from mirage_ds.evaluate.decoder import load_decoder
 
     names = parse_names(spec.latents)
@@ -48,7 +47,7 @@ def run_controls(folder: Path, spec: ControlsSpec) -> None:
             check_output(file, flag)
     finder = ImageFinder.beside(spec.data_path, spec.image_root)
     decoder = load_decoder(folder, finder, spec.processor, True, spec.pixels, spec.helper_pixels)
-    found = study(decoder, names, spec, partial(track, description="answering", transient=True))
+    found = study(decoder, names, spec, partial(track, title="answering"))
     _tell(found, told(found), spec.out, spec.markdown)
 
 

@@ -20,10 +20,9 @@ def inspect(folder: Path, **flags: Any) -> None:
     Writes one page with pictures of the chosen rows; and over the file's rows the latents' principal components and
     what a linear probe reads from them.
     """
-    from rich.progress import track
-
     from mirage_ds.analysis.inspect.study import inspect_file
+    from mirage_ds.data.progress import track
 
     spec = build_model(InspectSpec, flags)
     check_output(spec.out, "--out", folder=True)
-    click.echo(str(inspect_file(folder, spec, partial(track, description="running rows", transient=True))))
+    click.echo(str(inspect_file(folder, spec, partial(track, title="running rows"))))

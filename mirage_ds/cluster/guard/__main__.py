@@ -9,10 +9,11 @@ from typing import Any
 from urllib.parse import unquote
 
 import click
+import psutil
 
 from mirage_ds.cluster.guard.child import Child, adopt_orphans
 from mirage_ds.cluster.guard.hub import Hub
-from mirage_ds.cluster.guard.watch import CONTEXT, bounds_options, end, leave, talk, tell
+from mirage_ds.cluster.guard.watch import CONTEXT, SAYS, bounds_options, end, leave, talk, tell
 from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Client, Verdict
 from mirage_ds.engine.place import Place, find_place
 from mirage_ds.run.process import run_rank
@@ -50,8 +51,8 @@ def command(
 
     async def until_the_end() -> None:
         verdict = await watch(words, place, port, job, Bounds(**bounds), log)
-        # One line a host: under some launchers each host has its own log.
-        leave(verdict, say=place.local_rank == 0)
+        # Once a host: under some launchers each host has its own log. On this one the launcher's guard says it.
+        leave(verdict, say=place.local_rank == 0 and not psutil.pid_exists(int(os.environ.get(SAYS, "-1"))))
 
     asyncio.run(until_the_end())
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Verdict
-from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED
+from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 from mirage_ds.run.heartbeat import COLLECTIVE
 
 # One failure brings others: within this time the hub hears them too and names the one that began.
@@ -27,6 +27,7 @@ WAITS = (
     ("its data (loader workers)", r"utils/data/dataloader\.py|mirage_ds/data/"),
     ("the disk", r"torch/serialization\.py|safetensors|in fsync|mirage_ds/files\.py|engine/checkpoint\.py"),
 )
+STOPPED = "stopped on request"
 # Ranks that the lines speak of one by one.
 SHOWN = 16
 
@@ -82,7 +83,9 @@ def failures(members: Sequence[Member]) -> list[Member]:
 
     def follows(one: Member) -> bool:
         # A rank ends with this code where it has noticed by itself that another one is gone (engine/waiting.py).
-        return one.code == EXIT_LOST or CONSEQUENCES.search(one.why.lower()) is not None
+        # Of a user's error that all have met, one says what it is.
+        silent = one.code == EXIT_USER_ERROR and "said nothing" in one.why
+        return silent or one.code == EXIT_LOST or CONSEQUENCES.search(one.why.lower()) is not None
 
     return sorted(failed, key=lambda one: (follows(one), one.ended))
 
@@ -94,7 +97,7 @@ def judge_failure(members: Sequence[Member], now: float) -> Verdict | None:
         return None
     first = failed[0]
     if first.code == EXIT_STOPPED:
-        return Verdict(EXIT_STOPPED, ("stopped on request",))
+        return Verdict(EXIT_STOPPED, (STOPPED,))
     others = tuple(f"then {one.name} {one.why}" for one in failed[1:9])
     return Verdict(int(first.code or 1), (*others, *by_position(members), f"{first.name} {first.why}"))
 

@@ -13,8 +13,10 @@ import signal
 import click
 
 from mirage_ds.cluster.guard.child import Child, adopt_orphans
-from mirage_ds.cluster.guard.watch import CONTEXT, LAUNCHER_S, bounds_options, end, leave, talk
+from mirage_ds.cluster.guard.judge import STOPPED
+from mirage_ds.cluster.guard.watch import CONTEXT, LAUNCHER_S, SAYS, bounds_options, end, leave, talk
 from mirage_ds.cluster.guard.wire import Bounds, Client, Verdict
+from mirage_ds.errors import EXIT_STOPPED
 from mirage_ds.run.process import run_rank
 
 
@@ -34,22 +36,24 @@ def command(port: int, job: str, master: str, words: tuple[str, ...], **bounds: 
 
 async def watch(words: list[str], master: str, port: int, job: str, bounds: Bounds) -> Verdict:
     """Start the launcher, keep in touch with the hub, return what the job came to."""
-    child = Child(words, dict(os.environ), own_session=True)
+    child = Child(words, {**os.environ, SAYS: str(os.getpid())}, own_session=True)
     client = Client(master, port, job, None, bounds)
     asked = 0
 
     def stop(number: signal.Signals) -> None:
         nonlocal asked
         asked += 1
-        if client.connected and not (asked > 1 and number == signal.SIGINT):
+        if asked > 1 and number == signal.SIGINT:
+            client.verdict = client.verdict or Verdict(128 + number, (f"{number.name} at the launcher",))
+        elif client.connected:
             client.say({"stop": True})
         else:
             # Before the ranks run there is nothing to save.
-            client.verdict = client.verdict or Verdict(128 + number, (f"{number.name} at the launcher",))
+            client.verdict = client.verdict or Verdict(EXIT_STOPPED, (STOPPED,))
 
     # The hub wants nothing of a launcher.
     verdict = await talk(child, client, lambda message: None, stop)
-    if verdict.code > 128 and not client.connected:
+    if asked and not client.connected:
         child.signal(signal.SIGTERM)
     await end(child, bounds.grace + LAUNCHER_S)
     return verdict

@@ -12,9 +12,12 @@ import click
 
 from mirage_ds.cluster.guard.child import Child, end_all
 from mirage_ds.cluster.guard.wire import BEAT_S, Bounds, Client, Verdict
+from mirage_ds.errors import EXIT_USER_ERROR
 
 # A launcher looks at its processes about once a second.
 LAUNCHER_S = 10.0
+# In the environment of a launcher's ranks: the process of the guard around the launcher, which says why the job ends.
+SAYS = "MIRAGE_GUARD_SAYS"
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # The first word that is no option begins the guarded command; everything after it is passed on as it is.
@@ -91,6 +94,8 @@ def leave(verdict: Verdict, say: bool = True) -> NoReturn:
 
     Nothing is cleaned up: a thread may wait for a console or a disk that never answers, the event loop for its tasks.
     """
-    if say and verdict.code:
+    # A user's error has been said by the rank itself.
+    told = verdict.code == EXIT_USER_ERROR and "exit code 2: error: " in verdict.lines[-1]
+    if say and verdict.code and not told:
         tell(verdict.lines)
     os._exit(verdict.code)

@@ -14,8 +14,8 @@ from mirage_ds.curate.rationalize.form import MEANINGS, Outcome
 from mirage_ds.curate.rationalize.journal import Journal
 from mirage_ds.curate.rationalize.prompt import Questions
 from mirage_ds.curate.spec import RationalizeSpec
+from mirage_ds.data.progress import Advance
 from mirage_ds.files import check_output
-from mirage_ds.tasks.report import Advance
 from mirage_ds.tasks.write import whole_or_nothing
 
 if TYPE_CHECKING:

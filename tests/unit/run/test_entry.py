@@ -59,7 +59,7 @@ def test_an_end_is_the_end_whatever_the_interpreter_does_after_it(ends: str, cod
     assert done.returncode == code, done.stderr
     assert done.stdout == said
     full = "error: there/x: No space left on device; make room there, and start again\n"
-    assert done.stderr == {"mistake": "error: a mistake\n", "full": full}.get(ends, "")
+    assert done.stderr == {"stop": "stopped\n", "mistake": "error: a mistake\n", "full": full}.get(ends, "")
 
 
 MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}

@@ -87,6 +87,37 @@ def test_the_trackers_hear_how_the_run_ended(error: BaseException | None, end: s
     assert tracker.end == end
 
 
+def taken(step: int, loss: float, skipped: int = 0) -> dict[str, Any]:
+    """What the loop says of a step of 8 rows."""
+    numbers = {"grad_norm": 2.0, "lr": 1e-3, "micro_steps": 1, "rows": 8, "tokens": 80, "model_flops": 1e9}
+    return {"loss": loss, "ce": loss, "skipped": skipped, **numbers}
+
+
+@pytest.mark.parametrize(
+    ("every", "skipped", "said"),
+    [
+        (1, (), {step: 10.0 - step for step in range(1, 8)}),
+        # The first step, every third and the last; losses are means over the steps since the line before.
+        (3, (), {1: 9.0, 3: 7.5, 6: 5.0, 7: 3.0}),
+        (3, (5,), {1: 9.0, 3: 7.5, 5: 5.5, 6: 4.0, 7: 3.0}),
+        (10, (), {1: 9.0, 7: 5.5}),
+    ],
+)
+def test_the_console_has_a_line_now_and_then_and_the_file_has_all(
+    every: int, skipped: tuple[int, ...], said: dict[int, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = Journal()
+    with journal.logging(Logs(tmp_path, 7, [], every=every)):
+        for step in range(1, 8):
+            journal.start_clock()
+            journal.step(step, step / 7, taken(step, 10.0 - step, int(step in skipped)))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {int(words[1].partition("/")[0]): float(words[words.index("loss") + 1]) for words in lines} == said
+    assert [int(words[1].partition("/")[0]) for words in lines if words[-1] == "SKIPPED"] == list(skipped)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [one["loss"] for one in logged] == [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0]
+
+
 def test_what_ends_a_run_is_noted_in_one_line(tmp_path: Path) -> None:
     journal = Journal()
     journal.claimed(tmp_path, writes=True)

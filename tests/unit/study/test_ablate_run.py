@@ -267,16 +267,6 @@ def test_an_evaluation_takes_one_gpu_of_one_host(small) -> None:
     assert words[words.index("mirage_ds") + 1] == "evaluate"
 
 
-@pytest.mark.parametrize(
-    ("given", "found"), [("4,5", ["4", "5"]), ("GPU-1a, GPU-2b", ["GPU-1a", "GPU-2b"]), ("", []), ("-1", [])]
-)
-def test_gpus_that_this_process_was_given(monkeypatch: pytest.MonkeyPatch, given: str, found: list[str]) -> None:
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    assert commands._gpus(os.environ) == found
-    assert commands._gpus({**os.environ, "DS_ACCELERATOR": "cpu"}) == []
-
-
 def test_command_lines(small, tmp_path: Path) -> None:
     study, store = small
     by_name = {(node.name if node.kind == "train" else node.kind): node for node in study.nodes.values()}
@@ -285,6 +275,12 @@ def test_command_lines(small, tmp_path: Path) -> None:
     two = command(by_name["base"], None, store, Place(2))
     assert two[1:3] == ["-m", "mirage_ds.cluster.guard.launch"]
     assert two[two.index("--num_accelerators") + 1] == "2"
+    # The launcher ignores CUDA_VISIBLE_DEVICES beside a number of ranks, and takes the first GPUs.
+    gpus = Place(2, ("2", "3"))
+    second = command(by_name["base"], None, store, gpus)
+    assert second[second.index("--include") + 1] == "localhost:2,3"
+    assert "--num_accelerators" not in second
+    assert "CUDA_VISIBLE_DEVICES" not in environment(gpus, tmp_path, {"CUDA_VISIBLE_DEVICES": "0,1"})
     hosts = Place(16, None, (Host("n0", 8), Host("n1", 8)))
     many = command(by_name["base"], None, store, hosts)
     assert many[many.index("--hostfile") + 1] == str(store.place(by_name["base"]) / "hosts")
@@ -311,8 +307,8 @@ def test_what_a_part_of_a_hostfile_gets(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    found = environment(Place(2, ("4", "5"), threads=7), tmp_path, {"A": "b"})
-    assert (found["CUDA_VISIBLE_DEVICES"], found["OMP_NUM_THREADS"], found["A"]) == ("4,5", "3", "b")
+    found = environment(Place(1, ("4",), threads=7), tmp_path, {"A": "b"})
+    assert (found["CUDA_VISIBLE_DEVICES"], found["OMP_NUM_THREADS"], found["A"]) == ("4", "3", "b")
     assert "CUDA_VISIBLE_DEVICES" not in environment(Place(1), tmp_path, {}).keys() - os.environ.keys()
     assert not list(tmp_path.iterdir())
 

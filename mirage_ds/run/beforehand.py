@@ -1,0 +1,58 @@
+"""What a run can be refused for in a second, before any rank starts. Imports no torch."""
+
+import re
+from pathlib import Path
+
+from mirage_ds.config.run import RunConfig
+from mirage_ds.data.sources import find_files
+from mirage_ds.engine.ds_config import read_json
+from mirage_ds.errors import UserError
+from mirage_ds.files import check_log
+from mirage_ds.model.folder import resolve_folder
+from mirage_ds.run import folder as run_folder
+from mirage_ds.run.sinks import check_installed
+
+
+def check_beforehand(config: RunConfig, ranks: int) -> None:
+    """Refuse settings that the ranks would refuse, as far as it shows in seconds. Nothing is read whole or downloaded.
+
+    Raises:
+        UserError: names the flag, or the file.
+    """
+    check_rows(config, ranks)
+    check_outputs(config)
+    check_installed(config.report_to)
+    for source in (config.records, config.eval_data_path):
+        if source is not None:
+            find_files(source)
+    if config.deepspeed:
+        read_json(config.deepspeed)
+    for flag, name in (("--load_model_path", config.load_model_path), ("--model", config.model)):
+        is_id = flag == "--model" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
+        if name is not None and (Path(name).is_dir() or not is_id):
+            resolve_folder(str(name), flag, config.cache_dir)
+
+
+def check_rows(config: RunConfig, ranks: int) -> None:
+    """Refuse more ranks than an optimizer step has rows.
+
+    Raises:
+        UserError: says how many there are.
+    """
+    if config.rows_per_step < ranks and not config.allow_idle_ranks:
+        raise UserError(
+            f"{config.rows_per_step} rows an optimizer step (--global_batch_size) are fewer than {ranks} ranks: use "
+            "fewer ranks, or --allow_idle_ranks"
+        )
+
+
+def check_outputs(config: RunConfig) -> None:
+    """Refuse, before any work, what cannot be written, and a run folder that holds what is not this run's.
+
+    Raises:
+        UserError: names the flag.
+    """
+    sources = [Path(one) for one in (config.model, config.load_model_path) if one is not None]
+    run_folder.check(config.save_model_path, config.overwrite, config.resume == "auto", sources)
+    if config.log_file:
+        check_log(config.log_file, "--log_file")
