@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from mirage_ds.config.run import LOSSES
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import Stopped, UserError, reason
 from mirage_ds.files import write_atomically
@@ -32,8 +33,24 @@ from mirage_ds.run.sinks import End, Sink
 
 # What a rank does from an event on. Both take as long as the model is large.
 DOING = {events.SAVE_BEGINS: "saves a checkpoint", events.MODEL_BEGINS: "saves the model"}
-# What stands in a line of log.jsonl and is no curve.
-NOT_PLOTTED = ("step", "rows", "tokens", "time", "row_ids")
+# What the trackers draw of a step, in groups: TensorBoard sorts these by name and opens the first two, eval and loss.
+# log.jsonl has more.
+CURVES = {
+    "loss": ("loss", "ce", "sim"),
+    "optimizer": ("lr", "grad_norm", "skipped"),
+    "speed": ("seconds", "data_seconds", "tokens_per_second", "mfu", "memory_gb"),
+    "records": ("epoch", "tokens"),
+}
+# Of an evaluation, what is no curve.
+NOT_PLOTTED = ("count", "low", "high")
+
+
+def _curves(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Name an evaluation's curves: the objective and the scorer's first metric in front, the rest in a later group."""
+    drawn = {name: value for name, value in metrics.items() if name not in NOT_PLOTTED}
+    scores = [name for name in drawn if name not in LOSSES]
+    first = {"loss", "sim", *scores[:1]}
+    return {f"{'eval' if name in first else 'scores'}/{name}": value for name, value in drawn.items()}
 
 
 class Journal:
@@ -164,7 +181,7 @@ class Journal:
             f"mem {record['memory_gb']:.2f} GB eta {logs.left(step, seconds)}"
             f"{' SKIPPED' if metrics['skipped'] else ''}"
         )
-        logs.plot(step, "train", {name: record[name] for name in record if name not in NOT_PLOTTED})
+        logs.plot(step, {f"{group}/{name}": record.get(name) for group in CURVES for name in CURVES[group]})
 
     def not_finite(self, step: int, records: list[dict[str, int]], whole: bool) -> None:
         """Report a step that was skipped.
@@ -187,7 +204,7 @@ class Journal:
             self._logs.write({"step": step, "time": round(time.time(), 3), **measured})
             parts = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             self._logs.say(f"evaluation after step {step}: {parts}")
-            self._logs.plot(step, "eval", metrics)
+            self._logs.plot(step, _curves(metrics))
 
     def pictures(self, step: int, figures: Mapping[str, Any]) -> None:
         """Give figures of matplotlib to TensorBoard."""
@@ -251,9 +268,9 @@ class Logs:
         }
         self.lines.write(json.dumps(plain) + "\n")
 
-    def plot(self, step: int, group: str, values: Mapping[str, Any]) -> None:
-        """Give numbers to the trackers."""
-        numbers = {f"{group}/{name}": value for name, value in values.items() if value is not None}
+    def plot(self, step: int, values: Mapping[str, Any]) -> None:
+        """Give numbers to the trackers, named group/name; None is none."""
+        numbers = {name: value for name, value in values.items() if value is not None}
         for sink in self.sinks:
             self._give(f"the numbers of step {step}", sink, sink.scalars, step, numbers)
 
@@ -261,7 +278,7 @@ class Logs:
         """Give figures to the trackers."""
         for name, figure in figures.items():
             for sink in self.sinks:
-                self._give(f"{name} of step {step}", sink, sink.figure, step, f"latents/{name}", figure)
+                self._give(f"{name} of step {step}", sink, sink.figure, step, f"pictures of latents/{name}", figure)
 
     def left(self, step: int, seconds: float) -> str:
         """Take note of a step that took so long; return the time that the rest will take, as h:mm:ss."""
