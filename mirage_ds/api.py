@@ -11,25 +11,25 @@ batch, N rows, S emitted tokens, k latents a latent block, H hidden.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import torch
-from PIL import Image
 from safetensors.torch import save
 from torch.utils.data import Dataset
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.run import Compress, Slots, Stage
+from mirage_ds.data.asked import Picture, as_records, several
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.frames import rows_of_frame
-from mirage_ds.data.images import ImageFinder, upright_rgb
-from mirage_ds.data.record import IMAGE_MARK, Record, RecordError
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import read_records, record_of
 from mirage_ds.data.sample import IGNORE, Sample
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, shown
 from mirage_ds.evaluate.decoder import (
     Decoder,
     Decoding,
@@ -38,14 +38,13 @@ from mirage_ds.evaluate.decoder import (
     load_decoder,
     pack,
     run_limits,
+    save_decoder,
     tokens_and_feed,
 )
 from mirage_ds.files import write_atomically
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Generated, Latents, generate
 from mirage_ds.model.loss import StepCounts, objective
-
-Picture = str | Path | Image.Image
 
 
 class Answer(NamedTuple):
@@ -93,23 +92,6 @@ class Token(NamedTuple):
     text: str
     learnt: bool
     kind: str
-
-
-@dataclass(frozen=True)
-class _Given(ImageFinder):
-    """A finder that was handed some images in place of paths."""
-
-    given: Mapping[str, Image.Image] = field(default_factory=dict)
-
-    def size(self, record: Record, name: str, path: str) -> tuple[int, int]:
-        """See ImageFinder."""
-        image = self.given.get(path)
-        return super().size(record, name, path) if image is None else (image.height, image.width)
-
-    def load(self, record: Record, name: str, path: str) -> Image.Image:
-        """See ImageFinder."""
-        image = self.given.get(path)
-        return super().load(record, name, path) if image is None else image
 
 
 def _feed(vectors: torch.Tensor) -> Latents:
@@ -196,12 +178,12 @@ class Mirage:
         stage = self.trained.get("stage", "never trained by mirage_ds")
         return f"<Mirage {self.folder}: {stage}, k {self.latent_size}, {count:,} parameters on {self.device}>"
 
-    def generate(self, question: str, images: Sequence[Picture] = (), **options: Any) -> Answer:
+    def generate(self, question: str, images: Picture | Sequence[Picture] = (), **options: Any) -> Answer:
         """Answer a question.
 
         Args:
             question: with `<image>` where an image stands; without, images stand first.
-            images: paths or PIL images.
+            images: one picture or a list: paths, bytes of image files, PIL images, arrays (asked.from_pixels).
             options: those of generate_all.
 
         Raises:
@@ -212,7 +194,7 @@ class Mirage:
     def generate_all(
         self,
         questions: Sequence[str],
-        images: Sequence[Sequence[Picture]] = (),
+        images: Sequence[Picture | Sequence[Picture]] = (),
         *,
         max_new_tokens: int = 1024,
         run_length: str | int = "trained",
@@ -224,7 +206,7 @@ class Mirage:
         """Answer several questions in one batch.
 
         Args:
-            questions, images: see generate; a list of images for each question, or none at all.
+            questions, images: see generate; for each question a picture or a list of them, or none at all.
             run_length: latents a block: "trained", "model" (it ends a block itself, at the latest after longest_run),
                 or a number.
             decoding: "greedy", "paper" (temperature 0.7, top_p 0.9) or evaluate.Sampling(temperature, top_p).
@@ -241,10 +223,13 @@ class Mirage:
             if str(run_length) not in ("trained", str(len(latents))):
                 raise UserError(f"run_length {run_length}: {len(latents)} latents a block are given; leave it out")
             run_length = len(latents)
-        pictures = images or [()] * len(questions)
+        if isinstance(questions, str):
+            raise UserError(f"questions: a string, {shown(questions)}; give a list of them, or call generate")
+        pictures = [several(own) for own in several(images)] or [()] * len(questions)
         if len(pictures) != len(questions):
             raise UserError(f"images: {len(pictures)} lists for {len(questions)} questions; give one each")
-        encoder, records = self._questions(questions, pictures)
+        finder, records = as_records(questions, pictures)
+        encoder = replace(self._decoder.encoder, finder=finder)
         try:
             samples = [encoder.encode_prompt(record, place) for place, record in enumerate(records)]
         except RecordError as error:
@@ -257,27 +242,6 @@ class Mirage:
         batch = pack(self.model, self._decoder.tower, encoder, samples)
         made = generate(self.model, batch, tokens, limits, choose, trace=True, latents=feed)
         return [self._answer(one) for one in made]
-
-    def _questions(self, asked: Sequence[str], pictures: Sequence[Sequence[Picture]]) -> tuple[Encoder, list[Record]]:
-        given: dict[str, Image.Image] = {}
-        records = []
-        for line, (text, own) in enumerate(zip(asked, pictures, strict=True), 1):
-            marks = text.count(IMAGE_MARK)
-            if marks and marks != len(own):
-                raise UserError(
-                    f"question {line}: {marks} {IMAGE_MARK} mark(s) for {len(own)} image(s); give one for each, or "
-                    "write none (images then stand first)"
-                )
-            names = []
-            for number, one in enumerate(own, 1):
-                names.append(f"image {number} of question {line}" if isinstance(one, Image.Image) else str(one))
-                if isinstance(one, Image.Image):
-                    picture = upright_rgb(one)
-                    if picture is None:
-                        raise UserError(f"{names[-1]}: has 32 bits a channel, of unknown range; give it with 8 bits")
-                    given[names[-1]] = picture
-            records.append(Record(line, text, "", tuple(names), ()))
-        return replace(self._decoder.encoder, finder=_Given((Path.cwd().resolve(),), given=given)), records
 
     def _answer(self, made: Generated) -> Answer:
         plain = answer_of(made, self._decoder.encoder)
@@ -326,11 +290,13 @@ class Mirage:
             replace(encoder, finder=finder, stage=stage, latent_size=k, slots=slots, compress=compress_strategy),
         )
 
-    def batch(self, samples: Sequence[Sample]) -> Batch:
-        """Pack Samples into one Batch, on the model's device and with the features of their images.
+    def batch(self, samples: Sample | Sequence[Sample]) -> Batch:
+        """Pack Samples, or a single one, into one Batch, on the model's device and with the features of their images.
 
         Rows of stage 1, which have helpers, get one pass; rows of stage 2 one more than the deepest has latents.
         """
+        # A Sample is itself a tuple.
+        samples = [samples] if isinstance(samples, Sample) else samples
         helped = any(len(sample.helper_groups) for sample in samples)
         deepest = max((sum(k for _, k in sample.runs) for sample in samples), default=0)
         return pack(
@@ -352,6 +318,22 @@ class Mirage:
         gamma = ce_weight if ce_weight is not None else 0.1 if grounded else 1.0
         loss, ce, sim = objective(sums, counts, gamma, "sample")
         return Losses(loss, ce, sim, sums.rows)
+
+    def save(self, folder: str | Path, stage: Stage | None = None) -> Path:
+        """Write the model as a folder that `load`, the commands and plain transformers open; return the folder.
+
+        Weights have the dtype that they have here: float32 on a CPU.
+
+        Args:
+            folder: a new one.
+            stage: what it was trained in here; the folder then says so, with k. If None, what its own folder says.
+
+        Raises:
+            UserError: the folder exists or cannot be written; nothing is left of it.
+        """
+        trained = dict(self.trained) | (dict(stage=stage, latent_size=self.latent_size) if stage else {})
+        save_decoder(self._decoder, Path(folder), trained)
+        return Path(folder)
 
 
 def load(

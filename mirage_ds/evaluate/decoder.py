@@ -20,10 +20,11 @@ from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.data.loader import check_records
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.sample import IGNORE, Sample
-from mirage_ds.engine.spelling import read_trained
-from mirage_ds.errors import Stopped, UserError
+from mirage_ds.engine.spelling import read_base, read_trained
+from mirage_ds.errors import Stopped, UserError, reason
 from mirage_ds.evaluate.scoring import Prediction
 from mirage_ds.evaluate.spec import PAPER, Decoding, Pixels, Sampling
+from mirage_ds.files import whole_folder
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import (
@@ -148,6 +149,28 @@ def load_decoder(
     loaded = load_model(place, stage="sft", dtype=dtype, device=device, checkpointing=False)
     loaded.model.eval()
     return Decoder(place, loaded, encoder, latents)
+
+
+def save_decoder(decoder: Decoder, target: Path, trained: dict[str, Any]) -> None:
+    """Write a decoder's model as a model folder, as an export does.
+
+    Args:
+        target: a new folder; trained: what it says of its training (engine.save.trained_of).
+
+    Raises:
+        UserError: `target` exists or cannot be written; nothing is left of it.
+    """
+    from mirage_ds.engine.save import Parts, save_model
+
+    if target.exists():
+        raise UserError(f"{target} exists already; give a new folder")
+    encoder, source = decoder.encoder, decoder.folder
+    parts = Parts(read_base(source, encoder.tokenizer), encoder.tokenizer, encoder.images, source, trained)
+    try:
+        with whole_folder(target) as folder:
+            save_model(decoder.loaded.model, decoder.tower.tower, folder, 0, parts)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({reason(error)}); give another folder") from None
 
 
 def run_limits(

@@ -2,8 +2,9 @@
 
 <save_model_path>/            the trained model, as plain transformers opens it; adapter/, where one is merged into it
 <save_model_path>/run/        config.yaml, ds_config.json, versions.json, run.json (what it came to before its first
-                              step), log.jsonl, events.jsonl, tensorboard/, checkpoints/; not_finite.jsonl, if a step
-                              was skipped; trackers.json, if W&B or MLflow follow it; faults.jsonl, if a guard ended it
+                              step), log.jsonl, events.jsonl, checkpoints/; STAGE/ (TensorBoard's files, which names
+                              the run FOLDER/run/STAGE); not_finite.jsonl, if a step was skipped; trackers.json, if W&B
+                              or MLflow follow it; faults.jsonl, if a guard ended it
 """
 
 import json
@@ -12,11 +13,11 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
-from mirage_ds.config.run import RunConfig
+from mirage_ds.config.run import RunConfig, Stage
 from mirage_ds.engine.versions import versions
 from mirage_ds.errors import UserError
 from mirage_ds.files import TRAINED_KEY, check_output, delete_model, is_model_file, write_atomically
@@ -132,7 +133,9 @@ def _start_over(folder: Path) -> None:
     for old in LOGS:
         (folder / "run" / old).unlink(missing_ok=True)
     delete_checkpoints(folder / "run" / "checkpoints")
-    _delete(folder / "run" / "tensorboard", re.compile(r"events\.out\.tfevents\..*"))
+    # The last is where TensorBoard's files were at first.
+    for name in (*get_args(Stage), "tensorboard"):
+        _delete(folder / "run" / name, re.compile(r"events\.out\.tfevents\..*"))
     for old in ("best", "adapter"):
         delete_model(folder / old)
 

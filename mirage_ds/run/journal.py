@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from mirage_ds.config.run import LOSSES
 from mirage_ds.data.progress import clock
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import Stopped, UserError, reason
@@ -34,9 +35,25 @@ from mirage_ds.run.sinks import End, Sink
 # What a rank does from an event on. Both take as long as the model is large.
 DOING = {events.SAVE_BEGINS: "saves a checkpoint", events.MODEL_BEGINS: "saves the model"}
 # Of a step's losses, those on the console.
-LOSSES = ("loss", "ce", "sim")
-# What stands in a line of log.jsonl and is no curve.
-NOT_PLOTTED = ("step", "rows", "tokens", "time", "row_ids")
+SAID = ("loss", "ce", "sim")
+# What the trackers draw of a step, in groups: TensorBoard sorts these by name and opens the first two, eval and loss.
+# log.jsonl has more.
+CURVES = {
+    "loss": ("loss", "ce", "sim"),
+    "optimizer": ("lr", "grad_norm", "skipped"),
+    "speed": ("seconds", "data_seconds", "tokens_per_second", "mfu", "memory_gb"),
+    "records": ("epoch", "tokens"),
+}
+# Of an evaluation, what is no curve.
+NOT_PLOTTED = ("count", "low", "high")
+
+
+def _curves(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Name an evaluation's curves: the objective and the scorer's first metric in front, the rest in a later group."""
+    drawn = {name: value for name, value in metrics.items() if name not in NOT_PLOTTED}
+    scores = [name for name in drawn if name not in LOSSES]
+    first = {"loss", "sim", *scores[:1]}
+    return {f"{'eval' if name in first else 'scores'}/{name}": value for name, value in drawn.items()}
 
 
 class Journal:
@@ -159,7 +176,7 @@ class Journal:
             record["mfu"] = metrics["model_flops"] / (seconds * logs.peak)
         logs.write(record)
         logs.taken(record, seconds)
-        logs.plot(step, "train", {name: record[name] for name in record if name not in NOT_PLOTTED})
+        logs.plot(step, {f"{group}/{name}": record.get(name) for group in CURVES for name in CURVES[group]})
 
     def not_finite(self, step: int, records: list[dict[str, int]], whole: bool) -> None:
         """Report a step that was skipped.
@@ -182,7 +199,7 @@ class Journal:
             self._logs.write({"step": step, "time": round(time.time(), 3), **measured})
             parts = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             self._logs.say(f"evaluation after step {step}: {parts}")
-            self._logs.plot(step, "eval", metrics)
+            self._logs.plot(step, _curves(metrics))
 
     def pictures(self, step: int, figures: Mapping[str, Any]) -> None:
         """Give figures of matplotlib to TensorBoard."""
@@ -250,9 +267,9 @@ class Logs:
         }
         self.lines.write(json.dumps(plain) + "\n")
 
-    def plot(self, step: int, group: str, values: Mapping[str, Any]) -> None:
-        """Give numbers to the trackers."""
-        numbers = {f"{group}/{name}": value for name, value in values.items() if value is not None}
+    def plot(self, step: int, values: Mapping[str, Any]) -> None:
+        """Give numbers to the trackers, named group/name; None is none."""
+        numbers = {name: value for name, value in values.items() if value is not None}
         for sink in self.sinks:
             self._give(f"the numbers of step {step}", sink, sink.scalars, step, numbers)
 
@@ -260,7 +277,7 @@ class Logs:
         """Give figures to the trackers."""
         for name, figure in figures.items():
             for sink in self.sinks:
-                self._give(f"{name} of step {step}", sink, sink.figure, step, f"latents/{name}", figure)
+                self._give(f"{name} of step {step}", sink, sink.figure, step, f"pictures of latents/{name}", figure)
 
     def taken(self, record: Mapping[str, Any], seconds: float) -> None:
         """Take note of a step that took so long, and print a line if one is due."""
@@ -276,9 +293,7 @@ class Logs:
         """Say how the steps since the last line were: losses, seconds and rates are means over them."""
         steps = self.unsaid
         last, seconds = steps[-1], sum(one["seconds"] for one in steps)
-        losses = "".join(
-            f" {name} {sum(one[name] for one in steps) / len(steps):.4f}" for name in LOSSES if name in last
-        )
+        losses = "".join(f" {name} {sum(one[name] for one in steps) / len(steps):.4f}" for name in SAID if name in last)
         rates = [sum(one[name] for one in steps) / seconds for name in ("rows", "tokens", "model_flops")]
         mfu = f" mfu {rates[2] / self.peak:.1%}" if self.peak else ""
         return (

@@ -5,10 +5,15 @@ trackers are kept in the run folder (trackers.json), so that a run that goes on 
 """
 
 import json
+import shlex
+import sys
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_atomically
@@ -21,6 +26,14 @@ IDENTITIES = "trackers.json"
 STATUS: dict[End, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 # Of a setting's text, so many letters go to MLflow: older servers take no more.
 LONGEST_VALUE = 500
+# Of pictures in TensorBoard.
+DPI = 150
+# Settings by which TensorBoard compares runs; the text beside them has all.
+COMPARED = """
+    stage model load_model_path data_path latent_size slots compress_strategy latent_loss detach_latents train_vision
+    lora_rank max_length max_pixels helper_max_pixels epochs max_steps global_batch_size reduction ce_weight
+    learning_rate lr_scheduler warmup_steps weight_decay seed
+""".split()  # noqa: SIM905
 
 
 class Sink(ABC):
@@ -62,7 +75,7 @@ def open_sinks(
     sinks: list[Sink] = []
     try:
         if "tensorboard" in report_to:
-            sinks.append(TensorBoard(own_folder / "tensorboard", start))
+            sinks.append(TensorBoard(own_folder / settings["stage"], settings, start))
         if "wandb" in report_to:
             sinks.append(WandB(own_folder, name, settings))
         if "mlflow" in report_to:
@@ -89,12 +102,21 @@ def _keep(own_folder: Path, tracker: str, identity: str) -> None:
 
 
 class TensorBoard(Sink):
-    """Event files in the run folder."""
+    """Event files in the run folder. TensorBoard calls a run by the folder of its files: FOLDER/run/STAGE."""
 
-    def __init__(self, folder: Path, start: int):
+    def __init__(self, folder: Path, settings: Mapping[str, Any], start: int):
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
 
-        self.writer = SummaryWriter(folder, purge_step=start + 1)
+        self.writer = SummaryWriter(folder, purge_step=start + 1, flush_secs=10)
+        # Not add_hparams: it also writes which columns there are, and those of one run would hold for all.
+        compared = {name: _cell(settings.get(name, "not set")) for name in COMPARED}
+        _, begins, self._ends = hparams(compared, {})
+        self.writer.file_writer.add_summary(begins)
+        # Indented, they are verbatim in Markdown.
+        command = shlex.join(sys.orig_argv).replace(" --", " \\\n    --")
+        for name, text in (("command", command), ("settings", yaml.safe_dump(dict(settings), sort_keys=False))):
+            self.writer.add_text(name, textwrap.indent(text, " " * 4), start)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write them."""
@@ -102,13 +124,21 @@ class TensorBoard(Sink):
             self.writer.add_scalar(name, value, step)
 
     def figure(self, step: int, name: str, figure: Any) -> None:
-        """Write it; the writer closes it."""
+        """Write it, sharp also where TensorBoard shows it whole; the writer closes it."""
+        figure.set_dpi(DPI)
         self.writer.add_figure(name, figure, step)
 
     def close(self, end: End) -> None:
         """Write what waits."""
-        del end
+        if end == "finished":
+            # TensorBoard keeps what it hears first, and any other end may be gone on from.
+            self.writer.file_writer.add_summary(self._ends)
         self.writer.close()
+
+
+def _cell(value: Any) -> str | int | float:
+    """Write a setting as TensorBoard takes it."""
+    return value if isinstance(value, str | int | float) and not isinstance(value, bool) else json.dumps(value)
 
 
 class WandB(Sink):

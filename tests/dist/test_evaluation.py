@@ -234,23 +234,25 @@ def test_training_goes_on_where_answers_are_not_finite(
 def test_scores_are_logged_beside_the_losses(without: Path, decoded: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(decoded / "run/tensorboard")).Reload()
+    board = EventAccumulator(str(decoded / "run/stage1")).Reload()
     for step, line in measured(decoded).items():
         assert {name: line[name] for name in measured(without)[step]} == measured(without)[step]
         assert line["eval_count"] == 5
         assert 0 <= line["eval_success"] <= line["eval_high"] <= 1
-        for name in ("success", "invalid", "latents"):
-            seen = {one.step: one.value for one in board.Scalars(f"eval/{name}")}
+        for group, name in (("eval", "success"), ("scores", "invalid"), ("scores", "latents")):
+            seen = {one.step: one.value for one in board.Scalars(f"{group}/{name}")}
             assert seen[step] == pytest.approx(line[f"eval_{name}"])
 
 
 def test_pictures_of_latents_are_in_tensorboard(decoded: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(decoded / "run/tensorboard")).Reload()
+    board = EventAccumulator(str(decoded / "run/stage1")).Reload()
     tags = board.Tags()["images"]
     # The first record has a latent run.
-    assert sorted(tags) == [f"latents/line 1/{name}" for name in ("attention", "norms", "similarity", "words")]
+    assert sorted(tags) == [
+        f"pictures of latents/line 1/{name}" for name in ("attention", "norms", "similarity", "words")
+    ]
     for tag in tags:
         assert [one.step for one in board.Images(tag)] == [2, 4]
         # A latent that has been trained on looks otherwise.

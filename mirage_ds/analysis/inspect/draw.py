@@ -49,8 +49,12 @@ def _outlines(picture: np.ndarray) -> np.ndarray:
     return np.dstack([*(3 * [(difference > 0).astype(float)]), 0.8 * np.abs(difference)])
 
 
-def similarity(look: Look) -> Figure | None:
-    """Draw each latent's cosine to the features of each image over that image; None for a row without images."""
+def similarity(look: Look, small: bool = False) -> Figure | None:
+    """Draw each latent's cosine to the features of each image over that image; None for a row without images.
+
+    Args:
+        small: for a place of 4 × 2.5 inches: here and below, only the first panel, or letters that are larger in it.
+    """
     if not look.similarity:
         return None
     k = len(look.norms)
@@ -79,6 +83,8 @@ def similarity(look: Look) -> Figure | None:
             axes.imshow(_outlines(picture))
             axes.set_title(f"latent {latent + 1}")
         figure.colorbar(shown, ax=list(rows.flat), shrink=0.8, pad=0.01, label="cosine")
+    if small:
+        figure.set_size_inches(0.65 * figure.get_size_inches())
     return figure
 
 
@@ -112,21 +118,22 @@ def _table(axes: Axes, words: Words, spellings: dict[int, str], title: str, unit
     axes.figure.colorbar(image, ax=axes, label=unit, pad=0.02)
 
 
-def words(look: Look) -> Figure:
+def words(look: Look, small: bool = False) -> Figure:
     """Write the nearest words of each latent, by cosine and as the head reads it."""
     k, m = look.nearest.ids.shape
     # Of more than four latents the two tables stand one below the other.
-    across, down = (2, 1) if k <= 4 else (1, 2)
-    width, title = max(8.0, across * (1.15 * k + 1.3)), f"{look.title}: the words nearest to the latents"
+    across, down = (1, 1) if small else (2, 1) if k <= 4 else (1, 2)
+    width, title = max(4.0 * across, across * (1.15 * k + 1.3)), f"{look.title}: the words nearest to the latents"
     figure, grid = panels(down, across, 0.42 * m + 1.0, width=width, title=title)
     _table(grid.flat[0], look.nearest, look.spellings, "nearest output vectors", "cosine")
-    _table(grid.flat[1], look.lens, look.spellings, "logit lens: what the head would emit", "probability")
+    if not small:
+        _table(grid.flat[1], look.lens, look.spellings, "logit lens: what the head would emit", "probability")
     return figure
 
 
-def norms(look: Look) -> Figure:
+def norms(look: Look, small: bool = False) -> Figure:
     """Draw the latents' norms among those of the inputs, and with a helper the cosines to its targets."""
-    wide = look.to_targets is not None
+    wide = look.to_targets is not None and not small
     title = f"{look.title}: norms{' and cosines to the targets' if wide else ''}"
     ratios = [1.35, 1] if wide else [1]
     figure, grid = panels(1, len(ratios), 3.2, width=9.2 if wide else 5.6, title=title, width_ratios=ratios)
@@ -147,7 +154,7 @@ def norms(look: Look) -> Figure:
     # Above the bars, whatever is where.
     axes.set_ylim(top=1.45 * axes.get_ylim()[1])
     axes.legend(fontsize=8, loc="upper left")
-    if look.to_targets is not None:
+    if look.to_targets is not None and not small:
         axes, cosines = grid[0, 1], look.to_targets.numpy()
         size = 8 if len(look.norms) <= 6 else 6
         image = _cells(axes, cosines, lambda row, column: f"{cosines[row, column]:.2f}", size, cmap="viridis")
@@ -156,15 +163,16 @@ def norms(look: Look) -> Figure:
     return figure
 
 
-def attends(look: Look) -> Figure | None:
+def attends(look: Look, small: bool = False) -> Figure | None:
     """Draw what the answer's tokens attend to; None where no token follows the latent block."""
     if not look.answer:
         return None
     layers, count, k = look.attention.shape
     tokens = [legible(token, LETTERS) for token in look.answer[:MOST_TOKENS]]
-    note = f" (first {len(tokens)} of {count} tokens on the right)" if count > len(tokens) else ""
+    note = f" (first {len(tokens)} of {count} tokens on the right)" if count > len(tokens) and not small else ""
     title = f"{look.title}: attention from the answer, mean over heads{note}"
-    figure, grid = panels(1, 3, max(3.5, 1.2 + 0.15 * len(tokens)), width=11, title=title, width_ratios=[1.3, 1, 1.1])
+    ratios, width, height = ([1.3], 4.6, 3.0) if small else ([1.3, 1, 1.1], 11.0, max(3.5, 1.2 + 0.15 * len(tokens)))
+    figure, grid = panels(1, len(ratios), height, width=width, title=title, width_ratios=ratios)
     # Of many layers every fourth is named.
     step = 1 if layers <= 12 else 4
     named = [str(number + 1) if number % step == 0 else "" for number in range(layers)]
@@ -176,7 +184,9 @@ def attends(look: Look) -> Figure | None:
     name_rows(parts, named)
     parts.set(xlabel="% of attention, mean over the answer's tokens", ylabel="layer", xlim=(0, 100))
     parts.set_title(f"what the answer attends to\n(evenly spread: latents {100 * look.uniform:.1f} %)")
-    figure.legend(*parts.get_legend_handles_labels(), loc="outside lower left", ncols=4)
+    figure.legend(*parts.get_legend_handles_labels(), loc="outside lower left", ncols=2 if small else 4)
+    if small:
+        return figure
     by_layer, by_token = look.attention.mean(1), look.attention[:, : len(tokens)].mean(0)
     for axes, values, title, names, what in (
         (grid[0, 1], by_layer, "each layer, mean over tokens", named, "layer"),

@@ -32,13 +32,13 @@ def looks(bench: Bench, record: Record, thought: Thought, title: str) -> Iterato
         yield look(bench, thought, block, images, helper, name)
 
 
-def drawings(one: Look) -> dict[str, Figure]:
-    """Draw all figures of one latent block."""
+def drawings(one: Look, small: bool = False) -> dict[str, Figure]:
+    """Draw all figures of one latent block; `small` as in draw.similarity."""
     from mirage_ds.analysis.inspect import draw, style
 
     makers = {"similarity": draw.similarity, "words": draw.words, "norms": draw.norms, "attention": draw.attends}
     with style.styled():
-        made = {name: make(one) for name, make in makers.items()}
+        made = {name: make(one, small) for name, make in makers.items()}
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
@@ -62,5 +62,5 @@ def figures(bench: Bench, records: Sequence[Record]) -> dict[str, Figure]:
         title = f"line {record.line}"
         thought = taught(bench, [bench.encoder.encode(record, record.line - 1)])[0]
         for one in looks(bench, record, thought, title):
-            found |= {f"{one.title}/{name}": figure for name, figure in drawings(one).items()}
+            found |= {f"{one.title}/{name}": figure for name, figure in drawings(one, small=True).items()}
     return found

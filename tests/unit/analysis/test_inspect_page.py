@@ -200,8 +200,9 @@ def apart(texts: Sequence[Text]) -> None:
 
 
 @pytest.mark.filterwarnings("error:Glyph")
-def test_labels_are_whole_whatever_the_sizes() -> None:
-    for figure in drawings(fabricated(k=8, layers=28, answer=60)).values():
+@pytest.mark.parametrize("small", [False, True])
+def test_labels_are_whole_whatever_the_sizes(small: bool) -> None:
+    for figure in drawings(fabricated(k=8, layers=28, answer=60), small).values():
         assert_legible(figure)
     assert_legible(drawings(fabricated(k=1, layers=2, answer=2, images=2))["similarity"])
 

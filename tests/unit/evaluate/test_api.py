@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import mirage_ds
 from mirage_ds.api import Mirage, Rows
 from mirage_ds.cli import cli
+from mirage_ds.data.asked import as_records, from_pixels, several
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.sample import IGNORE
 from mirage_ds.errors import UserError
@@ -52,8 +57,99 @@ def test_a_question_is_answered_as_the_command_does(opened: Mirage, mixed: Path,
         again = opened.generate("Where <image>?", [image], max_new_tokens=9, run_length=2)
     assert again.ids == found.ids
     torch.testing.assert_close(again.hidden, found.hidden, rtol=0, atol=0)
-    both = opened.generate_all(["Where <image>?", "Up?"], [["in0.png"], []], max_new_tokens=9, run_length=2)
-    assert both[0].ids == found.ids
+    for pictures in ([["in0.png"], []], ["in0.png", ()], [Path("in0.png"), None]):
+        both = opened.generate_all(["Where <image>?", "Up?"], pictures, max_new_tokens=9, run_length=2)
+        assert both[0].ids == found.ids
+
+
+def pixels(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        str,
+        lambda file: file,
+        lambda file: file.read_bytes(),
+        lambda file: base64.b64encode(file.read_bytes()).decode(),
+        lambda file: {"bytes": file.read_bytes(), "path": None},
+        lambda file: {"bytes": None, "path": str(file)},
+        Image.open,
+        pixels,
+        lambda file: pixels(file) / 255,
+        lambda file: torch.tensor(pixels(file)).permute(2, 0, 1),
+        lambda file: torch.tensor(pixels(file)).permute(2, 0, 1).double() / 255,
+    ],
+)
+def test_a_picture_is_the_same_in_whatever_form_it_comes(mixed: Path, given: Callable[[Path], Any]) -> None:
+    picture = given(mixed.parent / "in1.png")
+    finder, (record,) = as_records(["?"], [several(picture)])
+    assert len(record.image_input) == 1
+    found = finder.load(record, "image_input", record.image_input[0])
+    assert np.array_equal(np.asarray(found), pixels(mixed.parent / "in1.png"))
+    assert finder.size(record, "image_input", record.image_input[0]) == (84, 84)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (np.zeros((8, 8)) + 7.0, r"float64 values beyond 0 … 1; give uint8, or floats from 0 to 1"),
+        (np.full((8, 8), np.nan), "beyond 0 … 1"),
+        (np.full((8, 8, 3), 300), "int64 values beyond 0 … 255"),
+        (torch.zeros(2, 3, 8, 8), r"an array of shape \(2, 3, 8, 8\); give \(height, width\)"),
+        (np.zeros((8, 8, 5)), r"an array of shape \(8, 8, 5\)"),
+        (np.zeros((0, 8)), r"an array of shape \(0, 8\)"),
+        (Image.new("F", (8, 8)), "32 bits a channel"),
+        (7, "7 is no picture; give a path, bytes, a PIL image or an array"),
+        ("data:image/png,abc", "a data: URI without base64"),
+    ],
+)
+def test_what_is_no_picture_is_one_sentence(opened: Mirage, value: Any, said: str) -> None:
+    with pytest.raises(UserError, match=f"image 2 of question 1: .*{said}"):
+        opened.generate("?", [Image.new("RGB", (56, 56)), value])
+
+
+def test_grey_and_masks_are_pictures() -> None:
+    for value in (
+        np.eye(4),
+        np.eye(4, dtype=bool),
+        np.eye(4)[..., None],
+        torch.eye(4)[None],
+        255 * np.eye(4, dtype=int),
+    ):
+        assert np.array_equal(np.asarray(from_pixels(value).convert("L")), 255 * np.eye(4))
+
+
+def test_a_model_is_saved_as_an_export_writes_it(opened: Mirage, nano: Path, mixed: Path, tmp_path: Path) -> None:
+    rows = json.loads((nano / "config.json").read_text())["text_config"]["vocab_size"]
+    cli.main(["export", str(nano), str(tmp_path / "export"), "--vocab_rows", str(rows)], standalone_mode=False)
+    model = mirage_ds.load(nano, latent_size=2, device="cpu")
+    whole = load_file(tmp_path / "export/model.safetensors")
+    saved = load_file(model.save(tmp_path / "saved") / "model.safetensors")
+    assert saved.keys() == whole.keys()
+    assert all(torch.equal(saved[name], whole[name]) for name in whole)
+    # Trained here, it is what plain transformers opens, and what `load` goes on with.
+    batch = model.batch(model.rows(mixed)[0])
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    wanted = model.loss(batch).loss
+    folder = model.save(tmp_path / "trained", stage="stage2")
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    plain, told = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(plain.lm_head.weight, model.model.head.weight)
+    assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|latent_pad|>") is not None
+    again = mirage_ds.load(folder, device="cpu")
+    assert (again.trained["stage"], again.latent_size) == ("stage2", 2)
+    torch.testing.assert_close(again.loss(batch).loss, wanted, rtol=0, atol=0)
+    for place, said in ((folder, "exists already; give a new folder"), (folder / "config.json/x", "cannot be written")):
+        with pytest.raises(UserError, match=said):
+            model.save(place)
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
 def test_latents_are_the_states_before_their_slots_and_can_be_given(opened: Mirage) -> None:
@@ -123,6 +219,8 @@ def test_what_is_wrong_is_one_sentence(opened: Mirage, mixed: Path, tmp_path: Pa
         opened.generate("<image> or <image>?", [mixed.parent / "in0.png"])
     with pytest.raises(UserError, match=r"question on line 1, image_input: no image 'none\.png'"):
         opened.generate("?", ["none.png"])
+    with pytest.raises(UserError, match="questions: a string, 'Up'; give a list of them, or call generate"):
+        opened.generate_all("Up")
     with pytest.raises(UserError, match="images: 1 lists for 2 questions"):
         opened.generate_all(["a", "b"], [[]])
     with pytest.raises(UserError, match="record on line 1, text_output: missing"):

@@ -20,6 +20,8 @@ from mirage_ds.run.sinks import Sink, open_sinks
 
 METRICS = {"loss": 1.5, "ce": 2.0, "grad_norm": float("nan"), "lr": 1e-3, "micro_steps": 1, "skipped": 0,
            "model_flops": 4e9, "rows": 8, "tokens": 100}  # fmt: skip
+SCORES = {"loss": 1.25, "sim": 0.5, "token_ce": 2.0, "correct": 0.5, "invalid": 0.25, "count": 4, "low": 0.1}
+EVALUATION = {"eval/loss": 1.25, "eval/sim": 0.5, "eval/correct": 0.5, "scores/token_ce": 2.0, "scores/invalid": 0.25}
 SETTINGS = {"stage": "sft", "resume": "never", "learning_rate": 1e-3}
 
 
@@ -118,7 +120,7 @@ def run(folder: Path, sinks: list[Sink], start: int, steps: int, error: BaseExce
         with journal.logging(Logs(folder, 6, sinks, start=start, peak=1e9)):
             for step in range(start + 1, steps + 1):
                 journal.step(step, step / 6, METRICS)
-            journal.evaluation(steps, {"loss": 1.25})
+            journal.evaluation(steps, SCORES)
             if error:
                 raise error
     except (Stopped, ZeroDivisionError):
@@ -140,11 +142,11 @@ def test_wandb_follows_one_run_through_its_interruptions(tmp_path: Path, wandb_c
     )  # fmt: skip
     # Its counter cannot go back; the axis can.
     assert ("metric", "*", {"step_metric": "optimizer_step"}) in wandb_calls
-    logs = [call[1] for call in wandb_calls if call[0] == "log" and "train/loss" in call[1]]
+    logs = [call[1] for call in wandb_calls if call[0] == "log" and "loss/loss" in call[1]]
     assert [one["optimizer_step"] for one in logs] == [1, 2, 3, 3, 4, 3, 4, 5, 6]
-    assert logs[0]["train/loss"] == 1.5
-    assert logs[0]["train/mfu"] > 0
-    assert "train/time" not in logs[0]
+    assert logs[0]["loss/loss"] == 1.5
+    assert logs[0]["speed/mfu"] > 0
+    assert "speed/model_flops" not in logs[0]
     ends = [call for call in wandb_calls if call[0] in ("preempting", "finish")]
     assert ends == [("preempting",), ("finish", 1), ("finish", 1), ("finish", 0)]
 
@@ -162,8 +164,8 @@ def test_mlflow_follows_one_run_through_its_interruptions(tmp_path: Path, tracke
     (only,) = tracker.runs.values()
     assert only.name == "first"
     assert only.data.params == {"stage": "sft", "resume": "never", "learning_rate": "0.001", "new0": "0", "new2": "2"}
-    assert [step for step, values in only.metrics if "train/loss" in values] == [1, 2, 3, 3, 4, 3, 4, 5, 6]
-    assert next((step, values) for step, values in only.metrics if "eval/loss" in values) == (3, {"eval/loss": 1.25})
+    assert [step for step, values in only.metrics if "loss/loss" in values] == [1, 2, 3, 3, 4, 3, 4, 5, 6]
+    assert next((step, values) for step, values in only.metrics if "eval/loss" in values) == (3, EVALUATION)
 
 
 def test_a_tracker_that_is_away_is_said_and_ends_no_run(
@@ -180,15 +182,66 @@ def test_a_tracker_that_is_away_is_said_and_ends_no_run(
         open_sinks(["mlflow"], tmp_path, "first", SETTINGS, 0)
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+@pytest.fixture
+def board(tmp_path: Path) -> Any:
+    """TensorBoard's own view of two runs: one that finished, and one that failed, went on, and runs still."""
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
-    for start, steps in ((0, 3), (2, 4)):
-        run(tmp_path, open_sinks(["tensorboard"], tmp_path, "first", SETTINGS, start), start, steps)
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert [one.step for one in board.Scalars("train/loss")] == [1, 2, 3, 4]
-    assert {"train/mfu", "train/model_flops", "eval/loss"} <= set(board.Tags()["scalars"])
+    for name, stage, rate, start, steps, error in (
+        ("first", "sft", 1e-3, 0, 3, None),
+        ("second", "stage1", 0.25, 0, 3, ZeroDivisionError()),
+        ("second", "stage1", 0.25, 2, 4, Stopped()),
+    ):
+        settings = {**SETTINGS, "stage": stage, "learning_rate": rate, "data_path": ["a", "b"], "train_vision": True}
+        folder = tmp_path / name / "run"
+        run(folder, open_sinks(["tensorboard"], folder, name, settings, start), start, steps, error)
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    return MultiplexerDataProvider(multiplexer, str(tmp_path))
+
+
+def test_tensorboard_draws_a_run_that_went_on_as_one(board: Any) -> None:
+    from tensorboard.context import RequestContext
+
+    asked = {"ctx": RequestContext(), "experiment_id": ""}
+    shown = board.read_scalars(**asked, plugin_name="scalars", downsample=99)
+    assert set(shown) == {"first/run/sft", "second/run/stage1"}
+    curves = shown["second/run/stage1"]
+    assert [one.step for one in curves["loss/loss"]] == [1, 2, 3, 4]
+    # TensorBoard opens the first two groups: these must be what helps most.
+    groups = sorted({tag.split("/")[0] for tag in curves})
+    assert groups == ["eval", "loss", "optimizer", "records", "scores", "speed"]
+    opened = [tag for tag in curves if tag.split("/")[0] in groups[:2]]
+    assert sorted(opened) == ["eval/correct", "eval/loss", "eval/sim", "loss/ce", "loss/loss"]
+    texts = board.read_tensors(**asked, plugin_name="text", downsample=99)["second/run/stage1"]
+    assert [one.step for one in texts["settings/text_summary"]] == [0, 2]
+    assert b"\n    learning_rate: 0.25\n" in texts["settings/text_summary"][1].numpy[0]
+    assert b"pytest" in texts["command/text_summary"][0].numpy[0]
+
+
+def test_tensorboard_compares_settings_and_last_scores(board: Any) -> None:
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams import api_pb2
+    from tensorboard.plugins.hparams.backend_context import Context
+    from tensorboard.plugins.hparams.get_experiment import Handler as Columns
+    from tensorboard.plugins.hparams.list_session_groups import Handler as Lines
+
+    asked = (RequestContext(), Context(TBContext(data_provider=board)), "")
+    columns = Columns(*asked, api_pb2.GetExperimentRequest()).run()
+    assert {one.name for one in columns.hparam_infos if one.differs} == {"stage", "learning_rate"}
+    # What a run of stage1 alone has is a column too.
+    assert {"eval/correct", "eval/sim", "loss/loss"} <= {one.name.tag for one in columns.metric_infos}
+    statuses = [getattr(api_pb2, f"STATUS_{name}") for name in ("UNKNOWN", "RUNNING", "SUCCESS", "FAILURE")]
+    wanted = api_pb2.ListSessionGroupsRequest(allowed_statuses=statuses, slice_size=9)
+    lines = {one.name: one for one in Lines(*asked, wanted).run().session_groups}
+    first, second = lines["first/run/sft"], lines["second/run/stage1"]
+    assert [one.sessions[0].status for one in (first, second)] == [api_pb2.STATUS_SUCCESS, api_pb2.STATUS_UNKNOWN]
+    assert first.hparams["learning_rate"].number_value == 1e-3
+    assert second.hparams["data_path"].string_value == '["a", "b"]'
+    assert second.hparams["train_vision"].string_value == "true"
+    assert second.hparams["lora_rank"].string_value == "not set"
+    assert {one.name.tag: one.value for one in second.metric_values}["eval/correct"] == 0.5
 
 
 def test_mfu_is_the_share_of_the_peak_and_absent_without_one(
