@@ -52,6 +52,11 @@ LOOK = """() => {
     if (!one.complete || !one.naturalWidth) said.push(`no picture ${one.src.slice(0, 80)}`);
   return said;
 }"""
+# Code that is wider than its box, though no line of it has more than 120 letters.
+CUT = """() => [...document.querySelectorAll("pre > code")]
+  .filter(one => one.scrollWidth > one.clientWidth + 1)
+  .filter(one => one.textContent.split("\\n").every(line => line.length <= 120))
+  .map(one => one.textContent.slice(0, 60))"""
 LINKS = "() => [...document.querySelectorAll('a[href]')].map(one => one.href)"
 ANCHORS = "() => [...document.querySelectorAll('[id]')].map(one => one.id)"
 
@@ -142,6 +147,9 @@ def test_the_site(browser: Browser, serve: functools.partial[str]) -> None:
     assert len(pages) > 30
     for page in pages:
         visitor.visit(root + page.relative_to(SITE).as_posix().removesuffix("index.html"))
+        # The window is the widest now.
+        for text in visitor.page.evaluate(CUT):
+            visitor.note(f"code is cut off: {text}")
     assert [*visitor.faults, *visitor.dead()] == []
 
 
