@@ -10,7 +10,7 @@ ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PATH="$
 # Where the demo writes; it wants a new folder.
 OUT ?= runs/demo
 
-.PHONY: install demo docs test test-slow test-versions versions-lock test-cluster cluster-packages lint parity clean
+.PHONY: install demo docs test test-slow test-browser test-versions versions-lock test-cluster cluster-packages lint parity clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ test: install
 test-slow: install
 	$(ENV) $(BIN)/python -m pytest tests/dist tests/slow -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+# Every page of the site, a study's report and a page of inspect, in Chromium; needs cluster-packages.
+test-browser: docs
+	$(ENV) $(BIN)/python -m pytest tests/browser -m slow
+
 # A short suite with the oldest, a middle and the newest set of libraries (tests/versions/*.txt), each in its own
 # environment under ~/.cache/mirage-ds/versions: 14 GB, built where it is missing.
 test-versions: install
@@ -48,7 +52,7 @@ versions-lock: install
 test-cluster: install
 	$(ENV) $(BIN)/python -m pytest tests/cluster --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-# On Debian and Ubuntu, as root. RUNLEVEL=1: installing a server must not start it.
+# What the cluster and browser suites need; on Debian and Ubuntu, as root. RUNLEVEL=1: installing a server must not start it.
 cluster-packages:
 	apt-get update -qq
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$(cat tests/cluster/packages.txt)

@@ -94,6 +94,8 @@ def test_one_page_that_needs_nothing_beside_it(nano: Path, boards: Path, tmp_pat
     tags.feed(text)
     assert tags.open == []
     assert tags.sources
+    # The picture leads.
+    assert text.index("<h2>row 3") < text.index("<img") < text.index("<dl>") < text.index("How it was made")
     assert all(source.startswith("data:image/png;base64,") for source in tags.sources)
     assert all(tags.alts)
     assert "@import" not in text
