@@ -123,7 +123,7 @@ def test_a_model_is_trained_by_what_it_holds(run: Run) -> None:
     run(f"launch/local.sh --model base --stage stage1 {flags} --save_model_path stage1", MIRAGE_RANKS="2")
     run(f"python -m mirage_ds.train --model stage1 --stage stage2 {flags} --save_model_path stage2")
     run("mirage-ds evaluate stage2 --data_path test.jsonl --max_new_tokens 8 --out scores.json")
-    assert json.loads(run("cat scores.json"))["all"]["rows"] == 4
+    assert json.loads(run("cat scores.json"))["all"]["count"] == 4
     run("mirage-ds plan --model qwen2.5-vl-7b --stage stage2 --nodes 1 --gpus_per_node 8 --gpu_memory 80")
     run("cp examples/first_hour/study.yaml . && mirage-ds ablate plan study.yaml")
     run("mirage-ds status stage2")
