@@ -26,4 +26,5 @@ def inspect(folder: Path, **flags: Any) -> None:
 
     spec = build_model(InspectSpec, flags)
     check_output(spec.out, "--out", folder=True)
-    click.echo(str(inspect_file(folder, spec, partial(track, description="running rows", transient=True))))
+    page, said = inspect_file(folder, spec, partial(track, description="running rows", transient=True))
+    click.echo(f"{page}\n{said}")
