@@ -112,8 +112,8 @@ def _ask(side: int, boards: Sequence[tuple[int, Board]], records: Sequence[Recor
 
 
 def _label(record: Record, key: str) -> Any:
-    """Return a record's label: the value of a key, or, for text_output, what its last box holds; None without one."""
-    return last_boxed(record.text_output) if key == "text_output" else record.extra.get(key)
+    """Return a record's label: the value of a key, for text_output the answer in its last box, or else the answer."""
+    return last_boxed(record.text_output) or record.text_output if key == "text_output" else record.extra.get(key)
 
 
 def labelled(records: Sequence[Record], key: str, finder: ImageFinder) -> Questions:
@@ -122,7 +122,7 @@ def labelled(records: Sequence[Record], key: str, finder: ImageFinder) -> Questi
     Numbers of more than MOST_VALUES values are asked for by quarters: which fourth of the rows, by size.
 
     Args:
-        key: of the records; text_output is the answer in its last box.
+        key: of the records; text_output is the answer, in its last box where it has one.
 
     Raises:
         UserError: the label is in no record, is always or hardly ever the same, or stands beside too few pictures.
