@@ -54,9 +54,11 @@ def evaluate(folder: Path, local_rank: str | None, **flags: Any) -> None:
     with shared_fate(world):
         if spec.out and first:
             check_output(spec.out, "--out")
+    asked = reports.on_first(partial(reports.read_asked, spec), world)
+    with shared_fate(world):
         decoder = _decoder(folder, finder, spec, world.device if world else None)
     bar = partial(track, title="answering", quiet=not first)
-    report = reports.evaluate_file(decoder, spec, bar, world)
+    report = reports.evaluate_file(decoder, spec, bar, world, asked)
     with shared_fate(world):
         if first:
             print_table(*score_table(report, digits=2), title=f"{report['task']}, {report['model']}")

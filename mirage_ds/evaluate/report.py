@@ -9,9 +9,10 @@ gathered once, at the end.
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.data.images import ImageFinder
@@ -24,20 +25,35 @@ from mirage_ds.engine.versions import versions
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, Track, answer_records, run_limits
 from mirage_ds.evaluate.scoring import marks, summarize, task_of
-from mirage_ds.evaluate.spec import PAPER, EvaluateSpec
+from mirage_ds.evaluate.spec import PAPER, EvaluateSpec, RecordsSpec
 from mirage_ds.files import write_atomically
 from mirage_ds.model.folder import weight_files
 from mirage_ds.model.generate import Limits
+
+Result = TypeVar("Result")
 
 # Ranks wait for the slowest of them: one has the long answers.
 PATIENCE_S = 24 * 3600.0
 
 
-def _read(spec: EvaluateSpec) -> tuple[list[Record], str, str]:
-    """Read the records to answer: they, their task, the file's SHA-256. What the scorer lacks in one is said now."""
+# Records to answer, their task, the file's SHA-256.
+Asked = tuple[list[Record], str, str]
+
+
+def read_asked(spec: RecordsSpec, answers: bool = False) -> Asked:
+    """Read the records to answer. What the scorer lacks in one is said now, before a model is loaded.
+
+    Args:
+        answers: whether they must have their own.
+    """
     file = spec.data_path
-    records = read_records(file, False, parse_columns(spec.columns))[: spec.most]
+    records = read_records(file, answers, parse_columns(spec.columns))[: spec.most]
     return records, task_of(records, file, spec.task), hash_of_records(file)
+
+
+def on_first(make: Callable[[], Result], world: World | None) -> Result:
+    """Run `make` on rank 0, or in a single process, and give every rank its result."""
+    return from_rank_zero(make, world) if world else make()
 
 
 def prompt_hash(record: Record, finder: ImageFinder) -> str:
@@ -83,12 +99,13 @@ def settings_of(decoder: Decoder, spec: EvaluateSpec, limits: Limits, ranks: int
 
 
 def evaluate_file(
-    decoder: Decoder, spec: EvaluateSpec, track: Track = iter, world: World | None = None
+    decoder: Decoder, spec: EvaluateSpec, track: Track = iter, world: World | None = None, asked: Asked | None = None
 ) -> dict[str, Any]:
     """Answer and score a file of records; rows need no output fields beyond what the scorer reads.
 
     Args:
         spec: which records, and how they are answered.
+        asked: the records, where they have been read already.
         world: the ranks that share the records; all of them call it. None for a single process.
 
     Returns:
@@ -99,8 +116,7 @@ def evaluate_file(
         UserError: on every rank, whichever has met it.
     """
     rank, size = (world.rank, world.size) if world else (0, 1)
-    read = partial(_read, spec)
-    records, name, digest = from_rank_zero(read, world) if world else read()
+    records, name, digest = asked or on_first(partial(read_asked, spec), world)
     own = range(rank, len(records), size)
     files = weight_files(decoder.folder)[rank::size]
     with shared_fate(world):
@@ -115,7 +131,7 @@ def evaluate_file(
     made.sort(key=lambda one: one[0])
     scored = partial(marks, records, [answer for _, answer, _ in made], name)
     # Once, whatever a scorer of one's own costs.
-    marked = from_rank_zero(scored, world) if world else scored()
+    marked = on_first(scored, world)
     written = []
     for record, (row, answer, prompt), metrics in zip(records, made, marked, strict=True):
         one = {"line": record.line, "row": row, **({"id": record.extra["id"]} if "id" in record.extra else {})}

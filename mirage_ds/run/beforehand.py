@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from mirage_ds.config.extras import need_for
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.sources import find_files
 from mirage_ds.engine.ds_config import read_json
@@ -10,7 +11,6 @@ from mirage_ds.errors import UserError
 from mirage_ds.files import check_log
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.run import folder as run_folder
-from mirage_ds.run.sinks import check_installed
 
 
 def check_beforehand(config: RunConfig, ranks: int) -> None:
@@ -21,7 +21,7 @@ def check_beforehand(config: RunConfig, ranks: int) -> None:
     """
     check_rows(config, ranks)
     check_outputs(config)
-    check_installed(config.report_to)
+    need_for(config)
     for source in (config.records, config.eval_data_path):
         if source is not None:
             find_files(source)

@@ -79,9 +79,8 @@ def _open(file: Path) -> tuple[Study, Store]:
 def _need(made: Study) -> None:
     """Refuse a study of which some run, controls or the report need what is not installed."""
     for node in made.nodes.values():
-        if node.kind == "train":
-            need_for(node.config)
-        elif node.kind == "controls" and PATH in node.material["conditions"]:
+        need_for(node.config)
+        if PATH in node.material.get("conditions", ()):
             need("vsp", f"evaluation {node.name}: controls: {PATH}")
     need("plot", REPORT)
 

@@ -38,6 +38,7 @@ def run_controls(folder: Path, spec: ControlsSpec) -> None:
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.progress import track
     from mirage_ds.evaluate.decoder import load_decoder
+    from mirage_ds.evaluate.report import read_asked
 
     names = parse_names(spec.latents)
     if PATH in names:
@@ -45,9 +46,10 @@ def run_controls(folder: Path, spec: ControlsSpec) -> None:
     for flag, file in (("--out", spec.out), ("--markdown", spec.markdown)):
         if file:
             check_output(file, flag)
+    asked = read_asked(spec, answers=True)
     finder = ImageFinder.beside(spec.data_path, spec.image_root)
     decoder = load_decoder(folder, finder, spec.processor, True, spec.pixels, spec.helper_pixels)
-    found = study(decoder, names, spec, partial(track, title="answering"))
+    found = study(decoder, names, spec, asked, partial(track, title="answering"))
     _tell(found, told(found), spec.out, spec.markdown)
 
 

@@ -98,14 +98,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 
 def words(report: Mapping[str, Any]) -> Iterator[str]:
     """Say in a sentence what was found, and one about the paths where they were asked for."""
-    others = {name: one for name, one in report.get("conditions", {}).items() if name != "own"}
-    if others:
-        found = {name: one["score_difference"] for name, one in others.items()}
-        metric = next(iter(others.values()))["score"]["metric"]
-        said = sentence(found, "own", len(report["answers"]), metric)
-        moved = [name for name, one in others.items() if differs(one["log_likelihood_difference"])]
-        quiet = [name for name in moved if not differs(found[name])]
-        yield f"{said[:-1]}; log p does differ with {listed(quiet)}." if quiet else said
+    if others := {name: one for name, one in report.get("conditions", {}).items() if name != "own"}:
+        yield _said(others, report["conditions"]["own"], len(report["answers"]))
     if path := report.get("path"):
         one, visible = {**path, "mean": path["difference"], "p": None}, [path["visible"]]
         way = "more" if path["difference"] > 0 else "less"
@@ -114,6 +108,19 @@ def words(report: Mapping[str, Any]) -> Iterator[str]:
             if differs(one)
             else f"no difference is found between the path that is fed and the other, where {unseen(visible, True)}."
         )
+
+
+def _said(others: Mapping[str, Any], own: Mapping[str, Any], count: int) -> str:
+    if not own["opened"]:
+        return f"Nothing could show: the model opened no latent block in any of {count:,} records."
+    found = {name: one["score_difference"] for name, one in others.items()}
+    said = sentence(found, "own", count, own["score"]["metric"])[:-1]
+    moved = [name for name, one in others.items() if differs(one["log_likelihood_difference"])]
+    if quiet := [name for name in moved if not differs(found[name])]:
+        said += f"; log p does differ with {listed(quiet)}"
+    if own["opened"] < count:
+        said += f"; in {count - own['opened']:,} the model opened no latent block, and there nothing can change"
+    return f"{said}."
 
 
 def told(report: Mapping[str, Any]) -> Told:

@@ -97,6 +97,18 @@ def visible_share(count: int, discordant: float, alpha: float) -> float | None:
     return least(lambda apart: mcnemar_power(count, max(discordant, apart), apart, alpha), 1.0)
 
 
+def visible_lift(count: int, chance: float) -> float | None:
+    """Return by how much a share must be above `chance`, in truth, for Wilson's 95 % interval to show it with POWER.
+
+    The interval leaves out `chance` where the score test rejects it at 5 %; the power is the binomial's own.
+
+    Args:
+        count: of what the share is of.
+    """
+    needed = math.floor(count * chance + NormalDist().inv_cdf(0.975) * math.sqrt(count * chance * (1 - chance))) + 1
+    return least(lambda lift: float(binomial(count, chance + lift)[needed:].sum()), 1 - chance)
+
+
 def visible_mean(error: float) -> float:
     """Return the smallest true mean whose 95 % interval leaves out 0 with POWER; 0 without an error.
 

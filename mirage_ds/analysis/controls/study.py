@@ -9,19 +9,18 @@ from mirage_ds.analysis.controls.paths import run_paths
 from mirage_ds.analysis.controls.report import summarize
 from mirage_ds.analysis.controls.run import run_conditions
 from mirage_ds.analysis.controls.spec import PATH, ControlsSpec
-from mirage_ds.config.columns import parse_columns
-from mirage_ds.data.record_files import read_records
-from mirage_ds.data.sources import hash_of_records
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, Track, need_latents, run_limits
-from mirage_ds.evaluate.scoring import task_of
+from mirage_ds.evaluate.report import Asked
 
 
-def study(decoder: Decoder, names: Sequence[str], spec: ControlsSpec, track: Track = iter) -> dict[str, Any]:
+def study(
+    decoder: Decoder, names: Sequence[str], spec: ControlsSpec, asked: Asked, track: Track = iter
+) -> dict[str, Any]:
     """Run the conditions on a records file.
 
     Args:
-        names: as spec.parse_names gives them.
+        names: as spec.parse_names gives them; asked: the records, with their answers.
 
     Returns:
         {"task", "model", "data", "settings", "hashes", "conditions", "answers", "path"}; the last ones where asked for.
@@ -38,9 +37,7 @@ def study(decoder: Decoder, names: Sequence[str], spec: ControlsSpec, track: Tra
             f"--run_length: conditions are compared at the same number of slots, at least 1, and {decoder.folder} does "
             "not say how many it was trained with; give the number"
         )
-    file = spec.data_path
-    records = read_records(file, columns=parse_columns(spec.columns))[: spec.most]
-    task = task_of(records, file, spec.task)
+    records, task, digest = asked
     helpers = decoder.latent_encoder("stage1", k)
     grounded = Bench(decoder.loaded.model, decoder.tower, helpers, limits)
     bench = grounded if "oracle" in names else replace(grounded, encoder=replace(helpers, stage="stage2"))
@@ -48,7 +45,7 @@ def study(decoder: Decoder, names: Sequence[str], spec: ControlsSpec, track: Tra
     report: dict[str, Any] = {
         "task": task,
         "model": str(decoder.folder),
-        "data": str(file),
+        "data": str(spec.data_path),
         "settings": {
             "latents": names,
             "slots": k,
@@ -61,7 +58,7 @@ def study(decoder: Decoder, names: Sequence[str], spec: ControlsSpec, track: Tra
             "device": bench.device.type,
             "dtype": str(bench.model.head.weight.dtype).removeprefix("torch."),
         },
-        "hashes": {"data": hash_of_records(file)},
+        "hashes": {"data": digest},
     }
     if PATH in names:
         # First, since it refuses soonest.

@@ -37,9 +37,9 @@ def unseen(visible: Sequence[float | None], points: bool) -> str:
     return f"one below {sizes[0]} {MISSED}"
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], last: str = "and") -> str:
     """Write names one after the other, the last behind an "and"."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return f" {last} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def sentence(found: Mapping[str, Mapping[str, Any]], base: str, records: int, metric: str) -> str:
@@ -60,5 +60,5 @@ def sentence(found: Mapping[str, Mapping[str, Any]], base: str, records: int, me
     same = {name: one["visible"] for name, one in found.items() if not differs(one)}
     if same:
         blind = unseen(list(same.values()), points)
-        parts.append(f"no difference of {metric} is found between {base} and {listed(list(same))}, where {blind}")
+        parts.append(f"no difference of {metric} is found between {base} and {listed(list(same), 'or')}, where {blind}")
     return f"On {records:,} records: {'; '.join(parts)}."

@@ -25,4 +25,5 @@ def inspect(folder: Path, **flags: Any) -> None:
 
     spec = build_model(InspectSpec, flags)
     check_output(spec.out, "--out", folder=True)
-    click.echo(str(inspect_file(folder, spec, partial(track, title="running rows"))))
+    page, said = inspect_file(folder, spec, partial(track, title="running rows"))
+    click.echo(f"{page}\n{said}")

@@ -104,21 +104,14 @@ def project(kinds: dict[str, torch.Tensor], unit: bool) -> Projection:
     return Projection(dict(zip(kinds, each, strict=True)), share)
 
 
-def readings(corpus: Corpus) -> dict[str, dict[str, dict[str, probe.Reading]]]:
+def readings(corpus: Corpus, asked: probe.Questions) -> dict[str, dict[str, probe.Reading]]:
     """Probe what the latents hold, and beside it what their targets and the input image hold in as many numbers.
 
     Returns:
-        Size of board → question → what is read → Reading; no size where there are fewer than FEWEST_MAPS maps of it.
-
-    Raises:
-        UserError: a record's map_desc is no board.
+        Question → what is read → Reading.
     """
-    found: dict[str, dict[str, dict[str, probe.Reading]]] = {}
-    for asked in probe.questions(corpus.records):
-        if len(set(asked.groups)) < probe.FEWEST_MAPS:
-            continue
-        size = found.setdefault(f"{asked.side} × {asked.side}", {block: {} for block in asked.blocks})
-        for source, x in corpus.sources.items():
-            for block, reading in probe.read(x[asked.rows], asked).items():
-                size[block][source] = reading
+    found: dict[str, dict[str, probe.Reading]] = {block: {} for block in asked.blocks}
+    for source, x in corpus.sources.items():
+        for block, reading in probe.read(x[asked.rows], asked).items():
+            found[block][source] = reading
     return found

@@ -224,12 +224,16 @@ def pca(raw: Projection, unit: Projection, title: str) -> Figure:
     return figure
 
 
-def reads(questions: dict[str, dict[str, Reading]], title: str) -> Figure:
-    """Draw how well each question is answered from each source, with intervals and the commonest answer's accuracy."""
+def reads(questions: dict[str, dict[str, Reading]], title: str, unit: str) -> Figure:
+    """Draw how well each question is answered from each source, with intervals and the commonest answer's accuracy.
+
+    Args:
+        unit: what is counted once, see probe.Questions.
+    """
     across = 2 if len(questions) in (2, 4) else min(3, len(questions))
     sources = next(iter(questions.values()))
     one = next(iter(sources.values()))
-    title = f"{title} ({one.rows} rows, {one.maps} maps)"
+    title = f"{title} ({one.rows} rows, {one.maps} {unit})"
     height = 0.22 * len(sources) + 0.85
     figure, grid = panels(
         -(-len(questions) // across), across, height, width=3.4 * across + 1.5, title=title, sharey=True
@@ -244,7 +248,7 @@ def reads(questions: dict[str, dict[str, Reading]], title: str) -> Figure:
         chance = 100 * next(iter(found.values())).chance
         axes.axvline(chance, color=BLACK, linestyle="--", linewidth=1)
         axes.set(
-            title=f"{question} (commonest answer {chance:.0f} %)", xlabel="accuracy on unseen maps, %", xlim=(0, 102)
+            title=f"{question} (commonest answer {chance:.0f} %)", xlabel=f"accuracy on unseen {unit}, %", xlim=(0, 102)
         )
         axes.grid(axis="x")
     name_rows(grid[0, 0], list(sources))

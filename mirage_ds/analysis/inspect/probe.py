@@ -1,25 +1,34 @@
-"""A linear probe: can a ridge regression read the path's moves or the board's cells from the latents?
+"""A linear probe: can a ridge regression read a label of the records, a path's moves or a board's cells from latents?
 
 N rows, D numbers a row (k latents × H hidden, say), J questions a row, C classes, n rows to learn from, m to answer.
 
-Every row is answered once, by a probe that has seen no row of its map, nor of a rotation or reflection of it.
+Every row is answered once, by a probe that has seen no row of its map, nor of a rotation or reflection of it; of a
+label no row with its input images.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
+from mirage_ds.errors import UserError, closest
 from mirage_ds.evaluate.scoring import wilson
+from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, START, Board, map_json, parse_board, symmetries
 
 FOLDS = 5
 # Of the mean eigenvalue of the rows' Gram matrix.
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-# With fewer, an interval of ± 0.14 around one half says nothing.
+# Maps, or pictures: with fewer, an interval of ± 0.14 around one half says nothing.
 FEWEST_MAPS = 50
+# A number with more values than these is asked for by quarters of its rows.
+MOST_VALUES = 20
+# A class has so many rows on average, at least.
+ROWS_A_CLASS = 5
 # A move is asked for while so many rows still have one.
 FEWEST_WITH_MOVE = 0.1
 CELLS = (ICE, HOLE, START, GOAL)
@@ -27,17 +36,19 @@ STEPS = (*MOVES, "end")
 
 
 class Questions(NamedTuple):
-    """What is asked about boards of one size.
+    """What is asked about boards of one size, or about one label.
 
     Attributes:
-        side: cells a side.
-        rows: (n,) which of the rows have such a board.
-        groups: the map of each, the same for its rotations and reflections.
+        name: "3 × 3" of boards, or the label's key.
+        unit: what is counted once: "maps" or "pictures".
+        rows: (n,) which of the rows have such a board, or the label.
+        groups: the map of each, the same for its rotations and reflections; or its input images.
         labels: (n, J) classes.
         blocks: name → its columns of `labels`.
     """
 
-    side: int
+    name: str
+    unit: str
     rows: torch.Tensor
     groups: list[str]
     labels: torch.Tensor
@@ -50,7 +61,7 @@ class Reading(NamedTuple):
     Attributes:
         accuracy: over all rows; low, high: its 95 % interval.
         chance: accuracy of the commonest answer.
-        rows, maps: how many of each there are.
+        rows, maps: how many of each there are; of a label the maps are pictures.
     """
 
     accuracy: float
@@ -62,7 +73,7 @@ class Reading(NamedTuple):
 
 
 def questions(records: Sequence[Record]) -> list[Questions]:
-    """Find what can be asked: the cells of `map_desc`, and the moves of `path` where records have one.
+    """Find what can be asked of boards: the cells of `map_desc`, and the moves of `path` where records have one.
 
     Raises:
         UserError: a record's map_desc is no board.
@@ -91,12 +102,56 @@ def _ask(side: int, boards: Sequence[tuple[int, Board]], records: Sequence[Recor
     cells = [[CELLS.index(cell) for line in board for cell in line] for _, board in boards]
     columns += [list(column) for column in zip(*cells, strict=True)]
     return Questions(
-        side,
+        f"{side} × {side}",
+        "maps",
         torch.tensor([row for row, _ in boards]),
         [min(map_json(image) for image in symmetries(board)) for _, board in boards],
         torch.tensor(columns).T.contiguous(),
         blocks,
     )
+
+
+def _label(record: Record, key: str) -> Any:
+    """Return a record's label: the value of a key, for text_output the answer in its last box, or else the answer."""
+    return last_boxed(record.text_output) or record.text_output if key == "text_output" else record.extra.get(key)
+
+
+def labelled(records: Sequence[Record], key: str, finder: ImageFinder) -> Questions:
+    """Ask for a label of the records; those without it are left out.
+
+    Numbers of more than MOST_VALUES values are asked for by quarters: which fourth of the rows, by size.
+
+    Args:
+        key: of the records; text_output is the answer, in its last box where it has one.
+
+    Raises:
+        UserError: the label is in no record, is always or hardly ever the same, or stands beside too few pictures.
+        RecordError: an input image is missing.
+    """
+    values = {row: value for row, record in enumerate(records) if (value := _label(record, key)) not in (None, "")}
+    if not values:
+        keys = ["text_output", *sorted({one for record in records for one in record.extra})]
+        raise UserError(f"--label {key}: no record has it{closest(key, keys)}; there are {', '.join(keys)}")
+    block, groups = key, [_pictures(records[row], finder) for row in values]
+    if all(type(value) in (int, float) for value in values.values()) and len(set(values.values())) > MOST_VALUES:
+        block, found = f"{key} (which quarter)", torch.tensor(list(values.values()), dtype=torch.float64)
+        labels = torch.bucketize(found, found.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)))
+    else:
+        texts = [json.dumps(value, sort_keys=True, default=str) for value in values.values()]
+        labels = torch.tensor([sorted(set(texts)).index(text) for text in texts])
+    classes, pictures = len(labels.unique()), len(set(groups))
+    if classes < 2 or classes * ROWS_A_CLASS > len(labels) or pictures < FEWEST_MAPS:
+        raise UserError(
+            f"--label {key}: {classes} value(s) in {len(labels)} records with {pictures} different pictures; a probe "
+            f"needs at least two values, {ROWS_A_CLASS} records for each, and {FEWEST_MAPS} pictures"
+        )
+    return Questions(key, "pictures", torch.tensor(list(values)), groups, labels[:, None], {block: [0]})
+
+
+def _pictures(record: Record, finder: ImageFinder) -> str:
+    """Name what a record shows: its input images by content, or its question where it has none."""
+    keys = [finder.key(record, "image_input", path) for path in record.image_input]
+    return str(keys) if keys else record.text_input
 
 
 def folds(groups: Sequence[str], count: int = FOLDS, seed: int = 0) -> torch.Tensor:

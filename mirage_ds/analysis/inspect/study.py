@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,10 @@ from mirage_ds.analysis.inspect.corpus import Corpus, gather, project, readings
 from mirage_ds.analysis.inspect.live import drawings, looks
 from mirage_ds.analysis.inspect.look import Look, spell
 from mirage_ds.analysis.inspect.page import Section, Shown, page
-from mirage_ds.analysis.inspect.probe import FEWEST_MAPS
+from mirage_ds.analysis.inspect.probe import FEWEST_MAPS, Questions, labelled, questions
 from mirage_ds.analysis.inspect.run import decoded, taught
 from mirage_ds.analysis.inspect.spec import InspectSpec
+from mirage_ds.analysis.inspect.words import sentence
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.extras import need
 from mirage_ds.data.images import ImageFinder
@@ -43,10 +45,10 @@ CAPTIONS = {
     "100 %. Much attention does not prove that the latents matter, and little does not prove the contrary.",
     "pca": "Principal components of all kinds together; in brackets how many vectors of each. On the left a kind with "
     "long vectors decides what is seen, on the right only directions count. Of each row the first latent block.",
-    "probe": "Ridge regression, five folds; no fold shares a map, nor a rotation or reflection of one, with another. "
-    "Bars are 95 % intervals (Wilson, each map counted once). The dashed line is what the commonest answer gets. "
-    "Cells: ice, hole, start or goal. Helper targets are what stage 1 pulls the latents to; the input image's features "
-    "are averaged to as many vectors as there are latents.",
+    "probe": "Ridge regression, five folds; no fold shares a map, nor a rotation or reflection of one, with another "
+    "(of a label: an input picture). Bars are 95 % intervals (Wilson, each map or picture once). The dashed line is "
+    "what the commonest answer gets. Cells: ice, hole, start or goal. Helper targets are what stage 1 pulls the "
+    "latents to; the input image's features are averaged to as many vectors as there are latents.",
 }
 
 
@@ -108,34 +110,54 @@ def _row(folder: Path, bench: Bench, record: Record, row: int, decode: bool) -> 
     return sections, numbers
 
 
-def _together(folder: Path, corpus: Corpus, file: Path) -> tuple[list[Section], dict[str, Any]]:
-    """Study all rows of a file: components and probe."""
+def _asked(records: Sequence[Record], labels: Sequence[str], finder: ImageFinder) -> list[Questions]:
+    """Choose what the probe is asked: of boards where there are enough, and of the labels."""
+    boards = [one for one in questions(records) if len(set(one.groups)) >= FEWEST_MAPS]
+    return boards + [labelled(records, label, finder) for label in dict.fromkeys(labels)]
+
+
+def _together(
+    folder: Path, corpus: Corpus, file: Path, asked: Sequence[Questions]
+) -> tuple[list[Section], dict[str, Any], str]:
+    """Study all rows of a file: components and probe; and say what came out."""
     from mirage_ds.analysis.inspect import draw, style
 
-    found, heading = readings(corpus), "What can be read from the latents"
+    found, heading = [readings(corpus, one) for one in asked], "What can be read from the latents"
     title = f"{file.name}, {len(corpus.records)} rows: latents among image features and text embeddings"
     with style.styled():
         figure = draw.pca(project(corpus.kinds, unit=False), project(corpus.kinds, unit=True), title)
         sections = [Section("Where the latents lie", [_keep(folder, "pca", figure, CAPTIONS["pca"])])]
-        for size, asked in found.items():
-            figure = draw.reads(asked, f"{file.name}, boards of {size}: what a linear probe reads")
-            shown = _keep(folder, f"probe {size}", figure, CAPTIONS["probe"])
-            sections.append(Section(f"{heading}: boards of {size}", [shown], readings=asked))
+        for one, read in zip(asked, found, strict=True):
+            what = f"boards of {one.name}" if one.unit == "maps" else one.name
+            figure = draw.reads(read, f"{file.name}, {what}: what a linear probe reads", one.unit)
+            shown = _keep(folder, f"probe {one.name}", figure, CAPTIONS["probe"])
+            sections.append(Section(f"{heading}: {what}", [shown], readings=read))
     if not found:
-        text = f"No linear probe: it needs records with map_desc, of at least {FEWEST_MAPS} different maps of one size."
+        text = f"No linear probe: it needs --label, or map_desc in the records, and {FEWEST_MAPS} different pictures."
         sections.append(Section(heading, text=text))
-    return sections, {
-        size: {block: {source: r._asdict() for source, r in sources.items()} for block, sources in asked.items()}
-        for size, asked in found.items()
+    numbers = {
+        one.name: {block: {source: r._asdict() for source, r in sources.items()} for block, sources in read.items()}
+        for one, read in zip(asked, found, strict=True)
     }
+    return sections, numbers, sentence(asked, found)
 
 
-def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> Path:
-    """Write pictures, numbers.json and index.html about a model's latents into a new folder; return the page.
+def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[Path, str]:
+    """Write pictures, numbers.json and index.html about a model's latents into a new folder.
+
+    Returns:
+        The page, and what came out in one sentence.
 
     Raises:
         UserError: what the user can fix in the model, the records or the flags.
     """
+    try:
+        return _inspect(folder, spec, track)
+    except RecordError as error:
+        raise UserError(f"{spec.data_path}: record on {error}") from None
+
+
+def _inspect(folder: Path, spec: InspectSpec, track: Track) -> tuple[Path, str]:
     need("plot", "inspect")
     file, rows = spec.data_path, list(dict.fromkeys(spec.rows)) or [0]
     if spec.out.exists():
@@ -144,6 +166,7 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> Path:
     check_rows(records, rows, file)
     with_latents = [record for record in records if record.runs][: spec.most]
     finder = ImageFinder.beside(file, spec.image_root)
+    asked = _asked(with_latents, spec.label, finder)
     decoder = load_decoder(folder, finder, spec.processor, True, spec.pixels, spec.helper_pixels)
     need_latents(decoder)
     k = spec.latent_size or decoder.trained.get("latent_size")
@@ -155,17 +178,15 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> Path:
     bench = Bench(decoder.loaded.model, decoder.tower, decoder.latent_encoder("stage2", k), limits)
     facts = [("model", str(folder)), ("records", str(file)), ("latents a latent block (k)", str(k))]
     sections, numbers = list[Section](), dict[str, Any]()
-    try:
-        with whole_folder(spec.out) as work:
-            for row in rows:
-                made, measured = _row(work, bench, records[row], row, spec.decode)
-                sections += made
-                numbers |= measured
-            corpus = gather(bench, with_latents, spec.batch_size, track)
-            made, probe = _together(work, corpus, file)
-            write_atomically(work / "index.html", page("Latents", "", [*sections, *made, Section("How it was made", facts=facts)]))
-            text = json.dumps({"rows": numbers, "probe": probe}, indent=1, ensure_ascii=False)
-            write_atomically(work / "numbers.json", text + "\n")
-    except RecordError as error:
-        raise UserError(f"{file}: record on {error}") from None
-    return spec.out / "index.html"
+    with whole_folder(spec.out) as work:
+        for row in rows:
+            made, measured = _row(work, bench, records[row], row, spec.decode)
+            sections += made
+            numbers |= measured
+        corpus = gather(bench, with_latents, spec.batch_size, track)
+        made, probe, said = _together(work, corpus, file, asked)
+        facts_of = Section("How it was made", facts=facts)
+        write_atomically(work / "index.html", page("Latents", escape(said), [*sections, *made, facts_of]))
+        text = json.dumps({"words": said, "rows": numbers, "probe": probe}, indent=1, ensure_ascii=False)
+        write_atomically(work / "numbers.json", text + "\n")
+    return spec.out / "index.html", said

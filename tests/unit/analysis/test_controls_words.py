@@ -84,8 +84,7 @@ def test_a_sentence_says_what_was_found_and_what_was_not() -> None:
         f"{100 * zero['high']:+.1f}, p = {zero['p_holm']:.4f}) than with own; success is higher with top (+37.5 points"
     )
     assert (
-        f"p = {top['p_holm']:.4f}) than with own; no difference of success is found between own and swap and off"
-        in said
+        f"p = {top['p_holm']:.4f}) than with own; no difference of success is found between own and swap or off" in said
     )
     low, high = (100 * visible_share(40, share, 0.05 / 4) for share in (0, 5 / 40))
     assert low == high == pytest.approx(24.5, abs=0.1)
@@ -105,8 +104,13 @@ def test_numbers_are_no_points() -> None:
     assert unseen([0.03, None, 0.0601], True).startswith("one below 3.0 to 6.0 points, by comparison, would")
 
 
-def report(count: int, score: dict[str, Any], log: dict[str, Any]) -> dict[str, Any]:
-    one = {"score": {"metric": "correct"}, "score_difference": score, "log_likelihood_difference": log}
+def report(count: int, opened: int, score: dict[str, Any], log: dict[str, Any]) -> dict[str, Any]:
+    one = {
+        "score": {"metric": "correct"},
+        "score_difference": score,
+        "log_likelihood_difference": log,
+        "opened": opened,
+    }
     return {"conditions": {"own": one | {"score_difference": None}, "zero": one}, "answers": [{}] * count}
 
 
@@ -116,10 +120,14 @@ def test_controls_say_where_the_likelihood_alone_moves() -> None:
     def logs(by: float) -> dict[str, Any]:
         return differences({"zero": [by, by / 2, by / 3]}, [0.0, 0.0, 0.0], 1)["zero"]
 
-    (still,) = words(report(40, score, logs(0.0)))
+    (still,) = words(report(40, 40, score, logs(0.0)))
     assert still.endswith("would be missed more than 1 time in 5.")
-    (moved,) = words(report(40, score, logs(-1.0)))
+    (moved,) = words(report(40, 40, score, logs(-1.0)))
     assert moved == f"{still[:-1]}; log p does differ with zero."
+    (some,) = words(report(40, 37, score, logs(0.0)))
+    assert some == f"{still[:-1]}; in 3 the model opened no latent block, and there nothing can change."
+    (none,) = words(report(40, 0, score, logs(0.0)))
+    assert none == "Nothing could show: the model opened no latent block in any of 40 records."
 
 
 def test_paths_have_a_sentence_of_their_own() -> None:

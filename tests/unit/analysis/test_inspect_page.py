@@ -24,8 +24,10 @@ from mirage_ds.analysis.inspect.live import drawings
 from mirage_ds.analysis.inspect.look import Look
 from mirage_ds.analysis.inspect.measure import Words
 from mirage_ds.analysis.inspect.probe import Reading
+from mirage_ds.analysis.inspect.study import _asked
 from mirage_ds.analysis.inspect.style import styled
 from mirage_ds.cli import cli
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 
@@ -88,7 +90,8 @@ class Tags(HTMLParser):
 def test_one_page_that_needs_nothing_beside_it(nano: Path, boards: Path, tmp_path: Path) -> None:
     out = tmp_path / "seen"
     arguments = ("--rows", "3,3", "--decode", "--max_new_tokens", 3, "--latent_size", 2, "--out", out)
-    assert call(nano, "--data_path", boards, *arguments) == str(out / "index.html")
+    page, words = call(nano, "--data_path", boards, *arguments).split("\n", 1)
+    assert page == str(out / "index.html")
     text = (out / "index.html").read_text()
     tags = Tags()
     tags.feed(text)
@@ -113,15 +116,25 @@ def test_one_page_that_needs_nothing_beside_it(nano: Path, boards: Path, tmp_pat
     assert list(found) == ["move 1", "move 2", "cells"]
     # Everybody goes down first, and whoever always says so is right.
     assert all(reading["accuracy"] == reading["chance"] == 1 for reading in found["move 1"].values())
+    # Nothing can be more often right than what is always right, and a nano that was never trained knows no map.
+    assert words.startswith(
+        "A linear probe finds move 1 (4 × 4) in 100.0 % (95 % interval 93.1 to 100.0, the commonest"
+    )
+    assert words.endswith("; whether the answer uses the latents, only `mirage-ds controls` tells.")
+    assert numbers["words"] == words
+    assert words.replace("'", "&#39;") in text
     assert set(found["cells"]) == {"all latents", "latent 1", "latent 2", "helper targets", "input image, pooled"}
 
 
 def test_without_enough_maps_there_is_no_probe(boards: Path) -> None:
-    records = scan(boards)[0]
-    latents = torch.randn(MAPS, 6)
+    records, finder = scan(boards)[0], ImageFinder.beside(boards, None)
     for few in (records[:5], [replace(record, extra={}) for record in records]):
-        assert readings(Corpus(few, {"all latents": latents[: len(few)]}, {})) == {}
-    assert list(readings(Corpus(records[:MAPS], {"all latents": latents}, {}))) == ["4 × 4"]
+        assert _asked(few, (), finder) == []
+    (asked,) = _asked(records[:MAPS], (), finder)
+    assert (asked.name, asked.unit) == ("4 × 4", "maps")
+    assert list(readings(Corpus(records[:MAPS], {"all latents": torch.randn(MAPS, 6)}, {}), asked)["cells"]) == [
+        "all latents"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +143,13 @@ def test_without_enough_maps_there_is_no_probe(boards: Path) -> None:
         (("--rows", "53"), r"--rows 53: .*data.jsonl has the rows 0 to 52; choose among them"),
         (("--rows", "52"), r"--rows 52: the record on line 53 of .* has no latent block; choose a row with a helper"),
         (("--rows", "0"), r"config.json does not say how many latents .*; give --latent_size"),
+        (("--label", "colour"), r"--label colour: no record has it; there are text_output, map_desc, path$"),
+        (("--label", "maps"), r"--label maps: no record has it \(did you mean 'map_desc'\?\)"),
+        (("--label", "path"), r"--label path: 1 value\(s\) in 52 records with 1 different pictures; a probe needs at"),
+        (
+            ("--label", "map_desc"),
+            r"--label map_desc: 52 value\(s\) in 52 records .*at least two values, 5 records for each",
+        ),
         (("--rows", "-1"), r"--rows is '-1': Input should be greater than or equal to 0"),
         (("--rows", "one"), r"--rows is 'one': Input should be a valid integer"),
     ],
@@ -227,7 +247,7 @@ def test_components_and_readings_are_legible() -> None:
         sources = {f"latent {number}": reading for number in range(1, 9)} | {"input image, pooled": reading}
         asked = {f"move {number}": sources for number in range(1, count + 1)}
         with styled():
-            shown = draw.reads(asked, "data.jsonl, boards of 3 × 3: what is read")
+            shown = draw.reads(asked, "data.jsonl, boards of 3 × 3: what is read", "maps")
         assert_legible(shown)
 
 

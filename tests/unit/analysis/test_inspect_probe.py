@@ -6,12 +6,21 @@ N rows, D numbers a row, J questions, K values, n rows to learn from, m to answe
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from mirage_ds.analysis.inspect import probe
+from mirage_ds.analysis.controls.statistics import POWER, visible_lift
+from mirage_ds.analysis.inspect import probe, words
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
+from mirage_ds.errors import UserError
+from mirage_ds.evaluate.scoring import wilson
 from mirage_ds.tasks.maps import Board, shortest_path
 
 
@@ -25,7 +34,7 @@ def classes(rows: int, questions: int, count: int, seed: int = 0) -> torch.Tenso
 
 def asked(labels: torch.Tensor, groups: list[str]) -> probe.Questions:
     blocks = {f"question {number}": [number] for number in range(labels.shape[1])}
-    return probe.Questions(3, torch.arange(len(labels)), groups, labels, blocks)
+    return probe.Questions("3 × 3", "maps", torch.arange(len(labels)), groups, labels, blocks)
 
 
 @pytest.mark.parametrize(("n", "dimensions"), [(30, 5), (8, 20)])
@@ -122,7 +131,97 @@ def test_a_path_that_is_over_has_ended() -> None:
 def test_without_paths_and_of_other_sizes_the_cells_alone() -> None:
     small, large = ((1, 2), (0, 0)), ((1, 0, 0), (0, 0, 0), (0, 0, 2))
     found = probe.questions([record(large), record(small), record(large)])
-    assert [(one.side, list(one.blocks), one.rows.tolist()) for one in found] == [
-        (2, ["cells"], [1]),
-        (3, ["cells"], [0, 2]),
+    assert [(one.name, list(one.blocks), one.rows.tolist()) for one in found] == [
+        ("2 × 2", ["cells"], [1]),
+        ("3 × 3", ["cells"], [0, 2]),
     ]
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> ImageFinder:
+    """Sixty pictures; number 59 is a copy of number 0 under another name."""
+    for number in range(60):
+        Image.new("RGB", (2, 2), (number % 59, 0, 0)).save(tmp_path / f"{number}.png")
+    return ImageFinder((tmp_path,))
+
+
+def own(extra: Callable[[int], dict[str, object]], answer: str = "x") -> list[Record]:
+    return [Record(row + 1, "?", answer.format(row % 3), (f"{row}.png",), (), extra(row)) for row in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "block", "classes"),
+    [
+        ("colour", lambda row: ["red", "blue", "green"][row % 3], "colour", [20, 20, 20]),
+        ("seen", lambda row: row % 4 == 0, "seen", [45, 15]),
+        ("bars", lambda row: row % 5, "bars", [12] * 5),
+        ("kind", lambda row: {"b": [row % 2], "a": 1}, "kind", [30, 30]),
+        # Sixty heights are asked for by quarters, and a missing one is left out.
+        ("height", lambda row: None if row == 3 else row**2 / 7, "height (which quarter)", [15, 15, 14, 15]),
+        ("text_output", lambda row: None, "text_output", [20, 20, 20]),
+    ],
+)
+def test_any_label_is_asked_for(
+    pictures: ImageFinder, key: str, value: Callable[[int], object], block: str, classes: list[int]
+) -> None:
+    records = own(lambda row: {key: value(row)}, "So \\boxed{{{}}}.")
+    found = probe.labelled(records, key, pictures)
+    assert (found.name, found.unit, found.blocks) == (key, "pictures", {block: [0]})
+    assert sorted(torch.bincount(found.labels[:, 0]).tolist()) == sorted(classes)
+    assert found.rows.tolist() == [row for row in range(60) if key == "text_output" or value(row) is not None]
+    # Rows of one picture are of one fold.
+    assert found.groups[-1] == found.groups[0] != found.groups[1]
+    assert len(set(found.groups)) == len(found.groups) - 1
+
+
+def test_a_label_without_pictures_is_of_questions(pictures: ImageFinder) -> None:
+    records = [
+        replace(record, image_input=(), text_input=f"? {record.line // 2}")
+        for record in own(lambda row: {"a": row % 2})
+    ]
+    with pytest.raises(
+        UserError, match=r"--label a: 2 value\(s\) in 60 records with 31 different pictures; a probe needs"
+    ):
+        probe.labelled(records, "a", pictures)
+
+
+@pytest.mark.parametrize(("count", "chance"), [(60, 0.25), (200, 0.5), (60, 0.9)])
+def test_simulated_probes_show_a_visible_lift_as_often_as_is_said(count: int, chance: float) -> None:
+    lift = visible_lift(count, chance)
+    hits = np.random.default_rng(count).binomial(count, chance + lift, size=4000)
+    shown = sum(wilson(int(one), count)[0] > chance for one in hits) / 4000
+    assert abs(shown - POWER) < 4 * (POWER * (1 - POWER) / 4000) ** 0.5
+    assert visible_lift(count, 1.0) is None
+
+
+def reading(accuracy: float, chance: float, maps: int = 60) -> dict[str, probe.Reading]:
+    own = probe.Reading(accuracy, *wilson(accuracy * maps, maps), chance, 2 * maps, maps)
+    return {"all latents": own, "helper targets": own._replace(accuracy=0.0)}
+
+
+def test_a_probes_sentence_says_what_is_read_and_what_could_not_be_seen(pictures: ImageFinder) -> None:
+    label = probe.labelled(own(lambda row: {"colour": row % 3}), "colour", pictures)
+    boards = label._replace(name="4 × 4", unit="maps")
+    found = [{"colour": reading(0.9, 0.4)}, {"move 1": reading(0.5, 0.4), "move 2": reading(0.3, 0.5)}]
+    lift = 100 * max(visible_lift(60, 0.4), visible_lift(60, 0.5))
+    assert words.sentence([label, boards], found) == (
+        "A linear probe reads from the latents colour in 90.0 % (95 % interval 79.9 to 95.3, the commonest answer "
+        "40.0) of 120 rows with 60 pictures; it finds move 1 (4 × 4) in 50.0 % (95 % interval 37.7 to 62.3, the "
+        "commonest answer 40.0) of 120 rows with 60 maps and move 2 (4 × 4) in 30.0 % (95 % interval 19.9 to 42.5, the "
+        "commonest answer 50.0) of 120 rows with 60 maps, not above the commonest answer, where less than "
+        f"{lift:.1f} points more would be missed more than 1 time in 5; whether the answer uses the latents, only "
+        "`mirage-ds controls` tells."
+    )
+    said = words.sentence([label], [{"colour": reading(1.0, 1.0)}])
+    assert said.startswith("A linear probe finds colour in 100.0 %")
+    assert "not above the commonest answer, where nothing could be more; whether" in said
+
+
+def test_where_nothing_was_probed_that_is_said() -> None:
+    assert words.sentence([], []) == (
+        "Nothing was tested: a probe needs --label with a key of the records, and whether the answer uses the "
+        "latents, only `mirage-ds controls` tells."
+    )

@@ -25,7 +25,7 @@ from mirage_ds.tasks.build import build
 from mirage_ds.tasks.task import Task
 
 PAGE = Path(__file__).parents[3] / "docs/tasks.md"
-BLOCK = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+FUNCTION, BLOCK = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 HEAD = "from mirage_ds.tasks.task import Settings, Task\n"
 SCORES = """
     def prompt(self, row, settings): return "?"
@@ -256,6 +256,13 @@ def test_a_function_scores(module: Callable, function: str, first: str, means: d
     assert next(iter(found)) == first
     assert {key: found[key] for key in means} == pytest.approx(means)
     assert found["low"] <= found[first] <= found["high"]
+
+
+def test_the_pages_own_function(module: Callable) -> None:
+    name, record = f"{module(FUNCTION)}:near", Record(1, "?", "It is 30.", (), (), {"height": 31})
+    assert task_of([record], Path("f"), name) == name
+    answers = [Prediction(text, [], []) for text in ("about 29", "28", "none")]
+    assert score([record] * 3, answers, name)["all"]["score"] == pytest.approx(1 / 3)
 
 
 def test_a_function_sees_the_whole_record(module: Callable) -> None:
