@@ -69,9 +69,8 @@ def read_foreign(file: Path) -> Foreign:
         )
     if "model_name_or_path" in given and not given.get("do_train"):
         raise UserError(f"{file}: trains nothing (it has no do_train: true); give the configuration of a training")
-    kinds = (given.get("stage"), given.get("rlhf_type"), given.get("task_type"))
-    kinds += ("Megatron",) if "micro_batch_size" in given else ()
-    for kind in kinds:
+    megatron = "Megatron" if "micro_batch_size" in given else None
+    for kind in (given.get("stage"), given.get("rlhf_type"), given.get("task_type"), megatron):
         if kind not in (None, "sft", "causal_lm"):
             raise UserError(f"{file}: is for {kind}; only fine-tuning on answers (sft) can be carried over")
     return Foreign("LLaMA-Factory" if "model_name_or_path" in given else "ms-swift", file, given, ranks)
