@@ -31,7 +31,7 @@ ROOMS = {
     "study": 2370,
     "cluster": 2420,
     "analysis": 1590,
-    "curate": 1340,
+    "curate": 1350,
     "tasks": 1690,
     "engine": 1640,
     "model": 1600,
