@@ -351,8 +351,8 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
         **({TURNS_BEFORE: check_turns(before, form[0] if form else TURNS_BEFORE)} if before else {}),
         **left,
     }
-    texts = form or (turns[-2].where, turns[-1].where)
-    named = [("messages", form[0])] if len(form) == 1 else [*zip(("question", "answer"), texts, strict=True)]
+    pair = form or (turns[-2].where, turns[-1].where)
+    named = [("messages", form[0])] if len(form) == 1 else [*zip(("question", "answer"), pair, strict=True)]
     named += [(role, name) for role, names in own.items() for name in names]
     return made, [(role, name) for role, name in named if name]
 

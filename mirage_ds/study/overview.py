@@ -24,6 +24,7 @@ from mirage_ds.cluster.status.show import print_several
 from mirage_ds.cluster.status.summary import summary
 from mirage_ds.config.mixture import Mixture, most
 from mirage_ds.config.run import RunConfig
+from mirage_ds.data.kinds import kind_of
 from mirage_ds.data.pack import total_steps
 from mirage_ds.errors import UserError
 from mirage_ds.plan.fit import Question, rank
@@ -53,7 +54,7 @@ class Estimate(NamedTuple):
 @lru_cache
 def rows_of(source: Path) -> int | None:
     """Count the records of a JSON-lines file; None for other sources."""
-    if not source.is_file() or source.suffix == ".parquet":
+    if not source.is_file() or kind_of(source) != "lines":
         return None
     with source.open("rb") as file:
         return sum(1 for line in file if line.strip())

@@ -236,17 +236,11 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable") from None
 
 
-def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, object) of a JSON-lines file; UserError as in reading."""
-    with reading(file):
-        for line, text in read_lines(file):
-            yield line, parse_object(text, line)
-
-
 def read_json_lines(file: Path) -> Iterator[Row]:
     """Yield the rows of a JSON-lines file; UserError as in reading."""
-    for number, (line, values) in enumerate(read_objects(file)):
-        yield Row(number, values, file.parent, f"{file}, line {line}")
+    with reading(file):
+        for number, (line, text) in enumerate(read_lines(file)):
+            yield Row(number, parse_object(text, line), file.parent, f"{file}, line {line}")
 
 
 def read_array(file: Path, first: int = 0) -> Iterator[Row]:
