@@ -11,8 +11,8 @@ from mirage_ds import __version__
 from mirage_ds.analysis.controls.command import compare, controls
 from mirage_ds.analysis.inspect.command import inspect
 from mirage_ds.cluster.doctor.command import doctor
-from mirage_ds.cluster.here import train
 from mirage_ds.cluster.status.command import status
+from mirage_ds.cluster.train import train
 from mirage_ds.config.flags import CONTEXT, Group, RunCommand, run_config, run_options
 from mirage_ds.curate.command import import_, mix, rationalize, vary
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError

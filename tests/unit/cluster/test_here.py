@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mirage_ds.cluster import here
+from mirage_ds.cluster import train as here
 from mirage_ds.cluster.here import this_machine, visible_gpus
 from mirage_ds.errors import EXIT_STOPPED, UserError
 
