@@ -17,7 +17,7 @@ from mirage_ds.config.flags import CONTEXT, Group, RunCommand, run_config, run_o
 from mirage_ds.curate.command import import_, mix, rationalize, vary
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 from mirage_ds.evaluate.command import evaluate, generate
-from mirage_ds.files import Output, users_error
+from mirage_ds.files import Output, users_error, write_atomically
 from mirage_ds.plan.command import plan
 from mirage_ds.run.process import hush, print_anything
 from mirage_ds.run.stop import StopRequest
@@ -64,7 +64,7 @@ for command in (train, status, ablate, doctor, plan, evaluate, generate, inspect
     cli.add_command(command)
 
 
-@cli.group(cls=Group)
+@cli.group()
 def data() -> None:
     """Build, convert, import, check, index, show, vary, mix and rationalize records."""
 
@@ -132,6 +132,36 @@ def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path |
         print(f"{out}: {len(records)} records")
 
 
+@cli.group()
+def config() -> None:
+    """Settings files of training runs."""
+
+
+@config.command("import")
+@click.argument("file", type=_PATH)
+@click.option("--out", type=Output(), help="Settings file to write; without it, it is printed.")
+@click.option("--stage", default="sft", show_default=True, type=click.Choice(["sft", "stage1", "stage2"]),
+              help="What the run trains: theirs is sft; stage1 and stage2 train latents.")  # fmt: skip
+@click.option("--ranks", type=click.IntRange(min=1), help="GPUs in all, where FILE does not say how many.")
+def config_import(file: Path, out: Path | None, **options: Any) -> None:
+    """Turn FILE, a configuration of LLaMA-Factory or ms-swift, into a settings file.
+
+    FILE is LLaMA-Factory's YAML or JSON, or ms-swift's YAML, JSON or shell script with `swift sft`. Tables say what is
+    carried over, what has no counterpart, and what has to be given still. Start it where the trainer is started.
+    """
+    from mirage_ds.config.importing import import_config, print_imported
+
+    if out is not None and out.exists():
+        raise UserError(f"--out {out}: is there already; name another file")
+    made = import_config(file, **options)
+    print_imported(made, on_stderr=out is None)
+    if out is None:
+        click.echo(made.as_yaml(), nl=False)
+    else:
+        write_atomically(out, made.as_yaml())
+        print(f"{out}: {len(made.settings)} settings; train with --config {out}")
+
+
 @cli.command()
 @click.option(
     "--preset",
@@ -184,7 +214,7 @@ def card(folder: Path, scores: tuple[Path, ...]) -> None:
     print(add_scores(folder, scores, partial(track, title="hashing weights")))
 
 
-@cli.group(cls=Group)
+@cli.group()
 def checkpoint() -> None:
     """List a run's checkpoints, and make them loadable by another number of ranks."""
 

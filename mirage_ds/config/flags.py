@@ -34,6 +34,8 @@ class Group(click.Group):
     """
 
     sections: Mapping[str, Mapping[str, str]] = {}
+    # Groups below are of this class too.
+    group_class = type
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does."""
@@ -60,12 +62,12 @@ class RunCommand(click.Command):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse as click does; UserError for a flag of another trainer."""
+        """Parse as click does; UsageError where there is no such flag."""
         try:
             return super().parse_args(ctx, args or ["--help"])
         except click.NoSuchOption as error:
             said = hint(error.option_name, {str(param.name) for param in self.params})
-            raise UserError(f"no such option: {error.option_name}{said or '; --help lists them'}") from None
+            raise click.UsageError(f"No such option: {error.option_name}{said or '; --help lists them'}", ctx) from None
 
 
 def _click_type(annotation: Any) -> tuple[Any, bool]:

@@ -65,8 +65,9 @@ _ABSENT = {
     "all records are taken; `mirage-ds data mix FILE --count N` takes some": "max_samples",
     "--micro_batch_tokens is the bound for evaluation too": "per_device_eval_batch_size eval_batch_size",
     "the launcher says how many ranks there are": "nproc_per_node num_gpus n_gpu world_size nnodes",
-    "merger and decoder are trained, or adapters (--lora_rank)": "freeze_llm freeze_language_model freeze_aligner "
-    "freeze_multi_modal_projector tune_mm_mlp tune_mm_llm",
+    "the merger is frozen and trained with the tower (--train_vision)": "freeze_aligner freeze_multi_modal_projector "
+    "freeze_merger tune_mm_mlp",
+    "the decoder is trained, or adapters of it (--lora_rank)": "freeze_llm freeze_language_model tune_mm_llm",
     "there is one learning rate": "vit_lr aligner_lr vision_lr merger_lr mm_projector_lr loraplus_lr_ratio "
     "lorap_lr_ratio",
     "quantised weights are not trained": "quantization_bit quantization_method quant_bits quant_method load_in_4bit "

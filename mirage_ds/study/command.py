@@ -82,11 +82,14 @@ def _open(file: Path) -> tuple[Study, Store]:
 def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **flags: Any) -> None:
     """Print what STUDY would run, what is done, and the GPU-hours.
 
-    The hours are those that `mirage-ds plan` expects.
+    The hours are those that `mirage-ds plan` expects. A study whose evaluations would be refused (records, images,
+    scorer, controls) is refused here.
     """
+    from mirage_ds.study.check import check_evaluations
     from mirage_ds.study.overview import hours_of, overview, print_plan
 
     made, store = _open(study)
+    check_evaluations(made)
     machine = build_model(Machine, flags | {"gpu": flags["gpu"] or card})
     lines = overview(made, store, machine.model_dump(exclude_none=True))
     left = [line for line in lines if line.state != "done"]
@@ -137,6 +140,11 @@ def run_study(study: Path, **flags: Any) -> None:
     asked = build_model(RunFlags, flags)
     made, store = _open(study)
     wanted = _wanted(made, asked.arms, asked.only)
+    if not asked.only:
+        from mirage_ds.study.check import check_evaluations
+
+        # A task of an array is one run of a study that was checked when it was submitted.
+        check_evaluations(made)
     if asked.again:
         for key in wanted:
             store.forget_failures(made.nodes[key])

@@ -22,6 +22,9 @@ TASKS = {
     "blink-jigsaw": "mirage_ds.tasks.jigsaw:Jigsaw",
     "sat": "mirage_ds.tasks.sat:Sat",
     "comt": "mirage_ds.tasks.comt:Comt",
+    "monet-sft": "mirage_ds.tasks.published:Monet",
+    "lvr": "mirage_ds.tasks.published:Lvr",
+    "zebra-cot": "mirage_ds.tasks.published:Zebra",
     "boxed": "mirage_ds.tasks.boxed:BoxedAnswer",
 }
 _OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")

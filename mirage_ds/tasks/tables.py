@@ -20,7 +20,7 @@ from pydantic import Field
 
 from mirage_ds.data.record import RecordError, parse_object
 from mirage_ds.data.record_files import need_lines, read_lines
-from mirage_ds.errors import UserError, reason, shown
+from mirage_ds.errors import UserError, reason, shown, strict_json
 from mirage_ds.tasks.draft import Draft, Picture
 from mirage_ds.tasks.report import BuildReport
 from mirage_ds.tasks.task import Settings
@@ -248,6 +248,22 @@ def read_json_lines(file: Path) -> Iterator[Row]:
     """Yield the rows of a JSON-lines file; UserError as in reading."""
     for number, (line, values) in enumerate(read_objects(file)):
         yield Row(number, values, file.parent, f"{file}, line {line}")
+
+
+def read_array(file: Path, first: int = 0) -> Iterator[Row]:
+    """Yield the rows of a file that is one JSON array; UserError where it is something else.
+
+    Args:
+        first: number of its first row.
+    """
+    try:
+        values = strict_json(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read ({reason(error)}); expected a JSON array of objects") from None
+    if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
+        raise UserError(f"{file}: expected a JSON array of objects; name the data set's own file")
+    for number, one in enumerate(values):
+        yield Row(first + number, one, file.parent, f"{file}, row {number + 1}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows

@@ -230,7 +230,10 @@ def check_commands(layout: Layout, base: dict[str, Any], out: Path, records: Pat
     study = scratch / "study.yaml"
     common = {"model": base["model"], "data_path": str(records), "max_steps": 2}
     values = {"name": "s", "out": "runs", "common": common, "stages": {"sft": {"stage": "sft"}}, "seeds": [0]}
-    values |= {"arms": {"text": {"chain": ["sft"]}}, "evaluations": {"test": {"data_path": str(records)}}}
+    values |= {
+        "arms": {"text": {"chain": ["sft"]}},
+        "evaluations": {"test": {"data_path": str(records), "task": "boxed"}},
+    }
     study.write_text(yaml.safe_dump(values, sort_keys=False))
     for words in (
         ["plan", "--model", weights_of(base), "--stage", "stage2", "--json"],

@@ -49,7 +49,10 @@ def write_study(folder: Path, nano: Path, rows: int = 6, **changed: Any) -> Path
     """Write a study beside records of its own."""
     data = folder / "data.jsonl"
     if not data.exists():
-        lines = [{"text_input": f"Where {row}?", "text_output": "\\boxed{UP}", "level": 3} for row in range(rows)]
+        lines = [
+            {"text_input": f"Where {row}?", "text_output": "\\boxed{UP}", "level": 3, "task": "boxed"}
+            for row in range(rows)
+        ]
         data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     values = {
         "name": "small",

@@ -78,17 +78,8 @@ def _with_helpers(fork: Fork, finder: ImageFinder, folder: Path) -> list[Record]
     return found
 
 
-def run_paths(
-    bench: Bench, records: Sequence[Record], task: str, seed: int, batch_size: int, track: Track = iter
-) -> dict[str, Any]:
-    """Answer every record that has an alternative with the latents of either path.
-
-    Args:
-        bench: with the encoder of stage1.
-
-    Returns:
-        {"left_out", "opened", "answers"} and what `summary` returns; `opened` counts the answers, two a record, that
-        have a latent block.
+def forks_of(records: Sequence[Record], task: str, seed: int) -> list[Fork]:
+    """Choose the other path of each record that has one.
 
     Raises:
         UserError: another task than spatial planning, no record with an alternative, or no renderer.
@@ -102,6 +93,25 @@ def run_paths(
             "`mirage-ds data build vsp-spatial-planning --ties random`, or leave path out"
         )
     check_renderer()
+    return forks
+
+
+def run_paths(
+    bench: Bench, records: Sequence[Record], task: str, seed: int, batch_size: int, track: Track = iter
+) -> dict[str, Any]:
+    """Answer every record that has an alternative with the latents of either path.
+
+    Args:
+        bench: with the encoder of stage1.
+
+    Returns:
+        {"left_out", "opened", "answers"} and what `summary` returns; `opened` counts the answers, two a record, that
+        have a latent block.
+
+    Raises:
+        UserError: see forks_of.
+    """
+    forks = forks_of(records, task, seed)
     with tempfile.TemporaryDirectory(prefix="mirage-paths-") as name:
         try:
             twins = [twin for fork in forks for twin in _with_helpers(fork, bench.encoder.finder, Path(name))]

@@ -37,26 +37,26 @@ def test_the_table_leads_to_settings_that_there_are() -> None:
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ("--output_dir", "no such option: --output_dir; here it is --save_model_path"),
-        ("--output-dir", "no such option: --output_dir; here it is --save_model_path"),
-        ("--lr", "no such option: --lr; here it is --learning_rate"),
+        ("--output_dir", "No such option: --output_dir; here it is --save_model_path"),
+        ("--output-dir", "No such option: --output_dir; here it is --save_model_path"),
+        ("--lr", "No such option: --lr; here it is --learning_rate"),
         (
             "--per_device_train_batch_size",
-            "no such option: --per_device_train_batch_size; here it is --global_batch_size (theirs × "
+            "No such option: --per_device_train_batch_size; here it is --global_batch_size (theirs × "
             "gradient_accumulation_steps × ranks)",
         ),
         (
             "--bf16",
-            "no such option: --bf16; it has no counterpart here: the DeepSpeed JSON (--deepspeed) sets the precision",
+            "No such option: --bf16; it has no counterpart here: the DeepSpeed JSON (--deepspeed) sets the precision",
         ),
-        ("--latent_sizes", "no such option: --latent_sizes (did you mean '--latent_size'?)"),
-        ("--zzz", "no such option: --zzz; --help lists them"),
+        ("--latent_sizes", "No such option: --latent_sizes (did you mean '--latent_size'?)"),
+        ("--zzz", "No such option: --zzz; --help lists them"),
     ],
 )
 def test_a_flag_of_another_trainer_is_answered_with_ours(flag: str, said: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(click.UsageError) as caught:
         train.command.main([flag, "1"], standalone_mode=False)
-    assert str(caught.value) == said
+    assert caught.value.format_message() == said
 
 
 def test_a_key_of_another_trainer_too() -> None:

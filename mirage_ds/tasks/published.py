@@ -1,0 +1,208 @@
+r"""Data that latent papers train on, as their authors hand it out: Monet-SFT-125K, LVR's Visual-CoT rows, Zebra-CoT.
+
+docs/tasks.md says which of the authors' files each layout was read from. A picture in an answer becomes a helper image,
+and stands where it stood. An answer is scored as the record's own is written: by its last ``\boxed{…}`` or
+``<answer>…</answer>``, or else as a whole.
+"""
+
+import io
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pydantic import Field
+
+from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
+from mirage_ds.errors import shown
+from mirage_ds.tasks import tables
+from mirage_ds.tasks.boxed import BoxedAnswer, last_boxed
+from mirage_ds.tasks.choices import marked_question
+from mirage_ds.tasks.draft import Draft, Picture
+from mirage_ds.tasks.report import BuildReport
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.S)
+# Monet's marks: of a picture's latents, and of text that it makes the latents see.
+_LATENTS = "<abs_vis_token></abs_vis_token>"
+_OBSERVATION = re.compile(r"</?observation>")
+# Zebra-CoT's: the column that holds the picture.
+_SHOWN = re.compile(r"<image_start>\[(\w+)\]<image_end>")
+# LVR takes whole tokens of 28 × 28 px.
+_TOKEN = 28
+
+
+class PublishedSettings(tables.ConvertSettings):
+    """Which rows, and where their pictures lie."""
+
+    image_root: Path | None = Field(
+        None, description="folder that image paths start from [default: the file's, or one of the two above it]"
+    )
+
+
+class _Published(BoxedAnswer):
+    """What the three have in common; `_draft` is each one's own."""
+
+    convert_settings = PublishedSettings
+
+    def prompt(self, row: Mapping[str, Any], settings: Any) -> str:
+        """Return the authors' question."""
+        return marked_question(row)
+
+    def parse(self, text: str, row: Mapping[str, Any]) -> str | None:
+        """Return the answer in the place where the record's own has it, letter case and spaces folded."""
+        own = str(row.get("text_output") or text)
+        found: str | None = text
+        for read in (last_boxed, _last_tagged):
+            if read(own) is not None:
+                found = read(text)
+                break
+        return " ".join((found or "").casefold().split()) or None
+
+    def convert(self, source: Path, settings: PublishedSettings, report: BuildReport) -> Iterator[Draft]:
+        """Convert the authors' file, or a folder that holds such files."""
+        numbers = [row.number for row in _rows(source)] if settings.count is not None else []
+        chosen = tables.draw(numbers, settings.count, settings.seed)
+        rows = (row for row in _rows(source) if settings.count is None or row.number in chosen)
+        yield from tables.drafts(rows, partial(self._draft, root=settings.image_root), settings, report)
+
+    @abstractmethod
+    def _draft(self, row: tables.Row, root: Path | None) -> Draft:
+        """Make a row's draft; image paths start from `root` if there is one."""
+
+
+def _last_tagged(text: str) -> str | None:
+    return next(reversed(_ANSWER.findall(text)), None)
+
+
+def _rows(source: Path) -> Iterator[tables.Row]:
+    """Yield the rows of a JSON array, of JSON lines, of tables, or of all such files below a folder."""
+    arrays = sorted(source.rglob("train.json")) if source.is_dir() else [source] if source.suffix == ".json" else []
+    if source.suffix == ".jsonl":
+        yield from tables.read_json_lines(source)
+    elif not arrays:
+        yield from tables.read_tables(tables.find_tables(source))
+    number = 0
+    for file in arrays:
+        for row in tables.read_array(file, number):
+            yield row
+            number = row.number + 1
+
+
+def _picture(row: tables.Row, value: Any, root: Path | None) -> Picture:
+    """Take a picture; a path starts from the root, or from the row's folder or one of the two above it."""
+    if not isinstance(value, str):
+        return row.picture(value, "its picture")
+    tops = [root] if root else list(islice((row.folder.absolute(), *row.folder.absolute().parents), 3))
+    found = next((top / value for top in tops if (top / value).is_file()), None)
+    if found is None:
+        raise tables.BadRow(f"image {value} is not below {tops[0]}; unpack the images, or name --image_root")
+    return row.picture(found, "image")
+
+
+class Monet(_Published):
+    """Monet-SFT-125K: conversations whose answers show pictures, each behind a mark for its latents."""
+
+    def _draft(self, row: tables.Row, root: Path | None) -> Draft:
+        texts = {"user": "", "assistant": ""}
+        pictures: dict[str, list[Picture]] = {"user": [], "assistant": []}
+        for turn in _items(row.values.get("data"), "data"):
+            # Its system prompt says how Monet's latents are written; the authors' loader replaces it too.
+            role = str(turn.get("role"))
+            for item in _items(turn.get("content"), "content") if role in texts else ():
+                if item.get("type") == "image":
+                    pictures[role].append(_picture(row, item.get("image"), root))
+                    texts[role] += IMAGE_MARK if role == "user" else ""
+                elif isinstance(item.get("text"), str):
+                    texts[role] += item["text"]
+                else:
+                    raise tables.BadRow(f"{shown(item)} is no text and no image")
+        answer = _OBSERVATION.sub("", texts["assistant"].replace(_LATENTS, HELPER_MARK))
+        about = row.values.get("metadata") or {}
+        own = (pictures["user"], pictures["assistant"])
+        return _made((texts["user"], answer), own, about.get("dataset_name"), id=about.get("sample_id"))
+
+
+class Lvr(_Published):
+    """LVR's rows of Visual-CoT: boxes in the picture, whose parts the latents stand for; a helper is that part."""
+
+    def _draft(self, row: tables.Row, root: Path | None) -> Draft:
+        turns = _items(row.values.get("conversations"), "conversations")
+        if [turn.get("from") for turn in turns] != ["human", "gpt"]:
+            raise tables.BadRow("its conversations are not one question of human and one answer of gpt")
+        question, answer = (replace(row, values=turn).text("value") for turn in turns)
+        names = row.values.get("image")
+        names = names if isinstance(names, list) else [names]
+        if len(names) != 1:
+            raise tables.BadRow(f"image is {shown(names)}, not one path")
+        image = _picture(row, names[0], root)
+        boxes = row.values.get("bboxes")
+        helpers = [_part(image, box) for box in (boxes if isinstance(boxes, list) else [])]
+        texts = (question, answer.replace("<lvr>", HELPER_MARK))
+        number = row.values.get("question_id")
+        return _made(texts, ([image], helpers), row.values.get("dataset"), id=number, bboxes=boxes)
+
+
+class Zebra(_Published):
+    """Zebra-CoT: a trace of thoughts with pictures, and a final answer, which is put into a box."""
+
+    def _draft(self, row: tables.Row, root: Path | None) -> Draft:
+        inputs = [name for name, value in row.values.items() if name.startswith("problem_image_") and value]
+        helpers: list[str] = []
+
+        def shown_in_trace(match: re.Match[str]) -> str:
+            if match[1] in inputs:
+                return f"problem image {inputs.index(match[1]) + 1}"
+            helpers.append(match[1])
+            return HELPER_MARK
+
+        question, trace = row.text("Question"), _SHOWN.sub(shown_in_trace, row.text("Text Reasoning Trace"))
+        marked = _SHOWN.findall(question)
+        final = row.text("Final Answer").strip()
+        final = final if last_boxed(final) is not None else f"\\boxed{{{final}}}"
+        pictures = [[_picture(row, row.values.get(name), root) for name in names] for names in (
+            [name for name in inputs if name not in marked] + marked, helpers)]  # fmt: skip
+        unmarked = IMAGE_MARK * (len(pictures[0]) - len(marked))
+        level = row.folder.name if row.folder.name != "data" else row.folder.parent.name
+        texts = (unmarked + _SHOWN.sub(IMAGE_MARK, question), f"{trace.rstrip()}\nThe answer is {final}.")
+        return _made(texts, (pictures[0], pictures[1]), level)
+
+
+def _items(value: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise tables.BadRow(f"{name} is {shown(value)}, not a list of objects")
+    return value
+
+
+def _part(image: Picture, box: Any) -> Picture:
+    """Cut out x0, y0, x1, y1 (shares of the sides), grown to a token's size where it is smaller."""
+    if not (isinstance(box, list) and len(box) == 4 and all(isinstance(one, (int, float)) for one in box)):
+        raise tables.BadRow(f"a box of bboxes is {shown(box)}, not four numbers")
+    with Image.open(io.BytesIO(image.content())) as whole:
+        edges = []
+        for low, high, side in ((box[0], box[2], whole.width), (box[1], box[3], whole.height)):
+            if not 0 <= low < high <= 1:
+                raise tables.BadRow(f"a box of bboxes is {shown(box)}, not x0, y0, x1, y1 from 0 to 1")
+            first, length = math.floor(low * side), math.ceil(high * side) - math.floor(low * side)
+            wanted = max(length, min(_TOKEN, side))
+            first = min(max(0, first - (wanted - length) // 2), side - wanted)
+            edges.append((first, first + wanted))
+        (left, right), (top, bottom) = edges
+        return Picture.of(whole.convert("RGB").crop((left, top, right, bottom)))
+
+
+def _made(texts: tuple[str, str], pictures: tuple[list[Picture], list[Picture]], level: Any, **extra: Any) -> Draft:
+    """Make the draft of a question and an answer; BadRow where marks and pictures do not match."""
+    marks = [text.count(mark) for text, mark in zip(texts, (IMAGE_MARK, HELPER_MARK), strict=True)]
+    found = [len(own) for own in pictures]
+    if marks[0] not in (0, found[0]) or marks[1] != found[1]:
+        raise tables.BadRow(f"question and answer mark {marks} pictures and have {found}")
+    if HELPER_MARK in texts[0] or IMAGE_MARK in texts[1]:
+        raise tables.BadRow(f"its text spells {HELPER_MARK} or {IMAGE_MARK}, which mean pictures here")
+    known = {key: value for key, value in {**extra, "level": level and str(level)}.items() if value is not None}
+    return Draft(texts[1], tuple(pictures[0]), tuple(pictures[1]), {"question": texts[0], **known}, key=texts[0])
