@@ -11,8 +11,8 @@ from mirage_ds import __version__
 from mirage_ds.analysis.controls.command import compare, controls
 from mirage_ds.analysis.inspect.command import inspect
 from mirage_ds.cluster.doctor.command import doctor
-from mirage_ds.cluster.here import train
 from mirage_ds.cluster.status.command import status
+from mirage_ds.cluster.train import train
 from mirage_ds.config.columns import COLUMNS_HELP, parse_columns
 from mirage_ds.config.flags import CONTEXT, Group, RunCommand, run_config, run_options
 from mirage_ds.curate.command import import_, mix, rationalize, vary
@@ -65,7 +65,7 @@ for command in (train, status, ablate, doctor, plan, evaluate, generate, inspect
     cli.add_command(command)
 
 
-@cli.group(cls=Group)
+@cli.group()
 def data() -> None:
     """Build, convert, import, check, index, show, vary, mix and rationalize records."""
 
@@ -264,7 +264,7 @@ def docs(page: str | None) -> None:
     click.echo_via_pager(pages()[name].read_text(encoding="utf-8"))
 
 
-@cli.group(cls=Group)
+@cli.group()
 def checkpoint() -> None:
     """List a run's checkpoints, and make them loadable by another number of ranks."""
 

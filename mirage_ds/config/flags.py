@@ -34,6 +34,8 @@ class Group(click.Group):
     """
 
     sections: Mapping[str, Mapping[str, str]] = {}
+    # Groups below are of this class too.
+    group_class = type
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does."""

@@ -45,11 +45,13 @@ _OURS = {
     "log_every": "logging_steps log_interval log_freq",
     "report_to": "use_wandb log_with",
     "collective_timeout": "ddp_timeout",
+    # A flag of `mirage-ds train` alone.
+    "ranks": "nproc_per_node num_gpus n_gpu num_processes",
 }
 # Why there is no such setting here: whose names.
 _ABSENT = {
     "the DeepSpeed JSON (--deepspeed) sets the precision": "bf16 fp16 tf32 torch_dtype dtype model_dtype pure_bf16",
-    "run/log.jsonl has every step": "logging_steps logging_strategy logging_first_step log_interval log_freq",
+    "run/log.jsonl has every step": "logging_strategy logging_first_step",
     "TensorBoard reads the run folder": "logging_dir plot_loss run_name",
     "the optimizer is AdamW": "optim optimizer",
     "the command trains": "do_train do_eval do_predict",
@@ -64,7 +66,7 @@ _ABSENT = {
     "name held-out records with --eval_data_path": "split_dataset_ratio val_size",
     "all records are taken; `mirage-ds data mix FILE --count N` takes some": "max_samples",
     "--micro_batch_tokens is the bound for evaluation too": "per_device_eval_batch_size eval_batch_size",
-    "the launcher says how many ranks there are": "nproc_per_node num_gpus n_gpu world_size nnodes",
+    "the launcher says how many ranks there are": "nproc_per_node num_gpus n_gpu num_processes world_size nnodes",
     "the merger is frozen and trained with the tower (--train_vision)": "freeze_aligner freeze_multi_modal_projector "
     "freeze_merger tune_mm_mlp",
     "the decoder is trained, or adapters of it (--lora_rank)": "freeze_llm freeze_language_model tune_mm_llm",

@@ -21,7 +21,7 @@ from pathlib import Path
 from mirage_ds.errors import EXIT_STOPPED
 from mirage_ds.run.heartbeat import COLLECTIVE, LOADING, guarded
 
-FAULTS = ("none", "raise", "exit", "kill", "stop", "sleep", "skip")
+FAULTS = ("none", "user", "raise", "exit", "kill", "stop", "sleep", "skip")
 
 
 def meet(rank: int, size: int) -> list[socket.socket]:
@@ -63,6 +63,9 @@ def do(fault: str) -> None:
         raise RuntimeError("the disk of this rank is on fire")
     if fault == "exit":
         sys.exit(7)
+    if fault == "user":
+        print("error: a mistake", file=sys.stderr, flush=True)
+        os._exit(2)
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "stop":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from mirage_ds.cluster.guard.wire import EXIT_HANG
-from mirage_ds.errors import EXIT_LOST
+from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 
 ROOT = Path(__file__).parents[3]
 BOUNDS = ("--gather", "15", "--silence", "4", "--start", "15", "--hang", "3", "--grace", "1")
@@ -209,3 +210,27 @@ def test_a_guard_of_any_rank_says_what_is_wrong_with_its_command() -> None:
     command = [sys.executable, "-m", "mirage_ds.cluster.guard", "--nonsense", "3", "x"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr[:7]) == (2, "error: ")
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_before_any_rank_is_there_is_one_line(asked: int) -> None:
+    """A launcher that takes its time, and a hub that nobody has opened yet."""
+    (port,) = free_ports(1)
+    guard = [sys.executable, "-m", "mirage_ds.cluster.guard.launch", "--master", "127.0.0.1", "--port", str(port)]
+    program = "import time; print('there', flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        [*guard, *BOUNDS, sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        process.send_signal(asked)
+        _, told = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, told) == (EXIT_STOPPED, "guard: stopped on request\n")
+
+
+def test_the_cause_is_told_once_on_a_host_and_a_user_s_error_by_the_rank_alone(tmp_path: Path) -> None:
+    _, said = Ranks(tmp_path / "out", "--fault", "raise").end()
+    assert len([line for line in said if line.startswith("guard: rank 1 ")]) == 1
+    code, said = Ranks(tmp_path / "other", "--fault", "user").end()
+    assert code == EXIT_USER_ERROR
+    assert [line for line in said if "error: " in line or "guard: " in line] == ["error: a mistake"]

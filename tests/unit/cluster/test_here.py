@@ -9,9 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 
-from mirage_ds.cluster import here
+from mirage_ds.cluster import train as here
 from mirage_ds.cluster.here import this_machine, visible_gpus
 from mirage_ds.errors import EXIT_STOPPED, UserError
 
@@ -81,7 +82,8 @@ def test_every_flag_is_passed_on_and_the_line_for_hosts_is_shown(
 
 
 REFUSED = {
-    "no such option: --output_dir; here it is --save_model_path": ["--output_dir", "x"],
+    "No such option: --output_dir; here it is --save_model_path": ["--output_dir", "x"],
+    "No such option: --num_gpus; here it is --ranks": ["--num_gpus", "2"],
     "9 ranks: use fewer": ["--ranks", "9"],
     "gone.jsonl: no such file of records": ["--eval_data_path", "gone.jsonl", "--eval_every", "3"],
     "--load_model_path gone: no such folder": ["--load_model_path", "gone"],
@@ -95,7 +97,7 @@ def test_a_mistake_is_answered_before_any_rank_starts(
     sentence: str, nano: Path, mixed: Path, tmp_path: Path, started: list[list[str]]
 ) -> None:
     wrong = [str(nano) if word == "NANO" else word for word in REFUSED[sentence]]
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises((UserError, click.UsageError), match=sentence):
         here.train.main(settings(nano, mixed, tmp_path / "out", *wrong), standalone_mode=False)
     assert not started
     assert not (tmp_path / "out").exists()
