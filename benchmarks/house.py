@@ -25,7 +25,8 @@ ROOT = REPO / "mirage_ds"
 # Lines of code a room may have: what it has, rounded up. They only go down, but for a feature that is named here.
 # All of it fits into 20,000 lines (19,935 on 2026-11-29).
 ROOMS = {
-    "data": 2730,
+    # 80 more than it had: pictures in any form that Python holds (asked.py), of which api.py had 20.
+    "data": 2800,
     "study": 2360,
     "cluster": 2420,
     "analysis": 1590,
@@ -33,11 +34,13 @@ ROOMS = {
     "tasks": 1690,
     "engine": 1640,
     "model": 1600,
-    "run": 1580,
+    # 30 more: TensorBoard's groups, settings and texts (sinks.py, journal.py).
+    "run": 1610,
     "plan": 1080,
-    "evaluate": 660,
+    # 10 more: Mirage.save.
+    "evaluate": 670,
     "config": 440,
-    "api": 230,
+    "api": 215,
     "files": 150,
     "cli": 140,
     "train": 130,
