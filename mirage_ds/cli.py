@@ -126,7 +126,7 @@ def init(preset: str, out: Path, **options: Any) -> None:
 @click.argument("source", type=_PATH)
 @click.argument("target", type=Output(folder=True))
 @click.option("--vocab_rows", type=int, help="151668 as the public Mirage code writes, 152064 as Qwen2.5-VL has.")
-@click.option("--model", "base", type=_PATH, help="Base folder, where it is no longer where training found it.")
+@click.option("--model", "base", type=_PATH, help="Base folder, if it has moved since training.")
 def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None) -> None:
     """Write a complete model folder TARGET that plain transformers opens.
 

@@ -25,6 +25,8 @@ def _click_type(annotation: Any) -> tuple[Any, bool]:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         kinds = [_click_type(arg) for arg in args if arg is not type(None)]
+        if all(isinstance(kind, click.Choice) for kind, _ in kinds):
+            return click.Choice([choice for kind, _ in kinds for choice in kind.choices]), False
         return kinds[0][0], any(several for _, several in kinds)
     if origin is typing.Annotated:
         return _click_type(args[0])
@@ -89,7 +91,12 @@ def build_model(
         kind = _click_type(model.model_fields[name].annotation)[0]
         if kind in (int, float) and isinstance(value, bool):
             raise UserError(f"'{name}' in {source} is {value}: a number is needed")
-        values[name] = value.replace("-", "_") if isinstance(kind, click.Choice) and isinstance(value, str) else value
+        if isinstance(kind, click.Choice) and isinstance(value, str):
+            # "-" and "_" are alike, as in flags.
+            spelt = {choice.replace("-", "_"): choice for choice in kind.choices}
+            values[name] = spelt.get(value.replace("-", "_"), value)
+        else:
+            values[name] = value
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     for name, value in given.items():
         kind, several = _click_type(model.model_fields[name].annotation)

@@ -136,7 +136,7 @@ class RunConfig(BaseModel):
         None, description="Rows an optimizer step, on any number of ranks. [default: 8]"
     )
     gradient_accumulation_steps: PositiveInt | None = Field(
-        None, description="The public code's flag: rows an optimizer step (its micro-batch is 1 in one process)."
+        None, description="The public code's flag; here another name of --global_batch_size."
     )
     micro_batch_tokens: PositiveInt = Field(
         8192, description="Tokens packed into one micro-batch of one rank, at most."

@@ -28,7 +28,7 @@ class VarySpec(RewriteSpec):
 
     most: int | None = Field(None, ge=1, description="take only the first so many records")
     question: str | None = Field(None, description=f"helper-only: what is asked [default: {QUESTION}]")
-    task: str | None = Field(None, description="helper-text: whose words [default: the record's own task]")
+    task: str | None = Field(None, description="helper-text: task to use [default: the record's own task]")
 
 
 class ImportSpec(RewriteSpec):
@@ -43,7 +43,7 @@ class MixSpec(RewriteSpec):
     """How records are mixed."""
 
     count: int | None = Field(
-        None, ge=1, le=10**9, description="rows to write [default: as many as the files have for their weights]"
+        None, ge=1, le=10**9, description="rows to write [default: all, or as many as the weights allow]"
     )
 
 

@@ -46,7 +46,7 @@ class RunFlags(BaseModel):
     hosts_per_run: PositiveInt = Field(1, description="Hosts of one run.")
     arms: list[str] | None = Field(None, description="Only these arms.")
     only: list[str] = Field([], description="Only the runs with these keys or folder names.")
-    again: bool = Field(False, description="Run again what has failed as often as `launch.retries` allows.")
+    again: bool = Field(False, description="Give failed runs all their tries (`launch.retries`) again.")
     slurm: bool = Field(False, description="Submit to Slurm instead: one array for each stage of the chains.")
     sbatch: str | None = Field(
         None, description="Options of sbatch, in quotes: '--partition gpu --gres gpu:8 --time 8:00:00'."

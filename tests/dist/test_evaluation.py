@@ -381,6 +381,7 @@ def launch(*words: object) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_launcher_writes_one_file(nano: Path, base: dict[str, Any], tmp_path: Path) -> None:
     data, out = base["eval_data_path"], tmp_path / "scores.json"
     words = ("--task", TASK, "--max_new_tokens", NEW, "--most", 3, "--out", out)

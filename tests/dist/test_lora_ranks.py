@@ -213,7 +213,14 @@ def test_another_base_is_no_run_to_go_on_with(runs: Runs, whole: tuple[Path, Any
 JSONS = sorted(file.name for file in (REPO / "ds_configs").glob("*.json"))
 
 
-@pytest.mark.parametrize("name", JSONS)
+# `make test` takes the stages' own JSON and the one with offload.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("zero3.json", "zero3_offload.json") else pytest.mark.slow)
+        for name in JSONS
+    ],
+)
 def test_every_shipped_json_trains_adapters_alike(
     runs: Runs, whole: tuple[Path, Any], tmp_path: Path, name: str
 ) -> None:

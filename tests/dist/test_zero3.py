@@ -321,7 +321,10 @@ def test_token_reduction_equals_one_process(runs: Runs, stage: str) -> None:
     ("stage", "released", "checkpointing"),
     [
         *(("stage2", released, checkpointing) for released in (False, True) for checkpointing in (False, True)),
-        *(("sft", False, True), ("sft", True, False), ("stage1", False, False), ("stage1", True, True)),
+        *(
+            pytest.param(*values, marks=pytest.mark.slow)
+            for values in (("sft", False, True), ("sft", True, False), ("stage1", False, False), ("stage1", True, True))
+        ),
     ],
 )
 def test_checkpointing_and_release_change_nothing(runs: Runs, stage: str, released: bool, checkpointing: bool) -> None:

@@ -1,15 +1,17 @@
 """A group of ranks that lives as long as a test file: gloo on this machine, functions sent by name over pipes.
 
-Ranks are forks of a server that has imported torch, transformers and DeepSpeed once (support/imports.py).
+Ranks are forks of a server that has imported torch, transformers and DeepSpeed once: ten CPU-seconds a rank.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import socket
+import sys
 import time
 import traceback
 import warnings
@@ -29,7 +31,22 @@ DUMP_SHARE = 0.6
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["support.imports"])
+# The server does not get pytest's sys.path, and says nothing of what it cannot import: packages only, no test modules.
+CONTEXT.set_forkserver_preload(
+    [
+        "deepspeed",
+        "networkx",
+        "pandas",
+        "peft",
+        "pytest",
+        # DeepSpeed's first engine imports both.
+        "torch._dynamo.repro.after_dynamo",
+        "torch._inductor.compile_fx",
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+        "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
+        "mirage_ds.train",
+    ]
+)
 
 
 def free_port() -> int:
@@ -40,6 +57,10 @@ def free_port() -> int:
 
 def _serve(rank: int, size: int, port: int, environment: dict[str, str], pipe: Connection) -> None:
     """One rank: join the group, then run what is sent until the pipe is closed."""
+    # The last that the server imports; sent functions are imported after this.
+    assert "mirage_ds.train" in sys.modules, "the server of ranks has not imported mirage_ds.train"
+    # DeepSpeed collects garbage in every start and step. What was imported is none.
+    gc.freeze()
     place = dict(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ |= environment | {key: str(value) for key, value in place.items()}
     warnings.filterwarnings("ignore", category=FutureWarning)

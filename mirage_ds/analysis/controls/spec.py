@@ -34,5 +34,5 @@ class ControlsSpec(HelperSpec, ModelSpec, RecordsSpec):
         ",".join(CONDITIONS),
         description="What is fed at the slots, compared with own; path: the latents of one path or of another.",
     )
-    seed: int = Field(42, ge=0, lt=2**31, description="Of vectors, partners, paths and resamples.")
+    seed: int = Field(42, ge=0, lt=2**31, description="Of vectors, swaps, paths and resamples.")
     markdown: Path | None = Field(None, description="Write the tables to this Markdown file.")

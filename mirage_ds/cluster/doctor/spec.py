@@ -26,7 +26,7 @@ class DoctorSpec(BaseModel):
     master_port: int = Field(29500, ge=1, lt=65535, description="Port of rank 0, as given to the launcher.")
     master_addr: str | None = Field(None, description="Address of rank 0. [default: what DeepSpeed would take]")
     bandwidth: bool = Field(True, description="Start a rank on every slot and measure between them.")
-    timeout_s: PositiveFloat = Field(12, description="Seconds a host has to answer; bandwidth has its own minutes.")
+    timeout_s: PositiveFloat = Field(12, description="Seconds a host has to answer; bandwidth has its own limit.")
     only: list[str] = Field([], description="Run these checks alone, by the names of the table.")
 
     def wants(self, check: str) -> bool:

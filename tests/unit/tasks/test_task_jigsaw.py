@@ -14,14 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from mirage_ds.cli import cli
 from mirage_ds.config.flags import build_model
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import Prediction, score
 from mirage_ds.tasks.build import build, convert
-from mirage_ds.tasks.jigsaw import BlinkSettings, JigsawSettings
+from mirage_ds.tasks.jigsaw import CORNERS, BlinkSettings, JigsawSettings
 from mirage_ds.tasks.report import BuildReport
 
 TASK = "blink-jigsaw"
@@ -61,6 +63,27 @@ def pixels(path: Path) -> np.ndarray:
 def split_by_hand(path: Path) -> str:
     share = int.from_bytes(hashlib.sha256(path.read_bytes()).digest()[:4], "big") % 10
     return {8: "dev", 9: "test"}.get(share, "train")
+
+
+@pytest.mark.parametrize("spelt", ["upper-left", "upper_left", "any"])
+def test_the_command_takes_every_corner(photos: Path, tmp_path: Path, spelt: str) -> None:
+    command = [
+        "data",
+        "build",
+        "blink-jigsaw",
+        "--photos",
+        str(photos),
+        "--out",
+        str(tmp_path / "o"),
+        "--corner",
+        spelt,
+    ]
+    found = CliRunner().invoke(
+        cli, [*command, "--count", "3", "--side", "84", "--min_side", "56"], catch_exceptions=False
+    )
+    assert found.exit_code == 0, found.output
+    corners = {row["corner"] for row in lines(tmp_path / "o" / "data.jsonl")}
+    assert corners <= set(CORNERS) if spelt == "any" else corners == {"upper-left"}
 
 
 @pytest.mark.parametrize(("corner", "cut"), [("lower-right", 0.5), ("any", 0.5), ("any", 0.3)])
