@@ -223,7 +223,7 @@ class Mirage:
             run_length = len(latents)
         if isinstance(questions, str):
             raise UserError(f"questions: a string, {shown(questions)}; give a list of them, or call generate")
-        pictures = [several(own) for own in several(images)] or [()] * len(questions)
+        pictures = [several(own) for own in several(images)] or [[]] * len(questions)
         if len(pictures) != len(questions):
             raise UserError(f"images: {len(pictures)} lists for {len(questions)} questions; give one each")
         finder, records = as_records(questions, pictures)
