@@ -207,8 +207,8 @@ class Mirage:
 
         Args:
             questions, images: see generate; for each question a picture or a list of them, or none at all.
-            run_length: latents a block: "trained", "model" (it ends a block itself, at the latest after longest_run),
-                or a number.
+            run_length: latents a block: "trained" (latent_size where the folder was never trained), "model" (it ends a
+                block itself, at the latest after longest_run), or a number.
             decoding: "greedy", "paper" (temperature 0.7, top_p 0.9) or evaluate.Sampling(temperature, top_p).
             seed: of the draws.
             latents: (k, H), fed at the slots of every block in place of the model's own states; a block then has k.
@@ -225,7 +225,7 @@ class Mirage:
             run_length = len(latents)
         if isinstance(questions, str):
             raise UserError(f"questions: a string, {shown(questions)}; give a list of them, or call generate")
-        pictures = [several(own) for own in several(images)] or [()] * len(questions)
+        pictures = [several(own) for own in several(images)] or [[]] * len(questions)
         if len(pictures) != len(questions):
             raise UserError(f"images: {len(pictures)} lists for {len(questions)} questions; give one each")
         finder, records = as_records(questions, pictures)
@@ -234,6 +234,8 @@ class Mirage:
             samples = [encoder.encode_prompt(record, place) for place, record in enumerate(records)]
         except RecordError as error:
             raise UserError(f"question on {error}") from None
+        if run_length == "trained" and not self.trained:
+            run_length = self.latent_size
         limits = run_limits(self._decoder, max_new_tokens, longest_run, str(run_length))
         tokens, feed = tokens_and_feed(self.model, encoder, self._decoder.latents, self.trained.get("slots"))
         if latents is not None:

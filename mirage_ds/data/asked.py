@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,11 +39,11 @@ class Given(ImageFinder):
         return super().load(record, name, path) if image is None else image
 
 
-def several(pictures: Picture | Sequence[Picture] | None) -> Sequence[Picture]:
-    """Return a list of pictures: a single one, which may well be a string, is a list of one."""
+def several(pictures: Any) -> list[Any]:
+    """Return a list of pictures: a single one, which may well be a string, is a list of one, and None of none."""
     if pictures is None:
         return []
-    return [pictures] if isinstance(pictures, Picture) else pictures
+    return [pictures] if isinstance(pictures, Picture) else list(pictures)
 
 
 def from_pixels(pixels: np.ndarray | torch.Tensor) -> Image.Image:

@@ -11,7 +11,7 @@ import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -108,7 +108,8 @@ class TensorBoard(Sink):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self.writer = SummaryWriter(folder, purge_step=start + 1, flush_secs=10)
+        # torch's types leave its file_writer out.
+        self.writer = cast(Any, SummaryWriter(folder, purge_step=start + 1, flush_secs=10))
         # Not add_hparams: it also writes which columns there are, and those of one run would hold for all.
         compared = {name: _cell(settings.get(name, "not set")) for name in COMPARED}
         _, begins, self._ends = hparams(compared, {})

@@ -234,7 +234,7 @@ def test_training_goes_on_where_answers_are_not_finite(
 def test_scores_are_logged_beside_the_losses(without: Path, decoded: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(decoded / "run/stage1")).Reload()
+    board = EventAccumulator(str(decoded / "run/stage2")).Reload()
     for step, line in measured(decoded).items():
         assert {name: line[name] for name in measured(without)[step]} == measured(without)[step]
         assert line["eval_count"] == 5
@@ -247,7 +247,7 @@ def test_scores_are_logged_beside_the_losses(without: Path, decoded: Path) -> No
 def test_pictures_of_latents_are_in_tensorboard(decoded: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(decoded / "run/stage1")).Reload()
+    board = EventAccumulator(str(decoded / "run/stage2")).Reload()
     tags = board.Tags()["images"]
     # The first record has a latent run.
     assert sorted(tags) == [

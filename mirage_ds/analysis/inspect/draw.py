@@ -84,7 +84,7 @@ def similarity(look: Look, small: bool = False) -> Figure | None:
             axes.set_title(f"latent {latent + 1}")
         figure.colorbar(shown, ax=list(rows.flat), shrink=0.8, pad=0.01, label="cosine")
     if small:
-        figure.set_size_inches(0.65 * figure.get_size_inches())
+        figure.set_size_inches(*(0.65 * figure.get_size_inches()))
     return figure
 
 

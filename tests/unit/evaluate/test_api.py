@@ -163,6 +163,8 @@ def test_latents_are_the_states_before_their_slots_and_can_be_given(opened: Mira
         answer = opened.generate("Up?", max_new_tokens=6, run_length=2)
         given = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
         other = opened.generate("Up?", max_new_tokens=6, run_length=2, latents=given)
+        # Never trained by anybody: k is what `load` was told.
+        assert opened.generate("Up?", max_new_tokens=6).runs == [(2, 2)]
     assert answer.runs == [(2, 2)]
     # The state that chose each pad is what was fed at it.
     torch.testing.assert_close(answer.latents[0], answer.hidden[2:4], rtol=0, atol=0)
@@ -257,20 +259,3 @@ def test_an_answers_tensors_are_written(opened: Mirage, nano: Path, tmp_path: Pa
         cli.main([*arguments, str(tmp_path / "x.pt")], standalone_mode=False)
     with pytest.raises(UserError, match="cannot be written"):
         cli.main([*arguments, str(tmp_path / "answer.safetensors/x.safetensors")], standalone_mode=False)
-
-
-def test_the_notebook_runs_and_prints_what_it_shows(capsys) -> None:
-    book = json.loads((Path(__file__).parents[3] / "examples/python.ipynb").read_text())
-    space: dict = {}
-    for cell in book["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        exec(compile("".join(cell["source"]), "python.ipynb", "exec"), space)
-        shown = "".join(text for output in cell["outputs"] for text in output["text"])
-        # Numbers and answers of a model that has just been trained may differ in another build of torch.
-        said = capsys.readouterr().out
-        assert [line.split()[:1] for line in said.splitlines()][:1] == [
-            line.split()[:1] for line in shown.splitlines()
-        ][:1]
-        assert len(said.splitlines()) == len(shown.splitlines())
-    assert space["last"] < space["first"] / 4
