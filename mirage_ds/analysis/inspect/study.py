@@ -161,7 +161,9 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> Path:
                 numbers |= measured
             corpus = gather(bench, with_latents, spec.batch_size, track)
             made, probe = _together(work, corpus, file)
-            write_atomically(work / "index.html", page("Latents", "", [*sections, *made, Section("How it was made", facts=facts)]))
+            write_atomically(
+                work / "index.html", page("Latents", "", [*sections, *made, Section("How it was made", facts=facts)])
+            )
             text = json.dumps({"rows": numbers, "probe": probe}, indent=1, ensure_ascii=False)
             write_atomically(work / "numbers.json", text + "\n")
     except RecordError as error:

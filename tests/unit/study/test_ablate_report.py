@@ -571,12 +571,11 @@ def with_examples(results: Results) -> Results:
     """The study with a chance level and two answers, one of them without a picture."""
     records = results.cells[0].scores["test"].records
     one = {"arm": "k4", "seed": 1, "evaluation": "test", "question": "Where?", "right": "*Up*", "latents": 4}
-    picture = base64.b64encode(b"a PNG").decode()
     examples = [
-        {**one, "line": 3, "answer": "Up", "score": 1.0, "picture": picture},
+        {**one, "line": 3, "answer": "Up", "score": 1.0, "picture": b"a PNG"},
         {**one, "line": 9, "answer": "Down " * 200, "score": 0.0, "picture": None},
     ]
-    chance = {"test": {"answer": "Up", "scores": {record: float(record[0] == "5") for record in records}}}
+    chance = {"test": {record: float(record[0] == "5") for record in records}}
     return replace(results, chance=chance, examples=examples, unseen=["evaluation other: gone"])
 
 
