@@ -20,8 +20,8 @@ Line = tuple[np.ndarray, np.ndarray]
 _LOGARITHMIC = 8
 # How the chain of stages is called among the settings.
 _CHAIN = "stages"
-# Instead of a value that an arm has not; no setting's text.
-_UNSET = "\0"
+# Instead of a value that an arm has not; no setting's text. Not NUL, which numpy cuts off on pandas' way to fill it in.
+_UNSET = "\x1f"
 # Values stand 1 apart; groups of arms stand so far aside of each other, all of them at most so far.
 _ASIDE, _MOST_ASIDE = 0.06, 0.6
 
