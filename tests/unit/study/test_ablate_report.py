@@ -597,7 +597,7 @@ def test_a_report_leads_with_a_sentence_and_a_picture_and_shows_chance_and_two_a
     assert question == "Why?"
     means = report["primary"]["means"]
     assert sentence.startswith(
-        f"On test, k4 gets {means['arm']:.3f} and base {means['base']:.3f} (success): a difference of"
+        f"**On test, k4 gets {means['arm']:.3f} and base {means['base']:.3f} (success): a difference of"
     )
     assert f"{found['mean']:+.3f}" in sentence
     assert picture == "![figure](figures/lead.png)"
