@@ -588,7 +588,8 @@ def with_examples(results: Results) -> Results:
 
 
 def test_a_report_leads_with_a_sentence_and_a_picture_and_shows_chance_and_two_answers(tmp_path: Path) -> None:
-    report = write_report(with_examples(study()), tmp_path, 100)
+    bare = [replace(cell, controls={}, stages=[], settings={}) for cell in study().cells]
+    report = write_report(with_examples(asking(replace(study(), cells=bare), contrasts=[])), tmp_path, 100)
     assert report["chance"]["test"] == {"overall": pytest.approx(1 / 3), "levels": {"5": 1.0, "6": 0.0, "10": 0.0}}
     assert "evaluation other: gone" in problems(report)
     found = report["primary"]["difference"]
