@@ -28,7 +28,7 @@ ROOMS = {
     "data": 2730,
     "study": 2410,
     "cluster": 2420,
-    "analysis": 1590,
+    "analysis": 1600,
     "curate": 1500,
     # Three published data sets (150) and JSON arrays.
     "tasks": 1850,

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from mirage_ds.data.messages import HELPER_MARK
 from mirage_ds.data.record import Record
@@ -12,23 +11,18 @@ from mirage_ds.tasks import get_task
 TRIED = 10
 
 
-def best_constant(records: Sequence[Record], task: str) -> tuple[str, list[float]] | None:
-    """Find the one answer that scores best if it is given to every record.
+def best_constant(records: Sequence[Record], task: str) -> list[float]:
+    """Give every record the one answer that scores best.
 
     Returns:
-        The answer and the task's first metric of each of the N records; None where no record has an answer of its own.
+        The task's first metric of each of the N records; nothing where no record has an answer of its own.
 
     Raises:
         UserError: the task cannot be imported. KeyError: a record lacks what the scorer needs.
     """
     scorer = get_task(task).score_record
     # What the scorer may read of each record.
-    known: list[dict[str, Any]] = [
-        {**one.extra, "text_input": one.text_input, "text_output": one.text_output} for one in records
-    ]
+    known = [{**one.extra, "text_input": one.text_input, "text_output": one.text_output} for one in records]
     common = Counter(one.text_output.replace(HELPER_MARK, "") for one in records if one.text_output)
-    scored = [
-        (text, [float(next(iter(scorer(text, one).values()))) for one in known])
-        for text, _ in common.most_common(TRIED)
-    ]
-    return max(scored, key=lambda one: sum(one[1]), default=None)
+    scores = [[float(next(iter(scorer(text, one).values()))) for one in known] for text, _ in common.most_common(TRIED)]
+    return max(scores, key=sum, default=[])

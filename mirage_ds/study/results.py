@@ -122,6 +122,6 @@ class Results:
     cells: Sequence[Cell]
     report: ReportSpec = field(default_factory=lambda: ReportSpec.model_validate({}))
     made: Mapping[str, str] = field(default_factory=dict)
-    chance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    chance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     examples: Sequence[Mapping[str, Any]] = ()
     unseen: Sequence[str] = ()

@@ -1,6 +1,5 @@
 """What a report shows of its records: each evaluation's chance level, and two answers. Imports no torch."""
 
-import base64
 import io
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,41 +23,36 @@ SIDE = 320
 
 def with_records(results: Results, evaluations: Mapping[str, EvaluationSpec]) -> Results:
     """Look into the records behind the scores: add `chance`, `examples`, and to `unseen` why one is not there."""
-    chance: dict[str, Any] = {}
+    chance: dict[str, dict[str, float]] = {}
     unseen: list[str] = []
     first = results.report.primary
     order = sorted(results.cells, key=lambda cell: first is None or cell.arm != first.arm)
-    shown = next(((cell, name) for cell in order for name, one in cell.scores.items() if one.said), None)
+
+    def other(name: str) -> bool:
+        return first is None or name != first.evaluation
+
+    shown = next(
+        ((cell, name) for cell in order for name in sorted(cell.scores, key=other) if cell.scores[name].said), None
+    )
     examples: list[dict[str, Any]] = []
     for name in dict.fromkeys(name for cell in results.cells for name in cell.scores):
         spec = evaluations[name]
         try:
             records = read_records(spec.data_path, answers=False)[: spec.most]
-            chance |= _chance(name, records, spec.task)
+            task = spec.task or next((one.extra["task"] for one in records if "task" in one.extra), None)
+            if task and (best := best_constant(records, str(task))):
+                chance[name] = {str(one.line): score for one, score in zip(records, best, strict=True)}
             if shown and shown[1] == name:
-                cell = shown[0]
                 by_line = {str(one.line): one for one in records}
-                examples = [
-                    {"arm": cell.arm, "seed": cell.seed, "evaluation": name, **_example(by_line[line], spec), **said}
-                    for line, said in cell.scores[name].said.items()
-                ]
+                said, own = shown[0].scores[name].said, {"arm": shown[0].arm, "seed": shown[0].seed, "evaluation": name}
+                examples = [{**own, **_example(by_line[line], spec), **answer} for line, answer in said.items()]
         except (KeyError, RecordError, UserError) as error:
             unseen.append(f"evaluation {name}: its records are not shown ({error})")
     return replace(results, chance=chance, examples=examples, unseen=unseen)
 
 
-def _chance(name: str, records: list[Record], given: str | None) -> dict[str, Any]:
-    """Score the best constant answer: {evaluation: {"answer", "scores": line → score}}."""
-    task = given or next((one.extra["task"] for one in records if "task" in one.extra), None)
-    found = best_constant(records, str(task)) if task else None
-    if found is None:
-        return {}
-    scores = {str(record.line): score for record, score in zip(records, found[1], strict=True)}
-    return {name: {"answer": found[0], "scores": scores}}
-
-
 def _example(record: Record, spec: EvaluationSpec) -> dict[str, Any]:
-    """Return a record's line, question, answer and first picture, a PNG of at most SIDE pixels in base64."""
+    """Return a record's line, question, answer and first picture, a PNG of at most SIDE pixels."""
     picture = None
     if record.image_input:
         finder = ImageFinder.beside(Path(spec.data_path), spec.image_root)
@@ -66,6 +60,6 @@ def _example(record: Record, spec: EvaluationSpec) -> dict[str, Any]:
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        picture = base64.b64encode(buffer.getvalue()).decode()
+        picture = buffer.getvalue()
     question, right = record.text_input.replace(IMAGE_MARK, ""), record.text_output.replace(HELPER_MARK, "")
     return {"line": record.line, "question": question, "right": right, "picture": picture}

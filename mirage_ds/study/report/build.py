@@ -61,7 +61,7 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
         "primary": primary,
         "contrasts": others,
         "controls": controls(work),
-        "chance": {name: _chance(found["scores"], name, results.cells) for name, found in results.chance.items()},
+        "chance": {name: _chance(scores, name, results.cells) for name, scores in results.chance.items()},
         "examples": [{key: value for key, value in one.items() if key != "picture"} for one in results.examples],
     }
     # Settings have what YAML has, and an export's costs may be infinite.

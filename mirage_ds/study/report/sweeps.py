@@ -20,8 +20,8 @@ Line = tuple[np.ndarray, np.ndarray]
 _LOGARITHMIC = 8
 # How the chain of stages is called among the settings.
 _CHAIN = "stages"
-# Instead of a value that an arm has not; no setting's text.
-_UNSET = "\0"
+# Instead of a value that an arm has not; no setting's text. Not NUL, which numpy cuts off on pandas' way to fill it in.
+_UNSET = "\x1f"
 # Values stand 1 apart; groups of arms stand so far aside of each other, all of them at most so far.
 _ASIDE, _MOST_ASIDE = 0.06, 0.6
 
@@ -35,7 +35,7 @@ def curves(results: Results, report: Report) -> list[Drawn]:
     cells = sorted(results.cells, key=lambda one: order.index(one.arm))
     panels: dict[str, dict[str, list[Line]]] = {}
     for position in range(max(len(cell.stages) for cell in cells)):
-        runs: dict[str, dict[str, list[Line]]] = {}
+        kinds: dict[str, dict[str, list[Line]]] = {}
         drawn: dict[str, dict[str, str]] = {}
         for cell in cells:
             weights = "".join(f", {key} {value}" for key, value in cell.settings.items() if key.endswith("_weight"))
@@ -45,8 +45,8 @@ def curves(results: Results, report: Report) -> list[Drawn]:
                 if points and stage.key not in drawn.setdefault(kind, {}):
                     drawn[kind][stage.key] = stage.name
                     steps, losses = np.asarray(points, dtype=np.float64).T
-                    runs.setdefault(kind, {}).setdefault(cell.arm, []).append((steps, losses))
-        for kind, own in runs.items():
+                    kinds.setdefault(kind, {}).setdefault(cell.arm, []).append((steps, losses))
+        for kind, own in kinds.items():
             names, count = ", ".join(dict.fromkeys(drawn[kind].values())), len(drawn[kind])
             panels[legible(f"{position + 1}, {kind}: {names} ({count} run{'s' * (count > 1)})", 60)] = own
     if not panels:

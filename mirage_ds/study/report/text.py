@@ -35,16 +35,6 @@ _VARIED = re.compile(r"(.+)\[((?:[\w.]+=).*)\]", re.DOTALL)
 _EXCERPT = 400
 # What is markup at the beginning of a paragraph.
 _START = re.compile(r"^(?=[-+#=])|^(\d+)(?=[.)])")
-# What came out stands out, captions are quieter than the text; what is too wide for the page can be scrolled.
-_CSS = """<style>
-.wide { overflow-x: auto; }
-.wide td { min-width: 4rem; max-width: 26rem; overflow-wrap: break-word; }
-td img { width: min(9rem, 30vw); max-width: none; }
-style + p + p { font-size: 1.2rem; font-weight: 600; }
-p:has(> img) { max-width: none; margin: 1.2rem 0 0; }
-p:has(> img) + p { margin-top: 0; }
-p:has(+ .wide), p:has(> img) + p { color: var(--quiet); font-size: .9rem; }
-</style>"""
 # Columns of report.csv; those behind the first line are of a cell's whole chain.
 _OF_SCORES = ["evaluation", "level", "metric", "score", "n"]
 _OF_CHAINS = ["steps", "rows", "tokens", "flops", "seconds", "problem"]
@@ -83,14 +73,14 @@ def excerpt(text: str) -> str:
     return text if len(text) <= _EXCERPT else f"{text[: _EXCERPT // 2]} … {text[-_EXCERPT // 2 :]}"
 
 
-def _where(contrast: Mapping[str, Any]) -> str:
-    at = f", levels {', '.join(contrast['levels'])}" if contrast["levels"] else ""
-    return f"({contrast['evaluation']}{at}; {contrast['metric']})"
+def where(contrast: Mapping[str, Any]) -> str:
+    """Name the records that are compared."""
+    return contrast["evaluation"] + (f", levels {', '.join(contrast['levels'])}" if contrast["levels"] else "")
 
 
 def pair(contrast: Mapping[str, Any]) -> str:
     """Name a contrast: arm − base, and where."""
-    return f"{label(contrast['arm'])} − {label(contrast['base'])} {_where(contrast)}"
+    return f"{label(contrast['arm'])} − {label(contrast['base'])} ({where(contrast)}; {contrast['metric']})"
 
 
 def judged(contrast: Mapping[str, Any], margin: float) -> str:
@@ -107,19 +97,6 @@ def narrow(one: Mapping[str, Any]) -> str:
 def size(one: Mapping[str, Any]) -> str:
     """Write what an Estimate is a mean of."""
     return f"{one['seeds']} × {one['records']:,}"
-
-
-def headline(report: Report) -> str:
-    """Say in one short sentence what came out."""
-    found = report["primary"]
-    if found is None or found["problem"]:
-        return primary_sentence(report)
-    one, means = found["difference"], found["means"]
-    return (
-        f"{label(found['arm'])} {means['arm']:.3f}, {label(found['base'])} {means['base']:.3f} {_where(found)}: a "
-        f"difference of {one['mean']:+.3f} (95 % interval {one['low']:+.3f} to {one['high']:+.3f}), "
-        f"{judged(found, report['margin'])}."
-    )
 
 
 def primary_sentence(report: Report) -> str:
@@ -200,7 +177,7 @@ def _unbroken(write: Callable[[Any], str]) -> Callable[[Any], str]:
 
 
 _TEMPLATES.filters |= {
-    one.__name__: one for one in (count, settings, pair, judged, having, paragraph, label, excerpt, p_values)
+    one.__name__: one for one in (count, settings, pair, judged, having, paragraph, label, where, excerpt, p_values)
 }
 _TEMPLATES.filters |= {one.__name__: _unbroken(one) for one in (measured, apart, narrow, size)}
 _TEMPLATES.filters["verbatim"] = Escaped
@@ -211,7 +188,6 @@ def body(report: Report, figures: Sequence[tuple[str, str]] = (), pictures: Sequ
     """Write the report in Markdown, but for its title; see `markdown`."""
     values = {
         **report,
-        "headline": headline(report),
         "sentence": primary_sentence(report),
         "pictures": pictures,
         "holes": [_hole(one) for one in report["holes"]],
@@ -246,7 +222,7 @@ def page(report: Report, figures: Sequence[tuple[bytes, str]] = (), pictures: Se
     html = html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     for number, one in enumerate(shown):
         html = html.replace(f'<img src="figure-{number}"', f'<img src="{one.url}"')
-    return whole_page(report["name"], _CSS + html, [])
+    return whole_page(report["name"], html, [])
 
 
 def sheet(report: Report) -> str:

@@ -1,6 +1,5 @@
 """The whole report into a folder."""
 
-import base64
 import json
 import re
 from collections import Counter
@@ -33,16 +32,15 @@ def write_report(results: Results, out: Path, resamples: int = RESAMPLES) -> dic
     report = build(results, resamples)
     folder = out / "figures"
     drawn = list(_figures(results, report))
-    pictures = [one["picture"] and base64.b64decode(one["picture"]) for one in results.examples]
-    named = {f"example-{number}": data for number, data in enumerate(pictures, 1) if data}
-    paths = [data and f"figures/example-{number}.png" for number, data in enumerate(pictures, 1)]
+    examples = [(f"example-{number}", one["picture"]) for number, one in enumerate(results.examples, 1)]
+    named = {name: data for name, data, _ in drawn} | {name: data for name, data in examples if data}
+    paths = [f"figures/{name}.png" if name in named else None for name, _ in examples]
     texts = {
         "csv": sheet(report),
         "md": markdown(report, [(f"figures/{name}.png", text) for name, _, text in drawn], paths),
-        "html": page(report, [(data, text) for _, data, text in drawn], pictures),
+        "html": page(report, [(data, text) for _, data, text in drawn], [data for _, data in examples]),
         "json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     }
-    named |= {name: data for name, data, _ in drawn}
     for name, data in named.items():
         write_atomically(folder / f"{name}.png", data)
     for name in _earlier(out) - named.keys():

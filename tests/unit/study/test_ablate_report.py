@@ -548,7 +548,15 @@ def test_markdown_keeps_underscores_inside_words() -> None:
 def test_pages_hold_their_parts_in_order() -> None:
     report = build(study(), 100)
     text = page(report, [(b"PNG", "a caption"), (b"GIF", "another")])
-    order = ["<h1>study", "Why?", "k4 0.7", "data:image/png;base64,UE5H", "<h2>Arms", "<h2>Figures", "base64,R0lG"]
+    order = [
+        "<h1>study",
+        "Why?",
+        "On test, k4 gets 0.7",
+        "data:image/png;base64,UE5H",
+        "<h2>Arms",
+        "<h2>Figures",
+        "base64,R0lG",
+    ]
     order += ["<h2>Contrasts", "Primary endpoint", "<h2>Controls", "<h2>Cost", "<h2>How it was made", "2026-12-01"]
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
     assert "http" not in text.replace("http-equiv", "")
@@ -577,25 +585,26 @@ def with_examples(results: Results) -> Results:
     """The study with a chance level and two answers, one of them without a picture."""
     records = results.cells[0].scores["test"].records
     one = {"arm": "k4", "seed": 1, "evaluation": "test", "question": "Where?", "right": "*Up*", "latents": 4}
-    picture = base64.b64encode(b"a PNG").decode()
     examples = [
-        {**one, "line": 3, "answer": "Up", "score": 1.0, "picture": picture},
+        {**one, "line": 3, "answer": "Up", "score": 1.0, "picture": b"a PNG"},
         {**one, "line": 9, "answer": "Down " * 200, "score": 0.0, "picture": None},
     ]
-    chance = {"test": {"answer": "Up", "scores": {record: float(record[0] == "5") for record in records}}}
+    chance = {"test": {record: float(record[0] == "5") for record in records}}
     return replace(results, chance=chance, examples=examples, unseen=["evaluation other: gone"])
 
 
 def test_a_report_leads_with_a_sentence_and_a_picture_and_shows_chance_and_two_answers(tmp_path: Path) -> None:
-    report = write_report(with_examples(study()), tmp_path, 100)
+    bare = [replace(cell, controls={}, stages=[], settings={}) for cell in study().cells]
+    report = write_report(with_examples(asking(replace(study(), cells=bare), contrasts=[])), tmp_path, 100)
     assert report["chance"]["test"] == {"overall": pytest.approx(1 / 3), "levels": {"5": 1.0, "6": 0.0, "10": 0.0}}
     assert "evaluation other: gone" in problems(report)
     found = report["primary"]["difference"]
     text = (tmp_path / "report.md").read_text()
     _, question, sentence, picture, caption, title = text.split("\n\n")[:6]
     assert question == "Why?"
+    means = report["primary"]["means"]
     assert sentence.startswith(
-        f"k4 {report['primary']['means']['arm']:.3f}, base {report['primary']['means']['base']:.3f}"
+        f"**On test, k4 gets {means['arm']:.3f} and base {means['base']:.3f} (success): a difference of"
     )
     assert f"{found['mean']:+.3f}" in sentence
     assert picture == "![figure](figures/lead.png)"
@@ -772,6 +781,15 @@ def lines_of(results: Results) -> dict[str, list[list[float]]]:
             ]
             for one in sweeps.sweeps(build(results, 50))
         }
+
+
+def test_an_arm_without_the_setting_is_not_on_its_axis() -> None:
+    results = study()
+    cells = [replace(cell, settings={}) if cell.arm == "base" else cell for cell in results.cells]
+    with style.styled():
+        drawn = sweeps.sweeps(build(replace(results, cells=cells), 50))
+    ticks = {one.name: [text.get_text() for text in one.figure.axes[0].get_xticklabels()] for one in drawn}
+    assert ticks == {"setting-latent-size": ["4", "8"], "setting-compress-strategy": ["average", "topk"]}
 
 
 def test_arms_of_other_stages_are_on_lines_of_their_own() -> None:

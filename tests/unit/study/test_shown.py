@@ -1,0 +1,95 @@
+"""What a report shows of its records: the chance level, two answers, and why one is not there."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from support.pictures import noise
+from support.records import write_jsonl
+from support.studies import Scored, columns, contrast
+
+from mirage_ds.analysis.constant import best_constant
+from mirage_ds.data.record_files import read_records
+from mirage_ds.study.collect import _said
+from mirage_ds.study.results import Cell, Results
+from mirage_ds.study.shown import SIDE, with_records
+from mirage_ds.study.spec import EvaluationSpec, ReportSpec
+
+ANSWERS = ("A", "B", "A", "C", "A", "B")
+
+
+def records(folder: Path, **more: Any) -> Path:
+    noise((2 * SIDE, SIDE), 40).save(folder / "in.png")
+    rows = [
+        {"text_input": "<image>Which?", "text_output": f"<output_image>So \\boxed{{{one}}}", "image_input": "in.png"}
+        for one in ANSWERS
+    ]
+    return write_jsonl(
+        folder / "rows.jsonl", [{**row, "image_output": "in.png", "task": "boxed", **more} for row in rows]
+    )
+
+
+def results(file: Path) -> tuple[Results, dict[str, EvaluationSpec]]:
+    said = {"2": {"answer": "So B", "latents": 4, "score": 1.0}, "3": {"answer": "C", "latents": 0, "score": 0.0}}
+    scores = columns([Scored(str(at), "?", {"correct": 1.0}) for at in range(1, 7)])
+    cells = [Cell("base", 0, scores={"test": replace(scores, said={"1": said["2"]})}),
+             Cell("own", 0, scores={"test": replace(scores, said=said)})]  # fmt: skip
+    asked = ReportSpec(primary=contrast("own", "base", "test"))
+    return Results("s", "?", {"base": "", "own": ""}, cells, asked), {
+        "test": EvaluationSpec.model_validate({"data_path": file}, context=file.parent)
+    }
+
+
+def test_the_best_constant_answer_is_the_commonest_right_one(tmp_path: Path) -> None:
+    found = best_constant(read_records(records(tmp_path)), "boxed")
+    assert found == [float(one == "A") for one in ANSWERS]
+    assert best_constant([replace(one, text_output="") for one in read_records(records(tmp_path))], "boxed") == []
+
+
+def test_chance_and_two_answers_of_the_primary_arm(tmp_path: Path) -> None:
+    found = with_records(*results(records(tmp_path)))
+    assert found.unseen == []
+    assert found.chance["test"] == {str(at): float(one == "A") for at, one in enumerate(ANSWERS, 1)}
+    first, second = found.examples
+    picture = Image.open(io.BytesIO(first["picture"]))
+    assert picture.size == (SIDE, SIDE // 2)
+    assert {key: value for key, value in first.items() if key != "picture"} == {
+        **{"arm": "own", "seed": 0, "evaluation": "test", "line": 2, "question": "Which?", "right": "So \\boxed{B}"},
+        **{"answer": "So B", "latents": 4, "score": 1.0},
+    }
+    assert (second["line"], second["answer"]) == (3, "C")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "why"),
+    [
+        (lambda folder: (folder / "in.png").unlink(), "in.png"),
+        (lambda folder: records(folder, task="comtt"), "comtt"),
+        (lambda folder: (folder / "rows.jsonl").unlink(), "no such file"),
+    ],
+)
+def test_what_cannot_be_shown_is_a_hole(tmp_path: Path, break_it: Any, why: str) -> None:
+    whole = results(records(tmp_path))
+    break_it(tmp_path)
+    found = with_records(*whole)
+    assert found.examples == []
+    assert len(found.unseen) == 1
+    assert why in found.unseen[0]
+
+
+def test_of_all_answers_one_of_the_best_and_one_of_the_worst_are_kept() -> None:
+    marks = (0.5, 0.0, 1.0, 1.0, 0.0)
+    answers = [
+        {"line": at, "text": f"a{at}", "metrics": {"correct": mark, "latents": 4}} for at, mark in enumerate(marks)
+    ]
+    assert json.loads(json.dumps(_said(answers))) == {
+        "2": {"answer": "a2", "latents": 4, "score": 1.0},
+        "1": {"answer": "a1", "latents": 4, "score": 0.0},
+    }
+    assert _said([]) == {}
