@@ -60,6 +60,10 @@ cli.sections = {
         "doctor": "Check hosts, software, model and data before a run",
         "launch": "Write the start scripts for ssh, MPI, Slurm, Kubernetes",
     },
+    "Pages": {
+        "docs": "Show the documentation of this version",
+        "examples": "Write recipes, studies and a demo to start from",
+    },
 }
 for command in (train, status, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
     cli.add_command(command)

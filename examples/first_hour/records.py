@@ -12,7 +12,7 @@ Path("pictures").mkdir(exist_ok=True)
 for split, count, seed in (("train", 1000, 0), ("test", 400, 1)):
     draw_from, rows = random.Random(seed), []
     for number in range(count):
-        colours, sizes = draw_from.sample(COLOURS, 4), draw_from.sample(range(14, 44, 3), 4)
+        colours, sizes = draw_from.sample(COLOURS, 4), draw_from.sample(range(8, 45, 9), 4)
         image = Image.new("RGB", (112, 112), "white")
         pen = ImageDraw.Draw(image)
         for colour, size, (x, y) in zip(colours, sizes, PLACES, strict=True):

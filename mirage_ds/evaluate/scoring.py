@@ -110,7 +110,7 @@ def task_of(records: Sequence[Record], file: Path, named: str | None) -> str:
             raise
         raise UserError(
             f"{file}: neither --task nor its records name a task, and {DEFAULT} does not fit ({error}); name another "
-            "with --task, such as your own module:function (docs/tasks.md)"
+            "with --task, such as your own module:function (`mirage-ds docs tasks`)"
         ) from None
     return found
 
