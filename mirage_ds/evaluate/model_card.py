@@ -9,9 +9,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mirage_ds.engine.card import FILE, MARK, with_scores
 from mirage_ds.engine.manifest import entry_of
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.tables import COUNTS, markdown_table, read_report, score_table
+from mirage_ds.evaluate.tables import markdown_table, read_report, score_table
 from mirage_ds.files import check_output, write_atomically
 from mirage_ds.model.folder import weight_files
+from mirage_ds.tasks import NO_METRICS
 
 TASK_TYPE = "image-text-to-text"
 
@@ -41,7 +42,7 @@ def results_of(report: dict[str, Any]) -> list[EvalResult]:
             metric_value=round(value, 4),
         )
         for name, value in report["all"].items()
-        if name not in COUNTS
+        if name not in NO_METRICS
     ]
 
 
