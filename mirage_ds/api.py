@@ -10,7 +10,7 @@ batch, N rows, S emitted tokens, k latents a latent block, H hidden.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -348,6 +348,12 @@ class Mirage:
         gamma = ce_weight if ce_weight is not None else 0.1 if grounded else 1.0
         loss, ce, sim = objective(sums, counts, gamma, "sample")
         return Losses(loss, ce, sim, sums.rows)
+
+    def evaluate(self, data: str | Path, task: str | Callable[..., Any] | None = None, **flags: Any) -> dict[str, Any]:
+        """Answer and score a file; task: its name, or a function (docs/tasks.md). More: evaluate.report.evaluate."""
+        from mirage_ds.evaluate.report import evaluate
+
+        return evaluate(self._decoder, data, task, flags)
 
 
 def load(

@@ -176,3 +176,22 @@ def test_the_notebook_runs_and_prints_what_it_shows(capsys) -> None:
         ][:1]
         assert len(said.splitlines()) == len(shown.splitlines())
     assert space["last"] < space["first"] / 4
+
+
+def ends_so(answer: str, record: dict) -> bool:
+    return record["text_output"].endswith(answer)
+
+
+def test_evaluate_scores_by_a_function(opened: Mirage, mixed: Path) -> None:
+    found = opened.evaluate(mixed, ends_so, max_new_tokens=2, most=3)
+    answers = found["answers"]
+    assert (found["task"], len(answers), found["settings"]["max_new_tokens"]) == (f"{__name__}:ends_so", 3, 2)
+    assert [one["metrics"]["score"] for one in answers] == [
+        row["text_output"].endswith(one["text"]) for row, one in zip(rows_of(mixed)[:3], answers, strict=True)
+    ]
+    with pytest.raises(UserError, match=r"is not of the form package\.module:name"):
+        opened.evaluate(mixed, lambda answer, record: 1)
+    with pytest.raises(UserError, match=r"evaluate: min_pixels is for `load` or the command"):
+        opened.evaluate(mixed, ends_so, min_pixels=3)
+    with pytest.raises(UserError, match=r"unknown key 'mos' in evaluate \(did you mean 'most'\?\)"):
+        opened.evaluate(mixed, ends_so, mos=3)
