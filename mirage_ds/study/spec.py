@@ -88,9 +88,7 @@ class EvaluationSpec(_Strict):
     """Records that the last model of each chain answers."""
 
     data_path: Annotated[Here, AfterValidator(_is_file)] = Field(description="Records.")
-    task: str | None = Field(
-        None, description="Task that scores, or module:function; the records' own if not set, or boxed."
-    )
+    task: str | None = Field(None, description="Task that scores, or module:function; else the records' own.")
     most: PositiveInt | None = Field(None, description="Take only the first so many records.")
     max_new_tokens: PositiveInt = Field(256, description="Tokens that an answer may have.")
     batch_size: PositiveInt = Field(64, description="Rows answered at a time.")
