@@ -10,7 +10,7 @@ batch, N rows, S emitted tokens, k latents a latent block, H hidden.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -336,6 +336,12 @@ class Mirage:
         trained = dict(self.trained) | (dict(stage=stage, latent_size=self.latent_size) if stage else {})
         save_decoder(self._decoder, Path(folder), trained)
         return Path(folder)
+
+    def evaluate(self, data: str | Path, task: str | Callable[..., Any] | None = None, **flags: Any) -> dict[str, Any]:
+        """Answer and score a file; task: its name, or a function (docs/tasks.md). More: evaluate.report.evaluate."""
+        from mirage_ds.evaluate.report import evaluate
+
+        return evaluate(self._decoder, data, task, flags)
 
 
 def load(

@@ -53,7 +53,7 @@ class RunConfig(BaseModel):
     )
     save_model_path: Path = Field(description="Run folder: log, checkpoints and the trained model.")
     stage: Stage = Field(description="sft (text only), stage1 (latents grounded in the helper), stage2 (own latents).")
-    task: str | None = Field(None, description="Task of the records, for the log and the evaluation.")
+    task: str | None = Field(None, description="Task that scores, or module:function. [default: the records' own]")
     latent_size: PositiveInt = Field(4, description="k: latent tokens of a latent block.")
     slots: Slots | None = Field(
         None,

@@ -9,12 +9,14 @@ gathered once, at the end.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mirage_ds.config.columns import parse_columns
+from mirage_ds.config.flags import build_model
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import read_records
@@ -25,7 +27,7 @@ from mirage_ds.engine.versions import versions
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, Track, answer_records, run_limits
 from mirage_ds.evaluate.scoring import marks, summarize, task_of
-from mirage_ds.evaluate.spec import PAPER, EvaluateSpec, RecordsSpec
+from mirage_ds.evaluate.spec import PAPER, EvaluateSpec, FolderSpec, RecordsSpec
 from mirage_ds.files import write_atomically
 from mirage_ds.model.folder import weight_files
 from mirage_ds.model.generate import Limits
@@ -146,6 +148,29 @@ def evaluate_file(
         **summarize(records, marked),
         "answers": written,
     }
+
+
+def evaluate(
+    decoder: Decoder, data: str | Path, task: str | Callable[..., Any] | None, flags: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Be `Mirage.evaluate`: what `mirage-ds evaluate` does, in a program of one's own.
+
+    Args:
+        task: a name, or a function that its module has by its name; that of a notebook is `__main__`.
+        flags: of the command, by name; not those that say how the model is opened, or what is written.
+
+    Returns:
+        What the command writes with --out.
+
+    Raises:
+        UserError: what the command refuses too.
+    """
+    if idle := flags.keys() & {*FolderSpec.model_fields, "no_latents", "latents", "out"}:
+        raise UserError(f"evaluate: {min(idle)} is for `load` or the command `mirage-ds evaluate`; leave it out")
+    name = f"{task.__module__}:{task.__qualname__}" if callable(task) else task
+    spec = build_model(EvaluateSpec, {"task": name}, {**flags, "data_path": data}, source="evaluate")
+    finder = ImageFinder.beside(spec.data_path, spec.image_root)
+    return evaluate_file(replace(decoder, encoder=replace(decoder.encoder, finder=finder)), spec)
 
 
 def write_report(report: dict[str, Any], file: Path) -> None:

@@ -97,7 +97,7 @@ class DataSpec(BaseModel):
 class RecordsSpec(DataSpec):
     """Which records are answered."""
 
-    task: str | None = Field(None, description="Task whose scorer is used. [default: the records' own]")
+    task: str | None = Field(None, description="Task that scores, or module:function. [default: the records' own]")
     prefill_tokens: PositiveInt = Field(
         8192, description="Prompts of a batch run together up to so many tokens; a longer one runs alone."
     )

@@ -91,7 +91,7 @@ class EvaluationSpec(_Strict):
 
     data_path: Annotated[Here, AfterValidator(_is_there)] = Field(description="Records.")
     columns: ColumnsText = Field(None, description=COLUMNS_HELP)
-    task: str | None = Field(None, description="Whose scorer; the records' own task if they name one.")
+    task: str | None = Field(None, description="Task that scores, or module:function; else the records' own.")
     most: PositiveInt | None = Field(None, description="Take only the first so many records.")
     max_new_tokens: PositiveInt = Field(256, description="Tokens that an answer may have.")
     batch_size: PositiveInt = Field(64, description="Rows answered at a time.")

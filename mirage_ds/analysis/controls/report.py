@@ -1,12 +1,12 @@
 """What the controls found, for eyes and for programs: a table, Markdown, JSON."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.run import Outcome
 from mirage_ds.analysis.controls.statistics import differences, differs
-from mirage_ds.analysis.controls.words import listed, sentence, sure, unseen
+from mirage_ds.analysis.controls.words import listed, sentence, unseen
 from mirage_ds.data.record import Record
 from mirage_ds.evaluate.scoring import average, marks
 from mirage_ds.evaluate.tables import Cells, Told
@@ -93,24 +93,15 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             f"{2 * path['records']} answers the model opened a latent block. {path['left_out']} records without an "
             "alternative are left out."
         )
-    return [*said, *words(report)]
-
-
-def words(report: Mapping[str, Any]) -> Iterator[str]:
-    """Say in a sentence what was found, and one about the paths where they were asked for."""
+        if path["low"] <= 0 <= path["high"]:
+            said[-1] += f" So no difference is found, where {unseen([path['visible']], True)}."
     if others := {name: one for name, one in report.get("conditions", {}).items() if name != "own"}:
-        yield _said(others, report["conditions"]["own"], len(report["answers"]))
-    if path := report.get("path"):
-        one, visible = {**path, "mean": path["difference"], "p": None}, [path["visible"]]
-        way = "more" if path["difference"] > 0 else "less"
-        yield f"On {path['records']:,} records: " + (
-            f"the answer follows the path that is fed {way} often than the other {sure(one, True)}."
-            if differs(one)
-            else f"no difference is found between the path that is fed and the other, where {unseen(visible, True)}."
-        )
+        said.append(words(others, own, count))
+    return said
 
 
-def _said(others: Mapping[str, Any], own: Mapping[str, Any], count: int) -> str:
+def words(others: Mapping[str, Any], own: Mapping[str, Any], count: int) -> str:
+    """Say what was found over `count` records, from the other conditions and own."""
     if not own["opened"]:
         return f"Nothing could show: the model opened no latent block in any of {count:,} records."
     found = {name: one["score_difference"] for name, one in others.items()}

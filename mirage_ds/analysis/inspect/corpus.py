@@ -80,7 +80,7 @@ def gather(bench: Bench, records: Sequence[Record], batch_size: int, track: Trac
     stacked = torch.stack(latents)
     each = {f"latent {number + 1}": stacked[:, number] for number in range(k)}
     sources = {"all latents": stacked.flatten(1), **each}
-    for source, pooled in (("helper targets", helpers), ("input image, pooled", images)):
+    for source, pooled in (("helper targets", helpers), (probe.POOLED, images)):
         if len(pooled) == len(records):
             sources[source] = torch.stack(pooled).flatten(1)
     kinds = {

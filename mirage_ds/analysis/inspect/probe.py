@@ -29,6 +29,8 @@ FEWEST_MAPS = 50
 MOST_VALUES = 20
 # A class has so many rows on average, at least.
 ROWS_A_CLASS = 5
+# What is read from the question itself.
+POOLED = "input image, pooled"
 # A move is asked for while so many rows still have one.
 FEWEST_WITH_MOVE = 0.1
 CELLS = (ICE, HOLE, START, GOAL)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mirage_ds.analysis.controls.paths import summary
-from mirage_ds.analysis.controls.report import words
+from mirage_ds.analysis.controls.report import notes, words
 from mirage_ds.analysis.controls.statistics import (
     POWER,
     differences,
@@ -104,40 +104,30 @@ def test_numbers_are_no_points() -> None:
     assert unseen([0.03, None, 0.0601], True).startswith("one below 3.0 to 6.0 points, by comparison, would")
 
 
-def report(count: int, opened: int, score: dict[str, Any], log: dict[str, Any]) -> dict[str, Any]:
-    one = {
-        "score": {"metric": "correct"},
-        "score_difference": score,
-        "log_likelihood_difference": log,
-        "opened": opened,
-    }
-    return {"conditions": {"own": one | {"score_difference": None}, "zero": one}, "answers": [{}] * count}
+def test_controls_say_where_the_likelihood_alone_moves_and_where_nothing_could() -> None:
+    def said(opened: int, by: float) -> str:
+        logs = differences({"zero": [by, by / 2, by / 3]}, [0.0, 0.0, 0.0], 1)["zero"]
+        one = {"score": {"metric": "correct"}, "score_difference": score, "log_likelihood_difference": logs}
+        return words({"zero": one}, one | {"opened": opened}, 40)
 
-
-def test_controls_say_where_the_likelihood_alone_moves() -> None:
     score = compared(40, zero=(0, 0))["zero"]
-
-    def logs(by: float) -> dict[str, Any]:
-        return differences({"zero": [by, by / 2, by / 3]}, [0.0, 0.0, 0.0], 1)["zero"]
-
-    (still,) = words(report(40, 40, score, logs(0.0)))
+    still = said(40, 0.0)
     assert still.endswith("would be missed more than 1 time in 5.")
-    (moved,) = words(report(40, 40, score, logs(-1.0)))
-    assert moved == f"{still[:-1]}; log p does differ with zero."
-    (some,) = words(report(40, 37, score, logs(0.0)))
-    assert some == f"{still[:-1]}; in 3 the model opened no latent block, and there nothing can change."
-    (none,) = words(report(40, 0, score, logs(0.0)))
-    assert none == "Nothing could show: the model opened no latent block in any of 40 records."
+    assert said(40, -1.0) == f"{still[:-1]}; log p does differ with zero."
+    assert said(37, 0.0) == f"{still[:-1]}; in 3 the model opened no latent block, and there nothing can change."
+    assert said(0, -1.0) == "Nothing could show: the model opened no latent block in any of 40 records."
 
 
-def test_paths_have_a_sentence_of_their_own() -> None:
-    found = summary([{"A": "injected", "B": "injected"}] * 3 + [{"A": "neither", "B": "injected"}], seed=1)
-    (said,) = words({"path": found})
-    assert said.startswith(
-        "On 4 records: the answer follows the path that is fed more often than the other (+87.5 points"
-    )
-    (said,) = words({"path": summary([{"A": "injected", "B": "other"}] * 3, seed=1)})
-    assert said == (
-        "On 3 records: no difference is found between the path that is fed and the other, where no record differs at "
-        "all."
-    )
+@pytest.mark.parametrize(
+    ("follows", "end"),
+    [
+        (["ii", "ii", "ii", "ni"], "alternative are left out."),
+        (["io", "io"], "So no difference is found, where no record differs at all."),
+        (["io", "on", "in"] * 20, "found, where one below 14.8 points would be missed more than 1 time in 5."),
+    ],
+)
+def test_a_note_on_paths_says_what_could_not_be_seen(follows: list[str], end: str) -> None:
+    kinds = {"i": "injected", "o": "other", "n": "neither"}
+    found = summary([{"A": kinds[a], "B": kinds[b]} for a, b in follows], seed=1)
+    (said,) = notes({"path": found | {"opened": 4, "left_out": 0}})
+    assert said.endswith(end)

@@ -199,7 +199,7 @@ def test_simulated_probes_show_a_visible_lift_as_often_as_is_said(count: int, ch
 
 def reading(accuracy: float, chance: float, maps: int = 60) -> dict[str, probe.Reading]:
     own = probe.Reading(accuracy, *wilson(accuracy * maps, maps), chance, 2 * maps, maps)
-    return {"all latents": own, "helper targets": own._replace(accuracy=0.0)}
+    return {"all latents": own, "helper targets": own, probe.POOLED: own._replace(accuracy=0.75)}
 
 
 def test_a_probes_sentence_says_what_is_read_and_what_could_not_be_seen(pictures: ImageFinder) -> None:
@@ -207,13 +207,13 @@ def test_a_probes_sentence_says_what_is_read_and_what_could_not_be_seen(pictures
     boards = label._replace(name="4 × 4", unit="maps")
     found = [{"colour": reading(0.9, 0.4)}, {"move 1": reading(0.5, 0.4), "move 2": reading(0.3, 0.5)}]
     lift = 100 * max(visible_lift(60, 0.4), visible_lift(60, 0.5))
+    image = "the input image 75.0) of 120 rows with 60"
     assert words.sentence([label, boards], found) == (
         "A linear probe reads from the latents colour in 90.0 % (95 % interval 79.9 to 95.3, the commonest answer "
-        "40.0) of 120 rows with 60 pictures; it finds move 1 (4 × 4) in 50.0 % (95 % interval 37.7 to 62.3, the "
-        "commonest answer 40.0) of 120 rows with 60 maps and move 2 (4 × 4) in 30.0 % (95 % interval 19.9 to 42.5, the "
-        "commonest answer 50.0) of 120 rows with 60 maps, not above the commonest answer, where less than "
-        f"{lift:.1f} points more would be missed more than 1 time in 5; whether the answer uses the latents, only "
-        "`mirage-ds controls` tells."
+        f"40.0, {image} pictures; it finds move 1 (4 × 4) in 50.0 % (95 % interval 37.7 to 62.3, the commonest answer "
+        f"40.0, {image} maps and move 2 (4 × 4) in 30.0 % (95 % interval 19.9 to 42.5, the commonest answer 50.0, "
+        f"{image} maps, not above the commonest answer, where less than {lift:.1f} points more would be missed more "
+        "than 1 time in 5; whether the answer uses the latents, only `mirage-ds controls` tells."
     )
     said = words.sentence([label], [{"colour": reading(1.0, 1.0)}])
     assert said.startswith("A linear probe finds colour in 100.0 %")

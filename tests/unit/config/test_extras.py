@@ -13,7 +13,7 @@ from support.commands import caller
 from mirage_ds.config.extras import EXTRAS, need, need_for
 from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
-from mirage_ds.tasks.render import _rendered_tiles
+from mirage_ds.tasks.render import _rendered_tiles, load_tiles
 
 REPO = Path(__file__).parents[3]
 RUN = {"save_model_path": Path("out"), "stage": "stage1", "model": "m", "data_path": Path("d.jsonl")}
@@ -109,7 +109,8 @@ def test_commands_ask_first(
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     gone(monkeypatch, module)
-    _rendered_tiles.cache_clear()
+    for kept in (load_tiles, _rendered_tiles):
+        kept.cache_clear()
     code, out, error = caller(monkeypatch, capsys)(*words.split())
     assert (code, out) == (2, "")
     assert re.fullmatch(rf'error: .*{re.escape(says)}, which is not installed: pip install "mirage-ds\[\w+\]"\n', error)

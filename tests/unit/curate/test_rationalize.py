@@ -721,7 +721,7 @@ def test_another_command_is_refused(ask: Call, fake: Fake, boards: Path, plain: 
     [
         ({"image_output": None}, "line 2, image_output: no helper image"),
         ({"text_output": "A"}, r"line 2, text_output: no answer in \boxed{…}"),
-        ({"task": "vsp-nothing"}, "line 2: unknown task 'vsp-nothing'"),
+        ({"task": "vsp-nothing"}, "line 2, task: unknown task 'vsp-nothing'"),
         ({"task": "os:system"}, "line 2, task: 'os:system' is code"),
         ({"task": 3}, "line 2, task: expected a name"),
         ({"task": PLANNING}, "line 2, map_desc: missing"),

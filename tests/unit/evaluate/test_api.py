@@ -259,3 +259,22 @@ def test_an_answers_tensors_are_written(opened: Mirage, nano: Path, tmp_path: Pa
         cli.main([*arguments, str(tmp_path / "x.pt")], standalone_mode=False)
     with pytest.raises(UserError, match="cannot be written"):
         cli.main([*arguments, str(tmp_path / "answer.safetensors/x.safetensors")], standalone_mode=False)
+
+
+def ends_so(answer: str, record: dict) -> bool:
+    return record["text_output"].endswith(answer)
+
+
+def test_evaluate_scores_by_a_function(opened: Mirage, mixed: Path) -> None:
+    found = opened.evaluate(mixed, ends_so, max_new_tokens=2, most=3)
+    answers = found["answers"]
+    assert (found["task"], len(answers), found["settings"]["max_new_tokens"]) == (f"{__name__}:ends_so", 3, 2)
+    assert [one["metrics"]["score"] for one in answers] == [
+        row["text_output"].endswith(one["text"]) for row, one in zip(rows_of(mixed)[:3], answers, strict=True)
+    ]
+    with pytest.raises(UserError, match=r"is not of the form package\.module:name"):
+        opened.evaluate(mixed, lambda answer, record: 1)
+    with pytest.raises(UserError, match=r"evaluate: min_pixels is for `load` or the command"):
+        opened.evaluate(mixed, ends_so, min_pixels=3)
+    with pytest.raises(UserError, match=r"unknown key 'mos' in evaluate \(did you mean 'most'\?\)"):
+        opened.evaluate(mixed, ends_so, mos=3)

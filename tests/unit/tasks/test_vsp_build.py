@@ -401,7 +401,7 @@ def test_bad_names_and_targets(tmp_path):
     assert str(error.value) == (
         "unknown task 'vsp-spatial-plan' (did you mean 'vsp-spatial-planning'?); "
         "there are: vsp-spatial-planning, vsp-spatial-reasoning, vsp-transcription, vsp-path-reading, "
-        "blink-jigsaw, sat, comt, monet-sft, lvr, zebra-cot, boxed, and your own as package.module:Name"
+        "blink-jigsaw, sat, comt, monet-sft, lvr, zebra-cot, boxed, and your own as package.module:name"
     )
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; give a folder"):
