@@ -157,7 +157,7 @@ def test_what_cannot_be_trained_is_one_sentence(case: str, folder_of: Callable[[
     for name, values in files.items():
         put(folder, name, values)
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text_input": "Where?", "text_output": "There."}\n')
+    rows.write_text('{"text_input": "Where?", "text_output": "\\\\boxed{There}"}\n')
     # Training reads it by the same function.
     with pytest.raises(UserError, match=said):
         read_config(folder)
