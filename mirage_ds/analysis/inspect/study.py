@@ -152,7 +152,7 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> Path:
     limits = Limits(new_tokens=spec.max_new_tokens, fixed_run=k)
     bench = Bench(decoder.loaded.model, decoder.tower, decoder.latent_encoder("stage2", k), limits)
     facts = [("model", str(folder)), ("records", str(file)), ("latents a latent block (k)", str(k))]
-    sections, numbers = list[Section](), dict[str, Any]()
+    sections, numbers = [Section("", facts=facts)], dict[str, Any]()
     try:
         with whole_folder(spec.out) as work:
             for row in rows:
@@ -161,9 +161,7 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> Path:
                 numbers |= measured
             corpus = gather(bench, with_latents, spec.batch_size, track)
             made, probe = _together(work, corpus, file)
-            write_atomically(
-                work / "index.html", page("Latents", "", [*sections, *made, Section("How it was made", facts=facts)])
-            )
+            write_atomically(work / "index.html", page("Latents", "", [*sections, *made]))
             text = json.dumps({"rows": numbers, "probe": probe}, indent=1, ensure_ascii=False)
             write_atomically(work / "numbers.json", text + "\n")
     except RecordError as error:
