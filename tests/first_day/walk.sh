@@ -21,7 +21,7 @@ random="--learning_rate 1.5e-3 --adam_beta2 0.98 --train_vision --no_gradient_ch
 run="--data_path train.csv --columns $columns --global_batch_size 15 --log_every 10 $random"
 mirage-ds train --stage sft --model base --epochs 10 --save_model_path sft $run
 mirage-ds train --stage stage1 --model sft --epochs 3 --save_model_path stage1 $run
-mirage-ds train --stage stage2 --model stage1 --epochs 3 --save_model_path stage2 $run
+mirage-ds train --stage stage2 --model stage1 --epochs 5 --save_model_path stage2 $run
 
 test="--data_path test.csv --columns $columns --task scorer:right --max_new_tokens 16"
 mirage-ds evaluate stage2 $test --out scores.json
