@@ -145,7 +145,9 @@ def test_above_the_share_every_rank_refuses_with_the_first_fault(
 
 
 def test_without_the_flag_one_fault_refuses(trainer: Trainer, data: Path) -> None:
-    assert trainer.said(trainer.folder / "refused", max_bad_share=1).startswith(f"{data}: image_output: stage1 needs a helper")
+    assert trainer.said(trainer.folder / "refused", max_bad_share=1).startswith(
+        f"{data}: image_output: stage1 needs a helper"
+    )
 
 
 def test_a_resumed_run_finds_the_same_rows_or_says_that_they_are_others(trainer: Trainer, data: Path) -> None:
