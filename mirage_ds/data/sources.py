@@ -1,5 +1,8 @@
 """Where records come from: files of records, one of them, a folder or a glob pattern; read piece by piece.
 
+pyarrow reads the tables. `datasets` streams them too, but it locks files in its cache, logs what it raises, and decodes
+images unless each column is cast.
+
 Files are taken in the order of their names. A record's line counts from 1 within its file; in JSON arrays, Parquet and
 Arrow it is the row. Pictures inside a record (inside.py) are written into the cache once and are read from there like
 any other.
@@ -10,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -240,11 +243,21 @@ def text_lines(file: BinaryIO, first: int = 1) -> Iterator[tuple[int, str]]:
                 yield line, text
 
 
-def rows_of(piece: Piece, file: Path) -> Iterator[tuple[int, str | dict[str, Any]]]:
+def columns_of(file: Path) -> list[str]:
+    """Return the names of a Parquet or Arrow file's columns; UserError where it cannot be read."""
+    if kind_of(file) == "parquet":
+        return list(_parquet(file).schema_arrow.names)
+    return next((batch.schema.names for batch in _arrow_batches(file)), [])
+
+
+def rows_of(
+    piece: Piece, file: Path, columns: Collection[str] | None = None
+) -> Iterator[tuple[int, str | dict[str, Any]]]:
     """Yield (line number, text) of JSON lines and of a JSON array's items, (row, values) of the other kinds.
 
     Args:
         file: the piece's file.
+        columns: of Parquet and Arrow files only these; None for all.
 
     Raises:
         UserError: the file cannot be read.
@@ -252,7 +265,7 @@ def rows_of(piece: Piece, file: Path) -> Iterator[tuple[int, str | dict[str, Any
     try:
         kind = kind_of(file)
         if kind in ("parquet", "arrow"):
-            yield from enumerate(_rows_of_batches(piece, file), piece.first)
+            yield from enumerate(_rows_of_batches(piece, file, columns), piece.first)
         elif kind == "lines":
             with file.open("rb") as content:
                 content.seek(piece.start)
@@ -264,11 +277,13 @@ def rows_of(piece: Piece, file: Path) -> Iterator[tuple[int, str | dict[str, Any
         raise unreadable(file, error) from None
 
 
-def _rows_of_batches(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
-    at = 0
+def _rows_of_batches(piece: Piece, file: Path, columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
+    at, names = 0, columns and list(columns)
     with _as_parquet(file):
-        whole = piece.group is None
-        batches = _arrow_batches(file) if whole else _parquet(file).iter_batches(BATCH_ROWS, row_groups=[piece.group])
+        if piece.group is None:
+            batches = (batch.select(names or batch.schema.names) for batch in _arrow_batches(file))
+        else:
+            batches = _parquet(file).iter_batches(BATCH_ROWS, row_groups=[piece.group], columns=names)
         for batch in batches:
             low, high = max(0, piece.start - at), min(len(batch), piece.stop - at)
             at += len(batch)

@@ -182,9 +182,9 @@ class Jigsaw(ChoiceTask):
         """Convert BLINK's Jigsaw rows (Parquet as the Hub has them, or `save_to_disk`) to evaluate on."""
         files = tables.find_tables(source, "Jigsaw", settings.split)
         tables.need_columns(files, ("idx", "question", "choices", "answer", "image_1"))
-        number_of = {row.number for row in tables.read_tables(files, ["idx"])}
-
-        rows = tables.read_tables(files, None, tables.draw(sorted(number_of), settings.count, settings.seed))
+        numbers = [row.number for row in tables.read_rows(files, ["idx"])]
+        chosen = tables.draw(numbers, settings.count, settings.seed)
+        rows = (row for row in tables.read_rows(files) if row.number in chosen)
         return tables.drafts(rows, partial(_blink, report), settings, report)
 
 

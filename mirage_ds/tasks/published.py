@@ -81,17 +81,10 @@ def _last_tagged(text: str) -> str | None:
 
 
 def _rows(source: Path) -> Iterator[tables.Row]:
-    """Yield the rows of a JSON array, of JSON lines, of tables, or of all such files below a folder."""
-    arrays = sorted(source.rglob("train.json")) if source.is_dir() else [source] if source.suffix == ".json" else []
-    if source.suffix == ".jsonl":
-        yield from tables.read_json_lines(source)
-    elif not arrays:
-        yield from tables.read_tables(tables.find_tables(source))
-    number = 0
-    for file in arrays:
-        for row in tables.read_array(file, number):
-            yield row
-            number = row.number + 1
+    """Yield the rows of a file, or of a folder's arrays or tables, wherever below it they lie."""
+    if source.is_file():
+        return tables.read_rows([source])
+    return tables.read_rows(sorted(source.rglob("train.json")) or tables.find_tables(source))
 
 
 def _picture(row: tables.Row, value: Any, root: Path | None) -> Picture:

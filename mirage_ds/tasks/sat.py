@@ -54,7 +54,7 @@ class Sat(ChoiceTask):
             raise UserError(f"{files[0]}: has no column {' or '.join(_IMAGE_COLUMNS)}; name the data set that has it")
         name = next((name for name in _ID_COLUMNS if name in tables.columns_of(files[0])), None)
         # The images are not read for that.
-        kinds = tables.read_tables(files, ["question_type"])
+        kinds = tables.read_rows(files, ["question_type"])
         fitting = tables.of_types(kinds, "question_type", "--question_types", settings.question_types, report)
         numbers = [row.number for row in fitting]
         helpers = folder_of_images(settings.helpers) if settings.helpers else {}
@@ -65,7 +65,8 @@ class Sat(ChoiceTask):
 
         chosen = tables.draw(numbers, settings.count, settings.seed)
         helped = False
-        for draft in tables.drafts(tables.read_tables(files, None, chosen), make, settings, report):
+        rows = (row for row in tables.read_rows(files) if row.number in chosen)
+        for draft in tables.drafts(rows, make, settings, report):
             helped = helped or bool(draft.helpers)
             yield draft
         if helpers and not helped:

@@ -348,7 +348,7 @@ def test_bad_maps(tmp_path, rows, says):
 
 def test_maps_that_cannot_be_read(tmp_path):
     (tmp_path / "m.jsonl").symlink_to("/proc/self/mem")  # an I/O error for root too
-    with pytest.raises(UserError, match=r"m\.jsonl: cannot be read \(Input/output error\); make it readable"):
+    with pytest.raises(UserError, match=r"m\.jsonl: cannot be read \(Input/output error\); name a readable file"):
         run(PLANNING, tmp_path / "o", maps=tmp_path / "m.jsonl")
 
 
@@ -401,7 +401,7 @@ def test_bad_names_and_targets(tmp_path):
     assert str(error.value) == (
         "unknown task 'vsp-spatial-plan' (did you mean 'vsp-spatial-planning'?); "
         "there are: vsp-spatial-planning, vsp-spatial-reasoning, vsp-transcription, vsp-path-reading, "
-        "blink-jigsaw, sat, comt, monet-sft, lvr, zebra-cot, boxed, and your own as package.module:Name"
+        "blink-jigsaw, sat, comt, monet-sft, lvr, zebra-cot, boxed, and your own as package.module:name"
     )
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; give a folder"):
