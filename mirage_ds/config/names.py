@@ -49,7 +49,7 @@ _OURS = {
 # Why there is no such setting here: whose names.
 _ABSENT = {
     "the DeepSpeed JSON (--deepspeed) sets the precision": "bf16 fp16 tf32 torch_dtype dtype model_dtype pure_bf16",
-    "run/log.jsonl has every step": "logging_steps logging_strategy logging_first_step log_interval log_freq",
+    "run/log.jsonl has every step": "logging_strategy logging_first_step",
     "TensorBoard reads the run folder": "logging_dir plot_loss run_name",
     "the optimizer is AdamW": "optim optimizer",
     "the command trains": "do_train do_eval do_predict",
