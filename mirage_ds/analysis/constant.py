@@ -2,17 +2,16 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from mirage_ds.data.messages import HELPER_MARK
 from mirage_ds.data.record import Record
-from mirage_ds.tasks import get_task
+from mirage_ds.tasks import DEFAULT, get_task, named_task, seen_by_scorer
 
 # Of the records' own answers, the commonest so many are tried.
 TRIED = 10
 
 
-def best_constant(records: Sequence[Record], task: str) -> tuple[str, list[float]] | None:
+def best_constant(records: Sequence[Record], task: str | None) -> tuple[str, list[float]] | None:
     """Find the one answer that scores best if it is given to every record.
 
     Returns:
@@ -21,11 +20,8 @@ def best_constant(records: Sequence[Record], task: str) -> tuple[str, list[float
     Raises:
         UserError: the task cannot be imported. KeyError: a record lacks what the scorer needs.
     """
-    scorer = get_task(task).score_record
-    # What the scorer may read of each record.
-    known: list[dict[str, Any]] = [
-        {**one.extra, "text_input": one.text_input, "text_output": one.text_output} for one in records
-    ]
+    scorer = get_task(named_task(records[0], task) or DEFAULT).score_record
+    known = [seen_by_scorer(one) for one in records]
     common = Counter(one.text_output.replace(HELPER_MARK, "") for one in records if one.text_output)
     scored = [
         (text, [float(next(iter(scorer(text, one).values()))) for one in known])

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from mirage_ds.analysis.constant import best_constant
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
 from mirage_ds.data.record import Record, RecordError
@@ -33,7 +34,7 @@ def with_records(results: Results, evaluations: Mapping[str, EvaluationSpec]) ->
     for name in dict.fromkeys(name for cell in results.cells for name in cell.scores):
         spec = evaluations[name]
         try:
-            records = read_records(spec.data_path, answers=False)[: spec.most]
+            records = read_records(spec.data_path, answers=False, columns=parse_columns(spec.columns))[: spec.most]
             chance |= _chance(name, records, spec.task)
             if shown and shown[1] == name:
                 cell = shown[0]
@@ -49,8 +50,7 @@ def with_records(results: Results, evaluations: Mapping[str, EvaluationSpec]) ->
 
 def _chance(name: str, records: list[Record], given: str | None) -> dict[str, Any]:
     """Score the best constant answer: {evaluation: {"answer", "scores": line → score}}."""
-    task = given or next((one.extra["task"] for one in records if "task" in one.extra), None)
-    found = best_constant(records, str(task)) if task else None
+    found = best_constant(records, given)
     if found is None:
         return {}
     scores = {str(record.line): score for record, score in zip(records, found[1], strict=True)}

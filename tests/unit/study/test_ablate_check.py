@@ -45,8 +45,8 @@ def study(here: Path, nano: Path, test: str, evaluation: dict[str, Any]) -> str:
         (rows({"image_input": "broken.png"}), {}, "test.jsonl, line 1, image_input: "),
         (rows({"task": "vsp-spatial-planning"}), {}, "record on line 1 has no 'map_desc'"),
         (rows({"task": None}), {"task": "vsp-spatial-plannin"}, "unknown task 'vsp-spatial-plannin'"),
-        (rows({"task": None}), {"task": "nowhere:Task"}, "task 'nowhere:Task': nowhere cannot be imported"),
-        (rows({"text_output": "UP"}), {}, "a record's own answer 'UP' cannot be read"),
+        (rows({"task": None}), {"task": "nowhere:Task"}, "task nowhere:Task: no such module here"),
+        (rows({"text_output": "UP"}), {}, "record on line 1: a record's own answer 'UP' cannot be read"),
         # The controls ask for more.
         (rows({"text_output": "\\boxed{UP}", "image_output": None}), {"controls": "zero"}, "test.jsonl, line 1, "
          "text_output: no latent block"),
@@ -80,10 +80,12 @@ def test_it_is_refused_by_run_too_with_nothing_begun(here: Path, nano: Path) -> 
         (rows({"image_output": None}), {"controls": "zero,off"}),
         (rows({"image_output": "gone.png"}), {"controls": "zero"}),
         (rows({}, {}), {"controls": "own,swap,oracle"}),
+        (json.dumps({"q": "Where?", "a": "<output_image>\\boxed{UP}", "map": "map.png"}) + "\n",
+         {"columns": "question=q,answer=a,image=map", "controls": "zero"}),
         # What is not taken is not looked at.
         (rows({}, {"image_input": "gone.png"}), {"most": 1}),
     ],
-)
+)  # fmt: skip
 def test_a_study_that_can_be_evaluated_is_planned(
     test: str, evaluation: dict[str, Any], here: Path, nano: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
