@@ -56,11 +56,8 @@ def read_foreign(file: Path) -> Foreign:
         UserError: it cannot be read, is none of those that are recognised, or does not fine-tune on answers.
     """
     script = file.suffix == ".sh"
-    try:
-        # JSON is YAML too.
-        values, ranks = _script(file) if script else (read_yaml(file), None)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("--config ")) from None
+    # JSON is YAML too.
+    values, ranks = _script(file) if script else (read_yaml(file), None)
     given = {key: value for key, value in values.items() if value not in (None, "", [], {})}
     if not (script or "model_name_or_path" in given or ("model" in given and given.keys() & _SWIFT)):
         raise UserError(
@@ -69,9 +66,8 @@ def read_foreign(file: Path) -> Foreign:
         )
     if "model_name_or_path" in given and not given.get("do_train"):
         raise UserError(f"{file}: trains nothing (it has no do_train: true); give the configuration of a training")
-    kinds = (given.get("stage"), given.get("rlhf_type"), given.get("task_type"))
-    kinds += ("Megatron",) if "micro_batch_size" in given else ()
-    for kind in kinds:
+    megatron = "Megatron" if "micro_batch_size" in given else None
+    for kind in (given.get("stage"), given.get("rlhf_type"), given.get("task_type"), megatron):
         if kind not in (None, "sft", "causal_lm"):
             raise UserError(f"{file}: is for {kind}; only fine-tuning on answers (sft) can be carried over")
     return Foreign("LLaMA-Factory" if "model_name_or_path" in given else "ms-swift", file, given, ranks)
