@@ -13,7 +13,7 @@ from mirage_ds.config.run import cache_folder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
 from mirage_ds.data.record import Record, RecordError
-from mirage_ds.data.record_files import scan
+from mirage_ds.data.record_files import read_records
 from mirage_ds.errors import UserError
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.tables import suffix_of
@@ -38,10 +38,8 @@ class Source:
         Raises:
             UserError: no such file, or a record among those taken that has not the format.
         """
-        records, faults = scan(file, columns=parse_columns(spec.columns))
-        if faults and (most is None or len(records) < most or faults[0].line < records[most - 1].line):
-            raise UserError(f"{file}, {faults[0]}")
-        return cls(file, records[:most], ImageFinder.beside(file, spec.image_root))
+        records = read_records(file, columns=parse_columns(spec.columns), most=most)
+        return cls(file, records, ImageFinder.beside(file, spec.image_root))
 
     @contextmanager
     def told(self, record: Record) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """What a report shows of its records: each evaluation's chance level, and two answers. Imports no torch."""
 
 import base64
-import io
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from PIL import Image
 
 from mirage_ds.analysis.constant import best_constant
 from mirage_ds.config.columns import parse_columns
-from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.images import ImageFinder, png_of
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import read_records
@@ -34,7 +33,7 @@ def with_records(results: Results, evaluations: Mapping[str, EvaluationSpec]) ->
     for name in dict.fromkeys(name for cell in results.cells for name in cell.scores):
         spec = evaluations[name]
         try:
-            records = read_records(spec.data_path, answers=False, columns=parse_columns(spec.columns))[: spec.most]
+            records = read_records(spec.data_path, False, parse_columns(spec.columns), spec.most)
             chance |= _chance(name, records, spec.task)
             if shown and shown[1] == name:
                 cell = shown[0]
@@ -64,8 +63,6 @@ def _example(record: Record, spec: EvaluationSpec) -> dict[str, Any]:
         finder = ImageFinder.beside(Path(spec.data_path), spec.image_root)
         image = finder.load(record, "image_input", record.image_input[0])
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        picture = base64.b64encode(buffer.getvalue()).decode()
+        picture = base64.b64encode(png_of(image)).decode()
     question, right = record.text_input.replace(IMAGE_MARK, ""), record.text_output.replace(HELPER_MARK, "")
     return {"line": record.line, "question": question, "right": right, "picture": picture}

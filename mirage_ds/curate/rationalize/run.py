@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from contextlib import closing
@@ -15,6 +14,7 @@ from mirage_ds.curate.rationalize.journal import Journal
 from mirage_ds.curate.rationalize.prompt import Questions
 from mirage_ds.curate.spec import RationalizeSpec
 from mirage_ds.data.progress import Advance
+from mirage_ds.data.sources import hash_of_records
 from mirage_ds.files import check_output
 from mirage_ds.tasks.write import whole_or_nothing
 
@@ -69,9 +69,7 @@ def _writer(questions: Questions) -> Server | Local:
 def _setup(file: Path, questions: Questions) -> dict[str, Any]:
     """Return what the replies follow from, by the names that a user knows."""
     spec = questions.spec
-    with file.open("rb") as content:
-        records = hashlib.file_digest(content, "sha256").hexdigest()
-    made: dict[str, Any] = {"FILE": records, "--prompt": questions.digest}
+    made: dict[str, Any] = {"FILE": hash_of_records(file), "--prompt": questions.digest}
     if spec.endpoint is not None:
         made["--model_name"] = spec.model_name
     else:

@@ -341,6 +341,11 @@ def test_large_pictures_are_made_smaller(ask: Call, fake: Fake, tmp_path: Path) 
     assert image.getcolors() == [(5000, (9, 8, 7))]
 
 
+def test_a_folder_of_records_is_taken(ask: Call, fake: Fake, boards: Path, tmp_path: Path) -> None:
+    assert ask(boards.parent)[0] == 0
+    written(tmp_path / "out", boards, lines(boards))
+
+
 def test_samples_are_rows(ask: Call, fake: Fake, boards: Path, tmp_path: Path) -> None:
     """Three replies a row by default; more samples later ask for the rest only."""
     fake.reply = lambda request: said(form(request.answer, after=f"Number {len(fake.seen)}."))
@@ -721,7 +726,7 @@ def test_another_command_is_refused(ask: Call, fake: Fake, boards: Path, plain: 
     [
         ({"image_output": None}, "line 2, image_output: no helper image"),
         ({"text_output": "A"}, r"line 2, text_output: no answer in \boxed{…}"),
-        ({"task": "vsp-nothing"}, "line 2: unknown task 'vsp-nothing'"),
+        ({"task": "vsp-nothing"}, "line 2, task: unknown task 'vsp-nothing'"),
         ({"task": "os:system"}, "line 2, task: 'os:system' is code"),
         ({"task": 3}, "line 2, task: expected a name"),
         ({"task": PLANNING}, "line 2, map_desc: missing"),
