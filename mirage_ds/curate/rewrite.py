@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.run import cache_folder
+from mirage_ds.curate.spec import ReadSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
 from mirage_ds.data.record import Record, RecordError
@@ -29,7 +29,7 @@ class Source:
     finder: ImageFinder
 
     @classmethod
-    def read(cls, file: Path, spec: Reading, most: int | None = None) -> Source:
+    def read(cls, file: Path, spec: ReadSpec, most: int | None = None) -> Source:
         """Read a file or folder of records.
 
         Args:
@@ -59,18 +59,6 @@ class Source:
         """Make the row that a record is already; UserError where an image is not there."""
         with self.told(record):
             return row_of(record, self.finder, folder_of_pictures(cache_folder(None)))
-
-
-class Reading(Protocol):
-    """The settings by which records are read."""
-
-    @property
-    def image_root(self) -> Path | None:
-        """Second place of their images."""
-
-    @property
-    def columns(self) -> str | None:
-        """The names of their own columns."""
 
 
 def row_of(record: Record, finder: ImageFinder, inside: Path) -> Row:

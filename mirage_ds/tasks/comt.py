@@ -72,8 +72,7 @@ class Comt(ChoiceTask):
                 numbers.append(row.number)
             else:
                 report.excluded += 1
-        chosen = tables.draw(numbers, settings.count, settings.seed)
-        yield from tables.drafts((row for row in _rows(source) if row.number in chosen), make, settings, report)
+        yield from tables.drafts(_rows(source), numbers, make, settings, report)
 
 
 def _rows(source: Path) -> Iterator[tables.Row]:

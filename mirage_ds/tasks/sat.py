@@ -63,10 +63,8 @@ class Sat(ChoiceTask):
             own = str(row.number if name is None else row.values[name])
             return _draft(row, images, own, helpers.get(stem_of(own)), settings.seed, report)
 
-        chosen = tables.draw(numbers, settings.count, settings.seed)
         helped = False
-        rows = (row for row in tables.read_rows(files) if row.number in chosen)
-        for draft in tables.drafts(rows, make, settings, report):
+        for draft in tables.drafts(tables.read_rows(files), numbers, make, settings, report):
             helped = helped or bool(draft.helpers)
             yield draft
         if helpers and not helped:

@@ -186,12 +186,8 @@ def read_rows(files: Sequence[Path], columns: Collection[str] | None = None) -> 
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def draw(numbers: Sequence[int], count: int | None, seed: int) -> set[int]:
-    """Choose `count` of the rows by the seed; all of them for None.
-
-    Raises:
-        UserError: there are fewer.
-    """
+def _drawn(numbers: Sequence[int], count: int | None, seed: int) -> set[int]:
+    """Choose `count` of the rows by the seed, all of them for None; UserError where there are fewer."""
     if count is None:
         return set(numbers)
     if count > len(numbers):
@@ -234,18 +230,28 @@ def of_types(
 
 
 def drafts(
-    rows: Iterable[Row], make: Callable[[Row], Draft], settings: ConvertSettings, report: BuildReport
+    rows: Iterable[Row],
+    fitting: Sequence[int],
+    make: Callable[[Row], Draft],
+    settings: ConvertSettings,
+    report: BuildReport,
 ) -> Iterator[Draft]:
-    """Make each row's draft; a row that is a record already is kept and counted.
+    """Make the drafts of rows that the settings draw; a row that is a record already is kept and counted.
+
+    Args:
+        fitting: numbers of the rows that may be drawn.
 
     Raises:
-        UserError: a bad row, unless those are to be left out.
+        UserError: too few rows, or a bad one, unless those are to be left out.
     """
+    chosen = _drawn(fitting, settings.count, settings.seed)
     report.duplicates_kept = True
     if settings.skip_bad_records:
         report.note("bad rows left out", 0)
     seen: set[tuple[str, ...]] = set()
     for row in rows:
+        if row.number not in chosen:
+            continue
         try:
             draft = make(row)
         except BadRow as error:
