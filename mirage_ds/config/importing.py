@@ -70,11 +70,10 @@ class Imported:
         self.carried.append((theirs + default, name, value if isinstance(value, str) else json.dumps(value)))
 
     def as_yaml(self) -> str:
-        """Return the settings file: in the order of `--help`, and what is missing as comments."""
-        ordered = {name: self.settings[name] for name in RunConfig.model_fields if name in self.settings}
+        """Return the settings file, with what is missing as comments."""
         head = f"# {self.source.trainer}'s {self.source.file.name}, by `mirage-ds config import`.\n"
         tail = "".join(f"# {name}: {what}\n" for name, what in self.missing.items())
-        return head + yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True) + tail
+        return head + yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True) + tail
 
 
 def import_config(file: Path, stage: Stage = "sft", ranks: int | None = None) -> Imported:
@@ -264,13 +263,14 @@ def _check(made: Imported) -> None:
     needed = {"model": "a folder or hub id", "data_path": "records.jsonl", "save_model_path": "a folder"}
     made.missing = {**{name: what for name, what in needed.items() if name not in settings}, **made.missing}
     checked = build_model(RunConfig, {}, {**needed, **settings}, f"{made.source.file}, in our names,")
-    made.settings = {name: checked.model_dump(mode="json")[name] for name in settings}
+    # In the order of `--help`.
+    made.settings = checked.model_dump(mode="json", include=settings.keys())
 
 
 def print_imported(made: Imported, on_stderr: bool) -> None:
     """Print what became of each of their settings."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console(stderr=on_stderr)
     for title, head, rows in (
@@ -278,9 +278,7 @@ def print_imported(made: Imported, on_stderr: bool) -> None:
         ("no counterpart", (made.source.trainer, "why"), made.left.items()),
         ("to be given still", ("setting", "what"), made.missing.items()),
     ):
-        table = Table(title=title)
-        for name in head:
-            table.add_column(name, overflow="fold")
+        table = Table(*(Column(name, overflow="fold") for name in head), title=title)
         for row in rows:
             table.add_row(*row)
         if table.row_count:
