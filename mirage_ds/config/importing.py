@@ -264,7 +264,7 @@ def _check(made: Imported) -> None:
     made.missing = {**{name: what for name, what in needed.items() if name not in settings}, **made.missing}
     checked = build_model(RunConfig, {}, {**needed, **settings}, f"{made.source.file}, in our names,")
     # In the order of `--help`.
-    made.settings = checked.model_dump(mode="json", include=settings.keys())
+    made.settings = checked.model_dump(mode="json", include=set(settings))
 
 
 def print_imported(made: Imported, on_stderr: bool) -> None:
