@@ -26,6 +26,8 @@ from mirage_ds.study.command import ablate
 from mirage_ds.tasks.command import TaskGroup
 
 _PATH = click.Path(path_type=Path)
+_columns = click.option("--columns", help=COLUMNS_HELP)
+_image_root = click.option("--image_root", type=_PATH, help="Second place where relative image paths are looked for.")
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -35,35 +37,11 @@ def cli() -> None:
 
 
 cli.sections = {
-    "Data": {
-        "data": "Import, build, check, show, vary and mix records",
-    },
-    "Training": {
-        "train": "Train one stage on this machine's GPUs, or on its CPU",
-        "status": "Show how far runs are and what went wrong",
-        "config": "Turn another trainer's configuration into ours",
-        "init": "Write a small random model, to try things out",
-        "checkpoint": "List checkpoints, convert them to any number of ranks",
-        "export": "Write a model folder that plain transformers opens",
-    },
-    "Results": {
-        "evaluate": "Answer the records of a file and score the answers",
-        "generate": "Answer one question",
-        "controls": "Replace the latents: do the answers need them?",
-        "inspect": "Show what the latents look at and stand for",
-        "compare": "Compare files of scores, record by record",
-        "card": "Write scores into a model card",
-        "ablate": "Run, follow and report a study of arms and seeds",
-    },
-    "Cluster": {
-        "plan": "Compute what fits into memory and how long it takes",
-        "doctor": "Check hosts, software, model and data before a run",
-        "launch": "Write the start scripts for ssh, MPI, Slurm, Kubernetes",
-    },
-    "Pages": {
-        "docs": "Show the documentation of this version",
-        "examples": "Write recipes, studies and a demo to start from",
-    },
+    "Data": "data",
+    "Training": "train status config init checkpoint export",
+    "Results": "evaluate generate controls inspect compare card ablate",
+    "Cluster": "plan doctor launch",
+    "More": "docs examples",
 }
 for command in (train, status, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
     cli.add_command(command)
@@ -71,7 +49,7 @@ for command in (train, status, ablate, doctor, plan, evaluate, generate, inspect
 
 @cli.group()
 def data() -> None:
-    """Build, convert, import, check, index, show, vary, mix and rationalize records."""
+    """Import, build, check, show, vary and mix records."""
 
 
 data.add_command(TaskGroup("build", "Build a task's records and pictures. A TASK of your own is package.module:Name."))
@@ -85,11 +63,11 @@ data.add_command(rationalize)
 @data.command("check")
 @click.argument("file", type=_PATH)
 @click.option("--stage", default="stage1", show_default=True, type=click.Choice(["sft", "stage1", "stage2"]))
-@click.option("--image_root", type=_PATH, help="Second place where relative image paths are looked for.")
+@_image_root
 @click.option("--model", "model_folder", type=_PATH, help="Model folder whose tokenizer and limits are applied.")
 @click.option("--latent_size", default=4, show_default=True, help="k: a helper needs as many merged tokens.")
 @click.option("--confine_paths", is_flag=True, help="Images outside FILE's folder and --image_root are faults.")
-@click.option("--columns", help=COLUMNS_HELP)
+@_columns
 @click.option("--most", default=50, show_default=True, help="Kinds of faults listed at most.")
 def data_check(file: Path, most: int, columns: str | None, **options: Any) -> None:
     """List every faulty record of FILE and how to fix it. Exit code 2 if there is one."""
@@ -126,8 +104,8 @@ def data_index(yaml_file: Path | None, **flags: Any) -> None:
 @click.argument("file", type=_PATH)
 @click.option("--rows", help="Lines to show, like 1,5-8; the first 20 records if not set.")
 @click.option("--out", type=Output(), help="Write one page, .html or .png; without it text is printed.")
-@click.option("--image_root", type=_PATH, help="Second place where relative image paths are looked for.")
-@click.option("--columns", help=COLUMNS_HELP)
+@_image_root
+@_columns
 def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path | None, columns: str | None) -> None:
     """Show records of FILE as text or as a page.
 
@@ -145,7 +123,7 @@ def data_show(file: Path, rows: str | None, out: Path | None, image_root: Path |
 
 @cli.group()
 def config() -> None:
-    """Settings files of training runs."""
+    """Turn another trainer's configuration into ours."""
 
 
 @config.command("import")
@@ -181,13 +159,16 @@ def config_import(file: Path, out: Path | None, **options: Any) -> None:
 )
 @click.option("--out", required=True, type=Output(folder=True), help="Folder to write.")
 @click.option("--text", "texts", multiple=True, type=_PATH, help="Records whose text trains the tokenizer.")
-@click.option("--columns", help=COLUMNS_HELP)
+@_columns
 @click.option("--tokenizer", "tokenizer_from", type=_PATH, help="Folder whose tokenizer is taken instead.")
 @click.option("--tokenizer_size", default=512, show_default=True, help="Entries of the trained tokenizer.")
 @click.option("--seed", default=42, show_default=True)
 @click.option("--config_only", is_flag=True, help="No weights: config, tokenizer and image processor.")
 def init(preset: str, out: Path, **options: Any) -> None:
-    """Write a random Qwen2.5-VL with a tokenizer trained on the task's text."""
+    """Write a small random model, to try things out.
+
+    It is a Qwen2.5-VL with a tokenizer trained on the task's text.
+    """
     from mirage_ds.model.init import init_model
 
     count = init_model(preset, out, **options)
@@ -200,10 +181,11 @@ def init(preset: str, out: Path, **options: Any) -> None:
 @click.option("--vocab_rows", type=int, help="151668 as the public Mirage code writes, 152064 as Qwen2.5-VL has.")
 @click.option("--model", "base", type=_PATH, help="Base folder, if it has moved since training.")
 def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None) -> None:
-    """Write a complete model folder TARGET that plain transformers opens.
+    """Write a model folder that plain transformers opens.
 
-    SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>), a run folder (its newest checkpoint is taken
-    where training has not finished), or a model folder that shall have another number of vocabulary rows.
+    TARGET is complete. SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>), a run folder (its newest
+    checkpoint is taken where training has not finished), or a model folder that shall have another number of vocabulary
+    rows.
     """
     from mirage_ds.engine.save import export_folder
 
@@ -214,9 +196,10 @@ def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None
 @click.argument("folder", type=_PATH)
 @click.argument("scores", type=_PATH, nargs=-1, required=True)
 def card(folder: Path, scores: tuple[Path, ...]) -> None:
-    """Write SCORES, files of `mirage-ds evaluate --out`, into the model card of FOLDER.
+    """Write scores into a model card.
 
-    The weights are hashed: scores of another model are refused. Scores that the card already has are replaced.
+    SCORES are files of `mirage-ds evaluate --out`, the card is that of FOLDER. The weights are hashed: scores of
+    another model are refused. Scores that the card already has are replaced.
     """
     from functools import partial
 
@@ -232,7 +215,10 @@ _write = click.option("--write", "target", type=Output(folder=True), metavar="DI
 @cli.command()
 @_write
 def launch(target: Path | None) -> None:
-    """Write the start scripts for one machine, ssh, MPI, Slurm and Kubernetes; without --write, list them."""
+    """Write the start scripts for ssh, MPI, Slurm, Kubernetes.
+
+    Those for one machine are there too. Without --write, list them.
+    """
     if target is None:
         click.echo(pages()["launch/README"].read_text(encoding="utf-8"))
     else:
@@ -242,7 +228,10 @@ def launch(target: Path | None) -> None:
 @cli.command()
 @_write
 def examples(target: Path | None) -> None:
-    """Write examples/, and launch/, ds_configs/ and data/ beside it, which they use; without --write, list them."""
+    """Write the examples, and what they use.
+
+    These are examples/, and launch/, ds_configs/ and data/ beside it. Without --write, list them.
+    """
     if target is None:
         print("\n".join(str(file.relative_to(shipped())) for file in shipped_files("examples")))
     else:
@@ -256,7 +245,10 @@ def examples(target: Path | None) -> None:
 @cli.command()
 @click.argument("page", required=False)
 def docs(page: str | None) -> None:
-    """Show a PAGE of the documentation of this version; without PAGE, list them."""
+    """Show a page of the documentation of this version.
+
+    Without PAGE, list them.
+    """
     if page is None:
         for name, file in pages().items():
             print(f"{name:32}{file.read_text(encoding='utf-8').partition(chr(10))[0].strip('# ')}")
@@ -270,7 +262,7 @@ def docs(page: str | None) -> None:
 
 @cli.group()
 def checkpoint() -> None:
-    """List a run's checkpoints, and make them loadable by another number of ranks."""
+    """List checkpoints, make them loadable by any number of ranks."""
 
 
 @checkpoint.command("convert")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from mirage_ds.data.messages import HELPER_MARK
 from mirage_ds.data.record import Record
-from mirage_ds.tasks import DEFAULT, get_task, named_task
+from mirage_ds.tasks import DEFAULT, get_task, named_task, seen_by_scorer
 
 # Of the records' own answers, the commonest so many are tried.
 TRIED = 10
@@ -25,8 +25,7 @@ def best_constant(records: Sequence[Record], task: str | None) -> list[float]:
     """
     named = next(filter(None, (named_task(one, task) for one in records)), DEFAULT)
     scorer = get_task(named).score_record
-    # What the scorer may read of each record.
-    known = [{**one.extra, "text_input": one.text_input, "text_output": one.text_output} for one in records]
+    known = [seen_by_scorer(one) for one in records]
     common = Counter(one.text_output.replace(HELPER_MARK, "") for one in records if one.text_output)
     scores = [[float(next(iter(scorer(text, one).values()))) for one in known] for text, _ in common.most_common(TRIED)]
     return max(scores, key=sum, default=[])

@@ -30,11 +30,11 @@ class Group(click.Group):
     """A command that has commands. Its help says the whole of each one's first sentence; alone, it shows its help.
 
     Attributes:
-        sections: heading → name → line, of commands that stand there with another line than their first sentence.
+        sections: heading → the names of the commands below it; none where one heading is enough.
     """
 
-    sections: Mapping[str, Mapping[str, str]] = {}
-    # Groups below are of this class too.
+    sections: Mapping[str, str] = {}
+    # Groups in it are like it.
     group_class = type
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -44,15 +44,16 @@ class Group(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands under their headings."""
         names = self.list_commands(ctx)
-        headed = {name for lines in self.sections.values() for name in lines}
-        found = {name: self.get_command(ctx, name) for name in names if name not in headed}
-        rest = {name: one.get_short_help_str(limit=1000) for name, one in found.items() if one}
-        for heading, lines in {**self.sections, "More" if self.sections else "Commands": rest}.items():
-            # The same width below every heading.
-            there = [(f"{name:{max(map(len, names))}}", line) for name, line in lines.items() if name in names]
-            if there:
-                with formatter.section(heading):
-                    formatter.write_dl(there)
+        found = {name: one for name in names if (one := self.get_command(ctx, name))}
+        for heading, listed in (self.sections or {"Commands": " ".join(names)}).items():
+            with formatter.section(heading):
+                # The same width below every heading.
+                formatter.write_dl(
+                    [
+                        (f"{name:{max(map(len, names))}}", found[name].get_short_help_str(limit=1000))
+                        for name in listed.split()
+                    ]
+                )
 
 
 class RunCommand(click.Command):

@@ -56,11 +56,8 @@ def read_foreign(file: Path) -> Foreign:
         UserError: it cannot be read, is none of those that are recognised, or does not fine-tune on answers.
     """
     script = file.suffix == ".sh"
-    try:
-        # JSON is YAML too.
-        values, ranks = _script(file) if script else (read_yaml(file), None)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("--config ")) from None
+    # JSON is YAML too.
+    values, ranks = _script(file) if script else (read_yaml(file), None)
     given = {key: value for key, value in values.items() if value not in (None, "", [], {})}
     if not (script or "model_name_or_path" in given or ("model" in given and given.keys() & _SWIFT)):
         raise UserError(

@@ -32,6 +32,7 @@ _OTHERS = {
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model"), "--save_best keeps the best model beside it"),
     "deepspeed": "the shipped JSONs are made for this trainer (zero3 is the default); `mirage-ds plan` ranks them",
     "ddp_timeout": "a hung run ends after --collective_timeout seconds",
+    "dataset_dir": "data_path names the files themselves",
     "lora_dropout": "must be 0: layers are computed again in backward",
     "system": "write it into the records, as their system message",
 }  # fmt: skip
@@ -52,7 +53,6 @@ class Imported:
 
     Attributes:
         carried: (theirs, ours, value); left: theirs → why it has no counterpart; missing: ours → what must be given.
-        commands: name of a folder of records → what makes it of their data.
     """
 
     source: Foreign
@@ -60,7 +60,6 @@ class Imported:
     carried: list[tuple[str, str, str]] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    commands: dict[str, str] = field(default_factory=dict)
 
     def carry(self, theirs: str, name: str, value: Any) -> None:
         """Set ours, once."""
@@ -71,11 +70,10 @@ class Imported:
         self.carried.append((theirs + default, name, value if isinstance(value, str) else json.dumps(value)))
 
     def as_yaml(self) -> str:
-        """Return the settings file: in the order of `--help`, and what is missing as comments."""
-        ordered = {name: self.settings[name] for name in RunConfig.model_fields if name in self.settings}
+        """Return the settings file, with what is missing as comments."""
         head = f"# {self.source.trainer}'s {self.source.file.name}, by `mirage-ds config import`.\n"
         tail = "".join(f"# {name}: {what}\n" for name, what in self.missing.items())
-        return head + yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True) + tail
+        return head + yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True) + tail
 
 
 def import_config(file: Path, stage: Stage = "sft", ranks: int | None = None) -> Imported:
@@ -170,23 +168,31 @@ def _take_batch(made: Imported, values: dict[str, Any], ranks: int | None) -> No
 
 
 def _take_data(made: Imported, values: dict[str, Any]) -> None:
-    """Data sets, which commands make records of; records to evaluate go together with a number of steps."""
+    """Data sets by their own files and columns; records to evaluate go together with a number of steps."""
     held_out = "val_dataset" if "val_dataset" in values else "eval_dataset"
+    columns: set[str] = set()
     for theirs, name in (("dataset", "data_path"), (held_out, "eval_data_path")):
         given = values.pop(theirs, [])
         files = []
         for one in given if isinstance(given, list) else map(str.strip, str(given).split(",")):
             try:
-                files.append(_records(made, one, values))
+                file, own = _placed(made, one, values)
             except _Left as why:
                 made.missing[name] = f"{one} {why}"
+                continue
+            files.append(file)
+            columns.add(own)
         if files and (len(files) == 1 or name == "data_path"):
             made.carry(theirs, name, files if len(files) > 1 else files[0])
         elif files:
             made.missing[name] = f"one file; `mirage-ds data mix {shlex.join(files)} --out DIR` makes it"
-    for name in ("dataset_dir", "media_dir", "max_samples"):
-        if values.pop(name, None) is not None:
-            made.carried.append((name, "data_path", "in the commands"))
+    if len(columns) > 1:
+        differ = " / ".join(sorted(own or "the usual ones" for own in columns))
+        made.missing["columns"] = (
+            f"the same for all records, and theirs differ ({differ}); `data import` names them anew"
+        )
+    elif any(columns):
+        made.carry("dataset", "columns", columns.pop())
     every = "eval_steps" if "eval_steps" in values else "save_steps"
     steps = values.pop("eval_steps", values["save_steps"])
     if "eval_data_path" in made.settings:
@@ -195,28 +201,29 @@ def _take_data(made: Imported, values: dict[str, Any]) -> None:
         made.left[every] = "no file of records to evaluate is named"
 
 
-def _records(made: Imported, name: str, values: dict[str, Any]) -> str:
-    """Note the command that makes records of a data set; return the file that it writes."""
+def _placed(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, str]:
+    """Return a data set's file, and its columns as --columns has them."""
     if "$" in name:
         raise _Left("is a variable of the shell; name the file")
-    flags: list[str] = []
-    if made.source.trainer == "ms-swift":
-        layout, (place, _, most) = "swift", name.partition("#")
-        called = Path(place).stem
-        if ":" in place:
-            raise _Left("names a subset; download it, and import its file")
-    else:
-        layout, called, most = "llama-factory", name, str(values.get("max_samples", ""))
-        place, flags = _described(made, name, values)
-    while called in made.commands:
-        called += "_2"
-    words = ["mirage-ds", "data", "import", layout, place, "--out", f"records/{called}", *flags]
-    made.commands[called] = shlex.join([*words, "--most", most] if most else words)
-    return f"records/{called}/data.jsonl"
+    if made.source.trainer == "LLaMA-Factory":
+        return _described(made, name, values)
+    place, _, most = name.partition("#")
+    if ":" in place:
+        raise _Left("names a subset; download it, and name its file")
+    if not Path(place).suffix and not Path(place).exists():
+        raise _of_hub(place)
+    if most:
+        made.left[name] = ABSENT["max_samples"]
+    return place, ""
 
 
-def _described(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, list[str]]:
-    """Look up in dataset_info.json where a data set lies and what `data import` must be told of it.
+def _of_hub(name: str, *flags: str) -> _Left:
+    command = shlex.join(["mirage-ds", "data", "import", name, *flags, "--out", "DIR"])
+    return _Left(f"is no file; where the Hugging Face Hub has it, `{command}` makes records of it")
+
+
+def _described(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, str]:
+    """Look up in dataset_info.json where a data set lies and what its columns are; see _placed.
 
     The file lies in dataset_dir, below the working directory or a folder above the configuration.
     """
@@ -233,14 +240,17 @@ def _described(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, 
     if strange:
         raise _Left(f"calls its roles {', '.join(sorted(strange))}; rename them as sharegpt has them")
     if ("file_name" not in entry and "hf_hub_url" not in entry) or "subset" in entry:
-        raise _Left("is a script, a subset or not on the Hugging Face Hub; download it, and import its file")
+        raise _Left("is a script, a subset or not on the Hugging Face Hub; download it, and name its file")
     named = [(_COLUMNS[part], column) for part, column in entry.get("columns", {}).items() if part in _COLUMNS]
     columns = ",".join(f"{role}={column}" for (role, *known), column in named if column not in known)
-    flags = ["--columns", columns] if columns else []
     if "hf_hub_url" in entry:
-        return entry["hf_hub_url"], [*flags, *(["--split", entry["split"]] if "split" in entry else [])]
-    file, media = folder / entry["file_name"], Path(values.get("media_dir", folder))
-    return str(file), [*flags, *([] if media == file.parent else ["--image_root", str(media)])]
+        split = ("--split", entry["split"]) if "split" in entry else ()
+        raise _of_hub(entry["hf_hub_url"], *split, *(("--columns", columns) if columns else ()))
+    file = folder / entry["file_name"]
+    if file.parent != folder:
+        # Their pictures' paths start from it.
+        values.setdefault("media_dir", str(folder))
+    return str(file), columns
 
 
 def _check(made: Imported) -> None:
@@ -253,13 +263,14 @@ def _check(made: Imported) -> None:
     needed = {"model": "a folder or hub id", "data_path": "records.jsonl", "save_model_path": "a folder"}
     made.missing = {**{name: what for name, what in needed.items() if name not in settings}, **made.missing}
     checked = build_model(RunConfig, {}, {**needed, **settings}, f"{made.source.file}, in our names,")
-    made.settings = {name: checked.model_dump(mode="json")[name] for name in settings}
+    # In the order of `--help`.
+    made.settings = checked.model_dump(mode="json", include=set(settings))
 
 
 def print_imported(made: Imported, on_stderr: bool) -> None:
-    """Print what became of each of their settings, and the commands that make records of their data."""
+    """Print what became of each of their settings."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console(stderr=on_stderr)
     for title, head, rows in (
@@ -267,14 +278,8 @@ def print_imported(made: Imported, on_stderr: bool) -> None:
         ("no counterpart", (made.source.trainer, "why"), made.left.items()),
         ("to be given still", ("setting", "what"), made.missing.items()),
     ):
-        table = Table(title=title)
-        for name in head:
-            table.add_column(name, overflow="fold")
+        table = Table(*(Column(name, overflow="fold") for name in head), title=title)
         for row in rows:
             table.add_row(*row)
         if table.row_count:
             console.print(table)
-    if made.commands:
-        console.print(
-            "records first:", *made.commands.values(), sep="\n", soft_wrap=True, highlight=False, markup=False
-        )

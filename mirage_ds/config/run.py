@@ -361,16 +361,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of settings; UserError when it is missing, broken or not a mapping."""
     try:
         if not path.is_file():
-            raise UserError(f"--config {path}: no such file")
+            raise UserError(f"{path}: no such file of settings")
         # _Loader is a SafeLoader.
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
     # PyYAML raises all kinds at a scalar that is not what it looks like: `2001-99-99`, `!!int x`.
     except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
-        raise UserError(f"--config {path}: cannot be read ({reason(error)}); write `key: value` lines") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}); write `key: value` lines") from None
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected `key: value` lines, found {type(values).__name__}")
+        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     return values

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.run import cache_folder
-from mirage_ds.curate.spec import RationalizeSpec, RewriteSpec
+from mirage_ds.curate.spec import ReadSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
 from mirage_ds.data.record import Record, RecordError
-from mirage_ds.data.record_files import scan
+from mirage_ds.data.record_files import read_records
 from mirage_ds.errors import UserError
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.tables import suffix_of
@@ -29,7 +29,7 @@ class Source:
     finder: ImageFinder
 
     @classmethod
-    def read(cls, file: Path, spec: RewriteSpec | RationalizeSpec, most: int | None = None) -> Source:
+    def read(cls, file: Path, spec: ReadSpec, most: int | None = None) -> Source:
         """Read a file or folder of records.
 
         Args:
@@ -38,10 +38,8 @@ class Source:
         Raises:
             UserError: no such file, or a record among those taken that has not the format.
         """
-        records, faults = scan(file, columns=parse_columns(spec.columns))
-        if faults and (most is None or len(records) < most or faults[0].line < records[most - 1].line):
-            raise UserError(f"{file}, {faults[0]}")
-        return cls(file, records[:most], ImageFinder.beside(file, spec.image_root))
+        records = read_records(file, columns=parse_columns(spec.columns), most=most)
+        return cls(file, records, ImageFinder.beside(file, spec.image_root))
 
     @contextmanager
     def told(self, record: Record) -> Iterator[None]:

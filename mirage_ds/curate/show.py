@@ -17,12 +17,12 @@ import click
 from PIL import Image, ImageDraw, ImageFont
 
 from mirage_ds.config.columns import RECOGNISED, Columns
-from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.images import ImageFinder, png_of
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Fault, Record, RecordError
 from mirage_ds.data.record_files import Raw, places, record_of, told
 from mirage_ds.errors import UserError, shown
 from mirage_ds.files import write_atomically
-from mirage_ds.tasks import TASKS, get_task
+from mirage_ds.tasks import TASKS, get_task, seen_by_scorer
 
 # Rows shown where nobody says which.
 FIRST = 20
@@ -163,9 +163,8 @@ def _task_faults(record: Record) -> list[Fault]:
     name = record.extra.get("task")
     if name not in TASKS or not record.text_output:
         return []
-    known = {**record.extra, "text_output": record.text_output}
     try:
-        answered = get_task(name).parse(record.text_output, known) is not None
+        answered = get_task(name).parse(record.text_output, seen_by_scorer(record)) is not None
     except KeyError as error:
         return [Fault(record.line, str(error.args[0]), f"missing, and {name} reads answers by it", "add it")]
     if answered:
@@ -219,9 +218,7 @@ def png_sheet(records: Sequence[Shown]) -> bytes:
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     for at, row in enumerate(rows):
         sheet.paste(row, (0, sum(other.height for other in rows[:at])))
-    content = io.BytesIO()
-    sheet.save(content, "PNG")
-    return content.getvalue()
+    return png_of(sheet)
 
 
 def write_page(file: Path, records: Sequence[Shown], out: Path) -> None:

@@ -17,12 +17,17 @@ QUESTION = "Read the path."
 USUAL_KEY_VARIABLE = "OPENAI_API_KEY"
 
 
-class RewriteSpec(Settings):
-    """Where other records are written, and where the images of the given ones lie."""
+class ReadSpec(BaseModel, extra="forbid"):
+    """How the given records are read."""
 
-    seed: int = Field(0, description="the same seed gives the same bytes")
     image_root: Path | None = Field(None, description="second place where relative image paths are looked for")
     columns: ColumnsText = Field(None, description=COLUMNS_HELP[0].lower() + COLUMNS_HELP[1:])
+
+
+class RewriteSpec(ReadSpec, Settings):
+    """How the given records are read, and where others are written."""
+
+    seed: int = Field(0, description="the same seed gives the same bytes")
 
 
 class VarySpec(RewriteSpec):
@@ -50,7 +55,7 @@ class MixSpec(RewriteSpec):
     )
 
 
-class RationalizeSpec(BaseModel, extra="forbid", protected_namespaces=()):
+class RationalizeSpec(ReadSpec):
     """Who writes rationales, from what, and how."""
 
     out: Path = Field(description="folder to write: data.jsonl, rationalize.json, and replies.jsonl to go on from")
@@ -78,8 +83,6 @@ class RationalizeSpec(BaseModel, extra="forbid", protected_namespaces=()):
     max_new_tokens: int = Field(1024, ge=1, description="tokens of a reply, at most")
     seed: int | None = Field(None, ge=0, lt=2**31, description="of the draws; a server is sent one only where given")
     max_pixels: int | None = Field(None, ge=784, description="larger images are made smaller before they are shown")
-    image_root: Path | None = Field(None, description="second place where relative image paths are looked for")
-    columns: ColumnsText = Field(None, description=COLUMNS_HELP[0].lower() + COLUMNS_HELP[1:])
     most: int | None = Field(None, ge=1, description="take only the first so many records")
 
     @model_validator(mode="after")

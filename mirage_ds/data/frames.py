@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mirage_ds.data.images import png_of
 from mirage_ds.data.sources import BATCH_ROWS
 from mirage_ds.errors import UserError
 
@@ -48,9 +48,7 @@ def _held(value: Any) -> Any:
         # A list of a row, as pandas reads it from Parquet, or the pixels of a picture.
         return [_held(one) for one in value.tolist()] if value.ndim < 2 else _held(Image.fromarray(value))
     if isinstance(value, Image.Image):
-        content = io.BytesIO()
-        value.save(content, "PNG", compress_level=1)
-        return {"bytes": content.getvalue()}
+        return {"bytes": png_of(value, level=1)}
     if isinstance(value, Mapping):
         return {str(name): _held(one) for name, one in value.items()}
     return [_held(one) for one in value] if isinstance(value, (list, tuple)) else value

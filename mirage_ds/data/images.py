@@ -7,6 +7,7 @@ An image is taken as viewers show it: turned as its EXIF says, on white where it
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import stat
@@ -273,6 +274,13 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # noqa: BLE001  # as with pixels (_broken); viewers show a picture whose notes are spoilt as it is
         return 1
     return turn if isinstance(turn, int) and turn in TURNS else 1
+
+
+def png_of(image: Image.Image, level: int = 6) -> bytes:
+    """Return an image as a PNG file, compressed with this effort, 0 to 9."""
+    content = io.BytesIO()
+    image.save(content, "PNG", compress_level=level)
+    return content.getvalue()
 
 
 def upright_rgb(image: Image.Image) -> Image.Image | None:

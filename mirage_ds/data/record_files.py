@@ -96,22 +96,27 @@ def places(path: Path) -> Iterator[Place]:
             yield Place(line if len(files) == 1 else count, piece.file, line, row)
 
 
-def read_records(path: Path, answers: bool = True, columns: Columns = RECOGNISED) -> list[Record]:
-    """Read a whole source as `scan` does; its first fault is a UserError."""
-    records, faults = scan(path, answers, columns)
+def read_records(
+    path: Path, answers: bool = True, columns: Columns = RECOGNISED, most: int | None = None
+) -> list[Record]:
+    """Read a source as `scan` does; its first fault is a UserError."""
+    records, faults = scan(path, answers, columns, most)
     if faults:
         said, _ = summary(faults, len(records) + len(faults))
         raise UserError(f"{path}: {said}; `mirage-ds data check {path}` lists all faults")
     return records
 
 
-def scan(path: Path, answers: bool = True, columns: Columns = RECOGNISED) -> tuple[list[Record], list[Fault]]:
-    """Read a whole source; return the records that have the format and the faults of the others.
+def scan(
+    path: Path, answers: bool = True, columns: Columns = RECOGNISED, most: int | None = None
+) -> tuple[list[Record], list[Fault]]:
+    """Read a source; return the records that have the format and the faults of the others.
 
     Of several files a record's line is its place among all records, and its paths are from the first file's folder.
 
     Args:
         answers: see make_record.
+        most: read only the first so many; None for all.
 
     Raises:
         UserError: a file is missing, cannot be read, or there is no record; or the files lie in several folders.
@@ -124,7 +129,7 @@ def scan(path: Path, answers: bool = True, columns: Columns = RECOGNISED) -> tup
     for line in told(path, columns):
         if os.environ.get("RANK", "0") == "0":
             click.echo(line, err=True)
-    for place in places(path):
+    for place in islice(places(path), most):
         try:
             record = record_of(place.row, place.line, answers, None, columns)
             records.append(replace(record, line=place.number))

@@ -1,5 +1,8 @@
 """Where records come from: files of records, one of them, a folder or a glob pattern; read piece by piece.
 
+pyarrow reads the tables. `datasets` streams them too, but it locks files in its cache, logs what it raises, and decodes
+images unless each column is cast.
+
 Files are taken in the order of their names. A record's line counts from 1 within its file; in JSON arrays, Parquet and
 Arrow it is the row. Pictures inside a record (inside.py) are written into the cache once and are read from there like
 any other.
@@ -10,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -235,11 +238,21 @@ def text_lines(file: BinaryIO, first: int = 1) -> Iterator[tuple[int, str]]:
                 yield line, text
 
 
-def rows_of(piece: Piece, file: Path) -> Iterator[tuple[int, str | dict[str, Any]]]:
+def columns_of(file: Path) -> list[str]:
+    """Return the names of a Parquet or Arrow file's columns; UserError where it cannot be read."""
+    if kind_of(file) == "parquet":
+        return list(_parquet(file).schema_arrow.names)
+    return next((batch.schema.names for batch in _arrow_batches(file)), [])
+
+
+def rows_of(
+    piece: Piece, file: Path, columns: Collection[str] | None = None
+) -> Iterator[tuple[int, str | dict[str, Any]]]:
     """Yield (line number, text) of JSON lines and of a JSON array's items, (row, values) of the other kinds.
 
     Args:
         file: the piece's file.
+        columns: of Parquet and Arrow files only these; None for all.
 
     Raises:
         UserError: the file cannot be read.
@@ -247,7 +260,7 @@ def rows_of(piece: Piece, file: Path) -> Iterator[tuple[int, str | dict[str, Any
     try:
         kind = kind_of(file)
         if kind in ("parquet", "arrow"):
-            yield from enumerate(_rows_of_batches(piece, file), piece.first)
+            yield from enumerate(_rows_of_batches(piece, file, columns), piece.first)
         elif kind == "lines":
             with file.open("rb") as content:
                 content.seek(piece.start)
@@ -259,11 +272,13 @@ def rows_of(piece: Piece, file: Path) -> Iterator[tuple[int, str | dict[str, Any
         raise unreadable(file, error) from None
 
 
-def _rows_of_batches(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
-    at = 0
+def _rows_of_batches(piece: Piece, file: Path, columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
+    at, names = 0, columns and list(columns)
     with _as_parquet(file):
-        whole = piece.group is None
-        batches = _arrow_batches(file) if whole else _parquet(file).iter_batches(BATCH_ROWS, row_groups=[piece.group])
+        if piece.group is None:
+            batches = (batch.select(names or batch.schema.names) for batch in _arrow_batches(file))
+        else:
+            batches = _parquet(file).iter_batches(BATCH_ROWS, row_groups=[piece.group], columns=names)
         for batch in batches:
             low, high = max(0, piece.start - at), min(len(batch), piece.stop - at)
             at += len(batch)
@@ -275,6 +290,16 @@ def _rows_of_batches(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
                 yield from own.to_pylist()
             if at >= piece.stop:
                 return
+
+
+def count_rows(files: Sequence[Path]) -> int:
+    """Count the rows of files; those of Parquet and Arrow are not read for that. UserError where one cannot be read."""
+    count = 0
+    for piece in pieces(files):
+        file = files[piece.file]
+        in_table = kind_of(file) in ("parquet", "arrow")
+        count += piece.stop - piece.start if in_table else sum(1 for _ in rows_of(piece, file))
+    return count
 
 
 def no_record(data_path: Records) -> UserError:

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 @model_options(EvaluateSpec)
 @click.option("--local_rank", hidden=True, help="Passed by some launchers; the environment says it too.")
 def evaluate(folder: Path, local_rank: str | None, **flags: Any) -> None:
-    """Answer the records of a file with the model in FOLDER and score the answers, per level with 95 % intervals.
+    """Answer the records of a file and score the answers.
+
+    The model is that in FOLDER; scores are per level, with 95 % intervals.
 
     On several GPUs: deepspeed --module mirage_ds.evaluate FOLDER … shares the records among the ranks.
     """
@@ -90,7 +92,10 @@ def _compare_latents(folder: Path, spec: EvaluateSpec) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @model_options(GenerateSpec)
 def generate(folder: Path, **flags: Any) -> None:
-    """Answer one question with the model in FOLDER; latent blocks are marked."""
+    """Answer one question.
+
+    The model is that in FOLDER; latent blocks are marked.
+    """
     from mirage_ds.data.images import ImageFinder
 
     spec = build_model(GenerateSpec, flags)

@@ -49,7 +49,7 @@ def read_asked(spec: RecordsSpec, answers: bool = False) -> Asked:
         answers: whether they must have their own.
     """
     file = spec.data_path
-    records = read_records(file, answers, parse_columns(spec.columns))[: spec.most]
+    records = read_records(file, answers, parse_columns(spec.columns), spec.most)
     return records, task_of(records, file, spec.task), hash_of_records(file)
 
 

@@ -12,7 +12,7 @@ from mirage_ds.config.run import LOSSES
 from mirage_ds.data.encode import LATENT_PAD, LATENT_START, Encoder
 from mirage_ds.data.record import HELPER_MARK, Record, RecordError
 from mirage_ds.errors import UserError, closest
-from mirage_ds.tasks import DEFAULT, NO_METRICS, get_task, level_of, named_task
+from mirage_ds.tasks import DEFAULT, NO_METRICS, get_task, level_of, named_task, seen_by_scorer
 
 # Metric → whether more of it is better. `moves`, `runs` and `latents` describe an answer and do not judge it.
 MORE_IS_BETTER = {
@@ -124,11 +124,8 @@ def marks(records: Sequence[Record], answers: Sequence[Prediction], task: str) -
     scorer = get_task(task).score_record
     found: list[dict[str, float]] = []
     for record, answer in zip(records, answers, strict=True):
-        pictures = {"image_input": list(record.image_input), "image_output": list(record.image_output)}
-        # A question alone has an empty answer, and nothing is to be compared with that.
-        own = {"text_output": record.text_output} if record.text_output else {}
         try:
-            values = scorer(answer.text, {**record.extra, "text_input": record.text_input, **pictures, **own})
+            values = scorer(answer.text, seen_by_scorer(record))
         except KeyError as error:
             raise UserError(f"record on line {record.line} has no {error}, which {task} is scored by") from None
         except UserError as error:

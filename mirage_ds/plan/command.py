@@ -19,10 +19,11 @@ EXIT_DOES_NOT_FIT = 1
     "--json", "wants_json", is_flag=True, help="Print one JSON object, in bytes and seconds, and nothing else."
 )
 def plan(wants_json: bool, card: str | None, **flags: Any) -> None:
-    """Compute, before a GPU-hour is spent, what fits, which DeepSpeed JSON to take and what bounds a step.
+    """Compute what fits into memory and how long it takes.
 
-    From the model's config.json alone; nothing is downloaded or measured, and no weights are read. Exit code 0 also
-    where none of the shipped JSONs fits; 1 where the one given by --deepspeed does not.
+    It says which DeepSpeed JSON to take and what bounds a step, from the model's config.json alone; nothing is
+    downloaded or measured, and no weights are read. Exit code 0 also where none of the shipped JSONs fits; 1 where the
+    one given by --deepspeed does not.
     """
     from mirage_ds.plan.fit import Question, advice, rank
     from mirage_ds.plan.report import as_json, print_tables

@@ -3,12 +3,11 @@
 from mirage_ds.analysis.controls.conditions import choose_partners
 from mirage_ds.analysis.controls.paths import forks_of
 from mirage_ds.analysis.controls.spec import PATH, parse_names
-from mirage_ds.config.columns import parse_columns
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import RecordError
-from mirage_ds.data.record_files import read_records
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.scoring import task_of
+from mirage_ds.evaluate.report import read_asked
+from mirage_ds.evaluate.spec import RecordsSpec
 from mirage_ds.study.nodes import Study
 from mirage_ds.study.spec import EvaluationSpec
 
@@ -31,9 +30,10 @@ def check_evaluations(study: Study) -> None:
 def _check(evaluation: EvaluationSpec, conditions: list[str]) -> None:
     file = evaluation.data_path
     most = (evaluation.controls_most or evaluation.most) if conditions else evaluation.most
+    named = evaluation.model_dump(include={"data_path", "columns", "task"})
+    asked = RecordsSpec.model_validate({**named, "most": most})
     # Questions alone can be answered; the controls compare with a record's own answer.
-    records = read_records(file, answers=bool(conditions), columns=parse_columns(evaluation.columns))[:most]
-    task = task_of(records, file, evaluation.task)
+    records, task, _ = read_asked(asked, answers=bool(conditions))
     finder = ImageFinder.beside(file, evaluation.image_root)
     oracle = "oracle" in conditions
     try:

@@ -60,7 +60,10 @@ class RunFlags(BaseModel):
 
 @click.group(cls=Group, context_settings=CONTEXT)
 def ablate() -> None:
-    """Describe a study in one file, run it here or on a cluster, report it."""
+    """Run, follow and report a study of arms and seeds.
+
+    One file describes it. It runs here or on a cluster.
+    """
 
 
 def _open(file: Path) -> tuple[Study, Store]:

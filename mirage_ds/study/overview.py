@@ -24,8 +24,9 @@ from mirage_ds.cluster.status.show import print_several
 from mirage_ds.cluster.status.summary import summary
 from mirage_ds.config.mixture import Mixture, most
 from mirage_ds.config.run import RunConfig
-from mirage_ds.data.kinds import kind_of
+from mirage_ds.data.folders import find_files
 from mirage_ds.data.pack import total_steps
+from mirage_ds.data.sources import count_rows
 from mirage_ds.errors import UserError
 from mirage_ds.plan.fit import Question, rank
 from mirage_ds.plan.spec import PlanSpec
@@ -42,7 +43,7 @@ class Estimate(NamedTuple):
     """What the planner says of a training node.
 
     Attributes:
-        steps: optimizer steps, None where the records cannot be counted quickly (Parquet, folders).
+        steps: optimizer steps; None of an evaluation.
         hours: GPU-hours; None without an estimate, and `problem` says why.
     """
 
@@ -52,12 +53,9 @@ class Estimate(NamedTuple):
 
 
 @lru_cache
-def rows_of(source: Path) -> int | None:
-    """Count the records of a JSON-lines file; None for other sources."""
-    if not source.is_file() or kind_of(source) != "lines":
-        return None
-    with source.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+def rows_of(source: Path) -> int:
+    """Count the records of a source."""
+    return count_rows(find_files(source))
 
 
 def shown_hours(hours: float, digits: int) -> str:
@@ -66,13 +64,11 @@ def shown_hours(hours: float, digits: int) -> str:
     return f"under {least:g}" if 0 < hours < least else f"{hours:,.{digits}f}"
 
 
-def steps_of(config: RunConfig) -> int | None:
+def steps_of(config: RunConfig) -> int:
     """Count the optimizer steps of a run, if no record is dropped."""
     records = config.records
     files = [part.file for part in records.parts] if isinstance(records, Mixture) else [records]
-    counts = [count for file in files if (count := rows_of(file)) is not None]
-    if len(counts) < len(files):
-        return config.max_steps
+    counts = [rows_of(file) for file in files]
     weights = records.weights if isinstance(records, Mixture) else None
     rows = sum(most(files, counts, weights) if weights else counts)
     return total_steps(rows, config.rows_per_step, config.epochs, config.max_steps)
@@ -100,8 +96,6 @@ def estimate(config: RunConfig, machine: Mapping[str, Any]) -> Estimate:
         machine: fields of PlanSpec about machines, rows and images.
     """
     steps = steps_of(config)
-    if steps is None:
-        return Estimate(problem="its records are not counted before it starts")
     try:
         base = PlanSpec(
             model=planned_model(str(config.model)),
@@ -217,10 +211,10 @@ def print_plan(made: Study, lines: list[Line], left: list[Line], problems: list[
         node = group[0].node
         row = [name, node.kind, str(len(group)), str(sum(line.cells for line in group)), "", ""]
         if node.kind == "train":
-            steps = [line.estimate.steps for line in group if line.estimate.steps is not None]
+            steps = [line.estimate.steps or 0 for line in group]
             hours = hours_of(group)
             row[1] = node.config.stage
-            row[4] = " … ".join(f"{n:,}" for n in sorted({min(steps), max(steps)})) if len(steps) == len(group) else "?"
+            row[4] = " … ".join(f"{n:,}" for n in sorted({min(steps), max(steps)}))
             row[5] = shown_hours(sum(hours), 2) if hours else "–"
         counts = Counter(line.state for line in group)
         states = ", ".join(f"{count} {state}" if len(counts) > 1 else state for state, count in counts.items())

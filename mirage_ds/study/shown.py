@@ -1,6 +1,5 @@
 """What a report shows of its records: each evaluation's chance level, and two answers. Imports no torch."""
 
-import io
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from PIL import Image
 
 from mirage_ds.analysis.constant import best_constant
 from mirage_ds.config.columns import parse_columns
-from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.images import ImageFinder, png_of
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import read_records
@@ -39,7 +38,7 @@ def with_records(results: Results, evaluations: Mapping[str, EvaluationSpec]) ->
     for name in dict.fromkeys(name for cell in results.cells for name in cell.scores):
         spec = evaluations[name]
         try:
-            records = read_records(spec.data_path, answers=False, columns=parse_columns(spec.columns))[: spec.most]
+            records = read_records(spec.data_path, False, parse_columns(spec.columns), spec.most)
             if best := best_constant(records, spec.task):
                 chance[name] = {str(one.line): score for one, score in zip(records, best, strict=True)}
             if shown and shown[1] == name:
@@ -58,8 +57,6 @@ def _example(record: Record, spec: EvaluationSpec) -> dict[str, Any]:
         finder = ImageFinder.beside(Path(spec.data_path), spec.image_root)
         image = finder.load(record, "image_input", record.image_input[0])
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        picture = buffer.getvalue()
+        picture = png_of(image)
     question, right = record.text_input.replace(IMAGE_MARK, ""), record.text_output.replace(HELPER_MARK, "")
     return {"line": record.line, "question": question, "right": right, "picture": picture}

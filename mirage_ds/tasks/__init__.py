@@ -6,7 +6,7 @@ import inspect
 import re
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mirage_ds.errors import UserError, closest, shown
 from mirage_ds.files import own_modules_found
@@ -91,6 +91,16 @@ def level_of(record: Record) -> str:
     """Return what a record calls its level, else the side of its map, else "?"."""
     board = record.extra.get("map_desc")
     return str(record.extra.get("level", len(board) if board and isinstance(board, list) else "?"))
+
+
+def seen_by_scorer(record: Record) -> dict[str, Any]:
+    """Return what a scorer reads of a record: its own keys, its question, its pictures as lists of paths, its answer.
+
+    A question alone has an empty answer, and nothing is to be compared with that: it has no `text_output`.
+    """
+    pictures = {"image_input": list(record.image_input), "image_output": list(record.image_output)}
+    own = {"text_output": record.text_output} if record.text_output else {}
+    return {**record.extra, "text_input": record.text_input, **pictures, **own}
 
 
 def _module(known: str, name: str) -> ModuleType:

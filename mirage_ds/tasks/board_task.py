@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from mirage_ds.config.mixture import apportion
+from mirage_ds.data.folders import find_files
 from mirage_ds.data.messages import FIELDS
 from mirage_ds.data.record import parse_object
 from mirage_ds.errors import UserError, reason
@@ -30,7 +31,7 @@ from mirage_ds.tasks.maps import (
 )
 from mirage_ds.tasks.render import load_tiles
 from mirage_ds.tasks.report import BuildReport
-from mirage_ds.tasks.tables import read_json_lines, reading
+from mirage_ds.tasks.tables import read_rows, reading
 from mirage_ds.tasks.task import Settings, Task
 
 _RANDOM_ONLY = ("levels", "proportions", "hole_rate", "split")
@@ -261,7 +262,7 @@ class _Supply:
         settings = self.settings
         found: list[Draft] = []
         seen: set[str] = set()
-        for source in read_json_lines(path):
+        for source in read_rows(find_files(path)):
             if len(found) == settings.count:
                 break
             board, row = _board_of(source.values, source.where), source.values

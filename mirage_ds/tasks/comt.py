@@ -72,20 +72,19 @@ class Comt(ChoiceTask):
                 numbers.append(row.number)
             else:
                 report.excluded += 1
-        chosen = tables.draw(numbers, settings.count, settings.seed)
-        yield from tables.drafts((row for row in _rows(source) if row.number in chosen), make, settings, report)
+        yield from tables.drafts(_rows(source), numbers, make, settings, report)
 
 
 def _rows(source: Path) -> Iterator[tables.Row]:
     """Yield the rows of a folder's data.jsonl, of a JSON-lines file, or of Parquet or Arrow files."""
     file = source / "data.jsonl" if source.is_dir() else source
     if file.suffix == ".jsonl" and file.is_file():
-        return tables.read_json_lines(file)
+        return tables.read_rows([file])
     files = tables.find_tables(source)
     names = tables.columns_of(files[0])
     if "sequence_plan" not in names:
         raise UserError(f"{files[0]}: has no column sequence_plan, only {', '.join(names)}; name COMT's data.jsonl")
-    return tables.read_tables(files)
+    return tables.read_rows(files)
 
 
 def _in_test(row: tables.Row, make: Callable[[tables.Row], Draft]) -> bool | None:

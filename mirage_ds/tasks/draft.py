@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
-
-def _png(image: Image.Image, level: int = 6) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG", compress_level=level)
-    return content.getvalue()
+from mirage_ds.data.images import png_of
 
 
 @dataclass(frozen=True)
@@ -35,12 +30,12 @@ class Picture:
         known = f"{image.mode} {image.size} ".encode() + image.tobytes()
         digest = hashlib.sha256(known).hexdigest()[:16]
         # Photographs hardly shrink any further, whatever the effort.
-        return cls(f"{digest[:2]}/{digest}.png", lambda: _png(image, level=1))
+        return cls(f"{digest[:2]}/{digest}.png", lambda: png_of(image, level=1))
 
     @classmethod
     def drawn(cls, name: str, draw: Callable[[], Image.Image]) -> Picture:
         """Draw a picture later, as `name`.png; the name must say all that tells it from others."""
-        return cls(f"{name}.png", lambda: _png(draw()))
+        return cls(f"{name}.png", lambda: png_of(draw()))
 
     @classmethod
     def stored(cls, content: bytes, suffix: str) -> Picture:

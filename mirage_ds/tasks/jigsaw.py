@@ -15,6 +15,7 @@ from typing import Literal
 from PIL import Image, ImageChops, ImageOps, ImageStat
 from pydantic import Field
 
+from mirage_ds.data.sources import count_rows
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.choices import ChoiceTask, read_choice, without_letters
@@ -182,10 +183,8 @@ class Jigsaw(ChoiceTask):
         """Convert BLINK's Jigsaw rows (Parquet as the Hub has them, or `save_to_disk`) to evaluate on."""
         files = tables.find_tables(source, "Jigsaw", settings.split)
         tables.need_columns(files, ("idx", "question", "choices", "answer", "image_1"))
-        number_of = {row.number for row in tables.read_tables(files, ["idx"])}
-
-        rows = tables.read_tables(files, None, tables.draw(sorted(number_of), settings.count, settings.seed))
-        return tables.drafts(rows, partial(_blink, report), settings, report)
+        rows, numbers = tables.read_rows(files), range(count_rows(files))
+        return tables.drafts(rows, numbers, partial(_blink, report), settings, report)
 
 
 def _blink(report: BuildReport, row: tables.Row) -> Draft:

@@ -20,6 +20,7 @@ from PIL import Image
 from pydantic import Field
 
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
+from mirage_ds.data.sources import count_rows
 from mirage_ds.errors import shown
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.boxed import BoxedAnswer, last_boxed
@@ -66,10 +67,9 @@ class _Published(BoxedAnswer):
 
     def convert(self, source: Path, settings: PublishedSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert the authors' file, or a folder that holds such files."""
-        numbers = [row.number for row in _rows(source)] if settings.count is not None else []
-        chosen = tables.draw(numbers, settings.count, settings.seed)
-        rows = (row for row in _rows(source) if settings.count is None or row.number in chosen)
-        yield from tables.drafts(rows, partial(self._draft, root=settings.image_root), settings, report)
+        numbers = range(count_rows(_files(source)))
+        make = partial(self._draft, root=settings.image_root)
+        return tables.drafts(tables.read_rows(_files(source)), numbers, make, settings, report)
 
     @abstractmethod
     def _draft(self, row: tables.Row, root: Path | None) -> Draft:
@@ -80,18 +80,9 @@ def _last_tagged(text: str) -> str | None:
     return next(reversed(_ANSWER.findall(text)), None)
 
 
-def _rows(source: Path) -> Iterator[tables.Row]:
-    """Yield the rows of a JSON array, of JSON lines, of tables, or of all such files below a folder."""
-    arrays = sorted(source.rglob("train.json")) if source.is_dir() else [source] if source.suffix == ".json" else []
-    if source.suffix == ".jsonl":
-        yield from tables.read_json_lines(source)
-    elif not arrays:
-        yield from tables.read_tables(tables.find_tables(source))
-    number = 0
-    for file in arrays:
-        for row in tables.read_array(file, number):
-            yield row
-            number = row.number + 1
+def _files(source: Path) -> list[Path]:
+    """Return a file itself, or a folder's arrays or tables, wherever below it they lie."""
+    return [source] if source.is_file() else sorted(source.rglob("train.json")) or tables.find_tables(source)
 
 
 def _picture(row: tables.Row, value: Any, root: Path | None) -> Picture:

@@ -54,7 +54,7 @@ class Sat(ChoiceTask):
             raise UserError(f"{files[0]}: has no column {' or '.join(_IMAGE_COLUMNS)}; name the data set that has it")
         name = next((name for name in _ID_COLUMNS if name in tables.columns_of(files[0])), None)
         # The images are not read for that.
-        kinds = tables.read_tables(files, ["question_type"])
+        kinds = tables.read_rows(files, ["question_type"])
         fitting = tables.of_types(kinds, "question_type", "--question_types", settings.question_types, report)
         numbers = [row.number for row in fitting]
         helpers = folder_of_images(settings.helpers) if settings.helpers else {}
@@ -63,9 +63,8 @@ class Sat(ChoiceTask):
             own = str(row.number if name is None else row.values[name])
             return _draft(row, images, own, helpers.get(stem_of(own)), settings.seed, report)
 
-        chosen = tables.draw(numbers, settings.count, settings.seed)
         helped = False
-        for draft in tables.drafts(tables.read_tables(files, None, chosen), make, settings, report):
+        for draft in tables.drafts(tables.read_rows(files), numbers, make, settings, report):
             helped = helped or bool(draft.helpers)
             yield draft
         if helpers and not helped:

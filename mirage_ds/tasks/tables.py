@@ -1,8 +1,4 @@
-"""What others hand out: rows of Parquet, Arrow and JSON-lines files, a batch at a time, and their images.
-
-pyarrow reads the tables. `datasets` streams them too, but it locks files in its cache, logs what it raises, and decodes
-images unless each column is cast.
-"""
+"""What others hand out: which files of a data set are meant, their rows, a batch at a time, and their images."""
 
 import io
 import random
@@ -18,16 +14,16 @@ from typing import Any
 from PIL import Image
 from pydantic import Field
 
+from mirage_ds.data.kinds import kind_of
 from mirage_ds.data.record import RecordError, parse_object
-from mirage_ds.data.record_files import read_lines
-from mirage_ds.errors import UserError, reason, shown, strict_json
+from mirage_ds.data.sources import columns_of, pieces, rows_of
+from mirage_ds.errors import UserError, reason, shown
 from mirage_ds.tasks.draft import Draft, Picture
 from mirage_ds.tasks.report import BuildReport
 from mirage_ds.tasks.task import Settings
 
 TABLES = (".parquet", ".arrow")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_BATCH_ROWS = 64
 # name-00000-of-00003, with a hash behind it where an older library wrote it
 _SHARD = re.compile(r"[-_]\d+-of-\d+(-[0-9a-f]+)?$")
 
@@ -146,52 +142,6 @@ def find_tables(source: Path, folder: str = "", split: str | None = None) -> lis
     return files
 
 
-@contextmanager
-def _open_table(file: Path, columns: Collection[str] | None = None) -> Iterator[tuple[list[str], Iterator[Any]]]:
-    """Open a Parquet file, or an Arrow one: a stream as `datasets` saves it, or a file like Feather's.
-
-    Returns:
-        The names of all its columns, and its batches of rows with `columns` (None: with all).
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pa.memory_map(str(file)) as content:
-            head = content.read(6)
-            content.seek(0)
-            table: Any
-            if head == b"ARROW1":
-                table = pa.ipc.open_file(content)
-                batches = map(table.get_batch, range(table.num_record_batches))
-            elif head.startswith(b"\xff\xff\xff\xff"):
-                batches = table = pa.ipc.open_stream(content)
-            else:
-                table = pq.ParquetFile(content)
-                batches = table.iter_batches(_BATCH_ROWS, columns=columns and list(columns))
-            schema = table.schema_arrow if isinstance(table, pq.ParquetFile) else table.schema
-            yield schema.names, (batch.select(columns or batch.schema.names) for batch in batches)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: cannot be read ({reason(error)}); write or fetch it anew") from None
-
-
-def read_batches(file: Path, columns: Collection[str] | None = None) -> Iterator[Any]:
-    """Yield the record batches of a Parquet or Arrow file; UserError where it cannot be read."""
-    with _open_table(file, columns) as (_, batches):
-        for batch in batches:
-            batch.validate(full=True)
-            yield batch
-
-
-def columns_of(file: Path) -> list[str]:
-    """Return the names of a file's columns; UserError where it cannot be read."""
-    with _open_table(file) as (names, _):
-        return names
-
-
 def need_columns(files: Sequence[Path], names: Collection[str]) -> None:
     """Raise UserError when a file lacks a column."""
     for file in files:
@@ -200,29 +150,6 @@ def need_columns(files: Sequence[Path], names: Collection[str]) -> None:
         if missing:
             there = ", ".join(found)
             raise UserError(f"{file}: has no column {missing}, only {there}; name the data set that has it")
-
-
-def read_tables(
-    files: Sequence[Path], columns: Collection[str] | None = None, wanted: Collection[int] | None = None
-) -> Iterator[Row]:
-    """Yield the rows of Parquet or Arrow files.
-
-    Args:
-        columns: only these; None for all.
-        wanted: numbers of the rows to yield; None for all.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
-    number = 0
-    for file in files:
-        first = number
-        for batch in read_batches(file, columns):
-            # Only what is wanted leaves Arrow: a row may hold large images.
-            keep = [at for at in range(len(batch)) if wanted is None or number + at in wanted]
-            for at, values in zip(keep, batch.take(keep).to_pylist() if keep else (), strict=True):
-                yield Row(number + at, values, file.parent, f"{file}, row {number + at - first + 1}")
-            number += len(batch)
 
 
 @contextmanager
@@ -236,38 +163,31 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable") from None
 
 
-def read_json_lines(file: Path) -> Iterator[Row]:
-    """Yield the rows of a JSON-lines file; UserError as in reading."""
-    with reading(file):
-        for number, (line, text) in enumerate(read_lines(file)):
-            yield Row(number, parse_object(text, line), file.parent, f"{file}, line {line}")
-
-
-def read_array(file: Path, first: int = 0) -> Iterator[Row]:
-    """Yield the rows of a file that is one JSON array; UserError where it is something else.
+def read_rows(files: Sequence[Path], columns: Collection[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of files of any form that training reads.
 
     Args:
-        first: number of its first row.
+        columns: of Parquet and Arrow files only these; None for all.
+
+    Raises:
+        UserError: as in reading.
     """
-    try:
-        values = strict_json(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({reason(error)}); expected a JSON array of objects") from None
-    if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
-        raise UserError(f"{file}: expected a JSON array of objects; name the data set's own file")
-    for number, one in enumerate(values):
-        yield Row(first + number, one, file.parent, f"{file}, row {number + 1}")
+    number = 0
+    for piece in pieces(files):
+        file = files[piece.file]
+        unit = "line" if kind_of(file) in ("lines", "table") else "row"
+        for line, raw in rows_of(piece, file, columns):
+            with reading(file):
+                values = parse_object(raw, line) if isinstance(raw, str) else raw
+            yield Row(number, values, file.parent, f"{file}, {unit} {line}")
+            number += 1
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def draw(numbers: Sequence[int], count: int | None, seed: int) -> set[int]:
-    """Choose `count` of the rows by the seed; all of them for None.
-
-    Raises:
-        UserError: there are fewer.
-    """
+def _drawn(numbers: Sequence[int], count: int | None, seed: int) -> set[int]:
+    """Choose `count` of the rows by the seed, all of them for None; UserError where there are fewer."""
     if count is None:
         return set(numbers)
     if count > len(numbers):
@@ -310,18 +230,28 @@ def of_types(
 
 
 def drafts(
-    rows: Iterable[Row], make: Callable[[Row], Draft], settings: ConvertSettings, report: BuildReport
+    rows: Iterable[Row],
+    fitting: Sequence[int],
+    make: Callable[[Row], Draft],
+    settings: ConvertSettings,
+    report: BuildReport,
 ) -> Iterator[Draft]:
-    """Make each row's draft; a row that is a record already is kept and counted.
+    """Make the drafts of rows that the settings draw; a row that is a record already is kept and counted.
+
+    Args:
+        fitting: numbers of the rows that may be drawn.
 
     Raises:
-        UserError: a bad row, unless those are to be left out.
+        UserError: too few rows, or a bad one, unless those are to be left out.
     """
+    chosen = _drawn(fitting, settings.count, settings.seed)
     report.duplicates_kept = True
     if settings.skip_bad_records:
         report.note("bad rows left out", 0)
     seen: set[tuple[str, ...]] = set()
     for row in rows:
+        if row.number not in chosen:
+            continue
         try:
             draft = make(row)
         except BadRow as error:

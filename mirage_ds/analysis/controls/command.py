@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 @click.argument("folder", type=click.Path(path_type=Path))
 @model_options(ControlsSpec)
 def controls(folder: Path, **flags: Any) -> None:
-    """Replace the latents of the model in FOLDER and see whether its answers change.
+    """Replace the latents and see whether the answers need them.
 
-    Each record is answered greedily under each condition, always with the same number of slots, and compared with the
-    model's own latents: paired differences of the score and of the right answer's likelihood. What the conditions are
-    and what a result says is in `mirage-ds docs controls`.
+    The model in FOLDER answers each record greedily under each condition, always with the same number of slots, and
+    compared with the model's own latents: paired differences of the score and of the right answer's likelihood. What
+    the conditions are and what a result says is in `mirage-ds docs controls`.
     """
     run_controls(folder, build_model(ControlsSpec, flags))
 
@@ -69,9 +69,10 @@ def _tell(report: dict[str, Any], told: Told, out: Path | None, markdown: Path |
 @click.option("--out", type=Output(), help="Write the comparison to this JSON file.")
 @click.option("--markdown", type=Output(), help="Write the table to this Markdown file.")
 def compare(files: tuple[Path, ...], metric: str | None, seed: int, out: Path | None, markdown: Path | None) -> None:
-    """Compare FILES that `mirage-ds evaluate --out` wrote, each with the first, record by record.
+    """Compare files of scores, record by record.
 
-    Paired differences with 95 % bootstrap intervals, exact McNemar p and p by Holm. Files of other records are refused.
+    FILES are what `mirage-ds evaluate --out` wrote, and each is compared with the first. Paired differences with 95 %
+    bootstrap intervals, exact McNemar p and p by Holm. Files of other records are refused.
     """
     from mirage_ds.analysis.controls import compare as comparing
 

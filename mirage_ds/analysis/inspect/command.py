@@ -15,10 +15,11 @@ from mirage_ds.files import check_output
 @click.argument("folder", type=click.Path(path_type=Path))
 @model_options(InspectSpec)
 def inspect(folder: Path, **flags: Any) -> None:
-    """Show the latents of the model in FOLDER: what they look at, which words are near, who attends to them.
+    """Show what the latents look at and stand for.
 
-    Writes one page with pictures of the chosen rows; and over the file's rows the latents' principal components and
-    what a linear probe reads from them.
+    Of the model in FOLDER: what its latents look at, which words are near, who attends to them. Writes one page with
+    pictures of the chosen rows; and over the file's rows the latents' principal components and what a linear probe
+    reads from them.
     """
     from mirage_ds.analysis.inspect.study import inspect_file
     from mirage_ds.data.progress import track

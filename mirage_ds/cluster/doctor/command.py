@@ -43,9 +43,10 @@ def _run_settings(file: Path) -> dict[str, Any]:
 @click.option("--config", "yaml_file", type=click.Path(path_type=Path), help="The run's YAML: its paths are taken.")
 @click.option("--json", "wants_json", is_flag=True, help="Print one JSON object, with all facts, and nothing else.")
 def doctor(yaml_file: Path | None, wants_json: bool, **flags: Any) -> None:
-    """Check in seconds whether these hosts can run the job: what is wrong, on which host, and how to fix it.
+    """Check hosts, software, model and data before a run.
 
-    Exit code 0 when nothing fails (warnings may remain), 2 when something does.
+    It takes seconds, and says what is wrong, on which host, and how to fix it. Exit code 0 when nothing fails (warnings
+    may remain), 2 when something does.
     """
     from rich.console import Console
 

@@ -16,9 +16,10 @@ WIDE = 200
 @click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.option("--watch", type=click.FloatRange(min=0.2), metavar="SECONDS", help="Look again and again, until Ctrl-C.")
 def status(runs: tuple[Path, ...], wants_json: bool, watch: float | None) -> None:
-    """Show how far each of RUNS is and what went wrong: a page for one run, a line each for several.
+    """Show how far runs are and what went wrong.
 
-    RUNS are --save_model_path folders. Only their files are read; nothing is written, no process is asked.
+    Of one run it is a page, of several a line each. RUNS are --save_model_path folders. Only their files are read;
+    nothing is written, no process is asked.
     """
     from rich.console import Console
 

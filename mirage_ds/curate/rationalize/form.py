@@ -6,13 +6,12 @@ Tags and not JSON: models write `\boxed`, `\frac` and line breaks as they are, w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
 from mirage_ds.errors import is_text, shown
-from mirage_ds.tasks import DEFAULT, get_task, named_task
+from mirage_ds.tasks import DEFAULT, get_task, named_task, seen_by_scorer
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.task import Task
 
@@ -138,7 +137,7 @@ class Judge:
         The task's scorer must call it right, and the task must read the same from both: of two right answers the
         helper image belongs to one.
         """
-        known: Mapping[str, Any] = {**self.record.extra, "text_output": self.record.text_output}
+        known = seen_by_scorer(self.record)
         marks = self.task.score_record(text, known)
         own = self.task.parse(self.record.text_output, known)
         return next(iter(marks.values())) >= 1 and self.task.parse(text, known) == own

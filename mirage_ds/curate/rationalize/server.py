@@ -21,7 +21,7 @@ from mirage_ds.curate.rationalize.form import Reply
 from mirage_ds.curate.rationalize.journal import Job
 from mirage_ds.curate.rationalize.prompt import Questions, Shown
 from mirage_ds.curate.spec import USUAL_KEY_VARIABLE
-from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.images import ImageFinder, png_of
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
 
@@ -77,9 +77,7 @@ def data_url(finder: ImageFinder, record: Record, shown: Shown, max_pixels: int 
     if not kind:
         # Pillow would write notes of the transparency and of the turn again, which are in the pixels now.
         picture.info.clear()
-        made = io.BytesIO()
-        picture.save(made, "PNG")
-        content, kind = made.getvalue(), "image/png"
+        content, kind = png_of(picture), "image/png"
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 

@@ -1,7 +1,6 @@
 """`mirage-ds config import`: configurations with the keys that LLaMA-Factory and ms-swift publish, as ours."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,13 @@ import pytest
 from PIL import Image
 
 from mirage_ds.cli import cli
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.flags import build_model
 from mirage_ds.config.foreign import read_foreign
 from mirage_ds.config.importing import import_config
 from mirage_ds.config.run import RunConfig, read_yaml
+from mirage_ds.curate.check import check_file
+from mirage_ds.data.folders import find_files
 from mirage_ds.errors import UserError
 
 # The keys of examples/train_lora/qwen2_5vl_lora_sft.yaml.
@@ -100,11 +102,11 @@ CASES: list[tuple[str, str, int | None, dict[str, Any], set[str], set[str]]] = [
         FACTORY,
         4,
         {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "save_model_path": "saves/lora", "stage": "sft", "lora_rank": 16,
-         "lora_targets": ["q_proj", "v_proj"], "data_path": "records/shapes/data.jsonl", "max_length": 3000,
+         "lora_targets": ["q_proj", "v_proj"], "data_path": "data/shapes.json", "max_length": 3000,
          "max_pixels": 262144, "num_workers": 4, "epochs": 2.0, "global_batch_size": 32, "learning_rate": 1e-4,
          "lr_scheduler": "cosine", "adam_beta2": 0.999, "weight_decay": 0.0, "save_every": 250, "overwrite": True,
-         "log_every": 10, "report_to": ["wandb"]},
-        {"video_max_pixels", "trust_remote_code", "template", "preprocessing_num_workers",
+         "report_to": ["wandb"], "log_every": 10},
+        {"video_max_pixels", "trust_remote_code", "template", "max_samples", "preprocessing_num_workers",
          "save_only_model", "bf16", "ddp_timeout"},
         {"warmup_steps"},
     ),
@@ -113,7 +115,7 @@ CASES: list[tuple[str, str, int | None, dict[str, Any], set[str], set[str]]] = [
         '{"model_name_or_path": "m", "output_dir": "o", "dataset": "shapes", "finetuning_type": "full", '
         '"do_train": true}',
         None,
-        {"model": "m", "save_model_path": "o", "stage": "sft", "data_path": "records/shapes/data.jsonl",
+        {"model": "m", "save_model_path": "o", "stage": "sft", "data_path": "data/shapes.json",
          "max_length": 2048, "max_pixels": 589824, "epochs": 3.0, "learning_rate": 5e-5, "lr_scheduler": "linear",
          "warmup_steps": 0, "adam_beta2": 0.999, "weight_decay": 0.0, "save_every": 500},
         set(),
@@ -124,11 +126,11 @@ CASES: list[tuple[str, str, int | None, dict[str, Any], set[str], set[str]]] = [
         SWIFT,
         None,
         {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "save_model_path": "output/one", "stage": "sft", "train_vision": True,
-         "data_path": ["records/a/data.jsonl", "records/b/data.jsonl"], "max_length": 10000, "max_pixels": 1003520,
+         "data_path": ["a.jsonl", "b.jsonl"], "max_length": 10000, "max_pixels": 1003520,
          "epochs": 1.0, "global_batch_size": 32, "micro_batch_tokens": 10000, "learning_rate": 1e-5,
          "warmup_steps": 0, "weight_decay": 0.1, "attention": "flash", "gradient_checkpointing": False,
-         "save_every": 100, "eval_data_path": "records/a_2/data.jsonl", "eval_every": 100},
-        {"torch_dtype", "freeze_aligner", "deepspeed", "padding_free", "seed"},
+         "save_every": 100, "eval_data_path": "dev/a.jsonl", "eval_every": 100},
+        {"a.jsonl#2000", "torch_dtype", "freeze_aligner", "deepspeed", "padding_free", "seed"},
         set(),
     ),
     (
@@ -136,7 +138,7 @@ CASES: list[tuple[str, str, int | None, dict[str, Any], set[str], set[str]]] = [
         json.dumps(SWIFT_JSON),
         2,
         {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "save_model_path": "output", "stage": "sft", "lora_rank": 8,
-         "lora_alpha": 32, "data_path": "records/rows/data.jsonl", "epochs": 3.0, "global_batch_size": 16,
+         "lora_alpha": 32, "data_path": "rows.jsonl", "epochs": 3.0, "global_batch_size": 16,
          "learning_rate": 1e-4, "warmup_steps": 0, "weight_decay": 0.1, "save_every": 500},
         {"freeze_vit", "lora_dropout", "report_to", "lr_scheduler_type"},
         set(),
@@ -158,10 +160,21 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "columns": {"messages": "messages", "images": "images"},
         "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
     }
+    (data / "more.json").write_text((data / "shapes.json").read_text())
+    (data / "own").mkdir()
+    (data / "own/own.json").write_text(json.dumps([{"q": "Which?", "a": "red", "pictures": ["red.png"]}] * 3))
     own = {"file_name": "own/own.json", "columns": {"prompt": "q", "response": "a", "images": "pictures"}}
     hub = {"hf_hub_url": "people/rows", "split": "train_sft", "formatting": "sharegpt"}
     odd = {"file_name": "odd.json", "formatting": "sharegpt", "tags": {"user_tag": "asker"}}
-    known = {"shapes": shapes, "own": own, "hub": hub, "odd": odd, "likes": {"file_name": "l.json", "ranking": True}}
+    more = shapes | {"file_name": "more.json"}
+    known = {
+        "shapes": shapes,
+        "more": more,
+        "own": own,
+        "hub": hub,
+        "odd": odd,
+        "likes": {"file_name": "l.json", "ranking": True},
+    }
     (data / "dataset_info.json").write_text(json.dumps(known))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -186,22 +199,42 @@ def test_a_configuration_becomes_ours(
     assert {key: dumped[key] for key in settings} == settings
 
 
-def test_the_printed_commands_make_the_records_that_the_settings_name(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_its_tables_are_printed_and_no_file_is_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("examples").mkdir()
     Path("examples/lora.yaml").write_text(FACTORY)
     cli.main(["config", "import", "examples/lora.yaml", "--out", "run.yaml", "--ranks", "8"], standalone_mode=False)
     said = capsys.readouterr().out
     assert "no counterpart" in said
     assert said.rstrip().endswith("train with --config run.yaml")
-    command = next(line for line in said.splitlines() if line.startswith("mirage-ds data import"))
-    cli.main(shlex.split(command)[1:], standalone_mode=False)
-    file = Path(read_yaml(Path("run.yaml"))["data_path"])
-    assert len(file.read_text().splitlines()) == 2
-    cli.main(["data", "check", str(file), "--stage", "sft"], standalone_mode=False)
     with pytest.raises(UserError, match=r"run\.yaml: is there already"):
         cli.main(["config", "import", "examples/lora.yaml", "--out", "run.yaml"], standalone_mode=False)
+
+
+def configuration(dataset: str) -> Path:
+    Path("a.yaml").write_text(f"do_train: true\nmodel_name_or_path: m\noutput_dir: o\ndataset: {dataset}\n")
+    return Path("a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "placed"),
+    [
+        ("shapes", {"data_path": "data/shapes.json"}),
+        ("own", {"data_path": "data/own/own.json", "columns": "question=q,answer=a,image=pictures",
+                 "image_root": "data"}),
+        ("shapes,more", {"data_path": ["data/shapes.json", "data/more.json"]}),
+    ],
+)  # fmt: skip
+def test_data_sets_train_as_they_lie(dataset: str, placed: dict[str, Any], here: Path) -> None:
+    """What is written reads their rows and finds their pictures."""
+    Path("run.yaml").write_text(import_config(configuration(dataset)).as_yaml())
+    values = read_yaml(Path("run.yaml"))
+    assert {name: values[name] for name in ("data_path", "columns", "image_root") if name in values} == placed
+    config = build_model(RunConfig, {}, values)
+    for file in find_files(config.records):
+        count, faults = check_file(
+            file, "sft", config.image_root, None, config.latent_size, columns=parse_columns(config.columns)
+        )
+        assert (count, faults) == (3, [])
 
 
 def test_without_out_the_settings_alone_are_on_stdout(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,31 +248,21 @@ def test_without_out_the_settings_alone_are_on_stdout(here: Path, capsys: pytest
 
 
 @pytest.mark.parametrize(
-    ("name", "command"),
+    ("dataset", "name", "why"),
     [
-        ("own", "llama-factory data/own/own.json --out records/own --columns question=q,answer=a,image=pictures "
-                "--image_root data"),
-        ("hub", "llama-factory people/rows --out records/hub --split train_sft"),
+        ("gone", "data_path", "gone is not described in data/dataset_info.json"),
+        ("odd", "data_path", "odd calls its roles asker; rename them"),
+        ("likes", "data_path", "likes holds preferences"),
+        ("hub", "data_path", "hub is no file; where the Hugging Face Hub has it, `mirage-ds data import people/rows "
+                             "--split train_sft --out DIR` makes records of it"),
+        ("shapes,own", "columns", "the same for all records, and theirs differ (question=q,answer=a,image=pictures / "
+                                  "the usual ones)"),
     ],
 )  # fmt: skip
-def test_a_data_set_becomes_a_command(name: str, command: str, here: Path) -> None:
-    Path("a.yaml").write_text(f"do_train: true\nmodel_name_or_path: m\noutput_dir: o\ndataset: {name}\n")
-    assert import_config(Path("a.yaml")).commands == {name: f"mirage-ds data import {command}"}
-
-
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("gone", "gone is not described in data/dataset_info.json"),
-        ("odd", "odd calls its roles asker; rename them"),
-        ("likes", "likes holds preferences"),
-    ],
-)
-def test_a_data_set_that_cannot_be_taken_is_to_be_given(name: str, why: str, here: Path) -> None:
-    Path("a.yaml").write_text(f"do_train: true\nmodel_name_or_path: m\noutput_dir: o\ndataset: {name}\n")
-    made = import_config(Path("a.yaml"))
-    assert made.missing["data_path"].startswith(why)
-    assert f"# data_path: {why}" in made.as_yaml()
+def test_a_data_set_that_cannot_be_taken_is_to_be_given(dataset: str, name: str, why: str, here: Path) -> None:
+    made = import_config(configuration(dataset))
+    assert made.missing[name].startswith(why)
+    assert f"# {name}: {why}" in made.as_yaml()
 
 
 @pytest.mark.parametrize(

@@ -341,6 +341,11 @@ def test_large_pictures_are_made_smaller(ask: Call, fake: Fake, tmp_path: Path) 
     assert image.getcolors() == [(5000, (9, 8, 7))]
 
 
+def test_a_folder_of_records_is_taken(ask: Call, fake: Fake, boards: Path, tmp_path: Path) -> None:
+    assert ask(boards.parent)[0] == 0
+    written(tmp_path / "out", boards, lines(boards))
+
+
 def test_samples_are_rows(ask: Call, fake: Fake, boards: Path, tmp_path: Path) -> None:
     """Three replies a row by default; more samples later ask for the rest only."""
     fake.reply = lambda request: said(form(request.answer, after=f"Number {len(fake.seen)}."))

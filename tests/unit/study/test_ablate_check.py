@@ -80,10 +80,12 @@ def test_it_is_refused_by_run_too_with_nothing_begun(here: Path, nano: Path) -> 
         (rows({"image_output": None}), {"controls": "zero,off"}),
         (rows({"image_output": "gone.png"}), {"controls": "zero"}),
         (rows({}, {}), {"controls": "own,swap,oracle"}),
+        (json.dumps({"q": "Where?", "a": "<output_image>\\boxed{UP}", "map": "map.png"}) + "\n",
+         {"columns": "question=q,answer=a,image=map", "controls": "zero"}),
         # What is not taken is not looked at.
         (rows({}, {"image_input": "gone.png"}), {"most": 1}),
     ],
-)
+)  # fmt: skip
 def test_a_study_that_can_be_evaluated_is_planned(
     test: str, evaluation: dict[str, Any], here: Path, nano: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,14 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from rich.progress import Progress
 from support.studies import opened, pretend, write_study
 
 from mirage_ds.cli import cli
 from mirage_ds.cluster.hosts import Host
+from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
 from mirage_ds.run import events
 from mirage_ds.study import command as commands
@@ -419,6 +422,16 @@ def test_plan_counts_steps_and_hours(tmp_path: Path, nano: Path, capsys) -> None
     assert len(trained) == 7
     cli.main(["ablate", "plan", str(file)], standalone_mode=False)
     assert "7 training runs instead of 10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.parquet", "rows.feather"])
+def test_plan_counts_the_rows_of_every_form(name: str, tmp_path: Path, nano: Path) -> None:
+    frame = pd.DataFrame({"text_input": ["one\ntwo, three"] * 10, "text_output": ["\n\\boxed{UP}"] * 10})
+    write = {"json": partial(frame.to_json, orient="records", indent=1), "csv": frame.to_csv,
+             "parquet": frame.to_parquet, "feather": frame.to_feather}[name.partition(".")[2]]  # fmt: skip
+    write(tmp_path / name)
+    config = RunConfig(model="m", data_path=tmp_path / name, save_model_path=tmp_path, stage="sft", epochs=2)
+    assert steps_of(config.model_copy(update={"global_batch_size": 4})) == 5
 
 
 def test_status_and_exit_codes(tmp_path: Path, nano: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

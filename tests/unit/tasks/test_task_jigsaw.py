@@ -314,7 +314,9 @@ def test_which_files_are_meant(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no Parquet or Arrow file in it"):
         turn(tmp_path / "empty", tmp_path / "o")
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"val-00000-of-00001\.parquet: cannot be read \(.*\); write or fetch it anew"):
+    with pytest.raises(
+        UserError, match=r"val-00000-of-00001\.parquet: cannot be read as Parquet \(.*\); write it anew"
+    ):
         turn(file, tmp_path / "o")
     pq.write_table(pa.table({"idx": ["a"], "question": ["?"]}), file)
     with pytest.raises(UserError, match="has no column choices and answer and image_1, only idx, question; name the"):

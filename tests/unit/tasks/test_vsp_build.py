@@ -348,7 +348,7 @@ def test_bad_maps(tmp_path, rows, says):
 
 def test_maps_that_cannot_be_read(tmp_path):
     (tmp_path / "m.jsonl").symlink_to("/proc/self/mem")  # an I/O error for root too
-    with pytest.raises(UserError, match=r"m\.jsonl: cannot be read \(Input/output error\); make it readable"):
+    with pytest.raises(UserError, match=r"m\.jsonl: cannot be read \(Input/output error\); name a readable file"):
         run(PLANNING, tmp_path / "o", maps=tmp_path / "m.jsonl")
 
 
