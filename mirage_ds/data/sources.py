@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from mirage_ds.config.mixture import Records
-from mirage_ds.data.flat import array_items, header_of, table_rows
+from mirage_ds.data.flat import array_items, table_rows
 from mirage_ds.data.folders import find_files, unreadable
 from mirage_ds.data.inside import writable
-from mirage_ds.data.kinds import Kind, head_of, kind_of
+from mirage_ds.data.kinds import head_of, kind_of
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_new
 
@@ -126,29 +126,16 @@ def pieces(files: Sequence[Path]) -> Iterator[Piece]:
             elif kind == "lines":
                 yield from _line_pieces(number, file)
             else:
-                yield from _joined(number, ((line, start, stop) for line, start, stop, _ in _parts(file, kind)))
+                with file.open("rb") as content:
+                    yield from _joined(number, (array_items if kind == "array" else table_rows)(content, file))
         except OSError as error:
             raise unreadable(file, error) from None
 
 
-def _parts(file: Path, kind: Kind, piece: Piece | None = None) -> Iterator[tuple[int, int, int, Any]]:
-    """Yield (line, first byte, byte behind it, row) of a JSON array or a table, or of a piece of it."""
-    with file.open("rb") as content:
-        block: BinaryIO = content
-        if piece is not None:
-            content.seek(piece.start)
-            block = io.BytesIO(content.read(piece.stop - piece.start))
-        first = piece.first if piece else 1
-        if kind == "array":
-            yield from array_items(block, file, first, whole=piece is None)
-        else:
-            yield from table_rows(block, file, first, header_of(file) if piece else None)
-
-
-def _joined(number: int, parts: Iterator[tuple[int, int, int]]) -> Iterator[Piece]:
+def _joined(number: int, parts: Iterator[tuple[int, int, int, Any]]) -> Iterator[Piece]:
     """Join records to pieces: the end of one is where the next may begin."""
     held: Piece | None = None
-    for line, start, stop in parts:
+    for line, start, stop, _ in parts:
         if held is None:
             held = Piece(number, start, stop, line)
         held = held._replace(stop=stop)
@@ -253,13 +240,20 @@ def rows_of(piece: Piece, file: Path) -> Iterator[tuple[int, str | dict[str, Any
         kind = kind_of(file)
         if kind in ("parquet", "arrow"):
             yield from enumerate(_rows_of_batches(piece, file), piece.first)
-        elif kind == "lines":
-            with file.open("rb") as content:
-                content.seek(piece.start)
-                block = content.read(piece.stop - piece.start)
+            return
+        with file.open("rb") as content:
+            if kind == "table":
+                for line, _, _, row in table_rows(content, file, piece.start, piece.stop, piece.first):
+                    yield line, row
+                return
+            content.seek(piece.start)
+            block = content.read(piece.stop - piece.start)
+        if kind == "lines":
             yield from text_lines(io.BytesIO(block), piece.first)
         else:
-            yield from ((line, row) for line, _, _, row in _parts(file, kind, piece))
+            # What lies between the items of an array makes one of them.
+            for number, _, _, text in array_items(io.BytesIO(b"[" + block + b"]"), file, piece.first):
+                yield number, text
     except OSError as error:
         raise unreadable(file, error) from None
 

@@ -454,6 +454,7 @@ def test_splits_are_named_and_an_import_takes_the_one_that_is_asked_for(
         ("a.csv", b"a,b\n1,2\n3\n", "a.csv, line 3: 1 values for 2 columns"),
         ("a.csv", b'a,b\n1,2\n3,"x\n', r"a.csv, line 3: no table \(.*unexpected end of data"),
         ("a.csv", "a,b\nä,2\n".encode("latin-1"), "a.csv, line 2: not UTF-8 text; save it as CSV in UTF-8"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv: has two columns 'a'; rename one"),
         ("a.arrow", b"ARROW1\0\0nothing", r"a.arrow: cannot be read as Arrow \("),
     ],
 )  # fmt: skip
@@ -461,6 +462,15 @@ def test_a_file_that_is_broken_is_one_sentence(name: str, content: bytes, said: 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         [list(sources.rows_of(piece, tmp_path / name)) for piece in sources.pieces([tmp_path / name])]
+
+
+def test_a_piece_knows_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1)
+    file = tmp_path / "a.csv"
+    file.write_bytes(b'a;b\n\n1;"2\n2"\n\n\n3;\n')
+    cut = list(sources.pieces([file]))
+    found = [row for piece in cut for row in sources.rows_of(piece, file)]
+    assert (len(cut), found) == (2, [(3, {"a": "1", "b": "2\n2"}), (7, {"a": "3", "b": None})])
 
 
 def test_a_large_array_and_a_large_table_are_never_held_as_a_whole(tmp_path: Path) -> None:
