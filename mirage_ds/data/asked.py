@@ -14,7 +14,7 @@ from PIL import Image
 from mirage_ds.config.run import cache_folder
 from mirage_ds.data.images import ImageFinder, upright_rgb
 from mirage_ds.data.inside import folder_of_pictures, path_of
-from mirage_ds.data.record import IMAGE_MARK, Record
+from mirage_ds.data.record import Record, check_marks
 from mirage_ds.errors import UserError, shown
 
 # A path; an image file's bytes, also as base64 or as {"bytes": …, "path": …} of `datasets`; an image; its pixels.
@@ -74,43 +74,43 @@ def from_pixels(pixels: np.ndarray | torch.Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels, np.uint8))
 
 
-def _held(picture: Picture, name: str) -> str | Image.Image:
-    """Return a picture's path, or the picture itself as RGB; UserError that begins with its name."""
-    try:
-        image = from_pixels(picture) if isinstance(picture, np.ndarray | torch.Tensor) else picture
-        if isinstance(image, Image.Image):
-            made = upright_rgb(image)
-            if made is None:
-                raise ValueError("has 32 bits a channel, of unknown range; give it with 8 bits")
-            return made
-        path = path_of(image, folder_of_pictures(cache_folder(None)))
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from None
-    if not isinstance(path, str | Path):
-        raise UserError(f"{name}: {shown(path)} is no picture; give a path, bytes, a PIL image or an array")
-    return str(path)
+def as_rgb(picture: Any) -> Any:
+    """Return an image, or the pixels of one, as RGB; what is neither as it is.
+
+    Raises:
+        ValueError: pixels or an image that cannot be; the message says what to give.
+    """
+    image = from_pixels(picture) if isinstance(picture, np.ndarray | torch.Tensor) else picture
+    if not isinstance(image, Image.Image):
+        return image
+    made = upright_rgb(image)
+    if made is None:
+        raise ValueError("has 32 bits a channel, of unknown range; give it with 8 bits")
+    return made
 
 
 def as_records(texts: Sequence[str], pictures: Sequence[Sequence[Picture]]) -> tuple[ImageFinder, list[Record]]:
     """Make records of questions and the pictures of each, and the finder of these.
 
     Raises:
-        UserError: the numbers of pictures and marks differ, or something is no picture.
+        UserError: something is no picture.
+        RecordError: the numbers of pictures and marks differ.
     """
     given: dict[str, Image.Image] = {}
     records = []
     for line, (text, own) in enumerate(zip(texts, pictures, strict=True), 1):
-        marks, names = text.count(IMAGE_MARK), []
-        if marks and marks != len(own):
-            raise UserError(
-                f"question {line}: {marks} {IMAGE_MARK} mark(s) for {len(own)} image(s); give one for each, or write "
-                "none (images then stand first)"
-            )
+        names = []
         for number, one in enumerate(own, 1):
             name = f"image {number} of question {line}"
-            held = _held(one, name)
-            if isinstance(held, Image.Image):
-                given[name] = held
-            names.append(held if isinstance(held, str) else name)
+            try:
+                found = path_of(as_rgb(one), folder_of_pictures(cache_folder(None)))
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
+            if isinstance(found, Image.Image):
+                given[name] = found
+            elif not isinstance(found, str | Path):
+                raise UserError(f"{name}: {shown(found)} is no picture; give a path, bytes, a PIL image or an array")
+            names.append(name if name in given else str(found))
         records.append(Record(line, text, "", tuple(names), ()))
+        check_marks(records[-1], answers=False)
     return Given((Path.cwd().resolve(),), given=given), records

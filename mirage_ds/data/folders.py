@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from glob import glob, has_magic
 from pathlib import Path
 
-from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.config.mixture import Mixture, Records, paths_of
 from mirage_ds.data.kinds import head_of
 from mirage_ds.errors import UserError, reason
 
@@ -105,7 +105,7 @@ def unread(folder: Path) -> list[Path]:
 
 def unread_lines(data_path: Records) -> Iterator[str]:
     """Say of each folder of a source what looks like records there and is not read."""
-    for folder in [part.file for part in data_path.parts] if isinstance(data_path, Mixture) else [data_path]:
+    for folder in paths_of(data_path):
         names = [file.name for file in unread(folder)]
         if names:
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""

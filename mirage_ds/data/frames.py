@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from mirage_ds.data.asked import as_rgb
 from mirage_ds.data.sources import BATCH_ROWS
 from mirage_ds.errors import UserError
 
 
 def rows_of_frame(data: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a frame or data set; pictures that PIL or numpy hold become PNG, paths become texts.
+    """Yield the rows of a frame or data set; pictures that PIL, numpy or torch hold become PNG, paths become texts.
 
     Args:
         data: a `datasets` Dataset (its stored pictures are not decoded), a pandas frame, an Arrow table, or dicts.
 
     Raises:
-        UserError: a row is none.
+        UserError: a row is none, or a picture cannot be one.
     """
     rows: Iterable[Any] = data
     if isinstance(data, Mapping):
@@ -35,7 +37,10 @@ def rows_of_frame(data: Any) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise UserError(f"record on line {number}: expected a dict, found {type(row).__name__}; write one")
-        yield {str(name): _held(value) for name, value in row.items()}
+        try:
+            yield {str(name): _held(value) for name, value in row.items()}
+        except ValueError as error:
+            raise UserError(f"record on line {number}: a picture {error}") from None
 
 
 def _held(value: Any) -> Any:
@@ -44,9 +49,10 @@ def _held(value: Any) -> Any:
         return str(value)
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, np.ndarray):
-        # A list of a row, as pandas reads it from Parquet, or the pixels of a picture.
-        return [_held(one) for one in value.tolist()] if value.ndim < 2 else _held(Image.fromarray(value))
+    if isinstance(value, np.ndarray | torch.Tensor) and value.ndim < 2:
+        # A list of a row, as pandas reads it from Parquet.
+        value = value.tolist()
+    value = as_rgb(value)
     if isinstance(value, Image.Image):
         content = io.BytesIO()
         value.save(content, "PNG", compress_level=1)

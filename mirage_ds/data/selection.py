@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mirage_ds.config.mixture import Mixture, Records, most
+from mirage_ds.config.mixture import Mixture, Records, most, paths_of
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.index import Index
 from mirage_ds.data.record import Fault
@@ -65,7 +65,7 @@ def by_place(fault: Fault) -> tuple[str, int]:
 
 def _lists(data_path: Records) -> str:
     """Say what lists the faults of the records."""
-    files = [part.file for part in data_path.parts] if isinstance(data_path, Mixture) else [data_path]
+    files = paths_of(data_path)
     commands = " and ".join(f"`mirage-ds data check {file}`" for file in files)
     return f"{commands} {'lists' if len(files) == 1 else 'list'} them"
 

@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from mirage_ds.cluster.status.facts import Facts
 from mirage_ds.cluster.status.show import print_several
 from mirage_ds.cluster.status.summary import summary
-from mirage_ds.config.mixture import Mixture, most
+from mirage_ds.config.mixture import Mixture, most, paths_of
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.kinds import kind_of
 from mirage_ds.data.pack import total_steps
@@ -69,7 +69,7 @@ def shown_hours(hours: float, digits: int) -> str:
 def steps_of(config: RunConfig) -> int | None:
     """Count the optimizer steps of a run, if no record is dropped."""
     records = config.records
-    files = [part.file for part in records.parts] if isinstance(records, Mixture) else [records]
+    files = paths_of(records)
     counts = [count for file in files if (count := rows_of(file)) is not None]
     if len(counts) < len(files):
         return config.max_steps

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from mirage_ds.analysis.controls.spec import ControlsSpec
@@ -397,15 +399,19 @@ def test_a_frame_is_the_records_of_its_file(bars: tuple[Path, Rows]) -> None:
     pictured = frame(rows)
     pictured["image"] = [Image.open(folder / name) for name in pictured["image"]]
     pictured["helper"] = [(folder / name).read_bytes() for name in pictured["helper"]]
+    pixels = [row | {name: np.asarray(Image.open(folder / row[name])) for name in ("image", "helper")} for row in rows]
+    tensors = [row | {"image": torch.tensor(row["image"]).permute(2, 0, 1) / 255} for row in pixels]
     whole = stored(folder, rows)
     for data in (
         pictured, frame(rows), frame(rows).convert_dtypes(), whole, whole.to_pandas(), whole.data.table, list(whole),
-        whole.to_iterable_dataset(), [row | {"image": folder / row["image"]} for row in rows],
+        whole.to_iterable_dataset(), pixels, tensors, [row | {"image": folder / row["image"]} for row in rows],
     ):  # fmt: skip
         records = [make_record(row, line) for line, row in enumerate(rows_of_frame(data), 1)]
         assert seen(records, folder / "any") == wanted
-    for data in (["a"], datasets.DatasetDict(train=whole)):
-        with pytest.raises(UserError, match=r"expected a dict, found str|give one data set of it"):
+    for data in (["a"], datasets.DatasetDict(train=whole), [{"image": np.ones((5, 5, 9))}]):
+        with pytest.raises(
+            UserError, match=r"expected a dict, found str|give one data set of it|line 1: a picture is an"
+        ):
             list(rows_of_frame(data))
 
 
