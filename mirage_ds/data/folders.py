@@ -68,12 +68,9 @@ def _of_folder(folder: Path) -> list[Path]:
     names = ", ".join(file.name for file in there[:NAMED])
     # As `datasets` has the splits of a data set.
     inner = sorted(file.parent for file in folder.glob("*/*") if file.suffix.lower() in SUFFIXES + OTHERS)
-    how = (
-        f"name the records, such as {inner[0] if inner and not readable else readable[0]}"
-        if inner or readable
-        else ("name the records")
-    )
-    raise UserError(f"{folder}: no *.jsonl or *.parquet file in this folder{f', but {names}' if names else ''}; {how}")
+    such = "".join(f", such as {one}" for one in [*readable, *inner][:1])
+    but = f", but {names}" if names else ""
+    raise UserError(f"{folder}: no *.jsonl or *.parquet file in this folder{but}; name the records{such}")
 
 
 def _saved(folder: Path) -> list[Path]:

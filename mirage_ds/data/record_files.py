@@ -92,8 +92,7 @@ def read_records(path: Path, answers: bool = True, columns: Columns = RECOGNISED
     """Read a whole source as `scan` does; its first fault is a UserError."""
     records, faults = scan(path, answers, columns)
     if faults:
-        said, _ = summary(faults, len(records) + len(faults))
-        raise UserError(f"{path}: {said}; `mirage-ds data check {path}` lists all faults")
+        raise faults_error(path, faults, len(faults), len(records) + len(faults))
     return records
 
 
@@ -146,6 +145,20 @@ def summary(faults: Iterable[Fault], count: int) -> tuple[str, int]:
     return f"{first.field}: {first.what} in {number} of {count} records, e.g. {place} {lines}; {first.how}", number
 
 
+def lists(data_path: Records) -> str:
+    """Say what lists the faults of the records."""
+    files = paths_of(data_path)
+    commands = " and ".join(f"`mirage-ds data check {file}`" for file in files)
+    return f"{commands} {'lists' if len(files) == 1 else 'list'} them"
+
+
+def faults_error(data_path: Records, faults: Iterable[Fault], count: int, records: int) -> UserError:
+    """Make the error that says the first of `count` faults, with what is alike, and counts the others."""
+    said, alike = summary(faults, records)
+    others = f"and {count - alike} more: " if count > alike else ""
+    return UserError(f"{data_path}: {said}" + (f" ({others}{lists(data_path)})" if count > 1 else ""))
+
+
 def told(data_path: Records, columns: Columns = RECOGNISED) -> Iterator[str]:
     """Say of each form of row in a source what its columns are taken for, unless all are named.
 
@@ -155,7 +168,7 @@ def told(data_path: Records, columns: Columns = RECOGNISED) -> Iterator[str]:
     said: set[str] = set()
     for path in paths_of(data_path):
         for file in find_files(path):
-            form = form_of(str(file), (row for piece in pieces([file]) for _, row in rows_of(piece, file)), columns)
+            form = form_of(str(file), (place.row for place in places(file)), columns)
             if form and form not in said:
                 said.add(form)
                 yield said_of(file, form)

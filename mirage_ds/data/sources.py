@@ -171,7 +171,7 @@ def _arrow_batches(file: Path) -> Iterator[Any]:
     """Yield the batches of an Arrow file, as Feather has it, or of a stream; of a mapped file nothing is copied."""
     import pyarrow as pa
 
-    with _as_parquet(file), pa.memory_map(str(file)) as content:
+    with _explained(file), pa.memory_map(str(file)) as content:
         if head_of(file).startswith(b"ARROW1"):
             table = pa.ipc.open_file(content)
             yield from map(table.get_batch, range(table.num_record_batches))
@@ -182,12 +182,12 @@ def _arrow_batches(file: Path) -> Iterator[Any]:
 def _parquet(file: Path) -> Any:
     import pyarrow.parquet as pq
 
-    with _as_parquet(file):
+    with _explained(file):
         return pq.ParquetFile(file)
 
 
 @contextmanager
-def _as_parquet(file: Path) -> Iterator[None]:
+def _explained(file: Path) -> Iterator[None]:
     """Turn what a file leads Arrow to into a sentence."""
     import pyarrow as pa
 
@@ -197,8 +197,9 @@ def _as_parquet(file: Path) -> Iterator[None]:
         # Arrow's own OSError has no number; the system's is no matter of the content.
         if getattr(error, "errno", None) is not None:
             raise
-        name = "Parquet" if file.suffix.lower() == ".parquet" or head_of(file).startswith(b"PAR1") else "Arrow"
-        raise UserError(f"{file}: cannot be read as {name} ({reason(error)}); write it anew") from None
+        raise UserError(
+            f"{file}: cannot be read as {kind_of(file).capitalize()} ({reason(error)}); write it anew"
+        ) from None
 
 
 def _parquet_pieces(number: int, file: Path) -> Iterator[Piece]:
@@ -260,7 +261,7 @@ def rows_of(piece: Piece, file: Path) -> Iterator[tuple[int, str | dict[str, Any
 
 def _rows_of_batches(piece: Piece, file: Path) -> Iterator[dict[str, Any]]:
     at = 0
-    with _as_parquet(file):
+    with _explained(file):
         whole = piece.group is None
         batches = _arrow_batches(file) if whole else _parquet(file).iter_batches(BATCH_ROWS, row_groups=[piece.group])
         for batch in batches:
