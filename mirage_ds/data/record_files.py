@@ -166,12 +166,11 @@ def told(data_path: Records, columns: Columns = RECOGNISED) -> Iterator[str]:
         UserError: a column that is named is not there, or it cannot be known which one is meant.
     """
     said: set[str] = set()
-    for path in paths_of(data_path):
-        for file in find_files(path):
-            form = form_of(str(file), (place.row for place in places(file)), columns)
-            if form and form not in said:
-                said.add(form)
-                yield said_of(file, form)
+    for file in find_files(data_path):
+        form = form_of(str(file), (place.row for place in places(file)), columns)
+        if form and form not in said:
+            said.add(form)
+            yield said_of(file, form)
 
 
 def said_of(source: object, form: str) -> str:
