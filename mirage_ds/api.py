@@ -183,7 +183,7 @@ class Mirage:
 
         Args:
             question: with `<image>` where an image stands; without, images stand first.
-            images: one picture or a list: paths, bytes of image files, PIL images, arrays (asked.from_pixels).
+            images: one picture or a list: paths, bytes of image files, PIL images, arrays (frames.from_pixels).
             options: those of generate_all.
 
         Raises:

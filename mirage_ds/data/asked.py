@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from mirage_ds.config.run import cache_folder
-from mirage_ds.data.images import ImageFinder, upright_rgb
+from mirage_ds.data.frames import as_rgb
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures, path_of
 from mirage_ds.data.record import Record, check_marks
 from mirage_ds.errors import UserError, shown
 
 # A path; an image file's bytes, also as base64 or as {"bytes": …, "path": …} of `datasets`; an image; its pixels.
 Picture = str | Path | bytes | Mapping | Image.Image | np.ndarray | torch.Tensor
-CHANNELS = (1, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -44,49 +44,6 @@ def several(pictures: Any) -> list[Any]:
     if pictures is None:
         return []
     return [pictures] if isinstance(pictures, Picture) else list(pictures)
-
-
-def from_pixels(pixels: np.ndarray | torch.Tensor) -> Image.Image:
-    """Make an image of (height, width), (height, width, channels) or, as torch has it, (channels, height, width).
-
-    Args:
-        pixels: 0 … 255 in whole numbers, 0 … 1 in others.
-
-    Raises:
-        ValueError: another shape or other values; the message says what it takes.
-    """
-    channels_first = pixels.ndim == 3 and pixels.shape[0] in CHANNELS
-    if isinstance(pixels, torch.Tensor):
-        pixels = pixels.detach().cpu()
-        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
-    elif channels_first:
-        channels_first = pixels.shape[2] not in CHANNELS
-    shape, whole = pixels.shape, pixels.dtype.kind in "iu"
-    if channels_first:
-        pixels = np.moveaxis(pixels, 0, 2)
-    if not pixels.size or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in CHANNELS)):
-        raise ValueError(f"is an array of shape {shape}; give (height, width) or (height, width, 3)")
-    most = 255 if whole else 1
-    # Written so that NaN is refused.
-    if not (pixels.min() >= 0 and pixels.max() <= most):
-        raise ValueError(f"has {pixels.dtype} values beyond 0 … {most}; give uint8, or floats from 0 to 1")
-    pixels = pixels if whole else np.round(255 * pixels)
-    return Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels, np.uint8))
-
-
-def as_rgb(picture: Any) -> Any:
-    """Return an image, or the pixels of one, as RGB; what is neither as it is.
-
-    Raises:
-        ValueError: pixels or an image that cannot be; the message says what to give.
-    """
-    image = from_pixels(picture) if isinstance(picture, np.ndarray | torch.Tensor) else picture
-    if not isinstance(image, Image.Image):
-        return image
-    made = upright_rgb(image)
-    if made is None:
-        raise ValueError("has 32 bits a channel, of unknown range; give it with 8 bits")
-    return made
 
 
 def as_records(texts: Sequence[str], pictures: Sequence[Sequence[Picture]]) -> tuple[ImageFinder, list[Record]]:

@@ -401,6 +401,8 @@ def test_a_frame_is_the_records_of_its_file(bars: tuple[Path, Rows]) -> None:
     pictured["image"] = [Image.open(folder / name) for name in pictured["image"]]
     pictured["helper"] = [(folder / name).read_bytes() for name in pictured["helper"]]
     pixels = [row | {name: np.asarray(Image.open(folder / row[name])) for name in ("image", "helper")} for row in rows]
+    # As printers take it: PNG cannot hold it.
+    inked = [row | {"image": Image.open(folder / row["image"]).convert("CMYK")} for row in rows]
     tensors = [row | {"image": torch.tensor(row["image"]).permute(2, 0, 1) / 255} for row in pixels]
     whole = stored(folder, rows)
     for data in (
@@ -409,6 +411,7 @@ def test_a_frame_is_the_records_of_its_file(bars: tuple[Path, Rows]) -> None:
     ):  # fmt: skip
         records = [make_record(row, line) for line, row in enumerate(rows_of_frame(data), 1)]
         assert seen(records, folder / "any") == wanted
+    assert len(list(rows_of_frame(inked))) == len(rows)
     for data in (["a"], datasets.DatasetDict(train=whole), [{"image": np.ones((5, 5, 9))}]):
         with pytest.raises(
             UserError, match=r"expected a dict, found str|give one data set of it|line 1: a picture is an"

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 import mirage_ds
 from mirage_ds.api import Mirage, Rows
 from mirage_ds.cli import cli
-from mirage_ds.data.asked import as_records, from_pixels, several
+from mirage_ds.data.asked import as_records, several
 from mirage_ds.data.batch import Batch
+from mirage_ds.data.frames import from_pixels
 from mirage_ds.data.sample import IGNORE
 from mirage_ds.errors import UserError
 from mirage_ds.model.load import load_model
