@@ -158,7 +158,7 @@ def config_import(file: Path, out: Path | None, **options: Any) -> None:
     """Turn FILE, a configuration of LLaMA-Factory or ms-swift, into a settings file.
 
     FILE is LLaMA-Factory's YAML or JSON, or ms-swift's YAML, JSON or shell script with `swift sft`. Tables say what is
-    carried over, what has no counterpart, and what has to be given still. Start it where the trainer is started.
+    carried over, what has no counterpart, and what is still missing. Run it in the trainer's working directory.
     """
     from mirage_ds.config.importing import import_config, print_imported
 
@@ -280,7 +280,7 @@ def checkpoint() -> None:
 def checkpoint_convert(source: Path, workers: int) -> None:
     """Make a checkpoint loadable by any number of ranks.
 
-    Its universal form is written into it, from which --resume auto goes on.
+    The universal form goes into its folder; --resume auto loads it.
 
     SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>), or a --save_model_path folder, whose newest whole
     checkpoint is taken. Not while the run is training.

@@ -101,7 +101,7 @@ class RunConfig(BaseModel):
     check_images: bool = Field(
         False,
         description="Check every image file before the first step, and index the records again if one has changed. "
-        "Without this flag a changed image is an error when it is read.",
+        "Without it, a new image size is an error when it is read.",
     )
     confine_paths: bool = Field(
         False, description="Refuse images outside the records file's folder and --image_root, also behind links."
@@ -125,7 +125,7 @@ class RunConfig(BaseModel):
         description="Folder of kept features; all hosts must see it. [default: features/ in --cache_dir, or "
         "~/.cache/mirage_ds/features]",
     )
-    num_workers: int = Field(2, ge=0, description="Data-loader processes a rank.")
+    num_workers: int = Field(2, ge=0, description="Worker processes per rank.")
     cache_dir: Path | None = Field(
         None,
         description="Cache of hub downloads, of the index of the records and of kept features. [default: the hub's own "

@@ -50,7 +50,7 @@ class MixSpec(RewriteSpec):
     )
 
 
-class RationalizeSpec(BaseModel, extra="forbid"):
+class RationalizeSpec(BaseModel, extra="forbid", protected_namespaces=()):
     """Who writes rationales, from what, and how."""
 
     out: Path = Field(description="folder to write: data.jsonl, rationalize.json, and replies.jsonl to go on from")

@@ -386,9 +386,9 @@ def _read_any(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any]
     bare = "text_output" in row and not any(name in row for name in CONVERSATIONS)
     if chosen or not ("text_input" in row or bare):
         return _read(row, columns, answers)
-    made = dict(row)
-    for role, field in zip(Columns._fields, FIELDS, strict=False):
-        named = [name for own, name in columns.named if own == role and name in made and name != field]
+    made, given = dict(row), columns.named
+    for role, field in zip(Columns._fields, FIELDS, strict=False) if given else ():
+        named = [name for own, name in given if own == role and name in made and name != field]
         if named and not is_absent(made.get(field)):
             raise MessageError(field, f"stands beside {named[0]}", f"a record has one; leave {role}= out of --columns")
         if named:

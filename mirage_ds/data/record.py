@@ -113,7 +113,9 @@ class Record:
         """RecordError unless there is a helper image, which stage1 takes its targets from."""
         if not self.image_output:
             raise self.fault(
-                "image_output", "stage1 needs a helper image", "add its path, or train this row in sft or stage2"
+                "image_output",
+                "stage1 needs a helper image",
+                "add its path, or name its column by --columns helper=…, or train this row in sft or stage2",
             )
 
     def fault(self, name: str, what: str, how: str) -> RecordError:

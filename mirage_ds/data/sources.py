@@ -157,14 +157,9 @@ def _line_pieces(number: int, file: Path) -> Iterator[Piece]:
 
 
 def _arrow_pieces(number: int, file: Path) -> Iterator[Piece]:
-    start = rows = 0
-    for batch in _arrow_batches(file):
-        rows += len(batch)
-        if rows - start >= PIECE_ROWS:
-            yield Piece(number, start, rows, start + 1)
-            start = rows
-    if rows > start:
-        yield Piece(number, start, rows, start + 1)
+    rows = sum(map(len, _arrow_batches(file)))
+    for start in range(0, rows, PIECE_ROWS):
+        yield Piece(number, start, min(start + PIECE_ROWS, rows), start + 1)
 
 
 def _arrow_batches(file: Path) -> Iterator[Any]:

@@ -29,6 +29,7 @@ from mirage_ds.data.loader import Loader
 from mirage_ds.data.make_index import Maker, open_index
 from mirage_ds.data.pack import Planner, total_steps
 from mirage_ds.data.record import Fault
+from mirage_ds.data.record_files import told
 from mirage_ds.data.selection import Selection, usable, weighed, without
 from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
 from mirage_ds.errors import Stopped, UserError
@@ -84,7 +85,9 @@ def index_beforehand(config: RunConfig) -> Iterator[str]:
         UserError: as the run would for its records.
     """
     encoder = make_encoder(config, model_folders(config))
+    columns = parse_columns(config.columns)
     for file, own in sources_of(config, encoder):
+        yield from told(file, columns)
         rows = open_index(
             file,
             own,
@@ -92,7 +95,7 @@ def index_beforehand(config: RunConfig) -> Iterator[str]:
             config.cache_dir,
             quiet=False,
             check_images=config.check_images,
-            columns=parse_columns(config.columns),
+            columns=columns,
         )
         index = _usable(config, file, rows)
         yield f"{file}: {len(rows)} records, {len(index.row_ids)} rows to train on, index {rows.place}"

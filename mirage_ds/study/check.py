@@ -3,6 +3,7 @@
 from mirage_ds.analysis.controls.conditions import choose_partners
 from mirage_ds.analysis.controls.paths import forks_of
 from mirage_ds.analysis.controls.spec import PATH, parse_names
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import RecordError
 from mirage_ds.data.record_files import read_records
@@ -31,7 +32,7 @@ def _check(evaluation: EvaluationSpec, conditions: list[str]) -> None:
     file = evaluation.data_path
     most = (evaluation.controls_most or evaluation.most) if conditions else evaluation.most
     # Questions alone can be answered; the controls compare with a record's own answer.
-    records = read_records(file, answers=bool(conditions))[:most]
+    records = read_records(file, answers=bool(conditions), columns=parse_columns(evaluation.columns))[:most]
     task = task_of(records, file, evaluation.task)
     finder = ImageFinder.beside(file, evaluation.image_root)
     oracle = "oracle" in conditions

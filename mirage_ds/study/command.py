@@ -48,7 +48,7 @@ class RunFlags(BaseModel):
     arms: list[str] | None = Field(None, description="Only these arms.")
     only: list[str] = Field([], description="Only the runs with these keys or folder names.")
     again: bool = Field(False, description="Give failed runs all their tries (`launch.retries`) again.")
-    slurm: bool = Field(False, description="Submit to Slurm instead: one array for each stage of the chains.")
+    slurm: bool = Field(False, description="Submit to Slurm instead: arrays of runs and of evaluations.")
     sbatch: str | None = Field(
         None, description="Options of sbatch, in quotes: '--partition gpu --gres gpu:8 --time 8:00:00'."
     )
@@ -250,7 +250,7 @@ def show_status(study: Path, wants_json: bool) -> None:
 
 @ablate.command("report")
 @click.argument("study", type=A_PATH)
-@click.option("--out", type=Output(folder=True), help="Folder to write. [default: report/ in the study's folder]")
+@click.option("--out", type=Output(folder=True), help="Folder to write. [default: report/ in the study's `out`]")
 @click.option(
     "--with",
     "others",

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from mirage_ds.analysis.constant import best_constant
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
 from mirage_ds.data.record import Record, RecordError
@@ -38,9 +39,8 @@ def with_records(results: Results, evaluations: Mapping[str, EvaluationSpec]) ->
     for name in dict.fromkeys(name for cell in results.cells for name in cell.scores):
         spec = evaluations[name]
         try:
-            records = read_records(spec.data_path, answers=False)[: spec.most]
-            task = spec.task or next((one.extra["task"] for one in records if "task" in one.extra), None)
-            if task and (best := best_constant(records, str(task))):
+            records = read_records(spec.data_path, answers=False, columns=parse_columns(spec.columns))[: spec.most]
+            if best := best_constant(records, spec.task):
                 chance[name] = {str(one.line): score for one, score in zip(records, best, strict=True)}
             if shown and shown[1] == name:
                 by_line = {str(one.line): one for one in records}

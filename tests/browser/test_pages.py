@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from click.testing import CliRunner
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Request, sync_playwright
 from support.pictures import noise
 from support.records import write_jsonl
 from support.studies import Scored, columns, contrast
@@ -81,11 +81,16 @@ class Visitor:
         self.anchors: dict[str, set[str]] = {}
         self.page.on("console", lambda said: self.note(said.text) if said.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.note(str(error)))
-        self.page.on("requestfailed", lambda request: self.note(f"no answer from {request.url}"))
+        self.page.on("requestfailed", self.failed)
         self.page.on("response", lambda found: self.note(f"{found.status} {found.url}") if found.status > 399 else None)
 
     def note(self, what: str) -> None:
         self.faults.append(f"{unquote(urlsplit(self.page.url).path)}: {what}")
+
+    def failed(self, request: Request) -> None:
+        # What the browser itself gives up, since the page is left, is no fault.
+        if request.failure != "net::ERR_ABORTED":
+            self.note(f"no answer from {request.url}: {request.failure}")
 
     def visit(self, address: str) -> None:
         self.page.goto(address)

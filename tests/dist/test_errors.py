@@ -120,5 +120,5 @@ def test_no_usable_row(nano: Path, mixed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_stage1_record_without_helper(nano: Path, mixed: Path, tmp_path: Path) -> None:
-    said = "image_output: stage1 needs a helper image in 6 of 12 records, e.g. lines 3, 4, 7; add its path, or train"
+    said = "image_output: stage1 needs a helper image in 6 of 12 records, e.g. lines 3, 4, 7; add its path, or name"
     refused(dict(model=nano, stage="stage1", data_path=mixed), tmp_path, f"error: {mixed}: {said}")

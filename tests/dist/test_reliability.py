@@ -269,10 +269,11 @@ def test_a_folder_that_cannot_be_written_is_said_and_training_goes_on(
 @pytest.mark.parametrize(
     ("rank", "look", "step"),
     [
-        (1, 1, 0),
-        pytest.param(1, 2, 1, marks=pytest.mark.slow),
-        (0, 4, 3),
-        pytest.param(1, 7, 6, marks=pytest.mark.slow),
+        # The first two looks are of the start.
+        (1, 3, 0),
+        pytest.param(1, 4, 1, marks=pytest.mark.slow),
+        (0, 6, 3),
+        pytest.param(1, 9, 6, marks=pytest.mark.slow),
     ],
 )
 def test_one_rank_is_asked_and_all_save_and_stop(
@@ -290,14 +291,24 @@ def test_one_rank_is_asked_and_all_save_and_stop(
     equal(out, whole)
 
 
+@pytest.mark.parametrize(("look", "begun"), [(1, False), (2, True)])
+def test_a_start_is_left_before_its_first_step(
+    look: int, begun: bool, group: Group, base: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert group.run(_train, base | dict(save_model_path=out), {1: look}) == [("Stopped: ", [])] * 2
+    assert (out / "run/events.jsonl").exists() == begun
+    assert not (out / "run/checkpoints/latest").exists()
+
+
 def test_an_evaluation_is_left_on_request(
     group: Group, base: dict[str, Any], whole: Path, mixed: Path, tmp_path: Path
 ) -> None:
     data, out = mixed.parent / "held_out_to_stop.jsonl", tmp_path / "out"
     data.write_text("".join(mixed.read_text().splitlines(keepends=True)[3:8]))
     settings = base | dict(save_model_path=out, eval_data_path=data, eval_every=3)
-    # Looks 2, 3, 4 are of the steps, the fifth of the evaluation's first micro-batch.
-    assert group.run(_train, settings, {1: 5}) == [("Stopped: ", [])] * 2
+    # Looks 4, 5, 6 are of the steps, the seventh of the evaluation's first micro-batch.
+    assert group.run(_train, settings, {1: 7}) == [("Stopped: ", [])] * 2
     assert log_of(out, evaluations=True) == []
     assert (out / "run/checkpoints/latest").read_text() == "global_step3"
     assert group.run(_train, settings) == [("", [])] * 2

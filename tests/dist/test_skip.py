@@ -17,6 +17,7 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
 from mirage_ds.run.settings import Run
 
+HOW = "or name its column by --columns helper=…, or train this row in sft or stage2"
 SETTINGS: dict[str, Any] = dict(
     stage="stage1", latent_size=2, global_batch_size=2, micro_batch_size=1, max_steps=3, warmup_steps=0,
     learning_rate=3e-3, num_workers=0, report_to=["none"], gradient_checkpointing=False,
@@ -108,7 +109,7 @@ def test_the_run_is_that_of_a_file_without_the_faulty_lines(trainer: Trainer, da
     assert {row["file"] for row in listed} == {str(data)}
     found = {row["line"]: (row["field"], row["what"], row["how"]) for row in listed}
     assert found[3] == (
-        "image_output", "stage1 needs a helper image", "add its path, or train this row in sft or stage2"
+        "image_output", "stage1 needs a helper image", f"add its path, {HOW}"
     )  # fmt: skip
     assert found[5][1].startswith(f"image {data.parent / 'out4.png'} cannot be decoded (")
     assert found[10][0] == "image_output"
@@ -136,14 +137,17 @@ def test_above_the_share_every_rank_refuses_with_the_first_fault(
     said = trainer.said(out, skip_bad_records=True, max_bad_share=share)
     assert said == (
         f"{data}: {count} of 14 records have a fault, above --max_bad_share {share}; the first is line 3, "
-        "image_output: stage1 needs a helper image; add its path, or train this row in sft or stage2 "
+        "image_output: stage1 needs a helper image; "
+        f"add its path, {HOW} "
         f"(`mirage-ds data check {data}` lists them)"
     )
     assert not out.exists()
 
 
 def test_without_the_flag_one_fault_refuses(trainer: Trainer, data: Path) -> None:
-    assert trainer.said(trainer.folder / "refused", max_bad_share=1).startswith(f"{data}: line 3, image_output: stage1")
+    assert trainer.said(trainer.folder / "refused", max_bad_share=1).startswith(
+        f"{data}: image_output: stage1 needs a helper"
+    )
 
 
 def test_a_resumed_run_finds_the_same_rows_or_says_that_they_are_others(trainer: Trainer, data: Path) -> None:

@@ -121,7 +121,7 @@ def test_a_model_is_trained_by_what_it_holds(run: Run) -> None:
     run("mirage-ds init --preset nano --text train.jsonl --out base")
     flags = "--data_path train.jsonl --global_batch_size 8 --epochs 1 --train_vision --deepspeed ds_configs/zero2.json"
     run(f"launch/local.sh --model base --stage stage1 {flags} --save_model_path stage1", MIRAGE_RANKS="2")
-    run(f"python -m mirage_ds.train --model stage1 --stage stage2 {flags} --save_model_path stage2")
+    run(f"mirage-ds train --ranks 1 --model stage1 --stage stage2 {flags} --save_model_path stage2")
     run("mirage-ds evaluate stage2 --data_path test.jsonl --max_new_tokens 8 --out scores.json")
     assert json.loads(run("cat scores.json"))["all"]["count"] == 4
     run("mirage-ds plan --model qwen2.5-vl-7b --stage stage2 --nodes 1 --gpus_per_node 8 --gpu_memory 80")

@@ -177,7 +177,7 @@ def _inspect(folder: Path, spec: InspectSpec, track: Track) -> tuple[Path, str]:
     limits = Limits(new_tokens=spec.max_new_tokens, fixed_run=k)
     bench = Bench(decoder.loaded.model, decoder.tower, decoder.latent_encoder("stage2", k), limits)
     facts = [("model", str(folder)), ("records", str(file)), ("latents a latent block (k)", str(k))]
-    sections, numbers = list[Section](), dict[str, Any]()
+    sections, numbers = [Section("", facts=facts)], dict[str, Any]()
     with whole_folder(spec.out) as work:
         for row in rows:
             made, measured = _row(work, bench, records[row], row, spec.decode)
@@ -185,8 +185,7 @@ def _inspect(folder: Path, spec: InspectSpec, track: Track) -> tuple[Path, str]:
             numbers |= measured
         corpus = gather(bench, with_latents, spec.batch_size, track)
         made, probe, said = _together(work, corpus, file, asked)
-        facts_of = Section("How it was made", facts=facts)
-        write_atomically(work / "index.html", page("Latents", escape(said), [*sections, *made, facts_of]))
+        write_atomically(work / "index.html", page("Latents", escape(said), [*sections, *made]))
         text = json.dumps({"words": said, "rows": numbers, "probe": probe}, indent=1, ensure_ascii=False)
         write_atomically(work / "numbers.json", text + "\n")
     return spec.out / "index.html", said

@@ -103,6 +103,12 @@ def test_a_mistake_is_answered_before_any_rank_starts(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_port_that_is_none(nano: Path, mixed: Path, tmp_path: Path, started: list[list[str]]) -> None:
+    here.os.environ["MIRAGE_PORT"] = "many"
+    with pytest.raises(UserError, match="MIRAGE_PORT=many: give a port"):
+        here.train.main(settings(nano, mixed, tmp_path), standalone_mode=False)
+
+
 def test_ranks_start_no_ranks(nano: Path, mixed: Path, tmp_path: Path, started: list[list[str]]) -> None:
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     here.os.environ.update(place)

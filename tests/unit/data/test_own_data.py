@@ -306,8 +306,10 @@ def test_every_layout_is_the_same_records(
     folder, rows = mine
     source, names = write(folder, rows), parse_columns(columns)
     monkeypatch.setattr(sources, "PIECE_BYTES", 150)
+    monkeypatch.setattr(sources, "PIECE_ROWS", 2)
     files = folders.find_files(source)
     cut = list(sources.pieces(files))
+    assert len(cut) > 1
     trained: list[Any] = [one for piece in cut for one in read_piece(piece, files[piece.file], tmp_path / "p", names)]
     wanted = expected(folder, rows)
     assert seen(trained, source) == wanted

@@ -32,14 +32,16 @@ def in_code() -> Iterator[tuple[str, str]]:
                 yield f"{file.relative_to(ROOT)}:{node.lineno}", node.value
 
 
-def in_help(command: click.Command, words: str) -> Iterator[tuple[str, str]]:
+def in_help(command: click.Command, words: str, above: click.Context | None = None) -> Iterator[tuple[str, str]]:
     """(command, its help) of a command and those under it."""
-    yield words, command.get_help(click.Context(command, terminal_width=10_000))
+    # A command keeps the names of its help option, which come from here.
+    context = click.Context(command, parent=above, **{**command.context_settings, "terminal_width": 10_000})
+    yield words, command.get_help(context)
     if isinstance(command, click.Group):
-        for name in command.list_commands(click.Context(command)):
-            found = command.get_command(click.Context(command), name)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
             assert found
-            yield from in_help(found, f"{words} {name}")
+            yield from in_help(found, f"{words} {name}", context)
 
 
 def faults(place: str, text: str) -> list[str]:

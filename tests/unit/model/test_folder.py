@@ -444,7 +444,7 @@ def test_the_interface_and_the_local_writer_say_it(copy: Path, mixed: Path, tmp_
         api.load(copy)
     spec = RationalizeSpec(out=tmp_path, model=str(copy), temperature=0, samples=1)
     with pytest.raises(UserError, match="this checkpoint is quantised"):
-        Local(Questions(spec, Source.read(mixed, None), load_template(None), []))
+        Local(Questions(spec, Source.read(mixed, spec), load_template(None), []))
 
 
 def test_an_adapter_alone_is_called_so(copy: Path) -> None:

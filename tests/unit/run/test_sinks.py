@@ -216,7 +216,7 @@ def test_tensorboard_draws_a_run_that_went_on_as_one(board: Any) -> None:
     texts = board.read_tensors(**asked, plugin_name="text", downsample=99)["second/run/stage1"]
     assert [one.step for one in texts["settings/text_summary"]] == [0, 2]
     assert b"\n    learning_rate: 0.25\n" in texts["settings/text_summary"][1].numpy[0]
-    assert b"pytest" in texts["command/text_summary"][0].numpy[0]
+    assert b"python" in texts["command/text_summary"][0].numpy[0]
 
 
 def test_tensorboard_compares_settings_and_last_scores(board: Any) -> None:

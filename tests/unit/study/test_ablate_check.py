@@ -45,8 +45,8 @@ def study(here: Path, nano: Path, test: str, evaluation: dict[str, Any]) -> str:
         (rows({"image_input": "broken.png"}), {}, "test.jsonl, line 1, image_input: "),
         (rows({"task": "vsp-spatial-planning"}), {}, "record on line 1 has no 'map_desc'"),
         (rows({"task": None}), {"task": "vsp-spatial-plannin"}, "unknown task 'vsp-spatial-plannin'"),
-        (rows({"task": None}), {"task": "nowhere:Task"}, "task 'nowhere:Task': nowhere cannot be imported"),
-        (rows({"text_output": "UP"}), {}, "a record's own answer 'UP' cannot be read"),
+        (rows({"task": None}), {"task": "nowhere:Task"}, "task nowhere:Task: no such module here"),
+        (rows({"text_output": "UP"}), {}, "record on line 1: a record's own answer 'UP' cannot be read"),
         # The controls ask for more.
         (rows({"text_output": "\\boxed{UP}", "image_output": None}), {"controls": "zero"}, "test.jsonl, line 1, "
          "text_output: no latent block"),
