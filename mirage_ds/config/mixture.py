@@ -35,11 +35,6 @@ class Mixture:
 Records = Path | Mixture
 
 
-def paths_of(records: Records) -> list[Path]:
-    """List the sources of records."""
-    return [part.file for part in records.parts] if isinstance(records, Mixture) else [records]
-
-
 def parse_part(text: str) -> Part:
     """Read FILE or FILE:WEIGHT; a file whose name ends like a weight is taken as it is called.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from glob import glob, has_magic
 from pathlib import Path
 
-from mirage_ds.config.mixture import Mixture, Records, paths_of
+from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.data.kinds import head_of
 from mirage_ds.errors import UserError, reason
 
@@ -23,6 +23,11 @@ _KEYS = re.compile(rb'"(text_input|messages|conversations?|query|instruction|pro
 _NO_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
+def paths_of(records: Records) -> list[Path]:
+    """List the sources of records."""
+    return [part.file for part in records.parts] if isinstance(records, Mixture) else [records]
+
+
 def find_files(data_path: Records) -> tuple[Path, ...]:
     """List the files that a --data_path names, in the order in which their records count.
 
@@ -30,7 +35,7 @@ def find_files(data_path: Records) -> tuple[Path, ...]:
         UserError: there is none, or several sources have one in common.
     """
     if isinstance(data_path, Mixture):
-        files = sorted((file for part in data_path.parts for file in find_files(part.file)), key=str)
+        files = sorted((file for source in paths_of(data_path) for file in find_files(source)), key=str)
         seen: set[Path] = set()
         for file in files:
             if file.resolve() in seen:

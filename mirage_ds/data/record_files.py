@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import click
 
 from mirage_ds.config.columns import RECOGNISED, Columns
-from mirage_ds.config.mixture import Records, paths_of
-from mirage_ds.data.folders import find_files
+from mirage_ds.config.mixture import Records
+from mirage_ds.data.folders import find_files, paths_of
 from mirage_ds.data.kinds import kind_of
 from mirage_ds.data.layouts import ColumnError, roles_of
 from mirage_ds.data.messages import MessageError, is_absent

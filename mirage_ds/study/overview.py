@@ -22,8 +22,9 @@ from rich.table import Column, Table
 from mirage_ds.cluster.status.facts import Facts
 from mirage_ds.cluster.status.show import print_several
 from mirage_ds.cluster.status.summary import summary
-from mirage_ds.config.mixture import Mixture, most, paths_of
+from mirage_ds.config.mixture import Mixture, most
 from mirage_ds.config.run import RunConfig
+from mirage_ds.data.folders import paths_of
 from mirage_ds.data.kinds import kind_of
 from mirage_ds.data.pack import total_steps
 from mirage_ds.errors import UserError
