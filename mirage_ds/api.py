@@ -26,8 +26,8 @@ from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.record import Record, RecordError
-from mirage_ds.data.record_files import read_records, record_of
+from mirage_ds.data.record import Record, RecordError, make_record
+from mirage_ds.data.record_files import read_records
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError, shown
 from mirage_ds.evaluate.decoder import (
@@ -183,7 +183,7 @@ class Mirage:
 
         Args:
             question: with `<image>` where an image stands; without, images stand first.
-            images: one picture or a list: paths, bytes of image files, PIL images, arrays (asked.from_pixels).
+            images: one picture or a list: paths, bytes of image files, PIL images, arrays (frames.from_pixels).
             options: those of generate_all.
 
         Raises:
@@ -228,9 +228,9 @@ class Mirage:
         pictures = [several(own) for own in several(images)] or [[]] * len(questions)
         if len(pictures) != len(questions):
             raise UserError(f"images: {len(pictures)} lists for {len(questions)} questions; give one each")
-        finder, records = as_records(questions, pictures)
-        encoder = replace(self._decoder.encoder, finder=finder)
         try:
+            finder, records = as_records(questions, pictures)
+            encoder = replace(self._decoder.encoder, finder=finder)
             samples = [encoder.encode_prompt(record, place) for place, record in enumerate(records)]
         except RecordError as error:
             raise UserError(f"question on {error}") from None
@@ -282,7 +282,7 @@ class Mirage:
             records, finder = read_records(Path(data), columns=names), ImageFinder.beside(Path(data), root)
         else:
             try:
-                records = [record_of(one, line, True, None, names) for line, one in enumerate(rows_of_frame(data), 1)]
+                records = [make_record(one, line, columns=names) for line, one in enumerate(rows_of_frame(data), 1)]
             except RecordError as error:
                 raise UserError(f"record on {error}") from None
             finder = ImageFinder(tuple(one.resolve() for one in (root, Path.cwd()) if one))

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.data.images import ImageFinder, png_of
-from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Fault, Record, RecordError
-from mirage_ds.data.record_files import Raw, places, record_of, told
+from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Fault, Record, RecordError, make_record
+from mirage_ds.data.record_files import Raw, places, told
 from mirage_ds.errors import UserError, shown
 from mirage_ds.files import write_atomically
 from mirage_ds.tasks import TASKS, get_task, seen_by_scorer
@@ -112,12 +112,12 @@ def read_shown(file: Path, rows: str | None, image_root: Path | None, columns: C
 def _shown(row: Raw, line: int, finder: ImageFinder, columns: Columns) -> Shown:
     faults: list[Fault] = []
     try:
-        record = record_of(row, line, True, None, columns)
+        record = make_record(row, line, columns=columns)
     except RecordError as error:
         faults.append(error.fault)
         try:
             # What is wrong with its answer does not keep its question from being shown.
-            record = record_of(row, line, False, None, columns)
+            record = make_record(row, line, answers=False, columns=columns)
         except RecordError:
             return Shown(line, [], [row if isinstance(row, str) else shown(row, 2000)], [], faults)
     before = "".join(f"{turn['role']}: {turn['content']}\n" for turn in record.turns_before)

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from mirage_ds.config.run import cache_folder
-from mirage_ds.data.images import ImageFinder, upright_rgb
+from mirage_ds.data.frames import as_rgb
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures, path_of
-from mirage_ds.data.record import IMAGE_MARK, Record
+from mirage_ds.data.record import Record, check_marks
 from mirage_ds.errors import UserError, shown
 
 # A path; an image file's bytes, also as base64 or as {"bytes": …, "path": …} of `datasets`; an image; its pixels.
 Picture = str | Path | bytes | Mapping | Image.Image | np.ndarray | torch.Tensor
-CHANNELS = (1, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -46,71 +46,28 @@ def several(pictures: Any) -> list[Any]:
     return [pictures] if isinstance(pictures, Picture) else list(pictures)
 
 
-def from_pixels(pixels: np.ndarray | torch.Tensor) -> Image.Image:
-    """Make an image of (height, width), (height, width, channels) or, as torch has it, (channels, height, width).
-
-    Args:
-        pixels: 0 … 255 in whole numbers, 0 … 1 in others.
-
-    Raises:
-        ValueError: another shape or other values; the message says what it takes.
-    """
-    channels_first = pixels.ndim == 3 and pixels.shape[0] in CHANNELS
-    if isinstance(pixels, torch.Tensor):
-        pixels = pixels.detach().cpu()
-        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
-    elif channels_first:
-        channels_first = pixels.shape[2] not in CHANNELS
-    shape, whole = pixels.shape, pixels.dtype.kind in "iu"
-    if channels_first:
-        pixels = np.moveaxis(pixels, 0, 2)
-    if not pixels.size or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in CHANNELS)):
-        raise ValueError(f"is an array of shape {shape}; give (height, width) or (height, width, 3)")
-    most = 255 if whole else 1
-    # Written so that NaN is refused.
-    if not (pixels.min() >= 0 and pixels.max() <= most):
-        raise ValueError(f"has {pixels.dtype} values beyond 0 … {most}; give uint8, or floats from 0 to 1")
-    pixels = pixels if whole else np.round(255 * pixels)
-    return Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels, np.uint8))
-
-
-def _held(picture: Picture, name: str) -> str | Image.Image:
-    """Return a picture's path, or the picture itself as RGB; UserError that begins with its name."""
-    try:
-        image = from_pixels(picture) if isinstance(picture, np.ndarray | torch.Tensor) else picture
-        if isinstance(image, Image.Image):
-            made = upright_rgb(image)
-            if made is None:
-                raise ValueError("has 32 bits a channel, of unknown range; give it with 8 bits")
-            return made
-        path = path_of(image, folder_of_pictures(cache_folder(None)))
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from None
-    if not isinstance(path, str | Path):
-        raise UserError(f"{name}: {shown(path)} is no picture; give a path, bytes, a PIL image or an array")
-    return str(path)
-
-
 def as_records(texts: Sequence[str], pictures: Sequence[Sequence[Picture]]) -> tuple[ImageFinder, list[Record]]:
     """Make records of questions and the pictures of each, and the finder of these.
 
     Raises:
-        UserError: the numbers of pictures and marks differ, or something is no picture.
+        UserError: something is no picture.
+        RecordError: the numbers of pictures and marks differ.
     """
     given: dict[str, Image.Image] = {}
     records = []
     for line, (text, own) in enumerate(zip(texts, pictures, strict=True), 1):
-        marks, names = text.count(IMAGE_MARK), []
-        if marks and marks != len(own):
-            raise UserError(
-                f"question {line}: {marks} {IMAGE_MARK} mark(s) for {len(own)} image(s); give one for each, or write "
-                "none (images then stand first)"
-            )
+        names = []
         for number, one in enumerate(own, 1):
             name = f"image {number} of question {line}"
-            held = _held(one, name)
-            if isinstance(held, Image.Image):
-                given[name] = held
-            names.append(held if isinstance(held, str) else name)
+            try:
+                found = path_of(as_rgb(one), folder_of_pictures(cache_folder(None)))
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
+            if isinstance(found, Image.Image):
+                given[name] = found
+            elif not isinstance(found, str | Path):
+                raise UserError(f"{name}: {shown(found)} is no picture; give a path, bytes, a PIL image or an array")
+            names.append(name if name in given else str(found))
         records.append(Record(line, text, "", tuple(names), ()))
+        check_marks(records[-1], answers=False)
     return Given((Path.cwd().resolve(),), given=given), records

@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mirage_ds.data.kinds import BOM
-from mirage_ds.errors import UserError, reason
+from mirage_ds.errors import UserError, reason, shown
 
 READ_BYTES = 1 << 18
 SEPARATORS = ",;\t"
 _GAP = re.compile(r"[\s,]*")
 
 
-def array_items(
-    content: BinaryIO, file: Path, first: int = 1, whole: bool = True
-) -> Iterator[tuple[int, int, int, str]]:
+def array_items(content: BinaryIO, file: Path, first: int = 1) -> Iterator[tuple[int, int, int, str]]:
     """Yield (number, first byte, byte behind it, text) of each item of a JSON array.
 
     Args:
-        content: the whole array, or from one item to another.
+        content: the array.
         file: its name, for messages.
         first: number of the first item.
 
@@ -35,8 +33,8 @@ def array_items(
     scan = json.JSONDecoder().raw_decode
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
     block = content.read(READ_BYTES)
-    # What text[place] is the character of.
-    at = len(block) - len(block.removeprefix(BOM).lstrip()) + 1 if whole else 0
+    # What text[place] is the character of: the array's [ is behind it.
+    at = len(block) - len(block.removeprefix(BOM).lstrip()) + 1
     text, place, number, ended = decode(block[at:]), 0, first, False
     while True:
         start = _GAP.match(text, place).end()  # type: ignore[union-attr]  # it matches nothing too
@@ -53,9 +51,7 @@ def array_items(
                 if ended or isinstance(error, RecursionError):
                     raise UserError(f"{file}: item {number} is not valid JSON ({reason(error)}); correct it") from None
         elif ended:
-            if whole:
-                raise UserError(f"{file}: ends before the array's closing ]; fetch or write it anew")
-            return
+            raise UserError(f"{file}: ends before the array's closing ]; fetch or write it anew")
         if stop and (stop < len(text) or ended):
             begin = at + _bytes(text[place:start])
             at = begin + _bytes(text[start:stop])
@@ -72,57 +68,48 @@ def _bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogateescape"))
 
 
-def header_of(file: Path) -> list[str]:
-    """Return the names of a table's columns; UserError where one stands twice."""
-    with file.open("rb") as content:
-        return next(_values(content, file, 1))[2]
-
-
 def table_rows(
-    content: BinaryIO, file: Path, first: int = 1, names: list[str] | None = None
+    content: BinaryIO, file: Path, start: int = 0, stop: int | None = None, first: int = 0
 ) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
     """Yield (line, first byte, byte behind it, values) of each row of a table; an empty value is None.
 
     Args:
-        content: the whole table, or rows of it: then with its names.
-        first: number of the first line.
+        content: the table; file: its name, for messages.
+        start, stop: where the wanted rows begin and end, in bytes, and first: the line of the first; all without these.
 
     Raises:
-        UserError: a row has another number of values than there are names, or quotes that do not fit.
+        UserError: a row has another number of values than there are names, a name stands twice, or quotes do not fit.
     """
-    begin = 0
-    for line, stop, values in _values(content, file, first):
-        if names is None:
-            names = values
-        elif len(values) != len(names):
-            how = "put a value that holds a separator into quotes"
-            raise UserError(f"{file}, line {line}: {len(values)} values for {len(names)} columns; {how}")
-        else:
-            row = {name: value or None for name, value in zip(names, values, strict=True) if name}
-            yield line, begin, stop, row
-        begin = stop
-
-
-def _values(content: BinaryIO, file: Path, first: int) -> Iterator[tuple[int, int, list[str]]]:
-    """Yield (line, byte behind it, values) of each row that is not blank."""
     # A picture may stand in a table as text.
     csv.field_size_limit(sys.maxsize)
+    separator = _separator(content)
     at = 0
 
     def lines() -> Iterator[str]:
         nonlocal at
         for line in content:
             at += len(line)
-            yield line.decode("utf-8-sig" if first == 1 and at == len(line) else "utf-8")
+            yield line.decode("utf-8-sig" if at == len(line) else "utf-8")
 
-    separator = separator_of(file)
     rows = csv.reader(lines(), delimiter=separator, strict=True)
-    line = first
+    names: list[str] = []
+    begin, line, skipped = 0, 1, 0
     try:
         for values in rows:
-            if values:
-                yield line, at, values
-            line = first + rows.line_num
+            if values and not names:
+                names = values
+                if twice := next((name for name in names if name and names.count(name) > 1), None):
+                    raise UserError(f"{file}: has two columns {shown(twice)}; rename one")
+                if start:
+                    at, skipped = content.seek(start), first - 1 - rows.line_num
+            elif values:
+                if len(values) != len(names):
+                    how = "put a value that holds a separator into quotes"
+                    raise UserError(f"{file}, line {line}: {len(values)} values for {len(names)} columns; {how}")
+                yield line, begin, at, {name: value or None for name, value in zip(names, values, strict=True) if name}
+            if at == stop:
+                return
+            begin, line = at, skipped + rows.line_num + 1
     except (csv.Error, UnicodeDecodeError) as error:
         what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"no table ({reason(error)})"
         raise UserError(
@@ -130,8 +117,8 @@ def _values(content: BinaryIO, file: Path, first: int) -> Iterator[tuple[int, in
         ) from None
 
 
-def separator_of(file: Path) -> str:
+def _separator(content: BinaryIO) -> str:
     """Return what stands between a table's names: a comma, a semicolon or a tab, whichever there are most of."""
-    with file.open("rb") as content:
-        names = content.readline().decode("utf-8", "replace")
+    names = content.readline().decode("utf-8", "replace")
+    content.seek(0)
     return max(SEPARATORS, key=names.count)

@@ -23,6 +23,11 @@ _KEYS = re.compile(rb'"(text_input|messages|conversations?|query|instruction|pro
 _NO_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
+def paths_of(records: Records) -> list[Path]:
+    """List the sources of records."""
+    return [part.file for part in records.parts] if isinstance(records, Mixture) else [records]
+
+
 def find_files(data_path: Records) -> tuple[Path, ...]:
     """List the files that a --data_path names, in the order in which their records count.
 
@@ -30,7 +35,7 @@ def find_files(data_path: Records) -> tuple[Path, ...]:
         UserError: there is none, or several sources have one in common.
     """
     if isinstance(data_path, Mixture):
-        files = sorted((file for part in data_path.parts for file in find_files(part.file)), key=str)
+        files = sorted((file for source in paths_of(data_path) for file in find_files(source)), key=str)
         seen: set[Path] = set()
         for file in files:
             if file.resolve() in seen:
@@ -68,12 +73,9 @@ def _of_folder(folder: Path) -> list[Path]:
     names = ", ".join(file.name for file in there[:NAMED])
     # As `datasets` has the splits of a data set.
     inner = sorted(file.parent for file in folder.glob("*/*") if file.suffix.lower() in SUFFIXES + OTHERS)
-    how = (
-        f"name the records, such as {inner[0] if inner and not readable else readable[0]}"
-        if inner or readable
-        else ("name the records")
-    )
-    raise UserError(f"{folder}: no *.jsonl or *.parquet file in this folder{f', but {names}' if names else ''}; {how}")
+    such = "".join(f", such as {one}" for one in [*readable, *inner][:1])
+    but = f", but {names}" if names else ""
+    raise UserError(f"{folder}: no *.jsonl or *.parquet file in this folder{but}; name the records{such}")
 
 
 def _saved(folder: Path) -> list[Path]:
@@ -105,7 +107,7 @@ def unread(folder: Path) -> list[Path]:
 
 def unread_lines(data_path: Records) -> Iterator[str]:
     """Say of each folder of a source what looks like records there and is not read."""
-    for folder in [part.file for part in data_path.parts] if isinstance(data_path, Mixture) else [data_path]:
+    for folder in paths_of(data_path):
         names = [file.name for file in unread(folder)]
         if names:
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""

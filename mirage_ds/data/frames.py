@@ -1,27 +1,32 @@
-"""Rows of what Python holds: a pandas frame, a data set of `datasets`, an Arrow table, or dicts; pictures as PNG."""
+"""What Python holds: rows of a pandas frame, a data set of `datasets`, an Arrow table or dicts; pixels of a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from mirage_ds.data.images import png_of
+from mirage_ds.data.images import png_of, upright_rgb
 from mirage_ds.data.sources import BATCH_ROWS
 from mirage_ds.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
+CHANNELS = (1, 3, 4)
+
 
 def rows_of_frame(data: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a frame or data set; pictures that PIL or numpy hold become PNG, paths become texts.
+    """Yield the rows of a frame or data set; pictures that PIL, numpy or torch hold become PNG, paths become texts.
 
     Args:
         data: a `datasets` Dataset (its stored pictures are not decoded), a pandas frame, an Arrow table, or dicts.
 
     Raises:
-        UserError: a row is none.
+        UserError: a row is none, or a picture cannot be one.
     """
     rows: Iterable[Any] = data
     if isinstance(data, Mapping):
@@ -35,7 +40,11 @@ def rows_of_frame(data: Any) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise UserError(f"record on line {number}: expected a dict, found {type(row).__name__}; write one")
-        yield {str(name): _held(value) for name, value in row.items()}
+        try:
+            values = {str(name): _held(value) for name, value in row.items()}
+        except ValueError as error:
+            raise UserError(f"record on line {number}: a picture {error}") from None
+        yield values
 
 
 def _held(value: Any) -> Any:
@@ -44,11 +53,60 @@ def _held(value: Any) -> Any:
         return str(value)
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, np.ndarray):
-        # A list of a row, as pandas reads it from Parquet, or the pixels of a picture.
-        return [_held(one) for one in value.tolist()] if value.ndim < 2 else _held(Image.fromarray(value))
+    if _is_array(value) and value.ndim < 2:
+        # A list of a row, as pandas reads it from Parquet.
+        value = value.tolist()
+    value = as_rgb(value)
     if isinstance(value, Image.Image):
         return {"bytes": png_of(value, level=1)}
     if isinstance(value, Mapping):
         return {str(name): _held(one) for name, one in value.items()}
     return [_held(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _is_array(value: Any) -> bool:
+    """Tell whether a value is an array, or a tensor of torch, which is not imported for that."""
+    return isinstance(value, np.ndarray) or hasattr(value, "detach")
+
+
+def from_pixels(pixels: np.ndarray | torch.Tensor) -> Image.Image:
+    """Make an image of (height, width), (height, width, channels) or, as torch has it, (channels, height, width).
+
+    Args:
+        pixels: 0 … 255 in whole numbers, 0 … 1 in others.
+
+    Raises:
+        ValueError: another shape or other values; the message says what it takes.
+    """
+    channels_first = pixels.ndim == 3 and pixels.shape[0] in CHANNELS
+    if isinstance(pixels, np.ndarray):
+        channels_first = channels_first and pixels.shape[2] not in CHANNELS
+    else:
+        pixels = pixels.detach().cpu()
+        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
+    shape, whole = pixels.shape, pixels.dtype.kind in "iu"
+    if channels_first:
+        pixels = np.moveaxis(pixels, 0, 2)
+    if not pixels.size or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in CHANNELS)):
+        raise ValueError(f"is an array of shape {shape}; give (height, width) or (height, width, 3)")
+    most = 255 if whole else 1
+    # Written so that NaN is refused.
+    if not (pixels.min() >= 0 and pixels.max() <= most):
+        raise ValueError(f"has {pixels.dtype} values beyond 0 … {most}; give uint8, or floats from 0 to 1")
+    pixels = pixels if whole else np.round(255 * pixels)
+    return Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels, np.uint8))
+
+
+def as_rgb(picture: Any) -> Any:
+    """Return an image, or the pixels of one, as RGB; what is neither as it is.
+
+    Raises:
+        ValueError: pixels or an image that cannot be; the message says what to give.
+    """
+    image = from_pixels(picture) if _is_array(picture) else picture
+    if not isinstance(image, Image.Image):
+        return image
+    made = upright_rgb(image)
+    if made is None:
+        raise ValueError("has 32 bits a channel, of unknown range; give it with 8 bits")
+    return made

@@ -28,7 +28,6 @@ from mirage_ds.data.messages import (
     check_turns,
     is_absent,
     is_learnt,
-    not_learnt,
     refuse_row,
 )
 from mirage_ds.errors import shown
@@ -314,7 +313,7 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
     if len(shown_under) > 1 and not columns.image:
         raise MessageError("image", "stands beside images", "write all pictures of the row under images")
     own = {"image": columns.image or tuple(shown_under), "helper": columns.helper}
-    images, helpers = images_of(left, own["image"]), images_of(left, own["helper"])
+    pictures = {role: images_of(left, columns_of) for role, columns_of in own.items()}
     if form and answers:
         refuse_row(left)
     turns = _turns(left, names, form, columns, answers)
@@ -325,19 +324,18 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
             form[0] if form else "history", "they do not end with a question and its answer", "leave the row out"
         )
     if answers and not turns[-1].learnt:
-        raise not_learnt(turns[-1].where)
+        how = "end with one that is, or leave the row out"
+        raise MessageError(turns[-1].where, "its answer is marked as not to be learnt", how)
     for turn in turns if form else ():
         if found := _STANDS_FOR.search(turn.text):
             how = "write it out, or leave the row out"
             raise MessageError(turn.where, f"{shown(found[0])} would be plain text here", how)
     # What a message shows itself needs no column, and another one is the user's own matter.
-    if not own["image"] and not any(one for turn in turns[:-1] for one in turn.pictures):
-        own["image"] = tuple(filter(None, [_guess("image", left)]))
-        images = images_of(left, own["image"])
-    if not own["helper"] and not any(one not in (None, HELPER_MARK) for one in turns[-1].pictures):
-        own["helper"] = tuple(filter(None, [_guess("helper", left)]))
-        helpers = images_of(left, own["helper"])
-    texts, seen, drawn = _placed(turns, images, helpers)
+    for role, part in (("image", turns[:-1]), ("helper", turns[-1:])):
+        if not own[role] and all(one in (None, HELPER_MARK) for turn in part for one in turn.pictures):
+            own[role] = tuple(filter(None, [_guess(role, left)]))
+            pictures[role] = images_of(left, own[role])
+    texts, seen, drawn = _placed(turns, pictures["image"], pictures["helper"])
     if not columns.image and not columns.helper and not any(turn.pictures and any(turn.pictures) for turn in turns):
         _need_read(left, paths=not seen and not drawn)
     lost = next((name for name in (*FIELDS, TURNS_BEFORE) if name in left), None)

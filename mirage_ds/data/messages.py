@@ -98,11 +98,6 @@ def refuse_row(row: Mapping[str, Any]) -> None:
             raise MessageError(key, f"is {shown(value)}: an example of a bad answer", _PREFERENCES)
 
 
-def not_learnt(where: str) -> MessageError:
-    """Make the error of a last answer that is marked as not to be learnt."""
-    return MessageError(where, "its answer is marked as not to be learnt", "end with one that is, or leave the row out")
-
-
 def check_turns(turns: Any, field: str = TURNS_BEFORE) -> list[dict[str, str]]:
     """Check the messages before a question: roles that take turns, texts, no latents.
 

@@ -191,7 +191,9 @@ def make_record(
         pictures: where pictures that stand in the record are written; a folder of the user's cache if None.
     """
     values = parse_object(row, line) if isinstance(row, str) else row
-    values = {key: value for key, value in values.items() if not (key in NULLABLE and is_null(value))}
+    # A row of a table has every column of its file: what it lacks is null there.
+    of_table = not isinstance(row, str) and "text_input" in row
+    values = {key: value for key, value in values.items() if not ((of_table or key in NULLABLE) and is_null(value))}
     try:
         values = read_row(values, columns, answers)
         if TURNS_BEFORE in values:
@@ -219,11 +221,11 @@ def make_record(
     for name, text in [*before, ("text_input", record.text_input), ("text_output", record.text_output)]:
         if not is_text(text):
             raise record.fault(name, "holds half a surrogate pair", "write both halves, or the character itself")
-    _check_marks(record, answers)
+    check_marks(record, answers)
     return record
 
 
-def _check_marks(record: Record, answers: bool) -> None:
+def check_marks(record: Record, answers: bool) -> None:
     """RecordError where marks stand in the wrong text, or are not as many as the images."""
     if HELPER_MARK in record.text_input:
         raise record.fault("text_input", f"holds {HELPER_MARK}", "latents stand in the answer; write it there")

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import click
 
 from mirage_ds.config.columns import RECOGNISED, Columns
-from mirage_ds.config.mixture import Mixture, Records
-from mirage_ds.data.folders import find_files
+from mirage_ds.config.mixture import Records
+from mirage_ds.data.folders import find_files, paths_of
 from mirage_ds.data.kinds import kind_of
 from mirage_ds.data.layouts import ColumnError, roles_of
-from mirage_ds.data.messages import MessageError, is_absent, is_null
+from mirage_ds.data.messages import MessageError, is_absent
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, name_file, parse_object
 from mirage_ds.data.sources import Piece, no_record, pieces, rows_of, text_lines
 from mirage_ds.errors import UserError
@@ -54,21 +54,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         yield from text_lines(file)
 
 
-def record_of(row: Raw, line: int, answers: bool, pictures: Path | None, columns: Columns) -> Record:
-    """Make the record of a row as it lies in its file; RecordError as make_record."""
-    if not isinstance(row, str) and "text_input" in row:
-        # A row of a table has every column of its file: what it lacks is null there.
-        row = {name: value for name, value in row.items() if not is_null(value)}
-    return make_record(row, line, answers, pictures, columns)
-
-
 def records_of_rows(
     rows: Iterable[tuple[int, Raw]], answers: bool, pictures: Path | None, columns: Columns
 ) -> Iterator[Record | Fault]:
     """Yield what each row holds: a Record, or the Fault of one without the format."""
     for line, row in rows:
         try:
-            yield record_of(row, line, answers, pictures, columns)
+            yield make_record(row, line, answers, pictures, columns)
         except RecordError as error:
             yield error.fault
 
@@ -102,8 +94,7 @@ def read_records(
     """Read a source as `scan` does; its first fault is a UserError."""
     records, faults = scan(path, answers, columns, most)
     if faults:
-        said, _ = summary(faults, len(records) + len(faults))
-        raise UserError(f"{path}: {said}; `mirage-ds data check {path}` lists all faults")
+        raise faults_error(path, faults, len(faults), len(records) + len(faults))
     return records
 
 
@@ -131,7 +122,7 @@ def scan(
             click.echo(line, err=True)
     for place in islice(places(path), most):
         try:
-            record = record_of(place.row, place.line, answers, None, columns)
+            record = make_record(place.row, place.line, answers, columns=columns)
             records.append(replace(record, line=place.number))
         except RecordError as error:
             faults.append(name_file(error.fault, files, place.file))
@@ -159,6 +150,20 @@ def summary(faults: Iterable[Fault], count: int) -> tuple[str, int]:
     return f"{first.field}: {first.what} in {number} of {count} records, e.g. {place} {lines}; {first.how}", number
 
 
+def lists(data_path: Records) -> str:
+    """Say what lists the faults of the records."""
+    files = paths_of(data_path)
+    commands = " and ".join(f"`mirage-ds data check {file}`" for file in files)
+    return f"{commands} {'lists' if len(files) == 1 else 'list'} them"
+
+
+def faults_error(data_path: Records, faults: Iterable[Fault], count: int, records: int) -> UserError:
+    """Make the error that says the first of `count` faults, with what is alike, and counts the others."""
+    said, alike = summary(faults, records)
+    others = f"and {count - alike} more: " if count > alike else ""
+    return UserError(f"{data_path}: {said}" + (f" ({others}{lists(data_path)})" if count > 1 else ""))
+
+
 def told(data_path: Records, columns: Columns = RECOGNISED) -> Iterator[str]:
     """Say of each form of row in a source what its columns are taken for, unless all are named.
 
@@ -166,12 +171,11 @@ def told(data_path: Records, columns: Columns = RECOGNISED) -> Iterator[str]:
         UserError: a column that is named is not there, or it cannot be known which one is meant.
     """
     said: set[str] = set()
-    for path in [part.file for part in data_path.parts] if isinstance(data_path, Mixture) else [data_path]:
-        for file in find_files(path):
-            form = form_of(str(file), (row for piece in pieces([file]) for _, row in rows_of(piece, file)), columns)
-            if form and form not in said:
-                said.add(form)
-                yield said_of(file, form)
+    for file in find_files(data_path):
+        form = form_of(str(file), (place.row for place in places(file)), columns)
+        if form and form not in said:
+            said.add(form)
+            yield said_of(file, form)
 
 
 def said_of(source: object, form: str) -> str:

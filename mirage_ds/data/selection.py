@@ -16,7 +16,7 @@ from mirage_ds.config.mixture import Mixture, Records, most
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.index import Index
 from mirage_ds.data.record import Fault
-from mirage_ds.data.record_files import summary
+from mirage_ds.data.record_files import faults_error, lists
 from mirage_ds.data.sample import ImageKeys
 from mirage_ds.errors import UserError
 
@@ -63,35 +63,20 @@ def by_place(fault: Fault) -> tuple[str, int]:
     return fault.file, fault.line
 
 
-def _lists(data_path: Records) -> str:
-    """Say what lists the faults of the records."""
-    files = [part.file for part in data_path.parts] if isinstance(data_path, Mixture) else [data_path]
-    commands = " and ".join(f"`mirage-ds data check {file}`" for file in files)
-    return f"{commands} {'lists' if len(files) == 1 else 'list'} them"
-
-
-def faults_error(data_path: Records, first: Fault | str, count: int, alike: int = 1) -> UserError:
-    """Make the error that says the first fault of the records, with what is alike, and counts the others."""
-    others = f"and {count - alike} more: " if count > alike else ""
-    return UserError(f"{data_path}: {first}" + (f" ({others}{_lists(data_path)})" if count > 1 else ""))
-
-
-def judge_faults(data_path: Records, first: Fault, count: int, records: int, max_bad_share: float | None) -> None:
+def judge_faults(data_path: Records, first: Fault, count: int, records: int, max_bad_share: float) -> None:
     """Decide whether the other records may be trained on.
 
     Args:
         first: the first fault; count: how many records have one.
-        max_bad_share: share of faulty records that is left out; None where one fault refuses the records.
+        max_bad_share: share of faulty records that is left out.
 
     Raises:
         UserError: they may not.
     """
-    if max_bad_share is None:
-        raise faults_error(data_path, first, count)
     if count > max_bad_share * records:
         raise UserError(
             f"{data_path}: {count} of {records} records have a fault, above --max_bad_share {max_bad_share}; the "
-            f"first is {first} ({_lists(data_path)})"
+            f"first is {first} ({lists(data_path)})"
         )
 
 
@@ -107,16 +92,15 @@ def usable(
 
     Args:
         keep: fields whose features are kept.
-        max_bad_share: see judge_faults.
+        max_bad_share: see judge_faults; None where one fault refuses the records.
 
     Raises:
         UserError: a record has a fault (with max_bad_share: too large a share of them), too large a share is too long,
             or no row is left.
     """
     if rows.faults:
-        said, alike = summary(rows.all_faults(), len(rows))
         if max_bad_share is None:
-            raise faults_error(data_path, said, rows.faults, alike)
+            raise faults_error(data_path, rows.all_faults(), rows.faults, len(rows))
         first = next(rows.all_faults())
         judge_faults(data_path, first, rows.faults, len(rows), max_bad_share)
         if rows.faults == len(rows):

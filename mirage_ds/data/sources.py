@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from mirage_ds.config.mixture import Records
-from mirage_ds.data.flat import array_items, header_of, table_rows
+from mirage_ds.data.flat import array_items, table_rows
 from mirage_ds.data.folders import find_files, unreadable
 from mirage_ds.data.inside import writable
-from mirage_ds.data.kinds import Kind, head_of, kind_of
+from mirage_ds.data.kinds import head_of, kind_of
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_new
 
@@ -129,29 +129,16 @@ def pieces(files: Sequence[Path]) -> Iterator[Piece]:
             elif kind == "lines":
                 yield from _line_pieces(number, file)
             else:
-                yield from _joined(number, ((line, start, stop) for line, start, stop, _ in _parts(file, kind)))
+                with file.open("rb") as content:
+                    yield from _joined(number, (array_items if kind == "array" else table_rows)(content, file))
         except OSError as error:
             raise unreadable(file, error) from None
 
 
-def _parts(file: Path, kind: Kind, piece: Piece | None = None) -> Iterator[tuple[int, int, int, Any]]:
-    """Yield (line, first byte, byte behind it, row) of a JSON array or a table, or of a piece of it."""
-    with file.open("rb") as content:
-        block: BinaryIO = content
-        if piece is not None:
-            content.seek(piece.start)
-            block = io.BytesIO(content.read(piece.stop - piece.start))
-        first = piece.first if piece else 1
-        if kind == "array":
-            yield from array_items(block, file, first, whole=piece is None)
-        else:
-            yield from table_rows(block, file, first, header_of(file) if piece else None)
-
-
-def _joined(number: int, parts: Iterator[tuple[int, int, int]]) -> Iterator[Piece]:
+def _joined(number: int, parts: Iterator[tuple[int, int, int, Any]]) -> Iterator[Piece]:
     """Join records to pieces: the end of one is where the next may begin."""
     held: Piece | None = None
-    for line, start, stop in parts:
+    for line, start, stop, _ in parts:
         if held is None:
             held = Piece(number, start, stop, line)
         held = held._replace(stop=stop)
@@ -182,7 +169,7 @@ def _arrow_batches(file: Path) -> Iterator[Any]:
     """Yield the batches of an Arrow file, as Feather has it, or of a stream; of a mapped file nothing is copied."""
     import pyarrow as pa
 
-    with _as_parquet(file), pa.memory_map(str(file)) as content:
+    with _explained(file), pa.memory_map(str(file)) as content:
         if head_of(file).startswith(b"ARROW1"):
             table = pa.ipc.open_file(content)
             yield from map(table.get_batch, range(table.num_record_batches))
@@ -193,12 +180,12 @@ def _arrow_batches(file: Path) -> Iterator[Any]:
 def _parquet(file: Path) -> Any:
     import pyarrow.parquet as pq
 
-    with _as_parquet(file):
+    with _explained(file):
         return pq.ParquetFile(file)
 
 
 @contextmanager
-def _as_parquet(file: Path) -> Iterator[None]:
+def _explained(file: Path) -> Iterator[None]:
     """Turn what a file leads Arrow to into a sentence."""
     import pyarrow as pa
 
@@ -208,8 +195,9 @@ def _as_parquet(file: Path) -> Iterator[None]:
         # Arrow's own OSError has no number; the system's is no matter of the content.
         if getattr(error, "errno", None) is not None:
             raise
-        name = "Parquet" if file.suffix.lower() == ".parquet" or head_of(file).startswith(b"PAR1") else "Arrow"
-        raise UserError(f"{file}: cannot be read as {name} ({reason(error)}); write it anew") from None
+        raise UserError(
+            f"{file}: cannot be read as {kind_of(file).capitalize()} ({reason(error)}); write it anew"
+        ) from None
 
 
 def _parquet_pieces(number: int, file: Path) -> Iterator[Piece]:
@@ -261,20 +249,27 @@ def rows_of(
         kind = kind_of(file)
         if kind in ("parquet", "arrow"):
             yield from enumerate(_rows_of_batches(piece, file, columns), piece.first)
-        elif kind == "lines":
-            with file.open("rb") as content:
-                content.seek(piece.start)
-                block = content.read(piece.stop - piece.start)
+            return
+        with file.open("rb") as content:
+            if kind == "table":
+                for line, _, _, row in table_rows(content, file, piece.start, piece.stop, piece.first):
+                    yield line, row
+                return
+            content.seek(piece.start)
+            block = content.read(piece.stop - piece.start)
+        if kind == "lines":
             yield from text_lines(io.BytesIO(block), piece.first)
         else:
-            yield from ((line, row) for line, _, _, row in _parts(file, kind, piece))
+            # What lies between the items of an array makes one of them.
+            for number, _, _, text in array_items(io.BytesIO(b"[" + block + b"]"), file, piece.first):
+                yield number, text
     except OSError as error:
         raise unreadable(file, error) from None
 
 
 def _rows_of_batches(piece: Piece, file: Path, columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
     at, names = 0, columns and list(columns)
-    with _as_parquet(file):
+    with _explained(file):
         if piece.group is None:
             batches = (batch.select(names or batch.schema.names) for batch in _arrow_batches(file))
         else:

@@ -30,8 +30,9 @@ from mirage_ds.data.load import settings_of
 from mirage_ds.data.pooling import DROPPED
 from mirage_ds.data.progress import track
 from mirage_ds.data.record import Fault, RecordError
+from mirage_ds.data.record_files import faults_error
 from mirage_ds.data.sample import ImageKeys
-from mirage_ds.data.selection import Selection, by_place, faults_error
+from mirage_ds.data.selection import Selection, by_place
 from mirage_ds.data.ship import Shipment, from_workers, ship
 from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.errors import Stopped, UserError, reason
@@ -266,7 +267,8 @@ def keep_features(
                 shards, own_broken = _make(run, tower, kept, own)
             broken = everyone(list(own_broken.items()), world)
             if broken and not run.config.skip_bad_records:
-                raise faults_error(data_path, min((fault for _, fault in broken), key=by_place), len(broken))
+                faults = sorted((fault for _, fault in broken), key=by_place)
+                raise faults_error(data_path, faults, len(faults), len(selection.rows))
             if run.stops():
                 raise Stopped
             if broken:

@@ -24,7 +24,7 @@ from mirage_ds.cluster.status.show import print_several
 from mirage_ds.cluster.status.summary import summary
 from mirage_ds.config.mixture import Mixture, most
 from mirage_ds.config.run import RunConfig
-from mirage_ds.data.folders import find_files
+from mirage_ds.data.folders import find_files, paths_of
 from mirage_ds.data.pack import total_steps
 from mirage_ds.data.sources import count_rows
 from mirage_ds.errors import UserError
@@ -67,7 +67,7 @@ def shown_hours(hours: float, digits: int) -> str:
 def steps_of(config: RunConfig) -> int:
     """Count the optimizer steps of a run, if no record is dropped."""
     records = config.records
-    files = [part.file for part in records.parts] if isinstance(records, Mixture) else [records]
+    files = paths_of(records)
     counts = [rows_of(file) for file in files]
     weights = records.weights if isinstance(records, Mixture) else None
     rows = sum(most(files, counts, weights) if weights else counts)

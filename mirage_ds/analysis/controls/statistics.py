@@ -143,12 +143,17 @@ def difference(values: Sequence[float], base: Sequence[float], seed: int, tests:
     return {**found, "p": mcnemar(values, base), "visible": visible}
 
 
+def p_of(one: Mapping[str, float | None]) -> float | None:
+    """Return the p of a difference, adjusted where there are several; None where there is none."""
+    return one["p"] if one.get("p_holm") is None else one["p_holm"]
+
+
 def differs(one: Mapping[str, float | None]) -> bool:
     """Tell whether a difference was found: its p, adjusted where there are several, is at most 5 %.
 
     Where there is no p: its 95 % interval leaves out 0.
     """
-    p = one["p"] if one.get("p_holm") is None else one["p_holm"]
+    p = p_of(one)
     low, high = one["low"] or 0.0, one["high"] or 0.0
     return (low > 0 or high < 0) if p is None else p <= 0.05
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mirage_ds.analysis.controls.statistics import POWER, differs
+from mirage_ds.analysis.controls.statistics import POWER, differs, p_of
 
 # How often a difference of the size that is told, or a smaller one, is missed.
 MISSED = f"would be missed more than 1 time in {1 / (1 - POWER):.0f}"
@@ -17,7 +17,7 @@ def amount(value: float, points: bool, sign: str = "") -> str:
 def sure(one: Mapping[str, Any], points: bool) -> str:
     """Write a difference with its interval, and its p where there is one, in brackets."""
     low, high = (f"{100 * one[key]:+.1f}" if points else f"{one[key]:+.3g}" for key in ("low", "high"))
-    p = one["p"] if one.get("p_holm") is None else one["p_holm"]
+    p = p_of(one)
     tested = "" if p is None else ", p < 0.0001" if p < 1e-4 else f", p = {p:.4f}"
     return f"({amount(one['mean'], points, '+')}, 95 % interval {low} to {high}{tested})"
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from mirage_ds.analysis.controls.spec import ControlsSpec
@@ -365,7 +367,8 @@ def test_what_a_file_lacks_is_said_once(rows: Rows, said: str, tmp_path: Path, c
     source = lines(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UserError) as error:
         read_records(source)
-    assert str(error.value) == f"{source}: {said}; `mirage-ds data check {source}` lists all faults"
+    others = f" (`mirage-ds data check {source}` lists them)" if "e.g." in said else ""
+    assert str(error.value) == f"{source}: {said}{others}"
     with pytest.raises(UserError) as error:
         cli.main(["data", "import", str(source), "--out", str(tmp_path / "out")], standalone_mode=False)
     assert str(error.value) == f"{source}, {said}"
@@ -399,15 +402,22 @@ def test_a_frame_is_the_records_of_its_file(bars: tuple[Path, Rows]) -> None:
     pictured = frame(rows)
     pictured["image"] = [Image.open(folder / name) for name in pictured["image"]]
     pictured["helper"] = [(folder / name).read_bytes() for name in pictured["helper"]]
+    pixels = [row | {name: np.asarray(Image.open(folder / row[name])) for name in ("image", "helper")} for row in rows]
+    # As printers take it: PNG cannot hold it.
+    inked = [row | {"image": Image.open(folder / row["image"]).convert("CMYK")} for row in rows]
+    tensors = [row | {"image": torch.tensor(row["image"]).permute(2, 0, 1) / 255} for row in pixels]
     whole = stored(folder, rows)
     for data in (
         pictured, frame(rows), frame(rows).convert_dtypes(), whole, whole.to_pandas(), whole.data.table, list(whole),
-        whole.to_iterable_dataset(), [row | {"image": folder / row["image"]} for row in rows],
+        whole.to_iterable_dataset(), pixels, tensors, [row | {"image": folder / row["image"]} for row in rows],
     ):  # fmt: skip
         records = [make_record(row, line) for line, row in enumerate(rows_of_frame(data), 1)]
         assert seen(records, folder / "any") == wanted
-    for data in (["a"], datasets.DatasetDict(train=whole)):
-        with pytest.raises(UserError, match=r"expected a dict, found str|give one data set of it"):
+    assert len(list(rows_of_frame(inked))) == len(rows)
+    for data in (["a"], datasets.DatasetDict(train=whole), [{"image": np.ones((5, 5, 9))}]):
+        with pytest.raises(
+            UserError, match=r"expected a dict, found str|give one data set of it|line 1: a picture is an"
+        ):
             list(rows_of_frame(data))
 
 
@@ -456,6 +466,7 @@ def test_splits_are_named_and_an_import_takes_the_one_that_is_asked_for(
         ("a.csv", b"a,b\n1,2\n3\n", "a.csv, line 3: 1 values for 2 columns"),
         ("a.csv", b'a,b\n1,2\n3,"x\n', r"a.csv, line 3: no table \(.*unexpected end of data"),
         ("a.csv", "a,b\nä,2\n".encode("latin-1"), "a.csv, line 2: not UTF-8 text; save it as CSV in UTF-8"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv: has two columns 'a'; rename one"),
         ("a.arrow", b"ARROW1\0\0nothing", r"a.arrow: cannot be read as Arrow \("),
     ],
 )  # fmt: skip
@@ -463,6 +474,15 @@ def test_a_file_that_is_broken_is_one_sentence(name: str, content: bytes, said: 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         [list(sources.rows_of(piece, tmp_path / name)) for piece in sources.pieces([tmp_path / name])]
+
+
+def test_a_piece_knows_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1)
+    file = tmp_path / "a.csv"
+    file.write_bytes(b'a;b\n\n1;"2\n2"\n\n\n3;\n')
+    cut = list(sources.pieces([file]))
+    found = [row for piece in cut for row in sources.rows_of(piece, file)]
+    assert (len(cut), found) == (2, [(3, {"a": "1", "b": "2\n2"}), (7, {"a": "3", "b": None})])
 
 
 def test_a_large_array_and_a_large_table_are_never_held_as_a_whole(tmp_path: Path) -> None:

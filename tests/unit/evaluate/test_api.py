@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 import mirage_ds
 from mirage_ds.api import Mirage, Rows
 from mirage_ds.cli import cli
-from mirage_ds.data.asked import as_records, from_pixels, several
+from mirage_ds.data.asked import as_records, several
 from mirage_ds.data.batch import Batch
+from mirage_ds.data.frames import from_pixels
 from mirage_ds.data.sample import IGNORE
 from mirage_ds.errors import UserError
 from mirage_ds.model.load import load_model
@@ -217,7 +218,7 @@ def test_rows_are_a_dataset_that_can_be_looked_into(opened: Mirage, mixed: Path,
 
 
 def test_what_is_wrong_is_one_sentence(opened: Mirage, mixed: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"question 1: 2 <image> mark\(s\) for 1 image"):
+    with pytest.raises(UserError, match=r"question on line 1, text_input: 2 <image> mark\(s\) for 1 image"):
         opened.generate("<image> or <image>?", [mixed.parent / "in0.png"])
     with pytest.raises(UserError, match=r"question on line 1, image_input: no image 'none\.png'"):
         opened.generate("?", ["none.png"])
