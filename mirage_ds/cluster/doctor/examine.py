@@ -111,7 +111,9 @@ def _ask(seen: Seen) -> None:
     seen.records = _look(spec)
     looks = {flag: look for flag, look in seen.records.items() if isinstance(look, FirstLook)}
     # Where the records cannot be read here, what the hosts have of them is nothing to compare.
-    read_by_hosts = {flag: (path,) for flag, path in spec.files().items() if flag not in seen.records}
+    read_by_hosts: dict[str, tuple[Path, ...]] = {
+        flag: (path,) for flag, path in spec.files().items() if flag not in seen.records
+    }
     read_by_hosts |= {flag: look.files for flag, look in looks.items()}
     request = spec.model_dump(mode="json") | {
         "cwd": os.getcwd(),

@@ -48,8 +48,8 @@ class DoctorSpec(BaseModel):
         files = {flag: path for flag, path in named.items() if path is not None}
         # Weights are the training's business.
         several = self.data_path if isinstance(self.data_path, tuple) else ()
-        parts = [parse_part(str(part)).file for part in several] or [self.data_path]
+        parts = [parse_part(str(part)).file for part in several]
+        parts += [self.data_path] if isinstance(self.data_path, Path) else []
         for number, part in enumerate(parts, 1):
-            if part is not None:
-                files["--data_path" + (f" {number}" if len(parts) > 1 else "")] = part
+            files[f"--data_path {number}" if len(parts) > 1 else "--data_path"] = part
         return files
