@@ -132,7 +132,7 @@ def data(seen: Seen) -> Iterator[Finding]:
         look = seen.records.get(flag)
         if isinstance(look, UserError):
             says, _, mend = str(look).rpartition("; ")
-            yield fail(HERE, f"{flag} {says or look}", mend if says else "name the run's records")
+            yield fail(HERE, f"{flag}: {says or look}", mend if says else "name the run's records")
             continue
         found = {host: facts[flag] for host, facts in seen.section("data").items()}
         for host, facts in found.items():

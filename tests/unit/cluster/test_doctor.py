@@ -614,7 +614,7 @@ def test_what_training_would_refuse_is_said_in_its_words(
     said = call("--data_path", *words, "--only", "data", "--json")
     (found,) = json.loads(said.out)["findings"]
     assert (said.code, found["host"], found["status"]) == (2, HERE, "fail")
-    assert found["says"].startswith("--data_path ")
+    assert found["says"].startswith("--data_path: ")
     assert says in found["says"]
     assert found["mend"]
 
