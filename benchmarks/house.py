@@ -23,45 +23,47 @@ from rich.table import Table
 REPO = Path(__file__).parents[1]
 ROOT = REPO / "mirage_ds"
 # Lines of code a room may have: what it has, rounded up. They only go down, but for a feature that is named here.
-# All of it fits into 20,000 lines (19,935 on 2026-11-29).
+# The house of 2026-11-29 had 19,935 lines. The first day (own data in every form, one command, scorers, words for
+# results, configurations of other trainers, the wheel) added the rest: three times what was meant for it.
 ROOMS = {
-    # 7: one place for what stage2 and files of several folders are refused for.
-    "data": 2737,
-    "study": 2410,
-    # 23: the doctor looks at records as training reads them.
-    "cluster": 2443,
-    "analysis": 1600,
-    "curate": 1500,
+    # 5: one place for what stage2 and files of several folders are refused for.
+    "data": 3365,
+    "study": 2550,
+    # 25: the doctor looks at records as training reads them.
+    "cluster": 2575,
+    "analysis": 1770,
+    # 50: the rest of a mixture, what evaluate lacks, glob patterns to import.
+    "curate": 1390,
     # Three published data sets (150) and JSON arrays.
-    "tasks": 1850,
+    "tasks": 1910,
     "engine": 1650,
     # 30 of them tell a quantised checkpoint by its tensor names, and a prefix before them.
-    "model": 1600,
-    # 35: the first look at a source, for the doctor; stage2 without latents.
-    "run": 1625,
+    "model": 1590,
+    # 30: the first look at a source, for the doctor; stage2 without latents.
+    "run": 1710,
     "plan": 1080,
-    "evaluate": 660,
+    "evaluate": 720,
     # The table of other trainers' names (100 lines, nearly all of them data), and `config import` (330).
     # Help under headings, one way to a run's settings: 25.
-    "config": 890,
-    "api": 230,
+    "config": 960,
+    "api": 220,
     # What a wheel ships, and the commands that show and write it: docs, examples, launch.
-    "files": 180,
-    "cli": 172,
-    "train": 130,
+    "files": 190,
+    "cli": 230,
+    "train": 140,
     "errors": 60,
     # Listens to Ctrl-C before anything is imported.
-    "__main__": 7,
+    "__main__": 10,
     # The name under which launch scripts outside of this repository read a hostfile.
     "hosts": 3,
 }
-TOTAL = 20_000
+TOTAL = 22_000
 FILE_LINES, FUNCTION_LINES = 400, 80
 FLOORS, ARROWS = 13, 100
 # 370 words more: other trainers' configurations, three published data sets.
 # 180 more: one command, its lines, completion.
-# 75 more: a held-out part, who scores own columns, what the doctor takes.
-README_LINES, DOC_WORDS = 150, 25_625
+# 30 more: a held-out part, who scores own columns, what the doctor takes.
+README_LINES, DOC_WORDS = 150, 26_530
 # Not prose that somebody reads from the start: dated results, and what a command has made.
 NO_PROSE = {"log.md", "api.md", "study.md"}
 

@@ -17,7 +17,6 @@ from mirage_ds.data.record_files import read_records
 from mirage_ds.errors import UserError
 from mirage_ds.study.results import Results
 from mirage_ds.study.spec import EvaluationSpec
-from mirage_ds.tasks import DEFAULT, named_task
 
 # Of an example's picture, in pixels.
 SIDE = 320
@@ -41,8 +40,7 @@ def with_records(results: Results, evaluations: Mapping[str, EvaluationSpec]) ->
         spec = evaluations[name]
         try:
             records = read_records(spec.data_path, answers=False, columns=parse_columns(spec.columns))[: spec.most]
-            task = next(filter(None, (named_task(one, spec.task) for one in records)), DEFAULT)
-            if best := best_constant(records, task):
+            if best := best_constant(records, spec.task):
                 chance[name] = {str(one.line): score for one, score in zip(records, best, strict=True)}
             if shown and shown[1] == name:
                 by_line = {str(one.line): one for one in records}
