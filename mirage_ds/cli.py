@@ -19,6 +19,7 @@ from mirage_ds.curate.command import import_, mix, rationalize, vary
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, closest
 from mirage_ds.evaluate.command import evaluate, generate
 from mirage_ds.files import Output, pages, shipped, shipped_files, users_error, write_atomically, write_shipped
+from mirage_ds.model.presets import LARGE, PRESETS
 from mirage_ds.plan.command import plan
 from mirage_ds.run.process import hush, print_anything
 from mirage_ds.run.stop import StopRequest
@@ -71,16 +72,17 @@ data.add_command(rationalize)
 @click.option("--most", default=50, show_default=True, help="Kinds of faults listed at most.")
 def data_check(file: Path, most: int, columns: str | None, **options: Any) -> None:
     """List every faulty record of FILE and how to fix it. Exit code 2 if there is one."""
-    from mirage_ds.curate.check import check_file, print_faults
+    from mirage_ds.curate.check import Answers, check_file, print_faults
     from mirage_ds.data.folders import unread_lines
     from mirage_ds.data.record_files import told
 
     names = parse_columns(columns)
     for line in told(file, names):
         print(line)
-    count, faults = check_file(file, columns=names, **options)
+    answers = Answers()
+    count, faults = check_file(file, columns=names, see=answers.see, **options)
     print_faults(file, count, faults, most)
-    for line in unread_lines(file):
+    for line in (*unread_lines(file), *(answers.lines() if not faults else ())):
         print(line)
     if faults:
         sys.exit(EXIT_USER_ERROR)
@@ -155,7 +157,7 @@ def config_import(file: Path, out: Path | None, **options: Any) -> None:
 @click.option(
     "--preset",
     required=True,
-    help="nano, nano-untied, bench-40m, bench-87m, or qwen2.5-vl-3b|7b|32b|72b with --config_only.",
+    help=f"{', '.join(name for name in PRESETS if name not in LARGE)}; with --config_only also {', '.join(LARGE)}.",
 )
 @click.option("--out", required=True, type=Output(folder=True), help="Folder to write.")
 @click.option("--text", "texts", multiple=True, type=_PATH, help="Records whose text trains the tokenizer.")
@@ -167,7 +169,7 @@ def config_import(file: Path, out: Path | None, **options: Any) -> None:
 def init(preset: str, out: Path, **options: Any) -> None:
     """Write a small random model, to try things out.
 
-    It is a Qwen2.5-VL with a tokenizer trained on the task's text.
+    It is a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, with a tokenizer trained on the task's text.
     """
     from mirage_ds.model.init import init_model
 

@@ -1,6 +1,6 @@
 """`mirage-ds data check`: every fault of the records at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +9,38 @@ from mirage_ds.config.run import Stage, cache_folder
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
-from mirage_ds.data.record import Fault, Record, RecordError, name_file
+from mirage_ds.data.record import NO_LATENTS, Fault, Record, RecordError, name_file
 from mirage_ds.data.record_files import read_piece
 from mirage_ds.data.sources import no_record, pieces
 from mirage_ds.errors import UserError
+from mirage_ds.tasks import DEFAULT, get_task, named_task
+
+
+class Answers:
+    """Whether evaluate can score the answers of records whose task nobody names."""
+
+    def __init__(self) -> None:
+        self._task = get_task(DEFAULT)
+        self._count = self._unnamed = self._unread = 0
+
+    def see(self, record: Record) -> None:
+        """Take a record in."""
+        self._count += 1
+        try:
+            self._unnamed += named_task(record, None) is None
+        except RecordError:
+            # evaluate says what is wrong with the name.
+            return
+        self._unread += self._task.parse(record.text_output, {}) is None
+
+    def lines(self) -> Iterator[str]:
+        """Say what evaluate would lack, where it would."""
+        if self._unread and self._unnamed == self._count:
+            which = "the answers have" if self._unread == self._count else f"{self._unread} answer(s) have"
+            yield (
+                f"no task is named, and {which} no \\boxed{{…}}: evaluate needs --task module:score "
+                "(`mirage-ds docs tasks`)"
+            )
 
 
 def _faults(
@@ -47,11 +75,13 @@ def check_file(
     latent_size: int,
     confine_paths: bool = False,
     columns: Columns = RECOGNISED,
+    see: Callable[[Record], object] = lambda record: None,
 ) -> tuple[int, list[Fault]]:
     """Check every record: its form, its images, and with a model folder its encoding for a stage.
 
     Args:
         data_path: a file, a folder of files, or a glob pattern.
+        see: is shown each record that has the format.
 
     Returns:
         The number of records, and the faults in the order of the records.
@@ -68,17 +98,24 @@ def check_file(
         if not model_folder.is_dir():
             raise UserError(f"--model {model_folder}: no such folder")
         encoder = load_encoder([str(model_folder)], finder, stage, latent_size)
-    count = 0
+    count, latents = 0, False
     faults: list[Fault] = []
     for piece in track(list(pieces(files)), "checking"):
         own = finder.of(files[piece.file], pictures)
         measure = replace(encoder, finder=own).measure if encoder else None
         for record in read_piece(piece, files[piece.file], pictures, columns):
             count += 1
-            found = [record] if isinstance(record, Fault) else _faults(record, own, stage, measure)
+            if isinstance(record, Fault):
+                found = [record]
+            else:
+                see(record)
+                latents |= record.runs > 0
+                found = _faults(record, own, stage, measure)
             faults += [name_file(fault, files, piece.file) for fault in found]
     if not count:
         raise no_record(data_path)
+    if stage == "stage2" and not latents and not faults:
+        faults.append(name_file(Fault(1, "image_output", *NO_LATENTS), files, 0))
     return count, faults
 
 

@@ -53,7 +53,8 @@ def mix(files: tuple[str, ...], **flags: Any) -> None:
     from mirage_ds.config.mixture import parse_part
     from mirage_ds.curate.mix import mix as run
 
-    _tell(run([parse_part(text) for text in files], build_model(MixSpec, flags)))
+    for written in run([parse_part(text) for text in files], build_model(MixSpec, flags)):
+        _tell(written)
 
 
 @click.command("import", context_settings=CONTEXT)
@@ -62,10 +63,10 @@ def mix(files: tuple[str, ...], **flags: Any) -> None:
 def import_(source: tuple[str, ...], **flags: Any) -> None:
     """Write a records file of rows in another layout, or with columns of your own.
 
-    SOURCE is a file (JSON lines, JSON array, CSV, Parquet, Arrow), a folder of such files, one that `datasets` has
-    saved, an image folder with its metadata, or the name of a data set of the Hub. The layouts of ms-swift,
-    LLaMA-Factory and TRL are recognised, and so are columns with obvious names; --columns names others. The first row
-    that a record cannot hold (videos, sound, boxes, tools, bad answers) ends the import.
+    SOURCE is a file (JSON lines, JSON array, CSV, Parquet, Arrow), a folder of such files, a glob pattern in quotes, a
+    folder that `datasets` has saved, an image folder with its metadata, or the name of a data set of the Hub. The
+    layouts of ms-swift, LLaMA-Factory and TRL are recognised, and so are columns with obvious names; --columns names
+    others. The first row that a record cannot hold (videos, sound, boxes, tools, bad answers) ends the import.
     """
     from mirage_ds.curate.importing import import_records
     from mirage_ds.data.progress import progress_bar

@@ -1,6 +1,7 @@
 """`mirage-ds data import`: rows in any form that training reads, or of the Hub, as a records file."""
 
 from collections.abc import Iterator
+from glob import has_magic
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,17 @@ from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.progress import Advance
 from mirage_ds.data.record import Fault, Record, RecordError
-from mirage_ds.data.record_files import LOOKED, Raw, form_of, places, records_of_rows, said_of, summary, told
+from mirage_ds.data.record_files import (
+    LOOKED,
+    Raw,
+    files_of_one_folder,
+    form_of,
+    places,
+    records_of_rows,
+    said_of,
+    summary,
+    told,
+)
 from mirage_ds.errors import UserError, reason
 from mirage_ds.tasks.write import Row, Written, new_target, write_rows
 
@@ -54,8 +65,10 @@ def _open(source: str, spec: ImportSpec, columns: Columns) -> tuple[list[str], I
     place = Path(source)
     if place.is_dir() and (place / spec.split / "state.json").is_file():
         place /= spec.split
-    if place.exists():
-        return list(told(place, columns)), ((one.number, one.row) for one in places(place)), place
+    # No data set of the Hub has such a name.
+    if place.exists() or has_magic(source):
+        beside = place if place.is_dir() else files_of_one_folder(place)[0]
+        return list(told(place, columns)), ((one.number, one.row) for one in places(place)), beside
     if place.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv") or place.is_absolute():
         raise UserError(f"{source}: no such file")
     rows = _from_hub(source, spec.split)

@@ -8,26 +8,46 @@ from mirage_ds.curate.rewrite import Source
 from mirage_ds.curate.spec import MixSpec
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
-from mirage_ds.tasks.write import Written, new_target, write_rows
+from mirage_ds.tasks.write import Row, Written, new_target, write_rows
 
 
-def mix(parts: Sequence[Part], spec: MixSpec) -> Written:
+def mix(parts: Sequence[Part], spec: MixSpec) -> list[Written]:
     """Write one records file of several: each row at most once, and the rows of one file in its order.
 
-    With weights the files' shares of the rows are as these; without, as the files are long.
+    With weights the files' shares of the rows are as these; without, as the files are long. With --rest the rows that
+    are not taken are written too.
 
     Raises:
         UserError: weights for some files only, a file twice, too few rows in one, a faulty record, a target that
             exists.
     """
-    new_target(spec)  # before the records are read
+    targets = [spec, *([spec.model_copy(update={"out": spec.rest})] if spec.rest else [])]
+    if len({new_target(one) for one in targets}) < len(targets):  # before the records are read
+        raise UserError(f"--rest {spec.rest}: is --out too; name another folder")
     weighted = mixture_of(parts).weights or []
     sources = [Source.read(part.file, spec) for part in parts]
     counts = _counts(sources, weighted, spec.count)
-    taken = [iter(_take(source, counts[at], spec.seed, at)) for at, source in enumerate(sources)]
-    turns = [at for at, count in enumerate(counts) for _ in range(count)]
-    random.Random(f"{spec.seed}/mix/order").shuffle(turns)
-    return write_rows([sources[at].row(next(taken[at])) for at in turns], spec)
+    taken = [_take(source, counts[at], spec.seed, at) for at, source in enumerate(sources)]
+    halves = [taken]
+    if spec.rest:
+        halves.append([_left(source, own) for source, own in zip(sources, taken, strict=True)])
+        if not any(halves[1]):
+            raise UserError(f"--rest {spec.rest}: every row is taken; give a --count below {sum(counts)}")
+    rows = [_interleaved(sources, half, spec.seed) for half in halves]
+    return [write_rows(own, one) for own, one in zip(rows, targets, strict=True)]
+
+
+def _left(source: Source, taken: Sequence[Record]) -> list[Record]:
+    lines = {record.line for record in taken}
+    return [record for record in source.records if record.line not in lines]
+
+
+def _interleaved(sources: Sequence[Source], taken: Sequence[Sequence[Record]], seed: int) -> list[Row]:
+    """Shuffle the files' rows into one another; those of one file keep their order."""
+    turns = [at for at, own in enumerate(taken) for _ in own]
+    random.Random(f"{seed}/mix/order").shuffle(turns)
+    waiting = [iter(own) for own in taken]
+    return [sources[at].row(next(waiting[at])) for at in turns]
 
 
 def _counts(sources: Sequence[Source], weights: Sequence[float], count: int | None) -> list[int]:

@@ -53,6 +53,7 @@ class MixSpec(RewriteSpec):
     count: int | None = Field(
         None, ge=1, le=10**9, description="rows to write [default: all, or as many as the weights allow]"
     )
+    rest: Path | None = Field(None, description="another folder to write, with the rows that are not taken")
 
 
 class RationalizeSpec(ReadSpec):

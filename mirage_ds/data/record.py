@@ -30,6 +30,11 @@ from mirage_ds.data.messages import (
 )
 from mirage_ds.errors import is_text, shown, strict_json
 
+# What is wrong with records of which not one has a latent block in stage2, and how to fix it.
+NO_LATENTS = (
+    f"stage2 trains latents, and no record has any (a helper image, or {HELPER_MARK} in the answer)",
+    "name the helpers' column by --columns helper=…, or train in sft",
+)
 # Where null means as much as nothing.
 NULLABLE = (*FIELDS, "messages", TURNS_BEFORE)
 # Python's own limit depends on who calls the parser, and a line must be a fault for all or for none.

@@ -88,6 +88,14 @@ def places(path: Path) -> Iterator[Place]:
             yield Place(line if len(files) == 1 else count, piece.file, line, row)
 
 
+def files_of_one_folder(path: Path) -> tuple[Path, ...]:
+    """List the files of a source whose images are looked for in one place; UserError where they lie in several."""
+    files = find_files(path)
+    if len({file.parent for file in files}) > 1:
+        raise UserError(f"{path}: training reads files of several folders, this command those of one; name one folder")
+    return files
+
+
 def read_records(
     path: Path, answers: bool = True, columns: Columns = RECOGNISED, most: int | None = None
 ) -> list[Record]:
@@ -114,9 +122,7 @@ def scan(
     """
     records: list[Record] = []
     faults: list[Fault] = []
-    files = find_files(path)
-    if len({file.parent for file in files}) > 1:
-        raise UserError(f"{path}: training reads files of several folders, this command those of one; name one folder")
+    files = files_of_one_folder(path)
     for line in told(path, columns):
         if os.environ.get("RANK", "0") == "0":
             click.echo(line, err=True)

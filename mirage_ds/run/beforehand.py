@@ -2,10 +2,17 @@
 
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
+from mirage_ds.config.columns import Columns
 from mirage_ds.config.extras import need_for
-from mirage_ds.config.run import RunConfig
-from mirage_ds.data.sources import find_files
+from mirage_ds.config.run import RunConfig, Stage
+from mirage_ds.data.folders import find_files
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.record import RecordError
+from mirage_ds.data.record_files import places, record_of, told
+from mirage_ds.data.sources import no_record
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
 from mirage_ds.files import check_log
@@ -56,3 +63,48 @@ def check_outputs(config: RunConfig) -> None:
     run_folder.check(config.save_model_path, config.overwrite, config.resume == "auto", sources)
     if config.log_file:
         check_log(config.log_file, "--log_file")
+
+
+class FirstLook(NamedTuple):
+    """What a host needs of a source of records, as far as the first record shows it.
+
+    Attributes:
+        files: all of the source, in the order in which their records count.
+        images: of the first record, each as the places where it may lie; without pictures that the record holds itself.
+    """
+
+    files: tuple[Path, ...]
+    images: tuple[tuple[Path, ...], ...]
+
+
+def first_look(source: Path, columns: Columns, image_root: Path | None, stage: Stage | None) -> FirstLook:
+    """Find a source's files and read its first record and this one's images, as training does.
+
+    Args:
+        stage: only stage1 needs a helper; None where it is not known: helpers that are named are looked for.
+
+    Raises:
+        UserError: in training's words.
+    """
+    files = find_files(source)
+    # Refuses columns that are not there.
+    list(told(files[0], columns))
+    with TemporaryDirectory() as pictures:
+        first = next(places(source), None)
+        if first is None:
+            raise no_record(source)
+        # Not resolved: a link may lead elsewhere on another host.
+        folders = [one.absolute() for one in (files[first.file].parent, image_root, Path()) if one is not None]
+        finder = ImageFinder(tuple(folders))
+        try:
+            record = record_of(first.row, first.line, True, Path(pictures), columns)
+            if stage == "stage1":
+                record.need_helper()
+            named = record.images(helpers=stage in (None, "stage1"))
+            for name, path in named:
+                finder.size(record, name, path)
+        except RecordError as error:
+            raise UserError(f"{files[first.file]}: {error}") from None
+        inside = Path(pictures).resolve()
+        outside = [path for _, path in named if not Path(path).is_relative_to(inside)]
+    return FirstLook(files, tuple(tuple(finder.places(path)) for path in outside))

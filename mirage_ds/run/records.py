@@ -28,7 +28,7 @@ from mirage_ds.data.load import load_encoder
 from mirage_ds.data.loader import Loader
 from mirage_ds.data.make_index import Maker, open_index
 from mirage_ds.data.pack import Planner, total_steps
-from mirage_ds.data.record import Fault
+from mirage_ds.data.record import NO_LATENTS, Fault
 from mirage_ds.data.record_files import told
 from mirage_ds.data.selection import Selection, usable, weighed, without
 from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
@@ -104,7 +104,12 @@ def index_beforehand(config: RunConfig) -> Iterator[str]:
 def _usable(config: RunConfig, data_path: Records, index: Index) -> Selection:
     limits = (config.max_length, config.max_dropped_share)
     selection = usable(index, data_path, *limits, config.kept_fields, config.tolerated_share)
-    return weighed(selection, data_path, config.seed) if isinstance(data_path, Mixture) else selection
+    if isinstance(data_path, Mixture):
+        selection = weighed(selection, data_path, config.seed)
+    # Some rows without latents are well, and an evaluation may have none.
+    if config.stage == "stage2" and data_path == config.records and not selection.runs.any():
+        raise UserError(f"{data_path}: {'; '.join(NO_LATENTS)}")
+    return selection
 
 
 def make_encoder(config: RunConfig, folders: list[Path]) -> Encoder:

@@ -82,9 +82,38 @@ def row(**changed: Any) -> dict[str, Any]:
 
 def test_check_finds_no_fault_in_a_good_file(call: Call, mixed: Path, images: Path, nano: Path) -> None:
     said = call("data", "check", mixed, "--stage", "stage2")
-    assert (said.code, said.out.split()) == (0, [f"{mixed}:", "12", "records,", "no", "fault"])
+    assert (said.code, said.out.splitlines()[0]) == (0, f"{mixed}: 12 records, no fault")
     good = write_rows(images, row(), "", row(text_output="b <output_image>"))
     assert "2 records, no fault" in call("data", "check", good, "--model", nano).out
+
+
+BOXED = r"\boxed{1}"
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([{}, {"text_output": "42"}], "no task is named, and the answers have no \\boxed{…}: evaluate needs --task"),
+        ([{"text_output": BOXED}, {}], "no task is named, and 1 answer(s) have no \\boxed{…}: evaluate needs --task"),
+        ([{"text_output": BOXED}], ""),
+        ([{"task": "sat"}], ""),
+    ],
+)
+def test_check_says_when_nothing_scores_the_answers(
+    rows: list[dict[str, Any]], says: str, call: Call, images: Path
+) -> None:
+    file = write_rows(images, *[row(**one) for one in rows])
+    said = call("data", "check", file)
+    first, *more = said.out.splitlines()
+    assert (said.code, first) == (0, f"{file}: {len(rows)} records, no fault")
+    assert len(more) == bool(says)
+    assert all(line.startswith(says) for line in more)
+
+
+def test_check_wants_a_latent_block_for_stage2(call: Call, images: Path) -> None:
+    said = call("data", "check", write_rows(images, row(image_output=None)), "--stage", "stage2")
+    assert (said.code, "no record has any (a helper image, or <output_image>" in said.out) == (2, True)
+    assert call("data", "check", write_rows(images, row(image_output=None), row()), "--stage", "stage2").code == 0
 
 
 def test_check_lists_every_fault_with_line_field_what_and_how(call: Call, images: Path) -> None:
@@ -163,6 +192,11 @@ def test_check_refuses_what_is_not_there(call: Call, images: Path) -> None:
 
 
 # the command line itself
+
+
+def test_init_names_every_preset(call: Call) -> None:
+    words = {word.rstrip(",;.") for word in call("init", "--help").out.split()}
+    assert PRESETS.keys() <= words
 
 
 def test_unknown_commands_and_flags_are_one_sentence_with_exit_code_2(call: Call) -> None:

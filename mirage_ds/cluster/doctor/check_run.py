@@ -129,6 +129,11 @@ def model(seen: Seen) -> Iterator[Finding]:
 def data(seen: Seen) -> Iterator[Finding]:
     """Every host reads the records, the images of the first one, and the other files of the run."""
     for flag, path in seen.spec.files().items():
+        look = seen.records.get(flag)
+        if isinstance(look, UserError):
+            says, _, mend = str(look).rpartition("; ")
+            yield fail(HERE, f"{flag}: {says or look}", mend if says else "name the run's records")
+            continue
         found = {host: facts[flag] for host, facts in seen.section("data").items()}
         for host, facts in found.items():
             if facts["fault"]:

@@ -17,8 +17,10 @@ from mirage_ds.cluster.doctor.finding import Seen
 from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.cluster.environment import DEFAULT_NAME, SECRET, WANTED, env_files, is_wanted, parse, read
 from mirage_ds.cluster.hosts import Host, read_hosts
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.engine.versions import PACKAGES
 from mirage_ds.errors import UserError
+from mirage_ds.run.beforehand import FirstLook, first_look
 
 WRITE_BYTES = 64 << 20
 # PATH of another machine need not be ours; cli.py sets the other for itself.
@@ -88,12 +90,31 @@ def _token_in(folder: Path) -> Iterator[str]:
                 file.unlink()
 
 
+def _look(spec: DoctorSpec) -> dict[str, FirstLook | UserError]:
+    """Read the first record of each source as training would."""
+    found: dict[str, FirstLook | UserError] = {}
+    for flag, path in spec.files().items():
+        if "data_path" in flag and spec.wants("data"):
+            try:
+                found[flag] = first_look(path, parse_columns(spec.columns), spec.image_root, spec.stage)
+            except UserError as error:
+                found[flag] = error
+    return found
+
+
 def _ask(seen: Seen) -> None:
     """Ask every host what there is."""
     spec, names = seen.spec, [host.name for host in seen.hosts]
     run_folder = spec.save_model_path
     # A folder that is not there yet will be made: the disk is that of the nearest one.
     nearest = run_folder and next(path for path in (run_folder, *run_folder.parents) if path.exists())
+    seen.records = _look(spec)
+    looks = {flag: look for flag, look in seen.records.items() if isinstance(look, FirstLook)}
+    # Where the records cannot be read here, what the hosts have of them is nothing to compare.
+    read_by_hosts: dict[str, tuple[Path, ...]] = {
+        flag: (path,) for flag, path in spec.files().items() if flag not in seen.records
+    }
+    read_by_hosts |= {flag: look.files for flag, look in looks.items()}
     request = spec.model_dump(mode="json") | {
         "cwd": os.getcwd(),
         "master": spec.master_addr or seen.hosts[0].address,
@@ -101,7 +122,8 @@ def _ask(seen: Seen) -> None:
         "wanted": WANTED.pattern,
         "secret": SECRET.pattern,
         "models": spec.models(),
-        "files": {flag: str(path) for flag, path in spec.files().items()},
+        "files": {flag: [*map(str, paths)] for flag, paths in read_by_hosts.items()},
+        "images": {flag: [[*map(str, places)] for places in look.images] for flag, look in looks.items()},
         "run_folder": nearest and str(nearest),
         "write_bytes": WRITE_BYTES if spec.wants("disk") else 0,
     }

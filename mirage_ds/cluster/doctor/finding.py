@@ -11,6 +11,8 @@ from mirage_ds.cluster.doctor.bandwidth import Bandwidth
 from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.cluster.doctor.transport import Answer, Reach
 from mirage_ds.cluster.hosts import Host
+from mirage_ds.errors import UserError
+from mirage_ds.run.beforehand import FirstLook
 
 # What probe.py says of one host: section → facts.
 Facts = dict[str, Any]
@@ -44,6 +46,7 @@ class Seen:
         hosts: in the order of ranks; slots are 0 where only the host can say how many GPUs it has.
         env_files: DeepSpeed's environment files on the launching machine → lines that stop the launch.
         variables: of the launching machine, what ranks should have too.
+        records: flag → what hosts need of a source of records, or why training would refuse it on this machine.
         answers: host → how asking it went.
         facts: host → what its probe says, of the hosts that answered, in the order of `hosts`.
         bandwidth: None where it was not measured; unmeasured: why, where it should have been.
@@ -55,6 +58,7 @@ class Seen:
     reach: Reach
     env_files: Mapping[Path, list[str]] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
+    records: Mapping[str, FirstLook | UserError] = field(default_factory=dict)
     answers: Mapping[str, Answer] = field(default_factory=dict)
     facts: Mapping[str, Facts] = field(default_factory=dict)
     bandwidth: Bandwidth | None = None

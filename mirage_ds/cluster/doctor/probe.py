@@ -244,34 +244,22 @@ def models(request: Request) -> dict[str, Any]:
     return found
 
 
-def _images(line: str, beside: Path, root: str | None) -> str | None:
-    """Return the first image of a record that cannot be read; None when all can."""
-    record = json.loads(line)
-    for field in ("image_input", "image_output"):
-        value = record.get(field) or []
-        for name in value if isinstance(value, list) else [value]:
-            places = [place / name for place in (beside, Path(root or beside), Path())]
-            if not any(os.access(place, os.R_OK) for place in places):
-                return str(name)
-    return None
-
-
 def data(request: Request) -> dict[str, Any]:
-    """Each records file: its bytes, and whether it and the images of its first record can be read."""
+    """Of each flag: the bytes of its files together, and what of them, or of the first record's images, is missing."""
     found: dict[str, Any] = {}
-    for flag, name in request["files"].items():
-        facts: dict[str, Any] = {"bytes": None, "fault": None}
-        try:
-            with open(name, encoding="utf-8") as file:
-                line = next((line for line in file if line.strip()), "{}")
-            facts["bytes"] = os.stat(name).st_size
-            if "data_path" in flag:
-                missing = _images(line, Path(name).parent, request["image_root"])
-                facts["fault"] = missing and f"the first record's image {missing} cannot be read"
-        except OSError as error:
-            facts["fault"] = error.strerror
-        except (ValueError, AttributeError, TypeError):
-            facts["fault"] = "line 1 is no record"
+    for flag, names in request["files"].items():
+        facts: dict[str, Any] = {"bytes": 0, "fault": None}
+        for name in names:
+            try:
+                with open(name, "rb") as file:
+                    facts["bytes"] += os.fstat(file.fileno()).st_size
+            except OSError as error:
+                facts = {"bytes": None, "fault": f"{name}: {error.strerror}" if len(names) > 1 else error.strerror}
+                break
+        for places in () if facts["fault"] else request["images"].get(flag, ()):
+            if not any(os.access(place, os.R_OK) for place in places):
+                facts["fault"] = f"the first record's image {places[0]} cannot be read"
+                break
         found[flag] = facts
     return found
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
+from mirage_ds.config.columns import COLUMNS_HELP, ColumnsText
 from mirage_ds.config.mixture import parse_part
+from mirage_ds.config.run import Stage
 
 
 class DoctorSpec(BaseModel):
@@ -18,7 +20,9 @@ class DoctorSpec(BaseModel):
     load_model_path: Path | None = Field(None, description="The run's start weights.")
     data_path: Path | tuple[Path, ...] | None = Field(None, description="The run's records, all of them.")
     eval_data_path: Path | None = Field(None, description="The records whose loss the run measures.")
+    columns: ColumnsText = Field(None, description=COLUMNS_HELP)
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
+    stage: Stage | None = Field(None, description="The run's stage: sft and stage2 open no helper image.")
     save_model_path: Path | None = Field(None, description="The run folder: shared, free space, write speed.")
     cache_dir: Path | None = Field(None, description="The run's cache of hub downloads.")
     deepspeed: Path | None = Field(None, description="The run's DeepSpeed JSON.")
@@ -39,11 +43,13 @@ class DoctorSpec(BaseModel):
         return {flag: str(name) for flag, name in named.items() if name is not None}
 
     def files(self) -> dict[str, Path]:
-        """Return flag → file that every host reads."""
-        parts = self.data_path if isinstance(self.data_path, tuple) else (self.data_path,)
-        files = {"--eval_data_path": self.eval_data_path, "--deepspeed": self.deepspeed, "--data_path": parts[0]}
-        if len(parts) > 1:
-            del files["--data_path"]
-            # Weights are the training's business.
-            files |= {f"--data_path {number}": parse_part(str(part)).file for number, part in enumerate(parts, 1)}
-        return {flag: path for flag, path in files.items() if path is not None}
+        """Return flag → file or, of records, source that every host reads."""
+        named = {"--eval_data_path": self.eval_data_path, "--deepspeed": self.deepspeed}
+        files = {flag: path for flag, path in named.items() if path is not None}
+        # Weights are the training's business.
+        several = self.data_path if isinstance(self.data_path, tuple) else ()
+        parts = [parse_part(str(part)).file for part in several]
+        parts += [self.data_path] if isinstance(self.data_path, Path) else []
+        for number, part in enumerate(parts, 1):
+            files[f"--data_path {number}" if len(parts) > 1 else "--data_path"] = part
+        return files

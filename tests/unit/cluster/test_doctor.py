@@ -18,9 +18,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from support.group import free_port
 
 from mirage_ds.cli import main
@@ -526,7 +528,7 @@ def test_a_failure_is_exit_code_2_and_a_row_in_the_table(call: Callable[..., Sai
     said = call("--data_path", tmp_path / "gone.jsonl", "--no_bandwidth", "--only", "data,shm")
     assert said.code == 2
     rows = [line.split() for line in said.out.splitlines() if line.strip()]
-    assert rows[2][:3] == ["fail", "data", "localhost"]
+    assert rows[2][:3] == ["fail", "data", "here"]
     assert rows[-2][:2] == ["pass", "shm"]
     assert rows[-1][-6:] == ["1", "fail,", "0", "warn,", "1", "pass"]
     assert not said.error.strip()
@@ -541,6 +543,80 @@ def test_a_runs_yaml_says_where_its_files_are(call: Callable[..., Said], tmp_pat
     (tmp_path / "run.yaml").write_text("data_pth: x\n")
     said = call("--config", tmp_path / "run.yaml")
     assert (said.code, "did you mean 'data_path'" in said.error) == (2, True)
+
+
+def _picture(file: Path) -> bytes:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (56, 56), "red").save(file)
+    return file.read_bytes()
+
+
+@pytest.fixture
+def charts(tmp_path: Path) -> Path:
+    """Records of every form that training reads, written by pandas, with pictures beside or inside them."""
+    content = _picture(tmp_path / "Bild.png")
+    _picture(tmp_path / "elsewhere/Skizze.png")
+    own = {"Frage": ["Welcher Balken?", "Wie hoch?"], "Wert": [7, 9], "Bild": ["Bild.png"] * 2}
+    pd.DataFrame(own | {"Skizze": ["Skizze.png"] * 2}).to_csv(tmp_path / "charts.csv", sep=";", index=False)
+    held = {"question": ["How tall?"], "answer": ["7"], "image": [{"bytes": content, "path": None}]}
+    (tmp_path / "folder").mkdir()
+    pd.DataFrame(held).to_parquet(tmp_path / "folder/a.parquet")
+    pd.DataFrame(held).to_parquet(tmp_path / "folder/b.parquet")
+    rows = {"text_input": ["Q"], "text_output": ["A"], "image_input": ["Bild.png"]}
+    pd.DataFrame(rows).to_json(tmp_path / "rows.json", orient="records")
+    pd.DataFrame(rows).to_feather(tmp_path / "rows.arrow")
+    return tmp_path
+
+
+NAMED = "question=Frage,answer=Wert,image=Bild,helper=Skizze"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--data_path", "charts.csv", "--columns", NAMED, "--image_root", "elsewhere"],
+        ["--data_path", "charts.csv", "--columns", NAMED, "--stage", "stage2"],
+        ["--data_path", "folder/a.parquet", "--eval_data_path", "rows.json"],
+        ["--data_path", "folder"],
+        ["--data_path", "folder/*.parquet:2", "--data_path", "rows.arrow:1"],
+        ["--config", "run.yaml"],
+    ],
+)
+def test_records_are_read_as_training_reads_them(
+    words: list[str], charts: Path, call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(charts)
+    (charts / "run.yaml").write_text(f"stage: sft\ndata_path: [charts.csv]\ncolumns: {NAMED}\nsave_model_path: run\n")
+    before = sorted(charts.rglob("*"))
+    said = call(*words, "--only", "data", "--json")
+    found = json.loads(said.out)
+    assert (said.code, [one["status"] for one in found["findings"]]) == (0, ["pass"]), found["findings"]
+    assert all(facts["bytes"] for facts in found["facts"]["localhost"]["data"].values())
+    assert sorted(charts.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["charts.csv", "--columns", "question=Frag"], "--columns question=Frag: charts.csv has no such column"),
+        (["charts.csv", "--columns", NAMED], "charts.csv: line 2, image_output: no image 'Skizze.png'"),
+        (["folder/a.parquet", "--stage", "stage1"], "a.parquet: line 1, image_output: stage1 needs a helper image"),
+        (["rows-*.jsonl"], "rows-*.jsonl: no file has such a name"),
+        (["empty.jsonl"], "empty.jsonl: holds no record"),
+        (["Bild.png"], "Bild.png"),
+    ],
+)
+def test_what_training_would_refuse_is_said_in_its_words(
+    words: list[str], says: str, charts: Path, call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(charts)
+    (charts / "empty.jsonl").touch()
+    said = call("--data_path", *words, "--only", "data", "--json")
+    (found,) = json.loads(said.out)["findings"]
+    assert (said.code, found["host"], found["status"]) == (2, HERE, "fail")
+    assert found["says"].startswith("--data_path: ")
+    assert says in found["says"]
+    assert found["mend"]
 
 
 @pytest.mark.parametrize(

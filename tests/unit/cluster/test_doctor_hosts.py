@@ -48,7 +48,7 @@ def request(**changed: Any) -> dict[str, Any]:
         "models": {},
         "cache_dir": None,
         "files": {},
-        "image_root": None,
+        "images": {},
         "run_folder": None,
         "write_bytes": 1 << 20,
         "limit_s": 5,
@@ -202,19 +202,20 @@ def test_hub_models_are_looked_for_where_the_hubs_client_keeps_them(
     assert probe.models({**ask, "cache_dir": str(tmp_path / "other")})["--model"]["kept"] is False
 
 
-def test_records_and_the_first_ones_images_have_to_be_readable(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    ask = request(files={"--data_path": str(file)})
-    assert probe.data(ask)["--data_path"] == {"bytes": None, "fault": "No such file or directory"}
-    file.write_text('\n{"image_input": ["i.png"], "image_output": "o.png"}\n')
-    assert probe.data(ask)["--data_path"]["fault"] == "the first record's image i.png cannot be read"
-    (tmp_path / "i.png").touch()
-    assert probe.data(ask)["--data_path"]["fault"] == "the first record's image o.png cannot be read"
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root/o.png").touch()
-    assert probe.data({**ask, "image_root": str(tmp_path / "root")})["--data_path"] == {"bytes": 53, "fault": None}
-    file.write_text("{\n")
-    assert probe.data(ask)["--data_path"]["fault"] == "line 1 is no record"
+def test_files_and_the_first_records_images_have_to_be_readable(tmp_path: Path) -> None:
+    files = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    near, root = tmp_path / "i.png", tmp_path / "root/i.png"
+    ask = request(files={"--data_path": [*map(str, files)]}, images={"--data_path": [[str(near), str(root)]]})
+    files[0].write_bytes(b"\xff" * 7)
+    fault = f"{files[1]}: No such file or directory"
+    assert probe.data(ask)["--data_path"] == {"bytes": None, "fault": fault}
+    one = request(files={"--deepspeed": [str(files[1])]})
+    assert probe.data(one)["--deepspeed"]["fault"] == "No such file or directory"
+    files[1].write_bytes(b"12345")
+    assert probe.data(ask)["--data_path"]["fault"] == f"the first record's image {near} cannot be read"
+    root.parent.mkdir()
+    root.touch()
+    assert probe.data(ask)["--data_path"] == {"bytes": 12, "fault": None}
 
 
 def test_the_code_has_a_hash_that_changes_with_it(tmp_path: Path) -> None:

@@ -232,3 +232,26 @@ def test_refusals(call: Call, files: list[Path], tmp_path: Path, refused: Callab
     with pytest.raises(UserError, match="exists; remove it"):
         mix([Part(a, None)], MixSpec(out=a.parent, name="a"))
     assert len(lines(a)) == 40
+
+
+def test_the_rest_is_what_was_not_taken(files: list[Path], call: Call, tmp_path: Path) -> None:
+    out, rest = tmp_path / "out", tmp_path / "deep/rest"
+    code, said, _ = call(*files, "--count", 30, "--out", out, "--rest", rest)
+    assert (code, len(said.splitlines())) == (0, 2)
+    taken, left = check(out, files), check(rest, files)
+    assert (len(taken), len(left)) == (30, 45)
+    assert len({(one["from"], one["number"]) for one in taken + left}) == 75
+    plain = tmp_path / "plain"
+    call(*files, "--count", 30, "--out", plain)
+    assert check(plain, files) == lines(plain / "data.jsonl")
+    assert [(one["from"], one["number"]) for one in lines(plain / "data.jsonl")] == [
+        (one["from"], one["number"]) for one in taken
+    ]
+
+
+def test_a_rest_that_cannot_be_is_refused(files: list[Path], refused: Callable[..., str], tmp_path: Path) -> None:
+    assert refused(files[0], "--rest", tmp_path / "r") == (
+        f"--rest {tmp_path / 'r'}: every row is taken; give a --count below 40"
+    )
+    assert "is --out too" in refused(files[0], "--count", 3, "--rest", tmp_path / "refused")
+    assert not (tmp_path / "r").exists()

@@ -18,6 +18,7 @@ from mirage_ds.data.encode import Encoder
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.selection import Selection, content, describe, weighed
 from mirage_ds.errors import UserError
+from mirage_ds.run.records import index_beforehand
 from mirage_ds.study.nodes import records_hash
 from mirage_ds.study.overview import rows_of, steps_of
 
@@ -182,6 +183,26 @@ def test_studies_count_and_tell_mixtures_apart(folder: Path) -> None:
     ]
     assert len({*hashes, records_hash(folder / "a.jsonl")}) == 3
     assert records_hash(config("b.jsonl:3", "a.jsonl:3").records) == hashes[0]
+
+
+@pytest.mark.parametrize("tail", ["", ":1"])
+def test_stage2_needs_one_row_with_latents(tail: str, folder: Path, nano: Path, tmp_path: Path) -> None:
+    helped = tmp_path / "helped.jsonl"
+    helped.write_text(json.dumps({"text_input": "?", "text_output": "<output_image>\\boxed{1}"}) + "\n")
+
+    def lines_of(stage: str, *sources: Path) -> list[str]:
+        values = {"model": str(nano), "stage": stage, "save_model_path": tmp_path / "run", "cache_dir": tmp_path}
+        return list(
+            index_beforehand(build_model(RunConfig, values | {"data_path": tuple(f"{one}{tail}" for one in sources)}))
+        )
+
+    plain = folder / "a.jsonl", folder / "b.jsonl"
+    with pytest.raises(
+        UserError, match=r"a\.jsonl.*: stage2 trains latents, and no record has any .*--columns helper="
+    ):
+        lines_of("stage2", *plain)
+    assert lines_of("sft", *plain)
+    assert lines_of("stage2", plain[0], helped)
 
 
 def test_doctor_looks_at_every_source(folder: Path) -> None:

@@ -530,3 +530,19 @@ def test_an_index_is_that_of_its_columns(encoder_for: Callable[..., Encoder], mi
     assert [index.record(0).text_output for index in (one, other)] == ["60", "B"]
     with pytest.raises(UserError, match=r"--columns answer=none: .* has no such column"):
         open_index(source, encoder, columns=parse_columns("answer=none"))
+
+
+def test_import_takes_a_pattern_of_files_of_one_folder(mine: tuple[Path, Rows], tmp_path: Path) -> None:
+    folder, rows = mine
+    lines(folder / "part-0.jsonl", rows[:1])
+    lines(folder / "part-1.jsonl", rows[1:])
+    pattern = str(folder / "part-*.jsonl")
+    cli.main(["data", "import", pattern, "--out", str(tmp_path / "out")], standalone_mode=False)
+    written = tmp_path / "out/data.jsonl"
+    assert seen(read_records(written), written) == expected(*mine)
+    (tmp_path / "other").mkdir()
+    lines(tmp_path / "other/part-0.jsonl", rows)
+    lines(folder.parent / "x.jsonl", rows)
+    for name, says in (("*/part-*.jsonl", "name one folder"), ("none-*.jsonl", "no file has such a name")):
+        with pytest.raises(UserError, match=says):
+            cli.main(["data", "import", str(tmp_path / name), "--out", str(tmp_path / "no")], standalone_mode=False)
