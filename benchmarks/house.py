@@ -26,20 +26,20 @@ ROOT = REPO / "mirage_ds"
 # The house of 2026-11-29 had 19,935 lines. The first day (own data in every form, one command, scorers, words for
 # results, configurations of other trainers, the wheel) added the rest: three times what was meant for it.
 ROOMS = {
-    "data": 3350,
-    "study": 2550,
+    "data": 3370,
+    "study": 2540,
     # 25: the doctor looks at records as training reads them.
-    "cluster": 2575,
+    "cluster": 2580,
     "analysis": 1770,
     # 50: the rest of a mixture, what evaluate lacks, glob patterns to import.
-    "curate": 1390,
+    "curate": 1380,
     # Three published data sets (150) and JSON arrays.
-    "tasks": 1910,
+    "tasks": 1870,
     "engine": 1650,
     # 30 of them tell a quantised checkpoint by its tensor names, and a prefix before them.
     "model": 1590,
     # 30: the first look at a source, for the doctor; stage2 without latents.
-    "run": 1710,
+    "run": 1720,
     "plan": 1080,
     "evaluate": 720,
     # The table of other trainers' names (100 lines, nearly all of them data), and `config import` (330).
@@ -48,7 +48,7 @@ ROOMS = {
     "api": 220,
     # What a wheel ships, and the commands that show and write it: docs, examples, launch.
     "files": 190,
-    "cli": 230,
+    "cli": 210,
     "train": 140,
     "errors": 60,
     # Listens to Ctrl-C before anything is imported.
@@ -62,7 +62,7 @@ FLOORS, ARROWS = 13, 100
 # 370 words more: other trainers' configurations, three published data sets.
 # 180 more: one command, its lines, completion.
 # 30 more: a held-out part, who scores own columns, what the doctor takes.
-README_LINES, DOC_WORDS = 150, 26_530
+README_LINES, DOC_WORDS = 150, 26_550
 # Not prose that somebody reads from the start: dated results, and what a command has made.
 NO_PROSE = {"log.md", "api.md", "study.md"}
 

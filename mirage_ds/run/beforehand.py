@@ -10,8 +10,8 @@ from mirage_ds.config.extras import need_for
 from mirage_ds.config.run import RunConfig, Stage
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.record import RecordError
-from mirage_ds.data.record_files import places, record_of, told
+from mirage_ds.data.record import RecordError, make_record
+from mirage_ds.data.record_files import places, told
 from mirage_ds.data.sources import no_record
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
@@ -97,7 +97,7 @@ def first_look(source: Path, columns: Columns, image_root: Path | None, stage: S
         folders = [one.absolute() for one in (files[first.file].parent, image_root, Path()) if one is not None]
         finder = ImageFinder(tuple(folders))
         try:
-            record = record_of(first.row, first.line, True, Path(pictures), columns)
+            record = make_record(first.row, first.line, True, Path(pictures), columns)
             if stage == "stage1":
                 record.need_helper()
             named = record.images(helpers=stage in (None, "stage1"))
