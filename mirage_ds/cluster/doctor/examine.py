@@ -23,8 +23,8 @@ from mirage_ds.errors import UserError
 from mirage_ds.run.beforehand import FirstLook, first_look
 
 WRITE_BYTES = 64 << 20
-# PATH of another machine need not be ours; cli.py sets the other for itself.
-OWN = ("PATH", "TOKENIZERS_PARALLELISM")
+# PATH of another machine need not be ours; cli.py sets the others for itself.
+OWN = ("PATH", "TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY", "TORCH_CPP_LOG_LEVEL")
 
 
 def slurm_hosts(environment: Mapping[str, str]) -> tuple[Host, ...]:
