@@ -36,11 +36,13 @@ class StopRequest:
     """Whether somebody has asked this process to stop.
 
     Args:
-        file: a stop file: once it exists, the process is asked to stop. None for signals alone.
+        file: a stop file: once it is there, the process is asked to stop; what an earlier process was stopped by does
+            not count. None for signals alone.
     """
 
     def __init__(self, file: Path | None = None):
         self.file = file
+        self.left_over = self._written()
         self.reason: str | None = None
         self.looked = float("-inf")
 
@@ -67,10 +69,16 @@ class StopRequest:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
 
+    def _written(self) -> int | None:
+        try:
+            return self.file.stat().st_mtime_ns if self.file else None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def asked(self) -> bool:
         """Look at the mark and, now and then, for the stop file."""
         if self.reason is None and self.file and time.monotonic() - self.looked >= LOOK_EVERY_S:
             self.looked = time.monotonic()
-            if self.file.exists():
+            if self._written() not in (None, self.left_over):
                 self.reason = f"stop file {self.file}"
         return self.reason is not None
