@@ -382,13 +382,16 @@ def roles_of(row: Row, columns: Columns = RECOGNISED) -> list[tuple[str, str]]:
 
 
 def _read_any(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    chosen = columns.layout or columns.messages or columns.question not in ("", "text_input")
+    asked = columns.question or columns.messages
+    # A record may stand beside rows whose question is named: what is named is not its own.
+    asks = "text_input" not in row or not is_absent(row.get(asked))
+    chosen = columns.layout or (asks and asked not in ("", "text_input"))
     bare = "text_output" in row and not any(name in row for name in CONVERSATIONS)
     if chosen or not ("text_input" in row or bare):
         return _read(row, columns, answers)
     made, given = dict(row), columns.named
     for role, field in zip(Columns._fields, FIELDS, strict=False) if given else ():
-        named = [name for own, name in given if own == role and name in made and name != field]
+        named = [name for own, name in given if own == role and name != field and not is_absent(made.get(name))]
         if named and not is_absent(made.get(field)):
             raise MessageError(field, f"stands beside {named[0]}", f"a record has one; leave {role}= out of --columns")
         if named:

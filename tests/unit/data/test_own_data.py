@@ -22,7 +22,7 @@ from mirage_ds.cli import cli
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.run import RunConfig
 from mirage_ds.curate.spec import ImportSpec, MixSpec, RationalizeSpec, VarySpec
-from mirage_ds.data import folders, sources
+from mirage_ds.data import folders, record_files, sources
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
@@ -339,6 +339,8 @@ BOX = {**PLAIN, "image": "png/0.png"}
         ({**BOX, "picture": "x.png"}, None, "image: may be image or picture; say which by --columns image=image"),
         ({"prompt": "P", **BOX}, None, "question: may be prompt or question; say which by --columns question=prompt"),
         (BOX, "helper=sketch", r"helper=sketch: .*rows.jsonl has no such column; it has question, answer, image"),
+        ({"text_input": "Q", "text_output": "A", "mask": "h.png"}, "helper=maskk",
+         "helper=maskk: .*rows.jsonl has no such column; it has text_input, text_output, mask"),
         (BOX, "helper", r"--columns helper: helper has no column; write helper=NAME"),
         (BOX, "qestion=x", r"'qestion' is no role \(did you mean 'question'\?\)"),
         (BOX, "question=a,question=b", "question is one column, and 2 are named"),
@@ -394,6 +396,28 @@ def test_several_columns_of_pictures_and_a_systems_text(mine: tuple[Path, Rows])
     # A record may have a helper of its own name too.
     row = {"text_input": "Q", "text_output": "A", "sketch": "h.png"}
     assert make_record(row, 1, columns=parse_columns("helper=sketch")).image_output == ("h.png",)
+
+
+@pytest.mark.parametrize("columns", ["question=q,answer=a,helper=h", "messages=talk", "question=q"])
+def test_a_record_may_stand_beside_rows_of_named_columns(columns: str, tmp_path: Path) -> None:
+    """As --eval_data_path, and as a line of a file in which others are the user's own."""
+    record = {"text_input": "Q", "text_output": "A", "q": None}
+    (made,) = read_records(lines(tmp_path / "public.jsonl", [record]), columns=parse_columns(columns))
+    assert (made.text_input, made.text_output) == ("Q", "A")
+
+
+def test_named_columns_are_looked_for_in_the_whole_source_and_every_form_is_said(tmp_path: Path) -> None:
+    rows = [PLAIN] * record_files.LOOKED + [{**PLAIN, "mask": "h.png"}]
+    source, names = lines(tmp_path / "a.jsonl", rows), parse_columns("helper=mask")
+    assert read_records(source, columns=names)[-1].image_output == ("h.png",)
+    # One source of a mixture has it, and so has one file of a folder.
+    lines(tmp_path / "b.jsonl", [PLAIN, {"prompt": "P", "output": "O", "mask": "h.png"}, BOX])
+    said = list(told(tmp_path, names))
+    assert [line.split(" (")[0].split("read as ")[1] for line in said] == [
+        "question=question,answer=answer,helper=mask",
+        "question=prompt,answer=output,helper=mask",
+        "question=question,answer=answer,image=image,helper=mask",
+    ]
 
 
 def test_a_frame_is_the_records_of_its_file(bars: tuple[Path, Rows]) -> None:
