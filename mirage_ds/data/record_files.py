@@ -235,7 +235,13 @@ def _look(source: str, rows: Iterable[Raw], columns: Columns, names: dict[str, N
     # Some columns of a form may be empty in a row.
     whole = [form for form in forms if not any({*form} < {*other} for other in forms)]
     guessed = (form for form in whole if {*form} - {*columns.named, ("messages", "messages")})
-    return [",".join(f"{role}={name}" for role, name in form) for form in guessed], own
+    return [_in_words(form) for form in guessed], own
+
+
+def _in_words(form: tuple[tuple[str, str], ...]) -> str:
+    read = ",".join(f"{role}={name}" for role, name in form if role)
+    unread = ", ".join(name for role, name in form if not role)
+    return f"{read}, without the pictures of {unread}" if unread else read
 
 
 def _names(row: dict[str, Any]) -> list[str]:

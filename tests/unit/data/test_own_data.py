@@ -28,7 +28,7 @@ from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.make_index import open_index
 from mirage_ds.data.record import Record, make_record
-from mirage_ds.data.record_files import read_piece, read_records, scan, told
+from mirage_ds.data.record_files import forms_of, read_piece, read_records, scan, told
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.spec import EvaluateSpec
 
@@ -339,6 +339,8 @@ BOX = {**PLAIN, "image": "png/0.png"}
         ({**BOX, "picture": "x.png"}, None, "image: may be image or picture; say which by --columns image=image"),
         ({"prompt": "P", **BOX}, None, "question: may be prompt or question; say which by --columns question=prompt"),
         (BOX, "helper=sketch", r"helper=sketch: .*rows.jsonl has no such column; it has question, answer, image"),
+        ({"prompt": [1], "completion": [1], "messages": [1]}, None,
+         "prompt: stands beside messages in 3.* a row has one conversation; name it: --columns messages=messages"),
         ({"text_input": "Q", "text_output": "A", "mask": "h.png"}, "helper=maskk",
          "helper=maskk: .*rows.jsonl has no such column; it has text_input, text_output, mask"),
         (BOX, "helper", r"--columns helper: helper has no column; write helper=NAME"),
@@ -396,6 +398,25 @@ def test_several_columns_of_pictures_and_a_systems_text(mine: tuple[Path, Rows])
     # A record may have a helper of its own name too.
     row = {"text_input": "Q", "text_output": "A", "sketch": "h.png"}
     assert make_record(row, 1, columns=parse_columns("helper=sketch")).image_output == ("h.png",)
+
+
+@pytest.mark.parametrize(
+    ("more", "columns", "kept", "unread"),
+    [
+        ({"image_2": "b.png", "note": "N"}, None, ["image_2", "note"], "image_2"),
+        ({"file": "a.png", "mask": "m.png"}, None, ["file", "mask"], "mask"),
+        # A picture itself would go into the index as text.
+        ({"thumb": {"bytes": b"PNG"}, "n": 1}, "image=image", ["n"], "thumb"),
+        ({"p": [b"PNG"], "o": "o.png"}, "question=question,answer=answer,image=image", ["o"], "p, o"),
+    ],
+)  # fmt: skip
+def test_pictures_that_are_not_read_are_said(
+    more: dict, columns: str | None, kept: list[str], unread: str, tmp_path: Path
+) -> None:
+    names, row = parse_columns(columns), {**PLAIN, "image": "a.png", **more}
+    assert [*make_record(row, 1, columns=names).extra] == kept
+    (form,) = forms_of("rows", [row], names)
+    assert form == f"question=question,answer=answer,image=image, without the pictures of {unread}"
 
 
 @pytest.mark.parametrize("columns", ["question=q,answer=a,helper=h", "messages=talk", "question=q"])
