@@ -1,6 +1,8 @@
 """Which of a row's own names mean what: `--columns question=…,answer=…,image=…,helper=…`. Imports nothing heavy."""
 
-from typing import Annotated, Literal, NamedTuple, get_args
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import AfterValidator
 
@@ -37,6 +39,11 @@ class Columns(NamedTuple):
             several
         )
 
+    def stripped(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row in which what is named has no blanks around its name."""
+        wanted = {name for _, name in self.named} - row.keys()
+        return {name.strip() if name.strip() in wanted else name: value for name, value in row.items()}
+
 
 # For wherever rows are to be recognised.
 RECOGNISED = Columns()
@@ -49,7 +56,8 @@ def parse_columns(text: str | None, layout: Layout | None = None) -> Columns:
         UserError: an unknown role, one without a name, or a conversation beside a question.
     """
     roles: dict[str, list[str]] = {}
-    for part in (text or "").split(",") if text else ():
+    # A name may have commas.
+    for part in re.split(r",(?=\s*\w+\s*=)", text) if text else ():
         role, equals, name = (one.strip() for one in part.partition("="))
         if role not in Columns._fields[:5]:
             raise UserError(f"--columns {text}: {shown(role)} is no role{closest(role, Columns._fields[:5])}; "

@@ -375,7 +375,7 @@ def roles_of(row: Row, columns: Columns = RECOGNISED) -> list[tuple[str, str]]:
 
 
 def _read_any(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    asked = columns.question or columns.messages
+    row, asked = columns.stripped(row) if columns.named else row, columns.question or columns.messages
     # A record may stand beside rows whose question is named: what is named is not its own.
     asks = "text_input" not in row or not is_absent(row.get(asked))
     chosen = columns.layout or (asks and asked not in ("", "text_input"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import tracemalloc
@@ -22,7 +23,7 @@ from mirage_ds.cli import cli
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.run import RunConfig
 from mirage_ds.curate.spec import ImportSpec, MixSpec, RationalizeSpec, VarySpec
-from mirage_ds.data import folders, record_files, sources
+from mirage_ds.data import flat, folders, record_files, sources
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
@@ -261,6 +262,11 @@ def lists(folder: Path, rows: Rows) -> Path:
     return folder / "a.csv"
 
 
+def blanks(folder: Path, rows: Rows) -> Path:
+    frame(renamed(rows, question="Frage, kurz", answer="Höhe ")).to_csv(folder / "a.csv", index=False)
+    return folder / "a.csv"
+
+
 OWN = "question=Frage,answer=Höhe,image=Bild,helper=Skizze"
 # How the rows are written, and what --columns is.
 LAYOUTS: list[tuple[Callable[[Path, Rows], Path], str | None]] = [
@@ -268,7 +274,7 @@ LAYOUTS: list[tuple[Callable[[Path, Rows], Path], str | None]] = [
         csv_of, folder_with_csv, excel_csv, tsv, lists, array, numbers, parquet_paths, parquet_pictures, feather,
         saved, saved_split, image_folder, image_folder_csv, messages, llama_factory, alpaca, swift, swift_query, trl,
     )),
-    (own_names, OWN),
+    (own_names, OWN), (blanks, "question=Frage, kurz, answer=Höhe , image=image,helper=helper"),
 ]  # fmt: skip
 
 
@@ -470,6 +476,7 @@ def test_a_frame_is_the_records_of_its_file(bars: tuple[Path, Rows]) -> None:
     ("names", "said"),
     [
         (["a.csv", "b.json"], r"file in this folder, but a.csv, b.json; name the records, such as .*a.csv"),
+        (["test-00000-of-00001.jsonl", "train-00000-of-00001.jsonl"], r"splits train, test; .* such as '.*/train-\*'"),
         (["train/metadata.csv", "test/metadata.csv"], "name the records, such as .*test"),
         ([], "name the records$"),
     ],
@@ -519,6 +526,35 @@ def test_a_file_that_is_broken_is_one_sentence(name: str, content: bytes, said: 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         [list(sources.rows_of(piece, tmp_path / name)) for piece in sources.pieces([tmp_path / name])]
+
+
+def test_a_broken_item_is_found_where_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at the end of the file; and an item that a block cuts anywhere is no broken one."""
+    (tmp_path / "a.json").write_text('[{"a": oops},' + '{"a": 1},' * 100_000 + '{"a": 1}]')
+    with (tmp_path / "a.json").open("rb") as file:
+        with pytest.raises(UserError, match="item 1 is not valid JSON"):
+            list(flat.array_items(file, tmp_path))
+        assert file.tell() < 300_000
+    row = '{"a\\ud83d\\ude00": [-1.5e+10, true, false, null, "\\n"]   ,  "b" : {}}'
+    for size in range(2, len(row)):
+        monkeypatch.setattr(flat, "READ_BYTES", size)
+        found = [text for _, _, _, text in flat.array_items(io.BytesIO(f"[{row}, {row}]".encode()), tmp_path)]
+        assert found == [row, row], size
+
+
+@pytest.mark.parametrize("write", ["to_parquet", "save_to_disk", ""])
+def test_a_class_is_its_name(write: str, tmp_path: Path) -> None:
+    whole = datasets.Dataset.from_list([{"question": "Q", "answer": number} for number in (1, 0, -1)])
+    whole = whole.cast_column("answer", datasets.ClassLabel(names=["cat", "dog"]))
+    place = tmp_path / "a.parquet" if write == "to_parquet" else tmp_path / "a"
+    if write:
+        getattr(whole, write)(place)
+        files = folders.find_files(place)
+        rows = [row for piece in sources.pieces(files) for _, row in sources.rows_of(piece, files[piece.file])]
+    else:
+        rows = list(rows_of_frame(whole))
+        assert rows == list(rows_of_frame(whole.data.table)) == list(rows_of_frame(whole.to_iterable_dataset()))
+    assert [row["answer"] for row in rows] == ["dog", "cat", None]
 
 
 def test_a_piece_knows_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
