@@ -1,8 +1,7 @@
 """Which of a row's own names mean what: `--columns question=…,answer=…,image=…,helper=…`. Imports nothing heavy."""
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import AfterValidator
 
@@ -38,11 +37,6 @@ class Columns(NamedTuple):
         return [(role, getattr(self, role)) for role in ("question", "answer", "messages") if getattr(self, role)] + (
             several
         )
-
-    def stripped(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a row in which what is named has no blanks around its name."""
-        wanted = {name for _, name in self.named} - row.keys()
-        return {name.strip() if name.strip() in wanted else name: value for name, value in row.items()}
 
 
 # For wherever rows are to be recognised.

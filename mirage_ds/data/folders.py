@@ -68,8 +68,8 @@ def _of_folder(folder: Path) -> list[Path]:
     # As the Hub has the files of a data set.
     splits = sorted({split[1] for file in found if (split := _SHARD.match(file.name))}, key=lambda one: one != "train")
     if len(splits) > 1:
-        such = folder / f"{splits[0]}-*"
-        raise UserError(f"{folder}: has the splits {', '.join(splits)}; name one of them, such as '{such}'")
+        one = f"'{folder / splits[0]}-*'"
+        raise UserError(f"{folder}: has the splits {', '.join(splits)}; name one of them, such as {one}")
     if found:
         return found
     there = sorted(file for file in folder.iterdir() if _like_records(file))

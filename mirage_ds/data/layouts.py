@@ -375,7 +375,9 @@ def roles_of(row: Row, columns: Columns = RECOGNISED) -> list[tuple[str, str]]:
 
 
 def _read_any(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    row, asked = columns.stripped(row) if columns.named else row, columns.question or columns.messages
+    asked, wanted = columns.question or columns.messages, {name for _, name in columns.named} - row.keys()
+    # Blanks around a name are hard to see.
+    row = {name.strip() if name.strip() in wanted else name: value for name, value in row.items()} if wanted else row
     # A record may stand beside rows whose question is named: what is named is not its own.
     asks = "text_input" not in row or not is_absent(row.get(asked))
     chosen = columns.layout or (asks and asked not in ("", "text_input"))
