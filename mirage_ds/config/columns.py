@@ -33,10 +33,8 @@ class Columns(NamedTuple):
     @property
     def named(self) -> list[tuple[str, str]]:
         """(role, column) of all that are named."""
-        several = [(role, name) for role in ("image", "helper") for name in getattr(self, role)]
-        return [(role, getattr(self, role)) for role in ("question", "answer", "messages") if getattr(self, role)] + (
-            several
-        )
+        one = [(role, getattr(self, role)) for role in ("question", "answer", "messages") if getattr(self, role)]
+        return one + [(role, name) for role in ("image", "helper") for name in getattr(self, role)]
 
 
 # For wherever rows are to be recognised.
