@@ -1,5 +1,6 @@
 """Which of a row's own names mean what: `--columns question=…,answer=…,image=…,helper=…`. Imports nothing heavy."""
 
+import re
 from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import AfterValidator
@@ -32,10 +33,8 @@ class Columns(NamedTuple):
     @property
     def named(self) -> list[tuple[str, str]]:
         """(role, column) of all that are named."""
-        several = [(role, name) for role in ("image", "helper") for name in getattr(self, role)]
-        return [(role, getattr(self, role)) for role in ("question", "answer", "messages") if getattr(self, role)] + (
-            several
-        )
+        one = [(role, getattr(self, role)) for role in ("question", "answer", "messages") if getattr(self, role)]
+        return one + [(role, name) for role in ("image", "helper") for name in getattr(self, role)]
 
 
 # For wherever rows are to be recognised.
@@ -49,7 +48,8 @@ def parse_columns(text: str | None, layout: Layout | None = None) -> Columns:
         UserError: an unknown role, one without a name, or a conversation beside a question.
     """
     roles: dict[str, list[str]] = {}
-    for part in (text or "").split(",") if text else ():
+    # A name may have commas.
+    for part in re.split(r",(?=\s*\w+\s*=)", text) if text else ():
         role, equals, name = (one.strip() for one in part.partition("="))
         if role not in Columns._fields[:5]:
             raise UserError(f"--columns {text}: {shown(role)} is no role{closest(role, Columns._fields[:5])}; "

@@ -18,7 +18,7 @@ from mirage_ds.data.record_files import (
     LOOKED,
     Raw,
     files_of_one_folder,
-    form_of,
+    forms_of,
     places,
     records_of_rows,
     said_of,
@@ -73,9 +73,8 @@ def _open(source: str, spec: ImportSpec, columns: Columns) -> tuple[list[str], I
         raise UserError(f"{source}: no such file")
     rows = _from_hub(source, spec.split)
     first = list(islice(rows, min(8, LOOKED)))
-    form = form_of(source, first, columns)
     return (
-        ([said_of(source, form)] if form else []),
+        [said_of(source, form) for form in forms_of(source, first, columns)],
         enumerate(chain(first, rows), 1),
         place,
     )

@@ -16,6 +16,8 @@ from mirage_ds.errors import UserError, reason, shown
 
 READ_BYTES = 1 << 18
 SEPARATORS = ",;\t"
+# Of JSON, with room: two escapes of six letters make one character.
+_LONGEST_WORD = 20
 _GAP = re.compile(r"[\s,]*")
 
 
@@ -47,8 +49,11 @@ def array_items(content: BinaryIO, file: Path, first: int = 1) -> Iterator[tuple
             try:
                 stop = scan(text, start)[1]
             except (json.JSONDecodeError, RecursionError) as error:
-                # What is cut off by the end of the block is whole in the next.
-                if ended or isinstance(error, RecursionError):
+                # What is cut off by the end of the block, in a string or a word near it, is whole in the next.
+                broken = isinstance(error, RecursionError) or (
+                    error.pos < len(text) - _LONGEST_WORD and not error.msg.startswith("Unterminated string")
+                )
+                if ended or broken:
                     raise UserError(f"{file}: item {number} is not valid JSON ({reason(error)}); correct it") from None
         elif ended:
             raise UserError(f"{file}: ends before the array's closing ]; fetch or write it anew")

@@ -19,6 +19,7 @@ OTHERS = (".json", ".csv", ".tsv", ".arrow", ".feather")
 NAMED = 5
 _RECORDS_LIKE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|xlsx|parquet|arrow|feather)(\.(gz|bz2|xz|zst|lz4|zip))?$", re.I)
 _KEYS = re.compile(rb'"(text_input|messages|conversations?|query|instruction|prompt)"\s*:')
+_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}\b")
 # What `datasets` and LLaMA-Factory have beside their files.
 _NO_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -64,6 +65,11 @@ def _of_folder(folder: Path) -> list[Path]:
     if saved:
         return saved
     found = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
+    # As the Hub has the files of a data set.
+    splits = sorted({split[1] for file in found if (split := _SHARD.match(file.name))}, key=lambda one: one != "train")
+    if len(splits) > 1:
+        one = f"'{folder / splits[0]}-*'"
+        raise UserError(f"{folder}: has the splits {', '.join(splits)}; name one of them, such as {one}")
     if found:
         return found
     there = sorted(file for file in folder.iterdir() if _like_records(file))

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mirage_ds.data.images import png_of, upright_rgb
-from mirage_ds.data.sources import BATCH_ROWS
+from mirage_ds.data.sources import BATCH_ROWS, dicts_of
 from mirage_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ def rows_of_frame(data: Any) -> Iterator[dict[str, Any]]:
     if isinstance(data, Mapping):
         raise UserError("records: a dict of data; give one data set of it, such as data['train']")
     if hasattr(data, "with_format"):
-        rows = (row for part in data.with_format("arrow").iter(BATCH_ROWS) for row in part.to_pylist())
+        rows = (row for part in data.with_format("arrow").iter(BATCH_ROWS) for row in dicts_of(part))
     elif hasattr(data, "to_pylist"):
-        rows = data.to_pylist()
+        rows = dicts_of(data)
     elif hasattr(data, "to_dict") and hasattr(data, "columns"):
         rows = data.to_dict("records")
     for number, row in enumerate(rows, 1):

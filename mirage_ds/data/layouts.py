@@ -28,7 +28,9 @@ from mirage_ds.data.messages import (
     check_turns,
     is_absent,
     is_learnt,
+    need_read,
     refuse_row,
+    unread_pictures,
 )
 from mirage_ds.errors import shown
 
@@ -56,7 +58,6 @@ _STANDS_FOR = re.compile(
     r"<(?:video|audio|bbox|ref-object|cot-process)>|<\|(?:vision|image|video|audio|box|quad|object_ref)_\w+\|>"
 )
 _PICTURE = re.compile(rf"{IMAGE_MARK}|{HELPER_MARK}|<img>(.+?)</img>")
-_PICTURE_FILE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$", re.I)
 _PICTURE_KEYS = ("bytes", "base64", "image", "path", "url", "image_url")
 # As `datasets`' image folder calls the column of paths: file_name is the image, helper_file_name the helper.
 _FILE_NAME = re.compile(r"_?file_?names?$")
@@ -206,13 +207,17 @@ def _form(row: dict[str, Any], names: tuple[str, ...], columns: Columns) -> tupl
         MessageError: it has two.
     """
     asked, answered = columns.question or "prompt", columns.answer or "completion"
-    if isinstance(row.get(asked), list) and columns.layout in (None, "trl") and not columns.messages:
-        return asked, answered
-    if columns.question or columns.answer:
+    prompted = isinstance(row.get(asked), list) and columns.layout in (None, "trl") and not columns.messages
+    own = bool(columns.question or columns.answer)
+    if own and not prompted:
         return ()
     keys = [columns.messages] if columns.messages else [key for key in CONVERSATIONS if key in row]
+    keys = [asked, *([] if own or columns.layout else keys)] if prompted else keys
     if len(keys) > 1:
-        raise MessageError(keys[0], f"stands beside {keys[1]}", "a row has one conversation")
+        how = f"a row has one conversation; name it: --columns messages={keys[1]}"
+        raise MessageError(keys[0], f"stands beside {keys[1]}", how)
+    if prompted:
+        return asked, answered
     if keys:
         return (keys[0],)
     if columns.layout:
@@ -274,15 +279,6 @@ def images_of(row: dict[str, Any], names: Iterable[str]) -> list[Any]:
     return found
 
 
-def _unread(value: Any, paths: bool) -> Iterator[Any]:
-    """Yield the pictures in what a row has besides; with `paths`, also texts that look like a picture's path."""
-    if isinstance(value, (list, Mapping)):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _unread(inner, paths)
-    elif isinstance(value, bytes) or (paths and isinstance(value, str) and _PICTURE_FILE.search(value)):
-        yield value
-
-
 def _placed(turns: list[_Turn], images: list[Any], helpers: list[Any]) -> tuple[list[str], list[Any], list[Any]]:
     """Return the texts with their marks, and the pictures in the order of the marks: questions', answer's."""
     texts, asked = [turn.text for turn in turns], turns[:-1]
@@ -305,7 +301,7 @@ def _placed(turns: list[_Turn], images: list[Any], helpers: list[Any]) -> tuple[
 
 
 def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Return a record's keys, and (role, column) of what was read."""
+    """Return a record's keys, and (role, column) of what was read; no role where a column's pictures are not."""
     names = tuple(row)
     left = {key: value for key, value in row.items() if not is_absent(value)}
     form = _form(left, names, columns)
@@ -336,8 +332,13 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
             own[role] = tuple(filter(None, [_guess(role, left)]))
             pictures[role] = images_of(left, own[role])
     texts, seen, drawn = _placed(turns, pictures["image"], pictures["helper"])
-    if not columns.image and not columns.helper and not any(turn.pictures and any(turn.pictures) for turn in turns):
-        _need_read(left, paths=not seen and not drawn)
+    unread = [
+        name for name, value in left.items() if any(one not in (*seen, *drawn) for one in unread_pictures(value, True))
+    ]
+    if columns.image or columns.helper or any(turn.pictures and any(turn.pictures) for turn in turns):
+        left = {name: value for name, value in left.items() if not any(unread_pictures(value, False))}
+    else:
+        need_read(left, paths=not seen and not drawn)
     lost = next((name for name in (*FIELDS, TURNS_BEFORE) if name in left), None)
     if lost:
         raise MessageError(lost, "is a key of a record", "a row has one layout; leave it out, or rename it")
@@ -352,15 +353,7 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
     pair = form or (turns[-2].where, turns[-1].where)
     named = [("messages", form[0])] if len(form) == 1 else [*zip(("question", "answer"), pair, strict=True)]
     named += [(role, name) for role, names in own.items() for name in names]
-    return made, [(role, name) for role, name in named if name]
-
-
-def _need_read(left: dict[str, Any], paths: bool) -> None:
-    """MessageError where a picture in what a row has besides would not be read."""
-    for key, value in left.items():
-        for found in _unread(value, paths):
-            how = f"name it: --columns image={key} or helper={key}"
-            raise MessageError(key, f"holds a picture ({shown(found, 40)}) that is not read", how)
+    return made, [*((role, name) for role, name in named if name), *(("", name) for name in unread)]
 
 
 def read_row(row: Row, columns: Columns = RECOGNISED, answers: bool = True) -> dict[str, Any]:
@@ -377,18 +370,23 @@ def read_row(row: Row, columns: Columns = RECOGNISED, answers: bool = True) -> d
 
 
 def roles_of(row: Row, columns: Columns = RECOGNISED) -> list[tuple[str, str]]:
-    """Return (role, column) of what a row is read from; nothing for a record. See read_row."""
+    """Return (role, column) of what a row is read from, "" for pictures that are not; nothing for a record."""
     return _read_any(row, columns, answers=False)[1]
 
 
 def _read_any(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    chosen = columns.layout or columns.messages or columns.question not in ("", "text_input")
+    asked, wanted = columns.question or columns.messages, {name for _, name in columns.named} - row.keys()
+    # Blanks around a name are hard to see.
+    row = {name.strip() if name.strip() in wanted else name: value for name, value in row.items()} if wanted else row
+    # A record may stand beside rows whose question is named: what is named is not its own.
+    asks = "text_input" not in row or not is_absent(row.get(asked))
+    chosen = columns.layout or (asks and asked not in ("", "text_input"))
     bare = "text_output" in row and not any(name in row for name in CONVERSATIONS)
     if chosen or not ("text_input" in row or bare):
         return _read(row, columns, answers)
     made, given = dict(row), columns.named
     for role, field in zip(Columns._fields, FIELDS, strict=False) if given else ():
-        named = [name for own, name in given if own == role and name in made and name != field]
+        named = [name for own, name in given if own == role and name != field and not is_absent(made.get(name))]
         if named and not is_absent(made.get(field)):
             raise MessageError(field, f"stands beside {named[0]}", f"a record has one; leave {role}= out of --columns")
         if named:

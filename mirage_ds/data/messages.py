@@ -11,7 +11,7 @@ kept in TURNS_BEFORE, with `<image>` where an image stands. Imports nothing heav
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mirage_ds.errors import shown
@@ -37,6 +37,7 @@ _REFUSED = (
     (re.compile(r"chosen|rejected|(posi|nega)tive_"), "a better and a worse answer", _PREFERENCES),
     (re.compile(r"completions$"), "several answers", "write a row for each"),
 )
+_PICTURE_FILE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$", re.I)
 _VERDICTS = ("label", "labels", "kto_tag")
 
 
@@ -96,6 +97,23 @@ def refuse_row(row: Mapping[str, Any]) -> None:
         verdicts = value if isinstance(value, list) else [value]
         if key in _VERDICTS and any(str(one).lower() in ("false", "0", "0.0") for one in verdicts):
             raise MessageError(key, f"is {shown(value)}: an example of a bad answer", _PREFERENCES)
+
+
+def unread_pictures(value: Any, paths: bool) -> Iterator[Any]:
+    """Yield the pictures in what a row has besides; with `paths`, also texts that look like a picture's path."""
+    if isinstance(value, (list, Mapping)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from unread_pictures(inner, paths)
+    elif isinstance(value, bytes) or (paths and isinstance(value, str) and _PICTURE_FILE.search(value)):
+        yield value
+
+
+def need_read(left: dict[str, Any], paths: bool) -> None:
+    """MessageError where a picture in what a row has besides would not be read."""
+    for key, value in left.items():
+        for found in unread_pictures(value, paths):
+            how = f"name it: --columns image={key} or helper={key}"
+            raise MessageError(key, f"holds a picture ({shown(found, 40)}) that is not read", how)
 
 
 def check_turns(turns: Any, field: str = TURNS_BEFORE) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -173,15 +174,29 @@ def faults_error(data_path: Records, faults: Iterable[Fault], count: int, record
 def told(data_path: Records, columns: Columns = RECOGNISED) -> Iterator[str]:
     """Say of each form of row in a source what its columns are taken for, unless all are named.
 
+    The first LOOKED rows of each file of lines tell, the first row of a table: its rows have the same columns.
+
     Raises:
         UserError: a column that is named is not there, or it cannot be known which one is meant.
     """
-    said: set[str] = set()
-    for file in find_files(data_path):
-        form = form_of(str(file), (place.row for place in places(file)), columns)
-        if form and form not in said:
-            said.add(form)
-            yield said_of(file, form)
+    files = find_files(data_path)
+    names: dict[str, None] = {}
+    forms: dict[str, Path] = {}
+    own = False
+    for file in files:
+        found, has_own = _look(str(file), (place.row for place in places(file)), columns, names)
+        own |= has_own
+        for form in found:
+            forms.setdefault(form, file)
+    if _missing(columns, names, own):
+        # A column may first stand far behind in lines.
+        for row in (place.row for file in files if kind_of(file) in ("lines", "array") for place in places(file)):
+            with suppress(RecordError):
+                names |= dict.fromkeys(_names(parse_object(row, 1) if isinstance(row, str) else row))
+            if not _missing(columns, names, own):
+                break
+    _need_columns(str(data_path), columns, names, own)
+    yield from (said_of(file, form) for form, file in forms.items())
 
 
 def said_of(source: object, form: str) -> str:
@@ -189,30 +204,56 @@ def said_of(source: object, form: str) -> str:
     return f"{source}: read as {form} (--columns names others)"
 
 
-def form_of(source: str, rows: Iterable[Raw], columns: Columns) -> str:
-    """Return what was guessed of the first rows, as --columns has it; "" where nothing was.
+def forms_of(source: str, rows: Iterable[Raw], columns: Columns) -> list[str]:
+    """Return what was guessed of each form of the first rows, as --columns has it.
 
     Raises:
         UserError: see told.
     """
     names: dict[str, None] = {}
-    form, own = None, False
+    forms, own = _look(source, rows, columns, names)
+    _need_columns(source, columns, names, own)
+    return forms
+
+
+def _look(source: str, rows: Iterable[Raw], columns: Columns, names: dict[str, None]) -> tuple[list[str], bool]:
+    """Return the forms, as forms_of, and whether a row is no record; add the names of all columns to `names`."""
+    forms: dict[tuple[tuple[str, str], ...], None] = {}
+    own = False
     for raw in islice(rows, LOOKED):
         try:
             row = parse_object(raw, 1) if isinstance(raw, str) else raw
-            names |= dict.fromkeys(row)
+            names |= dict.fromkeys(_names(row))
             own |= is_absent(row.get("text_input"))
-            if form is None:
-                roles = roles_of(row, columns)
-                guessed = {*roles} - {*columns.named, ("messages", "messages")}
-                form = ",".join(f"{role}={name}" for role, name in roles) if guessed else ""
+            forms[tuple(roles_of(row, columns))] = None
         except ColumnError as error:
             raise UserError(f"{source}: {error}") from None
         except (MessageError, RecordError):
             continue
-        if all(name in names for _, name in columns.named):
+        if not isinstance(raw, str):
             break
-    for role, name in columns.named if own else ():
-        if name not in names:
-            raise UserError(f"--columns {role}={name}: {source} has no such column; it has {', '.join([*names][:20])}")
-    return form or ""
+    # Some columns of a form may be empty in a row.
+    whole = [form for form in forms if not any({*form} < {*other} for other in forms)]
+    guessed = (form for form in whole if {*form} - {*columns.named, ("messages", "messages")})
+    return [_in_words(form) for form in guessed], own
+
+
+def _in_words(form: tuple[tuple[str, str], ...]) -> str:
+    read = ",".join(f"{role}={name}" for role, name in form if role)
+    unread = ", ".join(name for role, name in form if not role)
+    return f"{read}, without the pictures of {unread}" if unread else read
+
+
+def _names(row: dict[str, Any]) -> list[str]:
+    return [name.strip() for name in row]
+
+
+def _missing(columns: Columns, names: dict[str, None], own: bool) -> list[tuple[str, str]]:
+    """List (role, column) of what is named and not there; nothing of records alone where others' question is named."""
+    others = not own and (columns.question or columns.messages) not in ("", "text_input")
+    return [] if others or not names else [(role, name) for role, name in columns.named if name not in names]
+
+
+def _need_columns(source: str, columns: Columns, names: dict[str, None], own: bool) -> None:
+    for role, name in _missing(columns, names, own):
+        raise UserError(f"--columns {role}={name}: {source} has no such column; it has {', '.join([*names][:20])}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -282,9 +283,26 @@ def _rows_of_batches(piece: Piece, file: Path, columns: Collection[str] | None) 
                 own = batch.slice(start, min(BATCH_ROWS, high - start))
                 # Text that is no UTF-8 is said here and not as a puzzle later.
                 own.validate(full=True)
-                yield from own.to_pylist()
+                yield from dicts_of(own)
             if at >= piece.stop:
                 return
+
+
+def dicts_of(rows: Any) -> list[dict[str, Any]]:
+    """Return the rows of an Arrow table or batch; numbers of `datasets`' ClassLabels as the names that they stand for.
+
+    A number without a name, such as -1 for none, is None.
+    """
+    noted = json.loads((rows.schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = noted.get("info", {}).get("features", {})
+    classes = {
+        key: one["names"] for key, one in features.items() if one.get("_type") == "ClassLabel" and "names" in one
+    }
+    made: list[dict[str, Any]] = rows.to_pylist()
+    for row in made if classes else ():
+        for key in classes.keys() & row.keys():
+            row[key] = dict(enumerate(classes[key])).get(row[key])
+    return made
 
 
 def count_rows(files: Sequence[Path]) -> int:

@@ -88,7 +88,7 @@ def first_look(source: Path, columns: Columns, image_root: Path | None, stage: S
     """
     files = find_files(source)
     # Refuses columns that are not there.
-    list(told(files[0], columns))
+    list(told(source, columns))
     with TemporaryDirectory() as pictures:
         first = next(places(source), None)
         if first is None:

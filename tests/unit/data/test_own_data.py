@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import tracemalloc
@@ -22,13 +23,13 @@ from mirage_ds.cli import cli
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.run import RunConfig
 from mirage_ds.curate.spec import ImportSpec, MixSpec, RationalizeSpec, VarySpec
-from mirage_ds.data import folders, sources
+from mirage_ds.data import flat, folders, record_files, sources
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.make_index import open_index
 from mirage_ds.data.record import Record, make_record
-from mirage_ds.data.record_files import read_piece, read_records, scan, told
+from mirage_ds.data.record_files import forms_of, read_piece, read_records, scan, told
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.spec import EvaluateSpec
 
@@ -261,6 +262,11 @@ def lists(folder: Path, rows: Rows) -> Path:
     return folder / "a.csv"
 
 
+def blanks(folder: Path, rows: Rows) -> Path:
+    frame(renamed(rows, question="Frage, kurz", answer="Höhe ")).to_csv(folder / "a.csv", index=False)
+    return folder / "a.csv"
+
+
 OWN = "question=Frage,answer=Höhe,image=Bild,helper=Skizze"
 # How the rows are written, and what --columns is.
 LAYOUTS: list[tuple[Callable[[Path, Rows], Path], str | None]] = [
@@ -268,7 +274,7 @@ LAYOUTS: list[tuple[Callable[[Path, Rows], Path], str | None]] = [
         csv_of, folder_with_csv, excel_csv, tsv, lists, array, numbers, parquet_paths, parquet_pictures, feather,
         saved, saved_split, image_folder, image_folder_csv, messages, llama_factory, alpaca, swift, swift_query, trl,
     )),
-    (own_names, OWN),
+    (own_names, OWN), (blanks, "question=Frage, kurz, answer=Höhe , image=image,helper=helper"),
 ]  # fmt: skip
 
 
@@ -339,6 +345,10 @@ BOX = {**PLAIN, "image": "png/0.png"}
         ({**BOX, "picture": "x.png"}, None, "image: may be image or picture; say which by --columns image=image"),
         ({"prompt": "P", **BOX}, None, "question: may be prompt or question; say which by --columns question=prompt"),
         (BOX, "helper=sketch", r"helper=sketch: .*rows.jsonl has no such column; it has question, answer, image"),
+        ({"prompt": [1], "completion": [1], "messages": [1]}, None,
+         "prompt: stands beside messages in 3.* a row has one conversation; name it: --columns messages=messages"),
+        ({"text_input": "Q", "text_output": "A", "mask": "h.png"}, "helper=maskk",
+         "helper=maskk: .*rows.jsonl has no such column; it has text_input, text_output, mask"),
         (BOX, "helper", r"--columns helper: helper has no column; write helper=NAME"),
         (BOX, "qestion=x", r"'qestion' is no role \(did you mean 'question'\?\)"),
         (BOX, "question=a,question=b", "question is one column, and 2 are named"),
@@ -396,6 +406,47 @@ def test_several_columns_of_pictures_and_a_systems_text(mine: tuple[Path, Rows])
     assert make_record(row, 1, columns=parse_columns("helper=sketch")).image_output == ("h.png",)
 
 
+@pytest.mark.parametrize(
+    ("more", "columns", "kept", "unread"),
+    [
+        ({"image_2": "b.png", "note": "N"}, None, ["image_2", "note"], "image_2"),
+        ({"file": "a.png", "mask": "m.png"}, None, ["file", "mask"], "mask"),
+        # A picture itself would go into the index as text.
+        ({"thumb": {"bytes": b"PNG"}, "n": 1}, "image=image", ["n"], "thumb"),
+        ({"p": [b"PNG"], "o": "o.png"}, "question=question,answer=answer,image=image", ["o"], "p, o"),
+    ],
+)  # fmt: skip
+def test_pictures_that_are_not_read_are_said(
+    more: dict, columns: str | None, kept: list[str], unread: str, tmp_path: Path
+) -> None:
+    names, row = parse_columns(columns), {**PLAIN, "image": "a.png", **more}
+    assert [*make_record(row, 1, columns=names).extra] == kept
+    (form,) = forms_of("rows", [row], names)
+    assert form == f"question=question,answer=answer,image=image, without the pictures of {unread}"
+
+
+@pytest.mark.parametrize("columns", ["question=q,answer=a,helper=h", "messages=talk", "question=q"])
+def test_a_record_may_stand_beside_rows_of_named_columns(columns: str, tmp_path: Path) -> None:
+    """As --eval_data_path, and as a line of a file in which others are the user's own."""
+    record = {"text_input": "Q", "text_output": "A", "q": None}
+    (made,) = read_records(lines(tmp_path / "public.jsonl", [record]), columns=parse_columns(columns))
+    assert (made.text_input, made.text_output) == ("Q", "A")
+
+
+def test_named_columns_are_looked_for_in_the_whole_source_and_every_form_is_said(tmp_path: Path) -> None:
+    rows = [PLAIN] * record_files.LOOKED + [{**PLAIN, "mask": "h.png"}]
+    source, names = lines(tmp_path / "a.jsonl", rows), parse_columns("helper=mask")
+    assert read_records(source, columns=names)[-1].image_output == ("h.png",)
+    # One source of a mixture has it, and so has one file of a folder.
+    lines(tmp_path / "b.jsonl", [PLAIN, {"prompt": "P", "output": "O", "mask": "h.png"}, BOX])
+    said = list(told(tmp_path, names))
+    assert [line.split(" (")[0].split("read as ")[1] for line in said] == [
+        "question=question,answer=answer,helper=mask",
+        "question=prompt,answer=output,helper=mask",
+        "question=question,answer=answer,image=image,helper=mask",
+    ]
+
+
 def test_a_frame_is_the_records_of_its_file(bars: tuple[Path, Rows]) -> None:
     folder, rows = bars
     wanted = expected(folder, rows)
@@ -425,6 +476,7 @@ def test_a_frame_is_the_records_of_its_file(bars: tuple[Path, Rows]) -> None:
     ("names", "said"),
     [
         (["a.csv", "b.json"], r"file in this folder, but a.csv, b.json; name the records, such as .*a.csv"),
+        (["test-00000-of-00001.jsonl", "train-00000-of-00001.jsonl"], r"splits train, test; .* such as '.*/train-\*'"),
         (["train/metadata.csv", "test/metadata.csv"], "name the records, such as .*test"),
         ([], "name the records$"),
     ],
@@ -474,6 +526,35 @@ def test_a_file_that_is_broken_is_one_sentence(name: str, content: bytes, said: 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         [list(sources.rows_of(piece, tmp_path / name)) for piece in sources.pieces([tmp_path / name])]
+
+
+def test_a_broken_item_is_found_where_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at the end of the file; and an item that a block cuts anywhere is no broken one."""
+    (tmp_path / "a.json").write_text('[{"a": oops},' + '{"a": 1},' * 100_000 + '{"a": 1}]')
+    with (tmp_path / "a.json").open("rb") as file:
+        with pytest.raises(UserError, match="item 1 is not valid JSON"):
+            list(flat.array_items(file, tmp_path))
+        assert file.tell() < 300_000
+    row = '{"a\\ud83d\\ude00": [-1.5e+10, true, false, null, "\\n"]   ,  "b" : {}}'
+    for size in range(2, len(row)):
+        monkeypatch.setattr(flat, "READ_BYTES", size)
+        found = [text for _, _, _, text in flat.array_items(io.BytesIO(f"[{row}, {row}]".encode()), tmp_path)]
+        assert found == [row, row], size
+
+
+@pytest.mark.parametrize("write", ["to_parquet", "save_to_disk", ""])
+def test_a_class_is_its_name(write: str, tmp_path: Path) -> None:
+    whole = datasets.Dataset.from_list([{"question": "Q", "answer": number} for number in (1, 0, -1)])
+    whole = whole.cast_column("answer", datasets.ClassLabel(names=["cat", "dog"]))
+    place = tmp_path / "a.parquet" if write == "to_parquet" else tmp_path / "a"
+    if write:
+        getattr(whole, write)(place)
+        files = folders.find_files(place)
+        rows = [row for piece in sources.pieces(files) for _, row in sources.rows_of(piece, files[piece.file])]
+    else:
+        rows = list(rows_of_frame(whole))
+        assert rows == list(rows_of_frame(whole.data.table)) == list(rows_of_frame(whole.to_iterable_dataset()))
+    assert [row["answer"] for row in rows] == ["dog", "cat", None]
 
 
 def test_a_piece_knows_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
