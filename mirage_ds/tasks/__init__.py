@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import re
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mirage_ds.errors import UserError, closest, shown
 from mirage_ds.files import own_modules_found
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mirage_ds.data.record import Record
     from mirage_ds.tasks.task import Task
+
+Found = TypeVar("Found")
 
 TASKS = {
     "vsp-spatial-planning": "mirage_ds.tasks.vsp_planning:Planning",
@@ -103,18 +106,16 @@ def seen_by_scorer(record: Record) -> dict[str, Any]:
     return {**record.extra, "text_input": record.text_input, **pictures, **own}
 
 
-def _module(known: str, name: str) -> ModuleType:
-    """Import the module of task `known`; one's own may lie in the working directory."""
-    if known in TASKS:
-        return import_module(name)
+def found_by(find: Callable[[str], Found], task: str, module: str) -> Found:
+    """Import or find the module of a task of one's own, which may lie in the working directory; UserError if it fails."""
     with own_modules_found():
         try:
-            return import_module(name)
+            return find(module)
         except Exception as error:
             from mirage_ds.tasks.scorer import told
 
             raise UserError(
-                f"task '{known}': {name} cannot be imported ({told(error)}); fix it, install it, or start where it lies"
+                f"task '{task}': {module} cannot be imported ({told(error)}); fix it, install it, or start where it lies"
             ) from error
 
 
@@ -131,7 +132,7 @@ def get_task(name: str) -> Task:
 
     known = task_name(name)
     module_name, _, attribute = TASKS.get(known, known).partition(":")
-    module = _module(known, module_name)
+    module = import_module(module_name) if known in TASKS else found_by(import_module, known, module_name)
     found = getattr(module, attribute, None)
     if found is None:
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
