@@ -107,7 +107,7 @@ def seen_by_scorer(record: Record) -> dict[str, Any]:
 
 
 def found_by(find: Callable[[str], Found], task: str, module: str) -> Found:
-    """Import or find the module of a task of one's own, which may lie in the working directory; UserError if it fails."""
+    """Import or find a module of one's own, which may lie in the working directory; UserError where that fails."""
     with own_modules_found():
         try:
             return find(module)
@@ -115,7 +115,8 @@ def found_by(find: Callable[[str], Found], task: str, module: str) -> Found:
             from mirage_ds.tasks.scorer import told
 
             raise UserError(
-                f"task '{task}': {module} cannot be imported ({told(error)}); fix it, install it, or start where it lies"
+                f"task '{task}': {module} cannot be imported ({told(error)}); fix it, install it, or start where it "
+                "lies"
             ) from error
 
 
