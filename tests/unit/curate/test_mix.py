@@ -239,7 +239,7 @@ def test_refusals(call: Call, files: list[Path], tmp_path: Path, refused: Callab
     assert "no *.jsonl or *.parquet file in this folder" in refused(tmp_path)
     broken = tmp_path / "z/broken.jsonl"
     broken.write_text(b.read_text() + '{"text_input": "?"}\n')
-    assert refused(a, broken).startswith(f"{broken}: line 12, text_output: missing; add it as a string; ")
+    assert refused(a, broken) == f"{broken}: line 12, text_output: missing; add it as a string"
     row = lines(b)[0] | {"image_output": "gone.png"}
     broken.write_text(json.dumps(row) + "\n")
     assert refused(a, broken).startswith(f"{broken}, line 1, image_output: no image 'gone.png': looked for ")
