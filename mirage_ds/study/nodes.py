@@ -23,10 +23,10 @@ from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.folders import find_files
 from mirage_ds.engine.ds_config import read_json
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, reason
+from mirage_ds.files import own_modules_found
 from mirage_ds.study.results import CONTROLS, SCORES
 from mirage_ds.study.spec import Arm, EvaluationSpec, Settings, StudySpec, arm_names, first_fault
-from mirage_ds.tasks import found_by
 
 Kind = Literal["train", "evaluate", "controls"]
 
@@ -266,7 +266,11 @@ def _scorer(task: str | None, where: str) -> dict[str, str]:
     """
     if task is None or ":" not in task:
         return {}
-    found = found_by(find_spec, task, task.partition(":")[0])
+    with own_modules_found():
+        try:
+            found = find_spec(task.partition(":")[0])
+        except Exception as error:
+            raise UserError(f"{where}: task {task} cannot be imported ({reason(error)}); fix it") from error
     if found is None or found.origin is None:
         raise UserError(f"{where}: task {task}: no such module here; put it beside the study's file")
     return {"scorer": _file_hash(Path(found.origin))}

@@ -5,18 +5,15 @@ from __future__ import annotations
 import inspect
 import re
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from mirage_ds.errors import UserError, closest, shown
 from mirage_ds.files import own_modules_found
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from mirage_ds.data.record import Record
     from mirage_ds.tasks.task import Task
-
-Found = TypeVar("Found")
 
 TASKS = {
     "vsp-spatial-planning": "mirage_ds.tasks.vsp_planning:Planning",
@@ -106,17 +103,18 @@ def seen_by_scorer(record: Record) -> dict[str, Any]:
     return {**record.extra, "text_input": record.text_input, **pictures, **own}
 
 
-def found_by(find: Callable[[str], Found], task: str, module: str) -> Found:
-    """Import or find a module of one's own, which may lie in the working directory; UserError where that fails."""
+def _module(known: str, name: str) -> ModuleType:
+    """Import the module of task `known`; one's own may lie in the working directory."""
+    if known in TASKS:
+        return import_module(name)
     with own_modules_found():
         try:
-            return find(module)
+            return import_module(name)
         except Exception as error:
             from mirage_ds.tasks.scorer import told
 
             raise UserError(
-                f"task '{task}': {module} cannot be imported ({told(error)}); fix it, install it, or start where it "
-                "lies"
+                f"task '{known}': {name} cannot be imported ({told(error)}); fix it, install it, or start where it lies"
             ) from error
 
 
@@ -133,7 +131,7 @@ def get_task(name: str) -> Task:
 
     known = task_name(name)
     module_name, _, attribute = TASKS.get(known, known).partition(":")
-    module = import_module(module_name) if known in TASKS else found_by(import_module, known, module_name)
+    module = _module(known, module_name)
     found = getattr(module, attribute, None)
     if found is None:
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name]

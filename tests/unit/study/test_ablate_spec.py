@@ -477,7 +477,7 @@ def test_a_scorer_beside_the_study_is_found_and_its_change_is_a_new_evaluation(
     code, _, said = caller(monkeypatch, capsys, "ablate", "plan", str(broken))()
     assert (code, said.partition(" (")[0]) == (
         2,
-        "error: task 'faulty_pack.judge:score': faulty_pack.judge cannot be imported",
+        "error: evaluation test: task faulty_pack.judge:score cannot be imported",
     )
     file = write_study(tmp_path / "study", nano, evaluations=own)
     scorer, found = tmp_path / "study/own_judge.py", []
