@@ -37,15 +37,30 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     return [str(number) for number, _ in enumerate(listed.stdout.splitlines())]
 
 
-def free_ports() -> int:
-    """Return a port of two neighbours that nobody listens on: of the ranks, and of their guards."""
+def free_ports(wanted: int = 0) -> int:
+    """Return a port of two neighbours that nobody listens on: of the ranks, and of their guards.
+
+    Args:
+        wanted: the port to look at; 0 for any.
+
+    Raises:
+        UserError: somebody listens on the port that is wanted, or on the next.
+    """
     while True:
         with socket.socket() as first, socket.socket() as second:
-            first.bind(("", 0))
-            port = int(first.getsockname()[1])
+            for one in (first, second):
+                # As torch and the guards do: what a job before has just closed is free.
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, bool(wanted))
             try:
+                first.bind(("", wanted))
+                port = int(first.getsockname()[1])
                 second.bind(("", port + 1))
-            except (OSError, OverflowError):
+            except (OSError, OverflowError) as error:
+                if wanted:
+                    raise UserError(
+                        f"MIRAGE_PORT={wanted}: this port or the next cannot be listened on ({error}); give another, "
+                        "or leave it out"
+                    ) from None
                 continue
             return port
 
@@ -76,7 +91,7 @@ class Job(NamedTuple):
             module: the module and its arguments; options: of the ranks' guards alone.
         """
         # Of a failure the guards say more.
-        quiet = ["--log_level", os.environ.get("MIRAGE_LOG_LEVEL", "critical")]
+        quiet = ["--log_level", os.environ.get("MIRAGE_LOG_LEVEL", "critical").lower()]
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *where, *quiet, "--no_local_rank"]
         meeting = ["--master_addr", self.master, "--master_port", str(self.port)]
         ranks = ["--module", "mirage_ds.cluster.guard", *self.guard(), *options, *module]

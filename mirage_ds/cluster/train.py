@@ -83,10 +83,10 @@ def _start(module: list[str], ranks: int, gpus: Sequence[str]) -> None:
     threads = 1 if gpus else max(1, len(os.sched_getaffinity(0)) // ranks)
     own.setdefault("OMP_NUM_THREADS", str(threads))
     own.setdefault("TOKENIZERS_PARALLELISM", "false")
-    given = own.get("MIRAGE_PORT") or str(free_ports())
+    given = own.get("MIRAGE_PORT") or "0"
     if not (given.isdecimal() and int(given) < PORTS_END):
         raise UserError(f"MIRAGE_PORT={given}: give a port below {PORTS_END}; the guards have the next one")
-    port = int(given)
+    port = free_ports(int(given))
     job = Job(own.get("MIRAGE_JOB") or f"here-{port}", port, options=tuple(own.get("MIRAGE_GUARD", "").split()))
     logs = ["--logs", own["MIRAGE_LOGS"]] if own.get("MIRAGE_LOGS") else []
     if ranks > 1:

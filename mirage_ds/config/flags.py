@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 from pydantic import BaseModel, ValidationError
 
-from mirage_ds.config.names import hint
+from mirage_ds.config.names import hint, ours
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.errors import UserError, shown
 
@@ -138,7 +138,10 @@ def build_model(
     for key, value in (yaml_values or {}).items():
         name = str(key).replace("-", "_")
         if name not in model.model_fields:
-            raise UserError(f"unknown key {shown(str(key))} in {source}{hint(name, model.model_fields)}")
+            # Known, but only where processes are started.
+            ranks = model is RunConfig and "ranks" in (name, ours(name))
+            said = "; give --ranks to `mirage-ds train`" if ranks else hint(name, model.model_fields)
+            raise UserError(f"unknown key {shown(str(key))} in {source}{said}")
         kind = _click_type(model.model_fields[name].annotation)[0]
         if kind in (int, float) and isinstance(value, bool):
             raise UserError(f"'{name}' in {source} is {value}: a number is needed")

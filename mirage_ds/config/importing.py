@@ -39,6 +39,8 @@ _OTHERS = {
 # LLaMA-Factory's names of a data set's parts: what they are without being named, and our role.
 _COLUMNS = {"prompt": ("question", "instruction"), "response": ("answer", "output"), "images": ("image", "images"),
             "messages": ("messages", "conversations", "messages")}  # fmt: skip
+# Other parts are read under their usual names alone, and an `input` behind an `instruction` alone.
+_USUAL = {"query": "input"}
 _TAGS = {"from", "role", "value", "content", "human", "user", "gpt", "assistant", "system", "observation", "tool",
          "function_call", "function"}  # fmt: skip
 
@@ -241,7 +243,14 @@ def _described(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, 
         raise _Left(f"calls its roles {', '.join(sorted(strange))}; rename them as sharegpt has them")
     if ("file_name" not in entry and "hf_hub_url" not in entry) or "subset" in entry:
         raise _Left("is a script, a subset or not on the Hugging Face Hub; download it, and name its file")
-    named = [(_COLUMNS[part], column) for part, column in entry.get("columns", {}).items() if part in _COLUMNS]
+    theirs = {part: column for part, column in entry.get("columns", {}).items() if column}
+    renamed = theirs.get("prompt", "instruction") != "instruction"
+    lost = [f"{part} ({column})" for part, column in theirs.items() if part not in _COLUMNS
+            and (column != _USUAL.get(part, part) or (renamed and part == "query"))]  # fmt: skip
+    if lost:
+        raise _Left(f"has {', '.join(lost)}, which --columns cannot name; call its columns instruction, input, output, "
+                    "system and history")  # fmt: skip
+    named = [(_COLUMNS[part], column) for part, column in theirs.items() if part in _COLUMNS]
     columns = ",".join(f"{role}={column}" for (role, *known), column in named if column not in known)
     if "hf_hub_url" in entry:
         split = ("--split", entry["split"]) if "split" in entry else ()

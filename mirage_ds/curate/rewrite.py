@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.run import cache_folder
@@ -14,7 +16,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import read_records
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks.draft import Picture
 from mirage_ds.tasks.tables import suffix_of
 from mirage_ds.tasks.write import Row
@@ -68,8 +70,17 @@ def row_of(record: Record, finder: ImageFinder, inside: Path) -> Row:
         inside: where pictures lie that stood inside the records; they are written beside the new ones.
 
     Raises:
-        RecordError: an image is not there, or cannot be decoded.
+        RecordError: an image is not there, or cannot be decoded; or another key holds bytes.
     """
+
+    def plain(key: str, value: Any) -> Any:
+        def text(one: Any) -> str:
+            if isinstance(one, bytes):
+                raise record.fault(key, f"bytes ({shown(one, 20)}), which JSON cannot hold", "leave the column out")
+            # Parquet has values that JSON lacks (dates).
+            return str(one)
+
+        return json.loads(json.dumps(value, default=text))
 
     def taken(name: str, path: str) -> Path | Picture:
         place = place_of(record, name, path, finder)
@@ -83,7 +94,13 @@ def row_of(record: Record, finder: ImageFinder, inside: Path) -> Row:
 
     inputs = tuple(taken("image_input", path) for path in record.image_input)
     helpers = tuple(taken("image_output", path) for path in record.image_output)
-    return Row(record.text_input, record.text_output, inputs, helpers, dict(record.extra))
+    return Row(
+        record.text_input,
+        record.text_output,
+        inputs,
+        helpers,
+        {key: plain(key, value) for key, value in record.extra.items()},
+    )
 
 
 def place_of(record: Record, name: str, path: str, finder: ImageFinder) -> Path:

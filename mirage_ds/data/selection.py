@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.config.mixture import Mixture, Records, most
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.index import Index
@@ -196,17 +197,16 @@ def weighed(selection: Selection, mixture: Mixture, seed: int) -> Selection:
     return selection.only(stays)
 
 
-def content(source: str, records: Records) -> str:
-    """Return the hash of what a run learns from: of the records, and of their weights where they have some.
+def content(source: str, records: Records, columns: Columns = RECOGNISED) -> str:
+    """Return the hash of what a run learns from: of the records, and of weights and named columns if any.
 
     Args:
         source: hash of the records (Index.source).
     """
-    if not isinstance(records, Mixture) or records.weights is None:
-        return source
-    whole = sum(records.weights)
-    told = " ".join([source, *(f"{weight / whole:.9g}" for weight in records.weights)])
-    return hashlib.sha256(told.encode()).hexdigest()
+    weights = (records.weights if isinstance(records, Mixture) else None) or []
+    whole = sum(weights)
+    told = [source, *(f"{weight / whole:.9g}" for weight in weights), *("=".join(one) for one in columns.named)]
+    return hashlib.sha256(" ".join(told).encode()).hexdigest() if told[1:] else source
 
 
 def describe(selection: Selection, mixture: Mixture) -> str:

@@ -45,7 +45,7 @@ MUST_AGREE = {
     "stage": "--stage",
     "latent_size": "--latent_size",
     "latents": "--slots, --compress_strategy, --latent_loss, --detach_latents, --train_targets",
-    "data": "content of --data_path (SHA-256)",
+    "data": "content of --data_path, --columns (SHA-256)",
     "rows": "number of usable rows (--max_length, --max_pixels)",
     "rows_per_step": "--global_batch_size",
     "seed": "--seed",

@@ -24,7 +24,7 @@ from mirage_ds.data.sources import hash_of_records
 from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
 from mirage_ds.engine.versions import versions
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, shown
 from mirage_ds.evaluate.decoder import Decoder, Track, answer_records, run_limits
 from mirage_ds.evaluate.scoring import marks, summarize, task_of
 from mirage_ds.evaluate.spec import PAPER, EvaluateSpec, FolderSpec, RecordsSpec
@@ -142,6 +142,7 @@ def evaluate_file(
         "task": name,
         "model": str(decoder.folder),
         "data": str(spec.data_path),
+        **({"columns": spec.columns} if spec.columns else {}),
         "settings": settings_of(decoder, spec, limits, size),
         "hashes": {"data": digest, "model": {part: own_digest for part, _, own_digest in sorted(weights)}},
         "versions": versions(),
@@ -167,6 +168,8 @@ def evaluate(
     """
     if idle := flags.keys() & {*FolderSpec.model_fields, "no_latents", "latents", "out"}:
         raise UserError(f"evaluate: {min(idle)} is for `load` or the command `mirage-ds evaluate`; leave it out")
+    if callable(task) and not hasattr(task, "__qualname__"):
+        raise UserError(f"evaluate: {shown(task)} has no name of its own; write def score(answer, record)")
     name = f"{task.__module__}:{task.__qualname__}" if callable(task) else task
     spec = build_model(EvaluateSpec, {"task": name}, {**flags, "data_path": data}, source="evaluate")
     finder = ImageFinder.beside(spec.data_path, spec.image_root)

@@ -12,6 +12,9 @@ import click
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 from mirage_ds.files import users_error
 
+# As Python, DeepSpeed's launcher and transformers have them.
+LEVELS = ("debug", "info", "warning", "error", "critical")
+
 
 def print_anything() -> None:
     """Let a terminal or log that is not UTF-8 have '?' for what it cannot hold: a dash must not end a run.
@@ -27,9 +30,12 @@ def hush() -> None:
     """Keep libraries from printing what nobody has to act upon, unless the user has said otherwise.
 
     Before torch is imported. MIRAGE_LOG_LEVEL (debug, info, warning) brings their lines back, and -W or PYTHONWARNINGS
-    Python's warnings.
+    Python's warnings. Another level ends the process.
     """
     level = os.environ.get("MIRAGE_LOG_LEVEL", "error").lower()
+    if level not in LEVELS:
+        print(f"error: MIRAGE_LOG_LEVEL={level}: give {', '.join(LEVELS)}", file=sys.stderr)  # noqa: T201  # no console yet
+        sys.exit(EXIT_USER_ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", level)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", {"debug": "INFO", "critical": "FATAL"}.get(level, level.upper()))
     if level == "error" and not sys.warnoptions:

@@ -192,7 +192,7 @@ def state_of(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
         **config.model_dump(include=NOTED),
         world_size=run.world.size,
         latents=[getattr(config, name) for name in LATENTS],
-        data=content(data.index.rows.source, config.records),
+        data=content(data.index.rows.source, config.records, parse_columns(config.columns)),
         rows=usable_rows(data.index),
         rows_per_step=config.rows_per_step,
         lora=note_of(checked.lora),

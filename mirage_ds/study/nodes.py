@@ -23,7 +23,7 @@ from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.folders import find_files
 from mirage_ds.engine.ds_config import read_json
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, reason
 from mirage_ds.files import own_modules_found
 from mirage_ds.study.results import CONTROLS, SCORES
 from mirage_ds.study.spec import Arm, EvaluationSpec, Settings, StudySpec, arm_names, first_fault
@@ -36,7 +36,7 @@ MACHINE = frozenset(
     """save_model_path load_model_path log_file resume overwrite report_to log_rows num_workers cache_dir feature_cache
     feature_dir peak_tflops check_images start_timeout collective_timeout micro_batch_tokens micro_batch_size
     micro_batch_patches allow_idle_ranks attention gradient_checkpointing loss_chunk_mb save_every keep_checkpoints
-    max_skipped_steps max_dropped_share max_bad_share confine_paths eval_pictures
+    log_every max_skipped_steps max_dropped_share max_bad_share confine_paths eval_pictures
     model data_path eval_data_path image_root deepspeed
     gradient_accumulation_steps global_batch_size""".split()  # noqa: SIM905
 )
@@ -262,15 +262,15 @@ def _scorer(task: str | None, where: str) -> dict[str, str]:
     """Hash the file of a scorer of one's own, so that what it judges is judged anew when it changes; {} of others.
 
     Raises:
-        UserError: it is not found.
+        UserError: it is not found, or the package that it lies in fails.
     """
     if task is None or ":" not in task:
         return {}
     with own_modules_found():
         try:
             found = find_spec(task.partition(":")[0])
-        except ImportError:
-            found = None
+        except Exception as error:
+            raise UserError(f"{where}: task {task} cannot be imported ({reason(error)}); fix it") from error
     if found is None or found.origin is None:
         raise UserError(f"{where}: task {task}: no such module here; put it beside the study's file")
     return {"scorer": _file_hash(Path(found.origin))}

@@ -1,6 +1,7 @@
 """What a report shows of its records: each evaluation's chance level, and two answers. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,13 @@ def with_records(results: Results, evaluations: Mapping[str, EvaluationSpec]) ->
     first = results.report.primary
     order = sorted(results.cells, key=lambda cell: first is None or cell.arm != first.arm)
 
+    @contextmanager
+    def told(hole: str) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, RecordError, UserError) as error:
+            unseen.append(f"{hole} ({error})")
+
     def other(name: str) -> bool:
         return first is None or name != first.evaluation
 
@@ -37,16 +45,15 @@ def with_records(results: Results, evaluations: Mapping[str, EvaluationSpec]) ->
     examples: list[dict[str, Any]] = []
     for name in dict.fromkeys(name for cell in results.cells for name in cell.scores):
         spec = evaluations[name]
-        try:
+        with told(f"evaluation {name}: its records are not shown"):
             records = read_records(spec.data_path, False, parse_columns(spec.columns), spec.most)
-            if best := best_constant(records, spec.task):
-                chance[name] = {str(one.line): score for one, score in zip(records, best, strict=True)}
+            with told(f"evaluation {name}: its chance level is not shown"):
+                if best := best_constant(records, spec.task):
+                    chance[name] = {str(one.line): score for one, score in zip(records, best, strict=True)}
             if shown and shown[1] == name:
                 by_line = {str(one.line): one for one in records}
                 said, own = shown[0].scores[name].said, {"arm": shown[0].arm, "seed": shown[0].seed, "evaluation": name}
                 examples = [{**own, **_example(by_line[line], spec), **answer} for line, answer in said.items()]
-        except (KeyError, RecordError, UserError) as error:
-            unseen.append(f"evaluation {name}: its records are not shown ({error})")
     return replace(results, chance=chance, examples=examples, unseen=unseen)
 
 

@@ -205,7 +205,8 @@ def test_half_a_last_line_in_the_log_is_dropped(whole: Path, stopped) -> None:
         ({}, {"global_batch_size": 4}, "--global_batch_size 3, this run has 4"),
         ({}, {"seed": 7}, "--seed 42, this run has 7"),
         ({}, {"train_vision": True}, "--train_vision False, this run has True"),
-        ({}, {"data_path": "other"}, "content of --data_path (SHA-256) "),
+        ({}, {"columns": "helper=image_output"}, "content of --data_path, --columns (SHA-256) "),
+        ({}, {"data_path": "other"}, "content of --data_path, --columns (SHA-256) "),
     ],
 )
 def test_other_run_is_refused_with_both_values(runs: Runs, stopped, mixed: Path, written, settings, sentence) -> None:
@@ -239,7 +240,7 @@ def test_a_mixture_trains_its_own_rows_and_goes_on_with_its_weights_alone(
     assert len(set(met)) == len(met) == 16
     assert met[4:] == list(range(12, 24))
     turned = runs.train(out, **settings | dict(data_path=[f"{mixed}:3", f"{other}:1"], max_steps=4, resume="auto"))
-    assert "content of --data_path (SHA-256) " in turned
+    assert "content of --data_path, --columns (SHA-256) " in turned
 
 
 def test_finished_model_without_checkpoint_is_refused(runs: Runs, whole: Path, tmp_path: Path) -> None:

@@ -59,6 +59,12 @@ def refusal(said: Said) -> str:
     return said.error
 
 
+def test_a_log_level_that_is_none(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIRAGE_LOG_LEVEL", "warn")
+    said = refusal(call("data", "--help"))
+    assert said == "error: MIRAGE_LOG_LEVEL=warn: give debug, info, warning, error, critical\n"
+
+
 # data check
 
 

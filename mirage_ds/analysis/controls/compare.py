@@ -7,6 +7,7 @@ from typing import Any
 from mirage_ds.analysis.controls.report import apart, measured, p_values
 from mirage_ds.analysis.controls.statistics import differences
 from mirage_ds.analysis.controls.words import sentence
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.errors import UserError, closest
 from mirage_ds.evaluate.scoring import average
 from mirage_ds.evaluate.tables import Told, read_report
@@ -28,6 +29,9 @@ def check_same(files: Sequence[Path], one: dict[str, Any], other: dict[str, Any]
     data, others = one["hashes"]["data"], other["hashes"]["data"]
     if data != others:
         raise UserError(f"{pair}: of different data ({data}, {others}); evaluate both on the same records file")
+    columns = one.get("columns"), other.get("columns")
+    if parse_columns(columns[0]) != parse_columns(columns[1]):
+        raise UserError(f"{pair}: of other --columns ({columns[0]}, {columns[1]}); evaluate both with the same")
     counts = len(one["answers"]), len(other["answers"])
     if counts[0] != counts[1]:
         raise UserError(f"{pair}: {counts[0]} and {counts[1]} answers; evaluate both with the same --most")

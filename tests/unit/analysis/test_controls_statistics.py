@@ -51,6 +51,13 @@ def test_bootstrap_of_many_values_is_near_the_normal_interval_and_repeatable() -
         bootstrap([], seed=1)
 
 
+def test_bootstrap_of_very_many_values_is_the_normal_interval() -> None:
+    """Resampling 100,000 records would take a minute."""
+    values = np.random.default_rng(5).random(100_000)
+    mean, error = values.mean(), values.std() / math.sqrt(len(values))
+    assert bootstrap(values, seed=7) == pytest.approx((mean - 1.959964 * error, mean + 1.959964 * error), rel=1e-9)
+
+
 def test_average_has_wilsons_interval_where_values_are_binary() -> None:
     one = average([1, 0, 1, True, 0.0], seed=1)
     assert tuple(one.values()) == (0.6, *wilson(3, 5))
@@ -223,6 +230,7 @@ def test_compare_pairs_every_file_with_the_first(tmp_path: Path) -> None:
     [
         ({"task": "vsp-spatial-reasoning"}, "scored as vsp-spatial-planning and as vsp-spatial-reasoning"),
         ({"hashes": {"data": "xyz"}}, "of different data (abc, xyz)"),
+        ({"columns": "answer=b"}, "of other --columns (None, answer=b)"),
         ({"answers": "less"}, "10 and 9 answers"),
         ({"answers": "other line"}, "of different rows (line 4, line 40)"),
         ({"answers": "other question"}, "the question on line 4 is not the same"),

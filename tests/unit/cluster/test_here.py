@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -107,6 +108,19 @@ def test_a_port_that_is_none(nano: Path, mixed: Path, tmp_path: Path, started: l
     here.os.environ["MIRAGE_PORT"] = "many"
     with pytest.raises(UserError, match="MIRAGE_PORT=many: give a port"):
         here.train.main(settings(nano, mixed, tmp_path), standalone_mode=False)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_port_that_somebody_listens_on(
+    before: int, nano: Path, mixed: Path, tmp_path: Path, started: list[list[str]]
+) -> None:
+    """It is the ranks' port, or the guards' behind it."""
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1] - before
+        here.os.environ["MIRAGE_PORT"] = str(port)
+        with pytest.raises(UserError, match=f"MIRAGE_PORT={port}: this port or the next cannot be listened on"):
+            here.train.main(settings(nano, mixed, tmp_path), standalone_mode=False)
+    assert not started
 
 
 def test_ranks_start_no_ranks(nano: Path, mixed: Path, tmp_path: Path, started: list[list[str]]) -> None:

@@ -174,6 +174,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "hub": hub,
         "odd": odd,
         "likes": {"file_name": "l.json", "ranking": True},
+        "parts": own | {"columns": {"prompt": "instruction", "query": "context", "response": "a", "system": "sys"}},
+        "beside": own | {"columns": own["columns"] | {"query": "input", "system": "system"}},
     }
     (data / "dataset_info.json").write_text(json.dumps(known))
     monkeypatch.chdir(tmp_path)
@@ -253,6 +255,9 @@ def test_without_out_the_settings_alone_are_on_stdout(here: Path, capsys: pytest
         ("gone", "data_path", "gone is not described in data/dataset_info.json"),
         ("odd", "data_path", "odd calls its roles asker; rename them"),
         ("likes", "data_path", "likes holds preferences"),
+        ("parts", "data_path", "parts has query (context), system (sys), which --columns cannot name; call its columns "
+                               "instruction, input, output, system and history"),
+        ("beside", "data_path", "beside has query (input), which --columns cannot name"),
         ("hub", "data_path", "hub is no file; where the Hugging Face Hub has it, `mirage-ds data import people/rows "
                              "--split train_sft --out DIR` makes records of it"),
         ("shapes,own", "columns", "the same for all records, and theirs differ (question=q,answer=a,image=pictures / "

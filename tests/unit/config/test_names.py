@@ -62,6 +62,9 @@ def test_a_flag_of_another_trainer_is_answered_with_ours(flag: str, said: str) -
 def test_a_key_of_another_trainer_too() -> None:
     with pytest.raises(UserError, match=r"unknown key .num_train_epochs. in run\.yaml; here it is epochs$"):
         build_model(RunConfig, {}, {"num_train_epochs": 3}, "run.yaml")
+    for name in ("ranks", "nproc_per_node", "num-gpus"):
+        with pytest.raises(UserError, match=rf"unknown key '{name}' in run\.yaml; give --ranks to `mirage-ds train`$"):
+            build_model(RunConfig, {}, {name: 2}, "run.yaml")
     assert (ours("--num-train-epochs"), ours("epochs")) == ("epochs", None)
 
 

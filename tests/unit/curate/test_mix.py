@@ -6,10 +6,13 @@ import json
 import os
 import re
 from collections.abc import Callable
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,6 +99,17 @@ def check(out: Path, files: list[Path]) -> list[Row]:
                     assert image.getpixel((0, 0)) == {"a": 10, "b": 20, "c": 30}[name] + shade
     assert check_file(out / "data.jsonl", "stage1", None, None, 1) == (len(rows), [])
     return rows
+
+
+def test_values_that_json_lacks(call: Call, refused: Callable[..., str], tmp_path: Path) -> None:
+    row = {"text_input": "?", "text_output": "A", "when": [datetime(2020, 1, 1)], "n": 1}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert call(tmp_path / "a.parquet", "--out", tmp_path / "o")[0] == 0
+    assert lines(tmp_path / "o/data.jsonl") == [row | {"when": ["2020-01-01 00:00:00"]}]
+    pq.write_table(pa.Table.from_pylist([row | {"raw": b"12"}]), tmp_path / "b.parquet")
+    assert refused(tmp_path / "b.parquet").endswith(
+        "line 1, raw: bytes (b'12'), which JSON cannot hold; leave the column out"
+    )
 
 
 def test_whole_files_are_shuffled_into_one_another(call: Call, files: list[Path], tmp_path: Path) -> None:
@@ -225,7 +239,7 @@ def test_refusals(call: Call, files: list[Path], tmp_path: Path, refused: Callab
     assert "no *.jsonl or *.parquet file in this folder" in refused(tmp_path)
     broken = tmp_path / "z/broken.jsonl"
     broken.write_text(b.read_text() + '{"text_input": "?"}\n')
-    assert refused(a, broken).startswith(f"{broken}: line 12, text_output: missing; add it as a string; ")
+    assert refused(a, broken) == f"{broken}: line 12, text_output: missing; add it as a string"
     row = lines(b)[0] | {"image_output": "gone.png"}
     broken.write_text(json.dumps(row) + "\n")
     assert refused(a, broken).startswith(f"{broken}, line 1, image_output: no image 'gone.png': looked for ")

@@ -507,7 +507,7 @@ def test_refused_files(odd: Path, tmp_path: Path, refused: Callable[..., str], c
     broken = write(odd.parent / "broken.jsonl", rows[0], rows[0], "{", rows[0])
     said = refused("helper-only", broken)
     assert said.startswith(f"{broken}: line 3, json: not valid JSON (")
-    assert said.endswith(f"); write one object a line; `mirage-ds data check {broken}` lists all faults")
+    assert said.endswith("); write one object a line")
     # Lines after those that are taken do not matter.
     assert call("helper-only", broken, "--out", tmp_path / "two", "--most", 2)[0] == 0
     assert len(lines(tmp_path / "two/data.jsonl")) == 2

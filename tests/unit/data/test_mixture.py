@@ -11,6 +11,7 @@ import pytest
 from support.indices import selected
 
 from mirage_ds.cluster.doctor.spec import DoctorSpec
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.flags import build_model
 from mirage_ds.config.mixture import Mixture, records_of
 from mirage_ds.config.run import RunConfig
@@ -166,6 +167,13 @@ def test_other_weights_are_other_content_and_the_order_of_naming_is_not(folder: 
     assert one != content("hash", named(folder, "a.jsonl:2", "b.jsonl:1"))
     assert one != content("other", named(folder, "a.jsonl:1", "b.jsonl:2"))
     assert content("hash", named(folder, "a.jsonl", "b.jsonl")) == content("hash", folder) == "hash"
+
+
+def test_other_columns_are_other_content() -> None:
+    """--resume must not go on with other texts of the same file."""
+    asked = (None, "answer=a", "answer=b", "question=a", "image=a,image=b", "image=b,image=a")
+    found = [content("hash", Path("a.jsonl"), parse_columns(one)) for one in asked]
+    assert (found[0], len(set(found))) == ("hash", len(asked))
 
 
 def test_studies_count_and_tell_mixtures_apart(folder: Path) -> None:

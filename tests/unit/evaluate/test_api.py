@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import subprocess
 import sys
@@ -275,6 +276,8 @@ def test_evaluate_scores_by_a_function(opened: Mirage, mixed: Path) -> None:
     ]
     with pytest.raises(UserError, match=r"is not of the form package\.module:name"):
         opened.evaluate(mixed, lambda answer, record: 1)
+    with pytest.raises(UserError, match=r"evaluate: functools\.partial.* has no name of its own; write def score"):
+        opened.evaluate(mixed, functools.partial(ends_so))
     with pytest.raises(UserError, match=r"evaluate: min_pixels is for `load` or the command"):
         opened.evaluate(mixed, ends_so, min_pixels=3)
     with pytest.raises(UserError, match=r"unknown key 'mos' in evaluate \(did you mean 'most'\?\)"):

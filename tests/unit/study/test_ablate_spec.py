@@ -392,6 +392,21 @@ def test_what_a_key_does_not_depend_on(tmp_path: Path, nano: Path) -> None:
     assert key(slots="auxiliary") != plain
 
 
+def test_studies_of_earlier_versions_keep_their_runs(tmp_path: Path) -> None:
+    """Keys of 2026-11-29: a new setting that is hashed would train every study anew."""
+    (tmp_path / "data.jsonl").write_text('{"text_input": "1?", "text_output": "1"}\n')
+    settings = {"model": "some/hub", "data_path": "data.jsonl", "epochs": 1, "global_batch_size": 8}
+    study = {
+        **{"name": "frozen", "out": "out", "seeds": [1], "common": settings},
+        "stages": {"one": {"stage": "stage1"}, "two": {"stage": "stage2"}},
+        "arms": {"latents": {"chain": ["one", "two"]}},
+        "evaluations": {"own": {"data_path": "data.jsonl", "task": "boxed", "most": 4}},
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    found = ["one-3390f6a71fa7", "two-351d09aed40e", "evaluate-own-101813cc2604"]
+    assert folders(tmp_path / "study.yaml") == found
+
+
 def test_a_key_holds_the_place_of_images_from_the_study(tmp_path: Path, nano: Path) -> None:
     keys = set()
     for name in ("here", "there"):
@@ -454,6 +469,17 @@ def test_a_scorer_beside_the_study_is_found_and_its_change_is_a_new_evaluation(
     call = caller(monkeypatch, capsys, "ablate", "plan", str(file), "--json")
     said = "error: evaluation test: task own_judge:score: no such module here; put it beside the study's file\n"
     assert call() == (2, "", said)
+    broken = write_study(
+        tmp_path / "study", nano, evaluations={"test": own["test"] | {"task": "faulty_pack.judge:score"}}
+    )
+    (tmp_path / "study/faulty_pack").mkdir()
+    (tmp_path / "study/faulty_pack/__init__.py").write_text("1 / 0")
+    code, _, said = caller(monkeypatch, capsys, "ablate", "plan", str(broken))()
+    assert (code, said.partition(" (")[0]) == (
+        2,
+        "error: evaluation test: task faulty_pack.judge:score cannot be imported",
+    )
+    file = write_study(tmp_path / "study", nano, evaluations=own)
     scorer, found = tmp_path / "study/own_judge.py", []
     for points in (1, 2, 2):
         scorer.write_text(f"def score(answer, record): return {points}\n")

@@ -78,7 +78,8 @@ def test_what_cannot_be_shown_is_a_hole(tmp_path: Path, break_it: Any, why: str)
     whole = results(records(tmp_path))
     break_it(tmp_path)
     found = with_records(*whole)
-    assert found.examples == []
+    # Answers are shown even where nobody knows what chance would get.
+    assert bool(found.examples) == (why == "comtt")
     assert len(found.unseen) == 1
     assert why in found.unseen[0]
 
