@@ -12,6 +12,8 @@ from typing import Any
 import click
 
 PAGE, PLACE = "commands.md", "<!-- commands -->"
+# As the commands have them; click remembers those of the first context.
+HELP = ["-h", "--help"]
 # The settings of training stand once, under this heading; other commands that take them lead to it.
 TRAIN = "Training"
 # Of a command's own texts: what would be markup. Words with _ inside are none.
@@ -70,11 +72,11 @@ def pages() -> Iterator[str]:
     from mirage_ds.config.run import RunConfig
     from mirage_ds.train import command as train
 
-    context = click.Context(train, info_name="deepspeed --module mirage_ds.train")
+    context = click.Context(train, info_name="deepspeed --module mirage_ds.train", help_option_names=HELP)
     yield from described(TRAIN, train, context, {})
     settings = model_options(RunConfig)(click.Command("settings"))
-    known = records(settings, click.Context(settings))
-    for command, below in walk(cli, click.Context(cli, info_name="mirage-ds")):
+    known = records(settings, click.Context(settings, help_option_names=HELP))
+    for command, below in walk(cli, click.Context(cli, info_name="mirage-ds", help_option_names=HELP)):
         yield from described(f"`{below.command_path}`", command, below, known)
 
 

@@ -14,7 +14,7 @@ import click
 
 from mirage_ds.cluster.guard.child import Child, adopt_orphans
 from mirage_ds.cluster.guard.judge import STOPPED
-from mirage_ds.cluster.guard.watch import CONTEXT, LAUNCHER_S, SAYS, bounds_options, end, leave, talk
+from mirage_ds.cluster.guard.watch import CONTEXT, LAUNCHER_S, SAYS, bounds_options, end, leave, listen, talk
 from mirage_ds.cluster.guard.wire import Bounds, Client, Verdict
 from mirage_ds.errors import EXIT_STOPPED
 from mirage_ds.run.process import run_rank
@@ -36,7 +36,6 @@ def command(port: int, job: str, master: str, words: tuple[str, ...], **bounds: 
 
 async def watch(words: list[str], master: str, port: int, job: str, bounds: Bounds) -> Verdict:
     """Start the launcher, keep in touch with the hub, return what the job came to."""
-    child = Child(words, {**os.environ, SAYS: str(os.getpid())}, own_session=True)
     client = Client(master, port, job, None, bounds)
     asked = 0
 
@@ -51,6 +50,9 @@ async def watch(words: list[str], master: str, port: int, job: str, bounds: Boun
             # Before the ranks run there is nothing to save.
             client.verdict = client.verdict or Verdict(EXIT_STOPPED, (STOPPED,))
 
+    # Before the launcher, which may be stopped as soon as it is there.
+    listen(stop)
+    child = Child(words, {**os.environ, SAYS: str(os.getpid())}, own_session=True)
     # The hub wants nothing of a launcher.
     verdict = await talk(child, client, lambda message: None, stop)
     if asked and not client.connected:

@@ -52,6 +52,12 @@ def tell(lines: Sequence[str]) -> None:
         return
 
 
+def listen(stop: Callable[[signal.Signals], None]) -> None:
+    """Call `stop` on the signals that ask for an end."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+
+
 async def talk(
     child: Child, client: Client, hear: Callable[[dict[str, Any]], None], stop: Callable[[signal.Signals], None]
 ) -> Verdict:
@@ -60,8 +66,7 @@ async def talk(
     Args:
         hear: takes the hub's requests, "stop" and "stacks"; stop: takes the signals that ask for an end.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    listen(stop)
     talking = asyncio.create_task(client.run(hear))
     ended: float | None = None
     while client.verdict is None:
