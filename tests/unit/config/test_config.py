@@ -226,7 +226,7 @@ def test_a_missing_yaml_file_is_named(sentence: Callable[..., str]) -> None:
 def test_every_setting_stands_in_the_help_with_its_default() -> None:
     text = " ".join(
         train.command.get_help(
-            click.Context(train.command, terminal_width=110, help_option_names=CONTEXT["help_option_names"])
+            click.Context(train.command, terminal_width=110, help_option_names=["-h", "--help"])
         ).split()
     )
     for name in RunConfig.model_fields:
