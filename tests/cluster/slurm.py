@@ -144,5 +144,8 @@ class Slurm:
         idle = ["idle"] * len(self.nodes)
         log = self.login.log("slurmctld")
         wait_until(
-            lambda: self.login.run(ask, check=False).stdout.split() == idle, f"all nodes idle, see {log}", every_s=0.1
+            lambda: self.login.run(ask, check=False).stdout.split() == idle,
+            f"all nodes idle, see {log}",
+            timeout_s=90,
+            every_s=0.1,
         )
