@@ -57,9 +57,9 @@ class Bench:
 
     def hidden(self, batch: Batch, inputs: torch.Tensor, deep: Deep | None) -> torch.Tensor:
         """Final-norm hidden states (T, H) of the packed rows, in the batch's passes."""
-        text, passes = self.model.language_model, batch.passes
-        states = run_passes(text, inputs, batch.position_ids, passes, self.model.how.attention, False, deep=deep)
-        return in_order(states, passes)
+        model, passes = self.model, batch.passes
+        walked = (model.language_model, model.layers, inputs, batch.position_ids, passes, model.how.attention)
+        return in_order(run_passes(*walked, checkpointing=False, deep=deep), passes)
 
     def fed_back(self, samples: Sequence[Sample]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
         """Run rows with their answers given and every block fed the states before its slots, as stage 2 does.

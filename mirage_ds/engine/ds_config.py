@@ -82,6 +82,8 @@ OPTIMIZER_PARAMS = frozenset(
 )
 # What of the gathered parameters may be whole at a time, and how near its next use must be for one to stay.
 LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+# Elements of a parameter that ZeRO-3 keeps whole from step to step: more than any matrix has.
+KEEPS_ALL = 10**12
 # Those that this module looks into.
 BLOCKS = ("fp16", "bf16", "torch_autocast", "zero_optimization", "optimizer")
 # The run fills these; `"auto"` there means just that.
@@ -125,8 +127,10 @@ def _for_cpu(values: dict[str, Any]) -> dict[str, Any]:
     zero = made.get("zero_optimization", {})
     zero["overlap_comm"] = False
     if zero_stage(made) == 3:
-        # The recipes' 100,000 elements would keep every matrix of a small model whole on every rank.
-        zero["stage3_param_persistence_threshold"] = 0
+        # The recipes' 100,000 elements would keep every matrix of a small model whole on every rank. What keeps all of a
+        # large one is meant so.
+        if zero.get("stage3_param_persistence_threshold", 0) < KEEPS_ALL:
+            zero["stage3_param_persistence_threshold"] = 0
     for name in ("param", "optimizer"):
         if offload_device(made, name) != "none":
             zero[f"offload_{name}"]["pin_memory"] = False

@@ -6,7 +6,7 @@ tests/dist/test_reliability.py does, for a load on another number of ranks tests
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -68,6 +68,12 @@ def elements_to_gather(parameter: Any) -> int:
     part = parameter.ds_tensor
     # The part may lie elsewhere than the whole would, in the host's memory; it has padding.
     return int(parameter.ds_numel + (part.ds_numel if part.device != parameter.device else 0))
+
+
+def stays_whole(parameters: Sequence[Any]) -> bool:
+    """Tell whether ZeRO-3 holds these parameters whole now, and would not part with them before the step ends."""
+    status = type(parameters[0].ds_status).AVAILABLE
+    return all(p.ds_persist and p.ds_status is status for p in parameters)
 
 
 class Collecting:

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,16 +14,19 @@ import torch.distributed as dist
 from torch import nn
 
 from mirage_ds.config.run import RunConfig
-from mirage_ds.engine.ds_config import compute_dtype
+from mirage_ds.engine.ds_config import compute_dtype, zero_stage
 from mirage_ds.engine.place import is_rank
 from mirage_ds.engine.private import (
     set_collective_timeout,
     skip_steps_that_are_not_finite,
+    stays_whole,
     store_of_group,
     use_plain_gloo,
 )
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import UserError, reason, shown
+from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.layers import DecoderLayers
 
 Result = TypeVar("Result")
 
@@ -256,7 +260,18 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
-def make_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any], steps: int) -> Any:
+def _gather_by_layer(layers: DecoderLayers) -> None:
+    """Let ZeRO-3 gather a layer's parameters around its LayerCall; the layer's own modules are not called."""
+    import deepspeed
+
+    for call in layers.calls:
+        for parameter in call.own:
+            deepspeed.zero.register_external_parameter(call, parameter)
+    everything = [parameter for call in layers.calls for parameter in call.own]
+    layers.resident = partial(stays_whole, everything)
+
+
+def make_engine(model: MirageModel, config: RunConfig, ds_config: dict[str, Any], steps: int) -> Any:
     """Wrap the model in a DeepSpeed engine with AdamW and the learning-rate schedule of `steps` optimizer steps."""
     import deepspeed
     from transformers import get_scheduler
@@ -265,6 +280,8 @@ def make_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any], 
         name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
         return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
 
+    if zero_stage(ds_config) == 3:
+        _gather_by_layer(model.layers)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=weight_decay_groups(model, config.weight_decay),

@@ -48,6 +48,7 @@ def whole_model(engine: Any) -> Iterator[MirageModel]:
         finally:
             # Whoever still holds the modules must not hold the memory.
             plain.to_empty(device="meta")
+            del plain.layers
 
 
 def _plain_model(model: MirageModel) -> MirageModel:

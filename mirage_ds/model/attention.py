@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from mirage_ds.errors import UserError, reason
 
@@ -181,6 +182,7 @@ class Packed(NamedTuple):
         past: ((T_i, Hkv, D) keys, values) of each earlier pass, in order.
         made: an empty list, which receives this pass's (keys, values).
         keys: order of the visible keys, None where it is the order in which they are made (a single pass).
+        recompute: join the keys once more in backward, in place of keeping the joined ones.
     """
 
     past: list[tuple[torch.Tensor, torch.Tensor]]
@@ -188,10 +190,16 @@ class Packed(NamedTuple):
     keys: torch.Tensor | None
     ends: Ends
     backend: str
+    recompute: bool = False
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Attend to this pass's keys and those of all before it."""
         self.made.append((k, v))
+        if self.recompute:
+            return checkpoint(self._attend, q, k, v, scale, use_reentrant=False, preserve_rng_state=False)
+        return self._attend(q, k, v, scale)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         if self.past:
             k = torch.cat([past[0] for past in self.past] + [k])
             v = torch.cat([past[1] for past in self.past] + [v])

@@ -14,6 +14,7 @@ from torch import nn
 from mirage_ds.config.run import LatentLoss
 from mirage_ds.data.batch import Batch
 from mirage_ds.model.images import place_images
+from mirage_ds.model.layers import DecoderLayers
 from mirage_ds.model.latents import compress, grounding, in_order, run_passes
 from mirage_ds.model.lora import Lora, TokenRows
 from mirage_ds.model.loss import LossHead, LossSums, label_scales, loss_sums
@@ -86,6 +87,7 @@ class MirageModel(nn.Module):
         self.head = head
         self.visual = visual
         self.how = how
+        self.layers = DecoderLayers(language_model.layers)
         self.lora = lora
 
     def forward(self, batch: Batch) -> LossSums:
@@ -111,6 +113,7 @@ class MirageModel(nn.Module):
             embeddings = embeddings.index_copy(0, batch.latents, targets)
         hidden = run_passes(
             self.language_model,
+            self.layers,
             embeddings,
             batch.position_ids,
             batch.passes,

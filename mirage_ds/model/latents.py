@@ -4,11 +4,10 @@ T tokens of the packed batch, Tq tokens of one pass, N samples, k latents a bloc
 layers, D head width.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +15,7 @@ from mirage_ds.config.run import LatentLoss
 from mirage_ds.data.batch import Batch, Pass
 from mirage_ds.model.attention import Ends, Packed
 from mirage_ds.model.images import Deep, embedded
+from mirage_ds.model.layers import DecoderLayers, after
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -63,25 +63,34 @@ def grounding(hidden: torch.Tensor, targets: torch.Tensor, batch: Batch, loss: L
     return 1 - functional.cosine_similarity(before.float(), targets.float(), dim=-1)
 
 
+class Walk(NamedTuple):
+    """What is the same in every pass: the attention back end, and whether keys have to be put in order."""
+
+    backend: str
+    reorder: bool
+
+
 def _run_layer(
-    layer: nn.Module,
+    call: Callable[..., torch.Tensor],
     x: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
     past: list[KeysValues],
     one: Pass,
-    reorder: bool,
-    backend: str,
+    how: Walk,
+    later: bool,
+    recompute: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run one decoder layer over one pass; return its output (1, Tq, H) and its keys and values (Tq, Hkv, D)."""
     # `made` is filled anew in each call, so that recomputing the layer in backward stays a pure function.
     ends = Ends(one.cu_q, one.cu_k, one.max_q, one.max_k)
-    packed = Packed(past, [], one.keys if reorder else None, ends, backend)
-    output = layer(x, position_embeddings=rotary, packed=packed)
+    packed = Packed(past, [], one.keys if how.reorder else None, ends, how.backend, recompute)
+    output = call(x, later=later, position_embeddings=rotary, packed=packed)
     return output, *packed.made[0]
 
 
 def run_passes(
     language_model: Any,
+    layers: DecoderLayers,
     embeddings: torch.Tensor,
     position_ids: torch.Tensor,
     passes: Sequence[Pass],
@@ -97,13 +106,15 @@ def run_passes(
     fed-back states and through the keys and values. (In stage 1's auxiliary schedule no pass feeds anything back.)
 
     Args:
-        language_model: transformers' text model (embed_tokens, layers, norm, rotary_emb).
+        language_model: transformers' text model (norm, rotary_emb).
+        layers: its layers.
         embeddings: (T, H) input embeddings, images already in place.
         position_ids: (3, T).
         passes: the schedule.
         backend: attention back end.
-        checkpointing: recompute each layer call in backward, in every pass whatever its size: a pass of one token
-            saves a copy of all earlier keys and values otherwise, and keeps every layer gathered under ZeRO-3.
+        checkpointing: recompute each layer call in backward. A pass of one token a sample recomputes its attention
+            alone, whose copy of all earlier keys and values is large; where layers are gathered for each use (ZeRO-3),
+            all of it, or every layer would stay gathered.
         detach: cut the gradient at the fed-back states; it still runs through keys and values.
         deep: what is added behind the first layers, with the images that stand in `embeddings`.
 
@@ -111,19 +122,29 @@ def run_passes(
         The final-norm hidden states of each pass, (Tq, H), in the order of its tokens.
     """
     cos, sin = language_model.rotary_emb(embeddings[None], position_ids[:, None])
-    made: list[list[KeysValues]] = [[] for _ in language_model.layers]
+    made: list[list[KeysValues]] = [[] for _ in layers.calls]
     hidden: list[torch.Tensor] = []
-    reorder = len(passes) > 1
+    how = Walk(backend, len(passes) > 1)
+    recorded = torch.is_grad_enabled()
+    if recorded:
+        layers.round.begin(len(passes) - 1)
     for number, one in enumerate(passes):
         x = embeddings.index_select(0, one.tokens)
         if len(one.sources):
             fed = hidden[-1].index_select(0, one.sources)
             x = x.index_copy(0, one.first, fed.detach() if detach else fed)
+        if number and recorded:
+            x = after(x, hidden[-1])
         rotary = (cos.index_select(-2, one.tokens), sin.index_select(-2, one.tokens))
         x = x[None]
-        for place, (layer, past) in enumerate(zip(language_model.layers, made, strict=True)):
-            arguments = (layer, x, rotary, list(past), one, reorder, backend)
-            if checkpointing and torch.is_grad_enabled():
+        resident = layers.resident()
+        thin = number > 0 and one.max_q <= 1
+        again = checkpointing and recorded and not (thin and resident)
+        for place, (layer, past) in enumerate(zip(layers.calls, made, strict=True)):
+            # Hooks have nothing to gather where all is whole.
+            call = layer.forward if resident else layer
+            arguments = (call, x, rotary, list(past), one, how, number > 0, checkpointing and recorded and not again)
+            if again:
                 x, k, v = checkpoint(_run_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, k, v = _run_layer(*arguments)
@@ -131,7 +152,7 @@ def run_passes(
                 x = deep.add(place, x[0], one.tokens)[None]
             if number + 1 < len(passes):
                 past.append((k, v))
-        hidden.append(language_model.norm(x)[0])
+        hidden.append((language_model.norm.forward if resident else language_model.norm)(x)[0])
     return hidden
 
 

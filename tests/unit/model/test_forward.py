@@ -29,6 +29,7 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.attention import BACKENDS
 from mirage_ds.model.load import Loaded, load_model
+from mirage_ds.model.layers import DecoderLayers
 from mirage_ds.model.loss import LossHead, LossSums, StepCounts, objective
 
 STAGES = ("sft", "stage1", "stage2")
@@ -393,7 +394,9 @@ def test_checkpointing_changes_no_bit(sharp: Path, mixed: Path, stage: str, rows
     for checkpointing in (False, True):
         loaded = task.load(checkpointing=checkpointing, train_vision=train_vision)
         calls = []
-        loaded.model.language_model.layers[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        # As under ZeRO-3, where layers are gathered for each use and called through their hooks.
+        loaded.model.layers.resident = lambda: False
+        loaded.model.layers.calls[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         loss = step(task, loaded, task.pack(samples), counts_of(samples))
         made.append((loss, gradients(loaded.model), len(calls)))
     (loss, grads, calls), (other_loss, other_grads, other_calls) = made
@@ -511,6 +514,7 @@ def test_forward_reads_no_tensor_on_the_host(
     assert not [name for name in sizes.operators if "_local_scalar_dense" in name or "nonzero" in name]
     # On the meta device there is nothing to read: .item(), .tolist(), .numpy() and a boolean index all raise.
     loaded.model.to("meta")
+    loaded.model.layers = DecoderLayers(loaded.model.language_model.layers)
     meta = to_device(batch, torch.device("meta"))
     loss, _, _ = objective(loaded.model(meta), counts, GAMMA[stage], "sample")
     loss.backward()

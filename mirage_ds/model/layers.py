@@ -1,0 +1,197 @@
+"""The decoder's layers as the passes call them: transformers computes, one call a layer, each weight gradient made once.
+
+T tokens of a pass, I inputs and O outputs of a linear layer.
+
+Two things are expensive when a layer runs once a pass. DeepSpeed hooks each of a layer's twelve modules in every pass.
+And autograd gives each weight a gradient of its full size in every pass, the last of them in the first pass's backward,
+so that the whole gradients of all layers are held until then. So each layer is called through one module of its own
+(LayerCall), and linear layers of the passes after the first leave their weight's gradient to the first pass: they keep
+inputs and output gradients of their few tokens (Deposits), which the first pass's backward adds as one product.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+class Round:
+    """One forward with its backward.
+
+    Attributes:
+        number: counts the forwards; later: passes after the first whose weight gradients are left to it.
+        waiting: deposits that no first pass has taken yet.
+    """
+
+    def __init__(self) -> None:
+        self.number = self.later = self.waiting = 0
+
+    def begin(self, later: int) -> None:
+        """Begin a forward; every deposit of the one before has to be taken."""
+        self.check()
+        self.number += 1
+        self.later = later
+
+    def check(self) -> None:
+        """Raise RuntimeError if a weight's gradient lacks what later passes have left to it."""
+        if self.waiting:
+            raise RuntimeError(f"{self.waiting} parts of weight gradients were left to a first pass that has not run")
+
+
+class Deposits:
+    """What later passes leave to the weight gradient of one linear layer."""
+
+    def __init__(self, current: Round):
+        self.round = current
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._taken = 0
+
+    def leave(self, inputs: torch.Tensor, slope: torch.Tensor) -> None:
+        """Keep a pass's inputs (T, I) and output gradients (T, O)."""
+        if self._taken == self.round.number:
+            raise RuntimeError("a later pass's backward ran after the first's: a weight's gradient would miss its part")
+        self._kept.append((inputs, slope))
+        self.round.waiting += 1
+
+    def add_to(self, gradient: torch.Tensor) -> None:
+        """Add all that was left to the first pass's gradient (O, I), in place."""
+        if len(self._kept) != self.round.later:
+            raise RuntimeError(f"{len(self._kept)} of {self.round.later} later passes have left their weight gradient")
+        self._taken = self.round.number
+        self.round.waiting -= len(self._kept)
+        kept, self._kept = self._kept, []
+        inputs, slope = (torch.cat(some) for some in zip(*kept, strict=True))
+        gradient.addmm_(slope.t(), inputs)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer of one of several passes.
+
+    The weight is read again in backward, not saved: under ZeRO-3 a saved one would stay gathered. Only the first pass
+    gives it as an input: there alone it gets a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, layer: "PassLinear"
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.first, ctx.bias_dtype = layer, weight is not None, None if bias is None else bias.dtype
+        return functional.linear(x, layer.weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        # Under torch_autocast the product was in bf16, and so are those of its gradients.
+        inputs, rows = x.flatten(0, -2).to(slope.dtype), slope.flatten(0, -2)
+        by_weight = by_x = by_bias = None
+        if ctx.first:
+            by_weight = rows.t() @ inputs
+            layer.deposits.add_to(by_weight)
+            by_weight = by_weight.to(layer.weight.dtype)
+        elif layer.weight.requires_grad:
+            layer.deposits.leave(inputs, rows)
+        if ctx.needs_input_grad[0]:
+            by_x = (slope @ layer.weight.to(slope.dtype)).to(x.dtype)
+        if ctx.bias_dtype is not None:
+            by_bias = rows.sum(0).to(ctx.bias_dtype)
+        return by_x, by_weight, by_bias, None
+
+
+class PassLinear(nn.Linear):
+    """A linear layer of one of several passes, around the parameters of another."""
+
+    def __init__(self, linear: nn.Linear, deposits: Deposits, first: bool):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.deposits, self.first = deposits, first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply (…, T, I) into (…, T, O)."""
+        trained = self.weight.requires_grad
+        if self.first and not (trained and self.deposits.round.later):
+            return super().forward(x)
+        return _Linear.apply(x, self.weight if self.first else None, self.bias, self)
+
+
+def _around_same_parameters(layer: nn.Module) -> nn.Module:
+    """Copy a layer's modules, but neither its parameters nor its configuration."""
+    shared = [*layer.parameters(), *(module.config for module in layer.modules() if hasattr(module, "config"))]
+    return copy.deepcopy(layer, {id(one): one for one in shared})
+
+
+class LayerCall(nn.Module):
+    """One decoder layer: a module that DeepSpeed hooks, without parameters of its own, so that no name changes.
+
+    Attributes:
+        own: the layer's parameters, for deepspeed.zero.register_external_parameter.
+    """
+
+    def __init__(self, layer: nn.Module, current: Round):
+        super().__init__()
+        self.own = tuple(layer.parameters())
+        first, later = _around_same_parameters(layer), _around_same_parameters(layer)
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                parent, _, last = name.rpartition(".")
+                deposits = Deposits(current)
+                for body in (first, later):
+                    setattr(body.get_submodule(parent), last, PassLinear(module, deposits, body is first))
+        # In a tuple: a module that is found in the tree would be hooked, and named a second time.
+        self._bodies = (first, later)
+
+    def train(self, mode: bool = True) -> "LayerCall":
+        """Set the mode of both bodies too."""
+        for body in self._bodies:
+            body.train(mode)
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor, later: bool, **arguments: Any) -> torch.Tensor:
+        """Run the layer over (1, T, H).
+
+        Args:
+            later: leave the weights' gradients to the first pass.
+            arguments: of transformers' layer.
+        """
+        output: torch.Tensor = self._bodies[later](x, **arguments)
+        return output
+
+
+class DecoderLayers(nn.Module):
+    """The decoder's layers as run_passes calls them.
+
+    Attributes:
+        calls: one LayerCall a layer; round: this forward's.
+        resident: tells whether all parameters of the layers are whole and stay so until the step's end. The engine sets
+            it (engine/setup.py); without ZeRO-3 they always are.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__()
+        self.round = Round()
+        self.calls = nn.ModuleList(LayerCall(layer, self.round) for layer in layers)
+        self.resident: Callable[[], bool] = lambda: True
+
+
+class _After(torch.autograd.Function):
+    """Let the backward of one pass wait for that of the next, also where nothing is fed back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        ctx.like = before.shape, before.dtype, before.device
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape, dtype, device = ctx.like
+        return slope, torch.zeros(shape, dtype=dtype, device=device)
+
+
+def after(x: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Return x, whose backward runs before that of `before`, which gets a gradient of zeros from it."""
+    return _After.apply(x, before)
