@@ -8,13 +8,14 @@ stage but the first, queries are fewer than keys, and a top-left mask would be s
 
 import importlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate, chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from mirage_ds.errors import UserError, reason
 
@@ -175,6 +176,90 @@ class Context(Protocol):
         """Attend with the new q (Tq, Hq, D) and k, v (Tq, Hkv, D), rotary positions applied → (Tq, Hq, D)."""
 
 
+class Slopes:
+    """Gradients of one layer's keys and values that each pass leaves to those before it.
+
+    Autograd would slice and add them pass by pass; here a pass adds its own to one tensor for all.
+
+    Args:
+        lengths: T_i of each pass.
+    """
+
+    def __init__(self, lengths: Sequence[int]):
+        self._begins = [0, *accumulate(lengths)]
+        self._sums: list[torch.Tensor] = []
+
+    def add(self, keys: torch.Tensor, number: int, *slopes: torch.Tensor) -> None:
+        """Add what pass `number` leaves: (Tk, Hkv, D) for keys and for values, in the order of `keys`."""
+        if not self._sums:
+            self._sums = [slope.new_zeros(self._begins[number + 1], *slope.shape[1:]) for slope in slopes]
+        for one, slope in zip(self._sums, slopes, strict=True):
+            one.index_add_(0, keys, slope)
+
+    def of(self, number: int) -> list[torch.Tensor]:
+        """Return what has been left to pass `number`, for its keys and its values."""
+        return [one[self._begins[number] : self._begins[number + 1]] for one in self._sums]
+
+
+class _First(torch.autograd.Function):
+    """Keys and values of the first pass: adds what later ones leave."""
+
+    @staticmethod
+    def forward(ctx: Any, k: torch.Tensor, v: torch.Tensor, slopes: Slopes) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.slopes = slopes
+        return k.view_as(k), v.view_as(v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *own: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *(one + left for one, left in zip(own, ctx.slopes.of(0), strict=True)), None
+
+
+class _Join(torch.autograd.Function):
+    """Keys and values that a later pass sees."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, k: torch.Tensor, v: torch.Tensor, packed: "Packed", *past: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.left = packed.keys, packed.number, packed.slopes
+        return packed.joined(k, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *joined: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        keys, number, slopes = ctx.left
+        slopes.add(keys, number, *joined)
+        # Those of its own are among them, with what passes after it have left there. The edges to the past carry
+        # nothing; they make its backward wait.
+        return *slopes.of(number), None, *[None] * 2 * number
+
+
+class _Attend(torch.autograd.Function):
+    """_Join and attention of a thin pass: joins the keys once more in backward in place of keeping the joined ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: "Packed", scale: float, *past: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v, *past)
+        # Not the whole of `packed`: what it holds of the graph would keep the graph alive.
+        ctx.rest, ctx.scale = packed._replace(past=[], made=[]), scale
+        return packed.over(q, *packed.joined(k, v), scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, *flat = ctx.saved_tensors
+        packed = ctx.rest._replace(past=list(zip(flat[::2], flat[1::2], strict=True)))
+        leaves = [one.requires_grad_() for one in (q.detach(), *packed.joined(k, v))]
+        with torch.enable_grad():
+            output = packed.over(*leaves, ctx.scale)
+        by_q, *joined = torch.autograd.grad(output, leaves, slope)
+        packed.slopes.add(packed.keys, packed.number, *joined)
+        return by_q, *packed.slopes.of(packed.number), None, None, *[None] * len(flat)
+
+
 class Packed(NamedTuple):
     """One pass of training over packed rows.
 
@@ -182,7 +267,8 @@ class Packed(NamedTuple):
         past: ((T_i, Hkv, D) keys, values) of each earlier pass, in order.
         made: an empty list, which receives this pass's (keys, values).
         keys: order of the visible keys, None where it is the order in which they are made (a single pass).
-        recompute: join the keys once more in backward, in place of keeping the joined ones.
+        slopes: the layer's, where there are several passes and a backward will come.
+        thin: attention is recomputed in backward.
     """
 
     past: list[tuple[torch.Tensor, torch.Tensor]]
@@ -190,21 +276,38 @@ class Packed(NamedTuple):
     keys: torch.Tensor | None
     ends: Ends
     backend: str
-    recompute: bool = False
+    slopes: Slopes | None = None
+    thin: bool = False
+
+    @property
+    def number(self) -> int:
+        """Passes before this one."""
+        return len(self.past)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Attend to this pass's keys and those of all before it."""
+        if self.slopes is not None and not self.past:
+            k, v = _First.apply(k, v, self.slopes)
         self.made.append((k, v))
-        if self.recompute:
-            return checkpoint(self._attend, q, k, v, scale, use_reentrant=False, preserve_rng_state=False)
-        return self._attend(q, k, v, scale)
+        if self.slopes is None or not self.past:
+            return self.over(q, *self.joined(k, v), scale)
+        past = tuple(chain.from_iterable(self.past))
+        if self.thin:
+            attended: torch.Tensor = _Attend.apply(q, k, v, self, scale, *past)
+            return attended
+        return self.over(q, *_Join.apply(k, v, self, *past), scale)
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def joined(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the visible keys and values, of earlier passes and this one, in order."""
         if self.past:
             k = torch.cat([past[0] for past in self.past] + [k])
             v = torch.cat([past[1] for past in self.past] + [v])
         if self.keys is not None:
             k, v = k.index_select(0, self.keys), v.index_select(0, self.keys)
+        return k, v
+
+    def over(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attend to joined keys and values."""
         return varlen_attention(q, k, v, self.ends, self.backend, scale)
 
 

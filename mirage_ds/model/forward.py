@@ -14,8 +14,8 @@ from torch import nn
 from mirage_ds.config.run import LatentLoss
 from mirage_ds.data.batch import Batch
 from mirage_ds.model.images import place_images
-from mirage_ds.model.layers import DecoderLayers
 from mirage_ds.model.latents import compress, grounding, in_order, run_passes
+from mirage_ds.model.layers import DecoderLayers
 from mirage_ds.model.lora import Lora, TokenRows
 from mirage_ds.model.loss import LossHead, LossSums, label_scales, loss_sums
 from mirage_ds.model.vision import trained_features

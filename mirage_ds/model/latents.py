@@ -5,7 +5,7 @@ layers, D head width.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mirage_ds.config.run import LatentLoss
 from mirage_ds.data.batch import Batch, Pass
-from mirage_ds.model.attention import Ends, Packed
+from mirage_ds.model.attention import Ends, Packed, Slopes
 from mirage_ds.model.images import Deep, embedded
 from mirage_ds.model.layers import DecoderLayers, after
 
@@ -63,28 +63,13 @@ def grounding(hidden: torch.Tensor, targets: torch.Tensor, batch: Batch, loss: L
     return 1 - functional.cosine_similarity(before.float(), targets.float(), dim=-1)
 
 
-class Walk(NamedTuple):
-    """What is the same in every pass: the attention back end, and whether keys have to be put in order."""
-
-    backend: str
-    reorder: bool
-
-
 def _run_layer(
-    call: Callable[..., torch.Tensor],
-    x: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    past: list[KeysValues],
-    one: Pass,
-    how: Walk,
-    later: bool,
-    recompute: bool,
+    call: Callable[..., torch.Tensor], x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], packed: Packed
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run one decoder layer over one pass; return its output (1, Tq, H) and its keys and values (Tq, Hkv, D)."""
     # `made` is filled anew in each call, so that recomputing the layer in backward stays a pure function.
-    ends = Ends(one.cu_q, one.cu_k, one.max_q, one.max_k)
-    packed = Packed(past, [], one.keys if how.reorder else None, ends, how.backend, recompute)
-    output = call(x, later=later, position_embeddings=rotary, packed=packed)
+    packed = packed._replace(made=[])
+    output = call(x, later=packed.number > 0, position_embeddings=rotary, packed=packed)
     return output, *packed.made[0]
 
 
@@ -124,10 +109,12 @@ def run_passes(
     cos, sin = language_model.rotary_emb(embeddings[None], position_ids[:, None])
     made: list[list[KeysValues]] = [[] for _ in layers.calls]
     hidden: list[torch.Tensor] = []
-    how = Walk(backend, len(passes) > 1)
     recorded = torch.is_grad_enabled()
     if recorded:
         layers.round.begin(len(passes) - 1)
+    lengths = [len(one.tokens) for one in passes]
+    resident = layers.resident()
+    slopes = [Slopes(lengths) if recorded and len(passes) > 1 else None for _ in layers.calls]
     for number, one in enumerate(passes):
         x = embeddings.index_select(0, one.tokens)
         if len(one.sources):
@@ -137,21 +124,21 @@ def run_passes(
             x = after(x, hidden[-1])
         rotary = (cos.index_select(-2, one.tokens), sin.index_select(-2, one.tokens))
         x = x[None]
-        resident = layers.resident()
-        thin = number > 0 and one.max_q <= 1
-        again = checkpointing and recorded and not (thin and resident)
-        for place, (layer, past) in enumerate(zip(layers.calls, made, strict=True)):
+        # At most a token a sample, as between the first pass and the last.
+        thin = number > 0 and one.max_q <= 1 and resident
+        keys, ends = one.keys if len(passes) > 1 else None, Ends(one.cu_q, one.cu_k, one.max_q, one.max_k)
+        for place, layer in enumerate(layers.calls):
+            packed = Packed(list(made[place]), [], keys, ends, backend, slopes[place], thin)
             # Hooks have nothing to gather where all is whole.
-            call = layer.forward if resident else layer
-            arguments = (call, x, rotary, list(past), one, how, number > 0, checkpointing and recorded and not again)
-            if again:
+            arguments = (layer.forward if resident else layer, x, rotary, packed)
+            if checkpointing and recorded and not thin:
                 x, k, v = checkpoint(_run_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, k, v = _run_layer(*arguments)
             if deep is not None:
                 x = deep.add(place, x[0], one.tokens)[None]
             if number + 1 < len(passes):
-                past.append((k, v))
+                made[place].append((k, v))
         hidden.append((language_model.norm.forward if resident else language_model.norm)(x)[0])
     return hidden
 

@@ -1,4 +1,4 @@
-"""The decoder's layers as the passes call them: transformers computes, one call a layer, each weight gradient made once.
+"""The decoder's layers as the passes call them: transformers computes, and each weight gradient is made once.
 
 T tokens of a pass, I inputs and O outputs of a linear layer.
 
@@ -57,49 +57,52 @@ class Deposits:
         self._kept.append((inputs, slope))
         self.round.waiting += 1
 
-    def add_to(self, gradient: torch.Tensor) -> None:
-        """Add all that was left to the first pass's gradient (O, I), in place."""
+    def add_to(self, by_weight: torch.Tensor, by_bias: torch.Tensor | None) -> None:
+        """Add all that was left to the first pass's gradients (O, I) and (O,), in place."""
         if len(self._kept) != self.round.later:
             raise RuntimeError(f"{len(self._kept)} of {self.round.later} later passes have left their weight gradient")
         self._taken = self.round.number
         self.round.waiting -= len(self._kept)
         kept, self._kept = self._kept, []
         inputs, slope = (torch.cat(some) for some in zip(*kept, strict=True))
-        gradient.addmm_(slope.t(), inputs)
+        by_weight.addmm_(slope.t(), inputs)
+        if by_bias is not None:
+            by_bias += slope.sum(0)
 
 
 class _Linear(torch.autograd.Function):
     """A linear layer of one of several passes.
 
     The weight is read again in backward, not saved: under ZeRO-3 a saved one would stay gathered. Only the first pass
-    gives it as an input: there alone it gets a gradient.
+    gives weight and bias as inputs: there alone they get a gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, layer: "PassLinear"
     ) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.layer, ctx.first, ctx.bias_dtype = layer, weight is not None, None if bias is None else bias.dtype
-        return functional.linear(x, layer.weight, bias)
+        rows = x.flatten(0, -2)
+        ctx.save_for_backward(rows)
+        ctx.layer, ctx.first = layer, weight is not None
+        return functional.linear(rows, layer.weight, layer.bias).unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,), layer = ctx.saved_tensors, ctx.layer
-        # Under torch_autocast the product was in bf16, and so are those of its gradients.
-        inputs, rows = x.flatten(0, -2).to(slope.dtype), slope.flatten(0, -2)
+        (inputs,), layer, rows = ctx.saved_tensors, ctx.layer, slope.flatten(0, -2)
         by_weight = by_x = by_bias = None
+        if ctx.needs_input_grad[0]:
+            by_x = (rows @ layer.weight.to(rows.dtype)).to(inputs.dtype).unflatten(0, slope.shape[:-1])
+        # Under torch_autocast the product was in bf16, and so are those of its gradients.
+        inputs = inputs.to(rows.dtype)
         if ctx.first:
             by_weight = rows.t() @ inputs
-            layer.deposits.add_to(by_weight)
+            by_bias = None if layer.bias is None else rows.sum(0)
+            layer.deposits.add_to(by_weight, by_bias)
             by_weight = by_weight.to(layer.weight.dtype)
+            by_bias = None if by_bias is None else by_bias.to(layer.bias.dtype)
         elif layer.weight.requires_grad:
             layer.deposits.leave(inputs, rows)
-        if ctx.needs_input_grad[0]:
-            by_x = (slope @ layer.weight.to(slope.dtype)).to(x.dtype)
-        if ctx.bias_dtype is not None:
-            by_bias = rows.sum(0).to(ctx.bias_dtype)
         return by_x, by_weight, by_bias, None
 
 
@@ -116,7 +119,8 @@ class PassLinear(nn.Linear):
         trained = self.weight.requires_grad
         if self.first and not (trained and self.deposits.round.later):
             return super().forward(x)
-        return _Linear.apply(x, self.weight if self.first else None, self.bias, self)
+        own = (self.weight, self.bias) if self.first else (None, None)
+        return _Linear.apply(x, *own, self)
 
 
 def _around_same_parameters(layer: nn.Module) -> nn.Module:

@@ -123,6 +123,7 @@ def micro_step(run: Run, learner: Learner, batch: Batch, counts: StepCounts) -> 
     finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
     # DeepSpeed divides gradients by the number of ranks (and by an accumulation that it is told is 1).
     learner.engine.backward(loss * finite * run.world.size)
+    learner.engine.module.layers.round.check()
     return torch.stack([loss.detach(), ce.detach(), sim.detach(), sums.token_ce]), sums.rows
 
 
