@@ -126,11 +126,9 @@ def _for_cpu(values: dict[str, Any]) -> dict[str, Any]:
         made.pop("data_types", None)
     zero = made.get("zero_optimization", {})
     zero["overlap_comm"] = False
-    if zero_stage(made) == 3:
-        # The recipes' 100,000 elements would keep every matrix of a small model whole on every rank. What keeps all of a
-        # large one is meant so.
-        if zero.get("stage3_param_persistence_threshold", 0) < KEEPS_ALL:
-            zero["stage3_param_persistence_threshold"] = 0
+    if zero_stage(made) == 3 and zero.get("stage3_param_persistence_threshold") != KEEPS_ALL:
+        # The recipes' 100,000 elements would keep every matrix of a small model whole on every rank.
+        zero["stage3_param_persistence_threshold"] = 0
     for name in ("param", "optimizer"):
         if offload_device(made, name) != "none":
             zero[f"offload_{name}"]["pin_memory"] = False

@@ -264,10 +264,10 @@ def _gather_by_layer(layers: DecoderLayers) -> None:
     """Let ZeRO-3 gather a layer's parameters around its LayerCall; the layer's own modules are not called."""
     import deepspeed
 
-    for call in layers.calls:
-        for parameter in call.own:
+    for call, parameters in layers.parameters_of_calls():
+        for parameter in parameters:
             deepspeed.zero.register_external_parameter(call, parameter)
-    everything = [parameter for call in layers.calls for parameter in call.own]
+    everything = [parameter for _, parameters in layers.parameters_of_calls() for parameter in parameters]
     layers.resident = partial(stays_whole, everything)
 
 

@@ -252,9 +252,9 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *flat = ctx.saved_tensors
         packed = ctx.rest._replace(past=list(zip(flat[::2], flat[1::2], strict=True)))
-        leaves = [one.requires_grad_() for one in (q.detach(), *packed.joined(k, v))]
+        leaves = q.detach(), *packed.joined(k, v)
         with torch.enable_grad():
-            output = packed.over(*leaves, ctx.scale)
+            output = packed.over(*(one.requires_grad_() for one in leaves), scale=ctx.scale)
         by_q, *joined = torch.autograd.grad(output, leaves, slope)
         packed.slopes.add(packed.keys, packed.number, *joined)
         return by_q, *packed.slopes.of(packed.number), None, None, *[None] * len(flat)

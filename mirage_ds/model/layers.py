@@ -130,15 +130,10 @@ def _around_same_parameters(layer: nn.Module) -> nn.Module:
 
 
 class LayerCall(nn.Module):
-    """One decoder layer: a module that DeepSpeed hooks, without parameters of its own, so that no name changes.
-
-    Attributes:
-        own: the layer's parameters, for deepspeed.zero.register_external_parameter.
-    """
+    """One decoder layer: a module that DeepSpeed hooks, without parameters of its own, so that no name changes."""
 
     def __init__(self, layer: nn.Module, current: Round):
         super().__init__()
-        self.own = tuple(layer.parameters())
         first, later = _around_same_parameters(layer), _around_same_parameters(layer)
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
@@ -180,6 +175,11 @@ class DecoderLayers(nn.Module):
         self.round = Round()
         self.calls = nn.ModuleList(LayerCall(layer, self.round) for layer in layers)
         self.resident: Callable[[], bool] = lambda: True
+        self._parameters_of = tuple(tuple(layer.parameters()) for layer in layers)
+
+    def parameters_of_calls(self) -> list[tuple[nn.Module, tuple[nn.Parameter, ...]]]:
+        """Return each LayerCall with its layer's parameters, which are not in its own tree."""
+        return list(zip(self.calls, self._parameters_of, strict=True))
 
 
 class _After(torch.autograd.Function):
