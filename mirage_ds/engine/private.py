@@ -76,6 +76,21 @@ def stays_whole(parameters: Sequence[Any]) -> bool:
     return all(p.ds_persist and p.ds_status is status for p in parameters)
 
 
+def backward(engine: Any, loss: torch.Tensor, earlier: torch.Tensor | None) -> None:
+    """Run a micro-batch's backward: that of the loss, then that of `earlier` (loss.LossSums), which adds to it."""
+    if earlier is None:
+        engine.backward(loss)
+        return
+    at_boundary = engine.is_gradient_accumulation_boundary()
+    engine.set_gradient_accumulation_boundary(False)
+    engine.backward(loss)
+    # ZeRO-3 takes all backwards of a forward for one, and would put this one's gradients in place of the others'.
+    if hasattr(engine.optimizer, "clear_backward_seen_flag"):
+        engine.optimizer.clear_backward_seen_flag()
+    engine.set_gradient_accumulation_boundary(at_boundary)
+    engine.backward(earlier)
+
+
 class Collecting:
     """A checkpoint engine that notes a file it cannot write and goes on.
 

@@ -28,8 +28,8 @@ from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.attention import BACKENDS
-from mirage_ds.model.load import Loaded, load_model
 from mirage_ds.model.layers import DecoderLayers
+from mirage_ds.model.load import Loaded, load_model
 from mirage_ds.model.loss import LossHead, LossSums, StepCounts, objective
 
 STAGES = ("sft", "stage1", "stage2")
