@@ -297,7 +297,8 @@ class Packed(NamedTuple):
         if self.thin:
             attended: torch.Tensor = _Attend.apply(q, k, v, self, scale, *past)
             return attended
-        return self.over(q, *_Join.apply(k, v, self, *past), scale)
+        joined_k, joined_v = _Join.apply(k, v, self, *past)
+        return self.over(q, joined_k, joined_v, scale)
 
     def joined(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the visible keys and values, of earlier passes and this one, in order."""

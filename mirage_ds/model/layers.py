@@ -133,23 +133,19 @@ def _around_same_parameters(layer: nn.Module) -> nn.Module:
 
 
 class LayerCall(nn.Module):
-    """One decoder layer: a module that DeepSpeed hooks, without parameters of its own, so that no name changes.
-
-    Attributes:
-        linear: its linear layers.
-    """
+    """One decoder layer: a module that DeepSpeed hooks, without parameters of its own, so that no name changes."""
 
     def __init__(self, layer: nn.Module, current: Round):
         super().__init__()
         # In a dictionary: a module that is found in the tree would be hooked, and named a second time.
         self._bodies = {body: _around_same_parameters(layer) for body in get_args(Body)}
-        found = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-        self.linear = tuple(module for _, module in found)
-        for name, module in found:
-            parent, _, last = name.rpartition(".")
-            deposits = Deposits(current)
-            for body in ("first", "later"):
-                setattr(self._bodies[body].get_submodule(parent), last, PassLinear(module, deposits, body == "first"))
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                parent, _, last = name.rpartition(".")
+                deposits = Deposits(current)
+                for body in ("first", "later"):
+                    made = PassLinear(module, deposits, body == "first")
+                    setattr(self._bodies[body].get_submodule(parent), last, made)
 
     def train(self, mode: bool = True) -> "LayerCall":
         """Set the mode of both bodies too."""
@@ -181,6 +177,8 @@ class DecoderLayers(nn.Module):
         self.round = Round()
         self.calls = nn.ModuleList(LayerCall(layer, self.round) for layer in layers)
         self.resident: Callable[[], bool] = lambda: True
+        linear = [one for one in layers[0].modules() if isinstance(one, nn.Linear) and one.weight.requires_grad]
+        self._trained = [(one.in_features, one.out_features) for one in linear]
         self._parameters_of = tuple(tuple(layer.parameters()) for layer in layers)
 
     def defers_more_than_gradients(self, tokens: int) -> bool:
@@ -188,9 +186,8 @@ class DecoderLayers(nn.Module):
 
         Of a layer with I inputs and O outputs that is T (I + O) numbers, and I O.
         """
-        linear = [one for one in self.calls[0].linear if one.weight.requires_grad]
-        kept = tokens * sum(one.in_features + one.out_features for one in linear)
-        return kept > sum(one.in_features * one.out_features for one in linear)
+        kept = tokens * sum(inputs + outputs for inputs, outputs in self._trained)
+        return kept > sum(inputs * outputs for inputs, outputs in self._trained)
 
     def parameters_of_calls(self) -> list[tuple[nn.Module, tuple[nn.Parameter, ...]]]:
         """Return each LayerCall with its layer's parameters, which are not in its own tree."""
