@@ -168,8 +168,8 @@ class DecoderLayers(nn.Module):
 
     Attributes:
         calls: one LayerCall a layer; round: this forward's.
-        resident: tells whether all parameters of the layers are whole and stay so until the step's end. The engine sets
-            it (engine/setup.py); without ZeRO-3 they always are.
+        resident: tells whether all parameters of the layers are whole and stay so until the step's end, so that hooks
+            have nothing to gather. The engine sets it (engine/setup.py); without ZeRO-3 they always are.
     """
 
     def __init__(self, layers: Sequence[nn.Module]):
