@@ -326,10 +326,10 @@ class RunConfig(BaseModel):
         return self.feature_dir or cache_folder(self.cache_dir) / "features"
 
     def passes(self, most_runs: int) -> int:
-        """Passes of the forward, the same for every micro-batch of the run (see data.passes.schedule).
+        """Passes of the forward, the same for all ranks' micro-batches of a micro-step (see data.passes.schedule).
 
         Args:
-            most_runs: latent blocks of the row that has most.
+            most_runs: latent blocks of the row that has most among them.
         """
         if self.stage == "stage2":
             return most_runs * self.latent_size + 1

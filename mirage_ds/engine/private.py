@@ -16,7 +16,6 @@ import torch
 
 from mirage_ds.files import sync
 
-
 # Where ZeRO-3, and ZeRO-1 and 2 with an offloaded optimizer, sum a step's gradients: parameter → this rank's part.
 GRADIENT_SUMS = ("_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", "accumulated_grads_in_cpu")
 

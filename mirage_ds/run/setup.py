@@ -152,9 +152,7 @@ def open_data(run: Run, checked: Checked) -> Data:
     if tower is not None and "image_input" in config.kept_fields:
         # No step calls it any more; it is kept for the model folder that is saved at the end.
         tower.tower.to("cpu")
-    # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
-    passes = config.passes(max(int(index.runs.max()) for index in indices))
-    loader, *others = [make_loader(run, own, *one, passes) for own, one in zip(encoders, kept, strict=True)]
+    loader, *others = [make_loader(run, own, *one) for own, one in zip(encoders, kept, strict=True)]
     return Data(
         index=indices[0],
         steps=run_steps(config, indices[0]),

@@ -149,7 +149,7 @@ def evaluate(run: Run, learner: Learner, evaluation: Evaluation) -> dict[str, fl
     engine, world = learner.engine, run.world
     totals = torch.zeros(4, device=world.device)
     engine.eval()
-    for batch in evaluation.loader.batches(micro[world.rank] for micro in evaluation.bins):
+    for batch in evaluation.loader.batches(evaluation.bins):
         run.journal.at("evaluates")
         sums, loss, ce, sim = forward(run, learner, batch, evaluation.counts)
         totals += torch.stack([loss, ce, sim, sums.token_ce])

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from support.indices import BREAK, Counted, Make, every, selected
+from support.indices import BREAK, Counted, Make, every, selected, two_a_block
 
 from mirage_ds.data import make_index
 from mirage_ds.data.encode import Encoder
@@ -139,7 +139,7 @@ def test_a_row_that_rots_is_a_sentence_and_the_next_start_mends_it(mixed: Path, 
     for workers in (2, 0):
         # Neither a start nor a worker takes it for whole.
         rotten = selected(mixed, encoder, 10_000, 0, cache_dir=cache) if workers else index
-        ((_, batches),) = Loader(rotten.rows, encoder, planner, 0, 3, workers).steps(0, 1)
+        ((_, batches),) = Loader(rotten.rows, encoder, planner, 0, two_a_block, workers).steps(0, 1)
         with pytest.raises(UserError, match=r"the index of the records is damaged .*; start again") as caught:
             list(batches)
         assert not caught.value.everywhere
@@ -255,7 +255,7 @@ def test_nothing_of_a_row_is_kept_in_python(tmp_path: Path, encoder_for: Make) -
         rows = Index(tmp_path / str(count), [tmp_path / "rows.jsonl"], tmp_path / "pictures")
         index = usable(rows, tmp_path / "rows.jsonl", 10, 0, ["image_input"], 0.5)
         planner = Planner(index.tokens, index.row_ids, 64, 1, 1000, None, 0, index.patches)
-        loader = Loader(index.rows, encoder, planner, 0, 3, 0)
+        loader = Loader(index.rows, encoder, planner, 0, two_a_block, 0)
         travels.append(len(pickle.dumps(loader.rows)))
         blocks.append(sys.getallocatedblocks() - before)
         # Five numbers a row, none of more than 8 bytes.
