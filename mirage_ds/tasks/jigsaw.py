@@ -15,7 +15,6 @@ from typing import Literal
 from PIL import Image, ImageChops, ImageOps, ImageStat
 from pydantic import Field
 
-from mirage_ds.data.sources import count_rows
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.choices import ChoiceTask, read_choice, without_letters
@@ -176,15 +175,13 @@ class Jigsaw(ChoiceTask):
                 "seed": settings.seed,
             },
             kind=letter,
-            key=photo,
         )
 
     def convert(self, source: Path, settings: BlinkSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert BLINK's Jigsaw rows (Parquet as the Hub has them, or `save_to_disk`) to evaluate on."""
         files = tables.find_tables(source, "Jigsaw", settings.split)
         tables.need_columns(files, ("idx", "question", "choices", "answer", "image_1"))
-        rows, numbers = tables.read_rows(files), range(count_rows(files))
-        return tables.drafts(rows, numbers, partial(_blink, report), settings, report)
+        return tables.drafts(files, partial(_blink, report), settings, report)
 
 
 def _blink(report: BuildReport, row: tables.Row) -> Draft:
@@ -205,7 +202,6 @@ def _blink(report: BuildReport, row: tables.Row) -> Draft:
         images=images,
         extra={"question": question, "options": options, "idx": str(values["idx"])},
         kind=letter or "",
-        key=question,
     )
 
 

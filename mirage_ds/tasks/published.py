@@ -20,7 +20,6 @@ from PIL import Image
 from pydantic import Field
 
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
-from mirage_ds.data.sources import count_rows
 from mirage_ds.errors import shown
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.boxed import BoxedAnswer, last_boxed
@@ -67,9 +66,7 @@ class _Published(BoxedAnswer):
 
     def convert(self, source: Path, settings: PublishedSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert the authors' file, or a folder that holds such files."""
-        numbers = range(count_rows(_files(source)))
-        make = partial(self._draft, root=settings.image_root)
-        return tables.drafts(tables.read_rows(_files(source)), numbers, make, settings, report)
+        return tables.drafts(_files(source), partial(self._draft, root=settings.image_root), settings, report)
 
     @abstractmethod
     def _draft(self, row: tables.Row, root: Path | None) -> Draft:
@@ -188,12 +185,9 @@ def _part(image: Picture, box: Any) -> Picture:
 
 
 def _made(texts: tuple[str, str], pictures: tuple[list[Picture], list[Picture]], level: Any, **extra: Any) -> Draft:
-    """Make the draft of a question and an answer; BadRow where marks and pictures do not match."""
-    marks = [text.count(mark) for text, mark in zip(texts, (IMAGE_MARK, HELPER_MARK), strict=True)]
-    found = [len(own) for own in pictures]
-    if marks[0] not in (0, found[0]) or marks[1] != found[1]:
-        raise tables.BadRow(f"question and answer mark {marks} pictures and have {found}")
-    if HELPER_MARK in texts[0] or IMAGE_MARK in texts[1]:
-        raise tables.BadRow(f"its text spells {HELPER_MARK} or {IMAGE_MARK}, which mean pictures here")
+    """Make the draft of a question and an answer; BadRow where a picture of the answer has no mark."""
+    marks, helpers = texts[1].count(HELPER_MARK), len(pictures[1])
+    if marks != helpers:
+        raise tables.BadRow(f"its answer has {marks} {HELPER_MARK} marks for {helpers} images")
     known = {key: value for key, value in {**extra, "level": level and str(level)}.items() if value is not None}
-    return Draft(texts[1], tuple(pictures[0]), tuple(pictures[1]), {"question": texts[0], **known}, key=texts[0])
+    return Draft(texts[1], tuple(pictures[0]), tuple(pictures[1]), {"question": texts[0], **known})

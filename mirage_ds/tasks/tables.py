@@ -15,8 +15,9 @@ from PIL import Image
 from pydantic import Field
 
 from mirage_ds.data.kinds import kind_of
+from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
 from mirage_ds.data.record import RecordError, parse_object
-from mirage_ds.data.sources import columns_of, pieces, rows_of
+from mirage_ds.data.sources import columns_of, count_rows, pieces, rows_of
 from mirage_ds.errors import UserError, reason, shown
 from mirage_ds.tasks.draft import Draft, Picture
 from mirage_ds.tasks.report import BuildReport
@@ -186,15 +187,6 @@ def read_rows(files: Sequence[Path], columns: Collection[str] | None = None) -> 
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def _drawn(numbers: Sequence[int], count: int | None, seed: int) -> set[int]:
-    """Choose `count` of the rows by the seed, all of them for None; UserError where there are fewer."""
-    if count is None:
-        return set(numbers)
-    if count > len(numbers):
-        raise UserError(f"--count is {count}, but there are only {len(numbers)} rows to take; ask for fewer")
-    return set(random.Random(f"{seed}/rows").sample(sorted(numbers), count))
-
-
 def type_name(text: str) -> str:
     """Return a row's type as types are compared."""
     return text.strip().lower().replace("_", "-").replace(" ", "-")
@@ -230,36 +222,54 @@ def of_types(
 
 
 def drafts(
-    rows: Iterable[Row],
-    fitting: Sequence[int],
+    files: Sequence[Path],
     make: Callable[[Row], Draft],
     settings: ConvertSettings,
     report: BuildReport,
+    fitting: Iterable[Row] | None = None,
 ) -> Iterator[Draft]:
-    """Make the drafts of rows that the settings draw; a row that is a record already is kept and counted.
+    """Make the drafts of the rows that the settings draw; a row that is a record already is kept and counted.
 
     Args:
-        fitting: numbers of the rows that may be drawn.
+        make: a draft with a `question`, which is asked as in choices.marked_question.
+        fitting: the rows that may be drawn; None for all.
 
     Raises:
         UserError: too few rows, or a bad one, unless those are to be left out.
     """
-    chosen = _drawn(fitting, settings.count, settings.seed)
+    numbers = range(count_rows(files)) if fitting is None else [row.number for row in fitting]
+    if settings.count and settings.count > len(numbers):
+        raise UserError(f"--count is {settings.count}, but there are only {len(numbers)} rows to take; ask for fewer")
+    drawn = random.Random(f"{settings.seed}/rows").sample(numbers, settings.count) if settings.count else numbers
+    chosen = set(drawn)
     report.duplicates_kept = True
     if settings.skip_bad_records:
         report.note("bad rows left out", 0)
     seen: set[tuple[str, ...]] = set()
-    for row in rows:
+    for row in read_rows(files):
         if row.number not in chosen:
             continue
         try:
             draft = make(row)
+            _check_marks(draft)
         except BadRow as error:
             if not settings.skip_bad_records:
                 raise UserError(f"{row.where}: {error}; fix it, or leave such rows out by --skip_bad_records") from None
             report.note("bad rows left out")
             continue
-        known = (draft.key, draft.text_output, *(picture.name for picture in (*draft.images, *draft.helpers)))
+        asked = f"{draft.extra['question']} {sorted(draft.extra.get('options', ()))}"
+        known = (asked, draft.text_output, *(picture.name for picture in (*draft.images, *draft.helpers)))
         report.duplicates += known in seen
         seen.add(known)
         yield draft
+
+
+def _check_marks(draft: Draft) -> None:
+    """BadRow where a question or an answer has marks for other pictures than its own."""
+    question, answer = draft.extra["question"], draft.text_output
+    if HELPER_MARK in question or IMAGE_MARK in answer:
+        raise BadRow(f"its question spells {HELPER_MARK}, or its answer {IMAGE_MARK}, which mean images here")
+    sides = ("question", question, IMAGE_MARK, draft.images), ("answer", answer, HELPER_MARK, draft.helpers)
+    for name, text, mark, pictures in sides:
+        if text.count(mark) not in (0, len(pictures)):
+            raise BadRow(f"its {name} has {text.count(mark)} {mark} marks for {len(pictures)} images")

@@ -10,7 +10,7 @@ from typing import Any
 from mirage_ds.tasks.board_task import BoardTask, Given, ReadingSpec
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.maps import GOAL, HOLE, ICE, START, Board, find, follow, map_json, parse_board
+from mirage_ds.tasks.maps import GOAL, HOLE, ICE, START, Board, find, follow, parse_board
 from mirage_ds.tasks.render import path_picture, state_picture
 from mirage_ds.tasks.vsp_planning import MovesTask, boxed_moves, choose_moves, kind_of, solves
 
@@ -62,7 +62,6 @@ class Transcription(BoardTask):
         return Draft(
             text_output=f"\\boxed{{{write_board(board)}}}",
             images=(state_picture(board, find(board, START), None, given.settings.cell_size),),
-            key=map_json(board),
         )
 
 
@@ -106,6 +105,5 @@ class PathReading(MovesTask):
             images=(path_picture(given.board, moves, given.settings.cell_size),),
             extra={"path": moves},
             kind=kind_of(moves),
-            key=map_json(given.board),
             replaced=replaced,
         )

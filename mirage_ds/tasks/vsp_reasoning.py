@@ -13,7 +13,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.tasks.board_task import BoardTask, BuildSpec, Given
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, Board, follow, map_json, parse_board, shortest_path, tile
+from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, Board, follow, parse_board, shortest_path, tile
 from mirage_ds.tasks.rationale import seen, sentences, with_helper
 from mirage_ds.tasks.render import state_picture
 
@@ -118,7 +118,8 @@ class Reasoning(BoardTask):
         board, rng, size = given.board, given.rng, given.settings.cell_size
         own = given.row.get("plan")
         usable = _usable_plan(own)
-        plan = draw_plan(board, rng, given.wanted) if usable is None else usable
+        drawn = (draw_plan(board, rng, wanted) for wanted in given.wanted)
+        plan = usable or next((plan for plan in drawn if plan is not None), None)
         if plan is None:
             return None
         cells = follow(board, plan)
@@ -134,6 +135,6 @@ class Reasoning(BoardTask):
             helpers=(state_picture(board, cells[split], plan[split - 1], size),),
             extra={"plan": plan, "helper_step": split},
             kind=letter,
-            key=f"{map_json(board)} {' '.join(plan)}",
+            key=" ".join(plan),
             replaced=own is not None and usable is None,
         )

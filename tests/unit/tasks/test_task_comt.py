@@ -164,7 +164,7 @@ def test_a_picture_lies_in_one_split(tmp_path: Path) -> None:
         ({"question": "[IMAGE0]?", "rationale": "no"}, "IMAGE1 is marked neither in its question nor in its rationale"),
         ({"answer": "E"}, "answer 'E' is none of its 4 options"),
         ({"rationale": "[IMAGE1][IMAGE2] \\boxed{A}"}, "its text ends with \\boxed{A}, its answer is C"),
-        ({"rationale": "<output_image>"}, "its text spells <output_image> or <image>"),
+        ({"rationale": "<output_image>"}, "its answer has 1 <output_image> marks for 0 images"),
         ({"option": "A"}, "option is 'A', not a list of two texts"),
     ],
 )
@@ -230,7 +230,7 @@ def test_packed_rows(tmp_path: Path, form: str) -> None:
         ({"type": "image"}, "a part of its sequence_plan is of type 'image', not text or latent"),
         ({"type": "latent", "helper_image": "pics/9.png"}, "helper_image"),
         ({"type": "latent"}, "helper_image is None, not an image"),
-        ({"type": "text", "content": "x<output_image>"}, "a text of its sequence_plan spells <output_image>"),
+        ({"type": "text", "content": "x<output_image>"}, "its answer has 3 <output_image> marks for 2 images"),
         ({"type": "text"}, "content is None, not a text"),
     ],
 )

@@ -196,11 +196,15 @@ def test_zebras_json_lines_name_their_pictures_by_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "row", "said"),
     [
-        ("monet-sft", monet_row(0, answer=[{"type": "text", "text": LATENTS}]), "question and answer mark [1, 1]"),
+        (
+            "monet-sft",
+            monet_row(0, answer=[{"type": "text", "text": LATENTS}]),
+            "its answer has 1 <output_image> marks for 0 images",
+        ),
         ("monet-sft", monet_row(9), "image Visual_CoT/images/9_0.png is not below"),
         ("monet-sft", {"messages": []}, "data is None, not a list of objects"),
         ("monet-sft", monet_row(0, answer=[{"type": "video"}]), "{'type': 'video'} is no text and no image"),
-        ("lvr", lvr_row(bboxes=[]), "question and answer mark [1, 1] pictures and have [1, 0]"),
+        ("lvr", lvr_row(bboxes=[]), "its answer has 1 <output_image> marks for 0 images"),
         ("lvr", lvr_row(bboxes=[[10, 20, 30, 40]]), "a box of bboxes is [10, 20, 30, 40], not x0, y0, x1, y1 from"),
         ("lvr", lvr_row(bboxes=["a"]), "a box of bboxes is 'a', not four numbers"),
         ("lvr", lvr_row(image=["a", "b"]), "image is ['a', 'b'], not one path"),
