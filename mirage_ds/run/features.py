@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from mirage_ds.config.mixture import Records
 from mirage_ds.data.encode import Encoder, beside_each
-from mirage_ds.data.features import FeatureStore, KeptFeatures, Shard, ShardWriter, sortable
+from mirage_ds.data.features import FeatureStore, KeptFeatures, ShardWriter, sortable
 from mirage_ds.data.images import READING
 from mirage_ds.data.index import Index
 from mirage_ds.data.load import settings_of
@@ -129,10 +129,22 @@ def _kept(
     return KeptFeatures(images, FeatureStore(folder, space, width, tower.tower.dtype))
 
 
-def _open(kept: KeptFeatures, world: World) -> None:
-    """Open the shards that are there, each on one rank, and learn where the others found what. All ranks call it."""
-    names = from_rank_zero(kept.store.listed, world)
-    _await(kept, names, world)
+def _open(kept: KeptFeatures, names: Sequence[str], world: World) -> None:
+    """Open shards, each on one rank, and learn where the others found what. All ranks call it.
+
+    Raises:
+        UserError: on every rank, where one of them cannot see a shard.
+    """
+    deadline = time.monotonic() + LISTING_DELAY_S
+    while (unseen := len(set(names) - set(kept.store.listed()))) and time.monotonic() < deadline:
+        time.sleep(1)
+    blind = everyone([(world.rank, unseen)] if unseen else [], world)
+    if blind:
+        rank, count = blind[0]
+        raise UserError(
+            f"--feature_dir {kept.store.place.parent}: rank {rank} does not see {count} files of features that were "
+            "written there; name a folder that all hosts share, and delete nothing in it"
+        )
     kept.store.add(everyone(kept.store.opened(names[world.rank :: world.size]), world))
 
 
@@ -163,18 +175,20 @@ def _check_room(kept: KeptFeatures, places: np.ndarray, folder: Path) -> None:
         )
 
 
-def _make(run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images) -> tuple[list[Shard], dict[int, Fault]]:
+def _make(
+    run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images
+) -> tuple[list[str], list[tuple[int, Fault]]]:
     """Encode this rank's images, or those before somebody asks to stop.
 
     Returns:
-        The shards, and the broken images: place → fault.
+        The names of the shards, and the broken images: place and fault.
     """
     sizes = images.bytes_of_pixels()
     chunks = [range(*ends) for ends in neighbours(sizes, CHUNK_BYTES, CHUNK)]
     largest = max((sum(sizes[number] for number in chunk) for chunk in chunks), default=1)
     workers = min(run.config.num_workers, max(1, IN_FLIGHT_BYTES // (PREFETCHED * largest)))
     writer = ShardWriter(kept.store)
-    broken: dict[int, Fault] = {}
+    broken: list[tuple[int, Fault]] = []
     title = "encoding input images" if images.name == "image_input" else "encoding helper images"
     made = from_workers(images.chunk, chunks, workers, PREFETCHED)
     for chunk in track(made, title, total=len(chunks), quiet=run.world.rank > 0):
@@ -182,7 +196,7 @@ def _make(run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images) -> t
         run.journal.phase("features")
         for place, image in chunk.unpack():
             if isinstance(image, Fault):
-                broken[place] = image
+                broken.append((place, image))
                 continue
             pixels, grid = image
             features = tower.features(pixels.to(run.world.device), grid.to(run.world.device))
@@ -190,46 +204,21 @@ def _make(run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images) -> t
         if run.asked():
             break
     writer.flush()
-    opened = kept.store.opened(writer.written)
-    if len(opened) < len(writer.written):
-        raise UserError(
-            f"--feature_dir {kept.store.place}: a shard that this rank has written is gone; start again, which makes "
-            "it anew, and look at what deletes files there",
-            everywhere=False,
-        )
-    return opened, broken
+    return writer.written, broken
 
 
 def _rows_with(kept: KeptFeatures, broken: list[tuple[int, Fault]], rows: np.ndarray) -> dict[int, Fault]:
     """Find the rows that have a broken image: also those whose image is another file with the same content."""
-    broken = sorted(broken, key=lambda one: by_place(one[1]))
-    keys, number = np.unique(sortable(kept.images.keys[[place for place, _ in broken]]), return_index=True)
+    keys, faults = sortable(kept.images.keys), dict[bytes, Fault]()
+    for place, fault in sorted(broken, key=lambda one: by_place(one[1])):
+        faults.setdefault(keys[place], fault)
     places = kept.images.of(rows)
-    own = sortable(kept.images.keys[places])
-    at = np.minimum(np.searchsorted(keys, own), len(keys) - 1)
-    hit = keys[at] == own
-    # Of a row's broken images the first.
-    found, first = np.unique(kept.images.rows_of(places[hit]), return_index=True)
-    which = number[at[hit]][first]
-    return {row: broken[one][1] for row, one in zip(found.tolist(), which.tolist(), strict=True)}
-
-
-def _await(kept: KeptFeatures, names: Sequence[str], world: World) -> None:
-    """Wait until every rank sees these shards. All ranks call it.
-
-    Raises:
-        UserError: on every rank, where one of them cannot see one.
-    """
-    deadline = time.monotonic() + LISTING_DELAY_S
-    while (unseen := len(set(names) - set(kept.store.listed()))) and time.monotonic() < deadline:
-        time.sleep(1)
-    blind = everyone([(world.rank, unseen)] if unseen else [], world)
-    if blind:
-        rank, count = blind[0]
-        raise UserError(
-            f"--feature_dir {kept.store.place.parent}: rank {rank} does not see {count} files of features that other "
-            "ranks see there; name a folder that all hosts share"
-        )
+    hit = places[np.isin(keys[places], list(faults))]
+    found: dict[int, Fault] = {}
+    for row, place in zip(kept.images.rows_of(hit).tolist(), hit.tolist(), strict=True):
+        # Of a row's broken images the first.
+        found.setdefault(row, faults[keys[place]])
+    return found
 
 
 def keep_features(
@@ -256,7 +245,7 @@ def keep_features(
     for name, keys in selection.images.items():
         kept = _kept(folder, tower, fingerprint, encoder, name, keys)
         with _said(folder):
-            _open(kept, world)
+            _open(kept, from_rank_zero(kept.store.listed, world), world)
         needed = kept.needs(rows)
         missing = needed[kept.store.missing(keys.keys[needed])]
         if len(missing):
@@ -264,8 +253,8 @@ def keep_features(
             mine = missing[world.rank :: world.size]
             own = Images(selection.rows, encoder, name, keys, mine, tower.tower.dtype)
             with _said(folder):
-                shards, own_broken = _make(run, tower, kept, own)
-            broken = everyone(list(own_broken.items()), world)
+                written, own_broken = _make(run, tower, kept, own)
+            broken = everyone(own_broken, world)
             if broken and not run.config.skip_bad_records:
                 faults = sorted((fault for _, fault in broken), key=by_place)
                 raise faults_error(data_path, faults, len(faults), len(selection.rows))
@@ -273,8 +262,7 @@ def keep_features(
                 raise Stopped
             if broken:
                 lost = _rows_with(kept, broken, rows) | lost
-            added = everyone(shards, world)
-            _await(kept, [shard.name for shard in added], world)
-            kept.store.add(added)
+            with _said(folder):
+                _open(kept, everyone(written, world), world)
         made[name] = kept
     return made, lost
