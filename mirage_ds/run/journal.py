@@ -60,11 +60,13 @@ class Journal:
     """Reports a run.
 
     Attributes:
+        at: marks what this rank does now (heartbeat.py): it concerns the guard alone.
         waiting: is told of each phase that this rank has come on; None before there is a process group.
     """
 
     def __init__(self, heartbeat: Heartbeat | None = None):
         self.heartbeat = heartbeat or Heartbeat()
+        self.at = self.heartbeat.at
         self.waiting: Waiting | None = None
         self._events: Path | None = None
         self._logs: Logs | None = None
@@ -116,10 +118,6 @@ class Journal:
             self._logs = None
             if logs:
                 logs.close(end)
-
-    def at(self, doing: str, step: int | None = None, kind: str = "") -> None:
-        """Mark what this rank does now (heartbeat.py): it concerns the guard alone."""
-        self.heartbeat.at(doing, step, kind)
 
     def tell(self, event: str, step: int | None = None, said: str = "", why: str | None = None) -> None:
         """Report that something began or ended (events.py).
@@ -176,7 +174,8 @@ class Journal:
             record["mfu"] = metrics["model_flops"] / (seconds * logs.peak)
         logs.write(record)
         logs.taken(record, seconds)
-        logs.plot(step, {f"{group}/{name}": record.get(name) for group in CURVES for name in CURVES[group]})
+        drawn = [(group, name) for group in CURVES for name in CURVES[group] if name in record]
+        logs.plot(step, {f"{group}/{name}": record[name] for group, name in drawn})
 
     def not_finite(self, step: int, records: list[dict[str, int]], whole: bool) -> None:
         """Report a step that was skipped.
@@ -267,11 +266,10 @@ class Logs:
         }
         self.lines.write(json.dumps(plain) + "\n")
 
-    def plot(self, step: int, values: Mapping[str, Any]) -> None:
-        """Give numbers to the trackers, named group/name; None is none."""
-        numbers = {name: value for name, value in values.items() if value is not None}
+    def plot(self, step: int, values: Mapping[str, float]) -> None:
+        """Give numbers to the trackers, named group/name."""
         for sink in self.sinks:
-            self._give(f"the numbers of step {step}", sink, sink.scalars, step, numbers)
+            self._give(f"the numbers of step {step}", sink, sink.scalars, step, values)
 
     def draw(self, step: int, figures: Mapping[str, Any]) -> None:
         """Give figures to the trackers."""

@@ -112,8 +112,8 @@ class Monet(_Published):
                     raise tables.BadRow(f"{shown(item)} is no text and no image")
         answer = _OBSERVATION.sub("", texts["assistant"].replace(_LATENTS, HELPER_MARK))
         about = row.values.get("metadata") or {}
-        own = (pictures["user"], pictures["assistant"])
-        return _made((texts["user"], answer), own, about.get("dataset_name"), id=about.get("sample_id"))
+        level, number = about.get("dataset_name"), about.get("sample_id")
+        return _made(texts["user"], answer, pictures["user"], pictures["assistant"], level, id=number)
 
 
 class Lvr(_Published):
@@ -131,9 +131,9 @@ class Lvr(_Published):
         image = _picture(row, names[0], root)
         boxes = row.values.get("bboxes")
         helpers = [_part(image, box) for box in (boxes if isinstance(boxes, list) else [])]
-        texts = (question, answer.replace("<lvr>", HELPER_MARK))
+        answer, level = answer.replace("<lvr>", HELPER_MARK), row.values.get("dataset")
         number = row.values.get("question_id")
-        return _made(texts, ([image], helpers), row.values.get("dataset"), id=number, bboxes=boxes)
+        return _made(question, answer, [image], helpers, level, id=number, bboxes=boxes)
 
 
 class Zebra(_Published):
@@ -153,12 +153,13 @@ class Zebra(_Published):
         marked = _SHOWN.findall(question)
         final = row.text("Final Answer").strip()
         final = final if last_boxed(final) is not None else f"\\boxed{{{final}}}"
-        pictures = [[_picture(row, row.values.get(name), root) for name in names] for names in (
-            [name for name in inputs if name not in marked] + marked, helpers)]  # fmt: skip
-        unmarked = IMAGE_MARK * (len(pictures[0]) - len(marked))
+        unmarked = [name for name in inputs if name not in marked]
+        question = IMAGE_MARK * len(unmarked) + _SHOWN.sub(IMAGE_MARK, question)
         level = row.folder.name if row.folder.name != "data" else row.folder.parent.name
-        texts = (unmarked + _SHOWN.sub(IMAGE_MARK, question), f"{trace.rstrip()}\nThe answer is {final}.")
-        return _made(texts, (pictures[0], pictures[1]), level)
+        images, thought = (
+            [_picture(row, row.values.get(name), root) for name in names] for names in (unmarked + marked, helpers)
+        )
+        return _made(question, f"{trace.rstrip()}\nThe answer is {final}.", images, thought, level)
 
 
 def _items(value: Any, name: str) -> list[dict[str, Any]]:
@@ -184,10 +185,10 @@ def _part(image: Picture, box: Any) -> Picture:
         return Picture.of(whole.convert("RGB").crop((left, top, right, bottom)))
 
 
-def _made(texts: tuple[str, str], pictures: tuple[list[Picture], list[Picture]], level: Any, **extra: Any) -> Draft:
+def _made(question: str, answer: str, images: list[Picture], helpers: list[Picture], level: Any, **extra: Any) -> Draft:
     """Make the draft of a question and an answer; BadRow where a picture of the answer has no mark."""
-    marks, helpers = texts[1].count(HELPER_MARK), len(pictures[1])
-    if marks != helpers:
-        raise tables.BadRow(f"its answer has {marks} {HELPER_MARK} marks for {helpers} images")
-    known = {key: value for key, value in {**extra, "level": level and str(level)}.items() if value is not None}
-    return Draft(texts[1], tuple(pictures[0]), tuple(pictures[1]), {"question": texts[0], **known})
+    if answer.count(HELPER_MARK) != len(helpers):
+        raise tables.BadRow(f"its answer has {answer.count(HELPER_MARK)} {HELPER_MARK} marks for {len(helpers)} images")
+    known = {"question": question, **extra, "level": level and str(level)}
+    kept = {key: value for key, value in known.items() if value is not None}
+    return Draft(answer, tuple(images), tuple(helpers), kept)
