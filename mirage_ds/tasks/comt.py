@@ -200,11 +200,8 @@ def _packed(row: tables.Row) -> Draft:
     stored = values.get("image_input") or []
     stored = stored if isinstance(stored, list) else [stored]
     images = tuple(row.picture(value, "image_input") for value in stored)
-    plan = values["sequence_plan"]
-    if not isinstance(plan, list) or not plan or not all(isinstance(part, dict) for part in plan):
-        raise tables.BadRow(f"sequence_plan is {shown(plan)}, not a list of parts")
     text, helpers = "", []
-    for part in plan:
+    for part in row.objects("sequence_plan"):
         if part.get("type") == "text":
             text += replace(row, values=part).text("content")
         elif part.get("type") == "latent":

@@ -99,10 +99,10 @@ class Monet(_Published):
     def _draft(self, row: tables.Row, root: Path | None) -> Draft:
         texts = {"user": "", "assistant": ""}
         pictures: dict[str, list[Picture]] = {"user": [], "assistant": []}
-        for turn in _items(row.values.get("data"), "data"):
+        for turn in row.objects("data"):
             # Its system prompt says how Monet's latents are written; the authors' loader replaces it too.
             role = str(turn.get("role"))
-            for item in _items(turn.get("content"), "content") if role in texts else ():
+            for item in replace(row, values=turn).objects("content") if role in texts else ():
                 if item.get("type") == "image":
                     pictures[role].append(_picture(row, item.get("image"), root))
                     texts[role] += IMAGE_MARK if role == "user" else ""
@@ -120,7 +120,7 @@ class Lvr(_Published):
     """LVR's rows of Visual-CoT: boxes in the picture, whose parts the latents stand for; a helper is that part."""
 
     def _draft(self, row: tables.Row, root: Path | None) -> Draft:
-        turns = _items(row.values.get("conversations"), "conversations")
+        turns = row.objects("conversations")
         if [turn.get("from") for turn in turns] != ["human", "gpt"]:
             raise tables.BadRow("its conversations are not one question of human and one answer of gpt")
         question, answer = (replace(row, values=turn).text("value") for turn in turns)
@@ -160,12 +160,6 @@ class Zebra(_Published):
             [_picture(row, row.values.get(name), root) for name in names] for names in (unmarked + marked, helpers)
         )
         return _made(question, f"{trace.rstrip()}\nThe answer is {final}.", images, thought, level)
-
-
-def _items(value: Any, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-        raise tables.BadRow(f"{name} is {shown(value)}, not a list of objects")
-    return value
 
 
 def _part(image: Picture, box: Any) -> Picture:

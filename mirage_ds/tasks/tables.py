@@ -70,6 +70,13 @@ class Row:
             raise BadRow(f"{name} is {shown(value)}, not a list of two texts or more")
         return value
 
+    def objects(self, name: str) -> list[dict[str, Any]]:
+        """Return a list of objects, at least one; BadRow where it is something else."""
+        value = self.values.get(name)
+        if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+            raise BadRow(f"{name} is {shown(value)}, not a list of objects")
+        return value
+
     def picture(self, value: Any, what: str) -> Picture:
         """Take an image as it is stored: bytes, a path, or `datasets`' {bytes, path}. It is decoded once, to be sure.
 
