@@ -203,7 +203,8 @@ class Journal:
     def pictures(self, step: int, figures: Mapping[str, Any]) -> None:
         """Give figures of matplotlib to TensorBoard."""
         if self._logs:
-            self._logs.draw(step, figures)
+            for name, figure in figures.items():
+                self._logs.draw(step, name, figure)
 
 
 class Logs:
@@ -268,14 +269,11 @@ class Logs:
 
     def plot(self, step: int, values: Mapping[str, float]) -> None:
         """Give numbers to the trackers, named group/name."""
-        for sink in self.sinks:
-            self._give(f"the numbers of step {step}", sink, sink.scalars, step, values)
+        self._give(f"the numbers of step {step}", lambda sink: sink.scalars(step, values))
 
-    def draw(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Give figures to the trackers."""
-        for name, figure in figures.items():
-            for sink in self.sinks:
-                self._give(f"{name} of step {step}", sink, sink.figure, step, f"pictures of latents/{name}", figure)
+    def draw(self, step: int, name: str, figure: Any) -> None:
+        """Give a figure to the trackers."""
+        self._give(f"{name} of step {step}", lambda sink: sink.figure(step, f"pictures of latents/{name}", figure))
 
     def taken(self, record: Mapping[str, Any], seconds: float) -> None:
         """Take note of a step that took so long, and print a line if one is due."""
@@ -305,17 +303,17 @@ class Logs:
         """Say to the trackers how the run ended, and write what waits."""
         self.bar.stop()
         self.lines.close()
-        for sink in self.sinks:
-            self._give("how the run ended", sink, sink.close, end)
+        self._give("how the run ended", lambda sink: sink.close(end))
         if self.text:
             self.text.close()
 
-    def _give(self, what: str, sink: Sink, take: Callable[..., None], *given: Any) -> None:
-        """Hand something to a tracker. One that is away ends no run: log.jsonl has all of it."""
-        try:
-            take(*given)
-        except sink.errors as error:
-            self.say(f"warning: {type(sink).__name__} has not taken {what} ({reason(error)}); log.jsonl has all")
+    def _give(self, what: str, give: Callable[[Sink], None]) -> None:
+        """Hand something to the trackers. One that is away ends no run: log.jsonl has all of it."""
+        for sink in self.sinks:
+            try:
+                give(sink)
+            except sink.errors as error:
+                self.say(f"warning: {type(sink).__name__} has not taken {what} ({reason(error)}); log.jsonl has all")
 
 
 def memory_gb() -> float:
