@@ -61,27 +61,18 @@ class Images:
     """Decodes images of one field.
 
     Args:
-        images: all images of the field, with the sizes that they were measured with; places: those to decode.
+        images: all images of the field, with the sizes that they were measured with; each is known by its place there.
         dtype: of the pixels, the tower's: what it would be turned into there.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        encoder: Encoder,
-        name: str,
-        images: ImageKeys,
-        places: np.ndarray,
-        dtype: torch.dtype = torch.float32,
-    ):
-        self.index, self.name, self.images, self.places, self.dtype = index, name, images, places, dtype
-        self.encoder = encoder
+    def __init__(self, index: Index, encoder: Encoder, name: str, images: ImageKeys, dtype: torch.dtype):
+        self.index, self.encoder, self.name, self.images, self.dtype = index, encoder, name, images, dtype
         self.encoders = beside_each(encoder, index.files, index.pictures)
         self.merged = encoder.images.merge_size**2
 
-    def bytes_of_pixels(self) -> list[int]:
-        """Bytes of each image's pixels."""
-        patches = np.asarray(self.images.sizes[self.places], dtype=np.int64) * self.merged
+    def bytes_of_pixels(self, places: np.ndarray) -> list[int]:
+        """Bytes of the pixels of each image at these places."""
+        patches = np.asarray(self.images.sizes[places], dtype=np.int64) * self.merged
         return (patches * self.encoder.patch_width * self.dtype.itemsize).tolist()
 
     def kept_of(self, features: torch.Tensor, grid: Sequence[int], width: int) -> torch.Tensor:
@@ -93,9 +84,8 @@ class Images:
         # As the forward does it with features that are not kept, to the bit where index_add keeps an order.
         return averages(embedded(features, width), source, groups[source], torch.bincount(groups[source]))
 
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor] | Fault:
+    def __getitem__(self, place: int) -> tuple[torch.Tensor, torch.Tensor] | Fault:
         """Return an image's pixels (P, 1176) and grid (1, 3), or its Fault."""
-        place = int(self.places[number])
         row = int(self.images.rows_of(np.array(place)))
         record = self.index.record(row)
         path = getattr(record, self.name)[place - int(self.images.starts[row])]
@@ -110,9 +100,9 @@ class Images:
             return self.index.named(error.fault, row)
         return pixels.to(self.dtype), grid
 
-    def chunk(self, numbers: Sequence[int]) -> Shipment:
-        """Return several images, to be sent: (place in the table of images, pixels and grid, or the Fault) of each."""
-        return ship(tuple((int(self.places[number]), self[number]) for number in numbers))
+    def chunk(self, places: Sequence[int]) -> Shipment:
+        """Return several images, to be sent: (place, pixels and grid, or the Fault) of each."""
+        return ship(tuple((place, self[place]) for place in places))
 
 
 def _kept(
@@ -176,16 +166,17 @@ def _check_room(kept: KeptFeatures, places: np.ndarray, folder: Path) -> None:
 
 
 def _make(
-    run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images
+    run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images, places: np.ndarray
 ) -> tuple[list[str], list[tuple[int, Fault]]]:
-    """Encode this rank's images, or those before somebody asks to stop.
+    """Encode this rank's images, which are at these places, or those before somebody asks to stop.
 
     Returns:
         The names of the shards, and the broken images: place and fault.
     """
-    sizes = images.bytes_of_pixels()
-    chunks = [range(*ends) for ends in neighbours(sizes, CHUNK_BYTES, CHUNK)]
-    largest = max((sum(sizes[number] for number in chunk) for chunk in chunks), default=1)
+    sizes = images.bytes_of_pixels(places)
+    ends = list(neighbours(sizes, CHUNK_BYTES, CHUNK))
+    chunks = [places[first:end].tolist() for first, end in ends]
+    largest = max((sum(sizes[first:end]) for first, end in ends), default=1)
     workers = min(run.config.num_workers, max(1, IN_FLIGHT_BYTES // (PREFETCHED * largest)))
     writer = ShardWriter(kept.store)
     broken: list[tuple[int, Fault]] = []
@@ -250,10 +241,9 @@ def keep_features(
         missing = needed[kept.store.missing(keys.keys[needed])]
         if len(missing):
             from_rank_zero(partial(_check_room, kept, missing, folder), world)
-            mine = missing[world.rank :: world.size]
-            own = Images(selection.rows, encoder, name, keys, mine, tower.tower.dtype)
+            images = Images(selection.rows, encoder, name, keys, tower.tower.dtype)
             with _said(folder):
-                written, own_broken = _make(run, tower, kept, own)
+                written, own_broken = _make(run, tower, kept, images, missing[world.rank :: world.size])
             broken = everyone(own_broken, world)
             if broken and not run.config.skip_bad_records:
                 faults = sorted((fault for _, fault in broken), key=by_place)
