@@ -167,12 +167,11 @@ def _own(row: tables.Row, places: Mapping[str, list[Path]]) -> Draft:
             raise tables.BadRow(f"image {shown(entry)} is not of the form [IMAGE0:ID]")
         ids[int(match.group(1))] = match.group(2)
     asked = [number for number in _marked(question) if number in ids]
-    told = _marked(rationale)
-    unknown = [number for number in told if number not in ids]
+    # An input image that the rationale names again is no picture thought up, and its mark stays as text.
+    thought = [number for number in _marked(rationale) if number not in asked]
+    unknown = [number for number in thought if number not in ids]
     if unknown:
         raise tables.BadRow(f"its rationale marks IMAGE{unknown[0]}, which its list of images lacks")
-    # An input image that the rationale names again is no picture thought up, and its mark stays as text.
-    thought = [number for number in told if number not in asked]
     inputs = asked or [number for number in sorted(ids) if number not in thought]
     unused = set(ids) - set(inputs) - set(thought)
     if unused:

@@ -109,13 +109,7 @@ class Jigsaw(ChoiceTask):
 
     def build(self, settings: JigsawSettings, report: BuildReport) -> Iterator[Draft]:
         """Cut puzzles out of a folder of photographs: one corner missing, two patches to choose from."""
-        if not settings.photos.is_dir():
-            raise UserError(f"--photos {settings.photos}: no such folder; name one of photographs")
-        files = sorted(
-            path for path in settings.photos.rglob("*") if path.suffix.lower() in tables.IMAGES and path.is_file()
-        )
-        if not files:
-            raise UserError(f"--photos {settings.photos}: no photograph in it ({', '.join(tables.IMAGES)})")
+        files = tables.images_among(settings.photos.rglob("*"), f"--photos {settings.photos}")
         rng = random.Random(f"{settings.seed}/jigsaw")
         rng.shuffle(files)
         made, seen = 0, set[bytes]()

@@ -114,15 +114,11 @@ def folder_of_images(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: no such folder, no image, or two with one name.
     """
-    if not folder.is_dir():
-        raise UserError(f"--helpers {folder}: no such folder; check the path")
     found: dict[str, Path] = {}
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in tables.IMAGES):
+    for path in tables.images_among(folder.glob("*"), f"--helpers {folder}"):
         other = found.setdefault(stem_of(path.stem), path)
         if other != path:
             raise UserError(f"--helpers {folder}: {other.name} and {path.name} are for one row; keep one of them")
-    if not found:
-        raise UserError(f"--helpers {folder}: no image in it; name the folder that holds them")
     return found
 
 

@@ -150,6 +150,14 @@ def find_tables(source: Path, folder: str = "", split: str | None = None) -> lis
     return files
 
 
+def images_among(paths: Iterable[Path], where: str) -> list[Path]:
+    """Return the images among a folder's files, in order; UserError, which calls the folder `where`, without any."""
+    found = sorted(path for path in paths if path.suffix.lower() in IMAGES and path.is_file())
+    if not found:
+        raise UserError(f"{where}: no such folder, or no image in it ({', '.join(IMAGES)}); name the one that has them")
+    return found
+
+
 def need_columns(files: Sequence[Path], names: Collection[str]) -> None:
     """Raise UserError when a file lacks a column."""
     for file in files:
