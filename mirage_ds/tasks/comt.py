@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
-from mirage_ds.errors import UserError, shown
+from mirage_ds.errors import shown
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.choices import ChoiceTask, marked_question, read_choice, without_letters
@@ -81,9 +81,7 @@ def _files(source: Path) -> list[Path]:
     if file.suffix == ".jsonl" and file.is_file():
         return [file]
     files = tables.find_tables(source)
-    names = tables.columns_of(files[0])
-    if "sequence_plan" not in names:
-        raise UserError(f"{files[0]}: has no column sequence_plan, only {', '.join(names)}; name COMT's data.jsonl")
+    tables.need_columns(files, ["sequence_plan"])
     return files
 
 

@@ -181,10 +181,8 @@ class Jigsaw(ChoiceTask):
 def _blink(report: BuildReport, row: tables.Row) -> Draft:
     values = row.values
     question, options = row.text("question"), without_letters(row.texts("choices"))
-    names = [name for name in ("image_1", "image_2", "image_3", "image_4") if values.get(name) is not None]
-    images = tuple(row.picture(values[name], name) for name in names)
-    if not images:
-        raise tables.BadRow("it has no image")
+    further = [name for name in ("image_2", "image_3", "image_4") if values.get(name) is not None]
+    images = tuple(row.picture(values[name], name) for name in ("image_1", *further))
     answer = str(values.get("answer") or "")
     letter = read_choice(f"\\boxed{{{answer}}}", options)
     if letter is None and answer.strip("() ").lower() not in ("", "hidden"):

@@ -164,13 +164,12 @@ class Zebra(_Published):
 
 def _part(image: Picture, box: Any) -> Picture:
     """Cut out x0, y0, x1, y1 (shares of the sides), grown to a token's size where it is smaller."""
-    if not (isinstance(box, list) and len(box) == 4 and all(isinstance(one, (int, float)) for one in box)):
-        raise tables.BadRow(f"a box of bboxes is {shown(box)}, not four numbers")
+    four = isinstance(box, list) and len(box) == 4 and all(isinstance(one, (int, float)) for one in box)
+    if not four or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise tables.BadRow(f"a box of bboxes is {shown(box)}, not x0, y0, x1, y1 from 0 to 1")
     with Image.open(io.BytesIO(image.content())) as whole:
         edges = []
         for low, high, side in ((box[0], box[2], whole.width), (box[1], box[3], whole.height)):
-            if not 0 <= low < high <= 1:
-                raise tables.BadRow(f"a box of bboxes is {shown(box)}, not x0, y0, x1, y1 from 0 to 1")
             first, length = math.floor(low * side), math.ceil(high * side) - math.floor(low * side)
             wanted = max(length, min(_TOKEN, side))
             first = min(max(0, first - (wanted - length) // 2), side - wanted)

@@ -127,27 +127,22 @@ def find_tables(source: Path, folder: str = "", split: str | None = None) -> lis
     Raises:
         UserError: no such file, or it cannot be known which split is meant.
     """
-    if source.is_file():
-        if source.suffix not in TABLES:
-            raise UserError(f"{source}: not a Parquet or Arrow file; name the data set's file or folder")
-        return [source]
-    files = sorted(path for path in source.rglob("*") if path.suffix in TABLES and path.is_file())
-    files = [path for path in files if folder in path.relative_to(source).parts[:-1]] or files
+    there = [source] if source.is_file() else sorted(source.rglob("*"))
+    files = [path for path in there if path.suffix in TABLES and path.is_file()]
     if not files:
-        raise UserError(f"{source}: no Parquet or Arrow file in it; name the data set's file or folder")
+        raise UserError(f"{source}: no Parquet or Arrow file, nor one in it; name the data set's file or folder")
+    if source.is_file():
+        return files
+    files = [path for path in files if folder in path.relative_to(source).parts[:-1]] or files
     splits: dict[str, list[Path]] = {}
     for path in files:
         name = _SHARD.sub("", path.stem)
         # save_to_disk calls every split's files data-…, in a folder of the split's name.
         splits.setdefault(path.parent.name if name == "data" else name, []).append(path)
-    if split is not None:
-        fitting = [name for name in splits if name == split or name.endswith((f"_{split}", f"-{split}"))]
-        if len(fitting) != 1:
-            raise UserError(f"{source}: has no split '{split}'; there are {', '.join(splits)}")
-        return splits[fitting[0]]
-    if len(splits) > 1:
+    fitting = [name for name in splits if split is None or name == split or name.endswith((f"_{split}", f"-{split}"))]
+    if len(fitting) != 1:
         raise UserError(f"{source}: has the splits {', '.join(splits)}; say which one with --split, or name its file")
-    return files
+    return splits[fitting[0]]
 
 
 def images_among(paths: Iterable[Path], where: str) -> list[Path]:

@@ -247,5 +247,5 @@ def test_what_is_no_comt(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.jsonl, line 2, json: not valid JSON \(.*\); write one object a line"):
         run(tmp_path / "x.jsonl", tmp_path / "o")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "y.parquet")
-    with pytest.raises(UserError, match=r"has no column sequence_plan, only a; name COMT's data\.jsonl"):
+    with pytest.raises(UserError, match=r"has no column sequence_plan, only a; name the data set that has"):
         run(tmp_path / "y.parquet", tmp_path / "o")

@@ -206,7 +206,7 @@ def test_zebras_json_lines_name_their_pictures_by_paths(tmp_path: Path) -> None:
         ("monet-sft", monet_row(0, answer=[{"type": "video"}]), "{'type': 'video'} is no text and no image"),
         ("lvr", lvr_row(bboxes=[]), "its answer has 1 <output_image> marks for 0 images"),
         ("lvr", lvr_row(bboxes=[[10, 20, 30, 40]]), "a box of bboxes is [10, 20, 30, 40], not x0, y0, x1, y1 from"),
-        ("lvr", lvr_row(bboxes=["a"]), "a box of bboxes is 'a', not four numbers"),
+        ("lvr", lvr_row(bboxes=["a"]), "a box of bboxes is 'a', not x0, y0, x1, y1 from 0 to 1"),
         ("lvr", lvr_row(image=["a", "b"]), "image is ['a', 'b'], not one path"),
         ("lvr", lvr_row(conversations=[]), "conversations is [], not a list of objects"),
         ("lvr", lvr_row(conversations=[{"from": "gpt", "value": "x"}]), "its conversations are not one question"),
