@@ -186,7 +186,7 @@ def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], l
     # Whether the model may open latent blocks.
     latents = run.config.stage != "sft" or run.config.slots is not None
     own = list(range(world.rank, len(chosen), world.size))
-    rounds = math.ceil(math.ceil(len(chosen) / world.size) / BATCH)
+    rounds = math.ceil(len(chosen) / (world.size * BATCH))
     made: list[tuple[int, Prediction]] = []
     broken: list[int] = []
     with whole_model(learner.engine) as model:

@@ -97,12 +97,6 @@ class ReadingSpec(BuildSpec):
     prompt: Literal["full", "short"] = Field("short", description="one short sentence, or a longer explanation")
 
 
-def _board_of(row: Mapping[str, Any], where: str) -> Board:
-    if "map_desc" not in row:
-        raise UserError(f"{where}: the row has no 'map_desc'; give the board as a list of rows of 1, 2, -1 and 0")
-    return parse_board(row["map_desc"], where)
-
-
 def read_exclude(paths: Sequence[Path]) -> frozenset[str]:
     """Return the hashes of the maps in the files, each a JSONL file with `map_desc` or a list of map hashes.
 
@@ -124,7 +118,7 @@ def read_exclude(paths: Sequence[Path]) -> frozenset[str]:
             where = f"{path}, line {number}"
             if line.startswith("{"):
                 with reading(path):
-                    hashes.add(map_hash(_board_of(parse_object(line, number), where)))
+                    hashes.add(map_hash(parse_board(parse_object(line, number).get("map_desc"), where)))
             elif _HASH.fullmatch(line.lower()):
                 hashes.add(line[:64].lower())
             elif line:
@@ -258,7 +252,7 @@ class _Supply:
         for source in read_rows(find_files(path)):
             if len(found) == settings.count:
                 break
-            board, row = _board_of(source.values, source.where), source.values
+            row, board = source.values, parse_board(source.values.get("map_desc"), source.where)
             check_solvable(board, source.where)
             if self._is_excluded(board):
                 continue

@@ -22,7 +22,8 @@ _THINK = (
     " You FIRST think about the reasoning process as an internal monologue and then provide the final answer."
     " The reasoning process MUST BE enclosed within <think> </think> tags."
 )
-_LETTER = re.compile(r"[\s({\[]*(?:\\text\{\s*)?([ABC])(?![A-Z])")
+# In upper case, as an answer is read.
+_LETTER = re.compile(r"[\s({\[]*(?:\\TEXT\{\s*)?([ABC])(?![A-Z])")
 # Of the boards the builder draws few need more tries; a board without a hole never gives B.
 _TRIES = 60
 
@@ -96,7 +97,7 @@ class Reasoning(BoardTask):
 
     def parse(self, text: str, row: Mapping[str, Any]) -> str | None:
         r"""Return the letter of the last ``\boxed{…}``; None when it holds no A, B or C in front."""
-        match = _LETTER.match((last_boxed(text) or "").upper().replace("\\TEXT{", "\\text{"))
+        match = _LETTER.match((last_boxed(text) or "").upper())
         return match.group(1) if match else None
 
     def helper_text(self, row: Mapping[str, Any]) -> str:
