@@ -17,7 +17,8 @@ from mirage_ds.config.mixture import apportion
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.messages import FIELDS
 from mirage_ds.data.record import parse_object
-from mirage_ds.errors import UserError, reason
+from mirage_ds.data.sources import text_lines
+from mirage_ds.errors import UserError
 from mirage_ds.tasks.draft import Draft
 from mirage_ds.tasks.maps import (
     Board,
@@ -107,25 +108,21 @@ def read_exclude(paths: Sequence[Path]) -> frozenset[str]:
     """
     hashes: set[str] = set()
     for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({reason(error)}); name a text file in UTF-8") from None
-        if not text.strip():
-            raise UserError(f"{path}: the file is empty; write one map a line")
-        # splitlines() would also cut at what a file's name may hold.
-        for number, line in enumerate(map(str.strip, text.split("\n")), 1):
-            where = f"{path}, line {number}"
-            if line.startswith("{"):
-                with reading(path):
+        with reading(path):
+            lines = [(number, line.strip()) for number, line in text_lines(path.open("rb"))]
+            if not lines:
+                raise UserError(f"{path}: the file is empty; write one map a line")
+            for number, line in lines:
+                where = f"{path}, line {number}"
+                if line.startswith("{"):
                     hashes.add(map_hash(parse_board(parse_object(line, number).get("map_desc"), where)))
-            elif _HASH.fullmatch(line.lower()):
-                hashes.add(line[:64].lower())
-            elif line:
-                raise UserError(
-                    f"{where}: neither a record with 'map_desc' nor the SHA-256 of a map (64 hex digits); "
-                    "give --exclude a JSONL file or a list of hashes"
-                )
+                elif _HASH.fullmatch(line.lower()):
+                    hashes.add(line[:64].lower())
+                else:
+                    raise UserError(
+                        f"{where}: neither a record with 'map_desc' nor the SHA-256 of a map (64 hex digits); "
+                        "give --exclude a JSONL file or a list of hashes"
+                    )
     return frozenset(hashes)
 
 

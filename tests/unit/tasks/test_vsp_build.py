@@ -370,7 +370,7 @@ def test_bad_exclude_files(tmp_path):
     with pytest.raises(UserError, match=r"nowhere: cannot be read \(.*No such file or directory"):
         run(PLANNING, tmp_path / "o", exclude=tmp_path / "nowhere")
     (tmp_path / "y").write_bytes(b"ab\xff")
-    with pytest.raises(UserError, match=r"y: cannot be read .* in position 2"):
+    with pytest.raises(UserError, match="y, line 1: neither a record with"):
         run(PLANNING, tmp_path / "o", exclude=tmp_path / "y")
 
 
