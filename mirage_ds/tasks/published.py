@@ -9,7 +9,7 @@ import io
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -57,12 +57,10 @@ class _Published(BoxedAnswer):
     def parse(self, text: str, row: Mapping[str, Any]) -> str | None:
         """Return the answer in the place where the record's own has it, letter case and spaces folded."""
         own = str(row.get("text_output") or text)
-        found: str | None = text
-        for read in (last_boxed, _last_tagged):
-            if read(own) is not None:
-                found = read(text)
-                break
-        return " ".join((found or "").casefold().split()) or None
+        # The last takes any text whole.
+        readers: tuple[Callable[[str], str | None], ...] = (last_boxed, _last_tagged, str)
+        read = next(read for read in readers if read(own) is not None)
+        return " ".join((read(text) or "").casefold().split()) or None
 
     def convert(self, source: Path, settings: PublishedSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert the authors' file, or a folder that holds such files."""
