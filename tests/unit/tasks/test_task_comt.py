@@ -165,6 +165,7 @@ def test_a_picture_lies_in_one_split(tmp_path: Path) -> None:
         ({"answer": "E"}, "answer 'E' is none of its 4 options"),
         ({"rationale": "[IMAGE1][IMAGE2] \\boxed{A}"}, "its text ends with \\boxed{A}, its answer is C"),
         ({"rationale": "<output_image>"}, "its answer has 1 <output_image> marks for 0 images"),
+        ({"question": "Is <output_image> so?"}, "its question spells <output_image>, or its answer <image>"),
         ({"option": "A"}, "option is 'A', not a list of two texts"),
     ],
 )
