@@ -23,12 +23,6 @@ def write_board(board: Board) -> str:
     return "/".join("".join(LETTERS[cell] for cell in row) for row in board)
 
 
-def read_board(boxed: str) -> list[str]:
-    """Return the rows of an answer, upper-cased and without white space; none where no letter is one of a board's."""
-    rows = "".join(boxed.upper().split()).split("/")
-    return rows if any(letter in row for row in rows for letter in LETTERS.values()) else []
-
-
 class Transcription(BoardTask):
     """Transcription of boards; see the module."""
 
@@ -37,8 +31,9 @@ class Transcription(BoardTask):
     build_settings = ReadingSpec
 
     def parse(self, text: str, row: Mapping[str, Any]) -> list[str] | None:
-        r"""Return the rows of the last ``\boxed{…}``; None without a letter of a board."""
-        return read_board(last_boxed(text) or "") or None
+        r"""Return the rows of the last ``\boxed{…}``, in upper case; None without a board's letter."""
+        rows = "".join((last_boxed(text) or "").upper().split()).split("/")
+        return rows if any(letter in row for row in rows for letter in LETTERS.values()) else None
 
     def score_record(self, text: str, record: Mapping[str, Any]) -> dict[str, float]:
         """Score a text by the record's map.
