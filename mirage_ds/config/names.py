@@ -34,17 +34,15 @@ _OURS = {
     "attention": "attn_implementation attn_impl flash_attn use_flash_attention_2",
     "gradient_checkpointing": "use_gradient_checkpointing disable_gradient_checkpointing",
     "train_vision": "freeze_vit freeze_vision_tower freeze_vision tune_mm_vision unfreeze_vision",
-    "lora_rank": "lora_r use_lora use_peft lora_enable finetuning_type train_type tuner_type",
+    "lora_rank": "lora_r use_lora use_peft lora_enable",
     "lora_targets": "lora_target target_modules lora_target_modules",
-    "save_every": "save_steps save_interval save_freq checkpointing_steps save_strategy",
+    "save_every": "save_steps save_interval save_freq checkpointing_steps",
     "keep_checkpoints": "save_total_limit",
-    "eval_every": "eval_steps eval_interval eval_freq eval_strategy evaluation_strategy",
-    "save_best": "metric_for_best_model load_best_model_at_end",
+    "eval_every": "eval_steps eval_interval eval_freq",
     "resume": "resume_from_checkpoint auto_resume",
     "overwrite": "overwrite_output_dir",
     "log_every": "logging_steps log_interval log_freq",
     "report_to": "use_wandb log_with",
-    "collective_timeout": "ddp_timeout",
     # A flag of `mirage-ds train` alone.
     "ranks": "nproc_per_node num_gpus n_gpu num_processes",
 }
@@ -55,10 +53,15 @@ _ABSENT = {
     "TensorBoard reads the run folder": "logging_dir plot_loss run_name",
     "the optimizer is AdamW": "optim optimizer",
     "the command trains": "do_train do_eval do_predict",
+    "all weights are trained, or adapters (--lora_rank)": "finetuning_type train_type tuner_type",
+    "--save_every and --eval_every count steps, never epochs": "save_strategy eval_strategy evaluation_strategy",
+    "--save_best keeps the model of the best evaluation": "load_best_model_at_end metric_for_best_model",
+    "a hung run ends after --collective_timeout seconds": "ddp_timeout",
+    "--data_path names the files themselves": "dataset_dir",
+    "write it into the records, as their system message": "system",
     "the model's own chat template is used": "template model_type chat_template use_chat_template",
     "code of the hub is never run": "trust_remote_code",
-    "rows are always packed, up to --micro_batch_tokens": "packing padding_free neat_packing group_by_length "
-    "pad_to_multiple_of",
+    "rows are always packed": "packing padding_free neat_packing group_by_length pad_to_multiple_of",
     "every checkpoint can be continued; the model is saved at the end": "save_only_model",
     "all keys of a record are kept": "remove_unused_columns",
     "records are indexed once, by all ranks (--cache_dir)": "preprocessing_num_workers dataset_num_proc "
@@ -74,10 +77,9 @@ _ABSENT = {
     "lorap_lr_ratio",
     "quantised weights are not trained": "quantization_bit quantization_method quant_bits quant_method load_in_4bit "
     "load_in_8bit bits",
-    "there is no such kernel": "use_liger_kernel enable_liger_kernel use_unsloth",
-    "there are no videos": "video_max_pixels video_min_pixels video_fps video_maxlen",
-    "nothing is uploaded": "push_to_hub hub_model_id hub_token hub_private_repo",
-    "there is no such regularisation": "neftune_noise_alpha label_smoothing_factor",
+    "there is nothing like it": "use_liger_kernel enable_liger_kernel use_unsloth video_max_pixels video_min_pixels "
+    "video_fps video_maxlen push_to_hub hub_model_id hub_token hub_private_repo neftune_noise_alpha "
+    "label_smoothing_factor",
     "only a record's last answer is learnt": "mask_history train_on_prompt loss_scale",
 }
 OURS = {theirs: ours for ours, names in _OURS.items() for theirs in names.split()}
@@ -87,12 +89,7 @@ DIFFERS = {
     "batch_size": "rows of all ranks together",
     "per_device_train_batch_size": "theirs × gradient_accumulation_steps × ranks",
     "warmup_ratio": "a number of steps, not a share",
-    "disable_gradient_checkpointing": "the other way round",
-    "freeze_vit": "the other way round: the tower is frozen without it",
-    "freeze_vision_tower": "the other way round: the tower is frozen without it",
-    "finetuning_type": "without it all weights are trained",
-    "train_type": "without it all weights are trained",
-    "tuner_type": "without it all weights are trained",
+    **dict.fromkeys(("disable_gradient_checkpointing", "freeze_vit", "freeze_vision_tower"), "the other way round"),
     "resume_from_checkpoint": "auto, from the run folder's newest checkpoint",
 }
 
