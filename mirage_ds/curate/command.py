@@ -76,19 +76,13 @@ def import_(source: tuple[str, ...], **flags: Any) -> None:
         flags["layout"] = source[0].replace("_", "-")
         source = source[1:]
     if len(source) > 1:
-        raise UserError(
-            f"import {' '.join(source)}: names several sources; import one at a time, `data mix` joins them"
-        )
+        raise UserError(f"import {' '.join(source)}: takes one source at a time; `data mix` joins what it writes")
     spec = build_model(ImportSpec, flags)
     with progress_bar("pictures") as progress:
-        found = import_records(source[0], spec, progress)
-    for line in found.forms:
+        written, said = import_records(source[0], spec, progress)
+    for line in said:
         click.echo(line)
-    _tell(found.written)
-    if found.rounds:
-        click.echo(
-            f"of {found.rounds} record(s) with several answers the last is learnt, the others stand before the question"
-        )
+    _tell(written)
 
 
 def _tell(written: Written) -> None:

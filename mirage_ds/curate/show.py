@@ -11,6 +11,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import click
@@ -122,8 +123,8 @@ def _shown(row: Raw, line: int, finder: ImageFinder, columns: Columns) -> Shown:
             return Shown(line, [], [row if isinstance(row, str) else shown(row, 2000)], [], faults)
     before = "".join(f"{turn['role']}: {turn['content']}\n" for turn in record.turns_before)
     asked = f"{before}user: {record.text_input}" if before else record.text_input
-    question = _laid(asked, IMAGE_MARK, "image", _places(record, "image_input", finder, faults))
-    answer = _laid(record.text_output, HELPER_MARK, "latents", _places(record, "image_output", finder, faults))
+    question = _laid(asked, record, "image_input", finder, faults)
+    answer = _laid(record.text_output, record, "image_output", finder, faults)
     faults += _task_faults(record)
     keys = [
         f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
@@ -133,25 +134,19 @@ def _shown(row: Raw, line: int, finder: ImageFinder, columns: Columns) -> Shown:
     return Shown(line, question, answer, keys, faults)
 
 
-def _places(
-    record: Record, name: str, finder: ImageFinder, faults: list[Fault]
-) -> list[tuple[Image.Image | None, str]]:
-    """Return the pictures of a field, each with its caption."""
-    places: list[tuple[Image.Image | None, str]] = []
-    for path in getattr(record, name):
+def _laid(text: str, record: Record, field: str, finder: ImageFinder, faults: list[Fault]) -> list[str | Place]:
+    """Put a field's pictures where their marks stand; without a mark they stand first."""
+    mark, what = {"image_input": (IMAGE_MARK, "image"), "image_output": (HELPER_MARK, "latents")}[field]
+    head, *parts = text.split(mark)
+    places = []
+    for number, (path, _) in enumerate(zip_longest(getattr(record, field), parts), 1):
+        image, caption = None, path or "no picture"
         try:
-            places.append((finder.load(record, name, path), path))
+            image = finder.load(record, field, path) if path else None
         except RecordError as error:
             faults.append(error.fault)
-            places.append((None, f"{path}: {error.fault.what}"))
-    return places
-
-
-def _laid(text: str, mark: str, what: str, pictures: list[tuple[Image.Image | None, str]]) -> list[str | Place]:
-    """Put the pictures where their marks stand; without a mark they stand first."""
-    head, *parts = text.split(mark)
-    lacking = [(None, "no picture")] * (len(parts) - len(pictures))
-    places = [Place(f"{what} {number}", *one) for number, one in enumerate([*pictures, *lacking], 1)]
+            caption = f"{path}: {error.fault.what}"
+        places.append(Place(f"{what} {number}", image, caption))
     if not parts:
         return [*places, text]
     laid = [head, *(one for pair in zip(places, parts, strict=False) for one in pair)]

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,10 +120,8 @@ class Questions:
             else:
                 pieces.append(texts.get(piece, piece))
         made: list[str | Shown] = []
-        for piece in [one for one in pieces if one]:
-            # Neighbouring texts are one: servers put a line break between two.
-            if isinstance(piece, str) and made and isinstance(made[-1], str):
-                made[-1] += piece
-            else:
-                made.append(piece)
+        # Neighbouring texts are one: servers put a line break between two.
+        for is_text, group in groupby(filter(None, pieces), lambda piece: isinstance(piece, str)):
+            neighbours = list(group)
+            made += ["".join(map(str, neighbours))] if is_text else neighbours
         return made
