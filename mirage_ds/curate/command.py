@@ -119,7 +119,7 @@ def rationalize(file: Path, short: int | None, **flags: Any) -> None:
     print_counts(str(spec.out.resolve() / "data.jsonl") if outcomes["accepted"] else "", counts.items())
     if not outcomes["accepted"]:
         worst = max(MEANINGS, key=lambda kind: outcomes[kind])
+        most = f"{outcomes[worst]} of them for this: {MEANINGS[worst]}"
         raise UserError(
-            f"none of {summary['replies']} replies was accepted, {outcomes[worst]} of them for this: "
-            f"{MEANINGS[worst]}; {spec.out}/rationalize.json has an example"
+            f"none of {summary['replies']} replies was accepted, {most}; {spec.out}/rationalize.json has an example"
         )

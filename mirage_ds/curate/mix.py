@@ -60,10 +60,8 @@ def _counts(sources: Sequence[Source], weights: Sequence[float], count: int | No
     counts = shares(files, count, weights or lengths)
     for file, length, share in zip(files, lengths, counts, strict=True):
         if share > length:
-            raise UserError(
-                f"{file}: has {length} rows and would need {share} for its share of {count}; give it more rows, or "
-                "lower its weight or --count"
-            )
+            lacks = f"has {length} rows and would need {share} for its share of {count}"
+            raise UserError(f"{file}: {lacks}; give it more rows, or lower its weight or --count")
     return counts
 
 

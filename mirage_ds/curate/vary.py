@@ -129,14 +129,11 @@ def choose_partners(source: Source, seed: int) -> list[Record]:
         if chosen is None:
             what = "the file" if level == "?" else f"level {level}"
             what += f" with {helpers} helpers" if helpers > 1 else ""
+            trouble = f"{max(Counter(own).values())} of the {len(places)} records of {what} have one helper"
             if len(places) == 1:
                 trouble = f"the record on line {source.records[places[0]].line} is the only one of {what}"
-            else:
-                trouble = f"{max(Counter(own).values())} of the {len(places)} records of {what} have one helper"
-            raise UserError(
-                f"{source.file}: helper-swap: {trouble}, so there is no other for each; give more records of "
-                "them, or leave it out"
-            )
+            how = "there is no other for each; give more records of them, or leave it out"
+            raise UserError(f"{source.file}: helper-swap: {trouble}, so {how}")
         for place, other in zip(places, chosen, strict=True):
             found[place] = source.records[places[other]]
     return found
@@ -208,11 +205,10 @@ def _helper_noise(given: Given) -> list[Row]:
 
 def _no_image(given: Given) -> list[Row]:
     """Grey pictures of the input images' sizes."""
-    sizes = [given.source.finder.size(given.record, "image_input", path) for path in given.record.image_input]
-    grey = [
-        Picture.drawn(f"grey/{width}x{height}", partial(Image.new, "RGB", (width, height), GREY))
-        for height, width in sizes
-    ]
+    grey = []
+    for path in given.record.image_input:
+        height, width = given.source.finder.size(given.record, "image_input", path)
+        grey.append(Picture.drawn(f"grey/{width}x{height}", partial(Image.new, "RGB", (width, height), GREY)))
     return [replace(given.row, inputs=tuple(grey))]
 
 

@@ -124,11 +124,9 @@ class Server:
                     yield job, reply
                     lost = lost + 1 if reply.lost == "no reply" else 0
                     if lost >= max(GONE_AFTER, self.spec.parallel):
-                        raise UserError(
-                            f"--endpoint {self.spec.endpoint}: no reply to {lost} jobs in a row, each tried "
-                            f"{self.spec.tries} times ({reply.text}); start the same command again when the server "
-                            "answers"
-                        )
+                        what = f"no reply to {lost} jobs in a row, each tried {self.spec.tries} times ({reply.text})"
+                        how = "start the same command again when the server answers"
+                        raise UserError(f"--endpoint {self.spec.endpoint}: {what}; {how}")
             finally:
                 self.stop.set()
 
