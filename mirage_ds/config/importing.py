@@ -13,31 +13,10 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mirage_ds.config.flags import build_model
-from mirage_ds.config.foreign import Foreign, Trainer, read_foreign
-from mirage_ds.config.names import ABSENT, ours
+from mirage_ds.config.foreign import Foreign, read_foreign
+from mirage_ds.config.names import by_theirs, ours, tables
 from mirage_ds.config.run import RunConfig, Stage
 from mirage_ds.errors import UserError, reason, shown
-
-# What a run of theirs has where nobody sets it, by our names, as far as ours are something else.
-_DEFAULTS: dict[Trainer, dict[str, Any]] = {
-    "LLaMA-Factory": {"max_length": 2048, "max_pixels": 589824, "learning_rate": 5e-5, "epochs": 3.0,
-                      "lr_scheduler": "linear", "warmup_steps": 0, "weight_decay": 0.0, "adam_beta2": 0.999,
-                      "save_every": 500},
-    "ms-swift": {"epochs": 3.0, "warmup_steps": 0, "weight_decay": 0.1, "save_every": 500},
-}  # fmt: skip
-# Names of ours that mean something else there.
-_OTHERS = {
-    "model_name": "only for the data set swift/self-cognition",
-    "deepspeed": "the shipped JSONs are made for this trainer (zero3 is the default); `mirage-ds plan` ranks them",
-    "lora_dropout": "must be 0: layers are computed again in backward",
-}
-# Their values that have another name here.
-_VALUES = {"constant_with_warmup": "constant", **dict.fromkeys(("fa2", "flash_attn", "flash_attention_2"), "flash")}
-# LLaMA-Factory's parts of a data set: our roles, and the columns that are recognised without being named.
-_ROLES = {"prompt": "question", "response": "answer", "images": "image", "messages": "messages"}
-_USUAL = {"instruction", "output", "images", "messages", "conversations"}
-_TAGS = {"from", "role", "value", "content", "human", "user", "gpt", "assistant", "system", "observation", "tool",
-         "function_call", "function"}  # fmt: skip
 
 
 class _Left(Exception):
@@ -83,9 +62,9 @@ def import_config(file: Path, stage: Stage = "sft", ranks: int | None = None) ->
     """
     source = read_foreign(file)
     made = Imported(source, {"stage": stage})
-    values, defaults = dict(source.given), dict(_DEFAULTS[source.trainer])
-    if _take_method(made, values) == "lora" and source.trainer == "ms-swift":
-        defaults |= {"learning_rate": 1e-4, "lora_alpha": 32}
+    values = dict(source.given)
+    method = _take_method(made, values)
+    defaults = {**tables()["defaults"][source.trainer], **tables()["defaults"].get(f"{source.trainer} {method}", {})}
     _take_batch(made, values, ranks or source.ranks)
     _take_data(made, values)
     for theirs, value in values.items():
@@ -118,8 +97,8 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
     setting = RunConfig.model_fields.get(name)
     if "$" in str(value):
         raise _Left("a variable of the shell")
-    if theirs in _OTHERS or setting is None:
-        raise _Left(_OTHERS.get(theirs) or ABSENT.get(theirs, "not known here"))
+    if (other := tables()["others"].get(theirs)) or setting is None:
+        raise _Left(other or by_theirs("absent").get(theirs, "not known here"))
     if name.startswith("lora_") and "lora_rank" not in made.settings:
         raise _Left("all weights are trained")
     # All layers have adapters here too.
@@ -137,7 +116,7 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
     if name in ("report_to", "lora_targets"):
         value = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
     elif isinstance(value, str):
-        value = _VALUES.get(value, value)
+        value = tables()["values"].get(value, value)
     try:
         value = TypeAdapter(Annotated[setting.annotation, setting]).validate_python(value)
     except ValidationError as error:
@@ -202,21 +181,31 @@ def _take_data(made: Imported, values: dict[str, Any]) -> None:
 
 def _placed(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, str]:
     """Return a data set's file, and its columns as --columns has them."""
-    if "$" in name:
-        raise _Left("is a variable of the shell; name the file")
     entry, folder = _swift_entry(made, name) if made.source.trainer == "ms-swift" else _entry(made, name, values)
-    if entry.get("ranking"):
-        raise _Left("holds preferences; name one with answers")
-    if strange := set(entry.get("tags", {}).values()) - _TAGS:
-        raise _Left(f"calls its roles {', '.join(sorted(strange))}; rename them as sharegpt has them")
-    if not entry.keys() & {"file_name", "hf_hub_url"} or "subset" in entry:
-        raise _Left("is a script, a subset or not on the Hugging Face Hub; download it, and name its file")
-    columns = _columns(entry.get("columns", {}))
-    if hub := entry.get("hf_hub_url"):
-        flags = {"--split": entry.get("split"), "--columns": columns, "--out": "DIR"}
-        words = [word for flag, value in flags.items() if value for word in (flag, value)]
-        command = shlex.join(["mirage-ds", "data", "import", hub, *words])
-        raise _Left(f"is no file; where the Hugging Face Hub has it, `{command}` makes records of it")
+    strange = set(entry.get("tags", {}).values()) - set(tables()["tags"])
+    parts = {part: column for part, column in entry.get("columns", {}).items() if column}
+    # Other parts are read under their usual names alone, and an `input` behind an `instruction` alone.
+    usual = {"query": "input" if parts.get("prompt", "instruction") == "instruction" else ""}
+    roles = tables()["roles"]
+    lost = [f"{part} ({parts[part]})" for part in parts if part not in roles and parts[part] != usual.get(part, part)]
+    columns = ",".join(
+        f"{roles[part]}={column}" for part, column in parts.items() if part in roles and column not in tables()["usual"]
+    )
+    hub = entry.get("hf_hub_url", "")
+    flags = {"--split": entry.get("split"), "--columns": columns, "--out": "DIR"}
+    words = [word for flag, value in flags.items() if value for word in (flag, value)]
+    command = shlex.join(["mirage-ds", "data", "import", hub, *words])
+    for why, met in {
+        "holds preferences; name one with answers": entry.get("ranking"),
+        f"calls its roles {', '.join(sorted(strange))}; rename them as sharegpt has them": strange,
+        "is a script, a subset or not on the Hugging Face Hub; download it, and name its file":
+            "subset" in entry or not (hub or "file_name" in entry),
+        f"has {', '.join(lost)}, which --columns cannot name; call its columns instruction, input, output, system and "
+        "history": lost,
+        f"is no file; where the Hugging Face Hub has it, `{command}` makes records of it": hub,
+    }.items():  # fmt: skip
+        if met:
+            raise _Left(why)
     file = folder / entry["file_name"]
     if file.parent != folder:
         # Their pictures' paths start from it.
@@ -226,9 +215,11 @@ def _placed(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, str
 
 def _swift_entry(made: Imported, name: str) -> tuple[dict[str, Any], Path]:
     """Describe FILE[#COUNT] or NAME[:SUBSET] as _entry does."""
+    if "$" in name:
+        raise _Left("is a variable of the shell; name the file")
     place, _, count = name.partition("#")
     if count:
-        made.left[name] = ABSENT["max_samples"]
+        made.left[name] = by_theirs("absent")["max_samples"]
     file = Path(place)
     hub = {"hf_hub_url": place} | ({"subset": ""} if ":" in place else {})
     return ({"file_name": file.name} if file.suffix or file.exists() else hub), file.parent
@@ -248,28 +239,13 @@ def _entry(made: Imported, name: str, values: dict[str, Any]) -> tuple[dict[str,
         raise _Left(f"is not described in {folder}/dataset_info.json ({reason(error)})") from None
 
 
-def _columns(parts: dict[str, str]) -> str:
-    """Return a data set's columns as --columns has them; _Left where it cannot name one."""
-    # Other parts are read under their usual names alone, and an `input` behind an `instruction` alone.
-    usual = {"query": "input" if parts.get("prompt", "instruction") == "instruction" else ""}
-    named = {part: column for part, column in parts.items() if column and column not in _USUAL}
-    lost = [f"{part} ({named[part]})" for part in named.keys() - _ROLES if named[part] != usual.get(part, part)]
-    if lost:
-        raise _Left(f"has {', '.join(sorted(lost))}, which --columns cannot name; call its columns instruction, input, "
-                    "output, system and history")  # fmt: skip
-    return ",".join(f"{_ROLES[part]}={column}" for part, column in named.items() if part in _ROLES)
-
-
 def print_imported(made: Imported, on_stderr: bool) -> None:
     """Print what became of each of their settings."""
     from rich.console import Console
     from rich.table import Column, Table
 
-    carried = [
-        (made.carried[name], name, value if isinstance(value, str) else json.dumps(value))
-        for name, value in made.settings.items()
-        if name in made.carried
-    ]
+    values = {name: str(value) for name, value in made.settings.items() if name in made.carried}
+    carried = [(made.carried[name], name, value) for name, value in values.items()]
     console = Console(stderr=on_stderr)
     for title, head, rows in (
         ("carried over", (made.source.trainer, "here", "value"), carried),
