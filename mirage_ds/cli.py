@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +161,7 @@ def config_import(file: Path, out: Path | None, **options: Any) -> None:
 
 
 @cli.command()
-@click.option(
-    "--preset",
-    required=True,
-    help=f"{', '.join(name for name in PRESETS if name not in LARGE)}; with --config_only also {', '.join(LARGE)}.",
-)
+@click.option("--preset", required=True, help=f"{', '.join(PRESETS)}; {', '.join(LARGE)} with --config_only alone.")
 @click.option("--out", required=True, type=Output(folder=True), help="Folder to write.")
 @click.option("--text", "texts", multiple=True, type=_PATH, help="Records whose text trains the tokenizer.")
 @_columns
@@ -209,8 +206,6 @@ def card(folder: Path, scores: tuple[Path, ...]) -> None:
     SCORES are files of `mirage-ds evaluate --out`, the card is that of FOLDER. The weights are hashed: scores of
     another model are refused. Scores that the card already has are replaced.
     """
-    from functools import partial
-
     from mirage_ds.data.progress import track
     from mirage_ds.evaluate.model_card import add_scores
 
@@ -243,11 +238,8 @@ def examples(target: Path | None) -> None:
     if target is None:
         print("\n".join(str(file.relative_to(shipped())) for file in shipped_files("examples")))
     else:
-        names = ("examples", "launch", "ds_configs", "data")
-        written = write_shipped({name: target / name for name in names})
-        print(
-            f"{len(written)} files in {', '.join(str(target / name) for name in names)}; start commands from {target}"
-        )
+        written = write_shipped({name: target / name for name in ("examples", "launch", "ds_configs", "data")})
+        print(f"{len(written)} files in {target}; start commands from there")
 
 
 @cli.command()
@@ -285,8 +277,6 @@ def checkpoint_convert(source: Path, workers: int) -> None:
     SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>), or a --save_model_path folder, whose newest whole
     checkpoint is taken. Not while the run is training.
     """
-    from functools import partial
-
     from mirage_ds.engine.universal import convert
 
     print(convert(source, workers, say=partial(print, file=sys.stderr, flush=True)))

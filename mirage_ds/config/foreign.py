@@ -23,7 +23,7 @@ _ASSIGNED = re.compile(r"(?:^|\s)([A-Za-z_]\w*)=(\"[^\"]*\"|'[^']*'|\S*)")
 _QUOTIENT = re.compile(r"\$\(expr (\d+) / (\d+)\)|\$\(\((\d+) / (\d+)\)\)")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
 # What says nothing: no value, and no limit.
-_UNSET = (None, "", -1, [], {})
+_UNSET: tuple[Any, ...] = (None, "", -1, [], {})
 
 
 class Foreign(NamedTuple):

@@ -4,6 +4,7 @@ What means the same is carried over under our name; every other setting is named
 """
 
 import json
+import math
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,8 +118,9 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
         value = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
     elif isinstance(value, str):
         value = tables()["values"].get(value, value)
+    kind: Any = Annotated[setting.annotation, setting]
     try:
-        value = TypeAdapter(Annotated[setting.annotation, setting]).validate_python(value)
+        value = TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         raise _Left(f"{shown(value)}: {error.errors()[0]['msg']}") from None
     made.carry(theirs, name, value)
@@ -139,16 +141,13 @@ def _take_batch(made: Imported, values: dict[str, Any], ranks: int | None) -> No
     factory = made.source.trainer == "LLaMA-Factory"
     size = values.pop("per_device_train_batch_size", 8 if factory else 1)
     steps = values.pop("gradient_accumulation_steps", 1 if factory else None)
-    try:
-        # Without a number ms-swift takes as many as give a step 16 rows at least.
-        rows = int(size) * int(steps or -(-16 // (int(size) * (ranks or 1))))
-    except ValueError:
-        rows = f"{size} × {steps}"
-    if ranks and isinstance(rows, int):
-        theirs = f"per_device_train_batch_size × gradient_accumulation_steps × {ranks} ranks"
-        made.carry(theirs, "global_batch_size", rows * ranks)
-    else:
-        made.missing["global_batch_size"] = f"{rows} × the number of GPUs; give --ranks"
+    if not (str(size).isdecimal() and str(steps or 1).isdecimal() and ranks):
+        made.missing["global_batch_size"] = f"{size} × {steps or 'some steps'} × the number of GPUs; give --ranks"
+        return
+    # Without a number ms-swift takes as many as give a step 16 rows at least.
+    steps = steps or math.ceil(16 / (int(size) * ranks))
+    theirs = f"per_device_train_batch_size × gradient_accumulation_steps × {ranks} ranks"
+    made.carry(theirs, "global_batch_size", int(size) * int(steps) * ranks)
 
 
 def _take_data(made: Imported, values: dict[str, Any]) -> None:

@@ -119,16 +119,14 @@ def print_faults(file: Path, count: int, faults: list[Fault], most: int) -> None
         return
     # Text, not str: rich would read brackets in a path as markup.
     title = Text(f"{file}: {len(faults)} fault(s) in {count} records")
-    several = any(fault.file for fault in faults)
-    table = Table(*(["file"] if several else []), "line", "field", "what", "how to fix", title=title)
+    table = Table("line", "field", "what", "how to fix", title=title)
     groups: dict[tuple[str, ...], list[Fault]] = {}
     for fault in faults:
         groups.setdefault((fault.field, fault.what, fault.how), []).append(fault)
     for alike in list(groups.values())[:most]:
         fault, more = alike[0], f" and {len(alike) - 3} more" if len(alike) > 3 else ""
-        own = [Text(fault.file)] if several else []
-        lines = ", ".join(str(one.line) for one in alike[:3]) + more
-        table.add_row(*own, lines, fault.field, Text(fault.what), Text(fault.how))
+        lines = ", ".join(f"{one.file} {one.line}".strip() for one in alike[:3]) + more
+        table.add_row(Text(lines), fault.field, Text(fault.what), Text(fault.how))
     console.print(table)
     if len(groups) > most:
         console.print(f"… and {sum(map(len, list(groups.values())[most:]))} more (--most)")

@@ -75,9 +75,8 @@ def parse_rows(text: str) -> set[int]:
     lines: set[int] = set()
     for part in text.split(","):
         match = _ROWS.fullmatch(part.strip())
-        first = int(match[1]) if match else 0
-        last = int(match[2] or first) if match else 0
-        if first < 1 or last < first:
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
             raise UserError(f"--rows {text}: {shown(part)} is no line or range of lines; write it like 1,5-8")
         lines |= set(range(first, last + 1))
     return lines

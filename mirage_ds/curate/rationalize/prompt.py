@@ -120,8 +120,9 @@ class Questions:
             else:
                 pieces.append(texts.get(piece, piece))
         made: list[str | Shown] = []
+        kept = [piece for piece in pieces if piece]
         # Neighbouring texts are one: servers put a line break between two.
-        for is_text, group in groupby(filter(None, pieces), lambda piece: isinstance(piece, str)):
+        for is_text, group in groupby(kept, lambda piece: isinstance(piece, str)):
             neighbours = list(group)
             made += ["".join(map(str, neighbours))] if is_text else neighbours
         return made
