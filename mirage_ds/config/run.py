@@ -63,9 +63,7 @@ class RunConfig(BaseModel):
     )
     latent_loss: LatentLoss = Field("cosine", description="Of stage 1's latents: 1 − cosine, or mean squared distance.")
     detach_latents: bool = Field(False, description="stage2 without gradient through the states that are fed back.")
-    train_targets: bool = Field(
-        False, description="stage1 with --train_vision: the answer's loss also trains the tower through the targets."
-    )
+    train_targets: bool = Field(False, description="stage1 with --train_vision: targets train the tower too.")
     train_vision: bool = Field(False, description="Train the vision tower too (frozen otherwise).")
     lora_rank: PositiveInt | None = Field(None, description="Train adapters of this rank alone: `mirage-ds docs lora`.")
     lora_alpha: PositiveInt | None = Field(None, description="Scale adapters by alpha / rank. [default: 2 × rank]")
@@ -82,9 +80,7 @@ class RunConfig(BaseModel):
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
     max_length: PositiveInt = Field(4096, description="Longer rows are dropped and counted, never cut.")
     max_dropped_share: float = Field(0.1, ge=0, le=1, description="Refuse to train when more rows are dropped.")
-    check_images: bool = Field(
-        False, description="Check every image file before the first step; index the records again if one has changed."
-    )
+    check_images: bool = Field(False, description="Check every image before the first step; index again if changed.")
     confine_paths: bool = Field(False, description="Refuse images outside the records' folder and --image_root.")
     skip_bad_records: bool = Field(False, description="Leave faulty records out; run/skipped.jsonl lists them.")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="Refuse to train when more records are faulty.")
@@ -97,9 +93,7 @@ class RunConfig(BaseModel):
         description="Keep features of the frozen tower on disk for all epochs, stages and runs: of all images, of "
         "helpers alone (their k targets), or none (off). [default: all; off with --train_vision]",
     )
-    feature_dir: Path | None = Field(
-        None, description="Folder of kept features; all hosts must see it. [default: features/ in --cache_dir]"
-    )
+    feature_dir: Path | None = Field(None, description="Folder of features, on all hosts. [default: in --cache_dir]")
     num_workers: int = Field(2, ge=0, description="Worker processes per rank.")
     cache_dir: Path | None = Field(
         None, description="Cache of downloads, indices and features. [default: the hub's own, and ~/.cache/mirage_ds]"
@@ -119,9 +113,7 @@ class RunConfig(BaseModel):
     reduction: Literal["sample", "token"] = Field(
         "sample", description="sample: mean of the rows' losses, as the public code has it; token: mean over tokens."
     )
-    ce_weight: float | None = Field(
-        None, ge=0, description="The cross-entropy's weight. [default: 0.1 in stage1, else 1]"
-    )
+    ce_weight: float | None = Field(None, ge=0, description="Weight of the CE, γ. [default: 0.1 in stage1, else 1]")
     learning_rate: PositiveFloat = Field(1e-5, description="Peak learning rate of AdamW.")
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")
     warmup_steps: int = Field(10, ge=0, description="Optimizer steps of linear warm-up.")
@@ -151,10 +143,7 @@ class RunConfig(BaseModel):
     eval_decode: int = Field(0, ge=0, description="Answer and score this many evaluation records; 0 answers none.")
     eval_new_tokens: PositiveInt = Field(256, description="Tokens of such an answer, at most.")
     eval_pictures: int = Field(0, ge=0, description="Draw this many records' latents in TensorBoard each time.")
-    save_best: str | None = Field(
-        None,
-        description="Keep the best evaluation's model in <save_model_path>/best: by loss, or a scorer's metric.",
-    )
+    save_best: str | None = Field(None, description="Keep in best/ the best evaluation's model, by a loss or metric.")
     overwrite: bool = Field(False, description="Start over in a --save_model_path that holds an earlier run.")
     log_every: PositiveInt | None = Field(
         None, description="Optimizer steps between two lines on the console. [default: 10; 1 in a run of at most 100]"
@@ -164,8 +153,7 @@ class RunConfig(BaseModel):
         ["tensorboard"], description="Where metrics go besides console and log.jsonl: tensorboard, wandb, mlflow, none."
     )
     peak_tflops: PositiveFloat | None = Field(
-        None,
-        description="Peak dense TFLOP/s of a GPU in the run's precision, for MFU. [default: of common GPUs]",
+        None, description="Peak dense TFLOP/s of a GPU in the run's precision, for MFU. [default: of common GPUs]"
     )
 
     @field_validator("data_path", mode="before")
