@@ -103,14 +103,12 @@ def rationalize(file: Path, short: int | None, **flags: Any) -> None:
     """
     from mirage_ds.curate.rationalize.form import MEANINGS
     from mirage_ds.curate.rationalize.run import rationalize as run
-    from mirage_ds.data.progress import progress_bar
     from mirage_ds.tasks.report import print_counts
 
     if short is not None and flags["samples"] not in (None, short):
         raise UserError(f"-n {short} and --samples {flags['samples']} say two things; give one of them")
     spec = build_model(RationalizeSpec, flags if short is None else flags | {"samples": short})
-    with progress_bar("rationales: replies") as progress:
-        summary = run(file, spec, progress)
+    summary = run(file, spec)
     outcomes = summary["counts"]
     counts: dict[str, int | str] = {name: summary[name] for name in ("rows", "rows with a rationale", "replies")}
     counts |= {"accepted": outcomes["accepted"]}
