@@ -6,6 +6,7 @@ What means the same is carried over under our name; every other setting is named
 import json
 import math
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,8 +99,8 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
     setting = RunConfig.model_fields.get(name)
     if "$" in str(value):
         raise _Left("a variable of the shell")
-    if (other := tables()["others"].get(theirs)) or setting is None:
-        raise _Left(other or by_theirs("absent").get(theirs, "not known here"))
+    if theirs in by_theirs("absent") or setting is None:
+        raise _Left(by_theirs("absent").get(theirs, "not known here"))
     if name.startswith("lora_") and "lora_rank" not in made.settings:
         raise _Left("all weights are trained")
     # All layers have adapters here too.
@@ -141,13 +142,15 @@ def _take_batch(made: Imported, values: dict[str, Any], ranks: int | None) -> No
     factory = made.source.trainer == "LLaMA-Factory"
     size = values.pop("per_device_train_batch_size", 8 if factory else 1)
     steps = values.pop("gradient_accumulation_steps", 1 if factory else None)
-    if not (str(size).isdecimal() and str(steps or 1).isdecimal() and ranks):
-        made.missing["global_batch_size"] = f"{size} × {steps or 'some steps'} × the number of GPUs; give --ranks"
-        return
-    # Without a number ms-swift takes as many as give a step 16 rows at least.
-    steps = steps or math.ceil(16 / (int(size) * ranks))
-    theirs = f"per_device_train_batch_size × gradient_accumulation_steps × {ranks} ranks"
-    made.carry(theirs, "global_batch_size", int(size) * int(steps) * ranks)
+    rows: int | str = f"{size} × {steps}"
+    with suppress(ValueError):
+        # Without a number ms-swift takes as many as give a step 16 rows at least.
+        rows = int(size) * int(steps or math.ceil(16 / (int(size) * (ranks or 1))))
+    if ranks and isinstance(rows, int):
+        theirs = f"per_device_train_batch_size × gradient_accumulation_steps × {ranks} ranks"
+        made.carry(theirs, "global_batch_size", rows * ranks)
+    else:
+        made.missing["global_batch_size"] = f"{rows} × the number of GPUs; give --ranks"
 
 
 def _take_data(made: Imported, values: dict[str, Any]) -> None:
@@ -217,11 +220,12 @@ def _swift_entry(made: Imported, name: str) -> tuple[dict[str, Any], Path]:
     if "$" in name:
         raise _Left("is a variable of the shell; name the file")
     place, _, count = name.partition("#")
+    file = Path(place)
+    if ":" in place or not (file.suffix or file.exists()):
+        return {"hf_hub_url": place} | ({"subset": ""} if ":" in place else {}), Path()
     if count:
         made.left[name] = by_theirs("absent")["max_samples"]
-    file = Path(place)
-    hub = {"hf_hub_url": place} | ({"subset": ""} if ":" in place else {})
-    return ({"file_name": file.name} if file.suffix or file.exists() else hub), file.parent
+    return {"file_name": file.name}, file.parent
 
 
 def _entry(made: Imported, name: str, values: dict[str, Any]) -> tuple[dict[str, Any], Path]:
@@ -243,8 +247,10 @@ def print_imported(made: Imported, on_stderr: bool) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    values = {name: str(value) for name, value in made.settings.items() if name in made.carried}
-    carried = [(made.carried[name], name, value) for name, value in values.items()]
+    values = {name: value for name, value in made.settings.items() if name in made.carried}
+    carried = [
+        (made.carried[name], name, json.dumps(value, ensure_ascii=False).strip('"')) for name, value in values.items()
+    ]
     console = Console(stderr=on_stderr)
     for title, head, rows in (
         ("carried over", (made.source.trainer, "here", "value"), carried),

@@ -222,10 +222,8 @@ class RunConfig(BaseModel):
     def _nameable(cls, value: Any) -> Any:
         """Refuse paths that no file can have and that no settings file can hold."""
         text = str(value) if isinstance(value, Path | str) else ""
-        if "\0" in text:
-            raise ValueError("a path or name cannot hold a zero byte")
-        if not is_text(text):
-            raise ValueError("not UTF-8 text")
+        if "\0" in text or not is_text(text):
+            raise ValueError("not UTF-8 text, or with a zero byte")
         return value
 
     @property
