@@ -34,12 +34,8 @@ def vary(kind: Kind, file: Path, **flags: Any) -> None:
       helper-only    no input image, and a question that does not depend on it
     """
     from mirage_ds.curate.vary import vary as run
-    from mirage_ds.data.progress import progress_bar
 
-    spec = build_model(VarySpec, flags)
-    with progress_bar(f"{kind}: pictures") as progress:
-        written = run(kind, file, spec, progress)
-    _tell(written)
+    _tell(run(kind, file, build_model(VarySpec, flags)))
 
 
 @click.command(context_settings=CONTEXT)
@@ -69,7 +65,6 @@ def import_(source: tuple[str, ...], **flags: Any) -> None:
     others. The first row that a record cannot hold (videos, sound, boxes, tools, bad answers) ends the import.
     """
     from mirage_ds.curate.importing import import_records
-    from mirage_ds.data.progress import progress_bar
 
     # `import LAYOUT SOURCE`, as it was called before layouts were recognised.
     if len(source) == 2 and source[0].replace("_", "-") in LAYOUTS:
@@ -77,9 +72,7 @@ def import_(source: tuple[str, ...], **flags: Any) -> None:
         source = source[1:]
     if len(source) > 1:
         raise UserError(f"import {' '.join(source)}: takes one source at a time; `data mix` joins what it writes")
-    spec = build_model(ImportSpec, flags)
-    with progress_bar("pictures") as progress:
-        written, said = import_records(source[0], spec, progress)
+    written, said = import_records(source[0], build_model(ImportSpec, flags))
     for line in said:
         click.echo(line)
     _tell(written)

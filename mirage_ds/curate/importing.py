@@ -12,7 +12,7 @@ from mirage_ds.curate.rewrite import row_of
 from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.progress import Advance
+from mirage_ds.data.progress import progress_bar
 from mirage_ds.data.record import Fault, RecordError
 from mirage_ds.data.record_files import (
     Raw,
@@ -63,7 +63,7 @@ def _open(source: str, spec: ImportSpec, columns: Columns) -> tuple[list[str], I
     return forms, enumerate(chain(first, rows), 1), place
 
 
-def import_records(source: str, spec: ImportSpec, progress: Advance | None = None) -> tuple[Written, list[str]]:
+def import_records(source: str, spec: ImportSpec) -> tuple[Written, list[str]]:
     """Write a records file of a source, as training reads it.
 
     Returns:
@@ -104,7 +104,7 @@ def import_records(source: str, spec: ImportSpec, progress: Advance | None = Non
         if not count:
             raise UserError(f"{source}: holds no row")
 
-    with TemporaryDirectory(prefix="mirage_ds_") as inside:
+    with TemporaryDirectory(prefix="mirage_ds_") as inside, progress_bar("pictures") as progress:
         written = write_rows(rows(Path(inside).resolve()), spec, progress)
     if rounds:
         forms.append(

@@ -16,7 +16,7 @@ from PIL import Image
 from mirage_ds.curate.rewrite import Source
 from mirage_ds.curate.spec import QUESTION, Kind, VarySpec
 from mirage_ds.data.images import Key
-from mirage_ds.data.progress import Advance
+from mirage_ds.data.progress import progress_bar
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Record
 from mirage_ds.errors import UserError, is_text, shown
 from mirage_ds.tasks import get_task, level_of, named_task
@@ -44,11 +44,8 @@ class Given:
     partner: Record
 
 
-def vary(kind: Kind, file: Path, spec: VarySpec, progress: Advance | None = None) -> Written:
+def vary(kind: Kind, file: Path, spec: VarySpec) -> Written:
     """Write another records file, with the helper's information elsewhere, in part, or not at all.
-
-    Args:
-        progress: called with (pictures written, pictures in all).
 
     Raises:
         UserError: a record that lacks what the kind needs, a flag of another kind, a target that exists.
@@ -68,7 +65,8 @@ def vary(kind: Kind, file: Path, spec: VarySpec, progress: Advance | None = None
         before = record.extra.get("variant")
         variant = f"{before}+{kind}" if isinstance(before, str) else kind
         rows += [replace(row, extra=row.extra | {"variant": variant}) for row in made]
-    return write_rows(rows, spec, progress)
+    with progress_bar(f"{kind}: pictures") as progress:
+        return write_rows(rows, spec, progress)
 
 
 def _check_flags(kind: Kind, spec: VarySpec) -> None:
