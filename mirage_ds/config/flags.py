@@ -26,6 +26,9 @@ CONTEXT = {
 }
 
 
+WORDS = f"{__name__}.words"
+
+
 class Group(click.Group):
     """A command that has commands. Its help says the whole of each one's first sentence; alone, it shows its help.
 
@@ -56,11 +59,12 @@ class Group(click.Group):
 class RunCommand(click.Command):
     """A command that takes a run's settings as flags: other trainers' names are answered with ours.
 
-    Alone, it shows its help.
+    Alone, it shows its help. Its words are kept as they are, for whoever passes them on: ctx.meta[WORDS].
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does; UsageError where there is no such flag."""
+        ctx.meta[WORDS] = tuple(args)
         try:
             return super().parse_args(ctx, args or ["--help"])
         except click.NoSuchOption as error:

@@ -1,24 +1,36 @@
 """`mirage-ds config import`: another trainer's configuration as a settings file of a run.
 
-What means the same is carried over under our name; every other setting is named with the reason why it is not.
+LLaMA-Factory: a YAML or JSON file as in its examples/train_full. ms-swift: a YAML or JSON file of arguments, or a shell
+script with `swift sft --…`. What means the same is carried over under our name; every other setting is named with the
+reason why it is not.
 """
 
 import json
 import math
+import re
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mirage_ds.config.flags import build_model
-from mirage_ds.config.foreign import Foreign, read_foreign
 from mirage_ds.config.names import by_theirs, ours, tables
-from mirage_ds.config.run import RunConfig, Stage
+from mirage_ds.config.run import RunConfig, Stage, read_yaml
 from mirage_ds.errors import UserError, reason, shown
+
+Trainer = Literal["LLaMA-Factory", "ms-swift"]
+_SFT = re.compile(r".*?(?:\bswift\s+(sft)|swift[./]cli[./]sft(?:\.py)?)(?=\s)")
+_ASSIGNED = re.compile(r"(?:^|\s)([A-Za-z_]\w*)=(\"[^\"]*\"|'[^']*'|\S*)")
+# What ms-swift's examples have where they share rows out.
+_QUOTIENT = re.compile(r"\$\(expr (\d+) / (\d+)\)|\$\(\((\d+) / (\d+)\)\)")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
+# What says nothing: no value, and no limit.
+_UNSET: tuple[Any, ...] = (None, "", -1, [], {})
 
 
 class _Left(Exception):
@@ -27,13 +39,18 @@ class _Left(Exception):
 
 @dataclass
 class Imported:
-    """A configuration in our words.
+    """A configuration of another trainer, and what becomes of it.
 
     Attributes:
-        carried: ours → theirs; left: theirs → why it has no counterpart; missing: ours → what must be given.
+        given: its settings, without those that are empty; ranks: how many it starts, None where it does not say.
+        settings: ours; carried: ours → theirs; left: theirs → why it has no counterpart.
+        missing: ours → what must be given.
     """
 
-    source: Foreign
+    trainer: Trainer
+    file: Path
+    given: dict[str, Any]
+    ranks: int | None
     settings: dict[str, Any] = field(default_factory=dict)
     carried: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -47,7 +64,7 @@ class Imported:
 
     def as_yaml(self) -> str:
         """Return the settings file, with what is missing as comments."""
-        head = f"# {self.source.trainer}'s {self.source.file.name}, by `mirage-ds config import`.\n"
+        head = f"# {self.trainer}'s {self.file.name}, by `mirage-ds config import`.\n"
         tail = "".join(f"# {name}: {what}\n" for name, what in self.missing.items())
         return head + yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True) + tail
 
@@ -62,19 +79,18 @@ def import_config(file: Path, stage: Stage = "sft", ranks: int | None = None) ->
     Raises:
         UserError: the file is not recognised, or sets what a run refuses.
     """
-    source = read_foreign(file)
-    made = Imported(source, {"stage": stage})
-    values = dict(source.given)
+    made = read_foreign(file)
+    values, settings = dict(made.given), made.settings
+    settings["stage"] = stage
     method = _take_method(made, values)
-    defaults = {**tables()["defaults"][source.trainer], **tables()["defaults"].get(f"{source.trainer} {method}", {})}
-    _take_batch(made, values, ranks or source.ranks)
+    defaults = {**tables()["defaults"][made.trainer], **tables()["defaults"].get(f"{made.trainer} {method}", {})}
+    _take_batch(made, values, ranks or made.ranks)
     _take_data(made, values)
     for theirs, value in values.items():
         try:
             _take(made, theirs, value)
         except _Left as why:
             made.left[theirs] = str(why)
-    settings = made.settings
     refused = {ours(theirs) or theirs for theirs in made.left}
     for name in defaults.keys() - settings.keys() - made.missing.keys() - refused:
         made.carry("its default", name, defaults[name])
@@ -87,10 +103,89 @@ def import_config(file: Path, stage: Stage = "sft", ranks: int | None = None) ->
         made.carry(made.carried["max_length"], "micro_batch_tokens", settings["max_length"])
     needed = {"model": "a folder or hub id", "data_path": "records.jsonl", "save_model_path": "a folder"}
     made.missing = {**{name: what for name, what in needed.items() if name not in settings}, **made.missing}
-    checked = build_model(RunConfig, {}, {**needed, **settings}, f"{source.file}, in our names,")
+    checked = build_model(RunConfig, {}, {**needed, **settings}, f"{file}, in our names,")
     # In the order of `--help`.
     made.settings = checked.model_dump(mode="json", include=set(settings))
     return made
+
+
+def read_foreign(file: Path) -> Imported:
+    """Read a configuration.
+
+    Raises:
+        UserError: it cannot be read, is none of those that are recognised, or does not fine-tune on answers.
+    """
+    # JSON is YAML too.
+    values, ranks = _script(file) if file.suffix == ".sh" else (read_yaml(file), None)
+    given = {key: value for key, value in values.items() if value not in _UNSET}
+    factory = "model_name_or_path" in given
+    swift = file.suffix == ".sh" or ("model" in given and given.keys() & {"train_type", "tuner_type", "dataset"})
+    if not (factory or swift):
+        raise UserError(
+            f"{file}: is no configuration that is recognised; give one of LLaMA-Factory (it has model_name_or_path) or "
+            "of ms-swift (model with train_type and dataset, or a script with `swift sft`)"
+        )
+    if not given.pop("do_train", not factory):
+        raise UserError(f"{file}: trains nothing (it has no do_train: true); give the configuration of a training")
+    megatron = "Megatron" if "micro_batch_size" in given else None
+    for kind in (given.pop("stage", None), given.get("rlhf_type"), given.pop("task_type", None), megatron):
+        if kind not in (None, "sft", "causal_lm"):
+            raise UserError(f"{file}: is for {kind}; only fine-tuning on answers (sft) can be carried over")
+    return Imported("LLaMA-Factory" if factory else "ms-swift", file, given, ranks)
+
+
+def _script(file: Path) -> tuple[dict[str, Any], int | None]:
+    """Read the `swift sft` of a shell script: its flags, and the number of ranks."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({reason(error)})") from None
+    known: dict[str, str] = {}
+    for line in re.sub(r"(?m)^\s*#.*", "", text).replace("\\\n", " ").splitlines():
+        expanded = _expanded(line, known)
+        command = _SFT.match(expanded)
+        before = command[0] if command else expanded
+        known |= {name: value.strip("\"'") for name, value in _ASSIGNED.findall(before)}
+        if command:
+            flags = _flags(expanded[command.end() :])
+            flags |= {name.lower(): known[name] for name in ("MAX_PIXELS", "MIN_PIXELS") if name in known}
+            # Another launcher has its own words for it.
+            numbers = [known.get("NPROC_PER_NODE", "1" if command[1] else ""), known.get("NNODES", "1")]
+            return flags, math.prod(map(int, numbers)) if all(map(str.isdecimal, numbers)) else None
+    raise UserError(f"{file}: has no `swift sft`; give a YAML, a JSON or a shell script with that command")
+
+
+def _expanded(line: str, known: dict[str, str]) -> str:
+    """Put in the variables that are known, or their ${NAME:-default}, and quotients; the rest stays."""
+    line = _VARIABLE.sub(lambda match: known.get(match[1] or match[2], match[3] or match[0]), line)
+    return _QUOTIENT.sub(lambda match: str(int(match[1] or match[3]) // int(match[2] or match[4])), line)
+
+
+def _flags(line: str) -> dict[str, Any]:
+    """Read flags up to a comment, pipe or redirection: a list where one has several values, True where it has none."""
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        # A text that goes on in the next line.
+        words = line.split()
+    flags: dict[str, list[Any]] = {}
+    own: list[Any] = []
+    for word in takewhile(lambda word: word[:1] not in ("#", "|", ">", "&", ";") and word != "2>&1", words):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            own = flags[name.replace("-", "_")] = [_scalar(value)] if equals else []
+        else:
+            own.append(_scalar(word))
+    return {name: values[0] if len(values) == 1 else values or True for name, values in flags.items()}
+
+
+def _scalar(text: str) -> Any:
+    """Return a number or a truth value where a word is one."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, (int, float)) else text
 
 
 def _take(made: Imported, theirs: str, value: Any) -> None:
@@ -132,14 +227,14 @@ def _take_method(made: Imported, values: dict[str, Any]) -> str:
     theirs = next((name for name in ("finetuning_type", "tuner_type") if name in values), "train_type")
     method = values.pop(theirs, "lora")
     if method not in ("lora", "full"):
-        raise UserError(f"{made.source.file}: {theirs} {method} has no counterpart; there are full and lora")
+        raise UserError(f"{made.file}: {theirs} {method} has no counterpart; there are full and lora")
     if method == "lora":
         made.carry("lora_rank", "lora_rank", values.pop("lora_rank", 8))
     return method
 
 
 def _take_batch(made: Imported, values: dict[str, Any], ranks: int | None) -> None:
-    factory = made.source.trainer == "LLaMA-Factory"
+    factory = made.trainer == "LLaMA-Factory"
     size = values.pop("per_device_train_batch_size", 8 if factory else 1)
     steps = values.pop("gradient_accumulation_steps", 1 if factory else None)
     rows: int | str = f"{size} × {steps}"
@@ -183,7 +278,7 @@ def _take_data(made: Imported, values: dict[str, Any]) -> None:
 
 def _placed(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, str]:
     """Return a data set's file, and its columns as --columns has them."""
-    entry, folder = _swift_entry(made, name) if made.source.trainer == "ms-swift" else _entry(made, name, values)
+    entry, folder = _swift_entry(made, name) if made.trainer == "ms-swift" else _entry(made, name, values)
     strange = set(entry.get("tags", {}).values()) - set(tables()["tags"])
     parts = {part: column for part, column in entry.get("columns", {}).items() if column}
     # Other parts are read under their usual names alone, and an `input` behind an `instruction` alone.
@@ -234,7 +329,7 @@ def _entry(made: Imported, name: str, values: dict[str, Any]) -> tuple[dict[str,
     That is dataset_dir, below the working directory or a folder above the configuration.
     """
     folder = Path(values.get("dataset_dir", "data"))
-    tops = [top for top in (Path(), *made.source.file.parents) if (top / folder / "dataset_info.json").is_file()]
+    tops = [top for top in (Path(), *made.file.parents) if (top / folder / "dataset_info.json").is_file()]
     folder = tops[0] / folder if tops else folder
     try:
         return json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))[name], folder
@@ -253,8 +348,8 @@ def print_imported(made: Imported, on_stderr: bool) -> None:
     ]
     console = Console(stderr=on_stderr)
     for title, head, rows in (
-        ("carried over", (made.source.trainer, "here", "value"), carried),
-        ("no counterpart", (made.source.trainer, "why"), made.left.items()),
+        ("carried over", (made.trainer, "here", "value"), carried),
+        ("no counterpart", (made.trainer, "why"), made.left.items()),
         ("to be given still", ("setting", "what"), made.missing.items()),
     ):
         table = Table(*(Column(name, overflow="fold") for name in head), title=title)

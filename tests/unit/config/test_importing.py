@@ -11,8 +11,7 @@ from PIL import Image
 from mirage_ds.cli import cli
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.flags import build_model
-from mirage_ds.config.foreign import read_foreign
-from mirage_ds.config.importing import import_config
+from mirage_ds.config.importing import import_config, read_foreign
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.curate.check import check_file
 from mirage_ds.data.folders import find_files
@@ -192,7 +191,7 @@ def test_a_configuration_becomes_ours(
     assert all(made.left.values())
     # Every setting of theirs is told of, once.
     told = [part for theirs in made.carried.values() for part in theirs.split(" × ")]
-    given = {key for key, value in made.source.given.items() if value not in (-1, "all-linear")} - {"stage", "do_train"}
+    given = {key for key, value in made.given.items() if value not in (-1, "all-linear")} - {"stage", "do_train"}
     assert given <= {*told, *made.left, "warmup_ratio", "finetuning_type", "train_type", "tuner_type", *told}
     # What is written is what a run reads.
     Path("run.yaml").write_text(made.as_yaml())
