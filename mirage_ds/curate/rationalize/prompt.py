@@ -39,16 +39,15 @@ def load_template(file: Path | None) -> str:
         text = place.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt {place}: cannot be read ({reason(error)}); name a text file in UTF-8") from None
+    text = text if FORM in text else f"{text}\n\n{FORM}"
     for name, what in (
-        (QUESTION, "the question"), (ANSWER, "the right answer"),
+        (QUESTION, "the question"), (ANSWER, "the right answer"), (FORM, "the form of the reply"),
         (IMAGE_MARK, "the question's pictures"), (HELPER, "the helper images"),
     ):  # fmt: skip
         if text.count(name) != 1:
             found = f"stands there {text.count(name)} times" if name in text else "is missing"
             raise UserError(f"--prompt {place}: {name} {found}; write it once, where {what} shall stand")
-    if text.count(FORM) > 1:
-        raise UserError(f"--prompt {place}: {FORM} stands there {text.count(FORM)} times; write it once")
-    return text if FORM in text else f"{text}\n\n{FORM}"
+    return text
 
 
 def _named_pictures(name: str, field: str, paths: Sequence[str]) -> Iterator[str | Shown]:
