@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import click
@@ -92,17 +92,13 @@ def read_shown(file: Path, rows: str | None, image_root: Path | None, columns: C
     Raises:
         UserError: no such file, no such line.
     """
-    wanted = parse_rows(rows) if rows else None
+    wanted = parse_rows(rows) if rows else set()
     for said in told(file, columns):
         click.echo(said, err=True)
     finder = ImageFinder.beside(file, image_root)
-    found: list[Shown] = []
-    for line, _, _, row in places(file):
-        if wanted is None and len(found) == FIRST:
-            break
-        if wanted is None or line in wanted:
-            found.append(_shown(row, line, finder, columns))
-    missing = sorted((wanted or set()) - {one.line for one in found})
+    chosen = (place for place in places(file) if not wanted or place.number in wanted)
+    found = [_shown(one.row, one.number, finder, columns) for one in islice(chosen, None if wanted else FIRST)]
+    missing = sorted(wanted - {one.line for one in found})
     if missing or not found:
         what = f"no record on line {missing[0]}" if missing else "no record"
         raise UserError(f"{file}: there is {what}; look for others with --rows")
@@ -125,11 +121,9 @@ def _shown(row: Raw, line: int, finder: ImageFinder, columns: Columns) -> Shown:
     question = _laid(asked, record, "image_input", finder, faults)
     answer = _laid(record.text_output, record, "image_output", finder, faults)
     faults += _task_faults(record)
-    keys = [
-        f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
-        for key, value in record.extra.items()
-        if key != TURNS_BEFORE
-    ]
+    extra = {key: value for key, value in record.extra.items() if key != TURNS_BEFORE}
+    texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in extra.values()]
+    keys = [f"{key}: {text}" for key, text in zip(extra, texts, strict=True)]
     return Shown(line, question, answer, keys, faults)
 
 
