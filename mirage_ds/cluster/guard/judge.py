@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
+
 from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 from mirage_ds.run.heartbeat import COLLECTIVE
@@ -40,7 +42,7 @@ class Member:
         rank: None for the launcher's.
         heard: when it last said anything; closed: its connection has ended.
         code, why: how its process ended, and `ended`, when the hub heard of it.
-        stopped: since when the state of its process (child.py) has been T.
+        stopped: since when its process has been stopped.
         progress: its process's last mark; progressed: when that came.
     """
 
@@ -71,7 +73,7 @@ class Member:
         if "stacks" in message:
             self.stacks = message["stacks"]
         if "state" in message:
-            self.stopped = (self.stopped or now) if message["state"] == "T" else None
+            self.stopped = (self.stopped or now) if message["state"] == psutil.STATUS_STOPPED else None
             if message["progress"] != self.progress:
                 self.progress, self.progressed = message["progress"], now
         self.folder = message.get("folder") or self.folder
@@ -153,11 +155,8 @@ def judge(members: Sequence[Member], size: int, bounds: Bounds, since: float, no
 
 def main_stack(stacks: str) -> list[str]:
     """Return the frames of the main thread, innermost first, from what faulthandler writes."""
-    threads = re.split(r"(?m)^(?=(?:Current thread|Thread) )", stacks)
     # faulthandler writes the thread that was started first last.
-    frames = [re.findall(r"(?m)^  File (.+)$", thread) for thread in threads]
-    whole = [one for one in frames if one]
-    return whole[-1] if whole else []
+    return re.findall(r"(?m)^  File (.+)$", stacks.strip().rpartition("\n\n")[2])
 
 
 def waits_for(stacks: str) -> str:
@@ -166,11 +165,8 @@ def waits_for(stacks: str) -> str:
     if not frames:
         return "something unknown: it wrote no stacks"
     # The innermost frames say it; every rank's outer ones are those of the loop.
-    for frame in frames[:12]:
-        for what, pattern in WAITS:
-            if re.search(pattern, frame):
-                return what
-    return frames[0]
+    known = [what for frame in frames[:12] for what, pattern in WAITS if re.search(pattern, frame)]
+    return known[0] if known else frames[0]
 
 
 def where(one: Member) -> str:
