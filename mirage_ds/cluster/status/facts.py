@@ -5,6 +5,7 @@ A line that is half written, the last one or one that a killed process left, is 
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,9 @@ def json_lines(file: Path) -> list[Line]:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     found = []
     for line in content.split(b"\n"):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [value for value in found if isinstance(value, dict)]
 
 
 def _object(file: Path) -> dict[str, Any] | None:

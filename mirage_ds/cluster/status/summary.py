@@ -30,6 +30,8 @@ PAIRS: dict[str, tuple[str, Name, str]] = {
     events.MODEL_BEGINS: (events.MODEL_ENDS, "saving", "the model"),
     events.EVALUATION_BEGINS: (events.EVALUATION_ENDS, "evaluating", ""),
 }
+# What ends a run → state, detail.
+ENDS: dict[str, tuple[Name, str]] = {events.MODEL_ENDS: ("finished", ""), events.STOPPED: ("stopped", "on request")}
 
 
 class State(NamedTuple):
@@ -73,16 +75,14 @@ def _usual_step(facts: Facts) -> float | None:
 def _ended(facts: Facts, recent: list[Line]) -> State | None:
     """Return how the newest start ended; None while it may be running."""
     for one in reversed(recent):
-        if one["event"] == events.MODEL_ENDS:
-            return State("finished", "", one["time"])
-        if one["event"] == events.STOPPED:
-            return State("stopped", "on request", one["time"])
+        if one["event"] in ENDS:
+            return State(*ENDS[one["event"]], one["time"])
     began = recent[0]["time"] if recent else 0.0
     verdicts = [one for one in facts.verdicts if one.get("time", 0) >= began]
     if verdicts:
         last, when = verdicts[-1], verdicts[-1].get("time", 0.0)
         if last["code"] == EXIT_STOPPED:
-            return State("stopped", "on request", when)
+            return State(*ENDS[events.STOPPED], when)
         return State("failed", f"{last['why'][-1]} (exit code {last['code']})", when)
     failed = [one for one in recent if one["event"] == events.FAILED]
     return State("failed", str(failed[-1].get("why", "")), failed[-1]["time"]) if failed else None
@@ -217,26 +217,25 @@ def _best(facts: Facts) -> dict[str, Any] | None:
 def _faults(facts: Facts) -> dict[str, dict[str, Any]]:
     """Count what went wrong or was left out, each with the newest one in words; only what there is."""
 
-    def newest(lines: Sequence[Line], words: str) -> str:
-        return f"{clock(lines[-1].get('time', 0))}: {words}" if lines else ""
+    def noted(event: str) -> list[tuple[float, str]]:
+        return [(one["time"], str(one.get("why", ""))) for one in facts.events if one["event"] == event]
 
-    skipped = [one["step"] for one in facts.steps if one.get("skipped")]
-    verdicts = [one for one in facts.verdicts if one["code"] != EXIT_STOPPED]
-    failed, unsaved, starts = (
-        [one for one in facts.events if one["event"] == name]
-        for name in (events.FAILED, events.SAVE_FAILED, events.LOAD_BEGINS)
-    )
     loaded = [one for one in _newest_start(facts) if one["event"] == events.LOAD_ENDS]
     went_on = f"went on from step {loaded[0].get('step', 0)}" if loaded else "still loading"
+    verdicts = [one for one in facts.verdicts if one["code"] != EXIT_STOPPED]
+    timed = {
+        "guards' verdicts": [(one.get("time", 0), str(one["why"][-1])) for one in verdicts],
+        "failures": noted(events.FAILED),
+        "failed saves": noted(events.SAVE_FAILED),
+        "restarts": [(when, went_on) for when, _ in noted(events.LOAD_BEGINS)[1:]],
+    }
+    skipped = [one["step"] for one in facts.steps if one.get("skipped")]
     found = {
         "skipped steps": (len(skipped), f"step {skipped[-1]}{_records(facts, skipped[-1])}" if skipped else ""),
         "dropped rows": (int(facts.start.get("dropped", 0)), f"longer than {facts.settings.get('max_length')} tokens"),
         "skipped records": (facts.skipped_records, "listed in run/skipped.jsonl"),
-        "guards' verdicts": (len(verdicts), newest(verdicts, str(verdicts[-1]["why"][-1]) if verdicts else "")),
-        "failures": (len(failed), newest(failed, str(failed[-1].get("why", "")) if failed else "")),
-        "failed saves": (len(unsaved), newest(unsaved, str(unsaved[-1].get("why", "")) if unsaved else "")),
-        "restarts": (max(0, len(starts) - 1), newest(starts, went_on)),
     }
+    found |= {name: (len(all_), f"{clock(all_[-1][0])}: {all_[-1][1]}") for name, all_ in timed.items() if all_}
     return {name: {"count": count, "newest": words} for name, (count, words) in found.items() if count}
 
 
