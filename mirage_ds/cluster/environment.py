@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 
 from mirage_ds.errors import UserError, reason, shown
-from mirage_ds.files import write_atomically
+from mirage_ds.files import Output, write_atomically
 from mirage_ds.run.process import run_rank
 
 # A rank's numbers, speed, files or programs may depend on these.
@@ -168,7 +168,7 @@ def own_variables(environment: Mapping[str, str], home: Path, folder: Path) -> t
     "--out",
     default=Path(DEFAULT_NAME),
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=Output(),
     help="File to write. Anything but .deepspeed_env in the launching directory needs DS_ENV_FILE to name it.",
 )
 def command(extra_names: tuple[str, ...], out: Path) -> None:
@@ -184,10 +184,7 @@ def command(extra_names: tuple[str, ...], out: Path) -> None:
     own, files = own_variables(os.environ, Path.home(), Path.cwd())
     sent, left_out = choose(os.environ, extra_names)
     values = sent | own
-    try:
-        write_atomically(out, "".join(f"{line}\n" for line in (MARK, *(f"{n}={v}" for n, v in values.items()))))
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    write_atomically(out, "".join(f"{line}\n" for line in (MARK, *(f"{n}={v}" for n, v in values.items()))))
     click.echo(f"{out}: {len(values)} variables: {', '.join(values)}")
     for file in files:
         click.echo(f"{file}: its lines are among them and win")

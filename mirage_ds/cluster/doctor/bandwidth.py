@@ -135,8 +135,8 @@ def _faults(hosts: Sequence[Host], answers: Sequence[Answer], address: str) -> d
     return {name: (fault, meeting if absent or unreached else MEND_JOINING) for name, fault in begun.items()}
 
 
-def slow(pairs: Sequence[Pair]) -> tuple[dict[str, float], list[Pair], float]:
-    """Find what is slow: hosts, pairs of two hosts that are not slow themselves, and the median to compare with.
+def slow(pairs: Sequence[Pair]) -> tuple[dict[str, float], float]:
+    """Find what is slow: hosts, and pairs ("a, b") of hosts that are not slow themselves; the median to compare with.
 
     A host counts by its best rate, since one slow host makes the pairs of all others with it slow too.
     """
@@ -144,8 +144,8 @@ def slow(pairs: Sequence[Pair]) -> tuple[dict[str, float], list[Pair], float]:
     best = {name: max(rate for a, b, rate in pairs if name in (a, b)) for name in names}
     median = statistics.median(best.values())
     hosts = {name: rate for name, rate in best.items() if rate < SLOW_SHARE * median}
-    links = [(a, b, rate) for a, b, rate in pairs if rate < SLOW_SHARE * median and not {a, b} & hosts.keys()]
-    return hosts, links, median
+    links = {f"{a}, {b}": rate for a, b, rate in pairs if rate < SLOW_SHARE * median and not {a, b} & hosts.keys()}
+    return hosts | links, median
 
 
 # On each host

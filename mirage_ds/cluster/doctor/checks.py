@@ -140,12 +140,10 @@ def bandwidth(seen: Seen) -> Iterator[Finding]:
         yield fail(host, what, mend)
     says = f"all-reduce {size(measured.all_reduce)}/s, all-gather {size(measured.all_gather)}/s"
     if measured.pairs:
-        slow_hosts, links, median = slow(measured.pairs)
+        rates_of, median = slow(measured.pairs)
         look = "look at its cable, link speed (ethtool, ibstat) and NCCL_SOCKET_IFNAME / NCCL_IB_HCA"
-        for host, rate in slow_hosts.items():
-            yield warn(host, f"{size(rate)}/s at best; the hosts' median is {size(median)}/s", look)
-        for a, b, rate in links:
-            yield warn(f"{a}, {b}", f"{size(rate)}/s between them; the hosts' median is {size(median)}/s", look)
+        for hosts, rate in rates_of.items():
+            yield warn(hosts, f"{size(rate)}/s at best; the hosts' median is {size(median)}/s", look)
         rates = [rate for _, _, rate in measured.pairs]
         says += f", between two hosts {size(min(rates))}/s to {size(max(rates))}/s"
     yield well(says if measured.all_reduce else "a rank starts")

@@ -2,13 +2,13 @@
 
 import os
 import re
-import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mirage_ds.cluster.doctor import transport
 from mirage_ds.cluster.doctor.bandwidth import measure
@@ -77,20 +77,13 @@ def find_job(spec: DoctorSpec, environment: Mapping[str, str]) -> Seen:
     )
 
 
-@contextmanager
-def _token_in(folder: Path) -> Iterator[str]:
-    """Put a file with a name of its own into a folder for a while."""
-    token = f".mirage-doctor-{secrets.token_hex(4)}"
-    # Where it cannot be made, the hosts say so.
-    with suppress(OSError):
-        (folder / token).touch()
+def _sign_in(folder: Path | None) -> AbstractContextManager[str]:
+    """Make a folder with a name of its own in a folder for a while: what a host's write test leaves goes with it."""
     try:
-        yield token
-    finally:
-        with suppress(OSError):
-            # Also what a host's write test left when it was ended.
-            for file in folder.glob(f"{token}*"):
-                file.unlink()
+        return TemporaryDirectory(prefix=".mirage-doctor-", dir=folder, ignore_cleanup_errors=True)
+    except OSError:
+        # The hosts say so.
+        return nullcontext("")
 
 
 def _look(spec: DoctorSpec) -> dict[str, FirstLook | UserError]:
@@ -127,7 +120,8 @@ def _ask(seen: Seen) -> None:
         "write_bytes": WRITE_BYTES if spec.wants("disk") else 0,
     }
     source = (files("mirage_ds.cluster.doctor") / "probe.py").read_text(encoding="utf-8")
-    with _token_in(nearest) if nearest else nullcontext("") as request["token"]:
+    with _sign_in(nearest) as sign:
+        request["sign"] = sign
         answers = transport.ask_all([host.name for host in seen.hosts], seen.reach, source, request, spec.timeout_s)
     seen.answers = {answer.host: answer for answer in answers}
     seen.facts = {answer.host: line["facts"] for answer in answers for line in answer.lines if "facts" in line}

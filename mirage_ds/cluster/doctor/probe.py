@@ -185,8 +185,10 @@ def folder(request: Request) -> dict[str, Any]:
         return {"there": False}
     space = os.statvfs(path)
     facts: dict[str, Any] = {"there": True, "free_bytes": space.f_frsize * space.f_bavail}
-    facts["shared"] = (path / request["token"]).exists()
-    test = path / f"{request['token']}-{request['number']}"
+    facts["shared"] = bool(request["sign"]) and Path(request["sign"]).is_dir()
+    test = (
+        Path(request["sign"] if os.access(request["sign"], os.W_OK) else path) / f".mirage-doctor-{request['number']}"
+    )
     block, written, begin = os.urandom(CHUNK_BYTES), 0, time.monotonic()
     try:
         with test.open("wb", buffering=0) as file:

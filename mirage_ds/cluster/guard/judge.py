@@ -92,47 +92,6 @@ def failures(members: Sequence[Member]) -> list[Member]:
     return sorted(failed, key=lambda one: (follows(one), one.ended))
 
 
-def judge_failure(members: Sequence[Member], now: float) -> Verdict | None:
-    """Judge ranks that have ended with another code than 0."""
-    failed = failures(members)
-    if not failed or now - min(one.ended for one in failed) < SETTLE_S:
-        return None
-    first = failed[0]
-    if first.code == EXIT_STOPPED:
-        return Verdict(EXIT_STOPPED, (STOPPED,))
-    others = tuple(f"then {one.name} {one.why}" for one in failed[1:9])
-    return Verdict(int(first.code or 1), (*others, *by_position(members), f"{first.name} {first.why}"))
-
-
-def judge_lost(members: Sequence[Member], bounds: Bounds, now: float) -> Verdict | None:
-    """Judge guards that are gone or silent, and stopped processes."""
-    for one in members:
-        if one.code is None and one.closed:
-            what = "was killed" if one.rank is None else "lost its guard, which was killed"
-            return Verdict(EXIT_LOST, (*by_position(members), f"{one.name} {what}"))
-        if one.code is None and now - one.heard > bounds.silence:
-            silent = f"{one.name}: no sign of life for {bounds.silence:.0f} s, host or network is gone"
-            return Verdict(EXIT_LOST, (*by_position(members), silent))
-        if one.stopped is not None and now - one.stopped > STOPPED_S:
-            return Verdict(EXIT_HANG, (f"{one.name} is stopped (SIGSTOP); the others wait for it",))
-        if one.rank is None and one.code is not None:
-            living = [other for other in members if other.rank is not None and other.code is None]
-            if living and now - one.ended > SETTLE_S:
-                return Verdict(one.code or EXIT_LOST, (f"{one.name} {one.why}",))
-    return None
-
-
-def judge_gathering(members: Sequence[Member], size: int, bounds: Bounds, since: float, now: float) -> Verdict | None:
-    """Judge a job whose ranks have not all come."""
-    absent = sorted(set(range(size)) - {one.rank for one in members if one.rank is not None})
-    if not absent or now - since < bounds.gather:
-        return None
-    some = ", ".join(map(str, absent[:16])) + (", …" if len(absent) > 16 else "")
-    hosts = ", ".join(sorted({one.host for one in members if one.rank is not None}))
-    late_ones = f"rank(s) {some} of {size} did not start within {bounds.gather:.0f} s; heard from {hosts}"
-    return Verdict(EXIT_LOST, (late_ones,))
-
-
 def hanging(members: Sequence[Member], size: int, bounds: Bounds, now: float) -> bool:
     """Tell whether no rank has come on for longer than its kind of work may take."""
     ranks = [one for one in members if one.rank is not None and one.code is None]
@@ -149,8 +108,33 @@ def judge(members: Sequence[Member], size: int, bounds: Bounds, since: float, no
         size: ranks of the job.
         since: when the hub began to listen.
     """
-    ended = judge_failure(members, now) or judge_lost(members, bounds, now)
-    return ended or judge_gathering(members, size, bounds, since, now)
+    ranks = [one for one in members if one.rank is not None]
+    failed = failures(members)
+    if failed and now - min(one.ended for one in failed) >= SETTLE_S:
+        first, *others = failed
+        if first.code == EXIT_STOPPED:
+            return Verdict(EXIT_STOPPED, (STOPPED,))
+        then = (f"then {one.name} {one.why}" for one in others[:8])
+        return Verdict(int(first.code or 1), (*then, *by_position(members), f"{first.name} {first.why}"))
+    for one in members:
+        if one.code is None and one.closed:
+            what = "was killed" if one.rank is None else "lost its guard, which was killed"
+            return Verdict(EXIT_LOST, (*by_position(members), f"{one.name} {what}"))
+        if one.code is None and now - one.heard > bounds.silence:
+            silent = f"{one.name}: no sign of life for {bounds.silence:.0f} s, host or network is gone"
+            return Verdict(EXIT_LOST, (*by_position(members), silent))
+        if one.stopped is not None and now - one.stopped > STOPPED_S:
+            return Verdict(EXIT_HANG, (f"{one.name} is stopped (SIGSTOP); the others wait for it",))
+        left = one.rank is None and one.code is not None and any(other.code is None for other in ranks)
+        if left and now - one.ended > SETTLE_S:
+            return Verdict(one.code or EXIT_LOST, (f"{one.name} {one.why}",))
+    absent = sorted(set(range(size)) - {one.rank for one in ranks if one.rank is not None})
+    if not absent or now - since < bounds.gather:
+        return None
+    some = ", ".join(map(str, absent[:SHOWN])) + (", …" if len(absent) > SHOWN else "")
+    hosts = ", ".join(sorted({one.host for one in ranks}))
+    late_ones = f"rank(s) {some} of {size} did not start within {bounds.gather:.0f} s; heard from {hosts}"
+    return Verdict(EXIT_LOST, (late_ones,))
 
 
 def main_stack(stacks: str) -> list[str]:

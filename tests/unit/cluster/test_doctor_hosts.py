@@ -39,7 +39,7 @@ def request(**changed: Any) -> dict[str, Any]:
     return {
         "number": 0,
         "cwd": "/",
-        "token": ".token",
+        "sign": "",
         "master": "localhost",
         "master_port": 1,
         "packages": [],
@@ -101,12 +101,13 @@ def test_a_taken_port_is_seen_and_two_others_offered(offset: int) -> None:
 
 def test_the_run_folder_is_written_to_and_left_as_it_was(tmp_path: Path) -> None:
     assert probe.folder(request(run_folder=str(tmp_path)))["shared"] is False
-    (tmp_path / ".token").touch()
-    found = probe.folder(request(run_folder=str(tmp_path)))
+    sign = tmp_path / ".sign"
+    sign.mkdir()
+    found = probe.folder(request(run_folder=str(tmp_path), sign=str(sign)))
     assert (found["there"], found["shared"]) == (True, True)
     assert found["write_bytes_s"] > 0
     assert found["free_bytes"] > 0
-    assert [file.name for file in tmp_path.iterdir()] == [".token"]
+    assert [*tmp_path.rglob("*")] == [sign]
     assert probe.folder(request(run_folder=str(tmp_path / "gone"))) == {"there": False}
     assert probe.folder(request(run_folder=None)) == {}
 
