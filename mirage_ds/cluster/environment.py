@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from mirage_ds.errors import UserError, reason, shown
+from mirage_ds.errors import UserError, is_text, reason, shown
 from mirage_ds.files import Output, write_atomically
 from mirage_ds.run.process import run_rank
 
@@ -55,10 +55,8 @@ def quote(value: str) -> str:
     """
     if "\n" in value or "\r" in value:
         raise ValueError("holds a line break")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("is not UTF-8 text") from None
+    if not is_text(value):
+        raise ValueError("is not UTF-8 text")
     if _PDSH.search(value):
         value = value.replace("%", "%%")
     if _PLAIN.fullmatch(value):
@@ -110,11 +108,11 @@ def parse(text: str) -> tuple[dict[str, str], list[str]]:
         name, sign, value = (part.strip() for part in line.partition("="))
         # `export A=1` works, by chance.
         if not sign or not _NAME.fullmatch(name.removeprefix("export ")):
-            what = f"{shown(line.strip())} is not NAME=value; DeepSpeed reads no comments and no empty lines"
-            faults.append(f"line {number}: {what}, remove it")
+            what = f"{shown(line.strip())} is not NAME=value (DeepSpeed reads no comments and no empty lines)"
+            faults.append(f"line {number}: {what}; remove it")
         elif not _is_one_word(as_exported(value)):
             what = f"the value of {name} closes the double quotes that DeepSpeed puts around it"
-            faults.append(f'line {number}: {what}, write it without quotes and with \\" and \\\\ for such signs inside')
+            faults.append(f'line {number}: {what}; write it without quotes and with \\" and \\\\ for such signs inside')
         else:
             values[name] = value
     return values, faults

@@ -43,9 +43,8 @@ def code(seen: Seen) -> Iterator[Finding]:
     first, own = next(((host, facts) for host, facts in sections.items() if facts["folder"]), ("", {}))
     for host, facts in sections.items():
         if not facts["folder"]:
-            yield fail(
-                host, "mirage_ds cannot be imported", "install it there, or start in its checkout on a shared disk"
-            )
+            mend = "install it there, or start in its checkout on a shared disk"
+            yield fail(host, "mirage_ds cannot be imported", mend)
         elif facts["hash"] != own["hash"]:
             says = f"{facts['folder']} holds other code than on {first} ({facts['hash'][:8]}, not {own['hash'][:8]})"
             yield fail(host, says, "bring every host to the same commit, or use one checkout on a shared disk")
@@ -78,12 +77,10 @@ def check_model(spec: DoctorSpec) -> None:
 
 def _files(named: str, found: Mapping[str, Facts]) -> Iterator[Finding]:
     """Judge what each host has of a path: a fault, or files that are not the first host's."""
-    whole = {}
+    whole, mend = {}, "put it on a disk that every host sees, or copy it there again"
     for host, facts in found.items():
         if facts["fault"]:
-            yield fail(
-                host, f"{named}: {facts['fault']}", "put it on a disk that every host sees, or copy it there again"
-            )
+            yield fail(host, f"{named}: {facts['fault']}", mend)
         else:
             whole[host] = {name: f"{count:,} bytes" for name, count in facts["files"].items()}
     yield from unlike(whole, "copy it again, or use one on a shared disk", what=f"{named}: ")
@@ -124,7 +121,7 @@ def data(seen: Seen) -> Iterator[Finding]:
     for flag, path in seen.spec.files().items():
         look = seen.records.get(flag)
         if isinstance(look, UserError):
-            yield refused(UserError(f"{flag}: {look}"), "name the run's records")
+            yield refused(f"{flag}: {look}", "name the run's records")
         else:
             yield from _files(f"{flag} {path}", {host: facts[flag] for host, facts in seen.section("data").items()})
     if seen.spec.files():

@@ -6,7 +6,7 @@ from shutil import which
 
 from mirage_ds.cluster.doctor.bandwidth import slow
 from mirage_ds.cluster.doctor.check_run import code, data, disk, ds_config, model, packages, shared_folder
-from mirage_ds.cluster.doctor.finding import HERE, Facts, Finding, Seen, fail, size, unlike, warn, well
+from mirage_ds.cluster.doctor.finding import HERE, Facts, Finding, Seen, fail, refused, size, unlike, warn, well
 from mirage_ds.cluster.environment import is_wanted
 
 # More than this share of a GPU's memory in use before the run: somebody else works there.
@@ -74,9 +74,8 @@ def gpus(seen: Seen) -> Iterator[Finding]:
         host: {"each": ", ".join(sorted({f"{gpu['name']} with driver {gpu['driver']}" for gpu in own}))}
         for host, own in with_gpus.items()
     }
-    yield from unlike(
-        kinds, "the slowest GPU sets the pace of all: use hosts of one kind, with one driver", fatal=False
-    )
+    mend = "the slowest GPU sets the pace of all: use hosts of one kind, with one driver"
+    yield from unlike(kinds, mend, fatal=False)
     free = [gpu["total_mib"] - gpu["used_mib"] for own in with_gpus.values() for gpu in own]
     if not found:
         yield well("none asked for (DS_ACCELERATOR=cpu)")
@@ -226,8 +225,8 @@ def environment(seen: Seen) -> Iterator[Finding]:
 def deepspeed_env(seen: Seen) -> Iterator[Finding]:
     """`.deepspeed_env` is what DeepSpeed's launcher and the hosts' shells can read."""
     for file, faults in seen.env_files.items():
-        for says, _, mend in (fault.rpartition(", ") for fault in faults):
-            yield fail(HERE, f"{file} {says}", mend)
+        for fault in faults:
+            yield refused(f"{file} {fault}")
     if seen.launcher == "pdsh":
         yield well(", ".join(map(str, seen.env_files)) or "none", HERE)
 

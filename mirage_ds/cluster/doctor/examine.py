@@ -78,7 +78,7 @@ def find_job(spec: DoctorSpec, environment: Mapping[str, str]) -> Seen:
 
 
 def _sign_in(folder: Path | None) -> AbstractContextManager[str]:
-    """Make a folder with a name of its own in a folder for a while: what a host's write test leaves goes with it."""
+    """Make a folder with a name of its own in a folder for a while: hosts that see it share that one."""
     try:
         return TemporaryDirectory(prefix=".mirage-doctor-", dir=folder, ignore_cleanup_errors=True)
     except OSError:

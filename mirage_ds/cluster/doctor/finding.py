@@ -102,8 +102,8 @@ def well(says: str, host: str = "") -> Finding:
     return Finding("", host, "pass", says)
 
 
-def refused(error: UserError, mend: str) -> Finding:
-    """Say in the run's own words that it would refuse something; `mend` is for those that do not say how to fix it."""
+def refused(error: object, mend: str = "") -> Finding:
+    """Say in the run's own words what it would refuse; `mend` is for what does not say itself how to fix it."""
     says, _, own = str(error).rpartition("; ")
     return fail(HERE, says, own) if says else fail(HERE, own, mend)
 

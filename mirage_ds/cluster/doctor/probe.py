@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -186,22 +187,16 @@ def folder(request: Request) -> dict[str, Any]:
     space = os.statvfs(path)
     facts: dict[str, Any] = {"there": True, "free_bytes": space.f_frsize * space.f_bavail}
     facts["shared"] = bool(request["sign"]) and Path(request["sign"]).is_dir()
-    test = (
-        Path(request["sign"] if os.access(request["sign"], os.W_OK) else path) / f".mirage-doctor-{request['number']}"
-    )
     block, written, begin = os.urandom(CHUNK_BYTES), 0, time.monotonic()
     try:
-        with test.open("wb", buffering=0) as file:
+        # It has no name, so that nothing stays when this process is ended.
+        with tempfile.TemporaryFile(dir=path, buffering=0) as file:
             while written < request["write_bytes"] and time.monotonic() - begin < WRITE_LIMIT_S:
                 written += file.write(block)
                 os.fdatasync(file.fileno())
         facts["write_bytes_s"] = written / (time.monotonic() - begin)
     except OSError as error:
         facts["fault"] = error.strerror
-    finally:
-        # Where it could not be made, unlink may fail with another error than "not there".
-        if test.exists():
-            test.unlink()
     return facts
 
 

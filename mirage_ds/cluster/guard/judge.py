@@ -156,7 +156,8 @@ def waits_for(stacks: str) -> str:
 def where(one: Member) -> str:
     """Say where a rank is."""
     step = one.progress.get("step")
-    return f"{one.progress.get('doing', 'has not begun')}" + (f", step {step}" if step is not None else "")
+    parts = [one.progress.get("doing", "has not begun"), f"step {step}" if step is not None else ""]
+    return ", ".join(filter(None, (*parts, f"waits for {waits_for(one.stacks)}" if one.stacks else "")))
 
 
 def by_position(members: Sequence[Member]) -> tuple[str, ...]:
@@ -166,12 +167,8 @@ def by_position(members: Sequence[Member]) -> tuple[str, ...]:
     if len(counts) < 2:
         return ()
     ranks.sort(key=lambda one: (one.progress["count"], one.rank or 0))
-    lines = [f"{one.name}: {where(one)}" + _waiting(one) for one in ranks[:SHOWN]]
+    lines = [f"{one.name}: {where(one)}" for one in ranks[:SHOWN]]
     return (*lines, *([f"… and {len(ranks) - SHOWN} more"] if len(ranks) > SHOWN else []))
-
-
-def _waiting(one: Member) -> str:
-    return f", waits for {waits_for(one.stacks)}" if one.stacks else ""
 
 
 def late(ranks: Sequence[Member]) -> str:
@@ -184,12 +181,12 @@ def late(ranks: Sequence[Member]) -> str:
     if behind.progress["count"] == ahead.progress["count"]:
         apart = [one for one in marked if one.stacks and "collective" not in waits_for(one.stacks)]
         if len(apart) == 1:
-            return f"{apart[0].name} was late: {where(apart[0])}, waits for {waits_for(apart[0].stacks)}"
-        return f"all ranks are at the same place: {where(behind)}{_waiting(behind)}"
+            return f"{apart[0].name} was late: {where(apart[0])}"
+        return f"all ranks are at the same place: {where(behind)}"
     if behind.progress.get("kind") == COLLECTIVE:
         # It cannot be late for what the others have left behind without it.
         return (
             f"{ahead.name} went past a collective in which {behind.name} still waits ({where(behind)}); "
             f"it is at: {where(ahead)}"
         )
-    return f"{behind.name} was late: {where(behind)}{_waiting(behind)}"
+    return f"{behind.name} was late: {where(behind)}"

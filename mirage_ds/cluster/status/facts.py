@@ -33,9 +33,9 @@ def find_run(path: Path) -> Path:
     for own in (path / "run", path / "model" / "run", *([path] if path.name == "run" else [])):
         if any((own / name).is_file() for name in (events.FILE, "config.yaml", "log.jsonl")):
             return own.parent
-    if (path / "node.json").is_file():
-        raise UserError(f"{path}: a study's run that has not begun, or an evaluation; name a training run's folder")
-    raise UserError(f"{path}: holds no run (there is no run/ in it); give a --save_model_path")
+    raise UserError(
+        f"{path}: holds no run, or one that has not begun (there is no run/ in it); give a training's --save_model_path"
+    )
 
 
 def json_lines(file: Path) -> list[Line]:

@@ -8,6 +8,7 @@ an evaluation some times its longest so far, a start the time that the guards gi
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import mean, median
 from typing import Any, Literal, NamedTuple
 
@@ -106,14 +107,9 @@ def _doing(facts: Facts, names: list[str]) -> tuple[Name, str, float]:
 
 def _longest(facts: Facts, begin: str, end: str) -> float | None:
     """Longest time from one event to the next, of those that came to their end; None where none has."""
-    found, begun = [], None
-    for one in facts.events:
-        if one["event"] == begin:
-            begun = one["time"]
-        elif one["event"] == end and begun is not None:
-            found.append(one["time"] - begun)
-            begun = None
-    return max(found, default=None)
+    marks = [one for one in facts.events if one["event"] in (begin, end)]
+    whole = [two for two in pairwise(marks) if [one["event"] for one in two] == [begin, end]]
+    return max((ended["time"] - begun["time"] for begun, ended in whole), default=None)
 
 
 def clock(when: float) -> str:
