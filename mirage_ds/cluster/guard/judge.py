@@ -102,7 +102,7 @@ def hanging(members: Sequence[Member], size: int, bounds: Bounds, now: float) ->
 
 
 def judge(members: Sequence[Member], size: int, bounds: Bounds, since: float, now: float) -> Verdict | None:
-    """Judge the job, hangs apart; None while all is well.
+    """Judge the job, hangs apart; None while it may go on.
 
     Args:
         size: ranks of the job.
@@ -129,6 +129,8 @@ def judge(members: Sequence[Member], size: int, bounds: Bounds, since: float, no
         if left and now - one.ended > SETTLE_S:
             return Verdict(one.code or EXIT_LOST, (f"{one.name} {one.why}",))
     absent = sorted(set(range(size)) - {one.rank for one in ranks if one.rank is not None})
+    if not absent and all(one.code == 0 for one in ranks):
+        return Verdict(0, ())
     if not absent or now - since < bounds.gather:
         return None
     some = ", ".join(map(str, absent[:SHOWN])) + (", …" if len(absent) > SHOWN else "")
