@@ -68,10 +68,9 @@ def parse_hosts(text: str, source: str) -> tuple[Host, ...]:
             raise UserError(f"{where}: {shown(name)} is no name that ssh and mpirun both take: {how}")
         # Cut, since int() refuses thousands of digits.
         host = Host(name, int(match[2].lstrip("0")[:5] or 0))
-        if not host.slots:
-            raise UserError(f"{where}: {host.name} has 0 slots; write how many ranks it runs, or remove the line")
-        if host.slots > MOST_SLOTS:
-            raise UserError(f"{where}: {host.name} has {shown(match[2], 30)} slots; write N as the number of its GPUs")
+        if not 0 < host.slots <= MOST_SLOTS:
+            has = f"{host.name} has slots={match[2][:30]}"
+            raise UserError(f"{where}: {has}; write N as the number of its GPUs, or remove the line")
         # Another user or other letters do not make another host.
         address = host.address.lower().rstrip(".")
         if address in found:

@@ -87,12 +87,8 @@ def measure(hosts: Sequence[Host], reach: Reach, master_addr: str, master_port: 
 
     It ends within a minute and a half and two seconds a round. The guards take the port behind `master_port`.
     """
-    request = {
-        "slots": [host.slots for host in hosts],
-        "master_addr": master_addr,
-        "master_port": master_port,
-        "cwd": cwd,
-    }
+    slots = [host.slots for host in hosts]
+    request = {"slots": slots, "master_addr": master_addr, "master_port": master_port, "cwd": cwd}
     limit_s = BASE_LIMIT_S + LIMIT_PER_ROUND_S * len(hosts)
     answers = ask_all([host.name for host in hosts], reach, SOURCE, request, limit_s, together=True)
     return judge(hosts, answers, master_addr)
