@@ -473,6 +473,7 @@ ENDED = "ended with exit code -15: "
         ((ENDED, 2.0), (UNREACHED, 1.0), UNREACHED, "which address `hostname -I` gives first on a "),
         # Behind a cut cable nothing is heard of it.
         ((ABSENT, 1.0), ("ended with exit code 255: Timeout, server b not responding.", 9.0), ABSENT, "firewalls"),
+        ((ABSENT, 9.0), ("ended with exit code 255: Timeout, server b not responding.", 1.0), ABSENT, "firewalls"),
         ((KILLED, 1.0), (KILLED, 1.1), KILLED, "NCCL_SOCKET_IFNAME"),
         ((ENDED, 6.0), ("ended with exit code 1: RuntimeError: connect", 5.0), "RuntimeError: connect", "read that"),
     ],
