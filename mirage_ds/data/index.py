@@ -20,7 +20,6 @@ files differ with the number of processes, it knows one host, and reading its ro
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -98,7 +97,7 @@ class Index:
             self._columns = self.reader("columns.arrow").get_batch(0)
             self._starts = self._columns["start"].to_numpy()
             # Opened here: a data-loader process that is forked later reads the same file, whatever lies there then.
-            self._rows = (self.place / "rows.bin").open("rb")
+            self._rows = pa.OSFile(str(self.place / "rows.bin"))
             self.numbers = {name: self._columns[name].to_numpy() for name in NUMBERS.names}
             self.faults = len(self) - int(np.count_nonzero(self["tokens"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
@@ -148,7 +147,7 @@ class Index:
         """Return a row's tokens, (T,) int32, and the lines behind them."""
         # A disk that fails is as bad as one that forgets.
         with suppress(OSError):
-            content = os.pread(self._rows.fileno(), int(self["bytes"][row]), int(self._starts[row]))
+            content = self._rows.read_at(int(self["bytes"][row]), int(self._starts[row]))
             if zlib.crc32(content) == self["check"][row]:
                 ids = np.frombuffer(content, np.int32, self["tokens"][row])
                 return ids, content[ids.nbytes :].decode().split("\n")

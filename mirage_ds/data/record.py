@@ -152,7 +152,7 @@ def parse_object(text: str, line: int) -> dict[str, Any]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        # read_lines lets a byte that is not UTF-8 through as half a surrogate pair, so that its line can be named.
+        # flat.json_lines lets a byte that is not UTF-8 through as half a surrogate pair, so that its line can be named.
         place = len(text[: error.start].encode("utf-8")) + 1
         what = f"not UTF-8 text (byte 0x{ord(text[error.start]) & 0xFF:02x} at place {place} of the line)"
         raise RecordError(Fault(line, "json", what, "save the file as UTF-8")) from None

@@ -19,7 +19,7 @@ from mirage_ds.data.kinds import kind_of
 from mirage_ds.data.layouts import ColumnError, roles_of
 from mirage_ds.data.messages import MessageError, is_absent
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, name_file, parse_object
-from mirage_ds.data.sources import Piece, no_record, pieces, rows_of, text_lines
+from mirage_ds.data.sources import Piece, no_record, pieces, rows_of
 from mirage_ds.errors import UserError
 
 Raw = str | dict[str, Any]
@@ -39,20 +39,6 @@ class Place(NamedTuple):
     file: int
     line: int
     row: Raw
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of each line of a JSON-lines file that is not blank; see text_lines.
-
-    Raises:
-        UserError: the file is missing, or as a whole something else.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of records")
-    if kind_of(path) != "lines":
-        raise UserError(f"{path}: not JSON lines; write one object a line")
-    with path.open("rb") as file:
-        yield from text_lines(file)
 
 
 def records_of_rows(
