@@ -14,7 +14,8 @@ import stat
 import struct
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
@@ -188,11 +189,8 @@ class ImageFinder:
     def size(self, record: Record, name: str, path: str) -> tuple[int, int]:
         """Return (height, width) in pixels of the image as `load` returns it, from the header alone."""
         place = self.find(record, name, path)
-        try:
-            with _open(place) as image:
-                width, height = _size(image, place)
-        except Exception as error:  # noqa: BLE001  # see _broken
-            raise _broken(record, name, place, error) from None
+        with _blamed(record, name, place), _open(place) as image:
+            width, height = _size(image, place)
         if max(height, width) > MAX_ASPECT * min(height, width):
             raise record.fault(
                 name, f"image {place} is {width}×{height}, a side ratio above {MAX_ASPECT}", "crop or replace it"
@@ -202,12 +200,9 @@ class ImageFinder:
     def load(self, record: Record, name: str, path: str) -> Image.Image:
         """Decode the image, of an animation the first picture, to upright RGB on white."""
         place = self.find(record, name, path)
-        try:
-            with _open(place) as image:
-                size, mode = image.size, image.mode
-                made = upright_rgb(image)
-        except Exception as error:  # noqa: BLE001  # see _broken
-            raise _broken(record, name, place, error) from None
+        with _blamed(record, name, place), _open(place) as image:
+            size, mode = image.size, image.mode
+            made = upright_rgb(image)
         if made is None:
             raise record.fault(
                 name, f"image {place} has 32 bits a channel (mode {mode}), of unknown range", "save it with 8 bits"
@@ -228,10 +223,8 @@ class ImageFinder:
     def key(self, record: Record, name: str, path: str) -> Key:
         """Return the key of the image's content; RecordError where it cannot be read."""
         place = self.find(record, name, path)
-        try:
+        with _blamed(record, name, place):
             return image_key(place)
-        except OSError as error:
-            raise _broken(record, name, place, error) from None
 
 
 def _open(place: Path) -> Image.Image:
@@ -271,7 +264,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         # Not the PNG class's own, which decodes the picture first.
         turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001  # as with pixels (_broken); viewers show a picture whose notes are spoilt as it is
+    except Exception:  # noqa: BLE001  # as with pixels (_blamed); viewers show a picture whose notes are spoilt as it is
         return 1
     return turn if isinstance(turn, int) and turn in TURNS else 1
 
@@ -331,14 +324,20 @@ def _from_16_bits(image: Image.Image, key: int | None) -> Image.Image:
     return grey
 
 
-def _broken(record: Record, name: str, place: Path, error: Exception) -> RecordError:
-    """Make the error of a file that Pillow fails on.
+@contextmanager
+def _blamed(record: Record, name: str, place: Path) -> Iterator[None]:
+    """Turn what an image file leads to into a fault of its record.
 
     A broken file leads Pillow's decoders to exceptions of almost any class (OSError, SyntaxError, struct.error,
     IndexError …); whichever it is, the file is what the user can fix, and the message keeps the reason.
     """
-    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-        return record.fault(name, f"image {place} has more than {MAX_PIXELS:,} pixels", "make it smaller")
-    if isinstance(error, OSError) and error.errno is not None:
-        return record.fault(name, f"image {place} cannot be read ({error.strerror})", "make it readable")
-    return record.fault(name, f"image {place} cannot be decoded ({reason(error)})", "replace the file")
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+            what, how = f"has more than {MAX_PIXELS:,} pixels", "make it smaller"
+        elif isinstance(error, OSError) and error.errno is not None:
+            what, how = f"cannot be read ({error.strerror})", "make it readable"
+        else:
+            what, how = f"cannot be decoded ({reason(error)})", "replace the file"
+        raise record.fault(name, f"image {place} {what}", how) from None

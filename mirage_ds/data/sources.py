@@ -140,6 +140,7 @@ def _joined(number: int, parts: Iterator[tuple[int, int, int, Any]]) -> Iterator
 
 
 def _table_pieces(number: int, file: Path) -> Iterator[Piece]:
+    groups: list[tuple[int | None, int]]
     if kind_of(file) == "parquet":
         meta = _parquet(file).metadata
         groups = [(group, meta.row_group(group).num_rows) for group in range(meta.num_row_groups)]
