@@ -206,31 +206,26 @@ def _form(row: dict[str, Any], names: tuple[str, ...], columns: Columns) -> tupl
     Raises:
         MessageError: it has two.
     """
+    if columns.messages:
+        return (columns.messages,)
     asked, answered = columns.question or "prompt", columns.answer or "completion"
-    prompted = isinstance(row.get(asked), list) and columns.layout in (None, "trl") and not columns.messages
-    own = bool(columns.question or columns.answer)
-    if own and not prompted:
-        return ()
-    keys = [columns.messages] if columns.messages else [key for key in CONVERSATIONS if key in row]
-    keys = [asked, *([] if own or columns.layout else keys)] if prompted else keys
-    if len(keys) > 1:
-        how = f"a row has one conversation; name it: --columns messages={keys[1]}"
-        raise MessageError(keys[0], f"stands beside {keys[1]}", how)
-    if prompted:
-        return asked, answered
-    if keys:
-        return (keys[0],)
-    if columns.layout:
-        pairs = [pair for pair in PAIRS[columns.layout] if any(name in row for name in pair)]
-        pairs = pairs or list(PAIRS[columns.layout][:1])
-    else:
+    prompted = isinstance(row.get(asked), list) and columns.layout in (None, "trl")
+    if columns.question or columns.answer or (prompted and columns.layout):
+        return (asked, answered) if prompted else ()
+    found: list[tuple[str, ...]] = [(asked, answered)] if prompted else []
+    found += [(key,) for key in CONVERSATIONS if key in row]
+    if not found:
         # An instruction may be empty where there is an input.
         there = {*row, *(("instruction",) if "instruction" in names and "input" in row else ())}
-        pairs = [pair for pair in PAIRS[None] if there.issuperset(pair)]
-    if len(pairs) > 1:
-        first, second = (next(name for name in pair if name in row) for pair in pairs[:2])
-        raise MessageError(first, f"stands beside {second}", "a row has one question and one answer")
-    return pairs[0] if pairs else ()
+        enough = any if columns.layout else all
+        found += [pair for pair in PAIRS[columns.layout] if enough(name in there for name in pair)]
+    if len(found) > 1:
+        first, second = (next(name for name in form if name in names) for form in found[:2])
+        how = f"a row has one conversation; name it: --columns messages={second}, or question=… and answer=…"
+        raise MessageError(first, f"stands beside {second}", how)
+    if not found and columns.layout:
+        return PAIRS[columns.layout][0]
+    return found[0] if found else ()
 
 
 def _turns(
