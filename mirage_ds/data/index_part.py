@@ -7,7 +7,7 @@ one finds.
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ def changed(rows: pa.Table | pa.RecordBatch, encoders: Sequence[Encoder]) -> boo
         encoders: of the records files; their finders look for the images.
     """
     shown = zip(rows["file"].to_pylist(), rows["pictures"].to_pylist(), strict=True)
-    seen = ((file, *picture.values()) for file, pictures in shown for picture in pictures)
+    seen = {(file, *picture.values()) for file, pictures in shown for picture in pictures}
     return any(encoders[file].finder.sight(path) != tuple(sight) for file, path, *sight in seen)
 
 
@@ -108,7 +108,6 @@ class Parts:
     def __init__(self, plan: Plan, encoder: Encoder, keep: Sequence[str], cache: Path):
         self.plan, self.keep, self.cache = plan, keep, cache
         self.pictures = folder_of_pictures(cache)
-        encoder = replace(encoder, finder=replace(encoder.finder, seen={}))
         self.encoders = beside_each(encoder, plan.files, self.pictures)
 
     def make(self, number: int) -> None:
@@ -154,10 +153,10 @@ class Parts:
         file, encoder = self.plan.files[piece.file], self.encoders[piece.file]
         rows = []
         for found in read_piece(piece, file, self.pictures, self.plan.columns):
-            row = encode_row(found, encoder, self.keep) | {"file": piece.file}
             paths = () if isinstance(found, Fault) else found.images(helpers=encoder.stage == "stage1")
-            row["pictures"] = [{"path": path} | encoder.finder.sight(path)._asdict() for _, path in paths]
-            rows.append(row)
+            # Before they are read: what is written meanwhile is noticed by whoever compares.
+            pictures = [{"path": path} | encoder.finder.sight(path)._asdict() for _, path in paths]
+            rows.append(encode_row(found, encoder, self.keep) | {"file": piece.file, "pictures": pictures})
         return pa.Table.from_pylist(rows, part_schema(self.keep))
 
 
