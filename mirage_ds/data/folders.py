@@ -72,13 +72,13 @@ def _of_folder(folder: Path) -> list[Path]:
     if found:
         return found
     there = sorted(file for file in folder.iterdir() if _like_records(file))
-    readable = [file for file in there if file.suffix.lower() in OTHERS and file.is_file()]
-    if len({file.suffix.lower() for file in readable}) == 1:
-        return readable
+    others = [file for file in there if file.suffix.lower() in OTHERS and file.is_file()]
+    if len({file.suffix.lower() for file in others}) == 1:
+        return others
     names = ", ".join(file.name for file in there[:NAMED])
     # As `datasets` has the splits of a data set.
     inner = sorted(file.parent for file in folder.glob("*/*") if file.suffix.lower() in SUFFIXES + OTHERS)
-    such = "".join(f", such as {one}" for one in [*readable, *inner][:1])
+    such = "".join(f", such as {one}" for one in [*others, *inner][:1])
     but = f", but {names}" if names else ""
     raise UserError(f"{folder}: no *.jsonl or *.parquet file in this folder{but}; name the records{such}")
 

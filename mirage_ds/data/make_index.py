@@ -33,7 +33,6 @@ from mirage_ds.data.load import fingerprint
 from mirage_ds.data.progress import track
 from mirage_ds.data.record_files import told
 from mirage_ds.data.ship import from_workers
-from mirage_ds.errors import UserError
 from mirage_ds.files import sync
 
 MOST_PROCESSES = 16
@@ -273,11 +272,7 @@ class Maker:
             for file in partial.iterdir():
                 sync(file)
             sync(partial)
-            own = open_made(partial, plan.files, self.cache)
-            if own is None:
-                raise UserError(
-                    f"{self.cache}: cannot be read back as it was written; look at the disk, or use --cache_dir"
-                )
+            own = Index(partial, plan.files, pictures)
             return put(own, place, self.cache)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
