@@ -18,7 +18,6 @@ alone has touched count as its own memory, and a run touches every row in every 
 files differ with the number of processes, it knows one host, and reading its rows grows each process by their size.
 """
 
-import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ import pyarrow as pa
 from mirage_ds.data.inside import folder_of_pictures
 from mirage_ds.data.record import Fault, Record, from_json, name_file
 from mirage_ds.data.sample import ImageKeys, Layout
+from mirage_ds.data.sources import hash_of
 from mirage_ds.errors import UserError
 
 # Raised whenever the files of an index mean something else than before.
@@ -59,12 +59,6 @@ IMAGES = pa.list_(pa.struct({"key": pa.list_(pa.uint64(), 2), "size": pa.int32()
 
 class DamagedError(Exception):
     """An index that is not whole; it is made anew."""
-
-
-def hash_of(file: Path) -> str:
-    """Hash of a file's content."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 class Index:

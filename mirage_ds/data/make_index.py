@@ -26,7 +26,7 @@ from mirage_ds.data import sources
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.index import DOUBTS, FORMAT, HEADER, NUMBERS, Index, hash_of, open_made
+from mirage_ds.data.index import DOUBTS, FORMAT, HEADER, NUMBERS, Index, open_made
 from mirage_ds.data.index_part import PICTURES, Parts, Plan, changed, part_schema
 from mirage_ds.data.inside import folder_of_pictures, writable
 from mirage_ds.data.load import fingerprint
@@ -77,7 +77,7 @@ def write_index(
         written.write_table(whole)
     # The rows themselves are checked one by one, when they are read.
     files = {
-        file.name: (file.stat().st_size, None if file.name == "rows.bin" else hash_of(file))
+        file.name: (file.stat().st_size, None if file.name == "rows.bin" else sources.hash_of(file))
         for file in sorted(folder.iterdir())
     }
     last = len(finder.folders) - 1

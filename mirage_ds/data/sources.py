@@ -84,21 +84,22 @@ def content_hash(file: Path, cache: Path) -> str:
     if known[:-1] == [str(number) for number in stamp]:
         return known[-1]
     with readable(file):
-        made = _sha256(file)
+        made = hash_of(file)
     if time.time_ns() - stamp.mtime_ns > SETTLED_NS:
         with writable(cache):
             write_new(note, f"{stamp.bytes} {stamp.mtime_ns} {made}".encode())
     return made
 
 
-def _sha256(file: Path) -> str:
+def hash_of(file: Path) -> str:
+    """SHA-256 of a file's content."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def hash_of_records(data_path: Path) -> str:
     """Hash the content of all files of a source, as data_hash does."""
-    return data_hash([_sha256(file) for file in find_files(data_path)])
+    return data_hash([hash_of(file) for file in find_files(data_path)])
 
 
 def data_hash(hashes: Sequence[str]) -> str:
