@@ -2,7 +2,7 @@
 
 R records, I images of a field, T tokens of a row.
 
-    <cache>/index/<key>/index.json      size and checksum of the other files
+    <cache>/index/<key>/index.json      what tells that the other files are whole (mark_of)
                         columns.arrow   numbers of each record (NUMBERS), and the images of each field whose features
                                         are kept; mapped
                         rows.bin        of each record its tokens (int32), then in JSON a line of what else is in its
@@ -61,6 +61,11 @@ class DamagedError(Exception):
     """An index that is not whole; it is made anew."""
 
 
+def mark_of(file: Path) -> int | str:
+    """Return what tells that a file of an index is whole: its hash; of the rows, that each have a check, the size."""
+    return file.stat().st_size if file.name == "rows.bin" else hash_of(file)
+
+
 class Index:
     """An index, opened. It crosses process borders as a path.
 
@@ -84,10 +89,9 @@ class Index:
     def _open(self, check: bool) -> None:
         try:
             self.header: dict[str, Any] = json.loads((self.place / HEADER).read_bytes())
-            for name, (size, digest) in self.header["files"].items() if check else ():
-                file = self.place / name
-                if file.stat().st_size != size or digest not in (None, hash_of(file)):
-                    raise DamagedError(file)
+            for name, mark in self.header["files"].items() if check else ():
+                if mark_of(self.place / name) != mark:
+                    raise DamagedError(self.place / name)
             self._columns = self.reader("columns.arrow").get_batch(0)
             self._starts = self._columns["start"].to_numpy()
             # Opened here: a data-loader process that is forked later reads the same file, whatever lies there then.
@@ -109,7 +113,7 @@ class Index:
     @property
     def digest(self) -> str:
         """Hash of all that the rows hold; the same wherever the same rows were indexed."""
-        return str(self.header["files"]["columns.arrow"][1])
+        return str(self.header["files"]["columns.arrow"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"place": self.place, "files": self.files, "pictures": self.pictures, "digest": self.digest}

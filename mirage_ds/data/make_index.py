@@ -26,7 +26,7 @@ from mirage_ds.data import sources
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.index import DOUBTS, FORMAT, HEADER, NUMBERS, Index, open_made
+from mirage_ds.data.index import DOUBTS, FORMAT, HEADER, NUMBERS, Index, mark_of, open_made
 from mirage_ds.data.index_part import PICTURES, Parts, Plan, changed, part_schema
 from mirage_ds.data.inside import folder_of_pictures, writable
 from mirage_ds.data.load import fingerprint
@@ -75,11 +75,6 @@ def write_index(
     whole = whole.append_column("start", pa.array(np.cumsum(sizes) - sizes))
     with _table(folder / "columns.arrow", whole.schema) as written:
         written.write_table(whole)
-    # The rows themselves are checked one by one, when they are read.
-    files = {
-        file.name: (file.stat().st_size, None if file.name == "rows.bin" else sources.hash_of(file))
-        for file in sorted(folder.iterdir())
-    }
     last = len(finder.folders) - 1
     header = dict(
         format=FORMAT,
@@ -87,7 +82,7 @@ def write_index(
         # Where it decides nothing, a run in another folder finds the same rows.
         working_directory=str(finder.folders[last]) if places & {last, -1} else None,
         inside=inside,
-        files=files,
+        files={file.name: mark_of(file) for file in sorted(folder.iterdir())},
     )
     (folder / HEADER).write_text(json.dumps(header))
     return len(whole)
