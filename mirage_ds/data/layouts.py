@@ -26,6 +26,7 @@ from mirage_ds.data.messages import (
     MessageError,
     check_keys,
     check_turns,
+    expect,
     is_absent,
     is_learnt,
     need_read,
@@ -104,9 +105,7 @@ def _turn(where: str, role: str, content: Any, learnt: bool = True) -> _Turn:
         kind = item.get("type") or next(iter(named), None)
         if kind in ("text", "input_text", "output_text"):
             check_keys(item, ("type", "text"), where)
-            if not isinstance(item.get("text"), str):
-                raise MessageError(where, f"expected a string, found {shown(item.get('text'))}", "write it as a string")
-            return marked(item["text"])
+            return marked(expect(item.get("text"), str, where))
         if kind == "latent" and role != "assistant":
             raise MessageError(where, f"a {role} message holds latents", "only the answer may hold them")
         if kind in ("latent", "input_image", *_PICTURE_KEYS):
@@ -123,11 +122,7 @@ def _turn(where: str, role: str, content: Any, learnt: bool = True) -> _Turn:
 
 def _taken(row: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
     """Take a value out of a row; MessageError where it is of another type."""
-    value = row.pop(key, default)
-    if not isinstance(value, kind):
-        name = "string" if kind is str else "list"
-        raise MessageError(key, f"expected a {name}, found {shown(value)}", f"write it as a {name}")
-    return value
+    return expect(row.pop(key, default), kind, key)
 
 
 def _messages(row: dict[str, Any], key: str) -> Iterator[_Turn]:
