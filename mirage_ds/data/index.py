@@ -76,6 +76,8 @@ class Index:
 
     Attributes:
         header: what index.json holds.
+        source: hash of the records (sources.data_hash).
+        digest: hash of all that the rows hold; the same wherever the same rows were indexed.
         faults: how many of the records cannot be used.
 
     Raises:
@@ -92,6 +94,8 @@ class Index:
             for name, mark in self.header["files"].items() if check else ():
                 if mark_of(self.place / name) != mark:
                     raise DamagedError(self.place / name)
+            self.source = str(self.header["source"])
+            self.digest = str(self.header["files"]["columns.arrow"])
             self._columns = self.reader("columns.arrow").get_batch(0)
             self._starts = self._columns["start"].to_numpy()
             # Opened here: a data-loader process that is forked later reads the same file, whatever lies there then.
@@ -104,16 +108,6 @@ class Index:
     def reader(self, name: str) -> pa.RecordBatchFileReader:
         """Map one of the index's tables."""
         return pa.ipc.open_file(pa.memory_map(str(self.place / name)))
-
-    @property
-    def source(self) -> str:
-        """Hash of the records (sources.data_hash)."""
-        return str(self.header["source"])
-
-    @property
-    def digest(self) -> str:
-        """Hash of all that the rows hold; the same wherever the same rows were indexed."""
-        return str(self.header["files"]["columns.arrow"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"place": self.place, "files": self.files, "pictures": self.pictures, "digest": self.digest}
