@@ -108,10 +108,8 @@ class FeatureStore:
             table["key"] = np.frombuffer(b"".join(bytes.fromhex(key) for key in header), dtype="S16")
             table["offset"], table["size"] = begin + spans[:, 0], spans[:, 1] - spans[:, 0]
             table["check"] = [checks[key] for key in header]
-        except FileNotFoundError:
-            return None
-        # What damage makes of a header leads to any of these.
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        # What damage makes of a header leads to any of these but the first.
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             file.unlink(missing_ok=True)
             return None
         return Shard(name, table)

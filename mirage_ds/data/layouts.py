@@ -325,7 +325,7 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
     unread = [
         name for name, value in left.items() if any(one not in (*seen, *drawn) for one in unread_pictures(value, True))
     ]
-    if columns.image or columns.helper or any(turn.pictures and any(turn.pictures) for turn in turns):
+    if columns.image or columns.helper or any(any(turn.pictures) for turn in turns):
         left = {name: value for name, value in left.items() if not any(unread_pictures(value, False))}
     else:
         need_read(left, paths=not seen and not drawn)
