@@ -5,7 +5,6 @@ W ranks, G micro-steps of a step.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -28,12 +27,11 @@ def check_records(records: Sequence[Record], encoder: Encoder) -> list[Measure]:
     Raises:
         UserError: the first record that cannot be used.
     """
-    own = replace(encoder, finder=replace(encoder.finder, seen={}))
 
     def check(record: Record) -> Measure:
-        measure = own.measure(record)
+        measure = encoder.measure(record)
         for name, path in record.images(helpers=encoder.stage == "stage1"):
-            own.finder.check(record, name, path)
+            encoder.finder.check(record, name, path)
         return measure
 
     with ThreadPoolExecutor() as pool:
