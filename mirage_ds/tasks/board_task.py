@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from mirage_ds.config.mixture import apportion
+from mirage_ds.data.flat import json_lines
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.messages import FIELDS
 from mirage_ds.data.record import parse_object
-from mirage_ds.data.sources import text_lines
 from mirage_ds.errors import UserError
 from mirage_ds.tasks.draft import Draft
 from mirage_ds.tasks.maps import (
@@ -108,8 +108,8 @@ def read_exclude(paths: Sequence[Path]) -> frozenset[str]:
     """
     hashes: set[str] = set()
     for path in paths:
-        with reading(path):
-            lines = [(number, line.strip()) for number, line in text_lines(path.open("rb"))]
+        with reading(path), path.open("rb") as content:
+            lines = [(number, line.strip()) for number, _, _, line in json_lines(content, path)]
             if not lines:
                 raise UserError(f"{path}: the file is empty; write one map a line")
             for number, line in lines:
