@@ -148,10 +148,11 @@ def build_model(
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     for name, value in given.items():
         kind, several = _click_type(model.model_fields[name].annotation)
-        values[name] = list(value) if isinstance(value, tuple) else value
-        if several and not isinstance(kind, click.Path):
+        values[name] = value
+        if several:
             texts = value if isinstance(value, tuple) else (value,)
-            values[name] = [part for text in texts for part in str(text).split(",") if part]
+            parts = [part for text in texts for part in str(text).split(",") if part]
+            values[name] = list(texts) if isinstance(kind, click.Path) else parts
     try:
         return model.model_validate(values)
     except ValidationError as error:
