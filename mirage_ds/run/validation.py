@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mirage_ds.analysis.bench import Bench
-from mirage_ds.analysis.inspect.live import figures
+from mirage_ds.analysis.inspect.look import figures
 from mirage_ds.data.loader import Rows
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.engine.setup import everyone, from_rank_zero
