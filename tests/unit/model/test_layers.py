@@ -6,14 +6,22 @@ transformers.
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.models import make_nano
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mirage_ds.data.batch import collate
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.load import load_encoder
+from mirage_ds.data.record_files import scan
 from mirage_ds.model.layers import Deposits, LayerCall, PassLinear, Round
+from mirage_ds.model.load import load_model
 
 
 def linear_pair(bias: bool = True) -> tuple[nn.Linear, Round, PassLinear, PassLinear]:
@@ -81,3 +89,61 @@ def test_a_call_adds_no_name_and_has_the_layers_own_parameters(tmp_path: Path) -
         assert {name: id(p) for name, p in body.named_parameters()} == {name: id(p) for name, p in names.items()}
     call.train(False)
     assert not any(module.training for body in call._bodies.values() for module in body.modules())
+
+
+class Whole(TorchDispatchMode):
+    """Bytes of weight gradients that are alive, and the most at a time: storages made with the shape of a matrix."""
+
+    def __init__(self, shapes: set[tuple[int, ...]]):
+        super().__init__()
+        self.shapes = shapes
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and tuple(out.shape) in self.shapes and not out._is_view():
+            storage = out.untyped_storage()
+            if storage._cdata not in {one.untyped_storage()._cdata for one in args if isinstance(one, torch.Tensor)}:
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        return out
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_whole_gradients_of_three_layers_at_most_are_alive(
+    checkpointing: bool, split: bool, mixed: Path, tmp_path: Path
+) -> None:
+    layers, k = 28, 4
+    folder = make_nano(tmp_path / "nano", layers)
+    encoder = load_encoder([str(folder)], ImageFinder.beside(mixed, None), "stage2", k)
+    loaded = load_model(
+        folder,
+        stage="stage2",
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        checkpointing=checkpointing,
+        split=split,
+    )
+    rows = [encoder.encode(record, row) for row, record in enumerate(scan(mixed)[0][:2])]
+    assert loaded.tower is not None
+    batch = loaded.tower.attach(collate(rows, k + 1, encoder.dummy(1)))
+    matrices = [p for p in loaded.model.language_model.layers[0].parameters() if p.dim() == 2]
+    shapes = {tuple(p.shape) for p in matrices}
+    # No other tensor has the shape of a matrix.
+    assert not {len(batch.input_ids), *(len(one.tokens) for one in batch.passes)} & {n for pair in shapes for n in pair}
+    for p in loaded.model.parameters():
+        # As ZeRO does: a gradient goes away as soon as it is complete.
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with Whole(shapes) as whole:
+        sums = loaded.model(batch)
+        sums.ce.backward()
+        assert (sums.earlier is not None) == split
+        if split:
+            sums.earlier.backward()
+    layer = sum(p.numel() * p.element_size() for p in matrices)
+    assert layer / 7 < whole.most <= 3 * layer
