@@ -63,7 +63,10 @@ class FrozenTower:
         return digest.hexdigest()
 
     def attach(self, batch: Batch) -> Batch:
-        """Give the batch the features of those images that came as pixels, on the batch's device."""
+        """Give the batch the features of those images that came as pixels, on the tower's device.
+
+        The batch may be on the host: grids are read there, without waiting for the GPU, and pixels alone are moved.
+        """
         images, helpers = batch.image_features, batch.helper_features
         if images is None:
             images = self.features(batch.pixel_values, batch.image_grid_thw)
@@ -77,16 +80,16 @@ class FrozenTower:
         )
 
     def features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """Merged features (F, W) of all images, in order, on the device of `pixel_values`."""
+        """Merged features (F, W) of all images, in order, on the tower's device."""
+        device = next(self.tower.parameters()).device
         if not len(grid_thw):
-            return pixel_values.new_empty(0, self.width, dtype=self.tower.dtype)
-        images = zip(pixel_values.split(grid_thw.prod(-1).tolist()), grid_thw.split(1), strict=True)
-        return torch.cat([self._one(pixels, grid) for pixels, grid in images]).to(pixel_values.device)
+            return torch.empty(0, self.width, dtype=self.tower.dtype, device=device)
+        images = zip(pixel_values.to(device).split(grid_thw.prod(-1).tolist()), grid_thw.split(1), strict=True)
+        return torch.cat([self._one(pixels, grid.to(device)) for pixels, grid in images])
 
     @torch.no_grad()
     def _one(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        device = next(self.tower.parameters()).device
-        return features_of(self.tower, pixel_values.to(device), grid_thw.to(device))
+        return features_of(self.tower, pixel_values, grid_thw)
 
 
 def trained_features(tower: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
