@@ -1,7 +1,8 @@
 """The only place that touches what DeepSpeed and torch do not promise.
 
-tests/unit/engine/test_private.py notices when it changes; for what happens in a save and in a step,
-tests/dist/test_reliability.py does, for two backwards of a forward tests/dist/test_zero3.py (with a trained tower), for a load on another number of ranks tests/dist/test_world_size.py.
+tests/unit/engine/test_private.py notices when it changes. For what happens in a save and in a step
+tests/dist/test_reliability.py does, for two backwards of a forward tests/dist/test_zero3.py (with a trained tower), for
+a load on another number of ranks tests/dist/test_world_size.py.
 """
 
 import os
