@@ -10,23 +10,25 @@ CPU, DeepSpeed's engine and AdamW. The recipes of a stage step by turns, each in
 step under sys.setprofile and one under a dispatch mode, which count its calls of Python functions and its operators.
 
 --against takes a checkout of the commit before the layers were called as a whole. Its stage2 with k = 4 and its sft,
-with its own ZeRO-1 recipes, then take their turns too, and the targets are printed. They are judged by processor time:
-the same on an idle machine, and on a busy one it is the step's own.
+with its own ZeRO-1 recipes, then take their turns too, and the targets are printed. They are judged by the host's time:
+processor time of the thread that trains. Gloo's threads stand for a network, and other programs are not in it.
 
-k latents a run, W ranks.
+k latents a run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +37,9 @@ from unittest import mock
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from benchmarks.chaos import free_port
+from benchmarks.scaling import Grid
 from benchmarks.step import ROOT, described
 
 RECIPES = ("zero0", "zero1", "zero2", "zero3", "zero3_kept")
@@ -56,7 +58,7 @@ COUNTS = ("python_calls", "operators")
 PATIENCE_S = 900
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Case:
     """What is run.
 
@@ -72,24 +74,35 @@ class Case:
     recipe: str
     before: bool = False
 
+    @property
+    def label(self) -> str:
+        """What takes turns with it has the same."""
+        latents = f", k = {self.latent_size}" if self.stage == "stage2" else ""
+        return f"{self.ranks} rank{'s' * (self.ranks > 1)}, {self.stage}{latents}"
+
 
 @dataclass
 class Found:
-    """What a case came to, step by step: wall seconds and the processor's, of the slowest rank."""
+    """What a case came to, step by step, of the slowest rank.
+
+    Attributes:
+        host_seconds, cpu_seconds: processor time of the thread that trains, and of its process.
+    """
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    host_seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     python_calls: int = 0
     operators: int = 0
 
-    def median(self, name: str = "cpu_seconds") -> float:
+    def median(self, name: str = "host_seconds") -> float:
         """Return the median step."""
         return statistics.median(getattr(self, name)[WARM_UP:])
 
     def slowest(self, last: int | None = None) -> float:
         """Return the slowest step from the second on, over the median."""
-        return max(self.cpu_seconds[1:last]) / self.median()
+        return max(self.host_seconds[1:last]) / self.median()
 
 
 class Target(NamedTuple):
@@ -203,10 +216,12 @@ class Side:
 
     def step(self) -> None:
         """Take a step."""
-        losses, seconds, cpu = zip(*self.all("step"), strict=True)
+        losses, *clocks = zip(*self.all("step"), strict=True)
         self.found.losses.append(round(losses[0], 6))
-        self.found.seconds.append(round(max(seconds), 4))
-        self.found.cpu_seconds.append(round(max(cpu), 4))
+        for told, ranks in zip(
+            (self.found.seconds, self.found.host_seconds, self.found.cpu_seconds), clocks, strict=True
+        ):
+            told.append(round(max(ranks), 4))
 
     def end(self) -> Found:
         """Take the steps that count, and end."""
@@ -227,40 +242,43 @@ def cases(layers: int, ranks: int, stage: str, k: int, against: bool) -> Iterato
 
 def targets(found: dict[Case, Found], thin: list[float]) -> Iterator[Target]:
     """Say what is wanted of this checkout's cases, and beside the other's."""
-    for case, one in found.items():
-        if not case.before:
-            latents = f", k = {case.latent_size}" if case.stage == "stage2" else ""
-            what = f"{case.stage}{latents}, {case.recipe}, {case.ranks} rank(s): slowest step over the median"
-            yield Target(what, one.slowest(), 3.0)
+    slowest, case = max((one.slowest(), case) for case, one in found.items() if not case.before)
+    yield Target(f"a step from the second on, over the median (most in {case.label}, {case.recipe})", slowest, 3.0)
     for before, old in found.items():
         for recipe, most in MOST[before.stage].items() if before.before else ():
-            new = found[Case(before.layers, before.ranks, before.stage, before.latent_size, recipe)]
-            what = f"{before.stage}, {recipe}, {before.ranks} rank(s): over the other checkout's ZeRO-1"
-            yield Target(what, new.median() / old.median(), most)
+            new = found[replace(before, recipe=recipe, before=False)]
+            yield Target(
+                f"{before.label}, {recipe}, over the other checkout's ZeRO-1", new.median() / old.median(), most
+            )
     if len(thin) > 1:
         yield Target("operators of a thin pass and layer, over the other checkout's", thin[0] / thin[1], 0.5)
 
 
-def table(found: dict[Case, Found]) -> Table:
-    """Show the cases."""
-    shown = Table(*("ranks", "stage", "k", "recipe"), title="A step's time on the host")
-    for name in ("wall s", "CPU s", "slowest of steps 2 to 5, over it", "Python calls", "operators"):
-        shown.add_column(name, justify="right")
-    for case, one in found.items():
-        shown.add_row(
-            *(str(case.ranks), case.stage, str(case.latent_size or "–"), "before: " * case.before + case.recipe),
-            *(f"{one.median('seconds'):.2f}", f"{one.median():.2f}", f"{one.slowest(5):.1f}"),
-            *(f"{one.python_calls:,}", f"{one.operators:,}"),
-        )
-    return shown
+def grids(found: dict[Case, Found]) -> Iterator[Grid]:
+    """Show the cases: a row for what takes turns, a column for each recipe."""
+    cells: dict[str, Callable[[Found], str]] = {
+        "Seconds of a step, processor seconds of its process": lambda one: (
+            f"{one.median('seconds'):.2f}, {one.median('cpu_seconds'):.2f}"
+        ),
+        "The host's seconds of a step (the slowest of steps 2 to 5, over that)": lambda one: (
+            f"{one.median():.2f} ({one.slowest(5):.1f})"
+        ),
+        "Calls of Python functions, operators, in thousands": lambda one: (
+            f"{one.python_calls / 1000:.0f}, {one.operators / 1000:.1f}"
+        ),
+    }
+    columns = [*RECIPES, *["zero1, before"] * any(case.before for case in found)]
+    for title, cell in cells.items():
+        rows: dict[str, list[str]] = {}
+        for case, one in found.items():
+            row = rows.setdefault(case.label, ["–"] * len(columns))
+            row[-1 if case.before else RECIPES.index(case.recipe)] = cell(one)
+        yield Grid(title, ["", *columns], [[label, *row] for label, row in rows.items()])
 
 
 def take_turns(sides: list[Side], steps: int, progress: Progress) -> dict[Case, Found]:
     """Let the sides step one after another."""
-    first = sides[0].case
-    task = progress.add_task(
-        f"{first.ranks} rank(s), {first.stage} {first.latent_size or ''}", total=steps * len(sides)
-    )
+    task = progress.add_task(sides[0].case.label, total=steps * len(sides))
     for _ in range(steps):
         for side in sides:
             side.step()
@@ -278,12 +296,22 @@ def take_turns(sides: list[Side], steps: int, progress: Progress) -> dict[Case, 
               help="A checkout of b24ddd1.")  # fmt: skip
 @click.option("--steps", default=12, show_default=True, type=click.IntRange(5), help="Of each case.")
 @click.option("--out", type=click.Path(path_type=Path), help="Append a JSON line a case to this file.")
+@click.option("--markdown", is_flag=True, help="Print Markdown.")
 def main(
-    layers: int, ranks: tuple[int, ...], only: str | None, against: Path | None, steps: int, out: Path | None
+    layers: int,
+    ranks: tuple[int, ...],
+    only: str | None,
+    against: Path | None,
+    steps: int,
+    out: Path | None,
+    markdown: bool,
 ) -> None:
-    """Time steps whose work is the host's; print a table and whether the targets are met."""
+    """Time steps whose work is the host's; print tables and whether the targets are met."""
+    # Asked to end, it ends its processes too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     console = Console(width=140)
     found: dict[Case, Found] = {}
+    told: dict[Case, dict[str, Any]] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with (
         tempfile.TemporaryDirectory(prefix="mirage-host-") as name,
@@ -293,30 +321,27 @@ def main(
         model, records = make_model(layers, folder)
         trees = [Tree(ROOT, folder, "this"), *([Tree(against, folder, "before")] if against else [])]
         try:
-            told = dict(model=model, records=records, rows=ROWS)
-            thin = [hear(tree.ask({}, told), tree.checkout) for tree in trees]
-            for size in ranks:
-                for stage, k in STAGES:
-                    if only in (None, stage):
-                        chosen = cases(layers, size, stage, k, against is not None)
-                        sides = [Side(case, trees[case.before], model, records, steps + len(COUNTS)) for case in chosen]
-                        found |= take_turns(sides, steps, bar)
+            counted = dict(model=model, records=records, rows=ROWS)
+            thin = [hear(tree.ask({}, counted), tree.checkout) for tree in trees]
+            for size, (stage, k) in product(ranks, STAGES):
+                if only in (None, stage):
+                    chosen = list(cases(layers, size, stage, k, against is not None))
+                    told |= {case: described(case) for case in chosen}
+                    sides = [Side(case, trees[case.before], model, records, steps + len(COUNTS)) for case in chosen]
+                    found |= take_turns(sides, steps, bar)
         finally:
             for tree in trees:
                 tree.process.terminate()
-    console.print(table(found))
-    per = ", ".join(f"{number:g}" for number in thin)
-    console.print(
-        f"operators that a pass of a token a row adds to a layer, as on a GPU{', before' * bool(against)}: {per}"
-    )
     if out:
         with out.open("a") as file:
             for case, one in found.items():
-                lines = dict(described(case), thin_operators=thin[case.before], **asdict(one))
-                file.write(json.dumps(lines) + "\n")
+                file.write(json.dumps(told[case] | dict(thin_operators=thin[case.before], **asdict(one))) + "\n")
+    for grid in grids(found):
+        console.print(f"\n**{grid.title}**\n\n{grid.markdown()}" if markdown else grid.rich())
+    console.print("operators that a pass of a token a row adds to a layer, as on a GPU:", *thin)
     for target in targets(found, thin):
-        right = target.found <= target.most
-        console.print(f"{'right' if right else 'wrong'}  {target.what}: {target.found:.2f}, at most {target.most:g}")
+        right = "right" if target.found <= target.most else "wrong"
+        console.print(f"{right}  {target.what}: {target.found:.2f}, at most {target.most:g}")
 
 
 if __name__ == "__main__":
