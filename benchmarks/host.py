@@ -148,6 +148,8 @@ class Tree:
     def __init__(self, checkout: Path, folder: Path, name: str):
         self.checkout, self.folder, self.address = checkout, folder, str(folder / f"{name}.socket")
         self.name = name
+        git = ["git", "describe", "--always", "--dirty"]
+        self.commit = subprocess.run(git, cwd=checkout, capture_output=True, text=True, check=True).stdout.strip()
         environment = dict(
             PYTHONPATH=str(checkout), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
             PYTHONWARNINGS="ignore",
@@ -322,11 +324,11 @@ def main(
         trees = [Tree(ROOT, folder, "this"), *([Tree(against, folder, "before")] if against else [])]
         try:
             counted = dict(model=model, records=records, rows=ROWS)
-            thin = [hear(tree.ask({}, counted), tree.checkout) for tree in trees]
+            thin = [round(hear(tree.ask({}, counted), tree.checkout), 1) for tree in trees]
             for size, (stage, k) in product(ranks, STAGES):
                 if only in (None, stage):
                     chosen = list(cases(layers, size, stage, k, against is not None))
-                    told |= {case: described(case) for case in chosen}
+                    told |= {case: described(case) | dict(commit=trees[case.before].commit) for case in chosen}
                     sides = [Side(case, trees[case.before], model, records, steps + len(COUNTS)) for case in chosen]
                     found |= take_turns(sides, steps, bar)
         finally:
