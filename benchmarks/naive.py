@@ -4,8 +4,8 @@ T tokens of the longest row, R rows of a micro-batch, k latents of the run, H hi
 
 The vision tower in every step, logits of all T positions over the whole vocabulary in float32, stage 2 as k + 1 calls
 over a cache with gradient through it. One row at a time, as the public code does, or several padded to the longest of
-them; stage 2 is always row by row. Weights are float32; in bf16 the forward runs under torch.autocast. Nothing is
-recomputed.
+them; stage 2 is always row by row. Weights are float32, and bf16 runs the forward under torch.autocast; or weights,
+gradients and AdamW's states are bf16 too. Layers are recomputed in backward if asked.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class Naive:
 
     Args:
         gamma: weight of the cross-entropy.
-        dtype: of the products.
+        dtype: of the products; weights: of the weights and all that is kept of them.
         batch: rows of a micro-batch, at most.
+        device: of everything; rows come on the CPU.
     """
 
     def __init__(
@@ -39,20 +40,27 @@ class Naive:
         optimizer: dict[str, Any],
         max_norm: float,
         batch: int = 1,
+        device: str = "cpu",
+        weights: torch.dtype = torch.float32,
+        checkpointing: bool = False,
     ):
         import transformers
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         transformers.utils.logging.disable_progress_bar()
         self.model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa"
-        )
+            folder, dtype=weights, attn_implementation="sdpa"
+        ).to(device)
         self.model.model.visual.requires_grad_(False)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.train()
+        self.device, self.casts = torch.device(device), dtype != weights
         self.stage, self.gamma, self.dtype, self.max_norm, self.batch = stage, gamma, dtype, max_norm, batch
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         matrices, vectors = ([p for p in self.trained if (p.ndim > 1) == wide] for wide in (True, False))
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, **optimizer)
+        self.optimizer = torch.optim.AdamW(groups, **optimizer, fused=True if device == "cuda" else None)
 
     def step(self, rows: list[Sample]) -> float:
         """Take one optimizer step over the rows; return their mean loss."""
@@ -68,22 +76,22 @@ class Naive:
         return total
 
     def _casting(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast("cpu", self.dtype)
+        return torch.autocast(self.device.type, self.dtype) if self.casts else nullcontext()
 
     def _features(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return self.model.model.visual(pixels, grid_thw=grid).pooler_output
+            return self.model.model.visual(pixels.to(self.device), grid_thw=grid.to(self.device)).pooler_output
 
     def _loss(self, rows: list[Sample]) -> torch.Tensor:
         """Sum of the rows' losses."""
 
         def padded(parts: list[torch.Tensor], value: int) -> torch.Tensor:
-            return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+            return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value).to(self.device)
 
         ids, labels = padded([row.input_ids for row in rows], 0), padded([row.labels for row in rows], IGNORE)
         positions = padded([row.position_ids.T for row in rows], 0).permute(2, 0, 1)
         lengths = torch.tensor([len(row.input_ids) for row in rows])
-        mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).to(self.device)
         x = self.model.get_input_embeddings()(ids)
         images = self._features(
             torch.cat([row.pixel_values for row in rows]), torch.cat([row.image_grid_thw for row in rows])

@@ -3,6 +3,7 @@
     python -m benchmarks.step --preset bench-87m --stage stage2 --against naive
     python -m benchmarks.step --preset bench-87m --stage stage1 --against naive --rows 1 --features off
     python -m benchmarks.step --preset bench-40m --stage sft --part decoder
+    python -m benchmarks.step --preset qwen2.5-vl-7b --zero 3 --dtype bf16_states --checkpointing --profile
 
 Prints one JSON line. The product runs as it trains: records through the loader, the trainer's own step, DeepSpeed's
 engine, AdamW and clipping. The plain way (benchmarks/naive.py) gets the same rows in the same optimizer steps, from the
@@ -10,15 +11,21 @@ same weights. Each runs in processes of its own, by turns, so that memory and pr
 encode their rows in the training process, whose seconds are counted. `ratio` is samples per CPU-second over the plain
 way's, the median of the steps; `losses_apart` the largest relative difference of a step's loss.
 
+On a GPU, which is taken where there is one and DS_ACCELERATOR is not cpu, the sides run one after the other, the plain
+way's rows are encoded beforehand, and memory is the allocator's peak from the second step on. `planned` is what
+`mirage-ds plan` says of such rows on one GPU.
+
 T tokens and B rows of an optimizer step, k latents a run, W ranks.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,10 +49,13 @@ ROOT = Path(__file__).parents[1]
 PUBLIC_S, PUBLIC_TOLERANCE = {"stage1": 2.93, "stage2": 3.33}, 0.15
 # Steps before the clock starts: DeepSpeed records its trace in the first, torch allocates.
 WARM_UP = 1
-# Operators that --profile names.
-OPERATORS = 12
+# The two k from which --profile prices a thin pass.
+THIN = (2, 8)
 # (rows, inner, columns) of the products that say what the machine can do; the best counts.
-PRODUCTS = ((1024, 1024, 1024), (2048, 512, 1536), (2048, 2048, 2048))
+PRODUCTS = {
+    "cpu": ((1024, 1024, 1024), (2048, 512, 1536), (2048, 2048, 2048)),
+    "cuda": ((16384, 3584, 18944), (8192, 8192, 8192)),
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,9 @@ class Case:
         rows: B; micro_tokens, micro_rows: what a micro-step holds at most.
         features: all (kept, no tower in a step) or off (the tower runs in every step).
         zero: ZeRO stage of the product's engine.
+        dtype: fp32; bf16, with weights and states in float32; or bf16_states, all in bf16.
         plain_rows: rows that the plain way pads and takes at a time, in sft and stage1.
+        device: cpu or cuda.
     """
 
     preset: str
@@ -74,6 +86,14 @@ class Case:
     checkpointing: bool
     plain_rows: int
     seed: int
+    device: str
+
+    @property
+    def torch_dtype(self) -> Any:
+        """Of the products."""
+        import torch
+
+        return torch.float32 if self.dtype == "fp32" else torch.bfloat16
 
 
 class Told(NamedTuple):
@@ -84,29 +104,45 @@ class Told(NamedTuple):
     cpu_seconds: float
 
 
-def matmul_rate(dtype: Any) -> float:
+def finish(device: str) -> None:
+    """Wait for the GPU, so that a clock can be read."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def matmul_rate(dtype: Any, device: str = "cpu") -> float:
     """FLOP/s of the machine's matrix product, the best of PRODUCTS in this process."""
     import torch
 
     best = 0.0
-    for m, k, n in PRODUCTS:
-        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    for m, k, n in PRODUCTS[device]:
+        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
         times = []
-        for _ in range(5):
+        for _ in range(3):
+            finish(device)
             begun = time.perf_counter()
             a @ b
+            finish(device)
             times.append(time.perf_counter() - begun)
         best = max(best, 2 * m * k * n / statistics.median(times))
     return best
 
 
 def ds_json(case: Case) -> dict[str, Any]:
-    """The engine's JSON: a ZeRO stage with everything kept; bf16 with fp32 master weights and sums."""
-    zero: dict[str, Any] = {"stage": case.zero, "overlap_comm": False}
+    """The engine's JSON: a ZeRO stage with everything kept."""
+    zero: dict[str, Any] = {"stage": case.zero, "overlap_comm": case.device == "cuda"}
     if case.zero == 3:
-        zero |= dict(stage3_max_live_parameters=10**12, stage3_max_reuse_distance=10**12)
-    bf16 = dict(bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}) if case.dtype == "bf16" else {}
-    return {"zero_optimization": zero, **bf16}
+        zero |= dict(stage3_max_live_parameters=10**12, stage3_param_persistence_threshold=10**12)
+        zero |= dict(stage3_max_reuse_distance=0)
+    states = dict(bf16_master_weights_and_grads=True, bf16_optimizer_states=True)
+    precision: dict[str, dict[str, Any]] = {
+        "fp32": {},
+        "bf16": dict(bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}),
+        "bf16_states": dict(bf16={"enabled": True, **states}),
+    }
+    return {"zero_optimization": zero, **precision[case.dtype]}
 
 
 def run_config(case: Case, work: Workload, out: Path, steps: int) -> Any:
@@ -127,15 +163,25 @@ def run_config(case: Case, work: Workload, out: Path, steps: int) -> Any:
 class Steps:
     """Runs steps on demand, in a process of its own."""
 
+    device = "cpu"
+
     def one(self, number: int) -> float:
         """Take optimizer step `number`; return its loss."""
         raise NotImplementedError
 
     def timed(self, number: int) -> Told:
         """Take a step with a clock beside it."""
+        finish(self.device)
         begun, cpu = time.perf_counter(), time.process_time()
         loss = self.one(number)
+        finish(self.device)
         return Told(loss, time.perf_counter() - begun, time.process_time() - cpu)
+
+    def traced(self, number: int) -> dict[str, Any]:
+        """Take a step under the profiler."""
+        from benchmarks.trace import traced
+
+        return traced(lambda: self.one(number), self.device == "cuda")
 
 
 class Product(Steps):
@@ -146,6 +192,7 @@ class Product(Steps):
         from mirage_ds.run.settings import Run
         from mirage_ds.train import open_run
 
+        self.case, self.work, self.device = case, work, case.device
         self.config = run_config(case, work, out, steps)
         self.run = Run(self.config, join())
         self.data, self.learner = open_run(self.run)
@@ -160,6 +207,33 @@ class Product(Steps):
         plan, batches = next(self.plans)
         assert plan.step == number
         return step(self.run, self.data, self.learner, plan, batches).metrics["loss"]
+
+    def thin_pass(self, number: int) -> dict[str, float]:
+        """Milliseconds of one more pass of a token a row: of a whole micro-step, and until the host has told it all."""
+        del number
+        from benchmarks.workload import encode
+        from mirage_ds.data.batch import collate, to_device
+        from mirage_ds.model.loss import StepCounts
+        from mirage_ds.run.step import micro_step
+
+        assert self.learner.tower is not None
+        self.learner.tower.tower.to(self.device)
+        took = []
+        for k in THIN:
+            encoder, samples = encode(self.work, self.case.stage, k, self.case.rows)
+            batch = self.learner.tower.attach(to_device(collate(samples, k + 1, encoder.dummy(1)), self.device))
+            counts, times = StepCounts(len(samples), len(batch.targets), k * len(samples)), []
+            for _ in range(3):
+                self.learner.engine.set_gradient_accumulation_boundary(False)
+                finish(self.device)
+                begun = time.perf_counter()
+                micro_step(self.run, self.learner, batch, counts)
+                host = time.perf_counter() - begun
+                finish(self.device)
+                times.append((time.perf_counter() - begun, host))
+            took.append([min(some) for some in zip(*times[1:], strict=True)])
+        more = THIN[1] - THIN[0]
+        return {name: round(1e3 * (b - a) / more, 2) for name, a, b in zip(("ms", "host_ms"), *took, strict=True)}
 
 
 class Plain(Steps):
@@ -182,17 +256,24 @@ class Plain(Steps):
             work.model,
             case.stage,
             config.gamma,
-            {"fp32": torch.float32, "bf16": torch.bfloat16}[case.dtype],
+            case.torch_dtype,
             dict(lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
                  weight_decay=config.weight_decay),
             config.max_grad_norm,
             1 if case.stage == "stage2" else case.plain_rows,
+            case.device,
+            torch.bfloat16 if case.dtype == "bf16_states" else torch.float32,
+            case.checkpointing,
         )  # fmt: skip
+        self.device = case.device
+        rows = range(len(self.records)) if case.device == "cuda" else ()
+        self.encoded = {row: self.encoder.encode(self.records[row], row) for row in rows}
         self.plans = list(_rows_of_steps(case, len(self.records), steps))
 
     def one(self, number: int) -> float:
         """Encode the step's rows and train on them."""
-        return self.naive.step([self.encoder.encode(self.records[row], row) for row in self.plans[number]])
+        rows = self.plans[number]
+        return self.naive.step([self.encoded.get(row) or self.encoder.encode(self.records[row], row) for row in rows])
 
 
 class Decoder(Steps):
@@ -202,15 +283,15 @@ class Decoder(Steps):
         import torch
 
         from benchmarks.workload import encode
-        from mirage_ds.data.batch import collate
+        from mirage_ds.data.batch import collate, to_device
         from mirage_ds.data.pack import pack
         from mirage_ds.model.load import load_model
 
         encoder, samples = encode(work, case.stage, case.latent_size)
         stage: Any = case.stage
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.dtype]
+        self.device, device = case.device, torch.device(case.device)
         loaded = load_model(
-            work.model, stage=stage, dtype=dtype, device=torch.device("cpu"), checkpointing=case.checkpointing
+            work.model, stage=stage, dtype=case.torch_dtype, device=device, checkpointing=case.checkpointing
         )
         self.model = loaded.model
         self.tokens = [len(sample.input_ids) for sample in samples]
@@ -220,7 +301,8 @@ class Decoder(Steps):
         for plan in _rows_of_steps(case, len(samples), steps):
             bins = pack([self.tokens[row] for row in plan], 1, case.micro_tokens, case.micro_rows)
             dummy = encoder.dummy((passes - 1) // case.latent_size)
-            self.batches.append([collate([samples[plan[i]] for i in one], passes, dummy) for one in bins])
+            batches = [collate([samples[plan[i]] for i in one], passes, dummy) for one in bins]
+            self.batches.append([to_device(batch, device) for batch in batches])
         torch.manual_seed(0)
 
     def one(self, number: int) -> float:
@@ -229,17 +311,15 @@ class Decoder(Steps):
 
         from mirage_ds.model.latents import run_passes
 
-        model, total = self.model.language_model, 0.0
+        text, how, total = self.model.language_model, self.model.how, 0.0
+        like = dict(dtype=text.dtype, device=self.device)
         for batch in self.batches[number]:
-            x = torch.randn(len(batch.input_ids), model.config.hidden_size, dtype=model.dtype).requires_grad_()
-            hidden = torch.cat(
-                run_passes(
-                    model, x, batch.position_ids, batch.passes, self.model.how.attention, self.model.how.checkpointing
-                )
-            )
+            x = torch.randn(len(batch.input_ids), text.config.hidden_size, **like).requires_grad_()
+            walked = (text, self.model.layers, x, batch.position_ids, batch.passes)
+            hidden = torch.cat(run_passes(*walked, how.attention, how.checkpointing))
             hidden.backward(torch.ones_like(hidden))
             total += float(hidden.detach().square().mean())
-        model.zero_grad()
+        self.model.zero_grad()
         return total
 
 
@@ -256,18 +336,6 @@ def _rows_of_steps(case: Case, count: int, steps: int) -> Iterator[list[int]]:
         yield [int(row) for row in planner.rows_of(step)]
 
 
-def profiled(running: Steps, number: int) -> dict[str, float]:
-    """Take a step under torch's profiler: the operators' shares of its own processor time, the largest first."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        running.one(number)
-    found = seen.key_averages()
-    total = sum(one.self_cpu_time_total for one in found)
-    largest = sorted(found, key=lambda one: -one.self_cpu_time_total)[:OPERATORS]
-    return {one.key: round(one.self_cpu_time_total / total, 3) for one in largest}
-
-
 KINDS: dict[str, Any] = {"product": Product, "plain": Plain, "decoder": Decoder}
 
 
@@ -281,16 +349,26 @@ def serve(kind: str, rank: int, port: int, case: Case, work: Workload, out: Path
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(case.threads)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.dtype]
-    rate = matmul_rate(dtype)
+    rate = matmul_rate(case.torch_dtype, case.device)
     running = KINDS[kind](case, work, out, steps)
     pipe.send((getattr(running, "tokens", []), getattr(running, "labels", [])))
-    while (number := pipe.recv()) is not None:
-        # A step below 0 is taken under the profiler.
-        pipe.send(running.timed(number) if number >= 0 else profiled(running, -number))
-    peak = memory("VmHWM")
+    peak = 0
+    while (asked := pipe.recv()) is not None:
+        what, number = asked
+        if case.device == "cuda" and number == WARM_UP:
+            # What loading took is over.
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            found = getattr(running, what)(number)
+        except Exception as error:  # what comes after the timed steps must not lose them
+            if what == "timed":
+                raise
+            found = {"failed": repr(error)}
+        pipe.send(found)
+        if what == "timed":
+            peak = torch.cuda.max_memory_allocated() if case.device == "cuda" else memory("VmHWM")
     # Once more, and the faster of both: the machine may have had other work at the start.
-    pipe.send((peak, max(rate, matmul_rate(dtype))))
+    pipe.send((peak, max(rate, matmul_rate(case.torch_dtype, case.device))))
 
 
 def memory(key: str) -> int:
@@ -347,14 +425,14 @@ class Side:
     def step(self, number: int) -> None:
         """Let all ranks take a step."""
         for _, pipe in self.ranks:
-            pipe.send(number)
+            pipe.send(("timed", number))
         told = self._hear()
         self.told.append(Told(told[0].loss, max(one.seconds for one in told), sum(one.cpu_seconds for one in told)))
 
-    def profile(self, number: int) -> dict[str, float]:
-        """Let all ranks take a step, under the profiler; return what rank 0 saw."""
+    def ask(self, what: str, number: int) -> dict[str, Any]:
+        """Let all ranks do something once their steps are timed; return what rank 0 has found."""
         for _, pipe in self.ranks:
-            pipe.send(-number)
+            pipe.send((what, number))
         return dict(self._hear()[0])
 
     def end(self) -> Ran:
@@ -374,6 +452,16 @@ def spread(values: list[float], digits: int = 4) -> dict[str, float]:
     }
 
 
+def datasheet_rate(case: Case) -> float | None:
+    """Peak FLOP/s of the GPU in the dtype of the products, where there is one that is known."""
+    import torch
+
+    from mirage_ds.plan.mfu import peak_flops
+
+    name = torch.cuda.get_device_name() if case.device == "cuda" else None
+    return peak_flops(None, name, "fp32" if case.dtype == "fp32" else "bf16")
+
+
 def summary(ran: Ran, case: Case, tokens: list[float], flops: list[float]) -> dict[str, Any]:
     """What one side's steps come to.
 
@@ -381,7 +469,10 @@ def summary(ran: Ran, case: Case, tokens: list[float], flops: list[float]) -> di
         tokens, flops: of each counted step.
     """
     seconds = [one.seconds for one in ran.told]
+    peak = datasheet_rate(case)
     return {
+        "seconds": [round(one, 4) for one in seconds],
+        "losses": [round(one.loss, 4) for one in ran.told],
         "seconds_per_row": spread([s / case.rows for s in seconds]),
         "samples_per_s": spread([case.rows / s for s in seconds]),
         "tokens_per_s": spread([t / s for t, s in zip(tokens, seconds, strict=True)], 1),
@@ -389,18 +480,18 @@ def summary(ran: Ran, case: Case, tokens: list[float], flops: list[float]) -> di
         "peak_memory_gb": round(ran.memory / 1e9, 3),
         "matmul_gflops": round(ran.rate / 1e9, 1),
         "share_of_matmul_rate": spread([f / s / ran.rate for f, s in zip(flops, seconds, strict=True)], 3),
+        **({"mfu": spread([f / s / peak for f, s in zip(flops, seconds, strict=True)], 3)} if peak else {}),
     }
 
 
-def model_flops(case: Case, lengths: list[int], labels: list[int], part: str) -> float:
+def model_flops(model: Path, lengths: list[int], labels: list[int], part: str) -> float:
     """FLOPs that a step's rows need without recomputation; the tower is left out (kept features)."""
-    from mirage_ds.model.presets import preset
     from mirage_ds.plan.formulas import flops
-    from mirage_ds.plan.shape import describe, sizes
+    from mirage_ds.plan.shape import read_shape, sizes
 
-    model, tokens = sizes(describe(preset(case.preset), case.preset)), sum(lengths)
+    shape, tokens = sizes(read_shape(str(model))), sum(lengths)
     keys = sum(n * (n + 1) / 2 for n in lengths) / tokens
-    return flops(model, tokens, 0 if part == "decoder" else sum(labels), keys, checkpointing=False)
+    return flops(shape, tokens, 0 if part == "decoder" else sum(labels), keys, checkpointing=False)
 
 
 def compare(case: Case, product: Ran, plain: Ran) -> dict[str, Any]:
@@ -412,7 +503,13 @@ def compare(case: Case, product: Ran, plain: Ran) -> dict[str, Any]:
         "memory_ratio": round(product.memory / plain.memory, 3),
         "losses_apart": max(abs(a.loss - b.loss) / abs(b.loss) for a, b in pairs),
     }
-    if case.preset == "bench-87m" and case.stage in PUBLIC_S and case.dtype == "fp32" and case.plain_rows == 1:
+    if (
+        case.preset == "bench-87m"
+        and case.device == "cpu"
+        and case.stage in PUBLIC_S
+        and case.dtype == "fp32"
+        and case.plain_rows == 1
+    ):
         own = statistics.median(one.seconds / case.rows for one in plain.told)
         public = PUBLIC_S[case.stage]
         found |= {
@@ -423,56 +520,85 @@ def compare(case: Case, product: Ran, plain: Ran) -> dict[str, Any]:
     return found
 
 
+def planned(case: Case, work: Workload, ds_path: Path, lengths: list[int], labels: list[int]) -> dict[str, Any]:
+    """What `mirage-ds plan` says of one GPU that takes such rows, without a reserve and without their features."""
+    from mirage_ds.plan.fit import Question, judge
+    from mirage_ds.plan.spec import PlanSpec
+
+    tokens = round(statistics.mean(lengths))
+    together = min(case.rows, case.micro_rows or case.rows, case.micro_tokens // tokens)
+    latents = 0 if case.stage == "sft" else case.latent_size
+    spec = PlanSpec(
+        model=str(work.model), stage=case.stage, latent_size=case.latent_size, row_tokens=tokens,
+        micro_batch_tokens=together * tokens, micro_steps=math.ceil(case.rows / together), images=0, reserve=0,
+        labelled=(statistics.mean(labels) + latents) / tokens, gpus_per_node=1, attention="torch_varlen",
+        feature_cache=case.features, gradient_checkpointing=case.checkpointing,
+    )  # fmt: skip
+    plan = judge(Question(spec), ds_path)
+    bounds = [round(seconds, 3) for seconds in (plan.step.least, plan.step.most)]
+    return {"gpu": spec.gpu, "memory_gb": round(plan.held.gpu / 1e9, 3), "seconds": bounds}
+
+
 def described(case: Case) -> dict[str, Any]:
     """What was run, on what."""
     import torch
 
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    commit = ""
+    # A checkout may have been carried to where its history is not.
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    gpu = torch.cuda.get_device_name() if case.device == "cuda" else "no GPU"
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": git.stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, no GPU",
+        "commit": commit,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {gpu}",
         "torch": torch.__version__,
         **asdict(case),
     }
 
 
 def run(
-    case: Case, part: str, against: str | None, repeats: int, profile: bool, folder: Path, console: Console
+    case: Case, work: Workload, part: str, against: str | None, repeats: int, profile: bool, folder: Path, out: Console
 ) -> dict[str, Any]:
-    """Run the steps of all sides by turns."""
+    """Run the steps of all sides by turns; on a GPU, which two may not fit into, one side after the other."""
     counted = WARM_UP + repeats
-    steps = counted + profile
-    work = make_workload(folder / "work", case.preset, min(512, steps * case.rows), case.source, case.seed)
     kinds = ["decoder" if part == "decoder" else "product", *(["plain"] if against else [])]
-    sides = [Side(kind, case, work, folder / kind, steps) for kind in kinds]
-    for number in track(range(counted), "steps", console=console, transient=True):
-        for side in sides:
-            side.step(number)
-    first = sides[0]
+    ran, shares, sizes = {}, {}, ([], [])
+    for group in [[kind] for kind in kinds] if case.device == "cuda" else [kinds]:
+        sides = [Side(kind, case, work, folder / kind, counted + profile) for kind in group]
+        # What the first side says; the plain way has the same rows.
+        sizes = sizes if ran else (sides[0].tokens, sides[0].labels)
+        for number in track(range(counted), "steps", console=out, transient=True):
+            for side in sides:
+                side.step(number)
+        if profile:
+            shares |= {f"{side.kind}_profile": side.ask("traced", counted) for side in sides}
+            if case.stage == "stage2" and sides[0].kind == "product":
+                shares["thin_pass"] = sides[0].ask("thin_pass", counted)
+        ran |= {side.kind: side.end() for side in sides}
     tokens, flops = [], []
-    for rows in list(_rows_of_steps(case, len(first.tokens), counted))[WARM_UP:]:
-        lengths, labels = [first.tokens[row] for row in rows], [first.labels[row] for row in rows]
+    for rows in list(_rows_of_steps(case, len(sizes[0]), counted))[WARM_UP:]:
+        lengths, labels = ([some[row] for row in rows] for some in sizes)
         tokens.append(float(sum(lengths)))
-        flops.append(model_flops(case, lengths, labels, part))
-    shares = {f"{side.kind}_profile": side.profile(counted) for side in sides} if profile else {}
-    ran = [side.end() for side in sides]
+        flops.append(model_flops(work.model, lengths, labels, part))
     return {
         **described(case),
         "part": part,
         "repeats": repeats,
-        "tokens_per_row": [min(first.tokens), max(first.tokens)],
+        "tokens_per_row": [min(sizes[0]), max(sizes[0])],
         "model_gflops_per_row": round(statistics.mean(flops) / case.rows / 1e9, 2),
-        **{kind: summary(one, case, tokens, flops) for kind, one in zip(kinds, ran, strict=True)},
-        **(compare(case, *ran) if against else {}),
+        **{kind: summary(one, case, tokens, flops) for kind, one in ran.items()},
+        **({"planned": planned(case, work, folder / "product/ds.json", *sizes)} if part == "step" else {}),
+        **(compare(case, ran["product"], ran["plain"]) if against else {}),
         **shares,
     }
 
 
 @click.command()
-@click.option("--preset", default="bench-87m", show_default=True, type=click.Choice(["nano", "bench-40m", "bench-87m"]))
+@click.option("--preset", default="bench-87m", show_default=True, help="Model, as `mirage-ds init` makes it.")
+@click.option("--model", type=click.Path(exists=True, path_type=Path), help="A model folder in place of --preset.")
+@click.option("--records", type=click.Path(exists=True, path_type=Path), help="Records in place of --source.")
 @click.option("--stage", default="stage2", show_default=True, type=click.Choice(["sft", "stage1", "stage2"]))
 @click.option("--source", default="vsp", show_default=True, type=click.Choice(get_args(Source)), help="Rows.")
 @click.option("--latent_size", default=4, show_default=True)
@@ -481,7 +607,7 @@ def run(
 @click.option("--micro_rows", type=int, help="Rows a micro-step holds at most.")
 @click.option("--features", default="all", show_default=True, type=click.Choice(["all", "off"]),
               help="off: the vision tower runs in every step.")  # fmt: skip
-@click.option("--dtype", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]))
+@click.option("--dtype", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16", "bf16_states"]))
 @click.option("--threads", default=2, show_default=True, help="Of each process.")
 @click.option("--ranks", default=1, show_default=True, help="Of the product; the plain way has one.")
 @click.option("--zero", default=0, show_default=True, type=click.IntRange(0, 3), help="ZeRO stage of the product.")
@@ -490,18 +616,28 @@ def run(
               help="Rows that the plain way pads and takes at a time; one in stage2.")  # fmt: skip
 @click.option("--part", default="step", show_default=True, type=click.Choice(["step", "decoder"]))
 @click.option("--against", type=click.Choice(["naive"]), help="Run the plain way by turns.")
-@click.option("--profile", is_flag=True, help="Take one step more, under torch's profiler.")
+@click.option("--profile", is_flag=True, help="Take one step more, under torch's profiler (trace.py).")
 @click.option("--repeats", default=5, show_default=True, help="Steps that are counted.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Also append the line to this file.")
-def main(part: str, against: str | None, profile: bool, repeats: int, out: Path | None, **settings: Any) -> None:
+def main(
+    part: str, against: str | None, profile: bool, repeats: int, out: Path | None, model: Path | None,
+    records: Path | None, **settings: Any,
+) -> None:  # fmt: skip
     """Measure optimizer steps; print one JSON line."""
-    os.environ |= dict(DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=str(settings["threads"]))
+    os.environ |= dict(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=str(settings["threads"]))
+    import torch
+
+    gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    os.environ["DS_ACCELERATOR"] = "cuda" if gpu else "cpu"
     if part == "decoder" and (against or settings["ranks"] > 1):
         raise click.UsageError("--part decoder runs alone, on one rank")
-    case = Case(**settings)
-    with tempfile.TemporaryDirectory(prefix="mirage-step-") as folder:
-        found = run(case, part, against, repeats, profile, Path(folder), Console(stderr=True))
+    settings["preset"] = model.name if model else settings["preset"]
+    case = Case(**settings, device=os.environ["DS_ACCELERATOR"])
+    with tempfile.TemporaryDirectory(prefix="mirage-step-") as place:
+        folder, rows = Path(place), min(512, (WARM_UP + repeats + profile) * case.rows)
+        work = make_workload(folder / "work", case.preset, rows, case.source, case.seed, model, records)
+        found = run(case, work, part, against, repeats, profile, folder, Console(stderr=True))
     line = json.dumps(found)
     print(line)
     if out:

@@ -25,18 +25,28 @@ class Workload(NamedTuple):
     records: Path
 
 
-def make_workload(out: Path, preset: str, rows: int, source: Source, seed: int = 0) -> Workload:
-    """Write `rows` records with their images and a random model of `preset` whose tokenizer knows their text."""
+def make_workload(
+    out: Path, preset: str, rows: int, source: Source, seed: int = 0, model: Path | None = None,
+    records: Path | None = None,
+) -> Workload:  # fmt: skip
+    """Write `rows` records with their images and a random model of `preset` whose tokenizer knows their text.
+
+    Args:
+        model, records: what is there already.
+    """
     from mirage_ds.model.init import init_model
     from mirage_ds.tasks.board_task import BuildSpec
     from mirage_ds.tasks.build import build
 
-    build("vsp-spatial-planning", BuildSpec(out=out / "data", count=rows, answer="cot", seed=seed))
-    records = out / "data/data.jsonl"
-    if source == "mixed":
-        _lengthen(records, seed)
-    init_model(preset, out / "model", texts=[records], tokenizer_size=TOKENIZER_SIZE)
-    return Workload(out / "model", records)
+    if records is None:
+        build("vsp-spatial-planning", BuildSpec(out=out / "data", count=rows, answer="cot", seed=seed))
+        records = out / "data/data.jsonl"
+        if source == "mixed":
+            _lengthen(records, seed)
+    if model is None:
+        model = out / "model"
+        init_model(preset, model, texts=[records], tokenizer_size=TOKENIZER_SIZE)
+    return Workload(model, records)
 
 
 def _lengthen(records: Path, seed: int) -> None:
@@ -49,11 +59,11 @@ def _lengthen(records: Path, seed: int) -> None:
     records.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def encode(work: Workload, stage: Any, k: int) -> tuple[Any, list[Any]]:
-    """Return the encoder and every record as a Sample with pixels."""
+def encode(work: Workload, stage: Any, k: int, most: int | None = None) -> tuple[Any, list[Any]]:
+    """Return the encoder and every record, or the first of them, as a Sample with pixels."""
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.load import load_encoder
     from mirage_ds.data.record_files import scan
 
     encoder = load_encoder([str(work.model)], ImageFinder.beside(work.records, None), stage, k)
-    return encoder, [encoder.encode(record, row) for row, record in enumerate(scan(work.records)[0])]
+    return encoder, [encoder.encode(record, row) for row, record in enumerate(scan(work.records)[0][:most])]

@@ -161,7 +161,11 @@ def config_import(file: Path, out: Path | None, **options: Any) -> None:
 
 
 @cli.command()
-@click.option("--preset", required=True, help=f"{', '.join(PRESETS)}; {', '.join(LARGE)} with --config_only alone.")
+@click.option(
+    "--preset",
+    required=True,
+    help=f"{', '.join(name for name in PRESETS if name not in LARGE)}; in bfloat16, for a GPU: {', '.join(LARGE)}.",
+)
 @click.option("--out", required=True, type=Output(folder=True), help="Folder to write.")
 @click.option("--text", "texts", multiple=True, type=_PATH, help="Records whose text trains the tokenizer.")
 @_columns
@@ -170,7 +174,7 @@ def config_import(file: Path, out: Path | None, **options: Any) -> None:
 @click.option("--seed", default=42, show_default=True)
 @click.option("--config_only", is_flag=True, help="No weights: config, tokenizer and image processor.")
 def init(preset: str, out: Path, **options: Any) -> None:
-    """Write a small random model, to try things out.
+    """Write a random model, to try things out; one of a public shape needs room for all its weights on the GPU.
 
     It is a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, with a tokenizer trained on the task's text.
     """

@@ -5,7 +5,9 @@ V vocabulary rows.
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from mirage_ds.model.family import FAMILIES, Family
 from mirage_ds.model.presets import LARGE, preset
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 # Qwen2.5-VL's special tokens that the trainer and the chat template use, in the order of their public ids.
@@ -91,6 +94,46 @@ def image_settings(vision: Any, family: Family) -> dict[str, Any]:
     return made
 
 
+def drawing_place(count: int, name: str) -> torch.device:
+    """Return where a large preset's weights are drawn: on the GPU where there is one, in seconds; on a CPU in minutes.
+
+    Args:
+        count: elements, of two bytes.
+
+    Raises:
+        UserError: there is no room for them.
+    """
+    import psutil
+    import torch
+
+    gpu = torch.cuda.is_available()
+    free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
+    if 2 * count > free:
+        raise UserError(
+            f"preset '{name}': its weights take {2 * count / 1e9:,.0f} GB in bfloat16 and {free / 1e9:,.0f} are free "
+            f"on {'the GPU' if gpu else 'this machine'}; free some, take a smaller preset, or add --config_only"
+        )
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def write_weights(config: Any, folder: Path, device: torch.device, seed: int) -> None:
+    """Draw a model in the dtype of its configuration and write it; the host holds one shard of what is on a GPU."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from mirage_ds.model.load import public_name
+    from mirage_ds.model.shards import ShardWriter
+
+    torch.manual_seed(seed)
+    with device:
+        # A copy: from_config writes the dtype into it a second time.
+        model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=config.dtype)
+    writer = ShardWriter(folder, FAMILIES[config.model_type])
+    for parameter_name, parameter in model.named_parameters():
+        writer.add(public_name(parameter_name), parameter.detach().to("cpu"))
+    writer.finish()
+
+
 def init_model(
     name: str,
     out: Path,
@@ -105,7 +148,7 @@ def init_model(
     """Write a model folder.
 
     Args:
-        name: a preset.
+        name: a preset; the large ones are written in bfloat16, the small ones in float32.
         texts: record files whose text trains the tokenizer; columns: their own columns, as --columns names them.
         tokenizer_from: a folder whose tokenizer is taken instead.
         tokenizer_size: entries of the trained tokenizer.
@@ -118,12 +161,9 @@ def init_model(
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from mirage_ds.model.load import public_name
-    from mirage_ds.model.shards import ShardWriter
+    from mirage_ds.model.load import expected_shapes
 
-    values = preset(name)
-    if not config_only and name.lower().replace("_", "-") in LARGE:
-        raise UserError(f"preset '{name}': random weights are written for small models only; add --config_only")
+    values, large = preset(name), name.lower().replace("_", "-") in LARGE
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: not empty; give a new folder")
     transformers.utils.logging.set_verbosity_error()
@@ -145,18 +185,13 @@ def init_model(
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
         architectures=[family.whole],
-        dtype="float32",
+        dtype="bfloat16" if large else "float32",
     )
-    count = 0
+    count = 0 if config_only else sum(map(math.prod, expected_shapes(config).values()))
+    device = drawing_place(count, name) if large and count else torch.device("cpu")
     with whole_folder(out) as folder:
-        if not config_only:
-            torch.manual_seed(seed)
-            model = family.model_class()(config)
-            count = sum(p.numel() for p in model.parameters())
-            writer = ShardWriter(folder, family)
-            for parameter_name, parameter in model.named_parameters():
-                writer.add(public_name(parameter_name), parameter.detach())
-            writer.finish()
+        if count:
+            write_weights(config, folder, device, seed)
         tokenizer.save_pretrained(folder)
         Qwen2VLImageProcessorPil(**image_settings(config.vision_config, family)).save_pretrained(folder)
         write_atomically(folder / "generation_config.json", json.dumps({"eos_token_id": ids["<|im_end|>"]}) + "\n")

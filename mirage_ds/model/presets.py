@@ -117,7 +117,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen2.5-vl-32b": _public(5120, 64, 40, 8, 27_648, PUBLIC_ROWS, False, 3456),
     "qwen2.5-vl-72b": _public(8192, 80, 64, 8, 29_568, PUBLIC_ROWS, False, 3456),
 }
-# Too large for random weights; `mirage-ds init --config_only` writes their configuration.
+# `mirage-ds init` draws their weights on a GPU, if there is one, in bfloat16; --config_only leaves them out.
 LARGE = tuple(name for name in PRESETS if name.startswith("qwen"))
 
 

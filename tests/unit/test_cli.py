@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import click
@@ -21,6 +22,8 @@ from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalG
 
 from mirage_ds import __version__
 from mirage_ds.cli import cli, main
+from mirage_ds.model import init
+from mirage_ds.model.load import check_folder
 from mirage_ds.model.presets import PRESETS, preset
 
 
@@ -285,7 +288,6 @@ print("loaded", sorted({"torch", "transformers", "deepspeed", "datasets", "gymna
     ("arguments", "parts"),
     [
         (["--preset", "nanno"], ["no preset 'nanno'", "did you mean 'nano'"]),
-        (["--preset", "qwen2.5-vl-7b"], ["'qwen2.5-vl-7b'", "--config_only"]),
         (["--preset", "nano", "--tokenizer_size", "200"], ["--tokenizer_size 200", "need 267"]),
         (["--preset", "nano", "--text", "gone.jsonl"], ["gone.jsonl: no such file"]),
         (["--preset", "nano", "--tokenizer", "gone/folder/deep"], ["gone/folder/deep"]),
@@ -323,6 +325,25 @@ def test_init_writes_the_same_weights_for_the_same_seed_and_says_how_many(call: 
     assert counts == [sum(tensor.numel() for tensor in stored[0].values())] * 3
     same = [all(torch.equal(stored[0][name], other[name]) for name in stored[0]) for other in stored[1:]]
     assert same == [True, False]
+
+
+def test_init_draws_a_large_model_in_bfloat16_if_there_is_room(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(init, "LARGE", ("nano-untied",))
+    free = SimpleNamespace(available=1 << 40)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    for name, dtype in (("nano-untied", torch.bfloat16), ("nano", torch.float32)):
+        assert call("init", "--preset", name, "--out", tmp_path / name).code == 0
+        assert {tensor.dtype for tensor in tensors_of(tmp_path / name).values()} == {dtype}
+        assert check_folder(tmp_path / name).dtype == dtype
+    # Both are of one shape, but for the output matrix, and two bytes an element have to be free.
+    elements = sum(tensor.numel() for tensor in tensors_of(tmp_path / "nano-untied").values())
+    free.available = 2 * elements - 1
+    said = refusal(call("init", "--preset", "nano-untied", "--out", tmp_path / "new"))
+    assert all(part in said for part in ("'nano-untied'", "GB", "--config_only")), said
+    assert not (tmp_path / "new").exists()
 
 
 def test_init_config_only_writes_a_folder_without_weights(call: Call, tmp_path: Path, nano: Path) -> None:

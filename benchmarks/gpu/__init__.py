@@ -1,0 +1,1 @@
+"""What one GPU is asked in fifteen minutes: `python -m benchmarks.gpu first`, then `… second`."""
