@@ -5,6 +5,7 @@ The names and meanings of the public Mirage code's flags are kept: --model --sta
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -187,6 +188,11 @@ class RunConfig(BaseModel):
     collective_timeout: PositiveInt = Field(
         900, description="Seconds after which a rank gives up waiting for another, from the second step on."
     )
+    profile_steps: str | None = Field(
+        None,
+        description="Write what rank 0 does in these optimizer steps, FIRST:LAST, as a trace of torch.profiler into "
+        "run/profile.",
+    )
     log_rows: bool = Field(False, description="Write into log.jsonl which rows each rank ran in each step.")
     resume: Literal["auto", "never"] = Field(
         "never",
@@ -291,6 +297,15 @@ class RunConfig(BaseModel):
             )
         return self
 
+    @field_validator("profile_steps", mode="before")
+    @classmethod
+    def _first_and_last(cls, value: Any) -> Any:
+        found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", str(value))
+        if value is not None and not (found and int(found[1]) <= int(found[2])):
+            # YAML takes 20:22 for a number of base 60.
+            raise ValueError("give FIRST:LAST, such as 20:22, in quotes in a file of settings")
+        return value
+
     @field_validator("*")
     @classmethod
     def _nameable(cls, value: Any) -> Any:
@@ -306,6 +321,12 @@ class RunConfig(BaseModel):
     def tolerated_share(self) -> float | None:
         """Share of faulty records that is left out; None where one fault refuses the run."""
         return self.max_bad_share if self.skip_bad_records else None
+
+    @property
+    def profiled(self) -> range:
+        """The optimizer steps of --profile_steps, from 1."""
+        first, last = map(int, (self.profile_steps or "1:0").split(":"))
+        return range(first, last + 1)
 
     @property
     def rows_per_step(self) -> int:

@@ -12,7 +12,7 @@ import yaml
 
 from mirage_ds.engine.manifest import MANIFEST, candidates, is_whole, step_of
 from mirage_ds.errors import UserError
-from mirage_ds.run import events
+from mirage_ds.run import events, odd_steps
 
 Line = dict[str, Any]
 
@@ -95,7 +95,7 @@ class Facts:
     Attributes:
         folder: its --save_model_path.
         settings: config.yaml; start: run.json. Empty where they are not there yet.
-        events: of events.jsonl; verdicts: the guards', of faults.jsonl; not_finite: steps that were skipped.
+        events: of events.jsonl; verdicts: the guards', of faults.jsonl; odd: of odd_steps.jsonl.
         steps, evaluations: the lines of log.jsonl, one a step.
         logged: when log.jsonl was last written to, without one config.yaml, in seconds since 1970.
         skipped_records: lines of skipped.jsonl.
@@ -112,7 +112,7 @@ class Facts:
         noted = json_lines(own / events.FILE)
         self.events = [one for one in noted if isinstance(one.get("event"), str) and isinstance(one.get("time"), float)]
         self.verdicts = [one for one in json_lines(own / "faults.jsonl") if one.get("code") and one.get("why")]
-        self.not_finite = json_lines(own / "not_finite.jsonl")
+        self.odd = json_lines(own / odd_steps.FILE)
         self.steps, self.evaluations = split_log(json_lines(own / "log.jsonl"))
         self.logged = _changed(own / "log.jsonl") or _changed(own / "config.yaml")
         self.skipped_records = len(json_lines(own / "skipped.jsonl"))
