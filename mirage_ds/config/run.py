@@ -281,6 +281,8 @@ class RunConfig(BaseModel):
             raise ValueError(f"--slots {self.slots}: --stage {self.stage} takes {', '.join(allowed)}")
         if self.train_targets and not (self.train_vision and self.stage == "stage1"):
             raise ValueError("--train_targets trains the tower of stage1: add --train_vision and --stage stage1")
+        if self.profile_steps is not None and not self.profiled:
+            raise ValueError(f"--profile_steps {self.profile_steps}: give FIRST:LAST, such as 20:22")
         if self.detach_latents and self.stage != "stage2":
             raise ValueError(f"--detach_latents is for --stage stage2: no state is fed back in {self.stage}")
         if self.resume == "auto" and self.overwrite:
@@ -296,15 +298,6 @@ class RunConfig(BaseModel):
                 "a row must fit into one micro-batch; lower the first or raise the second"
             )
         return self
-
-    @field_validator("profile_steps", mode="before")
-    @classmethod
-    def _first_and_last(cls, value: Any) -> Any:
-        found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", str(value))
-        if value is not None and not (found and int(found[1]) <= int(found[2])):
-            # YAML takes 20:22 for a number of base 60.
-            raise ValueError("give FIRST:LAST, such as 20:22, in quotes in a file of settings")
-        return value
 
     @field_validator("*")
     @classmethod
@@ -325,8 +318,8 @@ class RunConfig(BaseModel):
     @property
     def profiled(self) -> range:
         """The optimizer steps of --profile_steps, from 1."""
-        first, last = map(int, (self.profile_steps or "1:0").split(":"))
-        return range(first, last + 1)
+        found = re.fullmatch(r"([1-9]\d*):(\d+)", self.profile_steps or "")
+        return range(int(found[1]), int(found[2]) + 1) if found else range(0)
 
     @property
     def rows_per_step(self) -> int:

@@ -149,11 +149,7 @@ def _put_in_place(beside: Path, place: Path, state: dict[str, Any], entries: lis
 
 
 def find_checkpoint(
-    folder: Path,
-    wanted: dict[str, Any],
-    world: World,
-    before: float = inf,
-    asked: str = "--resume auto",
+    folder: Path, wanted: dict[str, Any], world: World, before: float = inf, asked: str = "--resume auto"
 ) -> Found | None:
     """Return the newest checkpoint that is whole, up to the one that `latest` names; None where the run has none yet.
 

@@ -3,7 +3,6 @@
 N samples of a micro-batch.
 """
 
-from functools import partial
 from itertools import islice
 from math import hypot, isfinite
 from pathlib import Path
@@ -18,10 +17,10 @@ from mirage_ds.cluster.status.facts import find_run, json_lines, split_log
 from mirage_ds.config.flags import build_model
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.data.progress import track
-from mirage_ds.engine.checkpoint import find_checkpoint, read_state
+from mirage_ds.engine.checkpoint import find_checkpoint
 from mirage_ds.engine.gradients import gradient_norms
 from mirage_ds.engine.manifest import candidates, step_of
-from mirage_ds.engine.setup import everyone, from_rank_zero, join
+from mirage_ds.engine.setup import everyone, join
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.tables import print_table
@@ -38,15 +37,13 @@ class Again(NamedTuple):
     """What a step came to, up to its update; the same on every rank.
 
     Attributes:
-        rows: row, file, line and loss of each, the largest loss first.
+        rows: row, file, line and loss (LossSums.rows) of each, the largest loss first.
         norms: layer → norm of its gradient, before clipping.
-        written: how many ranks wrote the checkpoint that it was taken from.
     """
 
     loss: float
     rows: list[dict[str, Any]]
     norms: dict[str, float]
-    written: int
 
 
 def replay(folder: Path, number: int) -> None:
@@ -63,7 +60,7 @@ def replay(folder: Path, number: int) -> None:
         again = take_again(Run(config, world), folder, number)
     world.waiting.part()
     if world.rank == 0:
-        show(again, number, logged, world.size)
+        show(again, number, logged)
     dist.destroy_process_group()
 
 
@@ -105,10 +102,12 @@ def take_again(run: Run, folder: Path, number: int) -> Again:
         UserError: records, model or ranks are others than those of the checkpoint, or none is whole.
     """
     data, learner = _open(run, folder / "run" / "checkpoints", number)
-    steps, missing = data.loader.steps(learner.start, number), number - 1 - learner.start
-    first = run.world.rank == 0
+    start, ranks, first = learner.start, learner.resumed["world_size"], run.world.rank == 0
+    steps, missing = data.loader.steps(start, number), number - 1 - start
     if first:
-        click.echo(f"from the checkpoint of step {learner.start}: {missing} step(s) to take before step {number}")
+        others = f" of {ranks} rank(s), here {run.world.size}: losses are equal up to rounding"
+        said = others if ranks != run.world.size else ""
+        click.echo(f"{missing} step(s) to take before step {number}, from the checkpoint of step {start}{said}")
     for plan, batches in track(islice(steps, missing), "steps before", missing, quiet=not first):
         step(run, data, learner, plan, batches)
     plan, batches = next(steps)
@@ -124,8 +123,8 @@ def take_again(run: Run, folder: Path, number: int) -> Again:
     # Those that are not finite first.
     ran = sorted(everyone(own, run.world), key=lambda one: (isfinite(one[1]), -one[1]))
     places = data.index.rows.places_of(row for row, _ in ran)
-    rows = [{**place, "loss": of_row} for place, (_, of_row) in zip(places, ran, strict=True)]
-    return Again(float(loss), rows, norms, learner.resumed["world_size"])
+    rows = [{**place, "loss": one[1]} for place, one in zip(places, ran, strict=True)]
+    return Again(float(loss), rows, norms)
 
 
 def _open(run: Run, checkpoints: Path, number: int) -> tuple[Data, Learner]:
@@ -133,25 +132,16 @@ def _open(run: Run, checkpoints: Path, number: int) -> tuple[Data, Learner]:
     checked = check_settings(run)
     data = open_data(run, checked)
     state = state_of(run, checked, data)
-    before = next(place for place in candidates(checkpoints) if step_of(place) < number)
-    was = from_rank_zero(partial(read_state, before), run.world)["data"]
-    if was != state["data"]:
-        raise UserError(
-            f"{run.config.records}: are not the records that {before} was trained on (SHA-256 {state['data']}, then "
-            f"{was}); bring those back"
-        )
     found = find_checkpoint(checkpoints, state, run.world, number, f"step {number}")
     use_universal(checked.ds_values, found is not None and found.universal)
     return data, open_engine(run, checked, data, open_model(run, checked, data), state, found)
 
 
-def show(again: Again, number: int, logged: dict[str, Any], ranks: int) -> None:
+def show(again: Again, number: int, logged: dict[str, Any]) -> None:
     """Print rows, layers, and the step beside what was logged of it."""
     rows = [[f"{one['row']}", one["file"], f"{one['line']}", f"{one['loss']:.6f}"] for one in again.rows]
-    print_table(["row", "file", "line", "loss"], rows, f"rows of step {number}")
+    print_table(["row", "file", "line", "loss, unweighted"], rows, f"rows of step {number}")
     layers = [[layer, f"{norm:.6g}"] for layer, norm in again.norms.items()]
     print_table(["layer", "gradient norm"], layers, "gradients, before clipping")
     for name, value in (("loss", again.loss), ("grad_norm", hypot(*again.norms.values()))):
         click.echo(f"{name} {value:.8g}, logged {logged[name] if logged[name] is not None else 'as not finite'}")
-    if again.written != ranks:
-        click.echo(f"{ranks} rank(s) here, {again.written} in the run: sums in another order, equal up to rounding")

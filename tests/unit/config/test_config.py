@@ -163,6 +163,8 @@ def test_steps_to_profile(parse: Parse, sentence: Callable[..., str]) -> None:
     assert list(parse().profiled) == []
     assert list(parse("--profile_steps", "20:22").profiled) == [20, 21, 22]
     assert list(parse("--profile_steps", "7:7").profiled) == [7]
+    for wrong in ("3", "0:2", "4:3", "20:2a", "3:"):
+        assert sentence("--profile_steps", wrong) == f"--profile_steps {wrong}: give FIRST:LAST, such as 20:22"
     # YAML takes it for a number of base 60.
     assert "'profile_steps' in " in sentence(yaml="profile_steps: 20:22\n")
 
@@ -188,10 +190,6 @@ def test_load_model_path_stands_in_for_model(parse: Parse) -> None:
         ("warmup_steps", "-1"),
         ("num_workers", "-2"),
         ("seed", "-1"),
-        ("profile_steps", "3"),
-        ("profile_steps", "0:2"),
-        ("profile_steps", "4:3"),
-        ("profile_steps", "20:2a"),
     ],
 )
 def test_a_wrong_value_names_its_flag_and_in_yaml_its_key_and_file(
