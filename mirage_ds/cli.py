@@ -22,6 +22,7 @@ from mirage_ds.evaluate.command import evaluate, generate
 from mirage_ds.files import Output, pages, shipped, shipped_files, users_error, write_atomically, write_shipped
 from mirage_ds.model.presets import LARGE, PRESETS
 from mirage_ds.plan.command import plan
+from mirage_ds.replay.command import replay
 from mirage_ds.run.process import hush, print_anything
 from mirage_ds.run.stop import StopRequest
 from mirage_ds.study.command import ablate
@@ -40,12 +41,12 @@ def cli() -> None:
 
 cli.sections = {
     "Data": "data",
-    "Training": "train status config init checkpoint export",
+    "Training": "train status replay config init checkpoint export",
     "Results": "evaluate generate controls inspect compare card ablate",
     "Cluster": "plan doctor launch",
     "More": "docs examples",
 }
-for command in (train, status, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
+for command in (train, status, replay, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
     cli.add_command(command)
 
 

@@ -26,11 +26,12 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, join
 from mirage_ds.errors import Stopped, UserError
-from mirage_ds.run import events
+from mirage_ds.run import events, odd_steps
 from mirage_ds.run.folder import stop_file
 from mirage_ds.run.heartbeat import guarded
 from mirage_ds.run.journal import Journal
 from mirage_ds.run.process import run_rank
+from mirage_ds.run.profile import profiling
 from mirage_ds.run.saving import Saver
 from mirage_ds.run.settings import Run, check_settings
 from mirage_ds.run.setup import (
@@ -134,7 +135,7 @@ def train(run: Run, data: Data, learner: Learner) -> None:
         UserError: too many steps in a row were not finite, or the model cannot be written.
     """
     config, journal, start = run.config, run.journal, learner.start
-    with journal.logging(open_logs(run, data, learner)):
+    with journal.logging(open_logs(run, data, learner)), profiling(run, start) as profiled:
         for line in opening_lines(run, data, learner):
             journal.say(line)
         journal.tell(events.LOAD_ENDS, start)
@@ -150,7 +151,11 @@ def train(run: Run, data: Data, learner: Learner) -> None:
             taken = step(run, data, learner, plan, batches)
             done = plan.step + 1
             epoch = done * config.rows_per_step / len(data.index.row_ids)
-            journal.step(done, epoch, taken.metrics)
+            usual = journal.step(done, epoch, taken.metrics)
+            if usual is not None:
+                why = f"the loss {taken.metrics['loss']:.4f} is a spike over the median before it, {usual:.4f}"
+                journal.odd(done, why, taken.metrics, data.index.rows.places_of(plan.rows))
+            profiled()
             if done == start + 1:
                 first_step_done(run)
             skipped = 0 if taken.applied else skipped + 1
@@ -177,11 +182,13 @@ def first_step_done(run: Run) -> None:
 
 def not_applied(run: Run, data: Data, taken: Taken, skipped: int, done: int, saver: Saver) -> None:
     """Report a step whose loss or gradient was not finite; UserError where it is one too many in a row."""
-    run.journal.not_finite(done, *guilty(run, data, taken))
+    rows, whole = guilty(run, taken)
+    why = f"the {'gradient' if whole else 'loss'} was not finite, the step is skipped"
+    run.journal.odd(done, why, taken.metrics, data.index.rows.places_of(rows))
     if skipped == run.config.max_skipped_steps:
         raise UserError(
             f"{skipped} optimizer steps in a row, the last of them step {done}, had a loss or gradient that is not "
-            f"finite ({run.folder / 'not_finite.jsonl'} names the records); the last good checkpoint is "
+            f"finite ({run.folder / odd_steps.FILE} names the records); the last good checkpoint is "
             f"{saver.last or 'none: --save_every was not given or not reached'}; lower --learning_rate or fix the "
             "records, then --resume auto"
         )

@@ -5,6 +5,7 @@ The names and meanings of the public Mirage code's flags are kept: --model --sta
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -136,6 +137,9 @@ class RunConfig(BaseModel):
     max_skipped_steps: PositiveInt = Field(5, description="End after so many steps without a finite loss or gradient.")
     start_timeout: PositiveInt = Field(3600, description="Seconds without progress, until the first step is done.")
     collective_timeout: PositiveInt = Field(900, description="Seconds a rank waits for another, from step 2 on.")
+    profile_steps: str | None = Field(
+        None, description="Trace rank 0 in these steps, FIRST:LAST, by torch.profiler into run/profile."
+    )
     log_rows: bool = Field(False, description="Write into log.jsonl which rows each rank ran in each step.")
     resume: Literal["auto", "never"] = Field("never", description="auto: continue from the newest checkpoint, if any.")
     eval_data_path: Path | None = Field(None, description="Records whose loss is measured while training.")
@@ -205,6 +209,8 @@ class RunConfig(BaseModel):
             raise ValueError(f"--slots {self.slots}: --stage {self.stage} takes {', '.join(allowed)}")
         if self.train_targets and not (self.train_vision and self.stage == "stage1"):
             raise ValueError("--train_targets trains the tower of stage1: add --train_vision and --stage stage1")
+        if self.profile_steps is not None and not self.profiled:
+            raise ValueError(f"--profile_steps {self.profile_steps}: give FIRST:LAST, such as 20:22")
         if self.detach_latents and self.stage != "stage2":
             raise ValueError(f"--detach_latents is for --stage stage2: no state is fed back in {self.stage}")
         if self.resume == "auto" and self.overwrite:
@@ -230,6 +236,12 @@ class RunConfig(BaseModel):
     def tolerated_share(self) -> float | None:
         """Share of faulty records that is left out; None where one fault refuses the run."""
         return self.max_bad_share if self.skip_bad_records else None
+
+    @property
+    def profiled(self) -> range:
+        """The optimizer steps of --profile_steps, from 1."""
+        found = re.fullmatch(r"([1-9]\d*):(\d+)", self.profile_steps or "")
+        return range(int(found[1]), int(found[2]) + 1) if found else range(0)
 
     @property
     def rows_per_step(self) -> int:

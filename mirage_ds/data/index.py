@@ -20,7 +20,7 @@ files differ with the number of processes, it knows one host, and reading its ro
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +160,11 @@ class Index:
     def record(self, row: int) -> Record:
         """Return a row's record; see encoded."""
         return self.encoded(row)[0]
+
+    def places_of(self, rows: Iterable[int]) -> list[dict[str, Any]]:
+        """Say where rows were read from, as row, file and line."""
+        files = [str(file) for file in self.files]
+        return [{"row": row, "file": files[self["file"][row]], "line": int(self["line"][row])} for row in rows]
 
     def images(self, name: str) -> ImageKeys:
         """Return the images of a field whose features are kept."""

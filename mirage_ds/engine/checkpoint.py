@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,24 +148,28 @@ def _put_in_place(beside: Path, place: Path, state: dict[str, Any], entries: lis
         shutil.rmtree(old)
 
 
-def find_checkpoint(folder: Path, wanted: dict[str, Any], world: World) -> Found | None:
+def find_checkpoint(
+    folder: Path, wanted: dict[str, Any], world: World, before: float = inf, asked: str = "--resume auto"
+) -> Found | None:
     """Return the newest checkpoint that is whole, up to the one that `latest` names; None where the run has none yet.
 
     Every byte is read and compared with the manifest, each rank a share of the files. All ranks call it.
 
     Args:
         wanted: this run's values of MUST_AGREE, and "tower", the notes of its frozen tower.
+        before: only those that have taken fewer steps.
+        asked: what asks for it, as the sentences begin.
 
     Raises:
         UserError: on every rank: the checkpoint was made by another run (one sentence with both values), or by another
             number of ranks and has no universal form; or there are checkpoints and none is whole.
     """
-    places = from_rank_zero(lambda: candidates(folder), world)
+    places = from_rank_zero(lambda: [one for one in candidates(folder) if step_of(one) < before], world)
     found = _newest(folder, places, lambda place: everyone(list(faults(place, world.rank, world.size)), world))
     if found is None:
         return None
-    state = from_rank_zero(partial(_check_state, found.place, wanted), world)
-    return found._replace(form=_form(found.place, state, world))
+    state = from_rank_zero(partial(_check_state, found.place, wanted, asked), world)
+    return found._replace(form=_form(found.place, state, world, asked))
 
 
 def newest_whole(folder: Path) -> Found | None:
@@ -192,26 +197,26 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return dict(json.loads((checkpoint / STATE_FILE).read_text()))
 
 
-def _check_state(place: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+def _check_state(place: Path, wanted: dict[str, Any], asked: str) -> dict[str, Any]:
     state = read_state(place)
     for name, said in MUST_AGREE.items():
         if state.get(name) != wanted.get(name):
             raise UserError(
-                f"--resume auto: {place} was written with {said} {state.get(name)}, this run has {wanted.get(name)}; "
+                f"{asked}: {place} was written with {said} {state.get(name)}, this run has {wanted.get(name)}; "
                 "go on with the same, or train into another --save_model_path"
             )
     check_same(place, state.get("tower", {}), wanted["tower"])
     return state
 
 
-def _form(place: Path, state: dict[str, Any], world: World) -> Path:
+def _form(place: Path, state: dict[str, Any], world: World, asked: str) -> Path:
     """Return the folder that this number of ranks can load; every byte of it is read, as of the checkpoint itself."""
     written, stage = state["world_size"], state["zero_stage"]
     if written == world.size:
         return place
     sizes = f"{place} was written by {written} rank(s), this run has {world.size}"
     if stage not in CONVERTIBLE:
-        raise UserError(f"--resume auto: {sizes}; under ZeRO stage {stage} that cannot change: use {written}")
+        raise UserError(f"{asked}: {sizes}; under ZeRO stage {stage} that cannot change: use {written}")
     folder = place / UNIVERSAL
     wrong = everyone(list(faults(folder, world.rank, world.size)), world)
     if not wrong:
@@ -219,7 +224,7 @@ def _form(place: Path, state: dict[str, Any], world: World) -> Path:
     there = from_rank_zero(folder.exists, world)
     damage = f", and its universal form is damaged ({wrong[0]})" if there else ""
     raise UserError(
-        f"--resume auto: {sizes}{damage}; `mirage-ds checkpoint convert {place}` makes it loadable by any number of "
+        f"{asked}: {sizes}{damage}; `mirage-ds checkpoint convert {place}` makes it loadable by any number of "
         f"ranks, or use {written}"
     )
 

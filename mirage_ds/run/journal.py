@@ -28,7 +28,7 @@ from mirage_ds.data.progress import clock
 from mirage_ds.engine.waiting import Waiting
 from mirage_ds.errors import Stopped, UserError, reason
 from mirage_ds.files import write_atomically
-from mirage_ds.run import events
+from mirage_ds.run import events, odd_steps
 from mirage_ds.run.heartbeat import LOADING, SAVING, Heartbeat
 from mirage_ds.run.sinks import End, Sink
 
@@ -46,6 +46,14 @@ CURVES = {
 }
 # Of an evaluation, what is no curve.
 NOT_PLOTTED = ("count", "low", "high")
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """Write a line of JSON. It knows no NaN and no infinity: null stands for them."""
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+    return json.dumps(plain) + "\n"
 
 
 def _curves(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -149,15 +157,18 @@ class Journal:
         """Begin to time the next step."""
         self._step_began = time.perf_counter()
 
-    def step(self, step: int, epoch: float, metrics: Mapping[str, Any]) -> None:
+    def step(self, step: int, epoch: float, metrics: Mapping[str, Any]) -> float | None:
         """Report one optimizer step.
 
         Args:
             step: optimizer steps taken, from 1.
             metrics: see step.Taken.
+
+        Returns:
+            Where the logs are, for a loss that is a spike: the median of those before.
         """
         if not self._logs:
-            return
+            return None
         logs, seconds = self._logs, time.perf_counter() - self._step_began
         rows, tokens = metrics["rows"], metrics["tokens"]
         record: dict[str, Any] = {
@@ -176,20 +187,21 @@ class Journal:
         logs.taken(record, seconds)
         drawn = [(group, name) for group in CURVES for name in CURVES[group] if name in record]
         logs.plot(step, {f"{group}/{name}": record[name] for group, name in drawn})
+        return logs.usual(metrics["loss"])
 
-    def not_finite(self, step: int, records: list[dict[str, int]], whole: bool) -> None:
-        """Report a step that was skipped.
+    def odd(self, step: int, why: str, metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Report a step that is worth a look.
 
         Args:
-            records: row and line of the samples whose loss was not finite.
-            whole: no loss was: these are all samples of the step, whose gradient was not.
+            metrics: see step.Taken.
+            rows: those that are to blame, or all of the step (Index.places_of).
         """
         if self._events:
-            with (self._events / "not_finite.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "gradient_only": whole, "records": records}) + "\n")
-        lines = ", ".join(str(record["line"]) for record in records[:8]) + (" …" if records[8:] else "")
-        what = "the gradient" if whole else "the loss"
-        self.say(f"step {step}: {what} was not finite, the step is skipped; records on line(s) {lines}")
+            numbers = {"loss": metrics["loss"], "grad_norm": metrics["grad_norm"]}
+            with (self._events / odd_steps.FILE).open("a", encoding="utf-8") as file:
+                file.write(_line({"step": step, "why": why, **numbers, "rows": rows}))
+        lines = ", ".join(str(row["line"]) for row in rows[:8]) + (" …" if rows[8:] else "")
+        self.say(f"step {step}: {why}; records on line(s) {lines}")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Report what was measured on the evaluation records after `step` optimizer steps."""
@@ -232,18 +244,23 @@ class Logs:
     ):
         self.steps, self.sinks, self.peak, self.every = steps, sinks, peak, every
         folder.mkdir(parents=True, exist_ok=True)
-        log = folder / "log.jsonl"
+        log, losses = folder / "log.jsonl", []
         if log.is_file():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
             # The last line may be half of one, where the run broke off in the middle of it.
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
             write_atomically(log, "".join(kept))
+            # Evaluations have none of this name.
+            found = (json.loads(line).get("loss") for line in kept[-2 * odd_steps.WINDOW :])
+            losses = [loss for loss in found if loss is not None]
         self.lines = log.open("a", buffering=1, encoding="utf-8")
         self.text = None
         if log_file:
             log_file.parent.mkdir(parents=True, exist_ok=True)
             self.text = log_file.open("a", buffering=1, encoding="utf-8", errors="replace")
         self.recent: deque[float] = deque(maxlen=50)
+        # Of the newest steps that had a finite one.
+        self.losses: deque[float] = deque(losses, maxlen=odd_steps.WINDOW)
         # Of the steps since the last line.
         self.unsaid: list[Mapping[str, Any]] = []
         # A terminal gets a bar under the lines; a file gets the lines alone.
@@ -260,12 +277,8 @@ class Logs:
             self.text.write(line + "\n")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add a line to log.jsonl. JSON knows no NaN and no infinity: null stands for them."""
-        plain = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in record.items()
-        }
-        self.lines.write(json.dumps(plain) + "\n")
+        """Add a line to log.jsonl."""
+        self.lines.write(_line(record))
 
     def plot(self, step: int, values: Mapping[str, float]) -> None:
         """Give numbers to the trackers, named group/name."""
@@ -284,6 +297,13 @@ class Logs:
         if first or step % self.every == 0 or step == self.steps or record["skipped"]:
             self.say(self._line())
             self.unsaid.clear()
+
+    def usual(self, loss: float) -> float | None:
+        """Take note of a step's loss; return the median of those before, if this one is a spike (spike_over)."""
+        median_before = odd_steps.spike_over(loss, self.losses)
+        if math.isfinite(loss):
+            self.losses.append(loss)
+        return median_before
 
     def _line(self) -> str:
         """Say how the steps since the last line were: losses, seconds and rates are means over them."""

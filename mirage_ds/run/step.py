@@ -153,10 +153,9 @@ def apply_gradients(engine: Any) -> tuple[bool, float]:
     return engine.was_step_applied(), norm
 
 
-def guilty(run: Run, data: Data, taken: Taken) -> tuple[list[dict[str, int]], bool]:
-    """Name the samples whose loss was not finite; all of the step, and True, where only the gradient was not."""
+def guilty(run: Run, taken: Taken) -> tuple[list[int], bool]:
+    """Name the rows whose loss was not finite; all of the step, and True, where only the gradient was not."""
     own = [(row, loss) for rows, losses in taken.ran for row, loss in zip(rows.tolist(), losses.tolist(), strict=True)]
     ran = everyone([(row, loss) for row, loss in own if row >= 0], run.world)
     bad = [row for row, loss in ran if not math.isfinite(loss)]
-    lines = data.loader.rows.records["line"]
-    return [{"row": row, "line": int(lines[row])} for row in bad or [row for row, _ in ran]], not bad
+    return bad or [row for row, _ in ran], not bad

@@ -388,12 +388,12 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
     assert lines[1]["grad_norm"] is None
     # The schedule has not moved either.
     assert lines[2]["lr"] == lines[1]["lr"] != lines[0]["lr"]
-    (note,) = [json.loads(line) for line in (out / "run/not_finite.jsonl").read_text().splitlines()]
+    (note,) = [json.loads(line) for line in (out / "run/odd_steps.jsonl").read_text().splitlines()]
     named = bad if what == "loss" else rows[1]
     assert note["step"] == 2
-    assert note["gradient_only"] == (what == "gradient")
-    assert sorted(one["row"] for one in note["records"]) == sorted(named)
-    assert all(one["line"] == one["row"] + 1 for one in note["records"])
+    assert note["why"] == f"the {what} was not finite, the step is skipped"
+    assert sorted(one["row"] for one in note["rows"]) == sorted(named)
+    assert all(one["line"] == one["row"] + 1 for one in note["rows"])
     # Step 1 is the clean run's; step 3 starts from its weights and moves them.
     for name, tensor in found["end"].items():
         assert torch.equal(tensor, other["end"][name])

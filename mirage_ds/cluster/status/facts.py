@@ -13,7 +13,7 @@ import yaml
 
 from mirage_ds.engine.manifest import MANIFEST, candidates, is_whole, step_of
 from mirage_ds.errors import UserError
-from mirage_ds.run import events
+from mirage_ds.run import events, odd_steps
 
 Line = dict[str, Any]
 
@@ -93,7 +93,7 @@ class Facts:
         folder: its --save_model_path.
         settings: config.yaml; start: run.json. Empty where they are not there yet.
         events: of events.jsonl; recent: those of the newest start; began: when that was.
-        verdicts: the guards', of faults.jsonl; not_finite: steps that were skipped.
+        verdicts: the guards', of faults.jsonl; odd: of odd_steps.jsonl.
         steps, evaluations: the lines of log.jsonl, one a step.
         logged: when log.jsonl was last written to, without one config.yaml, in seconds since 1970.
         skipped_records: lines of skipped.jsonl.
@@ -114,7 +114,7 @@ class Facts:
         self.began = float(self.recent[0]["time"]) if self.recent else 0.0
         told = json_lines(own / "faults.jsonl")
         self.verdicts = [one for one in told if one.get("time") and one.get("code") and one.get("why")]
-        self.not_finite = json_lines(own / "not_finite.jsonl")
+        self.odd = json_lines(own / odd_steps.FILE)
         self.steps, self.evaluations = split_log(json_lines(own / "log.jsonl"))
         self.logged = _changed(own / "log.jsonl") or _changed(own / "config.yaml")
         self.skipped_records = len(json_lines(own / "skipped.jsonl"))

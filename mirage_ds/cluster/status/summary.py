@@ -219,7 +219,7 @@ def _faults(facts: Facts) -> dict[str, dict[str, Any]]:
 
 def _records(facts: Facts, step: int) -> str:
     """Name the records of a skipped step."""
-    of_step = [one.get("records", []) for one in facts.not_finite if one.get("step") == step]
+    of_step = [one.get("rows", []) for one in facts.odd if one.get("step") == step]
     records: list[Line] = of_step[-1] if of_step else []
     some = ", ".join(str(record.get("line")) for record in records[:4])
     return f" (records on line(s) {some}{' …' if records[4:] else ''})" if some else ""

@@ -198,7 +198,7 @@ def test_numbers_of_a_run(training: Run) -> None:
     training.step(0, 20, skipped=1, loss=None, mfu=0.4, data_seconds=0.5)
     training.add("log.jsonl", {"step": 12, "time": NOW - 30, "eval_loss": 0.5})
     training.add("log.jsonl", {"step": 20, "time": NOW, "eval_loss": 0.75})
-    training.add("not_finite.jsonl", {"step": 20, "gradient_only": False, "records": [{"row": 4, "line": 5}]})
+    training.add("odd_steps.jsonl", {"step": 20, "rows": [{"row": 4, "file": "d.jsonl", "line": 5}]})
     found = training.summary()
     assert (found["stage"], found["model"], found["world_size"]) == ("stage1", "m", 8)
     assert (found["step"], found["steps"], found["share"]) == (20, 100, 0.2)

@@ -159,6 +159,16 @@ def test_a_missing_required_flag_is_named(flag: str, sentence: Callable[..., str
     assert said.startswith(f"{flag} is required")
 
 
+def test_steps_to_profile(parse: Parse, sentence: Callable[..., str]) -> None:
+    assert list(parse().profiled) == []
+    assert list(parse("--profile_steps", "20:22").profiled) == [20, 21, 22]
+    assert list(parse("--profile_steps", "7:7").profiled) == [7]
+    for wrong in ("3", "0:2", "4:3", "20:2a", "3:"):
+        assert sentence("--profile_steps", wrong) == f"--profile_steps {wrong}: give FIRST:LAST, such as 20:22"
+    # YAML takes it for a number of base 60.
+    assert "'profile_steps' in " in sentence(yaml="profile_steps: 20:22\n")
+
+
 def test_load_model_path_stands_in_for_model(parse: Parse) -> None:
     assert parse("--load_model_path", "stage1_out", needed=NEEDED[2:]).model is None
 

@@ -139,12 +139,14 @@ def run_module(name: str, words: list[str], shown: Shown, seen: list[click.Conte
         params = parse(importlib.import_module(name).command, words, shown, seen)
         take_settings(params, shown)
         return
-    if name == "mirage_ds.evaluate":
-        name = "mirage_ds.evaluate.command"
-    module = importlib.import_module(name)
-    command = getattr(module, "evaluate" if name == "mirage_ds.evaluate.command" else "command", None) or module.main
+    room = name.removeprefix("mirage_ds.")
+    if room in ("evaluate", "replay"):
+        command = getattr(importlib.import_module(f"{name}.command"), room)
+    else:
+        module = importlib.import_module(name)
+        command = getattr(module, "command", None) or module.main
     params = parse(command, words, shown, seen)
-    if name == "mirage_ds.evaluate.command" and not shown.partial:
+    if room == "evaluate" and not shown.partial:
         take_flags(EvaluateSpec, params)
 
 

@@ -1,0 +1,1 @@
+"""`mirage-ds replay`: a step of a run taken again, to be looked at."""
