@@ -12,6 +12,7 @@ from mirage_ds import __version__
 from mirage_ds.analysis.controls.command import compare, controls
 from mirage_ds.analysis.inspect.command import inspect
 from mirage_ds.cluster.doctor.command import doctor
+from mirage_ds.cluster.replay.command import replay
 from mirage_ds.cluster.status.command import status
 from mirage_ds.cluster.train import train
 from mirage_ds.config.columns import COLUMNS_HELP, parse_columns
@@ -22,7 +23,6 @@ from mirage_ds.evaluate.command import evaluate, generate
 from mirage_ds.files import Output, pages, shipped, shipped_files, users_error, write_atomically, write_shipped
 from mirage_ds.model.presets import LARGE, PRESETS
 from mirage_ds.plan.command import plan
-from mirage_ds.replay.command import replay
 from mirage_ds.run.process import hush, print_anything
 from mirage_ds.run.stop import StopRequest
 from mirage_ds.study.command import ablate

@@ -15,9 +15,9 @@ from support.group import Group
 from support.on_disk import files, lines_of
 
 from mirage_ds import train
+from mirage_ds.cluster.replay.again import logged_step, settings_of, take_again
 from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
-from mirage_ds.replay.again import logged_step, settings_of, take_again
 from mirage_ds.run.settings import Run
 
 STEPS = 5

@@ -1,7 +1,8 @@
 """From a study's results to its report: JSON, CSV, Markdown, figures and one HTML page.
 
 statistics   cells → matrices of scores; intervals over seeds and records together, paired tests, equivalence
-build        results → the report as a plain dict (what report.json holds) with contrasts and controls, and its folder
+contrasts    what arms are compared on, and their controls
+build        results → the report as a plain dict (what report.json holds), and its folder
 text         the dict → Markdown (by report.md.jinja), HTML from that Markdown, CSV
 figures      the dict → figures of scores, contrasts, controls, settings; learning curves
 """

@@ -21,16 +21,16 @@ def replay(run: Path, step: int, local_rank: str | None) -> None:
     checkpoint before STEP are taken again; tables show the loss of each row and the gradient's norm in each layer.
     Start it in the folder where the run was started.
 
-    On several GPUs: deepspeed --module mirage_ds.replay RUN STEP, with as many ranks as the run had.
+    On several GPUs: deepspeed --module mirage_ds.cluster.replay RUN STEP, with as many ranks as the run had.
     """
     del local_rank
-    from mirage_ds.replay.again import replay as take_again
+    from mirage_ds.cluster.replay.again import replay as take_again
 
     take_again(run, step)
 
 
 def main() -> None:
-    """Be `python -m mirage_ds.replay`, one rank of those that a launcher starts, or a single process."""
+    """Be `python -m mirage_ds.cluster.replay`, one rank of those that a launcher starts, or a single process."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Nothing is written that could be half-written.
     StopRequest().listen(at_once=True)
