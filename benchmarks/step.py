@@ -104,7 +104,7 @@ def ds_json(case: Case) -> dict[str, Any]:
     """The engine's JSON: a ZeRO stage with everything kept; bf16 with fp32 master weights and sums."""
     zero: dict[str, Any] = {"stage": case.zero, "overlap_comm": False}
     if case.zero == 3:
-        zero |= dict(stage3_max_live_parameters=10**12, stage3_max_reuse_distance=10**12)
+        zero |= dict(stage3_max_live_parameters=10**12, stage3_param_persistence_threshold=10**12)
     bf16 = dict(bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}) if case.dtype == "bf16" else {}
     return {"zero_optimization": zero, **bf16}
 
