@@ -1,4 +1,4 @@
-"""Listen to what DeepSpeed's ZeRO-3 gathers and reduces, micro-step by micro-step, on one rank.
+"""Listen to what DeepSpeed gathers and reduces, micro-step by micro-step, on one rank.
 
 Counts of elements, not of seconds: they are the same on any device. L decoder layers.
 """
@@ -6,8 +6,8 @@ Counts of elements, not of seconds: they are the same on any device. L decoder l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -18,84 +18,84 @@ class Heard:
     """What one rank saw.
 
     Attributes:
-        elements, calls: (micro-step, "all ranks" | "node" | "reduced") → gathered or reduced; "node" is inside hpZ's
-            groups.
-        began: (micro-step) → passes whose backward had begun when its first gradient was reduced.
-        layers: (micro-step) → most decoder layers, not counting persistent parameters, of which any matrix was whole at
-            one time in backward.
-        recorded: micro-steps in which DeepSpeed recorded the order of the parameters.
+        elements, calls: (micro-step, kind) → elements that travelled, collectives. Kinds: gathered among "all ranks",
+            in the "node" (hpZ's groups), in the optimizer's "step"; gradients "reduced".
+        layers: (micro-step) → most decoder layers of which any matrix was whole at one time, as ZeRO-3 sees it.
+        recorded: micro-steps in which ZeRO-3 recorded the order of the parameters.
         now: the micro-step, from 0; evaluations count as some.
     """
 
     elements: Counter[tuple[int, str]] = field(default_factory=Counter)
     calls: Counter[tuple[int, str]] = field(default_factory=Counter)
-    began: dict[int, int] = field(default_factory=dict)
     layers: Counter[int] = field(default_factory=Counter)
     recorded: list[int] = field(default_factory=list)
     now: int = -1
 
     def gathered(self, micro_step: int) -> int:
-        """Elements gathered in a micro-step, wherever."""
+        """Elements gathered in a micro-step, wherever, without the optimizer's step."""
         return self.elements[micro_step, "all ranks"] + self.elements[micro_step, "node"]
+
+
+# Collectives of DeepSpeed's back end → which argument is whole, before or after, and whether it is gathered.
+COLLECTIVES = {
+    "all_gather_into_tensor": ("output_tensor", True),
+    "reduce_scatter_tensor": ("input_tensor", False),
+    "all_reduce": ("tensor", False),
+}
 
 
 @contextmanager
 def listening(engine: Any) -> Iterator[Heard]:
-    """Count while it lasts, by wrapping the two functions of DeepSpeed that start the collectives."""
-    from deepspeed.runtime.zero import partition_parameters as partition
-    from deepspeed.runtime.zero import stage3
+    """Count while it lasts, by wrapping the collectives of DeepSpeed's back end."""
+    from deepspeed import comm
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.utils import groups
 
     heard = Heard()
-    passes = 0
-    module = engine.module
-    layers = [[p for p in layer.parameters() if p.dim() > 1 or len(p.ds_shape) > 1] for layer in _layers(module)]
-    gather, reduce = partition._dist_allgather_fn, stage3.reduce_scatter_coalesced
+    module, take, stepping = engine.module, engine.step, False
+    layers = [[p for p in layer.parameters() if len(getattr(p, "ds_shape", ())) > 1] for layer in _layers(module)]
 
-    def add(kind: str, number: int) -> None:
-        heard.elements[heard.now, kind] += number
-        heard.calls[heard.now, kind] += 1
+    def counted(name: str) -> Callable[..., Any]:
+        run, (whole, gathers) = getattr(comm.comm.cdb, name), COLLECTIVES[name]
 
-    def counted_gather(part: Any, whole: Any, group: Any = None) -> Any:
-        inside = group is not None and group is groups._get_zero_param_intra_parallel_group()
-        add("node" if inside else "all ranks", whole.numel())
-        if passes:
+        def collective(*arguments: Any, **named: Any) -> Any:
+            tensor = named[whole] if whole in named else arguments[0]
+            # Norms and flags are single numbers.
+            if tensor.numel() > 1:
+                group = named.get("group")
+                inside = group is not None and group is groups._get_zero_param_intra_parallel_group()
+                kind = ("step" if stepping else "node" if inside else "all ranks") if gathers else "reduced"
+                heard.elements[heard.now, kind] += tensor.numel()
+                heard.calls[heard.now, kind] += 1
             look()
-        return gather(part, whole, group)
+            return run(*arguments, **named)
 
-    def counted_reduce(tensors: Any, group: Any = None) -> Any:
-        heard.began.setdefault(heard.now, passes)
-        add("reduced", sum(tensor.numel() for tensor in tensors))
-        return reduce(tensors, group)
+        return collective
 
-    def look(*_: Any) -> None:
-        away = partition.ZeroParamStatus.NOT_AVAILABLE
-        whole = sum(any(p.ds_status != away and not p.ds_persist for p in layer) for layer in layers)
+    def look() -> None:
+        whole = sum(any(p.ds_status != ZeroParamStatus.NOT_AVAILABLE for p in layer) for layer in layers)
         heard.layers[heard.now] = max(heard.layers[heard.now], whole)
 
+    def step(*arguments: Any) -> None:
+        nonlocal stepping
+        stepping = True
+        take(*arguments)
+        stepping = False
+
     def next_micro_step(*_: Any) -> None:
-        nonlocal passes
-        heard.now, passes = heard.now + 1, 0
+        heard.now += 1
 
     def recorded(*_: Any) -> None:
-        if engine.optimizer.parameter_offload.get_param_coordinator().is_record_trace():
+        zero3 = getattr(engine.optimizer, "parameter_offload", None)
+        if zero3 is not None and zero3.get_param_coordinator().is_record_trace():
             heard.recorded.append(heard.now)
 
-    def next_pass(*_: Any) -> None:
-        nonlocal passes
-        passes += 1
-        look()
-
-    hooks = [
-        # Before DeepSpeed's own hook, which starts to gather; and after its own, which starts the trace.
-        module.register_forward_pre_hook(next_micro_step, prepend=True),
-        module.register_forward_hook(recorded),
-        _layers(module)[-1].register_full_backward_pre_hook(next_pass),
-    ]
-    with (
-        mock.patch.object(partition, "_dist_allgather_fn", counted_gather),
-        mock.patch.object(stage3, "reduce_scatter_coalesced", counted_reduce),
-    ):
+    # Before DeepSpeed's own hook, which starts to gather; and after its own, which starts the trace.
+    hooks = [module.register_forward_pre_hook(next_micro_step, prepend=True), module.register_forward_hook(recorded)]
+    with ExitStack() as patched:
+        for name in COLLECTIVES:
+            patched.enter_context(mock.patch.object(comm.comm.cdb, name, counted(name)))
+        patched.enter_context(mock.patch.object(engine, "step", step))
         yield heard
     for hook in hooks:
         hook.remove()

@@ -26,6 +26,8 @@ from mirage_ds.plan.formulas import (
     gather_calls,
     network,
     ring_latency,
+    splits,
+    step_calls,
     thin_bytes,
     traffic,
     volume,
@@ -47,7 +49,7 @@ MACHINES = (
     Machine("A100/400", 8, A100.bf16, 40e9, 1.555e12, 300e9, 50e9),
     H100._replace(name="H100/100", nics=12.5e9),
 )
-KEPT = Zero3(max_live=10**12, reuse=10**12)
+KEPT = Zero3(persistence=10**12)
 GIGABYTE = 1e9
 # Bytes/s of a file system that all nodes share.
 STORAGE = (1e9, 10e9, 100e9)
@@ -80,14 +82,13 @@ def break_even_tokens(
 
 
 class Memory(NamedTuple):
-    """Bytes of one GPU, without activations, logits and the allocator's own losses.
+    """Bytes of one GPU, without activations, logits, what passes leave to each other and the allocator's own losses.
 
     Attributes:
         shard: its part of bf16 weights, fp32 gradients, fp32 master weights and moments.
         secondary: hpZ's second copy of the weights, shared by a node.
         gathered: whole weights at one time.
-        gradients: whole bf16 gradients at one time: the reduce bucket, and in stage2 those of all layers, since a
-            weight's gradient is complete only when backward has come to the first pass.
+        gradients: whole bf16 gradients at one time: the reduce bucket.
     """
 
     shard: float
@@ -101,14 +102,13 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def memory(model: Sizes, walked: Walk, zero: Zero3, ranks: int) -> Memory:
+def memory(model: Sizes, zero: Zero3, ranks: int) -> Memory:
     """Model states and whole tensors of one GPU under ZeRO-3 with bf16 weights and fp32 accumulation."""
-    held = model.layers * model.layer if walked.passes > 1 else 0
     return Memory(
         shard=model.text * (SHARD_BYTES + STATE_BYTES) / ranks,
         secondary=model.text * BF16 / min(zero.hpz, ranks) if zero.hpz > 1 else 0.0,
         gathered=zero.live(model) * BF16,
-        gradients=(held + min(zero.bucket, model.text)) * BF16,
+        gradients=min(zero.bucket, model.text) * BF16,
     )
 
 
@@ -140,7 +140,11 @@ class Question(NamedTuple):
     @property
     def walked(self) -> Walk:
         """Walks of the stage."""
-        return walk(self.stage, self.k)
+        return self.walk(self.stage, self.k)
+
+    def walk(self, stage: str, k: int) -> Walk:
+        """Walks of a stage with k latents."""
+        return walk(stage, k)._replace(split=stage == "stage2" and splits(self.model, self.tokens))
 
     @property
     def ways(self) -> dict[str, Zero3]:
@@ -185,18 +189,19 @@ class Grid(NamedTuple):
 
 
 def volumes(asked: Question) -> Grid:
-    """Elements of one micro-step."""
+    """Elements of one micro-step and of the step's end."""
     rows = []
     for stage, k in (("sft, stage1", 1), ("stage2", 4), ("stage2", 8)):
-        walked = walk(stage, k)
+        walked = asked.walk(stage, k)
         for name, way in list(asked.ways.items())[:2]:
             moved = volume(asked.model, walked, way)
             psi = [f"{number / asked.model.text:.2f}" for number in moved]
-            calls = gather_calls(asked.model, walked, way)
+            calls = str(gather_calls(asked.model, walked, way)), str(step_calls(asked.model, way))
             title = f"{stage}, k = {k}" if stage == "stage2" else stage
-            rows.append([title, name, *psi, f"{2 * sum(moved) / GIGABYTE:.0f}", str(calls)])
-    columns = ["stage", "parameters", "gathered, forward", "backward", "reduced", "GB in bf16", "gathers, about"]
-    return Grid(f"Elements of one micro-step over Ψ = {asked.model.text:,}, at most", columns, rows)
+            rows.append([title, name, *psi, f"{2 * sum(moved) / GIGABYTE:.0f}", *calls])
+    columns = ["stage", "parameters", "gathered, forward", "backward", "reduced", "gathered, step's end", "GB in bf16"]
+    title = f"Elements over Ψ = {asked.model.text:,} of a step of one micro-step, at most"
+    return Grid(title, [*columns, "gathers, about", "step's end"], rows)
 
 
 def seconds(asked: Question) -> Grid:
@@ -248,22 +253,16 @@ def batch(asked: Question) -> Grid:
 
 def fits(asked: Question) -> bool:
     """Whether kept parameters fit into the larger GPU at all."""
-    return memory(asked.model, asked.walked, KEPT, 1 << 20).total < H100.memory
+    return memory(asked.model, KEPT, 1 << 20).total < H100.memory
 
 
 def room(asked: Question) -> Grid:
     """Gigabytes of a GPU."""
     rows = []
     for nodes in asked.nodes:
-        row = [str(nodes), str(nodes * H100.gpus)]
-        for stage in ("stage1", "stage2"):
-            for way in asked.ways.values():
-                held = memory(asked.model, walk(stage, asked.k), way, nodes * H100.gpus)
-                row.append(f"{held.total / GIGABYTE:.0f}")
-        rows.append(row)
-    names = {"stage1": "sft, stage1", "stage2": "stage2"}
-    columns = ["nodes", "GPUs", *(f"{said}: {way}" for said in names.values() for way in asked.ways)]
-    return Grid("Gigabytes of a GPU before activations", columns, rows)
+        held = [memory(asked.model, way, nodes * H100.gpus).total for way in asked.ways.values()]
+        rows.append([str(nodes), str(nodes * H100.gpus), *(f"{size / GIGABYTE:.0f}" for size in held)])
+    return Grid("Gigabytes of a GPU before activations", ["nodes", "GPUs", *asked.ways], rows)
 
 
 def checkpoints(names: list[str]) -> Grid:

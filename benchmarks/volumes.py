@@ -22,7 +22,7 @@ from rich.console import Console
 
 from benchmarks.listen import listening
 from benchmarks.scaling import Grid
-from mirage_ds.plan.formulas import gather_calls, volume, walk
+from mirage_ds.plan.formulas import gather_calls, step_calls, volume, walk
 from mirage_ds.plan.settings import Zero3
 from mirage_ds.plan.shape import Sizes, read_shape, sizes
 
@@ -30,69 +30,67 @@ SAMPLE = Path(__file__).parents[1] / "data/sample.jsonl"
 K, RANKS, STEPS, MICRO_STEPS = 4, 2, 2, 2
 # Elements of one of nano's decoder layers, and limits in its measure; its vectors stay whole, as in a large model.
 LAYER = 196_608
-TWO_LAYERS = Zero3(max_live=2 * LAYER, reuse=2 * LAYER, prefetch=LAYER // 4, persistence=1000, bucket=LAYER // 10)
-KEPT = Zero3(persistence=1000, bucket=LAYER // 10)
+RELEASED = Zero3(max_live=2 * LAYER, reuse=2 * LAYER, prefetch=LAYER, persistence=1000, bucket=LAYER // 10)
+KEPT = Zero3(persistence=10**12, bucket=LAYER // 10)
 
 
 class Case(NamedTuple):
-    """One run: what it is called, its stage, its limits."""
+    """One run: what it is called, its stage, its limits, whether the last pass has a backward of its own, its ZeRO."""
 
     name: str
     stage: str
     zero: Zero3
+    split: bool = False
+    level: int = 3
 
 
 CASES = [
     Case("kept", "sft", KEPT),
-    Case("released, two layers", "sft", TWO_LAYERS),
-    # As 10⁹ is for the 72B's layer of 0.88 · 10⁹.
-    Case("released, 1.14 layers", "sft", replace(TWO_LAYERS, max_live=224_000, reuse=224_000)),
-    Case("released, 0", "sft", replace(TWO_LAYERS, max_live=0, reuse=0)),
+    Case("released", "sft", RELEASED),
     Case("kept", "stage2", KEPT),
-    Case("max_live above Ψ, reuse 0", "stage2", replace(KEPT, reuse=0, prefetch=LAYER // 4)),
-    Case("max_live 0, reuse 3 Ψ", "stage2", replace(KEPT, max_live=0, reuse=13 * LAYER)),
-    Case("released, two layers", "stage2", TWO_LAYERS),
-    Case("released, 0", "stage2", replace(TWO_LAYERS, max_live=0, reuse=0)),
+    Case("kept", "stage2", KEPT, split=True),
     Case("kept, hpZ", "stage2", replace(KEPT, hpz=RANKS)),
-    Case("released, two layers, hpZ", "stage2", replace(TWO_LAYERS, hpz=RANKS)),
+    Case("released", "stage2", RELEASED),
+    Case("released", "stage2", RELEASED, split=True),
+    # As 5 · 10⁷ is for the 7B's layer of 2.3 · 10⁸.
+    Case("released, 0.2 layers ahead", "stage2", replace(RELEASED, prefetch=LAYER // 5)),
+    Case("released, nothing ahead", "stage2", replace(RELEASED, max_live=0, reuse=0)),
+    Case("released, hpZ", "stage2", replace(RELEASED, hpz=RANKS)),
+    *(Case(f"ZeRO-{level}", "stage2", KEPT, split, level) for level in (0, 1, 2) for split in (False, True)),
 ]
 
 
 COLUMNS = (
-    *("stage", "parameters", "computed, at most"),
-    *("among all ranks, 1st micro-step", "2nd", "in the node, 1st", "2nd"),
-    *("reduced", "passes in backward before", "calls, about", "counted", "losses as kept"),
+    *("stage", "parameters", "two backwards", "gathered, at most", "among all ranks, 1st micro-step", "2nd"),
+    *("in the node, 1st", "2nd", "calls, about", "counted", "gathered after the step", "counted", "calls", "counted"),
+    *("reduced in a micro-step", "counted", "losses as kept"),
 )
 
 
-def ds_json(zero: Zero3) -> dict[str, Any]:
-    """Write the limits as a DeepSpeed JSON."""
-    return {
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": False,
+def ds_json(case: Case) -> dict[str, Any]:
+    """Write a case as a DeepSpeed JSON."""
+    zero, values = case.zero, {"stage": case.level, "overlap_comm": False, "reduce_bucket_size": case.zero.bucket}
+    if case.level == 3:
+        values |= {
             "stage3_max_live_parameters": zero.max_live,
             "stage3_max_reuse_distance": zero.reuse,
             "stage3_prefetch_bucket_size": zero.prefetch,
             "stage3_param_persistence_threshold": zero.persistence,
-            "reduce_bucket_size": zero.bucket,
             "zero_hpz_partition_size": zero.hpz,
         }
-    }
+    return {"zero_optimization": values}
 
 
 class Counted(NamedTuple):
     """What one rank saw of a run's last step.
 
     Attributes:
-        elements, calls: (micro-step, "all ranks" | "node" | "reduced") → gathered or reduced.
-        held: passes whose backward had begun when the micro-step's first gradient was reduced.
+        elements, calls: (micro-step, kind) → as listen.Heard has them.
         losses: of every step.
     """
 
     elements: dict[tuple[int, str], int]
     calls: dict[tuple[int, str], int]
-    held: int
     losses: list[float]
 
 
@@ -108,7 +106,7 @@ def run(world: Any, case: Case, model: Path, out: Path) -> Counted:
     # One group a process is all that DeepSpeed expects.
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     json_path = out / f"{world.rank}.json"
-    json_path.write_text(json.dumps(ds_json(case.zero)))
+    json_path.write_text(json.dumps(ds_json(case)))
     config = RunConfig(
         model=str(model), stage=case.stage, data_path=SAMPLE, save_model_path=out / "run", overwrite=True,
         latent_size=K, global_batch_size=MICRO_STEPS * 2 * RANKS, micro_batch_size=2, max_steps=STEPS, num_workers=0,
@@ -116,6 +114,7 @@ def run(world: Any, case: Case, model: Path, out: Path) -> Counted:
     )  # fmt: skip
     run = Run(config, world)
     data, learner = open_run(run)
+    learner.engine.module.how.split = case.split
     with listening(learner.engine) as heard:
         losses = [
             steps.step(run, data, learner, plan, batches).metrics["loss"]
@@ -127,7 +126,7 @@ def run(world: Any, case: Case, model: Path, out: Path) -> Counted:
         {(number - before, kind): found for (number, kind), found in counted.items() if number >= before}
         for counted in (heard.elements, heard.calls)
     )
-    return Counted(elements, calls, heard.began[heard.now], losses)
+    return Counted(elements, calls, losses)
 
 
 def work(rank: int, port: int, model: Path, out: Path, answers: Any) -> None:
@@ -161,10 +160,10 @@ def main(markdown: bool) -> None:
         for rank in ranks:
             rank.start()
         rows: list[list[str]] = []
-        losses: dict[str, list[float]] = {}
+        losses: dict[tuple[str, bool], list[float]] = {}
         for case in CASES:
             found = answers.get(timeout=300)
-            same = found.losses == losses.setdefault(case.stage, found.losses)
+            same = found.losses == losses.setdefault((case.stage, case.split), found.losses)
             rows.append(row_of(case, found, model, same))
         for rank in ranks:
             rank.join()
@@ -178,15 +177,23 @@ def main(markdown: bool) -> None:
 
 def row_of(case: Case, found: Counted, model: Sizes, same: bool) -> list[str]:
     """Put the numbers of one run into a row; `same`: its losses are those of kept parameters."""
-    walked = walk(case.stage, K)
+    walked = walk(case.stage, K)._replace(split=case.split)
+    # What ZeRO-2 reduces is the same; the others gather nothing that is planned here, and reduce as the step ends.
+    planned, zero3 = volume(model, walked, case.zero), case.level == 3
     share = {key: f"{number / model.text:.2f}" for key, number in found.elements.items()}
+    last = MICRO_STEPS - 1
     return [
-        *(case.stage, case.name, f"{volume(model, walked, case.zero).gathered / model.text:.2f}"),
-        *(share.get((number, kind), "0") for kind in ("all ranks", "node") for number in (0, 1)),
-        *(share[1, "reduced"], f"{found.held} of {walked.passes}"),
-        str(gather_calls(model, walked, case.zero)),
-        str(found.calls.get((1, "all ranks"), 0) + found.calls.get((1, "node"), 0)),
-        "yes" if same else "no",
+        *(case.stage, case.name, "yes" if case.split else "no"),
+        f"{planned.gathered / model.text:.2f}" if zero3 else "0",
+        *(share.get((number, kind), "0") for kind in ("all ranks", "node") for number in (0, last)),
+        str(gather_calls(model, walked, case.zero) if zero3 else 0),
+        str(found.calls.get((last, "all ranks"), 0) + found.calls.get((last, "node"), 0)),
+        f"{planned.step / model.text:.2f}" if zero3 else "",
+        share.get((last, "step"), "0"),
+        str(step_calls(model, case.zero)) if zero3 else "",
+        str(found.calls.get((last, "step"), 0)),
+        f"{planned.reduced / model.text:.2f}" if case.level >= 2 else "",
+        *(", ".join(share.get((number, "reduced"), "0") for number in range(MICRO_STEPS)), "yes" if same else "no"),
     ]
 
 

@@ -5,15 +5,12 @@ block; G micro-steps of an optimizer step; T tokens of one rank's micro-batch; b
 states.py.
 
 Imports no torch. docs/scaling.md works the formulas out and says where each comes from; `python -m benchmarks.volumes`
-compares ZeRO-3's volumes with what DeepSpeed gathers. Those of ZeRO-1 and 2 are read in DeepSpeed 0.19.8 and not
-counted: ZeRO-2 reduces a bucket by an all-reduce (use_multi_rank_bucket_allreduce, its default), 2 Ψ in every
-micro-step, ZeRO-1 and 0 once an optimizer step, and 1 and 2 gather the new weights once.
+compares them with what DeepSpeed 0.19.8 gathers and reduces. ZeRO-0, 1 and 2 reduce a bucket by an all-reduce, which
+moves each element twice: ZeRO-2 in every backward, 0 and 1 once an optimizer step; 1 and 2 gather the new weights once.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import chain
 from typing import NamedTuple
 
 from mirage_ds.plan.activations import Micro
@@ -32,10 +29,12 @@ class Walk(NamedTuple):
     Attributes:
         passes: walks.
         thin: those among them that run one token a row (the latents but the last of each block).
+        split: the last walk has a backward of its own (splits).
     """
 
     passes: int
     thin: int
+    split: bool = False
 
 
 def walk(stage: str, k: int, runs: int = 1) -> Walk:
@@ -43,17 +42,28 @@ def walk(stage: str, k: int, runs: int = 1) -> Walk:
     return Walk(runs * k + 1, runs * (k - 1)) if stage == "stage2" else Walk(1, 0)
 
 
+def splits(model: Sizes, tokens: int) -> bool:
+    """Tell whether stage2 runs so: what `tokens` leave to a layer's weight gradients is more than the gradients.
+
+    As DecoderLayers.defers_more_than_gradients (model/layers.py): inputs and outputs of q, k, v, o, gate, up, down.
+    """
+    each = 7 * model.hidden + 2 * model.width + 2 * model.kv_width + 3 * model.inner
+    return tokens * each > model.layer
+
+
 class Volume(NamedTuple):
-    """Elements that one micro-step moves, at most.
+    """Elements that one rank's micro-step moves, at most, and those of the optimizer's step.
 
     Attributes:
-        forward, backward: gathered; every rank ends with all of them.
-        reduced: gradients reduce-scattered.
+        forward, backward: gathered in a micro-step; every rank ends with all of them.
+        reduced: gradients reduced in a micro-step.
+        step: gathered once the optimizer has stepped.
     """
 
     forward: int
     backward: int
     reduced: int
+    step: int
 
     @property
     def gathered(self) -> int:
@@ -62,54 +72,50 @@ class Volume(NamedTuple):
 
 
 def volume(model: Sizes, walked: Walk, zero: Zero3) -> Volume:
-    """Elements of one micro-step with checkpointed layers, from the second micro-step on (the first records the order).
+    """Elements under ZeRO-3 with checkpointed layers, from the second micro-step on (the first records the order).
 
-    Kept: each matrix is gathered once. Released: each pass gathers each layer in the forward, and in backward once more
-    for its recomputation, which the layer's gradient then uses too unless `reuse` is too short for that. A bound from
-    above: the last layers of the forward are still there when backward begins.
+    What has at most `persistence` elements stays whole and is gathered as the optimizer's step ends: all vectors, and
+    all matrices of kept parameters. The others are gathered a layer at a time, in each pass's forward and once more in
+    its backward, for recomputation and gradient. A bound from above: the last layers of the forward are still there
+    when backward begins. Where the last pass has a backward of its own, a weight that both have is reduced twice: all
+    but an embedding and a head that are two matrices.
     """
-    outside = sum(m for m in (model.embedding, model.head) if m > zero.persistence)
-    layers = model.layers * sum(m for m in model.matrices if m > zero.persistence)
-    if zero.keeps(model):
-        return Volume(layers + outside, 0, model.text)
-    again = model.layers * _gathered_again(model.matrices, zero)
-    if not model.head:  # a tied matrix is gathered as embedding and as head
-        outside *= 2
-    return Volume(walked.passes * layers + outside, walked.passes * (layers + again) + outside, model.text)
-
-
-def _gathered_again(matrices: Sequence[int], zero: Zero3) -> int:
-    """Elements of a layer that are released between their recomputation and their gradient.
-
-    DeepSpeed keeps a matrix that is used again within `reuse` elements: from its recomputation on, the walk goes to the
-    end of the layer and back. The last one is never released: the recomputation stops once it has been reached.
-    """
-    return sum(
-        size
-        for i, size in enumerate(matrices[:-1])
-        if size > zero.persistence and 2 * sum(matrices[i + 1 :]) >= zero.reuse
-    )
+    matrices = sum(m for m in model.matrices if m > zero.persistence)
+    ends = [m for m in (model.embedding, model.head or model.embedding) if m > zero.persistence]
+    once = model.layers * matrices + sum(ends if model.head else ends[:1])
+    gathered = walked.passes * model.layers * matrices + sum(ends)
+    apart = model.text - (model.embedding + model.head if model.head else 0)
+    return Volume(gathered, gathered, model.text + (apart if walked.split else 0), model.text - once)
 
 
 def gather_calls(model: Sizes, walked: Walk, zero: Zero3) -> int:
-    """Estimate the gathers (collective calls) of one micro-step: prefetching joins matrices until it has `prefetch`.
+    """Estimate the gathers (collective calls) of one micro-step.
 
-    More of them where `max_live` leaves prefetching little room, fewer where the end of the forward is still there.
+    DeepSpeed gathers ahead when a layer begins, and in backward once more when its recomputation begins.
     """
-    layer = [m for m in model.matrices if m > zero.persistence]
-    head = model.head or (0 if zero.keeps(model) else model.embedding)
-    passes = 1 if zero.keeps(model) else walked.passes
-    forward = _joined([model.embedding, *chain(*[layer] * (model.layers * passes)), head], zero.prefetch)
-    return forward if zero.keeps(model) else 2 * forward
+    matrices = [m for m in model.matrices if m > zero.persistence]
+    room = min(zero.prefetch, zero.max_live - sum(matrices))
+    ends = sum(m > zero.persistence for m in (model.embedding, model.head or model.embedding))
+    return walked.passes * model.layers * (_parts(matrices, room, 1) + _parts(matrices, room, 2)) + 2 * ends
 
 
-def _joined(matrices: Sequence[int], bucket: int) -> int:
-    calls, waiting = 0, 0
-    for size in matrices:
-        waiting += size
-        if waiting >= bucket:
-            calls, waiting = calls + 1, 0
-    return calls + (waiting > 0)
+def _parts(matrices: Sequence[int], room: int, times: int) -> int:
+    """Calls in which a layer comes: `times` times the next matrices that fill `room`, then what is left."""
+    left, calls = list(matrices), 0
+    for _ in range(times):
+        ahead = 0
+        while left and ahead < room:
+            ahead += left.pop(0)
+        calls += ahead > 0
+    return calls + bool(left)
+
+
+def step_calls(model: Sizes, zero: Zero3) -> int:
+    """Count the gathers as the optimizer's step ends: one a parameter that stays whole."""
+    # Two norms; biases of q, k and v, or norms of the heads' queries and keys. The final norm.
+    vectors = model.layers * (4 if model.head_norms else 5) + 1
+    matrices = model.layers * sum(m <= zero.persistence for m in model.matrices)
+    return vectors + matrices + sum(0 < m <= zero.persistence for m in (model.embedding, model.head))
 
 
 class Traffic(NamedTuple):
@@ -127,21 +133,22 @@ class Traffic(NamedTuple):
 
 
 def traffic(model: Sizes, walked: Walk, zero: Zero3, ranks: int, micro_steps: int = 1) -> Traffic:
-    """Traffic of one optimizer step of G micro-steps.
+    """Traffic of one optimizer step of G micro-steps under ZeRO-3.
 
     Gradients are reduce-scattered among all ranks in every micro-step. With hpZ only a weight's first gather in the
-    optimizer step is among all ranks; all others, of later micro-steps too, are inside groups of `hpz` ranks.
+    optimizer step is among all ranks; all others, of later micro-steps too, are inside groups of `hpz` ranks. What
+    stays whole is gathered among all ranks.
     """
     if ranks == 1:
         return Traffic(0, 0, 0, 0)
-    moved, calls = volume(model, walked, zero), gather_calls(model, walked, zero)
-    gathered, gathers = micro_steps * moved.gathered, micro_steps * calls
-    reduced, reductions = micro_steps * moved.reduced, micro_steps * math.ceil(moved.reduced / zero.bucket)
+    moved = volume(model, walked, zero)
+    gathered, gathers = micro_steps * moved.gathered, micro_steps * gather_calls(model, walked, zero)
+    often = moved.step + micro_steps * moved.reduced
+    calls = step_calls(model, zero) + micro_steps * math.ceil(moved.reduced / zero.bucket)
     if zero.hpz <= 1 or zero.hpz >= ranks:
-        return Traffic(gathered + reduced, gathers + reductions, 0, 0)
-    first = replace(zero, max_live=model.text, reuse=5 * model.text)
-    once, once_calls = volume(model, walked, first).gathered, gather_calls(model, walked, first)
-    return Traffic(once + reduced, once_calls + reductions, gathered - once, gathers - once_calls)
+        return Traffic(gathered + often, gathers + calls, 0, 0)
+    once, once_calls = model.text - moved.step, gather_calls(model, Walk(1, 0), zero) // 2
+    return Traffic(once + often, once_calls + calls, gathered - once, gathers - once_calls)
 
 
 class Machine(NamedTuple):
@@ -234,13 +241,14 @@ def flops(model: Sizes, tokens: float, labelled: float = 0, keys: float = 0, che
     return (4 if checkpointing else 3) * 2 * (per_token * tokens + (model.head or model.embedding) * labelled)
 
 
-def thin_bytes(model: Sizes, walked: Walk, width: int = BF16) -> float:
+def thin_bytes(model: Sizes, walked: Walk, width: int = BF16, recomputed: bool = False) -> float:
     """Bytes that the passes of one token a row move through a GPU's memory: there the weights' size is what counts.
 
-    Forward, recomputation and backward read the weights; the gradient is written, then added to the earlier passes'
-    (two reads, one write).
+    Forward, backward, and recomputation where weights are released, read the weights. Once for all of these passes the
+    first pass's backward reads and writes the gradient to add theirs.
     """
-    return walked.thin * 7 * model.layers * model.layer * width
+    often = walked.thin * (3 if recomputed else 2) + (2 if walked.thin else 0)
+    return often * model.layers * model.layer * width
 
 
 class Step(NamedTuple):
@@ -277,11 +285,12 @@ def moved(model: Sizes, walked: Walk, settings: Settings, ranks: int, micro_step
     """Elements of the compute dtype that an optimizer step moves."""
     if settings.stage == 3 or ranks == 1:
         return traffic(model, walked, settings.zero, ranks, micro_steps)
-    times = micro_steps if settings.stage == 2 else 1
+    # Of all-reduces.
+    reduced = 2 * (micro_steps * volume(model, walked, settings.zero).reduced if settings.stage == 2 else model.text)
     wide = settings.accumulated / settings.compute if settings.whole_sums else 1
     gathered = model.text if settings.stage else 0
-    calls = times * 2 * math.ceil(model.text / settings.zero.bucket) + math.ceil(gathered / settings.zero.bucket)
-    return Traffic(int(times * 2 * wide * model.text) + gathered, calls, 0, 0)
+    calls = math.ceil(reduced / settings.zero.bucket) + math.ceil(gathered / settings.zero.bucket)
+    return Traffic(int(wide * reduced) + gathered, calls, 0, 0)
 
 
 def step_cost(
@@ -299,7 +308,8 @@ def step_cost(
     everywhere = ring_bytes(sent.everywhere, ranks, b)
     keys = micro.tokens / micro.rows / 2
     arithmetic = steps * flops(model, micro.tokens, micro.labelled, keys, micro.checkpointing)
-    thin = steps * thin_bytes(model, walked, b)
+    released = settings.stage == 3 and not settings.zero.keeps(model)
+    thin = steps * thin_bytes(model, walked, b, recomputed=released and micro.checkpointing)
     seconds = {
         "arithmetic": arithmetic / (machine.flops * used) + thin / machine.hbm,
         "network" if nodes > 1 else "NVLink": network(sent, machine, nodes, achieved, b).total,
@@ -316,7 +326,8 @@ def step_cost(
     else:
         seconds["optimizer"] = touched / machine.hbm
     if settings.offload_parameters:
-        gathered = steps * volume(model, walked, settings.zero).gathered / ranks
+        once = volume(model, walked, settings.zero)
+        gathered = (steps * once.gathered + once.step) / ranks
         seconds["PCIe"] = seconds.get("PCIe", 0.0) + (gathered + shard) * b / machine.pcie
     return Step(
         flops=arithmetic,

@@ -38,12 +38,8 @@ class Zero3:
     overlap: bool | None = Field(None, validation_alias="overlap_comm")
 
     def keeps(self, model: Sizes) -> bool:
-        """Whether gathered weights stay until the micro-step ends.
-
-        With room for all of them, and `reuse` above the way to the next use (Ψ from pass to pass, more than 3 Ψ where
-        the forward turns into backward). One limit alone keeps most of them, not all.
-        """
-        return self.max_live >= model.text and self.reuse >= 5 * model.text
+        """Whether all weights stay whole from step to step: DeepSpeed gathers them as the optimizer's step ends."""
+        return self.persistence >= max(*model.matrices, model.embedding, model.head)
 
     def live(self, model: Sizes) -> int:
         """Elements of gathered weights at one time."""
@@ -84,8 +80,7 @@ class Settings(NamedTuple):
 def two_layers(model: Sizes) -> int:
     """Elements of two decoder layers' matrices: the limits of released parameters.
 
-    `max_live` of one layer leaves no room to gather the next one while the first computes. `reuse` must be longer than
-    the way from a layer's first matrix to its end and back, or backward gathers a part of it twice (see volume).
+    `max_live` of one layer leaves no room to gather the next one while the first computes.
     """
     return 2 * model.layer
 

@@ -60,7 +60,7 @@ SEVEN = read_shape("qwen2.5-vl-7b")
 # Configurations as others publish them, where they are at hand.
 PUBLISHED_ROOT = Path(__file__).parents[4] / "shared/published"
 PUBLISHED = sorted(PUBLISHED_ROOT.rglob("config.json"))
-KEPT = Zero3(max_live=10**12, reuse=10**12)
+KEPT = Zero3(persistence=10**12)
 PLAIN = Settings(stage=3, compute=2, accumulated=4, master=4, moments=4, zero=Zero3())
 
 
@@ -256,7 +256,7 @@ def test_states_agree_with_the_coarse_formula() -> None:
     """benchmarks.scaling counts the same without padding."""
     for ranks in (8, 1024):
         held = total({k: v for k, v in states(trained_parameters(SEVEN), PLAIN, ranks).gpu.items() if " / W" in k})
-        assert held == pytest.approx(memory(sizes(SEVEN), Walk(1, 0), Zero3(), ranks).shard, rel=1e-3)
+        assert held == pytest.approx(memory(sizes(SEVEN), Zero3(), ranks).shard, rel=1e-3)
 
 
 def test_offload_moves_and_loses_nothing() -> None:
@@ -417,6 +417,10 @@ def test_other_stages_reduce_and_gather_once() -> None:
         chosen = PLAIN._replace(stage=stage, accumulated=accumulated)
         assert moved(model, Walk(1, 0), chosen, 8, steps).everywhere == wanted * model.text
         assert moved(model, Walk(1, 0), chosen, 1, steps) == Traffic(0, 0, 0, 0)
+        # Two backwards a micro-step: without embedding and head, and where they are not at the boundary.
+        twice = moved(model, Walk(5, 3, split=True), chosen, 8, steps).everywhere
+        apart = model.text - model.embedding - model.head
+        assert twice - wanted * model.text == (2 * steps * apart if stage == 2 else 0)
 
 
 def test_seconds_of_a_step_by_hand() -> None:
@@ -650,9 +654,9 @@ def test_the_papers_seconds_a_row() -> None:
     """One H100, micro-batch 1: 0.42 s (stage 1) and 0.86 s (stage 2) a row of about 500 tokens.
 
     By hand: 8 · 500 · 28 · (233.0e6 + 2 · 3584 · 250) + 8 · 100 · 545e6 = 26.7e12 operations, 27 ms; three thin passes
-    of 7 · 13.05e9 bytes, 82 ms.
+    read 13.05e9 bytes of weights twice, and their gradient is read and written once: 8 · 13.05e9 bytes, 31 ms.
     """
-    for stage, measured, slower in (("stage1", 0.42, 15.5), ("stage2", 0.86, 7.8)):
+    for stage, measured, slower in (("stage1", 0.42, 15.5), ("stage2", 0.86, 14.8)):
         model, walked = sizes(SEVEN), walk(stage, 4)
         bound = flops(model, 500, 100, 250) / GPUS["h100"].flops + thin_bytes(model, walked) / GPUS["h100"].hbm
         assert measured / bound == pytest.approx(slower, rel=0.02)
