@@ -18,6 +18,7 @@ import multiprocessing
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ def first_start(answers: Any, out: Path, records: Path, stage: str) -> None:
     answers.put({})
 
 
+def _passes(stage: str, runs: int) -> int:
+    """Passes of a micro-step whose deepest row has `runs` latent blocks."""
+    return runs * LATENTS + 1 if stage == "stage2" else 1
+
+
 def train(answers: Any, out: Path, records: Path, stage: Any, steps: int, workers: int, compute_ms: float) -> None:
     """Phase 3: start as a later run does, then take `steps` optimizer steps."""
     import psutil
@@ -130,8 +136,7 @@ def train(answers: Any, out: Path, records: Path, stage: Any, steps: int, worker
     index, opened = _open(out, records, stage)
     kept = _features(index, out / "features")
     planner = Planner(index.tokens, index.row_ids, ROWS_A_STEP, 1, MICRO_BATCH_TOKENS, None, 0, index.patches)
-    passes = int(index.runs.max()) * LATENTS + 1 if stage == "stage2" else 1
-    loader = Loader(index.rows, encoder, planner, 0, passes, workers, kept)
+    loader = Loader(index.rows, encoder, planner, 0, partial(_passes, stage), workers, kept)
     first = waited = computed = 0.0
     own: list[float] = []
     others: list[float] = []

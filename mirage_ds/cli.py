@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +73,26 @@ data.add_command(rationalize)
 @click.option("--most", default=50, show_default=True, help="Kinds of faults listed at most.")
 def data_check(file: Path, most: int, columns: str | None, **options: Any) -> None:
     """List every faulty record of FILE and how to fix it. Exit code 2 if there is one."""
-    from mirage_ds.curate.check import Answers, check_file, print_faults
+    from collections import Counter
+
+    from mirage_ds.curate.check import check_file, print_faults, scored
     from mirage_ds.data.folders import unread_lines
     from mirage_ds.data.record_files import told
 
     names = parse_columns(columns)
     for line in told(file, names):
         print(line)
-    answers = Answers()
-    count, faults = check_file(file, columns=names, see=answers.see, **options)
+    answers: Counter[str] = Counter()
+    count, faults = check_file(file, columns=names, see=lambda record: answers.update([scored(record)]), **options)
     print_faults(file, count, faults, most)
-    for line in (*unread_lines(file), *(answers.lines() if not faults else ())):
+    for line in unread_lines(file):
         print(line)
     if faults:
         sys.exit(EXIT_USER_ERROR)
+    if answers["nothing"] and not answers["task"]:
+        which = f"{answers['nothing']} answer(s) have" if answers["box"] else "the answers have"
+        how = "evaluate needs --task module:score (`mirage-ds docs tasks`)"
+        print(f"no task is named, and {which} no \\boxed{{…}}: {how}")
 
 
 @data.command("index", cls=RunCommand)
@@ -154,11 +161,7 @@ def config_import(file: Path, out: Path | None, **options: Any) -> None:
 
 
 @cli.command()
-@click.option(
-    "--preset",
-    required=True,
-    help=f"{', '.join(name for name in PRESETS if name not in LARGE)}; with --config_only also {', '.join(LARGE)}.",
-)
+@click.option("--preset", required=True, help=f"{', '.join(PRESETS)}; {', '.join(LARGE)} with --config_only alone.")
 @click.option("--out", required=True, type=Output(folder=True), help="Folder to write.")
 @click.option("--text", "texts", multiple=True, type=_PATH, help="Records whose text trains the tokenizer.")
 @_columns
@@ -203,8 +206,6 @@ def card(folder: Path, scores: tuple[Path, ...]) -> None:
     SCORES are files of `mirage-ds evaluate --out`, the card is that of FOLDER. The weights are hashed: scores of
     another model are refused. Scores that the card already has are replaced.
     """
-    from functools import partial
-
     from mirage_ds.data.progress import track
     from mirage_ds.evaluate.model_card import add_scores
 
@@ -237,11 +238,8 @@ def examples(target: Path | None) -> None:
     if target is None:
         print("\n".join(str(file.relative_to(shipped())) for file in shipped_files("examples")))
     else:
-        names = ("examples", "launch", "ds_configs", "data")
-        written = write_shipped({name: target / name for name in names})
-        print(
-            f"{len(written)} files in {', '.join(str(target / name) for name in names)}; start commands from {target}"
-        )
+        written = write_shipped({name: target / name for name in ("examples", "launch", "ds_configs", "data")})
+        print(f"{len(written)} files in {target}; start commands from there")
 
 
 @cli.command()
@@ -279,8 +277,6 @@ def checkpoint_convert(source: Path, workers: int) -> None:
     SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>), or a --save_model_path folder, whose newest whole
     checkpoint is taken. Not while the run is training.
     """
-    from functools import partial
-
     from mirage_ds.engine.universal import convert
 
     print(convert(source, workers, say=partial(print, file=sys.stderr, flush=True)))

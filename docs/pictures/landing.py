@@ -74,8 +74,7 @@ def draw_example(folder: Path, file: Path, row: int) -> Figure:
         click.ClickException: the model opened no latent block.
     """
     from mirage_ds.analysis.bench import Bench
-    from mirage_ds.analysis.inspect.live import looks
-    from mirage_ds.analysis.inspect.run import decoded
+    from mirage_ds.analysis.inspect.look import decoded, looks
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.record_files import read_records
     from mirage_ds.evaluate.decoder import load_decoder

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import click
 
-from mirage_ds.errors import UserError, reason, shown
-from mirage_ds.files import write_atomically
+from mirage_ds.errors import UserError, is_text, reason, shown
+from mirage_ds.files import Output, write_atomically
 from mirage_ds.run.process import run_rank
 
 # A rank's numbers, speed, files or programs may depend on these.
@@ -55,10 +55,8 @@ def quote(value: str) -> str:
     """
     if "\n" in value or "\r" in value:
         raise ValueError("holds a line break")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("is not UTF-8 text") from None
+    if not is_text(value):
+        raise ValueError("is not UTF-8 text")
     if _PDSH.search(value):
         value = value.replace("%", "%%")
     if _PLAIN.fullmatch(value):
@@ -110,11 +108,11 @@ def parse(text: str) -> tuple[dict[str, str], list[str]]:
         name, sign, value = (part.strip() for part in line.partition("="))
         # `export A=1` works, by chance.
         if not sign or not _NAME.fullmatch(name.removeprefix("export ")):
-            what = f"{shown(line.strip())} is not NAME=value; DeepSpeed reads no comments and no empty lines"
-            faults.append(f"line {number}: {what}, remove it")
+            what = f"{shown(line.strip())} is not NAME=value (DeepSpeed reads no comments and no empty lines)"
+            faults.append(f"line {number}: {what}; remove it")
         elif not _is_one_word(as_exported(value)):
             what = f"the value of {name} closes the double quotes that DeepSpeed puts around it"
-            faults.append(f'line {number}: {what}, write it without quotes and with \\" and \\\\ for such signs inside')
+            faults.append(f'line {number}: {what}; write it without quotes and with \\" and \\\\ for such signs inside')
         else:
             values[name] = value
     return values, faults
@@ -168,7 +166,7 @@ def own_variables(environment: Mapping[str, str], home: Path, folder: Path) -> t
     "--out",
     default=Path(DEFAULT_NAME),
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=Output(),
     help="File to write. Anything but .deepspeed_env in the launching directory needs DS_ENV_FILE to name it.",
 )
 def command(extra_names: tuple[str, ...], out: Path) -> None:
@@ -184,10 +182,7 @@ def command(extra_names: tuple[str, ...], out: Path) -> None:
     own, files = own_variables(os.environ, Path.home(), Path.cwd())
     sent, left_out = choose(os.environ, extra_names)
     values = sent | own
-    try:
-        write_atomically(out, "".join(f"{line}\n" for line in (MARK, *(f"{n}={v}" for n, v in values.items()))))
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    write_atomically(out, "".join(f"{line}\n" for line in (MARK, *(f"{n}={v}" for n, v in values.items()))))
     click.echo(f"{out}: {len(values)} variables: {', '.join(values)}")
     for file in files:
         click.echo(f"{file}: its lines are among them and win")

@@ -40,13 +40,6 @@ class Host(NamedTuple):
         return self.name.rpartition("@")[2]
 
 
-def _check_name(name: str, where: str) -> None:
-    """Refuse a name that one of the launchers takes for something else."""
-    if not _NAME.fullmatch(name):
-        how = next((how for pattern, how in NO_NAMES.items() if re.search(pattern, name)), NO_NAMES[""])
-        raise UserError(f"{where}: {shown(name)} is no name that ssh and mpirun both take: {how}")
-
-
 def parse_hosts(text: str, source: str) -> tuple[Host, ...]:
     """Return the hosts of a hostfile's text, in its order: the first is rank 0's.
 
@@ -69,13 +62,15 @@ def parse_hosts(text: str, source: str) -> tuple[Host, ...]:
         match = _LINE.fullmatch(line)
         if not match:
             raise UserError(f"{where}: {shown(line)} names no host and slots; write `host slots=N`, N its GPUs")
-        _check_name(match[1], where)
+        name = match[1]
+        if not _NAME.fullmatch(name):
+            how = next(how for pattern, how in NO_NAMES.items() if re.search(pattern, name))
+            raise UserError(f"{where}: {shown(name)} is no name that ssh and mpirun both take: {how}")
         # Cut, since int() refuses thousands of digits.
-        host = Host(match[1], int(match[2].lstrip("0")[:5] or 0))
-        if not host.slots:
-            raise UserError(f"{where}: {host.name} has 0 slots; write how many ranks it runs, or remove the line")
-        if host.slots > MOST_SLOTS:
-            raise UserError(f"{where}: {host.name} has {shown(match[2], 30)} slots; write N as the number of its GPUs")
+        host = Host(name, int(match[2].lstrip("0")[:5] or 0))
+        if not 0 < host.slots <= MOST_SLOTS:
+            has = f"{host.name} has slots={match[2][:30]}"
+            raise UserError(f"{where}: {has}; write N as the number of its GPUs, or remove the line")
         # Another user or other letters do not make another host.
         address = host.address.lower().rstrip(".")
         if address in found:

@@ -11,26 +11,16 @@ import click
 
 from mirage_ds.cluster.guard import launch
 from mirage_ds.cluster.here import Job, free_ports, this_machine, visible_gpus
-from mirage_ds.config.flags import CONTEXT, RunCommand, run_config, run_options
+from mirage_ds.config.flags import CONTEXT, WORDS, RunCommand, run_config, run_options
 from mirage_ds.engine.place import Place, is_rank
 from mirage_ds.errors import UserError
 
 # Where there is no GPU. One would show nothing of what several ranks do.
 CPU_RANKS = 2
-WORDS = f"{__name__}.words"
 PORTS_END = 65535
 
 
-class _Train(RunCommand):
-    """Keeps its words, which the ranks get as they are."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse as click does."""
-        ctx.meta[WORDS] = tuple(args)
-        return super().parse_args(ctx, args)
-
-
-@click.command(cls=_Train, context_settings=CONTEXT)
+@click.command(cls=RunCommand, context_settings=CONTEXT)
 @run_options
 @click.option(
     "--ranks",

@@ -47,23 +47,23 @@ def parse_columns(text: str | None, layout: Layout | None = None) -> Columns:
     Raises:
         UserError: an unknown role, one without a name, or a conversation beside a question.
     """
-    roles: dict[str, list[str]] = {}
+    roles: dict[str, list[str]] = {role: [] for role in Columns._fields[:5]}
     # A name may have commas.
     for part in re.split(r",(?=\s*\w+\s*=)", text) if text else ():
-        role, equals, name = (one.strip() for one in part.partition("="))
-        if role not in Columns._fields[:5]:
-            raise UserError(f"--columns {text}: {shown(role)} is no role{closest(role, Columns._fields[:5])}; "
+        role, _, name = (one.strip() for one in part.partition("="))
+        if role not in roles:
+            raise UserError(f"--columns {text}: {shown(role)} is no role{closest(role, roles)}; "
                             "write question=…,answer=…,image=…,helper=…, each with a column's name")  # fmt: skip
-        if not equals or not name:
+        if not name:
             raise UserError(f"--columns {text}: {role} has no column; write {role}=NAME")
-        roles.setdefault(role, []).append(name)
+        roles[role].append(name)
     for role in ("question", "answer", "messages"):
-        if len(roles.get(role, ())) > 1:
+        if len(roles[role]) > 1:
             raise UserError(f"--columns {text}: {role} is one column, and {len(roles[role])} are named; name one")
-    if "messages" in roles and roles.keys() & {"question", "answer"}:
+    question, answer, messages = ("".join(roles[role]) for role in ("question", "answer", "messages"))
+    if messages and (question or answer):
         raise UserError(f"--columns {text}: messages hold question and answer; leave these out")
-    one = {role: names[0] for role, names in roles.items() if role not in ("image", "helper")}
-    return Columns(**one, image=tuple(roles.get("image", ())), helper=tuple(roles.get("helper", ())), layout=layout)
+    return Columns(question, answer, tuple(roles["image"]), tuple(roles["helper"]), messages, layout)
 
 
 def _checked(text: str | None) -> str | None:

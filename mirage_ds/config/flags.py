@@ -26,6 +26,9 @@ CONTEXT = {
 }
 
 
+WORDS = f"{__name__}.words"
+
+
 class Group(click.Group):
     """A command that has commands. Its help says the whole of each one's first sentence; alone, it shows its help.
 
@@ -45,25 +48,23 @@ class Group(click.Group):
         """Write the commands under their headings."""
         names = self.list_commands(ctx)
         found = {name: one for name in names if (one := self.get_command(ctx, name))}
+        width = max(map(len, names))
         for heading, listed in (self.sections or {"Commands": " ".join(names)}).items():
             with formatter.section(heading):
                 # The same width below every heading.
-                formatter.write_dl(
-                    [
-                        (f"{name:{max(map(len, names))}}", found[name].get_short_help_str(limit=1000))
-                        for name in listed.split()
-                    ]
-                )
+                rows = [(f"{name:{width}}", found[name].get_short_help_str(limit=1000)) for name in listed.split()]
+                formatter.write_dl(rows)
 
 
 class RunCommand(click.Command):
     """A command that takes a run's settings as flags: other trainers' names are answered with ours.
 
-    Alone, it shows its help.
+    Alone, it shows its help. Its words are kept as they are, for whoever passes them on: ctx.meta[WORDS].
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does; UsageError where there is no such flag."""
+        ctx.meta[WORDS] = tuple(args)
         try:
             return super().parse_args(ctx, args or ["--help"])
         except click.NoSuchOption as error:
@@ -105,17 +106,10 @@ def model_options(model: type[BaseModel]) -> Callable[[Callable[..., Any]], Call
                 text += f" [default: {field.default}]"
             # What is a denial by name (--no_latents) has no second one.
             denied = f"/--no_{name}" if kind is bool and not name.startswith("no_") else ""
-            option = click.option(
-                f"--{name}{denied}",
-                name,
-                type=str if several else kind,
-                is_flag=kind is bool,
-                multiple=several,
-                default=None,
-                help=text,
-                metavar="A,B,…" if several and not isinstance(kind, click.Path) else "PATH" if several else None,
-            )
-            function = option(function)
+            how: dict[str, Any] = {"type": kind, "is_flag": kind is bool}
+            if several:
+                how = {"multiple": True, "metavar": "PATH" if isinstance(kind, click.Path) else "A,B,…"}
+            function = click.option(f"--{name}{denied}", name, default=None, help=text, **how)(function)
         return function
 
     return decorate
@@ -154,11 +148,11 @@ def build_model(
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     for name, value in given.items():
         kind, several = _click_type(model.model_fields[name].annotation)
-        texts = value if isinstance(value, tuple) else (value,)
-        if several and isinstance(kind, click.Path):
-            values[name] = list(texts)
-        else:
-            values[name] = [part for text in texts for part in str(text).split(",") if part] if several else value
+        values[name] = value
+        if several:
+            texts = value if isinstance(value, tuple) else (value,)
+            parts = [part for text in texts for part in str(text).split(",") if part]
+            values[name] = list(texts) if isinstance(kind, click.Path) else parts
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -1,48 +1,36 @@
 """`mirage-ds config import`: another trainer's configuration as a settings file of a run.
 
-What means the same is carried over under our name; every other setting is named with the reason why it is not.
+LLaMA-Factory: a YAML or JSON file as in its examples/train_full. ms-swift: a YAML or JSON file of arguments, or a shell
+script with `swift sft --…`. What means the same is carried over under our name; every other setting is named with the
+reason why it is not.
 """
 
 import json
+import math
+import re
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from mirage_ds.config.flags import build_model
-from mirage_ds.config.foreign import DEFAULTS, Foreign, read_foreign
-from mirage_ds.config.names import ABSENT, ours
-from mirage_ds.config.run import RunConfig, Stage
+from mirage_ds.config.names import by_theirs, ours, tables
+from mirage_ds.config.run import RunConfig, Stage, read_yaml
 from mirage_ds.errors import UserError, reason, shown
 
-# Our setting: their value → ours.
-_VALUES: dict[str, dict[str, str]] = {
-    "lr_scheduler": {**{name: name for name in ("cosine", "linear", "constant")}, "constant_with_warmup": "constant"},
-    "attention": {"auto": "auto", "sdpa": "sdpa", **dict.fromkeys(("fa2", "flash_attn", "flash_attention_2"), "flash")},
-    "report_to": {name: name for name in ("tensorboard", "wandb", "mlflow", "none")},
-}
-_INVERSE = ("freeze_vit", "freeze_vision_tower", "disable_gradient_checkpointing")
-# Names of ours, or of the table, that mean something else there; nothing is said where all runs are so.
-_OTHERS = {
-    **dict.fromkeys(("stage", "task_type", "do_train"), ""),
-    **dict.fromkeys(("model_name", "model_author"), "only for the data set swift/self-cognition"),
-    **dict.fromkeys(("save_strategy", "eval_strategy", "evaluation_strategy"), "every so many steps, never epochs"),
-    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model"), "--save_best keeps the best model beside it"),
-    "deepspeed": "the shipped JSONs are made for this trainer (zero3 is the default); `mirage-ds plan` ranks them",
-    "ddp_timeout": "a hung run ends after --collective_timeout seconds",
-    "dataset_dir": "data_path names the files themselves",
-    "lora_dropout": "must be 0: layers are computed again in backward",
-    "system": "write it into the records, as their system message",
-}  # fmt: skip
-# LLaMA-Factory's names of a data set's parts: what they are without being named, and our role.
-_COLUMNS = {"prompt": ("question", "instruction"), "response": ("answer", "output"), "images": ("image", "images"),
-            "messages": ("messages", "conversations", "messages")}  # fmt: skip
-# Other parts are read under their usual names alone, and an `input` behind an `instruction` alone.
-_USUAL = {"query": "input"}
-_TAGS = {"from", "role", "value", "content", "human", "user", "gpt", "assistant", "system", "observation", "tool",
-         "function_call", "function"}  # fmt: skip
+Trainer = Literal["LLaMA-Factory", "ms-swift"]
+_SFT = re.compile(r".*?(?:\bswift\s+(sft)|swift[./]cli[./]sft(?:\.py)?)(?=\s)")
+_ASSIGNED = re.compile(r"(?:^|\s)([A-Za-z_]\w*)=(\"[^\"]*\"|'[^']*'|\S*)")
+# What ms-swift's examples have where they share rows out.
+_QUOTIENT = re.compile(r"\$\(expr (\d+) / (\d+)\)|\$\(\((\d+) / (\d+)\)\)")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
+# What says nothing: no value, and no limit.
+_UNSET: tuple[Any, ...] = (None, "", -1, [], {})
 
 
 class _Left(Exception):
@@ -51,15 +39,20 @@ class _Left(Exception):
 
 @dataclass
 class Imported:
-    """A configuration in our words.
+    """A configuration of another trainer, and what becomes of it.
 
     Attributes:
-        carried: (theirs, ours, value); left: theirs → why it has no counterpart; missing: ours → what must be given.
+        given: its settings, without those that are empty; ranks: how many it starts, None where it does not say.
+        settings: ours; carried: ours → theirs; left: theirs → why it has no counterpart.
+        missing: ours → what must be given.
     """
 
-    source: Foreign
+    trainer: Trainer
+    file: Path
+    given: dict[str, Any]
+    ranks: int | None
     settings: dict[str, Any] = field(default_factory=dict)
-    carried: list[tuple[str, str, str]] = field(default_factory=list)
+    carried: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -67,13 +60,11 @@ class Imported:
         """Set ours, once."""
         if name in self.settings:
             raise _Left(f"another of theirs sets {name}")
-        self.settings[name] = value
-        default = "" if set(theirs.split(" × ")) & self.source.given.keys() else " (default)"
-        self.carried.append((theirs + default, name, value if isinstance(value, str) else json.dumps(value)))
+        self.settings[name], self.carried[name] = value, theirs
 
     def as_yaml(self) -> str:
         """Return the settings file, with what is missing as comments."""
-        head = f"# {self.source.trainer}'s {self.source.file.name}, by `mirage-ds config import`.\n"
+        head = f"# {self.trainer}'s {self.file.name}, by `mirage-ds config import`.\n"
         tail = "".join(f"# {name}: {what}\n" for name, what in self.missing.items())
         return head + yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True) + tail
 
@@ -88,91 +79,179 @@ def import_config(file: Path, stage: Stage = "sft", ranks: int | None = None) ->
     Raises:
         UserError: the file is not recognised, or sets what a run refuses.
     """
-    source = read_foreign(file)
-    made = Imported(source, {"stage": stage})
-    values = {**DEFAULTS[source.trainer], **source.given}
-    _take_method(made, values)
-    _take_batch(made, values, ranks or source.ranks)
+    made = read_foreign(file)
+    values, settings = dict(made.given), made.settings
+    settings["stage"] = stage
+    method = _take_method(made, values)
+    defaults = {**tables()["defaults"][made.trainer], **tables()["defaults"].get(f"{made.trainer} {method}", {})}
+    _take_batch(made, values, ranks or made.ranks)
     _take_data(made, values)
     for theirs, value in values.items():
         try:
             _take(made, theirs, value)
         except _Left as why:
-            # Nobody has asked for a default.
-            if theirs in source.given and str(why):
-                made.left[theirs] = str(why)
-        except (TypeError, ValueError):
-            made.left[theirs] = f"{shown(value)} is not understood"
-    _check(made)
-    made.carried.sort(key=lambda line: list(RunConfig.model_fields).index(line[1]))
+            made.left[theirs] = str(why)
+    refused = {ours(theirs) or theirs for theirs in made.left}
+    for name in defaults.keys() - settings.keys() - made.missing.keys() - refused:
+        made.carry("its default", name, defaults[name])
+    if "eval_data_path" in settings and "eval_every" not in settings:
+        made.carry("save_steps", "eval_every", settings.get("save_every", 500))
+    elif "eval_data_path" not in settings and settings.pop("eval_every", None):
+        made.left[made.carried["eval_every"]] = "no file of records to evaluate is named"
+    # A row must fit into a micro-batch.
+    if settings.get("max_length", 0) > RunConfig.model_fields["micro_batch_tokens"].default:
+        made.carry(made.carried["max_length"], "micro_batch_tokens", settings["max_length"])
+    needed = {"model": "a folder or hub id", "data_path": "records.jsonl", "save_model_path": "a folder"}
+    made.missing = {**{name: what for name, what in needed.items() if name not in settings}, **made.missing}
+    checked = build_model(RunConfig, {}, {**needed, **settings}, f"{file}, in our names,")
+    # In the order of `--help`.
+    made.settings = checked.model_dump(mode="json", include=set(settings))
     return made
 
 
+def read_foreign(file: Path) -> Imported:
+    """Read a configuration.
+
+    Raises:
+        UserError: it cannot be read, is none of those that are recognised, or does not fine-tune on answers.
+    """
+    # JSON is YAML too.
+    values, ranks = _script(file) if file.suffix == ".sh" else (read_yaml(file), None)
+    given = {key: value for key, value in values.items() if value not in _UNSET}
+    factory = "model_name_or_path" in given
+    swift = file.suffix == ".sh" or ("model" in given and given.keys() & {"train_type", "tuner_type", "dataset"})
+    if not (factory or swift):
+        raise UserError(
+            f"{file}: is no configuration that is recognised; give one of LLaMA-Factory (it has model_name_or_path) or "
+            "of ms-swift (model with train_type and dataset, or a script with `swift sft`)"
+        )
+    if not given.pop("do_train", not factory):
+        raise UserError(f"{file}: trains nothing (it has no do_train: true); give the configuration of a training")
+    megatron = "Megatron" if "micro_batch_size" in given else None
+    for kind in (given.pop("stage", None), given.get("rlhf_type"), given.pop("task_type", None), megatron):
+        if kind not in (None, "sft", "causal_lm"):
+            raise UserError(f"{file}: is for {kind}; only fine-tuning on answers (sft) can be carried over")
+    return Imported("LLaMA-Factory" if factory else "ms-swift", file, given, ranks)
+
+
+def _script(file: Path) -> tuple[dict[str, Any], int | None]:
+    """Read the `swift sft` of a shell script: its flags, and the number of ranks."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({reason(error)})") from None
+    known: dict[str, str] = {}
+    for line in re.sub(r"(?m)^\s*#.*", "", text).replace("\\\n", " ").splitlines():
+        expanded = _expanded(line, known)
+        command = _SFT.match(expanded)
+        before = command[0] if command else expanded
+        known |= {name: value.strip("\"'") for name, value in _ASSIGNED.findall(before)}
+        if command:
+            flags = _flags(expanded[command.end() :])
+            flags |= {name.lower(): known[name] for name in ("MAX_PIXELS", "MIN_PIXELS") if name in known}
+            # Another launcher has its own words for it.
+            numbers = [known.get("NPROC_PER_NODE", "1" if command[1] else ""), known.get("NNODES", "1")]
+            return flags, math.prod(map(int, numbers)) if all(map(str.isdecimal, numbers)) else None
+    raise UserError(f"{file}: has no `swift sft`; give a YAML, a JSON or a shell script with that command")
+
+
+def _expanded(line: str, known: dict[str, str]) -> str:
+    """Put in the variables that are known, or their ${NAME:-default}, and quotients; the rest stays."""
+    line = _VARIABLE.sub(lambda match: known.get(match[1] or match[2], match[3] or match[0]), line)
+    return _QUOTIENT.sub(lambda match: str(int(match[1] or match[3]) // int(match[2] or match[4])), line)
+
+
+def _flags(line: str) -> dict[str, Any]:
+    """Read flags up to a comment, pipe or redirection: a list where one has several values, True where it has none."""
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        # A text that goes on in the next line.
+        words = line.split()
+    flags: dict[str, list[Any]] = {}
+    own: list[Any] = []
+    for word in takewhile(lambda word: word[:1] not in ("#", "|", ">", "&", ";") and word != "2>&1", words):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            own = flags[name.replace("-", "_")] = [_scalar(value)] if equals else []
+        else:
+            own.append(_scalar(word))
+    return {name: values[0] if len(values) == 1 else values or True for name, values in flags.items()}
+
+
+def _scalar(text: str) -> Any:
+    """Return a number or a truth value where a word is one."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, (int, float)) else text
+
+
 def _take(made: Imported, theirs: str, value: Any) -> None:
+    """Carry one setting over; _Left where it has no counterpart."""
     name = ours(theirs) or theirs
+    setting = RunConfig.model_fields.get(name)
     if "$" in str(value):
         raise _Left("a variable of the shell")
-    if theirs in _OTHERS or name not in RunConfig.model_fields:
-        raise _Left(_OTHERS.get(theirs, ABSENT.get(theirs, "not known here")))
-    if name == "warmup_steps" and 0 < float(value) < 1:
+    if theirs in by_theirs("absent") or setting is None:
+        raise _Left(by_theirs("absent").get(theirs, "not known here"))
+    if name.startswith("lora_") and "lora_rank" not in made.settings:
+        raise _Left("all weights are trained")
+    # All layers have adapters here too.
+    if name == "lora_targets" and value in ("all", "all-linear", ["all-linear"]):
+        return
+    if name == "warmup_steps" and isinstance(value, float) and 0 < value < 1:
         made.missing[name] = f"{value} × the steps of the run (its log says how many)"
         return
-    if name in _VALUES:
-        found = [_VALUES[name].get(str(one)) for one in (value if isinstance(value, list) else [value])]
-        if None in found:
-            raise _Left(f"there are {', '.join(dict.fromkeys(_VALUES[name].values()))}")
-        value = found if name == "report_to" else found[0]
-    elif name == "lora_targets":
-        value = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
-        if value[0] in ("all", "all-linear"):
-            # So it is here too.
-            raise _Left("")
-    elif name == "train_vision" and not value and "lora_rank" in made.settings:
+    if theirs.startswith(("freeze_", "disable_")):
+        value = not value
+    if name == "train_vision" and value and "lora_rank" in made.settings:
         raise _Left("adapters train the decoder alone")
-    elif name in ("save_every", "max_steps", "keep_checkpoints") and float(value) < 1:
-        raise _Left("ours is a whole number, 1 at least" if value != -1 else "")
-    elif name == "resume":
+    if name == "resume":
         value = "auto"
-    made.carry(theirs, name, not value if theirs in _INVERSE else value)
+    if name in ("report_to", "lora_targets"):
+        value = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
+    elif isinstance(value, str):
+        value = tables()["values"].get(value, value)
+    kind: Any = Annotated[setting.annotation, setting]
+    try:
+        value = TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise _Left(f"{shown(value)}: {error.errors()[0]['msg']}") from None
+    made.carry(theirs, name, value)
 
 
-def _take_method(made: Imported, values: dict[str, Any]) -> None:
-    """Adapters or all weights."""
-    theirs = next(name for name in ("finetuning_type", "tuner_type", "train_type") if name in values)
-    method = values[theirs]
-    for name in [name for name in values if ours(name) == "lora_rank"]:
-        values.pop(name)
+def _take_method(made: Imported, values: dict[str, Any]) -> str:
+    """Return whether adapters are trained or all weights: "lora" or "full"."""
+    theirs = next((name for name in ("finetuning_type", "tuner_type") if name in values), "train_type")
+    method = values.pop(theirs, "lora")
     if method not in ("lora", "full"):
-        raise UserError(f"{made.source.file}: {theirs} {method} has no counterpart; there are full and lora")
-    values.setdefault("learning_rate", 1e-4 if method == "lora" else 1e-5)
+        raise UserError(f"{made.file}: {theirs} {method} has no counterpart; there are full and lora")
     if method == "lora":
         made.carry("lora_rank", "lora_rank", values.pop("lora_rank", 8))
-        return
-    for name in [name for name in values if name.startswith("lora_") or ours(name) == "lora_targets"]:
-        values.pop(name)
-        if name in made.source.given:
-            made.left[name] = "all weights are trained"
+    return method
 
 
 def _take_batch(made: Imported, values: dict[str, Any], ranks: int | None) -> None:
-    size, steps = values.pop("per_device_train_batch_size"), values.pop("gradient_accumulation_steps", None)
-    try:
+    factory = made.trainer == "LLaMA-Factory"
+    size = values.pop("per_device_train_batch_size", 8 if factory else 1)
+    steps = values.pop("gradient_accumulation_steps", 1 if factory else None)
+    rows: int | str = f"{size} × {steps}"
+    with suppress(ValueError):
         # Without a number ms-swift takes as many as give a step 16 rows at least.
-        rows = int(size) * int(steps or -(-16 // (int(size) * (ranks or 1))))
-    except (TypeError, ValueError):
-        made.missing["global_batch_size"] = f"rows a step; theirs is {size} × {steps} × ranks"
-        return
-    if ranks is None:
+        rows = int(size) * int(steps or math.ceil(16 / (int(size) * (ranks or 1))))
+    if ranks and isinstance(rows, int):
+        theirs = f"per_device_train_batch_size × gradient_accumulation_steps × {ranks} ranks"
+        made.carry(theirs, "global_batch_size", rows * ranks)
+    else:
         made.missing["global_batch_size"] = f"{rows} × the number of GPUs; give --ranks"
-        return
-    theirs = f"per_device_train_batch_size × gradient_accumulation_steps × {ranks} ranks"
-    made.carry(theirs, "global_batch_size", rows * ranks)
 
 
 def _take_data(made: Imported, values: dict[str, Any]) -> None:
-    """Data sets by their own files and columns; records to evaluate go together with a number of steps."""
-    held_out = "val_dataset" if "val_dataset" in values else "eval_dataset"
+    """Data sets by their own files and columns."""
     columns: set[str] = set()
+    held_out = "val_dataset" if "val_dataset" in values else "eval_dataset"
     for theirs, name in (("dataset", "data_path"), (held_out, "eval_data_path")):
         given = values.pop(theirs, [])
         files = []
@@ -184,10 +263,10 @@ def _take_data(made: Imported, values: dict[str, Any]) -> None:
                 continue
             files.append(file)
             columns.add(own)
-        if files and (len(files) == 1 or name == "data_path"):
-            made.carry(theirs, name, files if len(files) > 1 else files[0])
-        elif files:
+        if name == "eval_data_path" and len(files) > 1:
             made.missing[name] = f"one file; `mirage-ds data mix {shlex.join(files)} --out DIR` makes it"
+        elif files:
+            made.carry(theirs, name, files if name == "data_path" else files[0])
     if len(columns) > 1:
         differ = " / ".join(sorted(own or "the usual ones" for own in columns))
         made.missing["columns"] = (
@@ -195,66 +274,35 @@ def _take_data(made: Imported, values: dict[str, Any]) -> None:
         )
     elif any(columns):
         made.carry("dataset", "columns", columns.pop())
-    every = "eval_steps" if "eval_steps" in values else "save_steps"
-    steps = values.pop("eval_steps", values["save_steps"])
-    if "eval_data_path" in made.settings:
-        made.carry(every, "eval_every", steps)
-    elif every == "eval_steps":
-        made.left[every] = "no file of records to evaluate is named"
 
 
 def _placed(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, str]:
     """Return a data set's file, and its columns as --columns has them."""
-    if "$" in name:
-        raise _Left("is a variable of the shell; name the file")
-    if made.source.trainer == "LLaMA-Factory":
-        return _described(made, name, values)
-    place, _, most = name.partition("#")
-    if ":" in place:
-        raise _Left("names a subset; download it, and name its file")
-    if not Path(place).suffix and not Path(place).exists():
-        raise _of_hub(place)
-    if most:
-        made.left[name] = ABSENT["max_samples"]
-    return place, ""
-
-
-def _of_hub(name: str, *flags: str) -> _Left:
-    command = shlex.join(["mirage-ds", "data", "import", name, *flags, "--out", "DIR"])
-    return _Left(f"is no file; where the Hugging Face Hub has it, `{command}` makes records of it")
-
-
-def _described(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, str]:
-    """Look up in dataset_info.json where a data set lies and what its columns are; see _placed.
-
-    The file lies in dataset_dir, below the working directory or a folder above the configuration.
-    """
-    folder = Path(values.get("dataset_dir", "data"))
-    tops = [top for top in (Path(), *made.source.file.parents) if (top / folder / "dataset_info.json").is_file()]
-    folder = tops[0] / folder if tops else folder
-    try:
-        entry = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))[name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _Left(f"is not described in {folder}/dataset_info.json ({reason(error)})") from None
-    if entry.get("ranking"):
-        raise _Left("holds preferences; name one with answers")
-    strange = set(entry.get("tags", {}).values()) - _TAGS
-    if strange:
-        raise _Left(f"calls its roles {', '.join(sorted(strange))}; rename them as sharegpt has them")
-    if ("file_name" not in entry and "hf_hub_url" not in entry) or "subset" in entry:
-        raise _Left("is a script, a subset or not on the Hugging Face Hub; download it, and name its file")
-    theirs = {part: column for part, column in entry.get("columns", {}).items() if column}
-    renamed = theirs.get("prompt", "instruction") != "instruction"
-    lost = [f"{part} ({column})" for part, column in theirs.items() if part not in _COLUMNS
-            and (column != _USUAL.get(part, part) or (renamed and part == "query"))]  # fmt: skip
-    if lost:
-        raise _Left(f"has {', '.join(lost)}, which --columns cannot name; call its columns instruction, input, output, "
-                    "system and history")  # fmt: skip
-    named = [(_COLUMNS[part], column) for part, column in theirs.items() if part in _COLUMNS]
-    columns = ",".join(f"{role}={column}" for (role, *known), column in named if column not in known)
-    if "hf_hub_url" in entry:
-        split = ("--split", entry["split"]) if "split" in entry else ()
-        raise _of_hub(entry["hf_hub_url"], *split, *(("--columns", columns) if columns else ()))
+    entry, folder = _swift_entry(made, name) if made.trainer == "ms-swift" else _entry(made, name, values)
+    strange = set(entry.get("tags", {}).values()) - set(tables()["tags"])
+    parts = {part: column for part, column in entry.get("columns", {}).items() if column}
+    # Other parts are read under their usual names alone, and an `input` behind an `instruction` alone.
+    usual = {"query": "input" if parts.get("prompt", "instruction") == "instruction" else ""}
+    roles = tables()["roles"]
+    lost = [f"{part} ({parts[part]})" for part in parts if part not in roles and parts[part] != usual.get(part, part)]
+    columns = ",".join(
+        f"{roles[part]}={column}" for part, column in parts.items() if part in roles and column not in tables()["usual"]
+    )
+    hub = entry.get("hf_hub_url", "")
+    flags = {"--split": entry.get("split"), "--columns": columns, "--out": "DIR"}
+    words = [word for flag, value in flags.items() if value for word in (flag, value)]
+    command = shlex.join(["mirage-ds", "data", "import", hub, *words])
+    for why, met in {
+        "holds preferences; name one with answers": entry.get("ranking"),
+        f"calls its roles {', '.join(sorted(strange))}; rename them as sharegpt has them": strange,
+        "is a script, a subset or not on the Hugging Face Hub; download it, and name its file":
+            "subset" in entry or not (hub or "file_name" in entry),
+        f"has {', '.join(lost)}, which --columns cannot name; call its columns instruction, input, output, system and "
+        "history": lost,
+        f"is no file; where the Hugging Face Hub has it, `{command}` makes records of it": hub,
+    }.items():  # fmt: skip
+        if met:
+            raise _Left(why)
     file = folder / entry["file_name"]
     if file.parent != folder:
         # Their pictures' paths start from it.
@@ -262,18 +310,31 @@ def _described(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, 
     return str(file), columns
 
 
-def _check(made: Imported) -> None:
-    """Pass the settings through the run's own parser; UserError where it refuses them."""
-    settings = made.settings
-    if int(settings.get("max_length", 0)) > RunConfig.model_fields["micro_batch_tokens"].default:
-        # A row must fit into a micro-batch.
-        theirs = "max_length" if made.source.trainer == "ms-swift" else "cutoff_len"
-        made.carry(theirs, "micro_batch_tokens", settings["max_length"])
-    needed = {"model": "a folder or hub id", "data_path": "records.jsonl", "save_model_path": "a folder"}
-    made.missing = {**{name: what for name, what in needed.items() if name not in settings}, **made.missing}
-    checked = build_model(RunConfig, {}, {**needed, **settings}, f"{made.source.file}, in our names,")
-    # In the order of `--help`.
-    made.settings = checked.model_dump(mode="json", include=set(settings))
+def _swift_entry(made: Imported, name: str) -> tuple[dict[str, Any], Path]:
+    """Describe FILE[#COUNT] or NAME[:SUBSET] as _entry does."""
+    if "$" in name:
+        raise _Left("is a variable of the shell; name the file")
+    place, _, count = name.partition("#")
+    file = Path(place)
+    if ":" in place or not (file.suffix or file.exists()):
+        return {"hf_hub_url": place} | ({"subset": ""} if ":" in place else {}), Path()
+    if count:
+        made.left[name] = by_theirs("absent")["max_samples"]
+    return {"file_name": file.name}, file.parent
+
+
+def _entry(made: Imported, name: str, values: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+    """Look a data set up in dataset_info.json; return its entry and the folder where the file lies.
+
+    That is dataset_dir, below the working directory or a folder above the configuration.
+    """
+    folder = Path(values.get("dataset_dir", "data"))
+    tops = [top for top in (Path(), *made.file.parents) if (top / folder / "dataset_info.json").is_file()]
+    folder = tops[0] / folder if tops else folder
+    try:
+        return json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))[name], folder
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _Left(f"is not described in {folder}/dataset_info.json ({reason(error)})") from None
 
 
 def print_imported(made: Imported, on_stderr: bool) -> None:
@@ -281,10 +342,14 @@ def print_imported(made: Imported, on_stderr: bool) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
+    values = {name: value for name, value in made.settings.items() if name in made.carried}
+    carried = [
+        (made.carried[name], name, json.dumps(value, ensure_ascii=False).strip('"')) for name, value in values.items()
+    ]
     console = Console(stderr=on_stderr)
     for title, head, rows in (
-        ("carried over", (made.source.trainer, "here", "value"), made.carried),
-        ("no counterpart", (made.source.trainer, "why"), made.left.items()),
+        ("carried over", (made.trainer, "here", "value"), carried),
+        ("no counterpart", (made.trainer, "why"), made.left.items()),
         ("to be given still", ("setting", "what"), made.missing.items()),
     ):
         table = Table(*(Column(name, overflow="fold") for name in head), title=title)

@@ -45,12 +45,8 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     # what is trained
-    model: str | None = Field(
-        None, description="Folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL: config, tokenizer, first weights."
-    )
-    load_model_path: Path | None = Field(
-        None, description="Folder that an earlier stage saved with --save_model_path: start from its weights."
-    )
+    model: str | None = Field(None, description="Folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL.")
+    load_model_path: Path | None = Field(None, description="Start from the weights of this --save_model_path.")
     save_model_path: Path = Field(description="Run folder: log, checkpoints and the trained model.")
     stage: Stage = Field(description="sft (text only), stage1 (latents grounded in the helper), stage2 (own latents).")
     task: str | None = Field(None, description="Task that scores, or module:function. [default: the records' own]")
@@ -65,28 +61,14 @@ class RunConfig(BaseModel):
         description="How stage 1 compresses the helper's features to k targets: means of bands in raster order (the "
         "paper's), of blocks of a grid, of groups drawn at random, or the first k features.",
     )
-    latent_loss: LatentLoss = Field(
-        "cosine", description="How stage 1 measures a latent against its target: 1 − cosine, or mean squared distance."
-    )
+    latent_loss: LatentLoss = Field("cosine", description="Of stage 1's latents: 1 − cosine, or mean squared distance.")
     detach_latents: bool = Field(False, description="stage2 without gradient through the states that are fed back.")
-    train_targets: bool = Field(
-        False,
-        description="stage1 with --train_vision: the answer's loss also trains the tower through the targets that "
-        "stand as inputs; the latents' own loss never does.",
-    )
+    train_targets: bool = Field(False, description="stage1 with --train_vision: targets train the tower too.")
     train_vision: bool = Field(False, description="Train the vision tower too (frozen otherwise).")
-    lora_rank: PositiveInt | None = Field(
-        None,
-        description="Train adapters of this rank (LoRA, needs PEFT) and the latent tokens' rows, in place of all "
-        "weights; the saved model has them merged. See `mirage-ds docs lora`.",
-    )
-    lora_alpha: PositiveInt | None = Field(
-        None, description="Scale adapters by alpha / rank. [default: twice --lora_rank]"
-    )
+    lora_rank: PositiveInt | None = Field(None, description="Train adapters of this rank alone: `mirage-ds docs lora`.")
+    lora_alpha: PositiveInt | None = Field(None, description="Scale adapters by alpha / rank. [default: 2 × rank]")
     lora_dropout: float = Field(0, ge=0, lt=1, description="Must be 0: layers are recomputed exactly.")
-    lora_targets: list[str] | None = Field(
-        None, description="Linear layers of the decoder with an adapter, such as q_proj. [default: all]"
-    )
+    lora_targets: list[str] | None = Field(None, description="Layers with an adapter, such as q_proj. [default: all]")
 
     # data
     data_path: Path | tuple[Path, ...] = Field(
@@ -98,17 +80,9 @@ class RunConfig(BaseModel):
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
     max_length: PositiveInt = Field(4096, description="Longer rows are dropped and counted, never cut.")
     max_dropped_share: float = Field(0.1, ge=0, le=1, description="Refuse to train when more rows are dropped.")
-    check_images: bool = Field(
-        False,
-        description="Check every image file before the first step, and index the records again if one has changed. "
-        "Without it, a new image size is an error when it is read.",
-    )
-    confine_paths: bool = Field(
-        False, description="Refuse images outside the records file's folder and --image_root, also behind links."
-    )
-    skip_bad_records: bool = Field(
-        False, description="Train without faulty records; they are counted and listed in run/skipped.jsonl."
-    )
+    check_images: bool = Field(False, description="Check every image before the first step; index again if changed.")
+    confine_paths: bool = Field(False, description="Refuse images outside the records' folder and --image_root.")
+    skip_bad_records: bool = Field(False, description="Leave faulty records out; run/skipped.jsonl lists them.")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="Refuse to train when more records are faulty.")
     min_pixels: PositiveInt | None = Field(None, description="Smallest input image; the processor's own if not set.")
     max_pixels: PositiveInt | None = Field(None, description="Largest input image; the processor's own if not set.")
@@ -116,47 +90,30 @@ class RunConfig(BaseModel):
     helper_max_pixels: PositiveInt | None = Field(None, description="As --max_pixels, for helper images.")
     feature_cache: FeatureCache | None = Field(
         None,
-        description="Keep features of the frozen tower on disk, so that each image is encoded once for all epochs, "
-        "stages and runs: of all images, of the helpers only (their k targets), or none (off). [default: all; off with "
-        "--train_vision]",
+        description="Keep features of the frozen tower on disk for all epochs, stages and runs: of all images, of "
+        "helpers alone (their k targets), or none (off). [default: all; off with --train_vision]",
     )
-    feature_dir: Path | None = Field(
-        None,
-        description="Folder of kept features; all hosts must see it. [default: features/ in --cache_dir, or "
-        "~/.cache/mirage_ds/features]",
-    )
+    feature_dir: Path | None = Field(None, description="Folder of features, on all hosts. [default: in --cache_dir]")
     num_workers: int = Field(2, ge=0, description="Worker processes per rank.")
     cache_dir: Path | None = Field(
-        None,
-        description="Cache of hub downloads, of the index of the records and of kept features. [default: the hub's own "
-        "for downloads, ~/.cache/mirage_ds for the rest]",
+        None, description="Cache of downloads, indices and features. [default: the hub's own, and ~/.cache/mirage_ds]"
     )
 
     # the optimizer step
     epochs: PositiveFloat = Field(10, description="Passes over the data.")
     max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps.")
-    global_batch_size: PositiveInt | None = Field(
-        None, description="Rows an optimizer step, on any number of ranks. [default: 8]"
-    )
-    gradient_accumulation_steps: PositiveInt | None = Field(
-        None, description="The public code's flag; here another name of --global_batch_size."
-    )
-    micro_batch_tokens: PositiveInt = Field(
-        8192, description="Tokens packed into one micro-batch of one rank, at most."
-    )
-    micro_batch_size: PositiveInt | None = Field(None, description="Rows packed into one micro-batch, at most.")
+    global_batch_size: PositiveInt | None = Field(None, description="Rows of a step, of all ranks. [default: 8]")
+    gradient_accumulation_steps: PositiveInt | None = Field(None, description="Another name of --global_batch_size.")
+    micro_batch_tokens: PositiveInt = Field(8192, description="Tokens in one micro-batch of one rank, at most.")
+    micro_batch_size: PositiveInt | None = Field(None, description="Rows in one micro-batch of one rank, at most.")
     micro_batch_patches: PositiveInt | None = Field(
-        None,
-        description="Image patches (14 × 14 px) packed into one micro-batch, at most: for runs whose vision tower "
-        "runs in every step (--train_vision, --feature_cache off).",
+        None, description="Image patches (14 × 14 px) in one micro-batch, at most, where the tower runs in every step."
     )
     allow_idle_ranks: bool = Field(False, description="Let a rank that has no row process an empty micro-batch.")
     reduction: Literal["sample", "token"] = Field(
         "sample", description="sample: mean of the rows' losses, as the public code has it; token: mean over tokens."
     )
-    ce_weight: float | None = Field(
-        None, ge=0, description="Weight of the cross-entropy, the paper's γ. [default: 0.1 in stage1, else 1]"
-    )
+    ce_weight: float | None = Field(None, ge=0, description="Weight of the CE, γ. [default: 0.1 in stage1, else 1]")
     learning_rate: PositiveFloat = Field(1e-5, description="Peak learning rate of AdamW.")
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")
     warmup_steps: int = Field(10, ge=0, description="Optimizer steps of linear warm-up.")
@@ -165,9 +122,7 @@ class RunConfig(BaseModel):
     adam_eps: PositiveFloat = Field(1e-8, description="AdamW ε.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay; norms and biases are exempt.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's global norm to this; 0 switches it off.")
-    seed: int = Field(
-        42, ge=0, description="Chooses the rows of each step, and the adapters' first values; nothing else is random."
-    )
+    seed: int = Field(42, ge=0, description="Chooses each step's rows and adapters' first values, nothing else.")
 
     # the machine
     deepspeed: Path | None = Field(None, description="DeepSpeed JSON. [default: zero3_kept for stage2, else zero3]")
@@ -178,46 +133,27 @@ class RunConfig(BaseModel):
     # what is written
     save_every: PositiveInt | None = Field(None, description="Optimizer steps between two sharded checkpoints.")
     keep_checkpoints: PositiveInt = Field(2, description="Sharded checkpoints that are kept; older ones are deleted.")
-    max_skipped_steps: PositiveInt = Field(
-        5, description="End the run after this many optimizer steps in a row whose loss or gradient is not finite."
-    )
-    start_timeout: PositiveInt = Field(
-        3600, description="Seconds that a rank waits without any progress of the others, until the first step is done."
-    )
-    collective_timeout: PositiveInt = Field(
-        900, description="Seconds after which a rank gives up waiting for another, from the second step on."
-    )
+    max_skipped_steps: PositiveInt = Field(5, description="End after so many steps without a finite loss or gradient.")
+    start_timeout: PositiveInt = Field(3600, description="Seconds without progress, until the first step is done.")
+    collective_timeout: PositiveInt = Field(900, description="Seconds a rank waits for another, from step 2 on.")
     log_rows: bool = Field(False, description="Write into log.jsonl which rows each rank ran in each step.")
-    resume: Literal["auto", "never"] = Field(
-        "never",
-        description="auto: continue from the newest checkpoint in --save_model_path, start where there is none.",
-    )
+    resume: Literal["auto", "never"] = Field("never", description="auto: continue from the newest checkpoint, if any.")
     eval_data_path: Path | None = Field(None, description="Records whose loss is measured while training.")
     eval_every: PositiveInt | None = Field(None, description="Optimizer steps between two evaluations.")
     eval_decode: int = Field(0, ge=0, description="Answer and score this many evaluation records; 0 answers none.")
     eval_new_tokens: PositiveInt = Field(256, description="Tokens of such an answer, at most.")
-    eval_pictures: int = Field(
-        0, ge=0, description="Draw this many records' latents in TensorBoard each time; see `mirage-ds docs inspect`."
-    )
-    save_best: str | None = Field(
-        None,
-        description="Keep the model of the best evaluation in <save_model_path>/best: by loss, or by a metric of the "
-        "scorer.",
-    )
+    eval_pictures: int = Field(0, ge=0, description="Draw this many records' latents in TensorBoard each time.")
+    save_best: str | None = Field(None, description="Keep in best/ the best evaluation's model, by a loss or metric.")
     overwrite: bool = Field(False, description="Start over in a --save_model_path that holds an earlier run.")
     log_every: PositiveInt | None = Field(
-        None,
-        description="Optimizer steps between two lines on the console; log.jsonl and the trackers have every step. "
-        "[default: 10; 1 in a run of at most 100 steps]",
+        None, description="Optimizer steps between two lines on the console. [default: 10; 1 in a run of at most 100]"
     )
     log_file: Path | None = Field(None, description="Also write the log lines to this file.")
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "none"]] = Field(
         ["tensorboard"], description="Where metrics go besides console and log.jsonl: tensorboard, wandb, mlflow, none."
     )
     peak_tflops: PositiveFloat | None = Field(
-        None,
-        description="Peak dense TFLOP/s of a GPU in the precision of training, for MFU. [default: known for common "
-        "GPUs; for others no MFU is logged]",
+        None, description="Peak dense TFLOP/s of a GPU in the run's precision, for MFU. [default: of common GPUs]"
     )
 
     @field_validator("data_path", mode="before")
@@ -236,11 +172,9 @@ class RunConfig(BaseModel):
     def _agree(self) -> Self:
         if self.model is None and self.load_model_path is None:
             raise ValueError("--model is required: the folder or hub id of a Qwen2.5-VL (or --load_model_path)")
-        if len({self.global_batch_size, self.gradient_accumulation_steps} - {None}) == 2:
-            raise ValueError(
-                f"--global_batch_size {self.global_batch_size} and --gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps} both say how many rows an optimizer step has: give one of them"
-            )
+        rows, same = self.global_batch_size, self.gradient_accumulation_steps
+        if rows and same and rows != same:
+            raise ValueError(f"--global_batch_size {rows} and --gradient_accumulation_steps {same}: give one of them")
         if (self.eval_data_path is None) != (self.eval_every is None):
             raise ValueError("--eval_data_path and --eval_every belong together: give both or none")
         for name in ("eval_decode", "eval_pictures", "save_best"):
@@ -251,22 +185,18 @@ class RunConfig(BaseModel):
         if self.eval_pictures and self.stage == "sft":
             raise ValueError(f"--eval_pictures {self.eval_pictures}: --stage sft has no latents to draw; leave it out")
         if self.save_best and self.save_best not in LOSSES and not self.eval_decode:
+            there = f"of losses there are {', '.join(LOSSES)}; a metric of the scorer needs --eval_decode"
+            raise ValueError(f"--save_best {self.save_best}: {there}")
+        if self.train_vision and (kept := self.feature_cache) in ("all", "targets"):
             raise ValueError(
-                f"--save_best {self.save_best}: of losses there are {', '.join(LOSSES)}; a metric of the scorer needs "
-                "--eval_decode"
-            )
-        if self.train_vision and self.feature_cache in ("all", "targets"):
-            raise ValueError(
-                f"--train_vision changes the features that --feature_cache {self.feature_cache} would keep: use "
-                "--feature_cache off, or leave it out"
+                f"--train_vision changes the features that --feature_cache {kept} would keep: leave out one"
             )
         for name in ("lora_alpha", "lora_dropout", "lora_targets"):
             if getattr(self, name) and self.lora_rank is None:
                 raise ValueError(f"--{name} needs adapters: add --lora_rank, or leave it out")
         if self.lora_dropout:
             raise ValueError(
-                f"--lora_dropout {self.lora_dropout}: a layer that backward recomputes would draw another mask than "
-                "its forward, and no checkpoint keeps what is drawn; leave it out"
+                "--lora_dropout: recomputed, a layer would draw another mask than its forward; leave it out"
             )
         if self.lora_rank and self.train_vision:
             raise ValueError("--train_vision trains the tower, which no adapter holds: leave out it or --lora_rank")
@@ -280,15 +210,11 @@ class RunConfig(BaseModel):
         if self.resume == "auto" and self.overwrite:
             raise ValueError("--resume auto continues a run and --overwrite starts it over: give one of them")
         if self.latent_size > self.max_length:
-            raise ValueError(
-                f"--latent_size {self.latent_size} is above --max_length {self.max_length}: no row with a latent "
-                "block would fit; lower the first or raise the second"
-            )
+            above = f"--latent_size {self.latent_size} is above --max_length {self.max_length}"
+            raise ValueError(f"{above}: no row with a latent block would fit; lower the first or raise the second")
         if self.max_length > self.micro_batch_tokens:
-            raise ValueError(
-                f"--max_length {self.max_length} is above --micro_batch_tokens {self.micro_batch_tokens}: "
-                "a row must fit into one micro-batch; lower the first or raise the second"
-            )
+            above = f"--max_length {self.max_length} is above --micro_batch_tokens {self.micro_batch_tokens}"
+            raise ValueError(f"{above}: a row must fit into one micro-batch; lower the first or raise the second")
         return self
 
     @field_validator("*")
@@ -296,10 +222,8 @@ class RunConfig(BaseModel):
     def _nameable(cls, value: Any) -> Any:
         """Refuse paths that no file can have and that no settings file can hold."""
         text = str(value) if isinstance(value, Path | str) else ""
-        if "\0" in text:
-            raise ValueError("a path or name cannot hold a zero byte")
-        if not is_text(text):
-            raise ValueError("not UTF-8 text")
+        if "\0" in text or not is_text(text):
+            raise ValueError("not UTF-8 text, or with a zero byte")
         return value
 
     @property
@@ -326,10 +250,10 @@ class RunConfig(BaseModel):
         return self.feature_dir or cache_folder(self.cache_dir) / "features"
 
     def passes(self, most_runs: int) -> int:
-        """Passes of the forward, the same for every micro-batch of the run (see data.passes.schedule).
+        """Passes of the forward, the same for all ranks' micro-batches of a micro-step (see data.passes.schedule).
 
         Args:
-            most_runs: latent blocks of the row that has most.
+            most_runs: latent blocks of the row that has most among them.
         """
         if self.stage == "stage2":
             return most_runs * self.latent_size + 1

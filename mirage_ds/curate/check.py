@@ -1,6 +1,7 @@
 """`mirage-ds data check`: every fault of the records at once."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,57 +14,44 @@ from mirage_ds.data.record import NO_LATENTS, Fault, Record, RecordError, name_f
 from mirage_ds.data.record_files import read_piece
 from mirage_ds.data.sources import no_record, pieces
 from mirage_ds.errors import UserError
-from mirage_ds.tasks import DEFAULT, get_task, named_task
+from mirage_ds.tasks import named_task
+from mirage_ds.tasks.boxed import last_boxed
 
 
-class Answers:
-    """Whether evaluate can score the answers of records whose task nobody names."""
+def scored(record: Record) -> str:
+    """Return how evaluate would score an answer: by a task that the record names, by its box, or not at all."""
+    try:
+        if named_task(record, None):
+            return "task"
+    except RecordError:
+        # evaluate says what is wrong with the name.
+        return "task"
+    return "box" if (last_boxed(record.text_output) or "").strip() else "nothing"
 
-    def __init__(self) -> None:
-        self._task = get_task(DEFAULT)
-        self._count = self._unnamed = self._unread = 0
 
-    def see(self, record: Record) -> None:
-        """Take a record in."""
-        self._count += 1
-        try:
-            self._unnamed += named_task(record, None) is None
-        except RecordError:
-            # evaluate says what is wrong with the name.
-            return
-        self._unread += self._task.parse(record.text_output, {}) is None
-
-    def lines(self) -> Iterator[str]:
-        """Say what evaluate would lack, where it would."""
-        if self._unread and self._unnamed == self._count:
-            which = "the answers have" if self._unread == self._count else f"{self._unread} answer(s) have"
-            yield (
-                f"no task is named, and {which} no \\boxed{{…}}: evaluate needs --task module:score "
-                "(`mirage-ds docs tasks`)"
-            )
+@contextmanager
+def _noted(faults: list[Fault]) -> Iterator[None]:
+    """Note a fault and go on behind the block."""
+    try:
+        yield
+    except RecordError as error:
+        faults.append(error.fault)
 
 
 def _faults(
     record: Record, finder: ImageFinder, stage: Stage, measure: Callable[[Record], object] | None
 ) -> list[Fault]:
     faults: list[Fault] = []
-
-    def attempt(check: Callable[..., object], *arguments: object) -> None:
-        try:
-            check(*arguments)
-        except RecordError as error:
-            faults.append(error.fault)
-
-    def look(name: str, path: str) -> None:
-        finder.size(record, name, path)
-        finder.load(record, name, path)
-
     if stage == "stage1":
-        attempt(record.need_helper)
-    for image in record.images(helpers=stage == "stage1"):
-        attempt(look, *image)
+        with _noted(faults):
+            record.need_helper()
+    for name, path in record.images(helpers=stage == "stage1"):
+        with _noted(faults):
+            finder.size(record, name, path)
+            finder.load(record, name, path)
     if measure and not faults:
-        attempt(measure, record)
+        with _noted(faults):
+            measure(record)
     return faults
 
 
@@ -131,16 +119,14 @@ def print_faults(file: Path, count: int, faults: list[Fault], most: int) -> None
         return
     # Text, not str: rich would read brackets in a path as markup.
     title = Text(f"{file}: {len(faults)} fault(s) in {count} records")
-    several = any(fault.file for fault in faults)
-    table = Table(*(["file"] if several else []), "line", "field", "what", "how to fix", title=title)
+    table = Table("line", "field", "what", "how to fix", title=title)
     groups: dict[tuple[str, ...], list[Fault]] = {}
     for fault in faults:
         groups.setdefault((fault.field, fault.what, fault.how), []).append(fault)
     for alike in list(groups.values())[:most]:
         fault, more = alike[0], f" and {len(alike) - 3} more" if len(alike) > 3 else ""
-        own = [Text(fault.file)] if several else []
-        lines = ", ".join(str(one.line) for one in alike[:3]) + more
-        table.add_row(*own, lines, fault.field, Text(fault.what), Text(fault.how))
+        lines = ", ".join(f"{one.file} {one.line}".strip() for one in alike[:3]) + more
+        table.add_row(Text(lines), fault.field, Text(fault.what), Text(fault.how))
     console.print(table)
     if len(groups) > most:
         console.print(f"… and {sum(map(len, list(groups.values())[most:]))} more (--most)")

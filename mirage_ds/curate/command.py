@@ -34,12 +34,8 @@ def vary(kind: Kind, file: Path, **flags: Any) -> None:
       helper-only    no input image, and a question that does not depend on it
     """
     from mirage_ds.curate.vary import vary as run
-    from mirage_ds.data.progress import progress_bar
 
-    spec = build_model(VarySpec, flags)
-    with progress_bar(f"{kind}: pictures") as progress:
-        written = run(kind, file, spec, progress)
-    _tell(written)
+    _tell(run(kind, file, build_model(VarySpec, flags)))
 
 
 @click.command(context_settings=CONTEXT)
@@ -69,26 +65,17 @@ def import_(source: tuple[str, ...], **flags: Any) -> None:
     others. The first row that a record cannot hold (videos, sound, boxes, tools, bad answers) ends the import.
     """
     from mirage_ds.curate.importing import import_records
-    from mirage_ds.data.progress import progress_bar
 
     # `import LAYOUT SOURCE`, as it was called before layouts were recognised.
     if len(source) == 2 and source[0].replace("_", "-") in LAYOUTS:
         flags["layout"] = source[0].replace("_", "-")
         source = source[1:]
     if len(source) > 1:
-        raise UserError(
-            f"import {' '.join(source)}: names several sources; import one at a time, `data mix` joins them"
-        )
-    spec = build_model(ImportSpec, flags)
-    with progress_bar("pictures") as progress:
-        found = import_records(source[0], spec, progress)
-    for line in found.forms:
+        raise UserError(f"import {' '.join(source)}: takes one source at a time; `data mix` joins what it writes")
+    written, said = import_records(source[0], build_model(ImportSpec, flags))
+    for line in said:
         click.echo(line)
-    _tell(found.written)
-    if found.rounds:
-        click.echo(
-            f"of {found.rounds} record(s) with several answers the last is learnt, the others stand before the question"
-        )
+    _tell(written)
 
 
 def _tell(written: Written) -> None:
@@ -109,14 +96,12 @@ def rationalize(file: Path, short: int | None, **flags: Any) -> None:
     """
     from mirage_ds.curate.rationalize.form import MEANINGS
     from mirage_ds.curate.rationalize.run import rationalize as run
-    from mirage_ds.data.progress import progress_bar
     from mirage_ds.tasks.report import print_counts
 
     if short is not None and flags["samples"] not in (None, short):
         raise UserError(f"-n {short} and --samples {flags['samples']} say two things; give one of them")
     spec = build_model(RationalizeSpec, flags if short is None else flags | {"samples": short})
-    with progress_bar("rationales: replies") as progress:
-        summary = run(file, spec, progress)
+    summary = run(file, spec)
     outcomes = summary["counts"]
     counts: dict[str, int | str] = {name: summary[name] for name in ("rows", "rows with a rationale", "replies")}
     counts |= {"accepted": outcomes["accepted"]}
@@ -125,7 +110,7 @@ def rationalize(file: Path, short: int | None, **flags: Any) -> None:
     print_counts(str(spec.out.resolve() / "data.jsonl") if outcomes["accepted"] else "", counts.items())
     if not outcomes["accepted"]:
         worst = max(MEANINGS, key=lambda kind: outcomes[kind])
+        most = f"{outcomes[worst]} of them for this: {MEANINGS[worst]}"
         raise UserError(
-            f"none of {summary['replies']} replies was accepted, {outcomes[worst]} of them for this: "
-            f"{MEANINGS[worst]}; {spec.out}/rationalize.json has an example"
+            f"none of {summary['replies']} replies was accepted, {most}; {spec.out}/rationalize.json has an example"
         )

@@ -5,17 +5,16 @@ from glob import has_magic
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 from mirage_ds.config.columns import Columns, parse_columns
 from mirage_ds.curate.rewrite import row_of
 from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.progress import Advance
-from mirage_ds.data.record import Fault, Record, RecordError
+from mirage_ds.data.progress import progress_bar
+from mirage_ds.data.record import Fault, RecordError
 from mirage_ds.data.record_files import (
-    LOOKED,
     Raw,
     files_of_one_folder,
     forms_of,
@@ -27,19 +26,6 @@ from mirage_ds.data.record_files import (
 )
 from mirage_ds.errors import UserError, reason
 from mirage_ds.tasks.write import Row, Written, new_target, write_rows
-
-
-class Imported(NamedTuple):
-    """What an import found and wrote.
-
-    Attributes:
-        forms: a sentence on each form of row.
-        rounds: rows with answers before the last, which are not learnt.
-    """
-
-    written: Written
-    forms: list[str]
-    rounds: int
 
 
 def _from_hub(source: str, split: str) -> Iterator[dict[str, Any]]:
@@ -72,25 +58,16 @@ def _open(source: str, spec: ImportSpec, columns: Columns) -> tuple[list[str], I
     if place.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv") or place.is_absolute():
         raise UserError(f"{source}: no such file")
     rows = _from_hub(source, spec.split)
-    first = list(islice(rows, min(8, LOOKED)))
-    return (
-        [said_of(source, form) for form in forms_of(source, first, columns)],
-        enumerate(chain(first, rows), 1),
-        place,
-    )
+    first = list(islice(rows, 8))
+    forms = [said_of(source, form) for form in forms_of(source, first, columns)]
+    return forms, enumerate(chain(first, rows), 1), place
 
 
-def _faults(first: Fault, count: int, rest: Iterator[Record | Fault]) -> tuple[list[Fault], int]:
-    """Return all faults from the first, the `count`-th row, and the number of rows."""
-    faults = [first]
-    for one in rest:
-        count += 1
-        faults += [one] if isinstance(one, Fault) else []
-    return faults, count
-
-
-def import_records(source: str, spec: ImportSpec, progress: Advance | None = None) -> Imported:
+def import_records(source: str, spec: ImportSpec) -> tuple[Written, list[str]]:
     """Write a records file of a source, as training reads it.
+
+    Returns:
+        What was written; and a sentence on each form of row, and on answers that are not learnt.
 
     Raises:
         UserError: the source cannot be read, a row is no record or its image is missing, the target exists.
@@ -105,12 +82,15 @@ def import_records(source: str, spec: ImportSpec, progress: Advance | None = Non
 
     def rows(pictures: Path) -> Iterator[Row]:
         nonlocal rounds
-        number = 0
+        count = 0
         records = records_of_rows(islice(numbered, spec.most), True, pictures, columns)
-        for number, record in enumerate(records, 1):
+        for count, record in enumerate(records, 1):
             if isinstance(record, Fault):
-                said = summary(*_faults(record, number, records))[0]
-                raise UserError(f"{source}, {said}")
+                faults, total = [record], count
+                for one in records:
+                    total += 1
+                    faults += [one] if isinstance(one, Fault) else []
+                raise UserError(f"{source}, {summary(faults, total)[0]}")
             try:
                 row = row_of(record, finder, pictures)
             except RecordError as error:
@@ -121,9 +101,13 @@ def import_records(source: str, spec: ImportSpec, progress: Advance | None = Non
                     Path(path).unlink(missing_ok=True)
             rounds += any(turn["role"] == "assistant" for turn in record.turns_before)
             yield row
-        if not number:
+        if not count:
             raise UserError(f"{source}: holds no row")
 
-    with TemporaryDirectory(prefix="mirage_ds_") as inside:
+    with TemporaryDirectory(prefix="mirage_ds_") as inside, progress_bar("pictures") as progress:
         written = write_rows(rows(Path(inside).resolve()), spec, progress)
-    return Imported(written, forms, rounds)
+    if rounds:
+        forms.append(
+            f"of {rounds} record(s) with several answers the last is learnt, the others stand before the question"
+        )
+    return written, forms

@@ -27,19 +27,16 @@ def mix(parts: Sequence[Part], spec: MixSpec) -> list[Written]:
     weighted = mixture_of(parts).weights or []
     sources = [Source.read(part.file, spec) for part in parts]
     counts = _counts(sources, weighted, spec.count)
-    taken = [_take(source, counts[at], spec.seed, at) for at, source in enumerate(sources)]
-    halves = [taken]
-    if spec.rest:
-        halves.append([_left(source, own) for source, own in zip(sources, taken, strict=True)])
-        if not any(halves[1]):
-            raise UserError(f"--rest {spec.rest}: every row is taken; give a --count below {sum(counts)}")
-    rows = [_interleaved(sources, half, spec.seed) for half in halves]
+    taken, left = [], []
+    for at, source in enumerate(sources):
+        # By chance, since levels may stand one after another; in their order.
+        chosen = set(random.Random(f"{spec.seed}/mix/{at}").sample(range(len(source.records)), counts[at]))
+        taken.append([record for place, record in enumerate(source.records) if place in chosen])
+        left.append([record for place, record in enumerate(source.records) if place not in chosen])
+    if spec.rest and not any(left):
+        raise UserError(f"--rest {spec.rest}: every row is taken; give a --count below {sum(counts)}")
+    rows = [_interleaved(sources, half, spec.seed) for half in (taken, left)[: len(targets)]]
     return [write_rows(own, one) for own, one in zip(rows, targets, strict=True)]
-
-
-def _left(source: Source, taken: Sequence[Record]) -> list[Record]:
-    lines = {record.line for record in taken}
-    return [record for record in source.records if record.line not in lines]
 
 
 def _interleaved(sources: Sequence[Source], taken: Sequence[Sequence[Record]], seed: int) -> list[Row]:
@@ -60,14 +57,6 @@ def _counts(sources: Sequence[Source], weights: Sequence[float], count: int | No
     counts = shares(files, count, weights or lengths)
     for file, length, share in zip(files, lengths, counts, strict=True):
         if share > length:
-            raise UserError(
-                f"{file}: has {length} rows and would need {share} for its share of {count}; give it more rows, or "
-                "lower its weight or --count"
-            )
+            lacks = f"has {length} rows and would need {share} for its share of {count}"
+            raise UserError(f"{file}: {lacks}; give it more rows, or lower its weight or --count")
     return counts
-
-
-def _take(source: Source, count: int, seed: int, at: int) -> list[Record]:
-    """Choose rows by chance, since levels may stand one after another, and keep their order."""
-    chosen = random.Random(f"{seed}/mix/{at}").sample(range(len(source.records)), count)
-    return [source.records[place] for place in sorted(chosen)]

@@ -83,7 +83,9 @@ def row_of(record: Record, finder: ImageFinder, inside: Path) -> Row:
         return json.loads(json.dumps(value, default=text))
 
     def taken(name: str, path: str) -> Path | Picture:
-        place = place_of(record, name, path, finder)
+        found = finder.find(record, name, path)
+        # Behind a link `..` leads elsewhere; the file itself may be one.
+        place = found.parent.resolve() / found.name
         if not place.is_relative_to(inside.resolve()):
             return place
         content = place.read_bytes()
@@ -94,17 +96,5 @@ def row_of(record: Record, finder: ImageFinder, inside: Path) -> Row:
 
     inputs = tuple(taken("image_input", path) for path in record.image_input)
     helpers = tuple(taken("image_output", path) for path in record.image_output)
-    return Row(
-        record.text_input,
-        record.text_output,
-        inputs,
-        helpers,
-        {key: plain(key, value) for key, value in record.extra.items()},
-    )
-
-
-def place_of(record: Record, name: str, path: str, finder: ImageFinder) -> Path:
-    """Return where an image of a record lies; RecordError where it is not there."""
-    place = finder.find(record, name, path)
-    # Behind a link `..` leads elsewhere; the file itself may be one.
-    return place.parent.resolve() / place.name
+    extra = {key: plain(key, value) for key, value in record.extra.items()}
+    return Row(record.text_input, record.text_output, inputs, helpers, extra)

@@ -11,6 +11,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import click
@@ -74,9 +75,8 @@ def parse_rows(text: str) -> set[int]:
     lines: set[int] = set()
     for part in text.split(","):
         match = _ROWS.fullmatch(part.strip())
-        first = int(match[1]) if match else 0
-        last = int(match[2] or first) if match else 0
-        if first < 1 or last < first:
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
             raise UserError(f"--rows {text}: {shown(part)} is no line or range of lines; write it like 1,5-8")
         lines |= set(range(first, last + 1))
     return lines
@@ -92,17 +92,13 @@ def read_shown(file: Path, rows: str | None, image_root: Path | None, columns: C
     Raises:
         UserError: no such file, no such line.
     """
-    wanted = parse_rows(rows) if rows else None
+    wanted = parse_rows(rows) if rows else set()
     for said in told(file, columns):
         click.echo(said, err=True)
     finder = ImageFinder.beside(file, image_root)
-    found: list[Shown] = []
-    for line, _, _, row in places(file):
-        if wanted is None and len(found) == FIRST:
-            break
-        if wanted is None or line in wanted:
-            found.append(_shown(row, line, finder, columns))
-    missing = sorted((wanted or set()) - {one.line for one in found})
+    chosen = (place for place in places(file) if not wanted or place.number in wanted)
+    found = [_shown(one.row, one.number, finder, columns) for one in islice(chosen, None if wanted else FIRST)]
+    missing = sorted(wanted - {one.line for one in found})
     if missing or not found:
         what = f"no record on line {missing[0]}" if missing else "no record"
         raise UserError(f"{file}: there is {what}; look for others with --rows")
@@ -122,36 +118,28 @@ def _shown(row: Raw, line: int, finder: ImageFinder, columns: Columns) -> Shown:
             return Shown(line, [], [row if isinstance(row, str) else shown(row, 2000)], [], faults)
     before = "".join(f"{turn['role']}: {turn['content']}\n" for turn in record.turns_before)
     asked = f"{before}user: {record.text_input}" if before else record.text_input
-    question = _laid(asked, IMAGE_MARK, "image", _places(record, "image_input", finder, faults))
-    answer = _laid(record.text_output, HELPER_MARK, "latents", _places(record, "image_output", finder, faults))
+    question = _laid(asked, record, "image_input", finder, faults)
+    answer = _laid(record.text_output, record, "image_output", finder, faults)
     faults += _task_faults(record)
-    keys = [
-        f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
-        for key, value in record.extra.items()
-        if key != TURNS_BEFORE
-    ]
+    extra = {key: value for key, value in record.extra.items() if key != TURNS_BEFORE}
+    texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in extra.values()]
+    keys = [f"{key}: {text}" for key, text in zip(extra, texts, strict=True)]
     return Shown(line, question, answer, keys, faults)
 
 
-def _places(
-    record: Record, name: str, finder: ImageFinder, faults: list[Fault]
-) -> list[tuple[Image.Image | None, str]]:
-    """Return the pictures of a field, each with its caption."""
-    places: list[tuple[Image.Image | None, str]] = []
-    for path in getattr(record, name):
+def _laid(text: str, record: Record, field: str, finder: ImageFinder, faults: list[Fault]) -> list[str | Place]:
+    """Put a field's pictures where their marks stand; without a mark they stand first."""
+    mark, what = {"image_input": (IMAGE_MARK, "image"), "image_output": (HELPER_MARK, "latents")}[field]
+    head, *parts = text.split(mark)
+    places = []
+    for number, (path, _) in enumerate(zip_longest(getattr(record, field), parts), 1):
+        image, caption = None, path or "no picture"
         try:
-            places.append((finder.load(record, name, path), path))
+            image = finder.load(record, field, path) if path else None
         except RecordError as error:
             faults.append(error.fault)
-            places.append((None, f"{path}: {error.fault.what}"))
-    return places
-
-
-def _laid(text: str, mark: str, what: str, pictures: list[tuple[Image.Image | None, str]]) -> list[str | Place]:
-    """Put the pictures where their marks stand; without a mark they stand first."""
-    head, *parts = text.split(mark)
-    lacking = [(None, "no picture")] * (len(parts) - len(pictures))
-    places = [Place(f"{what} {number}", *one) for number, one in enumerate([*pictures, *lacking], 1)]
+            caption = f"{path}: {error.fault.what}"
+        places.append(Place(f"{what} {number}", image, caption))
     if not parts:
         return [*places, text]
     laid = [head, *(one for pair in zip(places, parts, strict=False) for one in pair)]

@@ -50,9 +50,7 @@ class ImportSpec(RewriteSpec):
 class MixSpec(RewriteSpec):
     """How records are mixed."""
 
-    count: int | None = Field(
-        None, ge=1, le=10**9, description="rows to write [default: all, or as many as the weights allow]"
-    )
+    count: int | None = Field(None, ge=1, le=10**9, description="rows to write [default: as many as there can be]")
     rest: Path | None = Field(None, description="another folder to write, with the rows that are not taken")
 
 
@@ -60,15 +58,11 @@ class RationalizeSpec(ReadSpec):
     """Who writes rationales, from what, and how."""
 
     out: Path = Field(description="folder to write: data.jsonl, rationalize.json, and replies.jsonl to go on from")
-    samples: int = Field(
-        3, ge=1, le=1000, description="replies asked for each row; each that is accepted is a row of its own"
-    )
+    samples: int = Field(3, ge=1, le=1000, description="replies for each row; each that is accepted is a row")
     endpoint: HttpUrl | None = Field(None, description="OpenAI-compatible server, like http://host:8000/v1")
     model_name: str | None = Field(None, min_length=1, description="--endpoint: the model's name there")
     key_variable: str | None = Field(
-        None,
-        min_length=1,
-        description=f"--endpoint: environment variable that holds the key [default: {USUAL_KEY_VARIABLE} if it is set]",
+        None, min_length=1, description=f"--endpoint: environment variable with the key [default: {USUAL_KEY_VARIABLE}]"
     )
     parallel: int = Field(8, ge=1, le=1024, description="--endpoint: requests at a time, at most")
     timeout: float = Field(300, gt=0, le=86400, description="--endpoint: seconds to wait for the server")
@@ -89,21 +83,14 @@ class RationalizeSpec(ReadSpec):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if (self.endpoint is None) == (self.model is None):
-            raise ValueError(
-                "who writes the rationales: give --endpoint URL with --model_name, or --model FOLDER, one of them"
-            )
+            raise ValueError("who writes? give --endpoint URL with --model_name, or --model FOLDER, one of them")
         if self.endpoint is not None and self.model_name is None:
-            raise ValueError(
-                "--endpoint needs --model_name: what the server calls the model (its /v1/models lists them)"
-            )
+            raise ValueError("--endpoint needs --model_name: what the server calls the model (/v1/models lists them)")
         if self.endpoint is not None and (self.endpoint.username or self.endpoint.password or self.endpoint.query):
             raise ValueError("--endpoint: holds a name, password or query; give the key by --key_variable")
-        idle = [flag for flag in ("model_name", "key_variable") if getattr(self, flag) is not None]
-        if self.model is not None and idle:
-            raise ValueError(f"--{idle[0]} goes with --endpoint, not with --model; leave it out")
+        for flag in ("model_name", "key_variable"):
+            if self.model is not None and getattr(self, flag) is not None:
+                raise ValueError(f"--{flag} goes with --endpoint, not with --model; leave it out")
         if self.temperature == 0 and self.samples > 1:
-            raise ValueError(
-                f"-n {self.samples} at --temperature 0 asks {self.samples} times for the same text: give -n 1, or a "
-                "higher --temperature"
-            )
+            raise ValueError(f"-n {self.samples} at --temperature 0 asks for one text again and again: give -n 1")
         return self

@@ -16,7 +16,7 @@ from PIL import Image
 from mirage_ds.curate.rewrite import Source
 from mirage_ds.curate.spec import QUESTION, Kind, VarySpec
 from mirage_ds.data.images import Key
-from mirage_ds.data.progress import Advance
+from mirage_ds.data.progress import progress_bar
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Record
 from mirage_ds.errors import UserError, is_text, shown
 from mirage_ds.tasks import get_task, level_of, named_task
@@ -44,11 +44,8 @@ class Given:
     partner: Record
 
 
-def vary(kind: Kind, file: Path, spec: VarySpec, progress: Advance | None = None) -> Written:
+def vary(kind: Kind, file: Path, spec: VarySpec) -> Written:
     """Write another records file, with the helper's information elsewhere, in part, or not at all.
-
-    Args:
-        progress: called with (pictures written, pictures in all).
 
     Raises:
         UserError: a record that lacks what the kind needs, a flag of another kind, a target that exists.
@@ -68,7 +65,8 @@ def vary(kind: Kind, file: Path, spec: VarySpec, progress: Advance | None = None
         before = record.extra.get("variant")
         variant = f"{before}+{kind}" if isinstance(before, str) else kind
         rows += [replace(row, extra=row.extra | {"variant": variant}) for row in made]
-    return write_rows(rows, spec, progress)
+    with progress_bar(f"{kind}: pictures") as progress:
+        return write_rows(rows, spec, progress)
 
 
 def _check_flags(kind: Kind, spec: VarySpec) -> None:
@@ -129,14 +127,11 @@ def choose_partners(source: Source, seed: int) -> list[Record]:
         if chosen is None:
             what = "the file" if level == "?" else f"level {level}"
             what += f" with {helpers} helpers" if helpers > 1 else ""
+            trouble = f"{max(Counter(own).values())} of the {len(places)} records of {what} have one helper"
             if len(places) == 1:
                 trouble = f"the record on line {source.records[places[0]].line} is the only one of {what}"
-            else:
-                trouble = f"{max(Counter(own).values())} of the {len(places)} records of {what} have one helper"
-            raise UserError(
-                f"{source.file}: helper-swap: {trouble}, so there is no other for each; give more records of "
-                "them, or leave it out"
-            )
+            how = "there is no other for each; give more records of them, or leave it out"
+            raise UserError(f"{source.file}: helper-swap: {trouble}, so {how}")
         for place, other in zip(places, chosen, strict=True):
             found[place] = source.records[places[other]]
     return found
@@ -208,11 +203,10 @@ def _helper_noise(given: Given) -> list[Row]:
 
 def _no_image(given: Given) -> list[Row]:
     """Grey pictures of the input images' sizes."""
-    sizes = [given.source.finder.size(given.record, "image_input", path) for path in given.record.image_input]
-    grey = [
-        Picture.drawn(f"grey/{width}x{height}", partial(Image.new, "RGB", (width, height), GREY))
-        for height, width in sizes
-    ]
+    grey = []
+    for path in given.record.image_input:
+        height, width = given.source.finder.size(given.record, "image_input", path)
+        grey.append(Picture.drawn(f"grey/{width}x{height}", partial(Image.new, "RGB", (width, height), GREY)))
     return [replace(given.row, inputs=tuple(grey))]
 
 

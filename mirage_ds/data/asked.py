@@ -38,6 +38,11 @@ class Given(ImageFinder):
         image = self.given.get(path)
         return super().load(record, name, path) if image is None else image
 
+    def check(self, record: Record, name: str, path: str) -> None:
+        """See ImageFinder."""
+        if path not in self.given:
+            super().check(record, name, path)
+
 
 def several(pictures: Any) -> list[Any]:
     """Return a list of pictures: a single one, which may well be a string, is a list of one, and None of none."""

@@ -104,7 +104,7 @@ def collate(samples: Sequence[Sample], passes: int, dummy: Sample, auxiliary: bo
     """Pack Samples into one Batch.
 
     Args:
-        passes: passes of every micro-batch of this run (RunConfig.passes).
+        passes: passes of this micro-step on every rank (RunConfig.passes).
         dummy: row of weight zero (Encoder.dummy), appended where some pass would find no token.
         auxiliary: the answer does not attend to the latents.
     """

@@ -14,7 +14,7 @@ What a user's text spells out, `<|im_end|>` say, stays text: only the template a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from mirage_ds.config.run import Compress, Slots, Stage
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.literals import Literals
 from mirage_ds.data.messages import TURNS_BEFORE
-from mirage_ds.data.pooling import grid_sides, pool_groups
+from mirage_ds.data.pooling import pool_groups
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
 from mirage_ds.data.sample import IGNORE, Grid, Layout, Measure, Sample, mrope_positions
 from mirage_ds.errors import UserError
@@ -167,35 +167,36 @@ class Encoder:
             extra = {**extra, TURNS_BEFORE: turns}
         return replace(record, text_input=question, text_output=answer, extra=extra), veils
 
-    def _lay_out(self, record: Record, helpers: bool, write: Callable[[Record], str]) -> Layout:
+    def measure(self, record: Record) -> Measure:
+        """Count a row's tokens, labels, runs and patches without decoding its images.
+
+        Raises:
+            RecordError: the record cannot be used in this stage.
+        """
+        return self.measure_of(self.lay_out(record))
+
+    def lay_out(self, record: Record, prompt: bool = False) -> Layout:
         """Place every token of a row; reads the images' headers only.
 
         Args:
-            write: renders the row, or its beginning, as one text.
+            prompt: only up to the head of the answer.
+
+        Raises:
+            RecordError: the record cannot be used in this stage.
         """
         record, veils = self._veil(record)
-        text = write(record)
+        text = self._prompt(record) if prompt else self._text(record)
         grids = [self._grid(self.images, *self.finder.size(record, "image_input", path)) for path in record.image_input]
         helper_grids: list[Grid] = []
-        if helpers:
+        if self.stage == "stage1" and not prompt:
             record.need_helper()
             for path in record.image_output:
                 grid = self._grid(self.helpers, *self.finder.size(record, "image_output", path))
-                if self._merged(grid) < self.latent_size:
-                    raise record.fault(
-                        "image_output",
-                        f"helper {path} has {self._merged(grid)} merged tokens, fewer than latent_size "
-                        f"{self.latent_size}",
-                        "raise --helper_min_pixels or lower --latent_size",
-                    )
-                if self.compress == "grid" and grid_sides(*self.sides(grid), self.latent_size) is None:
-                    rows, columns = self.sides(grid)
-                    raise record.fault(
-                        "image_output",
-                        f"helper {path} has {rows} × {columns} merged tokens, which cannot be cut into "
-                        f"{self.latent_size} blocks",
-                        "choose another --latent_size, or --compress_strategy average",
-                    )
+                try:
+                    self.groups_of(grid)
+                except ValueError as error:
+                    how = "raise --helper_min_pixels, or choose another --latent_size or --compress_strategy"
+                    raise record.fault("image_output", f"helper {path} {error}", how) from None
                 helper_grids.append(grid)
         pieces = text.split(IMAGE_PAD)
         expanded = pieces[0] + "".join(
@@ -208,22 +209,6 @@ class Encoder:
         if ids[turn : turn + len(head)] != head:
             raise UserError(f"the tokenizer does not keep {ASSISTANT!r} apart from what follows; use the model's own")
         return Layout(ids, turn + len(head), grids, helper_grids)
-
-    def measure(self, record: Record) -> Measure:
-        """Count a row's tokens, labels, runs and patches without decoding its images.
-
-        Raises:
-            RecordError: the record cannot be used in this stage.
-        """
-        return self.measure_of(self.lay_out(record))
-
-    def lay_out(self, record: Record) -> Layout:
-        """Place every token of a row without decoding its images.
-
-        Raises:
-            RecordError: the record cannot be used in this stage.
-        """
-        return self._lay_out(record, self.stage == "stage1", self._text)
 
     def measure_of(self, layout: Layout) -> Measure:
         """Count what a row holds."""
@@ -304,7 +289,7 @@ class Encoder:
         Raises:
             RecordError: an image is missing or does not decode.
         """
-        return self.fill(self._lay_out(record, False, self._prompt), record, row)
+        return self.fill(self.lay_out(record, prompt=True), record, row)
 
     def pixels(self, record: Record, name: str, paths: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode images of a record: pixel patches (P, 1176) and grids (n, 3).

@@ -18,10 +18,12 @@ import uuid
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 
@@ -46,6 +48,12 @@ def sortable(keys: np.ndarray) -> np.ndarray:
 TABLE = np.dtype(
     {"names": ["key", "shard", "offset", "size", "check"], "formats": ["S16", np.int32, np.int64, np.int64, np.int64]}
 )
+
+
+@lru_cache(MOST_OPEN)
+def _opened(shard: Path) -> pa.OSFile:
+    """Open a shard; it is closed when others have taken its place. Under its name there is never another one."""
+    return pa.OSFile(str(shard))
 
 
 class Shard(NamedTuple):
@@ -74,15 +82,6 @@ class FeatureStore:
         # Of all shards together, sorted by key; the keys once more, since numpy would copy them out for every search.
         self.images = np.empty(0, TABLE)
         self.keys = np.empty(0, "S16")
-        self.descriptors: dict[int, int] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the open files behind: another process opens its own."""
-        return {**self.__dict__, "descriptors": {}}
-
-    def __del__(self) -> None:
-        while self.descriptors:
-            os.close(self.descriptors.popitem()[1])
 
     def listed(self) -> list[str]:
         """List the shards that this process sees."""
@@ -109,10 +108,8 @@ class FeatureStore:
             table["key"] = np.frombuffer(b"".join(bytes.fromhex(key) for key in header), dtype="S16")
             table["offset"], table["size"] = begin + spans[:, 0], spans[:, 1] - spans[:, 0]
             table["check"] = [checks[key] for key in header]
-        except FileNotFoundError:
-            return None
-        # What damage makes of a header leads to any of these.
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        # What damage makes of a header leads to any of these but the first.
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             file.unlink(missing_ok=True)
             return None
         return Shard(name, table)
@@ -142,14 +139,6 @@ class FeatureStore:
         at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         return np.where(self.keys[at] == wanted, at, -1)
 
-    def _read(self, image: np.void) -> bytes:
-        number = int(image["shard"])
-        if number not in self.descriptors:
-            if len(self.descriptors) == MOST_OPEN:
-                os.close(self.descriptors.pop(next(iter(self.descriptors))))
-            self.descriptors[number] = os.open(self.place / self.names[number], os.O_RDONLY)
-        return os.pread(self.descriptors[number], int(image["size"]), int(image["offset"]))
-
     def get(self, key: Sequence[int]) -> torch.Tensor:
         """Return the features of one image, (F, H); KeyError when they are not here.
 
@@ -162,7 +151,7 @@ class FeatureStore:
         image = self.images[at]
         file = self.place / self.names[image["shard"]]
         try:
-            content = self._read(image)
+            content = _opened(file).read_at(int(image["size"]), int(image["offset"]))
         except FileNotFoundError:
             content = b""
         if len(content) != image["size"] or zlib.crc32(content) != image["check"]:

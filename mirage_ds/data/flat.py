@@ -1,4 +1,13 @@
-"""Text files in which a record does not end with its line: JSON arrays and CSV, read as they come, never as a whole."""
+"""Text files of records: JSON lines, JSON arrays and CSV, read as they come, never as a whole.
+
+Each reader yields (line, first byte, byte behind it, what it holds) of each record; of an array the line is the item's
+number. It takes
+
+    content         the file; file: its name, for messages
+    start, stop     where the wanted records begin and end, in bytes; first: the line of the first. All without these
+
+and raises UserError where the file as a whole is not what it seems.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +16,11 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mirage_ds.data.kinds import BOM
+from mirage_ds.data.kinds import BOM, HEAD_BYTES, Kind
 from mirage_ds.errors import UserError, reason, shown
 
 READ_BYTES = 1 << 18
@@ -21,33 +30,52 @@ _LONGEST_WORD = 20
 _GAP = re.compile(r"[\s,]*")
 
 
-def array_items(content: BinaryIO, file: Path, first: int = 1) -> Iterator[tuple[int, int, int, str]]:
-    """Yield (number, first byte, byte behind it, text) of each item of a JSON array.
+def json_lines(
+    content: BinaryIO, file: Path, start: int = 0, stop: int | None = None, first: int = 1
+) -> Iterator[tuple[int, int, int, str]]:
+    """Read the lines that are not blank. One ends as Python's text files have it: by \\n, \\r or both.
 
-    Args:
-        content: the array.
-        file: its name, for messages.
-        first: number of the first item.
-
-    Raises:
-        UserError: an item is no JSON, or the array does not end.
+    A byte that is not UTF-8 arrives as half a surrogate pair; record.make_record says it.
     """
+    content.seek(start)
+    at, line = start, first
+    # What ends with \n may hold lines that end with \r.
+    for block in content:
+        for raw in block.splitlines(keepends=True):
+            # -sig: some editors begin a UTF-8 file with a mark, which is no part of its first record.
+            text = raw.decode("utf-8" if at else "utf-8-sig", "surrogateescape").rstrip("\r\n")
+            begin, at = at, at + len(raw)
+            if text and not text.isspace():
+                yield line, begin, at, text
+            if at == stop:
+                return
+            line += 1
+
+
+def array_items(
+    content: BinaryIO, file: Path, start: int = 0, stop: int | None = None, first: int = 1
+) -> Iterator[tuple[int, int, int, str]]:
+    """Read the items of a JSON array."""
     scan = json.JSONDecoder().raw_decode
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
-    block = content.read(READ_BYTES)
-    # What text[place] is the character of: the array's [ is behind it.
-    at = len(block) - len(block.removeprefix(BOM).lstrip()) + 1
-    text, place, number, ended = decode(block[at:]), 0, first, False
-    while True:
-        start = _GAP.match(text, place).end()  # type: ignore[union-attr]  # it matches nothing too
-        if start < len(text) and text[start] == "]":
-            if text[start + 1 :].strip() or content.read(READ_BYTES).strip():
+    at = start
+    if not start:
+        head = content.read(HEAD_BYTES)
+        # Behind the array's [.
+        at = len(head) - len(head.removeprefix(BOM).lstrip()) + 1
+    content.seek(at)
+    # `at` is where text[place] stands in the file.
+    text, place, number, ended = "", 0, first, False
+    while at != stop:
+        opens = _GAP.match(text, place).end()  # type: ignore[union-attr]  # it matches nothing too
+        if opens < len(text) and text[opens] == "]":
+            if text[opens + 1 :].strip() or content.read(READ_BYTES).strip():
                 raise UserError(f"{file}: goes on after the array's closing ]; write one array, or one object a line")
             return
-        stop = 0
-        if start < len(text):
+        closes = 0
+        if opens < len(text):
             try:
-                stop = scan(text, start)[1]
+                closes = scan(text, opens)[1]
             except (json.JSONDecodeError, RecursionError) as error:
                 # What is cut off by the end of the block, in a string or a word near it, is whole in the next.
                 broken = isinstance(error, RecursionError) or (
@@ -57,11 +85,11 @@ def array_items(content: BinaryIO, file: Path, first: int = 1) -> Iterator[tuple
                     raise UserError(f"{file}: item {number} is not valid JSON ({reason(error)}); correct it") from None
         elif ended:
             raise UserError(f"{file}: ends before the array's closing ]; fetch or write it anew")
-        if stop and (stop < len(text) or ended):
-            begin = at + _bytes(text[place:start])
-            at = begin + _bytes(text[start:stop])
-            yield number, begin, at, text[start:stop]
-            number, place = number + 1, stop
+        if closes and (closes < len(text) or ended):
+            begin = at + _bytes(text[place:opens])
+            at = begin + _bytes(text[opens:closes])
+            yield number, begin, at, text[opens:closes]
+            number, place = number + 1, closes
             continue
         text, place = text[place:], 0
         block = content.read(max(READ_BYTES, len(text)))
@@ -74,17 +102,9 @@ def _bytes(text: str) -> int:
 
 
 def table_rows(
-    content: BinaryIO, file: Path, start: int = 0, stop: int | None = None, first: int = 0
+    content: BinaryIO, file: Path, start: int = 0, stop: int | None = None, first: int = 1
 ) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
-    """Yield (line, first byte, byte behind it, values) of each row of a table; an empty value is None.
-
-    Args:
-        content: the table; file: its name, for messages.
-        start, stop: where the wanted rows begin and end, in bytes, and first: the line of the first; all without these.
-
-    Raises:
-        UserError: a row has another number of values than there are names, a name stands twice, or quotes do not fit.
-    """
+    """Read the rows of a table; an empty value is None."""
     # A picture may stand in a table as text.
     csv.field_size_limit(sys.maxsize)
     separator = _separator(content)
@@ -127,3 +147,10 @@ def _separator(content: BinaryIO) -> str:
     names = content.readline().decode("utf-8", "replace")
     content.seek(0)
     return max(SEPARATORS, key=names.count)
+
+
+READERS: dict[Kind, Callable[..., Iterator[tuple[int, int, int, Any]]]] = {
+    "lines": json_lines,
+    "array": array_items,
+    "table": table_rows,
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from glob import glob, has_magic
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def find_files(data_path: Records) -> tuple[Path, ...]:
                 raise UserError(f"{file}: is in several sources of {data_path}; name it in one of them")
             seen.add(file.resolve())
         return tuple(files)
-    try:
+    with readable(data_path):
         if data_path.is_dir():
             found = _of_folder(data_path)
         elif data_path.is_file():
@@ -54,9 +55,7 @@ def find_files(data_path: Records) -> tuple[Path, ...]:
                 raise UserError(f"{data_path}: no file has such a name; name the records")
         else:
             raise UserError(f"{data_path}: no such file of records")
-    except OSError as error:
-        raise unreadable(data_path, error) from None
-    return tuple(sorted(found, key=str))
+        return tuple(sorted(found, key=str))
 
 
 def _of_folder(folder: Path) -> list[Path]:
@@ -73,13 +72,13 @@ def _of_folder(folder: Path) -> list[Path]:
     if found:
         return found
     there = sorted(file for file in folder.iterdir() if _like_records(file))
-    readable = [file for file in there if file.suffix.lower() in OTHERS and file.is_file()]
-    if len({file.suffix.lower() for file in readable}) == 1:
-        return readable
+    others = [file for file in there if file.suffix.lower() in OTHERS and file.is_file()]
+    if len({file.suffix.lower() for file in others}) == 1:
+        return others
     names = ", ".join(file.name for file in there[:NAMED])
     # As `datasets` has the splits of a data set.
     inner = sorted(file.parent for file in folder.glob("*/*") if file.suffix.lower() in SUFFIXES + OTHERS)
-    such = "".join(f", such as {one}" for one in [*readable, *inner][:1])
+    such = "".join(f", such as {one}" for one in [*others, *inner][:1])
     but = f", but {names}" if names else ""
     raise UserError(f"{folder}: no *.jsonl or *.parquet file in this folder{but}; name the records{such}")
 
@@ -134,6 +133,12 @@ def _like_records(file: Path) -> bool:
     return head.startswith(b"[") or _KEYS.search(head) is not None
 
 
-def unreadable(file: Path, error: OSError) -> UserError:
-    """Make the error of a file that the system does not give."""
-    return UserError(f"{file}: cannot be read ({error.strerror or reason(error)}); name a readable file of records")
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Turn what a file leads to that the system does not give into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be read ({error.strerror or reason(error)}); name a readable file of records"
+        ) from None

@@ -11,20 +11,19 @@ import io
 import os
 import re
 import stat
-import struct
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import wraps
+from dataclasses import dataclass, replace
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from mirage_ds.data.record import Fault, Record, RecordError
+from mirage_ds.data.record import Record
 from mirage_ds.errors import reason, shown
 
 # Beyond this the image processor refuses (transformers' smart_resize).
@@ -47,19 +46,21 @@ TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 # What Pillow scales of a grey PNG's pixels, and not of the shade that is transparent there.
 PNG_SCALES = {"L;2": 85, "L;4": 17}
 
-_opening = threading.Lock()
-# Key of an image's content.
-Key = tuple[int, int]
-Look = TypeVar("Look", bound=Callable[..., Any])
 # What a process remembers of the image files that it has looked at: so many answers.
 REMEMBERED = 100_000
 
+_opening = threading.Lock()
+# Key of an image's content.
+Key = tuple[int, int]
+Found = TypeVar("Found")
 
-def image_key(file: Path) -> Key:
-    """Return the key of an image file: 128 bits of its content's BLAKE2b hash."""
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+class ImageError(Exception):
+    """What is wrong with an image file, and how to mend it."""
+
+    def __init__(self, what: str, how: str):
+        super().__init__(what, how)
+        self.what, self.how = what, how
 
 
 class Sight(NamedTuple):
@@ -70,29 +71,16 @@ class Sight(NamedTuple):
     mtime_ns: int
 
 
-def once(look: Look) -> Look:
-    """Let a finder that remembers look once for an image, however many records of one folder show it."""
+def once(look: Callable[[Path], Found]) -> Callable[[Path], Found]:
+    """Look at a file once, however many records show it, for as long as its size and time stay the same."""
+    remembered = lru_cache(REMEMBERED)(lambda file, *_stamp: look(file))
 
     @wraps(look)
-    def answer(finder: ImageFinder, *asked: Any) -> Any:
-        if finder.seen is None:
-            return look(finder, *asked)
-        question = (look.__name__, asked[-1])
-        found = finder.seen.get(question)
-        if found is None:
-            try:
-                found = look(finder, *asked)
-            except RecordError as error:
-                found = error.fault
-            if len(finder.seen) >= REMEMBERED:
-                finder.seen.clear()
-            finder.seen[question] = found
-        if isinstance(found, Fault):
-            record, name, _ = asked
-            raise RecordError(replace(found, line=record.line, field=name))
-        return found
+    def answer(file: Path) -> Found:
+        found = file.stat()
+        return remembered(file, found.st_size, found.st_mtime_ns)
 
-    return cast(Look, answer)
+    return answer
 
 
 @dataclass(frozen=True)
@@ -102,12 +90,10 @@ class ImageFinder:
     Attributes:
         folders: where relative paths are looked for, in this order.
         within: with these, an image must lie in one of them, also behind links; None allows any place.
-        seen: (what was asked, path) → the answer, or the fault that it came to; None where nothing is remembered.
     """
 
     folders: tuple[Path, ...]
     within: tuple[Path, ...] | None = None
-    seen: dict[tuple[str, str], Any] | None = field(default=None, compare=False)
 
     @classmethod
     def beside(cls, data_path: Path, image_root: Path | None, confine: bool = False) -> ImageFinder:
@@ -128,8 +114,7 @@ class ImageFinder:
         """
         beside = file.parent.resolve()
         within = None if self.within is None else (beside, *self.within[1:], pictures.resolve())
-        seen: dict[tuple[str, str], Any] | None = None if self.seen is None else {}
-        return replace(self, folders=(beside, *self.folders[1:]), within=within, seen=seen)
+        return replace(self, folders=(beside, *self.folders[1:]), within=within)
 
     def places(self, path: str) -> list[Path]:
         """List where an image may lie, in the order in which it is looked for."""
@@ -139,7 +124,6 @@ class ImageFinder:
             return [place for one in dict.fromkeys([plain, unquote(plain)]) for place in self.places(one)]
         return [Path(path)] if Path(path).is_absolute() else [folder / path for folder in self.folders]
 
-    @once
     def sight(self, path: str) -> Sight:
         """Look for an image as `find` does, reading nothing."""
         for number, place in enumerate(self.places(path)):
@@ -151,15 +135,11 @@ class ImageFinder:
                 return Sight(number, found.st_size, found.st_mtime_ns)
         return Sight(-1, -1, -1)
 
-    @once
     def find(self, record: Record, name: str, path: str) -> Path:
         """Return the image's place; RecordError that names every place looked at."""
         if re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://", path):
             what = f"{shown(path)} is an address, and images are read from files alone"
             raise record.fault(name, what, "download it, and write the path of the file")
-        if self.seen is not None:
-            # Before it is read: what is written meanwhile is noticed by whoever compares.
-            self.sight(path)
         places = self.places(path)
         try:
             place = next((place for place in places if place.is_file()), None)
@@ -184,54 +164,83 @@ class ImageFinder:
             )
         return place
 
-    @once
     def size(self, record: Record, name: str, path: str) -> tuple[int, int]:
         """Return (height, width) in pixels of the image as `load` returns it, from the header alone."""
-        place = self.find(record, name, path)
-        try:
-            with _open(place) as image:
-                width, height = _size(image, place)
-        except Exception as error:  # noqa: BLE001  # see _broken
-            raise _broken(record, name, place, error) from None
-        if max(height, width) > MAX_ASPECT * min(height, width):
-            raise record.fault(
-                name, f"image {place} is {width}×{height}, a side ratio above {MAX_ASPECT}", "crop or replace it"
-            )
-        return height, width
+        return self._of_file(size_of, record, name, path)
 
     def load(self, record: Record, name: str, path: str) -> Image.Image:
         """Decode the image, of an animation the first picture, to upright RGB on white."""
-        place = self.find(record, name, path)
-        try:
-            with _open(place) as image:
-                size, mode = image.size, image.mode
-                made = upright_rgb(image)
-        except Exception as error:  # noqa: BLE001  # see _broken
-            raise _broken(record, name, place, error) from None
-        if made is None:
-            raise record.fault(
-                name, f"image {place} has 32 bits a channel (mode {mode}), of unknown range", "save it with 8 bits"
-            )
-        # A turn may have exchanged the sides.
-        if sorted(made.size) != sorted(size):
-            raise record.fault(
-                name, f"image {place} holds a picture of another size than its header says", "replace the file"
-            )
-        return made
+        return self._of_file(decoded, record, name, path)
 
-    @once
-    def check(self, record: Record, name: str, path: str) -> bool:
+    def check(self, record: Record, name: str, path: str) -> None:
         """RecordError unless the image decodes."""
-        return bool(self.load(record, name, path))
+        self._of_file(decodes, record, name, path)
 
-    @once
     def key(self, record: Record, name: str, path: str) -> Key:
         """Return the key of the image's content; RecordError where it cannot be read."""
+        return self._of_file(image_key, record, name, path)
+
+    def _of_file(self, look: Callable[[Path], Found], record: Record, name: str, path: str) -> Found:
+        """Look at the image's file; whatever that leads to is a fault of the record.
+
+        A broken file leads Pillow's decoders to exceptions of almost any class (OSError, SyntaxError, struct.error,
+        IndexError …); whichever it is, the file is what the user can fix, and the message keeps the reason.
+        """
         place = self.find(record, name, path)
         try:
-            return image_key(place)
-        except OSError as error:
-            raise _broken(record, name, place, error) from None
+            return look(place)
+        except Exception as error:  # noqa: BLE001
+            if isinstance(error, ImageError):
+                what, how = error.what, error.how
+            elif isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+                what, how = f"has more than {MAX_PIXELS:,} pixels", "make it smaller"
+            elif isinstance(error, OSError) and error.errno is not None:
+                what, how = f"cannot be read ({error.strerror})", "make it readable"
+            else:
+                what, how = f"cannot be decoded ({reason(error)})", "replace the file"
+        raise record.fault(name, f"image {place} {what}", how)
+
+
+@once
+def image_key(file: Path) -> Key:
+    """Return the key of an image file: 128 bits of its content's BLAKE2b hash."""
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+@once
+def size_of(file: Path) -> tuple[int, int]:
+    """Return (height, width) as viewers show the image, from the header alone as a rule."""
+    with _open(file) as image:
+        if image.format == "PNG" and _notes_behind_pixels(file):
+            image.load()
+        width, height = image.size
+        # Pillow turns TIFF itself, and says its size as it is then.
+        if image.format != "TIFF" and _orientation(image) >= 5:
+            width, height = height, width
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ImageError(f"is {width}×{height}, a side ratio above {MAX_ASPECT}", "crop or replace it")
+    return height, width
+
+
+def decoded(file: Path) -> Image.Image:
+    """Decode an image file to upright RGB on white."""
+    with _open(file) as image:
+        size, mode = image.size, image.mode
+        made = upright_rgb(image)
+    if made is None:
+        raise ImageError(f"has 32 bits a channel (mode {mode}), of unknown range", "save it with 8 bits")
+    # A turn may have exchanged the sides.
+    if sorted(made.size) != sorted(size):
+        raise ImageError("holds a picture of another size than its header says", "replace the file")
+    return made
+
+
+@once
+def decodes(file: Path) -> bool:
+    """Tell that an image file decodes; ImageError, or whatever a decoder raises, where it does not."""
+    return bool(decoded(file))
 
 
 def _open(place: Path) -> Image.Image:
@@ -242,28 +251,14 @@ def _open(place: Path) -> Image.Image:
         return Image.open(place)
 
 
-def _size(image: Image.Image, place: Path) -> tuple[int, int]:
-    """Return (width, height) as viewers show an image that is open and, as a rule, not decoded."""
-    if image.format == "PNG" and _notes_behind_pixels(place):
-        image.load()
-    width, height = image.size
-    # Pillow turns TIFF itself, and says its size as it is then.
-    turned = image.format != "TIFF" and _orientation(image) >= 5
-    return (height, width) if turned else (width, height)
-
-
 def _notes_behind_pixels(png: Path) -> bool:
-    """Tell whether a PNG has notes, of which one may be EXIF, where Pillow meets them only after decoding."""
-    with png.open("rb") as file:
-        file.seek(8)
-        pixels = False
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            pixels = pixels or kind == b"IDAT"
-            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
-                return True
-            file.seek(length + 4, os.SEEK_CUR)
-    return False
+    """Tell whether a PNG may have notes, of which one may be EXIF, where Pillow meets them only after decoding.
+
+    Now and then the pixels themselves look like one: then the picture is decoded for nothing.
+    """
+    content = png.read_bytes()
+    pixels = content.find(b"IDAT")
+    return any(content.find(kind, pixels) >= 0 for kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -271,7 +266,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         # Not the PNG class's own, which decodes the picture first.
         turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001  # as with pixels (_broken); viewers show a picture whose notes are spoilt as it is
+    except Exception:  # noqa: BLE001  # as with pixels (_of_file); viewers show a picture whose notes are spoilt as it is
         return 1
     return turn if isinstance(turn, int) and turn in TURNS else 1
 
@@ -329,16 +324,3 @@ def _from_16_bits(image: Image.Image, key: int | None) -> Image.Image:
     if key is not None:
         grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     return grey
-
-
-def _broken(record: Record, name: str, place: Path, error: Exception) -> RecordError:
-    """Make the error of a file that Pillow fails on.
-
-    A broken file leads Pillow's decoders to exceptions of almost any class (OSError, SyntaxError, struct.error,
-    IndexError …); whichever it is, the file is what the user can fix, and the message keeps the reason.
-    """
-    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-        return record.fault(name, f"image {place} has more than {MAX_PIXELS:,} pixels", "make it smaller")
-    if isinstance(error, OSError) and error.errno is not None:
-        return record.fault(name, f"image {place} cannot be read ({error.strerror})", "make it readable")
-    return record.fault(name, f"image {place} cannot be decoded ({reason(error)})", "replace the file")

@@ -2,12 +2,12 @@
 
 R records, I images of a field, T tokens of a row.
 
-    <cache>/index/<key>/index.json      size and checksum of the other files
+    <cache>/index/<key>/index.json      what tells that the other files are whole (mark_of)
                         columns.arrow   numbers of each record (NUMBERS), and the images of each field whose features
                                         are kept; mapped
-                        rows.arrow      the records as the user wrote them and as one stage encodes them, or what is
-                                        wrong with those that cannot be used; BATCH_ROWS a batch
-                        pictures.arrow  the image files that were looked at, with their sizes and times
+                        rows.bin        of each record its tokens (int32), then in JSON a line of what else is in its
+                                        Layout and a line of it as the user wrote it; or what is wrong with it
+                        pictures.arrow  the image files that each record shows, with their sizes and times
 
 The key is a hash of what a row is a function of: the records, the tokenizer, the image processors' settings, the stage,
 k, where images are looked for. make_index.py makes a folder under another name and renames it when it is whole; then it
@@ -18,7 +18,6 @@ alone has touched count as its own memory, and a run touches every row in every 
 files differ with the number of processes, it knows one host, and reading its rows grows each process by their size.
 """
 
-import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -33,16 +32,15 @@ import pyarrow as pa
 from mirage_ds.data.inside import folder_of_pictures
 from mirage_ds.data.record import Fault, Record, from_json, name_file
 from mirage_ds.data.sample import ImageKeys, Layout
+from mirage_ds.data.sources import hash_of
 from mirage_ds.errors import UserError
 
 # Raised whenever the files of an index mean something else than before.
-FORMAT = 4
+FORMAT = 5
 HEADER = "index.json"
-# Paths of images that a run has met a fault of, one JSON string a line; no part of the index itself.
-DOUBTS = "doubts.jsonl"
-# A row costs one read of its batch: few rows are quick to read, and many make less of what Arrow writes beside them.
-BATCH_ROWS = 16
-# Places, counts, and the CRC-32 of the rest (check_of). A record that cannot be used has no tokens.
+# Rows in which a run has met a fault, one a line; no part of the index itself.
+DOUBTS = "doubts.txt"
+# Places, counts, and the length and CRC-32 of what rows.bin has of it. A record that cannot be used has no tokens.
 NUMBERS = pa.schema(
     {
         "line": pa.int64(),
@@ -51,32 +49,21 @@ NUMBERS = pa.schema(
         "labels": pa.int32(),
         "runs": pa.int32(),
         "patches": pa.int64(),
+        "bytes": pa.int64(),
         "check": pa.uint32(),
     }
 )
-# layout: what a Layout holds besides its ids, or a Fault; both this and the record in JSON.
-ROWS = pa.schema({"ids": pa.list_(pa.int32()), "layout": pa.string(), "record": pa.string()})
 # A field's images: key of the content, merged features.
 IMAGES = pa.list_(pa.struct({"key": pa.list_(pa.uint64(), 2), "size": pa.int32()}))
-# file: of those in one folder the first; it says beside which folder the path is looked for. The rest is a Sight.
-PICTURES = pa.schema(
-    {"file": pa.int32(), "path": pa.string(), "place": pa.int32(), "bytes": pa.int64(), "mtime_ns": pa.int64()}
-)
 
 
 class DamagedError(Exception):
     """An index that is not whole; it is made anew."""
 
 
-def check_of(ids: np.ndarray, layout: str, record: str) -> int:
-    """CRC-32 of a row of ROWS; ids: (T,) int32."""
-    return zlib.crc32(record.encode(), zlib.crc32(layout.encode(), zlib.crc32(ids.tobytes())))
-
-
-def hash_of(file: Path) -> str:
-    """Hash of a file's content."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def mark_of(file: Path) -> int | str:
+    """Return what tells that a file of an index is whole: its hash; of the rows, that each have a check, the size."""
+    return file.stat().st_size if file.name == "rows.bin" else hash_of(file)
 
 
 class Index:
@@ -89,6 +76,8 @@ class Index:
 
     Attributes:
         header: what index.json holds.
+        source: hash of the records (sources.data_hash).
+        digest: hash of all that the rows hold; the same wherever the same rows were indexed.
         faults: how many of the records cannot be used.
 
     Raises:
@@ -102,32 +91,23 @@ class Index:
     def _open(self, check: bool) -> None:
         try:
             self.header: dict[str, Any] = json.loads((self.place / HEADER).read_bytes())
-            for name, (size, digest) in self.header["files"].items() if check else ():
-                file = self.place / name
-                if file.stat().st_size != size or digest not in (None, hash_of(file)):
-                    raise DamagedError(file)
-            self._columns = self.reader("columns.arrow", mapped=True).get_batch(0)
+            for name, mark in self.header["files"].items() if check else ():
+                if mark_of(self.place / name) != mark:
+                    raise DamagedError(self.place / name)
+            self.source = str(self.header["source"])
+            self.digest = str(self.header["files"]["columns.arrow"])
+            self._columns = self.reader("columns.arrow").get_batch(0)
+            self._starts = self._columns["start"].to_numpy()
             # Opened here: a data-loader process that is forked later reads the same file, whatever lies there then.
-            self._rows = self.reader("rows.arrow")
+            self._rows = pa.OSFile(str(self.place / "rows.bin"))
             self.numbers = {name: self._columns[name].to_numpy() for name in NUMBERS.names}
             self.faults = len(self) - int(np.count_nonzero(self["tokens"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             raise DamagedError(self.place) from error
 
-    def reader(self, name: str, mapped: bool = False) -> pa.RecordBatchFileReader:
-        """Open one of the index's tables."""
-        open_file = pa.memory_map if mapped else pa.OSFile
-        return pa.ipc.open_file(open_file(str(self.place / name)))
-
-    @property
-    def source(self) -> str:
-        """Hash of the records (sources.data_hash)."""
-        return str(self.header["source"])
-
-    @property
-    def digest(self) -> str:
-        """Hash of all that the rows hold; the same wherever the same rows were indexed."""
-        return str(self.header["files"]["columns.arrow"][1])
+    def reader(self, name: str) -> pa.RecordBatchFileReader:
+        """Map one of the index's tables."""
+        return pa.ipc.open_file(pa.memory_map(str(self.place / name)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"place": self.place, "files": self.files, "pictures": self.pictures, "digest": self.digest}
@@ -155,18 +135,14 @@ class Index:
         """Return a column of NUMBERS, (R,)."""
         return self.numbers[column]
 
-    def _read(self, row: int) -> tuple[np.ndarray, str, str]:
-        """Return a row of ROWS."""
-        number, at = divmod(row, BATCH_ROWS)
-        try:
-            batch = self._rows.get_batch(number).slice(at, 1)
-            # A bit that has rotted may be anywhere: in an offset, or in half a character.
-            batch.validate(full=True)
-            found = batch["ids"][0].values.to_numpy(), batch["layout"][0].as_py(), batch["record"][0].as_py()
-            if check_of(*found) == self["check"][row]:
-                return found
-        except (OSError, ValueError, pa.ArrowException):
-            pass
+    def _read(self, row: int) -> tuple[np.ndarray, list[str]]:
+        """Return a row's tokens, (T,) int32, and the lines behind them."""
+        # A disk that fails is as bad as one that forgets.
+        with suppress(OSError):
+            content = self._rows.read_at(int(self["bytes"][row]), int(self._starts[row]))
+            if zlib.crc32(content) == self["check"][row]:
+                ids = np.frombuffer(content, np.int32, self["tokens"][row])
+                return ids, content[ids.nbytes :].decode().split("\n")
         # Without its header it is no index: the next start makes it anew.
         (self.place / HEADER).unlink(missing_ok=True)
         raise self._lost()
@@ -177,7 +153,7 @@ class Index:
         Raises:
             UserError: the row is damaged; only this process knows.
         """
-        ids, layout, record = self._read(row)
+        ids, (layout, record) = self._read(row)
         answer_start, grids, helper_grids = json.loads(layout)
         return from_json(record), Layout(ids, answer_start, [*map(tuple, grids)], [*map(tuple, helper_grids)])
 
@@ -193,11 +169,9 @@ class Index:
 
     def named(self, fault: Fault, row: int) -> Fault:
         """Put a row's file into its fault, where there are several; the next start looks at the row's images."""
-        record = self.record(row)
-        paths = (*record.image_input, *record.image_output)
         # A cache that cannot be written: --check_images finds it.
         with suppress(OSError), (self.place / DOUBTS).open("a") as file:
-            file.write("".join(f"{json.dumps(path)}\n" for path in paths))
+            file.write(f"{row}\n")
         if str(self.pictures.resolve()) in fault.what:
             fault = replace(fault, how="start the run again, which writes it anew")
         return name_file(fault, self.files, int(self["file"][row]))
@@ -205,7 +179,7 @@ class Index:
     def all_faults(self) -> Iterator[Fault]:
         """Yield the fault of each record that cannot be used, in the order of the records."""
         for row in np.flatnonzero(self["tokens"] == 0).tolist():
-            fault = Fault(**json.loads(self._read(row)[1]))
+            fault = Fault(**json.loads(self._read(row)[1][0]))
             yield name_file(fault, self.files, int(self["file"][row]))
 
 

@@ -4,28 +4,31 @@ Any process of any rank makes any part, and of the same piece always the same. W
 one finds.
 """
 
+import gzip
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mirage_ds.config.columns import Columns
 from mirage_ds.data import sources
 from mirage_ds.data.encode import Encoder, beside_each
 from mirage_ds.data.images import Key
-from mirage_ds.data.index import HEADER, IMAGES, NUMBERS, PICTURES, ROWS, check_of
+from mirage_ds.data.index import HEADER, IMAGES, NUMBERS
 from mirage_ds.data.inside import folder_of_pictures, writable
 from mirage_ds.data.record import Fault, Record, RecordError, to_json
 from mirage_ds.data.record_files import read_piece
 from mirage_ds.data.sources import Piece, Stamp
 from mirage_ds.files import write_new
 
-CRC_BYTES = 4
+# The image files that a record shows, each with its Sight.
+PICTURES = pa.list_(pa.struct({"path": pa.string(), "place": pa.int32(), "bytes": pa.int64(), "mtime_ns": pa.int64()}))
 
 
 class Plan(NamedTuple):
@@ -53,13 +56,13 @@ class Plan(NamedTuple):
 
 
 def part_schema(keep: Sequence[str]) -> pa.Schema:
-    """Return the columns of a part: a row a record, with the images that it shows.
+    """Return the columns of a part: a row a record, with the image files that it shows.
 
     Args:
         keep: the fields whose features are kept.
     """
-    own = {name: IMAGES for name in keep} | {"pictures": pa.list_(pa.struct(PICTURES))}
-    return pa.schema([*NUMBERS, *ROWS, *own.items()])
+    own = {"content": pa.binary(), "pictures": PICTURES} | {name: IMAGES for name in keep}
+    return pa.schema([*NUMBERS, *own.items()])
 
 
 def write_part(place: Path, part: pa.Table) -> None:
@@ -67,47 +70,27 @@ def write_part(place: Path, part: pa.Table) -> None:
     content = pa.BufferOutputStream()
     with pa.ipc.new_stream(content, part.schema) as stream:
         stream.write_table(part)
-    body = content.getvalue().to_pybytes()
-    # The check comes last: Arrow reads from aligned places.
-    write_new(place, body + zlib.crc32(body).to_bytes(CRC_BYTES, "big"))
+    # For gzip's check of the content rather than for its size.
+    write_new(place, gzip.compress(content.getvalue(), compresslevel=1))
 
 
 def read_part(place: Path) -> pa.Table | None:
     """Read a part; None where there is none, or a damaged one."""
     try:
-        content = memoryview(place.read_bytes())
-    except FileNotFoundError:
+        return pa.ipc.open_stream(gzip.decompress(place.read_bytes())).read_all()
+    except (OSError, EOFError, zlib.error, pa.ArrowInvalid):
         return None
-    body, crc = content[:-CRC_BYTES], content[-CRC_BYTES:]
-    whole = zlib.crc32(body).to_bytes(CRC_BYTES, "big") == crc
-    return pa.ipc.open_stream(pa.py_buffer(body)).read_all() if whole else None
 
 
-def pictures_of(part: pa.Table) -> pa.Table:
-    """Return the image files that a part's records show, in the columns of PICTURES.
-
-    Returns:
-        Each once, with `faulty`: a record that cannot be used shows it.
-    """
-    lists = part["pictures"].combine_chunks()
-    faulty = np.repeat(part["tokens"].to_numpy() == 0, lists.value_lengths())
-    return each_once(pa.Table.from_struct_array(lists.flatten()).append_column("faulty", pa.array(faulty)))
-
-
-def each_once(pictures: pa.Table) -> pa.Table:
-    """Join the rows of like image files."""
-    joined = pictures.group_by(PICTURES.names, use_threads=False).aggregate([("faulty", "any")])
-    return joined.rename_columns([*PICTURES.names, "faulty"])
-
-
-def changed(pictures: pa.Table | pa.RecordBatch, encoders: Sequence[Encoder]) -> bool:
+def changed(rows: pa.Table | pa.RecordBatch, encoders: Sequence[Encoder]) -> bool:
     """Tell whether an image is another file now than when it was seen, or lies elsewhere; reads none.
 
     Args:
-        pictures: rows of PICTURES.
+        rows: `file` and `pictures` of some records.
         encoders: of the records files; their finders look for the images.
     """
-    seen = zip(*(pictures[name].to_pylist() for name in PICTURES.names), strict=True)
+    shown = zip(rows["file"].to_pylist(), rows["pictures"].to_pylist(), strict=True)
+    seen = {(file, *picture.values()) for file, pictures in shown for picture in pictures}
     return any(encoders[file].finder.sight(path) != tuple(sight) for file, path, *sight in seen)
 
 
@@ -121,8 +104,6 @@ class Parts:
     def __init__(self, plan: Plan, encoder: Encoder, keep: Sequence[str], cache: Path):
         self.plan, self.keep, self.cache = plan, keep, cache
         self.pictures = folder_of_pictures(cache)
-        self.first = {file.parent: number for number, file in reversed([*enumerate(plan.files)])}
-        encoder = replace(encoder, finder=replace(encoder.finder, seen={}))
         self.encoders = beside_each(encoder, plan.files, self.pictures)
 
     def make(self, number: int) -> None:
@@ -150,8 +131,7 @@ class Parts:
         """
         part = read_part(self.plan.parts / str(number))
         if part is not None:
-            pictures = pictures_of(part)
-            looked = pictures if check_images else pictures.filter(pictures["faulty"])
+            looked = part if check_images else part.filter(pc.equal(part["tokens"], 0))
             if not changed(looked, self.encoders):
                 return part
         return self.encode(number)
@@ -166,15 +146,13 @@ class Parts:
             UserError: its file cannot be read, or the cache not written.
         """
         piece = self.plan.pieces[number]
-        # Those of one folder see the same images.
-        first = self.first[self.plan.files[piece.file].parent]
-        encoder = self.encoders[first]
+        file, encoder = self.plan.files[piece.file], self.encoders[piece.file]
         rows = []
-        for found in read_piece(piece, self.plan.files[piece.file], self.pictures, self.plan.columns):
-            row = encode_row(found, encoder, self.keep) | {"file": piece.file, "pictures": []}
-            for _, path in () if isinstance(found, Fault) else found.images(helpers=encoder.stage == "stage1"):
-                row["pictures"].append({"file": first, "path": path} | encoder.finder.sight(path)._asdict())
-            rows.append(row)
+        for found in read_piece(piece, file, self.pictures, self.plan.columns):
+            paths = () if isinstance(found, Fault) else found.images(helpers=encoder.stage == "stage1")
+            # Before they are read: what is written meanwhile is noticed by whoever compares.
+            pictures = [{"path": path} | encoder.finder.sight(path)._asdict() for _, path in paths]
+            rows.append(encode_row(found, encoder, self.keep) | {"file": piece.file, "pictures": pictures})
         return pa.Table.from_pylist(rows, part_schema(self.keep))
 
 
@@ -194,24 +172,25 @@ def encode_row(record: Record | Fault, encoder: Encoder, keep: Sequence[str]) ->
         return faulty_row(error.fault, keep)
     measure = encoder.measure_of(layout)
     sizes = {"image_input": measure.images, "image_output": measure.helpers}
-    ids = np.asarray(layout.input_ids, dtype=np.int32)
-    text, rest = to_json(record), json.dumps([layout.answer_start, layout.grids, layout.helper_grids])
+    rest = json.dumps([layout.answer_start, layout.grids, layout.helper_grids])
     return dict(
         line=record.line,
         tokens=measure.tokens,
         labels=measure.labels,
         runs=measure.runs,
         patches=sum(time * height * width for time, height, width in layout.grids + layout.helper_grids),
-        check=check_of(ids, rest, text),
-        ids=ids,
-        layout=rest,
-        record=text,
+        **packed(layout.input_ids, rest, to_json(record)),
         **{name: [{"key": k, "size": n} for k, n in zip(keys[name], sizes[name], strict=True)] for name in keep},
     )
 
 
 def faulty_row(fault: Fault, keep: Sequence[str]) -> dict[str, Any]:
     """Return the row of a record that cannot be used: nothing but its line and its fault."""
-    ids, rest = np.empty(0, np.int32), json.dumps(asdict(fault))
     nothing: dict[str, Any] = dict.fromkeys(("tokens", "labels", "runs", "patches"), 0) | {name: [] for name in keep}
-    return nothing | dict(line=fault.line, check=check_of(ids, rest, ""), ids=ids, layout=rest, record="")
+    return nothing | {"line": fault.line} | packed([], json.dumps(asdict(fault)))
+
+
+def packed(ids: Sequence[int] | np.ndarray, *lines: str) -> dict[str, Any]:
+    """Return a row's content as rows.bin has it, with its length and check."""
+    content = np.asarray(ids, dtype=np.int32).tobytes() + "\n".join(lines).encode()
+    return {"content": content, "bytes": len(content), "check": zlib.crc32(content)}

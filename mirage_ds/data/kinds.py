@@ -15,25 +15,27 @@ BOM = b"\xef\xbb\xbf"
 _UNPACK = "unpack it first: {} -dc FILE > NEW.jsonl"
 _RECODE = "save it as UTF-8: iconv -f {} -t UTF-8 FILE > NEW.jsonl"
 _TABLE = """python -c "import pandas; pandas.{}, dtype=str).to_csv('NEW.csv', index=False)\""""
-_EXCEL = ("an Excel table", _TABLE.format("read_excel('FILE'"))
+# How a file begins, as a pattern; what it is, and the cure.
 _SIGNS = (
-    (b"\x1f\x8b", "compressed with gzip", _UNPACK.format("gzip")),
-    (b"BZh", "compressed with bzip2", _UNPACK.format("bzip2")),
-    (b"\xfd7zXZ\0", "compressed with xz", _UNPACK.format("xz")),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", _UNPACK.format("zstd")),
-    (b"\x04\x22\x4d\x18", "compressed with lz4", _UNPACK.format("lz4")),
-    (b"PK\x03\x04", "a zip archive", "unpack it first: unzip FILE"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first: 7z x FILE"),
-    (b"\xff\xfe\0\0", "UTF-32 text", _RECODE.format("UTF-32")),
-    (b"\0\0\xfe\xff", "UTF-32 text", _RECODE.format("UTF-32")),
-    (b"\xff\xfe", "UTF-16 text", _RECODE.format("UTF-16")),
-    (b"\xfe\xff", "UTF-16 text", _RECODE.format("UTF-16")),
-    *((sign, "UTF-16 text", _RECODE.format("UTF-16LE")) for sign in (b"{\0", b"[\0")),
-    *((sign, "UTF-16 text", _RECODE.format("UTF-16BE")) for sign in (b"\0{", b"\0[")),
-    (b"\xd0\xcf\x11\xe0", *_EXCEL),
-    (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself: git lfs pull"),
-    (b"<!DOCTYPE", "an HTML page", "download the file itself"),
-    (b"<html", "an HTML page", "download the file itself"),
+    (rb"\x1f\x8b", "compressed with gzip", _UNPACK.format("gzip")),
+    (rb"BZh", "compressed with bzip2", _UNPACK.format("bzip2")),
+    (rb"\xfd7zXZ\0", "compressed with xz", _UNPACK.format("xz")),
+    (rb"\x28\xb5\x2f\xfd", "compressed with zstd", _UNPACK.format("zstd")),
+    (rb"\x04\x22\x4d\x18", "compressed with lz4", _UNPACK.format("lz4")),
+    # By the name of the first file in it.
+    (rb"PK\x03\x04.{26}(\[Content_Types|_rels/|docProps/|xl/)", "an Excel table", _TABLE.format("read_excel('FILE'")),
+    (rb"\xd0\xcf\x11\xe0", "an Excel table", _TABLE.format("read_excel('FILE'")),
+    (rb"PK\x03\x04", "a zip archive", "unpack it first: unzip FILE"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first: 7z x FILE"),
+    (rb".{257}ustar", "a tar archive", "unpack it first: tar -xf FILE"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32 text", _RECODE.format("UTF-32")),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16 text", _RECODE.format("UTF-16")),
+    (rb"[{\[]\0", "UTF-16 text", _RECODE.format("UTF-16LE")),
+    (rb"\0[{\[]", "UTF-16 text", _RECODE.format("UTF-16BE")),
+    (rb"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself: git lfs pull"),
+    (rb"<!DOCTYPE|<html", "an HTML page", "download the file itself"),
+    (rb".{0,15}\0", "a binary file", "write the records as JSON, one object a line"),
+    (rb"\{\s*\n\s*\"", "JSON over several lines", "write one object a line: jq -c . FILE > NEW.jsonl"),
 )
 _ROWS = re.compile(rb"\[\s*\{")
 # A first line of names with separators between them.
@@ -59,13 +61,9 @@ def kind_of(path: Path) -> Kind:
     # As Feather has it, and as `datasets` saves it.
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow"
-    found = _other_kind(head, suffix)
-    if found:
-        what, how = found
-        new = path.with_name(f"{path.name.split('.')[0] or 'rows'}_converted")
-        for word, name in (("FILE", path), ("NEW", new)):
-            how = how.replace(word, str(name) if "python" in how else shlex.quote(str(name)))
-        raise UserError(f"{path}: {what}, not records; {how}")
+    for sign, what, cure in _SIGNS:
+        if re.match(sign, head, re.DOTALL):
+            raise UserError(f"{path}: {what}, not records; {_for_file(cure, path)}")
     if _ROWS.match(head):
         return "array"
     # What follows could be JSON lines of which the first is broken, so the second line must not look like one.
@@ -74,18 +72,9 @@ def kind_of(path: Path) -> Kind:
     return "table" if named or (_NAMES.match(head) and not rest.startswith(b"{")) else "lines"
 
 
-def _other_kind(head: bytes, suffix: str) -> tuple[str, str] | None:
-    """Return what a file is that cannot be read as it lies, and the cure; None where it can."""
-    if head.startswith(b"PK\x03\x04") and (suffix == ".xlsx" or b"[Content_Types].xml" in head[:64]):
-        return _EXCEL
-    for sign, what, how in _SIGNS:
-        if head.startswith(sign):
-            return what, how
-    if head[257:262] == b"ustar":
-        return "a tar archive", "unpack it first: tar -xf FILE"
-    if b"\0" in head[:16]:
-        return "a binary file", "write the records as JSON, one object a line"
-    first, _, rest = head.partition(b"\n")
-    if first.strip() == b"{" and rest.lstrip().startswith(b'"'):
-        return "JSON over several lines", "write one object a line: jq -c . FILE > NEW.jsonl"
-    return None
+def _for_file(cure: str, path: Path) -> str:
+    """Put the names of a file and of the converted one into a cure."""
+    new = path.with_name(f"{path.name.split('.')[0] or 'rows'}_converted")
+    for word, name in (("FILE", path), ("NEW", new)):
+        cure = cure.replace(word, str(name) if "python" in cure else shlex.quote(str(name)))
+    return cure

@@ -26,6 +26,7 @@ from mirage_ds.data.messages import (
     MessageError,
     check_keys,
     check_turns,
+    expect,
     is_absent,
     is_learnt,
     need_read,
@@ -104,9 +105,7 @@ def _turn(where: str, role: str, content: Any, learnt: bool = True) -> _Turn:
         kind = item.get("type") or next(iter(named), None)
         if kind in ("text", "input_text", "output_text"):
             check_keys(item, ("type", "text"), where)
-            if not isinstance(item.get("text"), str):
-                raise MessageError(where, f"expected a string, found {shown(item.get('text'))}", "write it as a string")
-            return marked(item["text"])
+            return marked(expect(item.get("text"), str, where))
         if kind == "latent" and role != "assistant":
             raise MessageError(where, f"a {role} message holds latents", "only the answer may hold them")
         if kind in ("latent", "input_image", *_PICTURE_KEYS):
@@ -123,11 +122,7 @@ def _turn(where: str, role: str, content: Any, learnt: bool = True) -> _Turn:
 
 def _taken(row: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
     """Take a value out of a row; MessageError where it is of another type."""
-    value = row.pop(key, default)
-    if not isinstance(value, kind):
-        name = "string" if kind is str else "list"
-        raise MessageError(key, f"expected a {name}, found {shown(value)}", f"write it as a {name}")
-    return value
+    return expect(row.pop(key, default), kind, key)
 
 
 def _messages(row: dict[str, Any], key: str) -> Iterator[_Turn]:
@@ -206,31 +201,26 @@ def _form(row: dict[str, Any], names: tuple[str, ...], columns: Columns) -> tupl
     Raises:
         MessageError: it has two.
     """
+    if columns.messages:
+        return (columns.messages,)
     asked, answered = columns.question or "prompt", columns.answer or "completion"
-    prompted = isinstance(row.get(asked), list) and columns.layout in (None, "trl") and not columns.messages
-    own = bool(columns.question or columns.answer)
-    if own and not prompted:
-        return ()
-    keys = [columns.messages] if columns.messages else [key for key in CONVERSATIONS if key in row]
-    keys = [asked, *([] if own or columns.layout else keys)] if prompted else keys
-    if len(keys) > 1:
-        how = f"a row has one conversation; name it: --columns messages={keys[1]}"
-        raise MessageError(keys[0], f"stands beside {keys[1]}", how)
-    if prompted:
-        return asked, answered
-    if keys:
-        return (keys[0],)
-    if columns.layout:
-        pairs = [pair for pair in PAIRS[columns.layout] if any(name in row for name in pair)]
-        pairs = pairs or list(PAIRS[columns.layout][:1])
-    else:
+    prompted = isinstance(row.get(asked), list) and columns.layout in (None, "trl")
+    if columns.question or columns.answer or (prompted and columns.layout):
+        return (asked, answered) if prompted else ()
+    found: list[tuple[str, ...]] = [(asked, answered)] if prompted else []
+    found += [(key,) for key in CONVERSATIONS if key in row]
+    if not found:
         # An instruction may be empty where there is an input.
         there = {*row, *(("instruction",) if "instruction" in names and "input" in row else ())}
-        pairs = [pair for pair in PAIRS[None] if there.issuperset(pair)]
-    if len(pairs) > 1:
-        first, second = (next(name for name in pair if name in row) for pair in pairs[:2])
-        raise MessageError(first, f"stands beside {second}", "a row has one question and one answer")
-    return pairs[0] if pairs else ()
+        enough = any if columns.layout else all
+        found += [pair for pair in PAIRS[columns.layout] if enough(name in there for name in pair)]
+    if len(found) > 1:
+        first, second = (next(name for name in form if name in names) for form in found[:2])
+        how = f"a row has one conversation; name it: --columns messages={second}, or question=… and answer=…"
+        raise MessageError(first, f"stands beside {second}", how)
+    if not found and columns.layout:
+        return PAIRS[columns.layout][0]
+    return found[0] if found else ()
 
 
 def _turns(
@@ -335,7 +325,7 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
     unread = [
         name for name, value in left.items() if any(one not in (*seen, *drawn) for one in unread_pictures(value, True))
     ]
-    if columns.image or columns.helper or any(turn.pictures and any(turn.pictures) for turn in turns):
+    if columns.image or columns.helper or any(any(turn.pictures) for turn in turns):
         left = {name: value for name, value in left.items() if not any(unread_pictures(value, False))}
     else:
         need_read(left, paths=not seen and not drawn)

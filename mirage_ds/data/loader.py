@@ -5,7 +5,6 @@ W ranks, G micro-steps of a step.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -15,7 +14,7 @@ from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.encode import Encoder, beside_each
 from mirage_ds.data.features import FeatureStore, KeptFeatures
 from mirage_ds.data.index import Index
-from mirage_ds.data.pack import Planner, StepPlan
+from mirage_ds.data.pack import Bins, Planner, StepPlan
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.sample import Measure, Sample
 from mirage_ds.data.ship import Shipment, from_workers, ship
@@ -28,12 +27,11 @@ def check_records(records: Sequence[Record], encoder: Encoder) -> list[Measure]:
     Raises:
         UserError: the first record that cannot be used.
     """
-    own = replace(encoder, finder=replace(encoder.finder, seen={}))
 
     def check(record: Record) -> Measure:
-        measure = own.measure(record)
+        measure = encoder.measure(record)
         for name, path in record.images(helpers=encoder.stage == "stage1"):
-            own.finder.check(record, name, path)
+            encoder.finder.check(record, name, path)
         return measure
 
     with ThreadPoolExecutor() as pool:
@@ -73,9 +71,15 @@ class Rows:
         except RecordError as error:
             raise UserError(f"record on {self.records.named(error.fault, row)}", everywhere=False) from None
 
-    def batch(self, rows: Sequence[int], make: Callable[[list[Sample]], Batch]) -> Shipment:
-        """Return a micro-batch, to be sent; UserError as for one row."""
-        return ship(make([self[row] for row in rows]))
+    def batch(self, work: tuple[Sequence[int], int], passes: Callable[[int], int]) -> Shipment:
+        """Return a micro-batch, to be sent; UserError as for one row.
+
+        Args:
+            work: its rows, and the latent blocks that the micro-step goes through.
+        """
+        (rows, runs), encoder = work, self.encoder
+        dummy = encoder.dummy(max(runs, 1) if encoder.auxiliary else runs if passes(runs) > 1 else 0)
+        return ship(collate([self[row] for row in rows], passes(runs), dummy, encoder.auxiliary))
 
 
 class Loader:
@@ -85,7 +89,8 @@ class Loader:
         records: the rows on disk.
         planner: says which rows run where.
         rank: this rank.
-        passes: passes of every micro-batch (see pack.schedule).
+        passes: latent blocks of the row that has most in a micro-step, over all ranks → the passes of its
+            micro-batches (RunConfig.passes): ranks that differ in them hang ZeRO-3.
         workers: worker processes.
         kept: field name → the kept features of its images.
     """
@@ -96,7 +101,7 @@ class Loader:
         encoder: Encoder,
         planner: Planner,
         rank: int,
-        passes: int,
+        passes: Callable[[int], int],
         workers: int,
         kept: Mapping[str, KeptFeatures] | None = None,
     ):
@@ -105,24 +110,25 @@ class Loader:
         self.planner = planner
         self.rank = rank
         self.workers = workers
-        dummy = encoder.dummy(1 if encoder.auxiliary else (passes - 1) // encoder.latent_size)
-        make = partial(collate, passes=passes, dummy=dummy, auxiliary=encoder.auxiliary)
-        self.batch = partial(self.rows.batch, make=make)
+        self.batch = partial(self.rows.batch, passes=passes)
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[StepPlan, Iterator[Batch]]]:
         """Yield (plan, its G micro-batches of this rank) for the steps start … stop − 1."""
-        batches = self.batches(
-            micro[self.rank] for step in range(start, stop) for micro in self.planner.plan(step).bins
-        )
+        batches = self.batches(micro for step in range(start, stop) for micro in self.planner.plan(step).bins)
         for step in range(start, stop):
             plan = self.planner.plan(step)
             yield plan, islice(batches, plan.micro_steps)
 
-    def batches(self, bins: Iterable[list[int]]) -> Iterator[Batch]:
-        """Yield one micro-batch per bin of rows.
+    def batches(self, bins: Iterable[Bins]) -> Iterator[Batch]:
+        """Yield this rank's micro-batch of each micro-step, of which `bins` has the rows of every rank.
 
         Raises:
             UserError: a row cannot be filled; only this rank knows.
         """
-        for shipment in from_workers(self.batch, bins, self.workers, 4, torch.cuda.is_available()):
+        work = ((micro[self.rank], self._most_runs(micro)) for micro in bins)
+        for shipment in from_workers(self.batch, work, self.workers, 4, torch.cuda.is_available()):
             yield shipment.unpack()
+
+    def _most_runs(self, micro: Bins) -> int:
+        rows = [row for rank in micro for row in rank]
+        return int(self.rows.records["runs"][rows].max(initial=0))

@@ -9,9 +9,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,91 +23,76 @@ from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.config.mixture import Records
 from mirage_ds.config.run import cache_folder
 from mirage_ds.data import sources
-from mirage_ds.data.encode import Encoder, beside_each
+from mirage_ds.data.encode import Encoder
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.index import BATCH_ROWS, DOUBTS, FORMAT, HEADER, PICTURES, ROWS, Index, hash_of, open_made
-from mirage_ds.data.index_part import Parts, Plan, changed, each_once, part_schema, pictures_of
+from mirage_ds.data.index import DOUBTS, FORMAT, HEADER, NUMBERS, Index, mark_of, open_made
+from mirage_ds.data.index_part import PICTURES, Parts, Plan, changed, part_schema
 from mirage_ds.data.inside import folder_of_pictures, writable
 from mirage_ds.data.load import fingerprint
 from mirage_ds.data.progress import track
 from mirage_ds.data.record_files import told
 from mirage_ds.data.ship import from_workers
-from mirage_ds.errors import UserError
 from mirage_ds.files import sync
 
 MOST_PROCESSES = 16
 # A network file system answers many questions at once.
 LOOKING_THREADS = 16
-PICTURE_BATCH = 4096
+LOOKED_ROWS = 4096
 # What a killed run has left behind is removed by a later one, that no longer takes it for another's work in progress.
 ABANDONED_S = 7 * 24 * 3600.0
 # Modules that decide what a row is.
 CODE = """encode flat folders images index index_part inside kinds layouts literals make_index messages pooling record
 record_files sample sources"""
+SHOWN = pa.schema({"file": pa.int32(), "pictures": PICTURES})
 
 
-class Writer:
-    """Writes parts, one behind the other, into the files of an index."""
+def write_index(
+    folder: Path, parts: Iterable[pa.Table], keep: Sequence[str], finder: ImageFinder, source: str, pictures: Path
+) -> int:
+    """Write parts, one behind the other, as the files of an index; return the number of records.
 
-    def __init__(self, folder: Path, keep: Sequence[str]):
-        self.folder = folder
-        schema = part_schema(keep)
-        self.waiting = schema.empty_table().select(ROWS.names)
-        # A number of each row takes little; written at the end, each column is one array.
-        self.columns = [schema.empty_table().drop_columns([*ROWS.names, "pictures"])]
-        self.pictures = [pictures_of(schema.empty_table())]
-        self.files = ExitStack()
-        self.rows = self._table("rows.arrow", ROWS)
+    Args:
+        source: hash of the records.
+        pictures: where pictures that came inside records files lie.
+    """
+    schema = part_schema(keep)
+    # A number of each row takes little; written at the end, each column is one array.
+    columns = [schema.empty_table().select([*NUMBERS.names, *keep])]
+    places: set[int] = set()
+    inside = False
+    with (folder / "rows.bin").open("wb") as rows, _table(folder / "pictures.arrow", SHOWN) as shown:
+        for part in parts:
+            rows.writelines(part["content"].to_pylist())
+            shown.write_table(part.select(SHOWN.names))
+            # A copy: a view of a part would keep all of it, with its texts, until the end.
+            columns.append(part.select(columns[0].column_names).take(pa.array(np.arange(len(part)))))
+            seen = pc.list_flatten(part["pictures"])
+            places.update(pc.unique(pc.struct_field(seen, "place")).to_pylist())
+            inside |= bool(pc.any(pc.starts_with(pc.struct_field(seen, "path"), f"{pictures.resolve()}/")).as_py())
+    whole = pa.concat_tables(columns).combine_chunks()
+    sizes = whole["bytes"].to_numpy()
+    whole = whole.append_column("start", pa.array(np.cumsum(sizes) - sizes))
+    with _table(folder / "columns.arrow", whole.schema) as written:
+        written.write_table(whole)
+    last = len(finder.folders) - 1
+    header = dict(
+        format=FORMAT,
+        source=source,
+        # Where it decides nothing, a run in another folder finds the same rows.
+        working_directory=str(finder.folders[last]) if places & {last, -1} else None,
+        inside=inside,
+        files={file.name: mark_of(file) for file in sorted(folder.iterdir())},
+    )
+    (folder / HEADER).write_text(json.dumps(header))
+    return len(whole)
 
-    def _table(self, name: str, schema: pa.Schema) -> pa.RecordBatchWriter:
-        # Python's file: its errors have a number.
-        file = self.files.enter_context((self.folder / name).open("wb"))
-        return self.files.enter_context(pa.ipc.new_file(file, schema))
 
-    def add(self, part: pa.Table) -> None:
-        """Append a part."""
-        # A copy: a view of a part would keep all of it, with its texts, until the end.
-        self.columns.append(part.select(self.columns[0].column_names).take(pa.array(np.arange(len(part)))))
-        self.pictures.append(pictures_of(part))
-        self.waiting = pa.concat_tables([self.waiting, part.select(ROWS.names)])
-        self._write(len(self.waiting) // BATCH_ROWS * BATCH_ROWS)
-
-    def _write(self, count: int) -> None:
-        self.rows.write_table(self.waiting.slice(0, count).combine_chunks(), BATCH_ROWS)
-        self.waiting = self.waiting.slice(count)
-
-    def finish(self, finder: ImageFinder, source: str, pictures: Path) -> int:
-        """Write what is left, and the header; return the number of records.
-
-        Args:
-            source: hash of the records.
-            pictures: where pictures that came inside records files lie.
-        """
-        self._write(len(self.waiting))
-        columns = pa.concat_tables(self.columns).combine_chunks()
-        self._table("columns.arrow", columns.schema).write_table(columns)
-        # Every part names the images that its records show.
-        seen = each_once(pa.concat_tables(self.pictures))
-        seen = seen.sort_by([(name, "ascending") for name in PICTURES.names]).combine_chunks()
-        self._table("pictures.arrow", seen.schema).write_table(seen, PICTURE_BATCH)
-        self.files.close()
-        last, place = len(finder.folders) - 1, seen["place"].to_numpy()
-        # The rows themselves are checked one by one, when they are read.
-        files = {
-            file.name: (file.stat().st_size, None if file.name == "rows.arrow" else hash_of(file))
-            for file in sorted(self.folder.iterdir())
-        }
-        header = dict(
-            format=FORMAT,
-            source=source,
-            # Where it decides nothing, a run in another folder finds the same rows.
-            working_directory=str(finder.folders[last]) if ((place == last) | (place < 0)).any() else None,
-            inside=bool(pc.any(pc.starts_with(seen["path"], f"{pictures.resolve()}/")).as_py()),
-            files=files,
-        )
-        (self.folder / HEADER).write_text(json.dumps(header))
-        return len(columns)
+@contextmanager
+def _table(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatchWriter]:
+    # Python's file: its errors have a number.
+    with file.open("wb") as content, pa.ipc.new_file(content, schema) as table:
+        yield table
 
 
 def put(own: Index, place: Path, cache: Path) -> Index:
@@ -195,7 +180,7 @@ class Maker:
             return None
         index = open_made(plan.place, plan.files, self.cache)
         if index is not None:
-            if not self._pictures_changed(index):
+            if not self._pictures_changed(plan, index):
                 return index
             shutil.rmtree(plan.parts, ignore_errors=True)
         with writable(self.cache):
@@ -204,7 +189,7 @@ class Maker:
         shutil.rmtree(plan.place, ignore_errors=True)
         return None
 
-    def _pictures_changed(self, index: Index) -> bool:
+    def _pictures_changed(self, plan: Plan, index: Index) -> bool:
         """Tell whether an image that was looked at is another file now, or lies elsewhere; reads no image.
 
         Unless all are to be checked, only the images of records with a fault are looked at: somebody may have corrected
@@ -214,16 +199,18 @@ class Maker:
             return True
         if index.header["inside"] and not index.pictures.is_dir():
             return True
-        seen = index.reader("pictures.arrow", mapped=True).read_all()
+        seen = index.reader("pictures.arrow").read_all()
         if not self.check_images:
-            looked, doubts = seen["faulty"], index.place / DOUBTS
+            looked, doubts = index["tokens"] == 0, index.place / DOUBTS
             if doubts.exists():
-                paths = pa.array({json.loads(line) for line in doubts.read_text().splitlines()}, pa.string())
-                looked = pc.or_(looked, pc.is_in(seen["path"], paths))
-            seen = seen.filter(looked)
-        encoders = beside_each(self.encoder, index.files, index.pictures)
+                looked[[int(row) for row in doubts.read_text().split()]] = True
+            seen = seen.filter(pa.array(looked))
+        encoders = self._parts(plan).encoders
         with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-            return any(pool.map(lambda batch: changed(batch, encoders), seen.to_batches(PICTURE_BATCH)))
+            return any(pool.map(lambda batch: changed(batch, encoders), seen.to_batches(LOOKED_ROWS)))
+
+    def _parts(self, plan: Plan) -> Parts:
+        return Parts(plan, self.encoder, self.keep, self.cache)
 
     def begin(self, plan: Plan) -> tuple[Plan, str]:
         """Cut the files into pieces, for which they are read.
@@ -246,8 +233,7 @@ class Maker:
             UserError: a file cannot be read, or the cache not written.
         """
         own = range(share, len(plan.pieces), shares)
-        parts = Parts(plan, self.encoder, self.keep, self.cache)
-        made = from_workers(parts.make, own, processes(len(own), sharers))
+        made = from_workers(self._parts(plan).make, own, processes(len(own), sharers))
         for _ in track(made, "indexing records", total=len(own), quiet=self.quiet):
             self.tick()
             if asked():
@@ -272,28 +258,26 @@ class Maker:
         remove_abandoned(place.parent)
         partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
         partial.mkdir()
-        writer = Writer(partial, self.keep)
+        finder, pictures = self.encoder.finder, folder_of_pictures(self.cache)
         try:
-            parts = Parts(plan, self.encoder, self.keep, self.cache)
-            for number in track(range(len(plan.pieces)), "joining the index", quiet=self.quiet):
-                writer.add(parts.read(number, self.check_images))
-                self.tick()
+            count = write_index(partial, self._made(plan), self.keep, finder, plan.source, pictures)
             sources.check_unchanged(plan.files, plan.stamps)
-            if not writer.finish(self.encoder.finder, plan.source, folder_of_pictures(self.cache)):
+            if not count:
                 raise sources.no_record(self.data_path)
             for file in partial.iterdir():
                 sync(file)
             sync(partial)
-            own = open_made(partial, plan.files, self.cache)
-            if own is None:
-                raise UserError(
-                    f"{self.cache}: cannot be read back as it was written; look at the disk, or use --cache_dir"
-                )
+            own = Index(partial, plan.files, pictures)
             return put(own, place, self.cache)
         finally:
-            with suppress(OSError):
-                writer.files.close()
             shutil.rmtree(partial, ignore_errors=True)
+
+    def _made(self, plan: Plan) -> Iterator[pa.Table]:
+        """Yield the parts in their order."""
+        parts = self._parts(plan)
+        for number in track(range(len(plan.pieces)), "joining the index", quiet=self.quiet):
+            yield parts.read(number, self.check_images)
+            self.tick()
 
 
 def key_of(

@@ -66,6 +66,14 @@ def is_absent(value: Any) -> bool:
     return is_null(value) or (isinstance(value, (str, bytes)) and not value)
 
 
+def expect(value: Any, kind: type, where: str) -> Any:
+    """Return a value; MessageError unless it is of this type, a string or a list."""
+    if not isinstance(value, kind):
+        name = "string" if kind is str else "list"
+        raise MessageError(where, f"expected a {name}, found {shown(value)}", f"write it as a {name}")
+    return value
+
+
 def check_keys(item: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     """MessageError where a message or an item of its content has something that is not read."""
     for key, value in item.items():

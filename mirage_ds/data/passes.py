@@ -38,7 +38,7 @@ def schedule(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]], 
     Args:
         lengths: tokens of each sample of the micro-batch.
         runs: the latent blocks of each sample as (p, k); all empty where there is one pass.
-        passes: passes of every micro-batch of the run, at least the most any sample needs.
+        passes: of the forward, at least the most any sample needs.
 
     Returns:
         One PassPlan a pass.
@@ -53,7 +53,7 @@ def schedule(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]], 
             number += k
             pass_of[at + k : int(starts[sample + 1])] = number
     if int(pass_of.max(initial=0)) >= passes:
-        raise ValueError(f"a sample needs {int(pass_of.max()) + 1} passes, the run has {passes}")
+        raise ValueError(f"a sample needs {int(pass_of.max()) + 1} passes, there are {passes}")
     sample_of = np.repeat(np.arange(len(lengths)), lengths)
     # A stable sort by pass keeps samples, and tokens within them, in order: the order in which keys are made.
     made = np.argsort(pass_of, kind="stable")

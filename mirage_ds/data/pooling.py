@@ -34,11 +34,11 @@ def pool_groups(rows: int, columns: int, k: int, compress: Compress) -> np.ndarr
         (F,) int64: the group of each feature, DROPPED where it is in none.
 
     Raises:
-        ValueError: fewer features than latents, or no grid of k blocks.
+        ValueError: fewer features than latents, or no grid of k blocks; the message says what the helper has.
     """
     count = rows * columns
     if count < k:
-        raise ValueError(f"{count} features do not make {k} groups")
+        raise ValueError(f"has {count} merged tokens, fewer than latent_size {k}")
     groups = np.full(count, DROPPED, dtype=np.int64)
     if compress == "first":
         groups[:k] = np.arange(k)
@@ -46,7 +46,7 @@ def pool_groups(rows: int, columns: int, k: int, compress: Compress) -> np.ndarr
     if compress == "grid":
         sides = grid_sides(rows, columns, k)
         if sides is None:
-            raise ValueError(f"{rows} × {columns} features cannot be cut into {k} blocks")
+            raise ValueError(f"has {rows} × {columns} merged tokens, which cannot be cut into {k} blocks")
         bands, stripes = (np.arange(n) * side // n for n, side in zip((rows, columns), sides, strict=True))
         return (bands[:, None] * sides[1] + stripes).reshape(-1).astype(np.int64)
     size = count // k

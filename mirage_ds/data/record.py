@@ -26,6 +26,7 @@ from mirage_ds.data.messages import (
     TURNS_BEFORE,
     MessageError,
     check_turns,
+    expect,
     is_null,
 )
 from mirage_ds.errors import is_text, shown, strict_json
@@ -128,22 +129,21 @@ class Record:
         return RecordError(Fault(self.line, name, what, how))
 
 
-def _paths(value: Any, line: int, name: str, pictures: Path | None) -> tuple[str, ...]:
+def _paths(value: Any, name: str, pictures: Path | None) -> tuple[str, ...]:
     values = [] if value is None or value == "" else value if isinstance(value, list) else [value]
     folder = pictures or folder_of_pictures(cache_folder(None))
     try:
         found = [path_of(item, folder) for item in values]
     except ValueError as error:
-        raise RecordError(Fault(line, name, f"a picture {error}", "write it as a file, and its path here")) from None
+        raise MessageError(name, f"a picture {error}", "write it as a file, and its path here") from None
     if found == [None]:
         return ()
+    how = "write the image's path"
     for item in found:
         if not isinstance(item, str) or not item:
-            raise RecordError(
-                Fault(line, name, f"expected a path or a list of paths, found {shown(item)}", "write the image's path")
-            )
+            raise MessageError(name, f"expected a path or a list of paths, found {shown(item)}", how)
         if "\0" in item or not is_text(item):
-            raise RecordError(Fault(line, name, f"{shown(item)} can be no path", "write the image's path"))
+            raise MessageError(name, f"{shown(item)} can be no path", how)
     return tuple(found)
 
 
@@ -152,7 +152,7 @@ def parse_object(text: str, line: int) -> dict[str, Any]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        # read_lines lets a byte that is not UTF-8 through as half a surrogate pair, so that its line can be named.
+        # flat.json_lines lets a byte that is not UTF-8 through as half a surrogate pair, so that its line can be named.
         place = len(text[: error.start].encode("utf-8")) + 1
         what = f"not UTF-8 text (byte 0x{ord(text[error.start]) & 0xFF:02x} at place {place} of the line)"
         raise RecordError(Fault(line, "json", what, "save the file as UTF-8")) from None
@@ -203,25 +203,22 @@ def make_record(
         values = read_row(values, columns, answers)
         if TURNS_BEFORE in values:
             values[TURNS_BEFORE] = check_turns(values[TURNS_BEFORE])
+        if not answers:
+            values.setdefault("text_output", "")
+        for name in ("text_input", "text_output"):
+            if name not in values:
+                raise MessageError(name, "missing", "add it as a string")
+            expect(values[name], str, name)
+        record = Record(
+            line=line,
+            text_input=values["text_input"],
+            text_output=values["text_output"],
+            image_input=_paths(values.get("image_input"), "image_input", pictures),
+            image_output=_paths(values.get("image_output"), "image_output", pictures),
+            extra={key: value for key, value in values.items() if key not in FIELDS},
+        )
     except MessageError as error:
         raise RecordError(Fault(line, error.field, error.what, error.how)) from None
-    if not answers:
-        values.setdefault("text_output", "")
-    for name in ("text_input", "text_output"):
-        if name not in values:
-            raise RecordError(Fault(line, name, "missing", "add it as a string"))
-        if not isinstance(values[name], str):
-            raise RecordError(
-                Fault(line, name, f"expected a string, found {shown(values[name])}", "write it as a string")
-            )
-    record = Record(
-        line=line,
-        text_input=values["text_input"],
-        text_output=values["text_output"],
-        image_input=_paths(values.get("image_input"), line, "image_input", pictures),
-        image_output=_paths(values.get("image_output"), line, "image_output", pictures),
-        extra={key: value for key, value in values.items() if key not in FIELDS},
-    )
     before = [(TURNS_BEFORE, turn["content"]) for turn in record.turns_before]
     for name, text in [*before, ("text_input", record.text_input), ("text_output", record.text_output)]:
         if not is_text(text):

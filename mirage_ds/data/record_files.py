@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,11 +14,10 @@ import click
 from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.config.mixture import Records
 from mirage_ds.data.folders import find_files, paths_of
-from mirage_ds.data.kinds import kind_of
 from mirage_ds.data.layouts import ColumnError, roles_of
 from mirage_ds.data.messages import MessageError, is_absent
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, name_file, parse_object
-from mirage_ds.data.sources import Piece, no_record, pieces, rows_of, text_lines
+from mirage_ds.data.sources import Piece, no_record, pieces, rows_of
 from mirage_ds.errors import UserError
 
 Raw = str | dict[str, Any]
@@ -39,20 +37,6 @@ class Place(NamedTuple):
     file: int
     line: int
     row: Raw
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of each line of a JSON-lines file that is not blank; see text_lines.
-
-    Raises:
-        UserError: the file is missing, or as a whole something else.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of records")
-    if kind_of(path) != "lines":
-        raise UserError(f"{path}: not JSON lines; write one object a line")
-    with path.open("rb") as file:
-        yield from text_lines(file)
 
 
 def records_of_rows(
@@ -180,23 +164,14 @@ def told(data_path: Records, columns: Columns = RECOGNISED) -> Iterator[str]:
         UserError: a column that is named is not there, or it cannot be known which one is meant.
     """
     files = find_files(data_path)
-    names: dict[str, None] = {}
-    forms: dict[str, Path] = {}
-    own = False
-    for file in files:
-        found, has_own = _look(str(file), (place.row for place in places(file)), columns, names)
-        own |= has_own
-        for form in found:
-            forms.setdefault(form, file)
-    if _missing(columns, names, own):
-        # A column may first stand far behind in lines.
-        for row in (place.row for file in files if kind_of(file) in ("lines", "array") for place in places(file)):
-            with suppress(RecordError):
-                names |= dict.fromkeys(_names(parse_object(row, 1) if isinstance(row, str) else row))
-            if not _missing(columns, names, own):
-                break
-    _need_columns(str(data_path), columns, names, own)
-    yield from (said_of(file, form) for form, file in forms.items())
+    look = _Look(columns)
+    # A named column may first stand far behind.
+    for whole in (False, True):
+        for file in files:
+            if not whole or look.missing():
+                look.see(file, (place.row for place in places(file)), whole)
+    look.need_columns(data_path)
+    yield from (said_of(file, form) for form, file in look.forms.items())
 
 
 def said_of(source: object, form: str) -> str:
@@ -210,50 +185,67 @@ def forms_of(source: str, rows: Iterable[Raw], columns: Columns) -> list[str]:
     Raises:
         UserError: see told.
     """
-    names: dict[str, None] = {}
-    forms, own = _look(source, rows, columns, names)
-    _need_columns(source, columns, names, own)
-    return forms
+    look = _Look(columns)
+    look.see(source, rows)
+    look.need_columns(source)
+    return list(look.forms)
 
 
-def _look(source: str, rows: Iterable[Raw], columns: Columns, names: dict[str, None]) -> tuple[list[str], bool]:
-    """Return the forms, as forms_of, and whether a row is no record; add the names of all columns to `names`."""
-    forms: dict[tuple[tuple[str, str], ...], None] = {}
-    own = False
-    for raw in islice(rows, LOOKED):
-        try:
-            row = parse_object(raw, 1) if isinstance(raw, str) else raw
-            names |= dict.fromkeys(_names(row))
-            own |= is_absent(row.get("text_input"))
-            forms[tuple(roles_of(row, columns))] = None
-        except ColumnError as error:
-            raise UserError(f"{source}: {error}") from None
-        except (MessageError, RecordError):
-            continue
-        if not isinstance(raw, str):
-            break
-    # Some columns of a form may be empty in a row.
-    whole = [form for form in forms if not any({*form} < {*other} for other in forms)]
-    guessed = (form for form in whole if {*form} - {*columns.named, ("messages", "messages")})
-    return [_in_words(form) for form in guessed], own
+class _Look:
+    """What rows have been taken for.
+
+    Attributes:
+        forms: how columns were guessed, as --columns has it → the source whose rows were the first.
+        names: of all columns.
+        own: whether a row is no record.
+    """
+
+    def __init__(self, columns: Columns):
+        self.columns = columns
+        self.forms: dict[str, object] = {}
+        self.names: dict[str, None] = {}
+        self.own = False
+
+    def see(self, source: object, rows: Iterable[Raw], whole: bool = False) -> None:
+        """Look at the first rows; with `whole` at further ones too while a named column is missing.
+
+        Raises:
+            UserError: it cannot be known which column is meant.
+        """
+        forms: dict[tuple[tuple[str, str], ...], None] = {}
+        for number, raw in enumerate(rows):
+            if number >= LOOKED and not (whole and self.missing()):
+                break
+            try:
+                row = parse_object(raw, 1) if isinstance(raw, str) else raw
+                self.names |= dict.fromkeys(name.strip() for name in row)
+                self.own |= is_absent(row.get("text_input"))
+                forms[tuple(roles_of(row, self.columns))] = None
+            except ColumnError as error:
+                raise UserError(f"{source}: {error}") from None
+            except (MessageError, RecordError):
+                continue
+            if not isinstance(raw, str):
+                break
+        for form in forms:
+            # Some columns of a form may be empty in a row.
+            part = any({*form} < {*other} for other in forms)
+            if not part and {*form} - {*self.columns.named, ("messages", "messages")}:
+                self.forms.setdefault(_in_words(form), source)
+
+    def missing(self) -> list[tuple[str, str]]:
+        """List (role, column) of what is named and not there; none of records alone where others' question is named."""
+        others = not self.own and (self.columns.question or self.columns.messages) not in ("", "text_input")
+        return [] if others or not self.names else [one for one in self.columns.named if one[1] not in self.names]
+
+    def need_columns(self, source: object) -> None:
+        """UserError where a column that is named is missing."""
+        for role, name in self.missing():
+            has = ", ".join([*self.names][:20])
+            raise UserError(f"--columns {role}={name}: {source} has no such column; it has {has}")
 
 
 def _in_words(form: tuple[tuple[str, str], ...]) -> str:
     read = ",".join(f"{role}={name}" for role, name in form if role)
     unread = ", ".join(name for role, name in form if not role)
     return f"{read}, without the pictures of {unread}" if unread else read
-
-
-def _names(row: dict[str, Any]) -> list[str]:
-    return [name.strip() for name in row]
-
-
-def _missing(columns: Columns, names: dict[str, None], own: bool) -> list[tuple[str, str]]:
-    """List (role, column) of what is named and not there; nothing of records alone where others' question is named."""
-    others = not own and (columns.question or columns.messages) not in ("", "text_input")
-    return [] if others or not names else [(role, name) for role, name in columns.named if name not in names]
-
-
-def _need_columns(source: str, columns: Columns, names: dict[str, None], own: bool) -> None:
-    for role, name in _missing(columns, names, own):
-        raise UserError(f"--columns {role}={name}: {source} has no such column; it has {', '.join([*names][:20])}")

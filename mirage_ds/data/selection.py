@@ -64,11 +64,12 @@ def by_place(fault: Fault) -> tuple[str, int]:
     return fault.file, fault.line
 
 
-def judge_faults(data_path: Records, first: Fault, count: int, records: int, max_bad_share: float) -> None:
+def judge_faults(data_path: Records, first: Fault, count: int, records: int, left: int, max_bad_share: float) -> None:
     """Decide whether the other records may be trained on.
 
     Args:
         first: the first fault; count: how many records have one.
+        left: rows that can be trained on.
         max_bad_share: share of faulty records that is left out.
 
     Raises:
@@ -79,6 +80,8 @@ def judge_faults(data_path: Records, first: Fault, count: int, records: int, max
             f"{data_path}: {count} of {records} records have a fault, above --max_bad_share {max_bad_share}; the "
             f"first is {first} ({lists(data_path)})"
         )
+    if not left:
+        raise UserError(f"{data_path}: no usable row: {count} record(s) have a fault, the first is {first}")
 
 
 def usable(
@@ -99,16 +102,12 @@ def usable(
         UserError: a record has a fault (with max_bad_share: too large a share of them), too large a share is too long,
             or no row is left.
     """
+    sound = len(rows) - rows.faults
     if rows.faults:
         if max_bad_share is None:
             raise faults_error(data_path, rows.all_faults(), rows.faults, len(rows))
-        first = next(rows.all_faults())
-        judge_faults(data_path, first, rows.faults, len(rows), max_bad_share)
-        if rows.faults == len(rows):
-            raise no_row_left(data_path, first, rows.faults)
+        judge_faults(data_path, next(rows.all_faults()), rows.faults, len(rows), sound, max_bad_share)
     tokens = rows["tokens"]
-    # A row with a fault has none.
-    sound = int(np.count_nonzero(tokens))
     fits = np.flatnonzero((tokens > 0) & (tokens <= max_length))
     selection = Selection(
         row_ids=fits,
@@ -142,13 +141,10 @@ def without(selection: Selection, broken: Mapping[int, Fault], data_path: Record
     """
     if not broken:
         return selection
-    first = min([*selection.skipped[:1], _own(broken, min(broken), selection.rows)], key=by_place)
-    judge_faults(data_path, first, len(selection.skipped) + len(broken), len(selection.rows), max_bad_share)
     faults = (_own(broken, row, selection.rows) for row in sorted(broken))
     skipped = tuple(sorted([*selection.skipped, *faults], key=by_place))
     left = selection.only(~np.isin(selection.row_ids, list(broken)))._replace(skipped=skipped)
-    if not len(left.row_ids):
-        raise no_row_left(data_path, skipped[0], len(skipped))
+    judge_faults(data_path, skipped[0], len(skipped), len(selection.rows), len(left.row_ids), max_bad_share)
     return left
 
 
@@ -158,11 +154,6 @@ def _own(broken: Mapping[int, Fault], row: int, index: Index) -> Fault:
     own = index.named(replace(fault, line=int(index["line"][row])), row)
     same = (own.file, own.line) == (fault.file, fault.line)
     return fault if same else replace(own, what=f"as on {fault.place}: {fault.what}")
-
-
-def no_row_left(data_path: Records, first: Fault, count: int) -> UserError:
-    """Make the error of records of which faults leave no row."""
-    return UserError(f"{data_path}: no usable row: {count} record(s) have a fault, the first is {first}")
 
 
 def sources_of(selection: Selection, mixture: Mixture) -> np.ndarray:

@@ -11,17 +11,16 @@ any other.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from mirage_ds.config.mixture import Records
-from mirage_ds.data.flat import array_items, table_rows
-from mirage_ds.data.folders import find_files, unreadable
+from mirage_ds.data.flat import READERS
+from mirage_ds.data.folders import find_files, readable
 from mirage_ds.data.inside import writable
 from mirage_ds.data.kinds import head_of, kind_of
 from mirage_ds.errors import UserError, reason
@@ -62,10 +61,8 @@ class Stamp(NamedTuple):
     @classmethod
     def of(cls, file: Path) -> Stamp:
         """Look at a file; UserError where it cannot be looked at."""
-        try:
+        with readable(file):
             found = file.stat()
-        except OSError as error:
-            raise unreadable(file, error) from None
         return cls(found.st_size, found.st_mtime_ns)
 
 
@@ -86,24 +83,23 @@ def content_hash(file: Path, cache: Path) -> str:
         known = note.read_text(errors="replace").split() if note.exists() else []
     if known[:-1] == [str(number) for number in stamp]:
         return known[-1]
-    try:
-        made = _sha256(file)
-    except OSError as error:
-        raise unreadable(file, error) from None
+    with readable(file):
+        made = hash_of(file)
     if time.time_ns() - stamp.mtime_ns > SETTLED_NS:
         with writable(cache):
             write_new(note, f"{stamp.bytes} {stamp.mtime_ns} {made}".encode())
     return made
 
 
-def _sha256(file: Path) -> str:
+def hash_of(file: Path) -> str:
+    """SHA-256 of a file's content."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def hash_of_records(data_path: Path) -> str:
     """Hash the content of all files of a source, as data_hash does."""
-    return data_hash([_sha256(file) for file in find_files(data_path)])
+    return data_hash([hash_of(file) for file in find_files(data_path)])
 
 
 def data_hash(hashes: Sequence[str]) -> str:
@@ -121,19 +117,13 @@ def pieces(files: Sequence[Path]) -> Iterator[Piece]:
         UserError: a file cannot be read, or is of another kind.
     """
     for number, file in enumerate(files):
-        try:
+        with readable(file):
             kind = kind_of(file)
-            if kind == "parquet":
-                yield from _parquet_pieces(number, file)
-            elif kind == "arrow":
-                yield from _arrow_pieces(number, file)
-            elif kind == "lines":
-                yield from _line_pieces(number, file)
-            else:
-                with file.open("rb") as content:
-                    yield from _joined(number, (array_items if kind == "array" else table_rows)(content, file))
-        except OSError as error:
-            raise unreadable(file, error) from None
+            if kind not in READERS:
+                yield from _table_pieces(number, file)
+                continue
+            with file.open("rb") as content:
+                yield from _joined(number, READERS[kind](content, file))
 
 
 def _joined(number: int, parts: Iterator[tuple[int, int, int, Any]]) -> Iterator[Piece]:
@@ -150,20 +140,18 @@ def _joined(number: int, parts: Iterator[tuple[int, int, int, Any]]) -> Iterator
         yield held
 
 
-def _line_pieces(number: int, file: Path) -> Iterator[Piece]:
-    start, line = 0, 1
-    with file.open("rb") as content:
-        while block := content.read(PIECE_BYTES) + content.readline():
-            yield Piece(number, start, start + len(block), line)
-            start += len(block)
-            # A line ends as Python's text files have it: by \n, \r or both. A block is never cut between the two.
-            line += block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
-
-
-def _arrow_pieces(number: int, file: Path) -> Iterator[Piece]:
-    rows = sum(map(len, _arrow_batches(file)))
-    for start in range(0, rows, PIECE_ROWS):
-        yield Piece(number, start, min(start + PIECE_ROWS, rows), start + 1)
+def _table_pieces(number: int, file: Path) -> Iterator[Piece]:
+    groups: list[tuple[int | None, int]]
+    if kind_of(file) == "parquet":
+        meta = _parquet(file).metadata
+        groups = [(group, meta.row_group(group).num_rows) for group in range(meta.num_row_groups)]
+    else:
+        groups = [(None, sum(map(len, _arrow_batches(file))))]
+    first = 1
+    for group, rows in groups:
+        for start in range(0, rows, PIECE_ROWS):
+            yield Piece(number, start, min(start + PIECE_ROWS, rows), first + start, group)
+        first += rows
 
 
 def _arrow_batches(file: Path) -> Iterator[Any]:
@@ -201,32 +189,6 @@ def _explained(file: Path) -> Iterator[None]:
         ) from None
 
 
-def _parquet_pieces(number: int, file: Path) -> Iterator[Piece]:
-    first = 1
-    meta = _parquet(file).metadata
-    for group in range(meta.num_row_groups):
-        rows = meta.row_group(group).num_rows
-        for start in range(0, rows, PIECE_ROWS):
-            yield Piece(number, start, min(start + PIECE_ROWS, rows), first + start, group)
-        first += rows
-
-
-def text_lines(file: BinaryIO, first: int = 1) -> Iterator[tuple[int, str]]:
-    """Yield (line number, text) of each line that is not blank.
-
-    A byte that is not UTF-8 arrives as half a surrogate pair; record.make_record says it.
-
-    Args:
-        first: number of the first line; the whole file has 1.
-    """
-    # -sig: some editors begin a UTF-8 file with a mark, which is no part of its first record.
-    encoding = "utf-8-sig" if first == 1 else "utf-8"
-    with io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape") as text_file:
-        for line, text in enumerate(text_file, start=first):
-            if text.strip():
-                yield line, text
-
-
 def columns_of(file: Path) -> list[str]:
     """Return the names of a Parquet or Arrow file's columns; UserError where it cannot be read."""
     if kind_of(file) == "parquet":
@@ -246,26 +208,14 @@ def rows_of(
     Raises:
         UserError: the file cannot be read.
     """
-    try:
+    with readable(file):
         kind = kind_of(file)
-        if kind in ("parquet", "arrow"):
+        if kind not in READERS:
             yield from enumerate(_rows_of_batches(piece, file, columns), piece.first)
             return
         with file.open("rb") as content:
-            if kind == "table":
-                for line, _, _, row in table_rows(content, file, piece.start, piece.stop, piece.first):
-                    yield line, row
-                return
-            content.seek(piece.start)
-            block = content.read(piece.stop - piece.start)
-        if kind == "lines":
-            yield from text_lines(io.BytesIO(block), piece.first)
-        else:
-            # What lies between the items of an array makes one of them.
-            for number, _, _, text in array_items(io.BytesIO(b"[" + block + b"]"), file, piece.first):
-                yield number, text
-    except OSError as error:
-        raise unreadable(file, error) from None
+            for line, _, _, row in READERS[kind](content, file, piece.start, piece.stop, piece.first):
+                yield line, row
 
 
 def _rows_of_batches(piece: Piece, file: Path, columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
@@ -310,7 +260,7 @@ def count_rows(files: Sequence[Path]) -> int:
     count = 0
     for piece in pieces(files):
         file = files[piece.file]
-        in_table = kind_of(file) in ("parquet", "arrow")
+        in_table = kind_of(file) not in READERS
         count += piece.stop - piece.start if in_table else sum(1 for _ in rows_of(piece, file))
     return count
 

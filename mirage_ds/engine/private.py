@@ -16,6 +16,9 @@ import torch
 
 from mirage_ds.files import sync
 
+# Where ZeRO-3, and ZeRO-1 and 2 with an offloaded optimizer, sum a step's gradients: parameter → this rank's part.
+GRADIENT_SUMS = ("_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", "accumulated_grads_in_cpu")
+
 
 @contextmanager
 def unheard() -> Iterator[None]:
@@ -70,10 +73,39 @@ def elements_to_gather(parameter: Any) -> int:
     return int(parameter.ds_numel + (part.ds_numel if part.device != parameter.device else 0))
 
 
-def stays_whole(parameters: Sequence[Any]) -> bool:
-    """Tell whether ZeRO-3 holds these parameters whole now, and would not part with them before the step ends."""
-    status = type(parameters[0].ds_status).AVAILABLE
-    return all(p.ds_persist and p.ds_status is status for p in parameters)
+def held_whole(parameters: Sequence[Any]) -> bool:
+    """Gather what is missing of parameters that ZeRO-3 keeps from step to step; False if it keeps not all of these.
+
+    DeepSpeed gathers them at the end of a step. Before the first one, and after a save or an evaluation, they are not
+    there. All ranks call it.
+    """
+    if not all(p.ds_persist for p in parameters):
+        return False
+    missing = [p for p in parameters if p.ds_status is type(p.ds_status).NOT_AVAILABLE]
+    if missing:
+        missing[0].all_gather(param_list=missing)
+    return True
+
+
+def backward(engine: Any, loss: torch.Tensor, earlier: torch.Tensor | None) -> None:
+    """Run a micro-batch's backward: that of the loss, then that of `earlier` (loss.LossSums), which adds to it."""
+    if earlier is None:
+        engine.backward(loss)
+        return
+    optimizer, at_boundary = engine.optimizer, engine.is_gradient_accumulation_boundary()
+    for name in GRADIENT_SUMS:
+        # A step's first backward overwrites these sums, its others add. One of two leaves out what only the other has,
+        # the embedding and the tower, whose sums would still be the last step's.
+        if getattr(optimizer, "micro_step_id", 0) <= 0:
+            for total in getattr(optimizer, name, {}).values():
+                total.zero_()
+    engine.set_gradient_accumulation_boundary(False)
+    engine.backward(loss)
+    # ZeRO-3 takes all backwards of a forward for one, and would put this one's gradients in place of the others'.
+    if hasattr(optimizer, "clear_backward_seen_flag"):
+        optimizer.clear_backward_seen_flag()
+    engine.set_gradient_accumulation_boundary(at_boundary)
+    engine.backward(earlier)
 
 
 class Collecting:

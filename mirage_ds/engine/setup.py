@@ -17,9 +17,9 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.ds_config import compute_dtype, zero_stage
 from mirage_ds.engine.place import is_rank
 from mirage_ds.engine.private import (
+    held_whole,
     set_collective_timeout,
     skip_steps_that_are_not_finite,
-    stays_whole,
     store_of_group,
     use_plain_gloo,
 )
@@ -261,14 +261,14 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
 
 
 def _gather_by_layer(layers: DecoderLayers) -> None:
-    """Let ZeRO-3 gather a layer's parameters around its LayerCall; the layer's own modules are not called."""
+    """Let ZeRO-3 gather a layer's parameters around its LayerCall, if it does not keep them whole."""
     import deepspeed
 
     for call, parameters in layers.parameters_of_calls():
         for parameter in parameters:
             deepspeed.zero.register_external_parameter(call, parameter)
     everything = [parameter for _, parameters in layers.parameters_of_calls() for parameter in parameters]
-    layers.resident = partial(stays_whole, everything)
+    layers.resident = partial(held_whole, everything)
 
 
 def make_engine(model: MirageModel, config: RunConfig, ds_config: dict[str, Any], steps: int) -> Any:

@@ -245,16 +245,18 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, *past)
         # Not the whole of `packed`: what it holds of the graph would keep the graph alive.
         ctx.rest, ctx.scale = packed._replace(past=[], made=[]), scale
-        return packed.over(q, *packed.joined(k, v), scale)
+        joined_k, joined_v = packed.joined(k, v)
+        return packed.over(q, joined_k, joined_v, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *flat = ctx.saved_tensors
         packed = ctx.rest._replace(past=list(zip(flat[::2], flat[1::2], strict=True)))
-        leaves = q.detach(), *packed.joined(k, v)
+        joined_k, joined_v = packed.joined(k, v)
+        leaves = [one.requires_grad_() for one in (q.detach(), joined_k, joined_v)]
         with torch.enable_grad():
-            output = packed.over(*(one.requires_grad_() for one in leaves), scale=ctx.scale)
+            output = packed.over(leaves[0], joined_k, joined_v, ctx.scale)
         by_q, *joined = torch.autograd.grad(output, leaves, slope)
         packed.slopes.add(packed.keys, packed.number, *joined)
         return by_q, *packed.slopes.of(packed.number), None, None, *[None] * len(flat)
@@ -295,7 +297,8 @@ class Packed(NamedTuple):
         if self.thin:
             attended: torch.Tensor = _Attend.apply(q, k, v, self, scale, *past)
             return attended
-        return self.over(q, *_Join.apply(k, v, self, *past), scale)
+        joined_k, joined_v = _Join.apply(k, v, self, *past)
+        return self.over(q, joined_k, joined_v, scale)
 
     def joined(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the visible keys and values, of earlier passes and this one, in order."""

@@ -15,7 +15,7 @@ from mirage_ds.config.run import LatentLoss
 from mirage_ds.data.batch import Batch
 from mirage_ds.model.images import place_images
 from mirage_ds.model.latents import compress, grounding, in_order, run_passes
-from mirage_ds.model.layers import DecoderLayers
+from mirage_ds.model.layers import Cut, DecoderLayers
 from mirage_ds.model.lora import Lora, TokenRows
 from mirage_ds.model.loss import LossHead, LossSums, label_scales, loss_sums
 from mirage_ds.model.vision import trained_features
@@ -50,6 +50,7 @@ class Forward:
         checkpointing: recompute layers in backward.
         latent_loss: how stage1 measures a latent against its target.
         detach_latents: no gradient through the states that stage2 feeds back.
+        split: stage2's last pass has a backward of its own (LossSums.earlier).
         train_targets: stage1's cross-entropy also reaches a trained tower through the targets that stand as inputs.
     """
 
@@ -60,6 +61,7 @@ class Forward:
     latent_loss: LatentLoss = "cosine"
     detach_latents: bool = False
     train_targets: bool = False
+    split: bool = False
 
 
 class MirageModel(nn.Module):
@@ -111,6 +113,7 @@ class MirageModel(nn.Module):
             # Teacher forcing: the targets are the latents' input embeddings.
             targets = compress(helpers, batch, embeddings.shape[1]).to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, batch.latents, targets)
+        cut = Cut() if self.how.split and len(batch.passes) > 1 and torch.is_grad_enabled() else None
         hidden = run_passes(
             self.language_model,
             self.layers,
@@ -121,10 +124,12 @@ class MirageModel(nn.Module):
             self.how.checkpointing,
             detach=self.how.detach_latents,
             deep=deep,
+            cut=cut,
         )
-        labelled = torch.cat(
-            [states.index_select(0, one.labelled) for states, one in zip(hidden, batch.passes, strict=True)]
-        )
+        chosen = [states.index_select(0, one.labelled) for states, one in zip(hidden, batch.passes, strict=True)]
+        if cut is not None:
+            chosen[:-1] = [cut(states) for states in chosen[:-1]]
+        labelled = torch.cat(chosen)
         total, ce = self.head(labelled, batch.targets, label_scales(batch, self.how.reduction))
         distance = None
         if targets is not None:
@@ -132,6 +137,8 @@ class MirageModel(nn.Module):
             # Targets are what the hidden states are pulled towards: they must not move to meet them.
             distance = grounding(states, targets.detach(), batch, self.how.latent_loss)
         sums = loss_sums(total, ce, distance, batch, self.how.reduction)
+        if cut is not None:
+            sums = sums._replace(earlier=cut.root())
         return sums, hidden, Traced(hidden[0], embeddings, total, ce, distance)
 
     def _features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

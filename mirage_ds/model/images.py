@@ -7,6 +7,7 @@ A feature comes with (1 + D) · H numbers: the first H are the input embedding o
 hidden state behind decoder layers 1 … D (DeepStack, arXiv 2406.04334; Qwen3-VL).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,10 @@ class Deep(NamedTuple):
         if layer >= len(self.features):
             return x
         return x + self.features[layer].index_select(0, self.rows.index_select(0, tokens)).to(x.dtype)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Deep":
+        """Change the features, if they get a gradient."""
+        return self._replace(features=change(self.features)) if self.features.requires_grad else self
 
 
 def embedded(features: torch.Tensor, width: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from mirage_ds.config.run import LatentLoss
 from mirage_ds.data.batch import Batch, Pass
 from mirage_ds.model.attention import Ends, Packed, Slopes
 from mirage_ds.model.images import Deep, embedded
-from mirage_ds.model.layers import DecoderLayers, after
+from mirage_ds.model.layers import Body, Cut, DecoderLayers, after
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -64,12 +64,16 @@ def grounding(hidden: torch.Tensor, targets: torch.Tensor, batch: Batch, loss: L
 
 
 def _run_layer(
-    call: Callable[..., torch.Tensor], x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], packed: Packed
+    call: Callable[..., torch.Tensor],
+    body: Body,
+    x: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    packed: Packed,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run one decoder layer over one pass; return its output (1, Tq, H) and its keys and values (Tq, Hkv, D)."""
     # `made` is filled anew in each call, so that recomputing the layer in backward stays a pure function.
     packed = packed._replace(made=[])
-    output = call(x, later=packed.number > 0, position_embeddings=rotary, packed=packed)
+    output = call(x, body, position_embeddings=rotary, packed=packed)
     return output, *packed.made[0]
 
 
@@ -83,6 +87,7 @@ def run_passes(
     checkpointing: bool,
     detach: bool = False,
     deep: Deep | None = None,
+    cut: Cut | None = None,
 ) -> list[torch.Tensor]:
     """Walk the decoder layers once a pass, each pass seeing the keys and values of all before it.
 
@@ -102,6 +107,7 @@ def run_passes(
             all of it, or every layer would stay gathered.
         detach: cut the gradient at the fed-back states; it still runs through keys and values.
         deep: what is added behind the first layers, with the images that stand in `embeddings`.
+        cut: cuts the graph before the last pass, so that it can have a backward of its own.
 
     Returns:
         The final-norm hidden states of each pass, (Tq, H), in the order of its tokens.
@@ -109,12 +115,13 @@ def run_passes(
     cos, sin = language_model.rotary_emb(embeddings[None], position_ids[:, None])
     made: list[list[KeysValues]] = [[] for _ in layers.calls]
     hidden: list[torch.Tensor] = []
-    recorded = torch.is_grad_enabled()
+    recorded, resident, end = torch.is_grad_enabled(), layers.resident(), len(passes) - 1
+    # Those that leave the gradients of their weights to the first pass.
+    later = end if cut is None else end - 1
     if recorded:
-        layers.round.begin(len(passes) - 1)
+        layers.round.begin(later)
     lengths = [len(one.tokens) for one in passes]
-    resident = layers.resident()
-    slopes = [Slopes(lengths) if recorded and len(passes) > 1 else None for _ in layers.calls]
+    slopes = [Slopes(lengths) if recorded and end else None for _ in layers.calls]
     for number, one in enumerate(passes):
         x = embeddings.index_select(0, one.tokens)
         if len(one.sources):
@@ -122,22 +129,26 @@ def run_passes(
             x = x.index_copy(0, one.first, fed.detach() if detach else fed)
         if number and recorded:
             x = after(x, hidden[-1])
+        if cut is not None and number == end:
+            x, deep = cut(x), None if deep is None else deep.map(cut)
+            made = [[(k.detach(), v.detach()) for k, v in past] for past in made]
+        body: Body = "alone" if number > later or not later else "later" if number else "first"
         rotary = (cos.index_select(-2, one.tokens), sin.index_select(-2, one.tokens))
         x = x[None]
         # At most a token a sample, as between the first pass and the last.
         thin = number > 0 and one.max_q <= 1 and resident
-        keys, ends = one.keys if len(passes) > 1 else None, Ends(one.cu_q, one.cu_k, one.max_q, one.max_k)
+        keys, ends = one.keys if end else None, Ends(one.cu_q, one.cu_k, one.max_q, one.max_k)
         for place, layer in enumerate(layers.calls):
             packed = Packed(list(made[place]), [], keys, ends, backend, slopes[place], thin)
             # Hooks have nothing to gather where all is whole.
-            arguments = (layer.forward if resident else layer, x, rotary, packed)
+            arguments = (layer.forward if resident else layer, body, x, rotary, packed)
             if checkpointing and recorded and not thin:
                 x, k, v = checkpoint(_run_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, k, v = _run_layer(*arguments)
             if deep is not None:
                 x = deep.add(place, x[0], one.tokens)[None]
-            if number + 1 < len(passes):
+            if number < end:
                 made[place].append((k, v))
         hidden.append((language_model.norm.forward if resident else language_model.norm)(x)[0])
     return hidden

@@ -11,12 +11,16 @@ inputs and output gradients of their few tokens (Deposits), which the first pass
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+# What a pass does about the gradients of a layer's weights: makes them; makes them and adds what later passes have
+# left; leaves them to the first.
+Body = Literal["alone", "first", "later"]
 
 
 class Round:
@@ -116,8 +120,7 @@ class PassLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply (…, T, I) into (…, T, O)."""
-        trained = self.weight.requires_grad
-        if self.first and not (trained and self.deposits.round.later):
+        if self.first and not self.weight.requires_grad:
             return super().forward(x)
         own = (self.weight, self.bias) if self.first else (None, None)
         return _Linear.apply(x, *own, self)
@@ -134,30 +137,29 @@ class LayerCall(nn.Module):
 
     def __init__(self, layer: nn.Module, current: Round):
         super().__init__()
-        first, later = _around_same_parameters(layer), _around_same_parameters(layer)
+        # In a dictionary: a module that is found in the tree would be hooked, and named a second time.
+        self._bodies = {body: _around_same_parameters(layer) for body in get_args(Body)}
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 parent, _, last = name.rpartition(".")
                 deposits = Deposits(current)
-                for body in (first, later):
-                    setattr(body.get_submodule(parent), last, PassLinear(module, deposits, body is first))
-        # In a tuple: a module that is found in the tree would be hooked, and named a second time.
-        self._bodies = (first, later)
+                for body in ("first", "later"):
+                    made = PassLinear(module, deposits, body == "first")
+                    setattr(self._bodies[body].get_submodule(parent), last, made)
 
     def train(self, mode: bool = True) -> "LayerCall":
         """Set the mode of both bodies too."""
-        for body in self._bodies:
+        for body in self._bodies.values():
             body.train(mode)
         return super().train(mode)
 
-    def forward(self, x: torch.Tensor, later: bool, **arguments: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, body: Body, **arguments: Any) -> torch.Tensor:
         """Run the layer over (1, T, H).
 
         Args:
-            later: leave the weights' gradients to the first pass.
             arguments: of transformers' layer.
         """
-        output: torch.Tensor = self._bodies[later](x, **arguments)
+        output: torch.Tensor = self._bodies[body](x, **arguments)
         return output
 
 
@@ -166,8 +168,8 @@ class DecoderLayers(nn.Module):
 
     Attributes:
         calls: one LayerCall a layer; round: this forward's.
-        resident: tells whether all parameters of the layers are whole and stay so until the step's end. The engine sets
-            it (engine/setup.py); without ZeRO-3 they always are.
+        resident: tells whether all parameters of the layers are whole and stay so until the step's end, so that hooks
+            have nothing to gather. The engine sets it (engine/setup.py); without ZeRO-3 they always are.
     """
 
     def __init__(self, layers: Sequence[nn.Module]):
@@ -175,7 +177,17 @@ class DecoderLayers(nn.Module):
         self.round = Round()
         self.calls = nn.ModuleList(LayerCall(layer, self.round) for layer in layers)
         self.resident: Callable[[], bool] = lambda: True
+        linear = [one for one in layers[0].modules() if isinstance(one, nn.Linear) and one.weight.requires_grad]
+        self._trained = [(one.in_features, one.out_features) for one in linear]
         self._parameters_of = tuple(tuple(layer.parameters()) for layer in layers)
+
+    def defers_more_than_gradients(self, tokens: int) -> bool:
+        """Tell whether what `tokens` of a later pass leave to the first is more than the gradients that it is for.
+
+        Of a layer with I inputs and O outputs that is T (I + O) numbers, and I O.
+        """
+        kept = tokens * sum(inputs + outputs for inputs, outputs in self._trained)
+        return kept > sum(inputs * outputs for inputs, outputs in self._trained)
 
     def parameters_of_calls(self) -> list[tuple[nn.Module, tuple[nn.Parameter, ...]]]:
         """Return each LayerCall with its layer's parameters, which are not in its own tree."""
@@ -194,6 +206,41 @@ class _After(torch.autograd.Function):
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shape, dtype, device = ctx.like
         return slope, torch.zeros(shape, dtype=dtype, device=device)
+
+
+class _HandOn(torch.autograd.Function):
+    """Gives tensors the gradients that leaves cut from them have got meanwhile."""
+
+    @staticmethod
+    def forward(ctx: Any, leaves: Sequence[torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.leaves = leaves
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # What they have got carries every factor of the loss already.
+        return None, *(leaf.grad for leaf in ctx.leaves)
+
+
+class Cut:
+    """Where the graph is cut between the last pass, which has a backward of its own, and those before."""
+
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+        self._leaves: list[torch.Tensor] = []
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as a leaf."""
+        leaf = tensor.detach().requires_grad_()
+        self._tensors.append(tensor)
+        self._leaves.append(leaf)
+        return leaf
+
+    def root(self) -> torch.Tensor:
+        """Return a scalar whose backward goes on where that of the last pass has ended."""
+        root: torch.Tensor = _HandOn.apply(self._leaves, *self._tensors)
+        return root
 
 
 def after(x: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

@@ -204,6 +204,7 @@ def load_model(
     latent_loss: LatentLoss = "cosine",
     detach_latents: bool = False,
     train_targets: bool = False,
+    split: bool = False,
     lora: Lora | None = None,
 ) -> Loaded:
     """Load a checkpoint folder.
@@ -214,7 +215,7 @@ def load_model(
         tower: the frozen tower where it has been loaded already.
         ds_config: the resolved DeepSpeed configuration. Under ZeRO-3 the weights are then partitioned as they are
             read, so that no rank ever holds the whole model; None loads an ordinary module.
-        latent_loss, detach_latents, train_targets: see forward.Forward.
+        latent_loss, detach_latents, train_targets, split: see forward.Forward.
         lora: put adapters on the decoder; everything else is frozen.
 
     Raises:
@@ -250,6 +251,7 @@ def load_model(
         # Where embedding and head are one matrix, its rows are too.
         own = rows if matrix is embedding else TokenRows(matrix, lora.tokens, device)
         head = LossHead(matrix, vocabulary, loss_chunk_bytes, own.weight, own.ids)
-    how = Forward(stage == "stage1", reduction, backend, checkpointing, latent_loss, detach_latents, train_targets)
+    grounded = stage == "stage1"
+    how = Forward(grounded, reduction, backend, checkpointing, latent_loss, detach_latents, train_targets, split)
     model = MirageModel(whole.model.language_model, head, visual if train_vision else None, how, lora, rows)
     return Loaded(model.to(device) if ds_config is None else model, tower, config)

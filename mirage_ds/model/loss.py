@@ -28,12 +28,15 @@ class LossSums(NamedTuple):
         token_ce: Σ over labelled tokens of the cross-entropy, detached: the same number whatever the reduction.
         rows: (N,) each sample's mean cross-entropy (plus 1 − mean cosine in stage1), 0 for a dummy, detached: tells
             which sample is not finite.
+        earlier: where the last pass has a backward of its own, a scalar whose backward, after the loss's, is that of
+            the passes before; it carries every factor of the loss already.
     """
 
     ce: torch.Tensor
     sim: torch.Tensor
     token_ce: torch.Tensor
     rows: torch.Tensor
+    earlier: torch.Tensor | None = None
 
 
 class StepCounts(NamedTuple):

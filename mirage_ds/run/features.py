@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from mirage_ds.config.mixture import Records
 from mirage_ds.data.encode import Encoder, beside_each
-from mirage_ds.data.features import FeatureStore, KeptFeatures, Shard, ShardWriter, sortable
+from mirage_ds.data.features import FeatureStore, KeptFeatures, ShardWriter, sortable
 from mirage_ds.data.images import READING
 from mirage_ds.data.index import Index
 from mirage_ds.data.load import settings_of
@@ -61,27 +61,18 @@ class Images:
     """Decodes images of one field.
 
     Args:
-        images: all images of the field, with the sizes that they were measured with; places: those to decode.
+        images: all images of the field, with the sizes that they were measured with; each is known by its place there.
         dtype: of the pixels, the tower's: what it would be turned into there.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        encoder: Encoder,
-        name: str,
-        images: ImageKeys,
-        places: np.ndarray,
-        dtype: torch.dtype = torch.float32,
-    ):
-        self.index, self.name, self.images, self.places, self.dtype = index, name, images, places, dtype
-        self.encoder = encoder
+    def __init__(self, index: Index, encoder: Encoder, name: str, images: ImageKeys, dtype: torch.dtype):
+        self.index, self.encoder, self.name, self.images, self.dtype = index, encoder, name, images, dtype
         self.encoders = beside_each(encoder, index.files, index.pictures)
         self.merged = encoder.images.merge_size**2
 
-    def bytes_of_pixels(self) -> list[int]:
-        """Bytes of each image's pixels."""
-        patches = np.asarray(self.images.sizes[self.places], dtype=np.int64) * self.merged
+    def bytes_of_pixels(self, places: np.ndarray) -> list[int]:
+        """Bytes of the pixels of each image at these places."""
+        patches = np.asarray(self.images.sizes[places], dtype=np.int64) * self.merged
         return (patches * self.encoder.patch_width * self.dtype.itemsize).tolist()
 
     def kept_of(self, features: torch.Tensor, grid: Sequence[int], width: int) -> torch.Tensor:
@@ -93,9 +84,8 @@ class Images:
         # As the forward does it with features that are not kept, to the bit where index_add keeps an order.
         return averages(embedded(features, width), source, groups[source], torch.bincount(groups[source]))
 
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor] | Fault:
+    def __getitem__(self, place: int) -> tuple[torch.Tensor, torch.Tensor] | Fault:
         """Return an image's pixels (P, 1176) and grid (1, 3), or its Fault."""
-        place = int(self.places[number])
         row = int(self.images.rows_of(np.array(place)))
         record = self.index.record(row)
         path = getattr(record, self.name)[place - int(self.images.starts[row])]
@@ -110,9 +100,9 @@ class Images:
             return self.index.named(error.fault, row)
         return pixels.to(self.dtype), grid
 
-    def chunk(self, numbers: Sequence[int]) -> Shipment:
-        """Return several images, to be sent: (place in the table of images, pixels and grid, or the Fault) of each."""
-        return ship(tuple((int(self.places[number]), self[number]) for number in numbers))
+    def chunk(self, places: Sequence[int]) -> Shipment:
+        """Return several images, to be sent: (place, pixels and grid, or the Fault) of each."""
+        return ship(tuple((place, self[place]) for place in places))
 
 
 def _kept(
@@ -129,10 +119,22 @@ def _kept(
     return KeptFeatures(images, FeatureStore(folder, space, width, tower.tower.dtype))
 
 
-def _open(kept: KeptFeatures, world: World) -> None:
-    """Open the shards that are there, each on one rank, and learn where the others found what. All ranks call it."""
-    names = from_rank_zero(kept.store.listed, world)
-    _await(kept, names, world)
+def _open(kept: KeptFeatures, names: Sequence[str], world: World) -> None:
+    """Open shards, each on one rank, and learn where the others found what. All ranks call it.
+
+    Raises:
+        UserError: on every rank, where one of them cannot see a shard.
+    """
+    deadline = time.monotonic() + LISTING_DELAY_S
+    while (unseen := len(set(names) - set(kept.store.listed()))) and time.monotonic() < deadline:
+        time.sleep(1)
+    blind = everyone([(world.rank, unseen)] if unseen else [], world)
+    if blind:
+        rank, count = blind[0]
+        raise UserError(
+            f"--feature_dir {kept.store.place.parent}: rank {rank} does not see {count} files of features that were "
+            "written there; name a folder that all hosts share, and delete nothing in it"
+        )
     kept.store.add(everyone(kept.store.opened(names[world.rank :: world.size]), world))
 
 
@@ -163,18 +165,21 @@ def _check_room(kept: KeptFeatures, places: np.ndarray, folder: Path) -> None:
         )
 
 
-def _make(run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images) -> tuple[list[Shard], dict[int, Fault]]:
-    """Encode this rank's images, or those before somebody asks to stop.
+def _make(
+    run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images, places: np.ndarray
+) -> tuple[list[str], list[tuple[int, Fault]]]:
+    """Encode this rank's images, which are at these places, or those before somebody asks to stop.
 
     Returns:
-        The shards, and the broken images: place → fault.
+        The names of the shards, and the broken images: place and fault.
     """
-    sizes = images.bytes_of_pixels()
-    chunks = [range(*ends) for ends in neighbours(sizes, CHUNK_BYTES, CHUNK)]
-    largest = max((sum(sizes[number] for number in chunk) for chunk in chunks), default=1)
+    sizes = images.bytes_of_pixels(places)
+    ends = list(neighbours(sizes, CHUNK_BYTES, CHUNK))
+    chunks = [places[first:end].tolist() for first, end in ends]
+    largest = max((sum(sizes[first:end]) for first, end in ends), default=1)
     workers = min(run.config.num_workers, max(1, IN_FLIGHT_BYTES // (PREFETCHED * largest)))
     writer = ShardWriter(kept.store)
-    broken: dict[int, Fault] = {}
+    broken: list[tuple[int, Fault]] = []
     title = "encoding input images" if images.name == "image_input" else "encoding helper images"
     made = from_workers(images.chunk, chunks, workers, PREFETCHED)
     for chunk in track(made, title, total=len(chunks), quiet=run.world.rank > 0):
@@ -182,7 +187,7 @@ def _make(run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images) -> t
         run.journal.phase("features")
         for place, image in chunk.unpack():
             if isinstance(image, Fault):
-                broken[place] = image
+                broken.append((place, image))
                 continue
             pixels, grid = image
             features = tower.features(pixels.to(run.world.device), grid.to(run.world.device))
@@ -190,46 +195,21 @@ def _make(run: Run, tower: FrozenTower, kept: KeptFeatures, images: Images) -> t
         if run.asked():
             break
     writer.flush()
-    opened = kept.store.opened(writer.written)
-    if len(opened) < len(writer.written):
-        raise UserError(
-            f"--feature_dir {kept.store.place}: a shard that this rank has written is gone; start again, which makes "
-            "it anew, and look at what deletes files there",
-            everywhere=False,
-        )
-    return opened, broken
+    return writer.written, broken
 
 
 def _rows_with(kept: KeptFeatures, broken: list[tuple[int, Fault]], rows: np.ndarray) -> dict[int, Fault]:
     """Find the rows that have a broken image: also those whose image is another file with the same content."""
-    broken = sorted(broken, key=lambda one: by_place(one[1]))
-    keys, number = np.unique(sortable(kept.images.keys[[place for place, _ in broken]]), return_index=True)
+    keys, faults = sortable(kept.images.keys), dict[bytes, Fault]()
+    for place, fault in sorted(broken, key=lambda one: by_place(one[1])):
+        faults.setdefault(keys[place], fault)
     places = kept.images.of(rows)
-    own = sortable(kept.images.keys[places])
-    at = np.minimum(np.searchsorted(keys, own), len(keys) - 1)
-    hit = keys[at] == own
-    # Of a row's broken images the first.
-    found, first = np.unique(kept.images.rows_of(places[hit]), return_index=True)
-    which = number[at[hit]][first]
-    return {row: broken[one][1] for row, one in zip(found.tolist(), which.tolist(), strict=True)}
-
-
-def _await(kept: KeptFeatures, names: Sequence[str], world: World) -> None:
-    """Wait until every rank sees these shards. All ranks call it.
-
-    Raises:
-        UserError: on every rank, where one of them cannot see one.
-    """
-    deadline = time.monotonic() + LISTING_DELAY_S
-    while (unseen := len(set(names) - set(kept.store.listed()))) and time.monotonic() < deadline:
-        time.sleep(1)
-    blind = everyone([(world.rank, unseen)] if unseen else [], world)
-    if blind:
-        rank, count = blind[0]
-        raise UserError(
-            f"--feature_dir {kept.store.place.parent}: rank {rank} does not see {count} files of features that other "
-            "ranks see there; name a folder that all hosts share"
-        )
+    hit = places[np.isin(keys[places], list(faults))]
+    found: dict[int, Fault] = {}
+    for row, place in zip(kept.images.rows_of(hit).tolist(), hit.tolist(), strict=True):
+        # Of a row's broken images the first.
+        found.setdefault(row, faults[keys[place]])
+    return found
 
 
 def keep_features(
@@ -256,16 +236,15 @@ def keep_features(
     for name, keys in selection.images.items():
         kept = _kept(folder, tower, fingerprint, encoder, name, keys)
         with _said(folder):
-            _open(kept, world)
+            _open(kept, from_rank_zero(kept.store.listed, world), world)
         needed = kept.needs(rows)
         missing = needed[kept.store.missing(keys.keys[needed])]
         if len(missing):
             from_rank_zero(partial(_check_room, kept, missing, folder), world)
-            mine = missing[world.rank :: world.size]
-            own = Images(selection.rows, encoder, name, keys, mine, tower.tower.dtype)
+            images = Images(selection.rows, encoder, name, keys, tower.tower.dtype)
             with _said(folder):
-                shards, own_broken = _make(run, tower, kept, own)
-            broken = everyone(list(own_broken.items()), world)
+                written, own_broken = _make(run, tower, kept, images, missing[world.rank :: world.size])
+            broken = everyone(own_broken, world)
             if broken and not run.config.skip_bad_records:
                 faults = sorted((fault for _, fault in broken), key=by_place)
                 raise faults_error(data_path, faults, len(faults), len(selection.rows))
@@ -273,8 +252,7 @@ def keep_features(
                 raise Stopped
             if broken:
                 lost = _rows_with(kept, broken, rows) | lost
-            added = everyone(shards, world)
-            _await(kept, [shard.name for shard in added], world)
-            kept.store.add(added)
+            with _said(folder):
+                _open(kept, everyone(written, world), world)
         made[name] = kept
     return made, lost

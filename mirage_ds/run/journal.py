@@ -60,11 +60,13 @@ class Journal:
     """Reports a run.
 
     Attributes:
+        at: marks what this rank does now (heartbeat.py): it concerns the guard alone.
         waiting: is told of each phase that this rank has come on; None before there is a process group.
     """
 
     def __init__(self, heartbeat: Heartbeat | None = None):
         self.heartbeat = heartbeat or Heartbeat()
+        self.at = self.heartbeat.at
         self.waiting: Waiting | None = None
         self._events: Path | None = None
         self._logs: Logs | None = None
@@ -116,10 +118,6 @@ class Journal:
             self._logs = None
             if logs:
                 logs.close(end)
-
-    def at(self, doing: str, step: int | None = None, kind: str = "") -> None:
-        """Mark what this rank does now (heartbeat.py): it concerns the guard alone."""
-        self.heartbeat.at(doing, step, kind)
 
     def tell(self, event: str, step: int | None = None, said: str = "", why: str | None = None) -> None:
         """Report that something began or ended (events.py).
@@ -176,7 +174,8 @@ class Journal:
             record["mfu"] = metrics["model_flops"] / (seconds * logs.peak)
         logs.write(record)
         logs.taken(record, seconds)
-        logs.plot(step, {f"{group}/{name}": record.get(name) for group in CURVES for name in CURVES[group]})
+        drawn = [(group, name) for group in CURVES for name in CURVES[group] if name in record]
+        logs.plot(step, {f"{group}/{name}": record[name] for group, name in drawn})
 
     def not_finite(self, step: int, records: list[dict[str, int]], whole: bool) -> None:
         """Report a step that was skipped.
@@ -204,7 +203,8 @@ class Journal:
     def pictures(self, step: int, figures: Mapping[str, Any]) -> None:
         """Give figures of matplotlib to TensorBoard."""
         if self._logs:
-            self._logs.draw(step, figures)
+            for name, figure in figures.items():
+                self._logs.draw(step, name, figure)
 
 
 class Logs:
@@ -267,17 +267,13 @@ class Logs:
         }
         self.lines.write(json.dumps(plain) + "\n")
 
-    def plot(self, step: int, values: Mapping[str, Any]) -> None:
-        """Give numbers to the trackers, named group/name; None is none."""
-        numbers = {name: value for name, value in values.items() if value is not None}
-        for sink in self.sinks:
-            self._give(f"the numbers of step {step}", sink, sink.scalars, step, numbers)
+    def plot(self, step: int, values: Mapping[str, float]) -> None:
+        """Give numbers to the trackers, named group/name."""
+        self._give(f"the numbers of step {step}", lambda sink: sink.scalars(step, values))
 
-    def draw(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Give figures to the trackers."""
-        for name, figure in figures.items():
-            for sink in self.sinks:
-                self._give(f"{name} of step {step}", sink, sink.figure, step, f"pictures of latents/{name}", figure)
+    def draw(self, step: int, name: str, figure: Any) -> None:
+        """Give a figure to the trackers."""
+        self._give(f"{name} of step {step}", lambda sink: sink.figure(step, f"pictures of latents/{name}", figure))
 
     def taken(self, record: Mapping[str, Any], seconds: float) -> None:
         """Take note of a step that took so long, and print a line if one is due."""
@@ -307,17 +303,17 @@ class Logs:
         """Say to the trackers how the run ended, and write what waits."""
         self.bar.stop()
         self.lines.close()
-        for sink in self.sinks:
-            self._give("how the run ended", sink, sink.close, end)
+        self._give("how the run ended", lambda sink: sink.close(end))
         if self.text:
             self.text.close()
 
-    def _give(self, what: str, sink: Sink, take: Callable[..., None], *given: Any) -> None:
-        """Hand something to a tracker. One that is away ends no run: log.jsonl has all of it."""
-        try:
-            take(*given)
-        except sink.errors as error:
-            self.say(f"warning: {type(sink).__name__} has not taken {what} ({reason(error)}); log.jsonl has all")
+    def _give(self, what: str, give: Callable[[Sink], None]) -> None:
+        """Hand something to the trackers. One that is away ends no run: log.jsonl has all of it."""
+        for sink in self.sinks:
+            try:
+                give(sink)
+            except sink.errors as error:
+                self.say(f"warning: {type(sink).__name__} has not taken {what} ({reason(error)}); log.jsonl has all")
 
 
 def memory_gb() -> float:

@@ -264,10 +264,10 @@ def make_planner(config: RunConfig, index: Selection, world: World) -> Planner:
     )
 
 
-def make_loader(run: Run, encoder: Encoder, index: Selection, features: dict[str, KeptFeatures], passes: int) -> Loader:
+def make_loader(run: Run, encoder: Encoder, index: Selection, features: dict[str, KeptFeatures]) -> Loader:
     """Build this rank's loader over records, with the features that are kept of them."""
     planner = make_planner(run.config, index, run.world)
-    return Loader(index.rows, encoder, planner, run.world.rank, passes, run.config.num_workers, features)
+    return Loader(index.rows, encoder, planner, run.world.rank, run.config.passes, run.config.num_workers, features)
 
 
 def make_evaluation(loader: Loader, index: Selection, latent_size: int) -> Evaluation:

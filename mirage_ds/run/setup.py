@@ -31,6 +31,7 @@ from mirage_ds.engine.setup import World, from_rank_zero, make_engine
 from mirage_ds.engine.spelling import read_base
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.files import write_atomically
+from mirage_ds.model.layers import DecoderLayers
 from mirage_ds.model.load import Loaded, load_model, load_tower, read_config
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.plan.mfu import ModelFlops, peak_flops
@@ -151,9 +152,7 @@ def open_data(run: Run, checked: Checked) -> Data:
     if tower is not None and "image_input" in config.kept_fields:
         # No step calls it any more; it is kept for the model folder that is saved at the end.
         tower.tower.to("cpu")
-    # The number of passes is a property of the run: the same on each rank in each micro-step, or ZeRO-3 hangs.
-    passes = config.passes(max(int(index.runs.max()) for index in indices))
-    loader, *others = [make_loader(run, own, *one, passes) for own, one in zip(encoders, kept, strict=True)]
+    loader, *others = [make_loader(run, own, *one) for own, one in zip(encoders, kept, strict=True)]
     return Data(
         index=indices[0],
         steps=run_steps(config, indices[0]),
@@ -214,7 +213,7 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
     """Load the weights as the settings and the DeepSpeed JSON say."""
     config = run.config
     run.journal.phase("model")
-    return load_model(
+    loaded = load_model(
         checked.folders[0],
         dtype=checked.dtype,
         device=run.world.device,
@@ -226,6 +225,9 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
         lora=checked.lora,
         **config.model_dump(include=FORWARD),
     )
+    layers: DecoderLayers = loaded.model.layers
+    loaded.model.how.split = config.stage == "stage2" and layers.defers_more_than_gradients(config.micro_batch_tokens)
+    return loaded
 
 
 def open_engine(

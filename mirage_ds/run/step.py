@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mirage_ds.data.batch import Batch, to_device
 from mirage_ds.data.pack import StepPlan
 from mirage_ds.data.selection import Selection
+from mirage_ds.engine.private import backward
 from mirage_ds.engine.setup import everyone
 from mirage_ds.model.loss import LossSums, StepCounts, objective
 from mirage_ds.plan.mfu import ModelFlops
@@ -122,7 +123,7 @@ def micro_step(run: Run, learner: Learner, batch: Batch, counts: StepCounts) -> 
     # the optimizer then refuses: all ranks agree without another collective.
     finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
     # DeepSpeed divides gradients by the number of ranks (and by an accumulation that it is told is 1).
-    learner.engine.backward(loss * finite * run.world.size)
+    backward(learner.engine, loss * finite * run.world.size, sums.earlier)
     learner.engine.module.layers.round.check()
     return torch.stack([loss.detach(), ce.detach(), sim.detach(), sums.token_ce]), sums.rows
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mirage_ds.analysis.bench import Bench
-from mirage_ds.analysis.inspect.live import figures
+from mirage_ds.analysis.inspect.look import figures
 from mirage_ds.data.loader import Rows
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.engine.setup import everyone, from_rank_zero
@@ -66,17 +66,17 @@ class Evaluator:
         self.limits = Limits(config.eval_new_tokens, k, slots_fed(config.slots, k), config.micro_batch_tokens)
         if self.evaluation is None:
             return
-        rows, planner = self.evaluation.loader.rows, self.evaluation.loader.planner
+        self.rows, planner = self.evaluation.loader.rows, self.evaluation.loader.planner
         row_ids, longest = planner.row_ids.tolist(), int(planner.lengths.max())
         if config.eval_decode:
             self.chosen = spread(row_ids, config.eval_decode)
             # Not those that open_data looked at, where rows with broken images have been left out since.
             path = cast(Path, config.eval_data_path)
-            self.task = from_rank_zero(lambda: task_of(self._records(rows), path, config.task), world)
-            self.names = list(self._scored(rows, [NOTHING] * len(self.chosen)))
+            self.task = from_rank_zero(lambda: task_of(self._records(), path, config.task), world)
+            self.names = list(self._scored([NOTHING] * len(self.chosen)))
             check_room(engine, BATCH, longest, self.limits, world, f"--eval_decode {config.eval_decode}")
         if config.eval_pictures:
-            self.drawn = rows_to_draw(rows, row_ids, config.eval_pictures)
+            self.drawn = rows_to_draw(self.rows, row_ids, config.eval_pictures)
             check_room(engine, 1, longest, Limits(new_tokens=0), world, f"--eval_pictures {config.eval_pictures}")
         if config.save_best:
             save = partial(learner.save, world)
@@ -88,75 +88,73 @@ class Evaluator:
             return True
         journal = self.run.journal
         journal.tell(EVALUATION_BEGINS, done)
-        metrics = self._metrics(done, self.evaluation)
-        if metrics is not None:
-            journal.evaluation(done, metrics)
-            self.last = (done, metrics)
-            line = self.best.consider(done, metrics) if self.best else None
-            if line:
-                journal.say(line)
-        journal.tell(EVALUATION_ENDS, done)
-        return metrics is not None
+        try:
+            metrics = self._metrics(done, self.evaluation)
+        except Stopped:
+            journal.tell(EVALUATION_ENDS, done)
+            return False
+        journal.evaluation(done, metrics)
+        self.last = (done, metrics)
+        line = self.best.consider(done, metrics) if self.best else None
+        journal.tell(EVALUATION_ENDS, done, line or "")
+        return True
 
     def of_step(self, done: int) -> Mapping[str, float]:
         """Return what was measured after `done` steps; nothing where the last evaluation was another."""
         step, metrics = self.last
         return metrics if step == done else {}
 
-    def _metrics(self, done: int, evaluation: Evaluation) -> dict[str, float] | None:
-        rows = evaluation.loader.rows
-        scores = self._scores(done, rows) if self.chosen else {}
-        if scores is None:
-            return None
+    def _metrics(self, done: int, evaluation: Evaluation) -> dict[str, float]:
+        scores = self._scores(done) if self.chosen else {}
         if self.drawn:
             try:
-                self.run.journal.pictures(done, draw_rows(self.run, self.learner, rows, self.drawn))
+                self.run.journal.pictures(done, draw_rows(self.run, self.learner, self.rows, self.drawn))
             except NotFinite as error:
                 self.run.journal.say(f"error: pictures after step {done}: {error}; none is drawn")
         # After decoding: what this gathers stays for the next step where parameters are kept.
-        losses = evaluate(self.run, self.learner, evaluation)
-        return None if losses is None else losses | scores
+        return evaluate(self.run, self.learner, evaluation) | scores
 
-    def _scores(self, done: int, rows: Rows) -> dict[str, float] | None:
-        """Decode and score; None when the ranks left it on request, NaN where logits were not finite."""
+    def _scores(self, done: int) -> dict[str, float]:
+        """Decode and score; NaN where logits were not finite, or a scorer of one's own fails for an answer.
+
+        Neither is a reason to lose the run: weights that break are judged in training (--max_skipped_steps).
+        """
         try:
-            answers = decode_rows(self.run, self.learner, rows, self.chosen, self.limits)
-        except NotFinite as error:
-            # Training has its own judgement of weights that break (--max_skipped_steps).
-            self.run.journal.say(f"error: evaluation after step {done}: {error}; nothing is scored")
-            return dict.fromkeys(self.names, math.nan)
-        if answers is None:
-            return None
-        try:
-            return self._scored(rows, answers)
-        except UserError as error:
-            # A scorer of one's own that fails for this answer is no reason to lose the run.
+            return self._scored(decode_rows(self.run, self.learner, self.rows, self.chosen, self.limits))
+        except (NotFinite, UserError) as error:
+            # What one rank alone has met ends the run: the others wait for it.
+            if isinstance(error, UserError) and not error.everywhere:
+                raise
             self.run.journal.say(f"error: evaluation after step {done}: {error}; nothing is scored")
             return dict.fromkeys(self.names, math.nan)
 
-    def _scored(self, rows: Rows, answers: list[Prediction]) -> dict[str, float]:
+    def _scored(self, answers: list[Prediction]) -> dict[str, float]:
         """Score answers; every rank gets the same numbers: the scorer's metrics, `count`, `low` and `high`."""
+        return from_rank_zero(lambda: dict(score(self._records(), answers, self.task)["all"]), self.run.world)
 
-        return from_rank_zero(lambda: dict(score(self._records(rows), answers, self.task)["all"]), self.run.world)
-
-    def _records(self, rows: Rows) -> list[Record]:
-        return [rows.records.record(row) for row in self.chosen]
+    def _records(self) -> list[Record]:
+        return [self.rows.records.record(row) for row in self.chosen]
 
 
 @torch.no_grad()
-def evaluate(run: Run, learner: Learner, evaluation: Evaluation) -> dict[str, float] | None:
-    """Measure the mean losses on the evaluation records; None when the ranks stop on request. All ranks call it."""
+def evaluate(run: Run, learner: Learner, evaluation: Evaluation) -> dict[str, float]:
+    """Measure the mean losses on the evaluation records. All ranks call it.
+
+    Raises:
+        Stopped: on every rank.
+    """
     engine, world = learner.engine, run.world
     totals = torch.zeros(4, device=world.device)
     engine.eval()
-    for batch in evaluation.loader.batches(micro[world.rank] for micro in evaluation.bins):
-        run.journal.at("evaluates")
-        sums, loss, ce, sim = forward(run, learner, batch, evaluation.counts)
-        totals += torch.stack([loss, ce, sim, sums.token_ce])
-        if run.stops():
-            engine.train()
-            return None
-    engine.train()
+    try:
+        for batch in evaluation.loader.batches(evaluation.bins):
+            run.journal.at("evaluates")
+            sums, loss, ce, sim = forward(run, learner, batch, evaluation.counts)
+            totals += torch.stack([loss, ce, sim, sums.token_ce])
+            if run.stops():
+                raise Stopped
+    finally:
+        engine.train()
     dist.all_reduce(totals)
     loss, ce, sim, token_ce = totals.tolist()
     parts = {"sim": sim} if run.config.stage == "stage1" else {}
@@ -168,10 +166,8 @@ def _tower_of(learner: Learner, model: MirageModel) -> FrozenTower:
     return learner.tower or FrozenTower(cast(nn.Module, model.visual))
 
 
-def decode_rows(
-    run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], limits: Limits
-) -> list[Prediction] | None:
-    """Answer rows with the engine's weights, greedily; None when the ranks stop on request. All ranks call it.
+def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], limits: Limits) -> list[Prediction]:
+    """Answer rows with the engine's weights, greedily. All ranks call it.
 
     The weights are gathered once, whatever is decoded, and released at the end.
 
@@ -184,12 +180,13 @@ def decode_rows(
 
     Raises:
         NotFinite: on every rank, once all have done their rounds.
+        Stopped: on every rank.
     """
     world = run.world
     # Whether the model may open latent blocks.
     latents = run.config.stage != "sft" or run.config.slots is not None
     own = list(range(world.rank, len(chosen), world.size))
-    rounds = math.ceil(math.ceil(len(chosen) / world.size) / BATCH)
+    rounds = math.ceil(len(chosen) / (world.size * BATCH))
     made: list[tuple[int, Prediction]] = []
     broken: list[int] = []
     with whole_model(learner.engine) as model:
@@ -209,7 +206,7 @@ def decode_rows(
             except NotFinite as error:
                 broken.append(error.row)
             if run.stops():
-                return None
+                raise Stopped
     broken = everyone(broken, world)
     if broken:
         raise NotFinite(min(broken))

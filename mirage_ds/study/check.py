@@ -2,7 +2,7 @@
 
 from mirage_ds.analysis.controls.conditions import choose_partners
 from mirage_ds.analysis.controls.paths import forks_of
-from mirage_ds.analysis.controls.spec import PATH, parse_names
+from mirage_ds.analysis.controls.spec import PATH
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import RecordError
 from mirage_ds.errors import UserError
@@ -18,18 +18,16 @@ def check_evaluations(study: Study) -> None:
     Raises:
         UserError: what `mirage-ds evaluate` or `controls` would refuse; names the evaluation.
     """
-    asked = {(node.kind, node.name): node.evaluation for node in study.nodes.values() if node.evaluation}
-    for (kind, name), evaluation in asked.items():
-        conditions = parse_names(evaluation.controls or "own") if kind == "controls" else []
-        try:
-            _check(evaluation, conditions)
-        except UserError as error:
-            raise UserError(f"evaluation {name}: {error}") from None
+    for node in {(node.kind, node.name): node for node in study.nodes.values()}.values():
+        if node.evaluation is not None:
+            try:
+                _check(node.evaluation, node.material.get("conditions", []), node.material["most"])
+            except UserError as error:
+                raise UserError(f"evaluation {node.name}: {error}") from None
 
 
-def _check(evaluation: EvaluationSpec, conditions: list[str]) -> None:
+def _check(evaluation: EvaluationSpec, conditions: list[str], most: int | None) -> None:
     file = evaluation.data_path
-    most = (evaluation.controls_most or evaluation.most) if conditions else evaluation.most
     named = evaluation.model_dump(include={"data_path", "columns", "task"})
     asked = RecordsSpec.model_validate({**named, "most": most})
     # Questions alone can be answered; the controls compare with a record's own answer.

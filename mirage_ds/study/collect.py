@@ -1,28 +1,42 @@
-"""From the folders of a study to its Results. Imports no torch."""
+"""From the folders of a study to its Results, with what is shown of the records behind them. Imports no torch."""
 
 import json
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from PIL import Image
 
 from mirage_ds.cluster.status.facts import json_lines, split_log
-from mirage_ds.data.record import parse_object
-from mirage_ds.data.record_files import places
+from mirage_ds.config.columns import parse_columns
+from mirage_ds.data.images import ImageFinder, png_of
+from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
+from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record_files import read_records
 from mirage_ds.engine.versions import versions
+from mirage_ds.errors import UserError
 from mirage_ds.plan.formulas import flops
 from mirage_ds.plan.shape import read_shape, sizes
 from mirage_ds.study.nodes import CellPlan, Node, Study
 from mirage_ds.study.results import Cell, Results, Scores, StageResult, parted
+from mirage_ds.study.spec import EvaluationSpec
 from mirage_ds.study.store import Store
+from mirage_ds.tasks import DEFAULT, get_task, level_of, named_task, seen_by_scorer
 
 # Points of a learning curve: more cannot be seen.
 POINTS = 300
+# Of an example's picture, in pixels.
+SIDE = 320
+# Of the records' own answers, the commonest so many are tried.
+TRIED = 10
 
 
 def curve_of(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -58,14 +72,13 @@ def stage_result(node: Node, store: Store) -> StageResult:
 
 
 @lru_cache
-def levels_of(file: Path) -> dict[int, str]:
-    """Return the level of each line of a records file: what it calls its level, else the side of its map, else "?"."""
-    found = {}
-    for number, _, line, raw in places(file):
-        row = parse_object(raw, line) if isinstance(raw, str) else raw
-        board = row.get("map_desc")
-        found[number] = str(row.get("level", len(board) if isinstance(board, list) else "?"))
-    return found
+def _read(file: Path, columns: str | None, most: int | None) -> list[Record]:
+    return read_records(file, False, parse_columns(columns), most)
+
+
+def records_of(spec: EvaluationSpec) -> list[Record]:
+    """Read the records of an evaluation, once."""
+    return _read(spec.data_path, spec.columns, spec.most)
 
 
 def _result(node: Node, store: Store) -> Any:
@@ -74,7 +87,7 @@ def _result(node: Node, store: Store) -> Any:
     if node.kind == "controls":
         return found
     assert node.evaluation is not None
-    answers, levels = found["answers"], levels_of(node.evaluation.data_path)
+    answers, levels = found["answers"], {one.line: level_of(one) for one in records_of(node.evaluation)}
     names = dict.fromkeys(name for one in answers for name in one["metrics"])
     return Scores(
         records=[str(one["line"]) for one in answers],
@@ -94,18 +107,16 @@ def _said(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _problem(node: Node, store: Store) -> str:
-    """Say why a cell has no scores: a node of it that is not done."""
-    attempts = store.attempts(node)
-    if attempts:
-        return f"{node.folder} failed {len(attempts)} time(s), at last with {attempts[-1]['why']}"
-    return f"{node.folder} has not been run"
-
-
 def _cell(plan: CellPlan, study: Study, store: Store, settings: Mapping[str, Any]) -> Cell:
     nodes = {key: study.nodes[key] for key in plan.nodes}
     done = {key: node for key, node in nodes.items() if store.is_done(node)}
-    undone = [node for key, node in nodes.items() if key not in done]
+    problem = None
+    if undone := [node for key, node in nodes.items() if key not in done]:
+        attempts = store.attempts(undone[0])
+        problem = f"{undone[0].folder} has not been run"
+        if attempts:
+            last = attempts[-1]["why"]
+            problem = f"{undone[0].folder} failed {len(attempts)} time(s), at last with {last}"
     scores, controls = parted({title: _result(done[key], store) for title, key in plan.results.items() if key in done})
     return Cell(
         arm=plan.arm,
@@ -114,7 +125,7 @@ def _cell(plan: CellPlan, study: Study, store: Store, settings: Mapping[str, Any
         stages=[stage_result(done[key], store) for key in plan.stages if key in done],
         scores=scores,
         controls=controls,
-        problem=_problem(undone[0], store) if undone else None,
+        problem=problem,
         chain=plan.stages[-1],
         keys=plan.results,
     )
@@ -163,3 +174,67 @@ def collect(study: Study, store: Store) -> Results:
             **{name: str(found[name]) for name in ("torch", "transformers", "deepspeed")},
         },
     )
+
+
+def with_records(results: Results, evaluations: Mapping[str, EvaluationSpec]) -> Results:
+    """Look into the records behind the scores: add `chance`, `examples`, and to `unseen` why one is not there."""
+    chance: dict[str, dict[str, float]] = {}
+    unseen: list[str] = []
+    examples: list[dict[str, Any]] = []
+    first = results.report.primary
+    arm, evaluation = (first.arm, first.evaluation) if first else (None, None)
+
+    @contextmanager
+    def told(hole: str) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, RecordError, UserError) as error:
+            unseen.append(f"{hole} ({error})")
+
+    # Two answers of the primary arm in its evaluation, where there are such.
+    said = [(cell, name) for cell in results.cells for name, scores in cell.scores.items() if scores.said]
+    shown, where = min(said, key=lambda one: (one[0].arm != arm, one[1] != evaluation), default=(None, None))
+    for name in dict.fromkeys(name for cell in results.cells for name in cell.scores):
+        spec = evaluations[name]
+        with told(f"evaluation {name}: its records are not shown"):
+            by_line = {str(one.line): one for one in records_of(spec)}
+            with told(f"evaluation {name}: its chance level is not shown"):
+                if best := best_constant(list(by_line.values()), spec.task):
+                    chance[name] = dict(zip(by_line, best, strict=True))
+            if shown and name == where:
+                own = {"arm": shown.arm, "seed": shown.seed, "evaluation": name}
+                answers = shown.scores[name].said.items()
+                examples = [{**own, **_example(by_line[line], spec), **answer} for line, answer in answers]
+    return replace(results, chance=chance, examples=examples, unseen=unseen)
+
+
+def _example(record: Record, spec: EvaluationSpec) -> dict[str, Any]:
+    """Return a record's line, question, answer and first picture, a PNG of at most SIDE pixels."""
+    picture = None
+    if record.image_input:
+        finder = ImageFinder.beside(Path(spec.data_path), spec.image_root)
+        image = finder.load(record, "image_input", record.image_input[0])
+        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        picture = png_of(image)
+    question, right = record.text_input.replace(IMAGE_MARK, ""), record.text_output.replace(HELPER_MARK, "")
+    return {"line": record.line, "question": question, "right": right, "picture": picture}
+
+
+def best_constant(records: Sequence[Record], task: str | None) -> list[float]:
+    """Give every record the one answer that scores best: chance, what looks at no question would get.
+
+    Args:
+        task: as --task; None for the records' own.
+
+    Returns:
+        The task's first metric of each of the N records; nothing where no record has an answer of its own.
+
+    Raises:
+        UserError: the task cannot be imported. KeyError: a record lacks what the scorer needs.
+    """
+    named = next(filter(None, (named_task(one, task) for one in records)), DEFAULT)
+    scorer = get_task(named).score_record
+    known = [seen_by_scorer(one) for one in records]
+    common = Counter(one.text_output.replace(HELPER_MARK, "") for one in records if one.text_output)
+    scores = [[float(next(iter(scorer(text, one).values()))) for one in known] for text, _ in common.most_common(TRIED)]
+    return max(scores, key=sum, default=[])

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.run.stop import StopRequest
 
 if TYPE_CHECKING:
-    from mirage_ds.study.launch import Place
+    from mirage_ds.study.execute import Place
     from mirage_ds.study.nodes import Study
     from mirage_ds.study.store import Store
 
@@ -79,13 +78,16 @@ def _open(file: Path) -> tuple[Study, Store]:
     return spell_out(spec, here), Store(spec.out, spec.launch.retries + 1, spec.launch.keep_checkpoints)
 
 
-def _need(made: Study) -> None:
-    """Refuse a study of which some run, controls or the report need what is not installed."""
+def _check(made: Study) -> None:
+    """Refuse a study that needs what is not installed, or of which some evaluation would be refused."""
+    from mirage_ds.study.check import check_evaluations
+
     for node in made.nodes.values():
         need_for(node.config)
         if PATH in node.material.get("conditions", ()):
             need("vsp", f"evaluation {node.name}: controls: {PATH}")
     need("plot", REPORT)
+    check_evaluations(made)
 
 
 @ablate.command("plan")
@@ -102,41 +104,23 @@ def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **fl
     The hours are those that `mirage-ds plan` expects. A study whose evaluations would be refused (records, images,
     scorer, controls) is refused here.
     """
-    from mirage_ds.study.check import check_evaluations
-    from mirage_ds.study.overview import hours_of, overview, print_plan
+    from mirage_ds.study.overview import overview, planned, print_plan
 
     made, store = _open(study)
-    _need(made)
-    check_evaluations(made)
+    _check(made)
     machine = build_model(Machine, flags | {"gpu": flags["gpu"] or card})
     lines = overview(made, store, machine.model_dump(exclude_none=True))
-    left = [line for line in lines if line.state != "done"]
-    problems = sorted({line.estimate.problem for line in lines if line.estimate.problem})
-    if not wants_json:
-        where = f"{machine.nodes} × {machine.gpus_per_node} {machine.gpu.upper()}"
-        print_plan(made, lines, left, problems, each, where)
-        return
-    nodes = [
-        {
-            "folder": line.node.folder,
-            "kind": line.node.kind,
-            "name": line.node.name,
-            "state": line.state,
-            "cells": line.cells,
-            "steps": line.estimate.steps,
-            "gpu_hours": line.estimate.hours,
-        }
-        for line in lines
-    ]
-    sums = {"gpu_hours": sum(hours_of(lines)), "gpu_hours_left": sum(hours_of(left)), "no_estimate": problems}
-    click.echo(json.dumps({"study": made.spec.name, "cells": len(made.cells), "nodes": nodes, **sums}))
+    if wants_json:
+        click.echo(json.dumps(planned(made, lines)))
+    else:
+        print_plan(made, lines, each, f"{machine.nodes} × {machine.gpus_per_node} {machine.gpu.upper()}")
 
 
 def _places(made: Study, ranks: int, asked: RunFlags) -> list[Place]:
     """Return where nodes run."""
     from mirage_ds.cluster.here import visible_gpus
     from mirage_ds.cluster.hosts import read_hosts
-    from mirage_ds.study.launch import here, parts
+    from mirage_ds.study.execute import here, parts
 
     if asked.hostfile is None:
         gpus = visible_gpus({**os.environ, **made.spec.launch.environment})
@@ -157,14 +141,10 @@ def run_study(study: Path, **flags: Any) -> None:
     """
     asked = build_model(RunFlags, flags)
     made, store = _open(study)
-    if not asked.only:
-        _need(made)
     wanted = _wanted(made, asked.arms, asked.only)
     if not asked.only:
-        from mirage_ds.study.check import check_evaluations
-
         # A task of an array is one run of a study that was checked when it was submitted.
-        check_evaluations(made)
+        _check(made)
     if asked.again:
         for key in wanted:
             store.forget_failures(made.nodes[key])
@@ -172,8 +152,8 @@ def run_study(study: Path, **flags: Any) -> None:
         from mirage_ds.study.slurm import submit, write_scripts
 
         found = write_scripts(made, store, study, wanted, asked.at_once)
-        own = None if asked.sbatch_evaluate is None else shlex.split(asked.sbatch_evaluate)
-        numbers = submit(found, shlex.split(asked.sbatch or ""), own)
+        own = asked.sbatch if asked.sbatch_evaluate is None else asked.sbatch_evaluate
+        numbers = submit(found, shlex.split(asked.sbatch or ""), shlex.split(own or ""))
         print(f"{len(found)} array(s): {', '.join(numbers)}; `mirage-ds ablate status {study}` says how far they are")
         return
     left = [made.nodes[key] for key in wanted if not store.is_done(made.nodes[key])]
@@ -189,28 +169,25 @@ def run_study(study: Path, **flags: Any) -> None:
         print(f"stopped, {len(undone)} of {len(wanted)} left; the same command goes on", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     if undone:
-        print(
-            f"{len(undone)} of {len(wanted)} are not done; `mirage-ds ablate status {study}` says why", file=sys.stderr
-        )
+        said = f"{len(undone)} of {len(wanted)} are not done; `mirage-ds ablate status {study}` says why"
+        print(said, file=sys.stderr)
         sys.exit(EXIT_HOLES)
 
 
 def _wanted(made: Study, arms: Sequence[str] | None, only: Sequence[str]) -> list[str]:
     """Return the keys that are asked for, with all that they need; in the study's order."""
-    keys = set(made.nodes)
-    if arms is not None:
+    of_arms: dict[str, set[str]] = {}
+    for cell in made.cells:
         # By its whole name, or by that of its entry.
-        names = [{cell.arm, cell.arm.partition("[")[0]} for cell in made.cells]
-        known = {name for own in names for name in own}
-        for name in arms:
-            if name not in known:
-                raise UserError(f"--arms: no arm {name!r}; there are {', '.join(sorted(known))}")
-        keys = {key for cell, own in zip(made.cells, names, strict=True) if own & set(arms) for key in cell.nodes}
-    for name in only:
-        if not any(name in (key, node.folder) for key, node in made.nodes.items()):
-            raise UserError(f"--only {name}: the study has no such run; `mirage-ds ablate plan` lists them")
-    if only:
-        keys = {key for key, node in made.nodes.items() if key in only or node.folder in only}
+        for name in {cell.arm, cell.arm.partition("[")[0]}:
+            of_arms.setdefault(name, set()).update(cell.nodes)
+    if unknown := [name for name in arms or () if name not in of_arms]:
+        raise UserError(f"--arms: no arm {unknown[0]!r}; there are {', '.join(sorted(of_arms))}")
+    of_names = {name: {key} for key, node in made.nodes.items() for name in (key, node.folder)}
+    if unknown := [name for name in only if name not in of_names]:
+        raise UserError(f"--only {unknown[0]}: the study has no such run; `mirage-ds ablate plan` lists them")
+    keys = set(made.nodes) if arms is None else set().union(*(of_arms[name] for name in arms))
+    keys = set().union(*(of_names[name] for name in only)) if only else keys
     return [key for key in made.nodes if key in keys]
 
 
@@ -237,14 +214,9 @@ def _follow(
 @as_json
 def show_status(study: Path, wants_json: bool) -> None:
     """Show how far STUDY is and what failed. Works on any machine that sees its folder."""
-    from mirage_ds.study.overview import by_arm, counted, glance, overview, print_status
+    from mirage_ds.study.overview import print_status, status
 
-    made, store = _open(study)
-    lines = overview(made, store)
-    failed = {line.node.folder: store.attempts(line.node)[-1]["why"] for line in lines if line.state == "failed"}
-    running = {line.node.folder: glance(line.node, store, time.time()) for line in lines if line.state == "running"}
-    arms = by_arm(made, lines)
-    found = {"study": made.spec.name, "runs": counted(lines), "arms": arms, "running": running, "failed": failed}
+    found = status(*_open(study))
     if wants_json:
         click.echo(json.dumps(found))
     else:
@@ -266,10 +238,9 @@ def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> Non
 
     It is report.json, .md, .csv, .html and figures, and lists what is missing.
     """
-    from mirage_ds.study.collect import collect
-    from mirage_ds.study.portable import merge
-    from mirage_ds.study.report.write import write_report
-    from mirage_ds.study.shown import with_records
+    from mirage_ds.study.collect import collect, with_records
+    from mirage_ds.study.report.build import write_report
+    from mirage_ds.study.results import merge
 
     need("plot", REPORT)
     made, store = _open(study)
@@ -291,7 +262,7 @@ def export_study(study: Path, file: Path) -> None:
     `ablate report --with` on another machine takes it.
     """
     from mirage_ds.study.collect import collect
-    from mirage_ds.study.portable import export
+    from mirage_ds.study.results import export
 
     made, store = _open(study)
     print(f"{file}: {export(collect(made, store), file)} of {len(made.cells)} cells")

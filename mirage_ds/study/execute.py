@@ -3,20 +3,29 @@
 A node is ready when the node whose model it needs is done. One that fails is tried as often as the study says; what
 hangs on it stays undone, and everything else goes on. A stop is passed on to the nodes, which save where they can, and
 the next start continues there. A node's process has its lock too: where this one is killed and the node lives on, the
-next start leaves it alone and takes what it leaves. Imports no torch.
+next start leaves it alone and takes what it leaves. A place is the part of this machine, or of a hostfile, where a node
+runs. Imports no torch.
 """
 
+from __future__ import annotations
+
+import itertools
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
+from mirage_ds.cluster.environment import render
+from mirage_ds.cluster.here import Job, free_ports, this_machine
+from mirage_ds.cluster.hosts import Host
 from mirage_ds.errors import EXIT_STOPPED, UserError, reason
-from mirage_ds.study.launch import Place, command, environment
+from mirage_ds.files import write_atomically
 from mirage_ds.study.nodes import Node, Study
 from mirage_ds.study.store import Store
 
@@ -28,6 +37,122 @@ GRACE_S = 600.0
 
 Say = Callable[[str], None]
 Look = Callable[[list[Node]], None]
+
+
+class Place(NamedTuple):
+    """Where one node runs at a time.
+
+    Attributes:
+        ranks: of a training stage.
+        devices: the GPUs that it may see, as CUDA_VISIBLE_DEVICES names them; None where it may see all (or there is
+            none).
+        hosts: of a hostfile; none for this machine alone.
+        threads: of a rank.
+    """
+
+    ranks: int
+    devices: tuple[str, ...] | None = None
+    hosts: tuple[Host, ...] = ()
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        if self.hosts:
+            return ", ".join(host.name for host in self.hosts)
+        return "here" if self.devices is None else f"GPU {','.join(self.devices)}"
+
+    def of(self, node: Node) -> Place:
+        """Return what of it a node uses: an evaluation is one process, on the first GPU of the first host."""
+        if node.kind == "train":
+            return self
+        first = tuple(Host(host.name, 1) for host in self.hosts[:1])
+        return self._replace(ranks=1, devices=self.devices and self.devices[:1], hosts=first)
+
+
+def here(ranks: int, jobs: int | None, gpus: Sequence[str], cores: int) -> list[Place]:
+    """Divide this machine: as many places as fit, or as were asked for.
+
+    Args:
+        ranks: of a training run; gpus, cores: that there are. Without GPUs a rank is a core.
+
+    Raises:
+        UserError: a run has more ranks than there are GPUs.
+    """
+    if gpus and ranks > len(gpus):
+        raise UserError(f"launch.ranks {ranks}: there are {len(gpus)} GPUs here; lower it, or name a --hostfile")
+    count = jobs or max(1, (len(gpus) or cores) // ranks)
+    threads = max(1, cores // (count * ranks))
+    ring = itertools.cycle(gpus)
+    return [Place(ranks, tuple(itertools.islice(ring, ranks)) or None, threads=threads) for _ in range(count)]
+
+
+def parts(hosts: Sequence[Host], each: int) -> list[Place]:
+    """Divide a hostfile into places of so many hosts; a rest that is too small stays idle."""
+    chunks = [tuple(hosts[at : at + each]) for at in range(0, len(hosts) - each + 1, each)]
+    return [Place(sum(host.slots for host in chunk), None, chunk) for chunk in chunks]
+
+
+def environment(place: Place, folder: Path, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a node: this process's, with what the study and the place set.
+
+    On a part of a hostfile, what DeepSpeed's launcher reads is written too, as launch/deepspeed.sh does.
+
+    Args:
+        folder: of the node; given: of the study, which the ranks of other hosts get in any case.
+    """
+    found = {"OMP_NUM_THREADS": str(place.threads), "TOKENIZERS_PARALLELISM": "false", **os.environ, **given}
+    if place.devices is not None and place.ranks == 1:
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(place.devices)
+    elif place.devices is not None:
+        # The launcher is told which they are by number, among all that there are.
+        found.pop("CUDA_VISIBLE_DEVICES", None)
+    found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found.get('PATH', '')}"
+    if place.hosts:
+        write_atomically(folder / "hosts", "".join(f"{host.name} slots={host.slots}\n" for host in place.hosts))
+        write_atomically(folder / "deepspeed_env", render(found, given))
+        found["DS_ENV_FILE"] = str(folder / "deepspeed_env")
+        patient = "-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
+        found["PDSH_SSH_ARGS_APPEND"] = f"{found.get('PDSH_SSH_ARGS_APPEND', '')} {patient}"
+    return found
+
+
+def _launched(module: list[str], folder: Path, place: Place) -> list[str]:
+    """Return the command that starts a module and its arguments at a place."""
+    if place.ranks == 1 and not place.hosts:
+        return [sys.executable, "-m", *module]
+    port = free_ports()
+    job = Job(f"{folder.name}-{port}", port)
+    if place.hosts:
+        # pdsh hands the words to a shell: quoted, none of them means anything to it.
+        module = [quote(word, safe="/=,:@+") for word in module]
+        job = job._replace(master=place.hosts[0].address)
+        there = ["--hostfile", str(folder / "hosts"), "--force_multi"]
+        words = job.through_deepspeed(there, module, ["--logs", str(folder / "logs"), "--quoted"])
+    else:
+        words = job.through_deepspeed(this_machine(place.ranks, place.devices), module)
+    return [sys.executable, "-m", "mirage_ds.cluster.guard.launch", *words]
+
+
+def command(node: Node, store: Store, place: Place) -> list[str]:
+    """Return the command line of a node."""
+    folder, asked = store.place(node), node.evaluation
+    if node.parent is None or asked is None:
+        return _launched(["mirage_ds.train", "--config", str(folder / "config.yaml")], folder, place)
+    flags = asked.model_dump(
+        include={"data_path", "columns", "task", "most", "max_new_tokens", "batch_size", "image_root"}
+    )
+    flags["out"] = store.result(node)
+    if node.kind == "controls":
+        flags |= {name: getattr(node.config, name) for name in ("helper_min_pixels", "helper_max_pixels")}
+        flags |= {"latents": asked.controls, "most": asked.controls_most or asked.most}
+    words = ["mirage_ds", node.kind, str(store.model(node.parent))]
+    for name, value in flags.items():
+        words += [f"--{name}", str(value)] if value is not None else []
+    # Whatever else is in its slots, such as pauses, a model that has some opens latent blocks.
+    if node.kind == "evaluate" and node.config.stage == "sft" and node.config.slots is None:
+        words.append("--no_latents")
+    return _launched(words, folder, place)
 
 
 class Running(NamedTuple):
@@ -92,7 +217,12 @@ class Runner:
                 f"{error.filename or self.store.root}: {reason(error)}; its runs were stopped; the same command goes on"
             ) from None
         finally:
-            self._end_all()
+            # Without a word: this process can go on no more.
+            while any(one.process.poll() is None for one in self.working):
+                self._stop()
+                time.sleep(LOOK_S)
+            for one in self.working:
+                one.held.close()
 
     def _until_done(self, asked: Callable[[], bool], patient: bool, look: Look) -> bool:
         look_at, told = 0.0, False
@@ -149,40 +279,38 @@ class Runner:
     def _begin(self) -> None:
         """Start what can start."""
         while self.free and (node := self._ready()):
-            started = self._start(node, self.free[0])
-            if started is None:
+            if started := self._start(node, self.free[0]):
+                self.working.append(started)
+                self.free.pop(0)
+                self.say(f"{node.folder} begins, {started.place.of(node).name}")
+            else:
                 self._forget_ended()
-                continue
-            self.working.append(started)
-            self.free.pop(0)
-            self.say(f"{node.folder} begins, {started.place.of(node).name}")
 
     def _ready(self) -> Node | None:
         """Return the first node that can start now."""
         busy = {one.node.key for one in self.working}
         for key in self.keys:
             node = self.study.nodes[key]
-            parent = self.study.parent_of(node)
-            can_start = parent is None or self.store.is_done(parent)
+            can_start = node.parent is None or self.store.is_done(node.parent)
             if key not in busy and can_start and self.store.state(node) == "waiting":
                 return node
         return None
 
     def _start(self, node: Node, place: Place) -> Running | None:
         """Start a node; None where another process works at it, or it has been done meanwhile."""
-        store, parent, used = self.store, self.study.parent_of(node), place.of(node)
+        store, used = self.store, place.of(node)
         with ExitStack() as held:
             lock = held.enter_context(store.hold(node))
             if lock is None or store.is_done(node):
                 return None
-            store.prepare(node, parent)
+            store.prepare(node)
             begun = time.time()
             if store.is_whole(node):
                 # Its process ended well and ours did not live to write it down.
                 store.finish(node, begun)
                 return None
             log = held.enter_context(store.log(node).open("ab"))
-            words = command(node, parent, store, used)
+            words = command(node, store, used)
             log.write(f"\n$ {' '.join(words)}\n".encode())
             log.flush()
             process = subprocess.Popen(
@@ -207,11 +335,3 @@ class Runner:
             for one in self.working:
                 if one.process.poll() is None:
                     os.killpg(one.process.pid, signal.SIGKILL)
-
-    def _end_all(self) -> None:
-        """Stop what runs and wait for it, without a word: this process can go on no more."""
-        while any(one.process.poll() is None for one in self.working):
-            self._stop()
-            time.sleep(LOOK_S)
-        for one in self.working:
-            one.held.close()

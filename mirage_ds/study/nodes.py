@@ -6,12 +6,14 @@ parts of two chains are one node, a changed setting is another one, and a finish
 torch.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -58,20 +60,24 @@ class Node:
     """One thing to run.
 
     Attributes:
-        key: 64 hex digits; name: of the stage or evaluation; parent: the node whose model it needs.
+        name: of the stage or evaluation; parent: the node whose model it needs.
         config: of the training stage, or of the one whose model is evaluated; its save_model_path and load_model_path
             are the node's business (store.Store).
         evaluation: of the others.
         material: what the key is a hash of, for people who want to know why two nodes differ.
     """
 
-    key: str
     kind: Kind
     name: str
-    parent: str | None
+    parent: Node | None
     config: RunConfig
     evaluation: EvaluationSpec | None
     material: Mapping[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """64 hex digits."""
+        return _hash(json.dumps(self.material, sort_keys=True))
 
     @property
     def folder(self) -> str:
@@ -114,10 +120,6 @@ class Study:
     nodes: Mapping[str, Node]
     cells: tuple[CellPlan, ...]
 
-    def parent_of(self, node: Node) -> Node | None:
-        """Return the node whose model it needs."""
-        return None if node.parent is None else self.nodes[node.parent]
-
 
 @lru_cache(maxsize=4096)
 def _hash_of(path: Path, size: int, changed: int) -> str:
@@ -125,11 +127,9 @@ def _hash_of(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         if size <= WHOLE_BYTES:
             return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256(str(size).encode())
-        digest.update(file.read(END_BYTES))
+        ends = file.read(END_BYTES)
         file.seek(size - END_BYTES)
-        digest.update(file.read())
-    return digest.hexdigest()
+        return hashlib.sha256(str(size).encode() + ends + file.read()).hexdigest()
 
 
 def _file_hash(path: Path) -> str:
@@ -225,16 +225,12 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
         raise UserError(f"{where}: {first_fault(error, 'settings')}") from None
 
 
-def _key(material: Mapping[str, Any]) -> str:
-    return _hash(json.dumps(material, sort_keys=True))
-
-
 def _relative(path: Path | None, here: Path) -> str | None:
     """Say where a folder is from the study's, so that a study that is moved whole keeps its keys."""
     return None if path is None else os.path.relpath(path, here)
 
 
-def _train_node(config: RunConfig, name: str, parent: str | None, here: Path, on_cpu: bool = False) -> Node:
+def _train_node(config: RunConfig, name: str, parent: Node | None, here: Path, on_cpu: bool = False) -> Node:
     whole = json.loads(config.model_dump_json())
     material = {
         "kind": "train",
@@ -250,12 +246,12 @@ def _train_node(config: RunConfig, name: str, parent: str | None, here: Path, on
         "evaluated": records_hash(config.eval_data_path) if config.eval_data_path else None,
         "model": model_hash(str(config.model)) if parent is None else None,
         "deepspeed": read_json(config.deepspeed) if config.deepspeed else None,
-        "parent": parent,
+        "parent": parent and parent.key,
         # On a CPU a recipe computes in float32. The study's file alone counts: whoever plans, looks at or reports runs
         # of GPUs may have none.
         **({"device": "cpu"} if on_cpu else {}),
     }
-    return Node(_key(material), "train", name, parent, config, None, material)
+    return Node("train", name, parent, config, None, material)
 
 
 def _scorer(task: str | None, where: str) -> dict[str, str]:
@@ -276,26 +272,45 @@ def _scorer(task: str | None, where: str) -> dict[str, str]:
     return {"scorer": _file_hash(Path(found.origin))}
 
 
-def _evaluation_nodes(
-    name: str, evaluation: EvaluationSpec, parent: str, last: RunConfig, here: Path
-) -> Iterator[Node]:
-    left_out = {"arms", "batch_size", "controls", "controls_most"} | (set() if evaluation.columns else {"columns"})
-    settings = json.loads(evaluation.model_dump_json(exclude=left_out))
-    material = {
-        **{**settings, "data_path": records_hash(evaluation.data_path), "parent": parent, "kind": "evaluate"},
-        "image_root": _relative(evaluation.image_root, here),
-        **_scorer(evaluation.task, f"evaluation {name}"),
-    }
-    yield Node(_key(material), "evaluate", name, parent, last, evaluation, material)
-    sees = last.stage != "sft" and (last.slots or "latents") == "latents"
-    if evaluation.controls and sees:
-        names = parse_names(evaluation.controls)
-        pixels = [last.helper_min_pixels, last.helper_max_pixels]
+def _evaluations(spec: StudySpec, arm: str, last: Node, here: Path) -> Iterator[tuple[str, Node]]:
+    """Yield the evaluations of an arm's last model, and its controls where answers see latents, under Cell.keys."""
+    config = last.config
+    for name, evaluation in spec.evaluations.items():
+        # All variants of an entry may be named at once.
+        if evaluation.arms is not None and not {arm, arm.partition("[")[0]} & set(evaluation.arms):
+            continue
+        left_out = {"arms", "batch_size", "controls", "controls_most"} | (set() if evaluation.columns else {"columns"})
+        settings = json.loads(evaluation.model_dump_json(exclude=left_out))
         material = {
-            **{**material, "kind": "controls", "conditions": names, "helper_pixels": pixels},
-            "most": evaluation.controls_most or evaluation.most,
+            **{**settings, "data_path": records_hash(evaluation.data_path), "parent": last.key, "kind": "evaluate"},
+            "image_root": _relative(evaluation.image_root, here),
+            **_scorer(evaluation.task, f"evaluation {name}"),
         }
-        yield Node(_key(material), "controls", name, parent, last, evaluation, material)
+        yield f"{SCORES} {name}", Node("evaluate", name, last, config, evaluation, material)
+        if evaluation.controls and config.stage != "sft" and (config.slots or "latents") == "latents":
+            material = {
+                **{**material, "kind": "controls", "conditions": parse_names(evaluation.controls)},
+                "helper_pixels": [config.helper_min_pixels, config.helper_max_pixels],
+                "most": evaluation.controls_most or evaluation.most,
+            }
+            yield f"{CONTROLS} {name}", Node("controls", name, last, config, evaluation, material)
+
+
+def _chain(spec: StudySpec, name: str, arm: Arm, varied: Settings, seed: Settings, here: Path) -> list[Node]:
+    """Make the training stages of an arm under a seed."""
+    chain: list[Node] = []
+    on_cpu = spec.launch.environment.get("DS_ACCELERATOR") == "cpu"
+    for stage in arm.chain:
+        where, parent = f"arm {name}, stage {stage}", chain[-1] if chain else None
+        settings = settings_of(spec, stage, arm, varied, seed)
+        if settings.get("stage") == "stage2" and parent is not None and parent.config.stage != "sft":
+            # Targets are those of the stage before, unless this one says otherwise.
+            settings = {field: getattr(parent.config, field) for field in TARGETS} | settings
+        config = make_config(settings, where, here)
+        if config.model is None:
+            raise UserError(f"{where}: no `model`; give it in common: the folder or hub id that chains begin with")
+        chain.append(_train_node(config, stage, parent, here, on_cpu))
+    return chain
 
 
 def spell_out(spec: StudySpec, here: Path) -> Study:
@@ -310,61 +325,17 @@ def spell_out(spec: StudySpec, here: Path) -> Study:
     nodes: dict[str, Node] = {}
     cells: dict[tuple[str, tuple[str, ...]], CellPlan] = {}
     arms = arm_names(spec)
-    _check_names(spec, arms)
     for number, seed in enumerate(spec.seeds):
         for name, (arm, varied) in arms.items():
             if arm.seeds is None or number < arm.seeds:
-                cell = _cell(spec, name, arm, varied, seed, here, nodes)
+                chain = _chain(spec, name, arm, varied, seed, here)
+                results = dict(_evaluations(spec, name, chain[-1], here))
+                for node in (*chain, *results.values()):
+                    nodes.setdefault(node.key, node)
+                keys = {title: node.key for title, node in results.items()}
+                settings = {**arm.settings, **varied}
+                cell = CellPlan(name, int(seed["seed"]), settings, tuple(node.key for node in chain), keys)
                 # An arm whose stages fix their own seeds is one run, and must not count as several.
                 cells.setdefault((name, cell.nodes), cell)
     order = list(arms)
     return Study(spec, nodes, tuple(sorted(cells.values(), key=lambda cell: order.index(cell.arm))))
-
-
-def _check_names(spec: StudySpec, arms: Collection[str]) -> None:
-    """Refuse evaluations and comparisons of what the study has not, before anything is run."""
-    asked = [one for one in (spec.report.primary, *spec.report.contrasts) if one is not None]
-    named = [("report", name, {*arms}) for one in asked for name in (one.arm, one.base)]
-    # An evaluation may name all variants of an entry at once.
-    whole = {*arms, *spec.arms}
-    named += [
-        (f"evaluation {title}", name, whole) for title, one in spec.evaluations.items() for name in one.arms or ()
-    ]
-    for where, name, known in named:
-        if name not in known:
-            raise UserError(f"{where}: no arm {name!r}; there are {', '.join(arms)}")
-    for one in asked:
-        if one.evaluation not in spec.evaluations:
-            there = ", ".join(spec.evaluations) or "none"
-            raise UserError(f"report: no evaluation {one.evaluation!r}; there are {there}")
-
-
-def _cell(
-    spec: StudySpec, name: str, arm: Arm, varied: Settings, seed: Settings, here: Path, nodes: dict[str, Node]
-) -> CellPlan:
-    chain: list[str] = []
-    config: RunConfig | None = None
-    for stage in arm.chain:
-        where = f"arm {name}, stage {stage}"
-        settings = settings_of(spec, stage, arm, varied, seed)
-        if settings.get("stage") == "stage2" and config is not None and config.stage != "sft":
-            # Targets are those of the stage before, unless this one says otherwise.
-            for field in TARGETS:
-                settings.setdefault(field, getattr(config, field))
-        config = make_config(settings, where, here)
-        if config.model is None:
-            raise UserError(f"{where}: no `model`; give it in common: the folder or hub id that chains begin with")
-        parent = chain[-1] if chain else None
-        node = _train_node(config, stage, parent, here, spec.launch.environment.get("DS_ACCELERATOR") == "cpu")
-        nodes.setdefault(node.key, node)
-        chain.append(node.key)
-    assert config is not None
-    results: dict[str, str] = {}
-    entry = name.partition("[")[0]
-    for title, evaluation in spec.evaluations.items():
-        if evaluation.arms is not None and not {name, entry} & set(evaluation.arms):
-            continue
-        for node in _evaluation_nodes(title, evaluation, chain[-1], config, here):
-            nodes.setdefault(node.key, node)
-            results[f"{SCORES if node.kind == 'evaluate' else CONTROLS} {title}"] = node.key
-    return CellPlan(name, int(seed["seed"]), {**arm.settings, **varied}, tuple(chain), results)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -36,6 +37,8 @@ from mirage_ds.study.store import Store
 
 # Some lines of log.jsonl, whose whole is not read every other second.
 TAIL_BYTES = 1 << 14
+# What the planner is told of a run's settings, beside its model.
+PLANNED = {"stage", "latent_size", "micro_batch_tokens", "gradient_checkpointing", "deepspeed", "loss_chunk_mb"}
 STATES = ("done", "running", "waiting", "failed", "blocked")
 
 
@@ -97,16 +100,8 @@ def estimate(config: RunConfig, machine: Mapping[str, Any]) -> Estimate:
     """
     steps = steps_of(config)
     try:
-        base = PlanSpec(
-            model=planned_model(str(config.model)),
-            stage=config.stage,
-            latent_size=config.latent_size,
-            micro_batch_tokens=config.micro_batch_tokens,
-            gradient_checkpointing=config.gradient_checkpointing,
-            deepspeed=config.deepspeed,
-            loss_chunk_mb=config.loss_chunk_mb,
-            **machine,
-        )
+        known = config.model_dump(include=PLANNED) | {"model": planned_model(str(config.model))}
+        base = PlanSpec(**known, **machine)
         ranks = base.nodes * base.gpus_per_node
         each = base.micro_batch_tokens // base.row_tokens * ranks
         spec = base.model_copy(update={"micro_steps": max(1, math.ceil(config.rows_per_step / each))})
@@ -129,30 +124,51 @@ class Line(NamedTuple):
 def overview(study: Study, store: Store, machine: Mapping[str, Any] | None = None) -> list[Line]:
     """List every node, with `machine` also what it would take."""
     needed = Counter(key for cell in study.cells for key in cell.nodes)
-    states = states_of(study, store)
-    lines = []
+    lines: dict[str, Line] = {}
     for key, node in study.nodes.items():
+        state: str = store.state(node)
+        if state == "waiting" and node.parent and lines[node.parent.key].state in ("failed", "blocked"):
+            state = "blocked"
         found = estimate(node.config, machine) if machine is not None and node.kind == "train" else Estimate()
-        lines.append(Line(node, needed[key], states[key], found))
-    return lines
+        lines[key] = Line(node, needed[key], state, found)
+    return list(lines.values())
 
 
-def hours_of(lines: Iterable[Line]) -> list[float]:
-    """Return the estimates of those that have one."""
-    return [line.estimate.hours for line in lines if line.estimate.hours is not None]
+def hours_of(lines: Iterable[Line]) -> float:
+    """Add up the GPU-hours of those that have an estimate."""
+    return sum(line.estimate.hours or 0.0 for line in lines)
 
 
-def states_of(study: Study, store: Store) -> dict[str, str]:
-    """Say where every node stands: store.State, or "blocked" where a node that it needs has failed."""
-    states: dict[str, str] = {}
-    for key, node in study.nodes.items():
-        own = store.state(node)
-        above = states[node.parent] if node.parent else ""
-        states[key] = "blocked" if own == "waiting" and above in ("failed", "blocked") else own
-    return states
+def planned(study: Study, lines: Sequence[Line]) -> dict[str, Any]:
+    """Return what `ablate plan --json` prints."""
+    nodes = [
+        {key: getattr(line.node, key) for key in ("folder", "kind", "name")}
+        | {"state": line.state, "cells": line.cells}
+        | {"steps": line.estimate.steps, "gpu_hours": line.estimate.hours}
+        for line in lines
+    ]
+    return {
+        **{"study": study.spec.name, "cells": len(study.cells), "nodes": nodes, "gpu_hours": hours_of(lines)},
+        "gpu_hours_left": hours_of(line for line in lines if line.state != "done"),
+        "no_estimate": sorted({line.estimate.problem for line in lines if line.estimate.problem}),
+    }
 
 
-def grouped(lines: list[Line], each: bool = False) -> dict[str, list[Line]]:
+def status(study: Study, store: Store) -> dict[str, Any]:
+    """Return what `ablate status --json` prints."""
+    lines, now = overview(study, store), time.time()
+    running = [line.node for line in lines if line.state == "running"]
+    failed = [line.node for line in lines if line.state == "failed"]
+    return {
+        "study": study.spec.name,
+        "runs": {name: dict(Counter(line.state for line in group)) for name, group in grouped(lines).items()},
+        "arms": by_arm(study, lines),
+        "running": {node.folder: glance(node, store, now) for node in running},
+        "failed": {node.folder: store.attempts(node)[-1]["why"] for node in failed},
+    }
+
+
+def grouped(lines: Iterable[Line], each: bool = False) -> dict[str, list[Line]]:
     """Put the lines of one stage or evaluation together, in their order; each for itself where `each`."""
     found: dict[str, list[Line]] = {}
     for line in lines:
@@ -162,12 +178,7 @@ def grouped(lines: list[Line], each: bool = False) -> dict[str, list[Line]]:
     return found
 
 
-def counted(lines: list[Line]) -> dict[str, dict[str, int]]:
-    """Count states by kind of node and name: {"stage1": {"done": 3, "waiting": 1}, …}."""
-    return {name: dict(Counter(line.state for line in group)) for name, group in grouped(lines).items()}
-
-
-def by_arm(study: Study, lines: list[Line]) -> dict[str, dict[str, int]]:
+def by_arm(study: Study, lines: Iterable[Line]) -> dict[str, dict[str, int]]:
     """Count the cells of each arm: done, failed (something it needs has), running, waiting."""
     states = {line.node.key: line.state for line in lines}
     found: dict[str, Counter[str]] = {}
@@ -203,34 +214,32 @@ def glance(node: Node, store: Store, now: float) -> dict[str, Any] | None:
     return {**summary(Facts(model), now), "run": str(store.place(node))}
 
 
-def print_plan(made: Study, lines: list[Line], left: list[Line], problems: list[str], each: bool, where: str) -> None:
+def print_plan(study: Study, lines: Sequence[Line], each: bool, where: str) -> None:
     """Show what a study would run, one row a stage, or a run where `each`; `where` are the machines."""
     head = ["what", "runs", "for arms × seeds", "steps", "GPU-hours", "state"]
-    table = Table(Column("run", overflow="fold"), *head, title=made.spec.name)
+    table = Table(Column("run", overflow="fold"), *head, title=study.spec.name)
     for name, group in grouped(lines, each).items():
-        node = group[0].node
-        row = [name, node.kind, str(len(group)), str(sum(line.cells for line in group)), "", ""]
+        node, said = group[0].node, ["", ""]
         if node.kind == "train":
             steps = [line.estimate.steps or 0 for line in group]
-            hours = hours_of(group)
-            row[1] = node.config.stage
-            row[4] = " … ".join(f"{n:,}" for n in sorted({min(steps), max(steps)}))
-            row[5] = shown_hours(sum(hours), 2) if hours else "–"
+            hours = [line.estimate.hours for line in group if line.estimate.hours is not None]
+            said = [" … ".join(f"{n:,}" for n in sorted({min(steps), max(steps)}))]
+            said.append(shown_hours(sum(hours), 2) if hours else "–")
         counts = Counter(line.state for line in group)
         states = ", ".join(f"{count} {state}" if len(counts) > 1 else state for state, count in counts.items())
-        table.add_row(*row, states)
+        kind = node.config.stage if node.kind == "train" else node.kind
+        table.add_row(name, kind, str(len(group)), str(sum(line.cells for line in group)), *said, states)
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
-    trained = sum(line.node.kind == "train" for line in lines)
-    alone = sum(len(cell.stages) for cell in made.cells)
+    found = planned(study, lines)
+    trained, alone = sum(line.node.kind == "train" for line in lines), sum(len(cell.stages) for cell in study.cells)
     once = f" instead of {alone}, since equal parts run once" if alone > trained else ""
-    console.print(
-        f"{len(made.cells)} cells (arms × seeds); {trained} training runs{once}; {len(lines) - trained} evaluations"
-    )
-    if hours_of(lines):
-        whole, rest = (shown_hours(sum(hours_of(some)), 1) for some in (lines, left))
+    evaluated = f"{len(lines) - trained} evaluations"
+    console.print(f"{found['cells']} cells (arms × seeds); {trained} training runs{once}; {evaluated}")
+    if found["gpu_hours"]:
+        whole, rest = (shown_hours(found[key], 1) for key in ("gpu_hours", "gpu_hours_left"))
         console.print(f"{whole} GPU-hours on {where} by the planner, {rest} left")
-    for problem in problems:
+    for problem in found["no_estimate"]:
         console.print(f"no estimate: {problem}", markup=False)
 
 

@@ -2,13 +2,26 @@
 
 An arm is a setting of the study; a cell is an arm under one seed, that is a chain of training stages with the
 evaluations of its last model.
+
+Results travel: a study may run in parts, on two clusters, or over days on machines that forget. `mirage-ds ablate
+export` writes what is finished into one small file, `mirage-ds ablate report --with` takes it where its own is missing.
+Chains and evaluations are known by the keys of their runs, which are hashes of content: one whose settings or records
+differ is never taken for another, and a renamed arm or another evaluation beside it changes nothing.
 """
 
+import gzip
+import json
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
-from mirage_ds.study.spec import ReportSpec
+from pydantic import BaseModel, ValidationError
+
+from mirage_ds.errors import UserError, reason
+from mirage_ds.files import write_atomically
+from mirage_ds.study.spec import ReportSpec, first_fault
 
 SCORES, CONTROLS = "scores", "controls"
 
@@ -113,7 +126,7 @@ class Results:
         report: the contrasts, and the margin within which a difference counts as none (in units of the metric: 0.02
             is two points).
         made: date, commit, machine, versions: what the report says of itself.
-        chance, examples, unseen: what is shown of the records, see shown.with_records.
+        chance, examples, unseen: what is shown of the records, see collect.with_records.
     """
 
     name: str
@@ -125,3 +138,82 @@ class Results:
     chance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     examples: Sequence[Mapping[str, Any]] = ()
     unseen: Sequence[str] = ()
+
+
+class Export(BaseModel):
+    """What is in a file."""
+
+    format: Literal[2] = 2
+    study: str
+    made: dict[str, str]
+    cells: list[Cell]
+
+
+def export(results: Results, file: Path) -> int:
+    """Write the cells that have scores, the same bytes for the same results; return how many.
+
+    Raises:
+        UserError: there is none.
+    """
+    cells = [replace(cell, settings={}) for cell in results.cells if cell.stages and cell.results]
+    if not cells:
+        raise UserError("no arm of the study has been evaluated under any seed; run it first")
+    whole = Export(study=results.name, made=dict(results.made), cells=cells).model_dump()
+    controls = [own for cell in whole["cells"] for own in cell["controls"].values()]
+    for answer in (one for own in controls for one in own.get("answers", [])):
+        # Of the controls the report reads metrics alone, not what answers said.
+        answer["conditions"] = {name: {"metrics": one["metrics"]} for name, one in answer["conditions"].items()}
+    write_atomically(file, gzip.compress(json.dumps(whole).encode(), mtime=0))
+    return len(cells)
+
+
+def load(file: Path) -> list[Cell]:
+    """Read what `export` wrote.
+
+    Raises:
+        UserError: no such file, or another kind of file.
+    """
+    try:
+        return Export.model_validate(json.loads(gzip.decompress(file.read_bytes()))).cells
+    except ValidationError as error:
+        why = first_fault(error)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        why = reason(error)
+    raise UserError(f"{file}: not a file of this version's `mirage-ds ablate export` ({why}); export it anew")
+
+
+def _filled(cell: Cell, others: Sequence[Cell]) -> Cell:
+    """Return a cell with what it lacks and others have, the first of them that does; itself where there is nothing."""
+    known = {other.keys[title]: one for other in reversed(others) for title, one in other.results.items()}
+    new = {title: known[key] for title, key in cell.keys.items() if key in known and title not in cell.results}
+    if not new:
+        return cell
+    found = cell.results | new
+    scores, controls = parted(found)
+    chains = {other.chain: other.stages for other in reversed(others)}
+    return replace(
+        cell,
+        stages=chains.get(cell.chain, cell.stages),
+        scores=scores,
+        controls=controls,
+        problem=None if len(found) == len(cell.keys) else cell.problem,
+    )
+
+
+def merge(results: Results, files: Sequence[Path]) -> tuple[Results, list[str]]:
+    """Take results from other machines where this one has none.
+
+    Returns:
+        The results, and a line for each file that says how many of its cells the study has and were of use.
+    """
+    said, chains = [], {cell.chain for cell in results.cells}
+    for file in files:
+        found, before = load(file), results.cells
+        results = replace(results, cells=[_filled(cell, found) for cell in before])
+        taken = sum(one is not other for one, other in zip(results.cells, before, strict=True))
+        strangers = sum(one.chain not in chains for one in found)
+        said.append(
+            f"{file}: {len(found)} cell(s), {taken} of the study filled"
+            + (f", {strangers} are of other settings or records than this study's" if strangers else "")
+        )
+    return results, said

@@ -44,7 +44,7 @@ def arrays(study: Study, store: Store, wanted: Iterable[str]) -> list[Array]:
     for key in wanted:
         node = study.nodes[key]
         if store.state(node) not in ("done", "failed"):
-            depth[key] = depth[node.parent] + 1 if node.parent in depth else 0
+            depth[key] = depth.get(node.parent.key, -1) + 1 if node.parent else 0
     found: list[Array] = []
     trained: dict[int, int] = {}
     place = {key: (level, study.nodes[key].kind != "train") for key, level in depth.items()}
@@ -83,11 +83,11 @@ def write_scripts(
     return found
 
 
-def submit(found: Sequence[Array], options: Sequence[str], for_evaluations: Sequence[str] | None = None) -> list[str]:
+def submit(found: Sequence[Array], options: Sequence[str], for_evaluations: Sequence[str]) -> list[str]:
     """Hand the scripts to sbatch.
 
     Args:
-        options: of sbatch; for_evaluations: those of arrays that evaluate, if they are others.
+        options: of sbatch; for_evaluations: those of arrays that evaluate.
 
     Returns:
         The job numbers.
@@ -97,7 +97,7 @@ def submit(found: Sequence[Array], options: Sequence[str], for_evaluations: Sequ
     """
     jobs: list[str] = []
     for one in found:
-        own = for_evaluations if one.evaluates and for_evaluations is not None else options
+        own = for_evaluations if one.evaluates else options
         after = [] if one.after is None else [f"--dependency=afterany:{jobs[one.after]}"]
         words = ["sbatch", "--parsable", *own, *after, str(one.script)]
         try:

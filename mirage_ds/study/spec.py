@@ -6,7 +6,7 @@ docs/studies.md shows whole files. A setting is a field of a run (`mirage-ds`' o
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -31,8 +31,6 @@ from mirage_ds.errors import UserError, closest, shown
 
 Settings = dict[str, Any]
 
-# Names become parts of folder names and of the report's tables.
-NAME = r"^\w[\w.+-]*$"
 # Set by the study itself.
 RESERVED = ("save_model_path", "load_model_path", "resume", "overwrite", "log_file")
 
@@ -43,6 +41,16 @@ _Seed = Annotated[int | Settings, AfterValidator(lambda one: {"seed": one} if is
 Seed = Annotated[Settings, GetPydanticSchema(lambda _, handler: handler.generate_schema(_Seed))]
 # A path that starts at the folder of the study's file, which is the context of the validation.
 Here = Annotated[Path, AfterValidator(lambda path, info: info.context / path)]
+
+
+def _is_name(name: str) -> str:
+    # Names become parts of folder names and of the report's tables.
+    if not re.match(r"\w[\w.+-]*$", name):
+        raise ValueError(f"{name!r}: a name may only have letters, digits and . _ + -")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_is_name)]
 
 
 def _is_there(path: Path) -> Path:
@@ -106,11 +114,10 @@ class EvaluationSpec(_Strict):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        if self.controls:
-            try:
-                parse_names(self.controls)
-            except UserError as error:
-                raise ValueError(str(error).replace("--latents", "controls")) from None
+        try:
+            parse_names(self.controls or "own", "controls")
+        except UserError as error:
+            raise ValueError(str(error)) from None
         return self
 
 
@@ -148,51 +155,59 @@ class LaunchSpec(_Strict):
 class StudySpec(_Strict):
     """A whole study file."""
 
-    name: str = Field(pattern=NAME, description="Of the study.")
+    name: Name = Field(description="Of the study.")
     question: str = Field("", description="What it asks; stands on top of the report.")
     out: Here = Field(description="Folder of all runs, relative to this file.")
     common: Settings = Field({}, description="Settings of every stage.")
-    stages: dict[str, Settings] = Field(description="Name → the settings of one stage.")
-    arms: dict[str, Arm] = Field(min_length=1)
+    stages: dict[Name, Settings] = Field(description="Name → the settings of one stage.")
+    arms: dict[Name, Arm] = Field(min_length=1)
     seeds: list[Seed] = Field([{"seed": 0}], min_length=1, description="Arms are paired by their number.")
-    evaluations: dict[str, EvaluationSpec] = {}
+    evaluations: dict[Name, EvaluationSpec] = {}
     report: ReportSpec = ReportSpec.model_validate({})
     launch: LaunchSpec = LaunchSpec.model_validate({})
 
     @model_validator(mode="after")
-    def _names(self) -> Self:
-        for kind, names in (("stage", self.stages), ("arm", self.arms), ("evaluation", self.evaluations)):
-            for name in names:
-                if not re.match(NAME, name):
-                    raise ValueError(f"{kind} {name!r}: a name may only have letters, digits and . _ + -")
-        places = [("common", self.common), *((f"stage {name}", own) for name, own in self.stages.items())]
+    def _agree(self) -> Self:
         for name, arm in self.arms.items():
-            for stage in arm.chain:
-                if stage not in self.stages:
-                    raise ValueError(f"arm {name}: no stage {stage!r}{closest(stage, self.stages)} in `stages`")
             if arm.seeds is not None and arm.seeds > len(self.seeds):
                 raise ValueError(f"arm {name}: {arm.seeds} seeds, the study has {len(self.seeds)}")
-            places += [(f"arm {name}", {**arm.settings, **one}) for one in arm.variants()]
-        places += [("seeds", one) for one in self.seeds]
-        for place, settings in places:
-            _check_settings(place, settings, self.stages)
+        self._check_settings()
         for one in self.seeds:
             if not isinstance(one.get("seed"), int):
                 raise ValueError(f"seeds: {one} needs `seed`, the number that pairs the arms")
         if len({one["seed"] for one in self.seeds}) < len(self.seeds):
             raise ValueError("seeds: a number is there twice")
+        for where, kind, name, known in self._named():
+            if name not in known:
+                there = ", ".join(known) or "none"
+                raise ValueError(f"{where}: no {kind} {name!r}{closest(name, known)}; there are {there}")
         return self
 
+    def _check_settings(self) -> None:
+        """Refuse settings that no run has, or that are the study's own."""
+        places = [("common", self.common), *((f"stage {name}", own) for name, own in self.stages.items())]
+        places += [(f"arm {name}", arm.settings | one) for name, arm in self.arms.items() for one in arm.variants()]
+        for place, settings in [*places, *(("seeds", one) for one in self.seeds)]:
+            for name in settings:
+                stage, _, own = name.rpartition(".")
+                if stage and stage not in self.stages:
+                    raise ValueError(f"{place}: {name}: no stage {stage!r}{closest(stage, self.stages)} in `stages`")
+                if own not in RunConfig.model_fields:
+                    raise ValueError(f"{place}: no setting {own!r}{hint(own, RunConfig.model_fields)}")
+                if own in RESERVED:
+                    raise ValueError(f"{place}: {own} is set by the study itself; leave it out")
 
-def _check_settings(place: str, settings: Settings, stages: Mapping[str, Any]) -> None:
-    for name in settings:
-        stage, _, own = name.rpartition(".")
-        if stage and stage not in stages:
-            raise ValueError(f"{place}: {name}: no stage {stage!r}{closest(stage, stages)} in `stages`")
-        if own not in RunConfig.model_fields:
-            raise ValueError(f"{place}: no setting {own!r}{hint(own, RunConfig.model_fields)}")
-        if own in RESERVED:
-            raise ValueError(f"{place}: {own} is set by the study itself; leave it out")
+    def _named(self) -> Iterator[tuple[str, str, str, Collection[str]]]:
+        """Yield what is named somewhere else than where it is described: (place, kind, name, those there are)."""
+        arms = arm_names(self)
+        for name, arm in self.arms.items():
+            yield from ((f"arm {name}", "stage", stage, self.stages) for stage in arm.chain)
+        for title, evaluation in self.evaluations.items():
+            # All variants of an entry may be named at once.
+            yield from ((f"evaluation {title}", "arm", name, {**self.arms, **arms}) for name in evaluation.arms or ())
+        for one in filter(None, (self.report.primary, *self.report.contrasts)):
+            yield from (("report", "arm", name, arms) for name in (one.arm, one.base))
+            yield "report", "evaluation", one.evaluation, self.evaluations
 
 
 def first_fault(error: ValidationError, whole: str = "") -> str:
@@ -229,13 +244,13 @@ def arm_names(spec: StudySpec) -> dict[str, tuple[Arm, Settings]]:
     """Spell out every arm: its name with what it varies in brackets → (entry, what it varies).
 
     Raises:
-        UserError: two arms come to have one name.
+        ValueError: two arms come to have one name.
     """
     found: dict[str, tuple[Arm, Settings]] = {}
     for name, arm in spec.arms.items():
         for varied in arm.variants():
             whole = name + (f"[{','.join(f'{key}={value}' for key, value in varied.items())}]" if varied else "")
             if whole in found:
-                raise UserError(f"arm {whole} is there twice; give each value once")
+                raise ValueError(f"arm {whole} is there twice; give each value once")
             found[whole] = (arm, varied)
     return found

@@ -121,15 +121,15 @@ class Store:
                     time.sleep(LOOK_S / 20)
             yield handle
 
-    def prepare(self, node: Node, parent: Node | None) -> None:
+    def prepare(self, node: Node) -> None:
         """Write down what a node is, before it starts."""
         place = self.place(node)
         write_atomically(place / "node.json", json.dumps({"key": node.key, **node.material}, indent=1) + "\n")
         if node.kind == "train":
             values = json.loads(node.config.model_dump_json(exclude_none=True))
             values |= {"save_model_path": str(self.model(node)), "resume": "auto"}
-            if parent is not None:
-                values["load_model_path"] = str(self.model(parent))
+            if node.parent is not None:
+                values["load_model_path"] = str(self.model(node.parent))
             write_atomically(place / "config.yaml", yaml.safe_dump(values, sort_keys=False))
 
     def ended(self, node: Node, begun: float, code: int, why: str) -> None:

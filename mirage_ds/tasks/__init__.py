@@ -134,9 +134,8 @@ def get_task(name: str) -> Task:
     module = _module(known, module_name)
     found = getattr(module, attribute, None)
     if found is None:
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
-        where = f"{module_name} ({module.__file__})"
-        raise UserError(f"task '{known}': {where} has no {attribute}{closest(attribute, own)}; name what scores in it")
+        where, near = f"{module_name} ({module.__file__})", closest(attribute, vars(module))
+        raise UserError(f"task '{known}': {where} has no {attribute}{near}; name what scores in it")
     if not inspect.isclass(found):
         return Scorer(known, found)
     if not issubclass(found, Task):

@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from mirage_ds.config.mixture import apportion
+from mirage_ds.data.flat import json_lines
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.messages import FIELDS
 from mirage_ds.data.record import parse_object
-from mirage_ds.errors import UserError, reason
+from mirage_ds.errors import UserError
 from mirage_ds.tasks.draft import Draft
 from mirage_ds.tasks.maps import (
     Board,
@@ -70,11 +71,9 @@ class BuildSpec(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> BuildSpec:
         if self.maps is not None:
-            for name in _RANDOM_ONLY:
-                if name in self.model_fields_set:
-                    raise ValueError(
-                        f"--{name} is about random boards and cannot go with --maps; leave one of them out"
-                    )
+            idle = [name for name in _RANDOM_ONLY if name in self.model_fields_set]
+            if idle:
+                raise ValueError(f"--{idle[0]} is about random boards and cannot go with --maps; leave one of them out")
             return self
         if self.drop_duplicates:
             raise ValueError("--drop_duplicates goes with --maps; random boards never repeat")
@@ -99,12 +98,6 @@ class ReadingSpec(BuildSpec):
     prompt: Literal["full", "short"] = Field("short", description="one short sentence, or a longer explanation")
 
 
-def _board_of(row: Mapping[str, Any], where: str) -> Board:
-    if "map_desc" not in row:
-        raise UserError(f"{where}: the row has no 'map_desc'; give the board as a list of rows of 1, 2, -1 and 0")
-    return parse_board(row["map_desc"], where)
-
-
 def read_exclude(paths: Sequence[Path]) -> frozenset[str]:
     """Return the hashes of the maps in the files, each a JSONL file with `map_desc` or a list of map hashes.
 
@@ -115,25 +108,21 @@ def read_exclude(paths: Sequence[Path]) -> frozenset[str]:
     """
     hashes: set[str] = set()
     for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({reason(error)}); name a text file in UTF-8") from None
-        if not text.strip():
-            raise UserError(f"{path}: the file is empty; write one map a line")
-        # splitlines() would also cut at what a file's name may hold.
-        for number, line in enumerate(map(str.strip, text.split("\n")), 1):
-            where = f"{path}, line {number}"
-            if line.startswith("{"):
-                with reading(path):
-                    hashes.add(map_hash(_board_of(parse_object(line, number), where)))
-            elif _HASH.fullmatch(line.lower()):
-                hashes.add(line[:64].lower())
-            elif line:
-                raise UserError(
-                    f"{where}: neither a record with 'map_desc' nor the SHA-256 of a map (64 hex digits); "
-                    "give --exclude a JSONL file or a list of hashes"
-                )
+        with reading(path), path.open("rb") as content:
+            lines = [(number, line.strip()) for number, _, _, line in json_lines(content, path)]
+            if not lines:
+                raise UserError(f"{path}: the file is empty; write one map a line")
+            for number, line in lines:
+                where = f"{path}, line {number}"
+                if line.startswith("{"):
+                    hashes.add(map_hash(parse_board(parse_object(line, number).get("map_desc"), where)))
+                elif _HASH.fullmatch(line.lower()):
+                    hashes.add(line[:64].lower())
+                else:
+                    raise UserError(
+                        f"{where}: neither a record with 'map_desc' nor the SHA-256 of a map (64 hex digits); "
+                        "give --exclude a JSONL file or a list of hashes"
+                    )
     return frozenset(hashes)
 
 
@@ -145,14 +134,14 @@ class Given:
         board: solvable.
         rng: what is drawn for this record.
         row: the row that the board comes from; empty for a random board.
-        wanted: the class of the answer, a member of the task's `classes`; "" where it has none.
+        wanted: the classes of answers to try, members of the task's `classes`, in this order.
     """
 
     board: Board
     rng: random.Random
     settings: BuildSpec
     row: Mapping[str, Any]
-    wanted: str
+    wanted: Sequence[str]
 
 
 @cache
@@ -177,7 +166,7 @@ class BoardTask(Task):
 
     @abstractmethod
     def make(self, given: Given) -> Draft | None:
-        """Make one record; None when the board gives no answer of the wanted class."""
+        """Make one record; None when the board gives no answer of the wanted classes."""
 
     def prompt(self, row: Mapping[str, Any], settings: BuildSpec) -> str:
         """Return the long question, or one short sentence."""
@@ -188,13 +177,8 @@ class BoardTask(Task):
         # Before any work: it needs packages, and is no matter for threads.
         load_tiles(settings.cell_size)
         supply = _Supply(self, settings, read_exclude(settings.exclude), report)
-        found = supply.draw() if settings.maps is None else supply.take(settings.maps)
         report.duplicates_kept = settings.maps is not None and not settings.drop_duplicates
-        return found
-
-    def wanted(self, turn: int) -> str:
-        """Return the class of the answer whose turn it is, "" for a task without classes."""
-        return self.classes[turn % len(self.classes)] if self.classes else ""
+        return supply.draw() if settings.maps is None else supply.take(settings.maps)
 
 
 @dataclass(frozen=True)
@@ -219,9 +203,8 @@ class _Supply:
         """
         settings = self.settings
         counts = apportion(settings.count or 1000, settings.shares())
-        found: list[Draft] = []
-        for level, count in zip(settings.levels, counts, strict=True):
-            found += self._draw_level(level, count)
+        levels = zip(settings.levels, counts, strict=True)
+        found = [draft for level, count in levels for draft in self._draw_level(level, count)]
         random.Random(f"{settings.seed}/{self.task.name}/order").shuffle(found)
         return found
 
@@ -229,7 +212,7 @@ class _Supply:
         """Draw `count` different records on random boards of one level, the classes of answers in turn."""
         settings = self.settings
         rng = random.Random(f"{settings.seed}/{self.task.name}/{settings.split}/{level}")
-        found: dict[str, Draft] = {}
+        found: dict[tuple[Board, str], Draft] = {}
         fruitless = 0
         while len(found) < count:
             if fruitless == _PATIENCE:
@@ -243,11 +226,12 @@ class _Supply:
             board = random_board(level, settings.hole_rate, rng)
             if split_of(board) != settings.split or self._is_excluded(board):
                 continue
-            draft = self.task.make(Given(board, rng, settings, {}, self.task.wanted(len(found))))
+            draft = self.task.make(Given(board, rng, settings, {}, self._classes(len(found))[:1]))
             if draft is None:
                 continue
-            if draft.key not in found:
-                found[draft.key] = self._kept({}, board, draft)
+            known = (board, draft.key)
+            if known not in found:
+                found[known] = self._kept({}, board, draft)
                 fruitless = 0
             else:
                 self.report.duplicates += 1
@@ -261,23 +245,23 @@ class _Supply:
         """
         settings = self.settings
         found: list[Draft] = []
-        seen: set[str] = set()
+        seen: set[tuple[Board, str, str]] = set()
         for source in read_rows(find_files(path)):
             if len(found) == settings.count:
                 break
-            board, row = _board_of(source.values, source.where), source.values
+            row, board = source.values, parse_board(source.values.get("map_desc"), source.where)
             check_solvable(board, source.where)
             if self._is_excluded(board):
                 continue
             # Its own rng for each row: what a row becomes does not hang on the rows before it.
             rng = random.Random(f"{settings.seed}/{self.task.name}/maps/{source.number}")
-            draft = self._make(board, rng, row, len(found))
-            again = f"{draft.key} {draft.text_output}"
-            if again in seen:
-                self.report.duplicates += 1
-                if settings.drop_duplicates:
-                    continue
-            seen.add(again)
+            draft = self.task.make(Given(board, rng, settings, row, self._classes(len(found))))
+            assert draft is not None, "every board has a plan of some class"
+            known = (board, draft.key, draft.text_output)
+            self.report.duplicates += known in seen
+            if known in seen and settings.drop_duplicates:
+                continue
+            seen.add(known)
             if draft.replaced:
                 self.report.note("wrong answers replaced")
             found.append(self._kept(row, board, draft))
@@ -289,11 +273,11 @@ class _Supply:
             )
         return found
 
-    def _make(self, board: Board, rng: random.Random, row: dict[str, Any], turn: int) -> Draft:
-        """Make a record of the class whose turn it is, or of the next one that this board can have."""
-        turns = range(turn, turn + max(1, len(self.task.classes)))
-        made = (self.task.make(Given(board, rng, self.settings, row, self.task.wanted(one))) for one in turns)
-        return next(draft for draft in made if draft is not None)
+    def _classes(self, made: int) -> tuple[str, ...]:
+        """Return the classes of answers, first the one whose turn it is after so many records."""
+        classes = self.task.classes
+        turn = made % max(1, len(classes))
+        return classes[turn:] + classes[:turn]
 
     def _is_excluded(self, board: Board) -> bool:
         """Tell whether the board or a symmetry of it is to be left out, and count it if so."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
-from mirage_ds.errors import UserError, shown
+from mirage_ds.errors import shown
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.choices import ChoiceTask, marked_question, read_choice, without_letters
@@ -60,31 +60,29 @@ class Comt(ChoiceTask):
 
     def convert(self, source: Path, settings: ComtSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert COMT's data.jsonl with images/, or rows with a `sequence_plan` (JSON lines, Parquet, Arrow)."""
-        images = cache(_images_by_name)
+        files, images = _files(source), cache(_images_by_name)
 
         def make(row: tables.Row) -> Draft:
             return _packed(row) if "sequence_plan" in row.values else _own(row, images(row.folder / "images"))
 
-        numbers = []
+        def in_split(row: tables.Row) -> bool:
+            fits = settings.split == "all" or _in_test(row, make) in (None, settings.split == "test")
+            report.excluded += not fits
+            return fits
+
         # A packed row may have no type: its file is a subset already.
-        for row in tables.of_types(_rows(source), "type", "--types", settings.types, report, untyped=True):
-            if settings.split == "all" or _in_test(row, make) in (None, settings.split == "test"):
-                numbers.append(row.number)
-            else:
-                report.excluded += 1
-        yield from tables.drafts(_rows(source), numbers, make, settings, report)
+        rows = tables.of_types(tables.read_rows(files), "type", "--types", settings.types, report, untyped=True)
+        return tables.drafts(files, make, settings, report, filter(in_split, rows))
 
 
-def _rows(source: Path) -> Iterator[tables.Row]:
-    """Yield the rows of a folder's data.jsonl, of a JSON-lines file, or of Parquet or Arrow files."""
+def _files(source: Path) -> list[Path]:
+    """Return a folder's data.jsonl, a JSON-lines file, or Parquet or Arrow files."""
     file = source / "data.jsonl" if source.is_dir() else source
     if file.suffix == ".jsonl" and file.is_file():
-        return tables.read_rows([file])
+        return [file]
     files = tables.find_tables(source)
-    names = tables.columns_of(files[0])
-    if "sequence_plan" not in names:
-        raise UserError(f"{files[0]}: has no column sequence_plan, only {', '.join(names)}; name COMT's data.jsonl")
-    return tables.read_rows(files)
+    tables.need_columns(files, ["sequence_plan"])
+    return files
 
 
 def _in_test(row: tables.Row, make: Callable[[tables.Row], Draft]) -> bool | None:
@@ -166,15 +164,12 @@ def _own(row: tables.Row, places: Mapping[str, list[Path]]) -> Draft:
         if match is None:
             raise tables.BadRow(f"image {shown(entry)} is not of the form [IMAGE0:ID]")
         ids[int(match.group(1))] = match.group(2)
-    if HELPER_MARK in rationale or IMAGE_MARK in question:
-        raise tables.BadRow(f"its text spells {HELPER_MARK} or {IMAGE_MARK}, which mean images here")
     asked = [number for number in _marked(question) if number in ids]
-    told = _marked(rationale)
-    unknown = [number for number in told if number not in ids]
+    # An input image that the rationale names again is no picture thought up, and its mark stays as text.
+    thought = [number for number in _marked(rationale) if number not in asked]
+    unknown = [number for number in thought if number not in ids]
     if unknown:
         raise tables.BadRow(f"its rationale marks IMAGE{unknown[0]}, which its list of images lacks")
-    # An input image that the rationale names again is no picture thought up, and its mark stays as text.
-    thought = [number for number in told if number not in asked]
     inputs = asked or [number for number in sorted(ids) if number not in thought]
     unused = set(ids) - set(inputs) - set(thought)
     if unused:
@@ -192,7 +187,6 @@ def _own(row: tables.Row, places: Mapping[str, list[Path]]) -> Draft:
         helpers=tuple(_image(row, ids[number], kind, places) for number in thought),
         extra={"question": question, "options": options, "level": kind, "id": values.get("id")},
         kind=letter,
-        key=f"{question} {options}",
     )
 
 
@@ -203,18 +197,10 @@ def _packed(row: tables.Row) -> Draft:
     stored = values.get("image_input") or []
     stored = stored if isinstance(stored, list) else [stored]
     images = tuple(row.picture(value, "image_input") for value in stored)
-    if question.count(IMAGE_MARK) not in (0, len(images)):
-        raise tables.BadRow(f"text_input has {question.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(images)} images")
-    plan = values["sequence_plan"]
-    if not isinstance(plan, list) or not plan or not all(isinstance(part, dict) for part in plan):
-        raise tables.BadRow(f"sequence_plan is {shown(plan)}, not a list of parts")
     text, helpers = "", []
-    for part in plan:
+    for part in row.objects("sequence_plan"):
         if part.get("type") == "text":
-            content = replace(row, values=part).text("content")
-            if HELPER_MARK in content:
-                raise tables.BadRow(f"a text of its sequence_plan spells {HELPER_MARK}, which means an image here")
-            text += content
+            text += replace(row, values=part).text("content")
         elif part.get("type") == "latent":
             text += HELPER_MARK
             helpers.append(row.picture(part.get("helper_image"), "helper_image"))
@@ -229,5 +215,4 @@ def _packed(row: tables.Row) -> Draft:
         helpers=tuple(helpers),
         extra={"question": question, "options": [], **level, **known},
         kind=letter,
-        key=question,
     )

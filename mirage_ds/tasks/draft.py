@@ -54,7 +54,7 @@ class Draft:
         helpers: helper images, one a latent block.
         extra: keys the record keeps beside the four of the format. `level` groups scores and counts.
         kind: the class of the answer, for the report's counts.
-        key: two drafts with one key are duplicates.
+        key: two drafts of one board with one key are duplicates.
         replaced: the row it was made from gave an answer that is wrong.
     """
 

@@ -15,7 +15,6 @@ from typing import Literal
 from PIL import Image, ImageChops, ImageOps, ImageStat
 from pydantic import Field
 
-from mirage_ds.data.sources import count_rows
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.choices import ChoiceTask, read_choice, without_letters
@@ -110,13 +109,7 @@ class Jigsaw(ChoiceTask):
 
     def build(self, settings: JigsawSettings, report: BuildReport) -> Iterator[Draft]:
         """Cut puzzles out of a folder of photographs: one corner missing, two patches to choose from."""
-        if not settings.photos.is_dir():
-            raise UserError(f"--photos {settings.photos}: no such folder; name one of photographs")
-        files = sorted(
-            path for path in settings.photos.rglob("*") if path.suffix.lower() in tables.IMAGES and path.is_file()
-        )
-        if not files:
-            raise UserError(f"--photos {settings.photos}: no photograph in it ({', '.join(tables.IMAGES)})")
+        files = tables.images_among(settings.photos.rglob("*"), f"--photos {settings.photos}")
         rng = random.Random(f"{settings.seed}/jigsaw")
         rng.shuffle(files)
         made, seen = 0, set[bytes]()
@@ -176,24 +169,20 @@ class Jigsaw(ChoiceTask):
                 "seed": settings.seed,
             },
             kind=letter,
-            key=photo,
         )
 
     def convert(self, source: Path, settings: BlinkSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert BLINK's Jigsaw rows (Parquet as the Hub has them, or `save_to_disk`) to evaluate on."""
         files = tables.find_tables(source, "Jigsaw", settings.split)
         tables.need_columns(files, ("idx", "question", "choices", "answer", "image_1"))
-        rows, numbers = tables.read_rows(files), range(count_rows(files))
-        return tables.drafts(rows, numbers, partial(_blink, report), settings, report)
+        return tables.drafts(files, partial(_blink, report), settings, report)
 
 
 def _blink(report: BuildReport, row: tables.Row) -> Draft:
     values = row.values
     question, options = row.text("question"), without_letters(row.texts("choices"))
-    names = [name for name in ("image_1", "image_2", "image_3", "image_4") if values.get(name) is not None]
-    images = tuple(row.picture(values[name], name) for name in names)
-    if not images:
-        raise tables.BadRow("it has no image")
+    further = [name for name in ("image_2", "image_3", "image_4") if values.get(name) is not None]
+    images = tuple(row.picture(values[name], name) for name in ("image_1", *further))
     answer = str(values.get("answer") or "")
     letter = read_choice(f"\\boxed{{{answer}}}", options)
     if letter is None and answer.strip("() ").lower() not in ("", "hidden"):
@@ -205,7 +194,6 @@ def _blink(report: BuildReport, row: tables.Row) -> Draft:
         images=images,
         extra={"question": question, "options": options, "idx": str(values["idx"])},
         kind=letter or "",
-        key=question,
     )
 
 

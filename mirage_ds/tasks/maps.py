@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, shown
 
 Board = tuple[tuple[int, ...], ...]
 Cell = tuple[int, int]
@@ -33,7 +33,9 @@ def parse_board(value: Any, where: str) -> Board:
         UserError: not a square of -1, 0, 1, 2 with one start and one goal.
     """
     if not isinstance(value, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in value):
-        raise UserError(f"{where}: map_desc is not a list of rows; give one list of cells per row of the board")
+        raise UserError(
+            f"{where}: map_desc is not a list of rows, it is {shown(value)}; give one list of cells for each row"
+        )
     side = len(value)
     lengths = sorted({len(row) for row in value})
     if side < 2 or lengths != [side]:

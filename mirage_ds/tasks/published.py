@@ -9,7 +9,7 @@ import io
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -20,7 +20,6 @@ from PIL import Image
 from pydantic import Field
 
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
-from mirage_ds.data.sources import count_rows
 from mirage_ds.errors import shown
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.boxed import BoxedAnswer, last_boxed
@@ -58,18 +57,14 @@ class _Published(BoxedAnswer):
     def parse(self, text: str, row: Mapping[str, Any]) -> str | None:
         """Return the answer in the place where the record's own has it, letter case and spaces folded."""
         own = str(row.get("text_output") or text)
-        found: str | None = text
-        for read in (last_boxed, _last_tagged):
-            if read(own) is not None:
-                found = read(text)
-                break
-        return " ".join((found or "").casefold().split()) or None
+        # The last takes any text whole.
+        readers: tuple[Callable[[str], str | None], ...] = (last_boxed, _last_tagged, str)
+        read = next(read for read in readers if read(own) is not None)
+        return " ".join((read(text) or "").casefold().split()) or None
 
     def convert(self, source: Path, settings: PublishedSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert the authors' file, or a folder that holds such files."""
-        numbers = range(count_rows(_files(source)))
-        make = partial(self._draft, root=settings.image_root)
-        return tables.drafts(tables.read_rows(_files(source)), numbers, make, settings, report)
+        return tables.drafts(_files(source), partial(self._draft, root=settings.image_root), settings, report)
 
     @abstractmethod
     def _draft(self, row: tables.Row, root: Path | None) -> Draft:
@@ -102,10 +97,10 @@ class Monet(_Published):
     def _draft(self, row: tables.Row, root: Path | None) -> Draft:
         texts = {"user": "", "assistant": ""}
         pictures: dict[str, list[Picture]] = {"user": [], "assistant": []}
-        for turn in _items(row.values.get("data"), "data"):
+        for turn in row.objects("data"):
             # Its system prompt says how Monet's latents are written; the authors' loader replaces it too.
             role = str(turn.get("role"))
-            for item in _items(turn.get("content"), "content") if role in texts else ():
+            for item in replace(row, values=turn).objects("content") if role in texts else ():
                 if item.get("type") == "image":
                     pictures[role].append(_picture(row, item.get("image"), root))
                     texts[role] += IMAGE_MARK if role == "user" else ""
@@ -115,15 +110,15 @@ class Monet(_Published):
                     raise tables.BadRow(f"{shown(item)} is no text and no image")
         answer = _OBSERVATION.sub("", texts["assistant"].replace(_LATENTS, HELPER_MARK))
         about = row.values.get("metadata") or {}
-        own = (pictures["user"], pictures["assistant"])
-        return _made((texts["user"], answer), own, about.get("dataset_name"), id=about.get("sample_id"))
+        level, number = about.get("dataset_name"), about.get("sample_id")
+        return _made(texts["user"], answer, pictures["user"], pictures["assistant"], level, id=number)
 
 
 class Lvr(_Published):
     """LVR's rows of Visual-CoT: boxes in the picture, whose parts the latents stand for; a helper is that part."""
 
     def _draft(self, row: tables.Row, root: Path | None) -> Draft:
-        turns = _items(row.values.get("conversations"), "conversations")
+        turns = row.objects("conversations")
         if [turn.get("from") for turn in turns] != ["human", "gpt"]:
             raise tables.BadRow("its conversations are not one question of human and one answer of gpt")
         question, answer = (replace(row, values=turn).text("value") for turn in turns)
@@ -134,9 +129,9 @@ class Lvr(_Published):
         image = _picture(row, names[0], root)
         boxes = row.values.get("bboxes")
         helpers = [_part(image, box) for box in (boxes if isinstance(boxes, list) else [])]
-        texts = (question, answer.replace("<lvr>", HELPER_MARK))
+        answer, level = answer.replace("<lvr>", HELPER_MARK), row.values.get("dataset")
         number = row.values.get("question_id")
-        return _made(texts, ([image], helpers), row.values.get("dataset"), id=number, bboxes=boxes)
+        return _made(question, answer, [image], helpers, level, id=number, bboxes=boxes)
 
 
 class Zebra(_Published):
@@ -156,29 +151,23 @@ class Zebra(_Published):
         marked = _SHOWN.findall(question)
         final = row.text("Final Answer").strip()
         final = final if last_boxed(final) is not None else f"\\boxed{{{final}}}"
-        pictures = [[_picture(row, row.values.get(name), root) for name in names] for names in (
-            [name for name in inputs if name not in marked] + marked, helpers)]  # fmt: skip
-        unmarked = IMAGE_MARK * (len(pictures[0]) - len(marked))
+        unmarked = [name for name in inputs if name not in marked]
+        question = IMAGE_MARK * len(unmarked) + _SHOWN.sub(IMAGE_MARK, question)
         level = row.folder.name if row.folder.name != "data" else row.folder.parent.name
-        texts = (unmarked + _SHOWN.sub(IMAGE_MARK, question), f"{trace.rstrip()}\nThe answer is {final}.")
-        return _made(texts, (pictures[0], pictures[1]), level)
-
-
-def _items(value: Any, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-        raise tables.BadRow(f"{name} is {shown(value)}, not a list of objects")
-    return value
+        images, thought = (
+            [_picture(row, row.values.get(name), root) for name in names] for names in (unmarked + marked, helpers)
+        )
+        return _made(question, f"{trace.rstrip()}\nThe answer is {final}.", images, thought, level)
 
 
 def _part(image: Picture, box: Any) -> Picture:
     """Cut out x0, y0, x1, y1 (shares of the sides), grown to a token's size where it is smaller."""
-    if not (isinstance(box, list) and len(box) == 4 and all(isinstance(one, (int, float)) for one in box)):
-        raise tables.BadRow(f"a box of bboxes is {shown(box)}, not four numbers")
+    four = isinstance(box, list) and len(box) == 4 and all(isinstance(one, (int, float)) for one in box)
+    if not four or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise tables.BadRow(f"a box of bboxes is {shown(box)}, not x0, y0, x1, y1 from 0 to 1")
     with Image.open(io.BytesIO(image.content())) as whole:
         edges = []
         for low, high, side in ((box[0], box[2], whole.width), (box[1], box[3], whole.height)):
-            if not 0 <= low < high <= 1:
-                raise tables.BadRow(f"a box of bboxes is {shown(box)}, not x0, y0, x1, y1 from 0 to 1")
             first, length = math.floor(low * side), math.ceil(high * side) - math.floor(low * side)
             wanted = max(length, min(_TOKEN, side))
             first = min(max(0, first - (wanted - length) // 2), side - wanted)
@@ -187,13 +176,10 @@ def _part(image: Picture, box: Any) -> Picture:
         return Picture.of(whole.convert("RGB").crop((left, top, right, bottom)))
 
 
-def _made(texts: tuple[str, str], pictures: tuple[list[Picture], list[Picture]], level: Any, **extra: Any) -> Draft:
-    """Make the draft of a question and an answer; BadRow where marks and pictures do not match."""
-    marks = [text.count(mark) for text, mark in zip(texts, (IMAGE_MARK, HELPER_MARK), strict=True)]
-    found = [len(own) for own in pictures]
-    if marks[0] not in (0, found[0]) or marks[1] != found[1]:
-        raise tables.BadRow(f"question and answer mark {marks} pictures and have {found}")
-    if HELPER_MARK in texts[0] or IMAGE_MARK in texts[1]:
-        raise tables.BadRow(f"its text spells {HELPER_MARK} or {IMAGE_MARK}, which mean pictures here")
-    known = {key: value for key, value in {**extra, "level": level and str(level)}.items() if value is not None}
-    return Draft(texts[1], tuple(pictures[0]), tuple(pictures[1]), {"question": texts[0], **known}, key=texts[0])
+def _made(question: str, answer: str, images: list[Picture], helpers: list[Picture], level: Any, **extra: Any) -> Draft:
+    """Make the draft of a question and an answer; BadRow where a picture of the answer has no mark."""
+    if answer.count(HELPER_MARK) != len(helpers):
+        raise tables.BadRow(f"its answer has {answer.count(HELPER_MARK)} {HELPER_MARK} marks for {len(helpers)} images")
+    known = {"question": question, **extra, "level": level and str(level)}
+    kept = {key: value for key, value in known.items() if value is not None}
+    return Draft(answer, tuple(images), tuple(helpers), kept)

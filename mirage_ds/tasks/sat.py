@@ -10,7 +10,6 @@ from string import ascii_uppercase
 
 from pydantic import Field
 
-from mirage_ds.data.messages import IMAGE_MARK
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import tables
 from mirage_ds.tasks.choices import ChoiceTask, plain
@@ -56,7 +55,6 @@ class Sat(ChoiceTask):
         # The images are not read for that.
         kinds = tables.read_rows(files, ["question_type"])
         fitting = tables.of_types(kinds, "question_type", "--question_types", settings.question_types, report)
-        numbers = [row.number for row in fitting]
         helpers = folder_of_images(settings.helpers) if settings.helpers else {}
 
         def make(row: tables.Row) -> Draft:
@@ -64,7 +62,7 @@ class Sat(ChoiceTask):
             return _draft(row, images, own, helpers.get(stem_of(own)), settings.seed, report)
 
         helped = False
-        for draft in tables.drafts(tables.read_rows(files), numbers, make, settings, report):
+        for draft in tables.drafts(files, make, settings, report, fitting):
             helped = helped or bool(draft.helpers)
             yield draft
         if helpers and not helped:
@@ -89,9 +87,6 @@ def _draft(row: tables.Row, column: str, own: str, helper: Path | None, seed: in
     if not isinstance(stored, list) or not stored:
         raise tables.BadRow(f"{column} holds no image")
     images = tuple(row.picture(value, f"image {n}") for n, value in enumerate(stored, 1))
-    marks = question.count(IMAGE_MARK)
-    if marks not in (0, len(images)):
-        raise tables.BadRow(f"its question has {marks} {IMAGE_MARK} marks for {len(images)} images")
     if "{" in right or "}" in right:
         raise tables.BadRow(f"correct_answer {right!r} has a brace, which cannot stand in a box")
     if not helper:
@@ -110,7 +105,6 @@ def _draft(row: tables.Row, column: str, own: str, helper: Path | None, seed: in
             "seed": seed,
         },
         kind=letter,
-        key=f"{question} {sorted(options)}",
     )
 
 
@@ -120,15 +114,11 @@ def folder_of_images(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: no such folder, no image, or two with one name.
     """
-    if not folder.is_dir():
-        raise UserError(f"--helpers {folder}: no such folder; check the path")
     found: dict[str, Path] = {}
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in tables.IMAGES):
+    for path in tables.images_among(folder.glob("*"), f"--helpers {folder}"):
         other = found.setdefault(stem_of(path.stem), path)
         if other != path:
             raise UserError(f"--helpers {folder}: {other.name} and {path.name} are for one row; keep one of them")
-    if not found:
-        raise UserError(f"--helpers {folder}: no image in it; name the folder that holds them")
     return found
 
 

@@ -15,8 +15,9 @@ from PIL import Image
 from pydantic import Field
 
 from mirage_ds.data.kinds import kind_of
+from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
 from mirage_ds.data.record import RecordError, parse_object
-from mirage_ds.data.sources import columns_of, pieces, rows_of
+from mirage_ds.data.sources import columns_of, count_rows, pieces, rows_of
 from mirage_ds.errors import UserError, reason, shown
 from mirage_ds.tasks.draft import Draft, Picture
 from mirage_ds.tasks.report import BuildReport
@@ -69,6 +70,13 @@ class Row:
             raise BadRow(f"{name} is {shown(value)}, not a list of two texts or more")
         return value
 
+    def objects(self, name: str) -> list[dict[str, Any]]:
+        """Return a list of objects, at least one; BadRow where it is something else."""
+        value = self.values.get(name)
+        if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+            raise BadRow(f"{name} is {shown(value)}, not a list of objects")
+        return value
+
     def picture(self, value: Any, what: str) -> Picture:
         """Take an image as it is stored: bytes, a path, or `datasets`' {bytes, path}. It is decoded once, to be sure.
 
@@ -119,27 +127,30 @@ def find_tables(source: Path, folder: str = "", split: str | None = None) -> lis
     Raises:
         UserError: no such file, or it cannot be known which split is meant.
     """
-    if source.is_file():
-        if source.suffix not in TABLES:
-            raise UserError(f"{source}: not a Parquet or Arrow file; name the data set's file or folder")
-        return [source]
-    files = sorted(path for path in source.rglob("*") if path.suffix in TABLES and path.is_file())
-    files = [path for path in files if folder in path.relative_to(source).parts[:-1]] or files
+    there = [source] if source.is_file() else sorted(source.rglob("*"))
+    files = [path for path in there if path.suffix in TABLES and path.is_file()]
     if not files:
-        raise UserError(f"{source}: no Parquet or Arrow file in it; name the data set's file or folder")
+        raise UserError(f"{source}: no Parquet or Arrow file, nor one in it; name the data set's file or folder")
+    if source.is_file():
+        return files
+    files = [path for path in files if folder in path.relative_to(source).parts[:-1]] or files
     splits: dict[str, list[Path]] = {}
     for path in files:
         name = _SHARD.sub("", path.stem)
         # save_to_disk calls every split's files data-…, in a folder of the split's name.
         splits.setdefault(path.parent.name if name == "data" else name, []).append(path)
-    if split is not None:
-        fitting = [name for name in splits if name == split or name.endswith((f"_{split}", f"-{split}"))]
-        if len(fitting) != 1:
-            raise UserError(f"{source}: has no split '{split}'; there are {', '.join(splits)}")
-        return splits[fitting[0]]
-    if len(splits) > 1:
+    fitting = [name for name in splits if split is None or name == split or name.endswith((f"_{split}", f"-{split}"))]
+    if len(fitting) != 1:
         raise UserError(f"{source}: has the splits {', '.join(splits)}; say which one with --split, or name its file")
-    return files
+    return splits[fitting[0]]
+
+
+def images_among(paths: Iterable[Path], where: str) -> list[Path]:
+    """Return the images among a folder's files, in order; UserError, which calls the folder `where`, without any."""
+    found = sorted(path for path in paths if path.suffix.lower() in IMAGES and path.is_file())
+    if not found:
+        raise UserError(f"{where}: no such folder, or no image in it ({', '.join(IMAGES)}); name the one that has them")
+    return found
 
 
 def need_columns(files: Sequence[Path], names: Collection[str]) -> None:
@@ -186,15 +197,6 @@ def read_rows(files: Sequence[Path], columns: Collection[str] | None = None) -> 
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def _drawn(numbers: Sequence[int], count: int | None, seed: int) -> set[int]:
-    """Choose `count` of the rows by the seed, all of them for None; UserError where there are fewer."""
-    if count is None:
-        return set(numbers)
-    if count > len(numbers):
-        raise UserError(f"--count is {count}, but there are only {len(numbers)} rows to take; ask for fewer")
-    return set(random.Random(f"{seed}/rows").sample(sorted(numbers), count))
-
-
 def type_name(text: str) -> str:
     """Return a row's type as types are compared."""
     return text.strip().lower().replace("_", "-").replace(" ", "-")
@@ -230,36 +232,54 @@ def of_types(
 
 
 def drafts(
-    rows: Iterable[Row],
-    fitting: Sequence[int],
+    files: Sequence[Path],
     make: Callable[[Row], Draft],
     settings: ConvertSettings,
     report: BuildReport,
+    fitting: Iterable[Row] | None = None,
 ) -> Iterator[Draft]:
-    """Make the drafts of rows that the settings draw; a row that is a record already is kept and counted.
+    """Make the drafts of the rows that the settings draw; a row that is a record already is kept and counted.
 
     Args:
-        fitting: numbers of the rows that may be drawn.
+        make: a draft with a `question`, which is asked as in choices.marked_question.
+        fitting: the rows that may be drawn; None for all.
 
     Raises:
         UserError: too few rows, or a bad one, unless those are to be left out.
     """
-    chosen = _drawn(fitting, settings.count, settings.seed)
+    numbers = range(count_rows(files)) if fitting is None else [row.number for row in fitting]
+    if settings.count and settings.count > len(numbers):
+        raise UserError(f"--count is {settings.count}, but there are only {len(numbers)} rows to take; ask for fewer")
+    drawn = random.Random(f"{settings.seed}/rows").sample(numbers, settings.count) if settings.count else numbers
+    chosen = set(drawn)
     report.duplicates_kept = True
     if settings.skip_bad_records:
         report.note("bad rows left out", 0)
     seen: set[tuple[str, ...]] = set()
-    for row in rows:
+    for row in read_rows(files):
         if row.number not in chosen:
             continue
         try:
             draft = make(row)
+            _check_marks(draft)
         except BadRow as error:
             if not settings.skip_bad_records:
                 raise UserError(f"{row.where}: {error}; fix it, or leave such rows out by --skip_bad_records") from None
             report.note("bad rows left out")
             continue
-        known = (draft.key, draft.text_output, *(picture.name for picture in (*draft.images, *draft.helpers)))
+        asked = f"{draft.extra['question']} {sorted(draft.extra.get('options', ()))}"
+        known = (asked, draft.text_output, *(picture.name for picture in (*draft.images, *draft.helpers)))
         report.duplicates += known in seen
         seen.add(known)
         yield draft
+
+
+def _check_marks(draft: Draft) -> None:
+    """BadRow where a question or an answer has marks for other pictures than its own."""
+    question, answer = draft.extra["question"], draft.text_output
+    if HELPER_MARK in question or IMAGE_MARK in answer:
+        raise BadRow(f"its question spells {HELPER_MARK}, or its answer {IMAGE_MARK}, which mean images here")
+    sides = ("question", question, IMAGE_MARK, draft.images), ("answer", answer, HELPER_MARK, draft.helpers)
+    for name, text, mark, pictures in sides:
+        if text.count(mark) not in (0, len(pictures)):
+            raise BadRow(f"its {name} has {text.count(mark)} {mark} marks for {len(pictures)} images")

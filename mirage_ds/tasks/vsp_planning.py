@@ -10,7 +10,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.tasks.board_task import BoardTask, Given
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.maps import GOAL, HOLE, MOVES, Board, find, follow, map_json, parse_board, shortest_path, tile
+from mirage_ds.tasks.maps import GOAL, HOLE, MOVES, Board, find, follow, parse_board, shortest_path, tile
 from mirage_ds.tasks.rationale import sentences, spot, with_helper
 from mirage_ds.tasks.render import path_picture, state_picture
 
@@ -111,6 +111,5 @@ class Planning(MovesTask):
             helpers=(path_picture(board, moves, size),),
             extra={"path": moves},
             kind=kind_of(moves),
-            key=map_json(board),
             replaced=replaced,
         )

@@ -10,7 +10,7 @@ from typing import Any
 from mirage_ds.tasks.board_task import BoardTask, Given, ReadingSpec
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.maps import GOAL, HOLE, ICE, START, Board, find, follow, map_json, parse_board
+from mirage_ds.tasks.maps import GOAL, HOLE, ICE, START, Board, find, follow, parse_board
 from mirage_ds.tasks.render import path_picture, state_picture
 from mirage_ds.tasks.vsp_planning import MovesTask, boxed_moves, choose_moves, kind_of, solves
 
@@ -23,12 +23,6 @@ def write_board(board: Board) -> str:
     return "/".join("".join(LETTERS[cell] for cell in row) for row in board)
 
 
-def read_board(boxed: str) -> list[str]:
-    """Return the rows of an answer, upper-cased and without white space; none where no letter is one of a board's."""
-    rows = "".join(boxed.upper().split()).split("/")
-    return rows if any(letter in row for row in rows for letter in LETTERS.values()) else []
-
-
 class Transcription(BoardTask):
     """Transcription of boards; see the module."""
 
@@ -37,8 +31,9 @@ class Transcription(BoardTask):
     build_settings = ReadingSpec
 
     def parse(self, text: str, row: Mapping[str, Any]) -> list[str] | None:
-        r"""Return the rows of the last ``\boxed{…}``; None without a letter of a board."""
-        return read_board(last_boxed(text) or "") or None
+        r"""Return the rows of the last ``\boxed{…}``, in upper case; None without a board's letter."""
+        rows = "".join((last_boxed(text) or "").upper().split()).split("/")
+        return rows if any(letter in row for row in rows for letter in LETTERS.values()) else None
 
     def score_record(self, text: str, record: Mapping[str, Any]) -> dict[str, float]:
         """Score a text by the record's map.
@@ -62,7 +57,6 @@ class Transcription(BoardTask):
         return Draft(
             text_output=f"\\boxed{{{write_board(board)}}}",
             images=(state_picture(board, find(board, START), None, given.settings.cell_size),),
-            key=map_json(board),
         )
 
 
@@ -106,6 +100,5 @@ class PathReading(MovesTask):
             images=(path_picture(given.board, moves, given.settings.cell_size),),
             extra={"path": moves},
             kind=kind_of(moves),
-            key=map_json(given.board),
             replaced=replaced,
         )

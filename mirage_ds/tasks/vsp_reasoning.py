@@ -13,7 +13,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.tasks.board_task import BoardTask, BuildSpec, Given
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, Board, follow, map_json, parse_board, shortest_path, tile
+from mirage_ds.tasks.maps import GOAL, HOLE, ICE, MOVES, Board, follow, parse_board, shortest_path, tile
 from mirage_ds.tasks.rationale import seen, sentences, with_helper
 from mirage_ds.tasks.render import state_picture
 
@@ -22,7 +22,8 @@ _THINK = (
     " You FIRST think about the reasoning process as an internal monologue and then provide the final answer."
     " The reasoning process MUST BE enclosed within <think> </think> tags."
 )
-_LETTER = re.compile(r"[\s({\[]*(?:\\text\{\s*)?([ABC])(?![A-Z])")
+# In upper case, as an answer is read.
+_LETTER = re.compile(r"[\s({\[]*(?:\\TEXT\{\s*)?([ABC])(?![A-Z])")
 # Of the boards the builder draws few need more tries; a board without a hole never gives B.
 _TRIES = 60
 
@@ -96,7 +97,7 @@ class Reasoning(BoardTask):
 
     def parse(self, text: str, row: Mapping[str, Any]) -> str | None:
         r"""Return the letter of the last ``\boxed{…}``; None when it holds no A, B or C in front."""
-        match = _LETTER.match((last_boxed(text) or "").upper().replace("\\TEXT{", "\\text{"))
+        match = _LETTER.match((last_boxed(text) or "").upper())
         return match.group(1) if match else None
 
     def helper_text(self, row: Mapping[str, Any]) -> str:
@@ -118,7 +119,8 @@ class Reasoning(BoardTask):
         board, rng, size = given.board, given.rng, given.settings.cell_size
         own = given.row.get("plan")
         usable = _usable_plan(own)
-        plan = draw_plan(board, rng, given.wanted) if usable is None else usable
+        drawn = (draw_plan(board, rng, wanted) for wanted in given.wanted)
+        plan = usable or next((plan for plan in drawn if plan is not None), None)
         if plan is None:
             return None
         cells = follow(board, plan)
@@ -134,6 +136,6 @@ class Reasoning(BoardTask):
             helpers=(state_picture(board, cells[split], plan[split - 1], size),),
             extra={"plan": plan, "helper_step": split},
             kind=letter,
-            key=f"{map_json(board)} {' '.join(plan)}",
+            key=" ".join(plan),
             replaced=own is not None and usable is None,
         )

@@ -112,9 +112,10 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _new_pictures(out: Path, rows: Iterable[Row]) -> dict[str, Picture]:
-    """Return the pictures of some rows that `out` does not hold yet."""
-    return {name: one for row in rows for name, one in row.pictures.items() if not (out / name).exists()}
+def _new_pictures(rows: Iterable[Row], *folders: Path) -> dict[str, Picture]:
+    """Return the pictures of some rows that none of the folders holds yet."""
+    pictures = {name: one for row in rows for name, one in row.pictures.items()}
+    return {name: one for name, one in pictures.items() if not any((folder / name).exists() for folder in folders)}
 
 
 def write_rows(rows: Iterable[Row], settings: Settings, progress: Advance | None = None) -> Written:
@@ -128,9 +129,8 @@ def write_rows(rows: Iterable[Row], settings: Settings, progress: Advance | None
         UserError: the target exists, or cannot be written.
     """
     target = new_target(settings)
-    total = len(_new_pictures(target.parent, rows)) if isinstance(rows, Sequence) else None
-    known: set[str] = set()
-    count = 0
+    total = len(_new_pictures(rows, target.parent)) if isinstance(rows, Sequence) else None
+    count = images = 0
     with (
         whole_or_nothing(settings.out) as work,
         # Compressing pictures is most of the work.
@@ -145,11 +145,10 @@ def write_rows(rows: Iterable[Row], settings: Settings, progress: Advance | None
         waiting = iter(rows)
         while some := list(islice(waiting, ROWS_AT_A_TIME)):
             file.writelines(row.line(target.parent) for row in some)
-            pictures = _new_pictures(target.parent, some)
-            new = {name: one for name, one in pictures.items() if name not in known}
-            for done, _ in enumerate(pool.map(save, new, new.values()), len(known) + 1):
+            new = _new_pictures(some, target.parent, work)
+            for done, _ in enumerate(pool.map(save, new, new.values()), images + 1):
                 if progress is not None:
                     progress(done, total)
-            known.update(new)
             count += len(some)
-    return Written(target, count, len(known))
+            images += len(new)
+    return Written(target, count, images)

@@ -25,7 +25,7 @@ from support.records import write_jsonl
 from support.studies import Scored, columns, contrast
 
 from mirage_ds.cli import cli
-from mirage_ds.study.report.write import write_report
+from mirage_ds.study.report.build import write_report
 from mirage_ds.study.results import Cell, Results, StageResult
 from mirage_ds.study.spec import ReportSpec
 

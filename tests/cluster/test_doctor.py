@@ -242,7 +242,7 @@ def test_another_commit_on_one_host(cluster: Cluster, folder: Path) -> None:
     with mounted(cluster.hosts[2], "--bind", copy, over=ROOT / ".git"):
         said = ask(cluster.hosts[0], *QUICK, cwd=folder)
     found = [one["says"] for one in said.everything["findings"] if (one["check"], one["host"]) == ("code", "node3")]
-    assert any(one.startswith(f"commit {new[:8]}, on node1 ") for one in found)
+    assert any(one.startswith(f"commit {new[:8]} (on node1 ") for one in found)
 
 
 def test_another_version_of_a_package_on_one_host(cluster: Cluster, folder: Path) -> None:

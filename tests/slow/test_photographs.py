@@ -140,11 +140,13 @@ def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, worker
     index = selected(rows, encoder, 20_000, 0.0, ("image_input",), cache_dir=rows.parent / "cache")
     images = index.images["image_input"]
     kept = keep_features._kept(rows.parent / "features", tower, "print", encoder, "image_input", images)
-    own = keep_features.Images(index.rows, encoder, "image_input", images, kept.needs(index.row_ids))
+    own = keep_features.Images(index.rows, encoder, "image_input", images, torch.float32)
+    places = kept.needs(index.row_ids)
     config = RunConfig(model="m", save_model_path="s", stage="sft", data_path=rows, num_workers=workers)
     world = World(0, 1, 0, torch.device("cpu"), Waiting(None, 0, 1, 60.0))
-    shards, broken = keep_features._make(Run(config, world, asked=lambda: False), tower, kept, own)
-    answers.put((sum(len(shard.table) for shard in shards), len(broken), max(own.bytes_of_pixels()) / MEGABYTE))
+    shards, broken = keep_features._make(Run(config, world, asked=lambda: False), tower, kept, own, places)
+    made = sum(len(shard.table) for shard in kept.store.opened(shards))
+    answers.put((made, len(broken), max(own.bytes_of_pixels(places)) / MEGABYTE))
 
 
 # At 3.2 M pixels a photograph has 73 MB of them in float32, at the public processor's limit 288.

@@ -67,3 +67,8 @@ class Counted:
         found = self.rows, self.images
         self.rows = self.images = 0
         return found
+
+
+def two_a_block(runs: int) -> int:
+    """Passes of a micro-step of stage2 with k = 2."""
+    return 2 * runs + 1

@@ -34,7 +34,7 @@ def controls(folder: Path, **flags: Any) -> None:
 def run_controls(folder: Path, spec: ControlsSpec) -> None:
     """Run the study, print its tables, and write the files asked for."""
     from mirage_ds.analysis.controls.report import told
-    from mirage_ds.analysis.controls.study import study
+    from mirage_ds.analysis.controls.run import study
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.progress import track
     from mirage_ds.evaluate.decoder import load_decoder
@@ -74,7 +74,7 @@ def compare(files: tuple[Path, ...], metric: str | None, seed: int, out: Path | 
     FILES are what `mirage-ds evaluate --out` wrote, and each is compared with the first. Paired differences with 95 %
     bootstrap intervals, exact McNemar p and p by Holm. Files of other records are refused.
     """
-    from mirage_ds.analysis.controls import compare as comparing
+    from mirage_ds.analysis.controls import report
 
-    found = comparing.compare(files, metric, seed)
-    _tell(found, comparing.told(found), out, markdown)
+    found = report.compare(files, metric, seed)
+    _tell(found, report.compared(found), out, markdown)

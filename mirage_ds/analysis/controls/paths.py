@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls.conditions import Given
-from mirage_ds.analysis.controls.run import check
 from mirage_ds.analysis.controls.statistics import visible_mean
-from mirage_ds.analysis.controls.teach import decode, rows_of
+from mirage_ds.analysis.controls.teach import Row, check, decode, in_batches
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import Track, answer_of, batches, batches_fit
+from mirage_ds.evaluate.decoder import Track, answer_of
 from mirage_ds.evaluate.scoring import Prediction, bootstrap, wilson
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.maps import Board, count_shortest_paths, follow, parse_board, shortest_path
@@ -118,16 +117,16 @@ def run_paths(
             twins = [twin for fork in forks for twin in _with_helpers(fork, bench.encoder.finder, Path(name))]
         except RecordError as error:
             raise UserError(f"record on {error}") from None
-        answers: dict[int, Prediction] = {}
-        for part in track(batches(check(twins, bench), batch_size)):
-            with batches_fit(batch_size):
-                rows = rows_of(bench, [twins[i] for i in part], part)
-                made = decode(bench, rows, Given([row.targets for row in rows if row.targets is not None]))
-            answers |= {i: answer_of(one, bench.encoder) for i, one in zip(part, made, strict=True)}
-    found = [_followed(fork, answers[2 * i], answers[2 * i + 1]) for i, fork in enumerate(forks)]
+
+        def answered(rows: Sequence[Row]) -> list[Prediction]:
+            made = decode(bench, rows, Given([row.targets for row in rows if row.targets is not None]))
+            return [answer_of(one, bench.encoder) for one in made]
+
+        answers = in_batches(bench, twins, check(twins, bench), batch_size, track, answered)
+    found = [_followed(*one) for one in zip(forks, answers[::2], answers[1::2], strict=True)]
     return {
         "left_out": len(records) - len(forks),
-        "opened": sum(bool(answer.runs) for answer in answers.values()),
+        "opened": sum(bool(answer.runs) for answer in answers),
         **summary([one["follows"] for one in found], seed),
         "answers": found,
     }

@@ -1,15 +1,17 @@
-"""What the controls found, for eyes and for programs: a table, Markdown, JSON."""
+"""What the controls found, and what a comparison of files of scores: for programs, and as tables and sentences."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mirage_ds.analysis.controls.paths import VERDICTS
-from mirage_ds.analysis.controls.run import Outcome
-from mirage_ds.analysis.controls.statistics import differences, differs
-from mirage_ds.analysis.controls.words import listed, sentence, unseen
+from mirage_ds.analysis.controls.statistics import differences, differs, listed, sentence, unseen
+from mirage_ds.analysis.controls.teach import Outcome
+from mirage_ds.config.columns import parse_columns
 from mirage_ds.data.record import Record
+from mirage_ds.errors import UserError, closest
 from mirage_ds.evaluate.scoring import average, marks
-from mirage_ds.evaluate.tables import Cells, Told
+from mirage_ds.evaluate.tables import Cells, Told, read_report
 
 SCORE_HEAD = ["latents", "score", "− own", "p", "p (Holm)"]
 LIKELIHOOD_HEAD = ["latents", "slots", "log p", "− own"]
@@ -75,6 +77,11 @@ def p_values(one: Mapping[str, Any] | None) -> Cells:
     return ["" if p is None else "<.0001" if p < 1e-4 else f"{p:.4f}" for p in found]
 
 
+def differing(one: Mapping[str, Any] | None) -> Cells:
+    """Write a difference and its p-values, a cell each."""
+    return [apart(one), *p_values(one)]
+
+
 def notes(report: Mapping[str, Any]) -> list[str]:
     """Say in sentences what the tables cannot."""
     said = []
@@ -118,15 +125,87 @@ def told(report: Mapping[str, Any]) -> Told:
     """Write what was found as tables and sentences."""
     tables = []
     if conditions := report.get("conditions"):
-        scores, likelihoods = [], []
+        scores, logs = [], []
         for name, one in conditions.items():
-            score, slots = one["score_difference"], f"{one['metrics']['latents']:.1f}"
-            scores.append([name, measured(one["score"]), apart(score), *p_values(score)])
-            log_p = one["log_likelihood"], one["log_likelihood_difference"]
-            likelihoods.append([name, slots, measured(log_p[0]), apart(log_p[1])])
-        tables += [(SCORE_HEAD, scores), (LIKELIHOOD_HEAD, likelihoods)]
+            scores.append([name, measured(one["score"]), *differing(one["score_difference"])])
+            slots, by = f"{one['metrics']['latents']:.1f}", one["log_likelihood_difference"]
+            logs.append([name, slots, measured(one["log_likelihood"]), apart(by)])
+        tables += [(SCORE_HEAD, scores), (LIKELIHOOD_HEAD, logs)]
     if path := report.get("path"):
         shares = [[measured(path[name][kind], "share") for kind in VERDICTS] for name in "AB"]
         rows = [[name, str(path["records"]), *own] for name, own in zip("AB", shares, strict=True)]
         tables.append((PATH_HEAD, rows))
     return Told(f"{report['task']}, {report['model']}", tables, notes(report))
+
+
+FILE_HEAD = ["file", "score", "− first", "p", "p (Holm)"]
+
+
+def check_same(files: Sequence[Path], one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Refuse two reports, of two files, that are not of the same records.
+
+    Raises:
+        UserError: says the first thing that differs.
+    """
+    pair = f"{files[0]} and {files[1]}"
+    columns = one.get("columns"), other.get("columns")
+    same = parse_columns(columns[0]) == parse_columns(columns[1])
+    for what, a, b, how in (
+        ("tasks", one["task"], other["task"], "only one task's answers can be paired"),
+        ("data", one["hashes"]["data"], other["hashes"]["data"], "evaluate both on the same records file"),
+        ("--columns", *((None, None) if same else columns), "evaluate both with the same"),
+        ("numbers of answers", len(one["answers"]), len(other["answers"]), "evaluate both with the same --most"),
+    ):
+        if a != b:
+            raise UserError(f"{pair}: of different {what} ({a}, {b}); {how}")
+    for a, b in zip(one["answers"], other["answers"], strict=True):
+        line = a["line"]
+        if line != b["line"]:
+            raise UserError(f"{pair}: of different rows (line {line}, line {b['line']}); evaluate the same records")
+        if a["prompt"] != b["prompt"]:
+            raise UserError(f"{pair}: the question on line {line} is not the same; evaluate both on the same images")
+
+
+def compare(files: Sequence[Path], metric: str | None, seed: int) -> dict[str, Any]:
+    """Compare every file with the first, record by record.
+
+    Args:
+        metric: what is compared; the task's first metric if None.
+        seed: of the bootstrap.
+
+    Returns:
+        {"task", "metric", "records", "files": {file: {"mean", "low", "high", "difference"}}}, as statistics.average
+        and differences give them; the difference of the first file is None.
+
+    Raises:
+        UserError: fewer than two files, one given twice, a file that is no result, different records, no such metric.
+    """
+    if len({file.resolve() for file in files}) < max(2, len(files)):
+        raise UserError("compare: give at least two result files, each once")
+    results = {str(file): read_report(file) for file in files}
+    first, *others = results
+    for other in others:
+        check_same((files[0], Path(other)), results[first], results[other])
+    if not results[first]["answers"]:
+        raise UserError(f"{first}: holds no answer; evaluate at least one record")
+    metrics = {file: [one["metrics"] for one in report["answers"]] for file, report in results.items()}
+    known = [name for name in metrics[first][0] if all(name in one for own in metrics.values() for one in own)]
+    name = metric or next(iter(known), "")
+    if name not in known:
+        raise UserError(f"--metric {name}: not in every answer{closest(name, known)}; there are {', '.join(known)}")
+    values = {file: [float(one[name]) for one in own] for file, own in metrics.items()}
+    found = differences({file: values[file] for file in others}, values[first], seed)
+    return {
+        "task": results[first]["task"],
+        "metric": name,
+        "records": len(values[first]),
+        "files": {file: {**average(own, seed), "difference": found.get(file)} for file, own in values.items()},
+    }
+
+
+def compared(report: dict[str, Any]) -> Told:
+    """Write a comparison of files as a table and a sentence."""
+    rows = [[file, measured(one), *differing(one["difference"])] for file, one in report["files"].items()]
+    (first, _), *others = report["files"].items()
+    words = sentence({file: one["difference"] for file, one in others}, first, report["records"], report["metric"])
+    return Told(f"{report['task']}, {report['metric']}, {report['records']} records", [(FILE_HEAD, rows)], [words])

@@ -1,4 +1,4 @@
-"""Every record under every condition.
+"""Every record under every condition: from a model folder and a records file to the whole report.
 
 N rows of a batch, R latent blocks of a row, k latents a block, H hidden.
 
@@ -6,28 +6,24 @@ Two rounds over the records. The first decodes them as usual and keeps the own l
 of the other conditions are made, which the second round feeds.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls import teach
 from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners, forbid
-from mirage_ds.analysis.controls.teach import Row, decode, rows_of
-from mirage_ds.data.loader import check_records
+from mirage_ds.analysis.controls.paths import run_paths
+from mirage_ds.analysis.controls.report import summarize
+from mirage_ds.analysis.controls.spec import PATH, ControlsSpec
+from mirage_ds.analysis.controls.teach import Outcome, Row, check, decode, in_batches
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import Track, answer_of, batches, batches_fit
-from mirage_ds.evaluate.scoring import Prediction
+from mirage_ds.evaluate.decoder import Decoder, Track, answer_of, need_latents, run_limits
+from mirage_ds.evaluate.report import Asked
 from mirage_ds.model.generate import Generated, greedy
-
-
-class Outcome(NamedTuple):
-    """A record under one condition: its answer, and the log-likelihood of the right one (see teach)."""
-
-    answer: Prediction
-    log_likelihood: float
 
 
 def fill(
@@ -47,27 +43,6 @@ def fill(
     return decode(bench, rows, Given(fed)), teach.given(bench, rows, fed)
 
 
-def check(records: Sequence[Record], bench: Bench) -> list[int]:
-    """Refuse records that cannot be used, and put the others in an order in which neighbours are alike in length.
-
-    Raises:
-        UserError: a faulty record, or one whose answer has no latent block.
-    """
-    measures = check_records(records, bench.encoder)
-    for record, measure in zip(records, measures, strict=True):
-        if not measure.runs:
-            raise UserError(
-                f"record on line {record.line}, text_output: no latent block; write <output_image> where it stands, or "
-                "give image_output (the block then stands first)"
-            )
-    return sorted(range(len(records)), key=lambda i: measures[i].tokens)
-
-
-def _outcomes(bench: Bench, decoded: Sequence[Generated], log_likelihoods: Sequence[float]) -> list[Outcome]:
-    answers = [answer_of(one, bench.encoder) for one in decoded]
-    return [Outcome(answer, value) for answer, value in zip(answers, log_likelihoods, strict=True)]
-
-
 def run_conditions(
     bench: Bench, records: Sequence[Record], names: Sequence[str], seed: int, batch_size: int, track: Track = iter
 ) -> dict[str, list[Outcome]]:
@@ -83,31 +58,84 @@ def run_conditions(
     Raises:
         UserError: a record that cannot be used, or a condition that cannot be made of these records.
     """
+
+    def outcomes(decoded: Sequence[Generated], log_likelihoods: Sequence[float]) -> list[Outcome]:
+        answers = [answer_of(one, bench.encoder) for one in decoded]
+        return [Outcome(*one) for one in zip(answers, log_likelihoods, strict=True)]
+
+    def own(rows: Sequence[Row]) -> Iterator[Any]:
+        fed, log_likelihoods = teach.own(bench, rows)
+        return zip(fed, [row.targets for row in rows], outcomes(decode(bench, rows), log_likelihoods), strict=True)
+
     order = check(records, bench)
-    parts = batches(order, batch_size)
-    found: dict[str, dict[int, Outcome]] = {name: {} for name in ("own", *names)}
-    latents: dict[int, torch.Tensor] = {}
-    targets: dict[int, torch.Tensor] = {}
-    for part in track(parts):
-        with batches_fit(batch_size):
-            rows = rows_of(bench, [records[i] for i in part], part)
-            fed, log_likelihoods = teach.own(bench, rows)
-            outcomes = _outcomes(bench, decode(bench, rows), log_likelihoods)
-        latents |= zip(part, fed, strict=True)
-        targets |= {i: row.targets for i, row in zip(part, rows, strict=True) if row.targets is not None}
-        found["own"] |= zip(part, outcomes, strict=True)
-    places = range(len(records))
+    latents, targets, found = zip(*in_batches(bench, records, order, batch_size, track, own), strict=True)
     material = Material(
-        own=[latents[i] for i in places],
-        targets=[targets[i] for i in places if i in targets],
+        own=list(latents),
+        targets=[one for one in targets if one is not None],
         partners=choose_partners(records, seed) if "swap" in names else [],
         pad=bench.model.language_model.embed_tokens.weight[bench.tokens.pad].detach().cpu(),
         seed=seed,
     )
-    others = {name: KNOWN[name](material) if name in KNOWN else [] for name in names if name != "own"}
-    for part in track(parts if others else []):
-        with batches_fit(batch_size):
-            rows = rows_of(bench, [records[i] for i in part], part)
-            for name, vectors in others.items():
-                found[name] |= zip(part, _outcomes(bench, *fill(name, vectors, bench, rows)), strict=True)
-    return {name: [own[i] for i in places] for name, own in found.items()}
+    vectors = {name: KNOWN[name](material) if name in KNOWN else [] for name in names if name != "own"}
+
+    def others(rows: Sequence[Row]) -> Iterator[Any]:
+        return zip(*(outcomes(*fill(name, own, bench, rows)) for name, own in vectors.items()), strict=True)
+
+    rest = in_batches(bench, records, order, batch_size, track, others) if vectors else []
+    return {"own": list(found), **{name: [one[at] for one in rest] for at, name in enumerate(vectors)}}
+
+
+def study(
+    decoder: Decoder, names: Sequence[str], spec: ControlsSpec, asked: Asked, track: Track = iter
+) -> dict[str, Any]:
+    """Run the conditions on a records file.
+
+    Args:
+        names: as spec.parse_names gives them; asked: the records, with their answers.
+
+    Returns:
+        {"task", "model", "data", "settings", "hashes", "conditions", "answers", "path"}; the last ones where asked for.
+
+    Raises:
+        UserError: an open length of blocks, a fault in a record, or a condition that cannot be made of these records.
+    """
+    need_latents(decoder)
+    # With a fixed number of slots the longest block has no say.
+    limits = run_limits(decoder, spec.max_new_tokens, 0, spec.run_length, spec.prefill_tokens)
+    k = limits.fixed_run
+    if not k:
+        raise UserError(
+            f"--run_length: conditions are compared at the same number of slots, at least 1, and {decoder.folder} does "
+            "not say how many it was trained with; give the number"
+        )
+    records, task, digest = asked
+    helpers = decoder.latent_encoder("stage1", k)
+    grounded = Bench(decoder.loaded.model, decoder.tower, helpers, limits)
+    bench = grounded if "oracle" in names else replace(grounded, encoder=replace(helpers, stage="stage2"))
+    pixels: Any = helpers.images.size
+    report: dict[str, Any] = {
+        "task": task,
+        "model": str(decoder.folder),
+        "data": str(spec.data_path),
+        "settings": {
+            "latents": names,
+            "slots": k,
+            "decoding": "greedy",
+            "max_new_tokens": limits.new_tokens,
+            "seed": spec.seed,
+            "batch_size": spec.batch_size,
+            "min_pixels": pixels["shortest_edge"],
+            "max_pixels": pixels["longest_edge"],
+            "device": bench.device.type,
+            "dtype": str(bench.model.head.weight.dtype).removeprefix("torch."),
+        },
+        "hashes": {"data": digest},
+    }
+    if PATH in names:
+        # First, since it refuses soonest.
+        report["path"] = run_paths(grounded, records, task, spec.seed, spec.batch_size, track)
+    others = [name for name in names if name != PATH]
+    if others:
+        outcomes = run_conditions(bench, records, others, spec.seed, spec.batch_size, track)
+        report["conditions"], report["answers"] = summarize(records, outcomes, task, spec.seed)
+    return report

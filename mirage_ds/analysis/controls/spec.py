@@ -11,8 +11,8 @@ CONDITIONS = ("own", "first", "zero", "random", "matched", "swap", "oracle", "of
 PATH = "path"
 
 
-def parse_names(text: str) -> list[str]:
-    """Read --latents: names with commas between them, each once; `own`, which all are compared with, comes first.
+def parse_names(text: str, flag: str = "--latents") -> list[str]:
+    """Read the flag's text: names with commas between them, each once; `own`, which all are compared with, comes first.
 
     Raises:
         UserError: an unknown name.
@@ -21,9 +21,9 @@ def parse_names(text: str) -> list[str]:
     known = (*CONDITIONS, PATH)
     for name in names:
         if name not in known:
-            raise UserError(f"--latents: no condition {name!r}{closest(name, known)}; there are {', '.join(known)}")
+            raise UserError(f"{flag}: no condition {name!r}{closest(name, known)}; there are {', '.join(known)}")
     if not names:
-        raise UserError(f"--latents names no condition; there are {', '.join(known)}")
+        raise UserError(f"{flag} names no condition; there are {', '.join(known)}")
     return names if names == [PATH] else ["own", *(name for name in names if name != "own")]
 
 

@@ -1,13 +1,15 @@
 """Paired differences between two conditions on the same records: intervals, tests, what a test can see. N records."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from statistics import NormalDist, pstdev
+from typing import Any
 
 import numpy as np
 
-from mirage_ds.evaluate.scoring import RESAMPLES, bootstrap, is_binary  # noqa: F401  # study reports resample as often
+from mirage_ds.evaluate.scoring import bootstrap, is_binary
 
 # A difference that is found in so many of all samples would have shown.
 POWER = 0.8
@@ -78,13 +80,10 @@ def least(power: Callable[[float], float], most: float) -> float | None:
     Args:
         power: of a difference; it does not fall.
     """
-    low, high = 0.0, most
     if most <= 0 or power(most) < POWER:
         return None
-    for _ in range(13):
-        middle = (low + high) / 2
-        low, high = (low, middle) if power(middle) >= POWER else (middle, high)
-    return high
+    steps = 1 << 13
+    return most * (1 + bisect_left(range(1, steps), POWER, key=lambda step: power(most * step / steps))) / steps
 
 
 def visible_share(count: int, discordant: float, alpha: float) -> float | None:
@@ -166,3 +165,62 @@ def differences(
     tested = {name: one["p"] for name, one in found.items() if one["p"] is not None}
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     return {name: {**one, "p_holm": adjusted.get(name)} for name, one in found.items()}
+
+
+# How often a difference of the size that is told, or a smaller one, is missed.
+MISSED = f"would be missed more than 1 time in {1 / (1 - POWER):.0f}"
+
+
+def amount(value: float, points: bool, sign: str = "") -> str:
+    """Write a difference: of shares in points, of other numbers as it is."""
+    return f"{100 * value:{sign}.1f} points" if points else f"{value:{sign}.3g}"
+
+
+def sure(one: Mapping[str, Any], points: bool) -> str:
+    """Write a difference with its interval, and its p where there is one, in brackets."""
+    low, high = (f"{100 * one[key]:+.1f}" if points else f"{one[key]:+.3g}" for key in ("low", "high"))
+    p = p_of(one)
+    tested = "" if p is None else ", p < 0.0001" if p < 1e-4 else f", p = {p:.4f}"
+    return f"({amount(one['mean'], points, '+')}, 95 % interval {low} to {high}{tested})"
+
+
+def unseen(visible: Sequence[float | None], points: bool) -> str:
+    """Say which differences could not have been seen, behind "no difference is found …, where".
+
+    Args:
+        visible: see statistics.difference; of several comparisons each one's.
+    """
+    known = sorted(one for one in visible if one is not None)
+    sizes = list(dict.fromkeys(amount(one, points) for one in known if one))
+    if not sizes:
+        return "no record differs at all" if known else "with so few records none of any size could show"
+    if len(sizes) > 1:
+        return f"one below {sizes[0].removesuffix(' points')} to {sizes[-1]}, by comparison, {MISSED}"
+    return f"one below {sizes[0]} {MISSED}"
+
+
+def listed(names: Sequence[str], last: str = "and") -> str:
+    """Write names one after the other, the last behind an "and"."""
+    return f" {last} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def sentence(found: Mapping[str, Mapping[str, Any]], base: str, records: int, metric: str) -> str:
+    """Say what the comparisons of several conditions with one came to.
+
+    Args:
+        found: condition → what statistics.differences returns; at least one.
+        base: the condition that they are compared with.
+    """
+    points = next(iter(found.values()))["p"] is not None
+    parts = []
+    for way, sign in (("lower", -1), ("higher", 1)):
+        names = [
+            f"{name} {sure(one, points)}" for name, one in found.items() if differs(one) and one["mean"] * sign > 0
+        ]
+        if names:
+            parts.append(f"{metric} is {way} with {listed(names)} than with {base}")
+    same = {name: one["visible"] for name, one in found.items() if not differs(one)}
+    if same:
+        blind = unseen(list(same.values()), points)
+        parts.append(f"no difference of {metric} is found between {base} and {listed(list(same), 'or')}, where {blind}")
+    return f"On {records:,} records: {'; '.join(parts)}."

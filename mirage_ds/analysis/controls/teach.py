@@ -1,4 +1,4 @@
-"""Rows with their latent blocks, and the likelihood of a given answer behind given latents.
+"""Rows with their latent blocks, batch by batch, and the likelihood of a given answer behind given latents.
 
 T tokens of the packed rows, N rows, A scored tokens of a row, C of a chunk, R latent blocks of a row, k latents a
 block, F image features, H hidden, V vocabulary.
@@ -7,19 +7,29 @@ A row's log-likelihood is the mean over its scored tokens of their log-probabili
 tokens. So it is one measure for all conditions: without a latent block the model would open one if it could.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.data.batch import Batch
+from mirage_ds.data.loader import check_records
 from mirage_ds.data.record import Record
 from mirage_ds.data.sample import IGNORE, Sample
-from mirage_ds.evaluate.decoder import prompt_of, without_helpers
+from mirage_ds.errors import UserError
+from mirage_ds.evaluate.decoder import Track, batches, batches_fit, prompt_of, without_helpers
+from mirage_ds.evaluate.scoring import Prediction
 from mirage_ds.model.generate import Chooser, Generated, Latents, LatentTokens, generate, greedy
 from mirage_ds.model.latents import compress
+
+
+class Outcome(NamedTuple):
+    """A record under one condition: its answer, and the log-likelihood of the right one."""
+
+    answer: Prediction
+    log_likelihood: float
 
 
 class Row(NamedTuple):
@@ -91,6 +101,40 @@ def rows_of(bench: Bench, records: Sequence[Record], places: Sequence[int]) -> l
         )
         for sample, own, target in zip(samples, features, targets, strict=True)
     ]
+
+
+def check(records: Sequence[Record], bench: Bench) -> list[int]:
+    """Refuse records that cannot be used, and put the others in an order in which neighbours are alike in length.
+
+    Raises:
+        UserError: a faulty record, or one whose answer has no latent block.
+    """
+    measures = check_records(records, bench.encoder)
+    for record, measure in zip(records, measures, strict=True):
+        if not measure.runs:
+            raise UserError(
+                f"record on line {record.line}, text_output: no latent block; write <output_image> where it stands, or "
+                "give image_output (the block then stands first)"
+            )
+    return sorted(range(len(records)), key=lambda i: measures[i].tokens)
+
+
+def in_batches(
+    bench: Bench, records: Sequence[Record], order: Sequence[int], size: int, track: Track, work: Callable[..., Any]
+) -> list[Any]:
+    """Do `work` on the rows of batch after batch; return what it gives for each row, in the order of the records.
+
+    Args:
+        order: see check; work: rows of a batch → something for each of them.
+
+    Raises:
+        UserError: an image does not decode, or a batch does not fit.
+    """
+    found: dict[int, Any] = {}
+    for part in track(batches(order, size)):
+        with batches_fit(size):
+            found |= zip(part, work(rows_of(bench, [records[i] for i in part], part)), strict=True)
+    return [found[i] for i in range(len(records))]
 
 
 def decode(

@@ -1,16 +1,13 @@
 """Seeing the latents: heat maps, nearest words, attention, PCA and a linear probe, as pictures and one page.
 
-    run      a row through the model → its latents, what is fed back, what attends to them
+    look     a row through the model → its latents, what attends to them, all numbers and figures of a latent block
     measure  numbers about vectors: cosines, nearest words, pooled targets, principal components
-    look     all numbers of one latent block
-    corpus   the latents of a file of records
-    probe    what a linear reader finds in them
+    probe    what a linear reader finds in them, and in one sentence
     draw     numbers → matplotlib figures
-    style    sizes, colours, legends and texts of all figures
+    style    sizes, colours, legends and texts of all figures (captions.yaml says how to read them)
     page     figures and tables → one HTML file (page.html)
-    live     figures of a few rows, for a run that is training
-    study    what `mirage-ds inspect` does
-    spec     its flags
+    study    what `mirage-ds inspect` does: chosen rows, and all rows of a file together
+    command  its flags and the command
 
 It uses the stations of the trainer; none of them uses it.
 """

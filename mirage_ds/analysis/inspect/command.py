@@ -1,14 +1,30 @@
-"""`mirage-ds inspect`, the command. Imports stay inside it: `--help` is quick."""
+"""`mirage-ds inspect`: its flags and the command. Imports stay inside it: `--help` is quick."""
 
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from mirage_ds.analysis.inspect.spec import InspectSpec
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
+from mirage_ds.errors import UserError
+from mirage_ds.evaluate.spec import DataSpec, FolderSpec, HelperSpec
 from mirage_ds.files import check_output
+
+
+class InspectSpec(HelperSpec, FolderSpec, DataSpec):
+    """What is looked at."""
+
+    out: Path = Field(description="New folder for index.html, the pictures and numbers.json.")
+    rows: tuple[NonNegativeInt, ...] = Field((), description="Rows shown in detail, counted from 0. [default: 0]")
+    decode: bool = Field(False, description="Show these rows' latents in the model's own decoding too.")
+    max_new_tokens: PositiveInt = Field(256, description="With --decode: tokens of an answer, at most.")
+    most: PositiveInt = Field(1000, description="Rows that the components and the probe are made of.")
+    label: tuple[str, ...] = Field(
+        (), description="Keys of the records that the probe reads from the latents; text_output: the answer."
+    )
+    latent_size: PositiveInt | None = Field(None, description="k; as the model was trained if not set.")
 
 
 @click.command(context_settings=CONTEXT)
@@ -23,8 +39,12 @@ def inspect(folder: Path, **flags: Any) -> None:
     """
     from mirage_ds.analysis.inspect.study import inspect_file
     from mirage_ds.data.progress import track
+    from mirage_ds.data.record import RecordError
 
     spec = build_model(InspectSpec, flags)
     check_output(spec.out, "--out", folder=True)
-    page, said = inspect_file(folder, spec, partial(track, title="running rows"))
+    try:
+        page, said = inspect_file(folder, spec, partial(track, title="running rows"))
+    except RecordError as error:
+        raise UserError(f"{spec.data_path}: record on {error}") from None
     click.echo(f"{page}\n{said}")

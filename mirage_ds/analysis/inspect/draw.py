@@ -13,23 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from mirage_ds.analysis.inspect.corpus import Projection
+from mirage_ds.analysis.inspect import style
 from mirage_ds.analysis.inspect.look import PARTS, Look
-from mirage_ds.analysis.inspect.measure import Words
+from mirage_ds.analysis.inspect.measure import Projection, Words
 from mirage_ds.analysis.inspect.probe import Reading
-from mirage_ds.analysis.inspect.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    SKY,
-    VERMILLION,
-    interval,
-    legible,
-    name_rows,
-    panels,
-)
 
 # More latents than these go on in the next row.
 LATENTS_A_ROW = 6
@@ -64,16 +51,15 @@ def similarity(look: Look, small: bool = False) -> Figure | None:
     sides = [picture.shape[0] / picture.shape[1] for _, picture, _ in look.similarity for _ in range(down)]
     heights = [1.45 * min(max(side, 0.3), 2.5) + 0.25 for side in sides]
     width, title = max(5.0, 1.45 * across + 2.8), f"{look.title}: where in the images the latents point"
-    figure, grid = panels(
-        len(heights), across + 1, sum(heights) / len(heights), width=width, title=title, height_ratios=heights
-    )
+    height, count = sum(heights) / len(heights), len(heights) * (across + 1)
+    figure, cells = style.panels(count, across + 1, height, width=width, title=title, height_ratios=heights)
     # The layout forgets some of what stands beside a colour bar that several rows share.
     engine: Any = figure.get_layout_engine()
     engine.set(rect=(0, 0, 1 - 0.12 / width, 1))
-    for axes in grid.flat:
+    for axes in cells:
         axes.axis("off")
-    for number, (name, picture, cosines) in enumerate(look.similarity):
-        rows = grid[number * down : (number + 1) * down]
+    grids = np.reshape(np.array(cells), (-1, down, across + 1))
+    for rows, (name, picture, cosines) in zip(grids, look.similarity, strict=True):
         rows[0, 0].imshow(picture)
         rows[0, 0].set_title(name)
         options: dict[str, Any] = {"vmin": float(cosines.min()), "vmax": float(cosines.max()), "cmap": "viridis"}
@@ -93,8 +79,10 @@ def _count(axis: Axis, ticks: int) -> None:
     axis.set_ticks(range(ticks), [str(tick + 1) for tick in range(ticks)])
 
 
-def _cells(axes: Axes, values: np.ndarray, texts: Callable[[int, int], str], fontsize: int, **options: Any) -> Any:
-    """Draw a matrix as colours with a text in each cell; return what a colour bar needs."""
+def _cells(
+    axes: Axes, values: np.ndarray, texts: Callable[[int, int], str], fontsize: int, unit: str, **options: Any
+) -> None:
+    """Draw a matrix as colours with a text in each cell, and a colour bar."""
     image = axes.imshow(values, **options)
     middle = (values.min() + values.max()) / 2
     for (row, column), value in np.ndenumerate(values):
@@ -102,64 +90,67 @@ def _cells(axes: Axes, values: np.ndarray, texts: Callable[[int, int], str], fon
         axes.text(column, row, texts(row, column), color=colour, ha="center", va="center", fontsize=fontsize)
     _count(axes.xaxis, values.shape[1])
     _count(axes.yaxis, values.shape[0])
-    return image
-
-
-def _table(axes: Axes, words: Words, spellings: dict[int, str], title: str, unit: str) -> None:
-    scores = words.scores.T.numpy()
-
-    def text(row: int, latent: int) -> str:
-        word, score = spellings[int(words.ids[latent, row])], scores[row, latent]
-        return f"{legible(word, LETTERS)}\n{'<0.01' if 0 <= score < 0.005 else f'{score:.2f}'}"
-
-    image = _cells(axes, scores, text, 8, cmap="cividis", aspect="auto")
-    axes.set(xlabel="latent", ylabel="rank", title=title)
     assert axes.figure is not None
     axes.figure.colorbar(image, ax=axes, label=unit, pad=0.02)
 
 
+def _table(axes: Axes, spellings: dict[int, str], words: Words, title: str, unit: str) -> None:
+    scores = words.scores.T.numpy()
+
+    def text(row: int, latent: int) -> str:
+        word, score = spellings[int(words.ids[latent, row])], scores[row, latent]
+        return f"{style.legible(word, LETTERS)}\n{'<0.01' if 0 <= score < 0.005 else f'{score:.2f}'}"
+
+    _cells(axes, scores, text, 8, unit, cmap="cividis", aspect="auto")
+    axes.set(xlabel="latent", ylabel="rank", title=title)
+
+
 def words(look: Look, small: bool = False) -> Figure:
     """Write the nearest words of each latent, by cosine and as the head reads it."""
+    tables = [(look.nearest, "nearest output vectors", "cosine")]
+    if not small:
+        tables.append((look.lens, "logit lens: what the head would emit", "probability"))
     k, m = look.nearest.ids.shape
     # Of more than four latents the two tables stand one below the other.
-    across, down = (1, 1) if small else (2, 1) if k <= 4 else (1, 2)
+    across = len(tables) if k <= 4 else 1
     width, title = max(4.0 * across, across * (1.15 * k + 1.3)), f"{look.title}: the words nearest to the latents"
-    figure, grid = panels(down, across, 0.42 * m + 1.0, width=width, title=title)
-    _table(grid.flat[0], look.nearest, look.spellings, "nearest output vectors", "cosine")
-    if not small:
-        _table(grid.flat[1], look.lens, look.spellings, "logit lens: what the head would emit", "probability")
+    figure, shown = style.panels(len(tables), across, 0.42 * m + 1.0, width=width, title=title)
+    for axes, table in zip(shown, tables, strict=True):
+        _table(axes, look.spellings, *table)
     return figure
 
 
 def norms(look: Look, small: bool = False) -> Figure:
     """Draw the latents' norms among those of the inputs, and with a helper the cosines to its targets."""
-    wide = look.to_targets is not None and not small
-    title = f"{look.title}: norms{' and cosines to the targets' if wide else ''}"
-    ratios = [1.35, 1] if wide else [1]
-    figure, grid = panels(1, len(ratios), 3.2, width=9.2 if wide else 5.6, title=title, width_ratios=ratios)
-    axes = grid[0, 0]
+    targets = None if small or look.to_targets is None else look.to_targets.numpy()
+    title, ratios, width = f"{look.title}: norms", [1.0], 5.6
+    if targets is not None:
+        title, ratios, width = f"{title} and cosines to the targets", [1.35, 1], 9.2
+    figure, shown = style.panels(len(ratios), 2, 3.2, width=width, title=title, width_ratios=ratios)
+    axes, kinds = (
+        shown[0],
+        {
+            "input embeddings of the vocabulary": (look.word_norms, style.SKY),
+            "input image's features": (look.feature_norms, style.GREEN),
+        },
+    )
     every = torch.cat([look.norms, look.word_norms, look.feature_norms]).clamp(min=1e-6).log10()
-    bins = np.logspace(float(every.min()) - 0.05, float(every.max()) + 0.05, 60)
-    for values, name, colour in (
-        (look.word_norms, "input embeddings of the vocabulary", SKY),
-        (look.feature_norms, "input image's features", GREEN),
-    ):
+    bins = np.logspace(float(every.min()) - 0.05, float(every.max()) + 0.05, 60).tolist()
+    for name, (values, colour) in kinds.items():
         if len(values):
             weights = np.full(len(values), 100 / len(values))
             axes.hist(values.numpy(), bins=bins, weights=weights, color=colour, alpha=0.75, label=name)
-    for number, norm in enumerate(look.norms.tolist()):
-        axes.axvline(norm, color=VERMILLION, linewidth=1.4, label=None if number else f"the {len(look.norms)} latents")
+    for norm in look.norms.tolist():
+        axes.axvline(norm, color=style.VERMILLION, linewidth=1.4, label=f"the {len(look.norms)} latents")
     axes.set(xscale="log", xlabel="Euclidean norm", ylabel="% of each kind")
+    # Not as powers of ten, which would be formulas.
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_title("norm of what is fed back, among the inputs' norms")
-    # Above the bars, whatever is where.
-    axes.set_ylim(top=1.45 * axes.get_ylim()[1])
-    axes.legend(fontsize=8, loc="upper left")
-    if look.to_targets is not None and not small:
-        axes, cosines = grid[0, 1], look.to_targets.numpy()
+    if targets is not None:
         size = 8 if len(look.norms) <= 6 else 6
-        image = _cells(axes, cosines, lambda row, column: f"{cosines[row, column]:.2f}", size, cmap="viridis")
-        axes.set(xlabel="target of the helper image", ylabel="latent", title="cosine to the compressed targets")
-        figure.colorbar(image, ax=axes, label="cosine")
+        _cells(shown[1], targets, lambda row, column: f"{targets[row, column]:.2f}", size, "cosine", cmap="viridis")
+        shown[1].set(xlabel="target of the helper image", ylabel="latent", title="cosine to the compressed targets")
+    style.legend(figure)
     return figure
 
 
@@ -168,59 +159,57 @@ def attends(look: Look, small: bool = False) -> Figure | None:
     if not look.answer:
         return None
     layers, count, k = look.attention.shape
-    tokens = [legible(token, LETTERS) for token in look.answer[:MOST_TOKENS]]
+    tokens = [style.legible(token, LETTERS) for token in look.answer[:MOST_TOKENS]]
     note = f" (first {len(tokens)} of {count} tokens on the right)" if count > len(tokens) and not small else ""
     title = f"{look.title}: attention from the answer, mean over heads{note}"
     ratios, width, height = ([1.3], 4.6, 3.0) if small else ([1.3, 1, 1.1], 11.0, max(3.5, 1.2 + 0.15 * len(tokens)))
-    figure, grid = panels(1, len(ratios), height, width=width, title=title, width_ratios=ratios)
+    figure, (parts, *matrices) = style.panels(len(ratios), 3, height, width=width, title=title, width_ratios=ratios)
     # Of many layers every fourth is named.
     step = 1 if layers <= 12 else 4
     named = [str(number + 1) if number % step == 0 else "" for number in range(layers)]
-    parts = grid[0, 0]
-    left = np.zeros(layers)
-    for name, colour, values in zip(PARTS, (SKY, GREY, VERMILLION, ORANGE), look.shares.T.numpy() * 100, strict=True):
+    left, colours = np.zeros(layers), (style.SKY, style.GREY, style.VERMILLION, style.ORANGE)
+    for name, colour, values in zip(PARTS, colours, look.shares.T.numpy() * 100, strict=True):
         parts.barh(range(layers), values, left=left, color=colour, label=name)
         left += values
-    name_rows(parts, named)
+    style.name_rows(parts, named)
     parts.set(xlabel="% of attention, mean over the answer's tokens", ylabel="layer", xlim=(0, 100))
     parts.set_title(f"what the answer attends to\n(evenly spread: latents {100 * look.uniform:.1f} %)")
-    figure.legend(*parts.get_legend_handles_labels(), loc="outside lower left", ncols=2 if small else 4)
-    if small:
-        return figure
     by_layer, by_token = look.attention.mean(1), look.attention[:, : len(tokens)].mean(0)
-    for axes, values, title, names, what in (
-        (grid[0, 1], by_layer, "each layer, mean over tokens", named, "layer"),
-        (grid[0, 2], by_token, "each token, mean over layers", tokens, "token of the answer"),
-    ):
-        image = axes.imshow(100 * values.numpy(), cmap="cividis", aspect="auto", vmin=0)
+    shown = (
+        (by_layer, "each layer, mean over tokens", named, "layer"),
+        (by_token, "each token, mean over layers", tokens, "token of the answer"),
+    )
+    for axes, (weights, which, names, what) in zip(matrices, shown, strict=False):
+        image = axes.imshow(100 * weights.numpy(), cmap="cividis", aspect="auto", vmin=0)
         _count(axes.xaxis, k)
         axes.set_yticks(range(len(names)), names)
-        axes.set(xlabel="latent", ylabel=what, title=f"attention to the latents:\n{title}")
+        axes.set(xlabel="latent", ylabel=what, title=f"attention to the latents:\n{which}")
         figure.colorbar(image, ax=axes, label="%")
+    style.legend(figure)
     return figure
 
 
 def pca(raw: Projection, unit: Projection, title: str) -> Figure:
     """Draw the first two principal components of all kinds of vectors, as they are and brought to length 1."""
-    figure, grid = panels(1, 2, 4.4, width=10, title=title)
+    figure, shown = style.panels(2, 2, 4.4, width=10, title=title)
     looks: dict[str, tuple[str, Any]] = {
-        "text embeddings": ("o", GREY),
-        "input image features": ("s", SKY),
-        "helper image features": ("^", GREEN),
+        "text embeddings": ("o", style.GREY),
+        "input image features": ("s", style.SKY),
+        "helper image features": ("^", style.GREEN),
     }
     latents = [name for name in raw.points if name not in looks]
     reds = colormaps["plasma"](np.linspace(0.15, 0.75, len(latents)))
     looks |= {latent: ("D", red) for latent, red in zip(latents, reds, strict=True)}
-    for axes, found, name in zip(grid[0], (raw, unit), ("vectors as they are", "vectors of length 1"), strict=True):
+    for axes, found, name in zip(shown, (raw, unit), ("vectors as they are", "vectors of length 1"), strict=True):
         for kind, (marker, colour) in looks.items():
             if kind in found.points:
-                points, label = found.points[kind].T.numpy(), f"{kind} ({len(found.points[kind])})"
-                axes.scatter(*points, s=16, marker=marker, color=colour, alpha=0.65, linewidths=0, label=label)
+                (x, y), label = found.points[kind].T.numpy(), f"{kind} ({len(found.points[kind])})"
+                axes.scatter(x, y, s=16, marker=marker, color=colour, alpha=0.65, linewidths=0, label=label)
         first, second = (100 * found.share).tolist()
         axes.set(xlabel=f"component 1 ({first:.0f} % of the variance)", ylabel=f"component 2 ({second:.0f} %)")
         axes.set_title(name)
         axes.grid()
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    style.legend(figure)
     return figure
 
 
@@ -234,22 +223,17 @@ def reads(questions: dict[str, dict[str, Reading]], title: str, unit: str) -> Fi
     sources = next(iter(questions.values()))
     one = next(iter(sources.values()))
     title = f"{title} ({one.rows} rows, {one.maps} {unit})"
-    height = 0.22 * len(sources) + 0.85
-    figure, grid = panels(
-        -(-len(questions) // across), across, height, width=3.4 * across + 1.5, title=title, sharey=True
-    )
-    for axes in grid.flat[len(questions) :]:
-        axes.set_visible(False)
-    for axes, (question, found) in zip(grid.flat, questions.items(), strict=False):
+    height, width = 0.22 * len(sources) + 0.85, 3.4 * across + 1.5
+    figure, shown = style.panels(len(questions), across, height, width=width, title=title, sharey=True)
+    for axes, (question, found) in zip(shown, questions.items(), strict=True):
         for row, (source, reading) in enumerate(found.items()):
-            colour = VERMILLION if source == "all latents" else ORANGE if source.startswith("latent") else BLUE
-            mean, low, high = (100 * number for number in (reading.accuracy, reading.low, reading.high))
-            interval(axes, row, {"mean": mean, "low": low, "high": high}, colour)
+            latent = style.ORANGE if source.startswith("latent") else style.BLUE
+            numbers = {"mean": 100 * reading.accuracy, "low": 100 * reading.low, "high": 100 * reading.high}
+            style.interval(axes, row, numbers, style.VERMILLION if source == "all latents" else latent)
         chance = 100 * next(iter(found.values())).chance
-        axes.axvline(chance, color=BLACK, linestyle="--", linewidth=1)
-        axes.set(
-            title=f"{question} (commonest answer {chance:.0f} %)", xlabel=f"accuracy on unseen {unit}, %", xlim=(0, 102)
-        )
+        axes.axvline(chance, color=style.BLACK, linestyle="--", linewidth=1)
+        named = f"{question} (commonest answer {chance:.0f} %)"
+        axes.set(title=named, xlabel=f"accuracy on unseen {unit}, %", xlim=(0, 102))
         axes.grid(axis="x")
-    name_rows(grid[0, 0], list(sources))
+    style.name_rows(shown[0], list(sources))
     return figure

@@ -13,7 +13,7 @@ from mirage_ds.data.pooling import DROPPED, pool_groups
 
 
 class Words(NamedTuple):
-    """The nearest words of each latent, best first: token ids (n, m) and their scores (n, m)."""
+    """The nearest words of each latent, best first: token ids (n, m) and their scores (n, m), on the CPU."""
 
     ids: torch.Tensor
     scores: torch.Tensor
@@ -35,7 +35,7 @@ def nearest(latents: torch.Tensor, matrix: torch.Tensor, count: int) -> Words:
         Words with cosines.
     """
     scores, ids = cosines(latents, matrix).topk(min(count, len(matrix)), dim=-1)
-    return Words(ids, scores)
+    return Words(ids.cpu(), scores.cpu())
 
 
 def lens(latents: torch.Tensor, matrix: torch.Tensor, count: int) -> Words:
@@ -50,7 +50,7 @@ def lens(latents: torch.Tensor, matrix: torch.Tensor, count: int) -> Words:
     """
     logits = functional.linear(latents.to(matrix.dtype), matrix).float()
     scores, ids = logits.softmax(-1).topk(min(count, len(matrix)), dim=-1)
-    return Words(ids, scores)
+    return Words(ids.cpu(), scores.cpu())
 
 
 def targets(features: torch.Tensor, k: int, compress: Compress = "average") -> torch.Tensor:
@@ -78,3 +78,23 @@ def components(vectors: torch.Tensor, count: int = 2) -> tuple[torch.Tensor, tor
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     share = values[:count] / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
     return (centred @ (directions * largest.sign()).T).float(), share.float()
+
+
+class Projection(NamedTuple):
+    """Vectors on two principal components: kind → (·, 2) coordinates, and each component's share of the variance."""
+
+    points: dict[str, torch.Tensor]
+    share: torch.Tensor
+
+
+def project(kinds: dict[str, torch.Tensor], unit: bool) -> Projection:
+    """Lay all kinds of vectors on the two components of greatest variance of them together.
+
+    Args:
+        unit: bring each vector to length 1 first, so that directions alone matter.
+    """
+    if unit:
+        kinds = {name: functional.normalize(vectors.float(), dim=-1) for name, vectors in kinds.items()}
+    points, share = components(torch.cat(list(kinds.values())))
+    each = points.split([len(vectors) for vectors in kinds.values()])
+    return Projection(dict(zip(kinds, each, strict=True)), share)

@@ -7,12 +7,13 @@ label no row with its input images.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
+from mirage_ds.analysis.controls.statistics import MISSED, listed, visible_lift
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError, closest
@@ -35,6 +36,8 @@ POOLED = "input image, pooled"
 FEWEST_WITH_MOVE = 0.1
 CELLS = (ICE, HOLE, START, GOAL)
 STEPS = (*MOVES, "end")
+USED = "whether the answer uses the latents, only `mirage-ds controls` tells"
+UNTESTED = f"Nothing was tested: a probe needs --label with a key of the records, and {USED}."
 
 
 class Questions(NamedTuple):
@@ -113,11 +116,6 @@ def _ask(side: int, boards: Sequence[tuple[int, Board]], records: Sequence[Recor
     )
 
 
-def _label(record: Record, key: str) -> Any:
-    """Return a record's label: the value of a key, for text_output the answer in its last box, or else the answer."""
-    return last_boxed(record.text_output) or record.text_output if key == "text_output" else record.extra.get(key)
-
-
 def labelled(records: Sequence[Record], key: str, finder: ImageFinder) -> Questions:
     """Ask for a label of the records; those without it are left out.
 
@@ -130,30 +128,33 @@ def labelled(records: Sequence[Record], key: str, finder: ImageFinder) -> Questi
         UserError: the label is in no record, is always or hardly ever the same, or stands beside too few pictures.
         RecordError: an input image is missing.
     """
-    values = {row: value for row, record in enumerate(records) if (value := _label(record, key)) not in (None, "")}
+    values: dict[int, Any] = {}
+    groups = []
+    for row, record in enumerate(records):
+        answer = last_boxed(record.text_output) or record.text_output
+        value = answer if key == "text_output" else record.extra.get(key)
+        if value not in (None, ""):
+            values[row] = value
+            # What it shows: its input images by content, or its question where it has none.
+            pictures = [finder.key(record, "image_input", path) for path in record.image_input]
+            groups.append(str(pictures) if pictures else record.text_input)
     if not values:
         keys = ["text_output", *sorted({one for record in records for one in record.extra})]
         raise UserError(f"--label {key}: no record has it{closest(key, keys)}; there are {', '.join(keys)}")
-    block, groups = key, [_pictures(records[row], finder) for row in values]
+    block = key
     if all(type(value) in (int, float) for value in values.values()) and len(set(values.values())) > MOST_VALUES:
         block, found = f"{key} (which quarter)", torch.tensor(list(values.values()), dtype=torch.float64)
         labels = torch.bucketize(found, found.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)))
     else:
         texts = [json.dumps(value, sort_keys=True, default=str) for value in values.values()]
         labels = torch.tensor([sorted(set(texts)).index(text) for text in texts])
-    classes, pictures = len(labels.unique()), len(set(groups))
-    if classes < 2 or classes * ROWS_A_CLASS > len(labels) or pictures < FEWEST_MAPS:
+    classes, different = len(labels.unique()), len(set(groups))
+    if classes < 2 or classes * ROWS_A_CLASS > len(labels) or different < FEWEST_MAPS:
         raise UserError(
-            f"--label {key}: {classes} value(s) in {len(labels)} records with {pictures} different pictures; a probe "
+            f"--label {key}: {classes} value(s) in {len(labels)} records with {different} different pictures; a probe "
             f"needs at least two values, {ROWS_A_CLASS} records for each, and {FEWEST_MAPS} pictures"
         )
     return Questions(key, "pictures", torch.tensor(list(values)), groups, labels[:, None], {block: [0]})
-
-
-def _pictures(record: Record, finder: ImageFinder) -> str:
-    """Name what a record shows: its input images by content, or its question where it has none."""
-    keys = [finder.key(record, "image_input", path) for path in record.image_input]
-    return str(keys) if keys else record.text_input
 
 
 def folds(groups: Sequence[str], count: int = FOLDS, seed: int = 0) -> torch.Tensor:
@@ -238,3 +239,30 @@ def read(x: torch.Tensor, asked: Questions) -> dict[str, Reading]:
         chance = float((common == asked.labels)[:, columns].double().mean())
         found[name] = Reading(right, *wilson(right * maps, maps), chance, len(asked.labels), maps)
     return found
+
+
+def sentence(asked: Sequence[Questions], found: Sequence[Mapping[str, Mapping[str, Reading]]]) -> str:
+    """Say what can be read from all latents together, how surely, and what could not have been seen.
+
+    Args:
+        found: question → what is read → Reading, of each that was asked; none where nothing was.
+    """
+    above: list[str] = []
+    level: list[str] = []
+    lifts: list[float] = []
+    for one, readings in zip(asked, found, strict=True):
+        for question, sources in readings.items():
+            read, name = sources["all latents"], question if one.unit == "pictures" else f"{question} ({one.name})"
+            numbers = [100 * value for value in (read.accuracy, read.low, read.high, read.chance)]
+            rates = "{:.1f} % (95 % interval {:.1f} to {:.1f}, the commonest answer {:.1f}".format(*numbers)
+            if pooled := sources.get(POOLED):
+                rates += f", the input image {100 * pooled.accuracy:.1f}"
+            (above if read.low > read.chance else level).append(
+                f"{name} in {rates}) of {read.rows:,} rows with {read.maps:,} {one.unit}"
+            )
+            lifts += [] if read.low > read.chance else [visible_lift(read.maps, read.chance) or 0.0]
+    parts = [f"reads from the latents {listed(above)}"] if above else []
+    if level:
+        blind = f"less than {100 * max(lifts):.1f} points more {MISSED}" if any(lifts) else "nothing could be more"
+        parts.append(f"finds {listed(level)}, not above the commonest answer, where {blind}")
+    return f"A linear probe {'; it '.join(parts)}; {USED}." if parts else UNTESTED

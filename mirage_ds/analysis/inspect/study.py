@@ -1,6 +1,6 @@
 """What `mirage-ds inspect` does: chosen rows in detail, and all rows of a file together.
 
-k latents a latent block.
+N rows, k latents a latent block, F features, W words, H hidden.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mirage_ds.analysis.bench import Bench
-from mirage_ds.analysis.inspect.corpus import Corpus, gather, project, readings
-from mirage_ds.analysis.inspect.live import drawings, looks
-from mirage_ds.analysis.inspect.look import Look, spell
+from mirage_ds.analysis.inspect import measure, probe
+from mirage_ds.analysis.inspect.command import InspectSpec
+from mirage_ds.analysis.inspect.look import Look, decoded, drawings, looks, see, spell, taught
 from mirage_ds.analysis.inspect.page import Section, Shown, page
-from mirage_ds.analysis.inspect.probe import FEWEST_MAPS, Questions, labelled, questions
-from mirage_ds.analysis.inspect.run import decoded, taught
-from mirage_ds.analysis.inspect.spec import InspectSpec
-from mirage_ds.analysis.inspect.words import sentence
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.extras import need
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import read_records
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Track, load_decoder, need_latents
@@ -34,43 +32,87 @@ from mirage_ds.model.generate import Limits
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CAPTIONS = {
-    "similarity": "Each square is one feature of the image. One scale an image: compare the latents with each other.",
-    "words": "Words by the cosine of their output vectors to the latent, and as the head would emit them. numbers.json "
-    "has them unshortened.",
-    "norms": "Left: a state that is fed back far outside the inputs' norms is an input that the layers never saw "
-    "before they were trained on it. Right: stage 1 pulls the diagonal to one; the other columns show how alike the "
-    "targets are anyway.",
-    "attention": "Probabilities of the softmax, computed anew from queries and keys. Rows of the left panel sum to "
-    "100 %. Much attention does not prove that the latents matter, and little does not prove the contrary.",
-    "pca": "Principal components of all kinds together; in brackets how many vectors of each. On the left a kind with "
-    "long vectors decides what is seen, on the right only directions count. Of each row the first latent block.",
-    "probe": "Ridge regression, five folds; no fold shares a map, nor a rotation or reflection of one, with another "
-    "(of a label: an input picture). Bars are 95 % intervals (Wilson, each map or picture once). The dashed line is "
-    "what the commonest answer gets. Cells: ice, hole, start or goal. Helper targets are what stage 1 pulls the "
-    "latents to; the input image's features are averaged to as many vectors as there are latents.",
-}
+# Vectors of a kind that go into the components: enough for a picture, and no kind outweighs the others by far.
+MOST_VECTORS = 500
 
 
-def check_rows(records: Sequence[Record], rows: Sequence[int], file: Path) -> None:
-    """Refuse rows, counted from 0, that are not there or have no latent block."""
-    for row in rows:
-        if row >= len(records):
-            raise UserError(f"--rows {row}: {file} has the rows 0 to {len(records) - 1}; choose among them")
-        if not records[row].runs:
-            raise UserError(
-                f"--rows {row}: the record on line {records[row].line} of {file} has no latent block; choose a row "
-                "with a helper image, or with its mark in the answer"
-            )
+# Name → vectors, float32 on the CPU.
+Vectors = dict[str, torch.Tensor]
 
 
-def _keep(folder: Path, name: str, figure: Figure, caption: str) -> Shown:
+def _some(vectors: torch.Tensor) -> torch.Tensor:
+    """Draw at most MOST_VECTORS of vectors (·, H), the same in each call."""
+    drawn = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:MOST_VECTORS]
+    return vectors[drawn.sort().values]
+
+
+def gather(bench: Bench, records: Sequence[Record], batch_size: int, track: Track = iter) -> tuple[Vectors, Vectors]:
+    """Run records with their answers given, and keep the latents of their first blocks.
+
+    Args:
+        bench: with an encoder of stage2.
+        records: each with a latent block.
+
+    Returns:
+        What a probe reads → (N, k · H), or (N, H) of one latent: the latents; the helpers' targets, unless a row has
+        none; the input images' features averaged to k as a helper's are, unless one has too few. And kind of vector →
+        some of them (≤ MOST_VECTORS, H).
+
+    Raises:
+        RecordError: a record cannot be used, or an image is missing or does not decode.
+    """
+    encoder, k = bench.encoder, bench.encoder.latent_size
+    latents, words = [], set[int]()
+    # So many features a row are kept for the components; all of them might not fit.
+    few = -(-MOST_VECTORS // len(records))
+    features: dict[str, list[torch.Tensor]] = {"input image features": [], "helper image features": []}
+    pooled: dict[str, list[torch.Tensor]] = {"helper targets": [], probe.POOLED: []}
+    for part in track([records[at : at + batch_size] for at in range(0, len(records), batch_size)]):
+        thoughts = taught(bench, [encoder.encode(record, row) for row, record in enumerate(part)])
+        for record, thought in zip(part, thoughts, strict=True):
+            inputs, own = see(bench, record, thought)
+            latents.append(thought.latents[0].float().cpu())
+            if inputs:
+                features["input image features"].append(_some(thought.images.float().cpu())[:few])
+            if len(thought.images) >= k:
+                pooled[probe.POOLED].append(measure.targets(thought.images[None], k).cpu())
+            if own:
+                pooled["helper targets"].append(measure.targets(own[0].features, k, encoder.compress).cpu())
+                features["helper image features"].append(_some(own[0].features.flatten(0, 1).float().cpu())[:few])
+            words |= set(thought.ids.tolist())
+    ids = torch.tensor(sorted(words - set(encoder.tokenizer.all_special_ids)), device=bench.device)
+    stacked = torch.stack(latents)
+    each = {f"latent {number + 1}": stacked[:, number] for number in range(k)}
+    whole = {source: torch.stack(found).flatten(1) for source, found in pooled.items() if len(found) == len(records)}
+    kinds = {
+        "text embeddings": bench.model.language_model.embed_tokens.weight.detach()[ids].float().cpu(),
+        **{name: torch.cat(vectors) for name, vectors in features.items() if vectors},
+        **each,
+    }
+    sources = {"all latents": stacked.flatten(1), **each, **whole}
+    return sources, {name: _some(vectors) for name, vectors in kinds.items()}
+
+
+def readings(sources: Vectors, asked: probe.Questions) -> dict[str, dict[str, probe.Reading]]:
+    """Probe what the latents hold, and beside it what their targets and the input image hold in as many numbers.
+
+    Returns:
+        Question → what is read → Reading.
+    """
+    found: dict[str, dict[str, probe.Reading]] = {block: {} for block in asked.blocks}
+    for source, x in sources.items():
+        for block, reading in probe.read(x[asked.rows], asked).items():
+            found[block][source] = reading
+    return found
+
+
+def _keep(folder: Path, name: str, figure: Figure, kind: str) -> Shown:
     """Write a figure into the folder, and return it for the page."""
-    from mirage_ds.analysis.inspect.style import png
+    from mirage_ds.analysis.inspect.style import caption, png
 
     content = png(figure)
     (folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.png").write_bytes(content)
-    return Shown(content, name, caption)
+    return Shown(content, name, caption(kind))
 
 
 def _numbers(look: Look) -> dict[str, Any]:
@@ -103,43 +145,43 @@ def _row(folder: Path, bench: Bench, record: Record, row: int, decode: bool) -> 
         if not thought.runs:
             sections.append(Section(title, facts=facts, text="The model opened no latent block."))
         for look in looks(bench, record, thought, title):
-            made = drawings(look).items()
-            shown = [_keep(folder, f"{look.title} {name}", figure, CAPTIONS[name]) for name, figure in made]
+            shown = [_keep(folder, f"{look.title} {name}", made, name) for name, made in drawings(look).items()]
             sections.append(Section(look.title, shown, facts))
             numbers[look.title] = _numbers(look)
     return sections, numbers
 
 
-def _asked(records: Sequence[Record], labels: Sequence[str], finder: ImageFinder) -> list[Questions]:
+def questions_for(records: Sequence[Record], labels: Sequence[str], finder: ImageFinder) -> list[probe.Questions]:
     """Choose what the probe is asked: of boards where there are enough, and of the labels."""
-    boards = [one for one in questions(records) if len(set(one.groups)) >= FEWEST_MAPS]
-    return boards + [labelled(records, label, finder) for label in dict.fromkeys(labels)]
+    boards = [one for one in probe.questions(records) if len(set(one.groups)) >= probe.FEWEST_MAPS]
+    return boards + [probe.labelled(records, label, finder) for label in dict.fromkeys(labels)]
 
 
 def _together(
-    folder: Path, corpus: Corpus, file: Path, asked: Sequence[Questions]
+    folder: Path, sources: Vectors, kinds: Vectors, file: str, asked: Sequence[probe.Questions]
 ) -> tuple[list[Section], dict[str, Any], str]:
     """Study all rows of a file: components and probe; and say what came out."""
     from mirage_ds.analysis.inspect import draw, style
 
-    found, heading = [readings(corpus, one) for one in asked], "What can be read from the latents"
-    title = f"{file.name}, {len(corpus.records)} rows: latents among image features and text embeddings"
+    found, heading = [readings(sources, one) for one in asked], "What can be read from the latents"
+    numbers: dict[str, Any] = {}
     with style.styled():
-        figure = draw.pca(project(corpus.kinds, unit=False), project(corpus.kinds, unit=True), title)
-        sections = [Section("Where the latents lie", [_keep(folder, "pca", figure, CAPTIONS["pca"])])]
+        title = f"{file}, {len(sources['all latents'])} rows: latents among image features and text embeddings"
+        raw, unit = (measure.project(kinds, unit) for unit in (False, True))
+        figure = draw.pca(raw, unit, title)
+        sections = [Section("Where the latents lie", [_keep(folder, "pca", figure, "pca")])]
         for one, read in zip(asked, found, strict=True):
             what = f"boards of {one.name}" if one.unit == "maps" else one.name
-            figure = draw.reads(read, f"{file.name}, {what}: what a linear probe reads", one.unit)
-            shown = _keep(folder, f"probe {one.name}", figure, CAPTIONS["probe"])
+            figure = draw.reads(read, f"{file}, {what}: what a linear probe reads", one.unit)
+            shown = _keep(folder, f"probe {one.name}", figure, "probe")
             sections.append(Section(f"{heading}: {what}", [shown], readings=read))
+            numbers[one.name] = {
+                block: {source: r._asdict() for source, r in sources.items()} for block, sources in read.items()
+            }
     if not found:
-        text = f"No linear probe: it needs --label, or map_desc in the records, and {FEWEST_MAPS} different pictures."
-        sections.append(Section(heading, text=text))
-    numbers = {
-        one.name: {block: {source: r._asdict() for source, r in sources.items()} for block, sources in read.items()}
-        for one, read in zip(asked, found, strict=True)
-    }
-    return sections, numbers, sentence(asked, found)
+        needs = f"--label, or map_desc in the records, and {probe.FEWEST_MAPS} different pictures"
+        sections.append(Section(heading, text=f"No linear probe: it needs {needs}."))
+    return sections, numbers, probe.sentence(asked, found)
 
 
 def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[Path, str]:
@@ -149,24 +191,24 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[
         The page, and what came out in one sentence.
 
     Raises:
-        UserError: what the user can fix in the model, the records or the flags.
+        UserError: what the user can fix in the model, the records or the flags. RecordError: in a record.
     """
-    try:
-        return _inspect(folder, spec, track)
-    except RecordError as error:
-        raise UserError(f"{spec.data_path}: record on {error}") from None
-
-
-def _inspect(folder: Path, spec: InspectSpec, track: Track) -> tuple[Path, str]:
     need("plot", "inspect")
     file, rows = spec.data_path, list(dict.fromkeys(spec.rows)) or [0]
     if spec.out.exists():
         raise UserError(f"--out {spec.out} exists; remove it, or choose another")
     records = read_records(file, columns=parse_columns(spec.columns))
-    check_rows(records, rows, file)
+    for row in rows:
+        if row >= len(records):
+            raise UserError(f"--rows {row}: {file} has the rows 0 to {len(records) - 1}; choose among them")
+        if not records[row].runs:
+            raise UserError(
+                f"--rows {row}: the record on line {records[row].line} of {file} has no latent block; choose a row "
+                "with a helper image, or with its mark in the answer"
+            )
     with_latents = [record for record in records if record.runs][: spec.most]
     finder = ImageFinder.beside(file, spec.image_root)
-    asked = _asked(with_latents, spec.label, finder)
+    asked = questions_for(with_latents, spec.label, finder)
     decoder = load_decoder(folder, finder, spec.processor, True, spec.pixels, spec.helper_pixels)
     need_latents(decoder)
     k = spec.latent_size or decoder.trained.get("latent_size")
@@ -183,9 +225,9 @@ def _inspect(folder: Path, spec: InspectSpec, track: Track) -> tuple[Path, str]:
             made, measured = _row(work, bench, records[row], row, spec.decode)
             sections += made
             numbers |= measured
-        corpus = gather(bench, with_latents, spec.batch_size, track)
-        made, probe, said = _together(work, corpus, file, asked)
+        sources, kinds = gather(bench, with_latents, spec.batch_size, track)
+        made, read, said = _together(work, sources, kinds, file.name, asked)
         write_atomically(work / "index.html", page("Latents", escape(said), [*sections, *made]))
-        text = json.dumps({"words": said, "rows": numbers, "probe": probe}, indent=1, ensure_ascii=False)
+        text = json.dumps({"words": said, "rows": numbers, "probe": read}, indent=1, ensure_ascii=False)
         write_atomically(work / "numbers.json", text + "\n")
     return spec.out / "index.html", said

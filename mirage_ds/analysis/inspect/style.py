@@ -1,19 +1,21 @@
-"""Sizes, colours, legends and texts of all figures; inches, and points for letters, unless stated.
+"""Sizes, colours, legends, captions and texts of all figures; inches, and points for letters, unless stated.
 
 Colours are Okabe and Ito's.
 """
 
 import io
+import math
 import textwrap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import matplotlib
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.lines import Line2D
 
 DPI = 110
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -64,9 +66,17 @@ def plain(text: str) -> str:
 def legible(text: object, most: int = 38) -> str:
     """Bring a text to one line of at most so many letters; those that the font lacks are written by their numbers."""
     one = plain(" ".join(str(text).split()))
+    # matplotlib's legends leave out what begins with an underscore.
+    one = f"\u200a{one}" if one.startswith("_") else one
     # What tells names apart is often at their end.
     end = most // 3
     return one if len(one) <= most else f"{one[: most - end - 1]}…{one[-end:]}"
+
+
+def caption(shows: str, **values: Any) -> str:
+    """Say how to read a figure, by what it shows (captions.yaml)."""
+    texts = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8"))
+    return str(texts[shows]).format(**values)
 
 
 def png(figure: Figure) -> bytes:
@@ -77,51 +87,48 @@ def png(figure: Figure) -> bytes:
 
 
 def panels(
-    down: int, across: int, height: float, *, width: float = WIDTH, title: str = "", beside: float = 0, **options: Any
-) -> tuple[Figure, Any]:
-    """Make a figure with down × across axes.
+    count: int, across: int, height: float, *, width: float = WIDTH, title: str = "", **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """Make a figure of `count` panels, at most so many beside each other.
 
     Args:
-        height: of one row of axes with its labels; beside: what legends take in addition, below all rows.
-
-    Returns:
-        (figure, axes of shape (down, across))
+        height: of a panel with its labels.
     """
     # Two lines at most; a letter is 0.09 inch wide on average.
     letters = int(width / 0.09)
     title = textwrap.fill(legible(title, 2 * letters), letters)
     above = 0.4 + 0.2 * title.count("\n") if title else 0.1
-    figure = Figure(figsize=(width, down * height + above + beside), dpi=DPI, layout="constrained")
+    across = min(across, count)
+    down = math.ceil(count / across)
+    figure = Figure(figsize=(width, down * height + above), dpi=DPI, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=10.5)
-    return figure, figure.subplots(down, across, squeeze=False, **options)
+    axes = list(figure.subplots(down, across, squeeze=False, **options).flat)
+    for empty in axes[count:]:
+        empty.set_visible(False)
+    return figure, axes[:count]
 
 
-def columns(labels: Sequence[str], width: float = WIDTH) -> int:
-    """Return how many columns a legend of these labels has: few enough for the width, and none nearly empty."""
-    most = max(1, min(len(labels), int(width / (LETTER * max(map(len, labels)) + 0.5))))
-    return -(-len(labels) // -(-len(labels) // most))
+def legend(figure: Figure) -> None:
+    """Put a legend of what has a label below all axes, each label once, and make room for it."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    if found:
+        # As many columns as the width has room for, and none nearly empty.
+        most = max(1, int(figure.get_figwidth() / (LETTER * max(map(len, found)) + 0.5)))
+        rows = math.ceil(len(found) / most)
+        figure.set_figheight(figure.get_figheight() + 0.21 * rows + 0.15)
+        place: Any = {"loc": "outside lower center", "ncols": math.ceil(len(found) / rows), "fontsize": 9}
+        figure.legend(list(found.values()), list(found), **place)
 
 
-def room(labels: Sequence[str], width: float = WIDTH) -> float:
-    """Return the height of a legend of these labels."""
-    return 0.21 * -(-len(labels) // columns(labels, width)) + 0.15 if labels else 0.0
-
-
-def legend(figure: Figure, handles: Sequence[Line2D], width: float = WIDTH) -> None:
-    """Put a legend below all axes."""
-    labels = [str(one.get_label()) for one in handles]
-    if labels:
-        # matplotlib leaves out labels that begin with an underscore.
-        shown = [f"\u200a{label}" if label.startswith("_") else label for label in labels]
-        figure.legend(list(handles), shown, loc="outside lower center", ncols=columns(labels, width), fontsize=9)
-
-
-def dots(axes: Axes, points: Sequence[tuple[float, float]], colour: str = GREY, alpha: float = 0.75) -> None:
+def dots(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     """Draw single seeds as small dots."""
     if points:
         x, y = zip(*points, strict=True)
-        axes.scatter(x, y, s=7, color=colour, alpha=alpha, linewidths=0, zorder=3)
+        axes.scatter(x, y, s=7, color=GREY, alpha=0.75, linewidths=0, zorder=3, label="one seed")
 
 
 def name_rows(axes: Axes, names: Sequence[str], most: int = 30) -> None:
@@ -131,12 +138,12 @@ def name_rows(axes: Axes, names: Sequence[str], most: int = 30) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def bars(one: dict[str, Any], low: str = "low", high: str = "high") -> tuple[float, float]:
+def bars(one: dict[str, Any]) -> tuple[float, float]:
     """Return how far an Estimate's interval reaches to both sides of its mean, 0 where it does not reach it."""
-    return max(0.0, one["mean"] - one[low]), max(0.0, one[high] - one["mean"])
+    return max(0.0, one["mean"] - one["low"]), max(0.0, one["high"] - one["mean"])
 
 
-def interval(axes: Axes, row: float, one: dict[str, Any], colour: str, mark: str = "o") -> None:
+def interval(axes: Axes, row: float, one: dict[str, Any], colour: str, mark: str = "o", label: str = "") -> None:
     """Draw an Estimate as a dot with its 95 % interval in a row."""
-    sides = [[side] for side in bars(one)]
-    axes.errorbar(one["mean"], row, xerr=sides, fmt=mark, color=colour, markersize=5, capsize=2.5, linewidth=1.6)
+    shape: dict[str, Any] = {"fmt": mark, "color": colour, "markersize": 5, "capsize": 2.5, "linewidth": 1.6}
+    axes.errorbar(one["mean"], row, xerr=[[side] for side in bars(one)], label=label, **shape)

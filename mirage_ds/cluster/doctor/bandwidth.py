@@ -22,7 +22,7 @@ import click
 
 from mirage_ds.cluster.doctor.probe import say
 from mirage_ds.cluster.doctor.transport import Answer, Reach, ask_all
-from mirage_ds.cluster.guard.child import Child, adopt_orphans, end_all
+from mirage_ds.cluster.guard.child import Child
 from mirage_ds.cluster.hosts import Host
 from mirage_ds.engine.place import Place
 from mirage_ds.run.process import run_rank
@@ -57,7 +57,9 @@ MEND_JOINING = (
     "the interface that the hosts share, and NCCL_DEBUG=INFO says which one is taken"
 )
 # What the guards say of a rank that did not come (guard.wire, guard.judge).
-UNREACHED, ABSENT = "was not reached within", r"rank\(s\) ([\d, ]+).* did not start within"
+UNREACHED, ABSENT = "was not reached within", "did not start within"
+# Two hosts, and bytes a second in each direction between them.
+Pair = tuple[str, str, float]
 
 
 @dataclass
@@ -68,28 +70,13 @@ class Bandwidth:
         faults: host → what went wrong there and how to fix it; nothing was measured then.
         all_reduce: bus bandwidth over all ranks, bytes a second: 2 (W − 1) / W · bytes / time. 0 of one rank alone.
         all_gather: the same for all-gather, (W − 1) / W · gathered bytes / time.
-        pairs: bytes a second in each direction between two hosts.
+        pairs: each two hosts.
     """
 
     faults: dict[str, tuple[str, str]] = field(default_factory=dict)
     all_reduce: float = 0.0
     all_gather: float = 0.0
-    pairs: dict[tuple[str, str], float] = field(default_factory=dict)
-
-
-def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Return rounds of disjoint pairs in which each of `count` hosts meets each other once (the circle method).
-
-    N − 1 rounds of N / 2 pairs; for an odd N, N rounds in each of which another host rests.
-    """
-    circle: list[int | None] = [*range(count), *([None] if count % 2 else [])]
-    found = []
-    for _ in range(len(circle) - 1):
-        half = len(circle) // 2
-        facing = zip(circle[:half], reversed(circle[half:]), strict=True)
-        found.append([(min(a, b), max(a, b)) for a, b in facing if a is not None and b is not None])
-        circle = [circle[0], circle[-1], *circle[1:-1]]
-    return found
+    pairs: list[Pair] = field(default_factory=list)
 
 
 # On the launching machine
@@ -101,11 +88,10 @@ def measure(hosts: Sequence[Host], reach: Reach, master_addr: str, master_port: 
     It ends within a minute and a half and two seconds a round. The guards take the port behind `master_port`.
     """
     slots = [host.slots for host in hosts]
-    shared: dict[str, Any] = {"slots": slots, "master_addr": master_addr, "master_port": master_port, "cwd": cwd}
-    asked = [{**shared, "number": number} for number in range(len(hosts))]
+    request = {"slots": slots, "master_addr": master_addr, "master_port": master_port, "cwd": cwd}
     limit_s = BASE_LIMIT_S + LIMIT_PER_ROUND_S * len(hosts)
-    names = [host.name for host in hosts]
-    return judge(hosts, ask_all(names, reach, SOURCE, asked, limit_s, together=True), master_addr)
+    answers = ask_all([host.name for host in hosts], reach, SOURCE, request, limit_s, together=True)
+    return judge(hosts, answers, master_addr)
 
 
 def judge(hosts: Sequence[Host], answers: Sequence[Answer], address: str) -> Bandwidth:
@@ -121,46 +107,41 @@ def judge(hosts: Sequence[Host], answers: Sequence[Answer], address: str) -> Ban
     return Bandwidth(
         all_reduce=2 * (world - 1) / world * size / max(line["all_reduce_s"] for line in ranks),
         all_gather=(world - 1) / world * size / max(line["all_gather_s"] for line in ranks),
-        pairs={
-            (hosts[a].name, hosts[b].name): min(hosts[a].slots, hosts[b].slots) * size / seconds
+        pairs=[
+            (hosts[a].name, hosts[b].name, min(hosts[a].slots, hosts[b].slots) * size / seconds)
             for (a, b), seconds in slowest.items()
-        },
+        ],
     )
 
 
 def _faults(hosts: Sequence[Host], answers: Sequence[Answer], address: str) -> dict[str, tuple[str, str]]:
     """Return host → (what, mend) of those hosts whose ranks began it: the others end because of them."""
-    failed = {answer.host: answer.fault for answer in sorted(answers, key=lambda one: one.ended_s) if answer.fault}
+    # The guard of rank 0 knows all who did not come; another one may have given up first.
+    failed = sorted((one for one in answers if one.fault), key=lambda one: (ABSENT not in one.fault, one.ended_s))
     if not failed:
         return {}
+    first = failed[0]
     host_of = [host.name for host in hosts for _ in range(host.slots)]
+    named = re.search(rf"rank(?:\(s\))? (\d[\d, ]*)(?:.* {ABSENT}| on )", first.fault)
+    names = [host_of[int(rank)] for rank in re.findall(r"\d+", named[1])] if named else [first.host]
+    unreached = {one.host: one.fault for one in failed if UNREACHED in one.fault}
+    absent = ABSENT in first.fault
+    begun = {name: unreached.get(name, first.fault) for name in names} if absent or not unreached else unreached
     meeting = MEND_MEETING.format(address=address, first=hosts[0].name)
-    # The guard of rank 0 knows all who did not come; another one may have given up first.
-    for fault in failed.values():
-        if absent := re.search(ABSENT, fault):
-            names = dict.fromkeys(host_of[int(rank)] for rank in re.findall(r"\d+", absent[1]))
-            return {name: (failed[name] if UNREACHED in failed.get(name, "") else fault, meeting) for name in names}
-    unreached = {name: (fault, meeting) for name, fault in failed.items() if UNREACHED in fault}
-    if unreached:
-        return unreached
-    first, fault = next(iter(failed.items()))
-    named = re.search(r"rank (\d+) on ", fault)
-    return {host_of[int(named[1])] if named else first: (fault, MEND_JOINING)}
+    return {name: (fault, meeting if absent or unreached else MEND_JOINING) for name, fault in begun.items()}
 
 
-def slow(pairs: dict[tuple[str, str], float]) -> tuple[dict[str, float], dict[tuple[str, str], float], float]:
-    """Find what is slow: hosts, pairs of two hosts that are not slow themselves, and the median to compare with.
+def slow(pairs: Sequence[Pair]) -> tuple[dict[str, float], float]:
+    """Find what is slow: hosts, and pairs ("a, b") of hosts that are not slow themselves; the median to compare with.
 
     A host counts by its best rate, since one slow host makes the pairs of all others with it slow too.
     """
-    names = dict.fromkeys(name for pair in pairs for name in pair)
-    best = {name: max(rate for pair, rate in pairs.items() if name in pair) for name in names}
+    names = dict.fromkeys(name for a, b, _ in pairs for name in (a, b))
+    best = {name: max(rate for a, b, rate in pairs if name in (a, b)) for name in names}
     median = statistics.median(best.values())
     hosts = {name: rate for name, rate in best.items() if rate < SLOW_SHARE * median}
-    links = {
-        pair: rate for pair, rate in pairs.items() if rate < SLOW_SHARE * median and not any(n in hosts for n in pair)
-    }
-    return hosts, links, median
+    links = {f"{a}, {b}": rate for a, b, rate in pairs if rate < SLOW_SHARE * median and not {a, b} & hosts.keys()}
+    return hosts | links, median
 
 
 # On each host
@@ -173,18 +154,16 @@ def start(request: dict[str, Any]) -> int:
     """
     # Whatever hangs here.
     signal.alarm(math.ceil(request["limit_s"]) + 2)
-    adopt_orphans()
     slots, number, port = request["slots"], request["number"], request["master_port"]
-    guard = [sys.executable, "-m", "mirage_ds.cluster.guard", "--port", str(port + 1), "--job", "doctor"]
-    guard += [f"--{name}={seconds}" for name, seconds in BOUNDS.items()]
-    guard += ["mirage_ds.cluster.doctor.bandwidth", json.dumps(slots)]
+    bounds = [f"--{name}={seconds}" for name, seconds in BOUNDS.items()]
+    guard = [sys.executable, "-m", "mirage_ds.cluster.guard", f"--port={port + 1}", "--job=doctor", *bounds]
+    words = [*guard, "mirage_ds.cluster.doctor.bandwidth", json.dumps(slots)]
     first, size = sum(slots[:number]), sum(slots)
     places = [Place(first + slot, size, slot, request["master_addr"], port) for slot in range(slots[number])]
-    ranks = [Child(guard, {**os.environ, **place.variables()}) for place in places]
+    ranks = [Child(words, {**os.environ, **place.variables()}) for place in places]
 
     def leave_with_asker() -> None:
         sys.stdin.read()
-        end_all()
         os._exit(1)
 
     threading.Thread(target=leave_with_asker, daemon=True).start()
@@ -201,16 +180,16 @@ def start(request: dict[str, Any]) -> int:
 def counterparts(slots: list[int], rank: int) -> list[tuple[int, int, int | None]]:
     """Return for each round the two hosts that exchange, and with which rank this one does: None where it rests.
 
-    All slots of two hosts exchange at once, each with its like, so that every network interface takes part.
+    There are as many rounds as hosts. In each those two meet whose numbers add up to the round's, modulo their count:
+    so each host meets each other once, and one a round. All slots of two hosts exchange at once, each with its like, so
+    that every network interface takes part.
     """
-    begins = [sum(slots[:number]) for number in range(len(slots))]
-    own = max(number for number, begin in enumerate(begins) if begin <= rank)
-    slot = rank - begins[own]
+    own, slot = [(number, slot) for number, count in enumerate(slots) for slot in range(count)][rank]
     found: list[tuple[int, int, int | None]] = []
-    for pairs in rounds(len(slots)):
-        a, b = next((pair for pair in pairs if own in pair), (own, own))
-        other = a if b == own else b
-        found.append((a, b, begins[other] + slot if other != own and slot < slots[other] else None))
+    for turn in range(len(slots)):
+        other = (turn - own) % len(slots)
+        meets = other != own and slot < slots[other]
+        found.append((min(own, other), max(own, other), sum(slots[:other]) + slot if meets else None))
     return found
 
 
@@ -229,21 +208,20 @@ def measure_rank(slots: list[int]) -> dict[str, Any]:
     arriving = torch.empty_like(payload)
 
     def seconds(work: Callable[[], object]) -> float:
-        """The fastest of some runs, fewer where they are slow; all ranks begin each together."""
-        best = math.inf
-        for number in range(1 + ITERATIONS):
-            dist.all_reduce(together.fill_(1.0))
-            # Also waits for the GPU.
-            together.item()
+        """The fastest of some runs, fewer where they are slow, after one that makes connections."""
+        work()
+        best, taken = math.inf, 0.0
+        for _ in range(ITERATIONS):
+            # All begin together, and know how long the slowest took.
+            dist.all_reduce(together.fill_(taken), dist.ReduceOp.MAX)
+            if together.item() > SLOW_S:
+                break
             begin = time.perf_counter()
             work()
+            # Also waits for the GPU.
             payload[0].item()
             taken = time.perf_counter() - begin
-            # The first run also makes connections.
-            best = min(best, taken) if number else best
-            dist.all_reduce(together.fill_(taken), dist.ReduceOp.MAX)
-            if number and together.item() > SLOW_S:
-                break
+            best = min(best, taken)
         return best
 
     def exchange(other: int | None) -> None:
@@ -253,7 +231,6 @@ def measure_rank(slots: list[int]) -> dict[str, Any]:
         both = [dist.P2POp(dist.isend, payload, other), dist.P2POp(dist.irecv, arriving, other)]
         for work in dist.batch_isend_irecv(both):
             work.wait()
-        arriving[0].item()
 
     found: dict[str, Any] = {
         "rank": world.rank,

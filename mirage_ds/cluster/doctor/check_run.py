@@ -1,16 +1,16 @@
 """Checks of what is to be run: the software, the model and data, the run folder, the JSON."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mirage_ds.cluster.doctor.finding import HERE, Facts, Finding, Seen, fail, size, unlike, warn, well
+from mirage_ds.cluster.doctor.finding import HERE, Facts, Finding, Seen, fail, refused, size, unlike, warn, well
 from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.engine.ds_config import read_json, shipped_folder
 from mirage_ds.engine.versions import PACKAGES
 from mirage_ds.errors import UserError
 
-OPTIONAL = ("flash-attn", "peft")
+NEEDED = tuple(name for name in PACKAGES if name not in ("flash-attn", "peft"))
 # Two versions hang or fail when the ranks join.
 NCCL_PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
 SLOW_DISK_BYTES_S = 50e6
@@ -22,25 +22,19 @@ MIN_FREE_BYTES = 1e9
 
 def packages(seen: Seen) -> Iterator[Finding]:
     """Python and the packages that training imports, in one version each."""
-    found = {host: facts["packages"] for host, facts in seen.section("python").items()}
-    # Python 3.11.7 and 3.11.9 run the same wheels.
-    pythons = {host: facts["version"].rpartition(".")[0] for host, facts in seen.section("python").items()}
     mend = "install the same versions on every host, or one environment on a disk that all see"
-    yield from unlike(pythons, "Python ", mend)
-    first = next(iter(found), "")
-    own = found.get(first, {})
-    for host, versions in found.items():
-        missing = [name for name in PACKAGES if name not in OPTIONAL and versions[name] is None]
+    whole: dict[str, dict[str, str]] = {}
+    for host, facts in seen.section("python").items():
+        missing = [name for name in NEEDED if facts["packages"][name] is None]
         if missing:
             yield fail(host, f"not installed: {', '.join(missing)}", mend)
-        other = [
-            f"{name} {version or 'missing'} (on {first} {own[name] or 'missing'})"
-            for name, version in versions.items()
-            if version != own[name] and name not in missing
-        ]
-        if other:
-            yield fail(host, ", ".join(other), mend)
-    yield well(f"Python {pythons.get(first)}, torch {own.get('torch')}")
+        else:
+            installed = {name: version for name, version in facts["packages"].items() if version}
+            # Python 3.11.7 and 3.11.9 run the same wheels.
+            whole[host] = {"Python": facts["version"].rpartition(".")[0], **installed}
+    yield from unlike(whole, mend)
+    first = next(iter(whole.values()), {})
+    yield well(f"Python {first.get('Python')}, torch {first.get('torch')}")
 
 
 def code(seen: Seen) -> Iterator[Finding]:
@@ -49,9 +43,8 @@ def code(seen: Seen) -> Iterator[Finding]:
     first, own = next(((host, facts) for host, facts in sections.items() if facts["folder"]), ("", {}))
     for host, facts in sections.items():
         if not facts["folder"]:
-            yield fail(
-                host, "mirage_ds cannot be imported", "install it there, or start in its checkout on a shared disk"
-            )
+            mend = "install it there, or start in its checkout on a shared disk"
+            yield fail(host, "mirage_ds cannot be imported", mend)
         elif facts["hash"] != own["hash"]:
             says = f"{facts['folder']} holds other code than on {first} ({facts['hash'][:8]}, not {own['hash'][:8]})"
             yield fail(host, says, "bring every host to the same commit, or use one checkout on a shared disk")
@@ -66,32 +59,31 @@ def code(seen: Seen) -> Iterator[Finding]:
         yield well(f"{own['hash'][:8]}, commit {(own['commit'] or 'unknown')[:8]}")
 
 
-def model_fault(spec: DoctorSpec) -> str:
-    """Check the folder that gives the weights as the run would: that takes more than a host's Python may have."""
-    named = [(flag, Path(name)) for flag, name in spec.models().items()]
-    if not named or not named[0][1].is_dir():
-        return ""
-    from mirage_ds.model.folder import resolve_folder
-    from mirage_ds.model.load import check_folder
+def check_model(spec: DoctorSpec) -> None:
+    """Check the folder that gives the weights as the run would: that takes more than a host's Python may have.
 
-    flag, folder = named[0]
-    try:
+    Raises:
+        UserError: the run would refuse it.
+    """
+    named = [(flag, Path(name)) for flag, name in spec.models().items()]
+    if named and named[0][1].is_dir():
+        from mirage_ds.model.folder import resolve_folder
+        from mirage_ds.model.load import check_folder
+
+        flag, folder = named[0]
         resolve_folder(str(folder), flag, None)
         check_folder(folder, [other for _, other in named[1:] if other.is_dir()])
-    except UserError as error:
-        return str(error)
-    return ""
 
 
-def _model_on(host: str, named: str, facts: Facts, downloaded: bool) -> Iterator[Finding]:
-    """Judge a model on one host; `downloaded`: it comes from the hub where no folder has its name."""
-    if facts.get("fault"):
-        yield fail(host, f"{named}: {facts['fault']}", "copy or download it again")
-    elif "files" not in facts and not downloaded:
-        yield fail(host, f"{named}: no such folder", "put it on a disk that every host sees, or copy it there")
-    elif "files" not in facts and not facts["kept"]:
-        says = f"{named} is not in {facts['hub']}: rank 0 downloads it, and the others read it there"
-        yield warn(host, says, "download it before the job into a cache that every host sees (HF_HOME or --cache_dir)")
+def _files(named: str, found: Mapping[str, Facts]) -> Iterator[Finding]:
+    """Judge what each host has of a path: a fault, or files that are not the first host's."""
+    whole, mend = {}, "put it on a disk that every host sees, or copy it there again"
+    for host, facts in found.items():
+        if facts["fault"]:
+            yield fail(host, f"{named}: {facts['fault']}", mend)
+        else:
+            whole[host] = {name: f"{count:,} bytes" for name, count in facts["files"].items()}
+    yield from unlike(whole, "copy it again, or use one on a shared disk", what=f"{named}: ")
 
 
 def _weights(seen: Seen) -> int:
@@ -105,24 +97,22 @@ def model(seen: Seen) -> Iterator[Finding]:
     sections = seen.section("models")
     if not seen.spec.models() or not sections:
         return
-    if fault := model_fault(seen.spec):
-        says, _, mend = fault.partition("; ")
-        yield fail(HERE, says, mend)
+    try:
+        check_model(seen.spec)
+    except UserError as error:
+        yield refused(error, "copy or download it again")
         return
     for flag, name in seen.spec.models().items():
         found = {host: facts[flag] for host, facts in sections.items()}
         is_id = flag == "--model" and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-        downloaded = is_id and not any("files" in facts for facts in found.values())
+        if not is_id or any("hub" not in facts for facts in found.values()):
+            yield from _files(f"{flag} {name}", found)
+            continue
         for host, facts in found.items():
-            yield from _model_on(host, f"{flag} {name}", facts, downloaded)
-        # A host whose files are faulty has had its finding; only whole folders are compared.
-        readable = {host: facts["files"] for host, facts in found.items() if "files" in facts and not facts["fault"]}
-        first_host, first = next(iter(readable.items()), ("", {}))
-        for host, files in readable.items():
-            if files != first:
-                names = sorted(one for one in files.keys() | first.keys() if files.get(one) != first.get(one))
-                says = f"{flag} {name}: not the files of {first_host}: {', '.join(names[:3])}"
-                yield fail(host, says, "copy it again, or use one folder on a shared disk")
+            if not facts["kept"]:
+                says = f"{flag} {name} is not in {facts['hub']}: rank 0 downloads it, and the others read it there"
+                mend = "download it before the job into a cache that every host sees (HF_HOME or --cache_dir)"
+                yield warn(host, says, mend)
     yield well(f"{_weights(seen):,} weights" if _weights(seen) else "in the hub's cache")
 
 
@@ -131,15 +121,9 @@ def data(seen: Seen) -> Iterator[Finding]:
     for flag, path in seen.spec.files().items():
         look = seen.records.get(flag)
         if isinstance(look, UserError):
-            says, _, mend = str(look).rpartition("; ")
-            yield fail(HERE, f"{flag}: {says or look}", mend if says else "name the run's records")
-            continue
-        found = {host: facts[flag] for host, facts in seen.section("data").items()}
-        for host, facts in found.items():
-            if facts["fault"]:
-                yield fail(host, f"{flag} {path}: {facts['fault']}", "put it on a disk that every host sees")
-        sizes = {host: f"{facts['bytes']:,} bytes" for host, facts in found.items() if facts["bytes"] is not None}
-        yield from unlike(sizes, f"{flag} {path}: ", "copy it again, or use one file on a shared disk")
+            yield refused(f"{flag}: {look}", "name the run's records")
+        else:
+            yield from _files(f"{flag} {path}", {host: facts[flag] for host, facts in seen.section("data").items()})
     if seen.spec.files():
         yield well(", ".join(seen.spec.files()))
 
@@ -147,10 +131,11 @@ def data(seen: Seen) -> Iterator[Finding]:
 def shared_folder(seen: Seen) -> Iterator[Finding]:
     """The run folder is the same folder on every host: checkpoints are written by all and read by all."""
     folder = seen.spec.save_model_path
-    if not folder or len(seen.hosts) < 2:
+    if not folder:
         return
     for host, facts in seen.section("folder").items():
-        if not facts.get("shared"):
+        # One host may share it with nobody.
+        if not facts["there"] or (len(seen.hosts) > 1 and not facts["shared"]):
             what = "is another folder there" if facts["there"] else "is not there"
             says = f"{folder} {what}: a file made here is not seen"
             yield fail(host, says, "give a --save_model_path on a file system that every host mounts")
@@ -162,16 +147,12 @@ def disk(seen: Seen) -> Iterator[Finding]:
     folder, weights, kept = seen.spec.save_model_path, _weights(seen), seen.spec.keep_checkpoints + 1
     # One more than is kept: the new one is whole before the oldest goes.
     need = weights * (CHECKPOINT_BYTES * kept + EXPORT_BYTES) or MIN_FREE_BYTES
-    sections = {host: facts for host, facts in seen.section("folder").items() if facts}
+    # Where it is not there shared-folder says so.
+    sections = {host: facts for host, facts in seen.section("folder").items() if facts.get("there")}
     for host, facts in sections.items():
         if facts.get("fault"):
             says = f"{folder} cannot be written to: {facts['fault']}"
             yield fail(host, says, "see its owner, its mount options, its quota and free space")
-        elif not facts["there"]:
-            # On several hosts shared-folder says it.
-            if len(seen.hosts) == 1:
-                yield fail(host, f"{folder} cannot be made", "give a folder that you may write to")
-            continue
         elif facts["free_bytes"] < need:
             what = f"; {kept} checkpoints and the model of {weights:,} weights need {size(need)}" if weights else ""
             mend = "free space, choose another folder or lower --keep_checkpoints"
@@ -194,6 +175,5 @@ def ds_config(seen: Seen) -> Iterator[Finding]:
     try:
         read_json(seen.spec.deepspeed)
     except UserError as error:
-        says, _, mend = str(error).rpartition("; ")
-        yield fail(HERE, says or str(error), mend if says else f"fix the JSON; {shipped_folder()} has examples")
+        yield refused(error, f"fix the JSON; {shipped_folder()} has examples")
     yield well(f"{seen.spec.deepspeed}", HERE)

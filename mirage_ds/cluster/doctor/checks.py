@@ -1,12 +1,12 @@
 """Checks of the hosts, their GPUs and the way between them, and the table of all checks."""
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from shutil import which
 
 from mirage_ds.cluster.doctor.bandwidth import slow
 from mirage_ds.cluster.doctor.check_run import code, data, disk, ds_config, model, packages, shared_folder
-from mirage_ds.cluster.doctor.finding import HERE, Facts, Finding, Seen, fail, size, unlike, warn, well
+from mirage_ds.cluster.doctor.finding import HERE, Facts, Finding, Seen, fail, refused, size, unlike, warn, well
 from mirage_ds.cluster.environment import is_wanted
 
 # More than this share of a GPU's memory in use before the run: somebody else works there.
@@ -42,12 +42,11 @@ def probe(seen: Seen) -> Iterator[Finding]:
 
 def _gpus_of(host: str, facts: Facts, slots: int, needed: bool) -> Iterator[Finding]:
     """Judge the GPUs of one host whose ranks use them; `needed`: another host has some."""
+    count = len(facts["gpus"])
     if "fault" in facts:
         mend = "restart the host: its driver was updated under a running kernel module, or has crashed"
         yield fail(host, f"nvidia-smi: {facts['fault']}", mend)
-        return
-    count = len(facts["gpus"])
-    if not count:
+    elif not count:
         why = "a GPU is there and nvidia-smi is not installed" if facts["there"] else "no GPU is seen"
         # Where no host has one, it may be meant.
         status = fail if facts["there"] or needed else warn
@@ -72,19 +71,22 @@ def gpus(seen: Seen) -> Iterator[Finding]:
     for host, facts in found.items():
         yield from _gpus_of(host, facts, seen.slots(host), bool(with_gpus))
     kinds = {
-        host: ", ".join(sorted({f"{gpu['name']} with driver {gpu['driver']}" for gpu in own}))
+        host: {"each": ", ".join(sorted({f"{gpu['name']} with driver {gpu['driver']}" for gpu in own}))}
         for host, own in with_gpus.items()
     }
-    yield from unlike(kinds, "", "the slowest GPU sets the pace of all: use hosts of one kind, with one driver", False)
+    mend = "the slowest GPU sets the pace of all: use hosts of one kind, with one driver"
+    yield from unlike(kinds, mend, fatal=False)
     free = [gpu["total_mib"] - gpu["used_mib"] for own in with_gpus.values() for gpu in own]
     if not found:
         yield well("none asked for (DS_ACCELERATOR=cpu)")
     elif free:
-        yield well(f"{next(iter(kinds.values()))}, {size(min(free) * 2**20)} free")
+        yield well(f"{next(iter(kinds.values()))['each']}, {size(min(free) * 2**20)} free")
 
 
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+def _nowhere(addresses: Sequence[str]) -> str | None:
+    """Say where addresses lead at which another host finds nobody; None where it may find somebody."""
+    leads = all(ipaddress.ip_address(one.partition("%")[0]).is_loopback for one in addresses)
+    return (", ".join(addresses) or "nothing") if leads else None
 
 
 def host_name(seen: Seen) -> Iterator[Finding]:
@@ -93,16 +95,14 @@ def host_name(seen: Seen) -> Iterator[Finding]:
         return
     named: dict[str, str] = {}
     for host, place in seen.section("place").items():
-        name, own = place["hostname"], place["own_addresses"]
+        name, nowhere = place["hostname"], _nowhere(place["own_addresses"])
         if name in named:
             says = f"is called {name}, as {named[name]} is: the same machine twice?"
             yield warn(host, says, "give a machine one line in the hostfile, with all its slots")
         named.setdefault(name, host)
-        chosen = "GLOO_SOCKET_IFNAME" in seen.section("variables").get(host, {})
-        if seen.on_cpu(host) and not chosen and all(map(_is_loopback, own)):
-            says = f"its own name {name} leads to {', '.join(own) or 'nothing'}: gloo will listen there"
+        if nowhere and seen.on_cpu(host) and not seen.fact(host, "variables", "GLOO_SOCKET_IFNAME"):
             mend = "write its real address into its /etc/hosts, or set GLOO_SOCKET_IFNAME to its interface"
-            yield fail(host, says, mend)
+            yield fail(host, f"its own name {name} leads to {nowhere}: gloo will listen there", mend)
     yield well("leads to a real address")
 
 
@@ -111,22 +111,20 @@ def master(seen: Seen) -> Iterator[Finding]:
     places, first, given = seen.section("place"), seen.hosts[0].name, seen.spec.master_addr
     if first not in places:
         return
-    for port, why in seen.section("ports").get(first, {}).get("faults", {}).items():
+    for port, why in (seen.fact(first, "ports", "faults") or {}).items():
         mend = f"give another --master_port (ss -ltnp 'sport = :{port}' there says who has it)"
         guards = "" if port == str(seen.spec.master_port) else ", the guards',"
         yield fail(first, f"port {port}{guards} cannot be listened on: {why}", mend)
-    listed = places[first]["addresses"]
     by_address = seen.launcher == "pdsh" and not given
-    if by_address and (not listed or _is_loopback(listed[0])):
-        says = f"`hostname -I` gives {listed[0] if listed else 'nothing'}, which DeepSpeed takes as master address"
+    if by_address and (nowhere := _nowhere(places[first]["addresses"][:1])):
+        says = f"`hostname -I` gives {nowhere}, which DeepSpeed takes as master address"
         yield fail(first, says, f"give --master_addr, an address of {first} that the others reach")
     # launch/deepspeed.sh gives the name; `deepspeed` alone asks for the address.
     status, name = warn if by_address else fail, given or seen.hosts[0].address
-    for host, place in list(places.items())[1:]:
-        address = place["master_address"]
-        if address is None or _is_loopback(address):
+    for host, place in places.items():
+        if host != first and (nowhere := _nowhere(place["master_addresses"])):
             mend = f"write {name} into DNS or /etc/hosts, or give rank 0's address as --master_addr (MASTER_ADDR)"
-            yield status(host, f"the name {name} leads to {address or 'nothing'}", mend)
+            yield status(host, f"the name {name} leads to {nowhere}", mend)
     yield well(f"port {seen.spec.master_port} and the next are free on {first}")
 
 
@@ -141,13 +139,11 @@ def bandwidth(seen: Seen) -> Iterator[Finding]:
         yield fail(host, what, mend)
     says = f"all-reduce {size(measured.all_reduce)}/s, all-gather {size(measured.all_gather)}/s"
     if measured.pairs:
-        hosts, links, median = slow(measured.pairs)
+        rates_of, median = slow(measured.pairs)
         look = "look at its cable, link speed (ethtool, ibstat) and NCCL_SOCKET_IFNAME / NCCL_IB_HCA"
-        for host, rate in hosts.items():
-            yield warn(host, f"{size(rate)}/s at best; the hosts' median is {size(median)}/s", look)
-        for (a, b), rate in links.items():
-            yield warn(f"{a}, {b}", f"{size(rate)}/s between them; the hosts' median is {size(median)}/s", look)
-        rates = measured.pairs.values()
+        for hosts, rate in rates_of.items():
+            yield warn(hosts, f"{size(rate)}/s at best; the hosts' median is {size(median)}/s", look)
+        rates = [rate for _, _, rate in measured.pairs]
         says += f", between two hosts {size(min(rates))}/s to {size(max(rates))}/s"
     yield well(says if measured.all_reduce else "a rank starts")
 
@@ -172,7 +168,7 @@ def ulimits(seen: Seen) -> Iterator[Finding]:
             if limits[name] is not None and limits[name] < least:
                 says = f"ulimit -{option} is {limits[name]}, below {least}"
                 yield warn(host, says, f"set {name} to {least} or more {where}")
-        fabric = seen.section("place").get(host, {}).get("infiniband")
+        fabric = seen.fact(host, "place", "infiniband")
         if fabric and limits["memlock"] is not None and limits["memlock"] < MIN_LOCKED_BYTES:
             says = f"ulimit -l is {size(limits['memlock'])}: RDMA over {fabric[0]} cannot pin its buffers"
             yield fail(host, says, f"set memlock to unlimited {where}")
@@ -220,17 +216,17 @@ def environment(seen: Seen) -> Iterator[Finding]:
         lost = [name for name, value in seen.variables.items() if variables.get(name) != value]
         if lost:
             yield warn(host, f"{', '.join(lost)}: set here, not or otherwise there", mend)
-    for name in sorted({name for variables in found.values() for name in variables} - seen.variables.keys()):
-        values = {host: variables.get(name) for host, variables in found.items()}
-        yield from unlike(values, f"{name} is ", "set it alike on all hosts", fatal=name == "DS_ACCELERATOR")
+    more = {host: {name: own[name] for name in own.keys() - seen.variables.keys()} for host, own in found.items()}
+    fatal = len({own.get("DS_ACCELERATOR") for own in more.values()}) > 1
+    yield from unlike(more, "set it alike on all hosts", fatal)
     yield well("alike")
 
 
 def deepspeed_env(seen: Seen) -> Iterator[Finding]:
     """`.deepspeed_env` is what DeepSpeed's launcher and the hosts' shells can read."""
     for file, faults in seen.env_files.items():
-        for says, _, mend in (fault.rpartition(", ") for fault in faults):
-            yield fail(HERE, f"{file} {says}", mend)
+        for fault in faults:
+            yield refused(f"{file} {fault}")
     if seen.launcher == "pdsh":
         yield well(", ".join(map(str, seen.env_files)) or "none", HERE)
 

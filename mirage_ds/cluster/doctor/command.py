@@ -81,12 +81,11 @@ def print_table(findings: Sequence[Finding], seen: Seen, seconds: float, console
     alike: dict[Finding, list[str]] = {}
     for finding in findings:
         alike.setdefault(finding._replace(host=""), []).append(finding.host)
-    titles = ("", "check", "host", "what is seen", "how to fix it")
-    table = Table(*(Column(title, overflow="fold") for title in titles), box=box.SIMPLE, pad_edge=False)
+    columns = [Column(title, overflow="fold") for title in ("", "check", "host", "what is seen", "how to fix it")]
+    table = Table(*columns, box=box.SIMPLE, pad_edge=False)
     for row, names in alike.items():
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-        host = ", ".join(names[:MOST_NAMES]) + more
-        host = f"all {len(names)}" if len(names) == len(seen.hosts) > 1 else host
+        host = f"all {len(names)}" if len(names) == len(seen.hosts) > 1 else ", ".join(names[:MOST_NAMES]) + more
         # Text, not str: rich would read brackets in a path as markup.
         table.add_row(Text(row.status, COLOURS[row.status]), *map(Text, (row.check, host, row.says, row.mend)))
     console.print(table)
@@ -99,16 +98,12 @@ def print_table(findings: Sequence[Finding], seen: Seen, seconds: float, console
 
 def as_json(findings: Sequence[Finding], seen: Seen, seconds: float) -> str:
     """Return everything as one JSON object: ok, seconds, hosts, findings, bandwidth, facts."""
-    bandwidth = seen.bandwidth and {
-        **asdict(seen.bandwidth),
-        "pairs": [[*pair, rate] for pair, rate in seen.bandwidth.pairs.items()],
-    }
     found = {
         "ok": all(finding.status != "fail" for finding in findings),
         "seconds": round(seconds, 2),
         "hosts": [host._asdict() for host in seen.hosts],
         "findings": [finding._asdict() for finding in findings],
-        "bandwidth": bandwidth,
+        "bandwidth": seen.bandwidth and asdict(seen.bandwidth),
         "facts": seen.facts,
     }
     return json.dumps(found, indent=1)

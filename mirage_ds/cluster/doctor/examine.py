@@ -2,13 +2,13 @@
 
 import os
 import re
-import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mirage_ds.cluster.doctor import transport
 from mirage_ds.cluster.doctor.bandwidth import measure
@@ -62,32 +62,28 @@ def find_job(spec: DoctorSpec, environment: Mapping[str, str]) -> Seen:
         return Seen(spec, "local", (Host("localhost", 0),), transport.local)
     if not shutil.which("ssh"):
         raise UserError("--hostfile: ssh is not on PATH; install the OpenSSH client")
-    hosts = read_hosts(spec.hostfile)
     names = [environment.get("DS_ENV_FILE", DEFAULT_NAME)]
     found = {file: parse(read(file)) for file in env_files(names, Path.home(), Path.cwd())}
     lines = {name: text for values, _ in found.values() for name, text in values.items()}
     # DeepSpeed asks torch whether the launching machine has GPUs.
     gpus = environment.get("DS_ACCELERATOR") != "cpu" and shutil.which("nvidia-smi") is not None
-    reach = transport.ssh(transport.exports(environment, os.getcwd(), gpus, lines))
-    faults = {file: faults for file, (_, faults) in found.items()}
-    variables = {name: value for name, value in environment.items() if is_wanted(name) and name not in OWN}
-    return Seen(spec, "pdsh", hosts, reach, faults, variables)
+    return Seen(
+        spec,
+        "pdsh",
+        read_hosts(spec.hostfile),
+        transport.ssh(transport.exports(environment, os.getcwd(), gpus, lines)),
+        env_files={file: faults for file, (_, faults) in found.items()},
+        variables={name: value for name, value in environment.items() if is_wanted(name) and name not in OWN},
+    )
 
 
-@contextmanager
-def _token_in(folder: Path) -> Iterator[str]:
-    """Put a file with a name of its own into a folder for a while."""
-    token = f".mirage-doctor-{secrets.token_hex(4)}"
-    # Where it cannot be made, the hosts say so.
-    with suppress(OSError):
-        (folder / token).touch()
+def _sign_in(folder: Path | None) -> AbstractContextManager[str]:
+    """Make a folder with a name of its own in a folder for a while: hosts that see it share that one."""
     try:
-        yield token
-    finally:
-        with suppress(OSError):
-            # Also what a host's write test left when it was ended.
-            for file in folder.glob(f"{token}*"):
-                file.unlink()
+        return TemporaryDirectory(prefix=".mirage-doctor-", dir=folder, ignore_cleanup_errors=True)
+    except OSError:
+        # The hosts say so.
+        return nullcontext("")
 
 
 def _look(spec: DoctorSpec) -> dict[str, FirstLook | UserError]:
@@ -104,17 +100,13 @@ def _look(spec: DoctorSpec) -> dict[str, FirstLook | UserError]:
 
 def _ask(seen: Seen) -> None:
     """Ask every host what there is."""
-    spec, names = seen.spec, [host.name for host in seen.hosts]
-    run_folder = spec.save_model_path
+    spec, run_folder = seen.spec, seen.spec.save_model_path
     # A folder that is not there yet will be made: the disk is that of the nearest one.
     nearest = run_folder and next(path for path in (run_folder, *run_folder.parents) if path.exists())
     seen.records = _look(spec)
     looks = {flag: look for flag, look in seen.records.items() if isinstance(look, FirstLook)}
     # Where the records cannot be read here, what the hosts have of them is nothing to compare.
-    read_by_hosts: dict[str, tuple[Path, ...]] = {
-        flag: (path,) for flag, path in spec.files().items() if flag not in seen.records
-    }
-    read_by_hosts |= {flag: look.files for flag, look in looks.items()}
+    others = {flag: (path,) for flag, path in spec.files().items() if flag not in seen.records}
     request = spec.model_dump(mode="json") | {
         "cwd": os.getcwd(),
         "master": spec.master_addr or seen.hosts[0].address,
@@ -122,36 +114,35 @@ def _ask(seen: Seen) -> None:
         "wanted": WANTED.pattern,
         "secret": SECRET.pattern,
         "models": spec.models(),
-        "files": {flag: [*map(str, paths)] for flag, paths in read_by_hosts.items()},
-        "images": {flag: [[*map(str, places)] for places in look.images] for flag, look in looks.items()},
-        "run_folder": nearest and str(nearest),
+        "files": others | {flag: look.files for flag, look in looks.items()},
+        "images": {flag: look.images for flag, look in looks.items()},
+        "run_folder": nearest,
         "write_bytes": WRITE_BYTES if spec.wants("disk") else 0,
     }
     source = (files("mirage_ds.cluster.doctor") / "probe.py").read_text(encoding="utf-8")
-    with _token_in(nearest) if nearest else nullcontext("") as token:
-        asked = [{**request, "token": token, "number": number} for number in range(len(names))]
-        answers = transport.ask_all(names, seen.reach, source, asked, spec.timeout_s)
+    with _sign_in(nearest) as sign:
+        request["sign"] = sign
+        answers = transport.ask_all([host.name for host in seen.hosts], seen.reach, source, request, spec.timeout_s)
     seen.answers = {answer.host: answer for answer in answers}
     seen.facts = {answer.host: line["facts"] for answer in answers for line in answer.lines if "facts" in line}
 
 
 def _measure(seen: Seen) -> None:
     """Measure between the hosts, or say why not."""
-    spec, first, total = seen.spec, seen.hosts[0].name, sum(host.slots for host in seen.hosts)
-    gpus, places = seen.section("gpus"), seen.section("place")
-    has_gpus = [len(gpus.get(host.name, {}).get("gpus", ())) >= host.slots for host in seen.hosts]
+    spec, first = seen.spec, seen.hosts[0].name
     on_cpu = all(seen.on_cpu(host.name) for host in seen.hosts)
-    if not spec.bandwidth or not spec.wants("bandwidth") or (total < 2 and (on_cpu or not any(has_gpus))):
+    with_gpus = [host for host in seen.hosts if seen.gpus(host.name) >= host.slots]
+    alone = sum(host.slots for host in seen.hosts) < 2 and (on_cpu or not with_gpus)
+    if alone or not spec.bandwidth or not spec.wants("bandwidth"):
         return
-    if silent := [host.name for host in seen.hosts if host.name not in places]:
+    if silent := [host.name for host in seen.hosts if host.name not in seen.section("place")]:
         seen.unmeasured = f"not measured: {', '.join(silent)} cannot be asked"
-    elif any(has_gpus) and not all(has_gpus) and not on_cpu:
+    elif 0 < len(with_gpus) < len(seen.hosts) and not on_cpu:
         seen.unmeasured = "not measured: some hosts have fewer GPUs than slots"
     else:
-        found = {"pdsh": next(iter(places[first]["addresses"]), first), "slurm": first, "local": "127.0.0.1"}
-        port = seen.section("ports").get(first, {}).get("free", spec.master_port)
-        address = spec.master_addr or found[seen.launcher]
-        seen.bandwidth = measure(seen.hosts, seen.reach, address, port, os.getcwd())
+        found = {"pdsh": [*seen.fact(first, "place", "addresses"), first][0], "slurm": first, "local": "127.0.0.1"}
+        port = seen.fact(first, "ports", "free") or spec.master_port
+        seen.bandwidth = measure(seen.hosts, seen.reach, spec.master_addr or found[seen.launcher], port, os.getcwd())
 
 
 def examine(spec: DoctorSpec, environment: Mapping[str, str]) -> Seen:
@@ -162,10 +153,7 @@ def examine(spec: DoctorSpec, environment: Mapping[str, str]) -> Seen:
     """
     seen = find_job(spec, environment)
     _ask(seen)
-    gpus = seen.section("gpus")
     # One rank a GPU where nobody says otherwise.
-    seen.hosts = tuple(
-        host._replace(slots=host.slots or len(gpus.get(host.name, {}).get("gpus", ())) or 1) for host in seen.hosts
-    )
+    seen.hosts = tuple(host._replace(slots=host.slots or seen.gpus(host.name) or 1) for host in seen.hosts)
     _measure(seen)
     return seen

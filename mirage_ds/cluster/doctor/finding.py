@@ -18,6 +18,8 @@ from mirage_ds.run.beforehand import FirstLook
 Facts = dict[str, Any]
 # The "host" of findings about the launching machine's own files.
 HERE = "here"
+# Hosts that differ in more differ altogether.
+MOST_DIFFERENCES = 8
 
 
 class Finding(NamedTuple):
@@ -68,13 +70,21 @@ class Seen:
         """Return host → one section of its facts, of those hosts that have it."""
         return {host: facts[name] for host, facts in self.facts.items() if name in facts}
 
+    def fact(self, host: str, section: str, name: str) -> Any:
+        """Return one fact of a host; None where it is not known."""
+        return self.facts.get(host, {}).get(section, {}).get(name)
+
     def slots(self, host: str) -> int:
         """Return the ranks of a host."""
         return next(one.slots for one in self.hosts if one.name == host)
 
+    def gpus(self, host: str) -> int:
+        """Return the number of a host's GPUs."""
+        return len(self.fact(host, "gpus", "gpus") or ())
+
     def on_cpu(self, host: str) -> bool:
         """Whether the ranks of a host are told to do without GPUs."""
-        return self.section("variables").get(host, {}).get("DS_ACCELERATOR") == "cpu"
+        return bool(self.fact(host, "variables", "DS_ACCELERATOR") == "cpu")
 
 
 def fail(host: str, says: str, mend: str) -> Finding:
@@ -92,13 +102,20 @@ def well(says: str, host: str = "") -> Finding:
     return Finding("", host, "pass", says)
 
 
-def unlike(values: Mapping[str, Any], what: str, mend: str, fatal: bool = True) -> Iterator[Finding]:
-    """Name each host whose value differs from the first host's."""
-    first_host, first = next(iter(values.items()), ("", None))
-    for host, value in values.items():
-        if value != first:
-            says = f"{what}{value or 'not set'}, on {first_host} {first or 'not set'}"
-            yield (fail if fatal else warn)(host, says, mend)
+def refused(error: object, mend: str = "") -> Finding:
+    """Say in the run's own words what it would refuse; `mend` is for what does not say itself how to fix it."""
+    says, _, own = str(error).rpartition("; ")
+    return fail(HERE, says, own) if says else fail(HERE, own, mend)
+
+
+def unlike(tables: Mapping[str, Mapping[str, Any]], mend: str, fatal: bool = True, what: str = "") -> Iterator[Finding]:
+    """Name each host whose table (name → value) is not the first host's, and what differs; `what` stands before it."""
+    first_host, first = next(iter(tables.items()), ("", {}))
+    for host, own in tables.items():
+        names = [name for name in {**first, **own} if first.get(name) != own.get(name)]
+        pairs = [f"{name} {own.get(name, 'missing')} (on {first_host} {first.get(name, 'missing')})" for name in names]
+        if names:
+            yield (fail if fatal else warn)(host, f"{what}{', '.join(pairs[:MOST_DIFFERENCES])}", mend)
 
 
 def size(count: float) -> str:

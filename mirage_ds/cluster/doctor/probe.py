@@ -17,8 +17,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +46,23 @@ def run(*command: str, limit_s: float = 8.0) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=limit_s, check=False)
 
 
+def addresses(name: str) -> list[str]:
+    """Return where a name leads to from here."""
+    try:
+        return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None)})
+    except OSError:
+        return []
+
+
 def place(request: Request) -> dict[str, Any]:
     """Who and where: names and addresses as the ranks will look them up."""
-    name = socket.gethostname()
-    try:
-        own = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None)})
-    except socket.gaierror:
-        own = []
-    try:
-        master = socket.gethostbyname(request["master"])
-    except OSError:
-        master = None
-    # What DeepSpeed takes the first host's address from.
-    listed = run("hostname", "-I").stdout.split() if shutil.which("hostname") else []
-    fabrics = Path("/sys/class/infiniband")
+    name, fabrics = socket.gethostname(), Path("/sys/class/infiniband")
     return {
         "hostname": name,
-        "own_addresses": own,
-        "addresses": listed,
-        "master_address": master,
+        "own_addresses": addresses(name),
+        # What DeepSpeed takes the first host's address from.
+        "addresses": run("hostname", "-I").stdout.split() if shutil.which("hostname") else [],
+        "master_addresses": addresses(request["master"]),
         "infiniband": sorted(os.listdir(fabrics)) if fabrics.is_dir() else [],
     }
 
@@ -128,18 +128,20 @@ def limits(_: Request) -> dict[str, Any]:
     }
 
 
+def cache_home() -> Path:
+    """Return where programs keep what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def locks(_: Request) -> dict[str, Any]:
     """Lock files of torch's compiled extensions, with their age, and the compilers at work."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
-    found = [*root.glob("*/lock"), *root.glob("*/*/lock")] if root.is_dir() else []
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache_home() / "torch_extensions")
+    found = [*root.glob("*/lock"), *root.glob("*/*/lock")]
     running = set()
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
-            try:
-                running.add(Path("/proc", entry, "comm").read_text(errors="replace").strip())
-            except OSError:
-                continue  # it has ended since
+    for name in Path("/proc").glob("[0-9]*/comm"):
+        # It may have ended since.
+        with suppress(OSError):
+            running.add(name.read_text(errors="replace").strip())
     return {
         "locks": [{"path": str(lock), "age_s": time.time() - lock.stat().st_mtime} for lock in sorted(found)],
         "compilers": sorted(running & COMPILERS),
@@ -184,28 +186,24 @@ def folder(request: Request) -> dict[str, Any]:
         return {"there": False}
     space = os.statvfs(path)
     facts: dict[str, Any] = {"there": True, "free_bytes": space.f_frsize * space.f_bavail}
-    facts["shared"] = (path / request["token"]).exists()
-    test = path / f"{request['token']}-{request['number']}"
+    facts["shared"] = bool(request["sign"]) and Path(request["sign"]).is_dir()
     block, written, begin = os.urandom(CHUNK_BYTES), 0, time.monotonic()
     try:
-        with test.open("wb", buffering=0) as file:
+        # It has no name, so that nothing stays when this process is ended.
+        with tempfile.TemporaryFile(dir=path, buffering=0) as file:
             while written < request["write_bytes"] and time.monotonic() - begin < WRITE_LIMIT_S:
                 written += file.write(block)
                 os.fdatasync(file.fileno())
         facts["write_bytes_s"] = written / (time.monotonic() - begin)
     except OSError as error:
         facts["fault"] = error.strerror
-    finally:
-        # Where it could not be made, unlink may fail with another error than "not there".
-        if test.exists():
-            test.unlink()
     return facts
 
 
 def hub_folder(name: str, cache: str | None) -> Path:
     """Return where the hub's client keeps a model of this name."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    root = Path(cache or os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    home = Path(os.environ.get("HF_HOME") or cache_home() / "huggingface")
+    root = Path(cache or os.environ.get("HF_HUB_CACHE") or home / "hub")
     return root / f"models--{name.replace('/', '--')}"
 
 
@@ -240,7 +238,8 @@ def models(request: Request) -> dict[str, Any]:
             found[flag] = {"files": files, "weights": weights, "fault": fault}
         else:
             cache = hub_folder(name, request["cache_dir"])
-            found[flag] = {"hub": str(cache), "kept": any(cache.glob("snapshots/*/config.json"))}
+            kept = any(cache.glob("snapshots/*/config.json"))
+            found[flag] = {"fault": "no such folder", "hub": str(cache), "kept": kept}
     return found
 
 
@@ -248,19 +247,17 @@ def data(request: Request) -> dict[str, Any]:
     """Of each flag: the bytes of its files together, and what of them, or of the first record's images, is missing."""
     found: dict[str, Any] = {}
     for flag, names in request["files"].items():
-        facts: dict[str, Any] = {"bytes": 0, "fault": None}
-        for name in names:
-            try:
+        count, fault = 0, None
+        try:
+            for name in names:
                 with open(name, "rb") as file:
-                    facts["bytes"] += os.fstat(file.fileno()).st_size
-            except OSError as error:
-                facts = {"bytes": None, "fault": f"{name}: {error.strerror}" if len(names) > 1 else error.strerror}
-                break
-        for places in () if facts["fault"] else request["images"].get(flag, ()):
-            if not any(os.access(place, os.R_OK) for place in places):
-                facts["fault"] = f"the first record's image {places[0]} cannot be read"
-                break
-        found[flag] = facts
+                    count += os.fstat(file.fileno()).st_size
+            for places in request["images"].get(flag, ()):
+                if not any(os.access(place, os.R_OK) for place in places):
+                    fault = f"the first record's image {places[0]} cannot be read"
+        except OSError as error:
+            fault = f"{error.filename}: {error.strerror}"
+        found[flag] = {"files": {"together": count}, "fault": fault}
     return found
 
 

@@ -33,8 +33,7 @@ EXPORTED = ("PYTHON", "MLFLOW", "MV2", "UCX")
 GRACE_S = 1.0
 
 
-# What ssh or srun says when a host cannot be asked → (what it means, how to fix it). The first that fits counts; in all
-# other cases their own last line is told.
+# What ssh or srun says when a host cannot be asked → (what it means, how to fix it). The first that fits counts.
 FAULTS = {
     # A shell's exit codes for it, and srun's words.
     r"exit code 12[67]|execve": (
@@ -48,6 +47,10 @@ FAULTS = {
     "Permission denied": (
         "ssh key is refused",
         "ssh-copy-id {host}; the key needs to have no passphrase, or to be in an ssh-agent",
+    ),
+    "": (
+        "gave no answer (exit code {code}): {last}",
+        "see whether {host} is up, and its name, address, cable and firewall; try {python} --version there",
     ),
 }
 
@@ -108,14 +111,13 @@ def exports(environment: Mapping[str, str], cwd: str, gpus: bool, remote_env: Ma
     return "".join(f"export {name}={text}; " for name, text in texts.items())
 
 
-def explain(said: str, code: int, host: str) -> tuple[str, str]:
-    """Return (what is wrong, how to fix it) from what ssh or srun wrote and returned when a host gave no answer."""
-    for pattern, (what, mend) in FAULTS.items():
-        if re.search(pattern, f"{said}\nexit code {code}"):
-            return what, mend.format(host=host, python=sys.executable)
+def _fault(host: str, said: str, code: int, answered: bool) -> tuple[str, str]:
+    """Return (what is wrong, how to fix it), from what ssh or srun wrote and returned; empty where nothing is."""
     last = (said.strip().splitlines() or ["it said nothing"])[-1]
-    mend = f"see whether {host} is up, and its name, address, cable and firewall; try {sys.executable} --version there"
-    return f"gave no answer (exit code {code}): {last}", mend
+    if answered:
+        return (f"ended with exit code {code}: {last}", "read that line; it is the host's own") if code else ("", "")
+    what, mend = next(fault for words, fault in FAULTS.items() if re.search(words, f"{said}\nexit code {code}"))
+    return what.format(code=code, last=last), mend.format(host=host, python=sys.executable)
 
 
 def _end(*processes: subprocess.Popen[str]) -> None:
@@ -150,7 +152,7 @@ def _ask(
         assert process.stdout
         # Where ssh has left already, its exit code and words say why.
         with suppress(BrokenPipeError):
-            process.stdin.write(f"{json.dumps(source)}\n{json.dumps(request)}\n")
+            process.stdin.write(f"{json.dumps(source)}\n{json.dumps(request, default=str)}\n")
             process.stdin.flush()
         for line in process.stdout:
             if line.startswith(SIGN):
@@ -164,15 +166,10 @@ def _ask(
             process.stdin.close()
         errors.seek(0)
         said = errors.read()
-    what, mend = "", ""
+    what, mend = _fault(host, said, code, bool(lines))
     if code and ended_s - begin >= limit_s:
         what = f"gave no answer within {limit_s:g} s"
         mend = f"see whether {host} is up and whether a network disk hangs there"
-    elif not lines:
-        what, mend = explain(said, code, host)
-    elif code:
-        last = (said.strip().splitlines() or [""])[-1]
-        what, mend = f"ended with exit code {code}: {last}", "read that line; it is the host's own"
     return Answer(host, lines, what, mend, skew_s, ended_s)
 
 
@@ -180,13 +177,14 @@ def ask_all(
     hosts: Sequence[str],
     reach: Reach,
     source: str,
-    requests: Sequence[dict[str, Any]],
+    request: dict[str, Any],
     limit_s: float,
     together: bool = False,
 ) -> list[Answer]:
     """Run `source` on every host at once and return what each answers, in the order of `hosts`.
 
     Args:
+        request: each gets it, with its own `number` and `limit_s`.
         together: the programs wait for each other: when one has failed, the others are ended soon after.
 
     However it ends, after `limit_s` or by an exception, no process of this machine is left; the programs themselves end
@@ -196,8 +194,8 @@ def ask_all(
     with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
         try:
             asked = [
-                pool.submit(_ask, host, reach(host), source, {**request, "limit_s": limit_s}, running)
-                for host, request in zip(hosts, requests, strict=True)
+                pool.submit(_ask, host, reach(host), source, {**request, "number": number, "limit_s": limit_s}, running)
+                for number, host in enumerate(hosts)
             ]
             for done in as_completed(asked):
                 if together and done.result().fault:

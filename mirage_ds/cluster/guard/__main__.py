@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 import click
@@ -13,8 +13,8 @@ import psutil
 
 from mirage_ds.cluster.guard.child import Child, adopt_orphans
 from mirage_ds.cluster.guard.hub import Hub
-from mirage_ds.cluster.guard.watch import CONTEXT, SAYS, bounds_options, end, leave, talk, tell
-from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Client, Verdict
+from mirage_ds.cluster.guard.watch import CONTEXT, OPTIONS, SAYS, end, leave, talk, tell
+from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Client
 from mirage_ds.engine.place import Place, find_place
 from mirage_ds.run.process import run_rank
 
@@ -22,8 +22,7 @@ from mirage_ds.run.process import run_rank
 FAREWELL_S = 1.0
 
 
-@click.command(context_settings=CONTEXT)
-@bounds_options
+@click.command(context_settings=CONTEXT, params=[*OPTIONS])
 @click.option("--logs", type=click.Path(path_type=Path), help="Folder that gets rank<N>.log, what the rank printed.")
 @click.option("--quoted", is_flag=True, help="The arguments are percent-encoded: a shell on the way changes nothing.")
 @click.option("--local_rank", hidden=True, help="Passed by some launchers; the environment says it too.")
@@ -42,29 +41,21 @@ def command(
     """Run `python -m MODULE ARGUMENTS…` as a rank and end it together with all the others."""
     del local_rank
     place = find_place(os.environ)
-    words = [unquote(word) for word in arguments] if quoted else list(arguments)
     if logs:
         logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"rank{place.rank}.log" if logs else None
     adopt_orphans()
-    words = [sys.executable, "-u", "-m", module, *words]
-
-    async def until_the_end() -> None:
-        verdict = await watch(words, place, port, job, Bounds(**bounds), log)
-        # Once a host: under some launchers each host has its own log. On this one the launcher's guard says it.
-        leave(verdict, say=place.local_rank == 0 and not psutil.pid_exists(int(os.environ.get(SAYS, "-1"))))
-
-    asyncio.run(until_the_end())
+    words = [sys.executable, "-u", "-m", module, *(map(unquote, arguments) if quoted else arguments)]
+    client = Client(place.master, port, job, place.rank, Bounds(**bounds))
+    asyncio.run(watch(words, place, client, logs / f"rank{place.rank}.log" if logs else None))
 
 
-async def watch(words: list[str], place: Place, port: int, job: str, bounds: Bounds, log: Path | None) -> Verdict:
-    """Start the rank, keep in touch with the hub, end the rank as the verdict says."""
-    hub = Hub(place.size, bounds, job, lambda line: tell([line])) if place.rank == 0 else None
+async def watch(words: list[str], place: Place, client: Client, log: Path | None) -> NoReturn:
+    """Start the rank, keep in touch with the hub, end the rank as the verdict says and leave."""
+    hub = Hub(place.size, client.bounds, client.job, lambda line: tell([line])) if place.rank == 0 else None
     if hub:
-        await hub.listen(port)
+        await hub.listen(client.port)
         judging = asyncio.create_task(hub.watch())
     child = Child(words, dict(os.environ) | place.variables(), log)
-    client = Client(place.master, port, job, place.rank, bounds)
 
     def hear(message: dict[str, Any]) -> None:
         if "stop" in message:
@@ -79,11 +70,12 @@ async def watch(words: list[str], place: Place, port: int, job: str, bounds: Bou
         client.say({"stop": True})
 
     verdict = await talk(child, client, hear, stop)
-    await end(child, 0.0 if verdict.code == EXIT_HANG else bounds.grace)
+    await end(child, 0.0 if verdict.code == EXIT_HANG else client.bounds.grace)
     if hub:
         await asyncio.wait([judging], timeout=FAREWELL_S)
         await asyncio.sleep(FAREWELL_S)
-    return verdict
+    # Once a host: under some launchers each host has its own log. On this one the launcher's guard says it.
+    leave(verdict, say=place.local_rank == 0 and not psutil.pid_exists(int(os.environ.get(SAYS, "-1"))))
 
 
 if __name__ == "__main__":

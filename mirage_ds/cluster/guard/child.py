@@ -73,17 +73,15 @@ class Child:
         )
         os.close(writing)
         # Threads: the console may be a pipe that nobody empties any more, and the guard itself must never wait for it.
+        copied = ((self.process.stderr, sys.stderr.buffer), (self.process.stdout, sys.stdout.buffer))
         self._threads = [
             threading.Thread(target=self._read_marks, args=(os.fdopen(reading, "rb"),), daemon=True),
-            threading.Thread(target=self._copy, args=(self.process.stderr, sys.stderr.buffer), daemon=True),
-            threading.Thread(target=self._copy, args=(self.process.stdout, sys.stdout.buffer), daemon=True),
+            *(threading.Thread(target=self._copy, args=pair, daemon=True) for pair in copied if pair[0]),
         ]
         for thread in self._threads:
             thread.start()
 
-    def _copy(self, source: BinaryIO | None, console: BinaryIO) -> None:
-        if source is None:
-            return
+    def _copy(self, source: BinaryIO, console: BinaryIO) -> None:
         there = True
         rest = b""
         while chunk := os.read(source.fileno(), 1 << 16):
@@ -119,12 +117,8 @@ class Child:
         return code if code is None or code >= 0 else 128 - code
 
     def state(self) -> str:
-        """Return the state as Linux has it: R, S, D, T for stopped, Z; an empty string once it is gone."""
-        try:
-            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
-        except OSError:
-            return ""
-        return stat.rsplit(")", 1)[1].split()[0]
+        """Return the state of the process that has not been waited for, as psutil has it."""
+        return str(psutil.Process(self.process.pid).status())
 
     def why(self) -> str:
         """Say in a few words why the ended process failed: its last line of error output, or the signal."""
@@ -148,12 +142,9 @@ class Child:
         self.signal(signal.SIGTERM)
 
     def ask_for_stacks(self) -> None:
-        """Let the process write its stacks, if it listens for that; the default of the signal would end it."""
-        status = Path(f"/proc/{self.process.pid}/status")
-        with contextlib.suppress(OSError):
-            caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
-            if int(caught.split()[1], 16) >> (STACKS_SIGNAL - 1) & 1:
-                self.process.send_signal(STACKS_SIGNAL)
+        """Let the process write its stacks; before its first mark the signal would end it (heartbeat.guarded)."""
+        if self.progress:
+            self.signal(STACKS_SIGNAL)
 
     def stacks(self) -> str:
         """Return the stacks that the process has written so far."""

@@ -110,9 +110,6 @@ class Hub:
             verdict = judge(self.members, self.size, self.bounds, self._since, now)
             if verdict is None and hanging(self.members, self.size, self.bounds, now):
                 verdict = await self._explain_hang()
-            done = [one for one in self.members if one.rank is not None and one.code == 0]
-            if verdict is None and len(done) == self.size:
-                verdict = Verdict(0, ())
             if verdict:
                 self.verdict = verdict
                 self._tell({"verdict": verdict})

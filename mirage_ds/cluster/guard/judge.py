@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
+
 from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Verdict
 from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 from mirage_ds.run.heartbeat import COLLECTIVE
@@ -40,7 +42,7 @@ class Member:
         rank: None for the launcher's.
         heard: when it last said anything; closed: its connection has ended.
         code, why: how its process ended, and `ended`, when the hub heard of it.
-        stopped: since when the state of its process (child.py) has been T.
+        stopped: since when its process has been stopped.
         progress: its process's last mark; progressed: when that came.
     """
 
@@ -71,7 +73,7 @@ class Member:
         if "stacks" in message:
             self.stacks = message["stacks"]
         if "state" in message:
-            self.stopped = (self.stopped or now) if message["state"] == "T" else None
+            self.stopped = (self.stopped or now) if message["state"] == psutil.STATUS_STOPPED else None
             if message["progress"] != self.progress:
                 self.progress, self.progressed = message["progress"], now
         self.folder = message.get("folder") or self.folder
@@ -90,47 +92,6 @@ def failures(members: Sequence[Member]) -> list[Member]:
     return sorted(failed, key=lambda one: (follows(one), one.ended))
 
 
-def judge_failure(members: Sequence[Member], now: float) -> Verdict | None:
-    """Judge ranks that have ended with another code than 0."""
-    failed = failures(members)
-    if not failed or now - min(one.ended for one in failed) < SETTLE_S:
-        return None
-    first = failed[0]
-    if first.code == EXIT_STOPPED:
-        return Verdict(EXIT_STOPPED, (STOPPED,))
-    others = tuple(f"then {one.name} {one.why}" for one in failed[1:9])
-    return Verdict(int(first.code or 1), (*others, *by_position(members), f"{first.name} {first.why}"))
-
-
-def judge_lost(members: Sequence[Member], bounds: Bounds, now: float) -> Verdict | None:
-    """Judge guards that are gone or silent, and stopped processes."""
-    for one in members:
-        if one.code is None and one.closed:
-            what = "was killed" if one.rank is None else "lost its guard, which was killed"
-            return Verdict(EXIT_LOST, (*by_position(members), f"{one.name} {what}"))
-        if one.code is None and now - one.heard > bounds.silence:
-            silent = f"{one.name}: no sign of life for {bounds.silence:.0f} s, host or network is gone"
-            return Verdict(EXIT_LOST, (*by_position(members), silent))
-        if one.stopped is not None and now - one.stopped > STOPPED_S:
-            return Verdict(EXIT_HANG, (f"{one.name} is stopped (SIGSTOP); the others wait for it",))
-        if one.rank is None and one.code is not None:
-            living = [other for other in members if other.rank is not None and other.code is None]
-            if living and now - one.ended > SETTLE_S:
-                return Verdict(one.code or EXIT_LOST, (f"{one.name} {one.why}",))
-    return None
-
-
-def judge_gathering(members: Sequence[Member], size: int, bounds: Bounds, since: float, now: float) -> Verdict | None:
-    """Judge a job whose ranks have not all come."""
-    absent = sorted(set(range(size)) - {one.rank for one in members if one.rank is not None})
-    if not absent or now - since < bounds.gather:
-        return None
-    some = ", ".join(map(str, absent[:16])) + (", …" if len(absent) > 16 else "")
-    hosts = ", ".join(sorted({one.host for one in members if one.rank is not None}))
-    late_ones = f"rank(s) {some} of {size} did not start within {bounds.gather:.0f} s; heard from {hosts}"
-    return Verdict(EXIT_LOST, (late_ones,))
-
-
 def hanging(members: Sequence[Member], size: int, bounds: Bounds, now: float) -> bool:
     """Tell whether no rank has come on for longer than its kind of work may take."""
     ranks = [one for one in members if one.rank is not None and one.code is None]
@@ -141,23 +102,47 @@ def hanging(members: Sequence[Member], size: int, bounds: Bounds, now: float) ->
 
 
 def judge(members: Sequence[Member], size: int, bounds: Bounds, since: float, now: float) -> Verdict | None:
-    """Judge the job, hangs apart; None while all is well.
+    """Judge the job, hangs apart; None while it may go on.
 
     Args:
         size: ranks of the job.
         since: when the hub began to listen.
     """
-    ended = judge_failure(members, now) or judge_lost(members, bounds, now)
-    return ended or judge_gathering(members, size, bounds, since, now)
+    ranks = [one for one in members if one.rank is not None]
+    failed = failures(members)
+    if failed and now - min(one.ended for one in failed) >= SETTLE_S:
+        first, *others = failed
+        if first.code == EXIT_STOPPED:
+            return Verdict(EXIT_STOPPED, (STOPPED,))
+        then = (f"then {one.name} {one.why}" for one in others[:8])
+        return Verdict(int(first.code or 1), (*then, *by_position(members), f"{first.name} {first.why}"))
+    for one in members:
+        if one.code is None and one.closed:
+            what = "was killed" if one.rank is None else "lost its guard, which was killed"
+            return Verdict(EXIT_LOST, (*by_position(members), f"{one.name} {what}"))
+        if one.code is None and now - one.heard > bounds.silence:
+            silent = f"{one.name}: no sign of life for {bounds.silence:.0f} s, host or network is gone"
+            return Verdict(EXIT_LOST, (*by_position(members), silent))
+        if one.stopped is not None and now - one.stopped > STOPPED_S:
+            return Verdict(EXIT_HANG, (f"{one.name} is stopped (SIGSTOP); the others wait for it",))
+        left = one.rank is None and one.code is not None and any(other.code is None for other in ranks)
+        if left and now - one.ended > SETTLE_S:
+            return Verdict(one.code or EXIT_LOST, (f"{one.name} {one.why}",))
+    absent = sorted(set(range(size)) - {one.rank for one in ranks if one.rank is not None})
+    if not absent and all(one.code == 0 for one in ranks):
+        return Verdict(0, ())
+    if not absent or now - since < bounds.gather:
+        return None
+    some = ", ".join(map(str, absent[:SHOWN])) + (", …" if len(absent) > SHOWN else "")
+    hosts = ", ".join(sorted({one.host for one in ranks}))
+    late_ones = f"rank(s) {some} of {size} did not start within {bounds.gather:.0f} s; heard from {hosts}"
+    return Verdict(EXIT_LOST, (late_ones,))
 
 
 def main_stack(stacks: str) -> list[str]:
     """Return the frames of the main thread, innermost first, from what faulthandler writes."""
-    threads = re.split(r"(?m)^(?=(?:Current thread|Thread) )", stacks)
     # faulthandler writes the thread that was started first last.
-    frames = [re.findall(r"(?m)^  File (.+)$", thread) for thread in threads]
-    whole = [one for one in frames if one]
-    return whole[-1] if whole else []
+    return re.findall(r"(?m)^  File (.+)$", stacks.strip().rpartition("\n\n")[2])
 
 
 def waits_for(stacks: str) -> str:
@@ -166,17 +151,15 @@ def waits_for(stacks: str) -> str:
     if not frames:
         return "something unknown: it wrote no stacks"
     # The innermost frames say it; every rank's outer ones are those of the loop.
-    for frame in frames[:12]:
-        for what, pattern in WAITS:
-            if re.search(pattern, frame):
-                return what
-    return frames[0]
+    known = [what for frame in frames[:12] for what, pattern in WAITS if re.search(pattern, frame)]
+    return known[0] if known else frames[0]
 
 
 def where(one: Member) -> str:
     """Say where a rank is."""
     step = one.progress.get("step")
-    return f"{one.progress.get('doing', 'has not begun')}" + (f", step {step}" if step is not None else "")
+    parts = [one.progress.get("doing", "has not begun"), f"step {step}" if step is not None else ""]
+    return ", ".join(filter(None, (*parts, f"waits for {waits_for(one.stacks)}" if one.stacks else "")))
 
 
 def by_position(members: Sequence[Member]) -> tuple[str, ...]:
@@ -186,12 +169,8 @@ def by_position(members: Sequence[Member]) -> tuple[str, ...]:
     if len(counts) < 2:
         return ()
     ranks.sort(key=lambda one: (one.progress["count"], one.rank or 0))
-    lines = [f"{one.name}: {where(one)}" + _waiting(one) for one in ranks[:SHOWN]]
+    lines = [f"{one.name}: {where(one)}" for one in ranks[:SHOWN]]
     return (*lines, *([f"… and {len(ranks) - SHOWN} more"] if len(ranks) > SHOWN else []))
-
-
-def _waiting(one: Member) -> str:
-    return f", waits for {waits_for(one.stacks)}" if one.stacks else ""
 
 
 def late(ranks: Sequence[Member]) -> str:
@@ -204,12 +183,12 @@ def late(ranks: Sequence[Member]) -> str:
     if behind.progress["count"] == ahead.progress["count"]:
         apart = [one for one in marked if one.stacks and "collective" not in waits_for(one.stacks)]
         if len(apart) == 1:
-            return f"{apart[0].name} was late: {where(apart[0])}, waits for {waits_for(apart[0].stacks)}"
-        return f"all ranks are at the same place: {where(behind)}{_waiting(behind)}"
+            return f"{apart[0].name} was late: {where(apart[0])}"
+        return f"all ranks are at the same place: {where(behind)}"
     if behind.progress.get("kind") == COLLECTIVE:
         # It cannot be late for what the others have left behind without it.
         return (
             f"{ahead.name} went past a collective in which {behind.name} still waits ({where(behind)}); "
             f"it is at: {where(ahead)}"
         )
-    return f"{behind.name} was late: {where(behind)}{_waiting(behind)}"
+    return f"{behind.name} was late: {where(behind)}"

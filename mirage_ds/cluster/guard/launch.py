@@ -9,46 +9,42 @@ the job.
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
 from mirage_ds.cluster.guard.child import Child, adopt_orphans
 from mirage_ds.cluster.guard.judge import STOPPED
-from mirage_ds.cluster.guard.watch import CONTEXT, LAUNCHER_S, SAYS, bounds_options, end, leave, listen, talk
-from mirage_ds.cluster.guard.wire import Bounds, Client, Verdict
+from mirage_ds.cluster.guard.watch import CONTEXT, LAUNCHER_S, OPTIONS, SAYS, end, leave, listen, talk
+from mirage_ds.cluster.guard.wire import Bounds, Client
 from mirage_ds.errors import EXIT_STOPPED
 from mirage_ds.run.process import run_rank
 
 
-@click.command(context_settings=CONTEXT)
-@bounds_options
+@click.command(context_settings=CONTEXT, params=[*OPTIONS])
 @click.option("--master", required=True, help="Rank 0's host, as this host knows it.")
 @click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED)
 def command(port: int, job: str, master: str, words: tuple[str, ...], **bounds: float) -> None:
     """Run the launcher's command WORDS; end when the job ends, however that comes."""
     adopt_orphans()
-
-    async def until_the_end() -> None:
-        leave(await watch(list(words), master, port, job, Bounds(**bounds)))
-
-    asyncio.run(until_the_end())
+    asyncio.run(watch(words, Client(master, port, job, None, Bounds(**bounds))))
 
 
-async def watch(words: list[str], master: str, port: int, job: str, bounds: Bounds) -> Verdict:
-    """Start the launcher, keep in touch with the hub, return what the job came to."""
-    client = Client(master, port, job, None, bounds)
+async def watch(words: Sequence[str], client: Client) -> NoReturn:
+    """Start the launcher, keep in touch with the hub, leave as the job does."""
     asked = 0
 
     def stop(number: signal.Signals) -> None:
         nonlocal asked
         asked += 1
         if asked > 1 and number == signal.SIGINT:
-            client.verdict = client.verdict or Verdict(128 + number, (f"{number.name} at the launcher",))
+            client.end(128 + number, f"{number.name} at the launcher")
         elif client.connected:
             client.say({"stop": True})
         else:
             # Before the ranks run there is nothing to save.
-            client.verdict = client.verdict or Verdict(EXIT_STOPPED, (STOPPED,))
+            client.end(EXIT_STOPPED, STOPPED)
 
     # Before the launcher, which may be stopped as soon as it is there.
     listen(stop)
@@ -57,8 +53,8 @@ async def watch(words: list[str], master: str, port: int, job: str, bounds: Boun
     verdict = await talk(child, client, lambda message: None, stop)
     if asked and not client.connected:
         child.signal(signal.SIGTERM)
-    await end(child, bounds.grace + LAUNCHER_S)
-    return verdict
+    await end(child, client.bounds.grace + LAUNCHER_S)
+    leave(verdict)
 
 
 if __name__ == "__main__":

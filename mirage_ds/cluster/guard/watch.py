@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 
@@ -18,29 +18,24 @@ from mirage_ds.errors import EXIT_USER_ERROR
 LAUNCHER_S = 10.0
 # In the environment of a launcher's ranks: the process of the guard around the launcher, which says why the job ends.
 SAYS = "MIRAGE_GUARD_SAYS"
-Command = TypeVar("Command", bound=Callable[..., Any])
-
 # The first word that is no option begins the guarded command; everything after it is passed on as it is.
 CONTEXT = {"help_option_names": ["-h", "--help"], "ignore_unknown_options": True, "allow_interspersed_args": False}
-
-
-def bounds_options(command: Command) -> Command:
-    """Add the port, the job's name and one option for each bound."""
-    help_texts = {
-        "gather": "Seconds until the last rank has appeared.",
-        "silence": "Seconds without a sign of life after which a host counts as lost.",
-        "start": "Seconds without progress before the first step, in a save or a load.",
-        "hang": "Seconds without progress anywhere else.",
-        "grace": "Seconds for a process to leave by itself once the job has to end.",
-    }
-    for name, text in reversed(help_texts.items()):
-        seconds = click.FloatRange(min=0.1)
-        command = click.option(
-            f"--{name}", default=Bounds._field_defaults[name], show_default=True, type=seconds, help=text
-        )(command)
-    job = click.option("--job", default="mirage-ds", show_default=True, help="The job's name, the same everywhere.")
-    ports = click.IntRange(1, 65535)
-    return click.option("--port", required=True, type=ports, help="Port of the hub on rank 0's host.")(job(command))
+SECONDS = click.FloatRange(min=0.1)
+BOUNDS_HELP = {
+    "gather": "Seconds until the last rank has appeared.",
+    "silence": "Seconds without a sign of life after which a host counts as lost.",
+    "start": "Seconds without progress before the first step, in a save or a load.",
+    "hang": "Seconds without progress anywhere else.",
+    "grace": "Seconds for a process to leave by itself once the job has to end.",
+}
+OPTIONS: list[click.Parameter] = [
+    click.Option(["--port"], required=True, type=click.IntRange(1, 65535), help="Port of the hub on rank 0's host."),
+    click.Option(["--job"], default="mirage-ds", show_default=True, help="The job's name, the same everywhere."),
+]
+OPTIONS += [
+    click.Option([f"--{name}"], type=SECONDS, default=seconds, show_default=True, help=BOUNDS_HELP[name])
+    for name, seconds in Bounds()._asdict().items()
+]
 
 
 def tell(lines: Sequence[str]) -> None:
@@ -78,7 +73,7 @@ async def talk(
             await asyncio.to_thread(child.finish_output)
             client.say({"ended": code, "why": child.why(), "folder": child.folder})
             if client.rank is None and (not client.connected or time.monotonic() - ended > LAUNCHER_S):
-                client.verdict = client.verdict or Verdict(code, (f"the launcher {child.why()}",))
+                client.end(code, f"the launcher {child.why()}")
         await asyncio.sleep(BEAT_S if code is None else BEAT_S / 5)
         client.judge()
     talking.cancel()

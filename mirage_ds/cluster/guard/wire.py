@@ -5,6 +5,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from mirage_ds.errors import EXIT_LOST, EXIT_USER_ERROR
@@ -55,17 +56,12 @@ def send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
 
 async def messages(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
     """Yield messages until the connection ends, however it does; a line that is none ends it too."""
-    while True:
-        try:
-            line = await reader.readline()
-            if not line.endswith(b"\n"):
-                return
+    with suppress(OSError, ValueError):
+        async for line in reader:
             message = json.loads(line)
-        except (OSError, ValueError):
-            return
-        if not isinstance(message, dict):
-            return
-        yield message
+            if not isinstance(message, dict):
+                return
+            yield message
 
 
 async def connect(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -87,10 +83,9 @@ class Client:
     """
 
     def __init__(self, host: str, port: int, job: str, rank: int | None, bounds: Bounds):
-        self.host, self.port, self.rank, self.bounds = host, port, rank, bounds
+        self.host, self.port, self.job, self.rank, self.bounds = host, port, job, rank, bounds
         self.verdict: Verdict | None = None
         self.connected = False
-        self._hello = {"job": job, "rank": rank, "host": socket.gethostname()}
         self._writer: asyncio.StreamWriter | None = None
         self._heard = self._judged = time.monotonic()
 
@@ -109,23 +104,27 @@ class Client:
         try:
             reader, self._writer = await asyncio.wait_for(connect(self.host, self.port), self.bounds.gather)
         except TimeoutError:
-            limit = f"within {self.bounds.gather:.0f} s"
-            why = f"{hub} was not reached {limit}: it did not start, or the port is blocked"
-            self.verdict = self.verdict or Verdict(EXIT_LOST, (why,))
+            why = f"was not reached within {self.bounds.gather:.0f} s: it did not start, or the port is blocked"
+            self.end(EXIT_LOST, f"{hub} {why}")
             return
-        self.say(self._hello)
+        self.say({"job": self.job, "rank": self.rank, "host": socket.gethostname()})
         self._heard = time.monotonic()
         async for message in messages(reader):
             self._heard, self.connected = time.monotonic(), True
             if "verdict" in message:
                 code, lines = message["verdict"]
-                self.verdict = self.verdict or Verdict(code, tuple(lines))
+                self.end(code, *lines)
+            elif "refused" in message:
+                self.end(EXIT_USER_ERROR, f"{hub}: {message['refused']}; choose another --port")
+            else:
+                on(message)
+            if self.verdict:
                 return
-            if "refused" in message:
-                self.verdict = Verdict(EXIT_USER_ERROR, (f"{hub}: {message['refused']}; choose another --port",))
-                return
-            on(message)
-        self.verdict = self.verdict or Verdict(EXIT_LOST, (f"{hub} is gone",))
+        self.end(EXIT_LOST, f"{hub} is gone")
+
+    def end(self, code: int, *lines: str) -> None:
+        """Take a verdict, where there is none yet."""
+        self.verdict = self.verdict or Verdict(code, lines)
 
     def judge(self) -> None:
         """Give up a hub that has been silent for too long; called a few times a second."""
@@ -134,6 +133,6 @@ class Client:
             # This guard itself was stopped (Ctrl-Z, a debugger); what the hub has said waits in the socket.
             self._heard += now - self._judged
         self._judged = now
-        if self.connected and self.verdict is None and now - self._heard > self.bounds.silence:
+        if self.connected and now - self._heard > self.bounds.silence:
             silent = f"no sign of life of rank 0's host {self.host} for {self.bounds.silence:.0f} s"
-            self.verdict = Verdict(EXIT_LOST, (f"{silent}: it or the network is gone",))
+            self.end(EXIT_LOST, f"{silent}: it or the network is gone")

@@ -5,6 +5,7 @@ A line that is half written, the last one or one that a killed process left, is 
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ def find_run(path: Path) -> Path:
     for own in (path / "run", path / "model" / "run", *([path] if path.name == "run" else [])):
         if any((own / name).is_file() for name in (events.FILE, "config.yaml", "log.jsonl")):
             return own.parent
-    if (path / "node.json").is_file():
-        raise UserError(f"{path}: a study's run that has not begun, or an evaluation; name a training run's folder")
-    raise UserError(f"{path}: holds no run (there is no run/ in it); give a --save_model_path")
+    raise UserError(
+        f"{path}: holds no run, or one that has not begun (there is no run/ in it); give a training's --save_model_path"
+    )
 
 
 def json_lines(file: Path) -> list[Line]:
@@ -47,13 +48,9 @@ def json_lines(file: Path) -> list[Line]:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     found = []
     for line in content.split(b"\n"):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [value for value in found if isinstance(value, dict)]
 
 
 def _object(file: Path) -> dict[str, Any] | None:
@@ -95,7 +92,8 @@ class Facts:
     Attributes:
         folder: its --save_model_path.
         settings: config.yaml; start: run.json. Empty where they are not there yet.
-        events: of events.jsonl; verdicts: the guards', of faults.jsonl; not_finite: steps that were skipped.
+        events: of events.jsonl; recent: those of the newest start; began: when that was.
+        verdicts: the guards', of faults.jsonl; not_finite: steps that were skipped.
         steps, evaluations: the lines of log.jsonl, one a step.
         logged: when log.jsonl was last written to, without one config.yaml, in seconds since 1970.
         skipped_records: lines of skipped.jsonl.
@@ -111,7 +109,11 @@ class Facts:
         self.start = _object(own / "run.json") or {}
         noted = json_lines(own / events.FILE)
         self.events = [one for one in noted if isinstance(one.get("event"), str) and isinstance(one.get("time"), float)]
-        self.verdicts = [one for one in json_lines(own / "faults.jsonl") if one.get("code") and one.get("why")]
+        begins = [at for at, one in enumerate(self.events) if one["event"] == events.LOAD_BEGINS]
+        self.recent = self.events[begins[-1] :] if begins else self.events
+        self.began = float(self.recent[0]["time"]) if self.recent else 0.0
+        told = json_lines(own / "faults.jsonl")
+        self.verdicts = [one for one in told if one.get("time") and one.get("code") and one.get("why")]
         self.not_finite = json_lines(own / "not_finite.jsonl")
         self.steps, self.evaluations = split_log(json_lines(own / "log.jsonl"))
         self.logged = _changed(own / "log.jsonl") or _changed(own / "config.yaml")

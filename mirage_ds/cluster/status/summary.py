@@ -8,6 +8,7 @@ an evaluation some times its longest so far, a start the time that the guards gi
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import mean, median
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,8 @@ PAIRS: dict[str, tuple[str, Name, str]] = {
     events.MODEL_BEGINS: (events.MODEL_ENDS, "saving", "the model"),
     events.EVALUATION_BEGINS: (events.EVALUATION_ENDS, "evaluating", ""),
 }
+# What ends a run → state, detail.
+ENDS: dict[str, tuple[Name, str]] = {events.MODEL_ENDS: ("finished", ""), events.STOPPED: ("stopped", "on request")}
 
 
 class State(NamedTuple):
@@ -47,22 +50,15 @@ class State(NamedTuple):
 
 def judge(facts: Facts, now: float) -> State:
     """Say what a run is doing; `now` is in seconds since 1970."""
-    recent = _newest_start(facts)
-    if (ended := _ended(facts, recent)) is not None:
+    if (ended := _ended(facts)) is not None:
         return ended
     # Logs of earlier versions have no time in their lines.
     logged = [one["time"] for one in facts.steps[-1:] + facts.evaluations[-1:] if "time" in one] or [facts.logged]
     heard = max([*logged, *(one["time"] for one in facts.events)])
-    name, detail, patience = _doing(facts, [one["event"] for one in recent])
-    if now - heard <= patience:
+    name, detail, usual = _doing(facts, [one["event"] for one in facts.recent])
+    if now - heard <= (LOADS_S if usual is None else max(LEAST_S, PATIENCE * usual)):
         return State(name, detail, heard)
     return State("silent", f"it was {name}{f' ({detail})' if detail else ''}", heard)
-
-
-def _newest_start(facts: Facts) -> list[Line]:
-    """Return the events of the newest start."""
-    begins = [at for at, one in enumerate(facts.events) if one["event"] == events.LOAD_BEGINS]
-    return facts.events[begins[-1] :] if begins else facts.events
 
 
 def _usual_step(facts: Facts) -> float | None:
@@ -70,50 +66,39 @@ def _usual_step(facts: Facts) -> float | None:
     return median(float(one["seconds"]) for one in facts.steps[-RECENT:]) if facts.steps else None
 
 
-def _ended(facts: Facts, recent: list[Line]) -> State | None:
+def _ended(facts: Facts) -> State | None:
     """Return how the newest start ended; None while it may be running."""
-    for one in reversed(recent):
-        if one["event"] == events.MODEL_ENDS:
-            return State("finished", "", one["time"])
-        if one["event"] == events.STOPPED:
-            return State("stopped", "on request", one["time"])
-    began = recent[0]["time"] if recent else 0.0
-    verdicts = [one for one in facts.verdicts if one.get("time", 0) >= began]
-    if verdicts:
-        last, when = verdicts[-1], verdicts[-1].get("time", 0.0)
+    for one in reversed(facts.recent):
+        if one["event"] in ENDS:
+            return State(*ENDS[one["event"]], one["time"])
+    # The guards know more than the rank that failed.
+    if facts.verdicts and (last := facts.verdicts[-1])["time"] >= facts.began:
         if last["code"] == EXIT_STOPPED:
-            return State("stopped", "on request", when)
-        return State("failed", f"{last['why'][-1]} (exit code {last['code']})", when)
-    failed = [one for one in recent if one["event"] == events.FAILED]
+            return State(*ENDS[events.STOPPED], last["time"])
+        return State("failed", f"{last['why'][-1]} (exit code {last['code']})", last["time"])
+    failed = [one for one in facts.recent if one["event"] == events.FAILED]
     return State("failed", str(failed[-1].get("why", "")), failed[-1]["time"]) if failed else None
 
 
-def _doing(facts: Facts, names: list[str]) -> tuple[Name, str, float]:
-    """Return state, detail, and how many seconds may pass without a word."""
+def _doing(facts: Facts, names: list[str]) -> tuple[Name, str, float | None]:
+    """Return state, detail, and how many seconds it usually takes until the next word; None where nobody knows."""
     if events.LOAD_ENDS not in names:
         phases = [one.removeprefix(events.PHASE) for one in names if one.startswith(events.PHASE)]
-        return "starting", phases[-1] if phases else "", LOADS_S
+        return "starting", phases[-1] if phases else "", None
     if names[-1] in PAIRS:
         end, name, detail = PAIRS[names[-1]]
-        took = _longest(facts, names[-1], end)
-        return name, detail, LOADS_S if took is None else max(LEAST_S, PATIENCE * took)
+        return name, detail, _longest(facts, names[-1], end)
     start = next(one for one in reversed(facts.events) if one["event"] == events.LOAD_ENDS).get("step", 0)
-    step = _usual_step(facts)
-    if step is None or facts.steps[-1]["step"] <= start:
-        return "starting", "first step", LOADS_S
-    return "training", "", max(LEAST_S, PATIENCE * step)
+    if not facts.steps or facts.steps[-1]["step"] <= start:
+        return "starting", "first step", None
+    return "training", "", _usual_step(facts)
 
 
 def _longest(facts: Facts, begin: str, end: str) -> float | None:
     """Longest time from one event to the next, of those that came to their end; None where none has."""
-    found, begun = [], None
-    for one in facts.events:
-        if one["event"] == begin:
-            begun = one["time"]
-        elif one["event"] == end and begun is not None:
-            found.append(one["time"] - begun)
-            begun = None
-    return max(found, default=None)
+    marks = [one for one in facts.events if one["event"] in (begin, end)]
+    whole = [two for two in pairwise(marks) if [one["event"] for one in two] == [begin, end]]
+    return max((ended["time"] - begun["time"] for begun, ended in whole), default=None)
 
 
 def clock(when: float) -> str:
@@ -137,6 +122,7 @@ def summary(facts: Facts, now: float) -> dict[str, Any]:
         left = 0.0
     eta = left if state.name in ALIVE else None
     data = facts.settings.get("data_path")
+    evaluated = {name: value for one in facts.evaluations[-1:] for name, value in one.items() if name != "time"}
     return {
         "run": str(facts.folder),
         "stage": facts.settings.get("stage"),
@@ -167,7 +153,7 @@ def summary(facts: Facts, now: float) -> dict[str, Any]:
         "data_share": _of(recent, "data_seconds", per_second=True),
         "checkpoint": _checkpoint(facts, step, now),
         "damaged_checkpoints": facts.damaged,
-        "evaluation": _evaluation(facts),
+        "evaluation": {name.removeprefix("eval_"): value for name, value in evaluated.items()} or None,
         "best": _best(facts),
         "faults": _faults(facts),
     }
@@ -185,9 +171,7 @@ def _of(
 
 def _pace(facts: Facts) -> float | None:
     """Seconds from step to step, evaluations and saves included, since the newest start."""
-    begun = _newest_start(facts)
-    since = begun[0]["time"] if begun else 0.0
-    own = [one for one in facts.steps if one.get("time", -1) >= since]
+    own = [one for one in facts.steps if one.get("time", -1) >= facts.began]
     if len(own) > 1:
         return float(own[-1]["time"] - own[0]["time"]) / (own[-1]["step"] - own[0]["step"])
     return _usual_step(facts)
@@ -198,12 +182,6 @@ def _checkpoint(facts: Facts, step: int, now: float) -> dict[str, Any] | None:
         return None
     at, when = facts.saved
     return {"step": at, "time": when, "age_seconds": max(0.0, now - when), "steps_since": max(0, step - at)}
-
-
-def _evaluation(facts: Facts) -> dict[str, Any] | None:
-    if not facts.evaluations:
-        return None
-    return {name.removeprefix("eval_"): value for name, value in facts.evaluations[-1].items() if name != "time"}
 
 
 def _best(facts: Facts) -> dict[str, Any] | None:
@@ -217,26 +195,25 @@ def _best(facts: Facts) -> dict[str, Any] | None:
 def _faults(facts: Facts) -> dict[str, dict[str, Any]]:
     """Count what went wrong or was left out, each with the newest one in words; only what there is."""
 
-    def newest(lines: Sequence[Line], words: str) -> str:
-        return f"{clock(lines[-1].get('time', 0))}: {words}" if lines else ""
+    def noted(event: str) -> list[tuple[float, str]]:
+        return [(one["time"], str(one.get("why", ""))) for one in facts.events if one["event"] == event]
 
-    skipped = [one["step"] for one in facts.steps if one.get("skipped")]
-    verdicts = [one for one in facts.verdicts if one["code"] != EXIT_STOPPED]
-    failed, unsaved, starts = (
-        [one for one in facts.events if one["event"] == name]
-        for name in (events.FAILED, events.SAVE_FAILED, events.LOAD_BEGINS)
-    )
-    loaded = [one for one in _newest_start(facts) if one["event"] == events.LOAD_ENDS]
+    loaded = [one for one in facts.recent if one["event"] == events.LOAD_ENDS]
     went_on = f"went on from step {loaded[0].get('step', 0)}" if loaded else "still loading"
+    verdicts = [one for one in facts.verdicts if one["code"] != EXIT_STOPPED]
+    timed = {
+        "guards' verdicts": [(one["time"], str(one["why"][-1])) for one in verdicts],
+        "failures": noted(events.FAILED),
+        "failed saves": noted(events.SAVE_FAILED),
+        "restarts": [(when, went_on) for when, _ in noted(events.LOAD_BEGINS)[1:]],
+    }
+    skipped = [one["step"] for one in facts.steps if one.get("skipped")]
     found = {
         "skipped steps": (len(skipped), f"step {skipped[-1]}{_records(facts, skipped[-1])}" if skipped else ""),
         "dropped rows": (int(facts.start.get("dropped", 0)), f"longer than {facts.settings.get('max_length')} tokens"),
         "skipped records": (facts.skipped_records, "listed in run/skipped.jsonl"),
-        "guards' verdicts": (len(verdicts), newest(verdicts, str(verdicts[-1]["why"][-1]) if verdicts else "")),
-        "failures": (len(failed), newest(failed, str(failed[-1].get("why", "")) if failed else "")),
-        "failed saves": (len(unsaved), newest(unsaved, str(unsaved[-1].get("why", "")) if unsaved else "")),
-        "restarts": (max(0, len(starts) - 1), newest(starts, went_on)),
     }
+    found |= {name: (len(all_), f"{clock(all_[-1][0])}: {all_[-1][1]}") for name, all_ in timed.items() if all_}
     return {name: {"count": count, "newest": words} for name, (count, words) in found.items() if count}
 
 

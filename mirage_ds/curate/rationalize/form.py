@@ -124,11 +124,8 @@ class Judge:
             how = f"add it: {name} scores by it"
             raise record.fault(str(error.args[0]), "missing", how) from None
         if not right:
-            raise record.fault(
-                "text_output",
-                f"its own answer {shown(boxed)} is wrong by the scorer of {name}",
-                "fix it, or leave the row out",
-            )
+            what = f"its own answer {shown(boxed)} is wrong by the scorer of {name}"
+            raise record.fault("text_output", what, "fix it, or leave the row out")
         return judge
 
     def agrees(self, text: str) -> bool:

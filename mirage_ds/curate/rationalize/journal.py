@@ -86,10 +86,8 @@ class Journal:
                 end += len(line)
         if begun != setup:
             other = next(key for key in {**begun, **setup} if begun.get(key) != setup.get(key))
-            raise UserError(
-                f"--out {self.path.parent}: was begun with another {other}; name another folder, or go on with what it "
-                "was begun with"
-            )
+            how = "name another folder, or go on with what it was begun with"
+            raise UserError(f"--out {self.path.parent}: was begun with another {other}; {how}")
         self.file.truncate(end)
         if not end:
             self._append({"setup": setup})

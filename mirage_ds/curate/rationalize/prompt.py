@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,16 +39,15 @@ def load_template(file: Path | None) -> str:
         text = place.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt {place}: cannot be read ({reason(error)}); name a text file in UTF-8") from None
+    text = text if FORM in text else f"{text}\n\n{FORM}"
     for name, what in (
-        (QUESTION, "the question"), (ANSWER, "the right answer"),
+        (QUESTION, "the question"), (ANSWER, "the right answer"), (FORM, "the form of the reply"),
         (IMAGE_MARK, "the question's pictures"), (HELPER, "the helper images"),
     ):  # fmt: skip
         if text.count(name) != 1:
             found = f"stands there {text.count(name)} times" if name in text else "is missing"
             raise UserError(f"--prompt {place}: {name} {found}; write it once, where {what} shall stand")
-    if text.count(FORM) > 1:
-        raise UserError(f"--prompt {place}: {FORM} stands there {text.count(FORM)} times; write it once")
-    return text if FORM in text else f"{text}\n\n{FORM}"
+    return text
 
 
 def _named_pictures(name: str, field: str, paths: Sequence[str]) -> Iterator[str | Shown]:
@@ -120,10 +119,9 @@ class Questions:
             else:
                 pieces.append(texts.get(piece, piece))
         made: list[str | Shown] = []
-        for piece in [one for one in pieces if one]:
-            # Neighbouring texts are one: servers put a line break between two.
-            if isinstance(piece, str) and made and isinstance(made[-1], str):
-                made[-1] += piece
-            else:
-                made.append(piece)
+        kept = [piece for piece in pieces if piece]
+        # Neighbouring texts are one: servers put a line break between two.
+        for is_text, group in groupby(kept, lambda piece: isinstance(piece, str)):
+            neighbours = list(group)
+            made += ["".join(map(str, neighbours))] if is_text else neighbours
         return made

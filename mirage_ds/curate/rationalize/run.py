@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirage_ds.curate.rationalize.form import MEANINGS, Outcome
-from mirage_ds.curate.rationalize.journal import Journal
+from mirage_ds.curate.rationalize.journal import Job, Journal
 from mirage_ds.curate.rationalize.prompt import Questions
 from mirage_ds.curate.spec import RationalizeSpec
-from mirage_ds.data.progress import Advance
+from mirage_ds.data.progress import track
 from mirage_ds.data.sources import hash_of_records
 from mirage_ds.files import check_output
 from mirage_ds.tasks.write import whole_or_nothing
@@ -26,11 +26,8 @@ if TYPE_CHECKING:
 _SHOWN = 1000
 
 
-def rationalize(file: Path, spec: RationalizeSpec, progress: Advance | None = None) -> dict[str, Any]:
+def rationalize(file: Path, spec: RationalizeSpec) -> dict[str, Any]:
     """Write `spec.out`/data.jsonl: for each row its accepted rationales, each a row, in the file's order.
-
-    Args:
-        progress: called with (replies there are, replies in all).
 
     Returns:
         What rationalize.json holds: rows, replies, counts of outcomes, the first example of each, tokens, settings.
@@ -48,12 +45,10 @@ def rationalize(file: Path, spec: RationalizeSpec, progress: Advance | None = No
         missing = [job for job in jobs if journal.pending(job)]
         if missing:
             replies = (writer or _writer(questions)).replies(missing)
-            for done, (job, reply) in enumerate(replies, len(jobs) - len(missing) + 1):
+            for job, reply in track(replies, "rationales: replies", len(missing)):
                 judge = questions.judges[job[0]]
                 journal.note(job, judge.record.line, judge.outcome(reply), reply)
-                if progress is not None:
-                    progress(done, len(jobs))
-        return _finish(questions, setup, journal)
+        return _finish(questions, setup, {job: journal.noted[job] for job in jobs})
 
 
 def _writer(questions: Questions) -> Server | Local:
@@ -84,19 +79,19 @@ def _setup(file: Path, questions: Questions) -> dict[str, Any]:
     return made
 
 
-def _finish(questions: Questions, setup: dict[str, Any], journal: Journal) -> dict[str, Any]:
-    """Write data.jsonl, if a reply was accepted, and rationalize.json from the journal; return the latter."""
+def _finish(questions: Questions, setup: dict[str, Any], noted: dict[Job, dict[str, Any]]) -> dict[str, Any]:
+    """Write data.jsonl, if a reply was accepted, and rationalize.json; return the latter.
+
+    Args:
+        noted: of each job what came of it. The journal may have more, of a command with a larger --most or --samples.
+    """
     spec, out = questions.spec, questions.spec.out.resolve()
     counts: Counter[Outcome] = Counter()
     examples: dict[Outcome, dict[str, Any]] = {}
     reasoned = set()
     with whole_or_nothing(spec.out) as work:
         with (work / "data.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
-            for row, sample in sorted(journal.noted):
-                if row >= len(questions.judges) or sample >= spec.samples:
-                    # Asked for by an earlier command with a larger --most or --samples.
-                    continue
-                values = journal.noted[row, sample]
+            for (row, sample), values in noted.items():
                 outcome: Outcome = values["outcome"]
                 counts[outcome] += 1
                 said = str(values.get("text", values.get("why", "")))[:_SHOWN]
@@ -110,10 +105,10 @@ def _finish(questions: Questions, setup: dict[str, Any], journal: Journal) -> di
         summary = {
             "rows": len(questions.judges),
             "rows with a rationale": len(reasoned),
-            "replies": len(questions.judges) * spec.samples,
+            "replies": len(noted),
             "counts": {outcome: counts[outcome] for outcome in ("accepted", *MEANINGS)},
             "examples": examples,
-            "tokens": {name: sum(one.get(name, 0) for one in journal.noted.values()) for name in ("asked", "written")},
+            "tokens": {name: sum(one.get(name, 0) for one in noted.values()) for name in ("asked", "written")},
             "endpoint": spec.endpoint and str(spec.endpoint),
             "model": spec.model_name or spec.model,
             "samples": spec.samples,

@@ -11,6 +11,7 @@ import os
 import random
 import threading
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -36,10 +37,6 @@ PASSING = (408, 409, 425, 429)
 GONE_AFTER = 8
 
 
-class _NoReply(Exception):
-    """A try without a reply: why, and the seconds that the server asks to wait, if it does."""
-
-
 def read_key(variable: str | None) -> str | None:
     """Read the key from the environment; None where no variable is named and the usual one is not set.
 
@@ -48,13 +45,11 @@ def read_key(variable: str | None) -> str | None:
     """
     name = variable or USUAL_KEY_VARIABLE
     key = os.environ.get(name, "").strip()
-    if not key:
-        if variable:
-            raise UserError(f"--key_variable {variable}: this environment variable is not set; set it to the key")
-        return None
+    if not key and variable:
+        raise UserError(f"--key_variable {variable}: this environment variable is not set; set it to the key")
     if not key.isascii() or not key.isprintable():
         raise UserError(f"environment variable {name}: holds characters that no key has; set it to the key alone")
-    return key
+    return key or None
 
 
 def data_url(finder: ImageFinder, record: Record, shown: Shown, max_pixels: int | None) -> str:
@@ -67,13 +62,12 @@ def data_url(finder: ImageFinder, record: Record, shown: Shown, max_pixels: int 
         RecordError: the image is missing or does not decode.
     """
     picture = finder.load(record, *shown)
-    width, height = picture.size
-    content, kind = finder.find(record, *shown).read_bytes(), ""
-    if max_pixels is not None and width * height > max_pixels:
-        scale = (max_pixels / (width * height)) ** 0.5
-        picture = picture.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BICUBIC)
-    else:
-        kind = _plain(content)
+    content = finder.find(record, *shown).read_bytes()
+    scale = (max_pixels / (picture.width * picture.height)) ** 0.5 if max_pixels else 1
+    kind = _plain(content) if scale >= 1 else ""
+    if scale < 1:
+        sides = [max(1, int(side * scale)) for side in picture.size]
+        picture = picture.resize((sides[0], sides[1]), Image.Resampling.BICUBIC)
     if not kind:
         # Pillow would write notes of the transparency and of the turn again, which are in the pixels now.
         picture.info.clear()
@@ -130,11 +124,9 @@ class Server:
                     yield job, reply
                     lost = lost + 1 if reply.lost == "no reply" else 0
                     if lost >= max(GONE_AFTER, self.spec.parallel):
-                        raise UserError(
-                            f"--endpoint {self.spec.endpoint}: no reply to {lost} jobs in a row, each tried "
-                            f"{self.spec.tries} times ({reply.text}); start the same command again when the server "
-                            "answers"
-                        )
+                        what = f"no reply to {lost} jobs in a row, each tried {self.spec.tries} times ({reply.text})"
+                        how = "start the same command again when the server answers"
+                        raise UserError(f"--endpoint {self.spec.endpoint}: {what}; {how}")
             finally:
                 self.stop.set()
 
@@ -142,18 +134,17 @@ class Server:
         """Ask for one reply, again and again where that may help."""
         with self.questions.source.told(self.questions.judges[job[0]].record):
             body = json.dumps(self._request(job)).encode()
-        wait, pause, why = FIRST_WAIT_S, 0.0, "stopped"
+        wait, pause, reply = FIRST_WAIT_S, 0.0, Reply("stopped", lost="no reply")
         for _ in range(self.spec.tries):
             if self.stop.wait(pause):
                 break
-            try:
-                return self._try(job, body)
-            except _NoReply as error:
-                why, after = error.args
-                # Spread, so that those who failed together do not come back together.
-                pause = wait * random.uniform(0.5, 1) if after is None else min(after, LONGEST_TOLD_S)
+            reply, after = self._try(job, body)
+            if reply.lost != "no reply":
+                break
+            # Spread, so that those who failed together do not come back together.
+            pause = wait * random.uniform(0.5, 1) if after is None else min(after, LONGEST_TOLD_S)
             wait = min(2 * wait, LONGEST_WAIT_S)
-        return Reply(why, lost="no reply")
+        return reply
 
     def _request(self, job: Job) -> dict[str, Any]:
         row, sample = job
@@ -176,64 +167,65 @@ class Server:
             request["seed"] = random.Random(f"{self.spec.seed}/{row}/{sample}").getrandbits(31)
         return request
 
-    def _try(self, job: Job, body: bytes) -> Reply:
+    def _try(self, job: Job, body: bytes) -> tuple[Reply, float | None]:
+        """Ask once; return the reply, or why there is none, and the seconds that the server asks to wait, if it does.
+
+        Raises:
+            UserError: no further try, and no other job, would get a reply.
+        """
         try:
             response = self.client.post(self.url, content=body)
         except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise _NoReply(self._hidden(f"{type(error).__name__}: {error}"), None) from None
-        if response.status_code in PASSING or response.status_code >= 500:
-            after = response.headers.get("retry-after", "")
-            why = f"{response.status_code} {self._said(response)}"
-            raise _NoReply(why, float(after) if after.isascii() and after.isdecimal() else None)
-        if response.status_code != 200:
-            # The others would be refused too.
+            return Reply(self._hidden(f"{type(error).__name__}: {error}"), lost="no reply"), None
+        status, after = response.status_code, response.headers.get("retry-after", "")
+        if status in PASSING or status >= 500:
+            seconds = float(after) if after.isascii() and after.isdecimal() else None
+            return Reply(f"{status} {self._said(response)}", lost="no reply"), seconds
+        if status != 200:
             self.stop.set()
             raise self._refused(job, response)
-        return self._read(response)
+        return self._read(response), None
 
     def _read(self, response: httpx2.Response) -> Reply:
         """Read the reply out of a chat completion."""
-        try:
+        text = refusal = finish = None
+        served, tokens = "", (0, 0)
+        # Servers leave out what they like, and then the rest counts.
+        with suppress(ValueError, LookupError, TypeError, AttributeError):
             values = response.json()
             choice = values["choices"][0]
             message, finish = choice["message"], choice.get("finish_reason")
             text, refusal = message.get("content"), message.get("refusal")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise _NoReply(f"200, but no chat completion: {self._said(response)}", None) from None
+            served = str(values.get("model") or "")
+            tokens = int(values["usage"]["prompt_tokens"]), int(values["usage"]["completion_tokens"])
         if finish == "content_filter" or refusal:
             return Reply(self._hidden(f"refused: {refusal or finish}"), lost="refused")
         if not isinstance(text, str):
-            raise _NoReply(f"200, but no text: {self._said(response)}", None)
-        usage = values.get("usage") if isinstance(values.get("usage"), dict) else {}
-        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-        asked, written = (count if type(count) is int else 0 for count in counts)
-        return Reply(text, finish == "length", str(values.get("model") or ""), (asked, written))
+            return Reply(f"200, but no chat completion: {self._said(response)}", lost="no reply")
+        return Reply(text, finish == "length", served, tokens)
 
     def _refused(self, job: Job, response: httpx2.Response) -> UserError:
         """Make the error of an answer that no further try can change."""
-        status = response.status_code
+        status, key = response.status_code, self.spec.key_variable or USUAL_KEY_VARIABLE
+        line = self.questions.judges[job[0]].record.line
+        how = (
+            f"the request was that of line {line}: check --model_name, --max_new_tokens, --max_pixels, --limit_key and "
+            "--temperature"
+        )
         if status in (401, 403):
-            name = self.spec.key_variable or USUAL_KEY_VARIABLE
-            how = f"check the key in {name}" if self.key else "name the variable that holds the key with --key_variable"
+            how = f"check the key in {key}" if self.key else "name the variable that holds the key with --key_variable"
         elif status == 404:
             how = f"check the URL (it ends in /v1 with most servers) and --model_name {self.spec.model_name}"
         elif 300 <= status < 400:
             how = f"give the address itself ({response.headers.get('location', 'it names none')})"
-        else:
-            line = self.questions.judges[job[0]].record.line
-            how = (
-                f"the request was that of line {line}: check --model_name, --max_new_tokens, --max_pixels, --limit_key "
-                "and --temperature"
-            )
         return UserError(f"--endpoint {self.spec.endpoint}: the server answers {status} {self._said(response)}; {how}")
 
     def _said(self, response: httpx2.Response) -> str:
         """Return what a server says of its failure, in brackets, on one line."""
-        try:
-            values = response.json()
-            said = values["error"]["message"] if isinstance(values["error"], dict) else values["error"]
-        except (ValueError, KeyError, TypeError):
-            said = response.text
+        said = response.text
+        with suppress(ValueError, KeyError, TypeError):
+            error = response.json()["error"]
+            said = error["message"] if isinstance(error, dict) else error
         text = " ".join(str(said).split())
         return f"({self._hidden(text)[:200]})" if text else f"({response.reason_phrase})"
 

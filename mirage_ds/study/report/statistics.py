@@ -1,19 +1,23 @@
-"""Means over seeds and records: intervals, paired tests, equivalence.
+"""Cells → matrices of scores, and means over seeds and records: intervals, paired tests, equivalence.
 
-S seeds, N records, L levels, R resamples. A matrix of scores is (S, N); its columns stand level by level, and `sizes`
-says how many each level has.
+S seeds, N records, L levels, R resamples, G groups (the arms of a contrast, the conditions of a control). A matrix of
+scores is (S, N); its columns stand level by level, and `sizes` says how many each level has.
 """
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import pandas as pd
 
-from mirage_ds.analysis.controls.statistics import RESAMPLES, is_binary, mcnemar
+from mirage_ds.analysis.controls.statistics import mcnemar
+from mirage_ds.evaluate.scoring import RESAMPLES, is_binary
+from mirage_ds.study.results import Cell, Scores
 
-# Resamples multiplied at a time: their counts take 8 bytes a record.
-_CHUNK = 500
 # Kept draws: 1 byte a resample and record each, 40 MB for 10,000 × 4,000.
 _MOST_KEPT = 3
 # Resamples multiplied at a time: their counts take 8 bytes a record.
@@ -23,6 +27,15 @@ LEAST_SEEDS, MOST_EXACT = 5, 16
 FLIPS = 20_000
 # Sums of the same numbers in another order differ in their last bits; bounds and p-values must not.
 _DIGITS = 12
+TOO_FEW = "too few seeds"
+# A p above it leaves a difference undecided, whatever its interval says.
+LEVEL = 0.05
+# Of a record without a level, as in Scores.
+NO_LEVEL = "?"
+# A mean over seeds and records, as report.json has it; see `estimate`.
+Estimate: TypeAlias = dict[str, Any]
+# One cell's scores by one metric: level (str) and value (float64, finite) of N records, whose names are the index.
+Column: TypeAlias = pd.DataFrame
 
 
 class Draws(NamedTuple):
@@ -57,10 +70,6 @@ def _counts(rng: np.random.Generator, resamples: int, count: int) -> np.ndarray:
         drawn = rng.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
         parts.append(np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count))
     return np.concatenate(parts)
-
-
-# A mean over seeds and records, as report.json has it; see `estimate`.
-Estimate: TypeAlias = dict[str, Any]
 
 
 def estimate(values: np.ndarray, sizes: Sequence[int], draws: Draws) -> tuple[Estimate, list[Estimate]]:
@@ -116,11 +125,6 @@ def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
         sums = np.append(signs @ np.asarray(differences, dtype=np.float64), sum(differences))
     far = abs(sum(differences)) - 1e-12 * max(1.0, sum(map(abs, differences)))
     return float((np.abs(sums) >= far).mean())
-
-
-TOO_FEW = "too few seeds"
-# A p above it leaves a difference undecided, whatever its interval says.
-LEVEL = 0.05
 
 
 def equivalent(difference: Estimate, margin: float) -> bool:
@@ -181,3 +185,104 @@ def compare(arm: np.ndarray, base: np.ndarray, sizes: Sequence[int], margin: flo
         "equivalent": equivalent(overall, margin) and not few,
         "verdict": TOO_FEW if few else verdict(overall, margin, p),
     }
+
+
+class Misfit(ValueError):
+    """Scores that cannot be put together; the message says why, as the end of a sentence. The report shows it."""
+
+
+@dataclass
+class Work:
+    """What every part of the report reads, and the holes that it finds.
+
+    Attributes:
+        cells: arm → its cells, one a seed, in their order.
+        metrics: evaluation → its metrics; the first is the task's success.
+        holes: {"arm", "seed", "evaluation", "problem"} of what is missing; None where it is about no single one.
+    """
+
+    draws: Draws
+    cells: dict[str, list[Cell]] = field(default_factory=dict)
+    metrics: dict[str, list[str]] = field(default_factory=dict)
+    holes: list[dict[str, Any]] = field(default_factory=list)
+
+    def miss(self, arm: str | None, seed: int | None, problem: str, evaluation: str | None = None) -> None:
+        """Write down what is missing, and where."""
+        self.holes.append({"arm": arm, "seed": seed, "evaluation": evaluation, "problem": problem})
+
+
+def make_column(records: Sequence[str], levels: Sequence[str], values: Sequence[float]) -> Column:
+    """Put the scores of N records together; those without a finite value are left out."""
+    # As objects: pandas' own texts cannot hold half a surrogate pair, which a record's level may have.
+    level = np.asarray(levels, object)
+    found = pd.DataFrame({"level": level, "value": np.asarray(values, float)}, pd.Index(records, dtype=object))
+    return found[np.isfinite(found["value"])]
+
+
+def column(scores: Scores, metric: str | None, only: Sequence[str] = ()) -> Column:
+    """Read one cell's scores by one metric.
+
+    Args:
+        only: levels that count; all if empty.
+    """
+    nothing = [math.nan] * len(scores.records)
+    found = make_column(scores.records, scores.levels, scores.metrics.get(metric or "", nothing))
+    return found[found["level"].isin(only)] if only else found
+
+
+def level_key(level: str) -> tuple[int, float, str]:
+    """Sort levels as numbers where they are numbers, the others behind them."""
+    try:
+        number = float(level)
+    except ValueError:
+        number = math.nan
+    return (0, number, level) if math.isfinite(number) else (1, 0.0, level)
+
+
+class Grid(NamedTuple):
+    """Scores of G groups on the same seeds and records.
+
+    Attributes:
+        seeds: S.
+        levels: name → how many records it has, of those that occur; they sum to N.
+        values: (G, S, N), level by level.
+        left_out: records that some cell has and another has not.
+    """
+
+    seeds: tuple[int, ...]
+    levels: Mapping[str, int]
+    values: np.ndarray
+    left_out: int
+
+    def estimate(self, values: np.ndarray, draws: Draws) -> tuple[Estimate, dict[str, Estimate]]:
+        """Average values (S, N) as a whole, and level by level."""
+        overall, levels = estimate(values, list(self.levels.values()), draws)
+        return overall, dict(zip(self.levels, levels, strict=True))
+
+
+def line_up(groups: Sequence[Mapping[int, Column]]) -> Grid:
+    """Bring the groups to the seeds and records that all of them have.
+
+    The order of the result depends on the names of seeds, levels and records alone, not on the order they came in.
+
+    Args:
+        groups: seed → its column, for each group. A record's level is that of the first column.
+
+    Raises:
+        Misfit: no common seed, or no record that all cells have.
+    """
+    seeds = sorted(set.intersection(*(set(group) for group in groups)))
+    if not seeds:
+        raise Misfit("they have no common seed with scores")
+    columns = [group[seed] for group in groups for seed in seeds]
+    shared = pd.concat([one["value"] for one in columns], axis=1, join="inner")
+    if shared.empty:
+        raise Misfit("they have no common record")
+    level_of = columns[0]["level"].to_dict()
+    records = sorted(shared.index, key=lambda name: (level_key(level_of[name]), name))
+    return Grid(
+        seeds=tuple(seeds),
+        levels=Counter(level_of[name] for name in records),
+        values=shared.loc[records].to_numpy().T.reshape(len(groups), len(seeds), len(records)),
+        left_out=len(set().union(*(one.index for one in columns))) - len(records),
+    )

@@ -14,9 +14,7 @@ from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.report import apart, measured, p_values
 from mirage_ds.analysis.inspect.page import Shown
 from mirage_ds.analysis.inspect.page import page as whole_page
-from mirage_ds.study.report.build import COSTS
-from mirage_ds.study.report.grid import NO_LEVEL, level_key
-from mirage_ds.study.report.statistics import TOO_FEW
+from mirage_ds.study.report.statistics import NO_LEVEL, level_key
 
 Report = Mapping[str, Any]
 TESTS = {
@@ -99,41 +97,6 @@ def size(one: Mapping[str, Any]) -> str:
     return f"{one['seeds']} × {one['records']:,}"
 
 
-def primary_sentence(report: Report) -> str:
-    """Say in one sentence what the primary endpoint came to."""
-    found = report["primary"]
-    if found is None:
-        return "The study names no primary endpoint: every difference below is exploratory."
-    if found["problem"]:
-        return f"The primary endpoint could not be computed: {found['problem']}."
-    one, margin = found["difference"], report["margin"]
-    p = p_values(found)[0]
-    tested = f"p {p.replace('<', '< 0') if p.startswith('<') else f'= {p}'} ({TESTS[found['test']]})"
-    why = {
-        "higher": "the 95 % interval lies above 0, and the test agrees",
-        "lower": "the 95 % interval lies below 0, and the test agrees",
-        "equivalent": f"the 90 % interval lies within ± {margin:g}",
-        TOO_FEW: "with one seed two models are compared, not two arms"
-        if one["seeds"] == 1
-        else "with two to four seeds the interval is too narrow to say anything by",
-        "undecided": f"the 95 % interval holds 0, and the 90 % interval is not within ± {margin:g}"
-        if one["low"] <= 0 <= one["high"]
-        else "the 95 % interval leaves out 0, but the test over seeds does not reach 5 %",
-    }[found["verdict"]]
-    return (
-        f"Primary endpoint, {pair(found)}: {one['mean']:+.3f} (95 % interval {one['low']:+.3f} to {one['high']:+.3f}, "
-        f"90 % {one['low90']:+.3f} to {one['high90']:+.3f}), {tested if p else 'no p-value'}, over {one['seeds']} "
-        f"paired seed{'' if one['seeds'] == 1 else 's'} and {one['records']:,} records: {judged(found, margin)}, since "
-        f"{why}{'; ' + '; '.join(found['notes']) if found['notes'] else ''}."
-    )
-
-
-def _hole(one: Mapping[str, Any]) -> str:
-    places = {"arm": "{}", "seed": "seed {}", "evaluation": "evaluation {}"}
-    where = ", ".join(text.format(one[key]) for key, text in places.items() if one[key] is not None)
-    return f"{where}: {one['problem']}" if where else str(one["problem"])
-
-
 def having(evaluation: str, arms: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the arms that have scores of an evaluation."""
     return [arm for arm in arms if evaluation in arm["evaluations"]]
@@ -184,19 +147,15 @@ _TEMPLATES.filters["verbatim"] = Escaped
 _TEMPLATES.filters["test"] = lambda contrast: TESTS[contrast["test"]]
 
 
+def primary_sentence(report: Report) -> str:
+    """Say in one sentence what the primary endpoint came to, in Markdown."""
+    return _TEMPLATES.get_template("primary.md.jinja").render(report).strip()
+
+
 def body(report: Report, figures: Sequence[tuple[str, str]] = (), pictures: Sequence[str | None] = ()) -> str:
     """Write the report in Markdown, but for its title; see `markdown`."""
-    values = {
-        **report,
-        "sentence": primary_sentence(report),
-        "pictures": pictures,
-        "holes": [_hole(one) for one in report["holes"]],
-        "evaluations": evaluations(report),
-        "figures": figures,
-        "verdicts": VERDICTS,
-        "costs": COSTS,
-    }
-    return _TEMPLATES.get_template("report.md.jinja").render(values).strip() + "\n"
+    values = {"pictures": pictures, "evaluations": evaluations(report), "figures": figures, "verdicts": VERDICTS}
+    return _TEMPLATES.get_template("report.md.jinja").render(**report, **values).strip() + "\n"
 
 
 def markdown(report: Report, figures: Sequence[tuple[str, str]] = (), pictures: Sequence[str | None] = ()) -> str:

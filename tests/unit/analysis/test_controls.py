@@ -24,9 +24,9 @@ from mirage_ds.analysis.controls import conditions as making
 from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners, forbid
 from mirage_ds.analysis.controls.paths import fork_of, run_paths, verdict
 from mirage_ds.analysis.controls.report import summarize
-from mirage_ds.analysis.controls.run import Outcome, run_conditions
+from mirage_ds.analysis.controls.run import run_conditions
 from mirage_ds.analysis.controls.spec import CONDITIONS, parse_names
-from mirage_ds.analysis.controls.teach import rows_of
+from mirage_ds.analysis.controls.teach import Outcome, rows_of
 from mirage_ds.cli import main
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from mirage_ds.analysis.controls.compare import compare
 from mirage_ds.analysis.controls.conditions import Gaussian
 from mirage_ds.analysis.controls.paths import summary
+from mirage_ds.analysis.controls.report import compare
 from mirage_ds.analysis.controls.statistics import difference, differences, holm, mcnemar
 from mirage_ds.cli import main
 from mirage_ds.errors import UserError
@@ -228,10 +228,10 @@ def test_compare_pairs_every_file_with_the_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"task": "vsp-spatial-reasoning"}, "scored as vsp-spatial-planning and as vsp-spatial-reasoning"),
+        ({"task": "vsp-spatial-reasoning"}, "of different tasks (vsp-spatial-planning, vsp-spatial-reasoning)"),
         ({"hashes": {"data": "xyz"}}, "of different data (abc, xyz)"),
-        ({"columns": "answer=b"}, "of other --columns (None, answer=b)"),
-        ({"answers": "less"}, "10 and 9 answers"),
+        ({"columns": "answer=b"}, "of different --columns (None, answer=b)"),
+        ({"answers": "less"}, "of different numbers of answers (10, 9)"),
         ({"answers": "other line"}, "of different rows (line 4, line 40)"),
         ({"answers": "other question"}, "the question on line 4 is not the same"),
     ],

@@ -15,10 +15,11 @@ from mirage_ds.analysis.controls.statistics import (
     differences,
     differs,
     mcnemar,
+    sentence,
+    unseen,
     visible_mean,
     visible_share,
 )
-from mirage_ds.analysis.controls.words import sentence, unseen
 from mirage_ds.evaluate.scoring import bootstrap
 
 STUDIES = 4000

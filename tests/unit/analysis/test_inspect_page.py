@@ -19,12 +19,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from mirage_ds.analysis.inspect import draw
-from mirage_ds.analysis.inspect.corpus import Corpus, Projection, project, readings
-from mirage_ds.analysis.inspect.live import drawings
-from mirage_ds.analysis.inspect.look import Look
-from mirage_ds.analysis.inspect.measure import Words
+from mirage_ds.analysis.inspect.look import Look, drawings
+from mirage_ds.analysis.inspect.measure import Projection, Words, project
 from mirage_ds.analysis.inspect.probe import Reading
-from mirage_ds.analysis.inspect.study import _asked
+from mirage_ds.analysis.inspect.study import questions_for, readings
 from mirage_ds.analysis.inspect.style import styled
 from mirage_ds.cli import cli
 from mirage_ds.data.images import ImageFinder
@@ -129,12 +127,10 @@ def test_one_page_that_needs_nothing_beside_it(nano: Path, boards: Path, tmp_pat
 def test_without_enough_maps_there_is_no_probe(boards: Path) -> None:
     records, finder = scan(boards)[0], ImageFinder.beside(boards, None)
     for few in (records[:5], [replace(record, extra={}) for record in records]):
-        assert _asked(few, (), finder) == []
-    (asked,) = _asked(records[:MAPS], (), finder)
+        assert questions_for(few, (), finder) == []
+    (asked,) = questions_for(records[:MAPS], (), finder)
     assert (asked.name, asked.unit) == ("4 × 4", "maps")
-    assert list(readings(Corpus(records[:MAPS], {"all latents": torch.randn(MAPS, 6)}, {}), asked)["cells"]) == [
-        "all latents"
-    ]
+    assert list(readings({"all latents": torch.randn(MAPS, 6)}, asked)["cells"]) == ["all latents"]
 
 
 @pytest.mark.parametrize(
@@ -234,6 +230,12 @@ def test_what_is_not_there_is_not_drawn() -> None:
     made = drawings(look)
     assert set(made) == {"words", "norms"}
     assert "targets" not in made["norms"].get_suptitle()
+
+
+def test_no_number_beside_an_axis_is_a_formula() -> None:
+    figure = drawings(fabricated(2, 2, 3))["norms"]
+    figure.draw_without_rendering()
+    assert not [text for axes in figure.axes for text in axes.get_xticklabels() if "$" in text.get_text()]
 
 
 def test_components_and_readings_are_legible() -> None:

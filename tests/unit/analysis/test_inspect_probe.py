@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from mirage_ds.analysis.controls.statistics import POWER, visible_lift
-from mirage_ds.analysis.inspect import probe, words
+from mirage_ds.analysis.inspect import probe
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
@@ -208,20 +208,20 @@ def test_a_probes_sentence_says_what_is_read_and_what_could_not_be_seen(pictures
     found = [{"colour": reading(0.9, 0.4)}, {"move 1": reading(0.5, 0.4), "move 2": reading(0.3, 0.5)}]
     lift = 100 * max(visible_lift(60, 0.4), visible_lift(60, 0.5))
     image = "the input image 75.0) of 120 rows with 60"
-    assert words.sentence([label, boards], found) == (
+    assert probe.sentence([label, boards], found) == (
         "A linear probe reads from the latents colour in 90.0 % (95 % interval 79.9 to 95.3, the commonest answer "
         f"40.0, {image} pictures; it finds move 1 (4 × 4) in 50.0 % (95 % interval 37.7 to 62.3, the commonest answer "
         f"40.0, {image} maps and move 2 (4 × 4) in 30.0 % (95 % interval 19.9 to 42.5, the commonest answer 50.0, "
         f"{image} maps, not above the commonest answer, where less than {lift:.1f} points more would be missed more "
         "than 1 time in 5; whether the answer uses the latents, only `mirage-ds controls` tells."
     )
-    said = words.sentence([label], [{"colour": reading(1.0, 1.0)}])
+    said = probe.sentence([label], [{"colour": reading(1.0, 1.0)}])
     assert said.startswith("A linear probe finds colour in 100.0 %")
     assert "not above the commonest answer, where nothing could be more; whether" in said
 
 
 def test_where_nothing_was_probed_that_is_said() -> None:
-    assert words.sentence([], []) == (
+    assert probe.sentence([], []) == (
         "Nothing was tested: a probe needs --label with a key of the records, and whether the answer uses the "
         "latents, only `mirage-ds controls` tells."
     )

@@ -18,10 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from mirage_ds.analysis.bench import Bench
-from mirage_ds.analysis.inspect.live import figures
-from mirage_ds.analysis.inspect.look import PARTS, look, see
+from mirage_ds.analysis.inspect.look import PARTS, Thought, attention, decoded, figures, look, see, taught
 from mirage_ds.analysis.inspect.measure import targets
-from mirage_ds.analysis.inspect.run import Thought, attention, decoded, taught
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder

@@ -27,16 +27,17 @@ from support.group import free_port
 
 from mirage_ds.cli import main
 from mirage_ds.cluster.doctor import bandwidth, check_run, checks
-from mirage_ds.cluster.doctor.bandwidth import Bandwidth, counterparts, judge, rounds, slow
+from mirage_ds.cluster.doctor.bandwidth import Bandwidth, counterparts, judge, slow
 from mirage_ds.cluster.doctor.checks import CHECKS, run_checks
 from mirage_ds.cluster.doctor.command import as_json, print_table
 from mirage_ds.cluster.doctor.finding import HERE, Finding, Seen
 from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.cluster.doctor.transport import Answer, _skew, local
 from mirage_ds.cluster.environment import parse
-from mirage_ds.cluster.guard.judge import Member, judge_gathering
+from mirage_ds.cluster.guard import judge as guard_judge
 from mirage_ds.cluster.guard.wire import Bounds, Client
 from mirage_ds.cluster.hosts import Host
+from mirage_ds.errors import UserError
 
 GB = 10**9
 NAMES = ("a", "b", "c")
@@ -65,7 +66,7 @@ def host_facts(number: int) -> dict[str, Any]:
             "hostname": f"node-{NAMES[number]}",
             "own_addresses": [address],
             "addresses": [address],
-            "master_address": "10.0.0.1",
+            "master_addresses": ["10.0.0.1"],
             "infiniband": ["mlx5_0"],
         },
         "python": {"version": "3.11.7", "path": "/env/bin/python", "packages": dict(PACKAGES)},
@@ -79,7 +80,10 @@ def host_facts(number: int) -> dict[str, Any]:
         "variables": {"NCCL_DEBUG": "WARN", "PATH": f"/{number}"},
         "ports": {"faults": {}, "free": 40000} if number == 0 else {},
         "models": {"--model": copy.deepcopy(MODEL)},
-        "data": {"--data_path": {"bytes": 1000, "fault": None}, "--deepspeed": {"bytes": 100, "fault": None}},
+        "data": {
+            "--data_path": {"files": {"together": 1000}, "fault": None},
+            "--deepspeed": {"files": {"together": 100}, "fault": None},
+        },
         "folder": {"there": True, "shared": True, "free_bytes": 1000 * GB, "write_bytes_s": 2e9},
     }
 
@@ -106,7 +110,7 @@ def healthy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Seen:
         bandwidth=Bandwidth(
             all_reduce=180e9,
             all_gather=170e9,
-            pairs=dict.fromkeys(combinations(NAMES, 2), 45e9),
+            pairs=[(*pair, 45e9) for pair in combinations(NAMES, 2)],
         ),
     )
 
@@ -150,7 +154,8 @@ ON_ONE_HOST: dict[str, tuple[Change, str, str, str, str]] = {
                           "probe", "fail", "working directory: No such file", "every host sees"),
     "section of the probe": (lambda facts: (facts.pop("locks"), facts["errors"].update(locks="Stale file handle")),
                              "probe", "warn", "locks: cannot be found out (Stale file handle)", "look by hand"),
-    "python": (set_at("python", "version", to="3.12.1"), "packages", "fail", "Python 3.12, on a 3.11", "same versions"),
+    "python": (set_at("python", "version", to="3.12.1"), "packages", "fail", "Python 3.12 (on a 3.11)",
+               "same versions"),
     "nccl": (set_at("python", "packages", "nvidia-nccl-cu13", to="2.28.3"), "packages", "fail",
              "nvidia-nccl-cu13 2.28.3 (on a 2.29.7)", "same versions"),
     "package version": (set_at("python", "packages", "transformers", to="5.24.0"),
@@ -174,11 +179,11 @@ ON_ONE_HOST: dict[str, tuple[Change, str, str, str, str]] = {
     "gpu memory errors": (set_at("gpus", "gpus", 1, "ecc_faults", to=3), "gpus", "fail",
                           "GPU 1: 3 uncorrected memory errors", "leave this GPU out"),
     "gpus of another kind": (lambda facts: [gpu.update(name="NVIDIA A100") for gpu in facts["gpus"]["gpus"]],
-                             "gpus", "warn", "NVIDIA A100 with driver 580.95.05, on a NVIDIA H100 with", "one kind"),
+                             "gpus", "warn", "NVIDIA A100 with driver 580.95.05 (on a NVIDIA H100 with", "one kind"),
     "gpu memory in use": (lambda facts: facts["gpus"]["gpus"][1].update(used_mib=30_000, pids=[4711]), "gpus",
                           "fail", "GPU 1: 30,000 of 81,559 MiB in use by process 4711", "end what runs there"),
     "another driver": (lambda facts: [gpu.update(driver="590.10") for gpu in facts["gpus"]["gpus"]],
-                       "gpus", "warn", "driver 590.10, on a NVIDIA H100 with driver 580.95.05", "one driver"),
+                       "gpus", "warn", "driver 590.10 (on a NVIDIA H100 with driver 580.95.05)", "one driver"),
     "same machine twice": (set_at("place", "hostname", to="node-a"), "host-name", "warn", "called node-a, as a is",
                            "one line in the hostfile"),
     "open files": (set_at("limits", "ulimits", "nofile", to=1024), "ulimits", "warn", "ulimit -n is 1024", "nofile"),
@@ -197,16 +202,17 @@ ON_ONE_HOST: dict[str, tuple[Change, str, str, str, str]] = {
     "variable lost": (lambda facts: facts["variables"].pop("NCCL_DEBUG"), "environment", "warn",
                       "NCCL_DEBUG: set here, not or otherwise there", "mirage_ds.cluster.environment"),
     "variable of its own": (set_at("variables", "NCCL_IB_HCA", to="mlx5_1"), "environment", "warn",
-                            "NCCL_IB_HCA is mlx5_1, on a not set", "alike"),
-    "model missing": (set_at("models", "--model", to={"hub": "/c", "kept": False}), "model", "fail",
-                      "--model /models/7b: no such folder", "every host sees"),
+                            "NCCL_IB_HCA mlx5_1 (on a missing)", "alike"),
+    "model missing": (set_at("models", "--model", to={"fault": "no such folder", "hub": "/c", "kept": False}), "model",
+                      "fail", "--model /models/7b: no such folder", "every host sees"),
     "model of other files": (set_at("models", "--model", "files", "model.safetensors", to=1), "model", "fail",
-                             "not the files of a: model.safetensors", "shared disk"),
+                             "--model /models/7b: model.safetensors 1 bytes (on a 14,000,000,000 bytes)", "shared"),
     "broken weights": (set_at("models", "--model", "fault", to="model.safetensors is cut off"), "model", "fail",
                        "--model /models/7b: model.safetensors is cut off", "again"),
-    "data missing": (set_at("data", "--data_path", to={"bytes": None, "fault": "No such file or directory"}), "data",
-                     "fail", "--data_path /data/rows.jsonl: No such file", "every host sees"),
-    "data of another size": (set_at("data", "--data_path", "bytes", to=999), "data", "fail", "999 bytes, on a 1,000",
+    "data missing": (set_at("data", "--data_path", "fault", to="/data/rows.jsonl: No such file or directory"), "data",
+                     "fail", "/data/rows.jsonl: No such file", "every host sees"),
+    "data of another size": (set_at("data", "--data_path", "files", "together", to=999), "data", "fail",
+                             "--data_path /data/rows.jsonl: together 999 bytes (on a 1,000 bytes)",
                              "shared disk"),
     "run folder not shared": (set_at("folder", "shared", to=False), "shared-folder", "fail",
                               "/runs/x is another folder", "every host mounts"),
@@ -255,7 +261,7 @@ def test_cpu_ranks_on_some_hosts_only_fail(healthy: Seen) -> None:
     healthy.facts["b"]["variables"]["DS_ACCELERATOR"] = "cpu"
     (found,) = bad(healthy)
     assert (found.check, found.host, found.status) == ("environment", "b", "fail")
-    assert "DS_ACCELERATOR is cpu, on a not set" in found.says
+    assert "DS_ACCELERATOR cpu (on a missing)" in found.says
 
 
 def on_cpu(seen: Seen) -> None:
@@ -306,8 +312,8 @@ def test_a_master_without_an_address_fails(healthy: Seen) -> None:
 )
 def test_the_masters_name_has_to_lead_to_it(launcher: Any, master_addr: str | None, status: str, healthy: Seen) -> None:
     """launch/deepspeed.sh and Slurm give the name; `deepspeed` alone asks the first host for its address."""
-    healthy.facts["b"]["place"]["master_address"] = None
-    healthy.facts["c"]["place"]["master_address"] = "127.0.1.1"
+    healthy.facts["b"]["place"]["master_addresses"] = []
+    healthy.facts["c"]["place"]["master_addresses"] = ["127.0.1.1"]
     found = bad(with_spec(replace(healthy, launcher=launcher), master_addr=master_addr))
     name = master_addr or "a"
     assert [tuple(one[:4]) for one in found] == [
@@ -319,7 +325,11 @@ def test_the_masters_name_has_to_lead_to_it(launcher: Any, master_addr: str | No
 def test_a_model_of_the_hub_should_be_there_before_the_job(healthy: Seen) -> None:
     healthy = with_spec(healthy, model="Qwen/Qwen2.5-VL-7B-Instruct")
     for facts in healthy.facts.values():
-        facts["models"]["--model"] = {"hub": "/home/u/.cache/huggingface/hub/models--Qwen--Q", "kept": False}
+        facts["models"]["--model"] = {
+            "fault": "no such folder",
+            "hub": "/home/u/.cache/huggingface/hub/models--Qwen--Q",
+            "kept": False,
+        }
     found = bad(healthy)
     assert {(one.check, one.status) for one in found} == {("model", "warn")}
     assert "rank 0 downloads it" in found[0].says
@@ -330,13 +340,17 @@ def test_a_model_of_the_hub_should_be_there_before_the_job(healthy: Seen) -> Non
 
 def test_a_model_folder_that_no_host_has_fails_on_all(healthy: Seen) -> None:
     for facts in healthy.facts.values():
-        facts["models"]["--model"] = {"hub": "/c", "kept": False}
+        facts["models"]["--model"] = {"fault": "no such folder", "hub": "/c", "kept": False}
     assert [(one.check, one.host, one.status) for one in bad(healthy)] == [("model", name, "fail") for name in NAMES]
 
 
 def test_a_model_that_contradicts_itself_is_what_is_said_of_it(healthy: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = "/m: this checkpoint is quantised (fp8, says config.json); give the original weights"
-    monkeypatch.setattr(check_run, "model_fault", lambda spec: fault)
+
+    def refuse(spec: DoctorSpec) -> None:
+        raise UserError(fault)
+
+    monkeypatch.setattr(check_run, "check_model", refuse)
     found = bad(healthy)
     assert [(one.check, one.host, one.status) for one in found] == [("model", HERE, "fail")]
     assert (found[0].says, found[0].mend) == tuple(fault.split("; "))
@@ -389,18 +403,15 @@ def test_a_silent_host_fails_one_check_and_no_pass_speaks_for_it(healthy: Seen) 
 
 def test_slow_hosts_and_slow_links_are_told_apart(healthy: Seen) -> None:
     names = "abcdef"
-    rates = dict.fromkeys(combinations(names, 2), 10e9)
-    for pair in rates:
-        rates[pair] = 1e9 if "c" in pair else rates[pair]
-    rates["a", "e"] = 2e9
+    rates = [(*pair, 1e9 if "c" in pair else 2e9 if pair == ("a", "e") else 10e9) for pair in combinations(names, 2)]
     found = bad(replace(healthy, bandwidth=Bandwidth(all_reduce=1e9, all_gather=1e9, pairs=rates)))
     assert [(one.check, one.host, one.status) for one in found] == [
         ("bandwidth", "c", "warn"),
         ("bandwidth", "a, e", "warn"),
     ]
     assert found[0].says == "1.0 GB/s at best; the hosts' median is 10.0 GB/s"
-    assert slow({("a", "b"): 10.0, ("a", "c"): 1.0, ("b", "c"): 1.0})[0] == {"c": 1.0}
-    assert slow({("a", "b"): 10.0, ("a", "c"): 6.0, ("b", "c"): 6.0})[:2] == ({}, {})
+    assert slow([("a", "b", 10.0), ("a", "c", 1.0), ("b", "c", 1.0)])[0] == {"c": 1.0}
+    assert slow([("a", "b", 10.0), ("a", "c", 6.0), ("b", "c", 6.0)])[0] == {}
 
 
 # Rounds, requests, rates
@@ -408,17 +419,20 @@ def test_slow_hosts_and_slow_links_are_told_apart(healthy: Seen) -> None:
 
 @given(st.integers(2, 40))
 def test_rounds_are_disjoint_and_hold_each_pair_once(count: int) -> None:
-    found = rounds(count)
-    assert len(found) == (count - 1 if count % 2 == 0 else count)
-    for pairs in found:
-        names = [name for pair in pairs for name in pair]
-        assert len(names) == len(set(names)) == count - count % 2
-    assert sorted(pair for pairs in found for pair in pairs) == list(combinations(range(count), 2))
+    by_host = [counterparts([1] * count, host) for host in range(count)]
+    assert {len(one) for one in by_host} == {count}
+    found = []
+    for turn in range(count):
+        met = {host: one[turn][2] for host, one in enumerate(by_host) if one[turn][2] is not None}
+        assert all(
+            met[other] == host and by_host[host][turn][:2] == (*sorted((host, other)),) for host, other in met.items()
+        )
+        found += [(host, other) for host, other in met.items() if host < other]
+    assert sorted(found) == list(combinations(range(count), 2))
 
 
 def test_every_slot_meets_its_like_on_each_other_host() -> None:
     by_rank = [counterparts([2, 3, 2], rank) for rank in range(7)]
-    assert {len(one) for one in by_rank} == {3}
     met = [(rank, *one) for rank, rounds_of in enumerate(by_rank) for one in rounds_of if one[2] is not None]
     assert all((other, a, b, rank) in met for rank, a, b, other in met)
     pairs = sorted((rank, other, a, b) for rank, a, b, other in met if rank < other)
@@ -440,7 +454,7 @@ def test_rates_follow_from_the_slowest_rank() -> None:
     found = judge(HOSTS, answers_of(), "10.0.0.1")
     # W = 4: 2 · 3 / 4 · 1 GB/s; 3 / 4 · 2 GB/s; two slots at 1 GB/s each.
     assert (found.all_reduce, found.all_gather) == pytest.approx((1.5e9, 1.5e9))
-    assert found.pairs == pytest.approx({("a", "b"): 2e9})
+    assert found.pairs == [("a", "b", pytest.approx(2e9))]
     slower = judge(HOSTS, answers_of(all_reduce_s=(16 << 20) / 0.5e9), "10.0.0.1")
     assert slower.all_reduce == pytest.approx(0.75e9)
 
@@ -459,6 +473,7 @@ ENDED = "ended with exit code -15: "
         ((ENDED, 2.0), (UNREACHED, 1.0), UNREACHED, "which address `hostname -I` gives first on a "),
         # Behind a cut cable nothing is heard of it.
         ((ABSENT, 1.0), ("ended with exit code 255: Timeout, server b not responding.", 9.0), ABSENT, "firewalls"),
+        ((ABSENT, 9.0), ("ended with exit code 255: Timeout, server b not responding.", 1.0), ABSENT, "firewalls"),
         ((KILLED, 1.0), (KILLED, 1.1), KILLED, "NCCL_SOCKET_IFNAME"),
         ((ENDED, 6.0), ("ended with exit code 1: RuntimeError: connect", 5.0), "RuntimeError: connect", "read that"),
     ],
@@ -475,7 +490,7 @@ def test_who_began_it_is_blamed_and_not_who_waited(
 
 def test_the_guards_words_are_those_that_are_looked_for() -> None:
     bounds = Bounds(gather=15)
-    late = judge_gathering([Member(0, "a", 0.0)], 4, bounds, 0.0, 20.0)
+    late = guard_judge.judge([guard_judge.Member(0, "a", 20.0)], 4, bounds, 0.0, 20.0)
     assert late is not None
     assert ABSENT.endswith(late.lines[-1].replace("1, 2, 3", "2, 3"))
     client = Client("127.0.0.1", free_port(), "j", 1, Bounds(gather=0.2))
@@ -591,7 +606,7 @@ def test_records_are_read_as_training_reads_them(
     said = call(*words, "--only", "data", "--json")
     found = json.loads(said.out)
     assert (said.code, [one["status"] for one in found["findings"]]) == (0, ["pass"]), found["findings"]
-    assert all(facts["bytes"] for facts in found["facts"]["localhost"]["data"].values())
+    assert all(facts["files"]["together"] for facts in found["facts"]["localhost"]["data"].values())
     assert sorted(charts.rglob("*")) == before
 
 

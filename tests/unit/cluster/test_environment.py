@@ -214,7 +214,7 @@ def test_the_command_neither_overwrites_nor_hides_a_users_file(tmp_path: Path) -
         (["--keep", "GONE"], "A=1\n", "--keep GONE: not set"),
         (["--out", "made"], "A=1\n\n", ".deepspeed_env line 2: '' is not NAME=value"),
         (["--out", "folder/file/made"], "A=1\n", "--out folder/file/made: cannot be written"),
-        (["--out", "folder"], "A=1\n", "folder: cannot be read"),
+        (["--out", "folder"], "A=1\n", "--out folder: is a folder; give a file"),
         (["--output", "x"], "A=1\n", "--output"),
     ],
 )

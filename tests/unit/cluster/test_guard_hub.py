@@ -49,7 +49,7 @@ async def _run(port: int, fail: int | None) -> tuple[Verdict, set[Verdict | None
     progress = {"count": 1, "doing": "forward", "step": 1, "kind": "", "slow": False}
     begun = time.process_time()
     for client in clients:
-        client.say({"state": "S", "progress": progress, "folder": None})
+        client.say({"state": "sleeping", "progress": progress, "folder": None})
     async with asyncio.timeout(30):
         while not all(member.progress for member in hub.members):
             await asyncio.sleep(0.01)

@@ -73,14 +73,14 @@ def test_stopped_on_request_is_no_failure() -> None:
 
 def test_a_stopped_process_is_judged_after_a_while() -> None:
     member = rank(1, 10)
-    member.hear({"state": "T", "progress": {}, "folder": None}, 10)
-    member.hear({"state": "T", "progress": {}, "folder": None}, 12)
+    member.hear({"state": "stopped", "progress": {}, "folder": None}, 10)
+    member.hear({"state": "stopped", "progress": {}, "folder": None}, 12)
     assert verdict([rank(0, 12), member], 12) is None
-    member.hear({"state": "T", "progress": {}, "folder": None}, 13.5)
+    member.hear({"state": "stopped", "progress": {}, "folder": None}, 13.5)
     assert verdict([rank(0, 13.5), member], 13.5) == Verdict(
         EXIT_HANG, ("rank 1 on node1 is stopped (SIGSTOP); the others wait for it",)
     )
-    member.hear({"state": "S", "progress": {}, "folder": None}, 14)
+    member.hear({"state": "sleeping", "progress": {}, "folder": None}, 14)
     assert verdict([rank(0, 14), member], 20) is None
 
 

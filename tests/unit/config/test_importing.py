@@ -11,8 +11,7 @@ from PIL import Image
 from mirage_ds.cli import cli
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.flags import build_model
-from mirage_ds.config.foreign import read_foreign
-from mirage_ds.config.importing import import_config
+from mirage_ds.config.importing import import_config, read_foreign
 from mirage_ds.config.run import RunConfig, read_yaml
 from mirage_ds.curate.check import check_file
 from mirage_ds.data.folders import find_files
@@ -191,8 +190,8 @@ def test_a_configuration_becomes_ours(
     assert (made.settings, set(made.left), set(made.missing)) == (settings, left, missing)
     assert all(made.left.values())
     # Every setting of theirs is told of, once.
-    told = [part for theirs, *_ in made.carried for part in theirs.split(" × ")]
-    given = {key for key, value in made.source.given.items() if value not in (-1, "all-linear")} - {"stage", "do_train"}
+    told = [part for theirs in made.carried.values() for part in theirs.split(" × ")]
+    given = {key for key, value in made.given.items() if value not in (-1, "all-linear")} - {"stage", "do_train"}
     assert given <= {*told, *made.left, "warmup_ratio", "finetuning_type", "train_type", "tuner_type", *told}
     # What is written is what a run reads.
     Path("run.yaml").write_text(made.as_yaml())
@@ -303,6 +302,16 @@ def test_what_is_not_recognised_is_one_sentence(file: str, text: str | None, sai
         import_config(Path(file))
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_given_wins_over_a_default_of_theirs(here: Path) -> None:
+    file = configuration("shapes")
+    file.write_text(file.read_text() + "warmup_steps: 100\nlr_scheduler_type: cosine_with_min_lr\n")
+    made = import_config(file)
+    assert made.settings["warmup_steps"] == 100
+    # What has no counterpart is not replaced by a default that nobody asked for.
+    assert "lr_scheduler" not in made.settings
+    assert "'cosine'" in made.left["lr_scheduler_type"]
 
 
 def test_the_group_is_listed() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from mirage_ds import train
 from mirage_ds.config.flags import build_model
-from mirage_ds.config.names import ABSENT, DIFFERS, OURS, hint, ours
+from mirage_ds.config.names import by_theirs, hint, ours, tables
 from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
 
@@ -27,11 +27,16 @@ def test_a_published_name_is_answered(name: str) -> None:
 
 def test_the_table_leads_to_settings_that_there_are() -> None:
     # What has no setting yet has a reason.
-    missing = [theirs for theirs, name in OURS.items() if name not in RunConfig.model_fields]
-    assert set(missing) <= set(ABSENT)
+    found, absent = by_theirs("ours"), by_theirs("absent")
+    missing = [theirs for theirs, name in found.items() if name not in RunConfig.model_fields]
+    assert set(missing) <= set(absent)
     # A setting of that name would never be answered for.
-    assert not set(OURS) & set(RunConfig.model_fields)
-    assert set(DIFFERS) <= {*OURS, *ABSENT}
+    assert not set(found) & set(RunConfig.model_fields)
+    assert set(tables()["differs"]) <= {*found, *absent}
+    # What one name means stands there once.
+    for table in ("ours", "absent"):
+        names = [theirs for those in tables()[table].values() for theirs in those]
+        assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize(

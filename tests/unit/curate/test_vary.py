@@ -446,7 +446,7 @@ def test_refused_words(odd: Path, built: dict[str, Path], refused: Callable[...,
     )
     planned = helper | {"task": PLANNING}
     assert said(planned) == f", map_desc: missing; add it: {PLANNING} tells its helper by it"
-    assert said(planned | {"map_desc": 3}).startswith(": the record: map_desc is not a list of rows;")
+    assert said(planned | {"map_desc": 3}).startswith(": the record: map_desc is not a list of rows, it is 3;")
     board = {"map_desc": [[1, 0], [0, 2]]}
     for path in ({}, {"path": 3}, {"path": ["x"]}):
         assert said(planned | board | path) == (

@@ -16,15 +16,15 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from support.indices import BREAK, Counted, Make, every, selected
+from support.indices import BREAK, Counted, Make, every, selected, two_a_block
 
 from mirage_ds.data import make_index
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.index import NUMBERS, Index, check_of
-from mirage_ds.data.index_part import faulty_row, part_schema
+from mirage_ds.data.index import NUMBERS, Index
+from mirage_ds.data.index_part import faulty_row, packed, part_schema
 from mirage_ds.data.loader import Loader, Rows
-from mirage_ds.data.make_index import ABANDONED_S, Writer, open_index
+from mirage_ds.data.make_index import ABANDONED_S, open_index, write_index
 from mirage_ds.data.pack import Planner
 from mirage_ds.data.record import Fault, Record, to_json
 from mirage_ds.data.record_files import scan
@@ -107,7 +107,7 @@ def test_the_working_directory_decides_only_where_it_did(
 
 
 @pytest.mark.parametrize("how", [*BREAK, "gone"])
-@pytest.mark.parametrize("name", ["index.json", "columns.arrow", "pictures.arrow", "rows.arrow"])
+@pytest.mark.parametrize("name", ["index.json", "columns.arrow", "pictures.arrow", "rows.bin"])
 def test_a_damaged_index_is_made_anew(name: str, how: str, rows: Path, cache: Path, encoder_for: Make) -> None:
     rows.write_text(rows.read_text() + "{\n")
     encoder = encoder_for("stage2", 2, beside=rows)
@@ -118,7 +118,7 @@ def test_a_damaged_index_is_made_anew(name: str, how: str, rows: Path, cache: Pa
         file.unlink()
     else:
         file.write_bytes(BREAK[how](before[name]))
-    if (name, how) == ("rows.arrow", "one bit"):
+    if (name, how) == ("rows.bin", "one bit"):
         # The rows themselves are not read at a start.
         return
     again = open_index(rows, encoder, ["image_input"], cache)
@@ -131,7 +131,7 @@ def test_a_row_that_rots_is_a_sentence_and_the_next_start_mends_it(mixed: Path, 
     index = selected(mixed, encoder, 10_000, 0, cache_dir=cache)
     wanted = Rows(index.rows, encoder, {})[7]
     assert isinstance(wanted, Sample)
-    file = index.rows.place / "rows.arrow"
+    file = index.rows.place / "rows.bin"
     content = bytearray(file.read_bytes())
     content[content.index(wanted.input_ids.numpy().astype(np.int32).tobytes()) + 9] ^= 4
     file.write_bytes(content)
@@ -139,7 +139,7 @@ def test_a_row_that_rots_is_a_sentence_and_the_next_start_mends_it(mixed: Path, 
     for workers in (2, 0):
         # Neither a start nor a worker takes it for whole.
         rotten = selected(mixed, encoder, 10_000, 0, cache_dir=cache) if workers else index
-        ((_, batches),) = Loader(rotten.rows, encoder, planner, 0, 3, workers).steps(0, 1)
+        ((_, batches),) = Loader(rotten.rows, encoder, planner, 0, two_a_block, workers).steps(0, 1)
         with pytest.raises(UserError, match=r"the index of the records is damaged .*; start again") as caught:
             list(batches)
         assert not caught.value.everywhere
@@ -188,11 +188,12 @@ def test_nobody_sees_half_an_index(
 ) -> None:
     encoder = encoder_for("stage2", 2, beside=mixed)
 
-    def killed(*_: Any) -> None:
+    def killed(*given: Any) -> None:
+        write_index(*given)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, "finish", killed)
+        patch.setattr(make_index, "write_index", killed)
         with pytest.raises(KeyboardInterrupt):
             open_index(mixed, encoder, [], cache)
     # Its parts alone.
@@ -235,14 +236,12 @@ STUB, FAULT = Record(1, "q", "a", ("i.png",), ()), Fault(9, "json", "w", "h")
 def synthetic(folder: Path, count: int) -> Index:
     """An index of `count` rows of one image each and a fault, written directly."""
     folder.mkdir(parents=True)
-    ids, layout, record = np.array([1, 2, 3], np.int32), "[1, [[1, 2, 2]], []]", to_json(STUB)
-    one = dict.fromkeys(NUMBERS.names, 3) | {"check": check_of(ids, layout, record), "file": 0}
-    one |= {"ids": ids, "layout": layout, "record": record, "image_input": [{"key": [0, 0], "size": 1}], "pictures": []}
+    one = dict.fromkeys(NUMBERS.names, 3) | packed([1, 2, 3], "[1, [[1, 2, 2]], []]", to_json(STUB))
+    one |= {"file": 0, "image_input": [{"key": [0, 0], "size": 1}], "pictures": []}
     bad = faulty_row(FAULT, ["image_input"]) | {"file": 0, "pictures": []}
     both = pa.Table.from_pylist([one, bad], part_schema(["image_input"]))
-    writer = Writer(folder, ["image_input"])
-    writer.add(both.take(pa.array(np.repeat([0, 1], [count, 1]))))
-    writer.finish(ImageFinder((folder, folder)), "source", folder / "pictures")
+    part = both.take(pa.array(np.repeat([0, 1], [count, 1])))
+    write_index(folder, [part], ["image_input"], ImageFinder((folder, folder)), "source", folder / "pictures")
     return Index(folder, [folder / "rows.jsonl"], folder / "pictures")
 
 
@@ -255,7 +254,7 @@ def test_nothing_of_a_row_is_kept_in_python(tmp_path: Path, encoder_for: Make) -
         rows = Index(tmp_path / str(count), [tmp_path / "rows.jsonl"], tmp_path / "pictures")
         index = usable(rows, tmp_path / "rows.jsonl", 10, 0, ["image_input"], 0.5)
         planner = Planner(index.tokens, index.row_ids, 64, 1, 1000, None, 0, index.patches)
-        loader = Loader(index.rows, encoder, planner, 0, 3, 0)
+        loader = Loader(index.rows, encoder, planner, 0, two_a_block, 0)
         travels.append(len(pickle.dumps(loader.rows)))
         blocks.append(sys.getallocatedblocks() - before)
         # Five numbers a row, none of more than 8 bytes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,9 @@ from support.records import write_jsonl
 from mirage_ds.data import make_index
 from mirage_ds.data.images import ImageFinder, image_key
 from mirage_ds.data.index import NUMBERS, Index
-from mirage_ds.data.index_part import Parts, part_schema, read_part, write_part
+from mirage_ds.data.index_part import Parts, packed, part_schema, read_part, write_part
 from mirage_ds.data.loader import Rows
-from mirage_ds.data.make_index import Maker, Writer, open_index
+from mirage_ds.data.make_index import Maker, open_index, write_index
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.selection import Selection, usable
 from mirage_ds.errors import UserError
@@ -199,7 +199,7 @@ def test_a_records_file_that_changes_while_it_is_read_is_refused(
     encoder = encoder_for("stage2", 2, beside=rows)
     before = rows.read_bytes()
     whole = open_index(rows, encoder, [], cache / "whole")
-    for place, name in ((Parts, "encode"), (Writer, "add")):
+    for place, name in ((Parts, "encode"), (Parts, "read")):
         work = getattr(place, name)
 
         def meddle(*given: Any, work: Callable[..., Any] = work) -> Any:
@@ -217,19 +217,23 @@ def test_a_records_file_that_changes_while_it_is_read_is_refused(
 
 
 def test_joining_keeps_nothing_of_the_texts(tmp_path: Path) -> None:
-    one = dict.fromkeys(NUMBERS.names, 3) | {"ids": [1, 2, 3], "layout": "[]", "record": "a" * 10_000}
-    one |= {"image_input": [{"key": [0, 0], "size": 1}]}
-    one["pictures"] = [{"file": 0, "path": "i.png", "place": 0, "bytes": 1, "mtime_ns": 1}]
+    one = dict.fromkeys(NUMBERS.names, 3) | packed([1, 2, 3], "[]", "a" * 10_000)
+    one |= {"file": 0, "image_input": [{"key": [0, 0], "size": 1}]}
+    one["pictures"] = [{"path": "i.png", "place": 0, "bytes": 1, "mtime_ns": 1}]
     write_part(tmp_path / "part", pa.Table.from_pylist([one] * 200, part_schema(["image_input"])))
     (tmp_path / "index").mkdir()
-    writer = Writer(tmp_path / "index", ["image_input"])
-    tracemalloc.start()
     held = []
-    for _ in range(20):
-        part = read_part(tmp_path / "part")
-        assert part is not None
-        writer.add(part)
-        held.append(tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes())
+
+    def parts() -> Iterator[pa.Table]:
+        for _ in range(20):
+            part = read_part(tmp_path / "part")
+            assert part is not None
+            yield part
+            held.append(tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes())
+
+    tracemalloc.start()
+    finder = ImageFinder((tmp_path, tmp_path))
+    write_index(tmp_path / "index", parts(), ["image_input"], finder, "source", tmp_path / "pictures")
     tracemalloc.stop()
     # A part has 2 MB of texts; the numbers of its rows take 11 kB.
     assert max(held) - held[0] < 3e6

@@ -66,6 +66,13 @@ def workbook(place: Path) -> None:
         file.writestr("[Content_Types].xml", "<Types/>")
 
 
+def of_pandas(place: Path) -> None:
+    """As openpyxl orders it, by which pandas writes."""
+    with zipfile.ZipFile(place, "w") as file:
+        file.writestr("docProps/app.xml", "<Properties/>")
+        file.writestr("[Content_Types].xml", "<Types/>")
+
+
 def saved(place: Path) -> None:
     """As save_to_disk writes it."""
     folder = place.with_suffix("")
@@ -95,6 +102,7 @@ OTHERS: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "lines.tar": (tarred, "a tar archive"),
     "book.xlsx": (workbook, "an Excel table"),
     "book.jsonl": (workbook, "an Excel table"),
+    "frame.xlsx": (of_pandas, "an Excel table"),
     "utf16.jsonl": (TEXT.encode("utf-16"), "UTF-16 text"),
     "utf16_big.jsonl": (TEXT.encode("utf-16-be"), "UTF-16 text"),
     "utf16_little.jsonl": (TEXT.encode("utf-16-le"), "UTF-16 text"),
@@ -104,7 +112,16 @@ OTHERS: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "pickle.jsonl": (b"\x80\x04\x95\x0f\0\0\0\0\0\0\0", "a binary file"),
 }
 # What has no converted file in its sentence.
-WITHOUT = {"lines.zip", "lines.tar", "book.xlsx", "book.jsonl", "pointer.jsonl", "page.jsonl", "pickle.jsonl"}
+WITHOUT = {
+    "lines.zip",
+    "lines.tar",
+    "book.xlsx",
+    "book.jsonl",
+    "frame.xlsx",
+    "pointer.jsonl",
+    "page.jsonl",
+    "pickle.jsonl",
+}
 
 
 @pytest.fixture(autouse=True)

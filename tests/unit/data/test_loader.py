@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.indices import selected
+from support.indices import selected, two_a_block
 
 from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.encode import Encoder
@@ -125,9 +125,10 @@ def test_each_rank_gets_its_planned_rows_in_every_micro_step(
     assert index.dropped
     planner = planner_for(index, world)
     seen: dict[int, list[int]] = {1: [], 2: []}
+    walked = set()
     for rank in range(world):
         plans = []
-        for plan, batches in Loader(index.rows, encoder, planner, rank, 3, workers).steps(1, 3):
+        for plan, batches in Loader(index.rows, encoder, planner, rank, two_a_block, workers).steps(1, 3):
             plans.append(plan.step)
             made = list(batches)
             assert len(made) == plan.micro_steps == planner.plan(plan.step).micro_steps
@@ -138,9 +139,13 @@ def test_each_rank_gets_its_planned_rows_in_every_micro_step(
                 count = sum(len(samples[row].input_ids) for row in rows)
                 expected = torch.cat([torch.empty(0, dtype=torch.int64), *(samples[row].input_ids for row in rows)])
                 assert torch.equal(batch.input_ids[:count], expected)
-                assert len(batch.passes) == 3
+                # As many as the deepest row of any rank needs in this micro-step.
+                deepest = max(sum(k for _, k in samples[row].runs) for rows in micro for row in rows)
+                assert len(batch.passes) == deepest + 1
+                walked.add(deepest + 1)
                 seen[plan.step] += rows
         assert plans == [1, 2]
+    assert 3 in walked
     for step, rows in seen.items():
         assert sorted(rows) == sorted(int(index.row_ids[place]) for place in planner.rows_of(step))
 
@@ -153,7 +158,7 @@ def test_a_fault_met_while_training_is_one_sentence_with_its_line(
     index = selected(spoilt, encoder, 10_000, 0)
     (spoilt.parent / "in4.png").unlink()
     plans = Planner(index.tokens, np.asarray(index.row_ids), 12, 1, 10_000, None, 0)
-    ((_, batches),) = Loader(index.rows, encoder, plans, 0, 3, workers).steps(0, 1)
+    ((_, batches),) = Loader(index.rows, encoder, plans, 0, two_a_block, workers).steps(0, 1)
     with pytest.raises(UserError, match=r"^record on line 5, image_input: no image 'in4\.png': looked for"):
         list(batches)
 
@@ -176,7 +181,7 @@ def test_kept_features_come_instead_of_pixels(
     for image in spoilt.parent.glob("in*.png"):
         image.unlink()
     kept = {"image_input": KeptFeatures(images, store)}
-    loader = Loader(index.rows, encoder, planner_for(index, 1), 0, 3, workers, kept)
+    loader = Loader(index.rows, encoder, planner_for(index, 1), 0, two_a_block, workers, kept)
     batches = [batch for _, micros in loader.steps(0, 2) for batch in micros]
     assert sum(len(batch.rows) for batch in batches) >= 10
     for batch in batches:

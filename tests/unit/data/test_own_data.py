@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from mirage_ds.analysis.controls.spec import ControlsSpec
-from mirage_ds.analysis.inspect.spec import InspectSpec
+from mirage_ds.analysis.inspect.command import InspectSpec
 from mirage_ds.cli import cli
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.run import RunConfig

@@ -431,7 +431,7 @@ def test_latents_fed_in_a_pass_are_the_first_tokens_of_their_samples_and_no_othe
 @pytest.mark.parametrize(("runs", "needed"), [([[(2, 3)]], 4), ([[(2, 1), (5, 2)]], 4)])
 def test_too_few_passes_raise(runs: list[list[tuple[int, int]]], needed: int) -> None:
     assert len(schedule([9], runs, needed)) == needed
-    with pytest.raises(ValueError, match=f"needs {needed} passes, the run has {needed - 1}"):
+    with pytest.raises(ValueError, match=f"needs {needed} passes, there are {needed - 1}"):
         schedule([9], runs, needed - 1)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Fault, Record, RecordError, from_json, make_record, to_json
-from mirage_ds.data.record_files import read_lines, scan
+from mirage_ds.data.record_files import places, scan
 from mirage_ds.errors import UserError
 
 GOOD = {"text_input": "Where? <image>", "text_output": "<output_image> There.", "image_input": "a.png"}
@@ -121,7 +121,7 @@ def test_scan_counts_blank_lines_and_returns_good_rows_and_faults(tmp_path: Path
     assert [record.line for record in records] == [2, 5]
     assert records[1].extra == {"note": "a\u2028b"}
     assert [(fault.line, fault.field) for fault in faults] == [(4, "json")]
-    assert [line for line, _ in read_lines(file)] == [2, 4, 5]
+    assert [place.line for place in places(file)] == [2, 4, 5]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from support.shell_lines import Shown, mentioned_in, shown_in
 
 from mirage_ds.analysis.controls.spec import ControlsSpec
-from mirage_ds.analysis.inspect.spec import InspectSpec
+from mirage_ds.analysis.inspect.command import InspectSpec
 from mirage_ds.cli import cli
 from mirage_ds.config.flags import build_model
 from mirage_ds.config.run import RunConfig, read_yaml

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from mirage_ds import api
 from mirage_ds.cli import cli
-from mirage_ds.cluster.doctor.check_run import model_fault
+from mirage_ds.cluster.doctor.check_run import check_model
 from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.curate.rationalize.local import Local
 from mirage_ds.curate.rationalize.prompt import Questions, load_template
@@ -458,6 +458,7 @@ def test_an_adapter_alone_is_called_so(copy: Path) -> None:
 
 def test_the_doctor_says_it(copy: Path) -> None:
     spec = DoctorSpec(model=str(copy))
-    assert model_fault(spec) == ""
+    check_model(spec)
     BROKEN["fp8 weights"][0](copy)
-    assert "this checkpoint is quantised" in model_fault(spec)
+    with pytest.raises(UserError, match="this checkpoint is quantised"):
+        check_model(spec)

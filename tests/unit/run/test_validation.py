@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
 from mirage_ds.run import validation
 from mirage_ds.run.validation import Evaluator
 
@@ -21,11 +21,10 @@ def test_a_scorer_that_fails_costs_the_scores_and_not_the_run(monkeypatch: pytes
     evaluator = Evaluator.__new__(Evaluator)
     evaluator.run = cast(Any, SimpleNamespace(journal=SimpleNamespace(say=said.append)))
     evaluator.names, evaluator.chosen, evaluator.limits = ["score", "count"], [0], cast(Any, None)
-    evaluator.learner = cast(Any, None)
+    evaluator.learner = evaluator.rows = cast(Any, None)
     monkeypatch.setattr(validation, "decode_rows", lambda *_: ["an answer"])
     monkeypatch.setattr(evaluator, "_scored", fails)
-    scores = evaluator._scores(30, cast(Any, None))
-    assert scores is not None
+    scores = evaluator._scores(30)
     assert list(scores) == ["score", "count"]
     assert all(math.isnan(one) for one in scores.values())
     (line,) = said
@@ -33,6 +32,12 @@ def test_a_scorer_that_fails_costs_the_scores_and_not_the_run(monkeypatch: pytes
         "error: evaluation after step 30: record on line 7: task scores:near fails for the answer 'x'"
     )
     assert line.endswith("; nothing is scored")
-    # Ranks that left on request still say so.
-    monkeypatch.setattr(validation, "decode_rows", lambda *_: None)
-    assert evaluator._scores(30, cast(Any, None)) is None
+    # What one rank alone has met ends the run, and ranks that leave on request leave.
+    for error in (UserError("record on line 7", everywhere=False), Stopped()):
+
+        def leaves(*_: Any, error: BaseException = error) -> list[Any]:
+            raise error
+
+        monkeypatch.setattr(validation, "decode_rows", leaves)
+        with pytest.raises(type(error)):
+            evaluator._scores(30)

@@ -11,9 +11,8 @@ import pytest
 from support.studies import Scored, columns
 
 from mirage_ds.errors import UserError
-from mirage_ds.study.portable import export, load, merge
 from mirage_ds.study.report.build import build
-from mirage_ds.study.results import Cell, Results, StageResult
+from mirage_ds.study.results import Cell, Results, StageResult, export, load, merge
 
 
 def cell(arm: str, seed: int, problem: str | None = None) -> Cell:
@@ -42,6 +41,8 @@ def test_cells_come_back_as_they_were_without_what_answers_said(tmp_path: Path) 
     back = load(tmp_path / "part.json.gz")
     for one, other in zip(back, WHOLE.cells, strict=True):
         assert replace(one, controls={}) == replace(other, controls={}, settings={})
+    # The results themselves keep them.
+    assert WHOLE.cells[0].controls["test"]["answers"][0]["conditions"]["own"]["text"] == "UP"
     assert b"UP" not in gzip.decompress((tmp_path / "part.json.gz").read_bytes())
     export(WHOLE, tmp_path / "again.json.gz")
     assert (tmp_path / "again.json.gz").read_bytes() == (tmp_path / "part.json.gz").read_bytes()

@@ -22,11 +22,10 @@ from support.studies import Scored, columns, contrast, rows
 from mirage_ds.analysis.controls.statistics import holm
 from mirage_ds.analysis.inspect import style
 from mirage_ds.errors import UserError, strict_json
-from mirage_ds.study.report import figures, sweeps
-from mirage_ds.study.report.build import build
+from mirage_ds.study.report import figures
+from mirage_ds.study.report.build import build, write_report
 from mirage_ds.study.report.statistics import TOO_FEW
 from mirage_ds.study.report.text import escaped, label, markdown, page, primary_sentence, sheet
-from mirage_ds.study.report.write import write_report
 from mirage_ds.study.results import SCORES, Cell, Results, Scores, StageResult
 from mirage_ds.study.spec import ContrastSpec, ReportSpec
 
@@ -531,7 +530,7 @@ def test_names_in_figures_are_no_formulas_and_none_is_hidden() -> None:
     results = nasty(name)
     report = build(results, 100)
     with style.styled():
-        drawn = [*sweeps.curves(results, report), *figures.controls(report), *figures.scores(report)]
+        drawn = [*figures.curves(results, report), *figures.controls(report), *figures.scores(report)]
         for one in drawn:
             style.png(one.figure)
         for one in drawn[:2]:
@@ -620,7 +619,7 @@ def test_a_report_leads_with_a_sentence_and_a_picture_and_shows_chance_and_two_a
     assert base64.b64encode(b"a PNG").decode() in (tmp_path / "report.html").read_text()
     with style.styled():
         lead = figures.lead(report)
-        assert [text.get_text() for text in lead.figure.legends[0].get_texts()][-1] == "best constant answer"
+        assert "best constant answer" in [text.get_text() for text in lead.figure.legends[0].get_texts()]
         assert any(line.get_xdata()[0] == pytest.approx(1 / 3) for line in lead.figure.axes[0].lines)
 
 
@@ -636,7 +635,7 @@ def test_losses_of_other_stages_and_weights_have_axes_of_their_own() -> None:
     ]
     results = replace(study(), cells=cells)
     with style.styled():
-        (drawn,) = sweeps.curves(results, build(results, 50))
+        (drawn,) = figures.curves(results, build(results, 50))
     assert [axes.get_title() for axes in drawn.figure.axes if axes.get_visible()] == [
         "1, sft: a base (5 runs)",
         "1, stage1: a k4, a k8 (10 runs)",
@@ -715,7 +714,7 @@ def test_files_are_strict_repeatable_and_without_what_is_gone(tmp_path: Path) ->
 
 
 def test_a_text_that_cannot_be_made_leaves_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mirage_ds.study.report.write.sheet", lambda report: 1 / 0)
+    monkeypatch.setattr("mirage_ds.study.report.build.sheet", lambda report: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(study([1]), tmp_path, 50)
     assert not list(tmp_path.iterdir())
@@ -730,7 +729,7 @@ def test_every_axis_says_what_it_shows() -> None:
     with style.styled():
         drawn = [
             *(figures.lead(report), *figures.scores(report), *figures.contrasts(report), *figures.controls(report)),
-            *(*sweeps.sweeps(report), *sweeps.curves(results, report)),
+            *(*figures.sweeps(report), *figures.curves(results, report)),
         ]
         assert len(drawn) == 8
         for one in drawn:
@@ -748,7 +747,7 @@ def test_every_axis_says_what_it_shows() -> None:
 def test_a_line_joins_arms_that_differ_in_one_setting_alone() -> None:
     report = build(study(), 100)
     with style.styled():
-        drawn = {one.name: one.figure for one in sweeps.sweeps(report)}
+        drawn = {one.name: one.figure for one in figures.sweeps(report)}
     assert set(drawn) == {"setting-latent-size", "setting-compress-strategy"}
     (axes,) = drawn["setting-latent-size"].axes
     joined = [
@@ -779,7 +778,7 @@ def lines_of(results: Results) -> dict[str, list[list[float]]]:
                 for line in one.figure.axes[0].get_lines()
                 if line.get_linestyle() in style.DASHES and len(line.get_xdata()) > 1
             ]
-            for one in sweeps.sweeps(build(results, 50))
+            for one in figures.sweeps(build(results, 50))
         }
 
 
@@ -787,7 +786,7 @@ def test_an_arm_without_the_setting_is_not_on_its_axis() -> None:
     results = study()
     cells = [replace(cell, settings={}) if cell.arm == "base" else cell for cell in results.cells]
     with style.styled():
-        drawn = sweeps.sweeps(build(replace(results, cells=cells), 50))
+        drawn = figures.sweeps(build(replace(results, cells=cells), 50))
     ticks = {one.name: [text.get_text() for text in one.figure.axes[0].get_xticklabels()] for one in drawn}
     assert ticks == {"setting-latent-size": ["4", "8"], "setting-compress-strategy": ["average", "topk"]}
 
@@ -806,7 +805,7 @@ def test_settings_that_vary_together_are_one_axis() -> None:
     settings = {f"k{k}": {"stage1.latent_size": k, "stage2.latent_size": k} for k in (1, 2, 4)}
     together = swept(settings, dict.fromkeys(settings, ("stage1", "stage2")))
     assert lines_of(together) == {"setting-stage1-latent-size": [[0, 1, 2]]}
-    figure = sweeps.sweeps(build(together, 50))[0].figure
+    figure = figures.sweeps(build(together, 50))[0].figure
     assert figure.axes[0].get_xlabel() == "stage1.latent_size = stage2.latent_size"
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1", "2", "4"]
     # One that goes its own way: nothing differs in one setting alone.
@@ -825,7 +824,7 @@ def test_settings_that_vary_together_are_one_axis() -> None:
 def test_values_that_differ_stand_apart(values: Sequence[Any], ticks: list[str]) -> None:
     """None: the arm has no such setting."""
     settings = {f"a{at}": {} if one is None else {"path": one} for at, one in enumerate(values)}
-    (drawn,) = sweeps.sweeps(build(swept(settings, dict.fromkeys(settings, ("s",))), 50))
+    (drawn,) = figures.sweeps(build(swept(settings, dict.fromkeys(settings, ("s",))), 50))
     assert [label.get_text() for label in drawn.figure.axes[0].get_xticklabels()] == ticks
 
 

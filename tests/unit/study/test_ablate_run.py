@@ -25,7 +25,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.run import events
 from mirage_ds.study import command as commands
 from mirage_ds.study import execute
-from mirage_ds.study.launch import Place, command, environment, here, parts
+from mirage_ds.study.execute import Place, command, environment, here, parts
 from mirage_ds.study.nodes import Node, Study
 from mirage_ds.study.overview import (
     TAIL_BYTES,
@@ -35,7 +35,6 @@ from mirage_ds.study.overview import (
     overview,
     reached,
     shown_hours,
-    states_of,
     steps_of,
 )
 from mirage_ds.study.slurm import arrays, write_scripts
@@ -61,6 +60,10 @@ def run(
     return execute.Runner(study, store, [Place(1)] * places, said.append).run(asked, patient), said
 
 
+def states_of(study: Study, store: Store) -> dict[str, str]:
+    return {line.node.key: line.state for line in overview(study, store)}
+
+
 def began(said: list[str]) -> list[str]:
     return [line.split(" begins")[0] for line in said if " begins" in line]
 
@@ -73,7 +76,7 @@ def test_everything_runs_once_and_nothing_before_what_it_needs(small, monkeypatc
     assert sorted(order) == sorted(node.folder for node in study.nodes.values())
     for node in study.nodes.values():
         if node.parent:
-            ended = next(i for i, line in enumerate(said) if line.startswith(f"{study.nodes[node.parent].folder}: "))
+            ended = next(i for i, line in enumerate(said) if line.startswith(f"{node.parent.folder}: "))
             assert ended < next(i for i, line in enumerate(said) if line.startswith(f"{node.folder} begins"))
     assert set(states_of(study, store).values()) == {"done"}
     # A second start has nothing to do.
@@ -132,7 +135,7 @@ def test_a_node_outlives_a_study_that_is_killed_and_is_left_alone(tmp_path: Path
     script = (
         "import sys; from pathlib import Path; from support.studies import opened, pretend\n"
         "from mirage_ds.study import execute\n"
-        "from mirage_ds.study.launch import Place\n"
+        "from mirage_ds.study.execute import Place\n"
         "study, store = opened(Path(sys.argv[1])); execute.command = pretend(store, {'base': 'some'})\n"
         "execute.Runner(study, store, [Place(1)], print).run()"
     )
@@ -262,10 +265,10 @@ def test_an_evaluation_takes_one_gpu_of_one_host(small) -> None:
     node = next(node for node in study.nodes.values() if node.kind == "evaluate")
     assert Place(2, ("4", "5")).of(node) == Place(1, ("4",))
     hosts = Place(16, None, (Host("n0", 8), Host("n1", 8)))
-    assert hosts.of(study.nodes[node.parent]) is hosts
+    assert hosts.of(node.parent) is hosts
     used = hosts.of(node)
     assert used == Place(1, None, (Host("n0", 1),))
-    words = command(node, study.nodes[node.parent], store, used)
+    words = command(node, store, used)
     assert words[words.index("--master_addr") + 1] == "n0"
     assert words[words.index("mirage_ds") + 1] == "evaluate"
 
@@ -273,24 +276,24 @@ def test_an_evaluation_takes_one_gpu_of_one_host(small) -> None:
 def test_command_lines(small, tmp_path: Path) -> None:
     study, store = small
     by_name = {(node.name if node.kind == "train" else node.kind): node for node in study.nodes.values()}
-    alone = command(by_name["base"], None, store, Place(1))
+    alone = command(by_name["base"], store, Place(1))
     assert alone[1:] == ["-m", "mirage_ds.train", "--config", str(store.place(by_name["base"]) / "config.yaml")]
-    two = command(by_name["base"], None, store, Place(2))
+    two = command(by_name["base"], store, Place(2))
     assert two[1:3] == ["-m", "mirage_ds.cluster.guard.launch"]
     assert two[two.index("--num_accelerators") + 1] == "2"
     # The launcher ignores CUDA_VISIBLE_DEVICES beside a number of ranks, and takes the first GPUs.
     gpus = Place(2, ("2", "3"))
-    second = command(by_name["base"], None, store, gpus)
+    second = command(by_name["base"], store, gpus)
     assert second[second.index("--include") + 1] == "localhost:2,3"
     assert "--num_accelerators" not in second
     assert "CUDA_VISIBLE_DEVICES" not in environment(gpus, tmp_path, {"CUDA_VISIBLE_DEVICES": "0,1"})
     hosts = Place(16, None, (Host("n0", 8), Host("n1", 8)))
-    many = command(by_name["base"], None, store, hosts)
+    many = command(by_name["base"], store, hosts)
     assert many[many.index("--hostfile") + 1] == str(store.place(by_name["base"]) / "hosts")
     assert many[many.index("--master_addr") + 1] == "n0"
     # An sft model opens no run, a stage2 model does.
     scored = [node for node in study.nodes.values() if node.kind == "evaluate"]
-    flags = {study.nodes[node.parent].name: "--no_latents" in command(node, study.nodes[node.parent], store, Place(1))
+    flags = {node.parent.name: "--no_latents" in command(node, store, Place(1))
              for node in scored}  # fmt: skip
     assert flags == {"sft": True, "stage2": False}
 
@@ -319,8 +322,8 @@ def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stage_is_prepared_to_go_on_from_its_parent(small) -> None:
     study, store = small
     node = next(node for node in study.nodes.values() if node.name == "stage1")
-    parent = study.nodes[node.parent]
-    store.prepare(node, parent)
+    parent = node.parent
+    store.prepare(node)
     text = (store.place(node) / "config.yaml").read_text()
     assert f"load_model_path: {store.model(parent)}" in text
     assert "resume: auto" in text
@@ -344,7 +347,7 @@ def test_slurm_arrays_depend_on_each_other(tmp_path: Path, nano: Path, monkeypat
         for key in one.keys:
             parent = study.nodes[key].parent
             assert (study.nodes[key].kind != "train") == one.evaluates
-            assert parent is None if one.after is None else parent in found[one.after].keys
+            assert parent is None if one.after is None else parent.key in found[one.after].keys
     bin_ = tmp_path / "bin"
     bin_.mkdir()
     calls = tmp_path / "calls"

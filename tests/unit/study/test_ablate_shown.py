@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from mirage_ds.study.collect import with_records
 from mirage_ds.study.results import Cell, Results, Scores
-from mirage_ds.study.shown import with_records
 from mirage_ds.study.spec import EvaluationSpec
 
 

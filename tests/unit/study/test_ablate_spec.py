@@ -49,14 +49,15 @@ def test_equal_parts_of_chains_are_one_run(tmp_path: Path, nano: Path) -> None:
     assert cells["one", 1].stages[1] != one.stages[1]
     text = cells["text", 0].stages
     assert len(set(text)) == 3, "the second sft starts from the first"
-    assert [study.nodes[key].parent for key in text] == [None, text[0], text[1]]
+    assert [study.nodes[key].parent for key in text] == [None, *(study.nodes[key] for key in text[:2])]
     assert set(cells["k[stage2.ce_weight=0.5]", 0].settings) == {"stage2.ce_weight"}
 
 
 def test_every_node_stands_behind_its_parent_and_seeds_go_one_by_one(tmp_path: Path, nano: Path) -> None:
     study, _ = opened(write_study(tmp_path, nano, seeds=[0, 1, 2]))
     order = list(study.nodes)
-    assert all(node.parent is None or order.index(node.parent) < order.index(key) for key, node in study.nodes.items())
+    parents = {key: node.parent for key, node in study.nodes.items()}
+    assert all(one is None or order.index(one.key) < order.index(key) for key, one in parents.items())
     seeds = [study.nodes[key].config.seed for key in order if study.nodes[key].kind == "train"][1:]
     assert seeds == sorted(seeds)
 

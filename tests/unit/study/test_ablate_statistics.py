@@ -14,14 +14,19 @@ import pytest
 from support.studies import Scored, columns
 
 from mirage_ds.analysis.controls.statistics import mcnemar
-from mirage_ds.study.report.grid import Column, Misfit, column, level_key, line_up, make_column
 from mirage_ds.study.report.statistics import (
     FLIPS,
     TOO_FEW,
+    Column,
     Draws,
+    Misfit,
+    column,
     compare,
     equivalent,
     estimate,
+    level_key,
+    line_up,
+    make_column,
     sign_flip,
     verdict,
 )

@@ -12,13 +12,11 @@ import pytest
 from PIL import Image
 from support.pictures import noise
 from support.records import write_jsonl
-from support.studies import Scored, columns, contrast
+from support.studies import Scored, columns, contrast, opened, write_study
 
-from mirage_ds.analysis.constant import best_constant
 from mirage_ds.data.record_files import read_records
-from mirage_ds.study.collect import _said
+from mirage_ds.study.collect import SIDE, _result, _said, best_constant, with_records
 from mirage_ds.study.results import Cell, Results
-from mirage_ds.study.shown import SIDE, with_records
 from mirage_ds.study.spec import EvaluationSpec, ReportSpec
 
 ANSWERS = ("A", "B", "A", "C", "A", "B")
@@ -94,3 +92,15 @@ def test_of_all_answers_one_of_the_best_and_one_of_the_worst_are_kept() -> None:
         "1": {"answer": "a1", "latents": 4, "score": 0.0},
     }
     assert _said([]) == {}
+
+
+def test_the_levels_of_scores_are_those_of_the_records(tmp_path: Path, nano: Path) -> None:
+    rows = [{"text_input": "?", "text_output": "\\boxed{A}", "task": "boxed", **one} for one in ({"level": 3}, {})]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    study, store = opened(write_study(tmp_path, nano))
+    node = next(node for node in study.nodes.values() if node.kind == "evaluate")
+    answers = [{"line": line, "text": "A", "metrics": {"correct": 1.0}} for line in (2, 1)]
+    store.place(node).mkdir(parents=True)
+    store.result(node).write_text(json.dumps({"answers": answers}))
+    found = _result(node, store)
+    assert (found.records, found.levels, found.metrics) == (["2", "1"], ["?", "3"], {"correct": [1.0, 1.0]})

@@ -164,7 +164,8 @@ def test_a_picture_lies_in_one_split(tmp_path: Path) -> None:
         ({"question": "[IMAGE0]?", "rationale": "no"}, "IMAGE1 is marked neither in its question nor in its rationale"),
         ({"answer": "E"}, "answer 'E' is none of its 4 options"),
         ({"rationale": "[IMAGE1][IMAGE2] \\boxed{A}"}, "its text ends with \\boxed{A}, its answer is C"),
-        ({"rationale": "<output_image>"}, "its text spells <output_image> or <image>"),
+        ({"rationale": "<output_image>"}, "its answer has 1 <output_image> marks for 0 images"),
+        ({"question": "Is <output_image> so?"}, "its question spells <output_image>, or its answer <image>"),
         ({"option": "A"}, "option is 'A', not a list of two texts"),
     ],
 )
@@ -230,7 +231,7 @@ def test_packed_rows(tmp_path: Path, form: str) -> None:
         ({"type": "image"}, "a part of its sequence_plan is of type 'image', not text or latent"),
         ({"type": "latent", "helper_image": "pics/9.png"}, "helper_image"),
         ({"type": "latent"}, "helper_image is None, not an image"),
-        ({"type": "text", "content": "x<output_image>"}, "a text of its sequence_plan spells <output_image>"),
+        ({"type": "text", "content": "x<output_image>"}, "its answer has 3 <output_image> marks for 2 images"),
         ({"type": "text"}, "content is None, not a text"),
     ],
 )
@@ -247,5 +248,5 @@ def test_what_is_no_comt(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.jsonl, line 2, json: not valid JSON \(.*\); write one object a line"):
         run(tmp_path / "x.jsonl", tmp_path / "o")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "y.parquet")
-    with pytest.raises(UserError, match=r"has no column sequence_plan, only a; name COMT's data\.jsonl"):
+    with pytest.raises(UserError, match=r"has no column sequence_plan, only a; name the data set that has"):
         run(tmp_path / "y.parquet", tmp_path / "o")

@@ -104,11 +104,6 @@ def test_an_installed_command_finds_a_module_in_the_working_directory(tmp_path: 
         (HEAD + "class Dots(Task):" + SCORES, "Dot", r"has no Dot \(did you mean 'Dots'\?\); name what scores in it"),
         ("class Dots: pass\n", "Dots", r"Dots' is no subclass of mirage_ds\.tasks\.task\.Task; make it one"),
         ("Dots = {}\n", "Dots", r"Dots' is \{\}, neither a function nor a class; write def score\(answer, record\)"),
-        (
-            "def f(answer): return 1\n",
-            "f",
-            r"f' cannot be called with an answer and a record \(too many positional arg",
-        ),
         ("def f(a, b): return 1\n", "g", r"own_\w+ \(/.*own_\w+\.py\) has no g; name what scores in it"),
         ("x = 1\ny = x / 0\n", "f", r"imported \(ZeroDivisionError: division by zero, .*own_\w+\.py line 2\); fix"),
         (
@@ -270,6 +265,12 @@ def test_a_function_sees_the_whole_record(module: Callable) -> None:
     record = Record(3, "<image>?", "x", ("a",), ("b",), {"id": 7, "level": "x"})
     assert score([record] * 2, [Prediction("", [], [])] * 2, f"{module(text)}:f")["all"]["score"] == 1
     assert sorted(record.extra) == ["id", "level"]
+
+
+def test_a_function_that_takes_no_record_is_told_how_it_is_called(module: Callable) -> None:
+    name = f"{module('def f(answer): return 1')}:f"
+    with pytest.raises(UserError, match=r"f\(\) takes 1 positional .*\); .* as def score\(answer, record\) does"):
+        task_of([coloured(2, "red")], Path("f"), name)
 
 
 @pytest.mark.parametrize(

@@ -306,12 +306,12 @@ def test_which_files_are_meant(tmp_path: Path) -> None:
     blink(hub, "test", ["hidden"])
     with pytest.raises(UserError, match="has the splits test, val; say which one with --split"):
         turn(hub, tmp_path / "o")
-    with pytest.raises(UserError, match="has no split 'train'; there are test, val"):
+    with pytest.raises(UserError, match="has the splits test, val; say which one with --split"):
         turn(hub, tmp_path / "o", split="train")
     with pytest.raises(UserError, match="no such file or folder"):
         turn(tmp_path / "nowhere", tmp_path / "o")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no Parquet or Arrow file in it"):
+    with pytest.raises(UserError, match="no Parquet or Arrow file, nor one in it"):
         turn(tmp_path / "empty", tmp_path / "o")
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(
