@@ -61,6 +61,7 @@ class Micro(NamedTuple):
         features: of the input images; DeepStack's share of them is copied for the forward (images.place_images).
         resident: the layers' weights are whole all the time (DecoderLayers.resident).
         split: the last pass has an engine backward of its own; else it leaves its weight gradients to the first pass.
+        handed_on: labelled tokens of the passes before the last.
     """
 
     model: Sizes
@@ -76,6 +77,7 @@ class Micro(NamedTuple):
     features: int = 0
     resident: bool = True
     split: bool = False
+    handed_on: int = 0
 
     @property
     def tokens(self) -> int:
@@ -86,6 +88,11 @@ class Micro(NamedTuple):
     def last(self) -> int:
         """Number of the last pass."""
         return len(self.passes) - 1
+
+    @property
+    def backwards(self) -> int:
+        """Engine backwards of a micro-step."""
+        return 1 + (self.split and self.last > 0)
 
     def thin(self, number: int) -> bool:
         """Whether a pass recomputes its attention alone: at most a token a sample, and weights that stay."""
@@ -157,6 +164,8 @@ def saved_terms(micro: Micro) -> Terms:
         # before and target in float32, the index, two norms and the weight of each.
         each = 2 * FLOAT32 * hidden + INT64 + 3 * FLOAT32
         terms[GROUNDING] = micro.grounded * each + INT64 * micro.rows
+    if micro.backwards > 1:
+        terms["labelled states of earlier passes (b M H)"] = width * micro.handed_on * hidden
     inputs, keys = "inputs of the layers (b T H L)", "keys and values of passes (2 b T Hkv D L)"
     for number, one in enumerate(micro.passes):
         kept = {inputs: width * one.tokens * hidden} if micro.recomputed(number) else layer_terms(micro, number)
@@ -221,6 +230,16 @@ def head_terms(micro: Micro) -> Terms:
     return terms
 
 
+def splits(model: Sizes, tokens: int) -> bool:
+    """Whether a run gives stage2's last pass a backward of its own: DecoderLayers.defers_more_than_gradients.
+
+    Args:
+        tokens: --micro_batch_tokens, the most that the pass may have.
+    """
+    each = 7 * model.hidden + 2 * model.width + 2 * model.kv_width + 3 * model.inner
+    return tokens * each > model.layer
+
+
 def deposited(micro: Micro, number: int) -> int:
     """Bytes that one layer of a pass leaves to the first pass's weight gradients: b T (4 H + 2 Hq D + 2 Hkv D + 3 I).
 
@@ -253,10 +272,10 @@ def layer_backward(micro: Micro, number: int) -> int:
 def peak(micro: Micro) -> Peak:
     """Walk through forward's end, head and backward and return the height."""
     model, passes, width, last = micro.model, micro.passes, micro.width, micro.last
-    hidden, split = model.hidden, micro.split and micro.last > 0
+    hidden, split = model.hidden, micro.backwards > 1
     matrix, by_labelled = width * model.vocabulary * hidden, width * micro.labelled * hidden
-    # The head's own gradients are made at the forward's end. What measures stage1's distance comes after the head and is
-    # gone before the passes' turn.
+    # The head's own gradients are made at the forward's end. What measures stage1's distance comes after it and is gone
+    # before the passes' turn.
     terms = saved_terms(micro)
     saved = total(terms) - matrix - by_labelled - terms.get(GROUNDING, 0)
     # Embeddings and hidden states are there too; until the last pass has ended, so are cos and sin in the batch's
@@ -271,7 +290,8 @@ def peak(micro: Micro) -> Peak:
     held = saved + (own_states + by_labelled if split else all_states)
     heights = [
         Peak("forward", saved + 2 * all_states + passing + deep, 0, 0),
-        Peak("head", saved + 2 * all_states + deep, total(head_terms(micro)), 0),
+        # The labelled states lie there pass by pass, and joined.
+        Peak("head", saved + 2 * all_states + deep + by_labelled, total(head_terms(micro)), 0),
         Peak("head's backward", held + (0 if split else by_labelled), matrix, 0),
     ]
     # The gradient of a matrix that is also the embedding is complete at the very end of a backward only.
@@ -301,6 +321,7 @@ def peak(micro: Micro) -> Peak:
         if number:
             held -= width * len(passes[number].queries) * hidden  # the states fed back
         if number == last:
-            # Gradients of the embeddings of all tokens. The other backward begins with those of the other final states.
-            held += all_states + (all_states - own_states - by_labelled if split else 0)
+            # Gradients of the embeddings of all tokens. The other backward begins with those of the other final states;
+            # what was cut, the last pass's input, stays with its gradient.
+            held += all_states + (all_states + own_states if split else 0)
     return max(heights, key=lambda height: height.total)

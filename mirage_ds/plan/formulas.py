@@ -32,10 +32,12 @@ class Walk(NamedTuple):
     Attributes:
         passes: walks.
         thin: those among them that run one token a row (the latents but the last of each block).
+        split: the last pass has a backward of its own, so that gradients of layers are reduced twice.
     """
 
     passes: int
     thin: int
+    split: bool = False
 
 
 def walk(stage: str, k: int, runs: int = 1) -> Walk:
@@ -64,18 +66,20 @@ class Volume(NamedTuple):
 def volume(model: Sizes, walked: Walk, zero: Zero3) -> Volume:
     """Elements of one micro-step with checkpointed layers, from the second micro-step on (the first records the order).
 
-    Kept: each matrix is gathered once. Released: each pass gathers each layer in the forward, and in backward once more
-    for its recomputation, which the layer's gradient then uses too unless `reuse` is too short for that. A bound from
-    above: the last layers of the forward are still there when backward begins.
+    Kept by the limits: each matrix is gathered once; by persistence: none (traffic counts them). Released: each pass
+    gathers each layer in the forward, and in backward once more for its recomputation, which the layer's gradient then
+    uses too unless `reuse` is too short for that. A bound from above: the last layers of the forward are still there
+    when backward begins.
     """
     outside = sum(m for m in (model.embedding, model.head) if m > zero.persistence)
     layers = model.layers * sum(m for m in model.matrices if m > zero.persistence)
+    reduced = model.text + walked.split * model.layers * (model.layer + model.vectors)
     if zero.keeps(model):
-        return Volume(layers + outside, 0, model.text)
+        return Volume(layers + outside, 0, reduced)
     again = model.layers * _gathered_again(model.matrices, zero)
     if not model.head:  # a tied matrix is gathered as embedding and as head
         outside *= 2
-    return Volume(walked.passes * layers + outside, walked.passes * (layers + again) + outside, model.text)
+    return Volume(walked.passes * layers + outside, walked.passes * (layers + again) + outside, reduced)
 
 
 def _gathered_again(matrices: Sequence[int], zero: Zero3) -> int:
@@ -96,10 +100,10 @@ def gather_calls(model: Sizes, walked: Walk, zero: Zero3) -> int:
 
     More of them where `max_live` leaves prefetching little room, fewer where the end of the forward is still there.
     """
-    layer = [m for m in model.matrices if m > zero.persistence]
     head = model.head or (0 if zero.keeps(model) else model.embedding)
     passes = 1 if zero.keeps(model) else walked.passes
-    forward = _joined([model.embedding, *chain(*[layer] * (model.layers * passes)), head], zero.prefetch)
+    walk = [model.embedding, *chain(*[model.matrices] * (model.layers * passes)), head]
+    forward = _joined([size for size in walk if size > zero.persistence], zero.prefetch)
     return forward if zero.keeps(model) else 2 * forward
 
 
@@ -129,7 +133,8 @@ class Traffic(NamedTuple):
 def traffic(model: Sizes, walked: Walk, zero: Zero3, ranks: int, micro_steps: int = 1) -> Traffic:
     """Traffic of one optimizer step of G micro-steps.
 
-    Gradients are reduce-scattered among all ranks in every micro-step. With hpZ only a weight's first gather in the
+    Gradients are reduce-scattered among all ranks in every micro-step. Matrices up to `persistence` are gathered once,
+    when the optimizer has stepped, each by a call of its own. With hpZ only a weight's first gather in the
     optimizer step is among all ranks; all others, of later micro-steps too, are inside groups of `hpz` ranks.
     """
     if ranks == 1:
@@ -137,6 +142,8 @@ def traffic(model: Sizes, walked: Walk, zero: Zero3, ranks: int, micro_steps: in
     moved, calls = volume(model, walked, zero), gather_calls(model, walked, zero)
     gathered, gathers = micro_steps * moved.gathered, micro_steps * calls
     reduced, reductions = micro_steps * moved.reduced, micro_steps * math.ceil(moved.reduced / zero.bucket)
+    whole = [m for m in (*model.matrices * model.layers, model.embedding, model.head) if 0 < m <= zero.persistence]
+    reduced, reductions = reduced + sum(whole), reductions + len(whole)
     if zero.hpz <= 1 or zero.hpz >= ranks:
         return Traffic(gathered + reduced, gathers + reductions, 0, 0)
     first = replace(zero, max_live=model.text, reuse=5 * model.text)
@@ -234,13 +241,12 @@ def flops(model: Sizes, tokens: float, labelled: float = 0, keys: float = 0, che
     return (4 if checkpointing else 3) * 2 * (per_token * tokens + (model.head or model.embedding) * labelled)
 
 
-def thin_bytes(model: Sizes, walked: Walk, width: int = BF16) -> float:
+def thin_bytes(model: Sizes, walked: Walk, width: int = BF16, recomputed: bool = False) -> float:
     """Bytes that the passes of one token a row move through a GPU's memory: there the weights' size is what counts.
 
-    Forward, recomputation and backward read the weights; the gradient is written, then added to the earlier passes'
-    (two reads, one write).
+    Forward, recomputation and backward read the weights; their gradient is made in the first pass's backward.
     """
-    return walked.thin * 7 * model.layers * model.layer * width
+    return walked.thin * (2 + recomputed) * model.layers * model.layer * width
 
 
 class Step(NamedTuple):
@@ -280,8 +286,9 @@ def moved(model: Sizes, walked: Walk, settings: Settings, ranks: int, micro_step
     times = micro_steps if settings.stage == 2 else 1
     wide = settings.accumulated / settings.compute if settings.whole_sums else 1
     gathered = model.text if settings.stage else 0
-    calls = times * 2 * math.ceil(model.text / settings.zero.bucket) + math.ceil(gathered / settings.zero.bucket)
-    return Traffic(int(times * 2 * wide * model.text) + gathered, calls, 0, 0)
+    reduced = volume(model, walked, settings.zero).reduced if settings.stage == 2 else model.text
+    calls = times * 2 * math.ceil(reduced / settings.zero.bucket) + math.ceil(gathered / settings.zero.bucket)
+    return Traffic(int(times * 2 * wide * reduced) + gathered, calls, 0, 0)
 
 
 def step_cost(
@@ -294,12 +301,13 @@ def step_cost(
         used: share of the peak FLOP/s; achieved: share of the link speeds.
     """
     model, ranks, b = micro.model, nodes * machine.gpus, settings.compute
-    walked = Walk(len(micro.passes), sum(max(one.queries) == 1 for one in micro.passes))
+    thin_passes = sum(max(one.queries) == 1 for one in micro.passes)
+    walked = Walk(len(micro.passes), thin_passes, micro.backwards > 1)
     sent = moved(model, walked, settings, ranks, steps)
     everywhere = ring_bytes(sent.everywhere, ranks, b)
     keys = micro.tokens / micro.rows / 2
     arithmetic = steps * flops(model, micro.tokens, micro.labelled, keys, micro.checkpointing)
-    thin = steps * thin_bytes(model, walked, b)
+    thin = steps * thin_bytes(model, walked, b, micro.checkpointing and not settings.resident(model))
     seconds = {
         "arithmetic": arithmetic / (machine.flops * used) + thin / machine.hbm,
         "network" if nodes > 1 else "NVLink": network(sent, machine, nodes, achieved, b).total,
@@ -309,8 +317,8 @@ def step_cost(
     touched = shard * (3 * settings.master + 4 * settings.moments + b)
     if settings.offload_optimizer:
         seconds["optimizer on the host"] = machine.gpus * touched / machine.host
-        # Each micro-step's sums go down; from the second on they come up first, are added to, and go down again.
-        sums = shard * settings.accumulated * (2 * steps - 1)
+        # Each backward's sums go down; from the second on they come up first, are added to, and go down again.
+        sums = shard * settings.accumulated * (2 * steps * micro.backwards - 1)
         weights = 0.0 if settings.offload_parameters else shard * b
         seconds["PCIe"] = (sums + weights) / machine.pcie
     else:

@@ -242,7 +242,7 @@ def test_partitions_of_the_full_models(name: str, ranks: int) -> None:
     assert three["parameters, sharded (b Ψ / W)"] == 2 * shard
     assert three["gradients, summed (a Ψ / W)"] == three["master weights (m Ψ / W)"] == 4 * shard
     assert three["moments (2 s Ψ / W)"] == 8 * shard
-    assert three["small parameters, whole (persistence)"] == 2 * sum(p.numel() for p in found if p.numel() <= 10**5)
+    assert three["weights that stay whole (persistence)"] == 2 * sum(p.numel() for p in found if p.numel() <= 10**5)
     flat = 0
     for matrices in (True, False):
         group = sum(p.numel() for p in found if (p.ndim > 1) == matrices)
@@ -526,7 +526,7 @@ def test_kept_weights_are_counted_once() -> None:
     asked = Question(PlanSpec(model="qwen2.5-vl-7b", stage="stage2"))
     held = judge(asked, shipped_folder() / "zero3_kept.json").held
     assert (
-        held.backward["gathered parameters"] + held.states.gpu["small parameters, whole (persistence)"]
+        held.backward["gathered parameters"] + held.states.gpu["weights that stay whole (persistence)"]
         == 2 * asked.model.text
     )
     released = judge(asked, shipped_folder() / "zero3.json").held
