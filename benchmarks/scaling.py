@@ -16,6 +16,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from mirage_ds.engine.ds_config import KEEPS_ALL
 from mirage_ds.model.presets import PRESETS
 from mirage_ds.plan.formulas import (
     BF16,
@@ -47,7 +48,7 @@ MACHINES = (
     Machine("A100/400", 8, A100.bf16, 40e9, 1.555e12, 300e9, 50e9),
     H100._replace(name="H100/100", nics=12.5e9),
 )
-KEPT = Zero3(max_live=10**12, reuse=10**12)
+KEPT = Zero3(persistence=KEEPS_ALL)
 GIGABYTE = 1e9
 # Bytes/s of a file system that all nodes share.
 STORAGE = (1e9, 10e9, 100e9)
@@ -86,8 +87,7 @@ class Memory(NamedTuple):
         shard: its part of bf16 weights, fp32 gradients, fp32 master weights and moments.
         secondary: hpZ's second copy of the weights, shared by a node.
         gathered: whole weights at one time.
-        gradients: whole bf16 gradients at one time: the reduce bucket, and in stage2 those of all layers, since a
-            weight's gradient is complete only when backward has come to the first pass.
+        gradients: whole bf16 gradients at one time: the reduce bucket.
     """
 
     shard: float
@@ -101,14 +101,13 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def memory(model: Sizes, walked: Walk, zero: Zero3, ranks: int) -> Memory:
+def memory(model: Sizes, zero: Zero3, ranks: int) -> Memory:
     """Model states and whole tensors of one GPU under ZeRO-3 with bf16 weights and fp32 accumulation."""
-    held = model.layers * model.layer if walked.passes > 1 else 0
     return Memory(
         shard=model.text * (SHARD_BYTES + STATE_BYTES) / ranks,
         secondary=model.text * BF16 / min(zero.hpz, ranks) if zero.hpz > 1 else 0.0,
         gathered=zero.live(model) * BF16,
-        gradients=(held + min(zero.bucket, model.text)) * BF16,
+        gradients=min(zero.bucket, model.text) * BF16,
     )
 
 
@@ -248,7 +247,7 @@ def batch(asked: Question) -> Grid:
 
 def fits(asked: Question) -> bool:
     """Whether kept parameters fit into the larger GPU at all."""
-    return memory(asked.model, asked.walked, KEPT, 1 << 20).total < H100.memory
+    return memory(asked.model, KEPT, 1 << 20).total < H100.memory
 
 
 def room(asked: Question) -> Grid:
@@ -256,13 +255,10 @@ def room(asked: Question) -> Grid:
     rows = []
     for nodes in asked.nodes:
         row = [str(nodes), str(nodes * H100.gpus)]
-        for stage in ("stage1", "stage2"):
-            for way in asked.ways.values():
-                held = memory(asked.model, walk(stage, asked.k), way, nodes * H100.gpus)
-                row.append(f"{held.total / GIGABYTE:.0f}")
+        for way in asked.ways.values():
+            row.append(f"{memory(asked.model, way, nodes * H100.gpus).total / GIGABYTE:.0f}")
         rows.append(row)
-    names = {"stage1": "sft, stage1", "stage2": "stage2"}
-    columns = ["nodes", "GPUs", *(f"{said}: {way}" for said in names.values() for way in asked.ways)]
+    columns = ["nodes", "GPUs", *asked.ways]
     return Grid("Gigabytes of a GPU before activations", columns, rows)
 
 

@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scaling import break_even_tokens, checkpoint_bytes, compute_seconds, main, memory
 from benchmarks.volumes import KEPT as NANO_KEPT
 from benchmarks.volumes import LAYER, TWO_LAYERS
-from mirage_ds.engine.ds_config import fill_limits, recipes
+from mirage_ds.engine.ds_config import KEEPS_ALL, fill_limits, recipes
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.presets import PRESETS, preset
 from mirage_ds.plan.formulas import (
@@ -40,7 +39,8 @@ from mirage_ds.plan.shape import Sizes, describe, read_shape, sizes
 
 REPO = Path(__file__).parents[3]
 SEVEN, LARGEST = (sizes(read_shape(f"qwen2.5-vl-{name}")) for name in ("7b", "72b"))
-KEPT = Zero3(max_live=10**12, reuse=10**12)
+# By DeepSpeed's limits, and as zero3_kept.json does it.
+KEPT, STAYS = Zero3(max_live=10**12, reuse=10**12), Zero3(persistence=KEEPS_ALL)
 # Layers alone, as most of a large model is.
 LAYERS = Sizes(
     (10**6,) * 7, vectors=0, layers=4, embedding=0, head=0, norm=0, vision=0,
@@ -156,10 +156,12 @@ def test_shipped_files_keep_and_release_as_their_page_says() -> None:
             fill_limits(values, two_layers(model))
             zero = values["zero_optimization"]
             if zero["stage"] == 3:
-                found = Zero3(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"])
+                limit = zero["stage3_param_persistence_threshold"]
+                found = Zero3(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"], persistence=limit)
                 limits[path.stem] = found
         kept = {"zero3_kept", "zero3_kept_bf16_states"}
-        assert {file for file, found in limits.items() if found.keeps(model)} == kept
+        # A small model's matrices are all below the released recipes' 100,000 too: a run on a CPU lowers it.
+        assert {file for file, found in limits.items() if found.persistence == KEEPS_ALL and found.keeps(model)} == kept
         for file in limits.keys() - kept:
             # Nothing is gathered twice within a layer's backward.
             assert volume(model, walk("stage1", 4), limits[file]).backward <= model.text * 1.2
@@ -198,6 +200,16 @@ def test_every_micro_step_gathers_and_reduces() -> None:
     assert four == tuple(4 * number for number in one)
     assert one.everywhere / SEVEN.text == pytest.approx(3, rel=1e-3)
     assert one.everywhere_calls == gather_calls(SEVEN, Walk(1, 0), Zero3()) + 16  # 7.6e9 / 5e8
+
+
+def test_weights_that_stay_are_gathered_once_a_step() -> None:
+    walked = walk("stage2", 4)
+    one, three = (traffic(SEVEN, walked, STAYS, ranks=64, micro_steps=steps) for steps in (1, 3))
+    matrices = 28 * SEVEN.layer + SEVEN.embedding + SEVEN.head
+    assert (one.everywhere, three.everywhere) == (matrices + SEVEN.text, matrices + 3 * SEVEN.text)
+    # A call a matrix, whatever prefetching joins.
+    assert one.everywhere_calls == 28 * 7 + 2 + 16
+    assert volume(SEVEN, walked, STAYS).gathered == gather_calls(SEVEN, walked, STAYS) == 0
 
 
 def test_hpz_gathers_once_among_all_ranks() -> None:
@@ -271,42 +283,22 @@ def test_break_even_is_where_arithmetic_takes_that_long() -> None:
     assert compute_seconds(SEVEN, walked, PLAIN, tokens, 0.2 * tokens, 250, 0.5) == pytest.approx(90.0)
     assert break_even_tokens(0.1, SEVEN, walked, PLAIN, labelled=0.2, keys=250) == 0
     thin = compute_seconds(SEVEN, walked, PLAIN, 0) / 3
-    assert thin == pytest.approx(7 * 28 * SEVEN.layer * 2 / 1e12)
+    assert thin == pytest.approx(2 * 28 * SEVEN.layer * 2 / 1e12)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("passes", [1, 5])
-def test_a_weights_gradient_is_whole_only_in_the_first_pass(passes: int, checkpointing: bool) -> None:
-    layers = [torch.nn.Linear(4, 4) for _ in range(3)]
-    happened: list[str] = []
-    for layer in layers:
-        layer.weight.register_post_accumulate_grad_hook(lambda _: happened.append("weight"))
-    x = torch.ones(2, 4, requires_grad=True)
-    for number in range(passes):
-        for layer in layers:
-            x = checkpoint(layer, x, use_reentrant=False) if checkpointing else layer(x)
-            x = x.tanh()
-        x.register_hook(lambda _, number=number: happened.append(f"pass {number}"))
-    x.sum().backward()
-    # All passes' backward has begun before the first weight's gradient is there to be reduced.
-    assert happened == [*(f"pass {number}" for number in reversed(range(passes))), *["weight"] * 3]
-
-
 def test_memory_of_a_gpu() -> None:
-    kept = memory(SEVEN, walk("stage2", 4), KEPT, ranks=8)
+    kept = memory(SEVEN, KEPT, ranks=8)
     assert kept.shard == SEVEN.text * 18 / 8
     assert kept.gathered == 2 * SEVEN.text
-    assert kept.gradients == 2 * (28 * SEVEN.layer + 5 * 10**8)
+    assert kept.gradients == 2 * 5 * 10**8
     assert kept.secondary == 0
-    assert kept.total == pytest.approx(46.4e9, rel=0.01)
-    released = memory(SEVEN, walk("stage1", 4), Zero3(hpz=8), ranks=64)
+    assert kept.total == pytest.approx((17.13 + 15.23 + 1) * 1e9, rel=0.01)
+    released = memory(SEVEN, Zero3(hpz=8), ranks=64)
     assert (released.gathered, released.gradients) == (2e9, 1e9)
     assert released.secondary == 2 * SEVEN.text / 8
-    # Stage 2 of the 72B: the gradients of all its layers alone are more than a card of 80 or 141 GB holds.
-    assert memory(LARGEST, walk("stage2", 4), Zero3(), ranks=1024).gradients > 141e9
 
 
 def test_checkpoint_is_master_weights_and_moments() -> None:
