@@ -18,6 +18,7 @@ from rich.table import Table
 
 from mirage_ds.engine.ds_config import KEEPS_ALL
 from mirage_ds.model.presets import PRESETS
+from mirage_ds.plan.activations import splits
 from mirage_ds.plan.formulas import (
     BF16,
     Machine,
@@ -139,7 +140,11 @@ class Question(NamedTuple):
     @property
     def walked(self) -> Walk:
         """Walks of the stage."""
-        return walk(self.stage, self.k)
+        return self.walk(self.stage, self.k)
+
+    def walk(self, stage: str, k: int) -> Walk:
+        """Walks of any stage, whose last pass has a backward of its own as in a run."""
+        return walk(stage, k)._replace(split=stage == "stage2" and splits(self.model, self.tokens))
 
     @property
     def ways(self) -> dict[str, Zero3]:
@@ -186,13 +191,13 @@ class Grid(NamedTuple):
 def volumes(asked: Question) -> Grid:
     """Elements of one micro-step."""
     rows = []
-    for stage, k in (("sft, stage1", 1), ("stage2", 4), ("stage2", 8)):
-        walked = walk(stage, k)
+    for stage, k in (("sft", 1), ("stage2", 4), ("stage2", 8)):
+        walked = asked.walk(stage, k)
         for name, way in list(asked.ways.items())[:2]:
             moved = volume(asked.model, walked, way)
             psi = [f"{number / asked.model.text:.2f}" for number in moved]
             calls = gather_calls(asked.model, walked, way)
-            title = f"{stage}, k = {k}" if stage == "stage2" else stage
+            title = f"{stage}, k = {k}" if stage == "stage2" else "sft, stage1"
             rows.append([title, name, *psi, f"{2 * sum(moved) / GIGABYTE:.0f}", str(calls)])
     columns = ["stage", "parameters", "gathered, forward", "backward", "reduced", "GB in bf16", "gathers, about"]
     return Grid(f"Elements of one micro-step over Ψ = {asked.model.text:,}, at most", columns, rows)

@@ -13,7 +13,7 @@ from mirage_ds.data.passes import schedule
 from mirage_ds.engine.ds_config import read_json, recipes
 from mirage_ds.plan.activations import Micro, PassShape, Peak, Terms, peak, saved_terms, splits, total
 from mirage_ds.plan.formulas import Machine, Step, step_cost, walk
-from mirage_ds.plan.gpus import A100, H100_SXM
+from mirage_ds.plan.gpus import A100, H100_SXM, PEAKS
 from mirage_ds.plan.settings import Settings, read_settings
 from mirage_ds.plan.shape import Sizes, read_shape, sizes, trained_parameters
 from mirage_ds.plan.spec import PlanSpec
@@ -25,6 +25,8 @@ MIB = 1 << 20
 GPUS = {
     "h100": Machine("h100", 8, H100_SXM.bf16, 80e9, 3.35e12, 450e9, 400e9),
     "a100": Machine("a100", 8, A100.bf16, 40e9, 1.555e12, 300e9, 50e9),
+    "h200": Machine("h200", 8, H100_SXM.bf16, 141e9, 4.8e12, 450e9, 400e9),
+    "b200": Machine("b200", 8, PEAKS["B200"].bf16, 180e9, 7.7e12, 900e9, 400e9),
 }
 # Python with torch and DeepSpeed, CUDA's host side, two data-loader workers, of one rank: assumed, not measured.
 PROCESS_BYTES = 4 * 10**9

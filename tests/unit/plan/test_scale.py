@@ -281,7 +281,7 @@ def test_break_even_is_where_arithmetic_takes_that_long() -> None:
     walked = walk("stage2", 4)
     tokens = break_even_tokens(90.0, SEVEN, walked, PLAIN, labelled=0.2, keys=250, used=0.5)
     assert compute_seconds(SEVEN, walked, PLAIN, tokens, 0.2 * tokens, 250, 0.5) == pytest.approx(90.0)
-    assert break_even_tokens(0.1, SEVEN, walked, PLAIN, labelled=0.2, keys=250) == 0
+    assert break_even_tokens(0.05, SEVEN, walked, PLAIN, labelled=0.2, keys=250) == 0
     thin = compute_seconds(SEVEN, walked, PLAIN, 0) / 3
     assert thin == pytest.approx(2 * 28 * SEVEN.layer * 2 / 1e12)
 
