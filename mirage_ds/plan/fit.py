@@ -26,7 +26,7 @@ GPUS = {
     "h100": Machine("h100", 8, H100_SXM.bf16, 80e9, 3.35e12, 450e9, 400e9),
     "a100": Machine("a100", 8, A100.bf16, 40e9, 1.555e12, 300e9, 50e9),
     "h200": Machine("h200", 8, H100_SXM.bf16, 141e9, 4.8e12, 450e9, 400e9),
-    "b200": Machine("b200", 8, PEAKS["B200"].bf16, 180e9, 7.7e12, 900e9, 400e9),
+    "b200": Machine("b200", 8, PEAKS["B200"].bf16, 180e9, 8e12, 900e9, 400e9),
 }
 # Python with torch and DeepSpeed, CUDA's host side, two data-loader workers, of one rank: assumed, not measured.
 PROCESS_BYTES = 4 * 10**9

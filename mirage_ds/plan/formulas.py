@@ -309,9 +309,11 @@ def step_cost(
     arithmetic = steps * flops(model, micro.tokens, micro.labelled, keys, micro.checkpointing)
     thin = steps * thin_bytes(model, walked, b, micro.checkpointing and not settings.resident(model))
     seconds = {
-        "arithmetic": arithmetic / (machine.flops * used) + thin / machine.hbm,
+        "arithmetic": arithmetic / (machine.flops * used),
         "network" if nodes > 1 else "NVLink": network(sent, machine, nodes, achieved, b).total,
     }
+    if thin:
+        seconds["weights read by one-token passes"] = thin / machine.hbm
     shard = model.text / ranks if settings.stage else model.text
     # AdamW reads weight, gradient and two moments, writes all but the gradient and the weight of the forward.
     touched = shard * (3 * settings.master + 4 * settings.moments + b)
