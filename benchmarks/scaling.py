@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mirage_ds.model.presets import PRESETS
+from mirage_ds.plan.activations import splits
 from mirage_ds.plan.formulas import (
     BF16,
     Machine,
@@ -26,7 +27,6 @@ from mirage_ds.plan.formulas import (
     gather_calls,
     network,
     ring_latency,
-    splits,
     step_calls,
     thin_bytes,
     traffic,

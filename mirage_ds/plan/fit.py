@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from mirage_ds.data.passes import schedule
 from mirage_ds.engine.ds_config import read_json, recipes
-from mirage_ds.plan.activations import Micro, PassShape, Peak, Terms, peak, saved_terms, total
+from mirage_ds.plan.activations import Micro, PassShape, Peak, Terms, peak, saved_terms, splits, total
 from mirage_ds.plan.formulas import Machine, Step, step_cost, walk
-from mirage_ds.plan.gpus import A100, H100_SXM
+from mirage_ds.plan.gpus import A100, H100_SXM, PEAKS
 from mirage_ds.plan.settings import Settings, read_settings
 from mirage_ds.plan.shape import Sizes, read_shape, sizes, trained_parameters
 from mirage_ds.plan.spec import PlanSpec
@@ -25,6 +25,8 @@ MIB = 1 << 20
 GPUS = {
     "h100": Machine("h100", 8, H100_SXM.bf16, 80e9, 3.35e12, 450e9, 400e9),
     "a100": Machine("a100", 8, A100.bf16, 40e9, 1.555e12, 300e9, 50e9),
+    "h200": Machine("h200", 8, H100_SXM.bf16, 141e9, 4.8e12, 450e9, 400e9),
+    "b200": Machine("b200", 8, PEAKS["B200"].bf16, 180e9, 8e12, 900e9, 400e9),
 }
 # Python with torch and DeepSpeed, CUDA's host side, two data-loader workers, of one rank: assumed, not measured.
 PROCESS_BYTES = 4 * 10**9
@@ -79,6 +81,9 @@ def _micro(spec: PlanSpec, model: Sizes) -> Micro:
         checkpointing=spec.gradient_checkpointing,
         chunk_bytes=spec.loss_chunk_mb * MIB,
         features=rows * spec.images * spec.image_tokens,
+        split=spec.stage == "stage2" and splits(model, spec.micro_batch_tokens),
+        # Of a row's last pass all tokens but the latent that it begins with.
+        handed_on=rows * (labelled + 1) - plans[-1].tokens.size if spec.stage == "stage2" else 0,
     )
 
 
@@ -90,6 +95,7 @@ class Held(NamedTuple):
         backward: what is there beside them in forward and backward, in the order in which it is said.
         phase: when that is at its height.
         saved, keys_values: of the activations, what the forward saved, and of that the earlier passes' keys and values.
+        other_way: the whole height, were the last pass's own backward (Micro.split) chosen the other way.
         tower: on the GPU.
         reserve: what is kept free.
         host, host_start: of a node, running, and while rank 0 reads the weights.
@@ -102,6 +108,7 @@ class Held(NamedTuple):
     phase: str
     saved: int
     keys_values: int
+    other_way: int
     tower: int
     reserve: int
     host: Terms
@@ -139,8 +146,11 @@ class Plan(NamedTuple):
 def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     """Count what one rank, its node and the disks hold."""
     spec, model, b = asked.spec, asked.model, settings.compute
-    micro = asked.micro._replace(width=b, checkpointing=checkpointing)
-    found, saved = states(asked.parameters, settings, asked.ranks, spec.micro_steps), saved_terms(micro)
+    micro = asked.micro._replace(width=b, checkpointing=checkpointing, resident=settings.resident(model))
+    found, saved = (
+        states(asked.parameters, settings, asked.ranks, spec.micro_steps * micro.backwards),
+        saved_terms(micro),
+    )
     height = peak(micro)
     every_kept, grounded = spec.feature_cache == "all", spec.latent_runs if spec.stage == "stage1" else 0
     tower = model.vision * b
@@ -160,6 +170,7 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
         phase=height.phase,
         saved=total(saved),
         keys_values=sum(size for name, size in saved.items() if name.startswith("keys and values")),
+        other_way=peak(micro._replace(split=not micro.split)).total,
         tower=0 if every_kept else tower,
         reserve=int(spec.reserve * GB),
         host=host,
@@ -175,18 +186,16 @@ def _backward(asked: Question, settings: Settings, height: Peak) -> Terms:
     spec, model, zero, b = asked.spec, asked.model, settings.zero, settings.compute
     gathered = 0
     if settings.stage == 3:
-        # Whatever the limits, embedding and head are gathered whole: at 3B and 7B more than two layers. Of kept weights
-        # the small ones are among the states.
+        # Whatever the limits, embedding and head are gathered whole: at 3B and 7B more than two layers. Those of kept
+        # weights that stay from step to step are among the states.
         small = sum(n for n in chain(*asked.parameters) if n <= zero.persistence) if zero.keeps(model) else 0
         gathered = max(zero.live(model), model.embedding) - small
-    # Sums that are kept whole are among the states: they become the parameters' own gradients.
-    counted = settings.whole_sums or (settings.stage == 0 and spec.micro_steps == 1)
     # Of input images; in stage1 of each helper too, or its targets if kept.
     helper = spec.image_tokens if spec.feature_cache == "off" else spec.latent_size
     helpers = asked.micro.rows * helper * (spec.latent_runs if spec.stage == "stage1" else 0)
     return {
         "gathered parameters": gathered * b,
-        "whole gradients of all layers (stage2)": 0 if counted else height.gradients,
+        "left to the first pass's gradients (stage2)": height.deferred,
         "copy of a bucket while it is reduced": min(zero.bucket, model.text) * b if settings.stage == 3 else 0,
         "activations at the height": height.activations,
         "logits chunk and the head's gradient": height.head,

@@ -29,7 +29,7 @@ class Walk(NamedTuple):
     Attributes:
         passes: walks.
         thin: those among them that run one token a row (the latents but the last of each block).
-        split: the last walk has a backward of its own (splits).
+        split: the last walk has a backward of its own (activations.splits).
     """
 
     passes: int
@@ -40,15 +40,6 @@ class Walk(NamedTuple):
 def walk(stage: str, k: int, runs: int = 1) -> Walk:
     """Walks of a stage with `runs` latent blocks of k latents in a row: stage2 runs · k + 1, the others one."""
     return Walk(runs * k + 1, runs * (k - 1)) if stage == "stage2" else Walk(1, 0)
-
-
-def splits(model: Sizes, tokens: int) -> bool:
-    """Tell whether stage2 runs so: what `tokens` leave to a layer's weight gradients is more than the gradients.
-
-    As DecoderLayers.defers_more_than_gradients (model/layers.py): inputs and outputs of q, k, v, o, gate, up, down.
-    """
-    each = 7 * model.hidden + 2 * model.width + 2 * model.kv_width + 3 * model.inner
-    return tokens * each > model.layer
 
 
 class Volume(NamedTuple):
@@ -303,24 +294,26 @@ def step_cost(
         used: share of the peak FLOP/s; achieved: share of the link speeds.
     """
     model, ranks, b = micro.model, nodes * machine.gpus, settings.compute
-    walked = Walk(len(micro.passes), sum(max(one.queries) == 1 for one in micro.passes))
+    thin_passes = sum(max(one.queries) == 1 for one in micro.passes)
+    walked = Walk(len(micro.passes), thin_passes, micro.backwards > 1)
     sent = moved(model, walked, settings, ranks, steps)
     everywhere = ring_bytes(sent.everywhere, ranks, b)
     keys = micro.tokens / micro.rows / 2
     arithmetic = steps * flops(model, micro.tokens, micro.labelled, keys, micro.checkpointing)
-    released = settings.stage == 3 and not settings.zero.keeps(model)
-    thin = steps * thin_bytes(model, walked, b, recomputed=released and micro.checkpointing)
+    thin = steps * thin_bytes(model, walked, b, recomputed=micro.checkpointing and not settings.resident(model))
     seconds = {
-        "arithmetic": arithmetic / (machine.flops * used) + thin / machine.hbm,
+        "arithmetic": arithmetic / (machine.flops * used),
         "network" if nodes > 1 else "NVLink": network(sent, machine, nodes, achieved, b).total,
     }
+    if thin:
+        seconds["weights read by one-token passes"] = thin / machine.hbm
     shard = model.text / ranks if settings.stage else model.text
     # AdamW reads weight, gradient and two moments, writes all but the gradient and the weight of the forward.
     touched = shard * (3 * settings.master + 4 * settings.moments + b)
     if settings.offload_optimizer:
         seconds["optimizer on the host"] = machine.gpus * touched / machine.host
-        # Each micro-step's sums go down; from the second on they come up first, are added to, and go down again.
-        sums = shard * settings.accumulated * (2 * steps - 1)
+        # Each backward's sums go down; from the second on they come up first, are added to, and go down again.
+        sums = shard * settings.accumulated * (2 * steps * micro.backwards - 1)
         weights = 0.0 if settings.offload_parameters else shard * b
         seconds["PCIe"] = (sums + weights) / machine.pcie
     else:

@@ -81,6 +81,9 @@ def gpu_table(asked: Question, plan: Plan) -> Table:
             row("  (saved when the forward ends)", on.saved, off.saved, style="dim")
             if on.keys_values:
                 row("  (of it keys and values)", on.keys_values, off.keys_values, style="dim")
+    if asked.spec.stage == "stage2":
+        own = "left" if asked.micro.split else "in an own backward"
+        row(f"(last pass {own}: height with head)", on.other_way, off.other_way, style="dim")
     row("(optimizer step; counts only if larger)", total(on.states.step), style="dim")
     table.add_row("reserve (CUDA, NCCL, allocator)", _gb(on.reserve), _gb(on.reserve))
     table.add_section()
@@ -173,7 +176,7 @@ def as_json(asked: Question, plans: Sequence[Plan], advice: Sequence[str]) -> st
     )
 
 
-def _gpu(held: Held) -> dict[str, Any]:
+def _gpu(asked: Question, held: Held) -> dict[str, Any]:
     return {
         "states": held.states.gpu,
         "frozen tower": held.tower,
@@ -181,6 +184,8 @@ def _gpu(held: Held) -> dict[str, Any]:
         "height": held.phase,
         "saved by the forward": held.saved,
         "keys and values of earlier passes": held.keys_values,
+        "last pass has its own backward": asked.micro.split,
+        "activations, head and deferred the other way": held.other_way,
         "optimizer step instead of backward": held.states.step,
         "reserve": held.reserve,
         "all": held.gpu,
@@ -194,9 +199,9 @@ def _plan(asked: Question, plan: Plan) -> dict[str, Any]:
         "fits": plan.problem is None,
         "problem": plan.problem,
         "fp32_states": plan.settings.moves_all_weights,
-        "gpu": _gpu(held),
+        "gpu": _gpu(asked, held),
         "gpu_with_checkpointing_the_other_way": _gpu(
-            held_by(asked, plan.settings, not asked.spec.gradient_checkpointing)
+            asked, held_by(asked, plan.settings, not asked.spec.gradient_checkpointing)
         ),
         "host": {**held.host, "all": total(held.host), "at the start": held.host_start},
         "kept_features": held.kept,

@@ -37,9 +37,17 @@ class Zero3:
     # None: with ZeRO-3 alone.
     overlap: bool | None = Field(None, validation_alias="overlap_comm")
 
-    def keeps(self, model: Sizes) -> bool:
-        """Whether all weights stay whole from step to step: DeepSpeed gathers them as the optimizer's step ends."""
+    def resident(self, model: Sizes) -> bool:
+        """Whether every weight stays whole from step to step (persistence, as in zero3_kept.json)."""
         return self.persistence >= max(*model.matrices, model.embedding, model.head)
+
+    def keeps(self, model: Sizes) -> bool:
+        """Whether gathered weights stay until the micro-step ends.
+
+        They are resident; or there is room for all of them, and `reuse` is above the way to the next use (Ψ from pass
+        to pass, more than 3 Ψ where the forward turns into backward). One of the last two alone keeps most, not all.
+        """
+        return self.resident(model) or (self.max_live >= model.text and self.reuse >= 5 * model.text)
 
     def live(self, model: Sizes) -> int:
         """Elements of gathered weights at one time."""
@@ -70,6 +78,10 @@ class Settings(NamedTuple):
     def whole_sums(self) -> bool:
         """ZeRO-1 in bf16 with fp32 sums: DeepSpeed's BF16_Optimizer, which keeps all sums on each rank."""
         return self.stage == 1 and self.compute != self.accumulated and not self.offload_optimizer
+
+    def resident(self, model: Sizes) -> bool:
+        """Whether all weights are whole all the time, so that thin passes are not checkpointed."""
+        return self.stage != 3 or self.zero.resident(model)
 
     @property
     def moves_all_weights(self) -> bool:

@@ -34,20 +34,22 @@ class PlanSpec(BaseModel):
     image_tokens: PositiveInt = Field(256, description="Merged features of an image; 256 are 448 x 448 pixels.")
     rows: PositiveInt = Field(3000, description="Records, for the size of the kept features.")
     feature_cache: Literal["all", "targets", "off"] = Field("all", description="As for a run.")
-    gradient_checkpointing: bool = Field(True, description="Recompute each layer in backward, in every pass.")
+    gradient_checkpointing: bool = Field(True, description="Recompute each layer in backward.")
     attention: Literal["flash", "torch_varlen", "sdpa"] = Field("flash", description="Attention back end.")
     loss_chunk_mb: PositiveInt = Field(256, description="Memory for one chunk of logits, in MiB.")
 
     # the machines
     nodes: PositiveInt = Field(1, description="Hosts.")
     gpus_per_node: PositiveInt = Field(8, description="GPUs of a host.")
-    gpu: Literal["h100", "a100"] = Field("h100", description="Fills memory and speeds that are not given.")
-    gpu_memory: PositiveFloat | None = Field(None, description="GB of a GPU. [default: h100 80, a100 40]")
-    tflops: PositiveFloat | None = Field(None, description="Dense bf16 TFLOP/s of a GPU. [default: 989.4, 312]")
-    hbm: PositiveFloat | None = Field(None, description="GB/s of a GPU's memory. [default: 3350, 1555]")
-    nvlink: PositiveFloat | None = Field(None, description="GB/s of a GPU inside a host. [default: 450, 300]")
+    gpu: Literal["h100", "a100", "h200", "b200"] = Field("h100", description="Fills what is not given below.")
+    gpu_memory: PositiveFloat | None = Field(None, description="GB of a GPU. [default: 80, 40, 141, 180]")
+    tflops: PositiveFloat | None = Field(
+        None, description="Dense bf16 TFLOP/s of it. [default: 989.4, 312, 989.4, 2250]"
+    )
+    hbm: PositiveFloat | None = Field(None, description="GB/s of a GPU's memory. [default: 3350, 1555, 4800, 8000]")
+    nvlink: PositiveFloat | None = Field(None, description="GB/s of a GPU inside a host. [default: 450, 300, 450, 900]")
     network: PositiveFloat | None = Field(
-        None, description="GB/s of all network adapters of a host together (3,200 Gb/s are 400). [default: 400, 50]"
+        None, description="GB/s of all network adapters of a host together (3,200 Gb/s: 400). [default: 400; a100: 50]"
     )
     host_memory: PositiveFloat = Field(1000, description="GB of RAM of a host.")
     pcie: PositiveFloat = Field(25, description="GB/s between a GPU and its host.")

@@ -44,7 +44,7 @@ def states(groups: Groups, settings: Settings, ranks: int, micro_steps: int = 1)
 
     Args:
         groups: the elements of the trained parameters (shape.trained_parameters).
-        micro_steps: of an optimizer step; with several, ZeRO-1 keeps whole gradients until the last of them.
+        micro_steps: backwards of an optimizer step; with several, ZeRO-1 keeps whole gradients until the last of them.
     """
     if settings.stage == 3:
         return _sharded(groups, settings, ranks)
@@ -85,7 +85,7 @@ def _sharded(groups: Groups, settings: Settings, ranks: int) -> States:
     host: Terms = {}
     obstacle = None
     (host if settings.offload_parameters else gpu)["parameters, sharded (b Ψ / W)"] = shard * b
-    gpu["small parameters, whole (persistence)"] = b * sum(n for n in every if n <= zero.persistence)
+    gpu["weights that stay whole (persistence)"] = b * sum(n for n in every if n <= zero.persistence)
     if zero.hpz > 1:
         if ranks % zero.hpz:
             obstacle = f"zero_hpz_partition_size {zero.hpz} does not divide {ranks} ranks"

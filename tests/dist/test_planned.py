@@ -167,7 +167,7 @@ def check(group: Group, case: str, nano: Path, data: Path, scratch: Path) -> Non
         assert counted["master"] == named(planned, "master weights")
         assert counted["moments"] == named(planned, "moments")
         if settings.stage == 3:
-            assert counted["persistent"] == named(planned, "small parameters")
+            assert counted["persistent"] == named(planned, "weights that stay")
             assert counted["bucket"] == named(planned, "bucket")
 
 

@@ -18,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.scaling import break_even_tokens, checkpoint_bytes, compute_seconds, main, memory
 from benchmarks.volumes import KEPT as NANO_KEPT
 from benchmarks.volumes import LAYER, RELEASED
-from mirage_ds.engine.ds_config import fill_limits, recipes
+from mirage_ds.engine.ds_config import KEEPS_ALL, fill_limits, recipes
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.layers import DecoderLayers
 from mirage_ds.model.presets import PRESETS, preset
+from mirage_ds.plan.activations import splits
 from mirage_ds.plan.formulas import (
     BF16,
     Machine,
@@ -31,7 +32,6 @@ from mirage_ds.plan.formulas import (
     network,
     ring_bytes,
     ring_latency,
-    splits,
     step_calls,
     traffic,
     volume,
@@ -154,7 +154,8 @@ def test_shipped_files_keep_and_release_as_their_page_says() -> None:
             if zero["stage"] == 3:
                 limits[path.stem] = Zero3(**zero)
         kept = {"zero3_kept", "zero3_kept_bf16_states"}
-        assert {file for file, found in limits.items() if found.keeps(model)} == kept
+        # A small model's matrices are all below the released recipes' 100,000 too: a run on a CPU lowers it.
+        assert {file for file, found in limits.items() if found.persistence == KEEPS_ALL and found.keeps(model)} == kept
         for file in limits.keys() - kept:
             assert volume(model, walk("stage1", 4), limits[file]).backward <= model.text * 1.2
             assert limits[file].max_live < model.text
@@ -272,7 +273,7 @@ def test_break_even_is_where_arithmetic_takes_that_long() -> None:
     walked = walk("stage2", 4)
     tokens = break_even_tokens(90.0, SEVEN, walked, PLAIN, labelled=0.2, keys=250, used=0.5)
     assert compute_seconds(SEVEN, walked, PLAIN, tokens, 0.2 * tokens, 250, 0.5) == pytest.approx(90.0)
-    assert break_even_tokens(0.1, SEVEN, walked, PLAIN, labelled=0.2, keys=250) == 0
+    assert break_even_tokens(0.05, SEVEN, walked, PLAIN, labelled=0.2, keys=250) == 0
     thin = compute_seconds(SEVEN, walked, PLAIN, 0) / 3
     # Read forward and backward in each of the three; the gradient read and written once.
     assert thin == pytest.approx((2 + 2 / 3) * 28 * SEVEN.layer * 2 / 1e12)
