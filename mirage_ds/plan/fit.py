@@ -188,7 +188,7 @@ def _backward(asked: Question, settings: Settings, height: Peak) -> Terms:
     if settings.stage == 3:
         # Whatever the limits, embedding and head are gathered whole: at 3B and 7B more than two layers. Those of kept
         # weights that stay from step to step are among the states.
-        small = sum(n for n in chain(*asked.parameters) if n <= zero.persistence) if zero.keeps(model) else 0
+        small = sum(n for n in chain(*asked.parameters) if n <= zero.persistence) if zero.resident(model) else 0
         gathered = max(zero.live(model), model.embedding) - small
     # Of input images; in stage1 of each helper too, or its targets if kept.
     helper = spec.image_tokens if spec.feature_cache == "off" else spec.latent_size

@@ -41,17 +41,9 @@ class Zero3:
         """Whether every weight stays whole from step to step (persistence, as in zero3_kept.json)."""
         return self.persistence >= max(*model.matrices, model.embedding, model.head)
 
-    def keeps(self, model: Sizes) -> bool:
-        """Whether gathered weights stay until the micro-step ends.
-
-        They are resident; or there is room for all of them, and `reuse` is above the way to the next use (Ψ from pass
-        to pass, more than 3 Ψ where the forward turns into backward). One of the last two alone keeps most, not all.
-        """
-        return self.resident(model) or (self.max_live >= model.text and self.reuse >= 5 * model.text)
-
     def live(self, model: Sizes) -> int:
         """Elements of gathered weights at one time."""
-        return model.text if self.keeps(model) else min(model.text, max(self.max_live, self.reuse, *model.matrices))
+        return model.text if self.resident(model) else min(model.text, max(self.max_live, self.reuse, *model.matrices))
 
 
 class Settings(NamedTuple):

@@ -26,6 +26,7 @@ from torch.nn import functional
 from mirage_ds.data.batch import to_device
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.model.attention import BACKENDS
+from mirage_ds.model.layers import DecoderLayers
 
 META = torch.device("meta")
 # With an image and a latent run, without an image, with neither.
@@ -131,7 +132,9 @@ def test_forward_and_backward_wait_for_no_value(stage: str, make: Make) -> None:
     with no_host_reads(CPU):
         made.step()
     # There are no values on the meta device, and what goes there or comes from there is a copy that is seen.
-    meta = Ready(copy.deepcopy(made.model).to(META), to_device(made.batch, META), made.counts)
+    model = copy.deepcopy(made.model).to(META)
+    model.layers = DecoderLayers(model.language_model.layers)
+    meta = Ready(model, to_device(made.batch, META), made.counts)
     with no_host_reads(META):
         assert meta.step().device == META
     meta.model.how.attention = "sdpa"

@@ -155,17 +155,19 @@ def test_shipped_files_keep_and_release_as_their_page_says() -> None:
                 limits[path.stem] = Zero3(**zero)
         kept = {"zero3_kept", "zero3_kept_bf16_states"}
         # A small model's matrices are all below the released recipes' 100,000 too: a run on a CPU lowers it.
-        assert {file for file, found in limits.items() if found.persistence == KEEPS_ALL and found.keeps(model)} == kept
+        assert {
+            file for file, found in limits.items() if found.persistence == KEEPS_ALL and found.resident(model)
+        } == kept
         for file in limits.keys() - kept:
             assert volume(model, walk("stage1", 4), limits[file]).backward <= model.text * 1.2
             assert limits[file].max_live < model.text
 
 
 def test_only_all_matrices_together_are_kept() -> None:
-    assert NANO_KEPT.keeps(NANO)
-    assert Zero3(persistence=max(SEVEN.embedding, *SEVEN.matrices)).keeps(SEVEN)
-    assert not Zero3(persistence=max(SEVEN.matrices)).keeps(SEVEN)
-    assert not Zero3(max_live=10**12, reuse=10**12).keeps(SEVEN)
+    assert NANO_KEPT.resident(NANO)
+    assert Zero3(persistence=max(SEVEN.embedding, *SEVEN.matrices)).resident(SEVEN)
+    assert not Zero3(persistence=max(SEVEN.matrices)).resident(SEVEN)
+    assert not Zero3(max_live=10**12, reuse=10**12).resident(SEVEN)
 
 
 def test_small_matrices_stay_whole() -> None:
