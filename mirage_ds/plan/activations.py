@@ -283,7 +283,8 @@ def peak(micro: Micro) -> Peak:
     all_states = width * micro.tokens * hidden
     passing = 2 * width * micro.tokens * model.head_width
     passing += model.layers * sum(own_keys(micro, number) for number in range(last) if not micro.keeps_keys(number))
-    deep = width * model.deep * (micro.features + 1) * hidden
+    # DeepStack's features, and stage1's targets.
+    deep = width * (model.deep * (micro.features + 1) + (micro.grounded or 0)) * hidden
     # The gradients of all passes' final states are made before the passes' turn comes; with a backward of its own the
     # last pass's are, and those of the labelled states wait.
     own_states = width * passes[last].tokens * hidden
