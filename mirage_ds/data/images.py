@@ -11,6 +11,7 @@ import io
 import os
 import re
 import stat
+import struct
 import threading
 import warnings
 from collections.abc import Callable
@@ -272,13 +273,20 @@ def _open(place: Path) -> Image.Image:
 
 
 def _notes_behind_pixels(png: Path) -> bool:
-    """Tell whether a PNG may have notes, of which one may be EXIF, where Pillow meets them only after decoding.
+    """Tell whether a PNG has notes, of which one may be EXIF, where Pillow meets them only after decoding.
 
-    Now and then the pixels themselves look like one: then the picture is decoded for nothing.
+    From chunk to chunk: the pixels may be large, and may look like a note.
     """
-    content = png.read_bytes()
-    pixels = content.find(b"IDAT")
-    return any(content.find(kind, pixels) >= 0 for kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
+    with png.open("rb") as file:
+        file.seek(8)
+        pixels = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            pixels = pixels or kind == b"IDAT"
+            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
 
 
 def _orientation(image: Image.Image) -> int:
