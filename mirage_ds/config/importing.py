@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -24,8 +25,8 @@ from mirage_ds.config.run import RunConfig, Stage, read_yaml
 from mirage_ds.errors import UserError, reason, shown
 
 Trainer = Literal["LLaMA-Factory", "ms-swift"]
-_SFT = re.compile(r".*?(?:\bswift\s+(sft)|swift[./]cli[./]sft(?:\.py)?)(?=\s)")
-_ASSIGNED = re.compile(r"(?:^|\s)([A-Za-z_]\w*)=(\"[^\"]*\"|'[^']*'|\S*)")
+_SFT = re.compile(r"(.*/)?swift (sft)|\S* (.*/)?swift[./]cli[./]sft(\.py)?")
+_ASSIGNED = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
 # What ms-swift's examples have where they share rows out.
 _QUOTIENT = re.compile(r"\$\(expr (\d+) / (\d+)\)|\$\(\((\d+) / (\d+)\)\)")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
@@ -142,15 +143,16 @@ def _script(file: Path) -> tuple[dict[str, Any], int | None]:
         raise UserError(f"{file}: cannot be read ({reason(error)})") from None
     known: dict[str, str] = {}
     for line in re.sub(r"(?m)^\s*#.*", "", text).replace("\\\n", " ").splitlines():
-        expanded = _expanded(line, known)
-        command = _SFT.match(expanded)
-        before = command[0] if command else expanded
-        known |= {name: value.strip("\"'") for name, value in _ASSIGNED.findall(before)}
+        words = _words(_expanded(line, known))
+        # Of two words: what is quoted as one, for `echo` say, starts nothing.
+        found = (_SFT.fullmatch(f"{before} {word}") for before, word in zip(["", *words], words, strict=False))
+        at, command = next(((at, one) for at, one in enumerate(found) if one), (len(words), None))
+        known |= {one[1]: one[2] for one in filter(None, map(_ASSIGNED.fullmatch, words[:at]))}
         if command:
-            flags = _flags(expanded[command.end() :])
+            flags = _flags(words[at + 1 :])
             flags |= {name.lower(): known[name] for name in ("MAX_PIXELS", "MIN_PIXELS") if name in known}
             # Another launcher has its own words for it.
-            numbers = [known.get("NPROC_PER_NODE", "1" if command[1] else ""), known.get("NNODES", "1")]
+            numbers = [known.get("NPROC_PER_NODE", "1" if command[2] else ""), known.get("NNODES", "1")]
             return flags, math.prod(map(int, numbers)) if all(map(str.isdecimal, numbers)) else None
     raise UserError(f"{file}: has no `swift sft`; give a YAML, a JSON or a shell script with that command")
 
@@ -161,16 +163,21 @@ def _expanded(line: str, known: dict[str, str]) -> str:
     return _QUOTIENT.sub(lambda match: str(int(match[1] or match[3]) // int(match[2] or match[4])), line)
 
 
-def _flags(line: str) -> dict[str, Any]:
-    """Read flags up to a comment, pipe or redirection: a list where one has several values, True where it has none."""
+def _words(line: str) -> list[str]:
+    """Split a line as a shell does, up to its comment, pipe or redirection."""
     try:
         words = shlex.split(line)
     except ValueError:
         # A text that goes on in the next line.
         words = line.split()
+    return list(takewhile(lambda word: word[:1] not in ("#", "|", ">", "&", ";") and word != "2>&1", words))
+
+
+def _flags(words: Sequence[str]) -> dict[str, Any]:
+    """Read flags: a list where one has several values, True where it has none."""
     flags: dict[str, list[Any]] = {}
     own: list[Any] = []
-    for word in takewhile(lambda word: word[:1] not in ("#", "|", ">", "&", ";") and word != "2>&1", words):
+    for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             own = flags[name.replace("-", "_")] = [_scalar(value)] if equals else []

@@ -329,6 +329,9 @@ def test_the_group_is_listed() -> None:
         ("torchrun --nproc_per_node 2 swift/cli/sft.py --model m --lora-rank=4", {"model": "m", "lora_rank": 4}, None),
         ("python -m swift.cli.sft --model m > log.txt", {"model": "m"}, None),
         ("swift export --model x\nswift sft --model m", {"model": "m"}, 1),
+        # What is said or noted starts nothing and sets nothing.
+        ("echo 'now swift sft begins'\nNPROC_PER_NODE=2 \\\n/opt/bin/swift sft --model m", {"model": "m"}, 2),
+        ("NPROC_PER_NODE=8  # for swift sft below; was NPROC_PER_NODE=4\nswift sft --model m", {"model": "m"}, 8),
         ("say() { echo 'a\nb'; }\nN=4\nswift sft --gradient_accumulation_steps $(expr 16 / $N) --model ${M:-m}",
          {"gradient_accumulation_steps": 4, "model": "m"}, 1),
     ],
