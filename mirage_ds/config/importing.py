@@ -293,7 +293,9 @@ def _placed(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, str
     roles = tables()["roles"]
     lost = [f"{part} ({parts[part]})" for part in parts if part not in roles and parts[part] != usual.get(part, part)]
     columns = ",".join(
-        f"{roles[part]}={column}" for part, column in parts.items() if part in roles and column not in tables()["usual"]
+        f"{roles[part]}={column}"
+        for part, column in parts.items()
+        if part in roles and column not in tables()["usual"][part]
     )
     hub = entry.get("hf_hub_url", "")
     flags = {"--split": entry.get("split"), "--columns": columns, "--out": "DIR"}

@@ -238,6 +238,14 @@ def test_data_sets_train_as_they_lie(dataset: str, placed: dict[str, Any], here:
         assert (count, faults) == (3, [])
 
 
+def test_a_usual_column_in_another_part_is_named(here: Path) -> None:
+    """Questions made for answers: unnamed, the usual columns would be read the other way round."""
+    Path("data/dataset_info.json").write_text(
+        json.dumps({"back": {"file_name": "back.json", "columns": {"prompt": "output", "response": "instruction"}}})
+    )
+    assert import_config(configuration("back")).settings["columns"] == "question=output,answer=instruction"
+
+
 def test_without_out_the_settings_alone_are_on_stdout(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("lora.yaml").write_text(FACTORY)
     cli.main(["config", "import", "lora.yaml", "--stage", "stage1"], standalone_mode=False)
