@@ -205,10 +205,7 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
         raise _Left(by_theirs("absent").get(theirs, "not known here"))
     if name.startswith("lora_") and "lora_rank" not in made.settings:
         raise _Left("all weights are trained")
-    # All layers have adapters here too.
-    if name == "lora_targets" and value in ("all", "all-linear", ["all-linear"]):
-        return
-    if name == "warmup_steps" and isinstance(value, float) and 0 < value < 1:
+    if name == "warmup_steps" and 0 < _number(value) < 1:
         made.missing[name] = f"{value} × the steps of the run (its log says how many)"
         return
     if theirs.startswith(("freeze_", "disable_")):
@@ -219,6 +216,9 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
         value = "auto"
     if name in ("report_to", "lora_targets"):
         value = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
+        # All layers have adapters here too.
+        if name == "lora_targets" and value[0] in ("all", "all-linear"):
+            return
     elif isinstance(value, str):
         value = tables()["values"].get(value, value)
     kind: Any = Annotated[setting.annotation, setting]
@@ -229,6 +229,14 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
     made.carry(theirs, name, value)
 
 
+def _number(value: Any) -> float:
+    """Return a number, 0 for what is none: YAML takes 5e-2 for a text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return 0.0
+
+
 def _take_method(made: Imported, values: dict[str, Any]) -> str:
     """Return whether adapters are trained or all weights: "lora" or "full"."""
     theirs = next((name for name in ("finetuning_type", "tuner_type") if name in values), "train_type")
@@ -236,7 +244,8 @@ def _take_method(made: Imported, values: dict[str, Any]) -> str:
     if method not in ("lora", "full"):
         raise UserError(f"{made.file}: {theirs} {method} has no counterpart; there are full and lora")
     if method == "lora":
-        made.carry("lora_rank", "lora_rank", values.pop("lora_rank", 8))
+        theirs = "lora_rank" if "lora_rank" in values else "its default"
+        made.carry(theirs, "lora_rank", values.pop("lora_rank", 8))
     return method
 
 
@@ -245,7 +254,7 @@ def _take_batch(made: Imported, values: dict[str, Any], ranks: int | None) -> No
     size = values.pop("per_device_train_batch_size", 8 if factory else 1)
     steps = values.pop("gradient_accumulation_steps", 1 if factory else None)
     rows: int | str = f"{size} × {steps}"
-    with suppress(ValueError):
+    with suppress(TypeError, ValueError):
         # Without a number ms-swift takes as many as give a step 16 rows at least.
         rows = int(size) * int(steps or math.ceil(16 / (int(size) * (ranks or 1))))
     if ranks and isinstance(rows, int):

@@ -322,6 +322,20 @@ def test_what_is_given_wins_over_a_default_of_theirs(here: Path) -> None:
     assert "'cosine'" in made.left["lr_scheduler_type"]
 
 
+def test_values_are_taken_as_yaml_gives_them(here: Path) -> None:
+    """A list of one, and a number with an exponent, which YAML takes for a text."""
+    Path("a.yaml").write_text(
+        "model: m\ntuner_type: lora\ndataset: [a.jsonl]\noutput_dir: o\ntarget_modules: [all]\nwarmup_ratio: 5e-2\n"
+        "per_device_train_batch_size: [2]\n"
+    )
+    made = import_config(Path("a.yaml"), ranks=2)
+    assert "lora_targets" not in made.settings
+    assert made.missing["warmup_steps"].startswith("5e-2 × the steps")
+    assert made.missing["global_batch_size"].startswith("[2] × None")
+    # Nobody has set it.
+    assert (made.settings["lora_rank"], made.carried["lora_rank"]) == (8, "its default")
+
+
 def test_the_group_is_listed() -> None:
     assert isinstance(cli.commands["config"], click.Group)
 
