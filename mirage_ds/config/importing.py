@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -24,8 +25,8 @@ from mirage_ds.config.run import RunConfig, Stage, read_yaml
 from mirage_ds.errors import UserError, reason, shown
 
 Trainer = Literal["LLaMA-Factory", "ms-swift"]
-_SFT = re.compile(r".*?(?:\bswift\s+(sft)|swift[./]cli[./]sft(?:\.py)?)(?=\s)")
-_ASSIGNED = re.compile(r"(?:^|\s)([A-Za-z_]\w*)=(\"[^\"]*\"|'[^']*'|\S*)")
+_SFT = re.compile(r"(.*/)?swift (sft)|\S* (.*/)?swift[./]cli[./]sft(\.py)?")
+_ASSIGNED = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
 # What ms-swift's examples have where they share rows out.
 _QUOTIENT = re.compile(r"\$\(expr (\d+) / (\d+)\)|\$\(\((\d+) / (\d+)\)\)")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
@@ -142,15 +143,16 @@ def _script(file: Path) -> tuple[dict[str, Any], int | None]:
         raise UserError(f"{file}: cannot be read ({reason(error)})") from None
     known: dict[str, str] = {}
     for line in re.sub(r"(?m)^\s*#.*", "", text).replace("\\\n", " ").splitlines():
-        expanded = _expanded(line, known)
-        command = _SFT.match(expanded)
-        before = command[0] if command else expanded
-        known |= {name: value.strip("\"'") for name, value in _ASSIGNED.findall(before)}
+        words = _words(_expanded(line, known))
+        # Of two words: what is quoted as one, for `echo` say, starts nothing.
+        found = (_SFT.fullmatch(f"{before} {word}") for before, word in zip(["", *words], words, strict=False))
+        at, command = next(((at, one) for at, one in enumerate(found) if one), (len(words), None))
+        known |= {one[1]: one[2] for one in filter(None, map(_ASSIGNED.fullmatch, words[:at]))}
         if command:
-            flags = _flags(expanded[command.end() :])
+            flags = _flags(words[at + 1 :])
             flags |= {name.lower(): known[name] for name in ("MAX_PIXELS", "MIN_PIXELS") if name in known}
             # Another launcher has its own words for it.
-            numbers = [known.get("NPROC_PER_NODE", "1" if command[1] else ""), known.get("NNODES", "1")]
+            numbers = [known.get("NPROC_PER_NODE", "1" if command[2] else ""), known.get("NNODES", "1")]
             return flags, math.prod(map(int, numbers)) if all(map(str.isdecimal, numbers)) else None
     raise UserError(f"{file}: has no `swift sft`; give a YAML, a JSON or a shell script with that command")
 
@@ -161,16 +163,21 @@ def _expanded(line: str, known: dict[str, str]) -> str:
     return _QUOTIENT.sub(lambda match: str(int(match[1] or match[3]) // int(match[2] or match[4])), line)
 
 
-def _flags(line: str) -> dict[str, Any]:
-    """Read flags up to a comment, pipe or redirection: a list where one has several values, True where it has none."""
+def _words(line: str) -> list[str]:
+    """Split a line as a shell does, up to its comment, pipe or redirection."""
     try:
         words = shlex.split(line)
     except ValueError:
         # A text that goes on in the next line.
         words = line.split()
+    return list(takewhile(lambda word: word[:1] not in ("#", "|", ">", "&", ";") and word != "2>&1", words))
+
+
+def _flags(words: Sequence[str]) -> dict[str, Any]:
+    """Read flags: a list where one has several values, True where it has none."""
     flags: dict[str, list[Any]] = {}
     own: list[Any] = []
-    for word in takewhile(lambda word: word[:1] not in ("#", "|", ">", "&", ";") and word != "2>&1", words):
+    for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             own = flags[name.replace("-", "_")] = [_scalar(value)] if equals else []
@@ -198,10 +205,7 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
         raise _Left(by_theirs("absent").get(theirs, "not known here"))
     if name.startswith("lora_") and "lora_rank" not in made.settings:
         raise _Left("all weights are trained")
-    # All layers have adapters here too.
-    if name == "lora_targets" and value in ("all", "all-linear", ["all-linear"]):
-        return
-    if name == "warmup_steps" and isinstance(value, float) and 0 < value < 1:
+    if name == "warmup_steps" and 0 < _number(value) < 1:
         made.missing[name] = f"{value} × the steps of the run (its log says how many)"
         return
     if theirs.startswith(("freeze_", "disable_")):
@@ -212,6 +216,9 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
         value = "auto"
     if name in ("report_to", "lora_targets"):
         value = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
+        # All layers have adapters here too.
+        if name == "lora_targets" and value[0] in ("all", "all-linear"):
+            return
     elif isinstance(value, str):
         value = tables()["values"].get(value, value)
     kind: Any = Annotated[setting.annotation, setting]
@@ -222,6 +229,14 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
     made.carry(theirs, name, value)
 
 
+def _number(value: Any) -> float:
+    """Return a number, 0 for what is none: YAML takes 5e-2 for a text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return 0.0
+
+
 def _take_method(made: Imported, values: dict[str, Any]) -> str:
     """Return whether adapters are trained or all weights: "lora" or "full"."""
     theirs = next((name for name in ("finetuning_type", "tuner_type") if name in values), "train_type")
@@ -229,7 +244,8 @@ def _take_method(made: Imported, values: dict[str, Any]) -> str:
     if method not in ("lora", "full"):
         raise UserError(f"{made.file}: {theirs} {method} has no counterpart; there are full and lora")
     if method == "lora":
-        made.carry("lora_rank", "lora_rank", values.pop("lora_rank", 8))
+        theirs = "lora_rank" if "lora_rank" in values else "its default"
+        made.carry(theirs, "lora_rank", values.pop("lora_rank", 8))
     return method
 
 
@@ -238,7 +254,7 @@ def _take_batch(made: Imported, values: dict[str, Any], ranks: int | None) -> No
     size = values.pop("per_device_train_batch_size", 8 if factory else 1)
     steps = values.pop("gradient_accumulation_steps", 1 if factory else None)
     rows: int | str = f"{size} × {steps}"
-    with suppress(ValueError):
+    with suppress(TypeError, ValueError):
         # Without a number ms-swift takes as many as give a step 16 rows at least.
         rows = int(size) * int(steps or math.ceil(16 / (int(size) * (ranks or 1))))
     if ranks and isinstance(rows, int):
@@ -286,7 +302,9 @@ def _placed(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, str
     roles = tables()["roles"]
     lost = [f"{part} ({parts[part]})" for part in parts if part not in roles and parts[part] != usual.get(part, part)]
     columns = ",".join(
-        f"{roles[part]}={column}" for part, column in parts.items() if part in roles and column not in tables()["usual"]
+        f"{roles[part]}={column}"
+        for part, column in parts.items()
+        if part in roles and column not in tables()["usual"][part]
     )
     hub = entry.get("hf_hub_url", "")
     flags = {"--split": entry.get("split"), "--columns": columns, "--out": "DIR"}

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import stat
+import struct
 import threading
 import warnings
 from collections.abc import Callable
@@ -72,15 +73,46 @@ class Sight(NamedTuple):
 
 
 def once(look: Callable[[Path], Found]) -> Callable[[Path], Found]:
-    """Look at a file once, however many records show it, for as long as its size and time stay the same."""
-    remembered = lru_cache(REMEMBERED)(lambda file, *_stamp: look(file))
+    """Look at a file once, however many records show it, for as long as its size and time stay the same.
+
+    What is wrong with it is remembered too: to find out, a decoder has done all its work.
+    """
+
+    @lru_cache(REMEMBERED)
+    def remembered(file: Path, *_stamp: int) -> Found | ImageError:
+        try:
+            return look(file)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                # The system's fault, which may pass.
+                raise
+            return fault_of(error)
 
     @wraps(look)
     def answer(file: Path) -> Found:
-        found = file.stat()
-        return remembered(file, found.st_size, found.st_mtime_ns)
+        stamp = file.stat()
+        found = remembered(file, stamp.st_size, stamp.st_mtime_ns)
+        if isinstance(found, ImageError):
+            # Anew: one that is raised again keeps the frames of all before.
+            raise ImageError(found.what, found.how)
+        return found
 
     return answer
+
+
+def fault_of(error: Exception) -> ImageError:
+    """Say what a look at an image file that failed tells of the file.
+
+    A broken file leads Pillow's decoders to exceptions of almost any class (OSError, SyntaxError, struct.error,
+    IndexError …); whichever it is, the file is what the user can fix, and the message keeps the reason.
+    """
+    if isinstance(error, ImageError):
+        return error
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return ImageError(f"has more than {MAX_PIXELS:,} pixels", "make it smaller")
+    if isinstance(error, OSError) and error.errno is not None:
+        return ImageError(f"cannot be read ({error.strerror})", "make it readable")
+    return ImageError(f"cannot be decoded ({reason(error)})", "replace the file")
 
 
 @dataclass(frozen=True)
@@ -181,24 +213,13 @@ class ImageFinder:
         return self._of_file(image_key, record, name, path)
 
     def _of_file(self, look: Callable[[Path], Found], record: Record, name: str, path: str) -> Found:
-        """Look at the image's file; whatever that leads to is a fault of the record.
-
-        A broken file leads Pillow's decoders to exceptions of almost any class (OSError, SyntaxError, struct.error,
-        IndexError …); whichever it is, the file is what the user can fix, and the message keeps the reason.
-        """
+        """Look at the image's file; whatever that leads to is a fault of the record."""
         place = self.find(record, name, path)
         try:
             return look(place)
-        except Exception as error:  # noqa: BLE001
-            if isinstance(error, ImageError):
-                what, how = error.what, error.how
-            elif isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-                what, how = f"has more than {MAX_PIXELS:,} pixels", "make it smaller"
-            elif isinstance(error, OSError) and error.errno is not None:
-                what, how = f"cannot be read ({error.strerror})", "make it readable"
-            else:
-                what, how = f"cannot be decoded ({reason(error)})", "replace the file"
-        raise record.fault(name, f"image {place} {what}", how)
+        except Exception as error:  # noqa: BLE001  # see fault_of
+            fault = fault_of(error)
+        raise record.fault(name, f"image {place} {fault.what}", fault.how)
 
 
 @once
@@ -252,13 +273,20 @@ def _open(place: Path) -> Image.Image:
 
 
 def _notes_behind_pixels(png: Path) -> bool:
-    """Tell whether a PNG may have notes, of which one may be EXIF, where Pillow meets them only after decoding.
+    """Tell whether a PNG has notes, of which one may be EXIF, where Pillow meets them only after decoding.
 
-    Now and then the pixels themselves look like one: then the picture is decoded for nothing.
+    From chunk to chunk: the pixels may be large, and may look like a note.
     """
-    content = png.read_bytes()
-    pixels = content.find(b"IDAT")
-    return any(content.find(kind, pixels) >= 0 for kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
+    with png.open("rb") as file:
+        file.seek(8)
+        pixels = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            pixels = pixels or kind == b"IDAT"
+            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
 
 
 def _orientation(image: Image.Image) -> int:
@@ -266,7 +294,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         # Not the PNG class's own, which decodes the picture first.
         turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001  # as with pixels (_of_file); viewers show a picture whose notes are spoilt as it is
+    except Exception:  # noqa: BLE001  # as with pixels (fault_of); viewers show a picture whose notes are spoilt as it is
         return 1
     return turn if isinstance(turn, int) and turn in TURNS else 1
 

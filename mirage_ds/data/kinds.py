@@ -15,6 +15,7 @@ BOM = b"\xef\xbb\xbf"
 _UNPACK = "unpack it first: {} -dc FILE > NEW.jsonl"
 _RECODE = "save it as UTF-8: iconv -f {} -t UTF-8 FILE > NEW.jsonl"
 _TABLE = """python -c "import pandas; pandas.{}, dtype=str).to_csv('NEW.csv', index=False)\""""
+_EXCEL = ("an Excel table", _TABLE.format("read_excel('FILE'"))
 # How a file begins, as a pattern; what it is, and the cure.
 _SIGNS = (
     (rb"\x1f\x8b", "compressed with gzip", _UNPACK.format("gzip")),
@@ -23,8 +24,8 @@ _SIGNS = (
     (rb"\x28\xb5\x2f\xfd", "compressed with zstd", _UNPACK.format("zstd")),
     (rb"\x04\x22\x4d\x18", "compressed with lz4", _UNPACK.format("lz4")),
     # By the name of the first file in it.
-    (rb"PK\x03\x04.{26}(\[Content_Types|_rels/|docProps/|xl/)", "an Excel table", _TABLE.format("read_excel('FILE'")),
-    (rb"\xd0\xcf\x11\xe0", "an Excel table", _TABLE.format("read_excel('FILE'")),
+    (rb"PK\x03\x04.{26}(\[Content_Types|_rels/|docProps/|xl/)", *_EXCEL),
+    (rb"\xd0\xcf\x11\xe0", *_EXCEL),
     (rb"PK\x03\x04", "a zip archive", "unpack it first: unzip FILE"),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first: 7z x FILE"),
     (rb".{257}ustar", "a tar archive", "unpack it first: tar -xf FILE"),
@@ -61,7 +62,9 @@ def kind_of(path: Path) -> Kind:
     # As Feather has it, and as `datasets` saves it.
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow"
-    for sign, what, cure in _SIGNS:
+    # Whatever is first in it.
+    signs = ((rb"PK\x03\x04", *_EXCEL), *_SIGNS) if suffix == ".xlsx" else _SIGNS
+    for sign, what, cure in signs:
         if re.match(sign, head, re.DOTALL):
             raise UserError(f"{path}: {what}, not records; {_for_file(cure, path)}")
     if _ROWS.match(head):

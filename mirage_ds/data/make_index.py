@@ -33,6 +33,7 @@ from mirage_ds.data.load import fingerprint
 from mirage_ds.data.progress import track
 from mirage_ds.data.record_files import told
 from mirage_ds.data.ship import from_workers
+from mirage_ds.errors import UserError
 from mirage_ds.files import sync
 
 MOST_PROCESSES = 16
@@ -267,7 +268,11 @@ class Maker:
             for file in partial.iterdir():
                 sync(file)
             sync(partial)
-            own = Index(partial, plan.files, pictures)
+            own = open_made(partial, plan.files, self.cache)
+            if own is None:
+                raise UserError(
+                    f"{self.cache}: cannot be read back as it was written; look at the disk, or use --cache_dir"
+                )
             return put(own, place, self.cache)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -207,7 +207,7 @@ class _Look:
         self.own = False
 
     def see(self, source: object, rows: Iterable[Raw], whole: bool = False) -> None:
-        """Look at the first rows; with `whole` at further ones too while a named column is missing.
+        """Look at the first rows; with `whole` at the names of further ones too while a named column is missing.
 
         Raises:
             UserError: it cannot be known which column is meant.
@@ -219,6 +219,9 @@ class _Look:
             try:
                 row = parse_object(raw, 1) if isinstance(raw, str) else raw
                 self.names |= dict.fromkeys(name.strip() for name in row)
+                if number >= LOOKED:
+                    # For its names alone: what else is wrong with it is its own fault, as with every other row.
+                    continue
                 self.own |= is_absent(row.get("text_input"))
                 forms[tuple(roles_of(row, self.columns))] = None
             except ColumnError as error:

@@ -252,7 +252,14 @@ def keep_features(
                 raise Stopped
             if broken:
                 lost = _rows_with(kept, broken, rows) | lost
+            names = everyone(written, world)
             with _said(folder):
-                _open(kept, everyone(written, world), world)
+                _open(kept, names, world)
+            # Spoilt or gone between two looks: without this the first step that needs it would fail.
+            if lacking := sorted(set(names) - set(kept.store.names)):
+                raise UserError(
+                    f"--feature_dir {kept.store.place}: {lacking[0]}, which was just written, is gone or damaged; "
+                    "start again, which makes it anew, and look at the disk and at what deletes files there"
+                )
         made[name] = kept
     return made, lost

@@ -140,6 +140,8 @@ def find_tables(source: Path, folder: str = "", split: str | None = None) -> lis
         # save_to_disk calls every split's files data-…, in a folder of the split's name.
         splits.setdefault(path.parent.name if name == "data" else name, []).append(path)
     fitting = [name for name in splits if split is None or name == split or name.endswith((f"_{split}", f"-{split}"))]
+    if not fitting:
+        raise UserError(f"{source}: has no split '{split}'; there are {', '.join(splits)}")
     if len(fitting) != 1:
         raise UserError(f"{source}: has the splits {', '.join(splits)}; say which one with --split, or name its file")
     return splits[fitting[0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from support.on_disk import TIMES
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
-from mirage_ds.data.features import FeatureStore
+from mirage_ds.data.features import FeatureStore, ShardWriter
 from mirage_ds.errors import UserError
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run.settings import Run
@@ -142,6 +143,29 @@ def test_a_broken_or_lost_shard_is_made_anew(trainer: Trainer) -> None:
     assert again == plain
     assert 3 <= calls < 9
     assert trainer()[1] == 0
+
+
+def _spoil(world: Any, settings: dict[str, Any]) -> tuple[str | None, int, list[str]]:
+    """Train, as _train does, on a disk that cuts short what rank 1 writes."""
+    flush = ShardWriter.flush
+
+    def spoilt(self: ShardWriter) -> None:
+        flush(self)
+        for name in self.written if world.rank else ():
+            os.truncate(self.store.place / name, 100)
+
+    ShardWriter.flush = spoilt  # type: ignore[method-assign]
+    try:
+        return _train(world, settings)
+    finally:
+        ShardWriter.flush = flush  # type: ignore[method-assign]
+
+
+def test_a_shard_that_is_spoilt_as_soon_as_it_is_written_is_said_on_every_rank(trainer: Trainer) -> None:
+    told = trainer.group.run(_spoil, trainer.base | dict(save_model_path=trainer.folder / "spoilt"))
+    assert [said for said, *_ in told] == [told[0][0]] * 2
+    assert "which was just written, is gone or damaged; start again" in str(told[0][0])
+    assert trainer()[1] < 9
 
 
 def test_a_broken_image_is_said_on_every_rank_and_nothing_is_claimed(trainer: Trainer, data: Path) -> None:

@@ -141,8 +141,10 @@ def judge(members: Sequence[Member], size: int, bounds: Bounds, since: float, no
 
 def main_stack(stacks: str) -> list[str]:
     """Return the frames of the main thread, innermost first, from what faulthandler writes."""
-    # faulthandler writes the thread that was started first last.
-    return re.findall(r"(?m)^  File (.+)$", stacks.strip().rpartition("\n\n")[2])
+    # No empty line stands between two answers. faulthandler writes the thread that was started first last.
+    threads = re.split(r"(?m)^(?=(?:Current thread|Thread) )", stacks)
+    whole = [frames for one in threads if (frames := re.findall(r"(?m)^  File (.+)$", one))]
+    return whole[-1] if whole else []
 
 
 def waits_for(stacks: str) -> str:

@@ -116,6 +116,12 @@ def test_what_a_rank_waits_for_is_read_from_its_main_thread() -> None:
     assert waits_for(STACKS.replace("distributed/distributed_c10d", "utils/data/dataloader")).startswith("its data")
     assert waits_for(STACKS.replace("distributed/distributed_c10d", "serialization")) == "the disk"
     assert waits_for("") == "something unknown: it wrote no stacks"
+    # Somebody had asked before: the newest answer counts, of a process with one thread too.
+    one = 'Current thread 0x01 (most recent call first):\n  File "{}", line 1 in f\n  File "main.py", line 2 in run\n'
+    assert main_stack(one.format("old.py") + one.format("new.py")) == [
+        '"new.py", line 1 in f',
+        '"main.py", line 2 in run',
+    ]
 
 
 def test_the_rank_with_the_fewest_marks_was_late() -> None:

@@ -238,6 +238,14 @@ def test_data_sets_train_as_they_lie(dataset: str, placed: dict[str, Any], here:
         assert (count, faults) == (3, [])
 
 
+def test_a_usual_column_in_another_part_is_named(here: Path) -> None:
+    """Questions made for answers: unnamed, the usual columns would be read the other way round."""
+    Path("data/dataset_info.json").write_text(
+        json.dumps({"back": {"file_name": "back.json", "columns": {"prompt": "output", "response": "instruction"}}})
+    )
+    assert import_config(configuration("back")).settings["columns"] == "question=output,answer=instruction"
+
+
 def test_without_out_the_settings_alone_are_on_stdout(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("lora.yaml").write_text(FACTORY)
     cli.main(["config", "import", "lora.yaml", "--stage", "stage1"], standalone_mode=False)
@@ -314,6 +322,20 @@ def test_what_is_given_wins_over_a_default_of_theirs(here: Path) -> None:
     assert "'cosine'" in made.left["lr_scheduler_type"]
 
 
+def test_values_are_taken_as_yaml_gives_them(here: Path) -> None:
+    """A list of one, and a number with an exponent, which YAML takes for a text."""
+    Path("a.yaml").write_text(
+        "model: m\ntuner_type: lora\ndataset: [a.jsonl]\noutput_dir: o\ntarget_modules: [all]\nwarmup_ratio: 5e-2\n"
+        "per_device_train_batch_size: [2]\n"
+    )
+    made = import_config(Path("a.yaml"), ranks=2)
+    assert "lora_targets" not in made.settings
+    assert made.missing["warmup_steps"].startswith("5e-2 × the steps")
+    assert made.missing["global_batch_size"].startswith("[2] × None")
+    # Nobody has set it.
+    assert (made.settings["lora_rank"], made.carried["lora_rank"]) == (8, "its default")
+
+
 def test_the_group_is_listed() -> None:
     assert isinstance(cli.commands["config"], click.Group)
 
@@ -329,6 +351,9 @@ def test_the_group_is_listed() -> None:
         ("torchrun --nproc_per_node 2 swift/cli/sft.py --model m --lora-rank=4", {"model": "m", "lora_rank": 4}, None),
         ("python -m swift.cli.sft --model m > log.txt", {"model": "m"}, None),
         ("swift export --model x\nswift sft --model m", {"model": "m"}, 1),
+        # What is said or noted starts nothing and sets nothing.
+        ("echo 'now swift sft begins'\nNPROC_PER_NODE=2 \\\n/opt/bin/swift sft --model m", {"model": "m"}, 2),
+        ("NPROC_PER_NODE=8  # for swift sft below; was NPROC_PER_NODE=4\nswift sft --model m", {"model": "m"}, 8),
         ("say() { echo 'a\nb'; }\nN=4\nswift sft --gradient_accumulation_steps $(expr 16 / $N) --model ${M:-m}",
          {"gradient_accumulation_steps": 4, "model": "m"}, 1),
     ],

@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.image_utils import load_image
 
 from mirage_ds.curate.importing import import_records
 from mirage_ds.curate.spec import ImportSpec
+from mirage_ds.data import images
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import content_of
 from mirage_ds.data.record import Fault, Record, RecordError, make_record
@@ -95,6 +97,48 @@ def test_a_png_says_its_turn_before_or_behind_its_pixels(
     noise().save(place)
     chunked(place, kind, content, behind)
     assert (seen(place) == np.asarray(noise().transpose(Image.Transpose.ROTATE_270))).all()
+
+
+def test_the_size_of_a_png_is_told_without_reading_or_decoding_its_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Stored as they are, the pixels spell the name of a note.
+    place, pixels = tmp_path / "i.png", b"".join(b"\0" + b"tEXt" * 4 for _ in range(16))
+    place.write_bytes(b"\x89PNG\r\n\x1a\n")
+    header = struct.pack(">IIBBBBB", 16, 16, 8, 0, 0, 0, 0)
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(pixels, 0)), (b"IEND", b"")):
+        chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        place.write_bytes(place.read_bytes() + chunk)
+
+    def never(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", never)
+    monkeypatch.setattr(Path, "read_bytes", never)
+    assert ImageFinder((tmp_path,)).size(RECORD, "image_input", place.name) == (16, 16)
+
+
+def test_a_broken_picture_that_many_rows_show_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, place, finder = io.BytesIO(), tmp_path / "i.jpg", ImageFinder((tmp_path,))
+    noise(size=(200, 200)).save(whole, "jpeg")
+    place.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    looks: list[int] = []
+    decode = images.upright_rgb
+
+    def counted(image: Image.Image) -> Image.Image | None:
+        looks.append(1)
+        return decode(image)
+
+    monkeypatch.setattr(images, "upright_rgb", counted)
+    said = set()
+    for line in (3, 4, 5):
+        with pytest.raises(RecordError, match=r"cannot be decoded .* replace the file") as caught:
+            finder.check(replace(RECORD, line=line), "image_input", place.name)
+        said.add(caught.value.fault.line)
+    assert (said, len(looks)) == ({3, 4, 5}, 1)
+    # Corrected, it is looked at again.
+    place.write_bytes(whole.getvalue())
+    finder.check(RECORD, "image_input", place.name)
 
 
 @pytest.mark.parametrize(

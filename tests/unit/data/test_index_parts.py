@@ -57,6 +57,21 @@ def test_images_are_compared_when_asked(rows: Path, cache: Path, encoder_for: Ma
     assert start(check_images=False).rows.digest == before.rows.digest
 
 
+def test_an_index_that_cannot_be_read_back_is_a_sentence(
+    rows: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that loses what was written: said before anybody trains on it."""
+
+    def loses(file: Path) -> None:
+        if file.name == "rows.bin":
+            os.truncate(file, 10)
+
+    monkeypatch.setattr(make_index, "sync", loses)
+    with pytest.raises(UserError, match="cannot be read back as it was written; look at the disk"):
+        open_index(rows, encoder_for("stage2", 2, beside=rows), [], cache)
+    assert not [left for left in (cache / "index").iterdir() if left.suffix != ".parts"]
+
+
 def test_an_image_that_now_lies_in_an_earlier_place_is_noticed(
     rows: Path, cache: Path, encoder_for: Make, tmp_path: Path
 ) -> None:

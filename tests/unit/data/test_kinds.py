@@ -73,6 +73,13 @@ def of_pandas(place: Path) -> None:
         file.writestr("[Content_Types].xml", "<Types/>")
 
 
+def with_data(place: Path) -> None:
+    """As some programs order it that keep data of their own in a table."""
+    with zipfile.ZipFile(place, "w") as file:
+        file.writestr("customXml/item1.xml", "<x/>")
+        file.writestr("[Content_Types].xml", "<Types/>")
+
+
 def saved(place: Path) -> None:
     """As save_to_disk writes it."""
     folder = place.with_suffix("")
@@ -103,6 +110,7 @@ OTHERS: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "book.xlsx": (workbook, "an Excel table"),
     "book.jsonl": (workbook, "an Excel table"),
     "frame.xlsx": (of_pandas, "an Excel table"),
+    "data.xlsx": (with_data, "an Excel table"),
     "utf16.jsonl": (TEXT.encode("utf-16"), "UTF-16 text"),
     "utf16_big.jsonl": (TEXT.encode("utf-16-be"), "UTF-16 text"),
     "utf16_little.jsonl": (TEXT.encode("utf-16-le"), "UTF-16 text"),
@@ -118,6 +126,7 @@ WITHOUT = {
     "book.xlsx",
     "book.jsonl",
     "frame.xlsx",
+    "data.xlsx",
     "pointer.jsonl",
     "page.jsonl",
     "pickle.jsonl",

@@ -29,7 +29,7 @@ from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.make_index import open_index
 from mirage_ds.data.record import Record, make_record
-from mirage_ds.data.record_files import forms_of, read_piece, read_records, scan, told
+from mirage_ds.data.record_files import LOOKED, forms_of, read_piece, read_records, scan, told
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.spec import EvaluateSpec
 
@@ -330,6 +330,18 @@ def test_every_layout_is_the_same_records(
     again = parse_columns(said[0].split("read as ")[1].split(" ")[0]) if said else names
     assert seen(read_records(source, columns=again), source) == wanted
     assert not list(told(source, again))
+
+
+def test_a_row_far_behind_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    """A named column may come late; another row on the way there may be taken for nothing, and be left out."""
+    rows = [{"question": "Q", "answer": "A"}] * LOOKED
+    odd = {"question": "Q", "answer": "A", "image": "a.png", "picture": "b.png"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, odd, {**rows[0], "hint": "c.png"}]))
+    names = parse_columns("question=question,answer=answer,helper=hint")
+    assert list(told(file, names)) == []
+    _, faults = scan(file, columns=names)
+    assert [fault.line for fault in faults] == [LOOKED + 1]
 
 
 # -------------------------------------------------------------------------------------------------- what is not obvious

@@ -306,7 +306,7 @@ def test_which_files_are_meant(tmp_path: Path) -> None:
     blink(hub, "test", ["hidden"])
     with pytest.raises(UserError, match="has the splits test, val; say which one with --split"):
         turn(hub, tmp_path / "o")
-    with pytest.raises(UserError, match="has the splits test, val; say which one with --split"):
+    with pytest.raises(UserError, match="has no split 'train'; there are test, val"):
         turn(hub, tmp_path / "o", split="train")
     with pytest.raises(UserError, match="no such file or folder"):
         turn(tmp_path / "nowhere", tmp_path / "o")
