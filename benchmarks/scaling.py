@@ -151,7 +151,7 @@ class Question(NamedTuple):
         """Three ways to hold the weights; hpZ is that of released parameters."""
         # As the shipped JSONs are filled.
         room = 2 * self.model.layer
-        released = Zero3(max_live=room, reuse=room)
+        released = Zero3(max_live=room, reuse=room, prefetch=10**9)
         return {"kept": KEPT, "released": released, "hpZ": replace(released, hpz=H100.gpus)}
 
     def network(self, way: Zero3, machine: Machine, nodes: int) -> Network:
