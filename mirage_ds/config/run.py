@@ -137,9 +137,7 @@ class RunConfig(BaseModel):
     loss_chunk_mb: PositiveInt = Field(256, description="Memory for one chunk of logits, in MiB.")
 
     # what is written
-    save_every: PositiveInt | None = Field(
-        None, description="Write a sharded checkpoint every N steps. [default: none]"
-    )
+    save_every: PositiveInt | None = Field(None, description="Steps between sharded checkpoints. [default: none]")
     keep_checkpoints: PositiveInt = Field(2, description="Sharded checkpoints that are kept; older ones are deleted.")
     max_skipped_steps: PositiveInt = Field(5, description="End after so many steps without a finite loss or gradient.")
     start_timeout: PositiveInt = Field(3600, description="Seconds without progress, until the first step is done.")
