@@ -1,6 +1,7 @@
 # Two commands are enough on a fresh machine with Python 3.11: `make demo` (see README) and `make test`.
 PYTHON ?= python3
-# On a machine without a GPU choose PyTorch's CPU wheel; see README, "Install".
+# For a machine without a GPU there is a smaller wheel:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo TORCH="torch==2.13.0+cpu"
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
-# Data, a small model, sft → stage1 → stage2 on two ranks under ZeRO-3, export, scores: ten minutes on two cores.
+# Data, a small model, sft → stage1 → stage2 on two ranks under ZeRO-3, export, scores: seven minutes on two cores.
 demo: install
 	$(ENV) $(BIN)/python examples/demo.py --out $(OUT)
 

@@ -65,7 +65,8 @@ data.add_command(rationalize)
 
 @data.command("check")
 @click.argument("file", type=_PATH)
-@click.option("--stage", default="stage1", show_default=True, type=click.Choice(["sft", "stage1", "stage2"]))
+@click.option("--stage", default="stage1", show_default=True, type=click.Choice(["sft", "stage1", "stage2"]),
+              help="The stage that the records are checked for.")  # fmt: skip
 @_image_root
 @click.option("--model", "model_folder", type=_PATH, help="Model folder whose tokenizer and limits are applied.")
 @click.option("--latent_size", default=4, show_default=True, help="k: a helper needs as many merged tokens.")

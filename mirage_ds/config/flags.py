@@ -103,7 +103,7 @@ def model_options(model: type[BaseModel]) -> Callable[[Callable[..., Any]], Call
             kind, several = _click_type(field.annotation)
             text = field.description or ""
             if not field.is_required() and field.default not in (None, (), []):
-                text += f" [default: {field.default}]"
+                text += f" [default: {', '.join(map(str, d)) if isinstance(d := field.default, list) else d}]"
             # What is a denial by name (--no_latents) has no second one.
             denied = f"/--no_{name}" if kind is bool and not name.startswith("no_") else ""
             how: dict[str, Any] = {"type": kind, "is_flag": kind is bool}

@@ -46,16 +46,18 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     # what is trained
-    model: str | None = Field(None, description="Folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL.")
-    load_model_path: Path | None = Field(None, description="Start from the weights of this --save_model_path.")
-    save_model_path: Path = Field(description="Run folder: log, checkpoints and the trained model.")
-    stage: Stage = Field(description="sft (text only), stage1 (latents grounded in the helper), stage2 (own latents).")
+    model: str | None = Field(None, description="Folder or hub id: Qwen2-VL, 2.5-VL, 3-VL. [this or --load_model_path]")
+    load_model_path: Path | None = Field(
+        None, description="Folder of an earlier run (its --save_model_path) whose weights this run starts from."
+    )
+    save_model_path: Path = Field(description="Run folder: log, checkpoints and the trained model. [required to train]")
+    stage: Stage = Field(description="sft (text), stage1 (latents from the helper), stage2 (own latents). [required]")
     task: str | None = Field(None, description="Task that scores, or module:function. [default: the records' own]")
     latent_size: PositiveInt = Field(4, description="k: latent tokens of a latent block.")
     slots: Slots | None = Field(
         None,
-        description="What stands where the helper stood. sft: nothing, k pause tokens, or the two marks alone; stage1: "
-        "latents, or auxiliary ones that the answer does not attend to; stage2: latents. [default: latents; sft: none]",
+        description="In place of the helper: latents; pause (sft: k pause tokens); marks (sft: the two boundary "
+        "tokens alone); auxiliary (stage1: latents that the answer does not attend to). [default: latents; sft: none]",
     )
     compress_strategy: Compress = Field(
         "average",
@@ -75,7 +77,7 @@ class RunConfig(BaseModel):
     data_path: Path | tuple[Path, ...] = Field(
         description="Records: a file (JSON lines, JSON array, CSV, Parquet, Arrow), a folder of such files or of "
         "`datasets`, or a glob pattern in quotes. May be given several times: all records together, or in proportion "
-        "as FILE:WEIGHT."
+        "as FILE:WEIGHT. [required]"
     )
     columns: ColumnsText = Field(None, description=COLUMNS_HELP)
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
@@ -104,7 +106,9 @@ class RunConfig(BaseModel):
     epochs: PositiveFloat = Field(10, description="Passes over the data.")
     max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps.")
     global_batch_size: PositiveInt | None = Field(None, description="Rows of a step, of all ranks. [default: 8]")
-    gradient_accumulation_steps: PositiveInt | None = Field(None, description="Another name of --global_batch_size.")
+    gradient_accumulation_steps: PositiveInt | None = Field(
+        None, description="The public Mirage code's name of --global_batch_size: rows of a step, not a factor."
+    )
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens in one micro-batch of one rank, at most.")
     micro_batch_size: PositiveInt | None = Field(None, description="Rows in one micro-batch of one rank, at most.")
     micro_batch_patches: PositiveInt | None = Field(
@@ -126,13 +130,15 @@ class RunConfig(BaseModel):
     seed: int = Field(42, ge=0, description="Chooses each step's rows and adapters' first values, nothing else.")
 
     # the machine
-    deepspeed: Path | None = Field(None, description="DeepSpeed JSON. [default: zero3_kept for stage2, else zero3]")
+    deepspeed: Path | None = Field(
+        None, description="DeepSpeed JSON; it sets the precision. [default: zero3_kept for stage2, else zero3]"
+    )
     attention: Literal["auto", "flash", "torch_varlen", "sdpa"] = Field("auto", description="Attention back end.")
     gradient_checkpointing: bool = Field(True, description="Recompute each layer in backward, in every pass.")
     loss_chunk_mb: PositiveInt = Field(256, description="Memory for one chunk of logits, in MiB.")
 
     # what is written
-    save_every: PositiveInt | None = Field(None, description="Optimizer steps between two sharded checkpoints.")
+    save_every: PositiveInt | None = Field(None, description="Steps between sharded checkpoints. [default: none]")
     keep_checkpoints: PositiveInt = Field(2, description="Sharded checkpoints that are kept; older ones are deleted.")
     max_skipped_steps: PositiveInt = Field(5, description="End after so many steps without a finite loss or gradient.")
     start_timeout: PositiveInt = Field(3600, description="Seconds without progress, until the first step is done.")
@@ -142,8 +148,8 @@ class RunConfig(BaseModel):
     )
     log_rows: bool = Field(False, description="Write into log.jsonl which rows each rank ran in each step.")
     resume: Literal["auto", "never"] = Field("never", description="auto: continue from the newest checkpoint, if any.")
-    eval_data_path: Path | None = Field(None, description="Records whose loss is measured while training.")
-    eval_every: PositiveInt | None = Field(None, description="Optimizer steps between two evaluations.")
+    eval_data_path: Path | None = Field(None, description="Records evaluated while training; needs --eval_every.")
+    eval_every: PositiveInt | None = Field(None, description="Steps between two evaluations; needs --eval_data_path.")
     eval_decode: int = Field(0, ge=0, description="Answer and score this many evaluation records; 0 answers none.")
     eval_new_tokens: PositiveInt = Field(256, description="Tokens of such an answer, at most.")
     eval_pictures: int = Field(0, ge=0, description="Draw this many records' latents in TensorBoard each time.")
@@ -175,7 +181,7 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.model is None and self.load_model_path is None:
-            raise ValueError("--model is required: the folder or hub id of a Qwen2.5-VL (or --load_model_path)")
+            raise ValueError("--model is required: a Qwen2-VL, 2.5-VL or 3-VL, folder or hub id (or --load_model_path)")
         rows, same = self.global_batch_size, self.gradient_accumulation_steps
         if rows and same and rows != same:
             raise ValueError(f"--global_batch_size {rows} and --gradient_accumulation_steps {same}: give one of them")

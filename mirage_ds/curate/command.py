@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(path_type=Path))
 @model_options(VarySpec)
 def vary(kind: Kind, file: Path, **flags: Any) -> None:
-    """Write FILE's records with their helper moved or destroyed.
+    """Write control variants of FILE (helper swapped, noised, as input; no image).
 
     \b
     KIND is one of

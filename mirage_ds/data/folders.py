@@ -80,7 +80,8 @@ def _of_folder(folder: Path) -> list[Path]:
     inner = sorted(file.parent for file in folder.glob("*/*") if file.suffix.lower() in SUFFIXES + OTHERS)
     such = "".join(f", such as {one}" for one in [*others, *inner][:1])
     but = f", but {names}" if names else ""
-    raise UserError(f"{folder}: no *.jsonl or *.parquet file in this folder{but}; name the records{such}")
+    wanted = "no *.jsonl or *.parquet file in this folder, nor JSON, CSV or Arrow files of one kind"
+    raise UserError(f"{folder}: {wanted}{but}; name the records{such}")
 
 
 def _saved(folder: Path) -> list[Path]:

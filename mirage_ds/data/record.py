@@ -121,7 +121,8 @@ class Record:
             raise self.fault(
                 "image_output",
                 "stage1 needs a helper image",
-                "add its path, or name its column by --columns helper=…, or train this row in sft or stage2",
+                "add its path, or name its column by --columns helper=…, or train this row in sft, or in stage2 with "
+                f"{HELPER_MARK} in the answer",
             )
 
     def fault(self, name: str, what: str, how: str) -> RecordError:

@@ -17,7 +17,9 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
 from mirage_ds.run.settings import Run
 
-HOW = "or name its column by --columns helper=…, or train this row in sft or stage2"
+HOW = (
+    "or name its column by --columns helper=…, or train this row in sft, or in stage2 with <output_image> in the answer"
+)
 SETTINGS: dict[str, Any] = dict(
     stage="stage1", latent_size=2, global_batch_size=2, micro_batch_size=1, max_steps=3, warmup_steps=0,
     learning_rate=3e-3, num_workers=0, report_to=["none"], gradient_checkpointing=False,

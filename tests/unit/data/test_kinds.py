@@ -224,10 +224,11 @@ def test_a_run_says_the_first_fault_where_no_record_has_the_format(
                 index_records(Run(config, world, asked=lambda: False), encoder_for("sft", 2, beside=file), file)
     # An empty file, one of blank lines, a folder.
     (tmp_path / "more").mkdir()
+    nothing = "no *.jsonl or *.parquet file in this folder, nor JSON, CSV or Arrow files of one kind"
     for name, content, said in (
         ("empty.jsonl", b"", "holds no record"),
         ("blank.jsonl", b"\n \r\n\n", "holds no record"),
-        ("more/notes.xlsx", b"a,b\n", "no *.jsonl or *.parquet file in this folder, but notes.xlsx; name the records"),
+        ("more/notes.xlsx", b"a,b\n", f"{nothing}, but notes.xlsx; name the records"),
     ):
         file = tmp_path / name
         file.write_bytes(content)

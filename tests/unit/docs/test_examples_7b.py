@@ -111,7 +111,7 @@ def test_its_numbers_are_written_down_and_explained(file: Path) -> None:
     common = set(PAPER) - latents - {"rows_per_step", "slots", "detach_latents", "max_steps"}
     assert common | {"global_batch_size", "epochs", "ce_weight"} <= set(values)
     assert set(own[file.stem]) == latents & set(values)
-    assert f"launch/local.sh --config {file.relative_to(ROOT)}" in text
+    assert f"mirage-ds train --config {file.relative_to(ROOT)}" in text
     assert f"examples/7b/make_data.sh {file.parent.name}\n" in text
     assert text.count("# ") > 15
 
@@ -314,6 +314,8 @@ def parse_train(words: list[str]) -> RunConfig:
 def parse(words: list[str]) -> RunConfig | None:
     """Parse one documented command, and check that the files it names are there."""
     program, *rest = words
+    if words[:2] == ["mirage-ds", "train"]:
+        return parse_train(rest[1:])
     if program == "mirage-ds":
         parse_mirage(rest)
         return None
@@ -334,10 +336,9 @@ def parse(words: list[str]) -> RunConfig | None:
             return None
         assert module == "mirage_ds.train"
         return parse_train(rest)
-    assert program in ("launch/local.sh", "launch/deepspeed.sh")
+    assert program == "launch/deepspeed.sh"
     assert (ROOT / program).is_file()
-    if program == "launch/deepspeed.sh":
-        assert rest.pop(0) == "hosts"
+    assert rest.pop(0) == "hosts"
     return parse_train(rest)
 
 
@@ -359,7 +360,7 @@ def test_the_parser_of_commands_refuses() -> None:
         with pytest.raises((click.UsageError, UserError)):
             parse(shlex.split(wrong))
     with pytest.raises(click.UsageError):
-        parse(shlex.split("launch/local.sh --config examples/7b/sat/sft.yaml --latentsize 3"))
+        parse(shlex.split("mirage-ds train --config examples/7b/sat/sft.yaml --latentsize 3"))
 
 
 def test_the_slurm_line_submits_three_arrays(
