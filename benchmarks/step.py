@@ -43,6 +43,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.workload import Source, Workload, make_workload
+from mirage_ds.model.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 # Seconds a row of the public code on bench-87m, two otherwise idle threads, and how far the plain way may be from them.
@@ -596,7 +597,8 @@ def run(
 
 
 @click.command()
-@click.option("--preset", default="bench-87m", show_default=True, help="Model, as `mirage-ds init` makes it.")
+@click.option("--preset", default="bench-87m", show_default=True, type=click.Choice(sorted(PRESETS)), metavar="NAME",
+              help="Model, as `mirage-ds init` makes it.")  # fmt: skip
 @click.option("--model", type=click.Path(exists=True, path_type=Path), help="A model folder in place of --preset.")
 @click.option("--records", type=click.Path(exists=True, path_type=Path), help="Records in place of --source.")
 @click.option("--stage", default="stage2", show_default=True, type=click.Choice(["sft", "stage1", "stage2"]))

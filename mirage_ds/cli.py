@@ -176,9 +176,10 @@ def config_import(file: Path, out: Path | None, **options: Any) -> None:
 @click.option("--seed", default=42, show_default=True)
 @click.option("--config_only", is_flag=True, help="No weights: config, tokenizer and image processor.")
 def init(preset: str, out: Path, **options: Any) -> None:
-    """Write a random model, to try things out; one of a public shape needs room for all its weights on the GPU.
+    """Write a random model, to try things out.
 
-    It is a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, with a tokenizer trained on the task's text.
+    It is a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, with a tokenizer trained on the task's text. One of a public shape needs
+    room for all its weights on the GPU.
     """
     from mirage_ds.model.init import init_model
 

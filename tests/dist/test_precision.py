@@ -154,13 +154,15 @@ def _reference(folder: Path, data: Path, bins_of_steps: list, dtype: torch.dtype
         losses = []
         for number, micro in enumerate(bins):
             ranks = []
+            runs = max(len(samples[row].runs) for rank in micro for row in rank)
             for rank in micro:
-                batch = tower.attach(collate([samples[row] for row in rank], K + 1, encoder.dummy(1)))
+                batch = tower.attach(collate([samples[row] for row in rank], runs * K + 1, encoder.dummy(runs)))
                 model_sums = model(batch)
                 loss, _, _ = objective(model_sums, counts, 1.0, "sample")
                 losses.append(float(loss.detach()))
                 parts = []
-                for root in (loss * WORLD, model_sums.earlier):
+                # A single pass has one backward.
+                for root in (loss * WORLD, model_sums.earlier)[: 1 + bool(runs)]:
                     model.zero_grad()
                     root.backward()
                     parts.append({name: p.grad.clone() for name, p in named if p.grad is not None})

@@ -23,7 +23,6 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.listen import listening
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
-from mirage_ds.data.batch import collate
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.plan.formulas import Volume, step_calls, volume, walk
 from mirage_ds.plan.settings import Zero3, two_layers
@@ -83,6 +82,11 @@ class Counts(NamedTuple):
     wire: tuple[int, int]
 
 
+def _with_passes(rows: Any, passes: int, k: int, work: tuple[list[int], int]) -> Any:
+    """A micro-batch of so many passes, whatever its rows need."""
+    return rows.batch((work[0], passes // k), lambda _: passes)
+
+
 def _count(world: Any, settings: dict[str, Any], how: How) -> Counts:
     """Train as train.py does, and count."""
     from deepspeed.utils import groups
@@ -105,9 +109,7 @@ def _count(world: Any, settings: dict[str, Any], how: How) -> Counts:
     with listening(learner.engine) as heard:
         for number in range(data.steps):
             if how.passes:
-                dummy = data.loader.rows.encoder.dummy(how.passes[number] // config.latent_size)
-                make = partial(collate, passes=how.passes[number], dummy=dummy)
-                data.loader.batch = partial(data.loader.rows.batch, make=make)
+                data.loader.batch = partial(_with_passes, data.loader.rows, how.passes[number], config.latent_size)
             watched = how.wire and number == data.steps - 1
             ((plan, batches),) = data.loader.steps(number, number + 1)
             with profile(activities=[ProfilerActivity.CPU], record_shapes=True) if watched else nullcontext() as seen:

@@ -140,10 +140,12 @@ def run_module(name: str, words: list[str], shown: Shown, seen: list[click.Conte
         take_settings(params, shown)
         return
     room = name.removeprefix("mirage_ds.")
-    if room in ("evaluate", "replay"):
-        command = getattr(importlib.import_module(f"{name}.command"), room)
+    last = room.rpartition(".")[2]
+    if last in ("evaluate", "replay"):
+        command = getattr(importlib.import_module(f"{name}.command"), last)
     else:
-        module = importlib.import_module(name)
+        package = hasattr(importlib.import_module(name), "__path__")
+        module = importlib.import_module(f"{name}.__main__" if package else name)
         command = getattr(module, "command", None) or module.main
     params = parse(command, words, shown, seen)
     if room == "evaluate" and not shown.partial:

@@ -147,8 +147,10 @@ def test_it_fits_80_gb_with_the_json_it_names(file: Path, nodes: int) -> None:
     for tokens in (rows["row_tokens"], config.micro_batch_tokens):
         plans = plan_of(file.stem, None, nodes=nodes, gpu_memory=80, **rows | {"micro_batch_tokens": tokens})
         assert config.deepspeed is not None
-        assert plans[0].name == config.deepspeed.name
-        assert plans[0].problem is None
+        (named,) = (plan for plan in plans if plan.name == config.deepspeed.name)
+        assert named.problem is None
+        # The planner's first choice, or as good as that.
+        assert named.step.most <= 1.05 * plans[0].step.most
 
 
 def tables() -> list[list[str]]:
