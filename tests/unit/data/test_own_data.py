@@ -487,7 +487,7 @@ def test_a_frame_is_the_records_of_its_file(bars: tuple[Path, Rows]) -> None:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["a.csv", "b.json"], r"file in this folder, but a.csv, b.json; name the records, such as .*a.csv"),
+        (["a.csv", "b.json"], r"files of one kind, but a.csv, b.json; name the records, such as .*a.csv"),
         (["test-00000-of-00001.jsonl", "train-00000-of-00001.jsonl"], r"splits train, test; .* such as '.*/train-\*'"),
         (["train/metadata.csv", "test/metadata.csv"], "name the records, such as .*test"),
         ([], "name the records$"),
