@@ -50,7 +50,7 @@ def code(seen: Seen) -> Iterator[Finding]:
             yield fail(host, says, "bring every host to the same commit, or use one checkout on a shared disk")
         elif facts["commit"] and own["commit"] and facts["commit"] != own["commit"]:
             # Something beside the code has changed.
-            says = f"commit {facts['commit'][:8]}, on {first} {own['commit'][:8]}"
+            says = f"commit {facts['commit'][:8]} (on {first} {own['commit'][:8]})"
             yield warn(host, says, f"git checkout {own['commit'][:8]} there")
         elif facts["changed"]:
             says = f"changes in {facts['folder']} are not committed: the run's commit does not name its code"
