@@ -167,7 +167,7 @@ ON_ONE_HOST: dict[str, tuple[Change, str, str, str, str]] = {
     "no code": (set_at("code", to={"folder": None}), "code", "fail", "mirage_ds cannot be imported", "checkout"),
     "other code": (set_at("code", "hash", to="b" * 64), "code", "fail", "other code than on a (bbbbbbbb, not aaaaaaaa)",
                    "same commit"),
-    "other commit, same code": (set_at("code", "commit", to="d" * 40), "code", "warn", "dddddddd, on a cccccccc",
+    "other commit, same code": (set_at("code", "commit", to="d" * 40), "code", "warn", "dddddddd (on a cccccccc)",
                                 "git checkout cccccccc"),
     "uncommitted": (set_at("code", "changed", to=True), "code", "warn", "not committed", "commit them"),
     "nvidia-smi": (set_at("gpus", to={"there": True, "gpus": [], "fault": "Failed to initialize NVML: mismatch"}),
