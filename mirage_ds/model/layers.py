@@ -148,7 +148,7 @@ class LayerCall(nn.Module):
                     setattr(self._bodies[body].get_submodule(parent), last, made)
 
     def train(self, mode: bool = True) -> "LayerCall":
-        """Set the mode of both bodies too."""
+        """Set the mode of all bodies too."""
         for body in self._bodies.values():
             body.train(mode)
         return super().train(mode)
@@ -157,6 +157,7 @@ class LayerCall(nn.Module):
         """Run the layer over (1, T, H).
 
         Args:
+            body: what the pass does about the weights' gradients.
             arguments: of transformers' layer.
         """
         output: torch.Tensor = self._bodies[body](x, **arguments)
