@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,8 +32,12 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def _die_with_parent() -> None:
+def die_with(parent: int) -> None:
+    """Let the kernel kill this new process when its parent, whose pid is given, ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # It ended before it could be watched.
+        os._exit(1)
 
 
 class Child:
@@ -68,7 +73,7 @@ class Child:
             stdout=None if direct else subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=(writing, self._stacks.fileno()),
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  # there is no other thread yet
+            preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509  # there is no other thread yet
             start_new_session=own_session,
         )
         os.close(writing)

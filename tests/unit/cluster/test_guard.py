@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
+from mirage_ds.cluster.guard.child import die_with
 from mirage_ds.cluster.guard.wire import EXIT_HANG
 from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 
@@ -171,6 +173,15 @@ def alone(port: int, job: str, module: str = "nothing", **place: object) -> subp
     return subprocess.Popen(
         words, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+@pytest.mark.parametrize(("parent", "code"), [(os.getpid(), 0), (os.getpid() + 1, 1)], ids=["there", "gone"])
+def test_a_rank_is_not_started_by_a_guard_that_has_ended(parent: int, code: int, tmp_path: Path) -> None:
+    # Whose parent died between the fork and the request to die with it, the kernel tells nobody.
+    begun = tmp_path / "begun"
+    child = subprocess.Popen(["touch", begun], preexec_fn=partial(die_with, parent))  # noqa: PLW1509  # no threads
+    assert child.wait(LIMIT_S) == code
+    assert begun.exists() == (code == 0)
 
 
 def test_a_taken_port_and_another_jobs_port_are_one_sentence(tmp_path: Path) -> None:
