@@ -261,6 +261,7 @@ def make_planner(config: RunConfig, index: Selection, world: World) -> Planner:
         seed=config.seed,
         patches=index.patches,
         micro_batch_patches=config.micro_batch_patches,
+        passes=np.array([config.passes(runs) for runs in range(index.runs.max(initial=0) + 1)])[index.runs],
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from itertools import product
+from itertools import chain, product
 from math import ceil
 from pathlib import Path
 from types import FrameType
@@ -161,6 +161,46 @@ def test_tokens_are_evened_out_where_patches_are_the_fuller() -> None:
 def test_bins_of_like_load_share_a_micro_step(lengths: list[int], world: int, slack: int) -> None:
     loads = [sum(lengths[row] for row in one) for one in pack(lengths, world, max(lengths) + slack)]
     assert loads == sorted(loads, reverse=True)
+
+
+def passes_of(bins: Bins, passes: np.ndarray, world: int) -> list[int]:
+    """Passes of each micro-step: its row of most decides."""
+    micros = [list(chain.from_iterable(bins[at : at + world])) for at in range(0, len(bins), world)]
+    return [int(passes[micro].max(initial=0)) for micro in micros]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 100), st.sampled_from([1, 5, 5, 9, 17]), st.integers(0, 40)), max_size=40),
+    worlds,
+    limits,
+)
+def test_rows_of_many_passes_come_together_within_all_limits_where_that_costs_less(
+    rows: list[tuple[int, int, int]], world: int, most: int | None
+) -> None:
+    lengths, needs, images = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    alone = pack(lengths, world, 128, most, images, 50)
+    together = pack(lengths, world, 128, most, images, 50, needs)
+    assert sorted(chain.from_iterable(together)) == list(range(len(rows)))
+    assert len(together) == len(alone)
+    assert all(lengths[one].sum() <= 128 and images[one].sum() <= 50 for one in together)
+    assert most is None or max(map(len, together)) <= most
+
+    def cost(bins: Bins) -> int:
+        loads = [int(lengths[one].sum()) for one in bins]
+        slowest = sum(max(loads[at : at + world]) for at in range(0, len(bins), world))
+        return slowest + packing.PASS_TOKENS * sum(passes_of(bins, needs, world))
+
+    assert cost(together) <= cost(alone)
+
+
+def test_a_step_of_mixed_rows_goes_through_few_passes_and_hardly_waits_longer() -> None:
+    # One row in twenty has four blocks of four latents, the others one: 17 passes, and 5.
+    draws = np.random.default_rng(0)
+    lengths, needs = draws.integers(300, 2000, 512), np.where(draws.random(512) < 0.05, 17, 5)
+    alone, together = (pack(lengths, 8, CAPACITY, passes=given) for given in (None, needs))
+    assert passes_of(alone, needs, 8) == [17] * 10
+    assert passes_of(together, needs, 8) == [17] + [5] * 9
+    assert fill([together[at : at + 8] for at in range(0, 80, 8)], lengths, CAPACITY).balance > 0.98
 
 
 def test_a_row_that_fits_into_no_bin_is_refused_with_its_flag() -> None:
