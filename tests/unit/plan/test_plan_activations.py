@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -54,7 +54,7 @@ def counted(name: str, vocabulary: int = VOCABULARY) -> Sizes:
     return sizes(describe(shape(name, vocabulary), name))
 
 
-@lru_cache
+@cache
 def whole(name: str, dtype: torch.dtype, vocabulary: int = VOCABULARY) -> Any:
     family = FAMILIES[shape(name)["model_type"]]
     register()
@@ -168,7 +168,7 @@ every_case = pytest.mark.parametrize(
         (name, stage, k, dtype, way)
         for name in ("nano", "mid", "nano-qwen2-vl", "nano-qwen3-vl")
         for stage, k in CASES
-        for dtype in DTYPES
+        for dtype in DTYPES[: 2 if name in ("nano", "mid") else 1]
         for way in WAYS[: 4 if stage == "stage2" else 2]
     ],
 )
@@ -182,7 +182,7 @@ class Measured(NamedTuple):
     height: int
 
 
-@lru_cache
+@cache
 def measure(name: str, stage: str, k: int, dtype: torch.dtype, way: str) -> Measured:
     batch, model = batch_of(name, stage, k, dtype), model_of(name, stage, dtype, way)
     there = [*model.parameters(), *model.buffers(), *tensors(batch)]
