@@ -200,6 +200,10 @@ class Slopes:
         """Return what has been left to pass `number`, for its keys and its values."""
         return [one[self._begins[number] : self._begins[number + 1]] for one in self._sums]
 
+    def free(self) -> None:
+        """Let go of them: the layer's backward is through."""
+        self._sums = []
+
 
 class _First(torch.autograd.Function):
     """Keys and values of the first pass: adds what later ones leave."""
@@ -212,7 +216,9 @@ class _First(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *own: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *(one + left for one, left in zip(own, ctx.slopes.of(0), strict=True)), None
+        whole = [one + left for one, left in zip(own, ctx.slopes.of(0), strict=True)]
+        ctx.slopes.free()
+        return *whole, None
 
 
 class _Join(torch.autograd.Function):

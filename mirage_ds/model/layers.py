@@ -221,7 +221,10 @@ class _HandOn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # What they have got carries every factor of the loss already.
-        return None, *(leaf.grad for leaf in ctx.leaves)
+        slopes = [leaf.grad for leaf in ctx.leaves]
+        for leaf in ctx.leaves:
+            leaf.grad = None
+        return None, *slopes
 
 
 class Cut:

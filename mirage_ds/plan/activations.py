@@ -322,7 +322,7 @@ def peak(micro: Micro) -> Peak:
         if number:
             held -= width * len(passes[number].queries) * hidden  # the states fed back
         if number == last:
-            # Gradients of the embeddings of all tokens. The other backward begins with those of the other final states;
-            # what was cut, the last pass's input, stays with its gradient.
-            held += all_states + (all_states + own_states if split else 0)
+            # Gradients of the embeddings of all tokens. The other backward begins with those of the other final states,
+            # and the labelled states' have gone into them.
+            held += all_states + (all_states - by_labelled if split else 0)
     return max(heights, key=lambda height: height.total)
