@@ -26,10 +26,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(ENV) $(BIN)/python examples/demo.py --out $(OUT)
 
-# Two processes, here and in test-slow; the long files, those of tests/dist, first: without the flag pytest-xdist begins
-# with the files that have most tests. A file's tests share what was trained for them.
+# Three processes on two cores, since many tests wait; the long files, those of tests/dist, first: without the flag
+# pytest-xdist begins with the files that have most tests. A file's tests share what was trained for them.
 test: install
-	$(ENV) $(BIN)/python -m pytest tests/dist tests/unit -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(ENV) $(BIN)/python -m pytest tests/dist tests/unit -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 # In this order the long files come early; xdist's own would begin with those of the most tests.
 test-slow: install

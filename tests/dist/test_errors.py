@@ -71,6 +71,7 @@ def records(tmp_path: Path, rows: list[dict]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_missing_image_by_the_launcher(nano: Path, rows: list, tmp_path: Path) -> None:
     rows[4]["image_input"] = "gone.png"
     data = records(tmp_path, rows)
