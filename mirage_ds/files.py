@@ -20,6 +20,8 @@ from mirage_ds.errors import UserError, is_text, shown
 
 # Where config.json says how the model was trained; plain transformers carries the key along.
 TRAINED_KEY = "mirage"
+# What transformers loads as the model's `generate`, where it may.
+GENERATE = "custom_generate/generate.py"
 # What the system says of a file that cannot be written or opened, whoever asks: the user's to fix.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EIO, errno.ESTALE}
@@ -102,6 +104,12 @@ def delete_model(folder: Path) -> None:
     if not folder.is_dir():
         return
     delete_model(folder / "adapter")
+    generate = folder / GENERATE
+    if generate.is_file():
+        generate.unlink()
+        shutil.rmtree(generate.parent / "__pycache__", ignore_errors=True)
+        with suppress(OSError):
+            generate.parent.rmdir()
     for file in folder.iterdir():
         if file.is_file() and (file.name in _MODEL_FILES or file.name in _NOTES or is_own_weights(file.name)):
             file.unlink()

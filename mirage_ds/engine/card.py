@@ -110,15 +110,22 @@ def _latents(k: int) -> list[str]:
         "",
         f"This model was trained to think in {k} latent visual tokens between `<|latent_start|>` and `<|latent_end|>`: "
         "inside a block the input of the next position is the final hidden state of the last one, not the embedding "
-        "of a token. Plain transformers (`generate`) and vLLM do nothing of the kind. They open these weights, and "
-        "then feed the embedding of whatever token comes out inside a block, which training never showed the model and "
-        "never supervised. What they answer is not what this model answers, and scores taken that way are not its "
-        "scores. These commands feed the hidden states:",
+        "of a token. These commands do that, and so does transformers with the file `custom_generate/generate.py` of "
+        "this folder:",
         "",
         "```sh",
         'mirage-ds generate FOLDER --image map.png --prompt "<image>Where to?"',
         "mirage-ds evaluate FOLDER --data_path records.jsonl --out scores.json",
         "```",
+        "",
+        "```python",
+        "model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)",
+        "tokens = model.generate(**inputs, do_sample=False, max_new_tokens=1024)",
+        "```",
+        "",
+        "vLLM, and transformers without `trust_remote_code`, open these weights and feed the embedding of whatever token "
+        "comes out inside a block, which training never showed the model. What they answer is not what this model "
+        "answers, and scores taken that way are not its scores.",
         "",
     ]
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from mirage_ds.config.extras import need
+from mirage_ds.data.encode import LATENT_TOKENS
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.engine.adapter import Adapter, adapter_name, lora_of, stored_adapter, trained_adapter
@@ -25,7 +26,8 @@ from mirage_ds.engine.frozen import Notes, digest
 from mirage_ds.engine.private import unheard
 from mirage_ds.engine.spelling import Base, config_json, read_base, write_image_processor, write_tokenizer
 from mirage_ds.errors import UserError
-from mirage_ds.files import whole_folder, write_atomically
+from mirage_ds.files import GENERATE, whole_folder, write_atomically
+from mirage_ds.model import latent_generate
 from mirage_ds.model.family import FAMILIES, Family, family_of
 from mirage_ds.model.folder import resolve_folder, weight_files
 from mirage_ds.model.forward import MirageModel
@@ -86,7 +88,13 @@ def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts, adapter
         adapter.write(folder, parts.source)
     if parts.card:
         write_card(folder, parts.card)
-    write_atomically(folder / "config.json", config_json(parts.base, dtype, parts.trained, parts.family.whole))
+    trained = dict(parts.trained)
+    if trained.get("stage", "sft") != "sft":
+        # transformers loads this file as the model's `generate`, where it is allowed to.
+        (folder / GENERATE).parent.mkdir(exist_ok=True)
+        write_atomically(folder / GENERATE, Path(latent_generate.__file__).read_bytes())
+        trained["latent_tokens"] = parts.tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))
+    write_atomically(folder / "config.json", config_json(parts.base, dtype, trained, parts.family.whole))
 
 
 def save_model(model: MirageModel, tower: nn.Module | None, folder: Path, rank: int, parts: Parts) -> None:
@@ -204,9 +212,11 @@ def _copy_rows(source: Path, target: Path, rows: int) -> None:
                     tensor = torch.cat([tensor[:rows], added])
                 writer.add(name, tensor)
     writer.finish()
-    for file in source.iterdir():
+    for file in (*source.iterdir(), source / GENERATE):
         if file.is_file() and "safetensors" not in file.name and file.name != "config.json":
-            (target / file.name).write_bytes(file.read_bytes())
+            place = target / file.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(file.read_bytes())
     for block in (values, values.get("text_config", {})):
         if "vocab_size" in block:
             block["vocab_size"] = rows

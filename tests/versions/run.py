@@ -47,6 +47,7 @@ SHOWN = ("torch", "transformers", "deepspeed", "peft", "datasets", "pyarrow", "p
 ALONE = [
     "tests/unit/model/test_forward.py",
     "tests/unit/model/test_generate.py",
+    "tests/unit/model/test_latent_generate.py",
     "tests/unit/model/test_lora.py",
     "tests/unit/model/test_attention.py",
     "tests/unit/data/test_encode.py",

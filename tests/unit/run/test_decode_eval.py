@@ -250,7 +250,7 @@ def test_the_card_says_what_was_trained_and_what_decodes_it() -> None:
         "|",
     ):
         assert f"\n{row}\n" in card
-    assert "vLLM do nothing of the kind" in card
+    assert "vLLM, and transformers without `trust_remote_code`" in card
     assert "mirage-ds evaluate FOLDER" in card
     # YAML that the hub reads.
     import yaml
@@ -271,7 +271,7 @@ def test_the_card_of_a_text_model_and_of_a_local_base() -> None:
     assert "base_model" not in card
     assert "| base model | `/models/base` |" in card
     assert "k, latents" not in card
-    assert "do nothing of the kind" not in card
+    assert "custom_generate" not in card
     assert "No scores are known" in card
 
 
