@@ -66,7 +66,7 @@ class RunConfig(BaseModel):
     )
     latent_loss: LatentLoss = Field("cosine", description="Of stage 1's latents: 1 − cosine, or mean squared distance.")
     detach_latents: bool = Field(False, description="stage2 without gradient through the states that are fed back.")
-    train_targets: bool = Field(False, description="stage1 with --train_vision: targets train the tower too.")
+    train_targets: bool = Field(False, description="stage1 with --train_vision: CE trains the tower via latents too.")
     train_vision: bool = Field(False, description="Train the vision tower too (frozen otherwise).")
     lora_rank: PositiveInt | None = Field(None, description="Train adapters of this rank alone: `mirage-ds docs lora`.")
     lora_alpha: PositiveInt | None = Field(None, description="Scale adapters by alpha / rank. [default: 2 × rank]")
@@ -141,7 +141,7 @@ class RunConfig(BaseModel):
     save_every: PositiveInt | None = Field(None, description="Steps between sharded checkpoints. [default: none]")
     keep_checkpoints: PositiveInt = Field(2, description="Sharded checkpoints that are kept; older ones are deleted.")
     max_skipped_steps: PositiveInt = Field(5, description="End after so many steps without a finite loss or gradient.")
-    start_timeout: PositiveInt = Field(3600, description="Seconds without progress, until the first step is done.")
+    start_timeout: PositiveInt = Field(3600, description="Seconds that a start may stand still, until step 1 is done.")
     collective_timeout: PositiveInt = Field(900, description="Seconds a rank waits for another, from step 2 on.")
     profile_steps: str | None = Field(
         None, description="Trace rank 0 in these steps, FIRST:LAST, by torch.profiler into run/profile."

@@ -62,7 +62,7 @@ def import_(source: tuple[str, ...], **flags: Any) -> None:
     SOURCE is a file (JSON lines, JSON array, CSV, Parquet, Arrow), a folder of such files, a glob pattern in quotes, a
     folder that `datasets` has saved, an image folder with its metadata, or the name of a data set of the Hub. The
     layouts of ms-swift, LLaMA-Factory and TRL are recognised, and so are columns with obvious names; --columns names
-    others. The first row that a record cannot hold (videos, sound, boxes, tools, bad answers) ends the import.
+    others. The first row that a record cannot hold (videos, sound, boxes, tools, rejected answers) ends the import.
     """
     from mirage_ds.curate.importing import import_records
 

@@ -45,7 +45,7 @@ class ModelSpec(FolderSpec):
         "trained", description="Latents of a latent block: trained (as in training), model (it decides), or a number."
     )
     max_new_tokens: PositiveInt = Field(1024, description="Tokens of an answer, at most.")
-    seed: NonNegativeInt = Field(42, description="Of all draws; a row's draws do not depend on the rows beside it.")
+    seed: NonNegativeInt = Field(42, description="Seed of sampling; a record's draws do not depend on its batch.")
 
 
 class Sampling(NamedTuple):
