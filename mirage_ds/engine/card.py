@@ -123,9 +123,9 @@ def _latents(k: int) -> list[str]:
         "tokens = model.generate(**inputs, do_sample=False, max_new_tokens=1024)",
         "```",
         "",
-        "vLLM, and transformers without `trust_remote_code`, open these weights and feed the embedding of whatever token "
-        "comes out inside a block, which training never showed the model. What they answer is not what this model "
-        "answers, and scores taken that way are not its scores.",
+        "vLLM, and transformers without `trust_remote_code`, open these weights and feed the embedding of whatever "
+        "token comes out inside a block, which training never showed the model. What they answer is not what this "
+        "model answers, and scores taken that way are not its scores.",
         "",
     ]
 
