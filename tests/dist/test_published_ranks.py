@@ -170,7 +170,7 @@ def test_a_published_folder_in_use(
     quick = not list(request.node.iter_markers("slow"))
     shared = SETTINGS | base | dict(data_path=records, eval_data_path=records, cache_dir=tmp_path / "cache")
     runs = runs_of(layout, quick, shared, tmp_path)
-    group.run(_train, runs, timeout_s=200)
+    group.run(_train, runs, timeout_s=500)
     for run in runs:
         first, second = losses(run["save_model_path"])
         assert second < first
@@ -199,7 +199,7 @@ def check_resumed(run: dict[str, Any], one_rank: Group) -> None:
     convert(checkpoints / "global_step1")
     log = out / "run/log.jsonl"
     log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if json.loads(line)["step"] < 2))
-    one_rank.run(_train, [run | dict(resume="auto")], timeout_s=200)
+    one_rank.run(_train, [run | dict(resume="auto")], timeout_s=500)
     assert losses(out)[1] == pytest.approx(wanted, abs=1e-5)
     for name, tensor in load_file(out / "model.safetensors").items():
         torch.testing.assert_close(tensor, wanted_model[name], rtol=0, atol=1e-3)
