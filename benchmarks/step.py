@@ -540,8 +540,8 @@ def planned(case: Case, work: Workload, ds_path: Path, lengths: list[int], label
     return {"gpu": spec.gpu, "memory_gb": round(plan.held.gpu / 1e9, 3), "seconds": bounds}
 
 
-def described(case: Case) -> dict[str, Any]:
-    """What was run, on what."""
+def described(case: Any, device: str = "cpu") -> dict[str, Any]:
+    """What was run (a dataclass), on what."""
     import torch
 
     commit = ""
@@ -549,7 +549,7 @@ def described(case: Case) -> dict[str, Any]:
     if shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    gpu = torch.cuda.get_device_name() if case.device == "cuda" else "no GPU"
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit,
@@ -584,7 +584,7 @@ def run(
         tokens.append(float(sum(lengths)))
         flops.append(model_flops(work.model, lengths, labels, part))
     return {
-        **described(case),
+        **described(case, case.device),
         "part": part,
         "repeats": repeats,
         "tokens_per_row": [min(sizes[0]), max(sizes[0])],

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import host
 from benchmarks.naive import Naive
+from benchmarks.step import described
 from benchmarks.workload import encode, make_workload
 from mirage_ds.data.batch import collate
 from mirage_ds.data.sample import IGNORE
@@ -41,3 +43,9 @@ def test_plain_way_trains_on_the_same_loss(work: Any, stage: Any) -> None:
         # It trained, and by the same gradient whatever it takes at a time.
         assert after[-1] < 0.99 * ours
         assert after[-1] == pytest.approx(after[0], rel=1e-3)
+
+
+def test_what_was_run_is_described() -> None:
+    said = described(host.Case(28, 1, "sft", 0, "zero1"))
+    assert (said["layers"], said["recipe"]) == (28, "zero1")
+    assert "no GPU" in said["machine"]
