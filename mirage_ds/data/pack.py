@@ -366,3 +366,15 @@ def _emptiest(loads: np.ndarray) -> Iterator[int]:
     """Yield the places of a few bins, the emptiest first; sorted only when the first one does not serve."""
     yield int(loads.argmin())
     yield from np.argsort(loads, kind="stable")[1:EXCHANGE_WITH].tolist()
+
+
+def neighbours(sizes: Sequence[int], budget: int, most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Cut a row of things into [first, end), each of `budget` and `most` things at most; a larger one stands alone."""
+    first = held = 0
+    for number, size in enumerate(sizes):
+        if number > first and (held + size > budget or number - first == most):
+            yield first, number
+            first, held = number, 0
+        held += size
+    if sizes:
+        yield first, len(sizes)

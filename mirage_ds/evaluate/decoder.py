@@ -224,7 +224,7 @@ def tokens_and_feed(
 
 def pack(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], passes: int = 1) -> Batch:
     """Pack rows into a batch on the model's device, with the features of their images."""
-    return tower.attach(to_device(collate(samples, passes, encoder.dummy(0)), model.head.weight.device))
+    return to_device(tower.attach(collate(samples, passes, encoder.dummy(0))), model.head.weight.device)
 
 
 def without_helpers(sample: Sample) -> Sample:

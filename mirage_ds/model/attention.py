@@ -3,13 +3,14 @@
 Tq query tokens, Tk key tokens, Hq query heads, Hkv key heads (grouped-query attention), D head width, N samples.
 
 Causal with the mask aligned bottom-right: a sample's last query sees its last key. In every pass of the recurrent
-stage but the first, queries are fewer than keys, and a top-left mask would be silently wrong.
+stage but the first, queries are fewer than keys, and a top-left mask would be silently wrong. The vision tower's
+samples are its windows and images; there every query sees every key.
 """
 
 import importlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache, partial
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,9 @@ from mirage_ds.errors import UserError, reason
 
 # The name under which transformers' AttentionInterface finds `packed_attention`.
 INTERFACE_NAME = "mirage_packed"
+# Under which it finds `segment_attention`, a back end's name behind it. "flash" makes transformers' towers call it once
+# a layer and say where segments end; otherwise they would call it for each segment.
+SEGMENTS_NAME = "mirage_flash_segments_"
 FLASH_INSTALL = 'pip install --no-build-isolation "mirage-ds[flash]"'
 
 
@@ -30,12 +34,14 @@ class Ends(NamedTuple):
     Attributes:
         cu_q, cu_k: (N + 1,) int32 cumulative numbers of queries and of keys, on the device of what they divide.
         max_q, max_k: longest sample's queries and keys.
+        causal: a query sees no key behind it.
     """
 
     cu_q: torch.Tensor
     cu_k: torch.Tensor
     max_q: int
     max_k: int
+    causal: bool = True
 
 
 # (q, k, v, ends, scale) → what varlen_attention returns.
@@ -45,15 +51,17 @@ Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Ends, float], torc
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, scale: float) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(q, k, v, *ends, softmax_scale=scale, causal=True)
+    return flash_attn_varlen_func(q, k, v, *ends[:4], softmax_scale=scale, causal=ends.causal)
 
 
 def _torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, scale: float) -> torch.Tensor:
     # The operator below torch.nn.attention.varlen, whose own function takes other arguments in each release of torch.
     # Causal, and a window of (−1, 0) says so again; like flash-attn's, the kernel aligns it bottom-right.
-    dropout, causal, debug = 0.0, True, False
-    window = dict(window_size_left=-1, window_size_right=0)
-    return torch.ops.aten._flash_attention_forward(q, k, v, *ends, dropout, causal, debug, scale=scale, **window)[0]
+    dropout, debug = 0.0, False
+    window = dict(window_size_left=-1, window_size_right=0 if ends.causal else -1)
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, *ends[:4], dropout, ends.causal, debug, scale=scale, **window
+    )[0]
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, scale: float) -> torch.Tensor:
@@ -67,11 +75,13 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, scale: 
     outputs: list[torch.Tensor] = [q] * len(query_lengths)
     for (queries, keys), members in alike.items():
         mask = None
-        if queries not in (1, keys):
+        if ends.causal and queries not in (1, keys):
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        # (n, Hq, queries, D) and (n, Hkv, keys, D)
-        one_q, one_k, one_v = (torch.stack([part[number] for number in members]).transpose(1, 2) for part in parts)
-        causal = queries == keys and queries > 1
+        # (n, Hq, queries, D) and (n, Hkv, keys, D); one alone is not copied.
+        chosen = ([part[number] for number in members] for part in parts)
+        stacked = (torch.stack(some) if len(some) > 1 else some[0][None] for some in chosen)
+        one_q, one_k, one_v = (some.transpose(1, 2) for some in stacked)
+        causal = ends.causal and queries == keys and queries > 1
         output = functional.scaled_dot_product_attention(
             one_q, one_k, one_v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
         )
@@ -147,10 +157,18 @@ def head_width_of(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
+def _fitting(backend: str, v: torch.Tensor) -> str:
+    """Return the back end that takes values (Tk, Hkv, D): SDPA where a kernel does not.
+
+    A run under torch_autocast decodes in float32 when it evaluates, outside of the autocast.
+    """
+    return "sdpa" if backend in KERNELS and kernel_fault(v.dtype, v.shape[-1]) else backend
+
+
 def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, backend: str = "sdpa", scale: float | None = None
 ) -> torch.Tensor:
-    """Attend within each sample of a packed batch, causally, aligned bottom-right.
+    """Attend within each sample of a packed batch; causally, aligned bottom-right, unless `ends` says otherwise.
 
     Args:
         q: (Tq, Hq, D); k, v: (Tk, Hkv, D), Hq a multiple of Hkv.
@@ -163,10 +181,7 @@ def varlen_attention(
     # Under torch_autocast rotary positions leave q and k in float32, and the varlen kernels take one dtype.
     q, k = q.to(v.dtype), k.to(v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    # A run under torch_autocast decodes in float32 when it evaluates, outside of the autocast.
-    if backend in KERNELS and kernel_fault(v.dtype, q.shape[-1]):
-        backend = "sdpa"
-    return BACKENDS[backend](q, k, v, ends, scale)
+    return BACKENDS[_fitting(backend, v)](q, k, v, ends, scale)
 
 
 class Context(Protocol):
@@ -342,8 +357,44 @@ def packed_attention(
     return packed.attend(q, k, v, scaling)[None], None
 
 
+@lru_cache(4)
+def _segments(ends: torch.Tensor, on_host: bool) -> Ends:
+    """Describe segments that end at `ends`; once for all layers of a call, which share the tensor: reading it waits."""
+    host = ends.cpu()
+    longest = int(host.diff().max())
+    where = host if on_host else ends
+    return Ends(where, where, longest, longest, causal=False)
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    backend: str,
+    cu_seq_lens_q: torch.Tensor,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Be the attention function of transformers' vision towers: within windows and within images, one call for all.
+
+    Args:
+        query, key, value: (1, Hq, Tq, D), rotary positions applied; backend: as varlen_attention's.
+        cu_seq_lens_q: (N + 1,) int32, where segments end.
+
+    Returns:
+        (1, Tq, Hq, D) and None, as the interface wants it.
+    """
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    backend = _fitting(backend, v)
+    return varlen_attention(q, k, v, _segments(cu_seq_lens_q, backend == "sdpa"), backend, scaling)[None], None
+
+
 def register() -> None:
-    """Make `packed_attention` known to transformers under INTERFACE_NAME."""
+    """Make the attention functions known to transformers, under INTERFACE_NAME and SEGMENTS_NAME."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(INTERFACE_NAME, packed_attention)
+    for backend in BACKENDS:
+        AttentionInterface.register(SEGMENTS_NAME + backend, partial(segment_attention, backend=backend))

@@ -12,7 +12,7 @@ at a block's k slots can be replaced (Latents).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
+from mirage_ds.data.pack import neighbours
 from mirage_ds.errors import UserError
 from mirage_ds.model.attention import Ends, Packed
 from mirage_ds.model.forward import MirageModel
@@ -198,18 +199,6 @@ class _OneToken:
             scale=scale,
         )
         return output.flatten(1, 2)
-
-
-def neighbours(sizes: Sequence[int], budget: int, most: int | None = None) -> Iterator[tuple[int, int]]:
-    """Cut a row of things into [first, end), each of `budget` and `most` things at most; a larger one stands alone."""
-    first = held = 0
-    for number, size in enumerate(sizes):
-        if number > first and (held + size > budget or number - first == most):
-            yield first, number
-            first, held = number, 0
-        held += size
-    if sizes:
-        yield first, len(sizes)
 
 
 def _prefill(

@@ -20,7 +20,7 @@ import torch
 
 from mirage_ds.config.run import LatentLoss, Stage
 from mirage_ds.errors import UserError, reason
-from mirage_ds.model.attention import INTERFACE_NAME, choose_backend, head_width_of, register
+from mirage_ds.model.attention import INTERFACE_NAME, SEGMENTS_NAME, choose_backend, head_width_of, register
 from mirage_ds.model.family import FAMILIES, Family, check_kind, family_of, flat_name
 from mirage_ds.model.folder import read_json
 from mirage_ds.model.folder_check import check_processor, check_stored
@@ -177,13 +177,28 @@ def open_weights(kind: Any, folder: Path, **options: Any) -> Any:
     return model
 
 
-def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> FrozenTower:
+def attend_in_segments(tower: Any, attention: str, device: torch.device) -> None:
+    """Let a tower attend to all windows or images of a call at once.
+
+    Not by set_attn_implementation or at the load: for a name with "flash" those look for a package.
+
+    Args:
+        attention: as choose_backend's; what no kernel takes, SDPA does.
+    """
+    register()
+    tower.config._attn_implementation = SEGMENTS_NAME + choose_backend(attention, device, torch.bfloat16, 8)
+
+
+def load_tower(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, attention: str = "auto"
+) -> FrozenTower:
     """Load the vision tower alone. Call it while no HfDeepSpeedConfig is alive, or ZeRO-3 partitions it."""
     vision_config: Any = config.vision_config
     vision_config._attn_implementation = "sdpa"
     kind = FAMILIES[config.model_type].tower_class()
     names = {r"^(model\.)?visual\.": ""}
     tower = open_weights(kind, folder, config=vision_config, dtype=dtype, key_mapping=names)
+    attend_in_segments(tower, attention, device)
     return FrozenTower(tower.to(device))
 
 
@@ -227,7 +242,7 @@ def load_model(
     backend = choose_backend(attention, device, products or dtype, head_width_of(config.get_text_config()))
     register()
     if tower is None and not train_vision:
-        tower = load_tower(folder, config, dtype, device)
+        tower = load_tower(folder, config, dtype, device, attention)
     # from_pretrained finds the configuration through a weak reference: the name keeps it alive for the load.
     alive = HfDeepSpeedConfig(ds_config) if ds_config is not None else None
     whole = open_weights(
@@ -238,6 +253,7 @@ def load_model(
     )
     del alive
     visual = whole.model.visual
+    attend_in_segments(visual, attention, device)
     if train_vision and checkpointing:
         visual.gradient_checkpointing_enable({"use_reentrant": False})
     matrix, vocabulary = whole.lm_head.weight, config.get_text_config().vocab_size

@@ -6,13 +6,21 @@ to (images.py), W = (1 + D) · H.
 
 import hashlib
 import json
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 
 from mirage_ds.data.batch import Batch
+from mirage_ds.data.pack import neighbours
 from mirage_ds.model.family import FAMILIES
+
+# Patches that one call on a GPU takes, unless one image alone has more: enough to keep it busy, a quarter of what an
+# image at the public processor's limit has.
+CALL_PATCHES = 1 << 14
+# Raised whenever the tower is called in another way, so that no kept feature of the one is read for one of the other.
+WAY = "segments 1"
 
 
 def features_of(tower: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
@@ -32,16 +40,21 @@ def features_of(tower: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) 
 class FrozenTower:
     """The tower that is not trained: outside the module tree, so that ZeRO-3 does not partition it.
 
-    Every rank holds it whole and calls it as often as it likes: no collective hides in it. Images are encoded one by
-    one: in one call over several, the last bits of a feature depend on its neighbours, and what is kept on disk would
-    depend on who shared a call.
+    Every rank holds it whole and calls it as often as it likes: no collective hides in it. In one call over several
+    images the last bits of a feature depend on its neighbours, since matrices of another height are multiplied by
+    another kernel; nothing else of it does. On a CPU images are encoded one by one, and no bit depends on who shared a
+    call.
 
     Args:
         tower: the vision tower, on its device.
+
+    Attributes:
+        call_patches: most patches of a call over several images.
     """
 
     def __init__(self, tower: nn.Module):
         self.tower: Any = tower.requires_grad_(False).eval()
+        self.call_patches = 0 if next(tower.parameters()).device.type == "cpu" else CALL_PATCHES
 
     @property
     def input_width(self) -> int:
@@ -55,8 +68,9 @@ class FrozenTower:
         return self.input_width * (1 + len(getattr(self.tower.config, "deepstack_visual_indexes", ())))
 
     def fingerprint(self) -> str:
-        """Hash of what the features are a function of: the tower's configuration and weights."""
+        """Hash of what the features are a function of: the tower's configuration and weights, and how it is called."""
         digest = hashlib.sha256(json.dumps(self.tower.config.to_diff_dict(), sort_keys=True, default=str).encode())
+        digest.update(f"{WAY}, {self.tower.config._attn_implementation}, {self.call_patches}".encode())
         for name, tensor in sorted(self.tower.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -79,16 +93,23 @@ class FrozenTower:
             helper_pixel_values=batch.helper_pixel_values.new_empty(0),
         )
 
-    def features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """Merged features (F, W) of all images, in order, on the tower's device."""
-        device = next(self.tower.parameters()).device
-        if not len(grid_thw):
-            return torch.empty(0, self.width, dtype=self.tower.dtype, device=device)
-        images = zip(pixel_values.to(device).split(grid_thw.prod(-1).tolist()), grid_thw.split(1), strict=True)
-        return torch.cat([self._one(pixels, grid.to(device)) for pixels, grid in images])
-
     @torch.no_grad()
-    def _one(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+    def features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """Merged features (F, W) of all images, in order, on the tower's device.
+
+        The images may be on the host, where grids are read without waiting for the GPU; one call's pixels at a time are
+        moved.
+        """
+        device = next(self.tower.parameters()).device
+        sizes = grid_thw.prod(-1).tolist()
+        starts = [0, *accumulate(sizes)]
+        found = [torch.empty(0, self.width, dtype=self.tower.dtype, device=device)]
+        for first, end in neighbours(sizes, self.call_patches):
+            pixels = pixel_values[starts[first] : starts[end]].to(device, non_blocking=True)
+            found.append(self._call(pixels, grid_thw[first:end].to(device, non_blocking=True)))
+        return torch.cat(found)
+
+    def _call(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         return features_of(self.tower, pixel_values, grid_thw)
 
 

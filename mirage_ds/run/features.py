@@ -27,6 +27,7 @@ from mirage_ds.data.features import FeatureStore, KeptFeatures, ShardWriter, sor
 from mirage_ds.data.images import READING
 from mirage_ds.data.index import Index
 from mirage_ds.data.load import settings_of
+from mirage_ds.data.pack import neighbours
 from mirage_ds.data.pooling import DROPPED
 from mirage_ds.data.progress import track
 from mirage_ds.data.record import Fault, RecordError
@@ -36,7 +37,6 @@ from mirage_ds.data.selection import Selection, by_place
 from mirage_ds.data.ship import Shipment, from_workers, ship
 from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.errors import Stopped, UserError, reason
-from mirage_ds.model.generate import neighbours
 from mirage_ds.model.images import embedded
 from mirage_ds.model.latents import averages
 from mirage_ds.model.vision import FrozenTower
@@ -185,13 +185,14 @@ def _make(
     for chunk in track(made, title, total=len(chunks), quiet=run.world.rank > 0):
         # A sign of progress: encoding may take hours.
         run.journal.phase("features")
-        for place, image in chunk.unpack():
-            if isinstance(image, Fault):
-                broken.append((place, image))
-                continue
-            pixels, grid = image
-            features = tower.features(pixels.to(run.world.device), grid.to(run.world.device))
-            writer.add(kept.images.keys[place], images.kept_of(features, grid[0].tolist(), tower.input_width))
+        found = dict(chunk.unpack())
+        broken += [(place, image) for place, image in found.items() if isinstance(image, Fault)]
+        whole = {place: image for place, image in found.items() if not isinstance(image, Fault)}
+        if whole:
+            pixels, grids = map(torch.cat, zip(*whole.values(), strict=True))
+            features = tower.features(pixels, grids).split((grids.prod(-1) // images.merged).tolist())
+            for place, grid, own in zip(whole, grids.tolist(), features, strict=True):
+                writer.add(kept.images.keys[place], images.kept_of(own, grid, tower.input_width))
         if run.asked():
             break
     writer.flush()

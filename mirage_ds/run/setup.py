@@ -142,7 +142,7 @@ def open_data(run: Run, checked: Checked) -> Data:
     journal.phase("vision tower")
     folder, tower = checked.folders[0], None
     if not config.train_vision:
-        tower = load_tower(folder, read_config(folder), checked.dtype, world.device)
+        tower = load_tower(folder, read_config(folder), checked.dtype, world.device, config.attention)
     journal.phase("features")
     kept = [
         keep(run, own, tower, file, index, index is not indices[0])

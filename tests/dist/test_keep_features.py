@@ -31,7 +31,7 @@ def _train(world: Any, settings: dict[str, Any]) -> tuple[str | None, int, list[
     """Train; what the user is told, how many images this rank's tower has encoded, and the shards it has opened."""
     calls = []
     opened = []
-    encode, open_shard = FrozenTower._one, FeatureStore.open
+    encode, open_shard = FrozenTower._call, FeatureStore.open
 
     def listed(self: FeatureStore, name: str) -> Any:
         opened.append(name)
@@ -39,11 +39,11 @@ def _train(world: Any, settings: dict[str, Any]) -> tuple[str | None, int, list[
 
     FeatureStore.open = listed  # type: ignore[method-assign]
 
-    def counted(self: FrozenTower, *image: Any) -> Any:
-        calls.append(1)
-        return encode(self, *image)
+    def counted(self: FrozenTower, pixels: Any, grids: Any) -> Any:
+        calls.extend(grids.tolist())
+        return encode(self, pixels, grids)
 
-    FrozenTower._one = counted  # type: ignore[method-assign]
+    FrozenTower._call = counted  # type: ignore[method-assign]
     try:
         config = RunConfig(**settings)
         run = Run(config, world)
@@ -53,7 +53,7 @@ def _train(world: Any, settings: dict[str, Any]) -> tuple[str | None, int, list[
     except UserError as error:
         return str(error), len(calls), opened
     finally:
-        FrozenTower._one = encode  # type: ignore[method-assign]
+        FrozenTower._call = encode  # type: ignore[method-assign]
         FeatureStore.open = open_shard  # type: ignore[method-assign]
     return None, len(calls), opened
 

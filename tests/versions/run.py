@@ -43,13 +43,14 @@ LEFT_OUT = (
     *("nvidia-nvtx", "nvidia-nvtx-cu12", "nvidia-cusolver", "nvidia-cusolver-cu12", "nvidia-cuda-nvrtc-cu12"),
 )
 SHOWN = ("torch", "transformers", "deepspeed", "peft", "datasets", "pyarrow", "pydantic", "click", "numpy")
-# Forward, decoding, LoRA and export against plain transformers, of every stage and family; what is encoded.
+# Forward, tower, decoding, LoRA and export against plain transformers, of every stage and family; what is encoded.
 ALONE = [
     "tests/unit/model/test_forward.py",
     "tests/unit/model/test_generate.py",
     "tests/unit/model/test_latent_generate.py",
     "tests/unit/model/test_lora.py",
     "tests/unit/model/test_attention.py",
+    "tests/unit/model/test_vision.py",
     "tests/unit/data/test_encode.py",
     "tests/unit/engine/test_export.py",
     "tests/unit/engine/test_private.py",

@@ -225,7 +225,7 @@ def see(bench: Bench, record: Record, thought: Thought) -> tuple[list[Seen], lis
     Raises:
         RecordError: a helper image is missing or does not decode.
     """
-    encoder, device = bench.encoder, thought.inputs.device
+    encoder = bench.encoder
     inputs: list[Seen] = []
     helpers: list[Seen] = []
     left = thought.images
@@ -238,7 +238,7 @@ def see(bench: Bench, record: Record, thought: Thought) -> tuple[list[Seen], lis
             number = f" {len(inputs) + 1}" if len(record.image_input) > 1 else ""
             inputs.append(Seen(f"input image{number}", picture, own.unflatten(0, (rows, columns))))
         else:
-            own = embedded(bench.tower.features(pixels.to(device), grid.to(device)), thought.inputs.shape[1])
+            own = embedded(bench.tower.features(pixels, grid), thought.inputs.shape[1])
             helpers.append(Seen("helper image", picture, own.unflatten(0, (rows, columns))))
     return inputs, helpers
 

@@ -29,12 +29,12 @@ from mirage_ds.data.encode import Encoder
 from mirage_ds.data.features import FeatureStore, KeptFeatures, ShardWriter
 from mirage_ds.data.images import READING, ImageFinder, image_key
 from mirage_ds.data.load import load_encoder
+from mirage_ds.data.pack import neighbours
 from mirage_ds.data.pooling import pool_groups
 from mirage_ds.data.record import Fault, RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import ImageKeys
 from mirage_ds.errors import UserError
-from mirage_ds.model.generate import neighbours
 from mirage_ds.model.latents import compress as compressed
 from mirage_ds.model.load import load_tower, read_config
 from mirage_ds.run import features as keep_features

@@ -36,14 +36,16 @@ LENGTHS = {
 }
 
 
-def softmax_loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list, scale: float) -> torch.Tensor:
-    """Each query of each head alone; query i of n sees the first (keys − n + i + 1) keys of its sample."""
+def softmax_loop(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list, scale: float, causal: bool = True
+) -> torch.Tensor:
+    """Each query of each head alone; query i of n sees the first (keys − n + i + 1) keys of its sample, or all."""
     q, k, v = q.double(), k.double(), v.double()
     share = q.shape[1] // k.shape[1]
     rows, q_at, k_at = [], 0, 0
     for queries, keys in lengths:
         for i in range(queries):
-            seen = slice(k_at, k_at + keys - queries + i + 1)
+            seen = slice(k_at, k_at + keys - (queries - i - 1 if causal else 0))
             heads = []
             for head in range(q.shape[1]):
                 scores = (k[seen, head // share] @ q[q_at + i, head]) * scale
@@ -84,11 +86,11 @@ def tensors(lengths: list, q_heads: int, kv_heads: int) -> tuple[torch.Tensor, t
     )
 
 
-def check(backend: str, lengths: list, q_heads: int, kv_heads: int) -> None:
+def check(backend: str, lengths: list, q_heads: int, kv_heads: int, causal: bool = True) -> None:
     q, k, v = tensors(lengths, q_heads, kv_heads)
     queries, keys = (list(column) for column in zip(*lengths, strict=True))
-    output = varlen_attention(q, k, v, ends_of(queries, keys), backend, 0.3)
-    expected = softmax_loop(q, k, v, lengths, 0.3)
+    output = varlen_attention(q, k, v, ends_of(queries, keys)._replace(causal=causal), backend, 0.3)
+    expected = softmax_loop(q, k, v, lengths, 0.3, causal)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
     weight = torch.randn_like(output)
     got = torch.autograd.grad((output * weight).sum(), (q, k, v))
@@ -97,10 +99,10 @@ def check(backend: str, lengths: list, q_heads: int, kv_heads: int) -> None:
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "causal"), [(4, 4, True), (4, 2, True), (6, 1, True), (4, 4, False)])
 @pytest.mark.parametrize("name", LENGTHS)
-def test_sdpa_equals_softmax_loop_with_gradients(name: str, q_heads: int, kv_heads: int) -> None:
-    check("sdpa", LENGTHS[name], q_heads, kv_heads)
+def test_sdpa_equals_softmax_loop_with_gradients(name: str, q_heads: int, kv_heads: int, causal: bool) -> None:
+    check("sdpa", LENGTHS[name], q_heads, kv_heads, causal)
 
 
 def test_top_left_mask_passes_on_whole_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +254,8 @@ def test_torchs_kernel_has_the_right_shapes_and_a_backward(name: str, q_heads: i
         assert (gradient.shape, gradient.dtype) == (one.shape, HALF)
 
 
-def test_torchs_kernel_is_told_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_torchs_kernel_is_told_what_it_takes(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # What the operator calls its arguments, from its own schema: the same in every release that is tested.
     operator = torch.ops.aten._flash_attention_forward
     names = [argument.name for argument in operator.default._schema.arguments]
@@ -264,10 +267,10 @@ def test_torchs_kernel_is_told_what_it_takes(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", note)
     none = torch.zeros(2, dtype=torch.int32)
-    BACKENDS["torch_varlen"](*(torch.zeros(1, 1, 8) for _ in range(3)), Ends(none, none, 3, 5), 0.25)
+    BACKENDS["torch_varlen"](*(torch.zeros(1, 1, 8) for _ in range(3)), Ends(none, none, 3, 5, causal), 0.25)
     assert {name: one for name, one in given.items() if not isinstance(one, torch.Tensor)} == {
-        "max_q": 3, "max_k": 5, "dropout_p": 0.0, "is_causal": True, "return_debug_mask": False,
-        "scale": 0.25, "window_size_left": -1, "window_size_right": 0,
+        "max_q": 3, "max_k": 5, "dropout_p": 0.0, "is_causal": causal, "return_debug_mask": False,
+        "scale": 0.25, "window_size_left": -1, "window_size_right": 0 if causal else -1,
     }  # fmt: skip
 
 
