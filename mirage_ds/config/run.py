@@ -134,6 +134,7 @@ class RunConfig(BaseModel):
         None, description="DeepSpeed JSON; it sets the precision. [default: zero3_kept for stage2, else zero3]"
     )
     attention: Literal["auto", "flash", "torch_varlen", "sdpa"] = Field("auto", description="Attention back end.")
+    kernels: Literal["liger"] | None = Field(None, description="Fused RMSNorm and SwiGLU on a GPU. [default: none]")
     gradient_checkpointing: bool = Field(True, description="Recompute each layer in backward, in every pass.")
     loss_chunk_mb: PositiveInt | None = Field(None, description="MiB of a logits chunk. [default: GPU / 128; CPU 256]")
 

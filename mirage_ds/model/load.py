@@ -26,6 +26,7 @@ from mirage_ds.model.family import FAMILIES, Family, check_kind, family_of, flat
 from mirage_ds.model.folder import read_json
 from mirage_ds.model.folder_check import check_processor, check_stored
 from mirage_ds.model.forward import Forward, MirageModel
+from mirage_ds.model.kernels import check_device
 from mirage_ds.model.lora import Lora, TokenRows, add_adapters
 from mirage_ds.model.loss import LossHead
 from mirage_ds.model.shape import Shape
@@ -206,6 +207,7 @@ def load_model(
     detach_latents: bool = False,
     train_targets: bool = False,
     split: bool = False,
+    kernels: str | None = None,
     lora: Lora | None = None,
 ) -> Loaded:
     """Load a checkpoint folder.
@@ -217,16 +219,17 @@ def load_model(
         tower: the frozen tower where it has been loaded already.
         ds_config: the resolved DeepSpeed configuration. Under ZeRO-3 the weights are then partitioned as they are
             read, so that no rank ever holds the whole model; None loads an ordinary module.
-        latent_loss, detach_latents, train_targets, split: see forward.Forward.
+        latent_loss, detach_latents, train_targets, split, kernels: see forward.Forward.
         lora: put adapters on the decoder; everything else is frozen.
 
     Raises:
-        UserError: no whole model of a known family in safetensors, or the attention back end cannot run here.
+        UserError: no whole model of a known family in safetensors, or attention or kernels cannot run here.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
     config = check_folder(folder)
     backend = choose_backend(attention, device, products or dtype, head_width_of(config.get_text_config()))
+    check_device(kernels, device)
     register()
     if tower is None and not train_vision:
         tower = load_tower(folder, config, dtype, device)
@@ -255,6 +258,8 @@ def load_model(
         own = rows if matrix is embedding else TokenRows(matrix, lora.tokens, device)
         head = LossHead(matrix, budget, own.weight, own.ids)
     grounded = stage == "stage1"
-    how = Forward(grounded, reduction, backend, checkpointing, latent_loss, detach_latents, train_targets, split)
+    how = Forward(
+        grounded, reduction, backend, checkpointing, latent_loss, detach_latents, train_targets, split, kernels
+    )
     model = MirageModel(whole.model.language_model, head, visual if train_vision else None, how, lora, rows)
     return Loaded(model.to(device) if ds_config is None else model, tower, config)

@@ -223,6 +223,7 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
         loss_chunk_bytes=config.loss_chunk_mb and config.loss_chunk_mb << 20,
         ds_config=checked.ds_values,
         lora=checked.lora,
+        kernels=config.kernels,
         **config.model_dump(include=FORWARD),
     )
     layers: DecoderLayers = loaded.model.layers
