@@ -85,6 +85,7 @@ class Case:
     ranks: int
     zero: int
     checkpointing: bool
+    kernels: str | None
     plain_rows: int
     seed: int
     device: str
@@ -157,7 +158,8 @@ def run_config(case: Case, work: Workload, out: Path, steps: int) -> Any:
         latent_size=case.latent_size, global_batch_size=case.rows, micro_batch_tokens=case.micro_tokens,
         micro_batch_size=case.micro_rows, max_steps=steps, epochs=1000, num_workers=0, warmup_steps=0,
         lr_scheduler="constant", deepspeed=path, report_to=["none"], cache_dir=out / "cache",
-        feature_cache=case.features, gradient_checkpointing=case.checkpointing, seed=case.seed,
+        feature_cache=case.features, gradient_checkpointing=case.checkpointing, kernels=case.kernels,
+        seed=case.seed,
     )  # fmt: skip
 
 
@@ -614,6 +616,7 @@ def run(
 @click.option("--ranks", default=1, show_default=True, help="Of the product; the plain way has one.")
 @click.option("--zero", default=0, show_default=True, type=click.IntRange(0, 3), help="ZeRO stage of the product.")
 @click.option("--checkpointing", is_flag=True, help="Recompute the product's layers in backward.")
+@click.option("--kernels", type=click.Choice(["liger"]), help="As for a run.")
 @click.option("--plain_rows", default=1, show_default=True,
               help="Rows that the plain way pads and takes at a time; one in stage2.")  # fmt: skip
 @click.option("--part", default="step", show_default=True, type=click.Choice(["step", "decoder"]))

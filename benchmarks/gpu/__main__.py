@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ RECORDS = REPO / "data/sample.jsonl"
 MINUTES = {"first": 10, "second": 5}
 # A CPU takes what it takes; a limit there only ends what hangs.
 CPU_TIMES = 10
+LIGER = find_spec("liger_kernel") is not None
 # Seconds of a call that are left for its own end.
 SPARE_S = 10
 # A 7B whose weights, gradients and states are bf16 takes more than 80 GB.
@@ -101,7 +103,7 @@ def parts_of(call: str, preset: str, model: Path, cpu: bool) -> list[Part]:
             step("stage2", 150, "stage2", "--zero", 3, "--profile"),
             # In small, this one is also what the last one would show.
             step("stage1", 120, "stage1", "--zero", 1 if cpu else 3, "--profile"),
-            tests("tests", 150, "attention", "forward", "launches", "memory"),
+            tests("tests", 150, "attention", "forward", "head", "kernels", "launches", "memory"),
             Part("nano", 120, python("benchmarks.gpu.nano")),
             # What ZeRO-3's hooks cost the host.
             *([] if cpu else [step("stage2_zero1", 120, "stage2", "--zero", 1)]),
@@ -111,6 +113,8 @@ def parts_of(call: str, preset: str, model: Path, cpu: bool) -> list[Part]:
             step("sft", 150, "sft", "--zero", 3, "--against", "naive", "--plain_rows", 2 if cpu else 6),
             Part("decode", 80, python("benchmarks.gpu.decode", model, RECORDS, *(("--rows", 2) if cpu else ()))),
             tests("recipes", 120, "ds_configs"),
+            # Beside the first call's stage1, which runs without.
+            *([step("liger", 100, "stage1", "--zero", 3, "--kernels", "liger")] if LIGER and not cpu else []),
         ]
     if preset == PREDICTED_OF:
         found = [part._replace(predicted=PREDICTED.get(part.name)) for part in found]

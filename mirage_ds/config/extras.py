@@ -15,11 +15,12 @@ EXTRAS = {
     # Other versions draw the VSP benchmark's pictures otherwise.
     "vsp": ("gymnasium==1.2.3", "pygame"),
     "lora": ("peft",),
+    "liger": ("liger_kernel",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
 }
 # Setting of a run → extra. --report_to names the others.
-NEEDED = {"eval_pictures": "plot", "lora_rank": "lora"}
+NEEDED = {"eval_pictures": "plot", "lora_rank": "lora", "kernels": "liger"}
 
 
 def need(extra: str, what: str) -> None:

@@ -134,8 +134,9 @@ class RunConfig(BaseModel):
         None, description="DeepSpeed JSON; it sets the precision. [default: zero3_kept for stage2, else zero3]"
     )
     attention: Literal["auto", "flash", "torch_varlen", "sdpa"] = Field("auto", description="Attention back end.")
+    kernels: Literal["liger"] | None = Field(None, description="Fused RMSNorm and SwiGLU on a GPU. [default: none]")
     gradient_checkpointing: bool = Field(True, description="Recompute each layer in backward, in every pass.")
-    loss_chunk_mb: PositiveInt = Field(256, description="Memory for one chunk of logits, in MiB.")
+    loss_chunk_mb: PositiveInt | None = Field(None, description="MiB of a logits chunk. [default: GPU / 128; CPU 256]")
 
     # what is written
     save_every: PositiveInt | None = Field(None, description="Steps between sharded checkpoints. [default: none]")

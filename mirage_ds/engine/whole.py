@@ -59,8 +59,7 @@ def _plain_model(model: MirageModel) -> MirageModel:
     if adapter:
         tied = model.head.weight is model.language_model.embed_tokens.weight
         matrix = language_model.embed_tokens.weight.data if tied else adapter.merged("lm_head.weight", matrix)
-    head = LossHead(nn.Parameter(matrix, requires_grad=False), len(matrix), 0)
-    head.chunk = model.head.chunk
+    head = LossHead(nn.Parameter(matrix, requires_grad=False), model.head.chunk_bytes)
     visual = None if model.visual is None else _plain(model.visual)
     plain = MirageModel(language_model, head, visual, replace(model.how, checkpointing=False))
     return plain.requires_grad_(False).eval()

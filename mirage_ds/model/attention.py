@@ -77,10 +77,8 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, scale: 
         mask = None
         if ends.causal and queries not in (1, keys):
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        # (n, Hq, queries, D) and (n, Hkv, keys, D); one alone is not copied.
-        chosen = ([part[number] for number in members] for part in parts)
-        stacked = (torch.stack(some) if len(some) > 1 else some[0][None] for some in chosen)
-        one_q, one_k, one_v = (some.transpose(1, 2) for some in stacked)
+        # (n, Hq, queries, D) and (n, Hkv, keys, D)
+        one_q, one_k, one_v = (torch.stack([part[number] for number in members]).transpose(1, 2) for part in parts)
         causal = ends.causal and queries == keys and queries > 1
         output = functional.scaled_dot_product_attention(
             one_q, one_k, one_v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True

@@ -50,6 +50,7 @@ class Forward:
         checkpointing: recompute layers in backward.
         latent_loss: how stage1 measures a latent against its target.
         detach_latents: no gradient through the states that stage2 feeds back.
+        kernels: "liger", or None for transformers' own norms and MLPs (kernels.py).
         split: stage2's last pass has a backward of its own (LossSums.earlier).
         train_targets: stage1's cross-entropy also reaches a trained tower through the targets that stand as inputs.
     """
@@ -62,6 +63,7 @@ class Forward:
     detach_latents: bool = False
     train_targets: bool = False
     split: bool = False
+    kernels: str | None = None
 
 
 class MirageModel(nn.Module):
@@ -89,7 +91,7 @@ class MirageModel(nn.Module):
         self.head = head
         self.visual = visual
         self.how = how
-        self.layers = DecoderLayers(language_model.layers)
+        self.layers = DecoderLayers(language_model.layers, how.kernels)
         self.lora = lora
 
     def forward(self, batch: Batch) -> LossSums:

@@ -18,6 +18,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from mirage_ds.model.kernels import use_liger
+
 # What a pass does about the gradients of a layer's weights: makes them; makes them and adds what later passes have
 # left; leaves them to the first.
 Body = Literal["alone", "first", "later"]
@@ -135,7 +137,7 @@ def _around_same_parameters(layer: nn.Module) -> nn.Module:
 class LayerCall(nn.Module):
     """One decoder layer: a module that DeepSpeed hooks, without parameters of its own, so that no name changes."""
 
-    def __init__(self, layer: nn.Module, current: Round):
+    def __init__(self, layer: nn.Module, current: Round, kernels: str | None = None):
         super().__init__()
         # In a dictionary: a module that is found in the tree would be hooked, and named a second time.
         self._bodies = {body: _around_same_parameters(layer) for body in get_args(Body)}
@@ -146,6 +148,9 @@ class LayerCall(nn.Module):
                 for body in ("first", "later"):
                     made = PassLinear(module, deposits, body == "first")
                     setattr(self._bodies[body].get_submodule(parent), last, made)
+        if kernels is not None:
+            for own in self._bodies.values():
+                use_liger(own)
 
     def train(self, mode: bool = True) -> "LayerCall":
         """Set the mode of all bodies too."""
@@ -173,10 +178,10 @@ class DecoderLayers(nn.Module):
             have nothing to gather. The engine sets it (engine/setup.py); without ZeRO-3 they always are.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]):
+    def __init__(self, layers: Sequence[nn.Module], kernels: str | None = None):
         super().__init__()
         self.round = Round()
-        self.calls = nn.ModuleList(LayerCall(layer, self.round) for layer in layers)
+        self.calls = nn.ModuleList(LayerCall(layer, self.round, kernels) for layer in layers)
         self.resident: Callable[[], bool] = lambda: True
         linear = [one for one in layers[0].modules() if isinstance(one, nn.Linear) and one.weight.requires_grad]
         self._trained = [(one.in_features, one.out_features) for one in linear]

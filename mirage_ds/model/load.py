@@ -21,10 +21,12 @@ import torch
 from mirage_ds.config.run import LatentLoss, Stage
 from mirage_ds.errors import UserError, reason
 from mirage_ds.model.attention import INTERFACE_NAME, SEGMENTS_NAME, choose_backend, head_width_of, register
+from mirage_ds.model.chunks import chunk_budget
 from mirage_ds.model.family import FAMILIES, Family, check_kind, family_of, flat_name
 from mirage_ds.model.folder import read_json
 from mirage_ds.model.folder_check import check_processor, check_stored
 from mirage_ds.model.forward import Forward, MirageModel
+from mirage_ds.model.kernels import check_device
 from mirage_ds.model.lora import Lora, TokenRows, add_adapters
 from mirage_ds.model.loss import LossHead
 from mirage_ds.model.shape import Shape
@@ -213,13 +215,14 @@ def load_model(
     checkpointing: bool = True,
     train_vision: bool = False,
     reduction: str = "sample",
-    loss_chunk_bytes: int = 256 << 20,
+    loss_chunk_bytes: int | None = None,
     tower: FrozenTower | None = None,
     ds_config: dict[str, Any] | None = None,
     latent_loss: LatentLoss = "cosine",
     detach_latents: bool = False,
     train_targets: bool = False,
     split: bool = False,
+    kernels: str | None = None,
     lora: Lora | None = None,
 ) -> Loaded:
     """Load a checkpoint folder.
@@ -227,19 +230,21 @@ def load_model(
     Args:
         dtype: of the weights in the forward.
         products: dtype of the products, where it is another (torch_autocast).
+        loss_chunk_bytes: as LossHead takes them; by the device if None.
         tower: the frozen tower where it has been loaded already.
         ds_config: the resolved DeepSpeed configuration. Under ZeRO-3 the weights are then partitioned as they are
             read, so that no rank ever holds the whole model; None loads an ordinary module.
-        latent_loss, detach_latents, train_targets, split: see forward.Forward.
+        latent_loss, detach_latents, train_targets, split, kernels: see forward.Forward.
         lora: put adapters on the decoder; everything else is frozen.
 
     Raises:
-        UserError: no whole model of a known family in safetensors, or the attention back end cannot run here.
+        UserError: no whole model of a known family in safetensors, or attention or kernels cannot run here.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
     config = check_folder(folder)
     backend = choose_backend(attention, device, products or dtype, head_width_of(config.get_text_config()))
+    check_device(kernels, device)
     register()
     if tower is None and not train_vision:
         tower = load_tower(folder, config, dtype, device, attention)
@@ -256,9 +261,10 @@ def load_model(
     attend_in_segments(visual, attention, device)
     if train_vision and checkpointing:
         visual.gradient_checkpointing_enable({"use_reentrant": False})
-    matrix, vocabulary = whole.lm_head.weight, config.get_text_config().vocab_size
+    matrix = whole.lm_head.weight
+    budget = loss_chunk_bytes or chunk_budget(torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0)
     if lora is None:
-        rows, head = None, LossHead(matrix, vocabulary, loss_chunk_bytes)
+        rows, head = None, LossHead(matrix, budget)
     else:
         whole.requires_grad_(False)
         add_adapters(whole.model.language_model, lora)
@@ -266,8 +272,10 @@ def load_model(
         rows = TokenRows(embedding, lora.tokens, device)
         # Where embedding and head are one matrix, its rows are too.
         own = rows if matrix is embedding else TokenRows(matrix, lora.tokens, device)
-        head = LossHead(matrix, vocabulary, loss_chunk_bytes, own.weight, own.ids)
+        head = LossHead(matrix, budget, own.weight, own.ids)
     grounded = stage == "stage1"
-    how = Forward(grounded, reduction, backend, checkpointing, latent_loss, detach_latents, train_targets, split)
+    how = Forward(
+        grounded, reduction, backend, checkpointing, latent_loss, detach_latents, train_targets, split, kernels
+    )
     model = MirageModel(whole.model.language_model, head, visual if train_vision else None, how, lora, rows)
     return Loaded(model.to(device) if ds_config is None else model, tower, config)

@@ -1,9 +1,9 @@
 """What autograd keeps of a forward, what backward needs on top, and the height of both: in bytes, each term by name.
 
 T tokens of a pass, K keys that they see (of all passes up to it, sample by sample), N samples that take part, M
-labelled tokens of the micro-batch, C of them in a chunk of logits, R rows of it, Λ grounded latents (stage1), H hidden,
-I inner width, Hq and Hkv heads, D head width (Hq D is H but in Qwen3-VL), V vocabulary, L layers; b bytes of an element
-of the compute dtype (2 in bf16, 4 in fp32).
+labelled tokens of the micro-batch, C of them in a chunk of logits, S words of a slice of V, R rows of the micro-batch,
+Λ grounded latents (stage1), H hidden, I inner width, Hq and Hkv heads, D head width (Hq D is H but in Qwen3-VL), V
+vocabulary, L layers; b bytes of an element of the compute dtype (2 in bf16, 4 in fp32).
 
 Counted: unique storages that a backward still needs once the forward has returned. Not counted: parameters and buffers,
 and the Batch itself (ids, indices, features), which are there anyway. The layers are transformers' own (5.23), the walk
@@ -19,9 +19,9 @@ comes. Model states, gathered weights and buckets are not here (states.py, fit.p
 
 from typing import NamedTuple
 
+from mirage_ds.model.chunks import CPU_BYTES, FLOAT32, divide
 from mirage_ds.plan.shape import Sizes
 
-FLOAT32 = 4
 # Name of the term: made by the head at the end of the forward, used by its backward.
 OUTPUT_GRADIENT = "gradient of the output matrix (b V H)"
 GROUNDING = "grounding (Λ (8 H + 20) + 8 R)"
@@ -72,7 +72,7 @@ class Micro(NamedTuple):
     width: int = 2
     backend: str = "flash"
     checkpointing: bool = True
-    chunk_bytes: int = 256 << 20
+    chunk_bytes: int = CPU_BYTES
     device: str = "cuda"
     features: int = 0
     resident: bool = True
@@ -211,23 +211,26 @@ class Peak(NamedTuple):
 def head_terms(micro: Micro) -> Terms:
     """Bytes that the loss head has in work at the end of the forward, beside the hidden states (model/loss.py).
 
-    A GPU multiplies bf16 into float32 logits and makes a bf16 copy of a chunk's slope. A CPU computes in float32: it
-    casts the whole matrix and makes its gradient in float32.
+    A GPU multiplies bf16 into float32 logits and makes a bf16 copy of a chunk's slope. A CPU computes in float32 and
+    casts the whole matrix. The gradient of a bf16 matrix is made after the chunks, in slices.
     """
-    model, width, labelled = micro.model, micro.width, micro.labelled
-    rows = min(max(1, micro.chunk_bytes // (2 * FLOAT32 * model.vocabulary)), labelled)
-    matrix = model.vocabulary * model.hidden
+    model, width, labelled, on_gpu = micro.model, micro.width, micro.labelled, micro.device == "cuda"
+    rows, words = divide(labelled, model.hidden, model.vocabulary, micro.chunk_bytes, on_gpu)
+    chunk = {"logits and softmax of a chunk (8 C V)": 2 * FLOAT32 * rows * model.vocabulary}
     terms = {
-        "logits and softmax of a chunk (8 C V)": 2 * FLOAT32 * rows * model.vocabulary,
         "labelled states and their gradient (2 b M H)": 2 * width * labelled * model.hidden,
-        OUTPUT_GRADIENT: width * matrix,
+        OUTPUT_GRADIENT: width * model.vocabulary * model.hidden,
     }
-    if width != FLOAT32 and micro.device == "cpu":
-        terms["matrix and its gradient in float32 (2 · 4 V H)"] = 2 * FLOAT32 * matrix
-        terms["the labelled states' in float32 (2 · 4 M H)"] = 2 * FLOAT32 * labelled * model.hidden
-    elif width != FLOAT32:
-        terms["slope of a chunk in bf16 (b C V)"] = width * rows * model.vocabulary
-    return terms
+    if width == FLOAT32:
+        return terms | chunk
+    product, copied = (width, width) if on_gpu else (FLOAT32, 0)
+    if not on_gpu:
+        terms["matrix in float32 (4 V H)"] = FLOAT32 * model.vocabulary * model.hidden
+        # The gradient in bf16 comes last.
+        terms["the labelled states' in float32 ((8 − b) M H)"] = (2 * FLOAT32 - width) * labelled * model.hidden
+    chunk["slope of a chunk in bf16 (b C V)"] = copied * rows * model.vocabulary
+    a_slice = words * ((FLOAT32 + copied) * labelled + product * model.hidden)
+    return terms | max(chunk, {"a slice of the vocabulary (S ((4 + b) M + b H))": a_slice}, key=total)
 
 
 def splits(model: Sizes, tokens: int) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from mirage_ds.data.passes import schedule
 from mirage_ds.engine.ds_config import read_json, recipes
+from mirage_ds.model.chunks import chunk_budget
 from mirage_ds.plan.activations import Micro, PassShape, Peak, Terms, peak, saved_terms, splits, total
 from mirage_ds.plan.formulas import Machine, Step, step_cost, walk
 from mirage_ds.plan.gpus import A100, H100_SXM, PEAKS
@@ -48,7 +49,7 @@ class Question:
         shape = read_shape(spec.model)
         self.spec, self.machine, self.ranks = spec, _machine(spec), spec.nodes * spec.gpus_per_node
         self.model, self.parameters = sizes(shape), trained_parameters(shape)
-        self.micro = _micro(spec, self.model)
+        self.micro = _micro(spec, self.model, self.machine)
         self.paths = recipes() if spec.deepspeed is None else [spec.deepspeed]
 
 
@@ -59,7 +60,7 @@ def _machine(spec: PlanSpec) -> Machine:
     return GPUS[spec.gpu]._replace(gpus=spec.gpus_per_node, **given)
 
 
-def _micro(spec: PlanSpec, model: Sizes) -> Micro:
+def _micro(spec: PlanSpec, model: Sizes, machine: Machine) -> Micro:
     """Pack as many rows as fit, alike, each with all its latent blocks.
 
     The first block stands before the labelled tokens, the others spread over them evenly.
@@ -79,7 +80,7 @@ def _micro(spec: PlanSpec, model: Sizes) -> Micro:
         grounded=rows * k * blocks if spec.stage == "stage1" else None,
         backend=spec.attention,
         checkpointing=spec.gradient_checkpointing,
-        chunk_bytes=spec.loss_chunk_mb * MIB,
+        chunk_bytes=(spec.loss_chunk_mb or 0) * MIB or chunk_budget(machine.memory),
         features=rows * spec.images * spec.image_tokens,
         split=spec.stage == "stage2" and splits(model, spec.micro_batch_tokens),
         # Of a row's last pass all tokens but the latent that it begins with.

@@ -36,7 +36,7 @@ class PlanSpec(BaseModel):
     feature_cache: Literal["all", "targets", "off"] = Field("all", description="As for a run.")
     gradient_checkpointing: bool = Field(True, description="Recompute each layer in backward.")
     attention: Literal["flash", "torch_varlen", "sdpa"] = Field("flash", description="Attention back end.")
-    loss_chunk_mb: PositiveInt = Field(256, description="Memory for one chunk of logits, in MiB.")
+    loss_chunk_mb: PositiveInt | None = Field(None, description="MiB of a logits chunk. [default: GPU / 128; CPU 256]")
 
     # the machines
     nodes: PositiveInt = Field(1, description="Hosts.")

@@ -220,9 +220,10 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
         tower=data.tower,
         products=checked.products,
         checkpointing=config.gradient_checkpointing,
-        loss_chunk_bytes=config.loss_chunk_mb << 20,
+        loss_chunk_bytes=config.loss_chunk_mb and config.loss_chunk_mb << 20,
         ds_config=checked.ds_values,
         lora=checked.lora,
+        kernels=config.kernels,
         **config.model_dump(include=FORWARD),
     )
     layers: DecoderLayers = loaded.model.layers

@@ -152,9 +152,8 @@ def _log_likelihoods(bench: Bench, rows: Sequence[Row], batch: Batch, hidden: to
     barred = torch.tensor([pad, start, end], device=hidden.device)
     found = []
     # (C, V) logits at a time, within the budget that training has.
-    for states, targets in zip(
-        hidden[places - 1].split(head.chunk), batch.input_ids[places].split(head.chunk), strict=True
-    ):
+    most, _ = head.parts(len(places))
+    for states, targets in zip(hidden[places - 1].split(most), batch.input_ids[places].split(most), strict=True):
         logits = functional.linear(states, head.weight)
         # At least float32; a model in float64 keeps what it has.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill(-1, barred, float("-inf"))

@@ -31,7 +31,7 @@ def test_extras_are_those_of_the_package() -> None:
         packages = {re.split(r"[>=<]", one)[0]: one for one in declared[extra]}
         for name in modules:
             module, _, version = name.partition("==")
-            (package,) = [one for one in packages if one.removesuffix("-skinny") == module]
+            (package,) = [one for one in packages if one.removesuffix("-skinny").replace("-", "_") == module]
             assert not version or packages[package] == name
 
 
@@ -44,6 +44,7 @@ def test_extras_are_those_of_the_package() -> None:
             '--eval_pictures 2 needs matplotlib, which .*"mirage-ds[plot]"',
         ),
         ("peft", {"lora_rank": 8}, '--lora_rank 8 needs peft, which is not installed: pip install "mirage-ds[lora]"'),
+        ("liger_kernel", {"kernels": "liger"}, '--kernels liger needs liger_kernel, which .*"mirage-ds[liger]"'),
         ("wandb", {"report_to": ["wandb"]}, '--report_to wandb needs wandb, which .*"mirage-ds[wandb]"'),
         (
             "mlflow",
@@ -53,7 +54,7 @@ def test_extras_are_those_of_the_package() -> None:
     ],
 )
 def test_settings_of_a_run(monkeypatch: pytest.MonkeyPatch, module: str, settings: dict, says: str) -> None:
-    gone(monkeypatch, *{"matplotlib", "peft", "wandb", "mlflow", "gymnasium"} - {module})
+    gone(monkeypatch, *{"matplotlib", "peft", "liger_kernel", "wandb", "mlflow", "gymnasium"} - {module})
     need_for(RunConfig(**RUN))
     gone(monkeypatch, module)
     need_for(RunConfig(**RUN))

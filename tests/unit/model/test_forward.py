@@ -460,7 +460,7 @@ def test_the_head_makes_no_gradients_that_nobody_asks_for(trained: set[str]) -> 
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(vocabulary, hidden), requires_grad="weight" in trained)
     rows = torch.nn.Parameter(torch.randn(2, hidden)) if "rows" in trained else None
-    head = LossHead(weight, vocabulary, 2 * 4 * vocabulary * 5, rows, None if rows is None else ids)
+    head = LossHead(weight, 2 * 4 * vocabulary * 5, rows, None if rows is None else ids)
     states = torch.randn(positions, hidden, requires_grad=True)
     given = states, torch.randint(0, vocabulary, (positions,)), torch.rand(positions)
     with FlopCounterMode(display=False) as training:

@@ -6,8 +6,10 @@ transformers.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,8 @@ from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
+from mirage_ds.errors import UserError
+from mirage_ds.model.kernels import check_device
 from mirage_ds.model.layers import Deposits, LayerCall, PassLinear, Round
 from mirage_ds.model.load import load_model
 
@@ -77,16 +81,39 @@ def test_a_first_pass_that_does_not_wait_is_an_error() -> None:
         late.backward()
 
 
-def test_a_call_adds_no_name_and_has_the_layers_own_parameters(tmp_path: Path) -> None:
+class LigerRMSNorm(nn.Module):
+    """Stands for Liger-Kernel's, which tests/slow/test_liger.py runs."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+
+class LigerSwiGLUMLP(nn.Module):
+    def __init__(self, config: Any):
+        super().__init__()
+
+
+@pytest.mark.parametrize("kernels", [None, "liger"])
+def test_a_call_adds_no_name_and_has_the_layers_own_parameters(
+    kernels: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = SimpleNamespace(LigerRMSNorm=LigerRMSNorm, LigerSwiGLUMLP=LigerSwiGLUMLP)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=one))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", one)
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(make_nano(tmp_path / "nano", layers=1))
     layer = model.model.language_model.layers[0]
-    call = LayerCall(layer, Round())
+    call = LayerCall(layer, Round(), kernels)
     assert not list(call.named_parameters()) + list(call.state_dict()) + list(call.children())
     for body in call._bodies.values():
         names = dict(layer.named_parameters())
         assert {name: id(p) for name, p in body.named_parameters()} == {name: id(p) for name, p in names.items()}
+        fused = [module for module in body.modules() if isinstance(module, LigerRMSNorm | LigerSwiGLUMLP)]
+        assert len(fused) == (3 if kernels else 0)
+        assert all(one.eps == 1e-6 for one in fused if isinstance(one, LigerRMSNorm))
+    assert not any(isinstance(module, LigerRMSNorm | LigerSwiGLUMLP) for module in model.modules())
     call.train(False)
     assert not any(module.training for body in call._bodies.values() for module in body.modules())
 
@@ -147,3 +174,10 @@ def test_whole_gradients_of_three_layers_at_most_are_alive(
             sums.earlier.backward()
     layer = sum(p.numel() * p.element_size() for p in matrices)
     assert layer / 7 < whole.most <= 3 * layer
+
+
+def test_kernels_are_refused_without_a_gpu() -> None:
+    check_device(None, torch.device("cpu"))
+    check_device("liger", torch.device("cuda"))
+    with pytest.raises(UserError, match=r"^--kernels liger needs a CUDA GPU and this run is on cpu; leave it out$"):
+        check_device("liger", torch.device("cpu"))

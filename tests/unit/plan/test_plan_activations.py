@@ -68,7 +68,7 @@ def whole(name: str, dtype: torch.dtype, vocabulary: int = VOCABULARY) -> Any:
 def model_of(name: str, stage: str, dtype: torch.dtype, way: str) -> MirageModel:
     model = whole(name, dtype)
     model.zero_grad(set_to_none=True)
-    head = LossHead(model.lm_head.weight, VOCABULARY, CHUNK_BYTES)
+    head = LossHead(model.lm_head.weight, CHUNK_BYTES)
     how = Forward(stage == "stage1", "sample", "sdpa", way != "whole", split=way == "split")
     made = MirageModel(model.model.language_model, head, None, how)
     # As under ZeRO-3, where layers are gathered for each use.
@@ -263,7 +263,7 @@ def test_deepstack_features_are_there_until_the_head_is_through() -> None:
         row.labels[:] = row.input_ids
     batch = collate(rows, 1, sample(-1, 4, ((1, 2),), hidden * 3, torch.float32, 0, False))
     model = whole(name, torch.float32, vocabulary)
-    head = LossHead(model.lm_head.weight, vocabulary, chunk)
+    head = LossHead(model.lm_head.weight, chunk)
     made = MirageModel(model.model.language_model, head, None, Forward(False, "sample", "sdpa", True))
     with Live() as live:
         objective(made(batch), StepCounts(3, 720, 0), 0.1, "sample")[0].backward()
