@@ -53,12 +53,12 @@ def killed(copies: Any, step: int) -> Iterator[None]:
 def _train(
     world: Any,
     settings: dict[str, Any],
-    wait: int = 1,
+    patience_s: float = 20,
     trouble: tuple[int, Trouble] | None = None,
     stop: int | None = None,
     odd: int | None = None,
 ) -> tuple[str, list[int]]:
-    """Train; a copy is written once `wait` more steps are taken, or after half a second.
+    """Train; a copy is written once two more steps are taken, or patience is at an end.
 
     Args:
         trouble: rank → what happens to it then.
@@ -74,8 +74,11 @@ def _train(
 
     def slow(files: Collecting) -> None:
         if copies := files._copies:
-            saved, end = int(Path(copies[0][1]).parent.name.split("step")[1].split(".")[0]), time.monotonic() + 0.5
-            while learner.engine.global_steps < saved + wait and time.monotonic() < end:
+            saved, end = (
+                int(Path(copies[0][1]).parent.name.split("step")[1].split(".")[0]),
+                time.monotonic() + patience_s,
+            )
+            while learner.engine.global_steps < saved + 2 and time.monotonic() < end:
                 time.sleep(0.001)
             later.append(learner.engine.global_steps - saved)
             if trouble and trouble[0] == world.rank:
@@ -138,7 +141,7 @@ def test_what_is_written_beside_steps_is_what_was_there_before_them(
     out, json_of_stage = tmp_path / "out", zero(tmp_path, stage)
     settings = base | dict(save_model_path=out, deepspeed=json_of_stage)
     # Under ZeRO-0 rank 0 writes all. The last save is not made beside steps: none comes after it.
-    assert group.run(_train, settings) == [("", [1, 1]), ("", [1, 1] if stage else [])]
+    assert group.run(_train, settings) == [("", [2, 2]), ("", [2, 2] if stage else [])]
     equal(out, whole(stage))
     for step in (2, 4, 6):
         one, other = (folder / f"run/checkpoints/global_step{step}" for folder in (out, whole(stage)))
@@ -164,7 +167,7 @@ def test_a_disk_that_is_full_meanwhile_is_said_and_training_goes_on(
 ) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     settings = base | dict(save_model_path=out, log_file=log, deepspeed=zero(tmp_path, 3))
-    assert group.run(_train, settings, trouble=(rank, no_room)) == [("", [1, 1])] * 2
+    assert group.run(_train, settings, trouble=(rank, no_room)) == [("", [2, 2])] * 2
     equal(out, whole(3))
     folder = out / "run/checkpoints"
     assert names(out) == ["global_step2", "global_step6"]
@@ -194,7 +197,7 @@ def test_what_ends_a_run_waits_for_the_checkpoint_that_is_written(
 ) -> None:
     out = tmp_path / "out"
     settings = base | dict(save_model_path=out, max_skipped_steps=1, deepspeed=zero(tmp_path, 3))
-    for told, _ in group.run(_train, settings, wait=99, **how):
+    for told, _ in group.run(_train, settings, patience_s=0.5, **how):
         assert told.startswith(wanted)
         assert "odd" not in how or f"the last good checkpoint is {out}/run/checkpoints/global_step2" in told
     assert names(out) == [f"global_step{step}" for step in checkpoints]
