@@ -4,9 +4,9 @@
 
 Two ranks under ZeRO-3 on the CPU train a nano model on a few maps. One run is left alone. The other is killed (SIGKILL
 to launcher, ranks and workers together) during a step, a save, the first load or an evaluation; the run's own
-events.jsonl says in which. Between two starts the newest checkpoint is sometimes damaged, and sometimes the run may
-write no file above a size, as when a quota is used up. At the end weights, losses and the rows of every step are
-compared.
+events.jsonl says in which. Every other start, and the last, writes its checkpoints beside the steps (--async_save).
+Between two starts the newest checkpoint is sometimes damaged, and sometimes the run may write no file above a size, as
+when a quota is used up. At the end weights, losses and the rows of every step are compared.
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ def make_inputs(out: Path) -> None:
         subprocess.run(words, env=environment(), check=True, stdout=subprocess.DEVNULL)
 
 
-def start(out: Path, run: Path, log: Path, steps: int, quota: bool = False) -> subprocess.Popen[bytes]:
-    """Start the training command of a run; it continues where it can."""
+def start(
+    out: Path, run: Path, log: Path, steps: int, quota: bool = False, beside: bool = False
+) -> subprocess.Popen[bytes]:
+    """Start the training command of a run; it continues where it can. `beside`: with --async_save."""
     command = [
         *(BINARIES / "deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "--module", "mirage_ds.train"),
         *("--stage", "stage2", "--model", out / "nano", "--data_path", out / "data/data.jsonl", "--latent_size", 2),
@@ -83,6 +85,7 @@ def start(out: Path, run: Path, log: Path, steps: int, quota: bool = False) -> s
         *("--micro_batch_size", 2, "--learning_rate", 1e-3, "--save_every", SAVE_EVERY, "--keep_checkpoints", 3),
         *("--eval_data_path", out / "held_out/data.jsonl", "--eval_every", EVAL_EVERY, "--num_workers", 1),
         *("--feature_dir", out / "features", "--log_rows", "--report_to", "none", "--no_gradient_checkpointing"),
+        *(["--async_save"] if beside else []),
     ]
 
     # prlimit belongs to util-linux, which every Linux has.
@@ -107,7 +110,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def phase_of(events: list[dict[str, Any]]) -> str:
     """Say what a run was doing, by its last event."""
     last = events[-1]["event"] if events else "load begins"
-    return last.removesuffix(" begins") if last.endswith(" begins") else "step"
+    begun = (" begins", " goes on")
+    return last.removesuffix(begun[0]).removesuffix(begun[1]) if last.endswith(begun) else "step"
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -221,7 +225,8 @@ def main(kills: int, each: int, steps: int, out: Path, seed: int) -> None:
             aim = chance.choice(wanted)
             quota = aim == "save" and chance.random() < 0.5
             started = time.perf_counter()
-            struck = strike(start(out, run, out / "disturbed.log", steps, quota), run, aim, chance)
+            beside = len(done) % 2 == 1
+            struck = strike(start(out, run, out / "disturbed.log", steps, quota, beside), run, aim, chance)
             if struck is None:
                 # It came to its end first. Begin again, so that there is something left to kill.
                 problems = [] if quota else compare(run, reference)
@@ -232,10 +237,10 @@ def main(kills: int, each: int, steps: int, out: Path, seed: int) -> None:
                 shutil.rmtree(run)
                 continue
             what = damage(run, chance) if chance.random() < 0.5 else "–"
-            what += " (quota)" if quota else ""
+            what += f"{' (quota)' if quota else ''}{' (beside steps)' if beside else ''}"
             done.append(Kill(aim, *struck, time.perf_counter() - started, what))
             bar.update(task, completed=len(done))
-    code = start(out, run, out / "disturbed.log", steps).wait()
+    code = start(out, run, out / "disturbed.log", steps, beside=True).wait()
     print_table(console, done)
     problems = [f"the last start ended with exit code {code}"] if code else compare(run, reference)
     report = {"kills": [one._asdict() for one in done], "rounds": rounds + 1, "problems": problems, "seed": seed}

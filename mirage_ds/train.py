@@ -156,6 +156,7 @@ def train(run: Run, data: Data, learner: Learner) -> None:
                 why = f"the loss {taken.metrics['loss']:.4f} is a spike over the median before it, {usual:.4f}"
                 journal.odd(done, why, taken.metrics, data.index.rows.places_of(plan.rows))
             profiled()
+            saver.step_done()
             if done == start + 1:
                 first_step_done(run)
             skipped = 0 if taken.applied else skipped + 1
@@ -165,7 +166,7 @@ def train(run: Run, data: Data, learner: Learner) -> None:
             owed = bool(due) and (taken.stop or not evaluator.measured(done))
             stops = taken.stop or owed
             if stops or (config.save_every and done % config.save_every == 0):
-                saver.save(done, owed)
+                saver.save(done, owed, at_once=stops or done == data.steps)
             if stops:
                 further = "the same command with --resume auto goes on" if saver.last else "nothing to go on from"
                 stop_run(run, done, f"stopped on request after step {done}; {further}")
@@ -186,6 +187,7 @@ def not_applied(run: Run, data: Data, taken: Taken, skipped: int, done: int, sav
     why = f"the {'gradient' if whole else 'loss'} was not finite, the step is skipped"
     run.journal.odd(done, why, taken.metrics, data.index.rows.places_of(rows))
     if skipped == run.config.max_skipped_steps:
+        saver.finish()
         raise UserError(
             f"{skipped} optimizer steps in a row, the last of them step {done}, had a loss or gradient that is not "
             f"finite ({run.folder / odd_steps.FILE} names the records); the last good checkpoint is "

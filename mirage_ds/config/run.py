@@ -141,6 +141,9 @@ class RunConfig(BaseModel):
     # what is written
     save_every: PositiveInt | None = Field(None, description="Steps between sharded checkpoints. [default: none]")
     keep_checkpoints: PositiveInt = Field(2, description="Sharded checkpoints that are kept; older ones are deleted.")
+    async_save: bool = Field(
+        False, description="Write checkpoints while steps are taken, from a copy in the host's RAM."
+    )
     max_skipped_steps: PositiveInt = Field(5, description="End after so many steps without a finite loss or gradient.")
     start_timeout: PositiveInt = Field(3600, description="Seconds that a start may stand still, until step 1 is done.")
     collective_timeout: PositiveInt = Field(900, description="Seconds a rank waits for another, from step 2 on.")

@@ -13,7 +13,9 @@ W ranks.
 
 import json
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from math import inf
@@ -32,7 +34,7 @@ from mirage_ds.engine.manifest import (
     write_manifest,
 )
 from mirage_ds.engine.private import collected_write_errors, own_groups_and_steps
-from mirage_ds.engine.setup import World, at_rank_zero, everyone, from_rank_zero
+from mirage_ds.engine.setup import World, agree, at_rank_zero, everyone, from_rank_zero
 from mirage_ds.errors import UserError
 from mirage_ds.files import sync, write_atomically
 
@@ -78,34 +80,85 @@ class Found(NamedTuple):
         return self.form != self.place
 
 
-def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int, world: World) -> Path | str:
-    """Save the engine's whole state. All ranks call it.
+class Saved(NamedTuple):
+    """A checkpoint that is in its place.
+
+    Attributes:
+        size: bytes of all ranks' files; own: of this rank's.
+        seconds: from its begin until `latest` named it; held: of these, while no step was taken.
+    """
+
+    place: Path
+    size: int
+    own: int
+    seconds: float
+    held: float
+
+
+class CheckpointWriter:
+    """Writes a checkpoint of the engine's whole state. All ranks make it, and then finish it.
 
     Args:
         folder: the run's checkpoint folder.
         state: what a resume checks before it loads (MUST_AGREE), and "step", the optimizer steps taken.
-        keep: newest whole checkpoints that stay; older ones are deleted once `latest` names this one.
-
-    Returns:
-        The checkpoint's folder; or, the same on every rank, a sentence that says why there is none. The earlier
-        checkpoints are then as they were.
+        beside_steps: the files are written while steps are taken, from a copy in the host's memory.
     """
-    place = folder / f"global_step{state['step']}"
-    beside = folder / f".{place.name}.partial"
-    trouble = at_rank_zero(lambda: _make_room(folder, beside), world)
-    if trouble:
-        return trouble
-    with collected_write_errors(engine) as files:
-        # The state stays out of DeepSpeed's files: a key of its own there ("optimizer") would be overwritten.
-        # Frozen weights are the base's; the state says which (frozen.notes_of_engine).
-        engine.save_checkpoint(str(folder), tag=beside.name, save_latest=False, exclude_frozen_parameters=True)
-    trouble, entries = _gather(files.failed, files.written, beside, world)
-    if trouble is None:
-        trouble = at_rank_zero(lambda: _put_in_place(beside, place, state, entries, keep), world)
-    if trouble:
-        from_rank_zero(lambda: shutil.rmtree(beside, ignore_errors=True), world)
-        return trouble
-    return place
+
+    def __init__(self, engine: Any, folder: Path, state: dict[str, Any], world: World, beside_steps: bool = False):
+        self.state, self._world, self._begun = state, world, time.perf_counter()
+        self._place = folder / f"global_step{state['step']}"
+        self._beside = folder / f".{self._place.name}.partial"
+        self._entries: Future[list[Entry]] | None = None
+        self._trouble = at_rank_zero(lambda: _make_room(folder, self._beside), world)
+        if not self._trouble:
+            with collected_write_errors(engine, beside_steps) as self._files:
+                # The state stays out of DeepSpeed's files: a key of its own there ("optimizer") would be overwritten.
+                # Frozen weights are the base's; the state says which (frozen.notes_of_engine).
+                engine.save_checkpoint(
+                    str(folder), tag=self._beside.name, save_latest=False, exclude_frozen_parameters=True
+                )
+            thread = ThreadPoolExecutor(1)
+            self._entries = thread.submit(self._write)
+            thread.shutdown(wait=False)
+        self._held = time.perf_counter() - self._begun
+
+    def _write(self) -> list[Entry]:
+        """Write what is not written yet, and read all of this rank's files back."""
+        self._files.write()
+        entries = []
+        for file in [] if self._files.failed else dict.fromkeys(self._files.written):
+            try:
+                entries.append(entry_of(self._beside, file))
+            except OSError as error:
+                self._files.failed.append(f"{file}: {error.strerror}")
+        return entries
+
+    def written(self) -> bool:
+        """Tell, on every rank alike, whether all of them have written their files."""
+        return not agree(self._entries is not None and not self._entries.done(), self._world)
+
+    def finish(self, keep: int) -> Saved | str:
+        """Wait for all ranks' files, and put the checkpoint in its place.
+
+        Args:
+            keep: newest whole checkpoints that stay; older ones are deleted once `latest` names this one.
+
+        Returns:
+            What was saved; or, the same on every rank, a sentence that says why there is none. The earlier checkpoints
+            are then as they were.
+        """
+        world, begun = self._world, time.perf_counter()
+        if self._trouble or self._entries is None:
+            return self._trouble or ""
+        own = self._entries.result()
+        troubles, entries = everyone(self._files.failed, world), everyone(own, world)
+        put = partial(_put_in_place, self._beside, self._place, self.state, entries, keep)
+        if trouble := troubles[0] if troubles else at_rank_zero(put, world):
+            from_rank_zero(lambda: shutil.rmtree(self._beside, ignore_errors=True), world)
+            return trouble
+        size, mine = (sum(entry.size for entry in some) for some in (entries, own))
+        now = time.perf_counter()
+        return Saved(self._place, size, mine, now - self._begun, self._held + now - begun)
 
 
 def _make_room(folder: Path, beside: Path) -> None:
@@ -113,18 +166,6 @@ def _make_room(folder: Path, beside: Path) -> None:
     for left in folder.glob(".global_step*.partial"):
         shutil.rmtree(left)
     beside.mkdir()
-
-
-def _gather(failed: list[str], written: list[Path], beside: Path, world: World) -> tuple[str | None, list[Entry]]:
-    """Read back what each rank has written; return the first trouble, if any, and all entries."""
-    entries = []
-    for file in [] if failed else dict.fromkeys(written):
-        try:
-            entries.append(entry_of(beside, file))
-        except OSError as error:
-            failed = [f"{file}: {error.strerror}"]
-    troubles = everyone(failed, world)
-    return (troubles[0] if troubles else None), everyone(entries, world)
 
 
 def _put_in_place(beside: Path, place: Path, state: dict[str, Any], entries: list[Entry], keep: int) -> None:

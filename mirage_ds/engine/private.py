@@ -7,8 +7,9 @@ a load on another number of ranks tests/dist/test_world_size.py.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -109,17 +110,43 @@ def backward(engine: Any, loss: torch.Tensor, earlier: torch.Tensor | None) -> N
     engine.backward(earlier)
 
 
+def host_copy(state: Any) -> Any:
+    """Copy what a checkpoint file holds into the host's memory, tensors that share a storage again as views of one."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    copies: dict[int, Any] = {}
+    for tensor in _tensors(state):
+        whole = tensor.untyped_storage()
+        if whole.data_ptr() not in storages:
+            storages[whole.data_ptr()] = torch.UntypedStorage(whole.nbytes()).copy_(whole)
+        view = storages[whole.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride()
+        copies[id(tensor)] = torch.empty(0, dtype=tensor.dtype).set_(*view)
+    # It copies all else, and takes from its memo what is there: else tensors of a GPU would be copied on the GPU.
+    return deepcopy(state, copies)
+
+
+def _tensors(state: Any) -> Iterator[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, Mapping | list | tuple):
+        for one in state.values() if isinstance(state, Mapping) else state:
+            yield from _tensors(one)
+
+
 class Collecting:
     """A checkpoint engine that notes a file it cannot write and goes on.
 
     An exception on one rank in the middle of `engine.save_checkpoint` leaves the others waiting in its barriers.
 
+    Args:
+        later: copy what is to be written; `write` writes it, in a thread of its own.
+
     Attributes:
         written: the files of this rank; failed: why others are none.
     """
 
-    def __init__(self, inner: Any):
-        self._inner = inner
+    def __init__(self, inner: Any, later: bool):
+        self._inner, self._later = inner, later
+        self._copies: list[tuple[Any, str]] = []
         self.written: list[Path] = []
         self.failed: list[str] = []
 
@@ -128,23 +155,40 @@ class Collecting:
         return getattr(self._inner, name)
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write a file, down to the disk."""
+        """Write a file, down to the disk, or copy what it will hold."""
+        with self._noted(path):
+            if self._later:
+                self._copies.append((host_copy(state_dict), path))
+            else:
+                self._write(state_dict, path)
+
+    def write(self) -> None:
+        """Write what was copied, and free it."""
+        while self._copies:
+            state_dict, path = self._copies.pop(0)
+            with self._noted(path):
+                self._write(state_dict, path)
+
+    def _write(self, state_dict: Any, path: str) -> None:
+        self._inner.save(state_dict, path)
+        sync(Path(path))
+        self.written.append(Path(path))
+
+    @contextmanager
+    def _noted(self, path: str) -> Iterator[None]:
         try:
-            self._inner.save(state_dict, path)
-            sync(Path(path))
+            yield
         except (OSError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError of its zip writer.
+            # torch reports a full disk as a RuntimeError of its zip writer, and memory that is not there as another.
             reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
             self.failed.append(f"{path}: {reason}")
-        else:
-            self.written.append(Path(path))
 
 
 @contextmanager
-def collected_write_errors(engine: Any) -> Iterator[Collecting]:
+def collected_write_errors(engine: Any, later: bool) -> Iterator[Collecting]:
     """While it lasts, `engine.save_checkpoint` raises nothing for files that cannot be written, but notes them."""
     inner = engine.checkpoint_engine
-    engine.checkpoint_engine = collecting = Collecting(inner)
+    engine.checkpoint_engine = collecting = Collecting(inner, later)
     try:
         yield collecting
     finally:

@@ -18,7 +18,7 @@ from mirage_ds.plan.gpus import A100, H100_SXM, PEAKS
 from mirage_ds.plan.settings import Settings, read_settings
 from mirage_ds.plan.shape import Sizes, read_shape, sizes, trained_parameters
 from mirage_ds.plan.spec import PlanSpec
-from mirage_ds.plan.states import States, states
+from mirage_ds.plan.states import States, Written, states, written
 
 GB = 1e9
 MIB = 1 << 20
@@ -101,7 +101,7 @@ class Held(NamedTuple):
         reserve: what is kept free.
         host, host_start: of a node, running, and while rank 0 reads the weights.
         kept: features on disk, of all records.
-        checkpoint: a sharded checkpoint.
+        checkpoint: a sharded checkpoint's files.
     """
 
     states: States
@@ -115,7 +115,7 @@ class Held(NamedTuple):
     host: Terms
     host_start: int
     kept: int
-    checkpoint: int
+    checkpoint: Written
 
     @property
     def always(self) -> Terms:
@@ -164,7 +164,10 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     kept = spec.images * spec.image_tokens * feature if every_kept else 0
     if spec.feature_cache != "off":
         kept += grounded * spec.latent_size * model.hidden * b
-    optimizer = (settings.master + 2 * settings.moments) * model.text
+    saved_files = written(asked.parameters, settings, asked.ranks)
+    if spec.async_save:
+        writers = min(spec.gpus_per_node, saved_files.ranks)
+        host["a checkpoint's copy (--async_save)"] = saved_files._replace(ranks=writers).all
     return Held(
         states=found,
         backward=_backward(asked, settings, height),
@@ -177,8 +180,7 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
         host=host,
         host_start=(model.text + model.vision) * b + spec.gpus_per_node * (tower + PROCESS_BYTES),
         kept=spec.rows * kept,
-        # ZeRO-3's shards hold the optimizer alone; the others also write the weights of the forward.
-        checkpoint=optimizer + (0 if settings.stage == 3 else b * model.text),
+        checkpoint=saved_files,
     )
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mirage_ds.plan.activations import total
 from mirage_ds.plan.fit import GB, Held, Plan, Question, held_by
+from mirage_ds.plan.spec import PlanSpec
 
 # Wider terminals gain nothing.
 WIDTH = 100
@@ -99,14 +100,26 @@ def host_table(asked: Question, plan: Plan) -> Table:
     table = _table("per host, GB", "", "disks, GB", "", right=(1, 3))
     host = held.host | {"all": total(held.host), "at the start, rank 0's host": held.host_start}
     left = [(name, _gb(size)) for name, size in host.items()]
+    files, seconds = held.checkpoint, _checkpoint_seconds(spec, held)
     right = [
         (f"kept features of {spec.rows:,} records", _gb(held.kept)),
-        ("a checkpoint", _gb(held.checkpoint)),
-        (f"  seconds to write it at {spec.storage:g} GB/s", f"{held.checkpoint / GB / spec.storage:.1f}"),
+        ("a checkpoint", _gb(files.all)),
+        (f"  optimizer, each of {files.ranks} rank(s)", _gb(files.optimizer)),
+        *([("  weights, by rank 0", _gb(files.weights))] if files.weights else []),
+        (f"  seconds to write it at {spec.storage:g} GB/s", f"{seconds['seconds']:.1f}"),
+        *([(f"  seconds to copy it at {spec.pcie:g} GB/s", f"{seconds['held']:.1f}")] if spec.async_save else []),
     ]
     for (name, size), (other, said) in zip_longest(left, right, fillvalue=("", "")):
         table.add_row(Text(name), size, Text(other), said)
     return table
+
+
+def _checkpoint_seconds(spec: PlanSpec, held: Held) -> dict[str, float]:
+    """Seconds from a checkpoint's begin to its end, and those of them in which no step is taken."""
+    seconds = held.checkpoint.all / GB / spec.storage
+    # Each rank copies its own; rank 0 has the most.
+    copy = (held.checkpoint.weights + held.checkpoint.optimizer) / GB / spec.pcie
+    return {"seconds": seconds, "held": copy if spec.async_save else seconds}
 
 
 def step_table(asked: Question, plan: Plan) -> Table:
@@ -205,6 +218,10 @@ def _plan(asked: Question, plan: Plan) -> dict[str, Any]:
         ),
         "host": {**held.host, "all": total(held.host), "at the start": held.host_start},
         "kept_features": held.kept,
-        "checkpoint": {"bytes": held.checkpoint, "seconds": held.checkpoint / GB / asked.spec.storage},
+        "checkpoint": {
+            "bytes": held.checkpoint.all,
+            **held.checkpoint._asdict(),
+            **_checkpoint_seconds(asked.spec, held),
+        },
         "step": {**step._asdict(), "bound": step.bound, "least": step.least, "most": step.most},
     }

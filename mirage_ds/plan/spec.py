@@ -35,6 +35,7 @@ class PlanSpec(BaseModel):
     rows: PositiveInt = Field(3000, description="Records, for the size of the kept features.")
     feature_cache: Literal["all", "targets", "off"] = Field("all", description="As for a run.")
     gradient_checkpointing: bool = Field(True, description="Recompute each layer in backward.")
+    async_save: bool = Field(False, description="As for a run: a copy of a checkpoint lies in the hosts' RAM.")
     attention: Literal["flash", "torch_varlen", "sdpa"] = Field("flash", description="Attention back end.")
     loss_chunk_mb: PositiveInt | None = Field(None, description="MiB of a logits chunk. [default: GPU / 128; CPU 256]")
 

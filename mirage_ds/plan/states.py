@@ -51,6 +51,46 @@ def states(groups: Groups, settings: Settings, ranks: int, micro_steps: int = 1)
     return _flat(groups, settings, ranks, micro_steps)
 
 
+class Written(NamedTuple):
+    """Bytes of the tensors in a sharded checkpoint.
+
+    Frozen weights are not among them: the state names their hashes. Nor is anything random or of the loader: seed and
+    step say which rows come next. Pickles, counters and the manifest add kilobytes.
+
+    Attributes:
+        weights: those of the forward, which rank 0 writes; none under ZeRO-3.
+        optimizer: master weights and moments, with padding, of each of the `ranks` that write them.
+    """
+
+    weights: int
+    optimizer: int
+    ranks: int
+
+    @property
+    def all(self) -> int:
+        """Of all ranks."""
+        return self.weights + self.ranks * self.optimizer
+
+
+def written(groups: Groups, settings: Settings, ranks: int) -> Written:
+    """Count a checkpoint's files; `groups` as in states."""
+    each, b = settings.master + 2 * settings.moments, settings.compute
+    if settings.stage == 3:
+        return Written(0, each * sum(part(n, ranks) for n in chain(*groups)), ranks)
+    if settings.stage == 0:
+        elements = sum(map(sum, groups))
+        # In fp32 the forward's weights are the optimizer's.
+        return Written(b * elements, (each - settings.master * (b == settings.master)) * elements, 1)
+    whole = sum(_padded(groups, ranks))
+    return Written(b * whole, each * whole // ranks, ranks)
+
+
+def _padded(groups: Groups, ranks: int) -> list[int]:
+    """Elements of ZeRO-1's and 2's flat groups."""
+    padding = ALIGNMENT * ranks
+    return [math.ceil(sum(group) / padding) * padding for group in groups]
+
+
 def part(elements: int, ranks: int) -> int:
     """Elements of a parameter that one rank holds under ZeRO-3, padding included."""
     return -(-elements // ranks)
@@ -123,8 +163,7 @@ def _flat(groups: Groups, settings: Settings, ranks: int, micro_steps: int) -> S
         gpu["master weights (m Ψ)"] = 0 if b == settings.master else elements * settings.master
         gpu["moments (2 s Ψ)"] = 2 * elements * settings.moments
         return States(gpu, _optimizer_work(elements, settings), {})
-    padding = ALIGNMENT * ranks
-    flat = [math.ceil(sum(group) / padding) * padding for group in groups]
+    flat = _padded(groups, ranks)
     own, largest = sum(flat) // ranks, max(map(max, groups))
     gpu = {"parameters, whole (b Ψ)": sum(flat) * b}
     host: Terms = {}

@@ -127,17 +127,19 @@ class Journal:
             if logs:
                 logs.close(end)
 
-    def tell(self, event: str, step: int | None = None, said: str = "", why: str | None = None) -> None:
+    def tell(
+        self, event: str, step: int | None = None, said: str = "", why: str | None = None, **numbers: float
+    ) -> None:
         """Report that something began or ended (events.py).
 
         Args:
             said: a line for the log.
-            why: a reason, for events.jsonl.
+            why: a reason, for events.jsonl; numbers: what else it holds.
         """
         if event in DOING:
             self.heartbeat.at(DOING[event], step, SAVING)
         if self._events:
-            events.note(self._events, event, step, why)
+            events.note(self._events, event, step, why, **numbers)
         if said:
             self.say(said)
 

@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mirage_ds.engine.checkpoint import save_checkpoint
+from mirage_ds.engine.checkpoint import CheckpointWriter
 from mirage_ds.engine.setup import World, at_rank_zero, from_rank_zero, trouble_of
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.scoring import better
 from mirage_ds.files import delete_model, move_others, write_atomically
 from mirage_ds.run import events
+from mirage_ds.run.heartbeat import SAVING
 from mirage_ds.run.settings import Run
 from mirage_ds.run.setup import Learner
 
@@ -32,29 +33,55 @@ class Saver:
     def __init__(self, run: Run, learner: Learner):
         self.run, self.learner = run, learner
         self.last = learner.checkpoint.place if learner.checkpoint else None
+        self._pending: CheckpointWriter | None = None
 
-    def save(self, done: int, owed: bool) -> None:
+    def save(self, done: int, owed: bool, at_once: bool) -> None:
         """Write the checkpoint of `done` steps. Where that fails the log says so, and training goes on.
 
         Args:
             owed: the evaluation of this step is still to be made.
+            at_once: before anything else, also with --async_save.
         """
+        self.finish()
         config, journal = self.run.config, self.run.journal
         state = {**self.learner.state, "step": done, "evaluation_owed": owed}
         journal.tell(events.SAVE_BEGINS, done)
-        folder = self.run.folder / "checkpoints"
-        outcome = save_checkpoint(self.learner.engine, folder, state, config.keep_checkpoints, self.run.world)
+        beside = config.async_save and not at_once
+        self._pending = CheckpointWriter(
+            self.learner.engine, self.run.folder / "checkpoints", state, self.run.world, beside
+        )
+        if beside:
+            journal.tell(events.SAVE_GOES_ON, done)
+        else:
+            self.finish()
+
+    def step_done(self) -> None:
+        """Put the checkpoint that is being written in its place, once every rank has written its files."""
+        if self._pending and self._pending.written():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written, if any, is in its place; say what came of it."""
+        if self._pending is None:
+            return
+        writer, self._pending = self._pending, None
+        done, journal = writer.state["step"], self.run.journal
+        journal.at("finishes a checkpoint", done, SAVING)
+        outcome = writer.finish(self.run.config.keep_checkpoints)
         if isinstance(outcome, str):
             journal.tell(events.SAVE_ENDS, done)
             last = self.last or "none"
             line = f"error: no checkpoint of step {done}: {outcome}; the last good one is {last}"
             journal.tell(events.SAVE_FAILED, done, line, outcome)
             return
-        self.last = outcome
-        journal.tell(events.SAVE_ENDS, done, f"checkpoint {outcome}")
+        self.last, size, own, seconds, held = outcome
+        said = f"{size / 1e9:.3g} GB, {own / 1e9:.3g} of this rank, {seconds:.1f} s, {held:.1f} of them without a step"
+        ends = f"checkpoint {self.last}: {said}"
+        journal.tell(events.SAVE_ENDS, done, ends, bytes=size, rank_bytes=own, seconds=seconds, held_seconds=held)
 
     def save_model(self, step: int, scores: Mapping[str, float]) -> None:
         """Write the trained model, with what it scores, if known; UserError on the rank that cannot."""
+        self.finish()
         self.run.journal.tell(events.MODEL_BEGINS, step)
         folder = self.run.config.save_model_path
         try:

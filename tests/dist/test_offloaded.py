@@ -15,7 +15,7 @@ from support.extensions import compiled
 from support.group import Group
 
 from mirage_ds.config.run import RunConfig
-from mirage_ds.engine.checkpoint import save_checkpoint
+from mirage_ds.engine.checkpoint import CheckpointWriter
 from mirage_ds.engine.offload import check_offload
 from mirage_ds.errors import UserError
 from mirage_ds.run import step as steps
@@ -42,7 +42,7 @@ def _train(world: Any, settings: dict[str, Any]) -> dict[str, Any]:
         assert taken.applied
         losses.append(taken.metrics["loss"])
     adam = type(learner.engine.optimizer.optimizer).__name__
-    saved = save_checkpoint(learner.engine, config.save_model_path / "checkpoints", {"step": 3}, 1, world)
+    saved = CheckpointWriter(learner.engine, config.save_model_path / "checkpoints", {"step": 3}, world).finish(1)
     learner.engine.destroy()
     return dict(losses=losses, adam=adam, saved=saved)
 
@@ -80,7 +80,7 @@ def test_losses_of_cpu_offload(train: Callable[..., list[dict[str, Any]]]) -> No
         for found in train(name, **zero):
             assert found["losses"] == pytest.approx(plain, rel=FP32)
             assert found["adam"] == adam
-            assert found["saved"].is_dir()
+            assert found["saved"].place.is_dir()
 
 
 def _refused(world: Any, elements: int) -> str | None:

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.group import Group
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import ds_config as ds
+from mirage_ds.engine.checkpoint import CheckpointWriter
+from mirage_ds.engine.private import _tensors
 from mirage_ds.plan.settings import read_settings
 from mirage_ds.plan.shape import read_shape, sizes, trained_parameters
-from mirage_ds.plan.states import States, states
+from mirage_ds.plan.states import States, states, written
 from mirage_ds.run import step as steps
 from mirage_ds.run.settings import Run
 
@@ -34,6 +37,9 @@ FLAT = {"overlap_comm": False, "reduce_bucket_size": 70_000}
 # One row a micro-batch: two micro-steps on two ranks, one on four.
 ROWS = 4
 CASES: dict[str, dict[str, Any]] = {
+    # Of these only what a checkpoint writes.
+    "zero0 fp32": {},
+    "zero0 bf16": BF16,
     "zero3 fp32": {"zero_optimization": SHARDED},
     "zero3 fp32, in parts": {"zero_optimization": SHARDED | {"sub_group_size": 90_000}},
     "zero3 bf16": {**BF16, **SUMS, "zero_optimization": SHARDED},
@@ -82,6 +88,10 @@ def _run(world: Any, settings: dict[str, Any]) -> dict[str, int]:
     run = Run(config, world)
     data, learner = train.open_run(run)
     engine = learner.engine
+    if engine.zero_optimization_stage() == 0:
+        for plan, batches in data.loader.steps(0, 1):
+            steps.step(run, data, learner, plan, batches)
+        return _written(learner, config.save_model_path, world)
     optimizer, inner = engine.optimizer, engine.optimizer.optimizer
     counted: dict[str, int] = {}
     take, backward, whole = engine.step, engine.backward, []
@@ -102,8 +112,24 @@ def _run(world: Any, settings: dict[str, Any]) -> dict[str, int]:
     counted |= _after_step(engine, optimizer)
     # Of the micro-steps but the last, whose gradients are reduced at once.
     counted["whole"] = max(whole[:-1], default=0)
-    engine.destroy()
-    return counted
+    return counted | _written(learner, config.save_model_path, world)
+
+
+def _written(learner: Any, folder: Path, world: Any) -> dict[str, int]:
+    """Write a checkpoint; bytes of this rank's files, and of the weights and all else in them but counters."""
+    saved = CheckpointWriter(learner.engine, folder / "checkpoints", learner.state | {"step": 1}, world).finish(1)
+    learner.engine.destroy()
+    assert not isinstance(saved, str)
+    weights, others = [], []
+    # Rank 0 alone writes what has no rank in its name.
+    for file in saved.place.glob("*.pt"):
+        if f"pp_rank_{world.rank}_" in file.name or (world.rank == 0 and "pp_rank" not in file.name):
+            content = torch.load(file, weights_only=False)
+            weights += list(_tensors(content.get("module")))
+            others += list(_tensors({name: value for name, value in content.items() if name != "module"}))
+    size = sum(file.stat().st_size for file in saved.place.glob("*.pt"))
+    assert saved.size == size
+    return {"file": saved.own, "weights": _bytes(weights), "optimizer": _bytes(t for t in others if t.ndim)}
 
 
 def _gradients(engine: Any) -> int:
@@ -157,7 +183,14 @@ def check(group: Group, case: str, nano: Path, data: Path, scratch: Path) -> Non
     settings = read_settings(ds.read_json(path), path, sizes(shape))
     # At nano's size the last pass has a backward of its own.
     planned = states(trained_parameters(shape), settings, group.size, micro_steps=2 * ROWS // group.size)
-    for counted in group.run(_run, said, timeout_s=240):
+    files = written(trained_parameters(shape), settings, group.size)
+    for rank, counted in enumerate(group.run(_run, said, timeout_s=240)):
+        assert counted["weights"] == (0 if rank else files.weights)
+        assert counted["optimizer"] == (files.optimizer if rank < files.ranks else 0)
+        # Names, counters, where each slice of a parameter lies.
+        assert 0 <= counted["file"] - counted["weights"] - counted["optimizer"] < 50_000
+        if settings.stage == 0:
+            continue
         assert counted["parameters"] == named(planned, "parameters")
         sums = named(planned, "gradients, whole sums") or named(planned, "gradients, summed")
         assert counted["gradients"] == sums

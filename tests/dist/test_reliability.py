@@ -17,7 +17,7 @@ from test_resume import BASE, STEPS
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
-from mirage_ds.engine.checkpoint import save_checkpoint
+from mirage_ds.engine.checkpoint import CheckpointWriter
 from mirage_ds.engine.manifest import MANIFEST
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.run.settings import Run
@@ -61,11 +61,13 @@ def _full_disk(world: Any, settings: dict[str, Any], rank: int) -> list[Any]:
     for step, limited in ((1, False), (2, True), (3, False)):
         if limited and world.rank == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-        outcome = save_checkpoint(learner.engine, folder, {**learner.state, "step": step}, 2, world)
+        outcome = CheckpointWriter(learner.engine, folder, {**learner.state, "step": step}, world).finish(2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         # DeepSpeed also leaves scripts there.
         names = sorted(path.name for path in folder.iterdir() if path.suffix != ".py")
-        found.append((str(outcome), names, (folder / "latest").read_text()))
+        found.append(
+            (outcome if isinstance(outcome, str) else str(outcome.place), names, (folder / "latest").read_text())
+        )
     learner.engine.destroy()
     return found
 

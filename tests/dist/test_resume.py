@@ -29,7 +29,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.make_index import open_index
 from mirage_ds.data.record_files import scan
-from mirage_ds.engine.checkpoint import save_checkpoint
+from mirage_ds.engine.checkpoint import CheckpointWriter
 from mirage_ds.engine.save import export_folder
 from mirage_ds.errors import UserError
 from mirage_ds.model.load import load_model
@@ -76,7 +76,7 @@ def _retain(world: Any, folder: Path, saves: list[tuple[int, int]]) -> list[tupl
     """Save the steps in order; (latest, folders) after each."""
     found = []
     for step, keep in saves:
-        save_checkpoint(_Engine(), folder, {"step": step}, keep, world)
+        CheckpointWriter(_Engine(), folder, {"step": step}, world).finish(keep)
         names = sorted(path.name for path in folder.iterdir() if path.is_dir())
         found.append(((folder / "latest").read_text(), names))
     return found

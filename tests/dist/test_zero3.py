@@ -29,7 +29,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.engine import ds_config as ds
-from mirage_ds.engine.checkpoint import save_checkpoint
+from mirage_ds.engine.checkpoint import CheckpointWriter
 from mirage_ds.engine.versions import gather_safely
 from mirage_ds.model.load import load_model, public_name
 from mirage_ds.model.loss import StepCounts, objective
@@ -135,7 +135,7 @@ def _save(world: Any, settings: dict[str, Any], checkpoints: Path) -> dict[str, 
     engine = learner.engine
     for plan, batches in data.loader.steps(0, 1):
         steps.step(run, data, learner, plan, batches)
-    save_checkpoint(engine, checkpoints, {"step": 1, "world_size": world.size}, 2, world)
+    CheckpointWriter(engine, checkpoints, {"step": 1, "world_size": world.size}, world).finish(2)
     latest = [(checkpoints / "latest").read_text()]
     learner.save(world, config.save_model_path, data.steps, {})
     return dict(latest=latest, weights=_gather(list(engine.module.named_parameters())))

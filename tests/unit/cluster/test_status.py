@@ -137,6 +137,8 @@ def test_saves_and_evaluations_are_seen_and_may_take_their_time(training: Run, b
 
 
 def test_silence_is_measured_in_usual_steps(training: Run) -> None:
+    # Also while a checkpoint is written beside them.
+    training.event(4, events.SAVE_BEGINS, 20).event(4, events.SAVE_GOES_ON, 20)
     assert training.state(NOW + 56).name == "training"
     silent = training.summary(NOW + 717)
     assert (silent["state"], silent["detail"], silent["silent_seconds"]) == ("silent", "it was training", 720)
