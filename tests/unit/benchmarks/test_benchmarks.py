@@ -1,4 +1,4 @@
-"""What the speed benchmarks compare with: the plain way's losses are the product's, padded or row by row."""
+"""What the speed benchmarks compare with: the same losses, padded or row by row; the same tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.decode import Ours, Theirs
 from benchmarks.naive import Naive
 from benchmarks.workload import encode, make_workload
 from mirage_ds.data.batch import collate
@@ -41,3 +42,12 @@ def test_plain_way_trains_on_the_same_loss(work: Any, stage: Any) -> None:
         # It trained, and by the same gradient whatever it takes at a time.
         assert after[-1] < 0.99 * ours
         assert after[-1] == pytest.approx(after[0], rel=1e-3)
+
+
+def test_transformers_own_generate_decodes_the_same_tokens(work: Any) -> None:
+    ours = Ours(work, ROWS)
+    theirs = Theirs(work, ours.samples).answers(6, 2, ours.tokens.stops)
+    found = ours.answers(ours.samples, [6, 3, 6], batch=2)
+    # The last token of ours is the stop that ends a row at its length.
+    assert [ids[:-1] for ids in found] == [theirs[0][:5], theirs[1][:2], theirs[2][:5]]
+    assert len({tuple(ids) for ids in theirs}) > 1
