@@ -37,14 +37,16 @@ from mirage_ds.evaluate.decoder import (
     chooser_of,
     load_decoder,
     pack,
+    prompts_of,
     run_limits,
     save_decoder,
     tokens_and_feed,
 )
 from mirage_ds.files import write_atomically
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Generated, Latents, generate
+from mirage_ds.model.generate import Generated, generate
 from mirage_ds.model.loss import StepCounts, objective
+from mirage_ds.model.slots import Latents
 
 
 class Answer(NamedTuple):
@@ -96,8 +98,7 @@ class Token(NamedTuple):
 
 def _feed(vectors: torch.Tensor) -> Latents:
     """Feed the vectors (k, H) at the slots of every latent block of every row."""
-    # Outside a block, where the slot is −1, nobody uses what is fed.
-    return lambda slots, own: vectors.to(own).index_select(0, slots.clamp(min=0))
+    return lambda slots, own: vectors.to(own)[[one.slot for one in slots]]
 
 
 class Rows(Dataset[Sample], Sequence[Sample]):
@@ -203,7 +204,7 @@ class Mirage:
         seed: int = 42,
         latents: torch.Tensor | None = None,
     ) -> list[Answer]:
-        """Answer several questions in one batch.
+        """Answer several questions together.
 
         Args:
             questions, images: see generate; for each question a picture or a list of them, or none at all.
@@ -241,8 +242,8 @@ class Mirage:
         if latents is not None:
             feed = _feed(latents)
         choose = chooser_of(decoding, seed, range(len(samples)))
-        batch = pack(self.model, self._decoder.tower, encoder, samples)
-        made = generate(self.model, batch, tokens, limits, choose, trace=True, latents=feed)
+        prompts = prompts_of(self.model, self._decoder.tower, encoder, samples)
+        made = generate(self.model, prompts, tokens, limits, choose, trace=True, latents=feed)
         return [self._answer(one) for one in made]
 
     def _answer(self, made: Generated) -> Answer:

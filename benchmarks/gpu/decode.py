@@ -18,26 +18,27 @@ import click
 @click.option("--rows", default=32, show_default=True)
 @click.option("--new", default=64, show_default=True, help="Tokens of an answer.")
 def main(model: Path, records: Path, rows: int, new: int) -> None:
-    """Decode and print seconds of the prompts, milliseconds a step and tokens/s."""
+    """Decode and print seconds of the prompts with their pictures, milliseconds a step and tokens/s."""
     import torch
 
     from benchmarks.step import finish
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.record_files import scan
-    from mirage_ds.evaluate.decoder import load_decoder, pack
-    from mirage_ds.model.generate import Limits, generate, latent_tokens
+    from mirage_ds.evaluate.decoder import load_decoder, prompts_of
+    from mirage_ds.model.generate import Limits, generate
+    from mirage_ds.model.slots import latent_tokens
 
     decoder = load_decoder(model, ImageFinder.beside(records, None))
     net, encoder = decoder.loaded.model, decoder.encoder
     device = net.head.weight.device.type
     samples = [encoder.encode_prompt(record, number) for number, record in enumerate(scan(records)[0][:rows])]
-    batch = pack(net, decoder.tower, encoder, samples)
+    prompts = prompts_of(net, decoder.tower, encoder, samples)
     endless = latent_tokens(encoder)._replace(stops=())
 
     def seconds(tokens: int) -> float:
         finish(device)
         begun = time.perf_counter()
-        generate(net, batch, endless, Limits(tokens, fixed_run=4))
+        generate(net, prompts, endless, Limits(tokens, fixed_run=4))
         finish(device)
         return time.perf_counter() - begun
 

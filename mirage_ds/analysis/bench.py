@@ -11,11 +11,12 @@ import torch
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import Sample
-from mirage_ds.evaluate.decoder import pack
+from mirage_ds.evaluate.decoder import pack, prompts_of
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import LatentTokens, Limits, latent_tokens
+from mirage_ds.model.generate import Limits, Prompts
 from mirage_ds.model.images import Deep, place_images
 from mirage_ds.model.latents import in_order, run_passes
+from mirage_ds.model.slots import LatentTokens, latent_tokens
 from mirage_ds.model.vision import FrozenTower
 
 
@@ -48,6 +49,10 @@ class Bench:
     def batch(self, samples: Sequence[Sample], passes: int = 1) -> Batch:
         """Pack rows, with the features of their images."""
         return pack(self.model, self.tower, self.encoder, samples, passes)
+
+    def prompts(self, samples: Sequence[Sample]) -> Prompts:
+        """Make encoded prompts ready for the decoder."""
+        return prompts_of(self.model, self.tower, self.encoder, samples)
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, Deep | None]:
         """Input embeddings (T, H) with the images in place; a slot holds the embedding of its pad token."""

@@ -1,12 +1,12 @@
 """The trained model, whole and plain, in the middle of training: for decoding, which walks the layers for each token.
 
-Ψ elements of the parameters, W ranks, N rows of a batch, S keys of the longest row, L layers, Hkv key heads, D head
-width, V vocabulary rows.
+Ψ elements of the parameters, W ranks, N rows of a batch, V vocabulary rows.
 
 DeepSpeed's hooks gather a module's parameters in each of its forwards: Ψ a token. Here they are gathered once, and a
 second tree of modules without hooks is made around the same memory.
 """
 
+import copy
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +24,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.gathered import gathered
 from mirage_ds.model.generate import Limits
+from mirage_ds.model.kv_cache import bytes_of_block, tokens_of_block
 from mirage_ds.model.load import public_name
 from mirage_ds.model.loss import LossHead
 
@@ -71,8 +72,13 @@ def _plain(module: Any, adapter: Adapter | None = None) -> nn.Module:
     Args:
         adapter: of a text model that has one.
     """
+    config = copy.deepcopy(module.config)
+    attention = config._attn_implementation
+    # The tower's sounds like a package's, which making a model looks for (load.attend_in_segments).
+    config._attn_implementation = "eager"
     with torch.device("meta"):
-        plain: nn.Module = type(module)(module.config)
+        plain: nn.Module = type(module)(config)
+    config._attn_implementation = attention
     tensors = {name: tensor.data for name, tensor in module.state_dict().items()}
     if adapter:
         own = {name: f"language_model.{name}" for name in tensors}
@@ -97,7 +103,7 @@ def bytes_to_decode(model: MirageModel, rows: int, prompt: int, limits: Limits) 
 
     Returns:
         Ψ weights where they are sharded (and this rank's part of them, where it lies elsewhere), Ψ more where adapters
-        are merged; keys and values of (N, Hkv, S, D) a layer; and the larger of what the prompts' forward has in work
+        are merged; keys and values of N rows in whole blocks; and the larger of what the prompts' forward has in work
         and of the logits (N, V) with what choosing from them takes.
     """
     text: Any = model.language_model
@@ -106,7 +112,7 @@ def bytes_to_decode(model: MirageModel, rows: int, prompt: int, limits: Limits) 
     if model.lora is not None:
         weights += sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
     queries, kv = (getattr(layer.self_attn, name).out_features for name in ("q_proj", "k_proj"))
-    cache = 2 * rows * (prompt + limits.new_tokens) * kv * len(text.layers) * size
+    cache = rows * -(-(prompt + limits.new_tokens) // tokens_of_block(model)) * bytes_of_block(model)
     # The layer's input, the sum after attention, its norm, keys, values, cos and sin stand beside gate, up and product;
     # before, input and norm stand beside q, k, v and what rotating them takes.
     hidden, inner = text.config.hidden_size, layer.mlp.gate_proj.out_features

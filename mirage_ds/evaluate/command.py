@@ -44,6 +44,7 @@ def evaluate(folder: Path, local_rank: str | None, **flags: Any) -> None:
     from mirage_ds.data.progress import track
     from mirage_ds.engine.setup import join, shared_fate
     from mirage_ds.evaluate import report as reports
+    from mirage_ds.evaluate.samples import sentence
     from mirage_ds.evaluate.tables import print_table, score_table
 
     spec = build_model(EvaluateSpec, flags)
@@ -64,6 +65,8 @@ def evaluate(folder: Path, local_rank: str | None, **flags: Any) -> None:
     with shared_fate(world):
         if first:
             print_table(*score_table(report, digits=2), title=f"{report['task']}, {report['model']}")
+            if "samples" in report:
+                click.echo(sentence(report["samples"]))
             if spec.out:
                 reports.write_report(report, spec.out)
     if world:

@@ -1,7 +1,7 @@
 """Decoding: a model folder ready to answer questions, and records or encoded prompts → answers.
 
-`mirage-ds evaluate`: command.evaluate → report.evaluate_file → answer_records → decode_samples → generate in
-model/generate.py, whose Chooser (greedy, or sampling) picks each token. N rows of a batch, k latents of a latent block.
+`mirage-ds evaluate`: command.evaluate → report.evaluate_file → answer_records → decode in model/generate.py, whose
+Chooser (greedy, or sampling: model/choose.py) picks each token. n rows that decode at the moment.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,21 +25,12 @@ from mirage_ds.errors import Stopped, UserError, reason
 from mirage_ds.evaluate.scoring import Prediction
 from mirage_ds.evaluate.spec import PAPER, Decoding, Pixels, Sampling
 from mirage_ds.files import whole_folder
+from mirage_ds.model.choose import Chooser, Turn, greedy, sampler
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import (
-    Chooser,
-    Generated,
-    Latents,
-    LatentTokens,
-    Limits,
-    generate,
-    greedy,
-    latent_tokens,
-    pause,
-    sampler,
-)
+from mirage_ds.model.generate import Generated, Limits, Prompts, decode, generate
 from mirage_ds.model.load import Loaded, check_folder, load_model
+from mirage_ds.model.slots import Latents, LatentTokens, latent_tokens, pause
 from mirage_ds.model.vision import FrozenTower
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
@@ -173,14 +164,17 @@ def save_decoder(decoder: Decoder, target: Path, trained: dict[str, Any]) -> Non
         raise UserError(f"{target}: cannot be written ({reason(error)}); give another folder") from None
 
 
-def run_limits(
-    decoder: Decoder, new_tokens: int, longest_run: int, run_length: str, prefill_tokens: int = Limits.prefill_tokens
-) -> Limits:
+def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: str, **rest: Any) -> Limits:
     """Translate --run_length: "trained" (the k of training, where the folder knows it), "model", or a number.
 
     Training never shows the model a shorter latent block, and never supervises the tokens inside one, so whether it
     would end a block early by itself is accident: the trained length is the default.
+
+    Args:
+        rest: other Limits.
     """
+    if new_tokens < 1:
+        raise UserError(f"max_new_tokens {new_tokens}: an answer has at least one token; give more")
     if run_length == "trained":
         known = decoder.trained
         fixed = slots_fed(known.get("slots"), known.get("latent_size"))
@@ -190,13 +184,15 @@ def run_limits(
         fixed = int(run_length)
     else:
         raise UserError(f"--run_length {run_length}: give 'trained', 'model' or a number of latents")
-    return Limits(new_tokens, longest_run, fixed, prefill_tokens)
+    return Limits(new_tokens, longest_run, fixed, **rest)
 
 
-def chooser_of(decoding: Decoding, seed: int, rows: Sequence[int]) -> Chooser:
-    """Make what chooses tokens; a row's draws depend on the seed and its place, not on the rows beside it."""
+def chooser_of(decoding: Decoding, seed: int, rows: Sequence[int], samples: int = 1) -> Chooser:
+    """Make what chooses tokens; the draws of a row's s-th answer depend on the seed, its place and s alone."""
     drawn = PAPER if decoding == "paper" else decoding
-    return sampler(*drawn, [seed * 1_000_003 + row for row in rows]) if isinstance(drawn, Sampling) else greedy
+    # A generator on a CPU takes the lower 32 bits: 2³² over the golden ratio spreads the samples over all of them.
+    seeds = [seed * 1_000_003 + row + sample * 2_654_435_769 for row in rows for sample in range(samples)]
+    return sampler(*drawn, seeds) if isinstance(drawn, Sampling) else greedy
 
 
 def answer_of(row: Generated, encoder: Encoder) -> Prediction:
@@ -225,6 +221,15 @@ def tokens_and_feed(
 def pack(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], passes: int = 1) -> Batch:
     """Pack rows into a batch on the model's device, with the features of their images."""
     return to_device(tower.attach(collate(samples, passes, encoder.dummy(0))), model.head.weight.device)
+
+
+def prompts_of(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample]) -> Prompts:
+    """Make encoded prompts ready for the decoder; the tower runs as they enter."""
+    return Prompts(
+        [len(sample.input_ids) for sample in samples],
+        [sample.row for sample in samples],
+        lambda first, end: pack(model, tower, encoder, samples[first:end]),
+    )
 
 
 def without_helpers(sample: Sample) -> Sample:
@@ -271,17 +276,17 @@ def decode_samples(
     Raises:
         Stopped: somebody does.
     """
-    batch = pack(model, tower, encoder, samples)
     tokens, fed = tokens_and_feed(model, encoder, latents, slots)
     choose = chooser_of(decoding, seed, [sample.row for sample in samples])
 
-    def choose_or_stop(logits: torch.Tensor, step: int) -> torch.Tensor:
+    def choose_or_stop(logits: torch.Tensor, turns: Sequence[Turn]) -> torch.Tensor:
         if asked():
             raise Stopped
         logits[:, list(banned)] = -torch.inf
-        return choose(logits, step)
+        return choose(logits, turns)
 
-    return [answer_of(row, encoder) for row in generate(model, batch, tokens, limits, choose_or_stop, latents=fed)]
+    prompts = prompts_of(model, tower, encoder, samples)
+    return [answer_of(row, encoder) for row in generate(model, prompts, tokens, limits, choose_or_stop, latents=fed)]
 
 
 def batches(order: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -312,29 +317,38 @@ def answer_records(
     batch_size: int = 32,
     track: Track = iter,
     rows: Sequence[int] | None = None,
+    samples: int = 1,
 ) -> list[Prediction]:
-    """Answer every record, in the order given; rows of like length share a batch.
+    """Answer every record, in the order given.
 
     Args:
+        batch_size: answers that decode at a time.
         rows: the records' places in their file, which seed the sampling; 0, 1, … if None.
+        samples: answers a record, which stand one behind the other in what is returned.
 
     Raises:
-        UserError: a record's image is missing or broken (before anything is decoded), or the GPU's memory is too small
-            for a batch.
+        UserError: a record's image is missing or broken, or a record is too long for --cache_gb (before anything is
+            decoded), or the GPU's memory is too small.
     """
     places = range(len(records)) if rows is None else rows
-    encoder = decoder.encoder
-    measures = check_records(records, encoder)
+    encoder, model, tower = decoder.encoder, decoder.loaded.model, decoder.tower
     # The prompt is what is no label; helpers take no part in it (load_decoder's encoder is sft's).
-    order = sorted(range(len(records)), key=lambda i: measures[i].tokens - measures[i].labels)
-    model, slots = decoder.loaded.model, decoder.trained.get("slots")
+    lengths = [one.tokens - one.labels for one in check_records(records, encoder)]
+    # The longest first: short ones fill up the end, and the cache grows once.
+    order = sorted(range(len(records)), key=lambda i: -lengths[i])
+
+    def read(first: int, end: int) -> Batch:
+        # Here and not before: the pixels of a whole file do not fit into memory.
+        return pack(model, tower, encoder, [encoder.encode_prompt(records[i], places[i]) for i in order[first:end]])
+
+    prompts = Prompts([lengths[i] for i in order], [places[i] for i in order], read, samples)
+    tokens, fed = tokens_and_feed(model, encoder, decoder.latents, decoder.trained.get("slots"))
+    choose = chooser_of(decoding, seed, prompts.rows, samples)
+    made = decode(model, prompts, tokens, replace(limits, rows=batch_size), choose, latents=fed)
     answers: dict[int, Prediction] = {}
-    for part in track(batches(order, batch_size)):
-        with batches_fit(batch_size):
-            # Here and not before: the pixels of a whole file do not fit into memory.
-            samples = [encoder.encode_prompt(records[i], places[i]) for i in part]
-            found = decode_samples(
-                model, decoder.tower, encoder, samples, limits, decoder.latents, decoding, seed, slots=slots
-            )
-        answers |= dict(zip(part, found, strict=True))
-    return [answers[i] for i in range(len(records))]
+    with batches_fit(batch_size):
+        # One by one: the bar moves as answers end.
+        for _ in track(range(len(order) * samples)):
+            number, row = next(made)
+            answers[order[number // samples] * samples + number % samples] = answer_of(row, encoder)
+    return [answers[i] for i in range(len(answers))]

@@ -26,6 +26,7 @@ from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
 from mirage_ds.engine.versions import versions
 from mirage_ds.errors import UserError, shown
 from mirage_ds.evaluate.decoder import Decoder, Track, answer_records, run_limits
+from mirage_ds.evaluate.samples import means, sampled
 from mirage_ds.evaluate.scoring import marks, summarize, task_of
 from mirage_ds.evaluate.spec import PAPER, EvaluateSpec, FolderSpec, RecordsSpec
 from mirage_ds.files import write_atomically
@@ -86,6 +87,8 @@ def settings_of(decoder: Decoder, spec: EvaluateSpec, limits: Limits, ranks: int
         "seed": spec.seed,
         "max_new_tokens": limits.new_tokens,
         "prefill_tokens": limits.prefill_tokens,
+        "cache_gb": limits.cache_gb,
+        "samples": spec.samples,
         "longest_run": limits.longest_run,
         # None: the model decides.
         "run_length": limits.fixed_run,
@@ -122,22 +125,29 @@ def evaluate_file(
     own = range(rank, len(records), size)
     files = weight_files(decoder.folder)[rank::size]
     with shared_fate(world):
-        limits = run_limits(decoder, spec.max_new_tokens, spec.longest_run, spec.run_length, spec.prefill_tokens)
-        share = [records[i] for i in own]
-        answers = answer_records(decoder, share, limits, spec.chosen, spec.seed, spec.batch_size, track, own)
+        room = spec.model_dump(include={"prefill_tokens", "cache_gb"})
+        limits = run_limits(decoder, spec.max_new_tokens, spec.longest_run, spec.run_length, **room)
+        share, n = [records[i] for i in own], spec.samples
+        found = answer_records(decoder, share, limits, spec.chosen, spec.seed, spec.batch_size, track, own, n)
+        answers = [found[at : at + n] for at in range(0, len(found), n)]
         prompts = [prompt_hash(record, decoder.encoder.finder) for record in share]
     made = list(zip(own, answers, prompts, strict=True))
     weights = [tuple(entry_of(decoder.folder, file)) for file in files]
     if world:
         made, weights = everyone(made, world), everyone(weights, world)
     made.sort(key=lambda one: one[0])
-    scored = partial(marks, records, [answer for _, answer, _ in made], name)
+    each = [answer for _, several, _ in made for answer in several]
+    scored = partial(marks, [record for record in records for _ in range(n)], each, name)
     # Once, whatever a scorer of one's own costs.
-    marked = on_first(scored, world)
+    flat = on_first(scored, world)
+    marked = [flat[at : at + n] for at in range(0, len(flat), n)]
     written = []
-    for record, (row, answer, prompt), metrics in zip(records, made, marked, strict=True):
+    for record, (row, several, prompt), metrics in zip(records, made, marked, strict=True):
         one = {"line": record.line, "row": row, **({"id": record.extra["id"]} if "id" in record.extra else {})}
-        written.append(one | {"prompt": prompt, **answer._asdict(), "metrics": metrics})
+        whole = [answer._asdict() | {"metrics": own} for answer, own in zip(several, metrics, strict=True)]
+        # The first answer where a single one stands; the metrics are the mean of all.
+        more = {"metrics": means(metrics), "samples": whole} if n > 1 else {}
+        written.append(one | {"prompt": prompt, **whole[0], **more})
     return {
         "task": name,
         "model": str(decoder.folder),
@@ -146,7 +156,8 @@ def evaluate_file(
         "settings": settings_of(decoder, spec, limits, size),
         "hashes": {"data": digest, "model": {part: own_digest for part, _, own_digest in sorted(weights)}},
         "versions": versions(),
-        **summarize(records, marked),
+        **summarize(records, [one["metrics"] for one in written]),
+        **({"samples": sampled([several for _, several, _ in made], marked)} if n > 1 else {}),
         "answers": written,
     }
 

@@ -91,7 +91,7 @@ class DataSpec(BaseModel):
     data_path: Path = Field(description="Records: a file or a folder, in any form that training reads.")
     columns: ColumnsText = Field(None, description=COLUMNS_HELP)
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
-    batch_size: PositiveInt = Field(32, description="Records that run at a time.")
+    batch_size: PositiveInt = Field(32, description="Rows that run at a time.")
 
 
 class RecordsSpec(DataSpec):
@@ -99,7 +99,10 @@ class RecordsSpec(DataSpec):
 
     task: str | None = Field(None, description="Task that scores, or module:function. [default: the records' own]")
     prefill_tokens: PositiveInt = Field(
-        8192, description="Prompts of a batch run together up to so many tokens; a longer one runs alone."
+        8192, description="Prompts run together up to so many tokens; a longer one runs alone."
+    )
+    cache_gb: PositiveFloat | None = Field(
+        None, description="GB for keys and values; rows wait for room. [default: what --batch_size rows may need]"
     )
     most: PositiveInt | None = Field(None, description="Take only the first so many records.")
     out: Path | None = Field(None, description="Write scores and answers to this JSON file.")
@@ -108,11 +111,18 @@ class RecordsSpec(DataSpec):
 class EvaluateSpec(DecodingSpec, RecordsSpec):
     """The flags of `mirage-ds evaluate`."""
 
+    samples: PositiveInt = Field(1, description="Answers a record: pass@k, majority and spread; not for greedy.")
     latents: str | None = Field(
         None,
         description="Score under these conditions instead, separated by commas: own,swap,… (`mirage-ds docs "
         "controls`; `mirage-ds controls` has more flags).",
     )
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if self.samples > 1 and self.decoding == "greedy":
+            raise ValueError(f"--samples {self.samples}: greedy answers are all alike; add --decoding sampled or paper")
+        return self
 
 
 class QuestionSpec(BaseModel):

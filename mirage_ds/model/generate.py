@@ -1,115 +1,62 @@
-"""Decoding: batched, with a cache, and the latent state kept per row.
+"""Decoding: rows enter and leave at any token, and the latent state is kept per row.
 
-N rows, P prompt tokens of the packed batch, S keys of the longest row, V vocabulary, H hidden, L layers, Hq query
-heads, Hkv key heads, D head width, k latents of a latent block.
+n rows that decode at the moment, T prompt tokens that are read together, V vocabulary, H hidden, k latents of a latent
+block.
 
 After an emitted `<|latent_start|>` a row's final-norm hidden states are fed back as its next inputs, and it emits
 `<|latent_pad|>`, until it emits `<|latent_end|>` or the end is forced. The hidden state of the last pad is not fed:
 the end token's embedding is. Each row enters and leaves its latent blocks by itself, any number of times. What is fed
 at a block's k slots can be replaced (Latents).
+
+A prompt is read once, however many answers it gets; an answer waits until a row ends that leaves it room. The host
+waits for the device once a token, for the tokens of all rows.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional
 
 from mirage_ds.data.batch import Batch
-from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.data.pack import neighbours
 from mirage_ds.errors import UserError
 from mirage_ds.model.attention import Ends, Packed
+from mirage_ds.model.choose import Chooser, NotFinite, Turn, finite, greedy, project
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.images import place_images
-
-# (logits (N, V), step) → (N,) token ids.
-Chooser = Callable[[torch.Tensor, int], torch.Tensor]
-
-
-class NotFinite(UserError):
-    """Logits that no token can be chosen from.
-
-    Attributes:
-        row: the record's place in its file, from 0.
-    """
-
-    def __init__(self, row: int):
-        super().__init__(
-            f"the logits of record {row + 1} are not finite: a weight is NaN, or a number became too large for its "
-            "dtype; take an earlier checkpoint, or copy the model again"
-        )
-        self.row = row
-
-    def __reduce__(self) -> tuple[type[NotFinite], tuple[int]]:
-        # Ranks send it to each other.
-        return NotFinite, (self.row,)
-
-
-def finite(logits: torch.Tensor) -> torch.Tensor:
-    """Tell whether all of a row's logits (N, V) are finite: (N,). Their sum is, in one walk and no second (N, V)."""
-    return logits.sum(dim=-1, dtype=torch.float32).isfinite()
-
-
-def check_finite(logits: torch.Tensor, rows: Sequence[int] | torch.Tensor) -> None:
-    """Refuse logits (N, V) that are not finite; NotFinite names the first of the N rows that has some."""
-    found = finite(logits).tolist()
-    if not all(found):
-        raise NotFinite(int(rows[found.index(False)]))
-
-
-# Says what is fed at the slots of latent blocks, where that is not the rows' own hidden states: (slots, own) → (N, H),
-# not used for rows outside a block. `slots` (N,) is the slot that each row comes to, counted from 0 in each of its
-# blocks, −1 outside; `own` (N, H) are the rows' final-norm hidden states, which are fed otherwise. It is made for one
-# batch, and may remember what it has seen of each row.
-Latents = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def pause(model: MirageModel, pad: int) -> Latents:
-    """Feed every slot the embedding of `<|latent_pad|>`: slots are ordinary tokens, as --slots pause trains them.
-
-    Args:
-        model: plain, not sharded.
-    """
-    embedding = model.language_model.embed_tokens.weight[pad]
-    return lambda slots, own: embedding.to(own.dtype).expand_as(own)
-
-
-class LatentTokens(NamedTuple):
-    """Ids of the three latent tokens, and of those that end an answer."""
-
-    pad: int
-    start: int
-    end: int
-    stops: tuple[int, ...]
-
-
-def latent_tokens(encoder: Encoder) -> LatentTokens:
-    """Look the ids up in the encoder's tokenizer."""
-    pad, start, end = (encoder.id_of(token) for token in LATENT_TOKENS)
-    return LatentTokens(pad, start, end, stops=(encoder.id_of("<|im_end|>"), encoder.id_of("<|endoftext|>")))
+from mirage_ds.model.kv_cache import BlockCache, bytes_of_block, on_device
+from mirage_ds.model.slots import Latents, LatentTokens, Slot
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long rows and latent blocks may become.
+    """How long rows and latent blocks may become, and how many there are at a time.
 
     Attributes:
         new_tokens: tokens a row may emit.
         longest_run: latents after which the end of a block is forced; the public code has 8.
         fixed_run: latents of every block whatever the model emits, or None to let it decide.
-        prefill_tokens: prompts of a batch run together up to so many tokens; a longer one runs alone.
+        prefill_tokens: prompts run together up to so many tokens; a longer one runs alone.
+        rows: rows that decode at a time; all if None.
+        cache_gb: keys and values of all rows, in GB of 10⁹ bytes; what `rows` rows may need if None.
     """
 
     new_tokens: int = 1024
     longest_run: int = 8
     fixed_run: int | None = None
     prefill_tokens: int = 8192
+    rows: int | None = None
+    cache_gb: float | None = None
+
+    def closes(self, slot: int, wanted: bool) -> bool:
+        """Tell whether a latent block with so many latents ends, where the model wants it to or not."""
+        return slot >= self.longest_run or wanted if self.fixed_run is None else slot >= self.fixed_run
 
 
 @dataclass
@@ -134,196 +81,265 @@ class Generated:
         return [(found.start(), len(found[0])) for found in re.finditer("H+", self.fed)]
 
 
-def greedy(logits: torch.Tensor, step: int) -> torch.Tensor:
-    """Choose the likeliest token of each row."""
-    del step
-    return logits.argmax(dim=-1)
+class Prompts(NamedTuple):
+    """What is answered.
 
-
-def sampler(temperature: float, top_p: float, seeds: Sequence[int]) -> Chooser:
-    """Make a chooser that samples from the smallest set of tokens that holds `top_p` of the probability.
-
-    Args:
-        seeds: one a row, so that a row's answer does not depend on the rows beside it.
+    Attributes:
+        lengths: tokens of each prompt; rows: the records' places in their file, which errors name.
+        read: [first, end) of the prompts → packed, one pass, with image features attached (FrozenTower.attach). Each is
+            read once, in order, when it enters.
+        answers: how many each prompt gets; those of the first prompt have the numbers 0, 1, …
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def choose(logits: torch.Tensor, step: int) -> torch.Tensor:
-        del step
-        probabilities, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)
-        # The token that crosses top_p is still in; what comes after it is out.
-        outside = probabilities.cumsum(-1) - probabilities >= top_p
-        kept = probabilities.masked_fill(outside, 0).cpu()
-        drawn = [torch.multinomial(row, 1, generator=one) for row, one in zip(kept, generators, strict=True)]
-        return order.gather(1, torch.stack(drawn).to(order.device))[:, 0]
-
-    return choose
+    lengths: Sequence[int]
+    rows: Sequence[int]
+    read: Callable[[int, int], Batch]
+    answers: int = 1
 
 
-class _Cache:
-    """Keys and values of all rows, one padded tensor a layer: (N, Hkv, S, D)."""
+class _Prompt:
+    """A prompt and what it needs.
 
-    def __init__(self, lengths: Sequence[int], room: int, like: torch.Tensor, layers: int):
-        _, heads, width = like.shape
-        self.keys = [like.new_zeros(len(lengths), heads, room, width) for _ in range(layers)]
-        self.values = [like.new_zeros(len(lengths), heads, room, width) for _ in range(layers)]
-        self.lengths = torch.tensor(lengths, device=like.device)
-
-    def fill(self, layer: int, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], first: int) -> None:
-        """Take the keys and values of some rows' prompts, packed (T, Hkv, D), from row `first` on."""
-        for store, packed in ((self.keys[layer], k), (self.values[layer], v)):
-            for row, one in enumerate(packed.split(list(lengths)), first):
-                store[row, :, : len(one)] = one.transpose(0, 1)
-
-
-class _OneToken:
-    """Attention of one new token a row to its row's keys: the Context of a decoding step."""
-
-    def __init__(self, cache: _Cache, layer: int, longest: int):
-        self.cache, self.layer, self.longest = cache, layer, longest
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Append k and v (N, Hkv, D) at each row's end, then attend with q (N, Hq, D) → (N, Hq, D)."""
-        keys, values, at = self.cache.keys[self.layer], self.cache.values[self.layer], self.cache.lengths
-        rows = torch.arange(len(at), device=at.device)
-        keys[rows, :, at] = k
-        values[rows, :, at] = v
-        visible = torch.arange(self.longest, device=at.device)[None] <= at[:, None]
-        # The query heads of a key head stand where queries stand: with enable_gqa and a mask, CUDA copies keys and
-        # values for each of them, in float32.
-        output = functional.scaled_dot_product_attention(
-            q.unflatten(1, (keys.shape[1], -1)),
-            keys[:, :, : self.longest],
-            values[:, :, : self.longest],
-            attn_mask=visible[:, None, None],
-            scale=scale,
-        )
-        return output.flatten(1, 2)
-
-
-def _prefill(
-    model: MirageModel, batch: Batch, lengths: Sequence[int], room: int, budget: int
-) -> tuple[_Cache, torch.Tensor, torch.Tensor]:
-    """Run the packed prompts, `budget` tokens at a time.
-
-    Returns:
-        The cache, and of each row the last hidden state (N, H) and the next position (N,).
+    Attributes:
+        number: its place among the prompts; begun, ended: answers of it.
+        shared, own: blocks that are reserved for all of its answers together, and for each of them.
+        table: its blocks.
+        hidden: (H,) final-norm state at its last token; last: () that token; position: () of the one after it.
     """
-    text, features = model.language_model, batch.image_features
-    assert features is not None
-    starts = [0, *accumulate(lengths)]
-    images = torch.searchsorted(batch.image_positions, batch.cu_seqlens.long()).tolist()
-    cache: _Cache | None = None
-    last = []
-    for first, end in neighbours(lengths, budget):
-        here, seen = slice(starts[first], starts[end]), slice(images[first], images[end])
-        x, deep = place_images(
-            text.embed_tokens(batch.input_ids[here]), features[seen], batch.image_positions[seen] - here.start
-        )
-        x = x[None]
-        own, cu_seqlens = lengths[first:end], batch.cu_seqlens[first : end + 1] - here.start
-        ends = Ends(cu_seqlens, cu_seqlens, max(own), max(own))
-        rotary = text.rotary_emb(x, batch.position_ids[:, None, here])
-        tokens = torch.arange(x.shape[1], device=x.device)
+
+    hidden: torch.Tensor
+    last: torch.Tensor
+    position: torch.Tensor
+
+    def __init__(self, number: int, length: int, answers: int, cache: BlockCache, new_tokens: int):
+        self.number, self.length, self.answers, self.begun, self.ended = number, length, answers, 0, 0
+        several = answers > 1
+        self.shared = cache.blocks(length) if several else 0
+        # Its full blocks serve all.
+        self.own = cache.blocks(length + new_tokens) - (length // cache.size if several else 0)
+        self.table: list[int] = []
+
+
+@dataclass
+class _Row:
+    """An answer that is being written.
+
+    Attributes:
+        number: of the answer; table: its blocks; length: tokens in them.
+        slot: of the open latent block, −1 outside; block: latent blocks before.
+    """
+
+    number: int
+    prompt: _Prompt
+    table: list[int]
+    length: int
+    made: Generated = field(default_factory=Generated)
+    slot: int = -1
+    block: int = 0
+
+    def take(self, token: int, tokens: LatentTokens, limits: Limits) -> Slot | None:
+        """Go on with the token that was chosen; return the slot where the hidden state is fed, if there is one."""
+        fed = None
+        if self.slot < 0:
+            self.slot = 0 if token == tokens.start else -1
+        elif limits.closes(self.slot, token == tokens.end):
+            token, self.block, self.slot = tokens.end, self.block + (self.slot > 0), -1
+        else:
+            token, fed, self.slot = tokens.pad, Slot(self.number, self.block, self.slot), self.slot + 1
+        self.made.ids.append(token)
+        return fed
+
+
+class _Loop:
+    """The rows at the moment, and the prompts that wait."""
+
+    def __init__(self, model: MirageModel, prompts: Prompts, limits: Limits, trace: bool):
+        self.model, self.prompts, self.limits, self.trace = model, prompts, limits, trace
+        self.text: Any = model.language_model
+        most = None if limits.cache_gb is None else int(limits.cache_gb * 1e9 / bytes_of_block(model))
+        self.cache = BlockCache(model, most)
+        each = (prompts.answers, self.cache, limits.new_tokens)
+        self.waiting = deque(_Prompt(number, length, *each) for number, length in enumerate(prompts.lengths))
+        for one in self.waiting:
+            if not self.cache.fits(one.shared + one.own):
+                needed = (one.shared + one.own) * bytes_of_block(model) / 1e9
+                raise UserError(
+                    f"record {prompts.rows[one.number] + 1}: keys and values of its {one.length} prompt tokens and up "
+                    f"to {limits.new_tokens} of an answer take {needed:.3g} GB, and --cache_gb is "
+                    f"{limits.cache_gb:g}; raise it, or lower --max_new_tokens or --max_pixels"
+                )
+        self.live: list[_Row] = []
+        self.hidden = model.head.weight.new_empty(0, model.head.weight.shape[1])
+        self.positions = torch.empty(0, dtype=torch.long, device=self.hidden.device)
+
+    def enter(self) -> None:
+        """Let answers begin while there is room for them."""
+        begin: list[tuple[_Prompt, int]] = []
+        fresh: list[_Prompt] = []
+        while self.waiting and (self.limits.rows is None or len(self.live) + len(begin) < self.limits.rows):
+            prompt = self.waiting[0]
+            needed = prompt.own + (0 if prompt.begun else prompt.shared)
+            if not self.cache.fits(needed):
+                break
+            self.cache.reserved += needed
+            fresh += [] if prompt.begun else [prompt]
+            begin.append((prompt, prompt.number * prompt.answers + prompt.begun))
+            prompt.begun += 1
+            if prompt.begun == prompt.answers:
+                self.waiting.popleft()
+        if begin:
+            self.cache.grow()
+            for first, end in neighbours([one.length for one in fresh], self.limits.prefill_tokens):
+                self._read(fresh[first:end])
+            self.live += [self._begin(prompt, number) for prompt, number in begin]
+            self.hidden = torch.cat([self.hidden, torch.stack([prompt.hidden for prompt, _ in begin])])
+            self.positions = torch.cat([self.positions, torch.stack([prompt.position for prompt, _ in begin])])
+
+    def _read(self, prompts: Sequence[_Prompt]) -> None:
+        """Run prompts that stand one behind the other."""
+        batch, text, lengths = self.prompts.read(prompts[0].number, prompts[-1].number + 1), self.text, []
+        for one in prompts:
+            one.table = self.cache.take(self.cache.blocks(one.length))
+            lengths.append(one.length)
+        assert batch.image_features is not None
+        x, deep = place_images(text.embed_tokens(batch.input_ids), batch.image_features, batch.image_positions)
+        last, x = on_device([end - 1 for end in accumulate(lengths)], x.device), x[None]
+        places = self.cache.places([one.table for one in prompts], lengths)
+        ends = Ends(batch.cu_seqlens, batch.cu_seqlens, max(lengths), max(lengths))
+        rotary = text.rotary_emb(x, batch.position_ids[:, None])
+        every = torch.arange(x.shape[1], device=x.device)
         for number, layer in enumerate(text.layers):
-            packed = Packed([], [], None, ends, model.how.attention)
+            packed = Packed([], [], None, ends, self.model.how.attention)
             x = layer(x, position_embeddings=rotary, packed=packed)
             if deep is not None:
-                x = deep.add(number, x[0], tokens)[None]
-            cache = cache or _Cache(lengths, room, packed.made[0][0], len(text.layers))
-            cache.fill(number, *packed.made.pop(), own, first)
-        last.append(x[0].index_select(0, cu_seqlens[1:].long() - 1))
-    assert cache is not None
-    # Text goes on at one past the largest position of its row, on all three axes.
-    highest = [part.max() + 1 for part in batch.position_ids.split(list(lengths), dim=1)]
-    return cache, text.norm(torch.cat(last)), torch.stack(highest)
+                x = deep.add(number, x[0], every)[None]
+            self.cache.write(number, *packed.made.pop(), places)
+        hidden = text.norm(x[0].index_select(0, last))
+        # Text goes on at one past the largest position of its row, on all three axes.
+        positions = [part.max() + 1 for part in batch.position_ids.split(lengths, dim=1)]
+        tokens = batch.input_ids[last]
+        for one, state, token, position in zip(prompts, hidden, tokens, positions, strict=True):
+            one.hidden, one.last, one.position = state, token, position
 
+    def _begin(self, prompt: _Prompt, number: int) -> _Row:
+        """Begin an answer to a prompt that has been read."""
+        table = prompt.table
+        if prompt.answers > 1:
+            # The last block is not full: each answer goes on in a copy.
+            full, rest = divmod(prompt.length, self.cache.size)
+            self.cache.hold(table[:full])
+            table = table[:full] + ([self.cache.copy(table[full])] if rest else [])
+        row = _Row(number, prompt, table, prompt.length)
+        if self.trace:
+            row.made.inputs.append(self.text.embed_tokens(prompt.last))
+            row.made.hidden.append(prompt.hidden)
+        return row
 
-def _trace(rows: list[Generated], alive: list[bool], inputs: torch.Tensor, hidden: torch.Tensor) -> None:
-    for row, lives, one, state in zip(rows, alive, inputs, hidden, strict=True):
-        if lives:
-            row.inputs.append(one.clone())
-            row.hidden.append(state.clone())
+    def _leave(self, row: _Row) -> None:
+        """Give back what an answer had."""
+        prompt = row.prompt
+        self.cache.drop(row.table)
+        self.cache.reserved -= prompt.own
+        prompt.ended += 1
+        if prompt.ended == prompt.answers > 1:
+            self.cache.drop(prompt.table)
+            self.cache.reserved -= prompt.shared
+
+    def step(self, tokens: LatentTokens, choose: Chooser, latents: Latents | None) -> list[_Row]:
+        """Choose a token of each row and go on; return the rows that have ended."""
+        logits = project(self.hidden, self.model.head.weight)
+        usable = finite(logits)
+        # On a GPU without looking: the host would wait.
+        if logits.is_cuda or not usable.all():
+            logits.masked_fill_(~usable[:, None], 0)
+        chosen = choose(logits, [Turn(row.number, len(row.made.ids)) for row in self.live])
+        # Here the host waits.
+        told = torch.stack([chosen, usable.to(chosen)]).tolist()
+        broken = [row.prompt.number for row, fine in zip(self.live, told[1], strict=True) if not fine]
+        if broken:
+            raise NotFinite(min(int(self.prompts.rows[number]) for number in broken))
+        slots = [row.take(token, tokens, self.limits) for row, token in zip(self.live, told[0], strict=True)]
+        made = [row.made.ids for row in self.live]
+        going = [at for at, ids in enumerate(made) if ids[-1] not in tokens.stops and len(ids) < self.limits.new_tokens]
+        found = [row for at, row in enumerate(self.live) if at not in going]
+        for row in found:
+            self._leave(row)
+        x = self._inputs(going, slots, latents)
+        self.live = [self.live[place] for place in going]
+        if found:
+            self.positions = self.positions[on_device(going, x.device).long()]
+        self.hidden = self._forward(x) if going else x
+        return found
+
+    def _inputs(self, going: list[int], slots: list[Slot | None], latents: Latents | None) -> torch.Tensor:
+        """Input embeddings of the rows that go on, which stand at these places: (n, H)."""
+        device = self.hidden.device
+        x: torch.Tensor = self.text.embed_tokens(on_device([self.live[at].made.ids[-1] for at in going], device).long())
+        feeding = [at for at, place in enumerate(going) if slots[place]]
+        if feeding:
+            at, own = on_device([feeding, [going[one] for one in feeding]], device)
+            states = self.hidden.index_select(0, own)
+            if latents is not None:
+                states = latents([slot for place in going if (slot := slots[place])], states)
+            x = x.index_copy(0, at, states.to(x.dtype))
+        for place in going:
+            self.live[place].made.fed += "H" if slots[place] else "E"
+        return x
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run one token a row, x (n, H), through all layers → final-norm hidden states (n, H)."""
+        for row in self.live:
+            if row.length == len(row.table) * self.cache.size:
+                row.table += self.cache.take(1)
+        step = self.cache.step([row.table for row in self.live], [row.length for row in self.live])
+        inputs = x
+        # The rows stand side by side where a sequence stands in training: each attends to its own keys alone.
+        x = x[None]
+        rotary = self.text.rotary_emb(x, self.positions.expand(3, 1, -1))
+        for number, layer in enumerate(self.text.layers):
+            step.layer = number
+            x = layer(x, position_embeddings=rotary, packed=step)
+        hidden: torch.Tensor = self.text.norm(x)[0]
+        self.positions = self.positions + 1
+        for place, row in enumerate(self.live):
+            row.length += 1
+            if self.trace:
+                row.made.inputs.append(inputs[place].clone())
+                row.made.hidden.append(hidden[place].clone())
+        return hidden
 
 
 @torch.no_grad()
-def generate(
+def decode(
     model: MirageModel,
-    batch: Batch,
+    prompts: Prompts,
     tokens: LatentTokens,
     limits: Limits,
     choose: Chooser = greedy,
     trace: bool = False,
     latents: Latents | None = None,
-) -> list[Generated]:
-    """Decode every row of a packed batch of prompts.
+) -> Iterator[tuple[int, Generated]]:
+    """Answer prompts; what an answer is does not depend on the others.
 
     Args:
         model: not sharded (plain module); its head's weight gives the logits.
-        batch: prompts with image features attached (FrozenTower.attach), one pass.
         choose: how a token follows from logits.
         trace: keep each step's inputs and hidden states.
         latents: what is fed at the slots of latent blocks; the rows' own hidden states if None.
 
-    Returns:
-        One Generated a row, in the order of the batch.
+    Yields:
+        (number of the answer, the answer), as they end.
 
     Raises:
+        UserError: a row that --cache_gb never has room for, before anything is decoded.
         NotFinite: names the first row of those whose logits are not.
     """
-    text: Any = model.language_model
-    lengths = batch.cu_seqlens.diff().tolist()
-    cache, hidden, position = _prefill(model, batch, lengths, max(lengths) + limits.new_tokens, limits.prefill_tokens)
-    rows = [Generated() for _ in lengths]
-    device = hidden.device
-    alive = torch.ones(len(rows), dtype=torch.bool, device=device)
-    broken = torch.zeros_like(alive)
-    # Latents of the open block, −1 outside.
-    block = torch.full((len(rows),), -1, device=device)
-    longest = limits.fixed_run if limits.fixed_run is not None else limits.longest_run
-    if trace:
-        last = batch.input_ids[batch.cu_seqlens[1:].long() - 1]
-        _trace(rows, [True] * len(rows), text.embed_tokens(last), hidden)
-    for step in range(limits.new_tokens):
-        logits = functional.linear(hidden, model.head.weight)
-        # No host wait of its own: the loop's one look at the rows sees it.
-        unusable = ~finite(logits)
-        broken |= alive & unusable
-        chosen = choose(logits.masked_fill_(unusable[:, None], 0), step)
-        inside = block >= 0
-        full = block >= longest
-        leaves = inside & (full | ((chosen == tokens.end) & (limits.fixed_run is None)))
-        stays = inside & ~leaves
-        chosen = torch.where(leaves, tokens.end, torch.where(stays, tokens.pad, chosen))
-        fed = hidden if latents is None else latents(torch.where(stays, block, -1), hidden)
-        block = torch.where(stays, block + 1, torch.where(inside, -1, block))
-        block = torch.where(~inside & (chosen == tokens.start), 0, block)
-        x = torch.where(stays[:, None], fed, text.embed_tokens(chosen))
-        for row, token, lives in zip(rows, chosen.tolist(), alive.tolist(), strict=True):
-            if lives:
-                row.ids.append(token)
-        alive &= ~torch.isin(chosen, torch.tensor(tokens.stops, device=device))
-        if step + 1 == limits.new_tokens or not (alive.any() & ~broken.any()):
-            break
-        living = alive.tolist()
-        for row, feeds, lives in zip(rows, stays.tolist(), living, strict=True):
-            row.fed += ("H" if feeds else "E") if lives else ""
-        hidden = _one_step(text, x, position, cache)
-        position = position + 1
-        if trace:
-            _trace(rows, living, x, hidden)
-    if broken.any():
-        raise NotFinite(int(batch.rows[broken].min()))
-    return rows
+    loop = _Loop(model, prompts, limits, trace)
+    while loop.live or loop.waiting:
+        loop.enter()
+        yield from ((row.number, row.made) for row in loop.step(tokens, choose, latents))
 
 
-def _one_step(text: Any, x: torch.Tensor, position: torch.Tensor, cache: _Cache) -> torch.Tensor:
-    """Run one token a row, x (N, H) at its position (N,), through all layers → final-norm hidden states (N, H)."""
-    # The rows stand side by side where a sequence stands in training: each attends to its own cache alone.
-    x = x[None]
-    rotary = text.rotary_emb(x, position.expand(3, 1, -1))
-    longest = int(cache.lengths.max()) + 1
-    for number, layer in enumerate(text.layers):
-        x = layer(x, position_embeddings=rotary, packed=_OneToken(cache, number, longest))
-    cache.lengths += 1
-    return text.norm(x)[0]
+def generate(model: MirageModel, prompts: Prompts, *given: Any, **options: Any) -> list[Generated]:
+    """Return what `decode` yields, in the order of the answers' numbers."""
+    return [made for _, made in sorted(decode(model, prompts, *given, **options), key=lambda one: one[0])]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +33,12 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
-from mirage_ds.model.generate import Limits, generate, greedy, latent_tokens
+from mirage_ds.evaluate.decoder import prompts_of
+from mirage_ds.model.choose import Turn, greedy
+from mirage_ds.model.generate import Limits, generate
 from mirage_ds.model.load import Loaded, load_model, public_name
 from mirage_ds.model.loss import StepCounts, objective
+from mirage_ds.model.slots import latent_tokens
 
 # Losses, hidden states and gradients: the tolerances that come with the folder (two attention back ends or thread
 # counts differ by 2e-6 in hidden states). Inputs are exact; features and logits get what hidden states get.
@@ -195,17 +199,17 @@ def check_generation(case: Case, loaded: Loaded, encoder: Encoder, record: Recor
     """Decode one case greedily with its forced tokens; return the largest difference of each kind."""
     plan = {int(step): token for step, token in case.scalars["plan"].items()}
 
-    def forced(logits: torch.Tensor, step: int) -> torch.Tensor:
-        return torch.full((len(logits),), plan[step]) if step in plan else greedy(logits, step)
+    def forced(logits: torch.Tensor, turns: Sequence[Turn]) -> torch.Tensor:
+        step = turns[0].step
+        return torch.full((len(logits),), plan[step]) if step in plan else greedy(logits, turns)
 
-    batch = collate([encoder.encode_prompt(record, row=0)], 1, encoder.dummy(0))
+    sample = encoder.encode_prompt(record, row=0)
     assert loaded.tower is not None
-    prompt = batch.input_ids
-    batch = loaded.tower.attach(batch)
+    prompts, prompt = prompts_of(loaded.model, loaded.tower, encoder, [sample]), sample.input_ids
     # The public code goes on to its limit whatever is emitted.
     tokens = latent_tokens(encoder)._replace(stops=())
     limits = Limits(new_tokens=case.scalars["max_new_tokens"])
-    row = generate(loaded.model, batch, tokens, limits, forced, trace=True)[0]
+    row = generate(loaded.model, prompts, tokens, limits, forced, trace=True)[0]
     tensors = case.tensors
     return {
         "ids": max(differ(prompt, tensors["prompt_ids"]), differ(torch.tensor(row.ids), tensors["new_ids"])),

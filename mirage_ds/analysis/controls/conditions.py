@@ -19,7 +19,8 @@ import torch
 
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
-from mirage_ds.model.generate import Chooser, LatentTokens
+from mirage_ds.model.choose import Turn
+from mirage_ds.model.slots import Latents, LatentTokens, Slot
 from mirage_ds.tasks import level_of
 
 # Two vectors lie alike on both sides of their mean, so that nothing says how far the estimate may be off.
@@ -170,49 +171,60 @@ KNOWN: dict[str, Callable[[Material], list[torch.Tensor]]] = {
 }
 
 
-# -------------------------------------------------------------------------------- into the decoding (generate.Latents)
+# ----------------------------------------------------------------------------------- into the decoding (slots.Latents)
 
 
 class Given:
     """Feeds known vectors, block by block; a block beyond the last known one gets that one's again.
 
     Args:
-        vectors: (R, k, H) of each row of the batch.
+        vectors: (R, k, H) of each row that is decoded.
     """
 
     def __init__(self, vectors: Sequence[torch.Tensor]):
-        most = max(len(one) for one in vectors)
-        # (N, most, k, H)
-        self.vectors = torch.stack([one[torch.arange(most).clamp(max=len(one) - 1)] for one in vectors])
-        self.block = torch.full((len(vectors),), -1)
+        self.vectors = vectors
 
-    def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """See generate.Latents."""
-        at = slots.cpu()
-        self.block += at == 0
-        rows = torch.arange(len(at))
-        fed = self.vectors[rows, self.block.clamp(0, self.vectors.shape[1] - 1), at.clamp(min=0)]
-        return fed.to(own.device, own.dtype)
+    def __call__(self, slots: Sequence[Slot], own: torch.Tensor) -> torch.Tensor:
+        """See slots.Latents."""
+        fed = [self.vectors[row][min(block, len(self.vectors[row]) - 1), slot] for row, block, slot in slots]
+        return torch.stack(fed).to(own)
 
 
 class First:
     """Feeds the state of a latent block's first slot at all of its slots."""
 
     def __init__(self) -> None:
-        self.first: torch.Tensor | None = None
+        self.first: dict[int, torch.Tensor] = {}
 
-    def __call__(self, slots: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """See generate.Latents."""
-        kept = own if self.first is None else self.first
-        self.first = torch.where((slots == 0)[:, None], own, kept)
-        return self.first
+    def __call__(self, slots: Sequence[Slot], own: torch.Tensor) -> torch.Tensor:
+        """See slots.Latents."""
+        self.first |= {one.row: state for one, state in zip(slots, own, strict=True) if not one.slot}
+        return torch.stack([self.first[one.row] for one in slots])
 
 
-def forbid(choose: Chooser, tokens: LatentTokens) -> Chooser:
-    """Make a chooser that never chooses a latent token."""
+class Together:
+    """Conditions side by side: of each prompt's answers, the c-th is decoded under the c-th condition.
 
-    def other(logits: torch.Tensor, step: int) -> torch.Tensor:
-        barred = torch.tensor([tokens.pad, tokens.start, tokens.end], device=logits.device)
-        return choose(logits.index_fill(-1, barred, float("-inf")), step)
+    Args:
+        latents: of each condition, None where the rows' own states are fed.
+        off: the condition whose answers never have a latent token, if there is one.
+    """
 
-    return other
+    def __init__(self, latents: Sequence[Latents | None], off: int | None, tokens: LatentTokens):
+        self.latents, self.off, self.tokens = latents, off, tokens
+
+    def __call__(self, slots: Sequence[Slot], own: torch.Tensor) -> torch.Tensor:
+        """See slots.Latents."""
+        fed = own.clone()
+        for number, feed in enumerate(self.latents):
+            at = [place for place, one in enumerate(slots) if one.row % len(self.latents) == number]
+            if feed is not None and at:
+                mine = [slots[place]._replace(row=slots[place].row // len(self.latents)) for place in at]
+                fed[at] = feed(mine, own[at])
+        return fed
+
+    def choose(self, logits: torch.Tensor, turns: Sequence[Turn]) -> torch.Tensor:
+        """See choose.Chooser: the likeliest token that the row's condition lets it have."""
+        barred = [at for at, turn in enumerate(turns) if turn.row % len(self.latents) == self.off]
+        logits[torch.tensor(barred, dtype=torch.long)[:, None], torch.tensor(self.tokens[:3])] = -torch.inf
+        return logits.argmax(-1)

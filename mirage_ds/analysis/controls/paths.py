@@ -119,7 +119,7 @@ def run_paths(
             raise UserError(f"record on {error}") from None
 
         def answered(rows: Sequence[Row]) -> list[Prediction]:
-            made = decode(bench, rows, Given([row.targets for row in rows if row.targets is not None]))
+            made = decode(bench, rows, [Given([row.targets for row in rows if row.targets is not None])])[0]
             return [answer_of(one, bench.encoder) for one in made]
 
         answers = in_batches(bench, twins, check(twins, bench), batch_size, track, answered)

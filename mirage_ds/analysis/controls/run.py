@@ -14,7 +14,7 @@ import torch
 
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls import teach
-from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners, forbid
+from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners
 from mirage_ds.analysis.controls.paths import run_paths
 from mirage_ds.analysis.controls.report import summarize
 from mirage_ds.analysis.controls.spec import PATH, ControlsSpec
@@ -23,24 +23,19 @@ from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, Track, answer_of, need_latents, run_limits
 from mirage_ds.evaluate.report import Asked
-from mirage_ds.model.generate import Generated, greedy
+from mirage_ds.model.generate import Generated
 
 
-def fill(
-    name: str, vectors: Sequence[torch.Tensor], bench: Bench, rows: Sequence[Row]
-) -> tuple[list[Generated], list[float]]:
-    """Fill the slots in another way than `own`: answers to the rows' questions, and their answers' log-likelihood.
+def likelihood(name: str, vectors: Sequence[torch.Tensor], bench: Bench, rows: Sequence[Row]) -> list[float]:
+    """Log-likelihood of the rows' answers with the slots filled in another way than `own`.
 
     Args:
-        vectors: what is fed where it is known beforehand, (R, k, H) for each record by its place.
+        vectors: what is fed where it is known beforehand, (R, k, H) a row.
     """
     if name == "first":
-        return decode(bench, rows, First()), teach.first(bench, rows)
-    if name == "off":
-        # Never emitted, and left out of the answer that is scored.
-        return decode(bench, rows, choose=forbid(greedy, bench.tokens)), teach.off(bench, rows)
-    fed = [vectors[row.sample.row] for row in rows]
-    return decode(bench, rows, Given(fed)), teach.given(bench, rows, fed)
+        return teach.first(bench, rows)
+    # Off: latent tokens are never emitted, and left out of the answer that is scored.
+    return teach.off(bench, rows) if name == "off" else teach.given(bench, rows, vectors)
 
 
 def run_conditions(
@@ -65,7 +60,8 @@ def run_conditions(
 
     def own(rows: Sequence[Row]) -> Iterator[Any]:
         fed, log_likelihoods = teach.own(bench, rows)
-        return zip(fed, [row.targets for row in rows], outcomes(decode(bench, rows), log_likelihoods), strict=True)
+        answers = outcomes(decode(bench, rows, [None])[0], log_likelihoods)
+        return zip(fed, [row.targets for row in rows], answers, strict=True)
 
     order = check(records, bench)
     latents, targets, found = zip(*in_batches(bench, records, order, batch_size, track, own), strict=True)
@@ -79,7 +75,11 @@ def run_conditions(
     vectors = {name: KNOWN[name](material) if name in KNOWN else [] for name in names if name != "own"}
 
     def others(rows: Sequence[Row]) -> Iterator[Any]:
-        return zip(*(outcomes(*fill(name, own, bench, rows)) for name, own in vectors.items()), strict=True)
+        given = {name: [own[row.sample.row] for row in rows] if own else [] for name, own in vectors.items()}
+        feeds = [First() if name == "first" else Given(own) if own else None for name, own in given.items()]
+        answers = decode(bench, rows, feeds, [*given].index("off") if "off" in given else None)
+        found = (likelihood(name, own, bench, rows) for name, own in given.items())
+        return zip(*(outcomes(*both) for both in zip(answers, found, strict=True)), strict=True)
 
     rest = in_batches(bench, records, order, batch_size, track, others) if vectors else []
     return {"own": list(found), **{name: [one[at] for one in rest] for at, name in enumerate(vectors)}}
@@ -101,7 +101,8 @@ def study(
     """
     need_latents(decoder)
     # With a fixed number of slots the longest block has no say.
-    limits = run_limits(decoder, spec.max_new_tokens, 0, spec.run_length, spec.prefill_tokens)
+    room = dict(prefill_tokens=spec.prefill_tokens, rows=spec.batch_size, cache_gb=spec.cache_gb)
+    limits = run_limits(decoder, spec.max_new_tokens, 0, spec.run_length, **room)
     k = limits.fixed_run
     if not k:
         raise UserError(

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from mirage_ds.analysis.bench import Bench
+from mirage_ds.analysis.controls.conditions import Together
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.loader import check_records
 from mirage_ds.data.record import Record
@@ -21,8 +22,9 @@ from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Track, batches, batches_fit, prompt_of, without_helpers
 from mirage_ds.evaluate.scoring import Prediction
-from mirage_ds.model.generate import Chooser, Generated, Latents, LatentTokens, generate, greedy
+from mirage_ds.model.generate import Generated, generate
 from mirage_ds.model.latents import compress
+from mirage_ds.model.slots import Latents, LatentTokens
 
 
 class Outcome(NamedTuple):
@@ -138,11 +140,20 @@ def in_batches(
 
 
 def decode(
-    bench: Bench, rows: Sequence[Row], latents: Latents | None = None, choose: Chooser = greedy
-) -> list[Generated]:
-    """Answer the rows' questions, with the slots fed by `latents`."""
-    batch = bench.batch([prompt_of(row.sample) for row in rows])
-    return generate(bench.model, batch, bench.tokens, bench.limits, choose, latents=latents)
+    bench: Bench, rows: Sequence[Row], latents: Sequence[Latents | None], off: int | None = None
+) -> list[list[Generated]]:
+    """Answer the rows' questions under several conditions at once; each question is read once.
+
+    Args:
+        latents, off: see conditions.Together.
+
+    Returns:
+        The answers of each condition.
+    """
+    prompts = bench.prompts([prompt_of(row.sample) for row in rows])._replace(answers=len(latents))
+    feed = Together(latents, off, bench.tokens)
+    made = generate(bench.model, prompts, bench.tokens, bench.limits, feed.choose, latents=feed)
+    return [made[number :: len(latents)] for number in range(len(latents))]
 
 
 def _log_likelihoods(bench: Bench, rows: Sequence[Row], batch: Batch, hidden: torch.Tensor) -> list[float]:

@@ -24,8 +24,9 @@ from mirage_ds.data.encode import IMAGE_PAD, Encoder
 from mirage_ds.data.record import Record
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.model.attention import Ends, varlen_attention
+from mirage_ds.model.choose import check_finite
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import check_finite, generate
+from mirage_ds.model.generate import generate
 from mirage_ds.model.images import Deep, embedded, place_images
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def decoded(bench: Bench, prompt: Sample) -> Thought:
     Returns:
         The row without the last token, which was never fed; `runs` is empty where the model opened none.
     """
-    answer = generate(bench.model, bench.batch([prompt]), bench.tokens, bench.limits)[0]
+    answer = generate(bench.model, bench.prompts([prompt]), bench.tokens, bench.limits)[0]
     fed, prefix = len(answer.fed), len(prompt.input_ids)
     ids = torch.tensor(answer.ids[:fed], dtype=torch.long)
     onwards = prompt.position_ids.max() + 1 + torch.arange(fed)

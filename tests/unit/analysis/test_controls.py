@@ -21,7 +21,7 @@ from test_generate import World, assert_same, both, sharpen, slowly
 
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls import conditions as making
-from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners, forbid
+from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, Together, choose_partners
 from mirage_ds.analysis.controls.paths import fork_of, run_paths, verdict
 from mirage_ds.analysis.controls.report import summarize
 from mirage_ds.analysis.controls.run import run_conditions
@@ -36,7 +36,9 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import answer_records, load_decoder, prompt_of
 from mirage_ds.evaluate.scoring import Prediction, bootstrap
-from mirage_ds.model.generate import Generated, Limits, generate, greedy, latent_tokens
+from mirage_ds.model.choose import greedy
+from mirage_ds.model.generate import Generated, Limits, generate
+from mirage_ds.model.slots import latent_tokens
 
 K, SEED = 3, 11
 # Transformers' layers take their norms and rotary angles in float32, also in a float64 model.
@@ -220,9 +222,9 @@ def test_condition_is_the_slow_loop(
 ) -> None:
     # Once more, looked at from inside: ids alone might be the same whatever is fed.
     known = Given(KNOWN[name](oracle.material)) if name in KNOWN else First() if name == "first" else None
-    prompts = bench.batch([prompt_of(row.sample) for row in rows_of(bench, records, range(len(records)))])
-    choose = forbid(greedy, bench.tokens) if name == "off" else greedy
-    traced = generate(bench.model, prompts, bench.tokens, LIMITS, choose, trace=True, latents=known)
+    prompts = bench.prompts([prompt_of(row.sample) for row in rows_of(bench, records, range(len(records)))])
+    feed = Together([known], 0 if name == "off" else None, bench.tokens)
+    traced = generate(bench.model, prompts, bench.tokens, LIMITS, feed.choose, trace=True, latents=feed)
     for row, outcome in enumerate(found[name]):
         slow = oracle.decode(name, row)
         assert_same(traced[row], slow)
@@ -453,9 +455,10 @@ def test_paths_feed_the_targets_of_either_path_and_count_who_follows(
     says = [[0, 1], [0, 1], [0, 0], [None, None]]
     fed: dict[int, torch.Tensor] = {}
 
-    def decode(bench: Bench, rows: Any, latents: Any) -> list[int]:
-        fed.update({row.sample.row: vectors[0] for row, vectors in zip(rows, latents.vectors, strict=True)})
-        return [row.sample.row for row in rows]
+    def decode(bench: Bench, rows: Any, latents: Any) -> list[list[int]]:
+        (given,) = latents
+        fed.update({row.sample.row: vectors[0] for row, vectors in zip(rows, given.vectors, strict=True)})
+        return [[row.sample.row for row in rows]]
 
     def answer(row: int, encoder: Encoder) -> Prediction:
         path = says[row // 2][row % 2]

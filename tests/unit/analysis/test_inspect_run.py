@@ -26,7 +26,8 @@ from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
-from mirage_ds.model.generate import Limits, NotFinite
+from mirage_ds.model.choose import NotFinite
+from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import Loaded, load_model
 
 K = 3

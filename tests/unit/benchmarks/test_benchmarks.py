@@ -1,4 +1,4 @@
-"""What the speed benchmarks compare with: the plain way's losses are the product's, padded or row by row."""
+"""What the speed benchmarks compare with: the same losses, padded or row by row; the same tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import host
+from benchmarks.decode import Ours, Theirs
 from benchmarks.naive import Naive
 from benchmarks.step import described
 from benchmarks.workload import encode, make_workload
@@ -49,3 +50,12 @@ def test_what_was_run_is_described() -> None:
     said = described(host.Case(28, 1, "sft", 0, "zero1"))
     assert (said["layers"], said["recipe"]) == (28, "zero1")
     assert "no GPU" in said["machine"]
+
+
+def test_transformers_own_generate_decodes_the_same_tokens(work: Any) -> None:
+    ours = Ours(work, ROWS)
+    theirs = Theirs(work, ours.samples).answers(6, 2, ours.tokens.stops)
+    found = ours.answers(ours.samples, [6, 3, 6], batch=2)
+    # The last token of ours is the stop that ends a row at its length.
+    assert [ids[:-1] for ids in found] == [theirs[0][:5], theirs[1][:2], theirs[2][:5]]
+    assert len({tuple(ids) for ids in theirs}) > 1

@@ -26,6 +26,7 @@ from mirage_ds.data.batch import Batch
 from mirage_ds.data.frames import from_pixels
 from mirage_ds.data.sample import IGNORE
 from mirage_ds.errors import UserError
+from mirage_ds.model.choose import Turn
 from mirage_ds.model.load import load_model
 
 
@@ -157,8 +158,8 @@ def test_a_model_is_saved_as_an_export_writes_it(opened: Mirage, nano: Path, mix
 def test_latents_are_the_states_before_their_slots_and_can_be_given(opened: Mirage) -> None:
     start = opened._decoder.encoder.id_of("<|latent_start|>")
 
-    def choose(logits: torch.Tensor, step: int) -> torch.Tensor:
-        return torch.full_like(logits.argmax(-1), start) if step == 1 else logits.argmax(-1)
+    def choose(logits: torch.Tensor, turns: Sequence[Turn]) -> torch.Tensor:
+        return torch.full_like(logits.argmax(-1), start) if turns[0].step == 1 else logits.argmax(-1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mirage_ds.api.chooser_of", lambda *_: choose)

@@ -404,7 +404,7 @@ def test_a_record_s_draws_follow_its_place_in_the_file(decoder: Decoder) -> None
 def test_a_broken_image_is_said_before_anything_is_decoded(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "decode_samples", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(evaluate, "pack", lambda *_: pytest.fail("decoded"))
     (tmp_path / "bad.png").write_bytes(b"none")
     bad = replace(scan(SAMPLE)[0][0], line=9, image_input=(str(tmp_path / "bad.png"),))
     with pytest.raises(UserError, match=r"^record on line 9, image_input: image .*bad.png cannot be decoded"):
@@ -412,10 +412,10 @@ def test_a_broken_image_is_said_before_anything_is_decoded(
 
 
 def test_a_gpu_that_is_too_small_is_one_sentence(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
+    def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(evaluate, "generate", full)
+    monkeypatch.setattr(evaluate, "pack", full)
     with pytest.raises(
         UserError, match=r"^--batch_size 2: so many rows at a time do not fit into the GPU's memory; lower it"
     ):
@@ -433,7 +433,7 @@ def test_a_report_holds_all_that_its_scores_follow_from(decoder: Decoder, nano: 
     assert settings | {"min_pixels": 0, "max_pixels": 0} == dict(
         decoding="sampled", temperature=1.5, top_p=0.8, seed=5, max_new_tokens=6, longest_run=4, run_length=3,
         latents=True, slots=None, min_pixels=0, max_pixels=0, batch_size=2, ranks=1, device="cpu", dtype="float32",
-        prefill_tokens=8192,
+        prefill_tokens=8192, cache_gb=None, samples=1,
     )  # fmt: skip
     assert 0 < settings["min_pixels"] < settings["max_pixels"]
     sha = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in nano.glob("*.safetensors")}

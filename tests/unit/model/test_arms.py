@@ -40,7 +40,7 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, answer_records, load_decoder, need_latents, run_limits
-from mirage_ds.model.generate import Limits, generate
+from mirage_ds.model.generate import Limits, decode
 from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import objective
 
@@ -316,14 +316,15 @@ def test_decoding_gives_the_answer_what_training_gave_it(
     start, pad = decoder.encoder.id_of(LATENT_START), decoder.encoder.id_of(LATENT_PAD)
     records = [scan(mixed)[0][row] for row in (0, 1, 5)]
 
-    def opened(model, batch, tokens, limits, choose, **options):
-        def first(logits: torch.Tensor, step: int) -> torch.Tensor:
+    def opened(model, prompts, tokens, limits, choose, **options):
+        def first(logits: torch.Tensor, turns) -> torch.Tensor:
             barred = logits.index_fill(-1, torch.tensor([start]), float("-inf"))
-            return choose(barred, step) if step else torch.full((len(logits),), start)
+            begins = torch.tensor([turn.step == 0 for turn in turns])
+            return torch.where(begins, start, choose(barred, turns))
 
-        return generate(model, batch, tokens, limits, first, **options)
+        return decode(model, prompts, tokens, limits, first, **options)
 
-    monkeypatch.setattr("mirage_ds.evaluate.decoder.generate", opened)
+    monkeypatch.setattr("mirage_ds.evaluate.decoder.decode", opened)
     # And let what is fed at the slots matter: a pad that is far from every hidden state.
     loud = 30 * torch.randn(decoder.loaded.tower.width, generator=torch.Generator().manual_seed(2))
     for weight in (plain.model.get_input_embeddings().weight, decoder.loaded.model.language_model.embed_tokens.weight):

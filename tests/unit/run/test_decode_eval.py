@@ -1,13 +1,13 @@
 """What evaluation by decoding is made of: which rows, which prompts, how much memory, the best model, the card.
 
-N rows of a batch, S keys, L layers, V vocabulary rows.
+N rows of a batch, V vocabulary rows.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from mirage_ds.data.sample import Sample
 from mirage_ds.engine import setup
 from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.engine.whole import bytes_to_decode
-from mirage_ds.evaluate.decoder import decode_samples, prompt_of
+from mirage_ds.evaluate.decoder import decode_samples, prompt_of, prompts_of
 from mirage_ds.evaluate.scoring import spread
-from mirage_ds.model.generate import LatentTokens, Limits, generate, latent_tokens
+from mirage_ds.model.choose import Turn
+from mirage_ds.model.generate import Limits, Prompts, generate, neighbours
 from mirage_ds.model.load import load_model
+from mirage_ds.model.slots import LatentTokens, latent_tokens
 from mirage_ds.run import saving
 from mirage_ds.run.folder import claim
 from mirage_ds.run.saving import Best
@@ -74,12 +76,14 @@ def test_runs_that_come_and_go_in_a_batch_change_no_row(nano: Path, mixed: Path)
         plan[draw.randrange(8, 18)] = tokens.stops[0]
 
     def decoded(rows: list[int], limits: Limits) -> list[list[int]]:
-        def choose(logits: torch.Tensor, step: int) -> torch.Tensor:
+        def choose(logits: torch.Tensor, turns: Sequence[Turn]) -> torch.Tensor:
             likeliest = logits.argmax(-1).tolist()
-            return torch.tensor([plans[row].get(step, one) for row, one in zip(rows, likeliest, strict=True)])
+            return torch.tensor(
+                [plans[rows[turn.row]].get(turn.step, one) for turn, one in zip(turns, likeliest, strict=True)]
+            )
 
-        batch = loaded.tower.attach(collate([samples[row] for row in rows], 1, encoder.dummy(0)))
-        return [one.ids for one in generate(loaded.model, batch, tokens, limits, choose)]
+        prompts = prompts_of(loaded.model, loaded.tower, encoder, [samples[row] for row in rows])
+        return [one.ids for one in generate(loaded.model, prompts, tokens, limits, choose)]
 
     for limits in (Limits(20, 3), Limits(20, 9, 2)):
         together = decoded(list(range(6)), limits)
@@ -113,9 +117,10 @@ def test_a_stop_is_looked_for_before_each_token(nano: Path, mixed: Path) -> None
 def test_memory_of_a_batch_by_hand(nano: Path) -> None:
     loaded = load_model(nano, stage="sft", dtype=torch.bfloat16, device=CPU, checkpointing=False)
     rows = len(loaded.model.head.weight)
-    # Nothing is sharded: 4 layers, 2 key heads of 32, in bf16, keys and values; logits in bf16 and float32.
+    # Nothing is sharded: a block of 64 tokens, 4 layers, 2 key heads of 32, in bf16, keys and values; logits in bf16
+    # and float32.
     limits = Limits(new_tokens=50)
-    assert bytes_to_decode(loaded.model, 3, 0, limits) == 2 * 3 * 50 * 2 * 32 * 4 * 2 + 3 * rows * (2 + 4)
+    assert bytes_to_decode(loaded.model, 3, 0, limits) == 2 * 3 * 64 * 2 * 32 * 4 * 2 + 3 * rows * (2 + 4)
     part = loaded.model.language_model.norm.weight
     part.ds_id, part.ds_numel, part.ds_tensor = 1, 1000, torch.empty(400, device="meta")
     part.ds_tensor.ds_numel = 400
@@ -133,11 +138,17 @@ def test_memory_of_a_batch_is_what_is_alive(name: str, dtype: torch.dtype, rows:
     width = values["text_config"]["hidden_size"] * (
         1 + len(values["vision_config"].get("deepstack_visual_indexes", ()))
     )
-    batch = collate([sample(row, 60, (), width, dtype, 0, False) for row in range(rows)], 1, None)
+    samples = [sample(row, 60, (), width, dtype, 0, False) for row in range(rows)]
+    # Packed beforehand: what the rows themselves take is not what is counted.
+    packed = {(first, end): collate(samples[first:end], 1, None) for first, end in neighbours([60] * rows, budget)}
+    prompts = Prompts([60] * rows, range(rows), lambda first, end: packed[first, end])
     limits = Limits(new, prefill_tokens=budget)
     with Live() as live:
         # What is not needed after all has been allocated too.
-        generate(model, batch, LatentTokens(1, -1, 3, (7,)), limits, lambda logits, at: torch.full((rows,), 6 + at))
+        generate(
+            model, prompts, LatentTokens(1, -1, 3, (7,)), limits,
+            lambda logits, turns: torch.tensor([6 + turn.step for turn in turns]),
+        )  # fmt: skip
     # What is left out are lengths, positions and the last hidden states.
     assert live.peak == pytest.approx(bytes_to_decode(model, rows, 60, limits), rel=0.005)
 

@@ -1,0 +1,244 @@
+"""Keys and values of the rows that decode, in blocks that rows of one prompt share; attention of one token a row.
+
+n rows, P blocks of the cache, B tokens a block, b blocks that a step reads, m rows that share a block at most, w blocks
+of the longest row, L layers, Hq query heads, Hkv key heads, g = Hq / Hkv, D head width.
+
+A row's table lists its blocks in the order of its tokens. A row reserves the blocks of its longest possible answer when
+it enters, so it never has to leave before its end. Blocks are taken as they are needed, those at the cache's beginning
+first: most of the time the blocks in use are all of them up to the last, and are read where they lie.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mirage_ds.model.attention import KERNELS, Ends, head_width_of, kernel_fault
+from mirage_ds.model.forward import MirageModel
+from mirage_ds.model.latents import KeysValues
+
+# B: what kernels for pages ask for; and the block that costs least on a CPU (measured: 64 of 32 to 256). A part of the
+# cache that is in use to the share DENSE is read as it lies, its free blocks in vain.
+PAGE, BLOCK, DENSE = 256, 64, 0.75
+
+
+def kernel_of(model: MirageModel) -> str | None:
+    """Return the kernel that attends over blocks, a key of attention.KERNELS; None where none takes the model."""
+    width, name = head_width_of(model.language_model.config), model.how.attention
+    return None if name not in KERNELS or kernel_fault(model.head.weight.dtype, width) else name
+
+
+def tokens_of_block(model: MirageModel) -> int:
+    """Return B."""
+    return PAGE if kernel_of(model) else BLOCK
+
+
+def bytes_of_block(model: MirageModel) -> int:
+    """Bytes of one block's keys and values in all layers."""
+    config: Any = model.language_model.config
+    width = config.num_key_value_heads * head_width_of(config)
+    return 2 * tokens_of_block(model) * width * config.num_hidden_layers * model.head.weight.element_size()
+
+
+def on_device(values: Any, device: torch.device) -> torch.Tensor:
+    """Copy numbers to a device without waiting for it."""
+    made = torch.as_tensor(values)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+
+
+class BlockCache:
+    """The cache of all layers.
+
+    Args:
+        most: blocks that it may have; as many as rows reserve if None.
+
+    Attributes:
+        size: B.
+        keys, values: (P, Hkv, B, D) a layer.
+        reserved: blocks that rows may need until their ends.
+    """
+
+    def __init__(self, model: MirageModel, most: int | None = None):
+        config: Any = model.language_model.config
+        self.size, self.most, self.kernel, self.reserved = tokens_of_block(model), most, kernel_of(model), 0
+        empty = model.head.weight.new_zeros(0, config.num_key_value_heads, self.size, head_width_of(config))
+        self.keys = [empty] * config.num_hidden_layers
+        self.values = [empty] * config.num_hidden_layers
+        self._free: list[int] = []
+        self._holders: list[int] = []
+
+    def blocks(self, tokens: int) -> int:
+        """Return how many blocks hold so many tokens."""
+        return -(-tokens // self.size)
+
+    def fits(self, blocks: int) -> bool:
+        """Tell whether so many blocks more can be reserved."""
+        return self.most is None or self.reserved + blocks <= self.most
+
+    def grow(self) -> None:
+        """Make room for all that is reserved."""
+        have, missing = len(self._holders), self.reserved - len(self._holders)
+        if missing > 0:
+            for store in (self.keys, self.values):
+                for layer, old in enumerate(store):
+                    store[layer] = old.new_zeros(self.reserved, *old.shape[1:])
+                    store[layer][:have] = old
+            self._holders += [0] * missing
+            self._free += range(have, self.reserved)
+            heapq.heapify(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Take blocks out of those that are reserved."""
+        found = [heapq.heappop(self._free) for _ in range(count)]
+        self.hold(found)
+        return found
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Share blocks once more."""
+        for block in blocks:
+            self._holders[block] += 1
+
+    def drop(self, blocks: Sequence[int]) -> None:
+        """Leave blocks; those that nobody holds any more are free."""
+        for block in blocks:
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                heapq.heappush(self._free, block)
+
+    def copy(self, block: int) -> int:
+        """Take a block with the content of another."""
+        (made,) = self.take(1)
+        for one in (*self.keys, *self.values):
+            one[made] = one[block]
+        return made
+
+    def places(self, tables: Sequence[Sequence[int]], lengths: Sequence[int]) -> torch.Tensor:
+        """Return of all tokens of rows that begin their blocks and the places in them: (2, T)."""
+        tokens = [np.arange(length) for length in lengths]
+        blocks = [np.asarray(table)[at // self.size] for table, at in zip(tables, tokens, strict=True)]
+        return on_device(np.stack([np.concatenate(blocks), np.concatenate(tokens) % self.size]), self.keys[0].device)
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor) -> KeysValues:
+        """Keep keys and values (T, Hkv, D) at their places; return all of the layer."""
+        keys, values, (block, inside) = self.keys[layer], self.values[layer], at
+        keys[block, :, inside], values[block, :, inside] = k, v
+        return keys, values
+
+    def step(self, tables: Sequence[Sequence[int]], lengths: Sequence[int]) -> _KernelStep | _BlockStep:
+        """Prepare one new token a row: a Context of attention, of the layer that its `layer` says.
+
+        Args:
+            tables: of each row, with the block that the new token goes into; lengths: tokens before it.
+        """
+        return (_KernelStep if self.kernel else _BlockStep)(self, tables, lengths)
+
+
+def _padded(lists: Sequence[Sequence[int] | np.ndarray], fill: int) -> np.ndarray:
+    """Write lists of unlike lengths as rows of one matrix."""
+    found = np.full((len(lists), max(map(len, lists))), fill)
+    for row, one in enumerate(lists):
+        found[row, : len(one)] = one
+    return found
+
+
+class _KernelStep:
+    """A varlen kernel takes the lengths, and each row's blocks where it can.
+
+    Attributes:
+        ends: of queries and keys; used: (n,) keys of each row; table: (n, w), both int32.
+    """
+
+    layer = 0
+
+    def __init__(self, cache: BlockCache, tables: Sequence[Sequence[int]], lengths: Sequence[int]):
+        self.cache, rows = cache, np.asarray(lengths)
+        own = np.stack([[table[-1] for table in tables], rows % cache.size, rows + 1], axis=1)
+        both = on_device(np.concatenate([own, _padded(tables, 0)], axis=1), cache.keys[0].device)
+        self.at = both[:, :2].T
+        self.used, self.table = both[:, 2].int(), both[:, 3:].int().contiguous()
+        queries = torch.arange(len(rows) + 1, device=both.device, dtype=torch.int32)
+        keys = torch.nn.functional.pad(self.used.cumsum(0, dtype=torch.int32), (1, 0))
+        self.ends = Ends(queries, keys, 1, int(rows.max()) + 1)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Keep k and v (n, Hkv, D), and attend with q (n, Hq, D) → (n, Hq, D)."""
+        keys, values = self.cache.write(self.layer, k, v, self.at)
+        # Tokens before heads, as kernels ask for: a view.
+        kernel = PAGED[str(self.cache.kernel)]
+        return kernel(self, q.to(v.dtype), keys.transpose(1, 2), values.transpose(1, 2), scale)
+
+
+def _flash(step: _KernelStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(q, k, v, *step.ends[:4], softmax_scale=scale, causal=True, block_table=step.table)
+
+
+def _torch_varlen(step: _KernelStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    operator, more, ends = torch.ops.aten._flash_attention_forward, dict(seqused_k=step.used), step.ends
+    if "block_table" in str(operator.default._schema):
+        more["block_table"] = step.table
+    else:
+        # As of torch 2.11: the blocks of each row are copied to stand side by side.
+        k, v = (one[step.table.flatten()].flatten(0, 1) for one in (k, v))
+        ends = ends._replace(cu_k=ends.cu_q * (len(k) // len(q)))
+    # Not causal: a single query sees all that is used.
+    return operator(q, k, v, *ends[:4], 0.0, False, False, scale=scale, **more)[0]
+
+
+# As attention.BACKENDS, with a query a row (n, Hq, D) over blocks (P, B, Hkv, D).
+PAGED = {"flash": _flash, "torch_varlen": _torch_varlen}
+
+
+class _BlockStep:
+    """Plain products: each block gives its part of a row's softmax, and the parts are put together."""
+
+    layer = 0
+
+    def __init__(self, cache: BlockCache, tables: Sequence[Sequence[int]], lengths: Sequence[int]):
+        table, rows, device = _padded(tables, -1), np.asarray(lengths), cache.keys[0].device
+        row, held = np.nonzero(table >= 0)[0], table[table >= 0]
+        # Rows that share a block stand one behind the other.
+        order = np.argsort(held, kind="stable")
+        among = np.empty_like(order)
+        among[order] = np.arange(len(held)) - np.searchsorted(held[order], held[order])
+        used, place = np.unique(held, return_inverse=True)
+        dense, self.cache = len(used) >= DENSE * (used[-1] + 1), cache
+        self.blocks = slice(0, used[-1] + 1) if dense else on_device(used, device)
+        place = held if dense else place
+        asked = np.zeros((max(place) + 1, max(among) + 1), dtype=np.int64)
+        asked[place, among] = row
+        # A shared block is full: the last one of a row is its own.
+        last, seen = np.searchsorted(row, np.arange(len(rows)), side="right") - 1, np.full(len(asked), cache.size)
+        seen[place[last]] = rows % cache.size + 1
+        self.at = on_device(np.stack([held[last], rows % cache.size]), device)
+        self.absent = on_device(table < 0, device)[..., None, None, None]
+        table[table >= 0] = place * asked.shape[1] + among
+        self.asked, self.parts = on_device(asked, device), on_device(table.clip(0), device)
+        self.unseen = (torch.arange(cache.size, device=device) >= on_device(seen, device)[:, None])[:, None, None]
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Keep k and v (n, Hkv, D), and attend with q (n, Hq, D) → (n, Hq, D)."""
+        keys, values = self.cache.write(self.layer, k, v, self.at)
+        keys, values = keys[self.blocks], values[self.blocks]
+        (blocks, shared), heads = self.asked.shape, keys.shape[1]
+        # (b, m, Hkv, g, D) → (b, Hkv, m · g, D)
+        queries = (q * scale).to(v.dtype).unflatten(1, (heads, -1)).index_select(0, self.asked.flatten())
+        queries = queries.unflatten(0, (blocks, shared)).transpose(1, 2).flatten(2, 3)
+        scores = torch.matmul(queries, keys.transpose(-1, -2)).masked_fill_(self.unseen, -torch.inf)
+        top = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+
+        def of_rows(part: torch.Tensor) -> torch.Tensor:
+            # (b, Hkv, m · g, …) → (n, w, Hkv, g, …)
+            part = part.unflatten(2, (shared, -1)).transpose(1, 2).flatten(0, 1)
+            return part.index_select(0, self.parts.flatten()).unflatten(0, self.parts.shape)
+
+        tops = of_rows(top).masked_fill_(self.absent, -torch.inf)
+        factors = tops.sub_(tops.amax(1, keepdim=True)).exp_()
+        whole = (of_rows(torch.matmul(weights, values)) * factors).sum(1)
+        return (whole / (of_rows(weights.sum(-1, keepdim=True)) * factors).sum(1)).flatten(1, 2)

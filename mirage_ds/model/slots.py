@@ -1,0 +1,55 @@
+"""Latent blocks in decoding: the tokens around them, and what is fed at their slots.
+
+m rows that come to a slot, H hidden.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from mirage_ds.data.encode import LATENT_TOKENS, Encoder
+from mirage_ds.model.forward import MirageModel
+
+
+class Slot(NamedTuple):
+    """A slot of a latent block that a row comes to.
+
+    Attributes:
+        row: number of the answer; block, slot: which of its blocks and which slot of that, all from 0.
+    """
+
+    row: int
+    block: int
+    slot: int
+
+
+# Says what is fed at the slots of latent blocks, where that is not the rows' own hidden states: (slots, own) → (m, H).
+# `own` (m, H) are the final-norm hidden states of the m rows that come to a slot, which are fed otherwise. It is made
+# for one decoding, and may remember what it has seen of each row.
+Latents = Callable[[Sequence[Slot], torch.Tensor], torch.Tensor]
+
+
+def pause(model: MirageModel, pad: int) -> Latents:
+    """Feed every slot the embedding of `<|latent_pad|>`: slots are ordinary tokens, as --slots pause trains them.
+
+    Args:
+        model: plain, not sharded.
+    """
+    embedding = model.language_model.embed_tokens.weight[pad]
+    return lambda slots, own: embedding.to(own.dtype).expand_as(own)
+
+
+class LatentTokens(NamedTuple):
+    """Ids of the three latent tokens, and of those that end an answer."""
+
+    pad: int
+    start: int
+    end: int
+    stops: tuple[int, ...]
+
+
+def latent_tokens(encoder: Encoder) -> LatentTokens:
+    """Look the ids up in the encoder's tokenizer."""
+    pad, start, end = (encoder.id_of(token) for token in LATENT_TOKENS)
+    return LatentTokens(pad, start, end, stops=(encoder.id_of("<|im_end|>"), encoder.id_of("<|endoftext|>")))
