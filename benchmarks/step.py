@@ -46,8 +46,6 @@ from benchmarks.workload import Source, Workload, make_workload
 from mirage_ds.model.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
-# Seconds a row of the public code on bench-87m, two otherwise idle threads, and how far the plain way may be from them.
-PUBLIC_S, PUBLIC_TOLERANCE = {"stage1": 2.93, "stage2": 3.33}, 0.15
 # Steps before the clock starts: DeepSpeed records its trace in the first, torch allocates.
 WARM_UP = 1
 # The two k from which --profile prices a thin pass.
@@ -497,30 +495,15 @@ def model_flops(model: Path, lengths: list[int], labels: list[int], part: str) -
     return flops(shape, tokens, 0 if part == "decoder" else sum(labels), keys, checkpointing=False)
 
 
-def compare(case: Case, product: Ran, plain: Ran) -> dict[str, Any]:
+def compare(product: Ran, plain: Ran) -> dict[str, Any]:
     """The ratios of the two sides."""
     pairs = list(zip(product.told, plain.told, strict=True))
-    found: dict[str, Any] = {
+    return {
         "ratio": spread([b.cpu_seconds / a.cpu_seconds for a, b in pairs], 3),
         "wall_ratio": spread([b.seconds / a.seconds for a, b in pairs], 3),
         "memory_ratio": round(product.memory / plain.memory, 3),
         "losses_apart": max(abs(a.loss - b.loss) / abs(b.loss) for a, b in pairs),
     }
-    if (
-        case.preset == "bench-87m"
-        and case.device == "cpu"
-        and case.stage in PUBLIC_S
-        and case.dtype == "fp32"
-        and case.plain_rows == 1
-    ):
-        own = statistics.median(one.seconds / case.rows for one in plain.told)
-        public = PUBLIC_S[case.stage]
-        found |= {
-            "public_seconds_per_row": public,
-            "plain_over_public": round(own / public, 3),
-            "within_tolerance_of_public": abs(own / public - 1) <= PUBLIC_TOLERANCE,
-        }
-    return found
 
 
 def planned(case: Case, work: Workload, ds_path: Path, lengths: list[int], labels: list[int]) -> dict[str, Any]:
@@ -593,7 +576,7 @@ def run(
         "model_gflops_per_row": round(statistics.mean(flops) / case.rows / 1e9, 2),
         **{kind: summary(one, case, tokens, flops) for kind, one in ran.items()},
         **({"planned": planned(case, work, folder / "product/ds.json", *sizes)} if part == "step" else {}),
-        **(compare(case, ran["product"], ran["plain"]) if against else {}),
+        **(compare(ran["product"], ran["plain"]) if against else {}),
         **shares,
     }
 

@@ -21,8 +21,8 @@ def compared(lines: list[dict[str, Any]]) -> list[str]:
     """A row for each line that has a plain side."""
     rows = [
         "| model | stage | rows a step | features of images | seconds a row: ours | plain | samples per CPU-second, "
-        "ours over plain | peak memory, ours over plain | losses apart | plain over public |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "ours over plain | peak memory, ours over plain | losses apart |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
         padded = f", plain way {line['plain_rows']} padded" if line["plain_rows"] > 1 else ""
@@ -30,8 +30,7 @@ def compared(lines: list[dict[str, Any]]) -> list[str]:
             f"| {line['preset']} | {line['stage']} | {line['rows']}, {line['source']}{padded} | "
             f"{'kept' if line['features'] == 'all' else 'each step'} | "
             f"{line['product']['seconds_per_row']['median']:.2f} | {line['plain']['seconds_per_row']['median']:.2f} | "
-            f"{spread(line['ratio'])} | {line['memory_ratio']:.2f} | {line['losses_apart']:.0e} | "
-            f"{line.get('plain_over_public', '–') if line['plain_rows'] == 1 else '–'} |"
+            f"{spread(line['ratio'])} | {line['memory_ratio']:.2f} | {line['losses_apart']:.0e} |"
         )
     return rows
 

@@ -8,13 +8,14 @@ a load on another number of ranks tests/dist/test_world_size.py.
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mirage_ds.files import sync
 
@@ -91,6 +92,13 @@ def held_whole(parameters: Sequence[Any]) -> bool:
 
 def backward(engine: Any, loss: torch.Tensor, earlier: torch.Tensor | None) -> None:
     """Run a micro-batch's backward: that of the loss, then that of `earlier` (loss.LossSums), which adds to it."""
+    # One rank under ZeRO-0 has its mean; DeepSpeed would copy all gradients into a buffer and back.
+    alone = engine.zero_optimization_stage() == 0 and dist.get_world_size() == 1
+    with engine.no_sync() if alone else nullcontext():
+        _backward(engine, loss, earlier)
+
+
+def _backward(engine: Any, loss: torch.Tensor, earlier: torch.Tensor | None) -> None:
     if earlier is None:
         engine.backward(loss)
         return

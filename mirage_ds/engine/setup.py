@@ -282,6 +282,9 @@ def make_engine(model: MirageModel, config: RunConfig, ds_config: dict[str, Any]
 
     if zero_stage(ds_config) == 3:
         _gather_by_layer(model.layers)
+    if zero_stage(ds_config) == 0 and compute_dtype(ds_config) == "float32":
+        # run.step.apply_gradients clips by the norm that it has; DeepSpeed would take it again, and multiply by 1 too.
+        ds_config = ds_config | {"gradient_clipping": 0.0}
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=weight_decay_groups(model, config.weight_decay),

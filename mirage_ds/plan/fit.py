@@ -57,7 +57,7 @@ def _machine(spec: PlanSpec) -> Machine:
     said = {"memory": spec.gpu_memory, "hbm": spec.hbm, "nvlink": spec.nvlink, "nics": spec.network}
     said |= {"pcie": spec.pcie, "host": spec.host_bandwidth, "flops": spec.tflops and 1000 * spec.tflops}
     given: dict[str, Any] = {name: value * GB for name, value in said.items() if value is not None}
-    return GPUS[spec.gpu]._replace(gpus=spec.gpus_per_node, **given)
+    return GPUS[spec.gpu]._replace(gpus=spec.gpus_per_node, operator=spec.operator_us / 1e6, **given)
 
 
 def _micro(spec: PlanSpec, model: Sizes, machine: Machine) -> Micro:

@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mirage_ds.plan.activations import Micro
+from mirage_ds.plan.host import operators
 from mirage_ds.plan.settings import Settings, Zero3
 from mirage_ds.plan.shape import Sizes
 
 BF16 = 2
+# Of Step.seconds: what works beside the GPU.
+HOST = "host"
 # NCCL's own cost model of a ring with its Simple protocol (src/graph/tuning.cc, v2.18 and later): base, one hop over
 # NVLink, one hop over the network.
 RING_BASE_S, RING_NVLINK_S, RING_NETWORK_S = 8.4e-6, 3.4e-6, 14e-6
@@ -155,6 +158,7 @@ class Machine(NamedTuple):
         nics: bytes/s of all network adapters of a node together, in one direction.
         pcie: bytes/s between a GPU and its host.
         host: bytes/s of a node's RAM.
+        operator: seconds in which a host issues one.
     """
 
     name: str
@@ -166,6 +170,7 @@ class Machine(NamedTuple):
     nics: float
     pcie: float = 25e9
     host: float = 200e9
+    operator: float = 7e-6
 
 
 def ring_bytes(elements: float, ranks: int, width: int = BF16) -> float:
@@ -249,12 +254,14 @@ class Step(NamedTuple):
         flops: of a GPU.
         nvlink_bytes: sent by a GPU inside its node; network_bytes: by a node to others.
         seconds: of each thing that can bound it.
+        operators: that a host issues to a GPU.
     """
 
     flops: float
     nvlink_bytes: float
     network_bytes: float
     seconds: dict[str, float]
+    operators: int
 
     @property
     def bound(self) -> str:
@@ -268,8 +275,9 @@ class Step(NamedTuple):
 
     @property
     def most(self) -> float:
-        """Seconds if nothing were hidden behind anything."""
-        return sum(self.seconds.values())
+        """Seconds if nothing were hidden behind anything but the host behind its GPU, or the GPU behind it."""
+        host = self.seconds[HOST]
+        return max(host, sum(self.seconds.values()) - host)
 
 
 def moved(model: Sizes, walked: Walk, settings: Settings, ranks: int, micro_steps: int) -> Traffic:
@@ -322,9 +330,12 @@ def step_cost(
         once = volume(model, walked, settings.zero)
         gathered = (steps * once.gathered + once.step) / ranks
         seconds["PCIe"] = seconds.get("PCIe", 0.0) + (gathered + shard) * b / machine.pcie
+    issued = steps * operators(micro, settings)
+    seconds[HOST] = issued * machine.operator
     return Step(
         flops=arithmetic,
         nvlink_bytes=everywhere + ring_bytes(sent.in_node, machine.gpus, b),
         network_bytes=everywhere if nodes > 1 else 0.0,
         seconds=seconds,
+        operators=issued,
     )

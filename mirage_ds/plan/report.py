@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mirage_ds.plan.activations import total
 from mirage_ds.plan.fit import GB, Held, Plan, Question, held_by
+from mirage_ds.plan.formulas import HOST
 from mirage_ds.plan.spec import PlanSpec
 
 # Wider terminals gain nothing.
@@ -130,9 +131,12 @@ def step_table(asked: Question, plan: Plan) -> Table:
         "arithmetic": f"{step.flops / 1e12:,.0f} TFLOP a GPU, {spec.used:.0%} of the peak",
         "NVLink": f"{step.nvlink_bytes / GB:,.1f} GB a GPU, {spec.achieved:.0%} of the speed",
         "network": f"{step.network_bytes / GB:,.1f} GB a host, {spec.achieved:.0%} of the speed",
+        HOST: f"{step.operators:,} operators, {spec.operator_us:g} µs each",
     }
     for name, seconds in step.seconds.items():
         mark = "  longest" if name == step.bound else ""
+        if mark and name == HOST:
+            mark += ": the GPU waits for it"
         table.add_row(f"{name}{mark}", said.get(name, ""), f"{seconds:.2f}")
     rows = asked.micro.rows * asked.ranks * spec.micro_steps
     table.add_section()

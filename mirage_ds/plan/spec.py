@@ -62,6 +62,7 @@ class PlanSpec(BaseModel):
         5, description="GB of a GPU kept for the CUDA context, NCCL's buffers and the allocator's losses."
     )
     used: float = Field(0.4, gt=0, le=1, description="Share of the peak FLOP/s that is reached.")
+    operator_us: PositiveFloat = Field(7, description="Microseconds in which a host issues one operator.")
     achieved: float = Field(0.8, gt=0, le=1, description="Share of the link speeds that collectives reach.")
 
     @model_validator(mode="after")

@@ -63,7 +63,7 @@ def step(run: Run, data: Data, learner: Learner, plan: StepPlan, batches: Iterat
         begun = time.perf_counter()
     at("updates the weights", done)
     learning_rate = engine.get_lr()[0]
-    applied, norm = apply_gradients(engine)
+    applied, norm = apply_gradients(engine, config.max_grad_norm)
     totals[4] = float(run.asked())
     totals[5] = tower_flops
     at("sums up the losses", done, COLLECTIVE)
@@ -138,17 +138,24 @@ def forward(
     return sums, *objective(sums, counts, run.config.gamma, run.config.reduction)
 
 
-def apply_gradients(engine: Any) -> tuple[bool, float]:
-    """Let the optimizer step unless the gradient is not finite; return whether it did and the norm before clipping."""
+def apply_gradients(engine: Any, max_norm: float) -> tuple[bool, float]:
+    """Let the optimizer step unless the gradient is not finite; return whether it did and the norm before clipping.
+
+    Args:
+        max_norm: 0 clips nothing. Used where DeepSpeed was not told to clip (setup.make_engine).
+    """
     # ZeRO-0 in fp32 keeps no norm and refuses nothing; there the gradients are whole and averaged by now.
-    whole = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    if not whole:
+    moved = [p for p in engine.module.parameters() if p.grad is not None]
+    if not moved:
         engine.step()
         return engine.was_step_applied(), float(engine.get_global_grad_norm())
-    norm = float(torch.nn.utils.get_total_norm(whole))
+    total = torch.nn.utils.get_total_norm(p.grad for p in moved)
+    norm = float(total)
     if not math.isfinite(norm):
         engine.zero_grad()
         return False, norm
+    if norm > max_norm > engine.gradient_clipping():
+        torch.nn.utils.clip_grads_with_norm_(moved, max_norm, total)
     engine.step()
     return engine.was_step_applied(), norm
 

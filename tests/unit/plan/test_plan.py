@@ -442,7 +442,17 @@ def test_seconds_of_a_step_by_hand() -> None:
     assert found.seconds["optimizer on the host"] == pytest.approx(2 * own * (12 + 16 + 2) / 2e8)
     assert found.seconds["PCIe"] == pytest.approx((4 * own + 2 * (gathered + own)) / 1e9)
     assert found.bound == "optimizer on the host"
-    assert found.least == found.seconds["optimizer on the host"] < found.most == sum(found.seconds.values())
+    # Kept weights, checkpointed: a full pass of four layers with its hooks.
+    assert found.operators == 123 + 4 * (360 + 260)
+    beside = found.seconds["host"]
+    assert beside == pytest.approx(found.operators * 7e-6)
+    assert found.least == found.seconds["optimizer on the host"] < found.most == sum(found.seconds.values()) - beside
+    # A slow host is all that counts.
+    slow = step_cost(
+        Micro(model, (PassShape((100,), (100,)),), 0, 1), 1, chosen, machine._replace(operator=1.0), 2, 0.5, 1.0
+    )
+    assert slow.bound == "host"
+    assert slow.least == slow.most == found.operators
 
 
 def test_sums_on_the_host_go_down_and_up_again() -> None:
