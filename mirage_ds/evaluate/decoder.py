@@ -191,7 +191,7 @@ def chooser_of(decoding: Decoding, seed: int, rows: Sequence[int], samples: int 
     """Make what chooses tokens; the draws of a row's s-th answer depend on the seed, its place and s alone."""
     drawn = PAPER if decoding == "paper" else decoding
     # A generator on a CPU takes the lower 32 bits: 2³² over the golden ratio spreads the samples over all of them.
-    seeds = [seed * 1_000_003 + row + sample * 2_654_435_769 for row in rows for sample in range(samples)]
+    seeds = [(seed * 1_000_003 + row + sample * 2_654_435_769) % 2**63 for row in rows for sample in range(samples)]
     return sampler(*drawn, seeds) if isinstance(drawn, Sampling) else greedy
 
 
