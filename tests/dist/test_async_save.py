@@ -193,7 +193,6 @@ def test_what_ends_a_run_waits_for_the_checkpoint_that_is_written(
     group: Group,
     base: dict[str, Any],
     whole: Callable[[int], Path],
-    whole: Callable[[int], Path],
     tmp_path: Path,
 ) -> None:
     # Looks are counted from the first step on: the features are made.
