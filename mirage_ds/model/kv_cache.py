@@ -218,7 +218,9 @@ class _BlockStep:
         self.at = on_device(np.stack([held[last], rows % cache.size]), device)
         self.absent = on_device(table < 0, device)[..., None, None, None]
         table[table >= 0] = place * asked.shape[1] + among
-        self.asked, self.parts = on_device(asked, device), on_device(table.clip(0), device)
+        # In place of a block that a row lacks, its own first one: times 0, and another row's NaN would spread.
+        table = np.where(table < 0, table[:, :1], table)
+        self.asked, self.parts = on_device(asked, device), on_device(table, device)
         self.unseen = (torch.arange(cache.size, device=device) >= on_device(seen, device)[:, None])[:, None, None]
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

@@ -21,7 +21,7 @@ from mirage_ds.evaluate.decoder import prompts_of
 from mirage_ds.model import generate as decoding
 from mirage_ds.model import kv_cache
 from mirage_ds.model.attention import Ends, varlen_attention
-from mirage_ds.model.choose import Chooser, Turn, greedy, sampler
+from mirage_ds.model.choose import Chooser, NotFinite, Turn, greedy, sampler
 from mirage_ds.model.generate import Generated, Limits, Prompts, decode, generate
 from mirage_ds.model.kv_cache import BlockCache, bytes_of_block
 from mirage_ds.model.slots import Latents
@@ -202,6 +202,23 @@ def test_a_row_that_never_has_room_is_said_before_anything_is_read(world: World)
     )
     with pytest.raises(UserError, match=said):
         generate(model, prompts, world.tokens, replace(LIMITS, cache_gb=exact * 0.999))
+
+
+@pytest.mark.parametrize("broken", [0, 3, 5])
+def test_what_breaks_in_one_row_breaks_no_other(world: World, monkeypatch: pytest.MonkeyPatch, broken: int) -> None:
+    monkeypatch.setattr(kv_cache, "BLOCK", 8)
+    rows = sorted(range(6), key=lambda row: -len(world.samples[row].input_ids))
+    prompts = asked(world, rows)
+
+    def latents(slots: Sequence[Any], own: torch.Tensor) -> torch.Tensor:
+        at = torch.tensor([slot.row == broken for slot in slots])
+        return own.masked_fill(at[:, None], torch.nan)
+
+    with pytest.raises(NotFinite) as met:
+        generate(
+            world.loaded.model, prompts, world.tokens, LIMITS, lively(world, rows, False), latents=latents
+        )  # fmt: skip
+    assert met.value.row == prompts.rows[broken]
 
 
 # ------------------------------------------------------------------------------------------------- kernels for pages
