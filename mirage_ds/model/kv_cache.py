@@ -226,10 +226,12 @@ class _BlockStep:
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Keep k and v (n, Hkv, D), and attend with q (n, Hq, D) → (n, Hq, D)."""
         keys, values = self.cache.write(self.layer, k, v, self.at)
-        keys, values = keys[self.blocks], values[self.blocks]
+        # At least float32, as kernels have it inside: rounded scores alone cost several times a kernel's error.
+        exact = torch.promote_types(v.dtype, torch.float32)
+        keys, values = keys[self.blocks].to(exact), values[self.blocks].to(exact)
         (blocks, shared), heads = self.asked.shape, keys.shape[1]
         # (b, m, Hkv, g, D) → (b, Hkv, m · g, D)
-        queries = (q * scale).to(v.dtype).unflatten(1, (heads, -1)).index_select(0, self.asked.flatten())
+        queries = (q.to(exact) * scale).unflatten(1, (heads, -1)).index_select(0, self.asked.flatten())
         queries = queries.unflatten(0, (blocks, shared)).transpose(1, 2).flatten(2, 3)
         scores = torch.matmul(queries, keys.transpose(-1, -2)).masked_fill_(self.unseen, -torch.inf)
         top = scores.amax(-1, keepdim=True)
@@ -243,4 +245,4 @@ class _BlockStep:
         tops = of_rows(top).masked_fill_(self.absent, -torch.inf)
         factors = tops.sub_(tops.amax(1, keepdim=True)).exp_()
         whole = (of_rows(torch.matmul(weights, values)) * factors).sum(1)
-        return (whole / (of_rows(weights.sum(-1, keepdim=True)) * factors).sum(1)).flatten(1, 2)
+        return (whole / (of_rows(weights.sum(-1, keepdim=True)) * factors).sum(1)).flatten(1, 2).to(v.dtype)

@@ -9,11 +9,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_generate import World, world_of
+from torch.nn import functional
 
 from mirage_ds.analysis.controls.conditions import Given
 from mirage_ds.errors import UserError
@@ -219,6 +221,43 @@ def test_what_breaks_in_one_row_breaks_no_other(world: World, monkeypatch: pytes
             world.loaded.model, prompts, world.tokens, LIMITS, lively(world, rows, False), latents=latents
         )  # fmt: skip
     assert met.value.row == prompts.rows[broken]
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_blocks_in_bf16_are_as_exact_as_sdpa(shared: int) -> None:
+    n, heads, groups, width, length = 4, 4, 2, 64, 300
+    config = SimpleNamespace(
+        num_key_value_heads=groups, num_hidden_layers=1, head_dim=width, hidden_size=width * heads,
+        num_attention_heads=heads,
+    )  # fmt: skip
+    model: Any = SimpleNamespace(
+        language_model=SimpleNamespace(config=config), how=SimpleNamespace(attention="sdpa"),
+        head=SimpleNamespace(weight=torch.zeros(1, 1, dtype=torch.bfloat16)),
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).bfloat16()
+
+    cache, q, before = BlockCache(model), 6 * normal(n, heads, width), normal(2, n, length, groups, width)
+    before[:, :, : shared * cache.size] = before[:, :1, : shared * cache.size]
+    now = normal(2, n, groups, width)
+    cache.reserved = n * cache.blocks(length + 1)
+    cache.grow()
+    common = cache.take(shared)
+    tables = [common + cache.take(cache.blocks(length + 1) - shared) for _ in range(n)]
+    cache.write(0, *before.flatten(1, 2), cache.places(tables, [length] * n))
+    got = cache.step(tables, [length] * n).attend(q, *now, width**-0.5)
+    keys, values = torch.cat([before, now[:, :, None]], dim=2).transpose(2, 3)
+    wanted = [
+        functional.scaled_dot_product_attention(
+            *(one.to(dtype) for one in (q[:, :, None], keys, values)), enable_gqa=True
+        )
+        for dtype in (torch.float64, torch.bfloat16)
+    ]
+    exact, sdpa = (one[:, :, 0] for one in wanted)
+    assert got.dtype == torch.bfloat16
+    assert (got - exact).abs().max() <= 1.1 * (sdpa - exact).abs().max()
 
 
 # ------------------------------------------------------------------------------------------------- kernels for pages
