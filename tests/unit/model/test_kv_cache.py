@@ -16,6 +16,7 @@ import pytest
 import torch
 from test_generate import World, world_of
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from mirage_ds.analysis.controls.conditions import Given
 from mirage_ds.errors import UserError
@@ -224,7 +225,7 @@ def test_what_breaks_in_one_row_breaks_no_other(world: World, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("shared", [0, 2])
-def test_blocks_in_bf16_are_as_exact_as_sdpa(shared: int) -> None:
+def test_blocks_in_bf16_are_as_exact_as_sdpa_and_each_row_is_multiplied_with_its_own_alone(shared: int) -> None:
     n, heads, groups, width, length = 4, 4, 2, 64, 300
     config = SimpleNamespace(
         num_key_value_heads=groups, num_hidden_layers=1, head_dim=width, hidden_size=width * heads,
@@ -247,7 +248,10 @@ def test_blocks_in_bf16_are_as_exact_as_sdpa(shared: int) -> None:
     common = cache.take(shared)
     tables = [common + cache.take(cache.blocks(length + 1) - shared) for _ in range(n)]
     cache.write(0, *before.flatten(1, 2), cache.places(tables, [length] * n))
-    got = cache.step(tables, [length] * n).attend(q, *now, width**-0.5)
+    with FlopCounterMode(display=False) as counter:
+        got = cache.step(tables, [length] * n).attend(q, *now, width**-0.5)
+    # Two products of a query head with the tokens of each block.
+    assert counter.get_total_flops() == 2 * 2 * sum(map(len, tables)) * cache.size * heads * width
     keys, values = torch.cat([before, now[:, :, None]], dim=2).transpose(2, 3)
     wanted = [
         functional.scaled_dot_product_attention(
@@ -304,6 +308,31 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     else:
         monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", OldOperator())
     return
+
+
+@pytest.mark.parametrize(("hip", "wanted"), [(None, {"num_splits": 1}), ("7.0", {})])
+def test_keys_of_a_table_are_not_split(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, wanted: dict[str, int]
+) -> None:
+    """An operator that has both arguments, as torch 2.13's."""
+    given: dict[str, Any] = {}
+
+    class Operator(OldOperator):
+        default = torch.ops.aten._flash_attention_forward.default
+
+        def __call__(self, q: torch.Tensor, *more: Any, **options: Any) -> tuple[torch.Tensor]:
+            given.update(options)
+            return (q,)
+
+    if "num_splits" not in str(Operator.default._schema):
+        pytest.skip("an older torch")
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", Operator())
+    monkeypatch.setattr(torch.version, "hip", hip)
+    one = torch.ones(1, 1, 1)
+    step: Any = SimpleNamespace(used=one, table=one, ends=Ends(one, one, 1, 1))
+    kv_cache._torch_varlen(step, one, one, one, 1.0)
+    assert given.keys() - {"num_splits"} == {"scale", "seqused_k", "block_table"}
+    assert {name: given[name] for name in given if name == "num_splits"} == wanted
 
 
 @pytest.mark.usefixtures("kernel")
