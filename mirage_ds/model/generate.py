@@ -150,24 +150,37 @@ class _Row:
         return fed
 
 
+def check_room(
+    model: MirageModel, lengths: Sequence[int], rows: Sequence[int], limits: Limits, answers: int = 1
+) -> BlockCache:
+    """Make an empty cache for prompts of these lengths; `rows` and `answers` as in Prompts.
+
+    Raises:
+        UserError: a prompt that --cache_gb never has room for.
+    """
+    most = None if limits.cache_gb is None else int(limits.cache_gb * 1e9 / bytes_of_block(model))
+    cache = BlockCache(model, most)
+    for row, length in zip(rows, lengths, strict=True):
+        one = _Prompt(0, length, answers, cache, limits.new_tokens)
+        if not cache.fits(one.shared + one.own):
+            needed = (one.shared + one.own) * bytes_of_block(model) / 1e9
+            raise UserError(
+                f"record {row + 1}: keys and values of its {length} prompt tokens and up to {limits.new_tokens} of an "
+                f"answer take {needed:.3g} GB, and --cache_gb is {limits.cache_gb:g}; raise it, or lower "
+                "--max_new_tokens or --max_pixels"
+            )
+    return cache
+
+
 class _Loop:
     """The rows at the moment, and the prompts that wait."""
 
     def __init__(self, model: MirageModel, prompts: Prompts, limits: Limits, trace: bool):
         self.model, self.prompts, self.limits, self.trace = model, prompts, limits, trace
         self.text: Any = model.language_model
-        most = None if limits.cache_gb is None else int(limits.cache_gb * 1e9 / bytes_of_block(model))
-        self.cache = BlockCache(model, most)
+        self.cache = check_room(model, prompts.lengths, prompts.rows, limits, prompts.answers)
         each = (prompts.answers, self.cache, limits.new_tokens)
         self.waiting = deque(_Prompt(number, length, *each) for number, length in enumerate(prompts.lengths))
-        for one in self.waiting:
-            if not self.cache.fits(one.shared + one.own):
-                needed = (one.shared + one.own) * bytes_of_block(model) / 1e9
-                raise UserError(
-                    f"record {prompts.rows[one.number] + 1}: keys and values of its {one.length} prompt tokens and up "
-                    f"to {limits.new_tokens} of an answer take {needed:.3g} GB, and --cache_gb is "
-                    f"{limits.cache_gb:g}; raise it, or lower --max_new_tokens or --max_pixels"
-                )
         self.live: list[_Row] = []
         self.hidden = model.head.weight.new_empty(0, model.head.weight.shape[1])
         self.positions = torch.empty(0, dtype=torch.long, device=self.hidden.device)
