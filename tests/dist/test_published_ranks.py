@@ -37,7 +37,7 @@ from mirage_ds.evaluate.spec import EvaluateSpec
 from mirage_ds.plan.shape import read_shape, sizes
 from mirage_ds.run.settings import Run
 
-QUICK = ("qwen2.5-vl-7b", "qwen2-vl-7b", "qwen3-vl-8b")
+QUICK = ("qwen2.5-vl-7b",)
 # On one rank what two have begun: one of each family.
 RESUMED = ("mirage", "qwen2-vl-4.46", "qwen3-vl-4b")
 K, ROWS = 2, 4
