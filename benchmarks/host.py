@@ -51,6 +51,8 @@ BEFORE = {("sft", 0): "sft_zero1_cpu", ("stage2", 4): "stage2_zero1_cpu"}
 # recipe → its time over that.
 MOST = {"sft": {"zero1": 1 + NOISE}, "stage2": {"zero3_kept": 1.3, "zero3": 2.5}}
 ROWS = 4
+# More elements than a vector of the model here has, fewer than a matrix.
+VECTOR = 1000
 # Steps that no median counts: DeepSpeed records its trace in the first and looks through it in the second.
 WARM_UP = 2
 COUNTS = ("python_calls", "operators")
@@ -172,11 +174,20 @@ class Tree:
         return pipe
 
     def recipe(self, name: str) -> Path:
-        """Return the path of a recipe; zero0 is not shipped."""
-        if name != "zero0":
+        """Return the path of a recipe; zero0 is not shipped, and zero3 keeps vectors, as it does of the public models.
+
+        Of a small model on a CPU it would keep nothing.
+        """
+        if name not in ("zero0", "zero3"):
             return self.checkout / "ds_configs" / f"{name}.json"
-        path = self.folder / "zero0.json"
-        path.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+        values: dict[str, Any] = {"zero_optimization": {"stage": 0}}
+        if name == "zero3":
+            from mirage_ds.engine.ds_config import read_json
+
+            values = read_json(ROOT / "ds_configs/zero3.json", "cpu")
+            values["zero_optimization"]["stage3_param_persistence_threshold"] = VECTOR
+        path = self.folder / f"{name}.json"
+        path.write_text(json.dumps(values))
         return path
 
 
