@@ -204,9 +204,10 @@ class Loop:
             if row.number in numbers:
                 self._leave(row)
         going = [at for at, row in enumerate(self.live) if row.number not in numbers]
-        places = on_device(going, self.hidden.device).long()
-        self.hidden, self.positions = self.hidden[places], self.positions[places]
-        self.live = [self.live[at] for at in going]
+        if len(going) < len(self.live):
+            places = on_device(going, self.hidden.device).long()
+            self.hidden, self.positions = self.hidden[places], self.positions[places]
+            self.live = [self.live[at] for at in going]
 
     def enter(self, most: int | None = None) -> None:
         """Let answers begin while there is room for them.

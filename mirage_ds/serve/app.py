@@ -83,7 +83,7 @@ class Service:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Be the application. Whatever becomes of a request, it is counted, and its rows are free at the end."""
-        if scope["type"] != "http":
+        if not scope.get("path", "").startswith("/v1/"):
             await self._inner(scope, receive, send)
             return
         status = GONE
@@ -128,8 +128,9 @@ class Service:
         async with self._ahead:
             if await request.is_disconnected():
                 raise ClientDisconnect
-            job = request.scope[JOB] = await run(self._threads, self._job, asked)
+            job = await run(self._threads, self._job, asked)
             engine.submit(job)
+            request.scope[JOB] = job
             first = await job.tokens()
         self._first.observe(time.monotonic() - came)
         reply = Reply(self.name, engine, job, asked)

@@ -10,6 +10,7 @@ import random
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -449,6 +450,19 @@ def test_room_is_shared(decoder: Decoder, records: list[Record], mixed: Path, tm
         assert [one.result().choices[0].message.content for one in asked] == [wanted.text] * 2
 
 
+def test_while_it_stops_it_takes_nothing_new(
+    decoder: Decoder, records: list[Record], mixed: Path, tmp_path: Path
+) -> None:
+    (wanted,), question = evaluated(decoder, records[0]), messages_of(records[0], mixed.parent)
+    with serving(decoder, tmp_path / "s") as served, slowed(served.engine):
+        stream = served.ask(question, stream=True)
+        served.engine.close(30)
+        with pytest.raises(openai.InternalServerError, match="stopping"):
+            served.ask(question, n=4, temperature=1)
+        assert served.plain.get("/health").status_code == 503
+        assert gathered(stream)[0][0] == wanted.text
+
+
 def test_a_fault_ends_those_it_is_about(
     served: Served, decoder: Decoder, records: list[Record], mixed: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -537,3 +551,12 @@ def test_flags_that_cannot_be(
     assert code == 2
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_without_the_extra_it_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, _, error = caller(monkeypatch, capsys)("serve", folder)
+    said = 'mirage-ds serve needs uvicorn, which is not installed: pip install "mirage-ds[serve]"'
+    assert (code, error) == (2, f"error: {said}\n")
