@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from tokenizers.decoders import DecodeStream
 
 from mirage_ds.serve.body import Asked, Refused
-from mirage_ds.serve.engine import Engine, Job, Token
+from mirage_ds.serve.engine import Engine
+from mirage_ds.serve.job import Job, Token
 
 
 class Answer:

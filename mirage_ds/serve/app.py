@@ -20,7 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mirage_ds.serve.answers import Reply
 from mirage_ds.serve.body import Asked, Refused, read_body
-from mirage_ds.serve.engine import Engine, Job
+from mirage_ds.serve.engine import Engine
+from mirage_ds.serve.job import Job
 from mirage_ds.serve.prompt import Reader
 from mirage_ds.serve.spec import ServeSpec
 

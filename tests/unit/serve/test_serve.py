@@ -41,7 +41,8 @@ from mirage_ds.evaluate.spec import Sampling
 from mirage_ds.model import generate as decoding
 from mirage_ds.serve.answers import Answer
 from mirage_ds.serve.command import listen, make_server, service_of
-from mirage_ds.serve.engine import Engine, Token
+from mirage_ds.serve.engine import Engine
+from mirage_ds.serve.job import Token
 from mirage_ds.serve.spec import ServeSpec
 
 K, NEW = 3, 24
