@@ -258,7 +258,7 @@ def main(
         for count in rows:
             case = Case(
                 **settings, stage="sft", source="vsp", latent_size=4, rows=count, dtype="fp32",
-                ranks=1, plain_rows=1, seed=0, device="cpu",
+                ranks=1, plain_rows=1, seed=0, device="cpu", kernels=None,
             )  # fmt: skip
             found = measured(case, only or list(TRAINERS), batch, repeats, Path(name) / str(count), console)
             lines.append(found)

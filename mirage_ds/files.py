@@ -99,17 +99,21 @@ def is_model_file(name: str) -> bool:
     return name in _MODEL_FILES or _WEIGHTS.fullmatch(name) is not None
 
 
+def delete_generate(folder: Path) -> None:
+    """Delete what a save writes as GENERATE, and its folder if nothing is left."""
+    own = (folder / GENERATE).parent
+    (folder / GENERATE).unlink(missing_ok=True)
+    shutil.rmtree(own / "__pycache__", ignore_errors=True)
+    with suppress(OSError):
+        own.rmdir()
+
+
 def delete_model(folder: Path) -> None:
     """Delete a model folder that we have written: the files that a save writes, and the folder if nothing is left."""
     if not folder.is_dir():
         return
     delete_model(folder / "adapter")
-    generate = folder / GENERATE
-    if generate.is_file():
-        generate.unlink()
-        shutil.rmtree(generate.parent / "__pycache__", ignore_errors=True)
-        with suppress(OSError):
-            generate.parent.rmdir()
+    delete_generate(folder)
     for file in folder.iterdir():
         if file.is_file() and (file.name in _MODEL_FILES or file.name in _NOTES or is_own_weights(file.name)):
             file.unlink()

@@ -26,7 +26,7 @@ from mirage_ds.engine.frozen import Notes, digest
 from mirage_ds.engine.private import unheard
 from mirage_ds.engine.spelling import Base, config_json, read_base, write_image_processor, write_tokenizer
 from mirage_ds.errors import UserError
-from mirage_ds.files import GENERATE, whole_folder, write_atomically
+from mirage_ds.files import GENERATE, delete_generate, whole_folder, write_atomically
 from mirage_ds.model import latent_generate
 from mirage_ds.model.family import FAMILIES, Family, family_of
 from mirage_ds.model.folder import resolve_folder, weight_files
@@ -94,6 +94,9 @@ def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts, adapter
         (folder / GENERATE).parent.mkdir(exist_ok=True)
         write_atomically(folder / GENERATE, Path(latent_generate.__file__).read_bytes())
         trained["latent_tokens"] = parts.tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))
+    else:
+        # Of an earlier model in this folder.
+        delete_generate(folder)
     write_atomically(folder / "config.json", config_json(parts.base, dtype, trained, parts.family.whole))
 
 

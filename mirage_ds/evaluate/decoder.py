@@ -28,7 +28,7 @@ from mirage_ds.files import whole_folder
 from mirage_ds.model.choose import Chooser, Turn, greedy, sampler
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Generated, Limits, Prompts, decode, generate
+from mirage_ds.model.generate import Generated, Limits, Prompts, check_room, decode, generate
 from mirage_ds.model.load import Loaded, check_folder, load_model
 from mirage_ds.model.slots import Latents, LatentTokens, latent_tokens, pause
 from mirage_ds.model.vision import FrozenTower
@@ -190,7 +190,7 @@ def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: 
 def seeds_of(seed: int, row: int, samples: int) -> list[int]:
     """Make the seeds of a row's answers."""
     # A generator on a CPU takes the lower 32 bits: 2³² over the golden ratio spreads the samples over all of them.
-    return [seed * 1_000_003 + row + sample * 2_654_435_769 for sample in range(samples)]
+    return [(seed * 1_000_003 + row + sample * 2_654_435_769) % 2**63 for sample in range(samples)]
 
 
 def chooser_of(decoding: Decoding, seed: int, rows: Sequence[int], samples: int = 1) -> Chooser:
@@ -313,6 +313,20 @@ def batches_fit(batch_size: int) -> Iterator[None]:
         ) from None
 
 
+def check_prompts(
+    decoder: Decoder, records: Sequence[Record], limits: Limits, rows: Sequence[int], samples: int = 1
+) -> list[int]:
+    """Return the tokens of the records' prompts; `rows` and `samples` as in answer_records.
+
+    Raises:
+        UserError: a record's image is missing or broken, or a record is too long for --cache_gb.
+    """
+    # The prompt is what is no label; helpers take no part in it (load_decoder's encoder is sft's).
+    lengths = [one.tokens - one.labels for one in check_records(records, decoder.encoder)]
+    check_room(decoder.loaded.model, lengths, rows, limits, samples)
+    return lengths
+
+
 def answer_records(
     decoder: Decoder,
     records: Sequence[Record],
@@ -323,6 +337,7 @@ def answer_records(
     track: Track = iter,
     rows: Sequence[int] | None = None,
     samples: int = 1,
+    lengths: Sequence[int] | None = None,
 ) -> list[Prediction]:
     """Answer every record, in the order given.
 
@@ -330,6 +345,7 @@ def answer_records(
         batch_size: answers that decode at a time.
         rows: the records' places in their file, which seed the sampling; 0, 1, … if None.
         samples: answers a record, which stand one behind the other in what is returned.
+        lengths: what check_prompts returns, where it has been called already.
 
     Raises:
         UserError: a record's image is missing or broken, or a record is too long for --cache_gb (before anything is
@@ -337,8 +353,7 @@ def answer_records(
     """
     places = range(len(records)) if rows is None else rows
     encoder, model, tower = decoder.encoder, decoder.loaded.model, decoder.tower
-    # The prompt is what is no label; helpers take no part in it (load_decoder's encoder is sft's).
-    lengths = [one.tokens - one.labels for one in check_records(records, encoder)]
+    lengths = check_prompts(decoder, records, limits, places, samples) if lengths is None else lengths
     # The longest first: short ones fill up the end, and the cache grows once.
     order = sorted(range(len(records)), key=lambda i: -lengths[i])
 

@@ -21,9 +21,10 @@ def lines_of(report: dict[str, Any]) -> list[str]:
     """Write a report as Markdown: one line of what was measured, and a table with a row a level."""
     settings = report["settings"]
     drawn = "" if settings["decoding"] == "greedy" else f", seed {settings['seed']}"
+    several = f", means of {samples} samples" if (samples := settings.get("samples", 1)) > 1 else ""
     return [
         f"**{report['task']}**, {Path(report['data']).name} (SHA-256 `{report['hashes']['data']}`), decoding "
-        f"{settings['decoding']}{drawn}, at most {settings['max_new_tokens']} new tokens, {settings['dtype']}",
+        f"{settings['decoding']}{drawn}{several}, at most {settings['max_new_tokens']} new tokens, {settings['dtype']}",
         "",
         markdown_table(*score_table(report, digits=3)),
         "",

@@ -25,7 +25,7 @@ from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.setup import World, everyone, from_rank_zero, shared_fate
 from mirage_ds.engine.versions import versions
 from mirage_ds.errors import UserError, shown
-from mirage_ds.evaluate.decoder import Decoder, Track, answer_records, run_limits
+from mirage_ds.evaluate.decoder import Decoder, Track, answer_records, check_prompts, run_limits
 from mirage_ds.evaluate.samples import means, sampled
 from mirage_ds.evaluate.scoring import marks, summarize, task_of
 from mirage_ds.evaluate.spec import PAPER, EvaluateSpec, FolderSpec, RecordsSpec
@@ -128,7 +128,10 @@ def evaluate_file(
         room = spec.model_dump(include={"prefill_tokens", "cache_gb"})
         limits = run_limits(decoder, spec.max_new_tokens, spec.longest_run, spec.run_length, **room)
         share, n = [records[i] for i in own], spec.samples
-        found = answer_records(decoder, share, limits, spec.chosen, spec.seed, spec.batch_size, track, own, n)
+        lengths = check_prompts(decoder, share, limits, own, n)
+    # No rank decodes for hours before it learns of another's record.
+    with shared_fate(world):
+        found = answer_records(decoder, share, limits, spec.chosen, spec.seed, spec.batch_size, track, own, n, lengths)
         answers = [found[at : at + n] for at in range(0, len(found), n)]
         prompts = [prompt_hash(record, decoder.encoder.finder) for record in share]
     made = list(zip(own, answers, prompts, strict=True))

@@ -107,7 +107,9 @@ class RecordsSpec(DataSpec):
         8192, description="Prompts run together up to so many tokens; a longer one runs alone."
     )
     cache_gb: PositiveFloat | None = Field(
-        None, description="GB for keys and values; rows wait for room. [default: what --batch_size rows may need]"
+        None,
+        le=1e6,
+        description="GB for keys and values; rows wait for room. [default: what --batch_size rows may need]",
     )
     most: PositiveInt | None = Field(None, description="Take only the first so many records.")
     out: Path | None = Field(None, description="Write scores and answers to this JSON file.")

@@ -99,7 +99,9 @@ def sampler(temperature: float, top_p: float, seeds: Sequence[int] | Mapping[int
         numbers = torch.stack([draw(turn, logits.device) for turn in turns])
         for left in drawn.keys() - {turn.row for turn in turns}:
             del drawn[left]
-        return _at(_kept((logits.float() / temperature).softmax(-1), top_p), numbers)
+        # The largest becomes 0: at the lowest temperature nothing overflows.
+        below = logits.float() - logits.max(-1, keepdim=True).values
+        return _at(_kept((below / temperature).softmax(-1), top_p), numbers)
 
     return choose
 

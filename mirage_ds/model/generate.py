@@ -31,32 +31,7 @@ from mirage_ds.model.choose import Chooser, NotFinite, Turn, finite, greedy, pro
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.images import place_images
 from mirage_ds.model.kv_cache import BlockCache, bytes_of_block, on_device
-from mirage_ds.model.slots import Latents, LatentTokens, Slot
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How long rows and latent blocks may become, and how many there are at a time.
-
-    Attributes:
-        new_tokens: tokens a row may emit.
-        longest_run: latents after which the end of a block is forced; the public code has 8.
-        fixed_run: latents of every block whatever the model emits, or None to let it decide.
-        prefill_tokens: prompts run together up to so many tokens; a longer one runs alone.
-        rows: rows that decode at a time; all if None.
-        cache_gb: keys and values of all rows, in GB of 10⁹ bytes; what `rows` rows may need if None.
-    """
-
-    new_tokens: int = 1024
-    longest_run: int = 8
-    fixed_run: int | None = None
-    prefill_tokens: int = 8192
-    rows: int | None = None
-    cache_gb: float | None = None
-
-    def closes(self, slot: int, wanted: bool) -> bool:
-        """Tell whether a latent block with so many latents ends, where the model wants it to or not."""
-        return slot >= self.longest_run or wanted if self.fixed_run is None else slot >= self.fixed_run
+from mirage_ds.model.slots import Latents, LatentTokens, Limits, Slot
 
 
 @dataclass
@@ -187,11 +162,12 @@ class Loop:
             UserError: --cache_gb never has room for it.
         """
         prompt = _Prompt(number, length, answers, self.cache, new_tokens)
-        if self.cache.most is not None and prompt.shared + prompt.own > self.cache.most:
-            needed = (prompt.shared + prompt.own) * bytes_of_block(self.model) / 1e9
+        blocks = prompt.shared + prompt.own
+        if self.cache.most is not None and blocks > self.cache.most:
             raise UserError(
-                f"keys and values of its {length} prompt tokens and up to {new_tokens} of an answer take {needed:.3g} "
-                f"GB, and --cache_gb is {self.limits.cache_gb:g}; raise it, or lower --max_new_tokens or --max_pixels"
+                f"keys and values of its {length} prompt tokens and up to {new_tokens} of an answer take "
+                f"{blocks * bytes_of_block(self.model) / 1e9:.3g} GB, and --cache_gb is {self.limits.cache_gb:g}; "
+                "raise it, or lower --max_new_tokens or --max_pixels"
             )
         self.waiting.append(prompt)
 
@@ -353,6 +329,30 @@ class Loop:
         return hidden
 
 
+def _add_all(loop: Loop, lengths: Sequence[int], rows: Sequence[int], answers: int) -> None:
+    """Let records' prompts wait; a record without room is named."""
+    for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        try:
+            loop.add(place * answers, length, answers, loop.limits.new_tokens)
+        except UserError as error:
+            raise UserError(f"record {row + 1}: {error}") from None
+
+
+def _never(numbers: Sequence[int]) -> Batch:
+    raise NotImplementedError(numbers)
+
+
+def check_room(
+    model: MirageModel, lengths: Sequence[int], rows: Sequence[int], limits: Limits, answers: int = 1
+) -> None:
+    """Refuse prompts of these lengths that --cache_gb never has room for; `rows` and `answers` as in Prompts.
+
+    Raises:
+        UserError: names the first record without room.
+    """
+    _add_all(Loop(model, limits, _never), lengths, rows, answers)
+
+
 @torch.no_grad()
 def decode(
     model: MirageModel,
@@ -380,11 +380,7 @@ def decode(
     """
     each = prompts.answers
     loop = Loop(model, limits, lambda numbers: prompts.read(numbers[0] // each, numbers[-1] // each + 1), trace)
-    for place, (row, length) in enumerate(zip(prompts.rows, prompts.lengths, strict=True)):
-        try:
-            loop.add(place * each, length, each, limits.new_tokens)
-        except UserError as error:
-            raise UserError(f"record {row + 1}: {error}") from None
+    _add_all(loop, prompts.lengths, prompts.rows, each)
     while loop.live or loop.waiting:
         loop.enter()
         ended = loop.step(tokens, choose, latents)

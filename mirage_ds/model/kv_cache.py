@@ -1,6 +1,6 @@
 """Keys and values of the rows that decode, in blocks that rows of one prompt share; attention of one token a row.
 
-n rows, P blocks of the cache, B tokens a block, b blocks that a step reads, m rows that share a block at most, w blocks
+n rows, P blocks of the cache, B tokens a block, b blocks that a product reads, m rows of each at most, w blocks
 of the longest row, L layers, Hq query heads, Hkv key heads, g = Hq / Hkv, D head width.
 
 A row's table lists its blocks in the order of its tokens. A row reserves the blocks of its longest possible answer when
@@ -179,9 +179,14 @@ def _flash(step: _KernelStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 
 def _torch_varlen(step: _KernelStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    operator, more, ends = torch.ops.aten._flash_attention_forward, dict(seqused_k=step.used), step.ends
-    if "block_table" in str(operator.default._schema):
+    operator, ends = torch.ops.aten._flash_attention_forward, step.ends
+    more, schema = dict[str, Any](seqused_k=step.used), str(operator.default._schema)
+    if "block_table" in schema:
         more["block_table"] = step.table
+        # Split keys of a table have left rows unwritten, NaN among them (pytorch issue 194167, torchtitan issue 3235).
+        # ROCm's operator refuses the argument.
+        if "num_splits" in schema and torch.version.hip is None:
+            more["num_splits"] = 1
     else:
         # As of torch 2.11: the blocks of each row are copied to stand side by side.
         k, v = (one[step.table.flatten()].flatten(0, 1) for one in (k, v))
@@ -208,37 +213,57 @@ class _BlockStep:
         among[order] = np.arange(len(held)) - np.searchsorted(held[order], held[order])
         used, place = np.unique(held, return_inverse=True)
         dense, self.cache = len(used) >= DENSE * (used[-1] + 1), cache
-        self.blocks = slice(0, used[-1] + 1) if dense else on_device(used, device)
-        place = held if dense else place
-        asked = np.zeros((max(place) + 1, max(among) + 1), dtype=np.int64)
-        asked[place, among] = row
+        place, first = held if dense else place, among == 0
+        # All blocks with one row each; then those that several share, with the others of their rows.
+        asked, part = np.zeros((max(place) + 1, 1), dtype=np.int64), place.copy()
+        asked[place[first], 0] = row[first]
         # A shared block is full: the last one of a row is its own.
         last, seen = np.searchsorted(row, np.arange(len(rows)), side="right") - 1, np.full(len(asked), cache.size)
         seen[place[last]] = rows % cache.size + 1
+        unseen = (torch.arange(cache.size, device=device) >= on_device(seen, device)[:, None])[:, None, None]
+        blocks = slice(0, used[-1] + 1) if dense else on_device(used, device)
+        self.products: list[Any] = [(blocks, on_device(asked, device), unseen)]
+        if not first.all():
+            shared, place = np.unique(held[~first], return_inverse=True)
+            others = np.zeros((len(shared), max(among)), dtype=np.int64)
+            others[place, among[~first] - 1] = row[~first]
+            part[~first] = len(asked) + place * max(among) + among[~first] - 1
+            self.products.append((on_device(shared, device), on_device(others, device), None))
         self.at = on_device(np.stack([held[last], rows % cache.size]), device)
         self.absent = on_device(table < 0, device)[..., None, None, None]
-        table[table >= 0] = place * asked.shape[1] + among
-        self.asked, self.parts = on_device(asked, device), on_device(table.clip(0), device)
-        self.unseen = (torch.arange(cache.size, device=device) >= on_device(seen, device)[:, None])[:, None, None]
+        table[table >= 0] = part
+        # In place of a block that a row lacks, its own first one: times 0, and another row's NaN would spread.
+        self.parts = on_device(np.where(table < 0, table[:, :1], table), device)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Keep k and v (n, Hkv, D), and attend with q (n, Hq, D) → (n, Hq, D)."""
         keys, values = self.cache.write(self.layer, k, v, self.at)
-        keys, values = keys[self.blocks], values[self.blocks]
-        (blocks, shared), heads = self.asked.shape, keys.shape[1]
+        # At least float32, as kernels have it inside: rounded scores alone cost several times a kernel's error.
+        exact = torch.promote_types(v.dtype, torch.float32)
+        q = (q.to(exact) * scale).unflatten(1, (keys.shape[1], -1))
+        made = [self._product(q, keys[at].to(exact), values[at].to(exact), *one) for at, *one in self.products]
+        # (b · m, Hkv, g, …) → (n, w, Hkv, g, …)
+        found = (torch.cat(one) if len(one) > 1 else one[0] for one in zip(*made, strict=True))
+        top, total, whole = (one.index_select(0, self.parts.flatten()).unflatten(0, self.parts.shape) for one in found)
+        tops = top.masked_fill_(self.absent, -torch.inf)
+        factors = tops.sub_(tops.amax(1, keepdim=True)).exp_()
+        return ((whole * factors).sum(1) / (total * factors).sum(1)).flatten(1, 2).to(v.dtype)
+
+    def _product(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        asked: torch.Tensor,
+        unseen: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        """Attend to b blocks with m rows each, asked (b, m); return (b · m, Hkv, g, …) largest scores, sums, values."""
         # (b, m, Hkv, g, D) → (b, Hkv, m · g, D)
-        queries = (q * scale).to(v.dtype).unflatten(1, (heads, -1)).index_select(0, self.asked.flatten())
-        queries = queries.unflatten(0, (blocks, shared)).transpose(1, 2).flatten(2, 3)
-        scores = torch.matmul(queries, keys.transpose(-1, -2)).masked_fill_(self.unseen, -torch.inf)
+        queries = q.index_select(0, asked.flatten()).unflatten(0, asked.shape).transpose(1, 2).flatten(2, 3)
+        scores = torch.matmul(queries, keys.transpose(-1, -2))
+        if unseen is not None:
+            scores.masked_fill_(unseen, -torch.inf)
         top = scores.amax(-1, keepdim=True)
         weights = scores.sub_(top).exp_()
-
-        def of_rows(part: torch.Tensor) -> torch.Tensor:
-            # (b, Hkv, m · g, …) → (n, w, Hkv, g, …)
-            part = part.unflatten(2, (shared, -1)).transpose(1, 2).flatten(0, 1)
-            return part.index_select(0, self.parts.flatten()).unflatten(0, self.parts.shape)
-
-        tops = of_rows(top).masked_fill_(self.absent, -torch.inf)
-        factors = tops.sub_(tops.amax(1, keepdim=True)).exp_()
-        whole = (of_rows(torch.matmul(weights, values)) * factors).sum(1)
-        return (whole / (of_rows(weights.sum(-1, keepdim=True)) * factors).sum(1)).flatten(1, 2)
+        parts = (top, weights.sum(-1, keepdim=True), torch.matmul(weights, values))
+        return [one.unflatten(2, (asked.shape[1], -1)).transpose(1, 2).flatten(0, 1) for one in parts]

@@ -67,15 +67,15 @@ class LatentBlocks(LogitsProcessor):
         return torch.where(feeds[:, None, None], self.hidden[:, None].to(output), output)
 
 
-def generate(model: Any, *arguments: Any, logits_processor: Any = None, **given: Any) -> Any:
+def generate(*arguments: Any, model: Any, logits_processor: Any = None, **given: Any) -> Any:
     """Generate as transformers does, with the latents that the model was trained with.
 
     Raises:
         ValueError: what cannot be done with latents.
     """
     trained = getattr(model.config, "mirage", None) or {}
-    slots = trained.get("slots") or "latents"
-    if "latent_tokens" not in trained or slots != "latents":
+    slots = "none" if "latent_tokens" not in trained else trained.get("slots") or "latents"
+    if slots != "latents":
         raise ValueError(
             f"{model.name_or_path} was trained with slots {slots!r}, which are not known here; `mirage-ds generate` "
             "decodes it"

@@ -14,6 +14,7 @@ from torch import nn
 
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.pack import neighbours
+from mirage_ds.model.attention import SEGMENTS_NAME
 from mirage_ds.model.family import FAMILIES
 
 # Patches that one call on a GPU takes, unless one image alone has more: enough to keep it busy, a quarter of what an
@@ -55,6 +56,11 @@ class FrozenTower:
     def __init__(self, tower: nn.Module):
         self.tower: Any = tower.requires_grad_(False).eval()
         self.call_patches = 0 if next(tower.parameters()).device.type == "cpu" else CALL_PATCHES
+
+    def to_cpu(self) -> None:
+        """Leave the GPU, where kernels are; what is encoded from now on is little."""
+        self.tower.to("cpu").config._attn_implementation = SEGMENTS_NAME + "sdpa"
+        self.call_patches = 0
 
     @property
     def input_width(self) -> int:

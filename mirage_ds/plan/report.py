@@ -120,7 +120,7 @@ def _checkpoint_seconds(spec: PlanSpec, held: Held) -> dict[str, float]:
     seconds = held.checkpoint.all / GB / spec.storage
     # Each rank copies its own; rank 0 has the most.
     copy = (held.checkpoint.weights + held.checkpoint.optimizer) / GB / spec.pcie
-    return {"seconds": seconds, "held": copy if spec.async_save else seconds}
+    return {"seconds": seconds + copy, "held": copy} if spec.async_save else {"seconds": seconds, "held": seconds}
 
 
 def step_table(asked: Question, plan: Plan) -> Table:

@@ -10,6 +10,8 @@ LOAD_BEGINS, LOAD_ENDS, PHASE = "load begins", "load ends", "phase: "
 SAVE_BEGINS, SAVE_ENDS, SAVE_FAILED = "save begins", "save ends", "save failed"
 # With --async_save: from here on its files are written while steps are taken.
 SAVE_GOES_ON = "save goes on"
+# And from here on no step is taken until it ends.
+SAVE_WAITS = "save is waited for"
 EVALUATION_BEGINS, EVALUATION_ENDS = "evaluation begins", "evaluation ends"
 MODEL_BEGINS, MODEL_ENDS = "model save begins", "model save ends"
 STOPPED, FAILED = "stopped on request", "failed"

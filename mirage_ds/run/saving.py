@@ -34,6 +34,7 @@ class Saver:
         self.run, self.learner = run, learner
         self.last = learner.checkpoint.place if learner.checkpoint else None
         self._pending: CheckpointWriter | None = None
+        self._beside_steps = False
 
     def save(self, done: int, owed: bool, at_once: bool) -> None:
         """Write the checkpoint of `done` steps. Where that fails the log says so, and training goes on.
@@ -46,11 +47,11 @@ class Saver:
         config, journal = self.run.config, self.run.journal
         state = {**self.learner.state, "step": done, "evaluation_owed": owed}
         journal.tell(events.SAVE_BEGINS, done)
-        beside = config.async_save and not at_once
+        self._beside_steps = config.async_save and not at_once
         self._pending = CheckpointWriter(
-            self.learner.engine, self.run.folder / "checkpoints", state, self.run.world, beside
+            self.learner.engine, self.run.folder / "checkpoints", state, self.run.world, self._beside_steps
         )
-        if beside:
+        if self._beside_steps:
             journal.tell(events.SAVE_GOES_ON, done)
         else:
             self.finish()
@@ -66,6 +67,8 @@ class Saver:
             return
         writer, self._pending = self._pending, None
         done, journal = writer.state["step"], self.run.journal
+        if self._beside_steps:
+            journal.tell(events.SAVE_WAITS, done)
         journal.at("finishes a checkpoint", done, SAVING)
         outcome = writer.finish(self.run.config.keep_checkpoints)
         if isinstance(outcome, str):

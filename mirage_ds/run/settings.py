@@ -17,6 +17,7 @@ from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.setup import World, agree, check_ds_config, from_rank_zero, shared_fate, try_engine
 from mirage_ds.engine.versions import check_release, gather_safely
 from mirage_ds.model.attention import choose_backend, head_width_of
+from mirage_ds.model.kernels import check_device
 from mirage_ds.model.load import check_folder, read_config, shape_of
 from mirage_ds.model.lora import Lora, find_targets, trained_shapes
 from mirage_ds.model.shape import Shape
@@ -100,6 +101,7 @@ def check_settings(run: Run) -> Checked:
     checked = Checked(ds_values, folders, encoder, shape, lora)
     head_width = head_width_of(model_config.get_text_config())
     choose_backend(config.attention, world.device, checked.products, head_width)
+    check_device(config.kernels, world.device)
     check_offload(ds_values, json_path, trained_elements(shape, config.train_vision, lora), world)
     if config.deepspeed:
         # The shipped ones are known to start.

@@ -151,7 +151,7 @@ def open_data(run: Run, checked: Checked) -> Data:
     indices = [index for index, _ in kept]
     if tower is not None and "image_input" in config.kept_fields:
         # No step calls it any more; it is kept for the model folder that is saved at the end.
-        tower.tower.to("cpu")
+        tower.to_cpu()
     loader, *others = [make_loader(run, own, *one) for own, one in zip(encoders, kept, strict=True)]
     return Data(
         index=indices[0],

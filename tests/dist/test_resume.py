@@ -32,6 +32,7 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.engine.checkpoint import CheckpointWriter
 from mirage_ds.engine.save import export_folder
 from mirage_ds.errors import UserError
+from mirage_ds.files import GENERATE
 from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import StepCounts, objective
 from mirage_ds.run.journal import Logs
@@ -336,8 +337,8 @@ def test_exported_checkpoint_equals_the_saved_model(run: str, request: pytest.Fi
     assert said == f"{made}: step {step} of stage2, float32"
     same_tensors(made, out)
     assert ("lm_head.weight" in load_file(made / "model.safetensors")) == (run == "free")
-    names = {path.name for path in out.iterdir() if path.is_file()}
-    assert {path.name for path in made.iterdir()} == names
+    names = {path.name for path in out.iterdir() if path.is_file()} | {GENERATE}
+    assert {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()} == names
     for name in names - {"model.safetensors"}:
         assert (made / name).read_bytes() == (out / name).read_bytes(), name
     plain, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(made, output_loading_info=True)

@@ -63,7 +63,8 @@ def run_conditions(
         answers = outcomes(decode(bench, rows, [None])[0], log_likelihoods)
         return zip(fed, [row.targets for row in rows], answers, strict=True)
 
-    order = check(records, bench)
+    # All conditions but `own`, which comes first, are answered at once.
+    order = check(records, bench, max(1, len(set(names) - {"own"})))
     latents, targets, found = zip(*in_batches(bench, records, order, batch_size, track, own), strict=True)
     material = Material(
         own=list(latents),

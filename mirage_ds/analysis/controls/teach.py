@@ -22,7 +22,7 @@ from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Track, batches, batches_fit, prompt_of, without_helpers
 from mirage_ds.evaluate.scoring import Prediction
-from mirage_ds.model.generate import Generated, generate
+from mirage_ds.model.generate import Generated, check_room, generate
 from mirage_ds.model.latents import compress
 from mirage_ds.model.slots import Latents, LatentTokens
 
@@ -105,11 +105,14 @@ def rows_of(bench: Bench, records: Sequence[Record], places: Sequence[int]) -> l
     ]
 
 
-def check(records: Sequence[Record], bench: Bench) -> list[int]:
+def check(records: Sequence[Record], bench: Bench, answers: int = 1) -> list[int]:
     """Refuse records that cannot be used, and put the others in an order in which neighbours are alike in length.
 
+    Args:
+        answers: that a question gets at once.
+
     Raises:
-        UserError: a faulty record, or one whose answer has no latent block.
+        UserError: a faulty record, one whose answer has no latent block, or one that --cache_gb has no room for.
     """
     measures = check_records(records, bench.encoder)
     for record, measure in zip(records, measures, strict=True):
@@ -118,6 +121,8 @@ def check(records: Sequence[Record], bench: Bench) -> list[int]:
                 f"record on line {record.line}, text_output: no latent block; write <output_image> where it stands, or "
                 "give image_output (the block then stands first)"
             )
+    prompts = [one.tokens - one.labels - one.runs * bench.encoder.latent_size for one in measures]
+    check_room(bench.model, prompts, range(len(prompts)), bench.limits, answers)
     return sorted(range(len(records)), key=lambda i: measures[i].tokens)
 
 

@@ -30,7 +30,7 @@ from mirage_ds.run.step import micro_step, step, step_counts
 
 # Settings of what a run writes and evaluates: no step depends on them.
 OTHERS = {"resume", "overwrite", "log_file", "save_best", "profile_steps"}
-OTHERS |= {"eval_data_path", "eval_every", "eval_decode", "eval_pictures"}
+OTHERS |= {"kernels", "eval_data_path", "eval_every", "eval_decode", "eval_pictures"}
 
 
 class Again(NamedTuple):

@@ -28,6 +28,7 @@ LOADS_S = 3600.0
 # What has begun → (what ends it, state, detail).
 PAIRS: dict[str, tuple[str, Name, str]] = {
     events.SAVE_BEGINS: (events.SAVE_ENDS, "saving", "a checkpoint"),
+    events.SAVE_WAITS: (events.SAVE_ENDS, "saving", "a checkpoint"),
     events.MODEL_BEGINS: (events.MODEL_ENDS, "saving", "the model"),
     events.EVALUATION_BEGINS: (events.EVALUATION_ENDS, "evaluating", ""),
 }
@@ -98,7 +99,9 @@ def _longest(facts: Facts, begin: str, end: str) -> float | None:
     """Longest time from one event to the next, of those that came to their end; None where none has."""
     marks = [one for one in facts.events if one["event"] in (begin, end)]
     whole = [two for two in pairwise(marks) if [one["event"] for one in two] == [begin, end]]
-    return max((ended["time"] - begun["time"] for begun, ended in whole), default=None)
+    # With --async_save, steps are taken in between.
+    spans = (ended.get("held_seconds", ended["time"] - begun["time"]) for begun, ended in whole)
+    return max(spans, default=None)
 
 
 def clock(when: float) -> str:

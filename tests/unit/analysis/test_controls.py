@@ -21,6 +21,7 @@ from test_generate import World, assert_same, both, sharpen, slowly
 
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls import conditions as making
+from mirage_ds.analysis.controls import run
 from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, Together, choose_partners
 from mirage_ds.analysis.controls.paths import fork_of, run_paths, verdict
 from mirage_ds.analysis.controls.report import summarize
@@ -36,8 +37,10 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import answer_records, load_decoder, prompt_of
 from mirage_ds.evaluate.scoring import Prediction, bootstrap
+from mirage_ds.model import kv_cache
 from mirage_ds.model.choose import greedy
 from mirage_ds.model.generate import Generated, Limits, generate
+from mirage_ds.model.kv_cache import bytes_of_block
 from mirage_ds.model.slots import latent_tokens
 
 K, SEED = 3, 11
@@ -268,6 +271,18 @@ def test_batch_size_and_the_other_conditions_do_not_matter(
         for one, other in zip(outcomes, found[name], strict=True):
             assert one.answer == other.answer
             assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=CLOSE)
+
+
+def test_room_for_all_conditions_is_looked_for_before_the_first(
+    bench: Bench, records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = max(len(bench.encoder.encode_prompt(record, 0).input_ids) for record in records)
+    # Of `own` alone; several answers of a prompt need a block more.
+    room = (-(-(longest + LIMITS.new_tokens) // kv_cache.BLOCK) + 0.5) * bytes_of_block(bench.model) / 1e9
+    monkeypatch.setattr(run, "decode", lambda *_: pytest.fail("decoded"))
+    tight = replace(bench, limits=replace(LIMITS, cache_gb=room))
+    with pytest.raises(UserError, match=rf"^record \d: keys and values of its {longest} prompt tokens"):
+        run_conditions(tight, records, ["own", "zero", "random"], SEED, batch_size=2)
 
 
 def test_prompt_is_the_encoders(bench: Bench, records: list[Record]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import host
+from benchmarks import host, peers
 from benchmarks.decode import Ours, Theirs
 from benchmarks.naive import Naive
 from benchmarks.step import described
@@ -59,3 +59,10 @@ def test_transformers_own_generate_decodes_the_same_tokens(work: Any) -> None:
     # The last token of ours is the stop that ends a row at its length.
     assert [ids[:-1] for ids in found] == [theirs[0][:5], theirs[1][:2], theirs[2][:5]]
     assert len({tuple(ids) for ids in theirs}) > 1
+
+
+def test_peers_asks_for_a_case_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(peers, "measured", lambda case, *_: asked.append(case) or {"rows": case.rows})
+    peers.main(["--rows", "4"], standalone_mode=False)
+    assert [(case.rows, case.stage, case.kernels) for case in asked] == [(4, "sft", None)]

@@ -121,7 +121,8 @@ def test_it_computes_in_bf16_with_fp32_master_weights(file: Path) -> None:
     path = config_of(file).deepspeed
     assert path is not None
     settings = read_settings(read_json(ROOT / path), path, sizes(read_shape("qwen2.5-vl-7b")))
-    assert (settings.stage, settings.compute, settings.master, settings.moments) == (3, 2, 4, 4)
+    stage = 2 if file.stem == "stage2" else 3
+    assert (settings.stage, settings.compute, settings.master, settings.moments) == (stage, 2, 4, 4)
     assert settings.moves_all_weights
 
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from fractions import Fraction
 from math import sqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ from mirage_ds.cli import main
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
+from mirage_ds.engine import setup
 from mirage_ds.engine.save import change_rows
+from mirage_ds.engine.setup import World
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate import decoder as evaluate
 from mirage_ds.evaluate.decoder import (
@@ -409,6 +412,20 @@ def test_a_broken_image_is_said_before_anything_is_decoded(
     bad = replace(scan(SAMPLE)[0][0], line=9, image_input=(str(tmp_path / "bad.png"),))
     with pytest.raises(UserError, match=r"^record on line 9, image_input: image .*bad.png cannot be decoded"):
         answer_records(decoder, [*scan(SAMPLE)[0][:2], bad], Limits(2))
+
+
+def test_a_rank_decodes_nothing_where_another_has_no_room_for_a_record(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "pack", lambda *_: pytest.fail("decoded"))
+    said = "record 2: keys and values"
+    monkeypatch.setattr(setup, "everyone", lambda own, world: [*own, said])
+    spec, two = (
+        EvaluateSpec(data_path=SAMPLE, task=PLANNING, max_new_tokens=4),
+        cast(World, SimpleNamespace(rank=0, size=2)),
+    )
+    with pytest.raises(UserError, match=f"^{said}$"):
+        evaluate_file(decoder, spec, world=two, asked=(scan(SAMPLE)[0], PLANNING, ""))
 
 
 def test_a_gpu_that_is_too_small_is_one_sentence(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

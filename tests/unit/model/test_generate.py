@@ -24,7 +24,8 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
-from mirage_ds.evaluate.decoder import prompts_of
+from mirage_ds.evaluate.decoder import chooser_of, prompts_of
+from mirage_ds.evaluate.spec import Sampling
 from mirage_ds.model.choose import NotFinite, Turn, greedy, sampler
 from mirage_ds.model.generate import Generated, Limits, generate, neighbours
 from mirage_ds.model.load import Loaded, load_model
@@ -387,6 +388,12 @@ def test_draws_follow_the_kept_set(temperature: float, top_p: float) -> None:
     for token, share in kept.items():
         wanted = share / sum(kept.values())
         assert abs(drawn[token] / draws - wanted) <= 4 * (wanted * (1 - wanted) / draws) ** 0.5 + 1e-9
+
+
+def test_at_the_lowest_temperature_the_likeliest_is_drawn_and_any_seed_is_one() -> None:
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    choose = chooser_of(Sampling(1e-38, 0.9), 10**18, range(4))
+    assert choose(logits, [Turn(row, 0) for row in range(4)]).tolist() == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.8, 0.9)])

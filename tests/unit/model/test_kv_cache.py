@@ -9,11 +9,14 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_generate import World, world_of
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from mirage_ds.analysis.controls.conditions import Given
 from mirage_ds.errors import UserError
@@ -21,7 +24,7 @@ from mirage_ds.evaluate.decoder import prompts_of
 from mirage_ds.model import generate as decoding
 from mirage_ds.model import kv_cache
 from mirage_ds.model.attention import Ends, varlen_attention
-from mirage_ds.model.choose import Chooser, Turn, greedy, sampler
+from mirage_ds.model.choose import Chooser, NotFinite, Turn, greedy, sampler
 from mirage_ds.model.generate import Generated, Limits, Loop, Prompts, decode, generate
 from mirage_ds.model.kv_cache import BlockCache, bytes_of_block
 from mirage_ds.model.slots import Latents
@@ -232,6 +235,63 @@ def test_a_row_that_never_has_room_is_said_before_anything_is_read(world: World)
         generate(model, prompts, world.tokens, replace(LIMITS, cache_gb=exact * 0.999))
 
 
+@pytest.mark.parametrize("broken", [0, 3, 5])
+def test_what_breaks_in_one_row_breaks_no_other(world: World, monkeypatch: pytest.MonkeyPatch, broken: int) -> None:
+    monkeypatch.setattr(kv_cache, "BLOCK", 8)
+    rows = sorted(range(6), key=lambda row: -len(world.samples[row].input_ids))
+    prompts = asked(world, rows)
+
+    def latents(slots: Sequence[Any], own: torch.Tensor) -> torch.Tensor:
+        at = torch.tensor([slot.row == broken for slot in slots])
+        return own.masked_fill(at[:, None], torch.nan)
+
+    with pytest.raises(NotFinite) as met:
+        generate(
+            world.loaded.model, prompts, world.tokens, LIMITS, lively(world, rows, False), latents=latents
+        )  # fmt: skip
+    assert met.value.row == prompts.rows[broken]
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_blocks_in_bf16_are_as_exact_as_sdpa_and_each_row_is_multiplied_with_its_own_alone(shared: int) -> None:
+    n, heads, groups, width, length = 4, 4, 2, 64, 300
+    config = SimpleNamespace(
+        num_key_value_heads=groups, num_hidden_layers=1, head_dim=width, hidden_size=width * heads,
+        num_attention_heads=heads,
+    )  # fmt: skip
+    model: Any = SimpleNamespace(
+        language_model=SimpleNamespace(config=config), how=SimpleNamespace(attention="sdpa"),
+        head=SimpleNamespace(weight=torch.zeros(1, 1, dtype=torch.bfloat16)),
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).bfloat16()
+
+    cache, q, before = BlockCache(model), 6 * normal(n, heads, width), normal(2, n, length, groups, width)
+    before[:, :, : shared * cache.size] = before[:, :1, : shared * cache.size]
+    now = normal(2, n, groups, width)
+    cache.reserved = n * cache.blocks(length + 1)
+    cache.grow()
+    common = cache.take(shared)
+    tables = [common + cache.take(cache.blocks(length + 1) - shared) for _ in range(n)]
+    cache.write(0, *before.flatten(1, 2), cache.places(tables, [length] * n))
+    with FlopCounterMode(display=False) as counter:
+        got = cache.step(tables, [length] * n).attend(q, *now, width**-0.5)
+    # Two products of a query head with the tokens of each block.
+    assert counter.get_total_flops() == 2 * 2 * sum(map(len, tables)) * cache.size * heads * width
+    keys, values = torch.cat([before, now[:, :, None]], dim=2).transpose(2, 3)
+    wanted = [
+        functional.scaled_dot_product_attention(
+            *(one.to(dtype) for one in (q[:, :, None], keys, values)), enable_gqa=True
+        )
+        for dtype in (torch.float64, torch.bfloat16)
+    ]
+    exact, sdpa = (one[:, :, 0] for one in wanted)
+    assert got.dtype == torch.bfloat16
+    assert (got - exact).abs().max() <= 1.1 * (sdpa - exact).abs().max()
+
+
 # ------------------------------------------------------------------------------------------------- kernels for pages
 
 
@@ -276,6 +336,31 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     else:
         monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", OldOperator())
     return
+
+
+@pytest.mark.parametrize(("hip", "wanted"), [(None, {"num_splits": 1}), ("7.0", {})])
+def test_keys_of_a_table_are_not_split(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, wanted: dict[str, int]
+) -> None:
+    """An operator that has both arguments, as torch 2.13's."""
+    given: dict[str, Any] = {}
+
+    class Operator(OldOperator):
+        default = torch.ops.aten._flash_attention_forward.default
+
+        def __call__(self, q: torch.Tensor, *more: Any, **options: Any) -> tuple[torch.Tensor]:
+            given.update(options)
+            return (q,)
+
+    if "num_splits" not in str(Operator.default._schema):
+        pytest.skip("an older torch")
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", Operator())
+    monkeypatch.setattr(torch.version, "hip", hip)
+    one = torch.ones(1, 1, 1)
+    step: Any = SimpleNamespace(used=one, table=one, ends=Ends(one, one, 1, 1))
+    kv_cache._torch_varlen(step, one, one, one, 1.0)
+    assert given.keys() - {"num_splits"} == {"scale", "seqused_k", "block_table"}
+    assert {name: given[name] for name in given if name == "num_splits"} == wanted
 
 
 @pytest.mark.usefixtures("kernel")

@@ -17,7 +17,8 @@ from transformers import AutoModelForImageTextToText
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
-from mirage_ds.engine.save import change_rows
+from mirage_ds.engine.save import Parts, change_rows, save_model
+from mirage_ds.engine.spelling import read_base
 from mirage_ds.evaluate.decoder import Decoder, answer_records, load_decoder, run_limits, save_decoder
 from mirage_ds.files import GENERATE, delete_model
 
@@ -68,7 +69,8 @@ def test_a_batch_is_answered_as_by_evaluate(name: str, nano: Path, mixed: Path, 
     text = model.model.language_model
     text.register_forward_pre_hook(lambda _, *all: given.append(all[1]["inputs_embeds"][:, -1]), with_kwargs=True)
     text.register_forward_hook(lambda *all: made.append(all[2][0][:, -1]))
-    found = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+    prompt = inputs.pop("input_ids")
+    found = model.generate(prompt, **inputs, **settings)[:, prompt.shape[1] :]
     assert [row[: len(one.ids)].tolist() for row, one in zip(found, wanted, strict=True)] == [one.ids for one in wanted]
     embed, pad = model.get_input_embeddings(), decoder.encoder.id_of("<|latent_pad|>")
     for row, one in enumerate(wanted):
@@ -78,14 +80,14 @@ def test_a_batch_is_answered_as_by_evaluate(name: str, nano: Path, mixed: Path, 
             assert torch.equal(given[step + 1][row], fed)
     # Without the file a slot is a token like another.
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    assert plain.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist() != found.tolist()
+    assert plain.generate(prompt, **inputs, **settings)[:, prompt.shape[1] :].tolist() != found.tolist()
     for wrong in ({"num_beams": 2}, {"use_cache": False}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            model.generate(**inputs, **settings, **wrong)
+            model.generate(prompt, **inputs, **settings, **wrong)
     assert not model.get_input_embeddings()._forward_hooks
     model.config.mirage["slots"] = "pause"
     with pytest.raises(ValueError, match=r"slots 'pause', which are not known here; `mirage-ds generate`"):
-        model.generate(**inputs, **settings)
+        model.generate(prompt, **inputs, **settings)
 
 
 def test_the_file_goes_with_its_folder(nano: Path, mixed: Path, tmp_path: Path) -> None:
@@ -95,5 +97,16 @@ def test_the_file_goes_with_its_folder(nano: Path, mixed: Path, tmp_path: Path) 
     assert (tmp_path / "rows" / GENERATE).read_bytes() == (folder / GENERATE).read_bytes()
     delete_model(tmp_path / "rows")
     assert not (tmp_path / "rows").exists()
-    save_decoder(decoder, tmp_path / "text", TRAINED | dict(stage="sft"))
-    assert not (tmp_path / "text" / GENERATE).exists()
+    # What a save that was killed has left goes too.
+    (tmp_path / "killed" / GENERATE).parent.mkdir(parents=True)
+    delete_model(tmp_path / "killed")
+    assert not (tmp_path / "killed").exists()
+    # A model of text alone in the same folder has none.
+    source = decoder.folder
+    parts = Parts(
+        read_base(source, decoder.encoder.tokenizer), decoder.encoder.tokenizer, decoder.encoder.images, source, TRAINED
+    )
+    save_model(
+        decoder.loaded.model, decoder.tower.tower, folder, 0, parts._replace(trained=TRAINED | dict(stage="sft"))
+    )
+    assert not (folder / GENERATE).parent.exists()

@@ -199,6 +199,15 @@ def test_without_a_kernel_it_is_one_call_a_layer_and_length(attended: list[int])
     assert found.calls == 7 * 4 + 1
 
 
+def test_a_tower_that_leaves_the_gpu_leaves_its_kernel_there() -> None:
+    tower = as_deep(8)
+    given = images(tower, (36, 30), (30, 36))
+    wanted, moved = frozen(tower).features(*given), frozen(tower, CALL_PATCHES)
+    tower.config._attn_implementation = SEGMENTS_NAME + "torch_varlen"
+    moved.to_cpu()
+    assert torch.equal(moved.features(*given), wanted)
+
+
 def test_a_trained_tower_has_the_same_attention(attended: list[int]) -> None:
     tower = as_deep(16)
     attend_in_segments(tower, "auto", CPU)
