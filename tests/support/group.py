@@ -10,6 +10,7 @@ import faulthandler
 import gc
 import multiprocessing
 import os
+import secrets
 import socket
 import sys
 import time
@@ -50,9 +51,13 @@ CONTEXT.set_forkserver_preload(
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Find a port that is free as the next one is, for guards; below those that the kernel hands to connections."""
+    while True:
+        port = 10000 + 2 * secrets.randbelow(11000)
+        with socket.socket() as one, socket.socket() as other, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 1))
+            return port
 
 
 def _serve(rank: int, size: int, port: int, environment: dict[str, str], pipe: Connection) -> None:

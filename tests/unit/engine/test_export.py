@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mirage_ds.data.encode import Encoder
+from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.data.load import load_tokenizer
 from mirage_ds.data.record import Record
 from mirage_ds.data.sample import Sample
@@ -113,8 +113,12 @@ def test_the_folder_is_whole_tokenizer_processor_generation_and_dtype(nano: Path
     save(load(nano, dtype=torch.bfloat16), nano, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["dtype"], config["architectures"]) == ("bfloat16", ["Qwen2_5_VLForConditionalGeneration"])
-    assert config[TRAINED_KEY] == TRAINED
-    assert getattr(AutoConfig.from_pretrained(tmp_path), TRAINED_KEY) == TRAINED
+    # With the ids that custom_generate/generate.py needs.
+    trained = TRAINED | {
+        "latent_tokens": AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids([*LATENT_TOKENS])
+    }
+    assert config[TRAINED_KEY] == trained
+    assert getattr(AutoConfig.from_pretrained(tmp_path), TRAINED_KEY) == trained
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     text = "a <|latent_pad|> b"
     assert (
