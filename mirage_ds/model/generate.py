@@ -308,9 +308,9 @@ class Loop:
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run one token a row, x (n, H), through all layers → final-norm hidden states (n, H)."""
-        for row in self.live:
-            if row.length == len(row.table) * self.cache.size:
-                row.table += self.cache.take(1)
+        full = [row for row in self.live if row.length == len(row.table) * self.cache.size]
+        for row, block in zip(full, self.cache.take(len(full)), strict=True):
+            row.table.append(block)
         step = self.cache.step([row.table for row in self.live], [row.length for row in self.live])
         inputs = x
         # The rows stand side by side where a sequence stands in training: each attends to its own keys alone.

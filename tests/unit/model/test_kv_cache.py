@@ -204,6 +204,32 @@ def test_rows_come_while_others_decode_and_can_be_dropped(world: World, single: 
     assert {*sizes} == {1}
 
 
+@torch.no_grad()
+def test_a_broken_row_spoils_nobody(world: World, single: Callable) -> None:
+    shows = [bool(len(sample.image_grid_thw)) for sample in world.samples]
+    spoilt, others = shows.index(True), [row for row, picture in enumerate(shows) if not picture]
+    rows = [others[0], spoilt, spoilt, others[1], others[0]]
+
+    def read(numbers: Sequence[int]) -> Any:
+        batch = asked(world, [rows[number] for number in numbers]).read(0, len(numbers))
+        batch.image_features.fill_(torch.nan)
+        return batch
+
+    loop, found = Loop(world.loaded.model, LIMITS, read, trace=True), {}
+    for step in range(40):
+        # Those that come later get the blocks that the broken ones had.
+        for number in {0: (0, 1), 2: (3, 4)}.get(step, ()):
+            length = len(world.samples[rows[number]].input_ids)
+            loop.add(number, length, 2 if number == 1 else 1, LIMITS.new_tokens)
+        loop.enter()
+        if loop.live:
+            ended = loop.step(world.tokens, lively(world, rows, False), None)
+            found |= {row.number: row for row in ended}
+    assert [number for number, row in found.items() if row.broken] == [1, 2]
+    for number in (0, 3, 4):
+        assert_alike(found[number].made, single(rows[number], False, False))
+
+
 def test_rows_end_as_they_do_and_others_take_their_place(world: World) -> None:
     rows, looks = [1, 0, 4, 2], []
 
