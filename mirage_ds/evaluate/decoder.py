@@ -81,10 +81,11 @@ def need_latents(decoder: Decoder) -> None:
         UserError: what it was trained on, and what scores it.
     """
     slots = decoder.trained.get("slots") or "latents"
-    if slots != "latents":
+    if slots != "latents" or not decoder.latents:
+        how = f"with --slots {slots}" if decoder.latents else "without latents"
         raise UserError(
-            f"{decoder.folder} was trained with --slots {slots}: its answers see no latents that could be replaced or "
-            "looked at; `mirage-ds evaluate` scores it"
+            f"{decoder.folder} was trained {how}: its answers see no latents that could be replaced or looked at; "
+            "`mirage-ds evaluate` scores it"
         )
 
 

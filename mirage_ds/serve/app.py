@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
-import secrets
+import logging
+import os
 import time
+from asyncio import Semaphore, get_running_loop
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
 
+import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from mirage_ds.evaluate.decoder import Decoder
 from mirage_ds.serve.answers import Reply
-from mirage_ds.serve.body import Asked, Refused, read_body
-from mirage_ds.serve.engine import Engine
-from mirage_ds.serve.job import Job
+from mirage_ds.serve.body import Refused, read_body
+from mirage_ds.serve.engine import Engine, Job
 from mirage_ds.serve.prompt import Reader
-from mirage_ds.serve.spec import ServeSpec
+from mirage_ds.serve.spec import KEY_VARIABLE, ServeSpec
 
-# Prompts that are being encoded or wait encoded, at a time: their pixels take memory. Threads that encode: each keeps
-# memory of its own.
-AHEAD, THREADS = 8, 2
+# Requests that are being read or wait for their first token, at a time: their pixels take memory.
+AHEAD = 8
 # What nginx writes down for a client that went away.
 GONE = 499
 # Where a request keeps its Job.
 JOB = "mirage_ds.job"
+# Seconds between the end of what still runs after --grace and that of the connections.
+PARTING_S = 10
 
 
 async def refuse(request: Request, error: Exception) -> Response:
@@ -47,15 +52,11 @@ async def refuse(request: Request, error: Exception) -> Response:
 
 async def read_content(request: Request, most_mb: float) -> bytes:
     """Read a request's body; Refused where it is larger than that."""
-    content, size = bytearray(), 0
+    content = bytearray()
     async for part in request.stream():
-        size += len(part)
-        content += part if size <= most_mb * 1e6 else b""
-        # What is a little too much is read all the same: a client that still writes would not see the answer.
-        if size > 4 * most_mb * 1e6:
-            break
-    if size > most_mb * 1e6:
-        raise Refused(413, f"the request has more than {most_mb:g} MB (--max_request_mb)")
+        content += part
+        if len(content) > most_mb * 1e6:
+            raise Refused(413, f"the request has more than {most_mb:g} MB (--max_request_mb)")
     return bytes(content)
 
 
@@ -63,24 +64,28 @@ class Service:
     """A model behind its routes; it belongs to one event loop.
 
     Args:
-        key: what clients must send; None for nothing.
+        scratch: an empty folder for pictures, while they are encoded.
+
+    Raises:
+        UserError: the model has no latents that --latents could replace.
     """
 
-    def __init__(self, name: str, engine: Engine, reader: Reader, spec: ServeSpec, key: str | None):
-        self.name, self.engine, self.reader, self.spec, self.key = name, engine, reader, spec, key
-        self.begun, self.there = int(time.time()), 0
-        self._ahead, self._threads = asyncio.Semaphore(AHEAD), ThreadPoolExecutor(THREADS)
-        registry = engine.registry
+    def __init__(self, decoder: Decoder, spec: ServeSpec, scratch: Path):
+        self.name, self.spec, self.engine = decoder.folder.name, spec, Engine(decoder, spec)
+        self.reader = Reader(decoder, scratch, spec.files)
+        self.key = spec.api_key or os.environ.get(KEY_VARIABLE)
+        self.begun, self.there, self._ahead = int(time.time()), 0, Semaphore(AHEAD)
+        registry = self.engine.registry
         self._requests = Counter("mirage_requests", "Requests, by HTTP status.", ["status"], registry=registry)
         self._first = Histogram("mirage_first_token_seconds", "From a request to its first token.", registry=registry)
         routes = [
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.models),
-            Route("/health", self.health),
-            Route("/metrics", self.metrics),
+            Route("/health", lambda _: JSONResponse({"status": "ok"})),
+            Route("/metrics", lambda _: Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)),
         ]
         errors = dict.fromkeys((Refused, HTTPException, ClientDisconnect, Exception), refuse)
-        self._inner: ASGIApp = Starlette(routes=routes, exception_handlers=errors, lifespan=self._lifespan)
+        self._inner = Starlette(routes=routes, exception_handlers=errors, lifespan=self._lifespan)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Be the application. Whatever becomes of a request, it is counted, and its rows are free at the end."""
@@ -104,12 +109,10 @@ class Service:
             self._requests.labels(status).inc()
 
     @asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        del app
-        self.engine.start(asyncio.get_running_loop())
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        self.engine.start(get_running_loop())
         yield
         self.engine.join()
-        self._threads.shutdown()
 
     def _check_key(self, request: Request) -> None:
         kind, _, given = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
@@ -118,32 +121,29 @@ class Service:
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        came, engine = time.monotonic(), self.engine
+        came = time.monotonic()
         self._check_key(request)
         if self.there > self.spec.max_requests:
             raise Refused(503, f"{self.there} requests are there (--max_requests); ask again later")
         content = await read_content(request, self.spec.max_request_mb)
-        run = asyncio.get_running_loop().run_in_executor
-        asked = await run(self._threads, read_body, content, self.name, self.spec.max_new_tokens)
-        del content
         async with self._ahead:
             if await request.is_disconnected():
                 raise ClientDisconnect
-            job = await run(self._threads, self._job, asked)
-            engine.submit(job)
-            request.scope[JOB] = job
-            first = await job.tokens()
+            job = request.scope[JOB] = await run_in_threadpool(self._job, content)
+            del content
+            self.engine.submit(job)
+            first = await job.token()
         self._first.observe(time.monotonic() - came)
-        reply = Reply(self.name, engine, job, asked)
-        if asked.stream:
-            return StreamingResponse(reply.events(first), media_type="text/event-stream")
-        return JSONResponse(await reply.whole(first, request))
+        reply = Reply(self.name, self.engine, job, first)
+        if job.asked.stream:
+            return StreamingResponse(reply.events(), media_type="text/event-stream")
+        return JSONResponse(await reply.whole(request))
 
-    def _job(self, asked: Asked) -> Job:
+    def _job(self, content: bytes) -> Job:
+        asked = read_body(content, self.name, self.spec.max_new_tokens)
         most = asked.new_tokens or self.spec.max_new_tokens
         sample = self.reader.sample(asked.messages, most)
-        seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**32
-        return Job(sample, len(sample.input_ids), asked.n, most, asked.sampling, seed)
+        return Job(asked, [sample], len(sample.input_ids), most)
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -151,12 +151,21 @@ class Service:
         one = {"id": self.name, "object": "model", "created": self.begun, "owned_by": "mirage-ds"}
         return JSONResponse({"object": "list", "data": [one]})
 
-    async def health(self, request: Request) -> Response:
-        """GET /health: 503 once the server is stopping."""
-        del request
-        return JSONResponse(*(({"status": "stopping"}, 503) if self.engine.closing else ({"status": "ok"},)))
 
-    async def metrics(self, request: Request) -> Response:
-        """GET /metrics."""
-        del request
-        return Response(generate_latest(self.engine.registry), media_type=CONTENT_TYPE_LATEST)
+class Server(uvicorn.Server):
+    """Serves until it is told to exit, and lets end what runs then."""
+
+    def __init__(self, service: Service):
+        # Which warns of every client that goes away amid a stream.
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
+        self.service, grace = service, service.spec.grace
+        most = grace + PARTING_S
+        quiet = uvicorn.Config(
+            service, timeout_graceful_shutdown=most, log_config=None, log_level="warning", access_log=False
+        )
+        super().__init__(quiet)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End what still runs after --grace."""
+        self.service.engine.close(self.service.spec.grace)
+        super().handle_exit(sig, frame)

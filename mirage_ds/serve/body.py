@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from mirage_ds.errors import shown
 from mirage_ds.evaluate.spec import Sampling
@@ -45,10 +45,10 @@ class Shape(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop(cls, values: Any) -> Any:
-        def says(key: str, value: Any) -> bool:
-            return not (value is None or key in IGNORED.split() or (key in NEUTRAL and value == NEUTRAL[key]))
-
-        return {key: value for key, value in values.items() if says(key, value)} if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        known, ignored = NEUTRAL.get, IGNORED.split()
+        return {key: one for key, one in values.items() if not (one is None or key in ignored or one == known(key))}
 
 
 class ImageUrl(Shape):
@@ -67,14 +67,13 @@ class Part(Shape):
 
 
 class Message(Shape):
-    """A turn."""
+    """A turn; a text is one part."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Annotated[
+        list[Part], BeforeValidator(lambda one: [{"type": "text", "text": one}] if isinstance(one, str) else one)
+    ]
     name: str = ""
-
-
-Stop = Annotated[str, Field(max_length=200)]
 
 
 class Asked(Shape):
@@ -88,7 +87,11 @@ class Asked(Shape):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] = []
+    stop: Annotated[
+        list[Annotated[str, Field(max_length=200)]],
+        Field(max_length=16),
+        BeforeValidator(lambda one: [one] if isinstance(one, str) else one),
+    ] = []
     stream: bool = False
     stream_options: dict[str, bool] = {}
 
@@ -97,11 +100,6 @@ class Asked(Shape):
         """How tokens are drawn; None for the likeliest, as `mirage-ds evaluate` takes it where nothing is said."""
         warmth = self.temperature or 0
         return Sampling(warmth, self.top_p) if warmth >= COLDEST else None
-
-    @property
-    def stops(self) -> list[str]:
-        """Texts that end an answer."""
-        return [one for one in ([self.stop] if isinstance(self.stop, str) else self.stop) if one]
 
     @property
     def new_tokens(self) -> int:

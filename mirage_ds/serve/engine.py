@@ -9,45 +9,96 @@ from its request alone: its draws from its seed, its latents from its own states
 from __future__ import annotations
 
 import logging
+import secrets
 import time
-from asyncio import AbstractEventLoop
+from asyncio import AbstractEventLoop, Queue
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import NamedTuple
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from mirage_ds.data.batch import Batch
+from mirage_ds.data.sample import Sample
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import Decoder, pack, seeds_of, tokens_and_feed
+from mirage_ds.evaluate.decoder import Decoder, need_latents, pack, run_limits, seeds_of, tokens_and_feed
 from mirage_ds.evaluate.spec import Sampling
 from mirage_ds.model.choose import Chooser, Turn, greedy, sampler
 from mirage_ds.model.generate import Limits, Loop
 from mirage_ds.model.kv_cache import bytes_of_block, on_device
 from mirage_ds.model.slots import Slot, pause
-from mirage_ds.serve.body import Refused
-from mirage_ds.serve.job import Job, Token
+from mirage_ds.serve.body import Asked, Refused
+from mirage_ds.serve.spec import ServeSpec
 
 log = logging.getLogger(__name__)
+
+
+class Token(NamedTuple):
+    """A token of an answer.
+
+    Attributes:
+        answer: which of its request's, from 0; ended: it is the last one.
+        state: (H,) float32 on the CPU, what was fed at it, where that is kept and it is a latent.
+    """
+
+    answer: int
+    id: int
+    ended: bool
+    state: torch.Tensor | None
+
+
+@dataclass(eq=False)
+class Job:
+    """A request as the engine knows it.
+
+    Attributes:
+        prompt: a list that it is taken from when it is read; length: its tokens; new_tokens: of an answer, at most.
+        first: number of its first answer among all.
+        inbox: its tokens, or the Refused that ends it.
+    """
+
+    asked: Asked
+    prompt: list[Sample]
+    length: int
+    new_tokens: int
+    first: int = -1
+    inbox: Queue[Token | Refused] = field(default_factory=Queue)
+
+    @property
+    def numbers(self) -> range:
+        """Those of its answers."""
+        return range(self.first, self.first + self.asked.n)
+
+    async def token(self) -> Token:
+        """Wait for a token of any of its answers; Refused where none will be any more."""
+        found = await self.inbox.get()
+        if isinstance(found, Refused):
+            raise found
+        return found
 
 
 class Engine:
     """Decodes what is submitted, once it has started.
 
-    Args:
-        limits: a job has its own new_tokens.
-        latents: what is fed at the slots, as ServeSpec.latents; keep: give it out.
-
     Attributes:
-        registry: its numbers, for Prometheus; closing: no more jobs are taken.
+        keep: give out what is fed at the slots; registry: its numbers, for Prometheus.
+
+    Raises:
+        UserError: the model has no latents that spec.latents could replace.
     """
 
-    def __init__(self, decoder: Decoder, limits: Limits, latents: str = "own", keep: bool = False):
-        self.decoder, self.model, self.limits, self.keep = decoder, decoder.loaded.model, limits, keep
+    def __init__(self, decoder: Decoder, spec: ServeSpec):
+        if spec.latents != "own":
+            need_latents(decoder)
+        room = spec.model_dump(include={"prefill_tokens", "rows", "cache_gb"})
+        self.limits = run_limits(decoder, spec.max_new_tokens, Limits.longest_run, spec.run_length, **room)
+        self.decoder, self.model, self.keep, latents = decoder, decoder.loaded.model, spec.return_latents, spec.latents
         slots = decoder.trained.get("slots")
         self.tokens, self._other = tokens_and_feed(self.model, decoder.encoder, decoder.latents, slots)
         self._barred = [self.tokens.pad, self.tokens.start, self.tokens.end] if latents == "off" else []
@@ -62,7 +113,7 @@ class Engine:
         self._samplers: dict[Sampling, Chooser] = {}
         self._asked, self._end, self._over = 0, float("inf"), False
         self._thread = Thread(target=self._run, name="decode", daemon=True)
-        self._loop = Loop(self.model, limits, self._read)
+        self._loop = Loop(self.model, self.limits, self._read)
         self.registry = CollectorRegistry()
         self._decoded = Counter("mirage_tokens", "Decoded tokens and latents.", registry=self.registry)
         self._prefilled = Counter("mirage_prefill_tokens", "Prompt tokens that were read.", registry=self.registry)
@@ -73,33 +124,22 @@ class Engine:
         cache.labels("reserved").set_function(lambda: self._loop.cache.reserved * size)
         cache.labels("allocated").set_function(lambda: len(self._loop.cache.keys[0]) * size)
 
-    @property
-    def closing(self) -> bool:  # noqa: D102  # see the class
-        return self._end < float("inf")
-
     def start(self, readers: AbstractEventLoop) -> None:
         """Begin; `readers` is the event loop in which the jobs' tokens are waited for."""
         self._readers = readers
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Decode a job's answers; called by one thread alone.
-
-        Raises:
-            Refused: no more are taken.
-        """
-        if self.closing:
-            raise Refused(503, "the server is stopping")
-        job.first, self._asked = self._asked, self._asked + job.answers
+        """Decode a job's answers; called by one thread alone."""
+        job.first, self._asked = self._asked, self._asked + job.asked.n
         self._inbox.put(partial(self._add, job))
 
     def cancel(self, job: Job, answer: int | None = None) -> None:
         """End an answer, or all of a job, before the next token; what has ended is left alone."""
-        first = job.first + (answer or 0)
-        self._inbox.put(partial(self._drop, range(first, first + (job.answers if answer is None else 1))))
+        self._inbox.put(partial(self._drop, job.numbers if answer is None else [job.first + answer]))
 
     def close(self, grace: float) -> None:
-        """Take no more jobs, and end those that still run after so many seconds. A signal's handler may call it."""
+        """End what still runs after so many seconds. A signal's handler may call it."""
         self._end = min(self._end, time.monotonic() + grace)
 
     def join(self) -> None:
@@ -132,19 +172,20 @@ class Engine:
                 self._inbox.get(block=wait)()
                 wait = False
 
-    def _say(self, job: Job, what: list[Token] | Refused) -> None:
+    def _say(self, job: Job, what: Token | Refused) -> None:
         # There may be no reader any more.
         with suppress(RuntimeError):
             self._readers.call_soon_threadsafe(job.inbox.put_nowait, what)
 
     def _add(self, job: Job) -> None:
         try:
-            self._loop.add(job.first, job.length, job.answers, job.new_tokens)
+            self._loop.add(job.first, job.length, job.asked.n, job.new_tokens)
         except UserError as error:
             self._say(job, Refused(400, str(error), "messages", "context_length_exceeded"))
             return
-        for answer, seed in enumerate(seeds_of(job.seed, 0, job.answers)):
-            self._rows[job.first + answer], self._seeds[job.first + answer] = job, seed
+        seed = secrets.randbits(32) if job.asked.seed is None else job.asked.seed % 2**32
+        self._rows |= dict.fromkeys(job.numbers, job)
+        self._seeds |= zip(job.numbers, seeds_of(seed, 0, job.asked.n), strict=True)
 
     def _drop(self, numbers: Sequence[int]) -> None:
         gone = self._rows.keys() & set(numbers)
@@ -164,27 +205,23 @@ class Engine:
         if not (rows := list(self._loop.live)):
             return
         self._states = {}
-        ended = {row.number: row.broken for row in self._loop.step(self.tokens, self._choose, self._feed)}
+        ended = {row.number for row in self._loop.step(self.tokens, self._choose, self._feed)}
         self._decoded.inc(len(rows))
-        told: dict[Job, list[Token]] = defaultdict(list)
         for row in rows:
-            job, state = self._rows[row.number], self._states.get(row.number)
-            told[job].append(Token(row.number - job.first, row.made.ids[-1], row.number in ended, state))
-        for job, new in told.items():
-            broken = any(ended.get(job.first + one.answer) for one in new)
-            self._say(job, Refused(500, "the logits are not finite: a weight is NaN") if broken else new)
-            if broken:
-                self._drop(range(job.first, job.first + job.answers))
+            # Another answer of its request may have been broken.
+            if (job := self._rows.get(row.number)) and row.broken:
+                self._say(job, Refused(500, "the logits are not finite: a weight is NaN"))
+                self._drop(job.numbers)
+            elif job:
+                state = self._states.get(row.number)
+                self._say(job, Token(row.number - job.first, row.made.ids[-1], row.number in ended, state))
         self._drop([*ended])
 
     def _read(self, numbers: Sequence[int]) -> Batch:
         """Pack prompts, each named by the number of its first answer; see generate.Loop."""
-        jobs = [self._rows[number] for number in numbers]
-        samples = [job.sample for job in jobs if job.sample]
-        for job in jobs:
-            job.sample = None
-            self._prefilled.inc(job.length)
-        return pack(self.model, self.decoder.tower, self.decoder.encoder, samples)
+        prompts = [self._rows[number].prompt.pop() for number in numbers]
+        self._prefilled.inc(sum(len(one.input_ids) for one in prompts))
+        return pack(self.model, self.decoder.tower, self.decoder.encoder, prompts)
 
     def _choose(self, logits: torch.Tensor, turns: Sequence[Turn]) -> torch.Tensor:
         """Choose tokens (n,) from logits (n, V), rows that are drawn alike together; see choose.Chooser."""
@@ -192,7 +229,7 @@ class Engine:
             logits[:, self._barred] = -torch.inf
         alike: dict[Sampling | None, list[int]] = defaultdict(list)
         for place, turn in enumerate(turns):
-            alike[self._rows[turn.row].sampling].append(place)
+            alike[self._rows[turn.row].asked.sampling].append(place)
         known = self._samplers
         self._samplers = {one: known.get(one) or sampler(*one, self._seeds) for one in alike if one}
         chosen = torch.empty(len(turns), dtype=torch.long, device=logits.device)
