@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
@@ -37,6 +38,8 @@ GONE = 499
 JOB = "mirage_ds.job"
 # Seconds between the end of what still runs after --grace and that of the connections.
 PARTING_S = 10
+# Longer than clients keep a connection (openai's 5 s): a request may not meet one that is being closed.
+KEEP_ALIVE_S = 75
 
 
 async def refuse(request: Request, error: Exception) -> Response:
@@ -158,12 +161,11 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service):
         # Which warns of every client that goes away amid a stream.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
-        self.service, grace = service, service.spec.grace
-        most = grace + PARTING_S
-        quiet = uvicorn.Config(
-            service, timeout_graceful_shutdown=most, log_config=None, log_level="warning", access_log=False
+        self.service, waits = service, service.spec.grace + PARTING_S
+        quiet: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False}
+        super().__init__(
+            uvicorn.Config(service, timeout_graceful_shutdown=waits, timeout_keep_alive=KEEP_ALIVE_S, **quiet)
         )
-        super().__init__(quiet)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End what still runs after --grace."""

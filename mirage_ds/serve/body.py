@@ -58,12 +58,18 @@ class ImageUrl(Shape):
     detail: str = ""
 
 
-class Part(Shape):
-    """A part of a message: a text or a picture, as its type says."""
+class Text(Shape):
+    """A part of a message."""
 
-    type: Literal["text", "image_url"]
-    text: str = ""
-    image_url: ImageUrl = ImageUrl(url="")
+    type: Literal["text"]
+    text: str
+
+
+class Picture(Shape):
+    """A part of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
 
 
 class Message(Shape):
@@ -71,7 +77,8 @@ class Message(Shape):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        list[Part], BeforeValidator(lambda one: [{"type": "text", "text": one}] if isinstance(one, str) else one)
+        list[Annotated[Text | Picture, Field(discriminator="type")]],
+        BeforeValidator(lambda one: [{"type": "text", "text": one}] if isinstance(one, str) else one),
     ]
     name: str = ""
 

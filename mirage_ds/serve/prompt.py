@@ -16,7 +16,7 @@ from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.sample import Sample
 from mirage_ds.errors import shown
 from mirage_ds.evaluate.decoder import Decoder
-from mirage_ds.serve.body import Message, Refused
+from mirage_ds.serve.body import Message, Picture, Refused
 
 # A token has about four: a text that would be too long with so many a token is not even tokenized.
 CHARACTERS = 16
@@ -78,11 +78,13 @@ class Reader:
         for message in messages:
             text = ""
             for part in message.content:
-                if IMAGE_MARK in part.text:
-                    raise _bad(f"a text holds {IMAGE_MARK}, which stands for a picture; send that as a part")
-                if part.type == "image_url":
+                if isinstance(part, Picture):
                     places.append(self._place(part.image_url.url, folder / f"picture {len(places) + 1}"))
-                text += part.text if part.type == "text" else IMAGE_MARK
+                    text += IMAGE_MARK
+                elif IMAGE_MARK in part.text:
+                    raise _bad(f"a text holds {IMAGE_MARK}, which stands for a picture; send that as a part")
+                else:
+                    text += part.text
             turns.append({"role": "system" if message.role == "developer" else message.role, "content": text})
         if turns[-1]["role"] != "user":
             raise _bad("the last message is not the user's; it is the one that is answered")
