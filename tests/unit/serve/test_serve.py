@@ -314,6 +314,7 @@ def test_what_cannot_be_answered_is_said(served: Served, mixed: Path, tmp_path: 
         ({"messages": [text], "top_k": 5}, 400, "top_k: is not known here"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [said("a") | image("b")["image_url"]]}]}, 400, "url: is not known"),
         ({"messages": [text, {"role": "assistant", "content": "A"}]}, 400, "the last message is not the user's"),
         ({"messages": [text, text]}, 400, "take turns"),
         ({"messages": [{"role": "user", "content": "an <image> here"}]}, 400, "a text holds <image>"),
