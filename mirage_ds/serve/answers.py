@@ -1,7 +1,5 @@
 """A request's answers as their tokens come: text that can be sent, stops, usage, and OpenAI's two forms of a reply."""
 
-from __future__ import annotations
-
 import json
 import time
 import uuid

@@ -1,13 +1,12 @@
 """The routes; every error is OpenAI's error object."""
 
-from __future__ import annotations
-
 import hmac
 import logging
 import os
 import time
 from asyncio import Semaphore, get_running_loop
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,7 +15,6 @@ from typing import Any
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -30,8 +28,9 @@ from mirage_ds.serve.engine import Engine, Job
 from mirage_ds.serve.prompt import Reader
 from mirage_ds.serve.spec import KEY_VARIABLE, ServeSpec
 
-# Requests that are being read or wait for their first token, at a time: their pixels take memory.
-AHEAD = 8
+# Prompts that are being encoded or wait encoded, at a time: their pixels take memory. Threads that encode: each keeps
+# memory of its own.
+AHEAD, THREADS = 8, 2
 # What nginx writes down for a client that went away.
 GONE = 499
 # Where a request keeps its Job.
@@ -77,15 +76,16 @@ class Service:
         self.name, self.spec, self.engine = decoder.folder.name, spec, Engine(decoder, spec)
         self.reader = Reader(decoder, scratch, spec.files)
         self.key = spec.api_key or os.environ.get(KEY_VARIABLE)
-        self.begun, self.there, self._ahead = int(time.time()), 0, Semaphore(AHEAD)
+        self.begun, self.there = int(time.time()), 0
+        self._ahead, self._threads = Semaphore(AHEAD), ThreadPoolExecutor(THREADS)
         registry = self.engine.registry
         self._requests = Counter("mirage_requests", "Requests, by HTTP status.", ["status"], registry=registry)
         self._first = Histogram("mirage_first_token_seconds", "From a request to its first token.", registry=registry)
         routes = [
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.models),
-            Route("/health", lambda _: JSONResponse({"status": "ok"})),
-            Route("/metrics", lambda _: Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
         ]
         errors = dict.fromkeys((Refused, HTTPException, ClientDisconnect, Exception), refuse)
         self._inner = Starlette(routes=routes, exception_handlers=errors, lifespan=self._lifespan)
@@ -116,6 +116,7 @@ class Service:
         self.engine.start(get_running_loop())
         yield
         self.engine.join()
+        self._threads.shutdown()
 
     def _check_key(self, request: Request) -> None:
         kind, _, given = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
@@ -132,7 +133,7 @@ class Service:
         async with self._ahead:
             if await request.is_disconnected():
                 raise ClientDisconnect
-            job = request.scope[JOB] = await run_in_threadpool(self._job, content)
+            job = request.scope[JOB] = await get_running_loop().run_in_executor(self._threads, self._job, content)
             del content
             self.engine.submit(job)
             first = await job.token()
@@ -146,13 +147,22 @@ class Service:
         asked = read_body(content, self.name, self.spec.max_new_tokens)
         most = asked.new_tokens or self.spec.max_new_tokens
         sample = self.reader.sample(asked.messages, most)
-        return Job(asked, [sample], len(sample.input_ids), most)
+        # Without the pictures: an answer may take long.
+        return Job(asked.model_copy(update={"messages": []}), [sample], len(sample.input_ids), most)
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
         self._check_key(request)
         one = {"id": self.name, "object": "model", "created": self.begun, "owned_by": "mirage-ds"}
         return JSONResponse({"object": "list", "data": [one]})
+
+    async def health(self, _: Request) -> Response:
+        """GET /health."""
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, _: Request) -> Response:
+        """GET /metrics."""
+        return Response(generate_latest(self.engine.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 class Server(uvicorn.Server):

@@ -1,7 +1,5 @@
 """A request's JSON → what is asked; a request that cannot be answered is Refused with its status."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator

@@ -1,7 +1,5 @@
 """`mirage-ds serve`. Imports stay inside the functions: `--help` is quick."""
 
-from __future__ import annotations
-
 import signal
 import socket
 from pathlib import Path

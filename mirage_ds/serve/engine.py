@@ -6,8 +6,6 @@ Everything about rows happens in this one thread; others put what they want into
 from its request alone: its draws from its seed, its latents from its own states.
 """
 
-from __future__ import annotations
-
 import logging
 import secrets
 import time

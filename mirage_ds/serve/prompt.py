@@ -1,7 +1,5 @@
 """Messages and their pictures → the encoded prompt, the one that training saw."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
