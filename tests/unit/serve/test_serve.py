@@ -35,6 +35,7 @@ from mirage_ds.api import Mirage
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
+from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, answer_records, load_decoder, run_limits
 from mirage_ds.evaluate.scoring import Prediction
 from mirage_ds.evaluate.spec import Sampling
@@ -282,6 +283,20 @@ def test_latents_can_be_replaced(decoder: Decoder, records: list[Record], tmp_pa
         own_states = Mirage(decoder).generate(records[1].text_input, max_new_tokens=NEW).latents[0]
         torch.testing.assert_close(states[0].norm(), own_states[0].norm())
         assert len({tuple(one.tolist()) for one in states}) == len(states)
+
+
+def test_pause_tokens_are_fed_as_evaluate_feeds_them(
+    decoder: Decoder, records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = evaluated(decoder, records[1])[0].text
+    monkeypatch.setitem(decoder.loaded.config.mirage, "slots", "pause")
+    wanted = evaluated(decoder, records[1])[0].text
+    with serving(decoder, tmp_path / "s") as served:
+        assert served.ask(messages_of(records[1], tmp_path)).choices[0].message.content == wanted != own
+    with pytest.raises(UserError, match="trained with --slots pause: its answers see no latents"):
+        Engine(decoder, ServeSpec(latents="zero"))
+    with pytest.raises(UserError, match="trained without latents"):
+        Engine(replace(decoder, latents=False), ServeSpec(latents="zero"))
 
 
 def png_of_size(width: int, height: int) -> bytes:
