@@ -1,6 +1,7 @@
 """Speed of decoding, alone or against transformers' own `generate`; docs/performance.md has the results.
 
     python -m benchmarks.decode --against transformers
+    git worktree add ../before b24ddd1 && python -m benchmarks.decode --against transformers --before ../before
     python -m benchmarks.decode --preset nano --rows 8 --batch 4 --new 8 --longest 30
 
 Prints a JSON line a part: tokens per CPU-second of this process, prompts, vision tower and all; sides take turns, and
@@ -8,8 +9,8 @@ ratios are the medians of those turns. Random weights, greedy, no latents, no en
 
 `equal`: all answers have --new tokens; transformers gets the same prompts, padded on the left, --batch at a time.
 `mixed`: answers of --shortest to --longest tokens, drawn log-uniformly; beside them batches that wait for the longest
-answer of each, which is what a decoder of fixed batches does. `samples`: --samples answers to one prompt until their
-first token, over one answer.
+answer of each: this decoder's, or with --before those of a checkout that had fixed batches. `samples`: --samples
+answers to one prompt until their first token, over one answer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import json
 import os
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -130,18 +133,48 @@ def equal(ours: Ours, theirs: Theirs | None, new: int, batch: int, turns: int) -
     return found
 
 
-def mixed(ours: Ours, lengths: Sequence[int], batch: int, turns: int) -> dict[str, Any]:
+class Before:
+    """The decoder of an earlier checkout, in a process of its own."""
+
+    def __init__(self, checkout: Path, work: Workload, lengths: Sequence[int], batch: int, threads: int):
+        told = json.dumps([str(work.model), str(work.records), list(lengths), batch, threads])
+        script = Path(__file__).with_name("decode_before.py").resolve()
+        environment = os.environ | {"PYTHONPATH": str(checkout.resolve())}
+        words = [sys.executable, str(script), told]
+        self.process = subprocess.Popen(
+            words, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._line()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise click.ClickException("the decoder of --before has ended; its message stands above")
+        return line
+
+    def seconds(self) -> float:
+        """Answer all rows; CPU-seconds of that process."""
+        assert self.process.stdin is not None
+        print(file=self.process.stdin, flush=True)
+        return float(json.loads(self._line()))
+
+
+def mixed(ours: Ours, before: Before | None, lengths: Sequence[int], batch: int, turns: int) -> dict[str, Any]:
     """Answers of unlike length, beside batches that wait for their longest."""
 
     def waiting() -> Iterator[list[int]]:
         for at in range(0, len(lengths), batch):
-            own = ours.samples[at : at + batch]
-            yield from ours.answers(own, [max(lengths[at : at + batch])] * len(own), batch)
+            some = ours.samples[at : at + batch]
+            yield from ours.answers(some, [max(lengths[at : at + batch])] * len(some), batch)
 
-    pairs = [
-        (cpu_seconds(lambda: ours.answers(ours.samples, lengths, batch))[0], cpu_seconds(lambda: list(waiting()))[0])
-        for _ in range(turns)
-    ]
+    def fixed() -> float:
+        return before.seconds() if before else cpu_seconds(lambda: list(waiting()))[0]
+
+    def own() -> float:
+        return cpu_seconds(lambda: ours.answers(ours.samples, lengths, batch))[0]
+
+    pairs = [(own(), fixed()) for _ in range(turns)]
     # Both read the same prompts.
     reading = cpu_seconds(lambda: ours.answers(ours.samples, [1] * len(lengths), batch))[0]
     rates = [round(sum(lengths) / statistics.median(side), 1) for side in zip(*pairs, strict=True)]
@@ -149,7 +182,7 @@ def mixed(ours: Ours, lengths: Sequence[int], batch: int, turns: int) -> dict[st
         "rows": len(lengths),
         "new": [min(lengths), round(statistics.fmean(lengths), 1), max(lengths)],
         "tokens_per_cpu_s": rates[0],
-        "fixed_batches": rates[1],
+        "before" if before else "fixed_batches": rates[1],
         "ratio": round(statistics.median(fixed / own for own, fixed in pairs), 3),
         "ratio_without_prompts": round(statistics.median((b - reading) / (a - reading) for a, b in pairs), 3),
     }
@@ -158,10 +191,11 @@ def mixed(ours: Ours, lengths: Sequence[int], batch: int, turns: int) -> dict[st
 def several(ours: Ours, samples: int, turns: int) -> dict[str, Any]:
     """First tokens of several answers to one prompt, over that of one."""
     first = ours.samples[:1]
-    pairs = [
-        [cpu_seconds(lambda each=each: ours.answers(first, [1], samples, each))[0] for each in (samples, 1)]
-        for _ in range(5 * turns)
-    ]
+
+    def seconds(each: int) -> float:
+        return cpu_seconds(lambda: ours.answers(first, [1], samples, each))[0]
+
+    pairs = [(seconds(samples), seconds(1)) for _ in range(5 * turns)]
     ratio = statistics.median(many for many, _ in pairs) / statistics.median(one for _, one in pairs)
     return {"answers": samples, "ratio": round(ratio, 3)}
 
@@ -169,6 +203,8 @@ def several(ours: Ours, samples: int, turns: int) -> dict[str, Any]:
 @click.command()
 @click.option("--preset", type=click.Choice([*PRESETS]), default="bench-87m", show_default=True)
 @click.option("--against", type=click.Choice(["transformers"]))
+@click.option("--before", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout of b24ddd1.")
+@click.option("--part", multiple=True, type=click.Choice(["equal", "samples", "mixed"]), help="This alone.")
 @click.option("--rows", default=64, show_default=True)
 @click.option("--batch", default=16, show_default=True, help="Rows that decode at a time.")
 @click.option("--new", default=128, show_default=True, help="Tokens of answers of equal length.")
@@ -178,7 +214,7 @@ def several(ours: Ours, samples: int, turns: int) -> dict[str, Any]:
 @click.option("--turns", default=3, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(preset: str, against: str | None, rows: int, batch: int, new: int, shortest: int, longest: int, samples: int, turns: int, threads: int, seed: int) -> None:  # fmt: skip  # noqa: E501
+def main(preset: str, against: str | None, before: Path | None, part: tuple[str, ...], rows: int, batch: int, new: int, shortest: int, longest: int, samples: int, turns: int, threads: int, seed: int) -> None:  # fmt: skip  # noqa: E501
     """Time decoding and print a JSON line a part."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import torch
@@ -193,14 +229,17 @@ def main(preset: str, against: str | None, rows: int, batch: int, new: int, shor
         ours.answers(ours.samples[:2], [2, 2], batch)
         few = Ours(work, batch)
         theirs = Theirs(work, few.samples) if against else None
+        earlier = Before(before, work, lengths, batch, threads) if before else None
         sizes = [len(one.input_ids) for one in ours.samples]
         case = {"preset": preset, "prompts": [min(sizes), max(sizes)], "threads": threads, "turns": turns}
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "equal": lambda: equal(few, theirs, new, batch, turns),
             "samples": lambda: several(ours, samples, turns),
-            "mixed": lambda: mixed(ours, lengths, batch, turns),
+            "mixed": lambda: mixed(ours, earlier, lengths, batch, turns),
         }
         for name, measure in parts.items():
+            if part and name not in part:
+                continue
             print(json.dumps({"part": name, **case, **measure()}), flush=True)
 
 

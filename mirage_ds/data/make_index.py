@@ -3,6 +3,7 @@ joins these."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -110,11 +111,11 @@ def put(own: Index, place: Path, cache: Path) -> Index:
             shutil.rmtree(old, ignore_errors=True)
         try:
             own.place.replace(place)
-        except OSError:
-            # Another run was quicker.
-            if place.exists():
-                continue
-            raise
+        except OSError as error:
+            # Another run was quicker, and may have been moved away since.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            continue
         sync(place.parent)
         # Opened before it was in reach of other runs, one of which may be putting another in its place.
         own.place = place

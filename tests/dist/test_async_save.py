@@ -134,7 +134,7 @@ def names(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "run/checkpoints").iterdir() if path.is_dir())
 
 
-@pytest.mark.parametrize("stage", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2))])
+@pytest.mark.parametrize("stage", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 2))])
 def test_what_is_written_beside_steps_is_what_was_there_before_them(
     stage: int, group: Group, base: dict[str, Any], whole: Callable[[int], Path], tmp_path: Path
 ) -> None:
@@ -161,7 +161,7 @@ def test_what_is_written_beside_steps_is_what_was_there_before_them(
     equal(out, whole(stage))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_meanwhile_is_said_and_training_goes_on(
     rank: int, group: Group, base: dict[str, Any], whole: Callable[[int], Path], tmp_path: Path
 ) -> None:

@@ -205,7 +205,7 @@ def released(run: Counted) -> list[Counts]:
     return run("zero3", max_steps=3)
 
 
-@pytest.mark.parametrize("k", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("k", [4, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 8))])
 def test_kept_parameters_are_gathered_once_a_step_whatever_k(
     k: int, run: Counted, kept: list[Counts], model: Sizes
 ) -> None:
@@ -310,7 +310,7 @@ def test_a_released_step_of_other_passes_is_recorded_anew(run: Counted, model: S
         assert rank.layers[3] == 1 < rank.layers[1] == rank.layers[4]
 
 
-@pytest.mark.parametrize("name", ["zero3_kept", "zero3"])
+@pytest.mark.parametrize("name", ["zero3_kept", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_an_evaluation_costs_at_most_one_recorded_micro_step(name: str, run: Counted, mixed: Path, psi: int) -> None:
     settings = dict(eval_data_path=mixed, eval_every=1, max_steps=3)
     for rank in run(name, 2, How(evaluate_after=0), **settings):

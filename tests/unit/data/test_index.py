@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import sys
@@ -181,6 +182,22 @@ def test_builders_at_the_same_time_end_with_one_whole_index(
     assert len({index.digest for index in opened}) == 1
     assert [left.name for left in (cache / "index").iterdir()] == [opened[0].place.name]
     assert [index.record(11) for index in opened] == [opened[0].record(11)] * 3
+
+
+def test_an_index_that_comes_and_goes_in_the_instant_of_putting_is_no_fault(
+    mixed: Path, cache: Path, encoder_for: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, refused = Path.replace, []
+
+    def busy_once(path: Path, target: Path) -> Path:
+        if Path(target).parent.name == "index" and not Path(target).name.startswith(".") and not refused:
+            refused.append(target)
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", busy_once)
+    index = open_index(mixed, encoder_for("stage2", 2, beside=mixed), ["image_input"], cache)
+    assert refused == [index.place]
 
 
 def test_nobody_sees_half_an_index(

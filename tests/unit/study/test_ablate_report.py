@@ -855,6 +855,7 @@ def many(count: int) -> Results:
     return Results("many", "?", arms, cells, ReportSpec(contrasts=contrasts))
 
 
+@pytest.mark.slow
 def test_a_thousand_cells_take_seconds(tmp_path: Path) -> None:
     results, fewer = many(125), many(25)
     start = time.process_time()

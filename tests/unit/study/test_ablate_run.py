@@ -227,6 +227,7 @@ def test_two_processes_share_a_study(small, monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(found[0] + found[1]) == sorted(node.folder for node in study.nodes.values())
 
 
+@pytest.mark.slow
 def test_a_thousand_runs_are_listed_and_resumed_in_seconds(tmp_path: Path, nano: Path, monkeypatch) -> None:
     arms = {"a": {"chain": ["sft"], "grid": {"learning_rate": [1e-5 * (1 + n) for n in range(50)]}}}
     file = write_study(tmp_path, nano, arms=arms, seeds=list(range(20)), evaluations={})
