@@ -25,6 +25,7 @@ from mirage_ds.model.presets import LARGE, PRESETS
 from mirage_ds.plan.command import plan
 from mirage_ds.run.process import hush, print_anything
 from mirage_ds.run.stop import StopRequest
+from mirage_ds.serve.command import serve
 from mirage_ds.study.command import ablate
 from mirage_ds.tasks.command import TaskGroup
 
@@ -42,11 +43,11 @@ def cli() -> None:
 cli.sections = {
     "Data": "data",
     "Training": "train status replay config init checkpoint export",
-    "Results": "evaluate generate controls inspect compare card ablate",
+    "Results": "evaluate generate serve controls inspect compare card ablate",
     "Cluster": "plan doctor launch",
     "More": "docs examples",
 }
-for command in (train, status, replay, ablate, doctor, plan, evaluate, generate, inspect, controls, compare):
+for command in (train, status, replay, ablate, doctor, plan, evaluate, generate, serve, inspect, controls, compare):
     cli.add_command(command)
 
 

@@ -16,6 +16,7 @@ EXTRAS = {
     "vsp": ("gymnasium==1.2.3", "pygame"),
     "lora": ("peft",),
     "liger": ("liger_kernel",),
+    "serve": ("starlette", "uvicorn", "prometheus_client"),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
 }

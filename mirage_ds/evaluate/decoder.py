@@ -81,10 +81,11 @@ def need_latents(decoder: Decoder) -> None:
         UserError: what it was trained on, and what scores it.
     """
     slots = decoder.trained.get("slots") or "latents"
-    if slots != "latents":
+    if slots != "latents" or not decoder.latents:
+        how = f"with --slots {slots}" if decoder.latents else "without latents"
         raise UserError(
-            f"{decoder.folder} was trained with --slots {slots}: its answers see no latents that could be replaced or "
-            "looked at; `mirage-ds evaluate` scores it"
+            f"{decoder.folder} was trained {how}: its answers see no latents that could be replaced or looked at; "
+            "`mirage-ds evaluate` scores it"
         )
 
 
@@ -187,11 +188,16 @@ def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: 
     return Limits(new_tokens, longest_run, fixed, **rest)
 
 
+def seeds_of(seed: int, row: int, samples: int) -> list[int]:
+    """Make the seeds of a row's answers."""
+    # A generator on a CPU takes the lower 32 bits: 2³² over the golden ratio spreads the samples over all of them.
+    return [(seed * 1_000_003 + row + sample * 2_654_435_769) % 2**63 for sample in range(samples)]
+
+
 def chooser_of(decoding: Decoding, seed: int, rows: Sequence[int], samples: int = 1) -> Chooser:
     """Make what chooses tokens; the draws of a row's s-th answer depend on the seed, its place and s alone."""
     drawn = PAPER if decoding == "paper" else decoding
-    # A generator on a CPU takes the lower 32 bits: 2³² over the golden ratio spreads the samples over all of them.
-    seeds = [(seed * 1_000_003 + row + sample * 2_654_435_769) % 2**63 for row in rows for sample in range(samples)]
+    seeds = [one for row in rows for one in seeds_of(seed, row, samples)]
     return sampler(*drawn, seeds) if isinstance(drawn, Sampling) else greedy
 
 

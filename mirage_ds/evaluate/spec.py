@@ -38,13 +38,18 @@ class HelperSpec(BaseModel):
         return self.helper_min_pixels, self.helper_max_pixels
 
 
-class ModelSpec(FolderSpec):
+class LengthSpec(FolderSpec):
     """How long a model's answers are."""
 
     run_length: str = Field(
         "trained", description="Latents of a latent block: trained (as in training), model (it decides), or a number."
     )
     max_new_tokens: PositiveInt = Field(1024, description="Tokens of an answer, at most.")
+
+
+class ModelSpec(LengthSpec):
+    """How long answers are, and what they are drawn by."""
+
     seed: NonNegativeInt = Field(42, description="Seed of sampling; a record's draws do not depend on its batch.")
 
 

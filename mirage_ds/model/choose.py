@@ -5,7 +5,7 @@ n rows that decode at the moment, H hidden, V vocabulary, C tokens of a part of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,7 +77,7 @@ def greedy(logits: torch.Tensor, turns: Sequence[Turn]) -> torch.Tensor:
     return logits.argmax(dim=-1)
 
 
-def sampler(temperature: float, top_p: float, seeds: Sequence[int]) -> Chooser:
+def sampler(temperature: float, top_p: float, seeds: Sequence[int] | Mapping[int, int]) -> Chooser:
     """Make a chooser that samples from the smallest set of tokens that holds `top_p` of the probability.
 
     A row has a generator of its own on the device of the logits, and one number of it decides a token: nothing depends

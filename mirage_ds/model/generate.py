@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -31,32 +31,7 @@ from mirage_ds.model.choose import Chooser, NotFinite, Turn, finite, greedy, pro
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.images import place_images
 from mirage_ds.model.kv_cache import BlockCache, bytes_of_block, on_device
-from mirage_ds.model.slots import Latents, LatentTokens, Slot
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How long rows and latent blocks may become, and how many there are at a time.
-
-    Attributes:
-        new_tokens: tokens a row may emit.
-        longest_run: latents after which the end of a block is forced; the public code has 8.
-        fixed_run: latents of every block whatever the model emits, or None to let it decide.
-        prefill_tokens: prompts run together up to so many tokens; a longer one runs alone.
-        rows: rows that decode at a time; all if None.
-        cache_gb: keys and values of all rows, in GB of 10⁹ bytes; what `rows` rows may need if None.
-    """
-
-    new_tokens: int = 1024
-    longest_run: int = 8
-    fixed_run: int | None = None
-    prefill_tokens: int = 8192
-    rows: int | None = None
-    cache_gb: float | None = None
-
-    def closes(self, slot: int, wanted: bool) -> bool:
-        """Tell whether a latent block with so many latents ends, where the model wants it to or not."""
-        return slot >= self.longest_run or wanted if self.fixed_run is None else slot >= self.fixed_run
+from mirage_ds.model.slots import Latents, LatentTokens, Limits, Slot
 
 
 @dataclass
@@ -101,7 +76,7 @@ class _Prompt:
     """A prompt and what it needs.
 
     Attributes:
-        number: its place among the prompts; begun, ended: answers of it.
+        number: that of its first answer; new_tokens: of each answer, at most; begun, ended: answers of it.
         shared, own: blocks that are reserved for all of its answers together, and for each of them.
         table: its blocks.
         hidden: (H,) final-norm state at its last token; last: () that token; position: () of the one after it.
@@ -112,7 +87,8 @@ class _Prompt:
     position: torch.Tensor
 
     def __init__(self, number: int, length: int, answers: int, cache: BlockCache, new_tokens: int):
-        self.number, self.length, self.answers, self.begun, self.ended = number, length, answers, 0, 0
+        self.number, self.length, self.answers, self.new_tokens = number, length, answers, new_tokens
+        self.begun = self.ended = 0
         several = answers > 1
         self.shared = cache.blocks(length) if several else 0
         # Its full blocks serve all.
@@ -127,6 +103,7 @@ class _Row:
     Attributes:
         number: of the answer; table: its blocks; length: tokens in them.
         slot: of the open latent block, −1 outside; block: latent blocks before.
+        broken: it has ended because its logits were not finite.
     """
 
     number: int
@@ -136,6 +113,7 @@ class _Row:
     made: Generated = field(default_factory=Generated)
     slot: int = -1
     block: int = 0
+    broken: bool = False
 
     def take(self, token: int, tokens: LatentTokens, limits: Limits) -> Slot | None:
         """Go on with the token that was chosen; return the slot where the hidden state is fed, if there is one."""
@@ -149,54 +127,82 @@ class _Row:
         self.made.ids.append(token)
         return fed
 
+    def over(self, tokens: LatentTokens) -> bool:
+        """Tell whether it has ended."""
+        ids = self.made.ids
+        return self.broken or ids[-1] in tokens.stops or len(ids) >= self.prompt.new_tokens
 
-def check_room(
-    model: MirageModel, lengths: Sequence[int], rows: Sequence[int], limits: Limits, answers: int = 1
-) -> BlockCache:
-    """Make an empty cache for prompts of these lengths; `rows` and `answers` as in Prompts.
 
-    Raises:
-        UserError: a prompt that --cache_gb never has room for.
+class Loop:
+    """The rows at the moment, and the prompts that wait.
+
+    Args:
+        limits: a prompt has its own new_tokens.
+        read: the numbers of prompts, as `add` was told → packed, one pass, as Prompts.read returns it.
+        trace: keep each step's inputs and hidden states.
     """
-    most = None if limits.cache_gb is None else int(limits.cache_gb * 1e9 / bytes_of_block(model))
-    cache = BlockCache(model, most)
-    for row, length in zip(rows, lengths, strict=True):
-        one = _Prompt(0, length, answers, cache, limits.new_tokens)
-        if not cache.fits(one.shared + one.own):
-            needed = (one.shared + one.own) * bytes_of_block(model) / 1e9
-            raise UserError(
-                f"record {row + 1}: keys and values of its {length} prompt tokens and up to {limits.new_tokens} of an "
-                f"answer take {needed:.3g} GB, and --cache_gb is {limits.cache_gb:g}; raise it, or lower "
-                "--max_new_tokens or --max_pixels"
-            )
-    return cache
 
-
-class _Loop:
-    """The rows at the moment, and the prompts that wait."""
-
-    def __init__(self, model: MirageModel, prompts: Prompts, limits: Limits, trace: bool):
-        self.model, self.prompts, self.limits, self.trace = model, prompts, limits, trace
+    def __init__(self, model: MirageModel, limits: Limits, read: Callable[[Sequence[int]], Batch], trace: bool = False):
+        self.model, self.limits, self.read, self.trace = model, limits, read, trace
         self.text: Any = model.language_model
-        self.cache = check_room(model, prompts.lengths, prompts.rows, limits, prompts.answers)
-        each = (prompts.answers, self.cache, limits.new_tokens)
-        self.waiting = deque(_Prompt(number, length, *each) for number, length in enumerate(prompts.lengths))
+        most = None if limits.cache_gb is None else int(limits.cache_gb * 1e9 / bytes_of_block(model))
+        self.cache = BlockCache(model, most)
+        self.waiting: deque[_Prompt] = deque()
         self.live: list[_Row] = []
         self.hidden = model.head.weight.new_empty(0, model.head.weight.shape[1])
         self.positions = torch.empty(0, dtype=torch.long, device=self.hidden.device)
 
-    def enter(self) -> None:
-        """Let answers begin while there is room for them."""
+    def add(self, number: int, length: int, answers: int, new_tokens: int) -> None:
+        """Let a prompt wait.
+
+        Args:
+            number: of its first answer; the others have the numbers behind it.
+
+        Raises:
+            UserError: --cache_gb never has room for it.
+        """
+        prompt = _Prompt(number, length, answers, self.cache, new_tokens)
+        blocks = prompt.shared + prompt.own
+        if self.cache.most is not None and blocks > self.cache.most:
+            raise UserError(
+                f"keys and values of its {length} prompt tokens and up to {new_tokens} of an answer take "
+                f"{blocks * bytes_of_block(self.model) / 1e9:.3g} GB, and --cache_gb is {self.limits.cache_gb:g}; "
+                "raise it, or lower --max_new_tokens or --max_pixels"
+            )
+        self.waiting.append(prompt)
+
+    def drop(self, numbers: Collection[int]) -> None:
+        """Let answers leave before their end, or never begin: then all of a prompt's that have not begun."""
+        for prompt in [one for one in self.waiting if one.number + one.begun in numbers]:
+            self.waiting.remove(prompt)
+            self._end(prompt, prompt.answers - prompt.begun)
+        for row in self.live:
+            if row.number in numbers:
+                self._leave(row)
+        going = [at for at, row in enumerate(self.live) if row.number not in numbers]
+        if len(going) < len(self.live):
+            places = on_device(going, self.hidden.device).long()
+            self.hidden, self.positions = self.hidden[places], self.positions[places]
+            self.live = [self.live[at] for at in going]
+
+    def enter(self, most: int | None = None) -> None:
+        """Let answers begin while there is room for them.
+
+        Args:
+            most: prompt tokens that are read now; a longer prompt is read alone.
+        """
         begin: list[tuple[_Prompt, int]] = []
         fresh: list[_Prompt] = []
         while self.waiting and (self.limits.rows is None or len(self.live) + len(begin) < self.limits.rows):
             prompt = self.waiting[0]
             needed = prompt.own + (0 if prompt.begun else prompt.shared)
-            if not self.cache.fits(needed):
+            tokens = sum(one.length for one in fresh) + prompt.length
+            late = most is not None and fresh and not prompt.begun and tokens > most
+            if late or not self.cache.fits(needed):
                 break
             self.cache.reserved += needed
             fresh += [] if prompt.begun else [prompt]
-            begin.append((prompt, prompt.number * prompt.answers + prompt.begun))
+            begin.append((prompt, prompt.number + prompt.begun))
             prompt.begun += 1
             if prompt.begun == prompt.answers:
                 self.waiting.popleft()
@@ -210,7 +216,7 @@ class _Loop:
 
     def _read(self, prompts: Sequence[_Prompt]) -> None:
         """Run prompts that stand one behind the other."""
-        batch, text, lengths = self.prompts.read(prompts[0].number, prompts[-1].number + 1), self.text, []
+        batch, text, lengths = self.read([one.number for one in prompts]), self.text, []
         for one in prompts:
             one.table = self.cache.take(self.cache.blocks(one.length))
             lengths.append(one.length)
@@ -250,16 +256,19 @@ class _Loop:
 
     def _leave(self, row: _Row) -> None:
         """Give back what an answer had."""
-        prompt = row.prompt
         self.cache.drop(row.table)
-        self.cache.reserved -= prompt.own
-        prompt.ended += 1
-        if prompt.ended == prompt.answers > 1:
+        self.cache.reserved -= row.prompt.own
+        self._end(row.prompt, 1)
+
+    def _end(self, prompt: _Prompt, answers: int) -> None:
+        """Give back what a prompt's answers share, once all have ended."""
+        prompt.ended += answers
+        if prompt.ended == prompt.answers > 1 and prompt.begun:
             self.cache.drop(prompt.table)
             self.cache.reserved -= prompt.shared
 
     def step(self, tokens: LatentTokens, choose: Chooser, latents: Latents | None) -> list[_Row]:
-        """Choose a token of each row and go on; return the rows that have ended."""
+        """Choose a token of each row and go on; return the rows that have ended, broken ones among them."""
         logits = project(self.hidden, self.model.head.weight)
         usable = finite(logits)
         # On a GPU without looking: the host would wait.
@@ -268,12 +277,10 @@ class _Loop:
         chosen = choose(logits, [Turn(row.number, len(row.made.ids)) for row in self.live])
         # Here the host waits.
         told = torch.stack([chosen, usable.to(chosen)]).tolist()
-        broken = [row.prompt.number for row, fine in zip(self.live, told[1], strict=True) if not fine]
-        if broken:
-            raise NotFinite(min(int(self.prompts.rows[number]) for number in broken))
         slots = [row.take(token, tokens, self.limits) for row, token in zip(self.live, told[0], strict=True)]
-        made = [row.made.ids for row in self.live]
-        going = [at for at, ids in enumerate(made) if ids[-1] not in tokens.stops and len(ids) < self.limits.new_tokens]
+        for row, fine in zip(self.live, told[1], strict=True):
+            row.broken = not fine
+        going = [at for at, row in enumerate(self.live) if not row.over(tokens)]
         found = [row for at, row in enumerate(self.live) if at not in going]
         for row in found:
             self._leave(row)
@@ -301,9 +308,9 @@ class _Loop:
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run one token a row, x (n, H), through all layers → final-norm hidden states (n, H)."""
-        for row in self.live:
-            if row.length == len(row.table) * self.cache.size:
-                row.table += self.cache.take(1)
+        full = [row for row in self.live if row.length == len(row.table) * self.cache.size]
+        for row, block in zip(full, self.cache.take(len(full)), strict=True):
+            row.table.append(block)
         step = self.cache.step([row.table for row in self.live], [row.length for row in self.live])
         inputs = x
         # The rows stand side by side where a sequence stands in training: each attends to its own keys alone.
@@ -320,6 +327,30 @@ class _Loop:
                 row.made.inputs.append(inputs[place].clone())
                 row.made.hidden.append(hidden[place].clone())
         return hidden
+
+
+def _add_all(loop: Loop, lengths: Sequence[int], rows: Sequence[int], answers: int) -> None:
+    """Let records' prompts wait; a record without room is named."""
+    for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        try:
+            loop.add(place * answers, length, answers, loop.limits.new_tokens)
+        except UserError as error:
+            raise UserError(f"record {row + 1}: {error}") from None
+
+
+def _never(numbers: Sequence[int]) -> Batch:
+    raise NotImplementedError(numbers)
+
+
+def check_room(
+    model: MirageModel, lengths: Sequence[int], rows: Sequence[int], limits: Limits, answers: int = 1
+) -> None:
+    """Refuse prompts of these lengths that --cache_gb never has room for; `rows` and `answers` as in Prompts.
+
+    Raises:
+        UserError: names the first record without room.
+    """
+    _add_all(Loop(model, limits, _never), lengths, rows, answers)
 
 
 @torch.no_grad()
@@ -347,10 +378,15 @@ def decode(
         UserError: a row that --cache_gb never has room for, before anything is decoded.
         NotFinite: names the first row of those whose logits are not.
     """
-    loop = _Loop(model, prompts, limits, trace)
+    each = prompts.answers
+    loop = Loop(model, limits, lambda numbers: prompts.read(numbers[0] // each, numbers[-1] // each + 1), trace)
+    _add_all(loop, prompts.lengths, prompts.rows, each)
     while loop.live or loop.waiting:
         loop.enter()
-        yield from ((row.number, row.made) for row in loop.step(tokens, choose, latents))
+        ended = loop.step(tokens, choose, latents)
+        if broken := [int(prompts.rows[row.number // each]) for row in ended if row.broken]:
+            raise NotFinite(min(broken))
+        yield from ((row.number, row.made) for row in ended)
 
 
 def generate(model: MirageModel, prompts: Prompts, *given: Any, **options: Any) -> list[Generated]:

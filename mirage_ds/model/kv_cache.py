@@ -92,9 +92,13 @@ class BlockCache:
             heapq.heapify(self._free)
 
     def take(self, count: int) -> list[int]:
-        """Take blocks out of those that are reserved."""
+        """Take blocks out of those that are reserved; they are empty."""
         found = [heapq.heappop(self._free) for _ in range(count)]
         self.hold(found)
+        # What a row left there may be NaN, which a masked place's weight of 0 does not silence.
+        at = on_device(found, self.keys[0].device).long()
+        for one in (*self.keys, *self.values) if found else ():
+            one.index_fill_(0, at, 0)
         return found
 
     def hold(self, blocks: Sequence[int]) -> None:

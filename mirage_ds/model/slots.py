@@ -1,15 +1,41 @@
-"""Latent blocks in decoding: the tokens around them, and what is fed at their slots.
+"""Latent blocks in decoding: how long they may become, the tokens around them, what is fed at their slots.
 
 m rows that come to a slot, H hidden.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.model.forward import MirageModel
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long rows and latent blocks may become, and how many there are at a time.
+
+    Attributes:
+        new_tokens: tokens a row may emit.
+        longest_run: latents after which the end of a block is forced; the public code has 8.
+        fixed_run: latents of every block whatever the model emits, or None to let it decide.
+        prefill_tokens: prompts run together up to so many tokens; a longer one runs alone.
+        rows: rows that decode at a time; all if None.
+        cache_gb: keys and values of all rows, in GB of 10⁹ bytes; what `rows` rows may need if None.
+    """
+
+    new_tokens: int = 1024
+    longest_run: int = 8
+    fixed_run: int | None = None
+    prefill_tokens: int = 8192
+    rows: int | None = None
+    cache_gb: float | None = None
+
+    def closes(self, slot: int, wanted: bool) -> bool:
+        """Tell whether a latent block with so many latents ends, where the model wants it to or not."""
+        return slot >= self.longest_run or wanted if self.fixed_run is None else slot >= self.fixed_run
 
 
 class Slot(NamedTuple):

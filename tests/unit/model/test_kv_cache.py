@@ -25,7 +25,7 @@ from mirage_ds.model import generate as decoding
 from mirage_ds.model import kv_cache
 from mirage_ds.model.attention import Ends, varlen_attention
 from mirage_ds.model.choose import Chooser, NotFinite, Turn, greedy, sampler
-from mirage_ds.model.generate import Generated, Limits, Prompts, decode, generate
+from mirage_ds.model.generate import Generated, Limits, Loop, Prompts, decode, generate
 from mirage_ds.model.kv_cache import BlockCache, bytes_of_block
 from mirage_ds.model.slots import Latents
 
@@ -174,6 +174,60 @@ def test_a_prompt_is_read_once_for_all_its_answers(
     blocks = len(caches[0].keys[0])
     assert blocks == wanted_blocks if rows is None else blocks < wanted_blocks
     assert (caches[0].reserved, len(caches[0]._free)) == (0, blocks)
+
+
+@torch.no_grad()
+def test_rows_come_while_others_decode_and_can_be_dropped(world: World, single: Callable) -> None:
+    rows, answers = [0, 1, 1, 2, 2, 3, 4], {0: 1, 1: 2, 3: 2, 5: 1, 6: 1}
+    sizes: list[int] = []
+
+    def read(numbers: Sequence[int]) -> Any:
+        sizes.append(len(numbers))
+        places = [rows[number] for number in numbers]
+        return asked(world, places).read(0, len(places))
+
+    loop = Loop(world.loaded.model, replace(LIMITS, rows=4), read, trace=True)
+    # Dropped: an answer of two, both of a prompt, and one that still waits.
+    drops, found = {2: {1}, 3: {3, 4}, 4: {6}}, {}
+    for step in range(60):
+        # Two at first, then one at each step: one always waits, since `enter` takes one at a time.
+        for number in sorted(answers)[step + (step > 0) : step + 2]:
+            loop.add(number, len(world.samples[rows[number]].input_ids), answers[number], LIMITS.new_tokens)
+        loop.drop(drops.get(step, ()))
+        loop.enter(1)
+        if loop.live:
+            found |= {row.number: row.made for row in loop.step(world.tokens, lively(world, rows, False), None)}
+    assert {*found} == {0, 2, 5}
+    for number, made in found.items():
+        assert_alike(made, single(rows[number], False, False))
+    assert (loop.cache.reserved, len(loop.cache._free)) == (0, len(loop.cache.keys[0]))
+    assert {*sizes} == {1}
+
+
+@torch.no_grad()
+def test_a_broken_row_spoils_nobody(world: World, single: Callable) -> None:
+    shows = [bool(len(sample.image_grid_thw)) for sample in world.samples]
+    spoilt, others = shows.index(True), [row for row, picture in enumerate(shows) if not picture]
+    rows = [others[0], spoilt, spoilt, others[1], others[0]]
+
+    def read(numbers: Sequence[int]) -> Any:
+        batch = asked(world, [rows[number] for number in numbers]).read(0, len(numbers))
+        batch.image_features.fill_(torch.nan)
+        return batch
+
+    loop, found = Loop(world.loaded.model, LIMITS, read, trace=True), {}
+    for step in range(40):
+        # Those that come later get the blocks that the broken ones had.
+        for number in {0: (0, 1), 2: (3, 4)}.get(step, ()):
+            length = len(world.samples[rows[number]].input_ids)
+            loop.add(number, length, 2 if number == 1 else 1, LIMITS.new_tokens)
+        loop.enter()
+        if loop.live:
+            ended = loop.step(world.tokens, lively(world, rows, False), None)
+            found |= {row.number: row for row in ended}
+    assert [number for number, row in found.items() if row.broken] == [1, 2]
+    for number in (0, 3, 4):
+        assert_alike(found[number].made, single(rows[number], False, False))
 
 
 def test_rows_end_as_they_do_and_others_take_their_place(world: World) -> None:

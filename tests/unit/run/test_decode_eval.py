@@ -263,6 +263,7 @@ def test_the_card_says_what_was_trained_and_what_decodes_it() -> None:
         assert f"\n{row}\n" in card
     assert "vLLM, and transformers without `trust_remote_code`" in card
     assert "mirage-ds evaluate FOLDER" in card
+    assert "mirage-ds serve FOLDER" in card
     # YAML that the hub reads.
     import yaml
 

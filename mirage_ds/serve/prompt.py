@@ -1,0 +1,110 @@
+"""Messages and their pictures → the encoded prompt, the one that training saw."""
+
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.inside import content_of
+from mirage_ds.data.messages import IMAGE_MARK, TURNS_BEFORE, MessageError, check_turns
+from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.sample import Sample
+from mirage_ds.errors import shown
+from mirage_ds.evaluate.decoder import Decoder
+from mirage_ds.serve.body import Message, Picture, Refused
+
+# A token has about four: a text that would be too long with so many a token is not even tokenized.
+CHARACTERS = 16
+
+
+def _bad(what: str, code: str = "invalid_prompt") -> Refused:
+    return Refused(400, what, "messages", code)
+
+
+class Reader:
+    """Encodes prompts; any thread may call it.
+
+    Args:
+        scratch: a folder of the server's own, where pictures lie while they are encoded.
+        files: the folder that file: URLs may lead into; None for none.
+    """
+
+    def __init__(self, decoder: Decoder, scratch: Path, files: Path | None):
+        self.scratch = scratch.resolve()
+        # Tokens of a prompt with its answer, at most.
+        self.longest = decoder.loaded.model.language_model.config.max_position_embeddings
+        self.files = ImageFinder((), (files.resolve(),)) if files else None
+        # Whatever the path that is found: what it leads to lies in one of these.
+        within = (self.scratch, *((self.files and self.files.within) or ()))
+        self.encoder = replace(decoder.encoder, finder=ImageFinder((), within))
+        # A tokenizer is no thing for two threads.
+        self._one = threading.Lock()
+
+    def sample(self, messages: Sequence[Message], new_tokens: int) -> Sample:
+        """Encode a prompt.
+
+        Raises:
+            Refused: the messages or a picture cannot be used, or the prompt is too long.
+        """
+        with TemporaryDirectory(dir=self.scratch) as folder:
+            try:
+                record = self._record(messages, Path(folder))
+                # Headers, which the layout asks for, are remembered: the next prompt need not wait for them.
+                for path in record.image_input:
+                    self.encoder.finder.size(record, "image_input", path)
+                with self._one:
+                    layout = self.encoder.lay_out(record, prompt=True)
+                self._fits(len(layout.input_ids), new_tokens)
+                return self.encoder.fill(layout, record, 0)
+            except MessageError as error:
+                raise _bad(str(error)) from None
+            except RecordError as error:
+                raise _bad(f"{error.fault.what}; {error.fault.how}".replace(f"{folder}/", "")) from None
+
+    def _fits(self, tokens: int, new_tokens: int) -> None:
+        if tokens + new_tokens > self.longest:
+            what = f"{tokens} prompt tokens and up to {new_tokens} of an answer are more than the {self.longest} that "
+            raise _bad(f"{what}the model was made for; ask for less", "context_length_exceeded")
+
+    def _record(self, messages: Sequence[Message], folder: Path) -> Record:
+        """Write messages as a record: texts with a mark where a picture stands, and the pictures' places."""
+        turns: list[dict[str, str]] = []
+        places: list[str] = []
+        for message in messages:
+            text = ""
+            for part in message.content:
+                if isinstance(part, Picture):
+                    places.append(self._place(part.image_url.url, folder / f"picture {len(places) + 1}"))
+                    text += IMAGE_MARK
+                elif IMAGE_MARK in part.text:
+                    raise _bad(f"a text holds {IMAGE_MARK}, which stands for a picture; send that as a part")
+                else:
+                    text += part.text
+            turns.append({"role": "system" if message.role == "developer" else message.role, "content": text})
+        if turns[-1]["role"] != "user":
+            raise _bad("the last message is not the user's; it is the one that is answered")
+        self._fits(sum(len(turn["content"]) for turn in turns) // CHARACTERS, 0)
+        # With the answer that is asked for.
+        *before, question, _ = check_turns([*turns, {"role": "assistant", "content": ""}], "messages")
+        return Record(1, question["content"], "", tuple(places), (), {TURNS_BEFORE: before} if before else {})
+
+    def _place(self, url: str, target: Path) -> str:
+        """Return the path of a URL's picture; one that stands in the URL itself is written to `target`."""
+        if url[:5].lower() == "data:":
+            try:
+                target.write_bytes(content_of(url) or b"")
+            except ValueError as error:
+                raise _bad(f"{target.name} {error}", "invalid_image") from None
+            return str(target)
+        if not url.startswith("file://"):
+            what = "give a data: URL with base64, or a file: URL; nothing is fetched"
+        elif not self.files:
+            what = "no file is read: there is no --files"
+        else:
+            with suppress(RecordError):
+                return str(self.files.find(Record(1, "", "", (), ()), "image_input", url))
+            what = "no file below the folder of --files"
+        raise _bad(f"{shown(url)}: {what}", "invalid_image")

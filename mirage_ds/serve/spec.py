@@ -1,0 +1,38 @@
+"""The flags of `mirage-ds serve`. Imports little, so that the command line's `--help` is quick."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from mirage_ds.evaluate.spec import LengthSpec
+
+# Variable of the environment that holds the key.
+KEY_VARIABLE = "MIRAGE_API_KEY"
+
+
+class ServeSpec(LengthSpec):
+    """How a model folder is served."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: every one that this machine has.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: a free one, which is printed.")
+    api_key: str | None = Field(
+        None, description=f"Key that clients must send; better in the environment, as {KEY_VARIABLE}."
+    )
+    files: Path | None = Field(None, description="Folder below which file: URLs are read; without it, none are.")
+    latents: Literal["own", "off", "zero", "random", "text"] = Field(
+        "own",
+        description="What is fed at the slots (`mirage-ds docs controls`); random: as long as the state it replaces. "
+        "Other conditions need more than one record: `mirage-ds controls` has them.",
+    )
+    return_latents: bool = Field(False, description="Send what was fed at the slots beside each answer.")
+    max_request_mb: PositiveFloat = Field(32, description="MB of a request, at most.")
+    max_requests: PositiveInt = Field(256, description="Requests at a time, at most; more are answered 503.")
+    rows: PositiveInt = Field(32, description="Answers that decode at a time.")
+    prefill_tokens: PositiveInt = Field(
+        8192, description="Prompts run together up to so many tokens, between two tokens of the others."
+    )
+    cache_gb: PositiveFloat | None = Field(
+        None, description="GB for keys and values; rows wait for room. [default: what --rows rows may need]"
+    )
+    grace: NonNegativeInt = Field(30, description="Seconds that requests have to end after SIGTERM or Ctrl-C.")
