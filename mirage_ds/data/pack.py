@@ -253,57 +253,30 @@ def _sums(bins: Bins, sizes: np.ndarray) -> np.ndarray:
 
 
 def _first_fit(sizes: np.ndarray, order: list[int], limit: int, most: int) -> Bins:
-    """Put each row into the first bin with room for it.
-
-    A tree over the bins holds the largest rooms below each node (node n has the children 2n and 2n + 1): O(log R) a
-    row without patches, and few nodes more with them, where a node's two rooms can be in different bins.
-    """
-    leaves = 1 << max(0, len(order) - 1).bit_length()
-    room, image_room = [limit] * (2 * leaves), [limit] * (2 * leaves)
-    tokens_of, images_of = sizes.tolist()
+    """Put each row into the first bin with room for it; as many bins as rows suffice."""
+    room, image_room = np.full((2, len(order)), limit)
     bins: Bins = []
-    for row in order:
-        tokens, images = tokens_of[row], images_of[row]
-        node = 1
-        while True:
-            if room[node] < tokens or image_room[node] < images:
-                # Nothing below: on to the next subtree. There is one, since as many bins as rows suffice.
-                while node & 1:
-                    node >>= 1
-                node += 1
-            elif node < leaves:
-                node *= 2
-            else:
-                break
-        if node - leaves == len(bins):
+    for row, tokens, images in zip(order, *sizes[:, order].tolist(), strict=True):
+        end = len(bins) + 1
+        place = int(((room[:end] >= tokens) & (image_room[:end] >= images)).argmax())
+        if place == len(bins):
             bins.append([])
-        one = bins[node - leaves]
-        one.append(row)
-        room[node] = room[node] - tokens if len(one) < most else -1
-        image_room[node] -= images
-        while node > 1:
-            node >>= 1
-            left, right = 2 * node, 2 * node + 1
-            largest = max(room[left], room[right]), max(image_room[left], image_room[right])
-            if largest == (room[node], image_room[node]):
-                break
-            room[node], image_room[node] = largest
+        bins[place].append(row)
+        room[place] = room[place] - tokens if len(bins[place]) < most else -1
+        image_room[place] -= images
     return bins
 
 
 def _longest_first(sizes: np.ndarray, order: list[int], count: int, most: int) -> Bins:
     """Put each row into the least loaded of `count` bins, whether it has room or not."""
     bins: Bins = [[] for _ in range(count)]
-    tokens_of, images_of = sizes.tolist()
-    tokens, images = [0] * count, [0] * count
-    heap = [(0, place) for place in range(count)]
-    for row in order:
-        place = heap[0][1]
+    heap = [(0, place, 0, 0) for place in range(count)]
+    for row, tokens, images in zip(order, *sizes[:, order].tolist(), strict=True):
+        _, place, held, images_held = heap[0]
         bins[place].append(row)
-        tokens[place] += tokens_of[row]
-        images[place] += images_of[row]
         if len(bins[place]) < most:
-            heapq.heapreplace(heap, (max(tokens[place], images[place]), place))
+            held, images_held = held + tokens, images_held + images
+            heapq.heapreplace(heap, (max(held, images_held), place, held, images_held))
         else:
             heapq.heappop(heap)
     return bins
