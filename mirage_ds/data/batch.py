@@ -190,5 +190,4 @@ def _pools(samples: Sequence[Sample], auxiliary: bool) -> tuple[torch.Tensor, to
 
 def to_device(tree: Tree, device: torch.device) -> Tree:
     """Move every tensor of a (nested) named tuple to a device."""
-    moved: Tree = mapped(tree, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True))
-    return moved
+    return mapped(tree, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True))

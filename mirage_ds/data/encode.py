@@ -84,8 +84,7 @@ class Encoder:
     @cached_property
     def _head(self) -> list[int]:
         """Ids of the answer's head; asked for by every row, so kept."""
-        ids: Any = self.tokenizer(ASSISTANT, add_special_tokens=False)["input_ids"]
-        return list(ids)
+        return list(self.tokenizer(ASSISTANT, add_special_tokens=False)["input_ids"])
 
     @property
     def _bare(self) -> bool:
@@ -133,24 +132,18 @@ class Encoder:
 
     def _prompt(self, record: Record) -> str:
         """Write the turns up to the question and the head of the answer's turn."""
-        turns: list[Any] = []
-        for turn in record.turns_before:
-            shows = turn["role"] == "user"
-            turns.append({"role": turn["role"], "content": _items(turn["content"]) if shows else turn["content"]})
+        turns: list[Any] = record.turns_before
+        turns = [turn | {"content": _items(turn["content"])} if turn["role"] == "user" else turn for turn in turns]
         first = [] if record.marks else [{"type": "image"}] * len(record.image_input)
         turns.append({"role": "user", "content": [*first, *_items(record.text_input)]})
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False)) + ASSISTANT
 
     def _text(self, record: Record) -> str:
         """Write the whole row."""
-        answer = record.text_output
-        if self._bare:
-            latents = ""
-        else:
-            latents = LATENT_START + LATENT_PAD * (0 if self.slots == "marks" else self.latent_size) + LATENT_END
-            if HELPER_MARK not in answer and record.image_output:
-                answer = HELPER_MARK + answer
-        answer = answer.replace(HELPER_MARK, latents)
+        pads = LATENT_PAD * (0 if self.slots == "marks" else self.latent_size)
+        latents = "" if self._bare else LATENT_START + pads + LATENT_END
+        first = HELPER_MARK if record.image_output and HELPER_MARK not in record.text_output else ""
+        answer = (first + record.text_output).replace(HELPER_MARK, latents)
         return f"{self._prompt(record)}\n{answer}<|im_end|>\n"
 
     def _veil(self, record: Record) -> tuple[Record, dict[str, str]]:

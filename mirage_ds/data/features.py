@@ -223,7 +223,6 @@ class KeptFeatures(NamedTuple):
         _, first = np.unique(sortable(self.images.keys[places]), return_index=True)
         return places[np.sort(first)]
 
-    def bytes_of(self, places: np.ndarray | Sequence[int]) -> int:
+    def bytes_of(self, places: np.ndarray) -> int:
         """Bytes that the features at these places take."""
-        sizes = self.images.sizes[np.asarray(places, dtype=np.int64)]
-        return int(sizes.sum()) * self.store.width * self.store.dtype.itemsize
+        return int(self.images.sizes[places].sum()) * self.store.width * self.store.dtype.itemsize

@@ -9,8 +9,6 @@ number. It takes
 and raises UserError where the file as a whole is not what it seems.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import json
@@ -107,8 +105,9 @@ def table_rows(
     """Read the rows of a table; an empty value is None."""
     # A picture may stand in a table as text.
     csv.field_size_limit(sys.maxsize)
-    separator = _separator(content)
-    at = 0
+    # Whichever there are most of between the names.
+    separator = max(SEPARATORS, key=content.readline().decode("utf-8", "replace").count)
+    at = content.seek(0)
 
     def lines() -> Iterator[str]:
         nonlocal at
@@ -140,13 +139,6 @@ def table_rows(
         raise UserError(
             f"{file}, line {line}: {what}; save it as CSV in UTF-8, with quotes as Excel or pandas write"
         ) from None
-
-
-def _separator(content: BinaryIO) -> str:
-    """Return what stands between a table's names: a comma, a semicolon or a tab, whichever there are most of."""
-    names = content.readline().decode("utf-8", "replace")
-    content.seek(0)
-    return max(SEPARATORS, key=names.count)
 
 
 READERS: dict[Kind, Callable[..., Iterator[tuple[int, int, int, Any]]]] = {

@@ -1,7 +1,5 @@
 """Which files a --data_path names: a file, a folder as it lies or as `datasets` saved it, a glob pattern, several."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

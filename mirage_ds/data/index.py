@@ -114,12 +114,11 @@ class Index:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.place, self.files, self.pictures = state["place"], state["files"], state["pictures"]
-        try:
+        with suppress(DamagedError):
             self._open(check=False)
-        except DamagedError:
-            raise self._lost() from None
-        if self.digest != state["digest"]:
-            raise self._lost()
+            if self.digest == state["digest"]:
+                return
+        raise self._lost()
 
     def _lost(self) -> UserError:
         return UserError(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mirage_ds.config.run import cache_folder
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_new
 
@@ -17,9 +18,9 @@ _SIGNS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK")
 _SHORTEST = 100
 
 
-def folder_of_pictures(cache: Path) -> Path:
-    """Where pictures that came inside records files lie."""
-    return cache / "pictures"
+def folder_of_pictures(cache_dir: Path | None = None) -> Path:
+    """Where pictures that came inside records files lie, in --cache_dir or where that is by default."""
+    return cache_folder(cache_dir) / "pictures"
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """Making the index of a records source (index.py): processes of all ranks make its parts (index_part.py), one of them
 joins these."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -90,7 +88,7 @@ def write_index(
 
 
 @contextmanager
-def _table(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatchWriter]:
+def _table(file: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
     # Python's file: its errors have a number.
     with file.open("wb") as content, pa.ipc.new_file(content, schema) as table:
         yield table

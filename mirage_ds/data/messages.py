@@ -131,9 +131,8 @@ def check_turns(turns: Any, field: str = TURNS_BEFORE) -> list[dict[str, str]]:
         MessageError: they do not have the format.
     """
     if not isinstance(turns, list):
-        raise MessageError(
-            field, f"expected a list of messages, found {shown(turns)}", "write role and content of each"
-        )
+        what = f"expected a list of messages, found {shown(turns)}"
+        raise MessageError(field, what, "write role and content of each")
     found = []
     wanted = "user"
     for number, turn in enumerate(turns, 1):

@@ -123,8 +123,7 @@ class Planner:
         count = len(self.row_ids)
         epochs, rest = divmod(steps * self.rows_per_step, count)
         places = np.arange(count) if epochs else np.sort(_permutation(self.seed, 0, count)[:rest])
-        rows: list[int] = self.row_ids[places].tolist()
-        return rows
+        return self.row_ids[places].tolist()
 
     def plan(self, step: int) -> StepPlan:
         """Pack the rows of one step into G × W bins.
@@ -325,8 +324,7 @@ def _exchange(bins: Bins, sizes: np.ndarray, limit: int, most: int, width: int) 
 def _loads(sums: np.ndarray, limit: int) -> np.ndarray:
     """What makes a bin full, (…) from (1 or 2, …): its tokens, or its patches where they are above the limit."""
     tokens, *images = sums
-    loads: np.ndarray = np.maximum(tokens, np.where(images[0] > limit, images[0], 0)) if images else tokens.copy()
-    return loads
+    return np.maximum(tokens, np.where(images[0] > limit, images[0], 0)) if images else tokens.copy()
 
 
 def _even(loads: np.ndarray, width: int) -> bool:

@@ -1,7 +1,5 @@
 """How far a work is: a bar on a terminal; in a pipe or a file, a line every half minute."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized

@@ -1,7 +1,5 @@
 """Files of records of every form that training reads → Records and faults."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -14,7 +12,7 @@ import click
 from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.config.mixture import Records
 from mirage_ds.data.folders import find_files, paths_of
-from mirage_ds.data.layouts import ColumnError, roles_of
+from mirage_ds.data.layouts import ColumnError, read_row
 from mirage_ds.data.messages import MessageError, is_absent
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, name_file, parse_object
 from mirage_ds.data.sources import Piece, no_record, pieces, rows_of
@@ -223,7 +221,7 @@ class _Look:
                     # For its names alone: what else is wrong with it is its own fault, as with every other row.
                     continue
                 self.own |= is_absent(row.get("text_input"))
-                forms[tuple(roles_of(row, self.columns))] = None
+                forms[tuple(read_row(row, self.columns, answers=False)[1])] = None
             except ColumnError as error:
                 raise UserError(f"{source}: {error}") from None
             except (MessageError, RecordError):
