@@ -136,9 +136,8 @@ def table_rows(
             begin, line = at, skipped + rows.line_num + 1
     except (csv.Error, UnicodeDecodeError) as error:
         what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"no table ({reason(error)})"
-        raise UserError(
-            f"{file}, line {line}: {what}; save it as CSV in UTF-8, with quotes as Excel or pandas write"
-        ) from None
+        how = "save it as CSV in UTF-8, with quotes as Excel or pandas write"
+        raise UserError(f"{file}, line {line}: {what}; {how}") from None
 
 
 READERS: dict[Kind, Callable[..., Iterator[tuple[int, int, int, Any]]]] = {

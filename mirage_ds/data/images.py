@@ -229,7 +229,7 @@ def image_key(file: Path) -> Key:
 @once
 def size_of(file: Path) -> tuple[int, int]:
     """Return (height, width) as viewers show the image, from the header alone as a rule."""
-    with _open(file) as image:
+    with opened(file) as image:
         if image.format == "PNG" and _notes_behind_pixels(file):
             image.load()
         width, height = image.size
@@ -243,7 +243,7 @@ def size_of(file: Path) -> tuple[int, int]:
 
 def decoded(file: Path) -> Image.Image:
     """Decode an image file to upright RGB on white."""
-    with _open(file) as image:
+    with opened(file) as image:
         size, mode = image.size, image.mode
         made = upright_rgb(image)
     if made is None:
@@ -260,7 +260,7 @@ def decodes(file: Path) -> bool:
     return bool(decoded(file))
 
 
-def _open(place: Path) -> Image.Image:
+def opened(place: Path | io.BytesIO) -> Image.Image:
     """Open an image, decoding nothing; also what Pillow only warns of as of a decompression bomb is raised."""
     # Filters of warnings belong to the process, and images are checked in threads.
     with _opening, warnings.catch_warnings():

@@ -173,10 +173,10 @@ def _own_pair(row: dict[str, Any], names: tuple[str, ...], columns: Columns, ans
         if name not in row and (answers or role == "question"):
             # Rows of preferences have no answer either.
             messages.refuse_row(row)
-            where = f"missing (the row has {shown(list(names)[:8])})" if not name else f"{name} is missing or empty"
-            raise MessageError(
-                role, where, f"give --columns {role}=COLUMN" if not name else "fill it, or leave the row out"
-            )
+            if name:
+                raise MessageError(role, f"{name} is missing or empty", "fill it, or leave the row out")
+            what = f"missing (the row has {shown(list(names)[:8])})"
+            raise MessageError(role, what, f"give --columns {role}=COLUMN")
         if isinstance(row.get(name), (int, float)) and not isinstance(row[name], bool):
             row[name] = str(row[name])
     return question, answer if answer in row else ""
@@ -293,9 +293,8 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
     if not answers and turns[-1].role == "user":
         turns.append(_Turn("", "assistant", "", []))
     if len(turns) < 2 or turns[-1].role != "assistant" or turns[-2].role != "user":
-        raise MessageError(
-            form[0] if form else "history", "they do not end with a question and its answer", "leave the row out"
-        )
+        what = "they do not end with a question and its answer"
+        raise MessageError(form[0] if form else "history", what, "leave the row out")
     if answers and not turns[-1].learnt:
         how = "end with one that is, or leave the row out"
         raise MessageError(turns[-1].where, "its answer is marked as not to be learnt", how)

@@ -39,9 +39,8 @@ def load_tokenizer(folders: list[str], cache_dir: Path | None, add_latents: bool
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processor_template(Path(folder))
     if tokenizer.chat_template is None:
-        raise UserError(
-            f"{folder}: the tokenizer has no chat template (chat_template.jinja or .json); copy the model's own"
-        )
+        what = "the tokenizer has no chat template (chat_template.jinja or .json)"
+        raise UserError(f"{folder}: {what}; copy the model's own")
     try:
         trial: Any = [{"role": "user", "content": [{"type": "text", "text": "Question?"}, {"type": "image"}]}]
         rendered = str(tokenizer.apply_chat_template(trial, tokenize=False))

@@ -268,9 +268,8 @@ class Maker:
             sync(partial)
             own = open_made(partial, plan.files, self.cache)
             if own is None:
-                raise UserError(
-                    f"{self.cache}: cannot be read back as it was written; look at the disk, or use --cache_dir"
-                )
+                how = "look at the disk, or use --cache_dir"
+                raise UserError(f"{self.cache}: cannot be read back as it was written; {how}")
             return put(own, place, self.cache)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

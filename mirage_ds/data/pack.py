@@ -102,11 +102,10 @@ class Planner:
         # Unlike rows of too many tokens, those of too many patches are not dropped.
         too_many = np.flatnonzero(self.patches > self.micro_batch_patches)
         if len(too_many):
-            raise UserError(
-                f"row {self.row_ids[too_many[0]]} of the records (from 0) has {self.patches[too_many[0]]} image "
-                f"patches, more than --micro_batch_patches {self.micro_batch_patches}: raise it to "
-                f"{self.patches.max()}, or lower --max_pixels"
-            )
+            row, count = self.row_ids[too_many[0]], self.patches[too_many[0]]
+            what = f"{count} image patches, more than --micro_batch_patches {self.micro_batch_patches}"
+            how = f"raise it to {self.patches.max()}, or lower --max_pixels"
+            raise UserError(f"row {row} of the records (from 0) has {what}: {how}")
 
     def rows_of(self, step: int) -> np.ndarray:
         """Places (in `row_ids`) of the rows of a step, (B,) int64: the epochs' permutations, one behind the other."""

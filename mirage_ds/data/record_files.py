@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 
@@ -15,10 +15,9 @@ from mirage_ds.data.folders import find_files, paths_of
 from mirage_ds.data.layouts import ColumnError, read_row
 from mirage_ds.data.messages import MessageError, is_absent
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, name_file, parse_object
-from mirage_ds.data.sources import Piece, no_record, pieces, rows_of
+from mirage_ds.data.sources import Piece, Raw, no_record, pieces, rows_of
 from mirage_ds.errors import UserError
 
-Raw = str | dict[str, Any]
 # Rows of a file by which its columns are known.
 LOOKED = 1000
 

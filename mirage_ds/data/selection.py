@@ -3,12 +3,10 @@
 R selected rows, S sources.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -53,7 +51,7 @@ class Selection(NamedTuple):
         """Share of the records that are too long."""
         return self.dropped / max(1, self.dropped + len(self.row_ids))
 
-    def only(self, stays: np.ndarray) -> Selection:
+    def only(self, stays: np.ndarray) -> Self:
         """Leave out rows; `stays`: (R,) bool."""
         names = ["row_ids", "tokens", "labels", "runs", "patches"]
         return self._replace(**{name: getattr(self, name)[stays] for name in names})
@@ -76,10 +74,8 @@ def judge_faults(data_path: Records, first: Fault, count: int, records: int, lef
         UserError: they may not.
     """
     if count > max_bad_share * records:
-        raise UserError(
-            f"{data_path}: {count} of {records} records have a fault, above --max_bad_share {max_bad_share}; the "
-            f"first is {first} ({lists(data_path)})"
-        )
+        what = f"{count} of {records} records have a fault, above --max_bad_share {max_bad_share}"
+        raise UserError(f"{data_path}: {what}; the first is {first} ({lists(data_path)})")
     if not left:
         raise UserError(f"{data_path}: no usable row: {count} record(s) have a fault, the first is {first}")
 
@@ -117,16 +113,13 @@ def usable(
         skipped=tuple(rows.all_faults()),
         rows=rows,
     )
+    dropped, above = selection.dropped, f"--max_length {max_length} (the longest has {tokens.max()} tokens)"
     if not len(fits):
-        raise UserError(
-            f"{data_path}: no usable row: all {selection.dropped} are longer than --max_length {max_length} "
-            f"(the longest has {tokens.max()} tokens); raise it or lower --max_pixels"
-        )
+        what = f"no usable row: all {dropped} are longer than {above}"
+        raise UserError(f"{data_path}: {what}; raise it or lower --max_pixels")
     if selection.dropped_share > max_dropped_share:
-        raise UserError(
-            f"{data_path}: {selection.dropped} of {sound} rows are longer than --max_length {max_length} (the "
-            f"longest has {tokens.max()} tokens), above --max_dropped_share {max_dropped_share}; raise one of them"
-        )
+        what = f"{dropped} of {sound} rows are longer than {above}, above --max_dropped_share {max_dropped_share}"
+        raise UserError(f"{data_path}: {what}; raise one of them")
     return selection
 
 

@@ -110,9 +110,8 @@ def _answer(values: Mapping[str, Any], text: str, options: list[str]) -> tuple[s
     boxed = read_choice(text, known)
     letter = boxed if given is None else read_choice(f"\\boxed{{{given}}}", known)
     if letter is None:
-        raise tables.BadRow(
-            f"answer {shown(given)} is none of its {len(known)} options, and its text has no \\boxed{{}}"
-        )
+        what = f"answer {shown(given)} is none of its {len(known)} options"
+        raise tables.BadRow(f"{what}, and its text has no \\boxed{{}}")
     if last_boxed(text) is None:
         return letter, f"{text.rstrip()}\nThe answer is \\boxed{{{letter}}}."
     if boxed != letter:

@@ -137,10 +137,9 @@ class Jigsaw(ChoiceTask):
                 letters.pop()
                 yield draft
         if made < (settings.count or 0):
-            raise UserError(
-                f"--photos {settings.photos}: only {made} of its {len(files)} photographs can be used in split "
-                f"{settings.split}, not the {settings.count} asked for; ask for fewer, give more, or lower --min_side"
-            )
+            what = f"only {made} of its {len(files)} photographs can be used in split {settings.split}"
+            how = "ask for fewer, give more, or lower --min_side"
+            raise UserError(f"--photos {settings.photos}: {what}, not the {settings.count} asked for; {how}")
 
     def _draft(self, content: bytes, photo: str, letter: str, settings: JigsawSettings) -> Draft:
         """Make a photograph's puzzle; BadRow where it gives none."""
@@ -156,18 +155,12 @@ class Jigsaw(ChoiceTask):
         gap, right, wrong = cut_puzzle(image, corner, settings.cut, rng)
         patches = (right, wrong) if letter == "A" else (wrong, right)
         question = QUESTION.format(corner=corner.replace("-", " "))
+        puzzle = {"question": question, "options": OPTIONS, "corner": corner, "photo": photo}
         return Draft(
             text_output=f"\\boxed{{{letter}}}",
             images=tuple(Picture.of(one) for one in (gap, *patches)),
             helpers=(Picture.of(image),),
-            extra={
-                "question": question,
-                "options": OPTIONS,
-                "corner": corner,
-                "photo": photo,
-                "split": settings.split,
-                "seed": settings.seed,
-            },
+            extra={**puzzle, "split": settings.split, "seed": settings.seed},
             kind=letter,
         )
 

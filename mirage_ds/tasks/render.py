@@ -110,10 +110,8 @@ def red_path(image: Image.Image, cells: Sequence[Cell], cell_size: int = RENDERE
             continue
         dx, dy = (x1 - x0) / distance, (y1 - y0) / distance
         draw.line([(x0, y0), (x1, y1)], fill=RED, width=width)
-        back = (x1 - length * dx, y1 - length * dy)
-        draw.polygon(
-            [(x1, y1), (back[0] - half * dy, back[1] + half * dx), (back[0] + half * dy, back[1] - half * dx)], RED
-        )
+        x, y = x1 - length * dx, y1 - length * dy
+        draw.polygon([(x1, y1), (x - half * dy, y + half * dx), (x + half * dy, y - half * dx)], RED)
     return picture
 
 
