@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.config.columns import parse_columns
-from mirage_ds.config.run import cache_folder
 from mirage_ds.curate.spec import ReadSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
@@ -60,7 +59,7 @@ class Source:
     def row(self, record: Record) -> Row:
         """Make the row that a record is already; UserError where an image is not there."""
         with self.told(record):
-            return row_of(record, self.finder, folder_of_pictures(cache_folder(None)))
+            return row_of(record, self.finder, folder_of_pictures())
 
 
 def row_of(record: Record, finder: ImageFinder, inside: Path) -> Row:

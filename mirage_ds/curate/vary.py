@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from mirage_ds.curate.rewrite import Source
-from mirage_ds.curate.spec import QUESTION, Kind, VarySpec
+from mirage_ds.curate.spec import Kind, VarySpec
 from mirage_ds.data.images import Key
 from mirage_ds.data.progress import progress_bar
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Record
@@ -71,13 +71,12 @@ def vary(kind: Kind, file: Path, spec: VarySpec) -> Written:
 
 def _check_flags(kind: Kind, spec: VarySpec) -> None:
     for flag, own in (("question", "helper-only"), ("task", "helper-text")):
-        if getattr(spec, flag) is not None and kind != own:
+        if flag in spec.model_fields_set and kind != own:
             raise UserError(f"--{flag} goes with {own}, not with {kind}; leave it out")
-    question = QUESTION if spec.question is None else spec.question
-    if not is_text(question):
+    if not is_text(spec.question):
         raise UserError("--question: not UTF-8 text; type it in a UTF-8 terminal")
-    if IMAGE_MARK in question or not question.strip():
-        raise UserError(f"--question is {shown(question)}; give a text without {IMAGE_MARK}, there is no image")
+    if IMAGE_MARK in spec.question or not spec.question.strip():
+        raise UserError(f"--question is {shown(spec.question)}; give a text without {IMAGE_MARK}, there is no image")
 
 
 def _check_images(kind: Kind, record: Record) -> None:
@@ -212,9 +211,8 @@ def _no_image(given: Given) -> list[Row]:
 
 def _helper_only(given: Given) -> list[Row]:
     """Nothing but the latents to read the answer from."""
-    question = QUESTION if given.spec.question is None else given.spec.question
     extra = {key: value for key, value in given.row.extra.items() if key != TURNS_BEFORE}
-    return [replace(given.row, text_input=question, inputs=(), extra=extra)]
+    return [replace(given.row, text_input=given.spec.question, inputs=(), extra=extra)]
 
 
 MAKERS: dict[Kind, Callable[[Given], list[Row]]] = {

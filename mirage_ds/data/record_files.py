@@ -168,24 +168,15 @@ def told(data_path: Records, columns: Columns = RECOGNISED) -> Iterator[str]:
             if not whole or look.missing():
                 look.see(file, (place.row for place in places(file)), whole)
     look.need_columns(data_path)
-    yield from (said_of(file, form) for form, file in look.forms.items())
-
-
-def said_of(source: object, form: str) -> str:
-    """Say for what the columns of a source are taken."""
-    return f"{source}: read as {form} (--columns names others)"
+    yield from look.said()
 
 
 def forms_of(source: str, rows: Iterable[Raw], columns: Columns) -> list[str]:
-    """Return what was guessed of each form of the first rows, as --columns has it.
-
-    Raises:
-        UserError: see told.
-    """
+    """Say it of the first rows of a source; see told."""
     look = _Look(columns)
     look.see(source, rows)
     look.need_columns(source)
-    return list(look.forms)
+    return look.said()
 
 
 class _Look:
@@ -232,6 +223,10 @@ class _Look:
             part = any({*form} < {*other} for other in forms)
             if not part and {*form} - {*self.columns.named, ("messages", "messages")}:
                 self.forms.setdefault(_in_words(form), source)
+
+    def said(self) -> list[str]:
+        """Say for what the columns are taken."""
+        return [f"{source}: read as {form} (--columns names others)" for form, source in self.forms.items()]
 
     def missing(self) -> list[tuple[str, str]]:
         """List (role, column) of what is named and not there; none of records alone where others' question is named."""

@@ -103,10 +103,9 @@ class Local:
             with self.questions.source.told(self.questions.source.records[error.row]):
                 raise
         except torch.OutOfMemoryError:
-            raise UserError(
-                f"--batch_size {self.spec.batch_size}: {len(block)} rows at a time do not fit into the GPU's memory; "
-                "lower it, --max_new_tokens or --max_pixels"
-            ) from None
+            what = f"{len(block)} rows at a time do not fit into the GPU's memory"
+            how = "lower it, --max_new_tokens or --max_pixels"
+            raise UserError(f"--batch_size {self.spec.batch_size}: {what}; {how}") from None
         stops = latent_tokens(encoder).stops
         return [
             Reply(answer.text, answer.ids[-1] not in stops, tokens=(len(sample.input_ids), len(answer.ids)))

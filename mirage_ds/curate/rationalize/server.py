@@ -208,10 +208,8 @@ class Server:
         """Make the error of an answer that no further try can change."""
         status, key = response.status_code, self.spec.key_variable or USUAL_KEY_VARIABLE
         line = self.questions.judges[job[0]].record.line
-        how = (
-            f"the request was that of line {line}: check --model_name, --max_new_tokens, --max_pixels, --limit_key and "
-            "--temperature"
-        )
+        flags = "--model_name, --max_new_tokens, --max_pixels, --limit_key and --temperature"
+        how = f"the request was that of line {line}: check {flags}"
         if status in (401, 403):
             how = f"check the key in {key}" if self.key else "name the variable that holds the key with --key_variable"
         elif status == 404:

@@ -434,7 +434,8 @@ def test_pictures_that_are_not_read_are_said(
     names, row = parse_columns(columns), {**PLAIN, "image": "a.png", **more}
     assert [*make_record(row, 1, columns=names).extra] == kept
     (form,) = forms_of("rows", [row], names)
-    assert form == f"question=question,answer=answer,image=image, without the pictures of {unread}"
+    read = f"question=question,answer=answer,image=image, without the pictures of {unread}"
+    assert form == f"rows: read as {read} (--columns names others)"
 
 
 @pytest.mark.parametrize("columns", ["question=q,answer=a,helper=h", "messages=talk", "question=q"])
