@@ -104,14 +104,9 @@ class Encoder:
     def _grid(self, processor: Any, height: int, width: int) -> Grid:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-        patch = processor.patch_size
-        rows, columns = smart_resize(
-            height,
-            width,
-            factor=patch * processor.merge_size,
-            min_pixels=processor.size["shortest_edge"],
-            max_pixels=processor.size["longest_edge"],
-        )
+        patch, size = processor.patch_size, processor.size
+        limits = size["shortest_edge"], size["longest_edge"]
+        rows, columns = smart_resize(height, width, patch * processor.merge_size, *limits)
         return 1, rows // patch, columns // patch
 
     def _merged(self, grid: Grid) -> int:
@@ -191,11 +186,9 @@ class Encoder:
                     how = "raise --helper_min_pixels, or choose another --latent_size or --compress_strategy"
                     raise record.fault("image_output", f"helper {path} {error}", how) from None
                 helper_grids.append(grid)
-        pieces = text.split(IMAGE_PAD)
-        expanded = pieces[0] + "".join(
-            IMAGE_PAD * self._merged(grid) + piece for grid, piece in zip(grids, pieces[1:], strict=True)
-        )
-        ids = self.literals.tokenize(expanded, veils)
+        first, *pieces = text.split(IMAGE_PAD)
+        slots = [IMAGE_PAD * self._merged(grid) for grid in grids]
+        ids = self.literals.tokenize(first + "".join(map("".join, zip(slots, pieces, strict=True))), veils)
         # The answer starts behind the last `<|im_start|>` and the role's name.
         head = self._head
         turn = len(ids) - 1 - ids[::-1].index(head[0])
@@ -205,14 +198,10 @@ class Encoder:
 
     def measure_of(self, layout: Layout) -> Measure:
         """Count what a row holds."""
-        pads = list(layout.input_ids).count(self.id_of(LATENT_PAD))
-        return Measure(
-            tokens=len(layout.input_ids),
-            labels=len(layout.input_ids) - layout.answer_start - pads,
-            runs=0 if self.stage == "sft" else pads // self.latent_size,
-            images=tuple(self._merged(grid) for grid in layout.grids),
-            helpers=tuple(self._merged(grid) for grid in layout.helper_grids),
-        )
+        tokens, pads = len(layout.input_ids), list(layout.input_ids).count(self.id_of(LATENT_PAD))
+        runs = 0 if self.stage == "sft" else pads // self.latent_size
+        images, helpers = (tuple(map(self._merged, grids)) for grids in (layout.grids, layout.helper_grids))
+        return Measure(tokens, tokens - layout.answer_start - pads, runs, images, helpers)
 
     def encode(self, record: Record, row: int) -> Sample:
         """Encode one record.

@@ -45,9 +45,7 @@ def sortable(keys: np.ndarray) -> np.ndarray:
 
 
 # Where the features of an image lie: key (see sortable), the number of the shard, and bytes there with their CRC-32.
-TABLE = np.dtype(
-    {"names": ["key", "shard", "offset", "size", "check"], "formats": ["S16", np.int32, np.int64, np.int64, np.int64]}
-)
+TABLE = np.dtype([("key", "S16"), ("shard", np.int32), ("offset", np.int64), ("size", np.int64), ("check", np.int64)])
 
 
 @lru_cache(MOST_OPEN)

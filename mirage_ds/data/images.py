@@ -55,11 +55,7 @@ Found = TypeVar("Found")
 
 
 class ImageError(Exception):
-    """What is wrong with an image file, and how to mend it."""
-
-    def __init__(self, what: str, how: str):
-        super().__init__(what, how)
-        self.what, self.how = what, how
+    """What is wrong with an image file, and how to mend it: its two arguments."""
 
 
 class Sight(NamedTuple):
@@ -92,7 +88,7 @@ def once(look: Callable[[Path], Found]) -> Callable[[Path], Found]:
         found = remembered(file, stamp.st_size, stamp.st_mtime_ns)
         if isinstance(found, ImageError):
             # Anew: one that is raised again keeps the frames of all before.
-            raise ImageError(found.what, found.how)
+            raise ImageError(*found.args)
         return found
 
     return answer
@@ -214,8 +210,8 @@ class ImageFinder:
         try:
             return see(place)
         except Exception as error:  # noqa: BLE001  # see fault_of
-            fault = fault_of(error)
-        raise record.fault(name, f"image {place} {fault.what}", fault.how)
+            what, how = fault_of(error).args
+        raise record.fault(name, f"image {place} {what}", how)
 
 
 @once
@@ -341,8 +337,7 @@ def _from_16_bits(image: Image.Image, key: int | None) -> Image.Image:
     """
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
-    bits = tags.get(TIFF_BITS, (16,))[0]
-    grey = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+    grey = Image.fromarray((values >> (tags.get(TIFF_BITS, (16,))[0] - 8)).astype(np.uint8))
     if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO:
         grey = ImageOps.invert(grey)
     if key is not None:

@@ -97,10 +97,9 @@ class Index:
             self.source = str(self.header["source"])
             self.digest = str(self.header["files"]["columns.arrow"])
             self._columns = self.reader("columns.arrow").get_batch(0)
-            self._starts = self._columns["start"].to_numpy()
             # Opened here: a data-loader process that is forked later reads the same file, whatever lies there then.
             self._rows = pa.OSFile(str(self.place / "rows.bin"))
-            self.numbers = {name: self._columns[name].to_numpy() for name in NUMBERS.names}
+            self.numbers = {name: self._columns[name].to_numpy() for name in (*NUMBERS.names, "start")}
             self.faults = len(self) - int(np.count_nonzero(self["tokens"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             raise DamagedError(self.place) from error
@@ -131,14 +130,14 @@ class Index:
         return len(self["line"])
 
     def __getitem__(self, column: str) -> np.ndarray:
-        """Return a column of NUMBERS, (R,)."""
+        """Return a column of NUMBERS, or where each row begins in rows.bin ("start"), (R,)."""
         return self.numbers[column]
 
     def _read(self, row: int) -> tuple[np.ndarray, list[str]]:
         """Return a row's tokens, (T,) int32, and the lines behind them."""
         # A disk that fails is as bad as one that forgets.
         with suppress(OSError):
-            content = self._rows.read_at(int(self["bytes"][row]), int(self._starts[row]))
+            content = self._rows.read_at(int(self["bytes"][row]), int(self["start"][row]))
             if zlib.crc32(content) == self["check"][row]:
                 ids = np.frombuffer(content, np.int32, self["tokens"][row])
                 return ids, content[ids.nbytes :].decode().split("\n")
@@ -183,8 +182,7 @@ class Index:
     def all_faults(self) -> Iterator[Fault]:
         """Yield the fault of each record that cannot be used, in the order of the records."""
         for row in np.flatnonzero(self["tokens"] == 0).tolist():
-            fault = Fault(**json.loads(self._read(row)[1][0]))
-            yield name_file(fault, self.files, int(self["file"][row]))
+            yield name_file(Fault(**json.loads(self._read(row)[1][0])), self.files, int(self["file"][row]))
 
 
 def open_made(place: Path, files: Sequence[Path], cache: Path) -> Index | None:

@@ -23,6 +23,7 @@ from mirage_ds.data.messages import FIELDS, HELPER_MARK, IMAGE_MARK, TURNS_BEFOR
 from mirage_ds.errors import shown
 
 Row = Mapping[str, Any]
+Roles = list[tuple[str, str]]
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -277,7 +278,7 @@ def _placed(turns: list[_Turn], images: list[Any], helpers: list[Any]) -> tuple[
     return texts, images[:lead] + seen, [one for one in [*drawn, *waiting] if one != HELPER_MARK]
 
 
-def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], Roles]:
     """Return a record's keys, and (role, column) of what was read; no role where a column's pictures are not."""
     names = tuple(row)
     left = {key: value for key, value in row.items() if not is_absent(value)}
@@ -308,11 +309,8 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
             own[role] = tuple(filter(None, [_guess(role, left)]))
             pictures[role] = images_of(left, own[role])
     texts, seen, drawn = _placed(turns, pictures["image"], pictures["helper"])
-    unread = [
-        name
-        for name, value in left.items()
-        if any(one not in (*seen, *drawn) for one in messages.unread_pictures(value, True))
-    ]
+    used = (*seen, *drawn)
+    unread = [name for name in left if any(one not in used for one in messages.unread_pictures(left[name], True))]
     if columns.image or columns.helper or any(any(turn.pictures) for turn in turns):
         left = {name: value for name, value in left.items() if not any(messages.unread_pictures(value, False))}
     else:
@@ -334,9 +332,7 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
     return made, [*((role, name) for role, name in named if name), *(("", name) for name in unread)]
 
 
-def read_row(
-    row: Row, columns: Columns = RECOGNISED, answers: bool = True
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def read_row(row: Row, columns: Columns = RECOGNISED, answers: bool = True) -> tuple[dict[str, Any], Roles]:
     """Turn a row into a record's keys; its images are paths or contents. A record's own keys stay as they are.
 
     Args:

@@ -27,8 +27,7 @@ class Literals:
     @cached_property
     def special_tokens(self) -> list[str]:
         """Every special token as it is spelt: image slots, turns, latents and the like."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return [token.content for token in added if token.special]
+        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     @cached_property
     def _special(self) -> re.Pattern[str]:

@@ -96,16 +96,9 @@ def load_encoder(
         made.size = {"shortest_edge": low, "longest_edge": high}
         return made
 
-    return Encoder(
-        tokenizer=load_tokenizer(folders, cache_dir),
-        images=processor(pixels, ""),
-        helpers=processor(helper_pixels, "helper_"),
-        finder=finder,
-        stage=stage,
-        latent_size=latent_size,
-        slots=slots,
-        compress=compress,
-    )
+    tokenizer = load_tokenizer(folders, cache_dir)
+    images, helpers = processor(pixels, ""), processor(helper_pixels, "helper_")
+    return Encoder(tokenizer, images, helpers, finder, stage, latent_size, slots, compress)
 
 
 def _processor_template(folder: Path) -> str | None:
@@ -146,11 +139,8 @@ def fingerprint(encoder: Encoder) -> dict[str, Any]:
         tokenizer=hashlib.sha256(text.encode()).hexdigest(),
         images=settings_of(encoder.images),
         helpers=settings_of(encoder.helpers),
-        stage=encoder.stage,
-        latent_size=encoder.latent_size,
-        slots=encoder.slots,
-        # It refuses what cannot be pooled; which feature goes where is no part of a row.
-        compress=encoder.compress,
+        # `compress` refuses what cannot be pooled; which feature goes where is no part of a row.
+        **{name: getattr(encoder, name) for name in ("stage", "latent_size", "slots", "compress")},
     )
 
 

@@ -55,9 +55,8 @@ def write_index(
         source: hash of the records.
         pictures: where pictures that came inside records files lie.
     """
-    schema = part_schema(keep)
     # A number of each row takes little; written at the end, each column is one array.
-    columns = [schema.empty_table().select([*NUMBERS.names, *keep])]
+    columns = [part_schema(keep).empty_table().select([*NUMBERS.names, *keep])]
     places: set[int] = set()
     inside = False
     with (folder / "rows.bin").open("wb") as rows, _table(folder / "pictures.arrow", SHOWN) as shown:

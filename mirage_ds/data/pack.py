@@ -133,15 +133,9 @@ class Planner:
 
     def packed(self, places: np.ndarray) -> list[Bins]:
         """Pack rows, given by their places in `row_ids`; see StepPlan.bins."""
-        bins = pack(
-            self.lengths[places],
-            self.world_size,
-            self.micro_batch_tokens,
-            self.micro_batch_size,
-            None if self.patches is None else self.patches[places],
-            self.micro_batch_patches,
-            None if self.passes is None else self.passes[places],
-        )
+        patches, passes = (None if of is None else of[places] for of in (self.patches, self.passes))
+        limits = self.micro_batch_tokens, self.micro_batch_size
+        bins = pack(self.lengths[places], self.world_size, *limits, patches, self.micro_batch_patches, passes)
         named = [self.row_ids[places[one]].tolist() for one in bins]
         return [named[at : at + self.world_size] for at in range(0, len(named), self.world_size)]
 
@@ -201,8 +195,7 @@ def pack(
     most = max_rows or len(tokens) or 1
     order = np.argsort(-sizes.max(axis=0), kind="stable").tolist()
     bins = _fewest_micro_steps(sizes, order, limit, most, world_size)
-    loads = _sums(bins, sizes)[0]
-    bins = [bins[place] for place in np.argsort(-loads, kind="stable")]
+    bins = [bins[place] for place in np.argsort(-_sums(bins, sizes)[0], kind="stable")]
     if passes is None:
         return bins
     return bring_together(bins, sizes, limit, world_size, passes * PASS_TOKENS * patch_capacity)
@@ -300,7 +293,8 @@ def _exchange(bins: Bins, sizes: np.ndarray, limit: int, most: int, width: int) 
     budget = TRIES + sizes.shape[1] // 16
     while budget > 0 and not (loads.max() <= limit and _even(loads, width)):
         full = int(loads.argmax())
-        for empty in _emptiest(sums.max(axis=0) if loads[full] > limit else loads):
+        held = sums.max(axis=0) if loads[full] > limit else loads
+        for empty in np.argsort(held, kind="stable")[:EXCHANGE_WITH].tolist():
             budget -= 1
             gives, takes = bins[full], bins[empty] + [nothing] * (len(bins[empty]) < most)
             gain = sizes[:, gives, None] - sizes[:, None, takes]
@@ -330,12 +324,6 @@ def _even(loads: np.ndarray, width: int) -> bool:
     """Whether ranks wait less than a thousandth of their time when bins of like load share a micro-step."""
     longest = int(np.sort(loads)[::-width].sum())
     return width * longest * (EVEN - 1) <= int(loads.sum()) * EVEN
-
-
-def _emptiest(loads: np.ndarray) -> Iterator[int]:
-    """Yield the places of a few bins, the emptiest first; sorted only when the first one does not serve."""
-    yield int(loads.argmin())
-    yield from np.argsort(loads, kind="stable")[1:EXCHANGE_WITH].tolist()
 
 
 def neighbours(sizes: Sequence[int], budget: int, most: int | None = None) -> Iterator[tuple[int, int]]:

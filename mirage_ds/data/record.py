@@ -195,14 +195,9 @@ def make_record(
             if name not in values:
                 raise MessageError(name, "missing", "add it as a string")
             messages.expect(values[name], str, name)
-        record = Record(
-            line=line,
-            text_input=values["text_input"],
-            text_output=values["text_output"],
-            image_input=_paths(values.get("image_input"), "image_input", pictures),
-            image_output=_paths(values.get("image_output"), "image_output", pictures),
-            extra={key: value for key, value in values.items() if key not in FIELDS},
-        )
+        images, helpers = (_paths(values.get(name), name, pictures) for name in ("image_input", "image_output"))
+        extra = {key: value for key, value in values.items() if key not in FIELDS}
+        record = Record(line, values["text_input"], values["text_output"], images, helpers, extra)
     except MessageError as error:
         raise RecordError(Fault(line, error.field, error.what, error.how)) from None
     before = [(TURNS_BEFORE, turn["content"]) for turn in record.turns_before]
@@ -220,9 +215,9 @@ def check_marks(record: Record, answers: bool) -> None:
     if answers and IMAGE_MARK in record.text_output:
         how = f"input images stand in the question, helpers as {HELPER_MARK}"
         raise record.fault("text_output", f"holds {IMAGE_MARK}", how)
-    marks, images = record.marks, len(record.image_input)
-    if marks and marks != images:
-        what = f"{marks} {IMAGE_MARK} mark(s) for {images} image(s)"
+    marks, count = record.marks, len(record.image_input)
+    if marks and marks != count:
+        what = f"{marks} {IMAGE_MARK} mark(s) for {count} image(s)"
         raise record.fault("text_input", what, "write one mark for each image, or none (images then stand first)")
     if not answers:
         return

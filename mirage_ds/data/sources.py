@@ -75,9 +75,8 @@ def content_hash(file: Path, cache: Path) -> str:
         UserError: the file cannot be read, or the cache not written.
     """
     stamp = Stamp.of(file)
-    name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()
     # Size, time and hash.
-    note = cache / "hashes" / f"{name}.txt"
+    note = cache / "hashes" / f"{hashlib.sha256(str(file.resolve()).encode()).hexdigest()}.txt"
     with writable(cache):
         known = note.read_text(errors="replace").split() if note.exists() else []
     if known[:-1] == [str(number) for number in stamp]:
