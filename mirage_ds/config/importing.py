@@ -294,11 +294,8 @@ def _placed(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, str
     usual = {"query": "input" if parts.get("prompt", "instruction") == "instruction" else ""}
     roles = tables()["roles"]
     lost = [f"{part} ({parts[part]})" for part in parts if part not in roles and parts[part] != usual.get(part, part)]
-    columns = ",".join(
-        f"{roles[part]}={column}"
-        for part, column in parts.items()
-        if part in roles and column not in tables()["usual"][part]
-    )
+    unusual = [part for part in parts if part in roles and parts[part] not in tables()["usual"][part]]
+    columns = ",".join(f"{roles[part]}={parts[part]}" for part in unusual)
     hub = entry.get("hf_hub_url", "")
     flags = {"--split": entry.get("split"), "--columns": columns, "--out": "DIR"}
     words = [word for flag, value in flags.items() if value for word in (flag, value)]

@@ -1,13 +1,11 @@
 """Records to make others of: a file of them, whose images stay where they are."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.curate.spec import ReadSpec
@@ -30,7 +28,7 @@ class Source:
     finder: ImageFinder
 
     @classmethod
-    def read(cls, file: Path, spec: ReadSpec, most: int | None = None) -> Source:
+    def read(cls, file: Path, spec: ReadSpec, most: int | None = None) -> Self:
         """Read a file or folder of records.
 
         Args:

@@ -1,7 +1,5 @@
 """What the tasks about FrozenLake boards have in common: boards drawn at random or taken from a file."""
 
-from __future__ import annotations
-
 import random
 import re
 from abc import abstractmethod
@@ -9,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -61,7 +59,7 @@ class BuildSpec(Settings):
     cell_size: int = Field(64, ge=8, le=256, description="px a cell; at 64 the pictures are the benchmark's")
 
     @model_validator(mode="after")
-    def _fits_together(self) -> BuildSpec:
+    def _fits_together(self) -> Self:
         if self.maps is not None:
             idle = [name for name in _RANDOM_ONLY if name in self.model_fields_set]
             if idle:

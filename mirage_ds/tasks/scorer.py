@@ -6,8 +6,6 @@
 More is better. Of a dict the first number is the main one, as with the metrics of a class.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 import traceback

@@ -46,9 +46,7 @@ class Transcription(BoardTask):
         """
         true = write_board(parse_board(record["map_desc"], "the record to score")).split("/")
         rows = self.parse(text, record) or []
-        right = sum(
-            one == other for row, own in zip(rows, true, strict=False) for one, other in zip(row, own, strict=False)
-        )
+        right = sum(a == b for row, own in zip(rows, true, strict=False) for a, b in zip(row, own, strict=False))
         return {"success": rows == true, "cells": right / len(true) ** 2, "invalid": not rows}
 
     def make(self, given: Given) -> Draft:

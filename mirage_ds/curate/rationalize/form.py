@@ -3,11 +3,9 @@ r"""The form of a reply: k + 1 parts of text around k helpers, and the answer; h
 Tags and not JSON: models write `\boxed`, `\frac` and line breaks as they are, which JSON would misread or refuse.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
 from mirage_ds.errors import is_text, shown
@@ -101,7 +99,7 @@ class Judge:
     boxed: str
 
     @classmethod
-    def of(cls, record: Record, named: str | None) -> Judge:
+    def of(cls, record: Record, named: str | None) -> Self:
         """Make a record's judge.
 
         Args:

@@ -89,16 +89,14 @@ class Local:
             UserError: the logits of a row are not finite, or the batch does not fit into the GPU's memory.
         """
         samples = [self.request(row) for row in block]
-        model, encoder = self.decoder.loaded.model, self.decoder.encoder
+        model, tower, encoder = self.decoder.loaded.model, self.decoder.tower, self.decoder.encoder
         # From all tokens.
         drawn: Decoding = Sampling(self.spec.temperature, 1.0) if self.spec.temperature else "greedy"
         limits, seed = Limits(self.spec.max_new_tokens), 1000 * (self.spec.seed or 0) + number
         # They are no text; a folder that was trained on latents would begin its reply with them.
         banned = [token for token in map(encoder.id_of, (*LATENT_TOKENS, IMAGE_PAD)) if token < len(model.head.weight)]
         try:
-            answers = decode_samples(
-                model, self.decoder.tower, encoder, samples, limits, False, drawn, seed, banned=banned
-            )
+            answers = decode_samples(model, tower, encoder, samples, limits, False, drawn, seed, banned=banned)
         except NotFinite as error:
             with self.questions.source.told(self.questions.source.records[error.row]):
                 raise

@@ -1,14 +1,12 @@
 """The request that a model gets: a template of text, filled with a record's question, pictures and answer."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from mirage_ds.curate.rationalize.form import Judge, described
 from mirage_ds.curate.rewrite import Source
@@ -80,7 +78,7 @@ class Questions:
     judges: list[Judge]
 
     @classmethod
-    def read(cls, file: Path, spec: RationalizeSpec) -> Questions:
+    def read(cls, file: Path, spec: RationalizeSpec) -> Self:
         """Read every row and the header of each of its images, before anything is asked.
 
         Raises:

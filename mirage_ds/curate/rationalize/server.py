@@ -81,14 +81,9 @@ def _plain(content: bytes) -> str:
     That is a PNG or JPEG of one picture, 8 bits, without transparency or a turn that viewers make.
     """
     with Image.open(io.BytesIO(content)) as image:
-        plain = (
-            image.format in ("PNG", "JPEG")
-            and image.mode in ("L", "RGB")
-            and getattr(image, "n_frames", 1) == 1
-            and "transparency" not in image.info
-            and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        )
-        return Image.MIME[str(image.format)] if plain else ""
+        one = image.format in ("PNG", "JPEG") and image.mode in ("L", "RGB") and getattr(image, "n_frames", 1) == 1
+        as_is = "transparency" not in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return Image.MIME[str(image.format)] if one and as_is else ""
 
 
 class Server:
