@@ -74,7 +74,7 @@ def import_records(source: str, spec: ImportSpec) -> tuple[Written, list[str]]:
     def rows(pictures: Path) -> Iterator[Row]:
         nonlocal rounds
         count = 0
-        records = record_files.records_of_rows(islice(numbered, spec.most), True, pictures, columns)
+        records = record_files.records_of_rows(islice(numbered, spec.most), pictures, columns)
         for count, record in enumerate(records, 1):
             if isinstance(record, Fault):
                 faults = [record, *(one if isinstance(one, Fault) else None for one in records)]

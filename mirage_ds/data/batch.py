@@ -127,9 +127,7 @@ def collate(samples: Sequence[Sample], passes: int, dummy: Sample, auxiliary: bo
     made = tuple(_pass(plan, predicts) for plan in plans)
     labelled = np.concatenate([plan.tokens[one.labelled.numpy()] for plan, one in zip(plans, made, strict=True)])
     sample_of = np.repeat(np.arange(len(packed)), lengths)
-    latents = [
-        start + at + np.arange(k) for sample, start in zip(packed, starts, strict=False) for at, k in sample.runs
-    ]
+    latents = [at + start + np.arange(k) for one, at in zip(packed, starts, strict=False) for start, k in one.runs]
     latent_count = torch.tensor([sum(k for _, k in sample.runs) for sample in packed])
     pools = _pools(packed, auxiliary)
     return Batch(
@@ -144,9 +142,7 @@ def collate(samples: Sequence[Sample], passes: int, dummy: Sample, auxiliary: bo
         latents=_indices(latents),
         latent_sample=torch.arange(len(packed)).repeat_interleave(latent_count),
         latent_count=latent_count,
-        image_positions=torch.cat(
-            [sample.image_positions + int(start) for sample, start in zip(packed, starts[:-1], strict=True)]
-        ),
+        image_positions=torch.cat([one.image_positions + int(at) for one, at in zip(packed, starts, strict=False)]),
         pixel_values=torch.cat([sample.pixel_values for sample in packed]),
         image_grid_thw=torch.cat([sample.image_grid_thw for sample in packed]),
         image_features=_features([sample.image_features for sample in packed]),

@@ -156,10 +156,8 @@ class FeatureStore:
             # The next start makes all of the shard anew.
             with suppress(OSError):
                 file.unlink()
-            raise UserError(
-                f"{file}: kept features are damaged; start again, which makes them anew, and look at the disk",
-                everywhere=False,
-            )
+            how = "start again, which makes them anew, and look at the disk"
+            raise UserError(f"{file}: kept features are damaged; {how}", everywhere=False)
         return torch.frombuffer(bytearray(content), dtype=self.dtype).view(-1, self.width)
 
 

@@ -120,10 +120,8 @@ class Index:
         raise self._lost()
 
     def _lost(self) -> UserError:
-        return UserError(
-            f"{self.place}: the index of the records is damaged or another one; start again, which makes it anew",
-            everywhere=False,
-        )
+        what = "the index of the records is damaged or another one; start again, which makes it anew"
+        return UserError(f"{self.place}: {what}", everywhere=False)
 
     def __len__(self) -> int:
         """How many records the source holds, whether or not they can be used."""

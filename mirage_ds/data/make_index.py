@@ -168,8 +168,28 @@ class Maker:
         for file in files:
             hashes.append(sources.content_hash(file, self.cache))
             self.tick()
-        key = key_of(files, hashes, self.encoder, self.keep, self.columns)
-        return Plan(self.cache / "index" / key, files, stamps, sources.data_hash(hashes), [], self.columns)
+        place = self.cache / "index" / self._key(files, hashes)
+        return Plan(place, files, stamps, sources.data_hash(hashes), [], self.columns)
+
+    def _key(self, files: Sequence[Path], hashes: Sequence[str]) -> str:
+        """Hash of all that an index is a function of, but for the images."""
+        finder = self.encoder.finder
+        code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE.split())
+        values = dict(
+            format=FORMAT,
+            # So that nobody who fixes the encoding trains on rows from before.
+            code=hashlib.sha256(code).hexdigest(),
+            # A table is known by its name too.
+            records=[(str(file.parent.resolve()), file.suffix.lower()) for file in files],
+            hashes=hashes,
+            columns=self.columns.named,
+            encoder=fingerprint(self.encoder),
+            keep=sorted(self.keep),
+            # The first looks beside the records, the last in the working directory, which rarely decides anything.
+            folders=[str(folder) for folder in finder.folders[1:-1]],
+            confined=finder.within is not None,
+        )
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
     def open(self, plan: Plan) -> Index | None:
         """Open what is there; where that is damaged or, as far as is looked, of other images, it is removed."""
@@ -279,31 +299,6 @@ class Maker:
         for number in track(range(len(plan.pieces)), "joining the index", quiet=self.quiet):
             yield parts.read(number, self.check_images)
             self.tick()
-
-
-def key_of(
-    files: Sequence[Path], hashes: Sequence[str], encoder: Encoder, keep: Sequence[str], columns: Columns
-) -> str:
-    """Hash of all that an index is a function of, but for the images."""
-    finder = encoder.finder
-    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE.split())
-    values = dict(
-        format=FORMAT,
-        # So that nobody who fixes the encoding trains on rows from before.
-        code=hashlib.sha256(code).hexdigest(),
-        # A table is known by its name too.
-        records=[
-            (str(file.parent.resolve()), content, file.suffix.lower())
-            for file, content in zip(files, hashes, strict=True)
-        ],
-        columns=columns.named,
-        encoder=fingerprint(encoder),
-        keep=sorted(keep),
-        # The first looks beside the records, the last in the working directory, which rarely decides anything.
-        folders=[str(folder) for folder in finder.folders[1:-1]],
-        confined=finder.within is not None,
-    )
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def open_index(

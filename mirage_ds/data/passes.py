@@ -97,8 +97,6 @@ def schedule_auxiliary(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int
     for begin, at, k in spans:
         before = np.arange(begin, at)
         visible.append(np.concatenate([before[~is_latent[before]], np.arange(at, at + k)]))
+    of_text = PassPlan(text, counts.tolist(), counts.tolist(), place_of[text], none)
     lengths_of_blocks, keys = [k for _, _, k in spans], place_of[np.concatenate(visible)]
-    return [
-        PassPlan(text, counts.tolist(), counts.tolist(), place_of[text], none),
-        PassPlan(latents, lengths_of_blocks, [len(one) for one in visible], keys, none),
-    ]
+    return [of_text, PassPlan(latents, lengths_of_blocks, [len(one) for one in visible], keys, none)]

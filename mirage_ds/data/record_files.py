@@ -36,13 +36,11 @@ class Place(NamedTuple):
     row: Raw
 
 
-def records_of_rows(
-    rows: Iterable[tuple[int, Raw]], answers: bool, pictures: Path | None, columns: Columns
-) -> Iterator[Record | Fault]:
+def records_of_rows(rows: Iterable[tuple[int, Raw]], pictures: Path, columns: Columns) -> Iterator[Record | Fault]:
     """Yield what each row holds: a Record, or the Fault of one without the format."""
     for line, row in rows:
         try:
-            yield make_record(row, line, answers, pictures, columns)
+            yield make_record(row, line, pictures=pictures, columns=columns)
         except RecordError as error:
             yield error.fault
 
@@ -57,7 +55,7 @@ def read_piece(piece: Piece, file: Path, pictures: Path, columns: Columns = RECO
     Raises:
         UserError: the file cannot be read.
     """
-    return records_of_rows(rows_of(piece, file), True, pictures, columns)
+    return records_of_rows(rows_of(piece, file), pictures, columns)
 
 
 def places(path: Path) -> Iterator[Place]:

@@ -180,13 +180,9 @@ def _own(row: tables.Row, places: Mapping[str, list[Path]]) -> Draft:
     letter, text = _answer(values, _MARK.sub(latent, rationale), options)
     if asked:
         question = _MARK.sub(lambda match: IMAGE_MARK if int(match["number"]) in ids else match[0], question)
-    return Draft(
-        text_output=text,
-        images=tuple(_image(row, ids[number], kind, places) for number in inputs),
-        helpers=tuple(_image(row, ids[number], kind, places) for number in thought),
-        extra={"question": question, "options": options, "level": kind, "id": values.get("id")},
-        kind=letter,
-    )
+    images, helpers = (tuple(_image(row, ids[n], kind, places) for n in part) for part in (inputs, thought))
+    extra = {"question": question, "options": options, "level": kind, "id": values.get("id")}
+    return Draft(text, images, helpers, extra, kind=letter)
 
 
 def _packed(row: tables.Row) -> Draft:
@@ -208,10 +204,5 @@ def _packed(row: tables.Row) -> Draft:
     letter, text = _answer(values, text, [])
     known = {key: values[key] for key in ("id", "type") if values.get(key) is not None}
     level = {"level": str(values["type"])} if values.get("type") else {}
-    return Draft(
-        text_output=text,
-        images=images,
-        helpers=tuple(helpers),
-        extra={"question": question, "options": [], **level, **known},
-        kind=letter,
-    )
+    extra = {"question": question, "options": [], **level, **known}
+    return Draft(text, images, tuple(helpers), extra, kind=letter)

@@ -156,13 +156,9 @@ class Jigsaw(ChoiceTask):
         patches = (right, wrong) if letter == "A" else (wrong, right)
         question = QUESTION.format(corner=corner.replace("-", " "))
         puzzle = {"question": question, "options": OPTIONS, "corner": corner, "photo": photo}
-        return Draft(
-            text_output=f"\\boxed{{{letter}}}",
-            images=tuple(Picture.of(one) for one in (gap, *patches)),
-            helpers=(Picture.of(image),),
-            extra={**puzzle, "split": settings.split, "seed": settings.seed},
-            kind=letter,
-        )
+        extra = {**puzzle, "split": settings.split, "seed": settings.seed}
+        images, helpers = tuple(map(Picture.of, (gap, *patches))), (Picture.of(image),)
+        return Draft(f"\\boxed{{{letter}}}", images, helpers, extra, kind=letter)
 
     def convert(self, source: Path, settings: BlinkSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert BLINK's Jigsaw rows (Parquet as the Hub has them, or `save_to_disk`) to evaluate on."""
@@ -182,12 +178,8 @@ def _blink(report: BuildReport, row: tables.Row) -> Draft:
         raise tables.BadRow(f"answer {answer!r} is none of its {len(options)} choices")
     if letter is None:
         report.note("answers withheld")
-    return Draft(
-        text_output=f"\\boxed{{{letter}}}" if letter else "",
-        images=images,
-        extra={"question": question, "options": options, "idx": str(values["idx"])},
-        kind=letter or "",
-    )
+    extra = {"question": question, "options": options, "idx": str(values["idx"])}
+    return Draft(f"\\boxed{{{letter}}}" if letter else "", images, extra=extra, kind=letter or "")
 
 
 def _load(content: bytes, side: int) -> Image.Image:

@@ -130,7 +130,5 @@ def path_picture(board: Board, moves: Sequence[str], cell_size: int) -> Picture:
     """Return the picture of the board at first, with the path of `moves` in red."""
     way = hashlib.sha256("".join(moves).encode()).hexdigest()[:8]
     cells = follow(board, moves)
-    return Picture.drawn(
-        _picture_name(board, cell_size, f"path_{way}"),
-        lambda: red_path(render(board, cell_size=cell_size), cells, cell_size),
-    )
+    name = _picture_name(board, cell_size, f"path_{way}")
+    return Picture.drawn(name, lambda: red_path(render(board, cell_size=cell_size), cells, cell_size))

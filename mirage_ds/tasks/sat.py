@@ -93,13 +93,9 @@ def _draft(row: tables.Row, column: str, own: str, helper: Path | None, seed: in
         report.note(LACKING)
     kind = values["question_type"]
     asked = {"question": question, "options": options, "question_type": kind}
-    return Draft(
-        text_output=f"\\boxed{{{right.strip()}}}",
-        images=images,
-        helpers=(row.picture(helper, "its helper"),) if helper else (),
-        extra={**asked, "level": tables.type_name(str(kind)), "row": own, "seed": seed},
-        kind=ascii_uppercase[at.index(plain(right))],
-    )
+    extra = {**asked, "level": tables.type_name(str(kind)), "row": own, "seed": seed}
+    helpers, letter = (row.picture(helper, "its helper"),) if helper else (), ascii_uppercase[at.index(plain(right))]
+    return Draft(f"\\boxed{{{right.strip()}}}", images, helpers, extra, kind=letter)
 
 
 def folder_of_images(folder: Path) -> dict[str, Path]:

@@ -130,12 +130,7 @@ class Reasoning(BoardTask):
         if given.settings.answer == "cot":
             told = sentences(board, cells, plan)
             text_output = with_helper(told[:split], told[split:], text_output)
-        return Draft(
-            text_output=text_output,
-            images=(state_picture(board, cells[0], None, size),),
-            helpers=(state_picture(board, cells[split], plan[split - 1], size),),
-            extra={"plan": plan, "helper_step": split},
-            kind=letter,
-            key=" ".join(plan),
-            replaced=own is not None and usable is None,
-        )
+        images = (state_picture(board, cells[0], None, size),)
+        helpers = (state_picture(board, cells[split], plan[split - 1], size),)
+        extra, replaced = {"plan": plan, "helper_step": split}, own is not None and usable is None
+        return Draft(text_output, images, helpers, extra, kind=letter, key=" ".join(plan), replaced=replaced)
