@@ -76,7 +76,7 @@ def _open(out: Path, records: Path, stage: Any) -> tuple[Any, float]:
     encoder = load_encoder([str(out / "model")], ImageFinder.beside(records, None), stage, LATENTS)
     begun = time.perf_counter()
     rows = open_index(records, encoder, _kept(stage), out / "cache")
-    index = usable(rows, records, 4096, 0.1, _kept(stage))
+    index = usable(rows, records, 4096, 0.1)
     return index, time.perf_counter() - begun
 
 
@@ -92,7 +92,7 @@ def _features(index: Any, folder: Path) -> dict[str, Any]:
     from mirage_ds.data.features import FeatureStore, KeptFeatures, ShardWriter
 
     made = {}
-    for name, found in index.images.items():
+    for name, found in index.rows.images.items():
         # Of helpers their targets are kept.
         pooled = np.full(len(found.sizes), LATENTS) if name == "image_output" else found.sizes
         images = found._replace(sizes=pooled)

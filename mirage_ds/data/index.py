@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 
 from mirage_ds.data.inside import folder_of_pictures
-from mirage_ds.data.record import Fault, Record, from_json, name_file
+from mirage_ds.data.record import FIELDS, Fault, Record, from_json, name_file
 from mirage_ds.data.sample import ImageKeys, Layout
 from mirage_ds.data.sources import hash_of
 from mirage_ds.errors import UserError
@@ -79,6 +79,7 @@ class Index:
         source: hash of the records (sources.data_hash).
         digest: hash of all that the rows hold; the same wherever the same rows were indexed.
         faults: how many of the records cannot be used.
+        images: field name → the images of all rows, usable or not, for the fields whose features are kept.
 
     Raises:
         DamagedError: it is not there, or not whole.
@@ -96,10 +97,11 @@ class Index:
                     raise DamagedError(self.place / name)
             self.source = str(self.header["source"])
             self.digest = str(self.header["files"]["columns.arrow"])
-            self._columns = self.reader("columns.arrow").get_batch(0)
+            columns = self.reader("columns.arrow").get_batch(0)
             # Opened here: a data-loader process that is forked later reads the same file, whatever lies there then.
             self._rows = pa.OSFile(str(self.place / "rows.bin"))
-            self.numbers = {name: self._columns[name].to_numpy() for name in (*NUMBERS.names, "start")}
+            self.numbers = {name: columns[name].to_numpy() for name in (*NUMBERS.names, "start")}
+            self.images = {name: _images(columns[name]) for name in columns.schema.names if name in FIELDS}
             self.faults = len(self) - int(np.count_nonzero(self["tokens"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             raise DamagedError(self.place) from error
@@ -162,12 +164,6 @@ class Index:
         files = [str(file) for file in self.files]
         return [{"row": row, "file": files[self["file"][row]], "line": int(self["line"][row])} for row in rows]
 
-    def images(self, name: str) -> ImageKeys:
-        """Return the images of a field whose features are kept."""
-        own = self._columns[name]
-        keys = own.values.field("key").values.to_numpy().reshape(-1, 2)
-        return ImageKeys(keys, own.values.field("size").to_numpy(), own.offsets.to_numpy())
-
     def named(self, fault: Fault, row: int) -> Fault:
         """Put a row's file into its fault, where there are several; the next start looks at the row's images."""
         # A cache that cannot be written: --check_images finds it.
@@ -181,6 +177,11 @@ class Index:
         """Yield the fault of each record that cannot be used, in the order of the records."""
         for row in np.flatnonzero(self["tokens"] == 0).tolist():
             yield name_file(Fault(**json.loads(self._read(row)[1][0])), self.files, int(self["file"][row]))
+
+
+def _images(own: pa.ListArray) -> ImageKeys:
+    keys = own.values.field("key").values.to_numpy().reshape(-1, 2)
+    return ImageKeys(keys, own.values.field("size").to_numpy(), own.offsets.to_numpy())
 
 
 def open_made(place: Path, files: Sequence[Path], cache: Path) -> Index | None:

@@ -63,7 +63,7 @@ class Rows:
         """
         record, layout = self.records.encoded(row)
         try:
-            kept = {name: KeptFeatures(self.records.images(name), self.stores[name]).of(row) for name in self.stores}
+            kept = {name: KeptFeatures(self.records.images[name], self.stores[name]).of(row) for name in self.stores}
             images, helpers = kept.get("image_input"), kept.get("image_output")
             return self.encoders[int(self.records["file"][row])].fill(layout, record, row, images, helpers)
         except RecordError as error:

@@ -4,7 +4,7 @@ R selected rows, S sources.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple, Self
 
@@ -16,7 +16,6 @@ from mirage_ds.data.folders import find_files
 from mirage_ds.data.index import Index
 from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import faults_error, lists
-from mirage_ds.data.sample import ImageKeys
 from mirage_ds.errors import UserError
 
 # A share of dropped rows above this is worth a line in the log; --max_dropped_share decides when it is an error.
@@ -31,7 +30,7 @@ class Selection(NamedTuple):
         tokens, labels, runs: (R,) counts of each.
         patches: (R,) vision patches of its images: of the input images and, in stage1, of the helpers.
         dropped: rows longer than the limit.
-        images: field name → the images of all rows, usable or not, for the fields whose features are kept.
+
         skipped: one fault of each record that is left out for it.
         rows: the index.
     """
@@ -41,7 +40,7 @@ class Selection(NamedTuple):
     labels: np.ndarray
     runs: np.ndarray
     dropped: int
-    images: dict[str, ImageKeys]
+
     skipped: tuple[Fault, ...]
     patches: np.ndarray
     rows: Index
@@ -81,17 +80,11 @@ def judge_faults(data_path: Records, first: Fault, count: int, records: int, lef
 
 
 def usable(
-    rows: Index,
-    data_path: Records,
-    max_length: int,
-    max_dropped_share: float,
-    keep: Sequence[str] = (),
-    max_bad_share: float | None = None,
+    rows: Index, data_path: Records, max_length: int, max_dropped_share: float, max_bad_share: float | None = None
 ) -> Selection:
     """Choose the rows that can be trained on.
 
     Args:
-        keep: fields whose features are kept.
         max_bad_share: see judge_faults; None where one fault refuses the records.
 
     Raises:
@@ -109,7 +102,6 @@ def usable(
         row_ids=fits,
         **{name: rows[name][fits] for name in ("tokens", "labels", "runs", "patches")},
         dropped=sound - len(fits),
-        images={name: rows.images(name) for name in keep},
         skipped=tuple(rows.all_faults()),
         rows=rows,
     )

@@ -103,7 +103,7 @@ def index_beforehand(config: RunConfig) -> Iterator[str]:
 
 def _usable(config: RunConfig, data_path: Records, index: Index) -> Selection:
     limits = (config.max_length, config.max_dropped_share)
-    selection = usable(index, data_path, *limits, config.kept_fields, config.tolerated_share)
+    selection = usable(index, data_path, *limits, config.tolerated_share)
     if isinstance(data_path, Mixture):
         selection = weighed(selection, data_path, config.seed)
     # Some rows without latents are well, and an evaluation may have none.

@@ -37,7 +37,7 @@ def selected(
 ) -> Selection:
     """Open the index of the records, and choose the rows that can be trained on."""
     rows = open_index(data_path, encoder, keep, cache_dir)
-    return usable(rows, data_path, max_length, max_dropped_share, keep, max_bad_share)
+    return usable(rows, data_path, max_length, max_dropped_share, max_bad_share)
 
 
 def every(index: Index) -> list[Record]:

@@ -252,7 +252,7 @@ def test_nothing_of_a_row_is_kept_in_python(tmp_path: Path, encoder_for: Make) -
         synthetic(tmp_path / str(count), count)
         before = sys.getallocatedblocks()
         rows = Index(tmp_path / str(count), [tmp_path / "rows.jsonl"], tmp_path / "pictures")
-        index = usable(rows, tmp_path / "rows.jsonl", 10, 0, ["image_input"], 0.5)
+        index = usable(rows, tmp_path / "rows.jsonl", 10, 0, 0.5)
         planner = Planner(index.tokens, index.row_ids, 64, 1, 1000, None, 0, index.patches)
         loader = Loader(index.rows, encoder, planner, 0, two_a_block, 0)
         travels.append(len(pickle.dumps(loader.rows)))

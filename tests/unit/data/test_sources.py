@@ -165,7 +165,7 @@ def test_stage1_takes_its_targets_from_pictures_that_stand_inside(
     index = selected(source, encoder, 10_000, 0, ["image_output"], 0.5, tmp_path / "cache")
     assert index.row_ids.tolist() == [0, 1, 4, 5, 8, 9]
     direct = selected(mixed, encoder_for("stage1", 2, beside=mixed), 10_000, 0, ["image_output"], 0.5)
-    assert index.images["image_output"].keys.tolist() == direct.images["image_output"].keys.tolist()
+    assert index.rows.images["image_output"].keys.tolist() == direct.rows.images["image_output"].keys.tolist()
     assert index.patches.tolist() == direct.patches.tolist()
 
 
