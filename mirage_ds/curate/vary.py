@@ -167,8 +167,7 @@ def _helper_text(given: Given) -> list[Row]:
     try:
         words = get_task(name).helper_text({**record.extra, "text_output": record.text_output})
     except KeyError as error:
-        how = f"add it: {name} tells its helper by it"
-        raise record.fault(str(error.args[0]), "missing", how) from None
+        raise record.fault(str(error.args[0]), "missing", f"add it: {name} tells its helper by it") from None
     before, mark, after = record.text_output.partition(HELPER_MARK)
     text = _joined(_joined(before, words), after) if mark else _joined(words, before)
     return [replace(given.row, text_output=text, helpers=())]

@@ -271,9 +271,8 @@ def _placed(turns: list[_Turn], images: list[Any], helpers: list[Any]) -> tuple[
         # Without marks those trainers show them first of all; a record would show them with its last question.
         texts[first] = IMAGE_MARK * lead + texts[first]
     rest, waiting = iter(images[lead:]), iter(helpers)
-    seen, drawn = (
-        [next(rest) if one is None else one for turn in part for one in turn.pictures] for part in (asked, turns[-1:])
-    )
+    seen = [next(rest) if one is None else one for turn in asked for one in turn.pictures]
+    drawn = [next(rest) if one is None else one for one in turns[-1].pictures]
     drawn = [next(waiting, one) if one == HELPER_MARK else one for one in drawn]
     return texts, images[:lead] + seen, [one for one in [*drawn, *waiting] if one != HELPER_MARK]
 

@@ -33,7 +33,7 @@ class Literals:
     def _special(self) -> re.Pattern[str]:
         """Matches a special token, of several that begin at one place the longest."""
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        return re.compile("|".join(re.escape(token) for token in longest_first))
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     @cached_property
     def _literal(self) -> Tokenizer:
@@ -64,13 +64,11 @@ class Literals:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         convert: Any = self.tokenizer.convert_tokens_to_ids
         ids: list[int] = []
-        at = 0
         unveil = str.maketrans({veil: token for token, veil in veils.items()})
-        for own in [*self._special.finditer(text), None]:
-            between = text[at : own.start() if own else None]
-            if between:
-                ids += self._literal.encode(between.translate(unveil), add_special_tokens=False).ids
-            if own:
-                ids.append(int(convert(own.group())))
-                at = own.end()
+        # Every second part is a special token.
+        for number, part in enumerate(self._special.split(text)):
+            if number % 2:
+                ids.append(int(convert(part)))
+            elif part:
+                ids += self._literal.encode(part.translate(unveil), add_special_tokens=False).ids
         return ids

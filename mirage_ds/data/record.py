@@ -18,7 +18,7 @@ from typing import Any
 from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.data import messages
 from mirage_ds.data.inside import folder_of_pictures, path_of
-from mirage_ds.data.layouts import read_row
+from mirage_ds.data.layouts import Row, read_row
 from mirage_ds.data.messages import FIELDS, HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, MessageError, is_null
 from mirage_ds.errors import is_text, shown, strict_json
 
@@ -168,11 +168,7 @@ def parse_object(text: str, line: int) -> dict[str, Any]:
 
 
 def make_record(
-    row: str | dict[str, Any],
-    line: int,
-    answers: bool = True,
-    pictures: Path | None = None,
-    columns: Columns = RECOGNISED,
+    row: str | Row, line: int, answers: bool = True, pictures: Path | None = None, columns: Columns = RECOGNISED
 ) -> Record:
     """Make a record of a JSON line, or of a row's keys and values; RecordError when it does not have the format.
 

@@ -188,8 +188,7 @@ class _Supply:
             UserError: a level has fewer different records than asked for.
         """
         settings = self.settings
-        counts = apportion(settings.count or 1000, settings.shares())
-        levels = zip(settings.levels, counts, strict=True)
+        levels = zip(settings.levels, apportion(settings.count or 1000, settings.shares()), strict=True)
         found = [draft for level, count in levels for draft in self._draw_level(level, count)]
         random.Random(f"{settings.seed}/{self.task.name}/order").shuffle(found)
         return found

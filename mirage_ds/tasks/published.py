@@ -130,8 +130,7 @@ class Lvr(_Published):
         boxes = row.values.get("bboxes")
         helpers = [_part(image, box) for box in (boxes if isinstance(boxes, list) else [])]
         answer, level = answer.replace("<lvr>", HELPER_MARK), row.values.get("dataset")
-        number = row.values.get("question_id")
-        return _made(question, answer, [image], helpers, level, id=number, bboxes=boxes)
+        return _made(question, answer, [image], helpers, level, id=row.values.get("question_id"), bboxes=boxes)
 
 
 class Zebra(_Published):
@@ -154,9 +153,8 @@ class Zebra(_Published):
         unmarked = [name for name in inputs if name not in marked]
         question = IMAGE_MARK * len(unmarked) + _SHOWN.sub(IMAGE_MARK, question)
         level = row.folder.name if row.folder.name != "data" else row.folder.parent.name
-        images, thought = (
-            [_picture(row, row.values.get(name), root) for name in names] for names in (unmarked + marked, helpers)
-        )
+        images = [_picture(row, row.values.get(name), root) for name in unmarked + marked]
+        thought = [_picture(row, row.values.get(name), root) for name in helpers]
         return _made(question, f"{trace.rstrip()}\nThe answer is {final}.", images, thought, level)
 
 

@@ -157,8 +157,7 @@ def need_columns(files: Sequence[Path], names: Collection[str]) -> None:
         found = columns_of(file)
         missing = " and ".join(name for name in names if name not in found)
         if missing:
-            there = ", ".join(found)
-            raise UserError(f"{file}: has no column {missing}, only {there}; name the data set that has it")
+            raise UserError(f"{file}: has no column {missing}, only {', '.join(found)}; name the data set that has it")
 
 
 @contextmanager

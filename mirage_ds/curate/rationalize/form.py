@@ -119,8 +119,7 @@ class Judge:
         try:
             right = judge.agrees(record.text_output)
         except KeyError as error:
-            how = f"add it: {name} scores by it"
-            raise record.fault(str(error.args[0]), "missing", how) from None
+            raise record.fault(str(error.args[0]), "missing", f"add it: {name} scores by it") from None
         if not right:
             what = f"its own answer {shown(boxed)} is wrong by the scorer of {name}"
             raise record.fault("text_output", what, "fix it, or leave the row out")
