@@ -3,9 +3,8 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.curate.spec import ReadSpec
@@ -19,8 +18,7 @@ from mirage_ds.tasks.tables import suffix_of
 from mirage_ds.tasks.write import Row
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A records file to make others of."""
 
     file: Path

@@ -10,9 +10,9 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 from PIL import Image, ImageDraw, ImageFont
@@ -34,8 +34,7 @@ _PICTURES, _PAD, _COLUMNS = 5, 20, 120
 _ROWS = re.compile(r"(\d+)(?:-(\d+))?")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a picture stands in a text.
 
     Attributes:
@@ -49,8 +48,7 @@ class Place:
     caption: str
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(NamedTuple):
     """One line of the file, ready to be drawn.
 
     Attributes:

@@ -7,9 +7,9 @@ import hashlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -28,8 +28,7 @@ GREY = (128, 128, 128)
 _FOREIGN = {"helper-swap", "helper-noise"}
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What a kind makes its rows from.
 
     Attributes:
@@ -64,7 +63,7 @@ def vary(kind: Kind, file: Path, spec: VarySpec) -> Written:
             made = MAKERS[kind](given)
         before = record.extra.get("variant")
         variant = f"{before}+{kind}" if isinstance(before, str) else kind
-        rows += [replace(row, extra=row.extra | {"variant": variant}) for row in made]
+        rows += [row._replace(extra=row.extra | {"variant": variant}) for row in made]
     with progress_bar(f"{kind}: pictures") as progress:
         return write_rows(rows, spec, progress)
 
@@ -138,14 +137,14 @@ def choose_partners(source: Source, seed: int) -> list[Record]:
 
 def _without_helper(row: Row) -> Row:
     """Return the row as text: neither the helper nor its mark."""
-    return replace(row, text_output=row.text_output.replace(HELPER_MARK, ""), helpers=())
+    return row._replace(text_output=row.text_output.replace(HELPER_MARK, ""), helpers=())
 
 
 def _helper_input(given: Given) -> list[Row]:
     """The helper as a further input image. Without marks images stand first, and so does it."""
     row, images = given.row, len(given.row.helpers)
     text = row.text_input + IMAGE_MARK * images if given.record.marks else row.text_input
-    return [replace(_without_helper(row), text_input=text, inputs=row.inputs + row.helpers)]
+    return [_without_helper(row)._replace(text_input=text, inputs=row.inputs + row.helpers)]
 
 
 def _helper_rows(given: Given) -> list[Row]:
@@ -170,7 +169,7 @@ def _helper_text(given: Given) -> list[Row]:
         raise record.fault(str(error.args[0]), "missing", f"add it: {name} tells its helper by it") from None
     before, mark, after = record.text_output.partition(HELPER_MARK)
     text = _joined(_joined(before, words), after) if mark else _joined(words, before)
-    return [replace(given.row, text_output=text, helpers=())]
+    return [given.row._replace(text_output=text, helpers=())]
 
 
 def _joined(before: str, after: str) -> str:
@@ -181,7 +180,7 @@ def _joined(before: str, after: str) -> str:
 
 def _helper_swap(given: Given) -> list[Row]:
     """Another record's helpers."""
-    return [replace(given.row, helpers=given.source.row(given.partner).helpers)]
+    return [given.row._replace(helpers=given.source.row(given.partner).helpers)]
 
 
 def _helper_noise(given: Given) -> list[Row]:
@@ -196,7 +195,7 @@ def _helper_noise(given: Given) -> list[Row]:
             lambda: Image.frombytes("RGB", (width, height), random.Random(drawn).randbytes(width * height * 3)),
         )
 
-    return [replace(given.row, helpers=tuple(noise(*one) for one in enumerate(given.record.image_output)))]
+    return [given.row._replace(helpers=tuple(noise(*one) for one in enumerate(given.record.image_output)))]
 
 
 def _no_image(given: Given) -> list[Row]:
@@ -205,13 +204,13 @@ def _no_image(given: Given) -> list[Row]:
     for path in given.record.image_input:
         height, width = given.source.finder.size(given.record, "image_input", path)
         grey.append(Picture.drawn(f"grey/{width}x{height}", partial(Image.new, "RGB", (width, height), GREY)))
-    return [replace(given.row, inputs=tuple(grey))]
+    return [given.row._replace(inputs=tuple(grey))]
 
 
 def _helper_only(given: Given) -> list[Row]:
     """Nothing but the latents to read the answer from."""
     extra = {key: value for key, value in given.row.extra.items() if key != TURNS_BEFORE}
-    return [replace(given.row, text_input=given.spec.question, inputs=(), extra=extra)]
+    return [given.row._replace(text_input=given.spec.question, inputs=(), extra=extra)]
 
 
 MAKERS: dict[Kind, Callable[[Given], list[Row]]] = {

@@ -186,7 +186,6 @@ def _images(own: pa.ListArray) -> ImageKeys:
 
 def open_made(place: Path, files: Sequence[Path], cache: Path) -> Index | None:
     """Open an index; None where there is none, or a damaged one."""
-    try:
+    with suppress(DamagedError):
         return Index(place, files, folder_of_pictures(cache))
-    except DamagedError:
-        return None
+    return None

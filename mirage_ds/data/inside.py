@@ -4,7 +4,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,10 @@ def content_of(value: Any) -> bytes | None:
     start = value[:_SHORTEST].lstrip()
     if len(value) < _SHORTEST or not start.startswith(_SIGNS):
         return None
-    try:
+    with suppress(ValueError):
         return _decoded(value)
-    except ValueError:
-        # A path after all: it has a dot or another character that base64 lacks.
-        return None
+    # A path after all: it has a dot or another character that base64 lacks.
+    return None
 
 
 def path_of(value: Any, pictures: Path) -> Any:

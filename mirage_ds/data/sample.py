@@ -5,7 +5,6 @@ T tokens of the row, R rows, n images of a row, I of a field of all rows, P patc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -63,8 +62,7 @@ class Measure(NamedTuple):
     helpers: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Where everything in a row stands; with the pixels it is the whole Sample.
 
     Attributes:

@@ -4,10 +4,10 @@ import random
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -112,8 +112,7 @@ def read_exclude(paths: Sequence[Path]) -> frozenset[str]:
     return frozenset(hashes)
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What a record is made of.
 
     Attributes:
@@ -167,8 +166,7 @@ class BoardTask(Task):
         return supply.draw() if settings.maps is None else supply.take(settings.maps)
 
 
-@dataclass(frozen=True)
-class _Supply:
+class _Supply(NamedTuple):
     """Makes the drafts of one build.
 
     Attributes:

@@ -7,7 +7,6 @@ packed for latent blocks (`sequence_plan`, a list of texts and helper images).
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -195,7 +194,7 @@ def _packed(row: tables.Row) -> Draft:
     text, helpers = "", []
     for part in row.objects("sequence_plan"):
         if part.get("type") == "text":
-            text += replace(row, values=part).text("content")
+            text += row._replace(values=part).text("content")
         elif part.get("type") == "latent":
             text += HELPER_MARK
             helpers.append(row.picture(part.get("helper_image"), "helper_image"))

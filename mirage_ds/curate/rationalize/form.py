@@ -4,7 +4,6 @@ Tags and not JSON: models write `\boxed`, `\frac` and line breaks as they are, w
 """
 
 import re
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
@@ -84,8 +83,7 @@ def read(text: str, helpers: int) -> tuple[list[str], str] | None:
     return parts[:-1], parts[-1]
 
 
-@dataclass(frozen=True)
-class Judge:
+class Judge(NamedTuple):
     """Knows the right answer of a record, and whether a written one is that.
 
     Attributes:

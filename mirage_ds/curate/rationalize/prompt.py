@@ -3,7 +3,6 @@
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count, groupby
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -64,8 +63,7 @@ def _named_marks(question: str, images: int) -> str:
     return re.sub(IMAGE_MARK, lambda _: f"[image {next(number)}]" if images > 1 else "[image]", question).strip()
 
 
-@dataclass(frozen=True)
-class Questions:
+class Questions(NamedTuple):
     """What a model is asked about the rows of a records file.
 
     Attributes:

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,4 +123,4 @@ def _line(questions: Questions, row: int, sample: int, values: dict[str, Any], o
     made: dict[str, Any] = {"model": model} | ({"served": served} if served not in ("", model) else {})
     made |= {"prompt": questions.digest, "sample": sample}
     made |= {name: getattr(spec, name) for name in ("temperature", "max_new_tokens", "seed")}
-    return replace(given, text_output=judge.composed(values["text"]), extra=given.extra | {"rationale": made}).line(out)
+    return given._replace(text_output=judge.composed(values["text"]), extra=given.extra | {"rationale": made}).line(out)
