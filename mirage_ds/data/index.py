@@ -42,16 +42,9 @@ HEADER = "index.json"
 DOUBTS = "doubts.txt"
 # Places, counts, and the length and CRC-32 of what rows.bin has of it. A record that cannot be used has no tokens.
 NUMBERS = pa.schema(
-    {
-        "line": pa.int64(),
-        "file": pa.int32(),
-        "tokens": pa.int32(),
-        "labels": pa.int32(),
-        "runs": pa.int32(),
-        "patches": pa.int64(),
-        "bytes": pa.int64(),
-        "check": pa.uint32(),
-    }
+    [(name, pa.int64()) for name in ("line", "patches", "bytes")]
+    + [(name, pa.int32()) for name in ("file", "tokens", "labels", "runs")]
+    + [("check", pa.uint32())]
 )
 # A field's images: key of the content, merged features.
 IMAGES = pa.list_(pa.struct({"key": pa.list_(pa.uint64(), 2), "size": pa.int32()}))

@@ -98,13 +98,9 @@ def usable(
         judge_faults(data_path, next(rows.all_faults()), rows.faults, len(rows), sound, max_bad_share)
     tokens = rows["tokens"]
     fits = np.flatnonzero((tokens > 0) & (tokens <= max_length))
-    selection = Selection(
-        row_ids=fits,
-        **{name: rows[name][fits] for name in ("tokens", "labels", "runs", "patches")},
-        dropped=sound - len(fits),
-        skipped=tuple(rows.all_faults()),
-        rows=rows,
-    )
+    counts = {name: rows[name][fits] for name in ("tokens", "labels", "runs", "patches")}
+    skipped = tuple(rows.all_faults())
+    selection = Selection(row_ids=fits, **counts, dropped=sound - len(fits), skipped=skipped, rows=rows)
     dropped, above = selection.dropped, f"--max_length {max_length} (the longest has {tokens.max()} tokens)"
     if not len(fits):
         what = f"no usable row: all {dropped} are longer than {above}"

@@ -5,7 +5,6 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -129,12 +128,6 @@ class Given(NamedTuple):
     wanted: Sequence[str]
 
 
-@cache
-def full_prompt(name: str) -> str:
-    """Return a task's long question; those of the public rows are theirs word for word, misspellings included."""
-    return (Path(__file__).parent / "prompts" / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
-
-
 class BoardTask(Task):
     """A task about one board a record.
 
@@ -154,8 +147,9 @@ class BoardTask(Task):
         """Make one record; None when the board gives no answer of the wanted classes."""
 
     def prompt(self, row: Mapping[str, Any], settings: BuildSpec) -> str:
-        """Return the long question, or one short sentence."""
-        return full_prompt(self.name) if settings.prompt == "full" else self.short
+        """Return the long question, the public rows' word for word, misspellings included, or one short sentence."""
+        long = Path(__file__).parent / "prompts" / f"{self.name}.txt"
+        return long.read_text(encoding="utf-8").removesuffix("\n") if settings.prompt == "full" else self.short
 
     def build(self, settings: BuildSpec, report: BuildReport) -> list[Draft]:
         """Draw boards at random, or take them from --maps."""

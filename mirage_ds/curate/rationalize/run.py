@@ -69,9 +69,8 @@ def _setup(file: Path, questions: Questions) -> dict[str, Any]:
 
         # 1, which no folder names, was transformers' `generate`: it drew other texts from the same seed.
         made |= {"--model": weights_hash(str(spec.model)), "--batch_size": spec.batch_size, "decoder": 2}
-    for name in ("temperature", "max_new_tokens", "seed", "max_pixels", "task"):
-        made[f"--{name}"] = getattr(spec, name)
-    return made
+    names = ("temperature", "max_new_tokens", "seed", "max_pixels", "task")
+    return made | {f"--{name}": getattr(spec, name) for name in names}
 
 
 def _finish(questions: Questions, setup: dict[str, Any], noted: dict[Job, dict[str, Any]]) -> dict[str, Any]:

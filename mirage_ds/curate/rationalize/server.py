@@ -98,9 +98,7 @@ class Server:
         self.stop = threading.Event()
         self.url = str(self.spec.endpoint).rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.key = read_key(self.spec.key_variable)
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         limits = httpx2.Limits(max_connections=self.spec.parallel, max_keepalive_connections=self.spec.parallel)
         self.client = httpx2.Client(timeout=self.spec.timeout, limits=limits, headers=headers)
 
