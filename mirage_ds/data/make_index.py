@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 
 from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.config.mixture import Records
-from mirage_ds.config.run import cache_folder
 from mirage_ds.data import sources
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.folders import find_files
@@ -141,8 +140,14 @@ class Maker:
 
     Attributes:
         data_path: as the user has given it.
-        keep, quiet, check_images, columns: see open_index.
+        encoder: its finder looks for images beside each file, wherever it was made for.
+        keep: fields ("image_input", "image_output") whose features are kept: their images get keys here and are decoded
+            by whoever makes the features.
+        cache: holds the index.
+        quiet: show no progress.
+        check_images: look at every image file, not only at those of records with a fault.
         tick: is called again and again.
+        columns: the names of the records' own columns.
     """
 
     data_path: Records
@@ -153,6 +158,20 @@ class Maker:
     check_images: bool = False
     tick: Callable[[], None] = lambda: None
     columns: Columns = RECOGNISED
+
+    def index(self) -> Index:
+        """Open the index of the records, alone; it is made where there is none, and anew where it does not hold.
+
+        Raises:
+            UserError: a file is missing, cannot be read or changes meanwhile, there is no record, or no room.
+        """
+        plan = self.plan()
+        index = self.open(plan)
+        if index is None:
+            plan, _ = self.begin(plan)
+            self.make_parts(plan)
+            index = self.join(plan)
+        return index
 
     def plan(self) -> Plan:
         """Find the records and the key of their index.
@@ -299,36 +318,3 @@ class Maker:
         for number in track(range(len(plan.pieces)), "joining the index", quiet=self.quiet):
             yield parts.read(number, self.check_images)
             self.tick()
-
-
-def open_index(
-    data_path: Records,
-    encoder: Encoder,
-    keep: Sequence[str] = (),
-    cache_dir: Path | None = None,
-    quiet: bool = True,
-    check_images: bool = False,
-    columns: Columns = RECOGNISED,
-) -> Index:
-    """Open the index of a records source; it is made first where there is none, and anew where it does not hold.
-
-    Args:
-        encoder: its finder looks for images beside each file, wherever it was made for.
-        keep: fields ("image_input", "image_output") whose features are kept: their images get keys here and are decoded
-            by whoever makes the features.
-        cache_dir: holds the index; ~/.cache/mirage_ds if None.
-        quiet: show no progress.
-        check_images: look at every image file, not only at those of records with a fault.
-        columns: the names of the records' own columns.
-
-    Raises:
-        UserError: a file is missing, cannot be read or changes meanwhile, there is no record, or no room.
-    """
-    maker = Maker(data_path, encoder, keep, cache_folder(cache_dir), quiet, check_images, columns=columns)
-    plan = maker.plan()
-    index = maker.open(plan)
-    if index is None:
-        plan, _ = maker.begin(plan)
-        maker.make_parts(plan)
-        index = maker.join(plan)
-    return index

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from support.indices import BREAK, Counted, Make, every, selected, two_a_block
+from support.indices import BREAK, Counted, Make, every, open_index, selected, two_a_block
 
 from mirage_ds.data import make_index
 from mirage_ds.data.encode import Encoder
@@ -24,7 +24,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import NUMBERS, Index
 from mirage_ds.data.index_part import faulty_row, packed, part_schema
 from mirage_ds.data.loader import Loader, Rows
-from mirage_ds.data.make_index import ABANDONED_S, open_index, write_index
+from mirage_ds.data.make_index import ABANDONED_S, write_index
 from mirage_ds.data.pack import Planner
 from mirage_ds.data.record import Fault, Record, to_json
 from mirage_ds.data.record_files import scan

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from support.indices import BREAK, Counted, Make, every, selected
+from support.indices import BREAK, Counted, Make, every, open_index, selected
 from support.records import write_jsonl
 
 from mirage_ds.data import make_index
@@ -23,7 +23,7 @@ from mirage_ds.data.images import ImageFinder, image_key
 from mirage_ds.data.index import NUMBERS, Index
 from mirage_ds.data.index_part import Parts, packed, part_schema, read_part, write_part
 from mirage_ds.data.loader import Rows
-from mirage_ds.data.make_index import Maker, open_index, write_index
+from mirage_ds.data.make_index import Maker, write_index
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.selection import Selection, usable
 from mirage_ds.errors import UserError
