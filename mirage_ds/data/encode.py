@@ -42,6 +42,8 @@ LATENT_PAD, LATENT_START, LATENT_END = "<|latent_pad|>", "<|latent_start|>", "<|
 LATENT_TOKENS = (LATENT_PAD, LATENT_START, LATENT_END)
 IMAGE_PAD = "<|image_pad|>"
 ASSISTANT = "<|im_start|>assistant"
+# Features of a field's images where they were kept.
+Kept = torch.Tensor | None
 
 
 def _items(text: str) -> list[dict[str, str]]:
@@ -212,12 +214,7 @@ class Encoder:
         return self.fill(self.lay_out(record), record, row)
 
     def fill(
-        self,
-        layout: Layout,
-        record: Record,
-        row: int,
-        image_features: torch.Tensor | None = None,
-        helper_features: torch.Tensor | None = None,
+        self, layout: Layout, record: Record, row: int, image_features: Kept = None, helper_features: Kept = None
     ) -> Sample:
         """Make the Sample of a row that is laid out already; of the record only its line and its paths are looked at.
 
@@ -290,7 +287,7 @@ class Encoder:
         return output["pixel_values"].to(torch.float32), output["image_grid_thw"].to(torch.int64)
 
     def _images(
-        self, record: Record, name: str, expected: list[Grid], features: torch.Tensor | None
+        self, record: Record, name: str, expected: list[Grid], features: Kept
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode the images of a field unless their features are at hand."""
         if features is None:

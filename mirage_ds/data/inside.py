@@ -62,8 +62,7 @@ def content_of(value: Any) -> bytes | None:
         if not head.lower().endswith(";base64"):
             raise ValueError("is a data: URI without base64")
         return _decoded(text)
-    start = value[:_SHORTEST].lstrip()
-    if len(value) < _SHORTEST or not start.startswith(_SIGNS):
+    if len(value) < _SHORTEST or not value[:_SHORTEST].lstrip().startswith(_SIGNS):
         return None
     with suppress(ValueError):
         return _decoded(value)

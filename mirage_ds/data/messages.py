@@ -59,10 +59,8 @@ def is_null(value: Any) -> bool:
 
 def is_absent(value: Any) -> bool:
     """Tell whether a value says nothing: null, NaN, empty, or a list or object of such values alone."""
-    if isinstance(value, Mapping):
-        return all(is_absent(one) for one in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(is_absent(one) for one in value)
+    if isinstance(value, (Mapping, list, tuple)):
+        return all(is_absent(one) for one in (value.values() if isinstance(value, Mapping) else value))
     return is_null(value) or (isinstance(value, (str, bytes)) and not value)
 
 

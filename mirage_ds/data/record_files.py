@@ -108,8 +108,7 @@ def scan(
             click.echo(line, err=True)
     for place in islice(places(path), most):
         try:
-            record = make_record(place.row, place.line, answers, columns=columns)
-            records.append(replace(record, line=place.number))
+            records.append(replace(make_record(place.row, place.line, answers, columns=columns), line=place.number))
         except RecordError as error:
             faults.append(name_file(error.fault, files, place.file))
     if not records and not faults:

@@ -135,8 +135,7 @@ def _image(row: tables.Row, name: str, kind: str, places: Mapping[str, list[Path
         BadRow: there is none, or it is broken.
     """
     found = places.get(name) or places.get(Path(name).name) or []
-    own = [path for path in found if path.parent.name == kind]
-    path = next(iter(own or found), None)
+    path = next(iter([path for path in found if path.parent.name == kind] or found), None)
     if path is None:
         raise tables.BadRow(f"image {name!r} is not below images/")
     return row.picture(path, f"image {name}")

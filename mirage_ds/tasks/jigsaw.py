@@ -87,8 +87,7 @@ def cut_puzzle(
         place = (rng.randint(0, span[0]), rng.randint(0, span[1]))
         # One side is drawn anew so that the two do not meet: of all places most would.
         axis = rng.randrange(2)
-        free = span[axis] - patch[axis]
-        away = rng.randint(0, free) if at[axis] else rng.randint(patch[axis], span[axis])
+        away = rng.randint(0, span[axis] - patch[axis]) if at[axis] else rng.randint(patch[axis], span[axis])
         wrong = _crop(photo, (away, place[1]) if axis == 0 else (place[0], away), patch)
         if sum(ImageStat.Stat(ImageChops.difference(right, wrong)).mean) >= MIN_DIFFERENCE * 3:
             gap = photo.copy()

@@ -30,8 +30,7 @@ _TRIES = 60
 
 def outcome(board: Board, plan: Sequence[str]) -> str:
     """Return A, B or C: the first hole on the way decides, else where the plan ends."""
-    end = tile(board, follow(board, plan)[-1])
-    return {GOAL: "A", HOLE: "B"}.get(end, "C")
+    return {GOAL: "A", HOLE: "B"}.get(tile(board, follow(board, plan)[-1]), "C")
 
 
 def _perturbed(plan: Sequence[str], rng: random.Random) -> list[str]:
