@@ -78,8 +78,8 @@ def import_records(source: str, spec: ImportSpec) -> tuple[Written, list[str]]:
         for count, record in enumerate(records, 1):
             if isinstance(record, Fault):
                 faults = [record, *(one if isinstance(one, Fault) else None for one in records)]
-                told = record_files.summary(filter(None, faults), count - 1 + len(faults))[0]
-                raise UserError(f"{source}, {told}")
+                said, _ = record_files.summary(filter(None, faults), count - 1 + len(faults))
+                raise UserError(f"{source}, {said}")
             try:
                 row = row_of(record, finder, pictures)
             except RecordError as error:

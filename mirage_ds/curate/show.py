@@ -149,13 +149,11 @@ def _task_faults(record: Record) -> list[Fault]:
     name = record.extra.get("task")
     if name not in TASKS or not record.text_output:
         return []
+    unread = Fault(record.line, "text_output", f"{name} reads no answer out of it", "put the answer into \\boxed{}")
     try:
-        answered = get_task(name).parse(record.text_output, seen_by_scorer(record)) is not None
+        return [unread] if get_task(name).parse(record.text_output, seen_by_scorer(record)) is None else []
     except KeyError as error:
         return [Fault(record.line, str(error.args[0]), f"missing, and {name} reads answers by it", "add it")]
-    if answered:
-        return []
-    return [Fault(record.line, "text_output", f"{name} reads no answer out of it", "put the answer into \\boxed{}")]
 
 
 def _shrunk(image: Image.Image, side: int = _HTML_SIDE) -> Image.Image:

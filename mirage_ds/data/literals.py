@@ -32,8 +32,7 @@ class Literals:
     @cached_property
     def _special(self) -> re.Pattern[str]:
         """Matches a special token, of several that begin at one place the longest."""
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        return re.compile(f"({'|'.join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))})")
 
     @cached_property
     def _literal(self) -> Tokenizer:

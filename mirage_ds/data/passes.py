@@ -90,8 +90,7 @@ def schedule_auxiliary(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int
     text, latents = np.flatnonzero(~is_latent), np.flatnonzero(is_latent)
     place_of = np.empty(len(is_latent), dtype=np.int64)
     place_of[np.concatenate([text, latents])] = np.arange(len(is_latent))
-    sample_of = np.repeat(np.arange(len(lengths)), lengths)
-    counts = np.bincount(sample_of[text], minlength=len(lengths))
+    counts = np.bincount(np.repeat(np.arange(len(lengths)), lengths)[text], minlength=len(lengths))
     none = np.empty(0, dtype=np.int64)
     visible = []
     for begin, at, k in spans:

@@ -98,8 +98,7 @@ class ImageKeys(NamedTuple):
         own = np.asarray(rows, dtype=np.int64)
         first, counts = self.starts[own], self.starts[own + 1] - self.starts[own]
         # An image's place is its row's first one and its number within the row.
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(first, counts) + within
+        return np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
 
 
 def mrope_positions(input_ids: np.ndarray, grids: list[Grid], image_pad: int, merge: int) -> np.ndarray:

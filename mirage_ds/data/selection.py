@@ -140,8 +140,7 @@ def _own(broken: Mapping[int, Fault], row: int, index: Index) -> Fault:
 def sources_of(selection: Selection, mixture: Mixture) -> np.ndarray:
     """Return (R,) the place in the mixture of each usable row's source."""
     place = {file: at for at, part in enumerate(mixture.parts) for file in find_files(part.file)}
-    of_file = np.array([place[file] for file in selection.rows.files])
-    return of_file[selection.rows["file"][selection.row_ids]]
+    return np.array([place[file] for file in selection.rows.files])[selection.rows["file"][selection.row_ids]]
 
 
 def weighed(selection: Selection, mixture: Mixture, seed: int) -> Selection:

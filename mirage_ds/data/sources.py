@@ -238,8 +238,7 @@ def dicts_of(rows: Any) -> list[dict[str, Any]]:
 
     A number without a name, such as -1 for none, is None.
     """
-    noted = json.loads((rows.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = noted.get("info", {}).get("features", {})
+    features = json.loads((rows.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     classes = {
         key: one["names"] for key, one in features.items() if one.get("_type") == "ClassLabel" and "names" in one
     }

@@ -33,9 +33,7 @@ _MARK = re.compile(
 class ComtSettings(tables.ConvertSettings):
     """Which rows."""
 
-    types: list[str] = Field(
-        ["creation"], description="values of `type` to take, or all; creation is the geometry subset"
-    )
+    types: list[str] = Field(["creation"], description="values of `type`, or all; creation is the geometry subset")
     split: Literal["all", "train", "test"] = Field(
         "all", description="test: a fifth of the rows, by the hash of their first image; train: the others"
     )

@@ -38,13 +38,9 @@ class JigsawSettings(Settings):
     """How puzzles are cut."""
 
     photos: Path = Field(description="folder of photographs, looked through with its subfolders")
-    count: int | None = Field(
-        None, ge=1, description="rows to make, one a photograph [default: every one of the split]"
-    )
+    count: int | None = Field(None, ge=1, description="rows to make, one a photograph [default: all of the split]")
     split: Split = Field("train", description="which photographs; follows from a file's content, whatever the seed")
-    corner: Literal["any"] | Corner = Field(
-        "lower-right", description="which corner is cut out; BLINK's is lower-right"
-    )
+    corner: Literal["any"] | Corner = Field("lower-right", description="which is cut out; BLINK's is lower-right")
     cut: float = Field(0.5, ge=0.1, le=0.5, description="share of width and of height that is cut out")
     side: int = Field(512, ge=56, description="px of the longer side; a larger photograph is shrunk, none is enlarged")
     min_side: int = Field(224, ge=56, description="px the shorter side must have then; smaller ones are left out")
@@ -63,9 +59,7 @@ def split_of(content: bytes) -> Split:
     return "test" if share == 9 else "dev" if share == 8 else "train"
 
 
-def cut_puzzle(
-    photo: Image.Image, corner: Corner, cut: float, rng: random.Random
-) -> tuple[Image.Image, Image.Image, Image.Image]:
+def cut_puzzle(photo: Image.Image, corner: Corner, cut: float, rng: random.Random) -> tuple[Image.Image, ...]:
     """Cut a corner out of a photograph, and a patch of the same size from a place that does not meet it.
 
     Args:

@@ -151,12 +151,11 @@ def random_board(side: int, hole_rate: float, rng: random.Random) -> Board:
     Boards with a larger share of holes than `hole_rate`, or without a path, are drawn again; with many holes that
     can take long, so callers keep `hole_rate` at 0.5 or below.
     """
-    limit = most_holes(side, hole_rate)
     while True:
         start, goal = rng.sample(range(side * side), 2)
         flat = [HOLE if rng.random() < hole_rate else ICE for _ in range(side * side)]
         flat[start], flat[goal] = START, GOAL
-        if flat.count(HOLE) > limit:
+        if flat.count(HOLE) > most_holes(side, hole_rate):
             continue
         board = tuple(tuple(flat[row * side : (row + 1) * side]) for row in range(side))
         if find(board, START) in distances(board):

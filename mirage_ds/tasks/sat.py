@@ -27,9 +27,7 @@ _ID_COLUMNS = ("id", "idx")
 class SatSettings(tables.ConvertSettings):
     """Which rows, and where their helper images lie."""
 
-    question_types: list[str] = Field(
-        PAPERS_TYPES, description="values of question_type to take (- and _ are alike), or all"
-    )
+    question_types: list[str] = Field(PAPERS_TYPES, description="values of question_type, - and _ alike, or all")
     helpers: Path | None = Field(
         None,
         description="folder of helper images, each called as its row's id, or its number from 0 where rows have none",
