@@ -70,13 +70,13 @@ def make_index(answers: Any, out: Path, records: Path, stage: str) -> None:
 def _open(out: Path, records: Path, stage: Any) -> tuple[Any, float]:
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.load import load_encoder
-    from mirage_ds.data.make_index import open_index
+    from mirage_ds.data.make_index import Maker
     from mirage_ds.data.selection import usable
 
     encoder = load_encoder([str(out / "model")], ImageFinder.beside(records, None), stage, LATENTS)
     begun = time.perf_counter()
-    rows = open_index(records, encoder, _kept(stage), out / "cache")
-    index = usable(rows, records, 4096, 0.1, _kept(stage))
+    rows = Maker(records, encoder, _kept(stage), out / "cache").index()
+    index = usable(rows, records, 4096, 0.1)
     return index, time.perf_counter() - begun
 
 
@@ -92,7 +92,7 @@ def _features(index: Any, folder: Path) -> dict[str, Any]:
     from mirage_ds.data.features import FeatureStore, KeptFeatures, ShardWriter
 
     made = {}
-    for name, found in index.images.items():
+    for name, found in index.rows.images.items():
         # Of helpers their targets are kept.
         pooled = np.full(len(found.sizes), LATENTS) if name == "image_output" else found.sizes
         images = found._replace(sizes=pooled)

@@ -122,10 +122,9 @@ def read_foreign(file: Path) -> Imported:
     factory = "model_name_or_path" in given
     swift = file.suffix == ".sh" or ("model" in given and given.keys() & {"train_type", "tuner_type", "dataset"})
     if not (factory or swift):
-        raise UserError(
-            f"{file}: is no configuration that is recognised; give one of LLaMA-Factory (it has model_name_or_path) or "
-            "of ms-swift (model with train_type and dataset, or a script with `swift sft`)"
-        )
+        swifts = "of ms-swift (model with train_type and dataset, or a script with `swift sft`)"
+        how = f"give one of LLaMA-Factory (it has model_name_or_path) or {swifts}"
+        raise UserError(f"{file}: is no configuration that is recognised; {how}")
     if not given.pop("do_train", not factory):
         raise UserError(f"{file}: trains nothing (it has no do_train: true); give the configuration of a training")
     megatron = "Megatron" if "micro_batch_size" in given else None
@@ -205,9 +204,12 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
         raise _Left(by_theirs("absent").get(theirs, "not known here"))
     if name.startswith("lora_") and "lora_rank" not in made.settings:
         raise _Left("all weights are trained")
-    if name == "warmup_steps" and 0 < _number(value) < 1:
-        made.missing[name] = f"{value} × the steps of the run (its log says how many)"
-        return
+    if name == "warmup_steps":
+        # YAML takes 5e-2 for a text.
+        with suppress(TypeError, ValueError):
+            if 0 < float(value) < 1:
+                made.missing[name] = f"{value} × the steps of the run (its log says how many)"
+                return
     if theirs.startswith(("freeze_", "disable_")):
         value = not value
     if name == "train_vision" and value and "lora_rank" in made.settings:
@@ -227,14 +229,6 @@ def _take(made: Imported, theirs: str, value: Any) -> None:
     except ValidationError as error:
         raise _Left(f"{shown(value)}: {error.errors()[0]['msg']}") from None
     made.carry(theirs, name, value)
-
-
-def _number(value: Any) -> float:
-    """Return a number, 0 for what is none: YAML takes 5e-2 for a text."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return 0.0
 
 
 def _take_method(made: Imported, values: dict[str, Any]) -> str:
@@ -285,9 +279,8 @@ def _take_data(made: Imported, values: dict[str, Any]) -> None:
             made.carry(theirs, name, files if name == "data_path" else files[0])
     if len(columns) > 1:
         differ = " / ".join(sorted(own or "the usual ones" for own in columns))
-        made.missing["columns"] = (
-            f"the same for all records, and theirs differ ({differ}); `data import` names them anew"
-        )
+        but = f"theirs differ ({differ}); `data import` names them anew"
+        made.missing["columns"] = f"the same for all records, and {but}"
     elif any(columns):
         made.carry("dataset", "columns", columns.pop())
 
@@ -301,11 +294,8 @@ def _placed(made: Imported, name: str, values: dict[str, Any]) -> tuple[str, str
     usual = {"query": "input" if parts.get("prompt", "instruction") == "instruction" else ""}
     roles = tables()["roles"]
     lost = [f"{part} ({parts[part]})" for part in parts if part not in roles and parts[part] != usual.get(part, part)]
-    columns = ",".join(
-        f"{roles[part]}={column}"
-        for part, column in parts.items()
-        if part in roles and column not in tables()["usual"][part]
-    )
+    unusual = [part for part in parts if part in roles and parts[part] not in tables()["usual"][part]]
+    columns = ",".join(f"{roles[part]}={parts[part]}" for part in unusual)
     hub = entry.get("hf_hub_url", "")
     flags = {"--split": entry.get("split"), "--columns": columns, "--out": "DIR"}
     words = [word for flag, value in flags.items() if value for word in (flag, value)]
@@ -360,10 +350,8 @@ def print_imported(made: Imported, on_stderr: bool) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    values = {name: value for name, value in made.settings.items() if name in made.carried}
-    carried = [
-        (made.carried[name], name, json.dumps(value, ensure_ascii=False).strip('"')) for name, value in values.items()
-    ]
+    values = {name: json.dumps(value, ensure_ascii=False).strip('"') for name, value in made.settings.items()}
+    carried = [(made.carried[name], name, value) for name, value in values.items() if name in made.carried]
     console = Console(stderr=on_stderr)
     for title, head, rows in (
         ("carried over", (made.trainer, "here", "value"), carried),

@@ -1,22 +1,20 @@
 """Several sources of records as one, each with a share of the rows or without: FILE:WEIGHT. Imports no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mirage_ds.errors import UserError, shown
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A source of a mixture, and its weight if it has one."""
 
     file: Path
     weight: float | None
 
 
-@dataclass(frozen=True)
-class Mixture:
+class Mixture(NamedTuple):
     """Sources as one."""
 
     parts: tuple[Part, ...]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mirage_ds.config.columns import RECOGNISED, Columns
-from mirage_ds.config.run import Stage, cache_folder
+from mirage_ds.config.run import Stage
 from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
@@ -77,7 +77,7 @@ def check_file(
     from mirage_ds.data.progress import track
 
     files = find_files(data_path)
-    pictures = folder_of_pictures(cache_folder(None))
+    pictures = folder_of_pictures()
     finder = ImageFinder.beside(data_path, image_root, confine_paths)
     encoder = None
     if model_folder:

@@ -110,7 +110,5 @@ def rationalize(file: Path, short: int | None, **flags: Any) -> None:
     print_counts(str(spec.out.resolve() / "data.jsonl") if outcomes["accepted"] else "", counts.items())
     if not outcomes["accepted"]:
         worst = max(MEANINGS, key=lambda kind: outcomes[kind])
-        most = f"{outcomes[worst]} of them for this: {MEANINGS[worst]}"
-        raise UserError(
-            f"none of {summary['replies']} replies was accepted, {most}; {spec.out}/rationalize.json has an example"
-        )
+        what = f"none of {summary['replies']} replies was accepted, {outcomes[worst]} of them for this"
+        raise UserError(f"{what}: {MEANINGS[worst]}; {spec.out}/rationalize.json has an example")

@@ -10,20 +10,12 @@ from typing import Any
 from mirage_ds.config.columns import Columns, parse_columns
 from mirage_ds.curate.rewrite import row_of
 from mirage_ds.curate.spec import ImportSpec
+from mirage_ds.data import record_files
 from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.progress import progress_bar
 from mirage_ds.data.record import Fault, RecordError
-from mirage_ds.data.record_files import (
-    Raw,
-    files_of_one_folder,
-    forms_of,
-    places,
-    records_of_rows,
-    said_of,
-    summary,
-    told,
-)
+from mirage_ds.data.sources import Raw
 from mirage_ds.errors import UserError, reason
 from mirage_ds.tasks.write import Row, Written, new_target, write_rows
 
@@ -36,9 +28,8 @@ def _from_hub(source: str, split: str) -> Iterator[dict[str, Any]]:
     try:
         found: Any = datasets.load_dataset(source, split=split)
     except Exception as error:  # noqa: BLE001  # the Hub's client, fsspec and Arrow raise almost anything
-        raise UserError(
-            f"{source}: cannot be loaded ({reason(error)}); give a file, a folder, or a data set of the Hub"
-        ) from None
+        how = "give a file, a folder, or a data set of the Hub"
+        raise UserError(f"{source}: cannot be loaded ({reason(error)}); {how}") from None
     return rows_of_frame(found)
 
 
@@ -53,14 +44,14 @@ def _open(source: str, spec: ImportSpec, columns: Columns) -> tuple[list[str], I
         place /= spec.split
     # No data set of the Hub has such a name.
     if place.exists() or has_magic(source):
-        beside = place if place.is_dir() else files_of_one_folder(place)[0]
-        return list(told(place, columns)), ((one.number, one.row) for one in places(place)), beside
+        beside = place if place.is_dir() else record_files.files_of_one_folder(place)[0]
+        rows = ((one.number, one.row) for one in record_files.places(place))
+        return list(record_files.told(place, columns)), rows, beside
     if place.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv") or place.is_absolute():
         raise UserError(f"{source}: no such file")
-    rows = _from_hub(source, spec.split)
-    first = list(islice(rows, 8))
-    forms = [said_of(source, form) for form in forms_of(source, first, columns)]
-    return forms, enumerate(chain(first, rows), 1), place
+    found = _from_hub(source, spec.split)
+    first = list(islice(found, 8))
+    return record_files.forms_of(source, first, columns), enumerate(chain(first, found), 1), place
 
 
 def import_records(source: str, spec: ImportSpec) -> tuple[Written, list[str]]:
@@ -83,14 +74,12 @@ def import_records(source: str, spec: ImportSpec) -> tuple[Written, list[str]]:
     def rows(pictures: Path) -> Iterator[Row]:
         nonlocal rounds
         count = 0
-        records = records_of_rows(islice(numbered, spec.most), True, pictures, columns)
+        records = record_files.records_of_rows(islice(numbered, spec.most), pictures, columns)
         for count, record in enumerate(records, 1):
             if isinstance(record, Fault):
-                faults, total = [record], count
-                for one in records:
-                    total += 1
-                    faults += [one] if isinstance(one, Fault) else []
-                raise UserError(f"{source}, {summary(faults, total)[0]}")
+                faults = [record, *(one if isinstance(one, Fault) else None for one in records)]
+                said, _ = record_files.summary(filter(None, faults), count - 1 + len(faults))
+                raise UserError(f"{source}, {said}")
             try:
                 row = row_of(record, finder, pictures)
             except RecordError as error:
@@ -107,7 +96,6 @@ def import_records(source: str, spec: ImportSpec) -> tuple[Written, list[str]]:
     with TemporaryDirectory(prefix="mirage_ds_") as inside, progress_bar("pictures") as progress:
         written = write_rows(rows(Path(inside).resolve()), spec, progress)
     if rounds:
-        forms.append(
-            f"of {rounds} record(s) with several answers the last is learnt, the others stand before the question"
-        )
+        learnt = "the last is learnt, the others stand before the question"
+        forms.append(f"of {rounds} record(s) with several answers {learnt}")
     return written, forms

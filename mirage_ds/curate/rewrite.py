@@ -1,16 +1,12 @@
 """Records to make others of: a file of them, whose images stay where they are."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from mirage_ds.config.columns import parse_columns
-from mirage_ds.config.run import cache_folder
 from mirage_ds.curate.spec import ReadSpec
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import folder_of_pictures
@@ -22,8 +18,7 @@ from mirage_ds.tasks.tables import suffix_of
 from mirage_ds.tasks.write import Row
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A records file to make others of."""
 
     file: Path
@@ -31,7 +26,7 @@ class Source:
     finder: ImageFinder
 
     @classmethod
-    def read(cls, file: Path, spec: ReadSpec, most: int | None = None) -> Source:
+    def read(cls, file: Path, spec: ReadSpec, most: int | None = None) -> Self:
         """Read a file or folder of records.
 
         Args:
@@ -60,7 +55,7 @@ class Source:
     def row(self, record: Record) -> Row:
         """Make the row that a record is already; UserError where an image is not there."""
         with self.told(record):
-            return row_of(record, self.finder, folder_of_pictures(cache_folder(None)))
+            return row_of(record, self.finder, folder_of_pictures())
 
 
 def row_of(record: Record, finder: ImageFinder, inside: Path) -> Row:

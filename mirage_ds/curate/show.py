@@ -10,9 +10,9 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 from PIL import Image, ImageDraw, ImageFont
@@ -34,8 +34,7 @@ _PICTURES, _PAD, _COLUMNS = 5, 20, 120
 _ROWS = re.compile(r"(\d+)(?:-(\d+))?")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a picture stands in a text.
 
     Attributes:
@@ -49,8 +48,7 @@ class Place:
     caption: str
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(NamedTuple):
     """One line of the file, ready to be drawn.
 
     Attributes:
@@ -151,13 +149,11 @@ def _task_faults(record: Record) -> list[Fault]:
     name = record.extra.get("task")
     if name not in TASKS or not record.text_output:
         return []
+    unread = Fault(record.line, "text_output", f"{name} reads no answer out of it", "put the answer into \\boxed{}")
     try:
-        answered = get_task(name).parse(record.text_output, seen_by_scorer(record)) is not None
+        return [unread] if get_task(name).parse(record.text_output, seen_by_scorer(record)) is None else []
     except KeyError as error:
         return [Fault(record.line, str(error.args[0]), f"missing, and {name} reads answers by it", "add it")]
-    if answered:
-        return []
-    return [Fault(record.line, "text_output", f"{name} reads no answer out of it", "put the answer into \\boxed{}")]
 
 
 def _shrunk(image: Image.Image, side: int = _HTML_SIDE) -> Image.Image:

@@ -34,7 +34,7 @@ class VarySpec(RewriteSpec):
     """How records are varied."""
 
     most: int | None = Field(None, ge=1, description="take only the first so many records")
-    question: str | None = Field(None, description=f"helper-only: what is asked [default: {QUESTION}]")
+    question: str = Field(QUESTION, description="helper-only: what is asked")
     task: str | None = Field(None, description="helper-text: task to use [default: the record's own task]")
 
 

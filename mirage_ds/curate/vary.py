@@ -7,14 +7,14 @@ import hashlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 from mirage_ds.curate.rewrite import Source
-from mirage_ds.curate.spec import QUESTION, Kind, VarySpec
+from mirage_ds.curate.spec import Kind, VarySpec
 from mirage_ds.data.images import Key
 from mirage_ds.data.progress import progress_bar
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Record
@@ -28,8 +28,7 @@ GREY = (128, 128, 128)
 _FOREIGN = {"helper-swap", "helper-noise"}
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What a kind makes its rows from.
 
     Attributes:
@@ -64,20 +63,19 @@ def vary(kind: Kind, file: Path, spec: VarySpec) -> Written:
             made = MAKERS[kind](given)
         before = record.extra.get("variant")
         variant = f"{before}+{kind}" if isinstance(before, str) else kind
-        rows += [replace(row, extra=row.extra | {"variant": variant}) for row in made]
+        rows += [row._replace(extra=row.extra | {"variant": variant}) for row in made]
     with progress_bar(f"{kind}: pictures") as progress:
         return write_rows(rows, spec, progress)
 
 
 def _check_flags(kind: Kind, spec: VarySpec) -> None:
     for flag, own in (("question", "helper-only"), ("task", "helper-text")):
-        if getattr(spec, flag) is not None and kind != own:
+        if flag in spec.model_fields_set and kind != own:
             raise UserError(f"--{flag} goes with {own}, not with {kind}; leave it out")
-    question = QUESTION if spec.question is None else spec.question
-    if not is_text(question):
+    if not is_text(spec.question):
         raise UserError("--question: not UTF-8 text; type it in a UTF-8 terminal")
-    if IMAGE_MARK in question or not question.strip():
-        raise UserError(f"--question is {shown(question)}; give a text without {IMAGE_MARK}, there is no image")
+    if IMAGE_MARK in spec.question or not spec.question.strip():
+        raise UserError(f"--question is {shown(spec.question)}; give a text without {IMAGE_MARK}, there is no image")
 
 
 def _check_images(kind: Kind, record: Record) -> None:
@@ -139,14 +137,14 @@ def choose_partners(source: Source, seed: int) -> list[Record]:
 
 def _without_helper(row: Row) -> Row:
     """Return the row as text: neither the helper nor its mark."""
-    return replace(row, text_output=row.text_output.replace(HELPER_MARK, ""), helpers=())
+    return row._replace(text_output=row.text_output.replace(HELPER_MARK, ""), helpers=())
 
 
 def _helper_input(given: Given) -> list[Row]:
     """The helper as a further input image. Without marks images stand first, and so does it."""
     row, images = given.row, len(given.row.helpers)
     text = row.text_input + IMAGE_MARK * images if given.record.marks else row.text_input
-    return [replace(_without_helper(row), text_input=text, inputs=row.inputs + row.helpers)]
+    return [_without_helper(row)._replace(text_input=text, inputs=row.inputs + row.helpers)]
 
 
 def _helper_rows(given: Given) -> list[Row]:
@@ -168,11 +166,10 @@ def _helper_text(given: Given) -> list[Row]:
     try:
         words = get_task(name).helper_text({**record.extra, "text_output": record.text_output})
     except KeyError as error:
-        how = f"add it: {name} tells its helper by it"
-        raise record.fault(str(error.args[0]), "missing", how) from None
+        raise record.fault(str(error.args[0]), "missing", f"add it: {name} tells its helper by it") from None
     before, mark, after = record.text_output.partition(HELPER_MARK)
     text = _joined(_joined(before, words), after) if mark else _joined(words, before)
-    return [replace(given.row, text_output=text, helpers=())]
+    return [given.row._replace(text_output=text, helpers=())]
 
 
 def _joined(before: str, after: str) -> str:
@@ -183,7 +180,7 @@ def _joined(before: str, after: str) -> str:
 
 def _helper_swap(given: Given) -> list[Row]:
     """Another record's helpers."""
-    return [replace(given.row, helpers=given.source.row(given.partner).helpers)]
+    return [given.row._replace(helpers=given.source.row(given.partner).helpers)]
 
 
 def _helper_noise(given: Given) -> list[Row]:
@@ -198,7 +195,7 @@ def _helper_noise(given: Given) -> list[Row]:
             lambda: Image.frombytes("RGB", (width, height), random.Random(drawn).randbytes(width * height * 3)),
         )
 
-    return [replace(given.row, helpers=tuple(noise(*one) for one in enumerate(given.record.image_output)))]
+    return [given.row._replace(helpers=tuple(noise(*one) for one in enumerate(given.record.image_output)))]
 
 
 def _no_image(given: Given) -> list[Row]:
@@ -207,14 +204,13 @@ def _no_image(given: Given) -> list[Row]:
     for path in given.record.image_input:
         height, width = given.source.finder.size(given.record, "image_input", path)
         grey.append(Picture.drawn(f"grey/{width}x{height}", partial(Image.new, "RGB", (width, height), GREY)))
-    return [replace(given.row, inputs=tuple(grey))]
+    return [given.row._replace(inputs=tuple(grey))]
 
 
 def _helper_only(given: Given) -> list[Row]:
     """Nothing but the latents to read the answer from."""
-    question = QUESTION if given.spec.question is None else given.spec.question
     extra = {key: value for key, value in given.row.extra.items() if key != TURNS_BEFORE}
-    return [replace(given.row, text_input=question, inputs=(), extra=extra)]
+    return [given.row._replace(text_input=given.spec.question, inputs=(), extra=extra)]
 
 
 MAKERS: dict[Kind, Callable[[Given], list[Row]]] = {

@@ -1,8 +1,6 @@
 """Questions asked in Python: texts and pictures, in whatever form they are at hand → records and their finder."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mirage_ds.config.run import cache_folder
 from mirage_ds.data.frames import as_rgb
-from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.images import ImageFinder, size_of
 from mirage_ds.data.inside import folder_of_pictures, path_of
 from mirage_ds.data.record import Record, check_marks
 from mirage_ds.errors import UserError, shown
@@ -28,20 +25,12 @@ class Given(ImageFinder):
 
     given: Mapping[str, Image.Image] = field(default_factory=dict)
 
-    def size(self, record: Record, name: str, path: str) -> tuple[int, int]:
-        """See ImageFinder."""
+    def look(self, see: Callable[[Path], Any], record: Record, name: str, path: str) -> Any:
+        """See ImageFinder; what is given has a size, and is decoded."""
         image = self.given.get(path)
-        return super().size(record, name, path) if image is None else (image.height, image.width)
-
-    def load(self, record: Record, name: str, path: str) -> Image.Image:
-        """See ImageFinder."""
-        image = self.given.get(path)
-        return super().load(record, name, path) if image is None else image
-
-    def check(self, record: Record, name: str, path: str) -> None:
-        """See ImageFinder."""
-        if path not in self.given:
-            super().check(record, name, path)
+        if image is None:
+            return super().look(see, record, name, path)
+        return (image.height, image.width) if see is size_of else image
 
 
 def several(pictures: Any) -> list[Any]:
@@ -65,7 +54,7 @@ def as_records(texts: Sequence[str], pictures: Sequence[Sequence[Picture]]) -> t
         for number, one in enumerate(own, 1):
             name = f"image {number} of question {line}"
             try:
-                found = path_of(as_rgb(one), folder_of_pictures(cache_folder(None)))
+                found = path_of(as_rgb(one), folder_of_pictures())
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
             if isinstance(found, Image.Image):

@@ -86,13 +86,13 @@ def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
 
 
 def _pass(plan: PassPlan, predicts: np.ndarray) -> Pass:
-    starts = np.concatenate([[0], np.cumsum(plan.query_lengths)[:-1]]).astype(np.int64)
+    cu_q = _cumulative(plan.query_lengths)
     return Pass(
         tokens=torch.from_numpy(plan.tokens),
-        first=torch.from_numpy(starts),
+        first=cu_q[:-1].long(),
         sources=torch.from_numpy(plan.sources),
         keys=torch.from_numpy(plan.keys),
-        cu_q=_cumulative(plan.query_lengths),
+        cu_q=cu_q,
         cu_k=_cumulative(plan.key_lengths),
         max_q=max(plan.query_lengths),
         max_k=max(plan.key_lengths),
@@ -127,9 +127,8 @@ def collate(samples: Sequence[Sample], passes: int, dummy: Sample, auxiliary: bo
     made = tuple(_pass(plan, predicts) for plan in plans)
     labelled = np.concatenate([plan.tokens[one.labelled.numpy()] for plan, one in zip(plans, made, strict=True)])
     sample_of = np.repeat(np.arange(len(packed)), lengths)
-    runs = [(number, start, k) for number, sample in enumerate(packed) for start, k in sample.runs]
-    latents = [starts[number] + start + np.arange(k) for number, start, k in runs]
-    latent_samples = [np.full(k, number) for number, _, k in runs]
+    latents = [at + start + np.arange(k) for one, at in zip(packed, starts, strict=False) for start, k in one.runs]
+    latent_count = torch.tensor([sum(k for _, k in sample.runs) for sample in packed])
     pools = _pools(packed, auxiliary)
     return Batch(
         rows=torch.tensor([sample.row for sample in packed]),
@@ -141,11 +140,9 @@ def collate(samples: Sequence[Sample], passes: int, dummy: Sample, auxiliary: bo
         target_sample=torch.from_numpy(sample_of[labelled]),
         label_count=torch.from_numpy(np.bincount(sample_of[labelled], minlength=len(packed))),
         latents=_indices(latents),
-        latent_sample=_indices(latent_samples),
-        latent_count=torch.tensor([sum(k for _, k in sample.runs) for sample in packed]),
-        image_positions=torch.cat(
-            [sample.image_positions + int(start) for sample, start in zip(packed, starts[:-1], strict=True)]
-        ),
+        latent_sample=torch.arange(len(packed)).repeat_interleave(latent_count),
+        latent_count=latent_count,
+        image_positions=torch.cat([one.image_positions + int(at) for one, at in zip(packed, starts, strict=False)]),
         pixel_values=torch.cat([sample.pixel_values for sample in packed]),
         image_grid_thw=torch.cat([sample.image_grid_thw for sample in packed]),
         image_features=_features([sample.image_features for sample in packed]),
@@ -190,5 +187,4 @@ def _pools(samples: Sequence[Sample], auxiliary: bool) -> tuple[torch.Tensor, to
 
 def to_device(tree: Tree, device: torch.device) -> Tree:
     """Move every tensor of a (nested) named tuple to a device."""
-    moved: Tree = mapped(tree, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True))
-    return moved
+    return mapped(tree, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True))

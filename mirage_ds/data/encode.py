@@ -42,6 +42,8 @@ LATENT_PAD, LATENT_START, LATENT_END = "<|latent_pad|>", "<|latent_start|>", "<|
 LATENT_TOKENS = (LATENT_PAD, LATENT_START, LATENT_END)
 IMAGE_PAD = "<|image_pad|>"
 ASSISTANT = "<|im_start|>assistant"
+# Features of a field's images where they were kept.
+Kept = torch.Tensor | None
 
 
 def _items(text: str) -> list[dict[str, str]]:
@@ -84,8 +86,7 @@ class Encoder:
     @cached_property
     def _head(self) -> list[int]:
         """Ids of the answer's head; asked for by every row, so kept."""
-        ids: Any = self.tokenizer(ASSISTANT, add_special_tokens=False)["input_ids"]
-        return list(ids)
+        return list(self.tokenizer(ASSISTANT, add_special_tokens=False)["input_ids"])
 
     @property
     def _bare(self) -> bool:
@@ -105,14 +106,9 @@ class Encoder:
     def _grid(self, processor: Any, height: int, width: int) -> Grid:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-        patch = processor.patch_size
-        rows, columns = smart_resize(
-            height,
-            width,
-            factor=patch * processor.merge_size,
-            min_pixels=processor.size["shortest_edge"],
-            max_pixels=processor.size["longest_edge"],
-        )
+        patch, size = processor.patch_size, processor.size
+        limits = size["shortest_edge"], size["longest_edge"]
+        rows, columns = smart_resize(height, width, patch * processor.merge_size, *limits)
         return 1, rows // patch, columns // patch
 
     def _merged(self, grid: Grid) -> int:
@@ -133,24 +129,18 @@ class Encoder:
 
     def _prompt(self, record: Record) -> str:
         """Write the turns up to the question and the head of the answer's turn."""
-        turns: list[Any] = []
-        for turn in record.turns_before:
-            shows = turn["role"] == "user"
-            turns.append({"role": turn["role"], "content": _items(turn["content"]) if shows else turn["content"]})
+        turns: list[Any] = record.turns_before
+        turns = [turn | {"content": _items(turn["content"])} if turn["role"] == "user" else turn for turn in turns]
         first = [] if record.marks else [{"type": "image"}] * len(record.image_input)
         turns.append({"role": "user", "content": [*first, *_items(record.text_input)]})
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False)) + ASSISTANT
 
     def _text(self, record: Record) -> str:
         """Write the whole row."""
-        answer = record.text_output
-        if self._bare:
-            latents = ""
-        else:
-            latents = LATENT_START + LATENT_PAD * (0 if self.slots == "marks" else self.latent_size) + LATENT_END
-            if HELPER_MARK not in answer and record.image_output:
-                answer = HELPER_MARK + answer
-        answer = answer.replace(HELPER_MARK, latents)
+        pads = LATENT_PAD * (0 if self.slots == "marks" else self.latent_size)
+        latents = "" if self._bare else LATENT_START + pads + LATENT_END
+        first = HELPER_MARK if record.image_output and HELPER_MARK not in record.text_output else ""
+        answer = (first + record.text_output).replace(HELPER_MARK, latents)
         return f"{self._prompt(record)}\n{answer}<|im_end|>\n"
 
     def _veil(self, record: Record) -> tuple[Record, dict[str, str]]:
@@ -198,11 +188,9 @@ class Encoder:
                     how = "raise --helper_min_pixels, or choose another --latent_size or --compress_strategy"
                     raise record.fault("image_output", f"helper {path} {error}", how) from None
                 helper_grids.append(grid)
-        pieces = text.split(IMAGE_PAD)
-        expanded = pieces[0] + "".join(
-            IMAGE_PAD * self._merged(grid) + piece for grid, piece in zip(grids, pieces[1:], strict=True)
-        )
-        ids = self.literals.tokenize(expanded, veils)
+        first, *pieces = text.split(IMAGE_PAD)
+        slots = [IMAGE_PAD * self._merged(grid) for grid in grids]
+        ids = self.literals.tokenize(first + "".join(map("".join, zip(slots, pieces, strict=True))), veils)
         # The answer starts behind the last `<|im_start|>` and the role's name.
         head = self._head
         turn = len(ids) - 1 - ids[::-1].index(head[0])
@@ -212,14 +200,10 @@ class Encoder:
 
     def measure_of(self, layout: Layout) -> Measure:
         """Count what a row holds."""
-        pads = list(layout.input_ids).count(self.id_of(LATENT_PAD))
-        return Measure(
-            tokens=len(layout.input_ids),
-            labels=len(layout.input_ids) - layout.answer_start - pads,
-            runs=0 if self.stage == "sft" else pads // self.latent_size,
-            images=tuple(self._merged(grid) for grid in layout.grids),
-            helpers=tuple(self._merged(grid) for grid in layout.helper_grids),
-        )
+        tokens, pads = len(layout.input_ids), list(layout.input_ids).count(self.id_of(LATENT_PAD))
+        runs = 0 if self.stage == "sft" else pads // self.latent_size
+        images, helpers = (tuple(map(self._merged, grids)) for grids in (layout.grids, layout.helper_grids))
+        return Measure(tokens, tokens - layout.answer_start - pads, runs, images, helpers)
 
     def encode(self, record: Record, row: int) -> Sample:
         """Encode one record.
@@ -230,12 +214,7 @@ class Encoder:
         return self.fill(self.lay_out(record), record, row)
 
     def fill(
-        self,
-        layout: Layout,
-        record: Record,
-        row: int,
-        image_features: torch.Tensor | None = None,
-        helper_features: torch.Tensor | None = None,
+        self, layout: Layout, record: Record, row: int, image_features: Kept = None, helper_features: Kept = None
     ) -> Sample:
         """Make the Sample of a row that is laid out already; of the record only its line and its paths are looked at.
 
@@ -308,7 +287,7 @@ class Encoder:
         return output["pixel_values"].to(torch.float32), output["image_grid_thw"].to(torch.int64)
 
     def _images(
-        self, record: Record, name: str, expected: list[Grid], features: torch.Tensor | None
+        self, record: Record, name: str, expected: list[Grid], features: Kept
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode the images of a field unless their features are at hand."""
         if features is None:

@@ -45,9 +45,7 @@ def sortable(keys: np.ndarray) -> np.ndarray:
 
 
 # Where the features of an image lie: key (see sortable), the number of the shard, and bytes there with their CRC-32.
-TABLE = np.dtype(
-    {"names": ["key", "shard", "offset", "size", "check"], "formats": ["S16", np.int32, np.int64, np.int64, np.int64]}
-)
+TABLE = np.dtype([("key", "S16"), ("shard", np.int32), ("offset", np.int64), ("size", np.int64), ("check", np.int64)])
 
 
 @lru_cache(MOST_OPEN)
@@ -158,10 +156,8 @@ class FeatureStore:
             # The next start makes all of the shard anew.
             with suppress(OSError):
                 file.unlink()
-            raise UserError(
-                f"{file}: kept features are damaged; start again, which makes them anew, and look at the disk",
-                everywhere=False,
-            )
+            how = "start again, which makes them anew, and look at the disk"
+            raise UserError(f"{file}: kept features are damaged; {how}", everywhere=False)
         return torch.frombuffer(bytearray(content), dtype=self.dtype).view(-1, self.width)
 
 
@@ -223,7 +219,6 @@ class KeptFeatures(NamedTuple):
         _, first = np.unique(sortable(self.images.keys[places]), return_index=True)
         return places[np.sort(first)]
 
-    def bytes_of(self, places: np.ndarray | Sequence[int]) -> int:
+    def bytes_of(self, places: np.ndarray) -> int:
         """Bytes that the features at these places take."""
-        sizes = self.images.sizes[np.asarray(places, dtype=np.int64)]
-        return int(sizes.sum()) * self.store.width * self.store.dtype.itemsize
+        return int(self.images.sizes[places].sum()) * self.store.width * self.store.dtype.itemsize

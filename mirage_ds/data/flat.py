@@ -9,8 +9,6 @@ number. It takes
 and raises UserError where the file as a whole is not what it seems.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import json
@@ -23,6 +21,8 @@ from typing import Any, BinaryIO
 from mirage_ds.data.kinds import BOM, HEAD_BYTES, Kind
 from mirage_ds.errors import UserError, reason, shown
 
+# What a reader yields; a text, or of a table a dict.
+Found = Iterator[tuple[int, int, int, Any]]
 READ_BYTES = 1 << 18
 SEPARATORS = ",;\t"
 # Of JSON, with room: two escapes of six letters make one character.
@@ -30,9 +30,7 @@ _LONGEST_WORD = 20
 _GAP = re.compile(r"[\s,]*")
 
 
-def json_lines(
-    content: BinaryIO, file: Path, start: int = 0, stop: int | None = None, first: int = 1
-) -> Iterator[tuple[int, int, int, str]]:
+def json_lines(content: BinaryIO, file: Path, start: int = 0, stop: int | None = None, first: int = 1) -> Found:
     """Read the lines that are not blank. One ends as Python's text files have it: by \\n, \\r or both.
 
     A byte that is not UTF-8 arrives as half a surrogate pair; record.make_record says it.
@@ -52,9 +50,7 @@ def json_lines(
             line += 1
 
 
-def array_items(
-    content: BinaryIO, file: Path, start: int = 0, stop: int | None = None, first: int = 1
-) -> Iterator[tuple[int, int, int, str]]:
+def array_items(content: BinaryIO, file: Path, start: int = 0, stop: int | None = None, first: int = 1) -> Found:
     """Read the items of a JSON array."""
     scan = json.JSONDecoder().raw_decode
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
@@ -101,14 +97,13 @@ def _bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogateescape"))
 
 
-def table_rows(
-    content: BinaryIO, file: Path, start: int = 0, stop: int | None = None, first: int = 1
-) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
-    """Read the rows of a table; an empty value is None."""
+def table_rows(content: BinaryIO, file: Path, start: int = 0, stop: int | None = None, first: int = 1) -> Found:
+    """Read the rows of a table, as dicts; an empty value is None."""
     # A picture may stand in a table as text.
     csv.field_size_limit(sys.maxsize)
-    separator = _separator(content)
-    at = 0
+    # Whichever there are most of between the names.
+    separator = max(SEPARATORS, key=content.readline().decode("utf-8", "replace").count)
+    at = content.seek(0)
 
     def lines() -> Iterator[str]:
         nonlocal at
@@ -137,20 +132,8 @@ def table_rows(
             begin, line = at, skipped + rows.line_num + 1
     except (csv.Error, UnicodeDecodeError) as error:
         what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"no table ({reason(error)})"
-        raise UserError(
-            f"{file}, line {line}: {what}; save it as CSV in UTF-8, with quotes as Excel or pandas write"
-        ) from None
+        how = "save it as CSV in UTF-8, with quotes as Excel or pandas write"
+        raise UserError(f"{file}, line {line}: {what}; {how}") from None
 
 
-def _separator(content: BinaryIO) -> str:
-    """Return what stands between a table's names: a comma, a semicolon or a tab, whichever there are most of."""
-    names = content.readline().decode("utf-8", "replace")
-    content.seek(0)
-    return max(SEPARATORS, key=names.count)
-
-
-READERS: dict[Kind, Callable[..., Iterator[tuple[int, int, int, Any]]]] = {
-    "lines": json_lines,
-    "array": array_items,
-    "table": table_rows,
-}
+READERS: dict[Kind, Callable[..., Found]] = {"lines": json_lines, "array": array_items, "table": table_rows}

@@ -1,7 +1,5 @@
 """Which files a --data_path names: a file, a folder as it lies or as `datasets` saved it, a glob pattern, several."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
@@ -91,9 +89,8 @@ def _saved(folder: Path) -> list[Path]:
         if splits.is_file():
             names = json.loads(splits.read_bytes())["splits"]
             if len(names) > 1:
-                raise UserError(
-                    f"{folder}: has the splits {', '.join(names)}; name one of them, such as {folder / names[0]}"
-                )
+                how = f"name one of them, such as {folder / names[0]}"
+                raise UserError(f"{folder}: has the splits {', '.join(names)}; {how}")
             return _saved(folder / names[0])
         if state.is_file() and (folder / "dataset_info.json").is_file():
             # Beside them lie files of its cache.
@@ -140,6 +137,5 @@ def readable(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{file}: cannot be read ({error.strerror or reason(error)}); name a readable file of records"
-        ) from None
+        why = error.strerror or reason(error)
+        raise UserError(f"{file}: cannot be read ({why}); name a readable file of records") from None

@@ -1,10 +1,8 @@
 """What Python holds: rows of a pandas frame, a data set of `datasets`, an Arrow table or dicts; pixels of a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,9 +10,6 @@ from PIL import Image
 from mirage_ds.data.images import png_of, upright_rgb
 from mirage_ds.data.sources import BATCH_ROWS, dicts_of
 from mirage_ds.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 CHANNELS = (1, 3, 4)
 
@@ -69,11 +64,11 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray) or hasattr(value, "detach")
 
 
-def from_pixels(pixels: np.ndarray | torch.Tensor) -> Image.Image:
+def from_pixels(pixels: Any) -> Image.Image:
     """Make an image of (height, width), (height, width, channels) or, as torch has it, (channels, height, width).
 
     Args:
-        pixels: 0 … 255 in whole numbers, 0 … 1 in others.
+        pixels: an array, or a tensor of torch: 0 … 255 in whole numbers, 0 … 1 in others.
 
     Raises:
         ValueError: another shape or other values; the message says what it takes.

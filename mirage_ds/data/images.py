@@ -4,8 +4,6 @@ Relative paths are looked for beside the record's file, then under the image roo
 An image is taken as viewers show it: turned as its EXIF says, on white where it is transparent (data/README.md).
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -18,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -57,11 +55,7 @@ Found = TypeVar("Found")
 
 
 class ImageError(Exception):
-    """What is wrong with an image file, and how to mend it."""
-
-    def __init__(self, what: str, how: str):
-        super().__init__(what, how)
-        self.what, self.how = what, how
+    """What is wrong with an image file, and how to mend it: its two arguments."""
 
 
 class Sight(NamedTuple):
@@ -94,7 +88,7 @@ def once(look: Callable[[Path], Found]) -> Callable[[Path], Found]:
         found = remembered(file, stamp.st_size, stamp.st_mtime_ns)
         if isinstance(found, ImageError):
             # Anew: one that is raised again keeps the frames of all before.
-            raise ImageError(found.what, found.how)
+            raise ImageError(*found.args)
         return found
 
     return answer
@@ -128,7 +122,7 @@ class ImageFinder:
     within: tuple[Path, ...] | None = None
 
     @classmethod
-    def beside(cls, data_path: Path, image_root: Path | None, confine: bool = False) -> ImageFinder:
+    def beside(cls, data_path: Path, image_root: Path | None, confine: bool = False) -> Self:
         """Make the finder of a file or folder of records.
 
         Args:
@@ -138,7 +132,7 @@ class ImageFinder:
         own = tuple(f.resolve() for f in (beside, image_root) if f is not None)
         return cls((*own, Path.cwd().resolve()), own if confine else None)
 
-    def of(self, file: Path, pictures: Path) -> ImageFinder:
+    def of(self, file: Path, pictures: Path) -> Self:
         """Make a finder that looks beside another records file, and else in the same places.
 
         Args:
@@ -176,9 +170,8 @@ class ImageFinder:
         try:
             place = next((place for place in places if place.is_file()), None)
         except PermissionError as error:
-            raise record.fault(
-                name, f"{shown(path)} cannot be looked for ({error.strerror})", "make its folder readable"
-            ) from None
+            what = f"{shown(path)} cannot be looked for ({error.strerror})"
+            raise record.fault(name, what, "make its folder readable") from None
         except OSError as error:
             how = "write the path of a file, not the image itself"
             raise record.fault(name, f"{shown(path)} is no path ({error.strerror})", how) from None
@@ -191,35 +184,34 @@ class ImageFinder:
         place = place.resolve()
         if not any(place.is_relative_to(folder) for folder in self.within):
             allowed = " and ".join(str(folder) for folder in self.within)
-            raise record.fault(
-                name, f"{path!r} is {place}, outside {allowed}", "copy it there, or leave --confine_paths out"
-            )
+            what = f"{path!r} is {place}, outside {allowed}"
+            raise record.fault(name, what, "copy it there, or leave --confine_paths out")
         return place
 
     def size(self, record: Record, name: str, path: str) -> tuple[int, int]:
         """Return (height, width) in pixels of the image as `load` returns it, from the header alone."""
-        return self._of_file(size_of, record, name, path)
+        return self.look(size_of, record, name, path)
 
     def load(self, record: Record, name: str, path: str) -> Image.Image:
         """Decode the image, of an animation the first picture, to upright RGB on white."""
-        return self._of_file(decoded, record, name, path)
+        return self.look(decoded, record, name, path)
 
     def check(self, record: Record, name: str, path: str) -> None:
         """RecordError unless the image decodes."""
-        self._of_file(decodes, record, name, path)
+        self.look(decodes, record, name, path)
 
     def key(self, record: Record, name: str, path: str) -> Key:
         """Return the key of the image's content; RecordError where it cannot be read."""
-        return self._of_file(image_key, record, name, path)
+        return self.look(image_key, record, name, path)
 
-    def _of_file(self, look: Callable[[Path], Found], record: Record, name: str, path: str) -> Found:
+    def look(self, see: Callable[[Path], Found], record: Record, name: str, path: str) -> Found:
         """Look at the image's file; whatever that leads to is a fault of the record."""
         place = self.find(record, name, path)
         try:
-            return look(place)
+            return see(place)
         except Exception as error:  # noqa: BLE001  # see fault_of
-            fault = fault_of(error)
-        raise record.fault(name, f"image {place} {fault.what}", fault.how)
+            what, how = fault_of(error).args
+        raise record.fault(name, f"image {place} {what}", how)
 
 
 @once
@@ -233,7 +225,7 @@ def image_key(file: Path) -> Key:
 @once
 def size_of(file: Path) -> tuple[int, int]:
     """Return (height, width) as viewers show the image, from the header alone as a rule."""
-    with _open(file) as image:
+    with opened(file) as image:
         if image.format == "PNG" and _notes_behind_pixels(file):
             image.load()
         width, height = image.size
@@ -247,7 +239,7 @@ def size_of(file: Path) -> tuple[int, int]:
 
 def decoded(file: Path) -> Image.Image:
     """Decode an image file to upright RGB on white."""
-    with _open(file) as image:
+    with opened(file) as image:
         size, mode = image.size, image.mode
         made = upright_rgb(image)
     if made is None:
@@ -264,7 +256,7 @@ def decodes(file: Path) -> bool:
     return bool(decoded(file))
 
 
-def _open(place: Path) -> Image.Image:
+def opened(place: Path | io.BytesIO) -> Image.Image:
     """Open an image, decoding nothing; also what Pillow only warns of as of a decompression bomb is raised."""
     # Filters of warnings belong to the process, and images are checked in threads.
     with _opening, warnings.catch_warnings():
@@ -345,8 +337,7 @@ def _from_16_bits(image: Image.Image, key: int | None) -> Image.Image:
     """
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
-    bits = tags.get(TIFF_BITS, (16,))[0]
-    grey = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+    grey = Image.fromarray((values >> (tags.get(TIFF_BITS, (16,))[0] - 8)).astype(np.uint8))
     if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO:
         grey = ImageOps.invert(grey)
     if key is not None:

@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 
 from mirage_ds.data.inside import folder_of_pictures
-from mirage_ds.data.record import Fault, Record, from_json, name_file
+from mirage_ds.data.record import FIELDS, Fault, Record, from_json, name_file
 from mirage_ds.data.sample import ImageKeys, Layout
 from mirage_ds.data.sources import hash_of
 from mirage_ds.errors import UserError
@@ -42,16 +42,9 @@ HEADER = "index.json"
 DOUBTS = "doubts.txt"
 # Places, counts, and the length and CRC-32 of what rows.bin has of it. A record that cannot be used has no tokens.
 NUMBERS = pa.schema(
-    {
-        "line": pa.int64(),
-        "file": pa.int32(),
-        "tokens": pa.int32(),
-        "labels": pa.int32(),
-        "runs": pa.int32(),
-        "patches": pa.int64(),
-        "bytes": pa.int64(),
-        "check": pa.uint32(),
-    }
+    [(name, pa.int64()) for name in ("line", "patches", "bytes")]
+    + [(name, pa.int32()) for name in ("file", "tokens", "labels", "runs")]
+    + [("check", pa.uint32())]
 )
 # A field's images: key of the content, merged features.
 IMAGES = pa.list_(pa.struct({"key": pa.list_(pa.uint64(), 2), "size": pa.int32()}))
@@ -79,6 +72,7 @@ class Index:
         source: hash of the records (sources.data_hash).
         digest: hash of all that the rows hold; the same wherever the same rows were indexed.
         faults: how many of the records cannot be used.
+        images: field name → the images of all rows, usable or not, for the fields whose features are kept.
 
     Raises:
         DamagedError: it is not there, or not whole.
@@ -96,11 +90,11 @@ class Index:
                     raise DamagedError(self.place / name)
             self.source = str(self.header["source"])
             self.digest = str(self.header["files"]["columns.arrow"])
-            self._columns = self.reader("columns.arrow").get_batch(0)
-            self._starts = self._columns["start"].to_numpy()
+            columns = self.reader("columns.arrow").get_batch(0)
             # Opened here: a data-loader process that is forked later reads the same file, whatever lies there then.
             self._rows = pa.OSFile(str(self.place / "rows.bin"))
-            self.numbers = {name: self._columns[name].to_numpy() for name in NUMBERS.names}
+            self.numbers = {name: columns[name].to_numpy() for name in (*NUMBERS.names, "start")}
+            self.images = {name: _images(columns[name]) for name in columns.schema.names if name in FIELDS}
             self.faults = len(self) - int(np.count_nonzero(self["tokens"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             raise DamagedError(self.place) from error
@@ -114,32 +108,29 @@ class Index:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.place, self.files, self.pictures = state["place"], state["files"], state["pictures"]
-        try:
+        with suppress(DamagedError):
             self._open(check=False)
-        except DamagedError:
-            raise self._lost() from None
-        if self.digest != state["digest"]:
-            raise self._lost()
+            if self.digest == state["digest"]:
+                return
+        raise self._lost()
 
     def _lost(self) -> UserError:
-        return UserError(
-            f"{self.place}: the index of the records is damaged or another one; start again, which makes it anew",
-            everywhere=False,
-        )
+        what = "the index of the records is damaged or another one; start again, which makes it anew"
+        return UserError(f"{self.place}: {what}", everywhere=False)
 
     def __len__(self) -> int:
         """How many records the source holds, whether or not they can be used."""
         return len(self["line"])
 
     def __getitem__(self, column: str) -> np.ndarray:
-        """Return a column of NUMBERS, (R,)."""
+        """Return a column of NUMBERS, or where each row begins in rows.bin ("start"), (R,)."""
         return self.numbers[column]
 
     def _read(self, row: int) -> tuple[np.ndarray, list[str]]:
         """Return a row's tokens, (T,) int32, and the lines behind them."""
         # A disk that fails is as bad as one that forgets.
         with suppress(OSError):
-            content = self._rows.read_at(int(self["bytes"][row]), int(self._starts[row]))
+            content = self._rows.read_at(int(self["bytes"][row]), int(self["start"][row]))
             if zlib.crc32(content) == self["check"][row]:
                 ids = np.frombuffer(content, np.int32, self["tokens"][row])
                 return ids, content[ids.nbytes :].decode().split("\n")
@@ -166,12 +157,6 @@ class Index:
         files = [str(file) for file in self.files]
         return [{"row": row, "file": files[self["file"][row]], "line": int(self["line"][row])} for row in rows]
 
-    def images(self, name: str) -> ImageKeys:
-        """Return the images of a field whose features are kept."""
-        own = self._columns[name]
-        keys = own.values.field("key").values.to_numpy().reshape(-1, 2)
-        return ImageKeys(keys, own.values.field("size").to_numpy(), own.offsets.to_numpy())
-
     def named(self, fault: Fault, row: int) -> Fault:
         """Put a row's file into its fault, where there are several; the next start looks at the row's images."""
         # A cache that cannot be written: --check_images finds it.
@@ -184,13 +169,16 @@ class Index:
     def all_faults(self) -> Iterator[Fault]:
         """Yield the fault of each record that cannot be used, in the order of the records."""
         for row in np.flatnonzero(self["tokens"] == 0).tolist():
-            fault = Fault(**json.loads(self._read(row)[1][0]))
-            yield name_file(fault, self.files, int(self["file"][row]))
+            yield name_file(Fault(**json.loads(self._read(row)[1][0])), self.files, int(self["file"][row]))
+
+
+def _images(own: pa.ListArray) -> ImageKeys:
+    keys = own.values.field("key").values.to_numpy().reshape(-1, 2)
+    return ImageKeys(keys, own.values.field("size").to_numpy(), own.offsets.to_numpy())
 
 
 def open_made(place: Path, files: Sequence[Path], cache: Path) -> Index | None:
     """Open an index; None where there is none, or a damaged one."""
-    try:
+    with suppress(DamagedError):
         return Index(place, files, folder_of_pictures(cache))
-    except DamagedError:
-        return None
+    return None

@@ -172,16 +172,11 @@ def encode_row(record: Record | Fault, encoder: Encoder, keep: Sequence[str]) ->
         return faulty_row(error.fault, keep)
     measure = encoder.measure_of(layout)
     sizes = {"image_input": measure.images, "image_output": measure.helpers}
+    images = {name: [{"key": k, "size": n} for k, n in zip(keys[name], sizes[name], strict=True)] for name in keep}
     rest = json.dumps([layout.answer_start, layout.grids, layout.helper_grids])
-    return dict(
-        line=record.line,
-        tokens=measure.tokens,
-        labels=measure.labels,
-        runs=measure.runs,
-        patches=sum(time * height * width for time, height, width in layout.grids + layout.helper_grids),
-        **packed(layout.input_ids, rest, to_json(record)),
-        **{name: [{"key": k, "size": n} for k, n in zip(keys[name], sizes[name], strict=True)] for name in keep},
-    )
+    counts = {"tokens": measure.tokens, "labels": measure.labels, "runs": measure.runs}
+    counts["patches"] = sum(time * height * width for time, height, width in layout.grids + layout.helper_grids)
+    return counts | images | {"line": record.line} | packed(layout.input_ids, rest, to_json(record))
 
 
 def faulty_row(fault: Fault, keep: Sequence[str]) -> dict[str, Any]:

@@ -4,10 +4,11 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mirage_ds.config.run import cache_folder
 from mirage_ds.errors import UserError
 from mirage_ds.files import write_new
 
@@ -17,9 +18,9 @@ _SIGNS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK")
 _SHORTEST = 100
 
 
-def folder_of_pictures(cache: Path) -> Path:
-    """Where pictures that came inside records files lie."""
-    return cache / "pictures"
+def folder_of_pictures(cache_dir: Path | None = None) -> Path:
+    """Where pictures that came inside records files lie, in --cache_dir or where that is by default."""
+    return cache_folder(cache_dir) / "pictures"
 
 
 @contextmanager
@@ -61,14 +62,12 @@ def content_of(value: Any) -> bytes | None:
         if not head.lower().endswith(";base64"):
             raise ValueError("is a data: URI without base64")
         return _decoded(text)
-    start = value[:_SHORTEST].lstrip()
-    if len(value) < _SHORTEST or not start.startswith(_SIGNS):
+    if len(value) < _SHORTEST or not value[:_SHORTEST].lstrip().startswith(_SIGNS):
         return None
-    try:
+    with suppress(ValueError):
         return _decoded(value)
-    except ValueError:
-        # A path after all: it has a dot or another character that base64 lacks.
-        return None
+    # A path after all: it has a dot or another character that base64 lacks.
+    return None
 
 
 def path_of(value: Any, pictures: Path) -> Any:

@@ -77,7 +77,6 @@ def kind_of(path: Path) -> Kind:
 
 def _for_file(cure: str, path: Path) -> str:
     """Put the names of a file and of the converted one into a cure."""
-    new = path.with_name(f"{path.name.split('.')[0] or 'rows'}_converted")
-    for word, name in (("FILE", path), ("NEW", new)):
+    for word, name in (("FILE", path), ("NEW", path.with_name(f"{path.name.split('.')[0] or 'rows'}_converted"))):
         cure = cure.replace(word, str(name) if "python" in cure else shlex.quote(str(name)))
     return cure

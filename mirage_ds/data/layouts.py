@@ -18,24 +18,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from mirage_ds.config.columns import RECOGNISED, Columns, Layout
-from mirage_ds.data.messages import (
-    FIELDS,
-    HELPER_MARK,
-    IMAGE_MARK,
-    TURNS_BEFORE,
-    MessageError,
-    check_keys,
-    check_turns,
-    expect,
-    is_absent,
-    is_learnt,
-    need_read,
-    refuse_row,
-    unread_pictures,
-)
+from mirage_ds.data import messages
+from mirage_ds.data.messages import FIELDS, HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, MessageError, expect, is_absent
 from mirage_ds.errors import shown
 
 Row = Mapping[str, Any]
+Roles = list[tuple[str, str]]
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -104,12 +92,12 @@ def _turn(where: str, role: str, content: Any, learnt: bool = True) -> _Turn:
         named = [key for key in ("text", *_PICTURE_KEYS) if not is_absent(item.get(key))]
         kind = item.get("type") or next(iter(named), None)
         if kind in ("text", "input_text", "output_text"):
-            check_keys(item, ("type", "text"), where)
+            messages.check_keys(item, ("type", "text"), where)
             return marked(expect(item.get("text"), str, where))
         if kind == "latent" and role != "assistant":
             raise MessageError(where, f"a {role} message holds latents", "only the answer may hold them")
         if kind in ("latent", "input_image", *_PICTURE_KEYS):
-            check_keys(item, ("type", "detail", *_PICTURE_KEYS), where)
+            messages.check_keys(item, ("type", "detail", *_PICTURE_KEYS), where)
             pictures.append(picture_of(item, where) if named else HELPER_MARK if kind == "latent" else None)
             return mark
         raise MessageError(where, f"no item {shown(item)}", "there are text, image and latent items")
@@ -129,14 +117,14 @@ def _messages(row: dict[str, Any], key: str) -> Iterator[_Turn]:
     for number, one in enumerate(_taken(row, key, list), 1):
         where = f"{key} {number}"
         if isinstance(one, Mapping) and one.keys() >= {"human", "assistant"}:
-            check_keys(one, ("human", "assistant"), where)
+            messages.check_keys(one, ("human", "assistant"), where)
             yield from (_turn(where, "user", one["human"]), _turn(where, "assistant", one["assistant"]))
             continue
         role = _either(one, _SPEAKER) if isinstance(one, Mapping) else None
         if role not in ROLES:
             how = f"write role ({', '.join(ROLES)}) and content; tools and their answers cannot be carried over"
             raise MessageError(where, f"expected a message, found {shown(one)}", how)
-        learnt = is_learnt(one, (*_SPEAKER, *_CONTENT), where)
+        learnt = messages.is_learnt(one, (*_SPEAKER, *_CONTENT), where)
         yield _turn(where, ROLES[role], _either(one, _CONTENT), learnt)
 
 
@@ -185,11 +173,11 @@ def _own_pair(row: dict[str, Any], names: tuple[str, ...], columns: Columns, ans
     for role, name in (("question", question), ("answer", answer)):
         if name not in row and (answers or role == "question"):
             # Rows of preferences have no answer either.
-            refuse_row(row)
-            where = f"missing (the row has {shown(list(names)[:8])})" if not name else f"{name} is missing or empty"
-            raise MessageError(
-                role, where, f"give --columns {role}=COLUMN" if not name else "fill it, or leave the row out"
-            )
+            messages.refuse_row(row)
+            if name:
+                raise MessageError(role, f"{name} is missing or empty", "fill it, or leave the row out")
+            what = f"missing (the row has {shown(list(names)[:8])})"
+            raise MessageError(role, what, f"give --columns {role}=COLUMN")
         if isinstance(row.get(name), (int, float)) and not isinstance(row[name], bool):
             row[name] = str(row[name])
     return question, answer if answer in row else ""
@@ -283,14 +271,13 @@ def _placed(turns: list[_Turn], images: list[Any], helpers: list[Any]) -> tuple[
         # Without marks those trainers show them first of all; a record would show them with its last question.
         texts[first] = IMAGE_MARK * lead + texts[first]
     rest, waiting = iter(images[lead:]), iter(helpers)
-    seen, drawn = (
-        [next(rest) if one is None else one for turn in part for one in turn.pictures] for part in (asked, turns[-1:])
-    )
+    seen = [next(rest) if one is None else one for turn in asked for one in turn.pictures]
+    drawn = [next(rest) if one is None else one for one in turns[-1].pictures]
     drawn = [next(waiting, one) if one == HELPER_MARK else one for one in drawn]
     return texts, images[:lead] + seen, [one for one in [*drawn, *waiting] if one != HELPER_MARK]
 
 
-def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], Roles]:
     """Return a record's keys, and (role, column) of what was read; no role where a column's pictures are not."""
     names = tuple(row)
     left = {key: value for key, value in row.items() if not is_absent(value)}
@@ -301,14 +288,13 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
     own = {"image": columns.image or tuple(shown_under), "helper": columns.helper}
     pictures = {role: images_of(left, columns_of) for role, columns_of in own.items()}
     if form and answers:
-        refuse_row(left)
+        messages.refuse_row(left)
     turns = _turns(left, names, form, columns, answers)
     if not answers and turns[-1].role == "user":
         turns.append(_Turn("", "assistant", "", []))
     if len(turns) < 2 or turns[-1].role != "assistant" or turns[-2].role != "user":
-        raise MessageError(
-            form[0] if form else "history", "they do not end with a question and its answer", "leave the row out"
-        )
+        what = "they do not end with a question and its answer"
+        raise MessageError(form[0] if form else "history", what, "leave the row out")
     if answers and not turns[-1].learnt:
         how = "end with one that is, or leave the row out"
         raise MessageError(turns[-1].where, "its answer is marked as not to be learnt", how)
@@ -322,13 +308,12 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
             own[role] = tuple(filter(None, [_guess(role, left)]))
             pictures[role] = images_of(left, own[role])
     texts, seen, drawn = _placed(turns, pictures["image"], pictures["helper"])
-    unread = [
-        name for name, value in left.items() if any(one not in (*seen, *drawn) for one in unread_pictures(value, True))
-    ]
+    used = (*seen, *drawn)
+    unread = [name for name in left if any(one not in used for one in messages.unread_pictures(left[name], True))]
     if columns.image or columns.helper or any(any(turn.pictures) for turn in turns):
-        left = {name: value for name, value in left.items() if not any(unread_pictures(value, False))}
+        left = {name: value for name, value in left.items() if not any(messages.unread_pictures(value, False))}
     else:
-        need_read(left, paths=not seen and not drawn)
+        messages.need_read(left, paths=not seen and not drawn)
     lost = next((name for name in (*FIELDS, TURNS_BEFORE) if name in left), None)
     if lost:
         raise MessageError(lost, "is a key of a record", "a row has one layout; leave it out, or rename it")
@@ -337,7 +322,7 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
         **{"text_input": texts[-2], "text_output": texts[-1]},
         **({"image_input": seen} if seen else {}),
         **({"image_output": drawn} if drawn else {}),
-        **({TURNS_BEFORE: check_turns(before, form[0] if form else TURNS_BEFORE)} if before else {}),
+        **({TURNS_BEFORE: messages.check_turns(before, form[0] if form else TURNS_BEFORE)} if before else {}),
         **left,
     }
     pair = form or (turns[-2].where, turns[-1].where)
@@ -346,25 +331,19 @@ def _read(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], li
     return made, [*((role, name) for role, name in named if name), *(("", name) for name in unread)]
 
 
-def read_row(row: Row, columns: Columns = RECOGNISED, answers: bool = True) -> dict[str, Any]:
+def read_row(row: Row, columns: Columns = RECOGNISED, answers: bool = True) -> tuple[dict[str, Any], Roles]:
     """Turn a row into a record's keys; its images are paths or contents. A record's own keys stay as they are.
 
     Args:
         columns: the names that are given; what is not given is recognised.
         answers: whether it must have an answer.
 
+    Returns:
+        The keys, and (role, column) of what they are read from, "" for pictures that are not; nothing for a record.
+
     Raises:
         MessageError: it has no layout, no answer, or something that a record cannot hold.
     """
-    return _read_any(row, columns, answers)[0]
-
-
-def roles_of(row: Row, columns: Columns = RECOGNISED) -> list[tuple[str, str]]:
-    """Return (role, column) of what a row is read from, "" for pictures that are not; nothing for a record."""
-    return _read_any(row, columns, answers=False)[1]
-
-
-def _read_any(row: Row, columns: Columns, answers: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     asked, wanted = columns.question or columns.messages, {name for _, name in columns.named} - row.keys()
     # Blanks around a name are hard to see.
     row = {name.strip() if name.strip() in wanted else name: value for name, value in row.items()} if wanted else row

@@ -27,14 +27,12 @@ class Literals:
     @cached_property
     def special_tokens(self) -> list[str]:
         """Every special token as it is spelt: image slots, turns, latents and the like."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return [token.content for token in added if token.special]
+        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
         """Matches a special token, of several that begin at one place the longest."""
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        return re.compile("|".join(re.escape(token) for token in longest_first))
+        return re.compile(f"({'|'.join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))})")
 
     @cached_property
     def _literal(self) -> Tokenizer:
@@ -65,13 +63,11 @@ class Literals:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         convert: Any = self.tokenizer.convert_tokens_to_ids
         ids: list[int] = []
-        at = 0
         unveil = str.maketrans({veil: token for token, veil in veils.items()})
-        for own in [*self._special.finditer(text), None]:
-            between = text[at : own.start() if own else None]
-            if between:
-                ids += self._literal.encode(between.translate(unveil), add_special_tokens=False).ids
-            if own:
-                ids.append(int(convert(own.group())))
-                at = own.end()
+        # Every second part is a special token.
+        for number, part in enumerate(self._special.split(text)):
+            if number % 2:
+                ids.append(int(convert(part)))
+            elif part:
+                ids += self._literal.encode(part.translate(unveil), add_special_tokens=False).ids
         return ids

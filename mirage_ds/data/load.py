@@ -39,9 +39,8 @@ def load_tokenizer(folders: list[str], cache_dir: Path | None, add_latents: bool
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processor_template(Path(folder))
     if tokenizer.chat_template is None:
-        raise UserError(
-            f"{folder}: the tokenizer has no chat template (chat_template.jinja or .json); copy the model's own"
-        )
+        what = "the tokenizer has no chat template (chat_template.jinja or .json)"
+        raise UserError(f"{folder}: {what}; copy the model's own")
     try:
         trial: Any = [{"role": "user", "content": [{"type": "text", "text": "Question?"}, {"type": "image"}]}]
         rendered = str(tokenizer.apply_chat_template(trial, tokenize=False))
@@ -97,16 +96,9 @@ def load_encoder(
         made.size = {"shortest_edge": low, "longest_edge": high}
         return made
 
-    return Encoder(
-        tokenizer=load_tokenizer(folders, cache_dir),
-        images=processor(pixels, ""),
-        helpers=processor(helper_pixels, "helper_"),
-        finder=finder,
-        stage=stage,
-        latent_size=latent_size,
-        slots=slots,
-        compress=compress,
-    )
+    tokenizer = load_tokenizer(folders, cache_dir)
+    images, helpers = processor(pixels, ""), processor(helper_pixels, "helper_")
+    return Encoder(tokenizer, images, helpers, finder, stage, latent_size, slots, compress)
 
 
 def _processor_template(folder: Path) -> str | None:
@@ -147,11 +139,8 @@ def fingerprint(encoder: Encoder) -> dict[str, Any]:
         tokenizer=hashlib.sha256(text.encode()).hexdigest(),
         images=settings_of(encoder.images),
         helpers=settings_of(encoder.helpers),
-        stage=encoder.stage,
-        latent_size=encoder.latent_size,
-        slots=encoder.slots,
-        # It refuses what cannot be pooled; which feature goes where is no part of a row.
-        compress=encoder.compress,
+        # `compress` refuses what cannot be pooled; which feature goes where is no part of a row.
+        **{name: getattr(encoder, name) for name in ("stage", "latent_size", "slots", "compress")},
     )
 
 

@@ -63,10 +63,8 @@ class Rows:
         """
         record, layout = self.records.encoded(row)
         try:
-            features = {
-                name: KeptFeatures(self.records.images(name), store).of(row) for name, store in self.stores.items()
-            }
-            images, helpers = features.get("image_input"), features.get("image_output")
+            kept = {name: KeptFeatures(self.records.images[name], self.stores[name]).of(row) for name in self.stores}
+            images, helpers = kept.get("image_input"), kept.get("image_output")
             return self.encoders[int(self.records["file"][row])].fill(layout, record, row, images, helpers)
         except RecordError as error:
             raise UserError(f"record on {self.records.named(error.fault, row)}", everywhere=False) from None

@@ -1,8 +1,6 @@
 """Making the index of a records source (index.py): processes of all ranks make its parts (index_part.py), one of them
 joins these."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -22,7 +20,6 @@ import pyarrow.compute as pc
 
 from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.config.mixture import Records
-from mirage_ds.config.run import cache_folder
 from mirage_ds.data import sources
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.folders import find_files
@@ -58,9 +55,8 @@ def write_index(
         source: hash of the records.
         pictures: where pictures that came inside records files lie.
     """
-    schema = part_schema(keep)
     # A number of each row takes little; written at the end, each column is one array.
-    columns = [schema.empty_table().select([*NUMBERS.names, *keep])]
+    columns = [part_schema(keep).empty_table().select([*NUMBERS.names, *keep])]
     places: set[int] = set()
     inside = False
     with (folder / "rows.bin").open("wb") as rows, _table(folder / "pictures.arrow", SHOWN) as shown:
@@ -91,7 +87,7 @@ def write_index(
 
 
 @contextmanager
-def _table(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatchWriter]:
+def _table(file: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
     # Python's file: its errors have a number.
     with file.open("wb") as content, pa.ipc.new_file(content, schema) as table:
         yield table
@@ -145,8 +141,14 @@ class Maker:
 
     Attributes:
         data_path: as the user has given it.
-        keep, quiet, check_images, columns: see open_index.
+        encoder: its finder looks for images beside each file, wherever it was made for.
+        keep: fields ("image_input", "image_output") whose features are kept: their images get keys here and are decoded
+            by whoever makes the features.
+        cache: holds the index.
+        quiet: show no progress.
+        check_images: look at every image file, not only at those of records with a fault.
         tick: is called again and again.
+        columns: the names of the records' own columns.
     """
 
     data_path: Records
@@ -157,6 +159,20 @@ class Maker:
     check_images: bool = False
     tick: Callable[[], None] = lambda: None
     columns: Columns = RECOGNISED
+
+    def index(self) -> Index:
+        """Open the index of the records, alone; it is made where there is none, and anew where it does not hold.
+
+        Raises:
+            UserError: a file is missing, cannot be read or changes meanwhile, there is no record, or no room.
+        """
+        plan = self.plan()
+        index = self.open(plan)
+        if index is None:
+            plan, _ = self.begin(plan)
+            self.make_parts(plan)
+            index = self.join(plan)
+        return index
 
     def plan(self) -> Plan:
         """Find the records and the key of their index.
@@ -172,8 +188,28 @@ class Maker:
         for file in files:
             hashes.append(sources.content_hash(file, self.cache))
             self.tick()
-        key = key_of(files, hashes, self.encoder, self.keep, self.columns)
-        return Plan(self.cache / "index" / key, files, stamps, sources.data_hash(hashes), [], self.columns)
+        place = self.cache / "index" / self._key(files, hashes)
+        return Plan(place, files, stamps, sources.data_hash(hashes), [], self.columns)
+
+    def _key(self, files: Sequence[Path], hashes: Sequence[str]) -> str:
+        """Hash of all that an index is a function of, but for the images."""
+        finder = self.encoder.finder
+        code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE.split())
+        values = dict(
+            format=FORMAT,
+            # So that nobody who fixes the encoding trains on rows from before.
+            code=hashlib.sha256(code).hexdigest(),
+            # A table is known by its name too.
+            records=[(str(file.parent.resolve()), file.suffix.lower()) for file in files],
+            hashes=hashes,
+            columns=self.columns.named,
+            encoder=fingerprint(self.encoder),
+            keep=sorted(self.keep),
+            # The first looks beside the records, the last in the working directory, which rarely decides anything.
+            folders=[str(folder) for folder in finder.folders[1:-1]],
+            confined=finder.within is not None,
+        )
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
     def open(self, plan: Plan) -> Index | None:
         """Open what is there; where that is damaged or, as far as is looked, of other images, it is removed."""
@@ -271,9 +307,8 @@ class Maker:
             sync(partial)
             own = open_made(partial, plan.files, self.cache)
             if own is None:
-                raise UserError(
-                    f"{self.cache}: cannot be read back as it was written; look at the disk, or use --cache_dir"
-                )
+                how = "look at the disk, or use --cache_dir"
+                raise UserError(f"{self.cache}: cannot be read back as it was written; {how}")
             return put(own, place, self.cache)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -284,61 +319,3 @@ class Maker:
         for number in track(range(len(plan.pieces)), "joining the index", quiet=self.quiet):
             yield parts.read(number, self.check_images)
             self.tick()
-
-
-def key_of(
-    files: Sequence[Path], hashes: Sequence[str], encoder: Encoder, keep: Sequence[str], columns: Columns
-) -> str:
-    """Hash of all that an index is a function of, but for the images."""
-    finder = encoder.finder
-    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE.split())
-    values = dict(
-        format=FORMAT,
-        # So that nobody who fixes the encoding trains on rows from before.
-        code=hashlib.sha256(code).hexdigest(),
-        # A table is known by its name too.
-        records=[
-            (str(file.parent.resolve()), content, file.suffix.lower())
-            for file, content in zip(files, hashes, strict=True)
-        ],
-        columns=columns.named,
-        encoder=fingerprint(encoder),
-        keep=sorted(keep),
-        # The first looks beside the records, the last in the working directory, which rarely decides anything.
-        folders=[str(folder) for folder in finder.folders[1:-1]],
-        confined=finder.within is not None,
-    )
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def open_index(
-    data_path: Records,
-    encoder: Encoder,
-    keep: Sequence[str] = (),
-    cache_dir: Path | None = None,
-    quiet: bool = True,
-    check_images: bool = False,
-    columns: Columns = RECOGNISED,
-) -> Index:
-    """Open the index of a records source; it is made first where there is none, and anew where it does not hold.
-
-    Args:
-        encoder: its finder looks for images beside each file, wherever it was made for.
-        keep: fields ("image_input", "image_output") whose features are kept: their images get keys here and are decoded
-            by whoever makes the features.
-        cache_dir: holds the index; ~/.cache/mirage_ds if None.
-        quiet: show no progress.
-        check_images: look at every image file, not only at those of records with a fault.
-        columns: the names of the records' own columns.
-
-    Raises:
-        UserError: a file is missing, cannot be read or changes meanwhile, there is no record, or no room.
-    """
-    maker = Maker(data_path, encoder, keep, cache_folder(cache_dir), quiet, check_images, columns=columns)
-    plan = maker.plan()
-    index = maker.open(plan)
-    if index is None:
-        plan, _ = maker.begin(plan)
-        maker.make_parts(plan)
-        index = maker.join(plan)
-    return index

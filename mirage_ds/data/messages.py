@@ -59,10 +59,8 @@ def is_null(value: Any) -> bool:
 
 def is_absent(value: Any) -> bool:
     """Tell whether a value says nothing: null, NaN, empty, or a list or object of such values alone."""
-    if isinstance(value, Mapping):
-        return all(is_absent(one) for one in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(is_absent(one) for one in value)
+    if isinstance(value, (Mapping, list, tuple)):
+        return all(is_absent(one) for one in (value.values() if isinstance(value, Mapping) else value))
     return is_null(value) or (isinstance(value, (str, bytes)) and not value)
 
 
@@ -131,9 +129,8 @@ def check_turns(turns: Any, field: str = TURNS_BEFORE) -> list[dict[str, str]]:
         MessageError: they do not have the format.
     """
     if not isinstance(turns, list):
-        raise MessageError(
-            field, f"expected a list of messages, found {shown(turns)}", "write role and content of each"
-        )
+        what = f"expected a list of messages, found {shown(turns)}"
+        raise MessageError(field, what, "write role and content of each")
     found = []
     wanted = "user"
     for number, turn in enumerate(turns, 1):

@@ -102,11 +102,10 @@ class Planner:
         # Unlike rows of too many tokens, those of too many patches are not dropped.
         too_many = np.flatnonzero(self.patches > self.micro_batch_patches)
         if len(too_many):
-            raise UserError(
-                f"row {self.row_ids[too_many[0]]} of the records (from 0) has {self.patches[too_many[0]]} image "
-                f"patches, more than --micro_batch_patches {self.micro_batch_patches}: raise it to "
-                f"{self.patches.max()}, or lower --max_pixels"
-            )
+            row, count = self.row_ids[too_many[0]], self.patches[too_many[0]]
+            what = f"{count} image patches, more than --micro_batch_patches {self.micro_batch_patches}"
+            how = f"raise it to {self.patches.max()}, or lower --max_pixels"
+            raise UserError(f"row {row} of the records (from 0) has {what}: {how}")
 
     def rows_of(self, step: int) -> np.ndarray:
         """Places (in `row_ids`) of the rows of a step, (B,) int64: the epochs' permutations, one behind the other."""
@@ -123,8 +122,7 @@ class Planner:
         count = len(self.row_ids)
         epochs, rest = divmod(steps * self.rows_per_step, count)
         places = np.arange(count) if epochs else np.sort(_permutation(self.seed, 0, count)[:rest])
-        rows: list[int] = self.row_ids[places].tolist()
-        return rows
+        return self.row_ids[places].tolist()
 
     def plan(self, step: int) -> StepPlan:
         """Pack the rows of one step into G × W bins.
@@ -135,15 +133,9 @@ class Planner:
 
     def packed(self, places: np.ndarray) -> list[Bins]:
         """Pack rows, given by their places in `row_ids`; see StepPlan.bins."""
-        bins = pack(
-            self.lengths[places],
-            self.world_size,
-            self.micro_batch_tokens,
-            self.micro_batch_size,
-            None if self.patches is None else self.patches[places],
-            self.micro_batch_patches,
-            None if self.passes is None else self.passes[places],
-        )
+        patches, passes = (None if of is None else of[places] for of in (self.patches, self.passes))
+        limits = self.micro_batch_tokens, self.micro_batch_size
+        bins = pack(self.lengths[places], self.world_size, *limits, patches, self.micro_batch_patches, passes)
         named = [self.row_ids[places[one]].tolist() for one in bins]
         return [named[at : at + self.world_size] for at in range(0, len(named), self.world_size)]
 
@@ -203,8 +195,7 @@ def pack(
     most = max_rows or len(tokens) or 1
     order = np.argsort(-sizes.max(axis=0), kind="stable").tolist()
     bins = _fewest_micro_steps(sizes, order, limit, most, world_size)
-    loads = _sums(bins, sizes)[0]
-    bins = [bins[place] for place in np.argsort(-loads, kind="stable")]
+    bins = [bins[place] for place in np.argsort(-_sums(bins, sizes)[0], kind="stable")]
     if passes is None:
         return bins
     return bring_together(bins, sizes, limit, world_size, passes * PASS_TOKENS * patch_capacity)
@@ -253,57 +244,30 @@ def _sums(bins: Bins, sizes: np.ndarray) -> np.ndarray:
 
 
 def _first_fit(sizes: np.ndarray, order: list[int], limit: int, most: int) -> Bins:
-    """Put each row into the first bin with room for it.
-
-    A tree over the bins holds the largest rooms below each node (node n has the children 2n and 2n + 1): O(log R) a
-    row without patches, and few nodes more with them, where a node's two rooms can be in different bins.
-    """
-    leaves = 1 << max(0, len(order) - 1).bit_length()
-    room, image_room = [limit] * (2 * leaves), [limit] * (2 * leaves)
-    tokens_of, images_of = sizes.tolist()
+    """Put each row into the first bin with room for it; as many bins as rows suffice."""
+    room, image_room = np.full((2, len(order)), limit)
     bins: Bins = []
-    for row in order:
-        tokens, images = tokens_of[row], images_of[row]
-        node = 1
-        while True:
-            if room[node] < tokens or image_room[node] < images:
-                # Nothing below: on to the next subtree. There is one, since as many bins as rows suffice.
-                while node & 1:
-                    node >>= 1
-                node += 1
-            elif node < leaves:
-                node *= 2
-            else:
-                break
-        if node - leaves == len(bins):
+    for row, tokens, images in zip(order, *sizes[:, order].tolist(), strict=True):
+        end = len(bins) + 1
+        place = int(((room[:end] >= tokens) & (image_room[:end] >= images)).argmax())
+        if place == len(bins):
             bins.append([])
-        one = bins[node - leaves]
-        one.append(row)
-        room[node] = room[node] - tokens if len(one) < most else -1
-        image_room[node] -= images
-        while node > 1:
-            node >>= 1
-            left, right = 2 * node, 2 * node + 1
-            largest = max(room[left], room[right]), max(image_room[left], image_room[right])
-            if largest == (room[node], image_room[node]):
-                break
-            room[node], image_room[node] = largest
+        bins[place].append(row)
+        room[place] = room[place] - tokens if len(bins[place]) < most else -1
+        image_room[place] -= images
     return bins
 
 
 def _longest_first(sizes: np.ndarray, order: list[int], count: int, most: int) -> Bins:
     """Put each row into the least loaded of `count` bins, whether it has room or not."""
     bins: Bins = [[] for _ in range(count)]
-    tokens_of, images_of = sizes.tolist()
-    tokens, images = [0] * count, [0] * count
-    heap = [(0, place) for place in range(count)]
-    for row in order:
-        place = heap[0][1]
+    heap = [(0, place, 0, 0) for place in range(count)]
+    for row, tokens, images in zip(order, *sizes[:, order].tolist(), strict=True):
+        _, place, held, images_held = heap[0]
         bins[place].append(row)
-        tokens[place] += tokens_of[row]
-        images[place] += images_of[row]
         if len(bins[place]) < most:
-            heapq.heapreplace(heap, (max(tokens[place], images[place]), place))
+            held, images_held = held + tokens, images_held + images
+            heapq.heapreplace(heap, (max(held, images_held), place, held, images_held))
         else:
             heapq.heappop(heap)
     return bins
@@ -329,7 +293,8 @@ def _exchange(bins: Bins, sizes: np.ndarray, limit: int, most: int, width: int) 
     budget = TRIES + sizes.shape[1] // 16
     while budget > 0 and not (loads.max() <= limit and _even(loads, width)):
         full = int(loads.argmax())
-        for empty in _emptiest(sums.max(axis=0) if loads[full] > limit else loads):
+        held = sums.max(axis=0) if loads[full] > limit else loads
+        for empty in np.argsort(held, kind="stable")[:EXCHANGE_WITH].tolist():
             budget -= 1
             gives, takes = bins[full], bins[empty] + [nothing] * (len(bins[empty]) < most)
             gain = sizes[:, gives, None] - sizes[:, None, takes]
@@ -352,20 +317,13 @@ def _exchange(bins: Bins, sizes: np.ndarray, limit: int, most: int, width: int) 
 def _loads(sums: np.ndarray, limit: int) -> np.ndarray:
     """What makes a bin full, (…) from (1 or 2, …): its tokens, or its patches where they are above the limit."""
     tokens, *images = sums
-    loads: np.ndarray = np.maximum(tokens, np.where(images[0] > limit, images[0], 0)) if images else tokens.copy()
-    return loads
+    return np.maximum(tokens, np.where(images[0] > limit, images[0], 0)) if images else tokens.copy()
 
 
 def _even(loads: np.ndarray, width: int) -> bool:
     """Whether ranks wait less than a thousandth of their time when bins of like load share a micro-step."""
     longest = int(np.sort(loads)[::-width].sum())
     return width * longest * (EVEN - 1) <= int(loads.sum()) * EVEN
-
-
-def _emptiest(loads: np.ndarray) -> Iterator[int]:
-    """Yield the places of a few bins, the emptiest first; sorted only when the first one does not serve."""
-    yield int(loads.argmin())
-    yield from np.argsort(loads, kind="stable")[1:EXCHANGE_WITH].tolist()
 
 
 def neighbours(sizes: Sequence[int], budget: int, most: int | None = None) -> Iterator[tuple[int, int]]:

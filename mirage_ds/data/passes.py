@@ -67,15 +67,8 @@ def schedule(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]], 
         visible = np.isin(sample_of, members) & (pass_of <= number)
         _, key_counts = np.unique(sample_of[visible], return_counts=True)
         sources = np.searchsorted(before, tokens[first] - 1) if number else np.empty(0, dtype=np.int64)
-        plans.append(
-            PassPlan(
-                tokens=tokens,
-                query_lengths=counts.tolist(),
-                key_lengths=key_counts.tolist(),
-                keys=place_of[np.flatnonzero(visible)],
-                sources=sources,
-            )
-        )
+        keys = place_of[np.flatnonzero(visible)]
+        plans.append(PassPlan(tokens, counts.tolist(), key_counts.tolist(), keys, sources))
         before = tokens
     return plans
 
@@ -97,20 +90,12 @@ def schedule_auxiliary(lengths: Sequence[int], runs: Sequence[Sequence[tuple[int
     text, latents = np.flatnonzero(~is_latent), np.flatnonzero(is_latent)
     place_of = np.empty(len(is_latent), dtype=np.int64)
     place_of[np.concatenate([text, latents])] = np.arange(len(is_latent))
-    sample_of = np.repeat(np.arange(len(lengths)), lengths)
-    counts = np.bincount(sample_of[text], minlength=len(lengths))
+    counts = np.bincount(np.repeat(np.arange(len(lengths)), lengths)[text], minlength=len(lengths))
     none = np.empty(0, dtype=np.int64)
     visible = []
     for begin, at, k in spans:
         before = np.arange(begin, at)
         visible.append(np.concatenate([before[~is_latent[before]], np.arange(at, at + k)]))
-    return [
-        PassPlan(text, counts.tolist(), counts.tolist(), place_of[text], none),
-        PassPlan(
-            tokens=latents,
-            query_lengths=[k for _, _, k in spans],
-            key_lengths=[len(one) for one in visible],
-            keys=place_of[np.concatenate(visible)],
-            sources=none,
-        ),
-    ]
+    of_text = PassPlan(text, counts.tolist(), counts.tolist(), place_of[text], none)
+    lengths_of_blocks, keys = [k for _, _, k in spans], place_of[np.concatenate(visible)]
+    return [of_text, PassPlan(latents, lengths_of_blocks, [len(one) for one in visible], keys, none)]

@@ -1,7 +1,5 @@
 """How far a work is: a bar on a terminal; in a pipe or a file, a line every half minute."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -43,8 +41,7 @@ class Lines:
 @contextmanager
 def progress_bar(title: str) -> Iterator[Advance]:
     """Yield a function (done, total) that shows how far the work is, while it lasts."""
-    consoles = (Console(), Console(stderr=True))
-    console = next((one for one in consoles if one.is_terminal or one.is_jupyter), None)
+    console = next((one for one in (Console(), Console(stderr=True)) if one.is_terminal or one.is_jupyter), None)
     if console is None:
         yield Lines(title)
         return

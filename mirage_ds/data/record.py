@@ -16,19 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.config.columns import RECOGNISED, Columns
-from mirage_ds.config.run import cache_folder
+from mirage_ds.data import messages
 from mirage_ds.data.inside import folder_of_pictures, path_of
-from mirage_ds.data.layouts import read_row
-from mirage_ds.data.messages import (
-    FIELDS,
-    HELPER_MARK,
-    IMAGE_MARK,
-    TURNS_BEFORE,
-    MessageError,
-    check_turns,
-    expect,
-    is_null,
-)
+from mirage_ds.data.layouts import Row, read_row
+from mirage_ds.data.messages import FIELDS, HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, MessageError, is_null
 from mirage_ds.errors import is_text, shown, strict_json
 
 # What is wrong with records of which not one has a latent block in stage2, and how to fix it.
@@ -118,12 +109,8 @@ class Record:
     def need_helper(self) -> None:
         """RecordError unless there is a helper image, which stage1 takes its targets from."""
         if not self.image_output:
-            raise self.fault(
-                "image_output",
-                "stage1 needs a helper image",
-                "add its path, or name its column by --columns helper=…, or train this row in sft, or in stage2 with "
-                f"{HELPER_MARK} in the answer",
-            )
+            how = "add its path, or name its column by --columns helper=…, or train this row in sft, or in stage2 with "
+            raise self.fault("image_output", "stage1 needs a helper image", f"{how}{HELPER_MARK} in the answer")
 
     def fault(self, name: str, what: str, how: str) -> RecordError:
         """Make the error that names this record's line."""
@@ -132,9 +119,8 @@ class Record:
 
 def _paths(value: Any, name: str, pictures: Path | None) -> tuple[str, ...]:
     values = [] if value is None or value == "" else value if isinstance(value, list) else [value]
-    folder = pictures or folder_of_pictures(cache_folder(None))
     try:
-        found = [path_of(item, folder) for item in values]
+        found = [path_of(item, pictures or folder_of_pictures()) for item in values]
     except ValueError as error:
         raise MessageError(name, f"a picture {error}", "write it as a file, and its path here") from None
     if found == [None]:
@@ -150,29 +136,28 @@ def _paths(value: Any, name: str, pictures: Path | None) -> tuple[str, ...]:
 
 def parse_object(text: str, line: int) -> dict[str, Any]:
     """Parse the JSON object of one line; RecordError where it holds none."""
+
+    def wrong(what: str, how: str) -> RecordError:
+        return RecordError(Fault(line, "json", what, how))
+
+    too_deep = wrong(f"more than {MAX_DEPTH} levels of lists and objects", "write a flat object")
     try:
         text.encode("utf-8")
+        # A line that is cut off is to be blamed at its own end, not at column 1 of the next.
+        values = strict_json(text.removesuffix("\n"))
     except UnicodeEncodeError as error:
         # flat.json_lines lets a byte that is not UTF-8 through as half a surrogate pair, so that its line can be named.
         place = len(text[: error.start].encode("utf-8")) + 1
         what = f"not UTF-8 text (byte 0x{ord(text[error.start]) & 0xFF:02x} at place {place} of the line)"
-        raise RecordError(Fault(line, "json", what, "save the file as UTF-8")) from None
-    too_deep = RecordError(
-        Fault(line, "json", f"more than {MAX_DEPTH} levels of lists and objects", "write a flat object")
-    )
-    try:
-        # A line that is cut off is to be blamed at its own end, not at column 1 of the next.
-        values = strict_json(text.removesuffix("\n"))
+        raise wrong(what, "save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise RecordError(
-            Fault(line, "json", f"not valid JSON ({error.msg} at column {error.colno})", "write one object a line")
-        ) from None
+        raise wrong(f"not valid JSON ({error.msg} at column {error.colno})", "write one object a line") from None
     except RecursionError:
         raise too_deep from None
     except ValueError as error:
-        raise RecordError(Fault(line, "json", str(error), "write each key once and finite numbers")) from None
+        raise wrong(str(error), "write each key once and finite numbers") from None
     if not isinstance(values, dict):
-        raise RecordError(Fault(line, "json", f"expected an object, found {type(values).__name__}", "use {…}"))
+        raise wrong(f"expected an object, found {type(values).__name__}", "use {…}")
     level: list[Any] = [values]
     for _ in range(MAX_DEPTH):
         level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
@@ -183,11 +168,7 @@ def parse_object(text: str, line: int) -> dict[str, Any]:
 
 
 def make_record(
-    row: str | dict[str, Any],
-    line: int,
-    answers: bool = True,
-    pictures: Path | None = None,
-    columns: Columns = RECOGNISED,
+    row: str | Row, line: int, answers: bool = True, pictures: Path | None = None, columns: Columns = RECOGNISED
 ) -> Record:
     """Make a record of a JSON line, or of a row's keys and values; RecordError when it does not have the format.
 
@@ -201,23 +182,18 @@ def make_record(
     of_table = not isinstance(row, str) and "text_input" in row
     values = {key: value for key, value in values.items() if not ((of_table or key in NULLABLE) and is_null(value))}
     try:
-        values = read_row(values, columns, answers)
+        values, _ = read_row(values, columns, answers)
         if TURNS_BEFORE in values:
-            values[TURNS_BEFORE] = check_turns(values[TURNS_BEFORE])
+            values[TURNS_BEFORE] = messages.check_turns(values[TURNS_BEFORE])
         if not answers:
             values.setdefault("text_output", "")
         for name in ("text_input", "text_output"):
             if name not in values:
                 raise MessageError(name, "missing", "add it as a string")
-            expect(values[name], str, name)
-        record = Record(
-            line=line,
-            text_input=values["text_input"],
-            text_output=values["text_output"],
-            image_input=_paths(values.get("image_input"), "image_input", pictures),
-            image_output=_paths(values.get("image_output"), "image_output", pictures),
-            extra={key: value for key, value in values.items() if key not in FIELDS},
-        )
+            messages.expect(values[name], str, name)
+        images, helpers = (_paths(values.get(name), name, pictures) for name in ("image_input", "image_output"))
+        extra = {key: value for key, value in values.items() if key not in FIELDS}
+        record = Record(line, values["text_input"], values["text_output"], images, helpers, extra)
     except MessageError as error:
         raise RecordError(Fault(line, error.field, error.what, error.how)) from None
     before = [(TURNS_BEFORE, turn["content"]) for turn in record.turns_before]
@@ -233,25 +209,18 @@ def check_marks(record: Record, answers: bool) -> None:
     if HELPER_MARK in record.text_input:
         raise record.fault("text_input", f"holds {HELPER_MARK}", "latents stand in the answer; write it there")
     if answers and IMAGE_MARK in record.text_output:
-        raise record.fault(
-            "text_output", f"holds {IMAGE_MARK}", f"input images stand in the question, helpers as {HELPER_MARK}"
-        )
-    marks, images = record.marks, len(record.image_input)
-    if marks and marks != images:
-        raise record.fault(
-            "text_input",
-            f"{marks} {IMAGE_MARK} mark(s) for {images} image(s)",
-            "write one mark for each image, or none (images then stand first)",
-        )
+        how = f"input images stand in the question, helpers as {HELPER_MARK}"
+        raise record.fault("text_output", f"holds {IMAGE_MARK}", how)
+    marks, count = record.marks, len(record.image_input)
+    if marks and marks != count:
+        what = f"{marks} {IMAGE_MARK} mark(s) for {count} image(s)"
+        raise record.fault("text_input", what, "write one mark for each image, or none (images then stand first)")
     if not answers:
         return
     marks, helpers = record.text_output.count(HELPER_MARK), len(record.image_output)
     if helpers and marks != helpers and not (marks == 0 and helpers == 1):
-        raise record.fault(
-            "text_output",
-            f"{marks} {HELPER_MARK} mark(s) for {helpers} helper image(s)",
-            "write one mark for each helper",
-        )
+        what = f"{marks} {HELPER_MARK} mark(s) for {helpers} helper image(s)"
+        raise record.fault("text_output", what, "write one mark for each helper")
     if not record.text_output.replace(HELPER_MARK, "").strip():
         raise record.fault("text_output", "empty answer", "write the answer that the model is to learn")
 

@@ -1,26 +1,23 @@
 """Files of records of every form that training reads → Records and faults."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 
 from mirage_ds.config.columns import RECOGNISED, Columns
 from mirage_ds.config.mixture import Records
 from mirage_ds.data.folders import find_files, paths_of
-from mirage_ds.data.layouts import ColumnError, roles_of
+from mirage_ds.data.layouts import ColumnError, read_row
 from mirage_ds.data.messages import MessageError, is_absent
 from mirage_ds.data.record import Fault, Record, RecordError, make_record, name_file, parse_object
-from mirage_ds.data.sources import Piece, no_record, pieces, rows_of
+from mirage_ds.data.sources import Piece, Raw, no_record, pieces, rows_of
 from mirage_ds.errors import UserError
 
-Raw = str | dict[str, Any]
 # Rows of a file by which its columns are known.
 LOOKED = 1000
 
@@ -39,13 +36,11 @@ class Place(NamedTuple):
     row: Raw
 
 
-def records_of_rows(
-    rows: Iterable[tuple[int, Raw]], answers: bool, pictures: Path | None, columns: Columns
-) -> Iterator[Record | Fault]:
+def records_of_rows(rows: Iterable[tuple[int, Raw]], pictures: Path, columns: Columns) -> Iterator[Record | Fault]:
     """Yield what each row holds: a Record, or the Fault of one without the format."""
     for line, row in rows:
         try:
-            yield make_record(row, line, answers, pictures, columns)
+            yield make_record(row, line, pictures=pictures, columns=columns)
         except RecordError as error:
             yield error.fault
 
@@ -60,7 +55,7 @@ def read_piece(piece: Piece, file: Path, pictures: Path, columns: Columns = RECO
     Raises:
         UserError: the file cannot be read.
     """
-    return records_of_rows(rows_of(piece, file), True, pictures, columns)
+    return records_of_rows(rows_of(piece, file), pictures, columns)
 
 
 def places(path: Path) -> Iterator[Place]:
@@ -113,8 +108,7 @@ def scan(
             click.echo(line, err=True)
     for place in islice(places(path), most):
         try:
-            record = make_record(place.row, place.line, answers, columns=columns)
-            records.append(replace(record, line=place.number))
+            records.append(replace(make_record(place.row, place.line, answers, columns=columns), line=place.number))
         except RecordError as error:
             faults.append(name_file(error.fault, files, place.file))
     if not records and not faults:
@@ -171,24 +165,15 @@ def told(data_path: Records, columns: Columns = RECOGNISED) -> Iterator[str]:
             if not whole or look.missing():
                 look.see(file, (place.row for place in places(file)), whole)
     look.need_columns(data_path)
-    yield from (said_of(file, form) for form, file in look.forms.items())
-
-
-def said_of(source: object, form: str) -> str:
-    """Say for what the columns of a source are taken."""
-    return f"{source}: read as {form} (--columns names others)"
+    yield from look.said()
 
 
 def forms_of(source: str, rows: Iterable[Raw], columns: Columns) -> list[str]:
-    """Return what was guessed of each form of the first rows, as --columns has it.
-
-    Raises:
-        UserError: see told.
-    """
+    """Say it of the first rows of a source; see told."""
     look = _Look(columns)
     look.see(source, rows)
     look.need_columns(source)
-    return list(look.forms)
+    return look.said()
 
 
 class _Look:
@@ -223,7 +208,7 @@ class _Look:
                     # For its names alone: what else is wrong with it is its own fault, as with every other row.
                     continue
                 self.own |= is_absent(row.get("text_input"))
-                forms[tuple(roles_of(row, self.columns))] = None
+                forms[tuple(read_row(row, self.columns, answers=False)[1])] = None
             except ColumnError as error:
                 raise UserError(f"{source}: {error}") from None
             except (MessageError, RecordError):
@@ -235,6 +220,10 @@ class _Look:
             part = any({*form} < {*other} for other in forms)
             if not part and {*form} - {*self.columns.named, ("messages", "messages")}:
                 self.forms.setdefault(_in_words(form), source)
+
+    def said(self) -> list[str]:
+        """Say for what the columns are taken."""
+        return [f"{source}: read as {form} (--columns names others)" for form, source in self.forms.items()]
 
     def missing(self) -> list[tuple[str, str]]:
         """List (role, column) of what is named and not there; none of records alone where others' question is named."""

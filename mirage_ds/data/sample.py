@@ -5,7 +5,6 @@ T tokens of the row, R rows, n images of a row, I of a field of all rows, P patc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -63,8 +62,7 @@ class Measure(NamedTuple):
     helpers: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Where everything in a row stands; with the pixels it is the whole Sample.
 
     Attributes:
@@ -100,8 +98,7 @@ class ImageKeys(NamedTuple):
         own = np.asarray(rows, dtype=np.int64)
         first, counts = self.starts[own], self.starts[own + 1] - self.starts[own]
         # An image's place is its row's first one and its number within the row.
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(first, counts) + within
+        return np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
 
 
 def mrope_positions(input_ids: np.ndarray, grids: list[Grid], image_pad: int, merge: int) -> np.ndarray:

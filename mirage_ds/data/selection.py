@@ -3,12 +3,10 @@
 R selected rows, S sources.
 """
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -18,7 +16,6 @@ from mirage_ds.data.folders import find_files
 from mirage_ds.data.index import Index
 from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import faults_error, lists
-from mirage_ds.data.sample import ImageKeys
 from mirage_ds.errors import UserError
 
 # A share of dropped rows above this is worth a line in the log; --max_dropped_share decides when it is an error.
@@ -33,7 +30,7 @@ class Selection(NamedTuple):
         tokens, labels, runs: (R,) counts of each.
         patches: (R,) vision patches of its images: of the input images and, in stage1, of the helpers.
         dropped: rows longer than the limit.
-        images: field name → the images of all rows, usable or not, for the fields whose features are kept.
+
         skipped: one fault of each record that is left out for it.
         rows: the index.
     """
@@ -43,7 +40,7 @@ class Selection(NamedTuple):
     labels: np.ndarray
     runs: np.ndarray
     dropped: int
-    images: dict[str, ImageKeys]
+
     skipped: tuple[Fault, ...]
     patches: np.ndarray
     rows: Index
@@ -53,7 +50,7 @@ class Selection(NamedTuple):
         """Share of the records that are too long."""
         return self.dropped / max(1, self.dropped + len(self.row_ids))
 
-    def only(self, stays: np.ndarray) -> Selection:
+    def only(self, stays: np.ndarray) -> Self:
         """Leave out rows; `stays`: (R,) bool."""
         names = ["row_ids", "tokens", "labels", "runs", "patches"]
         return self._replace(**{name: getattr(self, name)[stays] for name in names})
@@ -76,26 +73,18 @@ def judge_faults(data_path: Records, first: Fault, count: int, records: int, lef
         UserError: they may not.
     """
     if count > max_bad_share * records:
-        raise UserError(
-            f"{data_path}: {count} of {records} records have a fault, above --max_bad_share {max_bad_share}; the "
-            f"first is {first} ({lists(data_path)})"
-        )
+        what = f"{count} of {records} records have a fault, above --max_bad_share {max_bad_share}"
+        raise UserError(f"{data_path}: {what}; the first is {first} ({lists(data_path)})")
     if not left:
         raise UserError(f"{data_path}: no usable row: {count} record(s) have a fault, the first is {first}")
 
 
 def usable(
-    rows: Index,
-    data_path: Records,
-    max_length: int,
-    max_dropped_share: float,
-    keep: Sequence[str] = (),
-    max_bad_share: float | None = None,
+    rows: Index, data_path: Records, max_length: int, max_dropped_share: float, max_bad_share: float | None = None
 ) -> Selection:
     """Choose the rows that can be trained on.
 
     Args:
-        keep: fields whose features are kept.
         max_bad_share: see judge_faults; None where one fault refuses the records.
 
     Raises:
@@ -109,24 +98,16 @@ def usable(
         judge_faults(data_path, next(rows.all_faults()), rows.faults, len(rows), sound, max_bad_share)
     tokens = rows["tokens"]
     fits = np.flatnonzero((tokens > 0) & (tokens <= max_length))
-    selection = Selection(
-        row_ids=fits,
-        **{name: rows[name][fits] for name in ("tokens", "labels", "runs", "patches")},
-        dropped=sound - len(fits),
-        images={name: rows.images(name) for name in keep},
-        skipped=tuple(rows.all_faults()),
-        rows=rows,
-    )
+    counts = {name: rows[name][fits] for name in ("tokens", "labels", "runs", "patches")}
+    skipped = tuple(rows.all_faults())
+    selection = Selection(row_ids=fits, **counts, dropped=sound - len(fits), skipped=skipped, rows=rows)
+    dropped, above = selection.dropped, f"--max_length {max_length} (the longest has {tokens.max()} tokens)"
     if not len(fits):
-        raise UserError(
-            f"{data_path}: no usable row: all {selection.dropped} are longer than --max_length {max_length} "
-            f"(the longest has {tokens.max()} tokens); raise it or lower --max_pixels"
-        )
+        what = f"no usable row: all {dropped} are longer than {above}"
+        raise UserError(f"{data_path}: {what}; raise it or lower --max_pixels")
     if selection.dropped_share > max_dropped_share:
-        raise UserError(
-            f"{data_path}: {selection.dropped} of {sound} rows are longer than --max_length {max_length} (the "
-            f"longest has {tokens.max()} tokens), above --max_dropped_share {max_dropped_share}; raise one of them"
-        )
+        what = f"{dropped} of {sound} rows are longer than {above}, above --max_dropped_share {max_dropped_share}"
+        raise UserError(f"{data_path}: {what}; raise one of them")
     return selection
 
 
@@ -159,8 +140,7 @@ def _own(broken: Mapping[int, Fault], row: int, index: Index) -> Fault:
 def sources_of(selection: Selection, mixture: Mixture) -> np.ndarray:
     """Return (R,) the place in the mixture of each usable row's source."""
     place = {file: at for at, part in enumerate(mixture.parts) for file in find_files(part.file)}
-    of_file = np.array([place[file] for file in selection.rows.files])
-    return of_file[selection.rows["file"][selection.row_ids]]
+    return np.array([place[file] for file in selection.rows.files])[selection.rows["file"][selection.row_ids]]
 
 
 def weighed(selection: Selection, mixture: Mixture, seed: int) -> Selection:

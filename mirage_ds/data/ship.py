@@ -4,12 +4,10 @@ Each tensor on that way costs an open file and several system calls, and a Batch
 pass. In one piece the way takes the same time whatever the number of passes.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -45,9 +43,9 @@ class Shipment:
     content: torch.Tensor
     tree: Any
 
-    def pin_memory(self) -> Shipment:
+    def pin_memory(self) -> Self:
         """Return it in memory that a GPU copies from directly; torch's DataLoader asks for this."""
-        return Shipment(self.content.pin_memory(), self.tree)
+        return replace(self, content=self.content.pin_memory())
 
     def unpack(self) -> Any:
         """Return the tree; its tensors are views of the content."""

@@ -8,15 +8,13 @@ Arrow it is the row. Pictures inside a record (inside.py) are written into the c
 any other.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from mirage_ds.config.mixture import Records
 from mirage_ds.data.flat import READERS
@@ -26,6 +24,7 @@ from mirage_ds.data.kinds import head_of, kind_of
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_new
 
+Raw = str | dict[str, Any]
 # A piece is what one process makes at a time, and what a killed start loses: some hundred records.
 PIECE_BYTES = 1 << 18
 # Rows of a Parquet file lie in groups, and to reach a row all before it in its group are read.
@@ -59,7 +58,7 @@ class Stamp(NamedTuple):
     mtime_ns: int
 
     @classmethod
-    def of(cls, file: Path) -> Stamp:
+    def of(cls, file: Path) -> Self:
         """Look at a file; UserError where it cannot be looked at."""
         with readable(file):
             found = file.stat()
@@ -76,9 +75,8 @@ def content_hash(file: Path, cache: Path) -> str:
         UserError: the file cannot be read, or the cache not written.
     """
     stamp = Stamp.of(file)
-    name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()
     # Size, time and hash.
-    note = cache / "hashes" / f"{name}.txt"
+    note = cache / "hashes" / f"{hashlib.sha256(str(file.resolve()).encode()).hexdigest()}.txt"
     with writable(cache):
         known = note.read_text(errors="replace").split() if note.exists() else []
     if known[:-1] == [str(number) for number in stamp]:
@@ -184,9 +182,8 @@ def _explained(file: Path) -> Iterator[None]:
         # Arrow's own OSError has no number; the system's is no matter of the content.
         if getattr(error, "errno", None) is not None:
             raise
-        raise UserError(
-            f"{file}: cannot be read as {kind_of(file).capitalize()} ({reason(error)}); write it anew"
-        ) from None
+        what = f"cannot be read as {kind_of(file).capitalize()} ({reason(error)})"
+        raise UserError(f"{file}: {what}; write it anew") from None
 
 
 def columns_of(file: Path) -> list[str]:
@@ -196,9 +193,7 @@ def columns_of(file: Path) -> list[str]:
     return next((batch.schema.names for batch in _arrow_batches(file)), [])
 
 
-def rows_of(
-    piece: Piece, file: Path, columns: Collection[str] | None = None
-) -> Iterator[tuple[int, str | dict[str, Any]]]:
+def rows_of(piece: Piece, file: Path, columns: Collection[str] | None = None) -> Iterator[tuple[int, Raw]]:
     """Yield (line number, text) of JSON lines and of a JSON array's items, (row, values) of the other kinds.
 
     Args:
@@ -243,12 +238,11 @@ def dicts_of(rows: Any) -> list[dict[str, Any]]:
 
     A number without a name, such as -1 for none, is None.
     """
-    noted = json.loads((rows.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = noted.get("info", {}).get("features", {})
+    features = json.loads((rows.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     classes = {
         key: one["names"] for key, one in features.items() if one.get("_type") == "ClassLabel" and "names" in one
     }
-    made: list[dict[str, Any]] = rows.to_pylist()
+    made = rows.to_pylist()
     for row in made if classes else ():
         for key in classes.keys() & row.keys():
             row[key] = dict(enumerate(classes[key])).get(row[key])

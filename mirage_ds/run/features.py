@@ -219,7 +219,7 @@ def keep_features(
     """Make and keep those features of the rows' images that are not kept yet. All ranks call it.
 
     Args:
-        selection: its `images` are those whose features are kept.
+        selection: its index has the images whose features are kept.
         rows: the rows whose images are needed, (n,).
 
     Returns:
@@ -233,8 +233,8 @@ def keep_features(
     world, folder = run.world, run.config.features_folder
     made: dict[str, KeptFeatures] = {}
     lost: dict[int, Fault] = {}
-    fingerprint = from_rank_zero(tower.fingerprint, world) if selection.images else ""
-    for name, keys in selection.images.items():
+    fingerprint = from_rank_zero(tower.fingerprint, world) if selection.rows.images else ""
+    for name, keys in selection.rows.images.items():
         kept = _kept(folder, tower, fingerprint, encoder, name, keys)
         with _said(folder):
             _open(kept, from_rank_zero(kept.store.listed, world), world)

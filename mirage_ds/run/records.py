@@ -26,7 +26,7 @@ from mirage_ds.data.index import Index, open_made
 from mirage_ds.data.index_part import Plan
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.loader import Loader
-from mirage_ds.data.make_index import Maker, open_index
+from mirage_ds.data.make_index import Maker
 from mirage_ds.data.pack import Planner, total_steps
 from mirage_ds.data.record import NO_LATENTS, Fault
 from mirage_ds.data.record_files import told
@@ -88,22 +88,15 @@ def index_beforehand(config: RunConfig) -> Iterator[str]:
     columns = parse_columns(config.columns)
     for file, own in sources_of(config, encoder):
         yield from told(file, columns)
-        rows = open_index(
-            file,
-            own,
-            config.kept_fields,
-            config.cache_dir,
-            quiet=False,
-            check_images=config.check_images,
-            columns=columns,
-        )
+        cache, quiet = cache_folder(config.cache_dir), False
+        rows = Maker(file, own, config.kept_fields, cache, quiet, config.check_images, columns=columns).index()
         index = _usable(config, file, rows)
         yield f"{file}: {len(rows)} records, {len(index.row_ids)} rows to train on, index {rows.place}"
 
 
 def _usable(config: RunConfig, data_path: Records, index: Index) -> Selection:
     limits = (config.max_length, config.max_dropped_share)
-    selection = usable(index, data_path, *limits, config.kept_fields, config.tolerated_share)
+    selection = usable(index, data_path, *limits, config.tolerated_share)
     if isinstance(data_path, Mixture):
         selection = weighed(selection, data_path, config.seed)
     # Some rows without latents are well, and an evaluation may have none.
@@ -135,7 +128,7 @@ def index_records(run: Run, encoder: Encoder, data_path: Records) -> Selection:
     Where hosts do not share --cache_dir, the ranks of each make one there.
 
     Raises:
-        UserError: see make_index.open_index and selection.usable; or a host has other records or images.
+        UserError: see make_index.Maker.index and selection.usable; or a host has other records or images.
         Stopped: on every rank; the parts that are made stay.
     """
     config, world, cache = run.config, run.world, cache_folder(run.config.cache_dir)

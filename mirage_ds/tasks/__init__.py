@@ -45,17 +45,13 @@ def task_name(name: str) -> str:
     """
     if ":" in name:
         if not _OWN.fullmatch(name.strip()) or ".py:" in name:
-            raise UserError(
-                f"task '{name}' is not of the form package.module:name; write it as Python imports it, like "
-                "scores:points for the function points in scores.py"
-            )
+            how = "write it as Python imports it, like scores:points for the function points in scores.py"
+            raise UserError(f"task '{name}' is not of the form package.module:name; {how}")
         return name.strip()
     known = name.strip().lower().replace("_", "-")
     if known not in TASKS:
-        raise UserError(
-            f"unknown task '{name}'{closest(known, TASKS)}; there are: {', '.join(TASKS)}, "
-            "and your own as package.module:name"
-        )
+        there = f"{', '.join(TASKS)}, and your own as package.module:name"
+        raise UserError(f"unknown task '{name}'{closest(known, TASKS)}; there are: {there}")
     return known
 
 
@@ -113,9 +109,8 @@ def _module(known: str, name: str) -> ModuleType:
         except Exception as error:
             from mirage_ds.tasks.scorer import told
 
-            raise UserError(
-                f"task '{known}': {name} cannot be imported ({told(error)}); fix it, install it, or start where it lies"
-            ) from error
+            how = "fix it, install it, or start where it lies"
+            raise UserError(f"task '{known}': {name} cannot be imported ({told(error)}); {how}") from error
 
 
 def get_task(name: str) -> Task:

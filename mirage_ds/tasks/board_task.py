@@ -1,15 +1,12 @@
 """What the tasks about FrozenLake boards have in common: boards drawn at random or taken from a file."""
 
-from __future__ import annotations
-
 import random
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -19,17 +16,9 @@ from mirage_ds.data.folders import find_files
 from mirage_ds.data.messages import FIELDS
 from mirage_ds.data.record import parse_object
 from mirage_ds.errors import UserError
+from mirage_ds.tasks import maps
 from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.maps import (
-    Board,
-    check_solvable,
-    map_hash,
-    most_holes,
-    parse_board,
-    random_board,
-    split_of,
-    symmetry_hashes,
-)
+from mirage_ds.tasks.maps import Board, map_hash
 from mirage_ds.tasks.render import load_tiles
 from mirage_ds.tasks.report import BuildReport
 from mirage_ds.tasks.tables import read_rows, reading
@@ -69,7 +58,7 @@ class BuildSpec(Settings):
     cell_size: int = Field(64, ge=8, le=256, description="px a cell; at 64 the pictures are the benchmark's")
 
     @model_validator(mode="after")
-    def _fits_together(self) -> BuildSpec:
+    def _fits_together(self) -> Self:
         if self.maps is not None:
             idle = [name for name in _RANDOM_ONLY if name in self.model_fields_set]
             if idle:
@@ -79,11 +68,9 @@ class BuildSpec(Settings):
             raise ValueError("--drop_duplicates goes with --maps; random boards never repeat")
         if not self.levels or len(set(self.levels)) != len(self.levels) or not all(3 <= x <= 8 for x in self.levels):
             raise ValueError(f"--levels is {self.levels}; give different sides from 3 to 8")
-        shares = self.shares()
-        if len(shares) != len(self.levels) or min(shares) < 0 or sum(shares) <= 0:
-            raise ValueError(
-                f"--proportions is {self.proportions}; give one share per level, {len(self.levels)} in all"
-            )
+        shares, count = self.shares(), len(self.levels)
+        if len(shares) != count or min(shares) < 0 or sum(shares) <= 0:
+            raise ValueError(f"--proportions is {self.proportions}; give one share per level, {count} in all")
         return self
 
     def shares(self) -> list[float]:
@@ -115,19 +102,16 @@ def read_exclude(paths: Sequence[Path]) -> frozenset[str]:
             for number, line in lines:
                 where = f"{path}, line {number}"
                 if line.startswith("{"):
-                    hashes.add(map_hash(parse_board(parse_object(line, number).get("map_desc"), where)))
+                    hashes.add(map_hash(maps.parse_board(parse_object(line, number).get("map_desc"), where)))
                 elif _HASH.fullmatch(line.lower()):
                     hashes.add(line[:64].lower())
                 else:
-                    raise UserError(
-                        f"{where}: neither a record with 'map_desc' nor the SHA-256 of a map (64 hex digits); "
-                        "give --exclude a JSONL file or a list of hashes"
-                    )
+                    what = "neither a record with 'map_desc' nor the SHA-256 of a map (64 hex digits)"
+                    raise UserError(f"{where}: {what}; give --exclude a JSONL file or a list of hashes")
     return frozenset(hashes)
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What a record is made of.
 
     Attributes:
@@ -142,12 +126,6 @@ class Given:
     settings: BuildSpec
     row: Mapping[str, Any]
     wanted: Sequence[str]
-
-
-@cache
-def full_prompt(name: str) -> str:
-    """Return a task's long question; those of the public rows are theirs word for word, misspellings included."""
-    return (Path(__file__).parent / "prompts" / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
 
 
 class BoardTask(Task):
@@ -169,8 +147,9 @@ class BoardTask(Task):
         """Make one record; None when the board gives no answer of the wanted classes."""
 
     def prompt(self, row: Mapping[str, Any], settings: BuildSpec) -> str:
-        """Return the long question, or one short sentence."""
-        return full_prompt(self.name) if settings.prompt == "full" else self.short
+        """Return the long question, the public rows' word for word, misspellings included, or one short sentence."""
+        long = Path(__file__).parent / "prompts" / f"{self.name}.txt"
+        return long.read_text(encoding="utf-8").removesuffix("\n") if settings.prompt == "full" else self.short
 
     def build(self, settings: BuildSpec, report: BuildReport) -> list[Draft]:
         """Draw boards at random, or take them from --maps."""
@@ -181,8 +160,7 @@ class BoardTask(Task):
         return supply.draw() if settings.maps is None else supply.take(settings.maps)
 
 
-@dataclass(frozen=True)
-class _Supply:
+class _Supply(NamedTuple):
     """Makes the drafts of one build.
 
     Attributes:
@@ -202,8 +180,7 @@ class _Supply:
             UserError: a level has fewer different records than asked for.
         """
         settings = self.settings
-        counts = apportion(settings.count or 1000, settings.shares())
-        levels = zip(settings.levels, counts, strict=True)
+        levels = zip(settings.levels, apportion(settings.count or 1000, settings.shares()), strict=True)
         found = [draft for level, count in levels for draft in self._draw_level(level, count)]
         random.Random(f"{settings.seed}/{self.task.name}/order").shuffle(found)
         return found
@@ -216,15 +193,14 @@ class _Supply:
         fruitless = 0
         while len(found) < count:
             if fruitless == _PATIENCE:
-                raise UserError(
-                    f"level {level}: found only {len(found)} different records of the {count} asked for "
-                    f"(split {settings.split}, at most {most_holes(level, settings.hole_rate)} hole(s) a board, "
-                    f"{len(self.excluded)} maps excluded); ask for fewer, raise --hole_rate, or give the level a "
-                    "smaller share"
-                )
+                holes, excluded = maps.most_holes(level, settings.hole_rate), len(self.excluded)
+                among = f"split {settings.split}, at most {holes} hole(s) a board, {excluded} maps excluded"
+                what = f"found only {len(found)} different records of the {count} asked for ({among})"
+                how = "ask for fewer, raise --hole_rate, or give the level a smaller share"
+                raise UserError(f"level {level}: {what}; {how}")
             fruitless += 1
-            board = random_board(level, settings.hole_rate, rng)
-            if split_of(board) != settings.split or self._is_excluded(board):
+            board = maps.random_board(level, settings.hole_rate, rng)
+            if maps.split_of(board) != settings.split or self._is_excluded(board):
                 continue
             draft = self.task.make(Given(board, rng, settings, {}, self._classes(len(found))[:1]))
             if draft is None:
@@ -249,8 +225,8 @@ class _Supply:
         for source in read_rows(find_files(path)):
             if len(found) == settings.count:
                 break
-            row, board = source.values, parse_board(source.values.get("map_desc"), source.where)
-            check_solvable(board, source.where)
+            row, board = source.values, maps.parse_board(source.values.get("map_desc"), source.where)
+            maps.check_solvable(board, source.where)
             if self._is_excluded(board):
                 continue
             # Its own rng for each row: what a row becomes does not hang on the rows before it.
@@ -267,10 +243,9 @@ class _Supply:
             found.append(self._kept(row, board, draft))
         if not found or len(found) < (settings.count or 0):
             asked = f" of the {settings.count} asked for" if settings.count else ""
-            raise UserError(
-                f"{path}: found only {len(found)} usable rows{asked} ({self.report.excluded} excluded, "
-                f"{self.report.duplicates} duplicates); ask for fewer or give more maps"
-            )
+            lost = f"{self.report.excluded} excluded, {self.report.duplicates} duplicates"
+            what = f"found only {len(found)} usable rows{asked} ({lost})"
+            raise UserError(f"{path}: {what}; ask for fewer or give more maps")
         return found
 
     def _classes(self, made: int) -> tuple[str, ...]:
@@ -281,7 +256,7 @@ class _Supply:
 
     def _is_excluded(self, board: Board) -> bool:
         """Tell whether the board or a symmetry of it is to be left out, and count it if so."""
-        met = bool(self.excluded) and not self.excluded.isdisjoint(symmetry_hashes(board))
+        met = bool(self.excluded) and not self.excluded.isdisjoint(maps.symmetry_hashes(board))
         self.report.excluded += met
         return met
 

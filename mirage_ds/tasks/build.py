@@ -1,7 +1,6 @@
 """Make a task's records and write them, whole or not at all (see `mirage_ds.tasks.write`)."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from mirage_ds.data.progress import Advance
@@ -70,7 +69,7 @@ def _row(task: Task, draft: Draft, settings: Settings, name: str) -> Row:
     row = Row("", draft.text_output, draft.images, draft.helpers, draft.extra | {"task": draft.extra.get("task", name)})
     known = row.record(settings.out)
     del known["text_input"], known["text_output"]
-    row = replace(row, text_input=task.prompt(known, settings))
+    row = row._replace(text_input=task.prompt(known, settings))
     record = row.record(settings.out)
     if draft.text_output and task.parse(draft.text_output, record) is None:
         raise UserError(f"task {name} reads no answer out of its own {shown(draft.text_output)}; fix build or parse")

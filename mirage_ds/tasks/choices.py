@@ -43,8 +43,7 @@ def read_choice(text: str, options: Sequence[str], letter_first: bool = True) ->
 def without_letters(options: Sequence[str]) -> list[str]:
     """Return the options without the letters A, B, … in front, where every one of them has its own."""
     matches = [_OWN_LETTER.match(option.strip()) for option in options]
-    own = [match.group(1) if match else "" for match in matches]
-    if own != list(ascii_uppercase[: len(options)]):
+    if [match and match.group(1) for match in matches] != list(ascii_uppercase[: len(options)]):
         return list(options)
     return [option.strip()[match.end() :] for option, match in zip(options, matches, strict=True) if match]
 

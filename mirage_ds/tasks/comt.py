@@ -7,7 +7,6 @@ packed for latent blocks (`sequence_plan`, a list of texts and helper images).
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -34,9 +33,7 @@ _MARK = re.compile(
 class ComtSettings(tables.ConvertSettings):
     """Which rows."""
 
-    types: list[str] = Field(
-        ["creation"], description="values of `type` to take, or all; creation is the geometry subset"
-    )
+    types: list[str] = Field(["creation"], description="values of `type`, or all; creation is the geometry subset")
     split: Literal["all", "train", "test"] = Field(
         "all", description="test: a fifth of the rows, by the hash of their first image; train: the others"
     )
@@ -110,9 +107,8 @@ def _answer(values: Mapping[str, Any], text: str, options: list[str]) -> tuple[s
     boxed = read_choice(text, known)
     letter = boxed if given is None else read_choice(f"\\boxed{{{given}}}", known)
     if letter is None:
-        raise tables.BadRow(
-            f"answer {shown(given)} is none of its {len(known)} options, and its text has no \\boxed{{}}"
-        )
+        what = f"answer {shown(given)} is none of its {len(known)} options"
+        raise tables.BadRow(f"{what}, and its text has no \\boxed{{}}")
     if last_boxed(text) is None:
         return letter, f"{text.rstrip()}\nThe answer is \\boxed{{{letter}}}."
     if boxed != letter:
@@ -137,8 +133,7 @@ def _image(row: tables.Row, name: str, kind: str, places: Mapping[str, list[Path
         BadRow: there is none, or it is broken.
     """
     found = places.get(name) or places.get(Path(name).name) or []
-    own = [path for path in found if path.parent.name == kind]
-    path = next(iter(own or found), None)
+    path = next(iter([path for path in found if path.parent.name == kind] or found), None)
     if path is None:
         raise tables.BadRow(f"image {name!r} is not below images/")
     return row.picture(path, f"image {name}")
@@ -181,13 +176,9 @@ def _own(row: tables.Row, places: Mapping[str, list[Path]]) -> Draft:
     letter, text = _answer(values, _MARK.sub(latent, rationale), options)
     if asked:
         question = _MARK.sub(lambda match: IMAGE_MARK if int(match["number"]) in ids else match[0], question)
-    return Draft(
-        text_output=text,
-        images=tuple(_image(row, ids[number], kind, places) for number in inputs),
-        helpers=tuple(_image(row, ids[number], kind, places) for number in thought),
-        extra={"question": question, "options": options, "level": kind, "id": values.get("id")},
-        kind=letter,
-    )
+    images, helpers = (tuple(_image(row, ids[n], kind, places) for n in part) for part in (inputs, thought))
+    extra = {"question": question, "options": options, "level": kind, "id": values.get("id")}
+    return Draft(text, images, helpers, extra, kind=letter)
 
 
 def _packed(row: tables.Row) -> Draft:
@@ -200,7 +191,7 @@ def _packed(row: tables.Row) -> Draft:
     text, helpers = "", []
     for part in row.objects("sequence_plan"):
         if part.get("type") == "text":
-            text += replace(row, values=part).text("content")
+            text += row._replace(values=part).text("content")
         elif part.get("type") == "latent":
             text += HELPER_MARK
             helpers.append(row.picture(part.get("helper_image"), "helper_image"))
@@ -209,10 +200,5 @@ def _packed(row: tables.Row) -> Draft:
     letter, text = _answer(values, text, [])
     known = {key: values[key] for key in ("id", "type") if values.get(key) is not None}
     level = {"level": str(values["type"])} if values.get("type") else {}
-    return Draft(
-        text_output=text,
-        images=images,
-        helpers=tuple(helpers),
-        extra={"question": question, "options": [], **level, **known},
-        kind=letter,
-    )
+    extra = {"question": question, "options": [], **level, **known}
+    return Draft(text, images, tuple(helpers), extra, kind=letter)

@@ -1,19 +1,16 @@
 """What a task hands to the writer: one record whose pictures are not written yet."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from PIL import Image
 
 from mirage_ds.data.images import png_of
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A picture to be.
 
     Attributes:
@@ -25,7 +22,7 @@ class Picture:
     content: Callable[[], bytes]
 
     @classmethod
-    def of(cls, image: Image.Image) -> Picture:
+    def of(cls, image: Image.Image) -> Self:
         """Take a picture as a PNG that is named by its pixels."""
         known = f"{image.mode} {image.size} ".encode() + image.tobytes()
         digest = hashlib.sha256(known).hexdigest()[:16]
@@ -33,12 +30,12 @@ class Picture:
         return cls(f"{digest[:2]}/{digest}.png", lambda: png_of(image, level=1))
 
     @classmethod
-    def drawn(cls, name: str, draw: Callable[[], Image.Image]) -> Picture:
+    def drawn(cls, name: str, draw: Callable[[], Image.Image]) -> Self:
         """Draw a picture later, as `name`.png; the name must say all that tells it from others."""
         return cls(f"{name}.png", lambda: png_of(draw()))
 
     @classmethod
-    def stored(cls, content: bytes, suffix: str) -> Picture:
+    def stored(cls, content: bytes, suffix: str) -> Self:
         """Keep the bytes of an image file, named by their hash."""
         digest = hashlib.sha256(content).hexdigest()[:16]
         return cls(f"{digest[:2]}/{digest}.{suffix}", lambda: content)

@@ -38,13 +38,9 @@ class JigsawSettings(Settings):
     """How puzzles are cut."""
 
     photos: Path = Field(description="folder of photographs, looked through with its subfolders")
-    count: int | None = Field(
-        None, ge=1, description="rows to make, one a photograph [default: every one of the split]"
-    )
+    count: int | None = Field(None, ge=1, description="rows to make, one a photograph [default: all of the split]")
     split: Split = Field("train", description="which photographs; follows from a file's content, whatever the seed")
-    corner: Literal["any"] | Corner = Field(
-        "lower-right", description="which corner is cut out; BLINK's is lower-right"
-    )
+    corner: Literal["any"] | Corner = Field("lower-right", description="which is cut out; BLINK's is lower-right")
     cut: float = Field(0.5, ge=0.1, le=0.5, description="share of width and of height that is cut out")
     side: int = Field(512, ge=56, description="px of the longer side; a larger photograph is shrunk, none is enlarged")
     min_side: int = Field(224, ge=56, description="px the shorter side must have then; smaller ones are left out")
@@ -63,9 +59,7 @@ def split_of(content: bytes) -> Split:
     return "test" if share == 9 else "dev" if share == 8 else "train"
 
 
-def cut_puzzle(
-    photo: Image.Image, corner: Corner, cut: float, rng: random.Random
-) -> tuple[Image.Image, Image.Image, Image.Image]:
+def cut_puzzle(photo: Image.Image, corner: Corner, cut: float, rng: random.Random) -> tuple[Image.Image, ...]:
     """Cut a corner out of a photograph, and a patch of the same size from a place that does not meet it.
 
     Args:
@@ -87,8 +81,7 @@ def cut_puzzle(
         place = (rng.randint(0, span[0]), rng.randint(0, span[1]))
         # One side is drawn anew so that the two do not meet: of all places most would.
         axis = rng.randrange(2)
-        free = span[axis] - patch[axis]
-        away = rng.randint(0, free) if at[axis] else rng.randint(patch[axis], span[axis])
+        away = rng.randint(0, span[axis] - patch[axis]) if at[axis] else rng.randint(patch[axis], span[axis])
         wrong = _crop(photo, (away, place[1]) if axis == 0 else (place[0], away), patch)
         if sum(ImageStat.Stat(ImageChops.difference(right, wrong)).mean) >= MIN_DIFFERENCE * 3:
             gap = photo.copy()
@@ -137,10 +130,9 @@ class Jigsaw(ChoiceTask):
                 letters.pop()
                 yield draft
         if made < (settings.count or 0):
-            raise UserError(
-                f"--photos {settings.photos}: only {made} of its {len(files)} photographs can be used in split "
-                f"{settings.split}, not the {settings.count} asked for; ask for fewer, give more, or lower --min_side"
-            )
+            what = f"only {made} of its {len(files)} photographs can be used in split {settings.split}"
+            how = "ask for fewer, give more, or lower --min_side"
+            raise UserError(f"--photos {settings.photos}: {what}, not the {settings.count} asked for; {how}")
 
     def _draft(self, content: bytes, photo: str, letter: str, settings: JigsawSettings) -> Draft:
         """Make a photograph's puzzle; BadRow where it gives none."""
@@ -156,20 +148,10 @@ class Jigsaw(ChoiceTask):
         gap, right, wrong = cut_puzzle(image, corner, settings.cut, rng)
         patches = (right, wrong) if letter == "A" else (wrong, right)
         question = QUESTION.format(corner=corner.replace("-", " "))
-        return Draft(
-            text_output=f"\\boxed{{{letter}}}",
-            images=tuple(Picture.of(one) for one in (gap, *patches)),
-            helpers=(Picture.of(image),),
-            extra={
-                "question": question,
-                "options": OPTIONS,
-                "corner": corner,
-                "photo": photo,
-                "split": settings.split,
-                "seed": settings.seed,
-            },
-            kind=letter,
-        )
+        puzzle = {"question": question, "options": OPTIONS, "corner": corner, "photo": photo}
+        extra = {**puzzle, "split": settings.split, "seed": settings.seed}
+        images, helpers = tuple(map(Picture.of, (gap, *patches))), (Picture.of(image),)
+        return Draft(f"\\boxed{{{letter}}}", images, helpers, extra, kind=letter)
 
     def convert(self, source: Path, settings: BlinkSettings, report: BuildReport) -> Iterator[Draft]:
         """Convert BLINK's Jigsaw rows (Parquet as the Hub has them, or `save_to_disk`) to evaluate on."""
@@ -189,12 +171,8 @@ def _blink(report: BuildReport, row: tables.Row) -> Draft:
         raise tables.BadRow(f"answer {answer!r} is none of its {len(options)} choices")
     if letter is None:
         report.note("answers withheld")
-    return Draft(
-        text_output=f"\\boxed{{{letter}}}" if letter else "",
-        images=images,
-        extra={"question": question, "options": options, "idx": str(values["idx"])},
-        kind=letter or "",
-    )
+    extra = {"question": question, "options": options, "idx": str(values["idx"])}
+    return Draft(f"\\boxed{{{letter}}}" if letter else "", images, extra=extra, kind=letter or "")
 
 
 def _load(content: bytes, side: int) -> Image.Image:

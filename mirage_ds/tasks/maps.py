@@ -33,16 +33,13 @@ def parse_board(value: Any, where: str) -> Board:
         UserError: not a square of -1, 0, 1, 2 with one start and one goal.
     """
     if not isinstance(value, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in value):
-        raise UserError(
-            f"{where}: map_desc is not a list of rows, it is {shown(value)}; give one list of cells for each row"
-        )
+        what = f"map_desc is not a list of rows, it is {shown(value)}"
+        raise UserError(f"{where}: {what}; give one list of cells for each row")
     side = len(value)
     lengths = sorted({len(row) for row in value})
     if side < 2 or lengths != [side]:
-        raise UserError(
-            f"{where}: map_desc has {side} rows of {' and '.join(map(str, lengths)) or 'no'} cells; "
-            "give a square board of at least 2 x 2"
-        )
+        what = f"map_desc has {side} rows of {' and '.join(map(str, lengths)) or 'no'} cells"
+        raise UserError(f"{where}: {what}; give a square board of at least 2 x 2")
     board = tuple(tuple(row) for row in value)
     for cell in (cell for row in board for cell in row):
         if type(cell) is not int or cell not in (START, GOAL, HOLE, ICE):
@@ -154,12 +151,11 @@ def random_board(side: int, hole_rate: float, rng: random.Random) -> Board:
     Boards with a larger share of holes than `hole_rate`, or without a path, are drawn again; with many holes that
     can take long, so callers keep `hole_rate` at 0.5 or below.
     """
-    limit = most_holes(side, hole_rate)
     while True:
         start, goal = rng.sample(range(side * side), 2)
         flat = [HOLE if rng.random() < hole_rate else ICE for _ in range(side * side)]
         flat[start], flat[goal] = START, GOAL
-        if flat.count(HOLE) > limit:
+        if flat.count(HOLE) > most_holes(side, hole_rate):
             continue
         board = tuple(tuple(flat[row * side : (row + 1) * side]) for row in range(side))
         if find(board, START) in distances(board):

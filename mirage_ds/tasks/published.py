@@ -10,7 +10,6 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -100,7 +99,7 @@ class Monet(_Published):
         for turn in row.objects("data"):
             # Its system prompt says how Monet's latents are written; the authors' loader replaces it too.
             role = str(turn.get("role"))
-            for item in replace(row, values=turn).objects("content") if role in texts else ():
+            for item in row._replace(values=turn).objects("content") if role in texts else ():
                 if item.get("type") == "image":
                     pictures[role].append(_picture(row, item.get("image"), root))
                     texts[role] += IMAGE_MARK if role == "user" else ""
@@ -121,7 +120,7 @@ class Lvr(_Published):
         turns = row.objects("conversations")
         if [turn.get("from") for turn in turns] != ["human", "gpt"]:
             raise tables.BadRow("its conversations are not one question of human and one answer of gpt")
-        question, answer = (replace(row, values=turn).text("value") for turn in turns)
+        question, answer = (row._replace(values=turn).text("value") for turn in turns)
         names = row.values.get("image")
         names = names if isinstance(names, list) else [names]
         if len(names) != 1:
@@ -130,8 +129,7 @@ class Lvr(_Published):
         boxes = row.values.get("bboxes")
         helpers = [_part(image, box) for box in (boxes if isinstance(boxes, list) else [])]
         answer, level = answer.replace("<lvr>", HELPER_MARK), row.values.get("dataset")
-        number = row.values.get("question_id")
-        return _made(question, answer, [image], helpers, level, id=number, bboxes=boxes)
+        return _made(question, answer, [image], helpers, level, id=row.values.get("question_id"), bboxes=boxes)
 
 
 class Zebra(_Published):
@@ -154,9 +152,8 @@ class Zebra(_Published):
         unmarked = [name for name in inputs if name not in marked]
         question = IMAGE_MARK * len(unmarked) + _SHOWN.sub(IMAGE_MARK, question)
         level = row.folder.name if row.folder.name != "data" else row.folder.parent.name
-        images, thought = (
-            [_picture(row, row.values.get(name), root) for name in names] for names in (unmarked + marked, helpers)
-        )
+        images = [_picture(row, row.values.get(name), root) for name in unmarked + marked]
+        thought = [_picture(row, row.values.get(name), root) for name in helpers]
         return _made(question, f"{trace.rstrip()}\nThe answer is {final}.", images, thought, level)
 
 

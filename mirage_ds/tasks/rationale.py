@@ -26,13 +26,8 @@ def sentences(board: Board, cells: Sequence[Cell], moves: Sequence[str]) -> list
     """
     told = []
     for before, after, move in zip(cells, cells[1:], moves, strict=False):
-        there = seen(board, after)
-        if after == before:
-            told.append(
-                f"Moving {move} from {spot(before)} has no effect at the edge of the map, so I stay at {there}."
-            )
-        else:
-            told.append(f"Moving {move} from {spot(before)} leads to {there}.")
+        effect = "leads to" if after != before else "has no effect at the edge of the map, so I stay at"
+        told.append(f"Moving {move} from {spot(before)} {effect} {seen(board, after)}.")
     return told
 
 

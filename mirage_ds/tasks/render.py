@@ -110,10 +110,8 @@ def red_path(image: Image.Image, cells: Sequence[Cell], cell_size: int = RENDERE
             continue
         dx, dy = (x1 - x0) / distance, (y1 - y0) / distance
         draw.line([(x0, y0), (x1, y1)], fill=RED, width=width)
-        back = (x1 - length * dx, y1 - length * dy)
-        draw.polygon(
-            [(x1, y1), (back[0] - half * dy, back[1] + half * dx), (back[0] + half * dy, back[1] - half * dx)], RED
-        )
+        x, y = x1 - length * dx, y1 - length * dy
+        draw.polygon([(x1, y1), (x - half * dy, y + half * dx), (x + half * dy, y - half * dx)], RED)
     return picture
 
 
@@ -132,7 +130,5 @@ def path_picture(board: Board, moves: Sequence[str], cell_size: int) -> Picture:
     """Return the picture of the board at first, with the path of `moves` in red."""
     way = hashlib.sha256("".join(moves).encode()).hexdigest()[:8]
     cells = follow(board, moves)
-    return Picture.drawn(
-        _picture_name(board, cell_size, f"path_{way}"),
-        lambda: red_path(render(board, cell_size=cell_size), cells, cell_size),
-    )
+    name = _picture_name(board, cell_size, f"path_{way}")
+    return Picture.drawn(name, lambda: red_path(render(board, cell_size=cell_size), cells, cell_size))

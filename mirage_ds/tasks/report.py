@@ -48,9 +48,9 @@ def print_report(report: BuildReport) -> None:
     counts += [(f"level {level}", count) for level, count in levels]
     classes = sorted(report.classes.items(), key=lambda item: (len(item[0]), item[0]))
     counts += [(f"answer {kind}", count) for kind, count in classes]
-    counts += [(f"duplicates {'kept' if report.duplicates_kept else 'removed'}", report.duplicates)]
-    counts += [("excluded", report.excluded)]
-    print_counts(f"{report.task}: {report.file}", [*counts, *report.notes.items()])
+    twice = f"duplicates {'kept' if report.duplicates_kept else 'removed'}"
+    counts += [(twice, report.duplicates), ("excluded", report.excluded), *report.notes.items()]
+    print_counts(f"{report.task}: {report.file}", counts)
 
 
 def print_counts(title: str, counts: Iterable[tuple[str, int | str]]) -> None:

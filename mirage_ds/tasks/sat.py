@@ -27,9 +27,7 @@ _ID_COLUMNS = ("id", "idx")
 class SatSettings(tables.ConvertSettings):
     """Which rows, and where their helper images lie."""
 
-    question_types: list[str] = Field(
-        PAPERS_TYPES, description="values of question_type to take (- and _ are alike), or all"
-    )
+    question_types: list[str] = Field(PAPERS_TYPES, description="values of question_type, - and _ alike, or all")
     helpers: Path | None = Field(
         None,
         description="folder of helper images, each called as its row's id, or its number from 0 where rows have none",
@@ -48,10 +46,11 @@ class Sat(ChoiceTask):
         """Convert rows of SAT or SAT-v2 (Parquet, or `save_to_disk`); helper images come from --helpers."""
         files = tables.find_tables(source, split=settings.split)
         tables.need_columns(files, ("question", "answers", "question_type", "correct_answer"))
-        images = next((name for name in _IMAGE_COLUMNS if name in tables.columns_of(files[0])), None)
+        there = tables.columns_of(files[0])
+        images = next((name for name in _IMAGE_COLUMNS if name in there), None)
         if images is None:
             raise UserError(f"{files[0]}: has no column {' or '.join(_IMAGE_COLUMNS)}; name the data set that has it")
-        name = next((name for name in _ID_COLUMNS if name in tables.columns_of(files[0])), None)
+        name = next((name for name in _ID_COLUMNS if name in there), None)
         # The images are not read for that.
         kinds = tables.read_rows(files, ["question_type"])
         fitting = tables.of_types(kinds, "question_type", "--question_types", settings.question_types, report)
@@ -68,10 +67,9 @@ class Sat(ChoiceTask):
         if helpers and not helped:
             example = next(iter(helpers.values())).name
             called = "0, 1, 2, … by their place" if name is None else f"as their column '{name}' says"
-            raise UserError(
-                f"--helpers {settings.helpers}: no row has one of its {len(helpers)} images ({example}, …); the rows "
-                f"are called {called}, so rename the images"
-            )
+            what = f"no row has one of its {len(helpers)} images ({example}, …)"
+            how = f"the rows are called {called}, so rename the images"
+            raise UserError(f"--helpers {settings.helpers}: {what}; {how}")
 
 
 def _draft(row: tables.Row, column: str, own: str, helper: Path | None, seed: int, report: BuildReport) -> Draft:
@@ -80,7 +78,7 @@ def _draft(row: tables.Row, column: str, own: str, helper: Path | None, seed: in
     options = list(row.texts("answers"))
     # In an order of chance: nothing says that the data's own order gives nothing away.
     random.Random(f"{seed}/sat/{own}").shuffle(options)
-    at = [plain(option) for option in options]
+    at = list(map(plain, options))
     if at.count(plain(right)) != 1:
         raise tables.BadRow(f"correct_answer {right!r} stands {at.count(plain(right))} times among its answers")
     stored = values.get(column)
@@ -91,21 +89,11 @@ def _draft(row: tables.Row, column: str, own: str, helper: Path | None, seed: in
         raise tables.BadRow(f"correct_answer {right!r} has a brace, which cannot stand in a box")
     if not helper:
         report.note(LACKING)
-    letter = ascii_uppercase[at.index(plain(right))]
-    return Draft(
-        text_output=f"\\boxed{{{right.strip()}}}",
-        images=images,
-        helpers=(row.picture(helper, "its helper"),) if helper else (),
-        extra={
-            "question": question,
-            "options": options,
-            "question_type": values["question_type"],
-            "level": tables.type_name(str(values["question_type"])),
-            "row": own,
-            "seed": seed,
-        },
-        kind=letter,
-    )
+    kind = values["question_type"]
+    asked = {"question": question, "options": options, "question_type": kind}
+    extra = {**asked, "level": tables.type_name(str(kind)), "row": own, "seed": seed}
+    helpers, letter = (row.picture(helper, "its helper"),) if helper else (), ascii_uppercase[at.index(plain(right))]
+    return Draft(f"\\boxed{{{right.strip()}}}", images, helpers, extra, kind=letter)
 
 
 def folder_of_images(folder: Path) -> dict[str, Path]:

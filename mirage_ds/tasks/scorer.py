@@ -6,8 +6,6 @@
 More is better. Of a dict the first number is the main one, as with the metrics of a class.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 import traceback
@@ -56,17 +54,14 @@ class Scorer(BoxedAnswer):
         try:
             value = self.function(text, dict(record))
         except Exception as error:
-            raise UserError(
-                f"task {self.name} fails for the answer {shown(text)} ({told(error)}); a scorer must take any text, "
-                "an empty one too, as def score(answer, record) does"
-            ) from error
+            what = f"task {self.name} fails for the answer {shown(text)} ({told(error)})"
+            how = "a scorer must take any text, an empty one too, as def score(answer, record) does"
+            raise UserError(f"{what}; {how}") from error
         named = value if isinstance(value, Mapping) else {MAIN: value}
         numbers = {key: _number(one) for key, one in named.items()}
         if not numbers or not all(isinstance(key, str) and math.isfinite(one) for key, one in numbers.items()):
-            raise UserError(
-                f"task {self.name} returned {shown(value)} for the answer {shown(text)}; return a finite number, True "
-                "or False, or a dict of such by name"
-            )
+            what = f"task {self.name} returned {shown(value)} for the answer {shown(text)}"
+            raise UserError(f"{what}; return a finite number, True or False, or a dict of such by name")
         return numbers
 
 

@@ -3,17 +3,15 @@
 import io
 import random
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from PIL import Image
 from pydantic import Field
 
+from mirage_ds.data.images import opened
 from mirage_ds.data.kinds import kind_of
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
 from mirage_ds.data.record import RecordError, parse_object
@@ -41,8 +39,7 @@ class BadRow(ValueError):
     """A row that cannot become a record; the message says what is wrong with it."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One row of the source.
 
     Attributes:
@@ -104,12 +101,9 @@ class Row:
 def suffix_of(content: bytes, what: str) -> str:
     """Decode an image; return the suffix of its format, or raise BadRow that calls it `what`."""
     try:
-        with warnings.catch_warnings():
-            # What Pillow only warns of as of a decompression bomb is refused by the trainer too.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as image:
-                image.load()
-                return (image.format or "png").lower().replace("jpeg", "jpg")
+        with opened(io.BytesIO(content)) as image:
+            image.load()
+            return (image.format or "png").lower().replace("jpeg", "jpg")
     except Exception as error:  # noqa: BLE001  # broken files lead Pillow's decoders to errors of almost any class
         raise BadRow(f"{what} cannot be decoded ({reason(error)})") from None
 
@@ -161,8 +155,7 @@ def need_columns(files: Sequence[Path], names: Collection[str]) -> None:
         found = columns_of(file)
         missing = " and ".join(name for name in names if name not in found)
         if missing:
-            there = ", ".join(found)
-            raise UserError(f"{file}: has no column {missing}, only {there}; name the data set that has it")
+            raise UserError(f"{file}: has no column {missing}, only {', '.join(found)}; name the data set that has it")
 
 
 @contextmanager
@@ -252,8 +245,7 @@ def drafts(
     numbers = range(count_rows(files)) if fitting is None else [row.number for row in fitting]
     if settings.count and settings.count > len(numbers):
         raise UserError(f"--count is {settings.count}, but there are only {len(numbers)} rows to take; ask for fewer")
-    drawn = random.Random(f"{settings.seed}/rows").sample(numbers, settings.count) if settings.count else numbers
-    chosen = set(drawn)
+    chosen = set(random.Random(f"{settings.seed}/rows").sample(numbers, settings.count) if settings.count else numbers)
     report.duplicates_kept = True
     if settings.skip_bad_records:
         report.note("bad rows left out", 0)

@@ -105,11 +105,5 @@ class Planning(MovesTask):
             start, goal = spot(cells[0]), spot(find(board, GOAL))
             where = f"I start at [{start},Start] and the goal is at [{goal},Target]."
             text_output = with_helper([where], sentences(board, cells, moves), text_output)
-        return Draft(
-            text_output=text_output,
-            images=(state_picture(board, cells[0], None, size),),
-            helpers=(path_picture(board, moves, size),),
-            extra={"path": moves},
-            kind=kind_of(moves),
-            replaced=replaced,
-        )
+        images, helpers = (state_picture(board, cells[0], None, size),), (path_picture(board, moves, size),)
+        return Draft(text_output, images, helpers, {"path": moves}, kind=kind_of(moves), replaced=replaced)

@@ -46,18 +46,14 @@ class Transcription(BoardTask):
         """
         true = write_board(parse_board(record["map_desc"], "the record to score")).split("/")
         rows = self.parse(text, record) or []
-        right = sum(
-            one == other for row, own in zip(rows, true, strict=False) for one, other in zip(row, own, strict=False)
-        )
+        right = sum(a == b for row, own in zip(rows, true, strict=False) for a, b in zip(row, own, strict=False))
         return {"success": rows == true, "cells": right / len(true) ** 2, "invalid": not rows}
 
     def make(self, given: Given) -> Draft:
         """Make one record; nothing is drawn, and answers fall into no classes."""
         board = given.board
-        return Draft(
-            text_output=f"\\boxed{{{write_board(board)}}}",
-            images=(state_picture(board, find(board, START), None, given.settings.cell_size),),
-        )
+        picture = state_picture(board, find(board, START), None, given.settings.cell_size)
+        return Draft(f"\\boxed{{{write_board(board)}}}", (picture,))
 
 
 def readable(board: Board, moves: Sequence[str]) -> bool:
@@ -95,10 +91,5 @@ class PathReading(MovesTask):
         The row's own path is kept when it solves the board and stands on no cell twice, else replaced.
         """
         moves, replaced = choose_moves(given, readable)
-        return Draft(
-            text_output=boxed_moves(moves),
-            images=(path_picture(given.board, moves, given.settings.cell_size),),
-            extra={"path": moves},
-            kind=kind_of(moves),
-            replaced=replaced,
-        )
+        images = (path_picture(given.board, moves, given.settings.cell_size),)
+        return Draft(boxed_moves(moves), images, extra={"path": moves}, kind=kind_of(moves), replaced=replaced)

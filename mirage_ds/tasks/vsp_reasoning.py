@@ -30,8 +30,7 @@ _TRIES = 60
 
 def outcome(board: Board, plan: Sequence[str]) -> str:
     """Return A, B or C: the first hole on the way decides, else where the plan ends."""
-    end = tile(board, follow(board, plan)[-1])
-    return {GOAL: "A", HOLE: "B"}.get(end, "C")
+    return {GOAL: "A", HOLE: "B"}.get(tile(board, follow(board, plan)[-1]), "C")
 
 
 def _perturbed(plan: Sequence[str], rng: random.Random) -> list[str]:
@@ -130,12 +129,7 @@ class Reasoning(BoardTask):
         if given.settings.answer == "cot":
             told = sentences(board, cells, plan)
             text_output = with_helper(told[:split], told[split:], text_output)
-        return Draft(
-            text_output=text_output,
-            images=(state_picture(board, cells[0], None, size),),
-            helpers=(state_picture(board, cells[split], plan[split - 1], size),),
-            extra={"plan": plan, "helper_step": split},
-            kind=letter,
-            key=" ".join(plan),
-            replaced=own is not None and usable is None,
-        )
+        images = (state_picture(board, cells[0], None, size),)
+        helpers = (state_picture(board, cells[split], plan[split - 1], size),)
+        extra, replaced = {"plan": plan, "helper_step": split}, own is not None and usable is None
+        return Draft(text_output, images, helpers, extra, kind=letter, key=" ".join(plan), replaced=replaced)

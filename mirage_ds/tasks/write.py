@@ -9,10 +9,9 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mirage_ds.data.progress import Advance
 from mirage_ds.errors import UserError, is_text
@@ -24,8 +23,7 @@ from mirage_ds.tasks.task import Settings
 ROWS_AT_A_TIME = 64
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A record to be.
 
     Attributes:
@@ -63,8 +61,7 @@ class Row:
         return (text if is_text(text) else json.dumps(record)) + "\n"
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """What was written: the file, its rows, and how many pictures are new."""
 
     file: Path

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from support.group import Group
+from support.indices import open_index
 
 from mirage_ds.config.run import RunConfig
-from mirage_ds.data.make_index import open_index
 from mirage_ds.run.records import index_beforehand, make_encoder, model_folders
 
 Values = dict[str, Any]

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from support.group import Group
+from support.indices import open_index
 from support.on_disk import files, log_of, rewrite
 
 from mirage_ds import train
@@ -27,7 +28,6 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
-from mirage_ds.data.make_index import open_index
 from mirage_ds.data.record_files import scan
 from mirage_ds.engine.checkpoint import CheckpointWriter
 from mirage_ds.engine.save import export_folder

@@ -138,7 +138,7 @@ def _encode(answers: Any, nano: Path, rows: Path, max_pixels: int | None, worker
     encoder = load_encoder([str(nano)], ImageFinder.beside(rows, None), "sft", 1, (None, max_pixels))
     tower = Blind(load_tower(nano, read_config(nano), torch.float32, torch.device("cpu")).tower)
     index = selected(rows, encoder, 20_000, 0.0, ("image_input",), cache_dir=rows.parent / "cache")
-    images = index.images["image_input"]
+    images = index.rows.images["image_input"]
     kept = keep_features._kept(rows.parent / "features", tower, "print", encoder, "image_input", images)
     own = keep_features.Images(index.rows, encoder, "image_input", images, torch.float32)
     places = kept.needs(index.row_ids)

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from mirage_ds.config.mixture import Records
+from mirage_ds.config.run import cache_folder
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.index import Index
-from mirage_ds.data.make_index import open_index
+from mirage_ds.data.make_index import Maker
 from mirage_ds.data.record import Record
 from mirage_ds.data.selection import Selection, usable
 
@@ -24,6 +25,13 @@ BREAK: dict[str, Callable[[bytes], bytes]] = {
     "cut": lambda content: content[: len(content) * 3 // 4],
     "one bit": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
 }
+
+
+def open_index(
+    data_path: Records, encoder: Encoder, keep: Sequence[str] = (), cache_dir: Path | None = None, **how: Any
+) -> Index:
+    """The index as one process opens or makes it."""
+    return Maker(data_path, encoder, keep, cache_folder(cache_dir), **how).index()
 
 
 def selected(
@@ -37,7 +45,7 @@ def selected(
 ) -> Selection:
     """Open the index of the records, and choose the rows that can be trained on."""
     rows = open_index(data_path, encoder, keep, cache_dir)
-    return usable(rows, data_path, max_length, max_dropped_share, keep, max_bad_share)
+    return usable(rows, data_path, max_length, max_dropped_share, max_bad_share)
 
 
 def every(index: Index) -> list[Record]:

@@ -3,11 +3,8 @@ r"""The form of a reply: k + 1 parts of text around k helpers, and the answer; h
 Tags and not JSON: models write `\boxed`, `\frac` and line breaks as they are, which JSON would misread or refuse.
 """
 
-from __future__ import annotations
-
 import re
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
 from mirage_ds.errors import is_text, shown
@@ -86,8 +83,7 @@ def read(text: str, helpers: int) -> tuple[list[str], str] | None:
     return parts[:-1], parts[-1]
 
 
-@dataclass(frozen=True)
-class Judge:
+class Judge(NamedTuple):
     """Knows the right answer of a record, and whether a written one is that.
 
     Attributes:
@@ -101,7 +97,7 @@ class Judge:
     boxed: str
 
     @classmethod
-    def of(cls, record: Record, named: str | None) -> Judge:
+    def of(cls, record: Record, named: str | None) -> Self:
         """Make a record's judge.
 
         Args:
@@ -121,8 +117,7 @@ class Judge:
         try:
             right = judge.agrees(record.text_output)
         except KeyError as error:
-            how = f"add it: {name} scores by it"
-            raise record.fault(str(error.args[0]), "missing", how) from None
+            raise record.fault(str(error.args[0]), "missing", f"add it: {name} scores by it") from None
         if not right:
             what = f"its own answer {shown(boxed)} is wrong by the scorer of {name}"
             raise record.fault("text_output", what, "fix it, or leave the row out")

@@ -89,24 +89,21 @@ class Local:
             UserError: the logits of a row are not finite, or the batch does not fit into the GPU's memory.
         """
         samples = [self.request(row) for row in block]
-        model, encoder = self.decoder.loaded.model, self.decoder.encoder
+        model, tower, encoder = self.decoder.loaded.model, self.decoder.tower, self.decoder.encoder
         # From all tokens.
         drawn: Decoding = Sampling(self.spec.temperature, 1.0) if self.spec.temperature else "greedy"
         limits, seed = Limits(self.spec.max_new_tokens), 1000 * (self.spec.seed or 0) + number
         # They are no text; a folder that was trained on latents would begin its reply with them.
         banned = [token for token in map(encoder.id_of, (*LATENT_TOKENS, IMAGE_PAD)) if token < len(model.head.weight)]
         try:
-            answers = decode_samples(
-                model, self.decoder.tower, encoder, samples, limits, False, drawn, seed, banned=banned
-            )
+            answers = decode_samples(model, tower, encoder, samples, limits, False, drawn, seed, banned=banned)
         except NotFinite as error:
             with self.questions.source.told(self.questions.source.records[error.row]):
                 raise
         except torch.OutOfMemoryError:
-            raise UserError(
-                f"--batch_size {self.spec.batch_size}: {len(block)} rows at a time do not fit into the GPU's memory; "
-                "lower it, --max_new_tokens or --max_pixels"
-            ) from None
+            what = f"{len(block)} rows at a time do not fit into the GPU's memory"
+            how = "lower it, --max_new_tokens or --max_pixels"
+            raise UserError(f"--batch_size {self.spec.batch_size}: {what}; {how}") from None
         stops = latent_tokens(encoder).stops
         return [
             Reply(answer.text, answer.ids[-1] not in stops, tokens=(len(sample.input_ids), len(answer.ids)))

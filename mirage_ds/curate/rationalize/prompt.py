@@ -1,14 +1,11 @@
 """The request that a model gets: a template of text, filled with a record's question, pictures and answer."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count, groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from mirage_ds.curate.rationalize.form import Judge, described
 from mirage_ds.curate.rewrite import Source
@@ -66,8 +63,7 @@ def _named_marks(question: str, images: int) -> str:
     return re.sub(IMAGE_MARK, lambda _: f"[image {next(number)}]" if images > 1 else "[image]", question).strip()
 
 
-@dataclass(frozen=True)
-class Questions:
+class Questions(NamedTuple):
     """What a model is asked about the rows of a records file.
 
     Attributes:
@@ -80,7 +76,7 @@ class Questions:
     judges: list[Judge]
 
     @classmethod
-    def read(cls, file: Path, spec: RationalizeSpec) -> Questions:
+    def read(cls, file: Path, spec: RationalizeSpec) -> Self:
         """Read every row and the header of each of its images, before anything is asked.
 
         Raises:

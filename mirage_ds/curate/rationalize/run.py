@@ -1,15 +1,13 @@
 """Ask, note down, and write the rows: the whole of `mirage-ds data rationalize`."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mirage_ds.curate.rationalize.form import MEANINGS, Outcome
+from mirage_ds.curate.rationalize.form import MEANINGS, Outcome, Reply
 from mirage_ds.curate.rationalize.journal import Job, Journal
 from mirage_ds.curate.rationalize.prompt import Questions
 from mirage_ds.curate.spec import RationalizeSpec
@@ -17,10 +15,6 @@ from mirage_ds.data.progress import track
 from mirage_ds.data.sources import hash_of_records
 from mirage_ds.files import check_output
 from mirage_ds.tasks.write import whole_or_nothing
-
-if TYPE_CHECKING:
-    from mirage_ds.curate.rationalize.local import Local
-    from mirage_ds.curate.rationalize.server import Server
 
 # Of a reply that is shown as an example.
 _SHOWN = 1000
@@ -39,26 +33,27 @@ def rationalize(file: Path, spec: RationalizeSpec) -> dict[str, Any]:
     questions = Questions.read(file, spec)
     setup = _setup(file, questions)
     # A server costs nothing yet, and what is wrong with its flags is said before anything is written.
-    writer = _writer(questions) if spec.endpoint is not None else None
+    replies = _replies(questions) if spec.endpoint is not None else None
     with closing(Journal(spec.out, setup)) as journal:
         jobs = [(row, sample) for row in range(len(questions.judges)) for sample in range(spec.samples)]
         missing = [job for job in jobs if journal.pending(job)]
         if missing:
-            replies = (writer or _writer(questions)).replies(missing)
-            for job, reply in track(replies, "rationales: replies", len(missing)):
+            written = (replies or _replies(questions))(missing)
+            for job, reply in track(written, "rationales: replies", len(missing)):
                 judge = questions.judges[job[0]]
                 journal.note(job, judge.record.line, judge.outcome(reply), reply)
         return _finish(questions, setup, {job: journal.noted[job] for job in jobs})
 
 
-def _writer(questions: Questions) -> Server | Local:
+def _replies(questions: Questions) -> Callable[[Collection[Job]], Iterator[tuple[Job, Reply]]]:
+    """Load what writes; return what asks it for jobs."""
     if questions.spec.endpoint is not None:
         from mirage_ds.curate.rationalize.server import Server
 
-        return Server(questions)
+        return Server(questions).replies
     from mirage_ds.curate.rationalize.local import Local
 
-    return Local(questions)
+    return Local(questions).replies
 
 
 def _setup(file: Path, questions: Questions) -> dict[str, Any]:
@@ -74,9 +69,8 @@ def _setup(file: Path, questions: Questions) -> dict[str, Any]:
 
         # 1, which no folder names, was transformers' `generate`: it drew other texts from the same seed.
         made |= {"--model": weights_hash(str(spec.model)), "--batch_size": spec.batch_size, "decoder": 2}
-    for name in ("temperature", "max_new_tokens", "seed", "max_pixels", "task"):
-        made[f"--{name}"] = getattr(spec, name)
-    return made
+    names = ("temperature", "max_new_tokens", "seed", "max_pixels", "task")
+    return made | {f"--{name}": getattr(spec, name) for name in names}
 
 
 def _finish(questions: Questions, setup: dict[str, Any], noted: dict[Job, dict[str, Any]]) -> dict[str, Any]:
@@ -128,4 +122,4 @@ def _line(questions: Questions, row: int, sample: int, values: dict[str, Any], o
     made: dict[str, Any] = {"model": model} | ({"served": served} if served not in ("", model) else {})
     made |= {"prompt": questions.digest, "sample": sample}
     made |= {name: getattr(spec, name) for name in ("temperature", "max_new_tokens", "seed")}
-    return replace(given, text_output=judge.composed(values["text"]), extra=given.extra | {"rationale": made}).line(out)
+    return given._replace(text_output=judge.composed(values["text"]), extra=given.extra | {"rationale": made}).line(out)

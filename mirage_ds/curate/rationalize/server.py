@@ -81,14 +81,9 @@ def _plain(content: bytes) -> str:
     That is a PNG or JPEG of one picture, 8 bits, without transparency or a turn that viewers make.
     """
     with Image.open(io.BytesIO(content)) as image:
-        plain = (
-            image.format in ("PNG", "JPEG")
-            and image.mode in ("L", "RGB")
-            and getattr(image, "n_frames", 1) == 1
-            and "transparency" not in image.info
-            and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        )
-        return Image.MIME[str(image.format)] if plain else ""
+        one = image.format in ("PNG", "JPEG") and image.mode in ("L", "RGB") and getattr(image, "n_frames", 1) == 1
+        as_is = "transparency" not in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return Image.MIME[str(image.format)] if one and as_is else ""
 
 
 class Server:
@@ -103,9 +98,7 @@ class Server:
         self.stop = threading.Event()
         self.url = str(self.spec.endpoint).rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.key = read_key(self.spec.key_variable)
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         limits = httpx2.Limits(max_connections=self.spec.parallel, max_keepalive_connections=self.spec.parallel)
         self.client = httpx2.Client(timeout=self.spec.timeout, limits=limits, headers=headers)
 
@@ -208,10 +201,8 @@ class Server:
         """Make the error of an answer that no further try can change."""
         status, key = response.status_code, self.spec.key_variable or USUAL_KEY_VARIABLE
         line = self.questions.judges[job[0]].record.line
-        how = (
-            f"the request was that of line {line}: check --model_name, --max_new_tokens, --max_pixels, --limit_key and "
-            "--temperature"
-        )
+        flags = "--model_name, --max_new_tokens, --max_pixels, --limit_key and --temperature"
+        how = f"the request was that of line {line}: check {flags}"
         if status in (401, 403):
             how = f"check the key in {key}" if self.key else "name the variable that holds the key with --key_variable"
         elif status == 404:

@@ -255,7 +255,7 @@ def test_an_image_that_changes_after_it_was_measured_is_a_fault(
     rows.write_text(json.dumps({"text_input": "<image>?", "image_input": "map.png", "text_output": "A"}) + "\n")
     encoder = encoder_for("sft", 4, rows)
     index = selected(rows, encoder, 4096, 0.0, ("image_input",))
-    images = Images(index.rows, encoder, "image_input", index.images["image_input"], torch.float32)
+    images = Images(index.rows, encoder, "image_input", index.rows.images["image_input"], torch.float32)
     assert not isinstance(images[0], Fault)
     # Another size, or as large as before but another picture: never kept under the old one's key.
     for other in (Image.new("RGB", (84, 140)), Image.new("RGB", (84, 84), "red")):
@@ -291,7 +291,7 @@ def test_kept_targets_are_those_of_a_helper_that_is_not_kept_to_the_bit(
     tower = load_tower(folder, read_config(folder), dtype, torch.device("cpu"))
     width = read_config(folder).text_config.hidden_size
     index = selected(file, encoder, 4096, 0.0, ("image_output",), cache_dir=tmp_path / "cache")
-    images = Images(index.rows, encoder, "image_output", index.images["image_output"], dtype)
+    images = Images(index.rows, encoder, "image_output", index.rows.images["image_output"], dtype)
     each = []
     for number in range(3):
         pixels, grid = images[number]

@@ -415,6 +415,6 @@ def test_a_request_to_stop_while_a_picture_is_read_is_no_broken_picture(
 
     Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
     record = make_record({"text_input": "<image>?", "text_output": "!", "image_input": "a.png"}, 1)
-    monkeypatch.setattr("mirage_ds.data.images._open", stopped)
+    monkeypatch.setattr("mirage_ds.data.images.opened", stopped)
     with pytest.raises(Stopped):
         getattr(ImageFinder((tmp_path,)), read)(record, "image_input", "a.png")

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from support.indices import BREAK, Counted, Make, every, selected, two_a_block
+from support.indices import BREAK, Counted, Make, every, open_index, selected, two_a_block
 
 from mirage_ds.data import make_index
 from mirage_ds.data.encode import Encoder
@@ -25,7 +25,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import NUMBERS, Index
 from mirage_ds.data.index_part import faulty_row, packed, part_schema
 from mirage_ds.data.loader import Loader, Rows
-from mirage_ds.data.make_index import ABANDONED_S, open_index, write_index
+from mirage_ds.data.make_index import ABANDONED_S, write_index
 from mirage_ds.data.pack import Planner
 from mirage_ds.data.record import Fault, Record, to_json
 from mirage_ds.data.record_files import scan
@@ -269,7 +269,7 @@ def test_nothing_of_a_row_is_kept_in_python(tmp_path: Path, encoder_for: Make) -
         synthetic(tmp_path / str(count), count)
         before = sys.getallocatedblocks()
         rows = Index(tmp_path / str(count), [tmp_path / "rows.jsonl"], tmp_path / "pictures")
-        index = usable(rows, tmp_path / "rows.jsonl", 10, 0, ["image_input"], 0.5)
+        index = usable(rows, tmp_path / "rows.jsonl", 10, 0, 0.5)
         planner = Planner(index.tokens, index.row_ids, 64, 1, 1000, None, 0, index.patches)
         loader = Loader(index.rows, encoder, planner, 0, two_a_block, 0)
         travels.append(len(pickle.dumps(loader.rows)))

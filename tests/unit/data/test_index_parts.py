@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from support.indices import BREAK, Counted, Make, every, selected
+from support.indices import BREAK, Counted, Make, every, open_index, selected
 from support.records import write_jsonl
 
 from mirage_ds.data import make_index
@@ -23,7 +23,7 @@ from mirage_ds.data.images import ImageFinder, image_key
 from mirage_ds.data.index import NUMBERS, Index
 from mirage_ds.data.index_part import Parts, packed, part_schema, read_part, write_part
 from mirage_ds.data.loader import Rows
-from mirage_ds.data.make_index import Maker, open_index, write_index
+from mirage_ds.data.make_index import Maker, write_index
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.selection import Selection, usable
 from mirage_ds.errors import UserError
@@ -34,7 +34,7 @@ def test_images_are_compared_when_asked(rows: Path, cache: Path, encoder_for: Ma
 
     def start(check_images: bool = True) -> Selection:
         opened = open_index(rows, encoder, ["image_input"], cache, check_images=check_images)
-        return usable(opened, rows, 10_000, 0, ["image_input"])
+        return usable(opened, rows, 10_000, 0)
 
     image = rows.parent / "in4.png"
     before = start()
@@ -43,8 +43,8 @@ def test_images_are_compared_when_asked(rows: Path, cache: Path, encoder_for: Ma
     image.write_bytes(content[:-20] + bytes(20))
     assert start(check_images=False).rows.digest == before.rows.digest
     after = start()
-    place = int(after.images["image_input"].starts[4])
-    own, old = (tuple(index.images["image_input"].keys[place].tolist()) for index in (after, before))
+    place = int(after.rows.images["image_input"].starts[4])
+    own, old = (tuple(index.rows.images["image_input"].keys[place].tolist()) for index in (after, before))
     assert own == image_key(image) != old
     # Larger: the row has other tokens.
     Image.new("RGB", (280, 280)).save(image)
@@ -82,7 +82,7 @@ def test_an_image_that_now_lies_in_an_earlier_place_is_noticed(
     before = open_index(rows, encoder, ["image_input"], cache)
     Image.new("RGB", (112, 112)).save(rows.parent / "in0.png")
     after = open_index(rows, encoder, ["image_input"], cache, check_images=True)
-    assert tuple(after.images("image_input").keys[0].tolist()) == image_key(rows.parent / "in0.png")
+    assert tuple(after.images["image_input"].keys[0].tolist()) == image_key(rows.parent / "in0.png")
     assert after["tokens"][0] != before["tokens"][0]
 
 
@@ -200,7 +200,7 @@ def test_pieces_and_processes_change_nothing(
     assert every(parts) == every(whole)
     for name in NUMBERS.names:
         assert np.array_equal(parts[name], whole[name]), name
-    for one, other in zip(parts.images("image_input"), whole.images("image_input"), strict=True):
+    for one, other in zip(parts.images["image_input"], whole.images["image_input"], strict=True):
         assert np.array_equal(one, other)
     faults = [*parts.all_faults()]
     assert faults == [*whole.all_faults()]
@@ -273,8 +273,8 @@ def test_a_file_without_any_record_moves_no_image(
     encoder = encoder_for("sft", 2, beside=folder / "0.jsonl")
     opened = open_index(folder, encoder, ["image_input"], cache)
     with pytest.raises(UserError, match=r"\.jsonl line 1, answer: missing"):
-        usable(opened, folder, 10_000, 0, ["image_input"])
-    found = opened.images("image_input")
+        usable(opened, folder, 10_000, 0)
+    found = opened.images["image_input"]
     sound = np.flatnonzero(opened["tokens"])
     assert len(opened) == len(sound) + 1 == len(rows) + 1
     assert [found.of([row]).tolist() for row in sound] == [[place] for place in range(len(rows))]

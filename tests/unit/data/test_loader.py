@@ -169,7 +169,7 @@ def test_kept_features_come_instead_of_pixels(
 ) -> None:
     encoder = encoder_for("stage2", 2, beside=spoilt)
     index = selected(spoilt, encoder, 10_000, 0, keep=["image_input"])
-    images = index.images["image_input"]
+    images = index.rows.images["image_input"]
     assert images.starts.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     store = FeatureStore(tmp_path / "features", {}, 3, torch.float32)
     writer = ShardWriter(store)

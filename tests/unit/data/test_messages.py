@@ -54,7 +54,7 @@ LONG = [
 
 
 def test_a_conversation_becomes_the_records_own_keys() -> None:
-    assert read_row({"messages": LONG}) == {
+    assert read_row({"messages": LONG})[0] == {
         "text_input": "And of <image>?",
         "text_output": "I look. <output_image>\\boxed{third}",
         "image_input": ["w56x84.png", "w84x84.png", "w112x112.png"],
@@ -172,16 +172,16 @@ RECORD = {"text_input": "<image>Q", "text_output": "A", "image_input": ["x.png"]
 )  # fmt: skip
 def test_layouts_are_one_record(layout: str, row: dict) -> None:
     for columns in (Columns(), Columns(layout=layout)):
-        assert read_row({**row, "images": ["x.png"], "id": 3}, columns) == RECORD
+        assert read_row({**row, "images": ["x.png"], "id": 3}, columns)[0] == RECORD
 
 
 def test_smaller_rows() -> None:
-    assert read_row({"instruction": "Q", "input": "more", "output": "A"}) == {
+    assert read_row({"instruction": "Q", "input": "more", "output": "A"})[0] == {
         "text_input": "Q\nmore",
         "text_output": "A",
     }
     row = {"query": "Q", "response": "<output_image>A", "h": {"path": "h.png"}, "image": "i"}
-    found = read_row(row, Columns(helper=("h",)))
+    found = read_row(row, Columns(helper=("h",)))[0]
     assert found == {
         "text_input": "Q",
         "text_output": "<output_image>A",

@@ -16,6 +16,7 @@ import pandas
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from support.indices import open_index
 
 from mirage_ds.analysis.controls.spec import ControlsSpec
 from mirage_ds.analysis.inspect.command import InspectSpec
@@ -27,7 +28,6 @@ from mirage_ds.data import flat, folders, record_files, sources
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.make_index import open_index
 from mirage_ds.data.record import Record, make_record
 from mirage_ds.data.record_files import LOOKED, forms_of, read_piece, read_records, scan, told
 from mirage_ds.errors import UserError
@@ -434,7 +434,8 @@ def test_pictures_that_are_not_read_are_said(
     names, row = parse_columns(columns), {**PLAIN, "image": "a.png", **more}
     assert [*make_record(row, 1, columns=names).extra] == kept
     (form,) = forms_of("rows", [row], names)
-    assert form == f"question=question,answer=answer,image=image, without the pictures of {unread}"
+    read = f"question=question,answer=answer,image=image, without the pictures of {unread}"
+    assert form == f"rows: read as {read} (--columns names others)"
 
 
 @pytest.mark.parametrize("columns", ["question=q,answer=a,helper=h", "messages=talk", "question=q"])

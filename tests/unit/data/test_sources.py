@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from support.indices import every, selected
+from support.indices import every, open_index, selected
 
 from mirage_ds.curate.check import check_file
 from mirage_ds.data import sources
@@ -24,7 +24,6 @@ from mirage_ds.data.folders import find_files
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.index import Index
 from mirage_ds.data.loader import Rows
-from mirage_ds.data.make_index import open_index
 from mirage_ds.data.record import Fault
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
@@ -165,7 +164,7 @@ def test_stage1_takes_its_targets_from_pictures_that_stand_inside(
     index = selected(source, encoder, 10_000, 0, ["image_output"], 0.5, tmp_path / "cache")
     assert index.row_ids.tolist() == [0, 1, 4, 5, 8, 9]
     direct = selected(mixed, encoder_for("stage1", 2, beside=mixed), 10_000, 0, ["image_output"], 0.5)
-    assert index.images["image_output"].keys.tolist() == direct.images["image_output"].keys.tolist()
+    assert index.rows.images["image_output"].keys.tolist() == direct.rows.images["image_output"].keys.tolist()
     assert index.patches.tolist() == direct.patches.tolist()
 
 
