@@ -145,14 +145,14 @@ def verdict(difference: Estimate, margin: float, p: float | None = None) -> str:
     return "equivalent" if equivalent(difference, margin) else "undecided"
 
 
-def compare(arm: np.ndarray, base: np.ndarray, sizes: Sequence[int], margin: float, draws: Draws) -> dict[str, Any]:
-    """Compare two matrices (S, N) of the same seeds and records.
+def compare(grid: "Grid", margin: float, draws: Draws) -> dict[str, Any]:
+    """Compare the two groups of a grid, arm and base.
 
     Args:
-        sizes: records of each level; margin: a difference within ± this counts as none.
+        margin: a difference within ± this counts as none.
 
     Returns:
-        difference: an Estimate of arm − base; by_level: the same for each level; by_seed: mean difference of each seed.
+        difference: an Estimate of arm − base; by_level: level → the same; by_seed: {"seed", "difference": its mean}.
         test: "sign-flip" (over seeds, every pattern), "sign-flip, random" (20,000 patterns), "McNemar" (over records,
             one seed) or "none".
         p: of that test, two-sided; None without one: from two to four seeds none can reach 5 %, and McNemar's wants
@@ -164,21 +164,21 @@ def compare(arm: np.ndarray, base: np.ndarray, sizes: Sequence[int], margin: flo
             with `equivalent` set. Below five seeds TOO_FEW, and not equivalent: of two to four the interval is too
             narrow to say anything by, and one is two models, not two arms.
     """
-    apart = arm - base
-    overall, levels = estimate(apart, sizes, draws)
-    by_seed = [round(float(one), _DIGITS) for one in apart.mean(1)]
+    arm, base = grid.values
+    overall, levels = grid.estimate(arm - base, draws)
+    by_seed = [round(float(one), _DIGITS) for one in (arm - base).mean(1)]
     test, p, least = "none", None, None
     if len(by_seed) >= LEAST_SEEDS:
         exact = len(by_seed) <= MOST_EXACT
         test = "sign-flip" if exact else "sign-flip, random"
         p, least = sign_flip(by_seed), 2.0 ** (1 - len(by_seed)) if exact else 1 / (FLIPS + 1)
-    elif len(by_seed) == 1 and is_binary(np.unique(np.concatenate([arm, base]))):
+    elif len(by_seed) == 1 and is_binary(np.unique(grid.values)):
         test, p = "McNemar", mcnemar(arm[0].tolist(), base[0].tolist())
     few = len(by_seed) < LEAST_SEEDS
     return {
         "difference": overall,
         "by_level": levels,
-        "by_seed": by_seed,
+        "by_seed": [{"seed": seed, "difference": one} for seed, one in zip(grid.seeds, by_seed, strict=True)],
         "test": test,
         "p": p,
         "least_p": least,
