@@ -37,8 +37,9 @@ from mirage_ds.study.store import Store
 
 # Some lines of log.jsonl, whose whole is not read every other second.
 TAIL_BYTES = 1 << 14
-# What the planner is told of a run's settings, beside its model.
-PLANNED = {"stage", "latent_size", "micro_batch_tokens", "gradient_checkpointing", "deepspeed", "loss_chunk_mb"}
+# What the planner is told of a run's settings.
+PLANNED = {"model", "stage", "latent_size", "micro_batch_tokens", "gradient_checkpointing", "deepspeed"}
+PLANNED |= {"loss_chunk_mb"}
 STATES = ("done", "running", "waiting", "failed", "blocked")
 
 
@@ -77,13 +78,6 @@ def steps_of(config: RunConfig) -> int:
     return total_steps(rows, config.rows_per_step, config.epochs, config.max_steps)
 
 
-def planned_model(model: str) -> str:
-    """Return how the planner calls a model: a hub id of a public shape by that shape's name."""
-    name = model.rpartition("/")[2].lower()
-    sizes = [size for size in ("72b", "32b", "7b", "3b") if f"qwen2.5-vl-{size}" in name]
-    return f"qwen2.5-vl-{sizes[0]}" if sizes and not Path(model).is_dir() else model
-
-
 @lru_cache
 def _seconds(spec: PlanSpec) -> float:
     plans = rank(Question(spec))
@@ -100,8 +94,7 @@ def estimate(config: RunConfig, machine: Mapping[str, Any]) -> Estimate:
     """
     steps = steps_of(config)
     try:
-        known = config.model_dump(include=PLANNED) | {"model": planned_model(str(config.model))}
-        base = PlanSpec(**known, **machine)
+        base = PlanSpec(**config.model_dump(include=PLANNED), **machine)
         ranks = base.nodes * base.gpus_per_node
         each = base.micro_batch_tokens // base.row_tokens * ranks
         spec = base.model_copy(update={"micro_steps": max(1, math.ceil(config.rows_per_step / each))})
