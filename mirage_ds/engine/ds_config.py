@@ -84,8 +84,8 @@ OPTIMIZER_PARAMS = frozenset(
 LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
 # Elements of a parameter that ZeRO-3 keeps whole from step to step: more than any matrix has.
 KEEPS_ALL = 10**12
-# Those that this module looks into.
-BLOCKS = ("fp16", "bf16", "torch_autocast", "zero_optimization", "optimizer")
+# Those that somebody here looks into.
+BLOCKS = ("fp16", "bf16", "torch_autocast", "data_types", "zero_optimization", "optimizer")
 # The run fills these; `"auto"` there means just that.
 FILLED = {
     "train_batch_size",

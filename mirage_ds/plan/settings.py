@@ -97,10 +97,7 @@ def read_settings(values: dict[str, Any], path: Path, model: Sizes) -> Settings:
     """
     bf16 = values.get("bf16", {})
     stage, compute = zero_stage(values), BYTES[compute_dtype(values)]
-    types = values.get("data_types") or {}
-    if not isinstance(types, dict):
-        raise UserError(f"{path}: 'data_types' is {shown(types)}; write an object, such as {{…}}")
-    said = types.get("grad_accum_dtype")
+    said = values.get("data_types", {}).get("grad_accum_dtype")
     if said is not None and said not in ACCUMULATION:
         raise UserError(f'{path}: \'data_types.grad_accum_dtype\' is {shown(said)}; write "fp32" or "bf16"')
     accumulated = compute if said is None else ACCUMULATION[said]
