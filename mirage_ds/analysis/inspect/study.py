@@ -18,7 +18,7 @@ from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect import measure, probe
 from mirage_ds.analysis.inspect.command import InspectSpec
 from mirage_ds.analysis.inspect.look import Look, decoded, drawings, looks, see, spell, taught
-from mirage_ds.analysis.inspect.page import Section, Shown, page
+from mirage_ds.analysis.inspect.page import Section, Shown, data_url, page
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.extras import need
 from mirage_ds.data.images import ImageFinder
@@ -93,26 +93,13 @@ def gather(bench: Bench, records: Sequence[Record], batch_size: int, track: Trac
     return sources, {name: _some(vectors) for name, vectors in kinds.items()}
 
 
-def readings(sources: Vectors, asked: probe.Questions) -> dict[str, dict[str, probe.Reading]]:
-    """Probe what the latents hold, and beside it what their targets and the input image hold in as many numbers.
-
-    Returns:
-        Question → what is read → Reading.
-    """
-    found: dict[str, dict[str, probe.Reading]] = {block: {} for block in asked.blocks}
-    for source, x in sources.items():
-        for block, reading in probe.read(x[asked.rows], asked).items():
-            found[block][source] = reading
-    return found
-
-
 def _keep(folder: Path, name: str, figure: Figure, kind: str) -> Shown:
     """Write a figure into the folder, and return it for the page."""
     from mirage_ds.analysis.inspect.style import caption, png
 
     content = png(figure)
     (folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.png").write_bytes(content)
-    return Shown(content, name, caption(kind))
+    return Shown(data_url(content), name, caption(kind))
 
 
 def _numbers(look: Look) -> dict[str, Any]:
@@ -163,7 +150,7 @@ def _together(
     """Study all rows of a file: components and probe; and say what came out."""
     from mirage_ds.analysis.inspect import draw, style
 
-    found, heading = [readings(sources, one) for one in asked], "What can be read from the latents"
+    found, heading = [probe.read(sources, one) for one in asked], "What can be read from the latents"
     numbers: dict[str, Any] = {}
     with style.styled():
         title = f"{file}, {len(sources['all latents'])} rows: latents among image features and text embeddings"

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.report import apart, measured, p_values
-from mirage_ds.analysis.inspect.page import Shown
+from mirage_ds.analysis.inspect.page import data_url
 from mirage_ds.analysis.inspect.page import page as whole_page
 from mirage_ds.study.report.statistics import NO_LEVEL, level_key
 
@@ -174,13 +174,10 @@ def page(report: Report, figures: Sequence[tuple[bytes, str]] = (), pictures: Se
     Args:
         figures: (PNG, caption) of each; the first leads. pictures: the PNG of each example.
     """
-    shown = [Shown(data, "figure", caption) for data, caption in figures]
-    own = [Shown(data, "", "").url if data else None for data in pictures]
-    text = body(report, [(f"figure-{number}", one.caption) for number, one in enumerate(shown)], own)
+    shown = [(data_url(data), caption) for data, caption in figures]
+    text = body(report, shown, [data_url(data) if data else None for data in pictures])
     html = MarkdownIt("commonmark").enable("table").render(text)
     html = html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
-    for number, one in enumerate(shown):
-        html = html.replace(f'<img src="figure-{number}"', f'<img src="{one.url}"')
     return whole_page(report["name"], html, [])
 
 
