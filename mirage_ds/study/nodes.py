@@ -124,7 +124,6 @@ class Study:
 
 @lru_cache(maxsize=4096)
 def _hash_of(path: Path, size: int, changed: int) -> str:
-    del changed
     with path.open("rb") as file:
         if size <= WHOLE_BYTES:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -226,11 +225,6 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
         raise UserError(f"{where}: {first_fault(error, 'settings')}") from None
 
 
-def _relative(path: Path | None, here: Path) -> str | None:
-    """Say where a folder is from the study's, so that a study that is moved whole keeps its keys."""
-    return None if path is None else os.path.relpath(path, here)
-
-
 def _train_node(config: RunConfig, name: str, parent: Node | None, here: Path, on_cpu: bool = False) -> Node:
     whole = json.loads(config.model_dump_json())
     material = {
@@ -243,7 +237,8 @@ def _train_node(config: RunConfig, name: str, parent: Node | None, here: Path, o
         },
         "rows_per_step": config.rows_per_step,
         "data": records_hash(config.records),
-        "image_root": _relative(config.image_root, here),
+        # From the study's folder, so that a study that is moved whole keeps its keys.
+        "image_root": config.image_root and os.path.relpath(config.image_root, here),
         "evaluated": records_hash(config.eval_data_path) if config.eval_data_path else None,
         "model": model_hash(str(config.model)) if parent is None else None,
         "deepspeed": read_json(config.deepspeed) if config.deepspeed else None,
@@ -284,7 +279,7 @@ def _evaluations(spec: StudySpec, arm: str, last: Node, here: Path) -> Iterator[
         settings = json.loads(evaluation.model_dump_json(exclude=left_out))
         material = {
             **{**settings, "data_path": records_hash(evaluation.data_path), "parent": last.key, "kind": "evaluate"},
-            "image_root": _relative(evaluation.image_root, here),
+            "image_root": evaluation.image_root and os.path.relpath(evaluation.image_root, here),
             **_scorer(evaluation.task, f"evaluation {name}"),
         }
         yield f"{SCORES} {name}", Node("evaluate", name, last, config, evaluation, material)

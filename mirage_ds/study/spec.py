@@ -109,7 +109,7 @@ class EvaluationSpec(_Strict):
     controls_most: PositiveInt | None = Field(
         None, description="Records of the controls; all that are evaluated if not set."
     )
-    arms: list[str] | None = Field(None, description="Only these arms; all if not set.")
+    arms: tuple[str, ...] | None = Field(None, description="Only these arms; all if not set.")
     image_root: Here | None = None
 
     @model_validator(mode="after")

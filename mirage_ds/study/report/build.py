@@ -133,7 +133,7 @@ def _evaluation(arm: str, evaluation: str, cells: Sequence[Cell], work: Work) ->
     """
     metric, *names = work.metrics[evaluation]
     columns: dict[int, Column] = {}
-    others: dict[str, list[float | None]] = {name: [] for name in names}
+    answered = []
     for cell in cells:
         scores = cell.scores.get(evaluation)
         if scores is None or not scores.records:
@@ -142,14 +142,12 @@ def _evaluation(arm: str, evaluation: str, cells: Sequence[Cell], work: Work) ->
             if asked and cell.is_scored:
                 work.miss(arm, cell.seed, "it has no scores of this evaluation", evaluation)
             continue
+        answered.append(scores)
         found = column(scores, metric)
-        empty = len(scores.records) - len(found)
-        if empty:
+        if empty := len(scores.records) - len(found):
             work.miss(arm, cell.seed, f"{empty} records have no number for {metric!r} and are left out", evaluation)
         if len(found):
             columns[cell.seed] = found
-        for name, means in others.items():
-            means.append(_mean(column(scores, name)["value"]))
     if not columns:
         return None
     try:
@@ -166,7 +164,7 @@ def _evaluation(arm: str, evaluation: str, cells: Sequence[Cell], work: Work) ->
         "overall": overall,
         "levels": levels,
         "by_seed": [{"seed": seed, **_of_seed(found)} for seed, found in sorted(columns.items())],
-        "other_metrics": {name: _mean(means) for name, means in others.items()},
+        "other_metrics": {name: _mean(_mean(column(one, name)["value"]) for one in answered) for name in names},
     }
 
 

@@ -1,7 +1,7 @@
 """The report's dict → its figures. What has nothing to show gives no figure."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator
 
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.inspect import style
+from mirage_ds.study.report.statistics import level_key
 from mirage_ds.study.report.text import evaluations, having, judged, label, pair, setting
 from mirage_ds.study.results import Results
 
@@ -295,7 +296,8 @@ def _sweep(alike: Sequence[str], arms: Sequence[Mapping[str, Any]], traits: pd.D
     alone, apart = (style.GREY, "", "D"), "differs in other settings too"
     groups += [([at], alone, apart) for group in same if group not in lines for at in group]
     title = style.legible(" = ".join(alike), 80)
-    ticks = _ticks(values)
+    # Numbers by size, then words in the study's order.
+    ticks = sorted(dict.fromkeys(values), key=lambda text: level_key(text)[:2])
     step = min(_ASIDE, _MOST_ASIDE / len(groups))
     scored = dict.fromkeys(name for at in traits.index for name in arms[at]["evaluations"])
     width = style.WIDTH if len(scored) > 1 else 7.0
@@ -324,15 +326,6 @@ def _line(axes: Axes, places: Sequence[float], found: Sequence[Mapping[str, Any]
     axes.errorbar(places, means, yerr=sides, color=colour, label=name, **shape)
     seeds = [(place, seed["score"]) for place, one in zip(places, found, strict=True) for seed in one["by_seed"]]
     style.dots(axes, seeds)
-
-
-def _ticks(values: Iterable[str]) -> list[str]:
-    """Return the values of a setting from left to right: numbers by size, words in the study's order."""
-    found = list(dict.fromkeys(values))
-    try:
-        return sorted(found, key=float)
-    except ValueError:
-        return found
 
 
 def _labels(lines: pd.DataFrame) -> list[str]:
