@@ -28,7 +28,8 @@ def check_evaluations(study: Study) -> None:
 
 def _check(evaluation: EvaluationSpec, conditions: list[str], most: int | None) -> None:
     file = evaluation.data_path
-    asked = RecordsSpec(data_path=file, columns=evaluation.columns, task=evaluation.task, most=most)
+    known = evaluation.model_dump(include={"data_path", "columns", "task"})
+    asked = RecordsSpec.model_validate(known | {"most": most})
     # Questions alone can be answered; the controls compare with a record's own answer.
     records, task, _ = read_asked(asked, answers=bool(conditions))
     finder = ImageFinder.beside(file, evaluation.image_root)
