@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from mirage_ds.analysis.controls.spec import parse_names
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.run import RunConfig
-from mirage_ds.data.folders import find_files
+from mirage_ds.data.folders import find_files, readable
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import own_modules_found
@@ -133,11 +133,9 @@ def _hash_of(path: Path, size: int, changed: int) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    try:
+    with readable(path, "make it readable"):
         state = path.stat()
         return _hash_of(path, state.st_size, state.st_mtime_ns)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _hash(text: str) -> str:
@@ -303,8 +301,6 @@ def _chain(spec: StudySpec, name: str, arm: Arm, varied: Settings, seed: Setting
             # Targets are those of the stage before, unless this one says otherwise.
             settings = {field: getattr(parent.config, field) for field in TARGETS} | settings
         config = make_config(settings, where, here)
-        if config.model is None:
-            raise UserError(f"{where}: no `model`; give it in common: the folder or hub id that chains begin with")
         chain.append(_train_node(config, stage, parent, here, on_cpu))
     return chain
 
