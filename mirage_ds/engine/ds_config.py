@@ -195,6 +195,8 @@ def _refuse_unused(values: dict[str, Any], path: Path) -> None:
                 f"{path}: 'zero_optimization.offload_{name}' is on NVMe, and DeepSpeed can neither save nor restore "
                 "such a run; write \"cpu\" as its 'device'"
             )
+        if device not in ("none", "cpu"):
+            raise UserError(f'{path}: \'offload_{name}.device\' is {shown(device)}; write "none" or "cpu"')
         if device != "none" and zero_stage(values) < least:
             raise UserError(
                 f"{path}: 'zero_optimization.offload_{name}' needs 'stage' {least}{' or more' if least < 3 else ''}, "
