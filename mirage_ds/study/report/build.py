@@ -54,10 +54,7 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
             f"study {results.name!r}: none of its {len(results.cells)} cells has scores yet, so there is nothing to "
             "report; see what became of its runs first"
         )
-    work = Work(Draws(resamples, seed))
-    _gather(results, work)
-    for problem in results.unseen:
-        work.miss(None, None, problem)
+    work = Work(results, Draws(resamples, seed))
     arms = [_arm(name, results.arms[name], cells, work) for name, cells in work.cells.items()]
     primary, others = contrasts(results.report, work)
     report = {
@@ -77,21 +74,6 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
     # Settings have what YAML has, and an export's costs may be infinite.
     plain: Report = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)
     return plain
-
-
-def _gather(results: Results, work: Work) -> None:
-    """Sort cells by arm, in the study's order, and by seed; say which have no scores; name the metrics.
-
-    An evaluation's metrics stand in the order of its first scored record: the first is the task's success.
-    """
-    for name in results.arms:
-        work.cells[name] = sorted((cell for cell in results.cells if cell.arm == name), key=lambda cell: cell.seed)
-        for cell in work.cells[name]:
-            if cell.problem or not cell.is_scored:
-                work.miss(name, cell.seed, cell.problem or "it has no scores")
-            for evaluation, scores in cell.scores.items():
-                if scores.metrics:
-                    work.metrics.setdefault(evaluation, list(scores.metrics))
 
 
 def _chance(scores: Mapping[str, float], evaluation: str, cells: Sequence[Cell]) -> dict[str, Any]:

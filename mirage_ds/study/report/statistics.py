@@ -7,8 +7,8 @@ scores is (S, N); its columns stand level by level, and `sizes` says how many ea
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,7 +16,7 @@ import pandas as pd
 
 from mirage_ds.analysis.controls.statistics import mcnemar
 from mirage_ds.evaluate.scoring import RESAMPLES, is_binary
-from mirage_ds.study.results import Cell, Scores
+from mirage_ds.study.results import Cell, Results, Scores
 
 # Kept draws: 1 byte a resample and record each, 40 MB for 10,000 × 4,000.
 _MOST_KEPT = 3
@@ -191,20 +191,29 @@ class Misfit(ValueError):
     """Scores that cannot be put together; the message says why, as the end of a sentence. The report shows it."""
 
 
-@dataclass
 class Work:
     """What every part of the report reads, and the holes that it finds.
 
     Attributes:
-        cells: arm → its cells, one a seed, in their order.
-        metrics: evaluation → its metrics; the first is the task's success.
+        cells: arm → its cells, in the study's order and by seed.
+        metrics: evaluation → its metrics, in the order of its first scored record; the first is the task's success.
         holes: {"arm", "seed", "evaluation", "problem"} of what is missing; None where it is about no single one.
     """
 
-    draws: Draws
-    cells: dict[str, list[Cell]] = field(default_factory=dict)
-    metrics: dict[str, list[str]] = field(default_factory=dict)
-    holes: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self, results: Results, draws: Draws):
+        self.draws, self.holes = draws, list[dict[str, Any]]()
+        self.cells: dict[str, list[Cell]] = {name: [] for name in results.arms}
+        self.metrics: dict[str, list[str]] = {}
+        for cell in sorted(results.cells, key=lambda cell: cell.seed):
+            self.cells[cell.arm].append(cell)
+        for cell in chain.from_iterable(self.cells.values()):
+            if cell.problem or not cell.is_scored:
+                self.miss(cell.arm, cell.seed, cell.problem or "it has no scores")
+            for evaluation, scores in cell.scores.items():
+                if scores.metrics:
+                    self.metrics.setdefault(evaluation, list(scores.metrics))
+        for problem in results.unseen:
+            self.miss(None, None, problem)
 
     def miss(self, arm: str | None, seed: int | None, problem: str, evaluation: str | None = None) -> None:
         """Write down what is missing, and where."""
