@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -120,6 +120,26 @@ class Study:
     spec: StudySpec
     nodes: Mapping[str, Node]
     cells: tuple[CellPlan, ...]
+
+    def wanted(self, arms: Sequence[str] | None, only: Sequence[str]) -> list[str]:
+        """Return the keys that are asked for, with all that they need; in the study's order.
+
+        Raises:
+            UserError: no such arm, or no such run.
+        """
+        of_arms: dict[str, set[str]] = {}
+        for cell in self.cells:
+            # By its whole name, or by that of its entry.
+            for name in {cell.arm, cell.arm.partition("[")[0]}:
+                of_arms.setdefault(name, set()).update(cell.nodes)
+        if unknown := [name for name in arms or () if name not in of_arms]:
+            raise UserError(f"--arms: no arm {unknown[0]!r}; there are {', '.join(sorted(of_arms))}")
+        of_names = {name: {key} for key, node in self.nodes.items() for name in (key, node.folder)}
+        if unknown := [name for name in only if name not in of_names]:
+            raise UserError(f"--only {unknown[0]}: the study has no such run; `mirage-ds ablate plan` lists them")
+        keys = set(self.nodes) if arms is None else set().union(*(of_arms[name] for name in arms))
+        keys = set().union(*(of_names[name] for name in only)) if only else keys
+        return [key for key in self.nodes if key in keys]
 
 
 @lru_cache(maxsize=4096)

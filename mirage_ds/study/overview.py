@@ -9,15 +9,15 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TaskID
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from mirage_ds.cluster.status.facts import Facts
@@ -32,6 +32,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.plan.fit import Question, rank
 from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.run import events
+from mirage_ds.study.execute import Place, Runner
 from mirage_ds.study.nodes import Node, Study
 from mirage_ds.study.store import Store
 
@@ -274,3 +275,15 @@ class Bars:
                 self._tasks[key] = self._bars.add_task(f"  {node.folder}", total=None)
             step, steps = reached(node, self._store)
             self._bars.update(self._tasks[key], completed=step, total=steps)
+
+
+def follow(
+    study: Study, store: Store, wanted: list[str], places: list[Place], asked: Callable[[], bool], patient: bool
+) -> bool:
+    """Run with bars below the lines, the study's and one a run at work; False where it was stopped (execute.Runner)."""
+    console = Console(highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bars = Bars(progress, store, study.spec.name, [study.nodes[key] for key in wanted])
+        say = partial(console.print, markup=False)
+        return Runner(study, store, places, say, wanted).run(asked, patient, bars.show)
