@@ -7,6 +7,7 @@ from typing import Any
 import click
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from mirage_ds.config.extras import need
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.spec import DataSpec, FolderSpec, HelperSpec
@@ -37,6 +38,7 @@ def inspect(folder: Path, **flags: Any) -> None:
     pictures of the chosen rows; and over the file's rows the latents' principal components and what a linear probe
     reads from them.
     """
+    need("plot", "inspect")
     from mirage_ds.analysis.inspect.study import inspect_file
     from mirage_ds.data.progress import track
     from mirage_ds.data.record import RecordError

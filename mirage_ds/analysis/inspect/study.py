@@ -3,24 +3,22 @@
 N rows, k latents a latent block, F features, W words, H hidden.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from mirage_ds.analysis.bench import Bench
-from mirage_ds.analysis.inspect import measure, probe
+from mirage_ds.analysis.inspect import draw, measure, probe, style
 from mirage_ds.analysis.inspect.command import InspectSpec
 from mirage_ds.analysis.inspect.look import Look, decoded, drawings, looks, see, spell, taught
 from mirage_ds.analysis.inspect.page import Section, Shown, data_url, page
 from mirage_ds.config.columns import parse_columns
-from mirage_ds.config.extras import need
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import read_records
@@ -28,9 +26,6 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Track, load_decoder, need_latents
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.generate import Limits
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Vectors of a kind that go into the components: enough for a picture, and no kind outweighs the others by far.
 MOST_VECTORS = 500
@@ -95,11 +90,9 @@ def gather(bench: Bench, records: Sequence[Record], batch_size: int, track: Trac
 
 def _keep(folder: Path, name: str, figure: Figure, kind: str) -> Shown:
     """Write a figure into the folder, and return it for the page."""
-    from mirage_ds.analysis.inspect.style import caption, png
-
-    content = png(figure)
+    content = style.png(figure)
     (folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.png").write_bytes(content)
-    return Shown(data_url(content), name, caption(kind))
+    return Shown(data_url(content), name, style.caption(kind))
 
 
 def _numbers(look: Look) -> dict[str, Any]:
@@ -148,8 +141,6 @@ def _together(
     folder: Path, sources: Vectors, kinds: Vectors, file: str, asked: Sequence[probe.Questions]
 ) -> tuple[list[Section], dict[str, Any], str]:
     """Study all rows of a file: components and probe; and say what came out."""
-    from mirage_ds.analysis.inspect import draw, style
-
     found, heading = [probe.read(sources, one) for one in asked], "What can be read from the latents"
     numbers: dict[str, Any] = {}
     with style.styled():
@@ -180,7 +171,6 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[
     Raises:
         UserError: what the user can fix in the model, the records or the flags. RecordError: in a record.
     """
-    need("plot", "inspect")
     file, rows = spec.data_path, list(dict.fromkeys(spec.rows)) or [0]
     if spec.out.exists():
         raise UserError(f"--out {spec.out} exists; remove it, or choose another")
