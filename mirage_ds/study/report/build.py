@@ -50,10 +50,8 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
         UserError: no cell has a score.
     """
     if not any(cell.is_scored for cell in results.cells):
-        raise UserError(
-            f"study {results.name!r}: none of its {len(results.cells)} cells has scores yet, so there is nothing to "
-            "report; see what became of its runs first"
-        )
+        what = f"none of its {len(results.cells)} cells has scores yet, so there is nothing to report"
+        raise UserError(f"study {results.name!r}: {what}; see what became of its runs first")
     work = Work(results, Draws(resamples, seed))
     arms = [_arm(name, results.arms[name], cells, work) for name, cells in work.cells.items()]
     primary, others = contrasts(results.report, work)
@@ -240,7 +238,7 @@ def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, by
 
     taken: Counter[str] = Counter()
     with style.styled():
-        for name, figure, caption in (
+        for one in (
             figures.lead(report),
             *figures.scores(report),
             *figures.contrasts(report),
@@ -249,5 +247,6 @@ def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, by
             *figures.controls(report),
         ):
             # Two evaluations whose names differ in odd characters alone.
-            taken[name] += 1
-            yield name if taken[name] == 1 else f"{name}-{taken[name]}", style.png(figure), caption
+            taken[one.name] += 1
+            name = one.name if taken[one.name] == 1 else f"{one.name}-{taken[one.name]}"
+            yield name, style.png(one.figure), one.caption
