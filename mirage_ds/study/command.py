@@ -36,12 +36,8 @@ class RunFlags(BaseModel):
     only: list[str] = Field([], description="Only the runs with these keys or folder names.")
     again: bool = Field(False, description="Give failed runs all their tries (`launch.retries`) again.")
     slurm: bool = Field(False, description="Submit to Slurm instead: arrays of runs and of evaluations.")
-    sbatch: str | None = Field(
-        None, description="Options of sbatch, in quotes: '--partition gpu --gres gpu:8 --time 8:00:00'."
-    )
-    sbatch_evaluate: str | None = Field(
-        None, description="Options of sbatch for evaluations, which use one GPU. [default: --sbatch]"
-    )
+    sbatch: str | None = Field(None, description="Options of sbatch, in quotes: '--gres gpu:8 --time 8:00:00'.")
+    sbatch_evaluate: str | None = Field(None, description="Those of evaluations, on one GPU. [default: --sbatch]")
     at_once: PositiveInt | None = Field(None, description="How many tasks of a Slurm array may run at once.")
 
 
@@ -57,9 +53,7 @@ def ablate() -> None:
 @click.argument("study", type=A_PATH)
 @model_options(Machine)
 @click.option("--card", hidden=True, help="What --gpu was called before.")
-@click.option(
-    "--each", is_flag=True, help="One line for each run, with its folder's name, instead of one for each stage."
-)
+@click.option("--each", is_flag=True, help="One line a run, with its folder's name, instead of one a stage.")
 @as_json
 def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **flags: Any) -> None:
     """Print what STUDY would run, what is done, and the GPU-hours.
@@ -148,13 +142,7 @@ def show_status(study: Path, wants_json: bool) -> None:
 @ablate.command("report")
 @click.argument("study", type=A_PATH)
 @click.option("--out", type=Output(folder=True), help="Folder to write. [default: report/ in the study's `out`]")
-@click.option(
-    "--with",
-    "others",
-    multiple=True,
-    type=A_PATH,
-    help="A file of `ablate export` with cells run elsewhere; repeat for more.",
-)
+@click.option("--with", "others", multiple=True, type=A_PATH, help="Cells run elsewhere (`ablate export`); repeatable.")
 def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> None:
     """Write a report of what has finished of STUDY.
 

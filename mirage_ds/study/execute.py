@@ -228,9 +228,8 @@ class Runner:
         try:
             return self._until_done(asked, patient, look)
         except OSError as error:
-            raise UserError(
-                f"{error.filename or self.store.root}: {reason(error)}; its runs were stopped; the same command goes on"
-            ) from None
+            where = error.filename or self.store.root
+            raise UserError(f"{where}: {reason(error)}; its runs were stopped; the same command goes on") from None
         finally:
             # Without a word: this process can go on no more.
             while any(one.process.poll() is None for one in self.working):

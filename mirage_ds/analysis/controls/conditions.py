@@ -103,10 +103,8 @@ def matched(material: Material) -> list[torch.Tensor]:
     """
     blocks = torch.cat(material.own)
     if len(blocks) < LEAST:
-        raise UserError(
-            f"--latents matched: {len(blocks)} latent block(s) give no covariance, at least {LEAST} are needed; give "
-            "more records, or leave matched out"
-        )
+        what = f"{len(blocks)} latent block(s) give no covariance, at least {LEAST} are needed"
+        raise UserError(f"--latents matched: {what}; give more records, or leave matched out")
     slots = [Gaussian(blocks[:, slot]) for slot in range(blocks.shape[1])]
     found = []
     for place, own in enumerate(material.own):
@@ -127,10 +125,9 @@ def choose_partners(records: Sequence[Record], seed: int) -> list[int]:
     found = [0] * len(records)
     for level, places in sorted(members.items()):
         if len(places) == 1:
-            raise UserError(
-                f"--latents swap: the record on line {records[places[0]].line} is the only one of level {level}, so "
-                "there is no other to swap with; give more records of that level, or leave swap out"
-            )
+            alone = f"the record on line {records[places[0]].line} is the only one of level {level}"
+            how = "so there is no other to swap with; give more records of that level, or leave swap out"
+            raise UserError(f"--latents swap: {alone}, {how}")
         stdlib_random.Random(f"{seed}/swap/{level}").shuffle(places)
         for one, other in zip(places, places[1:] + places[:1], strict=True):
             found[one] = other

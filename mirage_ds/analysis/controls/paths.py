@@ -89,10 +89,8 @@ def forks_of(records: Sequence[Record], task: str, seed: int) -> list[Fork]:
         raise UserError(f"--latents path is about the paths of {NAME}, and these records are of {task}; leave it out")
     forks = [fork for record in records if (fork := fork_of(record, seed)) is not None]
     if not forks:
-        raise UserError(
-            "--latents path: no record whose own answer is one of several shortest paths; build records with "
-            "`mirage-ds data build vsp-spatial-planning --ties random`, or leave path out"
-        )
+        how = "build records with `mirage-ds data build vsp-spatial-planning --ties random`, or leave path out"
+        raise UserError(f"--latents path: no record whose own answer is one of several shortest paths; {how}")
     return forks
 
 

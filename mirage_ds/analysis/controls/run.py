@@ -112,10 +112,9 @@ def study(
     limits = run_limits(decoder, spec.max_new_tokens, 0, spec.run_length, **room)
     k = limits.fixed_run
     if not k:
-        raise UserError(
-            f"--run_length: conditions are compared at the same number of slots, at least 1, and {decoder.folder} does "
-            "not say how many it was trained with; give the number"
-        )
+        what = "conditions are compared at the same number of slots, at least 1"
+        unknown = f"{decoder.folder} does not say how many it was trained with"
+        raise UserError(f"--run_length: {what}, and {unknown}; give the number")
     records, task, digest = asked
     helpers = decoder.latent_encoder("stage1", k)
     grounded = Bench(decoder.loaded.model, decoder.tower, helpers, limits)

@@ -22,9 +22,7 @@ class InspectSpec(HelperSpec, FolderSpec, DataSpec):
     decode: bool = Field(False, description="Show these rows' latents in the model's own decoding too.")
     max_new_tokens: PositiveInt = Field(256, description="With --decode: tokens of an answer, at most.")
     most: PositiveInt = Field(1000, description="Rows that the components and the probe are made of.")
-    label: tuple[str, ...] = Field(
-        (), description="Keys of the records that the probe reads from the latents; text_output: the answer."
-    )
+    label: tuple[str, ...] = Field((), description="Keys of records that the probe reads; text_output: the answer.")
     latent_size: PositiveInt | None = Field(None, description="k; as the model was trained if not set.")
 
 

@@ -150,10 +150,9 @@ def labelled(records: Sequence[Record], key: str, finder: ImageFinder) -> Questi
         labels = torch.tensor([sorted(set(texts)).index(text) for text in texts])
     classes, different = len(labels.unique()), len(set(groups))
     if classes < 2 or classes * ROWS_A_CLASS > len(labels) or different < FEWEST_MAPS:
-        raise UserError(
-            f"--label {key}: {classes} value(s) in {len(labels)} records with {different} different pictures; a probe "
-            f"needs at least two values, {ROWS_A_CLASS} records for each, and {FEWEST_MAPS} pictures"
-        )
+        what = f"{classes} value(s) in {len(labels)} records with {different} different pictures"
+        needs = f"at least two values, {ROWS_A_CLASS} records for each, and {FEWEST_MAPS} pictures"
+        raise UserError(f"--label {key}: {what}; a probe needs {needs}")
     return Questions(key, "pictures", torch.tensor(list(values)), groups, labels[:, None], {block: [0]})
 
 

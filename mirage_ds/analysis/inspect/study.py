@@ -179,10 +179,8 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[
         if row >= len(records):
             raise UserError(f"--rows {row}: {file} has the rows 0 to {len(records) - 1}; choose among them")
         if not records[row].runs:
-            raise UserError(
-                f"--rows {row}: the record on line {records[row].line} of {file} has no latent block; choose a row "
-                "with a helper image, or with its mark in the answer"
-            )
+            what = f"the record on line {records[row].line} of {file} has no latent block"
+            raise UserError(f"--rows {row}: {what}; choose a row with a helper image, or with its mark in the answer")
     with_latents = [record for record in records if record.runs][: spec.most]
     finder = ImageFinder.beside(file, spec.image_root)
     asked = questions_for(with_latents, spec.label, finder)
@@ -190,9 +188,8 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[
     need_latents(decoder)
     k = spec.latent_size or decoder.trained.get("latent_size")
     if k is None:
-        raise UserError(
-            f"{decoder.folder}/config.json does not say how many latents it was trained with; give --latent_size"
-        )
+        file = decoder.folder / "config.json"
+        raise UserError(f"{file} does not say how many latents it was trained with; give --latent_size")
     limits = Limits(new_tokens=spec.max_new_tokens, fixed_run=k)
     bench = Bench(decoder.loaded.model, decoder.tower, decoder.latent_encoder("stage2", k), limits)
     facts = [("model", str(folder)), ("records", str(file)), ("latents a latent block (k)", str(k))]

@@ -33,9 +33,8 @@ def find_run(path: Path) -> Path:
     for own in (path / "run", path / "model" / "run", *([path] if path.name == "run" else [])):
         if any((own / name).is_file() for name in (events.FILE, "config.yaml", "log.jsonl")):
             return own.parent
-    raise UserError(
-        f"{path}: holds no run, or one that has not begun (there is no run/ in it); give a training's --save_model_path"
-    )
+    what = "holds no run, or one that has not begun (there is no run/ in it)"
+    raise UserError(f"{path}: {what}; give a training's --save_model_path")
 
 
 def json_lines(file: Path) -> list[Line]:
