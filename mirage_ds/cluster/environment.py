@@ -15,11 +15,13 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
-from mirage_ds.errors import UserError, is_text, reason, shown
+from mirage_ds.data.folders import readable
+from mirage_ds.errors import UserError, is_text, shown
 from mirage_ds.files import Output, write_atomically
 from mirage_ds.run.process import run_rank
 
@@ -121,10 +123,9 @@ def parse(text: str) -> tuple[dict[str, str], list[str]]:
 def _is_one_word(text: str) -> bool:
     words = shlex.shlex(text, posix=True, punctuation_chars=True)
     words.whitespace_split, words.commenters = True, ""
-    try:
+    with suppress(ValueError):
         return len(list(words)) <= 1
-    except ValueError:
-        return False
+    return False
 
 
 def env_files(names: Iterable[str], home: Path, folder: Path) -> list[Path]:
@@ -135,10 +136,8 @@ def env_files(names: Iterable[str], home: Path, folder: Path) -> list[Path]:
 
 def read(file: Path) -> str:
     """Return a file's text; UserError when it cannot be read."""
-    try:
+    with readable(file, "write NAME=value lines into it"):
         return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({reason(error)}); write NAME=value lines into it") from None
 
 
 def own_variables(environment: Mapping[str, str], home: Path, folder: Path) -> tuple[dict[str, str], list[Path]]:

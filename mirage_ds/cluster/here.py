@@ -57,10 +57,8 @@ def free_ports(wanted: int = 0) -> int:
                 second.bind(("", port + 1))
             except (OSError, OverflowError) as error:
                 if wanted:
-                    raise UserError(
-                        f"MIRAGE_PORT={wanted}: this port or the next cannot be listened on ({error}); give another, "
-                        "or leave it out"
-                    ) from None
+                    what = f"this port or the next cannot be listened on ({error})"
+                    raise UserError(f"MIRAGE_PORT={wanted}: {what}; give another, or leave it out") from None
                 continue
             return port
 

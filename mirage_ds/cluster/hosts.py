@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from mirage_ds.errors import EXIT_USER_ERROR, UserError, reason, shown
+from mirage_ds.data.folders import readable
+from mirage_ds.errors import EXIT_USER_ERROR, UserError, shown
 from mirage_ds.run.process import print_anything
 
 # DeepSpeed reads no further than the number; what may stand behind it are other launchers' words (max_slots=4).
@@ -86,11 +87,8 @@ def read_hosts(path: Path) -> tuple[Host, ...]:
 
     DeepSpeed itself goes on with this machine alone when the file is missing.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--hostfile {path}: cannot be read ({reason(error)}); write `host slots=N` lines") from None
-    return parse_hosts(text, str(path))
+    with readable(f"--hostfile {path}", "write `host slots=N` lines"):
+        return parse_hosts(path.read_text(encoding="utf-8"), str(path))
 
 
 def main() -> None:

@@ -132,10 +132,10 @@ def _like_records(file: Path) -> bool:
 
 
 @contextmanager
-def readable(file: Path) -> Iterator[None]:
-    """Turn what a file leads to that the system does not give into a sentence."""
+def readable(file: object, how: str = "name a readable file of records") -> Iterator[None]:
+    """Turn a file that the system does not give, or that is no text, into a sentence; `how` to fix it ends it."""
     try:
         yield
-    except OSError as error:
-        why = error.strerror or reason(error)
-        raise UserError(f"{file}: cannot be read ({why}); name a readable file of records") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"{file}: cannot be read ({why}); {how}") from None

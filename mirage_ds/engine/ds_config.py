@@ -84,8 +84,8 @@ OPTIMIZER_PARAMS = frozenset(
 LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
 # Elements of a parameter that ZeRO-3 keeps whole from step to step: more than any matrix has.
 KEEPS_ALL = 10**12
-# Those that this module looks into.
-BLOCKS = ("fp16", "bf16", "torch_autocast", "zero_optimization", "optimizer")
+# Those that somebody here looks into.
+BLOCKS = ("fp16", "bf16", "torch_autocast", "data_types", "zero_optimization", "optimizer")
 # The run fills these; `"auto"` there means just that.
 FILLED = {
     "train_batch_size",
@@ -195,6 +195,8 @@ def _refuse_unused(values: dict[str, Any], path: Path) -> None:
                 f"{path}: 'zero_optimization.offload_{name}' is on NVMe, and DeepSpeed can neither save nor restore "
                 "such a run; write \"cpu\" as its 'device'"
             )
+        if device not in ("none", "cpu"):
+            raise UserError(f'{path}: \'offload_{name}.device\' is {shown(device)}; write "none" or "cpu"')
         if device != "none" and zero_stage(values) < least:
             raise UserError(
                 f"{path}: 'zero_optimization.offload_{name}' needs 'stage' {least}{' or more' if least < 3 else ''}, "

@@ -78,7 +78,6 @@ def evaluate(folder: Path, local_rank: str | None, **flags: Any) -> None:
 
 def _compare_latents(folder: Path, spec: EvaluateSpec) -> None:
     """Be `evaluate --latents`: the controls, with evaluate's flags where both have them."""
-    from mirage_ds.analysis.controls.command import run_controls
     from mirage_ds.analysis.controls.spec import ControlsSpec
 
     if is_rank(os.environ):
@@ -87,6 +86,8 @@ def _compare_latents(folder: Path, spec: EvaluateSpec) -> None:
         raise UserError("--latents decodes greedily, so that a difference comes from the latents: drop --decoding")
     if spec.no_latents:
         raise UserError("--latents replaces latents, and --no_latents says that there are none: drop one of them")
+    from mirage_ds.analysis.controls.run import run_controls
+
     shared = ControlsSpec.model_fields.keys() & EvaluateSpec.model_fields.keys()
     run_controls(folder, build_model(ControlsSpec, {name: getattr(spec, name) for name in shared}))
 

@@ -15,9 +15,7 @@ EXIT_DOES_NOT_FIT = 1
 @click.command("plan")
 @model_options(PlanSpec)
 @click.option("--card", hidden=True, help="What --gpu was called before.")
-@click.option(
-    "--json", "wants_json", is_flag=True, help="Print one JSON object, in bytes and seconds, and nothing else."
-)
+@click.option("--json", "wants_json", is_flag=True, help="Print one JSON object alone, in bytes and seconds.")
 def plan(wants_json: bool, card: str | None, **flags: Any) -> None:
     """Compute what fits into memory and how long it takes.
 

@@ -148,11 +148,8 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     """Count what one rank, its node and the disks hold."""
     spec, model, b = asked.spec, asked.model, settings.compute
     micro = asked.micro._replace(width=b, checkpointing=checkpointing, resident=settings.resident(model))
-    found, saved = (
-        states(asked.parameters, settings, asked.ranks, spec.micro_steps * micro.backwards),
-        saved_terms(micro),
-    )
-    height = peak(micro)
+    found = states(asked.parameters, settings, asked.ranks, spec.micro_steps * micro.backwards)
+    saved, height = saved_terms(micro), peak(micro)
     every_kept, grounded = spec.feature_cache == "all", spec.latent_runs if spec.stage == "stage1" else 0
     tower = model.vision * b
     host = {name: spec.gpus_per_node * size for name, size in found.host.items() if size}

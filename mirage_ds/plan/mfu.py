@@ -10,7 +10,7 @@ P patches of an image, h × w of a frame's grid of them; H hidden width of the t
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 from mirage_ds.model.shape import Shape
 from mirage_ds.plan.formulas import flops
@@ -18,7 +18,7 @@ from mirage_ds.plan.gpus import PEAKS
 from mirage_ds.plan.shape import Sizes, sizes
 
 
-class Tower(NamedTuple):
+class Tower:
     """A vision tower.
 
     Attributes:
@@ -29,14 +29,18 @@ class Tower(NamedTuple):
         merge: patches to a side of a merged token; window: merged tokens to a side of an attention window.
     """
 
-    embedding: int
-    layer: int
-    layers: int
-    full: int
-    width: int
-    merger: int
-    merge: int
-    window: int
+    def __init__(self, model: Shape):
+        """Read it from the model's shape."""
+        vision: dict[str, Any] = model.config["vision_config"]
+        window: int | None = vision.get("window_size")
+        self.layers, self.merge = model.layers("visual.blocks."), int(vision["spatial_merge_size"])
+        self.embedding = sum(model.elements("visual.patch_embed.", matrices=True))
+        self.layer = sum(model.elements("visual.blocks.0.", matrices=True))
+        self.full = len(vision["fullatt_block_indexes"]) if window else self.layers
+        self.width = model.shapes["visual.blocks.0.attn.proj.weight"][0]
+        # DeepStack has a merger for each layer that it adds to.
+        self.merger = sum(model.elements("visual.merger", True) + model.elements("visual.deepstack_merger", True))
+        self.window = window // self.merge // vision["patch_size"] if window else 1
 
     def forward(self, grid: Sequence[int]) -> float:
         """FLOPs of encoding one image.
@@ -62,23 +66,6 @@ def _squares(side: int, window: int) -> int:
     return side // window * window**2 + (side % window) ** 2
 
 
-def tower_of(model: Shape) -> Tower:
-    """Read the tower's shape."""
-    vision = model.config["vision_config"]
-    layers, merge, window = model.layers("visual.blocks."), vision["spatial_merge_size"], vision.get("window_size")
-    return Tower(
-        embedding=sum(model.elements("visual.patch_embed.", matrices=True)),
-        layer=sum(model.elements("visual.blocks.0.", matrices=True)),
-        layers=layers,
-        full=len(vision["fullatt_block_indexes"]) if window else layers,
-        width=model.shapes["visual.blocks.0.attn.proj.weight"][0],
-        # DeepStack has a merger for each layer that it adds to.
-        merger=sum(model.elements("visual.merger", True) + model.elements("visual.deepstack_merger", True)),
-        merge=merge,
-        window=window // merge // vision["patch_size"] if window else 1,
-    )
-
-
 class ModelFlops:
     """Counts what a run's steps need.
 
@@ -89,7 +76,7 @@ class ModelFlops:
 
     def __init__(self, model: Shape, train_vision: bool, train_targets: bool):
         self.text: Sizes = sizes(model)
-        self.tower = tower_of(model)
+        self.tower = Tower(model)
         self.train_vision, self.train_targets = train_vision, train_targets
 
     def of_text(self, lengths: Sequence[int], labels: int) -> float:

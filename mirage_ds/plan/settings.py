@@ -16,7 +16,6 @@ ACCUMULATION = {
     **dict.fromkeys(("fp32", "float32", "float", "torch.float32"), 4),
     **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16"), 2),
 }
-DEVICES = ("none", "cpu")
 
 
 @dataclass(frozen=True, config=ConfigDict(populate_by_name=True))
@@ -97,17 +96,10 @@ def read_settings(values: dict[str, Any], path: Path, model: Sizes) -> Settings:
     """
     bf16 = values.get("bf16", {})
     stage, compute = zero_stage(values), BYTES[compute_dtype(values)]
-    types = values.get("data_types") or {}
-    if not isinstance(types, dict):
-        raise UserError(f"{path}: 'data_types' is {shown(types)}; write an object, such as {{…}}")
-    said = types.get("grad_accum_dtype")
+    said = values.get("data_types", {}).get("grad_accum_dtype")
     if said is not None and said not in ACCUMULATION:
         raise UserError(f'{path}: \'data_types.grad_accum_dtype\' is {shown(said)}; write "fp32" or "bf16"')
     accumulated = compute if said is None else ACCUMULATION[said]
-    devices = {name: offload_device(values, name) for name in ("param", "optimizer")}
-    for name, device in devices.items():
-        if device not in DEVICES:
-            raise UserError(f'{path}: \'offload_{name}.device\' is {shown(device)}; write "none" or "cpu"')
     if stage == 0 and compute != accumulated:
         raise UserError(f"{path}: ZeRO-0 sums gradients in the dtype of the weights; write stage 1, 2 or 3")
     fill_limits(values, two_layers(model))
@@ -124,6 +116,6 @@ def read_settings(values: dict[str, Any], path: Path, model: Sizes) -> Settings:
         master=2 if bf16.get("bf16_master_weights_and_grads") else 4,
         moments=2 if bf16.get("bf16_optimizer_states") else 4,
         zero=zero,
-        offload_parameters=devices["param"] == "cpu",
-        offload_optimizer=devices["optimizer"] == "cpu",
+        offload_parameters=offload_device(values, "param") == "cpu",
+        offload_optimizer=offload_device(values, "optimizer") == "cpu",
     )

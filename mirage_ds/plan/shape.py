@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import json
 import math
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,8 +130,9 @@ def read_shape(model: str) -> Shape:
         values = read_json(path)
         check_kind(values, path)
         return describe(values, str(path))
-    # `Qwen/Qwen2.5-VL-7B-Instruct` is the hub's name of a public shape: nothing is fetched.
-    found = preset(model.removeprefix("Qwen/").removesuffix("-Instruct"))
+    # `Qwen/Qwen2.5-VL-7B-Instruct`, or that of its copies, is the hub's name of a public shape: nothing is fetched.
+    public = re.fullmatch(r"(?:[\w.-]+/)?(qwen2\.5-vl-\d+b)(?:-instruct.*)?", model, re.IGNORECASE)
+    found = preset(public[1] if public else model)
     if not found["text_config"]["vocab_size"]:
         raise UserError(f"--model {model}: its vocabulary is known once `mirage-ds init` has made it; give that folder")
     return describe(found, model)

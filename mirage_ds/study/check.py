@@ -3,6 +3,7 @@
 from mirage_ds.analysis.controls.conditions import choose_partners
 from mirage_ds.analysis.controls.paths import forks_of
 from mirage_ds.analysis.controls.spec import PATH
+from mirage_ds.config.extras import need, need_for
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import RecordError
 from mirage_ds.errors import UserError
@@ -12,12 +13,19 @@ from mirage_ds.study.nodes import Study
 from mirage_ds.study.spec import EvaluationSpec
 
 
-def check_evaluations(study: Study) -> None:
-    """Read the records of each evaluation, their images' headers too, and look whether its task can score them.
+def check_study(study: Study) -> None:
+    """Refuse a study that needs what is not installed, or of which some evaluation would be refused.
+
+    The records of each evaluation are read, their images' headers too, and its task has to be able to score them.
 
     Raises:
         UserError: what `mirage-ds evaluate` or `controls` would refuse; names the evaluation.
     """
+    for node in study.nodes.values():
+        need_for(node.config)
+        if PATH in node.material.get("conditions", ()):
+            need("vsp", f"evaluation {node.name}: controls: {PATH}")
+    need("plot", "`ablate report`, which draws,")
     for node in {(node.kind, node.name): node for node in study.nodes.values()}.values():
         if node.evaluation is not None:
             try:
@@ -28,8 +36,8 @@ def check_evaluations(study: Study) -> None:
 
 def _check(evaluation: EvaluationSpec, conditions: list[str], most: int | None) -> None:
     file = evaluation.data_path
-    named = evaluation.model_dump(include={"data_path", "columns", "task"})
-    asked = RecordsSpec.model_validate({**named, "most": most})
+    known = evaluation.model_dump(include={"data_path", "columns", "task"})
+    asked = RecordsSpec.model_validate(known | {"most": most})
     # Questions alone can be answered; the controls compare with a record's own answer.
     records, task, _ = read_asked(asked, answers=bool(conditions))
     finder = ImageFinder.beside(file, evaluation.image_root)

@@ -72,13 +72,9 @@ def stage_result(node: Node, store: Store) -> StageResult:
 
 
 @lru_cache
-def _read(file: Path, columns: str | None, most: int | None) -> list[Record]:
-    return read_records(file, False, parse_columns(columns), most)
-
-
 def records_of(spec: EvaluationSpec) -> list[Record]:
     """Read the records of an evaluation, once."""
-    return _read(spec.data_path, spec.columns, spec.most)
+    return read_records(spec.data_path, False, parse_columns(spec.columns), spec.most)
 
 
 def _result(node: Node, store: Store) -> Any:
@@ -158,8 +154,7 @@ def _default(key: str, nodes: Sequence[Node]) -> str | float | None:
 
 def collect(study: Study, store: Store) -> Results:
     """Read everything that is there of a study."""
-    settings = stated(study)
-    cells = [_cell(plan, study, store, own) for plan, own in zip(study.cells, settings, strict=True)]
+    cells = [_cell(plan, study, store, own) for plan, own in zip(study.cells, stated(study), strict=True)]
     found = versions()
     return Results(
         name=study.spec.name,

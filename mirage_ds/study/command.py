@@ -1,35 +1,23 @@
 """`mirage-ds ablate plan | run | status | report`. Imports stay inside the commands: `--help` is quick."""
 
-from __future__ import annotations
-
 import json
-import os
 import shlex
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from pydantic import BaseModel, Field, PositiveInt, create_model
 
-from mirage_ds.analysis.controls.spec import PATH
-from mirage_ds.config.extras import need, need_for
+from mirage_ds.config.extras import need
 from mirage_ds.config.flags import CONTEXT, Group, build_model, model_options
-from mirage_ds.errors import EXIT_STOPPED, UserError
+from mirage_ds.errors import EXIT_STOPPED
 from mirage_ds.files import Output, check_output
 from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.run.stop import StopRequest
 
-if TYPE_CHECKING:
-    from mirage_ds.study.execute import Place
-    from mirage_ds.study.nodes import Study
-    from mirage_ds.study.store import Store
-
 # Something that the study needs has failed; 2 is a user's mistake.
 EXIT_HOLES = 1
-REPORT = "`ablate report`, which draws,"
 A_PATH = click.Path(path_type=Path)
 as_json = click.option("--json", "wants_json", is_flag=True, help="Print one JSON object and nothing else.")
 # What a study's file does not say of its machines and rows, as for `mirage-ds plan`.
@@ -48,12 +36,8 @@ class RunFlags(BaseModel):
     only: list[str] = Field([], description="Only the runs with these keys or folder names.")
     again: bool = Field(False, description="Give failed runs all their tries (`launch.retries`) again.")
     slurm: bool = Field(False, description="Submit to Slurm instead: arrays of runs and of evaluations.")
-    sbatch: str | None = Field(
-        None, description="Options of sbatch, in quotes: '--partition gpu --gres gpu:8 --time 8:00:00'."
-    )
-    sbatch_evaluate: str | None = Field(
-        None, description="Options of sbatch for evaluations, which use one GPU. [default: --sbatch]"
-    )
+    sbatch: str | None = Field(None, description="Options of sbatch, in quotes: '--gres gpu:8 --time 8:00:00'.")
+    sbatch_evaluate: str | None = Field(None, description="Those of evaluations, on one GPU. [default: --sbatch]")
     at_once: PositiveInt | None = Field(None, description="How many tasks of a Slurm array may run at once.")
 
 
@@ -65,38 +49,11 @@ def ablate() -> None:
     """
 
 
-def _open(file: Path) -> tuple[Study, Store]:
-    from mirage_ds.study.nodes import spell_out
-    from mirage_ds.study.spec import read_study
-    from mirage_ds.study.store import Store
-
-    spec, here = read_study(file), file.resolve().parent
-    # A scorer of one's own may lie beside the study's file; the runs look there too.
-    if str(here) not in sys.path:
-        sys.path.append(str(here))
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(here))))
-    return spell_out(spec, here), Store(spec.out, spec.launch.retries + 1, spec.launch.keep_checkpoints)
-
-
-def _check(made: Study) -> None:
-    """Refuse a study that needs what is not installed, or of which some evaluation would be refused."""
-    from mirage_ds.study.check import check_evaluations
-
-    for node in made.nodes.values():
-        need_for(node.config)
-        if PATH in node.material.get("conditions", ()):
-            need("vsp", f"evaluation {node.name}: controls: {PATH}")
-    need("plot", REPORT)
-    check_evaluations(made)
-
-
 @ablate.command("plan")
 @click.argument("study", type=A_PATH)
 @model_options(Machine)
 @click.option("--card", hidden=True, help="What --gpu was called before.")
-@click.option(
-    "--each", is_flag=True, help="One line for each run, with its folder's name, instead of one for each stage."
-)
+@click.option("--each", is_flag=True, help="One line a run, with its folder's name, instead of one a stage.")
 @as_json
 def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **flags: Any) -> None:
     """Print what STUDY would run, what is done, and the GPU-hours.
@@ -104,31 +61,18 @@ def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **fl
     The hours are those that `mirage-ds plan` expects. A study whose evaluations would be refused (records, images,
     scorer, controls) is refused here.
     """
+    from mirage_ds.study.check import check_study
     from mirage_ds.study.overview import overview, planned, print_plan
+    from mirage_ds.study.store import open_study
 
-    made, store = _open(study)
-    _check(made)
+    made, store = open_study(study)
+    check_study(made)
     machine = build_model(Machine, flags | {"gpu": flags["gpu"] or card})
     lines = overview(made, store, machine.model_dump(exclude_none=True))
     if wants_json:
         click.echo(json.dumps(planned(made, lines)))
     else:
         print_plan(made, lines, each, f"{machine.nodes} × {machine.gpus_per_node} {machine.gpu.upper()}")
-
-
-def _places(made: Study, ranks: int, asked: RunFlags) -> list[Place]:
-    """Return where nodes run."""
-    from mirage_ds.cluster.here import visible_gpus
-    from mirage_ds.cluster.hosts import read_hosts
-    from mirage_ds.study.execute import here, parts
-
-    if asked.hostfile is None:
-        gpus = visible_gpus({**os.environ, **made.spec.launch.environment})
-        return here(ranks, asked.jobs, gpus, len(os.sched_getaffinity(0)))
-    found = parts(read_hosts(asked.hostfile), asked.hosts_per_run)
-    if not found:
-        raise UserError(f"--hosts_per_run {asked.hosts_per_run}: {asked.hostfile} has fewer hosts; lower it")
-    return found[: asked.jobs]
 
 
 @ablate.command("run")
@@ -139,31 +83,37 @@ def run_study(study: Path, **flags: Any) -> None:
 
     Exit code 0 when all is done, 1 when it is not and nothing more can start, 75 when it was stopped.
     """
+    from mirage_ds.study.execute import places
+    from mirage_ds.study.overview import follow
+    from mirage_ds.study.store import open_study
+
     asked = build_model(RunFlags, flags)
-    made, store = _open(study)
-    wanted = _wanted(made, asked.arms, asked.only)
+    made, store = open_study(study)
+    wanted = made.wanted(asked.arms, asked.only)
     if not asked.only:
+        from mirage_ds.study.check import check_study
+
         # A task of an array is one run of a study that was checked when it was submitted.
-        _check(made)
+        check_study(made)
     if asked.again:
         for key in wanted:
             store.forget_failures(made.nodes[key])
     if asked.slurm:
         from mirage_ds.study.slurm import submit, write_scripts
 
-        found = write_scripts(made, store, study, wanted, asked.at_once)
+        arrays = write_scripts(made, store, study, wanted, asked.at_once)
         own = asked.sbatch if asked.sbatch_evaluate is None else asked.sbatch_evaluate
-        numbers = submit(found, shlex.split(asked.sbatch or ""), shlex.split(own or ""))
-        print(f"{len(found)} array(s): {', '.join(numbers)}; `mirage-ds ablate status {study}` says how far they are")
+        numbers = submit(arrays, shlex.split(asked.sbatch or ""), shlex.split(own or ""))
+        print(f"{len(arrays)} array(s): {', '.join(numbers)}; `mirage-ds ablate status {study}` says how far they are")
         return
     left = [made.nodes[key] for key in wanted if not store.is_done(made.nodes[key])]
     # Where there are only evaluations, one GPU a run is enough.
     ranks = made.spec.launch.ranks if any(node.kind == "train" for node in left) else 1
-    places = _places(made, ranks, asked)
+    found = places(made, ranks, asked.jobs, asked.hostfile, asked.hosts_per_run)
     stop = StopRequest()
     stop.listen()
     # A task of an array has nothing to wait for: what it needs has ended before it began.
-    finished = _follow(made, store, wanted, places, stop, patient=not asked.only)
+    finished = follow(made, store, wanted, found, stop.asked, patient=not asked.only)
     undone = [key for key in wanted if store.state(made.nodes[key]) != "done"]
     if not finished:
         print(f"stopped, {len(undone)} of {len(wanted)} left; the same command goes on", file=sys.stderr)
@@ -174,49 +124,15 @@ def run_study(study: Path, **flags: Any) -> None:
         sys.exit(EXIT_HOLES)
 
 
-def _wanted(made: Study, arms: Sequence[str] | None, only: Sequence[str]) -> list[str]:
-    """Return the keys that are asked for, with all that they need; in the study's order."""
-    of_arms: dict[str, set[str]] = {}
-    for cell in made.cells:
-        # By its whole name, or by that of its entry.
-        for name in {cell.arm, cell.arm.partition("[")[0]}:
-            of_arms.setdefault(name, set()).update(cell.nodes)
-    if unknown := [name for name in arms or () if name not in of_arms]:
-        raise UserError(f"--arms: no arm {unknown[0]!r}; there are {', '.join(sorted(of_arms))}")
-    of_names = {name: {key} for key, node in made.nodes.items() for name in (key, node.folder)}
-    if unknown := [name for name in only if name not in of_names]:
-        raise UserError(f"--only {unknown[0]}: the study has no such run; `mirage-ds ablate plan` lists them")
-    keys = set(made.nodes) if arms is None else set().union(*(of_arms[name] for name in arms))
-    keys = set().union(*(of_names[name] for name in only)) if only else keys
-    return [key for key in made.nodes if key in keys]
-
-
-def _follow(
-    made: Study, store: Store, wanted: list[str], places: list[Place], stop: StopRequest, patient: bool
-) -> bool:
-    """Run with bars below the lines, the study's and one a run at work; False where it was stopped."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from mirage_ds.study.execute import Runner
-    from mirage_ds.study.overview import Bars
-
-    console = Console(highlight=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bars = Bars(progress, store, made.spec.name, [made.nodes[key] for key in wanted])
-        say = partial(console.print, markup=False)
-        return Runner(made, store, places, say, wanted).run(stop.asked, patient, bars.show)
-
-
 @ablate.command("status")
 @click.argument("study", type=A_PATH)
 @as_json
 def show_status(study: Path, wants_json: bool) -> None:
     """Show how far STUDY is and what failed. Works on any machine that sees its folder."""
     from mirage_ds.study.overview import print_status, status
+    from mirage_ds.study.store import open_study
 
-    found = status(*_open(study))
+    found = status(*open_study(study))
     if wants_json:
         click.echo(json.dumps(found))
     else:
@@ -226,13 +142,7 @@ def show_status(study: Path, wants_json: bool) -> None:
 @ablate.command("report")
 @click.argument("study", type=A_PATH)
 @click.option("--out", type=Output(folder=True), help="Folder to write. [default: report/ in the study's `out`]")
-@click.option(
-    "--with",
-    "others",
-    multiple=True,
-    type=A_PATH,
-    help="A file of `ablate export` with cells run elsewhere; repeat for more.",
-)
+@click.option("--with", "others", multiple=True, type=A_PATH, help="Cells run elsewhere (`ablate export`); repeatable.")
 def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> None:
     """Write a report of what has finished of STUDY.
 
@@ -241,9 +151,10 @@ def report_study(study: Path, out: Path | None, others: tuple[Path, ...]) -> Non
     from mirage_ds.study.collect import collect, with_records
     from mirage_ds.study.report.build import write_report
     from mirage_ds.study.results import merge
+    from mirage_ds.study.store import open_study
 
-    need("plot", REPORT)
-    made, store = _open(study)
+    need("plot", "`ablate report`, which draws,")
+    made, store = open_study(study)
     target = out or store.root / "report"
     check_output(target, "--out", folder=True)
     results, said = merge(collect(made, store), others)
@@ -263,6 +174,7 @@ def export_study(study: Path, file: Path) -> None:
     """
     from mirage_ds.study.collect import collect
     from mirage_ds.study.results import export
+    from mirage_ds.study.store import open_study
 
-    made, store = _open(study)
+    made, store = open_study(study)
     print(f"{file}: {export(collect(made, store), file)} of {len(made.cells)} cells")

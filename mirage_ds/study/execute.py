@@ -22,8 +22,8 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from mirage_ds.cluster.environment import render
-from mirage_ds.cluster.here import Job, free_ports, this_machine
-from mirage_ds.cluster.hosts import Host
+from mirage_ds.cluster.here import Job, free_ports, this_machine, visible_gpus
+from mirage_ds.cluster.hosts import Host, read_hosts
 from mirage_ds.errors import EXIT_STOPPED, UserError, reason
 from mirage_ds.files import write_atomically
 from mirage_ds.study.nodes import Node, Study
@@ -91,6 +91,21 @@ def parts(hosts: Sequence[Host], each: int) -> list[Place]:
     """Divide a hostfile into places of so many hosts; a rest that is too small stays idle."""
     chunks = [tuple(hosts[at : at + each]) for at in range(0, len(hosts) - each + 1, each)]
     return [Place(sum(host.slots for host in chunk), None, chunk) for chunk in chunks]
+
+
+def places(study: Study, ranks: int, jobs: int | None, hostfile: Path | None, hosts_per_run: int) -> list[Place]:
+    """Return where a study's nodes run: on this machine, or on the hosts of a hostfile.
+
+    Raises:
+        UserError: a run needs more GPUs or hosts than there are.
+    """
+    if hostfile is None:
+        gpus = visible_gpus({**os.environ, **study.spec.launch.environment})
+        return here(ranks, jobs, gpus, len(os.sched_getaffinity(0)))
+    found = parts(read_hosts(hostfile), hosts_per_run)
+    if not found:
+        raise UserError(f"--hosts_per_run {hosts_per_run}: {hostfile} has fewer hosts; lower it")
+    return found[:jobs]
 
 
 def environment(place: Place, folder: Path, given: Mapping[str, str]) -> dict[str, str]:
@@ -213,9 +228,8 @@ class Runner:
         try:
             return self._until_done(asked, patient, look)
         except OSError as error:
-            raise UserError(
-                f"{error.filename or self.store.root}: {reason(error)}; its runs were stopped; the same command goes on"
-            ) from None
+            where = error.filename or self.store.root
+            raise UserError(f"{where}: {reason(error)}; its runs were stopped; the same command goes on") from None
         finally:
             # Without a word: this process can go on no more.
             while any(one.process.poll() is None for one in self.working):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from mirage_ds.analysis.controls.spec import parse_names
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.run import RunConfig
-from mirage_ds.data.folders import find_files
+from mirage_ds.data.folders import find_files, readable
 from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import own_modules_found
@@ -121,10 +121,29 @@ class Study:
     nodes: Mapping[str, Node]
     cells: tuple[CellPlan, ...]
 
+    def wanted(self, arms: Sequence[str] | None, only: Sequence[str]) -> list[str]:
+        """Return the keys that are asked for, with all that they need; in the study's order.
+
+        Raises:
+            UserError: no such arm, or no such run.
+        """
+        of_arms: dict[str, set[str]] = {}
+        for cell in self.cells:
+            # By its whole name, or by that of its entry.
+            for name in {cell.arm, cell.arm.partition("[")[0]}:
+                of_arms.setdefault(name, set()).update(cell.nodes)
+        if unknown := [name for name in arms or () if name not in of_arms]:
+            raise UserError(f"--arms: no arm {unknown[0]!r}; there are {', '.join(sorted(of_arms))}")
+        of_names = {name: {key} for key, node in self.nodes.items() for name in (key, node.folder)}
+        if unknown := [name for name in only if name not in of_names]:
+            raise UserError(f"--only {unknown[0]}: the study has no such run; `mirage-ds ablate plan` lists them")
+        keys = set(self.nodes) if arms is None else set().union(*(of_arms[name] for name in arms))
+        keys = set().union(*(of_names[name] for name in only)) if only else keys
+        return [key for key in self.nodes if key in keys]
+
 
 @lru_cache(maxsize=4096)
 def _hash_of(path: Path, size: int, changed: int) -> str:
-    del changed
     with path.open("rb") as file:
         if size <= WHOLE_BYTES:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -134,11 +153,9 @@ def _hash_of(path: Path, size: int, changed: int) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    try:
+    with readable(path, "make it readable"):
         state = path.stat()
         return _hash_of(path, state.st_size, state.st_mtime_ns)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _hash(text: str) -> str:
@@ -226,11 +243,6 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
         raise UserError(f"{where}: {first_fault(error, 'settings')}") from None
 
 
-def _relative(path: Path | None, here: Path) -> str | None:
-    """Say where a folder is from the study's, so that a study that is moved whole keeps its keys."""
-    return None if path is None else os.path.relpath(path, here)
-
-
 def _train_node(config: RunConfig, name: str, parent: Node | None, here: Path, on_cpu: bool = False) -> Node:
     whole = json.loads(config.model_dump_json())
     material = {
@@ -243,7 +255,8 @@ def _train_node(config: RunConfig, name: str, parent: Node | None, here: Path, o
         },
         "rows_per_step": config.rows_per_step,
         "data": records_hash(config.records),
-        "image_root": _relative(config.image_root, here),
+        # From the study's folder, so that a study that is moved whole keeps its keys.
+        "image_root": config.image_root and os.path.relpath(config.image_root, here),
         "evaluated": records_hash(config.eval_data_path) if config.eval_data_path else None,
         "model": model_hash(str(config.model)) if parent is None else None,
         "deepspeed": read_json(config.deepspeed) if config.deepspeed else None,
@@ -284,7 +297,7 @@ def _evaluations(spec: StudySpec, arm: str, last: Node, here: Path) -> Iterator[
         settings = json.loads(evaluation.model_dump_json(exclude=left_out))
         material = {
             **{**settings, "data_path": records_hash(evaluation.data_path), "parent": last.key, "kind": "evaluate"},
-            "image_root": _relative(evaluation.image_root, here),
+            "image_root": evaluation.image_root and os.path.relpath(evaluation.image_root, here),
             **_scorer(evaluation.task, f"evaluation {name}"),
         }
         yield f"{SCORES} {name}", Node("evaluate", name, last, config, evaluation, material)
@@ -308,8 +321,6 @@ def _chain(spec: StudySpec, name: str, arm: Arm, varied: Settings, seed: Setting
             # Targets are those of the stage before, unless this one says otherwise.
             settings = {field: getattr(parent.config, field) for field in TARGETS} | settings
         config = make_config(settings, where, here)
-        if config.model is None:
-            raise UserError(f"{where}: no `model`; give it in common: the folder or hub id that chains begin with")
         chain.append(_train_node(config, stage, parent, here, on_cpu))
     return chain
 

@@ -9,15 +9,15 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TaskID
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from mirage_ds.cluster.status.facts import Facts
@@ -32,13 +32,15 @@ from mirage_ds.errors import UserError
 from mirage_ds.plan.fit import Question, rank
 from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.run import events
+from mirage_ds.study.execute import Place, Runner
 from mirage_ds.study.nodes import Node, Study
 from mirage_ds.study.store import Store
 
 # Some lines of log.jsonl, whose whole is not read every other second.
 TAIL_BYTES = 1 << 14
-# What the planner is told of a run's settings, beside its model.
-PLANNED = {"stage", "latent_size", "micro_batch_tokens", "gradient_checkpointing", "deepspeed", "loss_chunk_mb"}
+# What the planner is told of a run's settings.
+PLANNED = {"model", "stage", "latent_size", "micro_batch_tokens", "gradient_checkpointing", "deepspeed"}
+PLANNED |= {"loss_chunk_mb"}
 STATES = ("done", "running", "waiting", "failed", "blocked")
 
 
@@ -77,13 +79,6 @@ def steps_of(config: RunConfig) -> int:
     return total_steps(rows, config.rows_per_step, config.epochs, config.max_steps)
 
 
-def planned_model(model: str) -> str:
-    """Return how the planner calls a model: a hub id of a public shape by that shape's name."""
-    name = model.rpartition("/")[2].lower()
-    sizes = [size for size in ("72b", "32b", "7b", "3b") if f"qwen2.5-vl-{size}" in name]
-    return f"qwen2.5-vl-{sizes[0]}" if sizes and not Path(model).is_dir() else model
-
-
 @lru_cache
 def _seconds(spec: PlanSpec) -> float:
     plans = rank(Question(spec))
@@ -100,8 +95,7 @@ def estimate(config: RunConfig, machine: Mapping[str, Any]) -> Estimate:
     """
     steps = steps_of(config)
     try:
-        known = config.model_dump(include=PLANNED) | {"model": planned_model(str(config.model))}
-        base = PlanSpec(**known, **machine)
+        base = PlanSpec(**config.model_dump(include=PLANNED), **machine)
         ranks = base.nodes * base.gpus_per_node
         each = base.micro_batch_tokens // base.row_tokens * ranks
         spec = base.model_copy(update={"micro_steps": max(1, math.ceil(config.rows_per_step / each))})
@@ -281,3 +275,15 @@ class Bars:
                 self._tasks[key] = self._bars.add_task(f"  {node.folder}", total=None)
             step, steps = reached(node, self._store)
             self._bars.update(self._tasks[key], completed=step, total=steps)
+
+
+def follow(
+    study: Study, store: Store, wanted: list[str], places: list[Place], asked: Callable[[], bool], patient: bool
+) -> bool:
+    """Run with bars below the lines, the study's and one a run at work; False where it was stopped (execute.Runner)."""
+    console = Console(highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bars = Bars(progress, store, study.spec.name, [study.nodes[key] for key in wanted])
+        say = partial(console.print, markup=False)
+        return Runner(study, store, places, say, wanted).run(asked, patient, bars.show)

@@ -212,8 +212,6 @@ def merge(results: Results, files: Sequence[Path]) -> tuple[Results, list[str]]:
         results = replace(results, cells=[_filled(cell, found) for cell in before])
         taken = sum(one is not other for one, other in zip(results.cells, before, strict=True))
         strangers = sum(one.chain not in chains for one in found)
-        said.append(
-            f"{file}: {len(found)} cell(s), {taken} of the study filled"
-            + (f", {strangers} are of other settings or records than this study's" if strangers else "")
-        )
+        others = f", {strangers} are of other settings or records than this study's" if strangers else ""
+        said.append(f"{file}: {len(found)} cell(s), {taken} of the study filled{others}")
     return results, said

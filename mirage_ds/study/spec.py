@@ -70,9 +70,7 @@ class Arm(_Strict):
     about: str = Field("", description="What it is, in a line.")
     settings: Settings = Field({}, description="Settings of this arm.")
     grid: dict[str, list[Any]] = Field({}, description="Every combination of these values is an arm.")
-    pairs: dict[str, list[Any]] = Field(
-        {}, description="The first values of all are an arm, the second ones, and so on."
-    )
+    pairs: dict[str, list[Any]] = Field({}, description="All first values are an arm, all second ones, and so on.")
     listed: list[Settings] = Field([], alias="list", description="Each of these is an arm.")
     seeds: PositiveInt | None = Field(None, description="Take only the first so many seeds of the study.")
 
@@ -103,13 +101,9 @@ class EvaluationSpec(_Strict):
     most: PositiveInt | None = Field(None, description="Take only the first so many records.")
     max_new_tokens: PositiveInt = Field(256, description="Tokens that an answer may have.")
     batch_size: PositiveInt = Field(64, description="Rows answered at a time.")
-    controls: str | None = Field(
-        None, description="Conditions of `mirage-ds controls`, for the arms whose answers see latents: own,swap,path,…"
-    )
-    controls_most: PositiveInt | None = Field(
-        None, description="Records of the controls; all that are evaluated if not set."
-    )
-    arms: list[str] | None = Field(None, description="Only these arms; all if not set.")
+    controls: str | None = Field(None, description="Conditions of the controls, where answers see latents: own,swap,…")
+    controls_most: PositiveInt | None = Field(None, description="Records of the controls; all if not set.")
+    arms: tuple[str, ...] | None = Field(None, description="Only these arms; all if not set.")
     image_root: Here | None = None
 
     @model_validator(mode="after")

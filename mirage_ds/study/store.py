@@ -13,6 +13,8 @@
 
 import fcntl
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +28,8 @@ from mirage_ds.cluster.status.facts import json_lines
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from mirage_ds.files import write_atomically
 from mirage_ds.run.folder import delete_checkpoints
-from mirage_ds.study.nodes import Node
+from mirage_ds.study.nodes import Node, Study, spell_out
+from mirage_ds.study.spec import read_study
 
 State = Literal["done", "failed", "running", "waiting"]
 
@@ -154,3 +157,17 @@ class Store:
     def is_whole(self, node: Node) -> bool:
         """Tell whether a node's result is there: the last file that its command writes."""
         return ((self.model(node) / "config.json") if node.kind == "train" else self.result(node)).is_file()
+
+
+def open_study(file: Path) -> tuple[Study, Store]:
+    """Read a study's file and find its folder.
+
+    Raises:
+        UserError: see read_study and spell_out.
+    """
+    spec, here = read_study(file), file.resolve().parent
+    # A scorer of one's own may lie beside the study's file; the runs look there too.
+    if str(here) not in sys.path:
+        sys.path.append(str(here))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(here))))
+    return spell_out(spec, here), Store(spec.out, spec.launch.retries + 1, spec.launch.keep_checkpoints)

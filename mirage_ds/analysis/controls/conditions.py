@@ -7,12 +7,9 @@ from the own latents of all records. Those are the states that the model feeds b
 up to each block (teach.own), so every record has them, whatever it answers.
 """
 
-from __future__ import annotations
-
 import random as stdlib_random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,7 +24,6 @@ from mirage_ds.tasks import level_of
 LEAST = 3
 
 
-@dataclass(frozen=True)
 class Gaussian:
     """A normal distribution estimated from n vectors, fewer than they are wide (H).
 
@@ -39,30 +35,23 @@ class Gaussian:
         variance: mean variance of a coordinate.
     """
 
-    mean: torch.Tensor
-    deviations: torch.Tensor
-    share: float
-    variance: float
-
-    @classmethod
-    def of(cls, vectors: torch.Tensor) -> Gaussian:
+    def __init__(self, vectors: torch.Tensor):
         """Estimate from vectors (n, H), n ≥ LEAST, with the shrinkage of Ledoit and Wolf.
 
         J. Multivariate Analysis 88 (2004): the share whose expected squared error is least for any distribution. With
         the sample mean in place of the true one, and covariances divided by n.
         """
-        mean = vectors.double().mean(0)
-        deviations = vectors.double() - mean
-        n, width = deviations.shape
+        self.mean = vectors.double().mean(0)
+        self.deviations = vectors.double() - self.mean
+        n, width = self.deviations.shape
         # Everything follows from the (n, n) inner products: ‖Xᵀ X‖ = ‖X Xᵀ‖.
-        inner = deviations @ deviations.T
-        variance = float(inner.trace()) / (n * width)
+        inner = self.deviations @ self.deviations.T
+        self.variance = float(inner.trace()) / (n * width)
         square = float(inner.square().sum()) / n**2
         # ‖S − m I‖², and the mean over vectors of ‖x xᵀ − S‖² divided by n: how far S may be from the truth.
-        spread = square - width * variance**2
+        spread = square - width * self.variance**2
         error = (float(inner.diagonal().square().sum()) / n - square) / n
-        share = min(1.0, error / spread) if spread > 0 else 0.0
-        return cls(mean, deviations, share, variance)
+        self.share = min(1.0, error / spread) if spread > 0 else 0.0
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Draw (count, H) vectors, float64."""
@@ -114,11 +103,9 @@ def matched(material: Material) -> list[torch.Tensor]:
     """
     blocks = torch.cat(material.own)
     if len(blocks) < LEAST:
-        raise UserError(
-            f"--latents matched: {len(blocks)} latent block(s) give no covariance, at least {LEAST} are needed; give "
-            "more records, or leave matched out"
-        )
-    slots = [Gaussian.of(blocks[:, slot]) for slot in range(blocks.shape[1])]
+        what = f"{len(blocks)} latent block(s) give no covariance, at least {LEAST} are needed"
+        raise UserError(f"--latents matched: {what}; give more records, or leave matched out")
+    slots = [Gaussian(blocks[:, slot]) for slot in range(blocks.shape[1])]
     found = []
     for place, own in enumerate(material.own):
         generator = material.generator(1, place)
@@ -138,10 +125,9 @@ def choose_partners(records: Sequence[Record], seed: int) -> list[int]:
     found = [0] * len(records)
     for level, places in sorted(members.items()):
         if len(places) == 1:
-            raise UserError(
-                f"--latents swap: the record on line {records[places[0]].line} is the only one of level {level}, so "
-                "there is no other to swap with; give more records of that level, or leave swap out"
-            )
+            alone = f"the record on line {records[places[0]].line} is the only one of level {level}"
+            how = "so there is no other to swap with; give more records of that level, or leave swap out"
+            raise UserError(f"--latents swap: {alone}, {how}")
         stdlib_random.Random(f"{seed}/swap/{level}").shuffle(places)
         for one, other in zip(places, places[1:] + places[:1], strict=True):
             found[one] = other
@@ -150,12 +136,9 @@ def choose_partners(records: Sequence[Record], seed: int) -> list[int]:
 
 def swap(material: Material) -> list[torch.Tensor]:
     """Another record's own latents, of the same level; all blocks, since the answer may have more than the record."""
-    found = []
-    for own, other in zip(material.own, material.partners, strict=True):
-        given = material.own[other]
-        # Its last block again, where the other record has fewer.
-        found.append(given[torch.arange(max(len(own), len(given))).clamp(max=len(given) - 1)])
-    return found
+    pairs = [(own, material.own[other]) for own, other in zip(material.own, material.partners, strict=True)]
+    # Its last block again, where the other record has fewer.
+    return [given[torch.arange(max(len(own), len(given))).clamp(max=len(given) - 1)] for own, given in pairs]
 
 
 # Conditions whose vectors are known before a record is decoded.

@@ -21,9 +21,9 @@ from mirage_ds.analysis.controls.conditions import Given
 from mirage_ds.analysis.controls.statistics import visible_mean
 from mirage_ds.analysis.controls.teach import Row, check, decode, in_batches
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import Track, answer_of
+from mirage_ds.evaluate.decoder import Track, answer_of, batches_fit
 from mirage_ds.evaluate.scoring import Prediction, bootstrap, wilson
 from mirage_ds.tasks.boxed import last_boxed
 from mirage_ds.tasks.maps import Board, count_shortest_paths, follow, parse_board, shortest_path
@@ -89,10 +89,8 @@ def forks_of(records: Sequence[Record], task: str, seed: int) -> list[Fork]:
         raise UserError(f"--latents path is about the paths of {NAME}, and these records are of {task}; leave it out")
     forks = [fork for record in records if (fork := fork_of(record, seed)) is not None]
     if not forks:
-        raise UserError(
-            "--latents path: no record whose own answer is one of several shortest paths; build records with "
-            "`mirage-ds data build vsp-spatial-planning --ties random`, or leave path out"
-        )
+        how = "build records with `mirage-ds data build vsp-spatial-planning --ties random`, or leave path out"
+        raise UserError(f"--latents path: no record whose own answer is one of several shortest paths; {how}")
     return forks
 
 
@@ -113,10 +111,8 @@ def run_paths(
     """
     forks = forks_of(records, task, seed)
     with tempfile.TemporaryDirectory(prefix="mirage-paths-") as name:
-        try:
+        with batches_fit(batch_size):
             twins = [twin for fork in forks for twin in _with_helpers(fork, bench.encoder.finder, Path(name))]
-        except RecordError as error:
-            raise UserError(f"record on {error}") from None
 
         def answered(rows: Sequence[Row]) -> list[Prediction]:
             made = decode(bench, rows, [Given([row.targets for row in rows if row.targets is not None])])[0]

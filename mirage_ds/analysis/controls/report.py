@@ -1,5 +1,6 @@
 """What the controls found, and what a comparison of files of scores: for programs, and as tables and sentences."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError, closest
 from mirage_ds.evaluate.scoring import average, marks
 from mirage_ds.evaluate.tables import Cells, Told, read_report
+from mirage_ds.files import write_atomically
 
 SCORE_HEAD = ["latents", "score", "− own", "p", "p (Holm)"]
 LIKELIHOOD_HEAD = ["latents", "slots", "log p", "− own"]
@@ -136,6 +138,15 @@ def told(report: Mapping[str, Any]) -> Told:
         rows = [[name, str(path["records"]), *own] for name, own in zip("AB", shares, strict=True)]
         tables.append((PATH_HEAD, rows))
     return Told(f"{report['task']}, {report['model']}", tables, notes(report))
+
+
+def tell(report: Mapping[str, Any], told: Told, out: Path | None, markdown: Path | None) -> None:
+    """Print a report, and write it into the files asked for."""
+    told.print()
+    if out:
+        write_atomically(out, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    if markdown:
+        write_atomically(markdown, told.markdown())
 
 
 FILE_HEAD = ["file", "score", "− first", "p", "p (Holm)"]

@@ -8,6 +8,8 @@ of the other conditions are made, which the second round feeds.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +18,17 @@ from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls import teach
 from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners
 from mirage_ds.analysis.controls.paths import run_paths
-from mirage_ds.analysis.controls.report import summarize
-from mirage_ds.analysis.controls.spec import PATH, ControlsSpec
+from mirage_ds.analysis.controls.report import summarize, tell, told
+from mirage_ds.analysis.controls.spec import PATH, ControlsSpec, parse_names
 from mirage_ds.analysis.controls.teach import Outcome, Row, check, decode, in_batches
+from mirage_ds.config.extras import need
+from mirage_ds.data.images import ImageFinder
+from mirage_ds.data.progress import track
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import Decoder, Track, answer_of, need_latents, run_limits
-from mirage_ds.evaluate.report import Asked
+from mirage_ds.evaluate.decoder import Decoder, Track, answer_of, load_decoder, need_latents, run_limits
+from mirage_ds.evaluate.report import Asked, read_asked
+from mirage_ds.files import check_output
 from mirage_ds.model.generate import Generated
 
 
@@ -106,10 +112,9 @@ def study(
     limits = run_limits(decoder, spec.max_new_tokens, 0, spec.run_length, **room)
     k = limits.fixed_run
     if not k:
-        raise UserError(
-            f"--run_length: conditions are compared at the same number of slots, at least 1, and {decoder.folder} does "
-            "not say how many it was trained with; give the number"
-        )
+        what = "conditions are compared at the same number of slots, at least 1"
+        unknown = f"{decoder.folder} does not say how many it was trained with"
+        raise UserError(f"--run_length: {what}, and {unknown}; give the number")
     records, task, digest = asked
     helpers = decoder.latent_encoder("stage1", k)
     grounded = Bench(decoder.loaded.model, decoder.tower, helpers, limits)
@@ -141,3 +146,18 @@ def study(
         outcomes = run_conditions(bench, records, others, spec.seed, spec.batch_size, track)
         report["conditions"], report["answers"] = summarize(records, outcomes, task, spec.seed)
     return report
+
+
+def run_controls(folder: Path, spec: ControlsSpec) -> None:
+    """Run the study, print its tables, and write the files asked for."""
+    names = parse_names(spec.latents)
+    if PATH in names:
+        need("vsp", "--latents path")
+    for flag, file in (("--out", spec.out), ("--markdown", spec.markdown)):
+        if file:
+            check_output(file, flag)
+    asked = read_asked(spec, answers=True)
+    finder = ImageFinder.beside(spec.data_path, spec.image_root)
+    decoder = load_decoder(folder, finder, spec.processor, True, spec.pixels, spec.helper_pixels)
+    found = study(decoder, names, spec, asked, partial(track, title="answering"))
+    tell(found, told(found), spec.out, spec.markdown)

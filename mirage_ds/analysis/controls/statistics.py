@@ -24,10 +24,8 @@ def mcnemar(one: Sequence[float], other: Sequence[float]) -> float:
     """
     wins = sum(a > b for a, b in zip(one, other, strict=True))
     losses = sum(a < b for a, b in zip(one, other, strict=True))
-    count, ways, tail = wins + losses, 1, 0
-    for i in range(min(wins, losses) + 1):
-        tail += ways
-        ways = ways * (count - i) // (i + 1)
+    count = wins + losses
+    tail = sum(math.comb(count, i) for i in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2**count)
 
 

@@ -117,10 +117,8 @@ def check(records: Sequence[Record], bench: Bench, answers: int = 1) -> list[int
     measures = check_records(records, bench.encoder)
     for record, measure in zip(records, measures, strict=True):
         if not measure.runs:
-            raise UserError(
-                f"record on line {record.line}, text_output: no latent block; write <output_image> where it stands, or "
-                "give image_output (the block then stands first)"
-            )
+            how = "write <output_image> where it stands, or give image_output (the block then stands first)"
+            raise UserError(f"record on line {record.line}, text_output: no latent block; {how}")
     prompts = [one.tokens - one.labels - one.runs * bench.encoder.latent_size for one in measures]
     check_room(bench.model, prompts, range(len(prompts)), bench.limits, answers)
     return sorted(range(len(records)), key=lambda i: measures[i].tokens)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from mirage_ds.config.extras import need
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.spec import DataSpec, FolderSpec, HelperSpec
@@ -21,9 +22,7 @@ class InspectSpec(HelperSpec, FolderSpec, DataSpec):
     decode: bool = Field(False, description="Show these rows' latents in the model's own decoding too.")
     max_new_tokens: PositiveInt = Field(256, description="With --decode: tokens of an answer, at most.")
     most: PositiveInt = Field(1000, description="Rows that the components and the probe are made of.")
-    label: tuple[str, ...] = Field(
-        (), description="Keys of the records that the probe reads from the latents; text_output: the answer."
-    )
+    label: tuple[str, ...] = Field((), description="Keys of records that the probe reads; text_output: the answer.")
     latent_size: PositiveInt | None = Field(None, description="k; as the model was trained if not set.")
 
 
@@ -37,6 +36,7 @@ def inspect(folder: Path, **flags: Any) -> None:
     pictures of the chosen rows; and over the file's rows the latents' principal components and what a linear probe
     reads from them.
     """
+    need("plot", "inspect")
     from mirage_ds.analysis.inspect.study import inspect_file
     from mirage_ds.data.progress import track
     from mirage_ds.data.record import RecordError

@@ -126,17 +126,12 @@ def norms(look: Look, small: bool = False) -> Figure:
     title, ratios, width = f"{look.title}: norms", [1.0], 5.6
     if targets is not None:
         title, ratios, width = f"{title} and cosines to the targets", [1.35, 1], 9.2
-    figure, shown = style.panels(len(ratios), 2, 3.2, width=width, title=title, width_ratios=ratios)
-    axes, kinds = (
-        shown[0],
-        {
-            "input embeddings of the vocabulary": (look.word_norms, style.SKY),
-            "input image's features": (look.feature_norms, style.GREEN),
-        },
-    )
+    figure, (axes, *others) = style.panels(len(ratios), 2, 3.2, width=width, title=title, width_ratios=ratios)
     every = torch.cat([look.norms, look.word_norms, look.feature_norms]).clamp(min=1e-6).log10()
     bins = np.logspace(float(every.min()) - 0.05, float(every.max()) + 0.05, 60).tolist()
-    for name, (values, colour) in kinds.items():
+    words, features = "input embeddings of the vocabulary", "input image's features"
+    kinds = ((words, look.word_norms, style.SKY), (features, look.feature_norms, style.GREEN))
+    for name, values, colour in kinds:
         if len(values):
             weights = np.full(len(values), 100 / len(values))
             axes.hist(values.numpy(), bins=bins, weights=weights, color=colour, alpha=0.75, label=name)
@@ -148,8 +143,8 @@ def norms(look: Look, small: bool = False) -> Figure:
     axes.set_title("norm of what is fed back, among the inputs' norms")
     if targets is not None:
         size = 8 if len(look.norms) <= 6 else 6
-        _cells(shown[1], targets, lambda row, column: f"{targets[row, column]:.2f}", size, "cosine", cmap="viridis")
-        shown[1].set(xlabel="target of the helper image", ylabel="latent", title="cosine to the compressed targets")
+        _cells(others[0], targets, lambda row, column: f"{targets[row, column]:.2f}", size, "cosine", cmap="viridis")
+        others[0].set(xlabel="target of the helper image", ylabel="latent", title="cosine to the compressed targets")
     style.legend(figure)
     return figure
 

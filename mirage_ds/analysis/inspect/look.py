@@ -38,7 +38,7 @@ PARTS = ("images", "text before", "latents", "text behind")
 WORDS = 6
 
 
-class Thought(NamedTuple):
+class Thought:
     """One row as the model ran it.
 
     Attributes:
@@ -49,13 +49,12 @@ class Thought(NamedTuple):
         deep: what they add behind the first layers, in families that have that.
     """
 
-    ids: torch.Tensor
-    inputs: torch.Tensor
-    position_ids: torch.Tensor
-    runs: tuple[tuple[int, int], ...]
-    latents: tuple[torch.Tensor, ...]
-    images: torch.Tensor
-    deep: Deep | None
+    def __init__(self, sample: Sample, inputs: torch.Tensor, latents: tuple[torch.Tensor, ...], seen: torch.Tensor):
+        """Put it together; `seen` are the features (F, (1 + D) · H) of the images: what is fed and what is added."""
+        self.ids, self.position_ids, self.runs = sample.input_ids, sample.position_ids, sample.runs
+        self.inputs, self.latents = inputs, latents
+        self.images = embedded(seen, inputs.shape[1])
+        self.deep: Deep | None = place_images(inputs, seen, sample.image_positions.to(inputs.device))[1]
 
     @property
     def places(self) -> torch.Tensor:
@@ -135,16 +134,7 @@ def taught(bench: Bench, samples: Sequence[Sample]) -> list[Thought]:
     images = batch.image_features.split([len(sample.image_positions) for sample in samples])
     each = iter(latents.split([k for sample in samples for _, k in sample.runs]))
     return [
-        Thought(
-            ids=sample.input_ids,
-            inputs=fed,
-            position_ids=sample.position_ids,
-            runs=sample.runs,
-            latents=tuple(islice(each, len(sample.runs))),
-            # Of the features (F, (1 + D) · H) what is fed, and what is added behind the first layers.
-            images=embedded(seen, fed.shape[1]),
-            deep=place_images(fed, seen, sample.image_positions.to(fed.device))[1],
-        )
+        Thought(sample, fed, tuple(islice(each, len(sample.runs))), seen)
         for sample, fed, seen in zip(samples, inputs, images, strict=True)
     ]
 
@@ -179,7 +169,7 @@ class Seen(NamedTuple):
     features: torch.Tensor
 
 
-class Look(NamedTuple):
+class Look:
     """One latent block.
 
     Attributes:
@@ -196,19 +186,42 @@ class Look(NamedTuple):
         answer: Q spellings of the answer's tokens.
     """
 
-    title: str
-    similarity: list[tuple[str, np.ndarray, torch.Tensor]]
-    nearest: measure.Words
-    lens: measure.Words
-    spellings: dict[int, str]
-    norms: torch.Tensor
-    word_norms: torch.Tensor
-    feature_norms: torch.Tensor
-    to_targets: torch.Tensor | None
-    attention: torch.Tensor
-    shares: torch.Tensor
-    uniform: float
-    answer: list[str]
+    def __init__(
+        self, bench: Bench, thought: Thought, block: int, images: Sequence[Seen], helper: Seen | None, title: str
+    ):
+        """Measure it.
+
+        Args:
+            block: its number in the row, from 0.
+            images, helper: the row's input images and the block's own helper, see `see`.
+        """
+        model, encoder, latents = bench.model, bench.encoder, thought.latents[block]
+        start, k = thought.runs[block]
+        matrix, embeddings = (one.weight.detach() for one in (model.head, model.language_model.embed_tokens))
+        words_known = len(encoder.tokenizer)
+        self.title = title
+        self.similarity = [
+            (one.name, one.picture, measure.cosines(one.features, latents).movedim(-1, 0).cpu())
+            for one in (*images, helper)
+            if one is not None
+        ]
+        self.nearest = measure.nearest(latents, matrix[:words_known], WORDS)
+        self.lens = measure.lens(latents, matrix, WORDS)
+        written = torch.cat([self.nearest.ids, self.lens.ids]).unique().tolist()
+        self.spellings = {token: spell(encoder, token) for token in written}
+        self.norms = latents.float().norm(dim=-1).cpu()
+        self.word_norms = embeddings[:words_known].float().norm(dim=-1).cpu()
+        self.feature_norms = thought.images.float().norm(dim=-1).cpu()
+        self.to_targets: torch.Tensor | None = None
+        if helper is not None:
+            targets = measure.targets(helper.features, k, encoder.compress)
+            self.to_targets = measure.cosines(latents, targets).cpu()
+        queries = thought.answer(block)
+        probabilities = attention(model, thought, queries)
+        self.attention = probabilities[..., start : start + k]
+        self.shares = _shares(encoder, thought, block, probabilities)
+        self.uniform = float((k / (queries + 1).float()).mean())
+        self.answer = [spell(encoder, token) for token in thought.ids[queries].tolist()]
 
 
 def spell(encoder: Encoder, token: int) -> str:
@@ -254,45 +267,6 @@ def _shares(encoder: Encoder, thought: Thought, block: int, rows: torch.Tensor) 
     return torch.stack([rows[..., part].sum(-1).mean(1) for part in parts], dim=-1)
 
 
-def look(bench: Bench, thought: Thought, block: int, images: Sequence[Seen], helper: Seen | None, title: str) -> Look:
-    """Measure one latent block.
-
-    Args:
-        block: its number in the row, from 0.
-        images, helper: the row's input images and the block's own helper, see `see`.
-    """
-    model, encoder = bench.model, bench.encoder
-    latents = thought.latents[block]
-    start, k = thought.runs[block]
-    matrix, embeddings = (one.weight.detach() for one in (model.head, model.language_model.embed_tokens))
-    words_known = len(encoder.tokenizer)
-    nearest = measure.nearest(latents, matrix[:words_known], WORDS)
-    lens = measure.lens(latents, matrix, WORDS)
-    queries = thought.answer(block)
-    probabilities = attention(model, thought, queries)
-    similarity = [
-        (one.name, one.picture, measure.cosines(one.features, latents).movedim(-1, 0).cpu())
-        for one in (*images, helper)
-        if one is not None
-    ]
-    targets = None if helper is None else measure.targets(helper.features, k, encoder.compress)
-    return Look(
-        title=title,
-        similarity=similarity,
-        nearest=nearest,
-        lens=lens,
-        spellings={token: spell(encoder, token) for token in torch.cat([nearest.ids, lens.ids]).unique().tolist()},
-        norms=latents.float().norm(dim=-1).cpu(),
-        word_norms=embeddings[:words_known].float().norm(dim=-1).cpu(),
-        feature_norms=thought.images.float().norm(dim=-1).cpu(),
-        to_targets=None if targets is None else measure.cosines(latents, targets).cpu(),
-        attention=probabilities[..., start : start + k],
-        shares=_shares(encoder, thought, block, probabilities),
-        uniform=float((k / (queries + 1).float()).mean()),
-        answer=[spell(encoder, token) for token in thought.ids[queries].tolist()],
-    )
-
-
 def looks(bench: Bench, record: Record, thought: Thought, title: str) -> Iterator[Look]:
     """Measure each latent block of a row.
 
@@ -307,7 +281,7 @@ def looks(bench: Bench, record: Record, thought: Thought, title: str) -> Iterato
         helper = helpers[block] if block < len(helpers) else None
         # Keys of numbers.json and names of pictures: they stay.
         name = f"{title}, run {block + 1}" if len(thought.runs) > 1 else title
-        yield look(bench, thought, block, images, helper, name)
+        yield Look(bench, thought, block, images, helper, name)
 
 
 def drawings(one: Look, small: bool = False) -> dict[str, Figure]:

@@ -10,17 +10,17 @@ from jinja2 import Environment, FileSystemLoader
 _ENVIRONMENT = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
 
 
-class Shown(NamedTuple):
-    """A figure as it goes into the page: PNG bytes, what it shows for who does not see it, and how to read it."""
+def data_url(png: bytes) -> str:
+    """Return a picture as a link that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
-    png: bytes
+
+class Shown(NamedTuple):
+    """A figure as it goes into the page: its link, what it shows for who does not see it, and how to read it."""
+
+    url: str
     alt: str
     caption: str
-
-    @property
-    def url(self) -> str:
-        """The picture itself, as a link that holds it."""
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
 class Section(NamedTuple):

@@ -150,10 +150,9 @@ def labelled(records: Sequence[Record], key: str, finder: ImageFinder) -> Questi
         labels = torch.tensor([sorted(set(texts)).index(text) for text in texts])
     classes, different = len(labels.unique()), len(set(groups))
     if classes < 2 or classes * ROWS_A_CLASS > len(labels) or different < FEWEST_MAPS:
-        raise UserError(
-            f"--label {key}: {classes} value(s) in {len(labels)} records with {different} different pictures; a probe "
-            f"needs at least two values, {ROWS_A_CLASS} records for each, and {FEWEST_MAPS} pictures"
-        )
+        what = f"{classes} value(s) in {len(labels)} records with {different} different pictures"
+        needs = f"at least two values, {ROWS_A_CLASS} records for each, and {FEWEST_MAPS} pictures"
+        raise UserError(f"--label {key}: {what}; a probe needs {needs}")
     return Questions(key, "pictures", torch.tensor(list(values)), groups, labels[:, None], {block: [0]})
 
 
@@ -220,24 +219,25 @@ def cross_answers(x: torch.Tensor, labels: torch.Tensor, groups: Sequence[str]) 
     return read, common
 
 
-def read(x: torch.Tensor, asked: Questions) -> dict[str, Reading]:
-    """Probe the rows of one size of board.
+def read(sources: Mapping[str, torch.Tensor], asked: Questions) -> dict[str, dict[str, Reading]]:
+    """Probe what the latents hold, and beside it what their targets and the input image hold in as many numbers.
 
     The interval is Wilson's with each map counted once, however many rows and cells it has: these are not independent.
 
     Args:
-        x: (n, D) for the rows of `asked`.
+        sources: what is read → (N, D), of all rows.
 
     Returns:
-        block → Reading.
+        Question → what is read → Reading.
     """
-    answers, common = cross_answers(x, asked.labels, asked.groups)
     maps = len(set(asked.groups))
-    found = {}
-    for name, columns in asked.blocks.items():
-        right = float((answers == asked.labels)[:, columns].double().mean())
-        chance = float((common == asked.labels)[:, columns].double().mean())
-        found[name] = Reading(right, *wilson(right * maps, maps), chance, len(asked.labels), maps)
+    found: dict[str, dict[str, Reading]] = {block: {} for block in asked.blocks}
+    for source, x in sources.items():
+        answers, common = cross_answers(x[asked.rows], asked.labels, asked.groups)
+        for block, columns in asked.blocks.items():
+            right = float((answers == asked.labels)[:, columns].double().mean())
+            chance = float((common == asked.labels)[:, columns].double().mean())
+            found[block][source] = Reading(right, *wilson(right * maps, maps), chance, len(asked.labels), maps)
     return found
 
 

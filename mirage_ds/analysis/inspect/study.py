@@ -3,24 +3,22 @@
 N rows, k latents a latent block, F features, W words, H hidden.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from mirage_ds.analysis.bench import Bench
-from mirage_ds.analysis.inspect import measure, probe
+from mirage_ds.analysis.inspect import draw, measure, probe, style
 from mirage_ds.analysis.inspect.command import InspectSpec
 from mirage_ds.analysis.inspect.look import Look, decoded, drawings, looks, see, spell, taught
-from mirage_ds.analysis.inspect.page import Section, Shown, page
+from mirage_ds.analysis.inspect.page import Section, Shown, data_url, page
 from mirage_ds.config.columns import parse_columns
-from mirage_ds.config.extras import need
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import read_records
@@ -28,9 +26,6 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Track, load_decoder, need_latents
 from mirage_ds.files import whole_folder, write_atomically
 from mirage_ds.model.generate import Limits
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Vectors of a kind that go into the components: enough for a picture, and no kind outweighs the others by far.
 MOST_VECTORS = 500
@@ -93,26 +88,11 @@ def gather(bench: Bench, records: Sequence[Record], batch_size: int, track: Trac
     return sources, {name: _some(vectors) for name, vectors in kinds.items()}
 
 
-def readings(sources: Vectors, asked: probe.Questions) -> dict[str, dict[str, probe.Reading]]:
-    """Probe what the latents hold, and beside it what their targets and the input image hold in as many numbers.
-
-    Returns:
-        Question → what is read → Reading.
-    """
-    found: dict[str, dict[str, probe.Reading]] = {block: {} for block in asked.blocks}
-    for source, x in sources.items():
-        for block, reading in probe.read(x[asked.rows], asked).items():
-            found[block][source] = reading
-    return found
-
-
 def _keep(folder: Path, name: str, figure: Figure, kind: str) -> Shown:
     """Write a figure into the folder, and return it for the page."""
-    from mirage_ds.analysis.inspect.style import caption, png
-
-    content = png(figure)
+    content = style.png(figure)
     (folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.png").write_bytes(content)
-    return Shown(content, name, caption(kind))
+    return Shown(data_url(content), name, style.caption(kind))
 
 
 def _numbers(look: Look) -> dict[str, Any]:
@@ -161,9 +141,7 @@ def _together(
     folder: Path, sources: Vectors, kinds: Vectors, file: str, asked: Sequence[probe.Questions]
 ) -> tuple[list[Section], dict[str, Any], str]:
     """Study all rows of a file: components and probe; and say what came out."""
-    from mirage_ds.analysis.inspect import draw, style
-
-    found, heading = [readings(sources, one) for one in asked], "What can be read from the latents"
+    found, heading = [probe.read(sources, one) for one in asked], "What can be read from the latents"
     numbers: dict[str, Any] = {}
     with style.styled():
         title = f"{file}, {len(sources['all latents'])} rows: latents among image features and text embeddings"
@@ -193,7 +171,6 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[
     Raises:
         UserError: what the user can fix in the model, the records or the flags. RecordError: in a record.
     """
-    need("plot", "inspect")
     file, rows = spec.data_path, list(dict.fromkeys(spec.rows)) or [0]
     if spec.out.exists():
         raise UserError(f"--out {spec.out} exists; remove it, or choose another")
@@ -202,10 +179,8 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[
         if row >= len(records):
             raise UserError(f"--rows {row}: {file} has the rows 0 to {len(records) - 1}; choose among them")
         if not records[row].runs:
-            raise UserError(
-                f"--rows {row}: the record on line {records[row].line} of {file} has no latent block; choose a row "
-                "with a helper image, or with its mark in the answer"
-            )
+            what = f"the record on line {records[row].line} of {file} has no latent block"
+            raise UserError(f"--rows {row}: {what}; choose a row with a helper image, or with its mark in the answer")
     with_latents = [record for record in records if record.runs][: spec.most]
     finder = ImageFinder.beside(file, spec.image_root)
     asked = questions_for(with_latents, spec.label, finder)
@@ -213,9 +188,8 @@ def inspect_file(folder: Path, spec: InspectSpec, track: Track = iter) -> tuple[
     need_latents(decoder)
     k = spec.latent_size or decoder.trained.get("latent_size")
     if k is None:
-        raise UserError(
-            f"{decoder.folder}/config.json does not say how many latents it was trained with; give --latent_size"
-        )
+        file = decoder.folder / "config.json"
+        raise UserError(f"{file} does not say how many latents it was trained with; give --latent_size")
     limits = Limits(new_tokens=spec.max_new_tokens, fixed_run=k)
     bench = Bench(decoder.loaded.model, decoder.tower, decoder.latent_encoder("stage2", k), limits)
     facts = [("model", str(folder)), ("records", str(file)), ("latents a latent block (k)", str(k))]

@@ -48,10 +48,9 @@ def run(*command: str, limit_s: float = 8.0) -> subprocess.CompletedProcess[str]
 
 def addresses(name: str) -> list[str]:
     """Return where a name leads to from here."""
-    try:
+    with suppress(OSError):
         return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None)})
-    except OSError:
-        return []
+    return []
 
 
 def place(request: Request) -> dict[str, Any]:
@@ -69,12 +68,10 @@ def place(request: Request) -> dict[str, Any]:
 
 def python(request: Request) -> dict[str, Any]:
     """The interpreter and the versions of what training imports."""
-    found: dict[str, str | None] = {}
-    for name in request["packages"]:
-        try:
+    found: dict[str, str | None] = dict.fromkeys(request["packages"])
+    for name in found:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
     return {"version": platform.python_version(), "path": sys.executable, "packages": found}
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from mirage_ds.config.columns import COLUMNS_HELP, ColumnsText
-from mirage_ds.config.mixture import parse_part
+from mirage_ds.config.mixture import records_of
 from mirage_ds.config.run import Stage
+from mirage_ds.data.folders import paths_of
 
 
 class DoctorSpec(BaseModel):
@@ -43,13 +44,10 @@ class DoctorSpec(BaseModel):
         return {flag: str(name) for flag, name in named.items() if name is not None}
 
     def files(self) -> dict[str, Path]:
-        """Return flag → file or, of records, source that every host reads."""
+        """Return flag → file or, of records, source that every host reads; UserError where they make no mixture."""
         named = {"--eval_data_path": self.eval_data_path, "--deepspeed": self.deepspeed}
         files = {flag: path for flag, path in named.items() if path is not None}
-        # Weights are the training's business.
-        several = self.data_path if isinstance(self.data_path, tuple) else ()
-        parts = [parse_part(str(part)).file for part in several]
-        parts += [self.data_path] if isinstance(self.data_path, Path) else []
+        parts = paths_of(records_of(self.data_path)) if self.data_path else []
         for number, part in enumerate(parts, 1):
             files[f"--data_path {number}" if len(parts) > 1 else "--data_path"] = part
         return files

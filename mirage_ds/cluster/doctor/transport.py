@@ -76,7 +76,6 @@ class Answer(NamedTuple):
 
 def local(host: str) -> list[str]:
     """Reach this machine, whatever it is called."""
-    del host
     return [sys.executable, "-c", LOADER]
 
 

@@ -59,10 +59,8 @@ class Hub:
         try:
             await asyncio.start_server(self._serve, None, port, limit=LONGEST_LINE, backlog=self.size)
         except OSError as error:
-            raise UserError(
-                f"port {port} for the guards cannot be opened ({os.strerror(error.errno or 0)}); "
-                "another job on this host has it: choose another --port"
-            ) from None
+            what = f"port {port} for the guards cannot be opened ({os.strerror(error.errno or 0)})"
+            raise UserError(f"{what}; another job on this host has it: choose another --port") from None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         member: Member | None = None

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
@@ -40,11 +41,9 @@ OPTIONS += [
 
 def tell(lines: Sequence[str]) -> None:
     """Print the guard's lines to the error output; a console that is gone keeps nobody from leaving."""
-    try:
+    with suppress(OSError):
         for line in lines:
             print(f"guard: {line}", file=sys.stderr, flush=True)  # after every other line of the job
-    except OSError:
-        return
 
 
 def listen(stop: Callable[[signal.Signals], None]) -> None:

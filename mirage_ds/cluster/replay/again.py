@@ -78,10 +78,9 @@ def logged_step(folder: Path, number: int) -> dict[str, Any]:
     there = [step_of(place) for place in candidates(folder / "run" / "checkpoints")]
     if not any(step < number for step in there):
         oldest = f"the oldest is of step {there[-1]}" if there else "there is none"
-        raise UserError(
-            f"step {number}: {folder / 'run' / 'checkpoints'} has no checkpoint of an earlier step ({oldest}); train "
-            "with --save_every and more --keep_checkpoints, or name a later step"
-        )
+        what = f"{folder / 'run' / 'checkpoints'} has no checkpoint of an earlier step ({oldest})"
+        how = "train with --save_every and more --keep_checkpoints, or name a later step"
+        raise UserError(f"step {number}: {what}; {how}")
     return found[0]
 
 

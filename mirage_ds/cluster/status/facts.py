@@ -33,9 +33,8 @@ def find_run(path: Path) -> Path:
     for own in (path / "run", path / "model" / "run", *([path] if path.name == "run" else [])):
         if any((own / name).is_file() for name in (events.FILE, "config.yaml", "log.jsonl")):
             return own.parent
-    raise UserError(
-        f"{path}: holds no run, or one that has not begun (there is no run/ in it); give a training's --save_model_path"
-    )
+    what = "holds no run, or one that has not begun (there is no run/ in it)"
+    raise UserError(f"{path}: {what}; give a training's --save_model_path")
 
 
 def json_lines(file: Path) -> list[Line]:
@@ -55,12 +54,11 @@ def json_lines(file: Path) -> list[Line]:
 
 def _object(file: Path) -> dict[str, Any] | None:
     """Read a JSON or YAML file that is written at once; None where there is none, or no object in it."""
-    try:
+    with suppress(OSError, ValueError, yaml.YAMLError):
         text = file.read_text(encoding="utf-8")
         value = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return value if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def split_log(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
@@ -80,10 +78,9 @@ def split_log(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
 
 
 def _changed(file: Path) -> float:
-    try:
+    with suppress(OSError):
         return file.stat().st_mtime
-    except OSError:
-        return 0.0
+    return 0.0
 
 
 class Facts:

@@ -50,14 +50,9 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
         UserError: no cell has a score.
     """
     if not any(cell.is_scored for cell in results.cells):
-        raise UserError(
-            f"study {results.name!r}: none of its {len(results.cells)} cells has scores yet, so there is nothing to "
-            "report; see what became of its runs first"
-        )
-    work = Work(Draws(resamples, seed))
-    _gather(results, work)
-    for problem in results.unseen:
-        work.miss(None, None, problem)
+        what = f"none of its {len(results.cells)} cells has scores yet, so there is nothing to report"
+        raise UserError(f"study {results.name!r}: {what}; see what became of its runs first")
+    work = Work(results, Draws(resamples, seed))
     arms = [_arm(name, results.arms[name], cells, work) for name, cells in work.cells.items()]
     primary, others = contrasts(results.report, work)
     report = {
@@ -77,21 +72,6 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
     # Settings have what YAML has, and an export's costs may be infinite.
     plain: Report = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)
     return plain
-
-
-def _gather(results: Results, work: Work) -> None:
-    """Sort cells by arm, in the study's order, and by seed; say which have no scores; name the metrics.
-
-    An evaluation's metrics stand in the order of its first scored record: the first is the task's success.
-    """
-    for name in results.arms:
-        work.cells[name] = sorted((cell for cell in results.cells if cell.arm == name), key=lambda cell: cell.seed)
-        for cell in work.cells[name]:
-            if cell.problem or not cell.is_scored:
-                work.miss(name, cell.seed, cell.problem or "it has no scores")
-            for evaluation, scores in cell.scores.items():
-                if scores.metrics:
-                    work.metrics.setdefault(evaluation, list(scores.metrics))
 
 
 def _chance(scores: Mapping[str, float], evaluation: str, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -133,7 +113,7 @@ def _evaluation(arm: str, evaluation: str, cells: Sequence[Cell], work: Work) ->
     """
     metric, *names = work.metrics[evaluation]
     columns: dict[int, Column] = {}
-    others: dict[str, list[float | None]] = {name: [] for name in names}
+    answered = []
     for cell in cells:
         scores = cell.scores.get(evaluation)
         if scores is None or not scores.records:
@@ -142,14 +122,12 @@ def _evaluation(arm: str, evaluation: str, cells: Sequence[Cell], work: Work) ->
             if asked and cell.is_scored:
                 work.miss(arm, cell.seed, "it has no scores of this evaluation", evaluation)
             continue
+        answered.append(scores)
         found = column(scores, metric)
-        empty = len(scores.records) - len(found)
-        if empty:
+        if empty := len(scores.records) - len(found):
             work.miss(arm, cell.seed, f"{empty} records have no number for {metric!r} and are left out", evaluation)
         if len(found):
             columns[cell.seed] = found
-        for name, means in others.items():
-            means.append(_mean(column(scores, name)["value"]))
     if not columns:
         return None
     try:
@@ -166,7 +144,7 @@ def _evaluation(arm: str, evaluation: str, cells: Sequence[Cell], work: Work) ->
         "overall": overall,
         "levels": levels,
         "by_seed": [{"seed": seed, **_of_seed(found)} for seed, found in sorted(columns.items())],
-        "other_metrics": {name: _mean(means) for name, means in others.items()},
+        "other_metrics": {name: _mean(_mean(column(one, name)["value"]) for one in answered) for name in names},
     }
 
 
@@ -260,7 +238,7 @@ def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, by
 
     taken: Counter[str] = Counter()
     with style.styled():
-        for name, figure, caption in (
+        for one in (
             figures.lead(report),
             *figures.scores(report),
             *figures.contrasts(report),
@@ -269,5 +247,6 @@ def _figures(results: Results, report: dict[str, Any]) -> Iterator[tuple[str, by
             *figures.controls(report),
         ):
             # Two evaluations whose names differ in odd characters alone.
-            taken[name] += 1
-            yield name if taken[name] == 1 else f"{name}-{taken[name]}", style.png(figure), caption
+            taken[one.name] += 1
+            name = one.name if taken[one.name] == 1 else f"{one.name}-{taken[one.name]}"
+            yield name, style.png(one.figure), one.caption

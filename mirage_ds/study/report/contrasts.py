@@ -1,6 +1,6 @@
 """What a study compares: contrasts between arms, and the controls of each. S seeds, N records."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from mirage_ds.analysis.controls.statistics import holm, unseen, visible_mean, v
 from mirage_ds.errors import reason
 from mirage_ds.evaluate.scoring import is_binary
 from mirage_ds.study.report.statistics import (
+    LEAST_SEEDS,
     LEVEL,
     NO_LEVEL,
     Column,
@@ -60,23 +61,15 @@ def _contrast(contrast: ContrastSpec, margin: float, work: Work) -> Report:
         found["problem"] = f"contrast {contrast.arm} − {contrast.base}: {error}"
         work.miss(None, None, found["problem"], contrast.evaluation)
         return found
-    compared = compare(grid.values[0], grid.values[1], list(grid.levels.values()), margin, work.draws)
-    found |= compared | {
-        "by_level": dict(zip(grid.levels, compared["by_level"], strict=True)),
-        "by_seed": [
-            {"seed": seed, "difference": one} for seed, one in zip(grid.seeds, compared["by_seed"], strict=True)
-        ],
-        "means": {side: float(values.mean()) for side, values in zip(sides, grid.values, strict=True)},
-        "p_holm": None,
-    }
+    found |= compare(grid, margin, work.draws)
+    found["means"] = {side: float(values.mean()) for side, values in zip(sides, grid.values, strict=True)}
+    found["p_holm"] = None
     found["families"] = _families(found, [cell for name in sides.values() for cell in work.cells[name]])
-    found["notes"] = _notes(found, grid, [set(one) for one in pair])
     found["steps"] = {
         side: [sum(stage.steps for stage in cell.stages) for cell in work.cells[name] if cell.seed in grid.seeds]
         for side, name in sides.items()
     }
-    if len({tuple(steps) for steps in found["steps"].values()}) > 1:
-        found["notes"].append("not step-matched")
+    found["notes"] = _notes(found, grid, [set(one) for one in pair])
     return found
 
 
@@ -123,52 +116,49 @@ def _families(found: Report, cells: Sequence[Cell]) -> list[Report]:
     return families
 
 
-def _kinship(families: Sequence[Report], count: int) -> list[str]:
-    """Say what seeds share; `count` is the number of all that were compared."""
-    if not families:
-        return []
+def _kinship(families: Sequence[Report], count: int) -> str:
+    """Say what seeds share, if they do; `count` is the number of all that were compared."""
     if len(families) == 1 and len(families[0]["seeds"]) == count:
-        return [f"all seeds share {' and '.join(families[0]['runs'])}: the interval says nothing about another one"]
-    groups = "; ".join(
+        return f"all seeds share {' and '.join(families[0]['runs'])}: the interval says nothing about another one"
+    groups = [
         f"seeds {', '.join(map(str, one['seeds']))} share {' and '.join(one['runs'])} ({one['difference']:+.3f})"
         for one in families
-    )
-    alone = count - sum(len(one["seeds"]) for one in families)
-    groups += f"; {alone} share nothing" if alone else ""
-    return [f"{groups}: such seeds are not independent, and the interval and the test take them as if they were"]
+    ]
+    if alone := count - sum(len(one["seeds"]) for one in families):
+        groups.append(f"{alone} share nothing")
+    why = "such seeds are not independent, and the interval and the test take them as if they were"
+    return f"{'; '.join(groups)}: {why}" if families else ""
 
 
 def _notes(found: Report, grid: Grid, seeds: Sequence[set[int]]) -> list[str]:
     """Say what the numbers alone would hide."""
-    notes = []
-    alone = len(set.union(*seeds)) - len(grid.seeds)
-    if alone:
-        notes.append(f"{alone} seeds have scores in one of the two arms only and are left out")
-    if grid.left_out:
-        notes.append(f"{grid.left_out} records do not have scores in every cell and are left out")
-    if len(grid.seeds) == 1:
-        notes.append("one seed: the interval is over records alone and says nothing about another training run")
-    elif len(grid.seeds) < 5:
-        notes.append(f"{len(grid.seeds)} seeds: the interval is too narrow, and there is no test")
-    if found["least_p"] is not None and found["least_p"] > 0.05:
-        notes.append(f"with {len(grid.seeds)} seeds p cannot fall below {found['least_p']:.4f}")
-    notes += _kinship(found["families"], len(grid.seeds))
-    if not (grid.values[0] != grid.values[1]).any():
-        notes.append("the two do not differ in any record: the interval has no width and says nothing about others")
-    return [*notes, *_blind(found, grid)]
+    count, least, alone = len(grid.seeds), found["least_p"] or 0.0, len(set.union(*seeds)) - len(grid.seeds)
+    kin, blind = _kinship(found["families"], count), _blind(found, grid)
+    alike = (grid.values[0] == grid.values[1]).all()
+    notes = [
+        (alone, f"{alone} seeds have scores in one of the two arms only and are left out"),
+        (grid.left_out, f"{grid.left_out} records do not have scores in every cell and are left out"),
+        (count == 1, "one seed: the interval is over records alone and says nothing about another training run"),
+        (1 < count < LEAST_SEEDS, f"{count} seeds: the interval is too narrow, and there is no test"),
+        (least > LEVEL, f"with {count} seeds p cannot fall below {least:.4f}"),
+        (kin, kin),
+        (alike, "the two do not differ in any record: the interval has no width and says nothing about others"),
+        (blind, blind),
+        (len({tuple(steps) for steps in found["steps"].values()}) > 1, "not step-matched"),
+    ]
+    return [text for holds, text in notes if holds]
 
 
-def _blind(found: Report, grid: Grid) -> Iterator[str]:
+def _blind(found: Report, grid: Grid) -> str:
     """Say, where no difference was found and the test can find one, which ones were too small for it."""
     one, tests = found["difference"], found["p"] is not None and (found["least_p"] or 0) <= LEVEL
     if not tests or found["p"] <= LEVEL or one["low"] > 0 or one["high"] < 0:
-        return
+        return ""
     share = float((grid.values[0] != grid.values[1]).mean())
     # With one seed records are tested; else the interval over seeds and records has to leave out 0.
     error = (one["high"] - one["low"]) / (2 * 1.959964)
     visible = visible_share(one["records"], share, LEVEL) if found["test"] == "McNemar" else visible_mean(error)
-    if visible:
-        yield f"of true differences {unseen([visible], is_binary(np.unique(grid.values).tolist()))}"
+    return f"of true differences {unseen([visible], is_binary(np.unique(grid.values).tolist()))}" if visible else ""
 
 
 def controls(work: Work) -> list[Report]:

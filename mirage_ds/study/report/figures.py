@@ -1,8 +1,8 @@
 """The report's dict → its figures. What has nothing to show gives no figure."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator
 
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.inspect import style
+from mirage_ds.study.report.statistics import level_key
 from mirage_ds.study.report.text import evaluations, having, judged, label, pair, setting
 from mirage_ds.study.results import Results
 
@@ -27,12 +28,12 @@ _UNSET = "\x1f"
 _ASIDE, _MOST_ASIDE = 0.06, 0.6
 
 
-class Drawn(NamedTuple):
-    """A figure, the stem of its file's name, and how to read it."""
+class Drawn:
+    """A figure with its legend, the stem of its file's name, and how to read it."""
 
-    name: str
-    figure: Figure
-    caption: str
+    def __init__(self, name: str, figure: Figure, caption: str):
+        style.legend(figure)
+        self.name, self.figure, self.caption = name, figure, caption
 
 
 def slug(*texts: str) -> str:
@@ -74,7 +75,6 @@ def lead(report: Report) -> Drawn:
     _score_panel(axes, report, evaluation, None)
     axes.set(title="", xlabel=f"mean over all records of {evaluation}")
     _beside(axes, [f"{one['overall']['mean']:.3f}" for one in arms])
-    style.legend(figure)
     dotted = f" {style.caption('chance', **chance)}" if chance else ""
     return Drawn("lead", figure, style.caption("lead") + dotted)
 
@@ -95,7 +95,6 @@ def scores(report: Report) -> list[Drawn]:
             _score_panel(axes, report, evaluation, level)
             axes.set_xlabel(f"{style.legible(metric)}, mean")
             axes.tick_params(labelbottom=True)
-        style.legend(figure)
         caption = style.caption("scores", evaluation=evaluation, metric=metric)
         drawn.append(Drawn(slug("scores", evaluation), figure, caption))
     return drawn
@@ -144,7 +143,6 @@ def contrasts(report: Report) -> list[Drawn]:
     metrics = dict.fromkeys(style.legible(one["metric"]) for one in found)
     axes.set_xlabel(f"difference in {', '.join(metrics)} (arm − base)")
     axes.grid(axis="x")
-    style.legend(figure)
     return [Drawn("contrasts", figure, style.caption("contrasts", margin=margin))]
 
 
@@ -176,7 +174,6 @@ def _conditions(entries: Sequence[Mapping[str, Any]], report: Report) -> Figure:
     for row in range(1, len(names)):
         axes.axhline(row - 0.5, color=style.GREY, linewidth=0.5, alpha=0.5)
     axes.set(xlabel=f"{style.legible(entries[0]['metric'])}, mean", ylabel="latents fed")
-    style.legend(figure)
     return figure
 
 
@@ -191,7 +188,6 @@ def _paths(entries: Sequence[Mapping[str, Any]]) -> Figure:
     apart.axvline(0, color=style.BLACK, linewidth=1)
     shares.set(xlabel="share of answers", xlim=(-0.02, 1.02))
     apart.set(xlabel="share that follows the injected path − the other")
-    style.legend(figure)
     return figure
 
 
@@ -219,7 +215,6 @@ def curves(results: Results, report: Report) -> list[Drawn]:
             axes.yaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
         axes.grid()
-    style.legend(figure)
     return [Drawn("curves", figure, style.caption("curves"))]
 
 
@@ -295,7 +290,8 @@ def _sweep(alike: Sequence[str], arms: Sequence[Mapping[str, Any]], traits: pd.D
     alone, apart = (style.GREY, "", "D"), "differs in other settings too"
     groups += [([at], alone, apart) for group in same if group not in lines for at in group]
     title = style.legible(" = ".join(alike), 80)
-    ticks = _ticks(values)
+    # Numbers by size, then words in the study's order.
+    ticks = sorted(dict.fromkeys(values), key=lambda text: level_key(text)[:2])
     step = min(_ASIDE, _MOST_ASIDE / len(groups))
     scored = dict.fromkeys(name for at in traits.index for name in arms[at]["evaluations"])
     width = style.WIDTH if len(scored) > 1 else 7.0
@@ -311,7 +307,6 @@ def _sweep(alike: Sequence[str], arms: Sequence[Mapping[str, Any]], traits: pd.D
         metric = having(evaluation, arms)[0]["evaluations"][evaluation]["metric"]
         axes.set(title=style.legible(evaluation), xlabel=title, ylabel=f"{style.legible(metric)}, mean")
         axes.grid()
-    style.legend(figure)
     return [Drawn(slug("setting", alike[0]), figure, style.caption("setting", names=" = ".join(alike)))]
 
 
@@ -324,15 +319,6 @@ def _line(axes: Axes, places: Sequence[float], found: Sequence[Mapping[str, Any]
     axes.errorbar(places, means, yerr=sides, color=colour, label=name, **shape)
     seeds = [(place, seed["score"]) for place, one in zip(places, found, strict=True) for seed in one["by_seed"]]
     style.dots(axes, seeds)
-
-
-def _ticks(values: Iterable[str]) -> list[str]:
-    """Return the values of a setting from left to right: numbers by size, words in the study's order."""
-    found = list(dict.fromkeys(values))
-    try:
-        return sorted(found, key=float)
-    except ValueError:
-        return found
 
 
 def _labels(lines: pd.DataFrame) -> list[str]:

@@ -7,8 +7,8 @@ scores is (S, N); its columns stand level by level, and `sizes` says how many ea
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,7 +16,7 @@ import pandas as pd
 
 from mirage_ds.analysis.controls.statistics import mcnemar
 from mirage_ds.evaluate.scoring import RESAMPLES, is_binary
-from mirage_ds.study.results import Cell, Scores
+from mirage_ds.study.results import Cell, Results, Scores
 
 # Kept draws: 1 byte a resample and record each, 40 MB for 10,000 × 4,000.
 _MOST_KEPT = 3
@@ -145,14 +145,14 @@ def verdict(difference: Estimate, margin: float, p: float | None = None) -> str:
     return "equivalent" if equivalent(difference, margin) else "undecided"
 
 
-def compare(arm: np.ndarray, base: np.ndarray, sizes: Sequence[int], margin: float, draws: Draws) -> dict[str, Any]:
-    """Compare two matrices (S, N) of the same seeds and records.
+def compare(grid: "Grid", margin: float, draws: Draws) -> dict[str, Any]:
+    """Compare the two groups of a grid, arm and base.
 
     Args:
-        sizes: records of each level; margin: a difference within ± this counts as none.
+        margin: a difference within ± this counts as none.
 
     Returns:
-        difference: an Estimate of arm − base; by_level: the same for each level; by_seed: mean difference of each seed.
+        difference: an Estimate of arm − base; by_level: level → the same; by_seed: {"seed", "difference": its mean}.
         test: "sign-flip" (over seeds, every pattern), "sign-flip, random" (20,000 patterns), "McNemar" (over records,
             one seed) or "none".
         p: of that test, two-sided; None without one: from two to four seeds none can reach 5 %, and McNemar's wants
@@ -164,21 +164,21 @@ def compare(arm: np.ndarray, base: np.ndarray, sizes: Sequence[int], margin: flo
             with `equivalent` set. Below five seeds TOO_FEW, and not equivalent: of two to four the interval is too
             narrow to say anything by, and one is two models, not two arms.
     """
-    apart = arm - base
-    overall, levels = estimate(apart, sizes, draws)
-    by_seed = [round(float(one), _DIGITS) for one in apart.mean(1)]
+    arm, base = grid.values
+    overall, levels = grid.estimate(arm - base, draws)
+    by_seed = [round(float(one), _DIGITS) for one in (arm - base).mean(1)]
     test, p, least = "none", None, None
     if len(by_seed) >= LEAST_SEEDS:
         exact = len(by_seed) <= MOST_EXACT
         test = "sign-flip" if exact else "sign-flip, random"
         p, least = sign_flip(by_seed), 2.0 ** (1 - len(by_seed)) if exact else 1 / (FLIPS + 1)
-    elif len(by_seed) == 1 and is_binary(np.unique(np.concatenate([arm, base]))):
+    elif len(by_seed) == 1 and is_binary(np.unique(grid.values)):
         test, p = "McNemar", mcnemar(arm[0].tolist(), base[0].tolist())
     few = len(by_seed) < LEAST_SEEDS
     return {
         "difference": overall,
         "by_level": levels,
-        "by_seed": by_seed,
+        "by_seed": [{"seed": seed, "difference": one} for seed, one in zip(grid.seeds, by_seed, strict=True)],
         "test": test,
         "p": p,
         "least_p": least,
@@ -191,20 +191,29 @@ class Misfit(ValueError):
     """Scores that cannot be put together; the message says why, as the end of a sentence. The report shows it."""
 
 
-@dataclass
 class Work:
     """What every part of the report reads, and the holes that it finds.
 
     Attributes:
-        cells: arm → its cells, one a seed, in their order.
-        metrics: evaluation → its metrics; the first is the task's success.
+        cells: arm → its cells, in the study's order and by seed.
+        metrics: evaluation → its metrics, in the order of its first scored record; the first is the task's success.
         holes: {"arm", "seed", "evaluation", "problem"} of what is missing; None where it is about no single one.
     """
 
-    draws: Draws
-    cells: dict[str, list[Cell]] = field(default_factory=dict)
-    metrics: dict[str, list[str]] = field(default_factory=dict)
-    holes: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self, results: Results, draws: Draws):
+        self.draws, self.holes = draws, list[dict[str, Any]]()
+        self.cells: dict[str, list[Cell]] = {name: [] for name in results.arms}
+        self.metrics: dict[str, list[str]] = {}
+        for cell in sorted(results.cells, key=lambda cell: cell.seed):
+            self.cells[cell.arm].append(cell)
+        for cell in chain.from_iterable(self.cells.values()):
+            if cell.problem or not cell.is_scored:
+                self.miss(cell.arm, cell.seed, cell.problem or "it has no scores")
+            for evaluation, scores in cell.scores.items():
+                if scores.metrics:
+                    self.metrics.setdefault(evaluation, list(scores.metrics))
+        for problem in results.unseen:
+            self.miss(None, None, problem)
 
     def miss(self, arm: str | None, seed: int | None, problem: str, evaluation: str | None = None) -> None:
         """Write down what is missing, and where."""

@@ -12,17 +12,11 @@ from markdown_it import MarkdownIt
 
 from mirage_ds.analysis.controls.paths import VERDICTS
 from mirage_ds.analysis.controls.report import apart, measured, p_values
-from mirage_ds.analysis.inspect.page import Shown
+from mirage_ds.analysis.inspect.page import data_url
 from mirage_ds.analysis.inspect.page import page as whole_page
 from mirage_ds.study.report.statistics import NO_LEVEL, level_key
 
 Report = Mapping[str, Any]
-TESTS = {
-    "sign-flip": "exact sign-flip test over seeds",
-    "sign-flip, random": "sign-flip test over seeds with 20,000 random patterns",
-    "McNemar": "exact McNemar test over records",
-    "none": "no test",
-}
 # What would be markup, unless it is an underscore inside a word, which GitHub leaves alone.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~&$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])")
 # All but those that keep a number and its interval on one line.
@@ -144,28 +138,17 @@ _TEMPLATES.filters |= {
 }
 _TEMPLATES.filters |= {one.__name__: _unbroken(one) for one in (measured, apart, narrow, size)}
 _TEMPLATES.filters["verbatim"] = Escaped
-_TEMPLATES.filters["test"] = lambda contrast: TESTS[contrast["test"]]
-
-
-def primary_sentence(report: Report) -> str:
-    """Say in one sentence what the primary endpoint came to, in Markdown."""
-    return _TEMPLATES.get_template("primary.md.jinja").render(report).strip()
-
-
-def body(report: Report, figures: Sequence[tuple[str, str]] = (), pictures: Sequence[str | None] = ()) -> str:
-    """Write the report in Markdown, but for its title; see `markdown`."""
-    values = {"pictures": pictures, "evaluations": evaluations(report), "figures": figures, "verdicts": VERDICTS}
-    return _TEMPLATES.get_template("report.md.jinja").render(**report, **values).strip() + "\n"
 
 
 def markdown(report: Report, figures: Sequence[tuple[str, str]] = (), pictures: Sequence[str | None] = ()) -> str:
     """Write the whole report.
 
     Args:
-        figures: (path beside the Markdown file, caption) of each; the first leads.
-        pictures: path of each example's picture.
+        figures: (link, caption) of each; the first leads. pictures: link of each example's picture.
     """
-    return f"# {escaped(report['name'])}\n\n{body(report, figures, pictures)}"
+    values = {"pictures": pictures, "evaluations": evaluations(report), "figures": figures, "verdicts": VERDICTS}
+    body = _TEMPLATES.get_template("report.md.jinja").render(**report, **values).strip()
+    return f"# {escaped(report['name'])}\n\n{body}\n"
 
 
 def page(report: Report, figures: Sequence[tuple[bytes, str]] = (), pictures: Sequence[bytes | None] = ()) -> str:
@@ -174,13 +157,11 @@ def page(report: Report, figures: Sequence[tuple[bytes, str]] = (), pictures: Se
     Args:
         figures: (PNG, caption) of each; the first leads. pictures: the PNG of each example.
     """
-    shown = [Shown(data, "figure", caption) for data, caption in figures]
-    own = [Shown(data, "", "").url if data else None for data in pictures]
-    text = body(report, [(f"figure-{number}", one.caption) for number, one in enumerate(shown)], own)
+    shown = [(data_url(data), caption) for data, caption in figures]
+    # The page has a title of its own.
+    _, _, text = markdown(report, shown, [data_url(data) if data else None for data in pictures]).partition("\n\n")
     html = MarkdownIt("commonmark").enable("table").render(text)
     html = html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
-    for number, one in enumerate(shown):
-        html = html.replace(f'<img src="figure-{number}"', f'<img src="{one.url}"')
     return whole_page(report["name"], html, [])
 
 

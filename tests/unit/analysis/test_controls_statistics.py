@@ -133,7 +133,7 @@ def test_gaussian_has_the_papers_covariance(n: int, width: int) -> None:
     generator = torch.Generator().manual_seed(n)
     mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
     vectors = torch.randn(n, width, generator=generator, dtype=torch.float64) @ mix + 3
-    found = Gaussian.of(vectors)
+    found = Gaussian(vectors)
     own = found.deviations.T @ found.deviations / n
     made = (1 - found.share) * own + found.share * found.variance * torch.eye(width, dtype=torch.float64)
     torch.testing.assert_close(made, dense(vectors), rtol=1e-10, atol=1e-12)
@@ -143,7 +143,7 @@ def test_gaussian_has_the_papers_covariance(n: int, width: int) -> None:
 
 def test_gaussian_draws_have_mean_and_covariance() -> None:
     vectors = torch.randn(9, 6, generator=torch.Generator().manual_seed(2)).double() * torch.arange(1, 7) + 2
-    one, count = Gaussian.of(vectors), 60_000
+    one, count = Gaussian(vectors), 60_000
     drawn = one.draw(count, torch.Generator().manual_seed(4))
     wanted = dense(vectors)
     # Five standard errors of a mean and of a covariance under normality.
@@ -157,7 +157,7 @@ def test_gaussian_draws_have_mean_and_covariance() -> None:
 
 def test_gaussian_of_equal_vectors_is_that_vector() -> None:
     vector = torch.arange(5.0)
-    drawn = Gaussian.of(vector.expand(4, 5)).draw(3, torch.Generator().manual_seed(1))
+    drawn = Gaussian(vector.expand(4, 5)).draw(3, torch.Generator().manual_seed(1))
     torch.testing.assert_close(drawn, vector.double().expand(3, 5))
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +23,8 @@ from PIL import Image
 from mirage_ds.analysis.inspect import draw
 from mirage_ds.analysis.inspect.look import Look, drawings
 from mirage_ds.analysis.inspect.measure import Projection, Words, project
-from mirage_ds.analysis.inspect.probe import Reading
-from mirage_ds.analysis.inspect.study import questions_for, readings
+from mirage_ds.analysis.inspect.probe import Reading, read
+from mirage_ds.analysis.inspect.study import questions_for
 from mirage_ds.analysis.inspect.style import styled
 from mirage_ds.cli import cli
 from mirage_ds.data.images import ImageFinder
@@ -130,7 +132,7 @@ def test_without_enough_maps_there_is_no_probe(boards: Path) -> None:
         assert questions_for(few, (), finder) == []
     (asked,) = questions_for(records[:MAPS], (), finder)
     assert (asked.name, asked.unit) == ("4 × 4", "maps")
-    assert list(readings({"all latents": torch.randn(MAPS, 6)}, asked)["cells"]) == ["all latents"]
+    assert list(read({"all latents": torch.randn(MAPS, 6)}, asked)["cells"]) == ["all latents"]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +178,7 @@ def fabricated(k: int, layers: int, answer: int, images: int = 1) -> Look:
     ids = torch.arange(3 * k).view(k, 3)
     hard = ["$\\frac$", "␣a_long_word_that_goes_on", "漢字", "\\n", "<|latent_start|>", "^{_"]
     share = torch.rand(layers, 4).softmax(-1)
-    return Look(
+    found: Any = SimpleNamespace(
         title="row 12345 (line 12346), run 2, answer given",
         similarity=[
             (f"input image {i}", np.full((60, 90, 3), 200, np.uint8), torch.rand(k, 2, 3)) for i in range(images)
@@ -193,6 +195,7 @@ def fabricated(k: int, layers: int, answer: int, images: int = 1) -> Look:
         uniform=0.05,
         answer=[hard[token % 6] for token in range(answer)],
     )
+    return found
 
 
 def assert_legible(figure: Figure) -> None:
@@ -226,7 +229,8 @@ def test_labels_are_whole_whatever_the_sizes(small: bool) -> None:
 
 
 def test_what_is_not_there_is_not_drawn() -> None:
-    look = fabricated(2, 2, 0)._replace(similarity=[], to_targets=None, answer=[])
+    look = fabricated(2, 2, 0)
+    vars(look).update(similarity=[], to_targets=None, answer=[])
     made = drawings(look)
     assert set(made) == {"words", "norms"}
     assert "targets" not in made["norms"].get_suptitle()

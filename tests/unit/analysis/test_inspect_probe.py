@@ -53,11 +53,15 @@ def test_ridge_solves_the_normal_equations(n: int, dimensions: int) -> None:
         torch.testing.assert_close(answers, y.mean(0) + towards @ weights)
 
 
+def read(x: torch.Tensor, questions: probe.Questions) -> dict[str, probe.Reading]:
+    return {block: found["x"] for block, found in probe.read({"x": x}, questions).items()}
+
+
 def test_a_planted_linear_code_is_read() -> None:
     labels = classes(300, 2, 4)
     code = drawn(2, 4, 24)
     x = code[0][labels[:, 0]] + code[1][labels[:, 1]] + 0.1 * drawn(300, 24, seed=3)
-    found = probe.read(x, asked(labels, [str(row) for row in range(300)]))
+    found = read(x, asked(labels, [str(row) for row in range(300)]))
     for reading in found.values():
         assert reading.accuracy > 0.98
         assert reading.low > reading.chance
@@ -65,7 +69,7 @@ def test_a_planted_linear_code_is_read() -> None:
 
 def test_noise_stays_at_chance() -> None:
     labels = (classes(400, 2, 10) > 5).long()
-    found = probe.read(drawn(400, 24), asked(labels, [str(row) for row in range(400)]))
+    found = read(drawn(400, 24), asked(labels, [str(row) for row in range(400)]))
     for reading in found.values():
         assert reading.low < reading.chance < reading.high
 
@@ -76,11 +80,11 @@ def test_a_map_that_is_known_by_heart_helps_nobody() -> None:
     labels = classes(60, 1, 4, seed=5)[maps]
     x = drawn(60, 80)[maps]
     groups = [str(number) for number in maps.tolist()]
-    reading = probe.read(x, asked(labels, groups))["question 0"]
+    reading = read(x, asked(labels, groups))["question 0"]
     # Strangers' answers may even mislead; what counts is that nothing is gained.
     assert reading.low < reading.chance
     assert reading.maps == len(set(groups))
-    by_row = probe.read(x, asked(labels, [str(row) for row in range(400)]))["question 0"]
+    by_row = read(x, asked(labels, [str(row) for row in range(400)]))["question 0"]
     assert by_row.accuracy > 0.95
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from mirage_ds.analysis.bench import Bench
-from mirage_ds.analysis.inspect.look import PARTS, Thought, attention, decoded, figures, look, see, taught
+from mirage_ds.analysis.inspect.look import PARTS, Look, Thought, attention, decoded, figures, see, taught
 from mirage_ds.analysis.inspect.measure import targets
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.images import ImageFinder
@@ -179,7 +179,7 @@ def test_a_look_has_the_numbers_of_its_own_run(world: World) -> None:
     samples, thoughts = run(world, (0,))
     encoder, thought = world.encoder, thoughts[0]
     inputs, helpers = see(world.bench(), world.records[0], thought)
-    found = look(world.bench(), thought, 1, inputs, helpers[1], "second")
+    found = Look(world.bench(), thought, 1, inputs, helpers[1], "second")
     start, k = samples[0].runs[1]
     latents = thought.inputs[start : start + k]
     torch.testing.assert_close(found.norms.double(), latents.pow(2).sum(-1).sqrt(), rtol=1e-5, atol=0)

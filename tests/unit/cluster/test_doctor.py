@@ -29,8 +29,8 @@ from mirage_ds.cli import main
 from mirage_ds.cluster.doctor import bandwidth, check_run, checks
 from mirage_ds.cluster.doctor.bandwidth import Bandwidth, counterparts, judge, slow
 from mirage_ds.cluster.doctor.checks import CHECKS, run_checks
-from mirage_ds.cluster.doctor.command import as_json, print_table
 from mirage_ds.cluster.doctor.finding import HERE, Finding, Seen
+from mirage_ds.cluster.doctor.report import as_json, print_table
 from mirage_ds.cluster.doctor.spec import DoctorSpec
 from mirage_ds.cluster.doctor.transport import Answer, _skew, local
 from mirage_ds.cluster.environment import parse

@@ -29,7 +29,7 @@ from mirage_ds.plan.settings import read_settings
 from mirage_ds.plan.shape import read_shape, sizes
 from mirage_ds.plan.spec import PlanSpec
 from mirage_ds.study.nodes import Study, spell_out
-from mirage_ds.study.overview import overview, planned_model
+from mirage_ds.study.overview import overview
 from mirage_ds.study.spec import arm_names, read_study
 from mirage_ds.study.store import Store
 from mirage_ds.train import command as train
@@ -132,12 +132,16 @@ def test_it_computes_in_bf16_with_fp32_master_weights(file: Path) -> None:
 def plan_of(stage: str, path: Path | None, **machine: Any) -> list[Plan]:
     """Judge the stage's JSONs, or one, for a row of a GPU and step."""
     machine = {"micro_batch_tokens": machine.get("row_tokens", 500), "gpus_per_node": 8, **machine}
-    spec = PlanSpec(model=planned_model(MODEL), stage=stage, deepspeed=path, **machine)
+    spec = PlanSpec(model=MODEL, stage=stage, deepspeed=path, **machine)
     return rank(Question(spec))
 
 
 def test_the_hub_id_is_a_public_shape() -> None:
-    assert planned_model(MODEL) == "qwen2.5-vl-7b"
+    seven = read_shape("qwen2.5-vl-7b")
+    for name in (MODEL, "somebody/Qwen2.5-VL-7B-Instruct-AWQ", "Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B"):
+        assert read_shape(name) == seven
+    with pytest.raises(UserError, match="no preset"):
+        read_shape("Qwen/Qwen2.5-VL-8B-Instruct")
 
 
 @pytest.mark.parametrize("nodes", [1, 4])

@@ -25,7 +25,7 @@ from mirage_ds.errors import UserError, strict_json
 from mirage_ds.study.report import figures
 from mirage_ds.study.report.build import build, write_report
 from mirage_ds.study.report.statistics import TOO_FEW
-from mirage_ds.study.report.text import escaped, label, markdown, page, primary_sentence, sheet
+from mirage_ds.study.report.text import _TEMPLATES, escaped, label, markdown, page, sheet
 from mirage_ds.study.results import SCORES, Cell, Results, Scores, StageResult
 from mirage_ds.study.spec import ContrastSpec, ReportSpec
 
@@ -130,6 +130,11 @@ def problems(report: Mapping[str, Any]) -> list[str]:
 
 def average(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def primary_sentence(report: Mapping[str, Any]) -> str:
+    """What the report says of the primary endpoint."""
+    return _TEMPLATES.get_template("primary.md.jinja").render(report).strip()
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers

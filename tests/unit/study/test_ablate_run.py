@@ -375,7 +375,7 @@ def test_slurm_arrays_depend_on_each_other(tmp_path: Path, nano: Path, monkeypat
 
 def test_slurm_takes_only_the_arms_that_are_asked_for(tmp_path: Path, nano: Path) -> None:
     study, store = opened(write_study(tmp_path, nano))
-    wanted = commands._wanted(study, ["text"], [])
+    wanted = study.wanted(["text"], [])
     names = [[study.nodes[key].name for key in keys] for keys in (one.keys for one in arrays(study, store, wanted))]
     assert names == [["base"], ["sft", "sft"], ["test", "test"]]
 

@@ -19,6 +19,7 @@ from mirage_ds.study.report.statistics import (
     TOO_FEW,
     Column,
     Draws,
+    Grid,
     Misfit,
     column,
     compare,
@@ -209,8 +210,9 @@ def binary(seeds: int, records: int = 40) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(base, rng.random((seeds, records)) < 0.3), base
 
 
-def compared(arm: np.ndarray, base: np.ndarray, margin: float = 0.02) -> dict[str, Any]:
-    return compare(arm, base, (arm.shape[1],), margin, Draws(1000))
+def compared(arm: np.ndarray, base: np.ndarray, draws: int = 1000) -> dict[str, Any]:
+    grid = Grid(tuple(range(len(arm))), {"?": arm.shape[1]}, np.stack([arm, base]), left_out=0)
+    return compare(grid, 0.02, Draws(draws))
 
 
 def test_the_number_of_seeds_chooses_the_test() -> None:
@@ -226,8 +228,9 @@ def test_the_number_of_seeds_chooses_the_test() -> None:
     for seeds in (5, 8):
         arm, base = binary(seeds)
         one = compared(arm, base)
-        assert one["by_seed"] == pytest.approx([(a - b).mean() for a, b in zip(arm, base, strict=True)])
-        assert (one["test"], one["p"]) == ("sign-flip", by_signs(one["by_seed"]))
+        apart = [seed["difference"] for seed in one["by_seed"]]
+        assert apart == pytest.approx([(a - b).mean() for a, b in zip(arm, base, strict=True)])
+        assert (one["test"], one["p"]) == ("sign-flip", by_signs(apart))
         assert one["least_p"] == 2 / 2**seeds
         assert one["p"] >= one["least_p"]
     assert compared(*binary(17))["test"] == "sign-flip, random"
@@ -322,7 +325,7 @@ def test_line_up_pairs_by_seed_and_record_whatever_the_order() -> None:
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_below_five_seeds_nothing_is_said(seeds: int, word: str, shift: float) -> None:
     base = np.zeros((seeds, 40))
-    one = compare(base + shift, base, (40,), 0.02, Draws(200))
+    one = compared(base + shift, base, 200)
     # The exact test over five seeds gives 0.0625 at best.
     assert one["verdict"] == (word if word == TOO_FEW or not shift else "undecided" if seeds == 5 else "higher")
     assert one["equivalent"] == (word == "equivalent" and not shift)
