@@ -91,12 +91,14 @@ def usable(
     max_dropped_share: float,
     keep: Sequence[str] = (),
     max_bad_share: float | None = None,
+    answer: int = 0,
 ) -> Selection:
     """Choose the rows that can be trained on.
 
     Args:
         keep: fields whose features are kept.
         max_bad_share: see judge_faults; None where one fault refuses the records.
+        answer: tokens of an answer that is still to be sampled, at most; they count as the row's.
 
     Raises:
         UserError: a record has a fault (with max_bad_share: too large a share of them), too large a share is too long,
@@ -107,11 +109,12 @@ def usable(
         if max_bad_share is None:
             raise faults_error(data_path, rows.all_faults(), rows.faults, len(rows))
         judge_faults(data_path, next(rows.all_faults()), rows.faults, len(rows), sound, max_bad_share)
-    tokens = rows["tokens"]
+    tokens = np.where(rows["tokens"] > 0, rows["tokens"] + answer, 0)
     fits = np.flatnonzero((tokens > 0) & (tokens <= max_length))
     selection = Selection(
         row_ids=fits,
-        **{name: rows[name][fits] for name in ("tokens", "labels", "runs", "patches")},
+        tokens=tokens[fits],
+        **{name: rows[name][fits] for name in ("labels", "runs", "patches")},
         dropped=sound - len(fits),
         images={name: rows.images(name) for name in keep},
         skipped=tuple(rows.all_faults()),

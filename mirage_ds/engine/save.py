@@ -40,7 +40,9 @@ def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a model folder says of its training, from what a checkpoint says of its run (run/setup.state_of)."""
     # Checkpoints from before there were arms say nothing of them.
     slots, compress, *_ = state.get("latents") or (None, "average")
-    trained = dict(stage=state["stage"], latent_size=state["latent_size"], slots=slots, compress_strategy=compress)
+    # Who decodes it meets no latent block, as with sft.
+    stage = "sft" if state.get("latent_policy") == "text" else state["stage"]
+    trained = dict(stage=stage, latent_size=state["latent_size"], slots=slots, compress_strategy=compress)
     if lora := state.get("lora"):
         trained["lora"] = {name: lora[name] for name in ("rank", "alpha", "targets")}
     return trained

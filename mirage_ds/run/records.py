@@ -74,8 +74,12 @@ def model_folders(config: RunConfig, tick: Callable[[], None] = lambda: None) ->
 
 def sources_of(config: RunConfig, encoder: Encoder) -> list[tuple[Records, Encoder]]:
     """Return the sources of a run's records, those to train on first, each with the encoder that finds its images."""
-    files: list[Records] = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
-    return [(file, replace(encoder, finder=finder_of(config, file))) for file in files]
+    found: list[tuple[Records, Encoder]] = [(config.records, replace(encoder, finder=finder_of(config, config.records)))]
+    if file := config.eval_data_path:
+        # The loss on a record's own answer is that of stage2, with latents where it has some.
+        stage = "stage2" if config.stage == "rl" else config.stage
+        found.append((file, replace(encoder, finder=finder_of(config, file), stage=stage)))
+    return found
 
 
 def index_beforehand(config: RunConfig) -> Iterator[str]:
@@ -103,7 +107,8 @@ def index_beforehand(config: RunConfig) -> Iterator[str]:
 
 def _usable(config: RunConfig, data_path: Records, index: Index) -> Selection:
     limits = (config.max_length, config.max_dropped_share)
-    selection = usable(index, data_path, *limits, config.kept_fields, config.tolerated_share)
+    answer = config.max_completion_length if config.stage == "rl" and data_path == config.records else 0
+    selection = usable(index, data_path, *limits, config.kept_fields, config.tolerated_share, answer)
     if isinstance(data_path, Mixture):
         selection = weighed(selection, data_path, config.seed)
     # Some rows without latents are well, and an evaluation may have none.
@@ -217,9 +222,12 @@ def keep(
     """
     if tower is None:
         return index, {}
-    config, steps = run.config, run_steps(run.config, index)
+    config = run.config
+    # Of rl, rollouts.
+    steps = -(-run_steps(config, index) // config.steps_per_rollout)
     # Which rows are skipped must depend on the records alone: a run that goes on for more steps finds the same.
-    if whole or config.skip_bad_records or steps * config.rows_per_step >= len(index.row_ids):
+    whole = whole or config.skip_bad_records or config.resample > 0
+    if whole or steps * config.rows_per_step >= len(index.row_ids):
         rows = index.row_ids
     else:
         rows = np.asarray(make_planner(config, index, run.world).reached(steps))
@@ -229,7 +237,8 @@ def keep(
 
 def run_steps(config: RunConfig, index: Selection) -> int:
     """Count the optimizer steps of a run over the usable rows."""
-    return total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
+    steps = total_steps(len(index.row_ids), config.rows_per_step, config.epochs) * config.steps_per_rollout
+    return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
 def skipped_lines(skipped: list[tuple[Records, Fault]]) -> str:

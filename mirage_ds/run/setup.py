@@ -15,6 +15,7 @@ import torch
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.config.rl import rl_noted
 from mirage_ds.data.folders import unread_lines
 from mirage_ds.data.loader import Loader
 from mirage_ds.data.record import Fault
@@ -203,6 +204,7 @@ def state_of(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
         sources=[str(folder.resolve()) for folder in checked.folders],
         dtype=ds.compute_dtype(checked.ds_values),
         pixels=[config.min_pixels, config.max_pixels],
+        **({"latent_policy": checked.policy, "rl": rl_noted(config)} if checked.policy else {}),
     )
 
 
