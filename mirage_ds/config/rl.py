@@ -70,7 +70,7 @@ class RlSettings(BaseModel):
     max_drift: PositiveFloat = Field(
         0.1, description="rl: end when log-probabilities of decoder and training differ by more in the mean."
     )
-    min_latent_share: float = Field(0.0, ge=0, le=1, description="rl: end when fewer of a rollout's answers have latents.")
+    min_latent_share: float = Field(0.0, ge=0, le=1, description="rl: end when fewer answers have latents.")
 
     @property
     def steps_per_rollout(self) -> int:
@@ -86,4 +86,4 @@ _OTHERWISE = {"rollout_rows", "reward_timeout", "reward_workers", "max_reward_fa
 
 def rl_noted(config: RlSettings) -> dict[str, Any]:
     """Return the settings of rl that must be the same for a run to go on exactly."""
-    return config.model_dump(include=set(RL_ONLY) - _OTHERWISE - {"latent_policy"})
+    return config.model_dump(include=set(RL_ONLY) - _OTHERWISE - {"latent_policy", "prompts_per_rollout"})

@@ -50,7 +50,7 @@ class _Settings(BaseModel):
         None, description="Folder of an earlier run (its --save_model_path) whose weights this run starts from."
     )
     save_model_path: Path = Field(description="Run folder: log, checkpoints and the trained model. [required to train]")
-    stage: Stage = Field(description="sft (text), stage1 (latents from the helper), stage2 (own latents), rl. [required]")
+    stage: Stage = Field(description="sft (text), stage1 (latents from helpers), stage2 (own latents), rl. [required]")
     task: str | None = Field(None, description="Task that scores, or module:function. [default: the records' own]")
     latent_size: PositiveInt = Field(4, description="k: latent tokens of a latent block.")
     slots: Slots | None = Field(

@@ -74,7 +74,8 @@ def model_folders(config: RunConfig, tick: Callable[[], None] = lambda: None) ->
 
 def sources_of(config: RunConfig, encoder: Encoder) -> list[tuple[Records, Encoder]]:
     """Return the sources of a run's records, those to train on first, each with the encoder that finds its images."""
-    found: list[tuple[Records, Encoder]] = [(config.records, replace(encoder, finder=finder_of(config, config.records)))]
+    records = config.records
+    found: list[tuple[Records, Encoder]] = [(records, replace(encoder, finder=finder_of(config, records)))]
     if file := config.eval_data_path:
         # The loss on a record's own answer is that of stage2, with latents where it has some.
         stage = "stage2" if config.stage == "rl" else config.stage

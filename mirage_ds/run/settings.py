@@ -18,6 +18,7 @@ from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.setup import World, agree, check_ds_config, from_rank_zero, shared_fate, try_engine
 from mirage_ds.engine.spelling import read_trained
 from mirage_ds.engine.versions import check_release, gather_safely
+from mirage_ds.errors import UserError
 from mirage_ds.model.attention import choose_backend, head_width_of
 from mirage_ds.model.kernels import check_device
 from mirage_ds.model.load import check_folder, read_config, shape_of

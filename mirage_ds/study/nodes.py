@@ -39,8 +39,8 @@ MACHINE = frozenset(
     """save_model_path load_model_path log_file resume overwrite report_to log_rows num_workers cache_dir feature_cache
     feature_dir peak_tflops check_images start_timeout collective_timeout micro_batch_tokens micro_batch_size
     micro_batch_patches allow_idle_ranks attention kernels gradient_checkpointing loss_chunk_mb save_every
-    keep_checkpoints async_save log_every profile_steps rollout_rows reward_timeout reward_workers max_skipped_steps max_dropped_share max_bad_share confine_paths
-    eval_pictures
+    keep_checkpoints async_save log_every profile_steps max_skipped_steps max_dropped_share max_bad_share confine_paths
+    eval_pictures rollout_rows reward_timeout reward_workers
     model data_path eval_data_path image_root deepspeed
     gradient_accumulation_steps global_batch_size""".split()  # noqa: SIM905
 )
