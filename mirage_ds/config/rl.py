@@ -63,9 +63,10 @@ class RlSettings(BaseModel):
         description="rl: what is summed to the reward: accuracy (the task's scorer), format, judge, or a function "
         "package.module:function; *0.5 behind a name is its weight.",
     )
+    reward_weights: list[float] | None = Field(None, description="rl: of --reward, in its order.")
     reward_timeout: PositiveFloat = Field(30.0, description="rl: seconds of one call of a reward function, at most.")
     reward_workers: PositiveInt = Field(2, description="rl: processes that score.")
-    max_reward_faults: float = Field(0.05, ge=0, le=1, description="rl: end when more scores of a rollout failed.")
+    max_reward_faults: float = Field(0.1, ge=0, le=1, description="rl: end when more scores of a rollout failed.")
     # what ends the run
     max_drift: PositiveFloat = Field(
         0.1, description="rl: end when log-probabilities of decoder and training differ by more in the mean."

@@ -271,6 +271,24 @@ def _gather_by_layer(layers: DecoderLayers) -> None:
     layers.resident = partial(held_whole, everything)
 
 
+def make_reference(model: MirageModel, ds_config: dict[str, Any]) -> Any:
+    """Make a frozen model ready to be called as the trained one is: under ZeRO-3 in an engine that gathers its weights.
+
+    Args:
+        ds_config: the resolved configuration of the trained one.
+    """
+    import deepspeed
+
+    model.requires_grad_(False)
+    if zero_stage(ds_config) != 3:
+        return model
+    _gather_by_layer(model.layers)
+    engine, *_ = deepspeed.initialize(
+        model=model, config={key: value for key, value in ds_config.items() if key != "optimizer"}
+    )
+    return engine
+
+
 def make_engine(model: MirageModel, config: RunConfig, ds_config: dict[str, Any], steps: int) -> Any:
     """Wrap the model in a DeepSpeed engine with AdamW and the learning-rate schedule of `steps` optimizer steps."""
     import deepspeed

@@ -38,7 +38,9 @@ from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.load import check_vocabulary, read_config
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
+from mirage_ds.rl.rewards import Rewards
 from mirage_ds.run.features import keep_features
+from mirage_ds.tasks import seen_by_scorer
 
 if TYPE_CHECKING:
     from mirage_ds.run.settings import Run
@@ -285,6 +287,30 @@ def make_evaluation(loader: Loader, index: Selection, latent_size: int) -> Evalu
     """Pack the evaluation rows into micro-steps once; the packing of training rows decides nothing here."""
     counts = StepCounts(len(index.row_ids), int(index.labels.sum()), int(index.runs.sum()) * latent_size)
     return Evaluation(loader, loader.planner.packed(np.arange(len(index.row_ids))), counts)
+
+
+def open_rewards(run: Run, index: Selection) -> Rewards | None:
+    """Start what scores sampled answers, on rank 0, and let it score each record's own answer. All ranks call it.
+
+    Raises:
+        UserError: on every rank: a reward that does not exist or fails, or a record that cannot be scored.
+    """
+    config, opened = run.config, []
+
+    def open_on_rank_zero() -> None:
+        rewards = Rewards(
+            config.reward,
+            config.reward_weights,
+            config.task,
+            config.reward_timeout,
+            config.reward_workers,
+            config.max_reward_faults,
+        )
+        opened.append(rewards.__enter__())
+        rewards.check([seen_by_scorer(index.rows.record(row)) for row in index.row_ids])
+
+    from_rank_zero(open_on_rank_zero, run.world)
+    return opened[0] if opened else None
 
 
 def check_scores(config: RunConfig, data_path: Path, index: Selection) -> None:
