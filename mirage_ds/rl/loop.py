@@ -23,7 +23,7 @@ from mirage_ds.evaluate.decoder import answer_of
 from mirage_ds.model.generate import Generated
 from mirage_ds.rl.objective import advantages
 from mirage_ds.rl.report import Completions, Group, Rollout, measures
-from mirage_ds.rl.rewards import Answer, Rewards, Scored
+from mirage_ds.rl.rewards import Answer, Scored
 from mirage_ds.rl.rollout import Sampled, limits_of, sample, seed_of
 from mirage_ds.rl.step import Lesson, Pupil
 from mirage_ds.run.settings import Run
@@ -75,14 +75,14 @@ def roll(run: Run, data: Data, learner: Learner, number: int) -> Rollout:
     chosen = planner.row_ids[planner.rows_of(number)].tolist()
     groups: list[Group] = []
     used, redrawn = set(chosen), 0
-    seconds = dict.fromkeys(("decode_seconds", "reward_seconds"), 0.0)
+    seconds = dict.fromkeys(("decode_seconds", "scoring_seconds"), 0.0)
     for attempt in range(config.resample + 1):
         begun = time.perf_counter()
         answers = sample(run, learner, data.loader.rows, chosen, seed_of(config.seed, number, attempt))
         sampled = time.perf_counter()
         fresh = grouped(config.num_generations, chosen, answers, judge(run, data, answers))
         seconds["decode_seconds"] += sampled - begun
-        seconds["reward_seconds"] += time.perf_counter() - sampled
+        seconds["scoring_seconds"] += time.perf_counter() - sampled
         if not attempt:
             groups = fresh
         else:

@@ -89,7 +89,7 @@ def measures(data: Data, rollout: Rollout) -> dict[str, float]:
         **({f"reward_level_{name}": _mean(values) for name, values in levels.items()} if len(levels) > 1 else {}),
         "flat_groups": _mean(group.flat for group in groups),
         "redrawn": rollout.redrawn,
-        "reward_faults": sum(math.isnan(one) for one in rollout.rewards),
+        "failed_rewards": sum(math.isnan(one) for one in rollout.rewards),
         "answer_tokens": _mean(answer.drawn for answer in answers),
         "truncated": _mean(answer.truncated for answer in answers),
         "latent_share": _mean(bool(answer.blocks) for answer in answers),

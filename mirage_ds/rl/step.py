@@ -6,7 +6,6 @@ micro-steps of a step.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,8 +111,9 @@ class Pupil:
         samples = [row_of(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         dummy = self.rows.encoder.dummy((micro.passes - 1) // self.run.config.latent_size)
         made = collate(samples, micro.passes, dummy)
-        teaches = self.lesson.weights[micro.own]
-        made = made._replace(weight=made.weight * torch.nn.functional.pad(teaches, (0, len(made.weight) - len(teaches))))
+        teaches = torch.zeros_like(made.weight)
+        teaches[: len(answers)] = self.lesson.weights[micro.own]
+        made = made._replace(weight=teaches)
         if self.policy in RECORDED:
             width = self.learner.engine.module.language_model.config.hidden_size
             fed = [answer.latents for answer in answers if answer.latents is not None and len(answer.latents)]
