@@ -1,0 +1,1 @@
+"""`--stage rl`: reinforcement with latents."""
