@@ -24,7 +24,7 @@ MAIN = "score"
 
 def told(error: Exception) -> str:
     """Return the first line of an error of the user's own code, and the line of that code."""
-    passed = (str(Path(__file__).parent), "<frozen", importlib.__file__)
+    passed = (f"{Path(__file__).parents[1]}/", "<frozen", importlib.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     own = next((frame for frame in frames if not frame.filename.startswith(passed)), None)
     return f"{reason(error)}, {own.filename} line {own.lineno}" if own else reason(error)
@@ -61,7 +61,7 @@ class Scorer(BoxedAnswer):
                 "an empty one too, as def score(answer, record) does"
             ) from error
         named = value if isinstance(value, Mapping) else {MAIN: value}
-        numbers = {key: _number(one) for key, one in named.items()}
+        numbers = {key: as_number(one) for key, one in named.items()}
         if not numbers or not all(isinstance(key, str) and math.isfinite(one) for key, one in numbers.items()):
             raise UserError(
                 f"task {self.name} returned {shown(value)} for the answer {shown(text)}; return a finite number, True "
@@ -70,7 +70,7 @@ class Scorer(BoxedAnswer):
         return numbers
 
 
-def _number(value: Any) -> float:
+def as_number(value: Any) -> float:
     """Return a number of Python, numpy or torch as a float, NaN for anything else, texts too."""
     try:
         return float(value) if hasattr(value, "__float__") else math.nan
