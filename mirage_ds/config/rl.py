@@ -3,6 +3,7 @@
 Names are TRL's where it has the setting; docs/reinforcement.md puts the two side by side.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -67,6 +68,25 @@ class RlSettings(BaseModel):
     reward_timeout: PositiveFloat = Field(30.0, description="rl: seconds of one call of a reward function, at most.")
     reward_workers: PositiveInt = Field(2, description="rl: processes that score.")
     max_reward_faults: float = Field(0.1, ge=0, le=1, description="rl: end when more scores of a rollout failed.")
+    judge_endpoint: str | None = Field(
+        None, description="rl: OpenAI-compatible server of --reward judge, as http://host/v1."
+    )
+    judge_model_name: str | None = Field(None, description="rl: what the judge's server calls its model.")
+    judge_key_variable: str | None = Field(None, description="rl: variable with its key. [default: OPENAI_API_KEY]")
+    judge_prompt: Path | None = Field(
+        None, description="rl: text with {question}, {reference}, {answer}. [default: own]"
+    )
+    judge_parallel: PositiveInt = Field(8, description="rl: requests to the judge at a time.")
+    judge_timeout: PositiveFloat = Field(60.0, description="rl: seconds for one request.")
+    judge_tries: PositiveInt = Field(6, description="rl: requests for one reply, at most.")
+    judge_max_new_tokens: PositiveInt = Field(512, description="rl: tokens of a reply, at most.")
+    judge_limit_key: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="rl: how the judge's server calls that limit."
+    )
+    judge_most: PositiveInt | None = Field(
+        None, description="rl: replies that a run may ask for. [default: any number]"
+    )
+    judge_cache: Path | None = Field(None, description="rl: folder that keeps what was judged. [default: none]")
     # what ends the run
     max_drift: PositiveFloat = Field(
         0.1, description="rl: end when log-probabilities of decoder and training differ by more in the mean."
@@ -81,10 +101,12 @@ class RlSettings(BaseModel):
 
 # By name: without a meaning in the other stages.
 RL_ONLY = tuple(RlSettings.model_fields)
+JUDGE = tuple(name for name in RL_ONLY if name.startswith("judge_"))
 # Of these, what decides how a rollout is made, not what it is, or only ends a run.
 _OTHERWISE = {"rollout_rows", "reward_timeout", "reward_workers", "max_reward_faults", "max_drift", "min_latent_share"}
+_OTHERWISE |= set(JUDGE) - {"judge_model_name", "judge_prompt"}
 
 
 def rl_noted(config: RlSettings) -> dict[str, Any]:
     """Return the settings of rl that must be the same for a run to go on exactly."""
-    return config.model_dump(include=set(RL_ONLY) - _OTHERWISE - {"latent_policy", "prompts_per_rollout"})
+    return config.model_dump(mode="json", include=set(RL_ONLY) - _OTHERWISE - {"latent_policy", "prompts_per_rollout"})

@@ -114,6 +114,7 @@ def from_rank_zero(make: Callable[[], Result], world: World) -> Result:
         try:
             outcome = [make()]
         except UserError as error:
+            error.everywhere = True
             outcome = [error]
     world.waiting.meet()
     dist.broadcast_object_list(outcome, src=0, device=world.device if world.device.type == "cuda" else None)
