@@ -25,6 +25,7 @@ from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.gathered import gathered
 from mirage_ds.model.generate import Limits
 from mirage_ds.model.kv_cache import bytes_of_block, tokens_of_block
+from mirage_ds.model.latent_heads import LatentHeads
 from mirage_ds.model.load import public_name
 from mirage_ds.model.loss import LossHead
 
@@ -62,7 +63,13 @@ def _plain_model(model: MirageModel) -> MirageModel:
         matrix = language_model.embed_tokens.weight.data if tied else adapter.merged("lm_head.weight", matrix)
     head = LossHead(nn.Parameter(matrix, requires_grad=False), model.head.chunk_bytes)
     visual = None if model.visual is None else _plain(model.visual)
-    plain = MirageModel(language_model, head, visual, replace(model.how, checkpointing=False))
+    heads = model.latent_heads
+    if heads is not None:
+        tensors = {name: tensor.data for name, tensor in heads.state_dict().items()}
+        heads = LatentHeads(matrix.shape[1], torch.device("meta"))
+        heads.load_state_dict(tensors, assign=True)
+    how = replace(model.how, checkpointing=False)
+    plain = MirageModel(language_model, head, visual, how, latent_heads=heads)
     return plain.requires_grad_(False).eval()
 
 

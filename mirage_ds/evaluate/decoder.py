@@ -30,7 +30,7 @@ from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Generated, Limits, Prompts, check_room, decode, generate
 from mirage_ds.model.load import Loaded, check_folder, load_model
-from mirage_ds.model.slots import Latents, LatentTokens, latent_tokens, pause
+from mirage_ds.model.slots import Latents, LatentTokens, from_heads, latent_tokens, pause
 from mirage_ds.model.vision import FrozenTower
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
@@ -190,9 +190,13 @@ def run_limits(decoder: Decoder, new_tokens: int, longest_run: int, run_length: 
 def chooser_of(decoding: Decoding, seed: int, rows: Sequence[int], samples: int = 1) -> Chooser:
     """Make what chooses tokens; the draws of a row's s-th answer depend on the seed, its place and s alone."""
     drawn = PAPER if decoding == "paper" else decoding
+    return sampler(*drawn, seeds_of(seed, rows, samples)) if isinstance(drawn, Sampling) else greedy
+
+
+def seeds_of(seed: int, rows: Sequence[int], samples: int) -> list[int]:
+    """Return a seed for each answer, those of a row behind each other."""
     # A generator on a CPU takes the lower 32 bits: 2³² over the golden ratio spreads the samples over all of them.
-    seeds = [(seed * 1_000_003 + row + sample * 2_654_435_769) % 2**63 for row in rows for sample in range(samples)]
-    return sampler(*drawn, seeds) if isinstance(drawn, Sampling) else greedy
+    return [(seed * 1_000_003 + row + sample * 2_654_435_769) % 2**63 for row in rows for sample in range(samples)]
 
 
 def answer_of(row: Generated, encoder: Encoder) -> Prediction:
@@ -215,7 +219,7 @@ def tokens_and_feed(
     tokens = latent_tokens(encoder)
     if not latents:
         tokens = tokens._replace(start=-1)
-    return tokens, pause(model, tokens.pad) if slots == "pause" else None
+    return tokens, pause(model, tokens.pad) if slots == "pause" else from_heads(model)
 
 
 def pack(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], passes: int = 1) -> Batch:

@@ -69,12 +69,15 @@ class Generated:
             was.
         inputs, hidden: (H,) input embedding and final-norm hidden state of each forward, the prompt's last position
             first; kept only with `trace`.
+        latents: (H,) what was fed at each slot, in the dtype of the weights; kept only with `record`. One for each "H"
+            of `fed`: where new_tokens ends an answer at a pad, that pad was not fed.
     """
 
     ids: list[int] = field(default_factory=list)
     fed: str = ""
     inputs: list[torch.Tensor] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
+    latents: list[torch.Tensor] = field(default_factory=list)
 
     def blocks(self) -> list[tuple[int, int]]:
         """List the latent blocks whose states were fed, as (place of the first latent among `ids`, latents)."""
@@ -175,8 +178,8 @@ def check_room(
 class _Loop:
     """The rows at the moment, and the prompts that wait."""
 
-    def __init__(self, model: MirageModel, prompts: Prompts, limits: Limits, trace: bool):
-        self.model, self.prompts, self.limits, self.trace = model, prompts, limits, trace
+    def __init__(self, model: MirageModel, prompts: Prompts, limits: Limits, trace: bool, record: bool):
+        self.model, self.prompts, self.limits, self.trace, self.record = model, prompts, limits, trace, record
         self.text: Any = model.language_model
         self.cache = check_room(model, prompts.lengths, prompts.rows, limits, prompts.answers)
         each = (prompts.answers, self.cache, limits.new_tokens)
@@ -294,7 +297,11 @@ class _Loop:
             states = self.hidden.index_select(0, own)
             if latents is not None:
                 states = latents([slot for place in going if (slot := slots[place])], states)
-            x = x.index_copy(0, at, states.to(x.dtype))
+            states = states.to(x.dtype)
+            x = x.index_copy(0, at, states)
+            if self.record:
+                for place, state in zip([going[one] for one in feeding], states.unbind(), strict=True):
+                    self.live[place].made.latents.append(state)
         for place in going:
             self.live[place].made.fed += "H" if slots[place] else "E"
         return x
@@ -331,6 +338,7 @@ def decode(
     choose: Chooser = greedy,
     trace: bool = False,
     latents: Latents | None = None,
+    record: bool = False,
 ) -> Iterator[tuple[int, Generated]]:
     """Answer prompts; what an answer is does not depend on the others.
 
@@ -339,6 +347,7 @@ def decode(
         choose: how a token follows from logits.
         trace: keep each step's inputs and hidden states.
         latents: what is fed at the slots of latent blocks; the rows' own hidden states if None.
+        record: keep what was fed there.
 
     Yields:
         (number of the answer, the answer), as they end.
@@ -347,7 +356,7 @@ def decode(
         UserError: a row that --cache_gb never has room for, before anything is decoded.
         NotFinite: names the first row of those whose logits are not.
     """
-    loop = _Loop(model, prompts, limits, trace)
+    loop = _Loop(model, prompts, limits, trace, record)
     while loop.live or loop.waiting:
         loop.enter()
         yield from ((row.number, row.made) for row in loop.step(tokens, choose, latents))

@@ -11,6 +11,9 @@ import torch
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.model.forward import MirageModel
 
+# Bits that make of an answer's seed another one.
+APART = 0x5DEECE66D
+
 
 class Slot(NamedTuple):
     """A slot of a latent block that a row comes to.
@@ -38,6 +41,35 @@ def pause(model: MirageModel, pad: int) -> Latents:
     """
     embedding = model.language_model.embed_tokens.weight[pad]
     return lambda slots, own: embedding.to(own.dtype).expand_as(own)
+
+
+def from_heads(model: MirageModel, seeds: Sequence[int] | None = None) -> Latents | None:
+    """Feed what a model's LatentHeads make of its hidden states; None where it has no heads.
+
+    Args:
+        model: plain, not sharded.
+        seeds: of the answers, by their numbers: each slot is fed a draw z = h + μ(h) + σ(h) ε, ε from a generator of
+            the answer's own, so that nothing depends on who is beside it. None feeds the mean.
+    """
+    heads = model.latent_heads
+    if heads is None:
+        return None
+    generators: dict[int, torch.Generator] = {}
+
+    def draw(row: int, own: torch.Tensor) -> torch.Tensor:
+        if row not in generators:
+            assert seeds is not None
+            # Not the one that the chooser of tokens draws from.
+            generators[row] = torch.Generator(own.device).manual_seed((seeds[row] ^ APART) % 2**63)
+        return torch.randn(own.shape[1], generator=generators[row], device=own.device)
+
+    def latents(slots: Sequence[Slot], own: torch.Tensor) -> torch.Tensor:
+        mean, log_sigma = heads(own)
+        if seeds is None:
+            return mean
+        return mean + log_sigma.exp() * torch.stack([draw(slot.row, own) for slot in slots])
+
+    return latents
 
 
 class LatentTokens(NamedTuple):

@@ -22,12 +22,11 @@ from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.engine.setup import everyone
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import Stopped
-from mirage_ds.evaluate.decoder import chooser_of, prompts_of, tokens_and_feed
-from mirage_ds.evaluate.spec import Sampling
-from mirage_ds.model.choose import Chooser, NotFinite, Turn
+from mirage_ds.evaluate.decoder import prompts_of, seeds_of, tokens_and_feed
+from mirage_ds.model.choose import Chooser, NotFinite, Turn, sampler
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Generated, Limits, decode
-from mirage_ds.model.slots import Latents, LatentTokens, Slot
+from mirage_ds.model.slots import LatentTokens, from_heads
 from mirage_ds.run.settings import Run
 from mirage_ds.run.setup import Learner
 from mirage_ds.run.validation import tower_of
@@ -44,7 +43,7 @@ class Sampled(NamedTuple):
         ids: emitted tokens, without what stands behind the mark of a latent block that was cut off.
         logps: of each token the logarithm of its probability when it was drawn; NaN where it was forced.
         blocks: the latent blocks as (place of the first latent among `ids`, k).
-        latents: (L, H) what was fed at them, on the CPU; None where it is not needed.
+        latents: (L, H) what was fed at them, on the CPU; None where it is not needed, or there is none.
         truncated: it has --max_completion_length tokens and no end.
     """
 
@@ -89,32 +88,6 @@ class Recorder:
         for turns, logps in self._noted:
             for turn, logp in zip(turns, logps.tolist(), strict=True):
                 found.setdefault(turn.row, []).append(logp)
-        return found
-
-
-class Fed:
-    """What is fed at the slots of latent blocks, noted.
-
-    Args:
-        latents: says what that is; the rows' own hidden states if None.
-    """
-
-    def __init__(self, latents: Latents | None = None):
-        self.latents = latents
-        self._noted: list[tuple[Sequence[Slot], torch.Tensor]] = []
-
-    def __call__(self, slots: Sequence[Slot], own: torch.Tensor) -> torch.Tensor:
-        """Feed `own` (n, H) or what replaces it."""
-        states = own if self.latents is None else self.latents(slots, own)
-        self._noted.append((slots, states))
-        return states
-
-    def noted(self) -> dict[int, list[torch.Tensor]]:
-        """Return number of the answer → what was fed, (H,) each, slot by slot."""
-        found: dict[int, list[torch.Tensor]] = {}
-        for slots, states in self._noted:
-            for slot, state in zip(slots, states, strict=True):
-                found.setdefault(slot.row, []).append(state)
         return found
 
 
@@ -172,25 +145,22 @@ def _decode(
     config, policy = run.config, learner.state["latent_policy"]
     several, encoder = config.num_generations, rows.encoder
     tokens, _ = tokens_and_feed(model, encoder, policy != "text", None)
-    drawn = chooser_of(Sampling(config.temperature, 1.0), seed, chosen, several)
-    choose = Recorder(drawn, config.temperature, run.asked)
+    seeds = seeds_of(seed, chosen, several)
+    choose = Recorder(sampler(config.temperature, 1.0, seeds), config.temperature, run.asked)
+    fed = from_heads(model, seeds) if policy == "gaussian" else None
     prompts = prompts_of(model, tower_of(learner, model), encoder, [rows[row] for row in chosen])
-    fed = Fed() if policy in RECORDED else None
-    found = dict(decode(model, prompts._replace(answers=several), tokens, limits_of(run, policy), choose, latents=fed))
-    logps, latents = choose.noted(), fed.noted() if fed else {}
-    return [
-        sampled(chosen[at // several], found[at], logps[at], latents.get(at, []), tokens, fed is not None)
-        for at in range(len(found))
-    ]
+    prompts, limits, record = prompts._replace(answers=several), limits_of(run, policy), policy in RECORDED
+    found = dict(decode(model, prompts, tokens, limits, choose, latents=fed, record=record))
+    logps = choose.noted()
+    return [sampled(chosen[at // several], found[at], logps[at], tokens, record) for at in range(len(found))]
 
 
-def sampled(
-    row: int, made: Generated, logps: Sequence[float], latents: Sequence[torch.Tensor], tokens: LatentTokens, fed: bool
-) -> Sampled:
+def sampled(row: int, made: Generated, logps: Sequence[float], tokens: LatentTokens, recorded: bool) -> Sampled:
     """Turn what the decoder made into an answer to learn from.
 
     Args:
-        logps: of every token, forced or not; latents: what was fed at its slots; fed: whether that is needed.
+        logps: of every token, forced or not.
+        recorded: whether what was fed at its latents is there, and needed.
     """
     ids, fed_here = made.ids, made.fed + "E"
     # The latents and the mark of their end were not chosen.
@@ -204,11 +174,9 @@ def sampled(
         end -= ids[::-1].index(tokens.start)
     noted = [nan if force else logp for logp, force in zip(logps, forced, strict=True)]
     blocks = tuple(block for block in made.blocks() if block[0] < end)
-    held = sum(k for _, k in blocks)
-    stacked = None
-    if fed:
-        stacked = torch.stack([one.cpu() for one in latents[:held]]) if held else torch.empty(0, 0)
-    return Sampled(row, ids[:end], noted[:end], blocks, stacked, ids[-1] not in tokens.stops)
+    fed = made.latents[: sum(k for _, k in blocks)]
+    latents = torch.stack(fed).cpu() if recorded and fed else None
+    return Sampled(row, ids[:end], noted[:end], blocks, latents, ids[-1] not in tokens.stops)
 
 
 def row_of(prompt: Sample, answer: Sampled) -> Sample:

@@ -116,7 +116,7 @@ class Pupil:
         made = made._replace(weight=teaches)
         if self.policy in RECORDED:
             width = self.learner.engine.module.language_model.config.hidden_size
-            fed = [answer.latents for answer in answers if answer.latents is not None and len(answer.latents)]
+            fed = [answer.latents for answer in answers if answer.latents is not None]
             made = made._replace(fed=torch.cat(fed) if fed else torch.empty(0, width))
         if self.learner.tower is not None:
             made = self.learner.tower.attach(made)
@@ -149,10 +149,10 @@ class Pupil:
             for micro in (micro for _, micros in self.parts for micro in micros):
                 at("scores answers")
                 batch, drawn = self.batch(micro)
-                scores: Scores = one(batch, self.scoring)
                 if one is not engine:
-                    micro.reference = scores.logp
+                    micro.reference = one(batch, self.scoring._replace(density=None)).logp
                     continue
+                scores: Scores = one(batch, self.scoring)
                 micro.old, micro.latents = scores.logp, scores.latent_logp
                 away = (scores.logp - drawn).abs()[drawn.isfinite()]
                 sums += torch.stack([away.sum(), away.new_tensor(len(away))])

@@ -234,10 +234,13 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
         ds_config=checked.ds_values,
         lora=checked.lora,
         kernels=config.kernels,
+        latent_heads=checked.policy == "gaussian",
         **config.model_dump(include=FORWARD),
     )
     layers: DecoderLayers = loaded.model.layers
-    loaded.model.how.split = config.stage == "stage2" and layers.defers_more_than_gradients(config.micro_batch_tokens)
+    loaded.model.how.split = config.stage in ("stage2", "rl") and layers.defers_more_than_gradients(
+        config.micro_batch_tokens
+    )
     return loaded
 
 
