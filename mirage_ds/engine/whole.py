@@ -138,12 +138,19 @@ def free_bytes(world: World) -> int:
     return memory_to_be_had() // hosts.count(socket.gethostname())
 
 
-def check_room(engine: Any, rows: int, prompt: int, limits: Limits, world: World, flag: str) -> None:
+# What to do where there is no room for an evaluation in training.
+APART = (
+    "evaluation is a job of its own here; leave the flag out (with --overwrite, since this run's folder is made) and "
+    "run `mirage-ds evaluate` on a saved model"
+)
+
+
+def check_room(engine: Any, rows: int, prompt: int, limits: Limits, world: World, flag: str, how: str = APART) -> None:
     """Refuse to decode while training where a rank has no room for the whole model. All ranks call it.
 
     Args:
         rows, prompt, limits: of a batch of answers, as bytes_to_decode takes them.
-        flag: what the user asked for.
+        flag: what the user asked for; how: what helps.
 
     Raises:
         UserError: on every rank.
@@ -154,6 +161,5 @@ def check_room(engine: Any, rows: int, prompt: int, limits: Limits, world: World
         least, rank = min(short)
         raise UserError(
             f"{flag}: to decode, each rank needs the whole model, its keys and values, {needed / 1e9:.2f} GB, and rank "
-            f"{rank} has {least / 1e9:.2f} GB free: evaluation is a job of its own here; leave the flag out (with "
-            "--overwrite, since this run's folder is made) and run `mirage-ds evaluate` on a saved model"
+            f"{rank} has {least / 1e9:.2f} GB free: {how}"
         )

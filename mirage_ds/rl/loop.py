@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing, nullcontext
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from mirage_ds.run.setup import Data, Learner
 from mirage_ds.run.step import Taken
 from mirage_ds.tasks import seen_by_scorer
 
+ROOM = "lower --rollout_rows or --max_completion_length, or use GPUs with more memory (`mirage-ds plan --stage rl`)"
+
 
 def reinforce(run: Run, data: Data, learner: Learner) -> Iterator[Taken]:
     """Yield each optimizer step of the run as it is taken. All ranks call it.
@@ -45,24 +48,26 @@ def reinforce(run: Run, data: Data, learner: Learner) -> Iterator[Taken]:
     limits = limits_of(run, learner.state["latent_policy"])
     longest = int(data.index.tokens.max()) - config.max_completion_length
     own = -(-config.rows_per_step // run.world.size) * config.num_generations
-    check_room(learner.engine, min(own, config.rollout_rows or own), longest, limits, run.world, "--stage rl")
+    rows = min(own, config.rollout_rows or own)
+    check_room(learner.engine, rows, longest, limits, run.world, f"a rollout of {rows} answers at a time", ROOM)
     completions = Completions(run, data, learner.start // every)
-    for number in range(learner.start // every, -(-data.steps // every)):
-        try:
-            rollout = roll(run, data, learner, number)
-        except Stopped:
-            return
-        lesson = lesson_of(run, rollout)
-        completions.write(number * every, rollout, lesson)
-        pupil = Pupil(run, data, learner, lesson)
-        begun = time.perf_counter()
-        drift = pupil.score()
-        found = measures(data, rollout) | drift | {"logp_seconds": time.perf_counter() - begun}
-        check(run, learner, found, number)
-        for at in range(number * every, min((number + 1) * every, data.steps)):
-            taken = pupil.update(at % config.updates, at)
-            last = (at + 1) % every == 0
-            yield taken._replace(metrics=taken.metrics | found, stop=last and run.stops())
+    with closing(data.rewards) if data.rewards is not None else nullcontext():
+        for number in range(learner.start // every, -(-data.steps // every)):
+            try:
+                rollout = roll(run, data, learner, number)
+            except Stopped:
+                return
+            lesson = lesson_of(run, rollout)
+            completions.write(number * every, rollout, lesson)
+            pupil = Pupil(run, data, learner, lesson)
+            begun = time.perf_counter()
+            drift = pupil.score()
+            found = measures(data, rollout) | drift | {"logp_seconds": round(time.perf_counter() - begun, 4)}
+            check(run, learner, found, number)
+            for at in range(number * every, min((number + 1) * every, data.steps)):
+                taken = pupil.update(at % config.updates, at)
+                last = (at + 1) % every == 0
+                yield taken._replace(metrics=taken.metrics | found, stop=last and run.stops())
 
 
 def roll(run: Run, data: Data, learner: Learner, number: int) -> Rollout:
