@@ -10,12 +10,13 @@ import json
 import os
 import random
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from mirage_ds.errors import UserError
+from mirage_ds.errors import UserError, reason
 
 if TYPE_CHECKING:
     import httpx2
@@ -64,6 +65,29 @@ def read_key(variable: str | None, flag: str = "--key_variable") -> str | None:
     if not key.isascii() or not key.isprintable():
         raise UserError(f"environment variable {name}: holds characters that no key has; set it to the key alone")
     return key or None
+
+
+def read_template(place: Path, flag: str, places: Mapping[str, str], added: str = "") -> str:
+    """Read the text of a request, which has each place once.
+
+    Args:
+        flag: how the user names the file.
+        places: what is put in → what it is, in words.
+        added: a place that is put at the end where the text has it not.
+
+    Raises:
+        UserError: no such text, or a place is missing or stands there too often.
+    """
+    try:
+        text = place.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {place}: cannot be read ({reason(error)}); name a text file in UTF-8") from None
+    text = text if added in text else f"{text}\n\n{added}"
+    for name, what in places.items():
+        if text.count(name) != 1:
+            found = f"stands there {text.count(name)} times" if name in text else "is missing"
+            raise UserError(f"{flag} {place}: {name} {found}; write it once, where {what} shall stand")
+    return text
 
 
 class Chat:
@@ -116,7 +140,7 @@ class Chat:
         lost = 0
         # Its threads are daemons: whoever stops the command does not wait for the slowest request, as with
         # concurrent.futures.
-        with ThreadPool(min(self.parallel, len(jobs))) as pool:
+        with ThreadPool(max(1, min(self.parallel, len(jobs)))) as pool:
             ended = False
             try:
                 for job, reply in pool.imap_unordered(lambda job: (job, ask(job)), jobs):

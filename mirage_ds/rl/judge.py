@@ -9,19 +9,21 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mirage_ds.chat import Chat, Reply
+from mirage_ds.chat import Chat, Reply, read_template
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
-from mirage_ds.errors import UserError, reason, shown
+from mirage_ds.errors import UserError, shown
 
 SHIPPED = Path(__file__).with_name("judge.txt")
-PLACES = ("{question}", "{reference}", "{answer}")
+PLACES = {"{question}": "the question", "{reference}": "the right answer", "{answer}": "the answer to grade"}
 # A server that asks to wait for longer is asked again after this: all ranks wait meanwhile.
 LONGEST_TOLD_S = 60.0
+_BLAME = "check --judge_model_name, --judge_max_new_tokens and --judge_limit_key"
 _PLACE = re.compile("|".join(map(re.escape, PLACES)))
 # The last line: a number, perhaps behind a word as "Score:", perhaps in bold.
 _NUMBER = re.compile(r"(?:[\w ]+[:=])?\s*([01](?:\.\d+)?|\.\d+)")
@@ -57,19 +59,6 @@ class JudgeSpec:
     cache: Path | None = None
 
 
-def read_template(file: Path | None) -> str:
-    """Read a template of the request; UserError unless each place stands there once."""
-    place = file or SHIPPED
-    try:
-        text = place.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--judge_prompt {place}: cannot be read ({reason(error)}); name a text in UTF-8") from None
-    for name in PLACES:
-        if text.count(name) != 1:
-            raise UserError(f"--judge_prompt {place}: {name} stands there {text.count(name)} times; write it once")
-    return text
-
-
 def read_number(text: str) -> float | None:
     """Return the number from 0 to 1 that is the last line of a reply, None where there is none."""
     lines = text.replace("*", "").strip().splitlines() or [""]
@@ -91,7 +80,7 @@ class Judge:
     """
 
     def __init__(self, spec: JudgeSpec):
-        self.spec, self.template = spec, read_template(spec.prompt)
+        self.spec, self.template = spec, read_template(spec.prompt or SHIPPED, "--judge_prompt", PLACES)
         self.chat = Chat(
             spec.endpoint, spec.model_name, spec.key_variable, spec.parallel, spec.timeout, spec.tries, "--judge_",
             LONGEST_TOLD_S,
@@ -99,8 +88,12 @@ class Judge:
         self.known: dict[str, float] = {}
         self.asked = 0
         self.file = spec.cache / f"judged-{uuid.uuid4().hex}.jsonl" if spec.cache else None
-        for file in sorted(spec.cache.glob("judged-*.jsonl")) if spec.cache else ():
-            self.known.update(_kept(file))
+        for file in spec.cache.glob("judged-*.jsonl") if spec.cache else ():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                # One that was cut off is none.
+                with suppress(ValueError, TypeError):
+                    key, number = json.loads(line)
+                    self.known[key] = float(number)
 
     def close(self) -> None:
         """Ask no more."""
@@ -124,13 +117,14 @@ class Judge:
                 everywhere=False,
             )
         found: dict[str, float | str] = {}
-        blame = "check --judge_model_name, --judge_max_new_tokens and --judge_limit_key"
-        if missing:
-            for key, reply in self.chat.replies(missing, lambda key: self.chat.ask(missing[key], blame)):
+        try:
+            for key, reply in self.chat.replies(missing, lambda key: self.chat.ask(missing[key], _BLAME)):
                 number = None if reply.lost else read_number(reply.text)
                 found[key] = _why(reply) if number is None else number
                 if number is not None:
                     self._keep(key, number)
+        except UserError as error:
+            raise UserError(str(error), everywhere=False) from None
         return [self.known[key] if key in self.known else found[key] for key in keys]
 
     def _request(self, record: dict[str, Any], text: str) -> dict[str, Any]:
@@ -148,16 +142,6 @@ class Judge:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps([key, number]) + "\n")
-
-
-def _kept(file: Path) -> Iterator[tuple[str, float]]:
-    """Yield what a file of the cache holds; a line that was cut off is none."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            key, number = json.loads(line)
-            yield str(key), float(number)
-        except (ValueError, TypeError):
-            continue
 
 
 def _why(reply: Reply) -> str:

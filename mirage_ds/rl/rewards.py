@@ -6,8 +6,10 @@ n answers. Imports no torch. Functions run in worker processes (workers.py, func
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -19,6 +21,8 @@ from mirage_ds.rl.workers import Lost, Workers
 from mirage_ds.tasks import own_name
 
 JUDGE = "judge"
+NAMES = (*SHIPPED, JUDGE)
+_GIVEN = re.compile(r"([^*\s]+)\s*(?:\*\s*(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?))?")
 
 
 class Answer(NamedTuple):
@@ -65,27 +69,25 @@ def read_rewards(names: Sequence[str], weights: Sequence[float] | None = None) -
     found: dict[str, float] = {}
     if weights is not None and len(weights) != len(names):
         raise UserError(f"--reward_weights: {len(weights)} weights for {len(names)} rewards; give one for each")
-    for number, given in enumerate(names):
-        name, star, text = given.strip().partition("*")
-        if star and weights is not None:
+    for at, given in enumerate(names):
+        match = _GIVEN.fullmatch(given.strip())
+        if match is None:
+            raise UserError(f"--reward {given}: neither NAME nor NAME*WEIGHT; write it like accuracy*0.9")
+        name, own_weight = match[1], match[2]
+        if own_weight and weights is not None:
             raise UserError(f"--reward {given}: has a weight, and --reward_weights too; give one of them")
-        try:
-            weight = float(text) if star else float(weights[number]) if weights is not None else 1.0
-        except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight):
-            raise UserError(f"--reward {given}: its weight is no number; write it like accuracy*0.9")
-        name, known = name.strip(), (*SHIPPED, JUDGE)
         if ":" in name:
-            name = own_name(name, "reward")
-        elif name not in known:
+            own_name(name, "reward")
+        elif name not in NAMES:
             own = "your own as package.module:function"
-            raise UserError(f"unknown reward '{name}'{closest(name, known)}; there are: {', '.join(known)}, and {own}")
+            raise UserError(f"unknown reward '{name}'{closest(name, NAMES)}; there are: {', '.join(NAMES)}, and {own}")
         if name in found:
             raise UserError(f"--reward {name} stands there twice; leave one out")
-        found[name] = weight
-    if not any(found.values()):
-        raise UserError("--reward: no reward has a weight, so there is nothing to learn; give one, like accuracy")
+        found[name] = float(own_weight or (1 if weights is None else weights[at]))
+    if not any(found.values()) or not all(map(math.isfinite, found.values())):
+        raise UserError(
+            "--reward: no weight but 0, or one that is no number, and nothing to learn; write it like accuracy*0.9"
+        )
     return found
 
 
@@ -121,18 +123,13 @@ class Rewards:
             raise UserError("--reward judge: which server? give --judge_endpoint URL and --judge_model_name")
         self.judge = Judge(judge) if judge is not None and JUDGE in self.weights else None
         self.functions = [name for name in self.weights if name != JUDGE]
-        self.workers: Workers[Asked] | None = None
+        self.workers: Workers | None = None
         # Functions as for TRL that want messages.
         self.messages: set[str] = set()
 
     def __enter__(self) -> Rewards:
         if self.functions:
             self.workers = Workers(Functions, (self.functions, self.task), self.timeout_s, self.count)
-            try:
-                self.workers.wait_until_ready()
-            except BaseException:
-                self.close()
-                raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -146,7 +143,7 @@ class Rewards:
             self.judge.close()
 
     def check(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Call each function before anything is decoded, with an empty answer and the record's own.
+        """Call each function before anything is decoded, with an empty answer (not the judge) and the record's own.
 
         `accuracy` is called for each record, others for the first.
 
@@ -159,14 +156,16 @@ class Rewards:
                 Answer(row, dict(record), text, (), False)
                 for row, record in enumerate(tried)
                 for text in ("", str(record.get("text_output", "")).replace(HELPER_MARK, ""))
+                if text or name != JUDGE
             ]
-            faults = self._faults(answers, self._found(answers, [name]))
-            if faults:
+            faults = first = self._faults(answers, self._found(answers, [name]))
+            if faults and ":" in name:
                 # TRL has texts or messages, as the data are; a function of one kind fails with the other.
                 self.messages.add(name)
-                if self._faults(answers, self._found(answers, [name])):
-                    row, _, sentence = faults[0]
-                    raise UserError(f"reward '{name}', tried with record {row + 1}: {sentence}; fix it", False)
+                faults = self._faults(answers, self._found(answers, [name]))
+            if faults:
+                row, _, sentence = first[0]
+                raise UserError(f"reward '{name}', tried with record {row + 1}: {sentence}; fix it", everywhere=False)
 
     def score(self, answers: Sequence[Answer]) -> Scored:
         """Score answers.
@@ -175,7 +174,7 @@ class Rewards:
             UserError: more than `fault_share` of them went without a reward (this process alone knows), or the judge
                 refuses.
         """
-        found = self._found(answers, list(self.weights), math.ceil(self.fault_share * len(answers)))
+        found = self._found(answers, [*self.weights], math.ceil(self.fault_share * len(answers)))
         numbers = {
             name: [value if isinstance(value, float) else math.nan for value in values]
             for name, values in found.items()
@@ -192,26 +191,36 @@ class Rewards:
     def _found(
         self, answers: Sequence[Answer], names: Sequence[str], most: float = math.inf
     ) -> dict[str, list[Reward]]:
-        """Return name → n rewards.
-
-        Args:
-            most: answers that may lack a reward.
-        """
+        """Return name → n rewards; UserError where more than `most` answers lack one."""
         found: dict[str, list[Reward]] = {name: [None] * len(answers) for name in names}
+        lost: set[int] = set()
+
+        def note(name: str, places: Sequence[int], rewards: Sequence[Reward]) -> None:
+            for at, reward in zip(places, rewards, strict=True):
+                found[name][at] = reward
+                if isinstance(reward, str):
+                    lost.add(at)
+            if len(lost) > most:
+                row, which, sentence = self._faults(answers, found)[0]
+                raise UserError(
+                    f"{len(lost)} of {len(answers)} answers are without a reward, more than --fault_share "
+                    f"{self.fault_share:g} allows; row {row}, reward '{which}': {sentence}; fix the reward, or raise "
+                    "the share",
+                    everywhere=False,
+                )
+
         groups = [tuple(group) for _, group in groupby(range(len(answers)), lambda at: answers[at].row)]
         calls = deque(self._asked(answers, name, group) for name in names if name != JUDGE for group in groups)
-        for asked, result in self.workers.run(calls) if self.workers is not None else ():
-            if isinstance(result, Lost) and len(asked.at) > 1:
-                # One answer may be the cause: each gets a call of its own.
-                calls.extendleft(self._asked(answers, asked.function, (at,)) for at in reversed(asked.at))
-                continue
-            values = [result.sentence] if isinstance(result, Lost) else result
-            for at, value in zip(asked.at, values, strict=True):
-                found[asked.function][at] = value
-            self._bound(answers, found, most)
-        if self.judge is not None and JUDGE in names and answers:
-            found[JUDGE] = list(self.judge.rewards([(one.record, one.text) for one in answers]))
-            self._bound(answers, found, most)
+        if calls and self.workers is not None:
+            with closing(self.workers.run(calls)) as results:
+                for asked, result in results:
+                    if isinstance(result, Lost) and len(asked.at) > 1:
+                        # One answer may be the cause: each gets a call of its own.
+                        calls.extendleft(self._asked(answers, asked.function, (at,)) for at in reversed(asked.at))
+                    else:
+                        note(asked.function, asked.at, [result.sentence] if isinstance(result, Lost) else result)
+        if self.judge is not None and JUDGE in names:
+            note(JUDGE, range(len(answers)), self.judge.rewards([(one.record, one.text) for one in answers]))
         return found
 
     def _asked(self, answers: Sequence[Answer], name: str, at: tuple[int, ...]) -> Asked:
@@ -226,13 +235,3 @@ class Rewards:
             for name, values in found.items()
             if isinstance(value := values[at], str)
         ]
-
-    def _bound(self, answers: Sequence[Answer], found: Mapping[str, Sequence[Reward]], most: float) -> None:
-        lost = sum(any(isinstance(one, str) for one in rewards) for rewards in zip(*found.values(), strict=True))
-        if lost > most:
-            row, name, sentence = self._faults(answers, found)[0]
-            raise UserError(
-                f"{lost} of {len(answers)} answers are without a reward, more than --fault_share {self.fault_share:g} "
-                f"allows; row {row}, reward '{name}': {sentence}; fix the reward, or raise the share",
-                everywhere=False,
-            )
