@@ -42,11 +42,11 @@ class LatentHeads(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take h, (L, H), and return the mean h + μ(h), (L, H), and log σ(h), (L, 1), both float32."""
+        """Take h, (L, H), and return the mean h + μ(h), (L, H), and log σ(h), (L, 1), both at least in float32."""
         states = states.to(self.mean.weight.dtype)
-        wide = states.float()
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
         size = wide.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
-        return wide + self.mean(states).float(), (START * size).log() + self.log_sigma(states).float()
+        return wide + self.mean(states), (START * size).log() + self.log_sigma(states)
 
 
 def gaussian_logp(latents: torch.Tensor, mean: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
