@@ -50,9 +50,11 @@ def check_rows(config: RunConfig, ranks: int) -> None:
         UserError: says how many there are.
     """
     if config.rows_per_step < ranks and not config.allow_idle_ranks:
+        rows = "rows an optimizer step (--global_batch_size)"
+        if config.stage == "rl":
+            rows = "prompts a rollout (--prompts_per_rollout)"
         raise UserError(
-            f"{config.rows_per_step} rows an optimizer step (--global_batch_size) are fewer than {ranks} ranks: use "
-            "fewer ranks, or --allow_idle_ranks"
+            f"{config.rows_per_step} {rows} are fewer than {ranks} ranks: use fewer ranks, or --allow_idle_ranks"
         )
 
 

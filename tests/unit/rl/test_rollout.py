@@ -69,7 +69,8 @@ def test_an_answer_makes_the_row_that_training_makes_of_it(nano: Path, mixed: Pa
         wanted, prompt = trained.encode(record, row), asks.encode(record, row)
         start = len(prompt.input_ids)
         ids = wanted.input_ids[start:].tolist()
-        assert prompt.runs == () and (prompt.labels == IGNORE).all()
+        assert prompt.runs == ()
+        assert (prompt.labels == IGNORE).all()
         inside = [at > 0 and tokens.start in ids[max(0, at - K - 1) : at] for at in range(len(ids))]
         logps = [float("nan") if one else -1.0 for one in inside]
         blocks = tuple((at - start, k) for at, k in wanted.runs)
@@ -86,7 +87,9 @@ def opening(choose: Any, tokens: LatentTokens) -> Any:
 
     def forced(logits: torch.Tensor, turns: Sequence[Turn]) -> torch.Tensor:
         chosen = choose(logits, turns)
-        return torch.tensor([tokens.start if t.step in (0, 9) else c for t, c in zip(turns, chosen.tolist(), strict=True)])
+        return torch.tensor(
+            [tokens.start if t.step in (0, 9) else c for t, c in zip(turns, chosen.tolist(), strict=True)]
+        )
 
     return forced
 
