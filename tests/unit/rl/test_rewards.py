@@ -217,7 +217,7 @@ def test_the_share_of_faults(by_text: Rewards, share: float, bad: int, ends: boo
         with pytest.raises(UserError) as caught:
             by_text.score(given)
         assert re.fullmatch(
-            rf"{bad} of 4 answers are without a reward, more than --fault_share {share:g} allows; row 3, reward "
+            rf"{bad} of 4 answers are without a reward, more than --max_reward_faults {share:g} allows; row 3, reward "
             r"'own_rewards:by_text': returns nan, no number; fix the reward, or raise the share",
             str(caught.value),
         )
