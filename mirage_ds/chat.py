@@ -1,7 +1,8 @@
 """An OpenAI-compatible server: one chat completion for each job, asked for again where that may help.
 
-httpx2 speaks HTTP. When to ask again is decided here: huggingface_hub's http_backoff sleeps where nothing can stop it,
-waits as long as a server says, closes the client that all threads share, and takes any 200 for a reply.
+An error here is that of the process that asks, of which a run has several. httpx2 speaks HTTP. When to ask again is
+decided here: huggingface_hub's http_backoff sleeps where nothing can stop it, waits as long as a server says, closes
+the client that all threads share, and takes any 200 for a reply.
 """
 
 from __future__ import annotations
@@ -61,9 +62,11 @@ def read_key(variable: str | None, flag: str = "--key_variable") -> str | None:
     name = variable or USUAL_KEY_VARIABLE
     key = os.environ.get(name, "").strip()
     if not key and variable:
-        raise UserError(f"{flag} {variable}: this environment variable is not set; set it to the key")
+        what = f"{flag} {variable}: this environment variable is not set; set it to the key"
+        raise UserError(what, everywhere=False)
     if not key.isascii() or not key.isprintable():
-        raise UserError(f"environment variable {name}: holds characters that no key has; set it to the key alone")
+        what = f"environment variable {name}: holds characters that no key has; set it to the key alone"
+        raise UserError(what, everywhere=False)
     return key or None
 
 
@@ -149,7 +152,7 @@ class Chat:
                     if lost >= max(GONE_AFTER, self.parallel):
                         what = f"no reply to {lost} jobs in a row, each tried {self.tries} times ({reply.text})"
                         how = "start the same command again when the server answers"
-                        raise UserError(f"{self.flags}endpoint {self.endpoint}: {what}; {how}")
+                        raise UserError(f"{self.flags}endpoint {self.endpoint}: {what}; {how}", everywhere=False)
                 ended = True
             finally:
                 if not ended:
@@ -227,7 +230,7 @@ class Chat:
         elif 300 <= status < 400:
             how = f"give the address itself ({response.headers.get('location', 'it names none')})"
         said = f"the server answers {status} {self._said(response)}"
-        return UserError(f"{self.flags}endpoint {self.endpoint}: {said}; {how}")
+        return UserError(f"{self.flags}endpoint {self.endpoint}: {said}; {how}", everywhere=False)
 
     def _said(self, response: httpx2.Response) -> str:
         """Return what a server says of its failure, in brackets, on one line."""

@@ -20,7 +20,7 @@ from mirage_ds.tasks.scorer import as_number, told
 
 SHIPPED = ("accuracy", "format")
 # Without its thoughts, which may be several blocks with latents between them.
-_THOUGHT = re.compile(r"\s*<think>.*</think>(.*)", re.DOTALL)
+_THOUGHT, _ANY = re.compile(r"\s*<think>.*</think>(.*)", re.DOTALL), re.compile("(.*)", re.DOTALL)
 
 
 class Asked(NamedTuple):
@@ -74,12 +74,9 @@ def answer_format(asked: Asked) -> list[float]:
     for geo3k), which weighs .1 beside .9 too.
     """
     thoughts = "<think>" in str(asked.record.get("text_input", ""))
-    rewards = []
-    for text in asked.texts:
-        match = _THOUGHT.fullmatch(text) if thoughts else None
-        rest = match[1] if match else "" if thoughts else text
-        rewards.append(float(last_boxed(rest) is not None))
-    return rewards
+    form = _THOUGHT if thoughts else _ANY
+    matches = [form.fullmatch(text) for text in asked.texts]
+    return [float(match is not None and last_boxed(match[1]) is not None) for match in matches]
 
 
 class OwnFunction:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from mirage_ds.chat import Chat, Reply, read_template
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
 from mirage_ds.errors import UserError, shown
+from mirage_ds.files import check_output
 
 SHIPPED = Path(__file__).with_name("judge.txt")
 PLACES = {"{question}": "the question", "{reference}": "the right answer", "{answer}": "the answer to grade"}
@@ -76,7 +77,7 @@ class Judge:
         asked: requests so far that no cache has answered.
 
     Raises:
-        UserError: a template or a key that can be none.
+        UserError: a template, a key or a cache that can be none.
     """
 
     def __init__(self, spec: JudgeSpec):
@@ -87,6 +88,8 @@ class Judge:
         )  # fmt: skip
         self.known: dict[str, float] = {}
         self.asked = 0
+        if spec.cache:
+            check_output(spec.cache, "--judge_cache", folder=True)
         self.file = spec.cache / f"judged-{uuid.uuid4().hex}.jsonl" if spec.cache else None
         for file in spec.cache.glob("judged-*.jsonl") if spec.cache else ():
             for line in file.read_text(encoding="utf-8").splitlines():
@@ -117,14 +120,11 @@ class Judge:
                 everywhere=False,
             )
         found: dict[str, float | str] = {}
-        try:
-            for key, reply in self.chat.replies(missing, lambda key: self.chat.ask(missing[key], _BLAME)):
-                number = None if reply.lost else read_number(reply.text)
-                found[key] = _why(reply) if number is None else number
-                if number is not None:
-                    self._keep(key, number)
-        except UserError as error:
-            raise UserError(str(error), everywhere=False) from None
+        for key, reply in self.chat.replies(missing, lambda key: self.chat.ask(missing[key], _BLAME)):
+            number = None if reply.lost else read_number(reply.text)
+            found[key] = _why(reply) if number is None else number
+            if number is not None:
+                self._keep(key, number)
         return [self.known[key] if key in self.known else found[key] for key in keys]
 
     def _request(self, record: dict[str, Any], text: str) -> dict[str, Any]:

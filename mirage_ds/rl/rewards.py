@@ -99,7 +99,7 @@ class Rewards:
         task: --task, whose scorer gives `accuracy`; else the record's own.
         timeout_s: seconds that a function may take for a group.
         workers: processes.
-        fault_share: of the answers of one `score`, those that may go without a reward (rounded up).
+        fault_share: --max_reward_faults: of the answers of one `score`, those that may lack a reward (rounded up).
         judge: needed by the name `judge`.
 
     Raises:
@@ -203,7 +203,7 @@ class Rewards:
             if len(lost) > most:
                 row, which, sentence = self._faults(answers, found)[0]
                 raise UserError(
-                    f"{len(lost)} of {len(answers)} answers are without a reward, more than --fault_share "
+                    f"{len(lost)} of {len(answers)} answers are without a reward, more than --max_reward_faults "
                     f"{self.fault_share:g} allows; row {row}, reward '{which}': {sentence}; fix the reward, or raise "
                     "the share",
                     everywhere=False,

@@ -217,7 +217,7 @@ def test_the_share_of_faults(by_text: Rewards, share: float, bad: int, ends: boo
         with pytest.raises(UserError) as caught:
             by_text.score(given)
         assert re.fullmatch(
-            rf"{bad} of 4 answers are without a reward, more than --fault_share {share:g} allows; row 3, reward "
+            rf"{bad} of 4 answers are without a reward, more than --max_reward_faults {share:g} allows; row 3, reward "
             r"'own_rewards:by_text': returns nan, no number; fix the reward, or raise the share",
             str(caught.value),
         )
@@ -295,11 +295,13 @@ def test_an_error_ends_what_still_runs(modules: Path) -> None:
     before = started()
     with Rewards(["own_rewards:by_text"], timeout_s=30, workers=2, fault_share=0.0) as rewards:
         begun = time.monotonic()
-        with pytest.raises(UserError, match=r"row 2, .* returns nan"):
+        # Whoever keeps the error keeps all that the call held.
+        with pytest.raises(UserError, match=r"row 2, .* returns nan") as kept:
             rewards.score([*answers("hang", row=1), *answers("nan", row=2)])
         assert rewards.score([*answers("ab", row=1), *answers("abcd", row=2)]).total == [0.25, 0.5]
         assert time.monotonic() - begun < 20
     assert started() == before
+    del kept
 
 
 def test_torch_where_the_user_has_it(modules: Path) -> None:
