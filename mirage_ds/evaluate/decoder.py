@@ -30,7 +30,7 @@ from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Generated, Limits, Prompts, check_room, decode, generate
 from mirage_ds.model.load import Loaded, check_folder, load_model
-from mirage_ds.model.slots import Latents, LatentTokens, from_heads, latent_tokens, pause
+from mirage_ds.model.slots import Latents, LatentTokens, latent_tokens, pause
 from mirage_ds.model.vision import FrozenTower
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
@@ -219,7 +219,7 @@ def tokens_and_feed(
     tokens = latent_tokens(encoder)
     if not latents:
         tokens = tokens._replace(start=-1)
-    return tokens, pause(model, tokens.pad) if slots == "pause" else from_heads(model)
+    return tokens, pause(model, tokens.pad) if slots == "pause" else None
 
 
 def pack(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], passes: int = 1) -> Batch:

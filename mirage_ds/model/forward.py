@@ -146,6 +146,19 @@ class MirageModel(nn.Module):
         sums, hidden, traced = self._run(batch)
         return sums, traced._replace(hidden=in_order(hidden, batch.passes))
 
+    def feed(self, states: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what is fed at a latent for the final-norm hidden state h before it, (L, H) of the same dtype.
+
+        That is h itself, or where the model has LatentHeads the mean h + μ(h), with `noise` ε the draw h + μ + σ ε.
+
+        Args:
+            noise: (L, H); nothing is drawn where there are no heads.
+        """
+        if self.latent_heads is None:
+            return states
+        mean, log_sigma = self.latent_heads(states)
+        return (mean if noise is None else mean + log_sigma.exp() * noise).to(states.dtype)
+
     def _run(self, batch: Batch) -> tuple[LossSums, list[torch.Tensor], Traced]:
         embeddings, deep, targets = self._inputs(batch)
         hidden, labelled, cut = self._hidden(batch, embeddings, deep)
@@ -210,6 +223,7 @@ class MirageModel(nn.Module):
             detach=self.how.detach_latents,
             deep=deep,
             cut=cut,
+            feed=self.feed,
         )
         chosen = [states.index_select(0, one.labelled) for states, one in zip(hidden, batch.passes, strict=True)]
         if cut is not None:

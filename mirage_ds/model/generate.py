@@ -178,8 +178,11 @@ def check_room(
 class _Loop:
     """The rows at the moment, and the prompts that wait."""
 
-    def __init__(self, model: MirageModel, prompts: Prompts, limits: Limits, trace: bool, record: bool):
+    def __init__(
+        self, model: MirageModel, prompts: Prompts, limits: Limits, trace: bool, record: bool, noise: Latents | None
+    ):
         self.model, self.prompts, self.limits, self.trace, self.record = model, prompts, limits, trace, record
+        self.noise = noise
         self.text: Any = model.language_model
         self.cache = check_room(model, prompts.lengths, prompts.rows, limits, prompts.answers)
         each = (prompts.answers, self.cache, limits.new_tokens)
@@ -294,9 +297,10 @@ class _Loop:
         feeding = [at for at, place in enumerate(going) if slots[place]]
         if feeding:
             at, own = on_device([feeding, [going[one] for one in feeding]], device)
-            states = self.hidden.index_select(0, own)
+            states, there = self.hidden.index_select(0, own), [slot for place in going if (slot := slots[place])]
+            states = self.model.feed(states, None if self.noise is None else self.noise(there, states))
             if latents is not None:
-                states = latents([slot for place in going if (slot := slots[place])], states)
+                states = latents(there, states)
             states = states.to(x.dtype)
             x = x.index_copy(0, at, states)
             if self.record:
@@ -339,6 +343,7 @@ def decode(
     trace: bool = False,
     latents: Latents | None = None,
     record: bool = False,
+    noise: Latents | None = None,
 ) -> Iterator[tuple[int, Generated]]:
     """Answer prompts; what an answer is does not depend on the others.
 
@@ -346,8 +351,9 @@ def decode(
         model: not sharded (plain module); its head's weight gives the logits.
         choose: how a token follows from logits.
         trace: keep each step's inputs and hidden states.
-        latents: what is fed at the slots of latent blocks; the rows' own hidden states if None.
+        latents: what is fed at the slots of latent blocks; the rows' own (MirageModel.feed) if None.
         record: keep what was fed there.
+        noise: draw the rows' own from LatentHeads with it (slots.noise), in place of their mean.
 
     Yields:
         (number of the answer, the answer), as they end.
@@ -356,7 +362,7 @@ def decode(
         UserError: a row that --cache_gb never has room for, before anything is decoded.
         NotFinite: names the first row of those whose logits are not.
     """
-    loop = _Loop(model, prompts, limits, trace, record)
+    loop = _Loop(model, prompts, limits, trace, record, noise)
     while loop.live or loop.waiting:
         loop.enter()
         yield from ((row.number, row.made) for row in loop.step(tokens, choose, latents))

@@ -10,12 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mirage_ds.errors import UserError
+from mirage_ds.files import HEADS
 from mirage_ds.model.folder import header_of
 
-# Beside the model, whose own files hold exactly what config.json describes: in a folder of its own, because vLLM opens
-# every safetensors file that lies beside config.json.
-HEADS = "latent_heads/heads.safetensors"
-
+# Their names in a MirageModel.
+PREFIX = "latent_heads."
 # σ at the start, of the root mean square of h.
 START = 0.05
 # The natural logarithm of √(2π).

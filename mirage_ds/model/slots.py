@@ -27,9 +27,9 @@ class Slot(NamedTuple):
     slot: int
 
 
-# Says what is fed at the slots of latent blocks, where that is not the rows' own hidden states: (slots, own) → (m, H).
-# `own` (m, H) are the final-norm hidden states of the m rows that come to a slot, which are fed otherwise. It is made
-# for one decoding, and may remember what it has seen of each row.
+# Says what is fed at the slots of latent blocks, where that is not the rows' own latents: (slots, own) → (m, H). `own`
+# (m, H) is what the m rows that come to a slot are fed otherwise (MirageModel.feed). It is made for one decoding, and
+# may remember what it has seen of each row.
 Latents = Callable[[Sequence[Slot], torch.Tensor], torch.Tensor]
 
 
@@ -43,33 +43,22 @@ def pause(model: MirageModel, pad: int) -> Latents:
     return lambda slots, own: embedding.to(own.dtype).expand_as(own)
 
 
-def from_heads(model: MirageModel, seeds: Sequence[int] | None = None) -> Latents | None:
-    """Feed what a model's LatentHeads make of its hidden states; None where it has no heads.
+def noise(seeds: Sequence[int]) -> Latents:
+    """Draw ε, (m, H) standard normal numbers, for latents that are sampled: z = h + μ(h) + σ(h) ε (decode's `noise`).
+
+    An answer has a generator of its own on the device of its states: nothing depends on who is beside it.
 
     Args:
-        model: plain, not sharded.
-        seeds: of the answers, by their numbers: each slot is fed a draw z = h + μ(h) + σ(h) ε, ε from a generator of
-            the answer's own, so that nothing depends on who is beside it. None feeds the mean.
+        seeds: of the answers, by their numbers; the same as the chooser's give other draws.
     """
-    heads = model.latent_heads
-    if heads is None:
-        return None
     generators: dict[int, torch.Generator] = {}
 
-    def draw(row: int, own: torch.Tensor) -> torch.Tensor:
+    def draw(row: int, like: torch.Tensor) -> torch.Tensor:
         if row not in generators:
-            assert seeds is not None
-            # Not the one that the chooser of tokens draws from.
-            generators[row] = torch.Generator(own.device).manual_seed((seeds[row] ^ APART) % 2**63)
-        return torch.randn(own.shape[1], generator=generators[row], device=own.device)
+            generators[row] = torch.Generator(like.device).manual_seed((seeds[row] ^ APART) % 2**63)
+        return torch.randn(like.shape[1], generator=generators[row], device=like.device)
 
-    def latents(slots: Sequence[Slot], own: torch.Tensor) -> torch.Tensor:
-        mean, log_sigma = heads(own)
-        if seeds is None:
-            return mean
-        return mean + log_sigma.exp() * torch.stack([draw(slot.row, own) for slot in slots])
-
-    return latents
+    return lambda slots, own: torch.stack([draw(slot.row, own) for slot in slots])
 
 
 class LatentTokens(NamedTuple):

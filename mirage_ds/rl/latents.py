@@ -38,7 +38,13 @@ def blocks_of(batch: Batch) -> tuple[torch.Tensor, int]:
 def block_ratios(
     latent_logp: torch.Tensor, old: torch.Tensor, batch: Batch, width: int, reduce: LatentRatio = "mean"
 ) -> Blocks:
-    """Log-ratio of each latent block: the sum over the numbers of its latents, or their mean.
+    """Log-ratio of each latent block: the sum over the numbers of its latents, or their mean (--latent_ratio).
+
+    The mean is the default: `python -m benchmarks.latent_ratio` with 4 × 3,584 numbers, on two cores of an AMD EPYC,
+    2026-11-30. What bf16 rounds of h alone moves the sum by −3.2 ± 2.5 nats, and the mean by 0.0002. After one update
+    at a learning rate of 1e-6 the sum is 33 nats away and 95 % of the blocks get no gradient any more; the mean is
+    0.002 away and all do. Eight rollouts of four updates at 1e-5 raised the chance of a reward from 0.5 to 0.61 with
+    the sum and to 0.78 with the mean (to 0.53 and 0.56 at 1e-6). At such rates the mean's clip hardly ever holds.
 
     Args:
         latent_logp: (L,) float64 of the policy in training (forward.Scores); old: (L,) of the policy that sampled.
