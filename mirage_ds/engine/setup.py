@@ -284,9 +284,11 @@ def make_reference(model: MirageModel, ds_config: dict[str, Any]) -> Any:
     if zero_stage(ds_config) != 3:
         return model
     _gather_by_layer(model.layers)
-    engine, *_ = deepspeed.initialize(
-        model=model, config={key: value for key, value in ds_config.items() if key != "optimizer"}
-    )
+    values = {key: deepcopy(value) for key, value in ds_config.items() if key != "optimizer"}
+    # It is called once a rollout: nothing of it stays whole, or lies with an optimizer.
+    for key in ("stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "offload_optimizer"):
+        values["zero_optimization"].pop(key, None)
+    engine, *_ = deepspeed.initialize(model=model, config=values)
     return engine
 
 

@@ -26,7 +26,7 @@ from mirage_ds.evaluate.decoder import prompts_of, seeds_of, tokens_and_feed
 from mirage_ds.model.choose import Chooser, NotFinite, Turn, sampler
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Generated, Limits, decode
-from mirage_ds.model.slots import LatentTokens, from_heads
+from mirage_ds.model.slots import LatentTokens, noise
 from mirage_ds.run.settings import Run
 from mirage_ds.run.setup import Learner
 from mirage_ds.run.validation import tower_of
@@ -147,10 +147,10 @@ def _decode(
     tokens, _ = tokens_and_feed(model, encoder, policy != "text", None)
     seeds = seeds_of(seed, chosen, several)
     choose = Recorder(sampler(config.temperature, 1.0, seeds), config.temperature, run.asked)
-    fed = from_heads(model, seeds) if policy == "gaussian" else None
+    draws = noise(seeds) if policy == "gaussian" else None
     prompts = prompts_of(model, tower_of(learner, model), encoder, [rows[row] for row in chosen])
     prompts, limits, record = prompts._replace(answers=several), limits_of(run, policy), policy in RECORDED
-    found = dict(decode(model, prompts, tokens, limits, choose, latents=fed, record=record))
+    found = dict(decode(model, prompts, tokens, limits, choose, record=record, noise=draws))
     logps = choose.noted()
     return [sampled(chosen[at // several], found[at], logps[at], tokens, record) for at in range(len(found))]
 

@@ -130,15 +130,14 @@ def find_policy(config: RunConfig, trained: Mapping[str, Any], folder: Path) -> 
             f"{folder} was trained with --slots {slots}: --stage rl takes a model whose answers see latents, or one "
             "that was trained without any"
         )
-    knows, heads = stage not in (None, "sft"), "latent_heads" in trained
-    policy = config.latent_policy or ("gaussian" if heads else "through" if knows else "text")
+    knows = stage not in (None, "sft")
+    usual: LatentPolicy = "gaussian" if "latent_heads" in trained else "through" if knows else "text"
+    policy = config.latent_policy or usual
     if policy != "text" and not knows:
         raise UserError(
             f"--latent_policy {policy}: {folder} was trained without latents; train it in stage1 and stage2 first, or "
             "leave the flag out"
         )
-    if heads and policy not in ("gaussian", "text"):
-        raise UserError(f"--latent_policy {policy}: {folder} makes its latents by heads; take gaussian")
     if policy != "text" and k != config.latent_size:
         raise UserError(f"--latent_size {config.latent_size}: {folder} was trained with {k} latents a block; give {k}")
     return policy

@@ -206,8 +206,8 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(runs: Runs, whole: Path, tmp
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(latent_policy="replay", objective="gspo", num_iterations=2, resample=1),
-        dict(latent_policy="gaussian", objective="dapo", mask_truncated=True),
+        dict(latent_policy="replay", objective="gspo", num_iterations=2, resample=1, mask_truncated=True),
+        dict(latent_policy="gaussian", objective="dapo", truncation_penalty=0.1),
         dict(latent_policy="vlpo", objective="cispo", lora_rank=2),
         dict(latent_policy="text", objective="dr_grpo", rollout_rows=2, entropy=0.01),
     ],

@@ -71,11 +71,6 @@ def test_settings_that_make_no_run(given: dict[str, Any], sentence: str, tmp_pat
         ({}, "through", "--latent_policy through: m was trained without latents; train it in stage1 and stage2"),
         ({"stage": "sft", "slots": "pause"}, None, "m was trained with --slots pause: --stage rl takes a model"),
         ({"stage": "stage2", "latent_size": 6}, None, "--latent_size 4: m was trained with 6 latents a block; give 6"),
-        (
-            {"stage": "rl", "latent_size": 4, "latent_heads": "x"},
-            "through",
-            "--latent_policy through: m makes its latents by heads; take gaussian",
-        ),
     ],
 )
 def test_the_policy_is_that_of_the_models_training(trained: dict[str, Any], given: Any, policy: str) -> None:
