@@ -10,6 +10,7 @@ from test_plan_activations import model_of, shape
 
 from mirage_ds.engine.whole import bytes_to_decode
 from mirage_ds.model.generate import Limits
+from mirage_ds.model.load import described
 from mirage_ds.plan.activations import total
 from mirage_ds.plan.fit import GB, Question, judge
 from mirage_ds.plan.rollout import reference, rollout_of, sampling
@@ -40,5 +41,34 @@ def test_sampling_takes_what_a_run_wants_free(name: str, answers: int, tokens: i
         max_completion_length=26, images=0,
     )  # fmt: skip
     prompt = rollout_of(spec, 1).prompt
-    found = sampling(spec, sizes(shape_of(name)), Settings(1, 2, 4, 4, 4, Zero3()), 1)
+    found = sampling(spec, sizes(described(shape(name), name)), Settings(1, 2, 4, 4, 4, Zero3()), 1)
     assert total(found) == bytes_to_decode(model, answers, prompt, Limits(26, prefill_tokens=tokens))
+
+
+def test_a_kl_holds_the_starts_weights_and_a_rollout_takes_time() -> None:
+    judged = {}
+    for beta in (0.0, 0.01):
+        question = Question(asked(beta=beta))
+        judged[beta] = {path.stem: judge(question, path) for path in question.paths}
+    without, held = judged[0.0], judged[0.01]
+    model = Question(asked()).model
+    # Sharded under ZeRO-3, a copy a rank elsewhere; 7.62 B elements of 2 bytes.
+    for name, size in (("zero3_kept", 15.23 / 8), ("zero2", 15.23)):
+        assert (held[name].held.gpu - without[name].held.gpu) / GB == pytest.approx(size, rel=1e-3)
+    assert reference(asked(beta=1), model, without["zero2"].settings, 8) == 2 * model.text
+    # Where weights are released, sampling gathers all of them.
+    whole = "weights, whole while answers are sampled"
+    assert (without["zero3"].held.sampling[whole], without["zero3_kept"].held.sampling[whole]) == (2 * model.text, 0)
+    # 256 tokens, each of which reads 15.2 GB of weights at 3.35 TB/s, and some cache: 1.2 s.
+    seconds = without["zero3_kept"].step.seconds
+    assert seconds["sampling tokens"] == pytest.approx(256 * 15.23e9 / 3.35e12, rel=0.1)
+    assert held["zero3_kept"].step.seconds["scoring"] == 2 * seconds["scoring"]
+    assert "sampling tokens" not in judge(Question(asked(stage="stage2")), question.paths[0]).step.seconds
+
+
+def test_a_rollout_that_is_too_large_is_named() -> None:
+    question = Question(asked(num_generations=1024, max_completion_length=2048, micro_batch_tokens=8192))
+    plans = {path.stem: judge(question, path) for path in question.paths}
+    assert str(plans["zero3_kept"].problem).startswith("keys and values of 4096 answers, ")
+    fewer = Question(asked(num_generations=1024, max_completion_length=2048, rollout_rows=64))
+    assert judge(fewer, next(path for path in fewer.paths if path.stem == "zero3_kept")).problem is None
