@@ -4,7 +4,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -17,6 +17,7 @@ from mirage_ds.cluster.status.command import status
 from mirage_ds.cluster.train import train
 from mirage_ds.config.columns import COLUMNS_HELP, parse_columns
 from mirage_ds.config.flags import CONTEXT, Group, RunCommand, run_config, run_options
+from mirage_ds.config.run import Stage
 from mirage_ds.curate.command import import_, mix, rationalize, vary
 from mirage_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, closest
 from mirage_ds.evaluate.command import evaluate, generate
@@ -66,7 +67,7 @@ data.add_command(rationalize)
 
 @data.command("check")
 @click.argument("file", type=_PATH)
-@click.option("--stage", default="stage1", show_default=True, type=click.Choice(["sft", "stage1", "stage2"]),
+@click.option("--stage", default="stage1", show_default=True, type=click.Choice(get_args(Stage)),
               help="The stage that the records are checked for.")  # fmt: skip
 @_image_root
 @click.option("--model", "model_folder", type=_PATH, help="Model folder whose tokenizer and limits are applied.")

@@ -22,6 +22,9 @@ from mirage_ds.errors import UserError, is_text, shown
 TRAINED_KEY = "mirage"
 # What transformers loads as the model's `generate`, where it may.
 GENERATE = "custom_generate/generate.py"
+# Weights that make latents of hidden states (model/latent_heads.py), likewise. In a folder of its own: what lies beside
+# config.json is exactly what that describes, and vLLM opens every safetensors file there.
+HEADS = "latent_heads/heads.safetensors"
 # What the system says of a file that cannot be written or opened, whoever asks: the user's to fix.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EIO, errno.ESTALE}
@@ -99,10 +102,10 @@ def is_model_file(name: str) -> bool:
     return name in _MODEL_FILES or _WEIGHTS.fullmatch(name) is not None
 
 
-def delete_generate(folder: Path) -> None:
-    """Delete what a save writes as GENERATE, and its folder if nothing is left."""
-    own = (folder / GENERATE).parent
-    (folder / GENERATE).unlink(missing_ok=True)
+def delete_apart(folder: Path, name: str) -> None:
+    """Delete what a save writes as GENERATE or HEADS, and its folder if nothing is left."""
+    own = (folder / name).parent
+    (folder / name).unlink(missing_ok=True)
     shutil.rmtree(own / "__pycache__", ignore_errors=True)
     with suppress(OSError):
         own.rmdir()
@@ -113,7 +116,8 @@ def delete_model(folder: Path) -> None:
     if not folder.is_dir():
         return
     delete_model(folder / "adapter")
-    delete_generate(folder)
+    for name in (GENERATE, HEADS):
+        delete_apart(folder, name)
     for file in folder.iterdir():
         if file.is_file() and (file.name in _MODEL_FILES or file.name in _NOTES or is_own_weights(file.name)):
             file.unlink()

@@ -26,6 +26,7 @@ from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import World, join
 from mirage_ds.errors import Stopped, UserError
+from mirage_ds.rl.loop import reinforce
 from mirage_ds.run import events, odd_steps
 from mirage_ds.run.folder import stop_file
 from mirage_ds.run.heartbeat import guarded
@@ -145,16 +146,14 @@ def train(run: Run, data: Data, learner: Learner) -> None:
         evaluator = Evaluator(run, data, learner)
         if learner.resumed.get("evaluation_owed") and not evaluator.measured(start):
             stop_run(run, start)
-        skipped = 0
+        skipped, done = 0, start
         journal.start_clock()
-        for plan, batches in data.loader.steps(start, data.steps):
-            taken = step(run, data, learner, plan, batches)
-            done = plan.step + 1
-            epoch = done * config.rows_per_step / len(data.index.row_ids)
+        for done, taken in enumerate(optimizer_steps(run, data, learner), start + 1):
+            epoch = done / config.steps_per_rollout * config.rows_per_step / len(data.index.row_ids)
             usual = journal.step(done, epoch, taken.metrics)
             if usual is not None:
                 why = f"the loss {taken.metrics['loss']:.4f} is a spike over the median before it, {usual:.4f}"
-                journal.odd(done, why, taken.metrics, data.index.rows.places_of(plan.rows))
+                journal.odd(done, why, taken.metrics, data.index.rows.places_of(taken.rows))
             profiled()
             saver.step_done()
             if done == start + 1:
@@ -168,10 +167,23 @@ def train(run: Run, data: Data, learner: Learner) -> None:
             if stops or (config.save_every and done % config.save_every == 0):
                 saver.save(done, owed, at_once=stops or done == data.steps)
             if stops:
-                further = "the same command with --resume auto goes on" if saver.last else "nothing to go on from"
-                stop_run(run, done, f"stopped on request after step {done}; {further}")
+                stop_saved(run, done, saver)
             journal.start_clock()
+        if done < data.steps:
+            # The source of steps was left on request between two of them.
+            if done > start:
+                saver.save(done, owed=False, at_once=True)
+            stop_saved(run, done, saver)
         saver.save_model(data.steps, evaluator.of_step(data.steps))
+
+
+def optimizer_steps(run: Run, data: Data, learner: Learner) -> Iterator[Taken]:
+    """Yield each optimizer step of the run as it is taken; rl has a way of its own to them."""
+    if run.config.stage == "rl":
+        yield from reinforce(run, data, learner)
+        return
+    for plan, batches in data.loader.steps(learner.start, data.steps):
+        yield step(run, data, learner, plan, batches)
 
 
 def first_step_done(run: Run) -> None:
@@ -194,6 +206,12 @@ def not_applied(run: Run, data: Data, taken: Taken, skipped: int, done: int, sav
             f"{saver.last or 'none: --save_every was not given or not reached'}; lower --learning_rate or fix the "
             "records, then --resume auto"
         )
+
+
+def stop_saved(run: Run, done: int, saver: Saver) -> NoReturn:
+    """Stop after `done` steps, saying whether the run can go on; raises Stopped."""
+    further = "the same command with --resume auto goes on" if saver.last else "nothing to go on from"
+    stop_run(run, done, f"stopped on request after step {done}; {further}")
 
 
 def stop_run(run: Run, step: int, said: str = "") -> NoReturn:

@@ -64,7 +64,7 @@ class Bench:
         """Final-norm hidden states (T, H) of the packed rows, in the batch's passes."""
         model, passes = self.model, batch.passes
         walked = (model.language_model, model.layers, inputs, batch.position_ids, passes, model.how.attention)
-        return in_order(run_passes(*walked, checkpointing=False, deep=deep), passes)
+        return in_order(run_passes(*walked, checkpointing=False, deep=deep, feed=model.feed), passes)
 
     def fed_back(self, samples: Sequence[Sample]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
         """Run rows with their answers given and every block fed the states before its slots, as stage 2 does.

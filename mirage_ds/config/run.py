@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, f
 
 from mirage_ds.config.columns import COLUMNS_HELP, ColumnsText
 from mirage_ds.config.mixture import Records, records_of
+from mirage_ds.config.rl import RL_ONLY, RlSettings
 from mirage_ds.errors import UserError, is_text, reason, shown
 
-Stage = Literal["sft", "stage1", "stage2"]
+Stage = Literal["sft", "stage1", "stage2", "rl"]
 FeatureCache = Literal["all", "targets", "off"]
 Compress = Literal["average", "grid", "random", "first"]
 # They act in data/encode.py, in decoding in model/generate.py.
@@ -40,10 +41,8 @@ def cache_folder(cache_dir: Path | None) -> Path:
     return cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mirage_ds"
 
 
-class RunConfig(BaseModel):
-    """One training run. Field order is the order of `--help`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+class _Settings(BaseModel):
+    """What every stage has. Field order is the order of `--help`."""
 
     # what is trained
     model: str | None = Field(None, description="Folder or hub id: Qwen2-VL, 2.5-VL, 3-VL. [this or --load_model_path]")
@@ -51,7 +50,7 @@ class RunConfig(BaseModel):
         None, description="Folder of an earlier run (its --save_model_path) whose weights this run starts from."
     )
     save_model_path: Path = Field(description="Run folder: log, checkpoints and the trained model. [required to train]")
-    stage: Stage = Field(description="sft (text), stage1 (latents from the helper), stage2 (own latents). [required]")
+    stage: Stage = Field(description="sft (text), stage1 (latents from helpers), stage2 (own latents), rl. [required]")
     task: str | None = Field(None, description="Task that scores, or module:function. [default: the records' own]")
     latent_size: PositiveInt = Field(4, description="k: latent tokens of a latent block.")
     slots: Slots | None = Field(
@@ -170,6 +169,12 @@ class RunConfig(BaseModel):
         None, description="Peak dense TFLOP/s of a GPU in the run's precision, for MFU. [default: of common GPUs]"
     )
 
+
+class RunConfig(RlSettings, _Settings):
+    """One training run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
     @field_validator("data_path", mode="before")
     @classmethod
     def _one_source_is_no_mixture(cls, value: Any) -> Any:
@@ -214,7 +219,7 @@ class RunConfig(BaseModel):
             )
         if self.lora_rank and self.train_vision:
             raise ValueError("--train_vision trains the tower, which no adapter holds: leave out it or --lora_rank")
-        allowed = {"sft": ("pause", "marks"), "stage1": ("latents", "auxiliary"), "stage2": ("latents",)}[self.stage]
+        allowed = {"sft": ("pause", "marks"), "stage1": ("latents", "auxiliary")}.get(self.stage, ("latents",))
         if self.slots and self.slots not in allowed:
             raise ValueError(f"--slots {self.slots}: --stage {self.stage} takes {', '.join(allowed)}")
         if self.train_targets and not (self.train_vision and self.stage == "stage1"):
@@ -223,6 +228,7 @@ class RunConfig(BaseModel):
             raise ValueError(f"--profile_steps {self.profile_steps}: give FIRST:LAST, such as 20:22")
         if self.detach_latents and self.stage != "stage2":
             raise ValueError(f"--detach_latents is for --stage stage2: no state is fed back in {self.stage}")
+        self._agree_in_rl()
         if self.resume == "auto" and self.overwrite:
             raise ValueError("--resume auto continues a run and --overwrite starts it over: give one of them")
         if self.latent_size > self.max_length:
@@ -232,6 +238,28 @@ class RunConfig(BaseModel):
             above = f"--max_length {self.max_length} is above --micro_batch_tokens {self.micro_batch_tokens}"
             raise ValueError(f"{above}: a row must fit into one micro-batch; lower the first or raise the second")
         return self
+
+    def _agree_in_rl(self) -> None:
+        if self.stage != "rl":
+            for name in RL_ONLY:
+                if (given := getattr(self, name)) != RlSettings.model_fields[name].default:
+                    raise ValueError(f"--{name} {given} is for --stage rl, this run is {self.stage}: leave it out")
+            return
+        if self.global_batch_size or self.gradient_accumulation_steps:
+            raise ValueError("--global_batch_size: a step of --stage rl has its share of --prompts_per_rollout")
+        if self.rows_per_step % self.updates:
+            raise ValueError(f"--updates {self.updates} does not divide --prompts_per_rollout {self.rows_per_step}")
+        if self.clip_low >= 1:
+            raise ValueError(f"--clip_low {self.clip_low}: a ratio is never below 0; give less than 1")
+        for name in ("save_every", "eval_every", "max_steps"):
+            if (given := getattr(self, name)) and given % self.steps_per_rollout:
+                raise ValueError(
+                    f"--{name} {given}: a rollout has {self.steps_per_rollout} optimizer steps (--updates × "
+                    "--num_iterations); give a multiple of that"
+                )
+        if self.max_completion_length >= self.max_length:
+            above = f"--max_completion_length {self.max_completion_length} leaves no room for a prompt"
+            raise ValueError(f"{above} in --max_length {self.max_length}; lower the first or raise the second")
 
     @field_validator("*")
     @classmethod
@@ -255,7 +283,9 @@ class RunConfig(BaseModel):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows an optimizer step (the contract: the same rows on any number of ranks)."""
+        """Rows an optimizer step, in rl prompts a rollout (the contract: the same rows on any number of ranks)."""
+        if self.stage == "rl":
+            return self.prompts_per_rollout or PAPER_BATCH
         return self.global_batch_size or self.gradient_accumulation_steps or PAPER_BATCH
 
     @property
@@ -277,7 +307,7 @@ class RunConfig(BaseModel):
         Args:
             most_runs: latent blocks of the row that has most among them.
         """
-        if self.stage == "stage2":
+        if self.stage in ("stage2", "rl"):
             return most_runs * self.latent_size + 1
         return 2 if self.slots == "auxiliary" else 1
 

@@ -5,6 +5,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, Field, HttpUrl, model_validator
 
+from mirage_ds.chat import USUAL_KEY_VARIABLE
 from mirage_ds.config.columns import COLUMNS_HELP, ColumnsText, Layout
 from mirage_ds.tasks.task import Settings
 
@@ -13,8 +14,6 @@ Kind = Literal[
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 QUESTION = "Read the path."
-# Sent to a server where it is set and no --key_variable is given.
-USUAL_KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 class ReadSpec(BaseModel, extra="forbid"):

@@ -55,6 +55,8 @@ class Batch(NamedTuple):
         pool_from, pool_to: which helper feature goes into the mean of which latent's target; pool_size: (N_blocks · k,)
             features in each mean.
         passes: the schedule, one Pass a pass.
+        fed: (N_blocks · k, H) what was fed at the latents when the rows were decoded, in the order of `latents`, where
+            it is fed again (MirageModel.forward); None where it is not.
     """
 
     rows: torch.Tensor
@@ -79,6 +81,7 @@ class Batch(NamedTuple):
     pool_to: torch.Tensor
     pool_size: torch.Tensor
     passes: tuple[Pass, ...]
+    fed: torch.Tensor | None = None
 
 
 def _cumulative(lengths: Sequence[int]) -> torch.Tensor:

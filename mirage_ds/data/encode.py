@@ -63,7 +63,7 @@ class Encoder:
         tokenizer: with the three latent tokens.
         images, helpers: the image processors of input and helper images (they differ in their pixel limits).
         finder: finds image files.
-        stage: sft drops the latents; only stage1 reads the helper images.
+        stage: sft drops the latents; only stage1 reads the helper images; in rl a row is its prompt alone.
         latent_size: k.
         slots: what stands where the helper stood, as config.RunConfig.slots.
         compress: how the helper's features become k targets.
@@ -169,11 +169,12 @@ class Encoder:
         """Place every token of a row; reads the images' headers only.
 
         Args:
-            prompt: only up to the head of the answer.
+            prompt: only up to the head of the answer; in rl always.
 
         Raises:
             RecordError: the record cannot be used in this stage.
         """
+        prompt = prompt or self.stage == "rl"
         record, veils = self._veil(record)
         text = self._prompt(record) if prompt else self._text(record)
         grids = [self._grid(self.images, *self.finder.size(record, "image_input", path)) for path in record.image_input]

@@ -80,12 +80,18 @@ def judge_faults(data_path: Records, first: Fault, count: int, records: int, lef
 
 
 def usable(
-    rows: Index, data_path: Records, max_length: int, max_dropped_share: float, max_bad_share: float | None = None
+    rows: Index,
+    data_path: Records,
+    max_length: int,
+    max_dropped_share: float,
+    max_bad_share: float | None = None,
+    answer: int = 0,
 ) -> Selection:
     """Choose the rows that can be trained on.
 
     Args:
         max_bad_share: see judge_faults; None where one fault refuses the records.
+        answer: tokens of an answer that is still to be sampled, at most; they count as the row's.
 
     Raises:
         UserError: a record has a fault (with max_bad_share: too large a share of them), too large a share is too long,
@@ -96,9 +102,9 @@ def usable(
         if max_bad_share is None:
             raise faults_error(data_path, rows.all_faults(), rows.faults, len(rows))
         judge_faults(data_path, next(rows.all_faults()), rows.faults, len(rows), sound, max_bad_share)
-    tokens = rows["tokens"]
+    tokens = np.where(rows["tokens"] > 0, rows["tokens"] + answer, 0)
     fits = np.flatnonzero((tokens > 0) & (tokens <= max_length))
-    counts = {name: rows[name][fits] for name in ("tokens", "labels", "runs", "patches")}
+    counts = {"tokens": tokens[fits]} | {name: rows[name][fits] for name in ("labels", "runs", "patches")}
     skipped = tuple(rows.all_faults())
     selection = Selection(row_ids=fits, **counts, dropped=sound - len(fits), skipped=skipped, rows=rows)
     dropped, above = selection.dropped, f"--max_length {max_length} (the longest has {tokens.max()} tokens)"

@@ -32,13 +32,14 @@ def model_card(state: Mapping[str, Any], scores: Mapping[str, float] | None = No
         scores: metric → value of an evaluation of these very weights, where there was one.
     """
     stage, k = state["stage"], state["latent_size"]
+    text_only = stage == "sft" or state.get("latent_policy") == "text"
     base = next((name for source in reversed(state["sources"]) if (name := hub_name(source))), None)
     optimizer = ", ".join(f"{name} {value}" for name, value in zip(OPTIMIZER, state["optimizer"], strict=True))
     rows = {
         "base model": base or f"`{state['sources'][-1]}`",
         "started from": f"`{state['sources'][0]}`" if len(state["sources"]) > 1 else None,
         "stage": stage,
-        "k, latents a block": k if stage != "sft" else None,
+        "k, latents a block": None if text_only else k,
         "arm": _arm(state) or None,
         "optimizer steps": state["step"],
         "rows a step": state["rows_per_step"],
@@ -55,7 +56,7 @@ def model_card(state: Mapping[str, Any], scores: Mapping[str, float] | None = No
     head += [f"base_model: {base}"] if base else []
     head += ["tags: [mirage, latent-visual-tokens]", "---", MARK, "", "# A model trained with mirage_ds", ""]
     table = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
-    decoding = _text_only() if stage == "sft" else _latents(k)
+    decoding = _text_only() if text_only else _latents(k)
     return "\n".join([*head, "| | |", "|---|---|", *table, "", *_scores(scores), *decoding])
 
 

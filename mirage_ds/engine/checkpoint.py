@@ -58,6 +58,8 @@ MUST_AGREE = {
     "train_vision": "--train_vision",
     "lora": "--lora_rank, --lora_alpha, --lora_targets",
     "zero_stage": "ZeRO stage of --deepspeed",
+    "latent_policy": "--latent_policy",
+    "rl": "settings of rl (run/config.yaml has them)",
 }
 
 

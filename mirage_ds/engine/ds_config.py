@@ -100,7 +100,7 @@ FILLED = {
     "zero_optimization.stage3_max_reuse_distance",
 }
 # The recipe of a stage where no JSON is given.
-DEFAULTS = {"sft": "zero3", "stage1": "zero3", "stage2": "zero3_kept"}
+DEFAULTS = {"sft": "zero3", "stage1": "zero3", "stage2": "zero3_kept", "rl": "zero3_kept"}
 
 
 def shipped_folder() -> Path:

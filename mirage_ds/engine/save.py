@@ -26,21 +26,24 @@ from mirage_ds.engine.frozen import Notes, digest
 from mirage_ds.engine.private import unheard
 from mirage_ds.engine.spelling import Base, config_json, read_base, write_image_processor, write_tokenizer
 from mirage_ds.errors import UserError
-from mirage_ds.files import GENERATE, delete_generate, whole_folder, write_atomically
+from mirage_ds.files import GENERATE, HEADS, delete_apart, whole_folder, write_atomically
 from mirage_ds.model import latent_generate
 from mirage_ds.model.family import FAMILIES, Family, family_of
 from mirage_ds.model.folder import resolve_folder, weight_files
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.gathered import gathered
+from mirage_ds.model.latent_heads import PREFIX
 from mirage_ds.model.load import check_folder, expected_shapes, public_name, read_config
-from mirage_ds.model.shards import ShardWriter
+from mirage_ds.model.shards import ShardWriter, write_tensors
 
 
 def trained_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a model folder says of its training, from what a checkpoint says of its run (run/setup.state_of)."""
     # Checkpoints from before there were arms say nothing of them.
     slots, compress, *_ = state.get("latents") or (None, "average")
-    trained = dict(stage=state["stage"], latent_size=state["latent_size"], slots=slots, compress_strategy=compress)
+    # Who decodes it meets no latent block, as with sft.
+    stage = "sft" if state.get("latent_policy") == "text" else state["stage"]
+    trained = dict(stage=stage, latent_size=state["latent_size"], slots=slots, compress_strategy=compress)
     if lora := state.get("lora"):
         trained["lora"] = {name: lora[name] for name in ("rank", "alpha", "targets")}
     return trained
@@ -72,8 +75,10 @@ class Parts(NamedTuple):
         return FAMILIES[self.base.config["model_type"]]
 
 
-def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts, adapter: Adapter | None) -> None:
-    """Put weights and everything else in place, the adapter that is merged into them too.
+def finish_folder(
+    writer: ShardWriter, dtype: torch.dtype, parts: Parts, adapter: Adapter | None, heads: dict[str, torch.Tensor]
+) -> None:
+    """Put weights and everything else in place, the adapter that is merged into them and LatentHeads too.
 
     config.json is written last: a folder without it is no model, so that an interrupted save is never taken for one.
     """
@@ -96,7 +101,12 @@ def finish_folder(writer: ShardWriter, dtype: torch.dtype, parts: Parts, adapter
         trained["latent_tokens"] = parts.tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))
     else:
         # Of an earlier model in this folder.
-        delete_generate(folder)
+        delete_apart(folder, GENERATE)
+    delete_apart(folder, HEADS)
+    if heads:
+        (folder / HEADS).parent.mkdir(exist_ok=True)
+        write_tensors({name.removeprefix(PREFIX): one for name, one in heads.items()}, folder / HEADS)
+        trained["latent_heads"] = "gaussian"
     write_atomically(folder / "config.json", config_json(parts.base, dtype, trained, parts.family.whole))
 
 
@@ -113,7 +123,7 @@ def save_model(model: MirageModel, tower: nn.Module | None, folder: Path, rank: 
     """
     writer = ShardWriter(folder, parts.family) if rank == 0 else None
     failure: OSError | None = None
-    adapter = trained_adapter(model, keep=rank == 0)
+    adapter, heads = trained_adapter(model, keep=rank == 0), dict[str, torch.Tensor]()
     for stored, parameter in model.named_parameters():
         if adapter_name(stored) is not None:
             continue
@@ -123,7 +133,10 @@ def save_model(model: MirageModel, tower: nn.Module | None, folder: Path, rank: 
         if writer and tensor is not None:
             name = public_name(stored)
             try:
-                writer.add(name, adapter.merged(name, tensor) if adapter else tensor)
+                if name.startswith(PREFIX):
+                    heads[name] = tensor
+                else:
+                    writer.add(name, adapter.merged(name, tensor) if adapter else tensor)
             except OSError as error:
                 failure = error
     if failure is not None:
@@ -133,7 +146,7 @@ def save_model(model: MirageModel, tower: nn.Module | None, folder: Path, rank: 
     if tower is not None:
         for name, tensor in tower.state_dict().items():
             writer.add(f"visual.{name}", tensor.cpu())
-    finish_folder(writer, model.head.weight.dtype, parts, adapter)
+    finish_folder(writer, model.head.weight.dtype, parts, adapter, heads)
 
 
 def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Parts) -> None:
@@ -164,13 +177,15 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
         writer = ShardWriter(folder, parts.family)
         tied = "lm_head.weight" not in expected
         adapter = stored_adapter(lora, masters.items(), dtype, tied) if lora else None
-        written = set()
+        written, heads = set(), dict[str, torch.Tensor]()
         for stored, tensor in masters.items():
             # A tied head stands there twice, and buffers are no weights.
             name = public_name(stored)
             if name in expected and name not in written:
                 writer.add(name, tensor.contiguous().to(dtype))
                 written.add(name)
+            elif name.startswith(PREFIX):
+                heads[name] = tensor.contiguous().to(dtype)
         missing = expected.keys() - written
         for file in weight_files(parts.source):
             with safe_open(file, "pt") as tensors:
@@ -184,7 +199,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
                                 "it was, unchanged, with --model"
                             )
                         writer.add(name, adapter.merged(name, tensor) if adapter else tensor)
-        finish_folder(writer, dtype, parts._replace(card=model_card(state)), adapter)
+        finish_folder(writer, dtype, parts._replace(card=model_card(state)), adapter, heads)
 
 
 def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:
@@ -215,8 +230,10 @@ def _copy_rows(source: Path, target: Path, rows: int) -> None:
                     tensor = torch.cat([tensor[:rows], added])
                 writer.add(name, tensor)
     writer.finish()
-    for file in (*source.iterdir(), source / GENERATE):
-        if file.is_file() and "safetensors" not in file.name and file.name != "config.json":
+    apart = [source / GENERATE, source / HEADS]
+    for file in (*source.iterdir(), *apart):
+        own = file.is_file() and "safetensors" not in file.name and file.name != "config.json"
+        if own or (file in apart and file.is_file()):
             place = target / file.relative_to(source)
             place.parent.mkdir(exist_ok=True)
             place.write_bytes(file.read_bytes())

@@ -114,6 +114,7 @@ def from_rank_zero(make: Callable[[], Result], world: World) -> Result:
         try:
             outcome = [make()]
         except UserError as error:
+            error.everywhere = True
             outcome = [error]
     world.waiting.meet()
     dist.broadcast_object_list(outcome, src=0, device=world.device if world.device.type == "cuda" else None)
@@ -269,6 +270,26 @@ def _gather_by_layer(layers: DecoderLayers) -> None:
             deepspeed.zero.register_external_parameter(call, parameter)
     everything = [parameter for _, parameters in layers.parameters_of_calls() for parameter in parameters]
     layers.resident = partial(held_whole, everything)
+
+
+def make_reference(model: MirageModel, ds_config: dict[str, Any]) -> Any:
+    """Make a frozen model ready to be called as the trained one is: under ZeRO-3 in an engine that gathers its weights.
+
+    Args:
+        ds_config: the resolved configuration of the trained one.
+    """
+    import deepspeed
+
+    model.requires_grad_(False)
+    if zero_stage(ds_config) != 3:
+        return model
+    _gather_by_layer(model.layers)
+    values = {key: deepcopy(value) for key, value in ds_config.items() if key != "optimizer"}
+    # It is called once a rollout: nothing of it stays whole, or lies with an optimizer.
+    for key in ("stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "offload_optimizer"):
+        values["zero_optimization"].pop(key, None)
+    engine, *_ = deepspeed.initialize(model=model, config=values)
+    return engine
 
 
 def make_engine(model: MirageModel, config: RunConfig, ds_config: dict[str, Any], steps: int) -> Any:

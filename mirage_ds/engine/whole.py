@@ -25,6 +25,7 @@ from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.gathered import gathered
 from mirage_ds.model.generate import Limits
 from mirage_ds.model.kv_cache import bytes_of_block, tokens_of_block
+from mirage_ds.model.latent_heads import LatentHeads
 from mirage_ds.model.load import public_name
 from mirage_ds.model.loss import LossHead
 
@@ -62,7 +63,13 @@ def _plain_model(model: MirageModel) -> MirageModel:
         matrix = language_model.embed_tokens.weight.data if tied else adapter.merged("lm_head.weight", matrix)
     head = LossHead(nn.Parameter(matrix, requires_grad=False), model.head.chunk_bytes)
     visual = None if model.visual is None else _plain(model.visual)
-    plain = MirageModel(language_model, head, visual, replace(model.how, checkpointing=False))
+    heads = model.latent_heads
+    if heads is not None:
+        tensors = {name: tensor.data for name, tensor in heads.state_dict().items()}
+        heads = LatentHeads(matrix.shape[1], torch.device("meta"))
+        heads.load_state_dict(tensors, assign=True)
+    how = replace(model.how, checkpointing=False)
+    plain = MirageModel(language_model, head, visual, how, latent_heads=heads)
     return plain.requires_grad_(False).eval()
 
 
@@ -131,12 +138,19 @@ def free_bytes(world: World) -> int:
     return memory_to_be_had() // hosts.count(socket.gethostname())
 
 
-def check_room(engine: Any, rows: int, prompt: int, limits: Limits, world: World, flag: str) -> None:
+# What to do where there is no room for an evaluation in training.
+APART = (
+    "evaluation is a job of its own here; leave the flag out (with --overwrite, since this run's folder is made) and "
+    "run `mirage-ds evaluate` on a saved model"
+)
+
+
+def check_room(engine: Any, rows: int, prompt: int, limits: Limits, world: World, flag: str, how: str = APART) -> None:
     """Refuse to decode while training where a rank has no room for the whole model. All ranks call it.
 
     Args:
         rows, prompt, limits: of a batch of answers, as bytes_to_decode takes them.
-        flag: what the user asked for.
+        flag: what the user asked for; how: what helps.
 
     Raises:
         UserError: on every rank.
@@ -147,6 +161,5 @@ def check_room(engine: Any, rows: int, prompt: int, limits: Limits, world: World
         least, rank = min(short)
         raise UserError(
             f"{flag}: to decode, each rank needs the whole model, its keys and values, {needed / 1e9:.2f} GB, and rank "
-            f"{rank} has {least / 1e9:.2f} GB free: evaluation is a job of its own here; leave the flag out (with "
-            "--overwrite, since this run's folder is made) and run `mirage-ds evaluate` on a saved model"
+            f"{rank} has {least / 1e9:.2f} GB free: {how}"
         )

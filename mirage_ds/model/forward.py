@@ -1,24 +1,59 @@
-"""MirageModel: Batch in, LossSums out. The only module that the engine sees.
+"""MirageModel: Batch in, LossSums or Scores out. The only module that the engine sees.
 
-T tokens of the packed batch, N samples, M labelled tokens, k latents a block, F image features, H hidden, V vocabulary.
+T tokens of the packed batch, N samples, M labelled tokens, k latents a block, L latents of all blocks, F image
+features, H hidden, V vocabulary.
 
 It walks transformers' own decoder layers; weights, names and files stay those of its whole models (family.py).
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from mirage_ds.config.run import LatentLoss
 from mirage_ds.data.batch import Batch
-from mirage_ds.model.images import place_images
+from mirage_ds.model.images import Deep, place_images
+from mirage_ds.model.latent_heads import LatentHeads, gaussian_logp, vlpo_logp
 from mirage_ds.model.latents import compress, grounding, in_order, run_passes
 from mirage_ds.model.layers import Cut, DecoderLayers
 from mirage_ds.model.lora import Lora, TokenRows
 from mirage_ds.model.loss import LossHead, LossSums, label_scales, loss_sums
 from mirage_ds.model.vision import trained_features
+
+
+class Scoring(NamedTuple):
+    """Asks MirageModel.forward for Scores.
+
+    Attributes:
+        temperature: that answers were sampled at.
+        density: what recorded latents are scored under: "gaussian" by the model's LatentHeads, "vlpo" by `sigma`; None
+            gives them no score.
+    """
+
+    temperature: float = 1.0
+    density: Literal["gaussian", "vlpo"] | None = None
+    sigma: float = 10.0
+
+
+class Scores(NamedTuple):
+    """How likely a policy makes the answers of a micro-batch. A NamedTuple for the reason of loss.LossSums.
+
+    Attributes:
+        logp: (M,) float32 log-probabilities of batch.targets at the temperature, with gradient; entropy: (M,) of the
+            distributions that they are from, in nats, with gradient. Batch order, target_sample tells whose.
+        latent_logp: (L,) float64 logarithms of the density of batch.fed, with gradient, in the order of batch.latents;
+            zeros where there is no density.
+        states: (L, H) final-norm hidden states at the positions before the latents, without gradient.
+        earlier: as LossSums.earlier.
+    """
+
+    logp: torch.Tensor
+    entropy: torch.Tensor
+    latent_logp: torch.Tensor
+    states: torch.Tensor
+    earlier: torch.Tensor | None = None
 
 
 class Traced(NamedTuple):
@@ -73,6 +108,7 @@ class MirageModel(nn.Module):
         language_model: transformers' text model; head: the loss head over the model's output matrix.
         visual: the vision tower where it is trained, else None (features then come with the batch).
         lora: what the adapters in `language_model` are, if there are any; rows: what is trained of the embedding then.
+        latent_heads: where latents are drawn (rl's policy "gaussian").
     """
 
     def __init__(
@@ -83,6 +119,7 @@ class MirageModel(nn.Module):
         how: Forward,
         lora: Lora | None = None,
         rows: TokenRows | None = None,
+        latent_heads: LatentHeads | None = None,
     ):
         super().__init__()
         self.language_model: Any = language_model
@@ -93,17 +130,68 @@ class MirageModel(nn.Module):
         self.how = how
         self.layers = DecoderLayers(language_model.layers, how.kernels)
         self.lora = lora
+        self.latent_heads = latent_heads
 
-    def forward(self, batch: Batch) -> LossSums:
-        """Compute the sums of the micro-batch's losses."""
-        return self._run(batch)[0]
+    def forward(self, batch: Batch, scoring: Scoring | None = None) -> LossSums | Scores:
+        """Compute the sums of the micro-batch's losses, or how likely its answers are.
+
+        Scores come in either of two ways. Without batch.fed the model makes its own latents: batch.passes is stage2's
+        schedule (passes of the micro-step as RunConfig.passes) and gradients run through the recurrence. With it the
+        recorded latents are fed, without gradient to them, in one pass (collate with passes = 1).
+        """
+        return self._run(batch)[0] if scoring is None else self._score(batch, scoring)
 
     def trace(self, batch: Batch) -> tuple[LossSums, Traced]:
         """As forward, with what was computed on the way."""
         sums, hidden, traced = self._run(batch)
         return sums, traced._replace(hidden=in_order(hidden, batch.passes))
 
+    def feed(self, states: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what is fed at a latent for the final-norm hidden state h before it, (L, H) of the same dtype.
+
+        That is h itself, or where the model has LatentHeads the mean h + μ(h), with `noise` ε the draw h + μ + σ ε.
+
+        Args:
+            noise: (L, H); nothing is drawn where there are no heads.
+        """
+        if self.latent_heads is None:
+            return states
+        mean, log_sigma = self.latent_heads(states)
+        return (mean if noise is None else mean + log_sigma.exp() * noise).to(states.dtype)
+
     def _run(self, batch: Batch) -> tuple[LossSums, list[torch.Tensor], Traced]:
+        embeddings, deep, targets = self._inputs(batch)
+        hidden, labelled, cut = self._hidden(batch, embeddings, deep)
+        total, ce = self.head(labelled, batch.targets, label_scales(batch, self.how.reduction))
+        distance = None
+        if targets is not None:
+            states = hidden[0] if len(hidden) == 1 else in_order(hidden, batch.passes)
+            # Targets are what the hidden states are pulled towards: they must not move to meet them.
+            distance = grounding(states, targets.detach(), batch, self.how.latent_loss)
+        sums = loss_sums(total, ce, distance, batch, self.how.reduction)
+        if cut is not None:
+            sums = sums._replace(earlier=cut.root())
+        return sums, hidden, Traced(hidden[0], embeddings, total, ce, distance)
+
+    def _score(self, batch: Batch, scoring: Scoring) -> Scores:
+        embeddings, deep, _ = self._inputs(batch)
+        hidden, labelled, cut = self._hidden(batch, embeddings, deep)
+        logp, entropy = self.head(labelled, batch.targets, temperature=scoring.temperature)
+        states = hidden[0] if len(hidden) == 1 else in_order(hidden, batch.passes)
+        states = states.index_select(0, batch.latents - 1)
+        latent_logp = states.new_zeros(len(states), dtype=torch.float64)
+        if scoring.density is not None:
+            if batch.fed is None or (scoring.density == "gaussian" and self.latent_heads is None):
+                raise ValueError(f"{scoring.density} needs recorded latents, and gaussian the model's heads")
+            # Also on a rank whose rows have no latent: ranks whose graphs differ hang ZeRO-3.
+            if self.latent_heads is not None and scoring.density == "gaussian":
+                latent_logp = gaussian_logp(batch.fed, *self.latent_heads(states))
+            else:
+                latent_logp = vlpo_logp(batch.fed, states, scoring.sigma)
+        return Scores(logp, entropy, latent_logp, states.detach(), None if cut is None else cut.root())
+
+    def _inputs(self, batch: Batch) -> tuple[torch.Tensor, Deep | None, torch.Tensor | None]:
+        """Return input embeddings (T, H), what is added behind layers, and stage1's targets (L, H) among the former."""
         embeddings = self.language_model.embed_tokens(batch.input_ids)
         if self.rows is not None:
             embeddings = self.rows(embeddings, batch.input_ids)
@@ -115,6 +203,14 @@ class MirageModel(nn.Module):
             # Teacher forcing: the targets are the latents' input embeddings.
             targets = compress(helpers, batch, embeddings.shape[1]).to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, batch.latents, targets)
+        elif batch.fed is not None:
+            embeddings = embeddings.index_copy(0, batch.latents, batch.fed.to(embeddings.dtype))
+        return embeddings, deep, targets
+
+    def _hidden(
+        self, batch: Batch, embeddings: torch.Tensor, deep: Deep | None
+    ) -> tuple[list[torch.Tensor], torch.Tensor, Cut | None]:
+        """Return the hidden states of each pass, those before labels (M, H), and where the graph was cut."""
         cut = Cut() if self.how.split and len(batch.passes) > 1 and torch.is_grad_enabled() else None
         hidden = run_passes(
             self.language_model,
@@ -127,21 +223,12 @@ class MirageModel(nn.Module):
             detach=self.how.detach_latents,
             deep=deep,
             cut=cut,
+            feed=self.feed,
         )
         chosen = [states.index_select(0, one.labelled) for states, one in zip(hidden, batch.passes, strict=True)]
         if cut is not None:
             chosen[:-1] = [cut(states) for states in chosen[:-1]]
-        labelled = torch.cat(chosen)
-        total, ce = self.head(labelled, batch.targets, label_scales(batch, self.how.reduction))
-        distance = None
-        if targets is not None:
-            states = hidden[0] if len(hidden) == 1 else in_order(hidden, batch.passes)
-            # Targets are what the hidden states are pulled towards: they must not move to meet them.
-            distance = grounding(states, targets.detach(), batch, self.how.latent_loss)
-        sums = loss_sums(total, ce, distance, batch, self.how.reduction)
-        if cut is not None:
-            sums = sums._replace(earlier=cut.root())
-        return sums, hidden, Traced(hidden[0], embeddings, total, ce, distance)
+        return hidden, torch.cat(chosen), cut
 
     def _features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if self.visual is None:

@@ -44,12 +44,15 @@ class Generated:
             was.
         inputs, hidden: (H,) input embedding and final-norm hidden state of each forward, the prompt's last position
             first; kept only with `trace`.
+        latents: (H,) what was fed at each slot, in the dtype of the weights; kept only with `record`. One for each "H"
+            of `fed`: where new_tokens ends an answer at a pad, that pad was not fed.
     """
 
     ids: list[int] = field(default_factory=list)
     fed: str = ""
     inputs: list[torch.Tensor] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
+    latents: list[torch.Tensor] = field(default_factory=list)
 
     def blocks(self) -> list[tuple[int, int]]:
         """List the latent blocks whose states were fed, as (place of the first latent among `ids`, latents)."""
@@ -142,8 +145,17 @@ class Loop:
         trace: keep each step's inputs and hidden states.
     """
 
-    def __init__(self, model: MirageModel, limits: Limits, read: Callable[[Sequence[int]], Batch], trace: bool = False):
+    def __init__(
+        self,
+        model: MirageModel,
+        limits: Limits,
+        read: Callable[[Sequence[int]], Batch],
+        trace: bool = False,
+        record: bool = False,
+        noise: Latents | None = None,
+    ):
         self.model, self.limits, self.read, self.trace = model, limits, read, trace
+        self.record, self.noise = record, noise
         self.text: Any = model.language_model
         most = None if limits.cache_gb is None else int(limits.cache_gb * 1e9 / bytes_of_block(model))
         self.cache = BlockCache(model, most)
@@ -298,10 +310,15 @@ class Loop:
         feeding = [at for at, place in enumerate(going) if slots[place]]
         if feeding:
             at, own = on_device([feeding, [going[one] for one in feeding]], device)
-            states = self.hidden.index_select(0, own)
+            states, there = self.hidden.index_select(0, own), [slot for place in going if (slot := slots[place])]
+            states = self.model.feed(states, None if self.noise is None else self.noise(there, states))
             if latents is not None:
-                states = latents([slot for place in going if (slot := slots[place])], states)
-            x = x.index_copy(0, at, states.to(x.dtype))
+                states = latents(there, states)
+            states = states.to(x.dtype)
+            x = x.index_copy(0, at, states)
+            if self.record:
+                for place, state in zip([going[one] for one in feeding], states.unbind(), strict=True):
+                    self.live[place].made.latents.append(state)
         for place in going:
             self.live[place].made.fed += "H" if slots[place] else "E"
         return x
@@ -362,6 +379,8 @@ def decode(
     choose: Chooser = greedy,
     trace: bool = False,
     latents: Latents | None = None,
+    record: bool = False,
+    noise: Latents | None = None,
 ) -> Iterator[tuple[int, Generated]]:
     """Answer prompts; what an answer is does not depend on the others.
 
@@ -369,7 +388,9 @@ def decode(
         model: not sharded (plain module); its head's weight gives the logits.
         choose: how a token follows from logits.
         trace: keep each step's inputs and hidden states.
-        latents: what is fed at the slots of latent blocks; the rows' own hidden states if None.
+        latents: what is fed at the slots of latent blocks; the rows' own (MirageModel.feed) if None.
+        record: keep what was fed there.
+        noise: draw the rows' own from LatentHeads with it (slots.noise), in place of their mean.
 
     Yields:
         (number of the answer, the answer), as they end.
@@ -379,7 +400,8 @@ def decode(
         NotFinite: names the first row of those whose logits are not.
     """
     each = prompts.answers
-    loop = Loop(model, limits, lambda numbers: prompts.read(numbers[0] // each, numbers[-1] // each + 1), trace)
+    read = lambda numbers: prompts.read(numbers[0] // each, numbers[-1] // each + 1)  # noqa: E731
+    loop = Loop(model, limits, read, trace, record, noise)
     _add_all(loop, prompts.lengths, prompts.rows, each)
     while loop.live or loop.waiting:
         loop.enter()

@@ -9,10 +9,14 @@ logits processor gives each block the length that training gave it. It needs tor
 N rows, S tokens so far, V vocabulary, H hidden.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.utils import cached_file
 
 # What a row with latents needs.
 ONE_BY_ONE = {"num_beams": 1, "assistant_model": None, "prompt_lookup_num_tokens": None, "use_cache": True}
@@ -24,10 +28,11 @@ class LatentBlocks(LogitsProcessor):
     Args:
         length: latents of a block.
         tokens: ids of `<|latent_pad|>`, `<|latent_start|>` and `<|latent_end|>`.
+        heads: what latents are made with, where a slot is fed h + μ(h) in place of the hidden state h.
     """
 
-    def __init__(self, length: int, tokens: tuple[int, int, int]):
-        self.length = length
+    def __init__(self, length: int, tokens: tuple[int, int, int], heads: dict[str, torch.Tensor] | None = None):
+        self.length, self.heads = length, heads
         self.pad, self.start, self.end = tokens
         # (N,) latents of the open block, −1 outside; None before the first token.
         self.open: torch.Tensor | None = None
@@ -64,7 +69,20 @@ class LatentBlocks(LogitsProcessor):
         assert self.hidden is not None
         last = arguments[0][:, -1].to(self.open.device)
         feeds = self.feeds(last).to(output.device)
-        return torch.where(feeds[:, None, None], self.hidden[:, None].to(output), output)
+        return torch.where(feeds[:, None, None], self.fed(self.hidden)[:, None].to(output), output)
+
+    def fed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what slots are fed for final hidden states (N, H)."""
+        if self.heads is None:
+            return hidden
+        weight, bias = (self.heads[f"mean.{name}"].to(hidden) for name in ("weight", "bias"))
+        return hidden.float() + functional.linear(hidden, weight, bias)
+
+
+@lru_cache(1)
+def heads_of(folder: str) -> dict[str, torch.Tensor]:
+    """Load the heads of a model folder, or of a repository of that name."""
+    return load_file(str(cached_file(folder, "heads.safetensors", subfolder="latent_heads")))
 
 
 def generate(*arguments: Any, model: Any, logits_processor: Any = None, **given: Any) -> Any:
@@ -84,7 +102,8 @@ def generate(*arguments: Any, model: Any, logits_processor: Any = None, **given:
     for name, fine in ONE_BY_ONE.items():
         if given.get(name, getattr(config, name, None)) not in (None, fine):
             raise ValueError(f"{name}: a row with latents is decoded token by token, with a cache; leave it out")
-    blocks = LatentBlocks(trained["latent_size"], tuple(trained["latent_tokens"]))
+    heads = heads_of(model.name_or_path) if "latent_heads" in trained else None
+    blocks = LatentBlocks(trained["latent_size"], tuple(trained["latent_tokens"]), heads)
     hooks = [
         model.get_input_embeddings().register_forward_hook(blocks.embed),
         model.model.language_model.register_forward_hook(blocks.keep),

@@ -88,6 +88,7 @@ def run_passes(
     detach: bool = False,
     deep: Deep | None = None,
     cut: Cut | None = None,
+    feed: Callable[[torch.Tensor], torch.Tensor] = lambda states: states,
 ) -> list[torch.Tensor]:
     """Walk the decoder layers once a pass, each pass seeing the keys and values of all before it.
 
@@ -108,6 +109,7 @@ def run_passes(
         detach: cut the gradient at the fed-back states; it still runs through keys and values.
         deep: what is added behind the first layers, with the images that stand in `embeddings`.
         cut: cuts the graph before the last pass, so that it can have a backward of its own.
+        feed: what is fed for a state (MirageModel.feed).
 
     Returns:
         The final-norm hidden states of each pass, (Tq, H), in the order of its tokens.
@@ -125,7 +127,7 @@ def run_passes(
     for number, one in enumerate(passes):
         x = embeddings.index_select(0, one.tokens)
         if len(one.sources):
-            fed = hidden[-1].index_select(0, one.sources)
+            fed = feed(hidden[-1].index_select(0, one.sources))
             x = x.index_copy(0, one.first, fed.detach() if detach else fed)
         if number and recorded:
             x = after(x, hidden[-1])

@@ -27,6 +27,7 @@ from mirage_ds.model.folder import read_json
 from mirage_ds.model.folder_check import check_processor, check_stored
 from mirage_ds.model.forward import Forward, MirageModel
 from mirage_ds.model.kernels import check_device
+from mirage_ds.model.latent_heads import load_heads
 from mirage_ds.model.lora import Lora, TokenRows, add_adapters
 from mirage_ds.model.loss import LossHead
 from mirage_ds.model.shape import Shape
@@ -224,6 +225,7 @@ def load_model(
     split: bool = False,
     kernels: str | None = None,
     lora: Lora | None = None,
+    latent_heads: bool = False,
 ) -> Loaded:
     """Load a checkpoint folder.
 
@@ -236,6 +238,7 @@ def load_model(
             read, so that no rank ever holds the whole model; None loads an ordinary module.
         latent_loss, detach_latents, train_targets, split, kernels: see forward.Forward.
         lora: put adapters on the decoder; everything else is frozen.
+        latent_heads: train LatentHeads, new ones where the folder has none. Those of a folder are always loaded.
 
     Raises:
         UserError: no whole model of a known family in safetensors, or attention or kernels cannot run here.
@@ -277,5 +280,7 @@ def load_model(
     how = Forward(
         grounded, reduction, backend, checkpointing, latent_loss, detach_latents, train_targets, split, kernels
     )
-    model = MirageModel(whole.model.language_model, head, visual if train_vision else None, how, lora, rows)
+    said = "latent_heads" in (getattr(config, "mirage", None) or {})
+    heads = load_heads(folder, said, config.get_text_config().hidden_size, device, dtype, latent_heads)
+    model = MirageModel(whole.model.language_model, head, visual if train_vision else None, how, lora, rows, heads)
     return Loaded(model.to(device) if ds_config is None else model, tower, config)

@@ -12,6 +12,9 @@ import torch
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.model.forward import MirageModel
 
+# Bits that make of an answer's seed another one.
+APART = 0x5DEECE66D
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -50,9 +53,9 @@ class Slot(NamedTuple):
     slot: int
 
 
-# Says what is fed at the slots of latent blocks, where that is not the rows' own hidden states: (slots, own) → (m, H).
-# `own` (m, H) are the final-norm hidden states of the m rows that come to a slot, which are fed otherwise. It is made
-# for one decoding, and may remember what it has seen of each row.
+# Says what is fed at the slots of latent blocks, where that is not the rows' own latents: (slots, own) → (m, H). `own`
+# (m, H) is what the m rows that come to a slot are fed otherwise (MirageModel.feed). It is made for one decoding, and
+# may remember what it has seen of each row.
 Latents = Callable[[Sequence[Slot], torch.Tensor], torch.Tensor]
 
 
@@ -64,6 +67,24 @@ def pause(model: MirageModel, pad: int) -> Latents:
     """
     embedding = model.language_model.embed_tokens.weight[pad]
     return lambda slots, own: embedding.to(own.dtype).expand_as(own)
+
+
+def noise(seeds: Sequence[int]) -> Latents:
+    """Draw ε, (m, H) standard normal numbers, for latents that are sampled: z = h + μ(h) + σ(h) ε (decode's `noise`).
+
+    An answer has a generator of its own on the device of its states: nothing depends on who is beside it.
+
+    Args:
+        seeds: of the answers, by their numbers; the same as the chooser's give other draws.
+    """
+    generators: dict[int, torch.Generator] = {}
+
+    def draw(row: int, like: torch.Tensor) -> torch.Tensor:
+        if row not in generators:
+            generators[row] = torch.Generator(like.device).manual_seed((seeds[row] ^ APART) % 2**63)
+        return torch.randn(like.shape[1], generator=generators[row], device=like.device)
+
+    return lambda slots, own: torch.stack([draw(slot.row, own) for slot in slots])
 
 
 class LatentTokens(NamedTuple):

@@ -15,6 +15,7 @@ from mirage_ds.model.chunks import chunk_budget
 from mirage_ds.plan.activations import Micro, PassShape, Peak, Terms, peak, saved_terms, splits, total
 from mirage_ds.plan.formulas import Machine, Step, step_cost, walk
 from mirage_ds.plan.gpus import A100, H100_SXM, PEAKS
+from mirage_ds.plan.rollout import reference, sampling, seconds
 from mirage_ds.plan.settings import Settings, read_settings
 from mirage_ds.plan.shape import Sizes, read_shape, sizes, trained_parameters
 from mirage_ds.plan.spec import PlanSpec
@@ -68,7 +69,7 @@ def _micro(spec: PlanSpec, model: Sizes, machine: Machine) -> Micro:
     k, blocks = spec.latent_size, spec.latent_runs
     rows, first = spec.micro_batch_tokens // spec.row_tokens, int(spec.row_tokens * (1 - spec.labelled))
     apart = (spec.row_tokens - first) // blocks
-    runs = [(first + number * apart, k) for number in range(blocks)] if spec.stage == "stage2" else []
+    runs = [(first + number * apart, k) for number in range(blocks)] if spec.recurrent else []
     plans = schedule([spec.row_tokens] * rows, [runs] * rows, walk(spec.stage, k, blocks).passes)
     # A latent's own place carries no label.
     labelled = spec.row_tokens - first - (0 if spec.stage == "sft" else k * blocks)
@@ -82,9 +83,9 @@ def _micro(spec: PlanSpec, model: Sizes, machine: Machine) -> Micro:
         checkpointing=spec.gradient_checkpointing,
         chunk_bytes=(spec.loss_chunk_mb or 0) * MIB or chunk_budget(machine.memory),
         features=rows * spec.images * spec.image_tokens,
-        split=spec.stage == "stage2" and splits(model, spec.micro_batch_tokens),
+        split=spec.recurrent and splits(model, spec.micro_batch_tokens),
         # Of a row's last pass all tokens but the latent that it begins with.
-        handed_on=rows * (labelled + 1) - plans[-1].tokens.size if spec.stage == "stage2" else 0,
+        handed_on=rows * (labelled + 1) - plans[-1].tokens.size if spec.recurrent else 0,
     )
 
 
@@ -97,7 +98,8 @@ class Held(NamedTuple):
         phase: when that is at its height.
         saved, keys_values: of the activations, what the forward saved, and of that the earlier passes' keys and values.
         other_way: the whole height, were the last pass's own backward (Micro.split) chosen the other way.
-        tower: on the GPU.
+        sampling: in rl, what is there in place of that while answers are sampled.
+        tower: on the GPU; reference: likewise, in rl with a KL.
         reserve: what is kept free.
         host, host_start: of a node, running, and while rank 0 reads the weights.
         kept: features on disk, of all records.
@@ -106,11 +108,13 @@ class Held(NamedTuple):
 
     states: States
     backward: Terms
+    sampling: Terms
     phase: str
     saved: int
     keys_values: int
     other_way: int
     tower: int
+    reference: int
     reserve: int
     host: Terms
     host_start: int
@@ -120,12 +124,13 @@ class Held(NamedTuple):
     @property
     def always(self) -> Terms:
         """What is on the GPU all the time."""
-        return {**self.states.gpu, "frozen tower": self.tower, "reserve": self.reserve}
+        others = {"frozen tower": self.tower, "reference (rl with a KL)": self.reference}
+        return {**self.states.gpu, **others, "reserve": self.reserve}
 
     @property
     def gpu(self) -> int:
-        """All of a GPU: the larger of backward and the optimizer's step, beside what is always there."""
-        return total(self.always) + max(total(self.backward), total(self.states.step))
+        """All of a GPU: the largest of backward, the optimizer's step and sampling, beside what is always there."""
+        return total(self.always) + max(map(total, (self.backward, self.states.step, self.sampling)))
 
 
 class Plan(NamedTuple):
@@ -168,11 +173,13 @@ def held_by(asked: Question, settings: Settings, checkpointing: bool) -> Held:
     return Held(
         states=found,
         backward=_backward(asked, settings, height),
+        sampling=sampling(spec, model, settings, asked.ranks),
         phase=height.phase,
         saved=total(saved),
         keys_values=sum(size for name, size in saved.items() if name.startswith("keys and values")),
         other_way=peak(micro._replace(split=not micro.split)).total,
         tower=0 if every_kept else tower,
+        reference=reference(spec, model, settings, asked.ranks),
         reserve=int(spec.reserve * GB),
         host=host,
         host_start=(model.text + model.vision) * b + spec.gpus_per_node * (tower + PROCESS_BYTES),
@@ -207,7 +214,7 @@ def _problem(asked: Question, held: Held) -> str | None:
     """Name the first thing that is too large."""
     if held.states.obstacle:
         return held.states.obstacle
-    for phase in (held.backward, held.states.step):
+    for phase in (held.backward, held.states.step, held.sampling):
         so_far = 0
         for name, size in {**held.always, **phase}.items():
             so_far += size
@@ -231,6 +238,8 @@ def judge(asked: Question, path: Path) -> Plan:
     settings = read_settings(read_json(path), path, asked.model)
     held = held_by(asked, settings, spec.gradient_checkpointing)
     step = step_cost(asked.micro, spec.micro_steps, settings, asked.machine, spec.nodes, spec.used, spec.achieved)
+    more = (spec, asked.model, settings.compute, asked.ranks, asked.machine.hbm, step.seconds["arithmetic"])
+    step.seconds.update(seconds(*more))
     return Plan(path.name, settings, held, step, _problem(asked, held))
 
 

@@ -41,8 +41,8 @@ class Walk(NamedTuple):
 
 
 def walk(stage: str, k: int, runs: int = 1) -> Walk:
-    """Walks of a stage with `runs` latent blocks of k latents in a row: stage2 runs · k + 1, the others one."""
-    return Walk(runs * k + 1, runs * (k - 1)) if stage == "stage2" else Walk(1, 0)
+    """Walks of a stage with `runs` latent blocks of k latents in a row: stage2 and rl runs · k + 1, the others one."""
+    return Walk(runs * k + 1, runs * (k - 1)) if stage in ("stage2", "rl") else Walk(1, 0)
 
 
 class Volume(NamedTuple):

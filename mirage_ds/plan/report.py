@@ -75,18 +75,21 @@ def gpu_table(asked: Question, plan: Plan) -> Table:
         if any(sizes):
             table.add_row(Text(name), *map(_gb, sizes), style=style)
 
-    for name, size in {**on.states.gpu, "frozen tower": on.tower}.items():
-        row(name, size, size)
+    for name, size in on.always.items():
+        if name != "reserve":
+            row(name, size, size)
     for name, size in on.backward.items():
         row(name, size, off.backward[name])
         if name.startswith("activations"):
             row("  (saved when the forward ends)", on.saved, off.saved, style="dim")
             if on.keys_values:
                 row("  (of it keys and values)", on.keys_values, off.keys_values, style="dim")
-    if asked.spec.stage == "stage2":
+    if asked.spec.recurrent:
         own = "left" if asked.micro.split else "in an own backward"
         row(f"(last pass {own}: height with head)", on.other_way, off.other_way, style="dim")
     row("(optimizer step; counts only if larger)", total(on.states.step), style="dim")
+    for name, size in on.sampling.items():
+        row(f"(rollout: {name})", size, style="dim")
     table.add_row("reserve (CUDA, NCCL, allocator)", _gb(on.reserve), _gb(on.reserve))
     table.add_section()
     room = asked.machine.memory
@@ -197,6 +200,8 @@ def _gpu(asked: Question, held: Held) -> dict[str, Any]:
     return {
         "states": held.states.gpu,
         "frozen tower": held.tower,
+        "reference": held.reference,
+        "rollout instead of backward": held.sampling,
         "backward": held.backward,
         "height": held.phase,
         "saved by the forward": held.saved,

@@ -14,6 +14,8 @@ from pydantic import (
     model_validator,
 )
 
+from mirage_ds.config.run import Stage
+
 
 class PlanSpec(BaseModel):
     """What is planned. The run's own flags keep their names and meaning. GB are 10⁹ bytes, speeds go one direction."""
@@ -22,7 +24,7 @@ class PlanSpec(BaseModel):
 
     # what is trained
     model: str = Field(description="Folder with a config.json, or a public shape: qwen2.5-vl-3b, -7b, -32b, -72b.")
-    stage: Literal["sft", "stage1", "stage2"] = Field(description="As for a run.")
+    stage: Stage = Field(description="As for a run; rl with latents that are made anew (through).")
     latent_size: PositiveInt = Field(4, description="k, latents a block.")
     latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
     deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: all that ship]")
@@ -38,6 +40,12 @@ class PlanSpec(BaseModel):
     async_save: bool = Field(False, description="As for a run: a copy of a checkpoint lies in the hosts' RAM.")
     attention: Literal["flash", "torch_varlen", "sdpa"] = Field("flash", description="Attention back end.")
     loss_chunk_mb: PositiveInt | None = Field(None, description="MiB of a logits chunk. [default: GPU / 128; CPU 256]")
+
+    prompts_per_rollout: PositiveInt = Field(8, description="rl: as for a run, the other four too.")
+    num_generations: PositiveInt = Field(8, description="rl: answers of a prompt.")
+    max_completion_length: PositiveInt = Field(256, description="rl: tokens of an answer.")
+    rollout_rows: PositiveInt | None = Field(None, description="rl: answers that a rank decodes at a time.")
+    beta: NonNegativeFloat = Field(0.0, description="rl: above 0 the start's weights are held too.")
 
     # the machines
     nodes: PositiveInt = Field(1, description="Hosts.")
@@ -64,6 +72,11 @@ class PlanSpec(BaseModel):
     used: float = Field(0.4, gt=0, le=1, description="Share of the peak FLOP/s that is reached.")
     operator_us: PositiveFloat = Field(7, description="Microseconds in which a host issues one operator.")
     achieved: float = Field(0.8, gt=0, le=1, description="Share of the link speeds that collectives reach.")
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether latents are made in passes."""
+        return self.stage in ("stage2", "rl")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

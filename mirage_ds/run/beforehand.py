@@ -17,6 +17,7 @@ from mirage_ds.engine.ds_config import read_json
 from mirage_ds.errors import UserError
 from mirage_ds.files import check_log
 from mirage_ds.model.folder import resolve_folder
+from mirage_ds.rl.rewards import read_rewards
 from mirage_ds.run import folder as run_folder
 
 
@@ -29,6 +30,8 @@ def check_beforehand(config: RunConfig, ranks: int) -> None:
     check_rows(config, ranks)
     check_outputs(config)
     need_for(config)
+    if config.stage == "rl":
+        read_rewards(config.reward, config.reward_weights)
     for source in (config.records, config.eval_data_path):
         if source is not None:
             find_files(source)
@@ -47,9 +50,11 @@ def check_rows(config: RunConfig, ranks: int) -> None:
         UserError: says how many there are.
     """
     if config.rows_per_step < ranks and not config.allow_idle_ranks:
+        rows = "rows an optimizer step (--global_batch_size)"
+        if config.stage == "rl":
+            rows = "prompts a rollout (--prompts_per_rollout)"
         raise UserError(
-            f"{config.rows_per_step} rows an optimizer step (--global_batch_size) are fewer than {ranks} ranks: use "
-            "fewer ranks, or --allow_idle_ranks"
+            f"{config.rows_per_step} {rows} are fewer than {ranks} ranks: use fewer ranks, or --allow_idle_ranks"
         )
 
 

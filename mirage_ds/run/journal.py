@@ -35,15 +35,25 @@ from mirage_ds.run.sinks import End, Sink
 # What a rank does from an event on. Both take as long as the model is large.
 DOING = {events.SAVE_BEGINS: "saves a checkpoint", events.MODEL_BEGINS: "saves the model"}
 # Of a step's losses, those on the console.
-SAID = ("loss", "ce", "sim")
+SAID = ("reward", "loss", "ce", "sim")
 # What the trackers draw of a step, in groups: TensorBoard sorts these by name and opens the first two, eval and loss.
 # log.jsonl has more.
 CURVES = {
     "loss": ("loss", "ce", "sim"),
     "optimizer": ("lr", "grad_norm", "skipped"),
-    "speed": ("seconds", "data_seconds", "tokens_per_second", "mfu", "memory_gb"),
+    "speed": (
+        *("seconds", "data_seconds", "tokens_per_second", "mfu", "memory_gb"),
+        *("decode_seconds", "scoring_seconds", "logp_seconds", "update_seconds"),
+    ),
     "records": ("epoch", "tokens"),
+    "answers": ("flat_groups", "redrawn", "failed_rewards", "answer_tokens", "truncated", "latent_share"),
+    "policy": (
+        *("entropy", "kl", "ratio", "drift", "clipped_low", "clipped_high", "decoder_drift"),
+        *("latent_ratio", "latent_drift", "latent_clipped_low", "latent_clipped_high"),
+    ),
 }
+# In rl also all that begins so: by function and level.
+REWARD = "reward"
 # Of an evaluation, what is no curve.
 NOT_PLOTTED = ("count", "low", "high")
 
@@ -188,6 +198,7 @@ class Journal:
         logs.write(record)
         logs.taken(record, seconds)
         drawn = [(group, name) for group in CURVES for name in CURVES[group] if name in record]
+        drawn += [(REWARD, name) for name in record if name.startswith(REWARD)]
         logs.plot(step, {f"{group}/{name}": record[name] for group, name in drawn})
         return logs.usual(metrics["loss"])
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.config.rl import JUDGE
 from mirage_ds.config.run import LOSSES, RunConfig, cache_folder
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS, Encoder
 from mirage_ds.data.features import KeptFeatures
@@ -38,7 +39,10 @@ from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.load import check_vocabulary, read_config
 from mirage_ds.model.loss import StepCounts
 from mirage_ds.model.vision import FrozenTower
+from mirage_ds.rl.judge import JudgeSpec
+from mirage_ds.rl.rewards import Rewards
 from mirage_ds.run.features import keep_features
+from mirage_ds.tasks import seen_by_scorer
 
 if TYPE_CHECKING:
     from mirage_ds.run.settings import Run
@@ -74,8 +78,13 @@ def model_folders(config: RunConfig, tick: Callable[[], None] = lambda: None) ->
 
 def sources_of(config: RunConfig, encoder: Encoder) -> list[tuple[Records, Encoder]]:
     """Return the sources of a run's records, those to train on first, each with the encoder that finds its images."""
-    files: list[Records] = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
-    return [(file, replace(encoder, finder=finder_of(config, file))) for file in files]
+    records = config.records
+    found: list[tuple[Records, Encoder]] = [(records, replace(encoder, finder=finder_of(config, records)))]
+    if file := config.eval_data_path:
+        # The loss on a record's own answer is that of stage2, with latents where it has some.
+        stage = "stage2" if config.stage == "rl" else config.stage
+        found.append((file, replace(encoder, finder=finder_of(config, file), stage=stage)))
+    return found
 
 
 def index_beforehand(config: RunConfig) -> Iterator[str]:
@@ -96,7 +105,8 @@ def index_beforehand(config: RunConfig) -> Iterator[str]:
 
 def _usable(config: RunConfig, data_path: Records, index: Index) -> Selection:
     limits = (config.max_length, config.max_dropped_share)
-    selection = usable(index, data_path, *limits, config.tolerated_share)
+    answer = config.max_completion_length if config.stage == "rl" and data_path == config.records else 0
+    selection = usable(index, data_path, *limits, config.tolerated_share, answer)
     if isinstance(data_path, Mixture):
         selection = weighed(selection, data_path, config.seed)
     # Some rows without latents are well, and an evaluation may have none.
@@ -210,9 +220,12 @@ def keep(
     """
     if tower is None:
         return index, {}
-    config, steps = run.config, run_steps(run.config, index)
+    config = run.config
+    # Of rl, rollouts.
+    steps = -(-run_steps(config, index) // config.steps_per_rollout)
     # Which rows are skipped must depend on the records alone: a run that goes on for more steps finds the same.
-    if whole or config.skip_bad_records or steps * config.rows_per_step >= len(index.row_ids):
+    whole = whole or config.skip_bad_records or config.resample > 0
+    if whole or steps * config.rows_per_step >= len(index.row_ids):
         rows = index.row_ids
     else:
         rows = np.asarray(make_planner(config, index, run.world).reached(steps))
@@ -222,7 +235,8 @@ def keep(
 
 def run_steps(config: RunConfig, index: Selection) -> int:
     """Count the optimizer steps of a run over the usable rows."""
-    return total_steps(len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps)
+    steps = total_steps(len(index.row_ids), config.rows_per_step, config.epochs) * config.steps_per_rollout
+    return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
 def skipped_lines(skipped: list[tuple[Records, Fault]]) -> str:
@@ -268,6 +282,39 @@ def make_evaluation(loader: Loader, index: Selection, latent_size: int) -> Evalu
     """Pack the evaluation rows into micro-steps once; the packing of training rows decides nothing here."""
     counts = StepCounts(len(index.row_ids), int(index.labels.sum()), int(index.runs.sum()) * latent_size)
     return Evaluation(loader, loader.planner.packed(np.arange(len(index.row_ids))), counts)
+
+
+def judge_of(config: RunConfig) -> JudgeSpec | None:
+    """Return who judges, None where nobody is named."""
+    if config.judge_endpoint is None or config.judge_model_name is None:
+        return None
+    return JudgeSpec(**{name.removeprefix("judge_"): getattr(config, name) for name in JUDGE})
+
+
+def open_rewards(run: Run, index: Selection) -> Rewards | None:
+    """Start what scores sampled answers, on rank 0, and let it score each record's own answer. All ranks call it.
+
+    Raises:
+        UserError: on every rank: a reward that does not exist or fails, or a record that cannot be scored.
+    """
+    config = run.config
+    opened: list[Rewards] = []
+
+    def open_on_rank_zero() -> None:
+        rewards = Rewards(
+            config.reward,
+            config.reward_weights,
+            config.task,
+            config.reward_timeout,
+            config.reward_workers,
+            config.max_reward_faults,
+            judge_of(config),
+        )
+        opened.append(rewards.__enter__())
+        rewards.check([seen_by_scorer(index.rows.record(row)) for row in index.row_ids])
+
+    from_rank_zero(open_on_rank_zero, run.world)
+    return opened[0] if opened else None
 
 
 def check_scores(config: RunConfig, data_path: Path, index: Selection) -> None:

@@ -1,7 +1,7 @@
 """A run, and the check of its settings: what can be refused before a look at the records."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import torch
 
 from mirage_ds.config.extras import need_for
+from mirage_ds.config.rl import LatentPolicy
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.offload import check_offload
 from mirage_ds.engine.setup import World, agree, check_ds_config, from_rank_zero, shared_fate, try_engine
+from mirage_ds.engine.spelling import read_trained
 from mirage_ds.engine.versions import check_release, gather_safely
+from mirage_ds.errors import UserError
 from mirage_ds.model.attention import choose_backend, head_width_of
 from mirage_ds.model.kernels import check_device
 from mirage_ds.model.load import check_folder, read_config, shape_of
@@ -60,6 +63,7 @@ class Checked(NamedTuple):
         folders: of the model: the first gives the weights, each gives what those before it lack.
         encoder: of the records to train on.
         lora: None where all weights are trained.
+        policy: what a latent is to it, in rl; None in the other stages.
     """
 
     ds_values: dict[str, Any]
@@ -67,6 +71,7 @@ class Checked(NamedTuple):
     encoder: Encoder
     shape: Shape
     lora: Lora | None
+    policy: LatentPolicy | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,8 +102,9 @@ def check_settings(run: Run) -> Checked:
     shape = shape_of(model_config, f"{folders[0]}/config.json")
     ds.fill_limits(ds_values, two_layers(sizes(shape)))
     encoder = make_encoder(config, folders)
+    policy = find_policy(config, read_trained(model_config), folders[0]) if config.stage == "rl" else None
     lora = from_rank_zero(lambda: make_lora(config, shape, encoder), world)
-    checked = Checked(ds_values, folders, encoder, shape, lora)
+    checked = Checked(ds_values, folders, encoder, shape, lora, policy)
     head_width = head_width_of(model_config.get_text_config())
     choose_backend(config.attention, world.device, checked.products, head_width)
     check_device(config.kernels, world.device)
@@ -107,6 +113,34 @@ def check_settings(run: Run) -> Checked:
         # The shipped ones are known to start.
         try_engine(ds_values, json_path)
     return checked
+
+
+def find_policy(config: RunConfig, trained: Mapping[str, Any], folder: Path) -> LatentPolicy:
+    """Choose --latent_policy by how the model was trained, where it is not given.
+
+    Args:
+        trained: what the model's folder says of its training (spelling.read_trained).
+
+    Raises:
+        UserError: the model knows no latents, or others.
+    """
+    stage, slots, k = (trained.get(name) for name in ("stage", "slots", "latent_size"))
+    if slots not in (None, "latents"):
+        raise UserError(
+            f"{folder} was trained with --slots {slots}: --stage rl takes a model whose answers see latents, or one "
+            "that was trained without any"
+        )
+    knows = stage not in (None, "sft")
+    usual: LatentPolicy = "gaussian" if "latent_heads" in trained else "through" if knows else "text"
+    policy = config.latent_policy or usual
+    if policy != "text" and not knows:
+        raise UserError(
+            f"--latent_policy {policy}: {folder} was trained without latents; train it in stage1 and stage2 first, or "
+            "leave the flag out"
+        )
+    if policy != "text" and k != config.latent_size:
+        raise UserError(f"--latent_size {config.latent_size}: {folder} was trained with {k} latents a block; give {k}")
+    return policy
 
 
 def read_ds_values(config: RunConfig, json_path: Path, world: World) -> dict[str, Any]:

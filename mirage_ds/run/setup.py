@@ -15,6 +15,7 @@ import torch
 
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.config.rl import rl_noted
 from mirage_ds.data.folders import unread_lines
 from mirage_ds.data.loader import Loader
 from mirage_ds.data.record import Fault
@@ -27,7 +28,7 @@ from mirage_ds.engine.checkpoint import Found, find_checkpoint, load_checkpoint
 from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.save import Parts, save_model, trained_of
-from mirage_ds.engine.setup import World, from_rank_zero, make_engine
+from mirage_ds.engine.setup import World, from_rank_zero, make_engine, make_reference
 from mirage_ds.engine.spelling import read_base
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.files import write_atomically
@@ -35,6 +36,7 @@ from mirage_ds.model.layers import DecoderLayers
 from mirage_ds.model.load import Loaded, load_model, load_tower, read_config
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.plan.mfu import ModelFlops, peak_flops
+from mirage_ds.rl.rewards import Rewards
 from mirage_ds.run import folder as run_folder
 from mirage_ds.run.events import LOAD_BEGINS
 from mirage_ds.run.journal import Logs
@@ -45,6 +47,7 @@ from mirage_ds.run.records import (
     keep,
     make_evaluation,
     make_loader,
+    open_rewards,
     run_steps,
     skipped_lines,
     sources_of,
@@ -77,6 +80,7 @@ class Data:
         evaluation: the evaluation records, if any.
         skipped: (file, fault) of each record that is left out.
         tower: the frozen tower, or None where it is trained.
+        rewards: in rl, on rank 0, what scores answers; its processes run.
     """
 
     index: Selection
@@ -85,6 +89,7 @@ class Data:
     evaluation: Evaluation | None
     skipped: list[tuple[Records, Fault]]
     tower: FrozenTower | None
+    rewards: Rewards | None = None
 
 
 class Learner(NamedTuple):
@@ -97,6 +102,7 @@ class Learner(NamedTuple):
         state: what a checkpoint of this run says of itself (state_of), and the notes of what stays as it was.
         parts: what the model folder holds besides weights.
         flops: counts what the model needs of a step; peak: FLOP/s of this rank, None where it is not known.
+        reference: in rl with a KL, what scores answers by the start's weights.
     """
 
     engine: Any
@@ -107,6 +113,7 @@ class Learner(NamedTuple):
     parts: Parts
     flops: ModelFlops
     peak: float | None
+    reference: Any = None
 
     @property
     def start(self) -> int:
@@ -139,6 +146,7 @@ def open_data(run: Run, checked: Checked) -> Data:
     indices = [index_records(run, own, file) for file, own in zip(files, encoders, strict=True)]
     if config.eval_data_path:
         from_rank_zero(partial(check_scores, config, config.eval_data_path, indices[-1]), world)
+    rewards = open_rewards(run, indices[0]) if config.stage == "rl" else None
     journal.phase("vision tower")
     folder, tower = checked.folders[0], None
     if not config.train_vision:
@@ -160,6 +168,7 @@ def open_data(run: Run, checked: Checked) -> Data:
         evaluation=make_evaluation(others[0], indices[1], config.latent_size) if others else None,
         skipped=[(file, fault) for file, index in zip(files, indices, strict=True) for fault in index.skipped],
         tower=tower,
+        rewards=rewards,
     )
 
 
@@ -203,6 +212,7 @@ def state_of(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
         sources=[str(folder.resolve()) for folder in checked.folders],
         dtype=ds.compute_dtype(checked.ds_values),
         pixels=[config.min_pixels, config.max_pixels],
+        **({"latent_policy": checked.policy, "rl": rl_noted(config)} if checked.policy else {}),
     )
 
 
@@ -224,10 +234,13 @@ def open_model(run: Run, checked: Checked, data: Data) -> Loaded:
         ds_config=checked.ds_values,
         lora=checked.lora,
         kernels=config.kernels,
+        latent_heads=checked.policy == "gaussian",
         **config.model_dump(include=FORWARD),
     )
     layers: DecoderLayers = loaded.model.layers
-    loaded.model.how.split = config.stage == "stage2" and layers.defers_more_than_gradients(config.micro_batch_tokens)
+    loaded.model.how.split = config.stage in ("stage2", "rl") and layers.defers_more_than_gradients(
+        config.micro_batch_tokens
+    )
     return loaded
 
 
@@ -247,6 +260,10 @@ def open_engine(
     if checkpoint:
         check_same(checkpoint.place, resumed.get("kept", {}), kept)
     state = {**state, "kept": kept}
+    reference = None
+    if config.beta:
+        whole = open_model(run, checked._replace(lora=None), data).model
+        reference = make_reference(whole, checked.ds_values)
     folder, encoder = checked.folders[0], checked.encoder
     base = read_base(folder, encoder.tokenizer)
     return Learner(
@@ -258,6 +275,7 @@ def open_engine(
         parts=Parts(base, encoder.tokenizer, encoder.images, folder, trained_of(state)),
         flops=ModelFlops(checked.shape, config.train_vision, config.train_targets),
         peak=peak_flops(config.peak_tflops, *_gpu(world.device, checked.ds_values)),
+        reference=reference,
     )
 
 

@@ -33,12 +33,14 @@ class Taken(NamedTuple):
         applied: False where a loss or gradient was not finite: the weights and the schedule are as before.
         stop: whether the ranks have agreed to stop.
         ran: this rank's rows and losses, a pair of (N,) tensors a micro-step.
+        rows: all dataset rows of the step.
     """
 
     metrics: dict[str, Any]
     applied: bool
     stop: bool
     ran: list[tuple[torch.Tensor, torch.Tensor]]
+    rows: list[int]
 
 
 def step(run: Run, data: Data, learner: Learner, plan: StepPlan, batches: Iterator[Batch]) -> Taken:
@@ -86,7 +88,7 @@ def step(run: Run, data: Data, learner: Learner, plan: StepPlan, batches: Iterat
     }
     if config.log_rows:
         metrics["row_ids"] = everyone([row for rows, _ in ran for row in rows.tolist() if row >= 0], run.world)
-    return Taken(metrics, applied, stops > 0, ran)
+    return Taken(metrics, applied, stops > 0, ran, plan.rows)
 
 
 def step_counts(index: Selection, plan: StepPlan, latent_size: int) -> tuple[StepCounts, list[int]]:

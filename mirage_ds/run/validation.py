@@ -162,7 +162,7 @@ def evaluate(run: Run, learner: Learner, evaluation: Evaluation) -> dict[str, fl
     return {"loss": loss, "ce": ce, **parts, "token_ce": token_ce / max(1, evaluation.counts.labels)}
 
 
-def _tower_of(learner: Learner, model: MirageModel) -> FrozenTower:
+def tower_of(learner: Learner, model: MirageModel) -> FrozenTower:
     """Return the vision tower: the frozen one, or, where it is trained, the model's own."""
     return learner.tower or FrozenTower(cast(nn.Module, model.visual))
 
@@ -191,7 +191,7 @@ def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], l
     made: list[tuple[int, Prediction]] = []
     broken: list[int] = []
     with whole_model(learner.engine) as model:
-        tower = _tower_of(learner, model)
+        tower = tower_of(learner, model)
         for number in range(rounds):
             part = own[number * BATCH : (number + 1) * BATCH]
             run.journal.at(f"decodes batch {number + 1} of {rounds}")
@@ -242,7 +242,7 @@ def draw_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int]) -> 
     with whole_model(learner.engine) as model:
 
         def draw() -> None:
-            bench = Bench(model, _tower_of(learner, model), rows.encoder)
+            bench = Bench(model, tower_of(learner, model), rows.encoder)
             try:
                 made.update(figures(bench, [rows.records.record(row) for row in chosen]))
             except RecordError as error:

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from mirage_ds.analysis.controls.spec import parse_names
 from mirage_ds.config.mixture import Mixture, Records
+from mirage_ds.config.rl import RL_ONLY
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.folders import find_files, readable
 from mirage_ds.engine.ds_config import read_json
@@ -39,7 +40,7 @@ MACHINE = frozenset(
     feature_dir peak_tflops check_images start_timeout collective_timeout micro_batch_tokens micro_batch_size
     micro_batch_patches allow_idle_ranks attention kernels gradient_checkpointing loss_chunk_mb save_every
     keep_checkpoints async_save log_every profile_steps max_skipped_steps max_dropped_share max_bad_share confine_paths
-    eval_pictures
+    eval_pictures rollout_rows reward_timeout reward_workers
     model data_path eval_data_path image_root deepspeed
     gradient_accumulation_steps global_batch_size""".split()  # noqa: SIM905
 )
@@ -49,6 +50,7 @@ IDLE = {
     "stage1": ["detach_latents"],
     # How helpers become targets stays: the controls of its model feed them.
     "stage2": ["latent_loss"],
+    "rl": ["latent_loss", "detach_latents", "reduction", "ce_weight"],
 }
 TARGETS = ("compress_strategy", "helper_min_pixels", "helper_max_pixels")
 PATHS = ("data_path", "image_root", "deepspeed", "eval_data_path", "cache_dir", "feature_dir")
@@ -229,7 +231,7 @@ def make_config(settings: Settings, where: str, here: Path) -> RunConfig:
     if values.get("model") is not None and (here / str(values["model"])).exists():
         values["model"] = str(here / str(values["model"]))
     stage, slots = str(values.get("stage")), values.get("slots")
-    idle = list(IDLE.get(stage, []))
+    idle = list(IDLE.get(stage, [])) + (list(RL_ONLY) if stage != "rl" else [])
     if stage == "sft" and slots != "pause":
         idle.append("latent_size")
     if slots == "latents":
@@ -250,8 +252,9 @@ def _train_node(config: RunConfig, name: str, parent: Node | None, here: Path, o
         "settings": {
             key: value
             for key, value in sorted(whole.items())
-            # Adapters and columns came later: where there are none, a run is the one it was.
+            # Adapters, columns and rl came later: where there are none, a run is the one it was.
             if key not in MACHINE and (value or not key.startswith(("lora_", "columns")))
+            if config.stage == "rl" or key not in RL_ONLY
         },
         "rows_per_step": config.rows_per_step,
         "data": records_hash(config.records),
@@ -317,7 +320,7 @@ def _chain(spec: StudySpec, name: str, arm: Arm, varied: Settings, seed: Setting
     for stage in arm.chain:
         where, parent = f"arm {name}, stage {stage}", chain[-1] if chain else None
         settings = settings_of(spec, stage, arm, varied, seed)
-        if settings.get("stage") == "stage2" and parent is not None and parent.config.stage != "sft":
+        if settings.get("stage") in ("stage2", "rl") and parent is not None and parent.config.stage != "sft":
             # Targets are those of the stage before, unless this one says otherwise.
             settings = {field: getattr(parent.config, field) for field in TARGETS} | settings
         config = make_config(settings, where, here)

@@ -35,6 +35,16 @@ NO_METRICS = ("count", "low", "high", "runs", "latents")
 _OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
+def own_name(name: str, what: str) -> str:
+    """Return `package.module:name` as it stands; UserError where it is not of that form. Nothing is imported."""
+    if not _OWN.fullmatch(name.strip()) or ".py:" in name:
+        raise UserError(
+            f"{what} '{name}' is not of the form package.module:name; write it as Python imports it, like "
+            "scores:points for the function points in scores.py"
+        )
+    return name.strip()
+
+
 def task_name(name: str) -> str:
     """Return the registered spelling of `name` (`-` and `_` are alike), or `package.module:name` as it stands.
 
@@ -44,10 +54,7 @@ def task_name(name: str) -> str:
         UserError: no such task; the message lists those there are.
     """
     if ":" in name:
-        if not _OWN.fullmatch(name.strip()) or ".py:" in name:
-            how = "write it as Python imports it, like scores:points for the function points in scores.py"
-            raise UserError(f"task '{name}' is not of the form package.module:name; {how}")
-        return name.strip()
+        return own_name(name, "task")
     known = name.strip().lower().replace("_", "-")
     if known not in TASKS:
         there = f"{', '.join(TASKS)}, and your own as package.module:name"
@@ -99,10 +106,8 @@ def seen_by_scorer(record: Record) -> dict[str, Any]:
     return {**record.extra, "text_input": record.text_input, **pictures, **own}
 
 
-def _module(known: str, name: str) -> ModuleType:
-    """Import the module of task `known`; one's own may lie in the working directory."""
-    if known in TASKS:
-        return import_module(name)
+def own_module(name: str, what: str) -> ModuleType:
+    """Import a user's module, which may lie in the working directory; UserError, which `what` begins, if it fails."""
     with own_modules_found():
         try:
             return import_module(name)
@@ -110,7 +115,7 @@ def _module(known: str, name: str) -> ModuleType:
             from mirage_ds.tasks.scorer import told
 
             how = "fix it, install it, or start where it lies"
-            raise UserError(f"task '{known}': {name} cannot be imported ({told(error)}); {how}") from error
+            raise UserError(f"{what}: {name} cannot be imported ({told(error)}); {how}") from error
 
 
 def get_task(name: str) -> Task:
@@ -126,7 +131,7 @@ def get_task(name: str) -> Task:
 
     known = task_name(name)
     module_name, _, attribute = TASKS.get(known, known).partition(":")
-    module = _module(known, module_name)
+    module = import_module(module_name) if known in TASKS else own_module(module_name, f"task '{known}'")
     found = getattr(module, attribute, None)
     if found is None:
         where, near = f"{module_name} ({module.__file__})", closest(attribute, vars(module))

@@ -22,7 +22,7 @@ MAIN = "score"
 
 def told(error: Exception) -> str:
     """Return the first line of an error of the user's own code, and the line of that code."""
-    passed = (str(Path(__file__).parent), "<frozen", importlib.__file__)
+    passed = (f"{Path(__file__).parents[1]}/", "<frozen", importlib.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     own = next((frame for frame in frames if not frame.filename.startswith(passed)), None)
     return f"{reason(error)}, {own.filename} line {own.lineno}" if own else reason(error)
@@ -58,14 +58,14 @@ class Scorer(BoxedAnswer):
             how = "a scorer must take any text, an empty one too, as def score(answer, record) does"
             raise UserError(f"{what}; {how}") from error
         named = value if isinstance(value, Mapping) else {MAIN: value}
-        numbers = {key: _number(one) for key, one in named.items()}
+        numbers = {key: as_number(one) for key, one in named.items()}
         if not numbers or not all(isinstance(key, str) and math.isfinite(one) for key, one in numbers.items()):
             what = f"task {self.name} returned {shown(value)} for the answer {shown(text)}"
             raise UserError(f"{what}; return a finite number, True or False, or a dict of such by name")
         return numbers
 
 
-def _number(value: Any) -> float:
+def as_number(value: Any) -> float:
     """Return a number of Python, numpy or torch as a float, NaN for anything else, texts too."""
     try:
         return float(value) if hasattr(value, "__float__") else math.nan

@@ -9,7 +9,10 @@ from typing import Any
 from mirage_ds.engine.manifest import entry_of, read_manifest, write_manifest
 
 # What depends on the clock or the machine.
-TIMES = ("time", "seconds", "data_seconds", "samples_per_second", "tokens_per_second", "memory_gb")
+TIMES = (
+    *("time", "seconds", "data_seconds", "samples_per_second", "tokens_per_second", "memory_gb"),
+    *("decode_seconds", "scoring_seconds", "logp_seconds", "update_seconds"),
+)
 
 
 def lines_of(out: Path) -> list[dict[str, Any]]:

@@ -180,7 +180,7 @@ def _log_likelihoods(bench: Bench, rows: Sequence[Row], batch: Batch, hidden: to
 def own(bench: Bench, rows: Sequence[Row]) -> tuple[list[torch.Tensor], list[float]]:
     """Feed the model's own states; return each row's latents (R, k, H) and its log-likelihood."""
     batch, _, hidden = bench.fed_back([row.sample for row in rows])
-    fed = hidden[batch.latents - 1].cpu().unflatten(0, (-1, bench.encoder.latent_size))
+    fed = bench.model.feed(hidden[batch.latents - 1]).cpu().unflatten(0, (-1, bench.encoder.latent_size))
     return list(fed.split([len(row.sample.runs) for row in rows])), _log_likelihoods(bench, rows, batch, hidden)
 
 

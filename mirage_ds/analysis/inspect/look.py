@@ -129,7 +129,7 @@ def taught(bench: Bench, samples: Sequence[Sample]) -> list[Thought]:
     # What is not finite reaches a row's last token: it attends to all others.
     last = states[batch.cu_seqlens[1:].long() - 1]
     check_finite(functional.linear(last, bench.model.head.weight), batch.rows)
-    latents = states.index_select(0, batch.latents - 1)
+    latents = bench.model.feed(states.index_select(0, batch.latents - 1))
     inputs = embeddings.index_copy(0, batch.latents, latents).split([len(sample.input_ids) for sample in samples])
     images = batch.image_features.split([len(sample.image_positions) for sample in samples])
     each = iter(latents.split([k for sample in samples for _, k in sample.runs]))

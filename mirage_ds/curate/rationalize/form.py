@@ -6,6 +6,7 @@ Tags and not JSON: models write `\boxed`, `\frac` and line breaks as they are, w
 import re
 from typing import Literal, NamedTuple, Self
 
+from mirage_ds.chat import Reply
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, Record
 from mirage_ds.errors import is_text, shown
 from mirage_ds.tasks import DEFAULT, get_task, named_task, seen_by_scorer
@@ -22,23 +23,6 @@ MEANINGS: dict[Outcome, str] = {
     "refused": "the server will not answer this request",
     "no reply": "the server failed; the same command asks again",
 }
-
-
-class Reply(NamedTuple):
-    """What a model wrote, or why it wrote nothing.
-
-    Attributes:
-        cut: it ended because it had all its tokens.
-        served: the model that the server says has written it; "" if it says none.
-        tokens: of the request and of the reply, where they are told.
-        lost: what became of the job, where `text` is not a reply but the reason why there is none.
-    """
-
-    text: str
-    cut: bool = False
-    served: str = ""
-    tokens: tuple[int, int] = (0, 0)
-    lost: Literal["refused", "no reply"] | None = None
 
 
 _TAG = re.compile(r"</?(?:before|between|after|answer)>", re.IGNORECASE)

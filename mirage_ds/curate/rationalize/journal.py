@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.curate.rationalize.form import Outcome, Reply
+from mirage_ds.chat import Reply
+from mirage_ds.curate.rationalize.form import Outcome
 from mirage_ds.errors import UserError
 
 NAME = "replies.jsonl"

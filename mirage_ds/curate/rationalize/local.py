@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from mirage_ds.chat import Reply
 from mirage_ds.config.run import cache_folder
-from mirage_ds.curate.rationalize.form import Reply
 from mirage_ds.curate.rationalize.journal import Job
 from mirage_ds.curate.rationalize.prompt import Questions
 from mirage_ds.data.encode import IMAGE_PAD, LATENT_TOKENS

@@ -7,11 +7,11 @@ from itertools import count, groupby
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from mirage_ds.chat import read_template
 from mirage_ds.curate.rationalize.form import Judge, described
 from mirage_ds.curate.rewrite import Source
 from mirage_ds.curate.spec import RationalizeSpec
 from mirage_ds.data.record import IMAGE_MARK
-from mirage_ds.errors import UserError, reason
 
 SHIPPED = Path(__file__).with_name("prompt.txt")
 QUESTION, ANSWER, FORM, HELPER = "{question}", "{answer}", "{form}", "<helper>"
@@ -31,20 +31,11 @@ def load_template(file: Path | None) -> str:
     Raises:
         UserError: no such text, or a place is missing or stands there too often.
     """
-    place = file or SHIPPED
-    try:
-        text = place.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt {place}: cannot be read ({reason(error)}); name a text file in UTF-8") from None
-    text = text if FORM in text else f"{text}\n\n{FORM}"
-    for name, what in (
-        (QUESTION, "the question"), (ANSWER, "the right answer"), (FORM, "the form of the reply"),
-        (IMAGE_MARK, "the question's pictures"), (HELPER, "the helper images"),
-    ):  # fmt: skip
-        if text.count(name) != 1:
-            found = f"stands there {text.count(name)} times" if name in text else "is missing"
-            raise UserError(f"--prompt {place}: {name} {found}; write it once, where {what} shall stand")
-    return text
+    places = {
+        QUESTION: "the question", ANSWER: "the right answer", FORM: "the form of the reply",
+        IMAGE_MARK: "the question's pictures", HELPER: "the helper images",
+    }  # fmt: skip
+    return read_template(file or SHIPPED, "--prompt", places, FORM)
 
 
 def _named_pictures(name: str, field: str, paths: Sequence[str]) -> Iterator[str | Shown]:

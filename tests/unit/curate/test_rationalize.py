@@ -19,15 +19,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
+from support.chat_server import Answer, Fake, said, served
 from support.commands import Call, caller
 
+from mirage_ds import chat
 from mirage_ds.curate.check import check_file
 from mirage_ds.curate.rationalize import server as serving
 from mirage_ds.curate.rationalize.form import read
@@ -42,7 +43,6 @@ REASONING, PLANNING = "vsp-spatial-reasoning", "vsp-spatial-planning"
 KEY = "sk-very-secret-0123456789"
 NO_TEXT = ("<|latent_pad|>", "<|latent_start|>", "<|latent_end|>", "<|image_pad|>")
 Row = dict[str, Any]
-Answer = tuple[int, dict[str, str], Any]
 
 
 class Request:
@@ -70,14 +70,6 @@ class Request:
         return re.search(r"The right answer: (.*)", self.text)[1]
 
 
-def said(text: Any, **choice: Any) -> Answer:
-    message = {"role": "assistant", "content": text} | choice.pop("message", {})
-    return 200, {}, {
-        "model": "writer", "choices": [{"message": message, "finish_reason": "stop"} | choice],
-        "usage": {"prompt_tokens": 7, "completion_tokens": 3},
-    }  # fmt: skip
-
-
 def form(answer: str, before: str = "First I look.", after: str = "Then I see it.") -> str:
     return f"<before>\n{before}\n</before>\n<after>{after}</after>\n<answer>{answer}</answer>"
 
@@ -86,64 +78,13 @@ def right(request: Request) -> Answer:
     return said(form(request.answer))
 
 
-class Fake(ThreadingHTTPServer):
-    """The server; `reply` says what a request gets, `seen` keeps them all, `most` how many there were at a time."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.seen: list[Request] = []
-        self.reply: Callable[[Request], Answer] = right
-        self.now = self.most = 0
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that was killed is no matter here."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        server: Fake = self.server
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        request = Request(self.path, dict(self.headers), body)
-        with server.lock:
-            server.seen.append(request)
-            server.now += 1
-            server.most = max(server.most, server.now)
-        try:
-            status, headers, content = server.reply(request)
-        finally:
-            with server.lock:
-                server.now -= 1
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(serving, "FIRST_WAIT_S", 0.001)
-    server = Fake()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    monkeypatch.setattr(chat, "FIRST_WAIT_S", 0.001)
+    with served(Fake(Request, right)) as server:
+        yield server
 
 
 @pytest.fixture
@@ -507,11 +448,11 @@ def test_failures_that_pass(ask: Call, fake: Fake, boards: Path, tmp_path: Path)
 
 def test_retry_after_is_waited_for(monkeypatch: pytest.MonkeyPatch, boards: Path, fake: Fake, tmp_path: Path) -> None:
     """What the server asks for, else twice as long each time, within a bound, and never longer than that."""
-    monkeypatch.setattr(serving, "FIRST_WAIT_S", 4.0)
+    monkeypatch.setattr(chat, "FIRST_WAIT_S", 4.0)
     spec = RationalizeSpec(out=tmp_path, endpoint=fake.url, model_name="w", tries=9)
     server = serving.Server(Questions.read(boards, spec))
     waits: list[float] = []
-    monkeypatch.setattr(server.stop, "wait", lambda seconds: waits.append(seconds) if seconds else False)
+    monkeypatch.setattr(server.chat.stop, "wait", lambda seconds: waits.append(seconds) if seconds else False)
     told = ("7", "Wed, 21 Oct 2015 07:28:00 GMT", "9" * 99)
     headers = iter([*({"Retry-After": text} for text in told), *[{}] * 6])
     fake.reply = lambda request: (429, next(headers), b"")

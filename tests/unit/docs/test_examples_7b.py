@@ -47,6 +47,7 @@ TASKS: dict[str, tuple[int, int, dict[str, int]]] = {
     "comt": (820, 15, {"row_tokens": 1000, "image_tokens": 256, "latent_runs": 3}),
 }
 FILES = [HERE / task / f"{stage}.yaml" for task in TASKS for stage in STAGES]
+RL_FILES = [HERE / task / "rl.yaml" for task in TASKS]
 MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 # As the paper has them; what the public code does otherwise is in the files' comments.
 PAPER = {
@@ -85,7 +86,7 @@ each_file = pytest.mark.parametrize("file", FILES, ids=name_of)
 
 
 def test_there_are_these_files_and_no_others() -> None:
-    assert sorted(HERE.glob("*/*.yaml")) == sorted(FILES)
+    assert sorted(HERE.glob("*/*.yaml")) == sorted(FILES + RL_FILES)
     assert {one.name for one in HERE.iterdir()} == {*TASKS, "README.md", "make_data.sh", "study.yaml"}
 
 
@@ -124,6 +125,36 @@ def test_it_computes_in_bf16_with_fp32_master_weights(file: Path) -> None:
     stage = 2 if file.stem == "stage2" else 3
     assert (settings.stage, settings.compute, settings.master, settings.moments) == (stage, 2, 4, 4)
     assert settings.moves_all_weights
+
+
+# As the paper has them; the rest it does not say.
+PAPER_RL = {
+    "model": MODEL, "stage": "rl", "latent_size": 4, "latent_policy": "through", "objective": "grpo",
+    "rows_per_step": 32, "num_generations": 5, "updates": 4, "num_iterations": 1, "beta": 0.01,
+    "reward": ["accuracy*0.9", "format*0.1"], "epochs": 15, "learning_rate": 1e-6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", RL_FILES, ids=name_of)
+def test_the_reinforcement_stage_is_the_papers_and_fits(file: Path) -> None:
+    config, task, text = config_of(file), file.parent.name, file.read_text()
+    assert {name: getattr(config, name) for name in PAPER_RL} == PAPER_RL
+    assert config.load_model_path == config_of(file.with_stem("stage2")).save_model_path
+    assert (config.task, config.save_model_path) == (task, Path("runs/7b") / task / "rl")
+    assert "NOT RUN" in text
+    assert f"mirage-ds train --config {file.relative_to(ROOT)}" in text
+    rows = TASKS[task][2]
+    # Half of a longest row is the answer.
+    rows = rows | {"row_tokens": rows["row_tokens"] + config.max_completion_length, "labelled": 0.3}
+    same = ("prompts_per_rollout", "num_generations", "max_completion_length", "beta")
+    rows |= {name: getattr(config, name) for name in same}
+    for nodes in (1, 4):
+        plans = plan_of(
+            "rl", None, nodes=nodes, gpu_memory=80, **rows | {"micro_batch_tokens": config.micro_batch_tokens}
+        )
+        (named,) = (plan for plan in plans if config.deepspeed and plan.name == config.deepspeed.name)
+        assert named.problem is None
+        assert named.step.most <= 1.05 * plans[0].step.most
 
 
 # the planner

@@ -12,7 +12,7 @@ import torch
 from gpu.head import weight_errors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mirage_ds.model import loss
+from mirage_ds.model import head
 from mirage_ds.model.chunks import CPU_BYTES, chunk_budget, divide, even
 
 
@@ -33,7 +33,7 @@ def test_a_bf16_weights_gradient_is_rounded_once(
     rows: int, products: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a GPU's products and with a CPU's; tests/gpu/test_head.py asks a GPU itself."""
-    monkeypatch.setattr(loss, "products_of", lambda weight: products)
+    monkeypatch.setattr(head, "products_of", lambda weight: products)
     with Gpu():
         found, whole = weight_errors("cpu", rows)
     assert found <= 1.05 * whole

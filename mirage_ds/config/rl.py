@@ -1,0 +1,112 @@
+"""The settings of --stage rl, part of RunConfig. Imports no torch.
+
+Names are TRL's where it has the setting; docs/reinforcement.md puts the two side by side.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Objective = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+LatentPolicy = Literal["text", "through", "replay", "gaussian", "vlpo"]
+LatentRatio = Literal["sum", "mean"]
+
+# The paper's: answers right, and written as they should be.
+PAPER_REWARD = ["accuracy*0.9", "format*0.1"]
+
+
+class RlSettings(BaseModel):
+    """How --stage rl samples, scores and learns. A rollout is P prompts with G answers each."""
+
+    # the rollout
+    prompts_per_rollout: PositiveInt | None = Field(
+        None, description="rl: P, prompts of a rollout, of all ranks. [default: 8]"
+    )
+    num_generations: int = Field(8, ge=2, description="rl: G, answers sampled of each prompt.")
+    max_completion_length: PositiveInt = Field(256, description="rl: tokens of an answer, at most.")
+    temperature: PositiveFloat = Field(1.0, description="rl: of the sampling; the policy is what was sampled from.")
+    rollout_rows: PositiveInt | None = Field(
+        None, description="rl: answers that a rank decodes at a time. [default: all of its own]"
+    )
+    resample: NonNegativeInt = Field(
+        0, description="rl: rounds of new prompts in place of those whose answers are all rewarded alike."
+    )
+    # the latents
+    latent_policy: LatentPolicy | None = Field(
+        None,
+        description="rl: what a latent is to the policy: through (made anew, with gradient), replay (fed again as "
+        "recorded), gaussian (sampled by two heads), vlpo (Monet's density); text opens no latent block. [default: "
+        "through; text where the model was trained without latents]",
+    )
+    latent_ratio: LatentRatio | None = Field(
+        None, description="rl: a latent block's log-ratio is the sum or the mean over its numbers. [default: mean]"
+    )
+    sigma: PositiveFloat = Field(10.0, description="rl: σ of vlpo's density.")
+    # the objective
+    updates: PositiveInt = Field(1, description="rl: optimizer steps of a pass over a rollout, each on P / updates.")
+    num_iterations: PositiveInt = Field(1, description="rl: passes over a rollout.")
+    objective: Objective = Field("grpo", description="rl: grpo, dr_grpo, dapo, gspo (sequence ratio) or cispo.")
+    clip_low: PositiveFloat = Field(0.2, description="rl: the ratio is clipped below 1 − clip_low.")
+    clip_high: PositiveFloat | None = Field(
+        None, description="rl: the ratio is clipped above 1 + clip_high. [default: clip_low]"
+    )
+    beta: NonNegativeFloat = Field(0.0, description="rl: weight of the KL to the start's weights, on text tokens.")
+    entropy: NonNegativeFloat = Field(0.0, description="rl: weight of an entropy bonus.")
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="rl: advantages are divided by the deviation of the group's rewards, or of all, or not."
+    )
+    mask_truncated: bool = Field(False, description="rl: answers that reach --max_completion_length teach nothing.")
+    truncation_penalty: NonNegativeFloat = Field(0.0, description="rl: taken off the reward of a truncated answer.")
+    # the rewards
+    reward: list[str] = Field(
+        PAPER_REWARD,
+        description="rl: what is summed to the reward: accuracy (the task's scorer), format, judge, or a function "
+        "package.module:function; *0.5 behind a name is its weight.",
+    )
+    reward_weights: list[float] | None = Field(None, description="rl: of --reward, in its order.")
+    reward_timeout: PositiveFloat = Field(30.0, description="rl: seconds of one call of a reward function, at most.")
+    reward_workers: PositiveInt = Field(2, description="rl: processes that score.")
+    max_reward_faults: float = Field(0.1, ge=0, le=1, description="rl: end when more scores of a rollout failed.")
+    judge_endpoint: str | None = Field(
+        None, description="rl: OpenAI-compatible server of --reward judge, as http://host/v1."
+    )
+    judge_model_name: str | None = Field(None, description="rl: what the judge's server calls its model.")
+    judge_key_variable: str | None = Field(None, description="rl: variable with its key. [default: OPENAI_API_KEY]")
+    judge_prompt: Path | None = Field(
+        None, description="rl: text with {question}, {reference}, {answer}. [default: own]"
+    )
+    judge_parallel: PositiveInt = Field(8, description="rl: requests to the judge at a time.")
+    judge_timeout: PositiveFloat = Field(60.0, description="rl: seconds for one request.")
+    judge_tries: PositiveInt = Field(6, description="rl: requests for one reply, at most.")
+    judge_max_new_tokens: PositiveInt = Field(512, description="rl: tokens of a reply, at most.")
+    judge_limit_key: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="rl: how the judge's server calls that limit."
+    )
+    judge_most: PositiveInt | None = Field(
+        None, description="rl: replies that a run may ask for. [default: any number]"
+    )
+    judge_cache: Path | None = Field(None, description="rl: folder that keeps what was judged. [default: none]")
+    # what ends the run
+    max_drift: PositiveFloat = Field(
+        0.1, description="rl: end when log-probabilities of decoder and training differ by more in the mean."
+    )
+    min_latent_share: float = Field(0.0, ge=0, le=1, description="rl: end when fewer answers have latents.")
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps between two rollouts; 1 in the other stages."""
+        return self.updates * self.num_iterations
+
+
+# By name: without a meaning in the other stages.
+RL_ONLY = tuple(RlSettings.model_fields)
+JUDGE = tuple(name for name in RL_ONLY if name.startswith("judge_"))
+# Of these, what decides how a rollout is made, not what it is, or only ends a run.
+_OTHERWISE = {"rollout_rows", "reward_timeout", "reward_workers", "max_reward_faults", "max_drift", "min_latent_share"}
+_OTHERWISE |= set(JUDGE) - {"judge_model_name", "judge_prompt"}
+
+
+def rl_noted(config: RlSettings) -> dict[str, Any]:
+    """Return the settings of rl that must be the same for a run to go on exactly."""
+    return config.model_dump(mode="json", include=set(RL_ONLY) - _OTHERWISE - {"latent_policy", "prompts_per_rollout"})

@@ -1,0 +1,171 @@
+"""The reinforcement stage's way to optimizer steps: rollout after rollout, each sampled, scored and learnt from.
+
+P prompts of a rollout, G answers of each, A = P · G.
+
+A rollout is a function of the weights, the seed and its number, so a run that is stopped or killed makes the rollout
+anew that it was at: checkpoints are written between rollouts alone (config.run checks --save_every), and nothing of a
+rollout has to be kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, nullcontext
+
+import numpy as np
+import torch
+
+from mirage_ds.engine.setup import from_rank_zero
+from mirage_ds.engine.whole import check_room
+from mirage_ds.errors import Stopped, UserError
+from mirage_ds.evaluate.decoder import answer_of
+from mirage_ds.model.generate import Generated
+from mirage_ds.rl.objective import advantages
+from mirage_ds.rl.report import Completions, Group, Rollout, measures
+from mirage_ds.rl.rewards import Answer, Scored
+from mirage_ds.rl.rollout import Sampled, limits_of, sample, seed_of
+from mirage_ds.rl.step import Lesson, Pupil
+from mirage_ds.run.settings import Run
+from mirage_ds.run.setup import Data, Learner
+from mirage_ds.run.step import Taken
+from mirage_ds.tasks import seen_by_scorer
+
+ROOM = "lower --rollout_rows or --max_completion_length, or use GPUs with more memory (`mirage-ds plan --stage rl`)"
+
+
+def reinforce(run: Run, data: Data, learner: Learner) -> Iterator[Taken]:
+    """Yield each optimizer step of the run as it is taken. All ranks call it.
+
+    It ends early, between two rollouts, where somebody asked the run to stop while one was sampled.
+
+    Raises:
+        UserError: no memory for the rollout, too many rewards failed, log-probabilities of decoder and training apart,
+            or hardly an answer has latents any more.
+    """
+    config, every = run.config, run.config.steps_per_rollout
+    limits = limits_of(run, learner.state["latent_policy"])
+    longest = int(data.index.tokens.max()) - config.max_completion_length
+    own = -(-config.rows_per_step // run.world.size) * config.num_generations
+    rows = min(own, config.rollout_rows or own)
+    check_room(learner.engine, rows, longest, limits, run.world, f"a rollout of {rows} answers at a time", ROOM)
+    completions = Completions(run, data, learner.start // every)
+    with closing(data.rewards) if data.rewards is not None else nullcontext():
+        for number in range(learner.start // every, -(-data.steps // every)):
+            try:
+                rollout = roll(run, data, learner, number)
+            except Stopped:
+                return
+            lesson = lesson_of(run, rollout)
+            completions.write(number * every, rollout, lesson)
+            pupil = Pupil(run, data, learner, lesson)
+            begun = time.perf_counter()
+            drift = pupil.score()
+            found = measures(data, rollout) | drift | {"logp_seconds": round(time.perf_counter() - begun, 4)}
+            check(run, learner, found, number)
+            for at in range(number * every, min((number + 1) * every, data.steps)):
+                taken = pupil.update(at % config.updates, at)
+                last = (at + 1) % every == 0
+                yield taken._replace(metrics=taken.metrics | found, stop=last and run.stops())
+
+
+def roll(run: Run, data: Data, learner: Learner, number: int) -> Rollout:
+    """Sample and score the answers of a rollout; groups without spread are drawn anew, up to --resample times.
+
+    Raises:
+        Stopped: on every rank.
+    """
+    config, planner = run.config, data.loader.planner
+    chosen = planner.row_ids[planner.rows_of(number)].tolist()
+    groups: list[Group] = []
+    used, redrawn = set(chosen), 0
+    seconds = dict.fromkeys(("decode_seconds", "scoring_seconds"), 0.0)
+    for attempt in range(config.resample + 1):
+        begun = time.perf_counter()
+        answers = sample(run, learner, data.loader.rows, chosen, seed_of(config.seed, number, attempt))
+        sampled = time.perf_counter()
+        fresh = grouped(config.num_generations, chosen, answers, judge(run, data, answers))
+        seconds["decode_seconds"] += sampled - begun
+        seconds["scoring_seconds"] += time.perf_counter() - sampled
+        if not attempt:
+            groups = fresh
+        else:
+            places = [at for at, group in enumerate(groups) if group.flat]
+            better = [group for group in fresh if not group.flat]
+            for at, group in zip(places, better, strict=False):
+                groups[at] = group
+            redrawn += len(chosen)
+        # In the place of those that teach nothing, other prompts; what is left at the end stays.
+        wanted = sum(group.flat for group in groups)
+        rest = np.setdiff1d(planner.row_ids, list(used))
+        chance = np.random.default_rng((config.seed, number, attempt))
+        chosen = chance.choice(rest, min(wanted, len(rest)), replace=False).tolist()
+        used.update(chosen)
+        if not chosen:
+            break
+    return Rollout(groups, redrawn, seconds)
+
+
+def judge(run: Run, data: Data, answers: list[Sampled]) -> Scored:
+    """Let rank 0 score answers; every rank gets the same rewards.
+
+    Raises:
+        UserError: on every rank: too many of them failed.
+    """
+    records, encoder = data.index.rows, data.loader.rows.encoder
+
+    def score() -> Scored:
+        assert data.rewards is not None
+        given = []
+        for answer in answers:
+            said = answer_of(Generated(answer.ids), encoder)
+            record = seen_by_scorer(records.record(answer.row))
+            given.append(Answer(answer.row, record, said.text, tuple(said.runs), answer.truncated))
+        return data.rewards.score(given)
+
+    run.journal.at("scores answers by reward")
+    return from_rank_zero(score, run.world)
+
+
+def grouped(several: int, chosen: list[int], answers: list[Sampled], scored: Scored) -> list[Group]:
+    """Put the answers to each prompt, and what they got, together."""
+    parts = [slice(at * several, (at + 1) * several) for at in range(len(chosen))]
+    return [
+        Group(row, answers[part], scored.total[part], {name: one[part] for name, one in scored.by_function.items()})
+        for row, part in zip(chosen, parts, strict=True)
+    ]
+
+
+def lesson_of(run: Run, rollout: Rollout) -> Lesson:
+    """Work out what each answer teaches: its advantage, or nothing where it has no reward or is masked."""
+    config, answers = run.config, rollout.answers
+    truncated = torch.tensor([answer.truncated for answer in answers])
+    rewards = torch.tensor(rollout.rewards, dtype=torch.float64) - config.truncation_penalty * truncated
+    group = torch.arange(len(rollout.groups)).repeat_interleave(config.num_generations)
+    weights = ~rewards.isnan() & ~(truncated & config.mask_truncated)
+    return Lesson(answers, advantages(rewards, group, config.scale_rewards).values, weights.float())
+
+
+def check(run: Run, learner: Learner, found: Mapping[str, float], number: int) -> None:
+    """Refuse to learn from a rollout that shows something broken.
+
+    Raises:
+        UserError: on every rank: log-probabilities are apart, or answers have no latents any more.
+    """
+    config, drift = run.config, found["decoder_drift"]
+    if not drift <= config.max_drift:
+        raise UserError(
+            f"rollout {number + 1}: log-probabilities of decoder and training differ by {drift:.3g} nats a token in "
+            f"the mean, above --max_drift {config.max_drift:g}: the answers are not those of the policy that is "
+            "trained; raise it where a low precision explains that, or report it"
+        )
+    share = found["latent_share"]
+    if learner.state["latent_policy"] != "text" and share < config.min_latent_share:
+        raise UserError(
+            f"rollout {number + 1}: {share:.1%} of the answers have latents, below --min_latent_share "
+            f"{config.min_latent_share:g}: the model falls back to text; start from the last checkpoint with a reward "
+            "that asks for latents, a lower --learning_rate or a --beta"
+        )
+    if math.isnan(found["reward"]):
+        raise UserError(f"rollout {number + 1}: no answer has a reward; see what --reward returns")

@@ -1,0 +1,237 @@
+"""Rewards of decoded answers: which functions give them, their weights, and what came of each answer.
+
+n answers. Imports no torch. Functions run in worker processes (workers.py, functions.py); a judge is asked from here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from mirage_ds.data.messages import HELPER_MARK
+from mirage_ds.errors import UserError, closest
+from mirage_ds.rl.functions import SHIPPED, Asked, Functions, Reward
+from mirage_ds.rl.judge import Judge, JudgeSpec
+from mirage_ds.rl.workers import Lost, Workers
+from mirage_ds.tasks import own_name
+
+JUDGE = "judge"
+NAMES = (*SHIPPED, JUDGE)
+_GIVEN = re.compile(r"([^*\s]+)\s*(?:\*\s*(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?))?")
+
+
+class Answer(NamedTuple):
+    """A decoded answer.
+
+    Attributes:
+        row: of its prompt; neighbours with one row are a group, and a function gets a group in one call.
+        record: as tasks.seen_by_scorer returns it.
+        text: without latent blocks.
+        blocks: the length of each latent block.
+        truncated: it ended because it had all its tokens.
+    """
+
+    row: int
+    record: dict[str, Any]
+    text: str
+    blocks: tuple[int, ...]
+    truncated: bool
+
+
+class Scored(NamedTuple):
+    """What n answers got.
+
+    Attributes:
+        total: the weighted sum; NaN where a function with a weight failed, or none applied: that answer leaves its
+            group.
+        by_function: name → its n rewards, without weight; NaN where it failed or does not apply.
+        faults: (row, function, sentence) of each failure, in the order of the answers.
+    """
+
+    total: list[float]
+    by_function: dict[str, list[float]]
+    faults: list[tuple[int, str, str]]
+
+
+def read_rewards(names: Sequence[str], weights: Sequence[float] | None = None) -> dict[str, float]:
+    """Return name → weight of --reward, as NAME or NAME*WEIGHT, and --reward_weights; 1 where none is given.
+
+    A function of weight 0 is measured and does not count. Nothing is imported.
+
+    Raises:
+        UserError: no such name, a name twice, or weights that do not fit.
+    """
+    found: dict[str, float] = {}
+    if weights is not None and len(weights) != len(names):
+        raise UserError(f"--reward_weights: {len(weights)} weights for {len(names)} rewards; give one for each")
+    for at, given in enumerate(names):
+        match = _GIVEN.fullmatch(given.strip())
+        if match is None:
+            raise UserError(f"--reward {given}: neither NAME nor NAME*WEIGHT; write it like accuracy*0.9")
+        name, own_weight = match[1], match[2]
+        if own_weight and weights is not None:
+            raise UserError(f"--reward {given}: has a weight, and --reward_weights too; give one of them")
+        if ":" in name:
+            own_name(name, "reward")
+        elif name not in NAMES:
+            own = "your own as package.module:function"
+            raise UserError(f"unknown reward '{name}'{closest(name, NAMES)}; there are: {', '.join(NAMES)}, and {own}")
+        if name in found:
+            raise UserError(f"--reward {name} stands there twice; leave one out")
+        found[name] = float(own_weight or (1 if weights is None else weights[at]))
+    if not any(found.values()) or not all(map(math.isfinite, found.values())):
+        raise UserError(
+            "--reward: no weight but 0, or one that is no number, and nothing to learn; write it like accuracy*0.9"
+        )
+    return found
+
+
+class Rewards:
+    """Scores answers. A context manager: its processes start when it is entered, and none is left when it is closed.
+
+    Args:
+        names, weights: see read_rewards.
+        task: --task, whose scorer gives `accuracy`; else the record's own.
+        timeout_s: seconds that a function may take for a group.
+        workers: processes.
+        fault_share: --max_reward_faults: of the answers of one `score`, those that may lack a reward (rounded up).
+        judge: needed by the name `judge`.
+
+    Raises:
+        UserError: as read_rewards; or on entering, which this process alone knows: a function cannot be imported or
+            called.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float] | None = None,
+        task: str | None = None,
+        timeout_s: float = 30.0,
+        workers: int = 2,
+        fault_share: float = 0.1,
+        judge: JudgeSpec | None = None,
+    ):
+        self.weights = read_rewards(names, weights)
+        self.task, self.timeout_s, self.count, self.fault_share = task, timeout_s, workers, fault_share
+        if JUDGE in self.weights and judge is None:
+            raise UserError("--reward judge: which server? give --judge_endpoint URL and --judge_model_name")
+        self.judge = Judge(judge) if judge is not None and JUDGE in self.weights else None
+        self.functions = [name for name in self.weights if name != JUDGE]
+        self.workers: Workers | None = None
+        # Functions as for TRL that want messages.
+        self.messages: set[str] = set()
+
+    def __enter__(self) -> Rewards:
+        if self.functions:
+            self.workers = Workers(Functions, (self.functions, self.task), self.timeout_s, self.count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes and the judge's requests."""
+        if self.workers is not None:
+            self.workers.close()
+        if self.judge is not None:
+            self.judge.close()
+
+    def check(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Call each function before anything is decoded, with an empty answer (not the judge) and the record's own.
+
+        `accuracy` is called for each record, others for the first.
+
+        Raises:
+            UserError: it fails, or returns something else than a number for each answer.
+        """
+        for name in self.weights:
+            tried = records if name == "accuracy" else records[:1]
+            answers = [
+                Answer(row, dict(record), text, (), False)
+                for row, record in enumerate(tried)
+                for text in ("", str(record.get("text_output", "")).replace(HELPER_MARK, ""))
+                if text or name != JUDGE
+            ]
+            faults = first = self._faults(answers, self._found(answers, [name]))
+            if faults and ":" in name:
+                # TRL has texts or messages, as the data are; a function of one kind fails with the other.
+                self.messages.add(name)
+                faults = self._faults(answers, self._found(answers, [name]))
+            if faults:
+                row, _, sentence = first[0]
+                raise UserError(f"reward '{name}', tried with record {row + 1}: {sentence}; fix it", everywhere=False)
+
+    def score(self, answers: Sequence[Answer]) -> Scored:
+        """Score answers.
+
+        Raises:
+            UserError: more than `fault_share` of them went without a reward (this process alone knows), or the judge
+                refuses.
+        """
+        found = self._found(answers, [*self.weights], math.ceil(self.fault_share * len(answers)))
+        numbers = {
+            name: [value if isinstance(value, float) else math.nan for value in values]
+            for name, values in found.items()
+        }
+        total = [self._total([found[name][at] for name in self.weights]) for at in range(len(answers))]
+        return Scored(total, numbers, self._faults(answers, found))
+
+    def _total(self, rewards: Sequence[Reward]) -> float:
+        counted = [(weight, one) for weight, one in zip(self.weights.values(), rewards, strict=True) if weight]
+        terms = [weight * one for weight, one in counted if isinstance(one, float)]
+        failed = any(isinstance(one, str) for _, one in counted)
+        return math.nan if failed or not terms else sum(terms)
+
+    def _found(
+        self, answers: Sequence[Answer], names: Sequence[str], most: float = math.inf
+    ) -> dict[str, list[Reward]]:
+        """Return name → n rewards; UserError where more than `most` answers lack one."""
+        found: dict[str, list[Reward]] = {name: [None] * len(answers) for name in names}
+        lost: set[int] = set()
+
+        def note(name: str, places: Sequence[int], rewards: Sequence[Reward]) -> None:
+            for at, reward in zip(places, rewards, strict=True):
+                found[name][at] = reward
+                if isinstance(reward, str):
+                    lost.add(at)
+            if len(lost) > most:
+                row, which, sentence = self._faults(answers, found)[0]
+                raise UserError(
+                    f"{len(lost)} of {len(answers)} answers are without a reward, more than --max_reward_faults "
+                    f"{self.fault_share:g} allows; row {row}, reward '{which}': {sentence}; fix the reward, or raise "
+                    "the share",
+                    everywhere=False,
+                )
+
+        groups = [tuple(group) for _, group in groupby(range(len(answers)), lambda at: answers[at].row)]
+        calls = deque(self._asked(answers, name, group) for name in names if name != JUDGE for group in groups)
+        if calls and self.workers is not None:
+            with closing(self.workers.run(calls)) as results:
+                for asked, result in results:
+                    if isinstance(result, Lost) and len(asked.at) > 1:
+                        # One answer may be the cause: each gets a call of its own.
+                        calls.extendleft(self._asked(answers, asked.function, (at,)) for at in reversed(asked.at))
+                    else:
+                        note(asked.function, asked.at, [result.sentence] if isinstance(result, Lost) else result)
+        if self.judge is not None and JUDGE in names:
+            note(JUDGE, range(len(answers)), self.judge.rewards([(one.record, one.text) for one in answers]))
+        return found
+
+    def _asked(self, answers: Sequence[Answer], name: str, at: tuple[int, ...]) -> Asked:
+        group = [answers[one] for one in at]
+        texts, blocks, truncated = zip(*((one.text, one.blocks, one.truncated) for one in group), strict=True)
+        return Asked(at, name, group[0].record, texts, blocks, truncated, name in self.messages)
+
+    def _faults(self, answers: Sequence[Answer], found: Mapping[str, Sequence[Reward]]) -> list[tuple[int, str, str]]:
+        return [
+            (answer.row, name, value)
+            for at, answer in enumerate(answers)
+            for name, values in found.items()
+            if isinstance(value := values[at], str)
+        ]

@@ -1,0 +1,252 @@
+"""The reinforcement stage on ranks: the same steps on one and two and under any ZeRO stage, resumed to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.group import Group
+from support.on_disk import files, lines_of, log_of
+from support.records import write_jsonl
+
+from mirage_ds import train
+from mirage_ds.config.run import RunConfig
+from mirage_ds.errors import Stopped, UserError
+from mirage_ds.model.load import load_model
+from mirage_ds.run.settings import Run
+
+K, STEPS, EVERY = 2, 4, 2
+# Two rollouts of 4 prompts × 3 answers, two steps on each. ε this large makes AdamW's step a smooth function of the
+# gradient: see test_zero3.py.
+BASE: dict[str, Any] = dict(
+    stage="rl", latent_size=K, prompts_per_rollout=4, num_generations=3, max_completion_length=12, updates=EVERY,
+    max_steps=STEPS, temperature=1.5, micro_batch_size=3, warmup_steps=0, learning_rate=3e-3, adam_eps=1e-3,
+    num_workers=0, report_to=["none"], save_every=EVERY, reward=["rewards_of_rl:varied"], gradient_checkpointing=False,
+    reward_workers=1, beta=0.05,
+)  # fmt: skip
+# A reward that random answers differ in, and that no rank or packing changes.
+REWARDS = """
+def varied(answers, records, blocks):
+    return [len(set(answer)) % 4 + len(own) / 2 for answer, own in zip(answers, blocks)]
+"""
+MEASURED = ("loss", "grad_norm", "entropy", "kl", "ratio", "drift")
+# See test_world_size.py; here also the log-probabilities of two packings meet in a ratio.
+NOISE = 5e-6
+
+
+# ------------------------------------------------------------------------------------------------------- on the ranks
+
+
+def _train(world: Any, settings: dict[str, Any], stops: int | None = None) -> str | None:
+    """Train; the user's mistake as a sentence, or where it stopped.
+
+    Args:
+        stops: somebody asks the run to stop at this look for it, from 0.
+    """
+    looks = 0
+
+    def asked() -> bool:
+        nonlocal looks
+        looks += 1
+        return stops is not None and looks > stops
+
+    # Where the worker processes find the reward.
+    sys.path[:] = [str(Path(settings["cache_dir"]).parent), *sys.path]
+    try:
+        run = Run(RunConfig(**settings), world, asked=asked)
+        data, learner = train.open_run(run)
+        if stops is not None:
+            looks = 0
+        train.train(run, data, learner)
+    except UserError as error:
+        return str(error)
+    except Stopped:
+        learner.engine.destroy()
+        return "stopped"
+    learner.engine.destroy()
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- in this process
+
+
+class Runs:
+    def __init__(self, group: Group, base: dict[str, Any], scratch: Path):
+        self.groups, self.base, self.scratch = {2: group, 1: Group(1)}, base, scratch
+
+    def train(self, out: Path, ranks: int = 2, stops: int | None = None, **settings: Any) -> str | None:
+        said = self.groups[ranks].run(_train, self.base | dict(save_model_path=out) | settings, stops, timeout_s=240)
+        assert len(set(said)) == 1
+        return said[0]
+
+
+@pytest.fixture(scope="module")
+def short(mixed: Path) -> Path:
+    """The mixed rows with answers of few tokens, half of which begin with a latent block."""
+    rows = [json.loads(line) for line in mixed.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["text_output"] = "<output_image>then right" if number % 2 else "left left"
+        row.pop("image_output", None)
+    return write_jsonl(mixed.parent / "short.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def model(nano: Path, short: Path, own_group: Group, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The nano model after some steps of stage2: some of its answers open latent blocks."""
+    out = tmp_path_factory.mktemp("rl") / "stage2"
+    settings = dict(
+        model=str(nano), data_path=short, save_model_path=out, stage="stage2", latent_size=K, max_steps=9,
+        global_batch_size=12, learning_rate=5e-3, warmup_steps=0, num_workers=0, report_to=["none"],
+        cache_dir=out.parent / "cache",
+    )  # fmt: skip
+    assert own_group.run(_train, settings, timeout_s=240) == [None, None]
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(model: Path, short: Path, own_group: Group, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    scratch = tmp_path_factory.mktemp("rl_runs")
+    (scratch / "rewards_of_rl.py").write_text(REWARDS)
+    made = Runs(own_group, BASE | dict(model=str(model), data_path=short, cache_dir=scratch / "cache"), scratch)
+    yield made
+    made.groups[1].stop()
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs) -> Path:
+    """The uninterrupted run."""
+    out = runs.scratch / "whole"
+    assert runs.train(out) is None
+    return out
+
+
+def completions(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "run/completions.jsonl").read_text().splitlines()]
+
+
+def test_a_run_samples_scores_and_learns(whole: Path, model: Path) -> None:
+    lines, answers = lines_of(whole), completions(whole)
+    assert [line["rows"] for line in lines] == [6] * STEPS
+    assert len(answers) == 2 * 4 * 3
+    # It is no empty run: groups differ in reward, some answers have latents, the weights move, ratios leave 1.
+    assert all(line["flat_groups"] < 1 and line["grad_norm"] > 0 for line in lines)
+    assert 0 < lines[0]["latent_share"] < 1
+    assert any(f"[{K} latents]" in answer["answer"] for answer in answers)
+    assert [line["ratio"] == 1 for line in lines] == [True, False, True, False]
+    assert [line["kl"] == 0 for line in lines] == [True, False, False, False]
+    assert all(line["decoder_drift_max"] <= 1e-5 for line in lines)
+    parts = ("decode_seconds", "scoring_seconds", "logp_seconds", "update_seconds")
+    assert all(line[name] > 0 for line in lines for name in parts)
+    before, after = load_file(model / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    # The model goes on to be one with latents.
+    assert json.loads((whole / "config.json").read_text())["mirage"]["stage"] == "rl"
+    load_model(whole, stage="sft", dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [(1, {}), (2, {"deepspeed": "zero3"}), (2, {"deepspeed": "zero1"}), (2, {"gradient_checkpointing": True})],
+)
+def test_ranks_zero_stage_and_checkpointing_change_no_step(
+    ranks: int, settings: dict[str, Any], runs: Runs, whole: Path, tmp_path: Path
+) -> None:
+    if name := settings.get("deepspeed"):
+        zero: dict[str, Any] = {"stage": int(name[-1])}
+        if zero["stage"] == 3:
+            zero["stage3_param_persistence_threshold"] = 0
+        file = tmp_path / "ds.json"
+        file.write_text(json.dumps({"zero_optimization": zero}))
+        settings = {"deepspeed": file}
+    assert runs.train(tmp_path / "out", ranks, save_every=None, **settings) is None
+    theirs, own = lines_of(whole), lines_of(tmp_path / "out")
+    for one, other in zip(theirs, own, strict=True):
+        assert {name: one[name] for name in MEASURED} == pytest.approx(
+            {name: other[name] for name in MEASURED}, abs=NOISE, rel=NOISE
+        )
+    for one, other in zip(completions(whole), completions(tmp_path / "out"), strict=True):
+        assert one == other | {"advantage": pytest.approx(one["advantage"])}
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(runs: Runs, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    checkpoints = out / "run/checkpoints"
+    shutil.copytree(whole / f"run/checkpoints/global_step{EVERY}", checkpoints / f"global_step{EVERY}")
+    (checkpoints / "latest").write_text(f"global_step{EVERY}")
+    # It had logged the first step of its second rollout, and that rollout's answers, when it was killed.
+    for name, share in (("log.jsonl", EVERY + 1), ("completions.jsonl", 20)):
+        lines = (whole / "run" / name).read_text().splitlines(keepends=True)
+        (out / "run" / name).write_text("".join(lines[:share]))
+    assert runs.train(out, resume="auto") is None
+    assert log_of(out) == log_of(whole)
+    assert completions(out) == completions(whole)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_is_stopped_goes_on_where_it_was(runs: Runs, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    # In the middle of the second rollout's tokens: each is a look, and there is one after the first rollout's steps.
+    assert runs.train(out, stops=20, save_every=None) == "stopped"
+    assert [line["step"] for line in log_of(out)] == list(range(1, EVERY + 1))
+    events = [json.loads(line) for line in (out / "run/events.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "stopped on request"
+    assert (out / "run/checkpoints/latest").read_text() == f"global_step{EVERY}"
+    assert runs.train(out, resume="auto", save_every=None) is None
+    assert log_of(out) == log_of(whole)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(latent_policy="replay", objective="gspo", num_iterations=2, resample=1, mask_truncated=True),
+        dict(latent_policy="gaussian", objective="dapo", truncation_penalty=0.1),
+        dict(latent_policy="vlpo", objective="cispo", lora_rank=2),
+        dict(latent_policy="text", objective="dr_grpo", rollout_rows=2, entropy=0.01),
+    ],
+    ids=lambda settings: settings["latent_policy"],
+)
+def test_each_policy_runs(settings: dict[str, Any], runs: Runs, tmp_path: Path) -> None:
+    assert runs.train(tmp_path / "out", save_every=None, **settings) is None
+    lines = lines_of(tmp_path / "out")
+    assert all(line["decoder_drift_max"] <= 1e-5 for line in lines)
+    assert any(line["grad_norm"] > 0 for line in lines)
+    # Of steps whose answers have blocks.
+    assert any("latent_ratio" in line for line in lines) == (settings["latent_policy"] in ("gaussian", "vlpo"))
+    assert settings["latent_policy"] != "text" or lines[0]["latent_share"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"reward": ["rewards_of_rl:missing"]}, "rewards_of_rl has no function missing"),
+        ({"reward": ["nowhere:varied"]}, "nowhere"),
+        ({"reward": ["accuracy"], "task": "vsp-spatial-planning"}, "which vsp-spatial-planning is scored by"),
+        ({"max_drift": 1e-12}, "rollout 1: log-probabilities of decoder and training differ by"),
+        ({"min_latent_share": 1.0}, "rollout 1: "),
+        ({"latent_size": 3}, "--latent_size 3: "),
+    ],
+)
+def test_bad_input_is_one_sentence(settings: dict[str, Any], sentence: str, runs: Runs, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = runs.train(out, **settings)
+    assert said
+    assert sentence in said
+    assert "\n" not in said
+    assert "rollout 1" in said or not files(out)
+
+
+def test_a_model_without_latents_learns_text(runs: Runs, nano: Path, tmp_path: Path) -> None:
+    assert runs.train(tmp_path / "out", model=str(nano), save_every=None, max_steps=EVERY) is None
+    assert {line["latent_share"] for line in lines_of(tmp_path / "out")} == {0.0}
+    assert json.loads((tmp_path / "out/config.json").read_text())["mirage"]["stage"] == "sft"
+    said = runs.train(tmp_path / "other", model=str(nano), latent_policy="through")
+    assert said
+    assert said.startswith(f"--latent_policy through: {nano} was trained without latents")
