@@ -121,9 +121,9 @@ def maps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def served(folder: Path, latents: str, *more: object) -> Iterator[str]:
+def served(folder: Path, latents: str) -> Iterator[str]:
     words = ("-m", "mirage_ds", "serve", folder, "--port", "0", "--latents", latents, "--max_new_tokens", TOKENS)
-    server = subprocess.Popen([sys.executable, *map(str, words + more)], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         url = re.search(r"http\S+", server.stdout.readline())
@@ -195,10 +195,10 @@ def test_vlmevalkit_asks_the_server(folder: Path, maps: Path, tmp_path: Path) ->
     python = python_of("vlmevalkit")
     tables = []
     for latents in ("own", "zero"):
-        with served(folder, latents, "--files", maps) as url:
+        with served(folder, latents) as url:
             words = ("--data", "Maps", "--model", folder.name, "--base-url", url, "--max-tokens", TOKENS, "--retry", 1)
             words += ("--temperature", 0, "--judge", "exact_matching", "--work-dir", tmp_path / latents)
-            run(python, "vlmeval.run", *words, "--local-media", LMUData=str(maps), PRED_FORMAT="tsv")
+            run(python, "vlmeval.run", *words, LMUData=str(maps), PRED_FORMAT="tsv")
         tables += (tmp_path / latents).rglob("*_result.tsv")
     own, zero = (list(csv.DictReader(table.open(newline=""), delimiter="\t")) for table in tables)
     assert all(one["prediction"] for one in own)
