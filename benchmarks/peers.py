@@ -9,21 +9,15 @@ frozen, attention by torch's SDPA and torch's fused AdamW. Ours packs a step's r
 and accumulate (--batch: so many padded). A trainer whose step is not running waits. `ratio` is a trainer's CPU-seconds
 a row over ours in the same turn: the median of the turns.
 
-Each trainer has an environment of its own outside the clone, made from its list in benchmarks/environments (renewed by
---lock) the first time. torch is not on these lists: it is linked from this environment, so that all compute with the
-same kernels, and nothing of CUDA is fetched. A trainer that cannot be installed or started is left out with a sentence.
+Each trainer has an environment of its own (benchmarks/venvs.py; --lock renews its list). A trainer that cannot be
+installed or started is left out with a sentence.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import os
-import re
-import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -37,71 +31,13 @@ from rich.progress import track
 
 from benchmarks.scaling import Grid
 from benchmarks.step import WARM_UP, Case, Ran, Side, Told, _rows_of_steps, described, run_config, spread
+from benchmarks.venvs import LeftOut, build, lock
 from benchmarks.workload import Workload, make_workload
 
-LISTS = Path(__file__).with_name("environments")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mirage-ds/peers"
-# Name → what is asked for. transformers' Trainer runs in TRL's environment.
-WANTED = {
-    "ms-swift": ("ms-swift", "qwen-vl-utils", "torchvision"),
-    "llama-factory": ("llamafactory", "torchvision"),
-    "trl": ("trl", "pillow", "torchvision"),
-}
-TRAINERS = {name: name for name in WANTED} | {"transformers": "trl"}
-# Linked from here; of CUDA; for sound.
-LEFT_OUT = re.compile("(torch|torchaudio|triton|nvidia-.*|cuda-.*)==")
+# Trainer → its environment: transformers' Trainer runs in TRL's.
+TRAINERS = {name: name for name in ("ms-swift", "llama-factory", "trl")} | {"transformers": "trl"}
 # What a trainer may take until its first step, and a step on a busy machine.
 PATIENCE_S = 900
-
-
-class LeftOut(Exception):
-    """A trainer cannot be compared; says why."""
-
-
-def uv(*arguments: str | Path) -> None:
-    """Run uv.
-
-    Raises:
-        LeftOut: it failed; with its last line.
-    """
-    ran = subprocess.run(
-        [sys.executable, "-m", "uv", *map(str, arguments)], env=os.environ | {"UV_CACHE_DIR": str(CACHE / "uv")},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if ran.returncode:
-        raise LeftOut((ran.stderr.strip().splitlines() or ["uv failed"])[-1])
-
-
-def lock(name: str) -> None:
-    """Write the list of an environment: what is newest with this torch."""
-    with tempfile.NamedTemporaryFile("w", suffix=".in") as asked:
-        torch = importlib.metadata.version("torch").partition("+")[0]
-        asked.write("\n".join([*WANTED[name], f"torch=={torch}"]) + "\n")
-        asked.flush()
-        path = LISTS / f"{name}.txt"
-        uv("pip", "compile", "--quiet", "--upgrade", "--no-header", "--no-annotate", asked.name, "--output-file", path)
-    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if not LEFT_OUT.match(line)))
-
-
-def build(name: str) -> Path:
-    """Return the Python of an environment, built where it is missing or half.
-
-    Raises:
-        LeftOut: a package cannot be had.
-    """
-    place = CACHE / hashlib.sha256((sys.version + (LISTS / f"{name}.txt").read_text()).encode()).hexdigest()[:16]
-    python, whole = place / "bin/python", place / "whole"
-    if not whole.exists():
-        shutil.rmtree(place, ignore_errors=True)
-        uv("venv", "--quiet", "--python", Path(sys.executable).resolve(), place)
-        uv("pip", "install", "--quiet", "--no-deps", "--python", python, "--requirement", LISTS / f"{name}.txt")
-        (packages,) = place.glob("lib/python*/site-packages")
-        torch = importlib.metadata.distribution("torch")
-        for top in {file.parts[0] for file in torch.files or () if file.parts[0] != ".."}:
-            if not (packages / top).exists():
-                (packages / top).symlink_to(torch.locate_file(top))
-        whole.touch()
-    return python
 
 
 class Peer:
@@ -246,9 +182,8 @@ def main(
     renew: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Compare plain SFT with other trainers; print a table."""
-    CACHE.mkdir(parents=True, exist_ok=True)
     if renew:
-        for name in WANTED:
+        for name in set(TRAINERS.values()):
             lock(name)
         return
     os.environ |= dict(DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=str(settings["threads"]))

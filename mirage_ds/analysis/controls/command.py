@@ -34,8 +34,9 @@ def controls(folder: Path, **flags: Any) -> None:
 def compare(files: tuple[Path, ...], metric: str | None, seed: int, out: Path | None, markdown: Path | None) -> None:
     """Compare files of scores, record by record.
 
-    FILES are what `mirage-ds evaluate --out` wrote, and each is compared with the first. Paired differences with 95 %
-    bootstrap intervals, exact McNemar p and p by Holm. Files of other records are refused.
+    FILES are what `mirage-ds evaluate --out` wrote, samples that lmms-eval logged (.jsonl) or result tables of
+    VLMEvalKit (.tsv), and each is compared with the first. Paired differences with 95 % bootstrap intervals, exact
+    McNemar p and p by Holm. Files of other records are refused.
     """
     from mirage_ds.analysis.controls import report
 

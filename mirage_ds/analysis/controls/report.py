@@ -11,6 +11,7 @@ from mirage_ds.analysis.controls.teach import Outcome
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError, closest
+from mirage_ds.evaluate.harness import WRITTEN, read_harness
 from mirage_ds.evaluate.scoring import average, marks
 from mirage_ds.evaluate.tables import Cells, Told, read_report
 from mirage_ds.files import write_atomically
@@ -165,7 +166,12 @@ def check_same(files: Sequence[Path], one: dict[str, Any], other: dict[str, Any]
         ("tasks", one["task"], other["task"], "only one task's answers can be paired"),
         ("data", one["hashes"]["data"], other["hashes"]["data"], "evaluate both on the same records file"),
         ("--columns", *((None, None) if same else columns), "evaluate both with the same"),
-        ("numbers of answers", len(one["answers"]), len(other["answers"]), "evaluate both with the same --most"),
+        (
+            "numbers of answers",
+            len(one["answers"]),
+            len(other["answers"]),
+            "evaluate both with the same --most or --limit",
+        ),
     ):
         if a != b:
             raise UserError(f"{pair}: of different {what} ({a}, {b}); {how}")
@@ -193,7 +199,7 @@ def compare(files: Sequence[Path], metric: str | None, seed: int) -> dict[str, A
     """
     if len({file.resolve() for file in files}) < max(2, len(files)):
         raise UserError("compare: give at least two result files, each once")
-    results = {str(file): read_report(file) for file in files}
+    results = {str(file): (read_harness if file.suffix in WRITTEN else read_report)(file) for file in files}
     first, *others = results
     for other in others:
         check_same((files[0], Path(other)), results[first], results[other])

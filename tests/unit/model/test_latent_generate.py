@@ -29,7 +29,7 @@ TRAINED: dict[str, Any] = dict(stage="stage2", latent_size=K, slots=None, compre
 
 
 def saved(nano: Path, mixed: Path, folder: Path, **trained: Any) -> tuple[Decoder, Path]:
-    """Save a model that opens latent blocks by itself: the start's row of the head points where some states lie."""
+    """Save a model that opens latent blocks by itself: its row of the head points where a prompt ends."""
     sharpen(nano, folder / "sharp")
     decoder = load_decoder(folder / "sharp", ImageFinder.beside(mixed, None))
     model, start = decoder.loaded.model, decoder.encoder.id_of("<|latent_start|>")
@@ -37,7 +37,10 @@ def saved(nano: Path, mixed: Path, folder: Path, **trained: Any) -> tuple[Decode
     hook = model.language_model.norm.register_forward_hook(lambda *given: seen.append(given[2].flatten(0, -2)[-1]))
     answer_records(decoder, scan(mixed)[0][:1], run_limits(decoder, 5, 8, "model"))
     hook.remove()
-    model.head.weight.data[start] = 3 * seen[-1] / seen[-1].norm() * model.head.weight.norm(dim=1).mean()
+    # And not where later states lie: there are words between the blocks.
+    first, rest = seen[0], torch.stack(seen[1:]).mean(0)
+    first = first - (first @ rest) / (rest @ rest) * rest
+    model.head.weight.data[start] = 2 * first / first.norm() * model.head.weight.norm(dim=1).mean()
     save_decoder(decoder, folder / "model", TRAINED | trained)
     return load_decoder(folder / "model", ImageFinder.beside(mixed, None)), folder / "model"
 
