@@ -44,8 +44,9 @@ from mirage_ds.evaluate.decoder import (
 )
 from mirage_ds.files import write_atomically
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Generated, generate
+from mirage_ds.model.generate import generate
 from mirage_ds.model.loss import StepCounts, objective
+from mirage_ds.model.rows import Generated
 from mirage_ds.model.slots import Latents
 
 

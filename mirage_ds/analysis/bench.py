@@ -13,10 +13,10 @@ from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import Sample
 from mirage_ds.evaluate.decoder import pack, prompts_of
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Limits, Prompts
+from mirage_ds.model.generate import Prompts
 from mirage_ds.model.images import Deep, place_images
 from mirage_ds.model.latents import in_order, run_passes
-from mirage_ds.model.slots import LatentTokens, latent_tokens
+from mirage_ds.model.slots import LatentTokens, Limits, latent_tokens
 from mirage_ds.model.vision import FrozenTower
 
 

@@ -23,11 +23,11 @@ from mirage_ds.engine.setup import World, everyone
 from mirage_ds.errors import UserError
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.gathered import gathered
-from mirage_ds.model.generate import Limits
 from mirage_ds.model.kv_cache import bytes_of_block, tokens_of_block
 from mirage_ds.model.latent_heads import LatentHeads
 from mirage_ds.model.load import public_name
 from mirage_ds.model.loss import LossHead
+from mirage_ds.model.slots import Limits
 
 
 @contextmanager

@@ -28,9 +28,10 @@ from mirage_ds.files import whole_folder
 from mirage_ds.model.choose import Chooser, Turn, greedy, sampler
 from mirage_ds.model.folder import resolve_folder
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Generated, Limits, Prompts, check_room, decode, generate
+from mirage_ds.model.generate import Prompts, check_room, decode, generate
 from mirage_ds.model.load import Loaded, check_folder, load_model
-from mirage_ds.model.slots import Latents, LatentTokens, latent_tokens, pause
+from mirage_ds.model.rows import Generated
+from mirage_ds.model.slots import Latents, LatentTokens, Limits, latent_tokens, pause
 from mirage_ds.model.vision import FrozenTower
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]

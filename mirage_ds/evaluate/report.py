@@ -31,7 +31,7 @@ from mirage_ds.evaluate.scoring import marks, summarize, task_of
 from mirage_ds.evaluate.spec import PAPER, EvaluateSpec, FolderSpec, RecordsSpec
 from mirage_ds.files import write_atomically
 from mirage_ds.model.folder import weight_files
-from mirage_ds.model.generate import Limits
+from mirage_ds.model.slots import Limits
 
 Result = TypeVar("Result")
 

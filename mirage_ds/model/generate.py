@@ -14,10 +14,8 @@ waits for the device once a token, for the tokens of all rows.
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -31,32 +29,8 @@ from mirage_ds.model.choose import Chooser, NotFinite, Turn, finite, greedy, pro
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.images import place_images
 from mirage_ds.model.kv_cache import BlockCache, bytes_of_block, on_device
+from mirage_ds.model.rows import Generated, Prompt, Row
 from mirage_ds.model.slots import Latents, LatentTokens, Limits, Slot
-
-
-@dataclass
-class Generated:
-    """What one row emitted.
-
-    Attributes:
-        ids: emitted tokens, the stop token included.
-        fed: for each token after which the row went on, "E" where its embedding was fed and "H" where the hidden state
-            was.
-        inputs, hidden: (H,) input embedding and final-norm hidden state of each forward, the prompt's last position
-            first; kept only with `trace`.
-        latents: (H,) what was fed at each slot, in the dtype of the weights; kept only with `record`. One for each "H"
-            of `fed`: where new_tokens ends an answer at a pad, that pad was not fed.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    fed: str = ""
-    inputs: list[torch.Tensor] = field(default_factory=list)
-    hidden: list[torch.Tensor] = field(default_factory=list)
-    latents: list[torch.Tensor] = field(default_factory=list)
-
-    def blocks(self) -> list[tuple[int, int]]:
-        """List the latent blocks whose states were fed, as (place of the first latent among `ids`, latents)."""
-        return [(found.start(), len(found[0])) for found in re.finditer("H+", self.fed)]
 
 
 class Prompts(NamedTuple):
@@ -73,67 +47,6 @@ class Prompts(NamedTuple):
     rows: Sequence[int]
     read: Callable[[int, int], Batch]
     answers: int = 1
-
-
-class _Prompt:
-    """A prompt and what it needs.
-
-    Attributes:
-        number: that of its first answer; new_tokens: of each answer, at most; begun, ended: answers of it.
-        shared, own: blocks that are reserved for all of its answers together, and for each of them.
-        table: its blocks.
-        hidden: (H,) final-norm state at its last token; last: () that token; position: () of the one after it.
-    """
-
-    hidden: torch.Tensor
-    last: torch.Tensor
-    position: torch.Tensor
-
-    def __init__(self, number: int, length: int, answers: int, cache: BlockCache, new_tokens: int):
-        self.number, self.length, self.answers, self.new_tokens = number, length, answers, new_tokens
-        self.begun = self.ended = 0
-        several = answers > 1
-        self.shared = cache.blocks(length) if several else 0
-        # Its full blocks serve all.
-        self.own = cache.blocks(length + new_tokens) - (length // cache.size if several else 0)
-        self.table: list[int] = []
-
-
-@dataclass
-class _Row:
-    """An answer that is being written.
-
-    Attributes:
-        number: of the answer; table: its blocks; length: tokens in them.
-        slot: of the open latent block, −1 outside; block: latent blocks before.
-        broken: it has ended because its logits were not finite.
-    """
-
-    number: int
-    prompt: _Prompt
-    table: list[int]
-    length: int
-    made: Generated = field(default_factory=Generated)
-    slot: int = -1
-    block: int = 0
-    broken: bool = False
-
-    def take(self, token: int, tokens: LatentTokens, limits: Limits) -> Slot | None:
-        """Go on with the token that was chosen; return the slot where the hidden state is fed, if there is one."""
-        fed = None
-        if self.slot < 0:
-            self.slot = 0 if token == tokens.start else -1
-        elif limits.closes(self.slot, token == tokens.end):
-            token, self.block, self.slot = tokens.end, self.block + (self.slot > 0), -1
-        else:
-            token, fed, self.slot = tokens.pad, Slot(self.number, self.block, self.slot), self.slot + 1
-        self.made.ids.append(token)
-        return fed
-
-    def over(self, tokens: LatentTokens) -> bool:
-        """Tell whether it has ended."""
-        ids = self.made.ids
-        return self.broken or ids[-1] in tokens.stops or len(ids) >= self.prompt.new_tokens
 
 
 class Loop:
@@ -159,8 +72,8 @@ class Loop:
         self.text: Any = model.language_model
         most = None if limits.cache_gb is None else int(limits.cache_gb * 1e9 / bytes_of_block(model))
         self.cache = BlockCache(model, most)
-        self.waiting: deque[_Prompt] = deque()
-        self.live: list[_Row] = []
+        self.waiting: deque[Prompt] = deque()
+        self.live: list[Row] = []
         self.hidden = model.head.weight.new_empty(0, model.head.weight.shape[1])
         self.positions = torch.empty(0, dtype=torch.long, device=self.hidden.device)
 
@@ -173,7 +86,7 @@ class Loop:
         Raises:
             UserError: --cache_gb never has room for it.
         """
-        prompt = _Prompt(number, length, answers, self.cache, new_tokens)
+        prompt = Prompt(number, length, answers, self.cache, new_tokens)
         blocks = prompt.shared + prompt.own
         if self.cache.most is not None and blocks > self.cache.most:
             raise UserError(
@@ -203,8 +116,8 @@ class Loop:
         Args:
             most: prompt tokens that are read now; a longer prompt is read alone.
         """
-        begin: list[tuple[_Prompt, int]] = []
-        fresh: list[_Prompt] = []
+        begin: list[tuple[Prompt, int]] = []
+        fresh: list[Prompt] = []
         while self.waiting and (self.limits.rows is None or len(self.live) + len(begin) < self.limits.rows):
             prompt = self.waiting[0]
             needed = prompt.own + (0 if prompt.begun else prompt.shared)
@@ -226,7 +139,7 @@ class Loop:
             self.hidden = torch.cat([self.hidden, torch.stack([prompt.hidden for prompt, _ in begin])])
             self.positions = torch.cat([self.positions, torch.stack([prompt.position for prompt, _ in begin])])
 
-    def _read(self, prompts: Sequence[_Prompt]) -> None:
+    def _read(self, prompts: Sequence[Prompt]) -> None:
         """Run prompts that stand one behind the other."""
         batch, text, lengths = self.read([one.number for one in prompts]), self.text, []
         for one in prompts:
@@ -252,7 +165,7 @@ class Loop:
         for one, state, token, position in zip(prompts, hidden, tokens, positions, strict=True):
             one.hidden, one.last, one.position = state, token, position
 
-    def _begin(self, prompt: _Prompt, number: int) -> _Row:
+    def _begin(self, prompt: Prompt, number: int) -> Row:
         """Begin an answer to a prompt that has been read."""
         table = prompt.table
         if prompt.answers > 1:
@@ -260,26 +173,26 @@ class Loop:
             full, rest = divmod(prompt.length, self.cache.size)
             self.cache.hold(table[:full])
             table = table[:full] + ([self.cache.copy(table[full])] if rest else [])
-        row = _Row(number, prompt, table, prompt.length)
+        row = Row(number, prompt, table, prompt.length)
         if self.trace:
             row.made.inputs.append(self.text.embed_tokens(prompt.last))
             row.made.hidden.append(prompt.hidden)
         return row
 
-    def _leave(self, row: _Row) -> None:
+    def _leave(self, row: Row) -> None:
         """Give back what an answer had."""
         self.cache.drop(row.table)
         self.cache.reserved -= row.prompt.own
         self._end(row.prompt, 1)
 
-    def _end(self, prompt: _Prompt, answers: int) -> None:
+    def _end(self, prompt: Prompt, answers: int) -> None:
         """Give back what a prompt's answers share, once all have ended."""
         prompt.ended += answers
         if prompt.ended == prompt.answers > 1 and prompt.begun:
             self.cache.drop(prompt.table)
             self.cache.reserved -= prompt.shared
 
-    def step(self, tokens: LatentTokens, choose: Chooser, latents: Latents | None) -> list[_Row]:
+    def step(self, tokens: LatentTokens, choose: Chooser, latents: Latents | None) -> list[Row]:
         """Choose a token of each row and go on; return the rows that have ended, broken ones among them."""
         logits = project(self.hidden, self.model.head.weight)
         usable = finite(logits)
@@ -400,7 +313,10 @@ def decode(
         NotFinite: names the first row of those whose logits are not.
     """
     each = prompts.answers
-    read = lambda numbers: prompts.read(numbers[0] // each, numbers[-1] // each + 1)  # noqa: E731
+
+    def read(numbers: Sequence[int]) -> Batch:
+        return prompts.read(numbers[0] // each, numbers[-1] // each + 1)
+
     loop = Loop(model, limits, read, trace, record, noise)
     _add_all(loop, prompts.lengths, prompts.rows, each)
     while loop.live or loop.waiting:

@@ -21,7 +21,7 @@ from mirage_ds.engine.setup import from_rank_zero
 from mirage_ds.engine.whole import check_room
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.decoder import answer_of
-from mirage_ds.model.generate import Generated
+from mirage_ds.model.rows import Generated
 from mirage_ds.rl.objective import advantages
 from mirage_ds.rl.report import Completions, Group, Rollout, measures
 from mirage_ds.rl.rewards import Answer, Scored

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from mirage_ds.evaluate.decoder import answer_of
 from mirage_ds.files import write_atomically
-from mirage_ds.model.generate import Generated
+from mirage_ds.model.rows import Generated
 from mirage_ds.rl.rollout import Sampled
 from mirage_ds.rl.step import Lesson
 from mirage_ds.run.settings import Run

@@ -25,8 +25,9 @@ from mirage_ds.errors import Stopped
 from mirage_ds.evaluate.decoder import prompts_of, seeds_of, tokens_and_feed
 from mirage_ds.model.choose import Chooser, NotFinite, Turn, sampler
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Generated, Limits, decode
-from mirage_ds.model.slots import LatentTokens, noise
+from mirage_ds.model.generate import decode
+from mirage_ds.model.rows import Generated
+from mirage_ds.model.slots import LatentTokens, Limits, noise
 from mirage_ds.run.settings import Run
 from mirage_ds.run.setup import Learner
 from mirage_ds.run.validation import tower_of

@@ -28,7 +28,7 @@ from mirage_ds.evaluate.decoder import decode_samples, prompt_of, slots_fed
 from mirage_ds.evaluate.scoring import NOTHING, Prediction, score, spread, task_of
 from mirage_ds.model.choose import NotFinite
 from mirage_ds.model.forward import MirageModel
-from mirage_ds.model.generate import Limits
+from mirage_ds.model.slots import Limits
 from mirage_ds.model.vision import FrozenTower
 from mirage_ds.run.events import EVALUATION_BEGINS, EVALUATION_ENDS
 from mirage_ds.run.records import Evaluation

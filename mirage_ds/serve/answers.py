@@ -11,7 +11,7 @@ import torch
 from starlette.requests import ClientDisconnect, Request
 from tokenizers.decoders import DecodeStream
 
-from mirage_ds.model.generate import Generated
+from mirage_ds.model.rows import Generated
 from mirage_ds.serve.body import Refused
 from mirage_ds.serve.engine import Engine, Job, Token
 

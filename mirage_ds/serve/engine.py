@@ -28,9 +28,9 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, need_latents, pack, run_limits, seeds_of, tokens_and_feed
 from mirage_ds.evaluate.spec import Sampling
 from mirage_ds.model.choose import Chooser, Turn, greedy, sampler
-from mirage_ds.model.generate import Limits, Loop
+from mirage_ds.model.generate import Loop
 from mirage_ds.model.kv_cache import bytes_of_block, on_device
-from mirage_ds.model.slots import Slot, pause
+from mirage_ds.model.slots import Limits, Slot, pause
 from mirage_ds.serve.body import Asked, Refused
 from mirage_ds.serve.spec import ServeSpec
 

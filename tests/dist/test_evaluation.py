@@ -36,7 +36,7 @@ from mirage_ds.evaluate.report import evaluate_file
 from mirage_ds.evaluate.scoring import spread
 from mirage_ds.evaluate.spec import EvaluateSpec, Sampling
 from mirage_ds.model.choose import NotFinite
-from mirage_ds.model.generate import Limits
+from mirage_ds.model.slots import Limits
 from mirage_ds.run import validation
 from mirage_ds.run.settings import Run
 

@@ -17,9 +17,9 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.evaluate.decoder import prompts_of
 from mirage_ds.model import kv_cache
 from mirage_ds.model.choose import Chooser
-from mirage_ds.model.generate import Limits, generate
+from mirage_ds.model.generate import generate
 from mirage_ds.model.load import load_model
-from mirage_ds.model.slots import latent_tokens
+from mirage_ds.model.slots import Limits, latent_tokens
 
 pytestmark = pytest.mark.gpu
 

@@ -35,10 +35,10 @@ from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
 from mirage_ds.evaluate.decoder import prompts_of
 from mirage_ds.model.choose import Turn, greedy
-from mirage_ds.model.generate import Limits, generate
+from mirage_ds.model.generate import generate
 from mirage_ds.model.load import Loaded, load_model, public_name
 from mirage_ds.model.loss import StepCounts, objective
-from mirage_ds.model.slots import latent_tokens
+from mirage_ds.model.slots import Limits, latent_tokens
 
 # Losses, hidden states and gradients: the tolerances that come with the folder (two attention back ends or thread
 # counts differ by 2e-6 in hidden states). Inputs are exact; features and logits get what hidden states get.

@@ -29,7 +29,7 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, Track, answer_of, load_decoder, need_latents, run_limits
 from mirage_ds.evaluate.report import Asked, read_asked
 from mirage_ds.files import check_output
-from mirage_ds.model.generate import Generated
+from mirage_ds.model.rows import Generated
 
 
 def likelihood(name: str, vectors: Sequence[torch.Tensor], bench: Bench, rows: Sequence[Row]) -> list[float]:

@@ -22,8 +22,9 @@ from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Track, batches, batches_fit, prompt_of, without_helpers
 from mirage_ds.evaluate.scoring import Prediction
-from mirage_ds.model.generate import Generated, check_room, generate
+from mirage_ds.model.generate import check_room, generate
 from mirage_ds.model.latents import compress
+from mirage_ds.model.rows import Generated
 from mirage_ds.model.slots import Latents, LatentTokens
 
 

@@ -25,7 +25,7 @@ from mirage_ds.data.record_files import read_records
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Track, load_decoder, need_latents
 from mirage_ds.files import whole_folder, write_atomically
-from mirage_ds.model.generate import Limits
+from mirage_ds.model.slots import Limits
 
 # Vectors of a kind that go into the components: enough for a picture, and no kind outweighs the others by far.
 MOST_VECTORS = 500

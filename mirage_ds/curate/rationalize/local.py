@@ -25,9 +25,8 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoding, Sampling, batches, decode_samples, load_decoder
 from mirage_ds.model.choose import NotFinite
 from mirage_ds.model.folder import resolve_folder, weight_files
-from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import check_folder
-from mirage_ds.model.slots import latent_tokens
+from mirage_ds.model.slots import Limits, latent_tokens
 
 
 def weights_hash(name: str) -> str:

@@ -39,9 +39,10 @@ from mirage_ds.evaluate.decoder import answer_records, load_decoder, prompt_of
 from mirage_ds.evaluate.scoring import Prediction, bootstrap
 from mirage_ds.model import kv_cache
 from mirage_ds.model.choose import greedy
-from mirage_ds.model.generate import Generated, Limits, generate
+from mirage_ds.model.generate import generate
 from mirage_ds.model.kv_cache import bytes_of_block
-from mirage_ds.model.slots import latent_tokens
+from mirage_ds.model.rows import Generated
+from mirage_ds.model.slots import Limits, latent_tokens
 
 K, SEED = 3, 11
 # Transformers' layers take their norms and rotary angles in float32, also in a float64 model.

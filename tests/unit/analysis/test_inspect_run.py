@@ -27,8 +27,8 @@ from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
 from mirage_ds.model.choose import NotFinite
-from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import Loaded, load_model
+from mirage_ds.model.slots import Limits
 
 K = 3
 # As tests/unit/model/test_generate.py: transformers' norms and its eager softmax are float32 inside.

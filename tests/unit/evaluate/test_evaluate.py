@@ -40,8 +40,8 @@ from mirage_ds.evaluate.decoder import (
 from mirage_ds.evaluate.report import evaluate_file, write_report
 from mirage_ds.evaluate.scoring import Prediction, better, check_metric, score, task_of, wilson
 from mirage_ds.evaluate.spec import EvaluateSpec, Sampling
-from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import load_model
+from mirage_ds.model.slots import Limits
 
 PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"
 SAMPLE = Path(__file__).parents[3] / "data/sample_planning.jsonl"

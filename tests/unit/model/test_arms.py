@@ -40,9 +40,10 @@ from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, answer_records, load_decoder, need_latents, run_limits
-from mirage_ds.model.generate import Limits, decode
+from mirage_ds.model.generate import decode
 from mirage_ds.model.load import load_model
 from mirage_ds.model.loss import objective
+from mirage_ds.model.slots import Limits
 
 K = 3
 

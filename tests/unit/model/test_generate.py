@@ -27,9 +27,10 @@ from mirage_ds.data.sample import Sample
 from mirage_ds.evaluate.decoder import chooser_of, prompts_of
 from mirage_ds.evaluate.spec import Sampling
 from mirage_ds.model.choose import NotFinite, Turn, greedy, sampler
-from mirage_ds.model.generate import Generated, Limits, generate, neighbours
+from mirage_ds.model.generate import generate, neighbours
 from mirage_ds.model.load import Loaded, load_model
-from mirage_ds.model.slots import LatentTokens, Slot, latent_tokens
+from mirage_ds.model.rows import Generated
+from mirage_ds.model.slots import LatentTokens, Limits, Slot, latent_tokens
 
 # With and without image, of different lengths.
 ROWS = (0, 1, 2, 3, 6, 11)

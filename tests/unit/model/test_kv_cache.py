@@ -25,9 +25,10 @@ from mirage_ds.model import generate as decoding
 from mirage_ds.model import kv_cache
 from mirage_ds.model.attention import Ends, varlen_attention
 from mirage_ds.model.choose import Chooser, NotFinite, Turn, greedy, sampler
-from mirage_ds.model.generate import Generated, Limits, Loop, Prompts, decode, generate
+from mirage_ds.model.generate import Loop, Prompts, decode, generate
 from mirage_ds.model.kv_cache import BlockCache, bytes_of_block
-from mirage_ds.model.slots import Latents
+from mirage_ds.model.rows import Generated
+from mirage_ds.model.slots import Latents, Limits
 
 # Answers: some longer than a block, with several latent blocks; each of its own length.
 LENGTHS = (3, 17, 9, 14, 6, 12)

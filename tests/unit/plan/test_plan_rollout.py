@@ -9,8 +9,8 @@ import torch
 from test_plan_activations import model_of, shape
 
 from mirage_ds.engine.whole import bytes_to_decode
-from mirage_ds.model.generate import Limits
 from mirage_ds.model.load import described
+from mirage_ds.model.slots import Limits
 from mirage_ds.plan.activations import total
 from mirage_ds.plan.fit import GB, Question, judge
 from mirage_ds.plan.rollout import reference, rollout_of, sampling

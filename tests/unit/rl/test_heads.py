@@ -21,8 +21,9 @@ from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, answer_records, load_decoder, prompts_of, run_limits, save_decoder
 from mirage_ds.files import HEADS, delete_model
 from mirage_ds.model.forward import Scoring
-from mirage_ds.model.generate import Generated, generate
+from mirage_ds.model.generate import generate
 from mirage_ds.model.latent_heads import START, LatentHeads, gaussian_logp, vlpo_logp
+from mirage_ds.model.rows import Generated
 from mirage_ds.model.slots import latent_tokens, noise
 
 TOKENS = 24

@@ -19,9 +19,9 @@ from mirage_ds.data.sample import IGNORE
 from mirage_ds.errors import Stopped
 from mirage_ds.model.choose import Turn, greedy
 from mirage_ds.model.forward import Scoring
-from mirage_ds.model.generate import Generated, Limits
 from mirage_ds.model.load import load_model
-from mirage_ds.model.slots import LatentTokens, latent_tokens
+from mirage_ds.model.rows import Generated
+from mirage_ds.model.slots import LatentTokens, Limits, latent_tokens
 from mirage_ds.rl import rollout
 from mirage_ds.rl.rollout import RECORDED, Recorder, Sampled, row_of, sampled
 

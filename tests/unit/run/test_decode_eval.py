@@ -28,9 +28,9 @@ from mirage_ds.engine.whole import bytes_to_decode
 from mirage_ds.evaluate.decoder import decode_samples, prompt_of, prompts_of
 from mirage_ds.evaluate.scoring import spread
 from mirage_ds.model.choose import Turn
-from mirage_ds.model.generate import Limits, Prompts, generate, neighbours
+from mirage_ds.model.generate import Prompts, generate, neighbours
 from mirage_ds.model.load import load_model
-from mirage_ds.model.slots import LatentTokens, latent_tokens
+from mirage_ds.model.slots import LatentTokens, Limits, latent_tokens
 from mirage_ds.run import saving
 from mirage_ds.run.folder import claim
 from mirage_ds.run.saving import Best
