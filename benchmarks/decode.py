@@ -59,8 +59,7 @@ class Ours:
         import torch
 
         from mirage_ds.evaluate.decoder import prompts_of
-        from mirage_ds.model.slots import Limits
-from mirage_ds.model.generate import generate
+        from mirage_ds.model.generate import Limits, generate
 
         stop, other = self.tokens.stops
 

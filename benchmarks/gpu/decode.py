@@ -25,8 +25,7 @@ def main(model: Path, records: Path, rows: int, new: int) -> None:
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.record_files import scan
     from mirage_ds.evaluate.decoder import load_decoder, prompts_of
-    from mirage_ds.model.slots import Limits
-from mirage_ds.model.generate import generate
+    from mirage_ds.model.generate import Limits, generate
     from mirage_ds.model.slots import latent_tokens
 
     decoder = load_decoder(model, ImageFinder.beside(records, None))
