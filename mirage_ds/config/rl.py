@@ -103,10 +103,10 @@ class RlSettings(BaseModel):
 RL_ONLY = tuple(RlSettings.model_fields)
 JUDGE = tuple(name for name in RL_ONLY if name.startswith("judge_"))
 # Of these, what decides how a rollout is made, not what it is, or only ends a run.
-_OTHERWISE = {"rollout_rows", "reward_timeout", "reward_workers", "max_reward_faults", "max_drift", "min_latent_share"}
-_OTHERWISE |= set(JUDGE) - {"judge_model_name", "judge_prompt"}
+OTHERWISE = {"rollout_rows", "reward_timeout", "reward_workers", "max_reward_faults", "max_drift", "min_latent_share"}
+OTHERWISE |= set(JUDGE) - {"judge_model_name", "judge_prompt"}
 
 
 def rl_noted(config: RlSettings) -> dict[str, Any]:
     """Return the settings of rl that must be the same for a run to go on exactly."""
-    return config.model_dump(mode="json", include=set(RL_ONLY) - _OTHERWISE - {"latent_policy", "prompts_per_rollout"})
+    return config.model_dump(mode="json", include=set(RL_ONLY) - OTHERWISE - {"latent_policy", "prompts_per_rollout"})

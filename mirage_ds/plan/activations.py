@@ -294,8 +294,7 @@ def peak(micro: Micro) -> Peak:
     held = saved + (own_states + by_labelled if split else all_states)
     heights = [
         Peak("forward", saved + 2 * all_states + passing + deep, 0, 0),
-        # The labelled states lie there pass by pass, and joined.
-        Peak("head", saved + 2 * all_states + deep + by_labelled, total(head_terms(micro)), 0),
+        Peak("head", saved + 2 * all_states + deep, total(head_terms(micro)), 0),
         Peak("head's backward", held + (0 if split else by_labelled), matrix, 0),
     ]
     # The gradient of a matrix that is also the embedding is complete at the very end of a backward only.

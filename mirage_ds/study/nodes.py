@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from mirage_ds.analysis.controls.spec import parse_names
 from mirage_ds.config.mixture import Mixture, Records
-from mirage_ds.config.rl import RL_ONLY
+from mirage_ds.config.rl import OTHERWISE, RL_ONLY
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.folders import find_files, readable
 from mirage_ds.engine.ds_config import read_json
@@ -35,12 +35,12 @@ Kind = Literal["train", "evaluate", "controls"]
 
 # What decides how, where or how safely a run computes, but not what (sums may differ in their last bits). Those of the
 # last two lines are hashed by content, under other names.
-MACHINE = frozenset(
+MACHINE = OTHERWISE | frozenset(
     """save_model_path load_model_path log_file resume overwrite report_to log_rows num_workers cache_dir feature_cache
     feature_dir peak_tflops check_images start_timeout collective_timeout micro_batch_tokens micro_batch_size
     micro_batch_patches allow_idle_ranks attention kernels gradient_checkpointing loss_chunk_mb save_every
     keep_checkpoints async_save log_every profile_steps max_skipped_steps max_dropped_share max_bad_share confine_paths
-    eval_pictures rollout_rows reward_timeout reward_workers
+    eval_pictures
     model data_path eval_data_path image_root deepspeed
     gradient_accumulation_steps global_batch_size""".split()  # noqa: SIM905
 )
@@ -264,11 +264,18 @@ def _train_node(config: RunConfig, name: str, parent: Node | None, here: Path, o
         "model": model_hash(str(config.model)) if parent is None else None,
         "deepspeed": read_json(config.deepspeed) if config.deepspeed else None,
         "parent": parent and parent.key,
+        **({"rewards": _own_rewards(config, name)} if config.stage == "rl" else {}),
         # On a CPU a recipe computes in float32. The study's file alone counts: whoever plans, looks at or reports runs
         # of GPUs may have none.
         **({"device": "cpu"} if on_cpu else {}),
     }
     return Node("train", name, parent, config, None, material)
+
+
+def _own_rewards(config: RunConfig, where: str) -> dict[str, Any]:
+    """Hash the files of rewards and of a scorer of one's own; see _scorer."""
+    names = [*(one.partition("*")[0] for one in config.reward), config.task]
+    return {str(one): own for one in names if (own := _scorer(one, f"stage {where}"))}
 
 
 def _scorer(task: str | None, where: str) -> dict[str, str]:

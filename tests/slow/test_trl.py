@@ -33,14 +33,14 @@ REWARDS = [1.0, 0.0, 0.3, 0.0, 0.9, 1.0, 0.0, 0.2]
 CASES: dict[str, tuple[dict[str, Any], Settings, str]] = {
     "grpo": (dict(loss_type="grpo", epsilon=0.05, beta=0.3), Settings("grpo", 0.05, 0.05, 0.3), "group"),
     "dr_grpo": (
-        dict(loss_type="dr_grpo", epsilon=0.05, epsilon_high=0.1, entropy_coef=0.1),
-        Settings("dr_grpo", 0.05, 0.1, entropy=0.1),
+        dict(loss_type="dr_grpo", epsilon=0.02, epsilon_high=0.03, entropy_coef=0.1),
+        Settings("dr_grpo", 0.02, 0.03, entropy=0.1),
         "none",
     ),
     "dapo": (dict(loss_type="dapo", epsilon=0.05, epsilon_high=0.08), Settings("dapo", 0.05, 0.08), "batch"),
     "gspo": (
-        dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=0.01, beta=0.1),
-        Settings("gspo", 0.01, 0.01, 0.1),
+        dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=0.1, beta=0.1),
+        Settings("gspo", 0.1, 0.1, 0.1),
         "group",
     ),
     "cispo": (dict(loss_type="cispo", epsilon_high=1.02), Settings("cispo", 0.2, 1.02), "group"),
@@ -100,7 +100,7 @@ def ours(folder: Path, asked: dict[str, Any], settings: Settings, scale: Any) ->
 def asked(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What TRL was asked; its answers are in the folder `out`. One process takes all cases: most of it is its start."""
     out = tmp_path_factory.mktemp("trl")
-    made = answers_of(nano) | dict(folder=str(nano), out=str(out), answers=ANSWERS, rewards=REWARDS, rate=0.5)
+    made = answers_of(nano) | dict(folder=str(nano), out=str(out), answers=ANSWERS, rewards=REWARDS, rate=0.001)
     # Ours is the plain k3 estimator of the GRPO paper, as in verl.
     same = dict(
         temperature=TEMPERATURE,
@@ -139,5 +139,5 @@ def test_two_steps_equal_trls(name: str, nano: Path, asked: dict[str, Any]) -> N
         assert abs(found["loss"] - float(told["loss"])) <= 1e-5
         assert apart[worst] <= 1e-5, f"step {number}, {worst}: {apart[worst]:.2e}"
         held += sum(value for key, value in zip(SUMS, found["sums"], strict=True) if key.startswith("clipped"))
-    # Else nothing was clipped.
+    # Some, or nothing was seen of clipping.
     assert held > 0

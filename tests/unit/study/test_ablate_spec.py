@@ -14,6 +14,7 @@ import pytest
 from support.commands import caller
 from support.studies import STAGES, opened, write_study
 
+from mirage_ds.config.rl import RL_ONLY
 from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
 from mirage_ds.study.collect import POINTS, curve_of, stated
@@ -176,13 +177,23 @@ def test_runs_that_the_file_puts_on_the_cpu_are_others_than_on_gpus(tmp_path: Pa
     assert folders(write_study(tmp_path, nano, launch={"environment": {"A": "b"}})) == on_gpus
 
 
-def test_every_setting_is_either_hashed_or_named_as_the_machines(nano: Path, tmp_path: Path) -> None:
+def test_every_setting_is_either_hashed_or_named_as_the_machines(
+    nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
     study, _ = opened(write_study(tmp_path, nano))
     node = next(iter(study.nodes.values()))
-    # Settings of adapters and columns stand there only where there are such.
-    later = {name for name in RunConfig.model_fields if name.startswith("lora_")} | {"columns"}
+    # Settings of adapters, columns and rl stand there only where there are such.
+    later = {name for name in RunConfig.model_fields if name.startswith("lora_")} | {"columns", *RL_ONLY}
     assert set(RunConfig.model_fields) - MACHINE - later == set(node.material["settings"])
     assert set(RunConfig.model_fields) >= MACHINE
+    (tmp_path / "rewards_here.py").write_text("def one(answers, records): return [1.0] * len(answers)\n")
+    stages = {"end": {"stage": "rl", "reward": ["format", "rewards_here:one*0.5"], "latent_loss": "l2"}}
+    plain = {"one": {"chain": ["end"]}}
+    learnt = next(iter(opened(write_study(tmp_path, nano, stages=stages, arms=plain))[0].nodes.values())).material
+    assert set(learnt["settings"]) >= set(RL_ONLY) - MACHINE
+    assert learnt["settings"]["latent_loss"] == "cosine"
+    assert set(learnt["rewards"]) == {"rewards_here:one"}
     # These are hashed by content, under another name.
     assert node.material["rows_per_step"] == 8
     assert node.material["data"] == records_hash(tmp_path / "data.jsonl")
