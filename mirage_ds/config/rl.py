@@ -35,9 +35,9 @@ class RlSettings(BaseModel):
     # the latents
     latent_policy: LatentPolicy | None = Field(
         None,
-        description="rl: what a latent is to the policy: through (made anew, with gradient), replay (fed again as "
-        "recorded), gaussian (sampled by two heads), vlpo (Monet's density); text opens no latent block. [default: "
-        "through; text where the model was trained without latents]",
+        description="rl: how latents enter the policy: through (recomputed, with gradient), replay (fed as recorded), "
+        "gaussian (sampled by two heads), vlpo (Monet's density); text opens no latent block. [default: gaussian where "
+        "the model has heads, text where it was trained without latents, else through]",
     )
     latent_ratio: LatentRatio | None = Field(
         None, description="rl: a latent block's log-ratio is the sum or the mean over its numbers. [default: mean]"
@@ -84,7 +84,7 @@ class RlSettings(BaseModel):
         "max_tokens", description="rl: how the judge's server calls that limit."
     )
     judge_most: PositiveInt | None = Field(
-        None, description="rl: replies that a run may ask for. [default: any number]"
+        None, description="rl: most replies that a run asks for. [default: any number]"
     )
     judge_cache: Path | None = Field(None, description="rl: folder that keeps what was judged. [default: none]")
     # what ends the run

@@ -104,7 +104,7 @@ class _Settings(BaseModel):
     # the optimizer step
     epochs: PositiveFloat = Field(10, description="Passes over the data.")
     max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps.")
-    global_batch_size: PositiveInt | None = Field(None, description="Rows of a step, of all ranks. [default: 8]")
+    global_batch_size: PositiveInt | None = Field(None, description="Rows of a step, not for rl. [default: 8]")
     gradient_accumulation_steps: PositiveInt | None = Field(
         None, description="The public Mirage code's name of --global_batch_size: rows of a step, not a factor."
     )
@@ -126,11 +126,11 @@ class _Settings(BaseModel):
     adam_eps: PositiveFloat = Field(1e-8, description="AdamW ε.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay; norms and biases are exempt.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's global norm to this; 0 switches it off.")
-    seed: int = Field(42, ge=0, description="Chooses each step's rows and adapters' first values, nothing else.")
+    seed: int = Field(42, ge=0, description="Chooses rows and adapters' first values; rl: also samples.")
 
     # the machine
     deepspeed: Path | None = Field(
-        None, description="DeepSpeed JSON; it sets the precision. [default: zero3_kept for stage2, else zero3]"
+        None, description="DeepSpeed JSON; it sets the precision. [default: zero3_kept for stage2 and rl, else zero3]"
     )
     attention: Literal["auto", "flash", "torch_varlen", "sdpa"] = Field("auto", description="Attention back end.")
     kernels: Literal["liger"] | None = Field(None, description="Fused RMSNorm and SwiGLU on a GPU. [default: none]")

@@ -23,7 +23,7 @@ class ServeSpec(LengthSpec):
     latents: Literal["own", "off", "zero", "random", "text"] = Field(
         "own",
         description="What is fed at the slots (`mirage-ds docs controls`); random: as long as the state it replaces. "
-        "Other conditions need more than one record: `mirage-ds controls` has them.",
+        "`mirage-ds controls` has the other conditions.",
     )
     return_latents: bool = Field(False, description="Send what was fed at the slots beside each answer.")
     max_request_mb: PositiveFloat = Field(32, description="MB of a request, at most.")
