@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mirage_ds.rl.judge import Judge, JudgeSpec, read_number
 from mirage_ds.rl.rewards import Answer, Rewards, Scored, read_rewards
 
 OWN = r'''
-import os, re, signal, subprocess, sys
+import os, re, signal, subprocess, sys, threading, time
 
 def by_text(answers, records, blocks, truncated):
     assert len(answers) == len(records) == len(blocks) == len(truncated)
@@ -43,6 +44,10 @@ def one(text):
     if text == "hang":
         subprocess.Popen(["sleep", f"61.{os.getppid()}"])
         re.match("(a+)+b", "a" * 60)
+    if text == "thread":
+        threading.Thread(target=time.sleep, args=(60,)).start()
+    if text == "program":
+        subprocess.run("echo $$; exec sleep 60", shell=True)
     if text == "exit":
         os._exit(3)
     if text == "system exit":
@@ -280,7 +285,8 @@ def test_it_is_told_before_anything_starts(modules: Path) -> None:
             rewards.check([{"text_output": "b", "solution": "b"}])
         with pytest.raises(UserError, match=r"'own_rewards:always_wrong', .*: returns 'good', no number; fix it"):
             rewards.check([{"text_output": "b", "solution": "b", "other": 1}])
-        assert len(started() - before) == 1
+        # The worker and what watches over it.
+        assert len(started() - before) == 2
     assert started() == before
 
 
@@ -310,20 +316,36 @@ def test_torch_where_the_user_has_it(modules: Path) -> None:
         assert rewards.score(answers("a", "b")).total == [0.5, 0.5]
 
 
-def test_no_process_outlives_a_killed_run(modules: Path) -> None:
-    """kill -9 of the trainer while one worker hangs and one waits: both are gone when the limit is over."""
-    script = """
+@pytest.mark.parametrize("text", ["hang", "thread", "program"])
+def test_no_process_outlives_a_killed_run(modules: Path, text: str) -> None:
+    """kill -9 of the trainer, whatever a worker is at: both workers are gone at once, and what they have started."""
+    script = f"""
 from mirage_ds.rl.rewards import Answer, Rewards
-with Rewards(["own_rewards:by_text"], timeout_s=1, workers=2) as rewards:
+with Rewards(["own_rewards:by_text"], timeout_s=60, workers=2) as rewards:
     print(*(worker.process.pid for worker in rewards.workers.workers), flush=True)
-    rewards.score([Answer(0, {}, "hang", (), False)])
+    rewards.score([Answer(0, {{}}, "{text}", (), False)])
+    print("scored", flush=True)
+    input()
 """
-    run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True)  # fmt: skip
     workers = [psutil.Process(int(pid)) for pid in run.stdout.readline().split()]
-    run.kill()
-    run.communicate()
     assert len(workers) == 2
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    if text == "hang":
+        time.sleep(0.5)
+    else:
+        # The program's number, or that the thread runs by now.
+        assert run.stdout.readline()
+    left = [*workers, *(child for worker in workers for child in worker.children(recursive=True))]
+    run.kill()
+    try:
+        assert psutil.wait_procs(left, timeout=10)[1] == []
+        # Nothing holds its output open.
+        run.communicate(timeout=10)
+    finally:
+        for one in left:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 # ------------------------------------------------------------------------------------------------------ the judge
