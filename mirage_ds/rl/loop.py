@@ -122,7 +122,12 @@ def judge(run: Run, data: Data, answers: list[Sampled]) -> Scored:
             said = answer_of(Generated(answer.ids), encoder)
             record = seen_by_scorer(records.record(answer.row))
             given.append(Answer(answer.row, record, said.text, tuple(said.runs), answer.truncated))
-        return data.rewards.score(given)
+        scored = data.rewards.score(given)
+        if scored.faults:
+            row, name, sentence = scored.faults[0]
+            first = f"{data.rewards.place(row)}, {name}: {sentence}"
+            run.journal.say(f"warning: failed rewards: {len(scored.faults)}; the first: {first}")
+        return scored
 
     run.journal.at("scores answers by reward")
     return from_rank_zero(score, run.world)

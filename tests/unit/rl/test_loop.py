@@ -108,6 +108,22 @@ def test_an_answer_without_a_reward_or_cut_off_teaches_nothing_where_that_is_ask
     assert fined.advantages.tolist() == [1.0, -1.0, 0, 0]
 
 
+def test_why_a_reward_failed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the share that ends the run too: where the record is, which reward, and what it did."""
+    said: list[str] = []
+    faults = [(104, "own:points", "raises boom"), (105, "own:points", "returns nan, no number")]
+    rewards = SimpleNamespace(score=lambda _: Scored([], {}, faults), place=lambda row: f"d.jsonl:{row - 99}")
+    monkeypatch.setattr(loop, "from_rank_zero", lambda score, _: score())
+    run = SimpleNamespace(journal=SimpleNamespace(at=lambda _: None, say=said.append), world=None)
+    data = SimpleNamespace(rewards=rewards, index=SimpleNamespace(rows=None), loader=data_of().loader)
+    data.loader.rows = SimpleNamespace(encoder=None)
+    loop.judge(cast(Any, run), cast(Any, data), [])
+    assert said == ["warning: failed rewards: 2; the first: d.jsonl:5, own:points: raises boom"]
+    faults.clear()
+    loop.judge(cast(Any, run), cast(Any, data), [])
+    assert len(said) == 1
+
+
 def test_a_rollout_in_numbers() -> None:
     groups = [
         Group(100, [answer(100, 3, 1), answer(100, 5, truncated=True)], [1.0, 0.0], {"accuracy": [1.0, 0.0]}),

@@ -175,7 +175,7 @@ def test_order_groups_weights_and_columns(modules: Path) -> None:
     ]
     names = ["first*0.5", "minus*0", "as_text*0.25", "as_message", "passes*0"]
     with Rewards([f"own_rewards:{name}" for name in names], timeout_s=20, workers=2) as rewards:
-        rewards.check([record | {"text_output": "b"}])
+        rewards.check(dict(enumerate([record | {"text_output": "b"}])))
         scored = rewards.score(given)
     first, minus, text, message, passes = scored.by_function.values()
     assert first == [1, 0, 1, 1, 1, 1]
@@ -198,15 +198,15 @@ def test_the_papers_rewards(modules: Path) -> None:
         "": 0.0,
     }
     with Rewards(["accuracy*.9", "format*.1"], workers=1) as rewards:
-        rewards.check([record])
+        rewards.check(dict(enumerate([record])))
         scored = rewards.score(answers(*texts, **record))
         assert scored.total == pytest.approx(list(texts.values()))
         # Of a record that cannot be scored the sentence says what it lacks; it is told before anything is decoded.
         lacking = {"text_input": "?", "task": "vsp-spatial-planning"}
-        with pytest.raises(UserError, match=r"^reward 'accuracy', tried with record 2: the record has no 'map_desc'"):
-            rewards.check([record, lacking])
+        with pytest.raises(UserError, match=r"^reward 'accuracy', tried with record 6: the record has no 'map_desc'"):
+            rewards.check({0: record, 5: lacking})
         with pytest.raises(UserError, match="'own_rewards:first' is code, which data must not choose"):
-            rewards.check([{"text_input": "?", "task": "own_rewards:first"}])
+            rewards.check(dict(enumerate([{"text_input": "?", "task": "own_rewards:first"}])))
     direct = Asked((0,) * 2, "format", {"text_input": "?"}, (r"\boxed{1}", "1"), ((),) * 2, (False,) * 2)
     assert answer_format(direct) == [1.0, 0.0]
 
@@ -222,8 +222,8 @@ def test_the_share_of_faults(by_text: Rewards, share: float, bad: int, ends: boo
         with pytest.raises(UserError) as caught:
             by_text.score(given)
         assert re.fullmatch(
-            rf"{bad} of 4 answers are without a reward, more than --max_reward_faults {share:g} allows; row 3, reward "
-            r"'own_rewards:by_text': returns nan, no number; fix the reward, or raise the share",
+            rf"{bad} of 4 answers are without a reward, more than --max_reward_faults {share:g} allows; the first: "
+            r"record 4, own_rewards:by_text: returns nan, no number; fix the reward, or raise the share",
             str(caught.value),
         )
         assert not caught.value.everywhere
@@ -282,9 +282,9 @@ def test_it_is_told_before_anything_starts(modules: Path) -> None:
         Rewards(["judge"])
     with Rewards(["own_rewards:needs", "own_rewards:always_wrong"], workers=1) as rewards:
         with pytest.raises(UserError, match=r"tried with record 1: .* missing a required argument: 'other'"):
-            rewards.check([{"text_output": "b", "solution": "b"}])
+            rewards.check(dict(enumerate([{"text_output": "b", "solution": "b"}])))
         with pytest.raises(UserError, match=r"'own_rewards:always_wrong', .*: returns 'good', no number; fix it"):
-            rewards.check([{"text_output": "b", "solution": "b", "other": 1}])
+            rewards.check(dict(enumerate([{"text_output": "b", "solution": "b", "other": 1}])))
         # The worker and what watches over it.
         assert len(started() - before) == 2
     assert started() == before
@@ -302,7 +302,7 @@ def test_an_error_ends_what_still_runs(modules: Path) -> None:
     with Rewards(["own_rewards:by_text"], timeout_s=30, workers=2, fault_share=0.0) as rewards:
         begun = time.monotonic()
         # Whoever keeps the error keeps all that the call held.
-        with pytest.raises(UserError, match=r"row 2, .* returns nan") as kept:
+        with pytest.raises(UserError, match=r"record 3, .* returns nan") as kept:
             rewards.score([*answers("hang", row=1), *answers("nan", row=2)])
         assert rewards.score([*answers("ab", row=1), *answers("abcd", row=2)]).total == [0.25, 0.5]
         assert time.monotonic() - begun < 20
@@ -391,7 +391,7 @@ def test_a_judge_that_misbehaves(server: Fake) -> None:
     record = {"text_input": "Where is <image> {answer}?", "text_output": "Here. {question}"}
     given = answers("0.5", "busy", "broken", "slow", "rubbish", "who knows", "1", row=4, **record)
     with Rewards(["judge*2"], fault_share=1.0, judge=spec(server)) as rewards:
-        rewards.check([{"text_output": "1"}])
+        rewards.check(dict(enumerate([{"text_output": "1"}])))
         del server.seen[:]
         scored = rewards.score(given)
     assert same(scored.total, [1, *[math.nan] * 5, 2])
