@@ -102,10 +102,17 @@ def test_an_answer_without_a_reward_or_cut_off_teaches_nothing_where_that_is_ask
     assert lesson.weights.tolist() == [1, 1, 0, 1]
     masked = loop.lesson_of(cast(Any, SimpleNamespace(config=settings(mask_truncated=True))), rollout)
     assert masked.weights.tolist() == [1, 0, 0, 1]
-    fined = loop.lesson_of(
-        cast(Any, SimpleNamespace(config=settings(scale_rewards="none", truncation_penalty=1))), rollout
-    )
-    assert fined.advantages.tolist() == [1.0, -1.0, 0, 0]
+
+
+def test_a_truncated_answer_is_fined_before_its_group_is_looked_at() -> None:
+    """So what decides about a group, what is logged and what is learnt are one number."""
+    config = settings(scale_rewards="none", truncation_penalty=0.5)
+    answers = [answer(100), answer(100, truncated=True), answer(101), answer(101, truncated=True)]
+    groups = loop.grouped(config, [100, 101], answers, Scored([1.0, 1.0, 0.5, 1.0], {}, []))
+    assert [group.rewards for group in groups] == [[1.0, 0.5], [0.5, 0.5]]
+    assert [group.flat for group in groups] == [False, True]
+    lesson = loop.lesson_of(cast(Any, SimpleNamespace(config=config)), Rollout(groups, 0, {}))
+    assert lesson.advantages.tolist() == [0.25, -0.25, 0, 0]
 
 
 def test_why_a_reward_failed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
