@@ -69,8 +69,8 @@ def accuracy(task: str | None) -> Function:
 def answer_format(asked: Asked) -> list[float]:
     r"""Return 1 for each answer that has the form its question asks for, else 0.
 
-    It ends with a closed ``\boxed{…}``; where the question speaks of <think>, it begins with such a block, and the box
-    stands behind the last one. The paper does not write its rule down; this is the usual one for boxed answers (verl's
+    It has a closed ``\boxed{…}``; where the question speaks of <think>, it begins with such a block, and the box stands
+    behind the last one. The paper does not write its rule down; this is the usual one for boxed answers (verl's
     for geo3k), which weighs .1 beside .9 too.
     """
     thoughts = "<think>" in str(asked.record.get("text_input", ""))

@@ -17,6 +17,7 @@ from contextlib import closing, nullcontext
 import numpy as np
 import torch
 
+from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.setup import from_rank_zero
 from mirage_ds.engine.whole import check_room
 from mirage_ds.errors import Stopped, UserError
@@ -85,7 +86,7 @@ def roll(run: Run, data: Data, learner: Learner, number: int) -> Rollout:
         begun = time.perf_counter()
         answers = sample(run, learner, data.loader.rows, chosen, seed_of(config.seed, number, attempt))
         sampled = time.perf_counter()
-        fresh = grouped(config.num_generations, chosen, answers, judge(run, data, answers))
+        fresh = grouped(config, chosen, answers, judge(run, data, answers))
         seconds["decode_seconds"] += sampled - begun
         seconds["scoring_seconds"] += time.perf_counter() - sampled
         if not attempt:
@@ -122,17 +123,27 @@ def judge(run: Run, data: Data, answers: list[Sampled]) -> Scored:
             said = answer_of(Generated(answer.ids), encoder)
             record = seen_by_scorer(records.record(answer.row))
             given.append(Answer(answer.row, record, said.text, tuple(said.runs), answer.truncated))
-        return data.rewards.score(given)
+        scored = data.rewards.score(given)
+        if scored.faults:
+            row, name, sentence = scored.faults[0]
+            first = f"{data.rewards.place(row)}, {name}: {sentence}"
+            run.journal.say(f"warning: failed rewards: {len(scored.faults)}; the first: {first}")
+        return scored
 
     run.journal.at("scores answers by reward")
     return from_rank_zero(score, run.world)
 
 
-def grouped(several: int, chosen: list[int], answers: list[Sampled], scored: Scored) -> list[Group]:
-    """Put the answers to each prompt, and what they got, together."""
+def grouped(config: RunConfig, chosen: list[int], answers: list[Sampled], scored: Scored) -> list[Group]:
+    """Put the answers to each prompt, and what they got, together; a truncated one got less."""
+    several = config.num_generations
     parts = [slice(at * several, (at + 1) * several) for at in range(len(chosen))]
+    rewards = [
+        total - config.truncation_penalty * answer.truncated
+        for total, answer in zip(scored.total, answers, strict=True)
+    ]
     return [
-        Group(row, answers[part], scored.total[part], {name: one[part] for name, one in scored.by_function.items()})
+        Group(row, answers[part], rewards[part], {name: one[part] for name, one in scored.by_function.items()})
         for row, part in zip(chosen, parts, strict=True)
     ]
 
@@ -141,7 +152,7 @@ def lesson_of(run: Run, rollout: Rollout) -> Lesson:
     """Work out what each answer teaches: its advantage, or nothing where it has no reward or is masked."""
     config, answers = run.config, rollout.answers
     truncated = torch.tensor([answer.truncated for answer in answers])
-    rewards = torch.tensor(rollout.rewards, dtype=torch.float64) - config.truncation_penalty * truncated
+    rewards = torch.tensor(rollout.rewards, dtype=torch.float64)
     group = torch.arange(len(rollout.groups)).repeat_interleave(config.num_generations)
     weights = ~rewards.isnan() & ~(truncated & config.mask_truncated)
     return Lesson(answers, advantages(rewards, group, config.scale_rewards).values, weights.float())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -101,6 +101,7 @@ class Rewards:
         workers: processes.
         fault_share: --max_reward_faults: of the answers of one `score`, those that may lack a reward (rounded up).
         judge: needed by the name `judge`.
+        place: says where a row was read from.
 
     Raises:
         UserError: as read_rewards; or on entering, which this process alone knows: a function cannot be imported or
@@ -116,9 +117,11 @@ class Rewards:
         workers: int = 2,
         fault_share: float = 0.1,
         judge: JudgeSpec | None = None,
+        place: Callable[[int], str] = lambda row: f"record {row + 1}",
     ):
         self.weights = read_rewards(names, weights)
         self.task, self.timeout_s, self.count, self.fault_share = task, timeout_s, workers, fault_share
+        self.place = place
         if JUDGE in self.weights and judge is None:
             raise UserError("--reward judge: which server? give --judge_endpoint URL and --judge_model_name")
         self.judge = Judge(judge) if judge is not None and JUDGE in self.weights else None
@@ -142,19 +145,22 @@ class Rewards:
         if self.judge is not None:
             self.judge.close()
 
-    def check(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def check(self, records: Mapping[int, Mapping[str, Any]]) -> None:
         """Call each function before anything is decoded, with an empty answer (not the judge) and the record's own.
 
         `accuracy` is called for each record, others for the first.
+
+        Args:
+            records: of each row.
 
         Raises:
             UserError: it fails, or returns something else than a number for each answer.
         """
         for name in self.weights:
-            tried = records if name == "accuracy" else records[:1]
+            tried = [*records.items()][: None if name == "accuracy" else 1]
             answers = [
                 Answer(row, dict(record), text, (), False)
-                for row, record in enumerate(tried)
+                for row, record in tried
                 for text in ("", str(record.get("text_output", "")).replace(HELPER_MARK, ""))
                 if text or name != JUDGE
             ]
@@ -165,7 +171,8 @@ class Rewards:
                 faults = self._faults(answers, self._found(answers, [name]))
             if faults:
                 row, _, sentence = first[0]
-                raise UserError(f"reward '{name}', tried with record {row + 1}: {sentence}; fix it", everywhere=False)
+                where = self.place(row)
+                raise UserError(f"reward '{name}', tried with {where}: {sentence}; fix it", everywhere=False)
 
     def score(self, answers: Sequence[Answer]) -> Scored:
         """Score answers.
@@ -204,8 +211,8 @@ class Rewards:
                 row, which, sentence = self._faults(answers, found)[0]
                 raise UserError(
                     f"{len(lost)} of {len(answers)} answers are without a reward, more than --max_reward_faults "
-                    f"{self.fault_share:g} allows; row {row}, reward '{which}': {sentence}; fix the reward, or raise "
-                    "the share",
+                    f"{self.fault_share:g} allows; the first: {self.place(row)}, {which}: {sentence}; fix the "
+                    "reward, or raise the share",
                     everywhere=False,
                 )
 

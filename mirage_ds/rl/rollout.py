@@ -3,12 +3,13 @@
 P prompts of a rollout, G answers of each, A = P · G; W ranks; n rows that decode at the moment, V vocabulary; T tokens
 of a row, k latents a block, L latents of an answer, H hidden.
 
-Who decodes an answer plays no part: its draws hang on the run's seed, the rollout, the row and its number.
+Who decodes an answer plays no part: its draws hang on the run's seed, the rollout, its prompt's place there and its
+number. A prompt that stands twice in a rollout gets other answers at each place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isnan, nan
 from operator import itemgetter
 from typing import NamedTuple
@@ -125,7 +126,7 @@ def sample(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], seed: 
     run.journal.at("samples answers")
     with whole_model(learner.engine) as model:
         try:
-            answers = _decode(run, learner, model, rows, [chosen[at] for at in own], seed) if own else []
+            answers = _decode(run, learner, model, rows, {at: chosen[at] for at in own}, seed) if own else []
             made = [(at, answers[n * several : (n + 1) * several]) for n, at in enumerate(own)]
         except Stopped:
             pass
@@ -140,13 +141,13 @@ def sample(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], seed: 
 
 
 def _decode(
-    run: Run, learner: Learner, model: MirageModel, rows: Rows, chosen: Sequence[int], seed: int
+    run: Run, learner: Learner, model: MirageModel, rows: Rows, own: Mapping[int, int], seed: int
 ) -> list[Sampled]:
-    """Decode this rank's prompts."""
+    """Decode this rank's prompts: place in the rollout → dataset row."""
     config, policy = run.config, learner.state["latent_policy"]
     several, encoder = config.num_generations, rows.encoder
     tokens, _ = tokens_and_feed(model, encoder, policy != "text", None)
-    seeds = [one for row in chosen for one in seeds_of(seed, row, several)]
+    seeds, chosen = [one for at in own for one in seeds_of(seed, at, several)], [*own.values()]
     choose = Recorder(sampler(config.temperature, 1.0, seeds), config.temperature, run.asked)
     draws = noise(seeds) if policy == "gaussian" else None
     prompts = prompts_of(model, tower_of(learner, model), encoder, [rows[row] for row in chosen])

@@ -19,6 +19,7 @@ from mirage_ds.data.batch import Batch, collate, to_device
 from mirage_ds.data.pack import pack
 from mirage_ds.data.sample import Sample
 from mirage_ds.engine.private import backward
+from mirage_ds.engine.setup import everyone
 from mirage_ds.model.forward import Scores, Scoring
 from mirage_ds.rl.latents import block_ratios
 from mirage_ds.rl.objective import SUMS, Scored, Settings, Totals, reported, token_terms
@@ -185,8 +186,9 @@ class Pupil:
             at(f"forward and backward of micro-step {number + 1}", done)
             engine.set_gradient_accumulation_boundary(number == len(micros) - 1)
             batch, _ = self.batch(micro)
-            sums += self._micro_step(batch, micro, totals)
-            ran.append((batch.rows, sums[SUMS.index("loss")].expand(len(batch.rows))))
+            made = self._micro_step(batch, micro, totals)
+            sums += made
+            ran.append((batch.rows, made[SUMS.index("loss")].expand(len(batch.rows)).clone()))
         at("updates the weights", done)
         learning_rate = engine.get_lr()[0]
         applied, norm = apply_gradients(engine, self.run.config.max_grad_norm)
@@ -206,6 +208,8 @@ class Pupil:
             "model_flops": round(self.learner.flops.of_text(tokens, totals.tokens)),
             "update_seconds": round(time.perf_counter() - begun, 4),
         }
+        if self.run.config.log_rows:
+            metrics["row_ids"] = everyone([row for rows, _ in ran for row in rows.tolist() if row >= 0], self.run.world)
         return Taken(metrics, applied, False, ran, [one.row for one in answers])
 
     def _micro_step(self, batch: Batch, micro: Micro, totals: Totals) -> torch.Tensor:

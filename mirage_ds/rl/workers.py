@@ -30,7 +30,7 @@ GRACE_S = 2.0
 _CHILD = """import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from mirage_ds.rl.workers import serve
-serve(int(sys.argv[2]))"""
+serve(int(sys.argv[2]), int(sys.argv[3]))"""
 
 
 class Lost(NamedTuple):
@@ -39,8 +39,20 @@ class Lost(NamedTuple):
     sentence: str
 
 
-def serve(descriptor: int) -> None:
-    """Answer calls until the other side is closed or gone; the whole of a worker process."""
+def serve(descriptor: int, life: int) -> None:
+    """Answer calls until the other side is closed or gone; the whole of a worker process.
+
+    Args:
+        descriptor: of the pipe of calls and results.
+        life: of a pipe that ends when the run is gone, however it went.
+    """
+    if not os.fork():
+        # A reward may wait for a program, or leave a thread that runs for ever: then nothing below sees the run's end.
+        # This process does, and ends the worker and all that it has started.
+        os.close(descriptor)
+        os.read(life, 1)
+        os.killpg(0, signal.SIGKILL)
+    os.close(life)
     os.set_inheritable(descriptor, False)
     pipe = Connection(descriptor)
 
@@ -79,10 +91,13 @@ class _Worker:
         """Start the process; it imports while others work."""
         self.call, self.until, self.ready = None, 0.0, False
         self.pipe, theirs = Pipe()
-        with theirs:
+        # Only this process holds the end that is written to, and it never writes.
+        life, self.life = Pipe(duplex=False)
+        with theirs, life:
+            given = [theirs.fileno(), life.fileno()]
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, json.dumps([*map(str, sys.path)]), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()], start_new_session=True, cwd=self.folder, stdin=subprocess.DEVNULL,
+                [sys.executable, "-c", _CHILD, json.dumps([*map(str, sys.path)]), *map(str, given)],
+                pass_fds=given, start_new_session=True, cwd=self.folder, stdin=subprocess.DEVNULL,
                 stdout=2, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             )  # fmt: skip
         self._send(self.setup)
@@ -139,6 +154,7 @@ class _Worker:
                 self.process.wait(GRACE_S)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.life.close()
         self.process.wait()
 
 

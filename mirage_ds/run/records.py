@@ -300,6 +300,10 @@ def open_rewards(run: Run, index: Selection) -> Rewards | None:
     config = run.config
     opened: list[Rewards] = []
 
+    def place(row: int) -> str:
+        (found,) = index.rows.places_of([row])
+        return f"{found['file']}:{found['line']}"
+
     def open_on_rank_zero() -> None:
         rewards = Rewards(
             config.reward,
@@ -309,9 +313,10 @@ def open_rewards(run: Run, index: Selection) -> Rewards | None:
             config.reward_workers,
             config.max_reward_faults,
             judge_of(config),
+            place,
         )
         opened.append(rewards.__enter__())
-        rewards.check([seen_by_scorer(index.rows.record(row)) for row in index.row_ids])
+        rewards.check({row: seen_by_scorer(index.rows.record(row)) for row in index.row_ids.tolist()})
 
     from_rank_zero(open_on_rank_zero, run.world)
     return opened[0] if opened else None

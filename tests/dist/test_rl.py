@@ -228,7 +228,10 @@ def test_each_policy_runs(settings: dict[str, Any], runs: Runs, tmp_path: Path) 
     [
         ({"reward": ["rewards_of_rl:missing"]}, "rewards_of_rl has no function missing"),
         ({"reward": ["nowhere:varied"]}, "nowhere"),
-        ({"reward": ["accuracy"], "task": "vsp-spatial-planning"}, "which vsp-spatial-planning is scored by"),
+        (
+            {"reward": ["accuracy"], "task": "vsp-spatial-planning"},
+            "jsonl:1: the record has no 'map_desc', which vsp-spatial-planning is scored by",
+        ),
         ({"max_drift": 1e-12}, "rollout 1: log-probabilities of decoder and training differ by"),
         ({"min_latent_share": 1.0}, "rollout 1: "),
         ({"latent_size": 3}, "--latent_size 3: "),

@@ -102,10 +102,33 @@ def test_an_answer_without_a_reward_or_cut_off_teaches_nothing_where_that_is_ask
     assert lesson.weights.tolist() == [1, 1, 0, 1]
     masked = loop.lesson_of(cast(Any, SimpleNamespace(config=settings(mask_truncated=True))), rollout)
     assert masked.weights.tolist() == [1, 0, 0, 1]
-    fined = loop.lesson_of(
-        cast(Any, SimpleNamespace(config=settings(scale_rewards="none", truncation_penalty=1))), rollout
-    )
-    assert fined.advantages.tolist() == [1.0, -1.0, 0, 0]
+
+
+def test_a_truncated_answer_is_fined_before_its_group_is_looked_at() -> None:
+    """So what decides about a group, what is logged and what is learnt are one number."""
+    config = settings(scale_rewards="none", truncation_penalty=0.5)
+    answers = [answer(100), answer(100, truncated=True), answer(101), answer(101, truncated=True)]
+    groups = loop.grouped(config, [100, 101], answers, Scored([1.0, 1.0, 0.5, 1.0], {}, []))
+    assert [group.rewards for group in groups] == [[1.0, 0.5], [0.5, 0.5]]
+    assert [group.flat for group in groups] == [False, True]
+    lesson = loop.lesson_of(cast(Any, SimpleNamespace(config=config)), Rollout(groups, 0, {}))
+    assert lesson.advantages.tolist() == [0.25, -0.25, 0, 0]
+
+
+def test_why_a_reward_failed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the share that ends the run too: where the record is, which reward, and what it did."""
+    said: list[str] = []
+    faults = [(104, "own:points", "raises boom"), (105, "own:points", "returns nan, no number")]
+    rewards = SimpleNamespace(score=lambda _: Scored([], {}, faults), place=lambda row: f"d.jsonl:{row - 99}")
+    monkeypatch.setattr(loop, "from_rank_zero", lambda score, _: score())
+    run = SimpleNamespace(journal=SimpleNamespace(at=lambda _: None, say=said.append), world=None)
+    data = SimpleNamespace(rewards=rewards, index=SimpleNamespace(rows=None), loader=data_of().loader)
+    data.loader.rows = SimpleNamespace(encoder=None)
+    loop.judge(cast(Any, run), cast(Any, data), [])
+    assert said == ["warning: failed rewards: 2; the first: d.jsonl:5, own:points: raises boom"]
+    faults.clear()
+    loop.judge(cast(Any, run), cast(Any, data), [])
+    assert len(said) == 1
 
 
 def test_a_rollout_in_numbers() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mirage_ds.rl.judge import Judge, JudgeSpec, read_number
 from mirage_ds.rl.rewards import Answer, Rewards, Scored, read_rewards
 
 OWN = r'''
-import os, re, signal, subprocess, sys
+import os, re, signal, subprocess, sys, threading, time
 
 def by_text(answers, records, blocks, truncated):
     assert len(answers) == len(records) == len(blocks) == len(truncated)
@@ -43,6 +44,10 @@ def one(text):
     if text == "hang":
         subprocess.Popen(["sleep", f"61.{os.getppid()}"])
         re.match("(a+)+b", "a" * 60)
+    if text == "thread":
+        threading.Thread(target=time.sleep, args=(60,)).start()
+    if text == "program":
+        subprocess.run("echo $$; exec sleep 60", shell=True)
     if text == "exit":
         os._exit(3)
     if text == "system exit":
@@ -170,7 +175,7 @@ def test_order_groups_weights_and_columns(modules: Path) -> None:
     ]
     names = ["first*0.5", "minus*0", "as_text*0.25", "as_message", "passes*0"]
     with Rewards([f"own_rewards:{name}" for name in names], timeout_s=20, workers=2) as rewards:
-        rewards.check([record | {"text_output": "b"}])
+        rewards.check(dict(enumerate([record | {"text_output": "b"}])))
         scored = rewards.score(given)
     first, minus, text, message, passes = scored.by_function.values()
     assert first == [1, 0, 1, 1, 1, 1]
@@ -193,15 +198,15 @@ def test_the_papers_rewards(modules: Path) -> None:
         "": 0.0,
     }
     with Rewards(["accuracy*.9", "format*.1"], workers=1) as rewards:
-        rewards.check([record])
+        rewards.check(dict(enumerate([record])))
         scored = rewards.score(answers(*texts, **record))
         assert scored.total == pytest.approx(list(texts.values()))
         # Of a record that cannot be scored the sentence says what it lacks; it is told before anything is decoded.
         lacking = {"text_input": "?", "task": "vsp-spatial-planning"}
-        with pytest.raises(UserError, match=r"^reward 'accuracy', tried with record 2: the record has no 'map_desc'"):
-            rewards.check([record, lacking])
+        with pytest.raises(UserError, match=r"^reward 'accuracy', tried with record 6: the record has no 'map_desc'"):
+            rewards.check({0: record, 5: lacking})
         with pytest.raises(UserError, match="'own_rewards:first' is code, which data must not choose"):
-            rewards.check([{"text_input": "?", "task": "own_rewards:first"}])
+            rewards.check(dict(enumerate([{"text_input": "?", "task": "own_rewards:first"}])))
     direct = Asked((0,) * 2, "format", {"text_input": "?"}, (r"\boxed{1}", "1"), ((),) * 2, (False,) * 2)
     assert answer_format(direct) == [1.0, 0.0]
 
@@ -217,8 +222,8 @@ def test_the_share_of_faults(by_text: Rewards, share: float, bad: int, ends: boo
         with pytest.raises(UserError) as caught:
             by_text.score(given)
         assert re.fullmatch(
-            rf"{bad} of 4 answers are without a reward, more than --max_reward_faults {share:g} allows; row 3, reward "
-            r"'own_rewards:by_text': returns nan, no number; fix the reward, or raise the share",
+            rf"{bad} of 4 answers are without a reward, more than --max_reward_faults {share:g} allows; the first: "
+            r"record 4, own_rewards:by_text: returns nan, no number; fix the reward, or raise the share",
             str(caught.value),
         )
         assert not caught.value.everywhere
@@ -277,10 +282,11 @@ def test_it_is_told_before_anything_starts(modules: Path) -> None:
         Rewards(["judge"])
     with Rewards(["own_rewards:needs", "own_rewards:always_wrong"], workers=1) as rewards:
         with pytest.raises(UserError, match=r"tried with record 1: .* missing a required argument: 'other'"):
-            rewards.check([{"text_output": "b", "solution": "b"}])
+            rewards.check(dict(enumerate([{"text_output": "b", "solution": "b"}])))
         with pytest.raises(UserError, match=r"'own_rewards:always_wrong', .*: returns 'good', no number; fix it"):
-            rewards.check([{"text_output": "b", "solution": "b", "other": 1}])
-        assert len(started() - before) == 1
+            rewards.check(dict(enumerate([{"text_output": "b", "solution": "b", "other": 1}])))
+        # The worker and what watches over it.
+        assert len(started() - before) == 2
     assert started() == before
 
 
@@ -296,7 +302,7 @@ def test_an_error_ends_what_still_runs(modules: Path) -> None:
     with Rewards(["own_rewards:by_text"], timeout_s=30, workers=2, fault_share=0.0) as rewards:
         begun = time.monotonic()
         # Whoever keeps the error keeps all that the call held.
-        with pytest.raises(UserError, match=r"row 2, .* returns nan") as kept:
+        with pytest.raises(UserError, match=r"record 3, .* returns nan") as kept:
             rewards.score([*answers("hang", row=1), *answers("nan", row=2)])
         assert rewards.score([*answers("ab", row=1), *answers("abcd", row=2)]).total == [0.25, 0.5]
         assert time.monotonic() - begun < 20
@@ -310,20 +316,36 @@ def test_torch_where_the_user_has_it(modules: Path) -> None:
         assert rewards.score(answers("a", "b")).total == [0.5, 0.5]
 
 
-def test_no_process_outlives_a_killed_run(modules: Path) -> None:
-    """kill -9 of the trainer while one worker hangs and one waits: both are gone when the limit is over."""
-    script = """
+@pytest.mark.parametrize("text", ["hang", "thread", "program"])
+def test_no_process_outlives_a_killed_run(modules: Path, text: str) -> None:
+    """kill -9 of the trainer, whatever a worker is at: both workers are gone at once, and what they have started."""
+    script = f"""
 from mirage_ds.rl.rewards import Answer, Rewards
-with Rewards(["own_rewards:by_text"], timeout_s=1, workers=2) as rewards:
+with Rewards(["own_rewards:by_text"], timeout_s=60, workers=2) as rewards:
     print(*(worker.process.pid for worker in rewards.workers.workers), flush=True)
-    rewards.score([Answer(0, {}, "hang", (), False)])
+    rewards.score([Answer(0, {{}}, "{text}", (), False)])
+    print("scored", flush=True)
+    input()
 """
-    run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True)  # fmt: skip
     workers = [psutil.Process(int(pid)) for pid in run.stdout.readline().split()]
-    run.kill()
-    run.communicate()
     assert len(workers) == 2
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    if text == "hang":
+        time.sleep(0.5)
+    else:
+        # The program's number, or that the thread runs by now.
+        assert run.stdout.readline()
+    left = [*workers, *(child for worker in workers for child in worker.children(recursive=True))]
+    run.kill()
+    try:
+        assert psutil.wait_procs(left, timeout=10)[1] == []
+        # Nothing holds its output open.
+        run.communicate(timeout=10)
+    finally:
+        for one in left:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 # ------------------------------------------------------------------------------------------------------ the judge
@@ -369,7 +391,7 @@ def test_a_judge_that_misbehaves(server: Fake) -> None:
     record = {"text_input": "Where is <image> {answer}?", "text_output": "Here. {question}"}
     given = answers("0.5", "busy", "broken", "slow", "rubbish", "who knows", "1", row=4, **record)
     with Rewards(["judge*2"], fault_share=1.0, judge=spec(server)) as rewards:
-        rewards.check([{"text_output": "1"}])
+        rewards.check(dict(enumerate([{"text_output": "1"}])))
         del server.seen[:]
         scored = rewards.score(given)
     assert same(scored.total, [1, *[math.nan] * 5, 2])
