@@ -36,8 +36,8 @@ class RlSettings(BaseModel):
     latent_policy: LatentPolicy | None = Field(
         None,
         description="rl: how latents enter the policy: through (recomputed, with gradient), replay (fed as recorded), "
-        "gaussian (sampled by two heads), vlpo (Monet's density); text opens no latent block. [default: gaussian where "
-        "the model has heads, text where it was trained without latents, else through]",
+        "gaussian (sampled by two heads), vlpo (Monet's density); text opens no latent block. [default: text where "
+        "the model was trained without latents, gaussian where it has heads, else through]",
     )
     latent_ratio: LatentRatio | None = Field(
         None, description="rl: a latent block's log-ratio is the sum or the mean over its numbers. [default: mean]"
@@ -47,9 +47,13 @@ class RlSettings(BaseModel):
     updates: PositiveInt = Field(1, description="rl: optimizer steps of a pass over a rollout, each on P / updates.")
     num_iterations: PositiveInt = Field(1, description="rl: passes over a rollout.")
     objective: Objective = Field("grpo", description="rl: grpo, dr_grpo, dapo, gspo (sequence ratio) or cispo.")
-    clip_low: PositiveFloat = Field(0.2, description="rl: the ratio is clipped below 1 − clip_low.")
+    clip_low: PositiveFloat = Field(
+        0.2, description="rl: the ratio is clipped below 1 − clip_low; cispo does not use it."
+    )
     clip_high: PositiveFloat | None = Field(
-        None, description="rl: the ratio is clipped above 1 + clip_high. [default: clip_low]"
+        None,
+        description="rl: the ratio is clipped above 1 + clip_high; cispo: the ratio's largest value. [default: "
+        "clip_low; cispo: 5]",
     )
     beta: NonNegativeFloat = Field(0.0, description="rl: weight of the KL to the start's weights, on text tokens.")
     entropy: NonNegativeFloat = Field(0.0, description="rl: weight of an entropy bonus.")

@@ -59,6 +59,8 @@ MUST_AGREE = {
     "lora": "--lora_rank, --lora_alpha, --lora_targets",
     "zero_stage": "ZeRO stage of --deepspeed",
     "latent_policy": "--latent_policy",
+    "task": "--task",
+    "reference": "the reference of --beta, the weights of --model or --load_model_path (SHA-256),",
     "rl": "settings of rl (run/config.yaml has them)",
 }
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from mirage_ds.config.extras import need
@@ -193,13 +194,29 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, parts: Pa
                     name = public_name(stored)
                     if name in missing:
                         tensor = tensors.get_tensor(stored).to(dtype)
-                        if name in frozen and frozen[name] != digest(tensor):
-                            raise UserError(
-                                f"{name} in {parts.source} is not what {checkpoint} was trained on; name the base that "
-                                "it was, unchanged, with --model"
-                            )
+                        tensor = _same(tensor, name, parts.source, checkpoint, frozen)
                         writer.add(name, adapter.merged(name, tensor) if adapter else tensor)
+        if not heads and any(name.startswith(PREFIX) for name in frozen):
+            heads = _frozen_heads(checkpoint, parts.source, frozen, dtype)
         finish_folder(writer, dtype, parts._replace(card=model_card(state)), adapter, heads)
+
+
+def _same(tensor: torch.Tensor, name: str, source: Path, checkpoint: Path, frozen: Notes) -> torch.Tensor:
+    """Return a tensor of the source; UserError where it is not what was frozen in training."""
+    if name in frozen and frozen[name] != digest(tensor):
+        raise UserError(
+            f"{name} in {source} is not what {checkpoint} was trained on; name the base that it was, unchanged, with "
+            "--model"
+        )
+    return tensor
+
+
+def _frozen_heads(checkpoint: Path, source: Path, frozen: Notes, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the LatentHeads that were not trained, from the folder that training began with."""
+    if not (source / HEADS).is_file():
+        raise UserError(f"{source / HEADS}: no such file, and {checkpoint} was trained with it; copy it back")
+    heads = {f"{PREFIX}{name}": one.to(dtype) for name, one in load_file(source / HEADS).items()}
+    return {name: _same(one, name, source, checkpoint, frozen) for name, one in heads.items()}
 
 
 def change_rows(source: Path, target: Path, rows: int, tokens: int) -> None:

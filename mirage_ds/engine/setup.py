@@ -272,17 +272,18 @@ def _gather_by_layer(layers: DecoderLayers) -> None:
     layers.resident = partial(held_whole, everything)
 
 
-def make_reference(model: MirageModel, ds_config: dict[str, Any]) -> Any:
+def make_reference(model: MirageModel, ds_config: dict[str, Any], device: torch.device) -> Any:
     """Make a frozen model ready to be called as the trained one is: under ZeRO-3 in an engine that gathers its weights.
 
     Args:
         ds_config: the resolved configuration of the trained one.
+        device: where it runs; only an engine would put it there by itself.
     """
     import deepspeed
 
     model.requires_grad_(False)
     if zero_stage(ds_config) != 3:
-        return model
+        return model.to(device)
     _gather_by_layer(model.layers)
     values = {key: deepcopy(value) for key, value in ds_config.items() if key != "optimizer"}
     # It is called once a rollout: nothing of it stays whole, or lies with an optimizer.

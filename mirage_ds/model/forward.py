@@ -187,7 +187,7 @@ class MirageModel(nn.Module):
             if self.latent_heads is not None and scoring.density == "gaussian":
                 latent_logp = gaussian_logp(batch.fed, *self.latent_heads(states))
             else:
-                latent_logp = vlpo_logp(batch.fed, states, scoring.sigma)
+                latent_logp = vlpo_logp(batch.fed, self.feed(states), scoring.sigma)
         return Scores(logp, entropy, latent_logp, states.detach(), None if cut is None else cut.root())
 
     def _inputs(self, batch: Batch) -> tuple[torch.Tensor, Deep | None, torch.Tensor | None]:

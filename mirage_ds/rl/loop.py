@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from mirage_ds.config.run import RunConfig
+from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.setup import from_rank_zero
 from mirage_ds.engine.whole import check_room
 from mirage_ds.errors import Stopped, UserError
@@ -28,6 +29,7 @@ from mirage_ds.rl.report import Completions, Group, Rollout, measures
 from mirage_ds.rl.rewards import Answer, Scored
 from mirage_ds.rl.rollout import Sampled, limits_of, sample, seed_of
 from mirage_ds.rl.step import Lesson, Pupil
+from mirage_ds.run.heartbeat import LOADING
 from mirage_ds.run.settings import Run
 from mirage_ds.run.setup import Data, Learner
 from mirage_ds.run.step import Taken
@@ -54,10 +56,18 @@ def reinforce(run: Run, data: Data, learner: Learner) -> Iterator[Taken]:
     completions = Completions(run, data, learner.start // every)
     with closing(data.rewards) if data.rewards is not None else nullcontext():
         for number in range(learner.start // every, -(-data.steps // every)):
+            # Until its first step is done a run has the long bound anyway.
+            later = number > learner.start // every
             try:
+                if later:
+                    # Ranks wait for the longest answers, and for rank 0 that scores alone.
+                    set_collective_timeout(config.start_timeout)
                 rollout = roll(run, data, learner, number)
             except Stopped:
                 return
+            finally:
+                if later:
+                    set_collective_timeout(config.collective_timeout)
             lesson = lesson_of(run, rollout)
             completions.write(number * every, rollout, lesson)
             pupil = Pupil(run, data, learner, lesson)
@@ -130,7 +140,8 @@ def judge(run: Run, data: Data, answers: list[Sampled]) -> Scored:
             run.journal.say(f"warning: failed rewards: {len(scored.faults)}; the first: {first}")
         return scored
 
-    run.journal.at("scores answers by reward")
+    # With the guard's long bound: a judge may be slow.
+    run.journal.at("scores answers by reward", kind=LOADING)
     return from_rank_zero(score, run.world)
 
 

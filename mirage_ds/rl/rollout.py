@@ -29,6 +29,7 @@ from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import decode
 from mirage_ds.model.rows import Generated
 from mirage_ds.model.slots import LatentTokens, Limits, noise
+from mirage_ds.run.heartbeat import LOADING
 from mirage_ds.run.settings import Run
 from mirage_ds.run.setup import Learner
 from mirage_ds.run.validation import tower_of
@@ -123,7 +124,8 @@ def sample(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], seed: 
     made: list[tuple[int, list[Sampled]]] = []
     broken: list[int] = []
     own = range(world.rank, len(chosen), world.size)
-    run.journal.at("samples answers")
+    # With the guard's long bound: it is one mark, however many answers there are.
+    run.journal.at("samples answers", kind=LOADING)
     with whole_model(learner.engine) as model:
         try:
             answers = _decode(run, learner, model, rows, {at: chosen[at] for at in own}, seed) if own else []

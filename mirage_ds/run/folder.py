@@ -5,7 +5,7 @@
                               step), log.jsonl, events.jsonl, checkpoints/; STAGE/ (TensorBoard's files, which names
                               the run FOLDER/run/STAGE); odd_steps.jsonl, if a loss jumped or a step was skipped;
                               profile/, with --profile_steps; trackers.json, if W&B or MLflow follow it; faults.jsonl,
-                              if a guard ended it
+                              if a guard ended it; completions.jsonl, the answers of rl
 """
 
 import json
@@ -27,7 +27,8 @@ from mirage_ds.run.events import FILE, MODEL_BEGINS
 # What a run writes into run/ at once: a folder of that name that has none of them is somebody else's.
 OWN_FILES = ("config.yaml", "events.jsonl", "log.jsonl", "run.json", "versions.json", "stop")
 # What starting over deletes, beside checkpoints and TensorBoard's files.
-LOGS = ("log.jsonl", "events.jsonl", "odd_steps.jsonl", "skipped.jsonl", "faults.jsonl", "run.json", "trackers.json")
+LOGS = ("log.jsonl", "events.jsonl", "odd_steps.jsonl", "skipped.jsonl", "faults.jsonl", "run.json", "trackers.json",
+        "completions.jsonl")  # fmt: skip
 
 
 def check(folder: Path, overwrite: bool, resume: bool = False, sources: Sequence[Path] = ()) -> None:

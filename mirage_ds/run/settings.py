@@ -131,7 +131,8 @@ def find_policy(config: RunConfig, trained: Mapping[str, Any], folder: Path) -> 
             "that was trained without any"
         )
     knows = stage not in (None, "sft")
-    usual: LatentPolicy = "gaussian" if "latent_heads" in trained else "through" if knows else "text"
+    # A model whose answers were last trained as text may still have heads.
+    usual: LatentPolicy = "text" if not knows else "gaussian" if "latent_heads" in trained else "through"
     policy = config.latent_policy or usual
     if policy != "text" and not knows:
         raise UserError(

@@ -26,12 +26,14 @@ from mirage_ds.engine.adapter import note_of
 from mirage_ds.engine.card import model_card
 from mirage_ds.engine.checkpoint import Found, find_checkpoint, load_checkpoint
 from mirage_ds.engine.frozen import check_same, notes_of_engine, notes_of_tower
+from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.save import Parts, save_model, trained_of
 from mirage_ds.engine.setup import World, from_rank_zero, make_engine, make_reference
 from mirage_ds.engine.spelling import read_base
 from mirage_ds.engine.universal import use_universal
 from mirage_ds.files import write_atomically
+from mirage_ds.model.folder import weight_files
 from mirage_ds.model.layers import DecoderLayers
 from mirage_ds.model.load import Loaded, load_model, load_tower, read_config
 from mirage_ds.model.vision import FrozenTower
@@ -212,8 +214,20 @@ def state_of(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
         sources=[str(folder.resolve()) for folder in checked.folders],
         dtype=ds.compute_dtype(checked.ds_values),
         pixels=[config.min_pixels, config.max_pixels],
-        **({"latent_policy": checked.policy, "rl": rl_noted(config)} if checked.policy else {}),
+        **(rl_state(run, checked) if checked.policy else {}),
     )
+
+
+def rl_state(run: Run, checked: Checked) -> dict[str, Any]:
+    """Say what decides a run of rl besides: settings, what scores, and with a KL the start that it leads back to."""
+    config, start = run.config, checked.folders[0]
+    noted = dict(latent_policy=checked.policy, rl=rl_noted(config), task=config.task)
+    if config.beta:
+        # By content: a folder may be moved, or be written over.
+        noted["reference"] = from_rank_zero(
+            lambda: [entry_of(start, file).sha256 for file in weight_files(start)], run.world
+        )
+    return noted
 
 
 # ------------------------------------------------------------------------------------------- the model and the engine
@@ -263,7 +277,7 @@ def open_engine(
     reference = None
     if config.beta:
         whole = open_model(run, checked._replace(lora=None), data).model
-        reference = make_reference(whole, checked.ds_values)
+        reference = make_reference(whole, checked.ds_values, world.device)
     folder, encoder = checked.folders[0], checked.encoder
     base = read_base(folder, encoder.tokenizer)
     return Learner(

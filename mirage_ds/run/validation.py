@@ -186,6 +186,7 @@ def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], l
     world = run.world
     # Whether the model may open latent blocks.
     latents = run.config.stage != "sft" or run.config.slots is not None
+    latents = latents and learner.state.get("latent_policy") != "text"
     own = list(range(world.rank, len(chosen), world.size))
     rounds = math.ceil(len(chosen) / (world.size * BATCH))
     made: list[tuple[int, Prediction]] = []

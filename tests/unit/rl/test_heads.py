@@ -5,10 +5,14 @@ m rows that come to a slot, L latents, H hidden, k latents a block.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils import zero_to_fp32
+from safetensors.torch import load_file
 from test_latent_generate import ROWS, TRAINED, K, inputs_of, saved
 from transformers import AutoModelForImageTextToText
 
@@ -16,7 +20,11 @@ from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import IGNORE, Sample
-from mirage_ds.engine.save import change_rows
+from mirage_ds.engine import save as export
+from mirage_ds.engine.checkpoint import STATE_FILE
+from mirage_ds.engine.frozen import digest
+from mirage_ds.engine.save import Parts, change_rows, export_checkpoint
+from mirage_ds.engine.spelling import read_base
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, answer_records, load_decoder, prompts_of, run_limits, save_decoder
 from mirage_ds.files import HEADS, delete_model
@@ -104,7 +112,7 @@ def decoded(decoder: Decoder, prompts: list[Sample], seeds: list[int]) -> list[G
     model, encoder = decoder.loaded.model, decoder.encoder
     given = prompts_of(model, decoder.tower, encoder, prompts), latent_tokens(encoder)
     limits = run_limits(decoder, TOKENS, 8, "trained")
-    return generate(model, *given, limits, noise=noise(seeds), record=True, trace=True)
+    return generate(model, *given, limits, noise=noise(seeds) if seeds else None, record=True, trace=True)
 
 
 def test_draws_are_recorded_and_nothing_depends_on_the_neighbours(gaussian: Path, mixed: Path) -> None:
@@ -167,7 +175,55 @@ def test_the_packed_forward_finds_the_states_that_decoding_had(gaussian: Path, m
     torch.testing.assert_close(told, torch.stack(each), rtol=0, atol=1e-5)
 
 
+def test_an_export_takes_heads_that_were_not_trained_from_the_source(
+    gaussian: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, checkpoint = opened(gaussian, mixed), tmp_path / "global_step1"
+    model, encoder = decoder.loaded.model, decoder.encoder
+    # DeepSpeed's file has what was trained.
+    masters = {name: one.detach() for name, one in model.named_parameters() if "latent_heads" not in name}
+    kept = {name: digest(one) for name, one in model.named_parameters() if name not in masters}
+    assert len(kept) == 4
+    checkpoint.mkdir()
+    (checkpoint / STATE_FILE).write_text(json.dumps({"kept": kept}))
+    monkeypatch.setattr(zero_to_fp32, "get_fp32_state_dict_from_zero_checkpoint", lambda *_, **__: masters)
+    monkeypatch.setattr(export, "check_whole", lambda _: None)
+    monkeypatch.setattr(export, "model_card", lambda _: "")
+    base = read_base(gaussian, encoder.tokenizer)
+    parts = Parts(base, encoder.tokenizer, encoder.images, gaussian, TRAINED)
+    export_checkpoint(checkpoint, tmp_path / "made", torch.float32, parts)
+    made, wanted = load_file(tmp_path / "made" / HEADS), load_file(gaussian / HEADS)
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[name], wanted[name]) for name in wanted)
+    assert json.loads((tmp_path / "made/config.json").read_text())["mirage"]["latent_heads"] == "gaussian"
+    (checkpoint / STATE_FILE).write_text(json.dumps({"kept": dict.fromkeys(kept, "other")}))
+    with pytest.raises(UserError, match=r"latent_heads\.\S+ in \S+ is not what \S+ was trained on"):
+        export_checkpoint(checkpoint, tmp_path / "other", torch.float32, parts)
+    (checkpoint / STATE_FILE).write_text(json.dumps({"kept": kept}))
+    (tmp_path / "bare").mkdir()
+    for file in gaussian.glob("*.*"):
+        (tmp_path / "bare" / file.name).symlink_to(file)
+    with pytest.raises(UserError, match=r"heads\.safetensors: no such file, and"):
+        export_checkpoint(checkpoint, tmp_path / "other", torch.float32, parts._replace(source=tmp_path / "bare"))
+
+
 # --------------------------------------------------------------------------------------------- which way gradients go
+
+
+def test_vlpos_density_stands_around_what_a_model_with_heads_is_fed(gaussian: Path, mixed: Path) -> None:
+    decoder = opened(gaussian, mixed)
+    model, encoder = decoder.loaded.model, decoder.encoder
+    prompts = [encoder.encode_prompt(scan(mixed)[0][row], row) for row in ROWS]
+    # With no noise, as vlpo decodes.
+    made = decoded(decoder, prompts, [])
+    rows = [answered(prompt, one) for prompt, one in zip(prompts, made, strict=True)]
+    batch: Any = decoder.tower.attach(collate(rows, 1, encoder.dummy(0)))
+    weight, found = model.language_model.norm.weight.requires_grad_(), []
+    for fed in (latents_of(made), 1.01 * latents_of(made)):
+        scores = model(batch._replace(fed=fed), Scoring(1.0, "vlpo", 10.0))
+        found.append(float(torch.autograd.grad(scores.latent_logp.sum(), weight)[0].abs().max()))
+    # The first gradient of the latents is zero but for rounding; a shift of a hundredth is far from it.
+    assert found[0] <= 1e-3 * found[1]
 
 
 def test_the_gaussian_score_raises_the_probability_of_rewarded_latents() -> None:

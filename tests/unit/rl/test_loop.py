@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,11 +17,12 @@ import torch
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.pack import Planner
 from mirage_ds.errors import UserError
-from mirage_ds.rl import loop, report
+from mirage_ds.rl import loop, report, rollout
 from mirage_ds.rl.report import Completions, Group, Rollout, measures
 from mirage_ds.rl.rewards import Scored
 from mirage_ds.rl.rollout import Sampled
 from mirage_ds.rl.step import Lesson
+from mirage_ds.run.heartbeat import LOADING
 
 G = 2
 
@@ -88,6 +90,38 @@ def test_drawing_anew_ends_with_its_rounds_and_with_the_records(monkeypatch: pyt
     # Eight records: four are left for the first round, none for the second.
     rollout, calls = rolled(monkeypatch, everything, rows=8, resample=9)
     assert [len(chosen) for chosen, _ in calls] == [4, 4]
+
+
+def test_a_slow_judge_and_long_answers_have_the_bounds_of_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    taken = SimpleNamespace(_replace=lambda **_: "step", metrics={})
+    pupil = SimpleNamespace(score=dict, update=lambda *_: taken)
+    for name in ("check_room", "limits_of", "lesson_of", "Completions", "check"):
+        monkeypatch.setattr(loop, name, lambda *_: SimpleNamespace(write=lambda *_: None))
+    monkeypatch.setattr(loop, "measures", lambda *_: {})
+    monkeypatch.setattr(loop, "Pupil", lambda *_: pupil)
+    monkeypatch.setattr(loop, "set_collective_timeout", told.append)
+    monkeypatch.setattr(loop, "roll", lambda *_: told.append("rollout"))
+    config = settings(start_timeout=70, collective_timeout=7)
+    world = SimpleNamespace(size=1, rank=0)
+    data = SimpleNamespace(index=SimpleNamespace(tokens=np.array([10])), steps=4, rewards=None)
+    learner = SimpleNamespace(state={"latent_policy": "text"}, start=1, engine=None)
+    # In the first rollout, after a resume too, the start has not ended.
+    for _ in loop.reinforce(
+        cast(Any, SimpleNamespace(config=config, world=world, stops=bool)), cast(Any, data), cast(Any, learner)
+    ):
+        told.append("step")
+    assert told == ["rollout", "step", 70, "rollout", 7, "step", 70, "rollout", 7, "step"]
+    marks: list[tuple[str, str]] = []
+    journal = SimpleNamespace(at=lambda doing, kind="": marks.append((doing, kind)))
+    run = cast(Any, SimpleNamespace(config=config, world=world, journal=journal, stops=lambda: False))
+    monkeypatch.setattr(loop, "from_rank_zero", lambda *_: None)
+    monkeypatch.setattr(rollout, "whole_model", nullcontext)
+    monkeypatch.setattr(rollout, "everyone", lambda own, _: own)
+    rows = cast(Any, SimpleNamespace(rows=None, encoder=None))
+    loop.judge(run, cast(Any, SimpleNamespace(index=rows, loader=SimpleNamespace(rows=rows))), [])
+    rollout.sample(run, cast(Any, learner), rows, [], 1)
+    assert marks == [("scores answers by reward", LOADING), ("samples answers", LOADING)]
 
 
 def test_an_answer_without_a_reward_or_cut_off_teaches_nothing_where_that_is_asked() -> None:
@@ -183,13 +217,13 @@ def test_answers_are_written_and_those_of_an_interrupted_rollout_dropped(
         SimpleNamespace(index=SimpleNamespace(rows=rows), loader=SimpleNamespace(rows=SimpleNamespace(encoder=None))),
     )
     run = cast(Any, SimpleNamespace(folder=tmp_path, world=SimpleNamespace(rank=0), config=settings(updates=2)))
-    rollout = Rollout(
+    made = Rollout(
         [Group(7, [answer(7), answer(7, 9, truncated=True)], [1.0, math.nan], {"a": [1.0, math.nan]})], 0, {}
     )
-    lesson = Lesson(rollout.answers, torch.tensor([0.5, 0.0]), torch.ones(2))
+    lesson = Lesson(made.answers, torch.tensor([0.5, 0.0]), torch.ones(2))
     written = Completions(run, data, 0)
     for step in (0, 2, 4):
-        written.write(step, rollout, lesson)
+        written.write(step, made, lesson)
     lines = [json.loads(line) for line in (tmp_path / report.FILE).read_text().splitlines()]
     assert [line["rollout"] for line in lines] == [1, 1, 2, 2, 3, 3]
     assert lines[1] == {
@@ -199,5 +233,5 @@ def test_answers_are_written_and_those_of_an_interrupted_rollout_dropped(
     # Killed in the third, perhaps in the middle of a line.
     with (tmp_path / report.FILE).open("a") as file:
         file.write('{"rollout": 3, "st')
-    Completions(run, data, 2).write(4, rollout, lesson)
+    Completions(run, data, 2).write(4, made, lesson)
     assert [json.loads(line) for line in (tmp_path / report.FILE).read_text().splitlines()] == lines

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 from pydantic import ValidationError
+from torch import nn
 
 from mirage_ds.config.rl import RL_ONLY, rl_noted
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.card import model_card
+from mirage_ds.engine.checkpoint import STATE_FILE, _check_state
 from mirage_ds.engine.save import trained_of
+from mirage_ds.engine.setup import make_reference
 from mirage_ds.errors import UserError
+from mirage_ds.run import setup
 from mirage_ds.run.beforehand import check_beforehand
 from mirage_ds.run.settings import find_policy
 
@@ -68,6 +75,8 @@ def test_settings_that_make_no_run(given: dict[str, Any], sentence: str, tmp_pat
         ({"stage": "stage1", "latent_size": 4, "slots": "latents"}, "replay", "replay"),
         ({"stage": "stage2", "latent_size": 4}, "text", "text"),
         ({"stage": "rl", "latent_size": 4, "latent_heads": "latent_heads.safetensors"}, None, "gaussian"),
+        ({"stage": "sft", "latent_heads": "gaussian"}, None, "text"),
+        ({"stage": "sft", "latent_heads": "gaussian"}, "gaussian", "--latent_policy gaussian: m was trained without"),
         ({}, "through", "--latent_policy through: m was trained without latents; train it in stage1 and stage2"),
         ({"stage": "sft", "slots": "pause"}, None, "m was trained with --slots pause: --stage rl takes a model"),
         ({"stage": "stage2", "latent_size": 6}, None, "--latent_size 4: m was trained with 6 latents a block; give 6"),
@@ -78,6 +87,36 @@ def test_the_policy_is_that_of_the_models_training(trained: dict[str, Any], give
         assert find_policy(settings(latent_policy=given), trained, Path("m")) == policy
     except UserError as error:
         assert str(error).startswith(policy)  # noqa: PT017  # one table of both
+
+
+def test_another_task_or_reference_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "from_rank_zero", lambda make, _: make())
+
+    def noted(weights: str, **given: Any) -> dict[str, Any]:
+        (tmp_path / "model.safetensors").write_text(weights)
+        run, checked = SimpleNamespace(config=settings(**given), world=None), SimpleNamespace(policy="text")
+        checked.folders = [tmp_path]
+        return {**setup.rl_state(cast(Any, run), cast(Any, checked)), "tower": {}}
+
+    def refused(was: dict[str, Any], now: dict[str, Any]) -> str:
+        (tmp_path / STATE_FILE).write_text(json.dumps(was))
+        try:
+            _check_state(tmp_path, now, "--resume auto")
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert not refused(noted("a", beta=0.1, task="comt"), noted("a", beta=0.1, task="comt"))
+    # Without a KL nothing leads back to the start.
+    assert not refused(noted("a"), noted("b"))
+    assert "was written with --task comt, this run has None" in refused(noted("a", task="comt"), noted("a"))
+    assert "the reference of --beta" in refused(noted("a", beta=0.1), noted("b", beta=0.1))
+
+
+def test_a_reference_is_put_where_it_runs() -> None:
+    for stage in (0, 1, 2):
+        made = make_reference(cast(Any, nn.Linear(2, 2)), {"zero_optimization": {"stage": stage}}, torch.device("meta"))
+        assert {(one.device.type, one.requires_grad) for one in made.parameters()} == {("meta", False)}
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,7 @@ def test_starting_over_deletes_what_the_run_has_written_and_nothing_else(tmp_pat
         "adapter/adapter_config.json": "", "adapter/adapter_model.safetensors": "",
         "run/checkpoints/.global_step2.partial/x": "", "run/tensorboard/events.out.tfevents.1.host": "",
         "run/sft/events.out.tfevents.1.host": "",
-        "run/log.jsonl": "",
+        "run/log.jsonl": "", "run/completions.jsonl": "",
     }  # fmt: skip
     make(tmp_path, DONE | GOES_ON | mine | theirs)
     claim(tmp_path, overwrite=True)

@@ -1,8 +1,9 @@
-"""A scorer of one's own that fails while a run evaluates."""
+"""Evaluation while a run trains: a scorer of one's own that fails, and whether answers may open latent blocks."""
 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -41,3 +42,36 @@ def test_a_scorer_that_fails_costs_the_scores_and_not_the_run(monkeypatch: pytes
         monkeypatch.setattr(validation, "decode_rows", leaves)
         with pytest.raises(type(error)):
             evaluator._scores(30)
+
+
+@pytest.mark.parametrize(
+    ("stage", "slots", "policy", "latents"),
+    [
+        ("rl", None, "text", False),
+        ("rl", None, "through", True),
+        ("sft", None, None, False),
+        ("stage2", None, None, True),
+    ],
+)
+def test_answers_open_latent_blocks_where_training_does(
+    stage: str, slots: str | None, policy: str | None, latents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bool] = []
+
+    def decode(*those: Any, **_: Any) -> list[str]:
+        given.append(those[5])
+        return ["an answer"]
+
+    monkeypatch.setattr(validation, "whole_model", nullcontext)
+    monkeypatch.setattr(validation, "everyone", lambda own, _: own)
+    for name in ("tower_of", "prompt_of"):
+        monkeypatch.setattr(validation, name, lambda *_: None)
+    monkeypatch.setattr(validation, "decode_samples", decode)
+    run = SimpleNamespace(
+        world=SimpleNamespace(rank=0, size=1), config=SimpleNamespace(stage=stage, slots=slots),
+        journal=SimpleNamespace(at=lambda _: None), asked=None, stops=lambda: False,
+    )  # fmt: skip
+    learner = SimpleNamespace(engine=None, state={"latent_policy": policy} if policy else {})
+    rows = type("Rows", (), {"encoder": SimpleNamespace(slots=slots), "__getitem__": lambda _, row: row})()
+    made = validation.decode_rows(cast(Any, run), cast(Any, learner), rows, [3], cast(Any, None))
+    assert (made, given) == (["an answer"], [latents])
