@@ -221,7 +221,7 @@ def state_of(run: Run, checked: Checked, data: Data) -> dict[str, Any]:
 def rl_state(run: Run, checked: Checked) -> dict[str, Any]:
     """Say what decides a run of rl besides: settings, what scores, and with a KL the start that it leads back to."""
     config, start = run.config, checked.folders[0]
-    noted = dict(latent_policy=checked.policy, rl=rl_noted(config), task=config.task)
+    noted: dict[str, Any] = dict(latent_policy=checked.policy, rl=rl_noted(config), task=config.task)
     if config.beta:
         # By content: a folder may be moved, or be written over.
         noted["reference"] = from_rank_zero(

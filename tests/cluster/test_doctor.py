@@ -63,7 +63,9 @@ def ask(host: Host, *words: object, cwd: Path, before: tuple[str, ...] = (), **v
     seconds = time.monotonic() - begin
     assert done.stdout.startswith("{"), f"exit code {done.returncode}: {done.stdout}{done.stderr}"
     everything = json.loads(done.stdout)
-    bad = {(one["check"], one["host"], one["status"]) for one in everything["findings"] if one["status"] != "pass"}
+    # How busy this machine's disk is at the moment is no part of these tests.
+    judged = [one for one in everything["findings"] if one["status"] != "pass" and "/s, synced, " not in one["says"]]
+    bad = {(one["check"], one["host"], one["status"]) for one in judged}
     # Where the working tree has changes, it says so of every host alike.
     bad = {one for one in bad if one[0] != "code" or one[2] == "fail"}
     assert done.returncode == (2 if any(one[2] == "fail" for one in bad) else 0)
