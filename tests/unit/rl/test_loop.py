@@ -155,7 +155,7 @@ def test_why_a_reward_failed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     faults = [(104, "own:points", "raises boom"), (105, "own:points", "returns nan, no number")]
     rewards = SimpleNamespace(score=lambda _: Scored([], {}, faults), place=lambda row: f"d.jsonl:{row - 99}")
     monkeypatch.setattr(loop, "from_rank_zero", lambda score, _: score())
-    run = SimpleNamespace(journal=SimpleNamespace(at=lambda _: None, say=said.append), world=None)
+    run = SimpleNamespace(journal=SimpleNamespace(at=lambda *_, **__: None, say=said.append), world=None)
     data = SimpleNamespace(rewards=rewards, index=SimpleNamespace(rows=None), loader=data_of().loader)
     data.loader.rows = SimpleNamespace(encoder=None)
     loop.judge(cast(Any, run), cast(Any, data), [])
