@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan, nan
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,6 @@ import torch
 from mirage_ds.config.rl import LatentPolicy
 from mirage_ds.data.loader import Rows
 from mirage_ds.data.sample import IGNORE, Sample
-from mirage_ds.engine.setup import everyone
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import Stopped
 from mirage_ds.evaluate.decoder import prompts_of, seeds_of, tokens_and_feed
@@ -32,7 +30,7 @@ from mirage_ds.model.slots import LatentTokens, Limits, noise
 from mirage_ds.run.heartbeat import LOADING
 from mirage_ds.run.settings import Run
 from mirage_ds.run.setup import Learner
-from mirage_ds.run.validation import tower_of
+from mirage_ds.run.validation import of_all_ranks, tower_of
 
 # Policies that feed the recorded latents again.
 RECORDED = ("replay", "gaussian", "vlpo")
@@ -136,10 +134,7 @@ def sample(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], seed: 
             broken.append(error.row)
         if run.stops():
             raise Stopped
-    broken = everyone(broken, world)
-    if broken:
-        raise NotFinite(min(broken))
-    return [answer for _, group in sorted(everyone(made, world), key=itemgetter(0)) for answer in group]
+    return [answer for group in of_all_ranks(made, broken, world) for answer in group]
 
 
 def _decode(

@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.inspect.look import figures
 from mirage_ds.data.loader import Rows
 from mirage_ds.data.record import Record, RecordError
-from mirage_ds.engine.setup import everyone, from_rank_zero
+from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.engine.whole import check_room, whole_model
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.evaluate.decoder import decode_samples, prompt_of, slots_fed
@@ -40,6 +41,7 @@ from mirage_ds.run.step import forward
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Made = TypeVar("Made")
 # Rows that a rank answers at a time.
 BATCH = 16
 
@@ -209,10 +211,21 @@ def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], l
                 broken.append(error.row)
             if run.stops():
                 raise Stopped
-    broken = everyone(broken, world)
-    if broken:
-        raise NotFinite(min(broken))
-    return [answer for _, answer in sorted(everyone(made, world), key=lambda one: one[0])]
+    return of_all_ranks(made, broken, world)
+
+
+def of_all_ranks(made: list[tuple[int, Made]], broken: list[int], world: World) -> list[Made]:
+    """Return what the ranks have made, in the order of its places. All ranks call it.
+
+    Args:
+        broken: rows whose logits were not finite on this rank.
+
+    Raises:
+        NotFinite: on every rank, where one of them has such a row.
+    """
+    if rows := everyone(broken, world):
+        raise NotFinite(min(rows))
+    return [one for _, one in sorted(everyone(made, world), key=itemgetter(0))]
 
 
 def rows_to_draw(rows: Rows, of: Sequence[int], count: int) -> list[int]:

@@ -22,6 +22,7 @@ from mirage_ds.rl.report import Completions, Group, Rollout, measures
 from mirage_ds.rl.rewards import Scored
 from mirage_ds.rl.rollout import Sampled
 from mirage_ds.rl.step import Lesson
+from mirage_ds.run import validation
 from mirage_ds.run.heartbeat import LOADING
 
 G = 2
@@ -117,7 +118,7 @@ def test_a_slow_judge_and_long_answers_have_the_bounds_of_a_start(monkeypatch: p
     run = cast(Any, SimpleNamespace(config=config, world=world, journal=journal, stops=lambda: False))
     monkeypatch.setattr(loop, "from_rank_zero", lambda *_: None)
     monkeypatch.setattr(rollout, "whole_model", nullcontext)
-    monkeypatch.setattr(rollout, "everyone", lambda own, _: own)
+    monkeypatch.setattr(validation, "everyone", lambda own, _: own)
     rows = cast(Any, SimpleNamespace(rows=None, encoder=None))
     loop.judge(run, cast(Any, SimpleNamespace(index=rows, loader=SimpleNamespace(rows=rows))), [])
     rollout.sample(run, cast(Any, learner), rows, [], 1)
