@@ -50,3 +50,6 @@ def test_each_micro_step_reports_its_own_rows_and_loss(monkeypatch: pytest.Monke
     assert [own.tolist() for own, _ in taken.ran] == rows
     assert str([loss.tolist() for _, loss in taken.ran]) == "[[1.0, 1.0], [nan], [2.0, 2.0]]"
     assert taken.metrics["row_ids"] == [7, 9, 8, 6]
+    # What the step came to is all of them.
+    losses[1] = 3.0
+    assert cast(Pupil, pupil).update(0, 0).metrics["loss"] == 6.0
