@@ -79,12 +79,16 @@ def build(name: str) -> Path:
         shutil.rmtree(place, ignore_errors=True)
         uv("venv", "--quiet", "--python", Path(sys.executable).resolve(), place)
         uv("pip", "install", "--quiet", "--no-deps", "--python", python, "--requirement", LISTS / f"{name}.txt")
-        (packages,) = place.glob("lib/python*/site-packages")
-        torch = importlib.metadata.distribution("torch")
-        for top in {file.parts[0] for file in torch.files or () if file.parts[0] != ".."}:
-            if not (packages / top).exists():
-                (packages / top).symlink_to(torch.locate_file(top))
         whole.touch()
+    # Each time: the environment that it was linked from may be gone.
+    (packages,) = place.glob("lib/python*/site-packages")
+    torch = importlib.metadata.distribution("torch")
+    for top in {file.parts[0] for file in torch.files or () if file.parts[0] != ".."}:
+        here, there = packages / top, torch.locate_file(top)
+        if here.is_symlink() and here.readlink() != there:
+            here.unlink()
+        if not here.exists():
+            here.symlink_to(there)
     return python
 
 
