@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from mirage_ds.chat import Chat, Reply, read_template
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
-from mirage_ds.errors import UserError, shown
+from mirage_ds.errors import Stopped, UserError, shown
 from mirage_ds.files import check_output
 
 SHIPPED = Path(__file__).with_name("judge.txt")
@@ -80,8 +80,12 @@ class Judge:
         UserError: a template, a key or a cache that can be none.
     """
 
-    def __init__(self, spec: JudgeSpec):
-        self.spec, self.template = spec, read_template(spec.prompt or SHIPPED, "--judge_prompt", PLACES)
+    def __init__(self, spec: JudgeSpec, asked: Callable[[], bool] = lambda: False):
+        self.stops, self.spec, self.template = (
+            asked,
+            spec,
+            read_template(spec.prompt or SHIPPED, "--judge_prompt", PLACES),
+        )
         self.chat = Chat(
             spec.endpoint, spec.model_name, spec.key_variable, spec.parallel, spec.timeout, spec.tries, "--judge_",
             LONGEST_TOLD_S,
@@ -108,6 +112,7 @@ class Judge:
 
         Raises:
             UserError: the server refuses what all requests have in common, or is gone, or was asked often enough.
+            Stopped: somebody asks for it.
         """
         requests = [self._request(record, text) for record, text in answers]
         keys = [hashlib.sha256(json.dumps([self.spec.model_name, one]).encode()).hexdigest() for one in requests]
@@ -125,6 +130,8 @@ class Judge:
             found[key] = _why(reply) if number is None else number
             if number is not None:
                 self._keep(key, number)
+            if self.stops():
+                raise Stopped
         return [self.known[key] if key in self.known else found[key] for key in keys]
 
     def _request(self, record: dict[str, Any], text: str) -> dict[str, Any]:

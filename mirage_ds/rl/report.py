@@ -108,9 +108,9 @@ class Completions:
         self.run, self.data = run, data
         self.place = run.folder / FILE
         if run.world.rank == 0 and self.place.is_file():
-            lines = self.place.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["rollout"] <= start]
-            write_atomically(self.place, "".join(kept))
+            # Not splitlines: an answer may hold U+2028. What stands behind the last end of a line is half of one.
+            lines = self.place.read_text(encoding="utf-8").split("\n")[:-1]
+            write_atomically(self.place, "".join(f"{one}\n" for one in lines if json.loads(one)["rollout"] <= start))
 
     def write(self, step: int, rollout: Rollout, lesson: Lesson) -> None:
         """Add a rollout's answers; `step`: optimizer steps before it."""

@@ -102,6 +102,7 @@ class Rewards:
         fault_share: --max_reward_faults: of the answers of one `score`, those that may lack a reward (rounded up).
         judge: needed by the name `judge`.
         place: says where a row was read from.
+        asked: whether somebody wants this process to stop; `check` and `score` then raise Stopped.
 
     Raises:
         UserError: as read_rewards; or on entering, which this process alone knows: a function cannot be imported or
@@ -118,13 +119,14 @@ class Rewards:
         fault_share: float = 0.1,
         judge: JudgeSpec | None = None,
         place: Callable[[int], str] = lambda row: f"record {row + 1}",
+        asked: Callable[[], bool] = lambda: False,
     ):
         self.weights = read_rewards(names, weights)
         self.task, self.timeout_s, self.count, self.fault_share = task, timeout_s, workers, fault_share
-        self.place = place
+        self.place, self.asked = place, asked
         if JUDGE in self.weights and judge is None:
             raise UserError("--reward judge: which server? give --judge_endpoint URL and --judge_model_name")
-        self.judge = Judge(judge) if judge is not None and JUDGE in self.weights else None
+        self.judge = Judge(judge, asked) if judge is not None and JUDGE in self.weights else None
         self.functions = [name for name in self.weights if name != JUDGE]
         self.workers: Workers | None = None
         # Functions as for TRL that want messages.
@@ -132,7 +134,7 @@ class Rewards:
 
     def __enter__(self) -> Rewards:
         if self.functions:
-            self.workers = Workers(Functions, (self.functions, self.task), self.timeout_s, self.count)
+            self.workers = Workers(Functions, (self.functions, self.task), self.timeout_s, self.count, self.asked)
         return self
 
     def __exit__(self, *_: object) -> None:

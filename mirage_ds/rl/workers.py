@@ -21,7 +21,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
+from mirage_ds.run.stop import LOOK_EVERY_S
 
 # Imports of a user's modules; some bring torch, from a slow disk.
 START_S = 300.0
@@ -166,12 +167,21 @@ class Workers:
             can be pickled.
         limit_s: seconds for a call.
         count: processes.
+        asked: whether somebody wants this process to stop.
 
     Raises:
         UserError: a process cannot import what it needs.
     """
 
-    def __init__(self, make: Callable[[Any], Callable[[Any], Any]], argument: Any, limit_s: float, count: int):
+    def __init__(
+        self,
+        make: Callable[[Any], Callable[[Any], Any]],
+        argument: Any,
+        limit_s: float,
+        count: int,
+        asked: Callable[[], bool] = lambda: False,
+    ):
+        self.asked = asked
         self.workers = [_Worker((make, argument, limit_s)) for _ in range(count)]
         try:
             for worker in self.workers:
@@ -181,15 +191,21 @@ class Workers:
             raise
 
     def run(self, calls: deque[Any]) -> Generator[tuple[Any, Any]]:
-        """Yield (call, result or Lost) in the order in which they end; what is added to `calls` meanwhile runs too."""
+        """Yield (call, result or Lost) in the order in which they end; what is added to `calls` meanwhile runs too.
+
+        Raises:
+            Stopped: somebody asks for it.
+        """
         try:
             while calls or any(worker.call is not None for worker in self.workers):
+                if self.asked():
+                    raise Stopped
                 for worker in self.workers:
                     if calls and worker.call is None:
                         worker.take(calls.popleft())
                 busy = [worker for worker in self.workers if worker.call is not None]
-                first = min(worker.until for worker in busy)
-                ready = wait([worker.pipe for worker in busy], max(0.0, first - time.monotonic()))
+                left = min(worker.until for worker in busy) - time.monotonic()
+                ready = wait([worker.pipe for worker in busy], min(max(0.0, left), LOOK_EVERY_S))
                 for worker in busy:
                     if worker.pipe in ready or time.monotonic() >= worker.until:
                         yield worker.call, worker.result()

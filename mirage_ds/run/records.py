@@ -9,6 +9,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -314,9 +315,12 @@ def open_rewards(run: Run, index: Selection) -> Rewards | None:
             config.max_reward_faults,
             judge_of(config),
             place,
+            run.asked,
         )
         opened.append(rewards.__enter__())
-        rewards.check({row: seen_by_scorer(index.rows.record(row)) for row in index.row_ids.tolist()})
+        # The ranks stop together, once the records are read.
+        with suppress(Stopped):
+            rewards.check({row: seen_by_scorer(index.rows.record(row)) for row in index.row_ids.tolist()})
 
     from_rank_zero(open_on_rank_zero, run.world)
     return opened[0] if opened else None

@@ -16,7 +16,7 @@ import torch
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.pack import Planner
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
 from mirage_ds.rl import loop, report, rollout
 from mirage_ds.rl.report import Completions, Group, Rollout, measures
 from mirage_ds.rl.rewards import Scored
@@ -57,7 +57,7 @@ def rolled(monkeypatch: pytest.MonkeyPatch, flat: set[int], rows: int = 20, **gi
 
     monkeypatch.setattr(loop, "sample", sample)
     monkeypatch.setattr(loop, "judge", judge)
-    run = cast(Any, SimpleNamespace(config=settings(**given)))
+    run = cast(Any, SimpleNamespace(config=settings(**given), journal=SimpleNamespace(tell=lambda *_: None)))
     return loop.roll(run, data_of(rows), cast(Any, None), 1), calls
 
 
@@ -156,7 +156,9 @@ def test_why_a_reward_failed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     faults = [(104, "own:points", "raises boom"), (105, "own:points", "returns nan, no number")]
     rewards = SimpleNamespace(score=lambda _: Scored([], {}, faults), place=lambda row: f"d.jsonl:{row - 99}")
     monkeypatch.setattr(loop, "from_rank_zero", lambda score, _: score())
-    run = SimpleNamespace(journal=SimpleNamespace(at=lambda *_, **__: None, say=said.append), world=None)
+    journal = SimpleNamespace(at=lambda *_, **__: None, say=said.append)
+    run = SimpleNamespace(journal=journal, world=None, asked=lambda: stopping, stops=lambda: stopping)
+    stopping = False
     data = SimpleNamespace(rewards=rewards, index=SimpleNamespace(rows=None), loader=data_of().loader)
     data.loader.rows = SimpleNamespace(encoder=None)
     loop.judge(cast(Any, run), cast(Any, data), [])
@@ -164,6 +166,16 @@ def test_why_a_reward_failed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     faults.clear()
     loop.judge(cast(Any, run), cast(Any, data), [])
     assert len(said) == 1
+    # Where the run is stopped, whose processes were perhaps all signalled, a reward that failed is no fault of it.
+    rewards.score = lambda _: (_ for _ in ()).throw(UserError("the process that scores has ended"))
+    with pytest.raises(UserError, match="has ended"):
+        loop.judge(cast(Any, run), cast(Any, data), [])
+    stopping = True
+    with pytest.raises(Stopped):
+        loop.judge(cast(Any, run), cast(Any, data), [])
+    rewards.score = lambda _: Scored([1.0], {}, [])
+    with pytest.raises(Stopped):
+        loop.judge(cast(Any, run), cast(Any, data), [])
 
 
 def test_a_rollout_in_numbers() -> None:
@@ -207,7 +219,7 @@ def test_answers_are_written_and_those_of_an_interrupted_rollout_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        report, "answer_of", lambda made, _: SimpleNamespace(marked=lambda _: f"{len(made.ids)} tokens")
+        report, "answer_of", lambda made, _: SimpleNamespace(marked=lambda _: f"{len(made.ids)}\u2028\x85tokens")
     )
     rows = SimpleNamespace(
         record=lambda row: SimpleNamespace(text_input="Where to?", image_input=("map.png",)),
@@ -225,14 +237,16 @@ def test_answers_are_written_and_those_of_an_interrupted_rollout_dropped(
     written = Completions(run, data, 0)
     for step in (0, 2, 4):
         written.write(step, made, lesson)
-    lines = [json.loads(line) for line in (tmp_path / report.FILE).read_text().splitlines()]
+    content = (tmp_path / report.FILE).read_bytes()
+    lines = [json.loads(line) for line in content.splitlines()]
     assert [line["rollout"] for line in lines] == [1, 1, 2, 2, 3, 3]
     assert lines[1] == {
         "rollout": 1, "step": 0, "file": "d.jsonl", "line": 8, "question": "Where to?", "image_input": ["map.png"],
-        "answer": "9 tokens", "reward": None, "rewards": {"a": None}, "advantage": 0.0, "tokens": 9, "truncated": True,
+        "answer": "9\u2028\x85tokens", "reward": None, "rewards": {"a": None}, "advantage": 0.0, "tokens": 9,
+        "truncated": True,
     }  # fmt: skip
     # Killed in the third, perhaps in the middle of a line.
     with (tmp_path / report.FILE).open("a") as file:
         file.write('{"rollout": 3, "st')
     Completions(run, data, 2).write(4, made, lesson)
-    assert [json.loads(line) for line in (tmp_path / report.FILE).read_text().splitlines()] == lines
+    assert (tmp_path / report.FILE).read_bytes() == content
