@@ -257,8 +257,12 @@ def test_another_number_of_ranks_goes_on(before: int, after: int, runs: Runs, wh
     ids=lambda settings: settings["latent_policy"],
 )
 def test_each_policy_runs(settings: dict[str, Any], runs: Runs, tmp_path: Path) -> None:
+    if settings["latent_policy"] == "gaussian":
+        settings |= dict(eval_data_path=runs.base["data_path"], eval_every=STEPS, eval_decode=4, eval_new_tokens=8)
     assert runs.train(tmp_path / "out", save_every=None, **settings) is None
-    lines = lines_of(tmp_path / "out")
+    *lines, last = lines_of(tmp_path / "out")
+    # By the mean of the latents, and by latents that are drawn.
+    assert {"eval_correct", "eval_correct_drawn"} <= last.keys() or settings["latent_policy"] != "gaussian"
     assert all(line["decoder_drift_max"] <= 1e-5 for line in lines)
     assert any(line["grad_norm"] > 0 for line in lines)
     # Of steps whose answers have blocks.
