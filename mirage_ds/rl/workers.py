@@ -22,12 +22,13 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from mirage_ds.errors import Stopped, UserError
-from mirage_ds.run.stop import LOOK_EVERY_S
 
 # Imports of a user's modules; some bring torch, from a slow disk.
 START_S = 300.0
 # A process ends itself at the limit and says where it was; one that cannot is killed so much later.
 GRACE_S = 2.0
+# How often somebody who wants the run to stop is looked for.
+LOOK_S = 1.0
 _CHILD = """import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from mirage_ds.rl.workers import serve
@@ -205,7 +206,7 @@ class Workers:
                         worker.take(calls.popleft())
                 busy = [worker for worker in self.workers if worker.call is not None]
                 left = min(worker.until for worker in busy) - time.monotonic()
-                ready = wait([worker.pipe for worker in busy], min(max(0.0, left), LOOK_EVERY_S))
+                ready = wait([worker.pipe for worker in busy], min(max(0.0, left), LOOK_S))
                 for worker in busy:
                     if worker.pipe in ready or time.monotonic() >= worker.until:
                         yield worker.call, worker.result()

@@ -225,11 +225,11 @@ class Journal:
             self._logs.say(f"evaluation after step {step}: {parts}")
             self._logs.plot(step, _curves(metrics))
 
-    def pictures(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Give figures of matplotlib to TensorBoard."""
+    def pictures(self, step: int, figures: Mapping[str, Any], group: str = "pictures of latents") -> None:
+        """Give figures (sinks.Sink.figure) to TensorBoard."""
         if self._logs:
             for name, figure in figures.items():
-                self._logs.draw(step, name, figure)
+                self._logs.draw(step, f"{group}/{name}", figure)
 
 
 class Logs:
@@ -302,7 +302,7 @@ class Logs:
 
     def draw(self, step: int, name: str, figure: Any) -> None:
         """Give a figure to the trackers."""
-        self._give(f"{name} of step {step}", lambda sink: sink.figure(step, f"pictures of latents/{name}", figure))
+        self._give(f"{name} of step {step}", lambda sink: sink.figure(step, name, figure))
 
     def taken(self, record: Mapping[str, Any], seconds: float) -> None:
         """Take note of a step that took so long, and print a line if one is due."""

@@ -236,8 +236,8 @@ def keep(
 
 def run_steps(config: RunConfig, index: Selection) -> int:
     """Count the optimizer steps of a run over the usable rows."""
-    steps = total_steps(len(index.row_ids), config.rows_per_step, config.epochs) * config.steps_per_rollout
-    return steps if config.max_steps is None else min(steps, config.max_steps)
+    own = len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps
+    return total_steps(*own, config.steps_per_rollout)
 
 
 def skipped_lines(skipped: list[tuple[Records, Fault]]) -> str:

@@ -13,11 +13,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.pack import Planner
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.rl import loop, report, rollout
+from mirage_ds.rl.examples import SIDE
 from mirage_ds.rl.report import Completions, Group, Rollout, measures
 from mirage_ds.rl.rewards import Scored
 from mirage_ds.rl.rollout import Sampled
@@ -223,13 +225,16 @@ def test_answers_are_written_and_those_of_an_interrupted_rollout_dropped(
     )
     rows = SimpleNamespace(
         record=lambda row: SimpleNamespace(text_input="Where to?", image_input=("map.png",)),
-        places_of=lambda rows: [{"file": "d.jsonl", "line": rows[0] + 1}],
+        places_of=lambda rows: [{"file": str(tmp_path / "d.jsonl"), "line": rows[0] + 1}],
     )
     data = cast(
         Any,
         SimpleNamespace(index=SimpleNamespace(rows=rows), loader=SimpleNamespace(rows=SimpleNamespace(encoder=None))),
     )
-    run = cast(Any, SimpleNamespace(folder=tmp_path, world=SimpleNamespace(rank=0), config=settings(updates=2)))
+    shown: list[Any] = []
+    journal = SimpleNamespace(pictures=lambda *given: shown.append(given))
+    place = dict(folder=tmp_path, world=SimpleNamespace(rank=0))
+    run = cast(Any, SimpleNamespace(**place, config=settings(updates=2), journal=journal))
     made = Rollout(
         [Group(7, [answer(7), answer(7, 9, truncated=True)], [1.0, math.nan], {"a": [1.0, math.nan]})], 0, {}
     )
@@ -237,13 +242,25 @@ def test_answers_are_written_and_those_of_an_interrupted_rollout_dropped(
     written = Completions(run, data, 0)
     for step in (0, 2, 4):
         written.write(step, made, lesson)
-    content = (tmp_path / report.FILE).read_bytes()
+    Image.new("RGB", (640, 480), "red").save(tmp_path / "map.png")
+    written.write(6, made, lesson)
+    assert [(step, sorted(things), group) for step, things, group in shown] == [
+        *((step, ["said"], "answers") for step in (1, 3, 5)),
+        (7, ["picture", "said"], "answers"),
+    ]
+    assert shown[3][1]["picture"].size == (SIDE, SIDE * 3 // 4)
+    # Of later rollouts each tenth.
+    for step in range(18, 40, 2):
+        written.write(step, made, lesson)
+    assert [step for step, *_ in shown[4:]] == [19, 39]
+    content = b"".join((tmp_path / report.FILE).read_bytes().splitlines(keepends=True)[:6])
+    (tmp_path / report.FILE).write_bytes(content)
     lines = [json.loads(line) for line in content.splitlines()]
     assert [line["rollout"] for line in lines] == [1, 1, 2, 2, 3, 3]
     assert lines[1] == {
-        "rollout": 1, "step": 0, "file": "d.jsonl", "line": 8, "question": "Where to?", "image_input": ["map.png"],
-        "answer": "9\u2028\x85tokens", "reward": None, "rewards": {"a": None}, "advantage": 0.0, "tokens": 9,
-        "truncated": True,
+        "rollout": 1, "step": 0, "file": f"{tmp_path}/d.jsonl", "line": 8, "question": "Where to?",
+        "image_input": ["map.png"], "answer": "9\u2028\x85tokens", "reward": None, "rewards": {"a": None},
+        "advantage": 0.0, "tokens": 9, "truncated": True,
     }  # fmt: skip
     # Killed in the third, perhaps in the middle of a line.
     with (tmp_path / report.FILE).open("a") as file:
