@@ -5,6 +5,7 @@ A line is one of run/completions.jsonl (report.py).
 
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,10 @@ def picture_of(line: Line, image_root: Path | None) -> Image.Image | None:
     """Return the first picture of a line's prompt, of at most SIDE pixels; None where it has none, or it is gone."""
     finder = ImageFinder.beside(Path(line["file"]), image_root)
     places = [place for path in line["image_input"][:1] for place in finder.places(path)]
-    return next((small(decoded(place)) for place in places if place.is_file()), None)
+    # A broken picture may raise anything (images.fault_of), and is no reason to end a run.
+    with suppress(Exception):
+        return next((small(decoded(place)) for place in places if place.is_file()), None)
+    return None
 
 
 def small(image: Image.Image) -> Image.Image:

@@ -80,12 +80,8 @@ class Judge:
         UserError: a template, a key or a cache that can be none.
     """
 
-    def __init__(self, spec: JudgeSpec, asked: Callable[[], bool] = lambda: False):
-        self.stops, self.spec, self.template = (
-            asked,
-            spec,
-            read_template(spec.prompt or SHIPPED, "--judge_prompt", PLACES),
-        )
+    def __init__(self, spec: JudgeSpec):
+        self.spec, self.template = spec, read_template(spec.prompt or SHIPPED, "--judge_prompt", PLACES)
         self.chat = Chat(
             spec.endpoint, spec.model_name, spec.key_variable, spec.parallel, spec.timeout, spec.tries, "--judge_",
             LONGEST_TOLD_S,
@@ -107,12 +103,14 @@ class Judge:
         self.chat.stop.set()
         self.chat.client.close()
 
-    def rewards(self, answers: Sequence[tuple[dict[str, Any], str]]) -> list[float | str]:
+    def rewards(
+        self, answers: Sequence[tuple[dict[str, Any], str]], asked: Callable[[], bool] = lambda: False
+    ) -> list[float | str]:
         """Return of each answer, given as (record, text), its number, or a sentence why it has none.
 
         Raises:
             UserError: the server refuses what all requests have in common, or is gone, or was asked often enough.
-            Stopped: somebody asks for it.
+            Stopped: `asked` says that somebody wants it.
         """
         requests = [self._request(record, text) for record, text in answers]
         keys = [hashlib.sha256(json.dumps([self.spec.model_name, one]).encode()).hexdigest() for one in requests]
@@ -130,7 +128,7 @@ class Judge:
             found[key] = _why(reply) if number is None else number
             if number is not None:
                 self._keep(key, number)
-            if self.stops():
+            if asked():
                 raise Stopped
         return [self.known[key] if key in self.known else found[key] for key in keys]
 

@@ -126,7 +126,7 @@ class Rewards:
         self.place, self.asked = place, asked
         if JUDGE in self.weights and judge is None:
             raise UserError("--reward judge: which server? give --judge_endpoint URL and --judge_model_name")
-        self.judge = Judge(judge, asked) if judge is not None and JUDGE in self.weights else None
+        self.judge = Judge(judge) if judge is not None and JUDGE in self.weights else None
         self.functions = [name for name in self.weights if name != JUDGE]
         self.workers: Workers | None = None
         # Functions as for TRL that want messages.
@@ -134,7 +134,7 @@ class Rewards:
 
     def __enter__(self) -> Rewards:
         if self.functions:
-            self.workers = Workers(Functions, (self.functions, self.task), self.timeout_s, self.count, self.asked)
+            self.workers = Workers(Functions, (self.functions, self.task), self.timeout_s, self.count)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -221,7 +221,7 @@ class Rewards:
         groups = [tuple(group) for _, group in groupby(range(len(answers)), lambda at: answers[at].row)]
         calls = deque(self._asked(answers, name, group) for name in names if name != JUDGE for group in groups)
         if calls and self.workers is not None:
-            with closing(self.workers.run(calls)) as results:
+            with closing(self.workers.run(calls, self.asked)) as results:
                 for asked, result in results:
                     if isinstance(result, Lost) and len(asked.at) > 1:
                         # One answer may be the cause: each gets a call of its own.
@@ -229,7 +229,8 @@ class Rewards:
                     else:
                         note(asked.function, asked.at, [result.sentence] if isinstance(result, Lost) else result)
         if self.judge is not None and JUDGE in names:
-            note(JUDGE, range(len(answers)), self.judge.rewards([(one.record, one.text) for one in answers]))
+            replies = self.judge.rewards([(one.record, one.text) for one in answers], self.asked)
+            note(JUDGE, range(len(answers)), replies)
         return found
 
     def _asked(self, answers: Sequence[Answer], name: str, at: tuple[int, ...]) -> Asked:

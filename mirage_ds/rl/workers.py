@@ -168,21 +168,12 @@ class Workers:
             can be pickled.
         limit_s: seconds for a call.
         count: processes.
-        asked: whether somebody wants this process to stop.
 
     Raises:
         UserError: a process cannot import what it needs.
     """
 
-    def __init__(
-        self,
-        make: Callable[[Any], Callable[[Any], Any]],
-        argument: Any,
-        limit_s: float,
-        count: int,
-        asked: Callable[[], bool] = lambda: False,
-    ):
-        self.asked = asked
+    def __init__(self, make: Callable[[Any], Callable[[Any], Any]], argument: Any, limit_s: float, count: int):
         self.workers = [_Worker((make, argument, limit_s)) for _ in range(count)]
         try:
             for worker in self.workers:
@@ -191,15 +182,15 @@ class Workers:
             self.close()
             raise
 
-    def run(self, calls: deque[Any]) -> Generator[tuple[Any, Any]]:
+    def run(self, calls: deque[Any], asked: Callable[[], bool]) -> Generator[tuple[Any, Any]]:
         """Yield (call, result or Lost) in the order in which they end; what is added to `calls` meanwhile runs too.
 
         Raises:
-            Stopped: somebody asks for it.
+            Stopped: `asked` says that somebody wants it.
         """
         try:
             while calls or any(worker.call is not None for worker in self.workers):
-                if self.asked():
+                if asked():
                     raise Stopped
                 for worker in self.workers:
                     if calls and worker.call is None:

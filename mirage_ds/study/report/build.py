@@ -85,9 +85,7 @@ def rollouts(results: Results) -> list[dict[str, Any]]:
     """Return StageResult.rollouts of each arm's first seed that has some, with "arm" and "seed"."""
     first = {cell.arm: cell for cell in reversed(results.cells) if any(stage.rollouts for stage in cell.stages)}
     cells = [first[arm] for arm in results.arms if arm in first]
-    return [
-        {"arm": one.arm, "seed": one.seed, **own} for one in cells for stage in one.stages for own in stage.rollouts
-    ]
+    return [{"arm": one.arm, "seed": one.seed, **own} for one in cells for part in one.stages for own in part.rollouts]
 
 
 def _chance(scores: Mapping[str, float], evaluation: str, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -195,9 +193,7 @@ def chain(stages: Sequence[StageResult]) -> dict[str, Any]:
         **sums,
         "samples_s": sums["rows"] / sums["seconds"] if sums["seconds"] else None,
         "peak_gb": max((one.peak_gb for one in stages if one.peak_gb is not None), default=None),
-        "stages": [
-            {key: value for key, value in vars(one).items() if key not in ("curve", "rollouts")} for one in stages
-        ],
+        "stages": [{key: of for key, of in vars(one).items() if key not in ("curve", "rollouts")} for one in stages],
     }
 
 

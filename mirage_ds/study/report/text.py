@@ -147,14 +147,7 @@ def markdown(report: Report, figures: Sequence[tuple[str, str]] = (), pictures: 
         figures: (link, caption) of each; the first leads. pictures: link of each example's picture, then of each
             rollout's.
     """
-    count = len(report["examples"])
-    values = {
-        "pictures": pictures[:count],
-        "maps": pictures[count:],
-        "evaluations": evaluations(report),
-        "figures": figures,
-        "verdicts": VERDICTS,
-    }
+    values = {"pictures": pictures, "evaluations": evaluations(report), "figures": figures, "verdicts": VERDICTS}
     body = _TEMPLATES.get_template("report.md.jinja").render(**report, **values).strip()
     return f"# {escaped(report['name'])}\n\n{body}\n"
 
