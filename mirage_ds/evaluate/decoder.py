@@ -297,7 +297,7 @@ def decode_samples(
         return choose(logits, turns)
 
     prompts = prompts_of(model, tower, encoder, samples)
-    draws = noise([seed for row in prompts.rows for seed in seeds_of(seed, row, 1)]) if drawn else None
+    draws = noise([one for row in prompts.rows for one in seeds_of(seed, row, 1)]) if drawn else None
     made = generate(model, prompts, tokens, limits, choose_or_stop, latents=fed, noise=draws)
     return [answer_of(row, encoder) for row in made]
 

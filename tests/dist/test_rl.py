@@ -258,7 +258,10 @@ def test_another_number_of_ranks_goes_on(before: int, after: int, runs: Runs, wh
 )
 def test_each_policy_runs(settings: dict[str, Any], runs: Runs, tmp_path: Path) -> None:
     if settings["latent_policy"] == "gaussian":
-        settings |= dict(eval_data_path=runs.base["data_path"], eval_every=STEPS, eval_decode=4, eval_new_tokens=8)
+        file = runs.base["data_path"]
+        rows = [json.loads(line) | {"text_output": "\\boxed{left}"} for line in file.read_text().splitlines()]
+        boxed = write_jsonl(file.with_name("boxed.jsonl"), rows)
+        settings = settings | dict(eval_data_path=boxed, eval_every=STEPS, eval_decode=4, eval_new_tokens=8)
     assert runs.train(tmp_path / "out", save_every=None, **settings) is None
     *lines, last = lines_of(tmp_path / "out")
     # By the mean of the latents, and by latents that are drawn.
