@@ -23,8 +23,8 @@ class RlSettings(BaseModel):
     prompts_per_rollout: PositiveInt | None = Field(
         None, description="rl: P, prompts of a rollout, of all ranks. [default: 8]"
     )
-    num_generations: int = Field(8, ge=2, description="rl: G, answers sampled of each prompt.")
-    max_completion_length: PositiveInt = Field(256, description="rl: tokens of an answer, at most.")
+    num_generations: int = Field(8, ge=2, description="rl: answers sampled of each prompt.")
+    max_completion_length: PositiveInt = Field(256, description="rl: tokens of an answer, latents included, at most.")
     temperature: PositiveFloat = Field(1.0, description="rl: of the sampling; the policy is what was sampled from.")
     rollout_rows: PositiveInt | None = Field(
         None, description="rl: answers that a rank decodes at a time. [default: all of its own]"

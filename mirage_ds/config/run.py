@@ -111,7 +111,7 @@ class _Settings(BaseModel):
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens in one micro-batch of one rank, at most.")
     micro_batch_size: PositiveInt | None = Field(None, description="Rows in one micro-batch of one rank, at most.")
     micro_batch_patches: PositiveInt | None = Field(
-        None, description="Image patches (14 × 14 px) in one micro-batch, at most, where the tower runs in every step."
+        None, description="Patches (14 or 16 px a side) in one micro-batch, at most, where the tower runs in each step."
     )
     allow_idle_ranks: bool = Field(False, description="Let a rank that has no row process an empty micro-batch.")
     reduction: Literal["sample", "token"] = Field(

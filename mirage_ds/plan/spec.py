@@ -23,8 +23,8 @@ class PlanSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     # what is trained
-    model: str = Field(description="Folder with a config.json, or a public shape: qwen2.5-vl-3b, -7b, -32b, -72b.")
-    stage: Stage = Field(description="As for a run; rl with latents that are made anew (through).")
+    model: str = Field(description="Folder, config.json, public shape (qwen2.5-vl-3b, -7b, -32b, -72b) or its hub id.")
+    stage: Stage = Field(description="As for a run; rl: by --latent_policy through.")
     latent_size: PositiveInt = Field(4, description="k, latents a block.")
     latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
     deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: all that ship]")
@@ -41,7 +41,7 @@ class PlanSpec(BaseModel):
     attention: Literal["flash", "torch_varlen", "sdpa"] = Field("flash", description="Attention back end.")
     loss_chunk_mb: PositiveInt | None = Field(None, description="MiB of a logits chunk. [default: GPU / 128; CPU 256]")
 
-    prompts_per_rollout: PositiveInt = Field(8, description="rl: as for a run, the other four too.")
+    prompts_per_rollout: PositiveInt = Field(8, description="rl: prompts of a rollout, of all ranks.")
     num_generations: PositiveInt = Field(8, description="rl: answers of a prompt.")
     max_completion_length: PositiveInt = Field(256, description="rl: tokens of an answer.")
     rollout_rows: PositiveInt | None = Field(None, description="rl: answers that a rank decodes at a time.")

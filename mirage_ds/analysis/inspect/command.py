@@ -32,9 +32,8 @@ class InspectSpec(HelperSpec, FolderSpec, DataSpec):
 def inspect(folder: Path, **flags: Any) -> None:
     """Show what the latents look at and stand for.
 
-    Of the model in FOLDER: what its latents look at, which words are near, who attends to them. Writes one page with
-    pictures of the chosen rows; and over the file's rows the latents' principal components and what a linear probe
-    reads from them.
+    It writes one page: for the chosen rows what the latents of the model in FOLDER look at, which words are near and
+    what attends to them; over the file's rows their principal components and what a linear probe reads from them.
     """
     need("plot", "inspect")
     from mirage_ds.analysis.inspect.study import inspect_file
