@@ -23,7 +23,7 @@ class PlanSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     # what is trained
-    model: str = Field(description="Folder with a config.json (no hub id), or qwen2.5-vl-3b, -7b, -32b, -72b.")
+    model: str = Field(description="Folder with a config.json; or qwen2.5-vl-3b, -7b, -32b, -72b, also as hub id.")
     stage: Stage = Field(description="As for a run; rl with latents that are made anew (through).")
     latent_size: PositiveInt = Field(4, description="k, latents a block.")
     latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
