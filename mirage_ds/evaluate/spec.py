@@ -74,7 +74,7 @@ class DecodingSpec(ModelSpec):
     )
     temperature: PositiveFloat | None = Field(None, description="For --decoding sampled; 1 if not set.")
     top_p: float | None = Field(None, gt=0, le=1, description="For --decoding sampled; 1 if not set.")
-    longest_run: NonNegativeInt = Field(8, description="Latents of a block, at most, where the model decides.")
+    longest_run: NonNegativeInt = Field(8, description="Latents of a block, at most, where the model ends it.")
     no_latents: bool = Field(False, description="Open no latent block: for base models and those of sft.")
 
     @model_validator(mode="after")
@@ -102,7 +102,7 @@ class DataSpec(BaseModel):
 class RecordsSpec(DataSpec):
     """Which records are answered."""
 
-    task: str | None = Field(None, description="Task that scores, or module:function. [default: the records' own]")
+    task: str | None = Field(None, description="Scoring task, or module:function. [default: each record's, or boxed]")
     prefill_tokens: PositiveInt = Field(
         8192, description="Prompts run together up to so many tokens; a longer one runs alone."
     )

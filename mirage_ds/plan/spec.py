@@ -24,14 +24,14 @@ class PlanSpec(BaseModel):
 
     # what is trained
     model: str = Field(description="Folder, config.json, public shape (qwen2.5-vl-3b, -7b, -32b, -72b) or its hub id.")
-    stage: Stage = Field(description="As for a run; rl: by --latent_policy through.")
+    stage: Stage = Field(description="As for a run; rl with latents that are made anew (through).")
     latent_size: PositiveInt = Field(4, description="k, latents a block.")
     latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
     deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: all that ship]")
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens packed into one micro-batch of one rank.")
     micro_steps: PositiveInt = Field(1, description="Micro-steps of an optimizer step.")
-    row_tokens: PositiveInt = Field(500, description="Tokens of a row.")
-    labelled: float = Field(0.2, gt=0, le=1, description="Share of tokens from the first latent on (sft: labelled).")
+    row_tokens: PositiveInt = Field(500, description="Tokens of a row, its images included.")
+    labelled: float = Field(0.2, gt=0, le=1, description="Share of a row from its first latent on; sft: of labels.")
     images: NonNegativeInt = Field(1, description="Input images of a row.")
     image_tokens: PositiveInt = Field(256, description="Merged features of an image; 256 are 448 x 448 pixels.")
     rows: PositiveInt = Field(3000, description="Records, for the size of the kept features.")
