@@ -16,6 +16,7 @@ import torch
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.rl import rl_noted
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.folders import unread_lines
 from mirage_ds.data.loader import Loader
 from mirage_ds.data.record import Fault
@@ -30,9 +31,9 @@ from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.save import Parts, save_model, trained_of
 from mirage_ds.engine.setup import World, from_rank_zero, make_engine, make_reference
-from mirage_ds.engine.spelling import read_base
+from mirage_ds.engine.spelling import Base, read_base
 from mirage_ds.engine.universal import use_universal
-from mirage_ds.files import write_atomically
+from mirage_ds.files import TRAINED_KEY, write_atomically
 from mirage_ds.model.folder import weight_files
 from mirage_ds.model.layers import DecoderLayers
 from mirage_ds.model.load import Loaded, load_model, load_tower, read_config
@@ -337,6 +338,14 @@ def facts(run: Run, data: Data, learner: Learner) -> dict[str, Any]:
     }
 
 
+def other_latents(config: RunConfig, base: Base) -> Iterator[str]:
+    """Warn where the model was trained with blocks of another length."""
+    trained = base.config.get(TRAINED_KEY) or base.config
+    k = trained.get("latent_size")
+    if "sft" not in (config.stage, trained.get("stage")) and k not in (None, config.latent_size):
+        yield f"warning: the model was trained with --latent_size {k}, this run has {config.latent_size}"
+
+
 def opening_lines(run: Run, data: Data, learner: Learner) -> Iterator[str]:
     """Say what is about to be trained."""
     config, index, world = run.config, data.index, run.world
@@ -354,6 +363,7 @@ def opening_lines(run: Run, data: Data, learner: Learner) -> Iterator[str]:
         warning = "warning: " if index.dropped_share > WARN_DROPPED_SHARE else ""
         yield f"{warning}{index.dropped} row(s) dropped as longer than --max_length {config.max_length}"
     sources = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
+    yield from other_latents(config, learner.parts.base)
     yield from (line for source in sources for line in told(source, parse_columns(config.columns)))
     yield from (f"warning: {line}" for source in sources for line in unread_lines(source))
     if data.skipped:
