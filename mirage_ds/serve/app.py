@@ -146,9 +146,9 @@ class Service:
     def _job(self, content: bytes) -> Job:
         asked = read_body(content, self.name, self.spec.max_new_tokens)
         most = asked.new_tokens or self.spec.max_new_tokens
-        sample = self.reader.sample(asked.messages, most)
+        sample, question = self.reader.sample(asked.messages, most)
         # Without the pictures: an answer may take long.
-        return Job(asked.model_copy(update={"messages": []}), [sample], len(sample.input_ids), most)
+        return Job(asked.model_copy(update={"messages": []}), question, [sample], len(sample.input_ids), most)
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""

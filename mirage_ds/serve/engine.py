@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from mirage_ds.analysis.controls.bank import Bank
+from mirage_ds.analysis.controls.conditions import First, Given, fixed_slots
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.sample import Sample
 from mirage_ds.errors import UserError
@@ -30,7 +32,7 @@ from mirage_ds.evaluate.spec import Sampling
 from mirage_ds.model.choose import Chooser, Turn, greedy, sampler
 from mirage_ds.model.generate import Loop
 from mirage_ds.model.kv_cache import bytes_of_block, on_device
-from mirage_ds.model.slots import Limits, Slot, pause
+from mirage_ds.model.slots import Latents, Limits, Slot, pause
 from mirage_ds.serve.body import Asked, Refused
 from mirage_ds.serve.spec import ServeSpec
 
@@ -56,12 +58,14 @@ class Job:
     """A request as the engine knows it.
 
     Attributes:
+        question: its evaluate.report.prompt_hash.
         prompt: a list that it is taken from when it is read; length: its tokens; new_tokens: of an answer, at most.
         first: number of its first answer among all.
         inbox: its tokens, or the Refused that ends it.
     """
 
     asked: Asked
+    question: str
     prompt: list[Sample]
     length: int
     new_tokens: int
@@ -85,24 +89,37 @@ class Engine:
     """Decodes what is submitted, once it has started.
 
     Attributes:
-        keep: give out what is fed at the slots; registry: its numbers, for Prometheus.
+        keep: give out what is fed at the slots; bank_to: folder where that is written; registry: its numbers, for
+            Prometheus.
 
     Raises:
-        UserError: the model has no latents that spec.latents could replace.
+        UserError: the model has no latents that spec.latents could replace, or they cannot be made.
     """
 
     def __init__(self, decoder: Decoder, spec: ServeSpec):
-        if spec.latents != "own":
+        if spec.latents != "own" or spec.latent_bank:
             need_latents(decoder)
         room = spec.model_dump(include={"prefill_tokens", "rows", "cache_gb"})
         self.limits = run_limits(decoder, spec.max_new_tokens, Limits.longest_run, spec.run_length, **room)
-        self.decoder, self.model, self.keep, latents = decoder, decoder.loaded.model, spec.return_latents, spec.latents
+        self.decoder, self.model, self.spec = decoder, decoder.loaded.model, spec
         slots = decoder.trained.get("slots")
         self.tokens, self._other = tokens_and_feed(self.model, decoder.encoder, decoder.latents, slots)
-        self._barred = [self.tokens.pad, self.tokens.start, self.tokens.end] if latents == "off" else []
-        if latents in ("zero", "random", "text"):
-            zero, text = lambda slots, own: torch.zeros_like(own), pause(self.model, self.tokens.pad)
-            self._other = {"zero": zero, "random": self._random, "text": text}[latents]
+        self._barred = [self.tokens.pad, self.tokens.start, self.tokens.end] if spec.latents == "off" else []
+        self.bank_to = spec.latent_bank if spec.latents == "own" else None
+        self.keep = spec.return_latents or bool(self.bank_to)
+        shape = fixed_slots(decoder, self.limits) if spec.latent_bank else 0, self.model.head.weight.shape[1]
+        self._bank = (
+            None if self.bank_to or not spec.latent_bank else Bank(spec.latent_bank, spec.latents, shape, spec.seed)
+        )
+        # By the numbers of the answers: the vectors that one is fed, or the first state of its block.
+        self._known: dict[int, torch.Tensor] = {}
+        feeds: dict[str, Latents] = {
+            "first": First(self._known),
+            "zero": lambda slots, own: torch.zeros_like(own),
+            "random": self._random,
+            "text": pause(self.model, self.tokens.pad),
+        }
+        self._other = Given(self._known) if self._bank else feeds.get(spec.latents, self._other)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         # By the numbers of the answers, those that wait among them.
         self._rows: dict[int, Job] = {}
@@ -184,17 +201,21 @@ class Engine:
         seed = secrets.randbits(32) if job.asked.seed is None else job.asked.seed % 2**32
         self._rows |= dict.fromkeys(job.numbers, job)
         self._seeds |= zip(job.numbers, seeds_of(seed, 0, job.asked.n), strict=True)
+        if self._bank:
+            self._known |= dict.fromkeys(job.numbers, self._bank.of(job.question))
 
     def _drop(self, numbers: Sequence[int]) -> None:
         gone = self._rows.keys() & set(numbers)
         self._loop.drop(gone)
         for number in gone:
+            self._known.pop(number, None)
             del self._rows[number], self._seeds[number]
 
     def _end_all(self, why: Refused) -> None:
         for job in set(self._rows.values()):
             self._say(job, why)
         self._rows, self._seeds = {}, {}
+        self._known.clear()
         self._loop = Loop(self.model, self.limits, self._read)
 
     def _turn(self) -> None:
@@ -248,6 +269,6 @@ class Engine:
         """Draw directions (m, H), each as long as the state that it stands for."""
         drawn = torch.empty(own.shape)
         for row, (number, block, slot) in enumerate(slots):
-            seed = ((self._seeds[number] * 1_009 + block) * 1_009 + slot) % 2**63
-            drawn[row].normal_(generator=torch.Generator().manual_seed(seed))
+            seed = ((int(self._rows[number].question, 16) + self.spec.seed) * 1_009 + block) * 1_009 + slot
+            drawn[row].normal_(generator=torch.Generator().manual_seed(seed % 2**63))
         return torch.nn.functional.normalize(drawn).to(own) * own.norm(dim=1, keepdim=True)

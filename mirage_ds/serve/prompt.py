@@ -14,6 +14,7 @@ from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.sample import Sample
 from mirage_ds.errors import shown
 from mirage_ds.evaluate.decoder import Decoder
+from mirage_ds.evaluate.report import prompt_hash
 from mirage_ds.serve.body import Message, Picture, Refused
 
 # A token has about four: a text that would be too long with so many a token is not even tokenized.
@@ -43,8 +44,8 @@ class Reader:
         # A tokenizer is no thing for two threads.
         self._one = threading.Lock()
 
-    def sample(self, messages: Sequence[Message], new_tokens: int) -> Sample:
-        """Encode a prompt.
+    def sample(self, messages: Sequence[Message], new_tokens: int) -> tuple[Sample, str]:
+        """Encode a prompt; return it and its evaluate.report.prompt_hash.
 
         Raises:
             Refused: the messages or a picture cannot be used, or the prompt is too long.
@@ -58,7 +59,7 @@ class Reader:
                 with self._one:
                     layout = self.encoder.lay_out(record, prompt=True)
                 self._fits(len(layout.input_ids), new_tokens)
-                return self.encoder.fill(layout, record, 0)
+                return self.encoder.fill(layout, record, 0), prompt_hash(record, self.encoder.finder)
             except MessageError as error:
                 raise _bad(str(error)) from None
             except RecordError as error:

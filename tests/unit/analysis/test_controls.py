@@ -22,6 +22,7 @@ from test_generate import World, assert_same, both, sharpen, slowly
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls import conditions as making
 from mirage_ds.analysis.controls import run
+from mirage_ds.analysis.controls.bank import Bank
 from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, Together, choose_partners
 from mirage_ds.analysis.controls.paths import fork_of, run_paths, verdict
 from mirage_ds.analysis.controls.report import summarize
@@ -36,6 +37,7 @@ from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import answer_records, load_decoder, prompt_of
+from mirage_ds.evaluate.report import prompt_hash
 from mirage_ds.evaluate.scoring import Prediction, bootstrap
 from mirage_ds.model import kv_cache
 from mirage_ds.model.choose import greedy
@@ -533,11 +535,13 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_controls_the_command(
-    folder: Path, file: Path, tmp_path: Path, call: Callable, found: dict[str, list[Outcome]]
-) -> None:
-    out, page = tmp_path / "deep" / "out.json", tmp_path / "out.md"
+    folder: Path, file: Path, records: list[Record], oracle: Oracle, tmp_path: Path, call: Callable,
+    found: dict[str, list[Outcome]],
+) -> None:  # fmt: skip
+    out, page, bank = tmp_path / "deep" / "out.json", tmp_path / "out.md", tmp_path / "bank"
     words = ("--latents", "zero,off", "--task", REASONING, "--max_new_tokens", 12, "--seed", SEED, "--batch_size", 3)
-    code, said, error = call("controls", folder, "--data_path", file, *words, "--out", out, "--markdown", page)
+    words += ("--out", out, "--markdown", page, "--latent_bank", bank)
+    code, said, error = call("controls", folder, "--data_path", file, *words)
     assert code == 0, error
     report = json.loads(out.read_text())
     assert list(report["conditions"]) == ["own", "zero", "off"]
@@ -550,6 +554,10 @@ def test_controls_the_command(
         row = f"{one['log_likelihood']['mean']:.3f} ({one['log_likelihood']['low']:.3f}, "
         assert row in said
         assert f"| {name} | {one['metrics']['latents']:.1f} | {row}" in page.read_text()
+    kept, wanted = Bank(bank, "swap", oracle.own[0].shape[1:], SEED), KNOWN["swap"](oracle.material)
+    for record, vectors in zip(records, wanted, strict=True):
+        fed = kept.of(prompt_hash(record, ImageFinder.beside(file, None)))
+        torch.testing.assert_close(fed, vectors.float(), rtol=1e-3, atol=1e-3)
 
 
 def test_controls_refuse_in_one_sentence(
