@@ -4,7 +4,7 @@ import hmac
 import logging
 import os
 import time
-from asyncio import Semaphore, get_running_loop
+from asyncio import Semaphore, get_running_loop, timeout
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -31,6 +31,8 @@ from mirage_ds.serve.spec import KEY_VARIABLE, ServeSpec
 # Prompts that are being encoded or wait encoded, at a time: their pixels take memory. Threads that encode: each keeps
 # memory of its own.
 AHEAD, THREADS = 8, 2
+# Seconds that a request may take to come: until then it is one of --max_requests.
+BODY_S = 60
 # What nginx writes down for a client that went away.
 GONE = 499
 # Where a request keeps its Job.
@@ -52,14 +54,18 @@ async def refuse(request: Request, error: Exception) -> Response:
     return JSONResponse(error.body(), error.status)
 
 
-async def read_content(request: Request, most_mb: float) -> bytes:
-    """Read a request's body; Refused where it is larger than that."""
+async def read_content(request: Request, most_mb: float) -> bytearray:
+    """Read a request's body; Refused where it is larger than that, or does not come."""
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > most_mb * 1e6:
-            raise Refused(413, f"the request has more than {most_mb:g} MB (--max_request_mb)")
-    return bytes(content)
+    try:
+        async with timeout(BODY_S):
+            async for part in request.stream():
+                content += part
+                if len(content) > most_mb * 1e6:
+                    raise Refused(413, f"the request has more than {most_mb:g} MB (--max_request_mb)")
+    except TimeoutError:
+        raise Refused(408, f"the request was not there after {BODY_S} s") from None
+    return content
 
 
 class Service:
@@ -74,7 +80,7 @@ class Service:
 
     def __init__(self, decoder: Decoder, spec: ServeSpec, scratch: Path):
         self.name, self.spec, self.engine = decoder.folder.name, spec, Engine(decoder, spec)
-        self.reader = Reader(decoder, scratch, spec.files)
+        self.reader = Reader(decoder, scratch, spec.files, spec.max_length)
         self.key = spec.api_key or os.environ.get(KEY_VARIABLE)
         self.begun, self.there = int(time.time()), 0
         self._ahead, self._threads = Semaphore(AHEAD), ThreadPoolExecutor(THREADS)
@@ -143,7 +149,7 @@ class Service:
             return StreamingResponse(reply.events(), media_type="text/event-stream")
         return JSONResponse(await reply.whole(request))
 
-    def _job(self, content: bytes) -> Job:
+    def _job(self, content: bytearray) -> Job:
         asked = read_body(content, self.name, self.spec.max_new_tokens)
         most = asked.new_tokens or self.spec.max_new_tokens
         sample, question = self.reader.sample(asked.messages, most)

@@ -30,6 +30,7 @@ class ServeSpec(LengthSpec):
     )
     seed: int = Field(42, ge=0, lt=2**31, description="Of random and matched latents and of swaps.")
     return_latents: bool = Field(False, description="Send what was fed at the slots beside each answer.")
+    max_length: PositiveInt = Field(32_768, description="Tokens of a prompt with its answer, at most.")
     max_request_mb: PositiveFloat = Field(32, description="MB of a request, at most.")
     max_requests: PositiveInt = Field(256, description="Requests at a time, at most; more are answered 503.")
     rows: PositiveInt = Field(32, description="Answers that decode at a time.")

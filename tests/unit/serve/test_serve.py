@@ -44,6 +44,7 @@ from mirage_ds.evaluate.decoder import Decoder, answer_records, load_decoder, ru
 from mirage_ds.evaluate.scoring import Prediction
 from mirage_ds.evaluate.spec import Sampling
 from mirage_ds.model import generate as decoding
+from mirage_ds.serve import app
 from mirage_ds.serve.answers import Answer
 from mirage_ds.serve.app import Server, Service
 from mirage_ds.serve.command import listen
@@ -391,7 +392,11 @@ def test_what_cannot_be_answered_is_said(served: Served, mixed: Path, tmp_path: 
     def shows(url: str) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": [image(url)]}]}
 
-    huge, broken = png_of_size(100_000, 100_000), (mixed.parent / "in0.png").read_bytes()[:400]
+    large, huge, broken = (
+        png_of_size(9_000, 9_900),
+        png_of_size(100_000, 100_000),
+        (mixed.parent / "in0.png").read_bytes()[:400],
+    )
     table: list[tuple[Any, int, str]] = [
         (b'{"messages": [', 400, "Invalid JSON"),
         (b"\xff\xfe", 400, "Invalid JSON"),
@@ -416,13 +421,22 @@ def test_what_cannot_be_answered_is_said(served: Served, mixed: Path, tmp_path: 
         ({"messages": [text], "stop": ["a"] * 17}, 400, "stop"),
         ({"messages": [text], "stop": "a" * 201}, 400, "stop"),
         ({"messages": [text], "model": "gpt"}, 404, "no model 'gpt'; served is served"),
-        ({"messages": [{"role": "user", "content": "left " * 130_000}]}, 400, "more than the 128000"),
+        ({"messages": [{"role": "user", "content": "left " * 130_000}]}, 400, "40625 prompt tokens"),
+        ({"messages": [{"role": "user", "content": "left " * 40_000}]}, 400, "more than 32768"),
+        ({"messages": [{"role": "user", "content": [image("")] * 11_000}]}, 400, "33000 prompt tokens"),
+        ({"messages": [{"role": "user", "content": [image(data_url(large))] * 5}]}, 400, "together"),
+        ({"messages": [text], "k" * 9_000: 1}, 400, "is not known here"),
+        ({"messages": [{"role": "user", "content": [{"type": "k" * 9_000}]}]}, 400, "messages.0.content"),
+        ({"messages": [text], "n": True}, 400, "n: Input should be a valid integer"),
+        ({"messages": [text], "max_tokens": "8"}, 400, "max_tokens: Input should be a valid integer"),
+        ({"messages": [text], "temperature": True}, 400, "temperature: Input should be a valid number"),
+        ({"messages": [text], "stream": "yes"}, 400, "stream: Input should be a valid boolean"),
+        (shows(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")), 400, "is no PNG, JPEG, GIF"),
         ({"messages": [{"role": "user", "content": "x" * 1_100_000}]}, 413, "more than 1 MB (--max_request_mb)"),
         (shows("https://example.org/a.png"), 400, "nothing is fetched"),
         (shows("/etc/passwd"), 400, "nothing is fetched"),
         (shows("data:image/png;base64,@@@@"), 400, "picture 1 is not whole base64"),
         (shows("data:text/plain,hello"), 400, "picture 1 is a data: URI without base64"),
-        (shows(data_url(b"no picture")), 400, "image picture 1 cannot be decoded"),
         (shows(data_url(broken)), 400, "image picture 1 cannot be decoded"),
         (shows(data_url(huge)), 400, "image picture 1 has more than"),
         (shows(data_url(png_of_size(2_000, 4))), 400, "a side ratio above 200"),
@@ -438,12 +452,21 @@ def test_what_cannot_be_answered_is_said(served: Served, mixed: Path, tmp_path: 
         assert (answer.status_code, says) == (status, says if says in answer.text.replace("\\", "") else answer.text)
         assert {*answer.json()["error"]} == {"message", "type", "param", "code"}
         assert str(tmp_path) not in answer.text
+        assert len(answer.text) < 1_000
     assert served.plain.get("/v1/other").status_code == 404
     assert served.plain.get("/v1/chat/completions").json()["error"]["message"].endswith("Method Not Allowed")
     with pytest.raises(openai.BadRequestError, match="<image>"):
         served.ask([{"role": "user", "content": "<image>"}])
     assert served.plain.get("/health").json() == {"status": "ok"}
     served.until_idle()
+
+
+def test_a_request_that_does_not_come_is_not_waited_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "BODY_S", 0.1)
+    with socket.create_connection(("127.0.0.1", served.port)) as slow:
+        slow.sendall(b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"n": ')
+        slow.settimeout(20)
+        assert slow.recv(99).startswith(b"HTTP/1.1 408")
 
 
 def test_a_key_is_asked_for(decoder: Decoder, tmp_path: Path) -> None:
@@ -588,6 +611,9 @@ def test_a_signal_ends_it_once_answers_have_ended(
             model="served", messages=[{"role": "user", "content": "What?"}], stream=True, temperature=2, seed=1,
         )  # fmt: skip
         chunks = [next(iter(stream))]
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        # Once more: no reason to hurry.
         os.kill(os.getpid(), signal.SIGTERM)
         try:
             chunks += [*stream]
