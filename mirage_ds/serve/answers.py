@@ -13,7 +13,6 @@ from starlette.requests import ClientDisconnect, Request
 from tokenizers.decoders import DecodeStream
 
 from mirage_ds.analysis.controls import bank
-from mirage_ds.errors import reason
 from mirage_ds.model.rows import Generated
 from mirage_ds.serve.body import Refused
 from mirage_ds.serve.engine import Engine, Job, Token
@@ -61,7 +60,10 @@ class Answer:
     def blocks(self) -> list[tuple[int, torch.Tensor]]:
         """List its blocks as (place among its tokens, the states that were fed (k, H))."""
         states = iter(self.states)
-        return [(place, torch.stack([next(states) for _ in range(k)])) for place, k in self.made.blocks()]
+        return [
+            (place, torch.stack([next(states) for _ in range(k)]).detach().float().cpu())
+            for place, k in self.made.blocks()
+        ]
 
 
 class Reply:
@@ -86,11 +88,10 @@ class Reply:
                 text = answer.add(token, self.engine.tokens.stops)
                 if answer.finish and not token.ended:
                     self.engine.cancel(self.job, token.answer)
-                if over := all(answer.finish for answer in self.answers):
-                    await asyncio.to_thread(self._save)
                 yield token.answer, text
-                if over:
-                    return
+            if all(answer.finish for answer in self.answers):
+                await asyncio.to_thread(self._save)
+                return
             token = await self.job.token()
 
     def _save(self) -> None:
@@ -98,10 +99,7 @@ class Reply:
         slots, folder = self.engine.limits.fixed_run, self.engine.bank_to
         own = [states for _, states in self.answers[0].blocks() if len(states) == slots]
         if folder and own:
-            try:
-                bank.write(folder, self.job.question, torch.stack(own))
-            except OSError as error:
-                raise Refused(500, f"--latent_bank: {reason(error)}") from None
+            bank.write(folder, self.job.question, torch.stack(own))
 
     def _usage(self) -> dict[str, Any]:
         """Count tokens; latents are the reasoning."""

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
@@ -177,11 +176,10 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service):
         # Which warns of every client that goes away amid a stream.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
-        self.service, waits = service, service.spec.grace + PARTING_S
-        quiet: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False}
-        super().__init__(
-            uvicorn.Config(service, timeout_graceful_shutdown=waits, timeout_keep_alive=KEEP_ALIVE_S, **quiet)
-        )
+        self.service = service
+        config = uvicorn.Config(service, log_config=None, log_level="warning", access_log=False)
+        config.timeout_graceful_shutdown, config.timeout_keep_alive = service.spec.grace + PARTING_S, KEEP_ALIVE_S
+        super().__init__(config)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End what still runs after --grace."""

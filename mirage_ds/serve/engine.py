@@ -44,7 +44,7 @@ class Token(NamedTuple):
 
     Attributes:
         answer: which of its request's, from 0; ended: it is the last one.
-        state: (H,) float32 on the CPU, what was fed at it, where that is kept and it is a latent.
+        state: (H,) what was fed at it, where that is kept and it is a latent.
     """
 
     answer: int
@@ -89,8 +89,7 @@ class Engine:
     """Decodes what is submitted, once it has started.
 
     Attributes:
-        keep: give out what is fed at the slots; bank_to: folder where that is written; registry: its numbers, for
-            Prometheus.
+        bank_to: folder where own latents are written; registry: its numbers, for Prometheus.
 
     Raises:
         UserError: the model has no latents that spec.latents could replace, or they cannot be made.
@@ -105,12 +104,10 @@ class Engine:
         slots = decoder.trained.get("slots")
         self.tokens, self._other = tokens_and_feed(self.model, decoder.encoder, decoder.latents, slots)
         self._barred = [self.tokens.pad, self.tokens.start, self.tokens.end] if spec.latents == "off" else []
-        self.bank_to = spec.latent_bank if spec.latents == "own" else None
-        self.keep = spec.return_latents or bool(self.bank_to)
+        own = spec.latents == "own"
+        self.bank_to = spec.latent_bank if own else None
         shape = fixed_slots(decoder, self.limits) if spec.latent_bank else 0, self.model.head.weight.shape[1]
-        self._bank = (
-            None if self.bank_to or not spec.latent_bank else Bank(spec.latent_bank, spec.latents, shape, spec.seed)
-        )
+        self._bank = Bank(spec.latent_bank, spec.latents, shape, spec.seed) if spec.latent_bank and not own else None
         # By the numbers of the answers: the vectors that one is fed, or the first state of its block.
         self._known: dict[int, torch.Tensor] = {}
         feeds: dict[str, Latents] = {
@@ -124,11 +121,10 @@ class Engine:
         # By the numbers of the answers, those that wait among them.
         self._rows: dict[int, Job] = {}
         self._seeds: dict[int, int] = {}
-        self._states: dict[int, torch.Tensor] = {}
         self._samplers: dict[Sampling, Chooser] = {}
         self._asked, self._end, self._over = 0, float("inf"), False
         self._thread = Thread(target=self._run, name="decode", daemon=True)
-        self._loop = Loop(self.model, self.limits, self._read)
+        self._loop = self._empty()
         self.registry = CollectorRegistry()
         self._decoded = Counter("mirage_tokens", "Decoded tokens and latents.", registry=self.registry)
         self._prefilled = Counter("mirage_prefill_tokens", "Prompt tokens that were read.", registry=self.registry)
@@ -138,6 +134,9 @@ class Engine:
         cache, size = Gauge("mirage_cache_bytes", "", ["state"], registry=self.registry), bytes_of_block(self.model)
         cache.labels("reserved").set_function(lambda: self._loop.cache.reserved * size)
         cache.labels("allocated").set_function(lambda: len(self._loop.cache.keys[0]) * size)
+
+    def _empty(self) -> Loop:
+        return Loop(self.model, self.limits, self._read, record=self.spec.return_latents or bool(self.bank_to))
 
     def start(self, readers: AbstractEventLoop) -> None:
         """Begin; `readers` is the event loop in which the jobs' tokens are waited for."""
@@ -216,24 +215,24 @@ class Engine:
             self._say(job, why)
         self._rows, self._seeds = {}, {}
         self._known.clear()
-        self._loop = Loop(self.model, self.limits, self._read)
+        self._loop = self._empty()
 
     def _turn(self) -> None:
         """Let answers begin, and decode one token of every row."""
         self._loop.enter(self.limits.prefill_tokens)
         if not (rows := list(self._loop.live)):
             return
-        self._states = {}
-        ended = {row.number for row in self._loop.step(self.tokens, self._choose, self._feed)}
+        ended = {row.number for row in self._loop.step(self.tokens, self._choose, self._other)}
         self._decoded.inc(len(rows))
         for row in rows:
+            made = row.made
             # Another answer of its request may have been broken.
             if (job := self._rows.get(row.number)) and row.broken:
                 self._say(job, Refused(500, "the logits are not finite: a weight is NaN"))
                 self._drop(job.numbers)
             elif job:
-                state = self._states.get(row.number)
-                self._say(job, Token(row.number - job.first, row.made.ids[-1], row.number in ended, state))
+                state = made.latents[-1] if made.latents and made.fed[len(made.ids) - 1 :] == "H" else None
+                self._say(job, Token(row.number - job.first, made.ids[-1], row.number in ended, state))
         self._drop([*ended])
 
     def _read(self, numbers: Sequence[int]) -> Batch:
@@ -257,13 +256,6 @@ class Engine:
             # Those of a single kind need no copy.
             chosen[at] = choose(logits if len(alike) == 1 else logits[at], [turns[place] for place in places])
         return chosen
-
-    def _feed(self, slots: Sequence[Slot], own: torch.Tensor) -> torch.Tensor:
-        """Say what is fed at slots (m, H); see slots.Latents."""
-        fed = self._other(slots, own) if self._other else own
-        if self.keep:
-            self._states = dict(zip((slot.row for slot in slots), fed.detach().float().cpu(), strict=True))
-        return fed
 
     def _random(self, slots: Sequence[Slot], own: torch.Tensor) -> torch.Tensor:
         """Draw directions (m, H), each as long as the state that it stands for."""

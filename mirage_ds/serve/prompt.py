@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mirage_ds.data.images import MAX_PIXELS, ImageFinder
+from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.inside import content_of
 from mirage_ds.data.messages import IMAGE_MARK, TURNS_BEFORE, MessageError, check_turns
 from mirage_ds.data.record import Record, RecordError
@@ -20,7 +20,7 @@ from mirage_ds.serve.body import Message, Picture, Refused
 # A token has about four: a text that would be too long with so many a token is not even tokenized.
 CHARACTERS = 16
 # Pixels of all pictures of a request: decoding them takes time.
-PIXELS = 4 * MAX_PIXELS
+PIXELS = 400_000_000
 # How PNG, JPEG, GIF, WebP, BMP and TIFF begin. Others are nothing for strangers: for EPS, Pillow runs Ghostscript.
 SIGNS = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 

@@ -25,8 +25,7 @@ class ServeSpec(LengthSpec):
     )
     latent_bank: Path | None = Field(
         None,
-        description="Folder of own latents, a file a question: --latents own writes it (so does `mirage-ds controls`), "
-        "matched, swap and random (without it, as long as the state it replaces) read it.",
+        description="Folder of latents: own writes it (or `mirage-ds controls`); matched, swap and random read it.",
     )
     seed: int = Field(42, ge=0, lt=2**31, description="Of random and matched latents and of swaps.")
     return_latents: bool = Field(False, description="Send what was fed at the slots beside each answer.")

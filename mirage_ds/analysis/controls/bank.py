@@ -41,8 +41,7 @@ class Bank:
     def __init__(self, folder: Path, name: str, shape: tuple[int, int], seed: int):
         found = [(*_read(file, shape), file.stem) for file in sorted(folder.glob("*.safetensors"))]
         if not found:
-            how = "let `mirage-ds serve --latents own` or `mirage-ds controls` write some there"
-            raise UserError(f"--latent_bank {folder}: holds no latents; {how}")
+            raise UserError(f"--latent_bank {folder}: holds no latents; write some with --latents own or with controls")
         # As in their file of records, where they come from one; else by name.
         found.sort(key=lambda one: one[0].line)
         records, own, questions = ([*column] for column in zip(*found, strict=True))
@@ -63,6 +62,6 @@ def _read(file: Path, shape: tuple[int, int]) -> tuple[Record, torch.Tensor]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read ({reason(error)}); write it again") from None
     if own.shape[1:] != shape:
-        what = f"its latents are {tuple(own.shape)}, and this model's blocks {shape}"
-        raise UserError(f"{file}: {what}; give latents of this model, written with the same --run_length")
+        what = f"latents of {tuple(own.shape)} do not fit blocks of {shape}"
+        raise UserError(f"{file}: {what}; give those of this model and this --run_length")
     return Record(int(notes.get("line", 0)), "", "", (), (), {"level": notes.get("level", "?")}), own

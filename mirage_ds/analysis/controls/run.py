@@ -45,20 +45,13 @@ def likelihood(name: str, vectors: Sequence[torch.Tensor], bench: Bench, rows: S
 
 
 def run_conditions(
-    bench: Bench,
-    records: Sequence[Record],
-    names: Sequence[str],
-    seed: int,
-    batch_size: int,
-    track: Track = iter,
-    latent_bank: Path | None = None,
+    bench: Bench, records: Sequence[Record], names: Sequence[str], spec: ControlsSpec, track: Track = iter
 ) -> dict[str, list[Outcome]]:
     """Answer every record under `own` and the conditions named.
 
     Args:
         records: with answers and latent blocks; with helper images where "oracle" is among `names`.
-        seed: of what is drawn; a record's draws do not depend on the records beside it.
-        latent_bank: folder that gets the own latents.
+        spec: its seed, batch_size and latent_bank; a record's draws do not depend on the records beside it.
 
     Returns:
         Name → an Outcome a record, in the order given.
@@ -78,16 +71,16 @@ def run_conditions(
 
     # All conditions but `own`, which comes first, are answered at once.
     order = check(records, bench, max(1, len(set(names) - {"own"})))
-    latents, targets, found = zip(*in_batches(bench, records, order, batch_size, track, own), strict=True)
-    if latent_bank:
+    latents, targets, found = zip(*in_batches(bench, records, order, spec.batch_size, track, own), strict=True)
+    if spec.latent_bank:
         for place, (record, fed) in enumerate(zip(records, latents, strict=True)):
-            bank.write(latent_bank, prompt_hash(record, bench.encoder.finder), fed, place + 1, level_of(record))
+            bank.write(spec.latent_bank, prompt_hash(record, bench.encoder.finder), fed, place + 1, level_of(record))
     material = Material(
         own=list(latents),
         targets=[one for one in targets if one is not None],
-        partners=choose_partners(records, seed) if "swap" in names else [],
+        partners=choose_partners(records, spec.seed) if "swap" in names else [],
         pad=bench.model.language_model.embed_tokens.weight[bench.tokens.pad].detach().cpu(),
-        seed=seed,
+        seed=spec.seed,
     )
     vectors = {name: KNOWN[name](material) if name in KNOWN else [] for name in names if name != "own"}
 
@@ -98,7 +91,7 @@ def run_conditions(
         found = (likelihood(name, own, bench, rows) for name, own in given.items())
         return zip(*(outcomes(*both) for both in zip(answers, found, strict=True)), strict=True)
 
-    rest = in_batches(bench, records, order, batch_size, track, others) if vectors else []
+    rest = in_batches(bench, records, order, spec.batch_size, track, others) if vectors else []
     return {"own": list(found), **{name: [one[at] for one in rest] for at, name in enumerate(vectors)}}
 
 
@@ -149,7 +142,7 @@ def study(
         report["path"] = run_paths(grounded, records, task, spec.seed, spec.batch_size, track)
     others = [name for name in names if name != PATH]
     if others:
-        outcomes = run_conditions(bench, records, others, spec.seed, spec.batch_size, track, spec.latent_bank)
+        outcomes = run_conditions(bench, records, others, spec, track)
         report["conditions"], report["answers"] = summarize(records, outcomes, task, spec.seed)
     return report
 

@@ -27,7 +27,7 @@ from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material
 from mirage_ds.analysis.controls.paths import fork_of, run_paths, verdict
 from mirage_ds.analysis.controls.report import summarize
 from mirage_ds.analysis.controls.run import run_conditions
-from mirage_ds.analysis.controls.spec import CONDITIONS, parse_names
+from mirage_ds.analysis.controls.spec import CONDITIONS, ControlsSpec, parse_names
 from mirage_ds.analysis.controls.teach import Outcome, rows_of
 from mirage_ds.cli import main
 from mirage_ds.data.encode import Encoder
@@ -52,6 +52,10 @@ CLOSE = 1e-5
 LIMITS = Limits(12, longest_run=1, fixed_run=K)
 REASONING, PLANNING = "vsp-spatial-reasoning", "vsp-spatial-planning"
 PLANNING_ROWS = Path(__file__).parents[3] / "data/sample_planning.jsonl"
+
+
+def sized(batch_size: int) -> ControlsSpec:
+    return ControlsSpec(data_path=Path(), seed=SEED, batch_size=batch_size)
 
 
 def write_jsonl(path: Path, rows: Sequence[dict]) -> Path:
@@ -110,7 +114,7 @@ def bench(folder: Path, file: Path) -> Bench:
 
 @pytest.fixture(scope="module")
 def found(bench: Bench, records: list[Record]) -> dict[str, list[Outcome]]:
-    return run_conditions(bench, records, CONDITIONS, SEED, batch_size=2)
+    return run_conditions(bench, records, CONDITIONS, sized(2))
 
 
 class Oracle:
@@ -259,7 +263,7 @@ def test_own_is_ordinary_decoding(folder: Path, file: Path, records: list[Record
     loaded = decoder.loaded
     assert loaded.tower is not None
     bench = Bench(loaded.model, loaded.tower, encoder, LIMITS)
-    outcomes = run_conditions(bench, records, ["own"], SEED, batch_size=2)
+    outcomes = run_conditions(bench, records, ["own"], sized(2))
     assert list(outcomes) == ["own"]
     assert [one.answer for one in outcomes["own"]] == answer_records(decoder, records, LIMITS, batch_size=2)
     assert any(one.answer.text for one in outcomes["own"])
@@ -268,7 +272,7 @@ def test_own_is_ordinary_decoding(folder: Path, file: Path, records: list[Record
 def test_batch_size_and_the_other_conditions_do_not_matter(
     bench: Bench, records: list[Record], found: dict[str, list[Outcome]]
 ) -> None:
-    again = run_conditions(bench, records, ["swap", "random"], SEED, batch_size=5)
+    again = run_conditions(bench, records, ["swap", "random"], sized(5))
     assert list(again) == ["own", "swap", "random"]
     for name, outcomes in again.items():
         for one, other in zip(outcomes, found[name], strict=True):
@@ -285,7 +289,7 @@ def test_room_for_all_conditions_is_looked_for_before_the_first(
     monkeypatch.setattr(run, "decode", lambda *_: pytest.fail("decoded"))
     tight = replace(bench, limits=replace(LIMITS, cache_gb=room))
     with pytest.raises(UserError, match=rf"^record \d: keys and values of its {longest} prompt tokens"):
-        run_conditions(tight, records, ["own", "zero", "random"], SEED, batch_size=2)
+        run_conditions(tight, records, ["own", "zero", "random"], sized(2))
 
 
 def test_prompt_is_the_encoders(bench: Bench, records: list[Record]) -> None:

@@ -33,7 +33,7 @@ from test_generate import sharpen
 
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls.run import run_conditions
-from mirage_ds.analysis.controls.spec import CONDITIONS
+from mirage_ds.analysis.controls.spec import CONDITIONS, ControlsSpec
 from mirage_ds.analysis.controls.teach import Outcome
 from mirage_ds.api import Mirage
 from mirage_ds.data.images import ImageFinder
@@ -280,7 +280,8 @@ def controlled(
     """A bank that `mirage-ds controls` writes, and what it answers."""
     bank, limits = tmp_path_factory.mktemp("bank"), run_limits(decoder, NEW, 8, "trained")
     bench = Bench(decoder.loaded.model, decoder.tower, decoder.latent_encoder("stage2", K), limits)
-    return bank, run_conditions(bench, asked, [*CONDITIONS[:6], *CONDITIONS[7:]], SEED, 2, latent_bank=bank)
+    spec = ControlsSpec(data_path=Path(), seed=SEED, latent_bank=bank)
+    return bank, run_conditions(bench, asked, [name for name in CONDITIONS if name != "oracle"], spec)
 
 
 def all_at_once(served: Served, questions: Sequence[list[dict]], seed: int = 0) -> list[Any]:
@@ -588,7 +589,7 @@ def test_a_fault_ends_those_it_is_about(
         assert gathered(second)[0][0] == wanted.text
     for error, status in ((RuntimeError("a bug"), 500), (torch.OutOfMemoryError("full"), 503)):
         with monkeypatch.context() as patch:
-            patch.setattr(served.engine, "_feed", lambda *_, error=error: (_ for _ in ()).throw(error))
+            patch.setattr(served.engine, "_choose", lambda *_, error=error: (_ for _ in ()).throw(error))
             with pytest.raises(openai.APIStatusError, match="decoding failed") as refused:
                 served.ask(messages_of(records[0], mixed.parent))
         assert refused.value.status_code == status
