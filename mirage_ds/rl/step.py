@@ -144,14 +144,16 @@ class Pupil:
         engine, at, device = self.learner.engine, self.run.journal.at, self.run.world.device
         # Sum and number of the differences; and the largest.
         sums, most = torch.zeros(2, device=device), torch.zeros((), device=device)
-        reference = self.learner.reference
-        for one in [engine] if reference is None else [engine, reference]:
+        # Of the reference, a copy of the start's weights, or these without their adapters.
+        start = self.scoring._replace(density=None, adapters=False)
+        other = engine if self.learner.reference is None else self.learner.reference
+        for one, scoring in [(engine, self.scoring), (other, start)][: 1 + bool(self.run.config.beta)]:
             one.eval()
             for micro in (micro for _, micros in self.parts for micro in micros):
                 at("scores answers")
                 batch, drawn = self.batch(micro)
-                if one is not engine:
-                    micro.reference = one(batch, self.scoring._replace(density=None)).logp
+                if scoring is start:
+                    micro.reference = one(batch, start).logp
                     continue
                 scores: Scores = one(batch, self.scoring)
                 micro.old, micro.latents = scores.logp, scores.latent_logp

@@ -18,9 +18,14 @@ from support.records import write_jsonl
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
+from mirage_ds.engine.setup import make_reference
 from mirage_ds.errors import Stopped, UserError
+from mirage_ds.model.forward import Scoring
 from mirage_ds.model.load import load_model
-from mirage_ds.run.settings import Run
+from mirage_ds.rl import loop
+from mirage_ds.rl.step import Pupil
+from mirage_ds.run.settings import Run, check_settings
+from mirage_ds.run.setup import open_model
 
 K, STEPS, EVERY = 2, 4, 2
 # Two rollouts of 4 prompts × 3 answers, two steps on each. ε this large makes AdamW's step a smooth function of the
@@ -72,6 +77,38 @@ def _train(world: Any, settings: dict[str, Any], stops: int | None = None) -> st
         return "stopped"
     learner.engine.destroy()
     return None
+
+
+def _references(world: Any, settings: dict[str, Any]) -> tuple[float, float, int]:
+    """Take a rollout's steps, then score the next one's answers by the reference, and by a copy of the start's weights.
+
+    Returns:
+        The largest difference between the two, and that of the policy in training from the reference; models held.
+    """
+    sys.path[:] = [str(Path(settings["cache_dir"]).parent), *sys.path]
+    run = Run(RunConfig(**settings), world)
+    checked = check_settings(run)
+    data, learner = train.open_run(run)
+    steps = loop.reinforce(run, data, learner)
+    for _ in range(EVERY):
+        next(steps)
+    lesson = loop.lesson_of(run, loop.roll(run, data, learner, 1))
+    steps.close()
+    pupil = Pupil(run, data, learner, lesson)
+    pupil.score()
+    whole = open_model(run, checked._replace(lora=None), data).model
+    copy = make_reference(whole, checked.ds_values, world.device)
+    away, moved, scoring = [0.0], [0.0], Scoring(run.config.temperature)
+    copy.eval()
+    with torch.no_grad():
+        for micro in (micro for _, micros in pupil.parts for micro in micros):
+            batch, _ = pupil.batch(micro)
+            wanted = copy(batch, scoring).logp
+            away += (micro.reference - wanted).abs().tolist()
+            moved += (learner.engine(batch, scoring).logp - wanted).abs().tolist()
+    held = 1 + (learner.reference is not None)
+    learner.engine.destroy()
+    return max(away), max(moved), held
 
 
 # ---------------------------------------------------------------------------------------------------- in this process
@@ -201,6 +238,18 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(runs: Runs, whole: Path, tmp
     assert runs.train(out, resume="auto", save_every=None) is None
     assert log_of(out) == log_of(whole)
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_with_adapters_the_reference_is_the_model_without_them(ranks: int, runs: Runs, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    given = dict(save_model_path=tmp_path / "out", save_every=None, lora_rank=2)
+    given |= {"deepspeed": file} if ranks > 1 else {}
+    for away, moved, held in runs.groups[ranks].run(_references, runs.base | given, timeout_s=240):
+        assert held == 1
+        assert away <= 1e-6
+        assert moved > 1e-3
 
 
 @pytest.mark.parametrize(
