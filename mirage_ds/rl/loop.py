@@ -129,10 +129,10 @@ def judge(run: Run, data: Data, answers: list[Sampled]) -> Scored:
     def score() -> Scored:
         assert data.rewards is not None
         given = []
-        for answer in answers:
-            said = answer_of(Generated(answer.ids), encoder)
+        for at, answer in enumerate(answers):
+            said, place = answer_of(Generated(answer.ids), encoder), at // run.config.num_generations
             record = seen_by_scorer(records.record(answer.row))
-            given.append(Answer(answer.row, record, said.text, tuple(said.runs), answer.truncated))
+            given.append(Answer(answer.row, record, said.text, tuple(said.runs), answer.truncated, place))
         scored = data.rewards.score(given)
         if scored.faults:
             row, name, sentence = scored.faults[0]
