@@ -142,10 +142,7 @@ class MirageModel(nn.Module):
         schedule (passes of the micro-step as RunConfig.passes) and gradients run through the recurrence. With it the
         recorded latents are fed, without gradient to them, in one pass (collate with passes = 1).
         """
-        if scoring is None:
-            return self._run(batch)[0]
-        with nullcontext() if scoring.adapters else adapters_off(self.layers):
-            return self._score(batch, scoring)
+        return self._run(batch)[0] if scoring is None else self._score(batch, scoring)
 
     def trace(self, batch: Batch) -> tuple[LossSums, Traced]:
         """As forward, with what was computed on the way."""
@@ -181,7 +178,8 @@ class MirageModel(nn.Module):
 
     def _score(self, batch: Batch, scoring: Scoring) -> Scores:
         embeddings, deep, _ = self._inputs(batch, scoring.adapters)
-        hidden, labelled, cut = self._hidden(batch, embeddings, deep)
+        with nullcontext() if scoring.adapters else adapters_off(self.layers):
+            hidden, labelled, cut = self._hidden(batch, embeddings, deep)
         logp, entropy = self.head(labelled, batch.targets, None, scoring.temperature, scoring.adapters)
         states = hidden[0] if len(hidden) == 1 else in_order(hidden, batch.passes)
         states = states.index_select(0, batch.latents - 1)

@@ -64,9 +64,8 @@ class BlockCache:
 
     def __init__(self, model: MirageModel, gb: float | None = None):
         config: Any = model.language_model.config
-        self.size, self.bytes, self.gb = tokens_of_block(model), bytes_of_block(model), gb
-        self.most = None if gb is None else int(gb * 1e9 / self.bytes)
-        self.kernel, self.reserved = kernel_of(model), 0
+        self.size, self.bytes, self.kernel = tokens_of_block(model), bytes_of_block(model), kernel_of(model)
+        self.gb, self.most, self.reserved = gb, None if gb is None else int(gb * 1e9 / self.bytes), 0
         empty = model.head.weight.new_zeros(0, config.num_key_value_heads, self.size, head_width_of(config))
         self.keys = [empty] * config.num_hidden_layers
         self.values = [empty] * config.num_hidden_layers

@@ -106,11 +106,10 @@ def adapters_off(layers: DecoderLayers) -> Iterator[None]:
     adapted = [one for body in bodies for one in body.modules() if isinstance(one, BaseTunerLayer)]
     for one in adapted:
         one.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for one in adapted:
-            one.enable_adapters(True)
+    yield
+    # Not after an error, which ends the run.
+    for one in adapted:
+        one.enable_adapters(True)
 
 
 class TokenRows(nn.Module):

@@ -100,14 +100,9 @@ def roll(run: Run, data: Data, learner: Learner, number: int) -> Rollout:
         fresh = grouped(config, chosen, answers, judge(run, data, answers))
         seconds["decode_seconds"] += sampled - begun
         seconds["scoring_seconds"] += time.perf_counter() - sampled
-        if not attempt:
-            groups = fresh
-        else:
-            places = [at for at, group in enumerate(groups) if group.flat]
-            better = [group for group in fresh if not group.flat]
-            for at, group in zip(places, better, strict=False):
-                groups[at] = group
-            redrawn += len(chosen)
+        better = iter([group for group in fresh if not group.flat])
+        groups = [next(better, group) if group.flat else group for group in groups] or fresh
+        redrawn += len(chosen) if attempt else 0
         # In the place of those that teach nothing, other prompts; what is left at the end stays.
         wanted = sum(group.flat for group in groups)
         rest = np.setdiff1d(planner.row_ids, list(used))
