@@ -45,7 +45,7 @@ class PlanSpec(BaseModel):
     num_generations: PositiveInt = Field(8, description="rl: answers of a prompt.")
     max_completion_length: PositiveInt = Field(256, description="rl: tokens of an answer.")
     rollout_rows: PositiveInt | None = Field(None, description="rl: answers that a rank decodes at a time.")
-    beta: NonNegativeFloat = Field(0.0, description="rl: above 0 the start's weights are held too.")
+    beta: NonNegativeFloat = Field(0.0, description="rl: above 0 the start's weights are held too; not with adapters.")
 
     # the machines
     nodes: PositiveInt = Field(1, description="Hosts.")

@@ -105,7 +105,8 @@ class Learner(NamedTuple):
         state: what a checkpoint of this run says of itself (state_of), and the notes of what stays as it was.
         parts: what the model folder holds besides weights.
         flops: counts what the model needs of a step; peak: FLOP/s of this rank, None where it is not known.
-        reference: in rl with a KL, what scores answers by the start's weights.
+        reference: in rl with a KL, what scores answers by the start's weights; None where they are those in training
+            without their adapters.
     """
 
     engine: Any
@@ -276,9 +277,8 @@ def open_engine(
         check_same(checkpoint.place, resumed.get("kept", {}), kept)
     state = {**state, "kept": kept}
     reference = None
-    if config.beta:
-        whole = open_model(run, checked._replace(lora=None), data).model
-        reference = make_reference(whole, checked.ds_values, world.device)
+    if config.beta and checked.lora is None:
+        reference = make_reference(open_model(run, checked, data).model, checked.ds_values, world.device)
     folder, encoder = checked.folders[0], checked.encoder
     base = read_base(folder, encoder.tokenizer)
     return Learner(

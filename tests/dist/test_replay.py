@@ -103,6 +103,13 @@ def test_what_cannot_be_taken_again_is_said(ran: Callable[[int], Path], group: G
         logged_step(copied, 2)
 
 
+def test_a_step_on_sampled_answers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("stage: rl\nmodel: m\ndata_path: d\nsave_model_path: o\n")
+    with pytest.raises(UserError, match=r"replay takes no steps of --stage rl; run/completions\.jsonl has"):
+        settings_of(tmp_path, str(tmp_path))
+
+
 def test_other_records_are_refused(ran: Callable[[int], Path], group: Group, tmp_path: Path) -> None:
     out = ran(3)
     records = out.parent / "data/mixed.jsonl"

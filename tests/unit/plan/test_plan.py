@@ -776,6 +776,18 @@ def test_page_holds_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> 
     assert printed in page
 
 
+def test_page_holds_what_a_plan_of_rl_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    page = (Path(__file__).parents[3] / "docs/plan.md").read_text()
+    asked = [
+        line.split()[2:] for line in page.splitlines() if line.startswith("mirage-ds plan") and "--stage rl" in line
+    ]
+    (shown,) = (block for block in page.split("```\n") if "(rollout:" in block)
+    for flags, lines in zip(asked, shown.split("\n\n"), strict=True):
+        printed = [line.rstrip() for line in run(*flags).output.splitlines()]
+        assert [line for line in lines.splitlines() if line not in printed] == []
+
+
 def test_card_is_the_old_name_of_gpu() -> None:
     flags = ("--model", "qwen2.5-vl-3b", "--stage", "sft", "--json")
     old, new = run(*flags, "--card", "a100"), run(*flags, "--gpu", "a100")
