@@ -54,14 +54,14 @@ class StepPlan:
         return [row for micro in self.bins for rank in micro for row in rank]
 
 
-def total_steps(rows: int, rows_per_step: int, epochs: float, max_steps: int | None = None) -> int:
-    """Optimizer steps of a run: enough that every row is seen `epochs` times.
+def total_steps(rows: int, rows_per_step: int, epochs: float, max_steps: int | None = None, each: int = 1) -> int:
+    """Optimizer steps of a run, `each` on so many rows: enough that every row is seen `epochs` times.
 
     The step that crosses the last epoch's end takes its remaining rows from the beginning of the next one, so that
     every step has exactly `rows_per_step` rows.
     """
     # 1.1 epochs are eleven tenths, not the float nearest to them, which would add a step.
-    steps = max(1, math.ceil(Fraction(str(epochs)) * rows / rows_per_step))
+    steps = max(1, math.ceil(Fraction(str(epochs)) * rows / rows_per_step)) * each
     return steps if max_steps is None else min(steps, max_steps)
 
 

@@ -64,7 +64,9 @@ def evaluate(folder: Path, local_rank: str | None, **flags: Any) -> None:
     report = reports.evaluate_file(decoder, spec, bar, world, asked)
     with shared_fate(world):
         if first:
-            print_table(*score_table(report, digits=2), title=f"{report['task']}, {report['model']}")
+            for part, how in ((report, ""), (report.get("drawn"), ", latents drawn")):
+                if part:
+                    print_table(*score_table(part, digits=2), title=f"{report['task']}, {report['model']}{how}")
             if "samples" in report:
                 click.echo(sentence(report["samples"]))
             if spec.out:

@@ -31,7 +31,7 @@ from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Prompts, check_room, decode, generate
 from mirage_ds.model.load import Loaded, check_folder, load_model
 from mirage_ds.model.rows import Generated
-from mirage_ds.model.slots import Latents, LatentTokens, Limits, latent_tokens, pause
+from mirage_ds.model.slots import Latents, LatentTokens, Limits, latent_tokens, noise, pause
 from mirage_ds.model.vision import FrozenTower
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
@@ -46,12 +46,14 @@ class Decoder:
         loaded: the unsharded model and its tower.
         encoder: turns records into prompts.
         latents: whether the model may open latent blocks.
+        drawn: whether its LatentHeads draw latents, in place of their mean.
     """
 
     folder: Path
     loaded: Loaded
     encoder: Encoder
     latents: bool
+    drawn: bool = False
 
     @property
     def trained(self) -> dict[str, Any]:
@@ -268,6 +270,7 @@ def decode_samples(
     asked: Callable[[], bool] = lambda: False,
     slots: Slots | None = None,
     banned: Sequence[int] = (),
+    drawn: bool = False,
 ) -> list[Prediction]:
     """Answer a batch of prompts.
 
@@ -279,6 +282,7 @@ def decode_samples(
         asked: whether somebody wants this process to stop; looked at before each token.
         slots: what the model was trained with, as config.RunConfig.slots.
         banned: ids of tokens that are never chosen.
+        drawn: as Decoder.drawn.
 
     Raises:
         Stopped: somebody does.
@@ -293,7 +297,9 @@ def decode_samples(
         return choose(logits, turns)
 
     prompts = prompts_of(model, tower, encoder, samples)
-    return [answer_of(row, encoder) for row in generate(model, prompts, tokens, limits, choose_or_stop, latents=fed)]
+    draws = noise([one for row in prompts.rows for one in seeds_of(seed, row, 1)]) if drawn else None
+    made = generate(model, prompts, tokens, limits, choose_or_stop, latents=fed, noise=draws)
+    return [answer_of(row, encoder) for row in made]
 
 
 def batches(order: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -366,7 +372,8 @@ def answer_records(
     prompts = Prompts([lengths[i] for i in order], [places[i] for i in order], read, samples)
     tokens, fed = tokens_and_feed(model, encoder, decoder.latents, decoder.trained.get("slots"))
     choose = chooser_of(decoding, seed, prompts.rows, samples)
-    made = decode(model, prompts, tokens, replace(limits, rows=batch_size), choose, latents=fed)
+    draws = noise([one for row in prompts.rows for one in seeds_of(seed, row, samples)]) if decoder.drawn else None
+    made = decode(model, prompts, tokens, replace(limits, rows=batch_size), choose, latents=fed, noise=draws)
     answers: dict[int, Prediction] = {}
     with batches_fit(batch_size):
         # One by one: the bar moves as answers end.

@@ -131,8 +131,12 @@ def evaluate_file(
         lengths = check_prompts(decoder, share, limits, own, n)
     # No rank decodes for hours before it learns of another's record.
     with shared_fate(world):
-        found = answer_records(decoder, share, limits, spec.chosen, spec.seed, spec.batch_size, track, own, n, lengths)
-        answers = [found[at : at + n] for at in range(0, len(found), n)]
+        how: Any = limits, spec.chosen, spec.seed, spec.batch_size, track, own, n, lengths
+        found = answer_records(decoder, share, *how)
+        heads = decoder.latents and decoder.loaded.model.latent_heads is not None
+        drawn = answer_records(replace(decoder, drawn=True), share, *how) if heads else []
+        # Behind a record's own answers those with latents that were drawn.
+        answers = [found[at : at + n] + drawn[at : at + n] for at in range(0, len(found), n)]
         prompts = [prompt_hash(record, decoder.encoder.finder) for record in share]
     made = list(zip(own, answers, prompts, strict=True))
     weights = [tuple(entry_of(decoder.folder, file)) for file in files]
@@ -140,16 +144,18 @@ def evaluate_file(
         made, weights = everyone(made, world), everyone(weights, world)
     made.sort(key=lambda one: one[0])
     each = [answer for _, several, _ in made for answer in several]
-    scored = partial(marks, [record for record in records for _ in range(n)], each, name)
+    per = len(each) // len(records)
+    scored = partial(marks, [record for record in records for _ in range(per)], each, name)
     # Once, whatever a scorer of one's own costs.
     flat = on_first(scored, world)
-    marked = [flat[at : at + n] for at in range(0, len(flat), n)]
+    marked = [flat[at : at + per] for at in range(0, len(flat), per)]
     written = []
     for record, (row, several, prompt), metrics in zip(records, made, marked, strict=True):
         one = {"line": record.line, "row": row, **({"id": record.extra["id"]} if "id" in record.extra else {})}
         whole = [answer._asdict() | {"metrics": own} for answer, own in zip(several, metrics, strict=True)]
         # The first answer where a single one stands; the metrics are the mean of all.
-        more = {"metrics": means(metrics), "samples": whole} if n > 1 else {}
+        more = {"metrics": means(metrics[:n]), "samples": whole[:n]} if n > 1 else {}
+        more |= {"drawn": whole[n:]} if per > n else {}
         written.append(one | {"prompt": prompt, **whole[0], **more})
     return {
         "task": name,
@@ -160,7 +166,8 @@ def evaluate_file(
         "hashes": {"data": digest, "model": {part: own_digest for part, _, own_digest in sorted(weights)}},
         "versions": versions(),
         **summarize(records, [one["metrics"] for one in written]),
-        **({"samples": sampled([several for _, several, _ in made], marked)} if n > 1 else {}),
+        **({"drawn": summarize(records, [means(own[n:]) for own in marked])} if per > n else {}),
+        **({"samples": sampled([several[:n] for _, several, _ in made], [own[:n] for own in marked])} if n > 1 else {}),
         "answers": written,
     }
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from mirage_ds.chat import Chat, Reply, read_template
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
-from mirage_ds.errors import UserError, shown
+from mirage_ds.errors import Stopped, UserError, shown
 from mirage_ds.files import check_output
 
 SHIPPED = Path(__file__).with_name("judge.txt")
@@ -103,11 +103,14 @@ class Judge:
         self.chat.stop.set()
         self.chat.client.close()
 
-    def rewards(self, answers: Sequence[tuple[dict[str, Any], str]]) -> list[float | str]:
+    def rewards(
+        self, answers: Sequence[tuple[dict[str, Any], str]], asked: Callable[[], bool] = lambda: False
+    ) -> list[float | str]:
         """Return of each answer, given as (record, text), its number, or a sentence why it has none.
 
         Raises:
             UserError: the server refuses what all requests have in common, or is gone, or was asked often enough.
+            Stopped: `asked` says that somebody wants it.
         """
         requests = [self._request(record, text) for record, text in answers]
         keys = [hashlib.sha256(json.dumps([self.spec.model_name, one]).encode()).hexdigest() for one in requests]
@@ -125,6 +128,8 @@ class Judge:
             found[key] = _why(reply) if number is None else number
             if number is not None:
                 self._keep(key, number)
+            if asked():
+                raise Stopped
         return [self.known[key] if key in self.known else found[key] for key in keys]
 
     def _request(self, record: dict[str, Any], text: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from mirage_ds.rl.report import Completions, Group, Rollout, measures
 from mirage_ds.rl.rewards import Answer, Scored
 from mirage_ds.rl.rollout import Sampled, limits_of, sample, seed_of
 from mirage_ds.rl.step import Lesson, Pupil
+from mirage_ds.run import events
 from mirage_ds.run.heartbeat import LOADING
 from mirage_ds.run.settings import Run
 from mirage_ds.run.setup import Data, Learner
@@ -95,8 +96,10 @@ def roll(run: Run, data: Data, learner: Learner, number: int) -> Rollout:
     seconds = dict.fromkeys(("decode_seconds", "scoring_seconds"), 0.0)
     for attempt in range(config.resample + 1):
         begun = time.perf_counter()
+        run.journal.tell(events.ROLLOUT_BEGINS, number * config.steps_per_rollout)
         answers = sample(run, learner, data.loader.rows, chosen, seed_of(config.seed, number, attempt))
         sampled = time.perf_counter()
+        run.journal.tell(events.SCORING_BEGINS, number * config.steps_per_rollout)
         fresh = grouped(config, chosen, answers, judge(run, data, answers))
         seconds["decode_seconds"] += sampled - begun
         seconds["scoring_seconds"] += time.perf_counter() - sampled
@@ -111,6 +114,7 @@ def roll(run: Run, data: Data, learner: Learner, number: int) -> Rollout:
         used.update(chosen)
         if not chosen:
             break
+    run.journal.tell(events.ROLLOUT_ENDS, number * config.steps_per_rollout)
     return Rollout(groups, redrawn, seconds)
 
 
@@ -119,6 +123,8 @@ def judge(run: Run, data: Data, answers: list[Sampled]) -> Scored:
 
     Raises:
         UserError: on every rank: too many of them failed.
+        Stopped: on every rank, also where all answers have been scored: a rollout that nothing was learnt from is made
+            again.
     """
     records, encoder = data.index.rows, data.loader.rows.encoder
 
@@ -129,7 +135,13 @@ def judge(run: Run, data: Data, answers: list[Sampled]) -> Scored:
             said, place = answer_of(Generated(answer.ids), encoder), at // run.config.num_generations
             record = seen_by_scorer(records.record(answer.row))
             given.append(Answer(answer.row, record, said.text, tuple(said.runs), answer.truncated, place))
-        scored = data.rewards.score(given)
+        try:
+            scored = data.rewards.score(given)
+        except (Stopped, UserError):
+            # Who stops a job may signal all of its processes, those that score too.
+            if run.asked():
+                return Scored([], {}, [])
+            raise
         if scored.faults:
             row, name, sentence = scored.faults[0]
             first = f"{data.rewards.place(row)}, {name}: {sentence}"
@@ -138,7 +150,10 @@ def judge(run: Run, data: Data, answers: list[Sampled]) -> Scored:
 
     # With the guard's long bound: a judge may be slow.
     run.journal.at("scores answers by reward", kind=LOADING)
-    return from_rank_zero(score, run.world)
+    scored = from_rank_zero(score, run.world)
+    if run.stops():
+        raise Stopped
+    return scored
 
 
 def grouped(config: RunConfig, chosen: list[int], answers: list[Sampled], scored: Scored) -> list[Group]:

@@ -17,15 +17,17 @@ from typing import NamedTuple
 from mirage_ds.evaluate.decoder import answer_of
 from mirage_ds.files import write_atomically
 from mirage_ds.model.rows import Generated
+from mirage_ds.rl.examples import FILE, picture_of, told
 from mirage_ds.rl.rollout import Sampled
 from mirage_ds.rl.step import Lesson
 from mirage_ds.run.settings import Run
 from mirage_ds.run.setup import Data
 from mirage_ds.tasks import level_of
 
-FILE = "completions.jsonl"
 # A difference of rewards below this is rounding.
 ALIKE = 1e-9
+# One prompt of each of the first so many rollouts is shown in TensorBoard, and of each so many-th.
+SHOWN = 10
 
 
 class Group(NamedTuple):
@@ -108,16 +110,16 @@ class Completions:
         self.run, self.data = run, data
         self.place = run.folder / FILE
         if run.world.rank == 0 and self.place.is_file():
-            lines = self.place.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["rollout"] <= start]
-            write_atomically(self.place, "".join(kept))
+            # Not splitlines: an answer may hold U+2028. What stands behind the last end of a line is half of one.
+            lines = self.place.read_text(encoding="utf-8").split("\n")[:-1]
+            write_atomically(self.place, "".join(f"{one}\n" for one in lines if json.loads(one)["rollout"] <= start))
 
     def write(self, step: int, rollout: Rollout, lesson: Lesson) -> None:
         """Add a rollout's answers; `step`: optimizer steps before it."""
         if self.run.world.rank > 0:
             return
         number, encoder = step // self.run.config.steps_per_rollout + 1, self.data.loader.rows.encoder
-        advantages = iter(lesson.advantages.tolist())
+        advantages, lines = iter(lesson.advantages.tolist()), []
         with self.place.open("a", encoding="utf-8") as file:
             for group in rollout.groups:
                 record, place = self.data.index.rows.record(group.row), self.data.index.rows.places_of([group.row])[0]
@@ -137,6 +139,12 @@ class Completions:
                         "truncated": answer.truncated,
                     }
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    lines.append(line)
+        if number < SHOWN or number % SHOWN == 0:
+            first, text = told(lines)
+            picture = picture_of(first, self.run.config.image_root)
+            shown = {"said": text} | ({"picture": picture} if picture else {})
+            self.run.journal.pictures(step + 1, shown, "answers")
 
 
 def _plain(value: float) -> float | None:

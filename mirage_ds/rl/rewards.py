@@ -105,6 +105,7 @@ class Rewards:
         fault_share: --max_reward_faults: of the answers of one `score`, those that may lack a reward (rounded up).
         judge: needed by the name `judge`.
         place: says where a row was read from.
+        asked: whether somebody wants this process to stop; `check` and `score` then raise Stopped.
 
     Raises:
         UserError: as read_rewards; or on entering, which this process alone knows: a function cannot be imported or
@@ -121,10 +122,11 @@ class Rewards:
         fault_share: float = 0.1,
         judge: JudgeSpec | None = None,
         place: Callable[[int], str] = lambda row: f"record {row + 1}",
+        asked: Callable[[], bool] = lambda: False,
     ):
         self.weights = read_rewards(names, weights)
         self.task, self.timeout_s, self.count, self.fault_share = task, timeout_s, workers, fault_share
-        self.place = place
+        self.place, self.asked = place, asked
         if JUDGE in self.weights and judge is None:
             raise UserError("--reward judge: which server? give --judge_endpoint URL and --judge_model_name")
         self.judge = Judge(judge) if judge is not None and JUDGE in self.weights else None
@@ -224,7 +226,7 @@ class Rewards:
         ]
         calls = deque(self._asked(answers, name, group) for name in names if name != JUDGE for group in groups)
         if calls and self.workers is not None:
-            with closing(self.workers.run(calls)) as results:
+            with closing(self.workers.run(calls, self.asked)) as results:
                 for asked, result in results:
                     if isinstance(result, Lost) and len(asked.at) > 1:
                         # One answer may be the cause: each gets a call of its own.
@@ -232,7 +234,8 @@ class Rewards:
                     else:
                         note(asked.function, asked.at, [result.sentence] if isinstance(result, Lost) else result)
         if self.judge is not None and JUDGE in names:
-            note(JUDGE, range(len(answers)), self.judge.rewards([(one.record, one.text) for one in answers]))
+            replies = self.judge.rewards([(one.record, one.text) for one in answers], self.asked)
+            note(JUDGE, range(len(answers)), replies)
         return found
 
     def _asked(self, answers: Sequence[Answer], name: str, at: tuple[int, ...]) -> Asked:

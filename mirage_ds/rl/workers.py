@@ -21,12 +21,14 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
 
 # Imports of a user's modules; some bring torch, from a slow disk.
 START_S = 300.0
 # A process ends itself at the limit and says where it was; one that cannot is killed so much later.
 GRACE_S = 2.0
+# How often somebody who wants the run to stop is looked for.
+LOOK_S = 1.0
 _CHILD = """import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from mirage_ds.rl.workers import serve
@@ -180,16 +182,22 @@ class Workers:
             self.close()
             raise
 
-    def run(self, calls: deque[Any]) -> Generator[tuple[Any, Any]]:
-        """Yield (call, result or Lost) in the order in which they end; what is added to `calls` meanwhile runs too."""
+    def run(self, calls: deque[Any], asked: Callable[[], bool]) -> Generator[tuple[Any, Any]]:
+        """Yield (call, result or Lost) in the order in which they end; what is added to `calls` meanwhile runs too.
+
+        Raises:
+            Stopped: `asked` says that somebody wants it.
+        """
         try:
             while calls or any(worker.call is not None for worker in self.workers):
+                if asked():
+                    raise Stopped
                 for worker in self.workers:
                     if calls and worker.call is None:
                         worker.take(calls.popleft())
                 busy = [worker for worker in self.workers if worker.call is not None]
-                first = min(worker.until for worker in busy)
-                ready = wait([worker.pipe for worker in busy], max(0.0, first - time.monotonic()))
+                left = min(worker.until for worker in busy) - time.monotonic()
+                ready = wait([worker.pipe for worker in busy], min(max(0.0, left), LOOK_S))
                 for worker in busy:
                     if worker.pipe in ready or time.monotonic() >= worker.until:
                         yield worker.call, worker.result()

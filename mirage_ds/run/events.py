@@ -13,6 +13,7 @@ SAVE_GOES_ON = "save goes on"
 # And from here on no step is taken until it ends.
 SAVE_WAITS = "save is waited for"
 EVALUATION_BEGINS, EVALUATION_ENDS = "evaluation begins", "evaluation ends"
+ROLLOUT_BEGINS, SCORING_BEGINS, ROLLOUT_ENDS = "rollout begins", "scoring begins", "rollout ends"
 MODEL_BEGINS, MODEL_ENDS = "model save begins", "model save ends"
 STOPPED, FAILED = "stopped on request", "failed"
 

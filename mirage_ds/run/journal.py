@@ -225,11 +225,11 @@ class Journal:
             self._logs.say(f"evaluation after step {step}: {parts}")
             self._logs.plot(step, _curves(metrics))
 
-    def pictures(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Give figures of matplotlib to TensorBoard."""
+    def pictures(self, step: int, figures: Mapping[str, Any], group: str = "pictures of latents") -> None:
+        """Give figures (sinks.Sink.figure) to TensorBoard."""
         if self._logs:
             for name, figure in figures.items():
-                self._logs.draw(step, name, figure)
+                self._logs.draw(step, f"{group}/{name}", figure)
 
 
 class Logs:
@@ -243,6 +243,7 @@ class Logs:
         start: optimizer steps already taken; what an interrupted run logged beyond them is dropped.
         peak: FLOP/s of all ranks together, by which MFU is taken; None where it is not known.
         every: steps between two lines; the first step, the last and those that are skipped have one in any case.
+        owed: the evaluation of step `start` is made now, again if need be.
     """
 
     def __init__(
@@ -254,6 +255,7 @@ class Logs:
         start: int = 0,
         peak: float | None = None,
         every: int = 1,
+        owed: bool = False,
     ):
         self.steps, self.sinks, self.peak, self.every = steps, sinks, peak, every
         folder.mkdir(parents=True, exist_ok=True)
@@ -261,11 +263,12 @@ class Logs:
         if log.is_file():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
             # The last line may be half of one, where the run broke off in the middle of it.
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-            write_atomically(log, "".join(kept))
-            # Evaluations have none of this name.
-            found = (json.loads(line).get("loss") for line in kept[-2 * odd_steps.WINDOW :])
-            losses = [loss for loss in found if loss is not None]
+            known = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+            # Evaluations have no loss of this name; of their step they come last.
+            last = (start, not owed)
+            kept = [(line, one) for line, one in known if (one["step"], "loss" not in one) <= last]
+            write_atomically(log, "".join(line for line, _ in kept))
+            losses = [one["loss"] for _, one in kept[-2 * odd_steps.WINDOW :] if one.get("loss") is not None]
         self.lines = log.open("a", buffering=1, encoding="utf-8")
         self.text = None
         if log_file:
@@ -299,7 +302,7 @@ class Logs:
 
     def draw(self, step: int, name: str, figure: Any) -> None:
         """Give a figure to the trackers."""
-        self._give(f"{name} of step {step}", lambda sink: sink.figure(step, f"pictures of latents/{name}", figure))
+        self._give(f"{name} of step {step}", lambda sink: sink.figure(step, name, figure))
 
     def taken(self, record: Mapping[str, Any], seconds: float) -> None:
         """Take note of a step that took so long, and print a line if one is due."""

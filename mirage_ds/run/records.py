@@ -9,6 +9,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -235,8 +236,8 @@ def keep(
 
 def run_steps(config: RunConfig, index: Selection) -> int:
     """Count the optimizer steps of a run over the usable rows."""
-    steps = total_steps(len(index.row_ids), config.rows_per_step, config.epochs) * config.steps_per_rollout
-    return steps if config.max_steps is None else min(steps, config.max_steps)
+    own = len(index.row_ids), config.rows_per_step, config.epochs, config.max_steps
+    return total_steps(*own, config.steps_per_rollout)
 
 
 def skipped_lines(skipped: list[tuple[Records, Fault]]) -> str:
@@ -314,9 +315,12 @@ def open_rewards(run: Run, index: Selection) -> Rewards | None:
             config.max_reward_faults,
             judge_of(config),
             place,
+            run.asked,
         )
         opened.append(rewards.__enter__())
-        rewards.check({row: seen_by_scorer(index.rows.record(row)) for row in index.row_ids.tolist()})
+        # The ranks stop together, once the records are read.
+        with suppress(Stopped):
+            rewards.check({row: seen_by_scorer(index.rows.record(row)) for row in index.row_ids.tolist()})
 
     from_rank_zero(open_on_rank_zero, run.world)
     return opened[0] if opened else None

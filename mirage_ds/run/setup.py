@@ -319,7 +319,8 @@ def open_logs(run: Run, data: Data, learner: Learner) -> Logs | None:
     sinks = open_sinks(config.report_to, run.folder, config.save_model_path.name, settings, start)
     peak = learner.peak * run.world.size if learner.peak else None
     every = config.log_every or (1 if data.steps <= SHORT_RUN else LOG_EVERY)
-    return Logs(run.folder, data.steps, sinks, config.log_file, start, peak, every)
+    owed = learner.resumed.get("evaluation_owed", False)
+    return Logs(run.folder, data.steps, sinks, config.log_file, start, peak, every, owed)
 
 
 def facts(run: Run, data: Data, learner: Learner) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import yaml
+from PIL import Image
 
 from mirage_ds.errors import UserError, reason
 from mirage_ds.files import write_atomically
@@ -50,7 +52,7 @@ class Sink(ABC):
         """Take numbers, named group/name, after `step` optimizer steps."""
 
     def figure(self, step: int, name: str, figure: Any) -> None:  # noqa: B027  # TensorBoard alone takes them
-        """Take a figure of matplotlib."""
+        """Take a figure of matplotlib, a picture of Pillow, or Markdown."""
 
     @abstractmethod
     def close(self, end: End) -> None:
@@ -125,9 +127,14 @@ class TensorBoard(Sink):
             self.writer.add_scalar(name, value, step)
 
     def figure(self, step: int, name: str, figure: Any) -> None:
-        """Write it, sharp also where TensorBoard shows it whole; the writer closes it."""
-        figure.set_dpi(DPI)
-        self.writer.add_figure(name, figure, step)
+        """Write it; one of matplotlib is sharp also where TensorBoard shows it whole, and the writer closes it."""
+        if isinstance(figure, str):
+            self.writer.add_text(name, figure, step)
+        elif isinstance(figure, Image.Image):
+            self.writer.add_image(name, np.asarray(figure), step, dataformats="HWC")
+        else:
+            figure.set_dpi(DPI)
+            self.writer.add_figure(name, figure, step)
 
     def close(self, end: End) -> None:
         """Write what waits."""

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -122,8 +122,13 @@ class Evaluator:
 
         Neither is a reason to lose the run: weights that break are judged in training (--max_skipped_steps).
         """
+        given = self.run, self.learner, self.rows, self.chosen, self.limits
         try:
-            return self._scored(decode_rows(self.run, self.learner, self.rows, self.chosen, self.limits))
+            scores = self._scored(decode_rows(*given))
+            if self.learner.state.get("latent_policy") == "gaussian":
+                first, *_ = drawn = self._scored(decode_rows(*given, drawn=True))
+                scores[f"{first}_drawn"] = drawn[first]
+            return scores
         except (NotFinite, UserError) as error:
             # What one rank alone has met ends the run: the others wait for it.
             if isinstance(error, UserError) and not error.everywhere:
@@ -169,7 +174,9 @@ def tower_of(learner: Learner, model: MirageModel) -> FrozenTower:
     return learner.tower or FrozenTower(cast(nn.Module, model.visual))
 
 
-def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], limits: Limits) -> list[Prediction]:
+def decode_rows(
+    run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], limits: Limits, drawn: bool = False
+) -> list[Prediction]:
     """Answer rows with the engine's weights, greedily. All ranks call it.
 
     The weights are gathered once, whatever is decoded, and released at the end.
@@ -177,6 +184,7 @@ def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], l
     Args:
         rows: encodes the rows, kept features in place of pixels where they are kept.
         chosen: dataset rows.
+        drawn: as decoder.Decoder.drawn.
 
     Returns:
         The answers in the order of `chosen`, on every rank.
@@ -201,9 +209,8 @@ def decode_rows(run: Run, learner: Learner, rows: Rows, chosen: Sequence[int], l
             try:
                 if part:
                     samples = [prompt_of(rows[chosen[i]]) for i in part]
-                    answers = decode_samples(
-                        model, tower, rows.encoder, samples, limits, latents, asked=run.asked, slots=rows.encoder.slots
-                    )
+                    how: Any = {"asked": run.asked, "slots": rows.encoder.slots, "drawn": drawn}
+                    answers = decode_samples(model, tower, rows.encoder, samples, limits, latents, **how)
                     made += zip(part, answers, strict=True)
             except Stopped:
                 pass

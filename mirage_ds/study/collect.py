@@ -1,5 +1,6 @@
 """From the folders of a study to its Results, with what is shown of the records behind them. Imports no torch."""
 
+import base64
 import json
 import math
 import platform
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from PIL import Image
 
 from mirage_ds.cluster.status.facts import json_lines, split_log
 from mirage_ds.config.columns import parse_columns
@@ -25,6 +25,7 @@ from mirage_ds.engine.versions import versions
 from mirage_ds.errors import UserError
 from mirage_ds.plan.formulas import flops
 from mirage_ds.plan.shape import read_shape, sizes
+from mirage_ds.rl.examples import FILE, picture_of, small, told
 from mirage_ds.study.nodes import CellPlan, Node, Study
 from mirage_ds.study.results import Cell, Results, Scores, StageResult, parted
 from mirage_ds.study.spec import EvaluationSpec
@@ -33,17 +34,27 @@ from mirage_ds.tasks import DEFAULT, get_task, level_of, named_task, seen_by_sco
 
 # Points of a learning curve: more cannot be seen.
 POINTS = 300
-# Of an example's picture, in pixels.
-SIDE = 320
 # Of the records' own answers, the commonest so many are tried.
 TRIED = 10
 
 
 def curve_of(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Thin a log out to a learning curve: of neighbouring steps the mean loss, at the last one's number."""
-    log = pd.DataFrame(steps, columns=["step", "loss"], dtype=float)
+    """Thin a log out to a learning curve: of neighbouring steps the mean loss, or reward, at the last one's number."""
+    name = "reward" if steps and "reward" in steps[0] else "loss"
+    log = pd.DataFrame(steps, columns=["step", name], dtype=float)
     parts = log.groupby(log.index // max(1, -(-len(log) // POINTS)))
-    return parts.agg({"step": "last", "loss": "mean"}).dropna().to_dict("records")
+    return parts.agg({"step": "last", name: "mean"}).dropna().to_dict("records")
+
+
+def rollouts_of(folder: Path, image_root: Path | None) -> list[dict[str, Any]]:
+    """Return StageResult.rollouts of a run's own folder; nothing where it has no answers."""
+    lines, found = json_lines(folder / FILE), []
+    for number in dict.fromkeys(one["rollout"] for one in lines[:1] + lines[-1:]):
+        first, said = told([one for one in lines if one["rollout"] == number])
+        image = picture_of(first, image_root)
+        picture = image and base64.b64encode(png_of(image)).decode()
+        found.append({"rollout": number, "said": said, "picture": picture})
+    return found
 
 
 def stage_result(node: Node, store: Store) -> StageResult:
@@ -68,6 +79,7 @@ def stage_result(node: Node, store: Store) -> StageResult:
         samples_s=rows / seconds if seconds else 0.0,
         peak_gb=max(memory, default=None),
         curve=curve_of(steps),
+        rollouts=rollouts_of(model / "run", config.image_root),
     )
 
 
@@ -209,8 +221,7 @@ def _example(record: Record, spec: EvaluationSpec) -> dict[str, Any]:
     if record.image_input:
         finder = ImageFinder.beside(Path(spec.data_path), spec.image_root)
         image = finder.load(record, "image_input", record.image_input[0])
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        picture = png_of(image)
+        picture = png_of(small(image))
     question, right = record.text_input.replace(IMAGE_MARK, ""), record.text_output.replace(HELPER_MARK, "")
     return {"line": record.line, "question": question, "right": right, "picture": picture}
 

@@ -76,7 +76,7 @@ def steps_of(config: RunConfig) -> int:
     counts = [rows_of(file) for file in files]
     weights = records.weights if isinstance(records, Mixture) else None
     rows = sum(most(files, counts, weights) if weights else counts)
-    return total_steps(rows, config.rows_per_step, config.epochs, config.max_steps)
+    return total_steps(rows, config.rows_per_step, config.epochs, config.max_steps, config.steps_per_rollout)
 
 
 @lru_cache

@@ -32,11 +32,13 @@ class StageResult:
 
     Attributes:
         name: of the stage in the study; key: of its run folder.
-        stage: sft, stage1 or stage2.
+        stage: sft, stage1, stage2 or rl.
         steps: optimizer steps; rows, tokens: that went through the forward; flops: of the model, forward and backward.
         seconds: of all steps; samples_s: rows a second of its steps' time; peak_gb: highest memory of a rank, in GB;
             None where the run did not measure it.
-        curve: {"step": …, "loss": …} of some steps; entries of older exports have more, or no loss.
+        curve: {"step": …, "loss": …} of some steps, "reward" in rl; entries of older exports have more, or no loss.
+        rollouts: in rl of the first and the last, {"rollout": its number, "said": examples.told's Markdown, "picture":
+            the prompt's, a PNG in Base64, or None}.
     """
 
     name: str
@@ -50,6 +52,7 @@ class StageResult:
     samples_s: float
     peak_gb: float | None
     curve: Sequence[Mapping[str, float]] = ()
+    rollouts: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,15 @@ from mirage_ds import train
 from mirage_ds.config.rl import LatentPolicy
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.setup import make_reference
+from mirage_ds.engine.universal import convert
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.model.forward import Scoring
 from mirage_ds.model.load import load_model
 from mirage_ds.rl import loop, step
 from mirage_ds.rl.objective import Objective
 from mirage_ds.rl.step import Pupil
+from mirage_ds.run.heartbeat import Heartbeat
+from mirage_ds.run.journal import Journal
 from mirage_ds.run.settings import Run, check_settings
 from mirage_ds.run.setup import open_model
 
@@ -54,23 +57,28 @@ NOISE = 5e-6
 # ------------------------------------------------------------------------------------------------------- on the ranks
 
 
-def _train(world: Any, settings: dict[str, Any], stops: int | None = None) -> str | None:
+def _train(world: Any, settings: dict[str, Any], stops: int | tuple[str, int] | None = None) -> str | None:
     """Train; the user's mistake as a sentence, or where it stopped.
 
     Args:
-        stops: somebody asks the run to stop at this look for it, from 0.
+        stops: somebody asks the run to stop at this look for it, from 0; or as this rank does this, for the n-th time.
     """
-    looks = 0
+    looks, marks = 0, 0
 
     def asked() -> bool:
         nonlocal looks
         looks += 1
-        return stops is not None and looks > stops
+        return stops is not None and (marks >= stops[1] if isinstance(stops, tuple) else looks > stops)
+
+    class Marked(Heartbeat):
+        def at(self, doing: str, *_: Any, **__: Any) -> None:
+            nonlocal marks
+            marks += isinstance(stops, tuple) and doing == stops[0]
 
     # Where the worker processes find the reward.
     sys.path[:] = [str(Path(settings["cache_dir"]).parent), *sys.path]
     try:
-        run = Run(RunConfig(**settings), world, asked=asked)
+        run = Run(RunConfig(**settings), world, Journal(Marked()), asked)
         data, learner = train.open_run(run)
         if stops is not None:
             looks = 0
@@ -169,7 +177,9 @@ class Runs:
     def __init__(self, group: Group, base: dict[str, Any], scratch: Path):
         self.groups, self.base, self.scratch = {2: group, 1: Group(1)}, base, scratch
 
-    def train(self, out: Path, ranks: int = 2, stops: int | None = None, **settings: Any) -> str | None:
+    def train(
+        self, out: Path, ranks: int = 2, stops: int | tuple[str, int] | None = None, **settings: Any
+    ) -> str | None:
         said = self.groups[ranks].run(_train, self.base | dict(save_model_path=out) | settings, stops, timeout_s=240)
         assert len(set(said)) == 1
         return said[0]
@@ -282,14 +292,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(runs: Runs, whol
 
 def test_a_run_that_is_stopped_goes_on_where_it_was(runs: Runs, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
-    # In the middle of the second rollout's tokens: each is a look, and there is one after the first rollout's steps.
-    assert runs.train(out, stops=20, save_every=None) == "stopped"
-    assert [line["step"] for line in log_of(out)] == list(range(1, EVERY + 1))
-    events = [json.loads(line) for line in (out / "run/events.jsonl").read_text().splitlines()]
-    assert events[-1]["event"] == "stopped on request"
-    assert (out / "run/checkpoints/latest").read_text() == f"global_step{EVERY}"
+    # In an update of the first rollout, which is learnt from to its end; among the second one's tokens, each of which
+    # is a look; and while those are scored.
+    for stops, last in [
+        (("forward and backward of micro-step 1", 1), "save ends"),
+        (5, "rollout begins"),
+        (("scores answers by reward", 1), "scoring begins"),
+    ]:
+        assert runs.train(out, stops=stops, save_every=None, resume="auto") == "stopped"
+        assert [line["step"] for line in log_of(out)] == list(range(1, EVERY + 1))
+        events = [json.loads(line)["event"] for line in (out / "run/events.jsonl").read_text().splitlines()]
+        assert events[-2:] == [last, "stopped on request"]
+        assert (out / "run/checkpoints/latest").read_text() == f"global_step{EVERY}"
     assert runs.train(out, resume="auto", save_every=None) is None
     assert log_of(out) == log_of(whole)
+    assert completions(out) == completions(whole)
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -313,6 +330,32 @@ def test_a_rollout_of_one_step_needs_no_pass_before_it(ranks: int, runs: Runs, t
         assert max(max(one) for one in found.values()) <= 1e-6, found
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_another_number_of_ranks_goes_on(before: int, after: int, runs: Runs, whole: Path, tmp_path: Path) -> None:
+    """Prompts, their order and the draws are the same; sums are rounded otherwise, so later tokens may differ."""
+    out = tmp_path / "out"
+    if before == 2:
+        shutil.copytree(whole, out)
+        (out / "run/checkpoints/latest").write_text(f"global_step{EVERY}")
+    else:
+        assert runs.train(out, before, stops=("scores answers by reward", 2), save_every=None) == "stopped"
+    assert f"`mirage-ds checkpoint convert {out}/run/checkpoints" in str(runs.train(out, after, resume="auto"))
+    convert(out, say=lambda _: None)
+    assert runs.train(out, after, resume="auto") is None
+    lines, answers = log_of(out), completions(out)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [(one["rollout"], one["line"]) for one in answers] == [
+        (one["rollout"], one["line"]) for one in completions(whole)
+    ]
+    # A step of nano is too small for a rounding to choose another token.
+    for one, other in zip(answers, completions(whole), strict=True):
+        assert one == other | {"advantage": pytest.approx(other["advantage"])}
+    for one, other in zip(lines, log_of(whole), strict=True):
+        assert {name: one[name] for name in (*MEASURED, "reward")} == pytest.approx(
+            {name: other[name] for name in (*MEASURED, "reward")}, abs=NOISE, rel=NOISE
+        )
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -324,8 +367,15 @@ def test_a_rollout_of_one_step_needs_no_pass_before_it(ranks: int, runs: Runs, t
     ids=lambda settings: settings["latent_policy"],
 )
 def test_each_policy_runs(settings: dict[str, Any], runs: Runs, tmp_path: Path) -> None:
+    if settings["latent_policy"] == "gaussian":
+        file = runs.base["data_path"]
+        rows = [json.loads(line) | {"text_output": "\\boxed{left}"} for line in file.read_text().splitlines()]
+        boxed = write_jsonl(file.with_name("boxed.jsonl"), rows)
+        settings = settings | dict(eval_data_path=boxed, eval_every=STEPS, eval_decode=4, eval_new_tokens=8)
     assert runs.train(tmp_path / "out", save_every=None, **settings) is None
-    lines = lines_of(tmp_path / "out")
+    *lines, last = lines_of(tmp_path / "out")
+    # By the mean of the latents, and by latents that are drawn.
+    assert {"eval_correct", "eval_correct_drawn"} <= last.keys() or settings["latent_policy"] != "gaussian"
     assert all(line["decoder_drift_max"] <= 1e-5 for line in lines)
     assert any(line["grad_norm"] > 0 for line in lines)
     # Of steps whose answers have blocks.

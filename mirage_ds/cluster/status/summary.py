@@ -16,8 +16,8 @@ from mirage_ds.cluster.status.facts import Facts, Line
 from mirage_ds.errors import EXIT_STOPPED
 from mirage_ds.run import events
 
-Name = Literal["starting", "training", "evaluating", "saving", "finished", "stopped", "failed", "silent"]
-ALIVE = ("starting", "training", "evaluating", "saving")
+Name = Literal["starting", "training", "sampling", "evaluating", "saving", "finished", "stopped", "failed", "silent"]
+ALIVE = ("starting", "training", "sampling", "evaluating", "saving")
 
 # Steps of which medians and means are taken.
 RECENT = 50
@@ -31,6 +31,8 @@ PAIRS: dict[str, tuple[str, Name, str]] = {
     events.SAVE_WAITS: (events.SAVE_ENDS, "saving", "a checkpoint"),
     events.MODEL_BEGINS: (events.MODEL_ENDS, "saving", "the model"),
     events.EVALUATION_BEGINS: (events.EVALUATION_ENDS, "evaluating", ""),
+    events.ROLLOUT_BEGINS: (events.SCORING_BEGINS, "sampling", "answers"),
+    events.SCORING_BEGINS: (events.ROLLOUT_ENDS, "sampling", "rewards"),
 }
 # What ends a run → state, detail.
 ENDS: dict[str, tuple[Name, str]] = {events.MODEL_ENDS: ("finished", ""), events.STOPPED: ("stopped", "on request")}

@@ -1,5 +1,6 @@
 """Results → the report as a plain dict, which is what report.json holds, and its folder. S seeds, N records."""
 
+import base64
 import json
 import re
 from collections import Counter
@@ -41,10 +42,11 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
 
     Returns:
         {"name", "question", "margin", "made", "statistics", "arms", "holes", "primary", "contrasts", "controls",
-        "chance": evaluation → what `_chance` returns, "examples": those of the results without their pictures}, as
-        strict JSON has it: numbers that are not finite are None, dates are texts. "arms" is a list in the study's order
-        of what `_arm` returns, "holes" one of {"arm", "seed", "evaluation", "problem"}, None where it is about no
-        single one; for "primary" and "contrasts" see `contrasts`, for "controls" `controls`.
+        "chance": evaluation → what `_chance` returns, "examples": those of the results, "rollouts": what `rollouts`
+        returns, both without pictures}, as strict JSON has it: numbers that are not finite are None, dates are texts.
+        "arms" is a list in the study's order of what `_arm` returns, "holes" one of {"arm", "seed", "evaluation",
+        "problem"}, None where it is about no single one; for "primary" and "contrasts" see `contrasts`, for "controls"
+        `controls`.
 
     Raises:
         UserError: no cell has a score.
@@ -67,11 +69,23 @@ def build(results: Results, resamples: int = RESAMPLES, seed: int = 0) -> Report
         "contrasts": others,
         "controls": controls(work),
         "chance": {name: _chance(scores, name, results.cells) for name, scores in results.chance.items()},
-        "examples": [{key: value for key, value in one.items() if key != "picture"} for one in results.examples],
+        "examples": _without_pictures(results.examples),
+        "rollouts": _without_pictures(rollouts(results)),
     }
     # Settings have what YAML has, and an export's costs may be infinite.
     plain: Report = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)
     return plain
+
+
+def _without_pictures(shown: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in one.items() if key != "picture"} for one in shown]
+
+
+def rollouts(results: Results) -> list[dict[str, Any]]:
+    """Return StageResult.rollouts of each arm's first seed that has some, with "arm" and "seed"."""
+    first = {cell.arm: cell for cell in reversed(results.cells) if any(stage.rollouts for stage in cell.stages)}
+    cells = [first[arm] for arm in results.arms if arm in first]
+    return [{"arm": one.arm, "seed": one.seed, **own} for one in cells for part in one.stages for own in part.rollouts]
 
 
 def _chance(scores: Mapping[str, float], evaluation: str, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -179,7 +193,7 @@ def chain(stages: Sequence[StageResult]) -> dict[str, Any]:
         **sums,
         "samples_s": sums["rows"] / sums["seconds"] if sums["seconds"] else None,
         "peak_gb": max((one.peak_gb for one in stages if one.peak_gb is not None), default=None),
-        "stages": [{key: value for key, value in vars(one).items() if key != "curve"} for one in stages],
+        "stages": [{key: of for key, of in vars(one).items() if key not in ("curve", "rollouts")} for one in stages],
     }
 
 
@@ -206,7 +220,9 @@ def write_report(results: Results, out: Path, resamples: int = RESAMPLES) -> dic
     report = build(results, resamples)
     folder = out / "figures"
     drawn = list(_figures(results, report))
-    examples = [(f"example-{number}", one["picture"]) for number, one in enumerate(results.examples, 1)]
+    pictures = [one["picture"] for one in results.examples]
+    pictures += [one["picture"] and base64.b64decode(one["picture"]) for one in rollouts(results)]
+    examples = [(f"example-{number}", one) for number, one in enumerate(pictures, 1)]
     named = {name: data for name, data, _ in drawn} | {name: data for name, data in examples if data}
     paths = [f"figures/{name}.png" if name in named else None for name, _ in examples]
     texts = {

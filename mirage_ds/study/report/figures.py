@@ -192,7 +192,7 @@ def _paths(entries: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def curves(results: Results, report: Report) -> list[Drawn]:
-    """Draw loss against optimizer step, one colour an arm, one panel a position in the chain and kind of loss.
+    """Draw loss, or reward, against optimizer step, one colour an arm, one panel a position in the chain and kind.
 
     Losses of other stages, or with other weights, are of other scales.
     """
@@ -201,13 +201,14 @@ def curves(results: Results, report: Report) -> list[Drawn]:
     if runs.empty:
         return []
     kinds = runs.groupby(["position", "kind"], sort=False)
-    figure, shown = style.panels(len(kinds), 2, 3.1, title="Training loss")
+    figure, shown = style.panels(len(kinds), 2, 3.1, title="Training")
     for axes, ((position, kind), own) in zip(shown, kinds, strict=True):
         for arm, lines in own.groupby("arm", sort=False):
             _draw(axes, lines, style.look(order.index(arm)), style.legible(label(arm)))
         names, count = ", ".join(dict.fromkeys(own["name"])), len(own)
         title = style.legible(f"{position}, {kind}: {names} ({count} run{'s' * (count > 1)})", 60)
-        axes.set(title=title, xlabel="optimizer step", ylabel="training loss (mean over rows)")
+        what = "reward (mean over a rollout)" if kind.startswith("rl") else "training loss (mean over rows)"
+        axes.set(title=title, xlabel="optimizer step", ylabel=what)
         whole = np.concatenate(list(own["losses"]))
         if whole.min() > 0 and whole.max() > _LOGARITHMIC * whole.min():
             axes.set_yscale("log")
@@ -224,7 +225,8 @@ def _runs(results: Results, order: Sequence[str]) -> pd.DataFrame:
     for cell in sorted(results.cells, key=lambda one: order.index(one.arm)):
         weights = "".join(f", {key} {value}" for key, value in cell.settings.items() if key.endswith("_weight"))
         for position, stage in enumerate(cell.stages, 1):
-            points = [(one["step"], one["loss"]) for one in stage.curve if "loss" in one]
+            own = "reward" if stage.stage == "rl" else "loss"
+            points = [(one["step"], one[own]) for one in stage.curve if own in one]
             if points:
                 steps, losses = np.asarray(points, dtype=np.float64).T
                 rows.append((position, f"{stage.stage}{weights}", stage.key, stage.name, cell.arm, steps, losses))

@@ -144,7 +144,8 @@ def markdown(report: Report, figures: Sequence[tuple[str, str]] = (), pictures: 
     """Write the whole report.
 
     Args:
-        figures: (link, caption) of each; the first leads. pictures: link of each example's picture.
+        figures: (link, caption) of each; the first leads. pictures: link of each example's picture, then of each
+            rollout's.
     """
     values = {"pictures": pictures, "evaluations": evaluations(report), "figures": figures, "verdicts": VERDICTS}
     body = _TEMPLATES.get_template("report.md.jinja").render(**report, **values).strip()
@@ -155,7 +156,7 @@ def page(report: Report, figures: Sequence[tuple[bytes, str]] = (), pictures: Se
     """Write the whole report as a page that needs nothing beside it.
 
     Args:
-        figures: (PNG, caption) of each; the first leads. pictures: the PNG of each example.
+        figures: (PNG, caption) of each; the first leads. pictures: the PNG of each example and rollout.
     """
     shown = [(data_url(data), caption) for data, caption in figures]
     # The page has a title of its own.

@@ -119,21 +119,25 @@ def test_a_resumed_run_starts_again_though_its_log_has_steps(training: Run) -> N
 
 
 @pytest.mark.parametrize(
-    ("begin", "end", "name"),
+    ("begin", "end", "name", "detail", "then"),
     [
-        (events.SAVE_BEGINS, events.SAVE_ENDS, "saving"),
-        (events.EVALUATION_BEGINS, events.EVALUATION_ENDS, "evaluating"),
+        (events.SAVE_BEGINS, events.SAVE_ENDS, "saving", "a checkpoint", "training"),
+        (events.EVALUATION_BEGINS, events.EVALUATION_ENDS, "evaluating", "", "training"),
+        (events.ROLLOUT_BEGINS, events.SCORING_BEGINS, "sampling", "answers", "sampling"),
+        (events.SCORING_BEGINS, events.ROLLOUT_ENDS, "sampling", "rewards", "training"),
     ],
 )
-def test_saves_and_evaluations_are_seen_and_may_take_their_time(training: Run, begin: str, end: str, name: str) -> None:
+def test_saves_rollouts_and_evaluations_are_seen_and_may_take_their_time(
+    training: Run, begin: str, end: str, name: str, detail: str, then: str
+) -> None:
     training.event(2, begin, 20)
     # Nobody knows yet how long one takes.
     assert training.state().name == training.state(NOW + 3000).name == name
-    assert training.event(1, end, 20).state().name == "training"
+    assert training.event(1, end, 20).state().name == then
     # Now it does: a second. Ten times that is less than the least that is waited for.
     training.event(0, begin, 20)
     assert training.state(NOW + 59).name == name
-    assert training.state(NOW + 61) == State("silent", f"it was {name}{' (a checkpoint)' * (name == 'saving')}", NOW)
+    assert training.state(NOW + 61) == State("silent", f"it was {name}{f' ({detail})' if detail else ''}", NOW)
 
 
 def test_silence_is_measured_in_usual_steps(training: Run) -> None:

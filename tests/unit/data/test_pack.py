@@ -397,6 +397,8 @@ def test_total_steps_is_the_exact_quotient_rounded_up(rows: int, batch: int, ten
 
 def test_a_run_has_at_least_one_step() -> None:
     assert total_steps(1, 100, 0.001) == 1
+    # Of rl each rollout has several; --max_steps counts them all.
+    assert [total_steps(100, 10, 1, most, each=4) for most in (None, 8)] == [40, 8]
 
 
 # A sample as (tokens before the first run, [(k, tokens between this run and the next or the end)]).

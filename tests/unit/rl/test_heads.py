@@ -26,7 +26,17 @@ from mirage_ds.engine.frozen import digest
 from mirage_ds.engine.save import Parts, change_rows, export_checkpoint
 from mirage_ds.engine.spelling import read_base
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import Decoder, answer_records, load_decoder, prompts_of, run_limits, save_decoder
+from mirage_ds.evaluate.decoder import (
+    Decoder,
+    answer_records,
+    load_decoder,
+    prompts_of,
+    run_limits,
+    save_decoder,
+    seeds_of,
+)
+from mirage_ds.evaluate.report import evaluate_file
+from mirage_ds.evaluate.spec import EvaluateSpec
 from mirage_ds.files import HEADS, delete_model
 from mirage_ds.model.forward import Scoring
 from mirage_ds.model.generate import generate
@@ -173,6 +183,37 @@ def test_the_packed_forward_finds_the_states_that_decoding_had(gaussian: Path, m
     steps = [(h, token) for one in made for h, token in zip(one.hidden, one.ids[: len(one.fed)], strict=False)]
     each = [torch.log_softmax(model.head.weight @ h / temperature, 0)[token] for h, token in steps]
     torch.testing.assert_close(told, torch.stack(each), rtol=0, atol=1e-5)
+
+
+def test_an_evaluation_scores_the_mean_and_latents_that_are_drawn(gaussian: Path, mixed: Path) -> None:
+    decoder = opened(gaussian, mixed)
+    heads = decoder.loaded.model.latent_heads
+    # Wide enough to change a token.
+    heads.log_sigma.bias.data += 4
+    spec = EvaluateSpec(data_path=mixed, task="boxed", max_new_tokens=TOKENS, batch_size=3)
+    report = evaluate_file(decoder, spec)
+    answers = report["answers"]
+    texts = [[one["ids"], one["drawn"][0]["ids"]] for one in answers]
+    assert any(own != drawn for own, drawn in texts)
+    for part, of in ((report, [one["metrics"] for one in answers]),
+                     (report["drawn"], [one["drawn"][0]["metrics"] for one in answers])):  # fmt: skip
+        assert part["all"]["latents"] == pytest.approx(sum(one["latents"] for one in of) / len(answers))
+    # What is drawn is the row's own, whoever answers it beside which others: here each by itself.
+    (asked, _), limits = scan(mixed), run_limits(decoder, TOKENS, 8, "trained")
+    tokens = latent_tokens(decoder.encoder)
+    for row in (0, 3):
+        sample = decoder.encoder.encode_prompt(asked[row], row)
+        prompts = prompts_of(decoder.loaded.model, decoder.tower, decoder.encoder, [sample])
+        draws = noise(seeds_of(42, row, 1))
+        (alone,) = generate(decoder.loaded.model, prompts, tokens, limits, noise=draws)
+        assert [alone.ids] == [texts[row][1]]
+    # Several answers to a record each have their mean's and their drawn one; a model without heads has none of these.
+    two = evaluate_file(decoder, spec.model_copy(update={"samples": 2, "decoding": "sampled", "most": 2}))
+    assert [(len(one["samples"]), len(one["drawn"])) for one in two["answers"]] == [(2, 2)] * 2
+    decoder.loaded.model.latent_heads = None
+    plain = evaluate_file(decoder, spec.model_copy(update={"most": 2}))
+    assert "drawn" not in plain
+    assert "drawn" not in plain["answers"][0]
 
 
 def test_an_export_takes_heads_that_were_not_trained_from_the_source(

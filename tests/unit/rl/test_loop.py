@@ -13,11 +13,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mirage_ds.config.run import RunConfig
 from mirage_ds.data.pack import Planner
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
 from mirage_ds.rl import loop, report, rollout
+from mirage_ds.rl.examples import SIDE
 from mirage_ds.rl.report import Completions, Group, Rollout, measures
 from mirage_ds.rl.rewards import Scored
 from mirage_ds.rl.rollout import Sampled
@@ -57,7 +59,7 @@ def rolled(monkeypatch: pytest.MonkeyPatch, flat: set[int], rows: int = 20, **gi
 
     monkeypatch.setattr(loop, "sample", sample)
     monkeypatch.setattr(loop, "judge", judge)
-    run = cast(Any, SimpleNamespace(config=settings(**given)))
+    run = cast(Any, SimpleNamespace(config=settings(**given), journal=SimpleNamespace(tell=lambda *_: None)))
     return loop.roll(run, data_of(rows), cast(Any, None), 1), calls
 
 
@@ -161,9 +163,11 @@ def test_why_a_reward_failed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "answer_of", lambda *_: SimpleNamespace(text="", runs=()))
     monkeypatch.setattr(loop, "seen_by_scorer", lambda _: {})
     monkeypatch.setattr(loop, "from_rank_zero", lambda score, _: score())
+    journal = SimpleNamespace(at=lambda *_, **__: None, say=said.append)
     run = SimpleNamespace(
-        journal=SimpleNamespace(at=lambda *_, **__: None, say=said.append), world=None, config=settings()
+        journal=journal, world=None, config=settings(), asked=lambda: stopping, stops=lambda: stopping
     )
+    stopping = False
     data = SimpleNamespace(rewards=rewards, index=data_of().index, loader=data_of().loader)
     data.loader.rows = SimpleNamespace(encoder=None)
     loop.judge(cast(Any, run), cast(Any, data), [answer(104)] * 3 * G)
@@ -173,6 +177,16 @@ def test_why_a_reward_failed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     faults.clear()
     loop.judge(cast(Any, run), cast(Any, data), [])
     assert len(said) == 1
+    # Where the run is stopped, whose processes were perhaps all signalled, a reward that failed is no fault of it.
+    rewards.score = lambda _: (_ for _ in ()).throw(UserError("the process that scores has ended"))
+    with pytest.raises(UserError, match="has ended"):
+        loop.judge(cast(Any, run), cast(Any, data), [])
+    stopping = True
+    with pytest.raises(Stopped):
+        loop.judge(cast(Any, run), cast(Any, data), [])
+    rewards.score = lambda _: Scored([1.0], {}, [])
+    with pytest.raises(Stopped):
+        loop.judge(cast(Any, run), cast(Any, data), [])
 
 
 def test_a_rollout_in_numbers() -> None:
@@ -214,17 +228,20 @@ def test_answers_are_written_and_those_of_an_interrupted_rollout_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        report, "answer_of", lambda made, _: SimpleNamespace(marked=lambda _: f"{len(made.ids)} tokens")
+        report, "answer_of", lambda made, _: SimpleNamespace(marked=lambda _: f"{len(made.ids)}\u2028\x85tokens")
     )
     rows = SimpleNamespace(
         record=lambda row: SimpleNamespace(text_input="Where to?", image_input=("map.png",)),
-        places_of=lambda rows: [{"file": "d.jsonl", "line": rows[0] + 1}],
+        places_of=lambda rows: [{"file": str(tmp_path / "d.jsonl"), "line": rows[0] + 1}],
     )
     data = cast(
         Any,
         SimpleNamespace(index=SimpleNamespace(rows=rows), loader=SimpleNamespace(rows=SimpleNamespace(encoder=None))),
     )
-    run = cast(Any, SimpleNamespace(folder=tmp_path, world=SimpleNamespace(rank=0), config=settings(updates=2)))
+    shown: list[Any] = []
+    journal = SimpleNamespace(pictures=lambda *given: shown.append(given))
+    place = dict(folder=tmp_path, world=SimpleNamespace(rank=0))
+    run = cast(Any, SimpleNamespace(**place, config=settings(updates=2), journal=journal))
     made = Rollout(
         [Group(7, [answer(7), answer(7, 9, truncated=True)], [1.0, math.nan], {"a": [1.0, math.nan]})], 0, {}
     )
@@ -232,14 +249,29 @@ def test_answers_are_written_and_those_of_an_interrupted_rollout_dropped(
     written = Completions(run, data, 0)
     for step in (0, 2, 4):
         written.write(step, made, lesson)
-    lines = [json.loads(line) for line in (tmp_path / report.FILE).read_text().splitlines()]
+    Image.new("RGB", (640, 480), "red").save(tmp_path / "map.png")
+    written.write(6, made, lesson)
+    assert [(step, sorted(things), group) for step, things, group in shown] == [
+        *((step, ["said"], "answers") for step in (1, 3, 5)),
+        (7, ["picture", "said"], "answers"),
+    ]
+    assert shown[3][1]["picture"].size == (SIDE, SIDE * 3 // 4)
+    # Of later rollouts each tenth. A picture that has broken since is not shown.
+    (tmp_path / "map.png").write_bytes(b"no picture")
+    for step in range(18, 40, 2):
+        written.write(step, made, lesson)
+    assert [(step, [*things]) for step, things, _ in shown[4:]] == [(19, ["said"]), (39, ["said"])]
+    content = b"".join((tmp_path / report.FILE).read_bytes().splitlines(keepends=True)[:6])
+    (tmp_path / report.FILE).write_bytes(content)
+    lines = [json.loads(line) for line in content.splitlines()]
     assert [line["rollout"] for line in lines] == [1, 1, 2, 2, 3, 3]
     assert lines[1] == {
-        "rollout": 1, "step": 0, "file": "d.jsonl", "line": 8, "question": "Where to?", "image_input": ["map.png"],
-        "answer": "9 tokens", "reward": None, "rewards": {"a": None}, "advantage": 0.0, "tokens": 9, "truncated": True,
+        "rollout": 1, "step": 0, "file": f"{tmp_path}/d.jsonl", "line": 8, "question": "Where to?",
+        "image_input": ["map.png"], "answer": "9\u2028\x85tokens", "reward": None, "rewards": {"a": None},
+        "advantage": 0.0, "tokens": 9, "truncated": True,
     }  # fmt: skip
     # Killed in the third, perhaps in the middle of a line.
     with (tmp_path / report.FILE).open("a") as file:
         file.write('{"rollout": 3, "st')
     Completions(run, data, 2).write(4, made, lesson)
-    assert [json.loads(line) for line in (tmp_path / report.FILE).read_text().splitlines()] == lines
+    assert (tmp_path / report.FILE).read_bytes() == content

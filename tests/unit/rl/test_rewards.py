@@ -20,7 +20,7 @@ from support.chat_server import Answer as Reply
 from support.chat_server import Fake, said, served
 
 from mirage_ds import chat
-from mirage_ds.errors import UserError
+from mirage_ds.errors import Stopped, UserError
 from mirage_ds.rl.functions import Asked, OwnFunction, answer_format
 from mirage_ds.rl.judge import Judge, JudgeSpec, read_number
 from mirage_ds.rl.rewards import Answer, Rewards, Scored, read_rewards
@@ -310,6 +310,17 @@ def test_an_error_ends_what_still_runs(modules: Path) -> None:
         assert time.monotonic() - begun < 20
     assert started() == before
     del kept
+
+
+def test_a_request_to_stop_waits_for_no_reward(modules: Path, server: Fake) -> None:
+    looks, before = iter([False, False, True, True, True]), started()
+    own = Rewards(["own_rewards:by_text"], timeout_s=30, workers=1, asked=lambda: next(looks))
+    with own as rewards, pytest.raises(Stopped):
+        rewards.score(answers("hang", row=1))
+    assert started() == before
+    with Rewards(["judge"], judge=spec(server, parallel=1), asked=lambda: True) as rewards, pytest.raises(Stopped):
+        rewards.score(answers("1", "slow", "0"))
+    assert len(server.seen) < 3
 
 
 def test_torch_where_the_user_has_it(modules: Path) -> None:

@@ -40,17 +40,21 @@ def test_spikes(loss: float, before: list[float], usual: float | None) -> None:
     assert spike_over(loss, before) == usual
 
 
-def test_a_resumed_run_knows_the_losses_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("owed", [True, False])
+def test_a_resumed_run_knows_the_losses_before(owed: bool, tmp_path: Path) -> None:
     lines = [{"step": step, "loss": 2.0 if step % 2 else None} for step in range(1, 31)]
-    lines += [{"step": 24, "eval_loss": 9.0}, {"step": 31, "loss": 90.0}]
+    lines += [{"step": 24, "eval_loss": 9.0}, {"step": 30, "eval_loss": 8.0}, {"step": 31, "loss": 90.0}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    logs = Logs(tmp_path, 40, [], start=30)
+    logs = Logs(tmp_path, 40, [], start=30, owed=owed)
     # What it had logged beyond its checkpoint is taken again.
     assert list(logs.losses) == [2.0] * 15
     assert logs.usual(nan) is None
     assert (logs.usual(9.0), logs.usual(2.0)) == (2.0, None)
     assert list(logs.losses)[-3:] == [2.0, 9.0, 2.0]
     logs.close("finished")
+    # An evaluation that will be made again has no line before: it was made after this checkpoint, and the run killed.
+    kept = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert kept == lines[: 31 if owed else 32]
 
 
 @pytest.mark.parametrize("writes", [True, False])

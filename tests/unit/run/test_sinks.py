@@ -5,6 +5,7 @@ The two trackers are stand-ins that write down their calls; docs/watching.md say
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from importlib.machinery import ModuleSpec
@@ -13,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from mirage_ds.errors import Stopped, UserError
 from mirage_ds.run.journal import Journal, Logs
@@ -121,6 +123,7 @@ def run(folder: Path, sinks: list[Sink], start: int, steps: int, error: BaseExce
             for step in range(start + 1, steps + 1):
                 journal.step(step, step / 6, METRICS)
             journal.evaluation(steps, SCORES)
+            journal.pictures(steps, {"said": "    *up*", "picture": Image.new("RGB", (40, 20), "red")}, "answers")
             if error:
                 raise error
     except (Stopped, ZeroDivisionError):
@@ -217,6 +220,13 @@ def test_tensorboard_draws_a_run_that_went_on_as_one(board: Any) -> None:
     assert [one.step for one in texts["settings/text_summary"]] == [0, 2]
     assert b"\n    learning_rate: 0.25\n" in texts["settings/text_summary"][1].numpy[0]
     assert b"python" in texts["command/text_summary"][0].numpy[0]
+    # What was shown beyond the step from which the run went on is there once.
+    assert [(one.step, one.numpy.tolist()) for one in texts["answers/said/text_summary"]] == [(4, [b"    *up*"])]
+    images = board.read_blob_sequences(**asked, plugin_name="images", downsample=99)["second/run/stage1"]
+    (shown,) = images["answers/picture"]
+    # The values of an image: width, height, the file.
+    picture = board.read_blob(ctx=asked["ctx"], blob_key=shown.values[2].blob_key)
+    assert (shown.step, Image.open(io.BytesIO(picture)).size) == (4, (40, 20))
 
 
 def test_tensorboard_compares_settings_and_last_scores(board: Any) -> None:

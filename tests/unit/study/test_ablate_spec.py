@@ -467,6 +467,8 @@ def test_a_learning_curve_has_the_means_of_neighbouring_steps() -> None:
     assert found[-1]["step"] == 2 * POINTS + 1
     assert curve_of(log[:3]) == [{"step": 1.0, "loss": 0.5}, {"step": 3.0, "loss": 1.5}]
     assert curve_of([]) == []
+    # Of rl the reward: its loss says nothing.
+    assert curve_of([{**one, "reward": 2.0} for one in log[:1]]) == [{"step": 1.0, "reward": 2.0}]
 
 
 def test_a_scorer_beside_the_study_is_found_and_its_change_is_a_new_evaluation(

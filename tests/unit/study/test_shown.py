@@ -15,8 +15,11 @@ from support.records import write_jsonl
 from support.studies import Scored, columns, contrast, opened, write_study
 
 from mirage_ds.data.record_files import read_records
-from mirage_ds.study.collect import SIDE, _result, _said, best_constant, with_records
-from mirage_ds.study.results import Cell, Results
+from mirage_ds.rl.examples import FILE, SIDE
+from mirage_ds.study.collect import _result, _said, best_constant, rollouts_of, with_records
+from mirage_ds.study.report import figures
+from mirage_ds.study.report.build import write_report
+from mirage_ds.study.results import Cell, Results, StageResult
 from mirage_ds.study.spec import EvaluationSpec, ReportSpec
 
 ANSWERS = ("A", "B", "A", "C", "A", "B")
@@ -92,6 +95,40 @@ def test_of_all_answers_one_of_the_best_and_one_of_the_worst_are_kept() -> None:
         "1": {"answer": "a1", "latents": 4, "score": 0.0},
     }
     assert _said([]) == {}
+
+
+def test_two_rollouts_of_each_arm_of_rl(tmp_path: Path) -> None:
+    noise((2 * SIDE, SIDE), 40).save(tmp_path / "in.png")
+    lines = [
+        {"rollout": number, "file": str(tmp_path / "rows.jsonl"), "line": number, "question": "Which?",
+         "image_input": ["in.png"] if number < 3 else [], "answer": f"*a*{at} [4 latents]", "reward": float(at),
+         "rewards": {"accuracy": float(at)}, "advantage": at - 0.5}
+        for number in (1, 2, 3) for at in (0, 1)
+    ]  # fmt: skip
+    write_jsonl(tmp_path / FILE, lines)
+    own = rollouts_of(tmp_path, None)
+    assert [one["rollout"] for one in own] == [1, 3]
+    assert rollouts_of(tmp_path / "nowhere", None) == []
+    whole, _ = results(records(tmp_path))
+    stage = StageResult("rl", "key", "rl", 2, 2, 2, 2e9, 2.0, 1.0, 1.0, [{"step": 1, "reward": 0.5}], own)
+    sft = StageResult("sft", "other", "sft", 2, 2, 2, 2e9, 2.0, 1.0, 1.0, [{"step": 1, "loss": 0.5}])
+    base, mine = whole.cells
+    cells = [replace(base, stages=[sft]), replace(mine, stages=[sft, stage]),
+             replace(mine, seed=1, stages=[sft, stage])]  # fmt: skip
+    written = write_report(replace(whole, cells=cells), tmp_path / "report", 50)
+    assert [(one["arm"], one["seed"], one["rollout"]) for one in written["rollouts"]] == [("own", 0, 1), ("own", 0, 3)]
+    assert "picture" not in json.dumps(written["rollouts"] + [one["cells"] for one in written["arms"]])
+    assert Image.open(tmp_path / "report/figures/example-1.png").size == (SIDE, SIDE // 2)
+    text = (tmp_path / "report/report.md").read_text()
+    first, third = (text.index(f"### own, seed 0: rollout {number}") for number in (1, 3))
+    shown = [text[first:third], text[third : text.index("## Cost")]]
+    assert ["(figures/example-1.png)" in one for one in shown] == [True, False]
+    assert all("\n\n    *a*1 [4 latents]\n\nReward 0 (accuracy 0), advantage -0.50:\n" in one for one in shown)
+    page = (tmp_path / "report/report.html").read_text()
+    assert "<code>*a*1 [4 latents]\n</code>" in page
+    # A panel for the loss, one for the reward.
+    (drawn,) = figures.curves(replace(whole, cells=cells), written)
+    assert [axes.get_ylabel().split()[0] for axes in drawn.figure.axes] == ["training", "reward"]
 
 
 def test_the_levels_of_scores_are_those_of_the_records(tmp_path: Path, nano: Path) -> None:
