@@ -200,7 +200,7 @@ def png_sheet(records: Sequence[Shown]) -> bytes:
                 rows.append(Image.new("RGB", (rows[0].width, _PNG_SIDE + 2 * _PAD), "white"))
             ImageDraw.Draw(rows[-1]).text((left, 0), label, "black", font)
             rows[-1].paste(_shrunk(image, _PNG_SIDE), (left, 20))
-    return png_of(Image.fromarray(np.concatenate(rows)))
+    return png_of(Image.fromarray(np.concatenate([np.asarray(row) for row in rows])))
 
 
 def write_page(file: Path, records: Sequence[Shown], out: Path) -> None:

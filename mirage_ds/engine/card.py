@@ -37,7 +37,9 @@ def model_card(state: Mapping[str, Any], scores: Mapping[str, float] | None = No
     template = Template(
         text, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    more = dict(mark=MARK, begin=SCORES, end=END_OF_SCORES, names=OPTIMIZER, scores=scores, arm=_arm(state))
+    more: dict[str, Any] = dict(
+        mark=MARK, begin=SCORES, end=END_OF_SCORES, names=OPTIMIZER, scores=scores, arm=_arm(state)
+    )
     more["base"] = next((name for source in reversed(state["sources"]) if (name := hub_name(source))), None)
     more["text_only"] = state["stage"] == "sft" or state.get("latent_policy") == "text"
     return template.render({"lora": None, **state, **more})
