@@ -60,13 +60,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Group]:
-    made = Group(2)
-    yield made
-    made.stop()
-
-
-@pytest.fixture(scope="module")
 def four() -> Iterator[Group]:
     made = Group(4)
     yield made
@@ -206,8 +199,8 @@ def check(group: Group, case: str, nano: Path, data: Path, scratch: Path) -> Non
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_hold_what_is_planned(two: Group, case: str, nano: Path, mixed: Path, tmp_path: Path) -> None:
-    check(two, case, nano, mixed, tmp_path)
+def test_two_ranks_hold_what_is_planned(group: Group, case: str, nano: Path, mixed: Path, tmp_path: Path) -> None:
+    check(group, case, nano, mixed, tmp_path)
 
 
 # On two cores four ranks take half a minute to start.

@@ -7,9 +7,9 @@ tests/dist/test_planned.py the states against a running engine.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -841,9 +841,11 @@ def test_command_needs_neither_torch_nor_a_network(tmp_path: Path) -> None:
         "main()\n"
         "print(*sorted({'torch', 'transformers', 'deepspeed'} & sys.modules.keys()), file=sys.stderr)\n"
     )
-    begin = time.monotonic()
+    begin = os.times()
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert time.monotonic() - begin < 10
+    end = os.times()
+    # Of computing: how long it takes depends on what else the machine does.
+    assert end.children_user + end.children_system - begin.children_user - begin.children_system < 10
     assert found.stderr.strip() == ""
     assert json.loads(found.stdout)["model"]["trained"] == 72_706_203_648
 
