@@ -36,12 +36,11 @@ from mirage_ds.evaluate.decoder import (
     answer_of,
     chooser_of,
     load_decoder,
-    pack,
-    prompts_of,
     run_limits,
     save_decoder,
     tokens_and_feed,
 )
+from mirage_ds.evaluate.prompts import pack, prompts_of
 from mirage_ds.files import write_atomically
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import generate

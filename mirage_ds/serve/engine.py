@@ -27,7 +27,8 @@ from mirage_ds.analysis.controls.conditions import First, Given, fixed_slots
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.sample import Sample
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import Decoder, need_latents, pack, run_limits, seeds_of, tokens_and_feed
+from mirage_ds.evaluate.decoder import Decoder, need_latents, run_limits, seeds_of, tokens_and_feed
+from mirage_ds.evaluate.prompts import pack
 from mirage_ds.evaluate.spec import Sampling
 from mirage_ds.model.choose import Chooser, Turn, greedy, sampler
 from mirage_ds.model.generate import Loop

@@ -36,7 +36,8 @@ from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import answer_records, load_decoder, prompt_of
+from mirage_ds.evaluate.decoder import answer_records, load_decoder
+from mirage_ds.evaluate.prompts import prompt_of
 from mirage_ds.evaluate.report import prompt_hash
 from mirage_ds.evaluate.scoring import Prediction, bootstrap
 from mirage_ds.model import kv_cache

@@ -24,7 +24,8 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
 from mirage_ds.data.sample import Sample
-from mirage_ds.evaluate.decoder import chooser_of, prompts_of
+from mirage_ds.evaluate.decoder import chooser_of
+from mirage_ds.evaluate.prompts import prompts_of
 from mirage_ds.evaluate.spec import Sampling
 from mirage_ds.model.choose import NotFinite, Turn, greedy, sampler
 from mirage_ds.model.generate import generate, neighbours

@@ -25,7 +25,8 @@ from mirage_ds.data.sample import Sample
 from mirage_ds.engine import setup
 from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.engine.whole import bytes_to_decode
-from mirage_ds.evaluate.decoder import decode_samples, prompt_of, prompts_of
+from mirage_ds.evaluate.decoder import decode_samples
+from mirage_ds.evaluate.prompts import prompt_of, prompts_of
 from mirage_ds.evaluate.scoring import spread
 from mirage_ds.model.choose import Turn
 from mirage_ds.model.generate import Prompts, generate, neighbours
