@@ -33,7 +33,7 @@ test: install
 
 # In this order the long files come early; xdist's own would begin with those of the most tests.
 test-slow: install
-	$(ENV) $(BIN)/python -m pytest tests/dist tests/slow tests/unit/study -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(ENV) $(BIN)/python -m pytest tests/dist tests/slow tests/unit/docs tests/unit/study -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Every page of the site, a study's report and a page of inspect, in Chromium; needs cluster-packages.
 test-browser: docs

@@ -58,7 +58,7 @@ class Ours:
         """Answer prompts, the i-th with `lengths[i]` tokens; `each` answers a prompt."""
         import torch
 
-        from mirage_ds.evaluate.decoder import prompts_of
+        from mirage_ds.evaluate.prompts import prompts_of
         from mirage_ds.model.generate import Limits, generate
 
         stop, other = self.tokens.stops

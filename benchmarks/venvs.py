@@ -3,7 +3,7 @@
     python -m benchmarks.venvs lmms-eval         # write its list anew: what is newest
 
 torch is not on these lists: it is linked from this environment, so that all compute with the same kernels, and nothing
-of CUDA is fetched. benchmarks/peers.py and tests/slow/test_public_harnesses.py run in them.
+of CUDA is fetched. benchmarks/peers.py, tests/slow/test_public_harnesses.py and test_trl.py run in them.
 """
 
 from __future__ import annotations

@@ -77,17 +77,14 @@ data.add_command(rationalize)
 @click.option("--most", default=50, show_default=True, help="Kinds of faults listed at most.")
 def data_check(file: Path, most: int, columns: str | None, **options: Any) -> None:
     """List every faulty record of FILE and how to fix it. Exit code 2 if there is one."""
-    from collections import Counter
-
-    from mirage_ds.curate.check import check_file, print_faults, scored
+    from mirage_ds.curate.check import check_file, print_faults
     from mirage_ds.data.folders import unread_lines
     from mirage_ds.data.record_files import told
 
     names = parse_columns(columns)
     for line in told(file, names):
         print(line)
-    answers: Counter[str] = Counter()
-    count, faults = check_file(file, columns=names, see=lambda record: answers.update([scored(record)]), **options)
+    count, faults, answers = check_file(file, columns=names, **options)
     print_faults(file, count, faults, most)
     for line in unread_lines(file):
         print(line)
@@ -180,8 +177,9 @@ def config_import(file: Path, out: Path | None, **options: Any) -> None:
 def init(preset: str, out: Path, **options: Any) -> None:
     """Write a random model, to try things out.
 
-    It is a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, with a tokenizer trained on the task's text. One of a public shape needs
-    room for all its weights on the GPU.
+    It is a Qwen2-VL, Qwen2.5-VL or Qwen3-VL. Its tokenizer is trained on the records of --text; without them it knows
+    single bytes and the chat template's words alone. A large preset (qwen2.5-vl-…) needs room for all its weights, on
+    the GPU where there is one.
     """
     from mirage_ds.model.init import init_model
 
@@ -192,14 +190,14 @@ def init(preset: str, out: Path, **options: Any) -> None:
 @cli.command()
 @click.argument("source", type=_PATH)
 @click.argument("target", type=Output(folder=True))
-@click.option("--vocab_rows", type=int, help="151668 as the public Mirage code writes, 152064 as Qwen2.5-VL has.")
+@click.option("--vocab_rows", type=int, help="Rows, such as the public Mirage code's 151668, Qwen2.5-VL-7B's 152064.")
 @click.option("--model", "base", type=_PATH, help="Base folder, if it has moved since training.")
 def export(source: Path, target: Path, vocab_rows: int | None, base: Path | None) -> None:
     """Write a model folder that plain transformers opens.
 
-    TARGET is complete. SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>), a run folder (its newest
-    checkpoint is taken where training has not finished), or a model folder that shall have another number of vocabulary
-    rows.
+    TARGET is complete. SOURCE is a sharded checkpoint (…/run/checkpoints/global_step<N>) or the folder of a run that
+    has not finished, whose newest checkpoint is taken. With --vocab_rows SOURCE is a model folder, and TARGET a copy
+    with so many rows of embedding and head.
     """
     from mirage_ds.engine.save import export_folder
 

@@ -24,7 +24,8 @@ def main(model: Path, records: Path, rows: int, new: int) -> None:
     from benchmarks.step import finish
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.data.record_files import scan
-    from mirage_ds.evaluate.decoder import load_decoder, prompts_of
+    from mirage_ds.evaluate.decoder import load_decoder
+    from mirage_ds.evaluate.prompts import prompts_of
     from mirage_ds.model.generate import Limits, generate
     from mirage_ds.model.slots import latent_tokens
 

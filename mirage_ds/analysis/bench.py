@@ -11,7 +11,7 @@ import torch
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import Sample
-from mirage_ds.evaluate.decoder import pack, prompts_of
+from mirage_ds.evaluate.prompts import pack, prompts_of
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import Prompts
 from mirage_ds.model.images import Deep, place_images

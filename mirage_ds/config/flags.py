@@ -27,6 +27,18 @@ CONTEXT = {
 
 
 WORDS = f"{__name__}.words"
+# First setting → the heading of its part of a run's help.
+PARTS = {
+    "model": "What is trained",
+    "data_path": "Records and pictures",
+    "epochs": "Steps",
+    "deepspeed": "Machine",
+    "save_every": "Checkpoints, limits, traces",
+    "eval_data_path": "Evaluations while training",
+    "overwrite": "Run folder and log",
+    "prompts_per_rollout": "Reinforcement (--stage rl)",
+    "yaml_file": "Start",
+}
 
 
 class Group(click.Group):
@@ -71,6 +83,17 @@ class RunCommand(click.Command):
             said = hint(error.option_name, {str(param.name) for param in self.params})
             raise click.UsageError(f"No such option: {error.option_name}{said or '; --help lists them'}", ctx) from None
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under the headings of PARTS."""
+        parts: dict[str, list[tuple[str, str]]] = {}
+        part = ""
+        for param in self.get_params(ctx):
+            part = PARTS.get(str(param.name), part)
+            parts.setdefault(part, []).extend(filter(None, [param.get_help_record(ctx)]))
+        for heading, rows in parts.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
 
 def _click_type(annotation: Any) -> tuple[Any, bool]:
     """Translate a field's annotation to (click type, takes several values)."""
@@ -102,7 +125,9 @@ def model_options(model: type[BaseModel]) -> Callable[[Callable[..., Any]], Call
         for name, field in reversed(model.model_fields.items()):
             kind, several = _click_type(field.annotation)
             text = field.description or ""
-            if not field.is_required() and field.default not in (None, (), []):
+            if field.is_required():
+                text += "" if "[required" in text else " [required]"
+            elif field.default not in (None, (), []):
                 text += f" [default: {', '.join(map(str, d)) if isinstance(d := field.default, list) else d}]"
             # What is a denial by name (--no_latents) has no second one.
             denied = f"/--no_{name}" if kind is bool and not name.startswith("no_") else ""

@@ -20,18 +20,12 @@ class RlSettings(BaseModel):
     """How --stage rl samples, scores and learns. A rollout is P prompts with G answers each."""
 
     # the rollout
-    prompts_per_rollout: PositiveInt | None = Field(
-        None, description="rl: P, prompts of a rollout, of all ranks. [default: 8]"
-    )
+    prompts_per_rollout: PositiveInt | None = Field(None, description="rl: P, all prompts of a rollout. [default: 8]")
     num_generations: int = Field(8, ge=2, description="rl: G, answers sampled of each prompt.")
-    max_completion_length: PositiveInt = Field(256, description="rl: tokens of an answer, at most.")
+    max_completion_length: PositiveInt = Field(256, description="rl: tokens of an answer, latents included, at most.")
     temperature: PositiveFloat = Field(1.0, description="rl: of the sampling; the policy is what was sampled from.")
-    rollout_rows: PositiveInt | None = Field(
-        None, description="rl: answers that a rank decodes at a time. [default: all of its own]"
-    )
-    resample: NonNegativeInt = Field(
-        0, description="rl: rounds of new prompts in place of those whose answers are all rewarded alike."
-    )
+    rollout_rows: PositiveInt | None = Field(None, description="rl: answers a rank decodes at a time. [default: all]")
+    resample: NonNegativeInt = Field(0, description="rl: rounds of new prompts for those whose rewards are all alike.")
     # the latents
     latent_policy: LatentPolicy | None = Field(
         None,
@@ -44,12 +38,10 @@ class RlSettings(BaseModel):
     )
     sigma: PositiveFloat = Field(10.0, description="rl: σ of vlpo's density.")
     # the objective
-    updates: PositiveInt = Field(1, description="rl: optimizer steps of a pass over a rollout, each on P / updates.")
+    updates: PositiveInt = Field(1, description="rl: optimizer steps of a pass, each on P / updates prompts.")
     num_iterations: PositiveInt = Field(1, description="rl: passes over a rollout.")
     objective: Objective = Field("grpo", description="rl: grpo, dr_grpo, dapo, gspo (sequence ratio) or cispo.")
-    clip_low: PositiveFloat = Field(
-        0.2, description="rl: the ratio is clipped below 1 − clip_low; cispo does not use it."
-    )
+    clip_low: PositiveFloat = Field(0.2, description="rl: the ratio is clipped below 1 − clip_low; cispo ignores it.")
     clip_high: PositiveFloat | None = Field(
         None,
         description="rl: the ratio is clipped above 1 + clip_high; cispo: the ratio's largest value. [default: "
@@ -68,13 +60,11 @@ class RlSettings(BaseModel):
         description="rl: what is summed to the reward: accuracy (the task's scorer), format, judge, or a function "
         "package.module:function; *0.5 behind a name is its weight.",
     )
-    reward_weights: list[float] | None = Field(None, description="rl: of --reward, in its order.")
+    reward_weights: list[float] | None = Field(None, description="rl: of each in --reward, as *0.5 behind its name.")
     reward_timeout: PositiveFloat = Field(30.0, description="rl: seconds of one call of a reward function, at most.")
     reward_workers: PositiveInt = Field(2, description="rl: processes that score.")
-    max_reward_faults: float = Field(0.1, ge=0, le=1, description="rl: end when more scores of a rollout failed.")
-    judge_endpoint: str | None = Field(
-        None, description="rl: OpenAI-compatible server of --reward judge, as http://host/v1."
-    )
+    max_reward_faults: float = Field(0.1, ge=0, le=1, description="rl: end when a larger share of scores failed.")
+    judge_endpoint: str | None = Field(None, description="rl: OpenAI-compatible server of judge, as http://host/v1.")
     judge_model_name: str | None = Field(None, description="rl: what the judge's server calls its model.")
     judge_key_variable: str | None = Field(None, description="rl: variable with its key. [default: OPENAI_API_KEY]")
     judge_prompt: Path | None = Field(
@@ -87,15 +77,13 @@ class RlSettings(BaseModel):
     judge_limit_key: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="rl: how the judge's server calls that limit."
     )
-    judge_most: PositiveInt | None = Field(
-        None, description="rl: most replies that a run asks for. [default: any number]"
-    )
+    judge_most: PositiveInt | None = Field(None, description="rl: replies of a run, at most. [default: any number]")
     judge_cache: Path | None = Field(None, description="rl: folder that keeps what was judged. [default: none]")
     # what ends the run
     max_drift: PositiveFloat = Field(
         0.1, description="rl: end when log-probabilities of decoder and training differ by more in the mean."
     )
-    min_latent_share: float = Field(0.0, ge=0, le=1, description="rl: end when fewer answers have latents.")
+    min_latent_share: float = Field(0.0, ge=0, le=1, description="rl: end when a smaller share has latents.")
 
     @property
     def steps_per_rollout(self) -> int:

@@ -46,17 +46,15 @@ class _Settings(BaseModel):
 
     # what is trained
     model: str | None = Field(None, description="Folder or hub id: Qwen2-VL, 2.5-VL, 3-VL. [this or --load_model_path]")
-    load_model_path: Path | None = Field(
-        None, description="Folder of an earlier run (its --save_model_path) whose weights this run starts from."
-    )
+    load_model_path: Path | None = Field(None, description="Earlier run to start from; --model gives what it lacks.")
     save_model_path: Path = Field(description="Run folder: log, checkpoints and the trained model. [required to train]")
-    stage: Stage = Field(description="sft (text), stage1 (latents from helpers), stage2 (own latents), rl. [required]")
-    task: str | None = Field(None, description="Task that scores, or module:function. [default: the records' own]")
+    stage: Stage = Field(description="sft (text), stage1 (latents from helpers), stage2 (own latents), rl.")
+    task: str | None = Field(None, description="Scoring task, or module:function. [default: each record's, or boxed]")
     latent_size: PositiveInt = Field(4, description="k: latent tokens of a latent block.")
     slots: Slots | None = Field(
         None,
         description="In place of the helper: latents; pause (sft: k pause tokens); marks (sft: the two boundary "
-        "tokens alone); auxiliary (stage1: latents that the answer does not attend to). [default: latents; sft: none]",
+        "tokens alone); auxiliary (stage1: latents that answers do not attend to). [default: latents; sft: nothing]",
     )
     compress_strategy: Compress = Field(
         "average",
@@ -76,16 +74,16 @@ class _Settings(BaseModel):
     data_path: Path | tuple[Path, ...] = Field(
         description="Records: a file (JSON lines, JSON array, CSV, Parquet, Arrow), a folder of such files or of "
         "`datasets`, or a glob pattern in quotes. May be given several times: all records together, or in proportion "
-        "as FILE:WEIGHT. [required]"
+        "as FILE:WEIGHT."
     )
     columns: ColumnsText = Field(None, description=COLUMNS_HELP)
     image_root: Path | None = Field(None, description="Second place where relative image paths are looked for.")
     max_length: PositiveInt = Field(4096, description="Longer rows are dropped and counted, never cut.")
-    max_dropped_share: float = Field(0.1, ge=0, le=1, description="Refuse to train when more rows are dropped.")
+    max_dropped_share: float = Field(0.1, ge=0, le=1, description="Refuse to train if a larger share is dropped.")
     check_images: bool = Field(False, description="Check every image before the first step; index again if changed.")
     confine_paths: bool = Field(False, description="Refuse images outside the records' folder and --image_root.")
     skip_bad_records: bool = Field(False, description="Leave faulty records out; run/skipped.jsonl lists them.")
-    max_bad_share: float = Field(0.01, ge=0, le=1, description="Refuse to train when more records are faulty.")
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="Refuse to train if a larger share is faulty.")
     min_pixels: PositiveInt | None = Field(None, description="Smallest input image; the processor's own if not set.")
     max_pixels: PositiveInt | None = Field(None, description="Largest input image; the processor's own if not set.")
     helper_min_pixels: PositiveInt | None = Field(None, description="As --min_pixels, for helper images.")
@@ -103,20 +101,18 @@ class _Settings(BaseModel):
 
     # the optimizer step
     epochs: PositiveFloat = Field(10, description="Passes over the data.")
-    max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps.")
-    global_batch_size: PositiveInt | None = Field(None, description="Rows of a step, not for rl. [default: 8]")
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps, at most; --epochs may end earlier.")
+    global_batch_size: PositiveInt | None = Field(None, description="Rows of a step, all ranks; not rl. [default: 8]")
     gradient_accumulation_steps: PositiveInt | None = Field(
         None, description="The public Mirage code's name of --global_batch_size: rows of a step, not a factor."
     )
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens in one micro-batch of one rank, at most.")
     micro_batch_size: PositiveInt | None = Field(None, description="Rows in one micro-batch of one rank, at most.")
     micro_batch_patches: PositiveInt | None = Field(
-        None, description="Image patches (14 × 14 px) in one micro-batch, at most, where the tower runs in every step."
+        None, description="Patches (14 or 16 px a side) in one micro-batch, at most, where the tower runs in each step."
     )
-    allow_idle_ranks: bool = Field(False, description="Let a rank that has no row process an empty micro-batch.")
-    reduction: Literal["sample", "token"] = Field(
-        "sample", description="sample: mean of the rows' losses, as the public code has it; token: mean over tokens."
-    )
+    allow_idle_ranks: bool = Field(False, description="Allow more ranks than a step has rows; some stay idle.")
+    reduction: Literal["sample", "token"] = Field("sample", description="Mean of the rows' losses, or over all tokens.")
     ce_weight: float | None = Field(None, ge=0, description="Weight of the CE, γ. [default: 0.1 in stage1, else 1]")
     learning_rate: PositiveFloat = Field(1e-5, description="Peak learning rate of AdamW.")
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")
@@ -130,7 +126,7 @@ class _Settings(BaseModel):
 
     # the machine
     deepspeed: Path | None = Field(
-        None, description="DeepSpeed JSON; it sets the precision. [default: zero3_kept for stage2 and rl, else zero3]"
+        None, description="Path of a JSON; sets the precision. [default: our zero3.json; stage2, rl: zero3_kept.json]"
     )
     attention: Literal["auto", "flash", "torch_varlen", "sdpa"] = Field("auto", description="Attention back end.")
     kernels: Literal["liger"] | None = Field(None, description="Fused RMSNorm and SwiGLU on a GPU. [default: none]")
@@ -140,15 +136,11 @@ class _Settings(BaseModel):
     # what is written
     save_every: PositiveInt | None = Field(None, description="Steps between sharded checkpoints. [default: none]")
     keep_checkpoints: PositiveInt = Field(2, description="Sharded checkpoints that are kept; older ones are deleted.")
-    async_save: bool = Field(
-        False, description="Write checkpoints while steps are taken, from a copy in the host's RAM."
-    )
+    async_save: bool = Field(False, description="Write checkpoints while steps are taken, from a copy in the RAM.")
     max_skipped_steps: PositiveInt = Field(5, description="End after so many steps without a finite loss or gradient.")
     start_timeout: PositiveInt = Field(3600, description="Seconds that a start may stand still, until step 1 is done.")
     collective_timeout: PositiveInt = Field(900, description="Seconds a rank waits for another, from step 2 on.")
-    profile_steps: str | None = Field(
-        None, description="Trace rank 0 in these steps, FIRST:LAST, by torch.profiler into run/profile."
-    )
+    profile_steps: str | None = Field(None, description="Trace rank 0 in steps FIRST:LAST by torch.profiler.")
     log_rows: bool = Field(False, description="Write into log.jsonl which rows each rank ran in each step.")
     resume: Literal["auto", "never"] = Field("never", description="auto: continue from the newest checkpoint, if any.")
     eval_data_path: Path | None = Field(None, description="Records evaluated while training; needs --eval_every.")
@@ -156,7 +148,7 @@ class _Settings(BaseModel):
     eval_decode: int = Field(0, ge=0, description="Answer and score this many evaluation records; 0 answers none.")
     eval_new_tokens: PositiveInt = Field(256, description="Tokens of such an answer, at most.")
     eval_pictures: int = Field(0, ge=0, description="Draw this many records' latents in TensorBoard each time.")
-    save_best: str | None = Field(None, description="Keep in best/ the best evaluation's model, by a loss or metric.")
+    save_best: str | None = Field(None, description="Keep the best model in best/: by loss, ce, success, correct, …")
     overwrite: bool = Field(False, description="Start over in a --save_model_path that holds an earlier run.")
     log_every: PositiveInt | None = Field(
         None, description="Optimizer steps between two lines on the console. [default: 10; 1 in a run of at most 100]"
@@ -165,9 +157,7 @@ class _Settings(BaseModel):
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "none"]] = Field(
         ["tensorboard"], description="Where metrics go besides console and log.jsonl: tensorboard, wandb, mlflow, none."
     )
-    peak_tflops: PositiveFloat | None = Field(
-        None, description="Peak dense TFLOP/s of a GPU in the run's precision, for MFU. [default: of common GPUs]"
-    )
+    peak_tflops: PositiveFloat | None = Field(None, description="A GPU's dense peak, for MFU. [default: known GPUs']")
 
 
 class RunConfig(RlSettings, _Settings):

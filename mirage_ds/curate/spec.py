@@ -24,7 +24,7 @@ class ReadSpec(BaseModel, extra="forbid"):
 
 
 class RewriteSpec(ReadSpec, Settings):
-    """How the given records are read, and where others are written."""
+    """How the given records are read, and what is drawn."""
 
     seed: int = Field(0, description="the same seed gives the same bytes")
 
@@ -37,7 +37,7 @@ class VarySpec(RewriteSpec):
     task: str | None = Field(None, description="helper-text: task to use [default: the record's own task]")
 
 
-class ImportSpec(RewriteSpec):
+class ImportSpec(ReadSpec, Settings):
     """Whose rows are read, and how."""
 
     layout: Layout | None = Field(None, description="the trainer whose layout the rows have [default: recognised]")

@@ -16,7 +16,6 @@ from PIL import Image
 from mirage_ds.curate.rewrite import Source
 from mirage_ds.curate.spec import Kind, VarySpec
 from mirage_ds.data.images import Key
-from mirage_ds.data.progress import progress_bar
 from mirage_ds.data.record import HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, Record
 from mirage_ds.errors import UserError, is_text, shown
 from mirage_ds.tasks import get_task, level_of, named_task
@@ -64,8 +63,7 @@ def vary(kind: Kind, file: Path, spec: VarySpec) -> Written:
         before = record.extra.get("variant")
         variant = f"{before}+{kind}" if isinstance(before, str) else kind
         rows += [row._replace(extra=row.extra | {"variant": variant}) for row in made]
-    with progress_bar(f"{kind}: pictures") as progress:
-        return write_rows(rows, spec, progress)
+    return write_rows(rows, spec)
 
 
 def _check_flags(kind: Kind, spec: VarySpec) -> None:
@@ -147,11 +145,6 @@ def _helper_input(given: Given) -> list[Row]:
     return [_without_helper(row)._replace(text_input=text, inputs=row.inputs + row.helpers)]
 
 
-def _helper_rows(given: Given) -> list[Row]:
-    """The row without its helper, and the row that sees it."""
-    return [_without_helper(given.row), *_helper_input(given)]
-
-
 def _helper_text(given: Given) -> list[Row]:
     """What the helper shows, in words where it stood."""
     record = given.record
@@ -176,11 +169,6 @@ def _joined(before: str, after: str) -> str:
     """Join two texts so that words do not run into their neighbours; what stood apart stays as it was."""
     apart = not before or not after or before[-1].isspace() or after[0].isspace()
     return before + after if apart else f"{before} {after}"
-
-
-def _helper_swap(given: Given) -> list[Row]:
-    """Another record's helpers."""
-    return [given.row._replace(helpers=given.source.row(given.partner).helpers)]
 
 
 def _helper_noise(given: Given) -> list[Row]:
@@ -215,9 +203,11 @@ def _helper_only(given: Given) -> list[Row]:
 
 MAKERS: dict[Kind, Callable[[Given], list[Row]]] = {
     "helper-input": _helper_input,
-    "helper-rows": _helper_rows,
+    # The row without its helper, and the row that sees it.
+    "helper-rows": lambda given: [_without_helper(given.row), *_helper_input(given)],
     "helper-text": _helper_text,
-    "helper-swap": _helper_swap,
+    # Another record's helpers.
+    "helper-swap": lambda given: [given.row._replace(helpers=given.source.row(given.partner).helpers)],
     "helper-noise": _helper_noise,
     "no-image": _no_image,
     "helper-only": _helper_only,

@@ -6,7 +6,7 @@ W ranks, G micro-steps of a step.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 
@@ -15,7 +15,7 @@ from mirage_ds.data.encode import Encoder, beside_each
 from mirage_ds.data.features import FeatureStore, KeptFeatures
 from mirage_ds.data.index import Index
 from mirage_ds.data.pack import Bins, Planner, StepPlan
-from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record import Record, RecordError, blamed
 from mirage_ds.data.sample import Measure, Sample
 from mirage_ds.data.ship import Shipment, from_workers, ship
 from mirage_ds.errors import UserError
@@ -34,11 +34,8 @@ def check_records(records: Sequence[Record], encoder: Encoder) -> list[Measure]:
             encoder.finder.check(record, name, path)
         return measure
 
-    with ThreadPoolExecutor() as pool:
-        try:
-            return list(pool.map(check, records))
-        except RecordError as error:
-            raise UserError(f"record on {error.fault}") from None
+    with ThreadPoolExecutor() as pool, blamed("record on "):
+        return list(pool.map(check, records))
 
 
 class Rows:
@@ -123,10 +120,7 @@ class Loader:
         Raises:
             UserError: a row cannot be filled; only this rank knows.
         """
-        work = ((micro[self.rank], self._most_runs(micro)) for micro in bins)
+        runs = self.rows.records["runs"]
+        work = ((micro[self.rank], int(runs[list(chain(*micro))].max(initial=0))) for micro in bins)
         for shipment in from_workers(self.batch, work, self.workers, 4, torch.cuda.is_available()):
             yield shipment.unpack()
-
-    def _most_runs(self, micro: Bins) -> int:
-        rows = [row for rank in micro for row in rank]
-        return int(self.rows.records["runs"][rows].max(initial=0))

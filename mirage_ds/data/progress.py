@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 from rich.console import Console
@@ -16,9 +17,8 @@ Item = TypeVar("Item")
 
 
 def clock(seconds: float) -> str:
-    """Return a time as h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+    """Return a time as h:mm:ss, with days before it where there are some."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 class Lines:

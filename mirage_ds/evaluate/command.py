@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def evaluate(folder: Path, local_rank: str | None, **flags: Any) -> None:
     """Answer the records of a file and score the answers.
 
-    The model is that in FOLDER; scores are per level, with 95 % intervals.
+    The model is that in FOLDER, or a hub id; scores are per level, with 95 % intervals.
 
     On several GPUs: deepspeed --module mirage_ds.evaluate FOLDER … shares the records among the ranks.
     """

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from mirage_ds.config.run import Slots, Stage
-from mirage_ds.data.batch import Batch, collate, to_device
 from mirage_ds.data.encode import LATENT_TOKENS, Encoder
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder, load_tokenizer
 from mirage_ds.data.loader import check_records
 from mirage_ds.data.record import Record, RecordError
-from mirage_ds.data.sample import IGNORE, Sample
+from mirage_ds.data.sample import Sample
 from mirage_ds.engine.spelling import read_base, read_trained
 from mirage_ds.errors import Stopped, UserError, reason
+from mirage_ds.evaluate.prompts import prompts_of, reader
 from mirage_ds.evaluate.scoring import Prediction
 from mirage_ds.evaluate.spec import PAPER, Decoding, Pixels, Sampling
 from mirage_ds.files import whole_folder
@@ -32,7 +32,7 @@ from mirage_ds.model.generate import Prompts, check_room, decode, generate
 from mirage_ds.model.load import Loaded, check_folder, load_model
 from mirage_ds.model.rows import Generated
 from mirage_ds.model.slots import Latents, LatentTokens, Limits, latent_tokens, noise, pause
-from mirage_ds.model.vision import FrozenTower
+from mirage_ds.model.vision import CALL_PATCHES, FrozenTower
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
@@ -143,7 +143,10 @@ def load_decoder(
     dtype = decoding_dtype(stored, device)
     loaded = load_model(place, stage="sft", dtype=dtype, device=device, checkpointing=False)
     loaded.model.eval()
-    return Decoder(place, loaded, encoder, latents)
+    decoder = Decoder(place, loaded, encoder, latents)
+    # On a CPU too: features are not kept here.
+    decoder.tower.call_patches = CALL_PATCHES
+    return decoder
 
 
 def save_decoder(decoder: Decoder, target: Path, trained: dict[str, Any]) -> None:
@@ -225,37 +228,6 @@ def tokens_and_feed(
     if not latents:
         tokens = tokens._replace(start=-1)
     return tokens, pause(model, tokens.pad) if slots == "pause" else None
-
-
-def pack(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample], passes: int = 1) -> Batch:
-    """Pack rows into a batch on the model's device, with the features of their images."""
-    return to_device(tower.attach(collate(samples, passes, encoder.dummy(0))), model.head.weight.device)
-
-
-def prompts_of(model: MirageModel, tower: FrozenTower, encoder: Encoder, samples: Sequence[Sample]) -> Prompts:
-    """Make encoded prompts ready for the decoder; the tower runs as they enter."""
-    return Prompts(
-        [len(sample.input_ids) for sample in samples],
-        [sample.row for sample in samples],
-        lambda first, end: pack(model, tower, encoder, samples[first:end]),
-    )
-
-
-def without_helpers(sample: Sample) -> Sample:
-    """Leave a row's helper images out."""
-    return sample._replace(
-        helper_pixel_values=sample.helper_pixel_values[:0],
-        helper_grid_thw=sample.helper_grid_thw[:0],
-        helper_groups=sample.helper_groups[:0],
-        helper_features=None,
-    )
-
-
-def prompt_of(sample: Sample) -> Sample:
-    """Cut a row before its first label: what Encoder.encode_prompt makes, with the features that were kept."""
-    end = int((sample.labels != IGNORE).int().argmax())
-    ids, labels, positions = sample.input_ids[:end], sample.labels[:end], sample.position_ids[:, :end]
-    return without_helpers(sample)._replace(input_ids=ids, labels=labels, position_ids=positions, runs=())
 
 
 def decode_samples(
@@ -365,10 +337,10 @@ def answer_records(
     # The longest first: short ones fill up the end, and the cache grows once.
     order = sorted(range(len(records)), key=lambda i: -lengths[i])
 
-    def read(first: int, end: int) -> Batch:
-        # Here and not before: the pixels of a whole file do not fit into memory.
-        return pack(model, tower, encoder, [encoder.encode_prompt(records[i], places[i]) for i in order[first:end]])
+    def prompt(place: int) -> Sample:
+        return encoder.encode_prompt(records[order[place]], places[order[place]])
 
+    read = reader(model, tower, encoder, len(order), prompt)
     prompts = Prompts([lengths[i] for i in order], [places[i] for i in order], read, samples)
     tokens, fed = tokens_and_feed(model, encoder, decoder.latents, decoder.trained.get("slots"))
     choose = chooser_of(decoding, seed, prompts.rows, samples)

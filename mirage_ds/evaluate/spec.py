@@ -42,9 +42,9 @@ class LengthSpec(FolderSpec):
     """How long a model's answers are."""
 
     run_length: str = Field(
-        "trained", description="Latents of a latent block: trained (as in training), model (it decides), or a number."
+        "trained", description="Latents a block: trained (as in training), model (its choice, up to 8), or a number."
     )
-    max_new_tokens: PositiveInt = Field(1024, description="Tokens of an answer, at most.")
+    max_new_tokens: PositiveInt = Field(1024, description="Tokens of an answer, latents included, at most.")
 
 
 class ModelSpec(LengthSpec):
@@ -74,8 +74,8 @@ class DecodingSpec(ModelSpec):
     )
     temperature: PositiveFloat | None = Field(None, description="For --decoding sampled; 1 if not set.")
     top_p: float | None = Field(None, gt=0, le=1, description="For --decoding sampled; 1 if not set.")
-    longest_run: NonNegativeInt = Field(8, description="Latents after which the end of a latent block is forced.")
-    no_latents: bool = Field(False, description="Decode a model that was never trained on latents.")
+    longest_run: NonNegativeInt = Field(8, description="Latents of a block, at most, where the model ends it.")
+    no_latents: bool = Field(False, description="Open no latent block: for base models and those of sft.")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -102,7 +102,7 @@ class DataSpec(BaseModel):
 class RecordsSpec(DataSpec):
     """Which records are answered."""
 
-    task: str | None = Field(None, description="Task that scores, or module:function. [default: the records' own]")
+    task: str | None = Field(None, description="Scoring task, or module:function. [default: each record's, or boxed]")
     prefill_tokens: PositiveInt = Field(
         8192, description="Prompts run together up to so many tokens; a longer one runs alone."
     )

@@ -6,6 +6,7 @@ features, H hidden, V vocabulary.
 It walks transformers' own decoder layers; weights, names and files stay those of its whole models (family.py).
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from mirage_ds.model.images import Deep, place_images
 from mirage_ds.model.latent_heads import LatentHeads, gaussian_logp, vlpo_logp
 from mirage_ds.model.latents import compress, grounding, in_order, run_passes
 from mirage_ds.model.layers import Cut, DecoderLayers
-from mirage_ds.model.lora import Lora, TokenRows
+from mirage_ds.model.lora import Lora, TokenRows, adapters_off
 from mirage_ds.model.loss import LossHead, LossSums, label_scales, loss_sums
 from mirage_ds.model.vision import trained_features
 
@@ -30,11 +31,13 @@ class Scoring(NamedTuple):
         temperature: that answers were sampled at.
         density: what recorded latents are scored under: "gaussian" by the model's LatentHeads, "vlpo" by `sigma`; None
             gives them no score.
+        adapters: False scores without what LoRA has trained, to be called without gradients.
     """
 
     temperature: float = 1.0
     density: Literal["gaussian", "vlpo"] | None = None
     sigma: float = 10.0
+    adapters: bool = True
 
 
 class Scores(NamedTuple):
@@ -174,9 +177,10 @@ class MirageModel(nn.Module):
         return sums, hidden, Traced(hidden[0], embeddings, total, ce, distance)
 
     def _score(self, batch: Batch, scoring: Scoring) -> Scores:
-        embeddings, deep, _ = self._inputs(batch)
-        hidden, labelled, cut = self._hidden(batch, embeddings, deep)
-        logp, entropy = self.head(labelled, batch.targets, temperature=scoring.temperature)
+        embeddings, deep, _ = self._inputs(batch, scoring.adapters)
+        with nullcontext() if scoring.adapters else adapters_off(self.layers):
+            hidden, labelled, cut = self._hidden(batch, embeddings, deep)
+        logp, entropy = self.head(labelled, batch.targets, None, scoring.temperature, scoring.adapters)
         states = hidden[0] if len(hidden) == 1 else in_order(hidden, batch.passes)
         states = states.index_select(0, batch.latents - 1)
         latent_logp = states.new_zeros(len(states), dtype=torch.float64)
@@ -190,10 +194,10 @@ class MirageModel(nn.Module):
                 latent_logp = vlpo_logp(batch.fed, self.feed(states), scoring.sigma)
         return Scores(logp, entropy, latent_logp, states.detach(), None if cut is None else cut.root())
 
-    def _inputs(self, batch: Batch) -> tuple[torch.Tensor, Deep | None, torch.Tensor | None]:
+    def _inputs(self, batch: Batch, adapters: bool = True) -> tuple[torch.Tensor, Deep | None, torch.Tensor | None]:
         """Return input embeddings (T, H), what is added behind layers, and stage1's targets (L, H) among the former."""
         embeddings = self.language_model.embed_tokens(batch.input_ids)
-        if self.rows is not None:
+        if self.rows is not None and adapters:
             embeddings = self.rows(embeddings, batch.input_ids)
         images, helpers = self._features(batch)
         embeddings, deep = place_images(embeddings, images, batch.image_positions)

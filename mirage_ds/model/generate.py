@@ -28,7 +28,7 @@ from mirage_ds.model.attention import Ends, Packed
 from mirage_ds.model.choose import Chooser, NotFinite, Turn, finite, greedy, project
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.images import place_images
-from mirage_ds.model.kv_cache import BlockCache, bytes_of_block, on_device
+from mirage_ds.model.kv_cache import BlockCache, on_device
 from mirage_ds.model.rows import Generated, Prompt, Row
 from mirage_ds.model.slots import Latents, LatentTokens, Limits, Slot
 
@@ -70,8 +70,7 @@ class Loop:
         self.model, self.limits, self.read, self.trace = model, limits, read, trace
         self.record, self.noise = record, noise
         self.text: Any = model.language_model
-        most = None if limits.cache_gb is None else int(limits.cache_gb * 1e9 / bytes_of_block(model))
-        self.cache = BlockCache(model, most)
+        self.cache = BlockCache(model, limits.cache_gb)
         self.waiting: deque[Prompt] = deque()
         self.live: list[Row] = []
         self.hidden = model.head.weight.new_empty(0, model.head.weight.shape[1])
@@ -86,15 +85,7 @@ class Loop:
         Raises:
             UserError: --cache_gb never has room for it.
         """
-        prompt = Prompt(number, length, answers, self.cache, new_tokens)
-        blocks = prompt.shared + prompt.own
-        if self.cache.most is not None and blocks > self.cache.most:
-            raise UserError(
-                f"keys and values of its {length} prompt tokens and up to {new_tokens} of an answer take "
-                f"{blocks * bytes_of_block(self.model) / 1e9:.3g} GB, and --cache_gb is {self.limits.cache_gb:g}; "
-                "raise it, or lower --max_new_tokens or --max_pixels"
-            )
-        self.waiting.append(prompt)
+        self.waiting.append(Prompt(number, length, answers, self.cache, new_tokens))
 
     def drop(self, numbers: Collection[int]) -> None:
         """Let answers leave before their end, or never begin: then all of a prompt's that have not begun."""
@@ -259,17 +250,17 @@ class Loop:
         return hidden
 
 
-def _add_all(loop: Loop, lengths: Sequence[int], rows: Sequence[int], answers: int) -> None:
-    """Let records' prompts wait; a record without room is named."""
+def _prompts(
+    cache: BlockCache, lengths: Sequence[int], rows: Sequence[int], limits: Limits, answers: int
+) -> list[Prompt]:
+    """Make records' prompts; a record without room is named."""
+    found = []
     for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         try:
-            loop.add(place * answers, length, answers, loop.limits.new_tokens)
+            found.append(Prompt(place * answers, length, answers, cache, limits.new_tokens))
         except UserError as error:
             raise UserError(f"record {row + 1}: {error}") from None
-
-
-def _never(numbers: Sequence[int]) -> Batch:
-    raise NotImplementedError(numbers)
+    return found
 
 
 def check_room(
@@ -280,7 +271,7 @@ def check_room(
     Raises:
         UserError: names the first record without room.
     """
-    _add_all(Loop(model, limits, _never), lengths, rows, answers)
+    _prompts(BlockCache(model, limits.cache_gb), lengths, rows, limits, answers)
 
 
 @torch.no_grad()
@@ -318,7 +309,7 @@ def decode(
         return prompts.read(numbers[0] // each, numbers[-1] // each + 1)
 
     loop = Loop(model, limits, read, trace, record, noise)
-    _add_all(loop, prompts.lengths, prompts.rows, each)
+    loop.waiting += _prompts(loop.cache, prompts.lengths, prompts.rows, limits, each)
     while loop.live or loop.waiting:
         loop.enter()
         ended = loop.step(tokens, choose, latents)

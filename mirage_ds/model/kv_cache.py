@@ -54,17 +54,18 @@ class BlockCache:
     """The cache of all layers.
 
     Args:
-        most: blocks that it may have; as many as rows reserve if None.
+        gb: what it may take, in 10⁹ bytes; as much as rows reserve if None.
 
     Attributes:
-        size: B.
+        size: B; bytes: of a block; most: blocks that it may have, or None.
         keys, values: (P, Hkv, B, D) a layer.
         reserved: blocks that rows may need until their ends.
     """
 
-    def __init__(self, model: MirageModel, most: int | None = None):
+    def __init__(self, model: MirageModel, gb: float | None = None):
         config: Any = model.language_model.config
-        self.size, self.most, self.kernel, self.reserved = tokens_of_block(model), most, kernel_of(model), 0
+        self.size, self.bytes, self.kernel = tokens_of_block(model), bytes_of_block(model), kernel_of(model)
+        self.gb, self.most, self.reserved = gb, None if gb is None else int(gb * 1e9 / self.bytes), 0
         empty = model.head.weight.new_zeros(0, config.num_key_value_heads, self.size, head_width_of(config))
         self.keys = [empty] * config.num_hidden_layers
         self.values = [empty] * config.num_hidden_layers

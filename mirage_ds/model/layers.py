@@ -135,26 +135,30 @@ def _around_same_parameters(layer: nn.Module) -> nn.Module:
 
 
 class LayerCall(nn.Module):
-    """One decoder layer: a module that DeepSpeed hooks, without parameters of its own, so that no name changes."""
+    """One decoder layer: a module that DeepSpeed hooks, without parameters of its own, so that no name changes.
+
+    Attributes:
+        bodies: the layer's copy that each kind of pass runs.
+    """
 
     def __init__(self, layer: nn.Module, current: Round, kernels: str | None = None):
         super().__init__()
         # In a dictionary: a module that is found in the tree would be hooked, and named a second time.
-        self._bodies = {body: _around_same_parameters(layer) for body in get_args(Body)}
+        self.bodies = {body: _around_same_parameters(layer) for body in get_args(Body)}
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 parent, _, last = name.rpartition(".")
                 deposits = Deposits(current)
                 for body in ("first", "later"):
                     made = PassLinear(module, deposits, body == "first")
-                    setattr(self._bodies[body].get_submodule(parent), last, made)
+                    setattr(self.bodies[body].get_submodule(parent), last, made)
         if kernels is not None:
-            for own in self._bodies.values():
+            for own in self.bodies.values():
                 use_liger(own)
 
     def train(self, mode: bool = True) -> "LayerCall":
         """Set the mode of all bodies too."""
-        for body in self._bodies.values():
+        for body in self.bodies.values():
             body.train(mode)
         return super().train(mode)
 
@@ -165,7 +169,7 @@ class LayerCall(nn.Module):
             body: what the pass does about the weights' gradients.
             arguments: of transformers' layer.
         """
-        output: torch.Tensor = self._bodies[body](x, **arguments)
+        output: torch.Tensor = self.bodies[body](x, **arguments)
         return output
 
 

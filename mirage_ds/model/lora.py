@@ -9,7 +9,8 @@ what is saved has its format (engine/adapter.py).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from mirage_ds.errors import UserError, closest
 from mirage_ds.model.gathered import gathered
+from mirage_ds.model.layers import DecoderLayers
 
 
 class Lora(NamedTuple):
@@ -89,6 +91,25 @@ def add_adapters(language_model: Any, lora: Lora) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lora.seed)
         inject_adapter_in_model(config, language_model)
+
+
+@contextmanager
+def adapters_off(layers: DecoderLayers) -> Iterator[None]:
+    """Let layers compute without their adapters: what they are made of then is the start's weights.
+
+    Adapters are new in every run (load.load_model), and a folder holds them merged: their effect at the start is none.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    calls: Any = layers.calls
+    bodies = [body for call in calls for body in call.bodies.values()]
+    adapted = [one for body in bodies for one in body.modules() if isinstance(one, BaseTunerLayer)]
+    for one in adapted:
+        one.enable_adapters(False)
+    yield
+    # Not after an error, which ends the run.
+    for one in adapted:
+        one.enable_adapters(True)
 
 
 class TokenRows(nn.Module):

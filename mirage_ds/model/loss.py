@@ -89,13 +89,14 @@ class LossHead(nn.Module):
         targets: torch.Tensor,
         scales: torch.Tensor | None = None,
         temperature: float = 1.0,
+        adapters: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted sum of the positions' cross-entropies, and each of them; or each one's log-probability and entropy.
 
         Args:
             hidden: (M, H) final hidden states; targets: (M,) token ids.
             scales: (M,) float32 weight of each position; None asks for log-probabilities.
-            temperature: what the logits are divided by then.
+            temperature: what the logits are divided by then; adapters: False leaves out `rows`.
 
         Returns:
             With scales: Σ scales · losses, a float32 scalar, and the (M,) float32 losses, which carry no gradient.
@@ -103,7 +104,8 @@ class LossHead(nn.Module):
         """
         states, parts = hidden.to(self.weight.dtype), self.parts(len(hidden))
         if scales is None:
-            logp, entropy = LogProbabilities.apply(states, self.weight, self.rows, self, targets, temperature, parts)
+            rows = self.rows if adapters else None
+            logp, entropy = LogProbabilities.apply(states, self.weight, rows, self, targets, temperature, parts)
             return logp, entropy
         own, recorded = (self.rows, self.row_ids), torch.is_grad_enabled()
         total, losses = WeightedCrossEntropy.apply(states, self.weight, *own, targets, scales, parts, recorded)

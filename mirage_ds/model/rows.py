@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mirage_ds.errors import UserError
 from mirage_ds.model.kv_cache import BlockCache
 from mirage_ds.model.slots import LatentTokens, Limits, Slot
 
@@ -47,6 +48,9 @@ class Prompt:
         shared, own: blocks that are reserved for all of its answers together, and for each of them.
         table: its blocks.
         hidden: (H,) final-norm state at its last token; last: () that token; position: () of the one after it.
+
+    Raises:
+        UserError: --cache_gb never has room for it.
     """
 
     hidden: torch.Tensor
@@ -61,6 +65,13 @@ class Prompt:
         # Its full blocks serve all.
         self.own = cache.blocks(length + new_tokens) - (length // cache.size if several else 0)
         self.table: list[int] = []
+        blocks = self.shared + self.own
+        if cache.most is not None and blocks > cache.most:
+            raise UserError(
+                f"keys and values of its {length} prompt tokens and up to {new_tokens} of an answer take "
+                f"{blocks * cache.bytes / 1e9:.3g} GB, and --cache_gb is {cache.gb:g}; raise it, or lower "
+                "--max_new_tokens or --max_pixels"
+            )
 
 
 @dataclass

@@ -54,7 +54,9 @@ def reference(spec: PlanSpec, model: Sizes, settings: Settings, ranks: int) -> i
 
 
 def seconds(spec: PlanSpec, model: Sizes, width: int, ranks: int, hbm: float, arithmetic: float) -> dict[str, float]:
-    """Bound what a rollout adds to its updates: reading weights and cache for each token, and scoring all answers.
+    """Bound what a rollout adds to its one update: reading weights and cache for each token, and a KL's reference.
+
+    Of several updates, all but the first also score their answers once more.
 
     Args:
         width: b; hbm: bytes/s; arithmetic: seconds of the update's forward and backward.
@@ -64,8 +66,6 @@ def seconds(spec: PlanSpec, model: Sizes, width: int, ranks: int, hbm: float, ar
     own = rollout_of(spec, ranks)
     cache = own.at_once * (own.prompt + spec.max_completion_length / 2) * 2 * model.layers * model.kv_width * width
     rounds = -(-own.answers // own.at_once)
-    forwards = (2 if spec.beta else 1) / (4 if spec.gradient_checkpointing else 3)
-    return {
-        "sampling tokens": rounds * spec.max_completion_length * (model.text * width + cache) / hbm,
-        "scoring": arithmetic * forwards,
-    }
+    tokens = rounds * spec.max_completion_length * (model.text * width + cache) / hbm
+    forward = arithmetic / (4 if spec.gradient_checkpointing else 3)
+    return {"sampling tokens": tokens, **({"scoring by the reference": forward} if spec.beta else {})}

@@ -23,15 +23,15 @@ class PlanSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     # what is trained
-    model: str = Field(description="Folder with a config.json, or a public shape: qwen2.5-vl-3b, -7b, -32b, -72b.")
+    model: str = Field(description="Folder, config.json, public shape (qwen2.5-vl-3b, -7b, -32b, -72b) or its hub id.")
     stage: Stage = Field(description="As for a run; rl with latents that are made anew (through).")
     latent_size: PositiveInt = Field(4, description="k, latents a block.")
     latent_runs: PositiveInt = Field(1, description="Latent blocks of a row, at most.")
     deepspeed: Path | None = Field(None, description="Plan this JSON alone. [default: all that ship]")
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens packed into one micro-batch of one rank.")
     micro_steps: PositiveInt = Field(1, description="Micro-steps of an optimizer step.")
-    row_tokens: PositiveInt = Field(500, description="Tokens of a row.")
-    labelled: float = Field(0.2, gt=0, le=1, description="Share of tokens from the first latent on (sft: labelled).")
+    row_tokens: PositiveInt = Field(500, description="Tokens of a row, its images included.")
+    labelled: float = Field(0.2, gt=0, le=1, description="Share of a row from its first latent on; sft: of labels.")
     images: NonNegativeInt = Field(1, description="Input images of a row.")
     image_tokens: PositiveInt = Field(256, description="Merged features of an image; 256 are 448 x 448 pixels.")
     rows: PositiveInt = Field(3000, description="Records, for the size of the kept features.")
@@ -41,11 +41,11 @@ class PlanSpec(BaseModel):
     attention: Literal["flash", "torch_varlen", "sdpa"] = Field("flash", description="Attention back end.")
     loss_chunk_mb: PositiveInt | None = Field(None, description="MiB of a logits chunk. [default: GPU / 128; CPU 256]")
 
-    prompts_per_rollout: PositiveInt = Field(8, description="rl: as for a run, the other four too.")
+    prompts_per_rollout: PositiveInt = Field(8, description="rl: prompts of a rollout, of all ranks.")
     num_generations: PositiveInt = Field(8, description="rl: answers of a prompt.")
     max_completion_length: PositiveInt = Field(256, description="rl: tokens of an answer.")
     rollout_rows: PositiveInt | None = Field(None, description="rl: answers that a rank decodes at a time.")
-    beta: NonNegativeFloat = Field(0.0, description="rl: above 0 the start's weights are held too.")
+    beta: NonNegativeFloat = Field(0.0, description="rl: above 0 the start's weights are held too; not with adapters.")
 
     # the machines
     nodes: PositiveInt = Field(1, description="Hosts.")

@@ -71,11 +71,12 @@ def reinforce(run: Run, data: Data, learner: Learner) -> Iterator[Taken]:
                     set_collective_timeout(config.collective_timeout)
             lesson = lesson_of(run, rollout)
             completions.write(number * every, rollout, lesson)
+            found = measures(data, rollout)
+            check(run, learner, found, number)
             pupil = Pupil(run, data, learner, lesson)
             begun = time.perf_counter()
-            drift = pupil.score()
-            found = measures(data, rollout) | drift | {"logp_seconds": round(time.perf_counter() - begun, 4)}
-            check(run, learner, found, number)
+            pupil.score()
+            found["logp_seconds"] = round(time.perf_counter() - begun, 4)
             for at in range(number * every, min((number + 1) * every, data.steps)):
                 taken = pupil.update(at % config.updates, at)
                 last = (at + 1) % every == 0
@@ -102,14 +103,9 @@ def roll(run: Run, data: Data, learner: Learner, number: int) -> Rollout:
         fresh = grouped(config, chosen, answers, judge(run, data, answers))
         seconds["decode_seconds"] += sampled - begun
         seconds["scoring_seconds"] += time.perf_counter() - sampled
-        if not attempt:
-            groups = fresh
-        else:
-            places = [at for at, group in enumerate(groups) if group.flat]
-            better = [group for group in fresh if not group.flat]
-            for at, group in zip(places, better, strict=False):
-                groups[at] = group
-            redrawn += len(chosen)
+        better = iter([group for group in fresh if not group.flat])
+        groups = [next(better, group) if group.flat else group for group in groups] or fresh
+        redrawn += len(chosen) if attempt else 0
         # In the place of those that teach nothing, other prompts; what is left at the end stays.
         wanted = sum(group.flat for group in groups)
         rest = np.setdiff1d(planner.row_ids, list(used))
@@ -135,10 +131,10 @@ def judge(run: Run, data: Data, answers: list[Sampled]) -> Scored:
     def score() -> Scored:
         assert data.rewards is not None
         given = []
-        for answer in answers:
-            said = answer_of(Generated(answer.ids), encoder)
+        for at, answer in enumerate(answers):
+            said, place = answer_of(Generated(answer.ids), encoder), at // run.config.num_generations
             record = seen_by_scorer(records.record(answer.row))
-            given.append(Answer(answer.row, record, said.text, tuple(said.runs), answer.truncated))
+            given.append(Answer(answer.row, record, said.text, tuple(said.runs), answer.truncated, place))
         try:
             scored = data.rewards.score(given)
         except (Stopped, UserError):
@@ -188,16 +184,9 @@ def check(run: Run, learner: Learner, found: Mapping[str, float], number: int) -
     """Refuse to learn from a rollout that shows something broken.
 
     Raises:
-        UserError: on every rank: log-probabilities are apart, or answers have no latents any more.
+        UserError: on every rank: answers have no latents any more, or no rewards.
     """
-    config, drift = run.config, found["decoder_drift"]
-    if not drift <= config.max_drift:
-        raise UserError(
-            f"rollout {number + 1}: log-probabilities of decoder and training differ by {drift:.3g} nats a token in "
-            f"the mean, above --max_drift {config.max_drift:g}: the answers are not those of the policy that is "
-            "trained; raise it where a low precision explains that, or report it"
-        )
-    share = found["latent_share"]
+    config, share = run.config, found["latent_share"]
     if learner.state["latent_policy"] != "text" and share < config.min_latent_share:
         raise UserError(
             f"rollout {number + 1}: {share:.1%} of the answers have latents, below --min_latent_share "

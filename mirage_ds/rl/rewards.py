@@ -29,11 +29,13 @@ class Answer(NamedTuple):
     """A decoded answer.
 
     Attributes:
-        row: of its prompt; neighbours with one row are a group, and a function gets a group in one call.
+        row: of its prompt.
         record: as tasks.seen_by_scorer returns it.
         text: without latent blocks.
         blocks: the length of each latent block.
         truncated: it ended because it had all its tokens.
+        place: of its prompt in the rollout, where a row may stand twice. Neighbours with one row and place are a group,
+            and a function gets a group in one call.
     """
 
     row: int
@@ -41,6 +43,7 @@ class Answer(NamedTuple):
     text: str
     blocks: tuple[int, ...]
     truncated: bool
+    place: int = 0
 
 
 class Scored(NamedTuple):
@@ -218,7 +221,9 @@ class Rewards:
                     everywhere=False,
                 )
 
-        groups = [tuple(group) for _, group in groupby(range(len(answers)), lambda at: answers[at].row)]
+        groups = [
+            tuple(group) for _, group in groupby(range(len(answers)), lambda at: (answers[at].place, answers[at].row))
+        ]
         calls = deque(self._asked(answers, name, group) for name in names if name != JUDGE for group in groups)
         if calls and self.workers is not None:
             with closing(self.workers.run(calls, self.asked)) as results:

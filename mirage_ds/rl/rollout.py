@@ -21,7 +21,8 @@ from mirage_ds.data.loader import Rows
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.engine.whole import whole_model
 from mirage_ds.errors import Stopped
-from mirage_ds.evaluate.decoder import prompts_of, seeds_of, tokens_and_feed
+from mirage_ds.evaluate.decoder import seeds_of, tokens_and_feed
+from mirage_ds.evaluate.prompts import prompts_of
 from mirage_ds.model.choose import Chooser, NotFinite, Turn, sampler
 from mirage_ds.model.forward import MirageModel
 from mirage_ds.model.generate import decode

@@ -7,7 +7,7 @@ micro-steps of a step.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from mirage_ds.data.pack import pack
 from mirage_ds.data.sample import Sample
 from mirage_ds.engine.private import backward
 from mirage_ds.engine.setup import everyone
+from mirage_ds.errors import UserError
 from mirage_ds.model.forward import Scores, Scoring
 from mirage_ds.rl.latents import block_ratios
 from mirage_ds.rl.objective import SUMS, Scored, Settings, Totals, reported, token_terms
@@ -63,7 +64,11 @@ class Lesson(NamedTuple):
 
 
 class Pupil:
-    """Takes optimizer steps on the answers of one rollout."""
+    """Takes optimizer steps on the answers of one rollout.
+
+    Attributes:
+        drift: how far log-probabilities of decoder and training are apart, once a step was taken.
+    """
 
     def __init__(self, run: Run, data: Data, learner: Learner, lesson: Lesson):
         self.run, self.data, self.learner, self.lesson = run, data, learner, lesson
@@ -75,6 +80,8 @@ class Pupil:
         self.settings = Settings(config.objective, config.clip_low, high, config.beta, config.entropy)
         self.rows = data.loader.rows
         self._prompts: dict[int, Sample] = {}
+        self._away: list[torch.Tensor] = []
+        self.drift: dict[str, float] = {}
         # Of whole prompts, in the order in which they were drawn.
         parts = np.array_split(np.arange(len(lesson.answers)), config.updates)
         self.parts = [(part.tolist(), self._packed(part.tolist())) for part in parts]
@@ -134,35 +141,51 @@ class Pupil:
         return self._prompts[row]
 
     @torch.no_grad()
-    def score(self) -> dict[str, float]:
-        """Score all answers by the policy that sampled them and by the reference. All ranks call it.
+    def score(self) -> None:
+        """Score answers before the first step: by the reference, and those of later parts by the policy that sampled.
 
-        Returns:
-            How far the decoder's log-probabilities are from those of the packed forward, in nats a token: the mean and
-            the largest.
+        The first part's are scored by the forward of its own step: no weight has changed by then. All ranks call it.
         """
-        engine, at, device = self.learner.engine, self.run.journal.at, self.run.world.device
-        # Sum and number of the differences; and the largest.
-        sums, most = torch.zeros(2, device=device), torch.zeros((), device=device)
-        reference = self.learner.reference
-        for one in [engine] if reference is None else [engine, reference]:
-            one.eval()
-            for micro in (micro for _, micros in self.parts for micro in micros):
-                at("scores answers")
-                batch, drawn = self.batch(micro)
-                if one is not engine:
-                    micro.reference = one(batch, self.scoring._replace(density=None)).logp
-                    continue
-                scores: Scores = one(batch, self.scoring)
-                micro.old, micro.latents = scores.logp, scores.latent_logp
-                away = (scores.logp - drawn).abs()[drawn.isfinite()]
-                sums += torch.stack([away.sum(), away.new_tensor(len(away))])
-                most = torch.maximum(most, away.max() if len(away) else most)
+        engine = self.learner.engine
+        # A copy of the start's weights, or these without their adapters.
+        reference = engine if self.learner.reference is None else self.learner.reference
+        reference.eval()
+        for micro, batch, _ in self._batches(self.parts if self.run.config.beta else []):
+            micro.reference = reference(batch, self.scoring._replace(density=None, adapters=False)).logp
+        engine.eval()
+        for micro, batch, drawn in self._batches(self.parts[1:]):
+            self._keep(engine(batch, self.scoring), micro, drawn)
         engine.train()
-        at("compares log-probabilities", kind=COLLECTIVE)
+
+    def _batches(self, parts: Sequence[tuple[list[int], list[Micro]]]) -> Iterator[tuple[Micro, Batch, torch.Tensor]]:
+        for micro in (micro for _, micros in parts for micro in micros):
+            self.run.journal.at("scores answers")
+            yield micro, *self.batch(micro)
+
+    def _keep(self, scores: Scores, micro: Micro, drawn: torch.Tensor) -> None:
+        """Keep what the sampling policy gave its answers, and how far the decoder's `drawn` (M,) is from that."""
+        micro.old, micro.latents = scores.logp.detach(), scores.latent_logp.detach()
+        self._away.append((micro.old - drawn).abs()[drawn.isfinite()])
+
+    def _compare(self, step: int) -> dict[str, float]:
+        """Say how far apart decoder and training are, in nats a token: the mean and the largest.
+
+        Raises:
+            UserError: on every rank: too far.
+        """
+        config, away = self.run.config, torch.cat(self._away)
+        sums, most = torch.stack([away.sum(), away.new_tensor(len(away))]), torch.cat([away, away.new_zeros(1)]).max()
+        self.run.journal.at("compares log-probabilities", step, COLLECTIVE)
         dist.all_reduce(sums)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return {"decoder_drift": float(sums[0] / sums[1].clamp(min=1)), "decoder_drift_max": float(most)}
+        drift = float(sums[0] / sums[1].clamp(min=1))
+        if not drift <= config.max_drift:
+            raise UserError(
+                f"rollout {-(-step // config.steps_per_rollout)}: log-probabilities of decoder and training differ by "
+                f"{drift:.3g} nats a token in the mean, above --max_drift {config.max_drift:g}: the answers are not "
+                "those of the policy that is trained; raise it where a low precision explains that, or report it"
+            )
+        return {"decoder_drift": drift, "decoder_drift_max": float(most)}
 
     def totals(self, places: Sequence[int]) -> Totals:
         """Count what a step on these answers takes."""
@@ -176,6 +199,9 @@ class Pupil:
 
         Args:
             step: optimizer steps taken before.
+
+        Raises:
+            UserError: on every rank, before weights change: decoder and training are apart.
         """
         (places, micros), engine, at = self.parts[part], self.learner.engine, self.run.journal.at
         begun, done = time.perf_counter(), step + 1
@@ -185,10 +211,11 @@ class Pupil:
         for number, micro in enumerate(micros):
             at(f"forward and backward of micro-step {number + 1}", done)
             engine.set_gradient_accumulation_boundary(number == len(micros) - 1)
-            batch, _ = self.batch(micro)
-            made = self._micro_step(batch, micro, totals)
+            batch, drawn = self.batch(micro)
+            made = self._micro_step(batch, micro, totals, drawn)
             sums += made
             ran.append((batch.rows, made[SUMS.index("loss")].expand(len(batch.rows)).clone()))
+        self.drift = self.drift or self._compare(done)
         at("updates the weights", done)
         learning_rate = engine.get_lr()[0]
         applied, norm = apply_gradients(engine, self.run.config.max_grad_norm)
@@ -198,6 +225,7 @@ class Pupil:
         tokens = [int(self.rows.records["tokens"][one.row]) + len(one.ids) for one in answers]
         metrics: dict[str, Any] = {
             **reported(sums),
+            **self.drift,
             "grad_norm": norm,
             "lr": float(learning_rate),
             "labels": totals.tokens,
@@ -212,10 +240,12 @@ class Pupil:
             metrics["row_ids"] = everyone([row for rows, _ in ran for row in rows.tolist() if row >= 0], self.run.world)
         return Taken(metrics, applied, False, ran, [one.row for one in answers])
 
-    def _micro_step(self, batch: Batch, micro: Micro, totals: Totals) -> torch.Tensor:
+    def _micro_step(self, batch: Batch, micro: Micro, totals: Totals, drawn: torch.Tensor) -> torch.Tensor:
         """Forward and backward over one micro-batch; return its SUMS."""
         engine, config = self.learner.engine, self.run.config
         scores: Scores = engine(batch, self.scoring)
+        if micro.old is None:
+            self._keep(scores, micro, drawn)
         assert micro.old is not None
         blocks = None
         if self.scoring.density is not None and micro.latents is not None:

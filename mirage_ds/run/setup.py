@@ -16,6 +16,7 @@ import torch
 from mirage_ds.config.columns import parse_columns
 from mirage_ds.config.mixture import Mixture, Records
 from mirage_ds.config.rl import rl_noted
+from mirage_ds.config.run import RunConfig
 from mirage_ds.data.folders import unread_lines
 from mirage_ds.data.loader import Loader
 from mirage_ds.data.record import Fault
@@ -30,9 +31,9 @@ from mirage_ds.engine.manifest import entry_of
 from mirage_ds.engine.private import set_collective_timeout
 from mirage_ds.engine.save import Parts, save_model, trained_of
 from mirage_ds.engine.setup import World, from_rank_zero, make_engine, make_reference
-from mirage_ds.engine.spelling import read_base
+from mirage_ds.engine.spelling import Base, read_base
 from mirage_ds.engine.universal import use_universal
-from mirage_ds.files import write_atomically
+from mirage_ds.files import TRAINED_KEY, write_atomically
 from mirage_ds.model.folder import weight_files
 from mirage_ds.model.layers import DecoderLayers
 from mirage_ds.model.load import Loaded, load_model, load_tower, read_config
@@ -104,7 +105,8 @@ class Learner(NamedTuple):
         state: what a checkpoint of this run says of itself (state_of), and the notes of what stays as it was.
         parts: what the model folder holds besides weights.
         flops: counts what the model needs of a step; peak: FLOP/s of this rank, None where it is not known.
-        reference: in rl with a KL, what scores answers by the start's weights.
+        reference: in rl with a KL, what scores answers by the start's weights; None where they are those in training
+            without their adapters.
     """
 
     engine: Any
@@ -275,9 +277,8 @@ def open_engine(
         check_same(checkpoint.place, resumed.get("kept", {}), kept)
     state = {**state, "kept": kept}
     reference = None
-    if config.beta:
-        whole = open_model(run, checked._replace(lora=None), data).model
-        reference = make_reference(whole, checked.ds_values, world.device)
+    if config.beta and checked.lora is None:
+        reference = make_reference(open_model(run, checked, data).model, checked.ds_values, world.device)
     folder, encoder = checked.folders[0], checked.encoder
     base = read_base(folder, encoder.tokenizer)
     return Learner(
@@ -338,6 +339,14 @@ def facts(run: Run, data: Data, learner: Learner) -> dict[str, Any]:
     }
 
 
+def other_latents(config: RunConfig, base: Base) -> Iterator[str]:
+    """Warn where the model was trained with blocks of another length."""
+    trained = base.config.get(TRAINED_KEY) or base.config
+    k = trained.get("latent_size")
+    if "sft" not in (config.stage, trained.get("stage")) and k not in (None, config.latent_size):
+        yield f"warning: the model was trained with --latent_size {k}, this run has {config.latent_size}"
+
+
 def opening_lines(run: Run, data: Data, learner: Learner) -> Iterator[str]:
     """Say what is about to be trained."""
     config, index, world = run.config, data.index, run.world
@@ -355,6 +364,7 @@ def opening_lines(run: Run, data: Data, learner: Learner) -> Iterator[str]:
         warning = "warning: " if index.dropped_share > WARN_DROPPED_SHARE else ""
         yield f"{warning}{index.dropped} row(s) dropped as longer than --max_length {config.max_length}"
     sources = [config.records, *([config.eval_data_path] if config.eval_data_path else [])]
+    yield from other_latents(config, learner.parts.base)
     yield from (line for source in sources for line in told(source, parse_columns(config.columns)))
     yield from (f"warning: {line}" for source in sources for line in unread_lines(source))
     if data.skipped:

@@ -25,7 +25,8 @@ from mirage_ds.data.record import Record, RecordError
 from mirage_ds.engine.setup import World, everyone, from_rank_zero
 from mirage_ds.engine.whole import check_room, whole_model
 from mirage_ds.errors import Stopped, UserError
-from mirage_ds.evaluate.decoder import decode_samples, prompt_of, slots_fed
+from mirage_ds.evaluate.decoder import decode_samples, slots_fed
+from mirage_ds.evaluate.prompts import prompt_of
 from mirage_ds.evaluate.scoring import NOTHING, Prediction, score, spread, task_of
 from mirage_ds.model.choose import NotFinite
 from mirage_ds.model.forward import MirageModel

@@ -1,5 +1,6 @@
 """A request's answers as their tokens come: text that can be sent, stops, usage, and OpenAI's two forms of a reply."""
 
+import asyncio
 import json
 import time
 import uuid
@@ -11,6 +12,7 @@ import torch
 from starlette.requests import ClientDisconnect, Request
 from tokenizers.decoders import DecodeStream
 
+from mirage_ds.analysis.controls import bank
 from mirage_ds.model.rows import Generated
 from mirage_ds.serve.body import Refused
 from mirage_ds.serve.engine import Engine, Job, Token
@@ -55,13 +57,13 @@ class Answer:
         self._sent += len(new)
         return new
 
-    def latents(self) -> list[dict[str, Any]]:
-        """Write its blocks for JSON: each one's states (k, H) as base64 of float32, little-endian."""
-        states, found = iter(self.states), []
-        for place, count in self.made.blocks():
-            block = torch.stack([next(states) for _ in range(count)]).numpy().astype("<f4")
-            found.append({"place": place, "shape": [*block.shape], "float32": b64encode(block.tobytes()).decode()})
-        return found
+    def blocks(self) -> list[tuple[int, torch.Tensor]]:
+        """List its blocks as (place among its tokens, the states that were fed (k, H))."""
+        states = iter(self.states)
+        return [
+            (place, torch.stack([next(states) for _ in range(k)]).detach().float().cpu())
+            for place, k in self.made.blocks()
+        ]
 
 
 class Reply:
@@ -88,8 +90,16 @@ class Reply:
                     self.engine.cancel(self.job, token.answer)
                 yield token.answer, text
             if all(answer.finish for answer in self.answers):
+                await asyncio.to_thread(self._save)
                 return
             token = await self.job.token()
+
+    def _save(self) -> None:
+        """Write the first answer's latents where a folder is given for them; a block that was cut short is left out."""
+        slots, folder = self.engine.limits.fixed_run, self.engine.bank_to
+        own = [states for _, states in self.answers[0].blocks() if len(states) == slots]
+        if folder and own:
+            bank.write(folder, self.job.question, torch.stack(own))
 
     def _usage(self) -> dict[str, Any]:
         """Count tokens; latents are the reasoning."""
@@ -103,8 +113,16 @@ class Reply:
 
     def _choice(self, index: int, **content: Any) -> dict[str, Any]:
         answer = self.answers[index]
-        if answer.finish and self.engine.keep:
-            content["latents"] = answer.latents()
+        if answer.finish and self.engine.spec.return_latents:
+            content["latents"] = [
+                # Little-endian, whatever the machine.
+                {
+                    "place": place,
+                    "shape": [*own.shape],
+                    "float32": b64encode(own.numpy().astype("<f4").tobytes()).decode(),
+                }
+                for place, own in answer.blocks()
+            ]
         return {"index": index, "finish_reason": answer.finish or None, "logprobs": None, **content}
 
     async def whole(self, request: Request) -> dict[str, Any]:

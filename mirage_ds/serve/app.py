@@ -4,13 +4,12 @@ import hmac
 import logging
 import os
 import time
-from asyncio import Semaphore, get_running_loop
+from asyncio import Semaphore, get_running_loop, timeout
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
@@ -31,6 +30,8 @@ from mirage_ds.serve.spec import KEY_VARIABLE, ServeSpec
 # Prompts that are being encoded or wait encoded, at a time: their pixels take memory. Threads that encode: each keeps
 # memory of its own.
 AHEAD, THREADS = 8, 2
+# Seconds that a request may take to come: until then it is one of --max_requests.
+BODY_S = 60
 # What nginx writes down for a client that went away.
 GONE = 499
 # Where a request keeps its Job.
@@ -52,14 +53,18 @@ async def refuse(request: Request, error: Exception) -> Response:
     return JSONResponse(error.body(), error.status)
 
 
-async def read_content(request: Request, most_mb: float) -> bytes:
-    """Read a request's body; Refused where it is larger than that."""
+async def read_content(request: Request, most_mb: float) -> bytearray:
+    """Read a request's body; Refused where it is larger than that, or does not come."""
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > most_mb * 1e6:
-            raise Refused(413, f"the request has more than {most_mb:g} MB (--max_request_mb)")
-    return bytes(content)
+    try:
+        async with timeout(BODY_S):
+            async for part in request.stream():
+                content += part
+                if len(content) > most_mb * 1e6:
+                    raise Refused(413, f"the request has more than {most_mb:g} MB (--max_request_mb)")
+    except TimeoutError:
+        raise Refused(408, f"the request was not there after {BODY_S} s") from None
+    return content
 
 
 class Service:
@@ -74,7 +79,7 @@ class Service:
 
     def __init__(self, decoder: Decoder, spec: ServeSpec, scratch: Path):
         self.name, self.spec, self.engine = decoder.folder.name, spec, Engine(decoder, spec)
-        self.reader = Reader(decoder, scratch, spec.files)
+        self.reader = Reader(decoder, scratch, spec.files, spec.max_length)
         self.key = spec.api_key or os.environ.get(KEY_VARIABLE)
         self.begun, self.there = int(time.time()), 0
         self._ahead, self._threads = Semaphore(AHEAD), ThreadPoolExecutor(THREADS)
@@ -143,12 +148,12 @@ class Service:
             return StreamingResponse(reply.events(), media_type="text/event-stream")
         return JSONResponse(await reply.whole(request))
 
-    def _job(self, content: bytes) -> Job:
+    def _job(self, content: bytearray) -> Job:
         asked = read_body(content, self.name, self.spec.max_new_tokens)
         most = asked.new_tokens or self.spec.max_new_tokens
-        sample = self.reader.sample(asked.messages, most)
+        sample, question = self.reader.sample(asked.messages, most)
         # Without the pictures: an answer may take long.
-        return Job(asked.model_copy(update={"messages": []}), [sample], len(sample.input_ids), most)
+        return Job(asked.model_copy(update={"messages": []}), question, [sample], len(sample.input_ids), most)
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -171,11 +176,10 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service):
         # Which warns of every client that goes away amid a stream.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
-        self.service, waits = service, service.spec.grace + PARTING_S
-        quiet: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False}
-        super().__init__(
-            uvicorn.Config(service, timeout_graceful_shutdown=waits, timeout_keep_alive=KEEP_ALIVE_S, **quiet)
-        )
+        self.service = service
+        config = uvicorn.Config(service, log_config=None, log_level="warning", access_log=False)
+        config.timeout_graceful_shutdown, config.timeout_keep_alive = service.spec.grace + PARTING_S, KEEP_ALIVE_S
+        super().__init__(config)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End what still runs after --grace."""

@@ -38,7 +38,7 @@ class Refused(Exception):
 class Shape(BaseModel):
     """A JSON object of the protocol; null is its way to leave a key out."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -112,7 +112,7 @@ class Asked(Shape):
         return self.max_completion_tokens or self.max_tokens or 0
 
 
-def read_body(content: bytes, model: str, most_tokens: int) -> Asked:
+def read_body(content: bytes | bytearray, model: str, most_tokens: int) -> Asked:
     """Parse a request.
 
     Args:
@@ -125,8 +125,9 @@ def read_body(content: bytes, model: str, most_tokens: int) -> Asked:
         asked = Asked.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        param = ".".join(map(str, first["loc"]))
-        said = "is not known here; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+        # Both may hold what was sent, at any length.
+        param = ".".join(map(str, first["loc"]))[:100]
+        said = "is not known here; leave it out" if first["type"] == "extra_forbidden" else first["msg"][:300]
         raise Refused(400, f"{param or 'the request'}: {said}", param or None, first["type"]) from None
     if asked.model not in ("", model):
         raise Refused(404, f"no model {shown(asked.model)}; {model} is served", "model", "model_not_found")

@@ -20,7 +20,7 @@ from mirage_ds.serve.spec import ServeSpec
 def serve(folder: Path, **flags: Any) -> None:
     """Answer over HTTP, as OpenAI's chat completions.
 
-    The model is that in FOLDER. Clients take http://HOST:PORT/v1 as their base URL.
+    The model is that in FOLDER, whole on one GPU. Clients take http://HOST:PORT/v1 as their base URL.
     """
     spec = build_model(ServeSpec, flags)
     need("serve", "mirage-ds serve")

@@ -22,15 +22,18 @@ from typing import NamedTuple
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from mirage_ds.analysis.controls.bank import Bank
+from mirage_ds.analysis.controls.conditions import First, Given, fixed_slots
 from mirage_ds.data.batch import Batch
 from mirage_ds.data.sample import Sample
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import Decoder, need_latents, pack, run_limits, seeds_of, tokens_and_feed
+from mirage_ds.evaluate.decoder import Decoder, need_latents, run_limits, seeds_of, tokens_and_feed
+from mirage_ds.evaluate.prompts import pack
 from mirage_ds.evaluate.spec import Sampling
 from mirage_ds.model.choose import Chooser, Turn, greedy, sampler
 from mirage_ds.model.generate import Loop
 from mirage_ds.model.kv_cache import bytes_of_block, on_device
-from mirage_ds.model.slots import Limits, Slot, pause
+from mirage_ds.model.slots import Latents, Limits, Slot, pause
 from mirage_ds.serve.body import Asked, Refused
 from mirage_ds.serve.spec import ServeSpec
 
@@ -42,7 +45,7 @@ class Token(NamedTuple):
 
     Attributes:
         answer: which of its request's, from 0; ended: it is the last one.
-        state: (H,) float32 on the CPU, what was fed at it, where that is kept and it is a latent.
+        state: (H,) what was fed at it, where that is kept and it is a latent.
     """
 
     answer: int
@@ -56,12 +59,14 @@ class Job:
     """A request as the engine knows it.
 
     Attributes:
+        question: its evaluate.report.prompt_hash.
         prompt: a list that it is taken from when it is read; length: its tokens; new_tokens: of an answer, at most.
         first: number of its first answer among all.
         inbox: its tokens, or the Refused that ends it.
     """
 
     asked: Asked
+    question: str
     prompt: list[Sample]
     length: int
     new_tokens: int
@@ -85,33 +90,42 @@ class Engine:
     """Decodes what is submitted, once it has started.
 
     Attributes:
-        keep: give out what is fed at the slots; registry: its numbers, for Prometheus.
+        bank_to: folder where own latents are written; registry: its numbers, for Prometheus.
 
     Raises:
-        UserError: the model has no latents that spec.latents could replace.
+        UserError: the model has no latents that spec.latents could replace, or they cannot be made.
     """
 
     def __init__(self, decoder: Decoder, spec: ServeSpec):
-        if spec.latents != "own":
+        if spec.latents != "own" or spec.latent_bank:
             need_latents(decoder)
         room = spec.model_dump(include={"prefill_tokens", "rows", "cache_gb"})
         self.limits = run_limits(decoder, spec.max_new_tokens, Limits.longest_run, spec.run_length, **room)
-        self.decoder, self.model, self.keep, latents = decoder, decoder.loaded.model, spec.return_latents, spec.latents
+        self.decoder, self.model, self.spec = decoder, decoder.loaded.model, spec
         slots = decoder.trained.get("slots")
         self.tokens, self._other = tokens_and_feed(self.model, decoder.encoder, decoder.latents, slots)
-        self._barred = [self.tokens.pad, self.tokens.start, self.tokens.end] if latents == "off" else []
-        if latents in ("zero", "random", "text"):
-            zero, text = lambda slots, own: torch.zeros_like(own), pause(self.model, self.tokens.pad)
-            self._other = {"zero": zero, "random": self._random, "text": text}[latents]
+        self._barred = [self.tokens.pad, self.tokens.start, self.tokens.end] if spec.latents == "off" else []
+        own = spec.latents == "own"
+        self.bank_to = spec.latent_bank if own else None
+        shape = fixed_slots(decoder, self.limits) if spec.latent_bank else 0, self.model.head.weight.shape[1]
+        self._bank = Bank(spec.latent_bank, spec.latents, shape, spec.seed) if spec.latent_bank and not own else None
+        # By the numbers of the answers: the vectors that one is fed, or the first state of its block.
+        self._known: dict[int, torch.Tensor] = {}
+        feeds: dict[str, Latents] = {
+            "first": First(self._known),
+            "zero": lambda slots, own: torch.zeros_like(own),
+            "random": self._random,
+            "text": pause(self.model, self.tokens.pad),
+        }
+        self._other = Given(self._known) if self._bank else feeds.get(spec.latents, self._other)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         # By the numbers of the answers, those that wait among them.
         self._rows: dict[int, Job] = {}
         self._seeds: dict[int, int] = {}
-        self._states: dict[int, torch.Tensor] = {}
         self._samplers: dict[Sampling, Chooser] = {}
         self._asked, self._end, self._over = 0, float("inf"), False
         self._thread = Thread(target=self._run, name="decode", daemon=True)
-        self._loop = Loop(self.model, self.limits, self._read)
+        self._loop = self._empty()
         self.registry = CollectorRegistry()
         self._decoded = Counter("mirage_tokens", "Decoded tokens and latents.", registry=self.registry)
         self._prefilled = Counter("mirage_prefill_tokens", "Prompt tokens that were read.", registry=self.registry)
@@ -121,6 +135,9 @@ class Engine:
         cache, size = Gauge("mirage_cache_bytes", "", ["state"], registry=self.registry), bytes_of_block(self.model)
         cache.labels("reserved").set_function(lambda: self._loop.cache.reserved * size)
         cache.labels("allocated").set_function(lambda: len(self._loop.cache.keys[0]) * size)
+
+    def _empty(self) -> Loop:
+        return Loop(self.model, self.limits, self._read, record=self.spec.return_latents or bool(self.bank_to))
 
     def start(self, readers: AbstractEventLoop) -> None:
         """Begin; `readers` is the event loop in which the jobs' tokens are waited for."""
@@ -184,35 +201,39 @@ class Engine:
         seed = secrets.randbits(32) if job.asked.seed is None else job.asked.seed % 2**32
         self._rows |= dict.fromkeys(job.numbers, job)
         self._seeds |= zip(job.numbers, seeds_of(seed, 0, job.asked.n), strict=True)
+        if self._bank:
+            self._known |= dict.fromkeys(job.numbers, self._bank.of(job.question))
 
     def _drop(self, numbers: Sequence[int]) -> None:
         gone = self._rows.keys() & set(numbers)
         self._loop.drop(gone)
         for number in gone:
+            self._known.pop(number, None)
             del self._rows[number], self._seeds[number]
 
     def _end_all(self, why: Refused) -> None:
         for job in set(self._rows.values()):
             self._say(job, why)
         self._rows, self._seeds = {}, {}
-        self._loop = Loop(self.model, self.limits, self._read)
+        self._known.clear()
+        self._loop = self._empty()
 
     def _turn(self) -> None:
         """Let answers begin, and decode one token of every row."""
         self._loop.enter(self.limits.prefill_tokens)
         if not (rows := list(self._loop.live)):
             return
-        self._states = {}
-        ended = {row.number for row in self._loop.step(self.tokens, self._choose, self._feed)}
+        ended = {row.number for row in self._loop.step(self.tokens, self._choose, self._other)}
         self._decoded.inc(len(rows))
         for row in rows:
+            made = row.made
             # Another answer of its request may have been broken.
             if (job := self._rows.get(row.number)) and row.broken:
                 self._say(job, Refused(500, "the logits are not finite: a weight is NaN"))
                 self._drop(job.numbers)
             elif job:
-                state = self._states.get(row.number)
-                self._say(job, Token(row.number - job.first, row.made.ids[-1], row.number in ended, state))
+                state = made.latents[-1] if made.latents and made.fed[len(made.ids) - 1 :] == "H" else None
+                self._say(job, Token(row.number - job.first, made.ids[-1], row.number in ended, state))
         self._drop([*ended])
 
     def _read(self, numbers: Sequence[int]) -> Batch:
@@ -237,17 +258,10 @@ class Engine:
             chosen[at] = choose(logits if len(alike) == 1 else logits[at], [turns[place] for place in places])
         return chosen
 
-    def _feed(self, slots: Sequence[Slot], own: torch.Tensor) -> torch.Tensor:
-        """Say what is fed at slots (m, H); see slots.Latents."""
-        fed = self._other(slots, own) if self._other else own
-        if self.keep:
-            self._states = dict(zip((slot.row for slot in slots), fed.detach().float().cpu(), strict=True))
-        return fed
-
     def _random(self, slots: Sequence[Slot], own: torch.Tensor) -> torch.Tensor:
         """Draw directions (m, H), each as long as the state that it stands for."""
         drawn = torch.empty(own.shape)
         for row, (number, block, slot) in enumerate(slots):
-            seed = ((self._seeds[number] * 1_009 + block) * 1_009 + slot) % 2**63
-            drawn[row].normal_(generator=torch.Generator().manual_seed(seed))
+            seed = ((int(self._rows[number].question, 16) + self.spec.seed) * 1_009 + block) * 1_009 + slot
+            drawn[row].normal_(generator=torch.Generator().manual_seed(seed % 2**63))
         return torch.nn.functional.normalize(drawn).to(own) * own.norm(dim=1, keepdim=True)

@@ -14,10 +14,15 @@ from mirage_ds.data.record import Record, RecordError
 from mirage_ds.data.sample import Sample
 from mirage_ds.errors import shown
 from mirage_ds.evaluate.decoder import Decoder
+from mirage_ds.evaluate.report import prompt_hash
 from mirage_ds.serve.body import Message, Picture, Refused
 
 # A token has about four: a text that would be too long with so many a token is not even tokenized.
 CHARACTERS = 16
+# Pixels of all pictures of a request: decoding them takes time.
+PIXELS = 400_000_000
+# How PNG, JPEG, GIF, WebP, BMP and TIFF begin. Others are nothing for strangers: for EPS, Pillow runs Ghostscript.
+SIGNS = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 
 
 def _bad(what: str, code: str = "invalid_prompt") -> Refused:
@@ -30,12 +35,12 @@ class Reader:
     Args:
         scratch: a folder of the server's own, where pictures lie while they are encoded.
         files: the folder that file: URLs may lead into; None for none.
+        longest: tokens of a prompt with its answer, at most.
     """
 
-    def __init__(self, decoder: Decoder, scratch: Path, files: Path | None):
+    def __init__(self, decoder: Decoder, scratch: Path, files: Path | None, longest: int):
         self.scratch = scratch.resolve()
-        # Tokens of a prompt with its answer, at most.
-        self.longest = decoder.loaded.model.language_model.config.max_position_embeddings
+        self.longest = min(longest, decoder.loaded.model.language_model.config.max_position_embeddings)
         self.files = ImageFinder((), (files.resolve(),)) if files else None
         # Whatever the path that is found: what it leads to lies in one of these.
         within = (self.scratch, *((self.files and self.files.within) or ()))
@@ -43,8 +48,8 @@ class Reader:
         # A tokenizer is no thing for two threads.
         self._one = threading.Lock()
 
-    def sample(self, messages: Sequence[Message], new_tokens: int) -> Sample:
-        """Encode a prompt.
+    def sample(self, messages: Sequence[Message], new_tokens: int) -> tuple[Sample, str]:
+        """Encode a prompt; return it and its evaluate.report.prompt_hash.
 
         Raises:
             Refused: the messages or a picture cannot be used, or the prompt is too long.
@@ -53,12 +58,13 @@ class Reader:
             try:
                 record = self._record(messages, Path(folder))
                 # Headers, which the layout asks for, are remembered: the next prompt need not wait for them.
-                for path in record.image_input:
-                    self.encoder.finder.size(record, "image_input", path)
+                sizes = [self.encoder.finder.size(record, "image_input", path) for path in record.image_input]
+                if sum(height * width for height, width in sizes) > PIXELS:
+                    raise _bad(f"the pictures have more than {PIXELS:,} pixels together; make them smaller")
                 with self._one:
                     layout = self.encoder.lay_out(record, prompt=True)
                 self._fits(len(layout.input_ids), new_tokens)
-                return self.encoder.fill(layout, record, 0)
+                return self.encoder.fill(layout, record, 0), prompt_hash(record, self.encoder.finder)
             except MessageError as error:
                 raise _bad(str(error)) from None
             except RecordError as error:
@@ -66,11 +72,15 @@ class Reader:
 
     def _fits(self, tokens: int, new_tokens: int) -> None:
         if tokens + new_tokens > self.longest:
-            what = f"{tokens} prompt tokens and up to {new_tokens} of an answer are more than the {self.longest} that "
-            raise _bad(f"{what}the model was made for; ask for less", "context_length_exceeded")
+            what = f"{tokens} prompt tokens and up to {new_tokens} of an answer are more than {self.longest}"
+            raise _bad(f"{what}, which the model was made for or --max_length allows", "context_length_exceeded")
 
     def _record(self, messages: Sequence[Message], folder: Path) -> Record:
         """Write messages as a record: texts with a mark where a picture stands, and the pictures' places."""
+        parts = [part for message in messages for part in message.content]
+        # A picture has three tokens at least.
+        least = sum(3 if isinstance(part, Picture) else len(part.text) // CHARACTERS for part in parts)
+        self._fits(least, 0)
         turns: list[dict[str, str]] = []
         places: list[str] = []
         for message in messages:
@@ -86,7 +96,6 @@ class Reader:
             turns.append({"role": "system" if message.role == "developer" else message.role, "content": text})
         if turns[-1]["role"] != "user":
             raise _bad("the last message is not the user's; it is the one that is answered")
-        self._fits(sum(len(turn["content"]) for turn in turns) // CHARACTERS, 0)
         # With the answer that is asked for.
         *before, question, _ = check_turns([*turns, {"role": "assistant", "content": ""}], "messages")
         return Record(1, question["content"], "", tuple(places), (), {TURNS_BEFORE: before} if before else {})
@@ -95,9 +104,12 @@ class Reader:
         """Return the path of a URL's picture; one that stands in the URL itself is written to `target`."""
         if url[:5].lower() == "data:":
             try:
-                target.write_bytes(content_of(url) or b"")
+                content = content_of(url) or b""
             except ValueError as error:
                 raise _bad(f"{target.name} {error}", "invalid_image") from None
+            if not content.startswith(SIGNS):
+                raise _bad(f"{target.name} is no PNG, JPEG, GIF, WebP, BMP or TIFF", "invalid_image")
+            target.write_bytes(content)
             return str(target)
         if not url.startswith("file://"):
             what = "give a data: URL with base64, or a file: URL; nothing is fetched"

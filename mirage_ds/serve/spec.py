@@ -1,9 +1,9 @@
 """The flags of `mirage-ds serve`. Imports little, so that the command line's `--help` is quick."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mirage_ds.evaluate.spec import LengthSpec
 
@@ -20,12 +20,16 @@ class ServeSpec(LengthSpec):
         None, description=f"Key that clients must send; better in the environment, as {KEY_VARIABLE}."
     )
     files: Path | None = Field(None, description="Folder below which file: URLs are read; without it, none are.")
-    latents: Literal["own", "off", "zero", "random", "text"] = Field(
-        "own",
-        description="What is fed at the slots (`mirage-ds docs controls`); random: as long as the state it replaces. "
-        "`mirage-ds controls` has the other conditions.",
+    latents: Literal["own", "first", "zero", "random", "matched", "swap", "oracle", "off", "text", "path"] = Field(
+        "own", description="What is fed at the slots (`mirage-ds docs controls`); not oracle and path."
     )
+    latent_bank: Path | None = Field(
+        None,
+        description="Folder of latents: own writes it (or `mirage-ds controls`); matched, swap and random read it.",
+    )
+    seed: int = Field(42, ge=0, lt=2**31, description="Of random and matched latents and of swaps.")
     return_latents: bool = Field(False, description="Send what was fed at the slots beside each answer.")
+    max_length: PositiveInt = Field(32_768, description="Tokens of a prompt with its answer, at most.")
     max_request_mb: PositiveFloat = Field(32, description="MB of a request, at most.")
     max_requests: PositiveInt = Field(256, description="Requests at a time, at most; more are answered 503.")
     rows: PositiveInt = Field(32, description="Answers that decode at a time.")
@@ -36,3 +40,16 @@ class ServeSpec(LengthSpec):
         None, description="GB for keys and values; rows wait for room. [default: what --rows rows may need]"
     )
     grace: NonNegativeInt = Field(30, description="Seconds that requests have to end after SIGTERM or Ctrl-C.")
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        name = f"--latents {self.latents}"
+        if self.latents in ("oracle", "path"):
+            raise ValueError(
+                f"{name} feeds features of helper images, and no request has any; use `mirage-ds controls`"
+            )
+        if self.latents in ("matched", "swap") and not self.latent_bank:
+            raise ValueError(f"{name} is made of other questions' latents; give --latent_bank, a folder that has them")
+        if self.latents in ("first", "zero", "off", "text") and self.latent_bank:
+            raise ValueError(f"{name} takes nothing from --latent_bank; leave that out")
+        return self

@@ -81,7 +81,8 @@ def plan_study(study: Path, each: bool, wants_json: bool, card: str | None, **fl
 def run_study(study: Path, **flags: Any) -> None:
     """Run what of STUDY is not done; start it again to go on.
 
-    Exit code 0 when all is done, 1 when it is not and nothing more can start, 75 when it was stopped.
+    Exit code 0 when all is done, 1 when it is not and nothing more can start, 2 for an error in STUDY, 75 when it was
+    stopped.
     """
     from mirage_ds.study.execute import places
     from mirage_ds.study.overview import follow

@@ -1,46 +1,44 @@
-"""Make a task's records and write them, whole or not at all (see `mirage_ds.tasks.write`)."""
+"""Make a task's records, write them, whole or not at all (see `mirage_ds.tasks.write`), and tell the counts."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mirage_ds.data.progress import Advance
+from rich.console import Console
+from rich.table import Table
+
 from mirage_ds.data.record import RecordError, make_record
 from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks import get_task, task_name
-from mirage_ds.tasks.draft import Draft
-from mirage_ds.tasks.report import BuildReport
+from mirage_ds.tasks.draft import BuildReport, Draft
 from mirage_ds.tasks.task import Settings, Task
 from mirage_ds.tasks.write import Row, new_target, write_rows
 
 
-def build(task: str, settings: Settings, progress: Advance | None = None) -> BuildReport:
+def build(task: str, settings: Settings) -> BuildReport:
     """Write `settings.out`/NAME.jsonl and the pictures it names, relative to it, under `settings.out`/images/.
 
     Args:
         task: a name of `mirage_ds.tasks.TASKS`, or package.module:Name.
         settings: of the task's `build_settings`.
-        progress: called with (pictures written, pictures in all).
 
     Raises:
         UserError: an unknown task, a target that exists, what the task itself says.
     """
     made, report = get_task(task), BuildReport(task_name(task), new_target(settings))
-    return _write(made, made.build(settings, report), settings, report, progress)
+    return _write(made, made.build(settings, report), settings, report)
 
 
-def convert(task: str, source: Path, settings: Settings, progress: Advance | None = None) -> BuildReport:
+def convert(task: str, source: Path, settings: Settings) -> BuildReport:
     """Write the records of a file or folder in another form; as `build`, with the task's `convert_settings`."""
     made, report = get_task(task), BuildReport(task_name(task), new_target(settings))
     if not source.exists():
         raise UserError(f"{source}: no such file or folder; check the path")
-    return _write(made, made.convert(source, settings, report), settings, report, progress)
+    return _write(made, made.convert(source, settings, report), settings, report)
 
 
-def _write(
-    task: Task, drafts: Iterable[Draft], settings: Settings, report: BuildReport, progress: Advance | None
-) -> BuildReport:
+def _write(task: Task, drafts: Iterable[Draft], settings: Settings, report: BuildReport) -> BuildReport:
     rows = _rows(task, drafts, settings, report)
-    report.images = write_rows(list(rows) if isinstance(drafts, Sequence) else rows, settings, progress).images
+    report.images = write_rows(list(rows) if isinstance(drafts, Sequence) else rows, settings).images
     return report
 
 
@@ -79,3 +77,27 @@ def _row(task: Task, draft: Draft, settings: Settings, name: str) -> Row:
         fault = error.fault
         raise UserError(f"task {name} makes a record with {fault.what} in {fault.field}; {fault.how}") from None
     return row
+
+
+def print_report(report: BuildReport) -> None:
+    """Print the counts as a table on stdout."""
+    counts: list[tuple[str, int]] = [("records", report.records), ("images written", report.images)]
+    levels = sorted(report.levels.items(), key=lambda item: str(item[0]))
+    counts += [(f"level {level}", count) for level, count in levels]
+    classes = sorted(report.classes.items(), key=lambda item: (len(item[0]), item[0]))
+    counts += [(f"answer {kind}", count) for kind, count in classes]
+    twice = f"duplicates {'kept' if report.duplicates_kept else 'removed'}"
+    counts += [(twice, report.duplicates), ("excluded", report.excluded), *report.notes.items()]
+    print_counts(f"{report.task}: {report.file}", counts)
+
+
+def print_counts(title: str, counts: Iterable[tuple[str, int | str]]) -> None:
+    """Print a title, if there is one, and a table of counts on stdout."""
+    console = Console()
+    if title:
+        console.print(title, soft_wrap=True, highlight=False, markup=False)
+    table = Table("what")
+    table.add_column("count", justify="right")
+    for what, count in counts:
+        table.add_row(what, str(count))
+    console.print(table)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,8 +17,7 @@ from mirage_ds.errors import UserError, shown
 from mirage_ds.tasks import TASKS
 
 if TYPE_CHECKING:
-    from mirage_ds.tasks.draft import Draft
-    from mirage_ds.tasks.report import BuildReport
+    from mirage_ds.tasks.draft import BuildReport, Draft
 
 
 class Settings(BaseModel, extra="forbid"):
@@ -41,7 +41,7 @@ class Task(ABC):
     build_settings: ClassVar[type[Settings] | None] = None
     convert_settings: ClassVar[type[Settings] | None] = None
 
-    @property
+    @cached_property
     def _name(self) -> str:
         """The name by which it is told to the user."""
         own = f"{type(self).__module__}:{type(self).__name__}"

@@ -29,6 +29,14 @@ def group(shared_group: Group) -> Iterator[Group]:
         shared_group.stop()
 
 
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[Group]:
+    """A group of one for the tests of a worker."""
+    made = Group(1)
+    yield made
+    made.stop()
+
+
 @pytest.fixture(scope="module")
 def own_group() -> Iterator[Group]:
     """Two ranks for the tests of one file alone, which need a group before its first step or leave it broken."""

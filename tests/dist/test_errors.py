@@ -104,6 +104,7 @@ def test_wrong_load_model_path(nano: Path, mixed: Path, tmp_path: Path) -> None:
     refused(dict(model=nano, load_model_path=path, stage="sft", data_path=mixed), tmp_path, sentence)
 
 
+@pytest.mark.slow
 def test_broken_weights_leave_the_run_folder_unclaimed(nano: Path, mixed: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(nano, broken)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +55,6 @@ def _train(world: Any, settings: dict[str, Any]) -> tuple[str | None, int, list[
         FrozenTower._call = encode  # type: ignore[method-assign]
         FeatureStore.open = open_shard  # type: ignore[method-assign]
     return None, len(calls), opened
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[Group]:
-    made = Group()
-    yield made
-    made.stop()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,10 +71,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    group, scratch = Group(), tmp_path_factory.mktemp("lora")
-    yield Runs(group, BASE | dict(model=str(nano), data_path=mixed, cache_dir=scratch / "cache"), scratch)
-    group.stop()
+def runs(group: Group, nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    scratch = tmp_path_factory.mktemp("lora")
+    return Runs(group, BASE | dict(model=str(nano), data_path=mixed, cache_dir=scratch / "cache"), scratch)
 
 
 @pytest.fixture(scope="module")

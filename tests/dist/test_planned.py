@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from support.group import Group
+from torch.utils._pytree import tree_leaves
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.checkpoint import CheckpointWriter
-from mirage_ds.engine.private import _tensors
 from mirage_ds.plan.settings import read_settings
 from mirage_ds.plan.shape import read_shape, sizes, trained_parameters
 from mirage_ds.plan.states import States, states, written
@@ -57,13 +57,6 @@ CASES: dict[str, dict[str, Any]] = {
     "zero1 bf16": {**BF16, **SUMS, "zero_optimization": {"stage": 1, **FLAT}},
     "zero1 bf16 sums": {**BF16, "zero_optimization": {"stage": 1, **FLAT}},
 }
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Group]:
-    made = Group(2)
-    yield made
-    made.stop()
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +118,9 @@ def _written(learner: Any, folder: Path, world: Any) -> dict[str, int]:
     for file in saved.place.glob("*.pt"):
         if f"pp_rank_{world.rank}_" in file.name or (world.rank == 0 and "pp_rank" not in file.name):
             content = torch.load(file, weights_only=False)
-            weights += list(_tensors(content.get("module")))
-            others += list(_tensors({name: value for name, value in content.items() if name != "module"}))
+            weights += filter(torch.is_tensor, tree_leaves(content.get("module")))
+            rest = {name: value for name, value in content.items() if name != "module"}
+            others += filter(torch.is_tensor, tree_leaves(rest))
     size = sum(file.stat().st_size for file in saved.place.glob("*.pt"))
     assert saved.size == size
     return {"file": saved.own, "weights": _bytes(weights), "optimizer": _bytes(t for t in others if t.ndim)}
@@ -205,8 +199,8 @@ def check(group: Group, case: str, nano: Path, data: Path, scratch: Path) -> Non
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_hold_what_is_planned(two: Group, case: str, nano: Path, mixed: Path, tmp_path: Path) -> None:
-    check(two, case, nano, mixed, tmp_path)
+def test_two_ranks_hold_what_is_planned(group: Group, case: str, nano: Path, mixed: Path, tmp_path: Path) -> None:
+    check(group, case, nano, mixed, tmp_path)
 
 
 # On two cores four ranks take half a minute to start.

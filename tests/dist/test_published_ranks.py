@@ -1,7 +1,7 @@
 """Folders in published layouts (tests/support/published.py) through everything that a user does with one.
 
-One folder of each family is in `make test`; all layouts, and the really published files where they are at hand, are
-slow.
+All layouts, and the really published files where they are at hand. What one process does with them stands in
+tests/unit/model/test_published.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,8 @@ from mirage_ds.evaluate.spec import EvaluateSpec
 from mirage_ds.plan.shape import read_shape, sizes
 from mirage_ds.run.settings import Run
 
-QUICK = "qwen2.5-vl-7b"
 # One of each family, whose first loss is plain transformers'.
-COMPARED = (QUICK, "qwen2-vl-7b", "qwen3-vl-8b")
+COMPARED = ("qwen2.5-vl-7b", "qwen2-vl-7b", "qwen3-vl-8b")
 # On one rank what two have begun: one of each family.
 RESUMED = ("mirage", "qwen2-vl-4.46", "qwen3-vl-4b")
 K, ROWS = 2, 4
@@ -49,13 +47,6 @@ SETTINGS: dict[str, Any] = dict(
     latent_size=K, global_batch_size=ROWS, micro_batch_tokens=4096, max_steps=2, warmup_steps=0, learning_rate=1e-3,
     num_workers=0, report_to=["none"], eval_every=2, eval_decode=2, eval_new_tokens=2, task="boxed",
 )  # fmt: skip
-
-
-def chosen(quick: tuple[str, ...] = (QUICK,)) -> list[Any]:
-    return [
-        pytest.param(one, id=one.name, marks=[] if one.name in quick else pytest.mark.slow)
-        for one in (*LAYOUTS, *new_forms())
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +67,6 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[Group]:
-    made = Group(1)
-    yield made
-    made.stop()
 
 
 def _train(world: Any, runs: list[dict[str, Any]]) -> None:
@@ -160,7 +144,8 @@ def runs_of(layout: Layout, shared: dict[str, Any], root: Path) -> list[dict[str
     return found
 
 
-@pytest.mark.parametrize("layout", chosen())
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [pytest.param(one, id=one.name) for one in (*LAYOUTS, *new_forms())])
 def test_a_published_folder_in_use(
     layout: Layout, group: Group, one_rank: Group, records: Path, made: Any, tmp_path: Path
 ) -> None:

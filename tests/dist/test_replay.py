@@ -103,6 +103,13 @@ def test_what_cannot_be_taken_again_is_said(ran: Callable[[int], Path], group: G
         logged_step(copied, 2)
 
 
+def test_a_step_on_sampled_answers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("stage: rl\nmodel: m\ndata_path: d\nsave_model_path: o\n")
+    with pytest.raises(UserError, match=r"replay takes no steps of --stage rl; run/completions\.jsonl has"):
+        settings_of(tmp_path, str(tmp_path))
+
+
 def test_other_records_are_refused(ran: Callable[[int], Path], group: Group, tmp_path: Path) -> None:
     out = ran(3)
     records = out.parent / "data/mixed.jsonl"
@@ -115,12 +122,9 @@ def test_other_records_are_refused(ran: Callable[[int], Path], group: Group, tmp
     assert said[0].startswith(f"step 3: {place} was written with content of --data_path, --columns (SHA-256) ")
 
 
-def test_other_ranks_are_told_how(ran: Callable[[int], Path], tmp_path: Path) -> None:
-    out, one = ran(3), Group(1)
-    try:
-        (said,) = one.run(_again, out, 3, tmp_path)
-    finally:
-        one.stop()
+def test_other_ranks_are_told_how(ran: Callable[[int], Path], one_rank: Group, tmp_path: Path) -> None:
+    out = ran(3)
+    (said,) = one_rank.run(_again, out, 3, tmp_path)
     place = out / "run/checkpoints/global_step2"
     assert said.startswith(f"step 3: {place} was written by 2 rank(s), this run has 1; `mirage-ds checkpoint convert ")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,10 +96,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    group, scratch = Group(), tmp_path_factory.mktemp("resume")
-    yield Runs(group, BASE | dict(model=str(nano), data_path=mixed, cache_dir=scratch / "cache"), scratch)
-    group.stop()
+def runs(group: Group, nano: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    scratch = tmp_path_factory.mktemp("resume")
+    return Runs(group, BASE | dict(model=str(nano), data_path=mixed, cache_dir=scratch / "cache"), scratch)
 
 
 @pytest.fixture(scope="module")

@@ -6,24 +6,34 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file
 from support.group import Group
 from support.on_disk import files, lines_of, log_of
 from support.records import write_jsonl
 
 from mirage_ds import train
+from mirage_ds.config.rl import LatentPolicy
 from mirage_ds.config.run import RunConfig
+from mirage_ds.engine.setup import make_reference
 from mirage_ds.engine.universal import convert
 from mirage_ds.errors import Stopped, UserError
+from mirage_ds.model.forward import Scoring
 from mirage_ds.model.load import load_model
+from mirage_ds.rl import loop, step
+from mirage_ds.rl.objective import Objective
+from mirage_ds.rl.step import Pupil
 from mirage_ds.run.heartbeat import Heartbeat
 from mirage_ds.run.journal import Journal
-from mirage_ds.run.settings import Run
+from mirage_ds.run.settings import Run, check_settings
+from mirage_ds.run.setup import open_model
 
 K, STEPS, EVERY = 2, 4, 2
 # Two rollouts of 4 prompts × 3 answers, two steps on each. ε this large makes AdamW's step a smooth function of the
@@ -82,6 +92,84 @@ def _train(world: Any, settings: dict[str, Any], stops: int | tuple[str, int] | 
     return None
 
 
+def _references(world: Any, settings: dict[str, Any]) -> tuple[float, float, int]:
+    """Take a rollout's steps, then score the next one's answers by the reference, and by a copy of the start's weights.
+
+    Returns:
+        The largest difference between the two, and that of the policy in training from the reference; models held.
+    """
+    sys.path[:] = [str(Path(settings["cache_dir"]).parent), *sys.path]
+    run = Run(RunConfig(**settings), world)
+    checked = check_settings(run)
+    data, learner = train.open_run(run)
+    steps = loop.reinforce(run, data, learner)
+    for _ in range(EVERY):
+        next(steps)
+    lesson = loop.lesson_of(run, loop.roll(run, data, learner, 1))
+    steps.close()
+    pupil = Pupil(run, data, learner, lesson)
+    pupil.score()
+    whole = open_model(run, checked._replace(lora=None), data).model
+    copy = make_reference(whole, checked.ds_values, world.device)
+    away, moved, scoring = [0.0], [0.0], Scoring(run.config.temperature)
+    copy.eval()
+    with torch.no_grad():
+        for micro in (micro for _, micros in pupil.parts for micro in micros):
+            batch, _ = pupil.batch(micro)
+            wanted = copy(batch, scoring).logp
+            away += (micro.reference - wanted).abs().tolist()
+            moved += (learner.engine(batch, scoring).logp - wanted).abs().tolist()
+    held = 1 + (learner.reference is not None)
+    learner.engine.destroy()
+    return max(away), max(moved), held
+
+
+def _both_ways(world: Any, settings: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Take a step of each policy and objective (some, on ranks) by its own forward alone, and after a scoring pass.
+
+    Returns:
+        Policy and objective → difference of the losses; of the gradients, as a share of their norm.
+    """
+    sys.path[:] = [str(Path(settings["cache_dir"]).parent), *sys.path]
+    given = Run(RunConfig(**settings), world)
+    data, opened = train.open_run(given)
+    engine, apply, found = opened.engine, step.apply_gradients, {}
+    gradients: list[torch.Tensor] = []
+
+    def applied(*asked: Any) -> Any:
+        # Heads are trained in gaussian alone. Where micro-steps differ in which parameters they reach, ZeRO-3 adds to
+        # the gradient of the step before.
+        own = [p for name, p in engine.module.named_parameters() if policy == "gaussian" or "heads" not in name]
+        gradients.append(torch.cat([safe_get_full_grad(one).flatten() for one in own if one.requires_grad]))
+        return apply(*asked)
+
+    step.apply_gradients = applied
+    lesson = loop.lesson_of(given, loop.roll(given, data, opened, 0))
+    lesson = lesson._replace(advantages=torch.linspace(-1, 1, len(lesson.answers)))
+    # Drawn with heads, the latents serve every policy.
+    every = product(get_args(LatentPolicy)[1:], get_args(Objective))
+    for policy, objective in islice(every, 0, None, 1 if world.size == 1 else 7):
+        run = replace(given, config=given.config.model_copy(update={"objective": objective}))
+        learner = opened._replace(state=opened.state | {"latent_policy": policy})
+        one, other = (Pupil(run, data, learner, lesson) for _ in range(2))
+        one.score()
+        with torch.no_grad():
+            for micro, batch, drawn in one._batches(one.parts):
+                assert micro.old is None
+                one._keep(engine(batch, one.scoring), micro, drawn)
+        other.score()
+        losses = [pupil.update(0, 0).metrics["loss"] for pupil in (one, other)]
+        assert one.drift == other.drift
+        assert gradients[-2].norm() > 0
+        away = float((gradients[-2] - gradients[-1]).norm() / gradients[-2].norm())
+        found[f"{policy} {objective}"] = abs(losses[0] - losses[1]), away
+    step.apply_gradients = apply
+    if data.rewards is not None:
+        data.rewards.close()
+    engine.destroy()
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------- in this process
 
 
@@ -137,6 +225,13 @@ def whole(runs: Runs) -> Path:
     return out
 
 
+def sharded(folder: Path, stage: int = 3) -> Path:
+    """A JSON of a ZeRO stage under which nothing stays whole."""
+    file, kept = folder / "ds.json", {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, **kept}}))
+    return file
+
+
 def completions(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "run/completions.jsonl").read_text().splitlines()]
 
@@ -169,12 +264,7 @@ def test_ranks_zero_stage_and_checkpointing_change_no_step(
     ranks: int, settings: dict[str, Any], runs: Runs, whole: Path, tmp_path: Path
 ) -> None:
     if name := settings.get("deepspeed"):
-        zero: dict[str, Any] = {"stage": int(name[-1])}
-        if zero["stage"] == 3:
-            zero["stage3_param_persistence_threshold"] = 0
-        file = tmp_path / "ds.json"
-        file.write_text(json.dumps({"zero_optimization": zero}))
-        settings = {"deepspeed": file}
+        settings = {"deepspeed": sharded(tmp_path, int(name[-1]))}
     assert runs.train(tmp_path / "out", ranks, save_every=None, **settings) is None
     theirs, own = lines_of(whole), lines_of(tmp_path / "out")
     for one, other in zip(theirs, own, strict=True):
@@ -218,6 +308,26 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(runs: Runs, whole: Path, tmp
     assert log_of(out) == log_of(whole)
     assert completions(out) == completions(whole)
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_with_adapters_the_reference_is_the_model_without_them(ranks: int, runs: Runs, tmp_path: Path) -> None:
+    given = dict(save_model_path=tmp_path / "out", save_every=None, lora_rank=2)
+    given |= {"deepspeed": sharded(tmp_path)} if ranks > 1 else {}
+    for away, moved, held in runs.groups[ranks].run(_references, runs.base | given, timeout_s=240):
+        assert held == 1
+        assert away <= 1e-6
+        assert moved > 1e-3
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_rollout_of_one_step_needs_no_pass_before_it(ranks: int, runs: Runs, tmp_path: Path) -> None:
+    """Loss and gradients of all policies and objectives; no step moves a weight."""
+    given = dict(save_model_path=tmp_path / "out", save_every=None, latent_policy="gaussian", updates=1)
+    given |= dict(learning_rate=1e-30, max_drift=1e9) | ({"deepspeed": sharded(tmp_path)} if ranks > 1 else {})
+    for found in runs.groups[ranks].run(_both_ways, runs.base | given, timeout_s=240):
+        assert len(found) == (20 if ranks == 1 else 3)
+        assert max(max(one) for one in found.values()) <= 1e-6, found
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,6 @@ def _train(world: Any, settings: dict[str, Any]) -> str | None:
     except UserError as error:
         return str(error)
     return None
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[Group]:
-    made = Group()
-    yield made
-    made.stop()
 
 
 class Trainer:

@@ -14,7 +14,7 @@ from gpu.attention import HEADS, LONG, worst
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
-from mirage_ds.evaluate.decoder import prompts_of
+from mirage_ds.evaluate.prompts import prompts_of
 from mirage_ds.model import kv_cache
 from mirage_ds.model.choose import Chooser
 from mirage_ds.model.generate import generate

@@ -33,7 +33,7 @@ from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
-from mirage_ds.evaluate.decoder import prompts_of
+from mirage_ds.evaluate.prompts import prompts_of
 from mirage_ds.model.choose import Turn, greedy
 from mirage_ds.model.generate import generate
 from mirage_ds.model.load import Loaded, load_model, public_name

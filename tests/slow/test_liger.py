@@ -40,7 +40,7 @@ rows = Rows(Path(model), Path(records), stage, 2, (0, 2))
 found = []
 for options in ({}, {"kernels": "liger"}, {"kernels": "liger", "checkpointing": False}):
     made = ready(rows, CPU, torch.float32, "sdpa", **options)
-    names = {type(one).__name__ for body in made.model.layers.calls[0]._bodies.values() for one in body.modules()}
+    names = {type(one).__name__ for body in made.model.layers.calls[0].bodies.values() for one in body.modules()}
     assert ("LigerRMSNorm" in names, "LigerSwiGLUMLP" in names) == (bool(options),) * 2, names
     assert not any("Liger" in type(one).__name__ for one in made.model.modules())
     found.append(outcome(made))

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.peers import python_of
 from support.pictures import noise
 from test_latent_generate import saved
 
-from benchmarks import venvs
 from mirage_ds.analysis.controls.report import compare
 
 pytest.importorskip("uvicorn")
@@ -68,20 +68,6 @@ def process_results(doc, results):
 def share(results):
     return sum(one["score"] for one in results) / len(results)
 """
-
-
-def python_of(name: str) -> Path:
-    """An environment's Python; its place is the user's own, which the tests' variables hide."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("XDG_CACHE_HOME", raising=False)
-        try:
-            python = venvs.build(name)
-            if name == "lmms-eval":
-                # Anew: this package may have changed.
-                venvs.uv("pip", "install", "--quiet", "--no-deps", "--reinstall", "--python", python, REPO)
-        except venvs.LeftOut as why:
-            pytest.skip(f"{name}: {why}")
-    return python
 
 
 def run(python: Path, *words: object, **variables: str) -> str:
@@ -138,7 +124,7 @@ def served(folder: Path, latents: str) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def lmms_eval(maps: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Ask a model of lmms-eval about the maps; returns its log of the samples."""
-    python = python_of("lmms-eval")
+    python = python_of("lmms-eval", REPO)
 
     def ask(model: str, batch: int = 1, **settings: object) -> Path:
         out = tmp_path_factory.mktemp(model)

@@ -1,7 +1,7 @@
 """Two optimizer steps of text alone against TRL's own GRPOTrainer, on the same answers and from the same weights.
 
-MIRAGE_PYTHON_TRL names the Python of an environment with TRL (1.16.0 was used); without it these tests are skipped, and
-tests/unit/rl/test_policies.py alone says what the formulas are.
+TRL has an environment of its own, built the first time (benchmarks/venvs.py) where a package index is in reach.
+Elsewhere these tests are skipped, and tests/unit/rl/test_policies.py alone says what the formulas are.
 
 G answers of each of P prompts, M sampled tokens.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.peers import python_of
 
 from mirage_ds.data.batch import Batch, collate
 from mirage_ds.data.images import ImageFinder
@@ -26,7 +27,6 @@ from mirage_ds.model.forward import Scoring
 from mirage_ds.model.load import load_model, public_name
 from mirage_ds.rl.objective import SUMS, Scored, Settings, Totals, advantages, token_terms
 
-PYTHON_TRL = os.environ.get("MIRAGE_PYTHON_TRL")
 PROMPTS, ANSWERS, LONGEST, TEMPERATURE = 2, 4, 12, 0.8
 REWARDS = [1.0, 0.0, 0.3, 0.0, 0.9, 1.0, 0.0, 0.2]
 # By TRL's names, beside ours.
@@ -111,14 +111,13 @@ def asked(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     made["settings"] = {name: theirs | same | {"scale_rewards": scale} for name, (theirs, _, scale) in CASES.items()}
     (out / "asked.json").write_text(json.dumps(made))
     quiet = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    command = [str(PYTHON_TRL), str(Path(__file__).with_name("trl_steps.py")), str(out / "asked.json")]
+    command = [str(python_of("trl")), str(Path(__file__).with_name("trl_steps.py")), str(out / "asked.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=quiet, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return made
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(PYTHON_TRL is None, reason="MIRAGE_PYTHON_TRL names no Python with TRL")
 @pytest.mark.parametrize("name", list(CASES))
 def test_two_steps_equal_trls(name: str, nano: Path, asked: dict[str, Any]) -> None:
     _, settings, scale = CASES[name]

@@ -3,6 +3,7 @@
     statistics   paired differences: bootstrap, exact McNemar, Holm; in one sentence, with what could not be seen
     spec         the conditions by name, and the flags of `mirage-ds controls`
     conditions   what is fed at the slots, condition by condition
+    bank         own latents in a folder, which a server feeds other questions
     teach        rows, batch by batch, and the likelihood of their answers behind given latents
     paths        one input, the latents of one path or of another
     report       tables and sentences of the controls, and of a comparison of result files

@@ -17,8 +17,21 @@ def controls(folder: Path, **flags: Any) -> None:
     """Replace the latents and see whether the answers need them.
 
     The model in FOLDER answers each record greedily under each condition, always with the same number of slots, and
-    compared with the model's own latents: paired differences of the score and of the right answer's likelihood. What
-    the conditions are and what a result says is in `mirage-ds docs controls`.
+    compared with the model's own latents: paired differences of the score and of the right answer's likelihood.
+    `mirage-ds docs controls` says what a result means.
+
+    \b
+    A condition says what is fed at the slots:
+      own       the model's own states
+      first     the state before the block, at every slot
+      zero      zeros
+      random    random directions, as long as own latents
+      matched   normal vectors with own latents' mean and covariance
+      swap      another record's own latents
+      oracle    the helper image's features, as in stage 1
+      off       nothing: there is no block
+      text      the embedding of <|latent_pad|>
+      path      planning maps: a helper with the record's path, then with another
     """
     from mirage_ds.analysis.controls.run import run_controls
 

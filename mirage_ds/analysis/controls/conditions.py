@@ -9,19 +9,29 @@ up to each block (teach.own), so every record has them, whatever it answers.
 
 import random as stdlib_random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from mirage_ds.data.record import Record
 from mirage_ds.errors import UserError
+from mirage_ds.evaluate.decoder import Decoder
 from mirage_ds.model.choose import Turn
-from mirage_ds.model.slots import Latents, LatentTokens, Slot
+from mirage_ds.model.slots import Latents, LatentTokens, Limits, Slot
 from mirage_ds.tasks import level_of
 
 # Two vectors lie alike on both sides of their mean, so that nothing says how far the estimate may be off.
 LEAST = 3
+
+
+def fixed_slots(decoder: Decoder, limits: Limits) -> int:
+    """Return the slots of every latent block; UserError where their number is open."""
+    if not limits.fixed_run:
+        what = "conditions are compared at the same number of slots, at least 1"
+        unknown = f"{decoder.folder} does not say how many it was trained with"
+        raise UserError(f"--run_length: {what}, and {unknown}; give the number")
+    return limits.fixed_run
 
 
 class Gaussian:
@@ -161,10 +171,10 @@ class Given:
     """Feeds known vectors, block by block; a block beyond the last known one gets that one's again.
 
     Args:
-        vectors: (R, k, H) of each row that is decoded.
+        vectors: (R, k, H) of each row that is decoded, by its number.
     """
 
-    def __init__(self, vectors: Sequence[torch.Tensor]):
+    def __init__(self, vectors: Sequence[torch.Tensor] | Mapping[int, torch.Tensor]):
         self.vectors = vectors
 
     def __call__(self, slots: Sequence[Slot], own: torch.Tensor) -> torch.Tensor:
@@ -174,10 +184,14 @@ class Given:
 
 
 class First:
-    """Feeds the state of a latent block's first slot at all of its slots."""
+    """Feeds the state of a latent block's first slot at all of its slots.
 
-    def __init__(self) -> None:
-        self.first: dict[int, torch.Tensor] = {}
+    Args:
+        first: where it is kept, by the row's number.
+    """
+
+    def __init__(self, first: dict[int, torch.Tensor] | None = None):
+        self.first = {} if first is None else first
 
     def __call__(self, slots: Sequence[Slot], own: torch.Tensor) -> torch.Tensor:
         """See slots.Latents."""

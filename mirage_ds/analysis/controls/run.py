@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from mirage_ds.analysis.bench import Bench
-from mirage_ds.analysis.controls import teach
-from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners
+from mirage_ds.analysis.controls import bank, teach
+from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, choose_partners, fixed_slots
 from mirage_ds.analysis.controls.paths import run_paths
 from mirage_ds.analysis.controls.report import summarize, tell, told
 from mirage_ds.analysis.controls.spec import PATH, ControlsSpec, parse_names
@@ -25,11 +25,11 @@ from mirage_ds.config.extras import need
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.progress import track
 from mirage_ds.data.record import Record
-from mirage_ds.errors import UserError
 from mirage_ds.evaluate.decoder import Decoder, Track, answer_of, load_decoder, need_latents, run_limits
-from mirage_ds.evaluate.report import Asked, read_asked
+from mirage_ds.evaluate.report import Asked, prompt_hash, read_asked
 from mirage_ds.files import check_output
 from mirage_ds.model.rows import Generated
+from mirage_ds.tasks import level_of
 
 
 def likelihood(name: str, vectors: Sequence[torch.Tensor], bench: Bench, rows: Sequence[Row]) -> list[float]:
@@ -45,13 +45,13 @@ def likelihood(name: str, vectors: Sequence[torch.Tensor], bench: Bench, rows: S
 
 
 def run_conditions(
-    bench: Bench, records: Sequence[Record], names: Sequence[str], seed: int, batch_size: int, track: Track = iter
+    bench: Bench, records: Sequence[Record], names: Sequence[str], spec: ControlsSpec, track: Track = iter
 ) -> dict[str, list[Outcome]]:
     """Answer every record under `own` and the conditions named.
 
     Args:
         records: with answers and latent blocks; with helper images where "oracle" is among `names`.
-        seed: of what is drawn; a record's draws do not depend on the records beside it.
+        spec: its seed, batch_size and latent_bank; a record's draws do not depend on the records beside it.
 
     Returns:
         Name → an Outcome a record, in the order given.
@@ -71,13 +71,16 @@ def run_conditions(
 
     # All conditions but `own`, which comes first, are answered at once.
     order = check(records, bench, max(1, len(set(names) - {"own"})))
-    latents, targets, found = zip(*in_batches(bench, records, order, batch_size, track, own), strict=True)
+    latents, targets, found = zip(*in_batches(bench, records, order, spec.batch_size, track, own), strict=True)
+    if spec.latent_bank:
+        for place, (record, fed) in enumerate(zip(records, latents, strict=True)):
+            bank.write(spec.latent_bank, prompt_hash(record, bench.encoder.finder), fed, place + 1, level_of(record))
     material = Material(
         own=list(latents),
         targets=[one for one in targets if one is not None],
-        partners=choose_partners(records, seed) if "swap" in names else [],
+        partners=choose_partners(records, spec.seed) if "swap" in names else [],
         pad=bench.model.language_model.embed_tokens.weight[bench.tokens.pad].detach().cpu(),
-        seed=seed,
+        seed=spec.seed,
     )
     vectors = {name: KNOWN[name](material) if name in KNOWN else [] for name in names if name != "own"}
 
@@ -88,7 +91,7 @@ def run_conditions(
         found = (likelihood(name, own, bench, rows) for name, own in given.items())
         return zip(*(outcomes(*both) for both in zip(answers, found, strict=True)), strict=True)
 
-    rest = in_batches(bench, records, order, batch_size, track, others) if vectors else []
+    rest = in_batches(bench, records, order, spec.batch_size, track, others) if vectors else []
     return {"own": list(found), **{name: [one[at] for one in rest] for at, name in enumerate(vectors)}}
 
 
@@ -110,11 +113,7 @@ def study(
     # With a fixed number of slots the longest block has no say.
     room = dict(prefill_tokens=spec.prefill_tokens, rows=spec.batch_size, cache_gb=spec.cache_gb)
     limits = run_limits(decoder, spec.max_new_tokens, 0, spec.run_length, **room)
-    k = limits.fixed_run
-    if not k:
-        what = "conditions are compared at the same number of slots, at least 1"
-        unknown = f"{decoder.folder} does not say how many it was trained with"
-        raise UserError(f"--run_length: {what}, and {unknown}; give the number")
+    k = fixed_slots(decoder, limits)
     records, task, digest = asked
     helpers = decoder.latent_encoder("stage1", k)
     grounded = Bench(decoder.loaded.model, decoder.tower, helpers, limits)
@@ -143,7 +142,7 @@ def study(
         report["path"] = run_paths(grounded, records, task, spec.seed, spec.batch_size, track)
     others = [name for name in names if name != PATH]
     if others:
-        outcomes = run_conditions(bench, records, others, spec.seed, spec.batch_size, track)
+        outcomes = run_conditions(bench, records, others, spec, track)
         report["conditions"], report["answers"] = summarize(records, outcomes, task, spec.seed)
     return report
 
@@ -153,9 +152,9 @@ def run_controls(folder: Path, spec: ControlsSpec) -> None:
     names = parse_names(spec.latents)
     if PATH in names:
         need("vsp", "--latents path")
-    for flag, file in (("--out", spec.out), ("--markdown", spec.markdown)):
+    for flag, file in (("--out", spec.out), ("--markdown", spec.markdown), ("--latent_bank", spec.latent_bank)):
         if file:
-            check_output(file, flag)
+            check_output(file, flag, folder=file is spec.latent_bank)
     asked = read_asked(spec, answers=True)
     finder = ImageFinder.beside(spec.data_path, spec.image_root)
     decoder = load_decoder(folder, finder, spec.processor, True, spec.pixels, spec.helper_pixels)

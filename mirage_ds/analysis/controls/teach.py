@@ -20,7 +20,8 @@ from mirage_ds.data.loader import check_records
 from mirage_ds.data.record import Record
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import Track, batches, batches_fit, prompt_of, without_helpers
+from mirage_ds.evaluate.decoder import Track, batches, batches_fit
+from mirage_ds.evaluate.prompts import prompt_of, without_helpers
 from mirage_ds.evaluate.scoring import Prediction
 from mirage_ds.model.generate import check_room, generate
 from mirage_ds.model.latents import compress

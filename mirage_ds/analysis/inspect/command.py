@@ -9,7 +9,6 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mirage_ds.config.extras import need
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
-from mirage_ds.errors import UserError
 from mirage_ds.evaluate.spec import DataSpec, FolderSpec, HelperSpec
 from mirage_ds.files import check_output
 
@@ -32,19 +31,16 @@ class InspectSpec(HelperSpec, FolderSpec, DataSpec):
 def inspect(folder: Path, **flags: Any) -> None:
     """Show what the latents look at and stand for.
 
-    Of the model in FOLDER: what its latents look at, which words are near, who attends to them. Writes one page with
-    pictures of the chosen rows; and over the file's rows the latents' principal components and what a linear probe
-    reads from them.
+    It writes one page: for the chosen rows what the latents of the model in FOLDER look at, which words are near and
+    what attends to them; over the file's rows their principal components and what a linear probe reads from them.
     """
     need("plot", "inspect")
     from mirage_ds.analysis.inspect.study import inspect_file
     from mirage_ds.data.progress import track
-    from mirage_ds.data.record import RecordError
+    from mirage_ds.data.record import blamed
 
     spec = build_model(InspectSpec, flags)
     check_output(spec.out, "--out", folder=True)
-    try:
+    with blamed(f"{spec.data_path}: record on "):
         page, said = inspect_file(folder, spec, partial(track, title="running rows"))
-    except RecordError as error:
-        raise UserError(f"{spec.data_path}: record on {error}") from None
     click.echo(f"{page}\n{said}")

@@ -26,7 +26,7 @@ def _run_settings(file: Path) -> dict[str, Any]:
 
 @click.command("doctor")
 @model_options(DoctorSpec)
-@click.option("--config", "yaml_file", type=click.Path(path_type=Path), help="The run's YAML: its paths are taken.")
+@click.option("--config", "yaml_file", type=click.Path(path_type=Path), help="The run's YAML: gives the flags above.")
 @click.option("--json", "wants_json", is_flag=True, help="Print one JSON object, with all facts, and nothing else.")
 def doctor(yaml_file: Path | None, wants_json: bool, **flags: Any) -> None:
     """Check hosts, software, model and data before a run.

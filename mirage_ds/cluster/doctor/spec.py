@@ -32,7 +32,7 @@ class DoctorSpec(BaseModel):
     master_addr: str | None = Field(None, description="Address of rank 0. [default: what DeepSpeed would take]")
     bandwidth: bool = Field(True, description="Start a rank on every slot and measure between them.")
     timeout_s: PositiveFloat = Field(12, description="Seconds a host has to answer; bandwidth has its own limit.")
-    only: list[str] = Field([], description="Run these checks alone, by the names of the table.")
+    only: list[str] = Field([], description="Run these checks alone, by their names in the printed table.")
 
     def wants(self, check: str) -> bool:
         """Whether a check is to be run."""

@@ -11,9 +11,8 @@ from urllib.parse import unquote
 import click
 import psutil
 
-from mirage_ds.cluster.guard.child import Child, adopt_orphans
 from mirage_ds.cluster.guard.hub import Hub
-from mirage_ds.cluster.guard.watch import CONTEXT, OPTIONS, SAYS, end, leave, talk, tell
+from mirage_ds.cluster.guard.watch import CONTEXT, OPTIONS, SAYS, Child, adopt_orphans, end, leave, talk, tell
 from mirage_ds.cluster.guard.wire import EXIT_HANG, Bounds, Client
 from mirage_ds.engine.place import Place, find_place
 from mirage_ds.run.process import run_rank
@@ -25,21 +24,14 @@ FAREWELL_S = 1.0
 @click.command(context_settings=CONTEXT, params=[*OPTIONS])
 @click.option("--logs", type=click.Path(path_type=Path), help="Folder that gets rank<N>.log, what the rank printed.")
 @click.option("--quoted", is_flag=True, help="The arguments are percent-encoded: a shell on the way changes nothing.")
-@click.option("--local_rank", hidden=True, help="Passed by some launchers; the environment says it too.")
+# Passed by some launchers; the environment says it too.
+@click.option("--local_rank", hidden=True, expose_value=False)
 @click.argument("module")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
-    port: int,
-    job: str,
-    logs: Path | None,
-    quoted: bool,
-    local_rank: str | None,
-    module: str,
-    arguments: tuple[str, ...],
-    **bounds: float,
+    port: int, job: str, logs: Path | None, quoted: bool, module: str, arguments: tuple[str, ...], **bounds: float
 ) -> None:
     """Run `python -m MODULE ARGUMENTS…` as a rank and end it together with all the others."""
-    del local_rank
     place = find_place(os.environ)
     if logs:
         logs.mkdir(parents=True, exist_ok=True)

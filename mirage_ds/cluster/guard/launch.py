@@ -14,10 +14,9 @@ from typing import NoReturn
 
 import click
 
-from mirage_ds.cluster.guard.child import Child, adopt_orphans
 from mirage_ds.cluster.guard.judge import STOPPED
-from mirage_ds.cluster.guard.watch import CONTEXT, LAUNCHER_S, OPTIONS, SAYS, end, leave, listen, talk
-from mirage_ds.cluster.guard.wire import Bounds, Client
+from mirage_ds.cluster.guard.watch import CONTEXT, OPTIONS, SAYS, Child, adopt_orphans, end, leave, listen, talk
+from mirage_ds.cluster.guard.wire import LAUNCHER_S, Bounds, Client
 from mirage_ds.errors import EXIT_STOPPED
 from mirage_ds.run.process import run_rank
 
@@ -52,7 +51,7 @@ async def watch(words: Sequence[str], client: Client) -> NoReturn:
     # The hub wants nothing of a launcher.
     verdict = await talk(child, client, lambda message: None, stop)
     if asked and not client.connected:
-        child.signal(signal.SIGTERM)
+        child.process.send_signal(signal.SIGTERM)
     await end(child, client.bounds.grace + LAUNCHER_S)
     leave(verdict)
 

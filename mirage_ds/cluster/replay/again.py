@@ -85,9 +85,18 @@ def logged_step(folder: Path, number: int) -> dict[str, Any]:
 
 
 def settings_of(folder: Path, nowhere: str) -> RunConfig:
-    """Return a run's settings; what it might write goes to `nowhere`."""
+    """Return a run's settings; what it might write goes to `nowhere`.
+
+    Raises:
+        UserError: its rows are sampled, so its records alone give no step.
+    """
     file = folder / "run" / "config.yaml"
     values = {name: value for name, value in read_yaml(file).items() if name not in OTHERS}
+    if values.get("stage") == "rl":
+        raise UserError(
+            f"{folder}: replay takes no steps of --stage rl; run/completions.jsonl has their answers with rewards and "
+            "advantages, and --resume auto in a copy of the folder repeats those since a checkpoint"
+        )
     return build_model(RunConfig, {}, values | {"save_model_path": nowhere, "report_to": ["none"]}, str(file))
 
 

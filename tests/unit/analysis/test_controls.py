@@ -22,11 +22,12 @@ from test_generate import World, assert_same, both, sharpen, slowly
 from mirage_ds.analysis.bench import Bench
 from mirage_ds.analysis.controls import conditions as making
 from mirage_ds.analysis.controls import run
+from mirage_ds.analysis.controls.bank import Bank
 from mirage_ds.analysis.controls.conditions import KNOWN, First, Given, Material, Together, choose_partners
 from mirage_ds.analysis.controls.paths import fork_of, run_paths, verdict
 from mirage_ds.analysis.controls.report import summarize
 from mirage_ds.analysis.controls.run import run_conditions
-from mirage_ds.analysis.controls.spec import CONDITIONS, parse_names
+from mirage_ds.analysis.controls.spec import CONDITIONS, ControlsSpec, parse_names
 from mirage_ds.analysis.controls.teach import Outcome, rows_of
 from mirage_ds.cli import main
 from mirage_ds.data.encode import Encoder
@@ -35,7 +36,9 @@ from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record import Record
 from mirage_ds.data.record_files import scan
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import answer_records, load_decoder, prompt_of
+from mirage_ds.evaluate.decoder import answer_records, load_decoder
+from mirage_ds.evaluate.prompts import prompt_of
+from mirage_ds.evaluate.report import prompt_hash
 from mirage_ds.evaluate.scoring import Prediction, bootstrap
 from mirage_ds.model import kv_cache
 from mirage_ds.model.choose import greedy
@@ -50,6 +53,10 @@ CLOSE = 1e-5
 LIMITS = Limits(12, longest_run=1, fixed_run=K)
 REASONING, PLANNING = "vsp-spatial-reasoning", "vsp-spatial-planning"
 PLANNING_ROWS = Path(__file__).parents[3] / "data/sample_planning.jsonl"
+
+
+def sized(batch_size: int) -> ControlsSpec:
+    return ControlsSpec(data_path=Path(), seed=SEED, batch_size=batch_size)
 
 
 def write_jsonl(path: Path, rows: Sequence[dict]) -> Path:
@@ -108,7 +115,7 @@ def bench(folder: Path, file: Path) -> Bench:
 
 @pytest.fixture(scope="module")
 def found(bench: Bench, records: list[Record]) -> dict[str, list[Outcome]]:
-    return run_conditions(bench, records, CONDITIONS, SEED, batch_size=2)
+    return run_conditions(bench, records, CONDITIONS, sized(2))
 
 
 class Oracle:
@@ -257,7 +264,7 @@ def test_own_is_ordinary_decoding(folder: Path, file: Path, records: list[Record
     loaded = decoder.loaded
     assert loaded.tower is not None
     bench = Bench(loaded.model, loaded.tower, encoder, LIMITS)
-    outcomes = run_conditions(bench, records, ["own"], SEED, batch_size=2)
+    outcomes = run_conditions(bench, records, ["own"], sized(2))
     assert list(outcomes) == ["own"]
     assert [one.answer for one in outcomes["own"]] == answer_records(decoder, records, LIMITS, batch_size=2)
     assert any(one.answer.text for one in outcomes["own"])
@@ -266,7 +273,7 @@ def test_own_is_ordinary_decoding(folder: Path, file: Path, records: list[Record
 def test_batch_size_and_the_other_conditions_do_not_matter(
     bench: Bench, records: list[Record], found: dict[str, list[Outcome]]
 ) -> None:
-    again = run_conditions(bench, records, ["swap", "random"], SEED, batch_size=5)
+    again = run_conditions(bench, records, ["swap", "random"], sized(5))
     assert list(again) == ["own", "swap", "random"]
     for name, outcomes in again.items():
         for one, other in zip(outcomes, found[name], strict=True):
@@ -283,7 +290,7 @@ def test_room_for_all_conditions_is_looked_for_before_the_first(
     monkeypatch.setattr(run, "decode", lambda *_: pytest.fail("decoded"))
     tight = replace(bench, limits=replace(LIMITS, cache_gb=room))
     with pytest.raises(UserError, match=rf"^record \d: keys and values of its {longest} prompt tokens"):
-        run_conditions(tight, records, ["own", "zero", "random"], SEED, batch_size=2)
+        run_conditions(tight, records, ["own", "zero", "random"], sized(2))
 
 
 def test_prompt_is_the_encoders(bench: Bench, records: list[Record]) -> None:
@@ -533,11 +540,13 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_controls_the_command(
-    folder: Path, file: Path, tmp_path: Path, call: Callable, found: dict[str, list[Outcome]]
-) -> None:
-    out, page = tmp_path / "deep" / "out.json", tmp_path / "out.md"
+    folder: Path, file: Path, records: list[Record], oracle: Oracle, tmp_path: Path, call: Callable,
+    found: dict[str, list[Outcome]],
+) -> None:  # fmt: skip
+    out, page, bank = tmp_path / "deep" / "out.json", tmp_path / "out.md", tmp_path / "bank"
     words = ("--latents", "zero,off", "--task", REASONING, "--max_new_tokens", 12, "--seed", SEED, "--batch_size", 3)
-    code, said, error = call("controls", folder, "--data_path", file, *words, "--out", out, "--markdown", page)
+    words += ("--out", out, "--markdown", page, "--latent_bank", bank)
+    code, said, error = call("controls", folder, "--data_path", file, *words)
     assert code == 0, error
     report = json.loads(out.read_text())
     assert list(report["conditions"]) == ["own", "zero", "off"]
@@ -550,6 +559,10 @@ def test_controls_the_command(
         row = f"{one['log_likelihood']['mean']:.3f} ({one['log_likelihood']['low']:.3f}, "
         assert row in said
         assert f"| {name} | {one['metrics']['latents']:.1f} | {row}" in page.read_text()
+    kept, wanted = Bank(bank, "swap", oracle.own[0].shape[1:], SEED), KNOWN["swap"](oracle.material)
+    for record, vectors in zip(records, wanted, strict=True):
+        fed = kept.of(prompt_hash(record, ImageFinder.beside(file, None)))
+        torch.testing.assert_close(fed, vectors.float(), rtol=1e-3, atol=1e-3)
 
 
 def test_controls_refuse_in_one_sentence(

@@ -137,7 +137,7 @@ def test_a_running_compiler_is_seen() -> None:
         [sys.executable, "-c", "open('/proc/self/comm', 'w').write('ninja'); input()"], stdin=subprocess.PIPE
     )
     try:
-        end = time.monotonic() + 5
+        end = time.monotonic() + 60
         while "ninja" not in probe.locks({})["compilers"]:
             assert time.monotonic() < end
     finally:
@@ -320,7 +320,7 @@ def test_a_host_that_hangs_is_left_in_time_and_nothing_stays(tmp_path: Path, mon
     ssh_that(tmp_path, monkeypatch, "exec sleep 98765")
     begin = time.monotonic()
     (answer,) = ask_all(["b"], transport.ssh(""), "", request(), 0.5)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 60
     assert answer.fault == "gave no answer within 0.5 s"
     assert not any("98765" in process.cmdline() for process in psutil.Process().children(recursive=True))
 
@@ -337,24 +337,28 @@ def test_a_clock_is_compared_with_when_it_was_asked_and_heard_of(ahead: float, l
     assert answer.skew_s == pytest.approx(least, abs=0.5)
 
 
-def test_hosts_are_asked_at_the_same_time_and_answer_in_order() -> None:
-    source = TELLS + "n = asked['number']; time.sleep(0.6 - n / 10); say(n=n)"
-    begin = time.monotonic()
-    answers = ask_all(list("abcd"), transport.local, source, request(), 10)
-    assert time.monotonic() - begin < 2
+def test_hosts_are_asked_at_the_same_time_and_answer_in_order(tmp_path: Path) -> None:
+    # None answers before all have been asked; the last is the first to do so.
+    source = (
+        f"{TELLS} import pathlib; here = pathlib.Path({str(tmp_path)!r})\n"
+        "n = asked['number']; (here / str(n)).touch()\n"
+        "while len(list(here.iterdir())) < 4: time.sleep(0.01)\n"
+        "time.sleep(0.3 - n / 10); say(n=n)"
+    )
+    answers = ask_all(list("abcd"), transport.local, source, request(), 60)
     assert [(answer.host, answer.lines) for answer in answers] == [(name, [{"n": n}]) for n, name in enumerate("abcd")]
 
 
 def test_when_one_of_several_that_work_together_fails_the_others_are_not_waited_for() -> None:
-    source = TELLS + "say(up=1); sys.exit(7) if FAILS else time.sleep(60)"
+    source = TELLS + "say(up=1); sys.exit(7) if FAILS else time.sleep(600)"
     begin = time.monotonic()
     reach = {"a": "FAILS = True\n", "b": "FAILS = False\n"}
 
     def command(host: str) -> list[str]:
         return [sys.executable, "-c", f"{reach[host]}{transport.LOADER}"]
 
-    answers = ask_all(["a", "b"], command, source, request(), 50, together=True)
-    assert time.monotonic() - begin < 10
+    answers = ask_all(["a", "b"], command, source, request(), 500, together=True)
+    assert time.monotonic() - begin < 100
     assert answers[0].fault.startswith("ended with exit code 7")
     assert answers[1].fault
 

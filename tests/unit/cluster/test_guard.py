@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mirage_ds.cluster.guard.child import die_with
+from mirage_ds.cluster.guard.watch import die_with
 from mirage_ds.cluster.guard.wire import EXIT_HANG
 from mirage_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 
@@ -105,7 +105,7 @@ class Ranks:
 
     def end(self, family: list[psutil.Process] | None = None) -> tuple[int, list[str]]:
         said, _ = self.process.communicate(timeout=LIMIT_S)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + LIMIT_S
         mine = [one for one in psutil.process_iter(["cmdline"]) if str(self.out) in (one.info["cmdline"] or [])]
         while any(one.is_running() for one in mine) and time.monotonic() < deadline:
             time.sleep(0.1)

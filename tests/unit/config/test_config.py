@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 from pydantic import ValidationError
 
 from mirage_ds import train
+from mirage_ds.config.flags import PARTS
+from mirage_ds.config.rl import RL_ONLY
 from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError
 
@@ -233,15 +236,23 @@ def test_a_missing_yaml_file_is_named(sentence: Callable[..., str]) -> None:
     assert sentence("--config", "gone.yaml") == "gone.yaml: no such file of settings"
 
 
-def test_every_setting_stands_in_the_help_with_its_default() -> None:
-    text = " ".join(
-        train.command.get_help(
-            click.Context(train.command, terminal_width=110, help_option_names=["-h", "--help"])
-        ).split()
-    )
-    for name in RunConfig.model_fields:
-        assert f"--{name}" in text
+def test_every_setting_stands_in_the_help_under_its_heading() -> None:
+    context = click.Context(train.command, terminal_width=110, help_option_names=["-h", "--help"])
+    lines = train.command.get_help(context).splitlines()
+    first = {line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")}
+    assert first >= RunConfig.model_fields.keys()
+    headings = {PARTS["prompts_per_rollout"]: RL_ONLY, PARTS["yaml_file"]: ("config", "-h,")}
+    assert [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")] == list(PARTS.values())
+    for heading, names in headings.items():
+        part = itertools.takewhile(str.strip, lines[lines.index(f"{heading}:") + 1 :])
+        assert tuple(line.split()[0].removeprefix("--") for line in part if re.match("  -", line)) == names
+    text = " ".join(" ".join(lines).split())
     assert "k: latent tokens of a latent block. [default: 4]" in text
+    assert (
+        "--stage [sft|stage1|stage2|rl] sft (text), stage1 (latents from helpers), stage2 (own latents), rl. [required]"
+        in text
+    )
+    assert "the trained model. [required to train] --stage" in text
 
 
 def test_main_says_a_mistake_in_one_line_and_exits_with_2(

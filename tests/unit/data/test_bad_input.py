@@ -287,9 +287,9 @@ def test_32_bits_a_channel_are_a_fault_since_nobody_knows_their_range(dtype: Any
 def test_a_decompression_bomb_is_a_fault_and_nothing_is_allocated(width: int, height: int, tmp_path: Path) -> None:
     (tmp_path / "i.png").write_bytes(png(width, height))
     assert width * height > MAX_PIXELS
-    started = time.perf_counter()
+    started = time.process_time()
     fault = opened(tmp_path, "i.png")
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert fault.what == f"image {tmp_path / 'i.png'} has more than 89,478,485 pixels"
 
 

@@ -212,6 +212,7 @@ def test_the_list_of_those_commands_is_whole() -> None:
     assert len(OURS) == 5
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_released_folder(released: Path) -> None:
     (shown,) = [one for one in shown_in(PAGE) if "RELEASED" in one.words and one.words[0] == "deepspeed"]
     words = [*shown.words[3:], "--max_steps", "1", "--global_batch_size", "2", "--num_workers", "0"]

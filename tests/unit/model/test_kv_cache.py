@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mirage_ds.analysis.controls.conditions import Given
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import prompts_of
+from mirage_ds.evaluate.prompts import prompts_of
 from mirage_ds.model import generate as decoding
 from mirage_ds.model import kv_cache
 from mirage_ds.model.attention import Ends, varlen_attention

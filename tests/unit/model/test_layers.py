@@ -107,7 +107,7 @@ def test_a_call_adds_no_name_and_has_the_layers_own_parameters(
     layer = model.model.language_model.layers[0]
     call = LayerCall(layer, Round(), kernels)
     assert not list(call.named_parameters()) + list(call.state_dict()) + list(call.children())
-    for body in call._bodies.values():
+    for body in call.bodies.values():
         names = dict(layer.named_parameters())
         assert {name: id(p) for name, p in body.named_parameters()} == {name: id(p) for name, p in names.items()}
         fused = [module for module in body.modules() if isinstance(module, LigerRMSNorm | LigerSwiGLUMLP)]
@@ -115,7 +115,7 @@ def test_a_call_adds_no_name_and_has_the_layers_own_parameters(
         assert all(one.eps == 1e-6 for one in fused if isinstance(one, LigerRMSNorm))
     assert not any(isinstance(module, LigerRMSNorm | LigerSwiGLUMLP) for module in model.modules())
     call.train(False)
-    assert not any(module.training for body in call._bodies.values() for module in body.modules())
+    assert not any(module.training for body in call.bodies.values() for module in body.modules())
 
 
 class Whole(TorchDispatchMode):

@@ -20,7 +20,7 @@ from mirage_ds.data.batch import collate
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.load import load_encoder
 from mirage_ds.data.record_files import scan
-from mirage_ds.evaluate.decoder import pack
+from mirage_ds.evaluate.prompts import pack
 from mirage_ds.model.attention import BACKENDS, SEGMENTS_NAME
 from mirage_ds.model.family import FAMILIES
 from mirage_ds.model.load import attend_in_segments, load_tower, read_config

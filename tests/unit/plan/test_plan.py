@@ -7,9 +7,9 @@ tests/dist/test_planned.py the states against a running engine.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -776,6 +776,18 @@ def test_page_holds_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> 
     assert printed in page
 
 
+def test_page_holds_what_a_plan_of_rl_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    page = (Path(__file__).parents[3] / "docs/plan.md").read_text()
+    asked = [
+        line.split()[2:] for line in page.splitlines() if line.startswith("mirage-ds plan") and "--stage rl" in line
+    ]
+    (shown,) = (block for block in page.split("```\n") if "(rollout:" in block)
+    for flags, lines in zip(asked, shown.split("\n\n"), strict=True):
+        printed = [line.rstrip() for line in run(*flags).output.splitlines()]
+        assert [line for line in lines.splitlines() if line not in printed] == []
+
+
 def test_card_is_the_old_name_of_gpu() -> None:
     flags = ("--model", "qwen2.5-vl-3b", "--stage", "sft", "--json")
     old, new = run(*flags, "--card", "a100"), run(*flags, "--gpu", "a100")
@@ -829,9 +841,11 @@ def test_command_needs_neither_torch_nor_a_network(tmp_path: Path) -> None:
         "main()\n"
         "print(*sorted({'torch', 'transformers', 'deepspeed'} & sys.modules.keys()), file=sys.stderr)\n"
     )
-    begin = time.monotonic()
+    begin = os.times()
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert time.monotonic() - begin < 10
+    end = os.times()
+    # Of computing: how long it takes depends on what else the machine does.
+    assert end.children_user + end.children_system - begin.children_user - begin.children_system < 10
     assert found.stderr.strip() == ""
     assert json.loads(found.stdout)["model"]["trained"] == 72_706_203_648
 

@@ -26,15 +26,8 @@ from mirage_ds.engine.frozen import digest
 from mirage_ds.engine.save import Parts, change_rows, export_checkpoint
 from mirage_ds.engine.spelling import read_base
 from mirage_ds.errors import UserError
-from mirage_ds.evaluate.decoder import (
-    Decoder,
-    answer_records,
-    load_decoder,
-    prompts_of,
-    run_limits,
-    save_decoder,
-    seeds_of,
-)
+from mirage_ds.evaluate.decoder import Decoder, answer_records, load_decoder, run_limits, save_decoder, seeds_of
+from mirage_ds.evaluate.prompts import prompts_of
 from mirage_ds.evaluate.report import evaluate_file
 from mirage_ds.evaluate.spec import EvaluateSpec
 from mirage_ds.files import HEADS, delete_model

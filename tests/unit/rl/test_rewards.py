@@ -172,17 +172,19 @@ def test_order_groups_weights_and_columns(modules: Path) -> None:
         *answers("b", "c", "b", row=1, **record),
         *answers("c", "c", row=2, **record),
         *answers("pass", row=1, **record),
+        # The same prompt at the rollout's next place: a group of its own.
+        answers("b", row=1, **record)[0]._replace(place=1),
     ]
     names = ["first*0.5", "minus*0", "as_text*0.25", "as_message", "passes*0"]
     with Rewards([f"own_rewards:{name}" for name in names], timeout_s=20, workers=2) as rewards:
         rewards.check(dict(enumerate([record | {"text_output": "b"}])))
         scored = rewards.score(given)
     first, minus, text, message, passes = scored.by_function.values()
-    assert first == [1, 0, 1, 1, 1, 1]
-    assert minus == [0, -4, -10, 0, -4, 0]
-    assert text == [3, 3, 3, 3, 3, 4]
-    assert message == [4, 3, 4, 3, 3, 3]
-    assert same(passes, [1, 1, 1, 1, 1, math.nan])
+    assert first == [1, 0, 1, 1, 1, 1, 1]
+    assert minus == [0, -4, -10, 0, -4, 0, 0]
+    assert text == [3, 3, 3, 3, 3, 4, 3]
+    assert message == [4, 3, 4, 3, 3, 3, 4]
+    assert same(passes, [1, 1, 1, 1, 1, math.nan, 1])
     assert scored.total == [a / 2 + b / 4 + c for a, b, c in zip(first, text, message, strict=True)]
     assert scored.faults == []
 

@@ -25,7 +25,8 @@ from mirage_ds.data.sample import Sample
 from mirage_ds.engine import setup
 from mirage_ds.engine.card import model_card, write_card
 from mirage_ds.engine.whole import bytes_to_decode
-from mirage_ds.evaluate.decoder import decode_samples, prompt_of, prompts_of
+from mirage_ds.evaluate.decoder import decode_samples
+from mirage_ds.evaluate.prompts import prompt_of, prompts_of
 from mirage_ds.evaluate.scoring import spread
 from mirage_ds.model.choose import Turn
 from mirage_ds.model.generate import Prompts, generate, neighbours
@@ -262,8 +263,11 @@ def test_the_card_says_what_was_trained_and_what_decodes_it() -> None:
     ):
         assert f"\n{row}\n" in card
     assert "vLLM, and transformers without `trust_remote_code`" in card
-    assert "mirage-ds evaluate FOLDER" in card
-    assert "mirage-ds serve FOLDER" in card
+    # Each way, in lines that can be copied.
+    for way in ("mirage-ds evaluate FOLDER", "mirage-ds serve FOLDER", "openai.OpenAI(", "lmms-eval --model mirage"):
+        assert way in card
+    for code in card.split("```python\n")[1:]:
+        compile(code.split("```")[0], "card", "exec")
     # YAML that the hub reads.
     import yaml
 

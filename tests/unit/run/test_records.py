@@ -1,4 +1,4 @@
-"""What a run's planner is told of its rows."""
+"""What a run's planner is told of its rows, and its user of the model it starts from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from mirage_ds.config.run import RunConfig
+from mirage_ds.engine.spelling import Base
 from mirage_ds.run.records import make_planner
+from mirage_ds.run.setup import other_latents
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,22 @@ def test_the_planner_knows_how_many_passes_each_row_needs(
     found = make_planner(config, index, world).passes
     assert found is not None
     assert found.tolist() == passes
+
+
+@pytest.mark.parametrize(
+    ("stage", "base", "warns"),
+    [
+        ("stage2", {"mirage": {"stage": "stage1", "latent_size": 4}}, True),
+        # As the public code writes it.
+        ("stage2", {"latent_size": 4}, True),
+        ("stage2", {"mirage": {"stage": "stage1", "latent_size": 2}}, False),
+        ("stage1", {"mirage": {"stage": "sft", "latent_size": 4}}, False),
+        ("sft", {"mirage": {"stage": "stage1", "latent_size": 4}}, False),
+        ("stage1", {}, False),
+    ],
+)
+def test_another_length_of_blocks_than_before_is_said(stage: Any, base: Any, warns: bool, tmp_path: Path) -> None:
+    config = RunConfig(model="any", stage=stage, latent_size=2, data_path=tmp_path, save_model_path=tmp_path)
+    said = list(other_latents(config, Base(base, None, {})))
+    wanted = "warning: the model was trained with --latent_size 4, this run has 2"
+    assert said == ([wanted] if warns else [])

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -31,6 +31,10 @@ from support.commands import caller
 from support.pictures import noise
 from test_generate import sharpen
 
+from mirage_ds.analysis.bench import Bench
+from mirage_ds.analysis.controls.run import run_conditions
+from mirage_ds.analysis.controls.spec import CONDITIONS, ControlsSpec
+from mirage_ds.analysis.controls.teach import Outcome
 from mirage_ds.api import Mirage
 from mirage_ds.data.images import ImageFinder
 from mirage_ds.data.record import Record
@@ -40,13 +44,14 @@ from mirage_ds.evaluate.decoder import Decoder, answer_records, load_decoder, ru
 from mirage_ds.evaluate.scoring import Prediction
 from mirage_ds.evaluate.spec import Sampling
 from mirage_ds.model import generate as decoding
+from mirage_ds.serve import app
 from mirage_ds.serve.answers import Answer
 from mirage_ds.serve.app import Server, Service
 from mirage_ds.serve.command import listen
 from mirage_ds.serve.engine import Engine, Token
 from mirage_ds.serve.spec import ServeSpec
 
-K, NEW = 3, 24
+K, NEW, SEED = 3, 24, 5
 DRAWN = Sampling(1.3, 0.95)
 
 
@@ -261,28 +266,99 @@ def test_latents_come_beside_the_answer(served: Served, decoder: Decoder, record
     assert seen > 2
 
 
-@pytest.mark.parametrize("latents", ["zero", "random", "text", "off"])
-def test_latents_can_be_replaced(decoder: Decoder, records: list[Record], tmp_path: Path, latents: str) -> None:
-    question = messages_of(records[1], tmp_path)
-    own, pad = evaluated(decoder, records[1])[0], None
-    with serving(decoder, tmp_path / "s", latents=latents, return_latents=True) as served:
-        first, again = (served.ask(question, seed=3).choices[0] for _ in range(2))
-        pad = decoder.loaded.model.language_model.embed_tokens.weight[served.engine.tokens.pad]
+@pytest.fixture(scope="module")
+def asked(records: list[Record]) -> list[Record]:
+    """Records with a latent block, of two levels."""
+    found = [records[row] for row in (0, 1, 4, 5, 8, 9)]
+    return [replace(one, extra={"level": number % 2}) for number, one in enumerate(found)]
+
+
+@pytest.fixture(scope="module")
+def controlled(
+    decoder: Decoder, asked: list[Record], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, list[Outcome]]]:
+    """A bank that `mirage-ds controls` writes, and what it answers."""
+    bank, limits = tmp_path_factory.mktemp("bank"), run_limits(decoder, NEW, 8, "trained")
+    bench = Bench(decoder.loaded.model, decoder.tower, decoder.latent_encoder("stage2", K), limits)
+    spec = ControlsSpec(data_path=Path(), seed=SEED, latent_bank=bank)
+    return bank, run_conditions(bench, asked, [name for name in CONDITIONS if name != "oracle"], spec)
+
+
+def all_at_once(served: Served, questions: Sequence[list[dict]], seed: int = 0) -> list[Any]:
+    """Ask questions, each twice, all together and in an order of chance, and drawn ones beside; the first answers."""
+    every = [*range(len(questions))] * 2
+    random.Random(seed).shuffle(every)
+    with ThreadPoolExecutor(len(every) + 1) as pool:
+        pool.submit(served.ask, questions[0], temperature=1.5, n=4, max_tokens=9)
+        found = {number: pool.submit(served.ask, questions[number]) for number in every}
+        return [found[number].result() for number in range(len(questions))]
+
+
+@pytest.mark.parametrize("latents", ["first", "zero", "random", "matched", "swap", "off", "text"])
+def test_other_latents_are_those_of_the_controls(
+    decoder: Decoder, asked: list[Record], controlled: tuple[Path, dict[str, list[Outcome]]], mixed: Path,
+    tmp_path: Path, latents: str,
+) -> None:  # fmt: skip
+    bank, outcomes = controlled
+    given = {"latent_bank": bank} if latents in ("random", "matched", "swap") else {}
+    questions = [messages_of(one, mixed.parent) for one in asked]
+    with serving(decoder, tmp_path / "s", latents=latents, seed=SEED, return_latents=True, **given) as served:
+        found = all_at_once(served, questions)
+        served.until_idle()
+        assert not served.engine._known
+    for one, outcome in zip(found, outcomes[latents], strict=True):
+        (choice,), wanted = one.choices, outcome.answer
+        assert (choice.message.content, one.usage.completion_tokens) == (wanted.text, len(wanted.ids))
+        assert one.usage.completion_tokens_details.reasoning_tokens == sum(wanted.runs)
+    fed = [states_of(block) for one in found for block in one.choices[0].latents]
+    assert bool(fed) == (latents != "off")
+    # Else any condition would do.
+    assert [one.answer.ids for one in outcomes[latents]] != [one.answer.ids for one in outcomes["own"]]
+
+
+def test_a_server_writes_a_bank_whoever_comes_first(
+    decoder: Decoder, asked: list[Record], mixed: Path, tmp_path: Path
+) -> None:
+    questions, runs = [messages_of(one, mixed.parent) for one in asked], []
+    for number in range(2):
+        bank = tmp_path / f"bank{number}"
+        with serving(decoder, tmp_path / "s", latent_bank=bank, return_latents=True) as served:
+            own = all_at_once(served, questions[:5], number)
+        files = {file.name: load_file(file)["latents"] for file in bank.iterdir()}
+        with serving(decoder, tmp_path / "s", latents="swap", latent_bank=bank, return_latents=True) as served:
+            runs.append((own, files, all_at_once(served, questions)))
+    (own, files, swapped), (_, others, again) = runs
+    assert files.keys() == others.keys()
+    blocks = [[states_of(block) for block in one.choices[0].latents] for one in own]
+    # A block that max_tokens cut short is none.
+    whole = {number: [one for one in found if len(one) == K] for number, found in enumerate(blocks) if found}
+    assert len(files) == len(whole) > 2
+    for name, latents in files.items():
+        torch.testing.assert_close(latents, others[name], rtol=1e-4, atol=1e-4)
+        assert any(torch.equal(latents, torch.stack(found)) for found in whole.values())
+    assert [one.choices[0].message for one in swapped] == [one.choices[0].message for one in again]
+    partners = {}
+    for number, one in enumerate(swapped):
+        if one.choices[0].latents:
+            first = states_of(one.choices[0].latents[0])
+            (partners[number],) = (other for other, found in whole.items() if torch.equal(first, found[0]))
+    # A question that was not asked before gets somebody's too.
+    assert 5 in partners
+    assert {partners[number] for number in whole} == {*whole}
+    assert all(number != other for number, other in partners.items())
+
+
+def test_chance_is_as_long_as_what_it_replaces(decoder: Decoder, records: list[Record], tmp_path: Path) -> None:
+    question, own = (
+        messages_of(records[1], tmp_path),
+        Mirage(decoder).generate(records[1].text_input, max_new_tokens=NEW),
+    )
+    with serving(decoder, tmp_path / "s", latents="random", return_latents=True) as served:
+        first, again = (served.ask(question).choices[0] for _ in range(2))
     assert (first.message.content, first.latents) == (again.message.content, again.latents)
-    blocks = [states_of(one) for one in first.latents]
-    if latents == "off":
-        assert not blocks
-        assert own.runs
-        return
-    states = torch.cat(blocks)
-    if latents == "zero":
-        assert not states.any()
-    elif latents == "text":
-        torch.testing.assert_close(states, pad.expand_as(states))
-    else:
-        own_states = Mirage(decoder).generate(records[1].text_input, max_new_tokens=NEW).latents[0]
-        torch.testing.assert_close(states[0].norm(), own_states[0].norm())
-        assert len({tuple(one.tolist()) for one in states}) == len(states)
+    states = torch.cat([states_of(one) for one in first.latents])
+    torch.testing.assert_close(states[0].norm(), own.latents[0][0].norm())
+    assert len({tuple(one.tolist()) for one in states}) == len(states)
 
 
 def test_pause_tokens_are_fed_as_evaluate_feeds_them(
@@ -317,7 +393,11 @@ def test_what_cannot_be_answered_is_said(served: Served, mixed: Path, tmp_path: 
     def shows(url: str) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": [image(url)]}]}
 
-    huge, broken = png_of_size(100_000, 100_000), (mixed.parent / "in0.png").read_bytes()[:400]
+    large, huge, broken = (
+        png_of_size(9_000, 9_900),
+        png_of_size(100_000, 100_000),
+        (mixed.parent / "in0.png").read_bytes()[:400],
+    )
     table: list[tuple[Any, int, str]] = [
         (b'{"messages": [', 400, "Invalid JSON"),
         (b"\xff\xfe", 400, "Invalid JSON"),
@@ -342,13 +422,22 @@ def test_what_cannot_be_answered_is_said(served: Served, mixed: Path, tmp_path: 
         ({"messages": [text], "stop": ["a"] * 17}, 400, "stop"),
         ({"messages": [text], "stop": "a" * 201}, 400, "stop"),
         ({"messages": [text], "model": "gpt"}, 404, "no model 'gpt'; served is served"),
-        ({"messages": [{"role": "user", "content": "left " * 130_000}]}, 400, "more than the 128000"),
+        ({"messages": [{"role": "user", "content": "left " * 130_000}]}, 400, "40625 prompt tokens"),
+        ({"messages": [{"role": "user", "content": "left " * 40_000}]}, 400, "more than 32768"),
+        ({"messages": [{"role": "user", "content": [image("")] * 11_000}]}, 400, "33000 prompt tokens"),
+        ({"messages": [{"role": "user", "content": [image(data_url(large))] * 5}]}, 400, "together"),
+        ({"messages": [text], "k" * 9_000: 1}, 400, "is not known here"),
+        ({"messages": [{"role": "user", "content": [{"type": "k" * 9_000}]}]}, 400, "messages.0.content"),
+        ({"messages": [text], "n": True}, 400, "n: Input should be a valid integer"),
+        ({"messages": [text], "max_tokens": "8"}, 400, "max_tokens: Input should be a valid integer"),
+        ({"messages": [text], "temperature": True}, 400, "temperature: Input should be a valid number"),
+        ({"messages": [text], "stream": "yes"}, 400, "stream: Input should be a valid boolean"),
+        (shows(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")), 400, "is no PNG, JPEG, GIF"),
         ({"messages": [{"role": "user", "content": "x" * 1_100_000}]}, 413, "more than 1 MB (--max_request_mb)"),
         (shows("https://example.org/a.png"), 400, "nothing is fetched"),
         (shows("/etc/passwd"), 400, "nothing is fetched"),
         (shows("data:image/png;base64,@@@@"), 400, "picture 1 is not whole base64"),
         (shows("data:text/plain,hello"), 400, "picture 1 is a data: URI without base64"),
-        (shows(data_url(b"no picture")), 400, "image picture 1 cannot be decoded"),
         (shows(data_url(broken)), 400, "image picture 1 cannot be decoded"),
         (shows(data_url(huge)), 400, "image picture 1 has more than"),
         (shows(data_url(png_of_size(2_000, 4))), 400, "a side ratio above 200"),
@@ -364,12 +453,21 @@ def test_what_cannot_be_answered_is_said(served: Served, mixed: Path, tmp_path: 
         assert (answer.status_code, says) == (status, says if says in answer.text.replace("\\", "") else answer.text)
         assert {*answer.json()["error"]} == {"message", "type", "param", "code"}
         assert str(tmp_path) not in answer.text
+        assert len(answer.text) < 1_000
     assert served.plain.get("/v1/other").status_code == 404
     assert served.plain.get("/v1/chat/completions").json()["error"]["message"].endswith("Method Not Allowed")
     with pytest.raises(openai.BadRequestError, match="<image>"):
         served.ask([{"role": "user", "content": "<image>"}])
     assert served.plain.get("/health").json() == {"status": "ok"}
     served.until_idle()
+
+
+def test_a_request_that_does_not_come_is_not_waited_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "BODY_S", 0.1)
+    with socket.create_connection(("127.0.0.1", served.port)) as slow:
+        slow.sendall(b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"n": ')
+        slow.settimeout(20)
+        assert slow.recv(99).startswith(b"HTTP/1.1 408")
 
 
 def test_a_key_is_asked_for(decoder: Decoder, tmp_path: Path) -> None:
@@ -491,7 +589,7 @@ def test_a_fault_ends_those_it_is_about(
         assert gathered(second)[0][0] == wanted.text
     for error, status in ((RuntimeError("a bug"), 500), (torch.OutOfMemoryError("full"), 503)):
         with monkeypatch.context() as patch:
-            patch.setattr(served.engine, "_feed", lambda *_, error=error: (_ for _ in ()).throw(error))
+            patch.setattr(served.engine, "_choose", lambda *_, error=error: (_ for _ in ()).throw(error))
             with pytest.raises(openai.APIStatusError, match="decoding failed") as refused:
                 served.ask(messages_of(records[0], mixed.parent))
         assert refused.value.status_code == status
@@ -514,6 +612,9 @@ def test_a_signal_ends_it_once_answers_have_ended(
             model="served", messages=[{"role": "user", "content": "What?"}], stream=True, temperature=2, seed=1,
         )  # fmt: skip
         chunks = [next(iter(stream))]
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        # Once more: no reason to hurry.
         os.kill(os.getpid(), signal.SIGTERM)
         try:
             chunks += [*stream]
@@ -545,7 +646,11 @@ def test_a_signal_ends_it_once_answers_have_ended(
         (("--files", "nowhere"), "--files nowhere: no folder"),
         (("--port", "70000"), "--port is 70000"),
         (("--host", "256.0.0.1"), "--host 256.0.0.1 --port 8000"),
-        (("--latents", "swap"), "swap"),
+        (("--latents", "swap"), "--latents swap is made of other questions' latents; give --latent_bank"),
+        (("--latents", "oracle"), "--latents oracle feeds features of helper images, and no request has any"),
+        (("--latents", "off", "--latent_bank", "x"), "--latents off takes nothing from --latent_bank"),
+        (("--latents", "matched", "--latent_bank", "nowhere"), "--latent_bank nowhere: holds no latents"),
+        (("--latent_bank", "x", "--run_length", "model"), "--run_length: conditions are compared at the same number"),
     ],
 )
 def test_flags_that_cannot_be(

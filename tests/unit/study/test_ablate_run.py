@@ -380,6 +380,7 @@ def test_slurm_takes_only_the_arms_that_are_asked_for(tmp_path: Path, nano: Path
     assert names == [["base"], ["sft", "sft"], ["test", "test"]]
 
 
+@pytest.mark.slow
 def test_an_array_task_runs_its_node(tmp_path: Path, nano: Path) -> None:
     """The script itself, with a user's error in the records: the task ends with code 1 and leaves the attempt."""
     file = write_study(tmp_path, nano)

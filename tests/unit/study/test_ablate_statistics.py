@@ -157,9 +157,9 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
 
 def test_a_large_study_takes_seconds() -> None:
     values = np.random.default_rng(0).integers(2, size=(8, 4000)).astype(float)
-    start = time.perf_counter()
+    start = time.process_time()
     estimate(values, (2000, 2000), Draws())
-    assert time.perf_counter() - start < 8
+    assert time.process_time() - start < 8
 
 
 def test_equal_scores_have_an_interval_without_width() -> None:

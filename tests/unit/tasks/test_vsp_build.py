@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from mirage_ds.config.mixture import apportion
 from mirage_ds.errors import UserError
 from mirage_ds.tasks import maps, render, task_name
 from mirage_ds.tasks.board_task import BuildSpec
-from mirage_ds.tasks.build import build
-from mirage_ds.tasks.report import BuildReport, print_report
+from mirage_ds.tasks.build import build, print_report
+from mirage_ds.tasks.draft import BuildReport
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 ROWS = FIXTURES / "vsp_planning_rows.jsonl"
@@ -280,14 +281,15 @@ def test_two_files_share_a_folder_and_its_pictures(tmp_path):
     assert (tmp_path / "one.jsonl").read_bytes() == before
 
 
-def test_nothing_half_written(tmp_path):
+def test_nothing_half_written(tmp_path, monkeypatch):
     def stop(done, total):
         assert total == 40  # an input and a helper picture a row
         if done == 7:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr("mirage_ds.tasks.write.progress_bar", lambda title: nullcontext(stop))
     with pytest.raises(KeyboardInterrupt):
-        build(PLANNING, BuildSpec(out=tmp_path / "o", count=20), stop)
+        build(PLANNING, BuildSpec(out=tmp_path / "o", count=20))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError):
         run(PLANNING, tmp_path / "o", count=2000, levels="3")
