@@ -77,14 +77,17 @@ data.add_command(rationalize)
 @click.option("--most", default=50, show_default=True, help="Kinds of faults listed at most.")
 def data_check(file: Path, most: int, columns: str | None, **options: Any) -> None:
     """List every faulty record of FILE and how to fix it. Exit code 2 if there is one."""
-    from mirage_ds.curate.check import check_file, print_faults
+    from collections import Counter
+
+    from mirage_ds.curate.check import check_file, print_faults, scored
     from mirage_ds.data.folders import unread_lines
     from mirage_ds.data.record_files import told
 
     names = parse_columns(columns)
     for line in told(file, names):
         print(line)
-    count, faults, answers = check_file(file, columns=names, **options)
+    answers: Counter[str] = Counter()
+    count, faults = check_file(file, columns=names, see=lambda record: answers.update([scored(record)]), **options)
     print_faults(file, count, faults, most)
     for line in unread_lines(file):
         print(line)

@@ -1,6 +1,5 @@
 """`mirage-ds data check`: every fault of the records at once."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -64,14 +63,16 @@ def check_file(
     latent_size: int,
     confine_paths: bool = False,
     columns: Columns = RECOGNISED,
-) -> tuple[int, list[Fault], Counter[str]]:
+    see: Callable[[Record], object] = lambda record: None,
+) -> tuple[int, list[Fault]]:
     """Check every record: its form, its images, and with a model folder its encoding for a stage.
 
     Args:
         data_path: a file, a folder of files, or a glob pattern.
+        see: is shown each record that has the format.
 
     Returns:
-        The number of records, the faults in the order of the records, and how often each that `scored` says.
+        The number of records, and the faults in the order of the records.
     """
     from mirage_ds.data.progress import track
 
@@ -87,7 +88,6 @@ def check_file(
         encoder = load_encoder([str(model_folder)], finder, stage, latent_size)
     count, latents = 0, False
     faults: list[Fault] = []
-    answers: Counter[str] = Counter()
     for piece in track(list(pieces(files)), "checking"):
         own = finder.of(files[piece.file], pictures)
         measure = replace(encoder, finder=own).measure if encoder else None
@@ -96,7 +96,7 @@ def check_file(
             if isinstance(record, Fault):
                 found = [record]
             else:
-                answers[scored(record)] += 1
+                see(record)
                 latents |= record.runs > 0
                 found = _faults(record, own, stage, measure)
             faults += [name_file(fault, files, piece.file) for fault in found]
@@ -104,7 +104,7 @@ def check_file(
         raise no_record(data_path)
     if stage == "stage2" and not latents and not faults:
         faults.append(name_file(Fault(1, "image_output", *NO_LATENTS), files, 0))
-    return count, faults, answers
+    return count, faults
 
 
 def print_faults(file: Path, count: int, faults: list[Fault], most: int) -> None:

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import TypeVar
 
 from rich.console import Console
@@ -17,8 +16,9 @@ Item = TypeVar("Item")
 
 
 def clock(seconds: float) -> str:
-    """Return a time as h:mm:ss, with days before it where there are some."""
-    return str(timedelta(seconds=round(seconds)))
+    """Return a time as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
 class Lines:
