@@ -79,7 +79,7 @@ def _train(
                 time.monotonic() + patience_s,
             )
             while learner.engine.global_steps < saved + 2 and time.monotonic() < end:
-                time.sleep(0.01)
+                time.sleep(0.001)
             later.append(learner.engine.global_steps - saved)
             if trouble and trouble[0] == world.rank:
                 with trouble[1](copies, saved):
