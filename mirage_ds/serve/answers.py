@@ -25,7 +25,7 @@ class Answer:
 
     Attributes:
         text: so far, with the blanks at its end; finish: how it has ended, empty before.
-        made: its tokens; states: what was fed (H,) at each latent, where that is kept.
+        made: its tokens; states: what was fed (H,) at each latent.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]):
@@ -96,10 +96,10 @@ class Reply:
 
     def _save(self) -> None:
         """Write the first answer's latents where a folder is given for them; a block that was cut short is left out."""
-        slots, folder = self.engine.limits.fixed_run, self.engine.bank_to
+        spec, slots = self.engine.spec, self.engine.limits.fixed_run
         own = [states for _, states in self.answers[0].blocks() if len(states) == slots]
-        if folder and own:
-            bank.write(folder, self.job.question, torch.stack(own))
+        if spec.latent_bank and spec.latents == "own" and own:
+            bank.write(spec.latent_bank, self.job.question, torch.stack(own))
 
     def _usage(self) -> dict[str, Any]:
         """Count tokens; latents are the reasoning."""

@@ -24,8 +24,6 @@ def serve(folder: Path, **flags: Any) -> None:
     """
     spec = build_model(ServeSpec, flags)
     need("serve", "mirage-ds serve")
-    if spec.files and not spec.files.is_dir():
-        raise UserError(f"--files {spec.files}: no folder; give one that is there")
     from mirage_ds.data.images import ImageFinder
     from mirage_ds.evaluate.decoder import load_decoder
     from mirage_ds.serve.app import Server, Service

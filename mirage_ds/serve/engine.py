@@ -45,7 +45,7 @@ class Token(NamedTuple):
 
     Attributes:
         answer: which of its request's, from 0; ended: it is the last one.
-        state: (H,) what was fed at it, where that is kept and it is a latent.
+        state: (H,) what was fed at it, where it is a latent.
     """
 
     answer: int
@@ -90,7 +90,7 @@ class Engine:
     """Decodes what is submitted, once it has started.
 
     Attributes:
-        bank_to: folder where own latents are written; registry: its numbers, for Prometheus.
+        registry: its numbers, for Prometheus.
 
     Raises:
         UserError: the model has no latents that spec.latents could replace, or they cannot be made.
@@ -106,7 +106,6 @@ class Engine:
         self.tokens, self._other = tokens_and_feed(self.model, decoder.encoder, decoder.latents, slots)
         self._barred = [self.tokens.pad, self.tokens.start, self.tokens.end] if spec.latents == "off" else []
         own = spec.latents == "own"
-        self.bank_to = spec.latent_bank if own else None
         shape = fixed_slots(decoder, self.limits) if spec.latent_bank else 0, self.model.head.weight.shape[1]
         self._bank = Bank(spec.latent_bank, spec.latents, shape, spec.seed) if spec.latent_bank and not own else None
         # By the numbers of the answers: the vectors that one is fed, or the first state of its block.
@@ -125,7 +124,7 @@ class Engine:
         self._samplers: dict[Sampling, Chooser] = {}
         self._asked, self._end, self._over = 0, float("inf"), False
         self._thread = Thread(target=self._run, name="decode", daemon=True)
-        self._loop = self._empty()
+        self._loop = Loop(self.model, self.limits, self._read, record=True)
         self.registry = CollectorRegistry()
         self._decoded = Counter("mirage_tokens", "Decoded tokens and latents.", registry=self.registry)
         self._prefilled = Counter("mirage_prefill_tokens", "Prompt tokens that were read.", registry=self.registry)
@@ -135,9 +134,6 @@ class Engine:
         cache, size = Gauge("mirage_cache_bytes", "", ["state"], registry=self.registry), bytes_of_block(self.model)
         cache.labels("reserved").set_function(lambda: self._loop.cache.reserved * size)
         cache.labels("allocated").set_function(lambda: len(self._loop.cache.keys[0]) * size)
-
-    def _empty(self) -> Loop:
-        return Loop(self.model, self.limits, self._read, record=self.spec.return_latents or bool(self.bank_to))
 
     def start(self, readers: AbstractEventLoop) -> None:
         """Begin; `readers` is the event loop in which the jobs' tokens are waited for."""
@@ -216,7 +212,7 @@ class Engine:
             self._say(job, why)
         self._rows, self._seeds = {}, {}
         self._known.clear()
-        self._loop = self._empty()
+        self._loop = Loop(self.model, self.limits, self._read, record=True)
 
     def _turn(self) -> None:
         """Let answers begin, and decode one token of every row."""
@@ -232,7 +228,7 @@ class Engine:
                 self._say(job, Refused(500, "the logits are not finite: a weight is NaN"))
                 self._drop(job.numbers)
             elif job:
-                state = made.latents[-1] if made.latents and made.fed[len(made.ids) - 1 :] == "H" else None
+                state = made.latents[-1] if made.fed[len(made.ids) - 1 :] == "H" else None
                 self._say(job, Token(row.number - job.first, made.ids[-1], row.number in ended, state))
         self._drop([*ended])
 

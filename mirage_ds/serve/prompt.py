@@ -79,8 +79,7 @@ class Reader:
         """Write messages as a record: texts with a mark where a picture stands, and the pictures' places."""
         parts = [part for message in messages for part in message.content]
         # A picture has three tokens at least.
-        least = sum(3 if isinstance(part, Picture) else len(part.text) // CHARACTERS for part in parts)
-        self._fits(least, 0)
+        self._fits(sum(3 if isinstance(part, Picture) else len(part.text) // CHARACTERS for part in parts), 0)
         turns: list[dict[str, str]] = []
         places: list[str] = []
         for message in messages:

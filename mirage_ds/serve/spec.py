@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import DirectoryPath, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mirage_ds.evaluate.spec import LengthSpec
 
@@ -19,7 +19,9 @@ class ServeSpec(LengthSpec):
     api_key: str | None = Field(
         None, description=f"Key that clients must send; better in the environment, as {KEY_VARIABLE}."
     )
-    files: Path | None = Field(None, description="Folder below which file: URLs are read; without it, none are.")
+    files: DirectoryPath | None = Field(
+        None, description="Folder below which file: URLs are read; without it, none are."
+    )
     latents: Literal["own", "first", "zero", "random", "matched", "swap", "oracle", "off", "text", "path"] = Field(
         "own", description="What is fed at the slots (`mirage-ds docs controls`); not oracle and path."
     )

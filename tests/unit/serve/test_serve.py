@@ -643,7 +643,7 @@ def test_a_signal_ends_it_once_answers_have_ended(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--files", "nowhere"), "--files nowhere: no folder"),
+        (("--files", "nowhere"), "--files is PosixPath('nowhere'): Path does not point to a directory"),
         (("--port", "70000"), "--port is 70000"),
         (("--host", "256.0.0.1"), "--host 256.0.0.1 --port 8000"),
         (("--latents", "swap"), "--latents swap is made of other questions' latents; give --latent_bank"),
