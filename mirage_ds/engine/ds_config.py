@@ -87,18 +87,9 @@ KEEPS_ALL = 10**12
 # Those that somebody here looks into.
 BLOCKS = ("fp16", "bf16", "torch_autocast", "data_types", "zero_optimization", "optimizer")
 # The run fills these; `"auto"` there means just that.
-FILLED = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer.params.lr",
-    "optimizer.params.betas",
-    "optimizer.params.eps",
-    "optimizer.params.weight_decay",
-    "zero_optimization.stage3_max_live_parameters",
-    "zero_optimization.stage3_max_reuse_distance",
-}
+FILLED = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
+FILLED |= {f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")}
+FILLED |= {f"zero_optimization.{name}" for name in LIMITS}
 # The recipe of a stage where no JSON is given.
 DEFAULTS = {"sft": "zero3", "stage1": "zero3", "stage2": "zero3_kept", "rl": "zero3_kept"}
 

@@ -7,7 +7,7 @@ a load on another number of ranks tests/dist/test_world_size.py.
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from datetime import timedelta
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mirage_ds.files import sync
 
@@ -122,7 +123,7 @@ def host_copy(state: Any) -> Any:
     """Copy what a checkpoint file holds into the host's memory, tensors that share a storage again as views of one."""
     storages: dict[int, torch.UntypedStorage] = {}
     copies: dict[int, Any] = {}
-    for tensor in _tensors(state):
+    for tensor in filter(torch.is_tensor, tree_leaves(state)):
         whole = tensor.untyped_storage()
         if whole.data_ptr() not in storages:
             storages[whole.data_ptr()] = torch.UntypedStorage(whole.nbytes()).copy_(whole)
@@ -130,14 +131,6 @@ def host_copy(state: Any) -> Any:
         copies[id(tensor)] = torch.empty(0, dtype=tensor.dtype).set_(*view)
     # It copies all else, and takes from its memo what is there: else tensors of a GPU would be copied on the GPU.
     return deepcopy(state, copies)
-
-
-def _tensors(state: Any) -> Iterator[torch.Tensor]:
-    if isinstance(state, torch.Tensor):
-        yield state
-    elif isinstance(state, Mapping | list | tuple):
-        for one in state.values() if isinstance(state, Mapping) else state:
-            yield from _tensors(one)
 
 
 class Collecting:
@@ -260,17 +253,8 @@ def shards_into_tensors(source: Path, target: Path, workers: int) -> None:
     )
     state = target / "zero" / "optimizer_state.pt"
     # Of ZeRO-3 it copies rank 0's shard whole, which every rank would read: 12 bytes an element, over the ranks.
-    small = target / "zero" / ".optimizer_state.pt"
-    torch.save(_without_arrays(torch.load(state, map_location="cpu", weights_only=False)), small)
+    # Every tensor of more than one element is emptied; the steps that AdamW counts are tensors of one.
+    small, whole = target / "zero" / ".optimizer_state.pt", torch.load(state, map_location="cpu", weights_only=False)
+    kept = tree_map_only(torch.Tensor, lambda one: one if one.numel() == 1 else one.new_empty(0), whole)
+    torch.save(kept, small)
     small.replace(state)
-
-
-def _without_arrays(value: Any) -> Any:
-    """Empty every tensor of more than one element; the steps that AdamW counts are tensors of one."""
-    if isinstance(value, torch.Tensor):
-        return value if value.numel() == 1 else value.new_empty(0)
-    if isinstance(value, dict):
-        return {key: _without_arrays(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_without_arrays(one) for one in value]
-    return value

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from support.group import Group
+from torch.utils._pytree import tree_leaves
 
 from mirage_ds import train
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine import ds_config as ds
 from mirage_ds.engine.checkpoint import CheckpointWriter
-from mirage_ds.engine.private import _tensors
 from mirage_ds.plan.settings import read_settings
 from mirage_ds.plan.shape import read_shape, sizes, trained_parameters
 from mirage_ds.plan.states import States, states, written
@@ -125,8 +125,9 @@ def _written(learner: Any, folder: Path, world: Any) -> dict[str, int]:
     for file in saved.place.glob("*.pt"):
         if f"pp_rank_{world.rank}_" in file.name or (world.rank == 0 and "pp_rank" not in file.name):
             content = torch.load(file, weights_only=False)
-            weights += list(_tensors(content.get("module")))
-            others += list(_tensors({name: value for name, value in content.items() if name != "module"}))
+            weights += filter(torch.is_tensor, tree_leaves(content.get("module")))
+            rest = {name: value for name, value in content.items() if name != "module"}
+            others += filter(torch.is_tensor, tree_leaves(rest))
     size = sum(file.stat().st_size for file in saved.place.glob("*.pt"))
     assert saved.size == size
     return {"file": saved.own, "weights": _bytes(weights), "optimizer": _bytes(t for t in others if t.ndim)}
