@@ -14,68 +14,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mirage_ds.config.run import RunConfig
 from mirage_ds.errors import UserError, closest, reason, shown, strict_json
 from mirage_ds.files import shipped
 
-# Top-level keys that DeepSpeed 0.19.8 reads. It accepts any other without a word: `zero_optimisation` is ZeRO-0.
-KNOWN_KEYS = frozenset(
-    """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
-    optimizer scheduler gradient_clipping fp16 bf16 torch_autocast data_types zero_optimization
-    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type
-    seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor gradient_allreduce_op
-    activation_checkpointing comms_logger tensorboard wandb csv_monitor comet flops_profiler wall_clock_breakdown
-    memory_breakdown steps_per_print dump_state disable_python_gc disable_allgather log_level aio checkpoint timers
-    compile autotuning data_efficiency dataloader_drop_last hybrid_engine pipeline tensor_parallel expert_parallel
-    bfloat16 sequence_parallel_size datastates_ckpt
-    weight_quantization use_data_before_expert_parallelism vocabulary_size""".split()  # noqa: SIM905
-)
-# DeepSpeed stops late at these, ignores them, or they work against the trainer: key → (what switches it on, why not).
-# An empty switch means any value but null, false, 0, {} and those of SAME.
-UNUSED = {
-    "pipeline": ("", "there are no pipeline stages here, and it would be ignored"),
-    "tensor_parallel": ("", "a layer lies whole on a rank or is sharded by ZeRO-3"),
-    "expert_parallel": ("enabled", "these models have no experts"),
-    "hybrid_engine": ("enabled", "it is of reinforcement learning"),
-    "autotuning": ("enabled", "`mirage-ds plan` chooses a JSON"),
-    "data_efficiency": ("enabled", "the run's seed alone chooses the rows of a step"),
-    "weight_quantization": ("", "weights are trained as they are"),
-    "compile": ("deepcompile", "the forward is not compiled, and it would be ignored"),
-    "activation_checkpointing": ("", "--gradient_checkpointing decides that, and it would be ignored"),
-    "prescale_gradients": ("", "the loss carries the scale of the whole step"),
-    "gradient_predivide_factor": ("", "the loss carries the scale of the whole step"),
-    "gradient_allreduce_op": ("", "the loss is scaled for the mean over ranks"),
-    "managed_gradient_accumulation": ("", "the trainer sets the boundary between steps for DeepSpeed's own way"),
-    "disable_allgather": ("", "it would be ignored"),
-    "dataloader_drop_last": ("", "every step has exactly --global_batch_size rows, and it would be ignored"),
-    "datastates_ckpt": ("", "checkpoints are read back and hashed as torch writes them"),
-    "checkpoint.writer": ("", "checkpoints are read back and hashed as torch writes them"),
-    "checkpoint.use_node_local_storage": ("", "a checkpoint is one folder that all hosts see"),
-    "checkpoint.load_universal": ("", "--resume auto finds out by itself"),
-    "use_data_before_expert_parallelism": ("", "these models have no experts"),
-    "vocabulary_size": ("", "the model's config.json says it, and it would be ignored"),
-    "wandb": ("enabled", "--report_to wandb sends the metrics"),
-    "comet": ("enabled", "--report_to says where metrics go"),
-    "zero_optimization.mics_shard_size": ("", "DeepSpeed has removed MiCS; 'zero_hpz_partition_size' is near it"),
-    "zero_optimization.mics_hierarchical_params_gather": ("", "DeepSpeed has removed MiCS"),
-    "zero_optimization.zeropp_loco_param": ("", "DeepSpeed has removed LoCo"),
-    "zero_optimization.zenflow": ("", "its updates come late, and a step here is whole"),
-    "zero_optimization.compute_grad_norm": ("", "the norm shows steps that are not finite, and it is logged"),
-}
-# Keys that are refused whatever their value → what to do about them.
-REFUSED = {
-    "bfloat16": "is the old name of 'bf16'; rename it",
-    "sequence_parallel_size": "is not supported: every rank packs rows of its own; remove it",
-    "scheduler": "is set by --lr_scheduler and --warmup_steps; remove the block",
-}
-# What the keys above have where they change nothing.
-SAME = {
-    "gradient_predivide_factor": (1,),
-    "gradient_allreduce_op": ("mean",),
-    "managed_gradient_accumulation": (True, None),
-    "zero_optimization.compute_grad_norm": (True, None),
-    "zero_optimization.mics_shard_size": (-1,),
-}
+# What DeepSpeed's keys are, and which of them a run cannot honour.
+KEYS = yaml.safe_load(Path(__file__).with_name("ds_keys.yaml").read_text(encoding="utf-8"))
 # What torch's AdamW and DeepSpeed's take; another name stops the start only after the model is loaded.
 OPTIMIZER_PARAMS = frozenset(
     "lr betas eps weight_decay torch_adam adam_w_mode bias_correction amsgrad fused foreach capturable maximize".split()  # noqa: SIM905
@@ -148,10 +94,10 @@ def read_json(path: Path, device: str = "cuda") -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected an object, found {type(values).__name__}")
     for key in values:
-        if key in REFUSED:
-            raise UserError(f"{path}: '{key}' {REFUSED[key]}")
-        if key not in KNOWN_KEYS:
-            raise UserError(f"{path}: DeepSpeed has no key '{key}' and would ignore it{closest(key, KNOWN_KEYS)}")
+        if key in KEYS["refused"]:
+            raise UserError(f"{path}: '{key}' {KEYS['refused'][key]}")
+        if key not in KEYS["known"]:
+            raise UserError(f"{path}: DeepSpeed has no key '{key}' and would ignore it{closest(key, KEYS['known'])}")
     _check_blocks(values, path)
     _check_precision(values, path)
     _refuse_auto(values, path)
@@ -167,18 +113,17 @@ def _is_recipe(values: dict[str, Any], path: Path) -> bool:
 
 def _refuse_unused(values: dict[str, Any], path: Path) -> None:
     """Refuse what DeepSpeed stops at only once the model is loaded, or ignores."""
-    for name, (switch, why) in UNUSED.items():
+    for name, about in KEYS["unused"].items():
         block, _, key = name.rpartition(".")
         place = values.get(block, {}) if block else values
         if not isinstance(place, dict) or key not in place:
             continue
         value = place[key]
-        if switch and isinstance(value, dict):
-            value = value.get(switch)
+        if "switch" in about and isinstance(value, dict):
+            value = value.get(about["switch"])
         nothing = isinstance(value, dict) and not any(value.values())
-        same = SAME.get(name)
-        if not (value in same if same else nothing or not value):
-            raise UserError(f"{path}: '{name}' is not supported: {why}; remove it")
+        if not (value in about["same"] if "same" in about else nothing or not value):
+            raise UserError(f"{path}: '{name}' is not supported: {about['why']}; remove it")
     for name, least in (("param", 3), ("optimizer", 1)):
         device = offload_device(values, name)
         if device == "nvme":

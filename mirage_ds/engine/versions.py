@@ -15,14 +15,6 @@ from mirage_ds.engine import ds_config as ds
 from mirage_ds.errors import UserError
 
 PACKAGES = ("mirage-ds", "torch", "transformers", "deepspeed", "accelerate", "datasets", "flash-attn", "peft")
-# The release that first reads a top-level key; an older one ignores the key without a word.
-SINCE = {
-    "disable_python_gc": "0.19.8",
-    "expert_parallel": "0.19.2",
-    "gradient_allreduce_op": "0.19.6",
-    "log_level": "0.19.3",
-    "managed_gradient_accumulation": "0.19.4",
-}
 # Below it, ZeRO-3 frees frozen weights while backward still recomputes their layer, and torch stops the run.
 RECOMPUTES_FROZEN = "0.19.4"
 # Below it, ZeRO-3 waits for the last of several gathers only. On GPUs they end in their order; on the CPU they do not,
@@ -60,7 +52,7 @@ def check_release(values: dict[str, Any], path: Path, recomputes_frozen: bool) -
     Raises:
         UserError: names the release that is needed.
     """
-    for key, since in SINCE.items():
+    for key, since in ds.KEYS["since"].items():
         if key in values and (found := _older_than(since)):
             raise UserError(f"{path}: DeepSpeed {found} would ignore '{key}'; install deepspeed>={since}")
     if recomputes_frozen and ds.zero_stage(values) == 3 and (found := _older_than(RECOMPUTES_FROZEN)):

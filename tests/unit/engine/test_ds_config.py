@@ -15,8 +15,7 @@ from deepspeed.runtime import config as theirs
 from mirage_ds.config.run import RunConfig
 from mirage_ds.engine.ds_config import (
     KEEPS_ALL,
-    KNOWN_KEYS,
-    UNUSED,
+    KEYS,
     compute_dtype,
     default_path,
     fill_limits,
@@ -239,7 +238,7 @@ def test_auto_is_filled_where_the_run_says_the_value(read: Callable[[Any], dict[
 def test_a_contradiction_names_both_sides(
     values: dict[str, Any], parts: list[str], refused: Callable[..., str]
 ) -> None:
-    if not values.keys() & KNOWN_KEYS:
+    if not values.keys() & set(KEYS["known"]):
         values = {"optimizer": {"type": "AdamW", "params": values}}
     said = refused(values)
     assert all(part in said for part in parts), said
@@ -347,8 +346,8 @@ def asked() -> set[str]:
 
 def test_the_known_keys_are_those_that_the_installed_deepspeed_reads(asked: set[str]) -> None:
     assert {"zero_optimization", "bf16", "compile", "data_types", "torch_autocast"} <= asked
-    assert sorted(asked - KNOWN_KEYS) == []
-    assert sorted(KNOWN_KEYS - asked) == []
+    assert sorted(asked - set(KEYS["known"])) == []
+    assert sorted(set(KEYS["known"]) - asked) == []
 
 
 @pytest.mark.parametrize("key", sorted(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS))
@@ -381,11 +380,11 @@ def _placed(name: str, value: Any) -> dict[str, Any]:
     return {block: {key: value}} if block else {key: value}
 
 
-@pytest.mark.parametrize("name", UNUSED)
+@pytest.mark.parametrize("name", KEYS["unused"])
 def test_what_this_trainer_does_not_use_is_refused_and_switched_off_it_is_no_fault(
     name: str, refused: Callable[..., str], read: Callable[[Any], dict[str, Any]]
 ) -> None:
-    on = ON.get(name, {UNUSED[name][0]: True} if UNUSED[name][0] else {"anything": 2})
+    on = ON.get(name, {KEYS["unused"][name].get("switch", "anything"): True})
     assert f": '{name}' is not supported: " in refused(_placed(name, on))
     values = _placed(name, OFF.get(name, {}))
     assert read(values) == values

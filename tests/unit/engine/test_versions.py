@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mirage_ds.engine import versions
-from mirage_ds.engine.ds_config import KNOWN_KEYS
-from mirage_ds.engine.versions import SINCE, check_release, gather_safely
+from mirage_ds.engine.ds_config import KEYS
+from mirage_ds.engine.versions import check_release, gather_safely
 from mirage_ds.errors import UserError
 
 HERE = Path("ds.json")
@@ -23,7 +23,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
 
 
 def test_every_key_of_the_table_is_a_known_one() -> None:
-    assert SINCE.keys() <= KNOWN_KEYS
+    assert KEYS["since"].keys() <= set(KEYS["known"])
 
 
 @pytest.mark.parametrize(
