@@ -25,21 +25,14 @@ FAREWELL_S = 1.0
 @click.command(context_settings=CONTEXT, params=[*OPTIONS])
 @click.option("--logs", type=click.Path(path_type=Path), help="Folder that gets rank<N>.log, what the rank printed.")
 @click.option("--quoted", is_flag=True, help="The arguments are percent-encoded: a shell on the way changes nothing.")
-@click.option("--local_rank", hidden=True, help="Passed by some launchers; the environment says it too.")
+# Passed by some launchers; the environment says it too.
+@click.option("--local_rank", hidden=True, expose_value=False)
 @click.argument("module")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
-    port: int,
-    job: str,
-    logs: Path | None,
-    quoted: bool,
-    local_rank: str | None,
-    module: str,
-    arguments: tuple[str, ...],
-    **bounds: float,
+    port: int, job: str, logs: Path | None, quoted: bool, module: str, arguments: tuple[str, ...], **bounds: float
 ) -> None:
     """Run `python -m MODULE ARGUMENTS…` as a rank and end it together with all the others."""
-    del local_rank
     place = find_place(os.environ)
     if logs:
         logs.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,9 @@ from mirage_ds.run.stop import StopRequest
 @click.command(context_settings=CONTEXT)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("step", type=click.IntRange(min=1))
-@click.option("--local_rank", hidden=True, help="Passed by some launchers; the environment says it too.")
-def replay(run: Path, step: int, local_rank: str | None) -> None:
+# Passed by some launchers; the environment says it too.
+@click.option("--local_rank", hidden=True, expose_value=False)
+def replay(run: Path, step: int) -> None:
     """Take one step of a run again, and show its rows and gradients.
 
     RUN is a --save_model_path folder, which is only read; STEP is a step in its log. The steps from the newest
@@ -23,7 +24,6 @@ def replay(run: Path, step: int, local_rank: str | None) -> None:
 
     On several GPUs: deepspeed --module mirage_ds.cluster.replay RUN STEP, with as many ranks as the run had.
     """
-    del local_rank
     from mirage_ds.cluster.replay.again import replay as take_again
 
     take_again(run, step)
