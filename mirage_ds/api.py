@@ -26,7 +26,7 @@ from mirage_ds.data.batch import Batch
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.record import Record, RecordError, make_record
+from mirage_ds.data.record import Record, blamed, make_record
 from mirage_ds.data.record_files import read_records
 from mirage_ds.data.sample import IGNORE, Sample
 from mirage_ds.errors import UserError, shown
@@ -124,10 +124,8 @@ class Rows(Dataset[Sample], Sequence[Sample]):
         if isinstance(at, slice):
             return [self[i] for i in range(len(self))[at]]
         place = range(len(self))[at]
-        try:
+        with blamed("record on "):
             return self.encoder.encode(self.records[place], place)
-        except RecordError as error:
-            raise UserError(f"record on {error}") from None
 
     def record(self, at: int) -> Record:
         """Return a row as it was written."""
@@ -230,12 +228,10 @@ class Mirage:
         pictures = [several(own) for own in several(images)] or [[]] * len(questions)
         if len(pictures) != len(questions):
             raise UserError(f"images: {len(pictures)} lists for {len(questions)} questions; give one each")
-        try:
+        with blamed("question on "):
             finder, records = as_records(questions, pictures)
             encoder = replace(self._decoder.encoder, finder=finder)
             samples = [encoder.encode_prompt(record, place) for place, record in enumerate(records)]
-        except RecordError as error:
-            raise UserError(f"question on {error}") from None
         if run_length == "trained" and not self.trained:
             run_length = self.latent_size
         limits = run_limits(self._decoder, max_new_tokens, longest_run, str(run_length))
@@ -283,10 +279,8 @@ class Mirage:
         if isinstance(data, (str, Path)):
             records, finder = read_records(Path(data), columns=names), ImageFinder.beside(Path(data), root)
         else:
-            try:
+            with blamed("record on "):
                 records = [make_record(one, line, columns=names) for line, one in enumerate(rows_of_frame(data), 1)]
-            except RecordError as error:
-                raise UserError(f"record on {error}") from None
             finder = ImageFinder(tuple(one.resolve() for one in (root, Path.cwd()) if one))
         k, encoder = latent_size or self.latent_size, self._decoder.encoder
         return Rows(

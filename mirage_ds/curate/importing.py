@@ -13,8 +13,7 @@ from mirage_ds.curate.spec import ImportSpec
 from mirage_ds.data import record_files
 from mirage_ds.data.frames import rows_of_frame
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.progress import progress_bar
-from mirage_ds.data.record import Fault, RecordError
+from mirage_ds.data.record import Fault, blamed
 from mirage_ds.data.sources import Raw
 from mirage_ds.errors import UserError, reason
 from mirage_ds.tasks.write import Row, Written, new_target, write_rows
@@ -80,10 +79,8 @@ def import_records(source: str, spec: ImportSpec) -> tuple[Written, list[str]]:
                 faults = [record, *(one if isinstance(one, Fault) else None for one in records)]
                 said, _ = record_files.summary(filter(None, faults), count - 1 + len(faults))
                 raise UserError(f"{source}, {said}")
-            try:
+            with blamed(f"{source}, "):
                 row = row_of(record, finder, pictures)
-            except RecordError as error:
-                raise UserError(f"{source}, {error.fault}") from None
             # What stood inside the row is held now.
             for path in (*record.image_input, *record.image_output):
                 if Path(path).is_relative_to(pictures):
@@ -93,8 +90,8 @@ def import_records(source: str, spec: ImportSpec) -> tuple[Written, list[str]]:
         if not count:
             raise UserError(f"{source}: holds no row")
 
-    with TemporaryDirectory(prefix="mirage_ds_") as inside, progress_bar("pictures") as progress:
-        written = write_rows(rows(Path(inside).resolve()), spec, progress)
+    with TemporaryDirectory(prefix="mirage_ds_") as inside:
+        written = write_rows(rows(Path(inside).resolve()), spec)
     if rounds:
         learnt = "the last is learnt, the others stand before the question"
         forms.append(f"of {rounds} record(s) with several answers {learnt}")

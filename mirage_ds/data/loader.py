@@ -15,7 +15,7 @@ from mirage_ds.data.encode import Encoder, beside_each
 from mirage_ds.data.features import FeatureStore, KeptFeatures
 from mirage_ds.data.index import Index
 from mirage_ds.data.pack import Bins, Planner, StepPlan
-from mirage_ds.data.record import Record, RecordError
+from mirage_ds.data.record import Record, RecordError, blamed
 from mirage_ds.data.sample import Measure, Sample
 from mirage_ds.data.ship import Shipment, from_workers, ship
 from mirage_ds.errors import UserError
@@ -34,11 +34,8 @@ def check_records(records: Sequence[Record], encoder: Encoder) -> list[Measure]:
             encoder.finder.check(record, name, path)
         return measure
 
-    with ThreadPoolExecutor() as pool:
-        try:
-            return list(pool.map(check, records))
-        except RecordError as error:
-            raise UserError(f"record on {error.fault}") from None
+    with ThreadPoolExecutor() as pool, blamed("record on "):
+        return list(pool.map(check, records))
 
 
 class Rows:

@@ -10,7 +10,8 @@ holds the messages before the question. Other keys are kept as they are.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mirage_ds.data import messages
 from mirage_ds.data.inside import folder_of_pictures, path_of
 from mirage_ds.data.layouts import Row, read_row
 from mirage_ds.data.messages import FIELDS, HELPER_MARK, IMAGE_MARK, TURNS_BEFORE, MessageError, is_null
-from mirage_ds.errors import is_text, shown, strict_json
+from mirage_ds.errors import UserError, is_text, shown, strict_json
 
 # What is wrong with records of which not one has a latent block in stage2, and how to fix it.
 NO_LATENTS = (
@@ -68,6 +69,15 @@ class RecordError(Exception):
     def __init__(self, fault: Fault):
         super().__init__(str(fault))
         self.fault = fault
+
+
+@contextmanager
+def blamed(where: str) -> Iterator[None]:
+    """Turn a record's fault into a user's error; `where` stands before the fault."""
+    try:
+        yield
+    except RecordError as error:
+        raise UserError(f"{where}{error.fault}") from None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from mirage_ds.analysis.controls.paths import forks_of
 from mirage_ds.analysis.controls.spec import PATH
 from mirage_ds.config.extras import need, need_for
 from mirage_ds.data.images import ImageFinder
-from mirage_ds.data.record import RecordError
+from mirage_ds.data.record import blamed
 from mirage_ds.errors import UserError
 from mirage_ds.evaluate.report import read_asked
 from mirage_ds.evaluate.spec import RecordsSpec
@@ -42,7 +42,7 @@ def _check(evaluation: EvaluationSpec, conditions: list[str], most: int | None) 
     records, task, _ = read_asked(asked, answers=bool(conditions))
     finder = ImageFinder.beside(file, evaluation.image_root)
     oracle = "oracle" in conditions
-    try:
+    with blamed(f"{file}, "):
         for record in records:
             if conditions and not record.runs:
                 raise record.fault("text_output", "no latent block, so there is nothing to control",
@@ -51,8 +51,6 @@ def _check(evaluation: EvaluationSpec, conditions: list[str], most: int | None) 
                 record.need_helper()
             for name, path in record.images(helpers=oracle):
                 finder.size(record, name, path)
-    except RecordError as error:
-        raise UserError(f"{file}, {error}") from None
     if "swap" in conditions:
         choose_partners(records, seed=0)
     if PATH in conditions:

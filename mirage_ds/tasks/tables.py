@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
+from mirage_ds.data.folders import readable
 from mirage_ds.data.images import opened
 from mirage_ds.data.kinds import kind_of
 from mirage_ds.data.messages import HELPER_MARK, IMAGE_MARK
-from mirage_ds.data.record import RecordError, parse_object
+from mirage_ds.data.record import blamed, parse_object
 from mirage_ds.data.sources import columns_of, count_rows, pieces, rows_of
 from mirage_ds.errors import UserError, reason, shown
 from mirage_ds.tasks.draft import Draft, Picture
@@ -161,12 +162,8 @@ def need_columns(files: Sequence[Path], names: Collection[str]) -> None:
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
     """UserError where the file cannot be read, or a line is no object."""
-    try:
+    with blamed(f"{file}, "), readable(file, "make it readable"):
         yield
-    except RecordError as error:
-        raise UserError(f"{file}, {error.fault}") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable") from None
 
 
 def read_rows(files: Sequence[Path], columns: Collection[str] | None = None) -> Iterator[Row]:

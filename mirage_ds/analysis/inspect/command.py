@@ -9,7 +9,6 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mirage_ds.config.extras import need
 from mirage_ds.config.flags import CONTEXT, build_model, model_options
-from mirage_ds.errors import UserError
 from mirage_ds.evaluate.spec import DataSpec, FolderSpec, HelperSpec
 from mirage_ds.files import check_output
 
@@ -38,12 +37,10 @@ def inspect(folder: Path, **flags: Any) -> None:
     need("plot", "inspect")
     from mirage_ds.analysis.inspect.study import inspect_file
     from mirage_ds.data.progress import track
-    from mirage_ds.data.record import RecordError
+    from mirage_ds.data.record import blamed
 
     spec = build_model(InspectSpec, flags)
     check_output(spec.out, "--out", folder=True)
-    try:
+    with blamed(f"{spec.data_path}: record on "):
         page, said = inspect_file(folder, spec, partial(track, title="running rows"))
-    except RecordError as error:
-        raise UserError(f"{spec.data_path}: record on {error}") from None
     click.echo(f"{page}\n{said}")
